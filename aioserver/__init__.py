@@ -1,0 +1,5 @@
+"""aioserver: many chat clients, few provider connections, and no stalls."""
+
+from __future__ import annotations
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""How clients reach us: one protocol a file."""
