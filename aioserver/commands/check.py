@@ -1,0 +1,35 @@
+"""`aioserver check`: validate a configuration without starting, and show what it comes to."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+import yaml
+
+from aioserver.config import Configuration
+from aioserver.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def check(config: Path | None) -> int:
+    """Print every fault of *config* (None: as `serve` would choose), or what it comes to.
+
+    Faults and warnings go to stderr, the effective configuration, with its secrets masked, to
+    stdout. Returns the exit code: 0, or 2 for a configuration that `serve` would refuse.
+    """
+    try:
+        configuration = Configuration.load(config)
+        configuration.check_usable()
+    except ConfigurationError as error:
+        print(*error.faults, sep="\n", file=sys.stderr)
+        return 2
+    for warning in configuration.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    for key in configuration.not_enforced():
+        print(f"warning: {key}: read, but not enforced by this version", file=sys.stderr)
+    print(f"# {configuration.source}, with defaults and the environment")
+    print(yaml.safe_dump(configuration.effective(), sort_keys=False, allow_unicode=True), end="")
+    return 0

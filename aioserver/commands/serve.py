@@ -1,0 +1,110 @@
+"""`aioserver serve`: read the configuration, listen, run until told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import os
+import signal
+import sys
+from typing import TYPE_CHECKING
+
+from aioserver import app as application
+from aioserver import listener, logs
+from aioserver.config import Configuration
+from aioserver.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+logger = logging.getLogger("aioserver.serve")
+
+GC_THRESHOLDS = (50_000, 20, 20)  # what lives long is frozen; the young are collected less often
+
+
+def serve(config: Path | None, *, host: str | None, port: int | None, loop: str) -> int:
+    """Serve until SIGTERM or SIGINT. Returns the exit code: 0, 2 bad configuration, 1 else."""
+    environ = dict(os.environ)
+    if host is not None:
+        environ["AIOSERVER__CHAT__WEBSOCKET__HOST"] = host
+    if port is not None:
+        environ["AIOSERVER__CHAT__WEBSOCKET__PORT"] = str(port)
+    try:
+        configuration = Configuration.load(config, environ=environ)
+        configuration.check_usable()
+    except ConfigurationError as exc:
+        for fault in exc.faults:
+            print(fault, file=sys.stderr)
+        return 2
+    try:
+        factory = loop_factory(loop)
+    except ModuleNotFoundError:
+        print(
+            "--loop uvloop: uvloop is not installed (pip install aioserver[speedups])",
+            file=sys.stderr,
+        )
+        return 2
+    logs.set_up(configuration.settings.logging)
+    with asyncio.Runner(loop_factory=factory) as runner:
+        return runner.run(_run(configuration))
+
+
+def loop_factory(name: str) -> Callable[[], asyncio.AbstractEventLoop]:
+    """The maker of the event loop: `uvloop`, `asyncio`, or `auto`: uvloop where it is installed.
+
+    Raises:
+        ModuleNotFoundError: uvloop was asked for and is not there.
+    """
+    if name != "asyncio":
+        try:
+            import uvloop  # noqa: PLC0415 - optional
+
+            return uvloop.new_event_loop
+        except ModuleNotFoundError:
+            if name == "uvloop":
+                raise
+    return asyncio.new_event_loop
+
+
+async def _run(configuration: Configuration) -> int:
+    settings = configuration.settings
+    logger.info("configuration: %s", configuration.source)
+    for warning in configuration.warnings:
+        logger.warning("%s", warning)
+    for key in configuration.not_enforced():
+        logger.warning("%s is valid, but not enforced yet", key)
+    app = application.build(settings)
+    runner = listener.Runner(app, settings.chat.websocket)
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, _stop, stop)
+    await runner.setup()
+    try:
+        try:
+            await listener.listen(runner, settings.chat.websocket)
+        except OSError as exc:
+            where = f"{settings.chat.websocket.host}:{settings.chat.websocket.port}"
+            print(f"cannot listen on {where}: {exc.strerror or exc}", file=sys.stderr)
+            return 1
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(*GC_THRESHOLDS)
+        await stop.wait()
+        logger.info("stopping")
+        for site in list(runner.sites):
+            await site.stop()
+        await application.end(app)
+    finally:
+        await runner.cleanup()
+    logger.info("stopped")
+    return 0
+
+
+def _stop(stop: asyncio.Event) -> None:
+    """A first signal asks to stop; a second one ends at once."""
+    if stop.is_set():
+        os._exit(1)
+    stop.set()

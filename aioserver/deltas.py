@@ -1,0 +1,86 @@
+"""What OpenAI's chat objects say: text, reasoning, tool calls, the reason of the end, usage.
+
+The chunk of a `chat.completion.chunk` (and the message of a whole `chat.completion`) becomes the
+`chunk` objects of our frames, already JSON, since each is rendered once and shared by all readers:
+
+    {"type":"text","data":"Hel","metadata":{}}
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+
+from aioserver.errors import ProviderBadResponse, ProviderError
+
+TEXT = b'{"type":"text","data":%b,"metadata":{}}'
+REASONING = b'{"type":"reasoning","data":%b,"metadata":{}}'
+TOOL_CALLS = b'{"type":"tool_calls","data":%b,"metadata":{}}'
+
+
+@dataclass(slots=True)
+class Reading:
+    """What has been read of one answer. *text* is for the conversation's history."""
+
+    choice_index: int = 0
+    max_text_bytes: int = 1 << 22
+    text: list[str] = field(default_factory=list)
+    text_bytes: int = 0
+    finish_reason: str | None = None
+    usage: dict[str, Any] | None = None
+
+    def read(self, data: bytes) -> list[bytes]:
+        """The `chunk` objects in one provider event or whole answer.
+
+        Raises:
+            ProviderBadResponse: not JSON, or not a chat object.
+            ProviderError: an error object under HTTP 200.
+        """
+        try:
+            answer = orjson.loads(data)
+        except orjson.JSONDecodeError:
+            raise ProviderBadResponse("the provider sent an event that is not JSON") from None
+        if not isinstance(answer, dict):
+            raise ProviderBadResponse("the provider sent an event that is not an object")
+        if answer.get("error"):
+            raise provider_error(answer["error"])
+        usage = answer.get("usage")
+        if usage is None and isinstance(groq := answer.get("x_groq"), dict):
+            usage = groq.get("usage")
+        if isinstance(usage, dict):
+            self.usage = usage
+        chunks: list[bytes] = []
+        choices = answer.get("choices")
+        if not isinstance(choices, list):
+            return chunks
+        for choice in choices:
+            if isinstance(choice, dict) and choice.get("index", 0) == self.choice_index:
+                self._choice(choice, chunks)
+        return chunks
+
+    def _choice(self, choice: dict[str, Any], chunks: list[bytes]) -> None:
+        delta = choice.get("delta") or choice.get("message")
+        if isinstance(delta, dict):
+            reasoning = delta.get("reasoning_content") or delta.get("reasoning")
+            if isinstance(reasoning, str) and reasoning:
+                chunks.append(REASONING % orjson.dumps(reasoning))
+            text = delta.get("content")
+            if isinstance(text, str) and text:
+                chunks.append(TEXT % orjson.dumps(text))
+                if self.text_bytes < self.max_text_bytes:
+                    self.text.append(text)
+                    self.text_bytes += len(text)
+            if tool_calls := delta.get("tool_calls"):
+                chunks.append(TOOL_CALLS % orjson.dumps(tool_calls))
+        reason = choice.get("finish_reason")
+        if isinstance(reason, str):
+            self.finish_reason = reason
+
+
+def provider_error(error: object) -> ProviderError:
+    """The error object that a provider sent under HTTP 200; its text passes, cut."""
+    message = error.get("message") if isinstance(error, dict) else error
+    text = message[:200] if isinstance(message, str) else "the provider reported an error"
+    return ProviderError(f"the provider reported an error: {text}")

@@ -1,0 +1,200 @@
+"""The counting wrapper around every handler that costs something: WebSocket, SSE and `/v1`.
+
+In two steps. *Prepare*: the handshake, or the body, read under a deadline and found valid, so that
+a slow upload holds no place. Then *enter*: below `max_connections` at once, at the limit in the
+order of coming, `connection_queue_size` at most, for `queue_timeout` at most. Past either bound
+the face refuses in its own way. Every way out of a handler gives the place back, once.
+
+An HTTP handler waits in its own task, which is cancelled when the client leaves (`counted`). A
+WebSocket must go on reading while it waits, so its waiting is a task beside it (`Entering`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, Self, TypeVar
+
+from aioserver.errors import AioserverError, ServerAtCapacity
+from aioserver.gate import Gate, Place
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from aiohttp import web
+
+    from aioserver.settings import Concurrency
+
+T = TypeVar("T")
+logger = logging.getLogger("aioserver.connections")
+
+MAX_REFUSED_CLOSING = 256  # refused WebSockets still in their close handshake; beyond: plain 503
+
+
+class Admission:
+    """The gate in front of the handlers, and the bytes of bodies that are not admitted yet.
+
+    Always: `body_bytes <= max_body_bytes`.
+    """
+
+    def __init__(self, limits: Concurrency) -> None:
+        self.gate = Gate(
+            limits.max_connections,
+            queue_size=limits.connection_queue_size,
+            queue_timeout=limits.queue_timeout,
+            full=self._refusal,
+            late=self._refusal,
+        )
+        self.refused_closing = 0
+        self._limits = limits
+        self._body_bytes = 0
+
+    @property
+    def body_bytes(self) -> int:
+        """Bytes of bodies being read or waiting."""
+        return self._body_bytes
+
+    def hold(self) -> BodyHold:
+        """Account for one body."""
+        return BodyHold(self)
+
+    def grow(self, size: int) -> None:
+        """Another *size* bytes of a body.
+
+        Raises:
+            ServerAtCapacity: more than `max_body_bytes` with them.
+        """
+        if self._body_bytes + size > self._limits.max_body_bytes:
+            raise ServerAtCapacity(
+                f"chat.websocket.concurrency.max_body_bytes={self._limits.max_body_bytes} reached",
+                retry_after=self.gate.retry_after(),
+            )
+        self._body_bytes += size
+
+    def shrink(self, size: int) -> None:
+        """A body of *size* bytes is admitted, or gone."""
+        self._body_bytes -= size
+
+    def log(self, event: str, face: str, level: int = logging.INFO) -> None:
+        """One line: a connection was opened, closed or refused, and how full the house is."""
+        if logger.isEnabledFor(level):
+            gate = self.gate
+            logger.log(
+                level,
+                "connection %s",
+                event,
+                extra={
+                    "fields": {
+                        "face": face,
+                        "active": gate.inside,
+                        "limit": gate.limit,
+                        "waiting": gate.waiting,
+                    }
+                },
+            )
+
+    def _refusal(self, retry_after: float) -> ServerAtCapacity:
+        return ServerAtCapacity(
+            f"chat.websocket.concurrency.max_connections={self._limits.max_connections} reached",
+            retry_after=retry_after,
+        )
+
+
+class BodyHold:
+    """What one body has taken of `max_body_bytes`; given back at the end of its `with`."""
+
+    __slots__ = ("_admission", "_size")
+
+    def __init__(self, admission: Admission) -> None:
+        self._admission = admission
+        self._size = 0
+
+    def grow(self, size: int) -> None:
+        """As `Admission.grow`."""
+        self._admission.grow(size)
+        self._size += size
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self._admission.shrink(self._size)
+
+
+def counted(
+    admission: Admission,
+    face: str,
+    prepare: Callable[[web.Request, BodyHold], Awaitable[T]],
+    serve: Callable[[web.Request, T], Awaitable[web.StreamResponse]],
+    refuse: Callable[[web.Request, ServerAtCapacity], Awaitable[web.StreamResponse]] | None = None,
+) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+    """An HTTP handler: prepare, enter, serve. Without *refuse* a refusal is raised: a plain 503."""
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        with admission.hold() as hold:
+            prepared = await prepare(request, hold)
+            try:
+                place = admission.gate.try_enter() or await admission.gate.enter()
+            except ServerAtCapacity as error:
+                admission.log("refused", face, logging.WARNING)
+                if refuse is None:
+                    raise
+                return await refuse(request, error)
+        with place:
+            return await serve(request, prepared)
+
+    return handler
+
+
+class Entering:
+    """A place, taken at once or waited for beside a reader that must not stop.
+
+    *entered* or *refused* is called once, unless the `with` ends before. At its end the place is
+    given back, or the waiting is ended.
+    """
+
+    def __init__(
+        self,
+        admission: Admission,
+        *,
+        entered: Callable[[], None],
+        refused: Callable[[AioserverError], None],
+        told: Callable[[int, float], None],
+    ) -> None:
+        self._admission = admission
+        self._entered = entered
+        self._refused = refused
+        self._told = told
+        self._place: Place | None = None
+        self._task: asyncio.Task[Place] | None = None
+        self._over = False
+
+    def __enter__(self) -> Self:
+        self._place = self._admission.gate.try_enter()
+        if self._place is not None:
+            self._entered()
+        else:
+            self._task = asyncio.ensure_future(self._admission.gate.enter(told=self._told))
+            self._task.add_done_callback(self._settle)
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self._over = True
+        if self._place is not None:
+            self._place.release()
+        if self._task is not None:
+            self._task.cancel()
+
+    def _settle(self, task: asyncio.Task[Place]) -> None:
+        if task.cancelled():
+            return
+        error = task.exception()
+        if error is None:
+            self._place = task.result()
+            if self._over:
+                self._place.release()
+            else:
+                self._entered()
+        elif not self._over:
+            assert isinstance(error, AioserverError)
+            self._refused(error)

@@ -1,0 +1,207 @@
+"""What every HTTP handler shares: reading a body, writing an error, ids, limits, CORS.
+
+`front` is the middleware in front of all handlers, and the border at which an error becomes an
+answer. A header block or a request line over its limit, and a connection that has had its
+`max_keepalive_requests`, are seen here, since aiohttp has no such limits of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import re
+import secrets
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from aiohttp import web
+
+from aioserver import __version__, messages
+from aioserver.errors import (
+    AioserverError,
+    HeadersTooLarge,
+    InternalError,
+    InvalidRequest,
+    MethodNotAllowed,
+    NotFound,
+    RequestTimeout,
+    RequestTooLarge,
+    UnsupportedMediaType,
+    UriTooLong,
+    http_headers,
+)
+
+if TYPE_CHECKING:
+    import asyncio.transports
+
+    from aioserver.auth import Origins
+    from aioserver.faces.admission import BodyHold
+    from aioserver.settings import WebSocket
+
+logger = logging.getLogger(__name__)
+
+BODY_TIMEOUT = 15.0  # seconds for a whole body: aiohttp has no deadline for it
+EXPOSED = "x-request-id, x-aioserver-provider, x-aioserver-attempts, retry-after"
+SERVER = "aioserver"
+_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_prefix = secrets.token_hex(6)
+_numbers = itertools.count(1)
+
+Handler = "Callable[[web.Request], Awaitable[web.StreamResponse]]"
+
+
+def request_id(request: web.Request) -> str:
+    """The id of a request, for logs: the client's where it is harmless, else one of ours."""
+    known = request.get("id")
+    if known is None:
+        given = request.headers.get("X-Request-Id")
+        if given is not None and _ID.fullmatch(given):
+            known = given
+        else:
+            known = f"{_prefix}-{next(_numbers):x}"
+        request["id"] = known
+    return str(known)
+
+
+async def read_json(request: web.Request, hold: BodyHold, max_bytes: int) -> tuple[bytes, Any]:
+    """The body, as it came and as JSON.
+
+    Raises:
+        UnsupportedMediaType: not `application/json`, or compressed.
+        RequestTooLarge: more than *max_bytes*.
+        RequestTimeout: not whole within 15 s.
+        InvalidJson: not JSON.
+    """
+    if "Content-Encoding" in request.headers:
+        raise UnsupportedMediaType("a compressed body is not accepted")
+    if request.content_type != "application/json":
+        raise UnsupportedMediaType("Content-Type must be application/json")
+    length = request.content_length
+    if length is not None and length > max_bytes:
+        raise RequestTooLarge(f"a body of {length} bytes, at most {max_bytes}")
+    content = request.content
+    if content.is_eof():
+        body = content.read_nowait()
+        hold.grow(len(body))
+    else:
+        try:
+            async with asyncio.timeout(BODY_TIMEOUT):
+                body = await _collect(content, hold, max_bytes)
+        except TimeoutError:
+            raise RequestTimeout(f"the body did not come within {BODY_TIMEOUT} s") from None
+    if len(body) > max_bytes:
+        raise RequestTooLarge(f"a body of {len(body)} bytes, at most {max_bytes}")
+    return body, messages.load(body)
+
+
+async def _collect(content: Any, hold: BodyHold, max_bytes: int) -> bytes:
+    parts: list[bytes] = []
+    size = 0
+    while part := await content.readany():
+        size += len(part)
+        if size > max_bytes:
+            raise RequestTooLarge(f"a body of more than {max_bytes} bytes")
+        hold.grow(len(part))
+        parts.append(part)
+    return b"".join(parts)
+
+
+def error_response(error: AioserverError) -> web.Response:
+    """*error* as an HTTP answer."""
+    headers = dict(http_headers(error))
+    headers["Content-Type"] = "application/json"
+    if error.force_close:
+        headers["Connection"] = "close"
+    response = web.Response(status=error.http_status, body=error.body(), headers=headers)
+    if error.force_close:
+        response.force_close()
+    return response
+
+
+def last_of_connection(request: web.Request, response: web.StreamResponse) -> None:
+    """Tell the client that this is the last answer on its connection, where it is."""
+    if request.get("close"):
+        response.headers["Connection"] = "close"
+        response.force_close()
+
+
+def front(given: WebSocket, origins: Origins) -> Any:
+    """The middleware in front of every handler."""
+    limits = given.concurrency.uvicorn
+    max_line = limits.h11_max_request_line_size
+    max_head = limits.h11_max_header_size
+    max_requests = limits.max_keepalive_requests
+    seen: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+
+    def check(request: web.Request) -> None:
+        transport = request.transport
+        if transport is not None:
+            number = seen.get(transport, 0) + 1
+            seen[transport] = number
+            if number >= max_requests:
+                request["close"] = True
+        line = len(request.method) + len(request.raw_path) + len(" HTTP/1.1 ")
+        if line > max_line:
+            raise UriTooLong(f"a request line of {line} bytes, at most {max_line}")
+        head = sum([len(name) + len(value) + 4 for name, value in request.raw_headers])
+        if head > max_head:
+            raise HeadersTooLarge(f"{head} bytes of headers, at most {max_head}")
+
+    @web.middleware
+    async def shield(request: web.Request, handler: Any) -> web.StreamResponse:
+        try:
+            check(request)
+            if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
+                return preflight(request)
+            response: web.StreamResponse = await handler(request)
+        except AioserverError as error:
+            response = error_response(error)
+        except web.HTTPException as exc:
+            response = error_response(_ours(exc, request))
+            if isinstance(exc, web.HTTPMethodNotAllowed):
+                response.headers["Allow"] = ", ".join(sorted(exc.allowed_methods))
+        except Exception:
+            logger.exception(
+                "bug in a handler", extra={"fields": {"request_id": request_id(request)}}
+            )
+            response = error_response(InternalError("internal error"))
+        if not response.prepared:
+            last_of_connection(request, response)
+        return response
+
+    def preflight(request: web.Request) -> web.Response:
+        headers = {
+            "Access-Control-Allow-Methods": "GET, POST, DELETE, OPTIONS",
+            "Access-Control-Max-Age": "600",
+        }
+        asked = request.headers.get("Access-Control-Request-Headers", "")
+        if asked.isascii() and asked.isprintable():
+            headers["Access-Control-Allow-Headers"] = asked
+        return web.Response(headers=headers)
+
+    async def dress(request: web.Request, response: web.StreamResponse) -> None:
+        headers = response.headers
+        headers["Server"] = SERVER
+        headers["x-request-id"] = request_id(request)
+        if "Origin" in request.headers:
+            headers.update(origins.cors(request.headers))
+            headers["Access-Control-Expose-Headers"] = EXPOSED
+
+    return shield, dress
+
+
+def _ours(exc: web.HTTPException, request: web.Request) -> AioserverError:
+    match exc.status:
+        case 404:
+            return NotFound(f"no such path: {request.path[:200]}")
+        case 405:
+            return MethodNotAllowed(f"{request.method} is not for this path")
+        case 413:
+            return RequestTooLarge("the body is too large")
+    return InvalidRequest(exc.reason)
+
+
+def version() -> str:
+    """What this is."""
+    return f"{SERVER}/{__version__}"

@@ -1,0 +1,281 @@
+"""OpenAI's API: the official SDKs work unchanged with `base_url` pointed at `/v1`.
+
+The body goes on as it came, only `model` is replaced where it names a provider; the provider's
+events come back byte for byte, each as soon as it arrives. The head of a streamed answer goes out
+with the provider's first bytes, so that until then a fault has its HTTP status; after
+`ping_interval` of silence it goes out alone, and heartbeat comments follow. A fault after the head
+is one error event, then the end: never a silent end, never a false `[DONE]`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import orjson
+from aiohttp import web
+from aiohttp.http import HttpVersion11
+
+from aioserver import eventstream, keys
+from aioserver.auth import Caller, anonymous
+from aioserver.errors import InvalidRequest, ModelNotFound, StreamNotFound, http_headers
+from aioserver.faces import http
+from aioserver.faces.writer import Writer
+from aioserver.gateway import digest_of
+from aioserver.messages import MAX_ID_CHARACTERS
+from aioserver.providers.provider import Answer, Ask
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from aioserver import settings
+    from aioserver.faces.admission import BodyHold
+    from aioserver.router import Route
+    from aioserver.streams import Entry, Stream
+
+PATHS = ("chat/completions", "completions", "embeddings", "responses")
+STREAM_HEADERS = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-cache",
+    "X-Accel-Buffering": "no",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A request, read and found valid."""
+
+    caller: Caller
+    route: Route
+    ask: Ask
+    key: str | None
+    digest: bytes
+
+
+def prepare_for(path: str) -> Callable[[web.Request, BodyHold], Any]:
+    """The first step of the handler for *path*, below `/v1`."""
+
+    async def prepare(request: web.Request, hold: BodyHold) -> Prepared:
+        app = request.app
+        body, fields = await http.read_json(
+            request, hold, app[keys.SETTINGS].chat.websocket.max_message_size
+        )
+        if not isinstance(fields, dict):
+            raise InvalidRequest("the body must be a JSON object")
+        model, streamed = fields.get("model"), fields.get("stream")
+        if model is not None and (not isinstance(model, str) or not model):
+            raise InvalidRequest("model must be a string", param="model")
+        if streamed is not None and not isinstance(streamed, bool):
+            raise InvalidRequest("stream must be true or false", param="stream")
+        key = request.headers.get("Idempotency-Key")
+        if key is not None and (len(key) > MAX_ID_CHARACTERS or not key.isprintable() or not key):
+            raise InvalidRequest(
+                f"Idempotency-Key must have 1 to {MAX_ID_CHARACTERS} printable characters"
+            )
+        route = app[keys.ROUTER].route(model)
+        caller = anonymous(request.remote).on_behalf_of(fields.get("user"))
+        ask = Ask(
+            path,
+            body_maker(body, fields, route),
+            bool(streamed),
+            line=caller.line,
+            model=route.model,
+        )
+        return Prepared(caller, route, ask, key, digest_of(path, body) if key else b"")
+
+    return prepare
+
+
+def body_maker(
+    body: bytes, fields: dict[str, Any], route: Route
+) -> Callable[[settings.Provider], bytes]:
+    """The body for a provider: as it came, or with the model that the route says."""
+    if not route.renamed:
+        return lambda _provider: body
+    return lambda provider: orjson.dumps({**fields, "model": route.model or provider.model})
+
+
+async def serve(request: web.Request, prepared: Prepared) -> web.StreamResponse:
+    """The second step: the answer."""
+    gateway = request.app[keys.GATEWAY]
+    ask = prepared.ask
+    if ask.streamed:
+        stream = gateway.relay(
+            prepared.caller,
+            prepared.route,
+            ask,
+            name=http.request_id(request),
+            key=prepared.key,
+            digest=prepared.digest,
+        )
+        return await _follow(request, stream)
+    answer = await gateway.call(
+        prepared.caller, prepared.route, ask, key=prepared.key, digest=prepared.digest
+    )
+    return _whole(answer)
+
+
+def _whole(answer: Answer) -> web.Response:
+    return web.Response(
+        status=answer.status,
+        body=answer.body,
+        headers={
+            "Content-Type": answer.content_type,
+            "x-aioserver-provider": answer.provider,
+            "x-aioserver-attempts": "1",
+            **answer.headers,
+        },
+    )
+
+
+class _Opening:
+    """Waits, as a reader of the stream, for what decides how the answer begins."""
+
+    def __init__(self, stream: Stream, loop: asyncio.AbstractEventLoop) -> None:
+        self.at = 0
+        self.begun: asyncio.Future[None] = loop.create_future()
+        self._stream = stream
+        self.poke()
+
+    def poke(self) -> None:
+        """The stream has grown: the provider's first bytes, or an end without any."""
+        stream = self._stream
+        if (stream.ended or stream.entries[-1].data if stream.entries else stream.ended) and (
+            not self.begun.done()
+        ):
+            self.begun.set_result(None)
+
+    def queued(self, position: int, eta: float) -> None:
+        """OpenAI's format has no place for it."""
+
+
+async def _follow(request: web.Request, stream: Stream) -> web.StreamResponse:
+    app = request.app
+    gateway = app[keys.GATEWAY]
+    loop = asyncio.get_running_loop()
+    interval = app[keys.SETTINGS].chat.websocket.ping_interval
+    opening = _Opening(stream, loop)
+    stream.readers.append(opening)
+    gateway.read(stream)
+    writer: Writer | None = None
+    try:
+        timer = loop.call_later(interval, _give_up_waiting, opening.begun)
+        try:
+            await opening.begun
+        finally:
+            timer.cancel()
+        if stream.ended and not stream.answered:
+            raise stream.error or StreamNotFound("this answer was cancelled")
+        response = _streamed_response(request, stream)
+        payload_writer = await response.prepare(request)
+        assert payload_writer is not None
+        assert request.transport is not None
+        chunked = request.version >= HttpVersion11
+        writer = Writer(
+            request.transport,
+            payload_writer.drain,
+            send_timeout=app[keys.SETTINGS].chat.streams.send_timeout,
+            wrap=_chunk if chunked else None,
+            left=gateway.unread,
+        )
+        finished: asyncio.Future[None] = loop.create_future()
+        writer.follow(stream, 0, render, finished=lambda _follower: finished.set_result(None))
+        stream.readers.remove(opening)
+        beat = Heartbeat(writer, interval)
+        app[keys.WHEEL].add(beat, interval)
+        try:
+            writer.pump()
+            if not finished.done():
+                await finished
+            await writer.flush()
+        finally:
+            app[keys.WHEEL].remove(beat)
+        return response
+    finally:
+        if writer is not None:
+            writer.close()  # now, before aiohttp can write the connection's next response
+        if opening in stream.readers:
+            stream.readers.remove(opening)
+            gateway.unread(stream)
+
+
+def _give_up_waiting(begun: asyncio.Future[None]) -> None:
+    if not begun.done():
+        begun.set_result(None)
+
+
+def _streamed_response(request: web.Request, stream: Stream) -> web.StreamResponse:
+    headers = {**STREAM_HEADERS, **stream.headers}
+    if stream.provider:
+        headers["x-aioserver-provider"] = stream.provider
+        headers["x-aioserver-attempts"] = str(stream.attempts)
+    response = web.StreamResponse(headers=headers)
+    http.last_of_connection(request, response)
+    return response
+
+
+def render(_stream: Stream, entry: Entry, skip: int) -> bytes:
+    """The provider's own bytes, but for the first *skip* events."""
+    if not skip or not entry.data:
+        return entry.data
+    return b"".join(eventstream.split(entry.data)[skip:])
+
+
+def _chunk(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+class Heartbeat:
+    """A member of the wheel: a comment after each *interval* seconds in which nothing was written."""
+
+    __slots__ = ("_interval", "_writer", "bucket")
+
+    def __init__(self, writer: Writer, interval: float) -> None:
+        self.bucket = 0
+        self._writer = writer
+        self._interval = interval
+
+    def visit(self, now: float) -> float | None:
+        """Write the comment if it is due."""
+        if self._writer.closed:
+            return None
+        silence = now - self._writer.last_write
+        if silence < self._interval * 0.99:
+            return self._interval - silence
+        self._writer.send(eventstream.HEARTBEAT)
+        return self._interval
+
+
+def _models(app: web.Application) -> Iterator[dict[str, Any]]:
+    for name, provider in app[keys.ROUTER].providers.items():
+        if not provider.settings.usable:
+            continue
+        given = provider.settings
+        yield _model(name, name)
+        for model in dict.fromkeys((given.model, *given.models)):
+            yield _model(f"{name}/{model}", name)
+
+
+def _model(name: str, owner: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": owner}
+
+
+async def models(request: web.Request) -> web.Response:
+    """`GET /v1/models`: the usable providers and their models; no provider is asked."""
+    return web.json_response({"object": "list", "data": list(_models(request.app))})
+
+
+async def model(request: web.Request) -> web.Response:
+    """`GET /v1/models/{id}`."""
+    name = request.match_info["id"]
+    for one in _models(request.app):
+        if one["id"] == name or one["id"].partition("/")[2] == name:
+            return web.json_response(one)
+    error = ModelNotFound(f"no model {name[:64]!r} is configured", param="model")
+    return web.Response(
+        status=error.http_status,
+        body=error.body(),
+        headers=http_headers(error),
+        content_type="application/json",
+    )

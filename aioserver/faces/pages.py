@@ -1,0 +1,59 @@
+"""The chat page, and the same address as JSON for programs. Assets are read once, at the start."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from typing import TYPE_CHECKING
+
+from aiohttp import web
+
+from aioserver.faces.status import overview
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+TYPES = {
+    ".html": "text/html",
+    ".js": "text/javascript",
+    ".css": "text/css",
+    ".svg": "image/svg+xml",
+}
+HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'; base-uri 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+
+
+def routes() -> list[web.AbstractRouteDef]:
+    """`/` and `/assets/…`."""
+    assets = {
+        one.name: one.read_bytes()
+        for one in files("aioserver.faces").joinpath("assets").iterdir()
+        if one.name.endswith(tuple(TYPES))
+    }
+    page = assets.pop("index.html")
+
+    async def index(request: web.Request) -> web.Response:
+        accept = request.headers.get("Accept", "")
+        if "text/html" in accept:
+            return _file("index.html", page)
+        return web.json_response(overview(request.app))
+
+    return [
+        web.get("/", index),
+        *(web.get(f"/assets/{name}", _serving(name, body)) for name, body in assets.items()),
+    ]
+
+
+def _serving(name: str, body: bytes) -> Callable[[web.Request], Awaitable[web.Response]]:
+    async def asset(_request: web.Request) -> web.Response:
+        return _file(name, body)
+
+    return asset
+
+
+def _file(name: str, body: bytes) -> web.Response:
+    kind = TYPES[name[name.rindex(".") :]]
+    return web.Response(body=body, content_type=kind, charset="utf-8", headers=HEADERS)

@@ -1,0 +1,194 @@
+"""The SSE face (WHATWG HTML 9.2): `fetch` and `EventSource`, each event with its number as `id`.
+
+POST starts an answer, and streams it or, with `Prefer: respond-async`, says where it is; GET
+follows it from any event on, so that an EventSource which reconnects by itself misses nothing;
+DELETE ends it. The headers are aiohttp-sse's; its ping task is not used, since it would be a
+second writer on the socket.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from aiohttp import web
+from aiohttp.http import HttpVersion11
+from aiohttp_sse import EventSourceResponse
+
+from aioserver import eventstream, keys, messages
+from aioserver.auth import Caller, anonymous
+from aioserver.errors import InvalidRequest, ServerAtCapacity
+from aioserver.faces import http
+from aioserver.faces.openai import Heartbeat
+from aioserver.faces.writer import Writer
+
+if TYPE_CHECKING:
+    from aiohttp.abc import AbstractStreamWriter
+
+    from aioserver.faces.admission import BodyHold
+    from aioserver.messages import Chat
+    from aioserver.streams import Entry, Stream
+
+RETRY = b"retry: 2000\n\n"  # milliseconds until an EventSource comes back
+
+
+class Events(EventSourceResponse):
+    """aiohttp-sse's response, without its ping task."""
+
+    def __init__(self, request: web.Request) -> None:
+        super().__init__(sep="\n", allow_all_methods=True, send_timeout=None)
+        http.last_of_connection(request, self)
+
+    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
+        """Send the head."""
+        return await web.StreamResponse.prepare(self, request)
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A question, read and found valid."""
+
+    caller: Caller
+    chat: Chat
+    later: bool  # 202 now, the events by GET
+
+
+async def prepare(request: web.Request, hold: BodyHold) -> Asked:
+    """The first step of POST."""
+    limit = request.app[keys.SETTINGS].chat.websocket.max_message_size
+    _, fields = await http.read_json(request, hold, limit)
+    if not isinstance(fields, dict):
+        raise InvalidRequest("the body must be a JSON object")
+    request_id = messages.identifier(fields.pop("request_id", None))
+    preferences = request.headers.get("Prefer", "")
+    later = any(one.strip().lower() == "respond-async" for one in preferences.split(","))
+    return Asked(anonymous(request.remote), messages.chat(request_id, fields), later)
+
+
+async def start(request: web.Request, asked: Asked) -> web.StreamResponse:
+    """The second step of POST: the answer, or where it is."""
+    app = request.app
+    stream = app[keys.GATEWAY].ask(asked.caller, asked.chat)
+    if not asked.later:
+        return await _follow(request, stream, 0)
+    if not stream.readers:
+        app[keys.GATEWAY].detach(stream)
+    endpoint = app[keys.SETTINGS].chat.sse.endpoint
+    location = f"{endpoint}/{quote(stream.request_id, safe='')}"
+    body: dict[str, Any] = {"request_id": stream.request_id, "location": location}
+    return web.json_response(
+        body, status=202, headers={"Location": location, "Preference-Applied": "respond-async"}
+    )
+
+
+async def prepare_resume(request: web.Request, _hold: BodyHold) -> tuple[Stream, int]:
+    """The first step of GET: which stream, and behind which event."""
+    stream = request.app[keys.GATEWAY].find(
+        anonymous(request.remote), messages.identifier(request.match_info["request_id"])
+    )
+    given = request.headers.get("Last-Event-ID") or request.query.get("last_event_id") or "0"
+    after = messages.event_number(given)
+    stream.locate(after)  # a gap is told before a place is taken
+    return stream, after
+
+
+async def resume(request: web.Request, found: tuple[Stream, int]) -> web.StreamResponse:
+    """The second step of GET; 204, which stops an EventSource, where nothing is left."""
+    stream, after = found
+    if stream.ended and after >= stream.last:
+        return web.Response(status=204)
+    return await _follow(request, stream, after)
+
+
+async def busy(request: web.Request, error: ServerAtCapacity) -> web.StreamResponse:
+    """No place for a GET: any status but 200 would stop an EventSource for good."""
+    response = Events(request)
+    await response.prepare(request)
+    frame = messages.loose_frame(request.match_info["request_id"], "busy", error.as_chunk())
+    await response.write(RETRY + eventstream.write(frame, event="busy"))
+    return response
+
+
+async def listing(request: web.Request) -> web.Response:
+    """GET without an id: the caller's own streams that are kept."""
+    own = [
+        {
+            "request_id": stream.request_id,
+            "status": stream.end_status.decode() or "running",
+            "last_event_id": stream.last,
+            "first_event_id": stream.first,
+            "readers": len(stream.readers),
+        }
+        for stream in request.app[keys.GATEWAY].of(anonymous(request.remote))
+    ]
+    return web.json_response({"streams": own})
+
+
+async def cancel(request: web.Request) -> web.Response:
+    """DELETE: end the stream for everybody; also when it has ended."""
+    request_id = messages.identifier(request.match_info["request_id"])
+    request.app[keys.GATEWAY].cancel(anonymous(request.remote), request_id)
+    return web.Response(status=204)
+
+
+def render(stream: Stream, entry: Entry, skip: int) -> bytes:
+    """An entry of a log as events with their numbers, but for its first *skip*."""
+    status = entry.status.decode()
+    return b"".join(
+        [
+            eventstream.write(frame, event=status, id=number)
+            for number, frame in enumerate(stream.frames(entry)[skip:], entry.first + skip)
+        ]
+    )
+
+
+async def _follow(request: web.Request, stream: Stream, after: int) -> web.StreamResponse:
+    app = request.app
+    gateway = app[keys.GATEWAY]
+    chat = app[keys.SETTINGS].chat
+    interval = chat.websocket.ping_interval
+    response = Events(request)
+    payload_writer = await response.prepare(request)
+    assert payload_writer is not None
+    assert request.transport is not None
+    writer = Writer(
+        request.transport,
+        payload_writer.drain,
+        send_timeout=chat.streams.send_timeout,
+        wrap=_chunk if request.version >= HttpVersion11 else None,
+        left=gateway.unread,
+    )
+    finished: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def queued(position: int, eta: float) -> bytes:
+        chunk = {"position": position, "eta": round(eta, 1)}
+        return eventstream.write(
+            messages.loose_frame(stream.request_id, "queued", chunk), event="queued"
+        )
+
+    app[keys.ADMISSION].log("opened", "sse")
+    beat = Heartbeat(writer, interval)
+    try:
+        writer.send(RETRY)
+        writer.follow(
+            stream,
+            after,
+            render,
+            queued=queued,
+            finished=lambda _follower: finished.set_result(None),
+        )
+        gateway.read(stream)
+        app[keys.WHEEL].add(beat, interval)
+        await finished
+        await writer.flush()
+        return response
+    finally:
+        app[keys.WHEEL].remove(beat)
+        writer.close()
+        app[keys.ADMISSION].log("closed", "sse")
+
+
+def _chunk(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)

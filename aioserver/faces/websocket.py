@@ -1,0 +1,343 @@
+"""The WebSocket face (RFC 6455): many questions at once on one socket, each resumable.
+
+One task reads, always: a reader that stops does not see its client go. Commands are carried out in
+that task without waiting for anything; the answers are written by the socket's one writer, which
+follows their streams. Frames go straight to the transport, ready-made: no compression, and no
+masking from a server. Pings are ours: aiohttp's heartbeat has a fixed wait and closes without a
+close frame.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import struct
+import uuid
+from typing import TYPE_CHECKING
+
+from aiohttp import WSCloseCode, WSMsgType, web
+
+from aioserver import keys, messages
+from aioserver.auth import anonymous
+from aioserver.errors import (
+    AioserverError,
+    ConcurrencyExceeded,
+    RateLimitExceeded,
+    RequestTooLarge,
+    ServerAtCapacity,
+    ServerShutdown,
+)
+from aioserver.faces.admission import MAX_REFUSED_CLOSING, Entering
+from aioserver.faces.writer import Follower, Writer
+from aioserver.messages import BadCommand, Cancel, Chat, Ping, Resume
+
+if TYPE_CHECKING:
+    from aioserver.streams import Entry, Stream
+
+MAX_ANSWERS = 32  # running at once on one socket
+MAX_WAITING_FRAMES = 16  # kept of a socket that waits for its place
+MAX_WAITING_BYTES = 1 << 20
+FRAMES_PER_SECOND, FRAMES_BURST = 100, 200  # beyond: a flood
+CLOSE_TIMEOUT = 2.0  # seconds for a client to answer a close frame
+_TEXT, _PING, _PONG = 0x81, 0x89, 0x8A
+
+
+def _frame(first: int, payload: bytes) -> bytes:
+    size = len(payload)
+    if size < 126:
+        return b"%c%c%b" % (first, size, payload)
+    if size < 65536:
+        return struct.pack("!BBH", first, 126, size) + payload
+    return struct.pack("!BBQ", first, 127, size) + payload
+
+
+def render(stream: Stream, entry: Entry, skip: int) -> bytes:
+    """An entry of a log as text frames, but for its first *skip* events."""
+    frames = stream.frames(entry)
+    if len(frames) == 1:
+        return b"" if skip else _frame(_TEXT, frames[0])
+    return b"".join([_frame(_TEXT, frame) for frame in frames[skip:]])
+
+
+async def handler(request: web.Request) -> web.StreamResponse:
+    """One socket, from handshake to close."""
+    app = request.app
+    app[keys.ORIGINS].check(request.headers)
+    admission = app[keys.ADMISSION]
+    if admission.refused_closing >= MAX_REFUSED_CLOSING:
+        raise ServerAtCapacity("too many refused sockets are still closing", retry_after=5.0)
+    limits = app[keys.SETTINGS].chat.websocket
+    ws = web.WebSocketResponse(
+        timeout=CLOSE_TIMEOUT,
+        autoping=False,
+        autoclose=False,
+        compress=False,
+        max_msg_size=limits.max_message_size + 1,  # aiohttp refuses exactly the size it is given
+    )
+    payload_writer = await ws.prepare(request)
+    assert request.transport is not None
+    socket = Socket(request, ws, request.transport, payload_writer.drain)
+    app[keys.SOCKETS].add(socket)
+    try:
+        with Entering(admission, entered=socket.entered, refused=socket.refused, told=socket.told):
+            await socket.read()
+    finally:
+        app[keys.SOCKETS].discard(socket)
+        await socket.close()
+    return ws
+
+
+class Socket:
+    """One client's WebSocket.
+
+    Always: an answer in `_following` is followed by the writer; frames that came before the place
+    are kept in order, and carried out once it is there.
+    """
+
+    def __init__(
+        self,
+        request: web.Request,
+        ws: web.WebSocketResponse,
+        transport: asyncio.Transport,
+        drain: object,
+    ) -> None:
+        app = request.app
+        self.bucket = 0  # the wheel's
+        self._app = app
+        self._ws = ws
+        self._gateway = app[keys.GATEWAY]
+        self._admission = app[keys.ADMISSION]
+        self._limits = app[keys.SETTINGS].chat.websocket
+        self._caller = anonymous(request.remote)
+        self._scope = uuid.uuid4().hex  # the conversation of turns that name none
+        self._loop = asyncio.get_running_loop()
+        self._transport = transport
+        self._writer = Writer(
+            transport,
+            drain,  # type: ignore[arg-type]
+            send_timeout=app[keys.SETTINGS].chat.streams.send_timeout,
+            dropped=self._dropped,
+            left=self._gateway.unread,
+        )
+        self._following: dict[str, Follower] = {}
+        self._inside = False
+        self._waiting: list[str] = []
+        self._waiting_bytes = 0
+        self._flood_due = 0.0
+        self._pings = itertools.count(1)
+        self._ping: bytes | None = None  # sent, its pong has not come
+        self._pinged = False  # a ping was sent, its wait is not over
+        self._last_request = self._loop.time()
+        self._close_task: asyncio.Task[None] | None = None
+        self._refused_closing = False
+        app[keys.WHEEL].add(self, self._limits.ping_interval)
+
+    # Admission.
+
+    def entered(self) -> None:
+        """The place is taken: carry out what came while waiting."""
+        self._inside = True
+        self._admission.log("opened", "websocket")
+        waiting, self._waiting = self._waiting, []
+        for text in waiting:
+            self._carry_out(text)
+
+    def refused(self, error: AioserverError) -> None:
+        """No place: say so, then close."""
+        self._admission.log("refused", "websocket", logging.WARNING)
+        if not self._refused_closing:
+            self._refused_closing = True
+            self._admission.refused_closing += 1
+        self.end(error)
+
+    def told(self, position: int, eta: float) -> None:
+        """Where the socket stands in the line."""
+        self._say(None, "queued", {"position": position, "eta": round(eta, 1)})
+
+    # Reading.
+
+    async def read(self) -> None:
+        """Read until the client has gone, or has been sent away."""
+        ws = self._ws
+        while True:
+            message = await ws.receive()
+            match message.type:
+                case WSMsgType.TEXT:
+                    if self._close_task is None:
+                        self._text(message.data)
+                case WSMsgType.PONG:
+                    if bytes(message.data) == self._ping:
+                        self._ping = None
+                case WSMsgType.PING:
+                    if self._counts():
+                        self._writer.send(_frame(_PONG, bytes(message.data)))
+                case WSMsgType.BINARY:
+                    self._end(WSCloseCode.UNSUPPORTED_DATA, b"text frames only")
+                case _:
+                    return
+
+    def _text(self, text: str) -> None:
+        limit = self._limits.max_message_size
+        if len(text) > limit or (not text.isascii() and len(text.encode()) > limit):
+            self.end(RequestTooLarge(f"a message of more than {limit} bytes"))
+        elif not self._counts():
+            pass
+        elif self._inside:
+            self._carry_out(text)
+        else:
+            self._waiting.append(text)
+            self._waiting_bytes += len(text)
+            if len(self._waiting) > MAX_WAITING_FRAMES or self._waiting_bytes > MAX_WAITING_BYTES:
+                self.end(RateLimitExceeded("too many messages before a place was free"))
+
+    def _counts(self) -> bool:
+        """Count a frame (GCRA: ITU-T I.371); a flood ends the socket."""
+        now = self._loop.time()
+        self._flood_due = max(self._flood_due, now) + 1 / FRAMES_PER_SECOND
+        if self._flood_due - now <= FRAMES_BURST / FRAMES_PER_SECOND:
+            return True
+        self.end(RateLimitExceeded(f"more than {FRAMES_PER_SECOND} frames a second"))
+        return False
+
+    def _carry_out(self, text: str) -> None:
+        request_id = None
+        try:
+            command = messages.parse(text)
+            match command:
+                case Ping(request_id):
+                    self._say(request_id, "pong", {})
+                case Chat():
+                    request_id = command.request_id
+                    self._chat(command)
+                case Cancel(request_id):
+                    self._cancel(request_id)
+                case Resume(request_id, last_event_id):
+                    self._follow(self._gateway.find(self._caller, request_id), last_event_id)
+        except BadCommand as bad:
+            self._complain(bad.request_id, bad.error)
+        except AioserverError as error:
+            self._complain(request_id, error)
+
+    def _chat(self, chat: Chat) -> None:
+        self._last_request = self._loop.time()
+        if chat.request_id not in self._following and len(self._following) >= MAX_ANSWERS:
+            raise ConcurrencyExceeded(f"{MAX_ANSWERS} answers run on this socket already")
+        self._follow(self._gateway.ask(self._caller, chat, self._scope), 0)
+
+    def _cancel(self, request_id: str) -> None:
+        stream = self._gateway.cancel(self._caller, request_id)
+        if request_id not in self._following:  # its end is the answer, also when asked twice
+            self._follow(stream, stream.last - 1 if stream.ended else stream.last)
+
+    def _follow(self, stream: Stream, after: int) -> None:
+        old = self._following.pop(stream.request_id, None)
+        follower = self._writer.follow(
+            stream,
+            after,
+            render,
+            queued=lambda position, eta: _frame(
+                _TEXT,
+                messages.loose_frame(
+                    stream.request_id, "queued", {"position": position, "eta": round(eta, 1)}
+                ),
+            ),
+            finished=self._finished,
+        )
+        self._following[stream.request_id] = follower
+        self._gateway.read(stream)
+        if old is not None:
+            self._writer.unfollow(old)
+
+    def _finished(self, follower: Follower) -> None:
+        if self._following.get(follower.stream.request_id) is follower:
+            del self._following[follower.stream.request_id]
+
+    # Writing.
+
+    def _say(self, request_id: str | None, status: str, chunk: dict[str, object]) -> None:
+        self._writer.send(_frame(_TEXT, messages.loose_frame(request_id, status, chunk)))
+
+    def _complain(self, request_id: str | None, error: AioserverError) -> None:
+        if isinstance(error, ServerShutdown):
+            self.end(error)
+        else:
+            self._say(request_id, "error", error.as_chunk())
+
+    def visit(self, now: float) -> float | None:
+        """The wheel's call: ping, or see whether the last ping was answered."""
+        if self._writer.closed or self._close_task is not None:
+            return None
+        idle = self._limits.idle_timeout
+        if idle and now - self._last_request >= idle and not self._following and self._inside:
+            self._end(WSCloseCode.OK, b"idle")
+            return None
+        if self._ping is not None:
+            self._end(WSCloseCode.INTERNAL_ERROR, b"keepalive ping timeout", lost=True)
+            return None
+        if self._pinged:
+            self._pinged = False
+            pause = self._limits.ping_interval - self._limits.ping_timeout
+            if pause > 0:
+                return pause
+        self._ping = struct.pack("!I", next(self._pings))
+        self._pinged = True
+        self._writer.send(_frame(_PING, self._ping))
+        return self._limits.ping_timeout
+
+    # Ending.
+
+    def end(self, error: AioserverError) -> None:
+        """Say *error*, then close with its code."""
+        if self._close_task is None:
+            self._say(None, "error", error.as_chunk())
+            assert error.close is not None
+            self._end(error.close, error.close_reason)
+
+    def _end(self, code: int, reason: bytes, *, lost: bool = False) -> None:
+        if self._close_task is None:
+            self._close_task = self._loop.create_task(self._close(code, reason, lost=lost))
+
+    async def _close(self, code: int, reason: bytes, *, lost: bool) -> None:
+        if lost:  # the client answers nothing: the close frame is a courtesy
+            self._writer.send(_frame(0x88, struct.pack("!H", code) + reason))
+            self._writer.close()
+            self._transport.close()
+            return
+        await self._writer.flush()
+        self._writer.close()
+        # Not drained: on a stalled client that would wait for ever. The watch of the writer and
+        # the timeout of the close handshake bound what comes now.
+        await self._ws.close(code=code, message=reason, drain=False)
+
+    async def close(self) -> None:
+        """The socket is over: follow nothing, answer the client's close, leave nothing behind."""
+        self._app[keys.WHEEL].remove(self)
+        if self._inside:
+            self._admission.log("closed", "websocket")
+        try:
+            if self._close_task is None:
+                self._writer.close()
+                if not self._ws.closed:
+                    await self._ws.close(drain=False)
+            else:
+                await self._close_task
+        finally:
+            self._writer.close()
+            if self._refused_closing:
+                self._admission.refused_closing -= 1
+
+    async def stop(self) -> None:
+        """The server ends: tell the client to come back."""
+        if self._close_task is None:
+            self._end(ServerShutdown.close or 1012, ServerShutdown.close_reason)
+        assert self._close_task is not None
+        await asyncio.wait((self._close_task,))
+
+    @property
+    def busy(self) -> bool:
+        """Whether an answer is being written."""
+        return bool(self._following)
+
+    def _dropped(self, why: str) -> None:
+        self._admission.log(f"dropped: {why}", "websocket", logging.WARNING)

@@ -1,0 +1,295 @@
+"""The one writer of a client's socket.
+
+Every byte to a client goes through its writer: events, heartbeats, pings, pongs, close frames. It
+keeps cursors into logs, not events; only control frames are queued, 64 of them. `pump` is
+synchronous and is called from `Stream.append` itself, so that a token goes from the provider's
+socket to the client's without a task switch:
+
+    Stream.append → Follower.poke → Writer.pump → transport.write
+
+When the transport's buffer is over its mark the writer is blocked: it stops rendering, one task
+waits in `drain()`, and a watch aborts the transport after `send_timeout` without progress. A
+blocked write is never cancelled. An idle writer has no task and no timer.
+
+A socket that follows one stream writes at once; one that follows several gathers what comes in
+one turn of the loop. Cursors take turns: a long replay cannot hold up the others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from aioserver.errors import ResumeGap
+from aioserver.stall import StallWatch
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from aioserver.streams import Entry, Stream
+
+TURN_BYTES = 1 << 16  # of one cursor in one turn, and of one write
+MAX_CONTROL_FRAMES = 64
+
+
+class Follower:
+    """One reader of one stream: the cursor, and how its events look on this face.
+
+    *at* is the index of the next entry, counted from the start of the log; *skip* says how many of
+    its events have been seen already.
+    """
+
+    __slots__ = ("_queued", "_render", "_writer", "at", "finished", "gone", "skip", "stream")
+
+    def __init__(
+        self,
+        writer: Writer,
+        stream: Stream,
+        after: int,
+        render: Callable[[Stream, Entry, int], bytes],
+        queued: Callable[[int, float], bytes] | None,
+        finished: Callable[[Follower], None],
+    ) -> None:
+        self.stream = stream
+        self.at, self.skip = stream.locate(after)
+        self.finished = finished
+        self.gone = False
+        self._writer = writer
+        self._render = render
+        self._queued = queued
+
+    def poke(self) -> None:
+        """The log has grown."""
+        self._writer.poke(self)
+
+    def queued(self, position: int, eta: float) -> None:
+        """Pass the position in the provider's line on, where this face shows it."""
+        if self._queued is not None:
+            self._writer.send(self._queued(position, eta))
+
+    def take(self, parts: list[bytes], room: int) -> bool:
+        """Render up to about *room* bytes into *parts*; whether the cursor has caught up.
+
+        Raises:
+            ResumeGap: the log has let go of what this reader has not seen.
+        """
+        stream = self.stream
+        entries = stream.entries
+        index = self.at - stream.offset
+        if index < 0:
+            raise ResumeGap("the reader fell behind what is kept")
+        end = len(entries)
+        while index < end and room > 0:
+            part = self._render(stream, entries[index], self.skip)
+            self.skip = 0
+            index += 1
+            parts.append(part)
+            room -= len(part)
+        self.at = stream.offset + index
+        return index >= end
+
+
+class Writer:
+    """Writes what its followers have not seen, in as few writes as possible.
+
+    Always: nothing is written while blocked; a follower in `_ready` has something to take; once
+    closed it follows nothing, so that no later append can reach the connection's next response.
+    """
+
+    def __init__(
+        self,
+        transport: asyncio.Transport,
+        drain: Callable[[], Awaitable[None]],
+        *,
+        send_timeout: float,
+        dropped: Callable[[str], None] = lambda _why: None,
+        wrap: Callable[[bytes], bytes] | None = None,
+        left: Callable[[Stream], None] = lambda _stream: None,
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._transport = transport
+        self._drain = drain
+        self._send_timeout = send_timeout
+        self._dropped = dropped
+        self._wrap = wrap
+        self._left = left
+        self._followers: dict[Follower, None] = {}
+        self._ready: dict[Follower, None] = {}
+        self._control: list[bytes] = []
+        self._scheduled: asyncio.Handle | None = None
+        self._draining: asyncio.Task[None] | None = None
+        self._watch: StallWatch | None = None
+        self._closed = False
+        self.last_write = self._loop.time()
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing will be written any more."""
+        return self._closed
+
+    @property
+    def following(self) -> int:
+        """How many streams are followed."""
+        return len(self._followers)
+
+    def follow(
+        self,
+        stream: Stream,
+        after: int,
+        render: Callable[[Stream, Entry, int], bytes],
+        *,
+        queued: Callable[[int, float], bytes] | None = None,
+        finished: Callable[[Follower], None] = lambda _follower: None,
+    ) -> Follower:
+        """Write what *stream* has behind event *after*, and what will come.
+
+        *render* makes the bytes of an entry but for its first events, as many as its third
+        argument says; *finished* is called when the last event was written.
+
+        Raises:
+            ResumeGap: see `Stream.locate`.
+        """
+        follower = Follower(self, stream, after, render, queued, finished)
+        stream.readers.append(follower)
+        self._followers[follower] = None
+        if follower.at < stream.offset + len(stream.entries) or stream.ended:
+            self._ready[follower] = None
+            self._schedule()
+        return follower
+
+    def unfollow(self, follower: Follower) -> None:
+        """Stop reading; the stream learns that it has a reader less."""
+        if follower.gone:
+            return
+        follower.gone = True
+        self._followers.pop(follower, None)
+        self._ready.pop(follower, None)
+        stream = follower.stream
+        stream.readers.remove(follower)
+        if stream.ended:
+            stream.passed()
+        self._left(stream)
+
+    def poke(self, follower: Follower) -> None:
+        """*follower* has something to write."""
+        self._ready[follower] = None
+        if self._draining is not None or self._closed:
+            return
+        if len(self._followers) == 1:
+            self.pump()
+        else:
+            self._schedule()
+
+    def send(self, data: bytes) -> None:
+        """Write a control frame or a comment, before any event that is not written yet."""
+        if self._closed:
+            return
+        if self._draining is not None:
+            if len(self._control) >= MAX_CONTROL_FRAMES:
+                self.abort("more than 64 control frames wait")
+                return
+            self._control.append(data)
+        else:
+            self._write(data if self._wrap is None else self._wrap(data))
+
+    def pump(self) -> None:
+        """Write what is ready, until all is written or the transport's buffer is full."""
+        self._scheduled = None
+        ready = self._ready
+        while (ready or self._control) and self._draining is None and not self._closed:
+            parts, self._control = self._control, []
+            room = TURN_BYTES
+            ended: list[Follower] = []
+            for follower in list(ready):
+                have = len(parts)
+                try:
+                    caught_up = follower.take(parts, room)
+                except ResumeGap:
+                    self.abort("reader fell behind")
+                    return
+                del ready[follower]
+                if not caught_up:
+                    ready[follower] = None  # at the end of the line: the others' turn
+                elif follower.stream.ended:
+                    ended.append(follower)
+                room -= sum(map(len, parts[have:]))
+                if room <= 0:
+                    break
+            data = parts[0] if len(parts) == 1 else b"".join(parts)
+            if data:
+                self._write(data if self._wrap is None else self._wrap(data))
+            for follower in ended:
+                if not follower.gone:
+                    self.unfollow(follower)
+                    follower.finished(follower)
+
+    async def flush(self) -> None:
+        """Wait until all that is ready was handed to the transport, or the writer is closed."""
+        while not self._closed and (self._ready or self._control or self._draining is not None):
+            if self._draining is None:
+                self.pump()
+            if self._draining is not None:
+                await asyncio.wait((self._draining,))
+
+    def abort(self, why: str) -> None:
+        """Drop the client: its connection ends with a reset, whatever is still to be written."""
+        if not self._closed:
+            self._dropped(why)
+        self._transport.abort()
+        self.close()
+
+    def close(self) -> None:
+        """Follow nothing from now on. What the transport still holds is watched until it is out."""
+        if self._closed:
+            return
+        self._closed = True
+        for follower in list(self._followers):
+            self.unfollow(follower)
+        self._ready.clear()
+        self._control.clear()
+        if self._scheduled is not None:
+            self._scheduled.cancel()
+            self._scheduled = None
+        if (
+            self._watch is None
+            and not self._transport.is_closing()
+            and self._transport.get_write_buffer_size()
+        ):
+            # Not left to close(): it waits for ever for a peer that does not read.
+            StallWatch(self._loop, self._transport, self._send_timeout, self._transport.abort)
+
+    def _schedule(self) -> None:
+        if self._scheduled is None:
+            self._scheduled = self._loop.call_soon(self.pump)
+
+    def _write(self, data: bytes) -> None:
+        transport = self._transport
+        if transport.is_closing():
+            self.close()
+            return
+        self.last_write = self._loop.time()
+        transport.write(data)
+        if transport.get_write_buffer_size() > TURN_BYTES:
+            self._block()
+
+    def _block(self) -> None:
+        self._draining = self._loop.create_task(self._unblock())
+        self._watch = StallWatch(
+            self._loop,
+            self._transport,
+            self._send_timeout,
+            lambda: self.abort(f"nothing taken for {self._send_timeout} s"),
+        )
+
+    async def _unblock(self) -> None:
+        try:
+            await self._drain()
+        except ConnectionError:
+            self.close()  # the client is gone
+        finally:
+            self._draining = None
+            if self._watch is not None:
+                self._watch.stop()
+                self._watch = None
+        if not self._closed:
+            self.pump()

@@ -1,0 +1,278 @@
+"""The counting gate: so many inside, so many waiting, the rest refused.
+
+Used twice: in front of the handlers (`max_connections`, one line for all) and in front of each
+provider (`concurrent_requests`, fair between callers). Three bounds make it what it is: the places,
+the number of those who wait, and the time that each of them waits. A freed place is handed to the
+next in line, never thrown open: a newcomer cannot overtake, and nobody waits while a place is free.
+
+Not asyncio.Semaphore: it bounds neither its waiters nor their wait, and tells nobody their position.
+
+Fairness is round robin over callers, in order within one (Nagle, "On Packet Switches with Infinite
+Storage", RFC 970, 1985): a caller with a thousand requests delays another by one turn at most.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections import OrderedDict, deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable, Iterator
+
+    from aioserver.errors import AioserverError
+
+TELL_EVERY = 1.0  # seconds between two looks at the line for those who want their position
+RETRY_AFTER = (1.0, 60.0)  # bounds of every estimate of when to come back
+SMOOTHING = 0.2  # weight of the newest interval between two freed places
+
+
+@dataclass(frozen=True, slots=True)
+class GateStats:
+    """A gate at one moment; *oldest_wait* in seconds."""
+
+    inside: int
+    limit: int
+    waiting: int
+    queue_size: int
+    oldest_wait: float
+    entered: int
+    refused: int
+
+
+class Place:
+    """One place inside a gate. Given back once, however often `release` is called."""
+
+    __slots__ = ("_gate",)
+
+    def __init__(self, gate: Gate) -> None:
+        self._gate: Gate | None = gate
+
+    def release(self) -> None:
+        """Give the place back."""
+        gate, self._gate = self._gate, None
+        if gate is not None:
+            gate._leave()  # noqa: SLF001 - the two are one concept
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.release()
+
+
+class _Waiter:
+    __slots__ = ("caller", "since", "told", "turn")
+
+    def __init__(
+        self,
+        turn: asyncio.Future[Place],
+        caller: Hashable,
+        since: float,
+        told: Callable[[int, float], None] | None,
+    ) -> None:
+        self.turn = turn
+        self.caller = caller
+        self.since = since
+        self.told = told
+
+
+class Gate:
+    """Bounded in places, in waiters and in their wait; fair between callers.
+
+    Always: `inside <= limit`; nobody waits while a place is free (but for a limit just lowered);
+    each caller in `_waiting` has at least one waiter. One event loop owns one gate.
+
+    *full* and *late* make the errors for a line that is full and a wait that was too long; they
+    get the estimate, in seconds, of when to come back.
+    """
+
+    def __init__(
+        self,
+        limit: int,
+        *,
+        queue_size: int,
+        queue_timeout: float,
+        full: Callable[[float], AioserverError],
+        late: Callable[[float], AioserverError],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._limit = limit
+        self._queue_size = queue_size
+        self._queue_timeout = queue_timeout
+        self._full = full
+        self._late = late
+        self._clock = clock
+        self._waiting: OrderedDict[Hashable, deque[_Waiter]] = OrderedDict()
+        self._inside = 0
+        self._count = 0  # of those waiting
+        self._entered = 0
+        self._refused = 0
+        self._freed_at: float | None = None
+        self._interval = 1.0  # smoothed seconds between two freed places
+        self._teller: asyncio.TimerHandle | None = None
+        self._closed: AioserverError | None = None
+
+    @property
+    def waiting(self) -> int:
+        """How many wait."""
+        return self._count
+
+    @property
+    def inside(self) -> int:
+        """How many places are taken."""
+        return self._inside
+
+    @property
+    def limit(self) -> int:
+        """How many places there are."""
+        return self._limit
+
+    def apply(self, limit: int, *, queue_size: int, queue_timeout: float) -> None:
+        """Use new bounds. Who is inside stays; who waits keeps the deadline it came with."""
+        self._limit, self._queue_size, self._queue_timeout = limit, queue_size, queue_timeout
+        while self._count and self._inside < self._limit:
+            self._inside += 1
+            self._hand_over()
+
+    def try_enter(self) -> Place | None:
+        """A place, if one is free and nobody waits for it."""
+        if self._inside < self._limit and not self._count and self._closed is None:
+            self._inside += 1
+            self._entered += 1
+            return Place(self)
+        return None
+
+    async def enter(
+        self, caller: Hashable = None, *, told: Callable[[int, float], None] | None = None
+    ) -> Place:
+        """Wait for a place. *told* hears `(position, eta)` at once and when they change.
+
+        Raises:
+            AioserverError: made by *full* at once, or by *late* at the deadline; or what
+                `close` was given.
+        """
+        if place := self.try_enter():
+            return place
+        if self._closed is not None:
+            raise self._closed
+        if self._count >= self._queue_size or self._queue_timeout <= 0:
+            self._refused += 1
+            raise self._full(self.retry_after())
+        return await self._wait(caller, told)
+
+    async def _wait(self, caller: Hashable, told: Callable[[int, float], None] | None) -> Place:
+        turn: asyncio.Future[Place] = asyncio.get_running_loop().create_future()
+        waiter = _Waiter(turn, caller, self._clock(), told)
+        self._waiting.setdefault(caller, deque()).append(waiter)
+        self._count += 1
+        if told is not None:
+            self._tell_one(waiter)
+        try:
+            async with asyncio.timeout(self._queue_timeout):
+                return await turn
+        except BaseException as exc:
+            if turn.done() and not turn.cancelled() and turn.exception() is None:
+                turn.result().release()  # handed to us in the tick we gave up: pass it on
+            else:
+                self._forget(waiter)
+            if isinstance(exc, TimeoutError):
+                self._refused += 1
+                raise self._late(self.retry_after()) from None
+            raise
+
+    def close(self, error: AioserverError) -> None:
+        """Refuse with *error* everybody who waits, and everybody who comes."""
+        self._closed = error
+        for waiter in list(self._line()):
+            if not waiter.turn.done():
+                waiter.turn.set_exception(error)
+        self._waiting.clear()
+        self._count = 0
+
+    def retry_after(self) -> float:
+        """Seconds until a place may be free for one more, with jitter so that not all come at once."""
+        low, high = RETRY_AFTER
+        estimate = self._interval * (self._count + 1)
+        return min(high, max(low, estimate) * random.uniform(1.0, 1.5))  # noqa: S311 - jitter
+
+    def stats(self) -> GateStats:
+        """The state now."""
+        oldest = min((line[0].since for line in self._waiting.values()), default=None)
+        return GateStats(
+            inside=self._inside,
+            limit=self._limit,
+            waiting=self._count,
+            queue_size=self._queue_size,
+            oldest_wait=0.0 if oldest is None else self._clock() - oldest,
+            entered=self._entered,
+            refused=self._refused,
+        )
+
+    def _leave(self) -> None:
+        now = self._clock()
+        if self._freed_at is not None:
+            self._interval += SMOOTHING * (min(60.0, now - self._freed_at) - self._interval)
+        self._freed_at = now
+        if self._count and self._inside <= self._limit:
+            self._hand_over()
+        else:
+            self._inside -= 1
+
+    def _hand_over(self) -> None:
+        """Give one place, counted already, to the next in line; nobody there: it is free."""
+        while self._waiting:
+            caller, line = next(iter(self._waiting.items()))
+            waiter = line.popleft()
+            self._count -= 1
+            if line:
+                self._waiting.move_to_end(caller)
+            else:
+                del self._waiting[caller]
+            if not waiter.turn.done():
+                self._entered += 1
+                waiter.turn.set_result(Place(self))
+                return
+        self._inside -= 1
+
+    def _forget(self, waiter: _Waiter) -> None:
+        line = self._waiting.get(waiter.caller)
+        if line is None or waiter not in line:
+            return  # taken out by _hand_over or close
+        line.remove(waiter)
+        self._count -= 1
+        if not line:
+            del self._waiting[waiter.caller]
+
+    def _line(self) -> Iterator[_Waiter]:
+        """Who waits, in the order in which they will be served."""
+        lines = [iter(line) for line in self._waiting.values()]
+        while lines:
+            still = []
+            for line in lines:
+                if (waiter := next(line, None)) is not None:
+                    yield waiter
+                    still.append(line)
+            lines = still
+
+    def _tell_one(self, waiter: _Waiter) -> None:
+        # A newcomer of a caller who waits already: behind its own, and one turn of each other.
+        own = len(self._waiting[waiter.caller])
+        position = sum(min(len(line), own) for line in self._waiting.values())
+        assert waiter.told is not None
+        waiter.told(position, position * self._interval)
+        if self._teller is None:
+            self._teller = asyncio.get_running_loop().call_later(TELL_EVERY, self._tell)
+
+    def _tell(self) -> None:
+        self._teller = None
+        listeners = False
+        for position, waiter in enumerate(self._line(), 1):
+            if waiter.told is not None:
+                listeners = True
+                waiter.told(position, position * self._interval)
+        if listeners:
+            self._teller = asyncio.get_running_loop().call_later(TELL_EVERY, self._tell)

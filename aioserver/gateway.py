@@ -1,0 +1,405 @@
+"""The one road from a face to a provider; the owner of every answer under way.
+
+    ask      a question of the WebSocket and SSE faces → its stream, found or new
+    relay    a streamed request of the OpenAI face → its stream
+    call     one that is not streamed → the answer
+
+A new stream gets one producer task, owned here, whatever becomes of the client. Its end is made by
+the task's done callback, so that no way of ending leaves readers waiting for ever.
+
+Leaving. A stream without a reader whose request has not been sent ends at once. One that was sent
+goes on for its window ("detached") and is then cancelled; a window of 0 ends it at once. There are
+`max_detached` detached streams at most, and the oldest one at a provider is cancelled when a
+request has to wait there: what nobody reads never costs somebody who waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import uuid
+from collections import OrderedDict, deque
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from aioserver.deltas import Reading
+from aioserver.errors import (
+    AioserverError,
+    InvalidRequest,
+    ProviderDisconnected,
+    RequestConflict,
+    ServerShutdown,
+    StreamNotFound,
+    public,
+)
+from aioserver.providers.provider import Answer, Ask
+from aioserver.streams import CANCELLED, CHUNK, COMPLETE, Stream
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine, Iterator
+
+    from aioserver import settings
+    from aioserver.auth import Caller
+    from aioserver.conversations import Conversations
+    from aioserver.messages import Chat
+    from aioserver.providers.provider import Provider
+    from aioserver.router import Route, Router
+    from aioserver.streams import Streams
+
+logger = logging.getLogger(__name__)
+
+
+class Gateway:
+    """Owns the producers.
+
+    Always: each running stream has one producer task, or none any more and its end in the log; a
+    stream in `_detached` runs, was sent, and has no reader.
+    """
+
+    def __init__(
+        self,
+        router: Router,
+        streams: Streams,
+        conversations: Conversations,
+        service: settings.Service,
+        bounds: settings.Streams,
+    ) -> None:
+        self._router = router
+        self._streams = streams
+        self._conversations = conversations
+        self._service = service
+        self._bounds = bounds
+        self._loop = asyncio.get_running_loop()
+        self._producers: dict[asyncio.Task[None], Stream] = {}
+        self._tasks: dict[Stream, asyncio.Task[None]] = {}
+        self._detached: OrderedDict[Stream, None] = OrderedDict()
+        self._kept: deque[tuple[float, Stream]] = deque()
+        self._sweeper: asyncio.TimerHandle | None = None
+        self._closed: ServerShutdown | None = None
+        streams.on_finished = self._finished
+        for provider in router.providers.values():
+            provider.on_wait = self._make_room
+
+    @property
+    def detached(self) -> int:
+        """How many streams run without a reader."""
+        return len(self._detached)
+
+    def ask(self, caller: Caller, chat: Chat, scope: str | None = None) -> Stream:
+        """The stream that answers *chat*: the one of that request id, or a new one.
+
+        *scope* names the conversation where the chat names none. A new stream that gets no reader
+        before its window is over is cancelled.
+
+        Raises:
+            RequestConflict: the request id is known with another payload.
+            ModelNotFound, NoProvider: nobody to ask.
+            ServerAtCapacity, ServerShutdown: no room for another answer.
+        """
+        digest = chat.digest()
+        if (known := self._known(caller, chat.request_id, digest)) is not None:
+            return known
+        route = self._router.route(chat.model, chat.provider)
+        streamed = self._service.streaming.enabled if chat.streaming is None else chat.streaming
+        reading = Reading(
+            route.provider.settings.choice_index, max_text_bytes=self._bounds.max_stream_bytes
+        )
+        conversation_id = None
+        messages = chat.messages
+        if messages is None:
+            assert chat.text is not None
+            conversation_id = chat.conversation_id or scope or uuid.uuid4().hex
+            messages = self._conversations.history(caller, conversation_id, chat.text)
+            if self._service.system_prompt:
+                prompt = {"role": "system", "content": self._service.system_prompt}
+                messages = [prompt, *messages]
+
+        def body(provider: settings.Provider) -> bytes:
+            return _chat_body(provider, route.model, messages, chat.options, streamed)
+
+        ask = Ask(
+            "chat/completions",
+            body,
+            streamed,
+            line=caller.line,
+            model=route.model,
+            frames=True,
+            reading=reading,
+        )
+        stream = self._open(chat.request_id, caller, self._bounds.resume_window, digest)
+        stream.conversation_id = conversation_id
+        self._start(stream, self._answer(route, stream, ask, chat, conversation_id))
+        return stream
+
+    def relay(
+        self, caller: Caller, route: Route, ask: Ask, *, name: str, key: str | None, digest: bytes
+    ) -> Stream:
+        """The stream that answers a streamed OpenAI request; *key*: its Idempotency-Key.
+
+        Raises:
+            As `ask`.
+        """
+        if key is None:
+            stream = self._open(name, caller, 0.0, private=True)
+        elif (known := self._known(caller, key, digest)) is not None:
+            return known
+        else:
+            stream = self._open(key, caller, self._bounds.resume_window, digest)
+        self._start(stream, self._router.fill(route, stream, ask))
+        return stream
+
+    async def call(
+        self, caller: Caller, route: Route, ask: Ask, *, key: str | None, digest: bytes
+    ) -> Answer:
+        """The answer to an OpenAI request that is not streamed. Cancelling ends it, without a *key*.
+
+        Raises:
+            ProviderFault: nobody gave one. Otherwise as `ask`.
+        """
+        if self._closed is not None:
+            raise self._closed
+        if key is None:
+            return await self._router.call(route, ask)
+        stream = self._known(caller, key, digest)
+        if stream is None:
+            stream = self._open(key, caller, self._bounds.resume_window, digest)
+            self._start(stream, self._call(route, stream, ask))
+        reader = _EndReader(stream)
+        stream.readers.append(reader)
+        try:
+            await reader.ended.wait()
+        finally:
+            stream.readers.remove(reader)
+            self.unread(stream)
+        if isinstance(stream.whole, Answer):
+            return stream.whole
+        raise stream.error or StreamNotFound("this answer was cancelled")
+
+    def find(self, caller: Caller, request_id: str) -> Stream:
+        """The caller's stream of that name.
+
+        Raises:
+            StreamNotFound: never seen, expired, or another caller's.
+        """
+        stream = self._streams.find(caller, request_id)
+        if stream is None:
+            raise StreamNotFound("no such stream: never seen, or kept no longer")
+        return stream
+
+    def of(self, caller: Caller) -> Iterator[Stream]:
+        """The caller's own streams that are kept."""
+        return self._streams.of(caller)
+
+    def cancel(self, caller: Caller, request_id: str) -> Stream:
+        """End a stream for everybody who reads it; one that has ended stays as it is.
+
+        Raises:
+            StreamNotFound: as `find`.
+        """
+        stream = self.find(caller, request_id)
+        self._cancel(stream)
+        return stream
+
+    def read(self, stream: Stream) -> None:
+        """*stream* has a reader (again)."""
+        if self._detached.pop(stream, 0) is None:
+            self._stop_timer(stream)
+
+    def unread(self, stream: Stream) -> None:
+        """A reader of *stream* has left; called after it was taken out of `readers`."""
+        if stream.readers:
+            return
+        if stream.ended:
+            if stream.window <= 0:
+                self._streams.drop(stream)
+        elif not stream.sent or stream.window <= 0:
+            self._cancel(stream)
+        else:
+            self.detach(stream)
+
+    def detach(self, stream: Stream) -> None:
+        """Let *stream* run without a reader, for its window."""
+        if stream.ended or stream in self._detached:
+            return
+        self._detached[stream] = None
+        stream.timer = self._loop.call_later(stream.window, self._cancel, stream)
+        while len(self._detached) > self._bounds.max_detached:
+            self._cancel(next(iter(self._detached)))
+
+    async def close(self) -> None:
+        """Cancel every producer with `ServerShutdown`, and wait for them."""
+        self._closed = ServerShutdown("the server is stopping", retry_after=5.0)
+        tasks = list(self._producers)
+        for task in tasks:
+            self._producers[task].why_cancelled = self._closed
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+            await asyncio.sleep(0)  # their callbacks have run then
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+
+    def _known(self, caller: Caller, request_id: str, digest: bytes) -> Stream | None:
+        if self._closed is not None:
+            raise self._closed
+        stream = self._streams.find(caller, request_id)
+        if stream is not None and stream.digest != digest:
+            raise RequestConflict("this request id is known, with another payload")
+        return stream
+
+    def _open(
+        self,
+        request_id: str,
+        caller: Caller,
+        window: float,
+        digest: bytes = b"",
+        *,
+        private: bool = False,
+    ) -> Stream:
+        if self._closed is not None:
+            raise self._closed
+        return self._streams.open(
+            request_id, caller, window=window, digest=digest, private=private
+        )
+
+    def _start(self, stream: Stream, producing: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(producing)
+        self._producers[task] = stream
+        self._tasks[stream] = task
+        task.add_done_callback(self._settle)
+
+    async def _answer(
+        self, route: Route, stream: Stream, ask: Ask, chat: Chat, conversation_id: str | None
+    ) -> None:
+        try:
+            await self._router.fill(route, stream, ask)
+        except asyncio.CancelledError:
+            if stream.answered:
+                self._remember(stream, ask, chat, conversation_id)
+            raise
+        if stream.end_status == COMPLETE:
+            self._remember(stream, ask, chat, conversation_id)
+
+    def _remember(self, stream: Stream, ask: Ask, chat: Chat, conversation_id: str | None) -> None:
+        if conversation_id is not None and chat.text is not None and ask.reading is not None:
+            text = "".join(ask.reading.text)
+            self._conversations.keep(stream.caller, conversation_id, chat.text, text)
+
+    async def _call(self, route: Route, stream: Stream, ask: Ask) -> None:
+        stream.sent = True
+        answer = await self._router.call(route, ask)
+        stream.whole = answer
+        stream.provider = answer.provider
+        stream.append(CHUNK, data=answer.body)
+        stream.end(COMPLETE, {"metadata": {"provider": answer.provider}})
+
+    def _settle(self, task: asyncio.Task[None]) -> None:
+        """End the log. A callback and not a `finally`: a task cancelled before its first step
+
+        never enters its `try`, and its readers would wait for ever.
+        """
+        stream = self._producers.pop(task)
+        del self._tasks[stream]
+        fault = None if task.cancelled() else task.exception()
+        if stream.ended:
+            pass
+        elif task.cancelled():
+            if stream.why_cancelled is None:
+                stream.end(CANCELLED, {})
+            else:
+                stream.fail(stream.why_cancelled)
+        else:
+            stream.fail(public(fault or ProviderDisconnected("the answer has no end")))
+        if fault is not None and not isinstance(fault, AioserverError):
+            logger.error("bug in an answer", exc_info=fault)
+
+    def _cancel(self, stream: Stream) -> None:
+        self._forget_detached(stream)
+        task = self._tasks.get(stream)
+        if task is not None and not stream.ended:
+            task.cancel()
+
+    def _make_room(self, provider: Provider) -> None:
+        """Somebody waits at *provider*: cancel what runs there for nobody, the oldest first."""
+        for stream in self._detached:
+            if stream.provider == provider.name:
+                self._cancel(stream)
+                return
+
+    def _finished(self, stream: Stream) -> None:
+        self._forget_detached(stream)
+        if stream.window > 0:
+            self._kept.append((self._loop.time() + stream.window, stream))
+            if self._sweeper is None:
+                self._sweeper = self._loop.call_later(stream.window, self._sweep)
+        elif not stream.readers:
+            self._streams.drop(stream)
+
+    def _sweep(self) -> None:
+        """Forget what was kept for its window. One timer for all."""
+        self._sweeper = None
+        now = self._loop.time()
+        while self._kept and self._kept[0][0] <= now:
+            _, stream = self._kept.popleft()
+            if stream.readers:  # a slow reader is still at it
+                self._kept.append((now + max(stream.window, 1.0), stream))
+            else:
+                self._streams.drop(stream)
+        if self._kept:
+            self._sweeper = self._loop.call_later(max(0.05, self._kept[0][0] - now), self._sweep)
+
+    def _forget_detached(self, stream: Stream) -> None:
+        self._detached.pop(stream, None)
+        self._stop_timer(stream)
+
+    @staticmethod
+    def _stop_timer(stream: Stream) -> None:
+        if stream.timer is not None:
+            stream.timer.cancel()
+            stream.timer = None
+
+
+class _EndReader:
+    """Waits for the end of a stream."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.at = stream.offset
+        self.ended = asyncio.Event()
+        self._stream = stream
+        self.poke()
+
+    def poke(self) -> None:
+        if self._stream.ended:
+            self.ended.set()
+
+    def queued(self, position: int, eta: float) -> None:
+        """No face shows it."""
+
+
+def digest_of(path: str, body: bytes) -> bytes:
+    """What tells a repeated OpenAI request from a conflicting one."""
+    return hashlib.sha256(path.encode() + b"\0" + body).digest()
+
+
+def _chat_body(
+    provider: settings.Provider,
+    model: str | None,
+    messages: list[dict[str, Any]],
+    options: dict[str, Any],
+    streamed: bool,
+) -> bytes:
+    body: dict[str, Any] = {"model": model or provider.model, "messages": messages}
+    defaults: dict[str, Any] = {
+        "temperature": provider.temperature,
+        "max_tokens": None if "max_completion_tokens" in options else provider.max_tokens,
+        "top_p": provider.top_p,
+    }
+    body |= {name: value for name, value in defaults.items() if value is not None}
+    if streamed:
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
+    try:
+        return orjson.dumps(body | options)
+    except orjson.JSONEncodeError as exc:
+        raise InvalidRequest(f"the options cannot be sent: {exc}", param="options") from None

@@ -1,0 +1,188 @@
+"""The backlog-configured site: the HTTP limits, listening, and what the kernel gave.
+
+aiohttp forgives a misspelled option by dropping all of them, with one log line per connection: so
+they are built in one place here, and each is proven over a socket by the tests. Parser errors come
+from aiohttp as text with the request's own bytes in it; `Connection` gives them our error body.
+
+Private names of aiohttp used here, guarded by `tests/test_listener.py`: `_make_server`, `_kwargs`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from aiohttp import web
+from aiohttp.web_protocol import RequestHandler
+
+from aioserver.errors import HeadersTooLarge, InternalError, InvalidRequest, UriTooLong
+from aioserver.faces.http import SERVER, error_response
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from aioserver.settings import WebSocket
+
+logger = logging.getLogger("aioserver.listener")
+access_logger = logging.getLogger("aioserver.access")
+
+MAX_HEADERS = 128  # fields of one request
+LINGERING = 1.0  # seconds an answered request's unread body is read on, so that the answer arrives
+SOMAXCONN = Path("/proc/sys/net/core/somaxconn")
+
+
+class Connection(RequestHandler):
+    """aiohttp's connection, with our error bodies where its parser gives up."""
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """The answer to what is no valid request."""
+        text = message or ""
+        if status >= 500:
+            logger.error("bug in a handler", exc_info=exc)
+            error: Any = InternalError("internal error")
+        elif "header" in text.lower() and "more than" in text:
+            error = HeadersTooLarge("a header is too large")
+        elif "more than" in text:
+            error = UriTooLong("the request line is too long")
+        else:
+            error = InvalidRequest("this is no valid HTTP request")
+        response = error_response(error)
+        response.headers["Server"] = SERVER
+        response.headers["Connection"] = "close"
+        response.force_close()
+        return response
+
+
+class Server(web.Server):
+    """Makes our connections."""
+
+    def __call__(self) -> RequestHandler:
+        """A connection, with every option or a TypeError: never with fewer, as aiohttp's would."""
+        return Connection(self, loop=self._loop, **self._kwargs)
+
+
+class Runner(web.AppRunner):
+    """Runs the application on our connections, under the limits of the configuration."""
+
+    def __init__(self, app: web.Application, given: WebSocket) -> None:
+        limits = given.concurrency.uvicorn
+        super().__init__(
+            app,
+            access_log=access_logger if limits.access_log else None,
+            handler_cancellation=True,  # or a client that has left keeps its place
+            keepalive_timeout=limits.keepalive_timeout,
+            max_line_size=limits.h11_max_request_line_size,
+            max_field_size=min(limits.h11_max_incomplete_event_size, limits.h11_max_header_size),
+            max_headers=MAX_HEADERS,
+            lingering_time=LINGERING,
+            auto_decompress=False,  # a compressed body is refused, not unpacked
+            shutdown_timeout=2.0,
+            timeout_ceil_threshold=float("inf"),
+        )
+
+    async def _make_server(self) -> Server:
+        made = await super()._make_server()
+        return Server(
+            made.request_handler,
+            request_factory=made.request_factory,
+            handler_cancellation=made.handler_cancellation,
+            **made._kwargs,  # noqa: SLF001 - see the head of this file
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Listening:
+    """One listening socket. *queue_limit*: what the kernel gave; None where it does not say."""
+
+    host: str
+    port: int
+    backlog: int
+    queue_limit: int | None
+
+
+async def listen(runner: Runner, given: WebSocket) -> list[Listening]:
+    """Listen on every address of the host, with the backlog.
+
+    Raises:
+        OSError: the address is in use, or is not ours.
+    """
+    backlog = given.concurrency.uvicorn.backlog
+    bound: list[socket.socket] = []
+    port = given.port
+    loop = asyncio.get_running_loop()
+    try:
+        for family, address in await _addresses(loop, given.host, port):
+            bound.append(_bind(family, address, port))
+            port = port or bound[0].getsockname()[1]  # any port, but one for all addresses
+    except OSError:
+        for sock in bound:
+            sock.close()
+        raise
+    listening = []
+    for sock in bound:
+        await web.SockSite(runner, sock, backlog=backlog).start()
+        host, number = sock.getsockname()[:2]
+        listening.append(Listening(host, number, backlog, queue_limit(sock)))
+    _tell(listening)
+    return listening
+
+
+async def _addresses(
+    loop: asyncio.AbstractEventLoop, host: str, port: int
+) -> Sequence[tuple[int, str]]:
+    found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    unique = dict.fromkeys((family, str(address[0])) for family, *_, address in found)
+    if host == "localhost":  # a machine may have no IPv6 though its hosts file names it
+        unique = {
+            key: None for key in unique if key[0] == socket.AF_INET or socket.has_dualstack_ipv6()
+        }
+    return list(unique)
+
+
+def _bind(family: int, address: str, port: int) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind((address, port))
+        sock.setblocking(False)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def queue_limit(sock: socket.socket) -> int | None:
+    """How many connections the kernel holds for *sock*: TCP_INFO of a listener says it (Linux)."""
+    if not hasattr(socket, "TCP_INFO"):
+        return None
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
+    return int(struct.unpack_from("=2I", info, 24)[1])
+
+
+def _tell(listening: Sequence[Listening]) -> None:
+    for one in listening:
+        host = f"[{one.host}]" if ":" in one.host else one.host
+        given = "unknown" if one.queue_limit is None else one.queue_limit
+        logger.info(
+            "listening on http://%s:%d backlog=%d kernel=%s", host, one.port, one.backlog, given
+        )
+        if one.queue_limit is not None and one.queue_limit < one.backlog:
+            logger.warning(
+                "the kernel gave a queue of %d instead of backlog=%d: raise %s",
+                one.queue_limit,
+                one.backlog,
+                "net.core.somaxconn",
+            )

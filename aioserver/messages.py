@@ -1,0 +1,249 @@
+"""Commands in, events out: the frames of the WebSocket and SSE faces.
+
+Client to server (one JSON object a text frame; the SSE face takes the payload's fields as a body):
+
+    {"action": "chat", "request_id": "6f0c", "payload": {"text": "Hello", "streaming": true}}
+    {"action": "cancel", "request_id": "6f0c"}
+    {"action": "resume", "request_id": "6f0c", "payload": {"last_event_id": 17}}
+    {"action": "ping"}
+
+Server to client:
+
+    {"request_id":"6f0c","event_id":3,"status":"chunk","chunk":{"type":"text","data":"Hel","metadata":{}}}
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+
+from aioserver.errors import AioserverError, InvalidJson, InvalidRequest
+
+MAX_ID_CHARACTERS = 256
+RESERVED_OPTIONS = frozenset({"model", "messages", "stream"})
+_ACTIONS = "chat, cancel, resume, ping"
+_FIELDS = frozenset(
+    {
+        "text",
+        "messages",
+        "streaming",
+        "conversation_id",
+        "provider",
+        "model",
+        "options",
+        "metadata",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chat:
+    """A question. Exactly one of *text* and *messages* is set; *streaming* None: as configured."""
+
+    request_id: str
+    text: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    streaming: bool | None = None
+    conversation_id: str | None = None
+    provider: str | None = None
+    model: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def digest(self) -> bytes:
+        """Equal for equal questions: tells a repeated request from a conflicting one."""
+        return orjson.dumps(
+            [
+                self.text,
+                self.messages,
+                self.streaming,
+                self.conversation_id,
+                self.provider,
+                self.model,
+                self.options,
+            ],
+            option=orjson.OPT_SORT_KEYS,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Stop this answer, for everybody who reads it."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """Go on behind event *last_event_id*."""
+
+    request_id: str
+    last_event_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ping:
+    """Answer with a pong."""
+
+    request_id: str | None
+
+
+Command = Chat | Cancel | Resume | Ping
+
+
+class BadCommand(Exception):
+    """A frame that is no command: *error*, and the request id as far as it could be read."""
+
+    def __init__(self, error: AioserverError, request_id: str | None) -> None:
+        super().__init__(error.message)
+        self.error = error
+        self.request_id = request_id
+
+
+def load(text: bytes | str) -> Any:
+    """JSON of any shape.
+
+    Raises:
+        InvalidJson: not JSON: also NaN, lone surrogates, nesting beyond 1,024 levels.
+    """
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError as exc:
+        raise InvalidJson(f"not JSON: {exc.msg} at character {exc.pos}") from None
+
+
+def parse(text: bytes | str) -> Command:
+    """The command of one WebSocket text frame.
+
+    Raises:
+        BadCommand: with `InvalidJson` or `InvalidRequest`.
+    """
+    request_id: str | None = None
+    try:
+        frame = load(text)
+        if not isinstance(frame, dict):
+            raise InvalidRequest("a frame must be a JSON object")
+        given = frame.get("request_id")
+        request_id = given if isinstance(given, str) and len(given) <= MAX_ID_CHARACTERS else None
+        action = frame.get("action")
+        payload = frame.get("payload", {})
+        if not isinstance(payload, dict):
+            raise InvalidRequest("payload must be an object", param="payload")
+        match action:
+            case "ping":
+                return Ping(request_id)
+            case "chat":
+                return chat(identifier(given), payload)
+            case "cancel":
+                return Cancel(identifier(given))
+            case "resume":
+                return Resume(identifier(given), event_number(payload.get("last_event_id", 0)))
+        raise InvalidRequest(f"unknown action; one of {_ACTIONS} is expected", param="action")
+    except AioserverError as error:
+        raise BadCommand(error, request_id) from None
+
+
+def identifier(value: object) -> str:
+    """A request id: 1 to 256 printable characters.
+
+    Raises:
+        InvalidRequest: anything else.
+    """
+    if not isinstance(value, str) or not value:
+        raise InvalidRequest("request_id is required, a string", param="request_id")
+    if len(value) > MAX_ID_CHARACTERS or not value.isprintable():
+        raise InvalidRequest(
+            f"request_id must have at most {MAX_ID_CHARACTERS} printable characters",
+            param="request_id",
+        )
+    return value
+
+
+def event_number(value: object) -> int:
+    """The number of an event, 0 for none yet.
+
+    Raises:
+        InvalidRequest: not a number >= 0.
+    """
+    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= 18:
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise InvalidRequest("last_event_id must be a number >= 0", param="last_event_id")
+    return value
+
+
+def chat(request_id: str, payload: dict[str, Any]) -> Chat:
+    """The question in *payload*.
+
+    Raises:
+        InvalidRequest: a field that is missing, unknown or of the wrong type.
+    """
+    for name in payload:
+        if name not in _FIELDS:
+            raise InvalidRequest(f"unknown field in payload: {name[:64]}", param=name[:64])
+    text, messages = payload.get("text"), payload.get("messages")
+    if (text is None) == (messages is None):
+        raise InvalidRequest("exactly one of text and messages is required", param="text")
+    _expect(text is None or isinstance(text, str), "text must be a string", "text")
+    _expect(text is None or text != "", "text must not be empty", "text")
+    _expect(
+        messages is None
+        or (
+            isinstance(messages, list)
+            and bool(messages)
+            and all(isinstance(one, dict) and isinstance(one.get("role"), str) for one in messages)
+        ),
+        "messages must be a list of objects with a role",
+        "messages",
+    )
+    streaming = payload.get("streaming")
+    _expect(
+        streaming is None or isinstance(streaming, bool),
+        "streaming must be true or false",
+        "streaming",
+    )
+    for name in ("conversation_id", "provider", "model"):
+        value = payload.get(name)
+        _expect(
+            value is None or (isinstance(value, str) and 0 < len(value) <= MAX_ID_CHARACTERS),
+            f"{name} must be a string of 1 to {MAX_ID_CHARACTERS} characters",
+            name,
+        )
+    options, metadata = payload.get("options", {}), payload.get("metadata", {})
+    _expect(isinstance(options, dict), "options must be an object", "options")
+    _expect(isinstance(metadata, dict), "metadata must be an object", "metadata")
+    for name in RESERVED_OPTIONS & options.keys():
+        raise InvalidRequest(f"{name} cannot be set in options", param="options")
+    return Chat(
+        request_id=request_id,
+        text=text,
+        messages=messages,
+        streaming=streaming,
+        conversation_id=payload.get("conversation_id"),
+        provider=payload.get("provider"),
+        model=payload.get("model"),
+        options=options,
+        metadata=metadata,
+    )
+
+
+def _expect(holds: bool, message: str, param: str) -> None:
+    if not holds:
+        raise InvalidRequest(message, param=param)
+
+
+def frame_head(request_id: str | None) -> bytes:
+    """What the frames of one request begin with; rendered once a stream."""
+    return b'{"request_id":%b,' % orjson.dumps(request_id)
+
+
+def frame(head: bytes, event_id: int, status: bytes, chunk: bytes) -> bytes:
+    """One event of a log as a frame; *chunk* is JSON."""
+    return b'%b"event_id":%d,"status":"%b","chunk":%b}' % (head, event_id, status, chunk)
+
+
+def loose_frame(request_id: str | None, status: str, chunk: dict[str, Any]) -> bytes:
+    """A frame that is no event of a log: `queued`, `pong`, an error of the socket itself."""
+    return orjson.dumps({"request_id": request_id, "status": status, "chunk": chunk})

@@ -1,0 +1,183 @@
+"""What becomes of a provider's answer: sinks that turn its bytes into a log, or into a body.
+
+`EventSink` keeps the provider's bytes, whole events at a time, for the OpenAI face. `ChatSink`
+reads each event and appends `chunk` objects, for the faces that show frames. `BodySink` keeps a
+body that is not streamed, up to a bound. Which end is a good one is decided here:
+
+    [DONE], or response.completed / incomplete / failed      the end
+    the body ends after a finish_reason                      the end, a [DONE] is put to it
+    the body ends otherwise                                  ProviderDisconnected
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from aioserver import eventstream, streams
+from aioserver.deltas import Reading, provider_error
+from aioserver.errors import ProviderBadResponse, ProviderDisconnected
+
+if TYPE_CHECKING:
+    from aioserver.streams import Stream
+
+DONE = b"data: [DONE]\n\n"
+# A quote inside a JSON string is escaped, so these are never text that a model has written.
+_DONE_LINE = re.compile(rb"(?:^|[\r\n])(data: ?\[DONE\][^\S\r\n]*(?:\r\n|\n|\r))")
+_FINISH = re.compile(rb'"finish_reason" ?: ?"')
+_ERROR = re.compile(rb'"error" ?: ?[{"]')
+_RESPONSE_END = re.compile(rb'"type" ?: ?"response\.(?:completed|incomplete|failed)"')
+NO_END = "the provider's stream ended without a finish_reason and without [DONE]"
+
+
+class BodySink:
+    """Collects a body of at most *max_bytes*."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._parts: list[bytes] = []
+        self._size = 0
+        self._max = max_bytes
+
+    @property
+    def body(self) -> bytes:
+        """What has come."""
+        return b"".join(self._parts)
+
+    def feed(self, data: bytes) -> bool:
+        """A part.
+
+        Raises:
+            ProviderBadResponse: more than *max_bytes*.
+        """
+        self._size += len(data)
+        if self._size > self._max:
+            raise ProviderBadResponse(f"an answer of more than {self._max} bytes")
+        self._parts.append(data)
+        return True
+
+    def end(self) -> None:
+        """The body is whole."""
+
+
+class EventSink:
+    """Appends the provider's bytes, as they are, to a log: one entry for each read."""
+
+    def __init__(self, stream: Stream, *, responses: bool) -> None:
+        self._stream = stream
+        self._splitter = eventstream.Splitter()
+        self._responses = responses
+        self._finished = False
+
+    def feed(self, data: bytes) -> bool:
+        """Append the events that are whole now; False at the provider's end."""
+        block = self._splitter.feed(data)
+        if not block:
+            return True
+        stream, done, ended = self._stream, b"", False
+        if self._responses:
+            ended = _RESPONSE_END.search(block) is not None
+        else:
+            if b"[DONE]" in block and (match := _DONE_LINE.search(block)) is not None:
+                ended = True
+                done = match[1] + (b"\r\n" if match[1].endswith(b"\r\n") else match[1][-1:])
+                block = block[: match.start(1)]
+            if not self._finished and b'"finish_reason"' in block:
+                self._finished = _FINISH.search(block) is not None
+        if block and (number := eventstream.count(block)):
+            stream.answered = True
+            stream.append(streams.CHUNK, data=block, count=number)
+        elif block:
+            stream.append(streams.CHUNK, data=block, count=0)  # comments: they pass, uncounted
+        if not ended and b'"error"' in block and (fault := _error_in(block)) is not None:
+            stream.error = provider_error(fault)
+            stream.end(streams.ERROR, stream.error.as_chunk())  # its own event has been passed on
+            return False
+        if ended:
+            self._complete(done)
+        return not ended
+
+    def end(self) -> None:
+        """The body ended without a `[DONE]`.
+
+        Raises:
+            ProviderDisconnected: and without a finish_reason.
+        """
+        if not self._finished:
+            raise ProviderDisconnected(NO_END)
+        self._complete(DONE)
+
+    def _complete(self, done: bytes) -> None:
+        stream = self._stream
+        stream.end(
+            streams.COMPLETE,
+            {"metadata": {"provider": stream.provider, "model": stream.model}},
+            data=done,
+        )
+
+
+class ChatSink:
+    """Reads the provider's events and appends their `chunk` objects to a log."""
+
+    def __init__(self, stream: Stream, reading: Reading) -> None:
+        self._stream = stream
+        self._reading = reading
+        self._parser = eventstream.Parser()
+
+    def feed(self, data: bytes) -> bool:
+        """Append what the events that are whole now say; False at the provider's end."""
+        chunks: list[bytes] = []
+        ended = False
+        try:
+            for event in self._parser.feed(data):
+                if event.data == b"[DONE]":
+                    ended = True
+                    break
+                chunks += self._reading.read(event.data)
+        finally:
+            if chunks:
+                self._stream.answered = True
+                self._stream.append(streams.CHUNK, chunks)
+        if ended:
+            complete(self._stream, self._reading)
+        return not ended
+
+    def end(self) -> None:
+        """The body ended without a `[DONE]`.
+
+        Raises:
+            ProviderDisconnected: and without a finish_reason.
+        """
+        if self._reading.finish_reason is None:
+            raise ProviderDisconnected(NO_END)
+        complete(self._stream, self._reading)
+
+
+def complete(stream: Stream, reading: Reading) -> None:
+    """Append the `complete` event with what the provider said of its answer."""
+    stream.end(
+        streams.COMPLETE,
+        {
+            "metadata": {
+                "finish_reason": reading.finish_reason,
+                "usage": reading.usage,
+                "provider": stream.provider,
+                "model": stream.model,
+            }
+        },
+    )
+
+
+def _error_in(block: bytes) -> Any:
+    """The error object of an event that is one, None where there is none."""
+    if _ERROR.search(block) is None:
+        return None
+    for event in eventstream.parse(block):
+        try:
+            answer = orjson.loads(event.data)
+        except orjson.JSONDecodeError:
+            continue
+        if isinstance(answer, dict) and answer.get("error"):
+            return answer["error"]
+    return None

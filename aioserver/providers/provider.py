@@ -1,0 +1,335 @@
+"""One provider behind its guards: one queue, one pool, and the meaning of what it answers.
+
+    enter the queue → place taken: `processing` → connection → POST → sinks fill the log
+
+The place and the connection are given back the moment the provider is done, however slow the
+client is. A provider knows no face: it is given an `Ask` and fills a `Stream`, or gives an `Answer`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import orjson
+from yarl import URL
+
+from aioserver import __version__, streams
+from aioserver.deltas import Reading
+from aioserver.errors import (
+    NoProvider,
+    ProviderAuthError,
+    ProviderBadResponse,
+    ProviderError,
+    ProviderFault,
+    ProviderQueueFull,
+    ProviderQueueTimeout,
+    ProviderRateLimited,
+    ProviderRefused,
+    StaleConnection,
+)
+from aioserver.gate import Gate, GateStats
+from aioserver.providers.answers import BodySink, ChatSink, EventSink, complete
+from aioserver.providers.pool import Pool, PoolStats
+from aioserver.providers.wire import Exchange, Sink
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable, Mapping
+
+    from aioserver import settings
+    from aioserver.streams import Stream
+
+MAX_ERROR_BYTES = 1 << 20  # of an error's body
+MAX_CHECKED_BYTES = 1 << 20  # of a body that is parsed to see that it is JSON
+KEY_STATUSES = frozenset({401, 402, 403})
+BUSY_STATUSES = frozenset({429, 498})
+PASSING = ("x-ratelimit-", "openai-processing-ms", "openai-version", "x-generation-id")
+RETRY_AFTER = ("retry-after", "retry-after-ms")
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What is asked of a provider.
+
+    *path* is OpenAI's, below the base URL; *body* makes the JSON for one provider, which may have
+    a model of its own. *frames*: the log is for faces that show frames, else for OpenAI's.
+    """
+
+    path: str
+    body: Callable[[settings.Provider], bytes]
+    streamed: bool
+    line: Hashable = None  # the caller, in the provider's queue
+    model: str | None = None  # None: the provider's own
+    frames: bool = False
+    reading: Reading | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A body that was not streamed, and the headers of the provider's that pass."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+    content_type: str
+    provider: str
+
+
+@dataclass(frozen=True, slots=True)
+class ProviderStats:
+    """A provider at one moment."""
+
+    name: str
+    usable: bool
+    queue: GateStats
+    pool: PoolStats
+
+
+class Provider:
+    """One provider.
+
+    Always: `concurrent_requests` requests are under way at most; what was taken for a request is
+    free again when `fill` or `call` has ended, however they ended.
+    """
+
+    def __init__(
+        self, given: settings.Provider, base_url: str, *, max_response_bytes: int
+    ) -> None:
+        limits = given.http_client
+        self.name = given.name
+        self.settings = given
+        self.on_wait: Callable[[Provider], None] = lambda _provider: None
+        self._max_response_bytes = max_response_bytes
+        self._gate = Gate(
+            limits.concurrent_requests,
+            queue_size=limits.queue_size,
+            queue_timeout=limits.queue_timeout,
+            full=lambda wait: ProviderQueueFull(
+                f"{limits.queue_size} requests wait for {given.name} already", retry_after=wait
+            ),
+            late=lambda wait: ProviderQueueTimeout(
+                f"no place at {given.name} within {limits.queue_timeout} s", retry_after=wait
+            ),
+        )
+        self._pool = Pool(
+            base_url,
+            limits,
+            proxy=given.proxy,
+            ca_file=given.ca_file,
+            demand=lambda: self._gate.waiting,
+        )
+        self._base = URL(base_url)
+        self._heads: dict[str, bytes] = {}
+
+    async def fill(self, stream: Stream, ask: Ask) -> None:
+        """Ask, and append the answer to *stream*, its end included.
+
+        Raises:
+            ProviderFault: no good answer; `stream.answered` tells whether some of it is in the log.
+        """
+        seen: list[Sink | int] = []
+        headers_seen: dict[str, str] = {}
+
+        def on_head(status: int, headers: Mapping[str, str]) -> Sink:
+            seen.append(status)
+            headers_seen.update(headers)
+            stream.headers = passing(headers)
+            streamed = status == 200 and ask.streamed and _is(headers, "text/event-stream")
+            sink: Sink
+            if streamed and ask.frames:
+                sink = ChatSink(stream, ask.reading or Reading())
+            elif streamed:
+                sink = EventSink(stream, responses=ask.path.endswith("responses"))
+            else:
+                sink = BodySink(self._max_response_bytes if status == 200 else MAX_ERROR_BYTES)
+            seen.append(sink)
+            _plain(headers)
+            return sink
+
+        def started() -> None:
+            stream.append_processing(self.name, ask.model or self.settings.model)
+
+        def sending() -> None:
+            stream.sent = True
+
+        await self._exchange(ask, on_head, stream.queued, started, sending)
+        status, sink = seen
+        if not isinstance(sink, BodySink):
+            return
+        assert isinstance(status, int)
+        body = sink.body
+        self._judge(status, headers_seen, body)
+        if ask.streamed:
+            raise ProviderBadResponse("the provider's answer is no event stream")
+        _check_json(headers_seen, body)
+        reading = ask.reading or Reading()
+        chunks = reading.read(body)
+        stream.answered = True
+        if chunks:
+            stream.append(streams.CHUNK, chunks)
+        complete(stream, reading)
+
+    async def call(self, ask: Ask) -> Answer:
+        """Ask, and wait for the whole answer.
+
+        Raises:
+            ProviderFault: no good answer.
+        """
+        status = 0
+        headers: Mapping[str, str] = {}
+        sink = BodySink(self._max_response_bytes)
+
+        def on_head(got: int, given: Mapping[str, str]) -> Sink:
+            nonlocal status, headers, sink
+            status, headers = got, given
+            if got != 200:
+                sink = BodySink(MAX_ERROR_BYTES)
+            _plain(given)
+            return sink
+
+        await self._exchange(ask, on_head)
+        body = sink.body
+        self._judge(status, headers, body)
+        _check_json(headers, body)
+        return Answer(status, passing(headers), body, headers.get("content-type", ""), self.name)
+
+    def stats(self) -> ProviderStats:
+        """The state now."""
+        return ProviderStats(
+            self.name, self.settings.usable, self._gate.stats(), self._pool.stats()
+        )
+
+    def refuse(self, error: ProviderFault | None = None) -> None:
+        """Let nobody in any more, and tell those who wait."""
+        self._gate.close(error or NoProvider(f"{self.name} is closing"))
+
+    async def close(self) -> None:
+        """Close every connection."""
+        await self._pool.close()
+
+    async def _exchange(
+        self,
+        ask: Ask,
+        on_head: Callable[[int, Mapping[str, str]], Sink],
+        told: Callable[[int, float], None] | None = None,
+        started: Callable[[], None] | None = None,
+        sending: Callable[[], None] | None = None,
+    ) -> None:
+        place = self._gate.try_enter()
+        if place is None:
+            self.on_wait(self)
+            try:
+                place = await self._gate.enter(ask.line, told=told)
+            except BaseException:
+                self._pool.trim()
+                raise
+        with place:
+            if started is not None:
+                started()
+            limits = self.settings.http_client
+            request = self._request(ask.path, ask.body(self.settings))
+            while True:
+                connection = await self._pool.connect()
+                if sending is not None:
+                    sending()
+                try:
+                    await Exchange(
+                        connection,
+                        read_timeout=limits.read_timeout,
+                        write_timeout=limits.write_timeout,
+                        on_head=on_head,
+                    ).run(request)
+                    return
+                except StaleConnection:
+                    # Nothing of an answer had come on a kept connection: repeat at once, on a
+                    # fresh one. A fresh connection never raises this, so it ends.
+                    self._pool.drop_idle()
+
+    def _request(self, path: str, body: bytes) -> bytes:
+        head = self._heads.get(path)
+        if head is None:
+            head = self._heads[path] = self._head(path)
+        return b"%b%d\r\n\r\n%b" % (head, len(body), body)
+
+    def _head(self, path: str) -> bytes:
+        """The head of every request for *path*, up to the number behind Content-Length."""
+        url = self._base.with_path(f"{self._base.path.rstrip('/')}/{path}")
+        headers = {
+            "Host": url.authority.rpartition("@")[2],
+            "User-Agent": f"aioserver/{__version__}",
+            "Accept": "application/json, text/event-stream",
+            "Accept-Encoding": "identity",
+            "Content-Type": "application/json",
+        }
+        if self.settings.api_key is not None:
+            headers["Authorization"] = f"Bearer {self.settings.api_key.reveal()}"
+        headers |= self.settings.headers
+        headers |= self._pool.proxy_headers()
+        target = str(url) if self._pool.forwards else url.raw_path_qs
+        lines = [
+            f"POST {target} HTTP/1.1",
+            *(f"{name}: {value}" for name, value in headers.items()),
+        ]
+        return "\r\n".join([*lines, "Content-Length: "]).encode("latin-1")
+
+    def _judge(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
+        """Raise what a status other than 200 means (the table of CONTRACT 7)."""
+        if 200 <= status < 300:
+            return
+        if status < 400:
+            raise ProviderBadResponse(f"{self.name} answered {status}, a redirect")
+        if status in KEY_STATUSES or (status == 429 and b"insufficient_quota" in body):
+            raise ProviderAuthError(f"{self.name} refuses our key or its quota is used up")
+        wait = retry_after(headers)
+        if status in BUSY_STATUSES:
+            raise ProviderRateLimited(f"{self.name} limits our rate", retry_after=wait or 1.0)
+        if status >= 500 or status == 408:
+            raise ProviderError(f"{self.name} answered {status}", retry_after=wait)
+        if not _is_json(body):
+            raise ProviderBadResponse(f"{self.name} answered {status}, not with JSON")
+        raise ProviderRefused(f"{self.name} answered {status}", status, body)
+
+
+def passing(headers: Mapping[str, str]) -> dict[str, str]:
+    """The headers of a provider's that clients see."""
+    return {
+        name: value
+        for name, value in headers.items()
+        if name.startswith(PASSING) and value.isascii() and value.isprintable()
+    }
+
+
+def retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds, from `retry-after-ms` or from `retry-after` in seconds; None where neither is sane."""
+    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
+        try:
+            seconds = float(headers.get(name, "")) * unit
+        except ValueError:
+            continue
+        if 0 <= seconds < 86_400:
+            return seconds
+    return None
+
+
+def _is(headers: Mapping[str, str], content_type: str) -> bool:
+    return headers.get("content-type", "").partition(";")[0].strip().lower() == content_type
+
+
+def _plain(headers: Mapping[str, str]) -> None:
+    if headers.get("content-encoding", "identity").lower() not in {"", "identity"}:
+        raise ProviderBadResponse("the provider compressed its answer, which nobody asked for")
+
+
+def _is_json(body: bytes) -> bool:
+    try:
+        orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return False
+    return True
+
+
+def _check_json(headers: Mapping[str, str], body: bytes) -> None:
+    if not _is(headers, "application/json") or not body:
+        raise ProviderBadResponse("the provider's answer is not JSON")
+    if len(body) <= MAX_CHECKED_BYTES and not _is_json(body):
+        raise ProviderBadResponse("the provider's answer is not JSON")

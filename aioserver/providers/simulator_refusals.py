@@ -1,0 +1,62 @@
+"""Answers of the simulator that are no answer: made at once, from one number, with no stream."""
+
+from __future__ import annotations
+
+import time
+from email.utils import formatdate
+from typing import TYPE_CHECKING
+
+from aiohttp import web
+
+from aioserver.providers.simulator_model import error
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+_MESSAGES = {
+    401: "Incorrect API key provided.",
+    404: "The model does not exist or you do not have access to it.",
+    429: "Rate limit reached.",
+    503: "The engine is currently overloaded, please try again later.",
+}
+_CODES = {401: "invalid_api_key", 404: "model_not_found", 429: "rate_limit_exceeded"}
+
+
+def refusal(status: int, headers: Mapping[str, str] | None = None) -> web.Response:
+    """An answer with OpenAI's error body."""
+    first = {"Retry-After": "1"} if status in {429, 503} else {}
+    message = _MESSAGES.get(status, f"The simulator says {status}.")
+    body = error(status, message, code=_CODES.get(status))
+    return as_json(status, body, {**first, **(headers or {})})
+
+
+def as_json(status: int, body: bytes, headers: Mapping[str, str] | None = None) -> web.Response:
+    """A JSON answer."""
+    return web.Response(status=status, body=body, headers=headers, content_type="application/json")
+
+
+def _quota(_n: int) -> web.Response:
+    message = "You exceeded your current quota, please check your plan and billing details."
+    return as_json(429, error(429, message, code="insufficient_quota"))
+
+
+def _retry_after_date(_n: int) -> web.Response:
+    return refusal(429, {"Retry-After": formatdate(time.time() + 2, usegmt=True)})
+
+
+def _html(_n: int) -> web.Response:
+    page = "<!doctype html><title>Bad gateway</title><h1>Something in between answers</h1>"
+    return web.Response(text=page, content_type="text/html")
+
+
+REFUSALS: Mapping[str, Callable[[int], web.Response]] = {
+    "status": refusal,
+    "quota": _quota,
+    "retry-after": lambda n: refusal(429, {"Retry-After": str(n)}),
+    "retry-after-ms": lambda _n: refusal(429, {"retry-after-ms": "150"}),
+    "retry-after-date": _retry_after_date,
+    "retry-after-absurd": lambda _n: refusal(429, {"Retry-After": "31536000"}),
+    "html": _html,
+    "json-under-200-stream": lambda _n: as_json(200, error(500, "The model has crashed.")),
+    "redirect": lambda _n: web.Response(status=302, headers={"Location": "/elsewhere"}),
+}

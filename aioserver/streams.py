@@ -1,0 +1,403 @@
+"""The log of one answer, its readers, and the bounded store of logs.
+
+A stream is an append-only log of events, numbered 1, 2, 3 … without holes: `processing`, `chunk`*,
+then one of `complete`, `error`, `cancelled`. One producer appends, at the provider's speed; any
+number of readers follow, each with its own cursor. The log is the only buffer there is: no queue
+per client, no copy per reader, and so a slow reader costs the others nothing.
+
+An entry may hold a whole block as read from the provider: several events, with the number of the
+first. Faces that pass the provider's bytes on take the block as it is; who needs single events
+splits it, once for all readers.
+
+What is bounded: a log keeps `max_stream_bytes`, its oldest entries go first; a reader that is
+behind them cannot go on (`ResumeGap`), which is said and never skipped. Where nobody can come back
+(`window` 0), what every reader has passed is let go at once. All logs together keep
+`max_kept_bytes`: the oldest finished ones go first.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict, deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import orjson
+
+from aioserver import eventstream, messages
+from aioserver.errors import AioserverError, ResumeGap, ServerAtCapacity
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+
+ENTRY_OVERHEAD = 200  # bytes of Python objects per entry, counted so that tiny events are bounded
+PROCESSING, CHUNK = b"processing", b"chunk"
+COMPLETE, ERROR, CANCELLED = b"complete", b"error", b"cancelled"
+
+
+class Reader(Protocol):
+    """Who follows a stream. All three are called synchronously and must not raise."""
+
+    at: int
+
+    def poke(self) -> None:
+        """Something was appended."""
+
+    def queued(self, position: int, eta: float) -> None:
+        """The request waits for its provider: its position, and the seconds it may take."""
+
+
+class Entry:
+    """*count* events, the first of which is number *first*, all of one *status*.
+
+    *data* are the provider's own bytes (whole events); *frames* are the events as frames' JSON.
+    A log has the one or the other, after who asked for it; frames of raw bytes are made on demand.
+    """
+
+    __slots__ = ("count", "data", "first", "frames", "sized", "status")
+
+    def __init__(
+        self, first: int, count: int, status: bytes, data: bytes, frames: Sequence[bytes] | None
+    ) -> None:
+        self.first = first
+        self.count = count
+        self.status = status
+        self.data = data
+        self.frames = frames
+        self.sized = ENTRY_OVERHEAD + len(data) + (sum(map(len, frames)) if frames else 0)
+
+
+class Stream:
+    """The log of one answer.
+
+    Always: `entries` are gapless, from event `first` to event `last`; nothing is appended once
+    `ended`; `bytes` is the sum of the entries' sizes.
+    """
+
+    __slots__ = (
+        "_head",
+        "_max_bytes",
+        "_observer",
+        "answered",
+        "attempts",
+        "bytes",
+        "caller",
+        "conversation_id",
+        "created",
+        "digest",
+        "end_status",
+        "ended",
+        "entries",
+        "error",
+        "fallen",
+        "headers",
+        "last",
+        "model",
+        "offset",
+        "provider",
+        "readers",
+        "request_id",
+        "sent",
+        "timer",
+        "whole",
+        "why_cancelled",
+        "window",
+    )
+
+    def __init__(
+        self,
+        request_id: str,
+        caller: Hashable,
+        *,
+        window: float,
+        max_bytes: int,
+        digest: bytes = b"",
+        observer: Streams | None = None,
+    ) -> None:
+        self.request_id = request_id
+        self.caller = caller
+        self.digest = digest
+        self.window = window
+        self.created = time.monotonic()
+        self.entries: deque[Entry] = deque()
+        self.offset = 0  # how many entries have gone: the index of entries[0] since the start
+        self.last = 0
+        self.bytes = 0
+        self.readers: list[Reader] = []
+        self.ended = False
+        self.end_status = b""
+        self.error: AioserverError | None = None  # with which it ended
+        self.sent = False  # something went to a provider: leaving now costs money
+        self.answered = False  # an event of a provider is in the log: no second try
+        self.fallen = False  # entries went before every reader had passed them
+        self.provider = self.model = ""
+        self.conversation_id: str | None = None
+        self.attempts = 0
+        self.whole: object = None  # the answer, where it was not streamed but is kept
+        self.headers: Mapping[str, str] = {}  # of the provider's answer, those that pass
+        self.why_cancelled: AioserverError | None = None  # None: somebody asked for it
+        self.timer: asyncio.TimerHandle | None = None  # the gateway's: the window's end
+        self._head = messages.frame_head(request_id)
+        self._max_bytes = max_bytes
+        self._observer = observer
+
+    @property
+    def first(self) -> int:
+        """The number of the oldest event kept; last + 1 where there is none."""
+        return self.entries[0].first if self.entries else self.last + 1
+
+    def append(
+        self, status: bytes, chunks: Sequence[bytes] = (), *, data: bytes = b"", count: int = 1
+    ) -> None:
+        """Add events of one *status* and poke the readers.
+
+        *chunks*: the events' `chunk` objects as JSON, one an event; or *data*: the provider's own
+        bytes of *count* whole events.
+        """
+        assert not self.ended, "nothing follows the end of a stream"
+        first = self.last + 1
+        if chunks:
+            head = self._head
+            frames = [
+                messages.frame(head, number, status, chunk)
+                for number, chunk in enumerate(chunks, first)
+            ]
+            entry = Entry(first, len(frames), status, data, frames)
+        else:
+            entry = Entry(first, count, status, data, None)
+        self.last += entry.count
+        self.entries.append(entry)
+        self._grow(entry.sized)
+        for reader in self.readers if len(self.readers) < 2 else tuple(self.readers):
+            reader.poke()
+        if self.bytes > self._max_bytes or self.window <= 0:
+            self._let_go()
+
+    def append_processing(self, provider: str, model: str) -> None:
+        """Append event 1: a place at *provider* is taken. A later try keeps the first one's."""
+        self.provider, self.model = provider, model
+        if self.last:
+            return
+        metadata: dict[str, Any] = {"processing": True, "provider": provider, "model": model}
+        if self.conversation_id is not None:
+            metadata["conversation_id"] = self.conversation_id
+        self.append(PROCESSING, [orjson.dumps({"metadata": metadata})])
+
+    def end(self, status: bytes, chunk: Mapping[str, Any], *, data: bytes = b"") -> None:
+        """Append the last event."""
+        self.append_end(status, orjson.dumps(chunk), data)
+
+    def append_end(self, status: bytes, chunk: bytes, data: bytes = b"") -> None:
+        """Append the last event, its `chunk` already JSON."""
+        number = self.last + 1
+        entry = Entry(number, 1, status, data, [messages.frame(self._head, number, status, chunk)])
+        self.last = number
+        self.entries.append(entry)
+        self.ended = True
+        self.end_status = status
+        self._grow(entry.sized)
+        for reader in tuple(self.readers):
+            reader.poke()
+        if self._observer is not None:
+            self._observer.finished(self)
+
+    def fail(self, error: AioserverError) -> None:
+        """Append the last event: *error*, as both kinds of face show it."""
+        self.error = error
+        self.end(ERROR, error.as_chunk(), data=b"data: %b\n\n" % error.body())
+
+    def queued(self, position: int, eta: float) -> None:
+        """Tell the readers where the request stands in its provider's line."""
+        for reader in tuple(self.readers):
+            reader.queued(position, eta)
+
+    def locate(self, after: int) -> tuple[int, int]:
+        """Where a reader that has seen event *after* goes on: (index, events of it to skip).
+
+        Raises:
+            ResumeGap: events behind *after* are no longer kept, or *after* does not exist yet.
+        """
+        if after > self.last:
+            raise ResumeGap(f"event {after} does not exist yet; the newest is {self.last}")
+        if after + 1 < self.first:
+            raise ResumeGap(
+                f"events behind {after} are no longer kept; the oldest is {self.first}"
+            )
+        low, high = 0, len(self.entries)
+        while low < high:  # the first entry that ends behind *after*
+            middle = (low + high) // 2
+            entry = self.entries[middle]
+            if entry.first + entry.count - 1 <= after:
+                low = middle + 1
+            else:
+                high = middle
+        skip = after - self.entries[low].first + 1 if low < len(self.entries) else 0
+        return self.offset + low, skip
+
+    def frames(self, entry: Entry) -> Sequence[bytes]:
+        """The frames of *entry*, one for each event; made from the provider's bytes if need be."""
+        if entry.frames is None:
+            entry.frames = [
+                messages.frame(self._head, number, entry.status, _raw_chunk(event.data))
+                for number, event in enumerate(eventstream.parse(entry.data), entry.first)
+            ]
+        return entry.frames
+
+    def passed(self) -> None:
+        """A reader has gone on: where nobody can come back, let go what all have passed."""
+        if self.window <= 0:
+            self._let_go()
+
+    def forget(self) -> int:
+        """Drop all entries; returns the bytes that were kept."""
+        freed, self.bytes = self.bytes, 0
+        self.offset += len(self.entries)
+        self.entries.clear()
+        return freed
+
+    def _grow(self, size: int) -> None:
+        self.bytes += size
+        if self._observer is not None:
+            self._observer.grew(self, size)
+
+    def _let_go(self) -> None:
+        passed = self.offset
+        if self.window <= 0 and self.readers:
+            passed = min(reader.at for reader in self.readers)
+        freed = 0
+        while len(self.entries) > 1 or (self.entries and self.offset < passed):
+            if self.offset >= passed:
+                if self.bytes - freed <= self._max_bytes:
+                    break
+                self.fallen = True
+            freed += self.entries.popleft().sized
+            self.offset += 1
+        if freed:
+            self._grow(-freed)
+
+
+def _raw_chunk(data: bytes) -> bytes:
+    """A provider's event as the `chunk` of a frame, whatever it says: one event, one frame."""
+    try:
+        answer = orjson.loads(data)
+        delta = answer["choices"][0]["delta"]
+        text = delta.get("content") or ""
+    except (orjson.JSONDecodeError, KeyError, IndexError, TypeError, AttributeError):
+        text = ""
+    return orjson.dumps({"type": "text", "data": text, "metadata": {}})
+
+
+@dataclass(frozen=True, slots=True)
+class StreamsStats:
+    """The store at one moment."""
+
+    running: int
+    finished: int
+    bytes: int
+    max_bytes: int
+
+
+class Streams:
+    """Every log that can be found: running, or finished and kept for its window.
+
+    Always: `bytes` is the sum over all its logs, and over those that are private (never found
+    again) while they run; a log is found by its caller only.
+    """
+
+    def __init__(self, *, max_stream_bytes: int, max_kept_bytes: int) -> None:
+        self._max_stream_bytes = max_stream_bytes
+        self._max_kept_bytes = max_kept_bytes
+        self._found: dict[tuple[Hashable, str], Stream] = {}
+        self._finished: OrderedDict[Stream, None] = OrderedDict()  # the oldest first
+        self._running: set[Stream] = set()
+        self._bytes = 0
+        self.on_finished: Callable[[Stream], None] = lambda _stream: None
+
+    def apply(self, *, max_stream_bytes: int, max_kept_bytes: int) -> None:
+        """Use new bounds for logs to come."""
+        self._max_stream_bytes, self._max_kept_bytes = max_stream_bytes, max_kept_bytes
+
+    def open(
+        self,
+        request_id: str,
+        caller: Hashable,
+        *,
+        window: float,
+        digest: bytes = b"",
+        private: bool = False,
+    ) -> Stream:
+        """A new log; a *private* one cannot be found.
+
+        Raises:
+            ServerAtCapacity: the running logs alone fill `max_kept_bytes`.
+        """
+        if self._bytes >= self._max_kept_bytes and not self._evict():
+            raise ServerAtCapacity(
+                f"chat.streams.max_kept_bytes={self._max_kept_bytes} reached by running answers",
+                retry_after=5.0,
+            )
+        stream = Stream(
+            request_id,
+            caller,
+            window=window,
+            max_bytes=self._max_stream_bytes,
+            digest=digest,
+            observer=self,
+        )
+        self._running.add(stream)
+        if not private:
+            self._found[caller, request_id] = stream
+        return stream
+
+    def find(self, caller: Hashable, request_id: str) -> Stream | None:
+        """The caller's log of that name."""
+        return self._found.get((caller, request_id))
+
+    def of(self, caller: Hashable) -> Iterator[Stream]:
+        """The caller's logs, the oldest first."""
+        return (stream for (owner, _), stream in self._found.items() if owner == caller)
+
+    def running(self) -> tuple[Stream, ...]:
+        """Those that have not ended."""
+        return tuple(self._running)
+
+    def drop(self, stream: Stream) -> None:
+        """Forget a finished log."""
+        self._finished.pop(stream, None)
+        self._running.discard(stream)
+        key = (stream.caller, stream.request_id)
+        if self._found.get(key) is stream:
+            del self._found[key]
+        self._bytes -= stream.forget()
+
+    def grew(self, stream: Stream, size: int) -> None:
+        """A log has grown by *size* bytes (or shrunk)."""
+        del stream
+        self._bytes += size
+        if self._bytes > self._max_kept_bytes:
+            self._evict()
+
+    def finished(self, stream: Stream) -> None:
+        """A log has its last event."""
+        self._running.discard(stream)
+        self._finished[stream] = None
+        self.on_finished(stream)
+
+    def stats(self) -> StreamsStats:
+        """The state now."""
+        return StreamsStats(
+            running=len(self._running),
+            finished=len(self._finished),
+            bytes=self._bytes,
+            max_bytes=self._max_kept_bytes,
+        )
+
+    def _evict(self) -> bool:
+        """Drop finished logs that nobody reads, oldest first; whether that made room."""
+        for stream in list(self._finished):
+            if self._bytes < self._max_kept_bytes:
+                break
+            if not stream.readers:
+                self.drop(stream)
+        return self._bytes < self._max_kept_bytes

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import yaml
+
+from aioserver.commands.check import check
+from aioserver.config import SHIPPED, Configuration
+from tests.test_settings import ORIGINAL
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import pytest
+
+
+def test_a_valid_file_prints_what_it_comes_to(capsys: pytest.CaptureFixture[str]) -> None:
+    code = check(SHIPPED)
+
+    out, _ = capsys.readouterr()
+    assert code == 0
+    assert out.startswith(f"# {SHIPPED}, ")
+    assert yaml.safe_load(out) == Configuration.load(SHIPPED).effective()
+
+
+def test_secrets_are_masked_and_warnings_go_to_stderr(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "canary")
+
+    code = check(ORIGINAL)
+
+    out, err = capsys.readouterr()
+    assert code == 0
+    assert "canary" not in out + err
+    assert "api_key: '***'" in out
+    assert f"warning: {ORIGINAL}:142:1 mcp: ignored: it has no part here\n" in err
+
+
+def test_what_is_not_enforced_is_said(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "k")
+    later = Configuration.load(ORIGINAL).not_enforced()
+
+    check(ORIGINAL)
+
+    _, err = capsys.readouterr()
+    assert err.count("not enforced by this version") == len(later)
+
+
+def test_all_faults_go_to_stderr_and_nothing_to_stdout(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(SHIPPED.read_text().replace("port: 8000", "prot: 8000").replace("demo:", "x:"))
+
+    code = check(file)
+
+    out, err = capsys.readouterr()
+    assert (code, out) == (2, "")
+    assert f"{file}:15:5 chat.websocket.prot: unknown key (did you mean port?)\n" in err
+    assert "llm.active: is not among llm.providers" in err
+    assert "Traceback" not in err
+
+
+def test_a_file_that_cannot_serve_is_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+    code = check(ORIGINAL)
+
+    out, err = capsys.readouterr()
+    assert (code, out) == (2, "")
+    assert "openai is active but OPENAI_API_KEY is not set" in err

@@ -1,0 +1,725 @@
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from aioserver.config import MAX_FILE_BYTES, SHIPPED, Configuration
+from aioserver.errors import ConfigurationError
+from tests.test_settings import CLIENT, ORIGINAL, changed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+ROOT = Path(__file__).parents[1]
+SMALL = """\
+chat:
+  websocket:
+    concurrency:
+      max_connections: 10
+      connection_queue_size: 10
+      uvicorn: {backlog: 10, workers: 1, access_log: no, keepalive_timeout: 5,
+        max_keepalive_requests: 10, h11_max_incomplete_event_size: 100,
+        h11_max_request_line_size: 100, h11_max_header_size: 100}
+llm:
+  active: mine
+  providers:
+    mine: &&
+      model: m
+      http_client: {max_connections: 2, max_keepalive: 2, keepalive_expiry: 1, connect_timeout: 1,
+        read_timeout: 7, write_timeout: 1, pool_timeout: 1, requests_per_minute: 60,
+        concurrent_requests: 2, max_retries: 0, backoff_factor: 0}
+"""
+
+
+def small(*lines: str, under: str = "") -> str:
+    """SMALL with *lines* in the provider, or at the end of section *under*."""
+    inside = "".join(f"\n      {line}" for line in lines or ("base_url: http://h/v1",))
+    return SMALL.replace(" &&", inside if not under else "\n      base_url: http://h/v1")
+
+
+def load(text: str | bytes, path: Path, **environ: str) -> Configuration:
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return Configuration.load(path, environ=environ)
+
+
+def refused(call: Callable[[], object], source: Path | None = None) -> list[str]:
+    """The faults that *call* raises, with *source* called F."""
+    with pytest.raises(ConfigurationError) as caught:
+        call()
+    return [fault.replace(str(source), "F") for fault in caught.value.faults]
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "c.yaml"
+
+
+# The two files that must load.
+
+
+def test_the_original_loads_unchanged_without_a_key() -> None:
+    configuration = Configuration.load(ORIGINAL, environ={})
+
+    assert configuration.settings.chat.websocket.allow_origins == ("*",)
+    assert [warning.split(" ", 1)[1].split(":")[0] for warning in configuration.warnings] == [
+        "chat.websocket.allow_origins",
+        "chat.service.repository.connection_pool",
+        "chat.service.context.conversation_limits",
+        "chat.service.context.response_tokens",
+        "chat.service.streaming.backoff",
+        "chat.service.streaming.delta_batch_size",
+        "chat.service.max_tool_hops",
+        "chat.service.tool_notifications",
+        "chat.service.logging",
+        "logging.format",
+        "mcp",
+        "chat_store",
+    ]
+
+
+def test_every_value_of_the_original_is_kept() -> None:
+    loaded = Configuration.load(ORIGINAL, environ={}).effective()
+
+    def differences(given: Any, kept: Any, path: str) -> list[str]:
+        if not isinstance(given, dict):
+            return [] if given == kept else [path]
+        return [
+            line
+            for key in given
+            for line in (differences(given[key], kept[key], f"{path}.{key}") if key in kept else ())
+        ]
+
+    assert differences(changed(), loaded, "") == [".logging.format"]
+
+
+def test_the_packaged_copy_equals_the_shipped_file() -> None:
+    assert (ROOT / "config.yaml").read_bytes() == SHIPPED.read_bytes()
+
+
+def test_the_shipped_file_serves_without_a_key_and_without_a_warning() -> None:
+    configuration = Configuration.load(SHIPPED, environ={})
+
+    configuration.check_usable()
+    assert configuration.warnings == ()
+    assert configuration.settings.llm.active == "demo"
+    assert [(p.name, p.usable, p.missing_key) for p in configuration.settings.llm.providers.values()] == [
+        ("openai", False, "OPENAI_API_KEY"),
+        ("groq", False, "GROQ_API_KEY"),
+        ("openrouter", False, "OPENROUTER_API_KEY"),
+        ("local", True, None),
+        ("demo", True, None),
+    ]
+
+
+def test_the_shipped_providers_have_the_values_of_the_original() -> None:
+    shipped = Configuration.load(SHIPPED, environ={}).settings.llm.providers
+    original = Configuration.load(ORIGINAL, environ={}).settings.llm.providers
+
+    assert {name: shipped[name] for name in original} == original
+    assert shipped["local"].http_client == shipped["openai"].http_client
+    assert shipped["demo"].http_client.concurrent_requests == 200
+    assert shipped["demo"].http_client.requests_per_minute == 100000
+
+
+def test_the_shipped_file_explains_every_setting() -> None:
+    text = SHIPPED.read_text()
+    names = {
+        field.name
+        for cls in map(type, _sections(Configuration.load(SHIPPED, environ={}).settings))
+        for field in dataclasses.fields(cls)
+    }
+
+    unexplained = {
+        line
+        for line in text.split("# The keys of the others")[0].splitlines()
+        if re.match(r" +[a-z_0-9]+: [^#]*$", line)
+    }
+    assert {name for name in names if f"{name}:" not in text} == {"name", "api_key"} - {"name"}
+    assert unexplained == set()
+
+
+def _sections(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return [each for item in value.values() for each in _sections(item)]
+    if not dataclasses.is_dataclass(value):
+        return []
+    inner = [_sections(getattr(value, field.name)) for field in dataclasses.fields(value)]
+    return [value, *(each for sections in inner for each in sections)]
+
+
+@pytest.mark.parametrize("name", ["openai", "groq", "openrouter"])
+def test_one_word_and_a_key_make_it_real(name: str) -> None:
+    environ = {"AIOSERVER__LLM__ACTIVE": name, f"{name.upper()}_API_KEY": "canary"}
+
+    configuration = Configuration.load(SHIPPED, environ=environ)
+
+    configuration.check_usable()
+    key = configuration.settings.llm.providers[name].api_key
+    assert key is not None
+    assert key.reveal() == "canary"
+
+
+# Which file.
+
+
+def test_a_given_path_wins_over_the_variable_and_that_over_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("config.yaml", "b.yaml", "c.yaml"):
+        (tmp_path / name).write_text(small())
+    environ = {"AIOSERVER_CONFIG": "b.yaml"}
+
+    assert Configuration.load("c.yaml", environ=environ).source == "c.yaml"
+    assert Configuration.load(environ=environ).source == "b.yaml"
+    assert Configuration.load(environ={"AIOSERVER_CONFIG": ""}).source == "config.yaml"
+    (tmp_path / "config.yaml").unlink()
+    assert Configuration.load(environ={}).source == str(SHIPPED)
+
+
+def test_a_link_to_nowhere_is_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.yaml").symlink_to("gone.yaml")
+
+    assert refused(lambda: Configuration.load(environ={})) == [
+        "config.yaml: cannot be read: No such file or directory"
+    ]
+
+
+def test_the_environment_of_the_process_is_the_default(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file.write_text(small())
+    monkeypatch.setenv("AIOSERVER_CONFIG", str(file))
+    monkeypatch.setenv("AIOSERVER__CHAT__WEBSOCKET__PORT", "9000")
+
+    assert Configuration.load().settings.chat.websocket.port == 9000
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (b"", "F:1:1: the file is empty"),
+        (b"# nothing\n", "F:1:1: the file is empty"),
+        (b"- 1\n", "F:1:1: expected a section of keys, not a list"),
+        (b"canary", "F:1:1: expected a section of keys, not text"),
+        (b"a: 1\nbc: \xff\n", "F:2:5: not UTF-8"),
+        (b"a: [\n", "F:2:1: not valid YAML: "),
+        (b"#" * (MAX_FILE_BYTES + 1), "F: larger than 1048576 bytes"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_one_fault(
+    content: bytes, fault: str, file: Path
+) -> None:
+    found = refused(lambda: load(content, file), file)
+
+    assert len(found) == 1
+    assert found[0].startswith(fault)
+
+
+def test_a_byte_order_mark_is_no_fault(file: Path) -> None:
+    assert load(b"\xef\xbb\xbf" + small().encode(), file).settings.llm.active == "mine"
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("gone", "No such file or directory"),
+        (".", "Is a directory"),
+        ("a\0b", "no such name is possible"),
+    ],
+)
+def test_a_file_that_cannot_be_read_says_why(name: str, why: str, tmp_path: Path) -> None:
+    path = f"{tmp_path}/{name}"
+
+    assert refused(lambda: Configuration.load(path, environ={})) == [
+        f"{path}: cannot be read: {why}"
+    ]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_without_permission_says_so(file: Path) -> None:
+    file.write_text(small())
+    file.chmod(0)
+
+    assert refused(lambda: Configuration.load(file, environ={}), file) == [
+        "F: cannot be read: Permission denied"
+    ]
+
+
+# Faults.
+
+
+def test_every_fault_is_reported_at_once_with_its_place(file: Path) -> None:
+    text = """\
+chat:
+  websocket:
+    port: yes
+    prot: 1
+    ping_interval: .nan
+    max_message_size: "16"
+    concurrency:
+      max_connections: 10
+      connection_queue_size: 9
+      uvicorn:
+        backlog: 5
+        access_log: false
+        keepalive_timeout: ${KEEPALIVE}
+        max_keepalive_requests: 1
+        h11_max_incomplete_event_size: 1
+        h11_max_request_line_size: 1
+        h11_max_header_size: 1
+        backlog: 7
+llm:
+  active: x
+  providers:
+    mine:
+      base_url: http://h
+      model: *m
+      models: [a, 1]
+      http_client:
+        {max_connections: 2, max_keepalive: 3, keepalive_expiry: 1, connect_timeout: 1,
+        read_timeout: 7, write_timeout: 1, pool_timeout: 0, requests_per_minute: 60,
+        concurrent_requests: 2, max_retries: 0}
+loging: {}
+"""
+
+    found = refused(lambda: load(text, file, AIOSERVER__CHAT__SSE__ENDPOINT="1"), file)
+
+    assert found == [
+        "AIOSERVER__CHAT__SSE__ENDPOINT chat.sse.endpoint: expected text, not a number (put it in quotes)",
+        "F:3:5 chat.websocket.port: expected a whole number, not a boolean",
+        "F:4:5 chat.websocket.prot: unknown key (did you mean port?)",
+        "F:5:5 chat.websocket.ping_interval: must be finite and at most 1000000000",
+        "F:6:5 chat.websocket.max_message_size: expected a whole number, not text (a number stands without quotes and leading zeros)",
+        "F:9:7 chat.websocket.concurrency.connection_queue_size: must be >= max_connections (10), not 9",
+        "F:10:7 chat.websocket.concurrency.uvicorn.workers: required key is missing",
+        "F:11:9 chat.websocket.concurrency.uvicorn.backlog: must be >= connection_queue_size (9), not 5",
+        "F:13:9 chat.websocket.concurrency.uvicorn.keepalive_timeout: KEEPALIVE is not set (or write ${KEEPALIVE:-default})",
+        "F:18:9 chat.websocket.concurrency.uvicorn.backlog: this key is there twice (first in line 11)",
+        "F:20:3 llm.active: is not among llm.providers (mine)",
+        "F:24:14 llm.providers.mine.model: aliases are refused (write the value out)",
+        "F:25:19 llm.providers.mine.models[1]: expected text, not a number (put it in quotes)",
+        "F:26:7 llm.providers.mine.http_client.backoff_factor: required key is missing",
+        "F:27:28 llm.providers.mine.http_client.max_keepalive: must be <= max_connections (2), not 3",
+        "F:28:43 llm.providers.mine.http_client.pool_timeout: must be greater than 0",
+        "F:30:1 loging: unknown key (did you mean logging?)",
+    ]
+
+
+def test_a_missing_section_is_said_at_the_top(file: Path) -> None:
+    assert refused(lambda: load("logging: {}\n", file), file) == [
+        "F:1:1 chat: required key is missing",
+        "F:1:1 llm: required key is missing",
+    ]
+
+
+def test_faults_of_keys_and_files_come_with_all_others(file: Path) -> None:
+    (file.parent / "bad").write_text("two words canary")
+    text = small("base_url: ftp://canary", "api_key_file: " + str(file.parent / "bad"), "ca_file: gone")
+    text += "auth: {keys: [{name: a, key_env: A}, {name: b, sha256: canary}]}\n"
+
+    found = refused(lambda: load(text, file), file)
+
+    assert [fault.split(": ")[0] for fault in found] == [
+        "F:13:7 llm.providers.mine.base_url",
+        "F:14:7 llm.providers.mine.api_key_file",
+        "F:15:7 llm.providers.mine.ca_file",
+        "F:20:15 auth.keys[0]",
+        "F:20:38 auth.keys[1].sha256",
+    ]
+    assert "canary" not in "".join(found)
+
+
+def test_a_provider_with_faults_does_not_hide_the_others(file: Path) -> None:
+    text = small("api_key: a b") + "  fallbacks: [x]\n"
+
+    found = refused(lambda: load(text, file), file)
+
+    assert [fault.split(" ", 1)[1].split(":")[0] for fault in found] == [
+        "llm.providers.mine",
+        "llm.providers.mine.api_key",
+        "llm.fallbacks[0]",
+    ] or [fault.split(" ", 1)[1].split(":")[0] for fault in found] == [
+        "llm.providers.mine.base_url",
+        "llm.providers.mine.api_key",
+        "llm.fallbacks[0]",
+    ]
+
+
+# The environment.
+
+
+def test_a_variable_overrides_the_file(file: Path) -> None:
+    configuration = load(
+        small(),
+        file,
+        AIOSERVER__CHAT__WEBSOCKET__PORT="9000",
+        AIOSERVER__CHAT__WEBSOCKET__ALLOW_ORIGINS='["http://a", "*"]',
+        AIOSERVER__LLM__PROVIDERS__MINE__MODEL="x: y",
+        AIOSERVER__AUTH="{open: true}",
+        AIOSERVER__LOGGING__SERVICE_NAME='"7"',
+        AIOSERVER_UNRELATED="x",
+    )
+
+    websocket = configuration.settings.chat.websocket
+    assert websocket.port == 9000
+    assert websocket.allow_origins == ("http://a", "*")
+    assert configuration.settings.llm.providers["mine"].model == "x: y"
+    assert configuration.settings.auth is not None
+    assert configuration.settings.logging.service_name == "7"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "fault"),
+    [
+        ("CHAT__WEBSOCKET__PORT", "canary", "chat.websocket.port: expected a whole number, not text"),
+        ("CHAT__WEBSOCKET__PROT", "1", "chat.websocket.prot: unknown key (did you mean port?)"),
+        ("CHAT__WEBSOCKET__PORT__X", "1", "chat.websocket.port: expected a whole number, not a"),
+        ("CHAT__WEBSOCKET__PORT", "[1", "chat.websocket.port: not valid YAML: "),
+        ("LLM__ACTIVE__X", "1", "llm.active: is not a section, and so has nothing to set in it"),
+        ("", "1", "?: unknown key"),
+    ],
+)
+def test_a_fault_of_an_override_names_the_variable(
+    name: str, value: str, fault: str, file: Path
+) -> None:
+    found = refused(lambda: load(small(), file, **{f"AIOSERVER__{name}": value}))
+
+    assert found[0].startswith(f"AIOSERVER__{name} {fault}")
+    assert "canary" not in found[0]
+
+
+def test_a_reference_is_typed_and_a_secret_may_be_one(file: Path) -> None:
+    text = small("base_url: http://${HOST}/v1", "api_key: ${KEY}", "temperature: ${T:-0.5}")
+
+    configuration = load(text, file, HOST="h", KEY="canary")
+
+    provider = configuration.settings.llm.providers["mine"]
+    assert (provider.base_url, provider.temperature) == ("http://h/v1", 0.5)
+    assert configuration.warnings == ()
+    assert provider.usable
+
+
+# Secrets.
+
+
+def test_a_key_in_the_file_is_warned_of(file: Path) -> None:
+    configuration = load(small("base_url: http://h", "api_key: canary"), file)
+
+    assert len(configuration.warnings) == 1
+    assert ":14:7 llm.providers.mine.api_key: " in configuration.warnings[0]
+    assert "canary" not in configuration.warnings[0]
+
+
+def test_a_key_from_an_override_is_not_warned_of(file: Path) -> None:
+    made = load(small(), file, AIOSERVER__LLM__PROVIDERS__MINE__API_KEY="*canary")
+
+    assert made.warnings == ()
+    assert made.settings.llm.providers["mine"].usable
+
+
+def test_a_key_file_is_looked_for_in_the_credentials_first(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(file.parent)
+    folder = file.parent / "credentials"
+    folder.mkdir()
+    (folder / "key").write_text("one\n")
+    (file.parent / "key").write_text(" two ")
+    text = small("base_url: http://h", "api_key_file: key")
+
+    def key(**environ: str) -> str | None:
+        found = load(text, file, **environ).settings.llm.providers["mine"].api_key
+        return found and found.reveal()
+
+    assert key(CREDENTIALS_DIRECTORY=str(folder)) == "one"
+    assert key(CREDENTIALS_DIRECTORY="/nowhere") == "two"
+    assert key() == "two"
+    (file.parent / "key").unlink()
+    assert key() is None
+
+
+@pytest.mark.parametrize("content", [b"", b"a b", b"a\nb", b"\xff", "schlüssel".encode()])
+def test_a_file_without_one_key_is_a_fault(content: bytes, file: Path) -> None:
+    key = file.parent / "key"
+    key.write_bytes(content)
+
+    found = refused(lambda: load(small("base_url: http://h", f"api_key_file: {key}"), file), file)
+
+    assert len(found) == 1
+    assert found[0].startswith("F:14:7 llm.providers.mine.api_key_file: ")
+
+
+def test_a_variable_without_a_usable_key_is_a_fault(file: Path) -> None:
+    text = small("base_url: http://h", "api_key_env: KEY")
+
+    assert refused(lambda: load(text, file, KEY="ca nary"), file) == [
+        "F:14:7 llm.providers.mine.api_key_env: KEY holds a blank or a character that no key has"
+    ]
+    assert load(text, file, KEY=" canary\n").settings.llm.providers["mine"].usable
+    assert load(text, file, KEY="").settings.llm.providers["mine"].missing_key == "KEY"
+
+
+def test_keys_of_callers_become_hashes(file: Path) -> None:
+    (file.parent / "key").write_text("two\n")
+    digests = [hashlib.sha256(key).hexdigest() for key in (b"one", b"two", b"three")]
+    text = small() + (
+        "auth:\n  keys:\n  - {name: a, key_env: A}\n"
+        f"  - {{name: b, key_file: {file.parent / 'key'}}}\n"
+        f"  - {{name: c, sha256: {digests[2].upper()}}}\n"
+    )
+
+    configuration = load(text, file, A="one")
+
+    assert configuration.settings.auth is not None
+    assert [key.sha256 for key in configuration.settings.auth.keys] == digests
+
+
+def test_a_callers_key_that_is_missing_or_shared_is_a_fault(file: Path) -> None:
+    text = small() + (
+        "auth:\n  keys:\n  - {name: a, key_env: A}\n  - {name: b, key_env: B}\n"
+        "  - {name: c, key_env: A}\n  - {name: d, key_file: gone}\n"
+    )
+
+    assert refused(lambda: load(text, file, A="canary"), file) == [
+        "F:20:5 auth.keys[1]: B holds no key",
+        "F:21:5 auth.keys[2]: the same key as a",
+        "F:22:5 auth.keys[3]: gone holds no key",
+    ]
+
+
+def test_no_secret_is_in_any_output(file: Path) -> None:
+    text = small(
+        "base_url: http://h",
+        "api_key: canary-a",
+        "headers: {Authorization: canary-b}",
+        "proxy: http://u:canary-c@p",
+    ) + "cluster: {redis_url: 'redis://:canary-d@r'}\nauth: {keys: [{name: a, key_env: K}]}\n"
+
+    configuration = load(text, file, K="canary-e")
+
+    shown = f"{configuration!r} {configuration.effective()} {configuration.warnings}"
+    assert "canary" not in shown
+    assert hashlib.sha256(b"canary-e").hexdigest() not in shown
+    assert configuration.effective()["llm"]["providers"]["mine"]["api_key"] == "***"
+
+
+SECRET = "canary-0123456789"
+
+
+@hypothesis_settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    path=st.sampled_from(
+        [row.split("`")[1] for row in __import__("aioserver.settings").settings.table().splitlines()[2:]]
+    ),
+    shape=st.sampled_from(
+        ["{}", "'{}", "[{}", "*{}", "!{} x", "{}: {{", "{{a: {}}}", "[{}]", "'${{S}}'", "${{S}} ${{",
+         "@{}", "\"\\q{}\"", "|\n{}\n {}", "%{}", "${{S}}", "- {}", "&{} *{}"]
+    ),
+)
+def test_a_secret_in_any_place_and_shape_is_in_no_fault(
+    path: str, shape: str, tmp_path: Path
+) -> None:
+    *above, last = path.replace("<name>", "mine").replace("[]", "").split(".")
+    text, indent = "", ""
+    for step in above:
+        text += f"{indent}{step}:\n"
+        indent += " "
+    text += f"{indent}{last}: {shape.format(SECRET, SECRET)}\n"
+    try:
+        load(text, tmp_path / "c.yaml", S=SECRET)
+    except ConfigurationError as error:
+        assert SECRET not in str(error)
+
+
+# What is valid and cannot serve.
+
+
+def test_an_active_provider_without_its_key_says_what_to_set() -> None:
+    shipped = Configuration.load(SHIPPED, environ={"AIOSERVER__LLM__ACTIVE": "openai"})
+    original = Configuration.load(ORIGINAL, environ={})
+
+    assert refused(shipped.check_usable) == [
+        "AIOSERVER__LLM__ACTIVE llm.active: openai is active but OPENAI_API_KEY is not set; "
+        "set it, or set llm.active: demo"
+    ]
+    (found,) = refused(original.check_usable)
+    assert ":79:3 llm.active: openai is active but OPENAI_API_KEY is not set; " in found
+    assert "llm.active: demo" in found
+
+
+def test_a_fallback_without_its_key_is_refused() -> None:
+    environ = {"AIOSERVER__LLM__FALLBACKS": "[local, groq]"}
+
+    assert refused(Configuration.load(SHIPPED, environ=environ).check_usable) == [
+        "AIOSERVER__LLM__FALLBACKS llm.fallbacks[1]: groq is a fallback but GROQ_API_KEY is not "
+        "set; set it, or take groq out"
+    ]
+
+
+def test_a_missing_key_file_of_the_active_provider_is_named(file: Path) -> None:
+    configuration = load(small("base_url: http://h", "api_key_file: gone.key"), file)
+
+    (found,) = refused(configuration.check_usable)
+    assert "mine is active but gone.key is not there" in found
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST", "127.0.0.1", "127.9.9.9", "::1"])
+def test_a_loopback_address_needs_no_keys(host: str, file: Path) -> None:
+    load(small(), file, AIOSERVER__CHAT__WEBSOCKET__HOST=host).check_usable()
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.2", "chat.example", "127.0.0.1.example"])
+def test_an_open_address_needs_keys_or_a_word(host: str, file: Path) -> None:
+    environ = {"AIOSERVER__CHAT__WEBSOCKET__HOST": host}
+
+    (found,) = refused(load(small(), file, **environ).check_usable)
+
+    assert f"{host} is open to others" in found
+    assert "auth.keys" in found
+    assert "open: true" in found
+    assert refused(load(small() + "auth:\n", file, **environ).check_usable) == [found]
+    load(small() + "auth: {open: true}\n", file, **environ).check_usable()
+    load(small() + "auth: {keys: [{name: a, key_env: A}]}\n", file, A="x", **environ).check_usable()
+
+
+def test_every_reason_not_to_serve_is_said_at_once(file: Path) -> None:
+    text = small("base_url: http://h", "api_key_env: A")
+
+    assert len(refused(load(text, file, AIOSERVER__CHAT__WEBSOCKET__HOST="::").check_usable)) == 2
+
+
+def test_an_open_door_and_any_origin_are_warned_of(file: Path) -> None:
+    text = small() + "auth: {open: true}\n"
+
+    warnings = load(text, file, AIOSERVER__CHAT__WEBSOCKET__ALLOW_ORIGINS="['*']").warnings
+
+    assert [warning.split(" ", 1)[1].split(":")[0] for warning in warnings] == [
+        "chat.websocket.allow_origins",
+        "auth.open",
+    ]
+
+
+# In Python.
+
+
+def test_the_concurrency_is_a_plain_dict() -> None:
+    concurrency = Configuration.load(ORIGINAL, environ={}).get_websocket_concurrency_config()
+
+    assert concurrency["max_connections"] == 100
+    assert concurrency["uvicorn"]["backlog"] == 2048
+    assert type(concurrency["uvicorn"]) is dict
+
+
+def test_the_http_client_is_that_of_the_active_or_of_a_named_provider() -> None:
+    configuration = Configuration.load(ORIGINAL, environ={})
+
+    assert configuration.get_http_client_config()["max_connections"] == 50
+    assert configuration.get_http_client_config("groq")["max_connections"] == 30
+    assert set(CLIENT) < set(configuration.get_http_client_config())
+    with pytest.raises(ValueError, match="no provider 'x'; configured: openai, groq, openrouter"):
+        configuration.get_http_client_config("x")
+
+
+def test_what_is_effective_is_read_back_as_the_same(file: Path) -> None:
+    for source in (ORIGINAL, SHIPPED):
+        configuration = Configuration.load(source, environ={})
+
+        again = load(yaml.safe_dump(configuration.effective()), file)
+
+        assert again.settings == configuration.settings
+
+
+TEXTS = st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=20)
+
+
+@hypothesis_settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
+@given(
+    prompt=TEXTS,
+    port=st.integers(0, 65535),
+    ping=st.floats(0.001, 1e6),
+    models=st.lists(TEXTS.filter(bool), max_size=3),
+    stream=st.booleans(),
+)
+def test_settings_survive_a_round_trip(
+    prompt: str, port: int, ping: float, models: list[str], stream: bool, tmp_path: Path
+) -> None:
+    data = changed(
+        chat__service__system_prompt=prompt.replace("${", ""),
+        chat__websocket__port=port,
+        chat__websocket__ping_interval=ping,
+        chat__service__streaming__enabled=stream,
+        llm__providers__groq__models=[model.replace("${", "") or "m" for model in models],
+    )
+
+    one = load(yaml.safe_dump(data), tmp_path / "one.yaml")
+    two = load(yaml.safe_dump(one.effective()), tmp_path / "two.yaml")
+
+    assert one.settings.chat.websocket.port == port
+    assert one.settings == two.settings
+
+
+@hypothesis_settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.binary(max_size=60)
+    | st.text(alphabet="chat:lm websocketproviders-[]{}&*!|>'\"%@`#,?\n\t$0123.", max_size=80)
+)
+def test_any_file_is_settings_or_a_configuration_error(text: str | bytes, tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    try:
+        load(text, path)
+    except ConfigurationError as error:
+        assert error.faults
+        assert all(fault.startswith(str(path)) for fault in error.faults)
+
+
+@hypothesis_settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(cut=st.integers(0, 12000), junk=st.text(alphabet=" \n:-[]{}&*'\"$#a1", max_size=4))
+def test_a_damaged_file_is_settings_or_a_configuration_error(
+    cut: int, junk: str, tmp_path: Path
+) -> None:
+    text = SHIPPED.read_text()
+    try:
+        load(text[:cut] + junk + text[cut + len(junk) :], tmp_path / "c.yaml")
+    except ConfigurationError as error:
+        assert error.faults
+    try:
+        load(text[:cut], tmp_path / "c.yaml")
+    except ConfigurationError as error:
+        assert error.faults
+
+
+@given(st.dictionaries(st.text(alphabet="CHATLMWEBSOK_", max_size=20), st.text(max_size=10), max_size=3))
+def test_any_environment_is_settings_or_a_configuration_error(extra: Mapping[str, str]) -> None:
+    try:
+        Configuration.load(ORIGINAL, environ={f"AIOSERVER__{key}": extra[key] for key in extra})
+    except ConfigurationError as error:
+        assert all(fault.startswith(("AIOSERVER__", str(ORIGINAL))) for fault in error.faults)
+
+
+def test_loading_imports_neither_the_server_nor_the_provider_side() -> None:
+    code = (
+        "import sys; from aioserver.config import Configuration;"
+        "print(*sorted({name.split('.')[0] for name in sys.modules}))"
+    )
+
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    ).stdout.split()
+
+    assert not {"aiohttp", "asyncio", "ssl", "click", "httptools"} & set(loaded)
