@@ -158,4 +158,4 @@ async def end(app: web.Application) -> None:
     await app[keys.GATEWAY].close()
     sockets = list(app[keys.SOCKETS])
     if sockets:
-        await asyncio.gather(*(socket.stop() for socket in sockets))
+        await asyncio.gather(*(one.stop() for one in sockets))

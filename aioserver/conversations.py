@@ -94,6 +94,7 @@ class Conversations:
 
     def _bound(self, conversation: _Conversation) -> None:
         turns = self._alive(conversation)
+        weigh: Callable[[_Turn], int]
         limit: float
         match self._persistence.retention_policy:
             case "message_count":

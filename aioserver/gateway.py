@@ -296,9 +296,10 @@ class Gateway:
         stream.end(COMPLETE, {"metadata": {"provider": answer.provider}})
 
     def _settle(self, task: asyncio.Task[None]) -> None:
-        """End the log. A callback and not a `finally`: a task cancelled before its first step
+        """End the log.
 
-        never enters its `try`, and its readers would wait for ever.
+        A callback and not a `finally`: a task cancelled before its first step never enters its
+        `try`, and its readers would wait for ever.
         """
         stream = self._producers.pop(task)
         del self._tasks[stream]

@@ -1,7 +1,6 @@
-"""Many timers of about the same length, with one real timer (Varghese and Lauck, "Hashed and
-Hierarchical Timing Wheels", 1987).
+"""Many timers of about the same length, with one real timer.
 
-Heartbeats and pings: thousands of members, each visited every twenty seconds. A member lies in the
+After Varghese and Lauck, "Hashed and Hierarchical Timing Wheels", 1987. Heartbeats and pings: thousands of members, each visited every twenty seconds. A member lies in the
 bucket of its moment; one timer fires for the next bucket that has anybody in it. Adding, removing
 and visiting cost the same however many there are.
 """

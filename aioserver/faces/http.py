@@ -33,8 +33,6 @@ from aioserver.errors import (
 )
 
 if TYPE_CHECKING:
-    import asyncio.transports
-
     from aioserver.auth import Origins
     from aioserver.faces.admission import BodyHold
     from aioserver.settings import WebSocket

@@ -201,19 +201,22 @@ class Socket:
         return False
 
     def _carry_out(self, text: str) -> None:
-        request_id = None
+        request_id: str | None = None
         try:
             command = messages.parse(text)
             match command:
-                case Ping(request_id):
-                    self._say(request_id, "pong", {})
+                case Ping():
+                    self._say(command.request_id, "pong", {})
                 case Chat():
                     request_id = command.request_id
                     self._chat(command)
-                case Cancel(request_id):
-                    self._cancel(request_id)
-                case Resume(request_id, last_event_id):
-                    self._follow(self._gateway.find(self._caller, request_id), last_event_id)
+                case Cancel():
+                    request_id = command.request_id
+                    self._cancel(command.request_id)
+                case Resume():
+                    request_id = command.request_id
+                    stream = self._gateway.find(self._caller, command.request_id)
+                    self._follow(stream, command.last_event_id)
         except BadCommand as bad:
             self._complain(bad.request_id, bad.error)
         except AioserverError as error:

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 DONE = b"data: [DONE]\n\n"
 # A quote inside a JSON string is escaped, so these are never text that a model has written.
-_DONE_LINE = re.compile(rb"(?:^|[\r\n])(data: ?\[DONE\][^\S\r\n]*(?:\r\n|\n|\r))")
-_FINISH = re.compile(rb'"finish_reason" ?: ?"')
-_ERROR = re.compile(rb'"error" ?: ?[{"]')
+# Plain searches, not regular expressions: these look at every byte that passes.
+_FINISH = (b'"finish_reason":"', b'"finish_reason": "')
+_ERROR = (b'"error":', b'"error" :')
 _RESPONSE_END = re.compile(rb'"type" ?: ?"response\.(?:completed|incomplete|failed)"')
 NO_END = "the provider's stream ended without a finish_reason and without [DONE]"
 
@@ -79,18 +79,22 @@ class EventSink:
         if self._responses:
             ended = _RESPONSE_END.search(block) is not None
         else:
-            if b"[DONE]" in block and (match := _DONE_LINE.search(block)) is not None:
+            if b"[DONE]" in block and (start := _done_line(block)) >= 0:
                 ended = True
-                done = match[1] + (b"\r\n" if match[1].endswith(b"\r\n") else match[1][-1:])
-                block = block[: match.start(1)]
-            if not self._finished and b'"finish_reason"' in block:
-                self._finished = _FINISH.search(block) is not None
+                done = DONE
+                block = block[:start]
+            if not self._finished:
+                self._finished = any(one in block for one in _FINISH)
         if block and (number := eventstream.count(block)):
             stream.answered = True
             stream.append(streams.CHUNK, data=block, count=number)
         elif block:
             stream.append(streams.CHUNK, data=block, count=0)  # comments: they pass, uncounted
-        if not ended and b'"error"' in block and (fault := _error_in(block)) is not None:
+        if (
+            not ended
+            and any(one in block for one in _ERROR)
+            and (fault := _error_in(block)) is not None
+        ):
             stream.error = provider_error(fault)
             stream.end(streams.ERROR, stream.error.as_chunk())  # its own event has been passed on
             return False
@@ -169,10 +173,18 @@ def complete(stream: Stream, reading: Reading) -> None:
     )
 
 
+def _done_line(block: bytes) -> int:
+    """Where the line `data: [DONE]` begins, -1 where there is none."""
+    at = -1
+    while (at := block.find(b"[DONE]", at + 1)) >= 0:
+        line = block[max(0, at - 8) : at].rstrip(b" ")
+        if line.endswith((b"\ndata:", b"\rdata:")) or line == b"data:":
+            return block.rindex(b"data:", 0, at)
+    return -1
+
+
 def _error_in(block: bytes) -> Any:
     """The error object of an event that is one, None where there is none."""
-    if _ERROR.search(block) is None:
-        return None
     for event in eventstream.parse(block):
         try:
             answer = orjson.loads(event.data)

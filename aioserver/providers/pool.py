@@ -58,7 +58,7 @@ class CappedConnector(TCPConnector):
         super().__init__(**kwargs)
         self._max_keepalive = max_keepalive
         self._demand = demand
-        self._factory = functools.partial(WireProtocol, loop=self._loop)
+        self._factory = functools.partial(WireProtocol, loop=self._loop)  # type: ignore[assignment]
 
     @property
     def idle(self) -> int:
