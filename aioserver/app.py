@@ -156,6 +156,6 @@ async def end(app: web.Application) -> None:
     app[keys.LIFE].ready = False
     app[keys.ADMISSION].gate.close(ServerShutdown("the server is stopping", retry_after=5.0))
     await app[keys.GATEWAY].close()
-    sockets = list(app[keys.SOCKETS])
+    sockets: list[websocket.Socket] = [*app[keys.SOCKETS]]
     if sockets:
         await asyncio.gather(*(one.stop() for one in sockets))

@@ -209,8 +209,8 @@ def _worded(error: vol.Invalid, known: list[str]) -> vol.Invalid:
         near = difflib.get_close_matches(key[:64].lower(), known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
         return vol.Invalid(f"unknown key ({hint})", error.path)
-    if isinstance(error, vol.RequiredFieldInvalid):
-        return vol.Invalid("required key is missing", error.path)
+    if isinstance(error, vol.RequiredFieldInvalid):  # its path ends in the marker, not the name
+        return vol.Invalid("required key is missing", [*error.path[:-1], str(error.path[-1])])
     return error
 
 

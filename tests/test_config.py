@@ -98,7 +98,9 @@ def test_every_value_of_the_original_is_kept() -> None:
         return [
             line
             for key in given
-            for line in (differences(given[key], kept[key], f"{path}.{key}") if key in kept else ())
+            for line in (
+                differences(given[key], kept[key], f"{path}.{key}") if key in kept else ()
+            )
         ]
 
     assert differences(changed(), loaded, "") == [".logging.format"]
@@ -114,7 +116,9 @@ def test_the_shipped_file_serves_without_a_key_and_without_a_warning() -> None:
     configuration.check_usable()
     assert configuration.warnings == ()
     assert configuration.settings.llm.active == "demo"
-    assert [(p.name, p.usable, p.missing_key) for p in configuration.settings.llm.providers.values()] == [
+    assert [
+        (p.name, p.usable, p.missing_key) for p in configuration.settings.llm.providers.values()
+    ] == [
         ("openai", False, "OPENAI_API_KEY"),
         ("groq", False, "GROQ_API_KEY"),
         ("openrouter", False, "OPENROUTER_API_KEY"),
@@ -330,7 +334,9 @@ def test_a_missing_section_is_said_at_the_top(file: Path) -> None:
 
 def test_faults_of_keys_and_files_come_with_all_others(file: Path) -> None:
     (file.parent / "bad").write_text("two words canary")
-    text = small("base_url: ftp://canary", "api_key_file: " + str(file.parent / "bad"), "ca_file: gone")
+    text = small(
+        "base_url: ftp://canary", "api_key_file: " + str(file.parent / "bad"), "ca_file: gone"
+    )
     text += "auth: {keys: [{name: a, key_env: A}, {name: b, sha256: canary}]}\n"
 
     found = refused(lambda: load(text, file), file)
@@ -387,7 +393,11 @@ def test_a_variable_overrides_the_file(file: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "fault"),
     [
-        ("CHAT__WEBSOCKET__PORT", "canary", "chat.websocket.port: expected a whole number, not text"),
+        (
+            "CHAT__WEBSOCKET__PORT",
+            "canary",
+            "chat.websocket.port: expected a whole number, not text",
+        ),
         ("CHAT__WEBSOCKET__PROT", "1", "chat.websocket.prot: unknown key (did you mean port?)"),
         ("CHAT__WEBSOCKET__PORT__X", "1", "chat.websocket.port: expected a whole number, not a"),
         ("CHAT__WEBSOCKET__PORT", "[1", "chat.websocket.port: not valid YAML: "),
@@ -504,12 +514,15 @@ def test_a_callers_key_that_is_missing_or_shared_is_a_fault(file: Path) -> None:
 
 
 def test_no_secret_is_in_any_output(file: Path) -> None:
-    text = small(
-        "base_url: http://h",
-        "api_key: canary-a",
-        "headers: {Authorization: canary-b}",
-        "proxy: http://u:canary-c@p",
-    ) + "cluster: {redis_url: 'redis://:canary-d@r'}\nauth: {keys: [{name: a, key_env: K}]}\n"
+    text = (
+        small(
+            "base_url: http://h",
+            "api_key: canary-a",
+            "headers: {Authorization: canary-b}",
+            "proxy: http://u:canary-c@p",
+        )
+        + "cluster: {redis_url: 'redis://:canary-d@r'}\nauth: {keys: [{name: a, key_env: K}]}\n"
+    )
 
     configuration = load(text, file, K="canary-e")
 
@@ -525,11 +538,31 @@ SECRET = "canary-0123456789"
 @hypothesis_settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     path=st.sampled_from(
-        [row.split("`")[1] for row in __import__("aioserver.settings").settings.table().splitlines()[2:]]
+        [
+            row.split("`")[1]
+            for row in __import__("aioserver.settings").settings.table().splitlines()[2:]
+        ]
     ),
     shape=st.sampled_from(
-        ["{}", "'{}", "[{}", "*{}", "!{} x", "{}: {{", "{{a: {}}}", "[{}]", "'${{S}}'", "${{S}} ${{",
-         "@{}", "\"\\q{}\"", "|\n{}\n {}", "%{}", "${{S}}", "- {}", "&{} *{}"]
+        [
+            "{}",
+            "'{}",
+            "[{}",
+            "*{}",
+            "!{} x",
+            "{}: {{",
+            "{{a: {}}}",
+            "[{}]",
+            "'${{S}}'",
+            "${{S}} ${{",
+            "@{}",
+            '"\\q{}"',
+            "|\n{}\n {}",
+            "%{}",
+            "${{S}}",
+            "- {}",
+            "&{} *{}",
+        ]
     ),
 )
 def test_a_secret_in_any_place_and_shape_is_in_no_fault(
@@ -584,7 +617,9 @@ def test_a_loopback_address_needs_no_keys(host: str, file: Path) -> None:
     load(small(), file, AIOSERVER__CHAT__WEBSOCKET__HOST=host).check_usable()
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.2", "chat.example", "127.0.0.1.example"])
+@pytest.mark.parametrize(
+    "host", ["0.0.0.0", "::", "192.168.1.2", "chat.example", "127.0.0.1.example"]
+)
 def test_an_open_address_needs_keys_or_a_word(host: str, file: Path) -> None:
     environ = {"AIOSERVER__CHAT__WEBSOCKET__HOST": host}
 
@@ -595,7 +630,9 @@ def test_an_open_address_needs_keys_or_a_word(host: str, file: Path) -> None:
     assert "open: true" in found
     assert refused(load(small() + "auth:\n", file, **environ).check_usable) == [found]
     load(small() + "auth: {open: true}\n", file, **environ).check_usable()
-    load(small() + "auth: {keys: [{name: a, key_env: A}]}\n", file, A="x", **environ).check_usable()
+    load(
+        small() + "auth: {keys: [{name: a, key_env: A}]}\n", file, A="x", **environ
+    ).check_usable()
 
 
 def test_every_reason_not_to_serve_is_said_at_once(file: Path) -> None:
@@ -704,7 +741,11 @@ def test_a_damaged_file_is_settings_or_a_configuration_error(
         assert error.faults
 
 
-@given(st.dictionaries(st.text(alphabet="CHATLMWEBSOK_", max_size=20), st.text(max_size=10), max_size=3))
+@given(
+    st.dictionaries(
+        st.text(alphabet="CHATLMWEBSOK_", max_size=20), st.text(max_size=10), max_size=3
+    )
+)
 def test_any_environment_is_settings_or_a_configuration_error(extra: Mapping[str, str]) -> None:
     try:
         Configuration.load(ORIGINAL, environ={f"AIOSERVER__{key}": extra[key] for key in extra})

@@ -263,7 +263,9 @@ def test_an_override_that_looks_like_yaml_is_one_text(value: str) -> None:
     assert made.values == {"a": value}
 
 
-@pytest.mark.parametrize("value", ["[canary", "{a: 'canary}", '"canary', "[*canary]", "'a' canary"])
+@pytest.mark.parametrize(
+    "value", ["[canary", "{a: 'canary}", '"canary', "[*canary]", "'a' canary"]
+)
 def test_a_faulty_override_names_its_variable_and_not_its_value(value: str) -> None:
     made = Document("f")
     made.read("a: 1", {})

@@ -82,7 +82,11 @@ def test_what_the_original_lacks_has_the_contracts_default() -> None:
 
     assert websocket.concurrency.queue_timeout == 0.0
     assert websocket.concurrency.max_body_bytes == 268435456
-    assert (websocket.idle_timeout, websocket.shutdown_timeout, websocket.drain_delay) == (0, 30, 0)
+    assert (websocket.idle_timeout, websocket.shutdown_timeout, websocket.drain_delay) == (
+        0,
+        30,
+        0,
+    )
     assert made.chat.sse.endpoint == "/sse/chat"
     assert plain(made.chat.streams) == {
         "resume_window": 30.0,
@@ -106,7 +110,11 @@ def test_queue_of_a_provider_follows_its_other_limits() -> None:
 @pytest.mark.parametrize(
     ("change", "where", "why"),
     [
-        ({"connection_queue_size": 99}, "connection_queue_size", ">= max_connections (100), not 99"),
+        (
+            {"connection_queue_size": 99},
+            "connection_queue_size",
+            ">= max_connections (100), not 99",
+        ),
         (
             {"uvicorn__backlog": 499},
             "uvicorn.backlog",
@@ -476,7 +484,10 @@ ANYTHING = st.recursive(
 )
 
 
-@given(path=st.sampled_from([row.split("`")[1] for row in settings.table().splitlines()[2:]]), it=ANYTHING)
+@given(
+    path=st.sampled_from([row.split("`")[1] for row in settings.table().splitlines()[2:]]),
+    it=ANYTHING,
+)
 def test_any_value_anywhere_is_accepted_or_a_fault(path: str, it: object) -> None:
     plain_path = path.replace("<name>", "groq").replace("keys[]", "keys")
     data = changed(**{plain_path.replace(".", "__"): it}) if "keys" not in path else original()

@@ -42,6 +42,8 @@ logger = logging.getLogger(__name__)
 BODY_TIMEOUT = 15.0  # seconds for a whole body: aiohttp has no deadline for it
 EXPOSED = "x-request-id, x-aioserver-provider, x-aioserver-attempts, retry-after"
 SERVER = "aioserver"
+ID = web.RequestKey("id", str)
+LAST = web.RequestKey("last", bool)  # the last request of its connection
 _ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _prefix = secrets.token_hex(6)
 _numbers = itertools.count(1)
@@ -51,14 +53,14 @@ Handler = "Callable[[web.Request], Awaitable[web.StreamResponse]]"
 
 def request_id(request: web.Request) -> str:
     """The id of a request, for logs: the client's where it is harmless, else one of ours."""
-    known = request.get("id")
+    known = request.get(ID)
     if known is None:
         given = request.headers.get("X-Request-Id")
         if given is not None and _ID.fullmatch(given):
             known = given
         else:
             known = f"{_prefix}-{next(_numbers):x}"
-        request["id"] = known
+        request[ID] = known
     return str(known)
 
 
@@ -119,7 +121,7 @@ def error_response(error: AioserverError) -> web.Response:
 
 def last_of_connection(request: web.Request, response: web.StreamResponse) -> None:
     """Tell the client that this is the last answer on its connection, where it is."""
-    if request.get("close"):
+    if request.get(LAST):
         response.headers["Connection"] = "close"
         response.force_close()
 
@@ -138,7 +140,7 @@ def front(given: WebSocket, origins: Origins) -> Any:
             number = seen.get(transport, 0) + 1
             seen[transport] = number
             if number >= max_requests:
-                request["close"] = True
+                request[LAST] = True
         line = len(request.method) + len(request.raw_path) + len(" HTTP/1.1 ")
         if line > max_line:
             raise UriTooLong(f"a request line of {line} bytes, at most {max_line}")

@@ -1,0 +1,66 @@
+"""Fixtures of all tests: both event loops, houses, and the check that nothing is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import uvloop
+
+from tests.house import QUICK, House, running, until
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+    from pathlib import Path
+
+    from aioserver.providers.simulator import Behaviour
+
+
+def _debugging() -> asyncio.AbstractEventLoop:
+    loop = asyncio.new_event_loop()
+    loop.set_debug(True)
+    loop.slow_callback_duration = 10.0  # a busy machine is no fault
+    return loop
+
+
+def pytest_asyncio_loop_factories(
+    config: pytest.Config,
+    item: pytest.Item,
+) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """Every async test runs on both loops; asyncio's in debug mode."""
+    return {"asyncio": _debugging, "uvloop": uvloop.new_event_loop}
+
+
+@pytest.fixture(autouse=True)
+async def nothing_left(request: pytest.FixtureRequest) -> AsyncIterator[None]:
+    """Fail the test that leaves a task behind; an unclosed socket is a warning, so a failure."""
+    yield
+    mine = asyncio.current_task()
+
+    def others() -> set[asyncio.Task[Any]]:
+        return {task for task in asyncio.all_tasks() if task is not mine}
+
+    await until(lambda: not others(), 5.0, others)
+    gc.collect()
+
+
+@pytest.fixture
+async def make_house(tmp_path: Path) -> AsyncIterator[Callable[..., Awaitable[House]]]:
+    """Make a house: `await make_house(behaviour, **{"chat.streams.resume_window": 0})`."""
+    async with AsyncExitStack() as stack:
+
+        async def make(behaviour: Behaviour = QUICK, **changes: Any) -> House:
+            return await stack.enter_async_context(
+                running(tmp_path / "config.yaml", behaviour, changes)
+            )
+
+        yield make
+
+
+@pytest.fixture
+async def house(make_house: Callable[..., Awaitable[House]]) -> House:
+    """A house with room for everybody, and a provider that answers at once."""
+    return await make_house()

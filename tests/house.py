@@ -1,0 +1,159 @@
+"""A real server on loopback with the simulator as its provider: what face and road tests stand on."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import copy
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+import yaml
+
+from aioserver import app as application
+from aioserver import keys, listener
+from aioserver.config import Configuration
+from aioserver.providers.simulator import Behaviour, Simulator
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+    from pathlib import Path
+
+QUICK = Behaviour(ttft=0, interval=0)
+HTTP_CLIENT = {
+    "max_connections": 20,
+    "max_keepalive": 10,
+    "keepalive_expiry": 30.0,
+    "connect_timeout": 5.0,
+    "read_timeout": 5.0,
+    "write_timeout": 5.0,
+    "pool_timeout": 5.0,
+    "requests_per_minute": 1_000_000,
+    "concurrent_requests": 20,
+    "max_retries": 0,
+    "backoff_factor": 0.1,
+}
+BASE: dict[str, Any] = {
+    "chat": {
+        "websocket": {
+            "host": "127.0.0.1",
+            "port": 0,
+            "allow_origins": ["*"],
+            "concurrency": {
+                "max_connections": 50,
+                "connection_queue_size": 50,
+                "queue_timeout": 5.0,
+                "uvicorn": {
+                    "backlog": 128,
+                    "workers": 1,
+                    "access_log": False,
+                    "keepalive_timeout": 30,
+                    "max_keepalive_requests": 10000,
+                    "h11_max_incomplete_event_size": 16384,
+                    "h11_max_request_line_size": 8192,
+                    "h11_max_header_size": 32768,
+                },
+            },
+        },
+    },
+    "llm": {
+        "active": "sim",
+        "providers": {"sim": {"base_url": "", "model": "sim-model", "http_client": HTTP_CLIENT}},
+    },
+    "logging": {"level": "WARNING", "format": "console"},
+}
+
+
+class House:
+    """One running server. `base` is its address, `ws` that of the WebSocket face."""
+
+    def __init__(self, app: Any, base: str, simulator: Simulator, session: Any) -> None:
+        self.app = app
+        self.base = base
+        self.simulator = simulator
+        self.session: aiohttp.ClientSession = session
+        self.settings = app[keys.SETTINGS]
+        self.ws = base.replace("http", "ws", 1) + self.settings.chat.websocket.endpoint
+        self.sse = base + self.settings.chat.sse.endpoint
+        self.v1 = base + "/v1"
+        self.port = int(base.rpartition(":")[2])
+
+    @property
+    def provider(self) -> Any:
+        """The provider `sim`."""
+        return self.app[keys.ROUTER].providers["sim"]
+
+    def held(self) -> dict[str, int]:
+        """Everything that a request may hold: all zeros when nothing is under way."""
+        found = {
+            "places": self.app[keys.ADMISSION].gate.inside,
+            "waiting": self.app[keys.ADMISSION].gate.waiting,
+            "body_bytes": self.app[keys.ADMISSION].body_bytes,
+            "running": self.app[keys.STREAMS].stats().running,
+            "sockets": len(self.app[keys.SOCKETS]),
+            "detached": self.app[keys.GATEWAY].detached,
+        }
+        for name, provider in self.app[keys.ROUTER].providers.items():
+            stats = provider.stats()
+            found[f"{name} places"] = stats.queue.inside
+            found[f"{name} waiting"] = stats.queue.waiting
+            found[f"{name} busy"] = stats.pool.open - stats.pool.idle
+        return found
+
+    async def nothing_held(self, within: float = 10.0) -> None:
+        """Wait until nothing is held."""
+        await until(lambda: not any(self.held().values()), within, self.held)
+
+    def connect(self, **kwargs: Any) -> Any:
+        """A WebSocket: `async with house.connect() as ws`."""
+        return self.session.ws_connect(self.ws, **kwargs)
+
+
+async def until(
+    holds: Callable[[], bool], within: float = 10.0, state: Callable[[], object] | None = None
+) -> None:
+    """Wait until *holds* is true; the one place where tests poll."""
+    loop = asyncio.get_running_loop()
+    end = loop.time() + within
+    while not holds():
+        if loop.time() > end:
+            raise AssertionError(f"it did not come true: {state() if state else holds}")
+        await asyncio.sleep(0.002)
+
+
+def configured(base_url: str, changes: dict[str, Any], path: Path) -> Configuration:
+    """The configuration of a house: *changes* by dotted path, a provider by its name."""
+    data = copy.deepcopy(BASE)
+    data["llm"]["providers"]["sim"]["base_url"] = base_url
+    for dotted, value in changes.items():
+        at = data
+        *way, last = dotted.split(".")
+        for step in way:
+            at = at.setdefault(step, {})
+        at[last] = value
+    path.write_text(yaml.safe_dump(data))
+    return Configuration.load(path, environ={})
+
+
+@contextlib.asynccontextmanager
+async def running(
+    path: Path, behaviour: Behaviour = QUICK, changes: dict[str, Any] | None = None
+) -> AsyncIterator[House]:
+    """A house, from its first to its last moment; at the end nothing may be held."""
+    async with Simulator(behaviour) as simulator:
+        configuration = configured(simulator.base_url, changes or {}, path)
+        app = application.build(configuration.settings)
+        runner = listener.Runner(app, configuration.settings.chat.websocket)
+        await runner.setup()
+        try:
+            listening = await listener.listen(runner, configuration.settings.chat.websocket)
+            base = f"http://127.0.0.1:{listening[0].port}"
+            async with aiohttp.ClientSession() as session:
+                house = House(app, base, simulator, session)
+                yield house
+            await house.nothing_held()
+        finally:
+            for site in list(runner.sites):
+                await site.stop()
+            await application.end(app)
+            await runner.cleanup()
