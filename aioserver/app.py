@@ -155,7 +155,15 @@ async def end(app: web.Application) -> None:
     """
     app[keys.LIFE].ready = False
     app[keys.ADMISSION].gate.close(ServerShutdown("the server is stopping", retry_after=5.0))
-    await app[keys.GATEWAY].close()
     sockets: list[websocket.Socket] = [*app[keys.SOCKETS]]
-    if sockets:
-        await asyncio.gather(*(one.stop() for one in sockets))
+    async with asyncio.TaskGroup() as group:
+        for one in sockets:
+            if not one.busy:
+                group.create_task(one.stop())
+        group.create_task(
+            app[keys.GATEWAY].drain(app[keys.SETTINGS].chat.websocket.shutdown_timeout)
+        )
+    await app[keys.GATEWAY].close()
+    async with asyncio.TaskGroup() as group:
+        for one in sockets:
+            group.create_task(one.stop())

@@ -185,7 +185,7 @@ class _Secrets:
             elif digest in found:
                 self._refuse(path, f"the same key as {found[digest].name}")
             elif digest is not None and digest is not FAULTY:
-                found[digest] = replace(caller, sha256=digest)
+                found[digest] = replace(caller, sha256=digest, key_env=None, key_file=None)
         return tuple(found.values())
 
     def _hashed(self, key: Any) -> Any:

@@ -228,6 +228,15 @@ class Gateway:
         while len(self._detached) > self._bounds.max_detached:
             self._cancel(next(iter(self._detached)))
 
+    async def drain(self, grace: float) -> None:
+        """Take no new question, end what nobody reads, give the rest *grace* seconds."""
+        self._closed = ServerShutdown("the server is stopping", retry_after=5.0)
+        for stream in self._streams.running():
+            if not stream.readers:
+                self._cancel(stream)
+        if self._producers:
+            await asyncio.wait(tuple(self._producers), timeout=grace)
+
     async def close(self) -> None:
         """Cancel every producer with `ServerShutdown`, and wait for them."""
         self._closed = ServerShutdown("the server is stopping", retry_after=5.0)

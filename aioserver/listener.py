@@ -49,7 +49,8 @@ class Connection(RequestHandler):
         """The answer to what is no valid request."""
         text = message or ""
         if status >= 500:
-            logger.error("bug in a handler", exc_info=exc)
+            if not isinstance(exc, ConnectionError):  # that is a client that left
+                logger.error("bug in a handler", exc_info=exc)
             error: Any = InternalError("internal error")
         elif "header" in text.lower() and "more than" in text:
             error = HeadersTooLarge("a header is too large")
@@ -109,6 +110,15 @@ class Listening:
     port: int
     backlog: int
     queue_limit: int | None
+
+    @property
+    def url(self) -> str:
+        """The address, as a browser wants it."""
+        return (
+            f"http://[{self.host}]:{self.port}"
+            if ":" in self.host
+            else f"http://{self.host}:{self.port}"
+        )
 
 
 async def listen(runner: Runner, given: WebSocket) -> list[Listening]:
@@ -174,11 +184,8 @@ def queue_limit(sock: socket.socket) -> int | None:
 
 def _tell(listening: Sequence[Listening]) -> None:
     for one in listening:
-        host = f"[{one.host}]" if ":" in one.host else one.host
         given = "unknown" if one.queue_limit is None else one.queue_limit
-        logger.info(
-            "listening on http://%s:%d backlog=%d kernel=%s", host, one.port, one.backlog, given
-        )
+        logger.info("listening on %s backlog=%d kernel=%s", one.url, one.backlog, given)
         if one.queue_limit is not None and one.queue_limit < one.backlog:
             logger.warning(
                 "the kernel gave a queue of %d instead of backlog=%d: raise %s",

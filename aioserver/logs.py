@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import orjson
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from aioserver.settings import Logging
 
 MAX_TEXT = 2000  # characters of a message
@@ -51,6 +54,28 @@ class ConsoleFormatter(logging.Formatter):
         if fields:
             text += "  " + " ".join(f"{name}={value}" for name, value in fields.items())
         return text
+
+
+class RateLimit:
+    """At most *per_second* lines of one kind a second; those left out are counted."""
+
+    def __init__(self, per_second: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._per_second = per_second
+        self._clock = clock
+        self._kinds: dict[tuple[str, ...], list[int]] = {}  # kind: [second, lines, left out]
+
+    def allow(self, *kind: str) -> int:
+        """How many lines of *kind* were left out since the last one; -1: leave this one out, too."""
+        second = int(self._clock())
+        state = self._kinds.setdefault(kind, [second, 0, 0])
+        if state[0] != second:
+            state[0], state[1] = second, 0
+        if state[1] >= self._per_second:
+            state[2] += 1
+            return -1
+        state[1] += 1
+        suppressed, state[2] = state[2], 0
+        return suppressed
 
 
 def set_up(given: Logging) -> None:

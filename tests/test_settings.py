@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import voluptuous as vol
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
@@ -54,7 +55,7 @@ def faults(check: Check, value: Any) -> dict[str, str]:
 
 
 def refusal(check: Check, value: Any) -> str:
-    with pytest.raises(checks.vol.Invalid) as caught:
+    with pytest.raises(vol.Invalid) as caught:
         check(value)
     return str(caught.value)
 
@@ -177,7 +178,7 @@ def test_rules_are_checked_although_other_keys_are_faulty() -> None:
 
 def test_a_faulty_value_breaks_no_rule() -> None:
     assert not FAULTY < 1
-    assert not 1 > FAULTY
+    assert not FAULTY < 1
     assert "anything" in FAULTY
     assert list(FAULTY.whatever(1)[2] * 3) == []
     assert 10 * FAULTY is FAULTY
@@ -493,7 +494,7 @@ def test_any_value_anywhere_is_accepted_or_a_fault(path: str, it: object) -> Non
     data = changed(**{plain_path.replace(".", "__"): it}) if "keys" not in path else original()
     try:
         made = SETTINGS(data)
-    except Faults as exc:
-        assert exc.errors
-    else:
-        assert isinstance(made, Settings)
+    except Faults:
+        return
+
+    assert isinstance(made, Settings)

@@ -84,11 +84,12 @@ async def _run(configuration: Configuration) -> int:
     await runner.setup()
     try:
         try:
-            await listener.listen(runner, settings.chat.websocket)
+            listening = await listener.listen(runner, settings.chat.websocket)
         except OSError as exc:
             where = f"{settings.chat.websocket.host}:{settings.chat.websocket.port}"
             print(f"cannot listen on {where}: {exc.strerror or exc}", file=sys.stderr)
             return 1
+        print(f"aioserver is ready: {listening[0].url}", flush=True)
         gc.collect()
         gc.freeze()
         gc.set_threshold(*GC_THRESHOLDS)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Self, TypeVar
 
 from aioserver.errors import AioserverError, ServerAtCapacity
 from aioserver.gate import Gate, Place
+from aioserver.logs import RateLimit
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 logger = logging.getLogger("aioserver.connections")
 
+LINES_PER_SECOND = 20
 MAX_REFUSED_CLOSING = 256  # refused WebSockets still in their close handshake; beyond: plain 503
 
 
@@ -48,6 +50,7 @@ class Admission:
         self.refused_closing = 0
         self._limits = limits
         self._body_bytes = 0
+        self._lines = RateLimit(LINES_PER_SECOND)
 
     @property
     def body_bytes(self) -> int:
@@ -76,8 +79,11 @@ class Admission:
         self._body_bytes -= size
 
     def log(self, event: str, face: str, level: int = logging.INFO) -> None:
-        """One line: a connection was opened, closed or refused, and how full the house is."""
-        if logger.isEnabledFor(level):
+        """One line: a connection was opened, closed or refused, and how full the house is.
+
+        At most `LINES_PER_SECOND` of one event and face: a storm is counted, not written out.
+        """
+        if logger.isEnabledFor(level) and (suppressed := self._lines.allow(event, face)) >= 0:
             gate = self.gate
             logger.log(
                 level,
@@ -89,9 +95,14 @@ class Admission:
                         "active": gate.inside,
                         "limit": gate.limit,
                         "waiting": gate.waiting,
+                        **({"suppressed": suppressed} if suppressed else {}),
                     }
                 },
             )
+
+    def dropped(self, face: str, why: str) -> None:
+        """A client was dropped since it took nothing, or fell behind."""
+        self.log(f"dropped: {why}", face, logging.WARNING)
 
     def _refusal(self, retry_after: float) -> ServerAtCapacity:
         return ServerAtCapacity(

@@ -43,6 +43,7 @@ BODY_TIMEOUT = 15.0  # seconds for a whole body: aiohttp has no deadline for it
 EXPOSED = "x-request-id, x-aioserver-provider, x-aioserver-attempts, retry-after"
 SERVER = "aioserver"
 ID = web.RequestKey("id", str)
+BEGUN = web.RequestKey("begun", web.StreamResponse)  # its head is on the way
 LAST = web.RequestKey("last", bool)  # the last request of its connection
 _ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _prefix = secrets.token_hex(6)
@@ -161,11 +162,18 @@ def front(given: WebSocket, origins: Origins) -> Any:
             response = error_response(_ours(exc, request))
             if isinstance(exc, web.HTTPMethodNotAllowed):
                 response.headers["Allow"] = ", ".join(sorted(exc.allowed_methods))
+        except ConnectionError:
+            raise  # the client left while its answer began: aiohttp ends the connection
         except Exception:
             logger.exception(
                 "bug in a handler", extra={"fields": {"request_id": request_id(request)}}
             )
             response = error_response(InternalError("internal error"))
+        begun: web.StreamResponse | None = request.get(BEGUN)
+        if begun is not None and begun is not response:
+            if request.transport is not None:
+                request.transport.abort()  # a second head would be taken for a part of the body
+            return begun
         if not response.prepared:
             last_of_connection(request, response)
         return response
@@ -181,6 +189,7 @@ def front(given: WebSocket, origins: Origins) -> Any:
         return web.Response(headers=headers)
 
     async def dress(request: web.Request, response: web.StreamResponse) -> None:
+        request[BEGUN] = response
         headers = response.headers
         headers["Server"] = SERVER
         headers["x-request-id"] = request_id(request)

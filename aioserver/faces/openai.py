@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 from aiohttp import web
-from aiohttp.http import HttpVersion11
 
 from aioserver import eventstream, keys
 from aioserver.auth import Caller, anonymous
 from aioserver.errors import InvalidRequest, ModelNotFound, StreamNotFound, http_headers
 from aioserver.faces import http
-from aioserver.faces.writer import Writer
+from aioserver.faces.streaming import follow
 from aioserver.gateway import digest_of
 from aioserver.messages import MAX_ID_CHARACTERS
 from aioserver.providers.provider import Answer, Ask
@@ -141,25 +140,27 @@ class _Opening:
     def poke(self) -> None:
         """The stream has grown: the provider's first bytes, or an end without any."""
         stream = self._stream
-        if (stream.ended or stream.entries[-1].data if stream.entries else stream.ended) and (
-            not self.begun.done()
-        ):
+        begun = stream.ended or bool(stream.entries and stream.entries[-1].data)
+        if begun and not self.begun.done():
             self.begun.set_result(None)
 
     def queued(self, position: int, eta: float) -> None:
         """OpenAI's format has no place for it."""
 
+    def leave(self) -> None:
+        """Read no more."""
+        if self in self._stream.readers:
+            self._stream.readers.remove(self)
+
 
 async def _follow(request: web.Request, stream: Stream) -> web.StreamResponse:
-    app = request.app
-    gateway = app[keys.GATEWAY]
+    gateway = request.app[keys.GATEWAY]
     loop = asyncio.get_running_loop()
-    interval = app[keys.SETTINGS].chat.websocket.ping_interval
     opening = _Opening(stream, loop)
     stream.readers.append(opening)
     gateway.read(stream)
-    writer: Writer | None = None
     try:
+        interval = request.app[keys.SETTINGS].chat.websocket.ping_interval
         timer = loop.call_later(interval, _give_up_waiting, opening.begun)
         try:
             await opening.begun
@@ -168,35 +169,11 @@ async def _follow(request: web.Request, stream: Stream) -> web.StreamResponse:
         if stream.ended and not stream.answered:
             raise stream.error or StreamNotFound("this answer was cancelled")
         response = _streamed_response(request, stream)
-        payload_writer = await response.prepare(request)
-        assert payload_writer is not None
-        assert request.transport is not None
-        chunked = request.version >= HttpVersion11
-        writer = Writer(
-            request.transport,
-            payload_writer.drain,
-            send_timeout=app[keys.SETTINGS].chat.streams.send_timeout,
-            wrap=_chunk if chunked else None,
-            left=gateway.unread,
-        )
-        finished: asyncio.Future[None] = loop.create_future()
-        writer.follow(stream, 0, render, finished=lambda _follower: finished.set_result(None))
-        stream.readers.remove(opening)
-        beat = Heartbeat(writer, interval)
-        app[keys.WHEEL].add(beat, interval)
-        try:
-            writer.pump()
-            if not finished.done():
-                await finished
-            await writer.flush()
-        finally:
-            app[keys.WHEEL].remove(beat)
+        await follow(request, response, stream, 0, render, begun=opening.leave)
         return response
     finally:
-        if writer is not None:
-            writer.close()  # now, before aiohttp can write the connection's next response
-        if opening in stream.readers:
-            stream.readers.remove(opening)
+        opening.leave()
+        if not stream.readers:
             gateway.unread(stream)
 
 
@@ -220,31 +197,6 @@ def render(_stream: Stream, entry: Entry, skip: int) -> bytes:
     if not skip or not entry.data:
         return entry.data
     return b"".join(eventstream.split(entry.data)[skip:])
-
-
-def _chunk(data: bytes) -> bytes:
-    return b"%x\r\n%b\r\n" % (len(data), data)
-
-
-class Heartbeat:
-    """A member of the wheel: a comment after each *interval* seconds in which nothing was written."""
-
-    __slots__ = ("_interval", "_writer", "bucket")
-
-    def __init__(self, writer: Writer, interval: float) -> None:
-        self.bucket = 0
-        self._writer = writer
-        self._interval = interval
-
-    def visit(self, now: float) -> float | None:
-        """Write the comment if it is due."""
-        if self._writer.closed:
-            return None
-        silence = now - self._writer.last_write
-        if silence < self._interval * 0.99:
-            return self._interval - silence
-        self._writer.send(eventstream.HEARTBEAT)
-        return self._interval
 
 
 def _models(app: web.Application) -> Iterator[dict[str, Any]]:

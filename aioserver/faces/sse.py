@@ -8,21 +8,18 @@ second writer on the socket.
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from aiohttp import web
-from aiohttp.http import HttpVersion11
 from aiohttp_sse import EventSourceResponse
 
 from aioserver import eventstream, keys, messages
 from aioserver.auth import Caller, anonymous
 from aioserver.errors import InvalidRequest, ServerAtCapacity
 from aioserver.faces import http
-from aioserver.faces.openai import Heartbeat
-from aioserver.faces.writer import Writer
+from aioserver.faces.streaming import follow
 
 if TYPE_CHECKING:
     from aiohttp.abc import AbstractStreamWriter
@@ -145,22 +142,7 @@ def render(stream: Stream, entry: Entry, skip: int) -> bytes:
 
 
 async def _follow(request: web.Request, stream: Stream, after: int) -> web.StreamResponse:
-    app = request.app
-    gateway = app[keys.GATEWAY]
-    chat = app[keys.SETTINGS].chat
-    interval = chat.websocket.ping_interval
-    response = Events(request)
-    payload_writer = await response.prepare(request)
-    assert payload_writer is not None
-    assert request.transport is not None
-    writer = Writer(
-        request.transport,
-        payload_writer.drain,
-        send_timeout=chat.streams.send_timeout,
-        wrap=_chunk if request.version >= HttpVersion11 else None,
-        left=gateway.unread,
-    )
-    finished: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    admission = request.app[keys.ADMISSION]
 
     def queued(position: int, eta: float) -> bytes:
         chunk = {"position": position, "eta": round(eta, 1)}
@@ -168,27 +150,12 @@ async def _follow(request: web.Request, stream: Stream, after: int) -> web.Strea
             messages.loose_frame(stream.request_id, "queued", chunk), event="queued"
         )
 
-    app[keys.ADMISSION].log("opened", "sse")
-    beat = Heartbeat(writer, interval)
+    response = Events(request)
+    admission.log("opened", "sse")
     try:
-        writer.send(RETRY)
-        writer.follow(
-            stream,
-            after,
-            render,
-            queued=queued,
-            finished=lambda _follower: finished.set_result(None),
-        )
-        gateway.read(stream)
-        app[keys.WHEEL].add(beat, interval)
-        await finished
-        await writer.flush()
-        return response
+        await follow(request, response, stream, after, render, first=RETRY, queued=queued)
     finally:
-        app[keys.WHEEL].remove(beat)
-        writer.close()
-        app[keys.ADMISSION].log("closed", "sse")
-
-
-def _chunk(data: bytes) -> bytes:
-    return b"%x\r\n%b\r\n" % (len(data), data)
+        if not stream.readers:
+            request.app[keys.GATEWAY].unread(stream)  # also where nothing was ever followed
+        admission.log("closed", "sse")
+    return response

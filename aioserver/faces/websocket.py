@@ -343,4 +343,4 @@ class Socket:
         return bool(self._following)
 
     def _dropped(self, why: str) -> None:
-        self._admission.log(f"dropped: {why}", "websocket", logging.WARNING)
+        self._admission.dropped("websocket", why)

@@ -1,0 +1,109 @@
+"""A log as the body of an HTTP response, until its end: what the SSE and OpenAI faces share.
+
+aiohttp writes the head and the end; what lies between goes straight to the transport, each read of
+the provider's as one chunk (RFC 9112, 7.1), without a task switch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from aiohttp.http import HttpVersion11
+
+from aioserver import eventstream, keys
+from aioserver.faces.writer import Follower, Writer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from aiohttp import web
+
+    from aioserver.streams import Entry, Stream
+
+
+async def follow(
+    request: web.Request,
+    response: web.StreamResponse,
+    stream: Stream,
+    after: int,
+    render: Callable[[Stream, Entry, int], bytes],
+    *,
+    first: bytes = b"",
+    queued: Callable[[int, float], bytes] | None = None,
+    begun: Callable[[], None] = lambda: None,
+) -> None:
+    """Send the head of *response*, *first*, and the events of *stream* behind *after* to its end.
+
+    *begun* is called once the stream has this reader.
+
+    However it ends, the writer follows nothing then: an append that came later would land inside
+    the next response on this connection.
+
+    Raises:
+        ResumeGap: before anything is sent.
+        ConnectionError: the client left before the head was sent.
+    """
+    app = request.app
+    gateway = app[keys.GATEWAY]
+    chat = app[keys.SETTINGS].chat
+    stream.locate(after)
+    payload_writer = await response.prepare(request)
+    assert payload_writer is not None
+    transport = request.transport
+    if transport is None:
+        raise ConnectionResetError("the client has left")
+    writer = Writer(
+        transport,
+        payload_writer.drain,
+        send_timeout=chat.streams.send_timeout,
+        dropped=lambda why: app[keys.ADMISSION].dropped("http", why),
+        wrap=_chunk if request.version >= HttpVersion11 else None,
+        left=gateway.unread,
+    )
+    ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def finished(_follower: Follower) -> None:
+        if not ended.done():  # the handler may have been cancelled in this very turn
+            ended.set_result(None)
+
+    beat = Heartbeat(writer, chat.websocket.ping_interval)
+    try:
+        if first:
+            writer.send(first)
+        writer.follow(stream, after, render, queued=queued, finished=finished)
+        begun()
+        gateway.read(stream)
+        app[keys.WHEEL].add(beat, chat.websocket.ping_interval)
+        writer.pump()
+        if not ended.done():
+            await ended
+        await writer.flush()
+    finally:
+        app[keys.WHEEL].remove(beat)
+        writer.close()
+
+
+def _chunk(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+class Heartbeat:
+    """A member of the wheel: a comment after *interval* seconds in which nothing was written."""
+
+    __slots__ = ("_interval", "_writer", "bucket")
+
+    def __init__(self, writer: Writer, interval: float) -> None:
+        self.bucket = 0
+        self._writer = writer
+        self._interval = interval
+
+    def visit(self, now: float) -> float | None:
+        """Write the comment if it is due."""
+        if self._writer.closed:
+            return None
+        silence = now - self._writer.last_write
+        if silence < self._interval * 0.99:
+            return self._interval - silence
+        self._writer.send(eventstream.HEARTBEAT)
+        return self._interval

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Installs the test extras into .venv if need be, lints, type-checks, runs the suite on both loops.
+# Options go to pytest.
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+cd "$here"
+. deploy/venv.sh
+ensure_installed installed-tests '[test]'
+.venv/bin/ruff format --check .
+.venv/bin/ruff check .
+.venv/bin/mypy
+exec .venv/bin/python -m pytest "$@"
