@@ -138,11 +138,12 @@ class Configuration:
                 why = f"{name} is a fallback but {_lacks(provider)}; set it, or take {name} out"
                 yield document.fault(("llm", "fallbacks", at), why)
         host, auth = self.settings.chat.websocket.host, self.settings.auth
-        if not _loopback(host) and not (auth is not None and (auth.keys or auth.open)):
+        # Keys are read, but not asked for yet: they guard nothing, so they open nothing.
+        if not _loopback(host) and not (auth is not None and auth.open):
             yield document.fault(
                 ("chat", "websocket", "host"),
-                f"{host} is open to others, and nobody needs a key; add auth.keys (the command "
-                "key makes one), or `auth: {open: true}` behind a proxy that guards the door",
+                f"{host} is open to others, and this version asks nobody for a key: listen on "
+                "localhost, or set `auth: {open: true}` behind a proxy that guards the door",
             )
 
 

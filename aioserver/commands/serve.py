@@ -81,6 +81,7 @@ async def _run(configuration: Configuration) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _stop, stop)
+    loop.add_signal_handler(signal.SIGHUP, logger.warning, "SIGHUP: restart to apply changes")
     await runner.setup()
     try:
         try:

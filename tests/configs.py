@@ -1,0 +1,60 @@
+"""Configurations for tests, and what becomes of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from aioserver.config import Configuration
+from aioserver.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+SMALL = """\
+chat:
+  websocket:
+    concurrency:
+      max_connections: 10
+      connection_queue_size: 10
+      uvicorn: {backlog: 10, workers: 1, access_log: no, keepalive_timeout: 5,
+        max_keepalive_requests: 10, h11_max_incomplete_event_size: 100,
+        h11_max_request_line_size: 100, h11_max_header_size: 100}
+llm:
+  active: mine
+  providers:
+    mine: &&
+      model: m
+      http_client: {max_connections: 2, max_keepalive: 2, keepalive_expiry: 1, connect_timeout: 1,
+        read_timeout: 7, write_timeout: 1, pool_timeout: 1, requests_per_minute: 60,
+        concurrent_requests: 2, max_retries: 0, backoff_factor: 0}
+"""
+
+
+def small(*lines: str, under: str = "") -> str:
+    """SMALL with *lines* in the provider, or at the end of section *under*."""
+    inside = "".join(f"\n      {line}" for line in lines or ("base_url: http://h/v1",))
+    return SMALL.replace(" &&", inside if not under else "\n      base_url: http://h/v1")
+
+
+def load(text: str | bytes, path: Path, **environ: str) -> Configuration:
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return Configuration.load(path, environ=environ)
+
+
+def refused(call: Callable[[], object], source: Path | None = None) -> list[str]:
+    """The faults that *call* raises, with *source* called F."""
+    with pytest.raises(ConfigurationError) as caught:
+        call()
+    return [fault.replace(str(source), "F") for fault in caught.value.faults]
+
+
+def outcome(call: Callable[[], Configuration]) -> list[str]:
+    """The faults of *call*, none where it is valid; any other exception is the test's failure."""
+    try:
+        call()
+    except ConfigurationError as error:
+        return [*error.faults] or ["an error without a fault"]
+    return []

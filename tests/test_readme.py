@@ -1,0 +1,31 @@
+"""The README says what is true."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from aioserver import settings
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_table_of_settings_is_that_of_the_code() -> None:
+    table = README.partition("table() -->\n")[2].partition("<!-- end")[0]
+
+    assert table.strip() == settings.table().strip()
+
+
+def test_the_map_names_every_module() -> None:
+    a_map = README.partition("## Where things are")[2].partition("## Configuration")[0]
+    modules = {
+        path.stem.partition("_")[0] if path.stem.startswith("simulator_") else path.stem
+        for path in (ROOT / "aioserver").rglob("*.py")
+        if not path.stem.startswith("__") and path.parent.name != "commands"
+    }
+
+    assert {name for name in modules if name not in a_map} == set()
+
+
+def test_the_packaged_configuration_is_the_shipped_one() -> None:
+    assert (ROOT / "config.yaml").read_bytes() == (ROOT / "aioserver/config.yaml").read_bytes()
