@@ -65,7 +65,7 @@ class Place:
 
 
 class _Waiter:
-    __slots__ = ("caller", "since", "told", "turn")
+    __slots__ = ("caller", "heard", "since", "told", "turn")
 
     def __init__(
         self,
@@ -78,6 +78,12 @@ class _Waiter:
         self.caller = caller
         self.since = since
         self.told = told
+        self.heard: tuple[int, float] | None = None  # what it was told last
+
+    def tell(self, position: int, eta: float) -> None:
+        if self.told is not None and self.heard != (position, eta):
+            self.heard = position, eta
+            self.told(position, eta)
 
 
 class Gate:
@@ -169,9 +175,9 @@ class Gate:
         waiter = _Waiter(turn, caller, self._clock(), told)
         self._waiting.setdefault(caller, deque()).append(waiter)
         self._count += 1
-        if told is not None:
-            self._tell_one(waiter)
         try:
+            if told is not None:
+                self._tell_one(waiter)
             async with asyncio.timeout(self._queue_timeout):
                 return await turn
         except BaseException as exc:
@@ -259,20 +265,23 @@ class Gate:
             lines = still
 
     def _tell_one(self, waiter: _Waiter) -> None:
-        # A newcomer of a caller who waits already: behind its own, and one turn of each other.
-        own = len(self._waiting[waiter.caller])
-        position = sum(min(len(line), own) for line in self._waiting.values())
-        assert waiter.told is not None
-        waiter.told(position, position * self._interval)
+        # A newcomer, the last of its caller: before it come as many turns of every other caller,
+        # one less of those who stand behind its own caller in the round.
+        position, turns = 0, len(self._waiting[waiter.caller])
+        for caller, line in self._waiting.items():
+            position += min(len(line), turns)
+            if caller == waiter.caller:
+                turns -= 1
+        waiter.tell(position, position * self._interval)
         if self._teller is None:
             self._teller = asyncio.get_running_loop().call_later(TELL_EVERY, self._tell)
 
     def _tell(self) -> None:
         self._teller = None
         listeners = False
-        for position, waiter in enumerate(self._line(), 1):
-            if waiter.told is not None:
-                listeners = True
-                waiter.told(position, position * self._interval)
+        waiting = [waiter for waiter in self._line() if not waiter.turn.done()]
+        for position, waiter in enumerate(waiting, 1):
+            listeners = listeners or waiter.told is not None
+            waiter.tell(position, position * self._interval)
         if listeners:
             self._teller = asyncio.get_running_loop().call_later(TELL_EVERY, self._tell)

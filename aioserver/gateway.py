@@ -35,7 +35,7 @@ from aioserver.errors import (
     public,
 )
 from aioserver.providers.provider import Answer, Ask
-from aioserver.streams import CANCELLED, CHUNK, COMPLETE, Stream
+from aioserver.streams import CANCELLED, CHUNK, COMPLETE, ERROR, Stream
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterator
@@ -254,8 +254,13 @@ class Gateway:
         if self._closed is not None:
             raise self._closed
         stream = self._streams.find(caller, request_id)
-        if stream is not None and stream.digest != digest:
+        if stream is None:
+            return None
+        if stream.digest != digest:
             raise RequestConflict("this request id is known, with another payload")
+        if stream.end_status == ERROR and not stream.sent and not stream.readers:
+            self._streams.drop(stream)  # nothing was asked of a provider: asking again is free
+            return None
         return stream
 
     def _open(
@@ -297,8 +302,10 @@ class Gateway:
             self._conversations.keep(stream.caller, conversation_id, chat.text, text)
 
     async def _call(self, route: Route, stream: Stream, ask: Ask) -> None:
-        stream.sent = True
-        answer = await self._router.call(route, ask)
+        def sending() -> None:
+            stream.sent = True
+
+        answer = await self._router.call(route, ask, sending)
         stream.whole = answer
         stream.provider = answer.provider
         stream.append(CHUNK, data=answer.body)

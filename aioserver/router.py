@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from aioserver.errors import ModelNotFound, NoProvider
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from aioserver.providers.provider import Answer, Ask, Provider
     from aioserver.streams import Stream
@@ -79,13 +79,15 @@ class Router:
         stream.attempts += 1
         await route.provider.fill(stream, ask)
 
-    async def call(self, route: Route, ask: Ask) -> Answer:
-        """An answer that is not streamed.
+    async def call(
+        self, route: Route, ask: Ask, sending: Callable[[], None] | None = None
+    ) -> Answer:
+        """An answer that is not streamed; *sending* is called when something goes to a provider.
 
         Raises:
             ProviderFault: nobody gave one.
         """
-        return await route.provider.call(ask)
+        return await route.provider.call(ask, sending)
 
     def _named(self, name: str) -> Provider:
         provider = self._providers.get(name)

@@ -77,7 +77,7 @@ def prepare_for(path: str) -> Callable[[web.Request, BodyHold], Any]:
         ask = Ask(
             path,
             body_maker(body, fields, route),
-            bool(streamed),
+            bool(streamed) and path != "embeddings",
             line=caller.line,
             model=route.model,
         )

@@ -224,8 +224,7 @@ class Socket:
 
     def _chat(self, chat: Chat) -> None:
         self._last_request = self._loop.time()
-        if chat.request_id not in self._following and len(self._following) >= MAX_ANSWERS:
-            raise ConcurrencyExceeded(f"{MAX_ANSWERS} answers run on this socket already")
+        self._check_room(chat.request_id)  # before anything is asked of a provider
         self._follow(self._gateway.ask(self._caller, chat, self._scope), 0)
 
     def _cancel(self, request_id: str) -> None:
@@ -233,8 +232,12 @@ class Socket:
         if request_id not in self._following:  # its end is the answer, also when asked twice
             self._follow(stream, stream.last - 1 if stream.ended else stream.last)
 
+    def _check_room(self, request_id: str) -> None:
+        if request_id not in self._following and len(self._following) >= MAX_ANSWERS:
+            raise ConcurrencyExceeded(f"{MAX_ANSWERS} answers run on this socket already")
+
     def _follow(self, stream: Stream, after: int) -> None:
-        old = self._following.pop(stream.request_id, None)
+        self._check_room(stream.request_id)
         follower = self._writer.follow(
             stream,
             after,
@@ -247,6 +250,7 @@ class Socket:
             ),
             finished=self._finished,
         )
+        old = self._following.get(stream.request_id)
         self._following[stream.request_id] = follower
         self._gateway.read(stream)
         if old is not None:

@@ -169,8 +169,8 @@ class Provider:
             stream.append(streams.CHUNK, chunks)
         complete(stream, reading)
 
-    async def call(self, ask: Ask) -> Answer:
-        """Ask, and wait for the whole answer.
+    async def call(self, ask: Ask, sending: Callable[[], None] | None = None) -> Answer:
+        """Ask, and wait for the whole answer; *sending* is called before each try is sent.
 
         Raises:
             ProviderFault: no good answer.
@@ -187,7 +187,7 @@ class Provider:
             _plain(given)
             return sink
 
-        await self._exchange(ask, on_head)
+        await self._exchange(ask, on_head, sending=sending)
         body = sink.body
         self._judge(status, headers, body)
         _check_json(headers, body)
