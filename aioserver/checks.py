@@ -55,6 +55,8 @@ def _not_a_number(value: object) -> str:
         return "a fraction" if math.isfinite(value) else "a number that is not finite"
     if isinstance(value, str) and re.fullmatch(r"[-+]?[0-9]+(\.[0-9]*)?", value):
         return "text (a number stands without quotes and leading zeros)"
+    if isinstance(value, str) and re.fullmatch(r"[-+]?[0-9.]+[eE][-+]?[0-9]+", value):
+        return "text (YAML wants a point and a sign: 1.0e+3)"
     return kind(value)
 
 

@@ -34,7 +34,7 @@ _WORDS = {"": None, "~": None, "null": None, "yes": True, "true": True, "on": Tr
 _WORDS |= {"no": False, "false": False, "off": False}
 _WHOLE = re.compile(r"[-+]?(?:0|[1-9][0-9_]{0,39})|[-+]?0x[0-9a-fA-F]{1,32}")
 _FRACTION = re.compile(
-    r"[-+]?(?:[0-9][0-9_]{0,39}(?:\.[0-9_]{0,39})?|\.[0-9][0-9_]{0,39})(?:[eE][-+]?[0-9]{1,4})?"
+    r"(?:[-+]?[0-9][0-9_]{0,39}\.[0-9_]{0,39}|\.[0-9][0-9_]{0,39})(?:[eE][-+][0-9]{1,4})?"
 )
 _ENDLESS = re.compile(r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)")
 
@@ -238,12 +238,15 @@ class Document:
 
 
 def scalar(text: str) -> Any:
-    """The value of a scalar without quotes: as YAML 1.1, but for what it surprises with."""
+    """The value of a scalar without quotes: as YAML 1.1, but for what it surprises with.
+
+    What is text for PyYAML is text here, so that what it writes is read back as the same.
+    """
     if text.lower() in _WORDS and text in {text.lower(), text.upper(), text.capitalize()}:
         return _WORDS[text.lower()]
     if _WHOLE.fullmatch(text):
         return int(text.replace("_", ""), 0)
-    if _FRACTION.fullmatch(text) and ("." in text or "e" in text.lower()):
+    if _FRACTION.fullmatch(text):
         return float(text.replace("_", ""))
     if _ENDLESS.fullmatch(text):
         return float(text.replace(".", ""))

@@ -234,11 +234,12 @@ class Gate:
             caller, line = next(iter(self._waiting.items()))
             waiter = line.popleft()
             self._count -= 1
-            if line:
-                self._waiting.move_to_end(caller)
-            else:
+            given_up = waiter.turn.done()
+            if not line:
                 del self._waiting[caller]
-            if not waiter.turn.done():
+            elif not given_up:  # else the turn is still its caller's
+                self._waiting.move_to_end(caller)
+            if not given_up:
                 self._entered += 1
                 waiter.turn.set_result(Place(self))
                 return

@@ -121,8 +121,13 @@ class Listening:
         )
 
 
-async def listen(runner: Runner, given: WebSocket) -> list[Listening]:
+async def listen(
+    runner: Runner, given: WebSocket, *, send_timeout: float = 10.0
+) -> list[Listening]:
     """Listen on every address of the host, with the backlog.
+
+    *send_timeout*: the kernel aborts a connection that takes nothing for so long, also when all
+    that is left to do is to close it (`TCP_USER_TIMEOUT`, inherited from the listening socket).
 
     Raises:
         OSError: the address is in use, or is not ours.
@@ -133,7 +138,7 @@ async def listen(runner: Runner, given: WebSocket) -> list[Listening]:
     loop = asyncio.get_running_loop()
     try:
         for family, address in await _addresses(loop, given.host, port):
-            bound.append(_bind(family, address, port))
+            bound.append(_bind(family, address, port, send_timeout))
             port = port or bound[0].getsockname()[1]  # any port, but one for all addresses
     except OSError:
         for sock in bound:
@@ -160,10 +165,13 @@ async def _addresses(
     return list(unique)
 
 
-def _bind(family: int, address: str, port: int) -> socket.socket:
+def _bind(family: int, address: str, port: int, send_timeout: float) -> socket.socket:
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            milliseconds = max(1, int(send_timeout * 1000))
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         sock.bind((address, port))

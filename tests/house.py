@@ -146,7 +146,11 @@ async def running(
         runner = listener.Runner(app, configuration.settings.chat.websocket)
         await runner.setup()
         try:
-            listening = await listener.listen(runner, configuration.settings.chat.websocket)
+            listening = await listener.listen(
+                runner,
+                configuration.settings.chat.websocket,
+                send_timeout=configuration.settings.chat.streams.send_timeout,
+            )
             base = f"http://127.0.0.1:{listening[0].port}"
             async with aiohttp.ClientSession() as session:
                 house = House(app, base, simulator, session)

@@ -85,7 +85,11 @@ async def _run(configuration: Configuration) -> int:
     await runner.setup()
     try:
         try:
-            listening = await listener.listen(runner, settings.chat.websocket)
+            listening = await listener.listen(
+                runner,
+                settings.chat.websocket,
+                send_timeout=settings.chat.streams.send_timeout,
+            )
         except OSError as exc:
             where = f"{settings.chat.websocket.host}:{settings.chat.websocket.port}"
             print(f"cannot listen on {where}: {exc.strerror or exc}", file=sys.stderr)

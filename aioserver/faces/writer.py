@@ -18,6 +18,7 @@ one turn of the loop. Cursors take turns: a long replay cannot hold up the other
 from __future__ import annotations
 
 import asyncio
+import socket
 from typing import TYPE_CHECKING
 
 from aioserver.errors import ResumeGap
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 TURN_BYTES = 1 << 16  # of one cursor in one turn, and of one write
 MAX_CONTROL_FRAMES = 64
+KERNEL_WATCHES = hasattr(socket, "TCP_USER_TIMEOUT")  # what is left after the end: see listener.py
 
 
 class Follower:
@@ -239,7 +241,7 @@ class Writer:
         self.close()
 
     def close(self) -> None:
-        """Follow nothing from now on. What the transport still holds is watched until it is out."""
+        """Follow nothing from now on; the kernel watches what is not out yet."""
         if self._closed:
             return
         self._closed = True
@@ -251,7 +253,8 @@ class Writer:
             self._scheduled.cancel()
             self._scheduled = None
         if (
-            self._watch is None
+            not KERNEL_WATCHES
+            and self._watch is None
             and not self._transport.is_closing()
             and self._transport.get_write_buffer_size()
         ):

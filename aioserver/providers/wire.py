@@ -167,18 +167,21 @@ class Exchange:
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as exc:
-            if self._whole:
-                self._surplus = True  # what follows a whole answer is not ours to judge
-            else:
+            self._surplus = True
+            if not self._whole:  # what follows a whole answer is not ours to judge
+                if self._sink is not None and self._parts and not self._done.done():
+                    self._push(self._sink)  # what was good before it, as in a read of its own
                 fault = ProviderBadResponse("the provider's answer is not HTTP")
                 self._fail(exc.__context__ or fault)  # the context: raised by a callback of ours
                 return
         if self._done.done():
             self._linger()
+        elif self._header_bytes > MAX_HEAD_BYTES or (
+            self._sink is None and self._head_bytes > MAX_HEAD_BYTES
+        ):
+            self._fail(_head_too_long())
         elif self._sink is not None:
             self._push(self._sink)
-        elif self._head_bytes > MAX_HEAD_BYTES:
-            self._fail(ProviderBadResponse(f"a head of more than {MAX_HEAD_BYTES} bytes"))
 
     def _push(self, sink: Sink) -> None:
         try:
@@ -211,20 +214,25 @@ class Exchange:
         """A head begins; after a whole answer it is one that nobody asked for."""
         if self._whole:
             self._surplus = True
-        self._headers = {}
+        else:
+            self._headers = {}
+
+    def on_status(self, reason: bytes) -> None:
+        """A part of what nobody reads; it counts."""
+        self._header_bytes += len(reason)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """One header; of repeated ones the last counts."""
-        self._header_bytes += len(name) + len(value)
-        if self._header_bytes > MAX_HEAD_BYTES:
-            raise ProviderBadResponse(f"a head of more than {MAX_HEAD_BYTES} bytes")
-        if not self._whole:
+        """One header; of repeated ones the last counts. Or a trailer, which nobody reads."""
+        self._header_bytes += len(name) + len(value) + 4  # ": " and the line's end
+        if not self._has_head:
             self._headers[name.decode("latin-1").lower()] = value.decode("latin-1")
 
     def on_headers_complete(self) -> None:
         """The head is whole: ask where the body goes."""
         if self._whole:
             return
+        if self._header_bytes > MAX_HEAD_BYTES:
+            raise _head_too_long()
         status = self._parser.get_status_code()
         self._interim = 100 <= status < 200
         if self._interim:
@@ -296,7 +304,7 @@ class Exchange:
 
     def _linger(self) -> None:
         """Settle when the answer is whole; a `[DONE]` may come a moment before the last chunk."""
-        if self._whole or self._parts or not self._written:
+        if self._whole or self._parts or not self._written or self._done.cancelled():
             self._settle()
         elif not self._lingering:
             self._lingering = True
@@ -336,3 +344,7 @@ class Exchange:
         else:
             self._transport.abort()
             self._connection.close()
+
+
+def _head_too_long() -> ProviderBadResponse:
+    return ProviderBadResponse(f"a head of more than {MAX_HEAD_BYTES} bytes")
