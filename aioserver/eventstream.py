@@ -60,6 +60,7 @@ class Splitter:
             ProviderBadResponse: an event of more than *max_event_bytes*.
         """
         data = self._rest + chunk if self._rest else chunk
+        seen = max(0, len(self._rest) - 3)  # no blank line before; one has up to four bytes
         if not self._started and data:
             if data[:3] != BOM[: len(data)]:
                 self._started = True
@@ -68,28 +69,30 @@ class Splitter:
                 self._started = True
         if not self._cr and b"\r" in chunk:
             self._cr = True
-        end = _last_blank(data) if self._cr else data.rfind(b"\n\n") + 2
+        if len(data) > self._max and _longest(data) > self._max:
+            raise ProviderBadResponse(f"an event of more than {self._max} bytes")
+        end = _last_blank(data, seen) if self._cr else data.rfind(b"\n\n", seen) + 2
         if end <= 1:
             self._rest = data
-            if len(data) > self._max:
-                raise ProviderBadResponse(f"an event of more than {self._max} bytes")
             return b""
         if end == len(data):
             self._rest = b""
-            block = data
-        else:
-            block, self._rest = data[:end], data[end:]
-        if len(block) > self._max and max(map(len, split(block)), default=0) > self._max:
-            raise ProviderBadResponse(f"an event of more than {self._max} bytes")
+            return data
+        block, self._rest = data[:end], data[end:]
         return block
 
 
-def _last_blank(data: bytes) -> int:
-    """The offset behind the last blank line, 0 where there is none."""
+def _last_blank(data: bytes, start: int) -> int:
+    """The offset behind the last blank line, 0 where there is none behind *start*."""
     end = 0
-    for match in _BLANK.finditer(data):
+    for match in _BLANK.finditer(data, start):
         end = match.end()
     return end
+
+
+def _longest(data: bytes) -> int:
+    """The bytes of the longest event, whole or not, without the line ends around it."""
+    return max(len(part.strip(b"\r\n")) for part in _BLANK.split(data))
 
 
 def split(block: bytes) -> list[bytes]:

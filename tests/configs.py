@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from aioserver.config import Configuration
 from aioserver.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
+
+# For `given`: a busy machine is no fault, and every example may write over the same file.
+ANY_MACHINE = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 SMALL = """\
 chat:
@@ -33,10 +37,10 @@ llm:
 """
 
 
-def small(*lines: str, under: str = "") -> str:
-    """SMALL with *lines* in the provider, or at the end of section *under*."""
+def small(*lines: str) -> str:
+    """SMALL with *lines* in its provider."""
     inside = "".join(f"\n      {line}" for line in lines or ("base_url: http://h/v1",))
-    return SMALL.replace(" &&", inside if not under else "\n      base_url: http://h/v1")
+    return SMALL.replace(" &&", inside)
 
 
 def load(text: str | bytes, path: Path, **environ: str) -> Configuration:

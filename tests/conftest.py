@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import inspect
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,14 @@ def pytest_asyncio_loop_factories(
 
 
 @pytest.fixture(autouse=True)
-async def nothing_left(request: pytest.FixtureRequest) -> AsyncIterator[None]:
+def watched(request: pytest.FixtureRequest) -> None:
+    """Watch every async test with `nothing_left`, set up before and so torn down after all else."""
+    if inspect.iscoroutinefunction(request.function):
+        request.getfixturevalue("nothing_left")
+
+
+@pytest.fixture
+async def nothing_left() -> AsyncIterator[None]:
     """Fail the test that leaves a task behind; an unclosed socket is a warning, so a failure."""
     yield
     mine = asyncio.current_task()

@@ -31,6 +31,7 @@ def test_seconds_are_finite_and_positive(value: object) -> None:
 def test_a_number_in_quotes_says_so() -> None:
     assert "without quotes" in refusal(checks.count, "5")
     assert "without quotes" in refusal(checks.seconds, "0.5")
+    assert "1.0e+3" in refusal(checks.seconds, "1e3")
 
 
 @pytest.mark.parametrize(

@@ -1,26 +1,25 @@
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
-from hypothesis import HealthCheck, given
-from hypothesis import settings as hypothesis_settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aioserver.config import SHIPPED, Configuration
 from aioserver.settings import table
-from tests.configs import load, outcome
+from tests.configs import ANY_MACHINE, load, outcome
 from tests.test_settings import ORIGINAL, changed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
 
 SECRET = "canary-0123456789"
 
 
-@hypothesis_settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@ANY_MACHINE
 @given(
     path=st.sampled_from([row.split("`")[1] for row in table().splitlines()[2:]]),
     shape=st.sampled_from(
@@ -61,7 +60,7 @@ def test_a_secret_in_any_place_and_shape_is_in_no_fault(
 TEXTS = st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=20)
 
 
-@hypothesis_settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
+@settings(ANY_MACHINE, max_examples=50)
 @given(
     prompt=TEXTS,
     port=st.integers(0, 65535),
@@ -87,7 +86,7 @@ def test_settings_survive_a_round_trip(
     assert one.settings == two.settings
 
 
-@hypothesis_settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@ANY_MACHINE
 @given(
     st.binary(max_size=60)
     | st.text(alphabet="chat:lm websocketproviders-[]{}&*!|>'\"%@`#,?\n\t$0123.", max_size=80)
@@ -100,7 +99,7 @@ def test_any_file_is_settings_or_a_configuration_error(tmp_path: Path, text: str
     assert all(fault.startswith(str(path)) for fault in faults)
 
 
-@hypothesis_settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@ANY_MACHINE
 @given(cut=st.integers(0, 12000), junk=st.text(alphabet=" \n:-[]{}&*'\"$#a1", max_size=4))
 def test_a_damaged_file_is_settings_or_a_configuration_error(
     cut: int, junk: str, tmp_path: Path
@@ -114,6 +113,7 @@ def test_a_damaged_file_is_settings_or_a_configuration_error(
     assert all(fault.startswith(str(path)) for fault in half + patched)
 
 
+@ANY_MACHINE
 @given(
     st.dictionaries(
         st.text(alphabet="CHATLMWEBSOK_", max_size=20), st.text(max_size=10), max_size=3

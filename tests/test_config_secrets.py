@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.configs import load, refused, small
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @pytest.fixture

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from aioserver.config import SHIPPED, Configuration
 from tests.configs import load, refused, small
 from tests.test_settings import ORIGINAL
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from aioserver import checks, settings
 from aioserver.setting import FAULTY, Check, Faults, group, not_enforced, plain, section, setting
 from aioserver.settings import SETTINGS, ClientKey, HttpClient, Provider, Settings
+from tests.configs import ANY_MACHINE
 
 ORIGINAL = Path(__file__).with_name("data") / "original.yaml"
 CLIENT = {
@@ -353,6 +354,7 @@ def test_the_table_has_a_row_for_every_setting() -> None:
     assert "| `auth.keys[].name` |" in table
 
 
+@ANY_MACHINE
 @drawn(
     st.fixed_dictionaries(
         {
@@ -382,6 +384,7 @@ ANYTHING = st.recursive(
 )
 
 
+@ANY_MACHINE
 @drawn(
     path=st.sampled_from([row.split("`")[1] for row in settings.table().splitlines()[2:]]),
     it=ANYTHING,

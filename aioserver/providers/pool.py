@@ -33,7 +33,7 @@ from aioserver.errors import (
     ConnectTimeout,
     PoolTimeout,
 )
-from aioserver.gate import Gate
+from aioserver.gate import Gate, Place
 from aioserver.providers.wire import WireProtocol
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ class Pool:
         )
         self._connector = CappedConnector(
             max_keepalive=limits.max_keepalive,
-            demand=lambda: demand() + self._gate.waiting + self._connecting,
+            demand=lambda: demand() + self._coming,
             limit=limits.max_connections,
             limit_per_host=limits.max_connections,
             keepalive_timeout=limits.keepalive_expiry,
@@ -159,7 +159,7 @@ class Pool:
             resolver=aiohttp.ThreadedResolver(),  # aiodns, where installed, would change the answers
             ssl=context,
         )
-        self._connecting = 0
+        self._coming = 0  # who waits, or has a place and has not run since: the gate counts less
         self._proxy = URL(proxy) if proxy else _environment_proxy(url)
         self._key = ClientRequest(
             "POST", url, loop=loop, ssl=context, proxy=self._proxy, headers={"Host": ""}
@@ -191,8 +191,7 @@ class Pool:
             ConnectError: refused, unreachable, no such host, TLS.
             CertificateFault: the provider's certificate does not hold.
         """
-        place = self._gate.try_enter() or await self._gate.enter()
-        self._connecting += 1
+        place = self._gate.try_enter() or await self._wait()
         try:
             connection = await self._connector.connect(self._key, [], self._timeout)
         except BaseException as exc:
@@ -200,10 +199,19 @@ class Pool:
             if isinstance(exc, Exception):
                 raise self._translated(exc) from exc
             raise
-        finally:
-            self._connecting -= 1
         connection.add_callback(place.release)
         return connection
+
+    async def _wait(self) -> Place:
+        self._coming += 1
+        try:
+            place = await self._gate.enter()
+        except BaseException:
+            self._coming -= 1
+            self.trim()
+            raise
+        self._coming -= 1  # it takes an idle connection before anything else runs, or opens one
+        return place
 
     def trim(self) -> None:
         """Close idle connections beyond the cap: a request that was counted on did not come."""

@@ -53,13 +53,15 @@ def test_all_faults_go_to_stderr_and_nothing_to_stdout(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "c.yaml"
-    file.write_text(SHIPPED.read_text().replace("port: 8000", "prot: 8000").replace("demo:", "x:"))
+    text = SHIPPED.read_text().replace("port: 8000", "prot: 8000").replace("demo:", "x:")
+    line = text[: text.index("prot: 8000")].count("\n") + 1
+    file.write_text(text)
 
     code = check(file)
 
     out, err = capsys.readouterr()
     assert (code, out) == (2, "")
-    assert f"{file}:14:5 chat.websocket.prot: unknown key (did you mean port?)\n" in err
+    assert f"{file}:{line}:5 chat.websocket.prot: unknown key (did you mean port?)\n" in err
     assert "llm.active: is not among llm.providers" in err
     assert "Traceback" not in err
 

@@ -1,0 +1,218 @@
+"""A provider that plays bytes: what tests of the wire and the pool stand on."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+from typing import TYPE_CHECKING, Any, Self
+
+from aioserver.providers.pool import Pool
+from aioserver.providers.wire import Exchange
+from aioserver.settings import HttpClient
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+    from types import TracebackType
+
+    from aiohttp.connector import Connection
+
+LIMITS = HttpClient(
+    max_connections=6,
+    max_keepalive=2,
+    keepalive_expiry=30.0,
+    connect_timeout=5.0,
+    read_timeout=5.0,
+    write_timeout=5.0,
+    pool_timeout=5.0,
+    requests_per_minute=1_000_000,
+    concurrent_requests=6,
+    max_retries=0,
+    backoff_factor=0.0,
+)
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+
+
+class Peer:
+    """One connection as the provider sees it."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader = reader
+        self.writer = writer
+
+    async def head(self) -> bytes:
+        """The head of the next request. Raises IncompleteReadError: none comes any more."""
+        return await self.reader.readuntil(b"\r\n\r\n")
+
+    async def request(self) -> bytes:
+        """The next request whole."""
+        head = await self.head()
+        length = 0
+        for line in head.split(b"\r\n"):
+            if line.lower().startswith(b"content-length:"):
+                length = int(line.partition(b":")[2])
+        return head + await self.reader.readexactly(length)
+
+    async def send(self, *pieces: bytes) -> None:
+        """Send *pieces*, each in a packet of its own, which a reader on this loop reads alone."""
+        for piece in pieces:
+            self.writer.write(piece)
+            for _ in range(3):
+                await asyncio.sleep(0)
+
+    async def left(self) -> None:
+        """Wait until the other side is gone, however it goes."""
+        with contextlib.suppress(ConnectionError):
+            while await self.reader.read(65536):
+                pass
+
+    def close(self) -> None:
+        """FIN."""
+        self.writer.close()
+
+    def abort(self) -> None:
+        """Gone at once."""
+        self.writer.transport.abort()
+
+
+class Played:
+    """A listener that calls *play* for each connection and closes it afterwards."""
+
+    def __init__(self, play: Callable[[Peer], Awaitable[None]], **kwargs: Any) -> None:
+        self._play = play
+        self._kwargs = kwargs
+        self._server: asyncio.Server | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.accepted = 0
+        self.open = 0
+        self.requests: list[bytes] = []
+        self.port = 0
+
+    async def __aenter__(self) -> Self:
+        self._server = await asyncio.start_server(
+            self._accept, "127.0.0.1", 0, limit=1 << 20, **self._kwargs
+        )
+        self.port = self._server.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        assert self._server is not None
+        self._server.close()
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        await self._server.wait_closed()
+
+    @property
+    def url(self) -> str:
+        """A base URL."""
+        scheme = "https" if "ssl" in self._kwargs else "http"
+        return f"{scheme}://127.0.0.1:{self.port}/v1"
+
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.ensure_future(self._serve(Peer(reader, writer)))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _serve(self, peer: Peer) -> None:
+        self.accepted += 1
+        self.open += 1
+        try:
+            await self._play(peer)
+        except (ConnectionError, asyncio.IncompleteReadError):
+            pass  # the other side has left
+        finally:
+            self.open -= 1
+            peer.close()
+            with contextlib.suppress(ConnectionError, TimeoutError, asyncio.CancelledError):
+                await asyncio.wait_for(peer.writer.wait_closed(), 1)
+
+
+def answering(*answers: bytes | tuple[bytes, ...]) -> Callable[[Peer], Awaitable[None]]:
+    """Answer one request after the other with *answers*, in pieces where it is a tuple; then wait."""
+
+    async def play(peer: Peer) -> None:
+        for answer in answers:
+            await peer.request()
+            await peer.send(*((answer,) if isinstance(answer, bytes) else answer))
+        await peer.left()
+
+    return play
+
+
+def closing(answer: bytes, *, cut: int | None = None) -> Callable[[Peer], Awaitable[None]]:
+    """Answer one request, in two pieces with *cut*, and close."""
+
+    async def play(peer: Peer) -> None:
+        await peer.request()
+        await peer.send(*((answer,) if cut is None else (answer[:cut], answer[cut:])))
+
+    return play
+
+
+class Got:
+    """What came of one request: the sink of a test."""
+
+    def __init__(self, *, until: bytes | None = None) -> None:
+        self.status = 0
+        self.headers: dict[str, str] = {}
+        self.parts: list[bytes] = []
+        self.ended = False
+        self._until = until
+
+    def on_head(self, status: int, headers: Mapping[str, str]) -> Got:
+        assert not self.status, "one head an answer"
+        self.status, self.headers = status, dict(headers)
+        return self
+
+    def feed(self, data: bytes) -> bool:
+        assert data, "a part is never empty"
+        assert not self.ended
+        self.parts.append(data)
+        return self._until is None or self._until not in self.body
+
+    def end(self) -> None:
+        assert not self.ended, "one end an answer"
+        self.ended = True
+
+    @property
+    def body(self) -> bytes:
+        return b"".join(self.parts)
+
+
+def request(body: bytes = b"{}", path: str = "/v1/chat/completions") -> bytes:
+    """The bytes of a request."""
+    head = f"POST {path} HTTP/1.1\r\nHost: provider\r\nContent-Length: {len(body)}\r\n\r\n"
+    return head.encode() + body
+
+
+def exchange(connection: Connection, got: Got, **timeouts: float) -> Exchange:
+    """An exchange on *connection*."""
+    times = {"read_timeout": 5.0, "write_timeout": 5.0, **timeouts}
+    return Exchange(connection, on_head=got.on_head, **times)
+
+
+async def ask(
+    pool: Pool, got: Got | None = None, *, body: bytes = b"{}", **timeouts: float
+) -> Got:
+    """One request over *pool* and what came of it."""
+    got = got or Got()
+    await exchange(await pool.connect(), got, **timeouts).run(request(body))
+    return got
+
+
+@contextlib.asynccontextmanager
+async def pooled(base_url: str, *, ca_file: str | None = None, **limits: Any) -> AsyncIterator[Pool]:
+    """A pool; at its end nothing may be in use."""
+    pool = Pool(base_url, dataclasses.replace(LIMITS, **limits), ca_file=ca_file)
+    try:
+        yield pool
+        assert pool.stats().open == pool.stats().idle, "a connection was not given back"
+    finally:
+        await pool.close()
