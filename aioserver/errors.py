@@ -226,6 +226,8 @@ class ProviderFault(AioserverError):
     retry: ClassVar[bool] = False
     failover: ClassVar[bool] = False
     failure: ClassVar[bool] = True
+    provider: str = ""  # whose fault it is, and how often it was asked
+    attempts: int = 0
 
 
 class ConnectError(ProviderFault):
@@ -359,6 +361,9 @@ def public(fault: BaseException) -> AioserverError:
 def http_headers(error: AioserverError) -> Mapping[str, str]:
     """The headers an HTTP answer with *error* carries beside its body."""
     headers: dict[str, str] = {}
+    if isinstance(error, ProviderFault) and error.provider:
+        headers["x-aioserver-provider"] = error.provider
+        headers["x-aioserver-attempts"] = str(error.attempts)
     if error.retry_after is not None:
         headers["Retry-After"] = str(max(1, round(error.retry_after)))
     elif error.http_status == 503:

@@ -8,13 +8,14 @@ anything else                       the active provider, the model unchanged
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from aioserver.errors import ModelNotFound, NoProvider
+from aioserver.errors import ModelNotFound, NoProvider, ProviderFault
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from aioserver.providers.provider import Answer, Ask, Provider
     from aioserver.streams import Stream
@@ -60,14 +61,14 @@ class Router:
             NoProvider: it names none, and the active one is not usable.
         """
         if provider is not None:
-            return Route(self._named(provider), model, renamed=True, pinned=True)
+            return Route(self._usable(provider), model, renamed=True, pinned=True)
         if model is None:
             return Route(self._of_last_resort(), None, renamed=True, pinned=False)
         if model in self._providers:
-            return Route(self._named(model), None, renamed=True, pinned=True)
+            return Route(self._usable(model), None, renamed=True, pinned=True)
         first, slash, rest = model.partition("/")
         if slash and rest and first in self._providers:
-            return Route(self._named(first), rest, renamed=True, pinned=True)
+            return Route(self._usable(first), rest, renamed=True, pinned=True)
         return Route(self._of_last_resort(), model, renamed=False, pinned=False)
 
     async def fill(self, route: Route, stream: Stream, ask: Ask) -> None:
@@ -77,7 +78,8 @@ class Router:
             ProviderFault: nobody gave one.
         """
         stream.attempts += 1
-        await route.provider.fill(stream, ask)
+        with _named(route.provider, stream.attempts):
+            await route.provider.fill(stream, ask)
 
     async def call(
         self, route: Route, ask: Ask, sending: Callable[[], None] | None = None
@@ -87,9 +89,10 @@ class Router:
         Raises:
             ProviderFault: nobody gave one.
         """
-        return await route.provider.call(ask, sending)
+        with _named(route.provider, 1):
+            return await route.provider.call(ask, sending)
 
-    def _named(self, name: str) -> Provider:
+    def _usable(self, name: str) -> Provider:
         provider = self._providers.get(name)
         if provider is None or not provider.settings.usable:
             usable = ", ".join(
@@ -102,3 +105,13 @@ class Router:
         if not self.usable:
             raise NoProvider(f"the active provider {self._active} is not usable")
         return self.active
+
+
+@contextlib.contextmanager
+def _named(provider: Provider, attempts: int) -> Iterator[None]:
+    """Put the provider's name on its faults."""
+    try:
+        yield
+    except ProviderFault as fault:
+        fault.provider, fault.attempts = provider.name, attempts
+        raise

@@ -18,7 +18,7 @@ from aiohttp import web
 
 from aioserver import eventstream, keys
 from aioserver.auth import Caller, anonymous
-from aioserver.errors import InvalidRequest, ModelNotFound, StreamNotFound, http_headers
+from aioserver.errors import InvalidRequest, ModelNotFound, StreamNotFound
 from aioserver.faces import http
 from aioserver.faces.streaming import follow
 from aioserver.gateway import digest_of
@@ -224,10 +224,4 @@ async def model(request: web.Request) -> web.Response:
     for one in _models(request.app):
         if one["id"] == name or one["id"].partition("/")[2] == name:
             return web.json_response(one)
-    error = ModelNotFound(f"no model {name[:64]!r} is configured", param="model")
-    return web.Response(
-        status=error.http_status,
-        body=error.body(),
-        headers=http_headers(error),
-        content_type="application/json",
-    )
+    raise ModelNotFound(f"no model {name[:64]!r} is configured", param="model")

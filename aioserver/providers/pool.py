@@ -162,7 +162,12 @@ class Pool:
         self._coming = 0  # who waits, or has a place and has not run since: the gate counts less
         self._proxy = URL(proxy) if proxy else _environment_proxy(url)
         self._key = ClientRequest(
-            "POST", url, loop=loop, ssl=context, proxy=self._proxy, headers={"Host": ""}
+            "POST",
+            url,
+            loop=loop,
+            ssl=context,
+            proxy=self._proxy,
+            headers={"Host": f"{url.host_subcomponent}:{url.port}"},  # of a CONNECT
         )
         self._timeout = ClientTimeout(
             total=None,
@@ -178,9 +183,9 @@ class Pool:
         return self._proxy is not None and not self._key.is_ssl()
 
     def proxy_headers(self) -> dict[str, str]:
-        """What a plain proxy wants to see in each request; known once `connect` was called."""
-        value = self._key.headers.get("Proxy-Authorization")
-        return {"Proxy-Authorization": value} if value else {}
+        """What a plain proxy wants to see in each request."""
+        given = aiohttp.BasicAuth.from_url(self._proxy) if self._proxy and self.forwards else None
+        return {"Proxy-Authorization": given.encode()} if given else {}
 
     async def connect(self) -> Connection:
         """A connection, kept or new. Who takes it must release or close it.
@@ -256,6 +261,6 @@ def _environment_proxy(url: URL) -> URL | None:
     Not `trust_env=True`: with a matching netrc entry aiohttp refuses our Authorization header.
     """
     proxy = getproxies().get(url.scheme) or getproxies().get("all")
-    if not proxy or url.host is None or proxy_bypass(url.host):
+    if not proxy or url.host is None or proxy_bypass(f"{url.host}:{url.port}"):
         return None
     return URL(proxy if "://" in proxy else f"http://{proxy}")

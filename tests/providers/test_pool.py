@@ -19,7 +19,13 @@ import trustme
 from aiohttp import TCPConnector
 from aiohttp.client_proto import ResponseHandler
 
-from aioserver.errors import CertificateFault, ConnectError, ConnectTimeout, PoolTimeout
+from aioserver.errors import (
+    CertificateFault,
+    ConnectError,
+    ConnectTimeout,
+    PoolTimeout,
+    ProviderDisconnected,
+)
 from aioserver.providers.pool import CappedConnector, Pool
 from aioserver.providers.wire import WireProtocol
 from tests.house import until
@@ -71,9 +77,9 @@ async def test_the_private_names_of_aiohttp_are_there_and_do_what_the_pool_needs
         ((kept, since),) = next(iter(connector._conns.values()))
         assert kept is protocol, f"_conns: what is kept, and since when: {why}"
         assert isinstance(since, float), why
-        assert (await pool.connect()).protocol is protocol, f"it is taken again: {why}"
-        connector._acquired.clear()
-        protocol.abort()
+        again = await pool.connect()
+        assert again.protocol is protocol, f"it is taken again: {why}"
+        again.close()
 
 
 async def test_an_idle_connection_that_should_close_is_never_taken() -> None:
@@ -306,15 +312,23 @@ async def test_a_connection_idle_for_longer_than_its_expiry_is_not_used_again() 
 
 
 async def test_closing_the_pool_closes_what_is_idle_and_what_is_in_use() -> None:
-    turn = asyncio.Event()
-    async with Played(after(turn)) as server:
+    async def play(peer: Peer) -> None:
+        await peer.request()
+        if server.accepted == 1:
+            await peer.send(OK)
+        await peer.left()
+
+    async with Played(play) as server:
         pool = Pool(server.url, LIMITS)
+        await ask(pool)
+        idle = await pool.connect()
         task = asyncio.ensure_future(ask(pool))
-        await until(lambda: server.open == 1)
+        await until(lambda: server.open == 2)
+        idle.release()
 
         await pool.close()
 
-        with pytest.raises(Exception, match="closed"):
+        with pytest.raises(ProviderDisconnected):
             await task
         await until(lambda: server.open == 0)
 

@@ -1,0 +1,949 @@
+"""The WebSocket face, over real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+import pytest
+from aiohttp import WSMsgType
+
+from aioserver.providers.simulator import Behaviour
+from tests.faces.raw import BINARY, CLOSE, PING, PONG, SMALL, TEXT, Raw, closing, masked
+from tests.faces.talk import (
+    big,
+    cancel,
+    chat,
+    numbers,
+    resume,
+    text_of,
+    to_end,
+    until_status,
+    whole,
+)
+from tests.house import until
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from tests.house import House
+
+    Make = Callable[..., Awaitable[House]]
+
+PACED = Behaviour(ttft=0, interval=0.01, tokens=40)
+SLOW = Behaviour(ttft=0, interval=0.05, tokens=2000)
+SILENT = Behaviour(ttft=60)
+
+
+async def closed_with(ws: aiohttp.ClientWebSocketResponse) -> tuple[int | None, list[Any]]:
+    """The close code, and the frames before it."""
+    frames = []
+    while (message := await ws.receive(timeout=20)).type == WSMsgType.TEXT:
+        frames.append(json.loads(message.data))
+    assert message.type in {WSMsgType.CLOSE, WSMsgType.CLOSING, WSMsgType.CLOSED}, message
+    return ws.close_code, frames
+
+
+# Answers.
+
+
+async def test_an_answer_has_numbered_events_and_the_truth_about_its_end(house: House) -> None:
+    async with house.connect() as ws:
+        await ws.send_json(
+            chat("r1", conversation_id="c1", options={"stream_options": {"include_usage": True}})
+        )
+        frames = await to_end(ws)
+
+    assert numbers(frames) == list(range(1, len(frames) + 1))
+    assert frames[0] == {
+        "request_id": "r1",
+        "event_id": 1,
+        "status": "processing",
+        "chunk": {
+            "metadata": {
+                "processing": True,
+                "provider": "sim",
+                "model": "sim-model",
+                "conversation_id": "c1",
+            }
+        },
+    }
+    assert frames[1]["chunk"]["type"] == "text"
+    assert frames[1]["chunk"]["metadata"] == {}
+    metadata = frames[-1]["chunk"]["metadata"]
+    assert (metadata["finish_reason"], metadata["provider"]) == ("stop", "sim")
+    assert metadata["usage"]["completion_tokens"] > 0
+
+
+async def test_an_answer_that_is_not_streamed_has_one_chunk(house: House) -> None:
+    async with house.connect() as ws:
+        await ws.send_json(chat("r1", streaming=True))
+        streamed = await to_end(ws)
+        await ws.send_json(chat("r2", streaming=False, conversation_id="other"))
+        frames = await to_end(ws)
+
+    assert [frame["status"] for frame in frames] == ["processing", "chunk", "complete"]
+    assert text_of(frames) == text_of(streamed)
+    assert house.simulator.bodies[-1]["stream"] is False
+
+
+async def test_options_are_merged_into_the_body_and_configured_values_fill_the_rest(
+    make_house: Make,
+) -> None:
+    house = await make_house(
+        **{
+            "llm.providers.sim.temperature": 0.7,
+            "llm.providers.sim.max_tokens": 512,
+            "chat.service.system_prompt": "Be brief.",
+        }
+    )
+    async with house.connect() as ws:
+        await ws.send_json(chat("r1", model="other", options={"temperature": 0.2, "seed": 7}))
+        await to_end(ws)
+        await ws.send_json(chat("r2", messages=[{"role": "user", "content": "Hi"}]))
+        await to_end(ws)
+
+    first, second = house.simulator.bodies
+    assert (first["model"], first["temperature"], first["seed"]) == ("other", 0.2, 7)
+    assert (first["max_tokens"], first["stream"]) == (512, True)
+    assert first["messages"] == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hello"},
+    ]
+    assert second["model"] == "sim-model"
+    assert {"role": "user", "content": "Hi"} in second["messages"]
+
+
+async def test_tool_calls_come_as_chunks_of_their_own(house: House) -> None:
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
+    async with house.connect() as ws:
+        await ws.send_json(chat("r1", "call a tool", options={"tools": tools}))
+        frames = await to_end(ws)
+
+    chunks = [frame["chunk"] for frame in frames if frame["status"] == "chunk"]
+    assert {chunk["type"] for chunk in chunks} == {"tool_calls"}
+    assert chunks[0]["data"][0]["function"]["name"] == "weather"
+    assert frames[-1]["chunk"]["metadata"]["finish_reason"] == "tool_calls"
+
+
+async def test_a_fault_of_the_provider_is_an_error_event_and_the_socket_lives_on(
+    house: House,
+) -> None:
+    async with house.connect() as ws:
+        await ws.send_json(chat("r1", model="fault-cut-3"))
+        frames = await to_end(ws)
+        assert frames[-1]["status"] == "error"
+        assert frames[-1]["chunk"]["code"] == "provider_disconnected"
+        assert frames[-1]["chunk"]["retryable"] is True
+        assert numbers(frames) == list(range(1, len(frames) + 1))
+        assert "chunk" in {frame["status"] for frame in frames}
+
+        await ws.send_json(chat("r2"))
+        assert (await to_end(ws))[-1]["status"] == "complete"
+
+
+async def test_ping_is_answered_with_pong(house: House) -> None:
+    async with house.connect() as ws:
+        await ws.send_json({"action": "ping"})
+        assert await ws.receive_json() == {"request_id": None, "status": "pong", "chunk": {}}
+        await ws.send_json({"action": "ping", "request_id": "p1"})
+        assert (await ws.receive_json())["request_id"] == "p1"
+
+
+async def test_several_answers_run_at_once_on_one_socket(make_house: Make) -> None:
+    house = await make_house(PACED)
+
+    async with house.connect() as ws:
+        for number in range(5):
+            await ws.send_json(chat(f"r{number}", conversation_id=f"c{number}"))
+        ended: dict[str, list[Any]] = {f"r{number}": [] for number in range(5)}
+        while any(not got or got[-1]["status"] != "complete" for got in ended.values()):
+            frame = await ws.receive_json(timeout=20)
+            ended[frame["request_id"]].append(frame)
+
+    assert house.simulator.stats().peak_active == 5
+    for frames in ended.values():
+        assert numbers(frames) == list(range(1, len(frames) + 1))
+
+
+async def test_the_33rd_answer_on_one_socket_is_refused(make_house: Make) -> None:
+    house = await make_house(SILENT)
+    async with house.connect() as ws:
+        for number in range(32):
+            await ws.send_json(chat(f"r{number}"))
+        await ws.send_json(chat("r32"))
+        frames = await until_status(ws, "error")
+        assert frames[-1]["request_id"] == "r32"
+        assert frames[-1]["chunk"]["code"] == "concurrency_exceeded"
+
+        await ws.send_json(chat("r0"))  # a running one may be asked for again
+        await ws.send_json({"action": "ping"})
+        replies = await until_status(ws, "pong")
+        assert "error" not in {frame["status"] for frame in replies}
+
+        await ws.send_json(cancel("r0"))
+        await until_status(ws, "cancelled")
+        await ws.send_json(chat("r33"))
+        await ws.send_json({"action": "ping"})
+        replies = await until_status(ws, "pong")
+        assert "error" not in {frame["status"] for frame in replies}
+        for number in (*range(1, 32), 33):
+            await ws.send_json(cancel(f"r{number}"))
+
+
+async def test_a_request_waiting_for_its_provider_is_told_its_position(make_house: Make) -> None:
+    house = await make_house(
+        SILENT,
+        **{
+            "llm.providers.sim.http_client.concurrent_requests": 1,
+            "llm.providers.sim.http_client.queue_size": 2,
+        },
+    )
+    async with house.connect() as ws:
+        await ws.send_json(chat("r1"))
+        await until_status(ws, "processing")
+        await ws.send_json(chat("r2"))
+        frame = await ws.receive_json()
+        assert (frame["request_id"], frame["status"]) == ("r2", "queued")
+        assert frame["chunk"]["position"] == 1
+        assert frame["chunk"]["eta"] >= 0
+        assert "event_id" not in frame
+        await ws.send_json(chat("r3"))
+        await ws.send_json(chat("r4"))
+        frames = await until_status(ws, "error")
+        assert frames[-1]["request_id"] == "r4"
+        assert frames[-1]["chunk"]["code"] == "provider_queue_full"
+        assert frames[-1]["chunk"]["retry_after"] >= 1
+
+        await ws.send_json(cancel("r1"))
+        frames = await to_end(ws, "r2") if False else await until_status(ws, "processing")
+        assert frames[-1]["request_id"] == "r2"
+        for name in ("r2", "r3"):
+            await ws.send_json(cancel(name))
+        await until(lambda: house.held()["running"] == 0)
+    assert house.simulator.stats().requests <= 3
+
+
+# What is no command.
+
+
+@pytest.mark.parametrize(
+    ("frame", "code", "request_id"),
+    [
+        ("{", "invalid_json", None),
+        ("", "invalid_json", None),
+        ("NaN", "invalid_json", None),
+        ('{"action":"chat","request_id":"\\ud800"}', "invalid_json", None),
+        ("[" * 100_000, "invalid_json", None),
+        ("[]", "invalid_request", None),
+        ("7", "invalid_request", None),
+        ("{}", "invalid_request", None),
+        ('{"action":"sing","request_id":"r1"}', "invalid_request", "r1"),
+        ('{"action":["chat"],"request_id":"r1"}', "invalid_request", "r1"),
+        ('{"action":"chat"}', "invalid_request", None),
+        ('{"action":"chat","request_id":7}', "invalid_request", None),
+        ('{"action":"chat","request_id":""}', "invalid_request", ""),
+        ('{"action":"chat","request_id":"a\\nb","payload":{"text":"x"}}', "invalid_request", "a\nb"),
+        ('{"action":"chat","request_id":"r1"}', "invalid_request", "r1"),
+        ('{"action":"chat","request_id":"r1","payload":[]}', "invalid_request", "r1"),
+        ('{"action":"chat","request_id":"r1","payload":{"text":""}}', "invalid_request", "r1"),
+        ('{"action":"chat","request_id":"r1","payload":{"text":7}}', "invalid_request", "r1"),
+        (
+            '{"action":"chat","request_id":"r1","payload":{"text":"x","messages":[{"role":"user"}]}}',
+            "invalid_request",
+            "r1",
+        ),
+        ('{"action":"chat","request_id":"r1","payload":{"messages":[]}}', "invalid_request", "r1"),
+        (
+            '{"action":"chat","request_id":"r1","payload":{"messages":["x"]}}',
+            "invalid_request",
+            "r1",
+        ),
+        (
+            '{"action":"chat","request_id":"r1","payload":{"text":"x","streaming":1}}',
+            "invalid_request",
+            "r1",
+        ),
+        (
+            '{"action":"chat","request_id":"r1","payload":{"text":"x","texxt":"x"}}',
+            "invalid_request",
+            "r1",
+        ),
+        (
+            '{"action":"chat","request_id":"r1","payload":{"text":"x","options":{"model":"m"}}}',
+            "invalid_request",
+            "r1",
+        ),
+        (
+            '{"action":"chat","request_id":"r1","payload":{"text":"x","options":{"stream":true}}}',
+            "invalid_request",
+            "r1",
+        ),
+        (
+            '{"action":"chat","request_id":"r1","payload":{"text":"x","options":{"messages":[]}}}',
+            "invalid_request",
+            "r1",
+        ),
+        (
+            '{"action":"chat","request_id":"r1","payload":{"text":"x","provider":"nobody"}}',
+            "model_not_found",
+            "r1",
+        ),
+        ('{"action":"cancel","request_id":"nobody"}', "stream_not_found", "nobody"),
+        ('{"action":"resume","request_id":"nobody"}', "stream_not_found", "nobody"),
+        (
+            '{"action":"resume","request_id":"r1","payload":{"last_event_id":-1}}',
+            "invalid_request",
+            "r1",
+        ),
+        (
+            '{"action":"resume","request_id":"r1","payload":{"last_event_id":true}}',
+            "invalid_request",
+            "r1",
+        ),
+    ],
+)
+async def test_what_is_no_command_gets_an_error_frame_and_the_socket_stays(
+    house: House, frame: str, code: str, request_id: str | None
+) -> None:
+    async with house.connect() as ws:
+        await ws.send_str(frame)
+        answer = await ws.receive_json()
+        assert answer["status"] == "error"
+        assert answer["request_id"] == request_id
+        assert answer["chunk"]["code"] == code
+        assert answer["chunk"]["retryable"] is False
+
+        await ws.send_json({"action": "ping"})
+        assert (await ws.receive_json())["status"] == "pong"
+    assert house.simulator.stats().requests == 0
+
+
+@pytest.mark.parametrize("depth", [200, 254, 255, 300, 1000, 1023])
+async def test_a_deeply_nested_question_is_answered_or_refused_and_the_socket_stays(
+    house: House, depth: int
+) -> None:
+    deep = "[" * depth + "]" * depth
+    frame = f'{{"action":"chat","request_id":"r1","payload":{{"text":"x","options":{{"x":{deep}}}}}}}'
+    async with house.connect() as ws:
+        await ws.send_str(frame)
+        end = (await to_end(ws))[-1]
+        if end["status"] == "error":
+            assert end["chunk"]["code"] in {"invalid_request", "invalid_json", "provider_error"}
+
+        await ws.send_json({"action": "ping"})
+        assert (await ws.receive_json())["status"] == "pong"
+
+
+async def test_a_binary_frame_closes_with_1003(house: House) -> None:
+    async with house.connect() as ws:
+        await ws.send_bytes(b"x")
+        code, _ = await closed_with(ws)
+
+    assert code == 1003
+
+
+async def test_invalid_utf8_closes_with_1007(house: House) -> None:
+    async with Raw(house) as raw:
+        await raw.upgrade()
+        await raw.send_frame(TEXT, b'{"action":"\xff"}')
+        opcode, payload = await raw.frame()
+
+    assert opcode == CLOSE
+    assert closing(payload)[0] == 1007
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\xc1\x80\0\0\0\0",  # a reserved bit
+        b"\x83\x80\0\0\0\0",  # a reserved opcode
+        b"\x09\x80\0\0\0\0",  # a ping in fragments
+        masked(PING, b"x" * 126),  # a long control frame
+    ],
+)
+async def test_a_protocol_error_closes_with_1002(house: House, data: bytes) -> None:
+    async with Raw(house) as raw:
+        await raw.upgrade()
+        await raw.send(data)
+        opcode, payload = await raw.frame()
+
+    assert opcode == CLOSE
+    assert closing(payload)[0] == 1002
+
+
+@pytest.mark.parametrize("cut", [False, True])
+async def test_the_limit_of_a_message_is_inclusive_and_counts_bytes(
+    make_house: Make, cut: bool
+) -> None:
+    house = await make_house(**{"chat.websocket.max_message_size": 1000})
+    empty = len(json.dumps({"action": "ping", "x": ""}, ensure_ascii=False).encode())
+
+    async def send(raw: Raw, size: int, letter: str) -> None:
+        text = letter * ((size - empty) // len(letter.encode()))
+        text += "x" * (size - empty - len(text.encode()))
+        frame = json.dumps({"action": "ping", "x": text}, ensure_ascii=False).encode()
+        assert len(frame) == size
+        if cut:
+            await raw.send_frame(TEXT, frame[:500], fin=False)
+            await raw.send_frame(0, frame[500:])
+        else:
+            await raw.send_frame(TEXT, frame)
+
+    for letter in ("x", "é"):
+        async with Raw(house) as raw:
+            await raw.upgrade()
+            await send(raw, 1000, letter)
+            assert (await raw.json_frame())["status"] == "pong"
+            await send(raw, 1001, letter)
+            frames = await raw.frames() if False else [await raw.frame()]
+            while frames[-1][0] == TEXT:
+                assert json.loads(frames[-1][1])["chunk"]["code"] == "request_too_large"
+                frames.append(await raw.frame())
+            opcode, payload = frames[-1]
+            assert opcode == CLOSE
+            assert closing(payload)[0] == 1009
+
+
+@pytest.mark.parametrize("size", [2**62, 2**63 - 1])
+async def test_a_declared_length_beyond_all_reason_closes_with_1009(
+    house: House, size: int
+) -> None:
+    async with Raw(house) as raw:
+        await raw.upgrade()
+        await raw.send(b"\x81\xff" + size.to_bytes(8, "big") + b"\0\0\0\0" + b"x" * 1000)
+        opcode, payload = await raw.frame()
+
+    assert opcode == CLOSE
+    assert closing(payload)[0] == 1009
+
+
+@pytest.mark.parametrize("opcode", [TEXT, PING])
+async def test_a_flood_of_frames_closes_with_1008(house: House, opcode: int) -> None:
+    payload = b'{"action":"ping"}' if opcode == TEXT else b""
+    async with Raw(house) as raw:
+        await raw.upgrade()
+        await raw.send(masked(opcode, payload) * 400)
+        frames = []
+        while not frames or frames[-1][0] != CLOSE:
+            frames.append(await raw.frame())
+        await raw.send_frame(CLOSE, frames[-1][1])
+        rest = await raw.frames()
+
+    assert closing(frames[-1][1])[0] == 1008
+    assert json.loads(frames[-2][1])["chunk"]["code"] == "rate_limit_exceeded"
+    assert 150 < len(frames) < 300
+    assert rest == []
+
+
+async def test_a_burst_within_the_bound_is_no_flood(house: House) -> None:
+    async with house.connect() as ws:
+        for _ in range(150):
+            await ws.send_json({"action": "ping"})
+        for _ in range(150):
+            assert (await ws.receive_json())["status"] == "pong"
+
+
+@pytest.mark.parametrize(
+    ("fault", "code"), [(masked(TEXT, b"\xff"), 1007), (masked(BINARY, b"x"), 1003)]
+)
+async def test_nothing_follows_a_close_frame(make_house: Make, fault: bytes, code: int) -> None:
+    house = await make_house(Behaviour(ttft=0, interval=0.002, tokens=5000))
+    async with Raw(house) as raw:
+        await raw.upgrade()
+        await raw.send_json(chat("r1"))
+        for _ in range(10):
+            await raw.frame()
+        await raw.send(fault)
+        frames = await raw.frames()  # the close is not answered: the server gives up waiting
+
+    opcodes = [opcode for opcode, _ in frames]
+    assert opcodes.index(CLOSE) == len(frames) - 1
+    assert closing(frames[-1][1])[0] == code
+    async with house.connect() as ws:
+        await ws.send_json(cancel("r1"))
+        await to_end(ws)
+
+
+async def test_a_close_is_sent_though_the_answer_never_ends(make_house: Make) -> None:
+    house = await make_house(
+        **{"chat.streams.send_timeout": 0.5, "chat.streams.max_stream_bytes": 1 << 26}
+    )
+    async with Raw(house, receive_buffer=SMALL) as raw:
+        await raw.upgrade()
+        await raw.send_json(chat("r1", model="fault-endless"))
+        for _ in range(10):
+            await raw.frame()
+        await raw.send_frame(BINARY, b"x")
+        loop = asyncio.get_running_loop()
+        begun, frames = loop.time(), []
+        with contextlib.suppress(EOFError, ConnectionError):
+            while loop.time() < begun + 10:
+                frames.append(await raw.frame())  # slower than the provider
+                await asyncio.sleep(0.001)
+
+        assert loop.time() < begun + 8
+    async with house.connect() as ws:
+        await ws.send_json(cancel("r1"))
+        await to_end(ws)
+
+
+# The same request again.
+
+
+async def test_the_same_request_replays_and_is_asked_of_the_provider_once(
+    make_house: Make,
+) -> None:
+    house = await make_house(PACED)
+    async with house.connect() as first, house.connect() as second:
+        await first.send_json(chat("r1"))
+        await until_status(first, "chunk")
+        await second.send_json(chat("r1"))  # while it runs, from elsewhere
+        again = await to_end(second)
+        await to_end(first)
+        await first.send_json(chat("r1"))  # and when it has ended
+        replayed = await to_end(first)
+
+    assert numbers(again) == list(range(1, len(again) + 1))
+    assert replayed == again
+    assert house.simulator.stats().requests == 1
+
+
+async def test_another_payload_under_a_known_request_id_is_a_conflict(house: House) -> None:
+    async with house.connect() as ws:
+        await ws.send_json(chat("r1"))
+        await to_end(ws)
+        await ws.send_json(chat("r1", "Something else"))
+        answer = await ws.receive_json()
+
+    assert (answer["request_id"], answer["status"]) == ("r1", "error")
+    assert answer["chunk"]["code"] == "request_conflict"
+    assert house.simulator.stats().requests == 1
+
+
+async def test_two_readers_of_one_stream_get_all_of_it(make_house: Make) -> None:
+    house = await make_house(PACED)
+    async with house.connect() as first, house.connect() as second:
+        await first.send_json(chat("r1"))
+        await until_status(first, "chunk")
+        await second.send_json(resume("r1"))
+        theirs = await to_end(second)
+        await first.send_json(resume("r1", 0))
+        mine = (await to_end(first))[-len(theirs) :]
+
+    assert numbers(theirs) == list(range(1, len(theirs) + 1))
+    assert theirs[-1] == mine[-1]
+    assert house.simulator.stats().requests == 1
+
+
+# Cancel.
+
+
+async def test_cancel_closes_the_providers_socket_at_once(make_house: Make) -> None:
+    house = await make_house(SLOW)
+    loop = asyncio.get_running_loop()
+    async with house.connect() as ws, house.connect() as other:
+        await ws.send_json(chat("r1"))
+        await until_status(ws, "chunk")
+        await other.send_json(resume("r1"))
+        await until_status(other, "chunk")
+
+        begun = loop.time()
+        await ws.send_json(cancel("r1"))
+        await house.simulator.until(lambda stats: stats.aborted == 1)
+        assert loop.time() - begun < 1
+        assert (await to_end(ws))[-1]["status"] == "cancelled"
+        end = (await to_end(other))[-1]  # for every reader
+        assert (end["status"], end["chunk"]) == ("cancelled", {})
+
+        await ws.send_json(cancel("r1"))  # again: its end is the answer
+        assert await ws.receive_json() == end
+    assert house.provider.stats().pool.open == 0  # never reused half-read
+
+
+async def test_cancel_after_the_end_says_how_it_ended(house: House) -> None:
+    async with house.connect() as ws:
+        await ws.send_json(chat("r1"))
+        frames = await to_end(ws)
+        await ws.send_json(cancel("r1"))
+
+        assert await ws.receive_json() == frames[-1]
+
+
+async def test_cancel_while_waiting_for_the_provider_asks_nothing(make_house: Make) -> None:
+    house = await make_house(
+        SILENT, **{"llm.providers.sim.http_client.concurrent_requests": 1}
+    )
+    async with house.connect() as ws:
+        await ws.send_json(chat("r1"))
+        await until_status(ws, "processing")
+        await ws.send_json(chat("r2"))
+        await until_status(ws, "queued")
+        await ws.send_json(cancel("r2"))
+        frames = await until_status(ws, "cancelled")
+        assert frames[-1]["request_id"] == "r2"
+        await ws.send_json(cancel("r1"))
+        await until_status(ws, "cancelled")
+
+    await house.nothing_held()
+    assert house.simulator.stats().requests <= 1
+
+
+# Resume.
+
+
+async def test_resume_from_any_event_gives_exactly_the_rest(house: House) -> None:
+    house.simulator.behaviour = Behaviour(ttft=0, interval=0, tokens=30)
+    async with house.connect() as ws:
+        await ws.send_json(chat("r1"))
+        frames = await to_end(ws)
+        for after in range(len(frames)):
+            await ws.send_json(resume("r1", after))
+            assert await to_end(ws) == frames[after:]
+        await ws.send_json(resume("r1", len(frames) + 1))
+        gap = await ws.receive_json()
+
+    assert gap["chunk"]["code"] == "resume_gap"
+
+
+@pytest.mark.parametrize("after", [0, 1, 7])
+async def test_resume_of_a_running_stream_gives_exactly_the_rest(
+    make_house: Make, after: int
+) -> None:
+    house = await make_house(PACED)
+    async with house.connect() as ws, house.connect() as other:
+        await ws.send_json(chat("r1"))
+        seen: list[Any] = []
+        while len(seen) < 10:
+            seen.append(await ws.receive_json())
+        await other.send_json(resume("r1", after))
+        rest = await to_end(other)
+        seen += await to_end(ws)
+
+    assert rest == seen[after:]
+
+
+async def test_resume_from_before_what_is_kept_is_a_gap(make_house: Make) -> None:
+    house = await make_house(**{"chat.streams.max_stream_bytes": 20_000})
+    async with house.connect() as ws:
+        await ws.send_json(chat("r1", **big(1000, 60)))
+        end = (await to_end(ws))[-1]["event_id"]
+        await ws.send_json(resume("r1", 2))
+        gap = await ws.receive_json()
+        await ws.send_json(resume("r1", end - 3))
+        rest = await to_end(ws)
+
+    assert (gap["request_id"], gap["chunk"]["code"]) == ("r1", "resume_gap")
+    assert numbers(rest) == [end - 2, end - 1, end]
+
+
+async def test_a_resume_that_fails_leaves_the_running_answer_alone(make_house: Make) -> None:
+    house = await make_house(PACED)
+    async with house.connect() as ws:
+        await ws.send_json(chat("r1"))
+        await until_status(ws, "chunk")
+        await ws.send_json(resume("r1", 10_000))
+        await until_status(ws, "error")
+
+        assert (await to_end(ws))[-1]["status"] == "complete"
+
+
+# Leaving.
+
+
+@pytest.mark.parametrize("politely", [True, False])
+async def test_who_left_in_mid_answer_misses_nothing(make_house: Make, politely: bool) -> None:
+    house = await make_house(PACED)
+    async with Raw(house) as raw:
+        await raw.upgrade()
+        await raw.send_json(chat("r1"))
+        seen = [await raw.json_frame() for _ in range(8)]
+        if politely:
+            await raw.send_frame(CLOSE, b"\x03\xe8")
+            frames = await raw.frames()
+            assert closing(frames[-1][1])[0] == 1000
+            seen += [json.loads(data) for opcode, data in frames if opcode == TEXT]
+        else:
+            raw.reset()
+        await until(lambda: house.held()["detached"] == 1)
+
+    after = seen[-1]["event_id"]
+    async with house.connect() as ws:
+        await ws.send_json(resume("r1", after))
+        rest = await to_end(ws)
+    by_sse = await whole(house, "r1", after)
+
+    assert rest == by_sse
+    assert numbers(seen + rest) == list(range(1, rest[-1]["event_id"] + 1))
+    assert rest[-1]["status"] == "complete"
+    assert house.simulator.stats().requests == 1
+    assert house.simulator.stats().aborted == 0
+
+
+async def test_a_stream_that_nobody_reads_is_cancelled_at_the_end_of_its_window(
+    make_house: Make,
+) -> None:
+    house = await make_house(SLOW, **{"chat.streams.resume_window": 0.3})
+    loop = asyncio.get_running_loop()
+    async with house.connect() as ws:
+        await ws.send_json(chat("r1"))
+        await until_status(ws, "chunk")
+    begun = loop.time()
+
+    await house.simulator.until(lambda stats: stats.aborted == 1)
+
+    assert 0.2 < loop.time() - begun < 3
+    await house.nothing_held()
+
+
+async def test_coming_back_in_time_stops_the_window(make_house: Make) -> None:
+    house = await make_house(
+        Behaviour(ttft=0, interval=0.02, tokens=60), **{"chat.streams.resume_window": 0.4}
+    )
+    async with house.connect() as ws:
+        await ws.send_json(chat("r1"))
+        frames = await until_status(ws, "chunk")
+    await until(lambda: house.held()["detached"] == 1)
+    async with house.connect() as ws:
+        await ws.send_json(resume("r1", frames[-1]["event_id"]))
+        assert (await to_end(ws))[-1]["status"] == "complete"  # 1.2 s: longer than the window
+
+    assert house.simulator.stats().aborted == 0
+
+
+async def test_with_a_window_of_zero_leaving_cancels_at_once(make_house: Make) -> None:
+    house = await make_house(SLOW, **{"chat.streams.resume_window": 0})
+    async with Raw(house) as raw:
+        await raw.upgrade()
+        await raw.send_json(chat("r1"))
+        await raw.json_frame()
+        await raw.json_frame()
+        raw.reset()
+
+        await house.simulator.until(lambda stats: stats.aborted == 1)
+    await house.nothing_held()
+
+
+async def test_leaving_before_anything_was_sent_asks_nothing(make_house: Make) -> None:
+    house = await make_house(
+        SILENT, **{"llm.providers.sim.http_client.concurrent_requests": 1}
+    )
+    async with house.connect() as ws:
+        await ws.send_json(chat("r1"))
+        await until_status(ws, "processing")
+        async with house.connect() as other:
+            await other.send_json(chat("r2"))
+            await until_status(other, "queued")
+        await until(lambda: house.held()["sim waiting"] == 0)
+        await ws.send_json(cancel("r1"))
+        await to_end(ws)
+
+    await house.nothing_held()
+    assert house.simulator.stats().requests == 1
+
+
+async def test_a_detached_stream_gives_its_place_to_who_waits(make_house: Make) -> None:
+    house = await make_house(
+        SILENT, **{"llm.providers.sim.http_client.concurrent_requests": 1}
+    )
+    async with house.connect() as ws:
+        await ws.send_json(chat("r1"))
+        await house.simulator.until(lambda stats: stats.active == 1)
+    await until(lambda: house.held()["detached"] == 1)
+    house.simulator.behaviour = Behaviour(ttft=0, interval=0)
+
+    async with house.connect() as ws:
+        await ws.send_json(chat("r2"))
+        assert (await to_end(ws))[-1]["status"] == "complete"
+        await ws.send_json(resume("r1", 0))
+        assert (await to_end(ws))[-1]["status"] == "cancelled"
+
+
+async def test_there_are_at_most_max_detached_streams_without_a_reader(make_house: Make) -> None:
+    house = await make_house(SILENT, **{"chat.streams.max_detached": 2})
+    async with house.connect() as ws:
+        for number in range(4):
+            await ws.send_json(chat(f"r{number}"))
+        await house.simulator.until(lambda stats: stats.active == 4)
+
+    await house.simulator.until(lambda stats: stats.aborted == 2)
+    assert house.held()["detached"] == 2
+    async with house.connect() as ws:
+        for number in range(4):
+            await ws.send_json(cancel(f"r{number}"))
+        ends = [(await to_end(ws))[-1]["status"] for _ in range(4)]
+    assert ends == ["cancelled"] * 4
+
+
+# Conversations.
+
+
+async def history(house: House) -> list[tuple[str, str]]:
+    """What the provider was sent last."""
+    return [(one["role"], one["content"]) for one in house.simulator.bodies[-1]["messages"]]
+
+
+async def test_turns_of_one_socket_share_their_history(house: House) -> None:
+    async with house.connect() as ws:
+        await ws.send_json(chat("r1", "one"))
+        said = text_of(await to_end(ws))
+        await ws.send_json(chat("r2", "two"))
+        await to_end(ws)
+        assert await history(house) == [("user", "one"), ("assistant", said), ("user", "two")]
+
+        await ws.send_json(chat("r3", "three", conversation_id="c1"))
+        await to_end(ws)
+        assert await history(house) == [("user", "three")]
+    async with house.connect() as ws:
+        await ws.send_json(chat("r4", "four"))
+        await to_end(ws)
+        assert await history(house) == [("user", "four")]  # another socket
+        await ws.send_json(chat("r5", "five", conversation_id="c1"))
+        await to_end(ws)
+        assert [text for role, text in await history(house) if role == "user"] == ["three", "five"]
+
+
+async def test_messages_neither_use_nor_write_the_history(house: House) -> None:
+    async with house.connect() as ws:
+        await ws.send_json(chat("r1", "one", conversation_id="c1"))
+        await to_end(ws)
+        await ws.send_json(
+            chat("r2", messages=[{"role": "user", "content": "all"}], conversation_id="c1")
+        )
+        await to_end(ws)
+        assert await history(house) == [("user", "all")]
+        await ws.send_json(chat("r3", "two", conversation_id="c1"))
+        await to_end(ws)
+
+    assert [text for role, text in await history(house) if role == "user"] == ["one", "two"]
+
+
+async def test_a_failed_turn_leaves_nothing_in_the_history(house: House) -> None:
+    async with house.connect() as ws:
+        await ws.send_json(chat("r1", "one", model="fault-cut-3"))
+        assert (await to_end(ws))[-1]["status"] == "error"
+        await ws.send_json(chat("r2", "two"))
+        await to_end(ws)
+
+    assert await history(house) == [("user", "two")]
+
+
+async def test_a_cancelled_turn_keeps_the_text_so_far(make_house: Make) -> None:
+    house = await make_house(SLOW)
+    async with house.connect() as ws:
+        await ws.send_json(chat("r1", "one"))
+        await until_status(ws, "chunk")
+        await ws.send_json(cancel("r1"))
+        await to_end(ws)
+        said = text_of(await whole(house, "r1"))
+        house.simulator.behaviour = Behaviour(ttft=0, interval=0)
+        await ws.send_json(chat("r2", "two"))
+        await to_end(ws)
+
+    assert said
+    assert await history(house) == [("user", "one"), ("assistant", said), ("user", "two")]
+
+
+# Pings and idleness.
+
+BRISK = {"chat.websocket.ping_interval": 0.4, "chat.websocket.ping_timeout": 0.2}
+
+
+async def test_a_live_client_is_pinged_and_kept(make_house: Make) -> None:
+    house = await make_house(**BRISK)
+    async with house.connect(autoping=False) as ws:
+        for _ in range(3):
+            message = await ws.receive(timeout=5)
+            assert message.type == WSMsgType.PING
+            await ws.pong(message.data)
+        await ws.send_json({"action": "ping"})
+        assert (await ws.receive_json())["status"] == "pong"
+
+
+async def test_a_client_that_does_not_pong_is_closed_with_1011(make_house: Make) -> None:
+    house = await make_house(SILENT, **BRISK)
+    loop = asyncio.get_running_loop()
+    async with Raw(house) as raw:
+        begun = loop.time()
+        await raw.upgrade()
+        await raw.send_json(chat("r1"))  # data does not replace a pong
+        await raw.json_frame()
+        opcode, payload = await raw.frame()
+        assert opcode == PING
+        await raw.send_frame(PONG, payload + b"?")  # another one's
+        opcode, payload = await raw.frame()
+        assert opcode == CLOSE
+        assert closing(payload) == (1011, b"keepalive ping timeout")
+        assert await raw.frames() == []
+        assert 0.4 < loop.time() - begun < 5
+        await until(lambda: house.held()["sockets"] == 0)
+    async with house.connect() as ws:
+        await ws.send_json(cancel("r1"))
+        await to_end(ws)
+
+
+async def test_a_ping_of_the_clients_is_answered_with_its_payload(house: House) -> None:
+    async with Raw(house) as raw:
+        await raw.upgrade()
+        await raw.send_frame(PING, b"payload")
+
+        assert await raw.frame() == (PONG, b"payload")
+
+
+async def test_an_idle_client_is_closed_after_idle_timeout(make_house: Make) -> None:
+    house = await make_house(
+        PACED, **{"chat.websocket.idle_timeout": 0.3, "chat.websocket.ping_interval": 0.2}
+    )
+    async with house.connect() as ws:
+        await ws.send_json(chat("r1"))
+        assert (await to_end(ws))[-1]["status"] == "complete"  # 0.4 s: not idle while it runs
+        code, _ = await closed_with(ws)
+
+    assert code == 1000
+
+
+@pytest.mark.parametrize("payload", [b"", b"\x03\xe9", b"\x03\xe8bye"])
+async def test_a_close_frame_is_answered_and_frees_the_place(
+    house: House, payload: bytes
+) -> None:
+    async with Raw(house) as raw:
+        await raw.upgrade()
+        await raw.send_frame(CLOSE, payload)
+        frames = await raw.frames()
+
+    assert [opcode for opcode, _ in frames] == [CLOSE]
+    await house.nothing_held(2)
+
+
+# The handshake.
+
+
+async def test_a_foreign_origin_is_refused_before_the_upgrade(make_house: Make) -> None:
+    house = await make_house(**{"chat.websocket.allow_origins": ["http://good.example"]})
+    async with Raw(house) as raw:
+        await raw.upgrade("Origin: http://evil.example")
+        # the head was read by upgrade(); what follows is the body
+    async with Raw(house) as raw:
+        head = await raw.upgrade("Origin: http://evil.example")
+        body = json.loads(await raw.exactly(int(head.headers["content-length"])))
+        assert head.status == 403
+        assert body["error"]["code"] == "origin_not_allowed"
+        assert "access-control-allow-origin" not in head.headers
+    for origin in ("http://good.example", "HTTP://GOOD.example", "http://x"):  # x: our own Host
+        async with Raw(house) as raw:
+            assert (await raw.upgrade(f"Origin: {origin}")).status == 101
+    async with Raw(house) as raw:
+        assert (await raw.upgrade()).status == 101  # no browser
+
+
+async def test_a_plain_get_of_the_endpoint_is_a_clear_error(house: House) -> None:
+    async with Raw(house) as raw:
+        await raw.get("/ws/chat")
+        answer = await raw.answer()
+
+    assert answer.status == 400
+    assert answer.code == "invalid_request"
+    await house.nothing_held()
