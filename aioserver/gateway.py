@@ -95,10 +95,14 @@ class Gateway:
 
         Raises:
             RequestConflict: the request id is known with another payload.
+            InvalidRequest: nested too deeply to be passed on.
             ModelNotFound, NoProvider: nobody to ask.
             ServerAtCapacity, ServerShutdown: no room for another answer.
         """
-        digest = chat.digest()
+        try:
+            digest = chat.digest()
+        except TypeError:  # orjson reads 1,024 levels, but writes 254
+            raise InvalidRequest("the question is nested too deeply") from None
         if (known := self._known(caller, chat.request_id, digest)) is not None:
             return known
         route = self._router.route(chat.model, chat.provider)

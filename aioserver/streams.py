@@ -199,6 +199,8 @@ class Stream:
         self._grow(entry.sized)
         for reader in tuple(self.readers):
             reader.poke()
+        if self.bytes > self._max_bytes or self.window <= 0:
+            self._let_go()
         if self._observer is not None:
             self._observer.finished(self)
 
@@ -236,13 +238,19 @@ class Stream:
         return self.offset + low, skip
 
     def frames(self, entry: Entry) -> Sequence[bytes]:
-        """The frames of *entry*, one for each event; made from the provider's bytes if need be."""
-        if entry.frames is None:
-            entry.frames = [
-                messages.frame(self._head, number, entry.status, _raw_chunk(event.data))
-                for number, event in enumerate(eventstream.parse(entry.data), entry.first)
-            ]
-        return entry.frames
+        """The frames of *entry*, one for each event.
+
+        Those of the provider's bytes are made anew each time: kept, they would double the log.
+        """
+        if entry.frames is not None:
+            return entry.frames
+        events = [event.data for event in eventstream.parse(entry.data)]
+        if len(events) != entry.count:
+            events = [entry.data]  # a whole answer, no event stream
+        return [
+            messages.frame(self._head, number, entry.status, _raw_chunk(data))
+            for number, data in enumerate(events, entry.first)
+        ]
 
     def passed(self) -> None:
         """A reader has gone on: where nobody can come back, let go what all have passed."""
@@ -280,11 +288,11 @@ class Stream:
 def _raw_chunk(data: bytes) -> bytes:
     """A provider's event as the `chunk` of a frame, whatever it says: one event, one frame."""
     try:
-        answer = orjson.loads(data)
-        delta = answer["choices"][0]["delta"]
-        text = delta.get("content") or ""
+        choice = orjson.loads(data)["choices"][0]
+        text = (choice.get("delta") or choice["message"])["content"]
     except (orjson.JSONDecodeError, KeyError, IndexError, TypeError, AttributeError):
         text = ""
+    text = text if isinstance(text, str) else ""
     return orjson.dumps({"type": "text", "data": text, "metadata": {}})
 
 
@@ -383,6 +391,8 @@ class Streams:
         self._running.discard(stream)
         self._finished[stream] = None
         self.on_finished(stream)
+        if self._bytes > self._max_kept_bytes:
+            self._evict()
 
     def stats(self) -> StreamsStats:
         """The state now."""

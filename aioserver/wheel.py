@@ -38,7 +38,8 @@ class Wheel:
         self._timer_bucket = 0
 
     def add(self, member: Member, delay: float) -> None:
-        """Visit *member* in *delay* seconds, for the first time."""
+        """Visit *member* in *delay* seconds; it is forgotten when it was to be visited before."""
+        self.remove(member)
         self._put(member, self._loop.time() + delay)
         self._arm()
 
@@ -78,10 +79,21 @@ class Wheel:
     def _turn(self) -> None:
         self._timer = None
         now = self._loop.time()
-        while self._order and self._order[0] * self._grain <= now + 1e-3:
-            for member in self._buckets.pop(heapq.heappop(self._order)):
+        try:
+            while self._order and self._order[0] * self._grain <= now + 1e-3:
+                self._visit(self._order[0], now)
+        finally:
+            self._arm()  # one who raised does not stop the wheel for the rest of its bucket
+
+    def _visit(self, number: int, now: float) -> None:
+        bucket = self._buckets[number]
+        while bucket:  # any visit may add and remove, its own member and others
+            member, _ = bucket.popitem()
+            member.bucket = -1
+            delay = member.visit(now)
+            if member.bucket == -1:
                 member.bucket = 0
-                delay = member.visit(now)
                 if delay is not None:
                     self._put(member, now + max(delay, self._grain))
-        self._arm()
+        if self._order and self._order[0] == number:  # else the wheel was closed
+            del self._buckets[heapq.heappop(self._order)]

@@ -92,7 +92,14 @@ def body_maker(
     """The body for a provider: as it came, or with the model that the route says."""
     if not route.renamed:
         return lambda _provider: body
-    return lambda provider: orjson.dumps({**fields, "model": route.model or provider.model})
+
+    def renamed(provider: settings.Provider) -> bytes:
+        try:
+            return orjson.dumps({**fields, "model": route.model or provider.model})
+        except TypeError:  # orjson reads 1,024 levels, but writes 254
+            raise InvalidRequest("the body is nested too deeply") from None
+
+    return renamed
 
 
 async def serve(request: web.Request, prepared: Prepared) -> web.StreamResponse:

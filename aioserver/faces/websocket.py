@@ -10,6 +10,7 @@ close frame.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import struct
@@ -39,7 +40,7 @@ MAX_ANSWERS = 32  # running at once on one socket
 MAX_WAITING_FRAMES = 16  # kept of a socket that waits for its place
 MAX_WAITING_BYTES = 1 << 20
 FRAMES_PER_SECOND, FRAMES_BURST = 100, 200  # beyond: a flood
-CLOSE_TIMEOUT = 2.0  # seconds for a client to answer a close frame
+CLOSE_TIMEOUT = 2.0  # seconds for a client to take what is left, and to answer a close frame
 _TEXT, _PING, _PONG = 0x81, 0x89, 0x8A
 
 
@@ -311,7 +312,9 @@ class Socket:
             self._writer.close()
             self._transport.close()
             return
-        await self._writer.flush()
+        with contextlib.suppress(TimeoutError):  # an answer may go on, and its reader be slow
+            async with asyncio.timeout(CLOSE_TIMEOUT):
+                await self._writer.flush()
         self._writer.close()
         # Not drained: on a stalled client that would wait for ever. The watch of the writer and
         # the timeout of the close handshake bound what comes now.

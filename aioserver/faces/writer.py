@@ -146,12 +146,17 @@ class Writer:
         """Write what *stream* has behind event *after*, and what will come.
 
         *render* makes the bytes of an entry but for its first events, as many as its third
-        argument says; *finished* is called when the last event was written.
+        argument says; *finished* is called when the last event was written. A writer that is
+        closed already leaves *stream* again in the next turn of the loop.
 
         Raises:
             ResumeGap: see `Stream.locate`.
         """
         follower = Follower(self, stream, after, render, queued, finished)
+        if self._closed:
+            follower.gone = True
+            self._loop.call_soon(self._left, stream)  # not before the face has told of its reader
+            return follower
         stream.readers.append(follower)
         self._followers[follower] = None
         if follower.at < stream.offset + len(stream.entries) or stream.ended:

@@ -6,7 +6,9 @@ body that is not streamed, up to a bound. Which end is a good one is decided her
 
     [DONE], or response.completed / incomplete / failed      the end
     the body ends after a finish_reason                      the end, a [DONE] is put to it
+    an error object                                          ProviderError; nothing behind it passes
     the body ends otherwise                                  ProviderDisconnected
+    there is no body                                         ProviderBadResponse
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import orjson
 
 from aioserver import eventstream, streams
 from aioserver.deltas import Reading, provider_error
-from aioserver.errors import ProviderBadResponse, ProviderDisconnected
+from aioserver.errors import ProviderBadResponse, ProviderDisconnected, ProviderFault
 
 if TYPE_CHECKING:
     from aioserver.streams import Stream
@@ -29,7 +31,7 @@ DONE = b"data: [DONE]\n\n"
 _FINISH = (b'"finish_reason":"', b'"finish_reason": "')
 _ERROR = (b'"error":', b'"error" :')
 _RESPONSE_END = re.compile(rb'"type" ?: ?"response\.(?:completed|incomplete|failed)"')
-NO_END = "the provider's stream ended without a finish_reason and without [DONE]"
+NO_END = "the provider's stream ended without a finish_reason and without its end mark"
 
 
 class BodySink:
@@ -69,13 +71,19 @@ class EventSink:
         self._splitter = eventstream.Splitter()
         self._responses = responses
         self._finished = False
+        self._begun = False
 
     def feed(self, data: bytes) -> bool:
-        """Append the events that are whole now; False at the provider's end."""
+        """Append the events that are whole now; False at the provider's end.
+
+        Raises:
+            ProviderError: its first event is an error object; a later one passes, and is the end.
+        """
+        self._begun = True
         block = self._splitter.feed(data)
         if not block:
             return True
-        stream, done, ended = self._stream, b"", False
+        done, ended, fault = b"", False, None
         if self._responses:
             ended = _RESPONSE_END.search(block) is not None
         else:
@@ -85,18 +93,17 @@ class EventSink:
                 block = block[:start]
             if not self._finished:
                 self._finished = any(one in block for one in _FINISH)
-        if block and (number := eventstream.count(block)):
-            stream.answered = True
-            stream.append(streams.CHUNK, data=block, count=number)
-        elif block:
-            stream.append(streams.CHUNK, data=block, count=0)  # comments: they pass, uncounted
-        if (
-            not ended
-            and any(one in block for one in _ERROR)
-            and (fault := _error_in(block)) is not None
-        ):
-            stream.error = provider_error(fault)
-            stream.end(streams.ERROR, stream.error.as_chunk())  # its own event has been passed on
+        if any(one in block for one in _ERROR):
+            block, fault = self._before_error(block)
+        self._append(block)
+        if fault is not None:
+            event, stream = fault[0], self._stream
+            error = provider_error(fault[1])
+            if not stream.answered:
+                raise error
+            self._append(event)
+            stream.error = error
+            stream.end(streams.ERROR, error.as_chunk())  # its own event has been passed on
             return False
         if ended:
             self._complete(done)
@@ -107,10 +114,32 @@ class EventSink:
 
         Raises:
             ProviderDisconnected: and without a finish_reason.
+            ProviderBadResponse: and nothing had come at all.
         """
         if not self._finished:
-            raise ProviderDisconnected(NO_END)
+            raise _no_end(self._begun)
         self._complete(DONE)
+
+    def _append(self, block: bytes) -> None:
+        if not block:
+            return
+        number = eventstream.count(block)
+        if number:
+            self._stream.answered = True
+        # Comments alone pass, uncounted.
+        self._stream.append(streams.CHUNK, data=block, count=number)
+
+    @staticmethod
+    def _before_error(block: bytes) -> tuple[bytes, tuple[bytes, Any] | None]:
+        """What comes before an event that is an error object, and that event with its object.
+
+        Nothing comes behind it: what the provider sends there, [DONE] too, ends no good answer.
+        """
+        events = eventstream.split(block)
+        for number, event in enumerate(events):
+            if (fault := _error_in(event)) is not None:
+                return b"".join(events[:number]), (event, fault)
+        return block, None
 
     def _complete(self, done: bytes) -> None:
         stream = self._stream
@@ -128,11 +157,13 @@ class ChatSink:
         self._stream = stream
         self._reading = reading
         self._parser = eventstream.Parser()
+        self._begun = False
 
     def feed(self, data: bytes) -> bool:
         """Append what the events that are whole now say; False at the provider's end."""
         chunks: list[bytes] = []
         ended = False
+        self._begun = True
         try:
             for event in self._parser.feed(data):
                 if event.data == b"[DONE]":
@@ -152,9 +183,10 @@ class ChatSink:
 
         Raises:
             ProviderDisconnected: and without a finish_reason.
+            ProviderBadResponse: and nothing had come at all.
         """
         if self._reading.finish_reason is None:
-            raise ProviderDisconnected(NO_END)
+            raise _no_end(self._begun)
         complete(self._stream, self._reading)
 
 
@@ -171,6 +203,12 @@ def complete(stream: Stream, reading: Reading) -> None:
             }
         },
     )
+
+
+def _no_end(begun: bool) -> ProviderFault:
+    if begun:
+        return ProviderDisconnected(NO_END)
+    return ProviderBadResponse("the provider's stream is empty")
 
 
 def _done_line(block: bytes) -> int:

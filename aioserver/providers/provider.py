@@ -44,6 +44,7 @@ MAX_CHECKED_BYTES = 1 << 20  # of a body that is parsed to see that it is JSON
 KEY_STATUSES = frozenset({401, 402, 403})
 BUSY_STATUSES = frozenset({429, 498})
 PASSING = ("x-ratelimit-", "openai-processing-ms", "openai-version", "x-generation-id")
+FRAMING = frozenset({"connection", "content-length", "transfer-encoding"})  # ours, never given
 RETRY_AFTER = ("retry-after", "retry-after-ms")
 
 
@@ -215,14 +216,24 @@ class Provider:
         started: Callable[[], None] | None = None,
         sending: Callable[[], None] | None = None,
     ) -> None:
+        try:
+            await self._guarded(ask, on_head, told, started, sending)
+        except BaseException:
+            self._pool.trim()  # a connection may have been kept for this request
+            raise
+
+    async def _guarded(
+        self,
+        ask: Ask,
+        on_head: Callable[[int, Mapping[str, str]], Sink],
+        told: Callable[[int, float], None] | None,
+        started: Callable[[], None] | None,
+        sending: Callable[[], None] | None,
+    ) -> None:
         place = self._gate.try_enter()
         if place is None:
             self.on_wait(self)
-            try:
-                place = await self._gate.enter(ask.line, told=told)
-            except BaseException:
-                self._pool.trim()
-                raise
+            place = await self._gate.enter(ask.line, told=told)
         with place:
             if started is not None:
                 started()
@@ -263,8 +274,10 @@ class Provider:
         }
         if self.settings.api_key is not None:
             headers["Authorization"] = f"Bearer {self.settings.api_key.reveal()}"
-        headers |= self.settings.headers
-        headers |= self._pool.proxy_headers()
+        given = {**self.settings.headers, **self._pool.proxy_headers()}
+        replaced = {name.lower() for name in given}
+        headers = {name: value for name, value in headers.items() if name.lower() not in replaced}
+        headers |= {name: value for name, value in given.items() if name.lower() not in FRAMING}
         target = str(url) if self._pool.forwards else url.raw_path_qs
         lines = [
             f"POST {target} HTTP/1.1",
@@ -331,5 +344,12 @@ def _is_json(body: bytes) -> bool:
 def _check_json(headers: Mapping[str, str], body: bytes) -> None:
     if not _is(headers, "application/json") or not body:
         raise ProviderBadResponse("the provider's answer is not JSON")
-    if len(body) <= MAX_CHECKED_BYTES and not _is_json(body):
-        raise ProviderBadResponse("the provider's answer is not JSON")
+    if len(body) > MAX_CHECKED_BYTES:
+        return
+    try:
+        answer = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        raise ProviderBadResponse("the provider's answer is not JSON") from None
+    # A response that has failed has `error`, too, but is an answer.
+    if isinstance(answer, dict) and answer.get("error") and "object" not in answer:
+        raise ProviderBadResponse("the provider reported an error as if it were an answer")

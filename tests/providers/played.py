@@ -208,7 +208,9 @@ async def ask(
 
 
 @contextlib.asynccontextmanager
-async def pooled(base_url: str, *, ca_file: str | None = None, **limits: Any) -> AsyncIterator[Pool]:
+async def pooled(
+    base_url: str, *, ca_file: str | None = None, **limits: Any
+) -> AsyncIterator[Pool]:
     """A pool; at its end nothing may be in use."""
     pool = Pool(base_url, dataclasses.replace(LIMITS, **limits), ca_file=ca_file)
     try:

@@ -199,8 +199,14 @@ async def test_a_wait_for_a_connection_ends_with_the_pool_timeout() -> None:
     turn = asyncio.Event()
     async with (
         Played(after(turn)) as server,
-        pooled(server.url, max_connections=1, max_keepalive=1, concurrent_requests=1,
-               pool_timeout=0.1, connect_timeout=0.05) as pool,
+        pooled(
+            server.url,
+            max_connections=1,
+            max_keepalive=1,
+            concurrent_requests=1,
+            pool_timeout=0.1,
+            connect_timeout=0.05,
+        ) as pool,
     ):
         first = asyncio.ensure_future(ask(pool))
         await until(lambda: server.accepted == 1)

@@ -37,7 +37,9 @@ from tests.providers.played import (
 if TYPE_CHECKING:
     from aioserver.providers.pool import Pool
 
-CHUNKED = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+CHUNKED = (
+    b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+)
 DONE = b"data: [DONE]\n\n"
 
 
@@ -57,7 +59,7 @@ GOOD = {
     b"HTTP/1.1 103 Early Hints\r\n\r\n" + OK,
     "no reason": b"HTTP/1.1 200 \r\nContent-Length: 2\r\n\r\nok",
     "204": b"HTTP/1.1 204 No Content\r\nX-A: b\r\n\r\n",
-    "an error": b'HTTP/1.1 429 Slow down\r\nRetry-After: 7\r\nContent-Length: 2\r\n\r\n{}',
+    "an error": b"HTTP/1.1 429 Slow down\r\nRetry-After: 7\r\nContent-Length: 2\r\n\r\n{}",
     "an offer of h2c": b"HTTP/1.1 200 OK\r\nUpgrade: h2,h2c\r\nConnection: Upgrade, Keep-Alive\r\n"
     b"Content-Length: 2\r\n\r\nok",
     "HTTP/1.0 kept": b"HTTP/1.0 200 OK\r\nConnection: keep-alive\r\nContent-Length: 2\r\n\r\nok",
@@ -77,7 +79,10 @@ NOT_KEPT = {
 }
 BROKEN = {
     "not HTTP": b"220 mail.example ESMTP ready\r\n",
-    "a length and chunks": CHUNKED[:-2] + b"Content-Length: 5\r\n\r\n" + chunk(b"hello") + b"0\r\n\r\n",
+    "a length and chunks": CHUNKED[:-2]
+    + b"Content-Length: 5\r\n\r\n"
+    + chunk(b"hello")
+    + b"0\r\n\r\n",
     "two lengths": b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\nok!",
     "a length with a sign": b"HTTP/1.1 200 OK\r\nContent-Length: +2\r\n\r\nok",
     "a length beyond 64 bits": b"HTTP/1.1 200 OK\r\nContent-Length: 99999999999999999999\r\n\r\n",

@@ -1,0 +1,440 @@
+"""The counting wrapper: places, the line in front of them, refusals, and nothing ever kept."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import random
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from aiohttp import WSMsgType
+
+from aioserver import keys
+from aioserver.faces import admission, http
+from aioserver.providers.simulator import Behaviour
+from tests.faces.raw import CLOSE, TEXT, Raw, closing
+from tests.faces.talk import CHAT, cancel, chat, frames_of, to_end, until_status
+from tests.house import until
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from tests.house import House
+
+    Make = Callable[..., Awaitable[House]]
+
+LIMITS = "chat.websocket.concurrency"
+REACHED = f"{LIMITS}.max_connections=2 reached"
+SILENT = Behaviour(ttft=60)
+
+
+def limits(places: int = 2, line: int = 2, timeout: float = 0.3) -> dict[str, Any]:
+    return {
+        f"{LIMITS}.max_connections": places,
+        f"{LIMITS}.connection_queue_size": line,
+        f"{LIMITS}.queue_timeout": timeout,
+    }
+
+
+@contextlib.asynccontextmanager
+async def full(house: House) -> Any:
+    """Every place taken by a WebSocket."""
+    count = house.settings.chat.websocket.concurrency.max_connections
+    async with contextlib.AsyncExitStack() as stack:
+        sockets = [await stack.enter_async_context(house.connect()) for _ in range(count)]
+        await until(lambda: house.held()["places"] == count)
+        yield sockets
+
+
+def waiting(house: House) -> int:
+    return house.held()["waiting"]
+
+
+# WebSockets.
+
+
+@pytest.mark.parametrize("timeout", [0, 0.2])
+async def test_a_websocket_without_a_place_is_told_why_and_closed_with_1013(
+    make_house: Make, timeout: float
+) -> None:
+    house = await make_house(**limits(timeout=timeout))
+    loop = asyncio.get_running_loop()
+    async with full(house), Raw(house) as raw:
+        begun = loop.time()
+        assert (await raw.upgrade()).status == 101
+        frames = []
+        while not frames or frames[-1][0] != CLOSE:
+            frames.append(await raw.frame())
+        took = loop.time() - begun
+
+    *queued, error = [json.loads(data) for opcode, data in frames if opcode == TEXT]
+    assert [one["status"] for one in queued] == (["queued"] if timeout else [])
+    assert (error["request_id"], error["status"]) == (None, "error")
+    assert error["chunk"]["code"] == "server_at_capacity"
+    assert error["chunk"]["error"] == REACHED
+    assert error["chunk"]["retryable"] is True
+    assert 1 <= error["chunk"]["retry_after"] <= 60
+    code, reason = closing(frames[-1][1])
+    assert (code, reason) == (1013, b"Server at maximum capacity, try again later")
+    assert timeout <= took + 0.01
+    assert took < timeout + 2
+
+
+async def test_a_full_line_refuses_at_once(make_house: Make) -> None:
+    house = await make_house(**limits(timeout=30.0))
+    async with full(house), contextlib.AsyncExitStack() as stack:
+        for _ in range(2):
+            ws = await stack.enter_async_context(house.connect())
+            assert (await ws.receive_json())["status"] == "queued"
+        ws = await stack.enter_async_context(house.connect())
+        assert (await ws.receive_json(timeout=5))["chunk"]["code"] == "server_at_capacity"
+        assert (await ws.receive(timeout=5)).type == WSMsgType.CLOSE
+        assert ws.close_code == 1013
+
+
+async def test_a_waiting_websocket_knows_its_position_and_enters_in_order(
+    make_house: Make,
+) -> None:
+    house = await make_house(**limits(timeout=30.0))
+    async with full(house) as (first, second), house.connect() as third, house.connect() as fourth:
+        for number, ws in enumerate((third, fourth), 1):
+            frame = await ws.receive_json()
+            assert (frame["request_id"], frame["status"]) == (None, "queued")
+            assert frame["chunk"]["position"] == number
+            assert frame["chunk"]["eta"] > 0
+            assert "event_id" not in frame
+        await first.close()
+        await third.send_json({"action": "ping"})
+        assert (await until_status(third, "pong"))[-1]["status"] == "pong"
+        assert house.held()["places"] == 2
+        await until_status(fourth, "queued")  # one step nearer
+        await second.close()
+        await fourth.send_json({"action": "ping"})
+        await until_status(fourth, "pong")
+
+
+async def test_frames_of_a_waiting_websocket_are_carried_out_in_order_once_it_is_in(
+    make_house: Make,
+) -> None:
+    house = await make_house(**limits(timeout=30.0))
+    async with full(house) as (first, _), house.connect() as ws:
+        assert (await ws.receive_json())["status"] == "queued"
+        for number in range(16):
+            await ws.send_json({"action": "ping", "request_id": f"p{number}"})
+        await asyncio.sleep(0)
+        assert waiting(house) == 1
+        await first.close()
+        pongs = [(await until_status(ws, "pong"))[-1]["request_id"] for _ in range(16)]
+
+    assert pongs == [f"p{number}" for number in range(16)]
+
+
+@pytest.mark.parametrize("size", [0, 1 << 20])
+async def test_too_much_from_a_waiting_websocket_closes_with_1008(
+    make_house: Make, size: int
+) -> None:
+    house = await make_house(**limits(timeout=30.0))
+    async with full(house), house.connect() as ws:
+        assert (await ws.receive_json())["status"] == "queued"
+        for _ in range(2 if size else 17):
+            await ws.send_json({"action": "ping", "x": "x" * size})
+        frames = await until_status(ws, "error")
+        assert frames[-1]["chunk"]["code"] == "rate_limit_exceeded"
+        assert (await ws.receive()).type == WSMsgType.CLOSE
+        assert ws.close_code == 1008
+        await until(lambda: waiting(house) == 0)
+
+
+@pytest.mark.parametrize("politely", [True, False])
+async def test_a_waiter_that_leaves_frees_its_place_in_the_line(
+    make_house: Make, politely: bool
+) -> None:
+    house = await make_house(**limits(timeout=30.0))
+    async with full(house) as (first, _), Raw(house) as raw:
+        await raw.upgrade()
+        await raw.json_frame()
+        assert waiting(house) == 1
+        async with house.connect() as ws:
+            assert (await ws.receive_json())["chunk"]["position"] == 2
+            if politely:
+                await raw.send_frame(CLOSE, b"\x03\xe8")
+            else:
+                raw.reset()
+            frames = await until_status(ws, "queued")
+            assert frames[-1]["chunk"]["position"] == 1
+            assert waiting(house) == 1
+            await first.close()
+            await ws.send_json({"action": "ping"})
+            await until_status(ws, "pong")
+
+
+async def test_a_refused_websocket_that_never_answers_its_close_is_let_go(
+    make_house: Make,
+) -> None:
+    house = await make_house(**limits(timeout=0))
+    async with full(house), Raw(house) as raw:
+        await raw.upgrade()
+        frames = await raw.frames()  # never answered: the server gives up
+        assert closing(frames[-1][1])[0] == 1013
+        await until(lambda: house.held()["sockets"] == 2)
+    assert house.app[keys.ADMISSION].refused_closing == 0
+
+
+async def test_when_too_many_refused_sockets_are_closing_the_answer_is_a_plain_503(
+    make_house: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aioserver.faces.websocket.MAX_REFUSED_CLOSING", 2)
+    house = await make_house(**limits(timeout=0))
+    async with full(house), Raw(house) as first, Raw(house) as second, Raw(house) as third:
+        for raw in (first, second):
+            assert (await raw.upgrade()).status == 101
+            await raw.frame()
+        head = await third.upgrade()
+
+    assert head.status == 503
+    assert 1 <= int(head.headers["retry-after"]) <= 60
+    assert admission.MAX_REFUSED_CLOSING == 256
+
+
+# HTTP.
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [("/sse/chat", {"request_id": "r1", "text": "x"}), ("/v1/chat/completions", CHAT)],
+)
+@pytest.mark.parametrize("timeout", [0, 0.2])
+async def test_a_post_without_a_place_is_503_with_retry_after(
+    make_house: Make, path: str, body: object, timeout: float
+) -> None:
+    house = await make_house(**limits(timeout=timeout))
+    loop = asyncio.get_running_loop()
+    async with full(house):
+        begun = loop.time()
+        async with house.session.post(house.base + path, json=body) as response:
+            error = (await response.json())["error"]
+        took = loop.time() - begun
+
+    assert response.status == 503
+    assert 1 <= int(response.headers["Retry-After"]) <= 60
+    assert error == {
+        "message": REACHED,
+        "type": "service_unavailable_error",
+        "param": None,
+        "code": "server_at_capacity",
+    }
+    assert timeout <= took + 0.01
+    assert took < timeout + 2
+    assert house.simulator.stats().requests == 0
+
+
+async def test_a_post_that_waits_is_served_when_a_place_is_free(make_house: Make) -> None:
+    house = await make_house(**limits(timeout=30.0))
+    async with full(house) as (first, _):
+        asking = asyncio.ensure_future(
+            house.session.post(house.v1 + "/chat/completions", json=CHAT)
+        )
+        await until(lambda: waiting(house) == 1)
+        await first.close()
+        async with await asking as response:
+            assert response.status == 200
+
+
+@pytest.mark.parametrize("path", ["/sse/chat", "/v1/chat/completions"])
+async def test_a_post_that_leaves_the_line_is_forgotten(make_house: Make, path: str) -> None:
+    house = await make_house(**limits(timeout=30.0))
+    body = {**CHAT, "request_id": "r1"} if path == "/sse/chat" else CHAT
+    async with full(house), Raw(house) as raw:
+        await raw.post(path, body)
+        await until(lambda: waiting(house) == 1)
+        assert house.held()["body_bytes"] > 0
+        raw.close()
+        await until(lambda: waiting(house) == 0)
+        assert house.held()["body_bytes"] == 0
+    assert house.simulator.stats().requests == 0
+
+
+async def test_an_event_source_without_a_place_is_asked_to_come_back(make_house: Make) -> None:
+    house = await make_house(**limits(timeout=0.1))
+    async with house.session.post(house.sse, json={"request_id": "r1", "text": "x"}) as response:
+        await response.read()
+    async with full(house), house.session.get(f"{house.sse}/r1") as response:
+        body = await response.read()
+
+    assert response.status == 200
+    assert response.headers["Content-Type"] == "text/event-stream"
+    assert body.startswith(b"retry: 2000\n\n")
+    (frame,) = frames_of(body)
+    assert (frame["request_id"], frame["status"]) == ("r1", "busy")
+    assert frame["chunk"]["code"] == "server_at_capacity"
+    async with house.session.get(f"{house.sse}/r1") as response:  # and misses nothing
+        assert frames_of(await response.read())[-1]["status"] == "complete"
+
+
+async def test_what_frees_or_shows_a_full_house_works_in_it(make_house: Make) -> None:
+    house = await make_house(SILENT, **limits(places=1, line=1, timeout=30.0))
+    session, base = house.session, house.base
+    async with full(house) as (ws,), house.connect() as waiter:
+        await ws.send_json(chat("r1"))
+        await until_status(ws, "processing")
+        assert (await waiter.receive_json())["status"] == "queued"
+        for path in ("/health", "/healthz", "/livez", "/ready", "/readyz", "/v1/models", "/"):
+            async with session.get(base + path) as response:
+                assert response.status == 200, path
+                shown = await response.json()
+        assert shown["connections"] == {"active": 1, "limit": 1, "waiting": 1, "queue_size": 1}
+        async with session.get(base + "/v1/models/sim") as response:
+            assert response.status == 200
+        async with session.get(house.sse) as response:
+            assert [one["request_id"] for one in (await response.json())["streams"]] == ["r1"]
+        async with session.delete(f"{house.sse}/r1") as response:
+            assert response.status == 204
+        assert (await to_end(ws))[-1]["status"] == "cancelled"
+
+
+async def test_a_faulty_request_is_told_so_though_the_house_is_full(make_house: Make) -> None:
+    house = await make_house(**limits(timeout=0))
+    async with full(house):
+        for path, status in (("/sse/chat", 400), ("/v1/chat/completions", 400)):
+            async with house.session.post(house.base + path, json=[]) as response:
+                assert response.status == status
+        async with house.session.get(f"{house.sse}/nobody") as response:
+            assert response.status == 404
+
+
+# Bodies.
+
+
+async def test_a_slow_body_holds_no_place_and_gets_408(
+    make_house: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http, "BODY_TIMEOUT", 0.5)
+    house = await make_house(**limits(places=1))
+    loop = asyncio.get_running_loop()
+    async with Raw(house) as raw:
+        begun = loop.time()
+        await raw.send(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n"
+            b'Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{"x": '
+        )
+        await until(lambda: house.held()["body_bytes"] == 6)
+        assert house.held()["places"] == 0
+        async with house.session.post(house.v1 + "/chat/completions", json=CHAT) as response:
+            assert response.status == 200
+        answer = await raw.answer()
+        rest = await raw.to_the_end()
+
+    assert (answer.status, answer.code) == (408, "request_timeout")
+    assert answer.headers["connection"] == "close"
+    assert rest == b""
+    assert 0.4 < loop.time() - begun < 5
+    await house.nothing_held()
+
+
+async def test_bodies_beyond_their_bound_all_together_are_503(make_house: Make) -> None:
+    house = await make_house(**limits(), **{f"{LIMITS}.max_body_bytes": 1000})
+    head = (
+        b"POST /sse/chat HTTP/1.1\r\nHost: x\r\n"
+        b"Content-Type: application/json\r\nContent-Length: 900\r\n\r\n"
+    )
+    async with Raw(house) as first, Raw(house) as second:
+        await first.send(head + b" " * 800)
+        await until(lambda: house.held()["body_bytes"] == 800)
+        await second.send(head + b" " * 300)
+        answer = await second.answer()
+        assert (answer.status, answer.code) == (503, "server_at_capacity")
+        assert f"{LIMITS}.max_body_bytes=1000" in answer.json()["error"]["message"]
+        assert "retry-after" in answer.headers
+        assert house.held()["body_bytes"] == 800
+    await house.nothing_held()
+
+
+async def test_the_body_of_who_waits_counts_and_of_who_is_served_does_not(
+    make_house: Make,
+) -> None:
+    house = await make_house(SILENT, **limits(places=1, line=1, timeout=30.0))
+    async with Raw(house) as first, Raw(house) as second:
+        await first.post("/v1/chat/completions", CHAT)
+        await house.simulator.until(lambda stats: stats.active == 1)
+        assert house.held()["body_bytes"] == 0
+        await second.post("/v1/chat/completions", CHAT)
+        await until(lambda: waiting(house) == 1)
+        assert house.held()["body_bytes"] == len(json.dumps(CHAT))
+    await house.nothing_held()
+
+
+# The count.
+
+
+async def test_the_count_never_drifts(make_house: Make, caplog: pytest.LogCaptureFixture) -> None:
+    house = await make_house(
+        Behaviour(ttft=0.001, interval=0.001, tokens=10), **limits(places=8, line=8, timeout=0.1)
+    )
+    dice = random.Random(7)
+
+    async def churn(number: int) -> None:
+        async with Raw(house) as raw:
+            kind = dice.randrange(4)
+            with contextlib.suppress(EOFError, ConnectionError, TimeoutError):
+                if kind < 2:
+                    if (await raw.upgrade()).status == 101 and kind:
+                        await raw.send_json(chat(f"churn-{number}"))
+                elif kind == 2:
+                    await raw.ask_sse(f"churn-{number}", text="x")
+                else:
+                    await raw.post("/v1/chat/completions", {**CHAT, "stream": True})
+                for _ in range(dice.randrange(3)):
+                    await asyncio.wait_for(raw.exactly(dice.randrange(1, 40)), 0.2)
+            if dice.randrange(2):
+                raw.reset()
+            else:
+                raw.close()
+
+    peak = 0
+
+    async def watch() -> None:
+        nonlocal peak
+        while True:
+            peak = max(peak, house.held()["places"])
+            await asyncio.sleep(0)
+
+    async with asyncio.TaskGroup() as group:
+        watching = group.create_task(watch())
+        await asyncio.wait([group.create_task(churn(number)) for number in range(160)])
+        watching.cancel()
+
+    assert 0 < peak <= 8
+    await until(lambda: house.held()["places"] == house.held()["waiting"] == 0)
+    async with full(house) as sockets:  # all places can be taken again, and no more
+        async with house.connect() as ws:
+            frames = await until_status(ws, "error")
+            assert frames[-1]["chunk"]["code"] == "server_at_capacity"
+        for ws in sockets:
+            await ws.send_json({"action": "ping"})
+            assert (await ws.receive_json())["status"] == "pong"
+    assert house.app[keys.ADMISSION].refused_closing == 0
+    async with house.session.get(house.sse) as response:
+        for one in (await response.json())["streams"]:
+            async with house.session.delete(f"{house.sse}/{one['request_id']}"):
+                pass
+    assert [one for one in caplog.records if one.levelname == "ERROR"] == []
+
+
+async def test_frames_that_came_before_a_socket_was_sent_away_are_not_carried_out(
+    make_house: Make,
+) -> None:
+    house = await make_house(**limits(places=1, line=1, timeout=30.0))
+    async with full(house) as (ws,), Raw(house) as raw:
+        await raw.upgrade()
+        await raw.json_frame()
+        await raw.send_json(chat("r1"))
+        await raw.send_frame(2, b"no text")  # closed while it waits
+        while (await raw.frame())[0] != CLOSE:
+            pass
+        await ws.close()  # its place is free now
+        await raw.frames()
+
+    await house.nothing_held()
+    assert house.simulator.stats().requests == 0

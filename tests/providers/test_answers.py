@@ -1,0 +1,324 @@
+"""The sinks: a provider's bytes into a log, whatever way they are cut."""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING, Any
+
+import orjson
+import pytest
+
+from aioserver import eventstream, streams
+from aioserver.deltas import Reading
+from aioserver.errors import ProviderBadResponse, ProviderDisconnected, ProviderError
+from aioserver.providers.answers import DONE, BodySink, ChatSink, EventSink
+from aioserver.streams import Stream
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from aioserver.providers.wire import Sink
+
+
+def new_stream() -> Stream:
+    stream = Stream("r1", "anybody", window=30.0, max_bytes=1 << 22)
+    stream.append_processing("sim", "a-model")
+    return stream
+
+
+def delta(text: str | None = None, finish: str | None = None, **more: Any) -> bytes:
+    choice = {"index": 0, "delta": {} if text is None else {"content": text}}
+    answer = {"id": "c1", "choices": [{**choice, "finish_reason": finish}], **more}
+    return b"data: %b\n\n" % orjson.dumps(answer)
+
+
+ERROR = b'data: {"error":{"message":"the model has crashed","code":500}}\n\n'
+ANSWER = delta("Hel") + delta("lo") + delta(finish="stop")
+
+
+def play(sink: Sink, data: bytes, cuts: Iterable[int], *, end: bool) -> bool:
+    """Feed *data*; whether the sink said that it has all it wants."""
+    places = [0, *cuts, len(data)]
+    for a, b in zip(places, places[1:], strict=False):
+        if a < b and not sink.feed(data[a:b]):
+            return True
+    if end:
+        sink.end()
+    return False
+
+
+def passed(stream: Stream) -> bytes:
+    """What the OpenAI face shows."""
+    return b"".join(entry.data for entry in stream.entries)
+
+
+def shown(stream: Stream) -> list[tuple[str, Any]]:
+    """What the faces with frames show, but for the processing event."""
+    frames = [orjson.loads(one) for entry in stream.entries for one in stream.frames(entry)]
+    assert [frame["event_id"] for frame in frames] == list(range(1, stream.last + 1))
+    return [(frame["status"], frame["chunk"]) for frame in frames[1:]]
+
+
+def every_cut(data: bytes) -> list[tuple[int, ...]]:
+    dice = random.Random(5)
+    some = [tuple(sorted(dice.sample(range(1, len(data)), 7))) for _ in range(30)]
+    return [(), tuple(range(1, len(data))), *((at,) for at in range(1, len(data))), *some]
+
+
+FRAMINGS: dict[str, bytes] = {
+    "LF": ANSWER + DONE,
+    "CRLF": (ANSWER + DONE).replace(b"\n", b"\r\n"),
+    "CR": (ANSWER + DONE).replace(b"\n", b"\r"),
+    "a byte order mark": eventstream.BOM + ANSWER + DONE,
+    "no blank behind the colon": (ANSWER + DONE).replace(b"data: ", b"data:"),
+    "comments": b": OPENROUTER PROCESSING\n\n" + ANSWER + b": x\n\n" + DONE,
+    "other fields": (ANSWER + DONE).replace(b"data: ", b"id: 7\nevent: message\ndata: "),
+    "no [DONE]": ANSWER,
+    "[DONE] without its blank line": ANSWER + b"data: [DONE]\n",
+    "split characters": delta("Grüße 😀 ") + ANSWER + DONE,
+}
+
+
+@pytest.mark.parametrize("name", FRAMINGS)
+def test_every_framing_and_every_cut_gives_the_same_text(name: str) -> None:
+    data = FRAMINGS[name]
+    text = ("Grüße 😀 " if name == "split characters" else "") + "Hello"
+    for cut in every_cut(data):
+        reading, stream = Reading(), new_stream()
+        ended = play(ChatSink(stream, reading), data, cut, end=True)
+
+        *chunks, (status, end) = shown(stream)
+        assert "".join(chunk["data"] for _, chunk in chunks) == text
+        assert (status, end["metadata"]["finish_reason"]) == ("complete", "stop")
+        assert ended == (name not in {"no [DONE]", "[DONE] without its blank line"})
+        assert "".join(reading.text) == text
+
+
+@pytest.mark.parametrize("name", FRAMINGS)
+def test_every_framing_and_every_cut_passes_the_same_bytes(name: str) -> None:
+    data = FRAMINGS[name]
+    expected = eventstream.parse(data.removeprefix(eventstream.BOM) + b"\n\n")
+    if name == "no [DONE]":
+        expected += eventstream.parse(DONE)
+    for cut in every_cut(data):
+        stream = new_stream()
+        play(EventSink(stream, responses=False), data, cut, end=True)
+
+        assert eventstream.parse(passed(stream)) == expected
+        assert (stream.end_status, stream.answered) == (streams.COMPLETE, True)
+        assert passed(stream).endswith(DONE)
+        assert passed(stream).count(b"[DONE]") == 1
+        if name == "LF":
+            assert passed(stream) == data, "byte for byte"
+
+
+@pytest.mark.parametrize("frames", [True, False], ids=["frames", "bytes"])
+def test_an_end_without_a_finish_reason_is_no_end(frames: bool) -> None:
+    data = delta("Hel") + delta("lo")
+    for cut in every_cut(data):
+        stream = new_stream()
+        sink: Sink = ChatSink(stream, Reading()) if frames else EventSink(stream, responses=False)
+        with pytest.raises(ProviderDisconnected):
+            play(sink, data, cut, end=True)
+
+        assert not stream.ended
+        assert b"[DONE]" not in passed(stream)
+
+
+@pytest.mark.parametrize("frames", [True, False], ids=["frames", "bytes"])
+def test_a_stream_without_a_byte_is_a_bad_response(frames: bool) -> None:
+    stream = new_stream()
+    sink: Sink = ChatSink(stream, Reading()) if frames else EventSink(stream, responses=False)
+    with pytest.raises(ProviderBadResponse):
+        sink.end()
+
+
+@pytest.mark.parametrize("frames", [True, False], ids=["frames", "bytes"])
+def test_half_an_event_is_never_passed_on(frames: bool) -> None:
+    whole, half = delta("Hel"), delta("lo")[:-20]
+    stream = new_stream()
+    sink: Sink = ChatSink(stream, Reading()) if frames else EventSink(stream, responses=False)
+
+    play(sink, whole + half, range(1, len(whole + half)), end=False)
+
+    assert not stream.ended
+    if frames:
+        assert [chunk["data"] for _, chunk in shown(stream)] == ["Hel"]
+    else:
+        assert passed(stream) == whole
+
+
+@pytest.mark.parametrize("frames", [True, False], ids=["frames", "bytes"])
+def test_nothing_behind_done_is_passed_on(frames: bool) -> None:
+    data = ANSWER + DONE + delta("more") + ERROR
+    for cut in every_cut(data):
+        stream = new_stream()
+        sink: Sink = ChatSink(stream, Reading()) if frames else EventSink(stream, responses=False)
+        assert play(sink, data, cut, end=True)
+
+        assert stream.end_status == streams.COMPLETE
+        if frames:
+            assert "".join(chunk["data"] for _, chunk in shown(stream)[:-1]) == "Hello"
+        else:
+            assert passed(stream) == ANSWER + DONE
+
+
+@pytest.mark.parametrize("behind", [b"", DONE, delta("more", "stop") + DONE])
+def test_an_error_event_is_the_end_and_nothing_follows_it(behind: bytes) -> None:
+    data = delta("Hel") + ERROR + behind
+    for cut in every_cut(data):
+        stream = new_stream()
+        assert play(EventSink(stream, responses=False), data, cut, end=True)
+
+        assert passed(stream) == delta("Hel") + ERROR, cut
+        assert (stream.end_status, stream.answered) == (streams.ERROR, True)
+        assert isinstance(stream.error, ProviderError)
+        assert shown(stream)[-1][1]["code"] == "provider_error"
+
+
+def test_an_error_event_is_the_end_for_frames_too() -> None:
+    data = delta("Hel") + ERROR + DONE
+    for cut in every_cut(data):
+        stream = new_stream()
+        with pytest.raises(ProviderError, match="the model has crashed"):
+            play(ChatSink(stream, Reading()), data, cut, end=True)
+
+        assert [chunk["data"] for _, chunk in shown(stream)] == ["Hel"]
+        assert stream.answered
+
+
+@pytest.mark.parametrize("frames", [True, False], ids=["frames", "bytes"])
+@pytest.mark.parametrize("before", [b"", b": OPENROUTER PROCESSING\n\n"], ids=["", "a comment"])
+def test_an_error_as_the_first_event_is_no_answer(frames: bool, before: bytes) -> None:
+    # So that it still can have its HTTP status, and another try.
+    data = before + ERROR + DONE
+    for cut in every_cut(data):
+        stream = new_stream()
+        sink: Sink = ChatSink(stream, Reading()) if frames else EventSink(stream, responses=False)
+        with pytest.raises(ProviderError, match="the model has crashed"):
+            play(sink, data, cut, end=True)
+
+        assert (stream.ended, stream.answered) == (False, False)
+        assert b"error" not in passed(stream)
+
+
+def test_an_error_of_null_and_a_text_about_errors_are_no_errors() -> None:
+    data = delta('"error": {"x": 1}', error=None) + delta(finish="stop", error={}) + DONE
+    for cut in every_cut(data):
+        stream = new_stream()
+        assert play(EventSink(stream, responses=False), data, cut, end=True)
+
+        assert passed(stream) == data
+        assert stream.end_status == streams.COMPLETE
+
+
+def test_a_text_that_speaks_of_ends_is_no_end() -> None:
+    text = 'data: [DONE]\n\n"finish_reason":"stop" {"type":"response.completed"} [DONE]'
+    data = delta(text)
+    for cut in every_cut(data):
+        for responses in (False, True):
+            stream = new_stream()
+            with pytest.raises(ProviderDisconnected):
+                play(EventSink(stream, responses=responses), data, cut, end=True)
+            assert passed(stream) == data
+
+        stream = new_stream()
+        with pytest.raises(ProviderDisconnected):
+            play(ChatSink(stream, Reading()), data, cut, end=True)
+        assert shown(stream)[-1][1]["data"] == text
+
+
+def response_event(kind: str, **fields: Any) -> bytes:
+    body = orjson.dumps({"type": f"response.{kind}", **fields})
+    return b"event: response.%b\ndata: %b\n\n" % (kind.encode(), body)
+
+
+@pytest.mark.parametrize("kind", ["completed", "incomplete", "failed"])
+def test_a_response_has_its_own_end(kind: str) -> None:
+    failed = {"error": {"message": "x"} if kind == "failed" else None}
+    data = (
+        response_event("created", response={"error": None})
+        + response_event("output_text.delta", delta="Hello")
+        + response_event(kind, response=failed)
+    )
+    for cut in every_cut(data):
+        stream = new_stream()
+        assert play(EventSink(stream, responses=True), data, cut, end=True)
+
+        assert passed(stream) == data, "and no [DONE]"
+        assert stream.end_status == streams.COMPLETE
+
+
+def test_a_response_without_its_end_is_no_answer() -> None:
+    data = response_event("created") + response_event("output_text.delta", delta="x") + DONE
+    stream = new_stream()
+    with pytest.raises(ProviderDisconnected):
+        play(EventSink(stream, responses=True), data, (), end=True)
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        b'data: {"id":"chatcmpl-\n\n',
+        b'data: {"choices":[{"index":0,"delta":{"content":"\xc3\x28\xff"}}]}\n\n',
+        b"data: 7\n\n",
+        b"data: hello\n\n",
+    ],
+    ids=["broken JSON", "broken UTF-8", "a number", "a word"],
+)
+def test_an_event_that_is_no_object_ends_an_answer_in_frames(event: bytes) -> None:
+    data = delta("Hel") + event + delta("lo") + DONE
+    for cut in every_cut(data):
+        stream = new_stream()
+        with pytest.raises(ProviderBadResponse):
+            play(ChatSink(stream, Reading()), data, cut, end=True)
+
+        assert [chunk["data"] for _, chunk in shown(stream)] == ["Hel"]
+
+
+@pytest.mark.parametrize("frames", [True, False], ids=["frames", "bytes"])
+@pytest.mark.parametrize("size", [1000, 65536, 1 << 22])
+def test_an_endless_line_is_cut_at_its_bound(frames: bool, size: int) -> None:
+    stream = new_stream()
+    sink: Sink = ChatSink(stream, Reading()) if frames else EventSink(stream, responses=False)
+    fed = 0
+    assert sink.feed(delta("Hel"))
+
+    with pytest.raises(ProviderBadResponse):
+        while fed < 10 * eventstream.MAX_EVENT_BYTES:
+            fed += size
+            sink.feed(b"x" * size)
+
+    assert fed <= eventstream.MAX_EVENT_BYTES + size
+    assert stream.last == 2
+
+
+def test_a_body_is_bounded_inclusively() -> None:
+    sink = BodySink(10)
+    assert sink.feed(b"12345")
+    assert sink.feed(b"67890")
+    sink.end()
+    assert sink.body == b"1234567890"
+
+    with pytest.raises(ProviderBadResponse, match="10 bytes"):
+        sink.feed(b"x")
+
+
+def test_usage_and_the_finish_reason_are_told_at_the_end() -> None:
+    usage = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+    last = b"data: %b\n\n" % orjson.dumps({"choices": [], "usage": usage})
+    stream = new_stream()
+
+    play(ChatSink(stream, Reading()), ANSWER + last + DONE, (), end=True)
+
+    assert shown(stream)[-1] == (
+        "complete",
+        {
+            "metadata": {
+                "finish_reason": "stop",
+                "usage": usage,
+                "provider": "sim",
+                "model": "a-model",
+            }
+        },
+    )

@@ -1,0 +1,488 @@
+"""One provider: what it sends, what becomes of what it is answered, and what it gives back."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from aioserver import settings
+from aioserver.errors import (
+    InvalidRequest,
+    ProviderAuthError,
+    ProviderBadResponse,
+    ProviderDisconnected,
+    ProviderError,
+    ProviderFault,
+    ProviderQueueFull,
+    ProviderQueueTimeout,
+    ProviderRateLimited,
+    ProviderRefused,
+    StaleConnection,
+)
+from aioserver.providers.provider import Ask, Provider, retry_after
+from aioserver.providers.simulator import Behaviour, Simulator
+from aioserver.setting import Secret
+from aioserver.streams import COMPLETE, Stream
+from tests.house import until
+from tests.providers.played import LIMITS, Peer, Played
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+FAST = Behaviour(ttft=0, interval=0)
+JSON = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
+EVENTS = (
+    b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+)
+
+
+@pytest.fixture
+async def simulator() -> AsyncIterator[Simulator]:
+    async with Simulator(FAST, seed=1) as simulator:
+        yield simulator
+
+
+@asynccontextmanager
+async def provider_at(
+    base_url: str, limits: dict[str, Any] | None = None, **given: Any
+) -> AsyncIterator[Provider]:
+    """A provider; at its end nothing may be held."""
+    http_client = dataclasses.replace(LIMITS, **{"queue_size": None, **(limits or {})})
+    one = settings.Provider(
+        name="sim", base_url=base_url, model="own-model", http_client=http_client, **given
+    )
+    provider = Provider(one, base_url, max_response_bytes=1 << 20)
+    try:
+        yield provider
+        queue = provider.stats().queue
+        assert (queue.inside, queue.waiting) == (0, 0)
+        await until(lambda: provider.stats().pool.open == provider.stats().pool.idle)  # lingering
+        assert provider.stats().pool.idle <= http_client.max_keepalive
+    finally:
+        await provider.close()
+
+
+def new_stream(window: float = 30.0) -> Stream:
+    return Stream("r1", "anybody", window=window, max_bytes=1 << 22)
+
+
+def question(model: str = "m", *, streamed: bool = True, text: str = "Hello", **more: Any) -> Ask:
+    body = {"model": model, "messages": [{"role": "user", "content": text}], "stream": streamed}
+    return Ask("chat/completions", lambda _: json.dumps(body).encode(), streamed, **more)
+
+
+async def fill(provider: Provider, model: str = "m", **more: Any) -> Stream:
+    stream = new_stream()
+    await provider.fill(stream, question(model, **more))
+    return stream
+
+
+def serving(answer: bytes = JSON) -> Any:
+    async def play(peer: Peer) -> None:
+        while True:
+            played.append(await peer.request())
+            await peer.send(answer)
+
+    played: list[bytes] = []
+    return play, played
+
+
+def lines_of(request: bytes) -> list[str]:
+    return request.partition(b"\r\n\r\n")[0].decode().split("\r\n")
+
+
+# What is sent.
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("", "/chat/completions"),
+        ("/", "/chat/completions"),
+        ("/v1", "/v1/chat/completions"),
+        ("/v1/", "/v1/chat/completions"),
+        ("/openai/deep%20er/v1", "/openai/deep%20er/v1/chat/completions"),
+    ],
+)
+async def test_the_path_of_the_base_url_stays_in_front(path: str, expected: str) -> None:
+    play, requests = serving()
+    async with Played(play) as server:
+        async with provider_at(f"http://127.0.0.1:{server.port}{path}") as provider:
+            await provider.call(question(streamed=False))
+
+    assert lines_of(requests[0])[0] == f"POST {expected} HTTP/1.1"
+    assert f"Host: 127.0.0.1:{server.port}" in lines_of(requests[0])
+
+
+async def test_the_key_is_sent_and_a_netrc_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    netrc = tmp_path / "netrc"
+    netrc.write_text(
+        "machine 127.0.0.1 login somebody password else\ndefault login a password b\n"
+    )
+    netrc.chmod(0o600)
+    monkeypatch.setenv("NETRC", str(netrc))
+    play, requests = serving()
+    async with Played(play) as server, provider_at(server.url, api_key=Secret("sk-1")) as provider:
+        await provider.call(question(streamed=False))
+
+    found = [line for line in lines_of(requests[0]) if line.lower().startswith("authorization")]
+    assert found == ["Authorization: Bearer sk-1"]
+
+
+async def test_configured_headers_replace_ours_whatever_their_case_but_not_the_framing() -> None:
+    play, requests = serving()
+    headers = {
+        "authorization": "Basic eDp5",
+        "USER-AGENT": "mine",
+        "X-Title": "caf\xe9",
+        "content-length": "1",
+        "Transfer-Encoding": "chunked",
+        "Connection": "close",
+    }
+    async with (
+        Played(play) as server,
+        provider_at(server.url, api_key=Secret("sk-1"), headers=headers) as provider,
+    ):
+        await provider.call(question(streamed=False))
+        await provider.call(question(streamed=False))
+
+        assert server.accepted == 1
+    head = requests[1].partition(b"\r\n\r\n")[0].decode("latin-1")
+    names = [line.partition(":")[0].lower() for line in head.split("\r\n")[1:]]
+    assert len(names) == len(set(names)), names
+    assert {"transfer-encoding", "connection"}.isdisjoint(names)
+    assert "authorization: Basic eDp5\r\n" in head
+    assert "X-Title: caf\xe9\r\n" in head
+    assert head.endswith(f"Content-Length: {len(requests[1]) - len(head) - 4}")
+
+
+async def test_a_plain_proxy_gets_the_absolute_form_and_its_credentials(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    play, requests = serving()
+    async with Played(play) as proxy:
+        monkeypatch.setenv("http_proxy", f"http://user:pass@127.0.0.1:{proxy.port}")
+        monkeypatch.delenv("no_proxy", raising=False)
+        monkeypatch.delenv("NO_PROXY", raising=False)
+        async with provider_at("http://provider.test:81/v1", api_key=Secret("sk-1")) as provider:
+            for _ in range(2):
+                await provider.call(question(streamed=False))
+
+        assert proxy.accepted == 1
+    for request in requests:
+        lines = lines_of(request)
+        assert lines[0] == "POST http://provider.test:81/v1/chat/completions HTTP/1.1"
+        assert "Host: provider.test:81" in lines
+        assert "Proxy-Authorization: Basic dXNlcjpwYXNz" in lines
+        assert "Authorization: Bearer sk-1" in lines
+
+
+async def test_the_proxy_of_the_settings_comes_before_that_of_the_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    play, requests = serving()
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    async with Played(play) as proxy:
+        address = f"http://127.0.0.1:{proxy.port}"
+        async with provider_at("http://provider.test/v1", proxy=address) as provider:
+            await provider.call(question(streamed=False))
+
+    assert lines_of(requests[0])[0] == "POST http://provider.test/v1/chat/completions HTTP/1.1"
+
+
+# What an answer means.
+
+
+@pytest.mark.parametrize("streamed", [True, False], ids=["streamed", "whole"])
+@pytest.mark.parametrize(
+    ("model", "fault"),
+    [
+        ("fault-status-400", ProviderRefused),
+        ("fault-status-401", ProviderAuthError),
+        ("fault-status-402", ProviderAuthError),
+        ("fault-status-403", ProviderAuthError),
+        ("fault-status-404", ProviderRefused),
+        ("fault-status-408", ProviderError),
+        ("fault-status-409", ProviderRefused),
+        ("fault-status-413", ProviderRefused),
+        ("fault-status-422", ProviderRefused),
+        ("fault-status-429", ProviderRateLimited),
+        ("fault-status-498", ProviderRateLimited),
+        ("fault-status-500", ProviderError),
+        ("fault-status-502", ProviderError),
+        ("fault-status-503", ProviderError),
+        ("fault-status-504", ProviderError),
+        ("fault-status-529", ProviderError),
+        ("fault-quota", ProviderAuthError),
+        ("fault-redirect", ProviderBadResponse),
+        ("fault-html", ProviderBadResponse),
+        ("fault-empty", ProviderBadResponse),
+        ("fault-json-under-200-stream", ProviderBadResponse),
+        ("fault-not-http", ProviderBadResponse),
+        ("fault-headers", ProviderBadResponse),
+        ("fault-gzip", ProviderBadResponse),
+        ("fault-drop", ProviderDisconnected),
+    ],
+)
+async def test_what_an_answer_means(
+    model: str, fault: type[ProviderFault], streamed: bool, simulator: Simulator
+) -> None:
+    async with provider_at(simulator.base_url) as provider:
+        with pytest.raises(ProviderFault) as raised:
+            if streamed:
+                await fill(provider, model)
+            else:
+                await provider.call(question(model, streamed=False))
+
+    assert type(raised.value) is fault
+    assert simulator.stats().requests == 1
+
+
+async def test_a_wrong_length_is_told_where_something_is_missing(simulator: Simulator) -> None:
+    async with provider_at(simulator.base_url) as provider:
+        with pytest.raises(ProviderDisconnected):
+            await provider.call(question("fault-wrong-length", streamed=False))
+
+        # A stream has its [DONE] before the end that does not come: it is whole.
+        assert (await fill(provider, "fault-wrong-length")).end_status == COMPLETE
+
+
+@pytest.mark.parametrize(
+    ("model", "seconds"),
+    [
+        ("fault-status-503", 1.0),
+        ("fault-retry-after-7", 7.0),
+        ("fault-retry-after-ms", 0.15),
+        ("fault-retry-after-absurd", 1.0),
+    ],
+)
+async def test_retry_after_is_told(model: str, seconds: float, simulator: Simulator) -> None:
+    async with provider_at(simulator.base_url) as provider:
+        with pytest.raises(ProviderFault) as raised:
+            await fill(provider, model)
+
+    assert raised.value.retry_after == seconds
+
+
+@pytest.mark.parametrize("value", ["", "soon", "-1", "nan", "inf", "1e400", "86400"])
+def test_a_retry_after_that_is_not_sane_is_none(value: str) -> None:
+    assert retry_after({"retry-after": value}) is None
+
+
+async def test_a_redirect_is_not_followed(simulator: Simulator) -> None:
+    play, requests = serving()
+    async with Played(play) as other:
+        location = f"http://127.0.0.1:{other.port}/v1/chat/completions".encode()
+        redirect = b"HTTP/1.1 307 T\r\nLocation: %b\r\nContent-Length: 0\r\n\r\n" % location
+        there, _ = serving(redirect)
+        async with Played(there) as server, provider_at(server.url) as provider:
+            with pytest.raises(ProviderBadResponse):
+                await provider.call(question(streamed=False))
+
+    assert requests == []
+
+
+async def test_an_answer_over_the_bound_is_refused() -> None:
+    body = b"[" + b" " * (1 << 20) + b"]"
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    play, _ = serving(head % len(body) + body)
+    async with Played(play) as server, provider_at(server.url) as provider:
+        with pytest.raises(ProviderBadResponse, match="1048576"):
+            await provider.call(question(streamed=False))
+
+
+async def test_only_harmless_headers_of_the_provider_pass() -> None:
+    head = (
+        b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n"
+        b"Set-Cookie: a=b\r\nServer: x\r\nX-RateLimit-Remaining-Requests: 9\r\n"
+        b"x-ratelimit-odd: caf\xe9\r\nopenai-processing-ms: 12\r\n\r\n{}"
+    )
+    play, _ = serving(head)
+    async with Played(play) as server, provider_at(server.url) as provider:
+        answer = await provider.call(question(streamed=False))
+
+    assert answer.headers == {"x-ratelimit-remaining-requests": "9", "openai-processing-ms": "12"}
+
+
+async def test_a_response_that_has_failed_is_an_answer_and_passes() -> None:
+    body = b'{"object":"response","status":"failed","error":{"message":"x"}}'
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    play, _ = serving(head % len(body) + body)
+    async with Played(play) as server, provider_at(server.url) as provider:
+        assert (await provider.call(question(streamed=False))).body == body
+
+
+# What is taken and given back.
+
+
+@pytest.mark.parametrize("fault", ["fault-close-next", "fault-close-idle"])
+@pytest.mark.parametrize("streamed", [True, False], ids=["streamed", "whole"])
+async def test_a_dead_kept_connection_is_repeated_once_and_nobody_sees_it(
+    fault: str, streamed: bool, simulator: Simulator
+) -> None:
+    async with provider_at(simulator.base_url) as provider:
+        for number in range(1, 6):
+            if streamed:
+                assert (await fill(provider, fault)).end_status == COMPLETE
+            else:
+                assert (await provider.call(question(fault, streamed=False))).status == 200
+            stats = simulator.stats()
+            assert (stats.requests, stats.completed) == (number, number)
+
+        assert simulator.stats().connections_accepted == 5
+
+
+async def test_a_stale_connection_takes_the_other_idle_ones_with_it(simulator: Simulator) -> None:
+    async with provider_at(simulator.base_url) as provider:
+        await asyncio.gather(*(fill(provider, "fault-close-next") for _ in range(2)))
+        assert provider.stats().pool.idle == 2
+
+        await fill(provider)
+
+        assert provider.stats().pool.idle == 1
+        assert simulator.stats().requests == 3
+        assert simulator.stats().connections_accepted == 3
+
+
+@pytest.mark.parametrize("part", [b"HTTP/1.1 2", EVENTS, b"HTTP/1.1 103 Early\r\n\r\n"])
+async def test_part_of_an_answer_on_a_kept_connection_is_not_repeated(part: bytes) -> None:
+    async def play(peer: Peer) -> None:
+        await peer.request()
+        await peer.send(JSON)
+        await peer.request()
+        await peer.send(part)
+
+    async with Played(play) as server, provider_at(server.url) as provider:
+        await provider.call(question(streamed=False))
+        with pytest.raises(ProviderDisconnected) as raised:
+            await provider.call(question(streamed=False))
+
+        assert not isinstance(raised.value, StaleConnection)
+        assert server.accepted == 1
+
+
+async def test_a_fresh_connection_that_dies_is_not_repeated(simulator: Simulator) -> None:
+    async with provider_at(simulator.base_url) as provider:
+        with pytest.raises(ProviderDisconnected):
+            await fill(provider, "fault-drop")
+
+        assert simulator.stats().requests == 1
+
+
+async def test_leaving_in_the_middle_closes_the_connection_at_once(simulator: Simulator) -> None:
+    async with provider_at(simulator.base_url) as provider:
+        stream = new_stream()
+        task = asyncio.ensure_future(provider.fill(stream, question("fault-stall-3")))
+        await until(lambda: stream.answered)
+
+        loop = asyncio.get_running_loop()
+        left_at = loop.time()
+        task.cancel()
+        await asyncio.wait([task])
+        await simulator.until(lambda stats: stats.aborted == 1)
+
+        assert loop.time() - left_at < 1.0
+        assert provider.stats().pool.open == 0
+
+
+@pytest.mark.parametrize("frames", [True, False], ids=["frames", "bytes"])
+async def test_a_reader_slower_than_the_read_timeout_does_not_end_the_stream(
+    frames: bool, simulator: Simulator
+) -> None:
+    # The log takes what comes at the provider's pace; nobody has read anything of it meanwhile.
+    async with provider_at(simulator.base_url, {"read_timeout": 0.4}) as provider:
+        stream = new_stream()
+        simulator.behaviour = Behaviour(ttft=0, interval=0.05, tokens=16)
+        await provider.fill(stream, question(frames=frames))
+
+        assert stream.end_status == COMPLETE
+
+
+async def test_many_requests_use_few_sockets(simulator: Simulator) -> None:
+    limits = {"max_keepalive": 2, "concurrent_requests": 6, "queue_size": 100}
+    async with provider_at(simulator.base_url, limits) as provider:
+        done = await asyncio.gather(*(fill(provider) for _ in range(24)))
+
+        assert {stream.end_status for stream in done} == {COMPLETE}
+        assert simulator.stats().peak_active <= 6
+        assert simulator.stats().connections_accepted == 6
+        assert provider.stats().pool.idle == 2
+        await simulator.until(lambda stats: stats.open_connections == 2)
+
+
+async def test_a_connection_kept_for_a_request_that_cannot_be_written_is_closed(
+    simulator: Simulator,
+) -> None:
+    def refused(_: settings.Provider) -> bytes:
+        raise InvalidRequest("the options cannot be sent")
+
+    limits = {"concurrent_requests": 1, "max_keepalive": 0, "queue_size": 5}
+    simulator.behaviour = Behaviour(ttft=0.05, interval=0)
+    async with provider_at(simulator.base_url, limits) as provider:
+        first = asyncio.ensure_future(fill(provider))
+        await until(lambda: provider.stats().queue.inside == 1)
+        second = asyncio.ensure_future(
+            provider.fill(new_stream(), Ask("chat/completions", refused, streamed=True))
+        )
+        await first
+        with pytest.raises(InvalidRequest):
+            await second
+
+        assert provider.stats().pool.open == 0
+
+
+async def test_the_queue_is_bounded_in_number_and_time(simulator: Simulator) -> None:
+    limits = {
+        "concurrent_requests": 1,
+        "queue_size": 1,
+        "queue_timeout": 0.1,
+    }
+    async with provider_at(simulator.base_url, limits) as provider:
+        first = asyncio.ensure_future(fill(provider, "fault-silent"))
+        await simulator.until(lambda stats: stats.active == 1)
+        second = asyncio.ensure_future(fill(provider))
+        await until(lambda: provider.stats().queue.waiting == 1)
+
+        with pytest.raises(ProviderQueueFull):
+            await fill(provider)
+        with pytest.raises(ProviderQueueTimeout):
+            await second
+
+        first.cancel()
+        await asyncio.wait([first])
+        assert (await fill(provider)).end_status == COMPLETE
+
+
+async def test_a_storm_of_leavers_leaves_nothing_behind(simulator: Simulator) -> None:
+    simulator.behaviour = Behaviour(ttft=0.002, interval=0.001, tokens=6)
+    async with provider_at(simulator.base_url, {"queue_size": 100}) as provider:
+        tasks = [asyncio.ensure_future(fill(provider)) for _ in range(60)]
+        for number, task in enumerate(tasks):
+            if number % 3:
+                await asyncio.sleep(0.0005)
+                task.cancel()
+        await asyncio.wait(tasks)
+
+        assert all(task.cancelled() or task.result().end_status == COMPLETE for task in tasks)
+        await simulator.until(lambda stats: stats.active == 0)
+        assert (await fill(provider)).end_status == COMPLETE
+
+
+async def test_an_upload_that_is_larger_than_every_buffer_arrives_whole(
+    simulator: Simulator,
+) -> None:
+    text = "x" * 900_000
+    async with provider_at(simulator.base_url) as provider:
+        for _ in range(2):
+            assert (await fill(provider, text=text)).end_status == COMPLETE
+
+        assert simulator.bodies[-1]["messages"][0]["content"] == text
+        assert simulator.stats().connections_accepted == 1

@@ -1,0 +1,488 @@
+"""Every fault of a provider, as a client sees it on each face; afterwards nothing is held."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from aioserver import eventstream
+from aioserver.providers.simulator import Behaviour
+from tests.house import HTTP_CLIENT, House, until
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    Make = Callable[..., Awaitable[House]]
+
+IMPATIENT = {"llm.providers.sim.http_client": {**HTTP_CLIENT, "read_timeout": 0.3}}
+MESSAGES = [{"role": "user", "content": "Hello"}]
+DONE = b"data: [DONE]\n\n"
+# What the simulator says in its refusals; of those of our key nothing may be shown.
+TEXTS_OF_THE_PROVIDER = (b"Incorrect API key", b"current quota", b"The simulator says", b"billing")
+
+
+@dataclass
+class Seen:
+    """What a client saw of one answer."""
+
+    text: str = ""
+    end: str = ""  # complete, error; for OpenAI's face after what it means
+    error: dict[str, Any] = field(default_factory=dict)
+    status: int = 0
+    headers: dict[str, str] = field(default_factory=dict)
+    raw: bytes = b""
+
+    @property
+    def code(self) -> Any:
+        return self.error.get("code")
+
+
+def frames_seen(frames: list[dict[str, Any]], raw: bytes) -> Seen:
+    assert [frame["event_id"] for frame in frames] == list(range(1, len(frames) + 1))
+    assert frames[0]["status"] == "processing"
+    assert {frame["status"] for frame in frames[1:-1]} <= {"chunk"}
+    text = "".join(frame["chunk"]["data"] for frame in frames[1:-1])
+    last = frames[-1]
+    return Seen(text, last["status"], last["chunk"] if last["status"] == "error" else {}, raw=raw)
+
+
+async def over_websocket(house: House, model: str, name: str = "ws") -> Seen:
+    payload = {"text": "Hello", "model": model}
+    async with house.connect() as ws:
+        await ws.send_json({"action": "chat", "request_id": f"{name}-{model}", "payload": payload})
+        frames: list[dict[str, Any]] = []
+        raw = b""
+        while not frames or frames[-1]["status"] not in {"complete", "error", "cancelled"}:
+            message = await ws.receive_str()
+            raw += message.encode()
+            frames.append(json.loads(message))
+        # The socket lives on.
+        await ws.send_json({"action": "ping", "request_id": "p"})
+        assert (await ws.receive_json())["status"] == "pong"
+    return frames_seen(frames, raw)
+
+
+async def over_sse(house: House, model: str) -> Seen:
+    body = {"request_id": f"sse-{model}", "text": "Hello", "model": model}
+    async with house.session.post(house.sse, json=body) as response:
+        assert response.status == 200
+        raw = await response.read()
+    events = eventstream.parse(raw)
+    frames = [json.loads(event.data) for event in events]
+    assert [frame["status"].encode() for frame in frames] == [event.event for event in events]
+    return frames_seen(frames, raw)
+
+
+async def over_openai(
+    house: House, model: str, *, stream: bool = True, headers: dict[str, str] | None = None
+) -> Seen:
+    body = {"model": model, "messages": MESSAGES, "stream": stream}
+    url = f"{house.v1}/chat/completions"
+    async with house.session.post(url, json=body, headers=headers) as response:
+        raw = await response.read()
+        given = {name.lower(): value for name, value in response.headers.items()}
+        seen = Seen(status=response.status, headers=given, raw=raw)
+    assert seen.headers["x-request-id"]
+    if response.status != 200:
+        seen.end, seen.error = "error", json.loads(raw)["error"]
+        return seen
+    if not stream:
+        seen.end, seen.text = "complete", json.loads(raw)["choices"][0]["message"]["content"]
+        return seen
+    assert raw.endswith((b"\n\n", b"\r\n\r\n", b"\r\r")), "a body ends with a whole event"
+    for event in eventstream.parse(raw):
+        assert not seen.end, "nothing comes behind the end"
+        if event.data == b"[DONE]":
+            seen.end = "complete"
+            continue
+        answer = json.loads(event.data)
+        if answer.get("error"):
+            seen.end, seen.error = "error", answer["error"]
+        elif answer["choices"]:
+            seen.text += answer["choices"][0]["delta"].get("content") or ""
+    assert seen.end, "never a silent end"
+    assert raw.count(b"[DONE]") == (1 if seen.end == "complete" else 0)
+    return seen
+
+
+async def everywhere(house: House, model: str) -> tuple[Seen, Seen, Seen]:
+    """The same question on three faces; then nothing is held, and the house still answers."""
+    seen = await asyncio.gather(
+        over_websocket(house, model), over_sse(house, model), over_openai(house, model)
+    )
+    await house.nothing_held()
+    return seen
+
+
+async def expected_text(house: House) -> str:
+    seen = await over_openai(house, "plain")
+    assert len(seen.text) > 20
+    return seen.text
+
+
+# Before the first event: the HTTP status says it.
+
+BEFORE = {
+    "fault-status-401": (502, "provider_auth_error"),
+    "fault-status-402": (502, "provider_auth_error"),
+    "fault-status-403": (502, "provider_auth_error"),
+    "fault-quota": (502, "provider_auth_error"),
+    "fault-status-408": (502, "provider_error"),
+    "fault-status-500": (502, "provider_error"),
+    "fault-status-502": (502, "provider_error"),
+    "fault-status-503": (502, "provider_error"),
+    "fault-status-529": (502, "provider_error"),
+    "fault-status-429": (429, "provider_rate_limited"),
+    "fault-status-498": (429, "provider_rate_limited"),
+    "fault-retry-after-7": (429, "provider_rate_limited"),
+    "fault-retry-after-ms": (429, "provider_rate_limited"),
+    "fault-retry-after-date": (429, "provider_rate_limited"),
+    "fault-retry-after-absurd": (429, "provider_rate_limited"),
+    "fault-html": (502, "provider_bad_response"),
+    "fault-empty": (502, "provider_bad_response"),
+    "fault-json-under-200-stream": (502, "provider_bad_response"),
+    "fault-redirect": (502, "provider_bad_response"),
+    "fault-not-http": (502, "provider_bad_response"),
+    "fault-headers": (502, "provider_bad_response"),
+    "fault-gzip": (502, "provider_bad_response"),
+    "fault-drop": (502, "provider_disconnected"),
+    "fault-silent": (504, "read_timeout"),
+}
+BEFORE_STREAMED = {**BEFORE, "fault-head-only": (504, "read_timeout")}
+RETRYABLE_NOT = {"provider_auth_error"}
+
+
+@pytest.mark.parametrize("model", BEFORE_STREAMED)
+async def test_a_fault_before_the_first_event_has_its_status_and_code(
+    model: str, make_house: Make
+) -> None:
+    status, code = BEFORE_STREAMED[model]
+    house = await make_house(**IMPATIENT)
+
+    ws, sse, v1 = await everywhere(house, model)
+
+    assert [one.end for one in (ws, sse, v1)] == ["error"] * 3
+    assert [one.code for one in (ws, sse, v1)] == [code] * 3
+    assert [one.text for one in (ws, sse, v1)] == [""] * 3
+    assert v1.status == status
+    assert ws.error["retryable"] == sse.error["retryable"] == (code not in RETRYABLE_NOT)
+    if code == "provider_auth_error":
+        for one in (ws, sse, v1):
+            assert not any(text in one.raw for text in TEXTS_OF_THE_PROVIDER)
+    if status == 429:
+        assert 1 <= int(v1.headers["retry-after"]) <= 120
+        assert ws.error["retry_after"] > 0
+    else:
+        assert v1.headers["x-should-retry"] == "false"
+    assert house.simulator.stats().requests == 3
+
+
+@pytest.mark.parametrize("model", BEFORE)
+async def test_a_fault_of_an_answer_in_one_piece_has_its_status_and_code(
+    model: str, make_house: Make
+) -> None:
+    house = await make_house(**IMPATIENT)
+
+    seen = await over_openai(house, model, stream=False)
+
+    assert (seen.status, seen.code) == BEFORE[model]
+    await house.nothing_held()
+
+
+@pytest.mark.parametrize("status", [400, 404, 409, 413, 422])
+async def test_the_callers_own_fault_passes_with_status_and_body(
+    status: int, house: House
+) -> None:
+    model = f"fault-status-{status}"
+    async with house.session.post(
+        f"{house.simulator.base_url}/chat/completions", json={"model": model, "messages": MESSAGES}
+    ) as response:
+        assert response.status == status
+        original = await response.read()
+
+    ws, sse, v1 = await everywhere(house, model)
+    whole = await over_openai(house, model, stream=False)
+
+    assert (v1.status, v1.raw) == (whole.status, whole.raw) == (status, original)
+    for one in (ws, sse):
+        assert (one.code, one.error["retryable"]) == ("provider_error", False)
+
+
+# After the first event: one error event, then the end.
+
+WITHIN = {
+    "fault-stall-3": "read_timeout",
+    "fault-half-line-3": "read_timeout",
+    "fault-cut-3": "provider_disconnected",
+    "fault-cut-mid-3": "provider_disconnected",
+    "fault-end-3": "provider_disconnected",
+    "fault-long-line": "provider_bad_response",
+    "fault-endless-line": "provider_bad_response",
+}
+
+
+@pytest.mark.parametrize("model", WITHIN)
+async def test_a_fault_within_the_answer_is_one_error_event_and_no_done(
+    model: str, make_house: Make
+) -> None:
+    house = await make_house(**IMPATIENT)
+    text = await expected_text(house)
+
+    ws, sse, v1 = await everywhere(house, model)
+
+    assert v1.status == 200
+    for one in (ws, sse, v1):
+        assert (one.end, one.code) == ("error", WITHIN[model])
+        assert one.text
+        assert text.startswith(one.text), "what was good before it, and never part of a line"
+        assert b"xxxxxxxx" not in one.raw
+    assert ws.text == sse.text == v1.text
+
+
+@pytest.mark.parametrize("model", ["fault-error-event-3", "fault-error-chunk-3"])
+async def test_an_error_object_in_the_stream_is_its_end(model: str, house: House) -> None:
+    text = await expected_text(house)
+
+    ws, sse, v1 = await everywhere(house, model)
+
+    assert ws.code == sse.code == "provider_error"
+    assert (v1.status, v1.end) == (200, "error")
+    assert v1.error["message"] in {
+        "The server had an error processing your request.",
+        "Provider disconnected unexpectedly",
+    }, "the provider's own event passes"
+    assert v1.raw.count(b'"error":{') == 1
+    for one in (ws, sse, v1):
+        assert one.text
+        assert text.startswith(one.text)
+
+
+@pytest.mark.parametrize("model", ["fault-bad-json-3", "fault-bad-utf8-3"])
+async def test_an_event_that_is_no_json_ends_an_answer_in_frames(model: str, house: House) -> None:
+    text = await expected_text(house)
+
+    for seen in (await over_websocket(house, model), await over_sse(house, model)):
+        assert (seen.end, seen.code) == ("error", "provider_bad_response")
+        assert seen.text
+        assert text.startswith(seen.text)
+    await house.nothing_held()
+
+
+@pytest.mark.parametrize(
+    ("model", "status", "code"),
+    [
+        ("fault-head-only", 504, "read_timeout"),
+        ("fault-stall-3", 504, "read_timeout"),
+        ("fault-half-line-3", 504, "read_timeout"),
+        ("fault-cut-3", 502, "provider_disconnected"),
+        ("fault-cut-mid-3", 502, "provider_disconnected"),
+        ("fault-wrong-length", 502, "provider_disconnected"),
+        ("fault-end-3", 502, "provider_bad_response"),
+        ("fault-bad-utf8-3", 502, "provider_bad_response"),
+    ],
+)
+async def test_half_an_answer_in_one_piece_is_no_answer(
+    model: str, status: int, code: str, make_house: Make
+) -> None:
+    house = await make_house(**IMPATIENT)
+
+    seen = await over_openai(house, model, stream=False)
+
+    assert (seen.status, seen.code) == (status, code)
+    await house.nothing_held()
+
+
+async def test_a_fault_after_a_head_sent_for_silence_is_an_error_event(make_house: Make) -> None:
+    house = await make_house(**{**IMPATIENT, "chat.websocket.ping_interval": 0.1})
+
+    seen = await over_openai(house, "fault-silent")
+
+    assert (seen.status, seen.end, seen.code) == (200, "error", "read_timeout")
+    assert seen.raw.startswith(b": keep-alive\n\n")
+    await house.nothing_held()
+
+
+# Unusual, but good.
+
+GOOD = [
+    "fault-no-done",
+    "fault-after-done",
+    "fault-open-done",
+    "fault-wrong-length",
+    "fault-crlf",
+    "fault-cr",
+    "fault-bom",
+    "fault-multi-data",
+    "fault-comments",
+    "fault-cookie",
+    "fault-1xx",
+    "fault-http10",
+    "fault-close-idle",
+    "fault-close-next",
+    "fault-slices",
+]
+
+
+@pytest.mark.parametrize("model", GOOD)
+async def test_what_is_unusual_but_good_reads_the_same_on_every_face(
+    model: str, house: House
+) -> None:
+    text = await expected_text(house)
+
+    ws, sse, v1 = await everywhere(house, model)
+
+    for one in (ws, sse, v1):
+        assert (one.end, one.error) == ("complete", {})
+        assert one.text == text if model != "fault-slices" else text.startswith(one.text)
+        assert one.text
+    assert ws.text == sse.text == v1.text
+    assert "set-cookie" not in v1.headers
+    assert b'"error"' not in v1.raw.replace(b'"error":null', b"")
+
+
+async def test_a_missing_done_is_put_to_it(house: House) -> None:
+    seen = await over_openai(house, "fault-no-done")
+
+    assert seen.raw.endswith(b"\n\n" + DONE)
+    assert (
+        json.loads(eventstream.parse(seen.raw)[-2].data)["choices"][0]["finish_reason"] == "stop"
+    )
+
+
+async def test_events_come_back_byte_for_byte(house: House) -> None:
+    house.simulator.behaviour = Behaviour(ttft=0, interval=0, tokens=5)
+    body = {"model": "fault-comments", "messages": MESSAGES, "stream": True}
+    url = f"{house.simulator.base_url}/chat/completions"
+    async with house.session.post(url, json=body) as response:
+        original = await response.read()
+
+    seen = await over_openai(house, "fault-comments")
+
+    def alike(raw: bytes) -> list[bytes]:
+        answers = [line.partition(b'"model"')[2] or line for line in raw.split(b"\n")]
+        assert len(answers) > 20
+        return answers
+
+    assert alike(seen.raw) == alike(original), "but for the id and the time in each event"
+
+
+@pytest.mark.parametrize("fault", ["fault-close-next", "fault-close-idle"])
+async def test_a_dead_kept_connection_is_seen_by_nobody(fault: str, house: House) -> None:
+    for number in range(3):
+        ws = await over_websocket(house, fault, f"ws-{number}")
+        v1 = await over_openai(house, fault)
+        whole = await over_openai(house, fault, stream=False)
+        assert (ws.end, v1.end, whole.end) == ("complete",) * 3
+
+    stats = house.simulator.stats()
+    assert (stats.requests, stats.completed) == (9, 9)
+
+
+async def test_data_behind_done_is_not_passed_on(house: House) -> None:
+    seen = await over_openai(house, "fault-after-done")
+
+    assert seen.raw.endswith(DONE)
+    await house.nothing_held()
+
+
+async def test_done_without_an_end_of_the_body_ends_at_once_and_is_not_kept(house: House) -> None:
+    seen = await over_openai(house, "fault-open-done")
+
+    assert seen.end == "complete"
+    await house.simulator.until(lambda stats: stats.aborted == 1)
+    await house.nothing_held()
+    assert house.provider.stats().pool.idle == 0
+
+
+# Leaving.
+
+
+async def test_an_endless_answer_ends_with_its_reader_on_the_openai_face(house: House) -> None:
+    body = {"model": "fault-endless", "messages": MESSAGES, "stream": True}
+    async with house.session.post(f"{house.v1}/chat/completions", json=body) as response:
+        assert await response.content.read(1000)
+        response.close()
+
+    await house.simulator.until(lambda stats: stats.aborted == 1)
+    await house.nothing_held()
+    assert house.provider.stats().pool.idle == 0
+
+
+@pytest.mark.parametrize("model", ["fault-endless", "fault-stall-3", "fault-silent"])
+async def test_cancel_closes_the_providers_connection_at_once(model: str, house: House) -> None:
+    async with house.connect() as ws:
+        payload = {"text": "Hello", "model": model}
+        await ws.send_json({"action": "chat", "request_id": "r1", "payload": payload})
+        await house.simulator.until(lambda stats: stats.active == 1)
+        assert (await ws.receive_json())["status"] == "processing"
+
+        await ws.send_json({"action": "cancel", "request_id": "r1"})
+        while (await ws.receive_json())["status"] != "cancelled":
+            pass
+
+        await house.simulator.until(lambda stats: stats.aborted == 1)
+        assert house.provider.stats().pool.open == 0
+    await house.nothing_held()
+
+
+@pytest.mark.parametrize("model", ["fault-silent", "fault-head-only", "fault-stall-3"])
+@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
+async def test_leaving_the_openai_face_closes_the_providers_connection_at_once(
+    model: str, stream: bool, house: House
+) -> None:
+    task = asyncio.ensure_future(over_openai(house, model, stream=stream))
+    await house.simulator.until(lambda stats: stats.active == 1)
+
+    task.cancel()
+    await asyncio.wait([task])
+
+    await house.simulator.until(lambda stats: stats.aborted == 1)
+    await house.nothing_held()
+    assert house.provider.stats().pool.open == 0
+
+
+async def test_a_stuck_upload_is_a_write_timeout(make_house: Make) -> None:
+    limits = {**HTTP_CLIENT, "write_timeout": 0.3, "read_timeout": 3.0}
+    house = await make_house(Behaviour(deaf=True), **{"llm.providers.sim.http_client": limits})
+    asked = {"model": "m", "messages": [{"role": "user", "content": "x" * 15_000_000}]}
+    body = io.BytesIO(json.dumps(asked).encode())
+    headers = {"Content-Type": "application/json"}
+    url = f"{house.v1}/chat/completions"
+
+    async with house.session.post(url, data=body, headers=headers) as response:
+        answer = await response.json()
+
+    assert (response.status, answer["error"]["code"]) == (504, "write_timeout")
+    await house.nothing_held()
+
+
+async def test_a_provider_that_is_not_there_is_a_connect_error(make_house: Make) -> None:
+    house = await make_house()
+    await house.simulator.close()
+
+    ws, sse, v1 = await everywhere(house, "m")
+
+    assert [one.code for one in (ws, sse, v1)] == ["connect_error"] * 3
+    assert v1.status == 502
+
+
+async def test_a_client_slower_than_the_read_timeout_gets_its_whole_answer(
+    make_house: Make,
+) -> None:
+    limits = {**HTTP_CLIENT, "read_timeout": 0.3}
+    house = await make_house(
+        Behaviour(ttft=0, interval=0.02, tokens=30), **{"llm.providers.sim.http_client": limits}
+    )
+    body = {"model": "m", "messages": MESSAGES, "stream": True}
+    async with house.session.post(f"{house.v1}/chat/completions", json=body) as response:
+        # It reads nothing until the provider is long done.
+        await house.simulator.until(lambda stats: stats.completed == 1)
+        await until(lambda: house.provider.stats().queue.inside == 0)
+        raw = await response.read()
+
+    assert raw.endswith(DONE)

@@ -1,0 +1,665 @@
+"""The log against a simple model: gapless for every reader or a ResumeGap, and every byte counted."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import orjson
+import pytest
+
+from aioserver import eventstream
+from aioserver.errors import ProviderDisconnected, ResumeGap, ServerAtCapacity
+from aioserver.streams import CANCELLED, CHUNK, COMPLETE, ERROR, PROCESSING, Stream, Streams
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+MUCH = 1 << 30
+DEMO = "demo"
+
+
+def streams_of(max_stream_bytes: int = MUCH, max_kept_bytes: int = MUCH) -> Streams:
+    return Streams(max_stream_bytes=max_stream_bytes, max_kept_bytes=max_kept_bytes)
+
+
+def chunk(text: str) -> bytes:
+    return orjson.dumps({"type": "text", "data": text, "metadata": {}})
+
+
+def raw(*texts: str) -> bytes:
+    return b"".join(
+        b"data: %b\n\n" % orjson.dumps({"choices": [{"delta": {"content": text}}]})
+        for text in texts
+    )
+
+
+def texts(frames: Sequence[bytes]) -> list[str]:
+    return [orjson.loads(frame)["chunk"].get("data") for frame in frames]
+
+
+class Slow:
+    """A reader that takes as many entries as it is told to, and writes down what it has read."""
+
+    def __init__(self, stream: Stream, after: int = 0) -> None:
+        self.stream = stream
+        self.next = after + 1
+        self.at, self.skip = stream.locate(after)
+        self.seen: list[tuple[int, str]] = []
+        self.pokes = 0
+        self.positions: list[int] = []
+        stream.readers.append(self)
+
+    def poke(self) -> None:
+        self.pokes += 1
+
+    def queued(self, position: int, eta: float) -> None:
+        self.positions.append(position)
+
+    def read(self, most: int = MUCH) -> None:
+        """Read up to *most* entries; every number must be the next one."""
+        while most and self.at < self.stream.offset + len(self.stream.entries):
+            if self.at < self.stream.offset:
+                raise ResumeGap("behind")
+            entry = self.stream.entries[self.at - self.stream.offset]
+            frames = self.stream.frames(entry)
+            assert len(frames) == entry.count
+            for frame in frames[self.skip :]:
+                read = orjson.loads(frame)
+                assert read["event_id"] == self.next
+                assert read["request_id"] == self.stream.request_id
+                self.seen.append((self.next, read["chunk"].get("data", "")))
+                self.next += 1
+            self.skip = 0
+            self.at += 1
+            most -= 1
+        self.stream.passed()
+
+    def leave(self) -> None:
+        self.stream.readers.remove(self)
+        if self.stream.ended:
+            self.stream.passed()
+
+
+# One log.
+
+
+def test_an_answer_is_numbered_from_1_without_holes() -> None:
+    stream = streams_of().open("r1", DEMO, window=30)
+    reader = Slow(stream)
+
+    stream.append_processing("groq", "llama")
+    stream.append(CHUNK, [chunk("a"), chunk("b")])
+    stream.append(CHUNK, [chunk("c")])
+    stream.end(COMPLETE, {"metadata": {"finish_reason": "stop"}})
+    reader.read()
+
+    assert [number for number, _ in reader.seen] == [1, 2, 3, 4, 5]
+    assert reader.pokes == 4
+    assert (stream.first, stream.last, stream.ended, stream.end_status) == (1, 5, True, COMPLETE)
+    assert stream.frames(stream.entries[1])[1] == (
+        b'{"request_id":"r1","event_id":3,"status":"chunk",'
+        b'"chunk":{"type":"text","data":"b","metadata":{}}}'
+    )
+
+
+def test_processing_is_event_1_and_a_later_try_keeps_it() -> None:
+    stream = streams_of().open("r1", DEMO, window=30)
+    stream.conversation_id = "c1"
+
+    stream.append_processing("groq", "llama")
+    stream.append_processing("openai", "gpt")
+
+    assert stream.last == 1
+    assert (stream.provider, stream.model) == ("openai", "gpt")
+    assert orjson.loads(stream.frames(stream.entries[0])[0]) == {
+        "request_id": "r1",
+        "event_id": 1,
+        "status": "processing",
+        "chunk": {
+            "metadata": {
+                "processing": True,
+                "provider": "groq",
+                "model": "llama",
+                "conversation_id": "c1",
+            }
+        },
+    }
+
+
+def test_nothing_follows_the_end() -> None:
+    stream = streams_of().open("r1", DEMO, window=30)
+    stream.end(CANCELLED, {})
+
+    with pytest.raises(AssertionError):
+        stream.append(CHUNK, [chunk("late")])
+    assert stream.last == 1
+
+
+def test_a_fault_is_the_last_event_on_both_kinds_of_face() -> None:
+    stream = streams_of().open("r1", DEMO, window=30)
+    error = ProviderDisconnected("the provider has left")
+
+    stream.fail(error)
+
+    (entry,) = stream.entries
+    assert (entry.status, stream.error) == (ERROR, error)
+    assert orjson.loads(stream.frames(entry)[0])["chunk"]["code"] == "provider_disconnected"
+    (event,) = eventstream.parse(entry.data)
+    assert orjson.loads(event.data)["error"]["code"] == "provider_disconnected"
+
+
+def test_a_position_in_the_line_is_told_to_every_reader_and_is_no_event() -> None:
+    stream = streams_of().open("r1", DEMO, window=30)
+    readers = [Slow(stream), Slow(stream)]
+
+    stream.queued(3, 4.5)
+
+    assert [reader.positions for reader in readers] == [[3], [3]]
+    assert stream.last == 0
+
+
+def test_a_reader_that_leaves_while_it_is_poked_keeps_no_other_from_being_poked() -> None:
+    stream = streams_of().open("r1", DEMO, window=30)
+
+    class Leaver(Slow):
+        def poke(self) -> None:
+            super().poke()
+            self.leave()
+
+    readers = [Leaver(stream), Slow(stream), Leaver(stream), Slow(stream)]
+
+    stream.append(CHUNK, [chunk("a")])
+    stream.end(COMPLETE, {})
+
+    assert [reader.pokes for reader in readers] == [1, 2, 1, 2]
+
+
+# Where a reader goes on.
+
+
+def test_a_reader_goes_on_behind_any_event_also_in_the_middle_of_an_entry() -> None:
+    stream = streams_of().open("r1", DEMO, window=30)
+    names = "abcdefghij"
+    stream.append(CHUNK, [chunk(name) for name in names[:4]])
+    stream.append(CHUNK, data=raw(*names[4:9]), count=5)
+    stream.append(CHUNK, data=b": a comment\n\n", count=0)
+    stream.append(CHUNK, [chunk(names[9])])
+
+    for after in range(11):
+        reader = Slow(stream, after)
+        reader.read()
+        assert reader.seen == [(at + 1, names[at]) for at in range(after, 10)]
+
+
+def test_a_resume_beyond_what_exists_is_a_gap() -> None:
+    stream = streams_of().open("r1", DEMO, window=30)
+    stream.locate(0)
+    with pytest.raises(ResumeGap, match="does not exist yet; the newest is 0"):
+        stream.locate(1)
+    stream.append(CHUNK, [chunk("a")])
+
+    with pytest.raises(ResumeGap, match="event 2 does not exist yet; the newest is 1"):
+        stream.locate(2)
+    with pytest.raises(ResumeGap):
+        stream.locate(2**63)
+    assert stream.locate(1) == (1, 0)
+
+
+def test_a_resume_from_before_what_is_kept_is_a_gap() -> None:
+    stream = streams_of(max_stream_bytes=2000).open("r1", DEMO, window=30)
+    for number in range(1, 40):
+        stream.append(CHUNK, [chunk(f"{number}")])
+
+    assert 1 < stream.first < stream.last == 39
+    assert stream.bytes <= 2000
+    with pytest.raises(ResumeGap, match=f"the oldest is {stream.first}"):
+        stream.locate(stream.first - 2)
+    reader = Slow(stream, stream.first - 1)
+    reader.read()
+    assert reader.seen[0] == (stream.first, f"{stream.first}")
+    assert reader.next == 40
+
+
+def test_a_log_without_entries_still_knows_where_it_was() -> None:
+    stream = streams_of().open("r1", DEMO, window=0)
+    reader = Slow(stream)
+    stream.append(CHUNK, [chunk("a"), chunk("b")])
+    reader.read()
+
+    assert not stream.entries
+    assert (stream.first, stream.last, stream.bytes) == (3, 2, 0)
+    with pytest.raises(ResumeGap):
+        stream.locate(1)
+    assert Slow(stream, 2).at == 1
+
+
+# Bounds of one log.
+
+
+def test_with_window_0_what_every_reader_has_passed_is_let_go() -> None:
+    streams = streams_of()
+    stream = streams.open("r1", DEMO, window=0)
+    fast, slow = Slow(stream), Slow(stream)
+    for _ in range(5):
+        stream.append(CHUNK, [chunk("a")])
+
+    fast.read()
+    assert stream.first == 1
+    slow.read(3)
+    assert stream.first == 4
+    slow.read()
+    assert streams.stats().bytes == stream.bytes == 0
+
+
+def test_with_a_window_what_everybody_has_read_is_kept() -> None:
+    stream = streams_of().open("r1", DEMO, window=0.1)
+    reader = Slow(stream)
+    stream.append(CHUNK, [chunk("a")])
+
+    reader.read()
+
+    assert stream.first == 1
+
+
+def test_an_entry_over_the_bound_is_still_given_to_who_is_there() -> None:
+    stream = streams_of(max_stream_bytes=1000).open("r1", DEMO, window=30)
+    reader = Slow(stream)
+    for name in ("a", "b" * 5000, "c" * 5000):
+        stream.append(CHUNK, [chunk(name)])
+        reader.read()
+
+    assert [text for _, text in reader.seen] == ["a", "b" * 5000, "c" * 5000]
+    assert len(stream.entries) == 1
+
+
+def test_the_end_of_an_answer_is_within_the_bound_too() -> None:
+    streams = streams_of(max_stream_bytes=2000)
+    stream = streams.open("r1", DEMO, window=30)
+    stream.append(CHUNK, [chunk("a" * 1500)])
+
+    stream.end(COMPLETE, {"metadata": {"usage": {"text": "u" * 800}}})
+
+    assert stream.bytes <= 2000
+    assert (stream.first, stream.last) == (2, 2)
+    assert streams.stats().bytes == stream.bytes
+
+
+def test_a_log_of_frames_and_bytes_counts_both() -> None:
+    stream = streams_of().open("r1", DEMO, window=30)
+    before = stream.bytes
+
+    stream.append(CHUNK, data=b"x" * 1000, count=1)
+    assert stream.bytes - before >= 1000
+    stream.end(COMPLETE, {}, data=b"y" * 1000)
+
+    assert stream.bytes == sum(entry.sized for entry in stream.entries)
+    assert stream.bytes >= 2000
+
+
+def test_frames_of_the_providers_bytes_cost_no_memory_that_is_not_counted() -> None:
+    stream = streams_of().open("r1", DEMO, window=30)
+    stream.append(CHUNK, data=raw("a", "b"), count=2)
+    (entry,) = stream.entries
+
+    assert texts(stream.frames(entry)) == ["a", "b"]
+
+    assert entry.frames is None
+    assert entry.sized == stream.bytes
+
+
+def test_frames_of_a_whole_answer_leave_no_hole_in_the_numbers() -> None:
+    stream = streams_of().open("r1", DEMO, window=30)
+    whole = orjson.dumps({"choices": [{"message": {"role": "assistant", "content": "Hello"}}]})
+    stream.append(CHUNK, data=whole)
+    stream.end(COMPLETE, {})
+    reader = Slow(stream)
+
+    reader.read()
+
+    assert reader.seen == [(1, "Hello"), (2, "")]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"not JSON",
+        b"[DONE]",
+        b"[]",
+        b"1",
+        b"null",
+        b'{"choices":[]}',
+        b'{"choices":{}}',
+        b'{"choices":[1]}',
+        b'{"choices":[{}]}',
+        b'{"choices":[{"delta":null}]}',
+        b'{"choices":[{"delta":[]}]}',
+        b'{"choices":[{"delta":{"content":null}}]}',
+        b'{"choices":[{"delta":{"content":[1]}}]}',
+        b'{"choices":[{"delta":{"role":"assistant"}}]}',
+        b'{"choices":[{"message":7}]}',
+        b"\xff\xff",
+    ],
+)
+def test_whatever_a_provider_says_an_event_is_one_frame(data: bytes) -> None:
+    stream = streams_of().open("r1", DEMO, window=30)
+    stream.append(CHUNK, data=b"data: %b\n\n" % data, count=1)
+
+    (frame,) = stream.frames(stream.entries[0])
+
+    assert orjson.loads(frame)["chunk"] == {"type": "text", "data": "", "metadata": {}}
+
+
+# The store.
+
+
+def test_a_log_is_found_by_its_caller_only() -> None:
+    streams = streams_of()
+    stream = streams.open("r1", "a", window=30)
+    other = streams.open("r1", "b", window=30)
+    streams.open("r2", "a", window=30, private=True)
+
+    assert streams.find("a", "r1") is stream
+    assert streams.find("b", "r1") is other
+    assert streams.find("c", "r1") is streams.find("a", "r2") is None
+    assert list(streams.of("a")) == [stream]
+    assert len(streams.running()) == 3
+
+
+def test_a_dropped_log_gives_its_bytes_back_once() -> None:
+    streams = streams_of()
+    stream, other = streams.open("r1", DEMO, window=30), streams.open("r2", DEMO, window=30)
+    for one in (stream, other):
+        one.append(CHUNK, [chunk("a")])
+        one.end(COMPLETE, {})
+
+    streams.drop(stream)
+    streams.drop(stream)
+
+    assert streams.find(DEMO, "r1") is None
+    assert streams.stats().bytes == other.bytes > 0
+    assert streams.stats().finished == 1
+    with pytest.raises(ResumeGap):
+        stream.locate(0)
+
+
+def test_a_reader_of_a_dropped_log_is_behind_and_not_at_its_end() -> None:
+    streams = streams_of()
+    stream = streams.open("r1", DEMO, window=30)
+    reader = Slow(stream)
+    stream.append(CHUNK, [chunk("a")])
+    stream.end(COMPLETE, {})
+
+    streams.drop(stream)
+
+    assert reader.at < stream.offset
+
+
+def test_a_name_used_again_is_not_dropped_with_its_first_bearer() -> None:
+    streams = streams_of()
+    old = streams.open("r1", DEMO, window=30)
+    old.end(COMPLETE, {})
+    new = streams.open("r1", DEMO, window=30)
+
+    streams.drop(old)
+
+    assert streams.find(DEMO, "r1") is new
+
+
+def finished(streams: Streams, name: str, size: int = 1000) -> Stream:
+    stream = streams.open(name, DEMO, window=30)
+    stream.append(CHUNK, [chunk("x" * size)])
+    stream.end(COMPLETE, {})
+    return stream
+
+
+def test_over_max_kept_bytes_the_oldest_finished_go_first() -> None:
+    streams = streams_of(max_kept_bytes=10_000)
+    running = streams.open("running", DEMO, window=30)
+    running.append(CHUNK, [chunk("x" * 1000)])
+
+    for number in range(20):
+        finished(streams, f"r{number}")
+        assert streams.stats().bytes <= 10_000
+
+    kept = [stream.request_id for stream in streams.of(DEMO)]
+    assert kept == ["running", *(f"r{number}" for number in range(20 - len(kept) + 1, 20))]
+    assert len(kept) > 4
+
+
+def test_a_finished_log_that_is_still_read_is_not_dropped() -> None:
+    streams = streams_of(max_kept_bytes=10_000)
+    read = finished(streams, "read")
+    reader = Slow(read)
+    unread = finished(streams, "unread")
+
+    for number in range(20):
+        finished(streams, f"r{number}")
+
+    assert streams.find(DEMO, "read") is read
+    assert streams.find(DEMO, "unread") is None
+    assert not unread.entries
+    reader.read()
+    assert len(reader.seen) == 2
+
+
+def test_when_running_answers_fill_the_house_a_new_one_is_refused() -> None:
+    streams = streams_of(max_kept_bytes=10_000)
+    old = finished(streams, "old")
+    running = streams.open("running", DEMO, window=30)
+
+    running.append(CHUNK, [chunk("x" * 12_000)])
+
+    assert streams.find(DEMO, "old") is None  # it made room, as far as it could
+    assert not old.entries
+    with pytest.raises(ServerAtCapacity, match="max_kept_bytes=10000") as caught:
+        streams.open("more", DEMO, window=30)
+    assert caught.value.retry_after == 5.0
+    assert streams.find(DEMO, "more") is None
+    assert len(streams.running()) == 1
+
+
+def test_an_answer_that_ends_over_the_bound_is_not_kept() -> None:
+    streams = streams_of(max_kept_bytes=10_000)
+    stream = streams.open("long", DEMO, window=30)
+    stream.append(CHUNK, [chunk("x" * 12_000)])
+    assert streams.stats().bytes > 10_000
+
+    stream.end(COMPLETE, {})
+
+    assert streams.stats().bytes == 0
+    assert streams.stats().finished == 0
+    streams.open("next", DEMO, window=30)
+
+
+def test_new_bounds_are_used_by_logs_to_come() -> None:
+    streams = streams_of()
+    streams.apply(max_stream_bytes=1000, max_kept_bytes=5000)
+
+    for number in range(9):
+        finished(streams, f"r{number}", 200)
+    stream = streams.open("r", DEMO, window=30)
+    for _ in range(9):
+        stream.append(CHUNK, [chunk("x" * 200)])
+
+    assert streams.stats().bytes <= streams.stats().max_bytes == 5000
+    assert stream.bytes <= 1000
+
+
+def test_the_store_hears_of_each_end_once() -> None:
+    streams = streams_of()
+    ends: list[Stream] = []
+    streams.on_finished = ends.append
+    first, second = (streams.open(name, DEMO, window=30) for name in "ab")
+
+    second.end(CANCELLED, {})
+    first.fail(ProviderDisconnected("gone"))
+
+    assert ends == [second, first]
+    assert streams.stats().running == 0
+    assert streams.stats().finished == 2
+
+
+# Random steps.
+
+
+@dataclass(eq=False)
+class Known:
+    """What the model knows of one log: everything that was ever appended, and who reads."""
+
+    stream: Stream
+    events: list[str] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)  # of every entry since the start
+    readers: list[Slow] = field(default_factory=list)
+    resumed: dict[Slow, int] = field(default_factory=dict)
+    dropped: bool = False
+
+    def append(self, dice: random.Random) -> None:
+        names = [f"{len(self.events) + at}-" + "x" * dice.randint(0, 300) for at in range(3)]
+        names = names[: dice.randint(1, 3)]
+        if dice.random() < 0.5:
+            self.stream.append(CHUNK, [chunk(name) for name in names])
+        else:
+            self.stream.append(CHUNK, data=raw(*names), count=len(names))
+        self.events += names
+        self.sizes.append(self.stream.entries[-1].sized)
+
+    def end(self, dice: random.Random) -> None:
+        status = dice.choice((COMPLETE, CANCELLED, ERROR))
+        if status == ERROR:
+            self.stream.fail(ProviderDisconnected("gone"))
+        else:
+            self.stream.end(status, {})
+        self.events.append("")
+        entries = self.stream.entries
+        self.sizes.append(entries[-1].sized if entries else 0)
+
+    def check(self, max_bytes: int) -> None:
+        stream = self.stream
+        assert stream.last == len(self.events)
+        assert stream.bytes == sum(entry.sized for entry in stream.entries)
+        assert stream.bytes <= max_bytes or len(stream.entries) <= 1
+        assert stream.offset + len(stream.entries) == len(self.sizes)
+        number = stream.first
+        for entry in stream.entries:
+            assert entry.first == number
+            number += entry.count
+        assert number == stream.last + 1
+        if stream.window > 0 and not self.dropped and stream.offset:
+            # No more was let go than had to be; the last entry brought it over the bound.
+            assert stream.bytes + self.sizes[stream.offset - 1] > max_bytes
+
+    def resume(self, after: int) -> None:
+        stream = self.stream
+        possible = stream.first - 1 <= after <= len(self.events)
+        try:
+            reader = Slow(stream, after)
+        except ResumeGap:
+            assert not possible
+        else:
+            assert possible
+            self.readers.append(reader)
+            self.resumed[reader] = after
+
+    def read(self, reader: Slow, most: int) -> None:
+        behind = reader.at < self.stream.offset
+        try:
+            reader.read(most)
+        except ResumeGap:
+            assert behind
+            self.leave(reader)
+        else:
+            assert not behind or not most or self.dropped or not self.stream.entries
+        after = self.resumed.get(reader)
+        if after is not None:
+            got = [text for _, text in reader.seen]
+            assert got == self.events[after : after + len(got)]
+
+    def leave(self, reader: Slow) -> None:
+        reader.leave()
+        self.readers.remove(reader)
+        del self.resumed[reader]
+
+
+@pytest.mark.parametrize("run", range(8))
+def test_random_steps_agree_with_the_model(run: int) -> None:
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    dice = random.Random(seed)
+    max_stream, max_kept = dice.choice((1500, 6000, MUCH)), dice.choice((8000, 40_000, MUCH))
+    streams = streams_of(max_stream, max_kept)
+    logs: list[Known] = []
+    order: list[Known] = []  # of their ends
+
+    for step in range(600):
+        log = dice.choice(logs) if logs else None
+        grown = False
+        match dice.choices(
+            ("open", "append", "end", "resume", "read", "leave", "drop"), (2, 12, 1, 6, 12, 3, 0.5)
+        )[0]:
+            case "open":
+                room = streams.stats().bytes < max_kept
+                window, private = dice.choice((0, 30)), dice.random() < 0.2
+                try:
+                    stream = streams.open(f"r{step}", DEMO, window=window, private=private)
+                except ServerAtCapacity:
+                    assert not room
+                else:
+                    assert (streams.find(DEMO, f"r{step}") is None) == private
+                    logs.append(Known(stream))
+            case "append" if log and not log.stream.ended:
+                log.append(dice)
+                grown = True
+            case "end" if log and not log.stream.ended:
+                order.append(log)
+                log.end(dice)
+                grown = True
+            case "resume" if log and len(log.readers) < 4:
+                log.resume(dice.choice((0, log.stream.last, dice.randint(0, log.stream.last + 2))))
+            case "read" if log and log.readers:
+                log.read(dice.choice(log.readers), dice.choice((0, 1, 3, MUCH)))
+            case "leave" if log and log.readers:
+                log.leave(dice.choice(log.readers))
+            case "drop" if log and log.stream.ended and not log.readers:
+                log.dropped = True
+                streams.drop(log.stream)
+
+        stats = streams.stats()
+        unread = False  # an older finished log is kept, and nobody reads it
+        for one in order:
+            if one.stream.entries:
+                unread = unread or not one.readers
+            elif not one.dropped and one.stream.window > 0:
+                one.dropped = True  # evicted: the oldest first, but for those that are read
+                assert not one.readers
+                assert not unread
+        if stats.bytes > max_kept and grown:
+            assert not unread
+        for one in logs:
+            one.check(max_stream)
+        assert stats.bytes == sum(one.stream.bytes for one in logs)
+        assert stats.running == sum(not one.stream.ended for one in logs)
+
+    for log in logs:
+        for reader in list(log.readers):
+            log.read(reader, MUCH)
+            if reader in log.readers:
+                assert reader.next == len(log.events) + 1
+                log.leave(reader)
+        if not log.stream.ended:
+            log.end(dice)
+        streams.drop(log.stream)
+    assert streams.stats().bytes == 0
+    assert streams.stats().running == streams.stats().finished == 0
+
+
+def test_a_status_is_in_its_frame() -> None:
+    stream = streams_of().open("r1", DEMO, window=30)
+    for status in (PROCESSING, CHUNK):
+        stream.append(status, [b"{}"])
+    stream.end(CANCELLED, {})
+
+    statuses = [orjson.loads(stream.frames(entry)[0])["status"] for entry in stream.entries]
+
+    assert statuses == ["processing", "chunk", "cancelled"]
