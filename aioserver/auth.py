@@ -50,7 +50,11 @@ class Origins:
         """Whether a page of *origin* may; our own pages (same host and port) always may."""
         if self._any or origin.rstrip("/").lower() in self._allowed:
             return True
-        return host is not None and urlsplit(origin).netloc.lower() == host.lower()
+        try:
+            own = urlsplit(origin).netloc.lower()
+        except ValueError:  # "http://[": no address
+            return False
+        return bool(own) and host is not None and own == host.lower()
 
     def check(self, headers: Mapping[str, str]) -> None:
         """Refuse a handshake from a page that may not; who sends no Origin is no browser.

@@ -60,7 +60,10 @@ class Conversations:
 
     def history(self, caller: Hashable, conversation_id: str, text: str) -> list[dict[str, Any]]:
         """The messages to send: what fits of the history, then *text*. A snapshot."""
-        conversation = self._kept.get((caller, conversation_id))
+        key = (caller, conversation_id)
+        conversation = self._kept.get(key)
+        if conversation is not None:
+            self._kept.move_to_end(key)
         turns = [] if conversation is None else self._alive(conversation)
         room = self._context.max_tokens - self._context.reserve_tokens - tokens(text)
         first = len(turns)

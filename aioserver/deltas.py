@@ -39,6 +39,12 @@ class Reading:
             ProviderError: an error object under HTTP 200.
         """
         try:
+            return self._read(data)
+        except orjson.JSONEncodeError:  # it reads 1,024 levels, but writes 254
+            raise ProviderBadResponse("the provider's event is nested too deeply") from None
+
+    def _read(self, data: bytes) -> list[bytes]:
+        try:
             answer = orjson.loads(data)
         except orjson.JSONDecodeError:
             raise ProviderBadResponse("the provider sent an event that is not JSON") from None
@@ -50,6 +56,7 @@ class Reading:
         if usage is None and isinstance(groq := answer.get("x_groq"), dict):
             usage = groq.get("usage")
         if isinstance(usage, dict):
+            orjson.dumps([[usage]])  # the `complete` event has it two levels down
             self.usage = usage
         chunks: list[bytes] = []
         choices = answer.get("choices")
@@ -68,10 +75,11 @@ class Reading:
                 chunks.append(REASONING % orjson.dumps(reasoning))
             text = delta.get("content")
             if isinstance(text, str) and text:
-                chunks.append(TEXT % orjson.dumps(text))
+                written = orjson.dumps(text)
+                chunks.append(TEXT % written)
                 if self.text_bytes < self.max_text_bytes:
                     self.text.append(text)
-                    self.text_bytes += len(text)
+                    self.text_bytes += len(written) - 2  # the quotes
             if tool_calls := delta.get("tool_calls"):
                 chunks.append(TOOL_CALLS % orjson.dumps(tool_calls))
         reason = choice.get("finish_reason")

@@ -226,6 +226,7 @@ class ProviderFault(AioserverError):
     retry: ClassVar[bool] = False
     failover: ClassVar[bool] = False
     failure: ClassVar[bool] = True
+    again: ClassVar[bool] = False  # the client may: nothing was sent, so nothing is paid twice
     provider: str = ""  # whose fault it is, and how often it was asked
     attempts: int = 0
 
@@ -234,14 +235,14 @@ class ConnectError(ProviderFault):
     """Refused, DNS, TLS."""
 
     code, status, retryable = "connect_error", 502, True
-    retry = failover = True
+    retry = failover = again = True
 
 
 class ConnectTimeout(ProviderFault):
     """DNS, TCP and TLS together took longer than `connect_timeout`."""
 
     code, status, retryable = "connect_timeout", 504, True
-    retry = failover = True
+    retry = failover = again = True
 
 
 class CertificateFault(ProviderFault):
@@ -368,8 +369,7 @@ def http_headers(error: AioserverError) -> Mapping[str, str]:
         headers["Retry-After"] = str(max(1, round(error.retry_after)))
     elif error.http_status == 503:
         headers["Retry-After"] = "1"
-    if error.http_status == 409 or (
-        isinstance(error, ProviderFault) and error.status in {502, 504}
-    ):
+    sent = isinstance(error, ProviderFault) and error.status in {502, 504} and not error.again
+    if error.http_status == 409 or sent:
         headers["x-should-retry"] = "false"
     return headers

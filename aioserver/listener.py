@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
+from aiohttp.http_exceptions import LineTooLong
 from aiohttp.web_protocol import RequestHandler
 
 from aioserver.errors import HeadersTooLarge, InternalError, InvalidRequest, UriTooLong
@@ -47,15 +48,20 @@ class Connection(RequestHandler):
         message: str | None = None,
     ) -> web.StreamResponse:
         """The answer to what is no valid request."""
-        text = message or ""
         if status >= 500:
             if not isinstance(exc, ConnectionError):  # that is a client that left
                 logger.error("bug in a handler", exc_info=exc)
             error: Any = InternalError("internal error")
-        elif "header" in text.lower() and "more than" in text:
-            error = HeadersTooLarge("a header is too large")
-        elif "more than" in text:
-            error = UriTooLong("the request line is too long")
+        elif isinstance(exc, LineTooLong):
+            line, limit = exc.args[:2]
+            if limit == self.max_line_size and (
+                limit != self.max_field_size or line.startswith(b"/")
+            ):
+                error = UriTooLong(f"a request line of more than {limit} bytes")
+            else:
+                error = HeadersTooLarge(f"a header of more than {limit} bytes")
+        elif message is not None and message.startswith("Too many headers"):
+            error = HeadersTooLarge(f"more than {self.max_headers} headers")
         else:
             error = InvalidRequest("this is no valid HTTP request")
         response = error_response(error)

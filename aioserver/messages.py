@@ -14,6 +14,7 @@ Server to client:
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,19 +54,27 @@ class Chat:
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def digest(self) -> bytes:
-        """Equal for equal questions: tells a repeated request from a conflicting one."""
-        return orjson.dumps(
-            [
-                self.text,
-                self.messages,
-                self.streaming,
-                self.conversation_id,
-                self.provider,
-                self.model,
-                self.options,
-            ],
-            option=orjson.OPT_SORT_KEYS,
-        )
+        """Equal for equal questions: tells a repeated request from a conflicting one.
+
+        A hash, since it is kept as long as the answer and a question may have megabytes.
+
+        Raises:
+            InvalidRequest: nested deeper than orjson writes (254 levels; it reads 1,024).
+        """
+        question = [
+            self.text,
+            self.messages,
+            self.streaming,
+            self.conversation_id,
+            self.provider,
+            self.model,
+            self.options,
+        ]
+        try:
+            written = orjson.dumps(question, option=orjson.OPT_SORT_KEYS)
+        except orjson.JSONEncodeError:
+            raise InvalidRequest("the question is nested too deeply") from None
+        return hashlib.sha256(written).digest()
 
 
 @dataclass(frozen=True, slots=True)

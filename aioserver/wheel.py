@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Member(Protocol):
-    """Who wants to be visited. *bucket* belongs to the wheel; 0 where the member is in none."""
+    """Who wants to be visited. *bucket* belongs to the wheel: 0 in none, -1 while visited."""
 
     bucket: int
 

@@ -262,4 +262,4 @@ async def test_a_prompt_beyond_the_context_is_never_a_silent_end(house: House) -
             )
 
     assert refused.value.code == "context_length_exceeded"
-    assert (broken.value.status_code, broken.value.code) == (502, "provider_disconnected")
+    assert (broken.value.status_code, broken.value.code) == (502, "provider_bad_response")

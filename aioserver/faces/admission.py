@@ -151,8 +151,12 @@ def counted(
                 if refuse is None:
                     raise
                 return await refuse(request, error)
-        with place:
-            return await serve(request, prepared)
+        admission.log("opened", face)
+        try:
+            with place:
+                return await serve(request, prepared)
+        finally:
+            admission.log("closed", face)
 
     return handler
 

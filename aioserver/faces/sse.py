@@ -142,8 +142,6 @@ def render(stream: Stream, entry: Entry, skip: int) -> bytes:
 
 
 async def _follow(request: web.Request, stream: Stream, after: int) -> web.StreamResponse:
-    admission = request.app[keys.ADMISSION]
-
     def queued(position: int, eta: float) -> bytes:
         chunk = {"position": position, "eta": round(eta, 1)}
         return eventstream.write(
@@ -151,11 +149,9 @@ async def _follow(request: web.Request, stream: Stream, after: int) -> web.Strea
         )
 
     response = Events(request)
-    admission.log("opened", "sse")
     try:
         await follow(request, response, stream, after, render, first=RETRY, queued=queued)
     finally:
         if not stream.readers:
             request.app[keys.GATEWAY].unread(stream)  # also where nothing was ever followed
-        admission.log("closed", "sse")
     return response

@@ -4,7 +4,8 @@ One task reads, always: a reader that stops does not see its client go. Commands
 that task without waiting for anything; the answers are written by the socket's one writer, which
 follows their streams. Frames go straight to the transport, ready-made: no compression, and no
 masking from a server. Pings are ours: aiohttp's heartbeat has a fixed wait and closes without a
-close frame.
+close frame. So is the closing handshake: aiohttp ends the connection together with its close
+frame, and where the client is still sending then, the kernel's reset can destroy that frame.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import struct
 import uuid
 from typing import TYPE_CHECKING
 
-from aiohttp import WSCloseCode, WSMsgType, web
+from aiohttp import WebSocketError, WSCloseCode, WSMsgType, web
 
 from aioserver import keys, messages
 from aioserver.auth import anonymous
@@ -41,7 +42,7 @@ MAX_WAITING_FRAMES = 16  # kept of a socket that waits for its place
 MAX_WAITING_BYTES = 1 << 20
 FRAMES_PER_SECOND, FRAMES_BURST = 100, 200  # beyond: a flood
 CLOSE_TIMEOUT = 2.0  # seconds for a client to take what is left, and to answer a close frame
-_TEXT, _PING, _PONG = 0x81, 0x89, 0x8A
+_TEXT, _CLOSE, _PING, _PONG = 0x81, 0x88, 0x89, 0x8A
 
 
 def _frame(first: int, payload: bytes) -> bytes:
@@ -61,6 +62,20 @@ def render(stream: Stream, entry: Entry, skip: int) -> bytes:
     return b"".join([_frame(_TEXT, frame) for frame in frames[skip:]])
 
 
+class Upgraded(web.WebSocketResponse):
+    """aiohttp's handshake and parser. It closes nothing itself: that is `Socket`'s."""
+
+    async def close(
+        self,
+        *,
+        code: int = WSCloseCode.OK,  # noqa: ARG002 - aiohttp's signature
+        message: bytes = b"",  # noqa: ARG002
+        drain: bool = True,  # noqa: ARG002
+    ) -> bool:
+        """Nothing."""
+        return False
+
+
 async def handler(request: web.Request) -> web.StreamResponse:
     """One socket, from handshake to close."""
     app = request.app
@@ -69,8 +84,7 @@ async def handler(request: web.Request) -> web.StreamResponse:
     if admission.refused_closing >= MAX_REFUSED_CLOSING:
         raise ServerAtCapacity("too many refused sockets are still closing", retry_after=5.0)
     limits = app[keys.SETTINGS].chat.websocket
-    ws = web.WebSocketResponse(
-        timeout=CLOSE_TIMEOUT,
+    ws = Upgraded(
         autoping=False,
         autoclose=False,
         compress=False,
@@ -99,7 +113,7 @@ class Socket:
     def __init__(
         self,
         request: web.Request,
-        ws: web.WebSocketResponse,
+        ws: Upgraded,
         transport: asyncio.Transport,
         drain: object,
     ) -> None:
@@ -131,6 +145,8 @@ class Socket:
         self._pinged = False  # a ping was sent, its wait is not over
         self._last_request = self._loop.time()
         self._close_task: asyncio.Task[None] | None = None
+        self._left = asyncio.Event()  # the client has said that it closes, or is gone
+        self._deaf = False  # after a fault in its frames nothing more is parsed
         self._refused_closing = False
         app[keys.WHEEL].add(self, self._limits.ping_interval)
 
@@ -176,6 +192,9 @@ class Socket:
                 case WSMsgType.BINARY:
                     self._end(WSCloseCode.UNSUPPORTED_DATA, b"text frames only")
                 case _:
+                    if isinstance(message.data, WebSocketError):
+                        self._deaf = True
+                        self._end(message.data.code, b"")
                     return
 
     def _text(self, text: str) -> None:
@@ -303,22 +322,35 @@ class Socket:
             self._end(error.close, error.close_reason)
 
     def _end(self, code: int, reason: bytes, *, lost: bool = False) -> None:
+        """Close with *code*. *lost*: the client answers nothing, the close frame is a courtesy."""
         if self._close_task is None:
             self._close_task = self._loop.create_task(self._close(code, reason, lost=lost))
 
     async def _close(self, code: int, reason: bytes, *, lost: bool) -> None:
-        if lost:  # the client answers nothing: the close frame is a courtesy
-            self._writer.send(_frame(0x88, struct.pack("!H", code) + reason))
-            self._writer.close()
+        if not lost:
+            with contextlib.suppress(TimeoutError):  # an answer may go on, its reader be slow
+                async with asyncio.timeout(CLOSE_TIMEOUT):
+                    await self._writer.flush()
+        self._last_frame(code, reason)
+        if lost:
             self._transport.close()
             return
-        with contextlib.suppress(TimeoutError):  # an answer may go on, and its reader be slow
+        if self._deaf and not self._transport.is_closing():
+            self._transport.write_eof()  # its answer is not understood: its end will be
+        # What the client still sends is read, and means nothing: an end of the connection before
+        # it has read the close frame would be a reset, and that frame's loss.
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(CLOSE_TIMEOUT):
-                await self._writer.flush()
+                await self._left.wait()
+        if self._left.is_set():
+            self._transport.close()
+        else:
+            self._transport.abort()  # close() would wait for ever for a client that reads nothing
+
+    def _last_frame(self, code: int, reason: bytes) -> None:
+        if not self._transport.is_closing():
+            self._transport.write(_frame(_CLOSE, struct.pack("!H", code) + reason))
         self._writer.close()
-        # Not drained: on a stalled client that would wait for ever. The watch of the writer and
-        # the timeout of the close handshake bound what comes now.
-        await self._ws.close(code=code, message=reason, drain=False)
 
     async def close(self) -> None:
         """The socket is over: follow nothing, answer the client's close, leave nothing behind."""
@@ -327,11 +359,12 @@ class Socket:
             self._admission.log("closed", "websocket")
         try:
             if self._close_task is None:
-                self._writer.close()
-                if not self._ws.closed:
-                    await self._ws.close(drain=False)
-            else:
-                await self._close_task
+                self._last_frame(WSCloseCode.OK, b"")
+                self._transport.close()
+                return
+            if not self._deaf:
+                self._left.set()
+            await self._close_task
         finally:
             self._writer.close()
             if self._refused_closing:

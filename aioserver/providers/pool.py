@@ -10,7 +10,7 @@ aiohttp's `keepalive_timeout`, looked at on reuse and by a sweep.
 connector never has a waiter of its own and `connect_timeout` is DNS, TCP and TLS together.
 
 Private names of aiohttp used here, guarded by `tests/providers/test_pool.py`: `_factory`, `_conns`,
-`_release`.
+`_release`, `_acquired`.
 """
 
 from __future__ import annotations

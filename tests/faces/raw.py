@@ -97,6 +97,10 @@ class Raw:
         data, _, self._rest = self._rest.partition(mark)
         return data + mark
 
+    def widen(self) -> None:
+        """Take large pieces from now on: through a small buffer megabytes take long."""
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+
     async def to_the_end(self) -> bytes:
         """What comes until the server closes; a reset is an end, too."""
         try:

@@ -12,7 +12,7 @@ import pytest
 from aiohttp import WSMsgType
 
 from aioserver import keys
-from aioserver.faces import admission, http
+from aioserver.faces import admission, http, websocket
 from aioserver.providers.simulator import Behaviour
 from tests.faces.raw import CLOSE, TEXT, Raw, closing
 from tests.faces.talk import CHAT, cancel, chat, frames_of, to_end, until_status
@@ -171,8 +171,9 @@ async def test_a_waiter_that_leaves_frees_its_place_in_the_line(
 
 
 async def test_a_refused_websocket_that_never_answers_its_close_is_let_go(
-    make_house: Make,
+    make_house: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(websocket, "CLOSE_TIMEOUT", 0.3)
     house = await make_house(**limits(timeout=0))
     async with full(house), Raw(house) as raw:
         await raw.upgrade()
@@ -423,8 +424,9 @@ async def test_the_count_never_drifts(make_house: Make, caplog: pytest.LogCaptur
 
 
 async def test_frames_that_came_before_a_socket_was_sent_away_are_not_carried_out(
-    make_house: Make,
+    make_house: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(websocket, "CLOSE_TIMEOUT", 0.3)
     house = await make_house(**limits(places=1, line=1, timeout=30.0))
     async with full(house) as (ws,), Raw(house) as raw:
         await raw.upgrade()

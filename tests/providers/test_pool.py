@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
-import datetime
+import datetime as dt
 import inspect
 import random
 import socket
@@ -271,7 +271,7 @@ async def full_listener() -> AsyncIterator[int]:
         port = listener.getsockname()[1]
         for _ in range(16):
             one = stack.enter_context(socket.socket())
-            one.setblocking(False)  # noqa: FBT003 - the socket's own signature
+            one.setblocking(False)
             try:
                 await asyncio.wait_for(loop.sock_connect(one, ("127.0.0.1", port)), 0.1)
             except TimeoutError:
@@ -394,7 +394,7 @@ async def test_leaving_a_tls_stream_aborts_it_without_a_farewell(
 async def test_a_certificate_that_does_not_hold_is_a_fault_of_its_own(
     fault: str, authority: trustme.CA, ca_file: str
 ) -> None:
-    past = datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC)
+    past = dt.datetime(2020, 1, 1, tzinfo=dt.UTC)
     certificate = {
         "unknown authority": lambda: trustme.CA().issue_cert("127.0.0.1"),
         "wrong name": lambda: authority.issue_cert("elsewhere.test"),

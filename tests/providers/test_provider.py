@@ -112,9 +112,11 @@ def lines_of(request: bytes) -> list[str]:
 )
 async def test_the_path_of_the_base_url_stays_in_front(path: str, expected: str) -> None:
     play, requests = serving()
-    async with Played(play) as server:
-        async with provider_at(f"http://127.0.0.1:{server.port}{path}") as provider:
-            await provider.call(question(streamed=False))
+    async with (
+        Played(play) as server,
+        provider_at(f"http://127.0.0.1:{server.port}{path}") as provider,
+    ):
+        await provider.call(question(streamed=False))
 
     assert lines_of(requests[0])[0] == f"POST {expected} HTTP/1.1"
     assert f"Host: 127.0.0.1:{server.port}" in lines_of(requests[0])
@@ -236,11 +238,10 @@ async def test_what_an_answer_means(
     model: str, fault: type[ProviderFault], streamed: bool, simulator: Simulator
 ) -> None:
     async with provider_at(simulator.base_url) as provider:
+        asked = question(model, streamed=streamed)
+        answering = provider.fill(new_stream(), asked) if streamed else provider.call(asked)
         with pytest.raises(ProviderFault) as raised:
-            if streamed:
-                await fill(provider, model)
-            else:
-                await provider.call(question(model, streamed=False))
+            await answering
 
     assert type(raised.value) is fault
     assert simulator.stats().requests == 1
