@@ -247,6 +247,7 @@ def test_any_text_is_a_command_or_a_bad_one(text: str | bytes) -> None:
     survives(text)
 
 
+@unhurried
 @given(st.text(alphabet=st.characters(codec=None), max_size=8))
 def test_lone_surrogates_are_no_json(text: str) -> None:
     survives(f'{{"action":"ping","request_id":"{text}"}}')
@@ -302,6 +303,7 @@ def test_what_can_be_read_but_not_written_is_refused(where: str) -> None:
 # Frames.
 
 
+@unhurried
 @given(
     st.none() | st.text(st.characters(exclude_categories=["Cs"])),
     st.integers(1, 2**40),

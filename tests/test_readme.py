@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from aioserver import settings
@@ -29,3 +30,16 @@ def test_the_map_names_every_module() -> None:
 
 def test_the_packaged_configuration_is_the_shipped_one() -> None:
     assert (ROOT / "config.yaml").read_bytes() == (ROOT / "aioserver/config.yaml").read_bytes()
+
+
+def test_every_test_that_the_docs_name_exists() -> None:
+    text = (ROOT / "docs/concurrency.md").read_text()
+    file, missing, found = "", [], 0
+    for match in re.finditer(r"`(?:(tests/[\w/]+\.py)|…)::(\w+)`", text):
+        file, name = match[1] or file, match[2]
+        found += 1
+        if f"def {name}(" not in (ROOT / file).read_text():
+            missing.append(f"{file}::{name}")
+
+    assert found > 30
+    assert missing == []

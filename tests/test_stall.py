@@ -97,9 +97,7 @@ def test_a_stopped_watch_gives_no_alarm() -> None:
 
 def test_an_alarm_may_stop_its_own_watch() -> None:
     watched = Watched()
-    watch = StallWatch(
-        watched.clock.loop, watched.buffer, TIMEOUT / 2, lambda: (watch.stop(), None)[1]
-    )
+    watch = StallWatch(watched.clock.loop, watched.buffer, TIMEOUT / 2, lambda: watch.stop())
 
     watched.clock.advance(100.0)
 

@@ -1,0 +1,189 @@
+"""Every error's appearance, against the table of CONTRACT 7."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+
+from aioserver import errors
+from aioserver.errors import (
+    AioserverError,
+    InternalError,
+    ProviderError,
+    ProviderFault,
+    ProviderRefused,
+    RateLimitExceeded,
+    ReadTimeout,
+    RequestConflict,
+    ServerAtCapacity,
+    ServerShutdown,
+    http_headers,
+    public,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+TABLE = {
+    400: {"invalid_json", "invalid_request"},
+    401: {"missing_api_key", "invalid_api_key"},
+    403: {"origin_not_allowed"},
+    404: {"not_found", "model_not_found", "stream_not_found"},
+    405: {"method_not_allowed"},
+    408: {"request_timeout"},
+    409: {"resume_gap", "request_conflict"},
+    413: {"request_too_large"},
+    414: {"uri_too_long"},
+    415: {"unsupported_media_type"},
+    429: {"rate_limit_exceeded", "concurrency_exceeded", "provider_rate_limited"},
+    431: {"headers_too_large"},
+    500: {"internal_error"},
+    502: {
+        *("connect_error", "provider_disconnected", "provider_bad_response"),
+        *("provider_auth_error", "provider_error"),
+    },
+    503: {
+        *("server_at_capacity", "provider_queue_full", "provider_queue_timeout", "pool_timeout"),
+        *("circuit_open", "no_provider", "server_shutdown"),
+    },
+    504: {"connect_timeout", "read_timeout", "write_timeout"},
+}
+TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    409: "conflict_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    502: "provider_error",
+    503: "service_unavailable_error",
+    504: "provider_error",
+}
+
+
+def descendants(cls: type[AioserverError]) -> Iterator[type[AioserverError]]:
+    for child in cls.__subclasses__():
+        if child.__module__ == errors.__name__:
+            yield child
+            yield from descendants(child)
+
+
+ALL = sorted(
+    set(descendants(AioserverError)) - {ProviderFault, ProviderRefused},
+    key=lambda cls: cls.__name__,
+)
+
+
+def test_there_are_errors_of_every_kind() -> None:
+    assert len(ALL) > 25
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_each_class_has_the_status_of_the_contract(cls: type[AioserverError]) -> None:
+    assert cls.code in TABLE[cls.status]
+    assert cls("what happened").http_status == cls.status
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_each_body_is_openais_error_object(cls: type[AioserverError]) -> None:
+    error = cls("what happened", param="field")
+
+    assert json.loads(error.body()) == {
+        "error": {
+            "message": "what happened",
+            "type": TYPES.get(cls.status, "invalid_request_error"),
+            "param": "field",
+            "code": cls.code,
+        }
+    }
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_each_chunk_says_what_a_client_may_do(cls: type[AioserverError]) -> None:
+    assert cls("what happened").as_chunk() == {
+        "error": "what happened",
+        "code": cls.code,
+        "retryable": cls.retryable,
+    }
+    assert cls("what happened", retry_after=2.00049).as_chunk()["retry_after"] == 2.0
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_each_503_says_when_to_come_back(cls: type[AioserverError]) -> None:
+    assert ("Retry-After" in http_headers(cls("what happened"))) == (cls.status == 503)
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_each_close_fits_a_close_frame(cls: type[AioserverError]) -> None:
+    assert cls.close is None or cls.close == 1000 or 1001 <= cls.close <= 1014
+    assert len(cls.close_reason) <= 123
+    assert cls.close is not None or not cls.close_reason
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_each_fault_that_can_be_repeated_says_so(cls: type[AioserverError]) -> None:
+    if issubclass(cls, ProviderFault) and cls.retry:
+        assert cls.failover
+        assert cls.retryable
+
+
+def test_the_close_codes_are_those_of_the_contract() -> None:
+    assert (ServerAtCapacity.close, ServerAtCapacity.close_reason) == (
+        1013,
+        b"Server at maximum capacity, try again later",
+    )
+    assert ServerShutdown.close == 1012
+    assert errors.RequestTooLarge.close == 1009
+    assert RateLimitExceeded.close == 1008
+
+
+@pytest.mark.parametrize(
+    ("seconds", "header"), [(0.0, "1"), (0.2, "1"), (1.4, "1"), (2.6, "3"), (60.0, "60")]
+)
+def test_retry_after_is_in_whole_seconds_from_1_on(seconds: float, header: str) -> None:
+    assert http_headers(ServerAtCapacity("full", retry_after=seconds))["Retry-After"] == header
+    assert http_headers(RateLimitExceeded("slow", retry_after=seconds))["Retry-After"] == header
+
+
+def test_sdks_are_told_not_to_repeat_what_was_sent_to_a_provider() -> None:
+    for error in (ReadTimeout("slow"), ProviderError("500"), RequestConflict("known")):
+        assert http_headers(error)["x-should-retry"] == "false"
+    for other in (ServerAtCapacity("full"), InternalError("bug"), RateLimitExceeded("slow")):
+        assert "x-should-retry" not in http_headers(other)
+
+
+def test_a_providers_refusal_passes_body_and_all() -> None:
+    refused = ProviderRefused("refused", 422, b'{"error": {"message": "theirs"}}')
+
+    assert refused.http_status == 422
+    assert refused.body() == b'{"error": {"message": "theirs"}}'
+    assert refused.as_object()["type"] == "invalid_request_error"
+    assert "theirs" not in json.dumps(refused.as_chunk())
+    assert not refused.retry
+    assert not refused.failover
+    assert not refused.failure
+
+
+@pytest.mark.parametrize(
+    "fault", [KeyError("sk-secret"), TypeError("sk-secret"), ExceptionGroup("g", [OSError()])]
+)
+def test_an_unknown_exception_shows_nothing_of_itself(fault: BaseException) -> None:
+    shown = public(fault)
+
+    assert type(shown) is InternalError
+    assert shown.message == "internal error"
+    assert b"secret" not in shown.body()
+    assert "secret" not in str(shown)
+
+
+def test_a_known_error_is_shown_as_it_is() -> None:
+    error = ServerAtCapacity("full")
+
+    assert public(error) is error
+
+
+def test_codes_of_different_statuses_are_different() -> None:
+    for (status, codes), (other, others) in itertools.combinations(TABLE.items(), 2):
+        assert not codes & others, (status, other)
