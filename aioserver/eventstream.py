@@ -60,7 +60,7 @@ class Splitter:
             ProviderBadResponse: an event of more than *max_event_bytes*.
         """
         data = self._rest + chunk if self._rest else chunk
-        seen = max(0, len(self._rest) - 3)  # no blank line before; one has up to four bytes
+        seen = max(0, len(self._rest) - 2)  # the rest ends with one line end at most
         if not self._started and data:
             if data[:3] != BOM[: len(data)]:
                 self._started = True

@@ -172,6 +172,7 @@ class Gateway:
             self._start(stream, self._call(route, stream, ask))
         reader = _EndReader(stream)
         stream.readers.append(reader)
+        self.read(stream)
         try:
             await reader.ended.wait()
         finally:

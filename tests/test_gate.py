@@ -414,6 +414,22 @@ async def test_close_in_the_tick_of_cancellation_leaves_no_lost_exception() -> N
     assert gate.inside == 0
 
 
+async def test_who_gives_up_in_the_tick_of_the_close_is_no_trouble() -> None:
+    gate = gate_of()
+    place = await gate.enter()
+    first, second = await waiting(gate), await waiting(gate)
+
+    first.cancel()
+    gate.close(ServerShutdown("the server is stopping"))
+
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    with pytest.raises(ServerShutdown):
+        await second
+    place.release()
+    assert gate.inside == gate.waiting == 0
+
+
 async def test_who_was_handed_its_place_before_the_close_has_it() -> None:
     gate = gate_of()
     place = await gate.enter()

@@ -98,7 +98,7 @@ async def test_a_named_provider_that_cannot_be_asked_is_not_found(
     tmp_path: Path, model: str | None, provider: str | None
 ) -> None:
     async with router_of(tmp_path) as router:
-        with pytest.raises(ModelNotFound, match=r"there are: sim, local$") as caught:
+        with pytest.raises(ModelNotFound, match=r"there are: local, sim$") as caught:
             router.route(model, provider)
 
     assert caught.value.http_status == 404

@@ -16,6 +16,7 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
+from aiohttp.http import HttpVersion11
 
 from aioserver import __version__, messages
 from aioserver.errors import (
@@ -120,9 +121,14 @@ def error_response(error: AioserverError) -> web.Response:
     return response
 
 
-def last_of_connection(request: web.Request, response: web.StreamResponse) -> None:
-    """Tell the client that this is the last answer on its connection, where it is."""
-    if request.get(LAST):
+def last_of_connection(
+    request: web.Request, response: web.StreamResponse, *, streamed: bool = False
+) -> None:
+    """Tell the client that this is the last answer on its connection, where it is.
+
+    A *streamed* body of HTTP/1.0 has neither chunks nor a length: only the close ends it.
+    """
+    if request.get(LAST) or (streamed and request.version < HttpVersion11):
         response.headers["Connection"] = "close"
         response.force_close()
 

@@ -195,7 +195,7 @@ def _streamed_response(request: web.Request, stream: Stream) -> web.StreamRespon
         headers["x-aioserver-provider"] = stream.provider
         headers["x-aioserver-attempts"] = str(stream.attempts)
     response = web.StreamResponse(headers=headers)
-    http.last_of_connection(request, response)
+    http.last_of_connection(request, response, streamed=True)
     return response
 
 

@@ -36,7 +36,7 @@ class Events(EventSourceResponse):
 
     def __init__(self, request: web.Request) -> None:
         super().__init__(sep="\n", allow_all_methods=True, send_timeout=None)
-        http.last_of_connection(request, self)
+        http.last_of_connection(request, self, streamed=True)
 
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
         """Send the head."""
@@ -96,13 +96,22 @@ async def resume(request: web.Request, found: tuple[Stream, int]) -> web.StreamR
     stream, after = found
     if stream.ended and after >= stream.last:
         return web.Response(status=204)
+    if request.method == "HEAD":
+        return await _head(request)
     return await _follow(request, stream, after)
+
+
+async def _head(request: web.Request) -> web.StreamResponse:
+    response = Events(request)
+    await response.prepare(request)
+    return response
 
 
 async def busy(request: web.Request, error: ServerAtCapacity) -> web.StreamResponse:
     """No place for a GET: any status but 200 would stop an EventSource for good."""
-    response = Events(request)
-    await response.prepare(request)
+    response = await _head(request)
+    if request.method == "HEAD":
+        return response
     frame = messages.loose_frame(request.match_info["request_id"], "busy", error.as_chunk())
     await response.write(RETRY + eventstream.write(frame, event="busy"))
     return response

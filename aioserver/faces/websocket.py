@@ -286,8 +286,8 @@ class Socket:
         self._writer.send(_frame(_TEXT, messages.loose_frame(request_id, status, chunk)))
 
     def _complain(self, request_id: str | None, error: AioserverError) -> None:
-        if isinstance(error, ServerShutdown):
-            self.end(error)
+        if isinstance(error, ServerShutdown) and not self._following:
+            self.end(error)  # else once the answers that run have had their time
         else:
             self._say(request_id, "error", error.as_chunk())
 

@@ -117,8 +117,9 @@ class Provider:
             limits,
             proxy=given.proxy,
             ca_file=given.ca_file,
-            demand=lambda: self._gate.waiting,
+            demand=lambda: self._coming,
         )
+        self._coming = 0  # who waits, or has a place and has not run since: the gate counts less
         self._base = URL(base_url)
         self._heads: dict[str, bytes] = {}
 
@@ -233,7 +234,11 @@ class Provider:
         place = self._gate.try_enter()
         if place is None:
             self.on_wait(self)
-            place = await self._gate.enter(ask.line, told=told)
+            self._coming += 1
+            try:
+                place = await self._gate.enter(ask.line, told=told)
+            finally:
+                self._coming -= 1  # nothing else runs before it asks the pool
         with place:
             if started is not None:
                 started()

@@ -407,16 +407,17 @@ async def test_a_reader_slower_than_the_read_timeout_does_not_end_the_stream(
         assert stream.end_status == COMPLETE
 
 
-async def test_many_requests_use_few_sockets(simulator: Simulator) -> None:
-    limits = {"max_keepalive": 2, "concurrent_requests": 6, "queue_size": 100}
+@pytest.mark.parametrize("keepalive", [0, 2, 6])
+async def test_many_requests_use_few_sockets(keepalive: int, simulator: Simulator) -> None:
+    limits = {"max_keepalive": keepalive, "concurrent_requests": 6, "queue_size": 200}
     async with provider_at(simulator.base_url, limits) as provider:
-        done = await asyncio.gather(*(fill(provider) for _ in range(24)))
+        done = await asyncio.gather(*(fill(provider) for _ in range(96)))
 
         assert {stream.end_status for stream in done} == {COMPLETE}
         assert simulator.stats().peak_active <= 6
         assert simulator.stats().connections_accepted == 6
-        assert provider.stats().pool.idle == 2
-        await simulator.until(lambda stats: stats.open_connections == 2)
+        await simulator.until(lambda stats: stats.open_connections == keepalive)
+        assert provider.stats().pool.idle == keepalive
 
 
 async def test_a_connection_kept_for_a_request_that_cannot_be_written_is_closed(

@@ -1,0 +1,567 @@
+"""The OpenAI face: the official SDK unchanged, and the provider's bytes as they came."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from typing import TYPE_CHECKING, Any
+
+import openai
+import pytest
+from openai import AsyncOpenAI
+
+from aioserver.providers.simulator import Behaviour
+from tests.faces.raw import Raw
+from tests.faces.talk import CHAT
+from tests.house import HTTP_CLIENT, until
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+
+    from tests.house import House
+
+    Make = Callable[..., Awaitable[House]]
+
+MESSAGES: list[Any] = [{"role": "user", "content": "Hello"}]
+STREAMED = {**CHAT, "stream": True}
+SILENT = Behaviour(ttft=60)
+BEAT = b": keep-alive\n\n"
+
+
+@pytest.fixture
+async def sdk(house: House) -> AsyncIterator[AsyncOpenAI]:
+    async with AsyncOpenAI(api_key="unused", base_url=house.v1, max_retries=0) as client:
+        yield client
+
+
+def post(house: House, body: object, path: str = "chat/completions") -> Any:
+    return house.session.post(f"{house.v1}/{path}", json=body)
+
+
+async def error_of(response: Any) -> dict[str, Any]:
+    body = await response.json()
+    assert body.keys() == {"error"}
+    assert body["error"].keys() == {"message", "type", "param", "code"}
+    return dict(body["error"])
+
+
+# The SDK.
+
+
+async def test_chat_completions(sdk: AsyncOpenAI) -> None:
+    whole = await sdk.chat.completions.create(model="sim", messages=MESSAGES)
+    stream = await sdk.chat.completions.create(
+        model="sim", messages=MESSAGES, stream=True, stream_options={"include_usage": True}
+    )
+    parts = [part async for part in stream]
+
+    text = "".join([part.choices[0].delta.content or "" for part in parts if part.choices])
+    assert text == whole.choices[0].message.content
+    assert parts[-1].usage is not None
+    assert parts[-1].usage.completion_tokens > 0
+
+
+async def test_completions(sdk: AsyncOpenAI) -> None:
+    whole = await sdk.completions.create(model="sim", prompt="Hello")
+    stream = await sdk.completions.create(model="sim", prompt="Hello", stream=True)
+
+    text = "".join([part.choices[0].text async for part in stream])
+    assert text == whole.choices[0].text
+    assert text
+
+
+async def test_embeddings(sdk: AsyncOpenAI) -> None:
+    answer = await sdk.embeddings.create(model="sim", input=["a", "b"])
+
+    assert [one.index for one in answer.data] == [0, 1]
+    assert len(answer.data[0].embedding) == 8
+
+
+async def test_responses(sdk: AsyncOpenAI) -> None:
+    whole = await sdk.responses.create(model="sim", input="Hello")
+    kinds, text = [], ""
+    async for event in await sdk.responses.create(model="sim", input="Hello", stream=True):
+        kinds.append(event.type)
+        if event.type == "response.output_text.delta":
+            text += event.delta
+
+    assert text == whole.output_text
+    assert (kinds[0], kinds[-1]) == ("response.created", "response.completed")
+
+
+async def test_models(make_house: Make) -> None:
+    other = {
+        "base_url": "http://127.0.0.1:9/v1",
+        "model": "org/own",
+        "models": ["more"],
+        "http_client": HTTP_CLIENT,
+    }
+    keyless = {**other, "api_key_env": "NO_SUCH_KEY"}
+    house = await make_house(
+        **{"llm.providers.other": other, "llm.providers.keyless": keyless}
+    )
+    async with AsyncOpenAI(api_key="unused", base_url=house.v1, max_retries=0) as sdk:
+        listed = {one.id: one.owned_by async for one in sdk.models.list()}
+        for name in ("sim", "sim/sim-model", "sim-model", "other/org/own", "org/own", "more"):
+            assert (await sdk.models.retrieve(name)).id.endswith(name)
+        for name in ("nobody", "keyless"):
+            with pytest.raises(openai.NotFoundError) as caught:
+                await sdk.models.retrieve(name)
+            assert caught.value.code == "model_not_found"
+
+    assert listed == {
+        "sim": "sim",
+        "sim/sim-model": "sim",
+        "other": "other",
+        "other/org/own": "other",
+        "other/more": "other",
+    }
+
+
+async def test_the_sdk_raises_its_own_errors_with_our_codes(sdk: AsyncOpenAI) -> None:
+    with pytest.raises(openai.BadRequestError):
+        await sdk.chat.completions.create(model="sim", messages=[])
+    with pytest.raises(openai.InternalServerError) as caught:
+        await sdk.chat.completions.create(model="fault-status-500", messages=MESSAGES)
+    assert (caught.value.status_code, caught.value.code) == (502, "provider_error")
+    stream = await sdk.chat.completions.create(
+        model="fault-end-3", messages=MESSAGES, stream=True
+    )
+    with pytest.raises(openai.APIError) as broken:
+        async for _ in stream:
+            pass
+    assert broken.value.code == "provider_disconnected"
+
+
+async def test_the_sdk_does_not_repeat_what_was_sent_already(house: House) -> None:
+    async with AsyncOpenAI(api_key="unused", base_url=house.v1, max_retries=2) as sdk:
+        for model in ("fault-status-500", "fault-drop", "fault-html"):
+            before = house.simulator.stats().requests
+            with pytest.raises(openai.InternalServerError):
+                await sdk.chat.completions.create(model=model, messages=MESSAGES)
+            assert house.simulator.stats().requests == before + 1
+
+
+# Byte for byte.
+
+
+def alike(body: bytes) -> bytes:
+    """Without what differs from answer to answer: ids and times."""
+    body = re.sub(rb"(chatcmpl-|cmpl-|resp_|msg_|fc_|call_)[0-9a-f]{24}", rb"\1", body)
+    return re.sub(rb'"(created|created_at)":\d+', rb'"\1":0', body)
+
+
+BODIES: dict[str, dict[str, Any]] = {
+    "chat/completions": {"messages": MESSAGES, "stream_options": {"include_usage": True}},
+    "completions": {"prompt": "Hello"},
+    "responses": {"input": "Hello"},
+    "embeddings": {"input": "Hello"},
+}
+
+
+@pytest.mark.parametrize("path", BODIES)
+@pytest.mark.parametrize("streamed", [True, False])
+async def test_the_providers_answer_comes_byte_for_byte(
+    house: House, path: str, streamed: bool
+) -> None:
+    body = {"model": "any", **BODIES[path], "stream": streamed}
+    if path == "embeddings" and streamed:
+        pytest.skip("never streamed")
+    async with house.session.post(f"{house.simulator.base_url}/{path}", json=body) as response:
+        straight = await response.read()
+        kind = response.headers["Content-Type"]
+    async with post(house, body, path) as response:
+        through = await response.read()
+
+    assert alike(through) == alike(straight)
+    assert response.headers["Content-Type"] == kind
+    assert response.headers["x-aioserver-provider"] == "sim"
+    assert response.headers["x-aioserver-attempts"] == "1"
+    assert response.headers["x-request-id"]
+
+
+@pytest.mark.parametrize(
+    "model",
+    ["fault-crlf", "fault-cr", "fault-multi-data", "fault-comments", "fault-slices", "fault-1xx"],
+)
+async def test_unusual_answers_pass_as_they_are(house: House, model: str) -> None:
+    body = {**STREAMED, "model": model, "max_tokens": 6}
+    async with house.session.post(
+        f"{house.simulator.base_url}/chat/completions", json=body
+    ) as response:
+        straight = await response.read()
+    async with post(house, body) as response:
+        through = await response.read()
+
+    assert alike(through).replace(b"\r\n", b"\n").replace(b"\r", b"\n") == alike(
+        straight
+    ).replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+
+
+async def test_a_forgotten_done_is_put_to_a_finished_answer(house: House) -> None:
+    async with post(house, {**STREAMED, "model": "fault-no-done"}) as response:
+        body = await response.read()
+
+    assert body.endswith(b"data: [DONE]\n\n")
+    assert body.count(b"[DONE]") == 1
+
+
+async def test_the_answer_ends_with_the_providers_done(house: House) -> None:
+    for model in ("fault-after-done", "fault-open-done"):
+        async with asyncio.timeout(5), post(house, {**STREAMED, "model": model}) as response:
+            assert (await response.read()).endswith(b"data: [DONE]\n\n")
+
+
+async def test_each_event_comes_as_soon_as_the_provider_sends_it(make_house: Make) -> None:
+    house = await make_house(Behaviour(ttft=0, interval=60, tokens=5))
+    async with asyncio.timeout(5), post(house, STREAMED) as response:
+        first = await response.content.readuntil(b"\n\n")
+        second = await response.content.readuntil(b"\n\n")
+
+    assert b'"role":"assistant"' in first
+    assert b'"content"' in second
+    await house.simulator.until(lambda stats: stats.aborted == 1)
+
+
+async def test_the_providers_own_headers_pass_and_no_others(make_house: Make) -> None:
+    headers = (
+        ("x-ratelimit-remaining-requests", "59"),
+        ("openai-processing-ms", "12"),
+        ("Set-Cookie", "a=b"),
+        ("openai-organization", "secret"),
+        ("x-request-id", "theirs"),
+    )
+    house = await make_house(Behaviour(ttft=0, interval=0, headers=headers))
+    for body in (CHAT, STREAMED):
+        async with post(house, body) as response:
+            await response.read()
+        assert response.headers["x-ratelimit-remaining-requests"] == "59"
+        assert response.headers["openai-processing-ms"] == "12"
+        assert "Set-Cookie" not in response.headers
+        assert "openai-organization" not in response.headers
+        assert response.headers["x-request-id"] != "theirs"
+        assert response.headers["Server"] == "aioserver"
+
+
+# What is sent to the provider.
+
+
+ODD = b'{ "messages" : [{"role":"user","content":"h\\u00e9 \xc3\xa9"}],"x":{"deep":[1.50, 1e2]},%b "y":null}'
+
+
+async def sent(house: House, body: bytes) -> bytes:
+    headers = {"Content-Type": "application/json"}
+    async with house.session.post(
+        house.v1 + "/chat/completions", data=body, headers=headers
+    ) as response:
+        await response.read()
+        assert response.status == 200
+    seen = house.simulator.requests[-1]
+    assert "unused" not in seen.headers.get("authorization", "")
+    return seen.body
+
+
+@pytest.mark.parametrize("model", ["sim-model", "org/name", "gpt-4o", "sim2", "sim-model/x"])
+async def test_a_body_whose_model_is_not_replaced_goes_on_as_it_came(
+    house: House, model: str
+) -> None:
+    body = ODD % f'"model": "{model}" ,'.encode()
+
+    assert await sent(house, body) == body
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (b"", "sim-model"),
+        (b'"model":null,', "sim-model"),
+        (b'"model":"sim",', "sim-model"),
+        (b'"model":"sim/other",', "other"),
+        (b'"model":"sim/org/other",', "org/other"),
+    ],
+)
+async def test_a_replaced_model_changes_nothing_else(
+    house: House, given: bytes, expected: str
+) -> None:
+    body = json.loads(await sent(house, ODD % given))
+
+    assert body.pop("model") == expected
+    assert body == {k: v for k, v in json.loads(ODD % b"").items() if k != "model"}
+
+
+async def test_a_model_of_a_provider_that_cannot_be_asked_is_not_found(make_house: Make) -> None:
+    keyless = {
+        "base_url": "http://127.0.0.1:9/v1",
+        "model": "m",
+        "api_key_env": "NO_SUCH_KEY",
+        "http_client": HTTP_CLIENT,
+    }
+    house = await make_house(**{"llm.providers.keyless": keyless})
+    for model in ("keyless", "keyless/m"):
+        async with post(house, {**CHAT, "model": model}) as response:
+            assert response.status == 404
+            error = await error_of(response)
+            assert (error["code"], error["type"]) == ("model_not_found", "invalid_request_error")
+
+
+async def test_another_providers_model_goes_to_it(make_house: Make) -> None:
+    other = {"base_url": "http://127.0.0.1:1/v1", "model": "m", "http_client": HTTP_CLIENT}
+    house = await make_house(**{"llm.providers.other": other})
+    async with post(house, {**CHAT, "model": "other/x"}) as response:
+        assert response.status == 502
+        assert (await error_of(response))["code"] == "connect_error"
+    assert house.simulator.stats().requests == 0
+
+
+# Faulty requests and faulty providers.
+
+
+@pytest.mark.parametrize(
+    ("data", "code", "param"),
+    [
+        (b"", "invalid_json", None),
+        (b"{", "invalid_json", None),
+        (b'{"x": NaN}', "invalid_json", None),
+        (b'{"x": "\\ud800"}', "invalid_json", None),
+        (b"\xef\xbb\xbf{}", "invalid_json", None),
+        (b"\xff", "invalid_json", None),
+        (b"[" * 100_000, "invalid_json", None),
+        (b"[]", "invalid_request", None),
+        (b'{"model": 7}', "invalid_request", "model"),
+        (b'{"model": ""}', "invalid_request", "model"),
+        (b'{"stream": "yes"}', "invalid_request", "stream"),
+    ],
+)
+async def test_a_faulty_body_is_400_and_asks_nobody(
+    house: House, data: bytes, code: str, param: str | None
+) -> None:
+    headers = {"Content-Type": "application/json"}
+    async with house.session.post(
+        house.v1 + "/chat/completions", data=data, headers=headers
+    ) as response:
+        assert response.status == 400
+        error = await error_of(response)
+
+    assert (error["code"], error["param"]) == (code, param)
+    assert error["type"] == "invalid_request_error"
+    assert house.simulator.stats().requests == 0
+    await house.nothing_held()
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+@pytest.mark.parametrize("model", ["", "any"])
+async def test_a_deeply_nested_body_is_no_bug(house: House, model: str, streamed: bool) -> None:
+    deep = "[" * 600 + "]" * 600
+    named = f'"model":"{model}",' if model else ""
+    data = f'{{{named}"messages":[{{"role":"user","content":"x"}}],"stream":{str(streamed).lower()},"x":{deep}}}'
+    headers = {"Content-Type": "application/json"}
+    async with house.session.post(
+        house.v1 + "/chat/completions", data=data, headers=headers
+    ) as response:
+        await response.read()
+
+    assert response.status == (200 if model else 400)
+
+
+@pytest.mark.parametrize("key", ["", "x" * 257])
+async def test_a_faulty_idempotency_key_is_an_invalid_request(house: House, key: str) -> None:
+    async with house.session.post(
+        house.v1 + "/chat/completions", json=CHAT, headers={"Idempotency-Key": key}
+    ) as response:
+        assert response.status == 400
+        assert (await error_of(response))["code"] == "invalid_request"
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+@pytest.mark.parametrize(
+    ("model", "status", "code"),
+    [
+        ("fault-status-400", 400, None),
+        ("fault-status-422", 422, None),
+        ("fault-status-401", 502, "provider_auth_error"),
+        ("fault-quota", 502, "provider_auth_error"),
+        ("fault-retry-after-2", 429, "provider_rate_limited"),
+        ("fault-status-500", 502, "provider_error"),
+        ("fault-status-503", 502, "provider_error"),
+        ("fault-html", 502, "provider_bad_response"),
+        ("fault-empty", 502, None),
+        ("fault-redirect", 502, "provider_bad_response"),
+        ("fault-drop", 502, "provider_disconnected"),
+        ("fault-not-http", 502, "provider_bad_response"),
+    ],
+)
+async def test_a_fault_before_the_head_has_its_http_status(
+    house: House, model: str, status: int, code: str | None, streamed: bool
+) -> None:
+    async with post(house, {**CHAT, "model": model, "stream": streamed}) as response:
+        assert response.status == status
+        error = await error_of(response)
+
+    if code is not None:
+        assert error["code"] == code
+    if status == 502:
+        assert response.headers["x-should-retry"] == "false"
+        assert error["type"] == "provider_error"
+    if status == 429:
+        assert response.headers["Retry-After"] == "2"
+
+
+@pytest.mark.parametrize(
+    ("model", "code"),
+    [
+        ("fault-end-3", "provider_disconnected"),
+        ("fault-cut-3", "provider_disconnected"),
+        ("fault-cut-mid-3", "provider_disconnected"),
+        ("fault-long-line", "provider_bad_response"),
+    ],
+)
+async def test_a_fault_behind_the_head_is_one_error_event_and_no_done(
+    house: House, model: str, code: str
+) -> None:
+    async with post(house, {**STREAMED, "model": model}) as response:
+        assert response.status == 200
+        body = await response.read()
+
+    *events, last = [one for one in body.split(b"\n\n") if one]
+    assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == code
+    assert all(b'"choices"' in one for one in events)
+    assert len(events) >= 3
+    assert b"[DONE]" not in body
+
+
+async def test_silence_in_an_answer_ends_with_read_timeout(make_house: Make) -> None:
+    house = await make_house(**{"llm.providers.sim.http_client.read_timeout": 0.3})
+    async with post(house, {**STREAMED, "model": "fault-stall-3"}) as response:
+        body = await response.read()
+    assert b'"code":"read_timeout"' in body
+    async with post(house, {**STREAMED, "model": "fault-silent"}) as response:
+        assert response.status == 504
+        assert (await error_of(response))["code"] == "read_timeout"
+
+
+# Silence and leaving.
+
+
+async def test_comments_come_while_the_provider_is_silent(make_house: Make) -> None:
+    house = await make_house(
+        Behaviour(ttft=1.0, interval=0, tokens=3), **{"chat.websocket.ping_interval": 0.2}
+    )
+    loop = asyncio.get_running_loop()
+    begun = loop.time()
+    async with post(house, STREAMED) as response:
+        assert loop.time() - begun < 0.8  # the head goes out alone
+        body = await response.read()
+
+    assert 2 <= body.count(BEAT) <= 5
+    assert body.replace(BEAT, b"").startswith(b"data: {")
+    assert body.endswith(b"data: [DONE]\n\n")
+
+
+async def test_a_fault_behind_a_head_that_went_out_alone_is_an_event(make_house: Make) -> None:
+    house = await make_house(
+        Behaviour(ttft=0.5, fail_rate=1.0),
+        **{
+            "chat.websocket.ping_interval": 0.1,
+            "llm.providers.sim.http_client.read_timeout": 0.4,
+        },
+    )
+    async with post(house, {**STREAMED, "model": "fault-silent"}) as response:
+        status, body = response.status, await response.read()
+    house.simulator.behaviour = Behaviour(ttft=0, interval=0)
+    async with post(house, {**STREAMED, "model": "fault-silent"}) as response:
+        assert response.status == 200
+        body = await response.read()
+
+    assert status in {200, 502}
+    last = body.replace(BEAT, b"")
+    assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == "read_timeout"
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+@pytest.mark.parametrize("behaviour", [SILENT, Behaviour(ttft=0, interval=0.05, tokens=1000)])
+async def test_a_client_that_leaves_cancels_its_answer_at_once(
+    make_house: Make, behaviour: Behaviour, streamed: bool
+) -> None:
+    house = await make_house(behaviour)
+    loop = asyncio.get_running_loop()
+    async with Raw(house) as raw:
+        await raw.post("/v1/chat/completions", {**CHAT, "stream": streamed})
+        await house.simulator.until(lambda stats: stats.active == 1)
+        if streamed and behaviour is not SILENT:
+            await raw.until(b"data: ")
+        begun = loop.time()
+        raw.reset()
+
+        await house.simulator.until(lambda stats: stats.aborted == 1)
+        assert loop.time() - begun < 2
+    await house.nothing_held()
+    assert house.provider.stats().pool.open == 0
+
+
+async def test_a_client_that_leaves_while_waiting_for_the_provider_asks_nothing(
+    make_house: Make,
+) -> None:
+    house = await make_house(
+        SILENT, **{"llm.providers.sim.http_client.concurrent_requests": 1}
+    )
+    async with Raw(house) as first, Raw(house) as second, Raw(house) as third:
+        await first.post("/v1/chat/completions", CHAT)
+        await house.simulator.until(lambda stats: stats.active == 1)
+        await second.post("/v1/chat/completions", CHAT)
+        await third.post("/v1/chat/completions", STREAMED)
+        await until(lambda: house.held()["sim waiting"] == 2)
+        second.reset()
+        third.close()
+        await until(lambda: house.held()["sim waiting"] == 0)
+    await house.nothing_held()
+    assert house.simulator.stats().requests == 1
+
+
+async def test_the_providers_full_queue_is_503_with_retry_after(make_house: Make) -> None:
+    house = await make_house(
+        SILENT,
+        **{
+            "llm.providers.sim.http_client.concurrent_requests": 1,
+            "llm.providers.sim.http_client.queue_size": 1,
+        },
+    )
+    async with Raw(house) as first, Raw(house) as second:
+        for raw in (first, second):
+            await raw.post("/v1/chat/completions", STREAMED)
+        await until(lambda: house.held()["sim waiting"] == 1)
+        for body in (CHAT, STREAMED):
+            async with post(house, body) as response:
+                assert response.status == 503
+                assert (await error_of(response))["code"] == "provider_queue_full"
+                assert 1 <= int(response.headers["Retry-After"]) <= 60
+    await house.nothing_held()
+
+
+async def test_a_connection_is_used_again_after_an_answer(house: House) -> None:
+    async with Raw(house) as raw:
+        for body in (STREAMED, CHAT, {**STREAMED, "model": "fault-end-3"}, STREAMED):
+            await raw.post("/v1/chat/completions", body)
+            assert (await raw.answer()).status == 200
+
+
+@pytest.mark.parametrize("line", ["Connection: keep-alive", "X: y"])
+async def test_an_http_10_client_gets_a_plain_body_that_ends(house: House, line: str) -> None:
+    async with Raw(house) as raw:
+        await raw.post("/v1/chat/completions", STREAMED, line, version="1.0")
+        head = await raw.head()
+        body = await raw.to_the_end()
+
+    assert "transfer-encoding" not in head.headers
+    assert body.startswith(b"data: {")
+    assert body.endswith(b"data: [DONE]\n\n")
+
+
+@pytest.mark.parametrize("name", ["api_base", "base_url", "api_key", "user_config", "extra_headers"])
+async def test_what_steers_other_gateways_steers_nothing_here(house: House, name: str) -> None:
+    body = {**CHAT, "model": "any", name: "http://127.0.0.1:1/evil"}
+    async with post(house, body) as response:
+        assert response.status == 200
+
+    assert house.simulator.bodies[-1][name] == "http://127.0.0.1:1/evil"
+    assert "evil" not in str(house.simulator.requests[-1].headers)
