@@ -111,6 +111,8 @@ def split(block: bytes) -> list[bytes]:
 
 def count(block: bytes) -> int:
     """How many events a block of whole ones has: `len(split(block))`, without the list."""
+    if block.startswith(b"data:") and block.find(b"\n\n") == len(block) - 2 and b"\r" not in block:
+        return 1  # one event for each read is what a provider sends as a rule
     blanks = block.count(b"\n\n")
     if (
         block.startswith(b"data:")

@@ -22,7 +22,7 @@ from aiohttp.http_exceptions import LineTooLong
 from aiohttp.web_protocol import RequestHandler
 
 from aioserver.errors import HeadersTooLarge, InternalError, InvalidRequest, UriTooLong
-from aioserver.faces.http import SERVER, error_response
+from aioserver.faces.http import SERVER, error_response, request_id
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,7 +42,7 @@ class Connection(RequestHandler):
 
     def handle_error(
         self,
-        request: web.BaseRequest,  # noqa: ARG002 - aiohttp's signature
+        request: web.BaseRequest,
         status: int = 500,
         exc: BaseException | None = None,
         message: str | None = None,
@@ -66,6 +66,7 @@ class Connection(RequestHandler):
             error = InvalidRequest("this is no valid HTTP request")
         response = error_response(error)
         response.headers["Server"] = SERVER
+        response.headers["x-request-id"] = request_id(request)
         response.headers["Connection"] = "close"
         response.force_close()
         return response

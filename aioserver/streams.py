@@ -272,7 +272,9 @@ class Stream:
     def _let_go(self) -> None:
         passed = self.offset
         if self.window <= 0 and self.readers:
-            passed = min(reader.at for reader in self.readers)
+            passed = self.readers[0].at
+            if len(self.readers) > 1:
+                passed = min([reader.at for reader in self.readers])
         freed = 0
         while len(self.entries) > 1 or (self.entries and self.offset < passed):
             if self.offset >= passed:

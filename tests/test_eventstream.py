@@ -147,6 +147,7 @@ def check(data: bytes, chunks: list[bytes]) -> None:
 @example(b"data: a\r\rdata: b\r\r", [9])
 @example(b"data: a\n\n\n\ndata: b\n\n\ndata: c\n\n", [])
 @example(b"data: a\n\r", [])
+@example(b"id: 1\nid: a\0b\ndata: a\n\nid\ndata\n\n", [])
 @example(b"data: a\n\ndata: b\r\rdata: c\n\n", [])
 @example(BOM + b"data: a\n\n", [1, 2])
 def test_every_cut_gives_the_events_of_the_standard(data: bytes, cuts: list[int]) -> None:

@@ -53,7 +53,7 @@ _numbers = itertools.count(1)
 Handler = "Callable[[web.Request], Awaitable[web.StreamResponse]]"
 
 
-def request_id(request: web.Request) -> str:
+def request_id(request: web.BaseRequest) -> str:
     """The id of a request, for logs: the client's where it is harmless, else one of ours."""
     known = request.get(ID)
     if known is None:

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 DONE = b"data: [DONE]\n\n"
 # A quote inside a JSON string is escaped, so these are never text that a model has written.
 # Plain searches, not regular expressions: these look at every byte that passes.
-_FINISH = (b'"finish_reason":"', b'"finish_reason": "')
-_ERROR = (b'"error":', b'"error" :')
+_FINISH, _FINISH_SPACED = b'"finish_reason":"', b'"finish_reason": "'
+_ERROR, _ERROR_SPACED = b'"error":', b'"error" :'
 _RESPONSE_END = re.compile(rb'"type" ?: ?"response\.(?:completed|incomplete|failed)"')
 NO_END = "the provider's stream ended without a finish_reason and without its end mark"
 
@@ -92,8 +92,8 @@ class EventSink:
                 done = DONE
                 block = block[:start]
             if not self._finished:
-                self._finished = any(one in block for one in _FINISH)
-        if any(one in block for one in _ERROR):
+                self._finished = _FINISH in block or _FINISH_SPACED in block
+        if _ERROR in block or _ERROR_SPACED in block:
             block, fault = self._before_error(block)
         self._append(block)
         if fault is not None:
@@ -121,13 +121,11 @@ class EventSink:
         self._complete(DONE)
 
     def _append(self, block: bytes) -> None:
-        if not block:
-            return
-        number = eventstream.count(block)
-        if number:
-            self._stream.answered = True
-        # Comments alone pass, uncounted.
-        self._stream.append(streams.CHUNK, data=block, count=number)
+        if block:
+            number = eventstream.count(block)
+            if number:  # comments alone pass, uncounted
+                self._stream.answered = True
+            self._stream.append(streams.CHUNK, data=block, count=number)
 
     @staticmethod
     def _before_error(block: bytes) -> tuple[bytes, tuple[bytes, Any] | None]:

@@ -15,7 +15,7 @@ from aioserver import keys
 from aioserver.faces import admission, http, websocket
 from aioserver.providers.simulator import Behaviour
 from tests.faces.raw import CLOSE, TEXT, Raw, closing
-from tests.faces.talk import CHAT, cancel, chat, frames_of, to_end, until_status
+from tests.faces.talk import CHAT, chat, frames_of, to_end, until_status
 from tests.house import until
 
 if TYPE_CHECKING:
@@ -55,22 +55,22 @@ def waiting(house: House) -> int:
 # WebSockets.
 
 
-@pytest.mark.parametrize("timeout", [0, 0.2])
+@pytest.mark.parametrize("wait", [0, 0.2])
 async def test_a_websocket_without_a_place_is_told_why_and_closed_with_1013(
-    make_house: Make, timeout: float
+    make_house: Make, wait: float
 ) -> None:
-    house = await make_house(**limits(timeout=timeout))
+    house = await make_house(**limits(timeout=wait))
     loop = asyncio.get_running_loop()
     async with full(house), Raw(house) as raw:
         begun = loop.time()
         assert (await raw.upgrade()).status == 101
-        frames = []
+        frames: list[tuple[int, bytes]] = []
         while not frames or frames[-1][0] != CLOSE:
             frames.append(await raw.frame())
         took = loop.time() - begun
 
     *queued, error = [json.loads(data) for opcode, data in frames if opcode == TEXT]
-    assert [one["status"] for one in queued] == (["queued"] if timeout else [])
+    assert [one["status"] for one in queued] == (["queued"] if wait else [])
     assert (error["request_id"], error["status"]) == (None, "error")
     assert error["chunk"]["code"] == "server_at_capacity"
     assert error["chunk"]["error"] == REACHED
@@ -78,8 +78,8 @@ async def test_a_websocket_without_a_place_is_told_why_and_closed_with_1013(
     assert 1 <= error["chunk"]["retry_after"] <= 60
     code, reason = closing(frames[-1][1])
     assert (code, reason) == (1013, b"Server at maximum capacity, try again later")
-    assert timeout <= took + 0.01
-    assert took < timeout + 2
+    assert wait <= took + 0.01
+    assert took < wait + 2
 
 
 async def test_a_full_line_refuses_at_once(make_house: Make) -> None:
@@ -206,11 +206,11 @@ async def test_when_too_many_refused_sockets_are_closing_the_answer_is_a_plain_5
     ("path", "body"),
     [("/sse/chat", {"request_id": "r1", "text": "x"}), ("/v1/chat/completions", CHAT)],
 )
-@pytest.mark.parametrize("timeout", [0, 0.2])
+@pytest.mark.parametrize("wait", [0, 0.2])
 async def test_a_post_without_a_place_is_503_with_retry_after(
-    make_house: Make, path: str, body: object, timeout: float
+    make_house: Make, path: str, body: object, wait: float
 ) -> None:
-    house = await make_house(**limits(timeout=timeout))
+    house = await make_house(**limits(timeout=wait))
     loop = asyncio.get_running_loop()
     async with full(house):
         begun = loop.time()
@@ -226,8 +226,8 @@ async def test_a_post_without_a_place_is_503_with_retry_after(
         "param": None,
         "code": "server_at_capacity",
     }
-    assert timeout <= took + 0.01
-    assert took < timeout + 2
+    assert wait <= took + 0.01
+    assert took < wait + 2
     assert house.simulator.stats().requests == 0
 
 
@@ -277,6 +277,7 @@ async def test_an_event_source_without_a_place_is_asked_to_come_back(make_house:
 async def test_what_frees_or_shows_a_full_house_works_in_it(make_house: Make) -> None:
     house = await make_house(SILENT, **limits(places=1, line=1, timeout=30.0))
     session, base = house.session, house.base
+    shown: list[Any] = []
     async with full(house) as (ws,), house.connect() as waiter:
         await ws.send_json(chat("r1"))
         await until_status(ws, "processing")
@@ -284,8 +285,8 @@ async def test_what_frees_or_shows_a_full_house_works_in_it(make_house: Make) ->
         for path in ("/health", "/healthz", "/livez", "/ready", "/readyz", "/v1/models", "/"):
             async with session.get(base + path) as response:
                 assert response.status == 200, path
-                shown = await response.json()
-        assert shown["connections"] == {"active": 1, "limit": 1, "waiting": 1, "queue_size": 1}
+                shown.append(await response.json())
+        assert shown[-1]["connections"] == {"active": 1, "limit": 1, "waiting": 1, "queue_size": 1}
         async with session.get(base + "/v1/models/sim") as response:
             assert response.status == 200
         async with session.get(house.sse) as response:

@@ -168,12 +168,8 @@ async def test_the_listing_shows_the_streams_that_are_kept(make_house: Make) -> 
             ended = await response.json()
 
     one = {"request_id": "r1", "first_event_id": 1}
-    assert running == {
-        "streams": [{**one, "status": "running", "last_event_id": 1, "readers": 1}]
-    }
-    assert ended == {
-        "streams": [{**one, "status": "cancelled", "last_event_id": 2, "readers": 0}]
-    }
+    assert running == {"streams": [{**one, "status": "running", "last_event_id": 1, "readers": 1}]}
+    assert ended == {"streams": [{**one, "status": "cancelled", "last_event_id": 2, "readers": 0}]}
 
 
 async def test_delete_ends_an_answer_for_every_reader_and_may_be_repeated(
@@ -212,9 +208,7 @@ async def test_no_comments_come_while_events_do(make_house: Make) -> None:
 
 
 async def test_who_waits_for_the_provider_is_told_so(make_house: Make) -> None:
-    house = await make_house(
-        SLOW, **{"llm.providers.sim.http_client.concurrent_requests": 1}
-    )
+    house = await make_house(SLOW, **{"llm.providers.sim.http_client.concurrent_requests": 1})
     async with house.connect() as ws:
         await ws.send_json(chat("r0"))
         await until_status(ws, "chunk")
@@ -342,17 +336,14 @@ async def test_turns_over_sse_share_a_conversation_by_its_id(house: House) -> No
     for number, text in enumerate(("one", "two")):
         ask = {"request_id": f"r{number}", "text": text, "conversation_id": "c1"}
         async with house.session.post(house.sse, json=ask) as response:
-            frames = await read_frames(response)
+            assert text_of(await read_frames(response))
 
     sent = [one["content"] for one in house.simulator.bodies[-1]["messages"]]
     assert (sent[0], sent[-1], len(sent)) == ("one", "two", 3)
-    assert text_of(frames)
 
 
 async def test_an_answer_for_nobody_does_not_hold_up_a_later_one(make_house: Make) -> None:
-    house = await make_house(
-        SILENT, **{"llm.providers.sim.http_client.concurrent_requests": 1}
-    )
+    house = await make_house(SILENT, **{"llm.providers.sim.http_client.concurrent_requests": 1})
     headers = {"Prefer": "respond-async"}
     async with house.session.post(house.sse, json=ASK, headers=headers) as response:
         assert response.status == 202

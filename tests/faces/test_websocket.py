@@ -246,7 +246,11 @@ async def test_a_request_waiting_for_its_provider_is_told_its_position(make_hous
         ('{"action":"chat"}', "invalid_request", None),
         ('{"action":"chat","request_id":7}', "invalid_request", None),
         ('{"action":"chat","request_id":""}', "invalid_request", ""),
-        ('{"action":"chat","request_id":"a\\nb","payload":{"text":"x"}}', "invalid_request", "a\nb"),
+        (
+            '{"action":"chat","request_id":"a\\nb","payload":{"text":"x"}}',
+            "invalid_request",
+            "a\nb",
+        ),
         ('{"action":"chat","request_id":"r1"}', "invalid_request", "r1"),
         ('{"action":"chat","request_id":"r1","payload":[]}', "invalid_request", "r1"),
         ('{"action":"chat","request_id":"r1","payload":{"text":""}}', "invalid_request", "r1"),
@@ -327,7 +331,9 @@ async def test_a_deeply_nested_question_is_answered_or_refused_and_the_socket_st
     house: House, depth: int
 ) -> None:
     deep = "[" * depth + "]" * depth
-    frame = f'{{"action":"chat","request_id":"r1","payload":{{"text":"x","options":{{"x":{deep}}}}}}}'
+    frame = (
+        f'{{"action":"chat","request_id":"r1","payload":{{"text":"x","options":{{"x":{deep}}}}}}}'
+    )
     async with house.connect() as ws:
         await ws.send_str(frame)
         end = (await to_end(ws))[-1]
@@ -427,7 +433,7 @@ async def test_a_flood_of_frames_closes_with_1008(house: House, opcode: int) -> 
     async with Raw(house) as raw:
         await raw.upgrade()
         await raw.send(masked(opcode, payload) * 400)
-        frames = []
+        frames: list[tuple[int, bytes]] = []
         while not frames or frames[-1][0] != CLOSE:
             frames.append(await raw.frame())
         await raw.send_frame(CLOSE, frames[-1][1])
@@ -462,7 +468,7 @@ async def test_who_is_sent_away_while_it_sends_learns_why(
     async with Raw(house) as raw:
         await raw.upgrade()
         await raw.send(data)  # not met by a reset, which could destroy the close frame
-        frames = []
+        frames: list[tuple[int, bytes]] = []
         while not frames or frames[-1][0] != CLOSE:
             frames.append(await raw.frame())
         assert closing(frames[-1][1])[0] == code
@@ -596,9 +602,7 @@ async def test_cancel_after_the_end_says_how_it_ended(house: House) -> None:
 
 
 async def test_cancel_while_waiting_for_the_provider_asks_nothing(make_house: Make) -> None:
-    house = await make_house(
-        SILENT, **{"llm.providers.sim.http_client.concurrent_requests": 1}
-    )
+    house = await make_house(SILENT, **{"llm.providers.sim.http_client.concurrent_requests": 1})
     async with house.connect() as ws:
         await ws.send_json(chat("r1"))
         await until_status(ws, "processing")
@@ -750,9 +754,7 @@ async def test_with_a_window_of_zero_leaving_cancels_at_once(make_house: Make) -
 
 
 async def test_leaving_before_anything_was_sent_asks_nothing(make_house: Make) -> None:
-    house = await make_house(
-        SILENT, **{"llm.providers.sim.http_client.concurrent_requests": 1}
-    )
+    house = await make_house(SILENT, **{"llm.providers.sim.http_client.concurrent_requests": 1})
     async with house.connect() as ws:
         await ws.send_json(chat("r1"))
         await until_status(ws, "processing")
@@ -768,9 +770,7 @@ async def test_leaving_before_anything_was_sent_asks_nothing(make_house: Make) -
 
 
 async def test_a_detached_stream_gives_its_place_to_who_waits(make_house: Make) -> None:
-    house = await make_house(
-        SILENT, **{"llm.providers.sim.http_client.concurrent_requests": 1}
-    )
+    house = await make_house(SILENT, **{"llm.providers.sim.http_client.concurrent_requests": 1})
     async with house.connect() as ws:
         await ws.send_json(chat("r1"))
         await house.simulator.until(lambda stats: stats.active == 1)
@@ -933,9 +933,7 @@ async def test_an_idle_client_is_closed_after_idle_timeout(make_house: Make) -> 
 
 
 @pytest.mark.parametrize("payload", [b"", b"\x03\xe9", b"\x03\xe8bye"])
-async def test_a_close_frame_is_answered_and_frees_the_place(
-    house: House, payload: bytes
-) -> None:
+async def test_a_close_frame_is_answered_and_frees_the_place(house: House, payload: bytes) -> None:
     async with Raw(house) as raw:
         await raw.upgrade()
         await raw.send_frame(CLOSE, payload)

@@ -1,0 +1,452 @@
+"""What every HTTP request meets, over raw sockets: limits, faults, keep-alive, ids, CORS."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+from typing import TYPE_CHECKING
+
+import pytest
+
+from aioserver.faces import http
+from tests.faces.raw import Answer, Raw
+from tests.faces.talk import CHAT
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from tests.house import House
+
+    Make = Callable[..., Awaitable[House]]
+
+UVICORN = "chat.websocket.concurrency.uvicorn"
+GET = b"GET /health HTTP/1.1\r\nHost: x\r\n"
+POST = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+BODY = json.dumps(CHAT).encode()
+
+
+async def all_answers(raw: Raw) -> list[Answer]:
+    """Every answer until the server closes."""
+    answers = []
+    while True:
+        try:
+            answers.append(await raw.answer())
+        except (EOFError, ConnectionError):
+            return answers
+
+
+# Keep-alive.
+
+
+async def test_a_connection_is_closed_when_idle_after_an_answer(make_house: Make) -> None:
+    house = await make_house(**{f"{UVICORN}.keepalive_timeout": 0.5})
+    loop = asyncio.get_running_loop()
+    async with Raw(house) as raw:
+        await raw.get("/health")
+        await raw.answer()
+        begun = loop.time()
+        assert await raw.to_the_end() == b""
+
+    assert 0.3 < loop.time() - begun < 4
+
+
+@pytest.mark.parametrize("data", [b"", b"GET /health HTTP/1.1\r\nHost: x\r\nX: "])
+async def test_a_connection_without_a_whole_head_is_closed(make_house: Make, data: bytes) -> None:
+    house = await make_house(**{f"{UVICORN}.keepalive_timeout": 0.5})
+    loop = asyncio.get_running_loop()
+    async with Raw(house) as raw:
+        begun = loop.time()
+        await raw.send(data)
+        assert await raw.to_the_end() == b""
+
+    assert 0.3 < loop.time() - begun < 4
+
+
+async def test_a_dripping_head_does_not_prolong_its_connection(make_house: Make) -> None:
+    house = await make_house(**{f"{UVICORN}.keepalive_timeout": 0.5})
+    loop = asyncio.get_running_loop()
+    async with Raw(house) as raw:
+        begun = loop.time()
+        ended = asyncio.ensure_future(raw.to_the_end())
+        await raw.send(b"GET /health HTTP/1.1\r\nX: ")
+        while not ended.done() and loop.time() < begun + 5:
+            with contextlib.suppress(ConnectionError):
+                await raw.send(b"x")
+            await asyncio.sleep(0.05)  # the drip
+        assert await ended == b""
+
+    assert loop.time() - begun < 4
+
+
+async def test_an_answer_that_takes_longer_than_keepalive_timeout_is_given(
+    make_house: Make,
+) -> None:
+    house = await make_house(**{f"{UVICORN}.keepalive_timeout": 0.3})
+    body = {**CHAT, "model": "fault-slow-20", "stream": True, "max_tokens": 40}
+    async with Raw(house) as raw:
+        await raw.post("/v1/chat/completions", body)
+        answer = await raw.answer()
+
+    assert answer.body.endswith(b"data: [DONE]\n\n")
+
+
+async def test_the_last_answer_of_a_connection_says_so(make_house: Make) -> None:
+    house = await make_house(**{f"{UVICORN}.max_keepalive_requests": 3})
+    async with Raw(house) as raw:
+        for number in range(4):
+            await raw.get("/health", f"X: {number}")
+        answers = await all_answers(raw)
+
+    assert [one.status for one in answers] == [200] * 3
+    assert [one.headers.get("connection") for one in answers] == [None, None, "close"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/sse/chat", {"request_id": "r1", "text": "x"}),
+        ("/v1/chat/completions", {**CHAT, "stream": True}),
+        ("/v1/chat/completions", CHAT),
+        ("/v1/chat/completions", []),
+    ],
+)
+async def test_a_stream_can_be_the_last_answer(make_house: Make, path: str, body: object) -> None:
+    house = await make_house(**{f"{UVICORN}.max_keepalive_requests": 1})
+    async with Raw(house) as raw:
+        await raw.post(path, body)
+        answer = await raw.answer()
+        assert await raw.to_the_end() == b""
+
+    assert answer.headers["connection"] == "close"
+
+
+# Limits.
+
+
+async def test_a_long_request_line_is_414(make_house: Make) -> None:
+    house = await make_house(**{f"{UVICORN}.h11_max_request_line_size": 500})
+    longest = 500 - len("GET  HTTP/1.1")
+    for size, status in ((longest, 404), (longest + 1, 414), (2000, 414), (100_000, 414)):
+        async with Raw(house) as raw:
+            await raw.send(f"GET /{'x' * (size - 1)} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+            answer = await raw.answer()
+        assert answer.status == status, size
+        if status == 414:
+            assert answer.code == "uri_too_long"
+            assert answer.headers["connection"] == "close"
+            assert b"xxx" not in answer.body
+
+
+async def test_many_headers_are_431(make_house: Make) -> None:
+    house = await make_house(**{f"{UVICORN}.h11_max_header_size": 4000})
+    async with Raw(house) as raw:
+        await raw.get("/health", *(f"X-{number}: {'x' * 900}" for number in range(4)))
+        assert (await raw.answer()).status == 200
+        await raw.get("/health", *(f"X-{number}: {'x' * 900}" for number in range(5)))
+        answer = await raw.answer()
+        assert await raw.to_the_end() == b""
+
+    assert (answer.status, answer.code) == (431, "headers_too_large")
+    assert answer.headers["connection"] == "close"
+    assert b"xxx" not in answer.body
+
+
+@pytest.mark.parametrize("whole", [True, False])
+async def test_one_huge_field_is_431(house: House, whole: bool) -> None:
+    field = b"X: " + b"x" * 20_000  # over h11_max_incomplete_event_size
+    async with Raw(house) as raw:
+        await raw.send(GET + field + (b"\r\n\r\n" if whole else b""))
+        answer = await raw.answer()
+
+    assert (answer.status, answer.code) == (431, "headers_too_large")
+    assert b"xxx" not in answer.body
+    assert answer.headers["server"] == "aioserver"
+
+
+async def test_too_many_fields_are_431(house: House) -> None:
+    async with Raw(house) as raw:
+        await raw.get("/health", *(f"X-{number}: x" for number in range(200)))
+        answer = await raw.answer()
+
+    assert (answer.status, answer.code) == (431, "headers_too_large")
+
+
+async def test_the_limit_of_a_body_is_inclusive(make_house: Make) -> None:
+    house = await make_house(**{"chat.websocket.max_message_size": 1000})
+    for size, status in ((1000, 200), (1001, 413)):
+        for chunked in (False, True):
+            body = BODY + b" " * (size - len(BODY))
+            async with Raw(house) as raw:
+                if chunked:
+                    await raw.send(POST + b"Transfer-Encoding: chunked\r\n\r\n")
+                    await raw.send(b"%x\r\n%b\r\n0\r\n\r\n" % (size, body))
+                else:
+                    await raw.post("/v1/chat/completions", body)
+                answer = await raw.answer()
+            assert answer.status == status, (size, chunked)
+            if status == 413:
+                assert answer.code == "request_too_large"
+                assert answer.headers["connection"] == "close"
+
+
+async def test_an_error_does_not_wait_for_a_body_that_is_not_read(house: House) -> None:
+    loop = asyncio.get_running_loop()
+    for path, length in (("/nowhere", 1000), ("/v1/chat/completions", 100_000_000)):
+        async with Raw(house) as raw:
+            begun = loop.time()
+            head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            await raw.send(f"{head}Content-Length: {length}\r\n\r\nx".encode())
+            answer = await raw.answer()
+            answered = loop.time() - begun
+            await raw.to_the_end()
+            assert answer.status in {404, 413}
+            assert answered < 0.9
+            assert loop.time() - begun < 5  # not aiohttp's 10 s
+
+
+async def test_who_sends_a_large_body_that_is_refused_reads_the_refusal(make_house: Make) -> None:
+    house = await make_house(**{"chat.websocket.max_message_size": 1000})
+    async with Raw(house) as raw:
+        await raw.post("/v1/chat/completions", b"x" * 3_000_000)
+        answer = await raw.answer()
+
+    assert (answer.status, answer.code) == (413, "request_too_large")
+
+
+async def test_a_client_that_expects_100_continue_is_told_to_go_on(house: House) -> None:
+    async with Raw(house) as raw:
+        await raw.send(POST + b"Expect: 100-continue\r\nContent-Length: %d\r\n\r\n" % len(BODY))
+        assert (await raw.until(b"\r\n\r\n")).startswith(b"HTTP/1.1 100 ")
+        await raw.send(BODY)
+        assert (await raw.answer()).status == 200
+
+
+# Faults.
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code", "allow"),
+    [
+        ("GET", "/nowhere", 404, "not_found", None),
+        ("GET", "/assets/../../etc/passwd", 404, "not_found", None),
+        ("GET", "/%00%ff", 404, "not_found", None),
+        ("GET", "/v1/chat/completions", 405, "method_not_allowed", "POST"),
+        ("PUT", "/sse/chat/r1", 405, "method_not_allowed", "DELETE, GET, HEAD"),
+        ("POST", "/health", 405, "method_not_allowed", "GET, HEAD"),
+        ("PATCH", "/health", 405, "method_not_allowed", "GET, HEAD"),
+    ],
+)
+async def test_a_wrong_path_or_method_gets_our_error(
+    house: House, method: str, path: str, status: int, code: str, allow: str | None
+) -> None:
+    async with Raw(house) as raw:
+        await raw.send(f"{method} {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        answer = await raw.answer()
+
+    assert (answer.status, answer.code) == (status, code)
+    assert answer.headers.get("allow") == allow
+    assert answer.headers["content-type"].startswith("application/json")
+    assert answer.headers["server"] == "aioserver"
+    assert answer.headers["x-request-id"]
+
+
+@pytest.mark.parametrize("line", ["Content-Encoding: gzip", "Content-Encoding: identity"])
+async def test_a_compressed_body_is_415(house: House, line: str) -> None:
+    async with Raw(house) as raw:
+        await raw.post("/v1/chat/completions", CHAT, line)
+        answer = await raw.answer()
+
+    assert (answer.status, answer.code) == (415, "unsupported_media_type")
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", ""])
+@pytest.mark.parametrize("path", ["/sse/chat", "/v1/embeddings"])
+async def test_a_body_of_another_type_is_415(house: House, kind: str, path: str) -> None:
+    headers = {"Content-Type": kind} if kind else {}
+    async with house.session.post(
+        house.base + path, data=b"{}", headers=headers, skip_auto_headers=("Content-Type",)
+    ) as response:
+        assert response.status == 415
+        assert (await response.json())["error"]["code"] == "unsupported_media_type"
+
+
+async def test_a_charset_behind_the_type_is_no_other_type(house: House) -> None:
+    headers = {"Content-Type": "application/json; charset=utf-8"}
+    async with house.session.post(
+        house.v1 + "/chat/completions", data=BODY, headers=headers
+    ) as response:
+        assert response.status == 200
+
+
+SECRET = b"S3CR3T"
+SMUGGLED = b"GET /smuggled HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        # more than one way to find the end of a body
+        POST + b"Content-Length: 6\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
+        POST + b"Transfer-Encoding: chunked\r\nContent-Length: 6\r\n\r\n0\r\n\r\n" + SMUGGLED,
+        POST + b"Content-Length: 0\r\nContent-Length: 38\r\n\r\n" + SMUGGLED,
+        POST + b"Content-Length: +5\r\n\r\nhello" + SMUGGLED,
+        POST + b"Content-Length: 0x5\r\n\r\nhello" + SMUGGLED,
+        POST + b"Content-Length: -1\r\n\r\n" + SMUGGLED,
+        POST + b"Content-Length: 1_0\r\n\r\n" + SMUGGLED,
+        POST + b"Content-Length: 5 5\r\n\r\n" + SMUGGLED,
+        POST + b"Content-Length : 5\r\n\r\nhello" + SMUGGLED,
+        POST + b"Transfer-Encoding : chunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
+        POST + b"Transfer-Encoding: chunked, identity\r\n\r\n0\r\n\r\n" + SMUGGLED,
+        POST + b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
+        POST + b"Transfer-Encoding: chunked\r\n\r\n+0\r\n\r\n" + SMUGGLED,
+        POST + b"Transfer-Encoding: chunked\r\n\r\n0x0\r\n\r\n" + SMUGGLED,
+        POST + b"Transfer-Encoding: chunked\r\n\r\n5\nhello\r\n0\r\n\r\n" + SMUGGLED,
+        POST + b"Transfer-Encoding: chunked\r\n\r\n1\r\nhello\r\n0\r\n\r\n" + SMUGGLED,
+        GET + b"X: " + SECRET + b"\r\n folded\r\n\r\n" + SMUGGLED,
+        GET + b"X: " + SECRET + b"\0\r\n\r\n" + SMUGGLED,
+        GET + b"X\0: " + SECRET + b"\r\n\r\n" + SMUGGLED,
+        GET + b"X: " + SECRET + b"\rY: z\r\n\r\n" + SMUGGLED,
+        GET + b": " + SECRET + b"\r\n\r\n" + SMUGGLED,
+        GET + SECRET + b"\r\n\r\n" + SMUGGLED,
+        b"GET /health HTTP/1.1\nHost: x\n\n" + SMUGGLED,
+        b"GET /health HTTP/1.1\r\nHost: x\nX: " + SECRET + b"\r\n\r\n" + SMUGGLED,
+        b"GET /health HTTP/1.1\r\nHost: x\r\nHost: " + SECRET + b"\r\n\r\n" + SMUGGLED,
+        b"GET /" + SECRET + b" HTTP/3.7\r\nHost: x\r\n\r\n" + SMUGGLED,
+        b"GET /" + SECRET + b" x HTTP/1.1\r\nHost: x\r\n\r\n" + SMUGGLED,
+        b"GET /" + SECRET + b"\r\n\r\n" + SMUGGLED,
+        b"GET http://[" + SECRET + b" HTTP/1.1\r\nHost: x\r\n\r\n" + SMUGGLED,
+        b"G\0T /" + SECRET + b" HTTP/1.1\r\nHost: x\r\n\r\n" + SMUGGLED,
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc" + SECRET + b"\r\n\r\n",
+        b"\r\n\r\n" * 3 + SECRET + b"\r\n\r\n",
+    ],
+)
+async def test_what_is_no_valid_request_gets_one_answer_with_our_error(
+    house: House, data: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with Raw(house) as raw:
+        await raw.send(data)
+        answers = await asyncio.wait_for(all_answers(raw), 5)
+
+    assert len(answers) == 1
+    answer = answers[0]
+    assert (answer.status, answer.code) == (400, "invalid_request")
+    assert answer.headers["connection"] == "close"
+    assert answer.headers["content-type"].startswith("application/json")
+    assert answer.headers["server"] == "aioserver"
+    assert answer.headers["x-request-id"]
+    everything = str(answer)
+    assert "S3CR3T" not in everything
+    assert "aiohttp" not in everything.lower()
+    assert "python" not in everything.lower()
+    assert house.simulator.stats().requests == 0
+    assert [one for one in caplog.records if one.levelno >= logging.ERROR] == []
+
+
+async def test_many_pipelined_requests_get_one_answer_each(house: House) -> None:
+    async with Raw(house) as raw:
+        await raw.send((GET + b"\r\n") * 500)
+        for _ in range(500):
+            assert (await raw.answer()).status == 200
+
+
+async def test_an_unknown_expectation_is_417(house: House) -> None:
+    async with Raw(house) as raw:
+        await raw.get("/health", "Expect: a miracle")
+        answer = await raw.answer()
+
+    assert answer.status == 417
+    assert "aiohttp" not in str(answer).lower()
+
+
+# Ids.
+
+
+@pytest.mark.parametrize("given", ["abc", "A.b_c-9", "x" * 128])
+async def test_a_harmless_request_id_is_kept(house: House, given: str) -> None:
+    async with Raw(house) as raw:
+        await raw.get("/health", f"X-Request-Id: {given}")
+        assert (await raw.answer()).headers["x-request-id"] == given
+
+
+@pytest.mark.parametrize("given", ["", "a b", "x" * 129, "a\tb", "<script>", "é", "a,b", "a;b"])
+async def test_any_other_request_id_is_replaced(house: House, given: str) -> None:
+    async with Raw(house) as raw:
+        await raw.get("/health", f"X-Request-Id: {given}")
+        ours = (await raw.answer()).headers["x-request-id"]
+        await raw.get("/health")
+        other = (await raw.answer()).headers["x-request-id"]
+
+    assert ours != given
+    assert ours
+    assert ours != other
+
+
+# CORS.
+
+
+async def test_a_page_may_read_every_answer_errors_too(house: House) -> None:
+    async with Raw(house) as raw:
+        for path in ("/health", "/nowhere", "/sse/chat/nobody", "/v1/models"):
+            await raw.get(path, "Origin: http://page.example")
+            headers = (await raw.answer()).headers
+            assert headers["access-control-allow-origin"] == "http://page.example"
+            assert headers["access-control-allow-credentials"] == "true"
+            assert headers["vary"] == "Origin"
+            assert "x-request-id" in headers["access-control-expose-headers"]
+        await raw.post("/sse/chat", {"request_id": "r1", "text": "x"}, "Origin: http://a.example")
+        assert (await raw.answer()).headers["access-control-allow-origin"] == "http://a.example"
+        await raw.get("/health")
+        assert "access-control-allow-origin" not in (await raw.answer()).headers
+
+
+async def test_a_preflight_is_answered(house: House) -> None:
+    async with Raw(house) as raw:
+        await raw.send(
+            b"OPTIONS /v1/chat/completions HTTP/1.1\r\nHost: x\r\nOrigin: http://a.example\r\n"
+            b"Access-Control-Request-Method: POST\r\n"
+            b"Access-Control-Request-Headers: authorization, content-type\r\n\r\n"
+        )
+        answer = await raw.answer()
+
+    assert (answer.status, answer.body) == (200, b"")
+    assert answer.headers["access-control-allow-origin"] == "http://a.example"
+    assert answer.headers["access-control-allow-headers"] == "authorization, content-type"
+    assert "POST" in answer.headers["access-control-allow-methods"]
+    assert answer.headers["access-control-max-age"] == "600"
+
+
+async def test_a_foreign_page_is_given_no_permission(make_house: Make) -> None:
+    house = await make_house(**{"chat.websocket.allow_origins": ["http://good.example"]})
+    async with Raw(house) as raw:
+        await raw.get("/health", "Origin: http://evil.example")
+        answer = await raw.answer()
+        assert answer.status == 200
+        assert "access-control-allow-origin" not in answer.headers
+        assert answer.headers["vary"] == "Origin"
+        await raw.get("/health", "Origin: http://good.example")
+        headers = (await raw.answer()).headers
+        assert headers["access-control-allow-origin"] == "http://good.example"
+
+
+# Bugs.
+
+
+async def test_a_bug_in_a_handler_is_500_without_details(
+    make_house: Make, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken(*_args: object) -> None:
+        raise RuntimeError("S3CR3T")
+
+    monkeypatch.setattr(http, "read_json", broken)
+    house = await make_house()
+    async with Raw(house) as raw:
+        await raw.post("/v1/chat/completions", CHAT)
+        answer = await raw.answer()
+
+    assert (answer.status, answer.code) == (500, "internal_error")
+    assert "S3CR3T" not in str(answer)
+    assert [one.levelname for one in caplog.records] == ["ERROR"]
+    await house.nothing_held()
