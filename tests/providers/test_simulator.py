@@ -494,7 +494,7 @@ async def test_every_fault_leaves_nothing_behind(
         ("fault-json-under-200-stream", 200, None, None),
     ],
 )
-async def test_refusals(  # noqa: PLR0917 - two fixtures and a row of the table
+async def test_refusals(
     simulator: Simulator,
     session: aiohttp.ClientSession,
     model: str,
