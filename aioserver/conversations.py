@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from aioserver.settings import Context, Persistence
 
 MAX_CONVERSATIONS = 10_000
+MAX_KEPT_TOKENS = 1 << 26  # of all conversations together, 256 MiB of text
 MAX_UNLIMITED_BYTES = 1 << 20  # of one conversation, where the policy names no bound
 SECONDS_PER_DAY = 86_400
 
@@ -34,13 +35,14 @@ class _Turn:
 
 @dataclass(slots=True)
 class _Conversation:
+    tokens: int = 0
     turns: list[_Turn] = field(default_factory=list)
 
 
 class Conversations:
     """Histories, by caller and conversation id.
 
-    Always: a history alternates between `user` and `assistant`, the oldest turn being `user`.
+    Always: all of them have `MAX_KEPT_TOKENS` at most; a history alternates between `user` and `assistant`, the oldest turn being `user`.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Conversations:
         self._context = context
         self._persistence = persistence
         self._clock = clock
+        self._tokens = 0  # of all
         self._kept: OrderedDict[tuple[Hashable, str], _Conversation] = OrderedDict()
 
     def __len__(self) -> int:
@@ -86,8 +89,11 @@ class Conversations:
         for role, text in (("user", question), ("assistant", answer)):
             conversation.turns.append(_Turn(now, role, text, tokens(text)))
         self._bound(conversation)
-        while len(self._kept) > MAX_CONVERSATIONS:
-            self._kept.popitem(last=False)
+        now_tokens = sum(map(_tokens, conversation.turns))
+        self._tokens += now_tokens - conversation.tokens
+        conversation.tokens = now_tokens
+        while len(self._kept) > MAX_CONVERSATIONS or self._tokens > MAX_KEPT_TOKENS:
+            self._tokens -= self._kept.popitem(last=False)[1].tokens
 
     def _alive(self, conversation: _Conversation) -> list[_Turn]:
         if self._persistence.retention_policy == "time_based":

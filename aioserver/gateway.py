@@ -99,10 +99,7 @@ class Gateway:
             ModelNotFound, NoProvider: nobody to ask.
             ServerAtCapacity, ServerShutdown: no room for another answer.
         """
-        try:
-            digest = chat.digest()
-        except TypeError:  # orjson reads 1,024 levels, but writes 254
-            raise InvalidRequest("the question is nested too deeply") from None
+        digest = chat.digest()
         if (known := self._known(caller, chat.request_id, digest)) is not None:
             return known
         route = self._router.route(chat.model, chat.provider)
@@ -295,7 +292,7 @@ class Gateway:
         try:
             await self._router.fill(route, stream, ask)
         except asyncio.CancelledError:
-            if stream.answered:
+            if ask.reading is not None and ask.reading.text:
                 self._remember(stream, ask, chat, conversation_id)
             raise
         if stream.end_status == COMPLETE:

@@ -236,3 +236,15 @@ def test_random_turns_stay_within_every_bound(name: str, run: int) -> None:
         if len(sent) > context.preserve_recent:
             assert sum(map(tokens, sent)) <= room
         assert len(sent) >= min(len(kept_texts), context.preserve_recent) // 2 * 2
+
+
+def test_all_conversations_together_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aioserver.conversations.MAX_KEPT_TOKENS", 100)
+    kept = Conversations(Context(), Persistence())
+
+    for number in range(20):
+        kept.keep("caller", f"c{number}", "x" * 40, "y" * 40)  # 20 tokens
+
+    assert len(kept) == 5
+    assert len(kept.history("caller", "c19", "?")) == 3
+    assert len(kept.history("caller", "c14", "?")) == 1
