@@ -9,4 +9,5 @@ ensure_installed installed-tests '[test]'
 .venv/bin/ruff format --check .
 .venv/bin/ruff check .
 .venv/bin/mypy
-exec .venv/bin/python -m pytest "$@"
+# The tests mostly wait: three processes are quicker than one, also on two cores.
+exec .venv/bin/python -m pytest -n "${TEST_PROCESSES:-3}" --dist worksteal "$@"

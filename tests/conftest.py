@@ -35,6 +35,12 @@ def pytest_asyncio_loop_factories(
     return {"asyncio": _debugging, "uvloop": uvloop.new_event_loop}
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Take what lives as long as the session out of the collector's sight: each test collects."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def watched(request: pytest.FixtureRequest) -> None:
     """Watch every async test with `nothing_left`, set up before and so torn down after all else."""

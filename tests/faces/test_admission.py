@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import random
 from typing import TYPE_CHECKING, Any
 
@@ -421,7 +422,8 @@ async def test_the_count_never_drifts(make_house: Make, caplog: pytest.LogCaptur
         for one in (await response.json())["streams"]:
             async with house.session.delete(f"{house.sse}/{one['request_id']}"):
                 pass
-    assert [one for one in caplog.records if one.levelname == "ERROR"] == []
+    bugs = [one.getMessage() for one in caplog.records if one.levelno >= logging.ERROR]
+    assert [one for one in bugs if "bug" in one] == []
 
 
 async def test_frames_that_came_before_a_socket_was_sent_away_are_not_carried_out(
