@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import yaml
+from aiohttp import web_app
 
 from aioserver import app as application
 from aioserver import keys, listener
@@ -161,3 +162,4 @@ async def running(
                 await site.stop()
             await application.end(app)
             await runner.cleanup()
+            web_app._cached_build_middleware.cache_clear()  # it keeps each application alive

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import struct
 from typing import TYPE_CHECKING
 
 from aioserver.errors import ResumeGap
@@ -242,6 +243,10 @@ class Writer:
         """Drop the client: its connection ends with a reset, whatever is still to be written."""
         if not self._closed:
             self._dropped(why)
+        sock = self._transport.get_extra_info("socket")
+        if sock is not None and not self._transport.is_closing():
+            # A reset: else the kernel would keep what it still has for a peer that takes nothing.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self._transport.abort()
         self.close()
 

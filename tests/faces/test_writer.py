@@ -54,6 +54,9 @@ class Socket(asyncio.Transport):
     def is_closing(self) -> bool:
         return self.closing
 
+    def get_extra_info(self, name: str, default: object = None) -> object:
+        return default  # no socket under it
+
     def abort(self) -> None:
         self.aborted = True
         self.lose()
