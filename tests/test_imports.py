@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 # fmt: off
-ORDER = "errors setting checks settings document config logs messages deltas eventstream gate stall wheel streams conversations auth providers.simulator_model providers.simulator_refusals providers.simulator_shapes providers.simulator_exchange providers.simulator_faults providers.simulator providers.wire providers.pool providers.answers providers.provider router gateway faces.admission keys faces.http faces.writer faces.streaming faces.openai faces.sse faces.websocket faces.status faces.pages listener app commands.init commands.check commands.provider commands.serve __main__"
+ORDER = "errors setting checks settings document config logs messages deltas eventstream gate stall wheel streams conversations auth providers.simulator.model providers.simulator.refusals providers.simulator.shapes providers.simulator.exchange providers.simulator.faults providers.simulator.server providers.simulator providers.wire providers.pool providers.answers providers.provider router gateway faces.admission keys faces.http faces.writer faces.streaming faces.openai faces.sse faces.websocket faces.status faces.pages listener app commands.init commands.check commands.provider commands.serve __main__"
 # fmt: on
 
 PACKAGE = Path(aioserver.__file__).parent
@@ -27,13 +27,15 @@ INSIDE_FUNCTIONS = {  # module: what it may import late, for start-up time or as
 
 
 def name_of(path: Path) -> str:
-    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 MODULES = {
     name_of(path): ast.parse(path.read_text())
     for path in sorted(PACKAGE.rglob("*.py"))
     if path.name != "__init__.py"
+    or path.parent.name == "simulator"  # which names its public parts
 }
 
 

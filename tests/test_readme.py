@@ -20,7 +20,7 @@ def test_the_table_of_settings_is_that_of_the_code() -> None:
 def test_the_map_names_every_module() -> None:
     a_map = README.partition("## Where things are")[2].partition("## Configuration")[0]
     modules = {
-        path.stem.partition("_")[0] if path.stem.startswith("simulator_") else path.stem
+        path.parent.name if path.parent.name == "simulator" else path.stem
         for path in (ROOT / "aioserver").rglob("*.py")
         if not path.stem.startswith("__") and path.parent.name != "commands"
     }

@@ -13,9 +13,9 @@ import openai
 import orjson
 import pytest
 
-from aioserver.providers import simulator_faults
 from aioserver.providers.simulator import Behaviour, Simulator
-from aioserver.providers.simulator_model import speech, tokens
+from aioserver.providers.simulator import faults as simulator_faults
+from aioserver.providers.simulator.model import speech, tokens
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

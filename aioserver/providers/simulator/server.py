@@ -3,7 +3,7 @@
 It speaks HTTP/1.1 over real sockets. Below `/v1`: POST `chat/completions`, `completions`,
 `responses` (each streamed or not) and `embeddings`; GET `models` and `models/{id}`. Any model name
 is answered, but one that begins with `fault-` fails in the way it names: the table of faults
-opens `simulator_faults.py`.
+opens `faults.py`.
 
     async with Simulator(Behaviour(ttft=0, interval=0)) as simulator:
         simulator.base_url                      # http://127.0.0.1:40123/v1
@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING, Any, Self
 import orjson
 from aiohttp import web
 
-from aioserver.providers import simulator_faults, simulator_model, simulator_shapes
-from aioserver.providers.simulator_exchange import Behaviour, Exchange, Raw, reset
-from aioserver.providers.simulator_model import BadRequest
-from aioserver.providers.simulator_refusals import as_json, refusal
+from aioserver.providers.simulator import faults, model, shapes
+from aioserver.providers.simulator.exchange import Behaviour, Exchange, Raw, reset
+from aioserver.providers.simulator.model import BadRequest
+from aioserver.providers.simulator.refusals import as_json, refusal
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,10 +39,10 @@ __all__ = ["Behaviour", "SeenRequest", "Simulator", "SimulatorStats"]
 _ENDPOINTS = {
     f"/v1/{name}": name
     for name in (
-        simulator_model.CHAT,
-        simulator_model.COMPLETIONS,
-        simulator_model.RESPONSES,
-        simulator_model.EMBEDDINGS,
+        model.CHAT,
+        model.COMPLETIONS,
+        model.RESPONSES,
+        model.EMBEDDINGS,
     )
 }
 _MODELS = "/v1/models"
@@ -227,16 +227,16 @@ class Simulator:
             return Raw()
         path = request.path
         if request.method == "GET" and path == _MODELS:
-            return as_json(200, orjson.dumps(simulator_shapes.models()))
+            return as_json(200, orjson.dumps(shapes.models()))
         if request.method == "GET" and path.startswith(f"{_MODELS}/"):
             name = path.removeprefix(f"{_MODELS}/")
-            return as_json(200, orjson.dumps(simulator_shapes.model(name)))
+            return as_json(200, orjson.dumps(shapes.model(name)))
         if path not in _ENDPOINTS:
             message = f"Invalid URL ({request.method} {path})"
-            return as_json(404, simulator_model.error(404, message))
+            return as_json(404, model.error(404, message))
         if request.method != "POST":
             message = f"Not allowed to {request.method} on {path} (HINT: use POST)"
-            return as_json(405, simulator_model.error(405, message), {"Allow": "POST"})
+            return as_json(405, model.error(405, message), {"Allow": "POST"})
         return await self._counted(request)
 
     async def _counted(self, request: web.BaseRequest) -> web.StreamResponse:
@@ -270,22 +270,22 @@ class Simulator:
         headers = {name.lower(): value for name, value in request.headers.items()}
         self.requests.append(SeenRequest(request.path, headers, raw))
         try:
-            asked = simulator_model.read(_ENDPOINTS[request.path], raw)
+            asked = model.read(_ENDPOINTS[request.path], raw)
             self.bodies.append(asked.body)
             if asked.stream:
                 self._count("streams")
             if behaviour.fail_rate and self._random.random() < behaviour.fail_rate:
                 return refusal(behaviour.fail_status)
-            play = simulator_faults.find(asked.model)
+            play = faults.find(asked.model)
             ident = f"{self._random.getrandbits(96):024x}"
-            answer = simulator_shapes.answer(asked, ident, behaviour.tokens)
+            answer = shapes.answer(asked, ident, behaviour.tokens)
         except BadRequest as exc:
             return as_json(exc.status, exc.body)
         exchange = Exchange(request, answer, behaviour, count=self._token, doomed=self._doomed)
         if play is not None:
             return await play(exchange)
         if behaviour.cut_after is not None:
-            return await simulator_faults.cut(exchange, behaviour.cut_after)
+            return await faults.cut(exchange, behaviour.cut_after)
         if behaviour.stall_after is not None:
-            return await simulator_faults.stall(exchange, behaviour.stall_after)
+            return await faults.stall(exchange, behaviour.stall_after)
         return await exchange.whole()

@@ -65,14 +65,14 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 
-from aioserver.providers.simulator_model import BadRequest, error
-from aioserver.providers.simulator_refusals import REFUSALS
-from aioserver.providers.simulator_shapes import event
+from aioserver.providers.simulator.model import BadRequest, error
+from aioserver.providers.simulator.refusals import REFUSALS
+from aioserver.providers.simulator.shapes import event
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
 
-    from aioserver.providers.simulator_exchange import Exchange
+    from aioserver.providers.simulator.exchange import Exchange
 
     Fault = Callable[[Exchange, int], Awaitable[web.StreamResponse]]
     Play = Callable[[Exchange], Awaitable[web.StreamResponse]]

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from aioserver.providers.simulator_model import (
+from aioserver.providers.simulator.model import (
     CHAT,
     COMPLETIONS,
     EMBEDDINGS,
@@ -31,7 +31,7 @@ from aioserver.providers.simulator_model import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from aioserver.providers.simulator_model import Asked
+    from aioserver.providers.simulator.model import Asked
 
 DONE = b"data: [DONE]\n\n"
 MODELS = ("simulated", "simulated-embedding")

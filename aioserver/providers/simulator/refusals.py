@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 
-from aioserver.providers.simulator_model import error
+from aioserver.providers.simulator.model import error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -13,7 +13,7 @@ from aiohttp import web
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from aioserver.providers.simulator_shapes import Answer
+    from aioserver.providers.simulator.shapes import Answer
 
 _LINGER_0 = struct.pack("ii", 1, 0)  # close() then sends RST and not FIN: socket(7), SO_LINGER
 

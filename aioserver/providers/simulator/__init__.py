@@ -1,0 +1,10 @@
+"""The simulated provider: the demo, the `provider` command, the tests' double.
+
+`server` answers and counts; `model` reads requests and writes texts, `shapes` are OpenAI's objects,
+`exchange` plays an answer piece by piece, `refusals` and `faults` are the ways to fail.
+"""
+
+from aioserver.providers.simulator.exchange import Behaviour
+from aioserver.providers.simulator.server import SeenRequest, Simulator, SimulatorStats
+
+__all__ = ["Behaviour", "SeenRequest", "Simulator", "SimulatorStats"]
