@@ -24,7 +24,7 @@ from aioserver.faces.admission import Admission, counted
 from aioserver.gateway import Gateway
 from aioserver.providers.provider import Provider
 from aioserver.router import Router
-from aioserver.streams import Streams
+from aioserver.store import Streams
 from aioserver.wheel import Wheel
 
 if TYPE_CHECKING:

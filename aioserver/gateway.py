@@ -16,18 +16,15 @@ request has to wait there: what nobody reads never costs somebody who waits.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import uuid
 from collections import OrderedDict, deque
 from typing import TYPE_CHECKING, Any
 
-import orjson
-
+from aioserver.bodies import chat_body
 from aioserver.deltas import Reading
 from aioserver.errors import (
     AioserverError,
-    InvalidRequest,
     ProviderDisconnected,
     RequestConflict,
     ServerShutdown,
@@ -46,7 +43,7 @@ if TYPE_CHECKING:
     from aioserver.messages import Chat
     from aioserver.providers.provider import Provider
     from aioserver.router import Route, Router
-    from aioserver.streams import Streams
+    from aioserver.store import Streams
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +115,7 @@ class Gateway:
                 messages = [prompt, *messages]
 
         def body(provider: settings.Provider) -> bytes:
-            return _chat_body(provider, route.model, messages, chat.options, streamed)
+            return chat_body(provider, route.model, messages, chat.options, streamed)
 
         ask = Ask(
             "chat/completions",
@@ -395,30 +392,3 @@ class _EndReader:
 
     def queued(self, position: int, eta: float) -> None:
         """No face shows it."""
-
-
-def digest_of(path: str, body: bytes) -> bytes:
-    """What tells a repeated OpenAI request from a conflicting one."""
-    return hashlib.sha256(path.encode() + b"\0" + body).digest()
-
-
-def _chat_body(
-    provider: settings.Provider,
-    model: str | None,
-    messages: list[dict[str, Any]],
-    options: dict[str, Any],
-    streamed: bool,
-) -> bytes:
-    body: dict[str, Any] = {"model": model or provider.model, "messages": messages}
-    defaults: dict[str, Any] = {
-        "temperature": provider.temperature,
-        "max_tokens": None if "max_completion_tokens" in options else provider.max_tokens,
-        "top_p": provider.top_p,
-    }
-    body |= {name: value for name, value in defaults.items() if value is not None}
-    if streamed:
-        body |= {"stream": True, "stream_options": {"include_usage": True}}
-    try:
-        return orjson.dumps(body | options)
-    except orjson.JSONEncodeError as exc:
-        raise InvalidRequest(f"the options cannot be sent: {exc}", param="options") from None

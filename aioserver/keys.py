@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from aioserver.gateway import Gateway
     from aioserver.router import Router
     from aioserver.settings import Settings
-    from aioserver.streams import Streams
+    from aioserver.store import Streams
     from aioserver.wheel import Wheel
 
 SETTINGS: web.AppKey[Settings] = web.AppKey("settings")

@@ -11,7 +11,8 @@ import pytest
 
 from aioserver import eventstream
 from aioserver.errors import ProviderDisconnected, ResumeGap, ServerAtCapacity
-from aioserver.streams import CANCELLED, CHUNK, COMPLETE, ERROR, PROCESSING, Stream, Streams
+from aioserver.store import Streams
+from aioserver.streams import CANCELLED, CHUNK, COMPLETE, ERROR, PROCESSING, Stream
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

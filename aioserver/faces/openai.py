@@ -18,10 +18,10 @@ from aiohttp import web
 
 from aioserver import eventstream, keys
 from aioserver.auth import Caller, anonymous
+from aioserver.bodies import digest_of
 from aioserver.errors import InvalidRequest, ModelNotFound, StreamNotFound
 from aioserver.faces import http
 from aioserver.faces.streaming import follow
-from aioserver.gateway import digest_of
 from aioserver.messages import MAX_ID_CHARACTERS
 from aioserver.providers.provider import Answer, Ask
 

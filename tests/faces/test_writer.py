@@ -12,7 +12,8 @@ import pytest
 
 from aioserver.errors import ResumeGap
 from aioserver.faces.writer import MAX_CONTROL_FRAMES, TURN_BYTES, Follower, Writer
-from aioserver.streams import CHUNK, COMPLETE, Stream, Streams
+from aioserver.store import Streams
+from aioserver.streams import CHUNK, COMPLETE, Stream
 from tests.house import until
 
 if TYPE_CHECKING:
