@@ -16,7 +16,6 @@ behind them cannot go on (`ResumeGap`), which is said and never skipped. Where n
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -84,13 +83,11 @@ class Stream:
         "bytes",
         "caller",
         "conversation_id",
-        "created",
         "digest",
         "end_status",
         "ended",
         "entries",
         "error",
-        "fallen",
         "headers",
         "last",
         "model",
@@ -119,7 +116,6 @@ class Stream:
         self.caller = caller
         self.digest = digest
         self.window = window
-        self.created = time.monotonic()
         self.entries: deque[Entry] = deque()
         self.offset = 0  # how many entries have gone: the index of entries[0] since the start
         self.last = 0
@@ -130,7 +126,6 @@ class Stream:
         self.error: AioserverError | None = None  # with which it ended
         self.sent = False  # something went to a provider: leaving now costs money
         self.answered = False  # an event of a provider is in the log: no second try
-        self.fallen = False  # entries went before every reader had passed them
         self.provider = self.model = ""
         self.conversation_id: str | None = None
         self.attempts = 0
@@ -277,10 +272,8 @@ class Stream:
                 passed = min([reader.at for reader in self.readers])
         freed = 0
         while len(self.entries) > 1 or (self.entries and self.offset < passed):
-            if self.offset >= passed:
-                if self.bytes - freed <= self._max_bytes:
-                    break
-                self.fallen = True
+            if self.offset >= passed and self.bytes - freed <= self._max_bytes:
+                break
             freed += self.entries.popleft().sized
             self.offset += 1
         if freed:

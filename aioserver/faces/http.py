@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from aiohttp import web
 from aiohttp.http import HttpVersion11
 
-from aioserver import __version__, messages
+from aioserver import messages
 from aioserver.errors import (
     AioserverError,
     HeadersTooLarge,
@@ -49,8 +49,6 @@ LAST = web.RequestKey("last", bool)  # the last request of its connection
 _ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _prefix = secrets.token_hex(6)
 _numbers = itertools.count(1)
-
-Handler = "Callable[[web.Request], Awaitable[web.StreamResponse]]"
 
 
 def request_id(request: web.BaseRequest) -> str:
@@ -215,8 +213,3 @@ def _ours(exc: web.HTTPException, request: web.Request) -> AioserverError:
         case 413:
             return RequestTooLarge("the body is too large")
     return InvalidRequest(exc.reason)
-
-
-def version() -> str:
-    """What this is."""
-    return f"{SERVER}/{__version__}"

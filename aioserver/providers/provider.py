@@ -45,7 +45,6 @@ KEY_STATUSES = frozenset({401, 402, 403})
 BUSY_STATUSES = frozenset({429, 498})
 PASSING = ("x-ratelimit-", "openai-processing-ms", "openai-version", "x-generation-id")
 FRAMING = frozenset({"connection", "content-length", "transfer-encoding"})  # ours, never given
-RETRY_AFTER = ("retry-after", "retry-after-ms")
 
 
 @dataclass(frozen=True, slots=True)
