@@ -1,6 +1,9 @@
 """The servers that can be measured: one `Peer` each. To compare with another, add it to `PEERS`."""
 
+import secrets
 from dataclasses import dataclass
+
+import virtual
 
 AIOSERVER = """\
 chat:
@@ -14,11 +17,11 @@ chat:
     ping_interval: 20
     ping_timeout: 10
     concurrency:
-      max_connections: 4000
-      connection_queue_size: 4000
+      max_connections: 12000
+      connection_queue_size: 12000
       queue_timeout: 5.0
       uvicorn:
-        backlog: 4096
+        backlog: 12000
         workers: 1
         access_log: false
         keepalive_timeout: 75
@@ -49,14 +52,84 @@ logging:
   format: json
 """
 
+# 200 places, and who finds none is refused at once.
+TIGHT = (
+    AIOSERVER.replace("max_connections: 12000", "max_connections: 200")
+    .replace("connection_queue_size: 12000", "connection_queue_size: 200")
+    .replace("queue_timeout: 5.0", "queue_timeout: 0")
+)
+
+NGINX = """\
+daemon off;
+master_process off;
+worker_processes 1;
+pid $folder/nginx-$port.pid;
+error_log stderr error;
+events { worker_connections 9000; }
+http {
+  access_log off;
+  client_body_temp_path $folder/nginx-body;
+  proxy_temp_path $folder/nginx-proxy;
+  fastcgi_temp_path $folder/nginx-fastcgi;
+  uwsgi_temp_path $folder/nginx-uwsgi;
+  scgi_temp_path $folder/nginx-scgi;
+  keepalive_requests 100000000;
+  upstream provider {
+    server 127.0.0.1:$provider max_fails=0;
+    keepalive 4096;
+    keepalive_requests 100000000;
+  }
+  server {
+    listen 127.0.0.1:$port backlog=4096;
+    location / {
+      proxy_pass http://provider;
+      proxy_http_version 1.1;
+      proxy_set_header Connection "";
+      proxy_buffering off;
+    }
+  }
+}
+"""
+
+HAPROXY = """\
+global
+  nbthread 1
+  maxconn 9000
+defaults
+  mode http
+  timeout connect 5s
+  timeout client 60s
+  timeout server 60s
+  option http-no-delay
+  http-reuse always
+frontend clients
+  bind 127.0.0.1:$port backlog 4096
+  default_backend provider
+backend provider
+  server mock 127.0.0.1:$provider pool-max-conn 4096
+"""
+
+LITELLM_KEY = "sk-" + secrets.token_hex(32)  # it does not start without a strong one
+LITELLM = """\
+model_list:
+  - model_name: mock-model
+    litellm_params:
+      model: openai/mock-model
+      api_base: http://127.0.0.1:$provider/v1
+      api_key: none
+      max_retries: 0
+general_settings:
+  disable_spend_logs: true
+"""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Peer:
     """A server under load: OpenAI's `POST /v1/chat/completions`, and perhaps our WebSocket.
 
     In `command` and `config` stand for what differs from start to start: `$python`, `$here` (this
-    folder), `$port` (to listen on), `$provider` (the mock provider's port), `$loop`, and
-    `$config`, the file that `config` is written to.
+    folder), `$port` (to listen on), `$provider` (the mock provider's port), `$loop`, `$config`,
+    the file that `config` is written to, and `$folder`, one for files that may be forgotten.
     """
 
     name: str
@@ -66,8 +139,15 @@ class Peer:
     path: str = "/v1/chat/completions"
     websocket: str | None = None  # path of a WebSocket that speaks aioserver's frames
     patience: float = 30.0  # seconds that a start may take
+    tight: str = ""  # a configuration with 200 places and no waiting
+    restarts: bool = False  # a stop ends what runs first: `restart` is measured
+    steps: tuple[str, ...] = ()  # the only ones it gets; none named: all
+    program: str = ""  # where that is not installed, there is no such column
+    requirement: str = ""  # of pip, into an environment of its own: measured with --peers only
 
 
+# What a relay that knows no WebSocket chat is measured at. (1,000 streams: `held` says that.)
+RELAYED = ("plain", "fast", "sse500", "first", "leave", "memory", "held")
 PEERS = {
     peer.name: peer
     for peer in (
@@ -78,7 +158,9 @@ PEERS = {
                 *("--config", "$config", "--port", "$port", "--loop", "$loop"),
             ),
             config=AIOSERVER,
+            tight=TIGHT,
             websocket="/ws/chat",
+            restarts=True,
         ),
         Peer(
             name="bare",
@@ -87,7 +169,37 @@ PEERS = {
                 *("--provider", "http://127.0.0.1:$provider"),
             ),
             websocket="/ws/chat",
+            restarts=True,
+        ),
+        Peer(
+            name="nginx",
+            command=("nginx", "-p", "$folder", "-c", "$config"),
+            config=NGINX,
+            steps=RELAYED,
+            program="nginx",
+        ),
+        Peer(
+            name="haproxy",
+            command=("haproxy", "-db", "-f", "$config"),
+            config=HAPROXY,
+            steps=RELAYED,
+            program="haproxy",
+        ),
+        Peer(
+            name="litellm",
+            command=(
+                *("env", "LITELLM_MODE=PRODUCTION", "LITELLM_LOCAL_MODEL_COST_MAP=True"),
+                *("LITELLM_LOG=ERROR", f"LITELLM_MASTER_KEY={LITELLM_KEY}"),
+                *(str(virtual.program("litellm")), "--config", "$config"),
+                *("--host", "127.0.0.1", "--port", "$port", "--num_workers", "1"),
+            ),
+            config=LITELLM,
+            headers=(f"Authorization: Bearer {LITELLM_KEY}",),
+            steps=("plain", "fast"),
+            patience=120.0,
+            requirement="litellm[proxy]",
         ),
     )
 }
 BASELINE = "bare"  # the ratios of all others are to this one
+DIRECT = Peer(name="direct", command=())  # no server: the load goes to the mock provider itself

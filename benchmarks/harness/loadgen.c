@@ -4,14 +4,19 @@
  *   --mode sse    POST the body, read an SSE stream up to "data: [DONE]", again
  *   --mode ws     WebSocket handshake; then send the body as one text frame, read text frames until one
  *                 holds a --marker (good) or a --fail-marker (counted as truncated), again
- *   --mode idle   open --connections of --idle-proto (tcp, http, sse, ws) and hold them --duration seconds
+ *   --mode idle   open --connections of --idle-proto (tcp, http, sse, ws), hold them --duration seconds, answer
+ *                 pings; one that gets another status than 200 or 101 is not held, one that is closed is early
  *
  * Each %ID% in the body becomes 32 hex digits that no other request has: the time this run started, its
  * process id, and a counter over all its connections. So the length of a body is always the same.
  *
  * SSE and WS deltas (the JSON string after --seq-key) must be, joined, the digits 00010002...: see mockllm.
  * Measured are only the requests that start after ramp + warmup; with --drop-after K a stream is closed by
- * the client after K deltas. All latencies are in ms. */
+ * the client after K deltas. With --once a connection asks once, whatever it gets. SIGTERM ends a run at once,
+ * with its numbers. `refuse_*_ms`: from connect() to the whole answer of another status than 200, or to the
+ * WebSocket's --fail-marker or close frame before the first delta. `lost`: requests that were sent, at least
+ * in part, and whose answer did not come whole (neither those left by --drop-after, nor those unfinished at
+ * the end). All latencies are in ms. */
 #include "common.h"
 
 enum { M_HTTP, M_SSE, M_WS, M_IDLE };
@@ -26,28 +31,30 @@ typedef struct conn {
     char *acc; size_t acc_len, acc_cap;         /* partial head, size line or frame */
     char *line; size_t line_len, line_cap;      /* partial SSE line or fragmented WS message */
     uint64_t t_wake, t0, t_last, t_conn;
-    int measured, done, tokens, digit, acc_dig, bad;
+    int measured, asking, done, tokens, digit, acc_dig, bad;
 } conn;
 
-static int mode = M_HTTP, proto = M_SSE, conns = 1, expect = 0, drop_after = 0, stamp = 0, json = 0, nmark = 0, nfail = 0;
+static int mode = M_HTTP, proto = M_SSE, conns = 1, expect = 0, drop_after = 0, stamp = 0, once = 0, json = 0, nmark = 0, nfail = 0;
 static long count = 0;
 static double duration = 10, ramp = 0, warmup = 0, timeout_s = 60, drain = 10;
 static const char *host = "127.0.0.1", *path = "/v1/chat/completions", *key = "\"content\":", *marks[8], *fails[8];
-static int port = 9100, ep, live, opened;
+static int port = 9100, ep, live, opened, off;       /* off: connections that will not ask again */
+static volatile sig_atomic_t told;              /* SIGTERM has come */
 static char *req, *frame; static size_t req_len, frame_len, frame_head, body_len;
 #define ID_LEN 32
 static size_t ids[16]; static int nids;         /* where they lie in the body */
 static struct sockaddr_in addr;
 static uint64_t T0, t_meas, t_stop;             /* start; measuring begins; no new requests after */
 
-static hist h_lat, h_ttft, h_gap, h_conn, h_transit;
+static hist h_lat, h_ttft, h_gap, h_conn, h_transit, h_refuse;
 static struct {
-    uint64_t started, ok, tokens, events, bytes, truncated, seq_bad, io, connect, timeout, dropped, early, unfinished;
+    uint64_t started, ok, tokens, events, bytes, truncated, seq_bad, io, connect, timeout, dropped, early, unfinished, lost;
     uint64_t status[600], all_done;
 } st;
 static uint64_t *drop_t; static size_t ndrop;
 
 static void start_request(conn *c);
+static void lost(conn *c);
 
 /* ---- connection handling ---------------------------------------------------------------------- */
 static void want(conn *c, int out) {
@@ -57,6 +64,8 @@ static void want(conn *c, int out) {
 }
 static void shut(conn *c, double again_in) {    /* close; come back after a while (<0: never) */
     if (c->fd >= 0) { close(c->fd); c->fd = -1; live--; }
+    st.lost += c->asking, c->asking = 0;
+    off += again_in < 0;
     c->acc_len = c->line_len = 0;
     c->state = again_in < 0 ? S_OFF : S_NEW;
     c->t_wake = now_ns() + (uint64_t)((again_in < 0 ? 0 : again_in) * 1e9);
@@ -136,6 +145,7 @@ static void start_request(conn *c) {
     uint64_t now = now_ns();
     if (mode != M_IDLE && !may_start(now)) { shut(c, -1); return; }
     st.started++;
+    c->asking = mode != M_IDLE;
     c->t0 = c->t_last = now, c->measured = now >= t_meas;
     c->done = c->tokens = c->digit = c->acc_dig = c->bad = 0, c->status = 0, c->line_len = 0;
     if (mode == M_WS) send_bytes(c, next_request(c, frame, frame_len, frame_head, 1), frame_len, S_WSREAD);
@@ -147,12 +157,15 @@ static void end_request(conn *c, int good, int reuse) {
     uint64_t now = now_ns();
     if (c->status >= 0 && c->status < 600) st.status[c->status]++;
     if (good) st.all_done++;
+    else if (c->status >= 400 || (mode == M_WS && !c->tokens)) hist_add(&h_refuse, now - c->t_conn);
+    else st.lost++;
+    c->asking = 0;
     if (c->measured && good) { st.ok++; hist_add(&h_lat, now - c->t0); }
     if (mode != M_HTTP && (c->status == 200 || c->status == 101)) {
         if (!good) st.truncated++;
         else if (c->bad || (expect && c->tokens != expect)) st.seq_bad++;
     }
-    if (!may_start(now)) shut(c, -1);
+    if (once || !may_start(now)) shut(c, -1);
     else if (!reuse || c->close_after) shut(c, 0);      /* opened anew by the next tick() */
     else start_request(c);
 }
@@ -191,7 +204,7 @@ static int maybe_drop(conn *c) {
     if (!drop_after || c->tokens < drop_after) return 1;
     drop_t = xrealloc(drop_t, (ndrop + 1) * sizeof *drop_t);
     drop_t[ndrop++] = now_ns();
-    st.dropped++;
+    st.dropped++, c->asking = 0;
     shut(c, may_start(now_ns()) ? 0 : -1);
     return 0;
 }
@@ -238,8 +251,12 @@ static int feed(conn *c, const char *p, size_t n) {
         char *e = memmem(c->acc, c->acc_len, "\r\n\r\n", 4);
         if (!e) return 1;
         parse_head(c, c->acc, e + 2);
-        c->state = mode == M_IDLE ? (hold(c), S_HOLD) : S_BODY;
-        if (c->state == S_HOLD) return 1;
+        if (mode == M_IDLE) {
+            if (c->status == 200) hold(c);
+            else { if (c->status >= 0 && c->status < 600) st.status[c->status]++; shut(c, -1); }
+            return 0;
+        }
+        c->state = S_BODY;
         size_t rest = c->acc_len - (e + 4 - c->acc);    /* go on with what follows the head */
         p += n - rest, n = rest, c->acc_len = 0;
     }
@@ -305,6 +322,7 @@ static long ws_frames(conn *c, char *b, size_t n) {
         int op = f[0] & 15, fin = f[0] & 128;
         used += h + len;
         if (op == 9 && len < 126) { char o[140]; if (write(c->fd, o, ws_frame(o, 10, p, len)) < 0) st.io++; }
+        else if (op == 8 && c->state == S_HOLD) { lost(c); return -1; }
         else if (op == 8) { c->status = 101; end_request(c, 0, 0); return -1; }
         else if (op <= 2 && (mode == M_WS && c->state == S_WSREAD)) {
             if (fin && !c->line_len) { if (!ws_message(c, p, len)) return -1; }
@@ -324,7 +342,13 @@ static void ws_input(conn *c, char *b, size_t n) {
         char *e = memmem(b, n, "\r\n\r\n", 4);
         if (!e) return;
         int s = atoi(b + 9);
-        if (s != 101) { if (s >= 0 && s < 600) st.status[s]++; st.io++; shut(c, 0.2); return; }
+        if (s != 101) { 
+            if (s >= 0 && s < 600) st.status[s]++;
+            hist_add(&h_refuse, now_ns() - c->t_conn);
+            st.io++;
+            shut(c, once ? -1 : 0.2);
+            return;
+        }
         hist_add(&h_conn, now_ns() - c->t_conn);
         used = e + 4 - b;
         if (mode == M_IDLE) hold(c); else start_request(c);
@@ -359,7 +383,7 @@ static void readable(conn *c) {
 static void tick(conn *all, uint64_t now) {     /* ramp, reconnects and time-outs */
     for (int i = 0; i < conns; i++) {
         conn *c = all + i;
-        if (c->state == S_NEW && c->t_wake <= now) { if (mode == M_IDLE || may_start(now)) open_conn(c); else c->state = S_OFF; }
+        if (c->state == S_NEW && c->t_wake <= now) { if (mode == M_IDLE || may_start(now)) open_conn(c); else c->state = S_OFF, off++; }
         else if (c->state > S_CONNECT && c->state < S_HOLD && now > c->t0 + (uint64_t)(timeout_s * 1e9) &&
                  now > c->t_last + (uint64_t)(timeout_s * 1e9) && now > c->t_conn + (uint64_t)(timeout_s * 1e9)) { st.timeout++; shut(c, 0); }
     }
@@ -389,6 +413,8 @@ static char *find_ids(const char *b, size_t n, size_t *len) {
     return to;
 }
 
+static void on_term(int sig) { told = sig; }
+
 static int fields;
 static void out(const char *k, const char *fmt, ...) {
     va_list a;
@@ -411,7 +437,7 @@ int main(int argc, char **argv) {
     static const struct option o[] = { {"mode",1,0,'m'}, {"host",1,0,'H'}, {"port",1,0,'p'}, {"path",1,0,'P'}, {"header",1,0,'h'},
         {"body-file",1,0,'b'}, {"connections",1,0,'c'}, {"duration",1,0,'d'}, {"count",1,0,'n'}, {"ramp",1,0,'r'}, {"warmup",1,0,'w'},
         {"timeout",1,0,'t'}, {"drain",1,0,'D'}, {"marker",1,0,'M'}, {"fail-marker",1,0,'F'}, {"seq-key",1,0,'k'}, {"expect",1,0,'e'}, {"drop-after",1,0,'x'},
-        {"idle-proto",1,0,'i'}, {"stamp",0,0,'T'}, {"json",0,0,'j'}, {0} };
+        {"idle-proto",1,0,'i'}, {"stamp",0,0,'T'}, {"once",0,0,'1'}, {"json",0,0,'j'}, {0} };
     char *hdr = strdup(""), *body = NULL; size_t blen = 0; int k; const char *meth = "POST";
     while ((k = getopt_long(argc, argv, "", o, NULL)) != -1) switch (k) {
         case 'm': mode = !strcmp(optarg, "sse") ? M_SSE : !strcmp(optarg, "ws") ? M_WS : !strcmp(optarg, "idle") ? M_IDLE : M_HTTP; break;
@@ -434,10 +460,11 @@ int main(int argc, char **argv) {
         case 'e': expect = atoi(optarg); break;
         case 'x': drop_after = atoi(optarg); break;
         case 'T': stamp = 1; break;
+        case '1': once = 1; break;
         case 'j': json = 1; break;
         default: die("usage: loadgen --mode http|sse|ws|idle [--host H] --port P [--path P] [--header 'K: V']... [--body-file F]\n"
             "  [--connections C] [--duration S] [--count N] [--ramp S] [--warmup S] [--timeout S] [--drain S] [--expect TOKENS]\n"
-            "  [--marker TEXT]... [--fail-marker TEXT]... [--seq-key content] [--drop-after K] [--idle-proto tcp|http|sse|ws] [--stamp] [--json]");
+            "  [--marker TEXT]... [--fail-marker TEXT]... [--seq-key content] [--drop-after K] [--idle-proto tcp|http|sse|ws] [--stamp] [--once] [--json]");
     }
     if (!nmark) marks[nmark++] = "\"status\":\"complete\"", marks[nmark++] = "\"status\": \"complete\"";
     if (!nfail) fails[nfail++] = "\"status\":\"error\"", fails[nfail++] = "\"status\": \"error\"";
@@ -464,6 +491,7 @@ int main(int argc, char **argv) {
         req_len += blen;
     }
     signal(SIGPIPE, SIG_IGN);
+    signal(SIGTERM, on_term);
     raise_nofile();
     addr = (struct sockaddr_in){ .sin_family = AF_INET, .sin_port = htons(port) };
     if (inet_pton(AF_INET, host, &addr.sin_addr) != 1) die("--host takes an IPv4 address");
@@ -477,13 +505,13 @@ int main(int argc, char **argv) {
     struct rusage ru0, ru;
     int started_meas = 0;
     getrusage(RUSAGE_SELF, &ru0);
-    while (now < t_end) {
+    while (now < t_end && !told) {
         if (now >= next) {
             tick(all, now);
             next = now + 5000000;
             if (!started_meas && now >= t_meas) { getrusage(RUSAGE_SELF, &ru0); started_meas = 1; }
         }
-        if (!live && mode != M_IDLE && !may_start(now)) break;
+        if (mode != M_IDLE && ((!live && !may_start(now)) || off == conns)) break;
         struct epoll_event ev[512];
         int n = ep_wait(ep, ev, 512, 5000000);
         for (int i = 0; i < n; i++) {
@@ -511,6 +539,9 @@ int main(int argc, char **argv) {
         out("ok", "%lu", st.ok);
         out("per_second", "%.1f", st.ok / secs);
         out_hist("latency", &h_lat);
+        out("refused", "%lu", h_refuse.n);
+        out_hist("refuse", &h_refuse);
+        out("lost", "%lu", st.lost);
     }
     out_hist("connect", &h_conn);
     if (mode == M_SSE || mode == M_WS) {

@@ -1,0 +1,262 @@
+"""How one load on one server is measured: both ends of it, what they use, and what went wrong."""
+
+import contextlib
+import dataclasses
+import http.client
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from loads import Load
+from peers import Peer
+from process import Watch, free_port, running, usage
+
+HERE = Path(__file__).resolve().parent
+HARNESS = HERE / "harness"
+CHAT = {"model": "mock-model", "messages": [{"role": "user", "content": "Hello, how are you?"}]}
+# loadgen replaces %ID%: aioserver answers a request_id that it knows from its log, not anew.
+FRAME = '{"action":"chat","request_id":"%ID%","payload":{"text":"Hello","streaming":true}}'
+# Where one of these is not 0 the numbers say nothing.
+ERRORS = ("truncated", "seq_bad", "unfinished", "io_errors", "connect_errors", "timeouts")
+SPARE_FILES = 500  # of a process, beside the sockets that are counted
+
+Result = dict[str, Any]  # a step's numbers; "faults": list[str] says why they do not count
+
+
+class StepFailed(Exception):
+    """A step has no numbers at all; the message says why."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Server:
+    """A peer that is up."""
+
+    peer: Peer
+    port: int
+    pid: int | None  # None: the mock provider itself, which is `direct`
+    took: float = 0.0  # seconds from the start to the first good answer
+    memory: float = 0.0  # MB resident after it
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Bench:
+    """What is the same for every step: ports, cores and a folder for configurations and logs."""
+
+    folder: Path
+    loop: str
+    provider: int  # port of the mock provider
+    server_core: int
+    load_core: int
+
+    @contextlib.contextmanager
+    def mock(self, load: Load) -> Iterator[int]:
+        """Run the mock provider as *load* wants it; yields its pid once it answers."""
+        command = [HARNESS / "mockllm", "--port", self.provider, *load.mock]
+        command += ["--chunks", load.chunks, "--interval-ms", load.interval_ms]
+        with (
+            (self.folder / "mockllm.log").open("ab") as log,
+            running(text(command), core=self.load_core, folder=str(HERE), output=log) as process,
+        ):
+            deadline = time.monotonic() + 5
+            while ask(self.provider, "GET", "/stats") is None:
+                if time.monotonic() > deadline or process.poll() is not None:
+                    raise StepFailed(f"mockllm does not start on port {self.provider}")
+                time.sleep(0.01)
+            time.sleep(0.2)  # for the server to see that the connections to the last one are dead
+            yield process.pid
+
+    def seen(self) -> Result:
+        """What the mock provider has counted since its start."""
+        counted: Result = json.loads(ask(self.provider, "GET", "/stats") or "{}")
+        if not counted:
+            raise StepFailed("the mock provider does not answer")
+        return counted
+
+    @contextlib.contextmanager
+    def server(
+        self, peer: Peer, *, config: str | None = None, port: int | None = None
+    ) -> Iterator[Server]:
+        """Start *peer*; yields it after its first good answer. The mock provider must be up.
+
+        With *port* another server is just leaving that port: the start is repeated while that one
+        still has it.
+        """
+        taken, port = port is not None, port or free_port()
+        stem = self.folder / f"{peer.name}-{port}{'-again' if taken else ''}"
+        file, path = stem.with_suffix(".yaml"), stem.with_suffix(".log")
+        names = {"python": sys.executable, "here": HERE, "config": file, "loop": self.loop}
+        names |= {"port": port, "provider": self.provider, "folder": self.folder}
+        file.write_text(Template(config or peer.config).substitute(names))
+        command = [Template(part).substitute(names) for part in peer.command]
+        began = time.monotonic()
+        while True:
+            with (
+                path.open("wb") as log,
+                running(
+                    command, core=self.server_core, folder=str(HERE.parent), output=log
+                ) as process,
+            ):
+                while process.poll() is None and time.monotonic() - began < peer.patience:
+                    if good_answer(peer, port):
+                        took = time.monotonic() - began
+                        time.sleep(0.3)
+                        yield Server(peer, port, process.pid, took, usage(process.pid)[1])
+                        return
+                    time.sleep(0.005)
+            if not taken or time.monotonic() - began > peer.patience:
+                tail = " ".join(path.read_text(errors="replace")[-600:].split())
+                raise StepFailed(f"{peer.name} does not start: {tail}")
+
+    def measure(
+        self,
+        server: Server,
+        load: Load,
+        *,
+        during: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
+    ) -> Result:
+        """Put *load* on *server*, and watch what it uses from the warm-up's end to the last start.
+
+        Inside *during* the load runs. There are no "faults" in the result yet.
+        """
+        with self.mock(load) as mock:
+            return self.loaded(server, load, mock, during=during)
+
+    def loaded(
+        self,
+        server: Server,
+        load: Load,
+        mock: int,
+        *,
+        during: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
+    ) -> Result:
+        """The same, while the mock provider of pid *mock* runs."""
+        pids = () if server.pid is None else (server.pid,)
+        cores = (self.server_core, self.load_core)
+        output = b""
+        with (
+            running(
+                self.loadgen(server, load),
+                core=self.load_core,
+                folder=str(HERE),
+                output=subprocess.PIPE,
+            ) as loadgen,
+            during(),
+        ):
+            time.sleep(load.ramp + load.warmup)
+            watch = Watch((mock, loadgen.pid, *pids), cores)
+            time.sleep(load.duration)
+            (_, _, *cpu), foreign = watch.read()
+            memory = sum(usage(pid)[1] for pid in pids)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                output, _ = loadgen.communicate(timeout=load.drain + 10)
+        if not output:
+            raise StepFailed("loadgen failed, or did not end in time")
+        result: Result = json.loads(output)
+        counted = self.seen()
+        events = result.get("chunks_per_second", result["per_second"]) * result["seconds"]
+        result["cpu_us"] = sum(cpu) * 1e6 / events if events else 0.0
+        result["cpu_share"] = sum(cpu) / load.duration
+        result["rss_mb"], result["foreign_share"] = memory, foreign
+        result["provider_late_p99_ms"] = counted["late_ms"]["p99"]
+        result["peak_active"] = counted["peak_active"]
+        return result
+
+    def loadgen(self, server: Server, load: Load) -> list[str]:
+        """The command that puts *load* on *server*."""
+        peer, body = server.peer, self.folder / f"{load.mode}.json"
+        path = peer.path
+        if load.mode == "ws":
+            assert peer.websocket is not None
+            path = peer.websocket
+            body.write_text(FRAME)
+        else:
+            body.write_text(json.dumps({**CHAT, "stream": load.mode == "sse"}))
+        command = [HARNESS / "loadgen", "--json", "--mode", load.mode, "--port", server.port]
+        command += ["--path", path, "--body-file", body, "--connections", load.connections]
+        command += ["--ramp", load.ramp, "--warmup", load.warmup, "--duration", load.duration]
+        command += ["--drain", load.drain, "--timeout", max(load.drain, 10.0), *load.options]
+        if load.mode != "http":
+            command += ["--expect", load.chunks]
+            command += ["--seq-key", "data" if load.mode == "ws" else "content"]
+        for header in peer.headers:
+            command += ["--header", header]
+        return text(command)
+
+    @contextlib.contextmanager
+    def idle(self, server: Server, count: int, *, ramp: float) -> Iterator[None]:
+        """Hold *count* idle WebSockets, opened over *ramp* seconds; pings are answered.
+
+        Raises `StepFailed` at the end, where not all of them were there all the time.
+        """
+        assert server.peer.websocket is not None
+        command = [HARNESS / "loadgen", "--json", "--mode", "idle", "--idle-proto", "ws"]
+        command += ["--port", server.port, "--path", server.peer.websocket]
+        command += ["--connections", count, "--ramp", ramp, "--duration", 120]
+        output = b""
+        with running(
+            text(command), core=self.load_core, folder=str(HERE), output=subprocess.PIPE
+        ) as loadgen:
+            time.sleep(ramp + 2)
+            yield
+            loadgen.terminate()  # it ends with its numbers
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                output, _ = loadgen.communicate(timeout=5)
+        held: Result = json.loads(output or b"{}")
+        if held.get("held") != count or held["closed_early"]:
+            raise StepFailed(
+                f"of {count} idle WebSockets {held.get('held')} were held, "
+                f"{held.get('closed_early')} closed by the server"
+            )
+
+
+def text(command: Sequence[object]) -> list[str]:
+    return [str(part) for part in command]
+
+
+def most_sockets(wanted: int) -> int:
+    """*wanted*, or as many as a process may have here, in whole hundreds."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    return min(wanted, (limit - SPARE_FILES) // 100 * 100)
+
+
+def ask(
+    port: int, method: str, path: str, body: str = "", headers: Sequence[str] = ()
+) -> bytes | None:
+    """The body of a 200, else None."""
+    fields = {"Content-Type": "application/json"}
+    fields |= dict(header.split(": ", 1) for header in headers)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    try:
+        connection.request(method, path, body or None, fields)
+        response = connection.getresponse()
+        return response.read() if response.status == 200 else None
+    except (OSError, http.client.HTTPException):
+        return None
+    finally:
+        connection.close()
+
+
+def good_answer(peer: Peer, port: int) -> bool:
+    """One request that is not streamed: its answer must hold the provider's text."""
+    return b"00010002" in (ask(port, "POST", peer.path, json.dumps(CHAT), peer.headers) or b"")
+
+
+def faults(result: Result, *, ignored: Sequence[str] = ()) -> list[str]:
+    """Why the numbers of *result* do not count, but for the errors in *ignored*."""
+    found = [
+        f"{name}={result[name]}" for name in ERRORS if result.get(name) and name not in ignored
+    ]
+    found += [
+        f"status {status}: {count}"
+        for status, count in result["status"].items()
+        if status not in {"200", "101"}
+    ]
+    if not result["ok"] and "ok" not in ignored:
+        found.append("nothing was measured")
+    return found

@@ -1,0 +1,267 @@
+"""The steps of a run: each puts one load, or a few, on one server and returns its numbers."""
+
+import contextlib
+import dataclasses
+import os
+import signal
+import statistics
+import time
+from collections.abc import Callable, Iterator
+
+from loads import Load, paced, stalled
+from measure import Bench, Result, Server, StepFailed, faults, most_sockets
+from peers import Peer
+from process import Watch, usage
+
+LEVELS = (500, 750, 1000, 1250, 1500, 2000)
+IDLE = 10_000  # WebSockets of which the CPU share is taken
+IDLE_SECONDS = 40  # two whole rounds of aioserver's pings, whatever their phase
+FEW, MANY = 100, 4_000  # idle WebSockets beside the plain requests
+LEAVING = 100  # clients that leave
+PLACES, CROWD = 200, 1000  # max_connections of the tight configuration, and who comes at once
+MB = 1e6
+
+
+def plainly(bench: Bench, server: Server, load: Load) -> Result:
+    """One load, and what went wrong."""
+    result = bench.measure(server, load)
+    return result | {"faults": faults(result)}
+
+
+def held(bench: Bench, server: Server, load: Load) -> Result:
+    """The most streams at once of `LEVELS` that are held; the first that are not end it.
+
+    A level that fails is tried a second time: it may have been somebody else's fault.
+    """
+    streams, why, levels = 0, "", []
+    for count in LEVELS:
+        for _ in range(2):
+            result = bench.measure(server, dataclasses.replace(load, connections=count))
+            why = ", ".join(missed(result, count))
+            levels.append(result | {"streams": count, "missed": why})
+            time.sleep(1)  # for the server to get rid of the streams that were cut off
+            if not why:
+                break
+        if why:
+            break
+        streams = count
+    said = f"fails at {count}: {why}" if why else "holds all that was tried"
+    return {
+        "streams": streams,
+        "levels": levels,
+        "notes": [said] if streams else [],
+        "faults": [] if streams else [said],
+    }
+
+
+def missed(result: Result, streams: int) -> list[str]:
+    """Which of the conditions of a held level *result* does not fulfil."""
+    found = faults(result, ignored=("unfinished", "ok"))  # it ends before its streams do
+    if result["gap_p99_ms"] >= 100:
+        found.append(f"p99 gap {result['gap_p99_ms']:.0f} ms")
+    if result["ttft_p99_ms"] >= 1000:
+        found.append(f"p99 first token {result['ttft_p99_ms']:.0f} ms")
+    if result["chunks_per_second"] <= 0.9 * streams * 50:
+        found.append(f"{result['chunks_per_second']:.0f} events/s of {streams * 50}")
+    if result["peak_active"] <= 0.95 * streams:
+        found.append(f"{result['peak_active']} streams at once")
+    return found
+
+
+@contextlib.contextmanager
+def fresh(bench: Bench, peer: Peer, config: str | None = None) -> Iterator[Server]:
+    """A server of its own for a step: memory that was freed before is used again."""
+    with contextlib.ExitStack() as stack:
+        with bench.mock(Load(mode="http", connections=1)):
+            server = stack.enter_context(bench.server(peer, config=config))
+        yield server
+
+
+def memory(bench: Bench, server: Server, load: Load) -> Result:
+    """KiB that a fresh server needs more for each running stream."""
+    with fresh(bench, server.peer) as fresh_server:
+        result = bench.measure(fresh_server, load)
+        result["kib"] = kib_each(result["rss_mb"] - fresh_server.memory, load.connections)
+    found = faults(result, ignored=("unfinished", "ok"))
+    if result["unfinished"] != load.connections or result["peak_active"] < load.connections:
+        found.append(f"{result['unfinished']} of {load.connections} streams were there")
+    return result | {"faults": found}
+
+
+def kib_each(megabytes: float, count: int) -> float:
+    return megabytes * MB / 1024 / count
+
+
+def idle(bench: Bench, server: Server, _load: Load) -> Result:
+    """What idle WebSockets cost a fresh server: KiB of memory, and CPU as a share of one core."""
+    count = most_sockets(IDLE)
+    with fresh(bench, server.peer) as fresh_server:
+        assert fresh_server.pid is not None
+        with bench.idle(fresh_server, count, ramp=5.0):
+            grown = usage(fresh_server.pid)[1] - fresh_server.memory
+            watch = Watch((fresh_server.pid,), (bench.server_core,))
+            time.sleep(IDLE_SECONDS)
+            (cpu,), foreign = watch.read()
+    return {
+        "connections": count,
+        "kib": kib_each(grown, count),
+        "cpu_percent": 100 * cpu / IDLE_SECONDS,
+        "foreign_share": foreign,
+        "notes": [f"{count:,} idle WebSockets over {IDLE_SECONDS} s"],
+        "faults": [],
+    }
+
+
+def crowded(bench: Bench, server: Server, load: Load) -> Result:
+    """CPU of a plain request beside few and beside many idle WebSockets."""
+    costs, found = [], []
+    for count in (FEW, MANY):
+        with bench.idle(server, count, ramp=count / 2000):
+            result = bench.measure(server, load)
+        costs.append(result["cpu_us"])
+        found += faults(result)
+    few, many = costs
+    return {
+        "few_us": few,
+        "many_us": many,
+        "quotient": many / few if few else 0.0,
+        "faults": found,
+    }
+
+
+def leave(bench: Bench, server: Server, load: Load) -> Result:
+    """What the provider still sends after its clients have left at their first event."""
+    with bench.mock(load) as mock:
+        result = bench.loaded(server, load, mock)
+        deadline = time.monotonic() + load.chunks * load.interval_ms / 1000 + 3
+        while (over := bench.seen())["aborted"] + over["completed"] < LEAVING:
+            if time.monotonic() > deadline:
+                raise StepFailed(
+                    f"of {LEAVING} answers {over['aborted']} were left by the server and "
+                    f"{over['completed']} sent to the end"
+                )
+            time.sleep(0.1)
+    found = faults(result, ignored=("ok",))
+    if result["dropped"] != LEAVING:
+        found.append(f"{result['dropped']} clients have left, not {LEAVING}")
+    sent = [events - 1 for _, events in over["aborts"]]
+    sent += [load.chunks - 1] * over["completed"]
+    return {
+        "sent_after": statistics.median(sent),
+        "to_the_end": over["completed"],
+        "aborts": over["aborts"],
+        "faults": found,
+    }
+
+
+def refuse(bench: Bench, server: Server, load: Load) -> Result:
+    """How long a refusal takes, of five times as many clients as there are places."""
+    result: Result = {"faults": []}
+    for mode in ("sse", "ws"):
+        with fresh(bench, server.peer, server.peer.tight) as tight:
+            answer = bench.measure(tight, dataclasses.replace(load, mode=mode))
+        for percentile in ("p50", "p99"):
+            result[f"{mode}_{percentile}_ms"] = answer[f"refuse_{percentile}_ms"]
+        result[mode] = answer
+        if (answer["ok_total"], answer["refused"]) != (PLACES, CROWD - PLACES):
+            result["faults"].append(
+                f"{mode}: {answer['ok_total']} were served, {answer['refused']} refused, "
+                f"{answer['io_errors']} lost connections"
+            )
+    return result
+
+
+def restart(bench: Bench, server: Server, load: Load) -> Result:
+    """What clients lose when the server is told to stop and another starts on its port at once."""
+    peer = server.peer
+    with contextlib.ExitStack() as stack:
+
+        @contextlib.contextmanager
+        def replaced() -> Iterator[None]:
+            assert old.pid is not None
+            time.sleep(load.warmup)
+            os.kill(old.pid, signal.SIGTERM)
+            stack.enter_context(bench.server(peer, port=old.port))
+            yield
+
+        with bench.mock(load) as mock:
+            old = stack.enter_context(bench.server(peer))
+            result = bench.loaded(old, load, mock, during=replaced)
+    refused = sum(count for status, count in result["status"].items() if int(status) >= 400)
+    found = [f"{name}={result[name]}" for name in ("seq_bad", "unfinished") if result[name]]
+    if not result["ok"]:
+        found.append("nothing was measured")
+    return result | {"turned_away": refused, "faults": found}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """What is done, with which load, and of whom."""
+
+    load: Load
+    do: Callable[[Bench, Server, Load], Result] = plainly
+    once: bool = False  # in the first run only
+    quick: bool = False  # is in --quick
+    direct: bool = False  # is done with the mock provider itself, too
+    needs: Callable[[Peer], object] = lambda _peer: True
+
+
+def websocket(peer: Peer) -> object:
+    return peer.websocket
+
+
+HTTP = Load(mode="http", connections=64)
+# What takes a server to its limits comes last.
+STEPS = {
+    "plain": Step(load=HTTP, quick=True),
+    "fast": Step(load=Load(mode="sse", connections=64), quick=True),
+    "sse500": Step(load=paced("sse", 500), quick=True),
+    "sse1000": Step(load=paced("sse", 1000)),
+    "ws500": Step(load=paced("ws", 500), quick=True, needs=websocket),
+    "first": Step(load=paced("sse", 750, warmup=0.5, duration=2.5), direct=True),
+    "leave": Step(
+        load=paced(
+            *("sse", LEAVING),
+            ramp=0.0,
+            warmup=0.0,
+            duration=1.0,
+            mock=("--ttft-ms", "50"),
+            options=("--count", str(LEAVING), "--drop-after", "1"),
+        ),
+        do=leave,
+        once=True,
+        quick=True,
+    ),
+    "crowded": Step(load=HTTP, do=crowded, once=True, needs=websocket),
+    "restart": Step(
+        load=Load(
+            mode="sse",
+            connections=64,
+            chunks=25,
+            interval_ms=20,
+            ramp=0.5,
+            warmup=1.0,
+            duration=5.0,
+        ),
+        do=restart,
+        once=True,
+        quick=True,
+        needs=lambda peer: peer.restarts,
+    ),
+    "refuse": Step(
+        load=paced("sse", CROWD, ramp=0.0, warmup=0.0, duration=3.0, options=("--once",)),
+        do=refuse,
+        quick=True,
+        needs=lambda peer: peer.tight,
+    ),
+    "memory": Step(load=stalled("sse", 1000), do=memory, once=True),
+    "wsmemory": Step(load=stalled("ws", 1000), do=memory, once=True, needs=websocket),
+    "idle": Step(load=HTTP, do=idle, once=True, needs=websocket),
+    "held": Step(load=paced("sse", 0, warmup=0.5, duration=3.0, drain=0.5), do=held, once=True),
+    "wsheld": Step(
+        load=paced("ws", 0, warmup=0.5, duration=3.0, drain=0.5),
+        do=held,
+        once=True,
+        needs=websocket,
+    ),
+}

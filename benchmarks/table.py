@@ -1,0 +1,181 @@
+"""The rows of the table, and how runs become one."""
+
+import contextlib
+import dataclasses
+import os
+import platform
+import statistics
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+from peers import BASELINE, DIRECT
+
+Run = dict[str, dict[str, dict[str, Any]]]  # {peer: {step: result}}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the table: field *field* of step *step*."""
+
+    step: str
+    field: str
+    title: str
+    better: str  # more | less
+    digits: int = 0
+    added: bool = False  # to what the mock provider alone needs
+    ratio: bool = True
+
+
+ROWS = (
+    Row("plain", "per_second", "requests/s, not streamed, 64 connections", "more"),
+    Row("fast", "per_second", "streams/s of 100 events, 64 connections", "more"),
+    Row("fast", "chunks_per_second", "events/s of these", "more"),
+    Row("sse500", "cpu_us", "CPU µs per event, 500 SSE streams of 50 events/s", "less", 1),
+    Row("sse500", "gap_p99_ms", "p99 gap, ms, 500 SSE streams", "less", 1),
+    Row("sse500", "ttft_p99_ms", "p99 first token, ms, 500 SSE streams", "less", 1),
+    Row("sse1000", "chunks_per_second", "events/s, 1,000 SSE streams, 50,000 sent", "more"),
+    Row("sse1000", "gap_p99_ms", "p99 gap, ms, 1,000 SSE streams", "less", 1),
+    Row("sse1000", "ttft_p99_ms", "p99 first token, ms, 1,000 SSE streams", "less", 1),
+    Row("sse1000", "rss_mb", "resident MB, 1,000 SSE streams", "less", 1),
+    Row("ws500", "cpu_us", "CPU µs per event, 500 WebSocket streams of 50 events/s", "less", 1),
+    Row("ws500", "chunks_per_second", "events/s, 500 WebSocket streams, 25,000 sent", "more"),
+    Row("ws500", "gap_p99_ms", "p99 gap, ms, 500 WebSocket streams", "less", 1),
+    Row("ws500", "ttft_p99_ms", "p99 first token, ms, 500 WebSocket streams", "less", 1),
+    Row("held", "streams", "SSE streams held", "more"),
+    Row("wsheld", "streams", "WebSocket streams held", "more"),
+    Row(
+        "first", "ttft_p50_ms", "p50 first token added, ms, 750 SSE streams", "less", 2, added=True
+    ),
+    Row(
+        "first", "ttft_p99_ms", "p99 first token added, ms, 750 SSE streams", "less", 2, added=True
+    ),
+    Row("memory", "kib", "KiB per running SSE stream, 1,000 of them", "less", 1),
+    Row("wsmemory", "kib", "KiB per running WebSocket stream, 1,000 of them", "less", 1),
+    Row("idle", "kib", "KiB per idle WebSocket, 10,000 of them", "less", 1),
+    Row("idle", "cpu_percent", "CPU % of one core, these idle", "less", 2, ratio=False),
+    Row("crowded", "few_us", "CPU µs per plain request, 100 idle WebSockets", "less", 1),
+    Row("crowded", "many_us", "CPU µs per plain request, 4,000 idle WebSockets", "less", 1),
+    Row("crowded", "quotient", "the latter by the former", "less", 2),
+    Row("leave", "sent_after", "events still sent to each of 100 that left", "less", ratio=False),
+    Row("leave", "to_the_end", "of these 100, how many were sent to the end", "less", ratio=False),
+    Row("refuse", "sse_p50_ms", "p50 to a 503, ms, 1,000 at 200 places", "less", 1),
+    Row("refuse", "sse_p99_ms", "p99 to a 503, ms, 1,000 at 200 places", "less", 1),
+    Row("refuse", "ws_p50_ms", "p50 to a WebSocket's refusal, ms, 1,000 at 200 places", "less", 1),
+    Row("refuse", "ws_p99_ms", "p99 to a WebSocket's refusal, ms, 1,000 at 200 places", "less", 1),
+    Row("restart", "lost", "requests lost in a restart, 64 connections", "less", ratio=False),
+    Row("restart", "turned_away", "answered 4xx or 5xx in it", "less", ratio=False),
+    Row("restart", "connect_errors", "connections refused in it", "less", ratio=False),
+    Row("start", "seconds", "start to first good answer, s", "less", 2),
+    Row("start", "rss_mb", "resident MB after it", "less", 1),
+)
+
+
+def value(run: Run, peer: str, row: Row) -> float | None:
+    """The number of *row* in one run; None where it does not count. KeyError: not measured."""
+    results = [run[peer][row.step]]
+    if row.added:
+        results.append(run[DIRECT.name][row.step])
+    if any(result["faults"] for result in results):
+        return None
+    number, *alone = (float(result[row.field]) for result in results)
+    return number - sum(alone)
+
+
+def tabulate(runs: Sequence[Run], peers: Sequence[str]) -> list[dict[str, Any]]:
+    """The table's rows: the median of each peer, and of its ratios to the baseline run by run."""
+    rows = []
+    for row in ROWS:
+        line: dict[str, Any] = dataclasses.asdict(row) | {"values": {}, "ratios": {}}
+        series: dict[str, dict[int, float]] = {name: {} for name in peers}  # by number of the run
+        for name in peers:
+            numbers: dict[int, float | None] = {}
+            for number, run in enumerate(runs):
+                with contextlib.suppress(KeyError):  # not asked for, or not of this peer
+                    numbers[number] = value(run, name, row)
+            valid = {number: found for number, found in numbers.items() if found is not None}
+            if numbers:
+                complete = len(valid) == len(numbers)
+                line["values"][name] = statistics.median(valid.values()) if complete else None
+                series[name] = valid if complete else {}
+        base = series.get(BASELINE, {})
+        for name in others(peers) if row.ratio else []:
+            pairs = [(series[name][n], base[n]) for n in series[name].keys() & base.keys()]
+            if pairs and all(ours > 0 and theirs > 0 for ours, theirs in pairs):
+                ratios = [ours / theirs for ours, theirs in pairs]
+                line["ratios"][name] = [min(ratios), statistics.median(ratios), max(ratios)]
+        if line["values"]:
+            rows.append(line)
+    return rows
+
+
+def others(peers: Sequence[str]) -> list[str]:
+    """Those that are compared with the baseline."""
+    return [name for name in peers if name != BASELINE and BASELINE in peers]
+
+
+def markdown(rows: Sequence[dict[str, Any]], peers: Sequence[str]) -> str:
+    head = ["measured", "better", *peers]
+    head += [f"{name}/{BASELINE}: min, median, max" for name in others(peers)]
+    lines = [head, ["---", "---", *["---:"] * (len(head) - 2)]]
+    for row in rows:
+        cells = [row["title"], row["better"]]
+        for name in peers:
+            number = row["values"].get(name, "")
+            if isinstance(number, float):
+                number = f"{number:,.{row['digits']}f}"
+            cells.append("INVALID" if number is None else number)
+        cells += [ratio(row["ratios"].get(name, ())) for name in others(peers)]
+        lines.append(cells)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def ratio(three: Sequence[float]) -> str:
+    """Min, median and max; the median alone where all are one."""
+    if not three:
+        return ""
+    low, middle, high = three
+    return f"**{middle:.2f}**" if low == high else f"{low:.2f}, **{middle:.2f}**, {high:.2f}"
+
+
+def brief(step: str, result: dict[str, Any]) -> str:
+    """One line about one result, while a run goes on."""
+    if result["faults"]:
+        return " ".join(result["faults"])
+    fields = [(row.field, row.digits) for row in ROWS if row.step == step]
+    return ", ".join(f"{field} {result[field]:.{digits}f}" for field, digits in fields)
+
+
+def machine(cores: Sequence[int], loop: str, runs: int, quick: bool) -> str:
+    """One line that says where the numbers come from."""
+    model = "unknown processor"
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as cpuinfo:
+        model = next(
+            (x.split(": ")[1].strip() for x in cpuinfo if x.startswith("model name")), model
+        )
+    stamp = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    software = f"Python {platform.python_version()}, aiohttp {version('aiohttp')}"
+    software += f", uvloop {version('uvloop')}" if loop == "uvloop" else ", asyncio's loop"
+    measured = f"{runs} run{'s' if runs > 1 else ''}{', --quick' if quick else ''}"
+    return (
+        f"{stamp}; {model}, cores {cores[0]} (server) and {cores[1]} (load) of {os.cpu_count()}; "
+        f"Linux {platform.release()}; {software}; {measured}"
+    )
+
+
+def remarks(runs: Sequence[Run]) -> list[str]:
+    """What a reader must know: what is invalid and why, and how noisy the machine was."""
+    found, noise, late = [], 0.0, 0.0
+    for number, run in enumerate(runs, 1):
+        for name, steps in run.items():
+            for step, result in steps.items():
+                if result["faults"]:
+                    why = "; ".join(result["faults"])
+                    found.append(f"INVALID: {name}, {step}, run {number}: {why}")
+                found += [f"{name}, {step}: {note}" for note in result.get("notes", [])]
+                noise = max(noise, result.get("foreign_share") or 0.0)
+                late = max(late, result.get("provider_late_p99_ms") or 0.0)
+    found.append(f"Others used at most {noise:.0%} of the two cores in a step (quiet: under 5%).")
+    found.append(f"The mock provider was at most {late:.1f} ms late (p99 of a step).")
+    return found
