@@ -53,12 +53,26 @@ class Splitter:
         """What has come of an event that is not whole."""
         return self._rest
 
+    @property
+    def idle(self) -> bool:
+        """Whether no event is half read, and line ends were LF alone."""
+        return self._started and not self._rest and not self._cr
+
     def feed(self, chunk: bytes) -> bytes:
         """The whole events that *chunk* completes, possibly none: b"".
 
         Raises:
             ProviderBadResponse: an event of more than *max_event_bytes*.
         """
+        if (
+            self._started
+            and not self._rest
+            and not self._cr
+            and chunk.endswith(b"\n\n")
+            and len(chunk) <= self._max
+            and chunk.find(b"\r") < 0
+        ):
+            return chunk  # whole events, as most reads are
         data = self._rest + chunk if self._rest else chunk
         seen = max(0, len(self._rest) - 2)  # the rest ends with one line end at most
         if not self._started and data:
@@ -111,7 +125,11 @@ def split(block: bytes) -> list[bytes]:
 
 def count(block: bytes) -> int:
     """How many events a block of whole ones has: `len(split(block))`, without the list."""
-    if block.startswith(b"data:") and block.find(b"\n\n") == len(block) - 2 and b"\r" not in block:
+    if (
+        block.startswith(b"data:")
+        and block.find(b"\n\n") == len(block) - 2
+        and block.find(b"\r") < 0
+    ):
         return 1  # one event for each read is what a provider sends as a rule
     blanks = block.count(b"\n\n")
     if (

@@ -386,6 +386,12 @@ class _EndReader:
         self._stream = stream
         self.poke()
 
+    def take_now(self, _data: bytes) -> bool:
+        return False
+
+    def fast(self) -> None:
+        return None
+
     def poke(self) -> None:
         if self._stream.ended:
             self.ended.set()

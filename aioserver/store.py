@@ -72,6 +72,7 @@ class Streams:
             window=window,
             max_bytes=self._max_stream_bytes,
             digest=digest,
+            private=private,
             observer=self,
         )
         self._running.add(stream)

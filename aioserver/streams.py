@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Hashable, Mapping, Sequence
 
+    from aioserver.fastpath import FastPath
     from aioserver.store import Streams
 
 ENTRY_OVERHEAD = 200  # bytes of Python objects per entry, counted so that tiny events are bounded
@@ -36,9 +37,15 @@ COMPLETE, ERROR, CANCELLED = b"complete", b"error", b"cancelled"
 
 
 class Reader(Protocol):
-    """Who follows a stream. All three are called synchronously and must not raise."""
+    """Who follows a stream. All are called synchronously and must not raise."""
 
     at: int
+
+    def take_now(self, data: bytes) -> bool:
+        """Take *data* as the next entry, if that can be done at once; else it is appended."""
+
+    def fast(self) -> FastPath | None:
+        """Its fast path, where it has nothing to do before the next event."""
 
     def poke(self) -> None:
         """Something was appended."""
@@ -92,6 +99,7 @@ class Stream:
         "last",
         "model",
         "offset",
+        "private",
         "provider",
         "readers",
         "request_id",
@@ -110,9 +118,11 @@ class Stream:
         window: float,
         max_bytes: int,
         digest: bytes = b"",
+        private: bool = False,
         observer: Streams | None = None,
     ) -> None:
         self.request_id = request_id
+        self.private = private  # who asked reads it, as the provider's bytes; nobody else finds it
         self.caller = caller
         self.digest = digest
         self.window = window
@@ -168,6 +178,25 @@ class Stream:
             reader.poke()
         if self.bytes > self._max_bytes or self.window <= 0:
             self._let_go()
+
+    def pass_on(self, data: bytes, count: int) -> None:
+        """Append the provider's bytes of *count* whole events.
+
+        They are not kept where nobody else can find them and the only reader takes them at once:
+        the same as an append after which everybody has passed.
+        """
+        readers = self.readers
+        if self.private and len(readers) == 1 and not self.entries and readers[0].take_now(data):
+            self.last += count
+            self.offset += 1
+        else:
+            self.append(CHUNK, data=data, count=count)
+
+    def fast(self) -> FastPath | None:
+        """The only reader's fast path, where all that was appended has been passed."""
+        if self.private and self.answered and not self.entries and len(self.readers) == 1:
+            return self.readers[0].fast()
+        return None
 
     def append_processing(self, provider: str, model: str) -> None:
         """Append event 1: a place at *provider* is taken. A later try keeps the first one's."""

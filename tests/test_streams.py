@@ -52,6 +52,12 @@ class Slow:
         self.positions: list[int] = []
         stream.readers.append(self)
 
+    def take_now(self, _data: bytes) -> bool:
+        return False
+
+    def fast(self) -> None:
+        return None
+
     def poke(self) -> None:
         self.pokes += 1
 

@@ -41,7 +41,7 @@ STREAM_HEADERS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Prepared:
     """A request, read and found valid."""
 
@@ -143,6 +143,13 @@ class _Opening:
         self.begun: asyncio.Future[None] = loop.create_future()
         self._stream = stream
         self.poke()
+
+    def take_now(self, _data: bytes) -> bool:
+        """False: the writer comes after this."""
+        return False
+
+    def fast(self) -> None:
+        """None: nothing is written yet."""
 
     def poke(self) -> None:
         """The stream has grown: the provider's first bytes, or an end without any."""

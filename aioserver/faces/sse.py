@@ -43,7 +43,7 @@ class Events(EventSourceResponse):
         return await web.StreamResponse.prepare(self, request)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Asked:
     """A question, read and found valid."""
 

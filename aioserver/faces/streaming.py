@@ -58,7 +58,7 @@ async def follow(
         payload_writer.drain,
         send_timeout=chat.streams.send_timeout,
         dropped=lambda why: app[keys.ADMISSION].dropped("http", why),
-        wrap=_chunk if request.version >= HttpVersion11 else None,
+        chunked=request.version >= HttpVersion11,
         left=gateway.unread,
     )
     ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -82,10 +82,6 @@ async def follow(
     finally:
         app[keys.WHEEL].remove(beat)
         writer.close()
-
-
-def _chunk(data: bytes) -> bytes:
-    return b"%x\r\n%b\r\n" % (len(data), data)
 
 
 class Heartbeat:

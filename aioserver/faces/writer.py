@@ -23,6 +23,7 @@ import struct
 from typing import TYPE_CHECKING
 
 from aioserver.errors import ResumeGap
+from aioserver.fastpath import FastPath
 from aioserver.stall import StallWatch
 
 if TYPE_CHECKING:
@@ -61,6 +62,17 @@ class Follower:
         self._render = render
         self._queued = queued
 
+    def take_now(self, data: bytes) -> bool:
+        """Write *data*, which no log will keep, unless something has to be written before it."""
+        if self._writer.write_now(data):
+            self.at += 1
+            return True
+        return False
+
+    def fast(self) -> FastPath | None:
+        """The writer's fast path, if it is free."""
+        return self._writer.fast(self.stream)
+
     def poke(self) -> None:
         """The log has grown."""
         self._writer.poke(self)
@@ -69,6 +81,15 @@ class Follower:
         """Pass the position in the provider's line on, where this face shows it."""
         if self._queued is not None:
             self._writer.send(self._queued(position, eta))
+
+    def newest(self) -> bytes:
+        """The entry just appended, rendered and passed; b"" where more than it is to be taken."""
+        stream = self.stream
+        entries = stream.entries
+        if stream.ended or self.at + 1 != stream.offset + len(entries):
+            return b""
+        self.at += 1
+        return self._render(stream, entries[-1], 0)
 
     def take(self, parts: list[bytes], room: int) -> bool:
         """Render up to about *room* bytes into *parts*; whether the cursor has caught up.
@@ -106,7 +127,7 @@ class Writer:
         *,
         send_timeout: float,
         dropped: Callable[[str], None] = lambda _why: None,
-        wrap: Callable[[bytes], bytes] | None = None,
+        chunked: bool = False,
         left: Callable[[Stream], None] = lambda _stream: None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
@@ -114,7 +135,7 @@ class Writer:
         self._drain = drain
         self._send_timeout = send_timeout
         self._dropped = dropped
-        self._wrap = wrap
+        self._chunked = chunked
         self._left = left
         self._followers: dict[Follower, None] = {}
         self._ready: dict[Follower, None] = {}
@@ -123,7 +144,13 @@ class Writer:
         self._draining: asyncio.Task[None] | None = None
         self._watch: StallWatch | None = None
         self._closed = False
-        self.last_write = self._loop.time()
+        self._fast: FastPath | None = None
+        self._last_write = self._loop.time()
+
+    @property
+    def last_write(self) -> float:
+        """The loop's time when something was written last."""
+        return self._last_write if self._fast is None else max(self._last_write, self._fast.last)
 
     @property
     def closed(self) -> bool:
@@ -160,6 +187,7 @@ class Writer:
             return follower
         stream.readers.append(follower)
         self._followers[follower] = None
+        self._leave_fast_path()
         if follower.at < stream.offset + len(stream.entries) or stream.ended:
             self._ready[follower] = None
             self._schedule()
@@ -170,6 +198,7 @@ class Writer:
         if follower.gone:
             return
         follower.gone = True
+        self._leave_fast_path()
         self._followers.pop(follower, None)
         self._ready.pop(follower, None)
         stream = follower.stream
@@ -178,15 +207,35 @@ class Writer:
             stream.passed()
         self._left(stream)
 
+    def write_now(self, data: bytes) -> bool:
+        """Write *data*, the next bytes of the only follower, unless something must go before it."""
+        if self._ready or self._draining is not None or self._closed or len(self._followers) != 1:
+            return False
+        self._write(data)
+        return True
+
+    def fast(self, stream: Stream) -> FastPath | None:
+        """The fast path from *stream*, the only one that is followed, if nothing is in its way."""
+        if self._ready or self._draining is not None or self._closed or not self._chunked:
+            return None
+        if self._fast is None:
+            self._fast = FastPath(
+                stream, self._transport, self._loop.time, room=TURN_BYTES, full=self._block
+            )
+        self._fast.open = True
+        return self._fast
+
     def poke(self, follower: Follower) -> None:
         """*follower* has something to write."""
-        self._ready[follower] = None
-        if self._draining is not None or self._closed:
-            return
-        if len(self._followers) == 1:
-            self.pump()
+        if self._ready or self._draining is not None or self._closed or len(self._followers) != 1:
+            self._ready[follower] = None
+            if self._draining is None and not self._closed:
+                self._schedule()
+        elif data := follower.newest():
+            self._write(data)
         else:
-            self._schedule()
+            self._ready[follower] = None
+            self.pump()
 
     def send(self, data: bytes) -> None:
         """Write a control frame or a comment, before any event that is not written yet."""
@@ -198,7 +247,7 @@ class Writer:
                 return
             self._control.append(data)
         else:
-            self._write(data if self._wrap is None else self._wrap(data))
+            self._write(data)
 
     def pump(self) -> None:
         """Write what is ready, until all is written or the transport's buffer is full."""
@@ -225,7 +274,7 @@ class Writer:
                     break
             data = parts[0] if len(parts) == 1 else b"".join(parts)
             if data:
-                self._write(data if self._wrap is None else self._wrap(data))
+                self._write(data)
             for follower in ended:
                 if not follower.gone:
                     self.unfollow(follower)
@@ -280,12 +329,17 @@ class Writer:
         if transport.is_closing():
             self.close()
             return
-        self.last_write = self._loop.time()
-        transport.write(data)
+        self._last_write = self._loop.time()
+        transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
         if transport.get_write_buffer_size() > TURN_BYTES:
             self._block()
 
+    def _leave_fast_path(self) -> None:
+        if self._fast is not None:
+            self._fast.open = False
+
     def _block(self) -> None:
+        self._leave_fast_path()
         self._draining = self._loop.create_task(self._unblock())
         self._watch = StallWatch(
             self._loop,

@@ -47,7 +47,7 @@ PASSING = ("x-ratelimit-", "openai-processing-ms", "openai-version", "x-generati
 FRAMING = frozenset({"connection", "content-length", "transfer-encoding"})  # ours, never given
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Ask:
     """What is asked of a provider.
 
@@ -64,7 +64,7 @@ class Ask:
     reading: Reading | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Answer:
     """A body that was not streamed, and the headers of the provider's that pass."""
 

@@ -1,7 +1,7 @@
 """One request and its answer on a pooled connection: the fast path.
 
 `ClientSession` costs a third of a request and a task switch per read. Here the connection's own
-protocol parses the answer (httptools: llhttp) and pushes the body, as it comes, into a sink, from
+protocol parses the answer (framing.py) and pushes the body, as it comes, into a sink, from
 `data_received` itself; the sink appends to the log, the log pokes the writers. One task per
 request waits for one future, the end; nothing else is scheduled per read.
 
@@ -16,8 +16,8 @@ Bytes that come while no exchange is under way (a late 408, a close) abort the c
 would hand them to the next request as its answer. The connector's own proxy handshake (CONNECT)
 still uses aiohttp's parser; it runs before any exchange and is passed to the base class.
 
-Timeouts: each read within `read_timeout` of the last, by one lazy timer that looks at the time of
-the last byte; each write that makes no progress within `write_timeout`, by a StallWatch.
+Timeouts: each read within `read_timeout` of the last, by one lazy timer a connection that looks at
+the time of the last byte; each write that makes no progress within `write_timeout`, by a StallWatch.
 """
 
 from __future__ import annotations
@@ -25,16 +25,15 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Protocol
 
-import httptools
 from aiohttp.client_proto import ResponseHandler
 
 from aioserver.errors import (
-    ProviderBadResponse,
     ProviderDisconnected,
     ReadTimeout,
     StaleConnection,
     WriteTimeout,
 )
+from aioserver.providers.framing import Framing
 from aioserver.stall import StallWatch
 
 if TYPE_CHECKING:
@@ -42,7 +41,8 @@ if TYPE_CHECKING:
 
     from aiohttp.connector import Connection
 
-MAX_HEAD_BYTES = 65_536  # of an answer's head, interim answers included
+    from aioserver.fastpath import FastPath
+
 UPLOAD_PIECE = 65_536  # written before the transport is asked whether it takes more
 LINGER = 0.25  # seconds for the last chunk to follow a `[DONE]`; then the connection is closed
 
@@ -56,6 +56,9 @@ class Sink(Protocol):
     def end(self) -> None:
         """The body is whole."""
 
+    def fast(self) -> FastPath | None:
+        """The way by which the next chunk may pass this sink, if there is one."""
+
 
 class WireProtocol(ResponseHandler):
     """A pooled connection that pushes: to the exchange under way, if there is one."""
@@ -63,12 +66,18 @@ class WireProtocol(ResponseHandler):
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(loop)
         self.exchange: Exchange | None = None
+        self.fast: FastPath | None = None  # of the exchange under way, while it is open
         self.reused = False
+        self.framing = Framing()
         self.resumed: asyncio.Future[None] | None = None
+        self._deadline: asyncio.TimerHandle | None = None
         self.idle_lost: Callable[[WireProtocol], None] | None = None
 
     def data_received(self, data: bytes) -> None:
         """Push *data* on; abort where nobody asked for it."""
+        fast = self.fast
+        if fast is not None and fast.take(data):
+            return
         if self.exchange is not None:
             self.exchange.feed(data)
         elif self._parser is not None:
@@ -85,10 +94,27 @@ class WireProtocol(ResponseHandler):
     def connection_lost(self, exc: BaseException | None) -> None:
         """End the exchange under way, or leave the pool."""
         super().connection_lost(exc)
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
         if self.exchange is not None:
             self.exchange.lost(exc)
         elif self.idle_lost is not None:
             self.idle_lost(self)
+
+    def watch(self, read_timeout: float) -> None:
+        """See to the read deadline of the exchange under way.
+
+        One timer a connection, not one a request: it is left to itself when the answer has come,
+        and goes on with the next request that it finds.
+        """
+        if self._deadline is None:
+            self._deadline = self._loop.call_later(read_timeout, self._look)
+
+    def _look(self) -> None:
+        self._deadline = None
+        if self.exchange is not None and (left := self.exchange.look()) is not None:
+            self._deadline = self._loop.call_later(left, self._look)
 
 
 class Exchange:
@@ -113,27 +139,16 @@ class Exchange:
         self._connection = connection
         self._protocol = protocol
         self._transport = transport
-        self._loop = asyncio.get_running_loop()
-        self._on_head = on_head
+        self._loop = protocol._loop  # noqa: SLF001 - our base class's
         self._read_timeout = read_timeout
         self._write_timeout = write_timeout
-        self._parser = httptools.HttpResponseParser(self)
+        self._framing = protocol.framing
+        self._framing.begin(on_head)
         self._done: asyncio.Future[None] = self._loop.create_future()
-        self._timer: asyncio.TimerHandle | None = None
+        self._linger_timer: asyncio.TimerHandle | None = None
         self._last_byte = 0.0
         self._written = False
-        self._head_bytes = 0  # that came before the head was whole, some of the body perhaps
-        self._header_bytes = 0
-        self._headers: dict[str, str] = {}
-        self._has_head = False
-        self._interim = False
-        self._framed = False  # the body has a length, or comes in chunks
-        self._whole = False
-        self._keep = False  # the provider wants to keep the connection
-        self._surplus = False  # something came behind the answer
         self._lingering = False  # the sink has all it wants, the framing's end is awaited
-        self._parts: list[bytes] = []
-        self._sink: Sink | None = None
 
     async def run(self, request: bytes) -> None:
         """Send *request* (head and body) and push the answer to its sink.
@@ -153,7 +168,7 @@ class Exchange:
             if not self._done.done():
                 self._written = True
                 self._last_byte = self._loop.time()
-                self._timer = self._loop.call_later(self._read_timeout, self._look)
+                self._protocol.watch(self._read_timeout)
             await self._done
         finally:
             if not self._lingering:
@@ -162,102 +177,66 @@ class Exchange:
     def feed(self, data: bytes) -> None:
         """Bytes from the provider."""
         self._last_byte = self._loop.time()
-        if not self._has_head:
-            self._head_bytes += len(data)
-        try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserError as exc:
-            self._surplus = True
-            if not self._whole:  # what follows a whole answer is not ours to judge
-                if self._sink is not None and self._parts and not self._done.done():
-                    self._push(self._sink)  # what was good before it, as in a read of its own
-                fault = ProviderBadResponse("the provider's answer is not HTTP")
-                self._fail(exc.__context__ or fault)  # the context: raised by a callback of ours
+        self._protocol.fast = None
+        framing = self._framing
+        if framing.between and data.endswith(b"\r\n"):
+            # Most reads of a stream are one whole chunk. That the parser need not see: it stands
+            # between two chunks before it and behind it. Every other form is the parser's.
+            start = data.find(b"\r\n") + 2
+            size = len(data) - start - 2
+            if size > 0 and data.startswith(b"%x\r\n" % size):
+                framing.parts.append(data[start:-2])
+                self._push()
+                self._open_fast_path()
                 return
+        try:
+            framing.feed(data)
+        except Exception as exc:  # noqa: BLE001 - whatever it is ends this request and is told there
+            if not framing.whole:
+                self._push()  # what was good before it, as in a read of its own
+            self._fail(exc)
+            return
+        self._push()
+        if framing.between and data.endswith(b"\r\n"):  # else inside the next chunk's first line
+            self._open_fast_path()
+
+    def _open_fast_path(self) -> None:
+        """Let the next read take it, where all agree; the parser stands between two chunks."""
+        sink = self._framing.sink
+        if sink is not None and not self._done.done():
+            self._protocol.fast = sink.fast()
+
+    def _push(self) -> None:
+        """Give the sink what has come, and the end."""
+        framing = self._framing
+        sink = framing.sink
         if self._done.done():
             self._linger()
-        elif self._header_bytes > MAX_HEAD_BYTES or (
-            self._sink is None and self._head_bytes > MAX_HEAD_BYTES
-        ):
-            self._fail(_head_too_long())
-        elif self._sink is not None:
-            self._push(self._sink)
-
-    def _push(self, sink: Sink) -> None:
-        try:
-            if self._parts:
-                parts, self._parts = self._parts, []
-                if not sink.feed(parts[0] if len(parts) == 1 else b"".join(parts)):
+        elif sink is not None:
+            try:
+                if parts := framing.parts:
+                    framing.parts = []
+                    if not sink.feed(parts[0] if len(parts) == 1 else b"".join(parts)):
+                        self._finish()
+                        return
+                if framing.whole:
+                    sink.end()
                     self._finish()
-                    return
-            if self._whole:
-                sink.end()
-                self._finish()
-        except Exception as exc:  # noqa: BLE001 - whatever it is ends this request and is told there
-            self._fail(exc)
+            except Exception as exc:  # noqa: BLE001 - as above
+                self._fail(exc)
 
     def lost(self, exc: BaseException | None) -> None:
         """The connection is gone."""
+        framing = self._framing
         if self._done.done():
             self._settle()
-        elif self._sink is not None and not self._framed and exc is None:
-            self._surplus = self._whole = True  # a body that ends with its connection
-            self._push(self._sink)
-        elif not self._head_bytes and self._protocol.reused:
+        elif framing.sink is not None and not framing.framed and exc is None:
+            framing.surplus = framing.whole = True  # a body that ends with its connection
+            self._push()
+        elif not framing.begun and self._protocol.reused:
             self._fail(StaleConnection("the provider had closed the kept connection"))
         else:
             self._fail(ProviderDisconnected("the provider closed the connection early"))
-
-    # What httptools calls, from feed_data.
-
-    def on_message_begin(self) -> None:
-        """A head begins; after a whole answer it is one that nobody asked for."""
-        if self._whole:
-            self._surplus = True
-        else:
-            self._headers = {}
-
-    def on_status(self, reason: bytes) -> None:
-        """A part of what nobody reads; it counts."""
-        self._header_bytes += len(reason)
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """One header; of repeated ones the last counts. Or a trailer, which nobody reads."""
-        self._header_bytes += len(name) + len(value) + 4  # ": " and the line's end
-        if not self._has_head:
-            self._headers[name.decode("latin-1").lower()] = value.decode("latin-1")
-
-    def on_headers_complete(self) -> None:
-        """The head is whole: ask where the body goes."""
-        if self._whole:
-            return
-        if self._header_bytes > MAX_HEAD_BYTES:
-            raise _head_too_long()
-        status = self._parser.get_status_code()
-        self._interim = 100 <= status < 200
-        if self._interim:
-            if status == 101:
-                raise ProviderBadResponse("the provider switched the protocol")
-            return
-        self._has_head = True
-        encoding = self._headers.get("transfer-encoding", "").lower()
-        self._framed = (
-            "content-length" in self._headers or "chunked" in encoding or status in {204, 304}
-        )
-        self._sink = self._on_head(status, self._headers)
-
-    def on_body(self, body: bytes) -> None:
-        """A part of the body, the chunks' framing undone."""
-        if not self._whole:
-            self._parts.append(body)
-
-    def on_message_complete(self) -> None:
-        """The answer is whole, unless it was an interim one."""
-        if not self._interim and not self._whole:
-            self._whole = True
-            self._keep = self._parser.should_keep_alive()
-
-    # The rest is ours.
 
     async def _upload(self, request: bytes) -> None:
         if len(request) <= UPLOAD_PIECE:
@@ -287,14 +266,17 @@ class Exchange:
     def _stuck(self) -> None:
         self._fail(WriteTimeout(f"the provider took nothing for {self._write_timeout} s"))
 
-    def _look(self) -> None:
-        """The read deadline, moved by each byte but looked at only when it seems to have come."""
-        left = self._last_byte + self._read_timeout - self._loop.time()
+    def look(self) -> float | None:
+        """Fail if the read deadline has come; else the seconds to it. None: it does not count."""
+        if not self._written or self._lingering:
+            return None
+        fast = self._protocol.fast
+        last_byte = self._last_byte if fast is None else max(self._last_byte, fast.last)
+        left = last_byte + self._read_timeout - self._loop.time()
         if left > 0:
-            self._timer = self._loop.call_later(left, self._look)
-        else:
-            self._timer = None
-            self._fail(ReadTimeout(f"the provider sent nothing for {self._read_timeout} s"))
+            return left
+        self._fail(ReadTimeout(f"the provider sent nothing for {self._read_timeout} s"))
+        return None
 
     def _finish(self) -> None:
         """The sink has all it wants; the connection is free now, not when the task runs."""
@@ -304,47 +286,40 @@ class Exchange:
 
     def _linger(self) -> None:
         """Settle when the answer is whole; a `[DONE]` may come a moment before the last chunk."""
-        if self._whole or self._parts or not self._written or self._done.cancelled():
+        framing = self._framing
+        if framing.whole or framing.parts or not self._written or self._done.cancelled():
             self._settle()
         elif not self._lingering:
             self._lingering = True
-            self._stop_timer()
-            self._timer = self._loop.call_later(LINGER, self._settle)
+            self._linger_timer = self._loop.call_later(LINGER, self._settle)
 
     def _fail(self, error: BaseException) -> None:
         if not self._done.done():
             self._done.set_exception(error)
         self._settle()
 
-    def _stop_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
     def _settle(self) -> None:
         """Release or close the connection; what is done twice does nothing the second time."""
         protocol = self._protocol
         if protocol.exchange is not self:
             return
-        protocol.exchange = None
-        self._stop_timer()
-        done = self._done
+        protocol.exchange = protocol.fast = None
+        if self._linger_timer is not None:
+            self._linger_timer.cancel()
+        done, framing = self._done, self._framing
+        framing.forget()
         ended_well = done.done() and not done.cancelled() and done.exception() is None
         if (
             ended_well
-            and self._whole
             and self._written
-            and self._framed
-            and self._keep
-            and not self._surplus
-            and not self._parts
+            and framing.whole
+            and framing.framed
+            and framing.keep
+            and not framing.surplus
+            and not framing.parts
         ):
             protocol.reused = True
             self._connection.release()
         else:
             self._transport.abort()
             self._connection.close()
-
-
-def _head_too_long() -> ProviderBadResponse:
-    return ProviderBadResponse(f"a head of more than {MAX_HEAD_BYTES} bytes")

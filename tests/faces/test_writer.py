@@ -221,11 +221,9 @@ async def test_a_position_is_written_before_what_is_not_written_yet() -> None:
         assert one.socket.writes == [b"<3>", b"a"]
 
 
-async def test_every_write_is_wrapped_once() -> None:
+async def test_every_write_is_one_chunk() -> None:
     socket = Socket(slow=True)
-    writer = Writer(
-        socket, socket.drain, send_timeout=30.0, wrap=lambda data: b"[%d:%b]" % (len(data), data)
-    )
+    writer = Writer(socket, socket.drain, send_timeout=30.0, chunked=True)
     stream = stream_of()
     writer.follow(stream, 0, lambda _stream, entry, _skip: b"%d" % entry.first)
 
@@ -239,8 +237,8 @@ async def test_every_write_is_wrapped_once() -> None:
     socket.take()
     await until(lambda: len(socket.writes) == 4)
 
-    assert socket.writes[:2] == [b"[1:1]", b"[4:ping]"]
-    assert socket.writes[3] == b"[7:pong!23]"
+    assert socket.writes[:2] == [b"1\r\n1\r\n", b"4\r\nping\r\n"]
+    assert socket.writes[3] == b"7\r\npong!23\r\n"
     writer.close()
 
 

@@ -181,6 +181,9 @@ class Got:
         assert not self.ended, "one end an answer"
         self.ended = True
 
+    def fast(self) -> None:
+        """None: it collects."""
+
     @property
     def body(self) -> bytes:
         return b"".join(self.parts)
