@@ -21,6 +21,7 @@ from aioserver.conversations import Conversations
 from aioserver.errors import ServerShutdown
 from aioserver.faces import http, openai, pages, sse, status, websocket
 from aioserver.faces.admission import Admission, counted
+from aioserver.fastpath import Outbox
 from aioserver.gateway import Gateway
 from aioserver.providers.provider import Provider
 from aioserver.router import Router
@@ -102,6 +103,7 @@ async def _owners(app: web.Application) -> AsyncIterator[None]:
         conversations = Conversations(service.context, service.repository.persistence)
         app[keys.GATEWAY] = gateway = Gateway(router, streams, conversations, service, bounds)
         stack.push_async_callback(gateway.close)
+        app[keys.OUTBOX] = Outbox(asyncio.get_running_loop())
         grain = min(1.0, chat.websocket.ping_interval / WHEEL_GRAIN)
         app[keys.WHEEL] = wheel = Wheel(asyncio.get_running_loop(), grain)
         stack.callback(wheel.close)

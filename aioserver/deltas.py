@@ -43,6 +43,12 @@ class Reading:
         except orjson.JSONEncodeError:  # it reads 1,024 levels, but writes 254
             raise ProviderBadResponse("the provider's event is nested too deeply") from None
 
+    def note(self, text: str, size: int) -> None:
+        """Remember *text*, *size* bytes as JSON."""
+        if self.text_bytes < self.max_text_bytes:
+            self.text.append(text)
+            self.text_bytes += size
+
     def _read(self, data: bytes) -> list[bytes]:
         try:
             answer = orjson.loads(data)
@@ -77,14 +83,51 @@ class Reading:
             if isinstance(text, str) and text:
                 written = orjson.dumps(text)
                 chunks.append(TEXT % written)
-                if self.text_bytes < self.max_text_bytes:
-                    self.text.append(text)
-                    self.text_bytes += len(written) - 2  # the quotes
+                self.note(text, len(written) - 2)  # the quotes
             if tool_calls := delta.get("tool_calls"):
                 chunks.append(TOOL_CALLS % orjson.dumps(tool_calls))
         reason = choice.get("finish_reason")
         if isinstance(reason, str):
             self.finish_reason = reason
+
+
+@dataclass(slots=True)
+class Shape:
+    """What a provider repeats around each text of an answer, byte for byte.
+
+    An event that begins with *before*, ends with *behind* and has between them only characters that
+    mean themselves in a JSON string says what every such event says, but for its text: so it need
+    not be parsed.
+    """
+
+    before: bytes  # from `data: ` to the text's opening quote
+    behind: bytes  # from the closing quote to the blank line
+    reading: Reading  # of the answer
+
+
+def learn(event: bytes, reading: Reading) -> Shape | None:
+    """The shape of *event*, one of *reading*'s answer; None where it says more than a text.
+
+    That the text was found in its place is proved: with another text there the event must say that.
+    """
+    if not event.startswith(b"data: {") or event.find(b"\n") != len(event) - 2:
+        return None
+    said = _only_text(event[6:-2], reading)
+    if said is None:
+        return None
+    written = orjson.dumps(said)
+    before, found, behind = event.partition(written)
+    probe = orjson.dumps(f"<{said}>")
+    if not found or _only_text((before + probe + behind)[6:-2], reading) != f"<{said}>":
+        return None
+    return Shape(before + b'"', b'"' + behind, reading)
+
+
+def _only_text(data: bytes, reading: Reading) -> str | None:
+    alone = Reading(reading.choice_index)
+    chunks = alone.read(data)
+    more = alone.finish_reason is not None or alone.usage is not None
+    return alone.text[0] if len(chunks) == len(alone.text) == 1 and not more else None
 
 
 def provider_error(error: object) -> ProviderError:

@@ -1,9 +1,8 @@
 r"""text/event-stream (WHATWG HTML 9.2), parsed and written; no I/O.
 
-Two readers of the same bytes. `Splitter` cuts a provider's bytes into blocks of whole events and
-leaves them as they are, for who passes them on: it looks for blank lines only. `Parser` gives the
-events themselves, for who needs what is in them. Both give the same for every way of cutting the
-bytes, both bound a line and an event.
+`Splitter` cuts a provider's bytes into blocks of whole events and leaves them as they are, for who
+passes them on: it looks for blank lines only. `parse` gives the events of a block, for who needs
+what is in them. Both give the same for every way of cutting the bytes.
 
 A blank line is two line ends in a row; a line end is LF, CRLF or CR. Almost every provider sends
 LF alone, so both look for b"\n\n" first and take the general way only once a CR has been seen.
@@ -168,29 +167,6 @@ def _event(part: bytes) -> ServerEvent | None:
         elif field == b"id" and b"\0" not in value:
             id_ = value
     return ServerEvent(b"\n".join(data), name, id_) if data else None
-
-
-class Parser:
-    """Bytes in, events out. A block without its blank line at the end is never an event."""
-
-    __slots__ = ("_splitter",)
-
-    def __init__(self, max_event_bytes: int = MAX_EVENT_BYTES) -> None:
-        self._splitter = Splitter(max_event_bytes)
-
-    @property
-    def pending(self) -> bytes:
-        """What has come of an event that is not whole."""
-        return self._splitter.pending
-
-    def feed(self, chunk: bytes) -> list[ServerEvent]:
-        """The events that *chunk* completes.
-
-        Raises:
-            ProviderBadResponse: an event of more than *max_event_bytes*.
-        """
-        block = self._splitter.feed(chunk)
-        return parse(block) if block else []
 
 
 def write(data: bytes, *, event: str = "", id: int | None = None) -> bytes:  # noqa: A002 - the field's name

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from aioserver import settings
     from aioserver.auth import Caller
     from aioserver.conversations import Conversations
+    from aioserver.deltas import Shape
     from aioserver.messages import Chat
     from aioserver.providers.provider import Provider
     from aioserver.router import Route, Router
@@ -165,12 +166,12 @@ class Gateway:
             stream = self._open(key, caller, self._bounds.resume_window, digest)
             self._start(stream, self._call(route, stream, ask))
         reader = _EndReader(stream)
-        stream.readers.append(reader)
+        stream.add_reader(reader)
         self.read(stream)
         try:
             await reader.ended.wait()
         finally:
-            stream.readers.remove(reader)
+            stream.remove_reader(reader)
             self.unread(stream)
         if isinstance(stream.whole, Answer):
             return stream.whole
@@ -389,7 +390,7 @@ class _EndReader:
     def take_now(self, _data: bytes) -> bool:
         return False
 
-    def fast(self) -> None:
+    def fast(self, _shape: Shape | None) -> None:
         return None
 
     def poke(self) -> None:

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from aioserver.auth import Origins
     from aioserver.faces.admission import Admission
     from aioserver.faces.websocket import Socket
+    from aioserver.fastpath import Outbox
     from aioserver.gateway import Gateway
     from aioserver.router import Router
     from aioserver.settings import Settings
@@ -23,6 +24,7 @@ WHEEL: web.AppKey[Wheel] = web.AppKey("wheel")
 STREAMS: web.AppKey[Streams] = web.AppKey("streams")
 ROUTER: web.AppKey[Router] = web.AppKey("router")
 GATEWAY: web.AppKey[Gateway] = web.AppKey("gateway")
+OUTBOX: web.AppKey[Outbox] = web.AppKey("outbox")
 SOCKETS: web.AppKey[set[Socket]] = web.AppKey("sockets")
 LIFE: web.AppKey[Life] = web.AppKey("life")
 

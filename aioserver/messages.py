@@ -253,6 +253,14 @@ def frame(head: bytes, event_id: int, status: bytes, chunk: bytes) -> bytes:
     return b'%b"event_id":%d,"status":"%b","chunk":%b}' % (head, event_id, status, chunk)
 
 
+def text_frame(head: bytes, event_id: int, text: bytes) -> bytes:
+    """The frame of a `chunk` event with a text; *text* as it stands between a JSON string's quotes."""
+    return (
+        b'%b"event_id":%d,"status":"chunk",'
+        b'"chunk":{"type":"text","data":"%b","metadata":{}}}' % (head, event_id, text)
+    )
+
+
 def loose_frame(request_id: str | None, status: str, chunk: dict[str, Any]) -> bytes:
     """A frame that is no event of a log: `queued`, `pong`, an error of the socket itself."""
     return orjson.dumps({"request_id": request_id, "status": status, "chunk": chunk})

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Hashable, Mapping, Sequence
 
+    from aioserver.deltas import Shape
     from aioserver.fastpath import FastPath
     from aioserver.store import Streams
 
@@ -44,7 +45,7 @@ class Reader(Protocol):
     def take_now(self, data: bytes) -> bool:
         """Take *data* as the next entry, if that can be done at once; else it is appended."""
 
-    def fast(self) -> FastPath | None:
+    def fast(self, shape: Shape | None) -> FastPath | None:
         """Its fast path, where it has nothing to do before the next event."""
 
     def poke(self) -> None:
@@ -99,6 +100,7 @@ class Stream:
         "last",
         "model",
         "offset",
+        "path",
         "private",
         "provider",
         "readers",
@@ -131,6 +133,7 @@ class Stream:
         self.last = 0
         self.bytes = 0
         self.readers: list[Reader] = []
+        self.path: FastPath | None = None  # the one that was opened last
         self.ended = False
         self.end_status = b""
         self.error: AioserverError | None = None  # with which it ended
@@ -152,6 +155,16 @@ class Stream:
         """The number of the oldest event kept; last + 1 where there is none."""
         return self.entries[0].first if self.entries else self.last + 1
 
+    def add_reader(self, reader: Reader) -> None:
+        """*reader* follows from now on."""
+        self.readers.append(reader)
+        self._close_path()
+
+    def remove_reader(self, reader: Reader) -> None:
+        """*reader* follows no more."""
+        self.readers.remove(reader)
+        self._close_path()
+
     def append(
         self, status: bytes, chunks: Sequence[bytes] = (), *, data: bytes = b"", count: int = 1
     ) -> None:
@@ -160,7 +173,6 @@ class Stream:
         *chunks*: the events' `chunk` objects as JSON, one an event; or *data*: the provider's own
         bytes of *count* whole events.
         """
-        assert not self.ended, "nothing follows the end of a stream"
         first = self.last + 1
         if chunks:
             head = self._head
@@ -168,14 +180,25 @@ class Stream:
                 messages.frame(head, number, status, chunk)
                 for number, chunk in enumerate(chunks, first)
             ]
-            entry = Entry(first, len(frames), status, data, frames)
+            self._add(Entry(first, len(frames), status, data, frames))
         else:
-            entry = Entry(first, count, status, data, None)
-        self.last += entry.count
-        self.entries.append(entry)
-        self._grow(entry.sized)
+            self._add(Entry(first, count, status, data, None))
         for reader in self.readers if len(self.readers) < 2 else tuple(self.readers):
             reader.poke()
+        self.trim()
+
+    def append_text(self, text: bytes) -> Entry:
+        """Add a `chunk` event with *text*, as it stands between a JSON string's quotes.
+
+        For the fast path: the readers are not poked, and who has passed it calls `trim`.
+        """
+        number = self.last + 1
+        entry = Entry(number, 1, CHUNK, b"", (messages.text_frame(self._head, number, text),))
+        self._add(entry)
+        return entry
+
+    def trim(self) -> None:
+        """Let go what is beyond `max_stream_bytes`, or was passed where nobody can come back."""
         if self.bytes > self._max_bytes or self.window <= 0:
             self._let_go()
 
@@ -192,11 +215,17 @@ class Stream:
         else:
             self.append(CHUNK, data=data, count=count)
 
-    def fast(self) -> FastPath | None:
-        """The only reader's fast path, where all that was appended has been passed."""
-        if self.private and self.answered and not self.entries and len(self.readers) == 1:
-            return self.readers[0].fast()
-        return None
+    def fast(self, shape: Shape | None = None) -> FastPath | None:
+        """The only reader's fast path, where that reader has passed all there is.
+
+        Without a *shape* it is one for the provider's bytes, of which nothing is kept.
+        """
+        if not self.answered or len(self.readers) != 1:
+            return None
+        if shape is None and (not self.private or self.entries):
+            return None
+        self.path = self.readers[0].fast(shape)
+        return self.path
 
     def append_processing(self, provider: str, model: str) -> None:
         """Append event 1: a place at *provider* is taken. A later try keeps the first one's."""
@@ -215,16 +244,14 @@ class Stream:
     def append_end(self, status: bytes, chunk: bytes, data: bytes = b"") -> None:
         """Append the last event, its `chunk` already JSON."""
         number = self.last + 1
-        entry = Entry(number, 1, status, data, [messages.frame(self._head, number, status, chunk)])
-        self.last = number
-        self.entries.append(entry)
+        frames = [messages.frame(self._head, number, status, chunk)]
+        self._close_path()
+        self._add(Entry(number, 1, status, data, frames))
         self.ended = True
         self.end_status = status
-        self._grow(entry.sized)
         for reader in tuple(self.readers):
             reader.poke()
-        if self.bytes > self._max_bytes or self.window <= 0:
-            self._let_go()
+        self.trim()
         if self._observer is not None:
             self._observer.finished(self)
 
@@ -287,6 +314,17 @@ class Stream:
         self.offset += len(self.entries)
         self.entries.clear()
         return freed
+
+    def _add(self, entry: Entry) -> None:
+        assert not self.ended, "nothing follows the end of a stream"
+        self.last += entry.count
+        self.entries.append(entry)
+        self._grow(entry.sized)
+
+    def _close_path(self) -> None:
+        if self.path is not None:
+            self.path.open = False
+            self.path = None
 
     def _grow(self, size: int) -> None:
         self.bytes += size

@@ -12,7 +12,7 @@ from aioserver.errors import ProviderBadResponse
 from aioserver.eventstream import (
     BOM,
     HEARTBEAT,
-    Parser,
+    MAX_EVENT_BYTES,
     ServerEvent,
     Splitter,
     count,
@@ -20,6 +20,21 @@ from aioserver.eventstream import (
     split,
     write,
 )
+
+
+class Parser:
+    """Bytes in, events out."""
+
+    def __init__(self, max_event_bytes: int = MAX_EVENT_BYTES) -> None:
+        self._splitter = Splitter(max_event_bytes)
+
+    @property
+    def pending(self) -> bytes:
+        return self._splitter.pending
+
+    def feed(self, chunk: bytes) -> list[ServerEvent]:
+        return parse(self._splitter.feed(chunk))
+
 
 unhurried = settings(deadline=None, max_examples=100)
 

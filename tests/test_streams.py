@@ -17,6 +17,8 @@ from aioserver.streams import CANCELLED, CHUNK, COMPLETE, ERROR, PROCESSING, Str
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from aioserver.deltas import Shape
+
 MUCH = 1 << 30
 DEMO = "demo"
 
@@ -50,12 +52,12 @@ class Slow:
         self.seen: list[tuple[int, str]] = []
         self.pokes = 0
         self.positions: list[int] = []
-        stream.readers.append(self)
+        stream.add_reader(self)
 
     def take_now(self, _data: bytes) -> bool:
         return False
 
-    def fast(self) -> None:
+    def fast(self, _shape: Shape | None) -> None:
         return None
 
     def poke(self) -> None:
@@ -84,7 +86,7 @@ class Slow:
         self.stream.passed()
 
     def leave(self) -> None:
-        self.stream.readers.remove(self)
+        self.stream.remove_reader(self)
         if self.stream.ended:
             self.stream.passed()
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from aioserver import settings
+    from aioserver.deltas import Shape
     from aioserver.faces.admission import BodyHold
     from aioserver.router import Route
     from aioserver.streams import Entry, Stream
@@ -148,7 +149,7 @@ class _Opening:
         """False: the writer comes after this."""
         return False
 
-    def fast(self) -> None:
+    def fast(self, _shape: Shape | None) -> None:
         """None: nothing is written yet."""
 
     def poke(self) -> None:
@@ -164,14 +165,14 @@ class _Opening:
     def leave(self) -> None:
         """Read no more."""
         if self in self._stream.readers:
-            self._stream.readers.remove(self)
+            self._stream.remove_reader(self)
 
 
 async def _follow(request: web.Request, stream: Stream) -> web.StreamResponse:
     gateway = request.app[keys.GATEWAY]
     loop = asyncio.get_running_loop()
     opening = _Opening(stream, loop)
-    stream.readers.append(opening)
+    stream.add_reader(opening)
     gateway.read(stream)
     try:
         interval = request.app[keys.SETTINGS].chat.websocket.ping_interval

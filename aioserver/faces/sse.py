@@ -141,13 +141,12 @@ async def cancel(request: web.Request) -> web.Response:
 
 def render(stream: Stream, entry: Entry, skip: int) -> bytes:
     """An entry of a log as events with their numbers, but for its first *skip*."""
-    status = entry.status.decode()
-    return b"".join(
-        [
-            eventstream.write(frame, event=status, id=number)
-            for number, frame in enumerate(stream.frames(entry)[skip:], entry.first + skip)
-        ]
-    )
+    frames = entry.frames or stream.frames(entry)
+    events = [
+        b"id: %d\nevent: %b\ndata: %b\n\n" % (number, entry.status, frame)
+        for number, frame in enumerate(frames[skip:], entry.first + skip)
+    ]
+    return events[0] if len(events) == 1 else b"".join(events)
 
 
 async def _follow(request: web.Request, stream: Stream, after: int) -> web.StreamResponse:

@@ -56,6 +56,7 @@ async def follow(
     writer = Writer(
         transport,
         payload_writer.drain,
+        app[keys.OUTBOX],
         send_timeout=chat.streams.send_timeout,
         dropped=lambda why: app[keys.ADMISSION].dropped("http", why),
         chunked=request.version >= HttpVersion11,

@@ -56,7 +56,7 @@ def _frame(first: int, payload: bytes) -> bytes:
 
 def render(stream: Stream, entry: Entry, skip: int) -> bytes:
     """An entry of a log as text frames, but for its first *skip* events."""
-    frames = stream.frames(entry)
+    frames = entry.frames or stream.frames(entry)
     if len(frames) == 1:
         return b"" if skip else _frame(_TEXT, frames[0])
     return b"".join([_frame(_TEXT, frame) for frame in frames[skip:]])
@@ -131,6 +131,7 @@ class Socket:
         self._writer = Writer(
             transport,
             drain,  # type: ignore[arg-type]
+            app[keys.OUTBOX],
             send_timeout=app[keys.SETTINGS].chat.streams.send_timeout,
             dropped=self._dropped,
             left=self._gateway.unread,
@@ -348,9 +349,7 @@ class Socket:
             self._transport.abort()  # close() would wait for ever for a client that reads nothing
 
     def _last_frame(self, code: int, reason: bytes) -> None:
-        if not self._transport.is_closing():
-            self._transport.write(_frame(_CLOSE, struct.pack("!H", code) + reason))
-        self._writer.close()
+        self._writer.end(_frame(_CLOSE, struct.pack("!H", code) + reason))
 
     async def close(self) -> None:
         """The socket is over: follow nothing, answer the client's close, leave nothing behind."""

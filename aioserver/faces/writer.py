@@ -7,6 +7,9 @@ socket to the client's without a task switch:
 
     Stream.append → Follower.poke → Writer.pump → transport.write
 
+and most of them do not come here at all: where nothing else is to be done the writer opens a fast
+path for its stream (fastpath.py), and closes it before it writes anything else or stops.
+
 When the transport's buffer is over its mark the writer is blocked: it stops rendering, one task
 waits in `drain()`, and a watch aborts the transport after `send_timeout` without progress. A
 blocked write is never cancelled. An idle writer has no task and no timer.
@@ -23,12 +26,13 @@ import struct
 from typing import TYPE_CHECKING
 
 from aioserver.errors import ResumeGap
-from aioserver.fastpath import FastPath
+from aioserver.fastpath import Client, FastPath, Outbox, TextPath
 from aioserver.stall import StallWatch
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from aioserver.deltas import Shape
     from aioserver.streams import Entry, Stream
 
 TURN_BYTES = 1 << 16  # of one cursor in one turn, and of one write
@@ -43,7 +47,7 @@ class Follower:
     its events have been seen already.
     """
 
-    __slots__ = ("_queued", "_render", "_writer", "at", "finished", "gone", "skip", "stream")
+    __slots__ = ("_queued", "_writer", "at", "finished", "gone", "render", "skip", "stream")
 
     def __init__(
         self,
@@ -59,7 +63,7 @@ class Follower:
         self.finished = finished
         self.gone = False
         self._writer = writer
-        self._render = render
+        self.render = render
         self._queued = queued
 
     def take_now(self, data: bytes) -> bool:
@@ -69,9 +73,11 @@ class Follower:
             return True
         return False
 
-    def fast(self) -> FastPath | None:
-        """The writer's fast path, if it is free."""
-        return self._writer.fast(self.stream)
+    def fast(self, shape: Shape | None) -> FastPath | None:
+        """The writer's fast path, if this has written all there is and nothing is in its way."""
+        if self.at != self.stream.offset + len(self.stream.entries):
+            return None
+        return self._writer.fast(self, shape)
 
     def poke(self) -> None:
         """The log has grown."""
@@ -89,7 +95,7 @@ class Follower:
         if stream.ended or self.at + 1 != stream.offset + len(entries):
             return b""
         self.at += 1
-        return self._render(stream, entries[-1], 0)
+        return self.render(stream, entries[-1], 0)
 
     def take(self, parts: list[bytes], room: int) -> bool:
         """Render up to about *room* bytes into *parts*; whether the cursor has caught up.
@@ -104,7 +110,7 @@ class Follower:
             raise ResumeGap("the reader fell behind what is kept")
         end = len(entries)
         while index < end and room > 0:
-            part = self._render(stream, entries[index], self.skip)
+            part = self.render(stream, entries[index], self.skip)
             self.skip = 0
             index += 1
             parts.append(part)
@@ -124,6 +130,7 @@ class Writer:
         self,
         transport: asyncio.Transport,
         drain: Callable[[], Awaitable[None]],
+        outbox: Outbox,
         *,
         send_timeout: float,
         dropped: Callable[[str], None] = lambda _why: None,
@@ -133,6 +140,7 @@ class Writer:
         self._loop = asyncio.get_running_loop()
         self._transport = transport
         self._drain = drain
+        self._outbox = outbox
         self._send_timeout = send_timeout
         self._dropped = dropped
         self._chunked = chunked
@@ -144,13 +152,13 @@ class Writer:
         self._draining: asyncio.Task[None] | None = None
         self._watch: StallWatch | None = None
         self._closed = False
-        self._fast: FastPath | None = None
+        self._path: FastPath | None = None
         self._last_write = self._loop.time()
 
     @property
     def last_write(self) -> float:
         """The loop's time when something was written last."""
-        return self._last_write if self._fast is None else max(self._last_write, self._fast.last)
+        return self._last_write if self._path is None else max(self._last_write, self._path.last)
 
     @property
     def closed(self) -> bool:
@@ -185,9 +193,9 @@ class Writer:
             follower.gone = True
             self._loop.call_soon(self._left, stream)  # not before the face has told of its reader
             return follower
-        stream.readers.append(follower)
+        stream.add_reader(follower)
         self._followers[follower] = None
-        self._leave_fast_path()
+        self._close_path()
         if follower.at < stream.offset + len(stream.entries) or stream.ended:
             self._ready[follower] = None
             self._schedule()
@@ -198,11 +206,11 @@ class Writer:
         if follower.gone:
             return
         follower.gone = True
-        self._leave_fast_path()
+        self._close_path()
         self._followers.pop(follower, None)
         self._ready.pop(follower, None)
         stream = follower.stream
-        stream.readers.remove(follower)
+        stream.remove_reader(follower)
         if stream.ended:
             stream.passed()
         self._left(stream)
@@ -214,16 +222,29 @@ class Writer:
         self._write(data)
         return True
 
-    def fast(self, stream: Stream) -> FastPath | None:
-        """The fast path from *stream*, the only one that is followed, if nothing is in its way."""
-        if self._ready or self._draining is not None or self._closed or not self._chunked:
+    def fast(self, follower: Follower, shape: Shape | None) -> FastPath | None:
+        """The fast path of *follower*, the only one here, if nothing is in its way."""
+        if self._ready or self._draining is not None or self._closed or len(self._followers) != 1:
             return None
-        if self._fast is None:
-            self._fast = FastPath(
-                stream, self._transport, self._loop.time, room=TURN_BYTES, full=self._block
-            )
-        self._fast.open = True
-        return self._fast
+        path = self._path
+        if path is None or path.follower is not follower or path.shape is not shape:
+            path = self._path = self._new_path(follower, shape)
+        if path is not None:
+            path.open = True
+        return path
+
+    def _new_path(self, follower: Follower, shape: Shape | None) -> FastPath | None:
+        client = Client(
+            self._transport,
+            self._outbox,
+            self._loop.time,
+            TURN_BYTES,
+            self._block,
+            self._chunked,
+        )
+        if shape is not None:
+            return TextPath(follower, client, shape)
+        return FastPath(follower, client) if self._chunked else None
 
     def poke(self, follower: Follower) -> None:
         """*follower* has something to write."""
@@ -299,6 +320,13 @@ class Writer:
         self._transport.abort()
         self.close()
 
+    def end(self, data: bytes) -> None:
+        """Write *data* behind what the transport has got, and nothing more."""
+        self._outbox.flush()
+        if not self._transport.is_closing():
+            self._transport.write(data)
+        self.close()
+
     def close(self) -> None:
         """Follow nothing from now on; the kernel watches what is not out yet."""
         if self._closed:
@@ -330,16 +358,21 @@ class Writer:
             self.close()
             return
         self._last_write = self._loop.time()
+        if self._path is not None:
+            self._outbox.flush()
         transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
         if transport.get_write_buffer_size() > TURN_BYTES:
             self._block()
 
-    def _leave_fast_path(self) -> None:
-        if self._fast is not None:
-            self._fast.open = False
+    def _close_path(self) -> None:
+        if (path := self._path) is not None:
+            self._outbox.flush()
+            path.open = False
+            self._last_write = max(self._last_write, path.last)
+            self._path = None
 
     def _block(self) -> None:
-        self._leave_fast_path()
+        self._close_path()
         self._draining = self._loop.create_task(self._unblock())
         self._watch = StallWatch(
             self._loop,

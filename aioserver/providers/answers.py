@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from aioserver import eventstream, streams
-from aioserver.deltas import Reading, provider_error
+from aioserver.deltas import Reading, Shape, learn, provider_error
 from aioserver.errors import ProviderBadResponse, ProviderDisconnected, ProviderFault
 
 if TYPE_CHECKING:
     from aioserver.fastpath import FastPath
     from aioserver.streams import Stream
 
+MAX_LESSONS = 4  # events of an answer from which its shape is learned
 DONE = b"data: [DONE]\n\n"
 # A quote inside a JSON string is escaped, so these are never text that a model has written.
 # Plain searches, not regular expressions: these look at every byte that passes.
@@ -163,16 +164,19 @@ class ChatSink:
     def __init__(self, stream: Stream, reading: Reading) -> None:
         self._stream = stream
         self._reading = reading
-        self._parser = eventstream.Parser()
+        self._splitter = eventstream.Splitter()
         self._begun = False
+        self._shape: Shape | None = None
+        self._lessons = MAX_LESSONS  # left: some providers repeat nothing
 
     def feed(self, data: bytes) -> bool:
         """Append what the events that are whole now say; False at the provider's end."""
         chunks: list[bytes] = []
         ended = False
         self._begun = True
+        block = self._splitter.feed(data)
         try:
-            for event in self._parser.feed(data):
+            for event in eventstream.parse(block):
                 if event.data == b"[DONE]":
                     ended = True
                     break
@@ -183,6 +187,9 @@ class ChatSink:
                 self._stream.append(streams.CHUNK, chunks)
         if ended:
             complete(self._stream, self._reading)
+        elif self._lessons and len(chunks) == 1:
+            self._lessons -= 1
+            self._shape = learn(block, self._reading) or self._shape
         return not ended
 
     def end(self) -> None:
@@ -196,8 +203,11 @@ class ChatSink:
             raise _no_end(self._begun)
         complete(self._stream, self._reading)
 
-    def fast(self) -> None:
-        """None: each event is read."""
+    def fast(self) -> FastPath | None:
+        """The stream's, once the shape of the provider's events is known."""
+        if self._shape is None or not self._splitter.idle:
+            return None
+        return self._stream.fast(self._shape)
 
 
 def complete(stream: Stream, reading: Reading) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from aioserver.errors import ResumeGap
 from aioserver.faces.writer import MAX_CONTROL_FRAMES, TURN_BYTES, Follower, Writer
+from aioserver.fastpath import Outbox
 from aioserver.store import Streams
 from aioserver.streams import CHUNK, COMPLETE, Stream
 from tests.house import until
@@ -102,6 +103,7 @@ class Client:
         self.writer = Writer(
             self.socket,
             self.socket.drain,
+            Outbox(asyncio.get_running_loop()),
             send_timeout=send_timeout,
             dropped=self.dropped.append,
             left=self.left.append,
@@ -222,8 +224,8 @@ async def test_a_position_is_written_before_what_is_not_written_yet() -> None:
 
 
 async def test_every_write_is_one_chunk() -> None:
-    socket = Socket(slow=True)
-    writer = Writer(socket, socket.drain, send_timeout=30.0, chunked=True)
+    socket, outbox = Socket(slow=True), Outbox(asyncio.get_running_loop())
+    writer = Writer(socket, socket.drain, outbox, send_timeout=30.0, chunked=True)
     stream = stream_of()
     writer.follow(stream, 0, lambda _stream, entry, _skip: b"%d" % entry.first)
 
