@@ -6,6 +6,7 @@ client's address, and at OpenAI's `user` where a request has one.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -30,6 +31,7 @@ class Caller:
         return self
 
 
+@functools.lru_cache(maxsize=4096)
 def anonymous(address: str | None) -> Caller:
     """A client without a key."""
     return Caller("", address or "")

@@ -38,7 +38,12 @@ SOMAXCONN = Path("/proc/sys/net/core/somaxconn")
 
 
 class Connection(RequestHandler):
-    """aiohttp's connection, with our error bodies where its parser gives up."""
+    """aiohttp's connection, with our error bodies where its parser gives up.
+
+    *requests*: how many it has brought; the middleware counts, for `max_keepalive_requests`.
+    """
+
+    requests = 0
 
     def handle_error(
         self,

@@ -166,9 +166,15 @@ class Stream:
         self._close_path()
 
     def append(
-        self, status: bytes, chunks: Sequence[bytes] = (), *, data: bytes = b"", count: int = 1
+        self,
+        status: bytes,
+        chunks: Sequence[bytes] = (),
+        *,
+        data: bytes = b"",
+        count: int = 1,
+        more: bool = False,
     ) -> None:
-        """Add events of one *status* and poke the readers.
+        """Add events of one *status* and poke the readers; with *more* the next append does that.
 
         *chunks*: the events' `chunk` objects as JSON, one an event; or *data*: the provider's own
         bytes of *count* whole events.
@@ -183,9 +189,10 @@ class Stream:
             self._add(Entry(first, len(frames), status, data, frames))
         else:
             self._add(Entry(first, count, status, data, None))
-        for reader in self.readers if len(self.readers) < 2 else tuple(self.readers):
-            reader.poke()
-        self.trim()
+        if not more:
+            for reader in self.readers if len(self.readers) < 2 else tuple(self.readers):
+                reader.poke()
+            self.trim()
 
     def append_text(self, text: bytes) -> Entry:
         """Add a `chunk` event with *text*, as it stands between a JSON string's quotes.
@@ -202,18 +209,24 @@ class Stream:
         if self.bytes > self._max_bytes or self.window <= 0:
             self._let_go()
 
-    def pass_on(self, data: bytes, count: int) -> None:
+    def pass_on(self, data: bytes, count: int, *, more: bool = False) -> None:
         """Append the provider's bytes of *count* whole events.
 
         They are not kept where nobody else can find them and the only reader takes them at once:
         the same as an append after which everybody has passed.
         """
         readers = self.readers
-        if self.private and len(readers) == 1 and not self.entries and readers[0].take_now(data):
+        if (
+            self.private
+            and not more
+            and len(readers) == 1
+            and not self.entries
+            and readers[0].take_now(data)
+        ):
             self.last += count
             self.offset += 1
         else:
-            self.append(CHUNK, data=data, count=count)
+            self.append(CHUNK, data=data, count=count, more=more)
 
     def fast(self, shape: Shape | None = None) -> FastPath | None:
         """The only reader's fast path, where that reader has passed all there is.

@@ -12,7 +12,6 @@ import itertools
 import logging
 import re
 import secrets
-import weakref
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
@@ -137,15 +136,12 @@ def front(given: WebSocket, origins: Origins) -> Any:
     max_line = limits.h11_max_request_line_size
     max_head = limits.h11_max_header_size
     max_requests = limits.max_keepalive_requests
-    seen: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
     def check(request: web.Request) -> None:
-        transport = request.transport
-        if transport is not None:
-            number = seen.get(transport, 0) + 1
-            seen[transport] = number
-            if number >= max_requests:
-                request[LAST] = True
+        connection: Any = request.protocol  # the listener's, which counts
+        connection.requests += 1
+        if connection.requests >= max_requests:
+            request[LAST] = True
         line = len(request.method) + len(request.raw_path) + len(" HTTP/1.1 ")
         if line > max_line:
             raise UriTooLong(f"a request line of {line} bytes, at most {max_line}")

@@ -21,6 +21,7 @@ from aioserver.auth import Caller, anonymous
 from aioserver.bodies import digest_of
 from aioserver.errors import InvalidRequest, ModelNotFound, StreamNotFound
 from aioserver.faces import http
+from aioserver.faces.ready import ReadyResponse, ReadyStream, fits
 from aioserver.faces.streaming import follow
 from aioserver.messages import MAX_ID_CHARACTERS
 from aioserver.providers.provider import Answer, Ask
@@ -120,20 +121,19 @@ async def serve(request: web.Request, prepared: Prepared) -> web.StreamResponse:
     answer = await gateway.call(
         prepared.caller, prepared.route, ask, key=prepared.key, digest=prepared.digest
     )
-    return _whole(answer)
+    return _whole(request, answer)
 
 
-def _whole(answer: Answer) -> web.Response:
-    return web.Response(
-        status=answer.status,
-        body=answer.body,
-        headers={
-            "Content-Type": answer.content_type,
-            "x-aioserver-provider": answer.provider,
-            "x-aioserver-attempts": "1",
-            **answer.headers,
-        },
-    )
+def _whole(request: web.Request, answer: Answer) -> web.StreamResponse:
+    fields = {
+        "x-aioserver-provider": answer.provider,
+        "x-aioserver-attempts": "1",
+        **answer.headers,
+    }
+    fields["Content-Type"] = answer.content_type
+    if answer.status == 200 and fits(request):
+        return ReadyResponse(answer.body, fields)
+    return web.Response(status=answer.status, body=answer.body, headers=fields)
 
 
 class _Opening:
@@ -202,6 +202,8 @@ def _streamed_response(request: web.Request, stream: Stream) -> web.StreamRespon
     if stream.provider:
         headers["x-aioserver-provider"] = stream.provider
         headers["x-aioserver-attempts"] = str(stream.attempts)
+    if fits(request):
+        return ReadyStream(request, headers)
     response = web.StreamResponse(headers=headers)
     http.last_of_connection(request, response, streamed=True)
     return response

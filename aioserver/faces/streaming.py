@@ -1,7 +1,8 @@
 """A log as the body of an HTTP response, until its end: what the SSE and OpenAI faces share.
 
-aiohttp writes the head and the end; what lies between goes straight to the transport, each read of
-the provider's as one chunk (RFC 9112, 7.1), without a task switch.
+What lies between the head and the end goes straight to the transport, each read of the provider's
+as one chunk (RFC 9112, 7.1), without a task switch. A `ReadyStream`'s head and end go with it, any
+other response's are aiohttp's.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING
 from aiohttp.http import HttpVersion11
 
 from aioserver import eventstream, keys
+from aioserver.faces.http import BEGUN
+from aioserver.faces.ready import LAST_CHUNK, ReadyStream
 from aioserver.faces.writer import Follower, Writer
 
 if TYPE_CHECKING:
@@ -48,18 +51,24 @@ async def follow(
     gateway = app[keys.GATEWAY]
     chat = app[keys.SETTINGS].chat
     stream.locate(after)
-    payload_writer = await response.prepare(request)
-    assert payload_writer is not None
+    head = tail = b""
+    if isinstance(response, ReadyStream):
+        head, tail = response.head, LAST_CHUNK
+        request[BEGUN] = response
+    else:
+        await response.prepare(request)
     transport = request.transport
     if transport is None:
         raise ConnectionResetError("the client has left")
     writer = Writer(
         transport,
-        payload_writer.drain,
+        request.writer.drain,
         app[keys.OUTBOX],
         send_timeout=chat.streams.send_timeout,
         dropped=lambda why: app[keys.ADMISSION].dropped("http", why),
         chunked=request.version >= HttpVersion11,
+        head=head,
+        tail=tail,
         left=gateway.unread,
     )
     ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -77,6 +86,7 @@ async def follow(
         gateway.read(stream)
         app[keys.WHEEL].add(beat, chat.websocket.ping_interval)
         writer.pump()
+        writer.send_head()
         if not ended.done():
             await ended
         await writer.flush()

@@ -135,6 +135,8 @@ class Writer:
         send_timeout: float,
         dropped: Callable[[str], None] = lambda _why: None,
         chunked: bool = False,
+        head: bytes = b"",
+        tail: bytes = b"",
         left: Callable[[Stream], None] = lambda _stream: None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
@@ -144,6 +146,8 @@ class Writer:
         self._send_timeout = send_timeout
         self._dropped = dropped
         self._chunked = chunked
+        self._head = head  # goes before the first write
+        self._tail = tail  # goes with the end of a stream
         self._left = left
         self._followers: dict[Follower, None] = {}
         self._ready: dict[Follower, None] = {}
@@ -270,6 +274,11 @@ class Writer:
         else:
             self._write(data)
 
+    def send_head(self) -> None:
+        """Write the head alone, unless something took it along."""
+        if self._head and not self._closed:
+            self._write(b"")
+
     def pump(self) -> None:
         """Write what is ready, until all is written or the transport's buffer is full."""
         self._scheduled = None
@@ -294,8 +303,8 @@ class Writer:
                 if room <= 0:
                     break
             data = parts[0] if len(parts) == 1 else b"".join(parts)
-            if data:
-                self._write(data)
+            if data or ended:
+                self._write(data, self._tail if ended else b"")
             for follower in ended:
                 if not follower.gone:
                     self.unfollow(follower)
@@ -352,7 +361,7 @@ class Writer:
         if self._scheduled is None:
             self._scheduled = self._loop.call_soon(self.pump)
 
-    def _write(self, data: bytes) -> None:
+    def _write(self, data: bytes, tail: bytes = b"") -> None:
         transport = self._transport
         if transport.is_closing():
             self.close()
@@ -360,9 +369,15 @@ class Writer:
         self._last_write = self._loop.time()
         if self._path is not None:
             self._outbox.flush()
-        transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
-        if transport.get_write_buffer_size() > TURN_BYTES:
-            self._block()
+        if data and self._chunked:
+            data = b"%x\r\n%b\r\n" % (len(data), data)
+        if self._head or tail:
+            data = self._head + data + tail
+            self._head = b""
+        if data:
+            transport.write(data)
+            if transport.get_write_buffer_size() > TURN_BYTES:
+                self._block()
 
     def _close_path(self) -> None:
         if (path := self._path) is not None:

@@ -101,13 +101,13 @@ class EventSink:
                 self._finished = find(_FINISH) >= 0 or find(_FINISH_SPACED) >= 0
         if find(_ERROR) >= 0:
             block, fault = self._before_error(block)
-        self._append(block)
+        self._append(block, more=ended or fault is not None)
         if fault is not None:
             event, stream = fault[0], self._stream
             error = provider_error(fault[1])
             if not stream.answered:
                 raise error
-            self._append(event)
+            self._append(event, more=True)
             stream.error = error
             stream.end(streams.ERROR, error.as_chunk())  # its own event has been passed on
             return False
@@ -130,12 +130,12 @@ class EventSink:
         """The stream's, while no event is half read."""
         return self._stream.fast() if self._splitter.idle and not self._responses else None
 
-    def _append(self, block: bytes) -> None:
+    def _append(self, block: bytes, *, more: bool) -> None:
         if block:
             number = eventstream.count(block)
             if number:  # comments alone pass, uncounted
                 self._stream.answered = True
-            self._stream.pass_on(block, number)
+            self._stream.pass_on(block, number, more=more)
 
     @staticmethod
     def _before_error(block: bytes) -> tuple[bytes, tuple[bytes, Any] | None]:
@@ -184,7 +184,7 @@ class ChatSink:
         finally:
             if chunks:
                 self._stream.answered = True
-                self._stream.append(streams.CHUNK, chunks)
+                self._stream.append(streams.CHUNK, chunks, more=ended)
         if ended:
             complete(self._stream, self._reading)
         elif self._lessons and len(chunks) == 1:

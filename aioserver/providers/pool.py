@@ -108,6 +108,15 @@ class CappedConnector(TCPConnector):
                 del self._conns[key]
 
 
+class Target(ClientRequest):
+    """Where a pool connects to: what aiohttp looks for a kept connection by, made once."""
+
+    @functools.cached_property
+    def connection_key(self) -> ConnectionKey:
+        """The key of the pool's connections."""
+        return super().connection_key
+
+
 @dataclass(frozen=True, slots=True)
 class PoolStats:
     """A pool at one moment; *open* = *idle* + in use or being opened."""
@@ -161,7 +170,7 @@ class Pool:
         )
         self._coming = 0  # who waits, or has a place and has not run since: the gate counts less
         self._proxy = URL(proxy) if proxy else _environment_proxy(url)
-        self._key = ClientRequest(
+        self._key = Target(
             "POST",
             url,
             loop=loop,
