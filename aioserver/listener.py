@@ -34,6 +34,7 @@ access_logger = logging.getLogger("aioserver.access")
 
 MAX_HEADERS = 128  # fields of one request
 LINGERING = 1.0  # seconds an answered request's unread body is read on, so that the answer arrives
+UVLOOP_EARS = 8
 SOMAXCONN = Path("/proc/sys/net/core/somaxconn")
 
 
@@ -158,11 +159,21 @@ async def listen(
         raise
     listening = []
     for sock in bound:
-        await web.SockSite(runner, sock, backlog=backlog).start()
+        for ear in (sock, *(sock.dup() for _ in range(_ears(loop) - 1))):
+            await web.SockSite(runner, ear, backlog=backlog).start()
         host, number = sock.getsockname()[:2]
         listening.append(Listening(host, number, backlog, queue_limit(sock)))
     _tell(listening)
     return listening
+
+
+def _ears(loop: asyncio.AbstractEventLoop) -> int:
+    """How often *loop* watches one listening socket.
+
+    uvloop takes one connection for each watcher and turn of the loop: under load a turn is long,
+    and newcomers would starve while those who are in notice nothing. asyncio takes all that wait.
+    """
+    return UVLOOP_EARS if type(loop).__module__.startswith("uvloop") else 1
 
 
 async def _addresses(

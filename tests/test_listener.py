@@ -57,7 +57,24 @@ async def test_the_backlog_reaches_the_kernel(tmp_path: Path) -> None:
 
         assert (one.host, one.backlog, one.queue_limit) == ("127.0.0.1", 77, 77)
         assert one.url == f"http://127.0.0.1:{one.port}"
-        assert [listener.queue_limit(sock) for sock in sockets_of(runner)] == [77]
+        assert {listener.queue_limit(sock) for sock in sockets_of(runner)} == {77}
+
+
+async def test_many_that_come_at_once_are_let_in_within_few_turns_of_the_loop(
+    tmp_path: Path,
+) -> None:
+    async with runner_of(tmp_path, **{f"{UVICORN}.backlog": 512}) as (runner, given):
+        (one,) = await listener.listen(runner, given)
+        server = runner.server
+        assert server is not None
+        clients = [socket.create_connection((one.host, one.port)) for _ in range(200)]
+        turns = 0
+        while len(server.connections) < len(clients):
+            await asyncio.sleep(0)
+            turns += 1
+            assert turns < 100, "a connection a turn starves newcomers under load"
+        for client in clients:
+            client.close()
 
 
 async def test_a_backlog_that_the_kernel_cuts_is_a_warning(
