@@ -44,7 +44,11 @@ class Connection(RequestHandler):
     *requests*: how many it has brought; the middleware counts, for `max_keepalive_requests`.
     """
 
-    requests = 0
+    __slots__ = ("requests",)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.requests = 0
 
     def handle_error(
         self,

@@ -91,6 +91,7 @@ async def handler(request: web.Request) -> web.StreamResponse:
         max_msg_size=limits.max_message_size + 1,  # aiohttp refuses exactly the size it is given
     )
     payload_writer = await ws.prepare(request)
+    ws.headers.clear()  # sent, and not needed for the hours to come
     assert request.transport is not None
     socket = Socket(request, ws, request.transport, payload_writer.drain)
     app[keys.SOCKETS].add(socket)
@@ -146,7 +147,7 @@ class Socket:
         self._pinged = False  # a ping was sent, its wait is not over
         self._last_request = self._loop.time()
         self._close_task: asyncio.Task[None] | None = None
-        self._left = asyncio.Event()  # the client has said that it closes, or is gone
+        self._left: asyncio.Event | None = None  # the client has said that it closes, or is gone
         self._deaf = False  # after a fault in its frames nothing more is parsed
         self._refused_closing = False
         app[keys.WHEEL].add(self, self._limits.ping_interval)
@@ -325,9 +326,14 @@ class Socket:
     def _end(self, code: int, reason: bytes, *, lost: bool = False) -> None:
         """Close with *code*. *lost*: the client answers nothing, the close frame is a courtesy."""
         if self._close_task is None:
-            self._close_task = self._loop.create_task(self._close(code, reason, lost=lost))
+            self._left = (
+                asyncio.Event()
+            )  # not made for each socket: it is a twentieth of an idle one
+            self._close_task = self._loop.create_task(
+                self._close(code, reason, self._left, lost=lost)
+            )
 
-    async def _close(self, code: int, reason: bytes, *, lost: bool) -> None:
+    async def _close(self, code: int, reason: bytes, left: asyncio.Event, *, lost: bool) -> None:
         if not lost:
             with contextlib.suppress(TimeoutError):  # an answer may go on, its reader be slow
                 async with asyncio.timeout(CLOSE_TIMEOUT):
@@ -342,8 +348,8 @@ class Socket:
         # it has read the close frame would be a reset, and that frame's loss.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(CLOSE_TIMEOUT):
-                await self._left.wait()
-        if self._left.is_set():
+                await left.wait()
+        if left.is_set():
             self._transport.close()
         else:
             self._transport.abort()  # close() would wait for ever for a client that reads nothing
@@ -361,7 +367,7 @@ class Socket:
                 self._last_frame(WSCloseCode.OK, b"")
                 self._transport.close()
                 return
-            if not self._deaf:
+            if not self._deaf and self._left is not None:
                 self._left.set()
             await self._close_task
         finally:
