@@ -16,6 +16,7 @@ import orjson
 from aioserver.errors import ProviderBadResponse, ProviderError
 
 TEXT = b'{"type":"text","data":%b,"metadata":{}}'
+TEXT_START = TEXT.partition(b"%b")[0]
 REASONING = b'{"type":"reasoning","data":%b,"metadata":{}}'
 TOOL_CALLS = b'{"type":"tool_calls","data":%b,"metadata":{}}'
 
@@ -110,13 +111,17 @@ def learn(event: bytes, reading: Reading) -> Shape | None:
 
     That the text was found in its place is proved: with another text there the event must say that.
     """
-    if not event.startswith(b"data: {") or event.find(b"\n") != len(event) - 2:
+    if (
+        not event.startswith(b"data: {")
+        or event.find(b"\n") != len(event) - 2
+        or event.find(b"\r") >= 0
+    ):
         return None
     said = _only_text(event[6:-2], reading)
     if said is None:
         return None
     written = orjson.dumps(said)
-    before, found, behind = event.partition(written)
+    before, found, behind = event.rpartition(written)
     probe = orjson.dumps(f"<{said}>")
     if not found or _only_text((before + probe + behind)[6:-2], reading) != f"<{said}>":
         return None
@@ -125,7 +130,10 @@ def learn(event: bytes, reading: Reading) -> Shape | None:
 
 def _only_text(data: bytes, reading: Reading) -> str | None:
     alone = Reading(reading.choice_index)
-    chunks = alone.read(data)
+    try:
+        chunks = alone.read(data)
+    except (ProviderBadResponse, ProviderError):
+        return None  # the probe stood in another place
     more = alone.finish_reason is not None or alone.usage is not None
     return alone.text[0] if len(chunks) == len(alone.text) == 1 and not more else None
 

@@ -249,7 +249,7 @@ STEPS = {
         needs=lambda peer: peer.restarts,
     ),
     "refuse": Step(
-        load=paced("sse", CROWD, ramp=0.0, warmup=0.0, duration=3.0, options=("--once",)),
+        load=paced("sse", CROWD, ramp=1.0, warmup=0.0, duration=3.0, options=("--once",)),
         do=refuse,
         quick=True,
         needs=lambda peer: peer.tight,

@@ -387,7 +387,9 @@ class Writer:
             self._path = None
 
     def _block(self) -> None:
-        self._close_path()
+        self._close_path()  # what it has flushed may have blocked it
+        if self._draining is not None:
+            return
         self._draining = self._loop.create_task(self._unblock())
         self._watch = StallWatch(
             self._loop,

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from aioserver import eventstream, streams
-from aioserver.deltas import Reading, Shape, learn, provider_error
+from aioserver.deltas import TEXT_START, Reading, Shape, learn, provider_error
 from aioserver.errors import ProviderBadResponse, ProviderDisconnected, ProviderFault
 
 if TYPE_CHECKING:
@@ -187,7 +187,7 @@ class ChatSink:
                 self._stream.append(streams.CHUNK, chunks, more=ended)
         if ended:
             complete(self._stream, self._reading)
-        elif self._lessons and len(chunks) == 1:
+        elif self._lessons and len(chunks) == 1 and chunks[0].startswith(TEXT_START):
             self._lessons -= 1
             self._shape = learn(block, self._reading) or self._shape
         return not ended

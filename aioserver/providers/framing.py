@@ -95,9 +95,10 @@ class Framing:
             self.surplus = True
             if not self.whole:  # what follows a whole answer is not ours to judge
                 fault = ProviderBadResponse("the provider's answer is not HTTP")
-                raise (
-                    exc.__context__ or fault
-                ) from None  # the context: raised by a callback of ours
+                ours = exc.__context__  # where a callback of ours raised
+                raise ours or fault from None
+        if not data.endswith(b"\r\n"):
+            self.between.clear()  # inside the next chunk's first line, perhaps
         if self._header_bytes > MAX_HEAD_BYTES or (
             self.sink is None and self._head_bytes > MAX_HEAD_BYTES
         ):

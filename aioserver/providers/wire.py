@@ -197,7 +197,7 @@ class Exchange:
             self._fail(exc)
             return
         self._push()
-        if framing.between and data.endswith(b"\r\n"):  # else inside the next chunk's first line
+        if framing.between:
             self._open_fast_path()
 
     def _open_fast_path(self) -> None:
