@@ -1,0 +1,117 @@
+"""Answers whose bytes are made by hand say what aiohttp's say."""
+
+from __future__ import annotations
+
+import re
+from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from aiohttp.test_utils import make_mocked_request
+
+from aioserver.faces import ready
+from aioserver.providers.simulator import Behaviour
+from tests.faces.raw import Raw
+from tests.faces.talk import CHAT
+
+if TYPE_CHECKING:
+    from tests.house import House
+
+PATH = "/v1/chat/completions"
+STREAMED = {**CHAT, "stream": True}
+CORS = {
+    "access-control-allow-credentials",
+    "access-control-allow-origin",
+    "access-control-expose-headers",
+    "vary",
+}
+CHANGES = {"date", "x-request-id", "content-length"}
+
+
+@pytest.mark.parametrize("body", [CHAT, STREAMED], ids=["whole", "streamed"])
+async def test_the_head_is_the_one_that_aiohttp_writes(house: House, body: object) -> None:
+    house.simulator.behaviour = Behaviour(
+        ttft=0, interval=0, headers=(("x-ratelimit-remaining-requests", "7"),)
+    )
+    async with Raw(house) as raw:
+        await raw.post(PATH, body, "X-Request-Id: mine")
+        ours = await raw.answer()
+        await raw.post(PATH, body, "Origin: http://page.example")
+        theirs = await raw.answer()  # on the same connection
+
+    assert (ours.version, ours.status) == (theirs.version, theirs.status) == ("HTTP/1.1", 200)
+    assert ours.headers["x-request-id"] == "mine"
+    assert ours.headers["x-ratelimit-remaining-requests"] == "7"
+    assert re.fullmatch(r"\w{3}, \d\d \w{3} \d{4} \d\d:\d\d:\d\d GMT", ours.headers["date"])
+    parsedate_to_datetime(ours.headers["date"])
+    kept = ours.headers.keys() - CHANGES
+    assert kept == theirs.headers.keys() - CORS - CHANGES
+    assert {name: ours.headers[name] for name in kept} == {
+        name: theirs.headers[name] for name in kept
+    }
+
+
+@pytest.mark.parametrize("body", [CHAT, STREAMED], ids=["whole", "streamed"])
+async def test_an_answer_after_which_the_connection_ends_says_so(
+    house: House, body: object
+) -> None:
+    async with Raw(house) as raw:
+        await raw.post(PATH, body, "Connection: close")
+        answer = await raw.answer()
+
+        assert answer.headers["connection"] == "close"
+        assert await raw.to_the_end() == b""
+
+
+class Transport:
+    """One that holds *held* bytes."""
+
+    def __init__(self, held: int, *, closing: bool = False) -> None:
+        self.held = held
+        self.closing = closing
+        self.written: list[bytes] = []
+
+    def is_closing(self) -> bool:
+        return self.closing
+
+    def write(self, data: bytes) -> None:
+        self.written.append(data)
+
+    def get_extra_info(self, _name: str) -> None:
+        return None
+
+    def get_write_buffer_size(self) -> int:
+        return self.held
+
+
+class Waits:
+    """aiohttp's writer, of which only the waiting is used."""
+
+    drained = 0
+
+    async def drain(self) -> None:
+        self.drained += 1
+
+
+def request_of(transport: Transport, writer: Waits) -> Any:
+    return make_mocked_request("POST", PATH, transport=transport, writer=writer)
+
+
+@pytest.mark.parametrize(("held", "drained"), [(0, 0), (ready.HIGH_WATER, 0), (1 << 20, 1)])
+async def test_a_client_that_takes_nothing_is_waited_for(held: int, drained: int) -> None:
+    transport, writer = Transport(held), Waits()
+
+    await ready.ReadyResponse(b"body", {"a": "b"}).prepare(request_of(transport, writer))
+
+    assert len(transport.written) == 1, "head and body are one write"
+    assert transport.written[0].endswith(b"a: b\r\nContent-Length: 4\r\n\r\nbody")
+    assert writer.drained == drained
+
+
+async def test_a_client_that_has_left_gets_nothing() -> None:
+    transport = Transport(0, closing=True)
+
+    with pytest.raises(ConnectionResetError):
+        await ready.ReadyResponse(b"body", {}).prepare(request_of(transport, Waits()))
+
+    assert transport.written == []
