@@ -19,7 +19,7 @@ from aioserver import keys
 from aioserver.auth import Origins
 from aioserver.conversations import Conversations
 from aioserver.errors import ServerShutdown
-from aioserver.faces import http, openai, pages, sse, status, websocket
+from aioserver.faces import http, openai, pages, responses, sse, status, websocket
 from aioserver.faces.admission import Admission, counted
 from aioserver.fastpath import Outbox
 from aioserver.gateway import Gateway
@@ -72,6 +72,11 @@ def _route(app: web.Application, settings: Settings, admission: Admission) -> No
                 )
                 for path in openai.PATHS
             ),
+            web.get(
+                "/v1/responses/{id}",
+                counted(admission, "openai", responses.prepare, responses.retrieve),
+            ),
+            web.post("/v1/responses/{id}/cancel", responses.cancel),
             web.get("/v1/models", openai.models),
             web.get("/v1/models/{id:.+}", openai.model),
             *(web.get(path, status.health) for path in ("/health", "/healthz", "/livez")),

@@ -133,15 +133,27 @@ class Gateway:
         return stream
 
     def relay(
-        self, caller: Caller, route: Route, ask: Ask, *, name: str, key: str | None, digest: bytes
+        self,
+        caller: Caller,
+        route: Route,
+        ask: Ask,
+        *,
+        name: str,
+        key: str | None,
+        digest: bytes,
+        stored: bool = False,
     ) -> Stream:
         """The stream that answers a streamed OpenAI request; *key*: its Idempotency-Key.
+
+        One that is *stored* can be found again by the id that its provider gives it.
 
         Raises:
             As `ask`.
         """
-        if key is None:
+        if key is None and not stored:
             stream = self._open(name, caller, 0.0, private=True)
+        elif key is None:
+            stream = self._open(uuid.uuid4().hex, caller, self._bounds.resume_window)
         elif (known := self._known(caller, key, digest)) is not None:
             return known
         else:

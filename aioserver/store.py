@@ -84,9 +84,17 @@ class Streams:
         """The caller's log of that name."""
         return self._found.get((caller, request_id))
 
+    def named(self, stream: Stream, alias: str) -> None:
+        """Let *stream* be found by *alias*, too, if nothing else is."""
+        self._found.setdefault((stream.caller, alias), stream)
+
     def of(self, caller: Hashable) -> Iterator[Stream]:
         """The caller's logs, the oldest first."""
-        return (stream for (owner, _), stream in self._found.items() if owner == caller)
+        return (
+            stream
+            for (owner, name), stream in self._found.items()
+            if owner == caller and name == stream.request_id
+        )
 
     def running(self) -> tuple[Stream, ...]:
         """Those that have not ended."""
@@ -96,9 +104,9 @@ class Streams:
         """Forget a finished log."""
         self._finished.pop(stream, None)
         self._running.discard(stream)
-        key = (stream.caller, stream.request_id)
-        if self._found.get(key) is stream:
-            del self._found[key]
+        for name in (stream.request_id, stream.alias):
+            if name is not None and self._found.get((stream.caller, name)) is stream:
+                del self._found[stream.caller, name]
         self._bytes -= stream.forget()
 
     def grew(self, stream: Stream, size: int) -> None:

@@ -86,6 +86,7 @@ class Stream:
         "_head",
         "_max_bytes",
         "_observer",
+        "alias",
         "answered",
         "attempts",
         "bytes",
@@ -139,6 +140,7 @@ class Stream:
         self.error: AioserverError | None = None  # with which it ended
         self.sent = False  # something went to a provider: leaving now costs money
         self.answered = False  # an event of a provider is in the log: no second try
+        self.alias: str | None = None  # another name by which it is found
         self.provider = self.model = ""
         self.conversation_id: str | None = None
         self.attempts = 0
@@ -154,6 +156,12 @@ class Stream:
     def first(self) -> int:
         """The number of the oldest event kept; last + 1 where there is none."""
         return self.entries[0].first if self.entries else self.last + 1
+
+    def call_also(self, alias: str) -> None:
+        """Let it be found by *alias*, too; a private one is not found at all."""
+        if self.alias is None and not self.private and self._observer is not None:
+            self.alias = alias
+            self._observer.named(self, alias)
 
     def add_reader(self, reader: Reader) -> None:
         """*reader* follows from now on."""

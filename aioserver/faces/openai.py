@@ -52,6 +52,7 @@ class Prepared:
     ask: Ask
     key: str | None
     digest: bytes
+    stored: bool  # OpenAI's `store` or `background`: it can be found again
 
 
 def prepare_for(path: str) -> Callable[[web.Request, BodyHold], Any]:
@@ -83,7 +84,11 @@ def prepare_for(path: str) -> Callable[[web.Request, BodyHold], Any]:
             line=caller.line,
             model=route.model,
         )
-        return Prepared(caller, route, ask, key, digest_of(path, body) if key else b"")
+        stored = path == "responses" and (
+            fields.get("store") is True or fields.get("background") is True
+        )
+        digest = digest_of(path, body) if key else b""
+        return Prepared(caller, route, ask, key, digest, stored)
 
     return prepare
 
@@ -116,8 +121,9 @@ async def serve(request: web.Request, prepared: Prepared) -> web.StreamResponse:
             name=http.request_id(request),
             key=prepared.key,
             digest=prepared.digest,
+            stored=prepared.stored,
         )
-        return await _follow(request, stream)
+        return await follow_stream(request, stream)
     answer = await gateway.call(
         prepared.caller, prepared.route, ask, key=prepared.key, digest=prepared.digest
     )
@@ -168,7 +174,10 @@ class _Opening:
             self._stream.remove_reader(self)
 
 
-async def _follow(request: web.Request, stream: Stream) -> web.StreamResponse:
+async def follow_stream(
+    request: web.Request, stream: Stream, after: int = 0
+) -> web.StreamResponse:
+    """The answer in *stream*, behind event *after*."""
     gateway = request.app[keys.GATEWAY]
     loop = asyncio.get_running_loop()
     opening = _Opening(stream, loop)
@@ -184,7 +193,7 @@ async def _follow(request: web.Request, stream: Stream) -> web.StreamResponse:
         if stream.ended and not stream.answered:
             raise stream.error or StreamNotFound("this answer was cancelled")
         response = _streamed_response(request, stream)
-        await follow(request, response, stream, 0, render, begun=opening.leave)
+        await follow(request, response, stream, after, render, begun=opening.leave)
         return response
     finally:
         opening.leave()

@@ -13,6 +13,7 @@ body that is not streamed, up to a bound. Which end is a good one is decided her
 
 from __future__ import annotations
 
+import contextlib
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +76,7 @@ class EventSink:
         self._stream = stream
         self._splitter = eventstream.Splitter()
         self._responses = responses
+        self._named = not responses
         self._finished = False
         self._begun = False
 
@@ -92,6 +94,9 @@ class EventSink:
         done, ended, fault = b"", False, None
         if self._responses:
             ended = _RESPONSE_END.search(block) is not None
+            if not self._named:
+                self._named = True
+                self._name(block)
         else:
             if find(b"[DONE]") >= 0 and (start := _done_line(block)) >= 0:
                 ended = True
@@ -136,6 +141,15 @@ class EventSink:
             if number:  # comments alone pass, uncounted
                 self._stream.answered = True
             self._stream.pass_on(block, number, more=more)
+
+    def _name(self, block: bytes) -> None:
+        """Let a response be found by the id that its provider has given it."""
+        for event in eventstream.parse(block):
+            with contextlib.suppress(orjson.JSONDecodeError, KeyError, TypeError):
+                alias = orjson.loads(event.data)["response"]["id"]
+                if isinstance(alias, str) and alias:
+                    self._stream.call_also(alias)
+                    return
 
     @staticmethod
     def _before_error(block: bytes) -> tuple[bytes, tuple[bytes, Any] | None]:

@@ -1,0 +1,168 @@
+"""OpenAI's own way back into a response: the official SDK's calls, served from the log."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import openai
+import orjson
+import pytest
+from openai import AsyncOpenAI
+
+from aioserver.providers.simulator import Behaviour
+from tests.house import until
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+
+    from tests.house import House
+
+    Make = Callable[..., Awaitable[House]]
+
+SLOW = Behaviour(ttft=0, interval=0.02)
+ASK: dict[str, Any] = {"model": "sim", "input": "Hello", "stream": True, "store": True}
+
+
+@pytest.fixture
+async def sdk(house: House) -> AsyncIterator[AsyncOpenAI]:
+    async with AsyncOpenAI(api_key="unused", base_url=house.v1, max_retries=0) as client:
+        yield client
+
+
+async def cut(sdk: AsyncOpenAI, events: int, **changes: Any) -> list[Any]:
+    """The first *events* of a response whose client has then left."""
+    stream = await sdk.responses.create(**{**ASK, **changes})
+    seen = []
+    async for event in stream:
+        seen.append(event)
+        if len(seen) == events:
+            break
+    await stream.close()
+    return seen
+
+
+def text_of(events: list[Any]) -> str:
+    return "".join(one.delta for one in events if one.type == "response.output_text.delta")
+
+
+@pytest.mark.parametrize("how", ["store", "background"])
+@pytest.mark.parametrize("events", [1, 4, 9])
+async def test_a_response_that_was_cut_is_read_on(
+    house: House, sdk: AsyncOpenAI, events: int, how: str
+) -> None:
+    whole = await sdk.responses.create(model="sim", input="Hello")
+    asked = house.simulator.stats().requests
+    house.simulator.behaviour = SLOW
+
+    seen = await cut(sdk, events, store=how == "store", background=how == "background")
+    again = await sdk.responses.retrieve(
+        seen[0].response.id, stream=True, starting_after=seen[-1].sequence_number
+    )
+    rest = [event async for event in again]
+
+    numbers = [event.sequence_number for event in (*seen, *rest)]
+    assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+    assert rest[-1].type == "response.completed"
+    assert text_of([*seen, *rest]) == whole.output_text
+    assert house.simulator.stats().requests == asked + 1
+
+
+async def test_all_of_it_comes_again_without_a_number(house: House, sdk: AsyncOpenAI) -> None:
+    house.simulator.behaviour = SLOW
+    seen = await cut(sdk, 5)
+
+    again = await sdk.responses.retrieve(seen[0].response.id, stream=True)
+    events = [event async for event in again]
+
+    assert events[:5] == seen
+    assert events[-1].type == "response.completed"
+
+
+async def test_what_ended_is_kept(house: House, sdk: AsyncOpenAI) -> None:
+    events = [event async for event in await sdk.responses.create(**ASK)]
+    last = events[-1]
+
+    found = await sdk.responses.retrieve(last.response.id)
+    rest = await sdk.responses.retrieve(
+        last.response.id, stream=True, starting_after=last.sequence_number
+    )
+
+    assert found.model_dump() == last.response.model_dump()
+    assert [event async for event in rest] == []
+    assert house.held()["running"] == 0
+
+
+async def test_a_running_one_is_shown_as_it_is(house: House, sdk: AsyncOpenAI) -> None:
+    house.simulator.behaviour = SLOW
+    seen = await cut(sdk, 3)
+
+    found = await sdk.responses.retrieve(seen[0].response.id)
+
+    assert (found.id, found.status) == (seen[0].response.id, "in_progress")
+
+
+async def test_cancel_ends_it_for_all(house: House, sdk: AsyncOpenAI) -> None:
+    house.simulator.behaviour = SLOW
+    seen = await cut(sdk, 3)
+    name = seen[0].response.id
+    reader = await sdk.responses.retrieve(name, stream=True)
+
+    cancelled = await sdk.responses.cancel(name)
+    kinds = [event.type async for event in reader]
+
+    assert (cancelled.id, cancelled.status) == (name, "cancelled")
+    assert "response.completed" not in kinds
+    assert (await sdk.responses.cancel(name)).status == "cancelled"
+    await house.nothing_held()
+    await until(lambda: house.simulator.stats().aborted == 1)
+
+
+async def test_cancel_leaves_what_has_ended_as_it_is(sdk: AsyncOpenAI) -> None:
+    events = [event async for event in await sdk.responses.create(**ASK)]
+
+    assert (await sdk.responses.cancel(events[-1].response.id)).status == "completed"
+
+
+async def test_without_store_nothing_is_kept_and_leaving_ends_it(
+    house: House, sdk: AsyncOpenAI
+) -> None:
+    house.simulator.behaviour = SLOW
+    seen = await cut(sdk, 3, store=False)
+
+    await house.nothing_held()
+    with pytest.raises(openai.NotFoundError) as caught:
+        await sdk.responses.retrieve(seen[0].response.id)
+    assert caught.value.code == "stream_not_found"
+    await until(lambda: house.simulator.stats().aborted == 1)
+
+
+@pytest.mark.parametrize(
+    ("after", "status", "code"),
+    [("7000", 409, "resume_gap"), ("x", 400, "invalid_request"), ("-1", 400, "invalid_request")],
+)
+async def test_a_number_that_cannot_be(
+    house: House, sdk: AsyncOpenAI, after: str, status: int, code: str
+) -> None:
+    events = [event async for event in await sdk.responses.create(**ASK)]
+    url = f"{house.v1}/responses/{events[-1].response.id}?stream=true&starting_after={after}"
+
+    async with house.session.get(url) as answer:
+        assert answer.status == status
+        assert orjson.loads(await answer.read())["error"]["code"] == code
+
+
+async def test_events_that_are_kept_no_longer_are_a_gap(make_house: Make) -> None:
+    house = await make_house(**{"chat.streams.max_stream_bytes": 65536})
+    house.simulator.behaviour = Behaviour(ttft=0, interval=0, tokens=2000)
+    async with AsyncOpenAI(api_key="unused", base_url=house.v1, max_retries=0) as sdk:
+        events = [event async for event in await sdk.responses.create(**ASK)]
+        name = events[-1].response.id
+        with pytest.raises(openai.ConflictError) as caught:
+            await sdk.responses.retrieve(name, stream=True, starting_after=0)
+        near = await sdk.responses.retrieve(
+            name, stream=True, starting_after=events[-4].sequence_number
+        )
+        rest = [event async for event in near]
+
+    assert caught.value.code == "resume_gap"
+    assert rest == events[-3:]
