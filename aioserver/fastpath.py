@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from aioserver.deltas import Shape
-    from aioserver.faces.writer import Follower
+    from aioserver.faces.follower import Follower
 
 MAX_CHUNK_BYTES = 2048  # longer reads are rare, and go the long way
 _ERROR, _FINISH, _FINISH_SPACED = b'"error"', b'"finish_reason":"', b'"finish_reason": "'

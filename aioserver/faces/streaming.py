@@ -15,13 +15,14 @@ from aiohttp.http import HttpVersion11
 from aioserver import eventstream, keys
 from aioserver.faces.http import BEGUN
 from aioserver.faces.ready import LAST_CHUNK, ReadyStream
-from aioserver.faces.writer import Follower, Writer
+from aioserver.faces.writer import Writer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from aiohttp import web
 
+    from aioserver.faces.follower import Follower
     from aioserver.streams import Entry, Stream
 
 

@@ -31,10 +31,11 @@ from aioserver.errors import (
     ServerShutdown,
 )
 from aioserver.faces.admission import MAX_REFUSED_CLOSING, Entering
-from aioserver.faces.writer import Follower, Writer
+from aioserver.faces.writer import Writer
 from aioserver.messages import BadCommand, Cancel, Chat, Ping, Resume
 
 if TYPE_CHECKING:
+    from aioserver.faces.follower import Follower
     from aioserver.streams import Entry, Stream
 
 MAX_ANSWERS = 32  # running at once on one socket

@@ -11,7 +11,7 @@ import orjson
 import pytest
 
 from aioserver.errors import ResumeGap
-from aioserver.faces.writer import MAX_CONTROL_FRAMES, TURN_BYTES, Follower, Writer
+from aioserver.faces.writer import MAX_CONTROL_FRAMES, TURN_BYTES, Writer
 from aioserver.fastpath import Outbox
 from aioserver.store import Streams
 from aioserver.streams import CHUNK, COMPLETE, Stream
@@ -20,6 +20,7 @@ from tests.house import until
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from aioserver.faces.follower import Follower
     from aioserver.streams import Entry
 
 HIGH, LOW = 1 << 16, 1 << 14  # asyncio's marks
