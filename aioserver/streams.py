@@ -324,11 +324,6 @@ class Stream:
             for number, data in enumerate(events, entry.first)
         ]
 
-    def passed(self) -> None:
-        """A reader has gone on: where nobody can come back, let go what all have passed."""
-        if self.window <= 0:
-            self._let_go()
-
     def forget(self) -> int:
         """Drop all entries; returns the bytes that were kept."""
         freed, self.bytes = self.bytes, 0

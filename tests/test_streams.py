@@ -83,12 +83,12 @@ class Slow:
             self.skip = 0
             self.at += 1
             most -= 1
-        self.stream.passed()
+        self.stream.trim()
 
     def leave(self) -> None:
         self.stream.remove_reader(self)
         if self.stream.ended:
-            self.stream.passed()
+            self.stream.trim()
 
 
 # One log.

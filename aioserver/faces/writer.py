@@ -138,7 +138,7 @@ class Writer:
         stream = follower.stream
         stream.remove_reader(follower)
         if stream.ended:
-            stream.passed()
+            stream.trim()
         self._left(stream)
 
     def write_now(self, data: bytes) -> bool:
