@@ -36,6 +36,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, NamedTuple
 
+from aioserver.entries import Texts
+
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from aioserver.faces.follower import Follower
 
 MAX_CHUNK_BYTES = 2048  # longer reads are rare, and go the long way
+MAX_RUN_BYTES = 2048  # of texts that the log does not know yet
 _ERROR, _FINISH, _FINISH_SPACED = b'"error"', b'"finish_reason":"', b'"finish_reason": "'
 # The first line of a read of so many bytes that is one chunk; b"\r\n", which begins none, where
 # there is no such chunk.
@@ -142,6 +145,10 @@ class FastPath:
         self._stream.last += 1
         return True
 
+    def close(self) -> None:
+        """Take nothing from now on."""
+        self.open = False
+
     def write(self, data: bytes) -> None:
         """The outbox's call."""
         transport = self._transport
@@ -152,16 +159,25 @@ class FastPath:
 
 
 class TextPath(FastPath):
-    """A text of the answer's shape, as the event of a log."""
+    """A text of the answer's shape, as an event of the log.
 
-    __slots__ = ("_before", "_behind", "_note", "_render")
+    Its reader has it at once; the log gets what came in a row as one entry, the mere texts, so that
+    an event leaves no object behind.
 
-    def __init__(self, follower: Follower, client: Client, shape: Shape) -> None:
+    Always: `_texts` are those of the last events of the stream, and not in its entries.
+    """
+
+    __slots__ = ("_before", "_behind", "_head", "_text", "_texts")
+
+    def __init__(
+        self, follower: Follower, client: Client, shape: Shape, text: Callable[..., bytes]
+    ) -> None:
         super().__init__(follower, client, shape)
         self._before = shape.before
         self._behind = shape.behind + b"\r\n"
-        self._note = shape.reading.note
-        self._render = follower.render
+        self._head = follower.stream.head
+        self._text = text
+        self._texts = bytearray()  # each with its closing quote, which no plain text contains
 
     def take(self, read: bytes) -> bool:
         """As of `FastPath`."""
@@ -179,17 +195,33 @@ class TextPath(FastPath):
             or _PLAIN.fullmatch(read, begin, stop) is None
         ):
             return False
-        written = read[begin:stop]
-        try:
-            text = written.decode()
-        except UnicodeDecodeError:
-            return False
+        text = read[begin : stop + 1]
+        if not text.isascii():
+            try:
+                text.decode()
+            except UnicodeDecodeError:
+                return False
+        self._texts += text
         stream = self._stream
-        entry = stream.append_text(written)
-        self.follower.at += 1
-        self._note(text, len(written))
-        data = self._render(stream, entry, 0)
+        stream.last = number = stream.last + 1
+        data = self._text(self._head, number, text)
         self._outbox.put(self, b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
-        stream.trim()
         self.last = self._now()
+        if len(self._texts) > MAX_RUN_BYTES:
+            self._keep()
         return True
+
+    def close(self) -> None:
+        """As of `FastPath`; the log has all that was taken."""
+        self.open = False
+        if self._texts:
+            self._keep()
+
+    def _keep(self) -> None:
+        texts, self._texts = bytes(self._texts), bytearray()
+        stream, count = self._stream, texts.count(b'"')
+        assert self.shape is not None
+        self.shape.reading.note(texts.replace(b'"', b"").decode(), len(texts) - count)
+        self.follower.at += 1
+        stream.append_passed(Texts(stream.last - count + 1, count, texts))
+        stream.trim()

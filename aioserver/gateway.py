@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from aioserver.bodies import chat_body
 from aioserver.deltas import Reading
+from aioserver.entries import CANCELLED, CHUNK, COMPLETE, ERROR
 from aioserver.errors import (
     AioserverError,
     ProviderDisconnected,
@@ -32,7 +33,6 @@ from aioserver.errors import (
     public,
 )
 from aioserver.providers.provider import Answer, Ask
-from aioserver.streams import CANCELLED, CHUNK, COMPLETE, ERROR, Stream
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterator
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from aioserver.providers.provider import Provider
     from aioserver.router import Route, Router
     from aioserver.store import Streams
+    from aioserver.streams import Stream
 
 logger = logging.getLogger(__name__)
 
@@ -302,6 +303,7 @@ class Gateway:
         try:
             await self._router.fill(route, stream, ask)
         except asyncio.CancelledError:
+            stream.seal()
             if ask.reading is not None and ask.reading.text:
                 self._remember(stream, ask, chat, conversation_id)
             raise

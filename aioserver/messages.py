@@ -254,10 +254,13 @@ def frame(head: bytes, event_id: int, status: bytes, chunk: bytes) -> bytes:
 
 
 def text_frame(head: bytes, event_id: int, text: bytes) -> bytes:
-    """The frame of a `chunk` event with a text; *text* as it stands between a JSON string's quotes."""
+    """The frame of a `chunk` event with a text.
+
+    *text*: as it stands between a JSON string's quotes, with the closing one.
+    """
     return (
         b'%b"event_id":%d,"status":"chunk",'
-        b'"chunk":{"type":"text","data":"%b","metadata":{}}}' % (head, event_id, text)
+        b'"chunk":{"type":"text","data":"%b,"metadata":{}}}' % (head, event_id, text)
     )
 
 

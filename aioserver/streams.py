@@ -5,9 +5,9 @@ then one of `complete`, `error`, `cancelled`. One producer appends, at the provi
 number of readers follow, each with its own cursor. The log is the only buffer there is: no queue
 per client, no copy per reader, and so a slow reader costs the others nothing.
 
-An entry may hold a whole block as read from the provider: several events, with the number of the
-first. Faces that pass the provider's bytes on take the block as it is; what is asked for by a face
-that shows frames is kept as frames, made once for all readers.
+An entry (entries.py) may hold several events. Faces that pass the provider's bytes on take a block
+as it is; what is asked for by a face that shows frames is kept as frames, made once for all readers.
+What a fast path passes on becomes an entry when the path is closed: see `seal`.
 
 What is bounded: a log keeps `max_stream_bytes`, its oldest entries go first; a reader that is
 behind them cannot go on (`ResumeGap`), which is said and never skipped. Where nobody can come back
@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import orjson
 
-from aioserver import eventstream, messages
+from aioserver import messages
+from aioserver.entries import CHUNK, ERROR, PROCESSING, Entry
 from aioserver.errors import AioserverError, ResumeGap
 
 if TYPE_CHECKING:
@@ -31,10 +32,6 @@ if TYPE_CHECKING:
     from aioserver.deltas import Shape
     from aioserver.fastpath import FastPath
     from aioserver.store import Streams
-
-ENTRY_OVERHEAD = 200  # bytes of Python objects per entry, counted so that tiny events are bounded
-PROCESSING, CHUNK = b"processing", b"chunk"
-COMPLETE, ERROR, CANCELLED = b"complete", b"error", b"cancelled"
 
 
 class Reader(Protocol):
@@ -55,26 +52,6 @@ class Reader(Protocol):
         """The request waits for its provider: its position, and the seconds it may take."""
 
 
-class Entry:
-    """*count* events, the first of which is number *first*, all of one *status*.
-
-    *data* are the provider's own bytes (whole events); *frames* are the events as frames' JSON.
-    A log has the one or the other, after who asked for it; frames of raw bytes are made on demand.
-    """
-
-    __slots__ = ("count", "data", "first", "frames", "sized", "status")
-
-    def __init__(
-        self, first: int, count: int, status: bytes, data: bytes, frames: Sequence[bytes] | None
-    ) -> None:
-        self.first = first
-        self.count = count
-        self.status = status
-        self.data = data
-        self.frames = frames
-        self.sized = ENTRY_OVERHEAD + len(data) + (sum(map(len, frames)) if frames else 0)
-
-
 class Stream:
     """The log of one answer.
 
@@ -83,7 +60,6 @@ class Stream:
     """
 
     __slots__ = (
-        "_head",
         "_max_bytes",
         "_observer",
         "alias",
@@ -97,6 +73,7 @@ class Stream:
         "ended",
         "entries",
         "error",
+        "head",
         "headers",
         "last",
         "model",
@@ -105,6 +82,7 @@ class Stream:
         "private",
         "provider",
         "readers",
+        "rendered",
         "request_id",
         "sent",
         "timer",
@@ -135,6 +113,7 @@ class Stream:
         self.bytes = 0
         self.readers: list[Reader] = []
         self.path: FastPath | None = None  # the one that was opened last
+        self.rendered: tuple[Entry, dict[str, bytes]] | None = None  # the newest, by format
         self.ended = False
         self.end_status = b""
         self.error: AioserverError | None = None  # with which it ended
@@ -148,13 +127,14 @@ class Stream:
         self.headers: Mapping[str, str] = {}  # of the provider's answer, those that pass
         self.why_cancelled: AioserverError | None = None  # None: somebody asked for it
         self.timer: asyncio.TimerHandle | None = None  # the gateway's: the window's end
-        self._head = messages.frame_head(request_id)
+        self.head = messages.frame_head(request_id)
         self._max_bytes = max_bytes
         self._observer = observer
 
     @property
     def first(self) -> int:
         """The number of the oldest event kept; last + 1 where there is none."""
+        self.seal()
         return self.entries[0].first if self.entries else self.last + 1
 
     def call_also(self, alias: str) -> None:
@@ -166,12 +146,12 @@ class Stream:
     def add_reader(self, reader: Reader) -> None:
         """*reader* follows from now on."""
         self.readers.append(reader)
-        self._close_path()
+        self.seal()
 
     def remove_reader(self, reader: Reader) -> None:
         """*reader* follows no more."""
         self.readers.remove(reader)
-        self._close_path()
+        self.seal()
 
     def append(
         self,
@@ -187,9 +167,10 @@ class Stream:
         *chunks*: the events' `chunk` objects as JSON, one an event; or *data*: the provider's own
         bytes of *count* whole events.
         """
+        self.seal()
         first = self.last + 1
         if chunks:
-            head = self._head
+            head = self.head
             frames = [
                 messages.frame(head, number, status, chunk)
                 for number, chunk in enumerate(chunks, first)
@@ -202,15 +183,19 @@ class Stream:
                 reader.poke()
             self.trim()
 
-    def append_text(self, text: bytes) -> Entry:
-        """Add a `chunk` event with *text*, as it stands between a JSON string's quotes.
+    def seal(self) -> None:
+        """Close the fast path; what it has passed on is in the log now.
 
-        For the fast path: the readers are not poked, and who has passed it calls `trim`.
+        Always done before anything looks at `entries`, or puts something into them.
         """
-        number = self.last + 1
-        entry = Entry(number, 1, CHUNK, b"", (messages.text_frame(self._head, number, text),))
-        self._add(entry)
-        return entry
+        if (path := self.path) is not None:
+            self.path = None
+            path.close()
+
+    def append_passed(self, entry: Entry) -> None:
+        """Add what the only reader has passed by its fast path; it is counted in `last` already."""
+        self.entries.append(entry)
+        self._grow(entry.sized)
 
     def trim(self) -> None:
         """Let go what is beyond `max_stream_bytes`, or was passed where nobody can come back."""
@@ -223,6 +208,7 @@ class Stream:
         They are not kept where nobody else can find them and the only reader takes them at once:
         the same as an append after which everybody has passed.
         """
+        self.seal()
         readers = self.readers
         if (
             self.private
@@ -241,6 +227,7 @@ class Stream:
 
         Without a *shape* it is one for the provider's bytes, of which nothing is kept.
         """
+        self.seal()
         if not self.answered or len(self.readers) != 1:
             return None
         if shape is None and (not self.private or self.entries):
@@ -264,9 +251,9 @@ class Stream:
 
     def append_end(self, status: bytes, chunk: bytes, data: bytes = b"") -> None:
         """Append the last event, its `chunk` already JSON."""
+        self.seal()
         number = self.last + 1
-        frames = [messages.frame(self._head, number, status, chunk)]
-        self._close_path()
+        frames = [messages.frame(self.head, number, status, chunk)]
         self._add(Entry(number, 1, status, data, frames))
         self.ended = True
         self.end_status = status
@@ -292,6 +279,7 @@ class Stream:
         Raises:
             ResumeGap: events behind *after* are no longer kept, or *after* does not exist yet.
         """
+        self.seal()
         if after > self.last:
             raise ResumeGap(f"event {after} does not exist yet; the newest is {self.last}")
         if after + 1 < self.first:
@@ -310,22 +298,12 @@ class Stream:
         return self.offset + low, skip
 
     def frames(self, entry: Entry) -> Sequence[bytes]:
-        """The frames of *entry*, one for each event.
-
-        Those of the provider's bytes are made anew each time: kept, they would double the log.
-        """
-        if entry.frames is not None:
-            return entry.frames
-        events = [event.data for event in eventstream.parse(entry.data)]
-        if len(events) != entry.count:
-            events = [entry.data]  # a whole answer, no event stream
-        return [
-            messages.frame(self._head, number, entry.status, _raw_chunk(data))
-            for number, data in enumerate(events, entry.first)
-        ]
+        """The frames of *entry*, one for each event."""
+        return entry.frames or entry.make_frames(self.head)
 
     def forget(self) -> int:
         """Drop all entries; returns the bytes that were kept."""
+        self.seal()
         freed, self.bytes = self.bytes, 0
         self.offset += len(self.entries)
         self.entries.clear()
@@ -336,11 +314,6 @@ class Stream:
         self.last += entry.count
         self.entries.append(entry)
         self._grow(entry.sized)
-
-    def _close_path(self) -> None:
-        if self.path is not None:
-            self.path.open = False
-            self.path = None
 
     def _grow(self, size: int) -> None:
         self.bytes += size
@@ -361,14 +334,3 @@ class Stream:
             self.offset += 1
         if freed:
             self._grow(-freed)
-
-
-def _raw_chunk(data: bytes) -> bytes:
-    """A provider's event as the `chunk` of a frame, whatever it says: one event, one frame."""
-    try:
-        choice = orjson.loads(data)["choices"][0]
-        text = (choice.get("delta") or choice["message"])["content"]
-    except (orjson.JSONDecodeError, KeyError, IndexError, TypeError, AttributeError):
-        text = ""
-    text = text if isinstance(text, str) else ""
-    return orjson.dumps({"type": "text", "data": text, "metadata": {}})

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from aioserver import eventstream, keys, streams
+from aioserver import entries, eventstream, keys
 from aioserver.auth import Caller
 from aioserver.providers.simulator import Behaviour
 from tests.faces.raw import Raw
@@ -235,7 +235,7 @@ async def test_what_is_no_longer_kept_is_a_gap_on_each_face(make_house: Make, fa
 
 async def test_what_is_not_ones_own_is_as_if_it_were_not_there(house: House) -> None:
     stream = house.app[keys.STREAMS].open("r1", Caller("somebody else"), window=30.0)
-    stream.end(streams.COMPLETE, {})
+    stream.end(entries.COMPLETE, {})
     for name in ("r1", "never-seen"):
         assert await refusals(house, name, 0) == [
             (0, "stream_not_found"),

@@ -23,14 +23,14 @@ from hypothesis import strategies as st
 
 from aioserver import eventstream, keys, messages
 from aioserver.deltas import TEXT, Reading, learn
-from aioserver.errors import AioserverError, ProviderBadResponse, ProviderError
-from aioserver.faces import openai, sse, websocket
+from aioserver.entries import CANCELLED
+from aioserver.errors import AioserverError, ProviderBadResponse, ProviderError, ResumeGap
+from aioserver.faces.formats import EVENTS, MESSAGES, RAW
 from aioserver.faces.writer import TURN_BYTES, Writer
 from aioserver.fastpath import MAX_CHUNK_BYTES, FastPath, Outbox, TextPath
 from aioserver.providers.answers import ChatSink, EventSink
 from aioserver.providers.wire import Exchange, WireProtocol
 from aioserver.store import Streams
-from aioserver.streams import CANCELLED
 from tests.faces.raw import CLOSE, PONG, Raw
 from tests.faces.talk import (
     CHAT,
@@ -160,11 +160,11 @@ class Road:
         )
         self.outbox = Outbox(asyncio.get_running_loop())
         self.dropped: list[str] = []
-        self.render = {"openai": openai, "sse": sse, "websocket": websocket}[face].render
+        self.look = {"openai": RAW, "sse": EVENTS, "websocket": MESSAGES}[face]
         self.chunked = face != "websocket"
         self.socket = Socket(slow=slow)
         self.writer = self.another(self.socket)
-        self.follower = self.writer.follow(self.stream, 0, self.render)
+        self.follower = self.writer.follow(self.stream, 0, self.look)
         self.exchange = Exchange(
             cast("Connection", self.wire),
             read_timeout=30.0,
@@ -806,7 +806,7 @@ def assert_true(before: bytes, behind: bytes, text: str, index: int) -> None:
     (read,) = reading.read((before + written + behind)[len(b"data: ") : -2])
 
     assert read == TEXT % (b'"%b"' % written)
-    assert messages.text_frame(head, 7, written) == messages.frame(head, 7, b"chunk", read)
+    assert messages.text_frame(head, 7, written + b'"') == messages.frame(head, 7, b"chunk", read)
     assert (reading.text, reading.text_bytes) == ([text], len(written))
     assert (reading.finish_reason, reading.usage) == (None, None)
 
@@ -990,7 +990,7 @@ async def test_what_nobody_reads_any_more_is_kept_for_who_comes_back(face: str) 
         await road.say(word(3), word(4))
         back = Socket()
         writer = road.another(back)
-        writer.follow(road.stream, last, road.render)
+        writer.follow(road.stream, last, road.look)
         await ticks()
         await road.say(word(5), word(6))
         await road.say(chunk(DONE), LAST)
@@ -1010,7 +1010,7 @@ async def test_a_second_reader_in_the_same_turn_gets_all_and_the_first_loses_not
         road.hear(word(2))
         joined_socket = Socket()
         second = road.another(joined_socket)
-        second.follow(road.stream, 0, road.render)
+        second.follow(road.stream, 0, road.look)
         road.hear(word(3))
         await road.say(word(4), word(5))
         assert len(taken) == 2  # nothing since there are two
@@ -1029,7 +1029,7 @@ async def test_a_second_stream_on_the_socket_closes_the_path_and_its_end_opens_i
     async with under_way("websocket") as (road, taken), Road("websocket") as other:
         assert other.writer.following == 1
         other.writer.close()
-        followed = road.writer.follow(other.stream, 0, road.render)
+        followed = road.writer.follow(other.stream, 0, road.look)
         await ticks()
 
         road.hear(word(2))
@@ -1083,7 +1083,7 @@ async def test_a_client_that_goes_before_the_end_of_the_turn_gets_nothing_more(f
         assert road.stream.last == 6  # all is counted, whoever reads it
         if face != "openai":
             back = Socket()
-            road.another(back).follow(road.stream, 3, road.render)
+            road.another(back).follow(road.stream, 3, road.look)
             await until(lambda: in_order(back.written, b"w2 ", b"w3 ", b"w4 "))
 
 
@@ -1093,6 +1093,7 @@ async def test_where_nobody_can_come_back_nothing_that_was_taken_is_kept(face: s
         await road.say(*map(word, range(2, 40)))
 
         assert len(taken) == 39
+        road.stream.seal()
         assert (len(road.stream.entries), road.stream.bytes) == (0, 0)
         assert road.stream.last == 41
         assert road.follower.at == road.stream.offset
@@ -1101,13 +1102,61 @@ async def test_where_nobody_can_come_back_nothing_that_was_taken_is_kept(face: s
 @pytest.mark.parametrize("face", ["sse", "websocket"])
 async def test_a_log_fed_by_the_fast_path_is_bounded(face: str) -> None:
     async with under_way(face, most=5_000) as (road, taken):
-        await road.say(*map(word, range(2, 100)))
+        for number in range(2, 400):
+            await road.say(chunk(said(f"w{number} and some more ")))
+            assert road.stream.bytes <= 5_000
+            assert road.stream.bytes == sum(one.sized for one in road.stream.entries)
+            assert road.streams.stats().bytes == road.stream.bytes
 
-        assert len(taken) == 99
-        assert road.stream.bytes <= 5_000
-        assert road.stream.bytes == sum(one.sized for one in road.stream.entries)
-        assert road.streams.stats().bytes == road.stream.bytes
-        assert in_order(road.body, *(b'"w%d "' % n for n in range(100)))
+        assert len(taken) == 399
+        assert road.stream.first > 100
+        assert in_order(road.body, *(b'"w%d ' % n for n in range(400)))
+        with pytest.raises(ResumeGap):
+            road.stream.locate(100)
+
+
+@pytest.mark.parametrize("face", ["sse", "websocket"])
+@pytest.mark.parametrize("text", ["w%d ", "Grüße %d 😀", "a text of some length, number %d"])
+async def test_what_was_taken_is_there_for_who_comes_later(face: str, text: str) -> None:
+    """From every event on, and the same bytes that the first one got."""
+    async with under_way(face) as (road, taken):
+        reads = [chunk(said(text % number)) for number in range(2, 300)]
+        reads[77] = chunk(said('a "quote" and\na line end'))  # the long way: between two runs
+        await road.say(*reads)
+        assert len(taken) == 298
+        parts = list(road.body.partition(b'"event_id":150,'))
+
+        for after in range(road.stream.last):
+            back = Socket()
+            writer = road.another(back)
+            writer.follow(road.stream, after, road.look)
+            await writer.flush()
+            body = joined(back.written) if road.chunked else back.written
+            assert road.body.endswith(body)
+            assert body.count(b'"event_id":') == road.stream.last - after
+            assert (parts[1] in body) == (after < 150)
+            writer.close()
+
+        await road.say(word(1000), word(1001))
+        assert in_order(road.body, b"w1000 ", b"w1001 ")
+        assert "".join(road.reading.text).count(text.partition("%")[0]) >= 297
+
+
+async def test_all_faces_resume_what_the_fast_path_has_taken() -> None:
+    async with under_way("websocket") as (road, taken):
+        await road.say(*map(word, range(2, 20)))
+        assert len(taken) == 19
+        back = Socket()
+        writer = road.another(back)
+        writer.follow(road.stream, 10, EVENTS)
+        await writer.flush()
+
+        events = eventstream.parse(back.written)
+        assert [int(one.id or b"") for one in events] == list(range(11, road.stream.last + 1))
+        assert [orjson.loads(one.data)["chunk"]["data"] for one in events] == [
+            f"w{n} " for n in range(9, 20)
+        ]
+        writer.close()
 
 
 # A client that does not read.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from aioserver import settings, streams
+from aioserver import entries, settings, streams
 from aioserver.auth import anonymous
 from aioserver.errors import AioserverError, ProviderQueueFull, ProviderQueueTimeout
 from aioserver.gate import Gate
@@ -56,8 +56,8 @@ class Fake:
             stream.sent = stream.answered = True
             for _ in range(self._dice.randrange(4)):
                 await self.turns()
-                stream.append(streams.CHUNK, data=b"data: {}\n\n")
-            stream.end(streams.COMPLETE, {})
+                stream.append(entries.CHUNK, data=b"data: {}\n\n")
+            stream.end(entries.COMPLETE, {})
 
     async def call(self, ask: Ask, sending: Callable[[], None] | None = None) -> Answer:
         with await self.gate.enter(ask.line):

@@ -10,14 +10,15 @@ import orjson
 import pytest
 
 from aioserver import eventstream
+from aioserver.entries import CANCELLED, CHUNK, COMPLETE, ERROR, PROCESSING
 from aioserver.errors import ProviderDisconnected, ResumeGap, ServerAtCapacity
 from aioserver.store import Streams
-from aioserver.streams import CANCELLED, CHUNK, COMPLETE, ERROR, PROCESSING, Stream
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from aioserver.deltas import Shape
+    from aioserver.streams import Stream
 
 MUCH = 1 << 30
 DEMO = "demo"

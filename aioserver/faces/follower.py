@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from aioserver.deltas import Shape
+    from aioserver.faces.formats import Format
     from aioserver.faces.writer import Writer
     from aioserver.fastpath import FastPath
-    from aioserver.streams import Entry, Stream
+    from aioserver.streams import Stream
 
 
 class Follower:
@@ -26,14 +27,14 @@ class Follower:
     its events have been seen already.
     """
 
-    __slots__ = ("_queued", "_writer", "at", "finished", "gone", "render", "skip", "stream")
+    __slots__ = ("_queued", "_writer", "at", "finished", "gone", "look", "skip", "stream")
 
     def __init__(
         self,
         writer: Writer,
         stream: Stream,
         after: int,
-        render: Callable[[Stream, Entry, int], bytes],
+        look: Format,
         queued: Callable[[int, float], bytes] | None,
         finished: Callable[[Follower], None],
     ) -> None:
@@ -42,7 +43,7 @@ class Follower:
         self.finished = finished
         self.gone = False
         self._writer = writer
-        self.render = render
+        self.look = look
         self._queued = queued
 
     def take_now(self, data: bytes) -> bool:
@@ -74,7 +75,7 @@ class Follower:
         if stream.ended or self.at + 1 != stream.offset + len(entries):
             return b""
         self.at += 1
-        return self.render(stream, entries[-1], 0)
+        return self.look.newest(stream, entries[-1])
 
     def take(self, parts: list[bytes], room: int) -> bool:
         """Render up to about *room* bytes into *parts*; whether the cursor has caught up.
@@ -83,15 +84,19 @@ class Follower:
             ResumeGap: the log has let go of what this reader has not seen.
         """
         stream = self.stream
-        entries = stream.entries
+        entries, look = stream.entries, self.look
         index = self.at - stream.offset
         if index < 0:
             raise ResumeGap("the reader fell behind what is kept")
         end = len(entries)
         while index < end and room > 0:
-            part = self.render(stream, entries[index], self.skip)
-            self.skip = 0
+            entry, skip = entries[index], self.skip
             index += 1
+            if index == end and not skip:
+                part = look.newest(stream, entry)
+            else:
+                part = look.render(stream, entry, skip)
+                self.skip = 0
             parts.append(part)
             room -= len(part)
         self.at = stream.offset + index

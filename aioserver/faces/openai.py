@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 import orjson
 from aiohttp import web
 
-from aioserver import eventstream, keys
+from aioserver import keys
 from aioserver.auth import Caller, anonymous
 from aioserver.bodies import digest_of
 from aioserver.errors import InvalidRequest, ModelNotFound, StreamNotFound
 from aioserver.faces import http
+from aioserver.faces.formats import RAW
 from aioserver.faces.ready import ReadyResponse, ReadyStream, fits
 from aioserver.faces.streaming import follow
 from aioserver.messages import MAX_ID_CHARACTERS
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from aioserver.deltas import Shape
     from aioserver.faces.admission import BodyHold
     from aioserver.router import Route
-    from aioserver.streams import Entry, Stream
+    from aioserver.streams import Stream
 
 PATHS = ("chat/completions", "completions", "embeddings", "responses")
 STREAM_HEADERS = {
@@ -193,7 +194,7 @@ async def follow_stream(
         if stream.ended and not stream.answered:
             raise stream.error or StreamNotFound("this answer was cancelled")
         response = _streamed_response(request, stream)
-        await follow(request, response, stream, after, render, begun=opening.leave)
+        await follow(request, response, stream, after, RAW, begun=opening.leave)
         return response
     finally:
         opening.leave()
@@ -216,13 +217,6 @@ def _streamed_response(request: web.Request, stream: Stream) -> web.StreamRespon
     response = web.StreamResponse(headers=headers)
     http.last_of_connection(request, response, streamed=True)
     return response
-
-
-def render(_stream: Stream, entry: Entry, skip: int) -> bytes:
-    """The provider's own bytes, but for the first *skip* events."""
-    if not skip or not entry.data:
-        return entry.data
-    return b"".join(eventstream.split(entry.data)[skip:])
 
 
 def _models(app: web.Application) -> Iterator[dict[str, Any]]:

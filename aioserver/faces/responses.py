@@ -14,9 +14,9 @@ from aiohttp import web
 
 from aioserver import eventstream, keys
 from aioserver.auth import anonymous
+from aioserver.entries import COMPLETE
 from aioserver.errors import InvalidRequest, ResumeGap, StreamNotFound
 from aioserver.faces import openai
-from aioserver.streams import COMPLETE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -19,6 +19,7 @@ from aioserver import eventstream, keys, messages
 from aioserver.auth import Caller, anonymous
 from aioserver.errors import InvalidRequest, ServerAtCapacity
 from aioserver.faces import http
+from aioserver.faces.formats import EVENTS
 from aioserver.faces.streaming import follow
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     from aioserver.faces.admission import BodyHold
     from aioserver.messages import Chat
-    from aioserver.streams import Entry, Stream
+    from aioserver.streams import Stream
 
 RETRY = b"retry: 2000\n\n"  # milliseconds until an EventSource comes back
 
@@ -139,16 +140,6 @@ async def cancel(request: web.Request) -> web.Response:
     return web.Response(status=204)
 
 
-def render(stream: Stream, entry: Entry, skip: int) -> bytes:
-    """An entry of a log as events with their numbers, but for its first *skip*."""
-    frames = entry.frames or stream.frames(entry)
-    events = [
-        b"id: %d\nevent: %b\ndata: %b\n\n" % (number, entry.status, frame)
-        for number, frame in enumerate(frames[skip:], entry.first + skip)
-    ]
-    return events[0] if len(events) == 1 else b"".join(events)
-
-
 async def _follow(request: web.Request, stream: Stream, after: int) -> web.StreamResponse:
     def queued(position: int, eta: float) -> bytes:
         chunk = {"position": position, "eta": round(eta, 1)}
@@ -158,7 +149,7 @@ async def _follow(request: web.Request, stream: Stream, after: int) -> web.Strea
 
     response = Events(request)
     try:
-        await follow(request, response, stream, after, render, first=RETRY, queued=queued)
+        await follow(request, response, stream, after, EVENTS, first=RETRY, queued=queued)
     finally:
         if not stream.readers:
             request.app[keys.GATEWAY].unread(stream)  # also where nothing was ever followed

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from aiohttp import web
 
     from aioserver.faces.follower import Follower
-    from aioserver.streams import Entry, Stream
+    from aioserver.faces.formats import Format
+    from aioserver.streams import Stream
 
 
 async def follow(
@@ -31,7 +32,7 @@ async def follow(
     response: web.StreamResponse,
     stream: Stream,
     after: int,
-    render: Callable[[Stream, Entry, int], bytes],
+    look: Format,
     *,
     first: bytes = b"",
     queued: Callable[[int, float], bytes] | None = None,
@@ -82,7 +83,7 @@ async def follow(
     try:
         if first:
             writer.send(first)
-        writer.follow(stream, after, render, queued=queued, finished=finished)
+        writer.follow(stream, after, look, queued=queued, finished=finished)
         begun()
         gateway.read(stream)
         app[keys.WHEEL].add(beat, chat.websocket.ping_interval)

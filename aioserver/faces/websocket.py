@@ -31,36 +31,19 @@ from aioserver.errors import (
     ServerShutdown,
 )
 from aioserver.faces.admission import MAX_REFUSED_CLOSING, Entering
+from aioserver.faces.formats import MESSAGES, WS_CLOSE, WS_PING, WS_PONG, WS_TEXT, ws_frame
 from aioserver.faces.writer import Writer
 from aioserver.messages import BadCommand, Cancel, Chat, Ping, Resume
 
 if TYPE_CHECKING:
     from aioserver.faces.follower import Follower
-    from aioserver.streams import Entry, Stream
+    from aioserver.streams import Stream
 
 MAX_ANSWERS = 32  # running at once on one socket
 MAX_WAITING_FRAMES = 16  # kept of a socket that waits for its place
 MAX_WAITING_BYTES = 1 << 20
 FRAMES_PER_SECOND, FRAMES_BURST = 100, 200  # beyond: a flood
 CLOSE_TIMEOUT = 2.0  # seconds for a client to take what is left, and to answer a close frame
-_TEXT, _CLOSE, _PING, _PONG = 0x81, 0x88, 0x89, 0x8A
-
-
-def _frame(first: int, payload: bytes) -> bytes:
-    size = len(payload)
-    if size < 126:
-        return b"%c%c%b" % (first, size, payload)
-    if size < 65536:
-        return struct.pack("!BBH", first, 126, size) + payload
-    return struct.pack("!BBQ", first, 127, size) + payload
-
-
-def render(stream: Stream, entry: Entry, skip: int) -> bytes:
-    """An entry of a log as text frames, but for its first *skip* events."""
-    frames = entry.frames or stream.frames(entry)
-    if len(frames) == 1:
-        return b"" if skip else _frame(_TEXT, frames[0])
-    return b"".join([_frame(_TEXT, frame) for frame in frames[skip:]])
 
 
 class Upgraded(web.WebSocketResponse):
@@ -191,7 +174,7 @@ class Socket:
                         self._ping = None
                 case WSMsgType.PING:
                     if self._counts():
-                        self._writer.send(_frame(_PONG, bytes(message.data)))
+                        self._writer.send(ws_frame(WS_PONG, bytes(message.data)))
                 case WSMsgType.BINARY:
                     self._end(WSCloseCode.UNSUPPORTED_DATA, b"text frames only")
                 case _:
@@ -264,9 +247,9 @@ class Socket:
         follower = self._writer.follow(
             stream,
             after,
-            render,
-            queued=lambda position, eta: _frame(
-                _TEXT,
+            MESSAGES,
+            queued=lambda position, eta: ws_frame(
+                WS_TEXT,
                 messages.loose_frame(
                     stream.request_id, "queued", {"position": position, "eta": round(eta, 1)}
                 ),
@@ -286,7 +269,7 @@ class Socket:
     # Writing.
 
     def _say(self, request_id: str | None, status: str, chunk: dict[str, object]) -> None:
-        self._writer.send(_frame(_TEXT, messages.loose_frame(request_id, status, chunk)))
+        self._writer.send(ws_frame(WS_TEXT, messages.loose_frame(request_id, status, chunk)))
 
     def _complain(self, request_id: str | None, error: AioserverError) -> None:
         if isinstance(error, ServerShutdown) and not self._following:
@@ -312,7 +295,7 @@ class Socket:
                 return pause
         self._ping = struct.pack("!I", next(self._pings))
         self._pinged = True
-        self._writer.send(_frame(_PING, self._ping))
+        self._writer.send(ws_frame(WS_PING, self._ping))
         return self._limits.ping_timeout
 
     # Ending.
@@ -356,7 +339,7 @@ class Socket:
             self._transport.abort()  # close() would wait for ever for a client that reads nothing
 
     def _last_frame(self, code: int, reason: bytes) -> None:
-        self._writer.end(_frame(_CLOSE, struct.pack("!H", code) + reason))
+        self._writer.end(ws_frame(WS_CLOSE, struct.pack("!H", code) + reason))
 
     async def close(self) -> None:
         """The socket is over: follow nothing, answer the client's close, leave nothing behind."""

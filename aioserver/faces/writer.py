@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from aioserver.deltas import Shape
-    from aioserver.streams import Entry, Stream
+    from aioserver.faces.formats import Format
+    from aioserver.streams import Stream
 
 TURN_BYTES = 1 << 16  # of one cursor in one turn, and of one write
 MAX_CONTROL_FRAMES = 64
@@ -100,21 +101,20 @@ class Writer:
         self,
         stream: Stream,
         after: int,
-        render: Callable[[Stream, Entry, int], bytes],
+        look: Format,
         *,
         queued: Callable[[int, float], bytes] | None = None,
         finished: Callable[[Follower], None] = lambda _follower: None,
     ) -> Follower:
         """Write what *stream* has behind event *after*, and what will come.
 
-        *render* makes the bytes of an entry but for its first events, as many as its third
-        argument says; *finished* is called when the last event was written. A writer that is
-        closed already leaves *stream* again in the next turn of the loop.
+        *look*: how they are written; *finished* is called when the last event was written. A writer
+        that is closed already leaves *stream* again in the next turn of the loop.
 
         Raises:
             ResumeGap: see `Stream.locate`.
         """
-        follower = Follower(self, stream, after, render, queued, finished)
+        follower = Follower(self, stream, after, look, queued, finished)
         if self._closed:
             follower.gone = True
             self._loop.call_soon(self._left, stream)  # not before the face has told of its reader
@@ -169,7 +169,8 @@ class Writer:
             self._chunked,
         )
         if shape is not None:
-            return TextPath(follower, client, shape)
+            text = follower.look.text
+            return TextPath(follower, client, shape, text) if text is not None else None
         return FastPath(follower, client) if self._chunked else None
 
     def poke(self, follower: Follower) -> None:

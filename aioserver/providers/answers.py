@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from aioserver import eventstream, streams
+from aioserver import entries, eventstream
 from aioserver.deltas import TEXT_START, Reading, Shape, learn, provider_error
 from aioserver.errors import ProviderBadResponse, ProviderDisconnected, ProviderFault
 
@@ -114,7 +114,7 @@ class EventSink:
                 raise error
             self._append(event, more=True)
             stream.error = error
-            stream.end(streams.ERROR, error.as_chunk())  # its own event has been passed on
+            stream.end(entries.ERROR, error.as_chunk())  # its own event has been passed on
             return False
         if ended:
             self._complete(done)
@@ -166,7 +166,7 @@ class EventSink:
     def _complete(self, done: bytes) -> None:
         stream = self._stream
         stream.end(
-            streams.COMPLETE,
+            entries.COMPLETE,
             {"metadata": {"provider": stream.provider, "model": stream.model}},
             data=done,
         )
@@ -188,6 +188,7 @@ class ChatSink:
         chunks: list[bytes] = []
         ended = False
         self._begun = True
+        self._stream.seal()  # what was said before this is noted before it
         block = self._splitter.feed(data)
         try:
             for event in eventstream.parse(block):
@@ -198,7 +199,7 @@ class ChatSink:
         finally:
             if chunks:
                 self._stream.answered = True
-                self._stream.append(streams.CHUNK, chunks, more=ended)
+                self._stream.append(entries.CHUNK, chunks, more=ended)
         if ended:
             complete(self._stream, self._reading)
         elif self._lessons and len(chunks) == 1 and chunks[0].startswith(TEXT_START):
@@ -227,7 +228,7 @@ class ChatSink:
 def complete(stream: Stream, reading: Reading) -> None:
     """Append the `complete` event with what the provider said of its answer."""
     stream.end(
-        streams.COMPLETE,
+        entries.COMPLETE,
         {
             "metadata": {
                 "finish_reason": reading.finish_reason,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import orjson
 from yarl import URL
 
-from aioserver import __version__, streams
+from aioserver import __version__, entries
 from aioserver.deltas import Reading
 from aioserver.errors import (
     NoProvider,
@@ -167,7 +167,7 @@ class Provider:
         chunks = reading.read(body)
         stream.answered = True
         if chunks:
-            stream.append(streams.CHUNK, chunks)
+            stream.append(entries.CHUNK, chunks)
         complete(stream, reading)
 
     async def call(self, ask: Ask, sending: Callable[[], None] | None = None) -> Answer:

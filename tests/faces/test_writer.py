@@ -10,18 +10,20 @@ from typing import TYPE_CHECKING, Any
 import orjson
 import pytest
 
+from aioserver.entries import CHUNK, COMPLETE
 from aioserver.errors import ResumeGap
+from aioserver.faces.formats import Format
 from aioserver.faces.writer import MAX_CONTROL_FRAMES, TURN_BYTES, Writer
 from aioserver.fastpath import Outbox
 from aioserver.store import Streams
-from aioserver.streams import CHUNK, COMPLETE, Stream
 from tests.house import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from aioserver.entries import Entry
     from aioserver.faces.follower import Follower
-    from aioserver.streams import Entry
+    from aioserver.streams import Stream
 
 HIGH, LOW = 1 << 16, 1 << 14  # asyncio's marks
 BIG = TURN_BYTES + 1
@@ -101,6 +103,7 @@ class Client:
         self.left: list[Stream] = []
         self.ended: list[Stream] = []
         self.rendered = 0
+        self.look = Format("test", self.render, None)
         self.writer = Writer(
             self.socket,
             self.socket.drain,
@@ -123,7 +126,7 @@ class Client:
         return self.writer.follow(
             stream,
             after,
-            self.render,
+            self.look,
             queued=lambda position, _eta: b"<%d>" % position,
             finished=finished,
         )
@@ -228,7 +231,9 @@ async def test_every_write_is_one_chunk() -> None:
     socket, outbox = Socket(slow=True), Outbox(asyncio.get_running_loop())
     writer = Writer(socket, socket.drain, outbox, send_timeout=30.0, chunked=True)
     stream = stream_of()
-    writer.follow(stream, 0, lambda _stream, entry, _skip: b"%d" % entry.first)
+    writer.follow(
+        stream, 0, Format("test", lambda _stream, entry, _skip: b"%d" % entry.first, None)
+    )
 
     say(stream, "a")
     writer.send(b"ping")
@@ -548,10 +553,10 @@ async def test_finished_may_unfollow_the_others_and_follow_anew() -> None:
             if follower.stream is not after:
                 for other in followers:
                     one.writer.unfollow(other)
-                one.writer.follow(after, 0, one.render, finished=finished)
+                one.writer.follow(after, 0, one.look, finished=finished)
 
         followers = [
-            one.writer.follow(stream, 0, one.render, finished=finished) for stream in streams
+            one.writer.follow(stream, 0, one.look, finished=finished) for stream in streams
         ]
         for stream in streams:
             stream.end(COMPLETE, {})
@@ -566,7 +571,7 @@ async def test_finished_may_close_the_writer() -> None:
     async with client() as one:
         streams = [stream_of(name) for name in "ab"]
         for stream in streams:
-            one.writer.follow(stream, 0, one.render, finished=lambda _one: one.writer.close())
+            one.writer.follow(stream, 0, one.look, finished=lambda _one: one.writer.close())
         for stream in streams:
             stream.end(COMPLETE, {})
         await ticks()

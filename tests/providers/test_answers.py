@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 import pytest
 
-from aioserver import eventstream, streams
+from aioserver import entries, eventstream
 from aioserver.deltas import Reading
 from aioserver.errors import ProviderBadResponse, ProviderDisconnected, ProviderError
 from aioserver.providers.answers import DONE, BodySink, ChatSink, EventSink
@@ -106,7 +106,7 @@ def test_every_framing_and_every_cut_passes_the_same_bytes(name: str) -> None:
         play(EventSink(stream, responses=False), data, cut, end=True)
 
         assert eventstream.parse(passed(stream)) == expected
-        assert (stream.end_status, stream.answered) == (streams.COMPLETE, True)
+        assert (stream.end_status, stream.answered) == (entries.COMPLETE, True)
         assert passed(stream).endswith(DONE)
         assert passed(stream).count(b"[DONE]") == 1
         if name == "LF":
@@ -157,7 +157,7 @@ def test_nothing_behind_done_is_passed_on(frames: bool) -> None:
         sink: Sink = ChatSink(stream, Reading()) if frames else EventSink(stream, responses=False)
         assert play(sink, data, cut, end=True)
 
-        assert stream.end_status == streams.COMPLETE
+        assert stream.end_status == entries.COMPLETE
         if frames:
             assert "".join(chunk["data"] for _, chunk in shown(stream)[:-1]) == "Hello"
         else:
@@ -172,7 +172,7 @@ def test_an_error_event_is_the_end_and_nothing_follows_it(behind: bytes) -> None
         assert play(EventSink(stream, responses=False), data, cut, end=True)
 
         assert passed(stream) == delta("Hel") + ERROR, cut
-        assert (stream.end_status, stream.answered) == (streams.ERROR, True)
+        assert (stream.end_status, stream.answered) == (entries.ERROR, True)
         assert isinstance(stream.error, ProviderError)
         assert shown(stream)[-1][1]["code"] == "provider_error"
 
@@ -210,7 +210,7 @@ def test_an_error_of_null_and_a_text_about_errors_are_no_errors() -> None:
         assert play(EventSink(stream, responses=False), data, cut, end=True)
 
         assert passed(stream) == data
-        assert stream.end_status == streams.COMPLETE
+        assert stream.end_status == entries.COMPLETE
 
 
 def test_a_text_that_speaks_of_ends_is_no_end() -> None:
@@ -247,7 +247,7 @@ def test_a_response_has_its_own_end(kind: str) -> None:
         assert play(EventSink(stream, responses=True), data, cut, end=True)
 
         assert passed(stream) == data, "and no [DONE]"
-        assert stream.end_status == streams.COMPLETE
+        assert stream.end_status == entries.COMPLETE
 
 
 def test_a_response_without_its_end_is_no_answer() -> None:

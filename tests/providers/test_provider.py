@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from aioserver import settings
+from aioserver.entries import COMPLETE
 from aioserver.errors import (
     InvalidRequest,
     ProviderAuthError,
@@ -27,7 +28,7 @@ from aioserver.errors import (
 from aioserver.providers.provider import Ask, Provider, retry_after
 from aioserver.providers.simulator import Behaviour, Simulator
 from aioserver.setting import Secret
-from aioserver.streams import COMPLETE, Stream
+from aioserver.streams import Stream
 from tests.house import until
 from tests.providers.played import LIMITS, Peer, Played
 
