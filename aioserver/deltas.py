@@ -143,3 +143,17 @@ def provider_error(error: object) -> ProviderError:
     message = error.get("message") if isinstance(error, dict) else error
     text = message[:200] if isinstance(message, str) else "the provider reported an error"
     return ProviderError(f"the provider reported an error: {text}")
+
+
+def final_response(body: bytes) -> str | None:
+    """The id in a whole `response` object that will not change any more.
+
+    One that runs in the background is asked for again: what it said at first is not kept for that.
+    """
+    try:
+        response = orjson.loads(body)
+        name, status = response["id"], response["status"]
+    except (orjson.JSONDecodeError, KeyError, TypeError):
+        return None
+    final = status in ("completed", "incomplete", "failed", "cancelled")
+    return name if final and isinstance(name, str) and name else None

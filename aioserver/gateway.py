@@ -7,10 +7,7 @@
 A new stream gets one producer task, owned here, whatever becomes of the client. Its end is made by
 the task's done callback, so that no way of ending leaves readers waiting for ever.
 
-Leaving. A stream without a reader whose request has not been sent ends at once. One that was sent
-goes on for its window ("detached") and is then cancelled; a window of 0 ends it at once. There are
-`max_detached` detached streams at most, and the oldest one at a provider is cancelled when a
-request has to wait there: what nobody reads never costs somebody who waits.
+What becomes of it when nobody reads it is told in lifetime.py.
 """
 
 from __future__ import annotations
@@ -18,11 +15,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections import OrderedDict, deque
 from typing import TYPE_CHECKING, Any
 
 from aioserver.bodies import chat_body
-from aioserver.deltas import Reading
+from aioserver.deltas import Reading, final_response
 from aioserver.entries import CANCELLED, CHUNK, COMPLETE, ERROR
 from aioserver.errors import (
     AioserverError,
@@ -32,6 +28,7 @@ from aioserver.errors import (
     StreamNotFound,
     public,
 )
+from aioserver.lifetime import Lifetime
 from aioserver.providers.provider import Answer, Ask
 
 if TYPE_CHECKING:
@@ -42,7 +39,6 @@ if TYPE_CHECKING:
     from aioserver.conversations import Conversations
     from aioserver.deltas import Shape
     from aioserver.messages import Chat
-    from aioserver.providers.provider import Provider
     from aioserver.router import Route, Router
     from aioserver.store import Streams
     from aioserver.streams import Stream
@@ -53,8 +49,7 @@ logger = logging.getLogger(__name__)
 class Gateway:
     """Owns the producers.
 
-    Always: each running stream has one producer task, or none any more and its end in the log; a
-    stream in `_detached` runs, was sent, and has no reader.
+    Always: each running stream has one producer task, or none any more and its end in the log.
     """
 
     def __init__(
@@ -73,18 +68,10 @@ class Gateway:
         self._loop = asyncio.get_running_loop()
         self._producers: dict[asyncio.Task[None], Stream] = {}
         self._tasks: dict[Stream, asyncio.Task[None]] = {}
-        self._detached: OrderedDict[Stream, None] = OrderedDict()
-        self._kept: deque[tuple[float, Stream]] = deque()
-        self._sweeper: asyncio.TimerHandle | None = None
         self._closed: ServerShutdown | None = None
-        streams.on_finished = self._finished
+        self.lifetime = Lifetime(streams, bounds, self._stop)
         for provider in router.providers.values():
-            provider.on_wait = self._make_room
-
-    @property
-    def detached(self) -> int:
-        """How many streams run without a reader."""
-        return len(self._detached)
+            provider.on_wait = self.lifetime.make_room
 
     def ask(self, caller: Caller, chat: Chat, scope: str | None = None) -> Stream:
         """The stream that answers *chat*: the one of that request id, or a new one.
@@ -163,29 +150,39 @@ class Gateway:
         return stream
 
     async def call(
-        self, caller: Caller, route: Route, ask: Ask, *, key: str | None, digest: bytes
+        self,
+        caller: Caller,
+        route: Route,
+        ask: Ask,
+        *,
+        key: str | None,
+        digest: bytes,
+        stored: bool = False,
     ) -> Answer:
-        """The answer to an OpenAI request that is not streamed. Cancelling ends it, without a *key*.
+        """The answer to an OpenAI request that is not streamed.
+
+        Cancelling ends it, unless it has a *key* or is *stored*: see `relay`.
 
         Raises:
             ProviderFault: nobody gave one. Otherwise as `ask`.
         """
         if self._closed is not None:
             raise self._closed
-        if key is None:
+        if key is None and not stored:
             return await self._router.call(route, ask)
-        stream = self._known(caller, key, digest)
+        stream = None if key is None else self._known(caller, key, digest)
         if stream is None:
-            stream = self._open(key, caller, self._bounds.resume_window, digest)
-            self._start(stream, self._call(route, stream, ask))
+            name = key or uuid.uuid4().hex
+            stream = self._open(name, caller, self._bounds.resume_window, digest)
+            self._start(stream, self._call(route, stream, ask, stored=stored))
         reader = _EndReader(stream)
         stream.add_reader(reader)
-        self.read(stream)
+        self.lifetime.read(stream)
         try:
             await reader.ended.wait()
         finally:
             stream.remove_reader(reader)
-            self.unread(stream)
+            self.lifetime.unread(stream)
         if isinstance(stream.whole, Answer):
             return stream.whole
         raise stream.error or StreamNotFound("this answer was cancelled")
@@ -212,41 +209,15 @@ class Gateway:
             StreamNotFound: as `find`.
         """
         stream = self.find(caller, request_id)
-        self._cancel(stream)
+        self.lifetime.end(stream)
         return stream
-
-    def read(self, stream: Stream) -> None:
-        """*stream* has a reader (again)."""
-        if self._detached.pop(stream, 0) is None:
-            self._stop_timer(stream)
-
-    def unread(self, stream: Stream) -> None:
-        """A reader of *stream* has left; called after it was taken out of `readers`."""
-        if stream.readers:
-            return
-        if stream.ended:
-            if stream.window <= 0:
-                self._streams.drop(stream)
-        elif not stream.sent or stream.window <= 0:
-            self._cancel(stream)
-        else:
-            self.detach(stream)
-
-    def detach(self, stream: Stream) -> None:
-        """Let *stream* run without a reader, for its window."""
-        if stream.ended or stream in self._detached:
-            return
-        self._detached[stream] = None
-        stream.timer = self._loop.call_later(stream.window, self._cancel, stream)
-        while len(self._detached) > self._bounds.max_detached:
-            self._cancel(next(iter(self._detached)))
 
     async def drain(self, grace: float) -> None:
         """Take no new question, end what nobody reads, give the rest *grace* seconds."""
         self._closed = ServerShutdown("the server is stopping", retry_after=5.0)
         for stream in self._streams.running():
             if not stream.readers:
-                self._cancel(stream)
+                self.lifetime.end(stream)
         if self._producers:
             await asyncio.wait(tuple(self._producers), timeout=grace)
 
@@ -260,8 +231,7 @@ class Gateway:
         if tasks:
             await asyncio.wait(tasks)
             await asyncio.sleep(0)  # their callbacks have run then
-        if self._sweeper is not None:
-            self._sweeper.cancel()
+        self.lifetime.close()
 
     def _known(self, caller: Caller, request_id: str, digest: bytes) -> Stream | None:
         if self._closed is not None:
@@ -315,13 +285,15 @@ class Gateway:
             text = "".join(ask.reading.text)
             self._conversations.keep(stream.caller, conversation_id, chat.text, text)
 
-    async def _call(self, route: Route, stream: Stream, ask: Ask) -> None:
+    async def _call(self, route: Route, stream: Stream, ask: Ask, *, stored: bool) -> None:
         def sending() -> None:
             stream.sent = True
 
         answer = await self._router.call(route, ask, sending)
         stream.whole = answer
         stream.provider = answer.provider
+        if stored and (name := final_response(answer.body)) is not None:
+            stream.call_also(name)
         stream.append(CHUNK, data=answer.body)
         stream.end(COMPLETE, {"metadata": {"provider": answer.provider}})
 
@@ -346,50 +318,10 @@ class Gateway:
         if fault is not None and not isinstance(fault, AioserverError):
             logger.error("bug in an answer", exc_info=fault)
 
-    def _cancel(self, stream: Stream) -> None:
-        self._forget_detached(stream)
+    def _stop(self, stream: Stream) -> None:
         task = self._tasks.get(stream)
         if task is not None and not stream.ended:
             task.cancel()
-
-    def _make_room(self, provider: Provider) -> None:
-        """Somebody waits at *provider*: cancel what runs there for nobody, the oldest first."""
-        for stream in self._detached:
-            if stream.provider == provider.name:
-                self._cancel(stream)
-                return
-
-    def _finished(self, stream: Stream) -> None:
-        self._forget_detached(stream)
-        if stream.window > 0:
-            self._kept.append((self._loop.time() + stream.window, stream))
-            if self._sweeper is None:
-                self._sweeper = self._loop.call_later(stream.window, self._sweep)
-        elif not stream.readers:
-            self._streams.drop(stream)
-
-    def _sweep(self) -> None:
-        """Forget what was kept for its window. One timer for all."""
-        self._sweeper = None
-        now = self._loop.time()
-        while self._kept and self._kept[0][0] <= now:
-            _, stream = self._kept.popleft()
-            if stream.readers:  # a slow reader is still at it
-                self._kept.append((now + max(stream.window, 1.0), stream))
-            else:
-                self._streams.drop(stream)
-        if self._kept:
-            self._sweeper = self._loop.call_later(max(0.05, self._kept[0][0] - now), self._sweep)
-
-    def _forget_detached(self, stream: Stream) -> None:
-        self._detached.pop(stream, None)
-        self._stop_timer(stream)
-
-    @staticmethod
-    def _stop_timer(stream: Stream) -> None:
-        if stream.timer is not None:
-            stream.timer.cancel()
-            stream.timer = None
 
 
 class _EndReader:

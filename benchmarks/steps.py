@@ -130,7 +130,11 @@ def crowded(bench: Bench, server: Server, load: Load) -> Result:
 
 
 def leave(bench: Bench, server: Server, load: Load) -> Result:
-    """What the provider still sends after its clients have left at their first event."""
+    """What the provider still sends after its clients have left at their first event, and how long.
+
+    Who left is not matched with who was aborted: both are sorted, the n-th goes with the n-th. The
+    median of the differences is the median delay where they come in order, and near it elsewhere.
+    """
     with bench.mock(load) as mock:
         result = bench.loaded(server, load, mock)
         deadline = time.monotonic() + load.chunks * load.interval_ms / 1000 + 3
@@ -146,7 +150,11 @@ def leave(bench: Bench, server: Server, load: Load) -> Result:
         found.append(f"{result['dropped']} clients have left, not {LEAVING}")
     sent = [events - 1 for _, events in over["aborts"]]
     sent += [load.chunks - 1] * over["completed"]
+    left = sorted(result["drop_times_ns"])
+    closed = sorted(at for at, _ in over["aborts"])
+    delays = [(b - a) / 1e6 for a, b in zip(left, closed, strict=False)]
     return {
+        "close_ms": statistics.median(delays) if delays else load.chunks * load.interval_ms,
         "sent_after": statistics.median(sent),
         "to_the_end": over["completed"],
         "aborts": over["aborts"],

@@ -58,6 +58,13 @@ ROWS = (
     Row("crowded", "few_us", "CPU µs per plain request, 100 idle WebSockets", "less", 1),
     Row("crowded", "many_us", "CPU µs per plain request, 4,000 idle WebSockets", "less", 1),
     Row("crowded", "quotient", "the latter by the former", "less", 2),
+    Row(
+        "leave",
+        "close_ms",
+        "ms until the provider's connection of one that left is closed",
+        "less",
+        1,
+    ),
     Row("leave", "sent_after", "events still sent to each of 100 that left", "less", ratio=False),
     Row("leave", "to_the_end", "of these 100, how many were sent to the end", "less", ratio=False),
     Row("refuse", "sse_p50_ms", "p50 to a 503, ms, 1,000 come to 200 places", "less", 1),

@@ -68,11 +68,14 @@ BASE: dict[str, Any] = {
 class House:
     """One running server. `base` is its address, `ws` that of the WebSocket face."""
 
-    def __init__(self, app: Any, base: str, simulator: Simulator, session: Any) -> None:
+    def __init__(
+        self, app: Any, base: str, simulator: Simulator, session: Any, server: Any
+    ) -> None:
         self.app = app
         self.base = base
         self.simulator = simulator
         self.session: aiohttp.ClientSession = session
+        self.server = server  # aiohttp's: its `connections` are those of the clients
         self.settings = app[keys.SETTINGS]
         self.ws = base.replace("http", "ws", 1) + self.settings.chat.websocket.endpoint
         self.sse = base + self.settings.chat.sse.endpoint
@@ -92,7 +95,7 @@ class House:
             "body_bytes": self.app[keys.ADMISSION].body_bytes,
             "running": self.app[keys.STREAMS].stats().running,
             "sockets": len(self.app[keys.SOCKETS]),
-            "detached": self.app[keys.GATEWAY].detached,
+            "detached": self.app[keys.GATEWAY].lifetime.detached,
         }
         for name, provider in self.app[keys.ROUTER].providers.items():
             stats = provider.stats()
@@ -154,7 +157,7 @@ async def running(
             )
             base = f"http://127.0.0.1:{listening[0].port}"
             async with aiohttp.ClientSession() as session:
-                house = House(app, base, simulator, session)
+                house = House(app, base, simulator, session, runner.server)
                 yield house
             await house.nothing_held()
         finally:

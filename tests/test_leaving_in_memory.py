@@ -114,7 +114,7 @@ async def test_random_leavings_in_memory_give_everything_back(count: int) -> Non
         stream = gateway.relay(caller, route, ask, name="private", key=key, digest=b"")
         reader = Reader(stream)
         stream.add_reader(reader)
-        gateway.read(stream)
+        gateway.lifetime.read(stream)
         try:
             for _ in range(3):
                 await fake.turns()
@@ -122,7 +122,7 @@ async def test_random_leavings_in_memory_give_everything_back(count: int) -> Non
                 gateway.cancel(caller, key)
         finally:
             stream.remove_reader(reader)
-            gateway.unread(stream)
+            gateway.lifetime.unread(stream)
 
     async def live(number: int) -> None:
         ask = Ask("x", lambda _provider: b"", streamed=True, line=f"line {number % 7}")
@@ -154,6 +154,6 @@ async def test_random_leavings_in_memory_give_everything_back(count: int) -> Non
     await until(lambda: not store.stats().running, state=store.stats)
     await until(lambda: not fake.gate.inside and not fake.gate.waiting, state=fake.gate.stats)
     await until(lambda: not store.stats().finished, state=store.stats)
-    assert (store.stats().bytes, gateway.detached, gateway._producers) == (0, 0, {})
+    assert (store.stats().bytes, gateway.lifetime.detached, gateway._producers) == (0, 0, {})
     assert all(fake.gate.try_enter() for _ in range(PLACES))
     await gateway.close()

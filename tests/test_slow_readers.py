@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import socket
+import fcntl
+import struct
+import termios
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from aioserver import keys, listener
+from aioserver.faces.writer import TURN_BYTES
 from aioserver.providers.simulator import Behaviour
 from tests.faces.raw import SMALL, Raw
 from tests.faces.talk import big, chat, numbers, text_of, to_end
@@ -23,7 +26,7 @@ if TYPE_CHECKING:
 
 SIZE, COUNT = 30_000, 14  # 420 KB an answer
 MAX_STREAM_BYTES = 1 << 20
-SEND_BUFFER = 1 << 16  # else the kernel takes it all
+EVENT = SIZE + 1000  # bytes: a write goes out whole, and so may be that much over a bound
 FIELDS = big(SIZE, COUNT)
 HTTP, LIMITS = "llm.providers.sim.http_client", "chat.websocket.concurrency"
 
@@ -43,22 +46,20 @@ async def openai(raw: Raw, name: str) -> None:
     await raw.post("/v1/chat/completions", body)
 
 
+def cost(transport: Any) -> tuple[int, int]:
+    """The bytes that wait for a client who reads nothing: in our transport, in the kernel."""
+    queued = struct.pack("i", 0)
+    fileno = transport.get_extra_info("socket").fileno()
+    (kernels,) = struct.unpack("i", fcntl.ioctl(fileno, termios.TIOCOUTQ, queued))
+    return transport.get_write_buffer_size(), kernels
+
+
 @pytest.mark.parametrize(
     "clients", [200, pytest.param(1000, marks=[pytest.mark.stress, pytest.mark.timeout(300)])]
 )
 async def test_who_reads_nothing_holds_up_nobody_and_is_dropped(
     make_house: Make, monkeypatch: pytest.MonkeyPatch, clients: int
 ) -> None:
-    bind = listener._bind
-
-    def small(*args: Any) -> socket.socket:
-        sock = bind(*args)
-        sock.setsockopt(
-            socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER
-        )  # also of who is accepted
-        return sock
-
-    monkeypatch.setattr(listener, "_bind", small)
     most = clients * MAX_STREAM_BYTES
     house = await make_house(
         Behaviour(ttft=0, interval=0),
@@ -100,6 +101,7 @@ async def test_who_reads_nothing_holds_up_nobody_and_is_dropped(
             await (websocket, sse, openai)[number % 3](raw, f"r{number}")
         await until(lambda: done() and not house.held()["sim places"], 30, house.held)
         waiting = house.held()["places"]  # of those who read nothing: the provider does not wait
+        costs = [cost(connection.transport) for connection in house.server.connections]
 
         async with house.connect() as ws:
             await ws.send_json(chat("mine"))
@@ -112,6 +114,8 @@ async def test_who_reads_nothing_holds_up_nobody_and_is_dropped(
         await house.nothing_held()  # while not one of them has left
     assert len(drops) == clients
     assert {why.partition(": ")[2][:13] for why in drops} == {"nothing taken"}
-    assert waiting > 0
+    assert len(costs) >= waiting > 0
+    assert max(ours for ours, _ in costs) <= TURN_BYTES + EVENT
+    assert max(kernels for _, kernels in costs) <= listener.MAX_NOT_SENT + TURN_BYTES + EVENT
     assert 0 < kept < most
     assert largest < MAX_STREAM_BYTES

@@ -126,7 +126,12 @@ async def serve(request: web.Request, prepared: Prepared) -> web.StreamResponse:
         )
         return await follow_stream(request, stream)
     answer = await gateway.call(
-        prepared.caller, prepared.route, ask, key=prepared.key, digest=prepared.digest
+        prepared.caller,
+        prepared.route,
+        ask,
+        key=prepared.key,
+        digest=prepared.digest,
+        stored=prepared.stored,
     )
     return _whole(request, answer)
 
@@ -183,7 +188,7 @@ async def follow_stream(
     loop = asyncio.get_running_loop()
     opening = _Opening(stream, loop)
     stream.add_reader(opening)
-    gateway.read(stream)
+    gateway.lifetime.read(stream)
     try:
         interval = request.app[keys.SETTINGS].chat.websocket.ping_interval
         timer = loop.call_later(interval, _give_up_waiting, opening.begun)
@@ -199,7 +204,7 @@ async def follow_stream(
     finally:
         opening.leave()
         if not stream.readers:
-            gateway.unread(stream)
+            gateway.lifetime.unread(stream)
 
 
 def _give_up_waiting(begun: asyncio.Future[None]) -> None:

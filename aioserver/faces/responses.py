@@ -1,7 +1,7 @@
 """OpenAI's own way back into a response, from the log: SDKs resume by themselves.
 
-A streamed response that was asked with `store` or `background` keeps its `resume_window`, and is
-found by the id that the provider gave it. `starting_after` counts as the provider does, by the
+A response that was asked with `store` or `background` is kept for its `resume_window`, and is found
+by the id that the provider gave it; one that was not streamed only once it will not change. `starting_after` counts as the provider does, by the
 `sequence_number` in its events; the log's own numbers have no part in it.
 """
 
@@ -17,6 +17,7 @@ from aioserver.auth import anonymous
 from aioserver.entries import COMPLETE
 from aioserver.errors import InvalidRequest, ResumeGap, StreamNotFound
 from aioserver.faces import openai
+from aioserver.providers.provider import Answer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,6 +31,8 @@ async def prepare(request: web.Request, _hold: BodyHold) -> tuple[Stream, int | 
     stream = _find(request)
     if request.query.get("stream", "false") != "true":
         return stream, None
+    if stream.whole is not None:
+        raise InvalidRequest("this response was not streamed", param="stream")
     given = request.query.get("starting_after")
     if given is None:
         return stream, 0
@@ -83,6 +86,8 @@ def newest(stream: Stream) -> dict[str, Any]:
         StreamNotFound: it is no longer kept, or this is no response.
     """
     found: dict[str, Any] | None = None
+    if isinstance(stream.whole, Answer):
+        found = orjson.loads(stream.whole.body)
     for _, event in _events(stream):
         if isinstance(event.get("response"), dict):
             found = event["response"]

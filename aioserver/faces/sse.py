@@ -72,7 +72,7 @@ async def start(request: web.Request, asked: Asked) -> web.StreamResponse:
     if not asked.later:
         return await _follow(request, stream, 0)
     if not stream.readers:
-        app[keys.GATEWAY].detach(stream)
+        app[keys.GATEWAY].lifetime.detach(stream)
     endpoint = app[keys.SETTINGS].chat.sse.endpoint
     location = f"{endpoint}/{quote(stream.request_id, safe='')}"
     body: dict[str, Any] = {"request_id": stream.request_id, "location": location}
@@ -152,5 +152,7 @@ async def _follow(request: web.Request, stream: Stream, after: int) -> web.Strea
         await follow(request, response, stream, after, EVENTS, first=RETRY, queued=queued)
     finally:
         if not stream.readers:
-            request.app[keys.GATEWAY].unread(stream)  # also where nothing was ever followed
+            request.app[keys.GATEWAY].lifetime.unread(
+                stream
+            )  # also where nothing was ever followed
     return response

@@ -35,8 +35,9 @@ async def ready(request: web.Request) -> web.Response:
 
 
 def overview(app: web.Application) -> dict[str, Any]:
-    """Version, connections against limits, each pool."""
+    """Version, connections against limits, answers under way and kept, each pool."""
     gate = app[keys.ADMISSION].gate.stats()
+    streams = app[keys.STREAMS].stats()
     providers = {}
     for name, provider in app[keys.ROUTER].providers.items():
         state = provider.stats()
@@ -60,6 +61,14 @@ def overview(app: web.Application) -> dict[str, Any]:
             "limit": gate.limit,
             "waiting": gate.waiting,
             "queue_size": gate.queue_size,
+        },
+        "streams": {
+            "running": streams.running,
+            "detached": app[keys.GATEWAY].lifetime.detached,
+            "max_detached": app[keys.SETTINGS].chat.streams.max_detached,
+            "finished": streams.finished,
+            "bytes": streams.bytes,
+            "max_bytes": streams.max_bytes,
         },
         "providers": providers,
         "endpoints": {

@@ -71,7 +71,7 @@ async def follow(
         chunked=request.version >= HttpVersion11,
         head=head,
         tail=tail,
-        left=gateway.unread,
+        left=gateway.lifetime.unread,
     )
     ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -85,7 +85,7 @@ async def follow(
             writer.send(first)
         writer.follow(stream, after, look, queued=queued, finished=finished)
         begun()
-        gateway.read(stream)
+        gateway.lifetime.read(stream)
         app[keys.WHEEL].add(beat, chat.websocket.ping_interval)
         writer.pump()
         writer.send_head()

@@ -119,7 +119,7 @@ class Socket:
             app[keys.OUTBOX],
             send_timeout=app[keys.SETTINGS].chat.streams.send_timeout,
             dropped=self._dropped,
-            left=self._gateway.unread,
+            left=self._gateway.lifetime.unread,
         )
         self._following: dict[str, Follower] = {}
         self._inside = False
@@ -258,7 +258,7 @@ class Socket:
         )
         old = self._following.get(stream.request_id)
         self._following[stream.request_id] = follower
-        self._gateway.read(stream)
+        self._gateway.lifetime.read(stream)
         if old is not None:
             self._writer.unfollow(old)
 

@@ -9,6 +9,7 @@ import orjson
 import pytest
 from openai import AsyncOpenAI
 
+from aioserver.deltas import final_response
 from aioserver.providers.simulator import Behaviour
 from tests.house import until
 
@@ -90,6 +91,48 @@ async def test_what_ended_is_kept(house: House, sdk: AsyncOpenAI) -> None:
     assert found.model_dump() == last.response.model_dump()
     assert [event async for event in rest] == []
     assert house.held()["running"] == 0
+
+
+async def test_one_that_was_not_streamed_is_kept_whole(house: House, sdk: AsyncOpenAI) -> None:
+    whole = await sdk.responses.create(model="sim", input="Hello", store=True)
+
+    found = await sdk.responses.retrieve(whole.id)
+    cancelled = await sdk.responses.cancel(whole.id)
+
+    assert found.model_dump() == whole.model_dump()
+    assert cancelled.status == "completed"
+    with pytest.raises(openai.BadRequestError, match="was not streamed"):
+        await sdk.responses.retrieve(whole.id, stream=True)
+    assert house.simulator.stats().requests == 1
+    await house.nothing_held()
+
+
+async def test_one_that_was_not_streamed_and_not_stored_is_not_kept(sdk: AsyncOpenAI) -> None:
+    whole = await sdk.responses.create(model="sim", input="Hello")
+
+    with pytest.raises(openai.NotFoundError):
+        await sdk.responses.retrieve(whole.id)
+
+
+@pytest.mark.parametrize(
+    ("body", "name"),
+    [
+        (b'{"id":"r1","status":"completed"}', "r1"),
+        (b'{"id":"r1","status":"incomplete"}', "r1"),
+        (b'{"id":"r1","status":"failed"}', "r1"),
+        (b'{"id":"r1","status":"queued"}', None),  # in the background: it will change
+        (b'{"id":"r1","status":"in_progress"}', None),
+        (b'{"id":7,"status":"completed"}', None),
+        (b'{"id":"","status":"completed"}', None),
+        (b'{"status":"completed"}', None),
+        (b"[1]", None),
+        (b"nonsense", None),
+    ],
+)
+def test_only_a_response_that_will_not_change_is_found_by_its_id(
+    body: bytes, name: str | None
+) -> None:
+    assert final_response(body) == name
 
 
 async def test_a_running_one_is_shown_as_it_is(house: House, sdk: AsyncOpenAI) -> None:

@@ -79,5 +79,23 @@ async def test_the_overview_shows_connections_and_pools(make_house: Make) -> Non
             "pool": {"open": 1, "idle": 0, "limit": 20},
         }
     }
+    assert (shown["streams"]["running"], shown["streams"]["detached"]) == (0, 0)
     assert shown["endpoints"] == {"websocket": "/ws/chat", "sse": "/sse/chat", "openai": "/v1"}
     await until(lambda: house.held()["places"] == 0)
+
+
+async def test_an_answer_that_nobody_reads_is_shown(make_house: Make) -> None:
+    house = await make_house(Behaviour(ttft=0, interval=60))
+    async with house.connect() as ws:
+        await ws.send_json({"action": "chat", "request_id": "r1", "payload": {"text": "hi"}})
+        await house.simulator.until(lambda stats: stats.active == 1)
+    await until(lambda: house.held()["detached"] == 1)
+
+    async with house.session.get(house.base + "/") as response:
+        streams = (await response.json())["streams"]
+    async with house.session.delete(f"{house.sse}/r1") as response:
+        assert response.status == 204
+    await until(lambda: house.held()["detached"] == 0)
+
+    assert (streams["running"], streams["detached"], streams["max_detached"]) == (1, 1, 100)
+    assert 0 < streams["bytes"] < streams["max_bytes"]
