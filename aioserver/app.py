@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 
-from aioserver import keys
+from aioserver import keys, prometheus
 from aioserver.auth import Origins
 from aioserver.conversations import Conversations
 from aioserver.errors import ServerShutdown
@@ -23,7 +23,10 @@ from aioserver.faces import http, openai, pages, responses, sse, status, websock
 from aioserver.faces.admission import Admission, counted
 from aioserver.fastpath import Outbox
 from aioserver.gateway import Gateway
+from aioserver.metrics import Metrics
+from aioserver.monitor import Monitor
 from aioserver.providers.provider import Provider
+from aioserver.records import Records
 from aioserver.router import Router
 from aioserver.store import Streams
 from aioserver.wheel import Wheel
@@ -42,14 +45,17 @@ def build(settings: Settings) -> web.Application:
     """The application; everything that needs an event loop is made when it starts."""
     given = settings.chat.websocket
     origins = Origins(given.allow_origins, credentials=given.allow_credentials)
-    shield, dress = http.front(given, origins)
+    metrics = Metrics(settings.llm.providers)
+    shield, dress = http.front(given, origins, metrics)
     app = web.Application(middlewares=[shield], client_max_size=given.max_message_size)
     app.on_response_prepare.append(dress)
     app[keys.SETTINGS] = settings
     app[keys.ORIGINS] = origins
     app[keys.LIFE] = keys.Life()
     app[keys.SOCKETS] = set()
-    app[keys.ADMISSION] = admission = Admission(given.concurrency)
+    app[keys.METRICS] = metrics
+    app[keys.REGISTRY] = prometheus.registry(app)
+    app[keys.ADMISSION] = admission = Admission(given.concurrency, metrics)
     app.cleanup_ctx.extend((_owners, _readiness))
     _route(app, settings, admission)
     return app
@@ -81,6 +87,9 @@ def _route(app: web.Application, settings: Settings, admission: Admission) -> No
             web.get("/v1/models/{id:.+}", openai.model),
             *(web.get(path, status.health) for path in ("/health", "/healthz", "/livez")),
             *(web.get(path, status.ready) for path in ("/ready", "/readyz")),
+            web.get("/metrics", status.metrics),
+            web.get("/stats", status.stats),
+            web.get("/events", status.events),
             *pages.routes(),
         ]
     )
@@ -90,13 +99,19 @@ async def _owners(app: web.Application) -> AsyncIterator[None]:
     settings = app[keys.SETTINGS]
     chat = settings.chat
     bounds = chat.streams
+    metrics = app[keys.METRICS]
     async with AsyncExitStack() as stack:
         providers: dict[str, Provider] = {}
         for name, given in settings.llm.providers.items():
             base_url = given.base_url
             if given.simulated:
                 base_url = await _simulated(stack)
-            provider = Provider(given, base_url, max_response_bytes=bounds.max_response_bytes)
+            provider = Provider(
+                given,
+                base_url,
+                max_response_bytes=bounds.max_response_bytes,
+                meter=metrics.providers[name],
+            )
             stack.push_async_callback(provider.close)
             providers[name] = provider
             _tell(provider)
@@ -106,12 +121,17 @@ async def _owners(app: web.Application) -> AsyncIterator[None]:
         )
         service = chat.service
         conversations = Conversations(service.context, service.repository.persistence)
-        app[keys.GATEWAY] = gateway = Gateway(router, streams, conversations, service, bounds)
+        records = Records(metrics)
+        app[keys.GATEWAY] = gateway = Gateway(
+            router, streams, conversations, service, bounds, records
+        )
         stack.push_async_callback(gateway.close)
         app[keys.OUTBOX] = Outbox(asyncio.get_running_loop())
         grain = min(1.0, chat.websocket.ping_interval / WHEEL_GRAIN)
         app[keys.WHEEL] = wheel = Wheel(asyncio.get_running_loop(), grain)
         stack.callback(wheel.close)
+        app[keys.MONITOR] = monitor = Monitor(app)
+        stack.callback(monitor.close)
         yield
 
 
@@ -161,6 +181,8 @@ async def end(app: web.Application) -> None:
     a close handshake would then wait for its whole timeout.
     """
     app[keys.LIFE].ready = False
+    app[keys.MONITOR].incident("shutdown", "the server is stopping", severity="info")
+    app[keys.LIFE].stopping.set()
     app[keys.ADMISSION].gate.close(ServerShutdown("the server is stopping", retry_after=5.0))
     sockets: list[websocket.Socket] = [*app[keys.SOCKETS]]
     async with asyncio.TaskGroup() as group:

@@ -59,10 +59,7 @@ class Reading:
             raise ProviderBadResponse("the provider sent an event that is not an object")
         if answer.get("error"):
             raise provider_error(answer["error"])
-        usage = answer.get("usage")
-        if usage is None and isinstance(groq := answer.get("x_groq"), dict):
-            usage = groq.get("usage")
-        if isinstance(usage, dict):
+        if (usage := usage_of(answer)) is not None:
             orjson.dumps([[usage]])  # the `complete` event has it two levels down
             self.usage = usage
         chunks: list[bytes] = []
@@ -136,6 +133,16 @@ def _only_text(data: bytes, reading: Reading) -> str | None:
         return None  # the probe stood in another place
     more = alone.finish_reason is not None or alone.usage is not None
     return alone.text[0] if len(chunks) == len(alone.text) == 1 and not more else None
+
+
+def usage_of(answer: object) -> dict[str, Any] | None:
+    """The usage in a chunk, a whole answer, or an event of a response (Groq has it in `x_groq`)."""
+    if not isinstance(answer, dict):
+        return None
+    for where in (answer, answer.get("x_groq"), answer.get("response")):
+        if isinstance(where, dict) and isinstance(usage := where.get("usage"), dict):
+            return usage
+    return None
 
 
 def provider_error(error: object) -> ProviderError:

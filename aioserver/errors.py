@@ -45,6 +45,7 @@ class AioserverError(Exception):
     close: ClassVar[int | None] = None
     close_reason: ClassVar[bytes] = b""
     force_close: ClassVar[bool] = False  # the HTTP connection ends with this answer
+    outcome: ClassVar[str] = "client_error"  # of a request that ends with it, in metrics and logs
 
     def __init__(
         self, message: str, *, retry_after: float | None = None, param: str | None = None
@@ -175,6 +176,7 @@ class HeadersTooLarge(AioserverError):
 class RateLimitExceeded(AioserverError):
     """The caller's own rate limit; on a WebSocket a flood of frames."""
 
+    outcome = "rejected"
     code, status, retryable = "rate_limit_exceeded", 429, True
     close = 1008
     close_reason = b"too many messages"
@@ -183,6 +185,7 @@ class RateLimitExceeded(AioserverError):
 class ConcurrencyExceeded(AioserverError):
     """The caller runs as many answers as it may."""
 
+    outcome = "rejected"
     code, status, retryable = "concurrency_exceeded", 429, True
 
 
@@ -192,6 +195,7 @@ class ConcurrencyExceeded(AioserverError):
 class ServerAtCapacity(AioserverError):
     """No place, and no room to wait for one."""
 
+    outcome = "rejected"
     code, status, retryable, force_close = "server_at_capacity", 503, True, True
     close = 1013
     close_reason = b"Server at maximum capacity, try again later"
@@ -200,6 +204,7 @@ class ServerAtCapacity(AioserverError):
 class ServerShutdown(AioserverError):
     """The server is stopping."""
 
+    outcome = "rejected"
     code, status, retryable, force_close = "server_shutdown", 503, True, True
     close = 1012
     close_reason = b"server is stopping"
@@ -208,6 +213,7 @@ class ServerShutdown(AioserverError):
 class InternalError(AioserverError):
     """A bug: no detail outside, a traceback in the log."""
 
+    outcome = "internal_error"
     code, status, force_close = "internal_error", 500, True
     close = 1011
     close_reason = b"internal error"
@@ -220,9 +226,11 @@ class ProviderFault(AioserverError):
     """Something between us and the provider's answer.
 
     *retry*: the same provider may be asked again; *failover*: the next one may be; *failure*: the
-    breaker counts it.
+    breaker counts it; *attempt*: what became of the request that was sent, empty where none was.
     """
 
+    outcome = "provider_error"
+    attempt: ClassVar[str] = ""
     retry: ClassVar[bool] = False
     failover: ClassVar[bool] = False
     failure: ClassVar[bool] = True
@@ -234,6 +242,7 @@ class ProviderFault(AioserverError):
 class ConnectError(ProviderFault):
     """Refused, DNS, TLS."""
 
+    attempt = "connect_error"
     code, status, retryable = "connect_error", 502, True
     retry = failover = again = True
 
@@ -241,6 +250,7 @@ class ConnectError(ProviderFault):
 class ConnectTimeout(ProviderFault):
     """DNS, TCP and TLS together took longer than `connect_timeout`."""
 
+    attempt = "timeout"
     code, status, retryable = "connect_timeout", 504, True
     retry = failover = again = True
 
@@ -248,6 +258,7 @@ class ConnectTimeout(ProviderFault):
 class CertificateFault(ProviderFault):
     """The provider's certificate does not hold."""
 
+    attempt = "tls"
     code, status = "provider_auth_error", 502
     failover, failure = True, False
 
@@ -255,6 +266,7 @@ class CertificateFault(ProviderFault):
 class PoolTimeout(ProviderFault):
     """No pooled connection became free within `pool_timeout`."""
 
+    outcome = "rejected"
     code, status, retryable = "pool_timeout", 503, True
     failover, failure = True, False
 
@@ -262,36 +274,42 @@ class PoolTimeout(ProviderFault):
 class WriteTimeout(ProviderFault):
     """The provider took nothing of the request for `write_timeout`."""
 
+    attempt = "timeout"
     code, status, retryable = "write_timeout", 504, True
 
 
 class ReadTimeout(ProviderFault):
     """The provider sent nothing for `read_timeout`."""
 
+    attempt = "timeout"
     code, status, retryable = "read_timeout", 504, True
 
 
 class ProviderDisconnected(ProviderFault):
     """The provider closed before its answer was whole."""
 
+    attempt = "disconnected"
     code, status, retryable = "provider_disconnected", 502, True
 
 
 class StaleConnection(ProviderDisconnected):
     """A pooled connection that proved dead before a byte of the answer came: safe to repeat."""
 
+    attempt = "stale"
     retry, failover, failure = True, True, False
 
 
 class ProviderBadResponse(ProviderFault):
     """Not HTTP, not JSON, not an event stream, or a line over the bound."""
 
+    attempt = "bad_response"
     code, status, retryable = "provider_bad_response", 502, True
 
 
 class ProviderAuthError(ProviderFault):
     """The provider refuses our key; its text is never shown."""
 
+    attempt = "http_4xx"
     code, status = "provider_auth_error", 502
     failover, failure = True, False
 
@@ -299,6 +317,7 @@ class ProviderAuthError(ProviderFault):
 class ProviderRateLimited(ProviderFault):
     """The provider said 429 or 498."""
 
+    attempt = "http_429"
     code, status, retryable = "provider_rate_limited", 429, True
     retry, failover, failure = True, True, False
 
@@ -306,6 +325,7 @@ class ProviderRateLimited(ProviderFault):
 class ProviderError(ProviderFault):
     """The provider's 5xx, or an error object inside its stream."""
 
+    attempt = "http_5xx"
     code, status, retryable = "provider_error", 502, True
     retry = failover = True
 
@@ -313,6 +333,7 @@ class ProviderError(ProviderFault):
 class ProviderRefused(ProviderFault):
     """The provider calls the request faulty (4xx): its status and body pass as they are."""
 
+    outcome, attempt = "client_error", "http_4xx"
     code, status = "provider_error", 400
     failure = False
 
@@ -334,6 +355,7 @@ class ProviderRefused(ProviderFault):
 class ProviderQueueFull(ProviderFault):
     """`queue_size` requests wait for this provider already."""
 
+    outcome = "rejected"
     code, status, retryable = "provider_queue_full", 503, True
     failover, failure = True, False
 
@@ -341,6 +363,7 @@ class ProviderQueueFull(ProviderFault):
 class ProviderQueueTimeout(ProviderFault):
     """No place at this provider within its `queue_timeout`."""
 
+    outcome = "rejected"
     code, status, retryable = "provider_queue_timeout", 503, True
     failover, failure = True, False
 
@@ -348,6 +371,7 @@ class ProviderQueueTimeout(ProviderFault):
 class NoProvider(ProviderFault):
     """No provider is usable."""
 
+    outcome = "rejected"
     code, status, retryable = "no_provider", 503, True
     failure = False
 

@@ -102,6 +102,7 @@ class FastPath:
     __slots__ = (
         "_chunked",
         "_full",
+        "_meter",
         "_now",
         "_outbox",
         "_room",
@@ -119,6 +120,7 @@ class FastPath:
         self.follower = follower
         self.shape = shape
         self._stream = follower.stream
+        self._meter = follower.stream.meter
         self._transport, self._outbox, self._now, self._room, self._full, self._chunked = client
 
     def take(self, read: bytes) -> bool:
@@ -143,6 +145,7 @@ class FastPath:
         self._outbox.put(self, read)
         self.last = self._now()
         self._stream.last += 1
+        self._meter.events += 1
         return True
 
     def close(self) -> None:
@@ -204,6 +207,7 @@ class TextPath(FastPath):
         self._texts += text
         stream = self._stream
         stream.last = number = stream.last + 1
+        self._meter.events += 1
         data = self._text(self._head, number, text)
         self._outbox.put(self, b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
         self.last = self._now()

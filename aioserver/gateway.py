@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from aioserver.conversations import Conversations
     from aioserver.deltas import Shape
     from aioserver.messages import Chat
+    from aioserver.records import Records
     from aioserver.router import Route, Router
     from aioserver.store import Streams
     from aioserver.streams import Stream
@@ -59,12 +60,14 @@ class Gateway:
         conversations: Conversations,
         service: settings.Service,
         bounds: settings.Streams,
+        records: Records,
     ) -> None:
         self._router = router
         self._streams = streams
         self._conversations = conversations
         self._service = service
         self._bounds = bounds
+        self._records = records
         self._loop = asyncio.get_running_loop()
         self._producers: dict[asyncio.Task[None], Stream] = {}
         self._tasks: dict[Stream, asyncio.Task[None]] = {}
@@ -73,7 +76,9 @@ class Gateway:
         for provider in router.providers.values():
             provider.on_wait = self.lifetime.make_room
 
-    def ask(self, caller: Caller, chat: Chat, scope: str | None = None) -> Stream:
+    def ask(
+        self, caller: Caller, chat: Chat, scope: str | None = None, *, face: str = "websocket"
+    ) -> Stream:
         """The stream that answers *chat*: the one of that request id, or a new one.
 
         *scope* names the conversation where the chat names none. A new stream that gets no reader
@@ -117,6 +122,7 @@ class Gateway:
         )
         stream = self._open(chat.request_id, caller, self._bounds.resume_window, digest)
         stream.conversation_id = conversation_id
+        self._begin(stream, ask, route, face, chat.request_id)
         self._start(stream, self._answer(route, stream, ask, chat, conversation_id))
         return stream
 
@@ -146,6 +152,7 @@ class Gateway:
             return known
         else:
             stream = self._open(key, caller, self._bounds.resume_window, digest)
+        self._begin(stream, ask, route, "openai", name)
         self._start(stream, self._router.fill(route, stream, ask))
         return stream
 
@@ -155,6 +162,7 @@ class Gateway:
         route: Route,
         ask: Ask,
         *,
+        name: str,
         key: str | None,
         digest: bytes,
         stored: bool = False,
@@ -169,11 +177,12 @@ class Gateway:
         if self._closed is not None:
             raise self._closed
         if key is None and not stored:
-            return await self._router.call(route, ask)
+            return await self._call_alone(route, ask, name)
         stream = None if key is None else self._known(caller, key, digest)
         if stream is None:
-            name = key or uuid.uuid4().hex
-            stream = self._open(name, caller, self._bounds.resume_window, digest)
+            kept = key or uuid.uuid4().hex
+            stream = self._open(kept, caller, self._bounds.resume_window, digest)
+            self._begin(stream, ask, route, "openai", name)
             self._start(stream, self._call(route, stream, ask, stored=stored))
         reader = _EndReader(stream)
         stream.add_reader(reader)
@@ -209,7 +218,7 @@ class Gateway:
             StreamNotFound: as `find`.
         """
         stream = self.find(caller, request_id)
-        self.lifetime.end(stream)
+        self.lifetime.end(stream, left=False)
         return stream
 
     async def drain(self, grace: float) -> None:
@@ -261,6 +270,28 @@ class Gateway:
             request_id, caller, window=window, digest=digest, private=private
         )
 
+    def _begin(self, stream: Stream, ask: Ask, route: Route, face: str, name: str) -> None:
+        provider = route.provider
+        stream.record = ask.record
+        ask.record.begin(face, name, provider.name, route.model or provider.settings.model)
+
+    async def _call_alone(self, route: Route, ask: Ask, name: str) -> Answer:
+        """The answer that no log keeps."""
+        record, provider = ask.record, route.provider
+        record.begin("openai", name, provider.name, route.model or provider.settings.model)
+        try:
+            answer = await self._router.call(route, ask)
+        except asyncio.CancelledError:
+            record.left = True
+            self._records.finish(record, None, cancelled=True)
+            raise
+        except Exception as exc:
+            self._records.finish(record, exc)
+            raise
+        record.usage = answer.usage
+        self._records.finish(record, None)
+        return answer
+
     def _start(self, stream: Stream, producing: Coroutine[Any, Any, None]) -> None:
         task = self._loop.create_task(producing)
         self._producers[task] = stream
@@ -291,6 +322,7 @@ class Gateway:
 
         answer = await self._router.call(route, ask, sending)
         stream.whole = answer
+        stream.usage = answer.usage
         stream.provider = answer.provider
         if stored and (name := final_response(answer.body)) is not None:
             stream.call_also(name)
@@ -317,6 +349,15 @@ class Gateway:
             stream.fail(public(fault or ProviderDisconnected("the answer has no end")))
         if fault is not None and not isinstance(fault, AioserverError):
             logger.error("bug in an answer", exc_info=fault)
+            self._records.metrics.bugs.value += 1
+        if (record := stream.record) is not None:
+            record.first, record.events, record.usage = (
+                stream.answered_at,
+                stream.last - 2 if stream.answered_at else 0,
+                stream.usage,
+            )
+            record.left = stream.left
+            self._records.finish(record, stream.error, cancelled=stream.end_status == CANCELLED)
 
     def _stop(self, stream: Stream) -> None:
         task = self._tasks.get(stream)

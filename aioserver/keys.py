@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING
 
 from aiohttp import web
 
 if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
+
     from aioserver.auth import Origins
     from aioserver.faces.admission import Admission
     from aioserver.faces.websocket import Socket
     from aioserver.fastpath import Outbox
     from aioserver.gateway import Gateway
+    from aioserver.metrics import Metrics
+    from aioserver.monitor import Monitor
     from aioserver.router import Router
     from aioserver.settings import Settings
     from aioserver.store import Streams
@@ -26,11 +31,15 @@ ROUTER: web.AppKey[Router] = web.AppKey("router")
 GATEWAY: web.AppKey[Gateway] = web.AppKey("gateway")
 OUTBOX: web.AppKey[Outbox] = web.AppKey("outbox")
 SOCKETS: web.AppKey[set[Socket]] = web.AppKey("sockets")
+METRICS: web.AppKey[Metrics] = web.AppKey("metrics")
+REGISTRY: web.AppKey[CollectorRegistry] = web.AppKey("registry")
+MONITOR: web.AppKey[Monitor] = web.AppKey("monitor")
 LIFE: web.AppKey[Life] = web.AppKey("life")
 
 
 class Life:
-    """Whether the server takes work: false while it starts, and from the moment it is to stop."""
+    """*ready*: it takes work: not while it starts, nor from the moment that *stopping* tells of."""
 
     def __init__(self) -> None:
         self.ready = False
+        self.stopping = asyncio.Event()

@@ -69,9 +69,10 @@ class Lifetime:
         while len(self._detached) > self._bounds.max_detached:
             self.end(next(iter(self._detached)))
 
-    def end(self, stream: Stream) -> None:
-        """Cancel *stream*, whoever reads it."""
+    def end(self, stream: Stream, *, left: bool = True) -> None:
+        """Cancel *stream*, whoever reads it; *left*: since nobody does."""
         self._attach(stream)
+        stream.left = left
         self._cancel(stream)
 
     def make_room(self, provider: Provider) -> None:

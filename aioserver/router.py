@@ -8,10 +8,11 @@ anything else                       the active provider, the model unchanged
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from aioserver.errors import ModelNotFound, NoProvider, ProviderFault
+from aioserver.errors import ModelNotFound, NoProvider, ProviderAuthError, ProviderFault
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -77,11 +78,13 @@ class Router:
             ProviderFault: nobody gave one.
         """
         stream.attempts += 1
+        ask.record.attempts += 1
         try:
             await route.provider.fill(stream, ask)
-        except ProviderFault as fault:
-            fault.provider, fault.attempts = route.provider.name, stream.attempts
+        except BaseException as exc:
+            self._ended(route.provider, ask, exc)
             raise
+        route.provider.meter.attempts["ok"].value += 1
 
     async def call(
         self, route: Route, ask: Ask, sending: Callable[[], None] | None = None
@@ -91,11 +94,26 @@ class Router:
         Raises:
             ProviderFault: nobody gave one.
         """
+        ask.record.attempts += 1
         try:
-            return await route.provider.call(ask, sending)
-        except ProviderFault as fault:
-            fault.provider, fault.attempts = route.provider.name, 1
+            answer = await route.provider.call(ask, sending)
+        except BaseException as exc:
+            self._ended(route.provider, ask, exc)
             raise
+        route.provider.meter.attempts["ok"].value += 1
+        return answer
+
+    @staticmethod
+    def _ended(provider: Provider, ask: Ask, exc: BaseException) -> None:
+        """A try has ended with *exc*."""
+        if isinstance(exc, ProviderFault):
+            exc.provider, exc.attempts = provider.name, ask.record.attempts
+            if isinstance(exc, ProviderAuthError):
+                provider.meter.key_refused.value += 1
+            if exc.attempt:
+                provider.meter.attempts[exc.attempt].value += 1
+        elif isinstance(exc, asyncio.CancelledError) and ask.record.sent:
+            provider.meter.attempts["cancelled"].value += 1
 
     def _usable(self, name: str) -> Provider:
         provider = self._providers.get(name)

@@ -17,6 +17,7 @@ behind them cannot go on (`ResumeGap`), which is said and never skipped. Where n
 from __future__ import annotations
 
 from collections import deque
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol
 
 import orjson
@@ -24,6 +25,7 @@ import orjson
 from aioserver import messages
 from aioserver.entries import CHUNK, ERROR, PROCESSING, Entry
 from aioserver.errors import AioserverError, ResumeGap
+from aioserver.metrics import NOBODY
 
 if TYPE_CHECKING:
     import asyncio
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
     from aioserver.deltas import Shape
     from aioserver.fastpath import FastPath
+    from aioserver.records import Record
     from aioserver.store import Streams
 
 
@@ -63,7 +66,7 @@ class Stream:
         "_max_bytes",
         "_observer",
         "alias",
-        "answered",
+        "answered_at",
         "attempts",
         "bytes",
         "caller",
@@ -76,16 +79,20 @@ class Stream:
         "head",
         "headers",
         "last",
+        "left",
+        "meter",
         "model",
         "offset",
         "path",
         "private",
         "provider",
         "readers",
+        "record",
         "rendered",
         "request_id",
         "sent",
         "timer",
+        "usage",
         "whole",
         "why_cancelled",
         "window",
@@ -118,7 +125,11 @@ class Stream:
         self.end_status = b""
         self.error: AioserverError | None = None  # with which it ended
         self.sent = False  # something went to a provider: leaving now costs money
-        self.answered = False  # an event of a provider is in the log: no second try
+        self.answered_at = 0.0  # monotonic, when the provider's first event came: no second try
+        self.meter = NOBODY  # counts its events: the provider's
+        self.record: Record | None = None  # of the request that began it
+        self.usage: Mapping[str, Any] | None = None  # tokens, as the provider reports them
+        self.left = False  # it was cancelled since nobody read it
         self.alias: str | None = None  # another name by which it is found
         self.provider = self.model = ""
         self.conversation_id: str | None = None
@@ -136,6 +147,16 @@ class Stream:
         """The number of the oldest event kept; last + 1 where there is none."""
         self.seal()
         return self.entries[0].first if self.entries else self.last + 1
+
+    @property
+    def answered(self) -> bool:
+        """Whether an event of a provider is in the log."""
+        return self.answered_at > 0
+
+    def answer(self) -> None:
+        """Note that an event of a provider has come, before it is appended."""
+        if not self.answered_at:
+            self.answered_at = monotonic()
 
     def call_also(self, alias: str) -> None:
         """Let it be found by *alias*, too; a private one is not found at all."""
@@ -178,6 +199,8 @@ class Stream:
             self._add(Entry(first, len(frames), status, data, frames))
         else:
             self._add(Entry(first, count, status, data, None))
+        if status is CHUNK:
+            self.meter.events += self.last + 1 - first
         if not more:
             for reader in self.readers if len(self.readers) < 2 else tuple(self.readers):
                 reader.poke()
@@ -219,6 +242,7 @@ class Stream:
         ):
             self.last += count
             self.offset += 1
+            self.meter.events += count
         else:
             self.append(CHUNK, data=data, count=count, more=more)
 
@@ -228,7 +252,7 @@ class Stream:
         Without a *shape* it is one for the provider's bytes, of which nothing is kept.
         """
         self.seal()
-        if not self.answered or len(self.readers) != 1:
+        if not self.answered_at or len(self.readers) != 1:
             return None
         if shape is None and (not self.private or self.entries):
             return None

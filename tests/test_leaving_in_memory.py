@@ -14,7 +14,9 @@ from aioserver.auth import anonymous
 from aioserver.errors import AioserverError, ProviderQueueFull, ProviderQueueTimeout
 from aioserver.gate import Gate
 from aioserver.gateway import Gateway
+from aioserver.metrics import Metrics, ProviderMeter
 from aioserver.providers.provider import Answer, Ask
+from aioserver.records import Records
 from aioserver.router import Router
 from aioserver.store import Streams
 from tests.house import until
@@ -30,7 +32,8 @@ class Fake:
 
     def __init__(self, dice: random.Random) -> None:
         self.name = "sim"
-        self.settings = SimpleNamespace(usable=True)
+        self.settings = SimpleNamespace(usable=True, model="m")
+        self.meter = ProviderMeter()
         self.on_wait: Callable[[Any], None] = lambda _provider: None
         self.gate = Gate(
             PLACES,
@@ -53,7 +56,8 @@ class Fake:
             assert self.gate.inside <= PLACES
             stream.append_processing(self.name, "model")
             await self.turns()
-            stream.sent = stream.answered = True
+            stream.sent = True
+            stream.answer()
             for _ in range(self._dice.randrange(4)):
                 await self.turns()
                 stream.append(entries.CHUNK, data=b"data: {}\n\n")
@@ -100,12 +104,15 @@ async def test_random_leavings_in_memory_give_everything_back(count: int) -> Non
     fake: Any = Fake(dice)
     store = Streams(max_stream_bytes=1 << 20, max_kept_bytes=1 << 26)
     nothing: Any = None
+    one: Any = SimpleNamespace(model="m", models=())
+    metrics = Metrics({"sim": one})
     gateway = Gateway(
         Router({"sim": fake}, "sim"),
         store,
         nothing,
         nothing,
         settings.Streams(resume_window=0.05, max_detached=10),
+        Records(metrics),
     )
     route = Router({"sim": fake}, "sim").route(None)
 
@@ -133,7 +140,7 @@ async def test_random_leavings_in_memory_give_everything_back(count: int) -> Non
             caller = anonymous(None)
             key = key and f"whole {key}"
             living = asyncio.ensure_future(
-                gateway.call(caller, route, ask, key=key, digest=b"")  # type: ignore[arg-type]
+                gateway.call(caller, route, ask, name="r", key=key, digest=b"")  # type: ignore[arg-type]
             )
         for _ in range(2):
             await fake.turns()

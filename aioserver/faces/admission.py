@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from time import monotonic
 from typing import TYPE_CHECKING, Self, TypeVar
 
 from aioserver.errors import AioserverError, ServerAtCapacity
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from aiohttp import web
 
+    from aioserver.metrics import Metrics
     from aioserver.settings import Concurrency
 
 T = TypeVar("T")
@@ -39,7 +41,8 @@ class Admission:
     Always: `body_bytes <= max_body_bytes`.
     """
 
-    def __init__(self, limits: Concurrency) -> None:
+    def __init__(self, limits: Concurrency, metrics: Metrics) -> None:
+        self.metrics = metrics
         self.gate = Gate(
             limits.max_connections,
             queue_size=limits.connection_queue_size,
@@ -100,8 +103,52 @@ class Admission:
                 },
             )
 
+    async def enter(self, face: str) -> Place:
+        """A place for a connection of *face*.
+
+        Raises:
+            ServerAtCapacity: none within the bounds of the line.
+            ServerShutdown: the server is stopping.
+        """
+        waits = self.metrics.admission_wait
+        if (place := self.gate.try_enter()) is not None:
+            waits["entered"].observe(0.0)
+            return place
+        return await self.wait(face)
+
+    async def wait(self, face: str, told: Callable[[int, float], None] | None = None) -> Place:
+        """A place, by way of the line; as `enter`."""
+        waits, meter = self.metrics.admission_wait, self.metrics.faces[face]
+        began = monotonic()
+        meter.waiting.value += 1
+        try:
+            place = await self.gate.enter(told=told)
+        except AioserverError:
+            waits["refused"].observe(monotonic() - began)
+            meter.rejected.value += 1
+            raise
+        finally:
+            meter.waiting.value -= 1
+        waits["entered"].observe(monotonic() - began)
+        return place
+
+    def opened(self, face: str) -> None:
+        """A connection of *face* has its place."""
+        meter = self.metrics.faces[face]
+        meter.connections.value += 1
+        meter.opened.value += 1
+        self.log("opened", face)
+
+    def closed(self, face: str, code: str = "") -> None:
+        """It has ended; *code*: the close code of a WebSocket."""
+        self.metrics.faces[face].connections.value -= 1
+        closed = self.metrics.closed.children
+        closed.get((face, code), closed.get((face, "other"))).value += 1  # type: ignore[union-attr]
+        self.log("closed", face)
+
     def dropped(self, face: str, why: str) -> None:
         """A client was dropped since it took nothing, or fell behind."""
+        self.metrics.slow_clients.value += 1
         self.log(f"dropped: {why}", face, logging.WARNING)
 
     def _refusal(self, retry_after: float) -> ServerAtCapacity:
@@ -145,18 +192,18 @@ def counted(
         with admission.hold() as hold:
             prepared = await prepare(request, hold)
             try:
-                place = admission.gate.try_enter() or await admission.gate.enter()
+                place = await admission.enter(face)
             except ServerAtCapacity as error:
                 admission.log("refused", face, logging.WARNING)
                 if refuse is None:
                     raise
                 return await refuse(request, error)
-        admission.log("opened", face)
+        admission.opened(face)
         try:
             with place:
                 return await serve(request, prepared)
         finally:
-            admission.log("closed", face)
+            admission.closed(face)
 
     return handler
 
@@ -187,9 +234,10 @@ class Entering:
     def __enter__(self) -> Self:
         self._place = self._admission.gate.try_enter()
         if self._place is not None:
+            self._admission.metrics.admission_wait["entered"].observe(0.0)
             self._entered()
         else:
-            self._task = asyncio.ensure_future(self._admission.gate.enter(told=self._told))
+            self._task = asyncio.ensure_future(self._admission.wait("websocket", told=self._told))
             self._task.add_done_callback(self._settle)
         return self
 

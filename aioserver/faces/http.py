@@ -25,6 +25,7 @@ from aioserver.errors import (
     InvalidRequest,
     MethodNotAllowed,
     NotFound,
+    ProviderFault,
     RequestTimeout,
     RequestTooLarge,
     UnsupportedMediaType,
@@ -35,6 +36,7 @@ from aioserver.errors import (
 if TYPE_CHECKING:
     from aioserver.auth import Origins
     from aioserver.faces.admission import BodyHold
+    from aioserver.metrics import Metrics
     from aioserver.settings import WebSocket
 
 logger = logging.getLogger(__name__)
@@ -130,7 +132,7 @@ def last_of_connection(
         response.force_close()
 
 
-def front(given: WebSocket, origins: Origins) -> Any:
+def front(given: WebSocket, origins: Origins, metrics: Metrics) -> Any:
     """The middleware in front of every handler."""
     limits = given.concurrency.uvicorn
     max_line = limits.h11_max_request_line_size
@@ -157,9 +159,13 @@ def front(given: WebSocket, origins: Origins) -> Any:
                 return preflight(request)
             response: web.StreamResponse = await handler(request)
         except AioserverError as error:
+            if not isinstance(error, ProviderFault) or not error.provider:  # else it has a record
+                metrics.complain(error)
             response = error_response(error)
         except web.HTTPException as exc:
-            response = error_response(_ours(exc, request))
+            fault = _ours(exc, request)
+            metrics.complain(fault)
+            response = error_response(fault)
             if isinstance(exc, web.HTTPMethodNotAllowed):
                 response.headers["Allow"] = ", ".join(sorted(exc.allowed_methods))
         except ConnectionError:
@@ -168,6 +174,7 @@ def front(given: WebSocket, origins: Origins) -> Any:
             logger.exception(
                 "bug in a handler", extra={"fields": {"request_id": request_id(request)}}
             )
+            metrics.bugs.value += 1
             response = error_response(InternalError("internal error"))
         begun: web.StreamResponse | None = request.get(BEGUN)
         if begun is not None and begun is not response:

@@ -129,6 +129,7 @@ async def serve(request: web.Request, prepared: Prepared) -> web.StreamResponse:
         prepared.caller,
         prepared.route,
         ask,
+        name=http.request_id(request),
         key=prepared.key,
         digest=prepared.digest,
         stored=prepared.stored,

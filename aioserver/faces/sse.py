@@ -68,7 +68,7 @@ async def prepare(request: web.Request, hold: BodyHold) -> Asked:
 async def start(request: web.Request, asked: Asked) -> web.StreamResponse:
     """The second step of POST: the answer, or where it is."""
     app = request.app
-    stream = app[keys.GATEWAY].ask(asked.caller, asked.chat)
+    stream = app[keys.GATEWAY].ask(asked.caller, asked.chat, face="sse")
     if not asked.later:
         return await _follow(request, stream, 0)
     if not stream.readers:
@@ -83,12 +83,12 @@ async def start(request: web.Request, asked: Asked) -> web.StreamResponse:
 
 async def prepare_resume(request: web.Request, _hold: BodyHold) -> tuple[Stream, int]:
     """The first step of GET: which stream, and behind which event."""
-    stream = request.app[keys.GATEWAY].find(
-        anonymous(request.remote), messages.identifier(request.match_info["request_id"])
-    )
+    app, name = request.app, messages.identifier(request.match_info["request_id"])
     given = request.headers.get("Last-Event-ID") or request.query.get("last_event_id") or "0"
     after = messages.event_number(given)
-    stream.locate(after)  # a gap is told before a place is taken
+    with app[keys.METRICS].resuming():
+        stream = app[keys.GATEWAY].find(anonymous(request.remote), name)
+        stream.locate(after)  # a gap is told before a place is taken
     return stream, after
 
 
@@ -110,6 +110,7 @@ async def _head(request: web.Request) -> web.StreamResponse:
 
 async def busy(request: web.Request, error: ServerAtCapacity) -> web.StreamResponse:
     """No place for a GET: any status but 200 would stop an EventSource for good."""
+    request.app[keys.METRICS].complain(error)
     response = await _head(request)
     if request.method == "HEAD":
         return response

@@ -1,12 +1,18 @@
-"""What an orchestrator asks: does it live, does it take work; and the state in short."""
+"""What is asked of a house: does it live, does it take work, how full is it; now, and as it goes on."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from aiohttp import web
+from aiohttp.http import HttpVersion11
 
-from aioserver import __version__, keys
+from aioserver import __version__, keys, prometheus
+from aioserver.errors import InvalidRequest, ServerAtCapacity
+from aioserver.faces.sse import RETRY, Events
+from aioserver.faces.writer import Writer
+
+FRESH = {"Cache-Control": "no-store"}
 
 
 async def health(request: web.Request) -> web.Response:
@@ -35,45 +41,61 @@ async def ready(request: web.Request) -> web.Response:
 
 
 def overview(app: web.Application) -> dict[str, Any]:
-    """Version, connections against limits, answers under way and kept, each pool."""
-    gate = app[keys.ADMISSION].gate.stats()
-    streams = app[keys.STREAMS].stats()
-    providers = {}
-    for name, provider in app[keys.ROUTER].providers.items():
-        state = provider.stats()
-        providers[name] = {
-            "usable": state.usable,
-            "in_flight": state.queue.inside,
-            "limit": state.queue.limit,
-            "waiting": state.queue.waiting,
-            "pool": {
-                "open": state.pool.open,
-                "idle": state.pool.idle,
-                "limit": state.pool.limit,
-            },
-        }
-    return {
-        "name": "aioserver",
-        "version": __version__,
-        "active_provider": app[keys.ROUTER].active.name,
-        "connections": {
-            "active": gate.inside,
-            "limit": gate.limit,
-            "waiting": gate.waiting,
-            "queue_size": gate.queue_size,
-        },
-        "streams": {
-            "running": streams.running,
-            "detached": app[keys.GATEWAY].lifetime.detached,
-            "max_detached": app[keys.SETTINGS].chat.streams.max_detached,
-            "finished": streams.finished,
-            "bytes": streams.bytes,
-            "max_bytes": streams.max_bytes,
-        },
-        "providers": providers,
-        "endpoints": {
-            "websocket": app[keys.SETTINGS].chat.websocket.endpoint,
-            "sse": app[keys.SETTINGS].chat.sse.endpoint,
-            "openai": "/v1",
-        },
-    }
+    """The state at this moment: what `/stats` shows."""
+    monitor = app[keys.MONITOR]
+    return monitor.snapshot
+
+
+async def stats(request: web.Request) -> web.Response:
+    """The state as JSON."""
+    body = request.app[keys.MONITOR].snapshot_json
+    return web.Response(body=body, content_type="application/json", headers=FRESH)
+
+
+async def metrics(request: web.Request) -> web.Response:
+    """Prometheus text."""
+    headers = {"Content-Type": prometheus.CONTENT_TYPE, **FRESH}
+    return web.Response(body=prometheus.text(request.app), headers=headers)
+
+
+async def events(request: web.Request) -> web.StreamResponse:
+    """The state as an event stream: `history` first, then `stats` and `incident`.
+
+    A watcher who takes nothing is dropped as any client is.
+    """
+    app = request.app
+    monitor, settings = app[keys.MONITOR], app[keys.SETTINGS].chat
+    every = _ticks(request.query.get("interval", "1"))
+    if monitor.full:
+        raise ServerAtCapacity("too many watch already", retry_after=10.0)
+    response = Events(request)
+    await response.prepare(request)
+    if request.transport is None:
+        raise ConnectionResetError("the client has left")
+    writer = Writer(
+        request.transport,
+        request.writer.drain,
+        app[keys.OUTBOX],
+        send_timeout=settings.streams.send_timeout,
+        dropped=lambda why: app[keys.ADMISSION].dropped("events", why),
+        chunked=request.version >= HttpVersion11,
+    )
+    try:
+        writer.send(RETRY)
+        monitor.watch(writer, every)
+        await app[keys.LIFE].stopping.wait()
+        await writer.flush()
+    finally:
+        monitor.leave(writer)
+        writer.close()
+    return response
+
+
+def _ticks(given: str) -> int:
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = 0.0
+    if not 1 <= seconds <= 60:
+        raise InvalidRequest("interval must be 1 to 60 seconds", param="interval")
+    return round(seconds)

@@ -108,6 +108,7 @@ class Socket:
         self._ws = ws
         self._gateway = app[keys.GATEWAY]
         self._admission = app[keys.ADMISSION]
+        self._metrics = app[keys.METRICS]
         self._limits = app[keys.SETTINGS].chat.websocket
         self._caller = anonymous(request.remote)
         self._scope = uuid.uuid4().hex  # the conversation of turns that name none
@@ -134,6 +135,7 @@ class Socket:
         self._left: asyncio.Event | None = None  # the client has said that it closes, or is gone
         self._deaf = False  # after a fault in its frames nothing more is parsed
         self._refused_closing = False
+        self._code = 1006  # with which it ends; this: without a close frame
         app[keys.WHEEL].add(self, self._limits.ping_interval)
 
     # Admission.
@@ -141,7 +143,7 @@ class Socket:
     def entered(self) -> None:
         """The place is taken: carry out what came while waiting."""
         self._inside = True
-        self._admission.log("opened", "websocket")
+        self._admission.opened("websocket")
         waiting, self._waiting = self._waiting, []
         for text in waiting:
             self._carry_out(text)
@@ -149,6 +151,7 @@ class Socket:
     def refused(self, error: AioserverError) -> None:
         """No place: say so, then close."""
         self._admission.log("refused", "websocket", logging.WARNING)
+        self._metrics.complain(error)
         if not self._refused_closing:
             self._refused_closing = True
             self._admission.refused_closing += 1
@@ -178,6 +181,8 @@ class Socket:
                 case WSMsgType.BINARY:
                     self._end(WSCloseCode.UNSUPPORTED_DATA, b"text frames only")
                 case _:
+                    if message.type is WSMsgType.CLOSE and self._close_task is None:
+                        self._code = message.data
                     if isinstance(message.data, WebSocketError):
                         self._deaf = True
                         self._end(message.data.code, b"")
@@ -221,8 +226,9 @@ class Socket:
                     self._cancel(command.request_id)
                 case Resume():
                     request_id = command.request_id
-                    stream = self._gateway.find(self._caller, command.request_id)
-                    self._follow(stream, command.last_event_id)
+                    with self._metrics.resuming():
+                        stream = self._gateway.find(self._caller, command.request_id)
+                        self._follow(stream, command.last_event_id)
         except BadCommand as bad:
             self._complain(bad.request_id, bad.error)
         except AioserverError as error:
@@ -272,6 +278,7 @@ class Socket:
         self._writer.send(ws_frame(WS_TEXT, messages.loose_frame(request_id, status, chunk)))
 
     def _complain(self, request_id: str | None, error: AioserverError) -> None:
+        self._metrics.complain(error)
         if isinstance(error, ServerShutdown) and not self._following:
             self.end(error)  # else once the answers that run have had their time
         else:
@@ -310,6 +317,7 @@ class Socket:
     def _end(self, code: int, reason: bytes, *, lost: bool = False) -> None:
         """Close with *code*. *lost*: the client answers nothing, the close frame is a courtesy."""
         if self._close_task is None:
+            self._code = code
             self._left = (
                 asyncio.Event()
             )  # not made for each socket: it is a twentieth of an idle one
@@ -345,7 +353,7 @@ class Socket:
         """The socket is over: follow nothing, answer the client's close, leave nothing behind."""
         self._app[keys.WHEEL].remove(self)
         if self._inside:
-            self._admission.log("closed", "websocket")
+            self._admission.closed("websocket", str(self._code))
         try:
             if self._close_task is None:
                 self._last_frame(WSCloseCode.OK, b"")

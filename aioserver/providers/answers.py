@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from aioserver import entries, eventstream
-from aioserver.deltas import TEXT_START, Reading, Shape, learn, provider_error
+from aioserver.deltas import TEXT_START, Reading, Shape, learn, provider_error, usage_of
 from aioserver.errors import ProviderBadResponse, ProviderDisconnected, ProviderFault
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ DONE = b"data: [DONE]\n\n"
 # Plain searches, not regular expressions: these look at every byte that passes.
 _FINISH, _FINISH_SPACED = b'"finish_reason":"', b'"finish_reason": "'
 _ERROR = b'"error"'
+_USAGE = b'"usage"'
 _RESPONSE_END = re.compile(rb'"type" ?: ?"response\.(?:completed|incomplete|failed)"')
 NO_END = "the provider's stream ended without a finish_reason and without its end mark"
 
@@ -94,6 +95,8 @@ class EventSink:
         done, ended, fault = b"", False, None
         if self._responses:
             ended = _RESPONSE_END.search(block) is not None
+            if ended:
+                self._stream.usage = _usage_in(block)
             if not self._named:
                 self._named = True
                 self._name(block)
@@ -104,6 +107,8 @@ class EventSink:
                 block = block[:start]
             if not self._finished:
                 self._finished = find(_FINISH) >= 0 or find(_FINISH_SPACED) >= 0
+            if self._finished and find(_USAGE) >= 0:
+                self._stream.usage = _usage_in(block) or self._stream.usage
         if find(_ERROR) >= 0:
             block, fault = self._before_error(block)
         self._append(block, more=ended or fault is not None)
@@ -132,14 +137,16 @@ class EventSink:
         self._complete(DONE)
 
     def fast(self) -> FastPath | None:
-        """The stream's, while no event is half read."""
-        return self._stream.fast() if self._splitter.idle and not self._responses else None
+        """The stream's, while no event is half read; what follows the finish may have the usage."""
+        if self._responses or self._finished or not self._splitter.idle:
+            return None
+        return self._stream.fast()
 
     def _append(self, block: bytes, *, more: bool) -> None:
         if block:
             number = eventstream.count(block)
             if number:  # comments alone pass, uncounted
-                self._stream.answered = True
+                self._stream.answer()
             self._stream.pass_on(block, number, more=more)
 
     def _name(self, block: bytes) -> None:
@@ -198,7 +205,7 @@ class ChatSink:
                 chunks += self._reading.read(event.data)
         finally:
             if chunks:
-                self._stream.answered = True
+                self._stream.answer()
                 self._stream.append(entries.CHUNK, chunks, more=ended)
         if ended:
             complete(self._stream, self._reading)
@@ -227,6 +234,7 @@ class ChatSink:
 
 def complete(stream: Stream, reading: Reading) -> None:
     """Append the `complete` event with what the provider said of its answer."""
+    stream.usage = reading.usage
     stream.end(
         entries.COMPLETE,
         {
@@ -254,6 +262,18 @@ def _done_line(block: bytes) -> int:
         if line.endswith((b"\ndata:", b"\rdata:")) or line == b"data:":
             return block.rindex(b"data:", 0, at)
     return -1
+
+
+def _usage_in(block: bytes) -> dict[str, Any] | None:
+    """The usage that the events report: of a chunk, or of the response in an event."""
+    for event in reversed(eventstream.parse(block)):
+        try:
+            said = orjson.loads(event.data)
+        except orjson.JSONDecodeError:
+            continue
+        if (usage := usage_of(said)) is not None:
+            return usage
+    return None
 
 
 def _error_in(block: bytes) -> Any:

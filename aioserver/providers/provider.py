@@ -8,14 +8,15 @@ client is. A provider knows no face: it is given an `Ask` and fills a `Stream`, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import TYPE_CHECKING, Any
 
 import orjson
 from yarl import URL
 
 from aioserver import __version__, entries
-from aioserver.deltas import Reading
+from aioserver.deltas import Reading, usage_of
 from aioserver.errors import (
     NoProvider,
     ProviderAuthError,
@@ -29,9 +30,11 @@ from aioserver.errors import (
     StaleConnection,
 )
 from aioserver.gate import Gate, GateStats
+from aioserver.metrics import ProviderMeter
 from aioserver.providers.answers import BodySink, ChatSink, EventSink, complete
 from aioserver.providers.pool import Pool, PoolStats
 from aioserver.providers.wire import Exchange, Sink
+from aioserver.records import Record
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Mapping
@@ -62,17 +65,22 @@ class Ask:
     model: str | None = None  # None: the provider's own
     frames: bool = False
     reading: Reading | None = None
+    record: Record = field(default_factory=Record)
 
 
 @dataclass(slots=True)
 class Answer:
-    """A body that was not streamed, and the headers of the provider's that pass."""
+    """A body that was not streamed, and the headers of the provider's that pass.
+
+    *usage*: tokens, as the provider reports them.
+    """
 
     status: int
     headers: Mapping[str, str]
     body: bytes
     content_type: str
     provider: str
+    usage: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,11 +101,17 @@ class Provider:
     """
 
     def __init__(
-        self, given: settings.Provider, base_url: str, *, max_response_bytes: int
+        self,
+        given: settings.Provider,
+        base_url: str,
+        *,
+        max_response_bytes: int,
+        meter: ProviderMeter | None = None,
     ) -> None:
         limits = given.http_client
         self.name = given.name
         self.settings = given
+        self.meter = ProviderMeter() if meter is None else meter
         self.on_wait: Callable[[Provider], None] = lambda _provider: None
         self._max_response_bytes = max_response_bytes
         self._gate = Gate(
@@ -128,6 +142,7 @@ class Provider:
         Raises:
             ProviderFault: no good answer; `stream.answered` tells whether some of it is in the log.
         """
+        stream.meter = self.meter
         seen: list[Sink | int] = []
         headers_seen: dict[str, str] = {}
 
@@ -165,7 +180,7 @@ class Provider:
         _check_json(headers_seen, body)
         reading = ask.reading or Reading()
         chunks = reading.read(body)
-        stream.answered = True
+        stream.answer()
         if chunks:
             stream.append(entries.CHUNK, chunks)
         complete(stream, reading)
@@ -191,8 +206,9 @@ class Provider:
         await self._exchange(ask, on_head, sending=sending)
         body = sink.body
         self._judge(status, headers, body)
-        _check_json(headers, body)
-        return Answer(status, passing(headers), body, headers.get("content-type", ""), self.name)
+        usage = usage_of(_check_json(headers, body))
+        content_type = headers.get("content-type", "")
+        return Answer(status, passing(headers), body, content_type, self.name, usage)
 
     def stats(self) -> ProviderStats:
         """The state now."""
@@ -230,6 +246,8 @@ class Provider:
         started: Callable[[], None] | None,
         sending: Callable[[], None] | None,
     ) -> None:
+        record = ask.record
+        record.lined = monotonic()
         place = self._gate.try_enter()
         if place is None:
             self.on_wait(self)
@@ -238,6 +256,7 @@ class Provider:
                 place = await self._gate.enter(ask.line, told=told)
             finally:
                 self._coming -= 1  # nothing else runs before it asks the pool
+                record.waited += monotonic() - record.lined
         with place:
             if started is not None:
                 started()
@@ -247,6 +266,7 @@ class Provider:
                 connection = await self._pool.connect()
                 if sending is not None:
                     sending()
+                record.sent = record.sent or monotonic()
                 try:
                     await Exchange(
                         connection,
@@ -258,6 +278,7 @@ class Provider:
                 except StaleConnection:
                     # Nothing of an answer had come on a kept connection: repeat at once, on a
                     # fresh one. A fresh connection never raises this, so it ends.
+                    self.meter.attempts["stale"].value += 1
                     self._pool.drop_idle()
 
     def _request(self, path: str, body: bytes) -> bytes:
@@ -345,11 +366,12 @@ def _is_json(body: bytes) -> bool:
     return True
 
 
-def _check_json(headers: Mapping[str, str], body: bytes) -> None:
+def _check_json(headers: Mapping[str, str], body: bytes) -> object:
+    """What *body* says; None where it is too long to be parsed."""
     if not _is(headers, "application/json") or not body:
         raise ProviderBadResponse("the provider's answer is not JSON")
     if len(body) > MAX_CHECKED_BYTES:
-        return
+        return None
     try:
         answer = orjson.loads(body)
     except orjson.JSONDecodeError:
@@ -357,3 +379,4 @@ def _check_json(headers: Mapping[str, str], body: bytes) -> None:
     # A response that has failed has `error`, too, but is an answer.
     if isinstance(answer, dict) and answer.get("error") and "object" not in answer:
         raise ProviderBadResponse("the provider reported an error as if it were an answer")
+    return answer

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import asyncio
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
 
+import orjson
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
-from aioserver import __version__, keys
+from aioserver import __version__, eventstream, keys, monitor
 from aioserver.providers.simulator import Behaviour
-from tests.faces.raw import Raw
-from tests.faces.talk import CHAT
+from tests.faces.raw import SMALL, Raw
+from tests.faces.talk import CHAT, chat, to_end
 from tests.house import until
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
     from tests.house import House
 
     Make = Callable[..., Awaitable[House]]
+
+LIMITS = "chat.websocket.concurrency"
 
 
 @pytest.mark.parametrize("path", ["/health", "/healthz", "/livez"])
@@ -59,28 +65,34 @@ async def test_without_a_usable_provider_the_server_is_not_ready(make_house: Mak
         assert (await response.json())["data"] == []
 
 
-async def test_the_overview_shows_connections_and_pools(make_house: Make) -> None:
+async def shown(house: House, path: str = "/stats") -> dict[str, Any]:
+    """The state of this very moment."""
+    house.app[keys.MONITOR].tick()
+    async with house.session.get(house.base + path) as response:
+        assert response.content_type == "application/json"
+        state: dict[str, Any] = await response.json()
+    return state
+
+
+@pytest.mark.parametrize("path", ["/", "/stats"])
+async def test_the_state_shows_connections_and_pools(make_house: Make, path: str) -> None:
     house = await make_house(Behaviour(ttft=60))
     async with Raw(house) as raw:
         await raw.post("/v1/chat/completions", CHAT)
         await house.simulator.until(lambda stats: stats.active == 1)
-        async with house.session.get(house.base + "/") as response:
-            shown = await response.json()
+        state = await shown(house, path)
 
-    assert shown["name"] == "aioserver"
-    assert shown["active_provider"] == "sim"
-    assert shown["connections"] == {"active": 1, "limit": 50, "waiting": 0, "queue_size": 50}
-    assert shown["providers"] == {
-        "sim": {
-            "usable": True,
-            "in_flight": 1,
-            "limit": 20,
-            "waiting": 0,
-            "pool": {"open": 1, "idle": 0, "limit": 20},
-        }
-    }
-    assert (shown["streams"]["running"], shown["streams"]["detached"]) == (0, 0)
-    assert shown["endpoints"] == {"websocket": "/ws/chat", "sse": "/sse/chat", "openai": "/v1"}
+    assert (state["name"], state["active_provider"], state["ready"]) == ("aioserver", "sim", True)
+    connections = state["connections"]
+    assert (connections["active"], connections["limit"]) == (1, 50)
+    assert (connections["waiting"], connections["queue_size"]) == (0, 50)
+    assert connections["active_by_face"] == {"websocket": 0, "sse": 0, "openai": 1}
+    sim = state["providers"]["sim"]
+    assert (sim["usable"], sim["active"], sim["in_flight"], sim["limit"]) == (True, True, 1, 20)
+    assert sim["pool"] == {"open": 1, "idle": 0, "limit": 20, "waiting": 0}
+    assert state["requests"]["running"] == 1
+    assert state["endpoints"] == {"websocket": "/ws/chat", "sse": "/sse/chat", "openai": "/v1"}
+    assert state["process"]["open_fds"] > 3
     await until(lambda: house.held()["places"] == 0)
 
 
@@ -91,11 +103,277 @@ async def test_an_answer_that_nobody_reads_is_shown(make_house: Make) -> None:
         await house.simulator.until(lambda stats: stats.active == 1)
     await until(lambda: house.held()["detached"] == 1)
 
-    async with house.session.get(house.base + "/") as response:
-        streams = (await response.json())["streams"]
+    streams = (await shown(house))["streams"]
     async with house.session.delete(f"{house.sse}/r1") as response:
         assert response.status == 204
     await until(lambda: house.held()["detached"] == 0)
 
     assert (streams["running"], streams["detached"], streams["max_detached"]) == (1, 1, 100)
     assert 0 < streams["bytes"] < streams["max_bytes"]
+
+
+async def test_what_has_happened_is_counted(house: House) -> None:
+    async with house.connect() as ws:
+        await ws.send_json(chat("a"))
+        await to_end(ws)
+        await ws.send_json(chat("b", model="nobody/else", provider="none"))
+        await to_end(ws)
+    body = {**CHAT, "stream": True}
+    async with house.session.post(f"{house.v1}/chat/completions", json=body) as response:
+        await response.read()
+    async with house.session.post(f"{house.v1}/chat/completions", json=CHAT) as response:
+        await response.read()
+    async with house.session.post(f"{house.v1}/chat/completions", json=[]) as response:
+        assert response.status == 400
+    async with house.session.get(f"{house.sse}/unknown") as response:
+        assert response.status == 404
+    await house.nothing_held()
+
+    state = await shown(house)
+    assert state["requests"]["outcomes"]["ok"] == 3
+    assert state["requests"]["total"] == 3
+    assert state["first_token"]["count"] == 2
+    assert 0 < state["first_token"]["p50"] <= state["first_token"]["p99"]
+    assert state["providers"]["sim"]["requests"] == 3
+    found = samples(await scrape(house))
+    labels = {"face": "openai", "provider": "sim", "code": "", "outcome": "ok"}
+    assert found["aioserver_requests_total", *sorted(labels.items())] == 2
+    assert found["aioserver_bad_requests_total", ("code", "invalid_request")] == 1
+    assert found["aioserver_bad_requests_total", ("code", "model_not_found")] == 1
+    assert found["aioserver_bad_requests_total", ("code", "stream_not_found")] == 1
+    assert found["aioserver_resumes_total", ("outcome", "not_found")] == 1
+    assert found["aioserver_provider_attempts_total", ("outcome", "ok"), ("provider", "sim")] == 3
+    assert found["aioserver_first_token_seconds_count", ("face", "websocket")] == 1
+    assert (
+        found["aioserver_connections_closed_total", ("code", "1000"), ("face", "websocket")] == 1
+    )
+    tokens = {"provider": "sim", "model": "sim-model", "type": "output", "source": "provider"}
+    assert found["aioserver_tokens_total", *sorted(tokens.items())] > 0
+
+
+async def test_a_full_house_is_counted_by_code_and_told_once(make_house: Make) -> None:
+    house = await make_house(
+        Behaviour(ttft=60),
+        **{f"{LIMITS}.max_connections": 1, f"{LIMITS}.queue_timeout": 0},
+    )
+    async with Raw(house) as raw, watching(house) as told:
+        await raw.post("/v1/chat/completions", CHAT)
+        await house.simulator.until(lambda stats: stats.active == 1)
+        for _ in range(3):
+            async with house.session.post(f"{house.v1}/chat/completions", json=CHAT) as response:
+                assert response.status == 503
+        async with house.connect() as ws:
+            await ws.receive()
+        state = await shown(house)
+        await shown(house)
+        await until(lambda: any(kind == "incident" for kind, _ in told))
+
+        assert state["rejections"]["server_at_capacity"] == 4
+        assert state["connections"]["rejected"] == 4
+        assert state["connections"]["rejected_per_second"] > 0
+        incidents = [one for kind, one in told if kind == "incident"]
+        assert [one["text"] for one in incidents] == ["4 refused: server_at_capacity"]
+        assert incidents[0]["kind"] == "rejections"
+
+
+async def test_a_providers_faults_are_told(make_house: Make) -> None:
+    house = await make_house(Behaviour(fail_rate=1.0, fail_status=500))
+    async with house.session.post(f"{house.v1}/chat/completions", json=CHAT) as response:
+        assert response.status == 502
+
+    state = await shown(house)
+
+    assert state["providers"]["sim"]["faults"]["http_5xx"] == 1
+    assert state["requests"]["outcomes"]["provider_error"] == 1
+    async with watching(house) as told:
+        await until(lambda: bool(told))
+        (incident,) = told[0][1]["incidents"]
+    assert (incident["kind"], incident["provider"]) == ("provider_faults", "sim")
+    assert incident["text"] == "sim: 1 x http_5xx"
+
+
+# The event stream.
+
+
+@asynccontextmanager
+async def watching(house: House, query: str = "") -> AsyncIterator[list[tuple[str, Any]]]:
+    """What a watcher is told, as (event, data)."""
+    told: list[tuple[str, Any]] = []
+
+    async def read(response: Any) -> None:
+        splitter = eventstream.Splitter()
+        async for data in response.content.iter_any():
+            told.extend(
+                (event.event.decode(), orjson.loads(event.data))
+                for event in eventstream.parse(splitter.feed(data))
+            )
+
+    async with house.session.get(f"{house.base}/events{query}") as response:
+        assert (response.status, response.content_type) == (200, "text/event-stream")
+        task = asyncio.create_task(read(response))
+        try:
+            yield told
+        finally:
+            task.cancel()
+            await asyncio.wait((task,))
+    await until(lambda: not house.app[keys.MONITOR]._watchers)
+
+
+async def test_a_watcher_gets_the_history_then_the_state_each_second(house: House) -> None:
+    for _ in range(3):
+        house.app[keys.MONITOR].tick()
+    async with watching(house) as told:
+        await until(lambda: len(told) >= 3)
+
+    assert [kind for kind, _ in told[:3]] == ["history", "stats", "stats"]
+    history = told[0][1]
+    assert len(history["time"]) >= 4
+    for series in (*history["series"].values(), *history["providers"]["sim"].values()):
+        assert len(series) == len(history["time"])
+    assert told[2][1]["watchers"] == 1
+    assert told[2][1].keys() == house.app[keys.MONITOR].snapshot.keys()
+
+
+async def test_a_watcher_may_ask_for_less(house: House) -> None:
+    async with watching(house, "?interval=5") as told:
+        await until(lambda: bool(told))
+        ticks = house.app[keys.MONITOR]._ticks
+        for _ in range(10):
+            house.app[keys.MONITOR].tick()
+        await until(lambda: len(told) >= 4)
+        house.app[keys.MONITOR].incident("test", "now")
+        await until(lambda: told[-1][0] == "incident")
+
+        ran = house.app[keys.MONITOR]._ticks - ticks
+    assert len(told) == 2 + len([n for n in range(ticks, ticks + ran) if n % 5 == 0]) + 1
+
+
+@pytest.mark.parametrize("interval", ["0", "61", "-1", "nan", "inf", "x", ""])
+async def test_an_interval_that_cannot_be(house: House, interval: str) -> None:
+    async with house.session.get(f"{house.base}/events?interval={interval}") as response:
+        assert response.status == 400
+        assert (await response.json())["error"]["param"] == "interval"
+
+
+async def test_who_watches_is_bounded(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(monitor, "MAX_WATCHERS", 1)
+    async with (
+        watching(house) as told,
+        house.session.get(f"{house.base}/events") as response,
+    ):
+        assert response.status == 503
+        assert "Retry-After" in response.headers
+        await until(lambda: bool(told))
+
+
+async def test_a_watcher_who_takes_nothing_is_dropped(
+    make_house: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    house = await make_house(**{"chat.streams.send_timeout": 0.2})
+    mine = house.app[keys.MONITOR]
+    drops: list[str] = []
+    monkeypatch.setattr(
+        house.app[keys.ADMISSION], "dropped", lambda face, why: drops.append(f"{face}: {why}")
+    )
+    async with Raw(house, receive_buffer=SMALL) as raw:
+        await raw.get("/events")
+        await until(lambda: bool(mine._watchers))
+        while mine._watchers:
+            mine.incident("test", "x" * 10_000)
+            await asyncio.sleep(0.001)
+
+    assert len(drops) == 1
+    assert drops[0].startswith("events: ")
+
+
+async def test_watchers_are_sent_home_when_the_server_ends(house: House) -> None:
+    async with watching(house) as told:
+        await until(lambda: bool(told))
+        house.app[keys.MONITOR].incident("shutdown", "the server is stopping", severity="info")
+        house.app[keys.LIFE].stopping.set()
+        await until(lambda: not house.app[keys.MONITOR]._watchers)
+        await until(lambda: told[-1][0] == "incident")
+
+
+async def test_a_loop_that_is_late_is_told(house: House) -> None:
+    mine = house.app[keys.MONITOR]
+    async with watching(house) as told:
+        await until(lambda: bool(told))
+        mine._lag_timer.cancel()
+        mine._lag_due = asyncio.get_running_loop().time() - 0.2  # as if it had been blocked
+        mine._look_at_lag()
+        mine.tick()
+        worst = mine.snapshot["loop"]["lag_max"]
+        await until(lambda: any(kind == "incident" for kind, _ in told))
+
+    (incident,) = [one for kind, one in told if kind == "incident"]
+    assert (incident["kind"], incident["severity"]) == ("loop_lag", "error")
+    assert worst >= 0.2
+
+
+# The metrics.
+
+
+async def scrape(house: House) -> str:
+    async with house.session.get(f"{house.base}/metrics") as response:
+        assert response.status == 200
+        assert response.headers["Content-Type"].startswith("text/plain; version=")
+        return await response.text()
+
+
+def samples(text: str) -> dict[tuple[Any, ...], float]:
+    """Every sample, by its name and labels; the parser is the client library's."""
+    found: dict[tuple[Any, ...], float] = {}
+    for family in text_string_to_metric_families(text):
+        assert family.documentation, family.name
+        for sample in family.samples:
+            key = (sample.name, *sorted(sample.labels.items()))
+            assert key not in found
+            found[key] = sample.value
+    return found
+
+
+async def test_the_metrics_are_there_from_the_start_and_stay_the_same(house: House) -> None:
+    before = samples(await scrape(house))
+    async with house.connect() as ws:
+        await ws.send_json(chat("a"))
+        await to_end(ws)
+    after = samples(await scrape(house))
+
+    assert before.keys() == after.keys()
+    ours = {name: value for name, value in before.items() if "_total" in name[0]}
+    assert not any(value for (name, *_), value in ours.items() if name.startswith("aioserver"))
+    assert before["aioserver_ready",] == 1
+    assert before["aioserver_connections_limit",] == 50
+    assert all(name[0].startswith(("aioserver_", "process_")) for name in before)
+
+
+async def test_histograms_grow_to_their_count(house: House) -> None:
+    for _ in range(5):
+        async with house.session.post(f"{house.v1}/chat/completions", json=CHAT) as response:
+            await response.read()
+
+    found = samples(await scrape(house))
+
+    buckets = [
+        value
+        for (name, *labels), value in found.items()
+        if name == "aioserver_request_duration_seconds_bucket" and ("face", "openai") in labels
+    ]
+    assert buckets == sorted(buckets)
+    assert buckets[-1] == 5
+    assert found["aioserver_request_duration_seconds_count", ("face", "openai")] == 5
+    assert found["aioserver_request_duration_seconds_sum", ("face", "openai")] > 0
+
+
+async def test_no_label_comes_from_a_client(house: House) -> None:
+    body = {**CHAT, "model": "evil\n} 1", "user": "evil-user", "stream": True}
+    async with house.session.post(
+        f"{house.v1}/chat/completions", json=body, headers={"X-Request-Id": "evil-id"}
+    ) as response:
+        await response.read()
+
+    text = await scrape(house)
+
+    assert "evil" not in text
+    assert 'model="other"' in text

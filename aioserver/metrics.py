@@ -1,0 +1,342 @@
+"""What is counted. Names and label sets are fixed from the start; `exposition` writes them as text.
+
+Counting is a few integers in plain objects, held by who counts: a request passes a dozen of them, and
+the children of a metrics library cost a lock and a microsecond each. prometheus-client gets them as
+families when somebody asks (`Collector`), and writes the text.
+
+Labels come from the configuration or from a list here: never from a client.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import deque
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from aioserver import errors
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from aioserver import settings
+
+# Seconds: latencies, and the short times between two events or inside us.
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+SHORT = (0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
+FACES = ("websocket", "sse", "openai")
+OK, CLIENT_LEFT, CANCELLED = "ok", "client_left", "cancelled"
+OUTCOMES = (
+    OK,
+    "client_error",
+    "rejected",
+    "provider_error",
+    CLIENT_LEFT,
+    CANCELLED,
+    "internal_error",
+)
+ATTEMPTS = (
+    *("ok", "connect_error", "timeout", "http_429", "http_4xx", "http_5xx", "tls"),
+    *("disconnected", "stale", "bad_response", "cancelled"),
+)
+CLOSES = ("1000", "1001", "1002", "1003", "1005", "1006", "1007", "1008", "1009", "1011", "1012")
+RECENT_SECONDS, RECENT_VALUES = 60.0, 1000
+
+
+class Counter:
+    """A number that grows; or, as a gauge, one that is set."""
+
+    __slots__ = ("value",)
+
+    def __init__(self) -> None:
+        self.value: float = 0
+
+
+class Histogram:
+    """How many observations were up to each bound, and their sum."""
+
+    __slots__ = ("bounds", "counts", "sum")
+
+    def __init__(self, bounds: Sequence[float] = SECONDS) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.sum = 0.0
+
+    def observe(self, value: float) -> None:
+        """Count one observation."""
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+
+Child = TypeVar("Child", Counter, Histogram)
+
+
+class Family(Generic[Child]):
+    """One metric: a child for each set of labels, all made at the start."""
+
+    def __init__(
+        self,
+        name: str,
+        about: str,
+        labels: Sequence[str],
+        children: Mapping[tuple[str, ...], Child],
+    ) -> None:
+        self.name = name
+        self.about = about
+        self.labels = tuple(labels)
+        self.children: dict[tuple[str, ...], Child] = dict(children)
+
+    def of(self, *values: str) -> Child:
+        """The child with these labels.
+
+        Raises:
+            KeyError: there is none: labels are fixed.
+        """
+        return self.children[values]
+
+
+class Recent:
+    """The newest observations: at most a thousand, of the last minute, for percentiles."""
+
+    __slots__ = ("_values",)
+
+    def __init__(self) -> None:
+        self._values: deque[tuple[float, float]] = deque(maxlen=RECENT_VALUES)
+
+    def add(self, now: float, value: float) -> None:
+        """Remember *value*, seen at *now*."""
+        self._values.append((now, value))
+
+    def percentiles(self, now: float) -> dict[str, float] | None:
+        """p50, p95, p99 and their count; None where nothing was seen (nearest rank)."""
+        values = self._values
+        while values and values[0][0] < now - RECENT_SECONDS:
+            values.popleft()
+        if not values:
+            return None
+        ordered = sorted([value for _, value in values])
+        last = len(ordered) - 1
+        found = {f"p{n}": ordered[min(last, len(ordered) * n // 100)] for n in (50, 95, 99)}
+        return {**found, "count": len(ordered)}
+
+
+class ProviderMeter:
+    """What is counted of one provider. *events*: those that passed, about a token each."""
+
+    __slots__ = ("attempts", "events", "first_token", "interval", "key_refused", "recent", "wait")
+
+    def __init__(self) -> None:
+        self.events = 0
+        self.wait = Histogram()
+        self.first_token = Histogram()
+        self.interval = Histogram(SHORT)
+        self.attempts = {outcome: Counter() for outcome in ATTEMPTS}
+        self.key_refused = Counter()
+        self.recent = Recent()
+
+
+NOBODY = ProviderMeter()  # of a log that no provider fills yet
+
+
+class FaceMeter:
+    """What is counted of one face."""
+
+    __slots__ = (
+        "connections",
+        "duration",
+        "first_token",
+        "opened",
+        "overhead",
+        "rejected",
+        "waiting",
+    )
+
+    def __init__(self) -> None:
+        self.connections = Counter()
+        self.waiting = Counter()
+        self.opened = Counter()
+        self.rejected = Counter()
+        self.duration = Histogram()
+        self.first_token = Histogram()
+        self.overhead = Histogram(SHORT)
+
+
+def _kinds() -> list[tuple[str, str]]:
+    """Every error code with the outcome of a request that ends with it."""
+    found: set[tuple[str, str]] = set()
+    todo: list[type[errors.AioserverError]] = [*errors.AioserverError.__subclasses__()]
+    while todo:
+        one = todo.pop()
+        todo += one.__subclasses__()
+        found.add((one.code, one.outcome))
+    return sorted(found)
+
+
+KINDS = _kinds()
+
+
+class Metrics:
+    """Everything that is counted, for as long as the server lives."""
+
+    def __init__(self, providers: Mapping[str, settings.Provider]) -> None:
+        self.providers = {name: ProviderMeter() for name in providers}
+        self.faces = {face: FaceMeter() for face in FACES}
+        self.felt = Recent()  # first tokens as clients feel them, on all faces
+        self.rejections = {code: Counter() for code, outcome in KINDS if outcome == "rejected"}
+        self.requests: Family[Counter] = Family(
+            "requests",
+            "Requests for an answer that have ended",
+            ("face", "provider", "code", "outcome"),
+            {one: Counter() for one in _ends(providers)},
+        )
+        self.outcomes = {outcome: Counter() for outcome in OUTCOMES}
+        self.tokens: Family[Counter] = Family(
+            "tokens",
+            "Tokens, as the provider reports them, or about one an event",
+            ("provider", "model", "type", "source"),
+            {one: Counter() for one in _tokens(providers)},
+        )
+        self.closed: Family[Counter] = Family(
+            "connections_closed",
+            "Connections that have ended; code: the close code of a WebSocket",
+            ("face", "code"),
+            {
+                **{("websocket", code): Counter() for code in (*CLOSES, "1013", "other")},
+                **{(face, ""): Counter() for face in FACES if face != "websocket"},
+            },
+        )
+        self.admission_wait = {outcome: Histogram() for outcome in ("entered", "refused")}
+        self.resumes = {outcome: Counter() for outcome in ("ok", "gap", "not_found")}
+        self.slow_clients = Counter()
+        self.bad_requests = {code: Counter() for code, why in KINDS if why == "client_error"}
+        self.bugs = Counter()
+        self.loop_lag = Histogram(SHORT)
+
+    def complain(self, error: errors.AioserverError) -> None:
+        """Somebody was told *error*, and no provider was asked."""
+        if error.outcome == "rejected":
+            self.rejections[error.code].value += 1
+        elif error.outcome == "client_error" and error.code in self.bad_requests:
+            self.bad_requests[error.code].value += 1
+
+    @contextmanager
+    def resuming(self) -> Iterator[None]:
+        """Count how it ends that somebody comes back for an answer."""
+        outcome = "ok"
+        try:
+            yield
+        except errors.ResumeGap:
+            outcome = "gap"
+            raise
+        except errors.StreamNotFound:
+            outcome = "not_found"
+            raise
+        finally:
+            self.resumes[outcome].value += 1
+
+    def families(self) -> Iterator[Family[Counter] | Family[Histogram]]:
+        """All families; counters without their suffix `_total`."""
+        providers, faces = self.providers.items(), self.faces.items()
+        yield self.requests
+        yield self.tokens
+        yield self.closed
+        yield Family(
+            "connections_rejected",
+            "Connections for which there was no place",
+            ("face",),
+            {(face,): meter.rejected for face, meter in faces},
+        )
+        yield Family(
+            "rejections",
+            "Requests and connections that were told to come back",
+            ("code",),
+            {(code,): counter for code, counter in self.rejections.items()},
+        )
+        yield Family(
+            "provider_attempts",
+            "Requests sent to a provider",
+            ("provider", "outcome"),
+            {
+                (name, outcome): counter
+                for name, meter in providers
+                for outcome, counter in meter.attempts.items()
+            },
+        )
+        yield Family(
+            "resumes",
+            "Answers that somebody came back for",
+            ("outcome",),
+            {(outcome,): counter for outcome, counter in self.resumes.items()},
+        )
+        yield Family(
+            "slow_clients", "Clients dropped: they took nothing", (), {(): self.slow_clients}
+        )
+        yield Family(
+            "bad_requests",
+            "Requests that were not understood or not allowed",
+            ("code",),
+            {(code,): counter for code, counter in self.bad_requests.items()},
+        )
+        yield Family("errors", "Bugs: each has a traceback in the log", (), {(): self.bugs})
+        yield Family(
+            "admission_wait_seconds",
+            "From coming to a place, or to the refusal",
+            ("outcome",),
+            {(outcome,): one for outcome, one in self.admission_wait.items()},
+        )
+        yield Family(
+            "provider_wait_seconds",
+            "In the line in front of a provider",
+            ("provider",),
+            {(name,): meter.wait for name, meter in providers},
+        )
+        yield Family(
+            "request_duration_seconds",
+            "From admission to the answer's end",
+            ("face",),
+            {(face,): meter.duration for face, meter in faces},
+        )
+        yield Family(
+            "first_token_seconds",
+            "From admission to the answer's first event, waits included",
+            ("face",),
+            {(face,): meter.first_token for face, meter in faces},
+        )
+        yield Family(
+            "provider_first_token_seconds",
+            "From the request being sent to the first event",
+            ("provider",),
+            {(name,): meter.first_token for name, meter in providers},
+        )
+        yield Family(
+            "token_interval_seconds",
+            "Between two events of an answer, its mean",
+            ("provider",),
+            {(name,): meter.interval for name, meter in providers},
+        )
+        yield Family(
+            "overhead_seconds",
+            "Our own work from admission to the provider's line",
+            ("face",),
+            {(face,): meter.overhead for face, meter in faces},
+        )
+        yield Family("loop_lag_seconds", "How late the event loop is", (), {(): self.loop_lag})
+
+
+def _ends(providers: Iterable[str]) -> Iterator[tuple[str, str, str, str]]:
+    for face in FACES:
+        for name in providers:
+            for outcome in (OK, CLIENT_LEFT, CANCELLED):
+                yield face, name, "", outcome
+            for code, outcome in KINDS:
+                yield face, name, code, outcome
+
+
+def _tokens(
+    providers: Mapping[str, settings.Provider],
+) -> Iterator[tuple[str, str, str, str]]:
+    for name, given in providers.items():
+        for model in dict.fromkeys((given.model, *given.models, "other")):
+            for kind in ("input", "output"):
+                yield name, model, kind, "provider"
+            yield name, model, "output", "estimate"

@@ -1,0 +1,371 @@
+"""The state of the house, once a second: a snapshot, ten minutes of history, incidents, watchers.
+
+Everything is built once a tick, however many look at it: `/stats` gets the newest snapshot, each
+watcher of `/events` the same bytes. What is counted is read, never walked: a tick costs the same with
+ten clients and with ten thousand. Incidents are seen in the difference of two ticks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+import time
+from collections import deque
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import orjson
+
+from aioserver import __version__, eventstream, keys
+from aioserver.errors import ServerAtCapacity
+
+if TYPE_CHECKING:
+    from aiohttp import web
+
+    from aioserver.metrics import Metrics
+    from aioserver.providers.provider import Provider
+
+TICK = 1.0  # seconds
+HISTORY = 600  # ticks: ten minutes
+MAX_INCIDENTS = 100
+MAX_WATCHERS = 256
+LAG_EVERY, LAG_LIMIT = 0.25, 0.1  # seconds between two looks at the loop; later than that is told
+QUIET = 10.0  # seconds in which incidents of one kind are gathered
+SLOW_TICKS = 10  # what costs with the number of tasks is looked at each so many ticks
+SERIES = ("active", "waiting", "rejected_per_second", "requests_per_second", "tokens_per_second")
+FAULTS = (
+    "connect_error",
+    "timeout",
+    "http_429",
+    "http_5xx",
+    "tls",
+    "disconnected",
+    "bad_response",
+)
+SEVERE = frozenset({"connect_error", "tls", "provider_auth", "loop_lag"})
+
+
+class Watcher(Protocol):
+    """Who follows `/events`."""
+
+    def send(self, data: bytes) -> None:
+        """Write *data*; never waits."""
+
+
+class Monitor:
+    """Ticks as long as the server lives.
+
+    Always: `_history` and `_incidents` are bounded; there are MAX_WATCHERS watchers at most.
+    """
+
+    def __init__(self, app: web.Application) -> None:
+        self._app = app
+        self._metrics: Metrics = app[keys.METRICS]
+        self._loop = asyncio.get_running_loop()
+        self._began = time.monotonic()
+        self._history: deque[dict[str, Any]] = deque(maxlen=HISTORY)
+        self._incidents: deque[dict[str, Any]] = deque(maxlen=MAX_INCIDENTS)
+        self._gathered: dict[tuple[str, str, str | None], int] = {}
+        self._quiet_until: dict[tuple[str, str, str | None], float] = {}
+        self._watchers: dict[Watcher, int] = {}  # and how many ticks lie between two snapshots
+        self._ticks = 0
+        self._tasks = 0
+        self._lag_sum = self._lag_max = 0.0
+        self._lag_count = 0
+        self._last = self._counted()
+        self._last_at, self._last_cpu = time.monotonic(), time.process_time()
+        self._snapshot: dict[str, Any] = {}
+        self._bytes = b"{}"
+        self._timer = self._loop.call_later(TICK, self._again)
+        self._lag_due = self._loop.time() + LAG_EVERY
+        self._lag_timer = self._loop.call_at(self._lag_due, self._look_at_lag)
+        self.tick()
+
+    @property
+    def snapshot(self) -> dict[str, Any]:
+        """The state at the last tick; the shape is in docs/operating.md."""
+        return self._snapshot
+
+    @property
+    def snapshot_json(self) -> bytes:
+        """The same as JSON."""
+        return self._bytes
+
+    @property
+    def full(self) -> bool:
+        """Whether nobody more may watch."""
+        return len(self._watchers) >= MAX_WATCHERS
+
+    def watch(self, watcher: Watcher, every: int) -> None:
+        """Send *watcher* the history now, a snapshot each *every* ticks, incidents as they happen.
+
+        Raises:
+            ServerAtCapacity: there are MAX_WATCHERS already.
+        """
+        if self.full:
+            raise ServerAtCapacity(f"{MAX_WATCHERS} watch already", retry_after=10.0)
+        self._watchers[watcher] = every
+        watcher.send(self._history_event() + eventstream.write(self._bytes, event="stats"))
+
+    def leave(self, watcher: Watcher) -> None:
+        """Send *watcher* nothing more."""
+        self._watchers.pop(watcher, None)
+
+    def incident(
+        self, kind: str, text: str, *, severity: str = "warning", provider: str | None = None
+    ) -> None:
+        """Something that a person who watches should know."""
+        told = {
+            "time": round(time.time(), 3),
+            "kind": kind,
+            "severity": severity,
+            "text": text,
+            "provider": provider,
+        }
+        self._incidents.append(told)
+        data = eventstream.write(orjson.dumps(told), event="incident")
+        for watcher in tuple(self._watchers):
+            watcher.send(data)
+
+    def tick(self) -> None:
+        """Build the snapshot, remember it, see what happened, tell who watches."""
+        now = time.monotonic()
+        seconds = max(now - self._last_at, 1e-3)
+        if self._ticks % SLOW_TICKS == 0:
+            self._tasks = len(asyncio.all_tasks(self._loop))
+        counted = self._counted()
+        rates = {name: (n - self._last.get(name, 0)) / seconds for name, n in counted.items()}
+        cpu = time.process_time()
+        snapshot = self._state(now, rates)
+        snapshot["process"]["cpu"] = round((cpu - self._last_cpu) / seconds, 3)
+        self._gather(counted)
+        self._last, self._last_at, self._last_cpu = counted, now, cpu
+        self._snapshot, self._bytes = snapshot, orjson.dumps(snapshot)
+        self._history.append(_point(snapshot))
+        self._lag_sum = self._lag_max = 0.0
+        self._lag_count = 0
+        self._tell(now)
+        if self._watchers:
+            data = eventstream.write(self._bytes, event="stats")
+            for watcher, every in tuple(self._watchers.items()):
+                if self._ticks % every == 0:
+                    watcher.send(data)
+        self._ticks += 1
+
+    def close(self) -> None:
+        """Tick no more."""
+        self._timer.cancel()
+        self._lag_timer.cancel()
+
+    def _again(self) -> None:
+        self._timer = self._loop.call_later(TICK, self._again)
+        self.tick()
+
+    def _look_at_lag(self) -> None:
+        now = self._loop.time()
+        lag = max(0.0, now - self._lag_due)
+        self._metrics.loop_lag.observe(lag)
+        self._lag_sum += lag
+        self._lag_count += 1
+        self._lag_max = max(self._lag_max, lag)
+        self._lag_due = now + LAG_EVERY
+        self._lag_timer = self._loop.call_at(self._lag_due, self._look_at_lag)
+
+    def _counted(self) -> dict[str, float]:
+        """What only grows, by a name for each."""
+        metrics = self._metrics
+        found = {f"rejection {code}": one.value for code, one in metrics.rejections.items()}
+        found["rejected"] = sum(found.values())
+        found["requests"] = sum(one.value for one in metrics.outcomes.values())
+        found["slow"] = metrics.slow_clients.value
+        found["events"] = 0
+        for name, meter in metrics.providers.items():
+            found["events"] += meter.events
+            found[f"events {name}"] = meter.events
+            found[f"key {name}"] = meter.key_refused.value
+            for outcome, counter in meter.attempts.items():
+                found[f"{outcome} {name}"] = counter.value
+            found[f"attempts {name}"] = sum(one.value for one in meter.attempts.values())
+        return found
+
+    def _state(self, now: float, rates: dict[str, float]) -> dict[str, Any]:
+        app, metrics = self._app, self._metrics
+        settings, faces = app[keys.SETTINGS], metrics.faces.items()
+        gate, streams = app[keys.ADMISSION].gate.stats(), app[keys.STREAMS].stats()
+        lifetime, router = app[keys.GATEWAY].lifetime, app[keys.ROUTER]
+        waiting = {name: int(meter.waiting.value) for name, meter in faces}
+        return {
+            "time": round(time.time(), 3),
+            "name": "aioserver",
+            "version": __version__,
+            "uptime": round(now - self._began, 1),
+            "ready": app[keys.LIFE].ready and router.usable,
+            "active_provider": router.active.name,
+            "connections": {
+                "active": gate.inside,
+                "limit": gate.limit,
+                "waiting": gate.waiting,
+                "queue_size": gate.queue_size,
+                "oldest_wait": round(gate.oldest_wait, 3),
+                "active_by_face": {name: int(meter.connections.value) for name, meter in faces},
+                "waiting_by_face": waiting,
+                "opened": int(sum(meter.opened.value for _, meter in faces)),
+                "rejected": int(sum(meter.rejected.value for _, meter in faces)),
+                "rejected_per_second": round(rates["rejected"], 1),
+            },
+            "rejections": {code: int(one.value) for code, one in metrics.rejections.items()},
+            "requests": {
+                "total": int(sum(one.value for one in metrics.outcomes.values())),
+                "per_second": round(rates["requests"], 1),
+                "running": sum(one.stats().queue.inside for one in router.providers.values()),
+                "outcomes": {name: int(one.value) for name, one in metrics.outcomes.items()},
+            },
+            "first_token": metrics.felt.percentiles(now),
+            "tokens_per_second": round(rates["events"], 1),
+            "streams": {
+                "running": streams.running,
+                "detached": lifetime.detached,
+                "max_detached": settings.chat.streams.max_detached,
+                "finished": streams.finished,
+                "bytes": streams.bytes,
+                "max_bytes": streams.max_bytes,
+            },
+            "slow_clients": int(metrics.slow_clients.value),
+            "providers": {
+                name: self._provider(one, now, rates) for name, one in router.providers.items()
+            },
+            "loop": {
+                "lag": round(self._lag_sum / max(1, self._lag_count), 5),
+                "lag_max": round(self._lag_max, 5),
+            },
+            "process": process() | {"tasks": self._tasks},
+            "watchers": len(self._watchers),
+            "endpoints": {
+                "websocket": settings.chat.websocket.endpoint,
+                "sse": settings.chat.sse.endpoint,
+                "openai": "/v1",
+            },
+        }
+
+    def _provider(self, one: Provider, now: float, rates: dict[str, float]) -> dict[str, Any]:
+        state, meter, name = one.stats(), one.meter, one.name
+        attempts = {outcome: int(counter.value) for outcome, counter in meter.attempts.items()}
+        return {
+            "usable": state.usable,
+            "active": one is self._app[keys.ROUTER].active,
+            "model": one.settings.model,
+            "in_flight": state.queue.inside,
+            "limit": state.queue.limit,
+            "waiting": state.queue.waiting,
+            "queue_size": state.queue.queue_size,
+            "oldest_wait": round(state.queue.oldest_wait, 3),
+            "pool": {
+                "open": state.pool.open,
+                "idle": state.pool.idle,
+                "limit": state.pool.limit,
+                "waiting": state.pool.waiting,
+            },
+            "requests": sum(attempts.values()),
+            "faults": {outcome: n for outcome, n in attempts.items() if outcome != "ok"},
+            "requests_per_second": round(rates[f"attempts {name}"], 1),
+            "tokens_per_second": round(rates[f"events {name}"], 1),
+            "first_token": meter.recent.percentiles(now),
+        }
+
+    def _gather(self, counted: dict[str, float]) -> None:
+        """Note what has happened since the last tick."""
+
+        def grown(name: str, kind: str, what: str, provider: str | None = None) -> None:
+            if more := int(counted[name] - self._last.get(name, 0)):
+                key = kind, what, provider
+                self._gathered[key] = self._gathered.get(key, 0) + more
+
+        for code in self._metrics.rejections:
+            grown(f"rejection {code}", "rejections", code)
+        grown("slow", "slow_client", "")
+        for name in self._metrics.providers:
+            grown(f"key {name}", "provider_auth", "", name)
+            for outcome in FAULTS:
+                grown(f"{outcome} {name}", "provider_faults", outcome, name)
+        if self._lag_max > LAG_LIMIT:
+            key = "loop_lag", "", None
+            worst = round(self._lag_max * 1000)
+            self._gathered[key] = max(worst, self._gathered.get(key, 0))
+
+    def _tell(self, now: float) -> None:
+        """Tell what was gathered, each kind once in a while."""
+        for key in [key for key in self._gathered if self._quiet_until.get(key, 0.0) <= now]:
+            number = self._gathered.pop(key)
+            self._quiet_until[key] = now + QUIET
+            kind, what, provider = key
+            text = {
+                "rejections": f"{number} refused: {what}",
+                "slow_client": f"{number} dropped: they took nothing of what was sent",
+                "provider_auth": f"{provider} refuses our key, or its quota is used up ({number})",
+                "provider_faults": f"{provider}: {number} x {what}",
+                "loop_lag": f"the event loop was {number} ms late",
+            }[kind]
+            severe = kind in SEVERE or what in SEVERE
+            self.incident(kind, text, severity="error" if severe else "warning", provider=provider)
+
+    def _history_event(self) -> bytes:
+        points = self._history
+        names = (*SERIES, "first_token_p50", "first_token_p95", "lag_max")
+        told = {
+            "interval": TICK,
+            "time": [point["time"] for point in points],
+            "series": {name: [point[name] for point in points] for name in names},
+            "providers": {
+                provider: {
+                    name: [point["providers"][provider][name] for point in points]
+                    for name in self._history[-1]["providers"][provider]
+                }
+                for provider in self._metrics.providers
+            },
+            "incidents": list(self._incidents),
+        }
+        return eventstream.write(orjson.dumps(told), event="history")
+
+
+def _point(snapshot: dict[str, Any]) -> dict[str, Any]:
+    """What the history keeps of a snapshot."""
+    felt = snapshot["first_token"] or {}
+    return {
+        "time": snapshot["time"],
+        "active": snapshot["connections"]["active"],
+        "waiting": snapshot["connections"]["waiting"],
+        "rejected_per_second": snapshot["connections"]["rejected_per_second"],
+        "requests_per_second": snapshot["requests"]["per_second"],
+        "tokens_per_second": snapshot["tokens_per_second"],
+        "first_token_p50": felt.get("p50"),
+        "first_token_p95": felt.get("p95"),
+        "lag_max": snapshot["loop"]["lag_max"],
+        "providers": {
+            name: {
+                "in_flight": one["in_flight"],
+                "waiting": one["waiting"],
+                "pool_open": one["pool"]["open"],
+                "pool_idle": one["pool"]["idle"],
+                "tokens_per_second": one["tokens_per_second"],
+            }
+            for name, one in snapshot["providers"].items()
+        },
+    }
+
+
+def process() -> dict[str, Any]:
+    """Descriptors and memory of this process; None where the system does not say."""
+    fds = Path("/proc/self/fd")
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        open_fds: int | None = fds.stat().st_size or len(
+            list(fds.iterdir())
+        )  # the size: Linux 6.2
+        rss: int | None = pages * resource.getpagesize()
+    except (OSError, ValueError):
+        open_fds = rss = None
+    return {
+        "open_fds": open_fds,
+        "max_fds": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        "rss_bytes": rss,
+    }

@@ -1,0 +1,143 @@
+"""What is counted: fixed labels, percentiles of the last minute, and one end for each request."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from aioserver import errors
+from aioserver.metrics import CANCELLED, FACES, KINDS, OK, Histogram, Metrics, Recent
+from aioserver.records import Record, Records
+
+GIVEN: Any = {name: SimpleNamespace(model="m", models=("n",)) for name in ("openai", "groq")}
+
+
+def all_errors() -> list[type[errors.AioserverError]]:
+    found, todo = [], [*errors.AioserverError.__subclasses__()]
+    while todo:
+        one = todo.pop()
+        todo += one.__subclasses__()
+        found.append(one)
+    return found
+
+
+def made(kind: type[errors.AioserverError]) -> errors.AioserverError:
+    if issubclass(kind, errors.ProviderRefused):
+        return kind("no", 404, b"{}")
+    return kind("no")
+
+
+def record(face: str = "openai", provider: str = "groq", model: str = "m") -> Record:
+    one = Record()
+    one.begin(face, "r1", provider, model)
+    return one
+
+
+@pytest.mark.parametrize("kind", all_errors(), ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("face", FACES)
+def test_every_error_can_end_a_request(face: str, kind: type[errors.AioserverError]) -> None:
+    metrics = Metrics(GIVEN)
+
+    Records(metrics).finish(record(face), made(kind))
+
+    assert metrics.requests.of(face, "groq", kind.code, kind.outcome).value == 1
+    assert metrics.outcomes[kind.outcome].value == 1
+    assert sum(one.value for one in metrics.requests.children.values()) == 1
+    told = metrics.rejections.get(kind.code)
+    assert (told is not None and told.value == 1) == (kind.outcome == "rejected")
+
+
+def test_a_bug_is_an_internal_error_and_shows_nothing_of_itself() -> None:
+    metrics = Metrics(GIVEN)
+    Records(metrics).finish(record(), RuntimeError("the password is 1234"))
+    assert metrics.requests.of("openai", "groq", "internal_error", "internal_error").value == 1
+
+
+def test_who_left_and_who_stopped_it_are_told_apart() -> None:
+    metrics = Metrics(GIVEN)
+    one, other = record(), record()
+    other.left = True
+    Records(metrics).finish(one, None, cancelled=True)
+    Records(metrics).finish(other, None, cancelled=True)
+    assert metrics.outcomes[CANCELLED].value == 1
+    assert metrics.outcomes["client_left"].value == 1
+    assert metrics.outcomes[OK].value == 0
+
+
+@pytest.mark.parametrize(
+    ("usage", "into", "out", "estimate"),
+    [
+        ({"prompt_tokens": 3, "completion_tokens": 4}, 3, 4, 0),
+        ({"input_tokens": 5, "output_tokens": 6}, 5, 6, 0),  # of a response
+        ({"prompt_tokens": "3", "completion_tokens": -4}, 0, 0, 9),
+        ({"completion_tokens": 1 << 70}, 0, 0, 9),
+        ({"prompt_tokens": True, "completion_tokens": 4.5}, 0, 0, 9),
+        ({}, 0, 0, 9),
+        (None, 0, 0, 9),
+    ],
+)
+def test_tokens_are_the_providers_or_an_estimate(
+    usage: Any, into: int, out: int, estimate: int
+) -> None:
+    metrics = Metrics(GIVEN)
+    one = record()
+    one.usage, one.events = usage, 9
+
+    Records(metrics).finish(one, None)
+
+    family = metrics.tokens
+    assert family.of("groq", "m", "input", "provider").value == into
+    assert family.of("groq", "m", "output", "provider").value == out
+    assert family.of("groq", "m", "output", "estimate").value == estimate
+
+
+@pytest.mark.parametrize(("model", "label"), [("m", "m"), ("n", "n"), ("evil", "other")])
+def test_a_model_that_is_not_configured_is_another(model: str, label: str) -> None:
+    metrics = Metrics(GIVEN)
+    one = record(model=model)
+    one.events = 2
+    Records(metrics).finish(one, None)
+    assert metrics.tokens.of("groq", label, "output", "estimate").value == 2
+
+
+def test_labels_are_fixed() -> None:
+    metrics = Metrics(GIVEN)
+    with pytest.raises(KeyError):
+        metrics.requests.of("openai", "groq", "", "invented")
+    names = [family.name for family in metrics.families()]
+    assert len(names) == len(set(names))
+    for family in metrics.families():
+        assert all(len(labels) == len(family.labels) for labels in family.children)
+
+
+def test_a_histogram_counts_up_to_each_bound() -> None:
+    one = Histogram((1.0, 2.0))
+    for value in (0.5, 1.0, 1.5, 2.0, 2.5, 99.0):
+        one.observe(value)
+    assert one.counts == [2, 2, 2]
+    assert one.sum == pytest.approx(106.5)
+
+
+def test_percentiles_are_of_the_last_minute_and_of_a_thousand() -> None:
+    one = Recent()
+    assert one.percentiles(0.0) is None
+    for number in range(100):
+        one.add(float(number), number / 100)
+    found = one.percentiles(100.0)
+    assert found is not None
+    assert found["count"] == 60  # 40 to 99
+    assert found["p50"] == pytest.approx(0.70)
+    assert found["p95"] == pytest.approx(0.97)
+    assert found["p99"] == pytest.approx(0.99)
+    one.add(500.0, 7.0)
+    assert one.percentiles(500.0) == {"p50": 7.0, "p95": 7.0, "p99": 7.0, "count": 1}
+    for _ in range(5000):
+        one.add(501.0, 1.0)
+    assert (one.percentiles(501.0) or {})["count"] == 1000
+
+
+def test_every_kind_of_error_has_an_outcome() -> None:
+    outcomes = {outcome for _, outcome in KINDS}
+    assert outcomes == {"client_error", "rejected", "provider_error", "internal_error"}
