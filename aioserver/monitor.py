@@ -76,6 +76,7 @@ class Monitor:
         self._last_at, self._last_cpu = time.monotonic(), time.process_time()
         self._snapshot: dict[str, Any] = {}
         self._bytes = b"{}"
+        self._history_bytes = b""  # as long as nothing comes to it
         self._timer = self._loop.call_later(TICK, self._again)
         self._lag_due = self._loop.time() + LAG_EVERY
         self._lag_timer = self._loop.call_at(self._lag_due, self._look_at_lag)
@@ -123,6 +124,7 @@ class Monitor:
             "provider": provider,
         }
         self._incidents.append(told)
+        self._history_bytes = b""
         data = eventstream.write(orjson.dumps(told), event="incident")
         for watcher in tuple(self._watchers):
             watcher.send(data)
@@ -142,6 +144,7 @@ class Monitor:
         self._last, self._last_at, self._last_cpu = counted, now, cpu
         self._snapshot, self._bytes = snapshot, orjson.dumps(snapshot)
         self._history.append(_point(snapshot))
+        self._history_bytes = b""
         self._lag_sum = self._lag_max = 0.0
         self._lag_count = 0
         self._tell(now)
@@ -309,6 +312,8 @@ class Monitor:
             self.incident(kind, text, severity="error" if severe else "warning", provider=provider)
 
     def _history_event(self) -> bytes:
+        if self._history_bytes:
+            return self._history_bytes
         points = self._history
         names = (*SERIES, "first_token_p50", "first_token_p95", "lag_max")
         told = {
@@ -324,7 +329,8 @@ class Monitor:
             },
             "incidents": list(self._incidents),
         }
-        return eventstream.write(orjson.dumps(told), event="history")
+        self._history_bytes = eventstream.write(orjson.dumps(told), event="history")
+        return self._history_bytes
 
 
 def _point(snapshot: dict[str, Any]) -> dict[str, Any]:

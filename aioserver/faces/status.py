@@ -55,7 +55,7 @@ async def stats(request: web.Request) -> web.Response:
 async def metrics(request: web.Request) -> web.Response:
     """Prometheus text."""
     headers = {"Content-Type": prometheus.CONTENT_TYPE, **FRESH}
-    return web.Response(body=prometheus.text(request.app), headers=headers)
+    return web.Response(body=await prometheus.text(request.app), headers=headers)
 
 
 async def events(request: web.Request) -> web.StreamResponse:
