@@ -143,7 +143,7 @@ async def text(app: web.Application) -> bytes:
     """The text, of the type CONTENT_TYPE. Others have a turn behind each family."""
     parts = []
     for family in app[keys.REGISTRY].collect():
-        parts.append(generate_latest(_One(family)))  # type: ignore[arg-type]
+        parts.append(generate_latest(_One(family)))
         await asyncio.sleep(0)
     return b"".join(parts)
 

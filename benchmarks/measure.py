@@ -189,14 +189,19 @@ class Bench:
         return text(command)
 
     @contextlib.contextmanager
-    def idle(self, server: Server, count: int, *, ramp: float) -> Iterator[None]:
+    def idle(
+        self, server: Server, count: int, *, ramp: float, watching: bool = False
+    ) -> Iterator[None]:
         """Hold *count* idle WebSockets, opened over *ramp* seconds; pings are answered.
+
+        Or as many who are *watching*: they read the event stream of the server's state.
 
         Raises `StepFailed` at the end, where not all of them were there all the time.
         """
-        assert server.peer.websocket is not None
-        command = [HARNESS / "loadgen", "--json", "--mode", "idle", "--idle-proto", "ws"]
-        command += ["--port", server.port, "--path", server.peer.websocket]
+        path = server.peer.events if watching else server.peer.websocket
+        command = [HARNESS / "loadgen", "--json", "--mode", "idle"]
+        command += ["--idle-proto", "http" if watching else "ws"]
+        command += ["--port", server.port, "--path", path]
         command += ["--connections", count, "--ramp", ramp, "--duration", 120]
         output = b""
         with running(
@@ -210,7 +215,7 @@ class Bench:
         held: Result = json.loads(output or b"{}")
         if held.get("held") != count or held["closed_early"]:
             raise StepFailed(
-                f"of {count} idle WebSockets {held.get('held')} were held, "
+                f"of {count} idle connections {held.get('held')} were held, "
                 f"{held.get('closed_early')} closed by the server"
             )
 

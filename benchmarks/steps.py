@@ -17,6 +17,7 @@ LEVELS = (500, 750, 1000, 1250, 1500, 2000)
 IDLE = 10_000  # WebSockets of which the CPU share is taken
 IDLE_SECONDS = 40  # two whole rounds of aioserver's pings, whatever their phase
 FEW, MANY = 100, 4_000  # idle WebSockets beside the plain requests
+WATCHERS = 200  # of the server's state
 LEAVING = 100  # clients that leave
 PLACES, CROWD = 200, 1000  # max_connections of the tight configuration, and who comes at once
 MB = 1e6
@@ -126,6 +127,19 @@ def crowded(bench: Bench, server: Server, load: Load) -> Result:
         "many_us": many,
         "quotient": many / few if few else 0.0,
         "faults": found,
+    }
+
+
+def watched(bench: Bench, server: Server, load: Load) -> Result:
+    """CPU of a plain request while nobody and while many watch the server's state."""
+    alone = bench.measure(server, load)
+    with bench.idle(server, WATCHERS, ramp=1.0, watching=True):
+        beside = bench.measure(server, load)
+    return {
+        "alone_us": alone["cpu_us"],
+        "watched_us": beside["cpu_us"],
+        "quotient": beside["cpu_us"] / alone["cpu_us"] if alone["cpu_us"] else 0.0,
+        "faults": faults(alone) + faults(beside),
     }
 
 
@@ -241,6 +255,7 @@ STEPS = {
         quick=True,
     ),
     "crowded": Step(load=HTTP, do=crowded, once=True, needs=websocket),
+    "watched": Step(load=HTTP, do=watched, once=True, quick=True, needs=lambda peer: peer.events),
     "restart": Step(
         load=Load(
             mode="sse",

@@ -59,6 +59,13 @@ ROWS = (
     Row("crowded", "many_us", "CPU µs per plain request, 4,000 idle WebSockets", "less", 1),
     Row("crowded", "quotient", "the latter by the former", "less", 2),
     Row(
+        "watched",
+        "quotient",
+        "CPU per plain request, 200 watch, by that while nobody does",
+        "less",
+        2,
+    ),
+    Row(
         "leave",
         "close_ms",
         "ms until the provider's connection of one that left is closed",
