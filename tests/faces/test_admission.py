@@ -283,11 +283,20 @@ async def test_what_frees_or_shows_a_full_house_works_in_it(make_house: Make) ->
         await ws.send_json(chat("r1"))
         await until_status(ws, "processing")
         assert (await waiter.receive_json())["status"] == "queued"
-        for path in ("/health", "/healthz", "/livez", "/ready", "/readyz", "/v1/models", "/"):
+        house.app[keys.MONITOR].tick()
+        async with session.get(base + "/metrics") as response:
+            assert "aioserver_connections_waiting" in await response.text()
+        for path in (
+            *("/health", "/healthz", "/livez", "/ready", "/readyz"),
+            *("/v1/models", "/", "/stats"),
+        ):
             async with session.get(base + path) as response:
                 assert response.status == 200, path
                 shown.append(await response.json())
-        assert shown[-1]["connections"] == {"active": 1, "limit": 1, "waiting": 1, "queue_size": 1}
+        connections = shown[-1]["connections"]
+        assert (connections["active"], connections["limit"]) == (1, 1)
+        assert (connections["waiting"], connections["queue_size"]) == (1, 1)
+        assert connections["waiting_by_face"]["websocket"] == 1
         async with session.get(base + "/v1/models/sim") as response:
             assert response.status == 200
         async with session.get(house.sse) as response:
