@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import orjson
 import pytest
 
 from aioserver import eventstream
+from aioserver.deltas import Reading, Shape
 from aioserver.entries import CANCELLED, CHUNK, COMPLETE, ERROR, PROCESSING
 from aioserver.errors import ProviderDisconnected, ResumeGap, ServerAtCapacity
+from aioserver.fastpath import Client as PassedTo
+from aioserver.fastpath import TextPath
 from aioserver.store import Streams
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from aioserver.deltas import Shape
     from aioserver.streams import Stream
 
 MUCH = 1 << 30
@@ -41,6 +43,13 @@ def raw(*texts: str) -> bytes:
 
 def texts(frames: Sequence[bytes]) -> list[str]:
     return [orjson.loads(frame)["chunk"].get("data") for frame in frames]
+
+
+class Nowhere:
+    """An outbox that writes to nobody."""
+
+    def put(self, _path: object, _data: bytes) -> None:
+        pass
 
 
 class Slow:
@@ -535,6 +544,34 @@ class Known:
         self.events += names
         self.sizes.append(self.stream.entries[-1].sized)
 
+    def pass_on(self, dice: random.Random) -> None:
+        """As the fast path does, where there is one reader who has read all; else `append`."""
+        if len(self.readers) != 1 or self.stream.private:
+            return self.append(dice)
+        (reader,) = self.readers
+        self.read(reader, MUCH)
+        if reader not in self.readers or not self.stream.last:
+            return self.append(dice)
+        shape = Shape(b'data: {"t":"', b'"}\n\n', Reading())
+        client = PassedTo(
+            cast("Any", None), cast("Any", Nowhere()), lambda: 0.0, 0, lambda: None, False
+        )
+        path = TextPath(cast("Any", reader), client, shape, lambda _head, _number, _text: b"")
+        path.open, self.stream.path = True, path
+        for _ in range(dice.randint(1, 4)):
+            name = f"{len(self.events)}-" + "x" * dice.randint(0, 300)
+            event = shape.before + name.encode() + shape.behind
+            assert path.take(b"%x\r\n%b\r\n" % (len(event), event))
+            self.events.append(name)
+            reader.seen.append((reader.next, name))
+            reader.next += 1
+        assert self.stream.last == len(self.events)
+        self.stream.seal()
+        assert not path.open
+        entries = self.stream.entries
+        self.sizes.append(entries[-1].sized if entries else 0)
+        return None
+
     def end(self, dice: random.Random) -> None:
         status = dice.choice((COMPLETE, CANCELLED, ERROR))
         if status == ERROR:
@@ -606,7 +643,8 @@ def test_random_steps_agree_with_the_model(run: int) -> None:
         log = dice.choice(logs) if logs else None
         grown = False
         match dice.choices(
-            ("open", "append", "end", "resume", "read", "leave", "drop"), (2, 12, 1, 6, 12, 3, 0.5)
+            ("open", "append", "pass", "end", "resume", "read", "leave", "drop"),
+            (2, 9, 6, 1, 6, 12, 3, 0.5),
         )[0]:
             case "open":
                 room = streams.stats().bytes < max_kept
@@ -620,6 +658,9 @@ def test_random_steps_agree_with_the_model(run: int) -> None:
                     logs.append(Known(stream))
             case "append" if log and not log.stream.ended:
                 log.append(dice)
+                grown = True
+            case "pass" if log and not log.stream.ended:
+                log.pass_on(dice)
                 grown = True
             case "end" if log and not log.stream.ended:
                 order.append(log)
