@@ -322,6 +322,13 @@ class ProviderRateLimited(ProviderFault):
     retry, failover, failure = True, True, False
 
 
+class ProviderPaced(ProviderRateLimited):
+    """Our pace for the provider (`requests_per_minute`) cannot start it before its deadline."""
+
+    outcome, attempt = "rejected", ""
+    retry = False
+
+
 class ProviderError(ProviderFault):
     """The provider's 5xx, or an error object inside its stream."""
 

@@ -5,6 +5,9 @@ provider (`concurrent_requests`, fair between callers). Three bounds make it wha
 the number of those who wait, and the time that each of them waits. A freed place is handed to the
 next in line, never thrown open: a newcomer cannot overtake, and nobody waits while a place is free.
 
+Where there is a pace (requests a minute), one line covers both: its head starts when a place is free
+and the pace allows it. Who cannot start before its deadline, as the pace alone says, is told at once.
+
 Not asyncio.Semaphore: it bounds neither its waiters nor their wait, and tells nobody their position.
 
 Fairness is round robin over callers, in order within one (Nagle, "On Packet Switches with Infinite
@@ -18,7 +21,7 @@ import random
 import time
 from collections import OrderedDict, deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator
@@ -41,6 +44,16 @@ class GateStats:
     oldest_wait: float
     entered: int
     refused: int
+
+
+class Pacer(Protocol):
+    """How fast starts may follow each other."""
+
+    def delay(self, ahead: int = 0) -> float:
+        """Seconds until one may start before which *ahead* others start."""
+
+    def start(self) -> None:
+        """One starts."""
 
 
 class Place:
@@ -89,11 +102,11 @@ class _Waiter:
 class Gate:
     """Bounded in places, in waiters and in their wait; fair between callers.
 
-    Always: `inside <= limit`; nobody waits while a place is free (but for a limit just lowered);
-    each caller in `_waiting` has at least one waiter. One event loop owns one gate.
+    Always: `inside <= limit`; nobody waits while a place is free and the pace allows a start; each
+    caller in `_waiting` has at least one waiter. One event loop owns one gate.
 
-    *full* and *late* make the errors for a line that is full and a wait that was too long; they
-    get the estimate, in seconds, of when to come back.
+    *full* and *late* make the errors for a line that is full and a wait that was too long, *paced*
+    that for one that the pace makes too long; they get the seconds after which to come back.
     """
 
     def __init__(
@@ -104,6 +117,8 @@ class Gate:
         queue_timeout: float,
         full: Callable[[float], AioserverError],
         late: Callable[[float], AioserverError],
+        pace: Pacer | None = None,
+        paced: Callable[[float], AioserverError] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._limit = limit
@@ -111,6 +126,8 @@ class Gate:
         self._queue_timeout = queue_timeout
         self._full = full
         self._late = late
+        self._pace = pace
+        self._paced = paced or late
         self._clock = clock
         self._waiting: OrderedDict[Hashable, deque[_Waiter]] = OrderedDict()
         self._inside = 0
@@ -120,6 +137,7 @@ class Gate:
         self._freed_at: float | None = None
         self._interval = 1.0  # smoothed seconds between two freed places
         self._teller: asyncio.TimerHandle | None = None
+        self._starter: asyncio.TimerHandle | None = None  # for when the pace allows the next start
         self._closed: AioserverError | None = None
 
     @property
@@ -140,45 +158,86 @@ class Gate:
     def apply(self, limit: int, *, queue_size: int, queue_timeout: float) -> None:
         """Use new bounds. Who is inside stays; who waits keeps the deadline it came with."""
         self._limit, self._queue_size, self._queue_timeout = limit, queue_size, queue_timeout
+        self.serve()
+
+    def serve(self) -> None:
+        """Let in who may start now; called when a place or the pace has changed."""
         while self._count and self._inside < self._limit:
+            if self._pace is not None and (delay := self._pace.delay()) > 0:
+                if self._starter is not None:
+                    self._starter.cancel()
+                self._starter = asyncio.get_running_loop().call_later(delay, self.serve)
+                return
             self._inside += 1
             self._hand_over()
 
     def try_enter(self) -> Place | None:
         """A place, if one is free and nobody waits for it."""
         if self._inside < self._limit and not self._count and self._closed is None:
+            if self._pace is not None:
+                if self._pace.delay() > 0:
+                    return None
+                self._pace.start()
             self._inside += 1
             self._entered += 1
             return Place(self)
         return None
 
     async def enter(
-        self, caller: Hashable = None, *, told: Callable[[int, float], None] | None = None
+        self,
+        caller: Hashable = None,
+        *,
+        told: Callable[[int, float], None] | None = None,
+        within: float | None = None,
+        again: bool = False,
     ) -> Place:
         """Wait for a place. *told* hears `(position, eta)` at once and when they change.
 
+        *within*: seconds that it may take; None: `queue_timeout`. *again*: in front of its caller's
+        others, since it has waited before.
+
         Raises:
-            AioserverError: made by *full* at once, or by *late* at the deadline; or what
+            AioserverError: made by *full* or *paced* at once, or by *late* at the deadline; or what
                 `close` was given.
         """
         if place := self.try_enter():
             return place
         if self._closed is not None:
             raise self._closed
-        if self._count >= self._queue_size or self._queue_timeout <= 0:
+        patience = self._queue_timeout if within is None else within
+        if self._count >= self._queue_size or patience <= 0:
             self._refused += 1
             raise self._full(self.retry_after())
-        return await self._wait(caller, told)
+        if self._pace is not None:
+            position = self._position(
+                caller, 1 if again else len(self._waiting.get(caller, ())) + 1
+            )
+            if (wait := self._pace.delay(position - 1)) > patience:
+                self._refused += 1
+                raise self._paced(wait)
+        return await self._wait(caller, told, patience, again=again)
 
-    async def _wait(self, caller: Hashable, told: Callable[[int, float], None] | None) -> Place:
+    async def _wait(
+        self,
+        caller: Hashable,
+        told: Callable[[int, float], None] | None,
+        patience: float,
+        *,
+        again: bool,
+    ) -> Place:
         turn: asyncio.Future[Place] = asyncio.get_running_loop().create_future()
         waiter = _Waiter(turn, caller, self._clock(), told)
-        self._waiting.setdefault(caller, deque()).append(waiter)
+        line = self._waiting.setdefault(caller, deque())
+        if again:
+            line.appendleft(waiter)
+        else:
+            line.append(waiter)
         self._count += 1
         try:
-            if told is not None:
-                self._tell_one(waiter)
-            async with asyncio.timeout(self._queue_timeout):
+            self.serve()  # arms the timer where only the pace is in the way
+            if told is not None and not turn.done():
+                self._tell_one(waiter, 1 if again else len(line))
+            async with asyncio.timeout(patience):
                 return await turn
         except BaseException as exc:
             if turn.done() and not turn.cancelled() and turn.exception() is None:
@@ -198,11 +257,13 @@ class Gate:
                 waiter.turn.set_exception(error)
         self._waiting.clear()
         self._count = 0
+        if self._starter is not None:
+            self._starter.cancel()
 
     def retry_after(self) -> float:
         """Seconds until a place may be free for one more, with jitter so that not all come at once."""
         low, high = RETRY_AFTER
-        estimate = self._interval * (self._count + 1)
+        estimate = self._eta(self._count + 1)
         return min(high, max(low, estimate) * random.uniform(1.0, 1.5))  # noqa: S311 - jitter
 
     def stats(self) -> GateStats:
@@ -223,10 +284,8 @@ class Gate:
         if self._freed_at is not None:
             self._interval += SMOOTHING * (min(60.0, now - self._freed_at) - self._interval)
         self._freed_at = now
-        if self._count and self._inside <= self._limit:
-            self._hand_over()
-        else:
-            self._inside -= 1
+        self._inside -= 1
+        self.serve()
 
     def _hand_over(self) -> None:
         """Give one place, counted already, to the next in line; nobody there: it is free."""
@@ -241,6 +300,8 @@ class Gate:
                 self._waiting.move_to_end(caller)
             if not given_up:
                 self._entered += 1
+                if self._pace is not None:
+                    self._pace.start()
                 waiter.turn.set_result(Place(self))
                 return
         self._inside -= 1
@@ -265,15 +326,29 @@ class Gate:
                     still.append(line)
             lines = still
 
-    def _tell_one(self, waiter: _Waiter) -> None:
-        # A newcomer, the last of its caller: before it come as many turns of every other caller,
-        # one less of those who stand behind its own caller in the round.
-        position, turns = 0, len(self._waiting[waiter.caller])
-        for caller, line in self._waiting.items():
-            position += min(len(line), turns)
-            if caller == waiter.caller:
+    def _position(self, caller: Hashable, turns: int) -> int:
+        """Where one of *caller* stands that has its turn as that caller's *turns*-th.
+
+        Before it come as many turns of every other caller, one less of those who stand behind its
+        own caller in the round.
+        """
+        position, mine = 0, turns
+        for other, line in self._waiting.items():
+            if other == caller:
+                position += mine
                 turns -= 1
-        waiter.tell(position, position * self._interval)
+            else:
+                position += min(len(line), turns)
+        return position if caller in self._waiting else position + mine
+
+    def _eta(self, position: int) -> float:
+        """Seconds until who stands at *position* starts, about."""
+        places = position * self._interval if self._inside >= self._limit else 0.0
+        return places if self._pace is None else max(places, self._pace.delay(position - 1))
+
+    def _tell_one(self, waiter: _Waiter, turns: int) -> None:
+        position = self._position(waiter.caller, turns)
+        waiter.tell(position, self._eta(position))
         if self._teller is None:
             self._teller = asyncio.get_running_loop().call_later(TELL_EVERY, self._tell)
 
@@ -283,6 +358,6 @@ class Gate:
         waiting = [waiter for waiter in self._line() if not waiter.turn.done()]
         for position, waiter in enumerate(waiting, 1):
             listeners = listeners or waiter.told is not None
-            waiter.tell(position, position * self._interval)
+            waiter.tell(position, self._eta(position))
         if listeners:
             self._teller = asyncio.get_running_loop().call_later(TELL_EVERY, self._tell)

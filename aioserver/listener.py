@@ -35,6 +35,9 @@ access_logger = logging.getLogger("aioserver.access")
 MAX_HEADERS = 128  # fields of one request
 LINGERING = 1.0  # seconds an answered request's unread body is read on, so that the answer arrives
 UVLOOP_EARS = 8
+KERNEL_PATIENCE = (
+    1.0  # seconds by which the kernel's watch comes after ours, which logs and counts
+)
 MAX_NOT_SENT = 1 << 17  # bytes that the kernel keeps for a client who takes nothing; else 4 MiB
 SOMAXCONN = Path("/proc/sys/net/core/somaxconn")
 
@@ -144,8 +147,8 @@ async def listen(
 ) -> list[Listening]:
     """Listen on every address of the host, with the backlog.
 
-    *send_timeout*: the kernel aborts a connection that takes nothing for so long, also when all
-    that is left to do is to close it (`TCP_USER_TIMEOUT`, inherited from the listening socket). What
+    *send_timeout*: the kernel aborts a connection that takes nothing for a second more than that,
+    also when all that is left to do is to close it (`TCP_USER_TIMEOUT`, inherited from the listening socket). What
     it keeps for one that takes nothing is bounded as well (`TCP_NOTSENT_LOWAT`).
 
     Raises:
@@ -199,7 +202,7 @@ def _bind(family: int, address: str, port: int, send_timeout: float) -> socket.s
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if hasattr(socket, "TCP_USER_TIMEOUT"):
-            milliseconds = max(1, int(send_timeout * 1000))
+            milliseconds = int((send_timeout + KERNEL_PATIENCE) * 1000)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
         if hasattr(socket, "TCP_NOTSENT_LOWAT"):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, MAX_NOT_SENT)

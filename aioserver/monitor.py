@@ -268,6 +268,11 @@ class Monitor:
                 "limit": state.pool.limit,
                 "waiting": state.pool.waiting,
             },
+            "pace": {
+                "per_minute": state.pace.per_minute,
+                "left": state.pace.left,
+                "cooling": round(state.pace.cooling, 1),
+            },
             "requests": sum(attempts.values()),
             "faults": {outcome: n for outcome, n in attempts.items() if outcome != "ok"},
             "requests_per_second": round(rates[f"attempts {name}"], 1),

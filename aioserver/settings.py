@@ -218,7 +218,7 @@ class HttpClient:
     read_timeout: float = setting(seconds, "without a byte of the answer")
     write_timeout: float = setting(seconds, "without progress in sending the request")
     pool_timeout: float = setting(seconds, "of waiting for a pooled connection")
-    requests_per_minute: int = setting(count, "starts a minute", later=True)
+    requests_per_minute: int = setting(count, "starts a minute, evenly spread")
     concurrent_requests: int = setting(count, "requests in flight at most; <= max_connections")
     max_retries: int = setting(count_or_0, "further tries", later=True, neutral=0)
     backoff_factor: float = setting(ratio, "pause: times 2^(n-1)", later=True, neutral=0.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections import OrderedDict, deque
 from typing import TYPE_CHECKING
 
@@ -31,7 +32,7 @@ def gate_of(
         queue_timeout=queue_timeout,
         full=lambda wait: ServerAtCapacity(FULL, retry_after=wait),
         late=lambda wait: ServerAtCapacity(LATE, retry_after=wait),
-        **({} if clock is None else {"clock": clock}),
+        clock=clock or time.monotonic,
     )
 
 
@@ -690,3 +691,168 @@ async def test_a_storm_in_which_everybody_may_give_up_at_any_tick_leaves_zero(ru
     places = [gate.try_enter() for _ in range(limit)]
     assert None not in places
     assert gate.try_enter() is None
+
+
+# A pace beside the places.
+
+
+class Steps:
+    """A pace that lets as many start as it is told to."""
+
+    def __init__(self, free: int = 0) -> None:
+        self.free = free
+        self.started = 0
+
+    def delay(self, ahead: int = 0) -> float:
+        return 0.0 if ahead < self.free else 0.005 * (ahead + 1 - self.free)
+
+    def start(self) -> None:
+        assert self.free > 0
+        self.free -= 1
+        self.started += 1
+
+
+def paced_gate(pace: Steps, limit: int = 10, *, queue_timeout: float = 30.0) -> Gate:
+    return Gate(
+        limit,
+        queue_size=100,
+        queue_timeout=queue_timeout,
+        full=lambda wait: ServerAtCapacity(FULL, retry_after=wait),
+        late=lambda wait: ServerAtCapacity(LATE, retry_after=wait),
+        pace=pace,
+        paced=lambda wait: ServerAtCapacity(PACED, retry_after=wait),
+    )
+
+
+PACED = "the pace is too slow"
+
+
+async def test_a_free_place_is_not_enough_where_the_pace_is_slow() -> None:
+    pace = Steps(free=1)
+    gate = paced_gate(pace)
+
+    first = gate.try_enter()
+    assert first is not None
+    assert gate.try_enter() is None
+    waiter = await waiting(gate)
+    pace.free = 1
+    place = await waiter
+
+    assert pace.started == 2
+    assert gate.inside == 2
+    first.release()
+    place.release()
+    assert gate.inside == 0
+
+
+async def test_nobody_overtakes_who_waits_for_the_pace() -> None:
+    pace = Steps()
+    gate = paced_gate(pace)
+    waiter = await waiting(gate)
+    pace.free = 1
+
+    assert gate.try_enter() is None  # the next start is the waiter's
+    (await waiter).release()
+    assert pace.started == 1
+
+
+async def test_a_place_that_becomes_free_waits_for_the_pace() -> None:
+    pace = Steps(free=1)
+    gate = paced_gate(pace, limit=1)
+    first = await gate.enter()
+    waiter = await waiting(gate)
+
+    first.release()
+    await ticks()
+    assert not waiter.done()
+    assert gate.inside == 0
+    pace.free = 1
+
+    (await waiter).release()
+
+
+async def test_who_cannot_start_in_time_is_told_at_once() -> None:
+    gate = paced_gate(Steps(), queue_timeout=0.012)
+    waiters = [await waiting(gate) for _ in range(2)]
+
+    with pytest.raises(ServerAtCapacity, match=PACED) as told:
+        await gate.enter()
+
+    assert told.value.retry_after == pytest.approx(0.015)
+    assert gate.waiting == 2
+    assert gate.stats().refused == 1
+    await given_up(*waiters)
+
+
+async def test_another_caller_may_still_start_in_time() -> None:
+    gate = paced_gate(Steps(), queue_timeout=0.018)
+    noisy = [await waiting(gate, "noisy") for _ in range(3)]
+
+    with pytest.raises(ServerAtCapacity, match=PACED):
+        await gate.enter("noisy")
+    other = await waiting(gate, "quiet")  # its turn comes before the noisy one's second
+
+    assert not other.done()
+    await given_up(*noisy, other)
+
+
+async def test_who_comes_again_stands_in_front_of_its_caller() -> None:
+    gate = gate_of()
+    inside = await gate.enter()
+    order: list[str] = []
+
+    async def one(name: str, *, again: bool = False) -> None:
+        with await gate.enter("caller", again=again):
+            order.append(name)
+
+    async with asyncio.TaskGroup() as group:
+        for name in ("first", "second"):
+            group.create_task(one(name))
+            await ticks()
+        group.create_task(one("retry", again=True))
+        await ticks()
+        inside.release()
+
+    assert order == ["retry", "first", "second"]
+
+
+async def test_a_shorter_patience_than_the_queues() -> None:
+    gate = gate_of(queue_timeout=30.0)
+    with await gate.enter():
+        with pytest.raises(ServerAtCapacity, match=LATE):
+            await gate.enter(within=0.01)
+        with pytest.raises(ServerAtCapacity, match=FULL):
+            await gate.enter(within=0.0)
+    assert gate.waiting == 0
+
+
+@pytest.mark.parametrize("run", range(5))
+async def test_random_leavers_leave_no_start_behind(run: int) -> None:
+    dice = random.Random(run)
+    pace = Steps()
+    gate = paced_gate(pace, limit=3)
+    inside: list[Place] = []
+
+    async def one() -> None:
+        inside.append(await gate.enter(dice.randrange(3)))
+
+    tasks = [asyncio.create_task(one()) for _ in range(40)]
+    while not all(task.done() for task in tasks):
+        if dice.random() < 0.4:
+            pace.free += 1
+        if dice.random() < 0.3:
+            dice.choice(tasks).cancel()
+        if inside and dice.random() < 0.5:
+            inside.pop(dice.randrange(len(inside))).release()
+        gate.serve()
+        await ticks()
+        assert gate.inside <= 3
+    for place in inside:
+        place.release()
+    assert (gate.inside, gate.waiting) == (0, 0)
+    assert pace.started == sum(not task.cancelled() for task in tasks) + given_back(gate, tasks)
+
+
+def given_back(gate: Gate, tasks: list[asyncio.Task[None]]) -> int:
+    """Starts of those who left in the very turn in which they were let in."""
+    return gate.stats().entered - sum(not task.cancelled() for task in tasks)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 # fmt: off
-ORDER = "errors setting checks settings document config metrics logs records messages deltas eventstream entries gate stall wheel fastpath streams store lifetime conversations auth bodies providers.simulator.model providers.simulator.refusals providers.simulator.shapes providers.simulator.exchange providers.simulator.faults providers.simulator.server providers.simulator providers.framing providers.wire providers.pool providers.answers providers.provider router gateway faces.admission keys monitor prometheus faces.http faces.ready faces.formats faces.follower faces.writer faces.streaming faces.openai faces.responses faces.sse faces.websocket faces.status faces.pages listener app commands.init commands.check commands.provider commands.serve __main__"
+ORDER = "errors setting checks settings document config metrics logs records messages deltas eventstream entries gate stall wheel fastpath streams store lifetime conversations auth bodies providers.simulator.model providers.simulator.refusals providers.simulator.shapes providers.simulator.exchange providers.simulator.faults providers.simulator.server providers.simulator providers.pace providers.framing providers.wire providers.pool providers.answers providers.provider router gateway faces.admission keys monitor prometheus faces.http faces.ready faces.formats faces.follower faces.writer faces.streaming faces.openai faces.responses faces.sse faces.websocket faces.status faces.pages listener app commands.init commands.check commands.provider commands.serve __main__"
 # fmt: on
 
 PACKAGE = Path(aioserver.__file__).parent

@@ -179,7 +179,8 @@ async def test_a_fault_before_the_first_event_has_its_status_and_code(
         assert ws.error["retry_after"] > 0
     else:
         assert v1.headers["x-should-retry"] == "false"
-    assert house.simulator.stats().requests == 3
+    # After a 429 the provider is left alone: the next ones wait, or are told so at once.
+    assert house.simulator.stats().requests in ((1, 2, 3) if status == 429 else (3,))
 
 
 @pytest.mark.parametrize("model", BEFORE)

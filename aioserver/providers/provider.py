@@ -9,7 +9,8 @@ client is. A provider knows no face: it is given an `Ask` and fills a `Stream`, 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from time import monotonic
+from email.utils import parsedate_to_datetime
+from time import monotonic, time
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -23,6 +24,7 @@ from aioserver.errors import (
     ProviderBadResponse,
     ProviderError,
     ProviderFault,
+    ProviderPaced,
     ProviderQueueFull,
     ProviderQueueTimeout,
     ProviderRateLimited,
@@ -32,6 +34,7 @@ from aioserver.errors import (
 from aioserver.gate import Gate, GateStats
 from aioserver.metrics import ProviderMeter
 from aioserver.providers.answers import BodySink, ChatSink, EventSink, complete
+from aioserver.providers.pace import MAX_COOLING, Pace
 from aioserver.providers.pool import Pool, PoolStats
 from aioserver.providers.wire import Exchange, Sink
 from aioserver.records import Record
@@ -84,6 +87,15 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
+class PaceStats:
+    """A pace at one moment: starts a minute, how many could start now, seconds of rest."""
+
+    per_minute: int
+    left: int
+    cooling: float
+
+
+@dataclass(frozen=True, slots=True)
 class ProviderStats:
     """A provider at one moment."""
 
@@ -91,6 +103,7 @@ class ProviderStats:
     usable: bool
     queue: GateStats
     pool: PoolStats
+    pace: PaceStats
 
 
 class Provider:
@@ -114,6 +127,8 @@ class Provider:
         self.meter = ProviderMeter() if meter is None else meter
         self.on_wait: Callable[[Provider], None] = lambda _provider: None
         self._max_response_bytes = max_response_bytes
+        rate = limits.requests_per_minute
+        self._pace = Pace(rate, min(limits.concurrent_requests, rate // 60))
         self._gate = Gate(
             limits.concurrent_requests,
             queue_size=limits.queue_size,
@@ -123,6 +138,12 @@ class Provider:
             ),
             late=lambda wait: ProviderQueueTimeout(
                 f"no place at {given.name} within {limits.queue_timeout} s", retry_after=wait
+            ),
+            pace=self._pace,
+            paced=lambda wait: ProviderPaced(
+                f"{given.name} can take no more requests in the next {limits.queue_timeout} s: "
+                f"requests_per_minute={rate}, or its own limit",
+                retry_after=wait,
             ),
         )
         self._pool = Pool(
@@ -149,6 +170,7 @@ class Provider:
         def on_head(status: int, headers: Mapping[str, str]) -> Sink:
             seen.append(status)
             headers_seen.update(headers)
+            self._pace.heed(headers)
             stream.headers = passing(headers)
             streamed = status == 200 and ask.streamed and _is(headers, "text/event-stream")
             sink: Sink
@@ -198,6 +220,7 @@ class Provider:
         def on_head(got: int, given: Mapping[str, str]) -> Sink:
             nonlocal status, headers, sink
             status, headers = got, given
+            self._pace.heed(given)
             if got != 200:
                 sink = BodySink(MAX_ERROR_BYTES)
             _plain(given)
@@ -212,8 +235,9 @@ class Provider:
 
     def stats(self) -> ProviderStats:
         """The state now."""
+        pace = PaceStats(self._pace.per_minute, self._pace.left, self._pace.cooling)
         return ProviderStats(
-            self.name, self.settings.usable, self._gate.stats(), self._pool.stats()
+            self.name, self.settings.usable, self._gate.stats(), self._pool.stats(), pace
         )
 
     def refuse(self, error: ProviderFault | None = None) -> None:
@@ -221,7 +245,8 @@ class Provider:
         self._gate.close(error or NoProvider(f"{self.name} is closing"))
 
     async def close(self) -> None:
-        """Close every connection."""
+        """Let nobody in, and close every connection."""
+        self.refuse()
         await self._pool.close()
 
     async def _exchange(
@@ -320,7 +345,9 @@ class Provider:
             raise ProviderAuthError(f"{self.name} refuses our key or its quota is used up")
         wait = retry_after(headers)
         if status in BUSY_STATUSES:
-            raise ProviderRateLimited(f"{self.name} limits our rate", retry_after=wait or 1.0)
+            wait = min(1.0 if wait is None else wait, MAX_COOLING)
+            self._pace.cool_down(wait)
+            raise ProviderRateLimited(f"{self.name} limits our rate", retry_after=wait)
         if status >= 500 or status == 408:
             raise ProviderError(f"{self.name} answered {status}", retry_after=wait)
         if not _is_json(body):
@@ -338,7 +365,10 @@ def passing(headers: Mapping[str, str]) -> dict[str, str]:
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds, from `retry-after-ms` or from `retry-after` in seconds; None where neither is sane."""
+    """Seconds, from `retry-after-ms` or from `retry-after` in seconds or as a date.
+
+    None where neither is sane: negative, or more than a day.
+    """
     for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
         try:
             seconds = float(headers.get(name, "")) * unit
@@ -346,7 +376,12 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
             continue
         if 0 <= seconds < 86_400:
             return seconds
-    return None
+    try:
+        then = parsedate_to_datetime(headers.get("retry-after", ""))
+    except ValueError:
+        return None
+    seconds = then.timestamp() - time()
+    return max(0.0, seconds) if abs(seconds) < 86_400 else None
 
 
 def _is(headers: Mapping[str, str], content_type: str) -> bool:

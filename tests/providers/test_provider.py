@@ -6,6 +6,8 @@ import asyncio
 import dataclasses
 import json
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -19,6 +21,7 @@ from aioserver.errors import (
     ProviderDisconnected,
     ProviderError,
     ProviderFault,
+    ProviderPaced,
     ProviderQueueFull,
     ProviderQueueTimeout,
     ProviderRateLimited,
@@ -489,3 +492,102 @@ async def test_an_upload_that_is_larger_than_every_buffer_arrives_whole(
 
         assert simulator.bodies[-1]["messages"][0]["content"] == text
         assert simulator.stats().connections_accepted == 1
+
+
+# The pace.
+
+
+async def test_starts_are_spread_over_the_minute(simulator: Simulator) -> None:
+    limits = {"requests_per_minute": 1200, "concurrent_requests": 2}
+    async with provider_at(simulator.base_url, limits) as provider:
+        clock = asyncio.get_running_loop().time
+        begun = clock()
+        async with asyncio.TaskGroup() as group:
+            streams = [group.create_task(fill(provider)) for _ in range(6)]
+        assert clock() - begun >= 4 * 0.05 * 0.9  # two at once, then one each 50 ms
+    assert {stream.result().end_status for stream in streams} == {COMPLETE}
+    assert simulator.stats().requests == 6
+
+
+async def test_who_cannot_start_in_time_is_told_so_at_once(simulator: Simulator) -> None:
+    limits = {"requests_per_minute": 1, "queue_timeout": 5.0}
+    async with provider_at(simulator.base_url, limits) as provider:
+        await fill(provider)
+        with pytest.raises(ProviderPaced, match="requests_per_minute=1") as told:
+            await fill(provider)
+
+        assert 50 < (told.value.retry_after or 0) <= 60
+        assert told.value.http_status == 429
+        assert provider.stats().pace.left == 0
+        assert provider.meter.attempts["http_429"].value == 0
+    assert simulator.stats().requests == 1
+
+
+async def test_the_position_is_told_while_the_pace_is_in_the_way(
+    simulator: Simulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = {"requests_per_minute": 300, "concurrent_requests": 1}
+    heard: list[tuple[int, float]] = []
+    async with provider_at(simulator.base_url, limits) as provider:
+        await fill(provider)
+        monkeypatch.setattr(
+            Stream, "queued", lambda _self, position, eta: heard.append((position, eta))
+        )
+        await fill(provider)
+    assert heard
+    assert heard[0][0] == 1
+    assert 0 < heard[0][1] <= 0.2
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        b"x-ratelimit-remaining-requests: 0\r\nx-ratelimit-reset-requests: 1m0s\r\n",
+        b"x-ratelimit-remaining-tokens: 0\r\nx-ratelimit-reset-tokens: 59.5s\r\n",
+    ],
+)
+async def test_what_the_provider_says_is_left_lowers_the_pace(headers: bytes) -> None:
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n"
+    play, played = serving(head + headers + b"\r\n{}")
+    async with Played(play) as server, provider_at(server.url) as provider:
+        await provider.call(question(streamed=False))
+        with pytest.raises(ProviderPaced):
+            await provider.call(question(streamed=False))
+        assert provider.stats().pace.cooling > 50
+    assert len(played) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "seconds"),
+    [
+        (b"Retry-After: 30", (30, 34)),
+        (b"retry-after-ms: 20000\r\nRetry-After: 99", (20, 23)),
+        (b"Retry-After: 99999", (1, 2)),  # absurd: as if it had said nothing
+        (b"Retry-After: 3000", (120, 133)),  # bounded
+        (b"Retry-After: soon", (1, 2)),
+        (b"X: y", (1, 2)),
+    ],
+)
+async def test_after_a_429_the_provider_is_left_alone(
+    given: bytes, seconds: tuple[float, float]
+) -> None:
+    body = b'{"error":{"message":"slow down"}}'
+    head = b"HTTP/1.1 429 No\r\nContent-Type: application/json\r\n%b\r\nContent-Length: %d\r\n\r\n"
+    play, played = serving(head % (given, len(body)) + body)
+    async with Played(play) as server, provider_at(server.url) as provider:
+        with pytest.raises(ProviderRateLimited):
+            await provider.call(question(streamed=False))
+        low, high = seconds
+        assert low - 0.5 <= provider.stats().pace.cooling <= high
+        if low > 5:
+            with pytest.raises(ProviderPaced):
+                await provider.call(question(streamed=False))
+            assert len(played) == 1
+
+
+def test_a_date_to_retry_after() -> None:
+    later = format_datetime(datetime.now(UTC) + timedelta(seconds=90), usegmt=True)
+    earlier = format_datetime(datetime.now(UTC) - timedelta(seconds=90), usegmt=True)
+    assert 85 <= (retry_after({"retry-after": later}) or 0) <= 90
+    assert retry_after({"retry-after": earlier}) == 0.0
+    assert retry_after({"retry-after": "Tue, 01 Jan 2999 00:00:00 GMT"}) is None

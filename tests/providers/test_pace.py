@@ -1,0 +1,181 @@
+"""The pace: the property of any window, and what a provider says of its limits."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aioserver.providers.pace import JITTER, MAX_COOLING, Pace, duration
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def started(pace: Pace, clock: Clock, gaps: list[float]) -> list[float]:
+    """When requests have started that came after *gaps*, each as soon as it might."""
+    times = []
+    for gap in gaps:
+        clock.now += gap
+        clock.now += pace.delay()
+        assert pace.delay() <= 1e-6
+        pace.start()
+        times.append(clock.now)
+    return times
+
+
+@given(
+    per_minute=st.integers(1, 100_000),
+    burst=st.integers(1, 50),
+    gaps=st.lists(st.one_of(st.just(0.0), st.floats(0, 5)), min_size=1, max_size=60),
+)
+@settings(max_examples=200, deadline=None)
+def test_no_window_has_more_than_its_share_and_the_burst(
+    per_minute: int, burst: int, gaps: list[float]
+) -> None:
+    clock = Clock()
+    times = started(Pace(per_minute, burst, clock), clock, gaps)
+    for first, begin in enumerate(times):
+        for last in range(first, len(times)):
+            span = times[last] - begin
+            assert last - first + 1 <= span * per_minute / 60 + burst + 1e-6
+
+
+def test_after_a_rest_the_burst_starts_at_once_and_then_one_each_step() -> None:
+    clock = Clock()
+    times = started(Pace(600, 5, clock), clock, [0.0] * 8)
+    assert [round(at - times[0], 3) for at in times] == [0, 0, 0, 0, 0, 0.1, 0.2, 0.3]
+
+
+def test_a_saved_up_hour_is_one_burst() -> None:
+    clock = Clock()
+    pace = Pace(60, 3, clock)
+    clock.now += 3600
+    assert pace.left == 3
+    times = started(pace, clock, [0.0] * 4)
+    assert [round(at - times[0], 3) for at in times] == [0, 0, 0, 1]
+    assert pace.left == 0
+
+
+@pytest.mark.parametrize("taken", [0, 2, 5, 9])
+def test_who_stands_behind_others_starts_after_them(taken: int) -> None:
+    clock = Clock()
+    pace = Pace(600, 3, clock)
+    for _ in range(taken):
+        pace.start()
+    delays = [pace.delay(ahead) for ahead in range(6)]
+
+    times = started(pace, clock, [0.0] * 6)
+
+    assert delays == pytest.approx([at - 1000.0 for at in times], abs=1e-6)
+
+
+def test_another_pace_goes_on_from_what_has_started() -> None:
+    clock = Clock()
+    pace = Pace(60, 1, clock)
+    pace.start()
+    assert pace.delay() == pytest.approx(1.0)
+    pace.apply(600, 1)
+    clock.now += pace.delay()
+    pace.start()
+    assert pace.delay() == pytest.approx(0.1)
+    assert pace.per_minute == 600
+
+
+@pytest.mark.parametrize("asked", [0.0, 3.0, 1e9, -5.0])
+def test_a_provider_that_wants_a_rest_gets_it_up_to_a_bound(asked: float) -> None:
+    clock = Clock()
+    pace = Pace(600, 5, clock)
+
+    pace.cool_down(asked)
+
+    wait = min(max(asked, 0.0), MAX_COOLING)
+    assert wait <= pace.delay() <= wait * (1 + JITTER)
+    assert pace.cooling == pytest.approx(pace.delay())
+    assert (pace.left == 0) == (wait > 0)
+
+
+def test_after_a_rest_it_goes_on_at_half_its_pace_for_as_long_again() -> None:
+    clock = Clock()
+    pace = Pace(600, 1, clock)
+    pace.cool_down(10.0)
+    times = started(pace, clock, [0.0] * 200)
+    gaps = [round(b - a, 3) for a, b in pairwise(times)]
+    assert set(gaps) == {0.2, 0.1}
+    assert gaps == sorted(gaps, reverse=True)
+    assert 40 <= gaps.count(0.2) <= 60
+
+
+def test_what_is_left_is_spread_until_the_reset() -> None:
+    clock = Clock()
+    pace = Pace(6000, 1, clock)
+    pace.heed({"x-ratelimit-remaining-requests": "10", "x-ratelimit-reset-requests": "5s"})
+    times = started(pace, clock, [0.0] * 30)
+    gaps = [round(b - a, 3) for a, b in pairwise(times)]
+    assert gaps[:10] == [0.5] * 10
+    assert set(gaps[10:]) == {0.01}
+
+
+@pytest.mark.parametrize("kind", ["requests", "tokens"])
+def test_nothing_left_is_a_rest_before_the_429(kind: str) -> None:
+    clock = Clock()
+    pace = Pace(6000, 5, clock)
+    pace.heed({f"x-ratelimit-remaining-{kind}": "0", f"x-ratelimit-reset-{kind}": "1m0.5s"})
+    assert pace.delay() == pytest.approx(60.5)
+
+
+@pytest.mark.parametrize(
+    ("left", "reset"),
+    [
+        ("14370", "2m59.56s"),  # Groq's day: more than we would ask
+        ("-1", "1s"),
+        ("nan", "1s"),
+        ("inf", "1s"),
+        ("x", "1s"),
+        ("", "1s"),
+        ("0", "-1"),
+        ("0", "soon"),
+        ("0", ""),
+        ("0", "0s"),
+        ("0", "99999h"),
+        ("1", "nan"),
+    ],
+)
+def test_what_makes_no_sense_changes_nothing(left: str, reset: str) -> None:
+    clock = Clock()
+    pace = Pace(600, 1, clock)
+    pace.heed({"x-ratelimit-remaining-requests": left, "x-ratelimit-reset-requests": reset})
+    pace.start()
+    assert pace.delay() == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("1s", 1.0),
+        ("6m0s", 360.0),
+        ("17ms", 0.017),
+        ("2m59.56s", 179.56),
+        ("1h2m3s", 3723.0),
+        ("12", 12.0),
+        ("0.5", 0.5),
+        (" 3s ", 3.0),
+        ("", None),
+        ("s", None),
+        ("-3s", None),
+        ("3x", None),
+        ("1s1s", None),
+        ("-1", None),
+        ("1e400", None),
+    ],
+)
+def test_durations(text: str, seconds: float | None) -> None:
+    found = duration(text)
+    assert found == (None if seconds is None else pytest.approx(seconds))
