@@ -88,7 +88,7 @@ STATS: dict[str, Any] = {
             "queue_size": 2000,
             "oldest_wait": 12.3,
             "pool": {"open": 250, "idle": 0, "limit": 250, "waiting": 0},
-            "requests": 0,
+            "requests": 5,
             "faults": {},
             "requests_per_second": 0.0,
             "tokens_per_second": 0.0,
@@ -182,6 +182,7 @@ def test_the_picture_has_everything_in_eighty_columns() -> None:
     text = drawn(state)
 
     assert max(len(line.rstrip()) for line in text.splitlines()) <= 80
+    text = " ".join(text.split())  # whatever was wrapped
     for part in (
         "aioserver 0.1.0",
         "up 1 h 6 min",
@@ -229,6 +230,17 @@ def test_no_color_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "\x1b[31m" not in text
     assert ";31m" not in text
     assert "x not ready" in text
+
+
+def test_a_provider_that_is_only_configured_takes_no_row() -> None:
+    unused = {"usable": False, "active": False, "requests": 0, "limit": 25}
+    state = State("http://x")
+    state.take(b"stats", changed(providers__openai=unused, providers__groq=unused))
+
+    text = drawn(state)
+
+    assert " not usable: openai, groq\n" in text
+    assert " 0/25 " not in text
 
 
 def test_a_snapshot_with_nothing_in_it_is_drawn() -> None:

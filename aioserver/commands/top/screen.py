@@ -126,8 +126,9 @@ def _providers(providers: dict[str, Any]) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     for name, one in providers.items():
         pool, first = one.get("pool", {}), one.get("first_token") or {}
-        bad = not one.get("usable", True)
-        style = "red" if bad else "yellow" if one.get("waiting") else None
+        if _unused(one):
+            continue
+        style = "yellow" if one.get("waiting") else None if one.get("usable", True) else "red"
         table.add_row(
             Text(f"{'*' if one.get('active') else ' '}{plain(name)}"),
             f"{one.get('in_flight', 0)}/{one.get('limit', 0)}",
@@ -143,13 +144,16 @@ def _providers(providers: dict[str, Any]) -> Table:
     return table
 
 
+def _unused(provider: dict[str, Any]) -> bool:
+    """Whether it is configured, and no more than that: without a key, as a rule."""
+    return not (provider.get("usable", True) or provider.get("active") or provider.get("requests"))
+
+
 def _guards(providers: dict[str, Any]) -> list[Text]:
-    """A line for each provider that has something more to say: what of it, the server decides."""
+    """A line for each provider that has more to say, and one for those that are not used."""
     lines = []
     for name, one in providers.items():
-        said = []
-        if not one.get("usable", True):
-            said.append("not usable")
+        said = [] if one.get("usable", True) else ["not usable"]
         if "breaker" in one:
             said.append(f"breaker {one['breaker']}")
         if pace := one.get("pace"):
@@ -157,9 +161,11 @@ def _guards(providers: dict[str, Any]) -> list[Text]:
         if one.get("retries"):
             said.append(f"{one['retries']} retries")
         said += [f"{fault} {count}" for fault, count in one.get("faults", {}).items() if count]
-        if said:
-            lines.append(Text(plain(f" {name}: {', '.join(said)}"), style="dim"))
-    return lines
+        if said and not _unused(one):
+            lines.append(f" {name}: {', '.join(said)}")
+    if unused := ", ".join(name for name, one in providers.items() if _unused(one)):
+        lines.append(f" not usable: {unused}")
+    return [Text(plain(line), style="dim") for line in lines]
 
 
 def _facts(stats: dict[str, Any]) -> Table:
