@@ -11,7 +11,10 @@ import aiohttp
 if TYPE_CHECKING:
     from aioserver.commands.bench.results import Results, Waits
 
-LOOK_EVERY = 0.5  # seconds; the server makes its numbers once a second
+LOOK_AFTER = (
+    1.0  # seconds: the server makes its numbers once a second, older ones are not of this run
+)
+LOOK_EVERY = 0.5
 LOOK_TIMEOUT = 5.0
 PATHS = ("/stats", "/")  # the second has the queues, too, and needs no key
 
@@ -48,6 +51,7 @@ class Peaks:
 
     async def watch(self, session: aiohttp.ClientSession, url: str) -> None:
         """Look again and again, until cancelled; ends by itself where nothing can be read."""
+        await asyncio.sleep(LOOK_AFTER)
         for path in PATHS:
             while (state := await _look(session, url + path)) is not None:
                 self.see(state)

@@ -103,6 +103,7 @@ class Results:
             },
             "refused": dict(self.refused.most_common()),
             "incomplete": dict(self.incomplete.most_common()),
+            "messages": self.messages,
             "events": {"total": self.events, "per_second": round(self.events * rate, 3)},
             "latency": self.latency.summary(),
             "first_token": self.first_token.summary(),

@@ -66,8 +66,12 @@ def show(report: dict[str, Any], console: Console | None = None) -> None:
 
     console.print(Text(head, style="bold"))
     console.print(counts)
-    console.print(_times(report))
+    if (times := _times(report)).row_count:
+        console.print(times)
     console.print(_completeness(report))
+    for code in report["incomplete"]:
+        if message := report["messages"].get(code):
+            console.print(Text(f"  {code}: {message}"), soft_wrap=True)
     console.print(Text(f"limit: {report['limit']['text']}"), soft_wrap=True)
     for note in report["notes"]:
         console.print(Text(f"note: {note}"), soft_wrap=True)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 MAX_INCIDENTS = 100  # kept; as many as the server keeps
 MAX_EVENT_BYTES = 16 << 20  # ten minutes of history with many providers in one event
-FIRST_PAUSE, MAX_PAUSE = 0.5, 10.0  # seconds between two tries, doubling
+FIRST_PAUSE, MAX_PAUSE = 0.5, 4.0  # seconds between two tries, doubling
 SILENCE = 10.0  # seconds beyond the interval without a byte: the server is lost
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 STYLES = {"ok": "bold green", "warning": "bold yellow", "error": "bold red", "info": "cyan"}
 MARKS = {"ok": "+", "warning": "!", "error": "x"}  # for who sees no colours
 BAR = 24  # columns
+NEARLY_FULL = 0.8
 NOTHING = "-"
 
 
@@ -111,7 +112,16 @@ def _bars(connections: dict[str, Any]) -> Table:
     grid = Table.grid(padding=(0, 1))
     for label, key, limit_key, more in rows:
         value, limit = connections.get(key, 0), connections.get(limit_key, 0)
-        bar = ProgressBar(total=max(limit, 1), completed=value, width=BAR, style="dim")
+        full = value / max(limit, 1)
+        colour = "red" if full >= 1 else "yellow" if full >= NEARLY_FULL else "green"
+        bar = ProgressBar(
+            total=max(limit, 1),
+            completed=value,
+            width=BAR,
+            style="dim",
+            complete_style=colour,
+            finished_style=colour,  # rich's own green means well done
+        )
         text = Text(f"{value} of {limit}")
         if more:
             text.append(f"  {more}", style="dim")
