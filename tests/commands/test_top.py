@@ -25,6 +25,8 @@ from tests.house import until
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from tests.house import House
+
 STATS: dict[str, Any] = {
     "time": 1764021000.123,
     "name": "aioserver",
@@ -284,6 +286,25 @@ async def test_one_snapshot_is_taken_with_the_key() -> None:
         assert state.stats == STATS
         assert list(state.incidents) == [INCIDENT]
         assert server.keys == ["Bearer k"]
+
+
+async def test_a_real_house_is_drawn(house: House) -> None:
+    async with house.connect() as ws, remote.session(None) as session:
+        await ws.send_json({"action": "ping"})
+        await ws.receive()
+        state = State(house.base)
+        feed = asyncio.create_task(Feed(session, state, 1.0, lambda: None).follow())
+        try:
+            await until(lambda: "websocket 1" in drawn(state))
+        finally:
+            feed.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await feed
+
+    text = drawn(state)
+    assert "+ all is well: 1 connections" in text
+    assert "1 of 50" in text
+    assert "*sim" in text
 
 
 async def test_a_server_that_was_lost_is_found_again() -> None:
