@@ -256,7 +256,7 @@ def test_a_snapshot_with_nothing_in_it_is_drawn() -> None:
 @pytest.mark.parametrize(
     ("values", "level", "text"),
     [
-        ({}, "ok", "all is well: 3 connections, 5 requests running"),
+        ({}, "ok", "all is well: 3 connected, 5 requests running"),
         ({"ready": False}, "error", "not ready"),
         ({"rejections__server_at_capacity": 9}, "error", "refusing: server_at_capacity 2"),
         ({"providers__demo__usable": False}, "error", "the active provider demo is not usable"),
@@ -302,7 +302,7 @@ async def test_a_real_house_is_drawn(house: House) -> None:
                 await feed
 
     text = drawn(state)
-    assert "+ all is well: 1 connections" in text
+    assert "+ all is well: 1 connected" in text
     assert "1 of 50" in text
     assert "*sim" in text
 

@@ -19,7 +19,7 @@ def verdict(stats: dict[str, Any], previous: dict[str, Any] | None) -> tuple[Lev
     """How bad it is, and why. *previous*: the snapshot before, for what has grown since."""
     active = stats.get("connections", {}).get("active", 0)
     running = stats.get("requests", {}).get("running", 0)
-    well = f"all is well: {active} connections, {running} requests running"
+    well = f"all is well: {active} connected, {running} requests running"
     return next(_worst_first(stats, previous), ("ok", well))
 
 
