@@ -12,6 +12,18 @@ from aioserver import __version__
 
 FILE = click.Path(dir_okay=False, path_type=Path)
 CONTEXT = {"help_option_names": ["-h", "--help"]}
+SERVER = "http://127.0.0.1:8000"
+KEY_HELP = "A client key of the server's.  [env: AIOSERVER_KEY]"
+
+
+def _address(_context: click.Context, _parameter: click.Parameter, text: str) -> str:
+    """The base URL of a running server."""
+    from aioserver.commands.remote import address
+
+    try:
+        return address(text)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
 
 
 @click.group(invoke_without_command=True, context_settings=CONTEXT)
@@ -103,6 +115,93 @@ def provider(host: str, port: int, **behaviour: Any) -> None:
     from aioserver.providers.simulator import Behaviour
 
     sys.exit(run(host, port, Behaviour(**behaviour)))
+
+
+@cli.command(context_settings=CONTEXT)
+@click.argument("url", callback=_address, default=SERVER)
+@click.option(
+    "--interval",
+    type=click.FloatRange(1, 60),
+    default=1.0,
+    show_default=True,
+    help="Seconds between two snapshots.",
+)
+@click.option(
+    "--once", is_flag=True, help="Print one snapshot; so does a stdout that is no terminal."
+)
+@click.option("--key", envvar="AIOSERVER_KEY", help=KEY_HELP)
+def top(url: str, interval: float, once: bool, key: str | None) -> None:
+    """The live state of a running server, in the terminal."""
+    from aioserver.commands.top.command import top as run
+
+    sys.exit(run(url, interval=interval, once=once, key=key))
+
+
+@cli.command(context_settings=CONTEXT)
+@click.argument("url", callback=_address, default=SERVER)
+@click.option(
+    "--face",
+    type=click.Choice(["websocket", "sse", "openai"]),
+    default="websocket",
+    show_default=True,
+    help="How the clients talk to the server.",
+)
+@click.option("--clients", type=click.IntRange(min=1), default=50, show_default=True)
+@click.option(
+    "--requests",
+    type=click.IntRange(min=1),
+    help="Of each client, one after the other.  [default: 4]",
+)
+@click.option(
+    "--duration",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Seconds, instead of --requests.",
+)
+@click.option("--model", help="Else the server's own choice.")
+@click.option("--prompt", default="Hello", show_default=True, help="What every client asks.")
+@click.option("--max-tokens", type=click.IntRange(min=1), help="Of an answer.")
+@click.option("--no-stream", is_flag=True, help="Whole answers; with --face openai.")
+@click.option(
+    "--ramp",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    help="Seconds over which the clients come.  [default: all at once]",
+)
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=120.0,
+    show_default=True,
+    help="Seconds that one request may take.",
+)
+@click.option("--key", envvar="AIOSERVER_KEY", help=KEY_HELP)
+@click.option("--json", "as_json", is_flag=True, help="The numbers as JSON; works without rich.")
+def bench(
+    *,
+    as_json: bool,
+    requests: int | None,
+    duration: float | None,
+    prompt: str,
+    model: str | None,
+    max_tokens: int | None,
+    no_stream: bool,
+    **plan: Any,
+) -> None:
+    """Load a running server with chat clients; exit code 1 where an answer was not complete."""
+    from aioserver.commands.bench.clients import Question
+    from aioserver.commands.bench.command import bench as run
+    from aioserver.commands.bench.load import Plan
+
+    if requests is not None and duration is not None:
+        raise click.UsageError("either --requests or --duration")
+    if no_stream and plan["face"] != "openai":
+        raise click.UsageError("--no-stream goes with --face openai")
+    if requests is None and duration is None:
+        requests = 4
+    question = Question(prompt=prompt, model=model, max_tokens=max_tokens, streamed=not no_stream)
+    sys.exit(
+        run(Plan(question=question, requests=requests, duration=duration, **plan), as_json=as_json)
+    )
 
 
 def main() -> None:

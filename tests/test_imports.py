@@ -14,15 +14,22 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 # fmt: off
-ORDER = "errors setting checks settings document config metrics logs records messages deltas eventstream entries gate stall wheel fastpath streams store lifetime conversations auth bodies providers.simulator.model providers.simulator.refusals providers.simulator.shapes providers.simulator.exchange providers.simulator.faults providers.simulator.server providers.simulator providers.pace providers.framing providers.wire providers.pool providers.answers providers.provider router gateway faces.admission keys monitor prometheus faces.http faces.ready faces.formats faces.follower faces.writer faces.streaming faces.openai faces.responses faces.sse faces.websocket faces.status faces.pages listener app commands.init commands.check commands.provider commands.serve __main__"
+ORDER = "errors setting checks settings document config metrics logs records messages deltas eventstream entries gate stall wheel fastpath streams store lifetime conversations auth bodies providers.simulator.model providers.simulator.refusals providers.simulator.shapes providers.simulator.exchange providers.simulator.faults providers.simulator.server providers.simulator providers.pace providers.breaker providers.budget providers.framing providers.wire providers.pool providers.answers providers.provider router gateway faces.admission keys monitor prometheus faces.http faces.ready faces.formats faces.follower faces.writer faces.streaming faces.openai faces.responses faces.sse faces.websocket faces.status faces.pages listener app commands.init commands.check commands.provider commands.serve commands.remote commands.top.feed commands.top.verdict commands.top.screen commands.top.command commands.bench.results commands.bench.attempt commands.bench.clients commands.bench.limits commands.bench.load commands.bench.table commands.bench.command __main__"
 # fmt: on
 
 PACKAGE = Path(aioserver.__file__).parent
 PLACES = {name: place for place, name in enumerate(ORDER.split())}
 INSIDE_FUNCTIONS = {  # module: what it may import late, for start-up time or as an option
-    "__main__": {"aioserver.commands.*", "aioserver.providers.simulator"},
+    "__main__": {
+        "aioserver.commands.*",
+        "aioserver.commands.bench.*",
+        "aioserver.commands.top.*",
+        "aioserver.providers.simulator",
+    },
     "app": {"aioserver.providers.simulator"},
     "commands.serve": {"uvloop"},
+    "commands.bench.command": {"aioserver.commands.bench.table"},
+    "commands.top.command": {"aioserver.commands.top.screen"},
 }
 
 

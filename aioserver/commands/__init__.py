@@ -1,1 +1,1 @@
-"""What a person types: one command a file."""
+"""What a person types: one command a file, or a folder where it takes more than one."""

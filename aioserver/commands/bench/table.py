@@ -1,0 +1,108 @@
+"""How a run looks: a bar on stderr while it goes on, then a table on stdout (rich)."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from aioserver.commands.bench.load import Run
+
+DRAW_EVERY = 0.25  # seconds; drawn in the loop, since a thread would take the client's time
+
+
+async def show_progress(run: Run) -> None:
+    """Draw on stderr how far *run* is, until cancelled."""
+    plan = run.plan
+    total = float(plan.duration or plan.clients * (plan.requests or 0))
+    columns = (
+        BarColumn(bar_width=None),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TextColumn("{task.description}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), auto_refresh=False) as progress:
+        bar = progress.add_task("", total=total)
+        try:
+            while True:
+                _draw(progress, bar, run)
+                await asyncio.sleep(DRAW_EVERY)
+        finally:
+            _draw(progress, bar, run)
+
+
+def _draw(progress: Progress, bar: Any, run: Run) -> None:
+    results = run.results
+    done = run.seconds if run.plan.duration else results.finished
+    text = (
+        f"{results.ok} ok, {results.refused.total()} refused,"
+        f" {results.incomplete.total()} incomplete"
+    )
+    progress.update(bar, completed=done, description=text, refresh=True)
+
+
+def show(report: dict[str, Any], console: Console | None = None) -> None:
+    """Print *report* on stdout."""
+    console = console or Console()
+    requests, events = report["requests"], report["events"]
+    head = f"{report['url']}  {report['face']}, {report['clients']} clients, {report['seconds']} s"
+    counts = Table.grid(padding=(0, 2))
+    counts.add_column()
+    counts.add_column(justify="right")
+    counts.add_column()
+    counts.add_row("requests", str(requests["total"]), f"{requests['per_second']:.1f} ok a second")
+    counts.add_row("ok", str(requests["ok"]))
+    for name, style in (("refused", "yellow"), ("incomplete", "red")):
+        codes = ", ".join(f"{code} {count}" for code, count in report[name].items())
+        counts.add_row(name, str(requests[name]), Text(codes), style=style if codes else None)
+    if requests["unfinished"]:
+        counts.add_row("unfinished", str(requests["unfinished"]))
+    counts.add_row("events", str(events["total"]), f"{events['per_second']:.1f} a second")
+
+    console.print(Text(head, style="bold"))
+    console.print(counts)
+    if (times := _times(report)).row_count:
+        console.print(times)
+    console.print(_completeness(report))
+    for code in report["incomplete"]:
+        if message := report["messages"].get(code):
+            console.print(Text(f"  {code}: {message}"), soft_wrap=True)
+    console.print(Text(f"limit: {report['limit']['text']}"), soft_wrap=True)
+    for note in report["notes"]:
+        console.print(Text(f"note: {note}"), soft_wrap=True)
+
+
+def _times(report: dict[str, Any]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("")
+    for name in ("p50", "p95", "p99", "samples"):
+        table.add_column(name, justify="right")
+    rows = {"latency": "latency", "first token": "first_token", "gap between events": "gap"}
+    for label, key in rows.items():
+        if (found := report[key]) is not None:
+            times = (duration(found[name]) for name in ("p50", "p95", "p99"))
+            table.add_row(label, *times, str(found["count"]))
+    return table
+
+
+def _completeness(report: dict[str, Any]) -> Text:
+    requests = report["requests"]
+    if not requests["ok"] + requests["incomplete"]:
+        return Text("complete: there was no answer to look at")
+    if report["complete"]:
+        what = "a finish_reason" if report["face"] == "openai" else "every event, once, in order"
+        return Text(
+            f"complete: {requests['ok']} of {requests['ok']} answers have their end, {what}"
+        )
+    served = requests["ok"] + requests["incomplete"]
+    return Text(f"incomplete: {requests['incomplete']} of {served} answers", style="red")
+
+
+def duration(seconds: float) -> str:
+    """As people read it."""
+    return f"{seconds * 1000:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"

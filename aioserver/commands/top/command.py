@@ -1,0 +1,75 @@
+"""What is typed: the screen until Ctrl-C, or one snapshot."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from typing import TYPE_CHECKING
+
+from aioserver.commands import remote
+from aioserver.commands.top.feed import Feed, LostError, State
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from aioserver.commands.top.screen import Screen
+
+DRAW_EVERY = 1.0  # seconds, beside each event: the clock of a lost server goes on
+
+
+def top(url: str, *, interval: float, once: bool, key: str | None) -> int:
+    """Show the state of the server at *url*, each *interval* seconds, until SIGINT or SIGTERM.
+
+    Once only with *once*, and where stdout is no terminal. Returns the exit code: 0, 1 where the
+    server does not let us in (or, for one snapshot, is not there), 2 usage.
+    """
+    try:
+        from aioserver.commands.top import screen  # noqa: PLC0415 - optional
+    except ModuleNotFoundError:
+        print(remote.RICH_MISSING, file=sys.stderr)
+        return 2
+    once = once or not screen.terminal()
+    state = State(url)
+    try:
+        asyncio.run(_once(state, key) if once else _live(state, interval, key, screen))
+    except (remote.Unreachable, LostError) as error:
+        print(f"{url}: {error}", file=sys.stderr)
+        return 1
+    if once:
+        screen.show(state)
+    return 0
+
+
+async def _once(state: State, key: str | None) -> None:
+    async with remote.session(key) as session:
+        await Feed(session, state, 1.0, lambda: None).first()
+
+
+async def _live(state: State, interval: float, key: str | None, screen: ModuleType) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    with screen.Screen(state) as shown:
+        async with remote.session(key) as session:
+            tasks = (
+                asyncio.create_task(Feed(session, state, interval, shown.draw).follow()),
+                asyncio.create_task(_tick(shown)),
+                asyncio.create_task(stop.wait()),
+            )
+            try:
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.wait(tasks)
+            for task in tasks:
+                if not task.cancelled():
+                    task.result()
+
+
+async def _tick(shown: Screen) -> None:
+    while True:
+        await asyncio.sleep(DRAW_EVERY)
+        shown.draw()
