@@ -26,7 +26,17 @@ def _address(_context: click.Context, _parameter: click.Parameter, text: str) ->
         raise click.BadParameter(str(error)) from None
 
 
-@click.group(invoke_without_command=True, context_settings=CONTEXT)
+class Commands(click.Group):
+    """The commands; the options of `serve` may stand alone."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Put `serve` in front of options that are not the group's own."""
+        if args and args[0].startswith("-") and args[0] not in {"-h", "--help", "--version"}:
+            args = ["serve", *args]
+        return super().parse_args(ctx, args)
+
+
+@click.group(cls=Commands, invoke_without_command=True, context_settings=CONTEXT)
 @click.version_option(__version__, prog_name="aioserver")
 @click.pass_context
 def cli(context: click.Context) -> None:

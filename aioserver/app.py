@@ -115,7 +115,7 @@ async def _owners(app: web.Application) -> AsyncIterator[None]:
             stack.push_async_callback(provider.close)
             providers[name] = provider
             _tell(provider)
-        app[keys.ROUTER] = router = Router(providers, settings.llm.active)
+        app[keys.ROUTER] = router = Router(providers, settings.llm.active, settings.llm.fallbacks)
         app[keys.STREAMS] = streams = Streams(
             max_stream_bytes=bounds.max_stream_bytes, max_kept_bytes=bounds.max_kept_bytes
         )

@@ -314,6 +314,20 @@ class ProviderAuthError(ProviderFault):
     failover, failure = True, False
 
 
+class ProviderFlagged(ProviderAuthError):
+    """The provider has refused our key a moment ago, and is not asked again yet."""
+
+    attempt = ""
+
+
+class CircuitOpen(ProviderFault):
+    """The provider fails, and is left alone for a while."""
+
+    outcome = "rejected"
+    code, status, retryable = "circuit_open", 503, True
+    failover, failure = True, False
+
+
 class ProviderRateLimited(ProviderFault):
     """The provider said 429 or 498."""
 
@@ -400,7 +414,9 @@ def http_headers(error: AioserverError) -> Mapping[str, str]:
         headers["Retry-After"] = str(max(1, round(error.retry_after)))
     elif error.http_status == 503:
         headers["Retry-After"] = "1"
-    sent = isinstance(error, ProviderFault) and error.status in {502, 504} and not error.again
+    sent = isinstance(error, ProviderFault) and (
+        error.attempts > 1 or (error.status in {502, 504} and not error.again)
+    )
     if error.http_status == 409 or sent:
         headers["x-should-retry"] = "false"
     return headers

@@ -109,7 +109,8 @@ class Gateway:
                 messages = [prompt, *messages]
 
         def body(provider: settings.Provider) -> bytes:
-            return chat_body(provider, route.model, messages, chat.options, streamed)
+            model = route.model if provider.name == route.provider.name else None
+            return chat_body(provider, model, messages, chat.options, streamed)
 
         ask = Ask(
             "chat/completions",

@@ -120,10 +120,33 @@ class Recent:
         return {**found, "count": len(ordered)}
 
 
+def _codes(flag: str) -> list[str]:
+    """The codes of the faults that have *flag*."""
+    return sorted({one.code for one in _faults() if getattr(one, flag)})
+
+
+def _faults() -> Iterator[type[errors.ProviderFault]]:
+    todo: list[type[errors.ProviderFault]] = [*errors.ProviderFault.__subclasses__()]
+    while todo:
+        one = todo.pop()
+        todo += one.__subclasses__()
+        yield one
+
+
 class ProviderMeter:
     """What is counted of one provider. *events*: those that passed, about a token each."""
 
-    __slots__ = ("attempts", "events", "first_token", "interval", "key_refused", "recent", "wait")
+    __slots__ = (
+        "attempts",
+        "events",
+        "failovers",
+        "first_token",
+        "interval",
+        "key_refused",
+        "recent",
+        "retries",
+        "wait",
+    )
 
     def __init__(self) -> None:
         self.events = 0
@@ -131,6 +154,8 @@ class ProviderMeter:
         self.first_token = Histogram()
         self.interval = Histogram(SHORT)
         self.attempts = {outcome: Counter() for outcome in ATTEMPTS}
+        self.retries = {code: Counter() for code in _codes("retry")}
+        self.failovers = {code: Counter() for code in _codes("failover")}
         self.key_refused = Counter()
         self.recent = Recent()
 
@@ -261,6 +286,18 @@ class Metrics:
                 for name, meter in providers
                 for outcome, counter in meter.attempts.items()
             },
+        )
+        yield Family(
+            "retries",
+            "Tries after a fault, at the same provider",
+            ("provider", "reason"),
+            {(n, code): one for n, meter in providers for code, one in meter.retries.items()},
+        )
+        yield Family(
+            "failovers",
+            "Requests that went on to a fallback",
+            ("provider", "reason"),
+            {(n, code): one for n, meter in providers for code, one in meter.failovers.items()},
         )
         yield Family(
             "resumes",

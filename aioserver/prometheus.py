@@ -24,6 +24,7 @@ from prometheus_client.registry import Collector
 from aioserver import __version__, keys, logs
 from aioserver.metrics import Counter, Family
 from aioserver.monitor import process
+from aioserver.providers.breaker import CLOSED, OPEN, TRIAL
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 PREFIX = "aioserver_"
+STATES = (CLOSED, TRIAL, OPEN)
 
 
 class House(Collector):
@@ -103,6 +105,11 @@ class House(Collector):
             ("provider_in_flight", "Places taken", [s.queue.inside for _, s in providers]),
             ("provider_limit", "concurrent_requests", [s.queue.limit for _, s in providers]),
             ("provider_waiting", "Requests in its line", [s.queue.waiting for _, s in providers]),
+            (
+                "breaker_state",
+                "0 closed, 1 trial, 2 open",
+                [STATES.index(s.breaker) for _, s in providers],
+            ),
             ("pool_open", "Connections, idle ones included", [s.pool.open for _, s in providers]),
             ("pool_idle", "Idle connections", [s.pool.idle for _, s in providers]),
         ):

@@ -1,24 +1,34 @@
-"""Which provider is asked, and for which model.
+"""Which provider is asked, for which model, how often, and who is asked instead.
 
 provider given in a chat           that one, pinned; `model` as given, else its own
 model absent, or a provider's name  that provider (absent: the active one), its own model
 "groq/llama-…", groq configured     groq, pinned, the rest is the model
 anything else                       the active provider, the model unchanged
+
+A fault that came before the provider's first event may be tried again there (`retry`: `max_retries`, with
+`backoff_factor`, within the budget), or elsewhere (`failover`: `llm.fallbacks` in their order, each with
+its own model; never for who has pinned a provider). Place and connection are free meanwhile. Which fault
+allows what is told in errors.py.
 """
 
 from __future__ import annotations
 
 import asyncio
+import random
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from aioserver.errors import ModelNotFound, NoProvider, ProviderAuthError, ProviderFault
+from aioserver.errors import ModelNotFound, NoProvider, ProviderFault, ProviderRateLimited
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
 
     from aioserver.providers.provider import Answer, Ask, Provider
     from aioserver.streams import Stream
+
+T = TypeVar("T")
+MAX_BACKOFF = 30.0  # seconds of a pause that grows
+MAX_PAUSE = 60.0  # where a provider asks for more, its fault is passed on
 
 
 @dataclass(slots=True)  # not frozen: that triples what making one costs
@@ -34,9 +44,17 @@ class Route:
 class Router:
     """Chooses among the providers and asks the one chosen."""
 
-    def __init__(self, providers: Mapping[str, Provider], active: str) -> None:
+    def __init__(
+        self,
+        providers: Mapping[str, Provider],
+        active: str,
+        fallbacks: Sequence[str] = (),
+        dice: Callable[[], float] = random.random,
+    ) -> None:
         self._providers = providers
         self._active = active
+        self._fallbacks = fallbacks
+        self._dice = dice
 
     @property
     def providers(self) -> Mapping[str, Provider]:
@@ -77,14 +95,12 @@ class Router:
         Raises:
             ProviderFault: nobody gave one.
         """
-        stream.attempts += 1
-        ask.record.attempts += 1
-        try:
-            await route.provider.fill(stream, ask)
-        except BaseException as exc:
-            self._ended(route.provider, ask, exc)
-            raise
-        route.provider.meter.attempts["ok"].value += 1
+
+        def once(provider: Provider) -> Awaitable[None]:
+            stream.attempts = ask.record.attempts
+            return provider.fill(stream, ask)
+
+        await self._ask(route, ask, once, lambda: stream.answered or stream.ended)
 
     async def call(
         self, route: Route, ask: Ask, sending: Callable[[], None] | None = None
@@ -94,26 +110,85 @@ class Router:
         Raises:
             ProviderFault: nobody gave one.
         """
-        ask.record.attempts += 1
-        try:
-            answer = await route.provider.call(ask, sending)
-        except BaseException as exc:
-            self._ended(route.provider, ask, exc)
-            raise
-        route.provider.meter.attempts["ok"].value += 1
+        answer = await self._ask(
+            route, ask, lambda provider: provider.call(ask, sending), lambda: False
+        )
+        answer.attempts = ask.record.attempts
         return answer
 
-    @staticmethod
-    def _ended(provider: Provider, ask: Ask, exc: BaseException) -> None:
-        """A try has ended with *exc*."""
-        if isinstance(exc, ProviderFault):
-            exc.provider, exc.attempts = provider.name, ask.record.attempts
-            if isinstance(exc, ProviderAuthError):
-                provider.meter.key_refused.value += 1
-            if exc.attempt:
-                provider.meter.attempts[exc.attempt].value += 1
-        elif isinstance(exc, asyncio.CancelledError) and ask.record.sent:
-            provider.meter.attempts["cancelled"].value += 1
+    async def _ask(
+        self,
+        route: Route,
+        ask: Ask,
+        once: Callable[[Provider], Awaitable[T]],
+        begun: Callable[[], bool],
+    ) -> T:
+        """What *once* gives for the first provider that answers; *begun*: too late for another."""
+        provider = route.provider
+        others = [] if route.pinned else self._others(provider)
+        while True:
+            try:
+                return await self._tries(provider, ask, once, begun, alone=not others)
+            except ProviderFault as fault:
+                if begun() or not fault.failover or not others:
+                    raise
+                provider.meter.failovers[fault.code].value += 1
+            provider = others.pop(0)
+            ask.model = None  # a fallback uses its own
+            ask.again = False
+
+    async def _tries(
+        self,
+        provider: Provider,
+        ask: Ask,
+        once: Callable[[Provider], Awaitable[T]],
+        begun: Callable[[], bool],
+        *,
+        alone: bool,
+    ) -> T:
+        """What *once* gives, after some tries; *alone*: nobody can be asked instead."""
+        record, limits = ask.record, provider.settings.http_client
+        provider.budget.request()
+        number = 0
+        while True:
+            record.provider, record.sent = provider.name, 0.0
+            record.model = ask.model or provider.settings.model
+            record.attempts += 1
+            try:
+                answer = await once(provider)
+            except BaseException as exc:
+                provider.ended(ask, exc)
+                if not isinstance(exc, ProviderFault):
+                    raise
+                exc.provider, exc.attempts = provider.name, record.attempts
+                number += 1
+                wait = self._pause(number, limits.backoff_factor, exc.retry_after)
+                limited = isinstance(exc, ProviderRateLimited)
+                if (
+                    begun()
+                    or not exc.retry
+                    or number > limits.max_retries
+                    or wait > MAX_PAUSE
+                    or (limited and not alone)  # it wants a rest, another may have none
+                    or not provider.budget.retry()
+                ):
+                    raise
+                provider.meter.retries[exc.code].value += 1
+            else:
+                provider.ended(ask, None)
+                return answer
+            await asyncio.sleep(wait)
+            ask.again = True
+
+    def _pause(self, number: int, factor: float, retry_after: float | None) -> float:
+        """Seconds before retry *number*: doubling, half of it by chance (Brooker, 2015)."""
+        pause = min(MAX_BACKOFF, factor * 2.0 ** min(number - 1, 30)) * (0.5 + self._dice() / 2)
+        return max(pause, retry_after or 0.0)
+
+    def _others(self, first: Provider) -> list[Provider]:
+        """Who may be asked instead of *first*."""
+        named = (self._providers[name] for name in self._fallbacks)
+        return [one for one in named if one is not first and one.settings.usable]
 
     def _usable(self, name: str) -> Provider:
         provider = self._providers.get(name)

@@ -220,8 +220,8 @@ class HttpClient:
     pool_timeout: float = setting(seconds, "of waiting for a pooled connection")
     requests_per_minute: int = setting(count, "starts a minute, evenly spread")
     concurrent_requests: int = setting(count, "requests in flight at most; <= max_connections")
-    max_retries: int = setting(count_or_0, "further tries", later=True, neutral=0)
-    backoff_factor: float = setting(ratio, "pause: times 2^(n-1)", later=True, neutral=0.0)
+    max_retries: int = setting(count_or_0, "further tries, before the first event")
+    backoff_factor: float = setting(ratio, "seconds of pause: times 2^(n-1)")
     queue_size: int = setting(count, "that wait for it", None, shown="10 x concurrent_requests")
     queue_timeout: float = setting(seconds, "that they wait", None, shown="read_timeout")
     tokens_per_minute: int = setting(count_or_0, "0: not paced", 0, later=True)
@@ -292,7 +292,7 @@ class Llm:
     """`llm`: everything on the providers' side."""
 
     active: str = setting(line, "name of the provider that is asked first")
-    fallbacks: tuple[str, ...] = setting(listed(line), "asked next, in order", (), later=True)
+    fallbacks: tuple[str, ...] = setting(listed(line), "asked instead, in order", ())
     providers: Mapping[str, Provider] = setting(mapped(label, section(Provider)), "")
 
     def __post_init__(self) -> None:

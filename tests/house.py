@@ -14,6 +14,7 @@ from aiohttp import web_app
 from aioserver import app as application
 from aioserver import keys, listener
 from aioserver.config import Configuration
+from aioserver.providers.breaker import Breaker
 from aioserver.providers.simulator import Behaviour, Simulator
 
 if TYPE_CHECKING:
@@ -107,6 +108,12 @@ class House:
     async def nothing_held(self, within: float = 10.0) -> None:
         """Wait until nothing is held."""
         await until(lambda: not any(self.held().values()), within, self.held)
+
+    def forgive(self) -> None:
+        """Let the provider be asked as if it had never failed."""
+        self.provider._breaker = Breaker()
+        self.provider._flagged_until = 0.0
+        self.provider._pace._closed_until = self.provider._pace._slow_until = 0.0
 
     def connect(self, **kwargs: Any) -> Any:
         """A WebSocket: `async with house.connect() as ws`."""

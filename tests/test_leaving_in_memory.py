@@ -15,11 +15,13 @@ from aioserver.errors import AioserverError, ProviderQueueFull, ProviderQueueTim
 from aioserver.gate import Gate
 from aioserver.gateway import Gateway
 from aioserver.metrics import Metrics, ProviderMeter
+from aioserver.providers.budget import Budget
 from aioserver.providers.provider import Answer, Ask
 from aioserver.records import Records
 from aioserver.router import Router
 from aioserver.store import Streams
 from tests.house import until
+from tests.providers.played import LIMITS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,7 +34,8 @@ class Fake:
 
     def __init__(self, dice: random.Random) -> None:
         self.name = "sim"
-        self.settings = SimpleNamespace(usable=True, model="m")
+        self.settings = SimpleNamespace(usable=True, model="m", http_client=LIMITS)
+        self.budget = Budget()
         self.meter = ProviderMeter()
         self.on_wait: Callable[[Any], None] = lambda _provider: None
         self.gate = Gate(
@@ -43,6 +46,9 @@ class Fake:
             late=lambda wait: ProviderQueueTimeout("late", retry_after=wait),
         )
         self._dice = dice
+
+    def ended(self, ask: Ask, exc: BaseException | None) -> None:
+        pass
 
     async def turns(self) -> None:
         for _ in range(self._dice.randrange(5)):

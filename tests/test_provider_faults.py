@@ -179,8 +179,9 @@ async def test_a_fault_before_the_first_event_has_its_status_and_code(
         assert ws.error["retry_after"] > 0
     else:
         assert v1.headers["x-should-retry"] == "false"
-    # After a 429 the provider is left alone: the next ones wait, or are told so at once.
-    assert house.simulator.stats().requests in ((1, 2, 3) if status == 429 else (3,))
+    # One that limits us or refuses our key is left alone: who comes next waits, or is told at once.
+    left_alone = status == 429 or code == "provider_auth_error"
+    assert house.simulator.stats().requests in ((1, 2, 3) if left_alone else (3,))
 
 
 @pytest.mark.parametrize("model", BEFORE)

@@ -97,17 +97,19 @@ def prepare_for(path: str) -> Callable[[web.Request, BodyHold], Any]:
 def body_maker(
     body: bytes, fields: dict[str, Any], route: Route
 ) -> Callable[[settings.Provider], bytes]:
-    """The body for a provider: as it came, or with the model that the route says."""
-    if not route.renamed:
-        return lambda _provider: body
+    """The body for a provider: as it came, or with the model that the route or the provider says."""
 
-    def renamed(provider: settings.Provider) -> bytes:
+    def made(provider: settings.Provider) -> bytes:
+        asked = provider.name == route.provider.name
+        if asked and not route.renamed:
+            return body
+        model = (asked and route.model) or provider.model  # a fallback uses its own
         try:
-            return orjson.dumps({**fields, "model": route.model or provider.model})
+            return orjson.dumps({**fields, "model": model})
         except TypeError:  # orjson reads 1,024 levels, but writes 254
             raise InvalidRequest("the body is nested too deeply") from None
 
-    return renamed
+    return made
 
 
 async def serve(request: web.Request, prepared: Prepared) -> web.StreamResponse:
@@ -140,7 +142,7 @@ async def serve(request: web.Request, prepared: Prepared) -> web.StreamResponse:
 def _whole(request: web.Request, answer: Answer) -> web.StreamResponse:
     fields = {
         "x-aioserver-provider": answer.provider,
-        "x-aioserver-attempts": "1",
+        "x-aioserver-attempts": str(answer.attempts),
         **answer.headers,
     }
     fields["Content-Type"] = answer.content_type

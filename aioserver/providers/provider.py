@@ -8,6 +8,7 @@ client is. A provider knows no face: it is given an `Ask` and fills a `Stream`, 
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from time import monotonic, time
@@ -19,11 +20,14 @@ from yarl import URL
 from aioserver import __version__, entries
 from aioserver.deltas import Reading, usage_of
 from aioserver.errors import (
+    CertificateFault,
+    CircuitOpen,
     NoProvider,
     ProviderAuthError,
     ProviderBadResponse,
     ProviderError,
     ProviderFault,
+    ProviderFlagged,
     ProviderPaced,
     ProviderQueueFull,
     ProviderQueueTimeout,
@@ -34,6 +38,8 @@ from aioserver.errors import (
 from aioserver.gate import Gate, GateStats
 from aioserver.metrics import ProviderMeter
 from aioserver.providers.answers import BodySink, ChatSink, EventSink, complete
+from aioserver.providers.breaker import Breaker
+from aioserver.providers.budget import Budget
 from aioserver.providers.pace import MAX_COOLING, Pace
 from aioserver.providers.pool import Pool, PoolStats
 from aioserver.providers.wire import Exchange, Sink
@@ -47,6 +53,8 @@ if TYPE_CHECKING:
 
 MAX_ERROR_BYTES = 1 << 20  # of an error's body
 MAX_CHECKED_BYTES = 1 << 20  # of a body that is parsed to see that it is JSON
+FLAGGED = 300.0  # seconds for which one that refuses our key is not asked
+KEY_FAULTS = (ProviderAuthError, CertificateFault)
 KEY_STATUSES = frozenset({401, 402, 403})
 BUSY_STATUSES = frozenset({429, 498})
 PASSING = ("x-ratelimit-", "openai-processing-ms", "openai-version", "x-generation-id")
@@ -69,6 +77,8 @@ class Ask:
     frames: bool = False
     reading: Reading | None = None
     record: Record = field(default_factory=Record)
+    again: bool = False  # it has been tried here: in front of its caller's others
+    trial: bool = False  # the breaker's
 
 
 @dataclass(slots=True)
@@ -84,6 +94,7 @@ class Answer:
     content_type: str
     provider: str
     usage: Mapping[str, Any] | None = None
+    attempts: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +115,8 @@ class ProviderStats:
     queue: GateStats
     pool: PoolStats
     pace: PaceStats
+    breaker: str
+    flagged: bool
 
 
 class Provider:
@@ -153,6 +166,9 @@ class Provider:
             ca_file=given.ca_file,
             demand=lambda: self._coming,
         )
+        self._breaker = Breaker()
+        self.budget = Budget()  # of retries
+        self._flagged_until = 0.0  # monotonic: it refuses our key until then
         self._coming = 0  # who waits, or has a place and has not run since: the gate counts less
         self._base = URL(base_url)
         self._heads: dict[str, bytes] = {}
@@ -170,7 +186,7 @@ class Provider:
         def on_head(status: int, headers: Mapping[str, str]) -> Sink:
             seen.append(status)
             headers_seen.update(headers)
-            self._pace.heed(headers)
+            self._heard(status, headers, ask)
             stream.headers = passing(headers)
             streamed = status == 200 and ask.streamed and _is(headers, "text/event-stream")
             sink: Sink
@@ -220,7 +236,7 @@ class Provider:
         def on_head(got: int, given: Mapping[str, str]) -> Sink:
             nonlocal status, headers, sink
             status, headers = got, given
-            self._pace.heed(given)
+            self._heard(got, given, ask)
             if got != 200:
                 sink = BodySink(MAX_ERROR_BYTES)
             _plain(given)
@@ -237,8 +253,41 @@ class Provider:
         """The state now."""
         pace = PaceStats(self._pace.per_minute, self._pace.left, self._pace.cooling)
         return ProviderStats(
-            self.name, self.settings.usable, self._gate.stats(), self._pool.stats(), pace
+            self.name,
+            self.settings.usable,
+            self._gate.stats(),
+            self._pool.stats(),
+            pace,
+            self._breaker.state,
+            self.flagged,
         )
+
+    @property
+    def flagged(self) -> bool:
+        """Whether it has refused our key, and is not asked now."""
+        return self._flagged_until > monotonic()
+
+    def ended(self, ask: Ask, exc: BaseException | None) -> None:
+        """A try has ended, well or with *exc*: count it, and learn from it."""
+        meter, trial = self.meter, ask.trial
+        ask.trial = False
+        if exc is None:
+            meter.attempts["ok"].value += 1
+            self._breaker.ended(trial=trial, failed=False)
+            return
+        failed = None
+        if isinstance(exc, ProviderFault):
+            if exc.attempt:
+                meter.attempts[exc.attempt].value += 1
+                failed = True if exc.failure else None
+            if isinstance(exc, ProviderRefused):
+                failed = False  # it works: the request is at fault
+            if isinstance(exc, KEY_FAULTS) and exc.attempt:
+                meter.key_refused.value += 1
+                self._flagged_until = monotonic() + FLAGGED
+        elif isinstance(exc, asyncio.CancelledError) and ask.record.sent:
+            meter.attempts["cancelled"].value += 1
+        self._breaker.ended(trial=trial, failed=failed)
 
     def refuse(self, error: ProviderFault | None = None) -> None:
         """Let nobody in any more, and tell those who wait."""
@@ -271,18 +320,25 @@ class Provider:
         started: Callable[[], None] | None,
         sending: Callable[[], None] | None,
     ) -> None:
+        self._check()
         record = ask.record
-        record.lined = monotonic()
+        now = monotonic()
+        record.lined = record.lined or now
         place = self._gate.try_enter()
         if place is None:
             self.on_wait(self)
             self._coming += 1
             try:
-                place = await self._gate.enter(ask.line, told=told)
+                left = self.settings.http_client.queue_timeout - record.waited
+                place = await self._gate.enter(
+                    ask.line, told=told, within=max(0.0, left), again=ask.again
+                )
             finally:
                 self._coming -= 1  # nothing else runs before it asks the pool
-                record.waited += monotonic() - record.lined
+                record.waited += monotonic() - now
         with place:
+            self._check()  # it may have begun to fail while this waited
+            ask.trial = self._breaker.enter()
             if started is not None:
                 started()
             limits = self.settings.http_client
@@ -291,7 +347,7 @@ class Provider:
                 connection = await self._pool.connect()
                 if sending is not None:
                     sending()
-                record.sent = record.sent or monotonic()
+                record.sent = monotonic()
                 try:
                     await Exchange(
                         connection,
@@ -305,6 +361,20 @@ class Provider:
                     # fresh one. A fresh connection never raises this, so it ends.
                     self.meter.attempts["stale"].value += 1
                     self._pool.drop_idle()
+
+    def _heard(self, status: int, headers: Mapping[str, str], ask: Ask) -> None:
+        """The head of an answer is there: a provider that fails no more, and what it says is left."""
+        self._pace.heed(headers)
+        if ask.trial and status < 500:
+            self._breaker.answered(trial=True)
+
+    def _check(self) -> None:
+        """Raise where the provider is to be left alone."""
+        if not self._breaker.allows:
+            wait = self._breaker.wait
+            raise CircuitOpen(f"{self.name} fails, and is left alone", retry_after=wait)
+        if self.flagged:
+            raise ProviderFlagged(f"{self.name} has refused our key")
 
     def _request(self, path: str, body: bytes) -> bytes:
         head = self._heads.get(path)

@@ -223,8 +223,9 @@ async def test_a_watcher_gets_the_history_then_the_state_each_second(house: Hous
     for _ in range(3):
         house.app[keys.MONITOR].tick()
     async with watching(house) as told:
-        await until(lambda: len(told) >= 3)
+        await until(lambda: len([kind for kind, _ in told if kind == "stats"]) >= 2)
 
+    told = [one for one in told if one[0] != "incident"]  # of a busy machine
     assert [kind for kind, _ in told[:3]] == ["history", "stats", "stats"]
     history = told[0][1]
     assert len(history["time"]) >= 4

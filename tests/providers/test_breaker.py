@@ -1,0 +1,160 @@
+"""The breaker: when it opens, for how long, and one trial at a time."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from aioserver.providers.breaker import (
+    CLOSED,
+    FAILURES,
+    FIRST,
+    LONGEST,
+    MANY,
+    OPEN,
+    TRIAL,
+    Breaker,
+)
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def ask(breaker: Breaker, *, failed: bool | None) -> None:
+    assert breaker.allows
+    breaker.ended(trial=breaker.enter(), failed=failed)
+
+
+def opened(clock: Clock) -> Breaker:
+    breaker = Breaker(clock)
+    for _ in range(FAILURES):
+        ask(breaker, failed=True)
+    return breaker
+
+
+def test_failures_in_a_row_open_it(clock: Clock) -> None:
+    breaker = Breaker(clock)
+    for _ in range(FAILURES - 1):
+        ask(breaker, failed=True)
+    ask(breaker, failed=False)
+    for _ in range(FAILURES - 1):
+        ask(breaker, failed=True)
+    assert breaker.state == CLOSED
+
+    ask(breaker, failed=True)
+
+    assert (breaker.state, breaker.allows, breaker.wait) == (OPEN, False, FIRST)
+
+
+def test_half_of_many_open_it(clock: Clock) -> None:
+    breaker = Breaker(clock)
+    for number in range(MANY):
+        assert breaker.state == CLOSED
+        ask(breaker, failed=number % 2 == 0)
+    assert breaker.state == OPEN
+
+
+def test_old_failures_are_forgotten(clock: Clock) -> None:
+    breaker = Breaker(clock)
+    for number in range(10 * MANY):
+        ask(breaker, failed=number % 2 == 0)
+        clock.now += 3.0  # ten in thirty seconds
+    assert breaker.state == CLOSED
+
+
+def test_what_says_nothing_changes_nothing(clock: Clock) -> None:
+    breaker = Breaker(clock)
+    for _ in range(FAILURES - 1):
+        ask(breaker, failed=True)
+    for _ in range(100):
+        ask(breaker, failed=None)
+    assert breaker.state == CLOSED
+    ask(breaker, failed=True)
+    assert breaker.state == OPEN
+
+
+def test_one_trial_at_a_time_and_an_answer_closes_it(clock: Clock) -> None:
+    breaker = opened(clock)
+    clock.now += FIRST
+
+    assert (breaker.state, breaker.allows) == (TRIAL, True)
+    trial = breaker.enter()
+    assert trial
+    assert not breaker.allows
+    breaker.ended(trial=trial, failed=False)
+
+    assert (breaker.state, breaker.allows, breaker.wait) == (CLOSED, True, 0.0)
+
+
+def test_the_first_event_of_a_trial_closes_it(clock: Clock) -> None:
+    breaker = opened(clock)
+    clock.now += FIRST
+    trial = breaker.enter()
+
+    breaker.answered(trial=trial)
+
+    assert breaker.allows
+    breaker.ended(trial=trial, failed=True)  # it broke off later: one failure
+    assert breaker.state == CLOSED
+
+
+def test_a_failed_trial_opens_it_for_twice_as_long(clock: Clock) -> None:
+    breaker = opened(clock)
+    waits = []
+    for _ in range(6):
+        waits.append(breaker.wait)
+        clock.now += breaker.wait
+        ask(breaker, failed=True)
+    assert waits == [5.0, 10.0, 20.0, 40.0, LONGEST, LONGEST]
+
+
+def test_a_trial_that_says_nothing_lets_another_try(clock: Clock) -> None:
+    breaker = opened(clock)
+    clock.now += FIRST
+    ask(breaker, failed=None)  # its client left, or it was told 429
+    assert (breaker.state, breaker.allows) == (TRIAL, True)
+    ask(breaker, failed=False)
+    assert breaker.state == CLOSED
+
+
+def test_what_began_before_it_opened_neither_closes_nor_prolongs_it(clock: Clock) -> None:
+    breaker = Breaker(clock)
+    running = [breaker.enter() for _ in range(3)]
+    for _ in range(FAILURES):
+        ask(breaker, failed=True)
+    clock.now += 1.0
+    for trial, failed in zip(running, (True, False, None), strict=True):
+        breaker.ended(trial=trial, failed=failed)
+    assert (breaker.state, breaker.wait) == (OPEN, FIRST - 1.0)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_never_more_than_one_passes_while_it_is_not_closed(seed: int, clock: Clock) -> None:
+    dice, breaker = random.Random(seed), Breaker(clock)
+    running: list[bool] = []
+    for _ in range(500):
+        clock.now += dice.choice((0, 0, 0.5, 6.0))
+        if dice.random() < 0.5 and breaker.allows:
+            running.append(breaker.enter())
+        elif running:
+            trial = running.pop(dice.randrange(len(running)))
+            if dice.random() < 0.3:
+                breaker.answered(trial=trial)
+            breaker.ended(trial=trial, failed=dice.choice((True, True, False, None)))
+        if breaker.state != CLOSED:
+            assert sum(running) <= 1 or breaker.state == CLOSED
+    for trial in running:
+        breaker.ended(trial=trial, failed=None)
+    clock.now += LONGEST
+    assert breaker.allows

@@ -1,0 +1,51 @@
+"""The budget of retries: a fifth of the requests, but some always."""
+
+from __future__ import annotations
+
+from aioserver.providers.budget import MINIMUM, SPAN, Budget
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def retries(budget: Budget, most: int = 10_000) -> int:
+    return next(number for number in range(most) if not budget.retry())
+
+
+def test_a_quiet_house_has_some() -> None:
+    assert retries(Budget(Clock())) == MINIMUM
+
+
+def test_a_busy_house_has_a_fifth() -> None:
+    budget = Budget(Clock())
+    for _ in range(1000):
+        budget.request()
+    assert retries(budget) == 200
+
+
+def test_they_come_back_after_their_span() -> None:
+    clock = Clock()
+    budget = Budget(clock)
+    assert retries(budget) == MINIMUM
+    clock.now += SPAN - 1
+    assert retries(budget) == 0
+    clock.now += 1
+    assert retries(budget) == MINIMUM
+    clock.now += 10_000
+    assert retries(budget) == MINIMUM
+
+
+def test_a_wave_of_failures_makes_no_wave_of_retries() -> None:
+    clock = Clock()
+    budget = Budget(clock)
+    done = 0
+    for _ in range(10_000):  # a hundred a second, each fails and wants three retries
+        clock.now += 0.01
+        budget.request()
+        done += sum(budget.retry() for _ in range(3))
+    assert done <= 0.25 * 10_000
