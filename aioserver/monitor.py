@@ -18,6 +18,7 @@ import orjson
 
 from aioserver import __version__, eventstream, keys
 from aioserver.errors import ServerAtCapacity
+from aioserver.providers.breaker import CLOSED
 
 if TYPE_CHECKING:
     from aiohttp import web
@@ -141,6 +142,7 @@ class Monitor:
         snapshot = self._state(now, rates)
         snapshot["process"]["cpu"] = round((cpu - self._last_cpu) / seconds, 3)
         self._gather(counted)
+        self._see_breakers(snapshot)
         self._last, self._last_at, self._last_cpu = counted, now, cpu
         self._snapshot, self._bytes = snapshot, orjson.dumps(snapshot)
         self._history.append(_point(snapshot))
@@ -303,6 +305,18 @@ class Monitor:
             key = "loop_lag", "", None
             worst = round(self._lag_max * 1000)
             self._gathered[key] = max(worst, self._gathered.get(key, 0))
+
+    def _see_breakers(self, snapshot: dict[str, Any]) -> None:
+        """Tell which provider is left alone now, and which answers again."""
+        before = self._snapshot.get("providers", {})
+        for name, one in snapshot["providers"].items():
+            was = before.get(name, {}).get("breaker", CLOSED)
+            if was == CLOSED != one["breaker"]:
+                self.incident(
+                    "breaker", f"{name} fails, and is left alone", severity="error", provider=name
+                )
+            elif was != CLOSED == one["breaker"]:
+                self.incident("breaker", f"{name} answers again", severity="info", provider=name)
 
     def _tell(self, now: float) -> None:
         """Tell what was gathered, each kind once in a while."""
