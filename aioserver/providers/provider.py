@@ -10,14 +10,10 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
-from email.utils import parsedate_to_datetime
-from time import monotonic, time
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-import orjson
-from yarl import URL
-
-from aioserver import __version__, entries
+from aioserver import entries
 from aioserver.deltas import Reading, usage_of
 from aioserver.errors import (
     CertificateFault,
@@ -25,7 +21,6 @@ from aioserver.errors import (
     NoProvider,
     ProviderAuthError,
     ProviderBadResponse,
-    ProviderError,
     ProviderFault,
     ProviderFlagged,
     ProviderPaced,
@@ -40,8 +35,10 @@ from aioserver.metrics import ProviderMeter
 from aioserver.providers.answers import BodySink, ChatSink, EventSink, complete
 from aioserver.providers.breaker import Breaker
 from aioserver.providers.budget import Budget
-from aioserver.providers.pace import MAX_COOLING, Pace
+from aioserver.providers.pace import Pace
 from aioserver.providers.pool import Pool, PoolStats
+from aioserver.providers.requests import Requests
+from aioserver.providers.verdict import check_json, check_plain, is_of, judge, passing
 from aioserver.providers.wire import Exchange, Sink
 from aioserver.records import Record
 
@@ -52,13 +49,8 @@ if TYPE_CHECKING:
     from aioserver.streams import Stream
 
 MAX_ERROR_BYTES = 1 << 20  # of an error's body
-MAX_CHECKED_BYTES = 1 << 20  # of a body that is parsed to see that it is JSON
 FLAGGED = 300.0  # seconds for which one that refuses our key is not asked
 KEY_FAULTS = (ProviderAuthError, CertificateFault)
-KEY_STATUSES = frozenset({401, 402, 403})
-BUSY_STATUSES = frozenset({429, 498})
-PASSING = ("x-ratelimit-", "openai-processing-ms", "openai-version", "x-generation-id")
-FRAMING = frozenset({"connection", "content-length", "transfer-encoding"})  # ours, never given
 
 
 @dataclass(slots=True)
@@ -170,8 +162,7 @@ class Provider:
         self.budget = Budget()  # of retries
         self._flagged_until = 0.0  # monotonic: it refuses our key until then
         self._coming = 0  # who waits, or has a place and has not run since: the gate counts less
-        self._base = URL(base_url)
-        self._heads: dict[str, bytes] = {}
+        self._requests = Requests(given, base_url, self._pool)
 
     async def fill(self, stream: Stream, ask: Ask) -> None:
         """Ask, and append the answer to *stream*, its end included.
@@ -188,7 +179,7 @@ class Provider:
             headers_seen.update(headers)
             self._heard(status, headers, ask)
             stream.headers = passing(headers)
-            streamed = status == 200 and ask.streamed and _is(headers, "text/event-stream")
+            streamed = status == 200 and ask.streamed and is_of(headers, "text/event-stream")
             sink: Sink
             if streamed and ask.frames:
                 sink = ChatSink(stream, ask.reading or Reading())
@@ -197,7 +188,7 @@ class Provider:
             else:
                 sink = BodySink(self._max_response_bytes if status == 200 else MAX_ERROR_BYTES)
             seen.append(sink)
-            _plain(headers)
+            check_plain(headers)
             return sink
 
         def started() -> None:
@@ -215,7 +206,7 @@ class Provider:
         self._judge(status, headers_seen, body)
         if ask.streamed:
             raise ProviderBadResponse("the provider's answer is no event stream")
-        _check_json(headers_seen, body)
+        check_json(headers_seen, body)
         reading = ask.reading or Reading()
         chunks = reading.read(body)
         stream.answer()
@@ -239,13 +230,13 @@ class Provider:
             self._heard(got, given, ask)
             if got != 200:
                 sink = BodySink(MAX_ERROR_BYTES)
-            _plain(given)
+            check_plain(given)
             return sink
 
         await self._exchange(ask, on_head, sending=sending)
         body = sink.body
         self._judge(status, headers, body)
-        usage = usage_of(_check_json(headers, body))
+        usage = usage_of(check_json(headers, body))
         content_type = headers.get("content-type", "")
         return Answer(status, passing(headers), body, content_type, self.name, usage)
 
@@ -342,7 +333,7 @@ class Provider:
             if started is not None:
                 started()
             limits = self.settings.http_client
-            request = self._request(ask.path, ask.body(self.settings))
+            request = self._requests.make(ask.path, ask.body(self.settings))
             while True:
                 connection = await self._pool.connect()
                 if sending is not None:
@@ -362,6 +353,13 @@ class Provider:
                     self.meter.attempts["stale"].value += 1
                     self._pool.drop_idle()
 
+    def _judge(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
+        try:
+            judge(self.name, status, headers, body)
+        except ProviderRateLimited as limited:
+            self._pace.cool_down(limited.retry_after or 0.0)
+            raise
+
     def _heard(self, status: int, headers: Mapping[str, str], ask: Ask) -> None:
         """The head of an answer is there: a provider that fails no more, and what it says is left."""
         self._pace.heed(headers)
@@ -375,113 +373,3 @@ class Provider:
             raise CircuitOpen(f"{self.name} fails, and is left alone", retry_after=wait)
         if self.flagged:
             raise ProviderFlagged(f"{self.name} has refused our key")
-
-    def _request(self, path: str, body: bytes) -> bytes:
-        head = self._heads.get(path)
-        if head is None:
-            head = self._heads[path] = self._head(path)
-        return b"%b%d\r\n\r\n%b" % (head, len(body), body)
-
-    def _head(self, path: str) -> bytes:
-        """The head of every request for *path*, up to the number behind Content-Length."""
-        url = self._base.with_path(f"{self._base.path.rstrip('/')}/{path}")
-        headers = {
-            "Host": url.authority.rpartition("@")[2],
-            "User-Agent": f"aioserver/{__version__}",
-            "Accept": "application/json, text/event-stream",
-            "Accept-Encoding": "identity",
-            "Content-Type": "application/json",
-        }
-        if self.settings.api_key is not None:
-            headers["Authorization"] = f"Bearer {self.settings.api_key.reveal()}"
-        given = {**self.settings.headers, **self._pool.proxy_headers()}
-        replaced = {name.lower() for name in given}
-        headers = {name: value for name, value in headers.items() if name.lower() not in replaced}
-        headers |= {name: value for name, value in given.items() if name.lower() not in FRAMING}
-        target = str(url) if self._pool.forwards else url.raw_path_qs
-        lines = [
-            f"POST {target} HTTP/1.1",
-            *(f"{name}: {value}" for name, value in headers.items()),
-        ]
-        return "\r\n".join([*lines, "Content-Length: "]).encode("latin-1")
-
-    def _judge(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
-        """Raise what a status other than 200 means (the table of CONTRACT 7)."""
-        if 200 <= status < 300:
-            return
-        if status < 400:
-            raise ProviderBadResponse(f"{self.name} answered {status}, a redirect")
-        if status in KEY_STATUSES or (status == 429 and b"insufficient_quota" in body):
-            raise ProviderAuthError(f"{self.name} refuses our key or its quota is used up")
-        wait = retry_after(headers)
-        if status in BUSY_STATUSES:
-            wait = min(1.0 if wait is None else wait, MAX_COOLING)
-            self._pace.cool_down(wait)
-            raise ProviderRateLimited(f"{self.name} limits our rate", retry_after=wait)
-        if status >= 500 or status == 408:
-            raise ProviderError(f"{self.name} answered {status}", retry_after=wait)
-        if not _is_json(body):
-            raise ProviderBadResponse(f"{self.name} answered {status}, not with JSON")
-        raise ProviderRefused(f"{self.name} answered {status}", status, body)
-
-
-def passing(headers: Mapping[str, str]) -> dict[str, str]:
-    """The headers of a provider's that clients see."""
-    return {
-        name: value
-        for name, value in headers.items()
-        if name.startswith(PASSING) and value.isascii() and value.isprintable()
-    }
-
-
-def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds, from `retry-after-ms` or from `retry-after` in seconds or as a date.
-
-    None where neither is sane: negative, or more than a day.
-    """
-    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
-        try:
-            seconds = float(headers.get(name, "")) * unit
-        except ValueError:
-            continue
-        if 0 <= seconds < 86_400:
-            return seconds
-    try:
-        then = parsedate_to_datetime(headers.get("retry-after", ""))
-    except ValueError:
-        return None
-    seconds = then.timestamp() - time()
-    return max(0.0, seconds) if abs(seconds) < 86_400 else None
-
-
-def _is(headers: Mapping[str, str], content_type: str) -> bool:
-    return headers.get("content-type", "").partition(";")[0].strip().lower() == content_type
-
-
-def _plain(headers: Mapping[str, str]) -> None:
-    if headers.get("content-encoding", "identity").lower() not in {"", "identity"}:
-        raise ProviderBadResponse("the provider compressed its answer, which nobody asked for")
-
-
-def _is_json(body: bytes) -> bool:
-    try:
-        orjson.loads(body)
-    except orjson.JSONDecodeError:
-        return False
-    return True
-
-
-def _check_json(headers: Mapping[str, str], body: bytes) -> object:
-    """What *body* says; None where it is too long to be parsed."""
-    if not _is(headers, "application/json") or not body:
-        raise ProviderBadResponse("the provider's answer is not JSON")
-    if len(body) > MAX_CHECKED_BYTES:
-        return None
-    try:
-        answer = orjson.loads(body)
-    except orjson.JSONDecodeError:
-        raise ProviderBadResponse("the provider's answer is not JSON") from None
-    # A response that has failed has `error`, too, but is an answer.
-    if isinstance(answer, dict) and answer.get("error") and "object" not in answer:
-        raise ProviderBadResponse("the provider reported an error as if it were an answer")
-    return answer

@@ -28,8 +28,9 @@ from aioserver.errors import (
     ProviderRefused,
     StaleConnection,
 )
-from aioserver.providers.provider import Ask, Provider, retry_after
+from aioserver.providers.provider import Ask, Provider
 from aioserver.providers.simulator import Behaviour, Simulator
+from aioserver.providers.verdict import retry_after
 from aioserver.setting import Secret
 from aioserver.streams import Stream
 from tests.house import until
