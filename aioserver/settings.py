@@ -224,7 +224,7 @@ class HttpClient:
     backoff_factor: float = setting(ratio, "seconds of pause: times 2^(n-1)")
     queue_size: int = setting(count, "that wait for it", None, shown="10 x concurrent_requests")
     queue_timeout: float = setting(seconds, "that they wait", None, shown="read_timeout")
-    tokens_per_minute: int = setting(count_or_0, "0: not paced", 0, later=True)
+    tokens_per_minute: int = setting(count_or_0, "spent a minute; 0: not paced", 0)
 
     def __post_init__(self) -> None:
         if self.queue_size is None:

@@ -6,6 +6,9 @@ arrival time of the next start. In any window no more starts than its share of t
 The provider itself lowers it: what it says of its remaining requests and their reset spreads them over
 that time, before it has to say 429; where it said `Retry-After` nothing starts before, and for as long
 again only half as much as else.
+
+Tokens a minute are a leaky bucket (ITU-T I.371 as well) of a sixth of the minute: a start pours in what
+it is expected to cost, and its end corrects that; while it is over, nothing starts.
 """
 
 from __future__ import annotations
@@ -33,9 +36,17 @@ class Pace:
     """
 
     def __init__(
-        self, per_minute: int, burst: int, clock: Callable[[], float] = time.monotonic
+        self,
+        per_minute: int,
+        burst: int,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        tokens_per_minute: int = 0,
     ) -> None:
         self._clock = clock
+        self._token_rate = tokens_per_minute / 60.0
+        self._bucket = tokens_per_minute / 6.0
+        self._level, self._level_at = 0.0, clock()
         self._step = 60.0 / per_minute
         self._slack = (max(1, burst) - 1) * self._step
         self._due = 0.0  # the theoretical arrival time
@@ -53,7 +64,7 @@ class Pace:
     def left(self) -> int:
         """How many could start now."""
         now = self._clock()
-        if now < self._closed_until:
+        if now < self._closed_until or (self._token_rate and self._overflow(now) > 0):
             return 0
         ahead = max(0.0, self._due - now)
         return max(0, int((self._slack - ahead) / self._step + 1 + 1e-9))
@@ -68,12 +79,27 @@ class Pace:
         now = self._clock()
         step = self._stride(now)
         at = max(self._due + ahead * step - self._slack, now + max(0, ahead * step - self._slack))
-        return max(0.0, at - now, self._closed_until + ahead * step - now)
+        wait = max(0.0, at - now, self._closed_until + ahead * step - now)
+        return max(wait, self._overflow(now)) if self._token_rate else wait
 
     def start(self) -> None:
         """One starts."""
         now = self._clock()
         self._due = max(self._due, now) + self._stride(now)
+
+    def charge(self, tokens: int) -> None:
+        """A start is expected to cost *tokens*; negative: it was expected to cost more."""
+        if self._token_rate:
+            now = self._clock()
+            self._level = max(0.0, self._drained(now) + tokens)
+            self._level_at = now
+
+    def _drained(self, now: float) -> float:
+        return max(0.0, self._level - (now - self._level_at) * self._token_rate)
+
+    def _overflow(self, now: float) -> float:
+        """Seconds until the bucket has room for a start."""
+        return max(0.0, (self._drained(now) - self._bucket) / self._token_rate)
 
     def cool_down(self, seconds: float) -> None:
         """The provider said so: nothing for *seconds*, then half the pace for as long again."""

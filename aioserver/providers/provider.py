@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from aioserver.streams import Stream
 
 MAX_ERROR_BYTES = 1 << 20  # of an error's body
+BYTES_PER_TOKEN = 4  # of a request, about
 FLAGGED = 300.0  # seconds for which one that refuses our key is not asked
 KEY_FAULTS = (ProviderAuthError, CertificateFault)
 
@@ -71,6 +72,7 @@ class Ask:
     record: Record = field(default_factory=Record)
     again: bool = False  # it has been tried here: in front of its caller's others
     trial: bool = False  # the breaker's
+    expected: int = 0  # tokens that it may cost
 
 
 @dataclass(slots=True)
@@ -133,7 +135,11 @@ class Provider:
         self.on_wait: Callable[[Provider], None] = lambda _provider: None
         self._max_response_bytes = max_response_bytes
         rate = limits.requests_per_minute
-        self._pace = Pace(rate, min(limits.concurrent_requests, rate // 60))
+        self._pace = Pace(
+            rate,
+            min(limits.concurrent_requests, rate // 60),
+            tokens_per_minute=limits.tokens_per_minute,
+        )
         self._gate = Gate(
             limits.concurrent_requests,
             queue_size=limits.queue_size,
@@ -198,6 +204,7 @@ class Provider:
             stream.sent = True
 
         await self._exchange(ask, on_head, stream.queued, started, sending)
+        self._paid(ask, stream.usage, stream.last)
         status, sink = seen
         if not isinstance(sink, BodySink):
             return
@@ -237,6 +244,7 @@ class Provider:
         body = sink.body
         self._judge(status, headers, body)
         usage = usage_of(check_json(headers, body))
+        self._paid(ask, usage)
         content_type = headers.get("content-type", "")
         return Answer(status, passing(headers), body, content_type, self.name, usage)
 
@@ -333,7 +341,10 @@ class Provider:
             if started is not None:
                 started()
             limits = self.settings.http_client
-            request = self._requests.make(ask.path, ask.body(self.settings))
+            body = ask.body(self.settings)
+            ask.expected = len(body) // BYTES_PER_TOKEN + (self.settings.max_tokens or 0)
+            self._pace.charge(ask.expected)
+            request = self._requests.make(ask.path, body)
             while True:
                 connection = await self._pool.connect()
                 if sending is not None:
@@ -359,6 +370,13 @@ class Provider:
         except ProviderRateLimited as limited:
             self._pace.cool_down(limited.retry_after or 0.0)
             raise
+
+    def _paid(self, ask: Ask, usage: Mapping[str, Any] | None, events: int = 0) -> None:
+        """Correct what *ask* was expected to cost by what the provider reports, else by its *events*."""
+        total = usage.get("total_tokens") if usage is not None else None
+        if not isinstance(total, int) or not 0 <= total < 1 << 40:
+            total = ask.expected - (self.settings.max_tokens or 0) + events
+        self._pace.charge(total - ask.expected)
 
     def _heard(self, status: int, headers: Mapping[str, str], ask: Ask) -> None:
         """The head of an answer is there: a provider that fails no more, and what it says is left."""

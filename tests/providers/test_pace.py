@@ -179,3 +179,49 @@ def test_what_makes_no_sense_changes_nothing(left: str, reset: str) -> None:
 def test_durations(text: str, seconds: float | None) -> None:
     found = duration(text)
     assert found == (None if seconds is None else pytest.approx(seconds))
+
+
+# Tokens.
+
+
+@given(
+    per_minute=st.integers(600, 1_000_000),
+    costs=st.lists(st.integers(1, 5_000), min_size=1, max_size=60),
+)
+@settings(max_examples=100, deadline=None)
+def test_no_window_has_more_tokens_than_its_share_the_bucket_and_one_start(
+    per_minute: int, costs: list[int]
+) -> None:
+    clock = Clock()
+    pace = Pace(1_000_000, 1000, clock, tokens_per_minute=per_minute)
+    spent: list[tuple[float, int]] = []
+    for cost in costs:
+        clock.now += pace.delay()
+        assert pace.delay() <= 1e-6
+        pace.start()
+        pace.charge(cost)
+        spent.append((clock.now, cost))
+    for first, (begin, _) in enumerate(spent):
+        for last in range(first, len(spent)):
+            tokens = sum(cost for _, cost in spent[first : last + 1])
+            share = (spent[last][0] - begin) * per_minute / 60
+            assert tokens <= share + per_minute / 6 + spent[last][1] + 1e-3
+
+
+def test_what_was_expected_is_corrected_by_what_it_cost() -> None:
+    clock = Clock()
+    pace = Pace(6000, 100, clock, tokens_per_minute=600)  # ten a second, a bucket of a hundred
+    pace.charge(300)
+    assert pace.delay() == pytest.approx(20.0)
+    assert pace.left == 0
+    pace.charge(-150)
+    assert pace.delay() == pytest.approx(5.0)
+    pace.charge(-10_000)
+    assert pace.delay() == 0.0
+    assert pace.left > 0
+
+
+def test_without_a_limit_tokens_cost_nothing() -> None:
+    pace = Pace(6000, 100, Clock())
+    pace.charge(10**9)
+    assert pace.delay() == 0.0

@@ -586,6 +586,20 @@ async def test_after_a_429_the_provider_is_left_alone(
             assert len(played) == 1
 
 
+async def test_tokens_a_minute_are_expected_before_and_corrected_after(
+    simulator: Simulator,
+) -> None:
+    limits = {"tokens_per_minute": 600, "queue_timeout": 3.0}
+    async with provider_at(simulator.base_url, limits, max_tokens=10_000) as provider:
+        first = asyncio.create_task(fill(provider))
+        await until(lambda: provider.stats().queue.inside == 1)
+        with pytest.raises(ProviderPaced):
+            await fill(provider)  # a thousand seconds' tokens are expected to be on their way
+        await first
+
+        await fill(provider)  # it were a few
+
+
 def test_a_date_to_retry_after() -> None:
     later = format_datetime(datetime.now(UTC) + timedelta(seconds=90), usegmt=True)
     earlier = format_datetime(datetime.now(UTC) - timedelta(seconds=90), usegmt=True)
