@@ -589,8 +589,8 @@ async def test_after_a_429_the_provider_is_left_alone(
 async def test_tokens_a_minute_are_expected_before_and_corrected_after(
     simulator: Simulator,
 ) -> None:
-    limits = {"tokens_per_minute": 600, "queue_timeout": 3.0}
-    async with provider_at(simulator.base_url, limits, max_tokens=10_000) as provider:
+    limits = {"tokens_per_minute": 6000, "queue_timeout": 3.0}
+    async with provider_at(simulator.base_url, limits, max_tokens=100_000) as provider:
         first = asyncio.create_task(fill(provider))
         await until(lambda: provider.stats().queue.inside == 1)
         with pytest.raises(ProviderPaced):
