@@ -143,14 +143,17 @@ export class Asking {
     return true;
   }
 
-  // A message over the limit ends the socket, and is not named: the longest not heard of it was.
-  tooLarge(fault) {
+  // The server ends the socket. A message over its limit is not named: it was the longest of those
+  // not heard of. Without it the others may come back at once.
+  socketRefused(fault) {
+    if (fault.code !== "request_too_large") return;
     const sent = [...this.following.values()].filter(({ turn }) => turn.state === "sent");
     sent.sort((a, b) => b.turn.question.length - a.turn.question.length);
     if (sent.length === 0) return;
     Object.assign(sent[0].turn, { state: "failed", fault });
     this.finish(sent[0]);
     this.changed(sent[0]);
+    this.link.connect();
   }
 
   finish({ conversation, turn }) {

@@ -20,7 +20,8 @@ export function pause(code, failures, retryAfter = 0) {
 }
 
 export class Link {
-  // `locate()` gives the address; `heard` has changed(), entered(), frame(frame), refused(fault).
+  // `locate()` gives the address. `heard` has changed(), entered(), frame(frame), refused(fault)
+  // and wanted(): whether an answer is waited for.
   constructor(locate, heard) {
     this.locate = locate;
     this.heard = heard;
@@ -111,7 +112,8 @@ export class Link {
   lose(code) {
     const fault = this.fault;
     this.drop();
-    const seconds = pause(code, this.failures, fault?.retry_after);
+    const crossed = code === 1000 && this.heard.wanted(); // unused, but something was just asked
+    const seconds = crossed ? 0 : pause(code, this.failures, fault?.retry_after);
     if (seconds === null) {
       this.trouble = { name: "closed", code, fault };
     } else {

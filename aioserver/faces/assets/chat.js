@@ -39,7 +39,8 @@ const link = new Link(locate, {
   changed: drawLink,
   entered: () => asking.joinAll(),
   frame: (frame) => asking.receive(frame),
-  refused: (fault) => fault.code === "request_too_large" && asking.tooLarge(fault),
+  refused: (fault) => asking.socketRefused(fault),
+  wanted: () => asking.turns.length > 0,
 });
 asking.link = link;
 const list = new List(at("list"), { open: choose, remove });
