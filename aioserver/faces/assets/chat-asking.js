@@ -143,17 +143,17 @@ export class Asking {
     return true;
   }
 
-  // The server ends the socket. A message over its limit is not named: it was the longest of those
-  // not heard of. Without it the others may come back at once.
-  socketRefused(fault) {
-    if (fault.code !== "request_too_large") return;
+  // A message over the limit has ended the socket, and is not named: it was the longest of those
+  // not heard of. Whether there is one; without it the others may come back at once.
+  tooLarge() {
     const sent = [...this.following.values()].filter(({ turn }) => turn.state === "sent");
     sent.sort((a, b) => b.turn.question.length - a.turn.question.length);
-    if (sent.length === 0) return;
-    Object.assign(sent[0].turn, { state: "failed", fault });
+    if (sent.length === 0) return false;
+    sent[0].turn.state = "failed";
+    sent[0].turn.fault = { code: "request_too_large", error: "This is too long for the server" };
     this.finish(sent[0]);
     this.changed(sent[0]);
-    this.link.connect();
+    return true;
   }
 
   finish({ conversation, turn }) {

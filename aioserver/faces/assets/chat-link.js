@@ -20,8 +20,9 @@ export function pause(code, failures, retryAfter = 0) {
 }
 
 export class Link {
-  // `locate()` gives the address. `heard` has changed(), entered(), frame(frame), refused(fault)
-  // and wanted(): whether an answer is waited for.
+  // `locate()` gives the address. `heard` has changed(), entered(), frame(frame), and two that tell
+  // whether to come back at once: wanted(), where the socket was closed since nobody used it, and
+  // tooLarge(), where a message was.
   constructor(locate, heard) {
     this.locate = locate;
     this.heard = heard;
@@ -84,7 +85,6 @@ export class Link {
       this.become({ name: "waiting", ...frame.chunk });
     } else if (frame.status === "error") {
       this.fault = frame.chunk;
-      this.heard.refused(frame.chunk);
     }
   }
 
@@ -112,8 +112,9 @@ export class Link {
   lose(code) {
     const fault = this.fault;
     this.drop();
-    const crossed = code === 1000 && this.heard.wanted(); // unused, but something was just asked
-    const seconds = crossed ? 0 : pause(code, this.failures, fault?.retry_after);
+    const atOnce =
+      (code === 1000 && this.heard.wanted()) || (code === 1009 && this.heard.tooLarge());
+    const seconds = atOnce ? 0 : pause(code, this.failures, fault?.retry_after);
     if (seconds === null) {
       this.trouble = { name: "closed", code, fault };
     } else {

@@ -39,7 +39,7 @@ const link = new Link(locate, {
   changed: drawLink,
   entered: () => asking.joinAll(),
   frame: (frame) => asking.receive(frame),
-  refused: (fault) => asking.socketRefused(fault),
+  tooLarge: () => asking.tooLarge(),
   wanted: () => asking.turns.length > 0,
 });
 asking.link = link;
