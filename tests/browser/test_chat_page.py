@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ from tests.browser.talk import (
     shows,
     status,
 )
-from tests.faces.talk import cancel, chat
+from tests.faces.talk import cancel, chat, to_end
 from tests.house import HTTP_CLIENT, QUICK, until
 
 if TYPE_CHECKING:
@@ -335,12 +336,14 @@ async def test_an_answer_that_is_gone_says_so_and_is_asked_again(
 
 async def test_a_full_house_is_told_and_tried_again(make_house: Make, page: Page) -> None:
     house = await make_house(**ONE_PLACE, **{"chat.websocket.concurrency.queue_timeout": 0})
+    await page.set_viewport_size({"width": 390, "height": 844})
     await page.clock.install()
     async with house.connect() as inside:
         await page.goto(house.base + "/")
-        await expect(page.get_by_text("The server is full.")).to_be_visible()
+        await expect(page.get_by_text("The server is full")).to_be_visible()
         await expect(page.get_by_text("max_connections=1 reached")).to_be_visible()
         await expect(page.get_by_text("Next try in")).to_be_visible()
+        await expect(page.get_by_role("button", name="Try now")).to_be_in_viewport(ratio=1)
         await ask(page, "Hello")
         await expect(status(page)).to_have_text("Is sent as soon as the server is there")
         await inside.close()
@@ -463,6 +466,85 @@ async def test_what_came_before_a_fault_stays(make_house: Make, page: Page) -> N
     assert text
     assert whole.startswith(text)
     await expect(answer(page).locator(".fault")).to_contain_text("Ask again")
+
+
+async def test_a_gap_is_told_and_not_skipped(make_house: Make, told: Told, page: Page) -> None:
+    house = await make_house(**told.changes, **{"chat.streams.max_stream_bytes": 4096})
+    await enter(page, house)
+    await ask(page, "Hello")
+    told.say("One")
+    await shows(page, "One")
+    await page.context.set_offline(True)
+    cut(house)
+    await expect(page.get_by_text("The connection to the server is lost.")).to_be_visible()
+
+    told.say(*(f" {number:0100}" for number in range(200)))
+    told.finish()
+    await until(lambda: house.app[keys.STREAMS].stats().running == 0)
+    await page.context.set_offline(False)
+
+    await is_now(page, "failed")
+    await expect(answer(page).locator(".fault")).to_contain_text("a hole in the answer")
+    await shows(page, "One")
+
+
+async def test_a_number_that_is_taken_is_asked_under_another(house: House, page: Page) -> None:
+    await enter(page, house)
+    await page.context.set_offline(True)
+    cut(house)
+    await expect(page.get_by_text("The connection to the server is lost.")).to_be_visible()
+    await ask(page, "Hello")
+    await is_now(page, "unsent")
+    stored = await page.evaluate(
+        "Object.entries(localStorage).find(([key]) => /tion/.test(key))[1]"
+    )
+    async with house.connect() as other:
+        await other.send_json(chat(json.loads(stored)["turns"][0]["id"], "Something else"))
+        await to_end(other)
+
+    await page.context.set_offline(False)
+    await is_now(page, "failed")
+    await expect(answer(page).locator(".fault")).to_contain_text("under a new one")
+    await answer(page).get_by_role("button", name="Ask again").click()
+
+    await is_now(page, "complete")
+    await shows(page, await said(house, "Hello"))
+
+
+async def test_a_question_that_found_no_room_is_asked_again_by_itself(
+    make_house: Make, told: Told, page: Page
+) -> None:
+    house = await make_house(**told.changes, **{"chat.streams.max_kept_bytes": 4096})
+    await enter(page, house)
+    await ask(page, "apples")
+    told.say("a" * 8192)
+    await shows(page, "a" * 8192)
+
+    await page.get_by_role("button", name="New conversation").click()
+    await ask(page, "pears")
+    await expect(status(page)).to_contain_text("The server is full. Asked again by itself in")
+    told.finish()
+    told.say("Pears.")
+    told.finish()
+
+    await is_now(page, "complete")
+    await shows(page, "Pears.")
+    assert told.requests == 2
+
+
+async def test_a_connection_that_was_closed_unused_is_opened_by_a_question(
+    make_house: Make, page: Page
+) -> None:
+    house = await make_house(
+        **{"chat.websocket.idle_timeout": 0.05, "chat.websocket.ping_interval": 0.2}
+    )
+    await page.goto(house.base + "/")
+    await expect(page.get_by_text("since it was not used")).to_be_visible()
+
+    await ask(page, "Hello")
+
+    await is_now(page, "complete")
+    await shows(page, await said(house, "Hello"))
 
 
 async def test_a_message_over_the_limit_is_told(make_house: Make, page: Page) -> None:

@@ -46,7 +46,7 @@ export class Asking {
     if (turn === undefined) return;
     if (turn.state === "unsent" && Date.now() - turn.asked > SEND_WITHIN) {
       turn.state = "failed";
-      turn.fault = { code: "not_sent", error: "The page was closed before this could be sent" };
+      turn.fault = { code: "not_sent", error: "the page was closed before this could be sent" };
       return;
     }
     this.follow(conversation, turn);
@@ -150,7 +150,7 @@ export class Asking {
     sent.sort((a, b) => b.turn.question.length - a.turn.question.length);
     if (sent.length === 0) return false;
     sent[0].turn.state = "failed";
-    sent[0].turn.fault = { code: "request_too_large", error: "This is too long for the server" };
+    sent[0].turn.fault = { code: "request_too_large", error: "this is too long for the server" };
     this.finish(sent[0]);
     this.changed(sent[0]);
     return true;

@@ -40,12 +40,11 @@ export function hopeful(fault) {
 
 // Why the socket was closed for good.
 export function closure({ code, fault }) {
-  if (fault) return sentence(fault.error);
+  if (fault) return `The server closed the connection: ${sentence(fault.error)}`;
   if (code === 1000) return "The server closed the connection, since it was not used.";
   return `The server closed the connection (${code}).`;
 }
 
 export function sentence(text) {
-  const begun = text.charAt(0).toUpperCase() + text.slice(1);
-  return /[.!?…]$/.test(begun) ? begun : `${begun}.`;
+  return /[.!?…]$/.test(text) ? text : `${text}.`;
 }

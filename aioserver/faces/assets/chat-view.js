@@ -37,7 +37,7 @@ export class TurnView {
     this.drawHidden(this.tools, calls.join("\n\n"));
     const fault = turn.state === "failed" ? turn.fault : null;
     this.fault.hidden = fault === null;
-    if (fault) this.fault.textContent = `${sentence(fault.error)} ${advice(fault)}`;
+    if (fault) this.fault.textContent = `Failed: ${sentence(fault.error)} ${advice(fault)}`;
     const status = over ? outcome(turn) : progress(turn, link);
     if (this.status.textContent !== status) this.status.textContent = status;
     this.copy.hidden = !over || turn.text === "";

@@ -30,6 +30,7 @@ const views = new Map(); // turn → its TurnView, of the conversation that is s
 const dirty = new Set(); // turns to draw
 let drawing = 0;
 let ticking = 0;
+let following = true; // the person reads at the end, so what comes is kept in sight
 
 const busy = (conversation) => running(conversation) !== undefined;
 const store = new Store({ busy, changed: changedElsewhere, full: notice });
@@ -135,10 +136,10 @@ function drawAll() {
     dirty.add(turn);
   }
   at("log").replaceChildren(...[...views.values()].map((view) => view.element));
+  following = true;
   draw();
   drawList();
   drawComposer();
-  room.scrollTop = room.scrollHeight;
 }
 
 function drawTurn(conversation, turn) {
@@ -150,10 +151,9 @@ function drawTurn(conversation, turn) {
 function draw() {
   cancelAnimationFrame(drawing);
   drawing = 0;
-  const follows = room.scrollHeight - room.scrollTop - room.clientHeight < NEAR;
   for (const turn of dirty) views.get(turn)?.draw(link.state);
   dirty.clear();
-  if (follows) room.scrollTop = room.scrollHeight;
+  if (following) room.scrollTop = room.scrollHeight;
 }
 
 function drawList() {
@@ -187,9 +187,13 @@ function trouble(state) {
   if (state.name === "closed") return closure(state);
   if (state.name !== "lost") return "";
   if (state.code === 1013)
-    return `The server is full. This page tries again by itself. ${state.fault?.error ?? ""}`;
+    return `The server is full${detail(state.fault)}. This page tries again by itself.`;
   if (state.code === 1012) return "The server restarts. This page connects again by itself.";
   return "The connection to the server is lost. What you write is sent when it is back.";
+}
+
+function detail(fault) {
+  return fault ? ` (${fault.error})` : "";
 }
 
 // Only where it differs: what is read out is read out once.
@@ -229,6 +233,13 @@ document.addEventListener("keydown", (event) => {
     asking.stop(current);
   }
 });
+
+room.addEventListener("scroll", () => {
+  following = room.scrollHeight - room.scrollTop - room.clientHeight < NEAR;
+});
+new ResizeObserver(() => {
+  if (following) room.scrollTop = room.scrollHeight; // the message grew, or a trouble is told
+}).observe(room);
 
 at("stop").addEventListener("click", () => {
   asking.stop(current);
