@@ -82,7 +82,7 @@ export class Asking {
       return;
     }
     const fresh = Date.now() - turn.asked < ASK_AGAIN_WITHIN;
-    if (turn.state === "unsent" || (turn.last === 0 && fresh && !turn.stopping)) {
+    if (turn.state === "unsent" || (turn.state === "sent" && fresh && !turn.stopping)) {
       one.joined = turn.state !== "unsent";
       turn.state = "sent";
       turn.asked = Date.now();

@@ -1,13 +1,13 @@
 // What a person can do about a fault, by its code. What happened, the server says.
 
 const AGAIN = "Ask again; if it stays like this, choose another model above.";
-const LATER = "Wait a moment, then ask again, or choose another model above.";
+const LATER = "Wait {}, then ask again, or choose another model above.";
 const OPERATOR = "Whoever runs this server has to see to it; another model above may work.";
 
 const ADVICE = {
-  server_at_capacity: "Too many people are here just now. Wait a moment, then ask again.",
+  server_at_capacity: "Too many people are here just now. Wait {}, then ask again.",
   server_shutdown: "The server was stopped while it answered. Ask again when it is back.",
-  rate_limit_exceeded: "You have sent too much in a short time. Wait a moment, then ask again.",
+  rate_limit_exceeded: "You have sent too much in a short time. Wait {}, then ask again.",
   concurrency_exceeded: "Too many of your answers run at once. Stop one or wait for its end.",
   provider_rate_limited: LATER,
   provider_queue_full: LATER,
@@ -30,7 +30,8 @@ export function advice(fault) {
   // The provider's own 4xx: it would say the same again.
   if (fault.code === "provider_error" && !fault.retryable)
     return "The provider does not take this question so. Change it, or choose another model above.";
-  return ADVICE[fault.code] ?? AGAIN;
+  const wait = fault.retry_after ? `${Math.ceil(fault.retry_after)} s` : "a moment";
+  return (ADVICE[fault.code] ?? AGAIN).replace("{}", wait);
 }
 
 // Whether asking the very same again can help.

@@ -1,12 +1,14 @@
 // Conversations and choices in the browser's storage, bounded. One entry for each conversation, so
 // that two windows do not write over each other's.
 
-import { newId, newTurn } from "./chat-turn.js";
+import { ended, newId, newTurn } from "./chat-turn.js";
 
 const PREFIX = "aioserver.chat.";
 const CONVERSATION = `${PREFIX}conversation.`;
 const MAX_CONVERSATIONS = 50;
 const MAX_TURNS = 100; // of one conversation: 200 messages
+const MAX_STORED = 1 << 20; // characters of one conversation: it shall not drive out the others
+const MAX_PART = 1 << 18; // of one question, or one answer
 const SAVE_EVERY = 500; // milliseconds, while an answer comes
 
 export function newConversation() {
@@ -61,8 +63,8 @@ export class Store {
   save(conversation) {
     this.unsaved.delete(conversation);
     if (this.storage === null || !this.conversations.has(conversation.id)) return;
-    const entry = JSON.stringify(conversation);
-    while (!this.write(CONVERSATION + conversation.id, entry)) {
+    const written = entry(conversation);
+    while (!this.write(CONVERSATION + conversation.id, written)) {
       if (!this.giveUpOldest(conversation)) {
         this.full("The browser's storage is full: a reload loses what is new here.");
         return;
@@ -128,6 +130,32 @@ export class Store {
     else this.conversations.delete(id);
     changed(id, mine);
   }
+}
+
+// What is stored of a conversation: its newest turns, within the bounds.
+function entry(conversation) {
+  const turns = [];
+  let size = 0;
+  for (const turn of conversation.turns.toReversed()) {
+    const unheard = turn.state === "unsent" || turn.state === "sent";
+    if (unheard && turn.question.length > MAX_PART) continue; // cut, it would be another question
+    const stored = bounded(turn);
+    size += JSON.stringify(stored).length;
+    if (size > MAX_STORED) break;
+    turns.unshift(stored);
+  }
+  return JSON.stringify({ ...conversation, turns });
+}
+
+// A long answer that comes is read again from its start after a reload; of one that is over, the
+// beginning is kept.
+function bounded(turn) {
+  const question = turn.question.slice(0, MAX_PART);
+  const size = turn.text.length + turn.reasoning.length + JSON.stringify(turn.tools).length;
+  if (size <= MAX_PART) return { ...turn, question };
+  const short = { ...turn, question, reasoning: "", tools: [] };
+  if (!ended(turn)) return { ...short, text: "", last: 0 };
+  return { ...short, text: turn.text.slice(0, MAX_PART), cut: true };
 }
 
 // A conversation out of its entry; null: it is none.

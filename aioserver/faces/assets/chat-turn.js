@@ -31,6 +31,7 @@ export function newTurn(question, choice) {
     usage: null,
     reason: "", // of the end
     fault: null, // { code, error, retryable, retry_after }
+    cut: false, // of a long answer the beginning was stored
     place: null, // in the provider's line: { position, eta }
   };
 }

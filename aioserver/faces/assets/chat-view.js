@@ -6,6 +6,7 @@ import { ended } from "./chat-turn.js";
 
 const SHOWN_COPIED = 2000; // milliseconds
 
+const CUT = "this browser keeps only the beginning";
 const REASONS = {
   length: "cut at its greatest length",
   content_filter: "cut by the provider's content filter",
@@ -41,7 +42,7 @@ export class TurnView {
     const status = over ? outcome(turn) : progress(turn, link);
     if (this.status.textContent !== status) this.status.textContent = status;
     this.copy.hidden = !over || turn.text === "";
-    this.again.hidden = !((fault && hopeful(fault)) || leftAlone(turn));
+    this.again.hidden = !(fault ? hopeful(fault) : turn.state === "stopped" && tellsNothing(turn));
   }
 
   drawHidden(details, text) {
@@ -61,11 +62,16 @@ function leftAlone(turn) {
   return turn.state === "stopped" && !turn.stopping;
 }
 
+// Of what the person stopped, the text so far is part of the conversation: it goes on from there.
+function tellsNothing(turn) {
+  return leftAlone(turn) || turn.text === "";
+}
+
 function outcome(turn) {
   if (leftAlone(turn)) return "Stopped in another window, or not read for too long";
   if (turn.state === "stopped") return turn.text ? "Stopped" : "Stopped before it began";
   const tokens = turn.usage?.completion_tokens;
-  const parts = [turn.by, tokens && `${tokens} tokens`, REASONS[turn.reason]];
+  const parts = [turn.by, tokens && `${tokens} tokens`, REASONS[turn.reason], turn.cut && CUT];
   return parts.filter(Boolean).join(" · ");
 }
 

@@ -20,6 +20,7 @@ const STATES = {
 };
 const WHEN = {
   connecting: () => "Trying now.",
+  waiting: (state) => `You are ${position(state)}.`,
   lost: ({ until }) => `Next try in ${seconds(until)}.`,
 };
 
@@ -183,7 +184,7 @@ function drawLink() {
 
 function trouble(state) {
   if (state.name === "connecting") return state.after ? trouble(state.after) : "";
-  if (state.name === "waiting") return `The server is full. You are ${position(state)}.`;
+  if (state.name === "waiting") return "The server is full, and lets you in as soon as it can.";
   if (state.name === "closed") return closure(state);
   if (state.name !== "lost") return "";
   if (state.code === 1013)
@@ -250,6 +251,7 @@ at("new").addEventListener("click", () => choose(newConversation()));
 at("menu").addEventListener("click", () => {
   const open = document.body.classList.toggle("side-open");
   at("menu").setAttribute("aria-expanded", String(open));
+  if (open) at("new").focus();
 });
 at("shade").addEventListener("click", closeSide);
 
