@@ -31,7 +31,7 @@ from tests.house import HTTP_CLIENT, QUICK, until
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
-    from playwright.async_api import Page
+    from playwright.async_api import Page, WebSocketRoute
 
     from tests.house import House
 
@@ -301,6 +301,39 @@ async def test_a_restart_is_told_and_survived(make_house: Make, told: Told, page
     await page.get_by_role("button", name="Try now").click()
     told.say(" two")
     told.finish()
+
+    await is_now(page, "complete")
+    await shows(page, "One two")
+    assert told.requests == 1
+
+
+async def test_a_connection_that_died_in_silence_is_found_out(
+    make_house: Make, told: Told, page: Page
+) -> None:
+    house = await make_house(**told.changes)
+    dead = False
+
+    def between(here: WebSocketRoute) -> None:
+        server = here.connect_to_server()
+        here.on_message(lambda message: None if dead else server.send(message))
+        server.on_message(lambda message: None if dead else here.send(message))
+
+    await page.route_web_socket(re.compile("/ws/"), between)
+    await page.clock.install()
+    await enter(page, house)
+    await ask(page, "Hello")
+    told.say("One")
+    await shows(page, "One")
+
+    dead = True
+    for _ in range(3):
+        await page.clock.fast_forward(15_000)  # milliseconds
+    await expect(page.get_by_text("The connection to the server is lost.")).to_be_visible()
+    dead = False
+    told.say(" two")
+    told.finish()
+    await page.clock.fast_forward(16_000)  # the try that began in between is given up
+    await page.clock.fast_forward(2_000)
 
     await is_now(page, "complete")
     await shows(page, "One two")

@@ -6,7 +6,7 @@
 // Nothing but a ping is sent before the server has let this socket in; its pong says that it has.
 // So what a refused socket was to say is never half said.
 
-const OPEN_WITHIN = 15_000; // milliseconds
+const HEARD_WITHIN = 15_000; // milliseconds from a try to the server's first word
 const LOOK_EVERY = 15_000; // silent for so long: a ping; for twice as long: lost
 const GOOD_AFTER = 60_000; // a connection that lived so long was a good one
 const ENDS = new Set([1000, 1002, 1003, 1007, 1008, 1009]); // coming back would help nobody
@@ -57,13 +57,10 @@ export class Link {
       return;
     }
     this.socket = new WebSocket(address);
-    this.socket.onopen = () => {
-      this.clearTimers();
-      this.send({ action: "ping" });
-    };
+    this.socket.onopen = () => this.send({ action: "ping" });
     this.socket.onmessage = (message) => this.receive(JSON.parse(message.data));
     this.socket.onclose = (event) => this.lose(event.code);
-    this.timers.push(setTimeout(() => this.lose(1006), OPEN_WITHIN));
+    this.timers.push(setTimeout(() => this.lose(1006), HEARD_WITHIN));
   }
 
   // Try at once what would be tried later anyway; a full server is left in peace.
@@ -76,6 +73,7 @@ export class Link {
   }
 
   receive(frame) {
+    if (this.state.name === "connecting") this.clearTimers();
     this.silent = false;
     if (frame.status === "pong") {
       if (!this.inside) this.enter();

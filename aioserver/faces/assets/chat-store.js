@@ -162,7 +162,7 @@ function bounded(turn) {
 function read(entry) {
   try {
     const found = JSON.parse(entry);
-    if (typeof found.id !== "string" || !Array.isArray(found.turns)) return null;
+    if (typeof found.id !== "string" || !found.turns.length) return null;
     const blank = newTurn("", { provider: null, model: null });
     const turns = found.turns.map((turn) => ({ ...blank, ...turn, place: null }));
     return { ...newConversation(), ...found, turns };
