@@ -12,7 +12,7 @@ from playwright.async_api import expect
 
 from aioserver import keys
 from aioserver.providers.simulator import Behaviour
-from tests.browser.talk import (
+from tests.browser.chatting import (
     Told,
     answer,
     ask,
