@@ -1,15 +1,906 @@
-"""The chat page in a browser."""
+"""The chat page in a browser: nothing of an answer is lost or doubled, and a person knows what to do."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import json
+import re
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from playwright.async_api import expect
+
+from aioserver import keys
+from aioserver.providers.simulator import Behaviour
+from tests.browser.chatting import (
+    Told,
+    answer,
+    ask,
+    box,
+    connected,
+    cut,
+    enter,
+    is_now,
+    said,
+    shows,
+    status,
+)
+from tests.faces.talk import cancel, chat, to_end
+from tests.house import HTTP_CLIENT, QUICK, until
 
 if TYPE_CHECKING:
-    from playwright.async_api import Page
+    from collections.abc import AsyncIterator, Awaitable, Callable
+
+    from playwright.async_api import Page, WebSocketRoute
 
     from tests.house import House
 
+    Make = Callable[..., Awaitable[House]]
 
-async def test_a_message_is_answered(house: House, page: Page) -> None:
+STALLED = Behaviour(ttft=0, interval=0, stall_after=5)
+ONE_PLACE = {
+    "chat.websocket.concurrency.max_connections": 1,
+    "chat.websocket.concurrency.connection_queue_size": 1,
+}
+ONE_REQUEST = {"llm.providers.sim.http_client.concurrent_requests": 1}
+
+
+def choosing(*models: str, **changes: Any) -> dict[str, Any]:
+    """The changes of a house in which these models can be chosen."""
+    return {"llm.providers.sim.models": list(models), **changes}
+
+
+@pytest.fixture
+async def told() -> AsyncIterator[Told]:
+    async with Told() as provider:
+        yield provider
+
+
+# Asking and reading.
+
+
+async def test_an_answer_is_shown_as_it_comes(make_house: Make, told: Told, page: Page) -> None:
+    await enter(page, await make_house(**told.changes))
+
+    await ask(page, "Hello")
+    told.say("One", " two,\n\n")
+    await shows(page, "One two,\n\n")
+    await is_now(page, "running")
+    told.say("  three")
+    told.finish()
+
+    await is_now(page, "complete")
+    await shows(page, "One two,\n\n  three")
+    await expect(status(page)).to_have_text("told · told-model")
+    await expect(page.get_by_text("Hello", exact=True).last).to_be_visible()
+    assert await page.title() == "aioserver chat"
+    assert told.requests == 1
+
+
+async def test_it_is_written_and_stopped_by_keys(make_house: Make, page: Page) -> None:
+    house = await make_house(STALLED)
+    await enter(page, house)
+
+    await expect(box(page)).to_be_focused()
+    await box(page).press_sequentially("one")
+    await box(page).press("Shift+Enter")
+    await box(page).press_sequentially("two")
+    await box(page).press("Enter")
+    await expect(answer(page).locator(".text")).not_to_be_empty()
+    await page.keyboard.press("Escape")
+
+    await is_now(page, "stopped")
+    await expect(status(page)).to_have_text("Stopped")
+    await expect(answer(page).get_by_role("button", name="Ask again")).to_be_hidden()
+    await expect(page.get_by_role("button", name="Send")).to_be_visible()
+    assert house.simulator.bodies[-1]["messages"][-1]["content"] == "one\ntwo"
+    await house.simulator.until(lambda stats: stats.aborted == 1)
+
+
+async def test_stop_ends_the_answer_at_the_provider(make_house: Make, page: Page) -> None:
+    house = await make_house(STALLED)
+    await enter(page, house)
+    await ask(page, "Hello")
+    await expect(answer(page).locator(".text")).not_to_be_empty()
+
+    await page.get_by_role("button", name="Stop").click()
+
+    await is_now(page, "stopped")
+    await house.simulator.until(lambda stats: stats.aborted == 1)
+    await expect(answer(page).get_by_role("button", name="Copy")).to_be_visible()
+
+
+async def test_reasoning_and_tool_calls_are_folded(
+    make_house: Make, told: Told, page: Page
+) -> None:
+    await enter(page, await make_house(**told.changes))
+    await ask(page, "Hello")
+
+    told.delta(reasoning_content="Let me ")
+    told.delta(reasoning_content="think.")
+    told.delta(tool_calls=[{"index": 0, "id": "c", "function": {"name": "f", "arguments": ""}}])
+    told.delta(tool_calls=[{"index": 0, "function": {"arguments": '{"a":'}}])
+    told.delta(tool_calls=[{"index": 0, "function": {"arguments": " 1}"}}])
+    told.say("Done.")
+    told.finish()
+
+    await shows(page, "Done.")
+    for name, text in (("Reasoning", "Let me think."), ("Tool calls", 'f({"a": 1})')):
+        inside = answer(page).get_by_text(text, exact=True)
+        await expect(inside).to_be_hidden()
+        await answer(page).get_by_text(name, exact=True).click()
+        await expect(inside).to_be_visible()
+
+
+async def test_text_is_text_and_a_fence_makes_code(
+    make_house: Make, told: Told, page: Page
+) -> None:
+    await enter(page, await make_house(**told.changes))
+    await ask(page, "<b>bold</b>")
+
+    told.say("<img src=x onerror=alert(1)>\n\n``", "`py\nif a <", " b:\n    c\n``", "`\n\nSo.")
+    told.finish()
+
+    await is_now(page, "complete")
+    assert await answer(page).locator(".text > p").all_text_contents() == [
+        "<img src=x onerror=alert(1)>",
+        "So.",
+    ]
+    assert await answer(page).locator("pre").text_content() == "if a < b:\n    c"
+    await expect(page.locator("#log img, #log b")).to_have_count(0)
+
+
+async def test_an_answer_is_copied_as_the_model_wrote_it(
+    make_house: Make, told: Told, page: Page
+) -> None:
+    await page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    await enter(page, await make_house(**told.changes))
+    await ask(page, "Hello")
+    told.say("a\n```\nb\n```")
+    told.finish()
+
+    await answer(page).get_by_role("button", name="Copy").click()
+
+    await expect(answer(page).get_by_role("button", name="Copied")).to_be_visible()
+    assert await page.evaluate("navigator.clipboard.readText()") == "a\n```\nb\n```"
+
+
+async def test_a_screen_reader_hears_the_whole_and_not_each_piece(
+    make_house: Make, told: Told, page: Page
+) -> None:
+    await enter(page, await make_house(**told.changes))
+    voice = page.locator("#voice")
+    await expect(voice).to_have_attribute("aria-live", "polite")
+    await ask(page, "Hello")
+
+    told.say("One", " two")
+    await shows(page, "One two")
+    await expect(voice).to_have_text("The answer begins.")
+    await expect(answer(page)).to_have_attribute("aria-busy", "true")
+    told.finish()
+
+    await expect(voice).to_have_text("One two")
+    await expect(answer(page)).to_have_attribute("aria-busy", "false")
+
+
+# Coming back.
+
+
+async def test_a_cut_connection_loses_and_doubles_nothing(
+    make_house: Make, told: Told, page: Page
+) -> None:
+    house = await make_house(**told.changes)
+    await enter(page, house)
+    await ask(page, "Hello")
+    told.say("One", " two")
+    await shows(page, "One two")
+
+    for number in range(3):
+        cut(house)
+        told.say(f" {number}", f" and {number}")
+        await shows(page, "One two" + "".join(f" {n} and {n}" for n in range(number + 1)))
+    told.finish()
+
+    await is_now(page, "complete")
+    await shows(page, "One two 0 and 0 1 and 1 2 and 2")
+    assert told.requests == 1
+
+
+async def test_a_reload_loses_and_doubles_nothing(
+    make_house: Make, told: Told, page: Page
+) -> None:
+    await enter(page, await make_house(**told.changes))
+    await ask(page, "Hello")
+    told.delta(reasoning_content="Let me think.")
+    told.say("One", " two")
+    await shows(page, "One two")
+
+    for number in range(2):
+        told.say(f" {number}")  # on its way, seen before the reload or after it
+        await page.reload()
+        await shows(page, "One two" + "".join(f" {n}" for n in range(number + 1)))
+    told.say(" end")
+    told.finish()
+
+    await is_now(page, "complete")
+    await shows(page, "One two 0 1 end")
+    assert await answer(page).locator(".reasoning p").text_content() == "Let me think."
+    await page.reload()
+    await shows(page, "One two 0 1 end")
+    assert told.requests == 1
+
+
+async def test_a_long_answer_survives_cuts_and_reloads(make_house: Make, page: Page) -> None:
+    house = await make_house(Behaviour(ttft=0, interval=0.002, tokens=1500))
+    whole = await said(house, "Hello")
+    await enter(page, house)
+    await ask(page, "Hello")
+
+    for size in range(1000, 6000, 1000):
+        await page.wait_for_function(
+            "(size) => document.querySelector('.answer .text')?.textContent.length > size",
+            arg=size,
+        )
+        if size % 2000:
+            cut(house)
+        else:
+            await page.reload()
+
+    await is_now(page, "complete")
+    await shows(page, whole)
+    assert house.simulator.stats().requests == 2  # one of them asked for the whole
+
+
+async def test_a_reload_before_the_first_word_asks_nobody_again(
+    make_house: Make, told: Told, page: Page
+) -> None:
+    await enter(page, await make_house(**told.changes))
+    await ask(page, "Hello")
+    await until(lambda: told.requests == 1)
+
+    await page.reload()
+    await connected(page)
+    told.say("One")
+    told.finish()
+
+    await is_now(page, "complete")
+    await shows(page, "One")
+    assert told.requests == 1
+
+
+async def test_what_is_written_without_a_connection_is_sent_later(
+    house: House, page: Page
+) -> None:
+    await enter(page, house)
+    await page.context.set_offline(True)
+    cut(house)
+    await expect(page.get_by_text("The connection to the server is lost.")).to_be_visible()
+
+    await ask(page, "Hello")
+    await expect(status(page)).to_have_text("Is sent as soon as the server is there")
+    assert house.simulator.stats().requests == 0
+    await page.context.set_offline(False)
+
+    await is_now(page, "complete")
+    await expect(page.get_by_text("The connection to the server is lost.")).to_be_hidden()
+    assert house.simulator.stats().requests == 1
+
+
+async def test_a_restart_is_told_and_survived(make_house: Make, told: Told, page: Page) -> None:
+    house = await make_house(**told.changes)
+    await page.add_init_script("Math.random = () => 0.99")  # the next try is in 10 s
+    await enter(page, house)
+    await ask(page, "Hello")
+    told.say("One")
+    await shows(page, "One")
+
+    for socket in list(house.app[keys.SOCKETS]):
+        await socket.stop()
+    await expect(page.get_by_text("The server restarts.")).to_be_visible()
+    await expect(status(page)).to_have_text("Goes on when the connection is back")
+    await page.get_by_role("button", name="Try now").click()
+    told.say(" two")
+    told.finish()
+
+    await is_now(page, "complete")
+    await shows(page, "One two")
+    assert told.requests == 1
+
+
+async def test_a_connection_that_died_in_silence_is_found_out(
+    make_house: Make, told: Told, page: Page
+) -> None:
+    house = await make_house(**told.changes)
+    dead = False
+
+    def between(here: WebSocketRoute) -> None:
+        server = here.connect_to_server()
+        here.on_message(lambda message: None if dead else server.send(message))
+        server.on_message(lambda message: None if dead else here.send(message))
+
+    await page.route_web_socket(re.compile("/ws/"), between)
+    await page.clock.install()
+    await enter(page, house)
+    await ask(page, "Hello")
+    told.say("One")
+    await shows(page, "One")
+
+    dead = True
+    for _ in range(3):
+        await page.clock.fast_forward(15_000)  # milliseconds
+    await expect(page.get_by_text("The connection to the server is lost.")).to_be_visible()
+    dead = False
+    told.say(" two")
+    told.finish()
+    await page.clock.fast_forward(16_000)  # the try that began in between is given up
+    await page.clock.fast_forward(2_000)
+
+    await is_now(page, "complete")
+    await shows(page, "One two")
+    assert told.requests == 1
+
+
+async def test_an_answer_that_is_gone_says_so_and_is_asked_again(
+    make_house: Make, page: Page
+) -> None:
+    house = await make_house(STALLED, **{"chat.streams.resume_window": 0.1})
+    await enter(page, house)
+    await ask(page, "Hello")
+    await is_now(page, "running")
+    await page.goto("about:blank")
+    await house.nothing_held()
+    await until(lambda: house.app[keys.STREAMS].stats().finished == 0)
+    house.simulator.behaviour = QUICK
+
+    await enter(page, house)
+    await page.get_by_role("button", name="Hello").first.click()
+    await is_now(page, "failed")
+    await expect(answer(page)).to_contain_text("not over a restart")
+    await answer(page).get_by_role("button", name="Ask again").click()
+
+    await is_now(page, "complete")
+    await expect(answer(page).locator(".fault")).to_be_hidden()
+    await expect(answer(page).locator(".text")).to_contain_text("You wrote “Hello”")
+    assert house.simulator.stats().requests == 2
+
+
+# Waiting.
+
+
+async def test_a_full_house_is_told_and_tried_again(make_house: Make, page: Page) -> None:
+    house = await make_house(**ONE_PLACE, **{"chat.websocket.concurrency.queue_timeout": 0})
+    await page.set_viewport_size({"width": 390, "height": 844})
+    await page.clock.install()
+    async with house.connect() as inside:
+        await page.goto(house.base + "/")
+        await expect(page.get_by_text("The server is full")).to_be_visible()
+        await expect(page.get_by_text("max_connections=1 reached")).to_be_visible()
+        await expect(page.get_by_text("Next try in")).to_be_visible()
+        await expect(page.get_by_role("button", name="Try now")).to_be_in_viewport(ratio=1)
+        await ask(page, "Hello")
+        await expect(status(page)).to_have_text("Is sent as soon as the server is there")
+        await inside.close()
+    await until(lambda: house.held()["places"] == 0)
+
+    await page.clock.fast_forward(10_000)  # milliseconds
+
+    await connected(page)
+    await is_now(page, "complete")
+    assert house.simulator.stats().requests == 1
+
+
+async def test_the_place_in_the_line_of_the_house_is_shown(make_house: Make, page: Page) -> None:
+    house = await make_house(**ONE_PLACE, **{"chat.websocket.concurrency.queue_timeout": 50})
+    async with house.connect():
+        await page.goto(house.base + "/")
+        await expect(page.get_by_text("You are number 1 in line, about 1 s")).to_be_visible()
+        await ask(page, "Hello")
+        await expect(status(page)).to_have_text("Waiting for a place: number 1 in line, about 1 s")
+
+    await is_now(page, "complete")
+    assert house.simulator.stats().requests == 1
+
+
+async def test_the_place_in_the_line_of_the_provider_is_shown(
+    make_house: Make, page: Page
+) -> None:
+    house = await make_house(STALLED, **ONE_REQUEST)
+    async with house.connect() as other:
+        await other.send_json(chat("r1"))
+        await house.simulator.until(lambda stats: stats.requests == 1)
+        await enter(page, house)
+        await ask(page, "Hello")
+        await expect(status(page)).to_have_text(
+            "Waiting for the provider: number 1 in line, about 1 s"
+        )
+        house.simulator.behaviour = QUICK
+        await other.send_json(cancel("r1"))
+
+        await is_now(page, "complete")
+    assert house.simulator.stats().requests == 2
+
+
+async def test_a_reload_in_the_line_of_the_provider_goes_on_waiting(
+    make_house: Make, page: Page
+) -> None:
+    house = await make_house(STALLED, **ONE_REQUEST)
+    async with house.connect() as other:
+        await other.send_json(chat("r1"))
+        await house.simulator.until(lambda stats: stats.requests == 1)
+        await enter(page, house)
+        await ask(page, "Hello")
+        await expect(status(page)).to_contain_text("number 1 in line")
+        await page.reload()
+        await connected(page)
+        await expect(status(page)).to_contain_text("number 1 in line")
+        house.simulator.behaviour = QUICK
+        await other.send_json(cancel("r1"))
+
+        await is_now(page, "complete")
+    await shows(page, await said(house, "Hello"))
+    assert house.simulator.stats().requests == 3
+
+
+async def test_what_waits_is_stopped_before_it_is_asked(make_house: Make, page: Page) -> None:
+    house = await make_house(STALLED, **ONE_REQUEST)
+    async with house.connect() as other:
+        await other.send_json(chat("r1"))
+        await house.simulator.until(lambda stats: stats.requests == 1)
+        await enter(page, house)
+        await ask(page, "Hello")
+        await expect(status(page)).to_contain_text("number 1 in line")
+
+        await page.keyboard.press("Escape")
+
+        await expect(status(page)).to_have_text("Stopped before it began")
+        await other.send_json(cancel("r1"))
+    assert house.simulator.stats().requests == 1
+
+
+# Faults.
+
+
+@pytest.mark.parametrize(
+    ("model", "advice"),
+    [
+        ("fault-status-401", "Whoever runs this server has to see to it"),
+        ("fault-retry-after-7", "Wait 7 s, then ask again"),
+        ("fault-status-400", "Change it, or choose another model above."),
+        ("fault-status-500", "Ask again; if it stays like this"),
+    ],
+)
+async def test_a_fault_says_what_to_do(
+    make_house: Make, page: Page, model: str, advice: str
+) -> None:
+    house = await make_house(**choosing(model))
+    await enter(page, house)
+    await page.get_by_label("Model").select_option(label=model)
+    await ask(page, "Hello")
+
+    await is_now(page, "failed")
+    await expect(answer(page).locator(".fault")).to_contain_text(advice)
+    await page.get_by_label("Model").select_option(label="sim-model")
+    await answer(page).get_by_role("button", name="Ask again").click()
+
+    await is_now(page, "complete")
+    await expect(answer(page).locator(".fault")).to_be_hidden()
+
+
+async def test_what_came_before_a_fault_stays(make_house: Make, page: Page) -> None:
+    house = await make_house(**choosing("fault-cut-5"))
+    whole = await said(house, "Hello")
+    await enter(page, house)
+    await page.get_by_label("Model").select_option(label="fault-cut-5")
+
+    await ask(page, "Hello")
+
+    await is_now(page, "failed")
+    text = await answer(page).locator(".text").text_content()
+    assert text
+    assert whole.startswith(text)
+    await expect(answer(page).locator(".fault")).to_contain_text("Ask again")
+
+
+async def test_a_gap_is_told_and_not_skipped(make_house: Make, told: Told, page: Page) -> None:
+    house = await make_house(**told.changes, **{"chat.streams.max_stream_bytes": 4096})
+    await enter(page, house)
+    await ask(page, "Hello")
+    told.say("One")
+    await shows(page, "One")
+    await page.context.set_offline(True)
+    cut(house)
+    await expect(page.get_by_text("The connection to the server is lost.")).to_be_visible()
+
+    told.say(*(f" {number:0100}" for number in range(200)))
+    told.finish()
+    await until(lambda: house.app[keys.STREAMS].stats().running == 0)
+    await page.context.set_offline(False)
+
+    await is_now(page, "failed")
+    await expect(answer(page).locator(".fault")).to_contain_text("a hole in the answer")
+    await shows(page, "One")
+
+
+async def test_a_number_that_is_taken_is_asked_under_another(house: House, page: Page) -> None:
+    await enter(page, house)
+    await page.context.set_offline(True)
+    cut(house)
+    await expect(page.get_by_text("The connection to the server is lost.")).to_be_visible()
+    await ask(page, "Hello")
+    await is_now(page, "unsent")
+    stored = await page.evaluate(
+        "Object.entries(localStorage).find(([key]) => /tion/.test(key))[1]"
+    )
+    async with house.connect() as other:
+        await other.send_json(chat(json.loads(stored)["turns"][0]["id"], "Something else"))
+        await to_end(other)
+
+    await page.context.set_offline(False)
+    await is_now(page, "failed")
+    await expect(answer(page).locator(".fault")).to_contain_text("under a new one")
+    await answer(page).get_by_role("button", name="Ask again").click()
+
+    await is_now(page, "complete")
+    await shows(page, await said(house, "Hello"))
+
+
+async def test_a_question_that_found_no_room_is_asked_again_by_itself(
+    make_house: Make, told: Told, page: Page
+) -> None:
+    house = await make_house(**told.changes, **{"chat.streams.max_kept_bytes": 4096})
+    await enter(page, house)
+    await ask(page, "apples")
+    told.say("a" * 8192)
+    await shows(page, "a" * 8192)
+
+    await page.get_by_role("button", name="New conversation").click()
+    await ask(page, "pears")
+    await expect(status(page)).to_contain_text("The server is full. Asked again by itself in")
+    told.finish()
+    told.say("Pears.")
+    told.finish()
+
+    await is_now(page, "complete")
+    await shows(page, "Pears.")
+    assert told.requests == 2
+
+
+async def test_a_connection_that_was_closed_unused_is_opened_by_a_question(
+    make_house: Make, page: Page
+) -> None:
+    house = await make_house(
+        **{"chat.websocket.idle_timeout": 0.05, "chat.websocket.ping_interval": 0.2}
+    )
     await page.goto(house.base + "/")
-    assert "aioserver" in await page.title()
+    await expect(page.get_by_text("since it was not used")).to_be_visible()
+
+    await ask(page, "Hello")
+
+    await is_now(page, "complete")
+    await shows(page, await said(house, "Hello"))
+
+
+async def test_a_message_over_the_limit_is_told(make_house: Make, page: Page) -> None:
+    house = await make_house(**{"chat.websocket.max_message_size": 1000})
+    await enter(page, house)
+
+    await ask(page, "x" * 2000)
+
+    await is_now(page, "failed")
+    await expect(answer(page).locator(".fault")).to_contain_text("Shorten the message.")
+    await ask(page, "Hello")  # opens the connection again
+    await expect(page.get_by_role("article")).to_have_count(2)
+    await is_now(page, "complete")
+
+
+# Conversations and choices.
+
+
+async def test_conversations_keep_apart(house: House, page: Page) -> None:
+    await enter(page, house)
+    await ask(page, "apples")
+    await is_now(page, "complete")
+    await page.get_by_role("button", name="New conversation").click()
+    await expect(page.get_by_role("article")).to_have_count(0)
+    await ask(page, "pears")
+    await is_now(page, "complete")
+    assert [one["content"] for one in house.simulator.bodies[-1]["messages"]] == ["pears"]
+
+    await page.reload()
+    await expect(page.get_by_role("article")).to_have_count(1)
+    await shows(page, await said(house, "pears"))
+    await page.get_by_role("button", name="apples").first.click()
+    await expect(page.locator(".question")).to_contain_text("apples")
+    await connected(page)
+    await ask(page, "more")
+    await expect(page.get_by_role("article")).to_have_count(2)
+    await is_now(page, "complete")
+
+    asked = house.simulator.bodies[-1]["messages"]
+    assert [one["content"] for one in asked if one["role"] == "user"] == ["apples", "more"]
+
+
+async def test_answers_of_two_conversations_run_at_once(make_house: Make, page: Page) -> None:
+    house = await make_house(STALLED)
+    await enter(page, house)
+    await ask(page, "apples")
+    await is_now(page, "running")
+    await page.get_by_role("button", name="New conversation").click()
+    await ask(page, "pears")
+    await is_now(page, "running")
+    apples = page.get_by_role("button", name=re.compile("^apples.*answering"))
+    await expect(apples).to_be_visible()
+
+    await page.keyboard.press("Escape")
+    await is_now(page, "stopped")
+    await apples.click()
+    await is_now(page, "running")
+    await page.keyboard.press("Escape")
+    await is_now(page, "stopped")
+
+
+async def test_a_conversation_is_deleted_by_two_presses(make_house: Make, page: Page) -> None:
+    house = await make_house(STALLED)
+    await enter(page, house)
+    await ask(page, "apples")
+    await is_now(page, "running")
+
+    await page.get_by_role("button", name="Delete: apples").click()
+    await page.get_by_role("button", name="Really delete: apples").click()
+
+    await expect(page.get_by_role("button", name="apples")).to_have_count(0)
+    await expect(page.get_by_role("article")).to_have_count(0)
+    await house.simulator.until(lambda stats: stats.aborted == 1)
+    await page.reload()
+    await connected(page)
+    await expect(page.get_by_role("button", name="apples")).to_have_count(0)
+
+
+async def test_the_chosen_model_is_asked_and_remembered(make_house: Make, page: Page) -> None:
+    second = {"base_url": "http://127.0.0.1:9/v1", "model": "gone", "http_client": {**HTTP_CLIENT}}
+    keyless = {
+        **second,
+        "http_client": {**HTTP_CLIENT},  # not the same: YAML would write an alias
+        "api_key_env": "A_KEY_THAT_NOBODY_HAS",
+    }
+    house = await make_house(
+        **choosing("bigger"), **{"llm.providers.second": second, "llm.providers.third": keyless}
+    )
+    await enter(page, house)
+    model = page.get_by_label("Model")
+    assert await model.locator("option").all_text_contents() == [
+        "Default (sim)",
+        "gone",
+        "sim-model",
+        "bigger",
+    ]
+    assert await model.locator("optgroup").evaluate_all(
+        "(groups) => groups.map((one) => [one.label, one.disabled])"
+    ) == [["second", False], ["sim", False], ["third (not set up)", True]]
+
+    await model.select_option(label="bigger")
+    await ask(page, "Hello")
+    await is_now(page, "complete")
+    await expect(status(page)).to_contain_text("sim · bigger")
+    assert house.simulator.bodies[-1]["model"] == "bigger"
+    await page.reload()
+    await connected(page)
+    await expect(model).to_have_value("sim/bigger")
+    await model.select_option(label="Default (sim)")
+    await ask(page, "Hello")
+
+    await expect(page.get_by_role("article")).to_have_count(2)
+    await is_now(page, "complete")
+    assert house.simulator.bodies[-1]["model"] == "sim-model"
+
+
+async def test_two_windows_show_the_same(make_house: Make, told: Told, page: Page) -> None:
+    house = await make_house(**told.changes)
+    await enter(page, house)
+    other = await page.context.new_page()
+    await enter(other, house)
+
+    await ask(page, "Hello")
+    await other.get_by_role("button", name="Hello").first.click()
+    told.say("One")
+    await shows(page, "One")
+    await shows(other, "One")
+    told.finish()
+    await is_now(page, "complete")
+    await is_now(other, "complete")
+    assert told.requests == 1
+    await other.get_by_role("button", name="Delete: Hello").click()
+    await other.get_by_role("button", name="Really delete: Hello").click()
+
+    await expect(page.get_by_role("article")).to_have_count(0)
+
+
+async def test_old_conversations_make_room(house: House, page: Page) -> None:
+    await enter(page, house)
+    await page.evaluate(
+        """() => {
+            for (let n = 0; n < 50; n++) {
+                const turns = [{ id: `r${n}`, question: `old ${n}`, state: "complete" }];
+                const one = JSON.stringify({ id: `c${n}`, used: n + 1, turns });
+                localStorage.setItem(`aioserver.chat.conversation.c${n}`, one);
+            }
+            localStorage.setItem("aioserver.chat.conversation.broken", "{");
+        }"""
+    )
+    await page.reload()
+    await connected(page)
+    await expect(page.locator("#list li")).to_have_count(50)
+
+    await ask(page, "Hello")
+
+    await is_now(page, "complete")
+    await expect(page.locator("#list li")).to_have_count(50)
+    await expect(page.get_by_text("old 0", exact=True)).to_have_count(0)
+    await expect(page.get_by_text("old 49", exact=True)).to_have_count(1)
+
+
+async def test_a_long_conversation_keeps_its_newest_turns(house: House, page: Page) -> None:
+    await enter(page, house)
+    await page.evaluate(
+        """() => {
+            const turns = Array.from({ length: 100 }, (_, n) =>
+                ({ id: `r${n}`, question: `old ${n}`, state: "complete" }));
+            const one = JSON.stringify({ id: "c", used: 1, turns });
+            localStorage.setItem("aioserver.chat.conversation.c", one);
+        }"""
+    )
+    await page.reload()
+    await connected(page)
+    await page.get_by_role("button", name="old 0").first.click()
+    await expect(page.get_by_role("article")).to_have_count(100)
+
+    await ask(page, "Hello")
+
+    await is_now(page, "complete")
+    await expect(page.get_by_role("article")).to_have_count(100)
+    await expect(page.locator(".question").first).to_contain_text("old 1")
+
+
+async def test_a_long_answer_does_not_drive_out_the_others(
+    make_house: Make, told: Told, page: Page
+) -> None:
+    await enter(page, await make_house(**told.changes))
+    for name in ("apples", "pears"):
+        await page.get_by_role("button", name="New conversation").click()
+        await ask(page, name)
+        told.say(name)
+        told.finish()
+        await is_now(page, "complete")
+    long = "0123456789" * 60_000
+
+    await ask(page, "Hello")
+    for start in range(0, len(long), 10_000):
+        told.say(long[start : start + 10_000])
+    await shows(page, long)
+    await page.reload()
+    await shows(page, long)  # read again from its start
+    told.finish()
+    await is_now(page, "complete")
+    await page.reload()
+
+    await expect(status(page)).to_contain_text("keeps only the beginning")
+    kept = await answer(page).locator(".text").text_content()
+    assert kept
+    assert long.startswith(kept)
+    await expect(page.locator("#list li")).to_have_count(2)
+    assert told.requests == 3
+
+
+async def test_a_full_storage_is_told_and_stops_nothing(house: House, page: Page) -> None:
+    await enter(page, house)
+    await page.evaluate(
+        """() => {
+            const old = { id: "c", used: 1, turns: [{ id: "r", question: "old", state: "complete" }] };
+            localStorage.setItem("aioserver.chat.conversation.c", JSON.stringify(old));
+            for (let size = 1 << 22; size >= 1; size >>= 1) {
+                for (let n = 0; ; n++) {
+                    try { localStorage.setItem(`full.${size}.${n}`, "x".repeat(size)); }
+                    catch { break; }
+                }
+            }
+        }"""
+    )
+    await page.reload()
+    await connected(page)
+
+    await ask(page, "Hello")
+
+    await is_now(page, "complete")
+    await shows(page, await said(house, "Hello"))
+    await expect(page.locator("#notice")).to_contain_text("The browser's storage is full")
+    await expect(page.get_by_role("button", name="old")).to_have_count(0)
+
+
+# Looks.
+
+
+@pytest.mark.parametrize("width", [320, 390, 1280, 2560])
+async def test_nothing_is_wider_than_the_window(
+    make_house: Make, told: Told, page: Page, width: int
+) -> None:
+    await page.set_viewport_size({"width": width, "height": 844})
+    await enter(page, await make_house(**told.changes))
+    await ask(page, "x" * 500)
+    told.say("y" * 500, "\n```\n", "z" * 500, "\n```\n")
+    told.finish()
+    await is_now(page, "complete")
+
+    menu = page.get_by_role("button", name="Conversations")
+    if await menu.is_visible():
+        await expect(page.get_by_role("button", name="New conversation")).to_be_hidden()
+        await menu.click()
+        await expect(page.get_by_role("button", name="New conversation")).to_be_visible()
+        await page.keyboard.press("Escape")
+        await expect(menu).to_be_focused()
+    for element in ("document.documentElement", "document.getElementById('room')"):
+        assert await page.evaluate(f"{element}.scrollWidth <= {element}.clientWidth")
+
+
+async def test_the_page_is_light_or_dark_as_the_system_is(house: House, page: Page) -> None:
+    await enter(page, house)
+    colours = {}
+    for scheme in ("light", "dark"):
+        await page.emulate_media(color_scheme=scheme)
+        colours[scheme] = await page.evaluate(
+            """() => ["backgroundColor", "color"].map((name) =>
+                getComputedStyle(document.body)[name].match(/\\d+/g).slice(0, 3)
+                    .reduce((sum, one) => sum + Number(one), 0))"""
+        )
+
+    for scheme, (paper, ink) in colours.items():
+        assert (paper > ink) is (scheme == "light")
+        assert abs(paper - ink) > 500  # of 765
+
+
+# How it comes back.
+
+
+async def test_the_pause_before_a_try(house: House, page: Page) -> None:
+    await enter(page, house)
+
+    pauses = await page.evaluate(
+        """async () => {
+            const { pause } = await import("/assets/chat-link.js");
+            const most = (...given) =>
+                Math.max(...Array.from({ length: 1000 }, () => pause(...given)));
+            const least = (...given) =>
+                Math.min(...Array.from({ length: 1000 }, () => pause(...given)));
+            return {
+                ends: [1000, 1002, 1003, 1007, 1008, 1009].map((code) => pause(code, 0)),
+                first: most(1006, 0),
+                fourth: most(1006, 3),
+                late: [least(1006, 20), most(1006, 20)],
+                restart: [least(1012, 9), most(1012, 9)],
+                full: [least(1013, 0), most(1013, 0), least(1013, 0, 20)],
+            };
+        }"""
+    )
+
+    assert pauses["ends"] == [None] * 6
+    assert 0.4 < pauses["first"] < 0.5
+    assert 3.5 < pauses["fourth"] < 4
+    assert 0 < pauses["late"][0] < 3
+    assert 27 < pauses["late"][1] < 30
+    assert 1 <= pauses["restart"][0] < 2
+    assert 9 < pauses["restart"][1] < 10
+    assert 5 <= pauses["full"][0] <= pauses["full"][1] < 5.5
+    assert pauses["full"][2] >= 20
+
+
+def test_no_script_writes_markup_or_the_title() -> None:
+    scripts = [
+        one.read_text()
+        for one in files("aioserver.faces").joinpath("assets").iterdir()
+        if re.fullmatch(r"chat.*\.js", one.name)
+    ]
+
+    assert scripts
+    for script in scripts:
+        assert not re.search(
+            r"innerHTML|outerHTML|insertAdjacentHTML|document\.(write|title)", script
+        )
