@@ -1,0 +1,36 @@
+// One provider judged: how it is in a word and a shape, how much it presses, and why in a sentence's end.
+import { count, seconds, some, words } from "/assets/dashboard-numbers.js";
+
+const HARMLESS = new Set(["cancelled", "stale", "http_4xx"]); // the client left; repeated unseen; the caller's own fault
+
+/** {word, tone, shape, rank, why}: from rank 2 on it can be the reason for a wait, from 5 on it is broken. */
+export function condition(provider, lately) {
+  const { waiting, limit, pool, pace, breaker } = provider;
+  if (!provider.usable) {
+    return provider.active
+      ? is("Not usable", "bad", "cross", 7, "is not usable")
+      : is("Not usable", "gone", "cross", 0, "is not usable");
+  }
+  if (breaker === "open") return is("Breaker open", "bad", "diamond", 6, "is cut off, its breaker is open");
+  const faults = Object.entries(lately?.faults ?? {}).filter(([kind, number]) => number > 0 && !HARMLESS.has(kind));
+  const failed = faults.reduce((sum, [, number]) => sum + number, 0);
+  if (failed >= 3 && failed >= 0.1 * (lately.requests ?? 0)) {
+    const most = faults.reduce((a, b) => (b[1] > a[1] ? b : a))[0];
+    return is("Failing", "bad", "diamond", 5, `fails: ${some(failed, "fault", "faults")} in a minute, most ${words(most)}`);
+  }
+  if (breaker === "trial") return is("On trial", "wait", "diamond", 4, "is on trial after faults");
+  const share = limit > 0 ? `${count(provider.in_flight)} of ${count(limit)} places taken` : "";
+  if (waiting > 0) {
+    const oldest = `${some(waiting, "waits", "wait")} for it, oldest ${seconds(provider.oldest_wait)}`;
+    return is("Queueing", "wait", "triangle", 3 + waiting / (waiting + 1000), `has ${share}, ${oldest}`);
+  }
+  if (pool?.waiting > 0) return is("Pool short", "wait", "triangle", 2.6, `has no free connection for ${count(pool.waiting)}`);
+  if (pace?.left === 0) return is("Pace used up", "wait", "triangle", 2.4, "has used up its requests of this minute");
+  if (limit > 0 && provider.in_flight >= limit) return is("Full", "wait", "square", 2.2, `has ${share}`);
+  if (provider.in_flight > 0) return is("Working", "good", "circle", 1, `has ${share}`);
+  return is("Idle", "good", "ring", 0.5, "is idle");
+}
+
+function is(word, tone, shape, rank, why) {
+  return { word, tone, shape, rank, why };
+}
