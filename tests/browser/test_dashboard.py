@@ -210,7 +210,10 @@ async def test_a_page_that_opens_shows_the_last_ten_minutes(stand: Stand, page: 
     tokens = page.get_by_role("img", name=re.compile("^Tokens a second"))
     await expect(tokens).to_have_attribute("aria-label", re.compile("highest 7.00M"))
     assert await page.locator("#charts canvas").count() == 6
-    drawn = "el => el.getContext('2d').getImageData(0, 0, el.width, el.height).data.some(Boolean)"
+    drawn = """el => {
+      const { width, height } = el;
+      return el.toDataURL() !== Object.assign(document.createElement("canvas"), { width, height }).toDataURL();
+    }"""
     for canvas in await page.locator("#charts canvas, .card canvas").all():
         await canvas.scroll_into_view_if_needed()
         await page.wait_for_function(drawn, arg=await canvas.element_handle())
@@ -242,10 +245,10 @@ async def test_a_server_that_is_gone_is_said_and_found_again(stand: Stand, page:
 
     await stand.close()
     await verdict(
-        page, "No contact", re.compile(r"Server not reachable since \d+ s, trying again")
+        page, "No contact", re.compile(r"Server not reachable since \d+\ss, trying again")
     )
     await expect(page.locator("body")).to_have_class("stale")
-    await expect(page.locator("#seen")).to_have_text(re.compile(r"old: as of \d+ s ago"))
+    await expect(page.locator("#seen")).to_have_text(re.compile(r"\d+\ss old"))
     await expect(shown(page, "connections.active")).to_have_text("3")  # the last that is known
 
     stand.say(connections__active=5)
@@ -253,7 +256,7 @@ async def test_a_server_that_is_gone_is_said_and_found_again(stand: Stand, page:
     await verdict(page, "Open", "Room for 95 more")
     await expect(page.locator("body")).not_to_have_class("stale")
     await expect(page.locator("#incident-list p").first).to_have_text(
-        re.compile(r"this page heard nothing for \d+ s")
+        re.compile(r"this page heard nothing for \d+\ss")
     )
 
 
@@ -339,13 +342,18 @@ async def test_of_many_providers_those_in_trouble_come_first(stand: Stand, page:
     many["p88"]["breaker"] = "open"
     stand.say(providers=many)
 
-    await expect(page.locator(".card")).to_have_count(100)
+    await expect(page.locator(".card")).to_have_count(12)
     await expect(page.locator(".card h3").first).to_have_text("p88")
     await expect(page.locator(".card h3").nth(1)).to_have_text("p77")
     await verdict(page, "Trouble", "Room for 100 more, but p88 is cut off, its breaker is open")
     await expect(page.locator("#providers-summary")).to_have_text(
-        re.compile("93 working, 1 queueing, 1 breaker open")
+        "1 breaker open, 1 queueing, 93 working, 5 idle"
     )
+
+    await page.get_by_role("button", name="Show all 100").click()
+    await expect(page.locator(".card")).to_have_count(100)
+    await page.get_by_role("button", name="Show 12").click()
+    await expect(page.locator(".card")).to_have_count(12)
 
 
 async def test_text_of_the_server_stays_text(stand: Stand, page: Page) -> None:
@@ -375,14 +383,14 @@ async def test_numbers_are_short_and_carry_their_unit(stand: Stand, page: Page) 
         [0, 0.0001, 0.21, 0.99994, 2.14, 9.97, 119, 121, 7300, 200000, undefined].map(seconds),
         [0, 999, 1024, 268435456, 5e12, 5e18, null].map(bytes),
         [0, 0.126, 2].map(share),
-      ];
+      ].map(said => said.map(one => one.replace("\\u00a0", " ")));
     }""")
 
     assert said == [
-        ["0", "1,990", "99,999", "100K", "1.23M", "9,000T", DASH, DASH],
+        ["0", "1,990", "99,999", "100K", "1.23M", "9000T", DASH, DASH],
         ["0", "<0.1", "0.3", "3", "13", "123K"],
         ["0 s", "<1 ms", "210 ms", "1.0 s", "2.1 s", "10 s", "119 s", "2 min", "2 h", "2 d", DASH],
-        ["0 B", "999 B", "1.0 KiB", "256 MiB", "4.5 TiB", "4,547,474 TiB", DASH],
+        ["0 B", "999 B", "1.0 KiB", "256 MiB", "4.5 TiB", "4.55M TiB", DASH],
         ["0 %", "13 %", "200 %"],
     ]
 

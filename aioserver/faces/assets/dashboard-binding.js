@@ -29,11 +29,11 @@ function value(element, path) {
   if (!("unit" in element.dataset)) return (data) => say(element, format(get(data, path)));
   const unit = document.createElement("small"); // "210 ms": the number is what is read from afar
   const number = document.createElement("span");
-  element.append(number, " ", unit);
+  element.append(number, unit);
   return (data) => {
-    const [first, last] = format(get(data, path)).split(" ");
+    const [first, last] = format(get(data, path)).split("\u00a0");
     say(number, first);
-    say(unit, last ?? "");
+    say(unit, last ? `\u00a0${last}` : "");
   };
 }
 

@@ -7,7 +7,7 @@ const CHARTS = [
   { title: "Connections", format: count, floor: 4, limit: (stats) => stats.connections.limit,
     lines: [["active", "active", "flow"], ["waiting", "waiting", "wait"]] },
   { title: "First token", format: seconds, floor: 0.1,
-    lines: [["first_token_p50", "half", "flow"], ["first_token_p95", "slowest 5 %", "wait"]] },
+    lines: [["first_token_p50", "p50", "flow"], ["first_token_p95", "p95", "wait"]] },
   { title: "Turned away a second", format: rate, floor: 2, lines: [["rejected_per_second", "rejected", "bad"]] },
   { title: "Tokens a second", format: count, floor: 10, lines: [["tokens_per_second", "tokens", "flow"]] },
   { title: "Requests a second", format: rate, floor: 2, lines: [["requests_per_second", "requests", "flow"]] },
@@ -66,12 +66,12 @@ class Chart {
     this.#plot = new uPlot({
       ...this.#size(),
       legend: { show: false },
-      padding: [rem * 0.5, 0, 0, 0],
+      padding: [rem * 0.5, rem * 1.25, 0, 0],
       cursor: { sync: { key: "minutes" }, y: false, drag: { x: false, y: false } },
       scales: { x: { range: () => [this.#end - SPAN, this.#end] }, y: { range: (_plot, _low, high) => this.#range(high) } },
       axes: [
-        { ...axis, grid: { show: false }, size: rem * 1.75, space: rem * 5, values: (_plot, at) => at.map((one) => clock.format(one * 1000)) },
-        { ...axis, size: rem * 3.75, space: rem * 2.25, values: (_plot, at) => at.map(format) },
+        { ...axis, grid: { show: false }, size: rem * 1.5, space: rem * 4, incrs: [60, 120, 300], values: (_plot, at) => at.map((one) => clock.format(one * 1000)) },
+        { ...axis, size: rem * 3.25, space: rem * 2.25, values: (_plot, at) => at.map(format) },
       ],
       series: [{}, ...lines.map(([, , tone], nth) => ({
         stroke: colour(tone),

@@ -1,4 +1,4 @@
-// How numbers are said: short, with their unit. What is not known is a dash.
+// How numbers are said: short, with their unit behind a space that does not break. What is not known is a dash.
 const DASH = "–";
 const whole = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
 const short = new Intl.NumberFormat("en", { notation: "compact", minimumSignificantDigits: 3, maximumSignificantDigits: 3 });
@@ -20,32 +20,32 @@ export function rate(value) {
 
 export function seconds(value) {
   if (!known(value)) return DASH;
-  if (value <= 0) return "0 s";
-  if (value < 0.0005) return "<1 ms";
-  if (value < 0.9995) return `${Math.round(value * 1000)} ms`;
-  if (value < 9.95) return `${value.toFixed(1)} s`;
+  if (value <= 0) return "0\u00a0s";
+  if (value < 0.0005) return "<1\u00a0ms";
+  if (value < 0.9995) return `${Math.round(value * 1000)}\u00a0ms`;
+  if (value < 9.95 && !Number.isInteger(value)) return `${value.toFixed(1)}\u00a0s`;
   for (const [from, unit, name] of STEPS) {
-    if (value >= from) return `${count(Math.floor(value / unit))} ${name}`;
+    if (value >= from) return `${count(Math.floor(value / unit))}\u00a0${name}`;
   }
-  return `${Math.round(value)} s`;
+  return `${Math.round(value)}\u00a0s`;
 }
 
 export function bytes(value) {
   if (!known(value)) return DASH;
   let rest = value;
   for (const unit of ["B", "KiB", "MiB", "GiB"]) {
-    if (rest < 1000) return `${rest < 10 && unit !== "B" ? rest.toFixed(1) : Math.round(rest)} ${unit}`;
+    if (rest < 1000) return `${rest < 10 && unit !== "B" ? rest.toFixed(1) : Math.round(rest)}\u00a0${unit}`;
     rest /= 1024;
   }
-  return `${count(rest)} TiB`;
+  return `${rest < 10 ? rest.toFixed(1) : count(rest)}\u00a0TiB`;
 }
 
-export const share = (value) => (known(value) ? `${Math.round(value * 100)} %` : DASH);
+export const share = (value) => (known(value) ? `${Math.round(value * 100)}\u00a0%` : DASH);
 
 export const text = (value) => (value === null || value === undefined || value === "" ? DASH : String(value));
 
 /** A code of the server as words: `server_at_capacity` is "server at capacity". */
 export const words = (code) => FACES[code] ?? code.replaceAll("_", " ");
 
-/** "1 waits", "2 wait": *many* without its s of the singular. */
-export const some = (value, one, many) => `${count(value)} ${value === 1 ? one : many}`;
+/** "1 waits", "2 wait". */
+export const some = (value, one, many) => `${count(value)}\u00a0${value === 1 ? one : many}`;

@@ -15,8 +15,10 @@ export function judge(stats, conditions, recent) {
   const room = free ? `Room for ${count(free)} more` : "No room left";
   const cause = pressed ? `${name} is the reason` : `the limit of ${count(limit)} is the reason`;
   const crowd = `${some(waiting, "waits", "wait")}, oldest ${seconds(oldest)}`;
-  const detail = [pressed ? `${name} ${worst.why}.` : "", feeling(stats.first_token)].filter(Boolean).join(" ");
-  const say = (state, word, text, reason = "") => ({ state, word, text, detail, key: `${state} ${reason}` });
+  const say = (state, word, text, reason = "") => {
+    const why = pressed && !text.includes(worst.why) ? `${name} ${worst.why}. ` : "";
+    return { state, word, text, detail: why + feeling(stats.first_token), key: `${state} ${reason}` };
+  };
 
   if (!stats.ready) {
     const usable = Object.values(stats.providers).some((one) => one.usable);
@@ -24,7 +26,7 @@ export function judge(stats, conditions, recent) {
   }
   if (refused.number > 0) {
     const where = active >= limit ? (waiting ? `, ${crowd}; ${cause}` : `; ${cause}`) : pressed ? `; ${name} is the reason` : `: ${refused.code}`;
-    return say("refusing", "Refusing", `${count(refused.number)} turned away in ${LATELY} s${where}`, name);
+    return say("refusing", "Refusing", `${count(refused.number)} turned away in ${seconds(LATELY)}${where}`, name);
   }
   if (waiting > 0) return say("full", "Full", `Full: ${crowd}; ${cause}`, name);
   if (free === 0) return say("full", "Full", `Full: nobody waits yet; ${cause}`, name);
@@ -43,7 +45,7 @@ export function silence(link, since, now) {
     : link.reason
       ? `Server refuses this page, ${again}`
       : `Server not reachable since ${seconds(Math.floor(since / 1000))}, ${again}`;
-  return { state: "lost", word: "No contact", text, detail: link.reason ? `It says: ${link.reason}` : "", key: "lost" };
+  return { state: "lost", word: "No contact", text, detail: link.reason ? `It says: ${link.reason}` : "What stands below is old.", key: "lost" };
 }
 
 function refusals(stats, recent) {
@@ -55,5 +57,5 @@ function refusals(stats, recent) {
 
 function feeling(token) {
   if (!token) return "";
-  return `Half of the answers begin within ${seconds(token.p50)}, 95 % within ${seconds(token.p95)}.`;
+  return `Half of the answers begin within ${seconds(token.p50)}, 95\u00a0% within ${seconds(token.p95)}.`;
 }

@@ -37,6 +37,7 @@ const on = {
   },
   stats(stats) {
     if (lost && judged) incidents.add(absence(heard));
+    lost = false;
     heard = Date.now();
     recent.add(stats);
     history.add(stats);
@@ -54,18 +55,18 @@ const on = {
   },
   link(change) {
     link = change;
-    show();
+    if (!link.up) show(); // a connection is no word yet
   },
 };
 
 function show() {
   if (document.hidden) return;
   const since = Date.now() - Math.max(heard, woken);
-  lost = judged ? since > (link.up ? QUIET : BLIP) : link.retryAt > 0 || since > QUIET;
+  lost ||= judged ? since > (link.up ? QUIET : BLIP) : link.retryAt > 0 || since > QUIET;
   if (lost) tell(silence(link, since, Date.now()));
   else if (judged) tell(judged);
   document.body.classList.toggle("stale", lost);
-  if (lost && judged) say(seen, `old: as of ${seconds(Math.floor(since / 1000))} ago`);
+  if (lost && judged) say(seen, `${seconds(Math.floor(since / 1000))} old`);
 }
 
 function tell({ state, word, text, detail, key }) {
