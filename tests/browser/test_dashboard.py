@@ -111,7 +111,7 @@ VERDICTS: dict[str, tuple[dict[str, Any], str, str, str]] = {
         "octagon",
     ),
     "refusing with room": (
-        {"connections__rejected": 5, "rejections__rate_limit_exceeded": 5},
+        {"rejections__rate_limit_exceeded": 5},
         "Refusing",
         "5 turned away in 10 s: rate limit exceeded",
         "octagon",
@@ -221,6 +221,35 @@ async def test_a_page_that_opens_shows_the_last_ten_minutes(stand: Stand, page: 
     assert texts == [f"groq: breaker {one}" for one in (2, 1, 0)]
 
 
+async def test_the_charts_follow_the_pointer_and_the_scheme(stand: Stand, page: Page) -> None:
+    stand.say(connections__active=3)
+    now = time.time()
+    stand.past.update(
+        time=[now - 300, now - 299],
+        series={"active": [42, 42], "lag_max": [0.0, 0.0]},
+    )
+    await opened(page, stand)
+    value = page.locator("#charts figure").first.locator(".legend b").first
+    await expect(value).to_have_text("3")
+
+    plot = page.locator("#charts figure").first.locator(".u-over")
+    await plot.scroll_into_view_if_needed()
+    box = await plot.bounding_box()
+    assert box
+    await page.mouse.move(box["x"] + box["width"] / 2 - 2, box["y"] + 20)
+    await expect(value).to_have_text("42")
+    times = await page.locator("#charts [role=img]").evaluate_all(
+        "all => all.map(el => el.dataset.time)"
+    )
+    assert len(set(times)) == 1  # one pointer for all charts
+    assert times[0]
+
+    await page.emulate_media(color_scheme="dark")
+    await page.mouse.move(1, 1)
+    await expect(value).to_have_text("3")
+    assert await page.locator("#charts canvas").count() == 6
+
+
 async def test_an_incident_is_put_on_top(stand: Stand, page: Page) -> None:
     await opened(page, stand)
     await expect(page.locator("#incident-list li")).to_have_text(
@@ -235,7 +264,7 @@ async def test_an_incident_is_put_on_top(stand: Stand, page: Page) -> None:
     )
     first = page.locator("#incident-list li").first
     await expect(first.locator("b")).to_have_text("error")
-    await expect(first.locator(".mark")).to_have_attribute("data-shape", "octagon")
+    await expect(first.locator(".mark")).to_have_attribute("data-shape", "diamond")
 
 
 async def test_a_server_that_is_gone_is_said_and_found_again(stand: Stand, page: Page) -> None:

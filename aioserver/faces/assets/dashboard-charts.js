@@ -7,7 +7,7 @@ const CHARTS = [
   { title: "Connections", format: count, floor: 4, limit: (stats) => stats.connections.limit,
     lines: [["active", "active", "flow"], ["waiting", "waiting", "wait"]] },
   { title: "First token", format: seconds, floor: 0.1,
-    lines: [["first_token_p50", "p50", "flow"], ["first_token_p95", "p95", "wait"]] },
+    lines: [["first_token_p50", "p50", "flow"], ["first_token_p95", "p95", "flow"]] },
   { title: "Turned away a second", format: rate, floor: 2, lines: [["rejected_per_second", "rejected", "bad"]] },
   { title: "Tokens a second", format: count, floor: 10, lines: [["tokens_per_second", "tokens", "flow"]] },
   { title: "Requests a second", format: rate, floor: 2, lines: [["requests_per_second", "requests", "flow"]] },
@@ -70,7 +70,7 @@ class Chart {
       cursor: { sync: { key: "minutes" }, y: false, drag: { x: false, y: false } },
       scales: { x: { range: () => [this.#end - SPAN, this.#end] }, y: { range: (_plot, _low, high) => this.#range(high) } },
       axes: [
-        { ...axis, grid: { show: false }, size: rem * 1.5, space: rem * 4, incrs: [60, 120, 300], values: (_plot, at) => at.map((one) => clock.format(one * 1000)) },
+        { ...axis, grid: { show: false }, size: rem * 1.75, space: rem * 4, incrs: [60, 120, 300], values: (_plot, at) => this.#clock(at) },
         { ...axis, size: rem * 3.25, space: rem * 2.25, values: (_plot, at) => at.map(format) },
       ],
       series: [{}, ...lines.map(([, , tone], nth) => ({
@@ -82,6 +82,11 @@ class Chart {
       }))],
       hooks: { draw: [(plot) => this.#drawLimit(plot, colour("muted"), font)], setCursor: [() => this.#tell()] },
     }, this.#data(), this.#place);
+  }
+
+  /** None at the left end: it would touch the zero of the other axis. */
+  #clock(times) {
+    return times.map((one) => (one < this.#end - SPAN + 30 ? "" : clock.format(one * 1000)));
   }
 
   fit() {

@@ -1,6 +1,6 @@
 // What happened, newest first: the server's incidents, and this page's own losses of the server.
 const KEPT = 100;
-const SHAPES = { info: "circle", warning: "triangle", error: "octagon" };
+const SHAPES = { info: "ring", warning: "triangle", error: "diamond" };
 const TONES = { info: "gone", warning: "wait", error: "bad" };
 const time = new Intl.DateTimeFormat("en", { timeStyle: "medium", hourCycle: "h23" });
 const day = new Intl.DateTimeFormat("en", { month: "short", day: "numeric" });
@@ -37,7 +37,7 @@ function item({ time: at, severity, text, provider }) {
   row.dataset.severity = severity;
   const mark = row.appendChild(document.createElement("span"));
   mark.className = "mark";
-  mark.dataset.shape = SHAPES[severity] ?? "circle";
+  mark.dataset.shape = SHAPES[severity] ?? "ring";
   mark.dataset.tone = TONES[severity] ?? "gone";
   row.appendChild(document.createElement("b")).textContent = severity;
   const when = row.appendChild(document.createElement("time"));

@@ -50,9 +50,11 @@ export function silence(link, since, now) {
 
 function refusals(stats, recent) {
   const { connections, rejections } = recent.over(LATELY);
-  const number = Math.max(connections.rejected, Math.round(stats.connections.rejected_per_second));
-  const most = Object.entries(rejections ?? {}).reduce((a, b) => (b[1] > a[1] ? b : a), ["no place", 0]);
-  return { number, code: words(most[0]) };
+  const codes = Object.entries(rejections);
+  const number = codes.reduce((sum, [, of]) => sum + of, 0);
+  const most = codes.reduce((a, b) => (b[1] > a[1] ? b : a), ["no place", 0]);
+  // A page just opened has nothing to subtract from yet, but the server's own rate.
+  return { number: Math.max(number, connections.rejected, Math.round(stats.connections.rejected_per_second)), code: words(most[0]) };
 }
 
 function feeling(token) {
