@@ -89,7 +89,13 @@ VERDICTS: dict[str, tuple[dict[str, Any], str, str, str]] = {
     "a queue": (
         {"connections__active": 40, **QUEUEING},
         "Busy",
-        "Room for 60 more, but groq has 20 of 20 places taken, 35 wait for it, oldest 3.2 s",
+        "Room for 60 more, but 35 wait for groq",
+        "triangle",
+    ),
+    "a full provider": (
+        {"connections__active": 40, "providers__groq__in_flight": 20},
+        "Busy",
+        "Room for 60 more, but all 20 places of groq are taken",
         "triangle",
     ),
     "full by a provider": (
@@ -205,7 +211,7 @@ async def test_a_page_that_opens_shows_the_last_ten_minutes(stand: Stand, page: 
     }
     await opened(page, stand)
 
-    connections = page.get_by_role("img", name=re.compile("^Connections over ten minutes"))
+    connections = page.get_by_role("img", name=re.compile("^Connections over 10 minutes"))
     await expect(connections).to_have_attribute("aria-label", re.compile("active .* highest 97;"))
     tokens = page.get_by_role("img", name=re.compile("^Tokens a second"))
     await expect(tokens).to_have_attribute("aria-label", re.compile("highest 7.00M"))
@@ -236,7 +242,7 @@ async def test_the_charts_follow_the_pointer_and_the_scheme(stand: Stand, page: 
     await plot.scroll_into_view_if_needed()
     box = await plot.bounding_box()
     assert box
-    await page.mouse.move(box["x"] + box["width"] / 2 - 2, box["y"] + 20)
+    await page.mouse.move(box["x"] + 1, box["y"] + 20)
     await expect(value).to_have_text("42")
     times = await page.locator("#charts [role=img]").evaluate_all(
         "all => all.map(el => el.dataset.time)"

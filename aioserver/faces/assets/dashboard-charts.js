@@ -1,6 +1,5 @@
-// The charts of the last ten minutes: uPlot's lines, our headings, values and colours.
+// The charts of the last minutes: uPlot's lines, our headings, values and colours.
 import { say } from "/assets/dashboard-binding.js";
-import { SPAN } from "/assets/dashboard-history.js";
 import { count, rate, seconds } from "/assets/dashboard-numbers.js";
 
 const CHARTS = [
@@ -18,18 +17,19 @@ const exact = new Intl.DateTimeFormat("en", { timeStyle: "medium", hourCycle: "h
 
 export class Charts {
   #charts;
-  #box;
+  #history;
 
   constructor(box, history) {
-    this.#box = box;
+    this.#history = history;
     this.#charts = CHARTS.map((one) => new Chart(box, one, history));
     for (const query of ["(prefers-color-scheme: dark)", "(min-width: 1900px)"]) {
       matchMedia(query).addEventListener("change", () => this.#charts.forEach((chart) => chart.build()));
     }
-    new ResizeObserver(() => this.#charts.forEach((chart) => chart.fit())).observe(this.#box);
+    new ResizeObserver(() => this.#charts.forEach((chart) => chart.fit())).observe(box);
   }
 
   update(stats) {
+    say(document.getElementById("history-title"), `The last ${this.#history.span / 60} minutes`);
     for (const chart of this.#charts) chart.update(stats);
   }
 }
@@ -68,7 +68,7 @@ class Chart {
       legend: { show: false },
       padding: [rem * 0.5, rem * 1.25, 0, 0],
       cursor: { sync: { key: "minutes" }, y: false, drag: { x: false, y: false } },
-      scales: { x: { range: () => [this.#end - SPAN, this.#end] }, y: { range: (_plot, _low, high) => this.#range(high) } },
+      scales: { x: { range: () => [this.#end - this.#history.span, this.#end] }, y: { range: (_plot, _low, high) => this.#range(high) } },
       axes: [
         { ...axis, grid: { show: false }, size: rem * 1.75, space: rem * 4, incrs: [60, 120, 300], values: (_plot, at) => this.#clock(at) },
         { ...axis, size: rem * 3.25, space: rem * 2.25, values: (_plot, at) => at.map(format) },
@@ -86,7 +86,7 @@ class Chart {
 
   /** None at the left end: it would touch the zero of the other axis. */
   #clock(times) {
-    return times.map((one) => (one < this.#end - SPAN + 30 ? "" : clock.format(one * 1000)));
+    return times.map((one) => (one < this.#end - 0.95 * this.#history.span ? "" : clock.format(one * 1000)));
   }
 
   fit() {
@@ -151,7 +151,7 @@ class Chart {
       const highest = column.reduce((a, b) => (b > a ? b : a), 0);
       return `${label} now ${this.#what.format(column.at(-1))}, highest ${this.#what.format(highest)}`;
     });
-    this.#place.setAttribute("aria-label", `${this.#what.title} over ten minutes: ${parts.join("; ")}`);
+    this.#place.setAttribute("aria-label", `${this.#what.title} over ${this.#history.span / 60} minutes: ${parts.join("; ")}`);
   }
 }
 

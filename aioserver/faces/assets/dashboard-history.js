@@ -1,5 +1,6 @@
 // The last ten minutes as columns of one length: what `history` brought, each `stats` since, null where nothing was seen.
-export const SPAN = 600;
+const SPAN = 600;
+const SHORTEST = 120;
 const HOUSE = {
   active: (stats) => stats.connections.active,
   waiting: (stats) => stats.connections.waiting,
@@ -17,6 +18,12 @@ export class History {
   house = Object.fromEntries(Object.keys(HOUSE).map((name) => [name, []]));
   providers = new Map(); // name → { in_flight, waiting }
   #interval = 1;
+
+  /** Seconds worth showing, in whole minutes: a house that opened just now has no ten. */
+  get span() {
+    const known = this.times.at(-1) - this.times[0] || 0;
+    return Math.min(SPAN, Math.max(SHORTEST, Math.ceil(known / 60) * 60));
+  }
 
   /** Take the server's own history; what was seen before it begins is kept, with a gap between. */
   replace({ interval, time, series, providers }) {

@@ -1,11 +1,13 @@
-// One provider judged: how it is in a word and a shape, how much it presses, and why in a sentence's end.
+// One provider judged: how it is in a word and a shape, how much it presses, and a sentence that says why.
 import { count, seconds, some, words } from "/assets/dashboard-numbers.js";
 
 const HARMLESS = new Set(["cancelled", "stale", "http_4xx"]); // the client left; repeated unseen; the caller's own fault
 
-/** {word, tone, shape, rank, why}: from rank 2 on it can be the reason for a wait, from 5 on it is broken. */
-export function condition(provider, lately) {
-  const { waiting, limit, pool, pace, breaker } = provider;
+/** {word, tone, shape, rank, why, brief}: from rank 2 on it can be the reason for a wait, from 5 on it is broken. */
+export function condition(name, provider, lately) {
+  const { waiting, limit, in_flight: taken, pool, pace, breaker } = provider;
+  const is = (word, tone, shape, rank, why, brief = `${name} ${why}`) => ({ word, tone, shape, rank, why: `${name} ${why}`, brief });
+
   if (!provider.usable) {
     return provider.active
       ? is("Not usable", "bad", "cross", 7, "is not usable")
@@ -19,18 +21,15 @@ export function condition(provider, lately) {
     return is("Failing", "bad", "diamond", 5, `fails: ${some(failed, "fault", "faults")} in a minute, most ${words(most)}`);
   }
   if (breaker === "trial") return is("On trial", "wait", "diamond", 4, "is on trial after faults");
-  const share = limit > 0 ? `${count(provider.in_flight)} of ${count(limit)} places taken` : "";
+  const share = limit > 0 ? `${count(taken)} of ${count(limit)} places taken` : `${count(taken)} requests under way`;
   if (waiting > 0) {
-    const oldest = `${some(waiting, "waits", "wait")} for it, oldest ${seconds(provider.oldest_wait)}`;
-    return is("Queueing", "wait", "triangle", 3 + waiting / (waiting + 1000), `has ${share}, ${oldest}`);
+    const crowd = some(waiting, "waits", "wait");
+    const why = `has ${share}, ${crowd} for it, oldest ${seconds(provider.oldest_wait)}`;
+    return is("Queueing", "wait", "triangle", 3 + waiting / (waiting + 1000), why, `${crowd} for ${name}`);
   }
   if (pool?.waiting > 0) return is("Pool short", "wait", "triangle", 2.6, `has no free connection for ${count(pool.waiting)}`);
   if (pace?.left === 0) return is("Pace used up", "wait", "triangle", 2.4, "has used up its requests of this minute");
-  if (limit > 0 && provider.in_flight >= limit) return is("Full", "wait", "square", 2.2, `has ${share}`);
-  if (provider.in_flight > 0) return is("Working", "good", "circle", 1, `has ${share}`);
+  if (limit > 0 && taken >= limit) return is("Full", "wait", "square", 2.2, `has ${share}`, `all ${count(limit)} places of ${name} are taken`);
+  if (taken > 0) return is("Working", "good", "circle", 1, `has ${share}`);
   return is("Idle", "good", "ring", 0.5, "is idle");
-}
-
-function is(word, tone, shape, rank, why) {
-  return { word, tone, shape, rank, why };
 }

@@ -1,7 +1,6 @@
 // A card for each provider that was ever asked, or is first in line; the others stand in one sentence. Of very many
 // a dozen is shown until all are wanted, those in trouble first.
 import { bind, say } from "/assets/dashboard-binding.js";
-import { SPAN } from "/assets/dashboard-history.js";
 import { condition } from "/assets/dashboard-pressure.js";
 import { sparkline } from "/assets/dashboard-sparkline.js";
 
@@ -36,7 +35,7 @@ export class Providers {
   update(stats, recent, history) {
     this.#repeat = () => this.update(stats, recent, history);
     const all = Object.entries(stats.providers);
-    const conditions = new Map(all.map(([name, one]) => [name, condition(one, recent.providers?.[name])]));
+    const conditions = new Map(all.map(([name, one]) => [name, condition(name, one, recent.providers?.[name])]));
     const awake = all.filter(([, one]) => one.active || one.requests || one.in_flight || one.waiting).map(([name]) => name);
     const wanted = this.#choose(awake, conditions, stats.time);
     for (const [name, card] of this.#cards) if (!wanted.includes(name)) this.#remove(name, card);
@@ -52,7 +51,7 @@ export class Providers {
     this.#tell(all.filter(([name]) => !awake.includes(name)));
     this.#sketch = (name, canvas) => {
       const columns = history.providers.get(name);
-      if (columns) sparkline(canvas, history.times, columns, SPAN, stats.providers[name].limit);
+      if (columns) sparkline(canvas, history.times, columns, history.span, stats.providers[name].limit);
     };
     this.#draw();
     return conditions;

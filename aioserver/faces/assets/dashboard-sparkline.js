@@ -1,4 +1,4 @@
-// A provider's last ten minutes in the height of two lines: places taken as an area, its queue as a line above.
+// A provider's last minutes in the height of two lines: places taken as an area, its queue as a line above.
 
 /** Draw on *canvas*; the top is the limit or the highest, whichever is more. */
 export function sparkline(canvas, times, { in_flight: taken, waiting }, span, limit) {

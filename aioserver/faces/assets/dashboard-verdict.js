@@ -16,7 +16,7 @@ export function judge(stats, conditions, recent) {
   const cause = pressed ? `${name} is the reason` : `the limit of ${count(limit)} is the reason`;
   const crowd = `${some(waiting, "waits", "wait")}, oldest ${seconds(oldest)}`;
   const say = (state, word, text, reason = "") => {
-    const why = pressed && !text.includes(worst.why) ? `${name} ${worst.why}. ` : "";
+    const why = pressed && !text.includes(worst.why) ? `${worst.why}. ` : "";
     return { state, word, text, detail: why + feeling(stats.first_token), key: `${state} ${reason}` };
   };
 
@@ -30,9 +30,9 @@ export function judge(stats, conditions, recent) {
   }
   if (waiting > 0) return say("full", "Full", `Full: ${crowd}; ${cause}`, name);
   if (free === 0) return say("full", "Full", `Full: nobody waits yet; ${cause}`, name);
-  if (worst.rank >= 5) return say("trouble", "Trouble", `${room}, but ${name} ${worst.why}`, name);
+  if (worst.rank >= 5) return say("trouble", "Trouble", `${room}, but ${worst.brief}`, name);
   if (stood >= LATE) return say("busy", "Slow", `${room}, but the server itself stood still for ${seconds(stood)}`, "loop");
-  if (worst.rank >= 3) return say("busy", "Busy", `${room}, but ${name} ${worst.why}`, name);
+  if (pressed) return say("busy", "Busy", `${room}, but ${worst.brief}`, name);
   if (active >= 0.9 * limit) return say("busy", "Nearly full", room);
   return say("open", "Open", room);
 }

@@ -44,7 +44,8 @@ const on = {
     const lately = recent.over(60);
     board.hidden = document.getElementById("server").hidden = false;
     charts ??= new Charts(document.getElementById("charts"), history);
-    showAll(stats, lately);
+    const refused = Object.values(stats.rejections).reduce((sum, number) => sum + number, 0);
+    showAll({ ...stats, refused }, lately);
     judged = judge(stats, providers.update(stats, lately, history), recent);
     charts.update(stats);
     say(seen, `as of ${clock.format(stats.time * 1000)}`);
