@@ -131,6 +131,7 @@ class Stand:
             "incidents": [],
         }
         self.refusal: web.Response | None = None
+        self.silent = False  # says nothing more, and stays connected
         self.port = 0
         self._asked: set[asyncio.Queue[tuple[str, Any] | None]] = set()
         self._started = time.time()
@@ -192,7 +193,8 @@ class Stand:
                 if event[0] == "stats":
                     now = time.time()
                     event[1].update(time=now, uptime=now - self._started)
-                await response.write(_event(*event))
+                if not self.silent:
+                    await response.write(_event(*event))
                 try:
                     event = await asyncio.wait_for(queue.get(), 0.5)
                 except TimeoutError:

@@ -7,6 +7,7 @@ import re
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
+import aiohttp
 import pytest
 from playwright.async_api import expect
 
@@ -131,3 +132,19 @@ def test_nothing_is_inline_and_nothing_comes_from_elsewhere() -> None:
     for body in assets.values():
         assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write", body)
         assert "://" not in body
+
+
+async def test_the_page_is_guarded_by_its_headers(stand: Stand) -> None:
+    async with (
+        aiohttp.ClientSession() as session,
+        session.get(stand.base + "/dashboard") as response,
+    ):
+        assert response.status == 200
+        assert response.headers["Content-Type"] == "text/html; charset=utf-8"
+        assert response.headers["Content-Security-Policy"].startswith("default-src 'self';")
+        assert response.headers["X-Content-Type-Options"] == "nosniff"
+    async with (
+        aiohttp.ClientSession() as session,
+        session.get(stand.base + "/assets/dashboard.html") as response,
+    ):
+        assert response.status == 404

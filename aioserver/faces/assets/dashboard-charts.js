@@ -22,9 +22,7 @@ export class Charts {
   constructor(box, history) {
     this.#history = history;
     this.#charts = CHARTS.map((one) => new Chart(box, one, history));
-    for (const query of ["(prefers-color-scheme: dark)", "(min-width: 1900px)"]) {
-      matchMedia(query).addEventListener("change", () => this.#charts.forEach((chart) => chart.build()));
-    }
+    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.#charts.forEach((chart) => chart.build()));
     new ResizeObserver(() => this.#charts.forEach((chart) => chart.fit())).observe(box);
   }
 
@@ -42,6 +40,7 @@ class Chart {
   #plot;
   #end = 0;
   #limit = 0;
+  #rem = 0; // the root's font size, which every length in a chart comes from
 
   constructor(box, what, history) {
     this.#what = what;
@@ -58,7 +57,7 @@ class Chart {
   build() {
     const style = getComputedStyle(document.documentElement);
     const colour = (name) => style.getPropertyValue(`--${name}`).trim();
-    const rem = parseFloat(style.fontSize);
+    const rem = (this.#rem = parseFloat(style.fontSize));
     const font = `${Math.round(rem * 0.75)}px ${getComputedStyle(document.body).fontFamily}`;
     const axis = { stroke: colour("muted"), font, ticks: { show: false }, grid: { stroke: colour("line"), width: 1 } };
     const { lines, format } = this.#what;
@@ -90,6 +89,7 @@ class Chart {
   }
 
   fit() {
+    if (parseFloat(getComputedStyle(document.documentElement).fontSize) !== this.#rem) this.build();
     const size = this.#size();
     if (size.width !== this.#plot.width || size.height !== this.#plot.height) this.#plot.setSize(size);
   }
