@@ -20,15 +20,16 @@ export function condition(name, provider, lately) {
     const most = faults.reduce((a, b) => (b[1] > a[1] ? b : a))[0];
     return is("Failing", "bad", "diamond", 5, `fails: ${some(failed, "fault", "faults")} in a minute, most ${words(most)}`);
   }
+  if (pace?.cooling > 0) return is("Resting", "wait", "diamond", 4.5, `asked for rest, ${seconds(pace.cooling)} more`);
   if (breaker === "trial") return is("On trial", "wait", "diamond", 4, "is on trial after faults");
-  const share = limit > 0 ? `${count(taken)} of ${count(limit)} places taken` : `${count(taken)} requests under way`;
+  const held = pace?.left === 0 && taken < limit; // by the pace: places there are
+  const share = held ? `used up its pace of ${count(pace.per_minute)} a minute` : limit > 0 ? `${count(taken)} of ${count(limit)} places taken` : `${count(taken)} requests under way`;
   if (waiting > 0) {
     const crowd = some(waiting, "waits", "wait");
     const why = `has ${share}, ${crowd} for it, oldest ${seconds(provider.oldest_wait)}`;
     return is("Queueing", "wait", "triangle", 3 + waiting / (waiting + 1000), why, `${crowd} for ${name}`);
   }
   if (pool?.waiting > 0) return is("Pool short", "wait", "triangle", 2.6, `has no free connection for ${count(pool.waiting)}`);
-  if (pace?.left === 0) return is("Pace used up", "wait", "triangle", 2.4, "has used up its requests of this minute");
   if (limit > 0 && taken >= limit) return is("Full", "wait", "square", 2.2, `has ${share}`, `all ${count(limit)} places of ${name} are taken`);
   if (taken > 0) return is("Working", "good", "circle", 1, `has ${share}`);
   return is("Idle", "good", "ring", 0.5, "is idle");

@@ -88,7 +88,7 @@ export class Providers {
         name,
         first_asked: provider.active || null,
         pool: pool && { ...pool, busy: pool.open - pool.idle },
-        pace: pace && { ...pace, used: pace.per_minute - pace.left },
+        resting: pace?.cooling || null,
       }, lately);
       element.dataset.tone = mark.dataset.tone = state.tone;
       mark.dataset.shape = state.shape;
