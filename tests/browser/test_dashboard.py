@@ -96,6 +96,12 @@ VERDICTS: dict[str, tuple[dict[str, Any], str, str, str]] = {
         "Room for 60 more, but all 20 places of groq are taken",
         "triangle",
     ),
+    "a refused key": (
+        {"providers__groq__flagged": True},
+        "Trouble",
+        "Room for 100 more, but groq refuses our key",
+        "diamond",
+    ),
     "a provider that rests": (
         {"providers__groq__pace": {"per_minute": 3500, "left": 0, "cooling": 12.0}},
         "Busy",
@@ -289,11 +295,15 @@ async def test_what_is_absent_is_not_shown_and_null_is_a_dash(stand: Stand, page
     stand.say(
         providers__groq__breaker="closed",
         providers__groq__retries=3,
+        providers__groq__failovers=2,
         providers__groq__pace={"per_minute": 3500, "left": 12, "cooling": 0.0},
     )
     await expect(card(page, "groq").locator("[data-show='pace.per_minute']")).to_have_text("3,500")
     for late in ("breaker", "pace", "retries"):
         await expect(card(page, "groq").locator(f"[data-needs={late}]")).to_be_visible()
+    await expect(card(page, "groq").locator("[data-needs=retries]")).to_have_text(
+        re.compile(r"retries\s*3\s*, 2 went elsewhere")
+    )
     await expect(card(page, "groq").locator("[data-needs=resting]")).to_be_hidden()
 
 

@@ -8,6 +8,7 @@ export function condition(name, provider, lately) {
   const { waiting, limit, in_flight: taken, pool, pace, breaker } = provider;
   const is = (word, tone, shape, rank, why, brief = `${name} ${why}`) => ({ word, tone, shape, rank, why: `${name} ${why}`, brief });
 
+  if (provider.flagged) return is("Key refused", "bad", "cross", 6.5, "refuses our key");
   if (!provider.usable) {
     return provider.active
       ? is("Not usable", "bad", "cross", 7, "is not usable")
