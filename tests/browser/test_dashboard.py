@@ -302,7 +302,7 @@ async def test_what_is_absent_is_not_shown_and_null_is_a_dash(stand: Stand, page
     for late in ("breaker", "pace", "retries"):
         await expect(card(page, "groq").locator(f"[data-needs={late}]")).to_be_visible()
     await expect(card(page, "groq").locator("[data-needs=retries]")).to_have_text(
-        re.compile(r"retries\s*3\s*, 2 went elsewhere")
+        re.compile(r"retries\s*3\s+and 2 went elsewhere")
     )
     await expect(card(page, "groq").locator("[data-needs=resting]")).to_be_hidden()
 
