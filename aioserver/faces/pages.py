@@ -1,4 +1,4 @@
-"""The chat page, and the same address as JSON for programs. Assets are read once, at the start."""
+"""The chat page, the same address as JSON for programs, the dashboard. Assets are read once."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ HEADERS = {
 
 
 def routes() -> list[web.AbstractRouteDef]:
-    """`/` and `/assets/…`."""
+    """`/`, `/dashboard` and `/assets/…`."""
     assets = {
         one.name: one.read_bytes()
         for one in files("aioserver.faces").joinpath("assets").iterdir()
         if one.name.endswith(tuple(TYPES))
     }
     page = assets.pop("index.html")
+    dashboard = assets.pop("dashboard.html")
 
     async def index(request: web.Request) -> web.Response:
         accept = request.headers.get("Accept", "")
@@ -43,6 +44,7 @@ def routes() -> list[web.AbstractRouteDef]:
 
     return [
         web.get("/", index),
+        web.get("/dashboard", _serving("dashboard.html", dashboard)),
         *(web.get(f"/assets/{name}", _serving(name, body)) for name, body in assets.items()),
     ]
 

@@ -1,0 +1,392 @@
+"""The dashboard in a browser: what it says follows what it is told, and what it is not told any more."""
+
+from __future__ import annotations
+
+import re
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from playwright.async_api import expect
+
+from tests.browser.stand import (
+    CROWDED,
+    QUEUEING,
+    TOKEN,
+    Stand,
+    card,
+    opened,
+    provider,
+    shown,
+    standing,
+    verdict,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from playwright.async_api import Page
+
+    from tests.house import House
+
+DASH = "\u2013"
+
+
+@pytest.fixture
+async def stand() -> AsyncIterator[Stand]:
+    async with standing() as one:
+        yield one
+
+
+async def test_the_numbers_move_with_the_events(stand: Stand, page: Page) -> None:
+    await opened(page, stand)
+    await expect(shown(page, "connections.active")).to_have_text("0")
+
+    stand.say(
+        connections__active=42,
+        connections__active_by_face={"websocket": 30, "sse": 11, "openai": 1},
+        first_token=TOKEN,
+        tokens_per_second=812.4,
+        rejections__server_at_capacity=7,
+        requests__outcomes__ok=1990,
+        streams__bytes=134217728,
+        process__rss_bytes=52428800,
+        providers__groq__in_flight=12,
+        providers__groq__requests=999,
+    )
+
+    await expect(shown(page, "connections.active")).to_have_text("42")
+    await expect(page.locator("[data-list='connections.active_by_face']")).to_have_text(
+        "30 WebSocket, 11 SSE, 1 OpenAI"
+    )
+    await expect(shown(page, "first_token.p50")).to_have_text("210 ms")
+    await expect(shown(page, "tokens_per_second")).to_have_text("812")
+    await expect(
+        page.locator("[data-tally=rejections] tr[data-code=server_at_capacity]")
+    ).to_have_text("server at capacity77")
+    await expect(
+        page.locator("[data-tally='requests.outcomes'] tr[data-code=ok] td").last
+    ).to_have_text("1,990")
+    await expect(shown(page, "streams.bytes")).to_have_text("128 MiB")
+    await expect(shown(page, "process.rss_bytes")).to_have_text("50 MiB")
+    await expect(card(page, "groq").locator("[data-show=in_flight]")).to_have_text("12")
+    await expect(card(page, "groq").locator(".condition b")).to_have_text("Working")
+    width = (
+        "el => Math.round(el.getBoundingClientRect().width / el.parentElement.clientWidth * 100)"
+    )
+    fill = page.locator("[data-bar='connections.active'] i")
+    await page.wait_for_function(
+        f"() => ({width})(document.querySelector(\"[data-bar='connections.active'] i\")) === 42"
+    )
+    assert await fill.evaluate(width) == 42
+
+
+VERDICTS: dict[str, tuple[dict[str, Any], str, str, str]] = {
+    "open": ({"connections__active": 3}, "Open", "Room for 97 more", "circle"),
+    "nearly full": ({"connections__active": 97}, "Nearly full", "Room for 3 more", "triangle"),
+    "a queue": (
+        {"connections__active": 40, **QUEUEING},
+        "Busy",
+        "Room for 60 more, but 35 wait for groq",
+        "triangle",
+    ),
+    "a full provider": (
+        {"connections__active": 40, "providers__groq__in_flight": 20},
+        "Busy",
+        "Room for 60 more, but all 20 places of groq are taken",
+        "triangle",
+    ),
+    "a refused key": (
+        {"providers__groq__flagged": True},
+        "Trouble",
+        "Room for 100 more, but groq refuses our key",
+        "diamond",
+    ),
+    "a provider that rests": (
+        {"providers__groq__pace": {"per_minute": 3500, "left": 0, "cooling": 12.0}},
+        "Busy",
+        "Room for 100 more, but groq asked for rest, 12 s more",
+        "triangle",
+    ),
+    "full by a provider": (
+        CROWDED | QUEUEING,
+        "Full",
+        "Full: 40 wait, oldest 2.1 s; groq is the reason",
+        "square",
+    ),
+    "full by the limit": (
+        CROWDED,
+        "Full",
+        "Full: 40 wait, oldest 2.1 s; the limit of 100 is the reason",
+        "square",
+    ),
+    "refusing": (
+        CROWDED | QUEUEING | {"connections__waiting": 500, "connections__rejected": 57},
+        "Refusing",
+        "57 turned away in 10 s, 500 wait, oldest 2.1 s; groq is the reason",
+        "octagon",
+    ),
+    "refusing with room": (
+        {"rejections__rate_limit_exceeded": 5},
+        "Refusing",
+        "5 turned away in 10 s: rate limit exceeded",
+        "octagon",
+    ),
+    "a broken provider": (
+        {"providers__groq__requests": 12, "providers__groq__faults__http_5xx": 12},
+        "Trouble",
+        "Room for 100 more, but groq fails: 12 faults in a minute, most http 5xx",
+        "diamond",
+    ),
+    "an open breaker": (
+        {"providers__groq__breaker": "open"},
+        "Trouble",
+        "Room for 100 more, but groq is cut off, its breaker is open",
+        "diamond",
+    ),
+    "a late loop": (
+        {"loop__lag_max": 0.8},
+        "Slow",
+        "Room for 100 more, but the server itself stood still for 800 ms",
+        "triangle",
+    ),
+    "not ready": (
+        {"ready": False},
+        "Not ready",
+        "Starting or stopping: new work is not taken",
+        "square",
+    ),
+    "nobody usable": (
+        {"ready": False, "providers__groq__usable": False},
+        "Not ready",
+        "No provider is usable: nobody gets an answer",
+        "square",
+    ),
+}
+
+
+@pytest.mark.parametrize("state", VERDICTS)
+async def test_the_verdict_says_each_state_by_word_and_shape(
+    stand: Stand, page: Page, state: str
+) -> None:
+    changes, word, text, shape = VERDICTS[state]
+    await opened(page, stand)
+    await verdict(page, "Open", "Room for 100 more")
+
+    stand.say(**changes)
+
+    await verdict(page, word, text)
+    await expect(page.locator("#verdict > .mark")).to_have_attribute("data-shape", shape)
+    assert word in await page.title()
+
+
+async def test_another_state_is_spoken_and_another_number_is_not(stand: Stand, page: Page) -> None:
+    await opened(page, stand)
+    spoken = page.locator("#spoken")
+    await expect(spoken).to_have_text("Open. Room for 100 more")
+
+    stand.say(connections__active=3)
+    await verdict(page, "Open", "Room for 97 more")
+    await expect(spoken).to_have_text("Open. Room for 100 more")
+
+    stand.say(**CROWDED)
+    await expect(spoken).to_have_text(
+        "Full. Full: 40 wait, oldest 2.1 s; the limit of 100 is the reason"
+    )
+    assert await page.locator("[aria-live], [role=status], [role=alert]").count() == 1
+
+
+async def test_a_page_that_opens_shows_the_last_ten_minutes(stand: Stand, page: Page) -> None:
+    now = time.time()
+    stand.past = {
+        "interval": 1.0,
+        "time": [now - 600 + one for one in range(600)],
+        "series": {
+            name: [float(one % 98) for one in range(600)]
+            for name in ("active", "waiting", "rejected_per_second", "requests_per_second")
+        }
+        | {"tokens_per_second": [7e6] * 600, "lag_max": [0.01] * 600}
+        | {name: [None] * 300 + [0.5] * 300 for name in ("first_token_p50", "first_token_p95")},
+        "providers": {"groq": {"in_flight": [5] * 600, "waiting": [0] * 600}},
+        "incidents": [
+            {
+                "time": now - 60 + one,
+                "kind": "breaker",
+                "severity": "error",
+                "text": f"breaker {one}",
+                "provider": "groq",
+            }
+            for one in range(3)
+        ],
+    }
+    await opened(page, stand)
+
+    connections = page.get_by_role("img", name=re.compile("^Connections over 10 minutes"))
+    await expect(connections).to_have_attribute("aria-label", re.compile("active .* highest 97;"))
+    tokens = page.get_by_role("img", name=re.compile("^Tokens a second"))
+    await expect(tokens).to_have_attribute("aria-label", re.compile("highest 7.00M"))
+    assert await page.locator("#charts canvas").count() == 6
+    drawn = """el => {
+      const { width, height } = el;
+      return el.toDataURL() !== Object.assign(document.createElement("canvas"), { width, height }).toDataURL();
+    }"""
+    for canvas in await page.locator("#charts canvas, .card canvas").all():
+        await canvas.scroll_into_view_if_needed()
+        await page.wait_for_function(drawn, arg=await canvas.element_handle())
+    texts = await page.locator("#incident-list p").all_inner_texts()
+    assert texts == [f"groq: breaker {one}" for one in (2, 1, 0)]
+
+
+async def test_the_charts_follow_the_pointer_and_the_scheme(stand: Stand, page: Page) -> None:
+    stand.say(connections__active=3)
+    now = time.time()
+    stand.past.update(
+        time=[now - 300, now - 299],
+        series={"active": [42, 42], "lag_max": [0.0, 0.0]},
+    )
+    await opened(page, stand)
+    value = page.locator("#charts figure").first.locator(".legend b").first
+    await expect(value).to_have_text("3")
+
+    plot = page.locator("#charts figure").first.locator(".u-over")
+    await plot.scroll_into_view_if_needed()
+    box = await plot.bounding_box()
+    assert box
+    await page.mouse.move(box["x"] + 1, box["y"] + 20)
+    await expect(value).to_have_text("42")
+    times = await page.locator("#charts [role=img]").evaluate_all(
+        "all => all.map(el => el.dataset.time)"
+    )
+    assert len(set(times)) == 1  # one pointer for all charts
+    assert times[0]
+
+    await page.emulate_media(color_scheme="dark")
+    await page.mouse.move(1, 1)
+    await expect(value).to_have_text("3")
+    assert await page.locator("#charts canvas").count() == 6
+
+
+async def test_an_incident_is_put_on_top(stand: Stand, page: Page) -> None:
+    await opened(page, stand)
+    await expect(page.locator("#incident-list li")).to_have_text(
+        ["Nothing happened in the last ten minutes."]
+    )
+
+    stand.happen("12 connections refused in 1 s")
+    stand.happen("groq: breaker opened", "error", "groq")
+
+    await expect(page.locator("#incident-list p")).to_have_text(
+        ["groq: breaker opened", "12 connections refused in 1 s"]
+    )
+    first = page.locator("#incident-list li").first
+    await expect(first.locator("b")).to_have_text("error")
+    await expect(first.locator(".mark")).to_have_attribute("data-shape", "diamond")
+
+
+async def test_what_is_absent_is_not_shown_and_null_is_a_dash(stand: Stand, page: Page) -> None:
+    stand.say(process=dict.fromkeys(("open_fds", "max_fds", "rss_bytes", "tasks", "cpu")))
+    await opened(page, stand)
+
+    await expect(shown(page, "process.rss_bytes")).to_have_text(DASH)
+    await expect(shown(page, "first_token.p50")).to_have_text(DASH)
+    for late in ("breaker", "pace", "retries"):
+        await expect(card(page, "groq").locator(f"[data-needs={late}]")).to_be_hidden()
+
+    stand.say(
+        providers__groq__breaker="closed",
+        providers__groq__retries=3,
+        providers__groq__failovers=2,
+        providers__groq__pace={"per_minute": 3500, "left": 12, "cooling": 0.0},
+    )
+    await expect(card(page, "groq").locator("[data-show='pace.per_minute']")).to_have_text("3,500")
+    for late in ("breaker", "pace", "retries"):
+        await expect(card(page, "groq").locator(f"[data-needs={late}]")).to_be_visible()
+    await expect(card(page, "groq").locator("[data-needs=retries]")).to_have_text(
+        re.compile(r"retries\s*3\s+and 2 went elsewhere")
+    )
+    await expect(card(page, "groq").locator("[data-needs=resting]")).to_be_hidden()
+
+
+async def test_providers_come_and_go(stand: Stand, page: Page) -> None:
+    await opened(page, stand)
+    stand.say(providers__other=provider(requests=5), providers__spare=provider(usable=False))
+
+    await expect(card(page, "other")).to_be_visible()
+    await expect(page.locator("#asleep")).to_have_text("Not asked so far: spare (not usable)")
+
+    del stand.stats["providers"]["other"], stand.stats["providers"]["spare"]
+    stand.say()
+    await expect(card(page, "other")).to_have_count(0)
+    await expect(page.locator("#asleep")).to_be_hidden()
+
+
+async def test_of_many_providers_those_in_trouble_come_first(stand: Stand, page: Page) -> None:
+    await opened(page, stand)
+    many = {f"p{one:02}": provider(requests=10, in_flight=one % 20) for one in range(100)}
+    many["p77"].update(waiting=9, oldest_wait=1.5, in_flight=20)
+    many["p88"]["breaker"] = "open"
+    stand.say(providers=many)
+
+    await expect(page.locator(".card")).to_have_count(12)
+    await expect(page.locator(".card h3").first).to_have_text("p88")
+    await expect(page.locator(".card h3").nth(1)).to_have_text("p77")
+    await verdict(page, "Trouble", "Room for 100 more, but p88 is cut off, its breaker is open")
+    await expect(page.locator("#providers-summary")).to_have_text(
+        "1 breaker open, 1 queueing, 93 working, 5 idle"
+    )
+
+    await page.get_by_role("button", name="Show all 100").click()
+    await expect(page.locator(".card")).to_have_count(100)
+    await page.get_by_role("button", name="Show 12").click()
+    await expect(page.locator(".card")).to_have_count(12)
+
+
+async def test_text_of_the_server_stays_text(stand: Stand, page: Page) -> None:
+    name = "<img src=x onerror=document.title='run'>"
+    stand.say(
+        providers={name: provider(active=True, model="<b>m</b>")},
+        rejections={"<i>code</i>": 3},
+    )
+    await opened(page, stand)
+    stand.happen("<script>document.title='run'</script>")
+
+    await expect(page.locator("#incident-list p")).to_have_text(
+        "<script>document.title='run'</script>"
+    )
+    await expect(page.locator(".card h3")).to_have_text(name)
+    await expect(page.locator("[data-tally=rejections] tbody th")).to_have_text("<i>code</i>")
+    assert "run" not in (await page.title()).split()
+
+
+async def test_numbers_are_short_and_carry_their_unit(stand: Stand, page: Page) -> None:
+    await opened(page, stand)
+    said = await page.evaluate("""async () => {
+      const { count, rate, seconds, bytes, share } = await import("/assets/dashboard-numbers.js");
+      return [
+        [0, 1990, 99999, 100000, 1234567, 9e15, null, NaN].map(count),
+        [0, 0.01, 0.25, 3, 12.7, 123456].map(rate),
+        [0, 0.0001, 0.21, 0.99994, 2.14, 9.97, 119, 121, 7300, 200000, undefined].map(seconds),
+        [0, 999, 1024, 268435456, 5e12, 5e18, null].map(bytes),
+        [0, 0.126, 2].map(share),
+      ].map(said => said.map(one => one.replace("\\u00a0", " ")));
+    }""")
+
+    assert said == [
+        ["0", "1,990", "99,999", "100K", "1.23M", "9000T", DASH, DASH],
+        ["0", "<0.1", "0.3", "3", "13", "123K"],
+        ["0 s", "<1 ms", "210 ms", "1.0 s", "2.1 s", "10 s", "119 s", "2 min", "2 h", "2 d", DASH],
+        ["0 B", "999 B", "1.0 KiB", "256 MiB", "4.5 TiB", "4.55M TiB", DASH],
+        ["0 %", "13 %", "200 %"],
+    ]
+
+
+async def test_the_true_house_feeds_it(house: House, page: Page) -> None:
+    if not any(one.canonical == "/events" for one in house.app.router.resources()):
+        pytest.skip("this house has no /events")
+    await page.goto(house.base + "/dashboard")
+    await verdict(page, "Open", "Room for 50 more")
+
+    async with house.connect():
+        await verdict(page, "Open", "Room for 49 more")
+        await expect(shown(page, "connections.active")).to_have_text("1")
+    await verdict(page, "Open", "Room for 50 more")

@@ -1,0 +1,150 @@
+"""The dashboard for every eye and none: small screens, contrast, headings, keyboards, motion; nothing inline."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from importlib.resources import files
+from typing import TYPE_CHECKING
+
+import aiohttp
+import pytest
+from playwright.async_api import expect
+
+from tests.browser.stand import CROWDED, QUEUEING, Stand, card, opened, provider, standing
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from playwright.async_api import Page
+
+
+@pytest.fixture
+async def stand() -> AsyncIterator[Stand]:
+    async with standing() as one:
+        yield one
+
+
+async def test_a_phone_needs_no_sideways_scrolling(stand: Stand, page: Page) -> None:
+    await page.set_viewport_size({"width": 390, "height": 844})
+    stand.say(
+        **CROWDED,
+        **QUEUEING,
+        tokens_per_second=1.2e9,
+        first_token={"p50": 99.9, "p95": 119.0, "p99": 300.0, "count": 99999},
+        connections__rejected=10**9,
+        connections__opened=10**12,
+        providers__groq__model="a-model-with-a-very-long-name-" * 4,
+        providers__groq__faults__http_5xx=10**8,
+        rejections={"a_code_that_nobody_thought_of_and_that_has_many_words": 10**9},
+    )
+    stand.stats["providers"]["provider-with-a-very-long-name-" * 3] = provider(requests=1)
+    await opened(page, stand)
+    stand.happen("w" * 300)
+
+    await expect(page.locator("#incident-list p")).to_have_count(1)
+    wide = await page.evaluate("""() => Array.from(document.querySelectorAll("body *"))
+      .filter(el => !el.closest(".hidden, .uplot, canvas") && el.getClientRects().length)
+      .filter(el => el.getBoundingClientRect().right > innerWidth + 0.5)
+      .map(el => el.tagName + "#" + el.id + "." + el.className + " " + el.textContent.slice(0, 40))""")
+    assert wide == []
+    assert await page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+async def test_it_can_be_read_without_eyes_or_mouse(stand: Stand, page: Page) -> None:
+    stand.say(providers__other=provider(requests=5))
+    await opened(page, stand)
+    await expect(card(page, "other")).to_be_visible()
+
+    assert await page.evaluate("document.documentElement.lang") == "en"
+    for landmark in ("banner", "main", "navigation"):
+        await expect(page.get_by_role(landmark)).to_have_count(1)
+    nameless = await page.evaluate("""() => Array.from(document.querySelectorAll("section, article"))
+      .filter(el => !el.querySelector("h2, h3")?.textContent.trim()).map(el => el.id)""")
+    assert nameless == []
+    levels = await page.evaluate(
+        "() => Array.from(document.querySelectorAll('h1, h2, h3'), el => Number(el.tagName[1]))"
+    )
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
+    assert await page.evaluate(
+        "() => Array.from(document.querySelectorAll('[tabindex]')).every(el => el.tabIndex <= 0)"
+    )
+    assert await page.evaluate(
+        "() => Array.from(document.querySelectorAll('canvas'))"
+        ".every(el => el.closest('[role=img][aria-label], [aria-hidden=true]'))"
+    )
+    await page.keyboard.press("Tab")
+    assert await page.evaluate("document.activeElement.textContent") == "Chat"
+
+
+async def test_still_where_motion_is_not_wanted(stand: Stand, page: Page) -> None:
+    await page.emulate_media(reduced_motion="reduce")
+    await opened(page, stand)
+    moving = await page.evaluate("""() => Array.from(document.querySelectorAll("*"))
+      .filter(el => getComputedStyle(el).transitionDuration !== "0s" || getComputedStyle(el).animationName !== "none")
+      .map(el => el.outerHTML.slice(0, 80))""")
+    assert moving == []
+
+
+def _luminance(colour: str) -> float:
+    """Of `#rrggbb`, as WCAG 2.2 defines it."""
+    parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    linear = [one / 12.92 if one <= 0.04045 else ((one + 0.055) / 1.055) ** 2.4 for one in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def _contrast(one: str, other: str) -> float:
+    low, high = sorted((_luminance(one), _luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_the_colours_stand_out(dark: bool) -> None:
+    sheet = files("aioserver.faces").joinpath("assets", "theme.css").read_text()
+    blocks = re.findall(r":root \{(.*?)\}", sheet, re.DOTALL)
+    colours = dict(re.findall(r"--([a-z-]+): (#[0-9a-f]{6})", blocks[dark]))
+
+    for ground in ("ground", "panel"):
+        for ink in ("ink", "muted", "flow-ink", "good-ink", "wait-ink", "bad-ink", "gone-ink"):
+            assert _contrast(colours[ink], colours[ground]) >= 4.5, (ink, ground)
+        for mark in ("flow", "good", "wait", "bad", "gone"):
+            assert _contrast(colours[mark], colours[ground]) >= 3, (mark, ground)
+    for tone in ("good", "wait", "bad", "gone"):
+        for ink in ("ink", "muted", f"{tone}-ink"):
+            assert _contrast(colours[ink], colours[f"{tone}-soft"]) >= 4.5, (ink, tone)
+        assert _contrast(colours[tone], colours[f"{tone}-soft"]) >= 3, tone
+
+
+def test_nothing_is_inline_and_nothing_comes_from_elsewhere() -> None:
+    assets = {
+        one.name: one.read_text()
+        for one in files("aioserver.faces").joinpath("assets").iterdir()
+        if one.name.startswith(("dashboard", "theme"))
+    }
+    page = assets["dashboard.html"]
+
+    assert not re.search(r"<script(?![^>]* src=)|<style|\son\w+=|\sstyle=|javascript:", page)
+    for link in re.findall(r'(?:src|href)="([^"]+)"', page):
+        assert link.startswith("/")
+        assert not link.startswith("//")
+    for body in assets.values():
+        assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write", body)
+        assert "://" not in body
+
+
+async def test_the_page_is_guarded_by_its_headers(stand: Stand) -> None:
+    async with (
+        aiohttp.ClientSession() as session,
+        session.get(stand.base + "/dashboard") as response,
+    ):
+        assert response.status == 200
+        assert response.headers["Content-Type"] == "text/html; charset=utf-8"
+        assert response.headers["Content-Security-Policy"].startswith("default-src 'self';")
+        assert response.headers["X-Content-Type-Options"] == "nosniff"
+    async with (
+        aiohttp.ClientSession() as session,
+        session.get(stand.base + "/assets/dashboard.html") as response,
+    ):
+        assert response.status == 404

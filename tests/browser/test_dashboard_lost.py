@@ -1,0 +1,101 @@
+"""The dashboard and a server that is gone, silent, or refuses it: it says so, and comes back by itself."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+import pytest
+from aiohttp import web
+from playwright.async_api import expect
+
+from tests.browser.stand import Stand, opened, shown, standing, verdict
+from tests.house import until
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from playwright.async_api import Page
+
+
+@pytest.fixture
+async def stand() -> AsyncIterator[Stand]:
+    async with standing() as one:
+        yield one
+
+
+async def test_a_server_that_is_gone_is_said_and_found_again(stand: Stand, page: Page) -> None:
+    """Takes seconds: a loss is said only when it is one, and tries are seconds apart."""
+    stand.say(connections__active=3)
+    await opened(page, stand)
+
+    await stand.close()
+    await verdict(
+        page, "No contact", re.compile(r"Server not reachable since \d+\ss, trying again")
+    )
+    await expect(page.locator("body")).to_have_class("stale")
+    await expect(page.locator("#seen")).to_have_text(re.compile(r"\d+\ss old"))
+    await expect(shown(page, "connections.active")).to_have_text("3")  # the last that is known
+
+    stand.say(connections__active=5)
+    await stand.open()
+    await verdict(page, "Open", "Room for 95 more")
+    await expect(page.locator("body")).not_to_have_class("stale")
+    await expect(page.locator("#incident-list p").first).to_have_text(
+        re.compile(r"this page heard nothing for \d+\ss")
+    )
+
+
+async def test_a_server_that_only_keeps_the_line_is_lost_too(stand: Stand, page: Page) -> None:
+    """Takes seconds: so long may a busy server be silent."""
+    await opened(page, stand)
+
+    stand.silent = True
+    await verdict(page, "No contact", re.compile(r"Server silent since \d+\ss"))
+    await expect(page.locator("body")).to_have_class("stale")
+
+    stand.silent = False
+    await verdict(page, "Open", "Room for 100 more")
+
+
+async def test_a_server_that_was_never_there_is_said_too(stand: Stand, page: Page) -> None:
+    await page.route("**/events", lambda route: route.abort())
+    await page.goto(stand.base + "/dashboard")
+    await verdict(page, "No contact", re.compile("Server not reachable since"))
+    await expect(page.locator("#board")).to_be_hidden()
+
+    await page.unroute("**/events")
+    await verdict(page, "Open", "Room for 100 more")
+
+
+async def test_a_refused_page_says_why_and_asks_again(stand: Stand, page: Page) -> None:
+    stand.refusal = web.json_response(
+        {"error": {"message": "256 watchers at most"}}, status=503, headers={"Retry-After": "1"}
+    )
+    # Chromium reports a 503 as an error of the page, so this one is not watched.
+    assert page.context.browser
+    context = await page.context.browser.new_context()
+    mine = await context.new_page()
+    await mine.goto(stand.base + "/dashboard")
+    await verdict(mine, "No contact", re.compile("Server refuses this page, trying again"))
+    await expect(mine.locator("#verdict-detail")).to_have_text("It says: 256 watchers at most")
+
+    stand.refusal = None
+    await verdict(mine, "Open", "Room for 100 more")
+    await context.close()
+
+
+async def test_a_page_nobody_sees_lets_go_of_the_server(stand: Stand, page: Page) -> None:
+    await opened(page, stand)
+    assert stand.watchers == 1
+    see = """hidden => {
+      Object.defineProperty(document, "hidden", { configurable: true, get: () => hidden });
+      document.dispatchEvent(new Event("visibilitychange"));
+    }"""
+
+    await page.evaluate(see, True)
+    await until(lambda: stand.watchers == 0)
+
+    await page.evaluate(see, False)
+    await until(lambda: stand.watchers == 1)
+    await verdict(page, "Open", "Room for 100 more")
