@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 
 if TYPE_CHECKING:
+    import socket
+
     from prometheus_client import CollectorRegistry
 
     from aioserver.auth import Origins
@@ -43,3 +45,4 @@ class Life:
     def __init__(self) -> None:
         self.ready = False
         self.stopping = asyncio.Event()
+        self.listening: list[socket.socket] = []

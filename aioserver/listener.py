@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,8 +20,10 @@ from aiohttp import web
 from aiohttp.http_exceptions import LineTooLong
 from aiohttp.web_protocol import RequestHandler
 
+from aioserver import keys
 from aioserver.errors import HeadersTooLarge, InternalError, InvalidRequest, UriTooLong
 from aioserver.faces.http import SERVER, error_response, request_id
+from aioserver.kernel import accept_queue
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -171,7 +172,9 @@ async def listen(
         for ear in (sock, *(sock.dup() for _ in range(_ears(loop) - 1))):
             await web.SockSite(runner, ear, backlog=backlog).start()
         host, number = sock.getsockname()[:2]
-        listening.append(Listening(host, number, backlog, queue_limit(sock)))
+        queue = accept_queue(sock)
+        listening.append(Listening(host, number, backlog, queue.limit if queue else None))
+        runner.app[keys.LIFE].listening.append(sock)
     _tell(listening)
     return listening
 
@@ -214,14 +217,6 @@ def _bind(family: int, address: str, port: int, send_timeout: float) -> socket.s
         sock.close()
         raise
     return sock
-
-
-def queue_limit(sock: socket.socket) -> int | None:
-    """How many connections the kernel holds for *sock*: TCP_INFO of a listener says it (Linux)."""
-    if not hasattr(socket, "TCP_INFO"):
-        return None
-    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
-    return int(struct.unpack_from("=2I", info, 24)[1])
 
 
 def _tell(listening: Sequence[Listening]) -> None:

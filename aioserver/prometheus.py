@@ -22,6 +22,7 @@ from prometheus_client.metrics_core import (
 from prometheus_client.registry import Collector
 
 from aioserver import __version__, keys, logs
+from aioserver.kernel import accept_queue
 from aioserver.metrics import Counter, Family
 from aioserver.monitor import process
 from aioserver.providers.breaker import CLOSED, OPEN, TRIAL
@@ -115,6 +116,11 @@ class House(Collector):
         ):
             samples = [((p,), value) for (p, _), value in zip(providers, values, strict=True)]
             yield _gauge(name, about, samples, ("provider",))
+        queues = [accept_queue(sock) for sock in app[keys.LIFE].listening if sock.fileno() >= 0]
+        known = [queue for queue in queues if queue is not None]
+        waits, room = sum(one.waiting for one in known), sum(one.limit for one in known)
+        yield _gauge("listen_queue", "Connections that wait to be accepted", [((), waits)])
+        yield _gauge("listen_queue_limit", "How many the kernel holds", [((), room)])
         state, snapshot = process(), app[keys.MONITOR].snapshot
         for name, about, number in (
             ("open_fds", "Open file descriptors", state["open_fds"]),

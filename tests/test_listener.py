@@ -14,7 +14,7 @@ from aiohttp import http_parser, web
 from aiohttp.web_protocol import RequestHandler
 
 from aioserver import app as application
-from aioserver import listener
+from aioserver import kernel, listener
 from tests.faces.raw import Raw
 from tests.house import configured
 
@@ -57,7 +57,7 @@ async def test_the_backlog_reaches_the_kernel(tmp_path: Path) -> None:
 
         assert (one.host, one.backlog, one.queue_limit) == ("127.0.0.1", 77, 77)
         assert one.url == f"http://127.0.0.1:{one.port}"
-        assert {listener.queue_limit(sock) for sock in sockets_of(runner)} == {77}
+        assert {kernel.accept_queue(sock) for sock in sockets_of(runner)} == {(0, 77)}
 
 
 async def test_many_that_come_at_once_are_let_in_within_few_turns_of_the_loop(

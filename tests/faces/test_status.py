@@ -346,6 +346,8 @@ async def test_the_metrics_are_there_from_the_start_and_stay_the_same(house: Hou
     assert not any(value for (name, *_), value in ours.items() if name.startswith("aioserver"))
     assert before["aioserver_ready",] == 1
     assert before["aioserver_connections_limit",] == 50
+    assert before["aioserver_listen_queue",] == 0
+    assert before["aioserver_listen_queue_limit",] > 0
     assert all(name[0].startswith(("aioserver_", "process_")) for name in before)
 
 
