@@ -89,7 +89,7 @@ def _route(app: web.Application, settings: Settings, admission: Admission) -> No
             *(web.get(path, status.ready) for path in ("/ready", "/readyz")),
             web.get("/metrics", status.metrics),
             web.get("/stats", status.stats),
-            web.get("/events", status.events),
+            web.get("/events", status.events, allow_head=False),
             *pages.routes(),
         ]
     )

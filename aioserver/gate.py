@@ -52,8 +52,8 @@ class Pacer(Protocol):
     def delay(self, ahead: int = 0) -> float:
         """Seconds until one may start before which *ahead* others start."""
 
-    def start(self) -> None:
-        """One starts."""
+    def start(self, cost: int = 0) -> None:
+        """One starts that is expected to cost so much."""
 
 
 class Place:
@@ -78,7 +78,7 @@ class Place:
 
 
 class _Waiter:
-    __slots__ = ("caller", "heard", "since", "told", "turn")
+    __slots__ = ("caller", "cost", "heard", "since", "told", "turn")
 
     def __init__(
         self,
@@ -86,7 +86,9 @@ class _Waiter:
         caller: Hashable,
         since: float,
         told: Callable[[int, float], None] | None,
+        cost: int,
     ) -> None:
+        self.cost = cost
         self.turn = turn
         self.caller = caller
         self.since = since
@@ -171,13 +173,13 @@ class Gate:
             self._inside += 1
             self._hand_over()
 
-    def try_enter(self) -> Place | None:
-        """A place, if one is free and nobody waits for it."""
+    def try_enter(self, cost: int = 0) -> Place | None:
+        """A place, if one is free and nobody waits for it; *cost*: what the pace is to count."""
         if self._inside < self._limit and not self._count and self._closed is None:
             if self._pace is not None:
                 if self._pace.delay() > 0:
                     return None
-                self._pace.start()
+                self._pace.start(cost)
             self._inside += 1
             self._entered += 1
             return Place(self)
@@ -190,24 +192,26 @@ class Gate:
         told: Callable[[int, float], None] | None = None,
         within: float | None = None,
         again: bool = False,
+        cost: int = 0,
     ) -> Place:
         """Wait for a place. *told* hears `(position, eta)` at once and when they change.
 
         *within*: seconds that it may take; None: `queue_timeout`. *again*: in front of its caller's
-        others, since it has waited before.
+        others, since it has waited before. *cost*: as of `try_enter`.
 
         Raises:
             AioserverError: made by *full* or *paced* at once, or by *late* at the deadline; or what
                 `close` was given.
         """
-        if place := self.try_enter():
+        if place := self.try_enter(cost):
             return place
         if self._closed is not None:
             raise self._closed
         patience = self._queue_timeout if within is None else within
         if self._count >= self._queue_size or patience <= 0:
             self._refused += 1
-            raise self._full(self.retry_after())
+            late = patience <= 0 < self._queue_timeout  # it has waited elsewhere, or before
+            raise (self._late if late else self._full)(self.retry_after())
         if self._pace is not None:
             position = self._position(
                 caller, 1 if again else len(self._waiting.get(caller, ())) + 1
@@ -215,7 +219,7 @@ class Gate:
             if (wait := self._pace.delay(position - 1)) > patience:
                 self._refused += 1
                 raise self._paced(wait)
-        return await self._wait(caller, told, patience, again=again)
+        return await self._wait(caller, told, patience, again=again, cost=cost)
 
     async def _wait(
         self,
@@ -224,9 +228,10 @@ class Gate:
         patience: float,
         *,
         again: bool,
+        cost: int,
     ) -> Place:
         turn: asyncio.Future[Place] = asyncio.get_running_loop().create_future()
-        waiter = _Waiter(turn, caller, self._clock(), told)
+        waiter = _Waiter(turn, caller, self._clock(), told, cost)
         line = self._waiting.setdefault(caller, deque())
         if again:
             line.appendleft(waiter)
@@ -249,14 +254,19 @@ class Gate:
                 raise self._late(self.retry_after()) from None
             raise
 
+    def turn_away(self, why: Callable[[], AioserverError]) -> None:
+        """Refuse everybody who waits now, each with an error of its own."""
+        for waiter in list(self._line()):
+            if not waiter.turn.done():
+                self._refused += 1
+                waiter.turn.set_exception(why())
+        self._waiting.clear()
+        self._count = 0
+
     def close(self, error: AioserverError) -> None:
         """Refuse with *error* everybody who waits, and everybody who comes."""
         self._closed = error
-        for waiter in list(self._line()):
-            if not waiter.turn.done():
-                waiter.turn.set_exception(error)
-        self._waiting.clear()
-        self._count = 0
+        self.turn_away(lambda: error)
         if self._starter is not None:
             self._starter.cancel()
 
@@ -301,7 +311,7 @@ class Gate:
             if not given_up:
                 self._entered += 1
                 if self._pace is not None:
-                    self._pace.start()
+                    self._pace.start(waiter.cost)
                 waiter.turn.set_result(Place(self))
                 return
         self._inside -= 1

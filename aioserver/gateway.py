@@ -324,6 +324,8 @@ class Gateway:
         answer = await self._router.call(route, ask, sending)
         stream.whole = answer
         stream.usage = answer.usage
+        if len(answer.body) > self._bounds.max_stream_bytes:
+            stream.hold(len(answer.body))  # the entry goes, this stays
         stream.provider = answer.provider
         if stored and (name := final_response(answer.body)) is not None:
             stream.call_also(name)
@@ -351,6 +353,8 @@ class Gateway:
         if fault is not None and not isinstance(fault, AioserverError):
             logger.error("bug in an answer", exc_info=fault)
             self._records.metrics.bugs.value += 1
+        if stream.error is not None:  # else its frames keep the question for the whole window
+            stream.error.__traceback__ = stream.error.__cause__ = stream.error.__context__ = None
         if (record := stream.record) is not None:
             record.first, record.events, record.usage = (
                 stream.answered_at,

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 MAX_TEXT = 2000  # characters of a message
 MAX_LINES = 10_000  # that wait to be written
+MAX_KINDS = 1000  # of lines that are limited
 SAME_ERROR = 10.0  # seconds
 FAREWELL = 1.0  # seconds for what waits, at the end
 DROPPED = Counter()  # lines that were not written
@@ -83,6 +84,8 @@ class RateLimit:
 
     def allow(self, *kind: str) -> int:
         """How many lines of *kind* were left out since the last one; -1: leave this one out, too."""
+        if len(self._kinds) > MAX_KINDS:
+            self._kinds.clear()
         period = int(self._clock() / self._seconds)
         state = self._kinds.setdefault(kind, [period, 0, 0])
         if state[0] != period:
@@ -109,14 +112,14 @@ class Lines(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Let the line of *record* be written; it is counted and forgotten where too many wait."""
         if record.levelno >= logging.ERROR:
-            left_out = self._errors.allow(record.name, str(record.msg), str(record.lineno))
+            left_out = self._errors.allow(record.name, record.pathname, str(record.lineno))
             if left_out < 0:
                 return
             if left_out:
                 record.fields = {**getattr(record, "fields", {}), "suppressed": left_out}
         try:
             self._queue.put_nowait(self.format(record) + "\n")
-        except queue.Full:
+        except Exception:  # noqa: BLE001 - full, or it cannot be written: whoever logs goes on
             DROPPED.value += 1
 
     def close(self) -> None:

@@ -135,7 +135,7 @@ class Router:
                 provider.meter.failovers[fault.code].value += 1
             provider = others.pop(0)
             ask.model = None  # a fallback uses its own
-            ask.again = False
+            ask.again, ask.waited = False, 0.0
 
     async def _tries(
         self,

@@ -16,6 +16,8 @@ from aioserver.streams import Stream
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator
 
+ENOUGH = 0.95  # of max_kept_bytes: what is left when room was made
+
 
 @dataclass(frozen=True, slots=True)
 class StreamsStats:
@@ -134,10 +136,17 @@ class Streams:
         )
 
     def _evict(self) -> bool:
-        """Drop finished logs that nobody reads, oldest first; whether that made room."""
-        for stream in list(self._finished):
-            if self._bytes < self._max_kept_bytes:
+        """Drop finished logs that nobody reads, oldest first; whether that made room.
+
+        A little more than has to be: else each event would look again.
+        """
+        room, victims, freed = self._max_kept_bytes * ENOUGH, [], 0
+        for stream in self._finished:
+            if self._bytes - freed < room:
                 break
             if not stream.readers:
-                self.drop(stream)
+                victims.append(stream)
+                freed += stream.bytes
+        for stream in victims:
+            self.drop(stream)
         return self._bytes < self._max_kept_bytes

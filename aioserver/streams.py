@@ -220,6 +220,10 @@ class Stream:
         self.entries.append(entry)
         self._grow(entry.sized)
 
+    def hold(self, size: int) -> None:
+        """Count *size* bytes that are kept outside the entries, until it is forgotten."""
+        self._grow(size)
+
     def trim(self) -> None:
         """Let go what is beyond `max_stream_bytes`, or was passed where nobody can come back."""
         if self.bytes > self._max_bytes or self.window <= 0:
@@ -331,6 +335,7 @@ class Stream:
         freed, self.bytes = self.bytes, 0
         self.offset += len(self.entries)
         self.entries.clear()
+        self.whole = self.rendered = None
         return freed
 
     def _add(self, entry: Entry) -> None:

@@ -702,12 +702,14 @@ class Steps:
     def __init__(self, free: int = 0) -> None:
         self.free = free
         self.started = 0
+        self.costs: list[int] = []
 
     def delay(self, ahead: int = 0) -> float:
         return 0.0 if ahead < self.free else 0.005 * (ahead + 1 - self.free)
 
-    def start(self) -> None:
+    def start(self, cost: int = 0) -> None:
         assert self.free > 0
+        self.costs.append(cost)
         self.free -= 1
         self.started += 1
 
@@ -821,8 +823,8 @@ async def test_a_shorter_patience_than_the_queues() -> None:
     with await gate.enter():
         with pytest.raises(ServerAtCapacity, match=LATE):
             await gate.enter(within=0.01)
-        with pytest.raises(ServerAtCapacity, match=FULL):
-            await gate.enter(within=0.0)
+        with pytest.raises(ServerAtCapacity, match=LATE):
+            await gate.enter(within=0.0)  # it has had its time elsewhere
     assert gate.waiting == 0
 
 
@@ -856,3 +858,35 @@ async def test_random_leavers_leave_no_start_behind(run: int) -> None:
 def given_back(gate: Gate, tasks: list[asyncio.Task[None]]) -> int:
     """Starts of those who left in the very turn in which they were let in."""
     return gate.stats().entered - sum(not task.cancelled() for task in tasks)
+
+
+async def test_a_cost_is_told_when_its_start_is_taken() -> None:
+    pace = Steps(free=1)
+    gate = paced_gate(pace)
+    first = gate.try_enter(7)
+    assert first is not None
+    waiter = asyncio.create_task(gate.enter(cost=9))
+    await ticks()
+    pace.free = 1
+    gate.serve()
+
+    place = await waiter
+    assert pace.costs == [7, 9]
+    first.release()
+    place.release()
+
+
+async def test_who_waits_can_be_turned_away_and_others_may_come() -> None:
+    gate = gate_of()
+    inside = await gate.enter()
+    waiters = [await waiting(gate, name) for name in "aab"]
+    number = iter(range(9))
+
+    gate.turn_away(lambda: ServerAtCapacity(f"away {next(number)}"))
+    done = await asyncio.gather(*waiters, return_exceptions=True)
+
+    assert sorted(str(one) for one in done) == ["away 0", "away 1", "away 2"]
+    assert (gate.waiting, gate.inside) == (0, 1)
+    later = await waiting(gate)
+    inside.release()
+    (await later).release()

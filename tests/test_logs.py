@@ -42,7 +42,7 @@ def blocked() -> Iterator[tuple[logs.Lines, threading.Event, io.StringIO]]:
 
 
 def record(level: int, text: str, **fields: Any) -> logging.LogRecord:
-    made = logging.LogRecord("test", level, "x.py", 1, text, (), None)
+    made = logging.LogRecord("test", level, "x.py", len(text), text, (), None)
     if fields:
         made.fields = fields
     return made

@@ -23,7 +23,7 @@ from aioserver.errors import (
     ProviderRefused,
     ReadTimeout,
 )
-from aioserver.providers import breaker
+from aioserver.providers import breaker, wire
 from aioserver.providers.budget import MINIMUM
 from aioserver.providers.provider import Ask, Provider
 from aioserver.router import Router
@@ -99,18 +99,17 @@ class Trouble:
         first, *others = self.providers
         return Router(self.providers, first, others, dice=lambda: 0.0)
 
-    async def fill(self, provider: str | None = None) -> tuple[Stream, Ask]:
+    async def fill(
+        self, provider: str | None = None, *, frames: bool = True
+    ) -> tuple[Stream, Ask]:
         stream = Stream("r1", "anybody", window=30.0, max_bytes=1 << 22)
-        return await self.into(stream, provider)
-
-    async def into(self, stream: Stream, provider: str | None = None) -> tuple[Stream, Ask]:
         router = self.router
         route = router.route(None, provider)
 
         def body(given: settings.Provider) -> bytes:
             return json.dumps({"model": given.model, "stream": True}).encode()
 
-        ask = Ask("chat/completions", body, streamed=True, frames=True)
+        ask = Ask("chat/completions", body, streamed=True, frames=frames)
         await router.fill(route, stream, ask)
         return stream, ask
 
@@ -245,6 +244,25 @@ async def test_the_place_is_free_between_two_tries_and_a_client_who_leaves_ends_
 
     assert task.cancelled()
     assert trouble.counts() == {"a": 1}
+
+
+async def test_an_event_without_a_text_is_a_first_event(trouble: Trouble) -> None:
+    role = json.dumps({"choices": [{"delta": {"role": "assistant", "content": ""}}]})
+    await trouble.add("a", events(role, '{"error":{"message":"overloaded"}}'), ANSWER)
+    with pytest.raises(ProviderError):
+        await trouble.fill()
+    assert trouble.counts() == {"a": 1}
+
+
+async def test_a_kept_connection_that_is_lost_late_is_not_stale(
+    trouble: Trouble, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wire, "STALE_WITHIN", 0.0)
+    await trouble.add("a", JSON, b"", JSON)
+    await trouble.call()
+    with pytest.raises(ProviderDisconnected):
+        await trouble.call()  # the model may have run
+    assert trouble.counts() == {"a": 2}
 
 
 async def test_a_storm_of_faults_makes_no_storm_of_retries(trouble: Trouble) -> None:
@@ -388,7 +406,16 @@ async def test_who_waits_in_its_line_is_told_when_it_begins_to_fail(trouble: Tro
     assert trouble.counts()["a"] == breaker.FAILURES
 
 
-@pytest.mark.parametrize("answer", [status(429), status(400), status(401)])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        status(429),
+        status(400),
+        status(401),
+        status(404, body=b"404 page not found"),
+        status(413, body=b"<html>nginx</html>"),
+    ],
+)
 async def test_what_says_nothing_of_its_health_does_not_open_it(
     trouble: Trouble, answer: bytes
 ) -> None:
@@ -398,6 +425,45 @@ async def test_what_says_nothing_of_its_health_does_not_open_it(
         with pytest.raises(ProviderFault):
             await trouble.fill()
     assert provider.stats().breaker == "closed"
+
+
+async def test_a_trial_that_answers_and_is_left_says_no_more(trouble: Trouble) -> None:
+    provider = await trouble.add("a", *[status(500)] * breaker.FAILURES, ANSWER, max_retries=0)
+    for _ in range(breaker.FAILURES):
+        with pytest.raises(ProviderError):
+            await trouble.fill()
+    provider._breaker._open_until = 0.0
+    ask = Ask("x", lambda _given: b"", streamed=True, trial=provider._breaker.enter())
+
+    provider._heard(408, {}, ask)
+    assert provider.stats().breaker == "trial"
+    provider._heard(200, {}, ask)
+
+    assert (provider.stats().breaker, ask.trial) == ("closed", False)
+
+
+async def test_answers_that_break_off_are_failures_on_every_face(trouble: Trouble) -> None:
+    broken = events(said("hel"), '{"error":{"code":502,"message":"overloaded"}}')
+    provider = await trouble.add("a", broken)
+    for _ in range(breaker.FAILURES):
+        await trouble.fill(frames=False)  # the OpenAI face: the error event passes as it is
+    assert provider.stats().breaker == "open"
+    assert provider.meter.attempts["ok"].value == 0
+
+
+async def test_each_provider_has_a_wait_of_its_own(trouble: Trouble) -> None:
+    await trouble.add("a", ANSWER, concurrent_requests=1, queue_timeout=0.05)
+    await trouble.add("b", ANSWER, concurrent_requests=1, queue_timeout=5.0)
+    trouble.gate.clear()
+    busy = [asyncio.create_task(trouble.fill(name)) for name in "ab"]
+    await until(lambda: trouble.counts() == {"a": 1, "b": 1})
+
+    third = asyncio.create_task(trouble.fill())
+    await until(lambda: trouble.providers["b"].stats().queue.waiting == 1)
+    trouble.gate.set()
+
+    assert (await third)[0].provider == "b"
+    await asyncio.gather(*busy)
 
 
 async def test_a_provider_that_refuses_our_key_is_not_asked_again_for_a_while(

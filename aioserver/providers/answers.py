@@ -203,9 +203,9 @@ class ChatSink:
                     ended = True
                     break
                 chunks += self._reading.read(event.data)
+                self._stream.answer()  # also where it says nothing yet: no second try from here on
         finally:
             if chunks:
-                self._stream.answer()
                 self._stream.append(entries.CHUNK, chunks, more=ended)
         if ended:
             complete(self._stream, self._reading)

@@ -82,13 +82,15 @@ class Pace:
         wait = max(0.0, at - now, self._closed_until + ahead * step - now)
         return max(wait, self._overflow(now)) if self._token_rate else wait
 
-    def start(self) -> None:
-        """One starts."""
+    def start(self, tokens: int = 0) -> None:
+        """One starts that is expected to cost *tokens*."""
         now = self._clock()
         self._due = max(self._due, now) + self._stride(now)
+        if tokens:
+            self.charge(tokens)
 
     def charge(self, tokens: int) -> None:
-        """A start is expected to cost *tokens*; negative: it was expected to cost more."""
+        """Pour *tokens* in; negative: it was expected to cost more."""
         if self._token_rate:
             now = self._clock()
             self._level = max(0.0, self._drained(now) + tokens)
@@ -117,9 +119,16 @@ class Pace:
                 continue
             if left < 1:
                 self._close(reset)
-            elif kind == "requests" and (step := reset / left) > self._step:
-                now = self._clock()
-                self._slow_step, self._slow_until = step, now + reset
+            elif kind == "requests":
+                self._spread(min(reset / left, MAX_COOLING), reset)
+
+    def _spread(self, step: float, seconds: float) -> None:
+        now = self._clock()
+        if step > self._step:
+            self._slow_step, self._slow_until = step, now + seconds
+        elif now >= self._closed_until and now < self._slow_until:
+            self._slow_until = 0.0  # there is more left than it said before
+            self._due = min(self._due, now + self._slack + self._step)
 
     def _close(self, seconds: float) -> None:
         self._closed_until = max(self._closed_until, self._clock() + min(seconds, MAX_COOLING))

@@ -27,13 +27,12 @@ from aioserver.errors import (
     ProviderQueueFull,
     ProviderQueueTimeout,
     ProviderRateLimited,
-    ProviderRefused,
     StaleConnection,
 )
 from aioserver.gate import Gate, GateStats
 from aioserver.metrics import ProviderMeter
 from aioserver.providers.answers import BodySink, ChatSink, EventSink, complete
-from aioserver.providers.breaker import Breaker
+from aioserver.providers.breaker import CLOSED, Breaker
 from aioserver.providers.budget import Budget
 from aioserver.providers.pace import Pace
 from aioserver.providers.pool import Pool, PoolStats
@@ -72,7 +71,13 @@ class Ask:
     record: Record = field(default_factory=Record)
     again: bool = False  # it has been tried here: in front of its caller's others
     trial: bool = False  # the breaker's
-    expected: int = 0  # tokens that it may cost
+    expected: int = 0  # tokens that this try may cost
+    usage: Mapping[str, Any] | None = None  # what the provider says that it cost
+    events: int = 0  # of its answer
+    waited: float = 0.0  # seconds in this provider's line
+    fault: ProviderFault | None = (
+        None  # the end of an answer that broke off, as its client sees it
+    )
 
 
 @dataclass(slots=True)
@@ -204,7 +209,8 @@ class Provider:
             stream.sent = True
 
         await self._exchange(ask, on_head, stream.queued, started, sending)
-        self._paid(ask, stream.usage, stream.last)
+        ask.usage, ask.events = stream.usage, stream.last
+        ask.fault = stream.error if isinstance(stream.error, ProviderFault) else None
         status, sink = seen
         if not isinstance(sink, BodySink):
             return
@@ -244,7 +250,7 @@ class Provider:
         body = sink.body
         self._judge(status, headers, body)
         usage = usage_of(check_json(headers, body))
-        self._paid(ask, usage)
+        ask.usage = usage
         content_type = headers.get("content-type", "")
         return Answer(status, passing(headers), body, content_type, self.name, usage)
 
@@ -268,8 +274,10 @@ class Provider:
 
     def ended(self, ask: Ask, exc: BaseException | None) -> None:
         """A try has ended, well or with *exc*: count it, and learn from it."""
+        self._paid(ask, exc)
         meter, trial = self.meter, ask.trial
         ask.trial = False
+        exc = exc or ask.fault
         if exc is None:
             meter.attempts["ok"].value += 1
             self._breaker.ended(trial=trial, failed=False)
@@ -279,14 +287,16 @@ class Provider:
             if exc.attempt:
                 meter.attempts[exc.attempt].value += 1
                 failed = True if exc.failure else None
-            if isinstance(exc, ProviderRefused):
-                failed = False  # it works: the request is at fault
             if isinstance(exc, KEY_FAULTS) and exc.attempt:
                 meter.key_refused.value += 1
                 self._flagged_until = monotonic() + FLAGGED
+                self._gate.turn_away(self._left_alone)
         elif isinstance(exc, asyncio.CancelledError) and ask.record.sent:
             meter.attempts["cancelled"].value += 1
+        closed = self._breaker.state == CLOSED
         self._breaker.ended(trial=trial, failed=failed)
+        if closed and self._breaker.state != CLOSED:
+            self._gate.turn_away(self._left_alone)
 
     def refuse(self, error: ProviderFault | None = None) -> None:
         """Let nobody in any more, and tell those who wait."""
@@ -323,28 +333,35 @@ class Provider:
         record = ask.record
         now = monotonic()
         record.lined = record.lined or now
-        place = self._gate.try_enter()
+        limits, body = self.settings.http_client, b""
+        if limits.tokens_per_minute:
+            body = ask.body(self.settings)
+            ask.expected = len(body) // BYTES_PER_TOKEN + (self.settings.max_tokens or 0)
+        place = self._gate.try_enter(ask.expected)
         if place is None:
-            self.on_wait(self)
+            if self._gate.inside >= self._gate.limit:  # else the pace is in the way
+                self.on_wait(self)
             self._coming += 1
+            cost, ask.expected = ask.expected, 0
             try:
-                left = self.settings.http_client.queue_timeout - record.waited
                 place = await self._gate.enter(
-                    ask.line, told=told, within=max(0.0, left), again=ask.again
+                    ask.line,
+                    told=told,
+                    within=max(0.0, limits.queue_timeout - ask.waited),
+                    again=ask.again,
+                    cost=cost,
                 )
+                ask.expected = cost
             finally:
                 self._coming -= 1  # nothing else runs before it asks the pool
+                ask.waited += monotonic() - now
                 record.waited += monotonic() - now
         with place:
             self._check()  # it may have begun to fail while this waited
             ask.trial = self._breaker.enter()
             if started is not None:
                 started()
-            limits = self.settings.http_client
-            body = ask.body(self.settings)
-            ask.expected = len(body) // BYTES_PER_TOKEN + (self.settings.max_tokens or 0)
-            self._pace.charge(ask.expected)
-            request = self._requests.make(ask.path, body)
+            request = self._requests.make(ask.path, body or ask.body(self.settings))
             while True:
                 connection = await self._pool.connect()
                 if sending is not None:
@@ -371,23 +388,33 @@ class Provider:
             self._pace.cool_down(limited.retry_after or 0.0)
             raise
 
-    def _paid(self, ask: Ask, usage: Mapping[str, Any] | None, events: int = 0) -> None:
-        """Correct what *ask* was expected to cost by what the provider reports, else by its *events*."""
-        total = usage.get("total_tokens") if usage is not None else None
-        if not isinstance(total, int) or not 0 <= total < 1 << 40:
-            total = ask.expected - (self.settings.max_tokens or 0) + events
+    def _paid(self, ask: Ask, exc: BaseException | None) -> None:
+        """Correct what *ask* was expected to cost by what it did, as far as that is known."""
+        if not ask.expected:
+            return
+        total = ask.usage.get("total_tokens") if ask.usage is not None else None
+        if exc is not None and not ask.record.sent:
+            total = 0
+        elif not isinstance(total, int) or not 0 <= total < 1 << 40:
+            total = ask.expected - (self.settings.max_tokens or 0) + ask.events
         self._pace.charge(total - ask.expected)
+        ask.expected = 0
+        self._gate.serve()
 
     def _heard(self, status: int, headers: Mapping[str, str], ask: Ask) -> None:
         """The head of an answer is there: a provider that fails no more, and what it says is left."""
         self._pace.heed(headers)
-        if ask.trial and status < 500:
+        if ask.trial and 200 <= status < 300:
             self._breaker.answered(trial=True)
+            ask.trial = False
 
     def _check(self) -> None:
         """Raise where the provider is to be left alone."""
-        if not self._breaker.allows:
-            wait = self._breaker.wait
-            raise CircuitOpen(f"{self.name} fails, and is left alone", retry_after=wait)
+        if not self._breaker.allows or self.flagged:
+            raise self._left_alone()
+
+    def _left_alone(self) -> ProviderFault:
         if self.flagged:
-            raise ProviderFlagged(f"{self.name} has refused our key")
+            return ProviderFlagged(f"{self.name} has refused our key")
+        wait = self._breaker.wait
+        return CircuitOpen(f"{self.name} fails, and is left alone", retry_after=wait)

@@ -3,8 +3,8 @@
 401, 402, 403, insufficient_quota     our key or our account: ProviderAuthError
 429, 498                              too much at the moment: ProviderRateLimited
 408, 5xx                              its own fault: ProviderError
-other 4xx with a JSON body            the caller's: ProviderRefused, passed on as it is
-a redirect, HTML, compressed, ...     ProviderBadResponse
+other 4xx                             the caller's: ProviderRefused, a JSON body passes as it is
+a redirect, no JSON, compressed ...   ProviderBadResponse
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import orjson
 
 from aioserver.errors import (
+    InvalidRequest,
     ProviderAuthError,
     ProviderBadResponse,
     ProviderError,
@@ -47,8 +48,8 @@ def judge(name: str, status: int, headers: Mapping[str, str], body: bytes) -> No
         raise ProviderRateLimited(f"{name} limits our rate", retry_after=wait)
     if status >= 500 or status == 408:
         raise ProviderError(f"{name} answered {status}", retry_after=wait)
-    if not _is_json(body):
-        raise ProviderBadResponse(f"{name} answered {status}, not with JSON")
+    if not _is_json(body):  # a proxy's page, say: not for our clients
+        body = InvalidRequest(f"{name} answered {status}").body()
     raise ProviderRefused(f"{name} answered {status}", status, body)
 
 

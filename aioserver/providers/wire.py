@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from aioserver.fastpath import FastPath
 
 UPLOAD_PIECE = 65_536  # written before the transport is asked whether it takes more
+STALE_WITHIN = 1.0  # seconds after a request was written in which a kept connection proves dead
 LINGER = 0.25  # seconds for the last chunk to follow a `[DONE]`; then the connection is closed
 
 
@@ -156,7 +157,8 @@ class Exchange:
         Cancelling is safe: the connection is closed at once.
 
         Raises:
-            StaleConnection: a reused connection was dead, nothing of an answer had come.
+            StaleConnection: a reused connection was dead: nothing of an answer had come, and it was
+            lost within STALE_WITHIN of the request.
             ProviderFault: any other; an error raised by the sink passes too.
         """
         self._protocol.exchange = self
@@ -233,10 +235,14 @@ class Exchange:
         elif framing.sink is not None and not framing.framed and exc is None:
             framing.surplus = framing.whole = True  # a body that ends with its connection
             self._push()
-        elif not framing.begun and self._protocol.reused:
+        elif not framing.begun and self._protocol.reused and self._soon():
             self._fail(StaleConnection("the provider had closed the kept connection"))
         else:
             self._fail(ProviderDisconnected("the provider closed the connection early"))
+
+    def _soon(self) -> bool:
+        """Whether the request cannot have been worked on: what is lost later may have been paid."""
+        return not self._written or self._loop.time() - self._last_byte < STALE_WITHIN
 
     async def _upload(self, request: bytes) -> None:
         if len(request) <= UPLOAD_PIECE:

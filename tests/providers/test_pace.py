@@ -225,3 +225,15 @@ def test_without_a_limit_tokens_cost_nothing() -> None:
     pace = Pace(6000, 100, Clock())
     pace.charge(10**9)
     assert pace.delay() == 0.0
+
+
+def test_one_head_cannot_stop_a_provider_for_hours() -> None:
+    clock = Clock()
+    pace = Pace(600, 5, clock)
+    pace.heed({"x-ratelimit-remaining-requests": "2", "x-ratelimit-reset-requests": "23h51m"})
+    pace.start()
+    assert pace.delay() <= MAX_COOLING
+
+    clock.now += 1.0
+    pace.heed({"x-ratelimit-remaining-requests": "100000", "x-ratelimit-reset-requests": "1m"})
+    assert pace.delay() <= 0.5 + 1e-6  # there is more left than it said before

@@ -15,6 +15,7 @@ import pytest
 from aioserver import settings
 from aioserver.entries import COMPLETE
 from aioserver.errors import (
+    ConnectError,
     InvalidRequest,
     ProviderAuthError,
     ProviderBadResponse,
@@ -591,13 +592,31 @@ async def test_tokens_a_minute_are_expected_before_and_corrected_after(
 ) -> None:
     limits = {"tokens_per_minute": 6000, "queue_timeout": 3.0}
     async with provider_at(simulator.base_url, limits, max_tokens=100_000) as provider:
-        first = asyncio.create_task(fill(provider))
+        ask = question()
+        first = asyncio.create_task(provider.fill(new_stream(), ask))
         await until(lambda: provider.stats().queue.inside == 1)
         with pytest.raises(ProviderPaced):
             await fill(provider)  # a thousand seconds' tokens are expected to be on their way
         await first
+        provider.ended(ask, None)  # as the router does: it were a few
 
-        await fill(provider)  # it were a few
+        ask = question()
+        await provider.fill(new_stream(), ask)
+        provider.ended(ask, None)
+
+
+@pytest.mark.parametrize("fault", [ConnectError("no"), ProviderError("no"), None])
+async def test_what_was_expected_is_settled_however_it_ends(
+    simulator: Simulator, fault: ProviderFault | None
+) -> None:
+    limits = {"tokens_per_minute": 600}
+    async with provider_at(simulator.base_url, limits, max_tokens=100_000) as provider:
+        ask = question()
+        ask.expected = 100_010
+        provider._pace.charge(ask.expected)
+        provider.ended(ask, fault or asyncio.CancelledError())
+        assert provider.stats().pace.left > 0
+        assert ask.expected == 0
 
 
 def test_a_date_to_retry_after() -> None:
