@@ -313,3 +313,20 @@ async def test_a_client_that_answers_no_close_does_not_delay_the_end(
 
         frames = await raw.frames()
     assert closing(frames[-1][1])[0] == 1012
+
+
+async def test_a_fault_keeps_nothing_of_its_question(make_house: Make) -> None:
+    house = await make_house(Behaviour(fail_rate=1.0, fail_status=500))
+    async with house.connect() as ws:
+        await ws.send_json(chat("r1"))
+        assert (await to_end(ws))[-1]["status"] == "error"
+    await house.nothing_held()
+
+    (stream,) = house.app[keys.STREAMS]._found.values()
+
+    assert stream.error is not None
+    assert (stream.error.__traceback__, stream.error.__cause__, stream.error.__context__) == (
+        None,
+        None,
+        None,
+    )
