@@ -24,6 +24,7 @@ CHAT = {"model": "mock-model", "messages": [{"role": "user", "content": "Hello, 
 FRAME = '{"action":"chat","request_id":"%ID%","payload":{"text":"Hello","streaming":true}}'
 # Where one of these is not 0 the numbers say nothing.
 ERRORS = ("truncated", "seq_bad", "unfinished", "io_errors", "connect_errors", "timeouts")
+RECOVERY = 90.0  # seconds at most until a server asks its provider again
 SPARE_FILES = 500  # of a process, beside the sockets that are counted
 
 Result = dict[str, Any]  # a step's numbers; "faults": list[str] says why they do not count
@@ -112,6 +113,19 @@ class Bench:
             if not taken or time.monotonic() - began > peer.patience:
                 tail = " ".join(path.read_text(errors="replace")[-600:].split())
                 raise StepFailed(f"{peer.name} does not start: {tail}")
+
+    def recover(self, server: Server) -> None:
+        """Wait until *server* answers again: its provider has just gone with all its streams.
+
+        A server may leave a provider alone for some seconds that broke off so many answers.
+        """
+        time.sleep(1)
+        deadline = time.monotonic() + RECOVERY
+        with self.mock(Load(mode="http", connections=1)):
+            while not good_answer(server.peer, server.port):
+                if time.monotonic() > deadline:
+                    raise StepFailed(f"{server.peer.name} does not answer again")
+                time.sleep(0.25)
 
     def measure(
         self,

@@ -40,7 +40,7 @@ def held(bench: Bench, server: Server, load: Load) -> Result:
             result = bench.measure(server, dataclasses.replace(load, connections=count))
             why = ", ".join(missed(result, count))
             levels.append(result | {"streams": count, "missed": why})
-            time.sleep(1)  # for the server to get rid of the streams that were cut off
+            bench.recover(server)
             if not why:
                 break
         if why:
