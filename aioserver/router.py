@@ -125,7 +125,9 @@ class Router:
     ) -> T:
         """What *once* gives for the first provider that answers; *begun*: too late for another."""
         provider = route.provider
-        others = [] if route.pinned else self._others(provider)
+        if route.pinned or not self._fallbacks:
+            return await self._tries(provider, ask, once, begun, alone=True)
+        others = self._others(provider)
         while True:
             try:
                 return await self._tries(provider, ask, once, begun, alone=not others)

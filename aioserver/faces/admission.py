@@ -43,6 +43,7 @@ class Admission:
 
     def __init__(self, limits: Concurrency, metrics: Metrics) -> None:
         self.metrics = metrics
+        self._entered = metrics.admission_wait["entered"]
         self.gate = Gate(
             limits.max_connections,
             queue_size=limits.connection_queue_size,
@@ -103,21 +104,19 @@ class Admission:
                 },
             )
 
-    async def enter(self, face: str) -> Place:
-        """A place for a connection of *face*.
+    def try_enter(self) -> Place | None:
+        """A place, if one is free."""
+        if (place := self.gate.try_enter()) is not None:
+            self._entered.observe(0.0)
+        return place
+
+    async def wait(self, face: str, told: Callable[[int, float], None] | None = None) -> Place:
+        """A place, by way of the line.
 
         Raises:
             ServerAtCapacity: none within the bounds of the line.
             ServerShutdown: the server is stopping.
         """
-        waits = self.metrics.admission_wait
-        if (place := self.gate.try_enter()) is not None:
-            waits["entered"].observe(0.0)
-            return place
-        return await self.wait(face)
-
-    async def wait(self, face: str, told: Callable[[int, float], None] | None = None) -> Place:
-        """A place, by way of the line; as `enter`."""
         waits, meter = self.metrics.admission_wait, self.metrics.faces[face]
         began = monotonic()
         meter.waiting.value += 1
@@ -143,7 +142,7 @@ class Admission:
         """It has ended; *code*: the close code of a WebSocket."""
         self.metrics.faces[face].connections.value -= 1
         closed = self.metrics.closed.children
-        closed.get((face, code), closed.get((face, "other"))).value += 1  # type: ignore[union-attr]
+        (closed.get((face, code)) or closed[face, "other"]).value += 1
         self.log("closed", face)
 
     def dropped(self, face: str, why: str) -> None:
@@ -192,7 +191,7 @@ def counted(
         with admission.hold() as hold:
             prepared = await prepare(request, hold)
             try:
-                place = await admission.enter(face)
+                place = admission.try_enter() or await admission.wait(face)
             except ServerAtCapacity as error:
                 admission.log("refused", face, logging.WARNING)
                 if refuse is None:
@@ -232,9 +231,8 @@ class Entering:
         self._over = False
 
     def __enter__(self) -> Self:
-        self._place = self._admission.gate.try_enter()
+        self._place = self._admission.try_enter()
         if self._place is not None:
-            self._admission.metrics.admission_wait["entered"].observe(0.0)
             self._entered()
         else:
             self._task = asyncio.ensure_future(self._admission.wait("websocket", told=self._told))

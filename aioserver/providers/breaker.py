@@ -87,8 +87,9 @@ class Breaker:
 
     def _remember(self, failed: bool) -> None:
         now = self._clock()
+        if failed:
+            self._failed += 1
         self._recent.append((now, failed))
-        self._failed += failed
         while self._recent and (self._recent[0][0] <= now - SPAN or len(self._recent) > 1000):
             self._failed -= self._recent.popleft()[1]
 

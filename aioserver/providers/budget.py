@@ -41,6 +41,8 @@ class Budget:
 
     def _turn(self) -> None:
         second = int(self._clock())
+        if second == self._second:
+            return
         for passed in range(self._second + 1, min(second, self._second + SPAN) + 1):
             self._requests[passed % SPAN] = self._retries[passed % SPAN] = 0
         self._second = max(second, self._second)

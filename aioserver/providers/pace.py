@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 MAX_COOLING = 120.0  # seconds that a provider may ask for
 MAX_RESET = 86_400.0
+LEFT = ("x-ratelimit-remaining-requests", "x-ratelimit-remaining-tokens")
 JITTER = 0.1  # of a wait that several instances are told at the same time
 _DURATION = re.compile(
     r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m(?!s))?(?:(\d+(?:\.\d+)?)s)?(?:(\d+(?:\.\d+)?)ms)?"
@@ -112,6 +113,8 @@ class Pace:
 
     def heed(self, headers: Mapping[str, str]) -> None:
         """Lower the pace to what the provider's `x-ratelimit-*` headers leave, until their reset."""
+        if LEFT[0] not in headers and LEFT[1] not in headers:
+            return
         for kind in ("requests", "tokens"):
             left = _number(headers.get(f"x-ratelimit-remaining-{kind}", ""))
             reset = duration(headers.get(f"x-ratelimit-reset-{kind}", ""))
