@@ -201,7 +201,7 @@ def test_the_picture_has_everything_in_eighty_columns() -> None:
         "400ms",
         "http_5xx 2",
         "breaker closed",
-        "pace 1200 of 3500 a minute left",
+        "pace 3500 a minute, 1200 now",
         "3 retries",
         "server_at_capacity 7",
         "lag 1ms, worst 4ms",

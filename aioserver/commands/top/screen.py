@@ -167,7 +167,7 @@ def _guards(providers: dict[str, Any]) -> list[Text]:
         if "breaker" in one:
             said.append(f"breaker {one['breaker']}")
         if pace := one.get("pace"):
-            said.append(f"pace {pace.get('left')} of {pace.get('per_minute')} a minute left")
+            said.append(f"pace {pace.get('per_minute')} a minute, {pace.get('left')} now")
         if one.get("retries"):
             said.append(f"{one['retries']} retries")
         said += [f"{fault} {count}" for fault, count in one.get("faults", {}).items() if count]
