@@ -101,7 +101,8 @@ async def test_who_reads_nothing_holds_up_nobody_and_is_dropped(
             await (websocket, sse, openai)[number % 3](raw, f"r{number}")
         await until(lambda: done() and not house.held()["sim places"], 30, house.held)
         waiting = house.held()["places"]  # of those who read nothing: the provider does not wait
-        costs = [cost(connection.transport) for connection in house.server.connections]
+        transports = [connection.transport for connection in house.server.connections]
+        costs = [cost(one) for one in transports if one is not None and not one.is_closing()]
 
         async with house.connect() as ws:
             await ws.send_json(chat("mine"))
@@ -114,7 +115,8 @@ async def test_who_reads_nothing_holds_up_nobody_and_is_dropped(
         await house.nothing_held()  # while not one of them has left
     assert len(drops) == clients
     assert {why.partition(": ")[2][:13] for why in drops} == {"nothing taken"}
-    assert len(costs) >= waiting > 0
+    assert len(costs) > clients // 2
+    assert waiting > 0
     assert max(ours for ours, _ in costs) <= TURN_BYTES + EVENT
     assert max(kernels for _, kernels in costs) <= listener.MAX_NOT_SENT + TURN_BYTES + EVENT
     assert 0 < kept < most
