@@ -120,17 +120,19 @@ class Recent:
         return {**found, "count": len(ordered)}
 
 
-def _codes(flag: str) -> list[str]:
-    """The codes of the faults that have *flag*."""
-    return sorted({one.code for one in _faults() if getattr(one, flag)})
+Fault = TypeVar("Fault", bound=errors.AioserverError)
 
 
-def _faults() -> Iterator[type[errors.ProviderFault]]:
-    todo: list[type[errors.ProviderFault]] = [*errors.ProviderFault.__subclasses__()]
-    while todo:
-        one = todo.pop()
-        todo += one.__subclasses__()
+def _below(root: type[Fault]) -> Iterator[type[Fault]]:
+    """Every class that is derived from *root*."""
+    for one in root.__subclasses__():
         yield one
+        yield from _below(one)
+
+
+def _codes(flag: str) -> list[str]:
+    """The codes of the provider's faults that have *flag*."""
+    return sorted({one.code for one in _below(errors.ProviderFault) if getattr(one, flag)})
 
 
 class ProviderMeter:
@@ -186,18 +188,8 @@ class FaceMeter:
         self.overhead = Histogram(SHORT)
 
 
-def _kinds() -> list[tuple[str, str]]:
-    """Every error code with the outcome of a request that ends with it."""
-    found: set[tuple[str, str]] = set()
-    todo: list[type[errors.AioserverError]] = [*errors.AioserverError.__subclasses__()]
-    while todo:
-        one = todo.pop()
-        todo += one.__subclasses__()
-        found.add((one.code, one.outcome))
-    return sorted(found)
-
-
-KINDS = _kinds()
+# Every error code with the outcome of a request that ends with it.
+KINDS = sorted({(one.code, one.outcome) for one in _below(errors.AioserverError)})
 
 
 class Metrics:
