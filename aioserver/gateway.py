@@ -29,7 +29,7 @@ from aioserver.errors import (
     public,
 )
 from aioserver.lifetime import Lifetime
-from aioserver.providers.provider import Answer, Ask
+from aioserver.providers.ask import Answer, Ask
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterator

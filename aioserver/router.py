@@ -23,7 +23,8 @@ from aioserver.errors import ModelNotFound, NoProvider, ProviderFault, ProviderR
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence
 
-    from aioserver.providers.provider import Answer, Ask, Provider
+    from aioserver.providers.ask import Answer, Ask
+    from aioserver.providers.provider import Provider
     from aioserver.streams import Stream
 
 T = TypeVar("T")

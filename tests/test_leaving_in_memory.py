@@ -15,8 +15,8 @@ from aioserver.errors import AioserverError, ProviderQueueFull, ProviderQueueTim
 from aioserver.gate import Gate
 from aioserver.gateway import Gateway
 from aioserver.metrics import Metrics, ProviderMeter
+from aioserver.providers.ask import Answer, Ask
 from aioserver.providers.budget import Budget
-from aioserver.providers.provider import Answer, Ask
 from aioserver.records import Records
 from aioserver.router import Router
 from aioserver.store import Streams

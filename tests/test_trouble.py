@@ -24,8 +24,9 @@ from aioserver.errors import (
     ReadTimeout,
 )
 from aioserver.providers import breaker, wire
+from aioserver.providers.ask import Ask
 from aioserver.providers.budget import MINIMUM
-from aioserver.providers.provider import Ask, Provider
+from aioserver.providers.provider import Provider
 from aioserver.router import Router
 from aioserver.streams import Stream
 from tests.house import until

@@ -25,7 +25,7 @@ from aioserver.faces.formats import RAW
 from aioserver.faces.ready import ReadyResponse, ReadyStream, fits
 from aioserver.faces.streaming import follow
 from aioserver.messages import MAX_ID_CHARACTERS
-from aioserver.providers.provider import Answer, Ask
+from aioserver.providers.ask import Answer, Ask
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -17,7 +17,7 @@ from aioserver.auth import anonymous
 from aioserver.entries import COMPLETE
 from aioserver.errors import InvalidRequest, ResumeGap, StreamNotFound
 from aioserver.faces import openai
-from aioserver.providers.provider import Answer
+from aioserver.providers.ask import Answer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

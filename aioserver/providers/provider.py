@@ -9,9 +9,9 @@ client is. A provider knows no face: it is given an `Ask` and fills a `Stream`, 
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from aioserver import entries
 from aioserver.deltas import Reading, usage_of
@@ -32,6 +32,7 @@ from aioserver.errors import (
 from aioserver.gate import Gate, GateStats
 from aioserver.metrics import ProviderMeter
 from aioserver.providers.answers import BodySink, ChatSink, EventSink, complete
+from aioserver.providers.ask import Answer, Ask
 from aioserver.providers.breaker import CLOSED, Breaker
 from aioserver.providers.budget import Budget
 from aioserver.providers.pace import Pace
@@ -39,10 +40,9 @@ from aioserver.providers.pool import Pool, PoolStats
 from aioserver.providers.requests import Requests
 from aioserver.providers.verdict import check_json, check_plain, is_of, judge, passing
 from aioserver.providers.wire import Exchange, Sink
-from aioserver.records import Record
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Mapping
+    from collections.abc import Callable, Mapping
 
     from aioserver import settings
     from aioserver.streams import Stream
@@ -51,49 +51,6 @@ MAX_ERROR_BYTES = 1 << 20  # of an error's body
 BYTES_PER_TOKEN = 4  # of a request, about
 FLAGGED = 300.0  # seconds for which one that refuses our key is not asked
 KEY_FAULTS = (ProviderAuthError, CertificateFault)
-
-
-@dataclass(slots=True)
-class Ask:
-    """What is asked of a provider.
-
-    *path* is OpenAI's, below the base URL; *body* makes the JSON for one provider, which may have
-    a model of its own. *frames*: the log is for faces that show frames, else for OpenAI's.
-    """
-
-    path: str
-    body: Callable[[settings.Provider], bytes]
-    streamed: bool
-    line: Hashable = None  # the caller, in the provider's queue
-    model: str | None = None  # None: the provider's own
-    frames: bool = False
-    reading: Reading | None = None
-    record: Record = field(default_factory=Record)
-    again: bool = False  # it has been tried here: in front of its caller's others
-    trial: bool = False  # the breaker's
-    expected: int = 0  # tokens that this try may cost
-    usage: Mapping[str, Any] | None = None  # what the provider says that it cost
-    events: int = 0  # of its answer
-    waited: float = 0.0  # seconds in this provider's line
-    fault: ProviderFault | None = (
-        None  # the end of an answer that broke off, as its client sees it
-    )
-
-
-@dataclass(slots=True)
-class Answer:
-    """A body that was not streamed, and the headers of the provider's that pass.
-
-    *usage*: tokens, as the provider reports them.
-    """
-
-    status: int
-    headers: Mapping[str, str]
-    body: bytes
-    content_type: str
-    provider: str
-    usage: Mapping[str, Any] | None = None
-    attempts: int = 1
 
 
 @dataclass(frozen=True, slots=True)

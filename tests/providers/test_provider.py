@@ -29,7 +29,8 @@ from aioserver.errors import (
     ProviderRefused,
     StaleConnection,
 )
-from aioserver.providers.provider import Ask, Provider
+from aioserver.providers.ask import Ask
+from aioserver.providers.provider import Provider
 from aioserver.providers.simulator import Behaviour, Simulator
 from aioserver.providers.verdict import retry_after
 from aioserver.setting import Secret
