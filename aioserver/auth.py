@@ -19,10 +19,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Whose streams and conversations; *line*: which line it stands in at a provider."""
+    """Whose streams and conversations.
+
+    *line*: in which of its lines it stands at a provider; *priority*: its weight there, 1 to 10.
+    """
 
     name: str = ""
     line: str = field(default="", compare=False)
+    priority: int = field(default=1, compare=False)
 
     def on_behalf_of(self, user: object) -> Caller:
         """The same caller, in the line of one of its users."""

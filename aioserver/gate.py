@@ -3,15 +3,13 @@
 Used twice: in front of the handlers (`max_connections`, one line for all) and in front of each
 provider (`concurrent_requests`, fair between callers). Three bounds make it what it is: the places,
 the number of those who wait, and the time that each of them waits. A freed place is handed to the
-next in line, never thrown open: a newcomer cannot overtake, and nobody waits while a place is free.
+next, never thrown open: a newcomer cannot overtake, and nobody waits while a place is free. Who is
+next is told in turns.py.
 
 Where there is a pace (requests a minute), one line covers both: its head starts when a place is free
 and the pace allows it. Who cannot start before its deadline, as the pace alone says, is told at once.
 
 Not asyncio.Semaphore: it bounds neither its waiters nor their wait, and tells nobody their position.
-
-Fairness is round robin over callers, in order within one (Nagle, "On Packet Switches with Infinite
-Storage", RFC 970, 1985): a caller with a thousand requests delays another by one turn at most.
 """
 
 from __future__ import annotations
@@ -19,12 +17,13 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections import OrderedDict, deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, Self
 
+from aioserver.turns import Turns
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterator
+    from collections.abc import Callable, Hashable
 
     from aioserver.errors import AioserverError
 
@@ -78,12 +77,13 @@ class Place:
 
 
 class _Waiter:
-    __slots__ = ("caller", "cost", "heard", "since", "told", "turn")
+    __slots__ = ("caller", "cost", "heard", "line", "since", "told", "turn")
 
     def __init__(
         self,
         turn: asyncio.Future[Place],
         caller: Hashable,
+        line: Hashable,
         since: float,
         told: Callable[[int, float], None] | None,
         cost: int,
@@ -91,6 +91,7 @@ class _Waiter:
         self.cost = cost
         self.turn = turn
         self.caller = caller
+        self.line = line
         self.since = since
         self.told = told
         self.heard: tuple[int, float] | None = None  # what it was told last
@@ -104,8 +105,8 @@ class _Waiter:
 class Gate:
     """Bounded in places, in waiters and in their wait; fair between callers.
 
-    Always: `inside <= limit`; nobody waits while a place is free and the pace allows a start; each
-    caller in `_waiting` has at least one waiter. One event loop owns one gate.
+    Always: `inside <= limit`; nobody waits while a place is free and the pace allows a start. One
+    event loop owns one gate.
 
     *full* and *late* make the errors for a line that is full and a wait that was too long, *paced*
     that for one that the pace makes too long; they get the seconds after which to come back.
@@ -131,9 +132,8 @@ class Gate:
         self._pace = pace
         self._paced = paced or late
         self._clock = clock
-        self._waiting: OrderedDict[Hashable, deque[_Waiter]] = OrderedDict()
+        self._waiting: Turns[_Waiter] = Turns()
         self._inside = 0
-        self._count = 0  # of those waiting
         self._entered = 0
         self._refused = 0
         self._freed_at: float | None = None
@@ -145,7 +145,7 @@ class Gate:
     @property
     def waiting(self) -> int:
         """How many wait."""
-        return self._count
+        return len(self._waiting)
 
     @property
     def inside(self) -> int:
@@ -164,7 +164,7 @@ class Gate:
 
     def serve(self) -> None:
         """Let in who may start now; called when a place or the pace has changed."""
-        while self._count and self._inside < self._limit:
+        while self._waiting and self._inside < self._limit:
             if self._pace is not None and (delay := self._pace.delay()) > 0:
                 if self._starter is not None:
                     self._starter.cancel()
@@ -175,7 +175,7 @@ class Gate:
 
     def try_enter(self, cost: int = 0) -> Place | None:
         """A place, if one is free and nobody waits for it; *cost*: what the pace is to count."""
-        if self._inside < self._limit and not self._count and self._closed is None:
+        if self._inside < self._limit and not self._waiting and self._closed is None:
             if self._pace is not None:
                 if self._pace.delay() > 0:
                     return None
@@ -188,7 +188,9 @@ class Gate:
     async def enter(
         self,
         caller: Hashable = None,
+        line: Hashable = None,
         *,
+        weight: int = 1,
         told: Callable[[int, float], None] | None = None,
         within: float | None = None,
         again: bool = False,
@@ -196,8 +198,9 @@ class Gate:
     ) -> Place:
         """Wait for a place. *told* hears `(position, eta)` at once and when they change.
 
-        *within*: seconds that it may take; None: `queue_timeout`. *again*: in front of its caller's
-        others, since it has waited before. *cost*: as of `try_enter`.
+        Callers share by their *weight* (1 to 10), the lines of one caller evenly. *within*: seconds
+        that it may take; None: `queue_timeout`. *again*: in front of its caller's others, since it
+        has waited before. *cost*: as of `try_enter`.
 
         Raises:
             AioserverError: made by *full* or *paced* at once, or by *late* at the deadline; or what
@@ -208,47 +211,34 @@ class Gate:
         if self._closed is not None:
             raise self._closed
         patience = self._queue_timeout if within is None else within
-        if self._count >= self._queue_size or patience <= 0:
+        if len(self._waiting) >= self._queue_size or patience <= 0:
             self._refused += 1
             late = patience <= 0 < self._queue_timeout  # it has waited elsewhere, or before
             raise (self._late if late else self._full)(self.retry_after())
         if self._pace is not None:
-            position = self._position(
-                caller, 1 if again else len(self._waiting.get(caller, ())) + 1
-            )
+            number = 1 if again else self._waiting.count(caller, line) + 1
+            position = self._waiting.position(caller, line, number, weight)
             if (wait := self._pace.delay(position - 1)) > patience:
                 self._refused += 1
                 raise self._paced(wait)
-        return await self._wait(caller, told, patience, again=again, cost=cost)
-
-    async def _wait(
-        self,
-        caller: Hashable,
-        told: Callable[[int, float], None] | None,
-        patience: float,
-        *,
-        again: bool,
-        cost: int,
-    ) -> Place:
         turn: asyncio.Future[Place] = asyncio.get_running_loop().create_future()
-        waiter = _Waiter(turn, caller, self._clock(), told, cost)
-        line = self._waiting.setdefault(caller, deque())
-        if again:
-            line.appendleft(waiter)
-        else:
-            line.append(waiter)
-        self._count += 1
+        waiter = _Waiter(turn, caller, line, self._clock(), told, cost)
+        self._waiting.add(waiter, caller, line, weight, first=again)
+        return await self._wait(waiter, patience, again=again)
+
+    async def _wait(self, waiter: _Waiter, patience: float, *, again: bool) -> Place:
+        turn = waiter.turn
         try:
             self.serve()  # arms the timer where only the pace is in the way
-            if told is not None and not turn.done():
-                self._tell_one(waiter, 1 if again else len(line))
+            if waiter.told is not None and not turn.done():
+                self._tell_one(waiter, again=again)
             async with asyncio.timeout(patience):
                 return await turn
         except BaseException as exc:
             if turn.done() and not turn.cancelled() and turn.exception() is None:
                 turn.result().release()  # handed to us in the tick we gave up: pass it on
             else:
-                self._forget(waiter)
+                self._waiting.remove(waiter, waiter.caller, waiter.line)
             if isinstance(exc, TimeoutError):
                 self._refused += 1
                 raise self._late(self.retry_after()) from None
@@ -256,12 +246,11 @@ class Gate:
 
     def turn_away(self, why: Callable[[], AioserverError]) -> None:
         """Refuse everybody who waits now, each with an error of its own."""
-        for waiter in list(self._line()):
+        for waiter in self._waiting:
             if not waiter.turn.done():
                 self._refused += 1
                 waiter.turn.set_exception(why())
         self._waiting.clear()
-        self._count = 0
 
     def close(self, error: AioserverError) -> None:
         """Refuse with *error* everybody who waits, and everybody who comes."""
@@ -273,16 +262,16 @@ class Gate:
     def retry_after(self) -> float:
         """Seconds until a place may be free for one more, with jitter so that not all come at once."""
         low, high = RETRY_AFTER
-        estimate = self._eta(self._count + 1)
+        estimate = self._eta(len(self._waiting) + 1)
         return min(high, max(low, estimate) * random.uniform(1.0, 1.5))  # noqa: S311 - jitter
 
     def stats(self) -> GateStats:
         """The state now."""
-        oldest = min((line[0].since for line in self._waiting.values()), default=None)
+        oldest = min((waiter.since for waiter in self._waiting.heads()), default=None)
         return GateStats(
             inside=self._inside,
             limit=self._limit,
-            waiting=self._count,
+            waiting=len(self._waiting),
             queue_size=self._queue_size,
             oldest_wait=0.0 if oldest is None else self._clock() - oldest,
             entered=self._entered,
@@ -298,66 +287,25 @@ class Gate:
         self.serve()
 
     def _hand_over(self) -> None:
-        """Give one place, counted already, to the next in line; nobody there: it is free."""
-        while self._waiting:
-            caller, line = next(iter(self._waiting.items()))
-            waiter = line.popleft()
-            self._count -= 1
-            given_up = waiter.turn.done()
-            if not line:
-                del self._waiting[caller]
-            elif not given_up:  # else the turn is still its caller's
-                self._waiting.move_to_end(caller)
-            if not given_up:
-                self._entered += 1
-                if self._pace is not None:
-                    self._pace.start(waiter.cost)
-                waiter.turn.set_result(Place(self))
-                return
-        self._inside -= 1
-
-    def _forget(self, waiter: _Waiter) -> None:
-        line = self._waiting.get(waiter.caller)
-        if line is None or waiter not in line:
-            return  # taken out by _hand_over or close
-        line.remove(waiter)
-        self._count -= 1
-        if not line:
-            del self._waiting[waiter.caller]
-
-    def _line(self) -> Iterator[_Waiter]:
-        """Who waits, in the order in which they will be served."""
-        lines = [iter(line) for line in self._waiting.values()]
-        while lines:
-            still = []
-            for line in lines:
-                if (waiter := next(line, None)) is not None:
-                    yield waiter
-                    still.append(line)
-            lines = still
-
-    def _position(self, caller: Hashable, turns: int) -> int:
-        """Where one of *caller* stands that has its turn as that caller's *turns*-th.
-
-        Before it come as many turns of every other caller, one less of those who stand behind its
-        own caller in the round.
-        """
-        position, mine = 0, turns
-        for other, line in self._waiting.items():
-            if other == caller:
-                position += mine
-                turns -= 1
-            else:
-                position += min(len(line), turns)
-        return position if caller in self._waiting else position + mine
+        """Give one place, counted already, to the next; nobody there: it is free."""
+        waiter = self._waiting.pop(lambda one: one.turn.done())
+        if waiter is None:
+            self._inside -= 1
+            return
+        self._entered += 1
+        if self._pace is not None:
+            self._pace.start(waiter.cost)
+        waiter.turn.set_result(Place(self))
 
     def _eta(self, position: int) -> float:
         """Seconds until who stands at *position* starts, about."""
         places = position * self._interval if self._inside >= self._limit else 0.0
         return places if self._pace is None else max(places, self._pace.delay(position - 1))
 
-    def _tell_one(self, waiter: _Waiter, turns: int) -> None:
-        position = self._position(waiter.caller, turns)
+    def _tell_one(self, waiter: _Waiter, *, again: bool) -> None:
+        caller, line = waiter.caller, waiter.line
+        number = 1 if again else self._waiting.count(caller, line)
+        position = self._waiting.position(caller, line, number)
         waiter.tell(position, self._eta(position))
         if self._teller is None:
             self._teller = asyncio.get_running_loop().call_later(TELL_EVERY, self._tell)
@@ -365,7 +313,7 @@ class Gate:
     def _tell(self) -> None:
         self._teller = None
         listeners = False
-        waiting = [waiter for waiter in self._line() if not waiter.turn.done()]
+        waiting = [waiter for waiter in self._waiting if not waiter.turn.done()]
         for position, waiter in enumerate(waiting, 1):
             listeners = listeners or waiter.told is not None
             waiter.tell(position, self._eta(position))

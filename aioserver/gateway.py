@@ -116,7 +116,7 @@ class Gateway:
             "chat/completions",
             body,
             streamed,
-            line=caller.line,
+            caller=caller,
             model=route.model,
             frames=True,
             reading=reading,

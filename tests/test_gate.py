@@ -548,7 +548,7 @@ async def test_who_cannot_be_told_does_not_stay_in_the_line() -> None:
 
 
 class Model:
-    """The gate, said simply: who is inside, and the line of each caller, in the order of turns."""
+    """The gate, said simply: who is inside, and the lines of one caller, in the order of turns."""
 
     def __init__(self, limit: int, queue_size: int) -> None:
         self.limit, self.queue_size = limit, queue_size
@@ -609,7 +609,7 @@ async def test_random_steps_agree_with_the_model(run: int) -> None:
             case "enter":
                 caller = dice.choice("abcd")
                 heard: list[int] = []
-                tasks[name] = asyncio.create_task(gate.enter(caller, told=hearing(heard)))
+                tasks[name] = asyncio.create_task(gate.enter("", caller, told=hearing(heard)))
                 if not model.enter(caller, name):
                     with pytest.raises(ServerAtCapacity, match=FULL):
                         await tasks.pop(name)

@@ -57,7 +57,7 @@ class Fake:
     async def fill(self, stream: streams.Stream, ask: Ask) -> None:
         if (place := self.gate.try_enter()) is None:
             self.on_wait(self)
-            place = await self.gate.enter(ask.line, told=stream.queued)
+            place = await self.gate.enter(ask.caller.name, ask.caller.line, told=stream.queued)
         with place:
             assert self.gate.inside <= PLACES
             stream.append_processing(self.name, "model")
@@ -70,7 +70,7 @@ class Fake:
             stream.end(entries.COMPLETE, {})
 
     async def call(self, ask: Ask, sending: Callable[[], None] | None = None) -> Answer:
-        with await self.gate.enter(ask.line):
+        with await self.gate.enter(ask.caller.name, ask.caller.line):
             await self.turns()
             if sending is not None:
                 sending()
@@ -123,7 +123,7 @@ async def test_random_leavings_in_memory_give_everything_back(count: int) -> Non
     route = Router({"sim": fake}, "sim").route(None)
 
     async def follow(ask: Ask, key: str | None) -> None:
-        caller = anonymous(ask.line if isinstance(ask.line, str) else None)
+        caller = ask.caller
         stream = gateway.relay(caller, route, ask, name="private", key=key, digest=b"")
         reader = Reader(stream)
         stream.add_reader(reader)
@@ -138,7 +138,9 @@ async def test_random_leavings_in_memory_give_everything_back(count: int) -> Non
             gateway.lifetime.unread(stream)
 
     async def live(number: int) -> None:
-        ask = Ask("x", lambda _provider: b"", streamed=True, line=f"line {number % 7}")
+        ask = Ask(
+            "x", lambda _provider: b"", streamed=True, caller=anonymous(f"line {number % 7}")
+        )
         key = f"{dice.randrange(count)}" if dice.random() < 0.5 else None
         if dice.random() < 0.5:
             living = asyncio.ensure_future(follow(ask, key))

@@ -82,7 +82,7 @@ def prepare_for(path: str) -> Callable[[web.Request, BodyHold], Any]:
             path,
             body_maker(body, fields, route),
             bool(streamed) and path != "embeddings",
-            line=caller.line,
+            caller=caller,
             model=route.model,
         )
         stored = path == "responses" and (

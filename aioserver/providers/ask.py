@@ -5,14 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from aioserver.auth import Caller
 from aioserver.records import Record
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Mapping
+    from collections.abc import Callable, Mapping
 
     from aioserver import settings
     from aioserver.deltas import Reading
     from aioserver.errors import ProviderFault
+
+ANYONE = Caller()
 
 
 @dataclass(slots=True)
@@ -26,7 +29,7 @@ class Ask:
     path: str
     body: Callable[[settings.Provider], bytes]
     streamed: bool
-    line: Hashable = None  # the caller, in the provider's queue
+    caller: Caller = ANYONE  # in whose turn, in the provider's queue
     model: str | None = None  # None: the provider's own
     frames: bool = False
     reading: Reading | None = None

@@ -302,7 +302,9 @@ class Provider:
             cost, ask.expected = ask.expected, 0
             try:
                 place = await self._gate.enter(
-                    ask.line,
+                    ask.caller.name,
+                    ask.caller.line,
+                    weight=ask.caller.priority,
                     told=told,
                     within=max(0.0, limits.queue_timeout - ask.waited),
                     again=ask.again,
