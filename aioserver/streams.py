@@ -26,6 +26,7 @@ from aioserver import messages
 from aioserver.entries import CHUNK, ERROR, PROCESSING, Entry
 from aioserver.errors import AioserverError, ResumeGap
 from aioserver.metrics import NOBODY
+from aioserver.records import UNTOLD
 
 if TYPE_CHECKING:
     import asyncio
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 
     from aioserver.deltas import Shape
     from aioserver.fastpath import FastPath
-    from aioserver.records import Record
     from aioserver.store import Streams
 
 
@@ -127,7 +127,7 @@ class Stream:
         self.sent = False  # something went to a provider: leaving now costs money
         self.answered_at = 0.0  # monotonic, when the provider's first event came: no second try
         self.meter = NOBODY  # counts its events: the provider's
-        self.record: Record | None = None  # of the request that began it
+        self.record = UNTOLD  # of the request that began it
         self.usage: Mapping[str, Any] | None = None  # tokens, as the provider reports them
         self.left = False  # it was cancelled since nobody read it
         self.alias: str | None = None  # another name by which it is found
@@ -196,9 +196,9 @@ class Stream:
                 messages.frame(head, number, status, chunk)
                 for number, chunk in enumerate(chunks, first)
             ]
-            self._add(Entry(first, len(frames), status, data, frames))
+            self._add(Entry(first, len(frames), status, data, frames, monotonic()))
         else:
-            self._add(Entry(first, count, status, data, None))
+            self._add(Entry(first, count, status, data, None, monotonic()))
         if status is CHUNK:
             self.meter.events += self.last + 1 - first
         if not more:
@@ -282,7 +282,7 @@ class Stream:
         self.seal()
         number = self.last + 1
         frames = [messages.frame(self.head, number, status, chunk)]
-        self._add(Entry(number, 1, status, data, frames))
+        self._add(Entry(number, 1, status, data, frames, monotonic()))
         self.ended = True
         self.end_status = status
         for reader in tuple(self.readers):
