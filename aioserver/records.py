@@ -31,6 +31,7 @@ class Record:
     __slots__ = (
         "asked",
         "attempts",
+        "caller",
         "events",
         "face",
         "first",
@@ -45,7 +46,7 @@ class Record:
     )
 
     def __init__(self) -> None:
-        self.face = self.request_id = self.provider = self.model = ""
+        self.face = self.request_id = self.provider = self.model = self.caller = ""
         self.asked = 0.0
         self.lined = self.sent = self.first = self.waited = 0.0
         self.attempts = 0
@@ -53,9 +54,12 @@ class Record:
         self.usage: Mapping[str, Any] | None = None  # as the provider reports it
         self.left = False  # nobody wanted it any more
 
-    def begin(self, face: str, request_id: str, provider: str, model: str) -> None:
-        """The request was understood, and goes to *provider*."""
+    def begin(
+        self, face: str, request_id: str, provider: str, model: str, caller: str = ""
+    ) -> None:
+        """The request was understood, and goes to *provider*; *caller*: the name of its key."""
         self.face = face
+        self.caller = caller
         self.request_id = request_id
         self.provider = provider
         self.model = model
@@ -137,6 +141,8 @@ class Records:
             "wait_ms": round(record.waited * 1000, 1),
             "attempts": record.attempts,
         }
+        if record.caller:
+            fields["caller"] = record.caller
         if code:
             fields["code"] = code
         if record.first:
