@@ -106,7 +106,10 @@ def _route(app: web.Application, settings: Settings, admission: Admission) -> No
         ],
     }
     for policy, routes in table.items():
-        app[keys.GUARD].policies.update(dict.fromkeys(app.add_routes(routes), policy))
+        for route in app.add_routes(routes):
+            assert route.resource is not None
+            # HEAD, which comes with a GET, is another route of its resource.
+            app[keys.GUARD].policies.update(dict.fromkeys(route.resource, policy))
 
 
 async def _owners(app: web.Application) -> AsyncIterator[None]:

@@ -145,7 +145,7 @@ class Keys:
         key = self._by_name.get(name)
         if key is not None and rest.isascii() and rest.isdigit() and len(rest) < 16:
             made = self._mac(key, rest)
-            if hmac.compare_digest(made.encode(), mac.encode("utf-8", "surrogateescape")) and (
+            if hmac.compare_digest(made.encode(), mac.encode("utf-8", "surrogatepass")) and (
                 int(rest) > self._clock()
             ):
                 return key.caller

@@ -57,8 +57,8 @@ class Hosts:
         match = _HOST.fullmatch(host)
         if match is None:
             return False
-        name = match[1].removesuffix(".")
-        return name in self._allowed or loopback(name.strip("[]"))
+        name = match[1]
+        return name.removesuffix(".") in self._allowed or loopback(name.strip("[]"))
 
 
 class Proxies:

@@ -127,7 +127,7 @@ class Guard:
             raise InvalidApiKey("more than one API key")
         if not found:
             return None
-        return self._doors.keys.caller(found[0].encode("utf-8", "surrogateescape"))
+        return self._doors.keys.caller(found[0].encode("utf-8", "surrogatepass"))
 
     def check_page(self, request: web.Request) -> None:
         """Refuse what a browser adds by itself where another page makes it do so (CSRF).
