@@ -84,6 +84,16 @@ def check(config: Path | None) -> None:
 
 
 @cli.command(context_settings=CONTEXT)
+@click.argument("name")
+@click.option("--admin", is_flag=True, help="It may also read /stats, /events and /metrics.")
+def key(name: str, admin: bool) -> None:
+    """Make a client key: print it, once, and the line for auth.keys with its hash."""
+    from aioserver.commands.key import key as run
+
+    sys.exit(run(name, admin=admin))
+
+
+@cli.command(context_settings=CONTEXT)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=9000, show_default=True)
 @click.option(

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 
 from aioserver import keys, prometheus
-from aioserver.auth import Origins
+from aioserver.auth import Doors, Origins, pepper_of
 from aioserver.conversations import Conversations
 from aioserver.errors import ServerShutdown
-from aioserver.faces import http, openai, pages, responses, sse, status, websocket
+from aioserver.faces import door, http, openai, pages, responses, sse, status, websocket
 from aioserver.faces.admission import Admission, counted
+from aioserver.faces.door import Guard, Policy
 from aioserver.fastpath import Outbox
 from aioserver.gateway import Gateway
 from aioserver.lag import LoopLag
@@ -47,11 +48,15 @@ def build(settings: Settings) -> web.Application:
     given = settings.chat.websocket
     origins = Origins(given.allow_origins, credentials=given.allow_credentials)
     metrics = Metrics(settings.llm.providers)
-    shield, dress = http.front(given, origins, metrics)
+    doors = Doors(settings.auth, pepper_of(settings.llm))
+    guard = Guard(doors, origins)
+    shield, dress = http.front(given, guard, origins, metrics)
     app = web.Application(middlewares=[shield], client_max_size=given.max_message_size)
     app.on_response_prepare.append(dress)
     app[keys.SETTINGS] = settings
     app[keys.ORIGINS] = origins
+    app[keys.DOORS] = doors
+    app[keys.GUARD] = guard
     app[keys.LIFE] = keys.Life()
     app[keys.SOCKETS] = set()
     app[keys.METRICS] = metrics
@@ -65,8 +70,8 @@ def build(settings: Settings) -> web.Application:
 def _route(app: web.Application, settings: Settings, admission: Admission) -> None:
     sse_endpoint = settings.chat.sse.endpoint
     one = f"{sse_endpoint}/{{request_id}}"
-    app.add_routes(
-        [
+    table: dict[Policy, list[web.AbstractRouteDef]] = {
+        Policy.KEY: [
             web.get(settings.chat.websocket.endpoint, websocket.handler),
             web.post(sse_endpoint, counted(admission, "sse", sse.prepare, sse.start)),
             web.get(sse_endpoint, sse.listing),
@@ -86,14 +91,26 @@ def _route(app: web.Application, settings: Settings, admission: Admission) -> No
             web.post("/v1/responses/{id}/cancel", responses.cancel),
             web.get("/v1/models", openai.models),
             web.get("/v1/models/{id:.+}", openai.model),
-            *(web.get(path, status.health) for path in ("/health", "/healthz", "/livez")),
-            *(web.get(path, status.ready) for path in ("/ready", "/readyz")),
+        ],
+        Policy.ADMIN: [
             web.get("/metrics", status.metrics),
             web.get("/stats", status.stats),
             web.get("/events", status.events, allow_head=False),
+        ],
+        Policy.OPEN: [
+            *(web.get(path, status.health) for path in ("/health", "/healthz", "/livez")),
+            *(web.get(path, status.ready) for path in ("/ready", "/readyz")),
+            web.get("/session", door.session),
+            web.post("/session", door.log_in),
+            web.delete("/session", door.log_out),
             *pages.routes(),
-        ]
-    )
+        ],
+    }
+    for policy, routes in table.items():
+        for route in app.add_routes(routes):
+            assert route.resource is not None
+            # HEAD, which comes with a GET, is another route of its resource.
+            app[keys.GUARD].policies.update(dict.fromkeys(route.resource, policy))
 
 
 async def _owners(app: web.Application) -> AsyncIterator[None]:

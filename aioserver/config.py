@@ -11,7 +11,6 @@ name (`api_key_env`, `api_key_file`), are resolved here, and are in no message a
 from __future__ import annotations
 
 import hashlib
-import ipaddress
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from aioserver import setting
 from aioserver.checks import unfit
 from aioserver.document import PREFIX, Document, Fault, Place, Steps
 from aioserver.errors import ConfigurationError
+from aioserver.hosts import loopback
 from aioserver.setting import FAULTY, Faults, Secret
 from aioserver.settings import SETTINGS, Auth, ClientKey, Provider, Settings
 
@@ -138,12 +138,12 @@ class Configuration:
                 why = f"{name} is a fallback but {_lacks(provider)}; set it, or take {name} out"
                 yield document.fault(("llm", "fallbacks", at), why)
         host, auth = self.settings.chat.websocket.host, self.settings.auth
-        # Keys are read, but not asked for yet: they guard nothing, so they open nothing.
-        if not _loopback(host) and not (auth is not None and auth.open):
+        if not loopback(host) and not (auth is not None and (auth.open or auth.keys)):
             yield document.fault(
                 ("chat", "websocket", "host"),
-                f"{host} is open to others, and this version asks nobody for a key: listen on "
-                "localhost, or set `auth: {open: true}` behind a proxy that guards the door",
+                f"{host} is open to others, and nobody is asked for a key: listen on localhost, "
+                "give keys to clients (`aioserver key NAME` makes one for auth.keys), or set "
+                "`auth: {open: true}` behind a proxy that guards the door",
             )
 
 
@@ -297,13 +297,6 @@ def _lines(faults: list[Fault] | Iterator[Fault]) -> list[str]:
 
 def _lacks(provider: Provider) -> str:
     return f"{provider.missing_key} is not {'set' if provider.api_key_env else 'there'}"
-
-
-def _loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host.lower().rstrip(".") == "localhost"
 
 
 def _why(exc: Exception) -> str:

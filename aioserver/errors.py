@@ -9,6 +9,7 @@ OpenAI's error object, so that every SDK reads it:
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, ClassVar
 
 import orjson
@@ -100,10 +101,48 @@ class InvalidRequest(AioserverError):
     code, status = "invalid_request", 400
 
 
-class OriginNotAllowed(AioserverError):
+class Denied(AioserverError):
+    """Not let in. *reason*: for the metric `auth_failures_total` and the log."""
+
+    reason: ClassVar[str] = ""
+
+
+class MissingApiKey(Denied):
+    """The server wants a key, and none came."""
+
+    code, status, reason = "missing_api_key", 401, "missing_key"
+
+
+class InvalidApiKey(Denied):
+    """A key that is not known, or no longer."""
+
+    code, status, reason = "invalid_api_key", 401, "invalid_key"
+    close = 1008
+    close_reason = b"key revoked"
+
+
+class SessionEnded(InvalidApiKey):
+    """A cookie that is not ours, has expired, or whose key is gone."""
+
+    reason = "session"
+
+
+class PermissionDenied(Denied):
+    """The key is good, but no `admin`."""
+
+    code, status, reason = "permission_denied", 403, "not_admin"
+
+
+class OriginNotAllowed(Denied):
     """A browser on a page that is not in `allow_origins`."""
 
-    code, status = "origin_not_allowed", 403
+    code, status, reason = "origin_not_allowed", 403, "origin"
+
+
+class HostNotAllowed(Denied):
+    """Asked under a name that is not this machine's, where nobody needs a key (DNS rebinding)."""
+
+    code, status, reason = "host_not_allowed", 403, "host"
 
 
 class NotFound(AioserverError):
@@ -410,7 +449,13 @@ def http_headers(error: AioserverError) -> Mapping[str, str]:
     if isinstance(error, ProviderFault) and error.provider:
         headers["x-aioserver-provider"] = error.provider
         headers["x-aioserver-attempts"] = str(error.attempts)
-    if error.retry_after is not None:
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    if error.http_status == 429 and error.retry_after is not None:
+        # Up, and to the millisecond: who comes a little too soon is refused again.
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
+        headers["retry-after-ms"] = str(max(1, math.ceil(error.retry_after * 1000)))
+    elif error.retry_after is not None:
         headers["Retry-After"] = str(max(1, round(error.retry_after)))
     elif error.http_status == 503:
         headers["Retry-After"] = "1"

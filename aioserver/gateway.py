@@ -17,27 +17,28 @@ import logging
 import uuid
 from typing import TYPE_CHECKING, Any
 
+from aioserver.allowance import REVOKED
 from aioserver.bodies import chat_body
 from aioserver.deltas import Reading, final_response
 from aioserver.entries import CANCELLED, CHUNK, COMPLETE, ERROR
 from aioserver.errors import (
     AioserverError,
+    InvalidApiKey,
     ProviderDisconnected,
     RequestConflict,
     ServerShutdown,
     StreamNotFound,
     public,
 )
-from aioserver.lifetime import Lifetime
+from aioserver.lifetime import EndReader, Lifetime
 from aioserver.providers.ask import Answer, Ask
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Iterator
+    from collections.abc import Collection, Coroutine, Iterator
 
     from aioserver import settings
     from aioserver.auth import Caller
     from aioserver.conversations import Conversations
-    from aioserver.deltas import Shape
     from aioserver.messages import Chat
     from aioserver.records import Records
     from aioserver.router import Route, Router
@@ -88,6 +89,7 @@ class Gateway:
             RequestConflict: the request id is known with another payload.
             InvalidRequest: nested too deeply to be passed on.
             ModelNotFound, NoProvider: nobody to ask.
+            ConcurrencyExceeded, RateLimitExceeded: no more for this key.
             ServerAtCapacity, ServerShutdown: no room for another answer.
         """
         digest = chat.digest()
@@ -178,14 +180,17 @@ class Gateway:
         if self._closed is not None:
             raise self._closed
         if key is None and not stored:
-            return await self._call_alone(route, ask, name)
+            if caller.allowance is None:
+                return await self._call_alone(route, ask, name)
+            with caller.allowance.used():
+                return await self._call_alone(route, ask, name)
         stream = None if key is None else self._known(caller, key, digest)
         if stream is None:
             kept = key or uuid.uuid4().hex
             stream = self._open(kept, caller, self._bounds.resume_window, digest)
             self._begin(stream, ask, route, "openai", name)
             self._start(stream, self._call(route, stream, ask, stored=stored))
-        reader = _EndReader(stream)
+        reader = EndReader(stream)
         stream.add_reader(reader)
         self.lifetime.read(stream)
         try:
@@ -221,6 +226,19 @@ class Gateway:
         stream = self.find(caller, request_id)
         self.lifetime.end(stream, left=False)
         return stream
+
+    async def revoke(self, callers: Collection[str]) -> None:
+        """End every answer of these callers with `invalid_api_key`: their keys are gone."""
+        ending = []
+        for task, stream in self._producers.items():
+            owner: Any = stream.caller
+            if owner.name in callers:
+                stream.why_cancelled = InvalidApiKey(REVOKED)
+                task.cancel()
+                ending.append(task)
+        if ending:
+            await asyncio.wait(ending)
+        await asyncio.sleep(0)  # their callbacks have run then, as in `close`
 
     async def drain(self, grace: float) -> None:
         """Take no new question, end what nobody reads, give the rest *grace* seconds."""
@@ -265,21 +283,31 @@ class Gateway:
         *,
         private: bool = False,
     ) -> Stream:
+        """A new stream, counted for its caller until `_settle`."""
         if self._closed is not None:
             raise self._closed
-        return self._streams.open(
-            request_id, caller, window=window, digest=digest, private=private
-        )
+        if (allowance := caller.allowance) is not None:
+            allowance.take()
+        try:
+            return self._streams.open(
+                request_id, caller, window=window, digest=digest, private=private
+            )
+        except AioserverError:
+            if allowance is not None:
+                allowance.give_back(unused=True)
+            raise
 
     def _begin(self, stream: Stream, ask: Ask, route: Route, face: str, name: str) -> None:
         provider = route.provider
         stream.record = ask.record
-        ask.record.begin(face, name, provider.name, route.model or provider.settings.model)
+        model = route.model or provider.settings.model
+        ask.record.begin(face, name, provider.name, model, ask.caller.name)
 
     async def _call_alone(self, route: Route, ask: Ask, name: str) -> Answer:
         """The answer that no log keeps."""
         record, provider = ask.record, route.provider
-        record.begin("openai", name, provider.name, route.model or provider.settings.model)
+        model = route.model or provider.settings.model
+        record.begin("openai", name, provider.name, model, ask.caller.name)
         try:
             answer = await self._router.call(route, ask)
         except asyncio.CancelledError:
@@ -340,6 +368,9 @@ class Gateway:
         """
         stream = self._producers.pop(task)
         del self._tasks[stream]
+        owner: Any = stream.caller
+        if owner.allowance is not None:
+            owner.allowance.give_back()
         fault = None if task.cancelled() else task.exception()
         if stream.ended:
             pass
@@ -368,26 +399,3 @@ class Gateway:
         task = self._tasks.get(stream)
         if task is not None and not stream.ended:
             task.cancel()
-
-
-class _EndReader:
-    """Waits for the end of a stream."""
-
-    def __init__(self, stream: Stream) -> None:
-        self.at = stream.offset
-        self.ended = asyncio.Event()
-        self._stream = stream
-        self.poke()
-
-    def take_now(self, _data: bytes) -> bool:
-        return False
-
-    def fast(self, _shape: Shape | None) -> None:
-        return None
-
-    def poke(self) -> None:
-        if self._stream.ended:
-            self.ended.set()
-
-    def queued(self, position: int, eta: float) -> None:
-        """No face shows it."""

@@ -12,8 +12,9 @@ if TYPE_CHECKING:
 
     from prometheus_client import CollectorRegistry
 
-    from aioserver.auth import Origins
+    from aioserver.auth import Doors, Origins
     from aioserver.faces.admission import Admission
+    from aioserver.faces.door import Guard
     from aioserver.faces.websocket import Socket
     from aioserver.fastpath import Outbox
     from aioserver.gateway import Gateway
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 SETTINGS: web.AppKey[Settings] = web.AppKey("settings")
 ORIGINS: web.AppKey[Origins] = web.AppKey("origins")
+DOORS: web.AppKey[Doors] = web.AppKey("doors")
+GUARD: web.AppKey[Guard] = web.AppKey("guard")
 ADMISSION: web.AppKey[Admission] = web.AppKey("admission")
 WHEEL: web.AppKey[Wheel] = web.AppKey("wheel")
 STREAMS: web.AppKey[Streams] = web.AppKey("streams")

@@ -16,9 +16,35 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from aioserver import settings
+    from aioserver.deltas import Shape
     from aioserver.providers.provider import Provider
     from aioserver.store import Streams
     from aioserver.streams import Stream
+
+
+class EndReader:
+    """A reader that waits for the end of a stream, and takes nothing of it."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.at = stream.offset
+        self.ended = asyncio.Event()
+        self._stream = stream
+        self.poke()
+
+    def take_now(self, _data: bytes) -> bool:
+        """False: it is appended."""
+        return False
+
+    def fast(self, _shape: Shape | None) -> None:
+        """None: nothing is passed on."""
+
+    def poke(self) -> None:
+        """The stream has grown, or has ended."""
+        if self._stream.ended:
+            self.ended.set()
+
+    def queued(self, position: int, eta: float) -> None:
+        """No face shows it."""
 
 
 class Lifetime:

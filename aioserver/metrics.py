@@ -194,6 +194,7 @@ class FaceMeter:
 
 # Every error code with the outcome of a request that ends with it.
 KINDS = sorted({(one.code, one.outcome) for one in _below(errors.AioserverError)})
+REASONS = sorted({one.reason for one in _below(errors.Denied)})
 
 
 class Metrics:
@@ -232,11 +233,14 @@ class Metrics:
         self.resumes = {outcome: Counter() for outcome in ("ok", "gap", "not_found")}
         self.slow_clients = Counter()
         self.bad_requests = {code: Counter() for code, why in KINDS if why == "client_error"}
+        self.auth_failures = {reason: Counter() for reason in REASONS}
         self.bugs = Counter()
         self.loop_lag = Histogram(SHORT)
 
     def complain(self, error: errors.AioserverError) -> None:
         """Somebody was told *error*, and no provider was asked."""
+        if isinstance(error, errors.Denied):
+            self.auth_failures[error.reason].value += 1
         if error.outcome == "rejected":
             self.rejections[error.code].value += 1
         elif error.outcome == "client_error" and error.code in self.bad_requests:
@@ -311,6 +315,12 @@ class Metrics:
             "Requests that were not understood or not allowed",
             ("code",),
             {(code,): counter for code, counter in self.bad_requests.items()},
+        )
+        yield Family(
+            "auth_failures",
+            "Requests that were not let in",
+            ("reason",),
+            {(reason,): counter for reason, counter in self.auth_failures.items()},
         )
         yield Family("errors", "Bugs: each has a traceback in the log", (), {(): self.bugs})
         yield Family(

@@ -8,16 +8,15 @@ ten clients and with ten thousand. Incidents are seen in the difference of two t
 from __future__ import annotations
 
 import asyncio
-import resource
 import time
 from collections import deque
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import orjson
 
 from aioserver import __version__, eventstream, keys
 from aioserver.errors import ServerAtCapacity
+from aioserver.kernel import process
 from aioserver.providers.breaker import CLOSED
 
 if TYPE_CHECKING:
@@ -32,6 +31,7 @@ MAX_INCIDENTS = 100
 MAX_WATCHERS = 256
 LAG_LIMIT = 0.1  # seconds; a loop that is later is told
 QUIET = 10.0  # seconds in which incidents of one kind are gathered
+DENIED_BURST, DENIED_TICKS = 10, 10  # not let in, and ticks: more than a person mistypes
 SLOW_TICKS = 10  # what costs with the number of tasks is looked at each so many ticks
 SERIES = ("active", "waiting", "rejected_per_second", "requests_per_second", "tokens_per_second")
 FAULTS = (
@@ -69,6 +69,7 @@ class Monitor:
         self._gathered: dict[tuple[str, str, str | None], int] = {}
         self._quiet_until: dict[tuple[str, str, str | None], float] = {}
         self._watchers: dict[Watcher, int] = {}  # and how many ticks lie between two snapshots
+        self._denied: deque[int] = deque(maxlen=DENIED_TICKS)
         self._ticks = 0
         self._tasks = 0
         self._lag_max = 0.0  # since the last tick
@@ -166,6 +167,7 @@ class Monitor:
         found = {f"rejection {code}": one.value for code, one in metrics.rejections.items()}
         found["rejected"] = sum(found.values())
         found["requests"] = sum(one.value for one in metrics.outcomes.values())
+        found["denied"] = sum(one.value for one in metrics.auth_failures.values())
         found["slow"] = metrics.slow_clients.value
         found["events"] = 0
         for name, meter in metrics.providers.items():
@@ -222,6 +224,9 @@ class Monitor:
                 "max_bytes": streams.max_bytes,
             },
             "slow_clients": int(metrics.slow_clients.value),
+            "auth_failures": {
+                reason: int(one.value) for reason, one in metrics.auth_failures.items()
+            },
             "providers": {
                 name: self._provider(one, now, rates) for name, one in router.providers.items()
             },
@@ -288,6 +293,11 @@ class Monitor:
             grown(f"key {name}", "provider_auth", "", name)
             for outcome in FAULTS:
                 grown(f"{outcome} {name}", "provider_faults", outcome, name)
+        self._denied.append(int(counted["denied"] - self._last.get("denied", 0)))
+        if (denied := sum(self._denied)) >= DENIED_BURST:
+            key = "auth", "", None
+            self._gathered[key] = self._gathered.get(key, 0) + denied
+            self._denied.clear()
         if self._lag_max > LAG_LIMIT:
             key = "loop_lag", "", None
             worst = round(self._lag_max * 1000)
@@ -313,6 +323,7 @@ class Monitor:
             kind, what, provider = key
             text = {
                 "rejections": f"{number} refused: {what}",
+                "auth": f"{number} not let in: no key, a wrong one, or from where none may come",
                 "slow_client": f"{number} dropped: they took nothing of what was sent",
                 "provider_auth": f"{provider} refuses our key, or its quota is used up ({number})",
                 "provider_faults": f"{provider}: {number} x {what}",
@@ -366,22 +377,4 @@ def _point(snapshot: dict[str, Any]) -> dict[str, Any]:
             }
             for name, one in snapshot["providers"].items()
         },
-    }
-
-
-def process() -> dict[str, Any]:
-    """Descriptors and memory of this process; None where the system does not say."""
-    fds = Path("/proc/self/fd")
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        open_fds: int | None = fds.stat().st_size or len(
-            list(fds.iterdir())
-        )  # the size: Linux 6.2
-        rss: int | None = pages * resource.getpagesize()
-    except (OSError, ValueError):
-        open_fds = rss = None
-    return {
-        "open_fds": open_fds,
-        "max_fds": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
-        "rss_bytes": rss,
     }

@@ -38,6 +38,7 @@ class Record:
     __slots__ = (
         "asked",
         "attempts",
+        "caller",
         "delay",
         "events",
         "face",
@@ -56,7 +57,7 @@ class Record:
     )
 
     def __init__(self) -> None:
-        self.face = self.request_id = self.provider = self.model = ""
+        self.face = self.request_id = self.provider = self.model = self.caller = ""
         self.asked = 0.0
         self.lined = self.sent = self.first = self.waited = 0.0
         self.silence = self.silent_until = self.delay = self.stuck = 0.0
@@ -65,9 +66,12 @@ class Record:
         self.usage: Mapping[str, Any] | None = None  # as the provider reports it
         self.left = False  # nobody wanted it any more
 
-    def begin(self, face: str, request_id: str, provider: str, model: str) -> None:
-        """The request was understood, and goes to *provider*."""
+    def begin(
+        self, face: str, request_id: str, provider: str, model: str, caller: str = ""
+    ) -> None:
+        """The request was understood, and goes to *provider*; *caller*: the name of its key."""
         self.face = face
+        self.caller = caller
         self.request_id = request_id
         self.provider = provider
         self.model = model
@@ -173,6 +177,8 @@ class Records:
             "wait_ms": round(record.waited * 1000, 1),
             "attempts": record.attempts,
         }
+        if record.caller:
+            fields["caller"] = record.caller
         if code:
             fields["code"] = code
         if record.first:

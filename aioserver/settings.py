@@ -320,11 +320,13 @@ class ClientKey:
 class Auth:
     """`auth`: who may come in. Absent: loopback only."""
 
-    keys: tuple[ClientKey, ...] = setting(listed(section(ClientKey)), "", (), later=True)
-    trusted_proxies: tuple[str, ...] = setting(listed(network), "may forward", (), later=True)
+    keys: tuple[ClientKey, ...] = setting(listed(section(ClientKey)), "", ())
+    trusted_proxies: tuple[str, ...] = setting(
+        listed(network), "whose X-Forwarded-For is believed", ()
+    )
     open: bool = setting(yes, "no keys, any address: a proxy guards the door", False)
     allowed_hosts: tuple[str, ...] = setting(
-        listed(line), "`Host` values to answer", (), later=True
+        listed(line), "further `Host` values answered without keys", ()
     )
 
     def __post_init__(self) -> None:

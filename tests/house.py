@@ -63,6 +63,7 @@ BASE: dict[str, Any] = {
         "active": "sim",
         "providers": {"sim": {"base_url": "", "model": "sim-model", "http_client": HTTP_CLIENT}},
     },
+    "auth": {"allowed_hosts": ["x"]},  # what raw sockets say: `Host: x`
     "logging": {"level": "WARNING", "format": "console"},
 }
 

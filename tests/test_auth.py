@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+from typing import TYPE_CHECKING, Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aioserver.auth import Caller, Origins, anonymous
-from aioserver.errors import OriginNotAllowed
+from aioserver.auth import SESSION_SECONDS, Caller, Doors, Keys, Origins, anonymous, pepper_of
+from aioserver.errors import ConcurrencyExceeded, InvalidApiKey, OriginNotAllowed, SessionEnded
+from aioserver.setting import Secret
+from aioserver.settings import Auth, ClientKey
+from tests.configs import load, small
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 LISTED = Origins(("http://localhost:8000", "https://Chat.Example/", "null"), credentials=True)
 NONE = Origins((), credentials=True)
@@ -127,6 +136,21 @@ def test_any_header_is_an_answer_and_no_exception(origin: str, host: str | None)
     assert LISTED.cors({"Origin": origin, "Host": host or ""}) is not None
 
 
+@pytest.mark.parametrize(
+    ("origin", "trusted"),
+    [
+        ("http://own.example", True),
+        ("http://localhost:8000", False),
+        ("http://evil.example", False),
+        ("null", False),
+    ],
+)
+def test_any_origin_is_none_that_a_cookie_counts_from(origin: str, trusted: bool) -> None:
+    assert ANY.allows(origin, "own.example")
+    assert ANY.trusts(origin, "own.example") is trusted
+    assert LISTED.trusts("http://localhost:8000", "own.example")
+
+
 # CORS.
 
 
@@ -153,3 +177,206 @@ def test_no_origin_and_no_honest_one_are_not_echoed(origin: str | None) -> None:
     headers = {"Host": "a"} | ({} if origin is None else {"Origin": origin})
 
     assert "Access-Control-Allow-Origin" not in ANY.cors(headers)
+
+
+# Keys.
+
+
+class WallClock:
+    def __init__(self) -> None:
+        self.now = 1_800_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def client(name: str, key: str | None = None, **limits: Any) -> ClientKey:
+    digest = hashlib.sha256((key or f"key of {name}").encode()).hexdigest()
+    return ClientKey(name=name, sha256=digest, **limits)
+
+
+def held(*given: ClientKey, clock: WallClock | None = None, pepper: bytes = b"p") -> Keys:
+    keys = Keys(pepper, clock or WallClock())
+    keys.apply(given)
+    return keys
+
+
+def test_a_key_is_its_caller_made_once() -> None:
+    keys = held(client("web", priority=7, admin=True), client("app"))
+
+    web, app = keys.caller(b"key of web"), keys.caller(b"key of app")
+
+    assert (web.name, web.priority, web.admin) == ("web", 7, True)
+    assert (app.name, app.priority, app.admin) == ("app", 1, False)
+    assert web != app
+    assert keys.caller(b"key of web") is web
+    assert web.on_behalf_of("ann").allowance is web.allowance
+
+
+@pytest.mark.parametrize("key", [b"", b"key of we", b"key of web ", b"KEY OF WEB", b"\xff" * 99])
+def test_what_is_nobodys_key_is_refused_and_not_shown(key: bytes) -> None:
+    with pytest.raises(InvalidApiKey) as caught:
+        held(client("web")).caller(key)
+
+    assert caught.value.message == "this API key is not known"
+
+
+def test_its_hash_is_no_key() -> None:
+    one = client("web")
+    assert one.sha256 is not None
+
+    for wrong in (one.sha256.encode(), bytes.fromhex(one.sha256), one.name.encode()):
+        with pytest.raises(InvalidApiKey):
+            held(one).caller(wrong)
+
+
+def test_a_change_tells_whose_key_is_gone_or_another() -> None:
+    keys = held(client("stays"), client("goes"), client("turns"))
+    stays, goes, turns = (keys.caller(f"key of {n}".encode()) for n in ("stays", "goes", "turns"))
+    assert stays.allowance is not None
+    stays.allowance.take()
+
+    gone = keys.apply([client("new"), client("turns", "other"), client("stays", max_concurrent=1)])
+
+    assert gone == {"goes", "turns"}
+    with pytest.raises(InvalidApiKey):
+        keys.caller(b"key of goes")
+    with pytest.raises(InvalidApiKey):
+        keys.caller(b"key of turns")
+    assert keys.caller(b"other").name == "turns"
+    assert keys.caller(b"key of new").name == "new"
+    assert keys.renewed(goes) is None
+    assert keys.renewed(turns) is None, "of the same name, and another key"
+    assert keys.renewed(stays) is keys.caller(b"key of stays")
+    with pytest.raises(ConcurrencyExceeded):
+        keys.caller(b"key of stays").allowance.take()  # type: ignore[union-attr]
+    for caller in (goes, turns):
+        with pytest.raises(InvalidApiKey):
+            caller.allowance.take()  # type: ignore[union-attr]
+
+
+# Sessions.
+
+
+def test_a_session_is_its_key_for_twelve_hours() -> None:
+    clock = WallClock()
+    keys = held(client("a.b-c"), clock=clock)
+    session = keys.session(keys.caller(b"key of a.b-c"))
+
+    clock.now += SESSION_SECONDS - 1
+    assert keys.resumed(session).name == "a.b-c"
+    clock.now += 1
+    with pytest.raises(SessionEnded) as caught:
+        keys.resumed(session)
+
+    assert caught.value.code == "invalid_api_key"
+
+
+def test_a_session_lives_through_a_restart_and_in_every_worker() -> None:
+    first, second = held(client("web")), held(client("web"), client("more"))
+
+    session = first.session(first.caller(b"key of web"))
+
+    assert second.resumed(session).name == "web"
+
+
+def test_a_session_dies_with_its_key() -> None:
+    keys = held(client("web"))
+    session = keys.session(keys.caller(b"key of web"))
+
+    for others in ([client("web", "another key")], [client("app", "key of web")], []):
+        keys.apply(others)
+        with pytest.raises(SessionEnded):
+            keys.resumed(session)
+    keys.apply([client("web")])
+    assert keys.resumed(session).name == "web"
+
+
+def test_the_hashes_in_a_file_make_no_session() -> None:
+    thief, server = held(client("web"), pepper=b""), held(client("web"), pepper=b"secret")
+
+    with pytest.raises(SessionEnded):
+        server.resumed(thief.session(thief.caller(b"key of web")))
+
+
+def test_a_session_cannot_be_changed() -> None:
+    keys = held(client("web"), client("root", admin=True))
+    session = keys.session(keys.caller(b"key of web"))
+    name, expiry, mac = session.rsplit(".", 2)
+    later = str(int(expiry) + 1)
+
+    for forged in (
+        f"root.{expiry}.{mac}",
+        f"{name}.{later}.{mac}",
+        f"{name}.{expiry}.{mac[:-1]}",
+        f"{name}.{expiry}.{mac.upper()}",
+        f"{name}.{expiry}.",
+        f"{name}.{expiry}",
+        f"{name}..{mac}",
+        f"{name}.{expiry}.{mac}.{mac}",
+        f"{name}.+{expiry}.{mac}",
+        f"{name}. {expiry}.{mac}",
+        f"{name}.{'9' * 5000}.{mac}",
+        f"{name}.\u0661.{mac}",
+        f"{name}.{expiry}.\udcff\ud800",
+        "",
+        ".",
+        "..",
+    ):
+        with pytest.raises(SessionEnded):
+            keys.resumed(forged)
+
+
+@settings(deadline=None)
+@given(st.text())
+def test_any_session_is_an_answer_and_no_other_exception(session: str) -> None:
+    with pytest.raises(SessionEnded):
+        held(client("web")).resumed(session)
+
+
+def test_the_pepper_is_of_the_providers_keys(tmp_path: Path) -> None:
+    text = small("base_url: http://h/v1", "api_key_env: K")
+    file = tmp_path / "c.yaml"
+
+    one, other, none = (
+        pepper_of(load(text, file, K=key).settings.llm) for key in ("one", "other", "")
+    )
+
+    assert len({one, other, none}) == 3
+    assert pepper_of(load(text, file, K="one").settings.llm) == one
+    assert Secret("one").reveal().encode() not in one
+
+
+# Doors.
+
+
+def test_without_keys_the_names_of_this_machine_are_the_door() -> None:
+    for given_auth in (None, Auth(), Auth(allowed_hosts=("chat.example",))):
+        doors = Doors(given_auth)
+
+        assert not doors.keyed
+        assert doors.hosts is not None
+        assert doors.hosts.allows("localhost")
+        assert doors.hosts.allows("chat.example") is bool(given_auth and given_auth.allowed_hosts)
+
+
+def test_with_keys_or_an_open_door_any_name_is_answered() -> None:
+    assert Doors(Auth(open=True)).hosts is None
+    assert not Doors(Auth(open=True)).keyed
+    assert Doors(Auth(keys=(client("web"),))).hosts is None
+
+
+def test_where_keys_come_who_has_none_may_no_longer() -> None:
+    doors = Doors()
+    nobody = anonymous("10.0.0.1")
+    assert doors.renewed(nobody) is nobody
+
+    assert doors.apply(Auth(keys=(client("web"),))) == {""}
+    assert doors.renewed(nobody) is None
+    web = doors.keys.caller(b"key of web")
+    assert doors.renewed(web) is web
+
+    assert doors.apply(None) == {"web"}
+    assert doors.renewed(nobody) is nobody
+    assert doors.renewed(web) is None
+    assert doors.apply(None) == frozenset()

@@ -52,17 +52,19 @@ def test_a_loopback_address_needs_no_keys(host: str, file: Path) -> None:
 @pytest.mark.parametrize(
     "host", ["0.0.0.0", "::", "192.168.1.2", "chat.example", "127.0.0.1.example"]
 )
-def test_an_open_address_needs_a_word_as_keys_guard_nothing_yet(host: str, file: Path) -> None:
+def test_an_open_address_needs_keys_or_a_word(host: str, file: Path) -> None:
     environ = {"AIOSERVER__CHAT__WEBSOCKET__HOST": host}
 
     (found,) = refused(load(small(), file, **environ).check_usable)
 
     assert f"{host} is open to others" in found
     assert "open: true" in found
+    assert "aioserver key NAME" in found
     assert refused(load(small() + "auth:\n", file, **environ).check_usable) == [found]
     load(small() + "auth: {open: true}\n", file, **environ).check_usable()
     keys = small() + "auth: {keys: [{name: a, key_env: A}]}\n"
-    assert refused(load(keys, file, A="x", **environ).check_usable) == [found]
+    load(keys, file, A="x", **environ).check_usable()
+    assert refused(load(small() + "auth: {keys: []}\n", file, **environ).check_usable) == [found]
 
 
 def test_every_reason_not_to_serve_is_said_at_once(file: Path) -> None:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 TABLE = {
     400: {"invalid_json", "invalid_request"},
     401: {"missing_api_key", "invalid_api_key"},
-    403: {"origin_not_allowed"},
+    403: {"origin_not_allowed", "permission_denied", "host_not_allowed"},
     404: {"not_found", "model_not_found", "stream_not_found"},
     405: {"method_not_allowed"},
     408: {"request_timeout"},
@@ -144,7 +144,29 @@ def test_the_close_codes_are_those_of_the_contract() -> None:
 )
 def test_retry_after_is_in_whole_seconds_from_1_on(seconds: float, header: str) -> None:
     assert http_headers(ServerAtCapacity("full", retry_after=seconds))["Retry-After"] == header
-    assert http_headers(RateLimitExceeded("slow", retry_after=seconds))["Retry-After"] == header
+
+
+@pytest.mark.parametrize(
+    ("seconds", "whole", "milliseconds"),
+    [(0.0, "1", "1"), (0.2, "1", "200"), (1.4, "2", "1400"), (1.40001, "2", "1401")],
+)
+def test_a_429_never_says_too_soon(seconds: float, whole: str, milliseconds: str) -> None:
+    for cls in (RateLimitExceeded, errors.ConcurrencyExceeded, errors.ProviderRateLimited):
+        headers = http_headers(cls("slow", retry_after=seconds))
+
+        assert (headers["Retry-After"], headers["retry-after-ms"]) == (whole, milliseconds)
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_a_401_names_the_scheme_and_nothing_else_does(cls: type[AioserverError]) -> None:
+    expected = "Bearer" if cls.status == 401 else None
+
+    assert http_headers(cls("what happened")).get("WWW-Authenticate") == expected
+
+
+@pytest.mark.parametrize("cls", [cls for cls in ALL if issubclass(cls, errors.Denied)])
+def test_each_denial_has_its_reason(cls: type[errors.Denied]) -> None:
+    assert cls.reason or cls is errors.Denied
 
 
 def test_sdks_are_told_not_to_repeat_what_was_sent_to_a_provider() -> None:

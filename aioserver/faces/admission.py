@@ -16,6 +16,7 @@ import logging
 from time import monotonic
 from typing import TYPE_CHECKING, Self, TypeVar
 
+from aioserver.auth import CALLER
 from aioserver.errors import AioserverError, ServerAtCapacity
 from aioserver.gate import Gate, Place
 from aioserver.logs import RateLimit
@@ -82,7 +83,7 @@ class Admission:
         """A body of *size* bytes is admitted, or gone."""
         self._body_bytes -= size
 
-    def log(self, event: str, face: str, level: int = logging.INFO) -> None:
+    def log(self, event: str, face: str, level: int = logging.INFO, *, caller: str = "") -> None:
         """One line: a connection was opened, closed or refused, and how full the house is.
 
         At most `LINES_PER_SECOND` of one event and face: a storm is counted, not written out.
@@ -96,6 +97,7 @@ class Admission:
                 extra={
                     "fields": {
                         "face": face,
+                        **({"caller": caller} if caller else {}),
                         "active": gate.inside,
                         "limit": gate.limit,
                         "waiting": gate.waiting,
@@ -131,19 +133,19 @@ class Admission:
         waits["entered"].observe(monotonic() - began)
         return place
 
-    def opened(self, face: str) -> None:
+    def opened(self, face: str, caller: str = "") -> None:
         """A connection of *face* has its place."""
         meter = self.metrics.faces[face]
         meter.connections.value += 1
         meter.opened.value += 1
-        self.log("opened", face)
+        self.log("opened", face, caller=caller)
 
-    def closed(self, face: str, code: str = "") -> None:
+    def closed(self, face: str, code: str = "", caller: str = "") -> None:
         """It has ended; *code*: the close code of a WebSocket."""
         self.metrics.faces[face].connections.value -= 1
         closed = self.metrics.closed.children
         (closed.get((face, code)) or closed[face, "other"]).value += 1
-        self.log("closed", face)
+        self.log("closed", face, caller=caller)
 
     def dropped(self, face: str, why: str) -> None:
         """A client was dropped since it took nothing, or fell behind."""
@@ -188,21 +190,22 @@ def counted(
     """An HTTP handler: prepare, enter, serve. Without *refuse* a refusal is raised: a plain 503."""
 
     async def handler(request: web.Request) -> web.StreamResponse:
+        caller = request[CALLER].name
         with admission.hold() as hold:
             prepared = await prepare(request, hold)
             try:
                 place = admission.try_enter() or await admission.wait(face)
             except ServerAtCapacity as error:
-                admission.log("refused", face, logging.WARNING)
+                admission.log("refused", face, logging.WARNING, caller=caller)
                 if refuse is None:
                     raise
                 return await refuse(request, error)
-        admission.opened(face)
+        admission.opened(face, caller)
         try:
             with place:
                 return await serve(request, prepared)
         finally:
-            admission.closed(face)
+            admission.closed(face, caller=caller)
 
     return handler
 

@@ -20,6 +20,7 @@ from aiohttp.http import HttpVersion11
 from aioserver import messages
 from aioserver.errors import (
     AioserverError,
+    Denied,
     HeadersTooLarge,
     InternalError,
     InvalidRequest,
@@ -36,13 +37,14 @@ from aioserver.errors import (
 if TYPE_CHECKING:
     from aioserver.auth import Origins
     from aioserver.faces.admission import BodyHold
+    from aioserver.faces.door import Guard
     from aioserver.metrics import Metrics
     from aioserver.settings import WebSocket
 
 logger = logging.getLogger(__name__)
 
 BODY_TIMEOUT = 15.0  # seconds for a whole body: aiohttp has no deadline for it
-EXPOSED = "x-request-id, x-aioserver-provider, x-aioserver-attempts, retry-after"
+EXPOSED = "x-request-id, x-aioserver-provider, x-aioserver-attempts, retry-after, retry-after-ms"
 SERVER = "aioserver"
 ID = web.RequestKey("id", str)
 BEGUN = web.RequestKey("begun", web.StreamResponse)  # its head is on the way
@@ -132,8 +134,8 @@ def last_of_connection(
         response.force_close()
 
 
-def front(given: WebSocket, origins: Origins, metrics: Metrics) -> Any:
-    """The middleware in front of every handler."""
+def front(given: WebSocket, guard: Guard, origins: Origins, metrics: Metrics) -> Any:
+    """The middleware in front of every handler; *guard* says who is let in."""
     limits = given.concurrency.uvicorn
     max_line = limits.h11_max_request_line_size
     max_head = limits.h11_max_header_size
@@ -155,12 +157,15 @@ def front(given: WebSocket, origins: Origins, metrics: Metrics) -> Any:
     async def shield(request: web.Request, handler: Any) -> web.StreamResponse:
         try:
             check(request)
+            guard.admit(request)
             if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
                 return preflight(request)
             response: web.StreamResponse = await handler(request)
         except AioserverError as error:
             if not isinstance(error, ProviderFault) or not error.provider:  # else it has a record
                 metrics.complain(error)
+            if isinstance(error, Denied):
+                guard.refused(request, error)
             response = error_response(error)
         except web.HTTPException as exc:
             fault = _ours(exc, request)

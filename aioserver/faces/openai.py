@@ -17,7 +17,7 @@ import orjson
 from aiohttp import web
 
 from aioserver import keys
-from aioserver.auth import Caller, anonymous
+from aioserver.auth import CALLER, Caller
 from aioserver.bodies import digest_of
 from aioserver.errors import InvalidRequest, ModelNotFound, StreamNotFound
 from aioserver.faces import http
@@ -77,7 +77,7 @@ def prepare_for(path: str) -> Callable[[web.Request, BodyHold], Any]:
                 f"Idempotency-Key must have 1 to {MAX_ID_CHARACTERS} printable characters"
             )
         route = app[keys.ROUTER].route(model)
-        caller = anonymous(request.remote).on_behalf_of(fields.get("user"))
+        caller = request[CALLER].on_behalf_of(fields.get("user"))
         ask = Ask(
             path,
             body_maker(body, fields, route),

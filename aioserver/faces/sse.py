@@ -16,7 +16,7 @@ from aiohttp import web
 from aiohttp_sse import EventSourceResponse
 
 from aioserver import eventstream, keys, messages
-from aioserver.auth import Caller, anonymous
+from aioserver.auth import CALLER, Caller
 from aioserver.errors import InvalidRequest, ServerAtCapacity
 from aioserver.faces import http
 from aioserver.faces.formats import EVENTS
@@ -62,7 +62,7 @@ async def prepare(request: web.Request, hold: BodyHold) -> Asked:
     request_id = messages.identifier(fields.pop("request_id", None))
     preferences = request.headers.get("Prefer", "")
     later = any(one.strip().lower() == "respond-async" for one in preferences.split(","))
-    return Asked(anonymous(request.remote), messages.chat(request_id, fields), later)
+    return Asked(request[CALLER], messages.chat(request_id, fields), later)
 
 
 async def start(request: web.Request, asked: Asked) -> web.StreamResponse:
@@ -87,7 +87,7 @@ async def prepare_resume(request: web.Request, _hold: BodyHold) -> tuple[Stream,
     given = request.headers.get("Last-Event-ID") or request.query.get("last_event_id") or "0"
     after = messages.event_number(given)
     with app[keys.METRICS].resuming():
-        stream = app[keys.GATEWAY].find(anonymous(request.remote), name)
+        stream = app[keys.GATEWAY].find(request[CALLER], name)
         stream.locate(after)  # a gap is told before a place is taken
     return stream, after
 
@@ -129,7 +129,7 @@ async def listing(request: web.Request) -> web.Response:
             "first_event_id": stream.first,
             "readers": len(stream.readers),
         }
-        for stream in request.app[keys.GATEWAY].of(anonymous(request.remote))
+        for stream in request.app[keys.GATEWAY].of(request[CALLER])
     ]
     return web.json_response({"streams": own})
 
@@ -137,7 +137,7 @@ async def listing(request: web.Request) -> web.Response:
 async def cancel(request: web.Request) -> web.Response:
     """DELETE: end the stream for everybody; also when it has ended."""
     request_id = messages.identifier(request.match_info["request_id"])
-    request.app[keys.GATEWAY].cancel(anonymous(request.remote), request_id)
+    request.app[keys.GATEWAY].cancel(request[CALLER], request_id)
     return web.Response(status=204)
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
+import orjson
 from aiohttp import web
 from aiohttp.http import HttpVersion11
 
-from aioserver import __version__, keys, prometheus
-from aioserver.errors import InvalidRequest, ServerAtCapacity
+from aioserver import __version__, eventstream, keys, prometheus
+from aioserver.auth import CALLER
+from aioserver.errors import InvalidApiKey, InvalidRequest, ServerAtCapacity
 from aioserver.faces.sse import RETRY, Events
 from aioserver.faces.writer import Writer
 
@@ -16,15 +19,17 @@ FRESH = {"Cache-Control": "no-store"}
 
 
 async def health(request: web.Request) -> web.Response:
-    """200 while the process lives, full house or not."""
-    gate = request.app[keys.ADMISSION].gate
-    return web.json_response(
-        {
-            "status": "healthy",
-            "version": __version__,
-            "connections": {"active": gate.inside, "limit": gate.limit, "waiting": gate.waiting},
+    """200 while the process lives, full house or not. Where keys exist, it says nothing more."""
+    told: dict[str, Any] = {"status": "healthy"}
+    if not request.app[keys.DOORS].keyed:
+        gate = request.app[keys.ADMISSION].gate
+        told["version"] = __version__
+        told["connections"] = {
+            "active": gate.inside,
+            "limit": gate.limit,
+            "waiting": gate.waiting,
         }
-    )
+    return web.json_response(told)
 
 
 async def ready(request: web.Request) -> web.Response:
@@ -41,9 +46,11 @@ async def ready(request: web.Request) -> web.Response:
 
 
 def overview(app: web.Application) -> dict[str, Any]:
-    """The state at this moment: what `/stats` shows."""
-    monitor = app[keys.MONITOR]
-    return monitor.snapshot
+    """The state at this moment: what `/stats` shows; where keys exist, the addresses only."""
+    snapshot = app[keys.MONITOR].snapshot
+    if app[keys.DOORS].keyed:
+        return {name: snapshot[name] for name in ("name", "endpoints")}
+    return snapshot
 
 
 async def stats(request: web.Request) -> web.Response:
@@ -61,9 +68,9 @@ async def metrics(request: web.Request) -> web.Response:
 async def events(request: web.Request) -> web.StreamResponse:
     """The state as an event stream: `history` first, then `stats` and `incident`.
 
-    A watcher who takes nothing is dropped as any client is.
+    A watcher who takes nothing is dropped as any client is, and one whose key is revoked is told so.
     """
-    app = request.app
+    app, allowance = request.app, request[CALLER].allowance
     monitor, settings = app[keys.MONITOR], app[keys.SETTINGS].chat
     every = _ticks(request.query.get("interval", "1"))
     if monitor.full:
@@ -83,7 +90,11 @@ async def events(request: web.Request) -> web.StreamResponse:
     try:
         writer.send(RETRY)
         monitor.watch(writer, every)
-        await app[keys.LIFE].stopping.wait()
+        with allowance.held() if allowance is not None else nullcontext():
+            await app[keys.LIFE].stopping.wait()
+        await writer.flush()
+    except InvalidApiKey as error:
+        writer.send(eventstream.write(orjson.dumps(error.as_chunk()), event="error"))
         await writer.flush()
     finally:
         monitor.leave(writer)

@@ -21,16 +21,19 @@ from typing import TYPE_CHECKING
 from aiohttp import WebSocketError, WSCloseCode, WSMsgType, web
 
 from aioserver import keys, messages
-from aioserver.auth import anonymous
+from aioserver.allowance import REVOKED
+from aioserver.auth import CALLER
 from aioserver.errors import (
     AioserverError,
     ConcurrencyExceeded,
+    InvalidApiKey,
     RateLimitExceeded,
     RequestTooLarge,
     ServerAtCapacity,
     ServerShutdown,
 )
 from aioserver.faces.admission import MAX_REFUSED_CLOSING, Entering
+from aioserver.faces.door import subprotocols
 from aioserver.faces.formats import MESSAGES, WS_CLOSE, WS_PING, WS_PONG, WS_TEXT, ws_frame
 from aioserver.faces.writer import Writer
 from aioserver.messages import BadCommand, Cancel, Chat, Ping, Resume
@@ -72,6 +75,7 @@ async def handler(request: web.Request) -> web.StreamResponse:
         autoping=False,
         autoclose=False,
         compress=False,
+        protocols=subprotocols(request),
         max_msg_size=limits.max_message_size + 1,  # aiohttp refuses exactly the size it is given
     )
     payload_writer = await ws.prepare(request)
@@ -110,7 +114,7 @@ class Socket:
         self._admission = app[keys.ADMISSION]
         self._metrics = app[keys.METRICS]
         self._limits = app[keys.SETTINGS].chat.websocket
-        self._caller = anonymous(request.remote)
+        self.caller = request[CALLER]  # another one of the same name, where its limits change
         self._scope = uuid.uuid4().hex  # the conversation of turns that name none
         self._loop = asyncio.get_running_loop()
         self._transport = transport
@@ -143,14 +147,14 @@ class Socket:
     def entered(self) -> None:
         """The place is taken: carry out what came while waiting."""
         self._inside = True
-        self._admission.opened("websocket")
+        self._admission.opened("websocket", self.caller.name)
         waiting, self._waiting = self._waiting, []
         for text in waiting:
             self._carry_out(text)
 
     def refused(self, error: AioserverError) -> None:
         """No place: say so, then close."""
-        self._admission.log("refused", "websocket", logging.WARNING)
+        self._admission.log("refused", "websocket", logging.WARNING, caller=self.caller.name)
         self._metrics.complain(error)
         if not self._refused_closing:
             self._refused_closing = True
@@ -227,7 +231,7 @@ class Socket:
                 case Resume():
                     request_id = command.request_id
                     with self._metrics.resuming():
-                        stream = self._gateway.find(self._caller, command.request_id)
+                        stream = self._gateway.find(self.caller, command.request_id)
                         self._follow(stream, command.last_event_id)
         except BadCommand as bad:
             self._complain(bad.request_id, bad.error)
@@ -237,10 +241,10 @@ class Socket:
     def _chat(self, chat: Chat) -> None:
         self._last_request = self._loop.time()
         self._check_room(chat.request_id)  # before anything is asked of a provider
-        self._follow(self._gateway.ask(self._caller, chat, self._scope), 0)
+        self._follow(self._gateway.ask(self.caller, chat, self._scope), 0)
 
     def _cancel(self, request_id: str) -> None:
-        stream = self._gateway.cancel(self._caller, request_id)
+        stream = self._gateway.cancel(self.caller, request_id)
         if request_id not in self._following:  # its end is the answer, also when asked twice
             self._follow(stream, stream.last - 1 if stream.ended else stream.last)
 
@@ -353,7 +357,7 @@ class Socket:
         """The socket is over: follow nothing, answer the client's close, leave nothing behind."""
         self._app[keys.WHEEL].remove(self)
         if self._inside:
-            self._admission.closed("websocket", str(self._code))
+            self._admission.closed("websocket", str(self._code), self.caller.name)
         try:
             if self._close_task is None:
                 self._last_frame(WSCloseCode.OK, b"")
@@ -373,6 +377,10 @@ class Socket:
             self._end(ServerShutdown.close or 1012, ServerShutdown.close_reason)
         assert self._close_task is not None
         await asyncio.wait((self._close_task,))
+
+    def revoke(self) -> None:
+        """Its key is no longer valid: say so, and close."""
+        self.end(InvalidApiKey(REVOKED))
 
     @property
     def busy(self) -> bool:

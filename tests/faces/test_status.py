@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from aioserver import __version__, eventstream, keys, monitor
 from aioserver.providers.simulator import Behaviour
+from tests.faces.keyed import bearer, keys_of
 from tests.faces.raw import SMALL, Raw
 from tests.faces.talk import CHAT, chat, to_end
 from tests.house import block, until
@@ -190,6 +192,81 @@ async def test_a_providers_faults_are_told(make_house: Make) -> None:
         (incident,) = told[0][1]["incidents"]
     assert (incident["kind"], incident["provider"]) == ("provider_faults", "sim")
     assert incident["text"] == "sim: 1 x http_5xx"
+
+
+async def test_who_is_not_let_in_is_counted_and_a_burst_is_told(make_house: Make) -> None:
+    house = await make_house(**keys_of("web", "root"))
+    root, tick = bearer("root"), house.app[keys.MONITOR].tick
+    tries: list[dict[str, str]] = [
+        *({}, {"Authorization": "Bearer x"}, {"Cookie": "aioserver_session=x.1.y"}, bearer("web")),
+        {"Cookie": "aioserver_session=x", "Origin": "http://evil.example"},
+    ]
+    for headers in tries:
+        async with house.session.get(f"{house.base}/stats", headers=headers) as response:
+            assert response.status in {401, 403}
+    tick()
+    async with house.session.get(f"{house.base}/stats", headers=root) as response:
+        state = await response.json()
+    expected = {"missing_key": 1, "invalid_key": 1, "session": 1, "not_admin": 1, "origin": 1}
+    assert state["auth_failures"] == {**expected, "host": 0}
+    async with house.session.get(f"{house.base}/metrics", headers=root) as response:
+        found = samples(await response.text())
+    for reason, number in state["auth_failures"].items():
+        assert found["aioserver_auth_failures_total", ("reason", reason)] == number
+    assert not house.app[keys.MONITOR]._incidents, "five are no burst"
+
+    for _ in range(monitor.DENIED_BURST):
+        async with house.session.get(f"{house.base}/stats") as response:
+            assert response.status == 401
+    tick()
+    tick()
+    (incident,) = house.app[keys.MONITOR]._incidents
+    assert (incident["kind"], incident["severity"]) == ("auth", "warning")
+    assert incident["text"].startswith("15 not let in")
+
+
+async def test_a_few_now_and_then_are_no_burst(make_house: Make) -> None:
+    house = await make_house(**keys_of("web"))
+    for _ in range(2 * monitor.DENIED_TICKS):
+        for _ in range(monitor.DENIED_BURST // monitor.DENIED_TICKS - 1):
+            async with house.session.get(f"{house.base}/stats"):
+                pass
+        house.app[keys.MONITOR].tick()
+    for _ in range(monitor.DENIED_BURST - 1):
+        async with house.session.get(f"{house.base}/stats"):
+            pass
+    house.app[keys.MONITOR].tick()
+    for _ in range(monitor.DENIED_TICKS):
+        house.app[keys.MONITOR].tick()
+    async with house.session.get(f"{house.base}/stats"):
+        pass
+    house.app[keys.MONITOR].tick()
+
+    assert not house.app[keys.MONITOR]._incidents
+
+
+async def test_a_callers_name_is_in_the_lines_of_its_requests(
+    make_house: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    house = await make_house(**keys_of("web"))
+    async with house.connect(headers=bearer("web")) as ws:
+        await ws.send_json(chat("r"))
+        await to_end(ws)
+    for streamed in (True, False):
+        async with house.session.post(
+            f"{house.v1}/chat/completions",
+            json={**CHAT, "stream": streamed},
+            headers=bearer("web"),
+        ) as response:
+            await response.read()
+    await house.nothing_held()
+
+    told = [one for one in caplog.records if hasattr(one, "fields")]
+    lines = [one.getMessage() for one in told]
+    assert lines.count("request finished") == 3
+    assert lines.count("connection opened") == lines.count("connection closed") == 3
+    assert {one.fields["caller"] for one in told} == {"web"}
 
 
 # The event stream.

@@ -9,6 +9,7 @@ const ADVICE = {
   server_shutdown: "The server was stopped while it answered. Ask again when it is back.",
   rate_limit_exceeded: "You have sent too much in a short time. Wait {}, then ask again.",
   concurrency_exceeded: "Too many of your answers run at once. Stop one or wait for its end.",
+  invalid_api_key: "Your key was withdrawn. Enter another one, then ask again.",
   provider_rate_limited: LATER,
   provider_queue_full: LATER,
   provider_queue_timeout: LATER,

@@ -111,7 +111,9 @@ export class Link {
     const fault = this.fault;
     this.drop();
     const atOnce =
-      (code === 1000 && this.heard.wanted()) || (code === 1009 && this.heard.tooLarge());
+      (code === 1000 && this.heard.wanted()) ||
+      (code === 1009 && this.heard.tooLarge()) ||
+      (code === 1008 && fault?.code === "invalid_api_key"); // to be asked for another key
     const seconds = atOnce ? 0 : pause(code, this.failures, fault?.retry_after);
     if (seconds === null) {
       this.trouble = { name: "closed", code, fault };

@@ -25,15 +25,18 @@ export class Models {
   // Ask the server what it has; gives what `/` said.
   async load() {
     const [overview, models] = await Promise.all([getJson("/"), getJson("/v1/models")]);
-    const { active_provider: active, providers } = overview;
-    const filling = JSON.stringify([active, Object.keys(providers), models]);
-    if (this.filled !== filling) this.fill(active, providers, models.data);
+    // A server that wants keys says here only where its faces are.
+    const { active_provider: active = "", providers = {} } = overview;
+    const owners = models.data.map((model) => model.owned_by);
+    const names = [...new Set([...Object.keys(providers), ...owners])];
+    const filling = JSON.stringify([active, names, models]);
+    if (this.filled !== filling) this.fill(active, names, models.data);
     this.filled = filling; // the same again: a list that is open stays open
     return overview;
   }
 
   fill(active, providers, models) {
-    const byProvider = new Map(Object.keys(providers).map((name) => [name, []]));
+    const byProvider = new Map(providers.map((name) => [name, []]));
     for (const { id, owned_by: owner } of models) {
       if (id !== owner) byProvider.get(owner)?.push(id.slice(owner.length + 1));
     }
@@ -45,7 +48,7 @@ export class Models {
       group.append(...names.map((model) => this.option({ provider, model })));
       return group;
     });
-    this.select.replaceChildren(new Option(`Default (${active})`, ""), ...groups);
+    this.select.replaceChildren(new Option(active ? `Default (${active})` : "Default", ""), ...groups);
     this.select.value = value(this.choice);
     if (this.select.selectedIndex < 0) {
       this.choice = SERVERS_CHOICE; // what was chosen is gone

@@ -8,6 +8,7 @@ import { Models } from "./chat-models.js";
 import { newConversation, Store } from "./chat-store.js";
 import { ended } from "./chat-turn.js";
 import { position, seconds, TurnView } from "./chat-view.js";
+import { Door } from "./door.js";
 
 const NEAR = 80; // pixels from the end: who reads there wants to see what comes
 const READ_OUT = 2000; // characters of an answer
@@ -36,6 +37,7 @@ let following = true; // the person reads at the end, so what comes is kept in s
 const busy = (conversation) => running(conversation) !== undefined;
 const store = new Store({ busy, changed: changedElsewhere, full: notice });
 const models = new Models(at("model"), store);
+const door = new Door({ changed: drawDoor });
 const asking = new Asking(store, { changed: drawTurn, begun, over });
 const link = new Link(locate, {
   changed: drawLink,
@@ -49,6 +51,7 @@ const list = new List(at("list"), { open: choose, remove });
 let current = newConversation();
 
 async function locate() {
+  await door.pass();
   const { endpoints } = await models.load();
   return location.origin.replace(/^http/, "ws") + endpoints.websocket;
 }
@@ -197,6 +200,12 @@ function detail(fault) {
   return fault ? ` (${fault.error})` : "";
 }
 
+function drawDoor() {
+  const { name } = door.session;
+  at("leave").hidden = name === null;
+  at("leave").title = name === null ? "" : `You are in with the key “${name}”`;
+}
+
 // Only where it differs: what is read out is read out once.
 function setText(id, said) {
   if (at(id).textContent !== said) at(id).textContent = said;
@@ -247,6 +256,10 @@ at("stop").addEventListener("click", () => {
   text.focus(); // the button goes away
 });
 at("connect").addEventListener("click", () => link.connect());
+at("leave").addEventListener("click", async () => {
+  await door.leave().catch(() => notice("The server does not answer: you are still logged in."));
+  if (door.session.name === null) link.connect(); // which asks for a key first
+});
 at("new").addEventListener("click", () => choose(newConversation()));
 at("menu").addEventListener("click", () => {
   const open = document.body.classList.toggle("side-open");

@@ -6,19 +6,26 @@ const GOOD = 60000; // after so long a connection the next tries are quick again
 
 export class Feed {
   #url;
+  #pass;
   #on;
   #tries = 0;
   #timer;
   #abort;
 
-  /** *on* takes (event, data) for each event, and ("link", {up, reason, retryAt}) for each change. */
-  constructor(url, on) {
+  /** *pass()* is awaited before each try: whether this page may ask. *on* takes (event, data) for each event, and ("link", {up, reason, retryAt}) for each change. */
+  constructor(url, pass, on) {
     this.#url = url;
+    this.#pass = pass;
     this.#on = on;
     addEventListener("online", () => this.#again(0));
     // A page nobody sees takes no place among the watchers and none of the browser's six connections to this server.
     document.addEventListener("visibilitychange", () => (document.hidden ? this.#stop() : this.#again(0)));
     if (!document.hidden) this.#connect();
+  }
+
+  /** Leave, and come back at once. */
+  hurry() {
+    this.#again(0);
   }
 
   #stop() {
@@ -36,7 +43,9 @@ export class Feed {
     const abort = new AbortController();
     this.#abort = abort;
     const started = performance.now();
-    const failure = await this.#listen(abort).catch(() => ({ reason: "" }));
+    const failure = await this.#pass()
+      .then(() => this.#listen(abort))
+      .catch((error) => ({ reason: error.said ?? "" }));
     if (this.#abort !== abort) return; // stopped, or another one listens already
     if (performance.now() - started > GOOD) this.#tries = 0;
     const jitter = Math.random() * Math.min(LONGEST, 0.5 * 2 ** this.#tries++);

@@ -8,6 +8,7 @@ import { seconds } from "/assets/dashboard-numbers.js";
 import { Providers } from "/assets/dashboard-providers.js";
 import { Recent } from "/assets/dashboard-recent.js";
 import { judge, silence } from "/assets/dashboard-verdict.js";
+import { Door } from "/assets/door.js";
 
 const QUIET = 3000; // milliseconds without a word from a connected server, which speaks every second
 const BLIP = 1000; // the same once the connection is lost: a change of network is over sooner
@@ -61,7 +62,7 @@ const on = {
 };
 
 function show() {
-  if (document.hidden) return;
+  if (document.hidden || door.asking) return;
   const since = Date.now() - Math.max(heard, woken);
   lost ||= judged ? since > (link.up ? QUIET : BLIP) : link.retryAt > 0 || since > QUIET;
   if (lost) tell(silence(link, since, Date.now()));
@@ -88,8 +89,22 @@ function absence(from) {
     text: `this page heard nothing for ${seconds(Math.round((now - from) / 1000))}` };
 }
 
+function drawDoor() {
+  woken = Date.now(); // while a key is asked for, nothing else is
+  const { name } = door.session;
+  const leave = document.getElementById("leave");
+  leave.hidden = name === null;
+  leave.title = name === null ? "" : `You are in with the key “${name}”`;
+  if (door.asking) document.title = "Key wanted · aioserver dashboard";
+}
+
 setInterval(show, 1000);
+document.getElementById("leave").addEventListener("click", async () => {
+  await door.leave().catch(() => {}); // a server that is gone is said already
+  if (door.session.name === null) feed.hurry(); // which asks for a key first
+});
 document.addEventListener("visibilitychange", () => {
   woken = Date.now();
 });
-new Feed("/events", (event, data) => on[event]?.(data));
+const door = new Door({ admin: true, changed: drawDoor });
+const feed = new Feed("/events", () => door.pass(), (event, data) => on[event]?.(data));

@@ -1,0 +1,193 @@
+"""What one key may use: never more than its limits, and nothing kept of what has ended."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import pytest
+
+from aioserver.allowance import MINUTE, Allowance
+from aioserver.errors import ConcurrencyExceeded, InvalidApiKey, RateLimitExceeded
+
+
+class FakeClock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()
+
+
+def test_so_many_at_once_and_no_more(clock: FakeClock) -> None:
+    one = Allowance(2, 1000, clock)
+    one.take()
+    one.take()
+
+    with pytest.raises(ConcurrencyExceeded, match="max_concurrent=2") as caught:
+        one.take()
+
+    assert caught.value.retry_after == 1.0
+    assert one.running == 2
+    one.give_back()
+    one.take()
+
+
+def test_a_minutes_worth_after_a_rest_then_evenly(clock: FakeClock) -> None:
+    one = Allowance(1000, 6, clock)
+    for _ in range(6):
+        one.take()
+
+    with pytest.raises(RateLimitExceeded, match="requests_per_minute=6") as caught:
+        one.take()
+
+    assert caught.value.retry_after == pytest.approx(10.0)
+    assert one.running == 6, "what was refused does not run"
+    clock.now += 9.99
+    with pytest.raises(RateLimitExceeded) as caught:
+        one.take()
+    assert caught.value.retry_after == pytest.approx(0.01)
+    clock.now += 0.01
+    one.take()
+    with pytest.raises(RateLimitExceeded):
+        one.take()
+
+
+def test_who_has_too_many_running_spends_nothing_of_the_minute(clock: FakeClock) -> None:
+    one = Allowance(1, 2, clock)
+    one.take()
+    for _ in range(5):
+        with pytest.raises(ConcurrencyExceeded):
+            one.take()
+
+    one.give_back()
+    one.take()
+
+    assert one.running == 1
+
+
+def test_an_answer_that_never_began_counts_for_nothing(clock: FakeClock) -> None:
+    one = Allowance(1, 1, clock)
+    for _ in range(3):
+        one.take()
+        one.give_back(unused=True)
+
+    one.take()
+
+    with pytest.raises(ConcurrencyExceeded):
+        one.take()
+
+
+def test_limits_change_in_place(clock: FakeClock) -> None:
+    one = Allowance(3, 3, clock)
+    for _ in range(3):
+        one.take()
+
+    one.apply(4, 3)
+    with pytest.raises(RateLimitExceeded):
+        one.take()  # what has begun in this minute counts
+    one.apply(2, 600)
+    with pytest.raises(ConcurrencyExceeded):
+        one.take()  # what runs does, too
+    assert one.running == 3
+    one.give_back()
+    one.give_back()
+    clock.now += 0.2
+    one.take()
+
+    assert one.running == 2
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_in_no_span_begin_more_than_its_share_and_a_minutes(seed: int, clock: FakeClock) -> None:
+    chance = random.Random(seed)
+    per_minute = chance.choice([1, 7, 60, 300])
+    one = Allowance(10**6, per_minute, clock)
+    begun: list[float] = []
+    for _ in range(2000):
+        clock.now += chance.expovariate(per_minute / 20)
+        try:
+            one.take()
+        except RateLimitExceeded as error:
+            if chance.random() < 0.5:
+                clock.now += error.retry_after or 0.0
+                one.take()  # who comes when it was said is let in
+                begun.append(clock.now)
+        else:
+            begun.append(clock.now)
+
+    for first in range(0, len(begun), 13):
+        for last in range(first, len(begun), 29):
+            span = begun[last] - begun[first]
+            assert last - first + 1 <= (span / MINUTE + 1) * per_minute + 1e-6
+
+
+def test_a_revoked_one_gives_nothing(clock: FakeClock) -> None:
+    one = Allowance(5, 5, clock)
+    one.take()
+
+    one.revoke()
+
+    with pytest.raises(InvalidApiKey):
+        one.take()
+    one.give_back()
+    assert one.running == 0
+
+
+async def test_a_revocation_ends_what_is_held_for_the_key() -> None:
+    one, never = Allowance(5, 5), asyncio.Event()
+
+    async def answer() -> None:
+        with one.used():
+            await never.wait()
+
+    task = asyncio.ensure_future(answer())
+    await asyncio.sleep(0)
+    assert one.running == 1
+    one.revoke()
+
+    with pytest.raises(InvalidApiKey):
+        await task
+    assert one.running == 0
+
+
+async def test_a_client_that_leaves_in_the_same_moment_has_left() -> None:
+    one, never = Allowance(5, 5), asyncio.Event()
+
+    async def answer() -> None:
+        with one.used():
+            await never.wait()
+
+    task = asyncio.ensure_future(answer())
+    await asyncio.sleep(0)
+    one.revoke()
+    task.cancel()
+
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert one.running == 0
+
+
+async def test_what_is_cancelled_or_fails_is_given_back() -> None:
+    one, never = Allowance(5, 50), asyncio.Event()
+
+    async def answer(fault: Exception | None) -> None:
+        with one.used():
+            if fault is not None:
+                raise fault
+            await never.wait()
+
+    task = asyncio.ensure_future(answer(None))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    with pytest.raises(ZeroDivisionError):
+        await answer(ZeroDivisionError())
+
+    assert one.running == 0
