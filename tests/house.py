@@ -90,6 +90,10 @@ class House:
         """The provider `sim`."""
         return self.app[keys.ROUTER].providers["sim"]
 
+    def provider_of(self, name: str) -> Any:
+        """The provider of that name."""
+        return self.app[keys.ROUTER].providers[name]
+
     def held(self) -> dict[str, int]:
         """Everything that a request may hold: all zeros when nothing is under way."""
         found = {

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from aioserver import eventstream
+from aioserver import eventstream, keys
 from aioserver.providers.simulator import Behaviour
 from tests.house import HTTP_CLIENT, House, until
 
@@ -468,6 +468,10 @@ async def test_a_dead_kept_connection_is_seen_by_nobody(fault: str, house: House
 
     stats = house.simulator.stats()
     assert (stats.requests, stats.completed) == (9, 9)
+    tries = await house.counted("provider_attempts", "outcome")
+    assert tries["ok",] == 9
+    assert tries["stale",] in ((8,) if fault == "fault-close-next" else range(9))
+    assert not await house.counted("retries", "reason")
 
 
 async def test_data_behind_done_is_not_passed_on(house: House) -> None:
@@ -498,6 +502,43 @@ async def test_an_endless_answer_ends_with_its_reader_on_the_openai_face(house: 
     await house.simulator.until(lambda stats: stats.aborted == 1)
     await house.nothing_held()
     assert house.provider.stats().pool.idle == 0
+
+
+async def test_comments_for_ever_are_no_answer_and_end_with_their_reader(make_house: Make) -> None:
+    house = await make_house(**IMPATIENT)
+    body = {"model": "fault-comments-endless", "messages": MESSAGES, "stream": True}
+    async with house.session.post(f"{house.v1}/chat/completions", json=body) as response:
+        raw = b""
+        while raw.count(b": OPENROUTER PROCESSING") < 100:  # half a second: no silence
+            raw += await response.content.readany()
+        assert b"data:" not in raw
+        assert house.held()["running"] == 1
+        response.close()
+
+    await house.simulator.until(lambda stats: stats.aborted == 1)
+    await house.nothing_held()
+    assert await house.counted("provider_attempts", "outcome") == {("cancelled",): 1}
+    assert not await house.counted("tokens", "type")
+
+
+async def test_an_endless_answer_keeps_a_bounded_part_of_itself(make_house: Make) -> None:
+    most = 1 << 20
+    house = await make_house(**{"chat.streams.max_stream_bytes": most})
+    store, kept, size = house.app[keys.STREAMS], 0, 0
+    async with house.connect() as ws:
+        payload = {"text": "Hello", "model": "fault-endless"}
+        await ws.send_json({"action": "chat", "request_id": "r1", "payload": payload})
+        while size < 6 * most:
+            size += len(await ws.receive_str())
+            kept = max(kept, store.stats().bytes)
+        await ws.send_json({"action": "cancel", "request_id": "r1"})
+        while '"cancelled"' not in await ws.receive_str():
+            pass
+
+    assert kept <= 1.1 * most
+    await house.simulator.until(lambda stats: stats.aborted == 1)
+    await house.nothing_held()
+    assert house.provider.stats().pool.open == 0
 
 
 @pytest.mark.parametrize("model", ["fault-endless", "fault-stall-3", "fault-silent"])
@@ -545,6 +586,8 @@ async def test_a_stuck_upload_is_a_write_timeout(make_house: Make) -> None:
         answer = await response.json()
 
     assert (response.status, answer["error"]["code"]) == (504, "write_timeout")
+    assert response.headers["x-should-retry"] == "false"
+    assert await house.counted("provider_attempts", "outcome") == {("timeout",): 1}
     await house.nothing_held()
 
 
