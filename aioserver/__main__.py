@@ -26,6 +26,26 @@ def _address(_context: click.Context, _parameter: click.Parameter, text: str) ->
         raise click.BadParameter(str(error)) from None
 
 
+def _fault(_context: click.Context, _parameter: click.Parameter, name: str) -> str:
+    """A fault of the simulator's; its prefix may be left out."""
+    from aioserver.commands.provider import fault
+
+    try:
+        return fault(name)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+def _list_faults(context: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
+    """Print the simulator's table of faults, and end."""
+    if not wanted or context.resilient_parsing:
+        return
+    from aioserver.commands.provider import faults_table
+
+    click.echo(faults_table())
+    context.exit()
+
+
 class Commands(click.Group):
     """The commands; the options of `serve` may stand alone."""
 
@@ -120,21 +140,35 @@ def key(name: str, admin: bool) -> None:
 @click.option(
     "--fail-rate",
     type=click.FloatRange(0, 1),
-    default=0.0,
-    show_default=True,
-    help="Share of requests that fail.",
+    help="Share of requests that fail.  [default: 0; with --fault 1]",
 )
 @click.option("--fail-status", type=click.IntRange(400, 599), default=503, show_default=True)
+@click.option(
+    "--fault",
+    callback=_fault,
+    default="",
+    help="How they fail, for example stall-3, in place of --fail-status.",
+)
+@click.option(
+    "--list-faults",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_list_faults,
+    help="Print the names for --fault and what they do.",
+)
 @click.option("--cut-after", type=click.IntRange(min=0), help="Close hard after so many tokens.")
 @click.option(
     "--stall-after", type=click.IntRange(min=0), help="Fall silent after so many tokens."
 )
-def provider(host: str, port: int, **behaviour: Any) -> None:
+def provider(host: str, port: int, fail_rate: float | None, **behaviour: Any) -> None:
     """The simulated OpenAI-compatible provider, as a server of its own."""
     from aioserver.commands.provider import provider as run
     from aioserver.providers.simulator import Behaviour
 
-    sys.exit(run(host, port, Behaviour(**behaviour)))
+    if fail_rate is None:
+        fail_rate = 1.0 if behaviour["fault"] else 0.0
+    sys.exit(run(host, port, Behaviour(fail_rate=fail_rate, **behaviour)))
 
 
 @cli.command(context_settings=CONTEXT)

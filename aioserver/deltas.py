@@ -8,17 +8,28 @@ The chunk of a `chat.completion.chunk` (and the message of a whole `chat.complet
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
 
-from aioserver.errors import ProviderBadResponse, ProviderError
+from aioserver.errors import (
+    ProviderAuthError,
+    ProviderBadResponse,
+    ProviderError,
+    ProviderFault,
+    ProviderRateLimited,
+    ProviderRefused,
+)
 
 TEXT = b'{"type":"text","data":%b,"metadata":{}}'
 TEXT_START = TEXT.partition(b"%b")[0]
 REASONING = b'{"type":"reasoning","data":%b,"metadata":{}}'
 TOOL_CALLS = b'{"type":"tool_calls","data":%b,"metadata":{}}'
+QUOTA = "insufficient_quota"
+KEY_CODES = frozenset({401, 402, 403, QUOTA, "invalid_api_key"})  # of an error: our key's fault
+BUSY_CODES = frozenset({429, 498, "rate_limit_exceeded"})
 
 
 @dataclass(slots=True)
@@ -37,7 +48,7 @@ class Reading:
 
         Raises:
             ProviderBadResponse: not JSON, or not a chat object.
-            ProviderError: an error object under HTTP 200.
+            ProviderFault: an error object under HTTP 200 (`provider_error`).
         """
         try:
             return self._read(data)
@@ -129,7 +140,7 @@ def _only_text(data: bytes, reading: Reading) -> str | None:
     alone = Reading(reading.choice_index)
     try:
         chunks = alone.read(data)
-    except (ProviderBadResponse, ProviderError):
+    except ProviderFault:
         return None  # the probe stood in another place
     more = alone.finish_reason is not None or alone.usage is not None
     return alone.text[0] if len(chunks) == len(alone.text) == 1 and not more else None
@@ -145,11 +156,37 @@ def usage_of(answer: object) -> dict[str, Any] | None:
     return None
 
 
-def provider_error(error: object) -> ProviderError:
-    """The error object that a provider sent under HTTP 200; its text passes, cut."""
-    message = error.get("message") if isinstance(error, dict) else error
-    text = message[:200] if isinstance(message, str) else "the provider reported an error"
-    return ProviderError(f"the provider reported an error: {text}")
+def provider_error(error: object) -> ProviderFault:
+    """What an error object means that a provider sent under HTTP 200; its text passes, cut.
+
+    OpenRouter's codes are the statuses that it would have sent. Text about our key does not pass.
+    """
+    codes = error_codes(error)
+    if not codes.isdisjoint(KEY_CODES):
+        return ProviderAuthError("the provider refuses our key or its quota is used up")
+    if not codes.isdisjoint(BUSY_CODES):
+        return ProviderRateLimited("the provider limits our rate", retry_after=1.0)
+    said = error.get("message") if isinstance(error, dict) else error
+    text = said[:200] if isinstance(said, str) else "the provider reported an error"
+    message = f"the provider reported an error: {text}"
+    status = next((code for code in codes if isinstance(code, int)), 500)
+    if not 400 <= status < 500 or status == 408:
+        return ProviderError(message)
+    told = {"message": text, "type": "invalid_request_error", "param": None, "code": status}
+    return ProviderRefused(message, status, orjson.dumps({"error": told}))
+
+
+def error_codes(error: object) -> set[int | str]:
+    """The code and the type in an error object; a code that is a number as one."""
+    if not isinstance(error, dict):
+        return set()
+    found: set[int | str] = set()
+    for said in (error.get("code"), error.get("type")):
+        if isinstance(said, int) or (isinstance(said, str) and re.fullmatch("[0-9]{3}", said)):
+            found.add(int(said))
+        elif isinstance(said, str):
+            found.add(said)
+    return found
 
 
 def final_response(body: bytes) -> str | None:

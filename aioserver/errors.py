@@ -274,8 +274,9 @@ class ProviderFault(AioserverError):
     failover: ClassVar[bool] = False
     failure: ClassVar[bool] = True
     again: ClassVar[bool] = False  # the client may: nothing was sent, so nothing is paid twice
-    provider: str = ""  # whose fault it is, and how often it was asked
+    provider: str = ""  # whose fault it is, how often one was tried, and whether one was asked
     attempts: int = 0
+    asked: bool = False
 
 
 class ConnectError(ProviderFault):
@@ -460,7 +461,7 @@ def http_headers(error: AioserverError) -> Mapping[str, str]:
     elif error.http_status == 503:
         headers["Retry-After"] = "1"
     sent = isinstance(error, ProviderFault) and (
-        error.attempts > 1 or (error.status in {502, 504} and not error.again)
+        (error.asked and error.attempts > 1) or (error.status in {502, 504} and not error.again)
     )
     if error.http_status == 409 or sent:
         headers["x-should-retry"] = "false"

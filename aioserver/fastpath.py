@@ -21,7 +21,7 @@ or follows another stream.
 
 *What it takes.* One read that is one whole chunk with one whole event that is nothing special:
 
-    FastPath   for the OpenAI face: an event without an error and without a finish_reason. The
+    FastPath   for the OpenAI face: an event `{…}` without an error and without a finish_reason. The
                chunk's framing is what our client gets, too: the bytes pass unchanged. The log is
                private and empty, and stays empty: the same as an event that was let go at once
     TextPath   for the faces that show frames: an event of the answer's `Shape`, which says a text
@@ -38,6 +38,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, NamedTuple
 
 from aioserver.entries import Texts
+from aioserver.eventstream import utf8
 
 if TYPE_CHECKING:
     import asyncio
@@ -141,12 +142,13 @@ class FastPath:
         if (
             not read.startswith(line)
             or not read.startswith(b"data: {", start)
-            or not read.endswith(b"\n\n\r\n")
+            or not read.endswith(b"}\n\n\r\n")
             or find(b"\n", start) != end - 2  # one line, and so one event and no [DONE]
             or find(b"\r", start) != end
             or find(_ERROR) >= 0
             or find(_FINISH) >= 0
             or find(_FINISH_SPACED) >= 0
+            or not utf8(read)
         ):
             return False
         self._outbox.put(self, read)
@@ -209,11 +211,8 @@ class TextPath(FastPath):
         ):
             return False
         text = read[begin : stop + 1]
-        if not text.isascii():
-            try:
-                text.decode()
-            except UnicodeDecodeError:
-                return False
+        if not utf8(text):
+            return False
         self._texts += text
         stream = self._stream
         stream.last = number = stream.last + 1

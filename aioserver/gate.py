@@ -77,7 +77,7 @@ class Place:
 
 
 class _Waiter:
-    __slots__ = ("caller", "cost", "heard", "line", "since", "told", "turn")
+    __slots__ = ("caller", "cost", "elsewhere", "heard", "line", "since", "told", "turn", "until")
 
     def __init__(
         self,
@@ -85,10 +85,15 @@ class _Waiter:
         caller: Hashable,
         line: Hashable,
         since: float,
+        until: float,
         told: Callable[[int, float], None] | None,
         cost: int,
+        *,
+        elsewhere: bool,
     ) -> None:
         self.cost = cost
+        self.until = until
+        self.elsewhere = elsewhere
         self.turn = turn
         self.caller = caller
         self.line = line
@@ -194,13 +199,15 @@ class Gate:
         told: Callable[[int, float], None] | None = None,
         within: float | None = None,
         again: bool = False,
+        elsewhere: bool = False,
         cost: int = 0,
     ) -> Place:
         """Wait for a place. *told* hears `(position, eta)` at once and when they change.
 
         Callers share by their *weight* (1 to 10), the lines of one caller evenly. *within*: seconds
         that it may take; None: `queue_timeout`. *again*: in front of its caller's others, since it
-        has waited before. *cost*: as of `try_enter`.
+        has waited before. *elsewhere*: it can be asked of another, and waits for no `rest`.
+        *cost*: as of `try_enter`.
 
         Raises:
             AioserverError: made by *full* or *paced* at once, or by *late* at the deadline; or what
@@ -222,7 +229,8 @@ class Gate:
                 self._refused += 1
                 raise self._paced(wait)
         turn: asyncio.Future[Place] = asyncio.get_running_loop().create_future()
-        waiter = _Waiter(turn, caller, line, self._clock(), told, cost)
+        now = self._clock()
+        waiter = _Waiter(turn, caller, line, now, now + patience, told, cost, elsewhere=elsewhere)
         self._waiting.add(waiter, caller, line, weight, first=again)
         return await self._wait(waiter, patience, again=again)
 
@@ -251,6 +259,20 @@ class Gate:
                 self._refused += 1
                 waiter.turn.set_exception(why())
         self._waiting.clear()
+
+    def rest(self, worth: float) -> None:
+        """The pace stands still from now on: refuse those whom that makes too late.
+
+        Also those who can go elsewhere, where it stands still for more than *worth* seconds.
+        """
+        assert self._pace is not None
+        wait = self._pace.delay()
+        end = self._clock() + wait
+        for waiter in self._waiting:
+            late = waiter.until < end or (waiter.elsewhere and wait > worth)
+            if late and not waiter.turn.done():
+                self._refused += 1
+                waiter.turn.set_exception(self._paced(wait))
 
     def close(self, error: AioserverError) -> None:
         """Refuse with *error* everybody who waits, and everybody who comes."""

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from aioserver.errors import ModelNotFound, NoProvider, ProviderFault, ProviderRateLimited
+from aioserver.providers.provider import KEY_FAULTS
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -129,12 +130,19 @@ class Router:
         if route.pinned or not self._fallbacks:
             return await self._tries(provider, ask, once, begun, alone=True)
         others = self._others(provider)
+        faults: list[ProviderFault] = []
         while True:
+            ask.elsewhere = bool(others)
             try:
                 return await self._tries(provider, ask, once, begun, alone=not others)
             except ProviderFault as fault:
-                if begun() or not fault.failover or not others:
+                faults.append(fault)
+                if begun() or not fault.failover:
                     raise
+                if not others:
+                    told = _told(faults)
+                    told.attempts, told.asked = fault.attempts, fault.asked
+                    raise told from None
                 provider.meter.failovers[fault.code].value += 1
             provider = others.pop(0)
             ask.model = None  # a fallback uses its own
@@ -163,7 +171,8 @@ class Router:
                 provider.ended(ask, exc)
                 if not isinstance(exc, ProviderFault):
                     raise
-                exc.provider, exc.attempts = provider.name, record.attempts
+                ask.asked = ask.asked or bool(exc.attempt)
+                exc.provider, exc.attempts, exc.asked = provider.name, record.attempts, ask.asked
                 number += 1
                 wait = self._pause(number, limits.backoff_factor, exc.retry_after)
                 limited = isinstance(exc, ProviderRateLimited)
@@ -206,3 +215,18 @@ class Router:
         if not self.usable:
             raise NoProvider(f"the active provider {self._active} is not usable")
         return self.active
+
+
+def _told(faults: Sequence[ProviderFault]) -> ProviderFault:
+    """Which of the *faults* of all who may be asked says why nobody answers: the last one.
+
+    But one that refuses our key is not usable, and says so only where no other is; and that there
+    are too many requests is true where every usable one says it. A client that is told when to come
+    back comes when the first of them may answer.
+    """
+    usable = [one for one in faults if not isinstance(one, KEY_FAULTS)] or faults
+    others = [one for one in usable if not isinstance(one, ProviderRateLimited)]
+    told = (others or usable)[-1]
+    if told.retry_after is not None:
+        told.retry_after = min(one.retry_after for one in usable if one.retry_after is not None)
+    return told

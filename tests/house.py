@@ -6,11 +6,13 @@ import asyncio
 import contextlib
 import copy
 import time
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import yaml
 from aiohttp import web_app
+from prometheus_client.parser import text_string_to_metric_families
 
 from aioserver import app as application
 from aioserver import keys, listener
@@ -90,6 +92,10 @@ class House:
         """The provider `sim`."""
         return self.app[keys.ROUTER].providers["sim"]
 
+    def provider_of(self, name: str) -> Any:
+        """The provider of that name."""
+        return self.app[keys.ROUTER].providers[name]
+
     def held(self) -> dict[str, int]:
         """Everything that a request may hold: all zeros when nothing is under way."""
         found = {
@@ -106,6 +112,18 @@ class House:
             found[f"{name} waiting"] = stats.queue.waiting
             found[f"{name} busy"] = stats.pool.open - stats.pool.idle
         return found
+
+    async def counted(self, name: str, *by: str) -> Counter[tuple[str, ...]]:
+        """The counter *name* of /metrics, summed up *by* these labels; zeros are left out."""
+        async with self.session.get(f"{self.base}/metrics") as response:
+            text = await response.text()
+        found: Counter[tuple[str, ...]] = Counter()
+        for family in text_string_to_metric_families(text):
+            if family.name == f"aioserver_{name}":
+                for one in family.samples:
+                    found[tuple(one.labels[label] for label in by)] += int(one.value)
+                return +found
+        raise AssertionError(f"there is no counter {name}")
 
     async def nothing_held(self, within: float = 10.0) -> None:
         """Wait until nothing is held."""

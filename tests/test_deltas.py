@@ -11,7 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aioserver.deltas import Reading
-from aioserver.errors import ProviderBadResponse, ProviderError
+from aioserver.errors import (
+    ProviderAuthError,
+    ProviderBadResponse,
+    ProviderError,
+    ProviderFault,
+    ProviderRateLimited,
+    ProviderRefused,
+)
 
 anything = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=10),
@@ -143,6 +150,44 @@ def test_an_error_under_200_is_a_fault(data: bytes, text: str) -> None:
     with pytest.raises(ProviderError) as caught:
         Reading().read(data)
     assert caught.value.message == f"the provider reported an error: {text}"
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        ({"code": 401}, ProviderAuthError),
+        ({"code": 402}, ProviderAuthError),
+        ({"code": "403"}, ProviderAuthError),
+        ({"code": "insufficient_quota"}, ProviderAuthError),
+        ({"type": "insufficient_quota", "code": None}, ProviderAuthError),
+        ({"code": "invalid_api_key"}, ProviderAuthError),
+        ({"code": 429}, ProviderRateLimited),
+        ({"code": "498"}, ProviderRateLimited),
+        ({"code": "rate_limit_exceeded"}, ProviderRateLimited),
+        ({"code": 400}, ProviderRefused),
+        ({"code": "404"}, ProviderRefused),
+        ({"code": 408}, ProviderError),
+        ({"code": 502}, ProviderError),
+        ({"code": "server_error"}, ProviderError),
+        ({"code": [429]}, ProviderError),
+        ({"code": 4.29e2}, ProviderError),
+        ({"code": True}, ProviderError),
+        ({"code": -1}, ProviderError),
+        ({}, ProviderError),
+    ],
+)
+def test_the_code_of_an_error_under_200_says_what_it_means(
+    error: dict[str, Any], kind: type[ProviderFault]
+) -> None:
+    with pytest.raises(ProviderFault) as caught:
+        Reading().read(orjson.dumps({"error": {"message": "our secret", **error}}))
+
+    assert type(caught.value) is kind
+    shown = caught.value.message.encode() + caught.value.body()
+    assert (b"our secret" in shown) == (kind in (ProviderError, ProviderRefused))
+    if isinstance(caught.value, ProviderRefused):
+        assert caught.value.http_status in (400, 404)
+        assert orjson.loads(caught.value.body())["error"]["message"] == "our secret"
 
 
 def test_the_text_of_a_providers_error_is_cut() -> None:

@@ -798,6 +798,28 @@ async def test_another_caller_may_still_start_in_time() -> None:
     await given_up(*noisy, other)
 
 
+async def test_a_rest_of_the_pace_tells_those_whom_it_makes_too_late() -> None:
+    pace = Steps()
+    gate = paced_gate(pace, queue_timeout=30.0)
+    patient = await waiting(gate)
+    hasty = asyncio.create_task(gate.enter(within=5.0))
+    other = asyncio.create_task(gate.enter(elsewhere=True))
+    await until(lambda: gate.waiting == 3)
+
+    pace.delay = lambda ahead=0: 10.0 + ahead  # type: ignore[method-assign]
+    gate.rest(worth=20.0)  # not so long that one goes elsewhere
+    with pytest.raises(ServerAtCapacity, match=PACED) as told:
+        await hasty
+    assert told.value.retry_after == 10.0
+    assert (other.done(), gate.waiting, gate.stats().refused) == (False, 2, 1)
+    gate.rest(worth=1.0)
+    with pytest.raises(ServerAtCapacity, match=PACED):
+        await other
+
+    assert (patient.done(), gate.waiting, gate.stats().refused) == (False, 1, 2)
+    await given_up(patient)
+
+
 async def test_who_comes_again_stands_in_front_of_its_caller() -> None:
     gate = gate_of()
     inside = await gate.enter()

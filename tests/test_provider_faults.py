@@ -1,16 +1,20 @@
-"""Every fault of a provider, as a client sees it on each face; afterwards nothing is held."""
+"""Every fault of a provider, as a client sees it on each face.
+
+Afterwards nothing is held, and it was counted: what became of each try, and how each request ended.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import io
 import json
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from aioserver import eventstream
+from aioserver import eventstream, keys
 from aioserver.providers.simulator import Behaviour
 from tests.house import HTTP_CLIENT, House, until
 
@@ -110,13 +114,46 @@ async def over_openai(
     return seen
 
 
-async def everywhere(house: House, model: str) -> tuple[Seen, Seen, Seen]:
-    """The same question on three faces; then nothing is held, and the house still answers."""
+async def everywhere(
+    house: House,
+    model: str,
+    outcome: str = "ok",
+    *,
+    code: str | None = None,
+    kept: bool | None = None,
+) -> tuple[Seen, Seen, Seen]:
+    """The same question on three faces; then nothing is held, and all of it was counted.
+
+    *outcome*: what became of each try. *code*: how each request ended, where that is not what the
+    client of the OpenAI face sees. *kept*: whether the provider's connection went back to the pool.
+    """
+    tries, ends = await counts(house)
+    asked = house.simulator.stats().requests
     seen = await asyncio.gather(
         over_websocket(house, model), over_sse(house, model), over_openai(house, model)
     )
     await house.nothing_held()
+    asked = house.simulator.stats().requests - asked
+    more, ended = await counts(house)
+    more.subtract(tries)
+    ended.subtract(ends)
+    told = [seen[0].code or "", seen[1].code or "", code or seen[2].code or ""]
+    assert +ended == Counter(zip(("websocket", "sse", "openai"), told, strict=True))
+    del more["stale",]  # those were made again
+    assert +more == Counter({(outcome,): asked})
+    assert not await house.counted("retries", "reason")
+    if kept is not None:
+        idle = house.provider.stats().pool.idle
+        assert (idle > 0) == kept, f"{idle} connections in the pool"
     return seen
+
+
+async def counts(house: House) -> tuple[Counter[tuple[str, ...]], Counter[tuple[str, ...]]]:
+    """What became of the tries, and with which code the requests of each face have ended."""
+    return (
+        await house.counted("provider_attempts", "outcome"),
+        await house.counted("requests", "face", "code"),
+    )
 
 
 async def expected_text(house: House) -> str:
@@ -127,60 +164,84 @@ async def expected_text(house: House) -> str:
 
 # Before the first event: the HTTP status says it.
 
+AUTH, ERROR, LIMITED = "provider_auth_error", "provider_error", "provider_rate_limited"
+BAD, CUT, SILENT = "provider_bad_response", "provider_disconnected", "read_timeout"
+# The status and the code that a client sees, what became of the try, and whether the provider's
+# connection is good for another.
 BEFORE = {
-    "fault-status-401": (502, "provider_auth_error"),
-    "fault-status-402": (502, "provider_auth_error"),
-    "fault-status-403": (502, "provider_auth_error"),
-    "fault-quota": (502, "provider_auth_error"),
-    "fault-status-408": (502, "provider_error"),
-    "fault-status-500": (502, "provider_error"),
-    "fault-status-502": (502, "provider_error"),
-    "fault-status-503": (502, "provider_error"),
-    "fault-status-529": (502, "provider_error"),
-    "fault-status-429": (429, "provider_rate_limited"),
-    "fault-status-498": (429, "provider_rate_limited"),
-    "fault-retry-after-7": (429, "provider_rate_limited"),
-    "fault-retry-after-ms": (429, "provider_rate_limited"),
-    "fault-retry-after-date": (429, "provider_rate_limited"),
-    "fault-retry-after-absurd": (429, "provider_rate_limited"),
-    "fault-html": (502, "provider_bad_response"),
-    "fault-empty": (502, "provider_bad_response"),
-    "fault-json-under-200-stream": (502, "provider_bad_response"),
-    "fault-redirect": (502, "provider_bad_response"),
-    "fault-not-http": (502, "provider_bad_response"),
-    "fault-headers": (502, "provider_bad_response"),
-    "fault-gzip": (502, "provider_bad_response"),
-    "fault-drop": (502, "provider_disconnected"),
-    "fault-silent": (504, "read_timeout"),
+    "fault-status-401": (502, AUTH, "http_4xx", True),
+    "fault-status-402": (502, AUTH, "http_4xx", True),
+    "fault-status-403": (502, AUTH, "http_4xx", True),
+    "fault-quota": (502, AUTH, "http_4xx", True),
+    "fault-credits": (502, AUTH, "http_4xx", True),
+    "fault-status-408": (502, ERROR, "http_5xx", True),
+    "fault-status-500": (502, ERROR, "http_5xx", True),
+    "fault-status-502": (502, ERROR, "http_5xx", True),
+    "fault-status-503": (502, ERROR, "http_5xx", True),
+    "fault-status-529": (502, ERROR, "http_5xx", True),
+    "fault-slow-down": (502, ERROR, "http_5xx", True),
+    "fault-flap-9": (502, ERROR, "http_5xx", True),
+    "fault-status-429": (429, LIMITED, "http_429", True),
+    "fault-status-498": (429, LIMITED, "http_429", True),
+    "fault-capacity": (429, LIMITED, "http_429", True),
+    "fault-day-over": (429, LIMITED, "http_429", True),
+    "fault-retry-after-7": (429, LIMITED, "http_429", True),
+    "fault-retry-after-ms": (429, LIMITED, "http_429", True),
+    "fault-retry-after-date": (429, LIMITED, "http_429", True),
+    "fault-retry-after-absurd": (429, LIMITED, "http_429", True),
+    "fault-html": (502, BAD, "bad_response", True),
+    "fault-type-html": (502, BAD, "bad_response", True),
+    "fault-type-text": (502, BAD, "bad_response", True),
+    "fault-empty": (502, BAD, "bad_response", False),
+    "fault-json-under-200-stream": (502, BAD, "bad_response", True),
+    "fault-redirect": (502, BAD, "bad_response", True),
+    "fault-not-http": (502, BAD, "bad_response", False),
+    "fault-headers": (502, BAD, "bad_response", False),
+    "fault-gzip": (502, BAD, "bad_response", False),
+    "fault-drop": (502, CUT, "disconnected", False),
+    "fault-silent": (504, SILENT, "timeout", False),
 }
-BEFORE_STREAMED = {**BEFORE, "fault-head-only": (504, "read_timeout")}
-RETRYABLE_NOT = {"provider_auth_error"}
+BEFORE_STREAMED = {
+    **BEFORE,
+    "fault-head-only": (504, SILENT, "timeout", False),
+    "fault-stall-0": (200, SILENT, "timeout", False),  # its opening event says nothing yet
+    "fault-comments-stall-3": (200, SILENT, "timeout", False),  # they pass, but are no answer
+    "fault-error-first": (502, ERROR, "http_5xx", False),
+    "fault-error-first-402": (502, AUTH, "http_4xx", False),
+    "fault-error-first-429": (429, LIMITED, "http_429", False),
+    "fault-error-first-400": (400, ERROR, "http_4xx", False),
+}
+RETRYABLE_NOT = {AUTH}
 
 
 @pytest.mark.parametrize("model", BEFORE_STREAMED)
 async def test_a_fault_before_the_first_event_has_its_status_and_code(
     model: str, make_house: Make
 ) -> None:
-    status, code = BEFORE_STREAMED[model]
+    status, code, outcome, kept = BEFORE_STREAMED[model]
     house = await make_house(**IMPATIENT)
 
-    ws, sse, v1 = await everywhere(house, model)
+    ws, sse, v1 = await everywhere(house, model, outcome, code=code, kept=kept)
 
     assert [one.end for one in (ws, sse, v1)] == ["error"] * 3
-    assert [one.code for one in (ws, sse, v1)] == [code] * 3
+    assert [one.code for one in (ws, sse)] == [code] * 2
+    assert v1.code == (code if status != 400 else 400)
     assert [one.text for one in (ws, sse, v1)] == [""] * 3
     assert v1.status == status
-    assert ws.error["retryable"] == sse.error["retryable"] == (code not in RETRYABLE_NOT)
-    if code == "provider_auth_error":
+    retryable = code not in RETRYABLE_NOT and status != 400
+    assert ws.error["retryable"] == sse.error["retryable"] == retryable
+    if code == AUTH:
         for one in (ws, sse, v1):
             assert not any(text in one.raw for text in TEXTS_OF_THE_PROVIDER)
+        assert house.provider.stats().flagged
+        assert house.provider.meter.key_refused.value >= 1
     if status == 429:
         assert 1 <= int(v1.headers["retry-after"]) <= 120
         assert ws.error["retry_after"] > 0
-    else:
+    elif status > 500:
         assert v1.headers["x-should-retry"] == "false"
     # One that limits us or refuses our key is left alone: who comes next waits, or is told at once.
-    left_alone = status == 429 or code == "provider_auth_error"
+    left_alone = status == 429 or code == AUTH
     assert house.simulator.stats().requests in ((1, 2, 3) if left_alone else (3,))
 
 
@@ -188,12 +249,17 @@ async def test_a_fault_before_the_first_event_has_its_status_and_code(
 async def test_a_fault_of_an_answer_in_one_piece_has_its_status_and_code(
     model: str, make_house: Make
 ) -> None:
+    status, code, outcome, kept = BEFORE[model]
     house = await make_house(**IMPATIENT)
 
     seen = await over_openai(house, model, stream=False)
 
-    assert (seen.status, seen.code) == BEFORE[model]
+    assert (seen.status, seen.code) == (status, code)
     await house.nothing_held()
+    tries, ends = await counts(house)
+    assert (tries, ends) == (Counter({(outcome,): 1}), Counter({("openai", code): 1}))
+    if model != "fault-empty":  # a body of nothing is whole, and no event stream's end
+        assert (house.provider.stats().pool.idle > 0) == kept
 
 
 @pytest.mark.parametrize("status", [400, 404, 409, 413, 422])
@@ -207,7 +273,7 @@ async def test_the_callers_own_fault_passes_with_status_and_body(
         assert response.status == status
         original = await response.read()
 
-    ws, sse, v1 = await everywhere(house, model)
+    ws, sse, v1 = await everywhere(house, model, "http_4xx", code=ERROR, kept=True)
     whole = await over_openai(house, model, stream=False)
 
     assert (v1.status, v1.raw) == (whole.status, whole.raw) == (status, original)
@@ -218,13 +284,16 @@ async def test_the_callers_own_fault_passes_with_status_and_body(
 # After the first event: one error event, then the end.
 
 WITHIN = {
-    "fault-stall-3": "read_timeout",
-    "fault-half-line-3": "read_timeout",
-    "fault-cut-3": "provider_disconnected",
-    "fault-cut-mid-3": "provider_disconnected",
-    "fault-end-3": "provider_disconnected",
-    "fault-long-line": "provider_bad_response",
-    "fault-endless-line": "provider_bad_response",
+    "fault-stall-3": (SILENT, "timeout"),
+    "fault-half-line-3": (SILENT, "timeout"),
+    "fault-cut-3": (CUT, "disconnected"),
+    "fault-cut-mid-3": (CUT, "disconnected"),
+    "fault-end-3": (CUT, "disconnected"),
+    "fault-bad-chunk-3": (BAD, "bad_response"),
+    "fault-bad-json-3": (BAD, "bad_response"),
+    "fault-bad-utf8-3": (BAD, "bad_response"),
+    "fault-long-line": (BAD, "bad_response"),
+    "fault-endless-line": (BAD, "bad_response"),
 }
 
 
@@ -232,14 +301,15 @@ WITHIN = {
 async def test_a_fault_within_the_answer_is_one_error_event_and_no_done(
     model: str, make_house: Make
 ) -> None:
+    code, outcome = WITHIN[model]
     house = await make_house(**IMPATIENT)
     text = await expected_text(house)
 
-    ws, sse, v1 = await everywhere(house, model)
+    ws, sse, v1 = await everywhere(house, model, outcome, kept=False)
 
     assert v1.status == 200
     for one in (ws, sse, v1):
-        assert (one.end, one.code) == ("error", WITHIN[model])
+        assert (one.end, one.code) == ("error", code)
         assert one.text
         assert text.startswith(one.text), "what was good before it, and never part of a line"
         assert b"xxxxxxxx" not in one.raw
@@ -250,7 +320,7 @@ async def test_a_fault_within_the_answer_is_one_error_event_and_no_done(
 async def test_an_error_object_in_the_stream_is_its_end(model: str, house: House) -> None:
     text = await expected_text(house)
 
-    ws, sse, v1 = await everywhere(house, model)
+    ws, sse, v1 = await everywhere(house, model, "http_5xx", code=ERROR)
 
     assert ws.code == sse.code == "provider_error"
     assert (v1.status, v1.end) == (200, "error")
@@ -262,17 +332,6 @@ async def test_an_error_object_in_the_stream_is_its_end(model: str, house: House
     for one in (ws, sse, v1):
         assert one.text
         assert text.startswith(one.text)
-
-
-@pytest.mark.parametrize("model", ["fault-bad-json-3", "fault-bad-utf8-3"])
-async def test_an_event_that_is_no_json_ends_an_answer_in_frames(model: str, house: House) -> None:
-    text = await expected_text(house)
-
-    for seen in (await over_websocket(house, model), await over_sse(house, model)):
-        assert (seen.end, seen.code) == ("error", "provider_bad_response")
-        assert seen.text
-        assert text.startswith(seen.text)
-    await house.nothing_held()
 
 
 @pytest.mark.parametrize(
@@ -311,23 +370,32 @@ async def test_a_fault_after_a_head_sent_for_silence_is_an_error_event(make_hous
 
 # Unusual, but good.
 
-GOOD = [
-    "fault-no-done",
-    "fault-after-done",
-    "fault-open-done",
-    "fault-wrong-length",
-    "fault-crlf",
-    "fault-cr",
-    "fault-bom",
-    "fault-multi-data",
-    "fault-comments",
-    "fault-cookie",
-    "fault-1xx",
-    "fault-http10",
-    "fault-close-idle",
-    "fault-close-next",
-    "fault-slices",
-]
+GOOD = {  # whether the connection is kept; None: that depends on how the bytes come
+    "fault-no-done": True,
+    "fault-after-done": None,
+    "fault-open-done": False,
+    "fault-wrong-length": False,
+    "fault-early-done-4": True,
+    "fault-crlf": True,
+    "fault-cr": True,
+    "fault-bom": True,
+    "fault-multi-data": True,
+    "fault-comments": True,
+    "fault-thinking": True,
+    "fault-cookie": True,
+    "fault-1xx": True,
+    "fault-http10": False,
+    "fault-close-idle": False,
+    "fault-close-next": True,
+    "fault-slices": False,
+    "fault-slow-1": True,
+    "fault-limits-spent": True,
+    "fault-limits-day": True,
+    "fault-limits-nonsense": True,
+    "fault-no-usage": True,
+    "fault-usage-x-groq": True,
+}
+SHORT = {"fault-slices", "fault-early-done-4"}
 
 
 @pytest.mark.parametrize("model", GOOD)
@@ -335,16 +403,33 @@ async def test_what_is_unusual_but_good_reads_the_same_on_every_face(
     model: str, house: House
 ) -> None:
     text = await expected_text(house)
+    house.provider._pool.drop_idle()
 
-    ws, sse, v1 = await everywhere(house, model)
+    ws, sse, v1 = await everywhere(house, model, kept=GOOD[model])
 
     for one in (ws, sse, v1):
         assert (one.end, one.error) == ("complete", {})
-        assert one.text == text if model != "fault-slices" else text.startswith(one.text)
+        assert one.text == text if model not in SHORT else text.startswith(one.text)
         assert one.text
     assert ws.text == sse.text == v1.text
     assert "set-cookie" not in v1.headers
     assert b'"error"' not in v1.raw.replace(b'"error":null', b"")
+
+
+@pytest.mark.parametrize(
+    ("model", "source"),
+    [("m", "provider"), ("fault-usage-x-groq", "provider"), ("fault-no-usage", "estimate")],
+)
+async def test_what_an_answer_has_cost_is_the_providers_word_or_an_estimate(
+    model: str, source: str, house: House
+) -> None:
+    seen = await over_websocket(house, model)
+
+    usage = json.loads(seen.raw.splitlines()[-1][seen.raw.rindex(b'{"request_id"') :])
+    assert (usage["chunk"]["metadata"]["usage"] is not None) == (source == "provider")
+    tokens = await house.counted("tokens", "type", "source")
+    assert tokens["output", source] > 20
+    assert {where for _, where in tokens} == {source}
 
 
 async def test_a_missing_done_is_put_to_it(house: House) -> None:
@@ -383,6 +468,10 @@ async def test_a_dead_kept_connection_is_seen_by_nobody(fault: str, house: House
 
     stats = house.simulator.stats()
     assert (stats.requests, stats.completed) == (9, 9)
+    tries = await house.counted("provider_attempts", "outcome")
+    assert tries["ok",] == 9
+    assert tries["stale",] in ((8,) if fault == "fault-close-next" else range(9))
+    assert not await house.counted("retries", "reason")
 
 
 async def test_data_behind_done_is_not_passed_on(house: House) -> None:
@@ -413,6 +502,43 @@ async def test_an_endless_answer_ends_with_its_reader_on_the_openai_face(house: 
     await house.simulator.until(lambda stats: stats.aborted == 1)
     await house.nothing_held()
     assert house.provider.stats().pool.idle == 0
+
+
+async def test_comments_for_ever_are_no_answer_and_end_with_their_reader(make_house: Make) -> None:
+    house = await make_house(**IMPATIENT)
+    body = {"model": "fault-comments-endless", "messages": MESSAGES, "stream": True}
+    async with house.session.post(f"{house.v1}/chat/completions", json=body) as response:
+        raw = b""
+        while raw.count(b": OPENROUTER PROCESSING") < 100:  # half a second: no silence
+            raw += await response.content.readany()
+        assert b"data:" not in raw
+        assert house.held()["running"] == 1
+        response.close()
+
+    await house.simulator.until(lambda stats: stats.aborted == 1)
+    await house.nothing_held()
+    assert await house.counted("provider_attempts", "outcome") == {("cancelled",): 1}
+    assert not await house.counted("tokens", "type")
+
+
+async def test_an_endless_answer_keeps_a_bounded_part_of_itself(make_house: Make) -> None:
+    most = 1 << 20
+    house = await make_house(**{"chat.streams.max_stream_bytes": most})
+    store, kept, size = house.app[keys.STREAMS], 0, 0
+    async with house.connect() as ws:
+        payload = {"text": "Hello", "model": "fault-endless"}
+        await ws.send_json({"action": "chat", "request_id": "r1", "payload": payload})
+        while size < 6 * most:
+            size += len(await ws.receive_str())
+            kept = max(kept, store.stats().bytes)
+        await ws.send_json({"action": "cancel", "request_id": "r1"})
+        while '"cancelled"' not in await ws.receive_str():
+            pass
+
+    assert kept <= 1.1 * most
+    await house.simulator.until(lambda stats: stats.aborted == 1)
+    await house.nothing_held()
+    assert house.provider.stats().pool.open == 0
 
 
 @pytest.mark.parametrize("model", ["fault-endless", "fault-stall-3", "fault-silent"])
@@ -460,6 +586,8 @@ async def test_a_stuck_upload_is_a_write_timeout(make_house: Make) -> None:
         answer = await response.json()
 
     assert (response.status, answer["error"]["code"]) == (504, "write_timeout")
+    assert response.headers["x-should-retry"] == "false"
+    assert await house.counted("provider_attempts", "outcome") == {("timeout",): 1}
     await house.nothing_held()
 
 
@@ -467,10 +595,17 @@ async def test_a_provider_that_is_not_there_is_a_connect_error(make_house: Make)
     house = await make_house()
     await house.simulator.close()
 
-    ws, sse, v1 = await everywhere(house, "m")
+    seen = [
+        await over_websocket(house, "m"),
+        await over_sse(house, "m"),
+        await over_openai(house, "m"),
+        await over_openai(house, "m", stream=False),
+    ]
 
-    assert [one.code for one in (ws, sse, v1)] == ["connect_error"] * 3
-    assert v1.status == 502
+    assert [one.code for one in seen] == ["connect_error"] * 4
+    assert seen[2].status == seen[3].status == 502
+    assert await house.counted("provider_attempts", "outcome") == {("connect_error",): 4}
+    await house.nothing_held()
 
 
 async def test_a_client_slower_than_the_read_timeout_gets_its_whole_answer(

@@ -19,9 +19,11 @@ from aioserver.errors import (
     ProviderError,
     ProviderFault,
     ProviderFlagged,
+    ProviderPaced,
     ProviderRateLimited,
     ProviderRefused,
     ReadTimeout,
+    http_headers,
 )
 from aioserver.providers import breaker, wire
 from aioserver.providers.ask import Ask
@@ -358,6 +360,162 @@ async def test_a_full_line_is_passed_on_at_once(trouble: Trouble) -> None:
 
     assert (await third)[0].provider == "b"
     assert (await inside)[0].provider == (await waits)[0].provider == "a"
+
+
+# Nobody answers: what a client is told, and when it may come back.
+
+PACED = status(429, "Retry-After: 30\r\n")
+LONGER = status(429, "Retry-After: 90\r\n")
+
+
+async def opened(provider: Provider, seconds: float) -> None:
+    """Let it have failed so often that it is left alone for *seconds*."""
+    for _ in range(breaker.FAILURES):
+        provider._breaker.ended(trial=False, failed=True)
+    provider._breaker._open_until = provider._breaker._clock() + seconds
+
+
+@pytest.mark.parametrize("waits", [(40.0, 8.0, 20.0), (8.0, 20.0, 40.0), (40.0, 20.0, 8.0)])
+async def test_where_all_are_left_alone_the_soonest_counts(
+    trouble: Trouble, waits: tuple[float, ...]
+) -> None:
+    for name, seconds in zip("abc", waits, strict=True):
+        await opened(await trouble.add(name, ANSWER), seconds)
+
+    with pytest.raises(CircuitOpen) as told:
+        await trouble.fill()
+
+    assert 7 < (told.value.retry_after or 0) <= 8
+    assert trouble.counts() == {"a": 0, "b": 0, "c": 0}
+    headers = http_headers(told.value)
+    assert (headers["Retry-After"], told.value.http_status) in {("8", 503), ("7", 503)}
+    assert "x-should-retry" not in headers, "nothing was sent"
+
+
+@pytest.mark.parametrize("names", ["ab", "ba"])
+async def test_where_all_limit_us_the_soonest_counts(trouble: Trouble, names: str) -> None:
+    for name in names:
+        await trouble.add(name, PACED if name == "a" else LONGER, max_retries=0)
+    for _ in range(2):  # first they say so, then they need not be asked
+        with pytest.raises(ProviderRateLimited) as told:
+            await trouble.fill()
+        assert 29 < (told.value.retry_after or 0) <= 33
+        assert told.value.http_status == 429
+    assert trouble.counts() == {"a": 1, "b": 1}
+
+
+async def test_a_429_is_told_only_where_every_usable_one_says_it(trouble: Trouble) -> None:
+    await opened(await trouble.add("a", ANSWER), 10.0)
+    await trouble.add("b", PACED, max_retries=0)
+
+    with pytest.raises(CircuitOpen) as told:
+        await trouble.fill()
+
+    assert told.value.http_status == 503
+    assert 9 < (told.value.retry_after or 0) <= 10
+    assert (told.value.provider, told.value.attempts) == ("a", 2)
+
+
+@pytest.mark.parametrize("names", ["ab", "ba"])
+async def test_one_that_refuses_our_key_is_no_usable_one(trouble: Trouble, names: str) -> None:
+    for name in names:
+        await trouble.add(name, status(401) if name == "a" else PACED, max_retries=0)
+    for _ in range(2):
+        with pytest.raises(ProviderRateLimited) as told:
+            await trouble.fill()
+        assert told.value.provider == "b"
+    assert trouble.counts() == {"a": 1, "b": 1}
+
+
+async def test_where_every_one_refuses_our_key_that_is_told(trouble: Trouble) -> None:
+    for name in "ab":
+        await trouble.add(name, status(403))
+    with pytest.raises(ProviderAuthError):
+        await trouble.fill()
+
+
+async def test_an_answer_that_may_have_been_paid_is_told_whatever_was_before(
+    trouble: Trouble,
+) -> None:
+    await opened(await trouble.add("a", ANSWER), 10.0)
+    await trouble.add("b", HEAD, read_timeout=0.1)
+    with pytest.raises(ReadTimeout):
+        await trouble.fill()
+
+
+# A rest.
+
+
+async def test_while_a_provider_rests_its_fallback_is_asked_at_once(trouble: Trouble) -> None:
+    provider = await trouble.add("a", PACED, ANSWER)
+    await trouble.add("b", ANSWER)
+
+    for number in range(1, 4):
+        assert (await trouble.fill())[0].provider == "b"
+        assert trouble.counts() == {"a": 1, "b": number}
+    assert provider.meter.failovers["provider_rate_limited"].value == 3
+    assert provider.meter.attempts["http_429"].value == 1
+
+    provider._pace._closed_until = provider._pace._due = 0.0  # its rest is over
+    assert (await trouble.fill())[0].provider == "a"
+
+
+async def test_a_short_rest_is_waited_for(trouble: Trouble) -> None:
+    await trouble.add("a", status(429, "retry-after-ms: 100\r\n"), ANSWER)
+    await trouble.add("b", ANSWER)
+
+    assert (await trouble.fill())[0].provider == "b"
+    assert (await trouble.fill())[0].provider == "a"
+
+
+async def test_who_waits_in_the_line_of_one_that_begins_to_rest_goes_elsewhere(
+    trouble: Trouble,
+) -> None:
+    provider = await trouble.add("a", PACED, concurrent_requests=1, queue_size=10)
+    await trouble.add("b", ANSWER)
+    trouble.gate.clear()
+    tasks = [asyncio.create_task(trouble.fill()) for _ in range(4)]
+    pinned = asyncio.create_task(trouble.fill("a"))
+    await until(lambda: provider.stats().queue.waiting == 4)
+
+    trouble.gate.set()
+    done = await asyncio.gather(*tasks)
+
+    assert {stream.provider for stream, _ in done} == {"b"}
+    assert trouble.counts() == {"a": 1, "b": 4}
+    with pytest.raises(ProviderPaced):  # 30 s are more than it would wait
+        await pinned
+
+
+async def test_a_storm_of_429_makes_no_wave_of_retries(trouble: Trouble) -> None:
+    provider = await trouble.add(
+        "a", status(429, "retry-after-ms: 20\r\n"), max_retries=5, queue_size=100
+    )
+    done = await asyncio.gather(*(trouble.fill() for _ in range(30)), return_exceptions=True)
+
+    assert {type(one) for one in done} <= {ProviderRateLimited, ProviderPaced}
+    assert trouble.counts()["a"] <= 30 + MINIMUM
+    assert provider.meter.attempts["http_429"].value == trouble.counts()["a"]
+    assert provider.stats().breaker == "closed"
+
+
+async def test_a_limit_that_is_told_within_a_stream_is_a_rest_as_well(trouble: Trouble) -> None:
+    limited = events('{"error":{"code":429,"message":"slow down"}}')
+    provider = await trouble.add("a", limited, ANSWER, max_retries=0)
+
+    with pytest.raises(ProviderRateLimited):
+        await trouble.fill()
+
+    assert provider.stats().pace.cooling > 0
+    assert provider.stats().breaker == "closed"
+    assert provider.meter.attempts["http_429"].value == 1
+
+
+async def test_credits_that_are_used_up_are_told_within_a_stream(trouble: Trouble) -> None:
+    provider = await trouble.add("a", events('{"error":{"code":402,"message":"no credits"}}'))
+    with pytest.raises(ProviderAuthError):
+        await trouble.fill()
+    assert (provider.stats().flagged, trouble.counts()) == (True, {"a": 1})
 
 
 # Left alone.

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import difflib
+import inspect
 import os
 import signal
 import sys
 from typing import TYPE_CHECKING
 
-from aioserver.providers.simulator import Simulator
+from aioserver.providers.simulator import Simulator, faults
+from aioserver.providers.simulator.model import BadRequest
 
 if TYPE_CHECKING:
     from aioserver.providers.simulator import Behaviour
@@ -17,6 +20,35 @@ if TYPE_CHECKING:
 def provider(host: str, port: int, behaviour: Behaviour) -> int:
     """Run the simulator until SIGINT or SIGTERM; returns the exit code. Port 0: a free one."""
     return asyncio.run(_run(host, port, behaviour))
+
+
+def fault(name: str) -> str:
+    """*name* as `Behaviour` takes it.
+
+    Raises:
+        ValueError: the simulator has no such fault.
+    """
+    name = name.removeprefix(faults.PREFIX)
+    try:
+        if name:
+            faults.find(faults.PREFIX + name)
+    except BadRequest:
+        near = difflib.get_close_matches(name, faults.FAULTS, 1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ValueError(f"no fault {name!r} ({hint}--list-faults prints all)") from None
+    return name
+
+
+def faults_table() -> str:
+    """The faults by their names, and what each does."""
+    table = inspect.getdoc(faults) or ""
+    return "\n".join(
+        [
+            "The faults of the simulated provider: --fault NAME gives one to every model (to a share",
+            "of the requests with --fail-rate); a model of that name gets it in any case.",
+            *table.splitlines()[1:],
+        ]
+    )
 
 
 async def _run(host: str, port: int, behaviour: Behaviour) -> int:

@@ -6,7 +6,9 @@ body that is not streamed, up to a bound. Which end is a good one is decided her
 
     [DONE], or response.completed / incomplete / failed      the end
     the body ends after a finish_reason                      the end, a [DONE] is put to it
-    an error object                                          ProviderError; nothing behind it passes
+    an event that is no JSON                                 ProviderBadResponse
+    an error object                                          ProviderError, or what its code says;
+                                                             nothing behind it passes
     the body ends otherwise                                  ProviderDisconnected
     there is no body                                         ProviderBadResponse
 """
@@ -21,7 +23,12 @@ import orjson
 
 from aioserver import entries, eventstream
 from aioserver.deltas import TEXT_START, Reading, Shape, learn, provider_error, usage_of
-from aioserver.errors import ProviderBadResponse, ProviderDisconnected, ProviderFault
+from aioserver.errors import (
+    ProviderAuthError,
+    ProviderBadResponse,
+    ProviderDisconnected,
+    ProviderFault,
+)
 
 if TYPE_CHECKING:
     from aioserver.fastpath import FastPath
@@ -85,7 +92,8 @@ class EventSink:
         """Append the events that are whole now; False at the provider's end.
 
         Raises:
-            ProviderError: its first event is an error object; a later one passes, and is the end.
+            ProviderFault: its first event is an error object; a later one passes, and is the end.
+            ProviderBadResponse: an event that is no JSON, as far as `_sound` can tell.
         """
         self._begun = True
         block = self._splitter.feed(data)
@@ -111,12 +119,17 @@ class EventSink:
                 self._stream.usage = _usage_in(block) or self._stream.usage
         if find(_ERROR) >= 0:
             block, fault = self._before_error(block)
-        self._append(block, more=ended or fault is not None)
+        broken = not _sound(block)
+        if broken:
+            block = self._before_broken(block)
+        self._append(block, more=ended or broken or fault is not None)
+        if broken:
+            raise ProviderBadResponse("the provider sent an event that is not JSON")
         if fault is not None:
             event, stream = fault[0], self._stream
             error = provider_error(fault[1])
-            if not stream.answered:
-                raise error
+            if not stream.answered or isinstance(error, ProviderAuthError):
+                raise error  # of our key nothing is shown
             self._append(event, more=True)
             stream.error = error
             stream.end(entries.ERROR, error.as_chunk())  # its own event has been passed on
@@ -170,6 +183,13 @@ class EventSink:
                 return b"".join(events[:number]), (event, fault)
         return block, None
 
+    @staticmethod
+    def _before_broken(block: bytes) -> bytes:
+        """What comes before the first event that is not sound."""
+        events = eventstream.split(block)
+        good = next(at for at, event in enumerate(events) if not _sound(event))
+        return b"".join(events[:good])
+
     def _complete(self, done: bytes) -> None:
         stream = self._stream
         stream.end(
@@ -202,6 +222,8 @@ class ChatSink:
                 if event.data == b"[DONE]":
                     ended = True
                     break
+                if not event.data:
+                    continue  # no event (WHATWG HTML 9.2.6): it keeps a connection alive
                 chunks += self._reading.read(event.data)
                 self._stream.answer()  # also where it says nothing yet: no second try from here on
         finally:
@@ -246,6 +268,28 @@ def complete(stream: Stream, reading: Reading) -> None:
             }
         },
     )
+
+
+def _sound(block: bytes) -> bool:
+    """Whether the events of a block can be JSON objects: `{…}`, in UTF-8.
+
+    What is between the braces is not looked at. A truncated event is found this way and half a
+    character, which is what happens; to parse each event is 0.5 µs of the 12 that it costs in all.
+    """
+    if (
+        block.startswith(b"data: {")
+        and block.endswith(b"}\n\n")
+        and block.find(b"\n") == len(block) - 2
+        and block.find(b"\r") < 0
+        and eventstream.utf8(block)
+    ):
+        return True
+    for event in eventstream.parse(block):
+        data = event.data.strip()
+        whole = data.startswith(b"{") and data.endswith(b"}") and eventstream.utf8(data)
+        if data and data != b"[DONE]" and not whole:
+            return False
+    return True
 
 
 def _no_end(begun: bool) -> ProviderFault:

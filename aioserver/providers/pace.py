@@ -4,8 +4,8 @@ GCRA (ITU-T I.371; Brandur Leach, "Rate limiting, cells, and GCRA", 2015): one n
 arrival time of the next start. In any window no more starts than its share of the minute and the burst.
 
 The provider itself lowers it: what it says of its remaining requests and their reset spreads them over
-that time, before it has to say 429; where it said `Retry-After` nothing starts before, and for as long
-again only half as much as else.
+that time, before it has to say 429; where it said `Retry-After` nothing starts before, then one after
+the other, without a burst, and for as long again only half as much as else.
 
 Tokens a minute are a leaky bucket (ITU-T I.371 as well) of a sixth of the minute: a start pours in what
 it is expected to cost, and its end corrects that; while it is over, nothing starts.
@@ -109,6 +109,8 @@ class Pace:
         now = self._clock()
         wait = min(max(0.0, seconds), MAX_COOLING) * (1 + JITTER * random.random())  # noqa: S311
         self._closed_until = max(self._closed_until, now + wait)
+        if wait:
+            self._due = max(self._due, self._closed_until + self._slack)  # no burst behind it
         self._slow_step, self._slow_until = 2 * self._step, self._closed_until + wait
 
     def heed(self, headers: Mapping[str, str]) -> None:

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 
 MAX_ERROR_BYTES = 1 << 20  # of an error's body
 BYTES_PER_TOKEN = 4  # of a request, about
+WORTH_WAITING = 1.0  # seconds that a provider may rest; for more another is asked, if there is one
 FLAGGED = 300.0  # seconds for which one that refuses our key is not asked
 KEY_FAULTS = (ProviderAuthError, CertificateFault)
 
@@ -274,8 +275,10 @@ class Provider:
     ) -> None:
         try:
             await self._guarded(ask, on_head, told, started, sending)
-        except BaseException:
+        except BaseException as exc:
             self._pool.trim()  # a connection may have been kept for this request
+            if isinstance(exc, ProviderRateLimited) and exc.attempt:  # said within its answer
+                self._rest(exc)
             raise
 
     async def _guarded(
@@ -286,7 +289,7 @@ class Provider:
         started: Callable[[], None] | None,
         sending: Callable[[], None] | None,
     ) -> None:
-        self._check()
+        self._check(ask)
         record = ask.record
         now = monotonic()
         record.lined = record.lined or now
@@ -308,6 +311,7 @@ class Provider:
                     told=told,
                     within=max(0.0, limits.queue_timeout - ask.waited),
                     again=ask.again,
+                    elsewhere=ask.elsewhere,
                     cost=cost,
                 )
                 ask.expected = cost
@@ -316,7 +320,7 @@ class Provider:
                 ask.waited += monotonic() - now
                 record.waited += monotonic() - now
         with place:
-            self._check()  # it may have begun to fail while this waited
+            self._check(ask)  # it may have begun to fail while this waited
             ask.trial = self._breaker.enter()
             if started is not None:
                 started()
@@ -345,8 +349,13 @@ class Provider:
         try:
             judge(self.name, status, headers, body)
         except ProviderRateLimited as limited:
-            self._pace.cool_down(limited.retry_after or 0.0)
+            self._rest(limited)
             raise
+
+    def _rest(self, limited: ProviderRateLimited) -> None:
+        """It said that we ask too much."""
+        self._pace.cool_down(limited.retry_after or 0.0)
+        self._gate.rest(WORTH_WAITING)
 
     def _paid(self, ask: Ask, exc: BaseException | None) -> None:
         """Correct what *ask* was expected to cost by what it did, as far as that is known."""
@@ -368,10 +377,12 @@ class Provider:
             self._breaker.answered(trial=True)
             ask.trial = False
 
-    def _check(self) -> None:
+    def _check(self, ask: Ask) -> None:
         """Raise where the provider is to be left alone."""
         if not self._breaker.allows or self.flagged:
             raise self._left_alone()
+        if ask.elsewhere and (rest := self._pace.cooling) > WORTH_WAITING:
+            raise ProviderPaced(f"{self.name} limits our rate", retry_after=rest)
 
     def _left_alone(self) -> ProviderFault:
         if self.flagged:

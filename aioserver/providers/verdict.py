@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import orjson
 
+from aioserver.deltas import QUOTA, error_codes
 from aioserver.errors import (
     InvalidRequest,
     ProviderAuthError,
@@ -40,11 +41,13 @@ def judge(name: str, status: int, headers: Mapping[str, str], body: bytes) -> No
         return
     if status < 400:
         raise ProviderBadResponse(f"{name} answered {status}, a redirect")
-    if status in KEY_STATUSES or (status == 429 and b"insufficient_quota" in body):
+    if status in KEY_STATUSES or (status == 429 and _quota_used_up(body)):
         raise ProviderAuthError(f"{name} refuses our key or its quota is used up")
     wait = retry_after(headers)
+    if wait is not None:
+        wait = min(wait, MAX_COOLING)
     if status in BUSY_STATUSES:
-        wait = min(1.0 if wait is None else wait, MAX_COOLING)
+        wait = 1.0 if wait is None else wait
         raise ProviderRateLimited(f"{name} limits our rate", retry_after=wait)
     if status >= 500 or status == 408:
         raise ProviderError(f"{name} answered {status}", retry_after=wait)
@@ -76,9 +79,9 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
             return seconds
     try:
         then = parsedate_to_datetime(headers.get("retry-after", ""))
-    except ValueError:
+        seconds = then.timestamp() - time()
+    except (ValueError, OverflowError):  # a year or a zone that no calendar has
         return None
-    seconds = then.timestamp() - time()
     return max(0.0, seconds) if abs(seconds) < 86_400 else None
 
 
@@ -91,6 +94,17 @@ def check_plain(headers: Mapping[str, str]) -> None:
     """Raise where the body is compressed."""
     if headers.get("content-encoding", "identity").lower() not in {"", "identity"}:
         raise ProviderBadResponse("the provider compressed its answer, which nobody asked for")
+
+
+def _quota_used_up(body: bytes) -> bool:
+    """Whether it says so itself: a text in it may be the caller's, the model's name for one."""
+    if QUOTA.encode() not in body:
+        return False
+    try:
+        said = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return False
+    return isinstance(said, dict) and QUOTA in error_codes(said.get("error", said))
 
 
 def _is_json(body: bytes) -> bool:

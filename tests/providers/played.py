@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import socket
 from typing import TYPE_CHECKING, Any, Self
+
+import pytest
 
 from aioserver.providers.pool import Pool
 from aioserver.providers.wire import Exchange
@@ -226,3 +229,24 @@ async def pooled(
         assert pool.stats().open == pool.stats().idle, "a connection was not given back"
     finally:
         await pool.close()
+
+
+@contextlib.asynccontextmanager
+async def full_listener() -> AsyncIterator[int]:
+    """The port of a listener whose accept queue is full: SYNs to it are dropped."""
+    loop = asyncio.get_running_loop()
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.socket())
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        port = listener.getsockname()[1]
+        for _ in range(16):
+            one = stack.enter_context(socket.socket())
+            one.setblocking(False)
+            try:
+                await asyncio.wait_for(loop.sock_connect(one, ("127.0.0.1", port)), 0.1)
+            except TimeoutError:
+                break
+        else:
+            pytest.skip("this kernel's accept queue does not fill")
+        yield port

@@ -11,7 +11,12 @@ import pytest
 
 from aioserver import entries, eventstream
 from aioserver.deltas import Reading
-from aioserver.errors import ProviderBadResponse, ProviderDisconnected, ProviderError
+from aioserver.errors import (
+    ProviderAuthError,
+    ProviderBadResponse,
+    ProviderDisconnected,
+    ProviderError,
+)
 from aioserver.providers.answers import DONE, BodySink, ChatSink, EventSink
 from aioserver.streams import Stream
 
@@ -177,6 +182,20 @@ def test_an_error_event_is_the_end_and_nothing_follows_it(behind: bytes) -> None
         assert shown(stream)[-1][1]["code"] == "provider_error"
 
 
+@pytest.mark.parametrize("frames", [True, False], ids=["frames", "bytes"])
+def test_an_error_about_our_key_is_not_passed_on_in_the_middle_either(frames: bool) -> None:
+    error = b'data: {"error":{"message":"Insufficient credits of sk-1","code":402}}\n\n'
+    stream = new_stream()
+    sink: Sink = ChatSink(stream, Reading()) if frames else EventSink(stream, responses=False)
+
+    with pytest.raises(ProviderAuthError) as told:
+        play(sink, delta("Hel") + error + DONE, (), end=True)
+
+    assert b"credits" not in passed(stream)
+    assert "credits" not in told.value.message
+    assert not stream.ended
+
+
 def test_an_error_event_is_the_end_for_frames_too() -> None:
     data = delta("Hel") + ERROR + DONE
     for cut in every_cut(data):
@@ -275,6 +294,53 @@ def test_an_event_that_is_no_object_ends_an_answer_in_frames(event: bytes) -> No
             play(ChatSink(stream, Reading()), data, cut, end=True)
 
         assert [chunk["data"] for _, chunk in shown(stream)] == ["Hel"]
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        b'data: {"id":"chatcmpl-\n\n',
+        b'data: {"choices":[{"index":0,"delta":{"content":"\xc3\x28\xff"}}]}\n\n',
+        b"data: 7\n\n",
+        b"data: hello\n\n",
+        b"id: 1\ndata: hello\n\n",
+        b'data: {"choices":[{"index":0,"delta":{"content":"a\rb"}}]}\n\n',
+    ],
+    ids=["broken JSON", "broken UTF-8", "a number", "a word", "two fields", "a CR in a text"],
+)
+@pytest.mark.parametrize("responses", [True, False])
+def test_an_event_that_is_no_object_ends_an_answer_in_bytes(event: bytes, responses: bool) -> None:
+    data = delta("Hel") + event + delta("lo") + DONE
+    for cut in every_cut(data):
+        stream = new_stream()
+        with pytest.raises(ProviderBadResponse, match="not JSON"):
+            play(EventSink(stream, responses=responses), data, cut, end=True)
+
+        assert passed(stream) == delta("Hel")
+        assert stream.last == 2
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        b"data:\n\n",
+        b"data: \n\n",
+        b": caf\xe9\n\n",
+        b"event: ping\n\n",
+        b'data:  {"choices":[]} \n\n',
+        b'event: x\ndata: {"choices":\ndata: []}\n\n',
+        'data: {"choices":[{"index":0,"delta":{"content":""}}],"größe":"ß"}\n\n'.encode(),
+    ],
+)
+def test_what_is_no_event_or_unusual_json_ends_nothing(event: bytes) -> None:
+    data = delta("Hel") + event + delta("lo", "stop") + DONE
+    frames, raw = new_stream(), new_stream()
+
+    assert play(ChatSink(frames, Reading()), data, (), end=True)
+    assert play(EventSink(raw, responses=False), data, (), end=True)
+
+    assert [chunk["data"] for _, chunk in shown(frames)[:-1]] == ["Hel", "lo"]
+    assert passed(raw) == data
 
 
 @pytest.mark.parametrize("frames", [True, False], ids=["frames", "bytes"])

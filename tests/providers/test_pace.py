@@ -113,6 +113,34 @@ def test_after_a_rest_it_goes_on_at_half_its_pace_for_as_long_again() -> None:
     assert 40 <= gaps.count(0.2) <= 60
 
 
+@given(
+    per_minute=st.integers(60, 10_000),
+    burst=st.integers(1, 50),
+    asked=st.floats(0.1, 200),
+    begun=st.integers(0, 60),
+)
+@settings(max_examples=100, deadline=None)
+def test_nothing_starts_in_a_rest_and_no_burst_behind_it(
+    per_minute: int, burst: int, asked: float, begun: int
+) -> None:
+    clock = Clock()
+    pace = Pace(per_minute, burst, clock)
+    started(pace, clock, [0.0] * begun)
+    told_at = clock.now
+
+    pace.cool_down(asked)
+    behind = [pace.delay(ahead) for ahead in range(10)]
+    times = started(pace, clock, [0.0] * 10)
+
+    wait = min(asked, MAX_COOLING)
+    assert times[0] >= told_at + wait - 1e-6
+    step = 60 / per_minute
+    gaps = [b - a for a, b in pairwise(times)]
+    assert min(gaps) >= step - 1e-6
+    assert gaps[0] >= min(2 * step, wait) - 1e-6
+    assert behind == pytest.approx([at - told_at for at in times], rel=0.01, abs=step * 10)
+
+
 def test_what_is_left_is_spread_until_the_reset() -> None:
     clock = Clock()
     pace = Pace(6000, 1, clock)

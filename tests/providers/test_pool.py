@@ -10,7 +10,6 @@ import inspect
 import random
 import socket
 import ssl
-from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
@@ -29,10 +28,21 @@ from aioserver.errors import (
 from aioserver.providers.pool import CappedConnector, Pool
 from aioserver.providers.wire import WireProtocol
 from tests.house import until
-from tests.providers.played import LIMITS, OK, Got, Peer, Played, ask, exchange, pooled, request
+from tests.providers.played import (
+    LIMITS,
+    OK,
+    Got,
+    Peer,
+    Played,
+    ask,
+    exchange,
+    full_listener,
+    pooled,
+    request,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import Awaitable, Callable
     from pathlib import Path
 
 
@@ -258,27 +268,6 @@ async def test_a_resolver_that_hangs_is_a_connect_timeout(monkeypatch: pytest.Mo
 
         assert [type(one) for one in outcomes] == [ConnectTimeout] * 3
         assert pool.stats().open == 0
-
-
-@asynccontextmanager
-async def full_listener() -> AsyncIterator[int]:
-    """The port of a listener whose accept queue is full: SYNs to it are dropped."""
-    loop = asyncio.get_running_loop()
-    with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(socket.socket())
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(0)
-        port = listener.getsockname()[1]
-        for _ in range(16):
-            one = stack.enter_context(socket.socket())
-            one.setblocking(False)
-            try:
-                await asyncio.wait_for(loop.sock_connect(one, ("127.0.0.1", port)), 0.1)
-            except TimeoutError:
-                break
-        else:
-            pytest.skip("this kernel's accept queue does not fill")
-        yield port
 
 
 async def test_a_full_accept_queue_is_a_connect_timeout() -> None:

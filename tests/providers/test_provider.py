@@ -270,6 +270,10 @@ async def test_a_wrong_length_is_told_where_something_is_missing(simulator: Simu
         ("fault-retry-after-7", 7.0),
         ("fault-retry-after-ms", 0.15),
         ("fault-retry-after-absurd", 1.0),
+        ("fault-retry-after-3000", 120.0),
+        ("fault-day-over", 2.0),
+        ("fault-capacity", 1.0),
+        ("fault-slow-down", 1.0),
     ],
 )
 async def test_retry_after_is_told(model: str, seconds: float, simulator: Simulator) -> None:
@@ -280,9 +284,39 @@ async def test_retry_after_is_told(model: str, seconds: float, simulator: Simula
     assert raised.value.retry_after == seconds
 
 
-@pytest.mark.parametrize("value", ["", "soon", "-1", "nan", "inf", "1e400", "86400"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("", "soon", "-1", "nan", "inf", "1e400", "86400"),
+        "Tue, 01 Jan 2030 00:00:00 +99999999999999999999",
+        "Mon, 01 Jan 0001 00:00:00 -0000",
+        "Tue, 99 Xyz 99999 99:99:99 GMT",
+    ],
+)
 def test_a_retry_after_that_is_not_sane_is_none(value: str) -> None:
     assert retry_after({"retry-after": value}) is None
+
+
+async def test_how_long_a_5xx_wants_is_bounded_as_well() -> None:
+    play, _ = serving(
+        b"HTTP/1.1 503 No\r\nContent-Type: application/json\r\n"
+        b"Retry-After: 3000\r\nContent-Length: 2\r\n\r\n{}"
+    )
+    async with Played(play) as server, provider_at(server.url) as provider:
+        with pytest.raises(ProviderError) as raised:
+            await provider.call(question(streamed=False))
+
+    assert raised.value.retry_after == 120.0  # SDKs do not believe more
+
+
+async def test_a_callers_word_does_not_use_up_the_quota() -> None:
+    said = b'{"error":{"message":"Rate limit reached for insufficient_quota","code":"rate"}}'
+    for body in (said, b"insufficient_quota", b'["insufficient_quota"]'):
+        head = b"HTTP/1.1 429 No\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+        play, _ = serving(head % len(body) + body)
+        async with Played(play) as server, provider_at(server.url) as provider:
+            with pytest.raises(ProviderRateLimited):
+                await provider.call(question("insufficient_quota", streamed=False))
 
 
 async def test_a_redirect_is_not_followed(simulator: Simulator) -> None:

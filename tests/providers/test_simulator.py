@@ -414,6 +414,35 @@ async def test_cut_after(
     assert simulator.stats().tokens_sent == 5
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.5, 1.0])
+async def test_a_fault_by_name_for_a_share_of_all_models(
+    session: aiohttp.ClientSession, rate: float
+) -> None:
+    behaviour = Behaviour(ttft=0, interval=0, fail_rate=rate, fault="status-418")
+    async with Simulator(behaviour, seed=3) as simulator:
+        statuses = []
+        for _ in range(20):
+            async with post(session, simulator, chat("m")) as response:
+                statuses.append(response.status)
+
+    assert set(statuses) <= {200, 418}
+    failed = statuses.count(418) / 20
+    assert failed == rate if rate in {0.0, 1.0} else 0.2 < failed < 0.8
+
+
+async def test_what_a_model_is_called_comes_before_nothing_but_a_fault_for_all(
+    simulator: Simulator, session: aiohttp.ClientSession
+) -> None:
+    simulator.behaviour = Behaviour(ttft=0, interval=0, fail_rate=1.0, fault="status-418")
+    async with post(session, simulator, chat("fault-status-500")) as for_all:
+        pass
+    simulator.behaviour = Behaviour(ttft=0, interval=0, fault="status-418")
+    async with post(session, simulator, chat("fault-status-500")) as by_its_name:
+        pass
+
+    assert (for_all.status, by_its_name.status) == (418, 500)
+
+
 async def test_stall_after(simulator: Simulator, session: aiohttp.ClientSession) -> None:
     simulator.behaviour = Behaviour(ttft=0, interval=0, stall_after=5)
     async with post(session, simulator, chat(stream=True)) as response:
@@ -489,7 +518,11 @@ async def test_every_fault_leaves_nothing_behind(
         ("fault-status-529", 529, None, None),
         ("fault-status-200", 200, None, None),
         ("fault-quota", 429, None, "insufficient_quota"),
+        ("fault-credits", 402, None, 402),
         ("fault-retry-after-30", 429, "30", "rate_limit_exceeded"),
+        ("fault-day-over", 429, "2", "rate_limit_exceeded"),
+        ("fault-capacity", 498, None, "capacity_exceeded"),
+        ("fault-slow-down", 503, "1", "slow_down"),
         ("fault-retry-after-absurd", 429, "31536000", "rate_limit_exceeded"),
         ("fault-json-under-200-stream", 200, None, None),
     ],
@@ -500,7 +533,7 @@ async def test_refusals(
     model: str,
     status: int,
     retry_after: str | None,
-    code: str | None,
+    code: str | int | None,
 ) -> None:
     async with post(session, simulator, chat(model, stream=True)) as response:
         fault = (await response.json())["error"]
@@ -524,6 +557,89 @@ async def test_answers_of_another_kind(
         assert date.headers["Retry-After"].endswith("GMT")
     async with post(session, simulator, chat("fault-retry-after-ms")) as ms:
         assert ms.headers["retry-after-ms"] == "150"
+
+
+@pytest.mark.parametrize("kind", ["text/html", "text/plain"])
+async def test_a_good_stream_of_another_type(
+    simulator: Simulator, session: aiohttp.ClientSession, kind: str
+) -> None:
+    model = f"fault-type-{'html' if kind == 'text/html' else 'text'}"
+    async with post(session, simulator, chat(model, stream=True)) as response:
+        text = await response.read()
+
+    assert response.content_type == kind
+    assert (said(text), events(text)[-1]) == ("Hello", "[DONE]")
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ("fault-limits-spent", ("0", "17ms", None)),
+        ("fault-limits-spent-1000", ("0", "1s", None)),
+        ("fault-limits-spent-360000", ("0", "6m0s", None)),
+        ("fault-limits-day", ("14370", "2m59.56s", "7.66s")),
+        ("fault-limits-nonsense", ("-1", "-1", "soon")),
+        ("fault-day-over", ("0", "23h51m7.2s", None)),
+    ],
+)
+async def test_limits_in_the_head(
+    simulator: Simulator,
+    session: aiohttp.ClientSession,
+    model: str,
+    expected: tuple[str, str, str | None],
+) -> None:
+    async with post(session, simulator, chat(model, stream=True)) as response:
+        headers = response.headers
+
+    names = ("remaining-requests", "reset-requests", "reset-tokens")
+    assert tuple(headers.get(f"x-ratelimit-{name}") for name in names) == expected
+
+
+async def test_flapping_fails_and_answers_by_turns(
+    simulator: Simulator, session: aiohttp.ClientSession
+) -> None:
+    statuses = []
+    for _ in range(8):
+        async with post(session, simulator, chat("fault-flap-2")) as response:
+            statuses.append(response.status)
+
+    assert statuses == [502, 502, 200, 200] * 2
+
+
+async def test_comments_and_then_an_answer_or_none(
+    simulator: Simulator, session: aiohttp.ClientSession
+) -> None:
+    comment = b": OPENROUTER PROCESSING\n\n"
+    thinking = await streamed(session, simulator, "fault-thinking-4")
+    for model in ("fault-comments-stall-4", "fault-comments-endless"):
+        async with post(session, simulator, chat(model, stream=True)) as response:
+            text = b""
+            while text.count(comment) < 4:
+                text += await response.content.readany()
+        assert set(text.split(b"\n\n")) == {comment.strip(), b""}
+
+    assert thinking.startswith(4 * comment + b"data: ")
+    assert said(thinking[4 * len(comment) :]) == speech("Hello", 1)
+
+
+async def test_where_the_usage_is_said(
+    simulator: Simulator, session: aiohttp.ClientSession
+) -> None:
+    async def last(model: str) -> Any:
+        body = chat(model, stream=True, stream_options={"include_usage": True})
+        async with post(session, simulator, body) as response:
+            return events(await response.read())[-2]
+
+    nowhere, groqs = await last("fault-no-usage"), await last("fault-usage-x-groq")
+    whole_without = orjson.loads(await whole(session, simulator, "fault-no-usage"))
+    whole_groqs = orjson.loads(await whole(session, simulator, "fault-usage-x-groq"))
+
+    assert "usage" not in nowhere
+    assert "usage" not in whole_without
+    assert nowhere["choices"][0]["finish_reason"] == "stop"
+    for one in (groqs, whole_groqs):
+        assert "usage" not in one
+        assert one["x_groq"]["usage"]["completion_tokens"] > 20
 
 
 @pytest.mark.parametrize("model", ["fault-silent", "fault-head-only", "fault-stall-0"])
@@ -563,6 +679,7 @@ async def test_cut_is_a_reset(simulator: Simulator) -> None:
 
 
 async def test_dropped_and_no_http(simulator: Simulator) -> None:
+    assert (await raw(simulator, "fault-bad-chunk-2")).endswith(b"}\n\n\r\nno size\r\n")
     assert await raw(simulator, "fault-drop") == b""
     assert await raw(simulator, "fault-not-http") == b"220 mail.example ESMTP ready\r\n"
 
@@ -580,6 +697,7 @@ async def test_clean_end_without_finish(
 async def test_ends_around_done(simulator: Simulator, session: aiohttp.ClientSession) -> None:
     without = events(await streamed(session, simulator, "fault-no-done"))
     beyond = events(await streamed(session, simulator, "fault-after-done"))
+    early = events(await streamed(session, simulator, "fault-early-done-2"))
     async with post(session, simulator, chat("fault-open-done", stream=True)) as response:
         text = b""
         while not text.endswith(b"data: [DONE]\n\n"):
@@ -588,6 +706,7 @@ async def test_ends_around_done(simulator: Simulator, session: aiohttp.ClientSes
 
     assert without[-1]["choices"][0]["finish_reason"] == "stop"
     assert beyond[-2] == "[DONE]"
+    assert (len(early), early[-1]) == (4, "[DONE]")
 
 
 async def test_errors_inside_the_stream(
@@ -595,10 +714,15 @@ async def test_errors_inside_the_stream(
 ) -> None:
     error = events(await streamed(session, simulator, "fault-error-event-2"))
     chunk = events(await streamed(session, simulator, "fault-error-chunk-2"))
+    comment, _, first = (await streamed(session, simulator, "fault-error-first-429")).partition(
+        b"\n\n"
+    )
 
     assert (len(error), error[-1]["error"]["type"]) == (4, "server_error")
     assert (len(chunk), chunk[-1]["error"]["code"]) == (4, 502)
     assert chunk[-1]["choices"][0]["finish_reason"] == "error"
+    assert comment == b": OPENROUTER PROCESSING"
+    assert [one["error"]["code"] for one in events(first)] == [429]
 
 
 async def test_broken_events(simulator: Simulator, session: aiohttp.ClientSession) -> None:

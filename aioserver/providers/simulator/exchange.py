@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Awaitable, Callable, Mapping
 
     from aioserver.providers.simulator.shapes import Answer
+
+    Fault = Callable[["Exchange", int], Awaitable[web.StreamResponse]]
 
 _LINGER_0 = struct.pack("ii", 1, 0)  # close() then sends RST and not FIN: socket(7), SO_LINGER
 
@@ -25,8 +27,9 @@ class Behaviour:
     ttft: float = 0.2  # before the first token
     interval: float = 0.03  # between two tokens
     tokens: int = 0  # in an answer; 0: as many as its text has
-    fail_rate: float = 0.0  # the share of requests that get *fail_status*, 0 to 1
-    fail_status: int = 503
+    fail_rate: float = 0.0  # the share of requests that fail, 0 to 1
+    fail_status: int = 503  # how
+    fault: str = ""  # or how, by a name of faults.py: "stall-3"
     cut_after: int | None = None  # a TCP reset
     stall_after: int | None = None  # silence for ever
     deaf: bool = False  # reads no body: a large upload gets stuck, and its end is not noticed
@@ -48,7 +51,7 @@ class Exchange:
 
     Every method that writes raises ConnectionError where the client has left; the handler's task
     is cancelled then, too. *count* is called for each token, *doomed* has the connections on
-    which the next request finds nobody.
+    which the next request finds nobody, *turns* how often those were asked who take turns.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class Exchange:
         *,
         count: Callable[[], None],
         doomed: set[asyncio.Transport],
+        turns: dict[int, int],
     ) -> None:
         assert request.transport is not None
         self.transport = request.transport
@@ -70,6 +74,7 @@ class Exchange:
         self._ttft = behaviour.ttft
         self._count = count
         self._doomed = doomed
+        self._turns = turns
         self._due = 0.0
         self._next = 0
         self._opened = False
@@ -163,6 +168,17 @@ class Exchange:
             self.transport.write(data)
             await asyncio.sleep(0)  # a packet of its own, where the client reads fast enough
         return Raw()
+
+    def raw_head(self, framing: bytes, version: bytes = b"1.1") -> bytes:
+        """The head of a good answer, for `raw`."""
+        kind = self.response.content_type.encode()
+        return b"HTTP/%b 200 OK\r\nContent-Type: %b\r\n%b\r\n" % (version, kind, framing)
+
+    def turn(self, name: int) -> int:
+        """How often *name* has been asked before."""
+        turn = self._turns.get(name, 0)
+        self._turns[name] = turn + 1
+        return turn
 
     def reset(self) -> web.StreamResponse:
         """Close the connection hard: the client sees ECONNRESET."""

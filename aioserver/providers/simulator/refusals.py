@@ -6,6 +6,7 @@ import time
 from email.utils import formatdate
 from typing import TYPE_CHECKING
 
+import orjson
 from aiohttp import web
 
 from aioserver.providers.simulator.model import error
@@ -44,6 +45,33 @@ def _retry_after_date(_n: int) -> web.Response:
     return refusal(429, {"Retry-After": formatdate(time.time() + 2, usegmt=True)})
 
 
+def _refused(status: int, message: str, code: object, **headers: str) -> web.Response:
+    fault = orjson.loads(error(status, message))
+    fault["error"]["code"] = code
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    return as_json(status, orjson.dumps(fault), named)
+
+
+def _day_over(_n: int) -> web.Response:
+    return _refused(
+        429,
+        "Rate limit reached on requests per day (RPD): Limit 14400, Used 14400, Requested 1.",
+        "rate_limit_exceeded",
+        Retry_After="2",
+        x_ratelimit_limit_requests="14400",
+        x_ratelimit_remaining_requests="0",
+        x_ratelimit_reset_requests="23h51m7.2s",
+    )
+
+
+def _typed(content_type: str) -> Callable[[int], web.Response]:
+    """A stream's bytes, whole and good, that are called something else."""
+    chunk = {"id": "1", "object": "chat.completion.chunk", "created": 1, "model": "m"}
+    choice = {"index": 0, "delta": {"content": "Hello"}, "finish_reason": "stop"}
+    body = b"data: %b\n\ndata: [DONE]\n\n" % orjson.dumps({**chunk, "choices": [choice]})
+    return lambda _n: web.Response(body=body, content_type=content_type)
+
+
 def _html(_n: int) -> web.Response:
     page = "<!doctype html><title>Bad gateway</title><h1>Something in between answers</h1>"
     return web.Response(text=page, content_type="text/html")
@@ -56,7 +84,15 @@ REFUSALS: Mapping[str, Callable[[int], web.Response]] = {
     "retry-after-ms": lambda _n: refusal(429, {"retry-after-ms": "150"}),
     "retry-after-date": _retry_after_date,
     "retry-after-absurd": lambda _n: refusal(429, {"Retry-After": "31536000"}),
+    "day-over": _day_over,
+    "capacity": lambda _n: _refused(
+        498, "The Flex tier is at capacity, please try again.", "capacity_exceeded"
+    ),
+    "credits": lambda _n: _refused(402, "Insufficient credits.", 402),
+    "slow-down": lambda _n: _refused(503, "Slow down.", "slow_down", Retry_After="1"),
     "html": _html,
+    "type-html": _typed("text/html"),
+    "type-text": _typed("text/plain"),
     "json-under-200-stream": lambda _n: as_json(200, error(500, "The model has crashed.")),
     "redirect": lambda _n: web.Response(status=302, headers={"Location": "/elsewhere"}),
 }

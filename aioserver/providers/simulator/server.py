@@ -127,6 +127,7 @@ class Simulator:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._connections: set[asyncio.Transport] = set()
         self._doomed: set[asyncio.Transport] = set()
+        self._turns: dict[int, int] = {}
         self._changed: asyncio.Event | None = None  # somebody waits in `until()`
         self._runner: web.ServerRunner | None = None
         self._host = ""
@@ -274,14 +275,22 @@ class Simulator:
             self.bodies.append(asked.body)
             if asked.stream:
                 self._count("streams")
-            if behaviour.fail_rate and self._random.random() < behaviour.fail_rate:
+            fails = behaviour.fail_rate and self._random.random() < behaviour.fail_rate
+            if fails and not behaviour.fault:
                 return refusal(behaviour.fail_status)
-            play = faults.find(asked.model)
+            play = faults.find(faults.PREFIX + behaviour.fault if fails else asked.model)
             ident = f"{self._random.getrandbits(96):024x}"
             answer = shapes.answer(asked, ident, behaviour.tokens)
         except BadRequest as exc:
             return as_json(exc.status, exc.body)
-        exchange = Exchange(request, answer, behaviour, count=self._token, doomed=self._doomed)
+        exchange = Exchange(
+            request,
+            answer,
+            behaviour,
+            count=self._token,
+            doomed=self._doomed,
+            turns=self._turns,
+        )
         if play is not None:
             return await play(exchange)
         if behaviour.cut_after is not None:
