@@ -6,11 +6,20 @@ here=$(cd "$(dirname "$0")" && pwd)
 cd "$here"
 . deploy/venv.sh
 ensure_installed installed-tests '[test]'
-# The pages are tested in Debian's Chromium. Without one those tests skip; with CI=true they fail.
-if [ "$(id -u)" = 0 ] && ! command -v chromium >/dev/null && command -v apt-get >/dev/null; then
+# The pages are tested in Debian's Chromium, the samples of deploy/ with the programs they are for. What is
+# missing is installed by root; without it those tests skip, and with CI=true they fail.
+missing=()
+command -v chromium >/dev/null || missing+=(chromium)
+command -v systemd-analyze >/dev/null || missing+=(systemd)
+if [ ! -d /run/systemd/system ]; then  # else the installation would start them
+  for name in nginx haproxy caddy; do
+    PATH=$PATH:/usr/sbin command -v "$name" >/dev/null || missing+=("$name")
+  done
+fi
+if [ "$(id -u)" = 0 ] && [ "${#missing[@]}" != 0 ] && command -v apt-get >/dev/null; then
   export DEBIAN_FRONTEND=noninteractive
-  { apt-get -qq update && apt-get -qq -y install --no-install-recommends chromium; } >/dev/null ||
-    echo 'no Chromium could be installed' >&2
+  { apt-get -qq update && apt-get -qq -y install --no-install-recommends "${missing[@]}"; } >/dev/null ||
+    echo "could not be installed: ${missing[*]}" >&2
 fi
 .venv/bin/ruff format --check .
 .venv/bin/ruff check .

@@ -25,7 +25,7 @@ from aioserver.setting import FAULTY, Faults, Secret
 from aioserver.settings import SETTINGS, Auth, ClientKey, Provider, Settings
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
 SHIPPED = Path(__file__).with_name("config.yaml")
 MAX_FILE_BYTES = 2**20  # of a configuration; a key file is far below, too
@@ -104,14 +104,18 @@ class Configuration:
         client: dict[str, Any] = setting.plain(provider.http_client)
         return client
 
-    def check_usable(self) -> None:
+    def check_usable(self, hosts: Sequence[str] | None = None) -> None:
         """Refuse what is valid and still cannot serve.
+
+        *hosts*: the addresses that others may reach it by, where these are not the configured host.
 
         Raises:
             ConfigurationError: the active provider or a fallback lacks its key, or an address
                 that others can reach has no keys.
         """
-        faults = list(self._unusable())
+        if hosts is None:
+            hosts = (self.settings.chat.websocket.host,)
+        faults = list(self._unusable(hosts))
         if faults:
             raise ConfigurationError(_lines(faults))
 
@@ -124,7 +128,7 @@ class Configuration:
         """The settings that ask for something which this version does not do yet."""
         return tuple(setting.not_enforced(self.settings))
 
-    def _unusable(self) -> Iterator[Fault]:
+    def _unusable(self, hosts: Sequence[str]) -> Iterator[Fault]:
         llm, document = self.settings.llm, self._document
         provider = llm.providers[llm.active]
         if provider.missing_key is not None:
@@ -137,8 +141,9 @@ class Configuration:
             if provider.missing_key is not None and name != llm.active:
                 why = f"{name} is a fallback but {_lacks(provider)}; set it, or take {name} out"
                 yield document.fault(("llm", "fallbacks", at), why)
-        host, auth = self.settings.chat.websocket.host, self.settings.auth
-        if not loopback(host) and not (auth is not None and (auth.open or auth.keys)):
+        auth = self.settings.auth
+        host = next((host for host in hosts if not loopback(host)), None)
+        if host is not None and not (auth is not None and (auth.open or auth.keys)):
             yield document.fault(
                 ("chat", "websocket", "host"),
                 f"{host} is open to others, and nobody is asked for a key: listen on localhost, "

@@ -18,7 +18,7 @@ class AcceptQueue(NamedTuple):
 
 def accept_queue(sock: socket.socket) -> AcceptQueue | None:
     """The accept queue of *sock*: TCP_INFO of a listener has it in `unacked` and `sacked`."""
-    if not hasattr(socket, "TCP_INFO"):
+    if not hasattr(socket, "TCP_INFO") or sock.family == socket.AF_UNIX:
         return None
     info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
     return AcceptQueue(*struct.unpack_from("=2I", info, 24))

@@ -4,7 +4,8 @@ aiohttp forgives a misspelled option by dropping all of them, with one log line 
 they are built in one place here, and each is proven over a socket by the tests. Parser errors come
 from aiohttp as text with the request's own bytes in it; `Connection` gives them our error body.
 
-Private names of aiohttp used here, guarded by `tests/test_listener.py`: `_make_server`, `_kwargs`.
+Private names of aiohttp used here, guarded by `tests/test_listener.py`: `_make_server`, `_kwargs`,
+`_runner`, `_server`, `_sock`, `_backlog`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,9 +126,26 @@ class Runner(web.AppRunner):
         )
 
 
+class UnixSite(web.SockSite):
+    """Serves a UNIX socket that somebody else has made, and leaves its file alone."""
+
+    async def start(self) -> None:
+        """Accept; the other sites know TCP only, or remove the file at the end."""
+        await web.BaseSite.start(self)
+        assert self._runner.server is not None
+        loop = asyncio.get_running_loop()
+        keep: dict[str, Any] = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
+        self._server = await loop.create_unix_server(
+            self._runner.server, sock=self._sock, backlog=self._backlog, **keep
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Listening:
-    """One listening socket. *queue_limit*: what the kernel gave; None where it does not say."""
+    """One listening socket. *queue_limit*: what the kernel gave; None where it does not say.
+
+    Of a UNIX socket the host is its path, or `@` and its abstract name, and the port 0.
+    """
 
     host: str
     port: int
@@ -136,6 +155,8 @@ class Listening:
     @property
     def url(self) -> str:
         """The address, as a browser wants it."""
+        if not self.port:
+            return f"unix:{self.host}"
         return (
             f"http://[{self.host}]:{self.port}"
             if ":" in self.host
@@ -144,9 +165,16 @@ class Listening:
 
 
 async def listen(
-    runner: Runner, given: WebSocket, *, send_timeout: float = 10.0
+    runner: Runner,
+    given: WebSocket,
+    *,
+    send_timeout: float = 10.0,
+    inherited: Sequence[socket.socket] = (),
 ) -> list[Listening]:
     """Listen on every address of the host, with the backlog.
+
+    *inherited*: sockets that are bound and listen already; where there are any, host and port are
+    not looked at. Connections that wait in them are answered. They are closed at the end.
 
     *send_timeout*: the kernel aborts a connection that takes nothing for a second more than that,
     also when all that is left to do is to close it (`TCP_USER_TIMEOUT`, inherited from the listening socket). What
@@ -156,22 +184,18 @@ async def listen(
         OSError: the address is in use, or is not ours.
     """
     backlog = given.concurrency.uvicorn.backlog
-    bound: list[socket.socket] = []
-    port = given.port
     loop = asyncio.get_running_loop()
-    try:
-        for family, address in await _addresses(loop, given.host, port):
-            bound.append(_bind(family, address, port, send_timeout))
-            port = port or bound[0].getsockname()[1]  # any port, but one for all addresses
-    except OSError:
-        for sock in bound:
-            sock.close()
-        raise
+    bound = list(inherited) or await _bound(loop, given.host, given.port)
     listening = []
     for sock in bound:
+        unix = sock.family == socket.AF_UNIX
+        if not unix:
+            _limit_kernel(sock, send_timeout)
+        sock.setblocking(False)
         for ear in (sock, *(sock.dup() for _ in range(_ears(loop) - 1))):
-            await web.SockSite(runner, ear, backlog=backlog).start()
-        host, number = sock.getsockname()[:2]
+            site = UnixSite if unix else web.SockSite
+            await site(runner, ear, backlog=backlog).start()
+        host, number = address_of(sock)
         queue = accept_queue(sock)
         listening.append(Listening(host, number, backlog, queue.limit if queue else None))
         runner.app[keys.LIFE].listening.append(sock)
@@ -200,23 +224,57 @@ async def _addresses(
     return list(unique)
 
 
-def _bind(family: int, address: str, port: int, send_timeout: float) -> socket.socket:
+async def _bound(loop: asyncio.AbstractEventLoop, host: str, port: int) -> list[socket.socket]:
+    """A socket for each address of *host*, all on one port; or none, where one cannot be bound."""
+    bound: list[socket.socket] = []
+    try:
+        for family, address in await _addresses(loop, host, port):
+            bound.append(_bind(family, address, port))
+            port = port or bound[0].getsockname()[1]  # any port, but one for all addresses
+    except OSError:
+        for sock in bound:
+            sock.close()
+        raise
+    return bound
+
+
+def _bind(family: int, address: str, port: int) -> socket.socket:
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if hasattr(socket, "TCP_USER_TIMEOUT"):
-            milliseconds = int((send_timeout + KERNEL_PATIENCE) * 1000)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
-        if hasattr(socket, "TCP_NOTSENT_LOWAT"):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, MAX_NOT_SENT)
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         sock.bind((address, port))
-        sock.setblocking(False)
     except OSError:
         sock.close()
         raise
     return sock
+
+
+def _limit_kernel(sock: socket.socket, send_timeout: float) -> None:
+    """Bound what the kernel keeps for a client of *sock*, and how long; accepted ones inherit it."""
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        milliseconds = int((send_timeout + KERNEL_PATIENCE) * 1000)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
+    if hasattr(socket, "TCP_NOTSENT_LOWAT"):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, MAX_NOT_SENT)
+
+
+def hosts(inherited: Sequence[socket.socket]) -> list[str] | None:
+    """The addresses that *inherited* can be reached by over a network; None: the configured one."""
+    if not inherited:
+        return None
+    return [address_of(sock)[0] for sock in inherited if sock.family != socket.AF_UNIX]
+
+
+def address_of(sock: socket.socket) -> tuple[str, int]:
+    """Host and port of *sock*; of a UNIX socket its path (abstract: `@` and the name) and 0."""
+    name = sock.getsockname()
+    if sock.family != socket.AF_UNIX:
+        return name[0], name[1]
+    if isinstance(name, bytes):
+        return f"@{name[1:].decode(errors='replace')}", 0
+    return name, 0
 
 
 def _tell(listening: Sequence[Listening]) -> None:

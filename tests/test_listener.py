@@ -195,6 +195,9 @@ def test_the_private_names_of_aiohttp_are_what_we_take_them_for() -> None:
     source = inspect.getsource(web.Server.__init__)
     assert "self._kwargs = kwargs" in source
     assert "self._loop" in source
+    for name in ("_runner", "_server", "_backlog"):
+        assert name in web.BaseSite.__slots__
+    assert "_sock" in web.SockSite.__slots__
     parameters = inspect.signature(RequestHandler.__init__).parameters
     for name in (
         "access_log",

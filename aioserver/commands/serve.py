@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import gc
 import logging
 import os
@@ -11,13 +12,16 @@ import sys
 from typing import TYPE_CHECKING
 
 from aioserver import app as application
-from aioserver import listener, logs
+from aioserver import keys, listener, logs, systemd
 from aioserver.config import Configuration
 from aioserver.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    import socket
+    from collections.abc import Callable, Sequence
     from pathlib import Path
+
+    from aiohttp import web
 
 logger = logging.getLogger("aioserver.serve")
 
@@ -34,8 +38,9 @@ def serve(config: Path | None, *, host: str | None, port: int | None, loop: str)
     if port is not None:
         environ["AIOSERVER__CHAT__WEBSOCKET__PORT"] = str(port)
     try:
+        inherited = systemd.inherited(os.environ)
         configuration = Configuration.load(config, environ=environ)
-        configuration.check_usable()
+        configuration.check_usable(listener.hosts(inherited))
     except ConfigurationError as exc:
         for fault in exc.faults:
             print(fault, file=sys.stderr)
@@ -48,9 +53,10 @@ def serve(config: Path | None, *, host: str | None, port: int | None, loop: str)
             file=sys.stderr,
         )
         return 2
+    faulthandler.enable(2)  # a crash, or the SIGABRT of systemd's watchdog, leaves stacks
     logs.set_up(configuration.settings.logging)
     with asyncio.Runner(loop_factory=factory) as runner:
-        return runner.run(_run(configuration))
+        return runner.run(_run(configuration, inherited))
 
 
 def loop_factory(name: str) -> Callable[[], asyncio.AbstractEventLoop]:
@@ -70,7 +76,7 @@ def loop_factory(name: str) -> Callable[[], asyncio.AbstractEventLoop]:
     return asyncio.new_event_loop
 
 
-async def _run(configuration: Configuration) -> int:
+async def _run(configuration: Configuration, inherited: Sequence[socket.socket]) -> int:
     settings = configuration.settings
     logger.info("configuration: %s", configuration.source)
     for warning in configuration.warnings:
@@ -79,6 +85,7 @@ async def _run(configuration: Configuration) -> int:
         logger.warning("%s is valid, but not enforced yet", key)
     app = application.build(settings)
     runner = listener.Runner(app, settings.chat.websocket)
+    notifier = systemd.Notifier.take(os.environ, lambda: _status(app))
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -91,6 +98,7 @@ async def _run(configuration: Configuration) -> int:
                 runner,
                 settings.chat.websocket,
                 send_timeout=settings.chat.streams.send_timeout,
+                inherited=inherited,
             )
         except OSError as exc:
             where = f"{settings.chat.websocket.host}:{settings.chat.websocket.port}"
@@ -100,15 +108,24 @@ async def _run(configuration: Configuration) -> int:
         gc.collect()
         gc.freeze()
         gc.set_threshold(*GC_THRESHOLDS)
+        notifier.ready()
         await stop.wait()
         logger.info("stopping")
+        notifier.stopping()
         for site in list(runner.sites):
             await site.stop()
         await application.end(app)
     finally:
         await runner.cleanup()
+        notifier.close()
     logger.info("stopped")
     return 0
+
+
+def _status(app: web.Application) -> str:
+    """The line that `systemctl status` shows."""
+    gate = app[keys.ADMISSION].gate
+    return f"{gate.inside} of {gate.limit} connections, {gate.waiting} waiting"
 
 
 def _stop(stop: asyncio.Event) -> None:

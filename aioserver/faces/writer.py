@@ -275,10 +275,10 @@ class Writer:
             self._scheduled.cancel()
             self._scheduled = None
         if (
-            not KERNEL_WATCHES
-            and self._watch is None
+            self._watch is None
             and not self._transport.is_closing()
             and self._transport.get_write_buffer_size()
+            and not _kernel_watches(self._transport)
         ):
             # Not left to close(): it waits for ever for a peer that does not read.
             StallWatch(self._loop, self._transport, self._send_timeout, self._transport.abort)
@@ -341,3 +341,9 @@ class Writer:
                 record.stuck = max(record.stuck, now - self._blocked_at)
         if not self._closed:
             self.pump()
+
+
+def _kernel_watches(transport: asyncio.Transport) -> bool:
+    """Whether the kernel gives up a peer that does not take what is left; of TCP it does."""
+    sock = transport.get_extra_info("socket")
+    return KERNEL_WATCHES and (sock is None or sock.family != socket.AF_UNIX)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import socket as sockets
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,7 @@ class Socket(asyncio.Transport):
         self.slow = slow
         self.writes: list[bytes] = []
         self.held = 0
+        self.under: sockets.socket | None = None
         self.aborted = False
         self.closing = False
         self.draining = 0
@@ -60,7 +62,7 @@ class Socket(asyncio.Transport):
         return self.closing
 
     def get_extra_info(self, name: str, default: object = None) -> object:
-        return default  # no socket under it
+        return self.under if name == "socket" else default
 
     def abort(self) -> None:
         self.aborted = True
@@ -465,6 +467,15 @@ async def test_a_close_while_blocked_writes_nothing_after_the_drain() -> None:
 
         assert len(one.socket.writes) == 1
         assert not one.socket.aborted
+
+
+async def test_what_is_left_for_the_peer_of_a_unix_socket_is_watched_here() -> None:
+    async with client(slow=True, send_timeout=0.03) as one:
+        with sockets.socket(sockets.AF_UNIX) as one.socket.under:
+            one.writer.send(b"less than blocks")
+
+            one.writer.close()  # no TCP_USER_TIMEOUT ends it
+            await until(lambda: one.socket.aborted)
 
 
 async def test_a_close_while_blocked_keeps_the_watch() -> None:

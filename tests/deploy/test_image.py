@@ -1,0 +1,138 @@
+"""The container's recipe, read as text: no container can be built where the tests run."""
+
+from __future__ import annotations
+
+import ast
+import json
+import shlex
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from aioserver.__main__ import cli
+from aioserver.config import Configuration
+from tests.deploy.tools import DEPLOY
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from tests.house import House
+
+ROOT = Path(__file__).parents[2]
+
+
+def instructions() -> list[tuple[str, str]]:
+    """The lines of the Dockerfile: instruction and the rest, continued lines joined."""
+    text = (DEPLOY / "Dockerfile").read_text()
+    lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
+    whole = "\n".join(lines).replace("\\\n", " ").splitlines()
+    return [
+        (word, rest.strip()) for word, _, rest in (line.partition(" ") for line in whole) if word
+    ]
+
+
+RECIPE = instructions()
+LAST = RECIPE[max(at for at, (word, _) in enumerate(RECIPE) if word == "FROM") :]
+
+
+def of(word: str) -> list[str]:
+    """What stands behind *word* in the image that is left at the end."""
+    return [rest for found, rest in LAST if found == word]
+
+
+def exec_form(text: str) -> list[str]:
+    """A command without a shell between it and the signals."""
+    command = json.loads(text)
+    assert isinstance(command, list)
+    assert all(isinstance(one, str) for one in command)
+    return command
+
+
+def environment() -> dict[str, str]:
+    return dict(pair.split("=", 1) for line in of("ENV") for pair in shlex.split(line))
+
+
+def test_every_file_that_is_copied_exists_and_is_let_in() -> None:
+    rules = (ROOT / ".dockerignore").read_text().splitlines()
+    let_in = [rule[1:] for rule in rules if rule.startswith("!")]
+    copied = [
+        source
+        for word, rest in RECIPE
+        if word == "COPY" and not rest.startswith("--from")
+        for source in rest.split()[:-1]
+    ]
+
+    assert copied
+    for source in copied:
+        assert (ROOT / source).exists(), source
+        assert any(fnmatch(source, rule) for rule in let_in), source
+    assert "*" in rules
+
+
+def test_what_the_installation_reads_is_copied() -> None:
+    setup = (ROOT / "setup.cfg").read_text()
+    copied = " ".join(rest for word, rest in RECIPE if word == "COPY")
+
+    for name in ("README.md", "LICENSE"):
+        assert name in setup
+        assert name in copied
+
+
+def test_it_runs_as_nobody_in_particular_and_ends_on_a_signal() -> None:
+    (user,) = of("USER")
+
+    assert all(int(one) >= 1000 for one in user.split(":"))
+    assert [word for word, _ in LAST if word in {"USER", "ENTRYPOINT"}] == ["USER", "ENTRYPOINT"]
+    assert of("STOPSIGNAL") == ["SIGTERM"]
+
+
+def test_the_command_is_one_that_there_is_and_gets_the_signals() -> None:
+    command = exec_form(of("ENTRYPOINT")[0]) + exec_form(of("CMD")[0])
+
+    assert command[:3] == ["python", "-m", "aioserver"]
+    assert command[3] in cli.commands
+
+
+def test_no_secret_is_built_in() -> None:
+    for name in environment():
+        assert not any(word in name for word in ("KEY", "SECRET", "TOKEN", "PASSWORD"))
+
+
+@pytest.mark.parametrize("guard", ["", "AIOSERVER__AUTH__OPEN"])
+def test_its_address_needs_a_guard(guard: str) -> None:
+    given = {
+        name: value for name, value in environment().items() if name.startswith("AIOSERVER__")
+    }
+    configuration = Configuration.load(
+        ROOT / "config.yaml", environ={**given, **({guard: "true"} if guard else {})}
+    )
+
+    assert configuration.settings.chat.websocket.host == "0.0.0.0"
+    assert str(configuration.settings.chat.websocket.port) in of("EXPOSE")
+    if guard:
+        configuration.check_usable()
+    else:
+        with pytest.raises(Exception, match=r"0\.0\.0\.0 is open to others"):
+            configuration.check_usable()
+
+
+async def test_the_health_check_asks_what_there_is(
+    make_house: Callable[..., Awaitable[House]],
+) -> None:
+    (check,) = of("HEALTHCHECK")
+    program, option, code = exec_form(check.partition("CMD")[2].strip())
+    assert (program, option) == ("python", "-c")
+    house = await make_house()
+    (address,) = [
+        node.value
+        for node in ast.walk(ast.parse(code))
+        if isinstance(node, ast.Constant) and str(node.value).startswith("http")
+    ]
+
+    path = str(address).removeprefix("http://127.0.0.1:8000")
+
+    async with house.session.get(house.base + path) as response:
+        assert response.status == 200
+        assert (await response.json())["status"] == "healthy"

@@ -1,0 +1,254 @@
+"""A real house behind nginx, HAProxy and Caddy, each configured by its sample in `deploy/`.
+
+That nothing is buffered is shown without a clock: the provider falls silent in mid-answer, and what
+it has said until then arrives.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import json
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+import pytest
+
+from aioserver.providers.simulator import Behaviour
+from tests.deploy.proxy import KINDS, Proxy, running
+from tests.house import QUICK
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+    from pathlib import Path
+
+    from tests.house import House
+
+    Make = Callable[..., Awaitable[House]]
+    Proxied = Callable[..., Awaitable[tuple[House, Proxy]]]
+
+SAID = {"messages": [{"role": "user", "content": "Hello"}]}
+SILENT_AFTER_ONE = Behaviour(ttft=0, interval=0, stall_after=1)
+SILENT = Behaviour(ttft=3600)
+FULL = {
+    "chat.websocket.concurrency.max_connections": 1,
+    "chat.websocket.concurrency.connection_queue_size": 1,
+    "chat.websocket.concurrency.queue_timeout": 0,
+}
+
+
+@pytest.fixture(params=KINDS)
+async def proxied(
+    request: pytest.FixtureRequest, tmp_path: Path, make_house: Make
+) -> AsyncIterator[Proxied]:
+    """Make a house with a proxy in front: `house, proxy = await proxied(behaviour, **changes)`."""
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def make(behaviour: Behaviour = QUICK, **changes: Any) -> tuple[House, Proxy]:
+            house = await make_house(behaviour, **changes)
+            folder = tmp_path / "proxy"
+            folder.mkdir()
+            proxy = await stack.enter_async_context(running(request.param, folder, house.port))
+            return house, proxy
+
+        yield make
+
+
+async def read_until(response: aiohttp.ClientResponse, mark: bytes) -> bytes:
+    """What comes up to and with *mark*."""
+    data = b""
+    async with asyncio.timeout(30):
+        while mark not in data:
+            piece = await response.content.readany()
+            assert piece, data
+            data += piece
+    return data
+
+
+async def test_an_event_of_the_sse_face_arrives_before_the_next_is_said(proxied: Proxied) -> None:
+    house, proxy = await proxied(SILENT_AFTER_ONE)
+    url = f"{proxy.base}/sse/chat"
+
+    async with proxy.session.post(url, json={"request_id": "r1", "text": "Hello"}) as response:
+        assert response.status == 200
+        assert response.headers["Content-Type"].startswith("text/event-stream")
+        assert "Content-Encoding" not in response.headers
+        data = await read_until(response, b"event: chunk")
+
+        assert b"event: processing" in data
+        assert house.simulator.stats().completed == 0
+    async with proxy.session.get(f"{url}/r1", headers={"Last-Event-ID": "1"}) as response:
+        again = await read_until(response, b"event: chunk")
+        assert b"event: processing" not in again
+    async with proxy.session.delete(f"{url}/r1") as response:
+        assert response.status == 204
+
+
+async def test_a_websocket_streams_through_and_the_page_of_the_proxy_may_connect(
+    proxied: Proxied,
+) -> None:
+    house, proxy = await proxied(
+        SILENT_AFTER_ONE, **{"chat.websocket.allow_origins": ["https://elsewhere.example"]}
+    )
+    url = proxy.base.replace("https", "wss") + "/ws/chat"
+
+    async with proxy.session.ws_connect(url, origin=proxy.base) as ws:
+        await ws.send_json({"action": "chat", "request_id": "r1", "payload": {"text": "Hello"}})
+        statuses = []
+        async with asyncio.timeout(30):
+            while "chunk" not in statuses:
+                statuses.append((await ws.receive_json())["status"])
+            assert house.simulator.stats().completed == 0
+
+            await ws.send_json({"action": "cancel", "request_id": "r1"})
+            assert (await ws.receive_json())["status"] == "cancelled"
+    with pytest.raises(aiohttp.WSServerHandshakeError) as caught:
+        await proxy.session.ws_connect(url, origin="https://evil.example")
+    assert caught.value.status == 403
+
+
+async def test_a_client_of_v1_reads_as_it_is_said_and_takes_the_provider_with_it_when_it_leaves(
+    proxied: Proxied,
+) -> None:
+    house, proxy = await proxied(SILENT_AFTER_ONE)
+
+    async with proxy.leaving("/v1/chat/completions", {**SAID, "stream": True}) as reader:
+        await reader.readuntil(b'"content":')
+        assert house.simulator.stats().active == 1
+
+    await house.simulator.until(lambda stats: stats.aborted == 1)
+    await house.nothing_held()
+
+
+async def test_a_client_that_leaves_before_its_whole_answer_takes_the_provider_with_it(
+    proxied: Proxied,
+) -> None:
+    house, proxy = await proxied(SILENT)
+
+    async with proxy.leaving("/v1/chat/completions", SAID):
+        await house.simulator.until(lambda stats: stats.active == 1)
+
+    await house.simulator.until(lambda stats: stats.aborted == 1)
+    await house.nothing_held()
+
+
+async def test_an_answer_arrives_whole(proxied: Proxied) -> None:
+    house, proxy = await proxied()
+    body = {**SAID, "stream": True}
+    found = []
+    for base in (house.v1, f"{proxy.base}/v1"):
+        async with proxy.session.post(f"{base}/chat/completions", json=body) as response:
+            assert response.headers["x-aioserver-provider"] == "sim"
+            text = await response.text()
+            assert text.endswith("data: [DONE]\n\n")
+            found.append(text.count("data: "))
+        async with proxy.session.post(f"{base}/chat/completions", json=SAID) as response:
+            found.append((await response.json())["choices"][0]["message"])
+
+    assert found[:2] == found[2:]
+
+
+async def test_our_refusals_pass_as_they_are(proxied: Proxied) -> None:
+    house, proxy = await proxied(SILENT, **FULL, **{"chat.websocket.max_message_size": 2_000_000})
+
+    async def refusal(base: str, body: object) -> tuple[int, str, str, object]:
+        data = io.BytesIO(json.dumps(body).encode())
+        kind = {"Content-Type": "application/json"}
+        url = f"{base}/chat/completions"
+        async with proxy.session.post(url, data=data, headers=kind) as response:
+            error = (await response.json())["error"]
+            after = response.headers.get("Retry-After", "")
+            return response.status, after, error["code"], error["message"]
+
+    # More than nginx's usual megabyte.
+    large = {"messages": [{"role": "user", "content": "x" * 2_000_001}]}
+    for base in (house.v1, f"{proxy.base}/v1"):
+        assert (await refusal(base, large))[::2] == (413, "request_too_large")
+    async with proxy.leaving("/v1/chat/completions", SAID):
+        await house.simulator.until(lambda stats: stats.active == 1)
+        for base in (house.v1, f"{proxy.base}/v1"):
+            status, after, code, message = await refusal(base, SAID)
+            assert (status, code) == (503, "server_at_capacity")
+            assert int(after) >= 1
+            assert "max_connections=1" in str(message)
+    await house.nothing_held()
+
+
+async def test_what_operators_look_at_is_for_this_machine(proxied: Proxied) -> None:
+    _, proxy = await proxied()
+    async with proxy.session.get(f"{proxy.base}/events") as response:
+        assert response.status == 200
+        await read_until(response, b"event: stats")
+    stranger = aiohttp.TCPConnector(ssl=proxy.tls, local_addr=("127.0.0.2", 0))
+    async with aiohttp.ClientSession(connector=stranger) as session:
+        for path in ("/metrics", "/stats", "/events", "/health"):
+            async with session.get(proxy.base + path) as response:
+                assert (path, response.status) == (path, 200 if path == "/health" else 403)
+
+
+async def test_a_browser_that_comes_without_tls_is_sent_to_it(proxied: Proxied) -> None:
+    _, proxy = await proxied()
+    if proxy.plain is None:
+        return  # Caddy listens there by itself where it gets its own certificate
+    async with proxy.session.get(f"{proxy.plain}/x?y=1", allow_redirects=False) as response:
+        assert response.status == 308
+        assert response.headers["Location"].startswith("https://127.0.0.1")
+        assert response.headers["Location"].endswith("/x?y=1")
+
+
+# What aioserver is told of the client.
+
+
+@contextlib.asynccontextmanager
+async def recorder() -> AsyncIterator[tuple[int, list[dict[str, str]]]]:
+    """A server that keeps the heads of what it is asked, names in lower case."""
+    heads: list[dict[str, str]] = []
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            head = (await reader.readuntil(b"\r\n\r\n")).decode()
+            first, *lines = head.strip().split("\r\n")
+            found = {"": first}
+            for line in lines:
+                name, _, value = line.partition(": ")
+                found[name.lower()] = found.get(name.lower(), "") + value
+            if not first.startswith("GET /ready"):
+                heads.append(found)
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+            await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    async with server:
+        yield server.sockets[0].getsockname()[1], heads
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_the_address_is_the_client_s_and_an_upgrade_passes_on_one_route_only(
+    kind: str, tmp_path: Path
+) -> None:
+    asked = {
+        "X-Forwarded-For": "203.0.113.7",
+        "Upgrade": "websocket",
+        "Connection": "Upgrade",
+        "Sec-WebSocket-Version": "13",
+        "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
+    }
+    async with recorder() as (port, heads), running(kind, tmp_path, port) as proxy:
+        for path in ("/v1/models", "/ws/chat", "/sse/chat/r1"):
+            async with proxy.session.get(proxy.base + path, headers=asked) as response:
+                await response.read()
+
+    assert [head[""].split()[1] for head in heads] == ["/v1/models", "/ws/chat", "/sse/chat/r1"]
+    for head in heads:
+        assert head["x-forwarded-for"] == "127.0.0.1"
+        assert head["x-forwarded-proto"] == "https"
+        assert head["host"] == proxy.base.removeprefix("https://")
+        assert head[""].endswith("HTTP/1.1")
+    assert [head.get("upgrade", "") for head in heads] == ["", "websocket", ""]
+    assert ["upgrade" in head.get("connection", "").lower() for head in heads] == [
+        False,
+        True,
+        False,
+    ]

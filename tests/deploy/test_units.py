@@ -1,0 +1,137 @@
+"""The units for systemd: hardened, valid, in step with the shipped configuration, and they start."""
+
+from __future__ import annotations
+
+import asyncio
+import configparser
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from aioserver.config import SHIPPED, Configuration
+from tests.deploy.tools import DEPLOY, edited, installed
+from tests.house import configured
+from tests.process import Served, Systemd
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+PYTHON = "/opt/aioserver/bin/python"
+CONFIG = "/etc/aioserver/config.yaml"
+
+
+def unit(name: str) -> dict[str, dict[str, str]]:
+    """A unit's sections; of a key that is there several times the last value."""
+    parser = configparser.RawConfigParser(strict=False, delimiters=("=",), comment_prefixes="#")
+    parser.optionxform = str  # type: ignore[assignment,method-assign]  # names keep their case
+    parser.read_string((DEPLOY / name).read_text())
+    return {section: dict(parser[section]) for section in parser.sections()}
+
+
+SERVICE, SOCKET = unit("aioserver.service")["Service"], unit("aioserver.socket")["Socket"]
+
+
+def run(*command: str) -> str:
+    """What *command* says; its failure is the test's."""
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def test_the_service_is_hardened() -> None:
+    run(
+        installed("systemd-analyze"),
+        "security",
+        "--offline=yes",
+        "--no-pager",
+        "--threshold=20",  # 2.0 of 10; without a threshold nothing is a failure
+        str(DEPLOY / "aioserver.service"),
+    )
+
+
+def test_systemd_understands_every_line(tmp_path: Path) -> None:
+    (tmp_path / "aioserver.service").write_text(
+        edited("aioserver.service", {f"ExecStart={PYTHON}": f"ExecStart={sys.executable}"})
+    )
+    (tmp_path / "aioserver.socket").write_text((DEPLOY / "aioserver.socket").read_text())
+
+    said = run(
+        installed("systemd-analyze"),
+        "verify",
+        "--man=no",
+        str(tmp_path / "aioserver.service"),
+        str(tmp_path / "aioserver.socket"),
+    )
+
+    ours = [line for line in said.splitlines() if "aioserver." in line]
+    assert ours == []
+
+
+def test_the_units_are_in_step_with_the_shipped_configuration() -> None:
+    settings = Configuration.load(SHIPPED, environ={}).settings
+    given = settings.chat.websocket
+    limits = given.concurrency
+    kept = settings.chat.streams.max_kept_bytes + limits.max_body_bytes
+    descriptors = (
+        limits.max_connections
+        + limits.connection_queue_size
+        + sum(one.http_client.max_connections for one in settings.llm.providers.values())
+    )
+
+    assert int(SERVICE["TimeoutStopSec"]) > given.drain_delay + given.shutdown_timeout + 5
+    assert int(SERVICE["WatchdogSec"]) == 20
+    assert int(SERVICE["LimitNOFILE"]) > 64 * descriptors
+    assert SERVICE["MemoryMax"].endswith("G")
+    assert int(SERVICE["MemoryMax"][:-1]) * 2**30 > 2 * kept
+    assert SERVICE["RestartPreventExitStatus"] == "2"
+    assert SERVICE["ExecReload"] == "/bin/kill -HUP $MAINPID"
+    assert int(SOCKET["Backlog"]) == limits.uvicorn.backlog
+    assert SOCKET["ListenStream"] == f"127.0.0.1:{given.port}"
+    assert SOCKET["Accept"] == "no"
+
+
+async def test_the_command_of_the_service_serves_the_socket_of_the_socket_unit(
+    tmp_path: Path,
+) -> None:
+    config = tmp_path / "config.yaml"
+    configured("http://127.0.0.1:9/v1", {}, config)
+    program, *arguments = shlex.split(SERVICE["ExecStart"])
+    assert program == PYTHON
+    assert arguments.count(CONFIG) == 1
+    arguments = [str(config) if one == CONFIG else one for one in arguments]
+
+    with (
+        Systemd(str(tmp_path / "notify")) as watching,
+        socket.create_server(("127.0.0.1", 0)) as port,
+    ):
+        async with await Served.start(
+            *arguments,
+            sockets=[port],
+            NOTIFY_SOCKET=watching.address,
+            WATCHDOG_USEC=f"{SERVICE['WatchdogSec']}000000",
+        ) as served:
+            async with asyncio.timeout(30):
+                assert "connections" in (await watching.told_of("READY"))["STATUS"]
+                await watching.told_of("WATCHDOG")
+            reader, writer = await asyncio.open_connection(*port.getsockname())
+            writer.write(b"GET /ready HTTP/1.0\r\nHost: localhost\r\n\r\n")
+            assert (await reader.readline()).split()[1] == b"200"
+            writer.close()
+            await writer.wait_closed()
+
+            served.signal(signal.SIGTERM)
+            code, said = await served.ended()
+
+    assert code == 0, said
+
+
+@pytest.mark.parametrize("word", ["key", "secret", "token", "password"])
+def test_no_secret_is_in_the_environment_of_the_unit(word: str) -> None:
+    assert word not in SERVICE["Environment"].lower()

@@ -1,0 +1,31 @@
+"""The programs that the samples of `deploy/` are for."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+DEPLOY = Path(__file__).parents[2] / "deploy"
+
+
+def installed(program: str) -> str:
+    """The path of *program*; where it is missing the test skips, and with CI=true fails."""
+    found = shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+    if found is None:
+        why = f"{program} is not installed"
+        if os.environ.get("CI") == "true":
+            pytest.fail(why)
+        pytest.skip(why)
+    return found
+
+
+def edited(name: str, edits: dict[str, str]) -> str:
+    """The sample *name* with the *edits* that its reader would make, each in one place."""
+    text = (DEPLOY / name).read_text()
+    for old, new in edits.items():
+        assert text.count(old) == 1, f"{name}: {old!r} is there {text.count(old)} times"
+        text = text.replace(old, new)
+    return text
