@@ -236,8 +236,7 @@ class Gateway:
                 stream.why_cancelled = InvalidApiKey(REVOKED)
                 task.cancel()
                 ending.append(task)
-        if ending:
-            await asyncio.wait(ending)
+        await asyncio.gather(*ending, return_exceptions=True)
         await asyncio.sleep(0)  # their callbacks have run then, as in `close`
 
     async def drain(self, grace: float) -> None:
@@ -386,14 +385,14 @@ class Gateway:
             self._records.metrics.bugs.value += 1
         if stream.error is not None:  # else its frames keep the question for the whole window
             stream.error.__traceback__ = stream.error.__cause__ = stream.error.__context__ = None
-        if (record := stream.record) is not None:
-            record.first, record.events, record.usage = (
-                stream.answered_at,
-                stream.last - 2 if stream.answered_at else 0,
-                stream.usage,
-            )
-            record.left = stream.left
-            self._records.finish(record, stream.error, cancelled=stream.end_status == CANCELLED)
+        record = stream.record
+        record.first, record.events, record.usage = (
+            stream.answered_at,
+            stream.last - 2 if stream.answered_at else 0,
+            stream.usage,
+        )
+        record.left = stream.left
+        self._records.finish(record, stream.error, cancelled=stream.end_status == CANCELLED)
 
     def _stop(self, stream: Stream) -> None:
         task = self._tasks.get(stream)
