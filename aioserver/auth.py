@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from aioserver.settings import Auth, ClientKey, Llm
 
 SESSION_SECONDS = 12 * 3600
+NO_LIMITS = 1 << 31, 1 << 31
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,7 @@ class Caller:
 
 
 CALLER = web.RequestKey("caller", Caller)  # whose request it is, once it was let in
+ADDRESS = web.RequestKey("address", str)  # where it comes from, where a proxy may say so
 
 
 @functools.lru_cache(maxsize=4096)
@@ -173,6 +175,7 @@ class Doors:
 
     def __init__(self, given: Auth | None = None, pepper: bytes = b"") -> None:
         self.keys = Keys(pepper)
+        self.nobody = Allowance(*NO_LIMITS)  # of those without a key: for `held` alone
         self.apply(given)
 
     @property
@@ -191,7 +194,11 @@ class Doors:
         guarded = given is None or not (given.open or given.keys)
         self.hosts = Hosts(given.allowed_hosts if given is not None else ()) if guarded else None
         self.proxies = Proxies(given.trusted_proxies if given is not None else ())
-        return gone | {""} if open_before and self.keyed else gone
+        if not (open_before and self.keyed):
+            return gone
+        self.nobody.revoke()
+        self.nobody = Allowance(*NO_LIMITS)
+        return gone | {""}
 
     def renewed(self, caller: Caller) -> Caller | None:
         """*caller* as it may come now; None: it may not."""

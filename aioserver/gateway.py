@@ -236,8 +236,7 @@ class Gateway:
                 stream.why_cancelled = InvalidApiKey(REVOKED)
                 task.cancel()
                 ending.append(task)
-        if ending:
-            await asyncio.wait(ending)
+        await asyncio.gather(*ending, return_exceptions=True)
         await asyncio.sleep(0)  # their callbacks have run then, as in `close`
 
     async def drain(self, grace: float) -> None:

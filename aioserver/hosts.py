@@ -68,6 +68,9 @@ class Proxies:
         self._networks = tuple(ipaddress.ip_network(one) for one in trusted)
         self._trusts = functools.lru_cache(maxsize=1024)(self._within)
 
+    def __bool__(self) -> bool:
+        return bool(self._networks)
+
     def address(self, peer: str | None, headers: MultiMapping[str]) -> str:
         """The address of the client whose connection comes from *peer*."""
         peer = peer or ""

@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
+from aiohttp.abc import AbstractAccessLogger
 from aiohttp.http_exceptions import LineTooLong
 from aiohttp.web_protocol import RequestHandler
 
 from aioserver import keys
+from aioserver.auth import ADDRESS
 from aioserver.errors import HeadersTooLarge, InternalError, InvalidRequest, UriTooLong
 from aioserver.faces.http import SERVER, error_response, request_id
 from aioserver.kernel import accept_queue
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("aioserver.listener")
 access_logger = logging.getLogger("aioserver.access")
 
+MAX_PATH = 200  # characters of a path in a line
 MAX_HEADERS = 128  # fields of one request
 LINGERING = 1.0  # seconds an answered request's unread body is read on, so that the answer arrives
 UVLOOP_EARS = 8
@@ -89,6 +92,26 @@ class Connection(RequestHandler):
         return response
 
 
+class Access(AbstractAccessLogger):
+    """One line for each finished request; its address is the one that a trusted proxy gives.
+
+    Without its query, and without what a client says of itself: that may be anything.
+    """
+
+    def log(self, request: web.BaseRequest, response: web.StreamResponse, time: float) -> None:
+        """Write the line; *time*: seconds that it took."""
+        fields = {
+            "request_id": request_id(request),
+            "address": request.get(ADDRESS, request.remote),
+            "method": request.method,
+            "path": request.raw_path.partition("?")[0][:MAX_PATH],
+            "status": response.status,
+            "bytes": response.body_length,
+            "duration_ms": round(time * 1000, 1),
+        }
+        self.logger.info("access", extra={"fields": fields})
+
+
 class Server(web.Server):
     """Makes our connections."""
 
@@ -105,6 +128,7 @@ class Runner(web.AppRunner):
         super().__init__(
             app,
             access_log=access_logger if limits.access_log else None,
+            access_log_class=Access,
             handler_cancellation=True,  # or a client that has left keeps its place
             keepalive_timeout=limits.keepalive_timeout,
             max_line_size=limits.h11_max_request_line_size,

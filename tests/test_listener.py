@@ -185,7 +185,32 @@ async def test_an_access_log_is_written_when_asked_for(
             await raw.get("/health", "Connection: close")
             await raw.to_the_end()
 
-    assert len([one for one in caplog.records if one.name == "aioserver.access"]) == 2
+    lines = [one for one in caplog.records if one.name == "aioserver.access"]
+    assert len(lines) == 2
+    told = lines[0].fields  # type: ignore[attr-defined]
+    assert (told["method"], told["path"], told["status"]) == ("GET", "/health", 200)
+    assert told["address"] == "127.0.0.1"
+    assert told["bytes"] > 0
+
+
+@pytest.mark.parametrize(
+    ("trusted", "address"), [(["127.0.0.1"], "203.0.113.9"), ([], "127.0.0.1")]
+)
+async def test_the_access_log_has_the_address_that_a_trusted_proxy_gives(
+    make_house: Make, caplog: pytest.LogCaptureFixture, trusted: list[str], address: str
+) -> None:
+    house = await make_house(**{f"{UVICORN}.access_log": True, "auth.trusted_proxies": trusted})
+    headers = {"X-Forwarded-For": "203.0.113.9", "Referer": "canary", "User-Agent": "canary"}
+    with caplog.at_level(logging.INFO, "aioserver.access"):
+        async with house.session.get(f"{house.base}/health?q=canary", headers=headers) as response:
+            assert response.status == 200
+        async with Raw(house) as raw:
+            await raw.send(b"GET /canary x HTTP/1.1\r\n\r\n")  # nothing that has an application
+            await raw.to_the_end()
+
+    lines = [one.fields for one in caplog.records if one.name == "aioserver.access"]  # type: ignore[attr-defined]
+    assert [one["address"] for one in lines] == [address, "127.0.0.1"]
+    assert "canary" not in str(lines[0])
 
 
 def test_the_private_names_of_aiohttp_are_what_we_take_them_for() -> None:

@@ -11,6 +11,7 @@ Whatever stands in these headers is somebody's guess: it is compared, and never 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from enum import Enum
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from aiohttp import hdrs, web
 
 from aioserver import keys
-from aioserver.auth import CALLER, SESSION_SECONDS, Caller, anonymous
+from aioserver.auth import ADDRESS, CALLER, SESSION_SECONDS, Caller, anonymous
 from aioserver.errors import (
     Denied,
     InvalidApiKey,
@@ -62,7 +63,8 @@ class Policy(Enum):
 class Guard:
     """Looks at each request before its handler.
 
-    Always: a route that is not in *policies* wants an admin key.
+    Always: a route that is not in *policies* wants an admin key. A key is looked for only where
+    keys exist, an address only where proxies are trusted: else a request costs two look-ups.
     """
 
     def __init__(self, doors: Doors, origins: Origins) -> None:
@@ -78,10 +80,12 @@ class Guard:
             Denied: it may not, and no handler sees it.
         """
         doors = self._doors
+        if doors.proxies:
+            request[ADDRESS] = doors.proxies.address(request.remote, request.headers)
         if not doors.keyed:
             if doors.hosts is not None:
                 doors.hosts.check(request.headers.get("Host"))
-            request[CALLER] = anonymous(self._address(request))
+            request[CALLER] = anonymous(request.get(ADDRESS, request.remote))
             return
         match = request.match_info
         if match.http_exception is not None:
@@ -100,10 +104,18 @@ class Guard:
         Raises:
             MissingApiKey: there is none.
             InvalidApiKey: it is nobody's, or there are several.
-            OriginNotAllowed: a session, from a page that may not use it.
+            As `resumed`.
         """
-        if (caller := self.presented(request)) is not None:
-            return caller
+        return self.presented(request) or self.resumed(request)
+
+    def resumed(self, request: web.Request) -> Caller:
+        """Whose session is in *request*.
+
+        Raises:
+            MissingApiKey: there is none.
+            SessionEnded: it is nobody's now.
+            OriginNotAllowed: it comes from a page that may not use it.
+        """
         fault: Denied = MissingApiKey(WANTED)
         for session in _sessions(request.headers.getall(hdrs.COOKIE, ())):
             self.check_page(request)
@@ -151,14 +163,11 @@ class Guard:
             "reason": error.reason,
             "code": error.code,
             "route": resource.canonical if resource is not None else "",
-            "address": self._address(request),
+            "address": request.get(ADDRESS, request.remote),
         }
         if suppressed:
             fields["suppressed"] = suppressed
         logger.warning("access refused", extra={"fields": fields})
-
-    def _address(self, request: web.Request) -> str:
-        return self._doors.proxies.address(request.remote, request.headers)
 
 
 def _bearers(given: Iterable[str]) -> list[str]:
@@ -221,13 +230,14 @@ def _about(request: web.Request, caller: Caller | None) -> web.Response:
 
 
 async def session(request: web.Request) -> web.Response:
-    """`GET /session`: for a page that is to know whether to ask for a key; never an error."""
+    """`GET /session`: for a page that is to know whether to ask for a key; never an error.
+
+    It looks at the cookie alone: no key can be tried here without being counted.
+    """
     caller: Caller | None = None
     if request.app[keys.DOORS].keyed:
-        try:
-            caller = request.app[keys.GUARD].caller(request)
-        except Denied:
-            caller = None
+        with contextlib.suppress(Denied):
+            caller = request.app[keys.GUARD].resumed(request)
     return _about(request, caller)
 
 

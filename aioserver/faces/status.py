@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import orjson
@@ -70,7 +69,8 @@ async def events(request: web.Request) -> web.StreamResponse:
 
     A watcher who takes nothing is dropped as any client is, and one whose key is revoked is told so.
     """
-    app, allowance = request.app, request[CALLER].allowance
+    app = request.app
+    allowance = request[CALLER].allowance or app[keys.DOORS].nobody
     monitor, settings = app[keys.MONITOR], app[keys.SETTINGS].chat
     every = _ticks(request.query.get("interval", "1"))
     if monitor.full:
@@ -90,7 +90,7 @@ async def events(request: web.Request) -> web.StreamResponse:
     try:
         writer.send(RETRY)
         monitor.watch(writer, every)
-        with allowance.held() if allowance is not None else nullcontext():
+        with allowance.held():
             await app[keys.LIFE].stopping.wait()
         await writer.flush()
     except InvalidApiKey as error:

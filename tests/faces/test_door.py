@@ -297,7 +297,7 @@ async def test_a_key_becomes_a_session(make_house: Make) -> None:
 
 async def test_a_page_is_told_whether_it_needs_a_key(make_house: Make) -> None:
     house = await make_house(**keys_of("web"))
-    for headers in ({}, cookie("no.1.session"), {"Authorization": "Bearer x"}):
+    for headers in ({}, cookie("no.1.session"), bearer("web"), {"Authorization": "Bearer x"}):
         async with house.session.get(f"{house.base}/session", headers=headers) as response:
             assert response.status == 200
             assert await response.json() == {"key_required": True, "name": None, "admin": False}

@@ -203,14 +203,16 @@ async def test_another_key_under_the_same_name_is_another_caller_of_that_name(
 
 async def test_where_keys_come_who_has_none_is_shown_out(make_house: Make) -> None:
     house = await make_house()
-    async with house.connect() as ws:
+    async with house.connect() as ws, house.session.get(f"{house.base}/events") as events:
         await ws.ping()
+        await events.content.readuntil(b"event: stats\n")
 
         assert await door.change(house.app, auth_of("web")) == {""}
 
         assert (await ws.receive_json(timeout=20))["chunk"]["code"] == "invalid_api_key"
         await ws.receive(timeout=20)
         assert ws.close_code == 1008
+        assert b"event: error\n" in await events.read()
     async with house.session.get(f"{house.base}/stats") as response:
         assert response.status == 401
     await door.change(house.app, house.settings.auth)

@@ -4,7 +4,7 @@
 const PATIENCE = 10_000; // milliseconds for an answer about the session
 const TEXTS = {
   title: "This server wants a key",
-  hint: "Whoever runs it gives you one. It is kept for 12 hours, in a cookie.",
+  hint: "Whoever runs it gives you one. You are then in for 12 hours.",
   unknown: "This key is not known here.",
   powerless: "This key may chat, but not watch: this page wants an admin key.",
   lost: "The server does not answer. Try again.",
