@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BODY_TIMEOUT = 15.0  # seconds for a whole body: aiohttp has no deadline for it
-EXPOSED = "x-request-id, x-aioserver-provider, x-aioserver-attempts, retry-after"
+EXPOSED = "x-request-id, x-aioserver-provider, x-aioserver-attempts, retry-after, retry-after-ms"
 SERVER = "aioserver"
 ID = web.RequestKey("id", str)
 BEGUN = web.RequestKey("begun", web.StreamResponse)  # its head is on the way
