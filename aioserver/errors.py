@@ -274,9 +274,8 @@ class ProviderFault(AioserverError):
     failover: ClassVar[bool] = False
     failure: ClassVar[bool] = True
     again: ClassVar[bool] = False  # the client may: nothing was sent, so nothing is paid twice
-    provider: str = ""  # whose fault it is, how often one was tried, and whether one was asked
+    provider: str = ""  # whose fault it is, and how often one was asked
     attempts: int = 0
-    asked: bool = False
 
 
 class ConnectError(ProviderFault):
@@ -452,16 +451,15 @@ def http_headers(error: AioserverError) -> Mapping[str, str]:
         headers["x-aioserver-attempts"] = str(error.attempts)
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    if error.http_status == 429 and error.retry_after is not None:
+    if error.retry_after is not None:
         # Up, and to the millisecond: who comes a little too soon is refused again.
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
-        headers["retry-after-ms"] = str(max(1, math.ceil(error.retry_after * 1000)))
-    elif error.retry_after is not None:
-        headers["Retry-After"] = str(max(1, round(error.retry_after)))
+        if error.http_status == 429:
+            headers["retry-after-ms"] = str(max(1, math.ceil(1000 * error.retry_after)))
     elif error.http_status == 503:
         headers["Retry-After"] = "1"
     sent = isinstance(error, ProviderFault) and (
-        (error.asked and error.attempts > 1) or (error.status in {502, 504} and not error.again)
+        error.attempts > 1 or (error.status in {502, 504} and not error.again)
     )
     if error.http_status == 409 or sent:
         headers["x-should-retry"] = "false"

@@ -141,7 +141,7 @@ class Router:
                     raise
                 if not others:
                     told = _told(faults)
-                    told.attempts, told.asked = fault.attempts, fault.asked
+                    told.attempts = fault.attempts
                     raise told from None
                 provider.meter.failovers[fault.code].value += 1
             provider = others.pop(0)
@@ -171,8 +171,9 @@ class Router:
                 provider.ended(ask, exc)
                 if not isinstance(exc, ProviderFault):
                     raise
-                ask.asked = ask.asked or bool(exc.attempt)
-                exc.provider, exc.attempts, exc.asked = provider.name, record.attempts, ask.asked
+                if not exc.attempt:
+                    record.attempts -= 1  # nobody was asked
+                exc.provider, exc.attempts = provider.name, record.attempts
                 number += 1
                 wait = self._pause(number, limits.backoff_factor, exc.retry_after)
                 limited = isinstance(exc, ProviderRateLimited)

@@ -140,10 +140,15 @@ def test_the_close_codes_are_those_of_the_contract() -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "header"), [(0.0, "1"), (0.2, "1"), (1.4, "1"), (2.6, "3"), (60.0, "60")]
+    ("seconds", "header"), [(0.0, "1"), (0.2, "1"), (1.4, "2"), (2.6, "3"), (60.0, "60")]
 )
-def test_retry_after_is_in_whole_seconds_from_1_on(seconds: float, header: str) -> None:
-    assert http_headers(ServerAtCapacity("full", retry_after=seconds))["Retry-After"] == header
+def test_retry_after_is_in_whole_seconds_from_1_on_and_never_too_early(
+    seconds: float, header: str
+) -> None:
+    full = http_headers(ServerAtCapacity("full", retry_after=seconds))
+
+    assert full["Retry-After"] == header
+    assert "retry-after-ms" not in full
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,8 @@ class Seen:
 
 def frames_seen(frames: list[dict[str, Any]], raw: bytes) -> Seen:
     assert [frame["event_id"] for frame in frames] == list(range(1, len(frames) + 1))
-    assert frames[0]["status"] == "processing"
+    if len(frames) > 1:  # else it was refused before anybody was asked
+        assert frames[0]["status"] == "processing"
     assert {frame["status"] for frame in frames[1:-1]} <= {"chunk"}
     text = "".join(frame["chunk"]["data"] for frame in frames[1:-1])
     last = frames[-1]

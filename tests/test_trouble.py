@@ -385,10 +385,11 @@ async def test_where_all_are_left_alone_the_soonest_counts(
     with pytest.raises(CircuitOpen) as told:
         await trouble.fill()
 
-    assert 7 < (told.value.retry_after or 0) <= 8
+    assert 7 < (told.value.retry_after or 0) <= 8.8
     assert trouble.counts() == {"a": 0, "b": 0, "c": 0}
     headers = http_headers(told.value)
-    assert (headers["Retry-After"], told.value.http_status) in {("8", 503), ("7", 503)}
+    assert int(headers["Retry-After"]) >= (told.value.retry_after or 0), "never too early"
+    assert (told.value.http_status, headers["x-aioserver-attempts"]) == (503, "0")
     assert "x-should-retry" not in headers, "nothing was sent"
 
 
@@ -412,8 +413,8 @@ async def test_a_429_is_told_only_where_every_usable_one_says_it(trouble: Troubl
         await trouble.fill()
 
     assert told.value.http_status == 503
-    assert 9 < (told.value.retry_after or 0) <= 10
-    assert (told.value.provider, told.value.attempts) == ("a", 2)
+    assert 9 < (told.value.retry_after or 0) <= 11
+    assert (told.value.provider, told.value.attempts) == ("a", 1)
 
 
 @pytest.mark.parametrize("names", ["ab", "ba"])
@@ -530,7 +531,7 @@ async def test_a_provider_that_fails_is_left_alone(trouble: Trouble) -> None:
     with pytest.raises(CircuitOpen) as told:
         await trouble.fill()
 
-    assert 1 <= (told.value.retry_after or 0) <= breaker.FIRST
+    assert 1 <= (told.value.retry_after or 0) <= 1.1 * breaker.FIRST
     assert provider.stats().breaker == "open"
     assert trouble.counts() == {"a": breaker.FAILURES}
 

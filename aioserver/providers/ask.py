@@ -36,7 +36,6 @@ class Ask:
     record: Record = field(default_factory=Record)
     again: bool = False  # it has been tried here: in front of its caller's others
     elsewhere: bool = False  # another provider may be asked instead
-    asked: bool = False  # something was sent, or somebody to send it to was looked for
     trial: bool = False  # the breaker's
     expected: int = 0  # tokens that this try may cost
     usage: Mapping[str, Any] | None = None  # what the provider says that it cost

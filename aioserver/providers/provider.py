@@ -9,6 +9,7 @@ client is. A provider knows no face: it is given an `Ask` and fills a `Stream`, 
 from __future__ import annotations
 
 import asyncio
+import random
 from dataclasses import dataclass
 from time import monotonic
 from typing import TYPE_CHECKING
@@ -387,5 +388,5 @@ class Provider:
     def _left_alone(self) -> ProviderFault:
         if self.flagged:
             return ProviderFlagged(f"{self.name} has refused our key")
-        wait = self._breaker.wait
+        wait = self._breaker.wait * random.uniform(1.0, 1.1)  # noqa: S311 - not all at once
         return CircuitOpen(f"{self.name} fails, and is left alone", retry_after=wait)
