@@ -23,6 +23,7 @@ from aioserver.faces import http, openai, pages, responses, sse, status, websock
 from aioserver.faces.admission import Admission, counted
 from aioserver.fastpath import Outbox
 from aioserver.gateway import Gateway
+from aioserver.lag import LoopLag
 from aioserver.metrics import Metrics
 from aioserver.monitor import Monitor
 from aioserver.providers.provider import Provider
@@ -121,7 +122,9 @@ async def _owners(app: web.Application) -> AsyncIterator[None]:
         )
         service = chat.service
         conversations = Conversations(service.context, service.repository.persistence)
-        records = Records(metrics)
+        app[keys.LAG] = lag = LoopLag(asyncio.get_running_loop(), metrics.loop_lag)
+        stack.callback(lag.close)
+        records = Records(metrics, lag)
         app[keys.GATEWAY] = gateway = Gateway(
             router, streams, conversations, service, bounds, records
         )

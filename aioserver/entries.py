@@ -27,14 +27,22 @@ class Entry:
     """*count* events, the first of which is number *first*, all of one *status*.
 
     *data* are the provider's own bytes (whole events); *frames* are the events as frames' JSON.
-    A log has the one or the other, after who asked for it.
+    A log has the one or the other, after who asked for it. *at*: monotonic, when it was read,
+    the last of it.
     """
 
-    __slots__ = ("count", "data", "first", "frames", "sized", "status")
+    __slots__ = ("at", "count", "data", "first", "frames", "sized", "status")
 
     def __init__(
-        self, first: int, count: int, status: bytes, data: bytes, frames: Sequence[bytes] | None
+        self,
+        first: int,
+        count: int,
+        status: bytes,
+        data: bytes,
+        frames: Sequence[bytes] | None,
+        at: float = 0.0,
     ) -> None:
+        self.at = at
         self.first = first
         self.count = count
         self.status = status
@@ -65,8 +73,8 @@ class Texts(Entry):
 
     __slots__ = ("texts",)
 
-    def __init__(self, first: int, count: int, texts: bytes) -> None:
-        super().__init__(first, count, CHUNK, b"", None)
+    def __init__(self, first: int, count: int, texts: bytes, at: float = 0.0) -> None:
+        super().__init__(first, count, CHUNK, b"", None, at)
         self.texts = texts
         self.sized += len(texts)
 

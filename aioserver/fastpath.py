@@ -34,6 +34,7 @@ effect there: the tests feed both with the same streams.
 from __future__ import annotations
 
 import re
+from time import monotonic
 from typing import TYPE_CHECKING, NamedTuple
 
 from aioserver.entries import Texts
@@ -97,7 +98,11 @@ class Client(NamedTuple):
 
 
 class FastPath:
-    """The provider's bytes, unchanged. *last*: the loop's time when it was taken last."""
+    """The provider's bytes, unchanged.
+
+    *last*: the loop's time when it was taken last; *read_at*: of the last read, whichever way it
+    went. *_silence*: a longer one is to be noted.
+    """
 
     __slots__ = (
         "_chunked",
@@ -106,17 +111,19 @@ class FastPath:
         "_now",
         "_outbox",
         "_room",
+        "_silence",
         "_stream",
         "_transport",
         "follower",
         "last",
         "open",
+        "read_at",
         "shape",
     )
 
     def __init__(self, follower: Follower, client: Client, shape: Shape | None = None) -> None:
         self.open = False
-        self.last = 0.0
+        self.last = self.read_at = self._silence = 0.0
         self.follower = follower
         self.shape = shape
         self._stream = follower.stream
@@ -143,7 +150,10 @@ class FastPath:
         ):
             return False
         self._outbox.put(self, read)
-        self.last = self._now()
+        self.last = now = self._now()
+        if now - self.read_at > self._silence:
+            self._silence = self._stream.record.silent(self.read_at, now)
+        self.read_at = now
         self._stream.last += 1
         self._meter.events += 1
         return True
@@ -210,7 +220,10 @@ class TextPath(FastPath):
         self._meter.events += 1
         data = self._text(self._head, number, text)
         self._outbox.put(self, b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
-        self.last = self._now()
+        self.last = now = self._now()
+        if now - self.read_at > self._silence:
+            self._silence = stream.record.silent(self.read_at, now)
+        self.read_at = now
         if len(self._texts) > MAX_RUN_BYTES:
             self._keep()
         return True
@@ -227,5 +240,5 @@ class TextPath(FastPath):
         assert self.shape is not None
         self.shape.reading.note(texts.replace(b'"', b"").decode(), len(texts) - count)
         self.follower.at += 1
-        stream.append_passed(Texts(stream.last - count + 1, count, texts))
+        stream.append_passed(Texts(stream.last - count + 1, count, texts, monotonic()))
         stream.trim()

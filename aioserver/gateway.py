@@ -355,14 +355,14 @@ class Gateway:
             self._records.metrics.bugs.value += 1
         if stream.error is not None:  # else its frames keep the question for the whole window
             stream.error.__traceback__ = stream.error.__cause__ = stream.error.__context__ = None
-        if (record := stream.record) is not None:
-            record.first, record.events, record.usage = (
-                stream.answered_at,
-                stream.last - 2 if stream.answered_at else 0,
-                stream.usage,
-            )
-            record.left = stream.left
-            self._records.finish(record, stream.error, cancelled=stream.end_status == CANCELLED)
+        record = stream.record
+        record.first, record.events, record.usage = (
+            stream.answered_at,
+            stream.last - 2 if stream.answered_at else 0,
+            stream.usage,
+        )
+        record.left = stream.left
+        self._records.finish(record, stream.error, cancelled=stream.end_status == CANCELLED)
 
     def _stop(self, stream: Stream) -> None:
         task = self._tasks.get(stream)

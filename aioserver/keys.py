@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from aioserver.faces.websocket import Socket
     from aioserver.fastpath import Outbox
     from aioserver.gateway import Gateway
+    from aioserver.lag import LoopLag
     from aioserver.metrics import Metrics
     from aioserver.monitor import Monitor
     from aioserver.router import Router
@@ -33,6 +34,7 @@ ROUTER: web.AppKey[Router] = web.AppKey("router")
 GATEWAY: web.AppKey[Gateway] = web.AppKey("gateway")
 OUTBOX: web.AppKey[Outbox] = web.AppKey("outbox")
 SOCKETS: web.AppKey[set[Socket]] = web.AppKey("sockets")
+LAG: web.AppKey[LoopLag] = web.AppKey("lag")
 METRICS: web.AppKey[Metrics] = web.AppKey("metrics")
 REGISTRY: web.AppKey[CollectorRegistry] = web.AppKey("registry")
 MONITOR: web.AppKey[Monitor] = web.AppKey("monitor")

@@ -147,6 +147,8 @@ class ProviderMeter:
         "key_refused",
         "recent",
         "retries",
+        "silence",
+        "silences",
         "wait",
     )
 
@@ -160,6 +162,8 @@ class ProviderMeter:
         self.failovers = {code: Counter() for code in _codes("failover")}
         self.key_refused = Counter()
         self.recent = Recent()
+        self.silence = Histogram()
+        self.silences = Recent()
 
 
 NOBODY = ProviderMeter()  # of a log that no provider fills yet
@@ -222,6 +226,8 @@ class Metrics:
                 **{(face, ""): Counter() for face in FACES if face != "websocket"},
             },
         )
+        self.delay = {whose: Histogram() for whose in ("ours", "client")}
+        self.delays = {whose: Recent() for whose in self.delay}
         self.admission_wait = {outcome: Histogram() for outcome in ("entered", "refused")}
         self.resumes = {outcome: Counter() for outcome in ("ok", "gap", "not_found")}
         self.slow_clients = Counter()
@@ -342,6 +348,18 @@ class Metrics:
             "Between two events of an answer, its mean",
             ("provider",),
             {(name,): meter.interval for name, meter in providers},
+        )
+        yield Family(
+            "provider_silence_seconds",
+            "The longest time between two reads of an answer, our own lag taken out",
+            ("provider",),
+            {(name,): meter.silence for name, meter in providers},
+        )
+        yield Family(
+            "delay_seconds",
+            "The longest time that an answer was held up by us, or by a client that took nothing",
+            ("by",),
+            {(whose,): one for whose, one in self.delay.items()},
         )
         yield Family(
             "overhead_seconds",

@@ -30,7 +30,7 @@ TICK = 1.0  # seconds
 HISTORY = 600  # ticks: ten minutes
 MAX_INCIDENTS = 100
 MAX_WATCHERS = 256
-LAG_EVERY, LAG_LIMIT = 0.25, 0.1  # seconds between two looks at the loop; later than that is told
+LAG_LIMIT = 0.1  # seconds; a loop that is later is told
 QUIET = 10.0  # seconds in which incidents of one kind are gathered
 SLOW_TICKS = 10  # what costs with the number of tasks is looked at each so many ticks
 SERIES = ("active", "waiting", "rejected_per_second", "requests_per_second", "tokens_per_second")
@@ -71,16 +71,13 @@ class Monitor:
         self._watchers: dict[Watcher, int] = {}  # and how many ticks lie between two snapshots
         self._ticks = 0
         self._tasks = 0
-        self._lag_sum = self._lag_max = 0.0
-        self._lag_count = 0
+        self._lag_max = 0.0  # since the last tick
         self._last = self._counted()
         self._last_at, self._last_cpu = time.monotonic(), time.process_time()
         self._snapshot: dict[str, Any] = {}
         self._bytes = b"{}"
         self._history_bytes = b""  # as long as nothing comes to it
         self._timer = self._loop.call_later(TICK, self._again)
-        self._lag_due = self._loop.time() + LAG_EVERY
-        self._lag_timer = self._loop.call_at(self._lag_due, self._look_at_lag)
         self.tick()
 
     @property
@@ -147,8 +144,6 @@ class Monitor:
         self._snapshot, self._bytes = snapshot, orjson.dumps(snapshot)
         self._history.append(_point(snapshot))
         self._history_bytes = b""
-        self._lag_sum = self._lag_max = 0.0
-        self._lag_count = 0
         self._tell(now)
         if self._watchers:
             data = eventstream.write(self._bytes, event="stats")
@@ -160,21 +155,10 @@ class Monitor:
     def close(self) -> None:
         """Tick no more."""
         self._timer.cancel()
-        self._lag_timer.cancel()
 
     def _again(self) -> None:
         self._timer = self._loop.call_later(TICK, self._again)
         self.tick()
-
-    def _look_at_lag(self) -> None:
-        now = self._loop.time()
-        lag = max(0.0, now - self._lag_due)
-        self._metrics.loop_lag.observe(lag)
-        self._lag_sum += lag
-        self._lag_count += 1
-        self._lag_max = max(self._lag_max, lag)
-        self._lag_due = now + LAG_EVERY
-        self._lag_timer = self._loop.call_at(self._lag_due, self._look_at_lag)
 
     def _counted(self) -> dict[str, float]:
         """What only grows, by a name for each."""
@@ -199,6 +183,7 @@ class Monitor:
         gate, streams = app[keys.ADMISSION].gate.stats(), app[keys.STREAMS].stats()
         lifetime, router = app[keys.GATEWAY].lifetime, app[keys.ROUTER]
         waiting = {name: int(meter.waiting.value) for name, meter in faces}
+        lag, self._lag_max = app[keys.LAG].take()
         return {
             "time": round(time.time(), 3),
             "name": "aioserver",
@@ -227,6 +212,7 @@ class Monitor:
             },
             "first_token": metrics.felt.percentiles(now),
             "tokens_per_second": round(rates["events"], 1),
+            "delay": {whose: one.percentiles(now) for whose, one in metrics.delays.items()},
             "streams": {
                 "running": streams.running,
                 "detached": lifetime.detached,
@@ -240,7 +226,7 @@ class Monitor:
                 name: self._provider(one, now, rates) for name, one in router.providers.items()
             },
             "loop": {
-                "lag": round(self._lag_sum / max(1, self._lag_count), 5),
+                "lag": round(lag, 5),
                 "lag_max": round(self._lag_max, 5),
             },
             "process": process() | {"tasks": self._tasks},
@@ -284,6 +270,7 @@ class Monitor:
             "requests_per_second": round(rates[f"attempts {name}"], 1),
             "tokens_per_second": round(rates[f"events {name}"], 1),
             "first_token": meter.recent.percentiles(now),
+            "silence": meter.silences.percentiles(now),
         }
 
     def _gather(self, counted: dict[str, float]) -> None:

@@ -11,10 +11,13 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from aioserver.errors import AioserverError
+from aioserver.lag import WORTH
 from aioserver.metrics import CANCELLED, CLIENT_LEFT, OK, Metrics
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from aioserver.lag import LoopLag
 
 logger = logging.getLogger("aioserver.requests")
 
@@ -26,11 +29,16 @@ class Record:
 
     *asked*: admitted, and understood. *lined*: asked for its place at the provider. *waited*: seconds
     in that line. *sent*: the first try was sent. *first*: the answer's first event.
+
+    Three gaps, each the longest of its kind, in seconds: *silence*, between two reads of the provider
+    once it has begun to answer (and *silent_until*, when it ended, in the loop's time); *delay*, that
+    an event which was read had to wait for us; *stuck*, that its client took nothing.
     """
 
     __slots__ = (
         "asked",
         "attempts",
+        "delay",
         "events",
         "face",
         "first",
@@ -40,6 +48,9 @@ class Record:
         "provider",
         "request_id",
         "sent",
+        "silence",
+        "silent_until",
+        "stuck",
         "usage",
         "waited",
     )
@@ -48,6 +59,7 @@ class Record:
         self.face = self.request_id = self.provider = self.model = ""
         self.asked = 0.0
         self.lined = self.sent = self.first = self.waited = 0.0
+        self.silence = self.silent_until = self.delay = self.stuck = 0.0
         self.attempts = 0
         self.events = 0  # of the answer
         self.usage: Mapping[str, Any] | None = None  # as the provider reports it
@@ -61,6 +73,12 @@ class Record:
         self.model = model
         self.asked = monotonic()
 
+    def silent(self, since: float, until: float) -> float:
+        """The provider was silent between two reads; returns the longest that it was."""
+        if until - since > self.silence:
+            self.silence, self.silent_until = until - since, until
+        return self.silence
+
     def tokens(self, *names: str) -> int | None:
         """A number in the usage, by one of its *names*; None where there is none that makes sense."""
         if self.usage is not None:
@@ -71,11 +89,15 @@ class Record:
         return None
 
 
-class Records:
-    """Counts what has ended."""
+UNTOLD = Record()  # of a log that no request has begun
 
-    def __init__(self, metrics: Metrics) -> None:
+
+class Records:
+    """Counts what has ended; *lag* knows how much of a silence is ours."""
+
+    def __init__(self, metrics: Metrics, lag: LoopLag) -> None:
         self.metrics = metrics
+        self._lag = lag
 
     def finish(
         self, record: Record, error: BaseException | None, *, cancelled: bool = False
@@ -107,9 +129,23 @@ class Records:
             provider.recent.add(now, record.first - record.sent)
             if record.events > 1:
                 provider.interval.observe((now - record.first) / (record.events - 1))
+                self._see_gaps(record, now)
         self._count_tokens(record)
         if logger.isEnabledFor(logging.INFO):
             self._tell(record, now, code, outcome, status)
+
+    def _see_gaps(self, record: Record, now: float) -> None:
+        """Tell the provider's gaps from ours, and from those of a client that takes nothing."""
+        metrics, lag, end = self.metrics, self._lag, record.silent_until
+        if record.silence > WORTH:
+            record.silence -= lag.within(end - record.silence, end)
+        record.delay = max(record.delay, lag.longest(record.first))
+        provider = metrics.providers[record.provider]
+        provider.silence.observe(record.silence)
+        provider.silences.add(now, record.silence)
+        for whose, gap in (("ours", record.delay), ("client", record.stuck)):
+            metrics.delay[whose].observe(gap)
+            metrics.delays[whose].add(now, gap)
 
     def _count_tokens(self, record: Record) -> None:
         into = record.tokens("prompt_tokens", "input_tokens")
@@ -141,6 +177,12 @@ class Records:
             fields["code"] = code
         if record.first:
             fields["first_token_ms"] = round((record.first - record.asked) * 1000, 1)
+            gaps = {"provider": record.silence, "our": record.delay, "client": record.stuck}
+            fields |= {
+                f"{whose}_gap_ms": round(gap * 1000, 1)
+                for whose, gap in gaps.items()
+                if gap > WORTH
+            }
         tokens = {
             "tokens_in": record.tokens("prompt_tokens", "input_tokens"),
             "tokens_out": record.tokens("completion_tokens", "output_tokens"),

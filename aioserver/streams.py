@@ -16,7 +16,6 @@ behind them cannot go on (`ResumeGap`), which is said and never skipped. Where n
 
 from __future__ import annotations
 
-from collections import deque
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -26,6 +25,7 @@ from aioserver import messages
 from aioserver.entries import CHUNK, ERROR, PROCESSING, Entry
 from aioserver.errors import AioserverError, ResumeGap
 from aioserver.metrics import NOBODY
+from aioserver.records import UNTOLD
 
 if TYPE_CHECKING:
     import asyncio
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
     from aioserver.deltas import Shape
     from aioserver.fastpath import FastPath
-    from aioserver.records import Record
     from aioserver.store import Streams
 
 
@@ -114,7 +113,7 @@ class Stream:
         self.caller = caller
         self.digest = digest
         self.window = window
-        self.entries: deque[Entry] = deque()
+        self.entries: list[Entry] = []  # not a deque: an empty one takes 700 bytes
         self.offset = 0  # how many entries have gone: the index of entries[0] since the start
         self.last = 0
         self.bytes = 0
@@ -127,7 +126,7 @@ class Stream:
         self.sent = False  # something went to a provider: leaving now costs money
         self.answered_at = 0.0  # monotonic, when the provider's first event came: no second try
         self.meter = NOBODY  # counts its events: the provider's
-        self.record: Record | None = None  # of the request that began it
+        self.record = UNTOLD  # of the request that began it
         self.usage: Mapping[str, Any] | None = None  # tokens, as the provider reports them
         self.left = False  # it was cancelled since nobody read it
         self.alias: str | None = None  # another name by which it is found
@@ -196,9 +195,9 @@ class Stream:
                 messages.frame(head, number, status, chunk)
                 for number, chunk in enumerate(chunks, first)
             ]
-            self._add(Entry(first, len(frames), status, data, frames))
+            self._add(Entry(first, len(frames), status, data, frames, monotonic()))
         else:
-            self._add(Entry(first, count, status, data, None))
+            self._add(Entry(first, count, status, data, None, monotonic()))
         if status is CHUNK:
             self.meter.events += self.last + 1 - first
         if not more:
@@ -282,7 +281,7 @@ class Stream:
         self.seal()
         number = self.last + 1
         frames = [messages.frame(self.head, number, status, chunk)]
-        self._add(Entry(number, 1, status, data, frames))
+        self._add(Entry(number, 1, status, data, frames, monotonic()))
         self.ended = True
         self.end_status = status
         for reader in tuple(self.readers):
@@ -355,11 +354,13 @@ class Stream:
             passed = self.readers[0].at
             if len(self.readers) > 1:
                 passed = min([reader.at for reader in self.readers])
-        freed = 0
-        while len(self.entries) > 1 or (self.entries and self.offset < passed):
-            if self.offset >= passed and self.bytes - freed <= self._max_bytes:
+        entries, gone, freed = self.entries, 0, 0
+        while len(entries) - gone > 1 or (len(entries) > gone and self.offset + gone < passed):
+            if self.offset + gone >= passed and self.bytes - freed <= self._max_bytes:
                 break
-            freed += self.entries.popleft().sized
-            self.offset += 1
-        if freed:
+            freed += entries[gone].sized
+            gone += 1
+        if gone:
+            del entries[:gone]
+            self.offset += gone
             self._grow(-freed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
+import time
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
@@ -118,6 +119,11 @@ class House:
     def connect(self, **kwargs: Any) -> Any:
         """A WebSocket: `async with house.connect() as ws`."""
         return self.session.ws_connect(self.ws, **kwargs)
+
+
+def block(seconds: float) -> None:
+    """Hold up the event loop: nothing runs meanwhile."""
+    time.sleep(seconds)
 
 
 async def until(

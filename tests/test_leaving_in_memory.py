@@ -14,6 +14,7 @@ from aioserver.auth import anonymous
 from aioserver.errors import AioserverError, ProviderQueueFull, ProviderQueueTimeout
 from aioserver.gate import Gate
 from aioserver.gateway import Gateway
+from aioserver.lag import LoopLag
 from aioserver.metrics import Metrics, ProviderMeter
 from aioserver.providers.ask import Answer, Ask
 from aioserver.providers.budget import Budget
@@ -112,13 +113,14 @@ async def test_random_leavings_in_memory_give_everything_back(count: int) -> Non
     nothing: Any = None
     one: Any = SimpleNamespace(model="m", models=())
     metrics = Metrics({"sim": one})
+    lag = LoopLag(asyncio.get_running_loop(), metrics.loop_lag)
     gateway = Gateway(
         Router({"sim": fake}, "sim"),
         store,
         nothing,
         nothing,
         settings.Streams(resume_window=0.05, max_detached=10),
-        Records(metrics),
+        Records(metrics, lag),
     )
     route = Router({"sim": fake}, "sim").route(None)
 
@@ -169,6 +171,7 @@ async def test_random_leavings_in_memory_give_everything_back(count: int) -> Non
     await until(lambda: not store.stats().running, state=store.stats)
     await until(lambda: not fake.gate.inside and not fake.gate.waiting, state=fake.gate.stats)
     await until(lambda: not store.stats().finished, state=store.stats)
+    lag.close()
     assert (store.stats().bytes, gateway.lifetime.detached, gateway._producers) == (0, 0, {})
     assert all(fake.gate.try_enter() for _ in range(PLACES))
     await gateway.close()

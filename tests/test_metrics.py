@@ -29,6 +29,21 @@ def made(kind: type[errors.AioserverError]) -> errors.AioserverError:
     return kind("no")
 
 
+class NeverLate:
+    """A loop's lag: none."""
+
+    def within(self, _since: float, _until: float) -> float:
+        return 0.0
+
+    def longest(self, _since: float) -> float:
+        return 0.0
+
+
+def records(metrics: Metrics) -> Records:
+    never: Any = NeverLate()
+    return Records(metrics, never)
+
+
 def record(face: str = "openai", provider: str = "groq", model: str = "m") -> Record:
     one = Record()
     one.begin(face, "r1", provider, model)
@@ -40,7 +55,7 @@ def record(face: str = "openai", provider: str = "groq", model: str = "m") -> Re
 def test_every_error_can_end_a_request(face: str, kind: type[errors.AioserverError]) -> None:
     metrics = Metrics(GIVEN)
 
-    Records(metrics).finish(record(face), made(kind))
+    records(metrics).finish(record(face), made(kind))
 
     assert metrics.requests.of(face, "groq", kind.code, kind.outcome).value == 1
     assert metrics.outcomes[kind.outcome].value == 1
@@ -51,7 +66,7 @@ def test_every_error_can_end_a_request(face: str, kind: type[errors.AioserverErr
 
 def test_a_bug_is_an_internal_error_and_shows_nothing_of_itself() -> None:
     metrics = Metrics(GIVEN)
-    Records(metrics).finish(record(), RuntimeError("the password is 1234"))
+    records(metrics).finish(record(), RuntimeError("the password is 1234"))
     assert metrics.requests.of("openai", "groq", "internal_error", "internal_error").value == 1
 
 
@@ -59,8 +74,8 @@ def test_who_left_and_who_stopped_it_are_told_apart() -> None:
     metrics = Metrics(GIVEN)
     one, other = record(), record()
     other.left = True
-    Records(metrics).finish(one, None, cancelled=True)
-    Records(metrics).finish(other, None, cancelled=True)
+    records(metrics).finish(one, None, cancelled=True)
+    records(metrics).finish(other, None, cancelled=True)
     assert metrics.outcomes[CANCELLED].value == 1
     assert metrics.outcomes["client_left"].value == 1
     assert metrics.outcomes[OK].value == 0
@@ -85,7 +100,7 @@ def test_tokens_are_the_providers_or_an_estimate(
     one = record()
     one.usage, one.events = usage, 9
 
-    Records(metrics).finish(one, None)
+    records(metrics).finish(one, None)
 
     family = metrics.tokens
     assert family.of("groq", "m", "input", "provider").value == into
@@ -98,7 +113,7 @@ def test_a_model_that_is_not_configured_is_another(model: str, label: str) -> No
     metrics = Metrics(GIVEN)
     one = record(model=model)
     one.events = 2
-    Records(metrics).finish(one, None)
+    records(metrics).finish(one, None)
     assert metrics.tokens.of("groq", label, "output", "estimate").value == 2
 
 

@@ -6,6 +6,7 @@ it has not seen is rendered when its writer has room for it.
 
 from __future__ import annotations
 
+from time import monotonic
 from typing import TYPE_CHECKING
 
 from aioserver.errors import ResumeGap
@@ -27,7 +28,17 @@ class Follower:
     its events have been seen already.
     """
 
-    __slots__ = ("_queued", "_writer", "at", "finished", "gone", "look", "skip", "stream")
+    __slots__ = (
+        "_queued",
+        "_since",
+        "_writer",
+        "at",
+        "finished",
+        "gone",
+        "look",
+        "skip",
+        "stream",
+    )
 
     def __init__(
         self,
@@ -42,6 +53,7 @@ class Follower:
         self.at, self.skip = stream.locate(after)
         self.finished = finished
         self.gone = False
+        self._since = monotonic()
         self._writer = writer
         self.look = look
         self._queued = queued
@@ -76,6 +88,17 @@ class Follower:
             return b""
         self.at += 1
         return self.look.newest(stream, entries[-1])
+
+    def waited(self, now: float, blocked_until: float) -> None:
+        """Note how long its next event has waited for us; up to *blocked_until* it was its client.
+
+        What was there before this reader came has waited since it came.
+        """
+        stream = self.stream
+        index = self.at - stream.offset
+        if 0 <= index < len(stream.entries):
+            ready = max(stream.entries[index].at, self._since, blocked_until)
+            stream.record.delay = max(stream.record.delay, now - ready)
 
     def take(self, parts: list[bytes], room: int) -> bool:
         """Render up to about *room* bytes into *parts*; whether the cursor has caught up.

@@ -23,6 +23,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
+from time import monotonic
 from typing import TYPE_CHECKING
 
 from aioserver.errors import ResumeGap
@@ -78,6 +79,7 @@ class Writer:
         self._scheduled: asyncio.Handle | None = None
         self._draining: asyncio.Task[None] | None = None
         self._watch: StallWatch | None = None
+        self._blocked_at = self._blocked_until = 0.0  # monotonic
         self._closed = False
         self._path: FastPath | None = None
         self._last_write = self._loop.time()
@@ -205,13 +207,14 @@ class Writer:
     def pump(self) -> None:
         """Write what is ready, until all is written or the transport's buffer is full."""
         self._scheduled = None
-        ready = self._ready
+        ready, now = self._ready, monotonic()
         while (ready or self._control) and self._draining is None and not self._closed:
             parts, self._control = self._control, []
             room = TURN_BYTES
             ended: list[Follower] = []
             for follower in list(ready):
                 have = len(parts)
+                follower.waited(now, self._blocked_until)
                 try:
                     caught_up = follower.take(parts, room)
                 except ResumeGap:
@@ -313,6 +316,7 @@ class Writer:
         self._close_path()  # what it has flushed may have blocked it
         if self._draining is not None:
             return
+        self._blocked_at = monotonic()
         self._draining = self._loop.create_task(self._unblock())
         self._watch = StallWatch(
             self._loop,
@@ -331,6 +335,10 @@ class Writer:
             if self._watch is not None:
                 self._watch.stop()
                 self._watch = None
+            self._blocked_until = now = monotonic()
+            for follower in self._followers:
+                record = follower.stream.record
+                record.stuck = max(record.stuck, now - self._blocked_at)
         if not self._closed:
             self.pump()
 

@@ -332,6 +332,7 @@ class Provider:
                         read_timeout=limits.read_timeout,
                         write_timeout=limits.write_timeout,
                         on_head=on_head,
+                        record=record,
                     ).run(request)
                     return
                 except StaleConnection:

@@ -34,6 +34,7 @@ from aioserver.errors import (
     WriteTimeout,
 )
 from aioserver.providers.framing import Framing
+from aioserver.records import UNTOLD
 from aioserver.stall import StallWatch
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from aiohttp.connector import Connection
 
     from aioserver.fastpath import FastPath
+    from aioserver.records import Record
 
 UPLOAD_PIECE = 65_536  # written before the transport is asked whether it takes more
 STALE_WITHIN = 1.0  # seconds after a request was written in which a kept connection proves dead
@@ -132,6 +134,7 @@ class Exchange:
         read_timeout: float,
         write_timeout: float,
         on_head: Callable[[int, Mapping[str, str]], Sink],
+        record: Record = UNTOLD,
     ) -> None:
         protocol = connection.protocol
         transport = connection.transport
@@ -148,6 +151,7 @@ class Exchange:
         self._done: asyncio.Future[None] = self._loop.create_future()
         self._linger_timer: asyncio.TimerHandle | None = None
         self._last_byte = 0.0
+        self._record = record
         self._written = False
         self._lingering = False  # the sink has all it wants, the framing's end is awaited
 
@@ -178,9 +182,12 @@ class Exchange:
 
     def feed(self, data: bytes) -> None:
         """Bytes from the provider."""
-        self._last_byte = self._loop.time()
+        now, fast = self._loop.time(), self._protocol.fast
         self._protocol.fast = None
         framing = self._framing
+        if framing.sink is not None:  # it has begun to answer
+            self._record.silent(self._last_byte if fast is None else fast.read_at, now)
+        self._last_byte = now
         if framing.between and data.endswith(b"\r\n"):
             # Most reads of a stream are one whole chunk. That the parser need not see: it stands
             # between two chunks before it and behind it. Every other form is the parser's.
@@ -206,7 +213,9 @@ class Exchange:
         """Let the next read take it, where all agree; the parser stands between two chunks."""
         sink = self._framing.sink
         if sink is not None and not self._done.done():
-            self._protocol.fast = sink.fast()
+            self._protocol.fast = fast = sink.fast()
+            if fast is not None:
+                fast.read_at = self._last_byte
 
     def _push(self) -> None:
         """Give the sink what has come, and the end."""

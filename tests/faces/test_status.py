@@ -14,7 +14,7 @@ from aioserver import __version__, eventstream, keys, monitor
 from aioserver.providers.simulator import Behaviour
 from tests.faces.raw import SMALL, Raw
 from tests.faces.talk import CHAT, chat, to_end
-from tests.house import until
+from tests.house import block, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -300,9 +300,8 @@ async def test_a_loop_that_is_late_is_told(house: House) -> None:
     mine = house.app[keys.MONITOR]
     async with watching(house) as told:
         await until(lambda: bool(told))
-        mine._lag_timer.cancel()
-        mine._lag_due = asyncio.get_running_loop().time() - 0.2  # as if it had been blocked
-        mine._look_at_lag()
+        block(0.35)
+        await until(lambda: house.app[keys.LAG]._max >= 0.2)
         mine.tick()
         worst = mine.snapshot["loop"]["lag_max"]
         await until(lambda: any(kind == "incident" for kind, _ in told))

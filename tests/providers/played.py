@@ -198,7 +198,12 @@ def request(body: bytes = b"{}", path: str = "/v1/chat/completions") -> bytes:
 def exchange(connection: Connection, got: Got, **timeouts: float) -> Exchange:
     """An exchange on *connection*."""
     times = {"read_timeout": 5.0, "write_timeout": 5.0, **timeouts}
-    return Exchange(connection, on_head=got.on_head, **times)
+    return Exchange(
+        connection,
+        read_timeout=times["read_timeout"],
+        write_timeout=times["write_timeout"],
+        on_head=got.on_head,
+    )
 
 
 async def ask(
