@@ -43,10 +43,10 @@ http {{
 
 @dataclass(frozen=True, slots=True)
 class Proxy:
-    """A running proxy. *plain* is the address that sends browsers to *base*; None: it has none."""
+    """A running proxy. *plain* is the address that sends browsers to *base*."""
 
     base: str
-    plain: str | None
+    plain: str
     session: aiohttp.ClientSession
     tls: ssl.SSLContext
 
@@ -89,7 +89,7 @@ async def running(kind: str, folder: Path, port: int) -> AsyncIterator[Proxy]:
         session = await stack.enter_async_context(aiohttp.ClientSession(connector=connector))
         yield Proxy(
             f"https://127.0.0.1:{secure}",
-            None if kind == "caddy" else f"http://127.0.0.1:{plain}",
+            f"http://127.0.0.1:{plain}",  # Caddy listens on it where it gets its own certificate
             session,
             tls,
         )
