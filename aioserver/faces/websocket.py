@@ -83,8 +83,6 @@ async def handler(request: web.Request) -> web.StreamResponse:
     assert request.transport is not None
     socket = Socket(request, ws, request.transport, payload_writer.drain)
     app[keys.SOCKETS].add(socket)
-    if app[keys.DOORS].renewed(socket.caller) is None:
-        socket.revoke()  # in the middle of its handshake
     try:
         with Entering(admission, entered=socket.entered, refused=socket.refused, told=socket.told):
             await socket.read()

@@ -8,6 +8,7 @@ import uuid
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
+import openai
 import pytest
 
 from aioserver import keys
@@ -307,6 +308,25 @@ async def test_who_comes_back_to_an_answer_begins_none(make_house: Make) -> None
                 await response.read()
     async with client(house, "whole") as web:
         assert (await web.ask())[0] == "rate_limit_exceeded"
+
+
+async def test_the_official_sdk_understands_the_door(make_house: Make) -> None:
+    house = await make_house(**keys_of("web", requests_per_minute=2))
+    messages: Any = CHAT["messages"]
+    async with openai.AsyncOpenAI(base_url=house.v1, api_key="aio-nobody", max_retries=0) as sdk:
+        with pytest.raises(openai.AuthenticationError) as refused:
+            await sdk.chat.completions.create(model="sim", messages=messages)
+        assert refused.value.code == "invalid_api_key"
+    async with openai.AsyncOpenAI(base_url=house.v1, api_key=key_of("web"), max_retries=0) as sdk:
+        answer = await sdk.chat.completions.create(model="sim", messages=messages)
+        assert answer.choices[0].message.content
+        stream = await sdk.chat.completions.create(model="sim", messages=messages, stream=True)
+        assert "".join(
+            [part.choices[0].delta.content or "" async for part in stream if part.choices]
+        )
+        with pytest.raises(openai.RateLimitError) as limited:
+            await sdk.chat.completions.create(model="sim", messages=messages)
+        assert limited.value.code == "rate_limit_exceeded"
 
 
 # What belongs to a key.
