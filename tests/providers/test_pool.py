@@ -256,7 +256,7 @@ async def test_a_name_that_does_not_exist_is_a_connect_error(
         assert pool.stats().open == 0
 
 
-@pytest.mark.parametrize("name", ["a" * 70 + ".test", "a..b.test", "xn--a.test"])
+@pytest.mark.parametrize("name", ["a" * 70 + ".test", "a..b.test"])
 async def test_a_name_that_can_be_none_is_a_connect_error(name: str) -> None:
     async with pooled(f"http://{name}/v1") as pool:
         with pytest.raises(ConnectError):
