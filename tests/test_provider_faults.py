@@ -64,8 +64,10 @@ async def over_websocket(house: House, model: str, name: str = "ws") -> Seen:
         raw = b""
         while not frames or frames[-1]["status"] not in {"complete", "error", "cancelled"}:
             message = await ws.receive_str()
-            raw += message.encode()
-            frames.append(json.loads(message))
+            frame = json.loads(message)
+            if frame["status"] != "queued":  # no event: it may have to wait for its start
+                raw += message.encode()
+                frames.append(frame)
         # The socket lives on.
         await ws.send_json({"action": "ping", "request_id": "p"})
         assert (await ws.receive_json())["status"] == "pong"
@@ -80,6 +82,7 @@ async def over_sse(house: House, model: str) -> Seen:
     events = eventstream.parse(raw)
     frames = [json.loads(event.data) for event in events]
     assert [frame["status"].encode() for frame in frames] == [event.event for event in events]
+    frames = [frame for frame in frames if frame["status"] != "queued"]
     return frames_seen(frames, raw)
 
 

@@ -488,6 +488,25 @@ async def test_who_waits_in_the_line_of_one_that_begins_to_rest_goes_elsewhere(
         await pinned
 
 
+async def test_who_waits_where_nothing_is_left_goes_elsewhere_before_the_429(
+    trouble: Trouble,
+) -> None:
+    spent = b"\r\nx-ratelimit-remaining-requests: 0\r\nx-ratelimit-reset-requests: 1m0s\r\n\r\n"
+    last = ANSWER.replace(b"\r\n\r\n", spent, 1)
+    provider = await trouble.add("a", last, concurrent_requests=1, queue_size=10)
+    await trouble.add("b", ANSWER)
+    trouble.gate.clear()
+    tasks = [asyncio.create_task(trouble.fill()) for _ in range(4)]
+    await until(lambda: provider.stats().queue.waiting == 3)
+
+    trouble.gate.set()
+    done = await asyncio.gather(*tasks)
+
+    assert [stream.provider for stream, _ in done] == ["a", "b", "b", "b"]
+    assert provider.meter.failovers["provider_rate_limited"].value == 3
+    assert provider.meter.attempts["http_429"].value == 0
+
+
 async def test_a_storm_of_429_makes_no_wave_of_retries(trouble: Trouble) -> None:
     provider = await trouble.add(
         "a", status(429, "retry-after-ms: 20\r\n"), max_retries=5, queue_size=100

@@ -113,10 +113,14 @@ class Pace:
             self._due = max(self._due, self._closed_until + self._slack)  # no burst behind it
         self._slow_step, self._slow_until = 2 * self._step, self._closed_until + wait
 
-    def heed(self, headers: Mapping[str, str]) -> None:
-        """Lower the pace to what the provider's `x-ratelimit-*` headers leave, until their reset."""
+    def heed(self, headers: Mapping[str, str]) -> bool:
+        """Lower the pace to what the provider's `x-ratelimit-*` headers leave, until their reset.
+
+        Returns whether nothing is left, so that it stands still.
+        """
         if LEFT[0] not in headers and LEFT[1] not in headers:
-            return
+            return False
+        nothing = False
         for kind in ("requests", "tokens"):
             left = _number(headers.get(f"x-ratelimit-remaining-{kind}", ""))
             reset = duration(headers.get(f"x-ratelimit-reset-{kind}", ""))
@@ -124,8 +128,10 @@ class Pace:
                 continue
             if left < 1:
                 self._close(reset)
+                nothing = True
             elif kind == "requests":
                 self._spread(min(reset / left, MAX_COOLING), reset)
+        return nothing
 
     def _spread(self, step: float, seconds: float) -> None:
         now = self._clock()

@@ -259,7 +259,7 @@ class Pool:
                 return ConnectTimeout(
                     f"no connection to {self._host} in {self._limits.connect_timeout} s"
                 )
-            case aiohttp.ClientError() | OSError():
+            case aiohttp.ClientError() | OSError() | UnicodeError():  # the last: no name at all
                 return ConnectError(f"cannot connect to {self._host}")
         return exc
 

@@ -115,11 +115,7 @@ class Provider:
                 f"no place at {given.name} within {limits.queue_timeout} s", retry_after=wait
             ),
             pace=self._pace,
-            paced=lambda wait: ProviderPaced(
-                f"{given.name} can take no more requests in the next {limits.queue_timeout} s: "
-                f"requests_per_minute={rate}, or its own limit",
-                retry_after=wait,
-            ),
+            paced=self._paced,
         )
         self._pool = Pool(
             base_url,
@@ -373,7 +369,8 @@ class Provider:
 
     def _heard(self, status: int, headers: Mapping[str, str], ask: Ask) -> None:
         """The head of an answer is there: a provider that fails no more, and what it says is left."""
-        self._pace.heed(headers)
+        if self._pace.heed(headers) and self._gate.waiting:
+            self._gate.rest(WORTH_WAITING)
         if ask.trial and 200 <= status < 300:
             self._breaker.answered(trial=True)
             ask.trial = False
@@ -383,7 +380,17 @@ class Provider:
         if not self._breaker.allows or self.flagged:
             raise self._left_alone()
         if ask.elsewhere and (rest := self._pace.cooling) > WORTH_WAITING:
-            raise ProviderPaced(f"{self.name} limits our rate", retry_after=rest)
+            raise self._paced(rest)
+
+    def _paced(self, wait: float) -> ProviderFault:
+        limits = self.settings.http_client
+        text = f"{self.name} limits our rate"
+        if not self._pace.cooling:
+            text = (
+                f"{self.name} can take no more requests in the next {limits.queue_timeout} s: "
+                f"requests_per_minute={limits.requests_per_minute}"
+            )
+        return ProviderPaced(text, retry_after=wait)
 
     def _left_alone(self) -> ProviderFault:
         if self.flagged:

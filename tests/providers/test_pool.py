@@ -256,6 +256,15 @@ async def test_a_name_that_does_not_exist_is_a_connect_error(
         assert pool.stats().open == 0
 
 
+@pytest.mark.parametrize("name", ["a" * 70 + ".test", "a..b.test"])
+async def test_a_name_that_can_be_none_is_a_connect_error(name: str) -> None:
+    async with pooled(f"http://{name}/v1") as pool:
+        with pytest.raises(ConnectError):
+            await ask(pool)
+
+        assert pool.stats().open == 0
+
+
 async def test_a_resolver_that_hangs_is_a_connect_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     async def getaddrinfo(*_args: Any, **_kwargs: Any) -> Any:
         await asyncio.get_running_loop().create_future()

@@ -268,7 +268,7 @@ async def test_a_wrong_length_is_told_where_something_is_missing(simulator: Simu
     [
         ("fault-status-503", 1.0),
         ("fault-retry-after-7", 7.0),
-        ("fault-retry-after-ms", 0.15),
+        ("fault-retry-after-ms", 0.7),
         ("fault-retry-after-absurd", 1.0),
         ("fault-retry-after-3000", 120.0),
         ("fault-day-over", 2.0),

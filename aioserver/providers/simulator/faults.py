@@ -9,7 +9,7 @@ Before the answer
     fault-quota                 429 with the code insufficient_quota
     fault-credits               OpenRouter's 402: the code is a number
     fault-retry-after-<n>       429, Retry-After n seconds
-    fault-retry-after-ms        429, retry-after-ms 150 beside Retry-After 1
+    fault-retry-after-ms        429, retry-after-ms 700 beside Retry-After 1
     fault-retry-after-date      429, Retry-After as a date, some 2 s from now
     fault-retry-after-absurd    429, Retry-After 31536000
     fault-day-over              Groq's 429: the requests of a day are used up, Retry-After 2

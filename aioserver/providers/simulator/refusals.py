@@ -81,7 +81,7 @@ REFUSALS: Mapping[str, Callable[[int], web.Response]] = {
     "status": refusal,
     "quota": _quota,
     "retry-after": lambda n: refusal(429, {"Retry-After": str(n)}),
-    "retry-after-ms": lambda _n: refusal(429, {"retry-after-ms": "150"}),
+    "retry-after-ms": lambda _n: refusal(429, {"retry-after-ms": "700"}),
     "retry-after-date": _retry_after_date,
     "retry-after-absurd": lambda _n: refusal(429, {"Retry-After": "31536000"}),
     "day-over": _day_over,
