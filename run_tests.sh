@@ -18,7 +18,12 @@ if [ ! -d /run/systemd/system ]; then  # else the installation would start them
 fi
 if [ "$(id -u)" = 0 ] && [ "${#missing[@]}" != 0 ] && command -v apt-get >/dev/null; then
   export DEBIAN_FRONTEND=noninteractive
-  { apt-get -qq update && apt-get -qq -y install --no-install-recommends "${missing[@]}"; } >/dev/null ||
+  apt-get -qq update >/dev/null || true
+  known=()  # one that a distribution does not have must not keep the others away
+  for name in "${missing[@]}"; do
+    if apt-cache show "$name" >/dev/null 2>&1; then known+=("$name"); fi
+  done
+  apt-get -qq -y install --no-install-recommends "${known[@]}" >/dev/null ||
     echo "could not be installed: ${missing[*]}" >&2
 fi
 .venv/bin/ruff format --check .
