@@ -217,7 +217,7 @@ class Origins:
         self.apply(allowed, credentials=credentials)
 
     def apply(self, allowed: tuple[str, ...], *, credentials: bool) -> None:
-        """Use these pages from now on."""
+        """From now on these may; who is connected stays."""
         self._any = "*" in allowed
         self._allowed = frozenset(origin.rstrip("/").lower() for origin in allowed)
         self._credentials = credentials

@@ -142,8 +142,10 @@ class Configuration:
                 why = f"{name} is a fallback but {_lacks(provider)}; set it, or take {name} out"
                 yield document.fault(("llm", "fallbacks", at), why)
         auth = self.settings.auth
-        host = next((host for host in hosts if not loopback(host)), None)
-        if host is not None and not (auth is not None and (auth.open or auth.keys)):
+        guarded = auth is not None and (auth.open or auth.keys)
+        for host in dict.fromkeys(hosts):
+            if guarded or loopback(host):
+                continue
             yield document.fault(
                 ("chat", "websocket", "host"),
                 f"{host} is open to others, and nobody is asked for a key: listen on localhost, "

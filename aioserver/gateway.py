@@ -66,15 +66,20 @@ class Gateway:
         self._router = router
         self._streams = streams
         self._conversations = conversations
-        self._service = service
-        self._bounds = bounds
         self._records = records
         self._loop = asyncio.get_running_loop()
         self._producers: dict[asyncio.Task[None], Stream] = {}
         self._tasks: dict[Stream, asyncio.Task[None]] = {}
-        self._closed: ServerShutdown | None = None
+        self._calls: set[asyncio.Task[Any]] = set()  # of handlers whose answer no log keeps
+        self._stopping = False
         self.lifetime = Lifetime(streams, bounds, self._stop)
-        for provider in router.providers.values():
+        self.apply(service, bounds)
+
+    def apply(self, service: settings.Service, bounds: settings.Streams) -> None:
+        """Answer by these settings from now on, at the providers that the router has now."""
+        self._service, self._bounds = service, bounds
+        self.lifetime.apply(bounds)
+        for provider in self._router.providers.values():
             provider.on_wait = self.lifetime.make_room
 
     def ask(
@@ -177,8 +182,7 @@ class Gateway:
         Raises:
             ProviderFault: nobody gave one. Otherwise as `ask`.
         """
-        if self._closed is not None:
-            raise self._closed
+        self._check()
         if key is None and not stored:
             if caller.allowance is None:
                 return await self._call_alone(route, ask, name)
@@ -239,30 +243,34 @@ class Gateway:
         await asyncio.gather(*ending, return_exceptions=True)
         await asyncio.sleep(0)  # their callbacks have run then, as in `close`
 
-    async def drain(self, grace: float) -> None:
-        """Take no new question, end what nobody reads, give the rest *grace* seconds."""
-        self._closed = ServerShutdown("the server is stopping", retry_after=5.0)
-        for stream in self._streams.running():
-            if not stream.readers:
-                self.lifetime.end(stream)
-        if self._producers:
-            await asyncio.wait(tuple(self._producers), timeout=grace)
+    def drain(self) -> None:
+        """Take no new question, send away who waits for a provider, end what nobody reads."""
+        self._stopping = True
+        for provider in self._router.providers.values():
+            provider.refuse(stopping)
+        self.lifetime.drain()
 
     async def close(self) -> None:
-        """Cancel every producer with `ServerShutdown`, and wait for them."""
-        self._closed = ServerShutdown("the server is stopping", retry_after=5.0)
+        """End every answer with `ServerShutdown`, and wait for their producers."""
+        self._stopping = True
         tasks = list(self._producers)
         for task in tasks:
-            self._producers[task].why_cancelled = self._closed
+            self._producers[task].why_cancelled = stopping()
             task.cancel()
+        calls, self._calls = self._calls, set()
+        for call in calls:
+            call.cancel()  # `_call_alone` says why
         if tasks:
             await asyncio.wait(tasks)
             await asyncio.sleep(0)  # their callbacks have run then
         self.lifetime.close()
 
+    def _check(self) -> None:
+        if self._stopping:
+            raise stopping()
+
     def _known(self, caller: Caller, request_id: str, digest: bytes) -> Stream | None:
-        if self._closed is not None:
-            raise self._closed
+        self._check()
         stream = self._streams.find(caller, request_id)
         if stream is None:
             return None
@@ -283,8 +291,7 @@ class Gateway:
         private: bool = False,
     ) -> Stream:
         """A new stream, counted for its caller until `_settle`."""
-        if self._closed is not None:
-            raise self._closed
+        self._check()
         if (allowance := caller.allowance) is not None:
             allowance.take()
         try:
@@ -307,15 +314,24 @@ class Gateway:
         record, provider = ask.record, route.provider
         model = route.model or provider.settings.model
         record.begin("openai", name, provider.name, model, ask.caller.name)
+        task: asyncio.Task[Any] | None = asyncio.current_task()
+        assert task is not None
+        self._calls.add(task)
         try:
             answer = await self._router.call(route, ask)
         except asyncio.CancelledError:
+            if task not in self._calls and not task.uncancel():  # by `close`, and by nobody else
+                shutdown = stopping()
+                self._records.finish(record, shutdown)
+                raise shutdown from None
             record.left = True
             self._records.finish(record, None, cancelled=True)
             raise
         except Exception as exc:
             self._records.finish(record, exc)
             raise
+        finally:
+            self._calls.discard(task)
         record.usage = answer.usage
         self._records.finish(record, None)
         return answer
@@ -398,3 +414,8 @@ class Gateway:
         task = self._tasks.get(stream)
         if task is not None and not stream.ended:
             task.cancel()
+
+
+def stopping() -> ServerShutdown:
+    """What is told to who cannot be served any more: to each an error of its own."""
+    return ServerShutdown("the server is stopping", retry_after=5.0)

@@ -1,4 +1,4 @@
-"""What the kernel says, where it does: of a listening socket (Linux: tcp(7), TCP_INFO), of this process."""
+"""What the kernel says of a listening socket (Linux: tcp(7), TCP_INFO) and of this process, where it does."""
 
 from __future__ import annotations
 

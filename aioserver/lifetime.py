@@ -63,12 +63,25 @@ class Lifetime:
         self._detached: OrderedDict[Stream, None] = OrderedDict()
         self._kept: deque[tuple[float, Stream]] = deque()  # the first to be forgotten in front
         self._sweeper: asyncio.TimerHandle | None = None
+        self._draining = False
         streams.on_finished = self._finished
 
     @property
     def detached(self) -> int:
         """How many streams run without a reader."""
         return len(self._detached)
+
+    def apply(self, bounds: settings.Streams) -> None:
+        """Use new bounds; a stream keeps the window that it began with."""
+        self._bounds = bounds
+        self._bound()
+
+    def drain(self) -> None:
+        """From now on what nobody reads ends at once."""
+        self._draining = True
+        for stream in self._streams.running():
+            if not stream.readers:
+                self.end(stream)
 
     def read(self, stream: Stream) -> None:
         """*stream* has a reader (again)."""
@@ -81,7 +94,7 @@ class Lifetime:
         if stream.ended:
             if stream.window <= 0:
                 self._streams.drop(stream)
-        elif not stream.sent or stream.window <= 0:
+        elif not stream.sent or stream.window <= 0 or self._draining:
             self.end(stream)
         else:
             self.detach(stream)
@@ -92,8 +105,7 @@ class Lifetime:
             return
         self._detached[stream] = None
         stream.timer = self._loop.call_later(stream.window, self.end, stream)
-        while len(self._detached) > self._bounds.max_detached:
-            self.end(next(iter(self._detached)))
+        self._bound()
 
     def end(self, stream: Stream, *, left: bool = True) -> None:
         """Cancel *stream*, whoever reads it; *left*: since nobody does."""
@@ -112,6 +124,10 @@ class Lifetime:
         """Forget nothing any more."""
         if self._sweeper is not None:
             self._sweeper.cancel()
+
+    def _bound(self) -> None:
+        while len(self._detached) > self._bounds.max_detached:
+            self.end(next(iter(self._detached)))
 
     def _attach(self, stream: Stream) -> None:
         self._detached.pop(stream, None)

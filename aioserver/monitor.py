@@ -43,6 +43,8 @@ FAULTS = (
     "disconnected",
     "bad_response",
 )
+PROVIDER_SERIES = ("in_flight", "waiting", "pool_open", "pool_idle", "tokens_per_second")
+ABSENT: dict[str, float | None] = dict.fromkeys(PROVIDER_SERIES)  # of one that was not there
 SEVERE = frozenset({"connect_error", "tls", "provider_auth", "loop_lag"})
 
 
@@ -343,10 +345,10 @@ class Monitor:
             "series": {name: [point[name] for point in points] for name in names},
             "providers": {
                 provider: {
-                    name: [point["providers"][provider][name] for point in points]
-                    for name in self._history[-1]["providers"][provider]
+                    name: [point["providers"].get(provider, ABSENT)[name] for point in points]
+                    for name in PROVIDER_SERIES
                 }
-                for provider in self._metrics.providers
+                for provider in self._snapshot["providers"]
             },
             "incidents": list(self._incidents),
         }

@@ -185,6 +185,7 @@ async def test_another_key_under_the_same_name_is_another_caller_of_that_name(
     make_house: Make,
 ) -> None:
     house = await make_house(ENDLESS, **keys_of("web"))
+    assert house.settings.auth is not None
     (old,) = house.settings.auth.keys
     (other,) = auth_of("other").keys
     turned = Auth(keys=(type(old)(name="web", sha256=other.sha256),))

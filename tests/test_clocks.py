@@ -1,0 +1,59 @@
+"""A jump of the wall clock changes no limit, no timeout, no wait: nothing of them looks at it."""
+
+from __future__ import annotations
+
+import ast
+
+import pytest
+
+from tests.test_imports import MODULES
+
+WALL = {"time.time", "time.time_ns", "time.localtime", "time.gmtime", "datetime.now"}
+WALL |= {"datetime.utcnow", "datetime.today", "date.today"}
+SHOWN = {  # module: why it may know what time people have
+    "monitor": "the stamps of snapshots and incidents",
+    "faces.ready": "the Date header",
+    "providers.verdict": "a Retry-After that is a date",
+    "providers.simulator.refusals": "it sends such a date",
+    "commands.top.screen": "the times of incidents",
+    "providers.simulator.shapes": "`created` in OpenAI's objects",
+}
+
+
+def wall_clocks(tree: ast.Module) -> set[str]:
+    """The wall clocks that are named in a module."""
+    names = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                names[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                names[alias.asname or alias.name] = alias.name
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name | ast.Attribute):
+            first, *rest = ast.unparse(node).split(".")
+            whole = ".".join([names.get(first, first), *rest])
+            found |= {clock for clock in WALL if whole == clock or whole.endswith(f".{clock}")}
+    return found
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_only_what_shows_the_time_asks_for_it(module: str) -> None:
+    assert bool(wall_clocks(MODULES[module])) == (module in SHOWN)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import time\ntime.time()",
+        "from time import time\ntime()",
+        "import time as t\nx = t.time",
+        "from datetime import datetime\ndatetime.now()",
+        "import datetime\ndatetime.datetime.now()",
+    ],
+)
+def test_a_wall_clock_is_found_by_any_name(text: str) -> None:
+    assert wall_clocks(ast.parse(text))
+    assert not wall_clocks(ast.parse("from time import monotonic\nmonotonic()"))
