@@ -70,9 +70,9 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
 
     None where neither is sane: negative, or more than a day.
     """
-    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
+    for name, unit in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
         try:
-            seconds = float(headers.get(name, "")) * unit
+            seconds = float(headers.get(name, "")) / unit
         except ValueError:
             continue
         if 0 <= seconds < 86_400:
