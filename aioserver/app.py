@@ -37,7 +37,7 @@ from aioserver.wheel import Wheel
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from aioserver.listener import Runner
+    from aioserver.runner import Runner
     from aioserver.settings import Concurrency, Settings
 
 logger = logging.getLogger("aioserver.app")
@@ -61,6 +61,7 @@ def build(settings: Settings) -> web.Application:
     app[keys.ORIGINS] = origins
     app[keys.DOORS] = doors
     app[keys.GUARD] = guard
+    app[keys.SHIELD] = shield
     app[keys.LIFE] = keys.Life()
     app[keys.SOCKETS] = set()
     app[keys.METRICS] = metrics

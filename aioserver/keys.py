@@ -6,12 +6,13 @@ What a key names stays the same object: who holds it sees what a reload has chan
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
 if TYPE_CHECKING:
     import socket
+    from collections.abc import Callable
 
     from prometheus_client import CollectorRegistry
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 SETTINGS: web.AppKey[InEffect] = web.AppKey("settings")
 ORIGINS: web.AppKey[Origins] = web.AppKey("origins")
 DOORS: web.AppKey[Doors] = web.AppKey("doors")
+SHIELD: web.AppKey[Callable[..., Any]] = web.AppKey("shield")
 GUARD: web.AppKey[Guard] = web.AppKey("guard")
 ADMISSION: web.AppKey[Admission] = web.AppKey("admission")
 WHEEL: web.AppKey[Wheel] = web.AppKey("wheel")

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from typing import NoReturn
 
-    from aioserver.listener import Runner
+    from aioserver.runner import Runner
     from aioserver.settings import Settings
     from aioserver.systemd import Notifier
 

@@ -21,6 +21,7 @@ from aioserver.config import Configuration
 from aioserver.providers.breaker import Breaker
 from aioserver.providers.simulator import Behaviour, Simulator
 from aioserver.reload import Reload
+from aioserver.runner import Runner
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -76,7 +77,7 @@ class House:
 
     def __init__(
         self,
-        runner: listener.Runner,
+        runner: Runner,
         base: str,
         simulator: Simulator,
         session: Any,
@@ -200,7 +201,7 @@ async def running(
     async with Simulator(behaviour) as simulator:
         configuration = configured(simulator.base_url, changes or {}, path)
         app = application.build(configuration.settings)
-        runner = listener.Runner(app, configuration.settings.chat.websocket)
+        runner = Runner(app, configuration.settings.chat.websocket)
         await runner.setup()
         try:
             listening = await listener.listen(

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 import logging
 import socket
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from aiohttp import http_parser, web
-from aiohttp.web_protocol import RequestHandler
+from aiohttp import web
 
 from aioserver import app as application
 from aioserver import kernel, listener
-from tests.faces.raw import Raw
+from aioserver.runner import Runner
 from tests.house import configured
 
 if TYPE_CHECKING:
@@ -31,11 +29,11 @@ UVICORN = "chat.websocket.concurrency.uvicorn"
 
 
 @asynccontextmanager
-async def runner_of(path: Path, **changes: Any) -> AsyncIterator[tuple[listener.Runner, Any]]:
+async def runner_of(path: Path, **changes: Any) -> AsyncIterator[tuple[Runner, Any]]:
     """A runner that does not listen yet, and the settings of its listener."""
     settings = configured("http://127.0.0.1:9/v1", changes, path / "config.yaml").settings
     app = application.build(settings)
-    runner = listener.Runner(app, settings.chat.websocket)
+    runner = Runner(app, settings.chat.websocket)
     await runner.setup()
     try:
         yield runner, settings.chat.websocket
@@ -43,7 +41,7 @@ async def runner_of(path: Path, **changes: Any) -> AsyncIterator[tuple[listener.
         await runner.cleanup()
 
 
-def sockets_of(runner: listener.Runner) -> list[Any]:
+def sockets_of(runner: Runner) -> list[Any]:
     return [
         sock
         for site in runner.sites
@@ -138,111 +136,8 @@ async def test_localhost_is_every_loopback_address_with_one_port(tmp_path: Path)
     assert len({one.port for one in listening}) == 1
 
 
-async def test_every_option_reaches_the_connections(tmp_path: Path) -> None:
-    changes = {
-        f"{UVICORN}.keepalive_timeout": 7,
-        f"{UVICORN}.h11_max_request_line_size": 4321,
-        f"{UVICORN}.h11_max_header_size": 5432,
-        f"{UVICORN}.h11_max_incomplete_event_size": 3210,
-    }
-    async with runner_of(tmp_path, **changes) as (runner, _):
-        assert runner.server is not None
-        connection = runner.server()
-
-        assert isinstance(connection, listener.Connection)
-        assert connection._keepalive_timeout == 7
-        assert connection.max_line_size == 4321
-        assert connection.max_field_size == 3210
-        assert connection.max_headers == listener.MAX_HEADERS
-        assert connection._lingering_time == listener.LINGERING
-        assert connection._timeout_ceil_threshold == float("inf")
-        assert connection.access_log is None
-        assert runner.server.handler_cancellation is True
-
-
-async def test_a_field_is_never_larger_than_all_headers_together(tmp_path: Path) -> None:
-    async with runner_of(tmp_path, **{f"{UVICORN}.h11_max_header_size": 2000}) as (runner, _):
-        assert runner.server is not None
-        assert runner.server().max_field_size == 2000
-
-
-async def test_an_option_that_aiohttp_does_not_know_is_an_error(tmp_path: Path) -> None:
-    async with runner_of(tmp_path) as (runner, _):
-        assert runner.server is not None
-        runner.server._kwargs["keepalive_timeoot"] = 1
-        with pytest.raises(TypeError):
-            runner.server()
-
-
-async def test_an_access_log_is_written_when_asked_for(
-    make_house: Make, caplog: pytest.LogCaptureFixture
-) -> None:
-    house = await make_house(**{f"{UVICORN}.access_log": True})
-    with caplog.at_level(logging.INFO, "aioserver.access"):
-        async with house.session.get(house.base + "/health") as response:
-            assert response.status == 200
-        async with Raw(house) as raw:
-            await raw.get("/health", "Connection: close")
-            await raw.to_the_end()
-
-    lines = [one for one in caplog.records if one.name == "aioserver.access"]
-    assert len(lines) == 2
-    told = lines[0].fields  # type: ignore[attr-defined]
-    assert (told["method"], told["path"], told["status"]) == ("GET", "/health", 200)
-    assert told["address"] == "127.0.0.1"
-    assert told["bytes"] > 0
-
-
-@pytest.mark.parametrize(
-    ("trusted", "address"), [(["127.0.0.1"], "203.0.113.9"), ([], "127.0.0.1")]
-)
-async def test_the_access_log_has_the_address_that_a_trusted_proxy_gives(
-    make_house: Make, caplog: pytest.LogCaptureFixture, trusted: list[str], address: str
-) -> None:
-    house = await make_house(**{f"{UVICORN}.access_log": True, "auth.trusted_proxies": trusted})
-    headers = {"X-Forwarded-For": "203.0.113.9", "Referer": "canary", "User-Agent": "canary"}
-    with caplog.at_level(logging.INFO, "aioserver.access"):
-        async with house.session.get(f"{house.base}/health?q=canary", headers=headers) as response:
-            assert response.status == 200
-        async with Raw(house) as raw:
-            await raw.send(b"GET /canary x HTTP/1.1\r\n\r\n")  # nothing that has an application
-            await raw.to_the_end()
-
-    lines = [one.fields for one in caplog.records if one.name == "aioserver.access"]  # type: ignore[attr-defined]
-    assert [one["address"] for one in lines] == [address, "127.0.0.1"]
-    assert "canary" not in str(lines[0])
-
-
 def test_the_private_names_of_aiohttp_are_what_we_take_them_for() -> None:
     """See the head of `listener.py`."""
-    assert inspect.iscoroutinefunction(web.AppRunner._make_server)
-    assert list(inspect.signature(web.AppRunner._make_server).parameters) == ["self"]
-    source = inspect.getsource(web.Server.__init__)
-    assert "self._kwargs = kwargs" in source
-    assert "self._loop" in source
     for name in ("_runner", "_server", "_backlog"):
         assert name in web.BaseSite.__slots__
     assert "_sock" in web.SockSite.__slots__
-    parameters = inspect.signature(RequestHandler.__init__).parameters
-    for name in (
-        "access_log",
-        "keepalive_timeout",
-        "max_line_size",
-        "max_field_size",
-        "max_headers",
-        "lingering_time",
-        "auto_decompress",
-        "timeout_ceil_threshold",
-    ):
-        assert name in parameters
-    assert inspect.signature(RequestHandler.handle_error).parameters.keys() == {
-        "self",
-        "request",
-        "status",
-        "exc",
-        "message",
-    }
-
-
-def test_the_parser_is_the_one_in_c() -> None:
-    assert http_parser.HttpRequestParser is not http_parser.HttpRequestParserPy

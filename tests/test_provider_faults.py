@@ -363,7 +363,9 @@ async def test_half_an_answer_in_one_piece_is_no_answer(
 
 
 async def test_a_fault_after_a_head_sent_for_silence_is_an_error_event(make_house: Make) -> None:
-    house = await make_house(**{**IMPATIENT, "chat.websocket.ping_interval": 0.1})
+    # Takes a second: the silence must be longer than a busy machine is late with the heartbeat.
+    patient = {"llm.providers.sim.http_client": {**HTTP_CLIENT, "read_timeout": 1.0}}
+    house = await make_house(**{**patient, "chat.websocket.ping_interval": 0.1})
 
     seen = await over_openai(house, "fault-silent")
 

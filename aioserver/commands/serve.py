@@ -16,6 +16,7 @@ from aioserver import keys, listener, logs, startup, systemd
 from aioserver.config import Configuration
 from aioserver.errors import ConfigurationError
 from aioserver.reload import Reload
+from aioserver.runner import Runner
 
 if TYPE_CHECKING:
     import socket
@@ -99,7 +100,7 @@ async def _run(
     for key in configuration.not_enforced():
         logger.warning("%s is valid, but not enforced yet", key)
     app = application.build(settings)
-    runner = listener.Runner(app, settings.chat.websocket)
+    runner = Runner(app, settings.chat.websocket)
     notifier = systemd.Notifier.take(os.environ, lambda: _status(app))
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()

@@ -79,13 +79,13 @@ class Guard:
         Raises:
             Denied: it may not, and no handler sees it.
         """
-        doors = self._doors
+        doors, address = self._doors, request.remote
         if doors.proxies:
-            request[ADDRESS] = doors.proxies.address(request.remote, request.headers)
+            request[ADDRESS] = address = doors.proxies.address(address, request.headers)
         if not doors.keyed:
             if doors.hosts is not None:
                 doors.hosts.check(request.headers.get("Host"))
-            request[CALLER] = anonymous(request.get(ADDRESS, request.remote))
+            request[CALLER] = anonymous(address)
             return
         match = request.match_info
         if match.http_exception is not None:

@@ -46,24 +46,35 @@ logger = logging.getLogger(__name__)
 BODY_TIMEOUT = 15.0  # seconds for a whole body: aiohttp has no deadline for it
 EXPOSED = "x-request-id, x-aioserver-provider, x-aioserver-attempts, retry-after, retry-after-ms"
 SERVER = "aioserver"
-ID = web.RequestKey("id", str)
-BEGUN = web.RequestKey("begun", web.StreamResponse)  # its head is on the way
 _ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _prefix = secrets.token_hex(6)
 _numbers = itertools.count(1)
 
 
+class Request(web.Request):
+    """aiohttp's request; every one of ours is made as this (runner.py).
+
+    *known_id*: see `request_id`. *begun*: the response whose head is on the way.
+    """
+
+    ATTRS = web.Request.ATTRS | frozenset(["begun", "known_id"])
+
+    known_id: str = ""
+    begun: web.StreamResponse | None = None
+
+
 def request_id(request: web.BaseRequest) -> str:
     """The id of a request, for logs: the client's where it is harmless, else one of ours."""
-    known = request.get(ID)
-    if known is None:
+    assert isinstance(request, Request)
+    known = request.known_id
+    if not known:
         given = request.headers.get("X-Request-Id")
         if given is not None and _ID.fullmatch(given):
             known = given
         else:
             known = f"{_prefix}-{next(_numbers):x}"
-        request[ID] = known
-    return str(known)
+        request.known_id = known
+    return known
 
 
 async def read_json(request: web.Request, hold: BodyHold, max_bytes: int) -> tuple[bytes, Any]:
@@ -181,7 +192,8 @@ def front(settings: InEffect, guard: Guard, origins: Origins, metrics: Metrics) 
             )
             metrics.bugs.value += 1
             response = error_response(InternalError("internal error"))
-        begun: web.StreamResponse | None = request.get(BEGUN)
+        assert isinstance(request, Request)
+        begun = request.begun
         if begun is not None and begun is not response:
             if request.transport is not None:
                 request.transport.abort()  # a second head would be taken for a part of the body
@@ -203,7 +215,8 @@ def front(settings: InEffect, guard: Guard, origins: Origins, metrics: Metrics) 
         return web.Response(headers=headers)
 
     async def dress(request: web.Request, response: web.StreamResponse) -> None:
-        request[BEGUN] = response
+        assert isinstance(request, Request)
+        request.begun = response
         headers = response.headers
         headers["Server"] = SERVER
         headers["x-request-id"] = request_id(request)

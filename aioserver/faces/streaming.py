@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from aiohttp.http import HttpVersion11
 
 from aioserver import eventstream, keys
-from aioserver.faces.http import BEGUN
+from aioserver.faces.http import Request
 from aioserver.faces.ready import LAST_CHUNK, ReadyStream
 from aioserver.faces.writer import Writer
 
@@ -56,7 +56,8 @@ async def follow(
     head = tail = b""
     if isinstance(response, ReadyStream):
         head, tail = response.head, LAST_CHUNK
-        request[BEGUN] = response
+        assert isinstance(request, Request)
+        request.begun = response
     else:
         await response.prepare(request)
     transport = request.transport

@@ -10,6 +10,7 @@ import pytest
 from aiohttp.test_utils import make_mocked_request
 
 from aioserver.faces import ready
+from aioserver.faces.http import Request
 from aioserver.providers.simulator import Behaviour
 from tests.faces.raw import Raw
 from tests.faces.talk import CHAT
@@ -94,7 +95,9 @@ class Waits:
 
 
 def request_of(transport: Transport, writer: Waits) -> Any:
-    return make_mocked_request("POST", PATH, transport=transport, writer=writer)
+    request: Any = make_mocked_request("POST", PATH, transport=transport, writer=writer)
+    request.__class__ = Request
+    return request
 
 
 @pytest.mark.parametrize(("held", "drained"), [(0, 0), (ready.HIGH_WATER, 0), (1 << 20, 1)])
