@@ -87,7 +87,8 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
 
 def is_of(headers: Mapping[str, str], content_type: str) -> bool:
     """Whether the body is of *content_type*."""
-    return headers.get("content-type", "").partition(";")[0].strip().lower() == content_type
+    given = headers.get("content-type", "")
+    return given == content_type or given.partition(";")[0].strip().lower() == content_type
 
 
 def check_plain(headers: Mapping[str, str]) -> None:
