@@ -4,6 +4,8 @@ Each owner is made and closed by one generator in `cleanup_ctx`, in this order; 
 in the reverse one:
 
     providers (and the simulator of `demo`) → router → streams, conversations → gateway → wheel
+
+How it all changes while it runs is told in reload.py, how it ends in `end`.
 """
 
 from __future__ import annotations
@@ -18,15 +20,14 @@ from aiohttp import web
 from aioserver import keys, prometheus
 from aioserver.auth import Origins
 from aioserver.conversations import Conversations
-from aioserver.errors import ServerShutdown
 from aioserver.faces import http, openai, pages, responses, sse, status, websocket
 from aioserver.faces.admission import Admission, counted
 from aioserver.fastpath import Outbox
-from aioserver.gateway import Gateway
+from aioserver.gateway import Gateway, stopping
 from aioserver.lag import LoopLag
 from aioserver.metrics import Metrics
 from aioserver.monitor import Monitor
-from aioserver.providers.provider import Provider
+from aioserver.providers.roster import Roster
 from aioserver.records import Records
 from aioserver.router import Router
 from aioserver.store import Streams
@@ -35,11 +36,13 @@ from aioserver.wheel import Wheel
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from aioserver.settings import Settings
+    from aioserver.listener import Runner
+    from aioserver.settings import Concurrency, Settings
 
 logger = logging.getLogger("aioserver.app")
 
 WHEEL_GRAIN = 20  # visits are late by a twentieth of the ping interval at most
+FAREWELL = 2.0  # seconds for the last words to clients, once nothing runs any more
 
 
 def build(settings: Settings) -> web.Application:
@@ -47,10 +50,11 @@ def build(settings: Settings) -> web.Application:
     given = settings.chat.websocket
     origins = Origins(given.allow_origins, credentials=given.allow_credentials)
     metrics = Metrics(settings.llm.providers)
-    shield, dress = http.front(given, origins, metrics)
+    in_effect = keys.InEffect(settings)
+    shield, dress = http.front(in_effect, origins, metrics)
     app = web.Application(middlewares=[shield], client_max_size=given.max_message_size)
     app.on_response_prepare.append(dress)
-    app[keys.SETTINGS] = settings
+    app[keys.SETTINGS] = in_effect
     app[keys.ORIGINS] = origins
     app[keys.LIFE] = keys.Life()
     app[keys.SOCKETS] = set()
@@ -102,26 +106,20 @@ async def _owners(app: web.Application) -> AsyncIterator[None]:
     bounds = chat.streams
     metrics = app[keys.METRICS]
     async with AsyncExitStack() as stack:
-        providers: dict[str, Provider] = {}
-        for name, given in settings.llm.providers.items():
-            base_url = given.base_url
-            if given.simulated:
-                base_url = await _simulated(stack)
-            provider = Provider(
-                given,
-                base_url,
-                max_response_bytes=bounds.max_response_bytes,
-                meter=metrics.providers[name],
-            )
-            stack.push_async_callback(provider.close)
-            providers[name] = provider
-            _tell(provider)
-        app[keys.ROUTER] = router = Router(providers, settings.llm.active, settings.llm.fallbacks)
+        app[keys.ROSTER] = roster = Roster(metrics)
+        stack.push_async_callback(roster.close)
+        await roster.prepare(settings.llm)
+        roster.apply(settings.llm, max_response_bytes=bounds.max_response_bytes)
+        app[keys.ROUTER] = router = Router(
+            roster.providers, settings.llm.active, settings.llm.fallbacks
+        )
         app[keys.STREAMS] = streams = Streams(
             max_stream_bytes=bounds.max_stream_bytes, max_kept_bytes=bounds.max_kept_bytes
         )
         service = chat.service
-        conversations = Conversations(service.context, service.repository.persistence)
+        app[keys.CONVERSATIONS] = conversations = Conversations(
+            service.context, service.repository.persistence
+        )
         app[keys.LAG] = lag = LoopLag(asyncio.get_running_loop(), metrics.loop_lag)
         stack.callback(lag.close)
         records = Records(metrics, lag)
@@ -138,64 +136,47 @@ async def _owners(app: web.Application) -> AsyncIterator[None]:
         yield
 
 
-async def _simulated(stack: AsyncExitStack) -> str:
-    """Start the simulator in this process; its module is loaded by who needs it."""
-    from aioserver.providers.simulator import Simulator  # noqa: PLC0415 - start-up time
-
-    simulator = await stack.enter_async_context(Simulator(keep=0))
-    return simulator.base_url
-
-
 async def _readiness(app: web.Application) -> AsyncIterator[None]:
-    limits = app[keys.SETTINGS].chat.websocket.concurrency
+    tell_limits(app[keys.SETTINGS].chat.websocket.concurrency)
+    app[keys.LIFE].ready = True
+    yield
+    app[keys.LIFE].ready = False
+
+
+def tell_limits(limits: Concurrency) -> None:
+    """Log how many clients there may be."""
     logger.info(
         "connection limits: max_connections=%d connection_queue_size=%d queue_timeout=%s",
         limits.max_connections,
         limits.connection_queue_size,
         limits.queue_timeout,
     )
-    app[keys.LIFE].ready = True
-    yield
-    app[keys.LIFE].ready = False
 
 
-def _tell(provider: Provider) -> None:
-    limits = provider.settings.http_client
-    missing = provider.settings.missing_key
-    if missing is not None:
-        logger.info("provider %s is off: %s is not set", provider.name, missing)
-        return
-    logger.info(
-        "provider %s: max_connections=%d max_keepalive=%d concurrent_requests=%d "
-        "requests_per_minute=%d queue_size=%d",
-        provider.name,
-        limits.max_connections,
-        limits.max_keepalive,
-        limits.concurrent_requests,
-        limits.requests_per_minute,
-        limits.queue_size,
-    )
+async def end(runner: Runner) -> None:
+    """Refuse new work, send the waiting away, let what runs finish or end it. Before the cleanup.
 
-
-async def end(app: web.Application) -> None:
-    """Refuse new work, send the waiting away, end what runs. Called before the runner's cleanup.
+    In this order: not ready, while work is still taken (`drain_delay`); nobody new is let in, who
+    waits or does nothing is sent away, answers that nobody reads end; the others have
+    `shutdown_timeout`, and each connection ends with its last answer; what is left then is told so.
+    All of it takes FAREWELL more at most.
 
     WebSockets are closed here since aiohttp drops all incoming data once its own shutdown begins:
     a close handshake would then wait for its whole timeout.
     """
-    app[keys.LIFE].ready = False
+    app = runner.app
+    life, gateway, given = app[keys.LIFE], app[keys.GATEWAY], app[keys.SETTINGS].chat.websocket
+    life.ready = False
     app[keys.MONITOR].incident("shutdown", "the server is stopping", severity="info")
-    app[keys.LIFE].stopping.set()
-    app[keys.ADMISSION].gate.close(ServerShutdown("the server is stopping", retry_after=5.0))
+    if given.drain_delay:
+        await asyncio.sleep(given.drain_delay)
+    await runner.stop()
+    life.stopping.set()
+    app[keys.ADMISSION].gate.close(stopping)
+    gateway.drain()
     sockets: list[websocket.Socket] = [*app[keys.SOCKETS]]
-    async with asyncio.TaskGroup() as group:
-        for one in sockets:
-            if not one.busy:
-                group.create_task(one.stop())
-        group.create_task(
-            app[keys.GATEWAY].drain(app[keys.SETTINGS].chat.websocket.shutdown_timeout)
-        )
-    await app[keys.GATEWAY].close()
-    async with asyncio.TaskGroup() as group:
-        for one in sockets:
-            group.create_task(one.stop())
+    for socket in sockets:
+        socket.leave()
+    await runner.answered(given.shutdown_timeout)
+    await gateway.close()
+    await runner.let_go(FAREWELL)

@@ -48,6 +48,10 @@ class Origins:
     """
 
     def __init__(self, allowed: tuple[str, ...], *, credentials: bool) -> None:
+        self.apply(allowed, credentials=credentials)
+
+    def apply(self, allowed: tuple[str, ...], *, credentials: bool) -> None:
+        """From now on these may; who is connected stays."""
         self._any = "*" in allowed
         self._allowed = frozenset(origin.rstrip("/").lower() for origin in allowed)
         self._credentials = credentials

@@ -104,14 +104,16 @@ class Configuration:
         client: dict[str, Any] = setting.plain(provider.http_client)
         return client
 
-    def check_usable(self) -> None:
+    def check_usable(self, listening: str | None = None) -> None:
         """Refuse what is valid and still cannot serve.
+
+        *listening*: the host that a running server listens on, whatever the file says now.
 
         Raises:
             ConfigurationError: the active provider or a fallback lacks its key, or an address
                 that others can reach has no keys.
         """
-        faults = list(self._unusable())
+        faults = list(self._unusable(listening))
         if faults:
             raise ConfigurationError(_lines(faults))
 
@@ -124,7 +126,7 @@ class Configuration:
         """The settings that ask for something which this version does not do yet."""
         return tuple(setting.not_enforced(self.settings))
 
-    def _unusable(self) -> Iterator[Fault]:
+    def _unusable(self, listening: str | None) -> Iterator[Fault]:
         llm, document = self.settings.llm, self._document
         provider = llm.providers[llm.active]
         if provider.missing_key is not None:
@@ -139,10 +141,13 @@ class Configuration:
                 yield document.fault(("llm", "fallbacks", at), why)
         host, auth = self.settings.chat.websocket.host, self.settings.auth
         # Keys are read, but not asked for yet: they guard nothing, so they open nothing.
-        if not _loopback(host) and not (auth is not None and auth.open):
+        guarded = auth is not None and auth.open
+        for each in dict.fromkeys((host, listening or host)):
+            if guarded or _loopback(each):
+                continue
             yield document.fault(
                 ("chat", "websocket", "host"),
-                f"{host} is open to others, and this version asks nobody for a key: listen on "
+                f"{each} is open to others, and this version asks nobody for a key: listen on "
                 "localhost, or set `auth: {open: true}` behind a proxy that guards the door",
             )
 

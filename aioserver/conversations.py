@@ -61,6 +61,10 @@ class Conversations:
     def __len__(self) -> int:
         return len(self._kept)
 
+    def apply(self, context: Context, persistence: Persistence) -> None:
+        """Use new bounds; a history that is longer is cut with its next turn."""
+        self._context, self._persistence = context, persistence
+
     def history(self, caller: Hashable, conversation_id: str, text: str) -> list[dict[str, Any]]:
         """The messages to send: what fits of the history, then *text*. A snapshot."""
         key = (caller, conversation_id)

@@ -54,6 +54,7 @@ class AioserverError(Exception):
         self.message = message
         self.retry_after = retry_after
         self.param = param
+        self.counted = False  # among the rejections, with the request that ended with it
 
     @property
     def http_status(self) -> int:
@@ -390,11 +391,11 @@ class ProviderQueueTimeout(ProviderFault):
 
 
 class NoProvider(ProviderFault):
-    """No provider is usable."""
+    """No provider is usable, or this one was taken out of the configuration."""
 
     outcome = "rejected"
     code, status, retryable = "no_provider", 503, True
-    failure = False
+    failover, failure = True, False
 
 
 def public(fault: BaseException) -> AioserverError:

@@ -140,7 +140,7 @@ class Gate:
         self._interval = 1.0  # smoothed seconds between two freed places
         self._teller: asyncio.TimerHandle | None = None
         self._starter: asyncio.TimerHandle | None = None  # for when the pace allows the next start
-        self._closed: AioserverError | None = None
+        self._closed: Callable[[], AioserverError] | None = None
 
     @property
     def waiting(self) -> int:
@@ -209,7 +209,7 @@ class Gate:
         if place := self.try_enter(cost):
             return place
         if self._closed is not None:
-            raise self._closed
+            raise self._closed()
         patience = self._queue_timeout if within is None else within
         if len(self._waiting) >= self._queue_size or patience <= 0:
             self._refused += 1
@@ -252,10 +252,10 @@ class Gate:
                 waiter.turn.set_exception(why())
         self._waiting.clear()
 
-    def close(self, error: AioserverError) -> None:
-        """Refuse with *error* everybody who waits, and everybody who comes."""
-        self._closed = error
-        self.turn_away(lambda: error)
+    def close(self, why: Callable[[], AioserverError]) -> None:
+        """Refuse everybody who waits, and everybody who comes, each with an error of its own."""
+        self._closed = why
+        self.turn_away(why)
         if self._starter is not None:
             self._starter.cancel()
 

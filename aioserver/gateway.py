@@ -28,7 +28,7 @@ from aioserver.errors import (
     StreamNotFound,
     public,
 )
-from aioserver.lifetime import Lifetime
+from aioserver.lifetime import EndReader, Lifetime
 from aioserver.providers.ask import Answer, Ask
 
 if TYPE_CHECKING:
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from aioserver import settings
     from aioserver.auth import Caller
     from aioserver.conversations import Conversations
-    from aioserver.deltas import Shape
     from aioserver.messages import Chat
     from aioserver.records import Records
     from aioserver.router import Route, Router
@@ -65,15 +64,20 @@ class Gateway:
         self._router = router
         self._streams = streams
         self._conversations = conversations
-        self._service = service
-        self._bounds = bounds
         self._records = records
         self._loop = asyncio.get_running_loop()
         self._producers: dict[asyncio.Task[None], Stream] = {}
         self._tasks: dict[Stream, asyncio.Task[None]] = {}
-        self._closed: ServerShutdown | None = None
+        self._calls: set[asyncio.Task[Any]] = set()  # of handlers whose answer no log keeps
+        self._stopping = False
         self.lifetime = Lifetime(streams, bounds, self._stop)
-        for provider in router.providers.values():
+        self.apply(service, bounds)
+
+    def apply(self, service: settings.Service, bounds: settings.Streams) -> None:
+        """Answer by these settings from now on, at the providers that the router has now."""
+        self._service, self._bounds = service, bounds
+        self.lifetime.apply(bounds)
+        for provider in self._router.providers.values():
             provider.on_wait = self.lifetime.make_room
 
     def ask(
@@ -175,8 +179,7 @@ class Gateway:
         Raises:
             ProviderFault: nobody gave one. Otherwise as `ask`.
         """
-        if self._closed is not None:
-            raise self._closed
+        self._check()
         if key is None and not stored:
             return await self._call_alone(route, ask, name)
         stream = None if key is None else self._known(caller, key, digest)
@@ -185,7 +188,7 @@ class Gateway:
             stream = self._open(kept, caller, self._bounds.resume_window, digest)
             self._begin(stream, ask, route, "openai", name)
             self._start(stream, self._call(route, stream, ask, stored=stored))
-        reader = _EndReader(stream)
+        reader = EndReader(stream)
         stream.add_reader(reader)
         self.lifetime.read(stream)
         try:
@@ -222,30 +225,34 @@ class Gateway:
         self.lifetime.end(stream, left=False)
         return stream
 
-    async def drain(self, grace: float) -> None:
-        """Take no new question, end what nobody reads, give the rest *grace* seconds."""
-        self._closed = ServerShutdown("the server is stopping", retry_after=5.0)
-        for stream in self._streams.running():
-            if not stream.readers:
-                self.lifetime.end(stream)
-        if self._producers:
-            await asyncio.wait(tuple(self._producers), timeout=grace)
+    def drain(self) -> None:
+        """Take no new question, send away who waits for a provider, end what nobody reads."""
+        self._stopping = True
+        for provider in self._router.providers.values():
+            provider.refuse(stopping)
+        self.lifetime.drain()
 
     async def close(self) -> None:
-        """Cancel every producer with `ServerShutdown`, and wait for them."""
-        self._closed = ServerShutdown("the server is stopping", retry_after=5.0)
+        """End every answer with `ServerShutdown`, and wait for their producers."""
+        self._stopping = True
         tasks = list(self._producers)
         for task in tasks:
-            self._producers[task].why_cancelled = self._closed
+            self._producers[task].why_cancelled = stopping()
             task.cancel()
+        calls, self._calls = self._calls, set()
+        for call in calls:
+            call.cancel()  # `_call_alone` says why
         if tasks:
             await asyncio.wait(tasks)
             await asyncio.sleep(0)  # their callbacks have run then
         self.lifetime.close()
 
+    def _check(self) -> None:
+        if self._stopping:
+            raise stopping()
+
     def _known(self, caller: Caller, request_id: str, digest: bytes) -> Stream | None:
-        if self._closed is not None:
-            raise self._closed
+        self._check()
         stream = self._streams.find(caller, request_id)
         if stream is None:
             return None
@@ -265,8 +272,7 @@ class Gateway:
         *,
         private: bool = False,
     ) -> Stream:
-        if self._closed is not None:
-            raise self._closed
+        self._check()
         return self._streams.open(
             request_id, caller, window=window, digest=digest, private=private
         )
@@ -280,15 +286,24 @@ class Gateway:
         """The answer that no log keeps."""
         record, provider = ask.record, route.provider
         record.begin("openai", name, provider.name, route.model or provider.settings.model)
+        task: asyncio.Task[Any] | None = asyncio.current_task()
+        assert task is not None
+        self._calls.add(task)
         try:
             answer = await self._router.call(route, ask)
         except asyncio.CancelledError:
+            if task not in self._calls and not task.uncancel():  # by `close`, and by nobody else
+                shutdown = stopping()
+                self._records.finish(record, shutdown)
+                raise shutdown from None
             record.left = True
             self._records.finish(record, None, cancelled=True)
             raise
         except Exception as exc:
             self._records.finish(record, exc)
             raise
+        finally:
+            self._calls.discard(task)
         record.usage = answer.usage
         self._records.finish(record, None)
         return answer
@@ -370,24 +385,6 @@ class Gateway:
             task.cancel()
 
 
-class _EndReader:
-    """Waits for the end of a stream."""
-
-    def __init__(self, stream: Stream) -> None:
-        self.at = stream.offset
-        self.ended = asyncio.Event()
-        self._stream = stream
-        self.poke()
-
-    def take_now(self, _data: bytes) -> bool:
-        return False
-
-    def fast(self, _shape: Shape | None) -> None:
-        return None
-
-    def poke(self) -> None:
-        if self._stream.ended:
-            self.ended.set()
-
-    def queued(self, position: int, eta: float) -> None:
-        """No face shows it."""
+def stopping() -> ServerShutdown:
+    """What is told to who cannot be served any more: to each an error of its own."""
+    return ServerShutdown("the server is stopping", retry_after=5.0)

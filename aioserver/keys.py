@@ -1,4 +1,7 @@
-"""The inventory of app state: everything that lives as long as the server, one typed key a line."""
+"""The inventory of app state: everything that lives as long as the server, one typed key a line.
+
+What a key names stays the same object: who holds it sees what a reload has changed in it.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
     from aioserver.auth import Origins
+    from aioserver.conversations import Conversations
     from aioserver.faces.admission import Admission
     from aioserver.faces.websocket import Socket
     from aioserver.fastpath import Outbox
@@ -20,17 +24,20 @@ if TYPE_CHECKING:
     from aioserver.lag import LoopLag
     from aioserver.metrics import Metrics
     from aioserver.monitor import Monitor
+    from aioserver.providers.roster import Roster
     from aioserver.router import Router
     from aioserver.settings import Settings
     from aioserver.store import Streams
     from aioserver.wheel import Wheel
 
-SETTINGS: web.AppKey[Settings] = web.AppKey("settings")
+SETTINGS: web.AppKey[InEffect] = web.AppKey("settings")
 ORIGINS: web.AppKey[Origins] = web.AppKey("origins")
 ADMISSION: web.AppKey[Admission] = web.AppKey("admission")
 WHEEL: web.AppKey[Wheel] = web.AppKey("wheel")
 STREAMS: web.AppKey[Streams] = web.AppKey("streams")
+ROSTER: web.AppKey[Roster] = web.AppKey("roster")
 ROUTER: web.AppKey[Router] = web.AppKey("router")
+CONVERSATIONS: web.AppKey[Conversations] = web.AppKey("conversations")
 GATEWAY: web.AppKey[Gateway] = web.AppKey("gateway")
 OUTBOX: web.AppKey[Outbox] = web.AppKey("outbox")
 SOCKETS: web.AppKey[set[Socket]] = web.AppKey("sockets")
@@ -39,6 +46,21 @@ METRICS: web.AppKey[Metrics] = web.AppKey("metrics")
 REGISTRY: web.AppKey[CollectorRegistry] = web.AppKey("registry")
 MONITOR: web.AppKey[Monitor] = web.AppKey("monitor")
 LIFE: web.AppKey[Life] = web.AppKey("life")
+
+
+class InEffect:
+    """The settings that hold now, section by section; a reload puts others in their place."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.apply(settings)
+
+    def apply(self, settings: Settings) -> None:
+        """From now on these hold."""
+        self.chat = settings.chat
+        self.llm = settings.llm
+        self.auth = settings.auth
+        self.cluster = settings.cluster
+        self.logging = settings.logging
 
 
 class Life:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from aioserver import settings
+    from aioserver.deltas import Shape
     from aioserver.providers.provider import Provider
     from aioserver.store import Streams
     from aioserver.streams import Stream
@@ -37,12 +38,25 @@ class Lifetime:
         self._detached: OrderedDict[Stream, None] = OrderedDict()
         self._kept: deque[tuple[float, Stream]] = deque()  # the first to be forgotten in front
         self._sweeper: asyncio.TimerHandle | None = None
+        self._draining = False
         streams.on_finished = self._finished
 
     @property
     def detached(self) -> int:
         """How many streams run without a reader."""
         return len(self._detached)
+
+    def apply(self, bounds: settings.Streams) -> None:
+        """Use new bounds; a stream keeps the window that it began with."""
+        self._bounds = bounds
+        self._bound()
+
+    def drain(self) -> None:
+        """From now on what nobody reads ends at once."""
+        self._draining = True
+        for stream in self._streams.running():
+            if not stream.readers:
+                self.end(stream)
 
     def read(self, stream: Stream) -> None:
         """*stream* has a reader (again)."""
@@ -55,7 +69,7 @@ class Lifetime:
         if stream.ended:
             if stream.window <= 0:
                 self._streams.drop(stream)
-        elif not stream.sent or stream.window <= 0:
+        elif not stream.sent or stream.window <= 0 or self._draining:
             self.end(stream)
         else:
             self.detach(stream)
@@ -66,8 +80,7 @@ class Lifetime:
             return
         self._detached[stream] = None
         stream.timer = self._loop.call_later(stream.window, self.end, stream)
-        while len(self._detached) > self._bounds.max_detached:
-            self.end(next(iter(self._detached)))
+        self._bound()
 
     def end(self, stream: Stream, *, left: bool = True) -> None:
         """Cancel *stream*, whoever reads it; *left*: since nobody does."""
@@ -86,6 +99,10 @@ class Lifetime:
         """Forget nothing any more."""
         if self._sweeper is not None:
             self._sweeper.cancel()
+
+    def _bound(self) -> None:
+        while len(self._detached) > self._bounds.max_detached:
+            self.end(next(iter(self._detached)))
 
     def _attach(self, stream: Stream) -> None:
         self._detached.pop(stream, None)
@@ -114,3 +131,28 @@ class Lifetime:
                 self._streams.drop(stream)
         if self._kept:
             self._sweeper = self._loop.call_later(max(0.05, self._kept[0][0] - now), self._sweep)
+
+
+class EndReader:
+    """Waits for the end of a stream."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.at = stream.offset
+        self.ended = asyncio.Event()
+        self._stream = stream
+        self.poke()
+
+    def take_now(self, _data: bytes) -> bool:
+        """False: nothing is written."""
+        return False
+
+    def fast(self, _shape: Shape | None) -> None:
+        """None: nothing is written."""
+
+    def poke(self) -> None:
+        """It may have ended."""
+        if self._stream.ended:
+            self.ended.set()
+
+    def queued(self, position: int, eta: float) -> None:
+        """No face shows it."""

@@ -4,12 +4,14 @@ aiohttp forgives a misspelled option by dropping all of them, with one log line 
 they are built in one place here, and each is proven over a socket by the tests. Parser errors come
 from aiohttp as text with the request's own bytes in it; `Connection` gives them our error body.
 
-Private names of aiohttp used here, guarded by `tests/test_listener.py`: `_make_server`, `_kwargs`.
+Private names of aiohttp used here, guarded by `tests/test_listener.py`: `_make_server`, `_kwargs`,
+`_waiter`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import socket
 from dataclasses import dataclass
@@ -28,7 +30,7 @@ from aioserver.kernel import accept_queue
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from aioserver.settings import WebSocket
+    from aioserver.settings import Chat, WebSocket
 
 logger = logging.getLogger("aioserver.listener")
 access_logger = logging.getLogger("aioserver.access")
@@ -46,14 +48,21 @@ SOMAXCONN = Path("/proc/sys/net/core/somaxconn")
 class Connection(RequestHandler):
     """aiohttp's connection, with our error bodies where its parser gives up.
 
-    *requests*: how many it has brought; the middleware counts, for `max_keepalive_requests`.
+    *requests*: how many it has brought; the middleware counts, for `max_keepalive_requests`. *last*:
+    it ends with the answer under way.
     """
 
-    __slots__ = ("requests",)
+    __slots__ = ("last", "requests")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.requests = 0
+        self.last = False
+
+    @property
+    def idle(self) -> bool:
+        """Whether it waits for a request."""
+        return self._waiter is not None and not self._waiter.done()
 
     def handle_error(
         self,
@@ -88,31 +97,108 @@ class Connection(RequestHandler):
 
 
 class Server(web.Server):
-    """Makes our connections."""
+    """Makes our connections, and ends them.
+
+    Once it ends, each connection ends with the answer under way; one that waits for its next request
+    ends now, one that has brought none yet may still bring it.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._ending = False
+        self._awaited: set[web.RequestHandler] = set()
+        self._gone = asyncio.Event()  # set while none is awaited
 
     def __call__(self) -> RequestHandler:
         """A connection, with every option or a TypeError: never with fewer, as aiohttp's would."""
-        return Connection(self, loop=self._loop, **self._kwargs)
+        connection = Connection(self, loop=self._loop, **self._kwargs)
+        connection.last = self._ending
+        return connection
+
+    def connection_lost(self, handler: RequestHandler, exc: BaseException | None = None) -> None:
+        """It is gone."""
+        super().connection_lost(handler, exc)
+        self._awaited.discard(handler)
+        if not self._awaited:
+            self._gone.set()
+
+    def apply(self, given: WebSocket) -> None:
+        """Make connections by these limits from now on."""
+        self._kwargs.update(_limits(given))
+
+    def end(self) -> None:
+        """Let no connection live longer than the answer under way on it."""
+        self._ending = True
+        for connection in self.connections:
+            assert isinstance(connection, Connection)
+            connection.last = True
+            if connection.requests and connection.idle:
+                connection.force_close()
+
+    async def answered(self, within: float, *, silent: bool = False) -> None:
+        """Wait until the connections that have brought a request are gone; with *silent*, all."""
+        self._awaited = {
+            one
+            for one in self.connections  # some of them are lost, their tasks about to end
+            if one.transport is not None
+            and (silent or (isinstance(one, Connection) and one.requests))
+        }
+        self._gone.clear()
+        if self._awaited:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(within):
+                    await self._gone.wait()
+
+    async def let_go(self, within: float) -> None:
+        """Close who says nothing, wait for the others' last words, abort who is still there."""
+        for connection in self.connections:
+            if isinstance(connection, Connection) and connection.idle:
+                connection.force_close()
+        await self.answered(within, silent=True)
+        for connection in self.connections:
+            if connection.transport is not None:
+                connection.transport.abort()
 
 
 class Runner(web.AppRunner):
     """Runs the application on our connections, under the limits of the configuration."""
 
     def __init__(self, app: web.Application, given: WebSocket) -> None:
-        limits = given.concurrency.uvicorn
         super().__init__(
             app,
-            access_log=access_logger if limits.access_log else None,
             handler_cancellation=True,  # or a client that has left keeps its place
-            keepalive_timeout=limits.keepalive_timeout,
-            max_line_size=limits.h11_max_request_line_size,
-            max_field_size=min(limits.h11_max_incomplete_event_size, limits.h11_max_header_size),
             max_headers=MAX_HEADERS,
             lingering_time=LINGERING,
             auto_decompress=False,  # a compressed body is refused, not unpacked
-            shutdown_timeout=2.0,
+            shutdown_timeout=1.0,  # after `let_go`: for what aiohttp itself leaves behind
             timeout_ceil_threshold=float("inf"),
+            **_limits(given),
         )
+
+    def apply(self, chat: Chat) -> None:
+        """Listen and make connections by these limits from now on."""
+        self._ours().apply(chat.websocket)
+        for sock in self.app[keys.LIFE].listening:
+            _watch(sock, chat.streams.send_timeout)
+
+    async def stop(self) -> None:
+        """Accept nobody any more; connections end with their answers: see `Server`."""
+        for site in list(self.sites):
+            await site.stop()
+        await asyncio.sleep(0)  # who was accepted in this turn has a connection then
+        self._ours().end()
+
+    async def answered(self, within: float) -> None:
+        """Wait for the answers under way, *within* seconds at most."""
+        await self._ours().answered(within)
+
+    async def let_go(self, within: float) -> None:
+        """End every connection, by force what is left after *within* seconds."""
+        await self._ours().let_go(within)
+
+    def _ours(self) -> Server:
+        assert isinstance(self.server, Server), "set up before"
+        return self.server
 
     async def _make_server(self) -> Server:
         made = await super()._make_server()
@@ -122,6 +208,17 @@ class Runner(web.AppRunner):
             handler_cancellation=made.handler_cancellation,
             **made._kwargs,  # noqa: SLF001 - see the head of this file
         )
+
+
+def _limits(given: WebSocket) -> dict[str, Any]:
+    """Those options of a connection that the configuration says."""
+    limits = given.concurrency.uvicorn
+    return {
+        "access_log": access_logger if limits.access_log else None,
+        "keepalive_timeout": limits.keepalive_timeout,
+        "max_line_size": limits.h11_max_request_line_size,
+        "max_field_size": min(limits.h11_max_incomplete_event_size, limits.h11_max_header_size),
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,9 +301,7 @@ def _bind(family: int, address: str, port: int, send_timeout: float) -> socket.s
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if hasattr(socket, "TCP_USER_TIMEOUT"):
-            milliseconds = int((send_timeout + KERNEL_PATIENCE) * 1000)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
+        _watch(sock, send_timeout)
         if hasattr(socket, "TCP_NOTSENT_LOWAT"):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, MAX_NOT_SENT)
         if family == socket.AF_INET6:
@@ -217,6 +312,13 @@ def _bind(family: int, address: str, port: int, send_timeout: float) -> socket.s
         sock.close()
         raise
     return sock
+
+
+def _watch(sock: socket.socket, send_timeout: float) -> None:
+    """Let the kernel abort connections made by *sock* that take nothing: see `listen`."""
+    if hasattr(socket, "TCP_USER_TIMEOUT") and sock.fileno() >= 0:
+        milliseconds = int((send_timeout + KERNEL_PATIENCE) * 1000)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
 
 
 def _tell(listening: Sequence[Listening]) -> None:

@@ -141,14 +141,21 @@ class Lines(logging.Handler):
 
 def set_up(given: Logging) -> None:
     """Send all logs to stderr in the configured format."""
-    handler = Lines(sys.stderr)
-    if given.format == "json":
-        handler.setFormatter(JsonFormatter(given.service_name, given.service_version))
-    else:
-        handler.setFormatter(ConsoleFormatter())
-    root = logging.getLogger()
-    root.handlers[:] = [handler]
-    root.setLevel(given.level)
+    logging.getLogger().handlers[:] = [Lines(sys.stderr)]
+    apply(given)
     logging.getLogger("asyncio").setLevel(logging.WARNING)
     # aiohttp writes a traceback for each malformed request: our own answer and log say it better.
     logging.getLogger("aiohttp").setLevel(logging.CRITICAL)
+
+
+def apply(given: Logging) -> None:
+    """Write in another format, and from another level on."""
+    root = logging.getLogger()
+    root.setLevel(given.level)
+    for handler in root.handlers:
+        if not isinstance(handler, Lines):
+            continue
+        if given.format == "json":
+            handler.setFormatter(JsonFormatter(given.service_name, given.service_version))
+        else:
+            handler.setFormatter(ConsoleFormatter())

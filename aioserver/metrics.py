@@ -1,4 +1,4 @@
-"""What is counted. Names and label sets are fixed from the start; `exposition` writes them as text.
+"""What is counted. Names and label sets are there from the start; `exposition` writes them as text.
 
 Counting is a few integers in plain objects, held by who counts: a request passes a dozen of them, and
 the children of a metrics library cost a lock and a microsecond each. prometheus-client gets them as
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from aioserver import errors
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from aioserver import settings
 
@@ -72,14 +72,14 @@ Child = TypeVar("Child", Counter, Histogram)
 
 
 class Family(Generic[Child]):
-    """One metric: a child for each set of labels, all made at the start."""
+    """One metric: a child for each set of labels, all made by the configuration."""
 
     def __init__(
         self,
         name: str,
         about: str,
         labels: Sequence[str],
-        children: Mapping[tuple[str, ...], Child],
+        children: Mapping[tuple[str, ...], Child] | tuple[()] = (),
     ) -> None:
         self.name = name
         self.about = about
@@ -200,7 +200,7 @@ class Metrics:
     """Everything that is counted, for as long as the server lives."""
 
     def __init__(self, providers: Mapping[str, settings.Provider]) -> None:
-        self.providers = {name: ProviderMeter() for name in providers}
+        self.providers: dict[str, ProviderMeter] = {}
         self.faces = {face: FaceMeter() for face in FACES}
         self.felt = Recent()  # first tokens as clients feel them, on all faces
         self.rejections = {code: Counter() for code, outcome in KINDS if outcome == "rejected"}
@@ -208,14 +208,12 @@ class Metrics:
             "requests",
             "Requests for an answer that have ended",
             ("face", "provider", "code", "outcome"),
-            {one: Counter() for one in _ends(providers)},
         )
         self.outcomes = {outcome: Counter() for outcome in OUTCOMES}
         self.tokens: Family[Counter] = Family(
             "tokens",
             "Tokens, as the provider reports them, or about one an event",
             ("provider", "model", "type", "source"),
-            {one: Counter() for one in _tokens(providers)},
         )
         self.closed: Family[Counter] = Family(
             "connections_closed",
@@ -234,6 +232,17 @@ class Metrics:
         self.bad_requests = {code: Counter() for code, why in KINDS if why == "client_error"}
         self.bugs = Counter()
         self.loop_lag = Histogram(SHORT)
+        self.reloads = {outcome: Counter() for outcome in ("applied", "invalid", "failed")}
+        self.apply(providers)
+
+    def apply(self, providers: Mapping[str, settings.Provider]) -> None:
+        """Count what *providers* do, too. Those that have gone keep their numbers."""
+        for name, given in providers.items():
+            self.providers.setdefault(name, ProviderMeter())
+            for labels in _ends(name):
+                self.requests.children.setdefault(labels, Counter())
+            for labels in _tokens(name, given):
+                self.tokens.children.setdefault(labels, Counter())
 
     def complain(self, error: errors.AioserverError) -> None:
         """Somebody was told *error*, and no provider was asked."""
@@ -312,6 +321,12 @@ class Metrics:
             ("code",),
             {(code,): counter for code, counter in self.bad_requests.items()},
         )
+        yield Family(
+            "reloads",
+            "Configurations read again on SIGHUP",
+            ("outcome",),
+            {(outcome,): counter for outcome, counter in self.reloads.items()},
+        )
         yield Family("errors", "Bugs: each has a traceback in the log", (), {(): self.bugs})
         yield Family(
             "admission_wait_seconds",
@@ -370,20 +385,16 @@ class Metrics:
         yield Family("loop_lag_seconds", "How late the event loop is", (), {(): self.loop_lag})
 
 
-def _ends(providers: Iterable[str]) -> Iterator[tuple[str, str, str, str]]:
+def _ends(provider: str) -> Iterator[tuple[str, str, str, str]]:
     for face in FACES:
-        for name in providers:
-            for outcome in (OK, CLIENT_LEFT, CANCELLED):
-                yield face, name, "", outcome
-            for code, outcome in KINDS:
-                yield face, name, code, outcome
+        for outcome in (OK, CLIENT_LEFT, CANCELLED):
+            yield face, provider, "", outcome
+        for code, outcome in KINDS:
+            yield face, provider, code, outcome
 
 
-def _tokens(
-    providers: Mapping[str, settings.Provider],
-) -> Iterator[tuple[str, str, str, str]]:
-    for name, given in providers.items():
-        for model in dict.fromkeys((given.model, *given.models, "other")):
-            for kind in ("input", "output"):
-                yield name, model, kind, "provider"
-            yield name, model, "output", "estimate"
+def _tokens(name: str, given: settings.Provider) -> Iterator[tuple[str, str, str, str]]:
+    for model in dict.fromkeys((given.model, *given.models, "other")):
+        for kind in ("input", "output"):
+            yield name, model, kind, "provider"
+        yield name, model, "output", "estimate"

@@ -8,16 +8,15 @@ ten clients and with ten thousand. Incidents are seen in the difference of two t
 from __future__ import annotations
 
 import asyncio
-import resource
 import time
 from collections import deque
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import orjson
 
 from aioserver import __version__, eventstream, keys
 from aioserver.errors import ServerAtCapacity
+from aioserver.kernel import process
 from aioserver.providers.breaker import CLOSED
 
 if TYPE_CHECKING:
@@ -43,6 +42,8 @@ FAULTS = (
     "disconnected",
     "bad_response",
 )
+PROVIDER_SERIES = ("in_flight", "waiting", "pool_open", "pool_idle", "tokens_per_second")
+ABSENT: dict[str, float | None] = dict.fromkeys(PROVIDER_SERIES)  # of one that was not there
 SEVERE = frozenset({"connect_error", "tls", "provider_auth", "loop_lag"})
 
 
@@ -332,10 +333,10 @@ class Monitor:
             "series": {name: [point[name] for point in points] for name in names},
             "providers": {
                 provider: {
-                    name: [point["providers"][provider][name] for point in points]
-                    for name in self._history[-1]["providers"][provider]
+                    name: [point["providers"].get(provider, ABSENT)[name] for point in points]
+                    for name in PROVIDER_SERIES
                 }
-                for provider in self._metrics.providers
+                for provider in self._snapshot["providers"]
             },
             "incidents": list(self._incidents),
         }
@@ -366,22 +367,4 @@ def _point(snapshot: dict[str, Any]) -> dict[str, Any]:
             }
             for name, one in snapshot["providers"].items()
         },
-    }
-
-
-def process() -> dict[str, Any]:
-    """Descriptors and memory of this process; None where the system does not say."""
-    fds = Path("/proc/self/fd")
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        open_fds: int | None = fds.stat().st_size or len(
-            list(fds.iterdir())
-        )  # the size: Linux 6.2
-        rss: int | None = pages * resource.getpagesize()
-    except (OSError, ValueError):
-        open_fds = rss = None
-    return {
-        "open_fds": open_fds,
-        "max_fds": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
-        "rss_bytes": rss,
     }

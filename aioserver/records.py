@@ -116,6 +116,8 @@ class Records:
         metrics.outcomes[outcome].value += 1
         if outcome == "rejected":
             metrics.rejections[code].value += 1
+            if isinstance(error, AioserverError):
+                error.counted = True
         face, provider = metrics.faces[record.face], metrics.providers[record.provider]
         face.duration.observe(now - record.asked)
         if record.lined:

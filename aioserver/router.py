@@ -57,6 +57,12 @@ class Router:
         self._fallbacks = fallbacks
         self._dice = dice
 
+    def apply(
+        self, providers: Mapping[str, Provider], active: str, fallbacks: Sequence[str]
+    ) -> None:
+        """Choose among these from now on; what is under way stays where it is."""
+        self._providers, self._active, self._fallbacks = providers, active, fallbacks
+
     @property
     def providers(self) -> Mapping[str, Provider]:
         """All that are configured, by name."""

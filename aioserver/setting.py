@@ -278,6 +278,24 @@ def _shown(field: dataclasses.Field[Any], owner: Any) -> Any:
     return "***"
 
 
+def changes(old: Any, new: Any, path: str = "") -> Iterator[str]:
+    """The settings that differ between two of a class, by their names: never what they say."""
+    for field in fields(old):
+        was, now, name = getattr(old, field.name), getattr(new, field.name), path + field.name
+        if was == now:
+            continue
+        if dataclasses.is_dataclass(was) and dataclasses.is_dataclass(now):
+            yield from changes(was, now, f"{name}.")
+        elif isinstance(was, Mapping) and field.metadata["check"].inner is not None:
+            for key in dict.fromkeys((*was, *now)):
+                if key in was and key in now:
+                    yield from changes(was[key], now[key], f"{name}.{key}.")
+                else:
+                    yield f"{name}.{key}"
+        else:
+            yield name
+
+
 def not_enforced(owner: Any, path: str = "") -> Iterator[str]:
     """The settings marked *later* that ask for something, each once."""
     for field in fields(owner):

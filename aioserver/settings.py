@@ -115,7 +115,9 @@ class WebSocket:
     ping_timeout: float = setting(seconds, "without a pong: the connection is dead", 10.0)
     idle_timeout: float = setting(seconds_or_0, "without a request; 0: never closed", 0.0)
     shutdown_timeout: float = setting(seconds, "that running streams get on a stop", 30.0)
-    drain_delay: float = setting(seconds_or_0, "not ready, but still listening", 0.0, later=True)
+    drain_delay: float = setting(
+        seconds_or_0, "not ready, but still listening, before a stop", 0.0
+    )
     concurrency: Concurrency = group(Concurrency)
 
 

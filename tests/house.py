@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import copy
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
@@ -17,10 +18,10 @@ from aioserver import keys, listener
 from aioserver.config import Configuration
 from aioserver.providers.breaker import Breaker
 from aioserver.providers.simulator import Behaviour, Simulator
+from aioserver.reload import Reload
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
-    from pathlib import Path
 
 QUICK = Behaviour(ttft=0, interval=0)
 HTTP_CLIENT = {
@@ -71,18 +72,28 @@ class House:
     """One running server. `base` is its address, `ws` that of the WebSocket face."""
 
     def __init__(
-        self, app: Any, base: str, simulator: Simulator, session: Any, server: Any
+        self,
+        runner: listener.Runner,
+        base: str,
+        simulator: Simulator,
+        session: Any,
+        reload: Reload,
     ) -> None:
+        app = runner.app
         self.app = app
+        self.runner = runner
         self.base = base
         self.simulator = simulator
         self.session: aiohttp.ClientSession = session
-        self.server = server  # aiohttp's: its `connections` are those of the clients
+        assert runner.server is not None
+        self.server = runner.server  # aiohttp's: its `connections` are those of the clients
         self.settings = app[keys.SETTINGS]
         self.ws = base.replace("http", "ws", 1) + self.settings.chat.websocket.endpoint
         self.sse = base + self.settings.chat.sse.endpoint
         self.v1 = base + "/v1"
         self.port = int(base.rpartition(":")[2])
+        self.reload = reload
+        self.file = reload.source
 
     @property
     def provider(self) -> Any:
@@ -116,6 +127,11 @@ class House:
         self.provider._flagged_until = 0.0
         self.provider._pace._closed_until = self.provider._pace._slow_until = 0.0
 
+    async def change(self, **changes: Any) -> bool:
+        """Write another configuration, and have it read: `change(**{"llm.active": "other"})`."""
+        write(self.simulator.base_url, changes, Path(self.file))
+        return await self.reload.once()
+
     def connect(self, **kwargs: Any) -> Any:
         """A WebSocket: `async with house.connect() as ws`."""
         return self.session.ws_connect(self.ws, **kwargs)
@@ -138,8 +154,8 @@ async def until(
         await asyncio.sleep(0.002)
 
 
-def configured(base_url: str, changes: dict[str, Any], path: Path) -> Configuration:
-    """The configuration of a house: *changes* by dotted path, a provider by its name."""
+def write(base_url: str, changes: dict[str, Any], path: Path) -> None:
+    """The file of a house: *changes* by dotted path, a provider by its name."""
     data = copy.deepcopy(BASE)
     data["llm"]["providers"]["sim"]["base_url"] = base_url
     for dotted, value in changes.items():
@@ -149,6 +165,11 @@ def configured(base_url: str, changes: dict[str, Any], path: Path) -> Configurat
             at = at.setdefault(step, {})
         at[last] = value
     path.write_text(yaml.safe_dump(data))
+
+
+def configured(base_url: str, changes: dict[str, Any], path: Path) -> Configuration:
+    """The configuration of a house."""
+    write(base_url, changes, path)
     return Configuration.load(path, environ={})
 
 
@@ -170,12 +191,11 @@ async def running(
             )
             base = f"http://127.0.0.1:{listening[0].port}"
             async with aiohttp.ClientSession() as session:
-                house = House(app, base, simulator, session, runner.server)
+                reload = Reload(runner, configuration, {})
+                house = House(runner, base, simulator, session, reload)
                 yield house
             await house.nothing_held()
         finally:
-            for site in list(runner.sites):
-                await site.stop()
-            await application.end(app)
+            await application.end(runner)
             await runner.cleanup()
             web_app._cached_build_middleware.cache_clear()  # it keeps each application alive

@@ -389,7 +389,7 @@ async def test_close_refuses_who_waits_and_who_comes() -> None:
     place = await gate.enter()
     waiters = [await waiting(gate, caller) for caller in "aab"]
 
-    gate.close(ServerShutdown("the server is stopping"))
+    gate.close(lambda: ServerShutdown("the server is stopping"))
 
     for waiter in waiters:
         with pytest.raises(ServerShutdown):
@@ -406,7 +406,7 @@ async def test_close_in_the_tick_of_cancellation_leaves_no_lost_exception() -> N
     place = await gate.enter()
     waiter = await waiting(gate)
 
-    gate.close(ServerShutdown("the server is stopping"))
+    gate.close(lambda: ServerShutdown("the server is stopping"))
     waiter.cancel()
 
     with pytest.raises((asyncio.CancelledError, ServerShutdown)):
@@ -421,7 +421,7 @@ async def test_who_gives_up_in_the_tick_of_the_close_is_no_trouble() -> None:
     first, second = await waiting(gate), await waiting(gate)
 
     first.cancel()
-    gate.close(ServerShutdown("the server is stopping"))
+    gate.close(lambda: ServerShutdown("the server is stopping"))
 
     with pytest.raises(asyncio.CancelledError):
         await first
@@ -437,7 +437,7 @@ async def test_who_was_handed_its_place_before_the_close_has_it() -> None:
     waiter = await waiting(gate)
 
     place.release()
-    gate.close(ServerShutdown("the server is stopping"))
+    gate.close(lambda: ServerShutdown("the server is stopping"))
 
     (await waiter).release()
     assert gate.inside == 0

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 # fmt: off
-ORDER = "errors setting checks settings document config metrics logs lag records messages deltas eventstream entries turns gate kernel stall wheel fastpath streams store lifetime conversations auth bodies providers.simulator.model providers.simulator.refusals providers.simulator.shapes providers.simulator.exchange providers.simulator.faults providers.simulator.server providers.simulator providers.pace providers.breaker providers.budget providers.framing providers.wire providers.pool providers.requests providers.verdict providers.ask providers.answers providers.provider router gateway faces.admission keys monitor prometheus faces.http faces.ready faces.formats faces.follower faces.writer faces.streaming faces.openai faces.responses faces.sse faces.websocket faces.status faces.pages listener app commands.init commands.check commands.provider commands.serve commands.remote commands.top.feed commands.top.verdict commands.top.screen commands.top.command commands.bench.results commands.bench.attempt commands.bench.clients commands.bench.limits commands.bench.load commands.bench.table commands.bench.command __main__"
+ORDER = "errors setting checks settings document config metrics logs lag records messages deltas eventstream entries turns gate kernel stall wheel fastpath streams store lifetime conversations auth bodies providers.simulator.model providers.simulator.refusals providers.simulator.shapes providers.simulator.exchange providers.simulator.faults providers.simulator.server providers.simulator providers.pace providers.line providers.breaker providers.budget providers.framing providers.wire providers.pool providers.requests providers.pools providers.verdict providers.ask providers.answers providers.provider providers.roster router gateway faces.admission keys monitor prometheus faces.http faces.ready faces.formats faces.follower faces.writer faces.streaming faces.openai faces.responses faces.sse faces.websocket faces.status faces.pages listener app reload startup commands.init commands.check commands.provider commands.serve commands.remote commands.top.feed commands.top.verdict commands.top.screen commands.top.command commands.bench.results commands.bench.attempt commands.bench.clients commands.bench.limits commands.bench.load commands.bench.table commands.bench.command __main__"
 # fmt: on
 
 PACKAGE = Path(aioserver.__file__).parent
@@ -26,7 +26,7 @@ INSIDE_FUNCTIONS = {  # module: what it may import late, for start-up time or as
         "aioserver.commands.top.*",
         "aioserver.providers.simulator",
     },
-    "app": {"aioserver.providers.simulator"},
+    "providers.roster": {"aioserver.providers.simulator"},
     "commands.serve": {"uvloop"},
     "commands.bench.command": {"aioserver.commands.bench.table"},
     "commands.top.command": {"aioserver.commands.top.screen"},

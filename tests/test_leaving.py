@@ -73,7 +73,7 @@ PHASES = {
 
 def unsent(house: House) -> int:
     """Bytes of questions that the kernel has not taken."""
-    connections = house.provider._pool._connector._acquired
+    connections = house.provider._pools.pool._connector._acquired
     return sum(one.transport.get_write_buffer_size() for one in connections)
 
 
@@ -167,7 +167,7 @@ async def test_who_leaves_gives_everything_back(make_house: Make, name: str, way
             phase.behaviour, **CHANGES, **phase.changes, **(base if phase.door else {})
         )
         port = door.port if phase.door else house.simulator.port
-        pool = house.provider._pool._gate
+        pool = house.provider._pools.pool._gate
         pool.apply(phase.pool, queue_size=10, queue_timeout=60.0)
         async with contextlib.AsyncExitStack() as holders:
             for number in range(phase.holders):

@@ -11,12 +11,13 @@ import sys
 from typing import TYPE_CHECKING
 
 from aioserver import app as application
-from aioserver import listener, logs
+from aioserver import listener, logs, startup
 from aioserver.config import Configuration
 from aioserver.errors import ConfigurationError
+from aioserver.reload import Reload
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
 logger = logging.getLogger("aioserver.serve")
@@ -28,18 +29,22 @@ GC_THRESHOLDS = (10_000, 50, 50)
 
 def serve(config: Path | None, *, host: str | None, port: int | None, loop: str) -> int:
     """Serve until SIGTERM or SIGINT. Returns the exit code: 0, 2 bad configuration, 1 else."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until it is listened to: by default it kills
     environ = dict(os.environ)
     if host is not None:
         environ["AIOSERVER__CHAT__WEBSOCKET__HOST"] = host
     if port is not None:
         environ["AIOSERVER__CHAT__WEBSOCKET__PORT"] = str(port)
     try:
+        startup.check_interpreter()
         configuration = Configuration.load(config, environ=environ)
         configuration.check_usable()
+        few_files = startup.raise_file_limit(configuration.settings)
     except ConfigurationError as exc:
-        for fault in exc.faults:
-            print(fault, file=sys.stderr)
-        return 2
+        return _refuse(exc)
+    except startup.Unfit as unfit:
+        print(unfit, file=sys.stderr)
+        return unfit.code
     try:
         factory = loop_factory(loop)
     except ModuleNotFoundError:
@@ -49,8 +54,16 @@ def serve(config: Path | None, *, host: str | None, port: int | None, loop: str)
         )
         return 2
     logs.set_up(configuration.settings.logging)
+    if few_files is not None:
+        logger.warning("%s", few_files)
     with asyncio.Runner(loop_factory=factory) as runner:
-        return runner.run(_run(configuration))
+        return runner.run(_run(configuration, environ))
+
+
+def _refuse(error: ConfigurationError) -> int:
+    for fault in error.faults:
+        print(fault, file=sys.stderr)
+    return 2
 
 
 def loop_factory(name: str) -> Callable[[], asyncio.AbstractEventLoop]:
@@ -70,7 +83,7 @@ def loop_factory(name: str) -> Callable[[], asyncio.AbstractEventLoop]:
     return asyncio.new_event_loop
 
 
-async def _run(configuration: Configuration) -> int:
+async def _run(configuration: Configuration, environ: Mapping[str, str]) -> int:
     settings = configuration.settings
     logger.info("configuration: %s", configuration.source)
     for warning in configuration.warnings:
@@ -83,9 +96,16 @@ async def _run(configuration: Configuration) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _stop, stop)
-    loop.add_signal_handler(signal.SIGHUP, logger.warning, "SIGHUP: restart to apply changes")
-    await runner.setup()
+    reload = Reload(runner, configuration, environ)
+    loop.add_signal_handler(signal.SIGHUP, reload.ask)
     try:
+        await runner.setup()
+    except ConfigurationError as exc:
+        return _refuse(exc)
+    reloading = loop.create_task(reload.run())
+    try:
+        if stop.is_set():
+            return 0  # told to while it started
         try:
             listening = await listener.listen(
                 runner,
@@ -93,8 +113,8 @@ async def _run(configuration: Configuration) -> int:
                 send_timeout=settings.chat.streams.send_timeout,
             )
         except OSError as exc:
-            where = f"{settings.chat.websocket.host}:{settings.chat.websocket.port}"
-            print(f"cannot listen on {where}: {exc.strerror or exc}", file=sys.stderr)
+            host, port = settings.chat.websocket.host, settings.chat.websocket.port
+            print(startup.cannot_listen(host, port, exc), file=sys.stderr)
             return 1
         print(f"aioserver is ready: {listening[0].url}", flush=True)
         gc.collect()
@@ -102,10 +122,10 @@ async def _run(configuration: Configuration) -> int:
         gc.set_threshold(*GC_THRESHOLDS)
         await stop.wait()
         logger.info("stopping")
-        for site in list(runner.sites):
-            await site.stop()
-        await application.end(app)
+        reloading.cancel()
+        await application.end(runner)
     finally:
+        reloading.cancel()
         await runner.cleanup()
     logger.info("stopped")
     return 0

@@ -56,6 +56,15 @@ class Admission:
         self._body_bytes = 0
         self._lines = RateLimit(LINES_PER_SECOND)
 
+    def apply(self, limits: Concurrency) -> None:
+        """Use new bounds. Who is inside stays; who waits keeps the deadline it came with."""
+        self._limits = limits
+        self.gate.apply(
+            limits.max_connections,
+            queue_size=limits.connection_queue_size,
+            queue_timeout=limits.queue_timeout,
+        )
+
     @property
     def body_bytes(self) -> int:
         """Bytes of bodies being read or waiting."""

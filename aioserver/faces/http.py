@@ -36,8 +36,8 @@ from aioserver.errors import (
 if TYPE_CHECKING:
     from aioserver.auth import Origins
     from aioserver.faces.admission import BodyHold
+    from aioserver.keys import InEffect
     from aioserver.metrics import Metrics
-    from aioserver.settings import WebSocket
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,6 @@ EXPOSED = "x-request-id, x-aioserver-provider, x-aioserver-attempts, retry-after
 SERVER = "aioserver"
 ID = web.RequestKey("id", str)
 BEGUN = web.RequestKey("begun", web.StreamResponse)  # its head is on the way
-LAST = web.RequestKey("last", bool)  # the last request of its connection
 _ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _prefix = secrets.token_hex(6)
 _numbers = itertools.count(1)
@@ -127,23 +126,22 @@ def last_of_connection(
 
     A *streamed* body of HTTP/1.0 has neither chunks nor a length: only the close ends it.
     """
-    if request.get(LAST) or (streamed and request.version < HttpVersion11):
+    connection: Any = request.protocol
+    if connection.last or (streamed and request.version < HttpVersion11):
         response.headers["Connection"] = "close"
         response.force_close()
 
 
-def front(given: WebSocket, origins: Origins, metrics: Metrics) -> Any:
+def front(settings: InEffect, origins: Origins, metrics: Metrics) -> Any:
     """The middleware in front of every handler."""
-    limits = given.concurrency.uvicorn
-    max_line = limits.h11_max_request_line_size
-    max_head = limits.h11_max_header_size
-    max_requests = limits.max_keepalive_requests
 
     def check(request: web.Request) -> None:
+        limits = settings.chat.websocket.concurrency.uvicorn
+        max_line, max_head = limits.h11_max_request_line_size, limits.h11_max_header_size
         connection: Any = request.protocol  # the listener's, which counts
         connection.requests += 1
-        if connection.requests >= max_requests:
-            request[LAST] = True
+        if connection.requests >= limits.max_keepalive_requests:
+            connection.last = True
         line = len(request.method) + len(request.raw_path) + len(" HTTP/1.1 ")
         if line > max_line:
             raise UriTooLong(f"a request line of {line} bytes, at most {max_line}")
@@ -153,13 +151,15 @@ def front(given: WebSocket, origins: Origins, metrics: Metrics) -> Any:
 
     @web.middleware
     async def shield(request: web.Request, handler: Any) -> web.StreamResponse:
+        connection: Any = request.protocol
         try:
             check(request)
             if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
                 return preflight(request)
             response: web.StreamResponse = await handler(request)
         except AioserverError as error:
-            if not isinstance(error, ProviderFault) or not error.provider:  # else it has a record
+            asked = isinstance(error, ProviderFault) and error.provider
+            if not asked and not error.counted:  # else it has a record
                 metrics.complain(error)
             response = error_response(error)
         except web.HTTPException as exc:
@@ -183,6 +183,8 @@ def front(given: WebSocket, origins: Origins, metrics: Metrics) -> Any:
             return begun
         if not response.prepared:
             last_of_connection(request, response)
+        elif connection.last:  # which was not known when its head was sent
+            response.force_close()
         return response
 
     def preflight(request: web.Request) -> web.Response:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import time
 from email.utils import formatdate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 from aiohttp.http import HttpVersion11
 
-from aioserver.faces.http import LAST, SERVER, request_id
+from aioserver.faces.http import SERVER, request_id
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -38,11 +38,12 @@ def date() -> str:
 
 def fits(request: web.Request) -> bool:
     """Whether the answer to *request* has nothing special in its head."""
+    connection: Any = request.protocol
     return (
         request.version == HttpVersion11
         and request.keep_alive
         and "Origin" not in request.headers
-        and LAST not in request
+        and not connection.last
     )
 
 

@@ -271,6 +271,8 @@ class Socket:
     def _finished(self, follower: Follower) -> None:
         if self._following.get(follower.stream.request_id) is follower:
             del self._following[follower.stream.request_id]
+        if not self._following and self._app[keys.LIFE].stopping.is_set():
+            self.leave()
 
     # Writing.
 
@@ -288,7 +290,8 @@ class Socket:
         """The wheel's call: ping, or see whether the last ping was answered."""
         if self._writer.closed or self._close_task is not None:
             return None
-        idle = self._limits.idle_timeout
+        limits = self._app[keys.SETTINGS].chat.websocket  # as they are now
+        idle = limits.idle_timeout
         if idle and now - self._last_request >= idle and not self._following and self._inside:
             self._end(WSCloseCode.OK, b"idle")
             return None
@@ -297,13 +300,13 @@ class Socket:
             return None
         if self._pinged:
             self._pinged = False
-            pause = self._limits.ping_interval - self._limits.ping_timeout
+            pause = limits.ping_interval - limits.ping_timeout
             if pause > 0:
                 return pause
         self._ping = struct.pack("!I", next(self._pings))
         self._pinged = True
         self._writer.send(ws_frame(WS_PING, self._ping))
-        return self._limits.ping_timeout
+        return limits.ping_timeout
 
     # Ending.
 
@@ -367,17 +370,10 @@ class Socket:
             if self._refused_closing:
                 self._admission.refused_closing -= 1
 
-    async def stop(self) -> None:
-        """The server ends: tell the client to come back."""
-        if self._close_task is None:
+    def leave(self) -> None:
+        """The server ends: tell the client to come back. Who waits for its place is told by the gate."""
+        if self._inside and not self._following:
             self._end(ServerShutdown.close or 1012, ServerShutdown.close_reason)
-        assert self._close_task is not None
-        await asyncio.wait((self._close_task,))
-
-    @property
-    def busy(self) -> bool:
-        """Whether an answer is being written."""
-        return bool(self._following)
 
     def _dropped(self, why: str) -> None:
         self._admission.dropped("websocket", why)

@@ -55,8 +55,14 @@ class Pace:
         self._slow_step, self._slow_until = 0.0, 0.0
         self.per_minute = per_minute
 
-    def apply(self, per_minute: int, burst: int) -> None:
+    def apply(self, per_minute: int, burst: int, *, tokens_per_minute: int = 0) -> None:
         """Use another pace from now on; what has started counts as before."""
+        now = self._clock()
+        self._level, self._level_at = self._drained(now), now
+        self._token_rate = tokens_per_minute / 60.0
+        self._bucket = tokens_per_minute / 6.0
+        if self._due > now:  # so many starts as before, at the new pace where that is faster
+            self._due = now + (self._due - now) * min(1.0, self.per_minute / per_minute)
         self._step = 60.0 / per_minute
         self._slack = (max(1, burst) - 1) * self._step
         self.per_minute = per_minute

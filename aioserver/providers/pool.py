@@ -58,6 +58,7 @@ class CappedConnector(TCPConnector):
         super().__init__(**kwargs)
         self._max_keepalive = max_keepalive
         self._demand = demand
+        self.released: Callable[[], None] = lambda: None  # called when a connection is given back
         self._factory = functools.partial(WireProtocol, loop=self._loop)  # type: ignore[assignment]
 
     @property
@@ -77,6 +78,12 @@ class CappedConnector(TCPConnector):
         if isinstance(protocol, WireProtocol):
             protocol.idle_lost = self._forget
         super()._release(key, protocol, should_close=should_close or full)
+        self.released()
+
+    def retire(self, released: Callable[[], None]) -> None:
+        """Keep no connection from now on; *released* is called with each that is given back."""
+        self._max_keepalive, self._demand, self.released = 0, lambda: 0, released
+        self.drop_idle()
 
     def trim(self) -> None:
         """Close what is beyond the cap, the longest idle first."""
@@ -127,11 +134,24 @@ class PoolStats:
     waiting: int
 
 
+def connections(limits: HttpClient) -> Gate:
+    """The gate that counts the connections in use; pools that follow each other share it."""
+    return Gate(
+        limits.max_connections,
+        queue_size=UNBOUNDED,  # bounded by the provider's queue in front
+        queue_timeout=limits.pool_timeout,
+        full=lambda wait: PoolTimeout("no free connection", retry_after=wait),
+        late=lambda wait: PoolTimeout("no free connection within pool_timeout", retry_after=wait),
+    )
+
+
 class Pool:
     """The connections to one provider.
 
     Always: `open <= max_connections`; every connection handed out is released or closed by its
     exchange. `close` aborts them all.
+
+    Once it is *retired* it opens connections only for who had come before, and keeps none.
     """
 
     def __init__(
@@ -142,6 +162,7 @@ class Pool:
         proxy: str | None = None,
         ca_file: str | None = None,
         demand: Callable[[], int] = lambda: 0,
+        gate: Gate | None = None,
     ) -> None:
         url = URL(base_url)
         loop = asyncio.get_running_loop()
@@ -149,15 +170,8 @@ class Pool:
         if url.scheme == "https":
             context = ssl.create_default_context(cafile=ca_file)
         self._limits = limits
-        self._gate = Gate(
-            limits.max_connections,
-            queue_size=UNBOUNDED,  # bounded by the provider's queue in front
-            queue_timeout=limits.pool_timeout,
-            full=lambda wait: PoolTimeout("no free connection", retry_after=wait),
-            late=lambda wait: PoolTimeout(
-                f"no free connection in {limits.pool_timeout} s", retry_after=wait
-            ),
-        )
+        self._gate = connections(limits) if gate is None else gate
+        self._empty: asyncio.Event | None = None  # set when a retired pool has nothing under way
         self._connector = CappedConnector(
             max_keepalive=limits.max_keepalive,
             demand=lambda: demand() + self._coming,
@@ -210,6 +224,7 @@ class Pool:
             connection = await self._connector.connect(self._key, [], self._timeout)
         except BaseException as exc:
             place.release()
+            self._released()
             if isinstance(exc, Exception):
                 raise self._translated(exc) from exc
             raise
@@ -223,6 +238,7 @@ class Pool:
         except BaseException:
             self._coming -= 1
             self.trim()
+            self._released()
             raise
         self._coming -= 1  # it takes an idle connection before anything else runs, or opens one
         return place
@@ -244,6 +260,22 @@ class Pool:
             limit=self._limits.max_connections,
             waiting=self._gate.waiting,
         )
+
+    def retire(self) -> None:
+        """Serve who has come, and keep nothing: another pool takes this one's place."""
+        self._empty = asyncio.Event()
+        self._connector.retire(self._released)
+        self._released()
+
+    async def end(self) -> None:
+        """Wait until a retired pool has served the last who had come, then close it."""
+        assert self._empty is not None, "retired before"
+        await self._empty.wait()
+        await self.close()
+
+    def _released(self) -> None:
+        if self._empty is not None and not self._coming and not self._connector.acquired:
+            self._empty.set()
 
     async def close(self) -> None:
         """Close every connection."""

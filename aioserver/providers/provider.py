@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
+from math import inf
 from time import monotonic
 from typing import TYPE_CHECKING
 
@@ -23,21 +24,16 @@ from aioserver.errors import (
     ProviderBadResponse,
     ProviderFault,
     ProviderFlagged,
-    ProviderPaced,
-    ProviderQueueFull,
-    ProviderQueueTimeout,
     ProviderRateLimited,
     StaleConnection,
 )
-from aioserver.gate import Gate, GateStats
 from aioserver.metrics import ProviderMeter
 from aioserver.providers.answers import BodySink, ChatSink, EventSink, complete
 from aioserver.providers.ask import Answer, Ask
 from aioserver.providers.breaker import CLOSED, Breaker
 from aioserver.providers.budget import Budget
-from aioserver.providers.pace import Pace
-from aioserver.providers.pool import Pool, PoolStats
-from aioserver.providers.requests import Requests
+from aioserver.providers.line import Line
+from aioserver.providers.pools import Pools
 from aioserver.providers.verdict import check_json, check_plain, is_of, judge, passing
 from aioserver.providers.wire import Exchange, Sink
 
@@ -45,6 +41,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from aioserver import settings
+    from aioserver.errors import AioserverError
+    from aioserver.gate import GateStats
+    from aioserver.providers.pool import PoolStats
     from aioserver.streams import Stream
 
 MAX_ERROR_BYTES = 1 << 20  # of an error's body
@@ -90,47 +89,44 @@ class Provider:
         max_response_bytes: int,
         meter: ProviderMeter | None = None,
     ) -> None:
-        limits = given.http_client
         self.name = given.name
         self.settings = given
         self.meter = ProviderMeter() if meter is None else meter
         self.on_wait: Callable[[Provider], None] = lambda _provider: None
         self._max_response_bytes = max_response_bytes
-        rate = limits.requests_per_minute
-        self._pace = Pace(
-            rate,
-            min(limits.concurrent_requests, rate // 60),
-            tokens_per_minute=limits.tokens_per_minute,
-        )
-        self._gate = Gate(
-            limits.concurrent_requests,
-            queue_size=limits.queue_size,
-            queue_timeout=limits.queue_timeout,
-            full=lambda wait: ProviderQueueFull(
-                f"{limits.queue_size} requests wait for {given.name} already", retry_after=wait
-            ),
-            late=lambda wait: ProviderQueueTimeout(
-                f"no place at {given.name} within {limits.queue_timeout} s", retry_after=wait
-            ),
-            pace=self._pace,
-            paced=lambda wait: ProviderPaced(
-                f"{given.name} can take no more requests in the next {limits.queue_timeout} s: "
-                f"requests_per_minute={rate}, or its own limit",
-                retry_after=wait,
-            ),
-        )
-        self._pool = Pool(
-            base_url,
-            limits,
-            proxy=given.proxy,
-            ca_file=given.ca_file,
-            demand=lambda: self._coming,
-        )
+        self._gate = Line(given.name, given.http_client)
+        self._pace = self._gate.pace
+        self._pools = Pools(given, base_url, demand=lambda: self._coming)
         self._breaker = Breaker()
         self.budget = Budget()  # of retries
         self._flagged_until = 0.0  # monotonic: it refuses our key until then
         self._coming = 0  # who waits, or has a place and has not run since: the gate counts less
-        self._requests = Requests(given, base_url, self._pool)
+        self._left: asyncio.Event | None = None  # taken out; set when the last answer has ended
+
+    def prepare(
+        self, given: settings.Provider, base_url: str, *, max_response_bytes: int
+    ) -> Callable[[], None]:
+        """What puts *given* in the place of the settings now. Until it is called nothing changes.
+
+        What is under way ends as it began; places and pace go on with their counts, and the breaker
+        does at the same address. One that had refused our key is asked again.
+
+        Raises:
+            ConfigurationError: `ca_file` cannot be read, or holds no certificate.
+        """
+        elsewhere = base_url != self._pools.base_url
+        put_pool = self._pools.prepare(given, base_url)
+
+        def put() -> None:
+            put_pool()
+            self.settings = given
+            self._max_response_bytes = max_response_bytes
+            self._left, self._flagged_until = None, 0.0
+            if elsewhere:
+                self._breaker = Breaker()  # what failed was another address
+            self._gate.adopt(given.http_client)
+
+        return put
 
     async def fill(self, stream: Stream, ask: Ask) -> None:
         """Ask, and append the answer to *stream*, its end included.
@@ -218,7 +214,7 @@ class Provider:
             self.name,
             self.settings.usable,
             self._gate.stats(),
-            self._pool.stats(),
+            self._pools.stats(),
             pace,
             self._breaker.state,
             self.flagged,
@@ -231,6 +227,8 @@ class Provider:
 
     def ended(self, ask: Ask, exc: BaseException | None) -> None:
         """A try has ended, well or with *exc*: count it, and learn from it."""
+        if self._left is not None and not self._gate.inside:
+            self._left.set()
         self._paid(ask, exc)
         meter, trial = self.meter, ask.trial
         ask.trial = False
@@ -246,7 +244,7 @@ class Provider:
                 failed = True if exc.failure else None
             if isinstance(exc, KEY_FAULTS) and exc.attempt:
                 meter.key_refused.value += 1
-                self._flagged_until = monotonic() + FLAGGED
+                self._flagged_until = max(self._flagged_until, monotonic() + FLAGGED)
                 self._gate.turn_away(self._left_alone)
         elif isinstance(exc, asyncio.CancelledError) and ask.record.sent:
             meter.attempts["cancelled"].value += 1
@@ -255,14 +253,32 @@ class Provider:
         if closed and self._breaker.state != CLOSED:
             self._gate.turn_away(self._left_alone)
 
-    def refuse(self, error: ProviderFault | None = None) -> None:
+    def refuse(self, why: Callable[[], AioserverError] | None = None) -> None:
         """Let nobody in any more, and tell those who wait."""
-        self._gate.close(error or NoProvider(f"{self.name} is closing"))
+        self._gate.close(why or (lambda: NoProvider(f"{self.name} is closing")))
+
+    @property
+    def busy(self) -> bool:
+        """Whether something is under way here."""
+        return self._gate.inside > 0
+
+    def leave(self) -> None:
+        """It is taken out of the configuration: nobody comes in, what is under way ends in peace."""
+        self._left, self._flagged_until = asyncio.Event(), inf
+        self._gate.turn_away(self._left_alone)
+        if not self._gate.inside:
+            self._left.set()
+
+    async def end(self) -> None:
+        """Wait until one that was taken out has ended its last answer, then close it."""
+        assert self._left is not None, "taken out before"
+        await self._left.wait()
+        await self._pools.end()
 
     async def close(self) -> None:
         """Let nobody in, and close every connection."""
         self.refuse()
-        await self._pool.close()
+        await self._pools.close()
 
     async def _exchange(
         self,
@@ -275,7 +291,7 @@ class Provider:
         try:
             await self._guarded(ask, on_head, told, started, sending)
         except BaseException:
-            self._pool.trim()  # a connection may have been kept for this request
+            self._pools.pool.trim()  # a connection may have been kept for this request
             raise
 
     async def _guarded(
@@ -320,9 +336,11 @@ class Provider:
             ask.trial = self._breaker.enter()
             if started is not None:
                 started()
-            request = self._requests.make(ask.path, body or ask.body(self.settings))
+            body = body or ask.body(self.settings)
             while True:
-                connection = await self._pool.connect()
+                pool = self._pools.pool
+                request = self._pools.requests.make(ask.path, body)
+                connection = await pool.connect()
                 if sending is not None:
                     sending()
                 record.sent = monotonic()
@@ -339,7 +357,7 @@ class Provider:
                     # Nothing of an answer had come on a kept connection: repeat at once, on a
                     # fresh one. A fresh connection never raises this, so it ends.
                     self.meter.attempts["stale"].value += 1
-                    self._pool.drop_idle()
+                    pool.drop_idle()
 
     def _judge(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
         try:
@@ -374,6 +392,8 @@ class Provider:
             raise self._left_alone()
 
     def _left_alone(self) -> ProviderFault:
+        if self._left is not None:
+            return NoProvider(f"{self.name} was taken out of the configuration")
         if self.flagged:
             return ProviderFlagged(f"{self.name} has refused our key")
         wait = self._breaker.wait

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from playwright.async_api import Page, WebSocketRoute
 
+    from aioserver.faces.websocket import Socket
     from tests.house import House
 
     Make = Callable[..., Awaitable[House]]
@@ -294,8 +295,9 @@ async def test_a_restart_is_told_and_survived(make_house: Make, told: Told, page
     told.say("One")
     await shows(page, "One")
 
-    for socket in list(house.app[keys.SOCKETS]):
-        await socket.stop()
+    sockets: list[Socket] = [*house.app[keys.SOCKETS]]
+    for socket in sockets:
+        socket._end(1012, b"server is stopping")
     await expect(page.get_by_text("The server restarts.")).to_be_visible()
     await expect(status(page)).to_have_text("Goes on when the connection is back")
     await page.get_by_role("button", name="Try now").click()

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from tests.house import House
+    from tests.served import Served
 
 SMALL = 4096  # bytes of a receive buffer that is soon full
 TEXT, BINARY, CLOSE, PING, PONG = 1, 2, 8, 9, 10
@@ -42,7 +43,7 @@ class Answer:
 class Raw:
     """One TCP connection to a house: `async with Raw(house) as raw`."""
 
-    def __init__(self, house: House, *, receive_buffer: int | None = None) -> None:
+    def __init__(self, house: House | Served, *, receive_buffer: int | None = None) -> None:
         self._port = house.port
         self._path = house.settings.chat.websocket.endpoint
         self._sse = house.settings.chat.sse.endpoint
