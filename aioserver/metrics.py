@@ -243,7 +243,7 @@ class Metrics:
             self.providers.setdefault(name, ProviderMeter())
             for labels in _ends(name):
                 self.requests.children.setdefault(labels, Counter())
-            for labels in _tokens(given):
+            for labels in _tokens(name, given):
                 self.tokens.children.setdefault(labels, Counter())
 
     def complain(self, error: errors.AioserverError) -> None:
@@ -403,8 +403,8 @@ def _ends(provider: str) -> Iterator[tuple[str, str, str, str]]:
             yield face, provider, code, outcome
 
 
-def _tokens(given: settings.Provider) -> Iterator[tuple[str, str, str, str]]:
+def _tokens(name: str, given: settings.Provider) -> Iterator[tuple[str, str, str, str]]:
     for model in dict.fromkeys((given.model, *given.models, "other")):
         for kind in ("input", "output"):
-            yield given.name, model, kind, "provider"
-        yield given.name, model, "output", "estimate"
+            yield name, model, kind, "provider"
+        yield name, model, "output", "estimate"
