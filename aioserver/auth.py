@@ -7,7 +7,8 @@ looks at the client's address, and at OpenAI's `user` where a request has one.
 Of a key only its SHA-256 is here. A session is `name.expiry.mac` with an HMAC whose own key is made of
 that hash and of a pepper: so it dies with its key, lives through a restart, holds in every worker, and
 needs no setting. The pepper is made of what the environment keeps from the file (the providers' keys):
-else who reads the hashes in a file could make sessions of them.
+else who reads the hashes in a file could make sessions of them. Where no provider has a key it is made
+by chance, and a restart ends all sessions.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import hmac
+import secrets
 import time
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -160,11 +162,11 @@ class Keys:
 
 
 def pepper_of(llm: Llm) -> bytes:
-    """What only this server's environment knows: made of its providers' keys."""
+    """What only this server's environment knows: made of its providers' keys, or else by chance."""
     known = sorted(
         one.api_key.reveal() for one in llm.providers.values() if one.api_key is not None
     )
-    return hashlib.sha256("\0".join(known).encode()).digest()
+    return hashlib.sha256("\0".join(known).encode()).digest() if known else secrets.token_bytes(32)
 
 
 class Doors:

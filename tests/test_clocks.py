@@ -15,6 +15,7 @@ SHOWN = {  # module: why it may know what time people have
     "faces.ready": "the Date header",
     "providers.verdict": "a Retry-After that is a date",
     "providers.simulator.refusals": "it sends such a date",
+    "auth": "a session is older than the process",
     "commands.top.screen": "the times of incidents",
     "providers.simulator.shapes": "`created` in OpenAI's objects",
 }

@@ -409,7 +409,7 @@ async def test_what_is_unusual_but_good_reads_the_same_on_every_face(
     model: str, house: House
 ) -> None:
     text = await expected_text(house)
-    house.provider._pool.drop_idle()
+    house.provider._pools.pool.drop_idle()
 
     ws, sse, v1 = await everywhere(house, model, kept=GOOD[model])
 
