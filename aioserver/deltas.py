@@ -14,11 +14,12 @@ from typing import Any
 
 import orjson
 
-from aioserver.errors import (
+from aioserver.faults import (
     ProviderAuthError,
     ProviderBadResponse,
     ProviderError,
     ProviderFault,
+    ProviderForbidden,
     ProviderRateLimited,
     ProviderRefused,
 )
@@ -28,7 +29,7 @@ TEXT_START = TEXT.partition(b"%b")[0]
 REASONING = b'{"type":"reasoning","data":%b,"metadata":{}}'
 TOOL_CALLS = b'{"type":"tool_calls","data":%b,"metadata":{}}'
 QUOTA = "insufficient_quota"
-KEY_CODES = frozenset({401, 402, 403, QUOTA, "invalid_api_key"})  # of an error: our key's fault
+KEY_CODES = frozenset({401, 402, QUOTA, "invalid_api_key"})  # of an error: our key's fault
 BUSY_CODES = frozenset({429, 498, "rate_limit_exceeded"})
 
 
@@ -164,6 +165,8 @@ def provider_error(error: object) -> ProviderFault:
     codes = error_codes(error)
     if not codes.isdisjoint(KEY_CODES):
         return ProviderAuthError("the provider refuses our key or its quota is used up")
+    if 403 in codes:
+        return ProviderForbidden("the provider does not allow this")
     if not codes.isdisjoint(BUSY_CODES):
         return ProviderRateLimited("the provider limits our rate", retry_after=1.0)
     said = error.get("message") if isinstance(error, dict) else error

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 import orjson
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
 TYPES = {
     401: "authentication_error",
@@ -61,6 +61,22 @@ class AioserverError(Exception):
     def http_status(self) -> int:
         """The status of the HTTP answer; a provider's own refusal brings its own."""
         return self.status
+
+    def headers(self) -> dict[str, str]:
+        """The headers that an HTTP answer with it carries beside its body."""
+        headers: dict[str, str] = {}
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        if self.retry_after is not None:
+            # Up, and to the millisecond: who comes a little too soon is refused again.
+            headers["Retry-After"] = str(max(1, math.ceil(self.retry_after)))
+            if self.http_status == 429:
+                headers["retry-after-ms"] = str(max(1, math.ceil(1000 * self.retry_after)))
+        elif self.http_status == 503:
+            headers["Retry-After"] = "1"
+        if self.http_status == 409:
+            headers["x-should-retry"] = "false"
+        return headers
 
     def body(self) -> bytes:
         """The JSON body of an HTTP answer."""
@@ -259,209 +275,8 @@ class InternalError(AioserverError):
     close_reason = b"internal error"
 
 
-# The provider's.
-
-
-class ProviderFault(AioserverError):
-    """Something between us and the provider's answer.
-
-    *retry*: the same provider may be asked again; *failover*: the next one may be; *failure*: the
-    breaker counts it; *attempt*: what became of the request that was sent, empty where none was.
-    """
-
-    outcome = "provider_error"
-    attempt: ClassVar[str] = ""
-    retry: ClassVar[bool] = False
-    failover: ClassVar[bool] = False
-    failure: ClassVar[bool] = True
-    again: ClassVar[bool] = False  # the client may: nothing was sent, so nothing is paid twice
-    provider: str = ""  # whose fault it is, and how often one was asked
-    attempts: int = 0
-
-
-class ConnectError(ProviderFault):
-    """Refused, DNS, TLS."""
-
-    attempt = "connect_error"
-    code, status, retryable = "connect_error", 502, True
-    retry = failover = again = True
-
-
-class ConnectTimeout(ProviderFault):
-    """DNS, TCP and TLS together took longer than `connect_timeout`."""
-
-    attempt = "timeout"
-    code, status, retryable = "connect_timeout", 504, True
-    retry = failover = again = True
-
-
-class CertificateFault(ProviderFault):
-    """The provider's certificate does not hold."""
-
-    attempt = "tls"
-    code, status = "provider_auth_error", 502
-    failover, failure = True, False
-
-
-class PoolTimeout(ProviderFault):
-    """No pooled connection became free within `pool_timeout`."""
-
-    outcome = "rejected"
-    code, status, retryable = "pool_timeout", 503, True
-    failover, failure = True, False
-
-
-class WriteTimeout(ProviderFault):
-    """The provider took nothing of the request for `write_timeout`."""
-
-    attempt = "timeout"
-    code, status, retryable = "write_timeout", 504, True
-
-
-class ReadTimeout(ProviderFault):
-    """The provider sent nothing for `read_timeout`."""
-
-    attempt = "timeout"
-    code, status, retryable = "read_timeout", 504, True
-
-
-class ProviderDisconnected(ProviderFault):
-    """The provider closed before its answer was whole."""
-
-    attempt = "disconnected"
-    code, status, retryable = "provider_disconnected", 502, True
-
-
-class StaleConnection(ProviderDisconnected):
-    """A pooled connection that proved dead before a byte of the answer came: safe to repeat."""
-
-    attempt = "stale"
-    retry, failover, failure = True, True, False
-
-
-class ProviderBadResponse(ProviderFault):
-    """Not HTTP, not JSON, not an event stream, or a line over the bound."""
-
-    attempt = "bad_response"
-    code, status, retryable = "provider_bad_response", 502, True
-
-
-class ProviderAuthError(ProviderFault):
-    """The provider refuses our key; its text is never shown."""
-
-    attempt = "http_4xx"
-    code, status = "provider_auth_error", 502
-    failover, failure = True, False
-
-
-class ProviderFlagged(ProviderAuthError):
-    """The provider has refused our key a moment ago, and is not asked again yet."""
-
-    attempt = ""
-
-
-class CircuitOpen(ProviderFault):
-    """The provider fails, and is left alone for a while."""
-
-    outcome = "rejected"
-    code, status, retryable = "circuit_open", 503, True
-    failover, failure = True, False
-
-
-class ProviderRateLimited(ProviderFault):
-    """The provider said 429 or 498."""
-
-    attempt = "http_429"
-    code, status, retryable = "provider_rate_limited", 429, True
-    retry, failover, failure = True, True, False
-
-
-class ProviderPaced(ProviderRateLimited):
-    """Our pace for the provider (`requests_per_minute`) cannot start it before its deadline."""
-
-    outcome, attempt = "rejected", ""
-    retry = False
-
-
-class ProviderError(ProviderFault):
-    """The provider's 5xx, or an error object inside its stream."""
-
-    attempt = "http_5xx"
-    code, status, retryable = "provider_error", 502, True
-    retry = failover = True
-
-
-class ProviderRefused(ProviderFault):
-    """The provider calls the request faulty (4xx): its status and body pass as they are."""
-
-    outcome, attempt = "client_error", "http_4xx"
-    code, status = "provider_error", 400
-    failure = False
-
-    def __init__(self, message: str, status: int, content: bytes) -> None:
-        super().__init__(message)
-        self.given_status = status
-        self.content = content
-
-    @property
-    def http_status(self) -> int:
-        """The provider's own status."""
-        return self.given_status
-
-    def body(self) -> bytes:
-        """The provider's own body."""
-        return self.content
-
-
-class ProviderQueueFull(ProviderFault):
-    """`queue_size` requests wait for this provider already."""
-
-    outcome = "rejected"
-    code, status, retryable = "provider_queue_full", 503, True
-    failover, failure = True, False
-
-
-class ProviderQueueTimeout(ProviderFault):
-    """No place at this provider within its `queue_timeout`."""
-
-    outcome = "rejected"
-    code, status, retryable = "provider_queue_timeout", 503, True
-    failover, failure = True, False
-
-
-class NoProvider(ProviderFault):
-    """No provider is usable, or this one was taken out of the configuration."""
-
-    outcome = "rejected"
-    code, status, retryable = "no_provider", 503, True
-    failover, failure = True, False
-
-
 def public(fault: BaseException) -> AioserverError:
     """What a client may see of *fault*: an unknown one shows nothing of itself."""
     if isinstance(fault, AioserverError):
         return fault
     return InternalError("internal error")
-
-
-def http_headers(error: AioserverError) -> Mapping[str, str]:
-    """The headers an HTTP answer with *error* carries beside its body."""
-    headers: dict[str, str] = {}
-    if isinstance(error, ProviderFault) and error.provider:
-        headers["x-aioserver-provider"] = error.provider
-        headers["x-aioserver-attempts"] = str(error.attempts)
-    if error.status == 401:
-        headers["WWW-Authenticate"] = "Bearer"
-    if error.retry_after is not None:
-        # Up, and to the millisecond: who comes a little too soon is refused again.
-        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
-        if error.http_status == 429:
-            headers["retry-after-ms"] = str(max(1, math.ceil(1000 * error.retry_after)))
-    elif error.http_status == 503:
-        headers["Retry-After"] = "1"
-    sent = isinstance(error, ProviderFault) and (
-        error.attempts > 1 or (error.status in {502, 504} and not error.again)
-    )
-    if error.http_status == 409 or sent:
-        headers["x-should-retry"] = "false"
-    return headers

@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from aioserver.errors import ProviderBadResponse
+from aioserver.faults import ProviderBadResponse
 
 MAX_EVENT_BYTES = 1 << 20  # of an event, and so of a line
 BOM = b"\xef\xbb\xbf"

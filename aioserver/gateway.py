@@ -18,20 +18,20 @@ import uuid
 from typing import TYPE_CHECKING, Any
 
 from aioserver.allowance import REVOKED
-from aioserver.bodies import chat_body
-from aioserver.deltas import Reading, final_response
+from aioserver.deltas import final_response
 from aioserver.entries import CANCELLED, CHUNK, COMPLETE, ERROR
 from aioserver.errors import (
     AioserverError,
     InvalidApiKey,
-    ProviderDisconnected,
     RequestConflict,
     ServerShutdown,
     StreamNotFound,
     public,
 )
+from aioserver.faults import ProviderDisconnected
 from aioserver.lifetime import EndReader, Lifetime
-from aioserver.providers.ask import Answer, Ask
+from aioserver.providers.ask import Answer
+from aioserver.questions import Questions
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Coroutine, Iterator
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from aioserver.auth import Caller
     from aioserver.conversations import Conversations
     from aioserver.messages import Chat
+    from aioserver.providers.ask import Ask
+    from aioserver.questions import Question
     from aioserver.records import Records
     from aioserver.router import Route, Router
     from aioserver.store import Streams
@@ -65,7 +67,7 @@ class Gateway:
     ) -> None:
         self._router = router
         self._streams = streams
-        self._conversations = conversations
+        self._questions = Questions(conversations, service, bounds)
         self._records = records
         self._loop = asyncio.get_running_loop()
         self._producers: dict[asyncio.Task[None], Stream] = {}
@@ -77,7 +79,8 @@ class Gateway:
 
     def apply(self, service: settings.Service, bounds: settings.Streams) -> None:
         """Answer by these settings from now on, at the providers that the router has now."""
-        self._service, self._bounds = service, bounds
+        self._bounds = bounds
+        self._questions.apply(service, bounds)
         self.lifetime.apply(bounds)
         for provider in self._router.providers.values():
             provider.on_wait = self.lifetime.make_room
@@ -101,37 +104,11 @@ class Gateway:
         if (known := self._known(caller, chat.request_id, digest)) is not None:
             return known
         route = self._router.route(chat.model, chat.provider)
-        streamed = self._service.streaming.enabled if chat.streaming is None else chat.streaming
-        reading = Reading(
-            route.provider.settings.choice_index, max_text_bytes=self._bounds.max_stream_bytes
-        )
-        conversation_id = None
-        messages = chat.messages
-        if messages is None:
-            assert chat.text is not None
-            conversation_id = chat.conversation_id or scope or uuid.uuid4().hex
-            messages = self._conversations.history(caller, conversation_id, chat.text)
-            if self._service.system_prompt:
-                prompt = {"role": "system", "content": self._service.system_prompt}
-                messages = [prompt, *messages]
-
-        def body(provider: settings.Provider) -> bytes:
-            model = route.model if provider.name == route.provider.name else None
-            return chat_body(provider, model, messages, chat.options, streamed)
-
-        ask = Ask(
-            "chat/completions",
-            body,
-            streamed,
-            caller=caller,
-            model=route.model,
-            frames=True,
-            reading=reading,
-        )
+        question = self._questions.make(caller, chat, scope, route)
         stream = self._open(chat.request_id, caller, self._bounds.resume_window, digest)
-        stream.conversation_id = conversation_id
-        self._begin(stream, ask, route, face, chat.request_id)
-        self._start(stream, self._answer(route, stream, ask, chat, conversation_id))
+        stream.conversation_id = question.conversation_id
+        self._begin(stream, question.ask, route, face, chat.request_id)
+        self._start(stream, self._answer(route, stream, question))
         return stream
 
     def relay(
@@ -342,23 +319,17 @@ class Gateway:
         self._tasks[stream] = task
         task.add_done_callback(self._settle)
 
-    async def _answer(
-        self, route: Route, stream: Stream, ask: Ask, chat: Chat, conversation_id: str | None
-    ) -> None:
+    async def _answer(self, route: Route, stream: Stream, question: Question) -> None:
         try:
-            await self._router.fill(route, stream, ask)
+            await self._router.fill(route, stream, question.ask)
         except asyncio.CancelledError:
             stream.seal()
-            if ask.reading is not None and ask.reading.text:
-                self._remember(stream, ask, chat, conversation_id)
+            reading = question.ask.reading
+            if reading is not None and reading.text:
+                question.keep()
             raise
         if stream.end_status == COMPLETE:
-            self._remember(stream, ask, chat, conversation_id)
-
-    def _remember(self, stream: Stream, ask: Ask, chat: Chat, conversation_id: str | None) -> None:
-        if conversation_id is not None and chat.text is not None and ask.reading is not None:
-            text = "".join(ask.reading.text)
-            self._conversations.keep(stream.caller, conversation_id, chat.text, text)
+            question.keep()
 
     async def _call(self, route: Route, stream: Stream, ask: Ask, *, stored: bool) -> None:
         def sending() -> None:

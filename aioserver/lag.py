@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import asyncio
 
-    from aioserver.metrics import Histogram
+    from aioserver.counting import Histogram
 
 EVERY = 0.1  # seconds between two looks
 WORTH = 0.005  # seconds; less is no lateness, but how a loop works

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import orjson
 
-from aioserver.metrics import Counter
+from aioserver.counting import Counter
 
 if TYPE_CHECKING:
     from collections.abc import Callable

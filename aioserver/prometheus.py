@@ -22,8 +22,8 @@ from prometheus_client.metrics_core import (
 from prometheus_client.registry import Collector
 
 from aioserver import __version__, keys, logs
+from aioserver.counting import Counter, Family
 from aioserver.kernel import accept_queue, process
-from aioserver.metrics import Counter, Family
 from aioserver.providers.breaker import CLOSED, OPEN, TRIAL
 
 if TYPE_CHECKING:

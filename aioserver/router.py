@@ -18,8 +18,9 @@ import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from aioserver.errors import ModelNotFound, NoProvider, ProviderFault, ProviderRateLimited
-from aioserver.providers.provider import KEY_FAULTS
+from aioserver.errors import ModelNotFound
+from aioserver.faults import NoProvider, ProviderFault, ProviderRateLimited
+from aioserver.providers.health import KEY_FAULTS
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence

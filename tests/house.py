@@ -143,9 +143,10 @@ class House:
 
     def forgive(self) -> None:
         """Let the provider be asked as if it had never failed."""
-        self.provider._breaker = Breaker()
-        self.provider._flagged_until = 0.0
-        self.provider._pace._closed_until = self.provider._pace._slow_until = 0.0
+        self.provider._health.breaker = Breaker()
+        self.provider._health._flagged_until = 0.0
+        pace = self.provider._pace
+        pace._closed_until = pace._slow_until = pace._due = 0.0
 
     async def change(self, **changes: Any) -> bool:
         """Write another configuration, and have it read: `change(**{"llm.active": "other"})`."""

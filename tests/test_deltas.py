@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aioserver.deltas import Reading
-from aioserver.errors import (
+from aioserver.faults import (
     ProviderAuthError,
     ProviderBadResponse,
     ProviderError,

@@ -8,21 +8,17 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from aioserver import errors
+from aioserver import errors, faults
 from aioserver.errors import (
     AioserverError,
     InternalError,
-    ProviderError,
-    ProviderFault,
-    ProviderRefused,
     RateLimitExceeded,
-    ReadTimeout,
     RequestConflict,
     ServerAtCapacity,
     ServerShutdown,
-    http_headers,
     public,
 )
+from aioserver.faults import ProviderError, ProviderFault, ProviderRefused, ReadTimeout
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -65,7 +61,7 @@ TYPES = {
 
 def descendants(cls: type[AioserverError]) -> Iterator[type[AioserverError]]:
     for child in cls.__subclasses__():
-        if child.__module__ == errors.__name__:
+        if child.__module__ in {errors.__name__, faults.__name__}:
             yield child
             yield from descendants(child)
 
@@ -112,7 +108,7 @@ def test_each_chunk_says_what_a_client_may_do(cls: type[AioserverError]) -> None
 
 @pytest.mark.parametrize("cls", ALL)
 def test_each_503_says_when_to_come_back(cls: type[AioserverError]) -> None:
-    assert ("Retry-After" in http_headers(cls("what happened"))) == (cls.status == 503)
+    assert ("Retry-After" in cls("what happened").headers()) == (cls.status == 503)
 
 
 @pytest.mark.parametrize("cls", ALL)
@@ -145,7 +141,7 @@ def test_the_close_codes_are_those_of_the_contract() -> None:
 def test_retry_after_is_in_whole_seconds_from_1_on_and_never_too_early(
     seconds: float, header: str
 ) -> None:
-    full = http_headers(ServerAtCapacity("full", retry_after=seconds))
+    full = ServerAtCapacity("full", retry_after=seconds).headers()
 
     assert full["Retry-After"] == header
     assert "retry-after-ms" not in full
@@ -156,8 +152,8 @@ def test_retry_after_is_in_whole_seconds_from_1_on_and_never_too_early(
     [(0.0, "1", "1"), (0.2, "1", "200"), (1.4, "2", "1400"), (1.40001, "2", "1401")],
 )
 def test_a_429_never_says_too_soon(seconds: float, whole: str, milliseconds: str) -> None:
-    for cls in (RateLimitExceeded, errors.ConcurrencyExceeded, errors.ProviderRateLimited):
-        headers = http_headers(cls("slow", retry_after=seconds))
+    for cls in (RateLimitExceeded, errors.ConcurrencyExceeded, faults.ProviderRateLimited):
+        headers = cls("slow", retry_after=seconds).headers()
 
         assert (headers["Retry-After"], headers["retry-after-ms"]) == (whole, milliseconds)
 
@@ -166,7 +162,7 @@ def test_a_429_never_says_too_soon(seconds: float, whole: str, milliseconds: str
 def test_a_401_names_the_scheme_and_nothing_else_does(cls: type[AioserverError]) -> None:
     expected = "Bearer" if cls.status == 401 else None
 
-    assert http_headers(cls("what happened")).get("WWW-Authenticate") == expected
+    assert cls("what happened").headers().get("WWW-Authenticate") == expected
 
 
 @pytest.mark.parametrize("cls", [cls for cls in ALL if issubclass(cls, errors.Denied)])
@@ -176,9 +172,9 @@ def test_each_denial_has_its_reason(cls: type[errors.Denied]) -> None:
 
 def test_sdks_are_told_not_to_repeat_what_was_sent_to_a_provider() -> None:
     for error in (ReadTimeout("slow"), ProviderError("500"), RequestConflict("known")):
-        assert http_headers(error)["x-should-retry"] == "false"
+        assert error.headers()["x-should-retry"] == "false"
     for other in (ServerAtCapacity("full"), InternalError("bug"), RateLimitExceeded("slow")):
-        assert "x-should-retry" not in http_headers(other)
+        assert "x-should-retry" not in other.headers()
 
 
 def test_a_providers_refusal_passes_body_and_all() -> None:

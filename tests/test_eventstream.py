@@ -8,7 +8,6 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from aioserver.errors import ProviderBadResponse
 from aioserver.eventstream import (
     BOM,
     HEARTBEAT,
@@ -20,6 +19,7 @@ from aioserver.eventstream import (
     split,
     write,
 )
+from aioserver.faults import ProviderBadResponse
 
 
 class Parser:

@@ -24,10 +24,11 @@ from hypothesis import strategies as st
 from aioserver import eventstream, keys, messages
 from aioserver.deltas import TEXT, Reading, learn
 from aioserver.entries import CANCELLED
-from aioserver.errors import AioserverError, ProviderBadResponse, ProviderError, ResumeGap
+from aioserver.errors import AioserverError, ResumeGap
 from aioserver.faces.formats import EVENTS, MESSAGES, RAW
 from aioserver.faces.writer import TURN_BYTES, Writer
 from aioserver.fastpath import MAX_CHUNK_BYTES, FastPath, Outbox, TextPath
+from aioserver.faults import ProviderBadResponse, ProviderError
 from aioserver.providers.answers import ChatSink, EventSink
 from aioserver.providers.wire import Exchange, WireProtocol
 from aioserver.store import Streams

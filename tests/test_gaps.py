@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from aioserver import keys
+from aioserver.counting import SHORT, Histogram
 from aioserver.lag import EVERY, LoopLag
-from aioserver.metrics import SHORT, Histogram
 from aioserver.providers.simulator import Behaviour
 from aioserver.records import Record
 from tests.faces.talk import CHAT

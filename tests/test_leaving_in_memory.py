@@ -11,7 +11,8 @@ import pytest
 
 from aioserver import entries, settings, streams
 from aioserver.auth import anonymous
-from aioserver.errors import AioserverError, ProviderQueueFull, ProviderQueueTimeout
+from aioserver.errors import AioserverError
+from aioserver.faults import ProviderQueueFull, ProviderQueueTimeout
 from aioserver.gate import Gate
 from aioserver.gateway import Gateway
 from aioserver.lag import LoopLag

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from aioserver import errors
-from aioserver.metrics import CANCELLED, FACES, KINDS, OK, Histogram, Metrics, Recent
+from aioserver import errors, faults
+from aioserver.counting import Histogram, Recent
+from aioserver.metrics import CANCELLED, FACES, KINDS, OK, Metrics
 from aioserver.records import Record, Records
 
 GIVEN: Any = {name: SimpleNamespace(model="m", models=("n",)) for name in ("openai", "groq")}
@@ -24,7 +25,7 @@ def all_errors() -> list[type[errors.AioserverError]]:
 
 
 def made(kind: type[errors.AioserverError]) -> errors.AioserverError:
-    if issubclass(kind, errors.ProviderRefused):
+    if issubclass(kind, faults.ProviderRefused):
         return kind("no", 404, b"{}")
     return kind("no")
 

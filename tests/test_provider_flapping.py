@@ -30,7 +30,7 @@ async def state(house: House, name: str = "sim") -> int:
 
 def left_alone(house: House, name: str, seconds: float) -> None:
     """Let *name*, which is left alone already, be so for *seconds* from now on."""
-    breaker = house.provider_of(name)._breaker
+    breaker = house.provider_of(name)._health.breaker
     breaker._open_until = breaker._clock() + seconds
 
 

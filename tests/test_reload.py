@@ -471,7 +471,7 @@ async def test_a_new_key_goes_with_the_next_request_on_another_connection(
 async def test_a_provider_that_refused_our_key_is_asked_again(make_house: Make) -> None:
     house = await make_house(Behaviour(fail_rate=1.0, fail_status=401))
     assert (await ask(house))["status"] == 502
-    assert house.provider.flagged
+    assert house.provider.stats().flagged
     house.simulator.behaviour = Behaviour(ttft=0, interval=0)
 
     assert await house.change()

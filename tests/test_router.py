@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from aioserver.errors import ModelNotFound, NoProvider
+from aioserver.errors import ModelNotFound
+from aioserver.faults import NoProvider
 from aioserver.providers.provider import Provider
 from aioserver.router import Router
 from tests.house import HTTP_CLIENT, configured

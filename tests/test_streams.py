@@ -12,9 +12,10 @@ import pytest
 from aioserver import eventstream
 from aioserver.deltas import Reading, Shape
 from aioserver.entries import CANCELLED, CHUNK, COMPLETE, ERROR, PROCESSING
-from aioserver.errors import ProviderDisconnected, ResumeGap, ServerAtCapacity
+from aioserver.errors import ResumeGap, ServerAtCapacity
 from aioserver.fastpath import Client as PassedTo
 from aioserver.fastpath import TextPath
+from aioserver.faults import ProviderDisconnected
 from aioserver.store import Streams
 
 if TYPE_CHECKING:

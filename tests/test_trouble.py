@@ -12,7 +12,7 @@ import pytest
 
 from aioserver import settings
 from aioserver.entries import COMPLETE
-from aioserver.errors import (
+from aioserver.faults import (
     CircuitOpen,
     ProviderAuthError,
     ProviderDisconnected,
@@ -23,7 +23,6 @@ from aioserver.errors import (
     ProviderRateLimited,
     ProviderRefused,
     ReadTimeout,
-    http_headers,
 )
 from aioserver.providers import breaker, wire
 from aioserver.providers.ask import Ask
@@ -270,7 +269,7 @@ async def test_a_kept_connection_that_is_lost_late_is_not_stale(
 
 async def test_a_storm_of_faults_makes_no_storm_of_retries(trouble: Trouble) -> None:
     provider = await trouble.add("a", status(503), max_retries=5, queue_size=100)
-    provider._breaker.ended = lambda **_kwargs: None  # type: ignore[method-assign]
+    provider._health.breaker.ended = lambda **_kwargs: None  # type: ignore[method-assign]
 
     done = await asyncio.gather(*(trouble.fill() for _ in range(30)), return_exceptions=True)
 
@@ -371,8 +370,8 @@ LONGER = status(429, "Retry-After: 90\r\n")
 async def opened(provider: Provider, seconds: float) -> None:
     """Let it have failed so often that it is left alone for *seconds*."""
     for _ in range(breaker.FAILURES):
-        provider._breaker.ended(trial=False, failed=True)
-    provider._breaker._open_until = provider._breaker._clock() + seconds
+        provider._health.breaker.ended(trial=False, failed=True)
+    provider._health.breaker._open_until = provider._health.breaker._clock() + seconds
 
 
 @pytest.mark.parametrize("waits", [(40.0, 8.0, 20.0), (8.0, 20.0, 40.0), (40.0, 20.0, 8.0)])
@@ -387,7 +386,7 @@ async def test_where_all_are_left_alone_the_soonest_counts(
 
     assert 7 < (told.value.retry_after or 0) <= 8.8
     assert trouble.counts() == {"a": 0, "b": 0, "c": 0}
-    headers = http_headers(told.value)
+    headers = told.value.headers()
     assert int(headers["Retry-After"]) >= (told.value.retry_after or 0), "never too early"
     assert (told.value.http_status, headers["x-aioserver-attempts"]) == (503, "0")
     assert "x-should-retry" not in headers, "nothing was sent"
@@ -561,7 +560,7 @@ async def test_one_trial_at_a_time_finds_out_that_it_is_back(trouble: Trouble) -
     for _ in answers:
         with pytest.raises(ProviderError):
             await trouble.fill()
-    provider._breaker._open_until = 0.0  # its time is over
+    provider._health.breaker._open_until = 0.0  # its time is over
     trouble.gate.clear()
     trial = asyncio.create_task(trouble.fill())
     await until(lambda: trouble.counts()["a"] == breaker.FAILURES + 1)
@@ -600,7 +599,7 @@ async def test_what_says_nothing_of_its_health_does_not_open_it(
 ) -> None:
     provider = await trouble.add("a", answer, max_retries=0)
     for _ in range(breaker.FAILURES + 1):
-        provider._pace._closed_until = provider._flagged_until = 0.0
+        provider._pace._closed_until = provider._health._flagged_until = 0.0
         with pytest.raises(ProviderFault):
             await trouble.fill()
     assert provider.stats().breaker == "closed"
@@ -611,8 +610,8 @@ async def test_a_trial_that_answers_and_is_left_says_no_more(trouble: Trouble) -
     for _ in range(breaker.FAILURES):
         with pytest.raises(ProviderError):
             await trouble.fill()
-    provider._breaker._open_until = 0.0
-    ask = Ask("x", lambda _given: b"", streamed=True, trial=provider._breaker.enter())
+    provider._health.breaker._open_until = 0.0
+    ask = Ask("x", lambda _given: b"", streamed=True, trial=provider._health.breaker.enter())
 
     provider._heard(408, {}, ask)
     assert provider.stats().breaker == "trial"
@@ -656,7 +655,27 @@ async def test_a_provider_that_refuses_our_key_is_not_asked_again_for_a_while(
         await trouble.fill()
     assert provider.stats().flagged
     assert trouble.counts() == {"a": 1}
-    provider._flagged_until = 0.0
+    provider._health._flagged_until = 0.0
 
     assert (await trouble.fill())[0].end_status == COMPLETE
     assert provider.meter.attempts["http_4xx"].value == 1
+
+
+async def test_a_403_stops_a_provider_that_has_never_answered(trouble: Trouble) -> None:
+    provider = await trouble.add("a", status(403), ANSWER)
+    with pytest.raises(ProviderAuthError):
+        await trouble.fill()
+
+    assert provider.stats().flagged
+
+
+async def test_a_403_for_one_request_stops_nobody_else(trouble: Trouble) -> None:
+    provider = await trouble.add("a", ANSWER, status(403), ANSWER)
+    await trouble.fill()
+    with pytest.raises(ProviderAuthError) as refused:
+        await trouble.fill()
+
+    assert not provider.stats().flagged
+    assert (await trouble.fill())[0].end_status == COMPLETE
+    assert refused.value.code == "provider_auth_error"
+    assert provider.meter.key_refused.value == 0

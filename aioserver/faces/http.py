@@ -26,13 +26,12 @@ from aioserver.errors import (
     InvalidRequest,
     MethodNotAllowed,
     NotFound,
-    ProviderFault,
     RequestTimeout,
     RequestTooLarge,
     UnsupportedMediaType,
     UriTooLong,
-    http_headers,
 )
+from aioserver.faults import ProviderFault
 
 if TYPE_CHECKING:
     from aioserver.auth import Origins
@@ -122,7 +121,7 @@ async def _collect(content: Any, hold: BodyHold, max_bytes: int) -> bytes:
 
 def error_response(error: AioserverError) -> web.Response:
     """*error* as an HTTP answer."""
-    headers = dict(http_headers(error))
+    headers = error.headers()
     headers["Content-Type"] = "application/json"
     if error.force_close:
         headers["Connection"] = "close"

@@ -23,7 +23,7 @@ import orjson
 
 from aioserver import entries, eventstream
 from aioserver.deltas import TEXT_START, Reading, Shape, learn, provider_error, usage_of
-from aioserver.errors import (
+from aioserver.faults import (
     ProviderAuthError,
     ProviderBadResponse,
     ProviderDisconnected,

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from aioserver import settings
     from aioserver.deltas import Reading
-    from aioserver.errors import ProviderFault
+    from aioserver.faults import ProviderFault
 
 ANYONE = Caller()
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import httptools
 
-from aioserver.errors import ProviderBadResponse
+from aioserver.faults import ProviderBadResponse
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from aioserver.errors import ProviderPaced, ProviderQueueFull, ProviderQueueTimeout
+from aioserver.faults import ProviderPaced, ProviderQueueFull, ProviderQueueTimeout
 from aioserver.gate import Gate
 from aioserver.providers.pace import Pace
 

@@ -26,13 +26,8 @@ import aiohttp
 from aiohttp import ClientRequest, ClientTimeout, TCPConnector
 from yarl import URL
 
-from aioserver.errors import (
-    AioserverError,
-    CertificateFault,
-    ConnectError,
-    ConnectTimeout,
-    PoolTimeout,
-)
+from aioserver.errors import AioserverError
+from aioserver.faults import CertificateFault, ConnectError, ConnectTimeout, PoolTimeout
 from aioserver.gate import Gate, Place
 from aioserver.providers.wire import WireProtocol
 

@@ -9,30 +9,24 @@ client is. A provider knows no face: it is given an `Ask` and fills a `Stream`, 
 from __future__ import annotations
 
 import asyncio
-import random
 from dataclasses import dataclass
-from math import inf
 from time import monotonic
 from typing import TYPE_CHECKING
 
 from aioserver import entries
 from aioserver.deltas import Reading, usage_of
-from aioserver.errors import (
-    CertificateFault,
-    CircuitOpen,
+from aioserver.faults import (
     NoProvider,
-    ProviderAuthError,
     ProviderBadResponse,
     ProviderFault,
-    ProviderFlagged,
     ProviderRateLimited,
     StaleConnection,
 )
 from aioserver.metrics import ProviderMeter
 from aioserver.providers.answers import BodySink, ChatSink, EventSink, complete
 from aioserver.providers.ask import Answer, Ask
-from aioserver.providers.breaker import CLOSED, Breaker
 from aioserver.providers.budget import Budget
+from aioserver.providers.health import Health
 from aioserver.providers.line import Line
 from aioserver.providers.pools import Pools
 from aioserver.providers.verdict import check_json, check_plain, is_of, judge, passing
@@ -50,8 +44,6 @@ if TYPE_CHECKING:
 MAX_ERROR_BYTES = 1 << 20  # of an error's body
 BYTES_PER_TOKEN = 4  # of a request, about
 WORTH_WAITING = 1.0  # seconds that a provider may rest; for more another is asked, if there is one
-FLAGGED = 300.0  # seconds for which one that refuses our key is not asked
-KEY_FAULTS = (ProviderAuthError, CertificateFault)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,9 +91,8 @@ class Provider:
         self._gate = Line(given.name, given.http_client)
         self._pace = self._gate.pace
         self._pools = Pools(given, base_url, demand=lambda: self._coming)
-        self._breaker = Breaker()
+        self._health = Health(given.name, self.meter)
         self.budget = Budget()  # of retries
-        self._flagged_until = 0.0  # monotonic: it refuses our key until then
         self._coming = 0  # who waits, or has a place and has not run since: the gate counts less
         self._left: asyncio.Event | None = None  # taken out; set when the last answer has ended
 
@@ -119,13 +110,14 @@ class Provider:
         elsewhere = base_url != self._pools.base_url
         put_pool = self._pools.prepare(given, base_url)
 
+        other_key = given.api_key != self.settings.api_key
+
         def put() -> None:
             put_pool()
             self.settings = given
             self._max_response_bytes = max_response_bytes
-            self._left, self._flagged_until = None, 0.0
-            if elsewhere:
-                self._breaker = Breaker()  # what failed was another address
+            self._left = None
+            self._health.renew(elsewhere=elsewhere, other_key=other_key)
             self._gate.adopt(given.http_client)
 
         return put
@@ -218,42 +210,27 @@ class Provider:
             self._gate.stats(),
             self._pools.stats(),
             pace,
-            self._breaker.state,
-            self.flagged,
+            self._health.breaker.state,
+            self._health.flagged,
         )
-
-    @property
-    def flagged(self) -> bool:
-        """Whether it has refused our key, and is not asked now."""
-        return self._flagged_until > monotonic()
 
     def ended(self, ask: Ask, exc: BaseException | None) -> None:
         """A try has ended, well or with *exc*: count it, and learn from it."""
         if self._left is not None and not self._gate.inside:
             self._left.set()
         self._paid(ask, exc)
-        meter, trial = self.meter, ask.trial
-        ask.trial = False
+        trial, ask.trial = ask.trial, False
         exc = exc or ask.fault
+        attempts = self.meter.attempts
         if exc is None:
-            meter.attempts["ok"].value += 1
-            self._breaker.ended(trial=trial, failed=False)
-            return
-        failed = None
-        if isinstance(exc, ProviderFault):
+            attempts["ok"].value += 1
+        elif isinstance(exc, ProviderFault):
             if exc.attempt:
-                meter.attempts[exc.attempt].value += 1
-                failed = True if exc.failure else None
-            if isinstance(exc, KEY_FAULTS) and exc.attempt:
-                meter.key_refused.value += 1
-                self._flagged_until = max(self._flagged_until, monotonic() + FLAGGED)
-                self._gate.turn_away(self._left_alone)
+                attempts[exc.attempt].value += 1
         elif isinstance(exc, asyncio.CancelledError) and ask.record.sent:
-            meter.attempts["cancelled"].value += 1
-        closed = self._breaker.state == CLOSED
-        self._breaker.ended(trial=trial, failed=failed)
-        if closed and self._breaker.state != CLOSED:
-            self._gate.turn_away(self._left_alone)
+            attempts["cancelled"].value += 1
+        if self._health.ended(exc, trial=trial):
+            self._gate.turn_away(self._health.left_alone)
 
     def refuse(self, why: Callable[[], AioserverError] | None = None) -> None:
         """Let nobody in any more, and tell those who wait."""
@@ -266,8 +243,9 @@ class Provider:
 
     def leave(self) -> None:
         """It is taken out of the configuration: nobody comes in, what is under way ends in peace."""
-        self._left, self._flagged_until = asyncio.Event(), inf
-        self._gate.turn_away(self._left_alone)
+        self._left = asyncio.Event()
+        self._health.leave()
+        self._gate.turn_away(self._health.left_alone)
         if not self._gate.inside:
             self._left.set()
 
@@ -338,7 +316,7 @@ class Provider:
                 record.waited += monotonic() - now
         with place:
             self._check(ask)  # it may have begun to fail while this waited
-            ask.trial = self._breaker.enter()
+            ask.trial = self._health.breaker.enter()
             if started is not None:
                 started()
             body = body or ask.body(self.settings)
@@ -394,20 +372,11 @@ class Provider:
         if self._pace.heed(headers) and self._gate.waiting:
             self._gate.rest(WORTH_WAITING)
         if ask.trial and 200 <= status < 300:
-            self._breaker.answered(trial=True)
+            self._health.breaker.answered(trial=True)
             ask.trial = False
 
     def _check(self, ask: Ask) -> None:
         """Raise where the provider is to be left alone."""
-        if not self._breaker.allows or self.flagged:
-            raise self._left_alone()
+        self._health.check()
         if ask.elsewhere and (rest := self._pace.cooling) > WORTH_WAITING:
             raise self._gate.too_soon(rest)
-
-    def _left_alone(self) -> ProviderFault:
-        if self._left is not None:
-            return NoProvider(f"{self.name} was taken out of the configuration")
-        if self.flagged:
-            return ProviderFlagged(f"{self.name} has refused our key")
-        wait = self._breaker.wait * random.uniform(1.0, 1.1)  # noqa: S311 - not all at once
-        return CircuitOpen(f"{self.name} fails, and is left alone", retry_after=wait)

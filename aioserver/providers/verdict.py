@@ -1,6 +1,7 @@
 """What a provider's answer means, from its status, its headers and its body.
 
-401, 402, 403, insufficient_quota     our key or our account: ProviderAuthError
+401, 402, insufficient_quota          our key or our account: ProviderAuthError
+403                                   the same, or this one request: ProviderForbidden
 429, 498                              too much at the moment: ProviderRateLimited
 408, 5xx                              its own fault: ProviderError
 other 4xx                             the caller's: ProviderRefused, a JSON body passes as it is
@@ -16,11 +17,12 @@ from typing import TYPE_CHECKING
 import orjson
 
 from aioserver.deltas import QUOTA, error_codes
-from aioserver.errors import (
-    InvalidRequest,
+from aioserver.errors import InvalidRequest
+from aioserver.faults import (
     ProviderAuthError,
     ProviderBadResponse,
     ProviderError,
+    ProviderForbidden,
     ProviderRateLimited,
     ProviderRefused,
 )
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 MAX_CHECKED_BYTES = 1 << 20  # of a body that is parsed to see that it is JSON
-KEY_STATUSES = frozenset({401, 402, 403})
+KEY_STATUSES = frozenset({401, 402})
 BUSY_STATUSES = frozenset({429, 498})
 PASSING = ("x-ratelimit-", "openai-processing-ms", "openai-version", "x-generation-id")
 
@@ -43,6 +45,8 @@ def judge(name: str, status: int, headers: Mapping[str, str], body: bytes) -> No
         raise ProviderBadResponse(f"{name} answered {status}, a redirect")
     if status in KEY_STATUSES or (status == 429 and _quota_used_up(body)):
         raise ProviderAuthError(f"{name} refuses our key or its quota is used up")
+    if status == 403:
+        raise ProviderForbidden(f"{name} does not allow this")
     wait = retry_after(headers)
     if wait is not None:
         wait = min(wait, MAX_COOLING)

@@ -27,12 +27,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from aiohttp.client_proto import ResponseHandler
 
-from aioserver.errors import (
-    ProviderDisconnected,
-    ReadTimeout,
-    StaleConnection,
-    WriteTimeout,
-)
+from aioserver.faults import ProviderDisconnected, ReadTimeout, StaleConnection, WriteTimeout
 from aioserver.providers.framing import Framing
 from aioserver.records import UNTOLD
 from aioserver.stall import StallWatch

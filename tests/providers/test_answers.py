@@ -11,7 +11,7 @@ import pytest
 
 from aioserver import entries, eventstream
 from aioserver.deltas import Reading
-from aioserver.errors import (
+from aioserver.faults import (
     ProviderAuthError,
     ProviderBadResponse,
     ProviderDisconnected,

@@ -18,7 +18,7 @@ import trustme
 from aiohttp import TCPConnector
 from aiohttp.client_proto import ResponseHandler
 
-from aioserver.errors import (
+from aioserver.faults import (
     CertificateFault,
     ConnectError,
     ConnectTimeout,

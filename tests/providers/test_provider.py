@@ -14,14 +14,15 @@ import pytest
 
 from aioserver import settings
 from aioserver.entries import COMPLETE
-from aioserver.errors import (
+from aioserver.errors import InvalidRequest
+from aioserver.faults import (
     ConnectError,
-    InvalidRequest,
     ProviderAuthError,
     ProviderBadResponse,
     ProviderDisconnected,
     ProviderError,
     ProviderFault,
+    ProviderForbidden,
     ProviderPaced,
     ProviderQueueFull,
     ProviderQueueTimeout,
@@ -217,7 +218,7 @@ async def test_the_proxy_of_the_settings_comes_before_that_of_the_environment(
         ("fault-status-400", ProviderRefused),
         ("fault-status-401", ProviderAuthError),
         ("fault-status-402", ProviderAuthError),
-        ("fault-status-403", ProviderAuthError),
+        ("fault-status-403", ProviderForbidden),
         ("fault-status-404", ProviderRefused),
         ("fault-status-408", ProviderError),
         ("fault-status-409", ProviderRefused),

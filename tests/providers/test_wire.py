@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import aiohttp
 import pytest
 
-from aioserver.errors import (
+from aioserver.faults import (
     ProviderBadResponse,
     ProviderDisconnected,
     ProviderFault,

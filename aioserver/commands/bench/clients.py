@@ -17,8 +17,8 @@ from aiohttp import WSMsgType
 
 from aioserver.commands import remote
 from aioserver.deltas import Reading
-from aioserver.errors import ProviderBadResponse, ProviderError
 from aioserver.eventstream import Splitter, parse
+from aioserver.faults import ProviderBadResponse, ProviderError
 
 if TYPE_CHECKING:
     from collections.abc import Callable

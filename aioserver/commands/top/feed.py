@@ -12,8 +12,8 @@ import aiohttp
 import orjson
 
 from aioserver.commands import remote
-from aioserver.errors import ProviderBadResponse
 from aioserver.eventstream import Splitter, parse
+from aioserver.faults import ProviderBadResponse
 
 if TYPE_CHECKING:
     from collections.abc import Callable
