@@ -87,7 +87,8 @@ async def read_json(request: web.Request, hold: BodyHold, max_bytes: int) -> tup
     """
     if "Content-Encoding" in request.headers:
         raise UnsupportedMediaType("a compressed body is not accepted")
-    if request.content_type != "application/json":
+    given = request.headers.get("Content-Type")
+    if given != "application/json" and request.content_type != "application/json":
         raise UnsupportedMediaType("Content-Type must be application/json")
     length = request.content_length
     if length is not None and length > max_bytes:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from aioserver import settings
     from aioserver.errors import AioserverError
-    from aioserver.gate import GateStats
+    from aioserver.gate import GateStats, Place
     from aioserver.providers.pool import PoolStats
     from aioserver.streams import Stream
 
@@ -268,54 +268,20 @@ class Provider:
         started: Callable[[], None] | None = None,
         sending: Callable[[], None] | None = None,
     ) -> None:
+        """A place, a connection, the request, and the answer by way of *on_head*."""
+        limits, record = self.settings.http_client, ask.record
+        place: Place | None = None
         try:
-            await self._guarded(ask, on_head, told, started, sending)
-        except BaseException as exc:
-            self._pools.pool.trim()  # a connection may have been kept for this request
-            if isinstance(exc, ProviderRateLimited) and exc.attempt:  # said within its answer
-                self._rest(exc)
-            raise
-
-    async def _guarded(
-        self,
-        ask: Ask,
-        on_head: Callable[[int, Mapping[str, str]], Sink],
-        told: Callable[[int, float], None] | None,
-        started: Callable[[], None] | None,
-        sending: Callable[[], None] | None,
-    ) -> None:
-        self._check(ask)
-        record = ask.record
-        now = monotonic()
-        record.lined = record.lined or now
-        limits, body = self.settings.http_client, b""
-        if limits.tokens_per_minute:
-            body = ask.body(self.settings)
-            ask.expected = len(body) // BYTES_PER_TOKEN + (self.settings.max_tokens or 0)
-        place = self._gate.try_enter(ask.expected)
-        if place is None:
-            if self._gate.inside >= self._gate.limit:  # else the pace is in the way
-                self.on_wait(self)
-            self._coming += 1
-            cost, ask.expected = ask.expected, 0
-            try:
-                place = await self._gate.enter(
-                    ask.caller.name,
-                    ask.caller.line,
-                    weight=ask.caller.priority,
-                    told=told,
-                    within=max(0.0, limits.queue_timeout - ask.waited),
-                    again=ask.again,
-                    elsewhere=ask.elsewhere,
-                    cost=cost,
-                )
-                ask.expected = cost
-            finally:
-                self._coming -= 1  # nothing else runs before it asks the pool
-                ask.waited += monotonic() - now
-                record.waited += monotonic() - now
-        with place:
-            self._check(ask)  # it may have begun to fail while this waited
+            self._check(ask)
+            record.lined = record.lined or monotonic()
+            body = b""
+            if limits.tokens_per_minute:
+                body = ask.body(self.settings)
+                ask.expected = len(body) // BYTES_PER_TOKEN + (self.settings.max_tokens or 0)
+            place = self._gate.try_enter(ask.expected)
+            if place is None:
+                place = await self._wait(ask, told)
+                self._check(ask)  # it may have begun to fail meanwhile
             ask.trial = self._health.breaker.enter()
             if started is not None:
                 started()
@@ -327,20 +293,55 @@ class Provider:
                 if sending is not None:
                     sending()
                 record.sent = monotonic()
+                exchange = Exchange(
+                    connection,
+                    read_timeout=limits.read_timeout,
+                    write_timeout=limits.write_timeout,
+                    on_head=on_head,
+                    record=record,
+                )
                 try:
-                    await Exchange(
-                        connection,
-                        read_timeout=limits.read_timeout,
-                        write_timeout=limits.write_timeout,
-                        on_head=on_head,
-                        record=record,
-                    ).run(request)
+                    await exchange.run(request)
                     return
                 except StaleConnection:
                     # Nothing of an answer had come on a kept connection: repeat at once, on a
                     # fresh one. A fresh connection never raises this, so it ends.
                     self.meter.attempts["stale"].value += 1
                     pool.drop_idle()
+        except BaseException as exc:
+            self._pools.pool.trim()  # a connection may have been kept for this request
+            if isinstance(exc, ProviderRateLimited) and exc.attempt:  # said within its answer
+                self._rest(exc)
+            raise
+        finally:
+            if place is not None:
+                place.release()
+
+    async def _wait(self, ask: Ask, told: Callable[[int, float], None] | None) -> Place:
+        """A place, by way of the line."""
+        if self._gate.inside >= self._gate.limit:  # else the pace is in the way
+            self.on_wait(self)
+        began = monotonic()
+        cost, ask.expected = ask.expected, 0
+        self._coming += 1
+        try:
+            place = await self._gate.enter(
+                ask.caller.name,
+                ask.caller.line,
+                weight=ask.caller.priority,
+                told=told,
+                within=max(0.0, self.settings.http_client.queue_timeout - ask.waited),
+                again=ask.again,
+                elsewhere=ask.elsewhere,
+                cost=cost,
+            )
+        finally:
+            self._coming -= 1  # nothing else runs before it asks the pool
+            waited = monotonic() - began
+            ask.waited += waited
+            ask.record.waited += waited
+        ask.expected = cost
+        return place
 
     def _judge(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
         try:
