@@ -43,6 +43,7 @@ access_logger = logging.getLogger("aioserver.access")
 
 MAX_PATH = 200  # characters of a path in a line
 MAX_HEADERS = 128  # fields of one request
+LAST_CALL = 1.0  # seconds that a connection is kept which ends, for a request that is on its way
 LINGERING = 1.0  # seconds an answered request's unread body is read on, so that the answer arrives
 
 
@@ -64,6 +65,18 @@ class Connection(RequestHandler):
     def idle(self) -> bool:
         """Whether it waits for a request."""
         return self._waiter is not None and not self._waiter.done()
+
+    def linger(self) -> None:
+        """End, where the client was not told before that it will.
+
+        Its next request may be on its way: for LAST_CALL it is still read, and answered with the end.
+        """
+        self.last = True
+        self._loop.call_later(LAST_CALL, self._end_idle)
+
+    def _end_idle(self) -> None:
+        if self.idle:
+            self.force_close()
 
     def handle_error(
         self,
@@ -121,7 +134,7 @@ class Server(web.Server):
     """Makes our connections, and ends them.
 
     Once it ends, each connection ends with the answer under way; one that waits for its next request
-    ends now, one that has brought none yet may still bring it.
+    ends soon, one that has brought none yet may still bring it.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -154,7 +167,7 @@ class Server(web.Server):
             assert isinstance(connection, Connection)
             connection.last = True
             if connection.requests and connection.idle:
-                connection.force_close()
+                connection.linger()
 
     async def answered(self, within: float, *, silent: bool = False) -> None:
         """Wait until the connections that have brought a request are gone; with *silent*, all."""

@@ -181,6 +181,34 @@ async def test_an_idle_server_ends_at_once(
         assert clean(served)
 
 
+async def test_a_request_on_its_way_when_it_ends_is_answered(
+    tmp_path: Path, simulator: Simulator
+) -> None:
+    """Who asks again the moment an answer ends cannot know that the connection ends, too."""
+    simulator.behaviour = Behaviour(ttft=0, interval=0.01, tokens=20)
+    async with serving(tmp_path / "c.yaml", simulator.base_url) as served:
+        await served.ready()
+        async with Raw(served) as streamed, Raw(served) as kept:
+            await kept.get("/health")
+            assert (await kept.answer()).status == 200
+            await streamed.post("/v1/chat/completions", STREAMED)
+            await simulator.until(lambda stats: stats.tokens_sent > 2)
+
+            served.signal()
+            await until(lambda: b"stopping" in served.log)
+            for raw in (kept, streamed):
+                if raw is streamed:
+                    answer = await raw.answer()
+                    assert (answer.status, "connection" in answer.headers) == (200, False)
+                await raw.post("/v1/chat/completions", STREAMED)
+                refused = await raw.answer()
+                assert (refused.status, refused.headers["connection"]) == (503, "close")
+                assert refused.code == "server_shutdown"
+                assert await raw.to_the_end() == b""
+            assert await served.ended() == 0
+        assert clean(served)
+
+
 async def test_waiting_ones_are_told_and_nobody_new_comes_in(
     tmp_path: Path, simulator: Simulator
 ) -> None:

@@ -200,8 +200,8 @@ def front(settings: InEffect, guard: Guard, origins: Origins, metrics: Metrics) 
             return begun
         if not response.prepared:
             last_of_connection(request, response)
-        elif connection.last:  # which was not known when its head was sent
-            response.force_close()
+        elif connection.last and response.keep_alive:  # not known when its head was sent
+            connection.linger()
         return response
 
     def preflight(request: web.Request) -> web.Response:

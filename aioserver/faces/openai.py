@@ -97,15 +97,20 @@ def prepare_for(path: str) -> Callable[[web.Request, BodyHold], Any]:
 def body_maker(
     body: bytes, fields: dict[str, Any], route: Route
 ) -> Callable[[settings.Provider], bytes]:
-    """The body for a provider: as it came, or with the model that the route or the provider says."""
+    """The body for a provider: as it came, or with the model that the route or the provider says.
+
+    It is kept for as long as the answer runs: one of the two, since pictures make them large.
+    """
+    given = fields if route.renamed else body
 
     def made(provider: settings.Provider) -> bytes:
         asked = provider.name == route.provider.name
-        if asked and not route.renamed:
-            return body
+        if asked and isinstance(given, bytes):
+            return given
         model = (asked and route.model) or provider.model  # a fallback uses its own
+        told = orjson.loads(given) if isinstance(given, bytes) else given
         try:
-            return orjson.dumps({**fields, "model": model})
+            return orjson.dumps({**told, "model": model})
         except TypeError:  # orjson reads 1,024 levels, but writes 254
             raise InvalidRequest("the body is nested too deeply") from None
 

@@ -285,10 +285,10 @@ class Provider:
             ask.trial = self._health.breaker.enter()
             if started is not None:
                 started()
-            body = body or ask.body(self.settings)
             while True:
                 pool = self._pools.pool
-                request = self._pools.requests.make(ask.path, body)
+                request = self._pools.requests.make(ask.path, body or ask.body(self.settings))
+                body = b""  # nothing of it is kept for as long as the answer takes
                 connection = await pool.connect()
                 if sending is not None:
                     sending()
@@ -300,8 +300,10 @@ class Provider:
                     on_head=on_head,
                     record=record,
                 )
+                running = exchange.run(request)
+                del request
                 try:
-                    await exchange.run(request)
+                    await running
                     return
                 except StaleConnection:
                     # Nothing of an answer had come on a kept connection: repeat at once, on a

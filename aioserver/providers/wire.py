@@ -166,6 +166,7 @@ class Exchange:
                 self.lost(None)
             else:
                 await self._upload(request)
+            del request  # it may be large, and the answer long
             if not self._done.done():
                 self._written = True
                 self._last_byte = self._loop.time()
