@@ -157,6 +157,7 @@ async def _owners(app: web.Application) -> AsyncIterator[None]:
 async def _readiness(app: web.Application) -> AsyncIterator[None]:
     tell_limits(app[keys.SETTINGS].chat.websocket.concurrency)
     app[keys.LIFE].ready = True
+    app[keys.MONITOR].tick()  # or `/stats` would deny it for a second
     yield
     app[keys.LIFE].ready = False
 
