@@ -96,6 +96,7 @@ class Turns(Generic[T]):
             self._serials += 1
             self._ended.pop(caller, None)
             self._push(caller, known)
+        known.step = TURN // weight  # the newest holds: it may have changed since the others came
         waiting = known.lines.setdefault(line, deque())
         if first:
             waiting.appendleft(one)
