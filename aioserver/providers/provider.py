@@ -301,7 +301,7 @@ class Provider:
             cost, ask.expected = ask.expected, 0
             try:
                 place = await self._gate.enter(
-                    ask.caller.name,
+                    ask.caller.turn,
                     ask.caller.line,
                     weight=ask.caller.priority,
                     told=told,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from aioserver import settings
+from aioserver.auth import anonymous
 from aioserver.entries import COMPLETE
 from aioserver.errors import InvalidRequest
 from aioserver.faults import (
@@ -42,6 +43,8 @@ from tests.providers.played import LIMITS, Peer, Played
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
+
+    from aioserver.auth import Caller
 
 FAST = Behaviour(ttft=0, interval=0)
 JSON = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
@@ -503,6 +506,27 @@ async def test_the_queue_is_bounded_in_number_and_time(simulator: Simulator) -> 
         first.cancel()
         await asyncio.wait([first])
         assert (await fill(provider)).end_status == COMPLETE
+
+
+async def test_an_address_that_names_many_users_delays_another_by_one_turn(
+    simulator: Simulator,
+) -> None:
+    async with provider_at(simulator.base_url, {"concurrent_requests": 1}) as provider:
+        served: list[str] = []
+
+        async def one(caller: Caller) -> None:
+            await fill(provider, caller=caller)
+            served.append(caller.turn)
+
+        held = provider._gate.try_enter()
+        assert held is not None
+        many = [anonymous("10.0.0.1").on_behalf_of(f"user {number}") for number in range(5)]
+        asked = [asyncio.create_task(one(caller)) for caller in (*many, anonymous("10.0.0.2"))]
+        await until(lambda: provider.stats().queue.waiting == len(asked))
+        held.release()
+        await asyncio.gather(*asked)
+
+        assert served.index("10.0.0.2") == 1
 
 
 async def test_a_storm_of_leavers_leaves_nothing_behind(simulator: Simulator) -> None:
