@@ -223,8 +223,8 @@ class Gate:
             late = patience <= 0 < self._queue_timeout  # it has waited elsewhere, or before
             raise (self._late if late else self._full)(self.retry_after())
         if self._pace is not None:
-            number = 1 if again else self._waiting.count(caller, line) + 1
-            position = self._waiting.position(caller, line, number, weight)
+            number = self._waiting.count(caller, line) + 1
+            position = self._waiting.position(caller, line, number, weight, first=again)
             if (wait := self._pace.delay(position - 1)) > patience:
                 self._refused += 1
                 raise self._paced(wait)

@@ -840,6 +840,24 @@ async def test_who_comes_again_stands_in_front_of_its_caller() -> None:
     assert order == ["retry", "first", "second"]
 
 
+async def test_who_comes_again_is_not_too_late_because_of_its_callers_others() -> None:
+    pace = Steps(free=1)
+    gate = paced_gate(pace)
+    first = gate.try_enter()
+    assert first is not None
+    others = [asyncio.create_task(gate.enter("a", line)) for line in range(90)]
+    await until(lambda: gate.waiting == len(others))
+
+    again = asyncio.create_task(gate.enter("a", "again", again=True, within=0.4))
+    await until(lambda: again.done() or gate.waiting == len(others) + 1)
+    pace.free = 1
+    gate.serve()
+
+    (await again).release()
+    first.release()
+    await given_up(*others)
+
+
 async def test_a_shorter_patience_than_the_queues() -> None:
     gate = gate_of(queue_timeout=30.0)
     with await gate.enter():
