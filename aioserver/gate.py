@@ -54,6 +54,9 @@ class Pacer(Protocol):
     def start(self, cost: int = 0) -> None:
         """One starts that is expected to cost so much."""
 
+    def charge(self, cost: int) -> None:
+        """It costs so much more; negative: less."""
+
 
 class Place:
     """One place inside a gate. Given back once, however often `release` is called."""
@@ -244,6 +247,8 @@ class Gate:
                 return await turn
         except BaseException as exc:
             if turn.done() and not turn.cancelled() and turn.exception() is None:
+                if self._pace is not None and waiter.cost:
+                    self._pace.charge(-waiter.cost)
                 turn.result().release()  # handed to us in the tick we gave up: pass it on
             else:
                 self._waiting.remove(waiter, waiter.caller, waiter.line)

@@ -713,6 +713,9 @@ class Steps:
         self.free -= 1
         self.started += 1
 
+    def charge(self, cost: int) -> None:
+        self.costs.append(cost)
+
 
 def paced_gate(pace: Steps, limit: int = 10, *, queue_timeout: float = 30.0) -> Gate:
     return Gate(
@@ -914,6 +917,23 @@ async def test_a_cost_is_told_when_its_start_is_taken() -> None:
     assert pace.costs == [7, 9]
     first.release()
     place.release()
+
+
+async def test_a_cost_is_given_back_where_its_place_is() -> None:
+    pace = Steps(free=1)
+    gate = paced_gate(pace, limit=1)
+    first = gate.try_enter()
+    assert first is not None
+    waiter = asyncio.create_task(gate.enter(cost=9))
+    await until(lambda: gate.waiting == 1)
+    pace.free = 1
+
+    first.release()  # hands the place to the waiter …
+    waiter.cancel()  # … which gives up before it runs again
+    with pytest.raises(asyncio.CancelledError):
+        await waiter
+
+    assert (gate.inside, pace.costs) == (0, [0, 9, -9])
 
 
 async def test_who_waits_can_be_turned_away_and_others_may_come() -> None:
