@@ -144,8 +144,8 @@ class Gate:
         self._inside = 0
         self._entered = 0
         self._refused = 0
-        self._freed_at: float | None = None
-        self._interval = 1.0  # smoothed seconds between two freed places
+        self._full_since = 0.0  # where it is full: since a place was freed, or it became full
+        self._interval = 1.0  # smoothed seconds between two freed places of a full house
         self._teller: asyncio.TimerHandle | None = None
         self._starter: asyncio.TimerHandle | None = None  # for when the pace allows the next start
         self._closed: Callable[[], AioserverError] | None = None
@@ -168,6 +168,7 @@ class Gate:
     def apply(self, limit: int, *, queue_size: int, queue_timeout: float) -> None:
         """Use new bounds. Who is inside stays; who waits keeps the deadline it came with."""
         self._limit, self._queue_size, self._queue_timeout = limit, queue_size, queue_timeout
+        self._full_since = self._clock()
         self.serve()
 
     def serve(self) -> None:
@@ -178,7 +179,7 @@ class Gate:
                     self._starter.cancel()
                 self._starter = asyncio.get_running_loop().call_later(delay, self.serve)
                 return
-            self._inside += 1
+            self._enter()
             self._hand_over()
 
     def try_enter(self, cost: int = 0) -> Place | None:
@@ -188,7 +189,7 @@ class Gate:
                 if self._pace.delay() > 0:
                     return None
                 self._pace.start(cost)
-            self._inside += 1
+            self._enter()
             self._entered += 1
             return Place(self)
         return None
@@ -305,11 +306,16 @@ class Gate:
             refused=self._refused,
         )
 
+    def _enter(self) -> None:
+        self._inside += 1
+        if self._inside == self._limit:
+            self._full_since = self._clock()
+
     def _leave(self) -> None:
-        now = self._clock()
-        if self._freed_at is not None:
-            self._interval += SMOOTHING * (min(60.0, now - self._freed_at) - self._interval)
-        self._freed_at = now
+        if self._inside >= self._limit:  # else nobody has to wait for it
+            now = self._clock()
+            self._interval += SMOOTHING * (min(60.0, now - self._full_since) - self._interval)
+            self._full_since = now
         self._inside -= 1
         self.serve()
 

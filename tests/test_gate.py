@@ -195,10 +195,11 @@ async def test_the_estimate_stays_between_1_and_60_seconds(clock: tuple[float, f
 async def test_the_estimate_grows_with_the_line_and_has_jitter() -> None:
     clock = FakeClock()
     gate = gate_of(clock=clock)
-    for _ in range(50):  # a place becomes free every 4 seconds
-        (await gate.enter()).release()
-        clock.now += 4.0
     place = await gate.enter()
+    for _ in range(50):  # a place becomes free every 4 seconds
+        clock.now += 4.0
+        place.release()
+        place = await gate.enter()
     waiters = [await waiting(gate) for _ in range(4)]
 
     estimates = {gate.retry_after() for _ in range(20)}
@@ -207,6 +208,22 @@ async def test_the_estimate_grows_with_the_line_and_has_jitter() -> None:
     assert all(19.0 <= estimate <= 31.0 for estimate in estimates)
     await given_up(*waiters)
     place.release()
+
+
+async def test_an_hour_in_which_nobody_came_does_not_count_as_a_wait_for_a_place() -> None:
+    clock = FakeClock()
+    gate = gate_of(limit=2, clock=clock)
+    for _ in range(20):  # one comes every minute, and there is a place
+        (await gate.enter()).release()
+        clock.now += 60.0
+    places = [await gate.enter() for _ in range(2)]
+    clock.now += 1.0
+    places.pop().release()
+    places.append(await gate.enter())
+
+    assert 1.0 <= gate.retry_after() <= 1.5
+    for place in places:
+        place.release()
 
 
 async def test_the_oldest_wait_is_told() -> None:
