@@ -95,6 +95,11 @@ class Writer:
         return self._closed
 
     @property
+    def blocked(self) -> bool:
+        """Whether its client does not take what it was sent, at the moment."""
+        return self._draining is not None
+
+    @property
     def following(self) -> int:
         """How many streams are followed."""
         return len(self._followers)
@@ -340,7 +345,7 @@ class Writer:
             if self._watch is not None:
                 self._watch.stop()
                 self._watch = None
-            self._blocked_until = now = monotonic()
+            self._blocked_until = monotonic()
             for follower in self._followers:
                 follower.stuck(self._blocked_at)
         if not self._closed:
