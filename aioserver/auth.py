@@ -2,7 +2,7 @@
 
 With keys (`auth.keys`) the caller is who a key says it is; a browser exchanges its key for a cookie, a
 session of 12 hours. Without keys all clients are one caller: ids are names within it. Fairness still
-looks at the client's address, and at OpenAI's `user` where a request has one.
+looks at the client's address, and within it at OpenAI's `user` where a request has one.
 
 Of a key only its SHA-256 is here. A session is `name.expiry.mac` with an HMAC whose own key is made of
 that hash and of a pepper: so it dies with its key, lives through a restart, holds in every worker, and
@@ -50,6 +50,14 @@ class Caller:
     priority: int = field(default=1, compare=False)
     admin: bool = field(default=False, compare=False)
     allowance: Allowance | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def turn(self) -> str:
+        """In whose turn it waits at a provider: its key's; without keys, its address's.
+
+        So that nobody without a key gets more turns by naming more users.
+        """
+        return self.name or self.line.partition("\0")[0]
 
     def on_behalf_of(self, user: object) -> Caller:
         """The same caller, in the line of one of its users."""

@@ -54,6 +54,9 @@ class Pacer(Protocol):
     def start(self, cost: int = 0) -> None:
         """One starts that is expected to cost so much."""
 
+    def charge(self, cost: int) -> None:
+        """It costs so much more; negative: less."""
+
 
 class Place:
     """One place inside a gate. Given back once, however often `release` is called."""
@@ -141,8 +144,8 @@ class Gate:
         self._inside = 0
         self._entered = 0
         self._refused = 0
-        self._freed_at: float | None = None
-        self._interval = 1.0  # smoothed seconds between two freed places
+        self._full_since = 0.0  # where it is full: since a place was freed, or it became full
+        self._interval = 1.0  # smoothed seconds between two freed places of a full house
         self._teller: asyncio.TimerHandle | None = None
         self._starter: asyncio.TimerHandle | None = None  # for when the pace allows the next start
         self._closed: Callable[[], AioserverError] | None = None
@@ -165,6 +168,7 @@ class Gate:
     def apply(self, limit: int, *, queue_size: int, queue_timeout: float) -> None:
         """Use new bounds. Who is inside stays; who waits keeps the deadline it came with."""
         self._limit, self._queue_size, self._queue_timeout = limit, queue_size, queue_timeout
+        self._full_since = self._clock()
         self.serve()
 
     def serve(self) -> None:
@@ -175,7 +179,7 @@ class Gate:
                     self._starter.cancel()
                 self._starter = asyncio.get_running_loop().call_later(delay, self.serve)
                 return
-            self._inside += 1
+            self._enter()
             self._hand_over()
 
     def try_enter(self, cost: int = 0) -> Place | None:
@@ -185,7 +189,7 @@ class Gate:
                 if self._pace.delay() > 0:
                     return None
                 self._pace.start(cost)
-            self._inside += 1
+            self._enter()
             self._entered += 1
             return Place(self)
         return None
@@ -223,8 +227,8 @@ class Gate:
             late = patience <= 0 < self._queue_timeout  # it has waited elsewhere, or before
             raise (self._late if late else self._full)(self.retry_after())
         if self._pace is not None:
-            number = 1 if again else self._waiting.count(caller, line) + 1
-            position = self._waiting.position(caller, line, number, weight)
+            number = self._waiting.count(caller, line) + 1
+            position = self._waiting.position(caller, line, number, weight, first=again)
             if (wait := self._pace.delay(position - 1)) > patience:
                 self._refused += 1
                 raise self._paced(wait)
@@ -244,6 +248,8 @@ class Gate:
                 return await turn
         except BaseException as exc:
             if turn.done() and not turn.cancelled() and turn.exception() is None:
+                if self._pace is not None and waiter.cost:
+                    self._pace.charge(-waiter.cost)
                 turn.result().release()  # handed to us in the tick we gave up: pass it on
             else:
                 self._waiting.remove(waiter, waiter.caller, waiter.line)
@@ -300,11 +306,16 @@ class Gate:
             refused=self._refused,
         )
 
+    def _enter(self) -> None:
+        self._inside += 1
+        if self._inside == self._limit:
+            self._full_since = self._clock()
+
     def _leave(self) -> None:
-        now = self._clock()
-        if self._freed_at is not None:
-            self._interval += SMOOTHING * (min(60.0, now - self._freed_at) - self._interval)
-        self._freed_at = now
+        if self._inside >= self._limit:  # else nobody has to wait for it
+            now = self._clock()
+            self._interval += SMOOTHING * (min(60.0, now - self._full_since) - self._interval)
+            self._full_since = now
         self._inside -= 1
         self.serve()
 

@@ -96,6 +96,7 @@ class Turns(Generic[T]):
             self._serials += 1
             self._ended.pop(caller, None)
             self._push(caller, known)
+        known.step = TURN // weight  # the newest holds: it may have changed since the others came
         waiting = known.lines.setdefault(line, deque())
         if first:
             waiting.appendleft(one)
@@ -156,13 +157,24 @@ class Turns(Generic[T]):
         known = self._callers.get(caller)
         return len(known.lines.get(line, ())) if known is not None else 0
 
-    def position(self, caller: Hashable, line: Hashable, number: int, weight: int = 1) -> int:
-        """Where the *number*-th of that line stands, or would; 1 is who is next."""
+    def position(
+        self,
+        caller: Hashable,
+        line: Hashable,
+        number: int,
+        weight: int = 1,
+        *,
+        first: bool = False,
+    ) -> int:
+        """Where the *number*-th of that line stands, or would; 1 is who is next.
+
+        *first*: where one would that comes as its caller's first.
+        """
         known = self._callers.get(caller)
         if known is None:
             own, tag, serial = 1, self._start(caller), self._serials
         else:
-            own = known.place_of(line, number)
+            own = 1 if first else known.place_of(line, number)
             tag, serial = known.tag, known.serial
         step = TURN // weight if known is None else known.step
         tag += (own - 1) * step

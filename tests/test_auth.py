@@ -42,6 +42,14 @@ def test_a_user_has_its_own_line_and_is_the_same_caller() -> None:
     assert ann.on_behalf_of(None) is ann
 
 
+def test_who_names_many_users_has_the_turns_of_one() -> None:
+    one = anonymous("10.0.0.1")
+
+    assert {one.on_behalf_of(user).turn for user in ("ann", "bob")} == {one.turn}
+    assert one.turn != anonymous("10.0.0.2").turn
+    assert Caller("web", "10.0.0.1").on_behalf_of("ann").turn == "web"
+
+
 @pytest.mark.parametrize("user", [None, "", 7, ["ann"], {"a": 1}, True])
 def test_what_names_no_user_changes_no_line(user: object) -> None:
     caller = anonymous("10.0.0.1")

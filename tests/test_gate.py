@@ -195,10 +195,11 @@ async def test_the_estimate_stays_between_1_and_60_seconds(clock: tuple[float, f
 async def test_the_estimate_grows_with_the_line_and_has_jitter() -> None:
     clock = FakeClock()
     gate = gate_of(clock=clock)
-    for _ in range(50):  # a place becomes free every 4 seconds
-        (await gate.enter()).release()
-        clock.now += 4.0
     place = await gate.enter()
+    for _ in range(50):  # a place becomes free every 4 seconds
+        clock.now += 4.0
+        place.release()
+        place = await gate.enter()
     waiters = [await waiting(gate) for _ in range(4)]
 
     estimates = {gate.retry_after() for _ in range(20)}
@@ -207,6 +208,22 @@ async def test_the_estimate_grows_with_the_line_and_has_jitter() -> None:
     assert all(19.0 <= estimate <= 31.0 for estimate in estimates)
     await given_up(*waiters)
     place.release()
+
+
+async def test_an_hour_in_which_nobody_came_does_not_count_as_a_wait_for_a_place() -> None:
+    clock = FakeClock()
+    gate = gate_of(limit=2, clock=clock)
+    for _ in range(20):  # one comes every minute, and there is a place
+        (await gate.enter()).release()
+        clock.now += 60.0
+    places = [await gate.enter() for _ in range(2)]
+    clock.now += 1.0
+    places.pop().release()
+    places.append(await gate.enter())
+
+    assert 1.0 <= gate.retry_after() <= 1.5
+    for place in places:
+        place.release()
 
 
 async def test_the_oldest_wait_is_told() -> None:
@@ -713,6 +730,9 @@ class Steps:
         self.free -= 1
         self.started += 1
 
+    def charge(self, cost: int) -> None:
+        self.costs.append(cost)
+
 
 def paced_gate(pace: Steps, limit: int = 10, *, queue_timeout: float = 30.0) -> Gate:
     return Gate(
@@ -840,6 +860,24 @@ async def test_who_comes_again_stands_in_front_of_its_caller() -> None:
     assert order == ["retry", "first", "second"]
 
 
+async def test_who_comes_again_is_not_too_late_because_of_its_callers_others() -> None:
+    pace = Steps(free=1)
+    gate = paced_gate(pace)
+    first = gate.try_enter()
+    assert first is not None
+    others = [asyncio.create_task(gate.enter("a", line)) for line in range(90)]
+    await until(lambda: gate.waiting == len(others))
+
+    again = asyncio.create_task(gate.enter("a", "again", again=True, within=0.4))
+    await until(lambda: again.done() or gate.waiting == len(others) + 1)
+    pace.free = 1
+    gate.serve()
+
+    (await again).release()
+    first.release()
+    await given_up(*others)
+
+
 async def test_a_shorter_patience_than_the_queues() -> None:
     gate = gate_of(queue_timeout=30.0)
     with await gate.enter():
@@ -896,6 +934,23 @@ async def test_a_cost_is_told_when_its_start_is_taken() -> None:
     assert pace.costs == [7, 9]
     first.release()
     place.release()
+
+
+async def test_a_cost_is_given_back_where_its_place_is() -> None:
+    pace = Steps(free=1)
+    gate = paced_gate(pace, limit=1)
+    first = gate.try_enter()
+    assert first is not None
+    waiter = asyncio.create_task(gate.enter(cost=9))
+    await until(lambda: gate.waiting == 1)
+    pace.free = 1
+
+    first.release()  # hands the place to the waiter …
+    waiter.cancel()  # … which gives up before it runs again
+    with pytest.raises(asyncio.CancelledError):
+        await waiter
+
+    assert (gate.inside, pace.costs) == (0, [0, 9, -9])
 
 
 async def test_who_waits_can_be_turned_away_and_others_may_come() -> None:

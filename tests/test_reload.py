@@ -15,16 +15,19 @@ import pytest
 import trustme
 
 from aioserver import eventstream, keys
+from aioserver.providers import breaker
 from aioserver.providers.simulator import Behaviour, Simulator
 from tests.faces.raw import CLOSE, TEXT, Raw, closing
 from tests.faces.talk import CHAT, chat, numbers, read_frames, to_end, until_status
 from tests.house import HTTP_CLIENT, until
+from tests.providers.played import Played
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from aioserver.providers.provider import Provider
     from tests.house import House
+    from tests.providers.played import Peer
 
     Make = Callable[..., Awaitable[House]]
 
@@ -492,6 +495,36 @@ async def test_the_breaker_stays_open_at_the_same_address_only(make_house: Make)
         assert await house.change(**{"llm.providers.sim.base_url": elsewhere.base_url})
         assert (await ask(house))["status"] == 200
         await house.provider.close()
+
+
+@pytest.mark.parametrize("way", ["a key that is refused", "an address that fails"])
+async def test_what_went_by_the_old_settings_says_nothing_of_the_new(
+    way: str, make_house: Make
+) -> None:
+    refused = way == "a key that is refused"
+    came: list[bytes] = []
+    answers = asyncio.Event()
+
+    async def play(peer: Peer) -> None:
+        came.append(await peer.request())
+        await answers.wait()
+        if refused:
+            await peer.send(b"HTTP/1.1 401 No\r\nContent-Length: 0\r\n\r\n")
+
+    house = await make_house()
+    async with Played(play) as server:
+        before = {"llm.providers.sim.base_url": server.url, "llm.providers.sim.api_key": "old"}
+        assert await house.change(**before)
+        asked = [asyncio.ensure_future(ask(house)) for _ in range(breaker.FAILURES)]
+        await until(lambda: len(came) == len(asked))
+
+        now = {**before, "llm.providers.sim.api_key": "new"} if refused else {}
+        assert await house.change(**now)
+        answers.set()
+
+        assert [one["status"] for one in await asyncio.gather(*asked)] == [502] * len(asked)
+        stats = house.provider.stats()
+        assert (stats.flagged, stats.breaker) == (False, "closed")
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,19 @@ def test_a_weight_of_three_has_three_turns_for_one() -> None:
     ]
 
 
+def test_a_weight_that_has_changed_holds_for_those_who_wait() -> None:
+    turns = filled(*(f"a{n}" for n in range(8)), *(f"b{n}" for n in range(8)))
+
+    turns.add("a8", "a", "", 3)
+    served = drained(turns)
+
+    assert [Counter(name[0] for name in served[:n]) for n in (4, 8, 12)] == [
+        {"a": 3, "b": 1},
+        {"a": 6, "b": 2},
+        {"a": 9, "b": 3},
+    ]
+
+
 def test_the_lines_of_a_caller_share_what_it_has() -> None:
     turns: Turns[str] = Turns()
     for name in ("ann1", "ann2", "ann3", "bob1"):

@@ -76,8 +76,11 @@ class Follower:
         self._writer.poke(self)
 
     def queued(self, position: int, eta: float) -> None:
-        """Pass the position in the provider's line on, where this face shows it."""
-        if self._queued is not None:
+        """Pass the position in the provider's line on, where this face shows it.
+
+        Not to a client that takes nothing: when it does, it would be an old one.
+        """
+        if self._queued is not None and not self._writer.blocked:
             self._writer.send(self._queued(position, eta))
 
     def newest(self) -> bytes:
@@ -99,6 +102,11 @@ class Follower:
         if 0 <= index < len(stream.entries):
             ready = max(stream.entries[index].at, self._since, blocked_until)
             stream.record.delay = max(stream.record.delay, now - ready)
+
+    def stuck(self, since: float) -> None:
+        """Note that its client has taken nothing *since* then."""
+        record = self.stream.record
+        record.stuck = max(record.stuck, monotonic() - since)
 
     def take(self, parts: list[bytes], room: int) -> bool:
         """Render up to about *room* bytes into *parts*; whether the cursor has caught up.

@@ -37,6 +37,7 @@ class Ask:
     again: bool = False  # it has been tried here: in front of its caller's others
     elsewhere: bool = False  # another provider may be asked instead
     trial: bool = False  # the breaker's
+    pool: object = None  # to which this try went
     expected: int = 0  # tokens that this try may cost
     usage: Mapping[str, Any] | None = None  # what the provider says that it cost
     events: int = 0  # of its answer

@@ -61,8 +61,15 @@ class Health:
         wait = self.breaker.wait * random.uniform(1.0, 1.1)  # noqa: S311 - not all at once
         return CircuitOpen(f"{self._name} fails, and is left alone", retry_after=wait)
 
-    def ended(self, exc: BaseException | None, *, trial: bool) -> bool:
-        """A try has ended, well or with *exc*; whether it is left alone from now on."""
+    def ended(self, exc: BaseException | None, *, trial: bool, outdated: bool = False) -> bool:
+        """A try has ended, well or with *exc*; whether it is left alone from now on.
+
+        One that is *outdated* was sent as the settings of before said: by another key, or to another
+        address. It tells nothing of those of now.
+        """
+        if outdated:
+            self.breaker.ended(trial=trial, failed=None)
+            return False
         if exc is None:
             self._trusted = True
             self.breaker.ended(trial=trial, failed=False)

@@ -220,6 +220,7 @@ class Provider:
             self._left.set()
         self._paid(ask, exc)
         trial, ask.trial = ask.trial, False
+        outdated, ask.pool = self._outdated(ask), None
         exc = exc or ask.fault
         attempts = self.meter.attempts
         if exc is None:
@@ -229,7 +230,7 @@ class Provider:
                 attempts[exc.attempt].value += 1
         elif isinstance(exc, asyncio.CancelledError) and ask.record.sent:
             attempts["cancelled"].value += 1
-        if self._health.ended(exc, trial=trial):
+        if self._health.ended(exc, trial=trial, outdated=outdated):
             self._gate.turn_away(self._health.left_alone)
 
     def refuse(self, why: Callable[[], AioserverError] | None = None) -> None:
@@ -286,7 +287,7 @@ class Provider:
             if started is not None:
                 started()
             while True:
-                pool = self._pools.pool
+                ask.pool = pool = self._pools.pool
                 request = self._pools.requests.make(ask.path, body or ask.body(self.settings))
                 body = b""  # nothing of it is kept for as long as the answer takes
                 connection = await pool.connect()
@@ -328,7 +329,7 @@ class Provider:
         self._coming += 1
         try:
             place = await self._gate.enter(
-                ask.caller.name,
+                ask.caller.turn,
                 ask.caller.line,
                 weight=ask.caller.priority,
                 told=told,
@@ -374,9 +375,13 @@ class Provider:
         """The head of an answer is there: a provider that fails no more, and what it says is left."""
         if self._pace.heed(headers) and self._gate.waiting:
             self._gate.rest(WORTH_WAITING)
-        if ask.trial and 200 <= status < 300:
+        if ask.trial and 200 <= status < 300 and not self._outdated(ask):
             self._health.breaker.answered(trial=True)
             ask.trial = False
+
+    def _outdated(self, ask: Ask) -> bool:
+        """Whether *ask* went by the settings of before, to which another key or address may belong."""
+        return ask.pool is not None and ask.pool is not self._pools.pool
 
     def _check(self, ask: Ask) -> None:
         """Raise where the provider is to be left alone."""

@@ -106,8 +106,12 @@ class WireProtocol(ResponseHandler):
         One timer a connection, not one a request: it is left to itself when the answer has come,
         and goes on with the next request that it finds.
         """
-        if self._deadline is None:
-            self._deadline = self._loop.call_later(read_timeout, self._look)
+        deadline = self._deadline
+        if deadline is not None:
+            if deadline.when() <= self._loop.time() + read_timeout:
+                return
+            deadline.cancel()  # of a request that might wait longer: a reload has changed that
+        self._deadline = self._loop.call_later(read_timeout, self._look)
 
     def _look(self) -> None:
         self._deadline = None

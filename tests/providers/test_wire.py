@@ -501,6 +501,16 @@ async def test_silence_ends_with_the_read_timeout(sent: bytes) -> None:
         await until(lambda: server.open == 0)
 
 
+async def test_a_kept_connection_keeps_no_longer_deadline_of_the_request_before() -> None:
+    async with Played(answering(OK, b"")) as server, pooled(server.url) as pool:
+        await ask(pool, read_timeout=60.0)
+
+        with pytest.raises(ReadTimeout):
+            await asyncio.wait_for(ask(pool, read_timeout=0.1), 5)
+
+        assert server.accepted == 1
+
+
 async def test_a_drip_longer_than_the_read_timeout_passes() -> None:
     async def play(peer: Peer) -> None:
         await peer.request()
