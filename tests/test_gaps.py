@@ -11,6 +11,7 @@ import pytest
 
 from aioserver import keys
 from aioserver.counting import SHORT, Histogram
+from aioserver.entries import COMPLETE
 from aioserver.lag import EVERY, LoopLag
 from aioserver.providers.simulator import Behaviour
 from aioserver.records import Record
@@ -173,6 +174,28 @@ async def test_a_client_that_takes_nothing_is_the_clients_gap() -> None:
 
         assert stream.record.stuck >= 0.05
         assert stream.record.delay < stream.record.stuck
+
+
+@pytest.mark.parametrize("end", ["dropped", "ended", "left"])
+async def test_a_client_that_takes_nothing_any_more_is_the_clients_gap_as_well(end: str) -> None:
+    async with client(slow=True) as one:
+        stream = stream_of()
+        stream.record = Record()
+        follower = one.follow(stream)
+        say(stream, "x" * BIG)
+        await until(lambda: one.socket.draining == 1)
+        began = time.monotonic()
+        await until(lambda: time.monotonic() > began + 0.05)
+
+        match end:
+            case "dropped":
+                one.writer.abort("it takes nothing")
+            case "ended":
+                stream.end(COMPLETE, {})  # its request is counted now
+            case "left":
+                one.writer.unfollow(follower)
+
+        assert stream.record.stuck >= 0.05
 
 
 async def test_an_event_that_waits_for_its_turn_is_our_delay() -> None:

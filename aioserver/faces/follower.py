@@ -100,6 +100,11 @@ class Follower:
             ready = max(stream.entries[index].at, self._since, blocked_until)
             stream.record.delay = max(stream.record.delay, now - ready)
 
+    def stuck(self, since: float) -> None:
+        """Note that its client has taken nothing *since* then."""
+        record = self.stream.record
+        record.stuck = max(record.stuck, monotonic() - since)
+
     def take(self, parts: list[bytes], room: int) -> bool:
         """Render up to about *room* bytes into *parts*; whether the cursor has caught up.
 

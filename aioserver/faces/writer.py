@@ -135,6 +135,8 @@ class Writer:
             return
         follower.gone = True
         self._close_path()
+        if self._draining is not None:
+            follower.stuck(self._blocked_at)
         self._followers.pop(follower, None)
         self._ready.pop(follower, None)
         stream = follower.stream
@@ -179,7 +181,10 @@ class Writer:
         """*follower* has something to write."""
         if self._ready or self._draining is not None or self._closed or len(self._followers) != 1:
             self._ready[follower] = None
-            if self._draining is None and not self._closed:
+            if self._draining is not None:
+                if follower.stream.ended:  # its request is counted now, its client still stuck
+                    follower.stuck(self._blocked_at)
+            elif not self._closed:
                 self._schedule()
         elif data := follower.newest():
             self._write(data)
@@ -335,10 +340,9 @@ class Writer:
             if self._watch is not None:
                 self._watch.stop()
                 self._watch = None
-            self._blocked_until = now = monotonic()
+            self._blocked_until = monotonic()
             for follower in self._followers:
-                record = follower.stream.record
-                record.stuck = max(record.stuck, now - self._blocked_at)
+                follower.stuck(self._blocked_at)
         if not self._closed:
             self.pump()
 
