@@ -144,7 +144,8 @@ class Records:
         """Tell the provider's gaps from ours, and from those of a client that takes nothing."""
         metrics, lag, end = self.metrics, self._lag, record.silent_until
         if record.silence > WORTH:
-            record.silence -= lag.within(end - record.silence, end)
+            ours = lag.within(end - record.silence, end)
+            record.silence = max(0.0, record.silence - ours)  # sums are not exact
         record.delay = max(record.delay, lag.longest(record.first))
         provider = metrics.providers[record.provider]
         provider.silence.observe(record.silence)

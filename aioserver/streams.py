@@ -156,6 +156,7 @@ class Stream:
         """Note that an event of a provider has come, before it is appended."""
         if not self.answered_at:
             self.answered_at = monotonic()
+            self.record.silence = 0.0  # what was before: a head, comments, a try that failed
 
     def call_also(self, alias: str) -> None:
         """Let it be found by *alias*, too; a private one is not found at all."""

@@ -47,7 +47,11 @@ def status(number: int, more: str = "", body: bytes = b'{"error":{"message":"no"
 
 def events(*given: str) -> bytes:
     data = "".join(f"data: {one}\n\n" for one in given).encode()
-    return HEAD + b"%x\r\n%b\r\n0\r\n\r\n" % (len(data), data)
+    return HEAD + chunk(data) + b"0\r\n\r\n"
+
+
+def chunk(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
 
 
 def said(text: str | None, finish: str | None = None) -> str:
@@ -58,7 +62,10 @@ ANSWER = events(said("hello"), said(None, "stop"), "[DONE]")
 
 
 class Trouble:
-    """Providers that give the answers they are told to, the last one for ever, and a router."""
+    """Providers that give the answers they are told to, the last one for ever, and a router.
+
+    An answer that is a tuple comes in so many pieces, an empty one is a reset.
+    """
 
     def __init__(self, stack: AsyncExitStack) -> None:
         self._stack = stack
@@ -68,7 +75,7 @@ class Trouble:
         self.gate = asyncio.Event()
         self.gate.set()
 
-    async def add(self, name: str, *answers: bytes, **limits: Any) -> Provider:
+    async def add(self, name: str, *answers: bytes | tuple[bytes, ...], **limits: Any) -> Provider:
         script = list(answers)
         self.asked[name] = []
 
@@ -81,7 +88,7 @@ class Trouble:
                 if not answer:
                     peer.writer.transport.abort()
                     return
-                await peer.send(answer)
+                await peer.send(*((answer,) if isinstance(answer, bytes) else answer))
 
         server = await self._stack.enter_async_context(Played(play))
         self.servers.append(server)
@@ -112,6 +119,7 @@ class Trouble:
             return json.dumps({"model": given.model, "stream": True}).encode()
 
         ask = Ask("chat/completions", body, streamed=True, frames=frames)
+        stream.record = ask.record
         await router.fill(route, stream, ask)
         return stream, ask
 
@@ -152,6 +160,21 @@ async def test_what_may_pass_is_tried_again(trouble: Trouble, number: int) -> No
     assert provider.meter.attempts["http_5xx"].value == 2
     assert provider.meter.retries["provider_error"].value == 2
     assert [entry.status for entry in stream.entries][:1] == [b"processing"]  # once
+
+
+@pytest.mark.parametrize("frames", [True, False])
+async def test_a_silence_before_the_first_event_is_none_of_the_answer(
+    trouble: Trouble, *, frames: bool
+) -> None:
+    failed, begin = status(500), len(HEAD)
+    end = failed.index(b"{")
+    head = ANSWER[:begin], chunk(b": soon\n\n"), ANSWER[begin:]
+    await trouble.add("a", (failed[:end], failed[end:]), head)
+
+    _, ask = await trouble.fill(frames=frames)
+
+    assert ask.record.attempts == 2
+    assert ask.record.silence == 0.0  # the answer itself came in one read
 
 
 async def test_the_tries_are_bounded(trouble: Trouble) -> None:
