@@ -76,8 +76,11 @@ class Follower:
         self._writer.poke(self)
 
     def queued(self, position: int, eta: float) -> None:
-        """Pass the position in the provider's line on, where this face shows it."""
-        if self._queued is not None:
+        """Pass the position in the provider's line on, where this face shows it.
+
+        Not to a client that takes nothing: when it does, it would be an old one.
+        """
+        if self._queued is not None and not self._writer.blocked:
             self._writer.send(self._queued(position, eta))
 
     def newest(self) -> bytes:

@@ -95,6 +95,11 @@ class Writer:
         return self._closed
 
     @property
+    def blocked(self) -> bool:
+        """Whether its client does not take what it was sent, at the moment."""
+        return self._draining is not None
+
+    @property
     def following(self) -> int:
         """How many streams are followed."""
         return len(self._followers)

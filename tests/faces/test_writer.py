@@ -378,6 +378,23 @@ async def test_of_control_frames_64_wait_and_one_more_drops_the_client() -> None
         assert len(one.socket.writes) == 1
 
 
+async def test_positions_do_not_wait_for_a_client_that_takes_nothing() -> None:
+    async with client(slow=True) as one:
+        stream, other = stream_of(), stream_of("r2")
+        one.follow(stream)
+        one.follow(other)
+        one.writer.send(b"x" * BIG)
+        for position in range(2 * MAX_CONTROL_FRAMES):
+            stream.queued(position, 1.0)
+        assert not one.socket.aborted
+
+        one.socket.take()
+        await until(lambda: not one.writer.blocked)
+        other.queued(7, 1.0)
+
+        assert one.socket.writes[1:] == [b"<7>"]
+
+
 async def test_control_frames_that_waited_come_first_and_all() -> None:
     async with client(slow=True) as one:
         stream = stream_of()
