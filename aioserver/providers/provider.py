@@ -289,10 +289,12 @@ class Provider:
         record = ask.record
         now = monotonic()
         record.lined = record.lined or now
-        limits, body = self.settings.http_client, b""
+        given, body = self.settings, b""
+        limits = given.http_client
         if limits.tokens_per_minute:
-            body = ask.body(self.settings)
-            ask.expected = len(body) // BYTES_PER_TOKEN + (self.settings.max_tokens or 0)
+            body = ask.body(given)
+            cost = len(body) // BYTES_PER_TOKEN + (given.max_tokens or 0)
+            ask.expected = min(cost, limits.tokens_per_minute)  # none costs more: it has an image
         place = self._gate.try_enter(ask.expected)
         if place is None:
             if self._gate.inside >= self._gate.limit:  # else the pace is in the way
@@ -363,7 +365,7 @@ class Provider:
         if exc is not None and not ask.record.sent:
             total = 0
         elif not isinstance(total, int) or not 0 <= total < 1 << 40:
-            total = ask.expected - (self.settings.max_tokens or 0) + ask.events
+            total = max(0, ask.expected - (self.settings.max_tokens or 0)) + ask.events
         self._pace.charge(total - ask.expected)
         ask.expected = 0
         self._gate.serve()

@@ -666,6 +666,23 @@ async def test_tokens_a_minute_are_expected_before_and_corrected_after(
         provider.ended(ask, None)
 
 
+async def test_a_long_body_makes_others_wait_and_refuses_nobody() -> None:
+    body = b'{"usage":{"total_tokens":9}}'  # it was an image
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    play, _ = serving(head % len(body) + body)
+    limits = {"tokens_per_minute": 60_000, "queue_timeout": 120.0}
+    async with Played(play) as server, provider_at(server.url, limits) as provider:
+        ask = question(streamed=False, text="image" * 200_000)
+        first = asyncio.create_task(provider.call(ask))
+        await asyncio.sleep(0)
+        second = asyncio.create_task(provider.call(question(streamed=False)))
+        await until(lambda: second.done() or provider.stats().queue.waiting == 1)
+        await first
+        provider.ended(ask, None)  # as the router does
+
+        assert (await second).status == 200
+
+
 @pytest.mark.parametrize("fault", [ConnectError("no"), ProviderError("no"), None])
 async def test_what_was_expected_is_settled_however_it_ends(
     simulator: Simulator, fault: ProviderFault | None
