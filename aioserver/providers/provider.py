@@ -322,7 +322,8 @@ class Provider:
             ask.trial = self._health.breaker.enter()
             if started is not None:
                 started()
-            body = body or ask.body(self.settings)
+            if not body or given is not self.settings:  # another model, perhaps
+                body = ask.body(self.settings)
             while True:
                 ask.pool = pool = self._pools.pool
                 request = self._pools.requests.make(ask.path, body)
