@@ -89,6 +89,17 @@ async def test_where_both_fail_the_last_one_is_told(make_house: Make) -> None:
         assert response.headers["x-should-retry"] == "false"
 
 
+async def test_embeddings_are_asked_of_no_other(make_house: Make) -> None:
+    """Vectors of two models cannot be compared: a store of them would be spoilt unnoticed."""
+    async with two(make_house) as (house, other):
+        async with house.session.post(
+            f"{house.v1}/embeddings", json={"input": "Hello"}
+        ) as response:
+            assert response.status == 502
+        assert response.headers["x-aioserver-provider"] == "sim"
+        assert other.stats().requests == 0
+
+
 async def test_a_pinned_provider_has_no_other(make_house: Make) -> None:
     async with two(make_house) as (house, other):
         body = {**CHAT, "model": "sim/anything"}

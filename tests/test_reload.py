@@ -482,6 +482,20 @@ async def test_a_provider_that_refused_our_key_is_asked_again(make_house: Make) 
     assert (await ask(house))["status"] == 200
 
 
+async def test_a_rest_is_over_for_another_key(make_house: Make) -> None:
+    key = "llm.providers.sim.api_key"
+    house = await make_house(Behaviour(fail_rate=1.0, fail_status=429), **{key: "old"})
+    assert (await ask(house))["status"] == 429
+    house.provider._pace.cool_down(100.0)
+    house.simulator.behaviour = Behaviour(ttft=0, interval=0)
+
+    assert await house.change(**{key: "old"})
+    assert house.provider.stats().pace.cooling > 90
+    assert await house.change(**{key: "new"})
+
+    assert (await ask(house))["status"] == 200
+
+
 async def test_the_breaker_stays_open_at_the_same_address_only(make_house: Make) -> None:
     house = await make_house(Behaviour(fail_rate=1.0, fail_status=500))
     for _ in range(5):
@@ -497,19 +511,22 @@ async def test_the_breaker_stays_open_at_the_same_address_only(make_house: Make)
         await house.provider.close()
 
 
-@pytest.mark.parametrize("way", ["a key that is refused", "an address that fails"])
+@pytest.mark.parametrize(
+    "way", ["a key that is refused", "a key of too many requests", "an address that fails"]
+)
 async def test_what_went_by_the_old_settings_says_nothing_of_the_new(
     way: str, make_house: Make
 ) -> None:
-    refused = way == "a key that is refused"
+    status = {"a key that is refused": 401, "a key of too many requests": 429}.get(way)
     came: list[bytes] = []
     answers = asyncio.Event()
 
     async def play(peer: Peer) -> None:
         came.append(await peer.request())
         await answers.wait()
-        if refused:
-            await peer.send(b"HTTP/1.1 401 No\r\nContent-Length: 0\r\n\r\n")
+        if status:
+            head = f"HTTP/1.1 {status} No\r\nRetry-After: 99\r\nContent-Length: 0\r\n\r\n"
+            await peer.send(head.encode())
 
     house = await make_house()
     async with Played(play) as server:
@@ -518,13 +535,14 @@ async def test_what_went_by_the_old_settings_says_nothing_of_the_new(
         asked = [asyncio.ensure_future(ask(house)) for _ in range(breaker.FAILURES)]
         await until(lambda: len(came) == len(asked))
 
-        now = {**before, "llm.providers.sim.api_key": "new"} if refused else {}
+        now = {**before, "llm.providers.sim.api_key": "new"} if status else {}
         assert await house.change(**now)
         answers.set()
 
-        assert [one["status"] for one in await asyncio.gather(*asked)] == [502] * len(asked)
+        told = 429 if status == 429 else 502
+        assert [one["status"] for one in await asyncio.gather(*asked)] == [told] * len(asked)
         stats = house.provider.stats()
-        assert (stats.flagged, stats.breaker) == (False, "closed")
+        assert (stats.flagged, stats.breaker, stats.pace.cooling) == (False, "closed", 0.0)
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,10 @@ def prepare_for(path: str) -> Callable[[web.Request, BodyHold], Any]:
                 f"Idempotency-Key must have 1 to {MAX_ID_CHARACTERS} printable characters"
             )
         route = app[keys.ROUTER].route(model)
+        if path == "embeddings":
+            route.pinned = (
+                True  # vectors of a fallback's model mean nothing beside those of this one
+            )
         caller = request[CALLER].on_behalf_of(fields.get("user"))
         ask = Ask(
             path,

@@ -147,6 +147,11 @@ class Pace:
             self._slow_until = 0.0  # there is more left than it said before
             self._due = min(self._due, now + self._slack + self._step)
 
+    def forget(self) -> None:
+        """What the provider has said was about another account, or it is another provider."""
+        self._closed_until = self._slow_until = 0.0
+        self._due = min(self._due, self._clock() + self._slack + self._step)
+
     def _close(self, seconds: float) -> None:
         self._closed_until = max(self._closed_until, self._clock() + min(seconds, MAX_COOLING))
 

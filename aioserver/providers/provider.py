@@ -102,7 +102,8 @@ class Provider:
         """What puts *given* in the place of the settings now. Until it is called nothing changes.
 
         What is under way ends as it began; places and pace go on with their counts, and the breaker
-        does at the same address. One that had refused our key is asked again.
+        does at the same address. One that had refused our key is asked again, and one that wanted a
+        rest, where the key or the address is another.
 
         Raises:
             ConfigurationError: `ca_file` cannot be read, or holds no certificate.
@@ -118,6 +119,8 @@ class Provider:
             self._max_response_bytes = max_response_bytes
             self._left = None
             self._health.renew(elsewhere=elsewhere, other_key=other_key)
+            if elsewhere or other_key:
+                self._pace.forget()
             self._gate.adopt(given.http_client)
 
         return put
@@ -163,7 +166,7 @@ class Provider:
             return
         assert isinstance(status, int)
         body = sink.body
-        self._judge(status, headers_seen, body)
+        self._judge(ask, status, headers_seen, body)
         if ask.streamed:
             raise ProviderBadResponse("the provider's answer is no event stream")
         check_json(headers_seen, body)
@@ -195,7 +198,7 @@ class Provider:
 
         await self._exchange(ask, on_head, sending=sending)
         body = sink.body
-        self._judge(status, headers, body)
+        self._judge(ask, status, headers, body)
         usage = usage_of(check_json(headers, body))
         ask.usage = usage
         content_type = headers.get("content-type", "")
@@ -270,19 +273,22 @@ class Provider:
         sending: Callable[[], None] | None = None,
     ) -> None:
         """A place, a connection, the request, and the answer by way of *on_head*."""
-        limits, record = self.settings.http_client, ask.record
+        record = ask.record
         place: Place | None = None
         try:
             self._check(ask)
             record.lined = record.lined or monotonic()
-            body = b""
-            if limits.tokens_per_minute:
-                body = ask.body(self.settings)
-                ask.expected = len(body) // BYTES_PER_TOKEN + (self.settings.max_tokens or 0)
+            given, body = self.settings, b""
+            if most := given.http_client.tokens_per_minute:
+                body = ask.body(given)
+                cost = len(body) // BYTES_PER_TOKEN + (given.max_tokens or 0)
+                ask.expected = min(cost, most)  # none costs more: it has an image
             place = self._gate.try_enter(ask.expected)
             if place is None:
+                body = b""  # afterwards it may be another: a reload may have changed the model
                 place = await self._wait(ask, told)
                 self._check(ask)  # it may have begun to fail meanwhile
+            limits = self.settings.http_client
             ask.trial = self._health.breaker.enter()
             if started is not None:
                 started()
@@ -314,7 +320,7 @@ class Provider:
         except BaseException as exc:
             self._pools.pool.trim()  # a connection may have been kept for this request
             if isinstance(exc, ProviderRateLimited) and exc.attempt:  # said within its answer
-                self._rest(exc)
+                self._rest(ask, exc)
             raise
         finally:
             if place is not None:
@@ -346,15 +352,17 @@ class Provider:
         ask.expected = cost
         return place
 
-    def _judge(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
+    def _judge(self, ask: Ask, status: int, headers: Mapping[str, str], body: bytes) -> None:
         try:
             judge(self.name, status, headers, body)
         except ProviderRateLimited as limited:
-            self._rest(limited)
+            self._rest(ask, limited)
             raise
 
-    def _rest(self, limited: ProviderRateLimited) -> None:
+    def _rest(self, ask: Ask, limited: ProviderRateLimited) -> None:
         """It said that we ask too much."""
+        if self._outdated(ask):
+            return
         self._pace.cool_down(limited.retry_after or 0.0)
         self._gate.rest(WORTH_WAITING)
 
@@ -366,16 +374,18 @@ class Provider:
         if exc is not None and not ask.record.sent:
             total = 0
         elif not isinstance(total, int) or not 0 <= total < 1 << 40:
-            total = ask.expected - (self.settings.max_tokens or 0) + ask.events
+            total = max(0, ask.expected - (self.settings.max_tokens or 0)) + ask.events
         self._pace.charge(total - ask.expected)
         ask.expected = 0
         self._gate.serve()
 
     def _heard(self, status: int, headers: Mapping[str, str], ask: Ask) -> None:
         """The head of an answer is there: a provider that fails no more, and what it says is left."""
+        if self._outdated(ask):
+            return
         if self._pace.heed(headers) and self._gate.waiting:
             self._gate.rest(WORTH_WAITING)
-        if ask.trial and 200 <= status < 300 and not self._outdated(ask):
+        if ask.trial and 200 <= status < 300:
             self._health.breaker.answered(trial=True)
             ask.trial = False
 

@@ -666,6 +666,41 @@ async def test_tokens_a_minute_are_expected_before_and_corrected_after(
         provider.ended(ask, None)
 
 
+async def test_a_long_body_makes_others_wait_and_refuses_nobody() -> None:
+    body = b'{"usage":{"total_tokens":9}}'  # it was an image
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    play, _ = serving(head % len(body) + body)
+    limits = {"tokens_per_minute": 60_000, "queue_timeout": 120.0}
+    async with Played(play) as server, provider_at(server.url, limits) as provider:
+        ask = question(streamed=False, text="image" * 200_000)
+        first = asyncio.create_task(provider.call(ask))
+        await asyncio.sleep(0)
+        second = asyncio.create_task(provider.call(question(streamed=False)))
+        await until(lambda: second.done() or provider.stats().queue.waiting == 1)
+        await first
+        provider.ended(ask, None)  # as the router does
+
+        assert (await second).status == 200
+
+
+async def test_who_has_waited_asks_for_the_model_of_now() -> None:
+    play, played = serving()
+    limits = {"tokens_per_minute": 1_000_000, "concurrent_requests": 1}
+    async with Played(play) as server, provider_at(server.url, limits) as provider:
+        held = provider._gate.try_enter()
+        assert held is not None
+        ask = Ask("chat/completions", lambda given: given.model.encode(), streamed=False)
+        waiting = asyncio.create_task(provider.call(ask))
+        await until(lambda: provider.stats().queue.waiting == 1)
+
+        now = dataclasses.replace(provider.settings, model="new-model")
+        provider.prepare(now, server.url, max_response_bytes=1 << 20)()
+        held.release()
+        await waiting
+
+        assert [one.rpartition(b"\r\n\r\n")[2] for one in played] == [b"new-model"]
+
+
 @pytest.mark.parametrize("fault", [ConnectError("no"), ProviderError("no"), None])
 async def test_what_was_expected_is_settled_however_it_ends(
     simulator: Simulator, fault: ProviderFault | None
