@@ -92,6 +92,7 @@ def _route(app: web.Application, settings: Settings, admission: Admission) -> No
             web.get(
                 "/v1/responses/{id}",
                 counted(admission, "openai", responses.prepare, responses.retrieve),
+                allow_head=False,  # its body is not aiohttp's, which would leave it away
             ),
             web.post("/v1/responses/{id}/cancel", responses.cancel),
             web.get("/v1/models", openai.models),
