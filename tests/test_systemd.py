@@ -371,6 +371,30 @@ async def test_a_passed_unix_socket_is_served_and_its_file_left_alone(
         assert path.exists() == (kind == "path")
 
 
+async def test_the_word_of_a_proxy_behind_a_unix_socket_is_taken(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    name = str(tmp_path / "socket")
+    changes = {f"{UVICORN}.access_log": True, "auth.trusted_proxies": ["unix"]}
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as unix:
+        unix.bind(name)
+        unix.listen()
+        async with runner_of(tmp_path, **changes) as (runner, given):
+            await listener.listen(runner, given, inherited=passed(unix))
+            with caplog.at_level(logging.INFO, "aioserver.access"):
+                reader, writer = await asyncio.open_unix_connection(name)
+                writer.write(
+                    b"GET /health HTTP/1.0\r\nHost: localhost\r\n"
+                    b"X-Forwarded-For: 203.0.113.9\r\n\r\n"
+                )
+                assert (await reader.read()).startswith(b"HTTP/1.0 200 OK\r\n")
+                writer.close()
+                await writer.wait_closed()
+
+    (line,) = [one.fields for one in caplog.records if one.name == "aioserver.access"]  # type: ignore[attr-defined]
+    assert line["address"] == "203.0.113.9"
+
+
 # Processes.
 
 
