@@ -197,7 +197,8 @@ class Direct:
                 match = web.UrlMappingMatchInfo({}, route)
                 match.add_app(app)
                 match.freeze()
-                self._known[route.method, resource.canonical] = match, route.handler
+                # The first, as the router: a path that is there twice is its.
+                self._known.setdefault((route.method, resource.canonical), (match, route.handler))
 
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
         """The answer to *request*."""
