@@ -453,6 +453,27 @@ async def test_a_service_serves_the_passed_socket_says_so_and_ends_well(
     assert f"listening on http://127.0.0.1:{port.getsockname()[1]} backlog=128" in said
 
 
+async def test_a_reload_that_is_asked_for_during_the_start_comes_behind_it(
+    tmp_path: Path, watching: Systemd
+) -> None:
+    config = tmp_path / "config.yaml"
+    changes = {"logging.level": "INFO", "chat.websocket.host": "localhost"}
+    configured("http://127.0.0.1:9/v1", changes, config)
+    program = ("-m", "aioserver", "serve", "--config", config, "--loop", loop_name())
+    async with await Served.start(*program, NOTIFY_SOCKET=watching.address) as served:
+        await served.says("configuration: ")
+        first = asyncio.ensure_future(watching.told())
+        async with asyncio.timeout(30):
+            while not first.done():
+                served.signal(signal.SIGHUP)
+                await asyncio.wait([first], timeout=0.001)
+            assert "READY" in await first
+            await watching.told_of("RELOADING")
+            await watching.told_of("READY")
+        served.signal(signal.SIGTERM)
+        assert (await served.ended())[0] == 0
+
+
 async def test_connections_that_come_while_nobody_serves_are_answered_by_the_next(
     tmp_path: Path, watching: Systemd, port: socket.socket
 ) -> None:
