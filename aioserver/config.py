@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
 SHIPPED = Path(__file__).with_name("config.yaml")
+EMPTY = hashlib.sha256(b"").hexdigest()  # what a variable that is not set gives in a shell
 MAX_FILE_BYTES = 2**20  # of a configuration; a key file is far below, too
 
 
@@ -190,6 +191,8 @@ class _Secrets:
                 digest = self._hashed(self._from_variable(caller.key_env, (*path, "key_env")))
             if digest is None and (source := caller.key_file or caller.key_env) is not None:
                 self._refuse(path, f"{source} holds no key")
+            elif digest == EMPTY:
+                self._refuse(path, "the hash of no key: everybody would come in")
             elif digest in found:
                 self._refuse(path, f"the same key as {found[digest].name}")
             elif digest is not None and digest is not FAULTY:
