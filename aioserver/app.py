@@ -77,7 +77,7 @@ def _route(app: web.Application, settings: Settings, admission: Admission) -> No
     one = f"{sse_endpoint}/{{request_id}}"
     table: dict[Policy, list[web.AbstractRouteDef]] = {
         Policy.KEY: [
-            web.get(settings.chat.websocket.endpoint, websocket.handler),
+            web.get(settings.chat.websocket.endpoint, websocket.handler, allow_head=False),
             web.post(sse_endpoint, counted(admission, "sse", sse.prepare, sse.start)),
             web.get(sse_endpoint, sse.listing),
             web.get(one, counted(admission, "sse", sse.prepare_resume, sse.resume, sse.busy)),

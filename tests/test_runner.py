@@ -133,6 +133,7 @@ async def test_what_is_found_at_once_is_what_the_router_finds(house: House) -> N
         ("GET /%68ealth", 200),
         ("GET http://127.0.0.1/health", 200),
         ("POST /health", 405),
+        ("HEAD /ws/chat", 405),
         ("GET /Health", 404),
         ("GET //health", 404),
         ("GET /v1/models/sim", 200),
@@ -148,6 +149,27 @@ async def test_every_way_to_say_it_is_answered_as_aiohttp_would(
 
     assert answer.startswith(f"HTTP/1.1 {status} ".encode())
     assert b"x-request-id: " in answer
+
+
+@pytest.mark.parametrize("path", ["/stats", "/nowhere", "/v1/models/sim"])
+@pytest.mark.parametrize("expect", [b"much", b"\xff", b"100-continue, much"])
+async def test_an_expectation_that_is_unknown_is_refused_as_anything_else(
+    path: str, expect: bytes, make_house: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    house = await make_house(**{"chat.websocket.allow_origins": ["http://a"]})
+    async with Raw(house) as raw:
+        for _ in range(2):
+            await raw.send(
+                f"GET {path} HTTP/1.1\r\nHost: x\r\nOrigin: http://a\r\nExpect: ".encode()
+                + expect
+                + b"\r\n\r\n"
+            )
+            answer = await raw.answer()
+
+            assert (answer.status, answer.code) == (417, "expectation_failed")
+            assert answer.headers["access-control-allow-origin"] == "http://a"
+            assert answer.headers["x-request-id"]
+    assert not caplog.records
 
 
 async def test_of_two_routes_on_one_path_the_first_is_found(house: House) -> None:
