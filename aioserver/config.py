@@ -47,8 +47,11 @@ class Configuration:
         path: str | os.PathLike[str] | None = None,
         *,
         environ: Mapping[str, str] | None = None,
+        again: bool = False,
     ) -> Configuration:
         """Read *path*, else `$AIOSERVER_CONFIG`, else `./config.yaml`, else the shipped file.
+
+        *again*: it was read before. A pipe with a key has given what it had, and is not waited for.
 
         Raises:
             ConfigurationError: with every fault of the file, of the variables that override it,
@@ -66,7 +69,7 @@ class Configuration:
             document.faults += [
                 document.fault(error.path, error.error_message) for error in exc.errors
             ]
-        secrets = _Secrets(document, environ)
+        secrets = _Secrets(document, environ, again=again)
         keys = {
             name: secrets.of_provider(name, each) for name, each in settings.llm.providers.items()
         }
@@ -161,9 +164,10 @@ class _Secrets:
     The settings may be partial: what is FAULTY has its fault already, and stays FAULTY.
     """
 
-    def __init__(self, document: Document, environ: Mapping[str, str]) -> None:
+    def __init__(self, document: Document, environ: Mapping[str, str], *, again: bool) -> None:
         self._document = document
         self._environ = environ
+        self._again = again
 
     def of_provider(self, name: str, provider: Provider) -> Any:
         """The key of *provider*: from itself, else from its file, else from its variable."""
@@ -210,8 +214,11 @@ class _Secrets:
             return name
         credentials = self._environ.get("CREDENTIALS_DIRECTORY")
         for folder in ([credentials] if credentials else []) + ["."]:
+            file = Path(folder, name)
             try:
-                text = Path(folder, name).read_text("utf-8")
+                if self._again and file.is_fifo():
+                    return self._refuse(path, "is no file that can be read again")
+                text = file.read_text("utf-8")
             except FileNotFoundError:
                 continue
             except (OSError, ValueError) as exc:

@@ -137,7 +137,7 @@ class Reload:
             regular = True  # `load` says why
         if not regular:  # a pipe has given what it had, and would be waited for
             raise ConfigurationError([f"{self.source}: is no file that can be read again"])
-        configuration = Configuration.load(self.source, environ=self._environ)
+        configuration = Configuration.load(self.source, environ=self._environ, again=True)
         hosts = self._hosts
         if hosts is None:  # what it listens on now, and what it would after a restart
             hosts = (self._began.chat.websocket.host, configuration.settings.chat.websocket.host)

@@ -136,6 +136,21 @@ async def test_a_file_that_cannot_be_read_changes_nothing(
     assert await house.reload.once()
 
 
+async def test_a_pipe_with_a_key_is_not_waited_for(
+    make_house: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    house = await make_house()
+    pipe = tmp_path / "key"
+    os.mkfifo(pipe)
+    two = other(house.simulator.base_url) | {"api_key_file": str(pipe)}
+
+    async with asyncio.timeout(10):
+        assert not await house.change(**{"llm.providers.two": two})
+
+    assert "llm.providers.two.api_key_file: is no file that can be read again" in caplog.text
+    assert reloads(house)["invalid"] == 1
+
+
 def linked(file: Path) -> Path:
     """*file* is a link now; another link to a changed copy."""
     first, second, link = (file.with_name(name) for name in ("first", "second", "link"))
