@@ -13,7 +13,13 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from aioserver.errors import ConcurrencyExceeded, InvalidApiKey, RateLimitExceeded
+from aioserver.errors import (
+    ConcurrencyExceeded,
+    Denied,
+    InvalidApiKey,
+    PermissionDenied,
+    RateLimitExceeded,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -40,7 +46,8 @@ class Allowance:
         self.revoked = False
         self._clock = clock
         self._due = 0.0  # the theoretical arrival time: never more than a minute ahead
-        self._tasks: set[asyncio.Task[object]] = set()
+        self._held: dict[asyncio.Task[object], bool] = {}  # and whether it wants an admin
+        self._why: dict[asyncio.Task[object], Denied] = {}  # those of them that were told to end
         self.apply(max_concurrent, requests_per_minute)
 
     def apply(self, max_concurrent: int, requests_per_minute: int) -> None:
@@ -93,26 +100,44 @@ class Allowance:
             self.give_back()
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def held(self, *, admin: bool = False) -> Iterator[None]:
         """Bind this task to the key: a revocation ends what it does inside.
+
+        So does, of what only an *admin* may do, that the key is no admin key any more.
 
         Raises:
             InvalidApiKey: the key was revoked meanwhile.
+            PermissionDenied: it is no admin key any more.
         """
         task = asyncio.current_task()
         assert task is not None
-        self._tasks.add(task)
+        self._held[task] = admin
         try:
             yield
         except asyncio.CancelledError:
-            if self.revoked and task.uncancel() == 0:  # else somebody else wants its end as well
-                raise InvalidApiKey(REVOKED) from None
+            why = self._why.get(task)
+            if (
+                why is not None and task.uncancel() == 0
+            ):  # else somebody else wants its end as well
+                raise why from None
             raise
         finally:
-            self._tasks.discard(task)
+            del self._held[task]
+            self._why.pop(task, None)
 
     def revoke(self) -> None:
         """The key is no longer valid: end what is held for it, give nothing more."""
         self.revoked = True
-        for task in self._tasks:
+        for task in self._held:
+            self._end(task, InvalidApiKey(REVOKED))
+
+    def demote(self) -> None:
+        """The key is no admin key any more: end what is held for an admin."""
+        for task, admin in self._held.items():
+            if admin:
+                self._end(task, PermissionDenied("this key is no admin key any more"))
+
+    def _end(self, task: asyncio.Task[object], why: Denied) -> None:
+        if task not in self._why:
+            self._why[task] = why
             task.cancel()

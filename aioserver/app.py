@@ -77,7 +77,7 @@ def _route(app: web.Application, settings: Settings, admission: Admission) -> No
     one = f"{sse_endpoint}/{{request_id}}"
     table: dict[Policy, list[web.AbstractRouteDef]] = {
         Policy.KEY: [
-            web.get(settings.chat.websocket.endpoint, websocket.handler),
+            web.get(settings.chat.websocket.endpoint, websocket.handler, allow_head=False),
             web.post(sse_endpoint, counted(admission, "sse", sse.prepare, sse.start)),
             web.get(sse_endpoint, sse.listing),
             web.get(one, counted(admission, "sse", sse.prepare_resume, sse.resume, sse.busy)),
@@ -92,6 +92,7 @@ def _route(app: web.Application, settings: Settings, admission: Admission) -> No
             web.get(
                 "/v1/responses/{id}",
                 counted(admission, "openai", responses.prepare, responses.retrieve),
+                allow_head=False,  # its body is not aiohttp's, which would leave it away
             ),
             web.post("/v1/responses/{id}/cancel", responses.cancel),
             web.get("/v1/models", openai.models),

@@ -108,6 +108,8 @@ class Keys:
             if known is not None and known.digest == digest:
                 allowance = known.allowance
                 allowance.apply(one.max_concurrent, one.requests_per_minute)
+                if known.caller.admin and not one.admin:
+                    allowance.demote()
             else:
                 allowance = Allowance(one.max_concurrent, one.requests_per_minute)
             caller = Caller(one.name, priority=one.priority, admin=one.admin, allowance=allowance)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import voluptuous as vol
 
+from aioserver.hosts import UNIX
 from aioserver.setting import FAULTY, Check, Faults, Secret, kind, refuse
 
 if TYPE_CHECKING:
@@ -111,11 +112,13 @@ def _test_yes(value: Any) -> bool:
 
 
 def _test_network(value: Any) -> str:
-    """An IP address or network, in its one spelling."""
+    """An IP address or network, in its one spelling; or UNIX sockets."""
+    if value == UNIX:
+        return UNIX
     try:
         return str(ipaddress.ip_network(line(value), strict=False))
     except ValueError:
-        refuse('expected an IP address or network such as "10.0.0.0/8"')
+        refuse('expected an IP address or network such as "10.0.0.0/8", or "unix"')
 
 
 def _test_format(value: Any) -> str:
@@ -205,7 +208,7 @@ def _each(check: Check, values: Mapping[Any, Any], name: Check | None = None) ->
 _formats = one_of("json", "console")
 log_format = Check(_formats.kind, _test_format)
 log_level = one_of("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL", fold=str.upper)
-network = Check("IP address or network", _test_network)
+network = Check("IP address, network or unix", _test_network)
 origin = text("origin", r"\*|[a-z][a-z0-9+.-]*://[^\s/?#@]+", '"*" or scheme://host[:port]')
 label = text("name", r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", "a name of letters, digits, - _ and .")
 header = text("header name", r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", "the name of an HTTP header")

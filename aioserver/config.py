@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
 SHIPPED = Path(__file__).with_name("config.yaml")
+EMPTY = hashlib.sha256(b"").hexdigest()  # what a variable that is not set gives in a shell
 MAX_FILE_BYTES = 2**20  # of a configuration; a key file is far below, too
 
 
@@ -46,8 +47,11 @@ class Configuration:
         path: str | os.PathLike[str] | None = None,
         *,
         environ: Mapping[str, str] | None = None,
+        again: bool = False,
     ) -> Configuration:
         """Read *path*, else `$AIOSERVER_CONFIG`, else `./config.yaml`, else the shipped file.
+
+        *again*: it was read before. A pipe with a key has given what it had, and is not waited for.
 
         Raises:
             ConfigurationError: with every fault of the file, of the variables that override it,
@@ -65,7 +69,7 @@ class Configuration:
             document.faults += [
                 document.fault(error.path, error.error_message) for error in exc.errors
             ]
-        secrets = _Secrets(document, environ)
+        secrets = _Secrets(document, environ, again=again)
         keys = {
             name: secrets.of_provider(name, each) for name, each in settings.llm.providers.items()
         }
@@ -160,9 +164,10 @@ class _Secrets:
     The settings may be partial: what is FAULTY has its fault already, and stays FAULTY.
     """
 
-    def __init__(self, document: Document, environ: Mapping[str, str]) -> None:
+    def __init__(self, document: Document, environ: Mapping[str, str], *, again: bool) -> None:
         self._document = document
         self._environ = environ
+        self._again = again
 
     def of_provider(self, name: str, provider: Provider) -> Any:
         """The key of *provider*: from itself, else from its file, else from its variable."""
@@ -190,6 +195,8 @@ class _Secrets:
                 digest = self._hashed(self._from_variable(caller.key_env, (*path, "key_env")))
             if digest is None and (source := caller.key_file or caller.key_env) is not None:
                 self._refuse(path, f"{source} holds no key")
+            elif digest == EMPTY:
+                self._refuse(path, "the hash of no key: everybody would come in")
             elif digest in found:
                 self._refuse(path, f"the same key as {found[digest].name}")
             elif digest is not None and digest is not FAULTY:
@@ -207,8 +214,11 @@ class _Secrets:
             return name
         credentials = self._environ.get("CREDENTIALS_DIRECTORY")
         for folder in ([credentials] if credentials else []) + ["."]:
+            file = Path(folder, name)
             try:
-                text = Path(folder, name).read_text("utf-8")
+                if self._again and file.is_fifo():
+                    return self._refuse(path, "is no file that can be read again")
+                text = file.read_text("utf-8")
             except FileNotFoundError:
                 continue
             except (OSError, ValueError) as exc:

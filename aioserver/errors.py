@@ -223,6 +223,12 @@ class UnsupportedMediaType(AioserverError):
     code, status, force_close = "unsupported_media_type", 415, True
 
 
+class ExpectationFailed(AioserverError):
+    """An `Expect` that is not `100-continue`."""
+
+    code, status = "expectation_failed", 417
+
+
 class HeadersTooLarge(AioserverError):
     """A header block over `h11_max_header_size`."""
 

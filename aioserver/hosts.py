@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from multidict import MultiMapping
 
+UNIX = "unix"  # among trusted proxies: whoever comes by a UNIX socket, which has no address
 MAX_HOPS = 16  # of X-Forwarded-For that are looked at
 MAX_KNOWN = 256  # Host values that are remembered as allowed
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\[\]:@/\s]+)(?::[0-9]{0,5})?")
@@ -65,16 +66,17 @@ class Proxies:
     """The proxies whose word is taken on who is behind them."""
 
     def __init__(self, trusted: Iterable[str] = ()) -> None:
-        self._networks = tuple(ipaddress.ip_network(one) for one in trusted)
+        self._trusted = frozenset(trusted)
+        self._networks = tuple(map(ipaddress.ip_network, self._trusted - {UNIX}))
         self._trusts = functools.lru_cache(maxsize=1024)(self._within)
 
     def __bool__(self) -> bool:
-        return bool(self._networks)
+        return bool(self._trusted)
 
     def address(self, peer: str | None, headers: MultiMapping[str]) -> str:
         """The address of the client whose connection comes from *peer*."""
         peer = peer or ""
-        if not self._networks or not self._trusts(peer):
+        if not self or not self._trusts(peer):
             return peer
         hops = ",".join(headers.getall("X-Forwarded-For", ())).rsplit(",", MAX_HOPS)
         found = peer
@@ -89,16 +91,16 @@ class Proxies:
 
     def secure(self, peer: str | None, headers: MultiMapping[str]) -> bool:
         """Whether a trusted proxy says that its client came by https."""
-        if not self._networks or not self._trusts(peer or ""):
+        if not self or not self._trusts(peer or ""):
             return False
         said = ",".join(headers.getall("X-Forwarded-Proto", ()))
         return said.rpartition(",")[2].strip().lower() == "https"
 
     def _within(self, address: str) -> bool:
         try:
-            ip = ipaddress.ip_address(address)
-        except ValueError:
-            return False
+            ip = _plain(address)
+        except ValueError:  # of who comes by a UNIX socket: it has a name, or nothing
+            return UNIX in self._trusted
         return any(ip in network for network in self._networks)
 
 
@@ -118,9 +120,16 @@ def _address(hop: str) -> str | None:
     elif hop.count(":") == 1:
         hop = hop.partition(":")[0]
     try:
-        ip = ipaddress.ip_address(hop)
+        return str(_plain(hop))
     except ValueError:
         return None
-    if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped is not None:
-        ip = ip.ipv4_mapped
-    return str(ip)
+
+
+def _plain(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """The address *text*; an IPv4 one on a socket for both, `::ffff:10.0.0.1`, is itself.
+
+    Raises:
+        ValueError: it is none.
+    """
+    ip = ipaddress.ip_address(text)
+    return (isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped) or ip

@@ -30,6 +30,7 @@ UVLOOP_EARS = 8
 KERNEL_PATIENCE = (
     1.0  # seconds by which the kernel's watch comes after ours, which logs and counts
 )
+MAX_PATIENCE = 2**31 - 1  # milliseconds: what setsockopt(2) takes
 MAX_NOT_SENT = 1 << 17  # bytes that the kernel keeps for a client who takes nothing; else 4 MiB
 SOMAXCONN = Path("/proc/sys/net/core/somaxconn")
 
@@ -162,7 +163,7 @@ def limit_kernel(sock: socket.socket, send_timeout: float) -> None:
     if sock.family == socket.AF_UNIX or sock.fileno() < 0:
         return
     if hasattr(socket, "TCP_USER_TIMEOUT"):
-        milliseconds = int((send_timeout + KERNEL_PATIENCE) * 1000)
+        milliseconds = min(int((send_timeout + KERNEL_PATIENCE) * 1000), MAX_PATIENCE)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
     if hasattr(socket, "TCP_NOTSENT_LOWAT"):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, MAX_NOT_SENT)

@@ -17,7 +17,7 @@ from dataclasses import replace
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
-from aioserver import keys, logs
+from aioserver import keys, logs, startup
 from aioserver.app import tell_limits
 from aioserver.config import Configuration
 from aioserver.errors import ConfigurationError
@@ -92,6 +92,7 @@ class Reload:
         try:
             configuration = await asyncio.to_thread(self._read)
             settings = self._kept(configuration.settings)
+            few_files = _room_for(settings)
             await self._runner.app[keys.ROSTER].prepare(settings.llm)
             self._apply(settings)
             await door.change(self._runner.app, settings.auth)
@@ -106,7 +107,7 @@ class Reload:
             logger.exception("the configuration was not applied")
             self._end("failed", "the configuration was not applied: see the log", "error")
             return False
-        for warning in configuration.warnings:
+        for warning in (*configuration.warnings, *few_files):
             logger.warning("%s", warning)
         for key in configuration.not_enforced():
             logger.warning("%s is valid, but not enforced yet", key)
@@ -136,7 +137,7 @@ class Reload:
             regular = True  # `load` says why
         if not regular:  # a pipe has given what it had, and would be waited for
             raise ConfigurationError([f"{self.source}: is no file that can be read again"])
-        configuration = Configuration.load(self.source, environ=self._environ)
+        configuration = Configuration.load(self.source, environ=self._environ, again=True)
         hosts = self._hosts
         if hosts is None:  # what it listens on now, and what it would after a restart
             hosts = (self._began.chat.websocket.host, configuration.settings.chat.websocket.host)
@@ -173,3 +174,16 @@ class Reload:
         logs.apply(settings.logging)
         if chat.websocket.concurrency != self._now.chat.websocket.concurrency:
             tell_limits(chat.websocket.concurrency)
+
+
+def _room_for(settings: Settings) -> tuple[str, ...]:
+    """Raise the limit of open files for *settings*, as at the start; a warning where it stays low.
+
+    Raises:
+        ConfigurationError: not even `max_connections` clients could be served.
+    """
+    try:
+        warning = startup.raise_file_limit(settings)
+    except startup.Unfit as unfit:
+        raise ConfigurationError([str(unfit)]) from None
+    return () if warning is None else (warning,)

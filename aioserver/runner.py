@@ -24,6 +24,7 @@ from aiohttp import web
 from aiohttp.abc import AbstractAccessLogger
 from aiohttp.http_exceptions import LineTooLong
 from aiohttp.web_protocol import RequestHandler
+from aiohttp.web_urldispatcher import MatchInfoError
 
 from aioserver import keys
 from aioserver.auth import ADDRESS
@@ -197,10 +198,12 @@ class Server(web.Server):
 class Direct:
     """The handler of all requests: at once where the path has no parameters, else aiohttp's way.
 
-    Always: a request gets the handler, the middleware and the match that aiohttp's router would give it.
+    Always: a request gets the handler, the middleware and the match that aiohttp's router would give it,
+    but for an `Expect` that is not understood: aiohttp answers that itself, in front of the middleware.
     """
 
     def __init__(self, app: web.Application, shield: Callable[..., Any], other: Handler) -> None:
+        self._app = app
         self._shield = shield
         self._other = other
         self._known: dict[tuple[str, str], tuple[web.UrlMappingMatchInfo, Handler]] = {}
@@ -210,13 +213,21 @@ class Direct:
                 match = web.UrlMappingMatchInfo({}, route)
                 match.add_app(app)
                 match.freeze()
-                self._known[route.method, resource.canonical] = match, route.handler
+                # The first, as the router: a path that is there twice is its.
+                self._known.setdefault((route.method, resource.canonical), (match, route.handler))
 
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
         """The answer to *request*."""
         assert isinstance(request, Request)
         known = self._known.get((request.method, request.raw_path))
-        if known is None or "Expect" in request.headers:
+        if "Expect" in request.headers:
+            if request.headers["Expect"].lower() == "100-continue":
+                return await self._other(request)
+            match = MatchInfoError(web.HTTPExpectationFailed())
+            match.add_app(self._app)
+            match.freeze()
+            known = match, match.handler
+        elif known is None:
             return await self._other(request)
         request._match_info, handler = known  # noqa: SLF001 - see the head of this file
         response: web.StreamResponse = await self._shield(request, handler)

@@ -6,6 +6,7 @@ and had holes that the other has not), and descriptors enough for every cap of t
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import resource
@@ -78,8 +79,11 @@ def raise_file_limit(settings: Settings) -> str | None:
     wanted = wanted_files(settings)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < wanted:
-        soft = hard
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        # Not to a hard limit that is none: macOS refuses that. A filter of system calls may refuse all.
+        more = wanted if hard == resource.RLIM_INFINITY else hard
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (more, hard))
+            soft = more
     if soft == resource.RLIM_INFINITY or soft >= wanted:
         return None
     clients = settings.chat.websocket.concurrency.max_connections

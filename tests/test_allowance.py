@@ -8,7 +8,12 @@ import random
 import pytest
 
 from aioserver.allowance import MINUTE, Allowance
-from aioserver.errors import ConcurrencyExceeded, InvalidApiKey, RateLimitExceeded
+from aioserver.errors import (
+    ConcurrencyExceeded,
+    InvalidApiKey,
+    PermissionDenied,
+    RateLimitExceeded,
+)
 
 
 class FakeClock:
@@ -154,6 +159,24 @@ async def test_a_revocation_ends_what_is_held_for_the_key() -> None:
     with pytest.raises(InvalidApiKey):
         await task
     assert one.running == 0
+
+
+async def test_who_is_demoted_and_revoked_at_once_ends_once() -> None:
+    one, never = Allowance(5, 5), asyncio.Event()
+
+    async def watch(*, admin: bool) -> None:
+        with one.held(admin=admin):
+            await never.wait()
+
+    watching, other = (asyncio.ensure_future(watch(admin=admin)) for admin in (True, False))
+    await asyncio.sleep(0)
+    one.demote()
+    one.revoke()
+
+    with pytest.raises(PermissionDenied):
+        await watching
+    with pytest.raises(InvalidApiKey):
+        await other
 
 
 async def test_a_client_that_leaves_in_the_same_moment_has_left() -> None:

@@ -101,6 +101,15 @@ def test_a_callers_key_that_is_missing_or_shared_is_a_fault(file: Path) -> None:
     ]
 
 
+def test_the_hash_of_no_key_is_a_fault(file: Path) -> None:
+    digest = hashlib.sha256(b"").hexdigest().upper()
+    text = small() + f"auth:\n  keys:\n  - {{name: a, sha256: {digest}}}\n"
+
+    assert refused(lambda: load(text, file), file) == [
+        "F:20:5 auth.keys[0]: the hash of no key: everybody would come in",
+    ]
+
+
 def test_no_secret_is_in_any_output(file: Path) -> None:
     text = (
         small(

@@ -16,6 +16,7 @@ from aioserver.faults import (
     ProviderBadResponse,
     ProviderError,
     ProviderFault,
+    ProviderForbidden,
     ProviderRateLimited,
     ProviderRefused,
 )
@@ -157,7 +158,7 @@ def test_an_error_under_200_is_a_fault(data: bytes, text: str) -> None:
     [
         ({"code": 401}, ProviderAuthError),
         ({"code": 402}, ProviderAuthError),
-        ({"code": "403"}, ProviderAuthError),
+        ({"code": "403"}, ProviderForbidden),
         ({"code": "insufficient_quota"}, ProviderAuthError),
         ({"type": "insufficient_quota", "code": None}, ProviderAuthError),
         ({"code": "invalid_api_key"}, ProviderAuthError),

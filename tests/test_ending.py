@@ -316,6 +316,47 @@ async def test_clients_that_read_nothing_do_not_delay_the_end(tmp_path: Path) ->
         assert clean(served)
 
 
+SLOW_NAMES = """
+import socket, time
+found = socket.getaddrinfo
+
+def getaddrinfo(host, *rest, **more):
+    if host == "slow.invalid":
+        time.sleep(60)
+    return found(host, *rest, **more)
+
+socket.getaddrinfo = getaddrinfo
+"""
+
+
+async def test_a_name_that_is_still_looked_up_does_not_delay_the_end(tmp_path: Path) -> None:
+    if "uvloop" in type(asyncio.get_running_loop()).__module__:
+        pytest.skip("uvloop does not ask Python for names")
+    (tmp_path / "sitecustomize.py").write_text(SLOW_NAMES)
+    async with (
+        serving(
+            tmp_path / "c.yaml",
+            "http://slow.invalid/v1",
+            changes={GRACE: 1.0},
+            environ={"PYTHONPATH": str(tmp_path)},
+        ) as served,
+        Raw(await served.ready()) as raw,
+        aiohttp.ClientSession() as session,
+    ):
+        await raw.ask_sse("r1", text="x")
+        busy = 0
+        while not busy:
+            async with session.get(f"{served.base}/metrics") as response:
+                busy = b'aioserver_provider_in_flight{provider="sim"} 1.0' in await response.read()
+        asked = asyncio.get_running_loop().time()
+
+        served.signal()
+
+        assert await served.ended() == 0
+        assert asyncio.get_running_loop().time() - asked < 1.0 + 5
+        assert b"stopped" in served.log
+
+
 async def test_a_second_signal_ends_it_at_once(tmp_path: Path, simulator: Simulator) -> None:
     async with (
         serving(tmp_path / "c.yaml", simulator.base_url, changes={GRACE: 600.0}) as served,

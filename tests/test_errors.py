@@ -34,6 +34,7 @@ TABLE = {
     413: {"request_too_large"},
     414: {"uri_too_long"},
     415: {"unsupported_media_type"},
+    417: {"expectation_failed"},
     429: {"rate_limit_exceeded", "concurrency_exceeded", "provider_rate_limited"},
     431: {"headers_too_large"},
     500: {"internal_error"},

@@ -125,6 +125,9 @@ def headers(*values: str, proto: str | None = None) -> CIMultiDict[str]:
         ("10.0.0.1", ["::ffff:203.0.113.9"], "203.0.113.9"),
         ("10.0.0.1", ["unknown"], "10.0.0.1"),
         ("::1", ["203.0.113.9"], "203.0.113.9"),
+        ("::ffff:10.0.0.1", ["203.0.113.9"], "203.0.113.9"),  # on a socket for both families
+        ("::ffff:10.0.0.1", [], "::ffff:10.0.0.1"),
+        ("::ffff:203.0.113.5", ["1.1.1.1"], "::ffff:203.0.113.5"),
         ("203.0.113.5", ["1.1.1.1"], "203.0.113.5"),  # not a proxy of ours
         ("192.168.7.8", ["1.1.1.1"], "192.168.7.8"),
         (None, ["1.1.1.1"], ""),
@@ -135,6 +138,19 @@ def test_the_last_hop_that_is_no_proxy_of_ours_is_the_client(
     peer: str | None, forwarded: list[str], address: str
 ) -> None:
     assert TRUSTED.address(peer, headers(*forwarded)) == address
+
+
+@pytest.mark.parametrize("peer", [None, "", "/run/proxy.sock", "b'\\x00proxy'"])
+def test_who_comes_by_a_unix_socket_is_believed_where_that_is_said(peer: str | None) -> None:
+    said = headers("1.1.1.1, 203.0.113.9", proto="https")
+    unix, both = Proxies(["unix"]), Proxies(["unix", "203.0.113.9"])
+
+    assert unix
+    assert unix.address(peer, said) == "203.0.113.9"
+    assert unix.secure(peer, said)
+    assert both.address(peer, said) == "1.1.1.1"
+    assert unix.address("10.0.0.1", said) == "10.0.0.1"
+    assert not unix.secure("10.0.0.1", said)
 
 
 def test_without_proxies_nobody_is_believed() -> None:
@@ -153,6 +169,7 @@ def test_a_chain_without_end_costs_little() -> None:
     ("peer", "proto", "secure"),
     [
         ("10.0.0.1", "https", True),
+        ("::ffff:10.0.0.1", "https", True),
         ("10.0.0.1", "HTTPS", True),
         ("10.0.0.1", "http, https", True),
         ("10.0.0.1", "https, http", False),

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import os
+import resource
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ import aiohttp
 import pytest
 import trustme
 
-from aioserver import eventstream, keys
+from aioserver import eventstream, keys, startup
 from aioserver.providers import breaker
 from aioserver.providers.simulator import Behaviour, Simulator
 from tests.faces.raw import CLOSE, TEXT, Raw, closing
@@ -23,7 +24,7 @@ from tests.house import HTTP_CLIENT, until
 from tests.providers.played import Played
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterator
 
     from aioserver.providers.provider import Provider
     from tests.house import House
@@ -136,6 +137,21 @@ async def test_a_file_that_cannot_be_read_changes_nothing(
     assert (await ask(house))["status"] == 200
     await asyncio.to_thread(mended, file, text)
     assert await house.reload.once()
+
+
+async def test_a_pipe_with_a_key_is_not_waited_for(
+    make_house: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    house = await make_house()
+    pipe = tmp_path / "key"
+    os.mkfifo(pipe)
+    two = other(house.simulator.base_url) | {"api_key_file": str(pipe)}
+
+    async with asyncio.timeout(10):
+        assert not await house.change(**{"llm.providers.two": two})
+
+    assert "llm.providers.two.api_key_file: is no file that can be read again" in caplog.text
+    assert reloads(house)["invalid"] == 1
 
 
 def linked(file: Path) -> Path:
@@ -780,6 +796,53 @@ async def test_a_provider_whose_key_is_gone_is_off_and_back_with_it(
 async def models(house: House) -> list[Any]:
     async with house.session.get(f"{house.v1}/models") as response:
         return list((await response.json())["data"])
+
+
+# What the process must have for it.
+
+
+@pytest.fixture
+def few_files() -> Iterator[Callable[[int], None]]:
+    """Sets the limits of open files, which are as they were at the end."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def limit(files: int) -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
+
+    yield limit
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+async def test_more_clients_have_the_descriptors_that_they_need(
+    make_house: Make, few_files: Callable[[int], None]
+) -> None:
+    house = await make_house()
+    few_files(startup.wanted_files(house.reload._began))
+    more = {f"{LIMITS}.max_connections": 100, f"{LIMITS}.connection_queue_size": 120}
+
+    assert await house.change(**more)
+
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert soft >= startup.wanted_files(house.reload._now)
+
+
+async def test_more_clients_than_there_can_be_descriptors_are_refused(
+    make_house: Make, few_files: Callable[[int], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    house = await make_house()
+    few_files(startup.wanted_files(house.reload._began))
+    most = 2**31 - 1
+    many = {
+        f"{LIMITS}.max_connections": most,
+        f"{LIMITS}.connection_queue_size": most,
+        f"{LIMITS}.uvicorn.backlog": most,
+    }
+
+    assert not await house.change(**many)
+
+    assert f"chat.websocket.concurrency.max_connections={most}" in caplog.text
+    assert house.app[keys.ADMISSION].gate.limit == 50
+    assert reloads(house)["invalid"] == 1
 
 
 # One at a time.

@@ -11,8 +11,10 @@ from aiohttp import http_parser, web
 from aiohttp.test_utils import make_mocked_request
 from aiohttp.web_protocol import RequestHandler
 
+from aioserver import keys
 from aioserver.faces.http import Request
 from aioserver.runner import LINGERING, MAX_HEADERS, Connection, Direct
+from aioserver.settings import TAKEN
 from tests.faces.raw import Raw
 from tests.test_listener import UVICORN, runner_of
 
@@ -131,6 +133,7 @@ async def test_what_is_found_at_once_is_what_the_router_finds(house: House) -> N
         ("GET /%68ealth", 200),
         ("GET http://127.0.0.1/health", 200),
         ("POST /health", 405),
+        ("HEAD /ws/chat", 405),
         ("GET /Health", 404),
         ("GET //health", 404),
         ("GET /v1/models/sim", 200),
@@ -146,6 +149,59 @@ async def test_every_way_to_say_it_is_answered_as_aiohttp_would(
 
     assert answer.startswith(f"HTTP/1.1 {status} ".encode())
     assert b"x-request-id: " in answer
+
+
+@pytest.mark.parametrize("path", ["/stats", "/nowhere", "/v1/models/sim"])
+@pytest.mark.parametrize("expect", [b"much", b"\xff", b"100-continue, much"])
+async def test_an_expectation_that_is_unknown_is_refused_as_anything_else(
+    path: str, expect: bytes, make_house: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    house = await make_house(**{"chat.websocket.allow_origins": ["http://a"]})
+    async with Raw(house) as raw:
+        for _ in range(2):
+            await raw.send(
+                f"GET {path} HTTP/1.1\r\nHost: x\r\nOrigin: http://a\r\nExpect: ".encode()
+                + expect
+                + b"\r\n\r\n"
+            )
+            answer = await raw.answer()
+
+            assert (answer.status, answer.code) == (417, "expectation_failed")
+            assert answer.headers["access-control-allow-origin"] == "http://a"
+            assert answer.headers["x-request-id"]
+    assert not caplog.records
+
+
+async def test_of_two_routes_on_one_path_the_first_is_found(house: House) -> None:
+    app = web.Application()
+    first = app.router.add_get("/twice", pages_of("first"))
+    app.router.add_get("/between", pages_of("between"))
+    app.router.add_get("/twice", pages_of("second"))
+    app.freeze()
+
+    direct = Direct(app, house.app[keys.SHIELD], pages_of("the router's"))
+
+    match, handler = direct._known["GET", "/twice"]
+    assert match.route is first
+    assert handler is first.handler
+
+
+def pages_of(text: str) -> Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]:
+    async def page(_request: web.BaseRequest) -> web.StreamResponse:
+        return web.Response(text=text)
+
+    return page
+
+
+async def test_no_face_can_be_put_where_something_else_is(house: House) -> None:
+    chat = house.settings.chat
+    plain = {
+        resource.canonical
+        for resource in house.app.router.resources()
+        if isinstance(resource, web.PlainResource)
+    } - {chat.websocket.endpoint, chat.sse.endpoint, "/"}  # which is no endpoint by its form
+
+    assert {path for path in plain if not path.startswith("/assets/")} == TAKEN
 
 
 # What this takes for granted.

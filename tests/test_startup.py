@@ -132,6 +132,33 @@ def test_the_limit_of_files_is_raised_where_need_be(
     assert warning.startswith("300 open files are fewer than") if warned else warning == "None"
 
 
+CANNOT = """
+import resource, sys
+from aioserver import startup
+from aioserver.config import Configuration
+resource.setrlimit(resource.RLIMIT_NOFILE, (200, 4000))
+
+def refused(event, args):
+    if event == "resource.setrlimit":
+        raise ValueError("as where a filter of system calls says no")
+
+sys.addaudithook(refused)
+print(startup.raise_file_limit(Configuration.load(sys.argv[1], environ={}).settings))
+"""
+
+
+def test_a_limit_of_files_that_cannot_be_raised_is_a_warning(tmp_path: Path) -> None:
+    write(NOWHERE, {}, tmp_path / "c.yaml")
+    done = subprocess.run(
+        [sys.executable, "-c", CANNOT, str(tmp_path / "c.yaml")],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=True,
+    )
+    assert done.stdout.startswith("200 open files are fewer than all limits together may take")
+
+
 def test_a_port_in_use_is_one_line_that_says_what_to_do(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

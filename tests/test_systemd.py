@@ -371,6 +371,30 @@ async def test_a_passed_unix_socket_is_served_and_its_file_left_alone(
         assert path.exists() == (kind == "path")
 
 
+async def test_the_word_of_a_proxy_behind_a_unix_socket_is_taken(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    name = str(tmp_path / "socket")
+    changes = {f"{UVICORN}.access_log": True, "auth.trusted_proxies": ["unix"]}
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as unix:
+        unix.bind(name)
+        unix.listen()
+        async with runner_of(tmp_path, **changes) as (runner, given):
+            await listener.listen(runner, given, inherited=passed(unix))
+            with caplog.at_level(logging.INFO, "aioserver.access"):
+                reader, writer = await asyncio.open_unix_connection(name)
+                writer.write(
+                    b"GET /health HTTP/1.0\r\nHost: localhost\r\n"
+                    b"X-Forwarded-For: 203.0.113.9\r\n\r\n"
+                )
+                assert (await reader.read()).startswith(b"HTTP/1.0 200 OK\r\n")
+                writer.close()
+                await writer.wait_closed()
+
+    (line,) = [one.fields for one in caplog.records if one.name == "aioserver.access"]  # type: ignore[attr-defined]
+    assert line["address"] == "203.0.113.9"
+
+
 # Processes.
 
 
@@ -427,6 +451,27 @@ async def test_a_service_serves_the_passed_socket_says_so_and_ends_well(
     assert code == 0, said
     assert "Traceback" not in said
     assert f"listening on http://127.0.0.1:{port.getsockname()[1]} backlog=128" in said
+
+
+async def test_a_reload_that_is_asked_for_during_the_start_comes_behind_it(
+    tmp_path: Path, watching: Systemd
+) -> None:
+    config = tmp_path / "config.yaml"
+    changes = {"logging.level": "INFO", "chat.websocket.host": "localhost"}
+    configured("http://127.0.0.1:9/v1", changes, config)
+    program = ("-m", "aioserver", "serve", "--config", config, "--loop", loop_name())
+    async with await Served.start(*program, NOTIFY_SOCKET=watching.address) as served:
+        await served.says("configuration: ")
+        first = asyncio.ensure_future(watching.told())
+        async with asyncio.timeout(30):
+            while not first.done():
+                served.signal(signal.SIGHUP)
+                await asyncio.wait([first], timeout=0.001)
+            assert "READY" in await first
+            await watching.told_of("RELOADING")
+            await watching.told_of("READY")
+        served.signal(signal.SIGTERM)
+        assert (await served.ended())[0] == 0
 
 
 async def test_connections_that_come_while_nobody_serves_are_answered_by_the_next(

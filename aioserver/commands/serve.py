@@ -9,7 +9,8 @@ import logging
 import os
 import signal
 import sys
-from typing import TYPE_CHECKING
+import threading
+from typing import TYPE_CHECKING, NoReturn
 
 from aioserver import app as application
 from aioserver import keys, listener, logs, startup, systemd
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from aiohttp import web
 
 logger = logging.getLogger("aioserver.serve")
+
+THREADS_TIMEOUT = 1.0  # seconds for threads to end, when all else has
 
 # What lives long is frozen. The logs are many young objects and no cycles: short passes, and few over
 # the older ones, halve the p99 gap of WebSocket streams against (50_000, 20, 20).
@@ -64,7 +67,21 @@ def serve(config: Path | None, *, host: str | None, port: int | None, loop: str)
     if few_files is not None:
         logger.warning("%s", few_files)
     with asyncio.Runner(loop_factory=factory) as runner:
-        return runner.run(_run(configuration, environ, inherited))
+        code = runner.run(_run(configuration, environ, inherited))
+        _leave_soon(code)
+    return code
+
+
+def _leave_soon(code: int) -> None:
+    """End with *code* even if a thread does not: Python waits for a name that is being looked up."""
+    timer = threading.Timer(THREADS_TIMEOUT, _leave, (code,))
+    timer.daemon = True
+    timer.start()
+
+
+def _leave(code: int) -> None:
+    logging.shutdown()
+    os._exit(code)
 
 
 def _refuse(error: ConfigurationError) -> int:
@@ -113,7 +130,7 @@ async def _run(
         await runner.setup()
     except ConfigurationError as exc:
         return _refuse(exc)
-    reloading = loop.create_task(reload.run())
+    reloading: asyncio.Task[NoReturn] | None = None
     try:
         if stop.is_set():
             return 0  # told to while it started
@@ -133,13 +150,15 @@ async def _run(
         gc.freeze()
         gc.set_threshold(*GC_THRESHOLDS)
         notifier.ready()
+        reloading = loop.create_task(reload.run())  # not before: its end says READY=1, too
         await stop.wait()
         logger.info("stopping")
         notifier.stopping()
         reloading.cancel()
         await application.end(runner)
     finally:
-        reloading.cancel()
+        if reloading is not None:
+            reloading.cancel()
         await runner.cleanup()
         notifier.close()
     logger.info("stopped")

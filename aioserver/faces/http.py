@@ -21,6 +21,7 @@ from aioserver import messages
 from aioserver.errors import (
     AioserverError,
     Denied,
+    ExpectationFailed,
     HeadersTooLarge,
     InternalError,
     InvalidRequest,
@@ -235,4 +236,6 @@ def _ours(exc: web.HTTPException, request: web.Request) -> AioserverError:
             return MethodNotAllowed(f"{request.method} is not for this path")
         case 413:
             return RequestTooLarge("the body is too large")
+        case 417:
+            return ExpectationFailed("Expect may be 100-continue and nothing else")
     return InvalidRequest(exc.reason)

@@ -10,7 +10,7 @@ from aiohttp.http import HttpVersion11
 
 from aioserver import __version__, eventstream, keys, prometheus
 from aioserver.auth import CALLER
-from aioserver.errors import InvalidApiKey, InvalidRequest, ServerAtCapacity
+from aioserver.errors import Denied, InvalidRequest, ServerAtCapacity
 from aioserver.faces.sse import RETRY, Events
 from aioserver.faces.writer import Writer
 
@@ -67,7 +67,8 @@ async def metrics(request: web.Request) -> web.Response:
 async def events(request: web.Request) -> web.StreamResponse:
     """The state as an event stream: `history` first, then `stats` and `incident`.
 
-    A watcher who takes nothing is dropped as any client is, and one whose key is revoked is told so.
+    A watcher who takes nothing is dropped as any client is; one whose key is revoked, or is no admin
+    key any more, is told so.
     """
     app = request.app
     allowance = request[CALLER].allowance or app[keys.DOORS].nobody
@@ -90,10 +91,10 @@ async def events(request: web.Request) -> web.StreamResponse:
     try:
         writer.send(RETRY)
         monitor.watch(writer, every)
-        with allowance.held():
+        with allowance.held(admin=True):
             await app[keys.LIFE].stopping.wait()
         await writer.flush()
-    except InvalidApiKey as error:
+    except Denied as error:
         writer.send(eventstream.write(orjson.dumps(error.as_chunk()), event="error"))
         await writer.flush()
     finally:

@@ -150,7 +150,8 @@ class Socket:
         self._admission.opened("websocket", self.caller.name)
         waiting, self._waiting = self._waiting, []
         for text in waiting:
-            self._carry_out(text)
+            if self._close_task is None:  # else it was sent away meanwhile: nothing is paid for it
+                self._carry_out(text)
 
     def refused(self, error: AioserverError) -> None:
         """No place: say so, then close."""

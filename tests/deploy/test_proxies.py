@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import pytest
+from yarl import URL
 
 from aioserver.providers.simulator import Behaviour
 from tests.deploy.proxy import KINDS, Proxy, running
@@ -192,6 +193,17 @@ async def test_what_operators_look_at_is_for_this_machine(proxied: Proxied) -> N
         for path in ("/metrics", "/stats", "/events", "/health"):
             async with session.get(proxy.base + path) as response:
                 assert (path, response.status) == (path, 200 if path == "/health" else 403)
+        for spelling in (
+            "/%6Detrics",
+            "/st%61ts",
+            "/%65vents",
+            "//stats",
+            "/./stats",
+            "/x/../stats",
+        ):
+            url = URL(proxy.base + spelling, encoded=True)  # as it is: nothing of it decoded
+            async with session.get(url) as response:
+                assert (spelling, response.status) in {(spelling, 403), (spelling, 404)}
 
 
 async def test_a_browser_that_comes_without_tls_is_sent_to_it(proxied: Proxied) -> None:

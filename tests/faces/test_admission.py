@@ -148,6 +148,25 @@ async def test_too_much_from_a_waiting_websocket_closes_with_1008(
         await until(lambda: waiting(house) == 0)
 
 
+async def test_who_is_sent_away_and_then_gets_a_place_asks_nothing(make_house: Make) -> None:
+    house = await make_house(**limits(places=1, line=5, timeout=30))
+    async with full(house) as (holder,), Raw(house) as raw:
+        await raw.upgrade()
+        for number in range(websocket.MAX_WAITING_FRAMES + 1):
+            await raw.send_json(chat(f"r{number}"))
+        while (frame := await raw.frame())[0] == TEXT:
+            pass
+        assert closing(frame[1])[0] == 1008
+
+        await holder.close()
+        await until(lambda: house.held()["sockets"] == 1 and not waiting(house))
+        await raw.send_frame(CLOSE, frame[1])
+        await raw.to_the_end()
+
+    await house.nothing_held()
+    assert not any(one.value for one in house.app[keys.METRICS].outcomes.values())
+
+
 @pytest.mark.parametrize("politely", [True, False])
 async def test_a_waiter_that_leaves_frees_its_place_in_the_line(
     make_house: Make, politely: bool

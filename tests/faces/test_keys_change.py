@@ -154,6 +154,29 @@ async def test_a_watcher_is_shown_out(make_house: Make) -> None:
     await until(lambda: not house.app[keys.MONITOR]._watchers)
 
 
+async def test_who_is_no_admin_any_more_watches_no_longer_and_chats_on(make_house: Make) -> None:
+    house = await make_house(ENDLESS, **keys_of("root"))
+    headers = bearer("root")
+    async with (
+        house.connect(headers=headers) as ws,
+        house.session.get(f"{house.base}/events", headers=headers) as response,
+    ):
+        await response.content.readuntil(b"event: stats\n")
+        await ws.send_json(chat("one"))
+        await until_status(ws, "chunk")
+
+        for _ in range(2):
+            assert await door.change(house.app, auth_of("root", admin=False)) == set()
+
+        last = list(eventstream.parse(b"event: stats\n" + await response.read()))[-1]
+        assert (last.event, json.loads(last.data)["code"]) == (b"error", "permission_denied")
+        assert (await ws.receive_json(timeout=20))["status"] == "chunk"
+        async with house.session.delete(f"{house.sse}/one", headers=headers) as got:
+            assert got.status == 204
+    async with house.session.get(f"{house.base}/events", headers=headers) as response:
+        assert (response.status, await code_of(response)) == (403, "permission_denied")
+
+
 async def test_limits_change_in_place(make_house: Make) -> None:
     house = await make_house(ENDLESS, **keys_of("web", max_concurrent=1))
     async with house.connect(headers=bearer("web")) as ws:

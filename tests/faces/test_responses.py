@@ -11,6 +11,7 @@ from openai import AsyncOpenAI
 
 from aioserver.deltas import final_response
 from aioserver.providers.simulator import Behaviour
+from tests.faces.raw import Raw
 from tests.house import until
 
 if TYPE_CHECKING:
@@ -209,3 +210,22 @@ async def test_events_that_are_kept_no_longer_are_a_gap(make_house: Make) -> Non
 
     assert caught.value.code == "resume_gap"
     assert rest == events[-3:]
+
+
+async def test_a_head_of_one_is_refused_and_nothing_of_it_comes_after(
+    house: House, sdk: AsyncOpenAI
+) -> None:
+    events = [event async for event in await sdk.responses.create(**ASK)]
+    path = f"/v1/responses/{events[-1].response.id}?stream=true"
+
+    async with Raw(house) as raw:
+        await raw.send(
+            f"HEAD {path} HTTP/1.1\r\nHost: x\r\n\r\n"
+            "GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode()
+        )
+        first = await raw.until(b"\r\n\r\n")
+        second = await raw.to_the_end()
+
+    assert first.startswith(b"HTTP/1.1 405 ")
+    assert second.startswith(b"HTTP/1.1 200 ")
+    assert second.endswith(b"}")
