@@ -91,7 +91,19 @@ def text(kind_: str, pattern: str | None = None, wanted: str = "") -> Check:
 prose = text("text")
 line = text("text", r"[^\x00-\x1f\x7f]+", "one line of text, not empty")
 short = text("text", r"[^\x00-\x1f\x7f]*", "one line of text")
-route = text("path", r"/[A-Za-z0-9._~/-]*[A-Za-z0-9._~-]", 'a path such as "/ws/chat"')
+TAKEN = frozenset(  # paths without parameters, beside the pages' assets, that a face cannot have
+    (
+        *("/dashboard", "/events", "/metrics", "/session", "/stats"),
+        *("/health", "/healthz", "/livez", "/ready", "/readyz"),
+        *("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/models"),
+        "/v1/responses",
+    )
+)
+route = text(
+    "path",
+    rf"(?!(?:{'|'.join(TAKEN)})\Z)/[A-Za-z0-9._~/-]*[A-Za-z0-9._~-]",
+    'a path such as "/ws/chat", that nothing else is found by',
+)
 variable = text(
     "variable name",
     r"[A-Z_][A-Z0-9_]*",

@@ -60,14 +60,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 KEY_VARIABLES = {name: f"{name.upper()}_API_KEY" for name in ("openai", "groq", "openrouter")}
-TAKEN = frozenset(  # paths without parameters, beside the pages' assets, that a face cannot have
-    (
-        *("/dashboard", "/events", "/metrics", "/session", "/stats"),
-        *("/health", "/healthz", "/livez", "/ready", "/readyz"),
-        *("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/models"),
-        "/v1/responses",
-    )
-)
 LOCAL_ORIGINS = ("http://localhost:8000", "http://127.0.0.1:8000")
 
 days = number(0, "days > 0", above=True)
@@ -213,15 +205,8 @@ class Chat:
     streams: Streams = group(Streams)
 
     def __post_init__(self) -> None:
-        faces = {"websocket": self.websocket.endpoint, "sse": self.sse.endpoint}
-        broken: list[Rule] = [
-            ((face, "endpoint"), f"{endpoint} is what something else is found by here")
-            for face, endpoint in faces.items()
-            if endpoint in TAKEN
-        ]
         if self.sse.endpoint == self.websocket.endpoint:
-            broken.append((("sse", "endpoint"), "must differ from chat.websocket.endpoint"))
-        rules(self, *broken)
+            rules(self, (("sse", "endpoint"), "must differ from chat.websocket.endpoint"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

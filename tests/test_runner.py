@@ -12,9 +12,9 @@ from aiohttp.test_utils import make_mocked_request
 from aiohttp.web_protocol import RequestHandler
 
 from aioserver import keys
+from aioserver.checks import TAKEN
 from aioserver.faces.http import Request
 from aioserver.runner import LINGERING, MAX_HEADERS, Connection, Direct
-from aioserver.settings import TAKEN
 from tests.faces.raw import Raw
 from tests.test_listener import UVICORN, runner_of
 

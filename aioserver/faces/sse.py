@@ -120,7 +120,11 @@ async def busy(request: web.Request, error: ServerAtCapacity) -> web.StreamRespo
 
 
 async def listing(request: web.Request) -> web.Response:
-    """GET without an id: the caller's own streams that are kept."""
+    """GET without an id: the caller's own streams that are kept.
+
+    Without keys these are those of its address: all are one caller then, and who has an id has the answer.
+    """
+    caller = request[CALLER]
     own = [
         {
             "request_id": stream.request_id,
@@ -129,9 +133,15 @@ async def listing(request: web.Request) -> web.Response:
             "first_event_id": stream.first,
             "readers": len(stream.readers),
         }
-        for stream in request.app[keys.GATEWAY].of(request[CALLER])
+        for stream in request.app[keys.GATEWAY].of(caller)
+        if _own(stream, caller)
     ]
     return web.json_response({"streams": own})
+
+
+def _own(stream: Stream, caller: Caller) -> bool:
+    owner: Any = stream.caller
+    return bool(owner.turn == caller.turn)
 
 
 async def cancel(request: web.Request) -> web.Response:

@@ -352,3 +352,18 @@ async def test_an_answer_for_nobody_does_not_hold_up_a_later_one(make_house: Mak
 
     assert frames[-1]["status"] == "complete"
     assert json.loads(json.dumps(await whole(house, "r1")))[-1]["status"] == "cancelled"
+
+
+async def test_without_keys_the_list_is_that_of_ones_own_address(make_house: Make) -> None:
+    house = await make_house(auth={"open": True, "trusted_proxies": ["127.0.0.1"]})
+    mine, others = {"X-Forwarded-For": "192.0.2.1"}, {"X-Forwarded-For": "192.0.2.2"}
+    body = {"request_id": "r1", "text": "Hello"}
+    async with house.session.post(house.sse, json=body, headers=mine) as response:
+        await response.read()
+
+    found = {}
+    for name, headers in (("mine", mine), ("others", others)):
+        async with house.session.get(house.sse, headers=headers) as response:
+            found[name] = [one["request_id"] for one in (await response.json())["streams"]]
+
+    assert found == {"mine": ["r1"], "others": []}
