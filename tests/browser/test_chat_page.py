@@ -349,6 +349,7 @@ async def test_an_answer_that_is_gone_says_so_and_is_asked_again(
     await enter(page, house)
     await ask(page, "Hello")
     await is_now(page, "running")
+    await house.simulator.until(lambda stats: stats.requests == 1)  # else leaving ends it before
     await page.goto("about:blank")
     await house.nothing_held()
     await until(lambda: house.app[keys.STREAMS].stats().finished == 0)
