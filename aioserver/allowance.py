@@ -116,11 +116,9 @@ class Allowance:
             yield
         except asyncio.CancelledError:
             why = self._why.get(task)
-            if (
-                why is not None and task.uncancel() == 0
-            ):  # else somebody else wants its end as well
+            if why is not None and task.uncancel() == 0:
                 raise why from None
-            raise
+            raise  # nobody has told it to end, or somebody else wants that as well
         finally:
             del self._held[task]
             self._why.pop(task, None)

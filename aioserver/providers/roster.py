@@ -35,9 +35,7 @@ class Roster:
         self._providers: dict[str, Provider] = {}
         self._leaving: dict[Provider, asyncio.Task[None]] = {}
         self._stack = AsyncExitStack()
-        self._simulated = (
-            ""  # where the simulator of this process is; empty: it was not wanted yet
-        )
+        self._simulated = ""  # the simulator's address; empty: it was not wanted yet
 
     @property
     def providers(self) -> Mapping[str, Provider]:
