@@ -164,7 +164,7 @@ def key(name: str, admin: bool) -> None:
 def provider(host: str, port: int, fail_rate: float | None, **behaviour: Any) -> None:
     """The simulated OpenAI-compatible provider, as a server of its own."""
     from aioserver.commands.provider import provider as run
-    from aioserver.providers.simulator import Behaviour
+    from aioserver.providers.simulator.exchange import Behaviour
 
     if fail_rate is None:
         fail_rate = 1.0 if behaviour["fault"] else 0.0

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
     from pathlib import Path
 
-    from aioserver.providers.simulator import Behaviour
+    from aioserver.providers.simulator.exchange import Behaviour
 
 
 def _debugging() -> asyncio.AbstractEventLoop:

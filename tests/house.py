@@ -15,13 +15,15 @@ import yaml
 from aiohttp import web_app
 from prometheus_client.parser import text_string_to_metric_families
 
-from aioserver import app as application
-from aioserver import keys, listener
 from aioserver.config import Configuration
+from aioserver.faces import context
 from aioserver.providers.breaker import Breaker
-from aioserver.providers.simulator import Behaviour, Simulator
-from aioserver.reload import Reload
-from aioserver.runner import Runner
+from aioserver.providers.simulator.exchange import Behaviour
+from aioserver.providers.simulator.server import Simulator
+from aioserver.server import app as application
+from aioserver.server import listener
+from aioserver.server.reload import Reload
+from aioserver.server.runner import Runner
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -91,7 +93,7 @@ class House:
         self.session: aiohttp.ClientSession = session
         assert runner.server is not None
         self.server = runner.server  # aiohttp's: its `connections` are those of the clients
-        self.settings = app[keys.SETTINGS]
+        self.settings = app[context.SETTINGS]
         self.ws = base.replace("http", "ws", 1) + self.settings.chat.websocket.endpoint
         self.sse = base + self.settings.chat.sse.endpoint
         self.v1 = base + "/v1"
@@ -102,23 +104,23 @@ class House:
     @property
     def provider(self) -> Any:
         """The provider `sim`."""
-        return self.app[keys.ROUTER].providers["sim"]
+        return self.app[context.ROUTER].providers["sim"]
 
     def provider_of(self, name: str) -> Any:
         """The provider of that name."""
-        return self.app[keys.ROUTER].providers[name]
+        return self.app[context.ROUTER].providers[name]
 
     def held(self) -> dict[str, int]:
         """Everything that a request may hold: all zeros when nothing is under way."""
         found = {
-            "places": self.app[keys.ADMISSION].gate.inside,
-            "waiting": self.app[keys.ADMISSION].gate.waiting,
-            "body_bytes": self.app[keys.ADMISSION].body_bytes,
-            "running": self.app[keys.STREAMS].stats().running,
-            "sockets": len(self.app[keys.SOCKETS]),
-            "detached": self.app[keys.GATEWAY].lifetime.detached,
+            "places": self.app[context.ADMISSION].gate.inside,
+            "waiting": self.app[context.ADMISSION].gate.waiting,
+            "body_bytes": self.app[context.ADMISSION].body_bytes,
+            "running": self.app[context.STREAMS].stats().running,
+            "sockets": len(self.app[context.SOCKETS]),
+            "detached": self.app[context.GATEWAY].lifetime.detached,
         }
-        for name, provider in self.app[keys.ROUTER].providers.items():
+        for name, provider in self.app[context.ROUTER].providers.items():
             stats = provider.stats()
             found[f"{name} places"] = stats.queue.inside
             found[f"{name} waiting"] = stats.queue.waiting

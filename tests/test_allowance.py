@@ -7,13 +7,13 @@ import random
 
 import pytest
 
-from aioserver.allowance import MINUTE, Allowance
 from aioserver.errors import (
     ConcurrencyExceeded,
     InvalidApiKey,
     PermissionDenied,
     RateLimitExceeded,
 )
+from aioserver.limits.quota import MINUTE, Allowance
 
 
 class FakeClock:

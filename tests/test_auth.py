@@ -9,10 +9,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aioserver.auth import SESSION_SECONDS, Caller, Doors, Keys, Origins, anonymous, pepper_of
+from aioserver.auth.callers import (
+    SESSION_SECONDS,
+    Caller,
+    Doors,
+    Keys,
+    Origins,
+    anonymous,
+    pepper_of,
+)
+from aioserver.config.schema import Secret
+from aioserver.config.settings import Auth, ClientKey
 from aioserver.errors import ConcurrencyExceeded, InvalidApiKey, OriginNotAllowed, SessionEnded
-from aioserver.setting import Secret
-from aioserver.settings import Auth, ClientKey
 from tests.configs import load, small
 
 if TYPE_CHECKING:

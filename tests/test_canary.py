@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from aioserver import keys
-from aioserver.faces import door
-from aioserver.logs import ConsoleFormatter, JsonFormatter
-from aioserver.providers.simulator import Behaviour
+from aioserver.auth import guard
+from aioserver.faces import context
+from aioserver.providers.simulator.exchange import Behaviour
+from aioserver.telemetry.logs import ConsoleFormatter, JsonFormatter
 from tests.faces.keyed import COOKIE, auth_of, bearer, cookie, keys_of, log_in
 from tests.faces.raw import Raw
 from tests.faces.talk import cancel, chat, resume, to_end, until_status
@@ -132,13 +132,13 @@ async def test_a_key_and_a_prompt_are_heard_by_nobody_else(
     await tried_out(house, heard, session, secret)
     await turned_away(house, heard, session)
     await house.nothing_held()
-    house.app[keys.MONITOR].tick()
+    house.app[context.MONITOR].tick()
     async with house.session.get(f"{house.base}/events", headers=bearer("root")) as response:
         heard.texts.append((await response.content.readuntil(b"event: stats\n")).decode())
     for path in ("/", "/dashboard", "/health", "/ready", "/session", "/stats", "/metrics"):
         await heard.take(house, "GET", path, headers=bearer("root"))
-    house.app[keys.MONITOR].tick()
-    await door.change(house.app, auth_of("root"))
+    house.app[context.MONITOR].tick()
+    await guard.change(house.app, auth_of("root"))
     await heard.take(house, "GET", "/stats", headers={"Authorization": f"Bearer {secret}"})
 
     log, everything = logged(), "\n".join(heard.texts)

@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import voluptuous as vol
 
-from aioserver import checks
-from aioserver.setting import Secret
+from aioserver.config import validators
+from aioserver.config.schema import Secret
 
 if TYPE_CHECKING:
-    from aioserver.setting import Check
+    from aioserver.config.schema import Check
 
 
 def refusal(check: Check, value: Any) -> str:
@@ -20,41 +20,41 @@ def refusal(check: Check, value: Any) -> str:
 
 @pytest.mark.parametrize("value", [True, False, None, "5", 5.0, [5], {"a": 5}])
 def test_a_count_is_a_whole_number_and_nothing_else(value: object) -> None:
-    assert "expected a whole number, not" in refusal(checks.count, value)
+    assert "expected a whole number, not" in refusal(validators.count, value)
 
 
 @pytest.mark.parametrize("value", [True, None, "5", float("nan"), float("inf"), 10**400, -1, 0])
 def test_seconds_are_finite_and_positive(value: object) -> None:
-    assert refusal(checks.seconds, value)
+    assert refusal(validators.seconds, value)
 
 
 def test_a_number_in_quotes_says_so() -> None:
-    assert "without quotes" in refusal(checks.count, "5")
-    assert "without quotes" in refusal(checks.seconds, "0.5")
-    assert "1.0e+3" in refusal(checks.seconds, "1e3")
+    assert "without quotes" in refusal(validators.count, "5")
+    assert "without quotes" in refusal(validators.seconds, "0.5")
+    assert "1.0e+3" in refusal(validators.seconds, "1e3")
 
 
 @pytest.mark.parametrize(
     ("check", "value"),
     [
-        (checks.port_number, 0),
-        (checks.port_number, 65535),
-        (checks.seconds_or_0, 0),
-        (checks.count_or_0, 0),
-        (checks.ratio, 0),
-        (checks.prose, "two\nlines"),
-        (checks.route, "/ws/chat"),
-        (checks.origin, "*"),
-        (checks.origin, "https://chat.example:8443"),
-        (checks.network, "10.0.0.0/8"),
-        (checks.network, "::1/128"),
-        (checks.label, "gpt-4.1_x"),
-        (checks.variable, "OPENAI_API_KEY"),
-        (checks.api, "http://127.0.0.1:11434/v1"),
-        (checks.proxy, "http://me:word@proxy:3128"),
-        (checks.redis, "redis://:word@host/0?protocol=3"),
-        (checks.latin, "für"),
-        (checks.log_level, "INFO"),
+        (validators.port_number, 0),
+        (validators.port_number, 65535),
+        (validators.seconds_or_0, 0),
+        (validators.count_or_0, 0),
+        (validators.ratio, 0),
+        (validators.prose, "two\nlines"),
+        (validators.route, "/ws/chat"),
+        (validators.origin, "*"),
+        (validators.origin, "https://chat.example:8443"),
+        (validators.network, "10.0.0.0/8"),
+        (validators.network, "::1/128"),
+        (validators.label, "gpt-4.1_x"),
+        (validators.variable, "OPENAI_API_KEY"),
+        (validators.api, "http://127.0.0.1:11434/v1"),
+        (validators.proxy, "http://me:word@proxy:3128"),
+        (validators.redis, "redis://:word@host/0?protocol=3"),
+        (validators.latin, "für"),
+        (validators.log_level, "INFO"),
     ],
 )
 def test_what_a_check_accepts_stays_as_it_is(check: Check, value: object) -> None:
@@ -64,37 +64,37 @@ def test_what_a_check_accepts_stays_as_it_is(check: Check, value: object) -> Non
 @pytest.mark.parametrize(
     ("check", "value"),
     [
-        (checks.port_number, 65536),
-        (checks.port_number, -1),
-        (checks.count, 2**31),
-        (checks.line, ""),
-        (checks.line, "two\nlines"),
-        (checks.prose, "\ud800"),
-        (checks.route, "ws"),
-        (checks.route, "/"),
-        (checks.route, "/{name}"),
-        (checks.origin, "http://localhost:8000/"),
-        (checks.origin, "localhost"),
-        (checks.network, "10.0.0.0/33"),
-        (checks.network, "proxy"),
-        (checks.label, "a/b"),
-        (checks.label, ""),
-        (checks.variable, "sk-0123"),
-        (checks.variable, "gsk_0123"),
-        (checks.api, "ftp://host"),
-        (checks.api, "https://user:word@host/v1"),
-        (checks.api, "https://host/v1?key=1"),
-        (checks.header, "a b"),
-        (checks.latin, "a\r\nb"),
-        (checks.latin, "\u20ac"),
-        (checks.digest, "00"),
-        (checks.yes, 1),
-        (checks.yes, "canary"),
-        (checks.log_level, "LOUD"),
-        (checks.log_format, "xml"),
-        (checks.secret, ""),
-        (checks.secret, "a b"),
-        (checks.secret, 5),
+        (validators.port_number, 65536),
+        (validators.port_number, -1),
+        (validators.count, 2**31),
+        (validators.line, ""),
+        (validators.line, "two\nlines"),
+        (validators.prose, "\ud800"),
+        (validators.route, "ws"),
+        (validators.route, "/"),
+        (validators.route, "/{name}"),
+        (validators.origin, "http://localhost:8000/"),
+        (validators.origin, "localhost"),
+        (validators.network, "10.0.0.0/33"),
+        (validators.network, "proxy"),
+        (validators.label, "a/b"),
+        (validators.label, ""),
+        (validators.variable, "sk-0123"),
+        (validators.variable, "gsk_0123"),
+        (validators.api, "ftp://host"),
+        (validators.api, "https://user:word@host/v1"),
+        (validators.api, "https://host/v1?key=1"),
+        (validators.header, "a b"),
+        (validators.latin, "a\r\nb"),
+        (validators.latin, "\u20ac"),
+        (validators.digest, "00"),
+        (validators.yes, 1),
+        (validators.yes, "canary"),
+        (validators.log_level, "LOUD"),
+        (validators.log_format, "xml"),
+        (validators.secret, ""),
+        (validators.secret, "a b"),
+        (validators.secret, 5),
     ],
 )
 def test_what_a_check_refuses_it_does_not_show(check: Check, value: object) -> None:
@@ -104,13 +104,13 @@ def test_what_a_check_refuses_it_does_not_show(check: Check, value: object) -> N
 
 
 def test_a_number_where_text_is_wanted_asks_for_quotes() -> None:
-    assert "put it in quotes" in refusal(checks.line, 1.1)
-    assert "put it in quotes" in refusal(checks.secret, 1234)
-    assert refusal(checks.line, None) == "expected text, not nothing"
+    assert "put it in quotes" in refusal(validators.line, 1.1)
+    assert "put it in quotes" in refusal(validators.secret, 1234)
+    assert refusal(validators.line, None) == "expected text, not nothing"
 
 
 def test_log_level_may_be_written_small() -> None:
-    assert checks.log_level("info") == "INFO"
+    assert validators.log_level("info") == "INFO"
 
 
 def test_a_secret_shows_itself_only_when_asked() -> None:

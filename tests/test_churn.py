@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from aioserver.providers.simulator import Behaviour
+from aioserver.providers.simulator.exchange import Behaviour
 from tests.house import until
 
 if TYPE_CHECKING:

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from aioserver import entries, eventstream, keys
-from aioserver.auth import Caller
-from aioserver.providers.simulator import Behaviour
+from aioserver.auth.callers import Caller
+from aioserver.faces import context
+from aioserver.protocol import eventstream
+from aioserver.providers.simulator.exchange import Behaviour
+from aioserver.streams import entries
 from tests.faces.raw import Raw
 from tests.faces.talk import (
     big,
@@ -234,7 +236,7 @@ async def test_what_is_no_longer_kept_is_a_gap_on_each_face(make_house: Make, fa
 
 
 async def test_what_is_not_ones_own_is_as_if_it_were_not_there(house: House) -> None:
-    stream = house.app[keys.STREAMS].open("r1", Caller("somebody else"), window=30.0)
+    stream = house.app[context.STREAMS].open("r1", Caller("somebody else"), window=30.0)
     stream.end(entries.COMPLETE, {})
     for name in ("r1", "never-seen"):
         assert await refusals(house, name, 0) == [

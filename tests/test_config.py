@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from aioserver.config import MAX_FILE_BYTES, SHIPPED, Configuration
+from aioserver.config import Configuration
+from aioserver.config.configuration import MAX_FILE_BYTES, SHIPPED
 from tests.configs import load, refused, small
 from tests.test_settings import CLIENT, ORIGINAL
 

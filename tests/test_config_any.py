@@ -6,8 +6,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aioserver.config import SHIPPED, Configuration
-from aioserver.settings import table
+from aioserver.config import Configuration
+from aioserver.config.configuration import SHIPPED
+from aioserver.config.settings import table
 from tests.configs import ANY_MACHINE, load, outcome
 from tests.test_settings import ORIGINAL, changed
 

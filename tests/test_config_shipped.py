@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from aioserver.config import SHIPPED, Configuration
+from aioserver.config import Configuration
+from aioserver.config.configuration import SHIPPED
 from tests.test_settings import ORIGINAL, changed
 
 ROOT = Path(__file__).parents[1]

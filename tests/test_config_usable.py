@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from aioserver.config import SHIPPED, Configuration
+from aioserver.config import Configuration
+from aioserver.config.configuration import SHIPPED
 from tests.configs import load, refused, small
 from tests.test_settings import ORIGINAL
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from aioserver import conversations
-from aioserver.conversations import MAX_CONVERSATIONS, Conversations, tokens
-from aioserver.settings import Context, Persistence
+from aioserver.config.settings import Context, Persistence
+from aioserver.gateway import conversations
+from aioserver.gateway.conversations import MAX_CONVERSATIONS, Conversations, tokens
 
 POLICIES = ("token_limit", "message_count", "time_based", "unlimited")
 DAY = 86_400.0

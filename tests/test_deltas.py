@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aioserver.deltas import Reading
-from aioserver.faults import (
+from aioserver.protocol.openai import Reading
+from aioserver.provider_errors import (
     ProviderAuthError,
     ProviderBadResponse,
     ProviderError,

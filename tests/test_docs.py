@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from aioserver import errors, faults
+from aioserver import errors, provider_errors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -43,12 +43,12 @@ ERRORS = [*every_error(errors.AioserverError)]
 def test_every_error_is_explained_with_its_status_and_close_code(
     error: type[errors.AioserverError],
 ) -> None:
-    if error is faults.ProviderFault:
+    if error is provider_errors.ProviderFault:
         return  # what they have in common: nobody raises it
 
     row = CODES[error.code]
 
-    if error is not faults.ProviderRefused:  # whose status is the provider's own
+    if error is not provider_errors.ProviderRefused:  # whose status is the provider's own
         assert str(error.status) in row[1]
         assert ("retry" in row[3]) == error.retryable, row[3]
     if error.close is not None:

@@ -8,9 +8,9 @@ import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from aioserver import document
-from aioserver.document import Document, scalar
-from aioserver.setting import FAULTY
+from aioserver.config import document
+from aioserver.config.document import Document, scalar
+from aioserver.config.schema import FAULTY
 from tests.configs import ANY_MACHINE
 
 

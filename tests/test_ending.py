@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import pytest
 
-from aioserver.app import FAREWELL
-from aioserver.providers.simulator import Behaviour, Simulator
+from aioserver.providers.simulator.exchange import Behaviour
+from aioserver.providers.simulator.server import Simulator
+from aioserver.server.app import FAREWELL
 from tests.faces.raw import CLOSE, SMALL, TEXT, Raw, closing
 from tests.faces.talk import CHAT, big, chat, frames_of, to_end
 from tests.house import until

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from aioserver import errors, faults
+from aioserver import errors, provider_errors
 from aioserver.errors import (
     AioserverError,
     InternalError,
@@ -18,7 +18,7 @@ from aioserver.errors import (
     ServerShutdown,
     public,
 )
-from aioserver.faults import ProviderError, ProviderFault, ProviderRefused, ReadTimeout
+from aioserver.provider_errors import ProviderError, ProviderFault, ProviderRefused, ReadTimeout
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -62,7 +62,7 @@ TYPES = {
 
 def descendants(cls: type[AioserverError]) -> Iterator[type[AioserverError]]:
     for child in cls.__subclasses__():
-        if child.__module__ in {errors.__name__, faults.__name__}:
+        if child.__module__ in {errors.__name__, provider_errors.__name__}:
             yield child
             yield from descendants(child)
 
@@ -153,7 +153,11 @@ def test_retry_after_is_in_whole_seconds_from_1_on_and_never_too_early(
     [(0.0, "1", "1"), (0.2, "1", "200"), (1.4, "2", "1400"), (1.40001, "2", "1401")],
 )
 def test_a_429_never_says_too_soon(seconds: float, whole: str, milliseconds: str) -> None:
-    for cls in (RateLimitExceeded, errors.ConcurrencyExceeded, faults.ProviderRateLimited):
+    for cls in (
+        RateLimitExceeded,
+        errors.ConcurrencyExceeded,
+        provider_errors.ProviderRateLimited,
+    ):
         headers = cls("slow", retry_after=seconds).headers()
 
         assert (headers["Retry-After"], headers["retry-after-ms"]) == (whole, milliseconds)

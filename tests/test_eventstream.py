@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from aioserver.eventstream import (
+from aioserver.protocol.eventstream import (
     BOM,
     HEARTBEAT,
     MAX_EVENT_BYTES,
@@ -19,7 +19,7 @@ from aioserver.eventstream import (
     split,
     write,
 )
-from aioserver.faults import ProviderBadResponse
+from aioserver.provider_errors import ProviderBadResponse
 
 
 class Parser:

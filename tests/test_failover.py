@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from aioserver import keys
-from aioserver.providers.simulator import Behaviour, Simulator
+from aioserver.faces import context
+from aioserver.providers.simulator.exchange import Behaviour
+from aioserver.providers.simulator.server import Simulator
 from tests.faces.talk import CHAT, chat, read_frames, text_of, to_end
 from tests.house import HTTP_CLIENT, QUICK
 
@@ -114,16 +115,16 @@ async def test_all_of_it_can_be_watched(make_house: Make) -> None:
         for _ in range(6):
             async with house.session.post(f"{house.v1}/chat/completions", json=CHAT) as response:
                 assert response.status == 200
-        house.app[keys.MONITOR].tick()
+        house.app[context.MONITOR].tick()
         async with house.session.get(house.base + "/stats") as response:
             providers = (await response.json())["providers"]
         async with house.session.get(house.base + "/metrics") as response:
             metrics = await response.text()
 
-        incidents = [one["text"] for one in house.app[keys.MONITOR]._incidents]
+        incidents = [one["text"] for one in house.app[context.MONITOR]._incidents]
         house.forgive()
-        house.app[keys.MONITOR].tick()
-        again = [one["text"] for one in house.app[keys.MONITOR]._incidents]
+        house.app[context.MONITOR].tick()
+        again = [one["text"] for one in house.app[context.MONITOR]._incidents]
 
     assert "sim fails, and is left alone" in incidents
     assert "sim answers again" in again

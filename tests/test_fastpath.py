@@ -21,17 +21,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aioserver import eventstream, keys, messages
-from aioserver.deltas import TEXT, Reading, learn
-from aioserver.entries import CANCELLED
 from aioserver.errors import AioserverError, ResumeGap
-from aioserver.faces.formats import EVENTS, MESSAGES, RAW
-from aioserver.faces.writer import TURN_BYTES, Writer
-from aioserver.fastpath import MAX_CHUNK_BYTES, FastPath, Outbox, TextPath
-from aioserver.faults import ProviderBadResponse, ProviderError
-from aioserver.providers.answers import ChatSink, EventSink
-from aioserver.providers.wire import Exchange, WireProtocol
-from aioserver.store import Streams
+from aioserver.faces import context
+from aioserver.protocol import eventstream, messages
+from aioserver.protocol.openai import TEXT, Reading, learn
+from aioserver.provider_errors import ProviderBadResponse, ProviderError
+from aioserver.providers.exchange import Exchange, WireProtocol
+from aioserver.providers.sinks import ChatSink, EventSink
+from aioserver.streams.entries import CANCELLED
+from aioserver.streams.fast_path import MAX_CHUNK_BYTES, FastPath, Outbox, TextPath
+from aioserver.streams.formats import EVENTS, MESSAGES, RAW
+from aioserver.streams.store import Streams
+from aioserver.streams.writer import TURN_BYTES, Writer
 from tests.faces.raw import CLOSE, PONG, Raw
 from tests.faces.talk import (
     CHAT,
@@ -1493,7 +1494,7 @@ async def test_a_reader_that_joins_a_websockets_answer_gets_all_of_it(
 
 def readers(house: House) -> list[Any]:
     """Who reads the one answer under way."""
-    (stream,) = house.app[keys.STREAMS].running()
+    (stream,) = house.app[context.STREAMS].running()
     return list(stream.readers)
 
 

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from aioserver import keys
-from aioserver.counting import SHORT, Histogram
-from aioserver.entries import COMPLETE
-from aioserver.lag import EVERY, LoopLag
-from aioserver.providers.simulator import Behaviour
-from aioserver.records import Record
+from aioserver.faces import context
+from aioserver.providers.simulator.exchange import Behaviour
+from aioserver.streams.entries import COMPLETE
+from aioserver.telemetry.counters import SHORT, Histogram
+from aioserver.telemetry.loop_lag import EVERY, LoopLag
+from aioserver.telemetry.request_log import Record
 from tests.faces.talk import CHAT
 from tests.faces.test_writer import BIG, client, say, stream_of
 from tests.house import House, block, until
@@ -135,8 +135,8 @@ async def test_a_provider_that_pauses_is_told_as_its_gap(
     assert fields["provider_gap_ms"] + fields.get("our_gap_ms", 0.0) >= PAUSE * 900
     assert fields["provider_gap_ms"] >= PAUSE * 300
     assert "client_gap_ms" not in fields
-    house.app[keys.MONITOR].tick()
-    stats = house.app[keys.MONITOR].snapshot
+    house.app[context.MONITOR].tick()
+    stats = house.app[context.MONITOR].snapshot
     assert stats["providers"]["sim"]["silence"]["p99"] >= PAUSE * 0.3
     assert stats["delay"]["ours"]["count"] == stats["delay"]["client"]["count"] == 1
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from aioserver.errors import AioserverError, ServerAtCapacity, ServerShutdown
-from aioserver.gate import TELL_EVERY, Gate, Place
+from aioserver.limits.gate import TELL_EVERY, Gate, Place
 from tests.house import until
 
 if TYPE_CHECKING:

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import pytest
 
-from aioserver import app as application
-from aioserver import keys
-from aioserver.faces import websocket
-from aioserver.providers.simulator import Behaviour
+from aioserver.faces import context, websocket
+from aioserver.providers.simulator.exchange import Behaviour
+from aioserver.server import app as application
 from tests.faces.raw import CLOSE, TEXT, Raw, closing
 from tests.faces.talk import CHAT, chat, frames_of, to_end, until_status
 from tests.house import until
@@ -165,11 +164,11 @@ async def test_finished_answers_are_forgotten_after_their_window(make_house: Mak
     async with house.connect() as ws:
         await ws.send_json(chat("r1"))
         await to_end(ws)
-        assert house.app[keys.STREAMS].stats().finished == 1
+        assert house.app[context.STREAMS].stats().finished == 1
 
-        await until(lambda: house.app[keys.STREAMS].stats().finished == 0)
+        await until(lambda: house.app[context.STREAMS].stats().finished == 0)
 
-        assert house.app[keys.STREAMS].stats().bytes == 0
+        assert house.app[context.STREAMS].stats().bytes == 0
         await ws.send_json({"action": "resume", "request_id": "r1"})
         assert (await ws.receive_json())["chunk"]["code"] == "stream_not_found"
 
@@ -180,8 +179,8 @@ async def test_an_answer_without_a_window_is_forgotten_with_its_reader(make_hous
         async with post(house, body) as response:
             await response.read()
 
-    await until(lambda: house.app[keys.STREAMS].stats().bytes == 0)
-    assert house.app[keys.STREAMS].stats().finished == 0
+    await until(lambda: house.app[context.STREAMS].stats().bytes == 0)
+    assert house.app[context.STREAMS].stats().finished == 0
 
 
 async def test_new_answers_are_refused_where_running_ones_fill_the_memory(
@@ -193,7 +192,7 @@ async def test_new_answers_are_refused_where_running_ones_fill_the_memory(
     )
     async with house.connect() as ws:
         await ws.send_json(chat("r1"))
-        await until(lambda: house.app[keys.STREAMS].stats().bytes > 20_000)
+        await until(lambda: house.app[context.STREAMS].stats().bytes > 20_000)
         await ws.send_json(chat("r2"))
         frames = await until_status(ws, "error")
         assert frames[-1]["request_id"] == "r2"
@@ -262,7 +261,7 @@ async def test_the_end_closes_every_socket_with_1012_and_tells_every_stream(
 
     with pytest.raises(aiohttp.ClientConnectorError):
         await house.session.get(house.base + "/ready")
-    rejections = house.app[keys.METRICS].rejections["server_shutdown"].value
+    rejections = house.app[context.METRICS].rejections["server_shutdown"].value
     assert rejections == 5  # the two that waited, the three that ran: each once
 
 
@@ -274,7 +273,7 @@ async def test_running_answers_get_their_time_to_finish(make_house: Make) -> Non
         await until_status(ws, "chunk")
         begun = loop.time()
         ending = asyncio.ensure_future(application.end(house.runner))
-        await until(lambda: not house.app[keys.LIFE].ready)
+        await until(lambda: not house.app[context.LIFE].ready)
 
         await ws.send_json(chat("r2"))  # too late, but no reason to lose the other one
         late = (await to_end(ws, "r2"))[-1]
@@ -322,7 +321,7 @@ async def test_a_fault_keeps_nothing_of_its_question(make_house: Make) -> None:
         assert (await to_end(ws))[-1]["status"] == "error"
     await house.nothing_held()
 
-    (stream,) = house.app[keys.STREAMS]._found.values()
+    (stream,) = house.app[context.STREAMS]._found.values()
 
     assert stream.error is not None
     assert (stream.error.__traceback__, stream.error.__cause__, stream.error.__context__) == (

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from aioserver.providers.simulator import Behaviour
+from aioserver.providers.simulator.exchange import Behaviour
 from tests.faces.raw import CLOSE, Raw
 from tests.faces.talk import cancel
 from tests.house import until

@@ -9,19 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from aioserver import entries, settings, streams
-from aioserver.auth import anonymous
+from aioserver.auth.callers import anonymous
+from aioserver.config import settings
 from aioserver.errors import AioserverError
-from aioserver.faults import ProviderQueueFull, ProviderQueueTimeout
-from aioserver.gate import Gate
-from aioserver.gateway import Gateway
-from aioserver.lag import LoopLag
-from aioserver.metrics import Metrics, ProviderMeter
-from aioserver.providers.ask import Answer, Ask
+from aioserver.gateway.gateway import Gateway
+from aioserver.gateway.router import Router
+from aioserver.limits.gate import Gate
+from aioserver.provider_errors import ProviderQueueFull, ProviderQueueTimeout
 from aioserver.providers.budget import Budget
-from aioserver.records import Records
-from aioserver.router import Router
-from aioserver.store import Streams
+from aioserver.providers.request import Answer, Ask
+from aioserver.streams import entries, stream
+from aioserver.streams.store import Streams
+from aioserver.telemetry.loop_lag import LoopLag
+from aioserver.telemetry.metrics import Metrics, ProviderMeter
+from aioserver.telemetry.request_log import Records
 from tests.house import until
 from tests.providers.played import LIMITS
 
@@ -56,7 +57,7 @@ class Fake:
         for _ in range(self._dice.randrange(5)):
             await asyncio.sleep(0)
 
-    async def fill(self, stream: streams.Stream, ask: Ask) -> None:
+    async def fill(self, stream: stream.Stream, ask: Ask) -> None:
         if (place := self.gate.try_enter()) is None:
             self.on_wait(self)
             place = await self.gate.enter(ask.caller.name, ask.caller.line, told=stream.queued)
@@ -83,7 +84,7 @@ class Fake:
 class Reader:
     """Reads all there is at once."""
 
-    def __init__(self, stream: streams.Stream) -> None:
+    def __init__(self, stream: stream.Stream) -> None:
         self.at = 0
         self._stream = stream
         self.poke()

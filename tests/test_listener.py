@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from aiohttp import web
 
-from aioserver import app as application
-from aioserver import kernel, listener
-from aioserver.runner import Runner
+from aioserver.server import app as application
+from aioserver.server import listener
+from aioserver.server.runner import Runner
+from aioserver.telemetry import kernel
 from tests.house import configured
 
 if TYPE_CHECKING:

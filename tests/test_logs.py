@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import orjson
 import pytest
 
-from aioserver import logs
-from aioserver.providers.simulator import Behaviour
+from aioserver.providers.simulator.exchange import Behaviour
+from aioserver.telemetry import logs
 from tests.faces.raw import Raw
 from tests.faces.talk import CHAT, chat, to_end
 from tests.house import until

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aioserver import messages
 from aioserver.errors import InvalidJson, InvalidRequest, ServerAtCapacity
-from aioserver.messages import BadCommand, Cancel, Chat, Ping, Resume
+from aioserver.protocol import messages
+from aioserver.protocol.messages import BadCommand, Cancel, Chat, Ping, Resume
 
 unhurried = settings(deadline=None, max_examples=150)
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from aioserver import errors, faults
-from aioserver.counting import Histogram, Recent
-from aioserver.metrics import CANCELLED, FACES, KINDS, OK, Metrics
-from aioserver.records import Record, Records
+from aioserver import errors, provider_errors
+from aioserver.telemetry.counters import Histogram, Recent
+from aioserver.telemetry.metrics import CANCELLED, FACES, KINDS, OK, Metrics
+from aioserver.telemetry.request_log import Record, Records
 
 GIVEN: Any = {name: SimpleNamespace(model="m", models=("n",)) for name in ("openai", "groq")}
 
@@ -25,7 +25,7 @@ def all_errors() -> list[type[errors.AioserverError]]:
 
 
 def made(kind: type[errors.AioserverError]) -> errors.AioserverError:
-    if issubclass(kind, faults.ProviderRefused):
+    if issubclass(kind, provider_errors.ProviderRefused):
         return kind("no", 404, b"{}")
     return kind("no")
 

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from aioserver import eventstream, keys
-from aioserver.providers.simulator import Behaviour
+from aioserver.faces import context
+from aioserver.protocol import eventstream
+from aioserver.providers.simulator.exchange import Behaviour
 from tests.house import HTTP_CLIENT, House, until
 
 if TYPE_CHECKING:
@@ -530,7 +531,7 @@ async def test_comments_for_ever_are_no_answer_and_end_with_their_reader(make_ho
 async def test_an_endless_answer_keeps_a_bounded_part_of_itself(make_house: Make) -> None:
     most = 1 << 20
     house = await make_house(**{"chat.streams.max_stream_bytes": most})
-    store, kept, size = house.app[keys.STREAMS], 0, 0
+    store, kept, size = house.app[context.STREAMS], 0, 0
     async with house.connect() as ws:
         payload = {"text": "Hello", "model": "fault-endless"}
         await ws.send_json({"action": "chat", "request_id": "r1", "payload": payload})

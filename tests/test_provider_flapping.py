@@ -6,9 +6,10 @@ import asyncio
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from aioserver import keys
+from aioserver.faces import context
 from aioserver.providers.breaker import FAILURES, FIRST
-from aioserver.providers.simulator import Behaviour, Simulator
+from aioserver.providers.simulator.exchange import Behaviour
+from aioserver.providers.simulator.server import Simulator
 from tests.house import HTTP_CLIENT, QUICK, House, until
 from tests.test_provider_faults import DONE, Seen, over_openai, over_sse, over_websocket
 from tests.test_provider_out_of_reach import FACES, everywhere
@@ -144,7 +145,7 @@ async def test_a_provider_faster_than_its_clients_is_done_with_before_them(
         await house.simulator.until(lambda stats: stats.completed == 1)
         await until(lambda: house.provider.stats().queue.inside == 0)
         pool = house.provider.stats().pool
-        kept = house.app[keys.STREAMS].stats().bytes
+        kept = house.app[context.STREAMS].stats().bytes
         raw = await response.read()
 
     assert (pool.open, pool.idle) == (1, 1)

@@ -25,7 +25,7 @@ import openai
 import pytest
 import websockets
 
-from aioserver import eventstream
+from aioserver.protocol import eventstream
 from tests.house import HTTP_CLIENT
 
 if TYPE_CHECKING:

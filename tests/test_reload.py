@@ -15,9 +15,12 @@ import aiohttp
 import pytest
 import trustme
 
-from aioserver import eventstream, keys, startup
+from aioserver.faces import context
+from aioserver.protocol import eventstream
 from aioserver.providers import breaker
-from aioserver.providers.simulator import Behaviour, Simulator
+from aioserver.providers.simulator.exchange import Behaviour
+from aioserver.providers.simulator.server import Simulator
+from aioserver.server import preflight
 from tests.faces.raw import CLOSE, TEXT, Raw, closing
 from tests.faces.talk import CHAT, chat, numbers, read_frames, to_end, until_status
 from tests.house import HTTP_CLIENT, until
@@ -41,11 +44,13 @@ STREAMED = {**CHAT, "stream": True}
 
 
 def reloads(house: House) -> dict[str, int]:
-    return {name: int(one.value) for name, one in house.app[keys.METRICS].reloads.items()}
+    return {name: int(one.value) for name, one in house.app[context.METRICS].reloads.items()}
 
 
 def incidents(house: House) -> list[str]:
-    return [one["text"] for one in house.app[keys.MONITOR]._incidents if one["kind"] == "reload"]
+    return [
+        one["text"] for one in house.app[context.MONITOR]._incidents if one["kind"] == "reload"
+    ]
 
 
 def other(base_url: str, **client: Any) -> dict[str, Any]:
@@ -171,12 +176,12 @@ async def test_a_link_that_was_swapped_is_followed(make_house: Make) -> None:
     file = Path(house.file)
     link = await asyncio.to_thread(linked, file)
     assert await house.reload.once()
-    assert house.app[keys.ADMISSION].gate.limit == 50
+    assert house.app[context.ADMISSION].gate.limit == 50
 
     await asyncio.to_thread(link.replace, file)  # as orchestrators swap a mounted file
 
     assert await house.reload.once()
-    assert house.app[keys.ADMISSION].gate.limit == 49
+    assert house.app[context.ADMISSION].gate.limit == 49
 
 
 async def test_certificates_that_are_none_are_a_fault(make_house: Make, tmp_path: Path) -> None:
@@ -188,8 +193,8 @@ async def test_certificates_that_are_none_are_a_fault(make_house: Make, tmp_path
     assert not await house.change(**{"llm.providers.two": secure, f"{LIMITS}.max_connections": 49})
 
     assert reloads(house)["invalid"] == 1
-    assert house.app[keys.ADMISSION].gate.limit == 50
-    assert list(house.app[keys.ROUTER].providers) == ["sim"]
+    assert house.app[context.ADMISSION].gate.limit == 50
+    assert list(house.app[context.ROUTER].providers) == ["sim"]
 
 
 async def test_what_could_not_be_started_is_not_applied(make_house: Make) -> None:
@@ -220,11 +225,11 @@ async def test_a_bug_in_it_is_logged_and_changes_nothing(
     def gone(_settings: Any) -> None:
         raise FileNotFoundError(certificates)
 
-    house.app[keys.ROSTER].prepare = gone  # type: ignore[method-assign,assignment]
+    house.app[context.ROSTER].prepare = gone  # type: ignore[method-assign,assignment]
     assert not await house.change(**{f"{LIMITS}.max_connections": 49})
 
     assert house.settings.llm is settings
-    assert house.app[keys.ADMISSION].gate.limit == 50
+    assert house.app[context.ADMISSION].gate.limit == 50
     assert reloads(house)["failed"] == 1
     (record,) = caplog.records
     assert record.exc_info is not None
@@ -251,7 +256,7 @@ async def test_more_places_let_in_who_waits_and_fewer_turn_nobody_out(make_house
         await third.upgrade()
         refused = await third.json_frame()
         assert refused["chunk"]["error"] == "chat.websocket.concurrency.max_connections=1 reached"
-        assert house.app[keys.ADMISSION].gate.inside == 2
+        assert house.app[context.ADMISSION].gate.inside == 2
         for raw in (first, second):
             await raw.send_json({"action": "ping"})
             assert (await raw.json_frame())["status"] == "pong"
@@ -336,8 +341,8 @@ async def test_what_is_kept_is_bounded_anew(make_house: Make) -> None:
     )
 
     await house.simulator.until(lambda stats: stats.aborted == 2)
-    assert house.app[keys.STREAMS].stats().max_bytes == 1234
-    house.app[keys.GATEWAY].lifetime.drain()
+    assert house.app[context.STREAMS].stats().max_bytes == 1234
+    house.app[context.GATEWAY].lifetime.drain()
 
 
 async def test_the_prompt_is_the_one_of_now(make_house: Make) -> None:
@@ -406,7 +411,7 @@ async def test_what_has_changed_is_said_by_name_and_never_by_value(
         "configuration applied: chat.websocket.concurrency.max_connections, "
         "llm.providers.sim.api_key, llm.providers.sim.headers"
     )
-    said = caplog.text + json.dumps([*house.app[keys.MONITOR]._incidents])
+    said = caplog.text + json.dumps([*house.app[context.MONITOR]._incidents])
     assert "canary" not in said.replace("X-Canary", "")
 
 
@@ -457,7 +462,7 @@ async def test_places_of_a_provider_grow_and_shrink_in_place(make_house: Make) -
         assert house.held()["sim waiting"] == 1, "one is under way, of one"
         await ws.send_json({"action": "cancel", "request_id": "r2"})
         await house.simulator.until(lambda stats: stats.requests == 3)
-    house.app[keys.GATEWAY].lifetime.drain()
+    house.app[context.GATEWAY].lifetime.drain()
 
 
 async def test_a_faster_pace_is_felt_at_once(make_house: Make) -> None:
@@ -655,7 +660,7 @@ async def test_a_provider_that_moves_finishes_at_the_old_place(make_house: Make)
 
 async def test_a_new_provider_is_asked_counted_and_shown(make_house: Make) -> None:
     house = await make_house()
-    house.app[keys.MONITOR].tick()
+    house.app[context.MONITOR].tick()
     async with Simulator(Behaviour(ttft=0, interval=0)) as second:
         assert await house.change(**{"llm.providers.two": other(second.base_url)})
 
@@ -663,7 +668,7 @@ async def test_a_new_provider_is_asked_counted_and_shown(make_house: Make) -> No
         async with house.session.get(f"{house.v1}/models") as response:
             ids = {one["id"] for one in (await response.json())["data"]}
         assert {"two", "two/other-model"} <= ids
-        house.app[keys.MONITOR].tick()
+        house.app[context.MONITOR].tick()
         async with house.session.get(f"{house.base}/stats") as response:
             assert (await response.json())["providers"]["two"]["requests"] == 1
         async with house.session.get(f"{house.base}/metrics") as response:
@@ -714,7 +719,7 @@ async def test_who_runs_at_a_removed_provider_ends_there_and_who_waits_goes_else
                 "llm.fallbacks": ["two"],
             }
         )
-        leaving: Provider = house.app[keys.ROUTER].providers["one"]
+        leaving: Provider = house.app[context.ROUTER].providers["one"]
         await ws.send_json(chat("runs"))
         await until_status(ws, "chunk")
         await ws.send_json(chat("waits"))
@@ -736,7 +741,7 @@ async def test_who_runs_at_a_removed_provider_ends_there_and_who_waits_goes_else
         assert (await ask(house, model="one/x"))["status"] == 200, "to the active one, as it came"
         await ws.send_json(chat("late", provider="one"))
         assert (await to_end(ws))[-1]["chunk"]["code"] == "model_not_found"
-        await until(lambda: not house.app[keys.ROSTER]._leaving)
+        await until(lambda: not house.app[context.ROSTER]._leaving)
         await house.simulator.until(lambda stats: stats.open_connections == 0)
         await ws.close()
         assert await house.change()
@@ -761,7 +766,7 @@ async def test_a_provider_that_comes_back_counts_what_still_runs_there(make_hous
         await ws.send_json({"action": "cancel", "request_id": "r2"})
         await until(lambda: not house.held()["sim places"])
         assert await house.change(**two)  # nothing runs there: it is closed at once
-        await until(lambda: not house.app[keys.ROSTER]._leaving)
+        await until(lambda: not house.app[context.ROSTER]._leaving)
         assert await house.change()
         assert house.provider is not leaving
 
@@ -817,20 +822,20 @@ async def test_more_clients_have_the_descriptors_that_they_need(
     make_house: Make, few_files: Callable[[int], None]
 ) -> None:
     house = await make_house()
-    few_files(startup.wanted_files(house.reload._began))
+    few_files(preflight.wanted_files(house.reload._began))
     more = {f"{LIMITS}.max_connections": 100, f"{LIMITS}.connection_queue_size": 120}
 
     assert await house.change(**more)
 
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    assert soft >= startup.wanted_files(house.reload._now)
+    assert soft >= preflight.wanted_files(house.reload._now)
 
 
 async def test_more_clients_than_there_can_be_descriptors_are_refused(
     make_house: Make, few_files: Callable[[int], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     house = await make_house()
-    few_files(startup.wanted_files(house.reload._began))
+    few_files(preflight.wanted_files(house.reload._began))
     most = 2**31 - 1
     many = {
         f"{LIMITS}.max_connections": most,
@@ -841,7 +846,7 @@ async def test_more_clients_than_there_can_be_descriptors_are_refused(
     assert not await house.change(**many)
 
     assert f"chat.websocket.concurrency.max_connections={most}" in caplog.text
-    assert house.app[keys.ADMISSION].gate.limit == 50
+    assert house.app[context.ADMISSION].gate.limit == 50
     assert reloads(house)["invalid"] == 1
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from openai import AsyncOpenAI
 
-from aioserver import eventstream
+from aioserver.protocol import eventstream
 
 if TYPE_CHECKING:
     from tests.house import House

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from aioserver.errors import ModelNotFound
-from aioserver.faults import NoProvider
+from aioserver.gateway.router import Router
+from aioserver.provider_errors import NoProvider
 from aioserver.providers.provider import Provider
-from aioserver.router import Router
 from tests.house import HTTP_CLIENT, configured
 
 if TYPE_CHECKING:

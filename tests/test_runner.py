@@ -11,10 +11,10 @@ from aiohttp import http_parser, web
 from aiohttp.test_utils import make_mocked_request
 from aiohttp.web_protocol import RequestHandler
 
-from aioserver import keys
-from aioserver.checks import TAKEN
+from aioserver.config.validators import TAKEN
+from aioserver.faces import context
 from aioserver.faces.http import Request
-from aioserver.runner import LINGERING, MAX_HEADERS, Connection, Direct
+from aioserver.server.runner import LINGERING, MAX_HEADERS, Connection, Direct
 from tests.faces.raw import Raw
 from tests.test_listener import UVICORN, runner_of
 
@@ -179,7 +179,7 @@ async def test_of_two_routes_on_one_path_the_first_is_found(house: House) -> Non
     app.router.add_get("/twice", pages_of("second"))
     app.freeze()
 
-    direct = Direct(app, house.app[keys.SHIELD], pages_of("the router's"))
+    direct = Direct(app, house.app[context.SHIELD], pages_of("the router's"))
 
     match, handler = direct._known["GET", "/twice"]
     assert match.route is first

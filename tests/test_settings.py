@@ -11,10 +11,19 @@ import yaml
 from hypothesis import given as drawn
 from hypothesis import strategies as st
 
-from aioserver import checks, settings
-from aioserver.checks import TAKEN
-from aioserver.setting import FAULTY, Check, Faults, group, not_enforced, plain, section, setting
-from aioserver.settings import SETTINGS, ClientKey, HttpClient, Provider, Settings
+from aioserver.config import settings, validators
+from aioserver.config.schema import (
+    FAULTY,
+    Check,
+    Faults,
+    group,
+    not_enforced,
+    plain,
+    section,
+    setting,
+)
+from aioserver.config.settings import SETTINGS, ClientKey, HttpClient, Provider, Settings
+from aioserver.config.validators import TAKEN
 from tests.configs import ANY_MACHINE
 
 ORIGINAL = Path(__file__).with_name("data") / "original.yaml"
@@ -321,16 +330,16 @@ def test_settings_are_values() -> None:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    limit: int = setting(checks.count, "", 1, later=True)
+    limit: int = setting(validators.count, "", 1, later=True)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Whole:
-    now: int = setting(checks.count, "", 1)
-    later: int = setting(checks.count, "", later=True, neutral=5)
+    now: int = setting(validators.count, "", 1)
+    later: int = setting(validators.count, "", later=True, neutral=5)
     part: Part = group(Part)
-    parts: dict[str, Part] = setting(checks.mapped(checks.label, section(Part)), "", {})
-    listed: tuple[str, ...] = setting(checks.listed(checks.line), "", (), later=True)
+    parts: dict[str, Part] = setting(validators.mapped(validators.label, section(Part)), "", {})
+    listed: tuple[str, ...] = setting(validators.listed(validators.line), "", (), later=True)
 
 
 @pytest.mark.parametrize(

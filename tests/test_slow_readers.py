@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from aioserver import keys, listener
-from aioserver.faces.writer import TURN_BYTES
-from aioserver.providers.simulator import Behaviour
+from aioserver.faces import context
+from aioserver.providers.simulator.exchange import Behaviour
+from aioserver.server import listener
+from aioserver.streams.writer import TURN_BYTES
 from tests.faces.raw import SMALL, Raw
 from tests.faces.talk import big, chat, numbers, text_of, to_end
 from tests.house import until
@@ -74,11 +75,11 @@ async def test_who_reads_nothing_holds_up_nobody_and_is_dropped(
             f"{HTTP}.queue_timeout": 60.0,
         },
     )
-    store = house.app[keys.STREAMS]
+    store = house.app[context.STREAMS]
     largest = kept = 0
     drops: list[str] = []
     monkeypatch.setattr(
-        house.app[keys.ADMISSION], "dropped", lambda face, why: drops.append(f"{face}: {why}")
+        house.app[context.ADMISSION], "dropped", lambda face, why: drops.append(f"{face}: {why}")
     )
 
     def look() -> None:

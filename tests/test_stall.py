@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from aioserver.stall import StallWatch
+from aioserver.limits.write_watchdog import StallWatch
 from tests.test_wheel import Clockwork
 
 TIMEOUT = 8.0

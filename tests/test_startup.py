@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from aioserver import startup
+from aioserver.server import preflight
 from tests.house import configured, write
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def files(soft: int, hard: int) -> Callable[[], None]:
 
 def test_too_few_files_for_the_clients_are_refused(tmp_path: Path) -> None:
     code, said = refused(tmp_path, before=files(100, 100))
-    wanted = startup.wanted_files(configured(NOWHERE, {}, tmp_path / "w.yaml").settings)
+    wanted = preflight.wanted_files(configured(NOWHERE, {}, tmp_path / "w.yaml").settings)
     assert code == 1
     assert said == (
         "100 open files are too few for chat.websocket.concurrency.max_connections=50: "
@@ -95,7 +95,7 @@ def test_files_for_every_cap_are_counted(tmp_path: Path) -> None:
         "llm.providers.sim.http_client.max_connections": 30,
     }
     settings = configured(NOWHERE, changes, tmp_path / "c.yaml").settings
-    assert startup.wanted_files(settings) == 100 + 128 + 256 + 256 + 30 + 64
+    assert preflight.wanted_files(settings) == 100 + 128 + 256 + 256 + 30 + 64
 
 
 LIMITED = """

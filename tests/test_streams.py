@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING, Any, cast
 import orjson
 import pytest
 
-from aioserver import eventstream
-from aioserver.deltas import Reading, Shape
-from aioserver.entries import CANCELLED, CHUNK, COMPLETE, ERROR, PROCESSING
 from aioserver.errors import ResumeGap, ServerAtCapacity
-from aioserver.fastpath import Client as PassedTo
-from aioserver.fastpath import TextPath
-from aioserver.faults import ProviderDisconnected
-from aioserver.store import Streams
+from aioserver.protocol import eventstream
+from aioserver.protocol.openai import Reading, Shape
+from aioserver.provider_errors import ProviderDisconnected
+from aioserver.streams.entries import CANCELLED, CHUNK, COMPLETE, ERROR, PROCESSING
+from aioserver.streams.fast_path import Client as PassedTo
+from aioserver.streams.fast_path import TextPath
+from aioserver.streams.store import Streams
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from aioserver.streams import Stream
+    from aioserver.streams.stream import Stream
 
 MUCH = 1 << 30
 DEMO = "demo"

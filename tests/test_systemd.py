@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import pytest
 
-from aioserver import kernel, listener, systemd
 from aioserver.errors import ConfigurationError
-from aioserver.providers.simulator import Simulator
-from aioserver.systemd import Notifier
+from aioserver.providers.simulator.server import Simulator
+from aioserver.server import listener, systemd
+from aioserver.server.systemd import Notifier
+from aioserver.telemetry import kernel
 from tests.house import QUICK, configured, until
 from tests.process import Served, Systemd
 from tests.test_listener import UVICORN, runner_of

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from aioserver import settings
-from aioserver.entries import COMPLETE
-from aioserver.faults import (
+from aioserver.config import settings
+from aioserver.gateway.router import Router
+from aioserver.provider_errors import (
     CircuitOpen,
     ProviderAuthError,
     ProviderDisconnected,
@@ -24,12 +24,12 @@ from aioserver.faults import (
     ProviderRefused,
     ReadTimeout,
 )
-from aioserver.providers import breaker, wire
-from aioserver.providers.ask import Ask
+from aioserver.providers import breaker, exchange
 from aioserver.providers.budget import MINIMUM
 from aioserver.providers.provider import Provider
-from aioserver.router import Router
-from aioserver.streams import Stream
+from aioserver.providers.request import Ask
+from aioserver.streams.entries import COMPLETE
+from aioserver.streams.stream import Stream
 from tests.house import until
 from tests.providers.played import LIMITS, Peer, Played
 
@@ -282,7 +282,7 @@ async def test_an_event_without_a_text_is_a_first_event(trouble: Trouble) -> Non
 async def test_a_kept_connection_that_is_lost_late_is_not_stale(
     trouble: Trouble, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(wire, "STALE_WITHIN", 0.0)
+    monkeypatch.setattr(exchange, "STALE_WITHIN", 0.0)
     await trouble.add("a", JSON, b"", JSON)
     await trouble.call()
     with pytest.raises(ProviderDisconnected):

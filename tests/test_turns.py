@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from aioserver.turns import MAX_WEIGHT, SPARE, TURN, Turns
+from aioserver.limits.fair_queue import MAX_WEIGHT, SPARE, TURN, Turns
 
 
 def alive(_one: object) -> bool:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
-from aioserver.wheel import Wheel
+from aioserver.limits.timer_wheel import Wheel
 from tests.house import until
 
 if TYPE_CHECKING:

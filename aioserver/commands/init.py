@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from aioserver.config import SHIPPED
+from aioserver.config.configuration import SHIPPED
 
 if TYPE_CHECKING:
     from pathlib import Path

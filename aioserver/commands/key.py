@@ -8,7 +8,7 @@ import sys
 
 import voluptuous as vol
 
-from aioserver.checks import label
+from aioserver.config.validators import label
 
 PREFIX = "aio-"  # by which people, and scanners of repositories, know one
 BYTES = 32

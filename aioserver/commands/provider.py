@@ -10,11 +10,12 @@ import signal
 import sys
 from typing import TYPE_CHECKING
 
-from aioserver.providers.simulator import Simulator, faults
+from aioserver.providers.simulator import faults
 from aioserver.providers.simulator.model import BadRequest
+from aioserver.providers.simulator.server import Simulator
 
 if TYPE_CHECKING:
-    from aioserver.providers.simulator import Behaviour
+    from aioserver.providers.simulator.exchange import Behaviour
 
 
 def provider(host: str, port: int, behaviour: Behaviour) -> int:

@@ -12,12 +12,14 @@ import sys
 import threading
 from typing import TYPE_CHECKING, NoReturn
 
-from aioserver import app as application
-from aioserver import keys, listener, logs, startup, systemd
 from aioserver.config import Configuration
 from aioserver.errors import ConfigurationError
-from aioserver.reload import Reload
-from aioserver.runner import Runner
+from aioserver.faces import context
+from aioserver.server import app as application
+from aioserver.server import listener, preflight, systemd
+from aioserver.server.reload import Reload
+from aioserver.server.runner import Runner
+from aioserver.telemetry import logs
 
 if TYPE_CHECKING:
     import socket
@@ -44,14 +46,14 @@ def serve(config: Path | None, *, host: str | None, port: int | None, loop: str)
     if port is not None:
         environ["AIOSERVER__CHAT__WEBSOCKET__PORT"] = str(port)
     try:
-        startup.check_interpreter()
+        preflight.check_interpreter()
         inherited = systemd.inherited(os.environ)
         configuration = Configuration.load(config, environ=environ)
         configuration.check_usable(listener.hosts(inherited))
-        few_files = startup.raise_file_limit(configuration.settings)
+        few_files = preflight.raise_file_limit(configuration.settings)
     except ConfigurationError as exc:
         return _refuse(exc)
-    except startup.Unfit as unfit:
+    except preflight.Unfit as unfit:
         print(unfit, file=sys.stderr)
         return unfit.code
     try:
@@ -143,7 +145,7 @@ async def _run(
             )
         except OSError as exc:
             host, port = settings.chat.websocket.host, settings.chat.websocket.port
-            print(startup.cannot_listen(host, port, exc), file=sys.stderr)
+            print(preflight.cannot_listen(host, port, exc), file=sys.stderr)
             return 1
         print(f"aioserver is ready: {listening[0].url}", flush=True)
         gc.collect()
@@ -167,7 +169,7 @@ async def _run(
 
 def _status(app: web.Application) -> str:
     """The line that `systemctl status` shows."""
-    gate = app[keys.ADMISSION].gate
+    gate = app[context.ADMISSION].gate
     return f"{gate.inside} of {gate.limit} connections, {gate.waiting} waiting"
 
 

@@ -16,18 +16,18 @@ import logging
 from time import monotonic
 from typing import TYPE_CHECKING, Self, TypeVar
 
-from aioserver.auth import CALLER
+from aioserver.auth.callers import CALLER
 from aioserver.errors import AioserverError, ServerAtCapacity
-from aioserver.gate import Gate, Place
-from aioserver.logs import RateLimit
+from aioserver.limits.gate import Gate, Place
+from aioserver.telemetry.logs import RateLimit
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from aiohttp import web
 
-    from aioserver.metrics import Metrics
-    from aioserver.settings import Concurrency
+    from aioserver.config.settings import Concurrency
+    from aioserver.telemetry.metrics import Metrics
 
 T = TypeVar("T")
 logger = logging.getLogger("aioserver.connections")

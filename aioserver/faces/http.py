@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from aiohttp import web
 from aiohttp.http import HttpVersion11
 
-from aioserver import messages
 from aioserver.errors import (
     AioserverError,
     Denied,
@@ -32,16 +31,17 @@ from aioserver.errors import (
     UnsupportedMediaType,
     UriTooLong,
 )
-from aioserver.faults import ProviderFault
+from aioserver.protocol import messages
+from aioserver.provider_errors import ProviderFault
 
 if TYPE_CHECKING:
-    from aioserver.auth import Origins
+    from aioserver.auth.callers import Origins
+    from aioserver.auth.guard import Guard
     from aioserver.faces.admission import BodyHold
-    from aioserver.faces.door import Guard
-    from aioserver.keys import InEffect
-    from aioserver.metrics import Metrics
+    from aioserver.faces.context import InEffect
+    from aioserver.telemetry.metrics import Metrics
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("aioserver.faces.http")
 
 BODY_TIMEOUT = 15.0  # seconds for a whole body: aiohttp has no deadline for it
 EXPOSED = "x-request-id, x-aioserver-provider, x-aioserver-attempts, retry-after, retry-after-ms"

@@ -16,25 +16,24 @@ from typing import TYPE_CHECKING, Any
 import orjson
 from aiohttp import web
 
-from aioserver import keys
-from aioserver.auth import CALLER, Caller
-from aioserver.bodies import digest_of
+from aioserver.auth.callers import CALLER, Caller
 from aioserver.errors import InvalidRequest, ModelNotFound, StreamNotFound
-from aioserver.faces import http
-from aioserver.faces.formats import RAW
+from aioserver.faces import context, http
 from aioserver.faces.ready import ReadyResponse, ReadyStream, fits
 from aioserver.faces.streaming import follow
-from aioserver.messages import MAX_ID_CHARACTERS
-from aioserver.providers.ask import Answer, Ask
+from aioserver.gateway.bodies import digest_of
+from aioserver.protocol.messages import MAX_ID_CHARACTERS
+from aioserver.providers.request import Answer, Ask
+from aioserver.streams.formats import RAW
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from aioserver import settings
-    from aioserver.deltas import Shape
+    from aioserver.config import settings
     from aioserver.faces.admission import BodyHold
-    from aioserver.router import Route
-    from aioserver.streams import Stream
+    from aioserver.gateway.router import Route
+    from aioserver.protocol.openai import Shape
+    from aioserver.streams.stream import Stream
 
 PATHS = ("chat/completions", "completions", "embeddings", "responses")
 STREAM_HEADERS = {
@@ -62,7 +61,7 @@ def prepare_for(path: str) -> Callable[[web.Request, BodyHold], Any]:
     async def prepare(request: web.Request, hold: BodyHold) -> Prepared:
         app = request.app
         body, fields = await http.read_json(
-            request, hold, app[keys.SETTINGS].chat.websocket.max_message_size
+            request, hold, app[context.SETTINGS].chat.websocket.max_message_size
         )
         if not isinstance(fields, dict):
             raise InvalidRequest("the body must be a JSON object")
@@ -76,7 +75,7 @@ def prepare_for(path: str) -> Callable[[web.Request, BodyHold], Any]:
             raise InvalidRequest(
                 f"Idempotency-Key must have 1 to {MAX_ID_CHARACTERS} printable characters"
             )
-        route = app[keys.ROUTER].route(model)
+        route = app[context.ROUTER].route(model)
         if path == "embeddings":
             route.pinned = (
                 True  # vectors of a fallback's model mean nothing beside those of this one
@@ -123,7 +122,7 @@ def body_maker(
 
 async def serve(request: web.Request, prepared: Prepared) -> web.StreamResponse:
     """The second step: the answer."""
-    gateway = request.app[keys.GATEWAY]
+    gateway = request.app[context.GATEWAY]
     ask = prepared.ask
     if ask.streamed:
         stream = gateway.relay(
@@ -196,13 +195,13 @@ async def follow_stream(
     request: web.Request, stream: Stream, after: int = 0
 ) -> web.StreamResponse:
     """The answer in *stream*, behind event *after*."""
-    gateway = request.app[keys.GATEWAY]
+    gateway = request.app[context.GATEWAY]
     loop = asyncio.get_running_loop()
     opening = _Opening(stream, loop)
     stream.add_reader(opening)
     gateway.lifetime.read(stream)
     try:
-        interval = request.app[keys.SETTINGS].chat.websocket.ping_interval
+        interval = request.app[context.SETTINGS].chat.websocket.ping_interval
         timer = loop.call_later(interval, _give_up_waiting, opening.begun)
         try:
             await opening.begun
@@ -237,7 +236,7 @@ def _streamed_response(request: web.Request, stream: Stream) -> web.StreamRespon
 
 
 def _models(app: web.Application) -> Iterator[dict[str, Any]]:
-    for name, provider in app[keys.ROUTER].providers.items():
+    for name, provider in app[context.ROUTER].providers.items():
         if not provider.settings.usable:
             continue
         given = provider.settings

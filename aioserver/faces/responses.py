@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING, Any
 import orjson
 from aiohttp import web
 
-from aioserver import eventstream, keys
-from aioserver.auth import CALLER
-from aioserver.entries import COMPLETE
+from aioserver.auth.callers import CALLER
 from aioserver.errors import InvalidRequest, ResumeGap, StreamNotFound
-from aioserver.faces import openai
-from aioserver.providers.ask import Answer
+from aioserver.faces import context, openai
+from aioserver.protocol import eventstream
+from aioserver.providers.request import Answer
+from aioserver.streams.entries import COMPLETE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from aioserver.faces.admission import BodyHold
-    from aioserver.streams import Stream
+    from aioserver.streams.stream import Stream
 
 
 async def prepare(request: web.Request, _hold: BodyHold) -> tuple[Stream, int | None]:
@@ -51,7 +51,7 @@ async def retrieve(request: web.Request, found: tuple[Stream, int | None]) -> we
 
 async def cancel(request: web.Request) -> web.Response:
     """`POST /v1/responses/{id}/cancel`; also when it has ended, which it then stays."""
-    stream = request.app[keys.GATEWAY].cancel(request[CALLER], request.match_info["id"])
+    stream = request.app[context.GATEWAY].cancel(request[CALLER], request.match_info["id"])
     response = newest(stream)
     if stream.end_status != COMPLETE:
         response["status"] = "cancelled"
@@ -97,7 +97,7 @@ def newest(stream: Stream) -> dict[str, Any]:
 
 
 def _find(request: web.Request) -> Stream:
-    return request.app[keys.GATEWAY].find(request[CALLER], request.match_info["id"])
+    return request.app[context.GATEWAY].find(request[CALLER], request.match_info["id"])
 
 
 def _events(stream: Stream) -> Iterator[tuple[int, dict[str, Any]]]:

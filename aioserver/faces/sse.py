@@ -15,19 +15,19 @@ from urllib.parse import quote
 from aiohttp import web
 from aiohttp_sse import EventSourceResponse
 
-from aioserver import eventstream, keys, messages
-from aioserver.auth import CALLER, Caller
+from aioserver.auth.callers import CALLER, Caller
 from aioserver.errors import InvalidRequest, ServerAtCapacity
-from aioserver.faces import http
-from aioserver.faces.formats import EVENTS
+from aioserver.faces import context, http
 from aioserver.faces.streaming import follow
+from aioserver.protocol import eventstream, messages
+from aioserver.streams.formats import EVENTS
 
 if TYPE_CHECKING:
     from aiohttp.abc import AbstractStreamWriter
 
     from aioserver.faces.admission import BodyHold
-    from aioserver.messages import Chat
-    from aioserver.streams import Stream
+    from aioserver.protocol.messages import Chat
+    from aioserver.streams.stream import Stream
 
 RETRY = b"retry: 2000\n\n"  # milliseconds until an EventSource comes back
 
@@ -55,7 +55,7 @@ class Asked:
 
 async def prepare(request: web.Request, hold: BodyHold) -> Asked:
     """The first step of POST."""
-    limit = request.app[keys.SETTINGS].chat.websocket.max_message_size
+    limit = request.app[context.SETTINGS].chat.websocket.max_message_size
     _, fields = await http.read_json(request, hold, limit)
     if not isinstance(fields, dict):
         raise InvalidRequest("the body must be a JSON object")
@@ -68,12 +68,12 @@ async def prepare(request: web.Request, hold: BodyHold) -> Asked:
 async def start(request: web.Request, asked: Asked) -> web.StreamResponse:
     """The second step of POST: the answer, or where it is."""
     app = request.app
-    stream = app[keys.GATEWAY].ask(asked.caller, asked.chat, face="sse")
+    stream = app[context.GATEWAY].ask(asked.caller, asked.chat, face="sse")
     if not asked.later:
         return await _follow(request, stream, 0)
     if not stream.readers:
-        app[keys.GATEWAY].lifetime.detach(stream)
-    endpoint = app[keys.SETTINGS].chat.sse.endpoint
+        app[context.GATEWAY].lifetime.detach(stream)
+    endpoint = app[context.SETTINGS].chat.sse.endpoint
     location = f"{endpoint}/{quote(stream.request_id, safe='')}"
     body: dict[str, Any] = {"request_id": stream.request_id, "location": location}
     return web.json_response(
@@ -86,8 +86,8 @@ async def prepare_resume(request: web.Request, _hold: BodyHold) -> tuple[Stream,
     app, name = request.app, messages.identifier(request.match_info["request_id"])
     given = request.headers.get("Last-Event-ID") or request.query.get("last_event_id") or "0"
     after = messages.event_number(given)
-    with app[keys.METRICS].resuming():
-        stream = app[keys.GATEWAY].find(request[CALLER], name)
+    with app[context.METRICS].resuming():
+        stream = app[context.GATEWAY].find(request[CALLER], name)
         stream.locate(after)  # a gap is told before a place is taken
     return stream, after
 
@@ -110,7 +110,7 @@ async def _head(request: web.Request) -> web.StreamResponse:
 
 async def busy(request: web.Request, error: ServerAtCapacity) -> web.StreamResponse:
     """No place for a GET: any status but 200 would stop an EventSource for good."""
-    request.app[keys.METRICS].complain(error)
+    request.app[context.METRICS].complain(error)
     response = await _head(request)
     if request.method == "HEAD":
         return response
@@ -133,7 +133,7 @@ async def listing(request: web.Request) -> web.Response:
             "first_event_id": stream.first,
             "readers": len(stream.readers),
         }
-        for stream in request.app[keys.GATEWAY].of(caller)
+        for stream in request.app[context.GATEWAY].of(caller)
         if _own(stream, caller)
     ]
     return web.json_response({"streams": own})
@@ -147,7 +147,7 @@ def _own(stream: Stream, caller: Caller) -> bool:
 async def cancel(request: web.Request) -> web.Response:
     """DELETE: end the stream for everybody; also when it has ended."""
     request_id = messages.identifier(request.match_info["request_id"])
-    request.app[keys.GATEWAY].cancel(request[CALLER], request_id)
+    request.app[context.GATEWAY].cancel(request[CALLER], request_id)
     return web.Response(status=204)
 
 
@@ -163,7 +163,7 @@ async def _follow(request: web.Request, stream: Stream, after: int) -> web.Strea
         await follow(request, response, stream, after, EVENTS, first=RETRY, queued=queued)
     finally:
         if not stream.readers:
-            request.app[keys.GATEWAY].lifetime.unread(
+            request.app[context.GATEWAY].lifetime.unread(
                 stream
             )  # also where nothing was ever followed
     return response

@@ -8,11 +8,14 @@ import orjson
 from aiohttp import web
 from aiohttp.http import HttpVersion11
 
-from aioserver import __version__, eventstream, keys, prometheus
-from aioserver.auth import CALLER
+from aioserver import __version__
+from aioserver.auth.callers import CALLER
 from aioserver.errors import Denied, InvalidRequest, ServerAtCapacity
+from aioserver.faces import context
 from aioserver.faces.sse import RETRY, Events
-from aioserver.faces.writer import Writer
+from aioserver.monitoring import prometheus
+from aioserver.protocol import eventstream
+from aioserver.streams.writer import Writer
 
 FRESH = {"Cache-Control": "no-store"}
 
@@ -20,8 +23,8 @@ FRESH = {"Cache-Control": "no-store"}
 async def health(request: web.Request) -> web.Response:
     """200 while the process lives, full house or not. Where keys exist, it says nothing more."""
     told: dict[str, Any] = {"status": "healthy"}
-    if not request.app[keys.DOORS].keyed:
-        gate = request.app[keys.ADMISSION].gate
+    if not request.app[context.DOORS].keyed:
+        gate = request.app[context.ADMISSION].gate
         told["version"] = __version__
         told["connections"] = {
             "active": gate.inside,
@@ -33,9 +36,9 @@ async def health(request: web.Request) -> web.Response:
 
 async def ready(request: web.Request) -> web.Response:
     """200 where new work is welcome, else 503."""
-    if not request.app[keys.LIFE].ready:
+    if not request.app[context.LIFE].ready:
         reason = "starting or stopping"
-    elif not request.app[keys.ROUTER].usable:
+    elif not request.app[context.ROUTER].usable:
         reason = "no provider is usable"
     else:
         return web.json_response({"status": "ready"})
@@ -46,15 +49,15 @@ async def ready(request: web.Request) -> web.Response:
 
 def overview(app: web.Application) -> dict[str, Any]:
     """The state at this moment: what `/stats` shows; where keys exist, the addresses only."""
-    snapshot = app[keys.MONITOR].snapshot
-    if app[keys.DOORS].keyed:
+    snapshot = app[context.MONITOR].snapshot
+    if app[context.DOORS].keyed:
         return {name: snapshot[name] for name in ("name", "endpoints")}
     return snapshot
 
 
 async def stats(request: web.Request) -> web.Response:
     """The state as JSON."""
-    body = request.app[keys.MONITOR].snapshot_json
+    body = request.app[context.MONITOR].snapshot_json
     return web.Response(body=body, content_type="application/json", headers=FRESH)
 
 
@@ -71,8 +74,8 @@ async def events(request: web.Request) -> web.StreamResponse:
     key any more, is told so.
     """
     app = request.app
-    allowance = request[CALLER].allowance or app[keys.DOORS].nobody
-    monitor, settings = app[keys.MONITOR], app[keys.SETTINGS].chat
+    allowance = request[CALLER].allowance or app[context.DOORS].nobody
+    monitor, settings = app[context.MONITOR], app[context.SETTINGS].chat
     every = _ticks(request.query.get("interval", "1"))
     if monitor.full:
         raise ServerAtCapacity("too many watch already", retry_after=10.0)
@@ -83,16 +86,16 @@ async def events(request: web.Request) -> web.StreamResponse:
     writer = Writer(
         request.transport,
         request.writer.drain,
-        app[keys.OUTBOX],
+        app[context.OUTBOX],
         send_timeout=settings.streams.send_timeout,
-        dropped=lambda why: app[keys.ADMISSION].dropped("events", why),
+        dropped=lambda why: app[context.ADMISSION].dropped("events", why),
         chunked=request.version >= HttpVersion11,
     )
     try:
         writer.send(RETRY)
         monitor.watch(writer, every)
         with allowance.held(admin=True):
-            await app[keys.LIFE].stopping.wait()
+            await app[context.LIFE].stopping.wait()
         await writer.flush()
     except Denied as error:
         writer.send(eventstream.write(orjson.dumps(error.as_chunk()), event="error"))

@@ -12,19 +12,20 @@ from typing import TYPE_CHECKING
 
 from aiohttp.http import HttpVersion11
 
-from aioserver import eventstream, keys
+from aioserver.faces import context
 from aioserver.faces.http import Request
 from aioserver.faces.ready import LAST_CHUNK, ReadyStream
-from aioserver.faces.writer import Writer
+from aioserver.protocol import eventstream
+from aioserver.streams.writer import Writer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from aiohttp import web
 
-    from aioserver.faces.follower import Follower
-    from aioserver.faces.formats import Format
-    from aioserver.streams import Stream
+    from aioserver.streams.cursor import Follower
+    from aioserver.streams.formats import Format
+    from aioserver.streams.stream import Stream
 
 
 async def follow(
@@ -50,8 +51,8 @@ async def follow(
         ConnectionError: the client left before the head was sent.
     """
     app = request.app
-    gateway = app[keys.GATEWAY]
-    chat = app[keys.SETTINGS].chat
+    gateway = app[context.GATEWAY]
+    chat = app[context.SETTINGS].chat
     stream.locate(after)
     head = tail = b""
     if isinstance(response, ReadyStream):
@@ -66,9 +67,9 @@ async def follow(
     writer = Writer(
         transport,
         request.writer.drain,
-        app[keys.OUTBOX],
+        app[context.OUTBOX],
         send_timeout=chat.streams.send_timeout,
-        dropped=lambda why: app[keys.ADMISSION].dropped("http", why),
+        dropped=lambda why: app[context.ADMISSION].dropped("http", why),
         chunked=request.version >= HttpVersion11,
         head=head,
         tail=tail,
@@ -87,14 +88,14 @@ async def follow(
         writer.follow(stream, after, look, queued=queued, finished=finished)
         begun()
         gateway.lifetime.read(stream)
-        app[keys.WHEEL].add(beat, chat.websocket.ping_interval)
+        app[context.WHEEL].add(beat, chat.websocket.ping_interval)
         writer.pump()
         writer.send_head()
         if not ended.done():
             await ended
         await writer.flush()
     finally:
-        app[keys.WHEEL].remove(beat)
+        app[context.WHEEL].remove(beat)
         writer.close()
 
 

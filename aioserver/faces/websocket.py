@@ -20,9 +20,8 @@ from typing import TYPE_CHECKING
 
 from aiohttp import WebSocketError, WSCloseCode, WSMsgType, web
 
-from aioserver import keys, messages
-from aioserver.allowance import REVOKED
-from aioserver.auth import CALLER
+from aioserver.auth.callers import CALLER
+from aioserver.auth.guard import subprotocols
 from aioserver.errors import (
     AioserverError,
     ConcurrencyExceeded,
@@ -32,15 +31,17 @@ from aioserver.errors import (
     ServerAtCapacity,
     ServerShutdown,
 )
+from aioserver.faces import context
 from aioserver.faces.admission import MAX_REFUSED_CLOSING, Entering
-from aioserver.faces.door import subprotocols
-from aioserver.faces.formats import MESSAGES, WS_CLOSE, WS_PING, WS_PONG, WS_TEXT, ws_frame
-from aioserver.faces.writer import Writer
-from aioserver.messages import BadCommand, Cancel, Chat, Ping, Resume
+from aioserver.limits.quota import REVOKED
+from aioserver.protocol import messages
+from aioserver.protocol.messages import BadCommand, Cancel, Chat, Ping, Resume
+from aioserver.streams.formats import MESSAGES, WS_CLOSE, WS_PING, WS_PONG, WS_TEXT, ws_frame
+from aioserver.streams.writer import Writer
 
 if TYPE_CHECKING:
-    from aioserver.faces.follower import Follower
-    from aioserver.streams import Stream
+    from aioserver.streams.cursor import Follower
+    from aioserver.streams.stream import Stream
 
 MAX_ANSWERS = 32  # running at once on one socket
 MAX_WAITING_FRAMES = 16  # kept of a socket that waits for its place
@@ -66,11 +67,11 @@ class Upgraded(web.WebSocketResponse):
 async def handler(request: web.Request) -> web.StreamResponse:
     """One socket, from handshake to close."""
     app = request.app
-    app[keys.ORIGINS].check(request.headers)
-    admission = app[keys.ADMISSION]
+    app[context.ORIGINS].check(request.headers)
+    admission = app[context.ADMISSION]
     if admission.refused_closing >= MAX_REFUSED_CLOSING:
         raise ServerAtCapacity("too many refused sockets are still closing", retry_after=5.0)
-    limits = app[keys.SETTINGS].chat.websocket
+    limits = app[context.SETTINGS].chat.websocket
     ws = Upgraded(
         autoping=False,
         autoclose=False,
@@ -82,12 +83,12 @@ async def handler(request: web.Request) -> web.StreamResponse:
     ws.headers.clear()  # sent, and not needed for the hours to come
     assert request.transport is not None
     socket = Socket(request, ws, request.transport, payload_writer.drain)
-    app[keys.SOCKETS].add(socket)
+    app[context.SOCKETS].add(socket)
     try:
         with Entering(admission, entered=socket.entered, refused=socket.refused, told=socket.told):
             await socket.read()
     finally:
-        app[keys.SOCKETS].discard(socket)
+        app[context.SOCKETS].discard(socket)
         await socket.close()
     return ws
 
@@ -110,10 +111,10 @@ class Socket:
         self.bucket = 0  # the wheel's
         self._app = app
         self._ws = ws
-        self._gateway = app[keys.GATEWAY]
-        self._admission = app[keys.ADMISSION]
-        self._metrics = app[keys.METRICS]
-        self._limits = app[keys.SETTINGS].chat.websocket
+        self._gateway = app[context.GATEWAY]
+        self._admission = app[context.ADMISSION]
+        self._metrics = app[context.METRICS]
+        self._limits = app[context.SETTINGS].chat.websocket
         self.caller = request[CALLER]  # another one of the same name, where its limits change
         self._scope = uuid.uuid4().hex  # the conversation of turns that name none
         self._loop = asyncio.get_running_loop()
@@ -121,8 +122,8 @@ class Socket:
         self._writer = Writer(
             transport,
             drain,  # type: ignore[arg-type]
-            app[keys.OUTBOX],
-            send_timeout=app[keys.SETTINGS].chat.streams.send_timeout,
+            app[context.OUTBOX],
+            send_timeout=app[context.SETTINGS].chat.streams.send_timeout,
             dropped=self._dropped,
             left=self._gateway.lifetime.unread,
         )
@@ -140,7 +141,7 @@ class Socket:
         self._deaf = False  # after a fault in its frames nothing more is parsed
         self._refused_closing = False
         self._code = 1006  # with which it ends; this: without a close frame
-        app[keys.WHEEL].add(self, self._limits.ping_interval)
+        app[context.WHEEL].add(self, self._limits.ping_interval)
 
     # Admission.
 
@@ -276,7 +277,7 @@ class Socket:
     def _finished(self, follower: Follower) -> None:
         if self._following.get(follower.stream.request_id) is follower:
             del self._following[follower.stream.request_id]
-        if not self._following and self._app[keys.LIFE].stopping.is_set():
+        if not self._following and self._app[context.LIFE].stopping.is_set():
             self.leave()
 
     # Writing.
@@ -295,7 +296,7 @@ class Socket:
         """The wheel's call: ping, or see whether the last ping was answered."""
         if self._writer.closed or self._close_task is not None:
             return None
-        limits = self._app[keys.SETTINGS].chat.websocket  # as they are now
+        limits = self._app[context.SETTINGS].chat.websocket  # as they are now
         idle = limits.idle_timeout
         if idle and now - self._last_request >= idle and not self._following and self._inside:
             self._end(WSCloseCode.OK, b"idle")
@@ -359,7 +360,7 @@ class Socket:
 
     async def close(self) -> None:
         """The socket is over: follow nothing, answer the client's close, leave nothing behind."""
-        self._app[keys.WHEEL].remove(self)
+        self._app[context.WHEEL].remove(self)
         if self._inside:
             self._admission.closed("websocket", str(self._code), self.caller.name)
         try:

@@ -13,7 +13,7 @@ from math import inf
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from aioserver.faults import (
+from aioserver.provider_errors import (
     CertificateFault,
     CircuitOpen,
     NoProvider,
@@ -25,7 +25,7 @@ from aioserver.faults import (
 from aioserver.providers.breaker import CLOSED, Breaker
 
 if TYPE_CHECKING:
-    from aioserver.metrics import ProviderMeter
+    from aioserver.telemetry.metrics import ProviderMeter
 
 FLAGGED = 300.0  # seconds for which one that refuses our key is not asked
 KEY_FAULTS = (ProviderAuthError, CertificateFault)

@@ -27,9 +27,9 @@ from aiohttp import ClientRequest, ClientTimeout, TCPConnector
 from yarl import URL
 
 from aioserver.errors import AioserverError
-from aioserver.faults import CertificateFault, ConnectError, ConnectTimeout, PoolTimeout
-from aioserver.gate import Gate, Place
-from aioserver.providers.wire import WireProtocol
+from aioserver.limits.gate import Gate, Place
+from aioserver.provider_errors import CertificateFault, ConnectError, ConnectTimeout, PoolTimeout
+from aioserver.providers.exchange import WireProtocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from aiohttp.client_reqrep import ConnectionKey
     from aiohttp.connector import Connection
 
-    from aioserver.settings import HttpClient
+    from aioserver.config.settings import HttpClient
 
 NEVER_CEIL = float(
     "inf"

@@ -19,7 +19,7 @@ from aioserver.providers.requests import Requests
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from aioserver import settings
+    from aioserver.config import settings
 
 # What a pool, or the head of each of its requests, is made of.
 OF_PROVIDER = ("api_key", "headers", "proxy", "ca_file")

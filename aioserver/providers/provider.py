@@ -13,33 +13,33 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from aioserver import entries
-from aioserver.deltas import Reading, usage_of
-from aioserver.faults import (
+from aioserver.protocol.openai import Reading, usage_of
+from aioserver.provider_errors import (
     NoProvider,
     ProviderBadResponse,
     ProviderFault,
     ProviderRateLimited,
     StaleConnection,
 )
-from aioserver.metrics import ProviderMeter
-from aioserver.providers.answers import BodySink, ChatSink, EventSink, complete
-from aioserver.providers.ask import Answer, Ask
 from aioserver.providers.budget import Budget
+from aioserver.providers.error_mapping import check_json, check_plain, is_of, judge, passing
+from aioserver.providers.exchange import Exchange, Sink
 from aioserver.providers.health import Health
-from aioserver.providers.line import Line
 from aioserver.providers.pools import Pools
-from aioserver.providers.verdict import check_json, check_plain, is_of, judge, passing
-from aioserver.providers.wire import Exchange, Sink
+from aioserver.providers.queueing import Line
+from aioserver.providers.request import Answer, Ask
+from aioserver.providers.sinks import BodySink, ChatSink, EventSink, complete
+from aioserver.streams import entries
+from aioserver.telemetry.metrics import ProviderMeter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from aioserver import settings
+    from aioserver.config import settings
     from aioserver.errors import AioserverError
-    from aioserver.gate import GateStats, Place
+    from aioserver.limits.gate import GateStats, Place
     from aioserver.providers.pool import PoolStats
-    from aioserver.streams import Stream
+    from aioserver.streams.stream import Stream
 
 MAX_ERROR_BYTES = 1 << 20  # of an error's body
 BYTES_PER_TOKEN = 4  # of a request, about

@@ -9,7 +9,7 @@ from yarl import URL
 from aioserver import __version__
 
 if TYPE_CHECKING:
-    from aioserver import settings
+    from aioserver.config import settings
     from aioserver.providers.pool import Pool
 
 FRAMING = frozenset({"connection", "content-length", "transfer-encoding"})  # ours, never given

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from playwright.async_api import expect
 
-from aioserver import keys
-from aioserver.providers.simulator import Behaviour
+from aioserver.faces import context
+from aioserver.providers.simulator.exchange import Behaviour
 from tests.browser.chatting import (
     Told,
     answer,
@@ -295,7 +295,7 @@ async def test_a_restart_is_told_and_survived(make_house: Make, told: Told, page
     told.say("One")
     await shows(page, "One")
 
-    sockets: list[Socket] = [*house.app[keys.SOCKETS]]
+    sockets: list[Socket] = [*house.app[context.SOCKETS]]
     for socket in sockets:
         socket._end(1012, b"server is stopping")
     await expect(page.get_by_text("The server restarts.")).to_be_visible()
@@ -352,7 +352,7 @@ async def test_an_answer_that_is_gone_says_so_and_is_asked_again(
     await house.simulator.until(lambda stats: stats.requests == 1)  # else leaving ends it before
     await page.goto("about:blank")
     await house.nothing_held()
-    await until(lambda: house.app[keys.STREAMS].stats().finished == 0)
+    await until(lambda: house.app[context.STREAMS].stats().finished == 0)
     house.simulator.behaviour = QUICK
 
     await enter(page, house)
@@ -517,7 +517,7 @@ async def test_a_gap_is_told_and_not_skipped(make_house: Make, told: Told, page:
 
     told.say(*(f" {number:0100}" for number in range(200)))
     told.finish()
-    await until(lambda: house.app[keys.STREAMS].stats().running == 0)
+    await until(lambda: house.app[context.STREAMS].stats().running == 0)
     await page.context.set_offline(False)
 
     await is_now(page, "failed")

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import pytest
 from playwright.async_api import expect
 
-from aioserver import keys
-from aioserver.faces import door
-from aioserver.providers.simulator import Behaviour
+from aioserver.auth import guard
+from aioserver.faces import context
+from aioserver.providers.simulator.exchange import Behaviour
 from tests.browser.chatting import answer, ask, connected, is_now
 from tests.faces.keyed import COOKIE, auth_of, key_of, keys_of
 from tests.house import until
@@ -49,7 +49,7 @@ async def enter_key(page: Page, name: str) -> None:
 async def watches(page: Page, house: House) -> None:
     """Wait until the dashboard is fed; what it says of a busy machine is not of interest."""
     await expect(page.locator("#board")).to_be_visible()
-    await until(lambda: len(house.app[keys.MONITOR]._watchers) == 1)
+    await until(lambda: len(house.app[context.MONITOR]._watchers) == 1)
     await expect(page.locator("#verdict-word")).not_to_have_text(LOST)
     await expect(page.locator("body")).not_to_have_class("stale")
 
@@ -100,7 +100,7 @@ async def test_one_chats_with_a_key_and_logs_out(make_house: Make, page: Page) -
     await is_now(page, "complete")
     await page.get_by_role("button", name="Log out").click()
     await expect(form(page)).to_be_visible()
-    await until(lambda: not house.app[keys.SOCKETS])
+    await until(lambda: not house.app[context.SOCKETS])
     assert await page.context.cookies() == []
     await enter_key(page, "web")
     await connected(page)
@@ -123,7 +123,7 @@ async def test_a_wrong_key_says_so_and_there_is_no_way_around(
         await expect(form(mine)).to_be_visible()
         await form(mine).get_by_role("button", name="Enter").click()
         await expect(fault(mine)).to_have_text("This key is not known here.")
-        assert not house.app[keys.SOCKETS]
+        assert not house.app[context.SOCKETS]
         await enter_key(mine, "web")
         await connected(mine)
 
@@ -136,7 +136,7 @@ async def test_an_empty_key_is_not_sent(make_house: Make, page: Page) -> None:
     await form(page).get_by_role("button", name="Enter").click()
 
     await expect(form(page)).to_be_visible()
-    assert house.app[keys.METRICS].auth_failures["missing_key"].value == 0
+    assert house.app[context.METRICS].auth_failures["missing_key"].value == 0
 
 
 async def test_the_dashboard_wants_an_admins_key(make_house: Make, page: Page) -> None:
@@ -157,7 +157,7 @@ async def test_the_dashboard_wants_an_admins_key(make_house: Make, page: Page) -
     await watches(page, house)
     await page.get_by_role("button", name="Log out").click()
     await expect(form(page)).to_be_visible()
-    await until(lambda: not house.app[keys.MONITOR]._watchers)
+    await until(lambda: not house.app[context.MONITOR]._watchers)
     await enter_key(page, "root")
     await watches(page, house)
 
@@ -186,7 +186,7 @@ async def test_a_revoked_key_asks_for_another(make_house: Make, page: Page) -> N
     await ask(page, "Hello")
     await is_now(page, "running")
 
-    await door.change(house.app, auth_of("other"))
+    await guard.change(house.app, auth_of("other"))
 
     await expect(form(page)).to_be_visible()
     await enter_key(page, "other")
@@ -201,10 +201,10 @@ async def test_a_revoked_watcher_is_asked_for_another(make_house: Make, page: Pa
     await enter_key(page, "root")
     await watches(page, house)
 
-    await door.change(house.app, auth_of("web"))
+    await guard.change(house.app, auth_of("web"))
     await expect(form(page)).to_be_visible()
 
-    await door.change(house.app, auth_of("root"))
+    await guard.change(house.app, auth_of("root"))
     await enter_key(page, "root")
     await watches(page, house)
 

@@ -24,7 +24,7 @@ from aioserver.commands.bench.limits import Peaks, met
 from aioserver.commands.bench.load import Plan, Run
 from aioserver.commands.bench.results import Results, Samples
 from aioserver.providers.breaker import FAILURES
-from aioserver.providers.simulator import Behaviour
+from aioserver.providers.simulator.exchange import Behaviour
 from tests.house import until
 
 if TYPE_CHECKING:

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 import yaml
 
 from aioserver.commands.check import check
-from aioserver.config import SHIPPED, Configuration
+from aioserver.config import Configuration
+from aioserver.config.configuration import SHIPPED
 from tests.test_settings import ORIGINAL
 
 if TYPE_CHECKING:

@@ -3,7 +3,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from aioserver.commands.init import init
-from aioserver.config import SHIPPED, Configuration
+from aioserver.config import Configuration
+from aioserver.config.configuration import SHIPPED
 
 if TYPE_CHECKING:
     from pathlib import Path

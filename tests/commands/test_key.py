@@ -10,7 +10,7 @@ import yaml
 from click.testing import CliRunner
 
 from aioserver.__main__ import cli
-from aioserver.auth import Doors
+from aioserver.auth.callers import Doors
 from tests.configs import load, small
 
 if TYPE_CHECKING:

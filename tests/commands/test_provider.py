@@ -15,7 +15,8 @@ from click.testing import CliRunner
 
 from aioserver.__main__ import cli
 from aioserver.commands.provider import provider
-from aioserver.providers.simulator import Behaviour, faults
+from aioserver.providers.simulator import faults
+from aioserver.providers.simulator.exchange import Behaviour
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

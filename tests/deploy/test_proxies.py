@@ -17,7 +17,7 @@ import aiohttp
 import pytest
 from yarl import URL
 
-from aioserver.providers.simulator import Behaviour
+from aioserver.providers.simulator.exchange import Behaviour
 from tests.deploy.proxy import KINDS, Proxy, running
 from tests.deploy.tools import DEPLOY, installed
 from tests.house import QUICK

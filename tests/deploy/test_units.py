@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from aioserver.config import SHIPPED, Configuration
+from aioserver.config import Configuration
+from aioserver.config.configuration import SHIPPED
 from tests.deploy.tools import DEPLOY, edited, installed
 from tests.house import configured
 from tests.process import Served, Systemd

@@ -5,15 +5,15 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING, Any
 
-from aioserver.faces import door
-from aioserver.settings import Auth, ClientKey
+from aioserver.auth import guard
+from aioserver.config.settings import Auth, ClientKey
 
 if TYPE_CHECKING:
     from aiohttp import ClientResponse
 
     from tests.house import House
 
-COOKIE = door.COOKIE
+COOKIE = guard.COOKIE
 
 
 def key_of(name: str) -> str:

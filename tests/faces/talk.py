@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from aioserver import eventstream
+from aioserver.protocol import eventstream
 
 if TYPE_CHECKING:
     from aiohttp import ClientResponse, ClientWebSocketResponse

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from aiohttp import WSMsgType
 
-from aioserver import keys
-from aioserver.faces import admission, http, websocket
-from aioserver.providers.simulator import Behaviour
+from aioserver.faces import admission, context, http, websocket
+from aioserver.providers.simulator.exchange import Behaviour
 from tests.faces.raw import CLOSE, TEXT, Raw, closing
 from tests.faces.talk import CHAT, chat, frames_of, to_end, until_status
 from tests.house import until
@@ -164,7 +163,7 @@ async def test_who_is_sent_away_and_then_gets_a_place_asks_nothing(make_house: M
         await raw.to_the_end()
 
     await house.nothing_held()
-    assert not any(one.value for one in house.app[keys.METRICS].outcomes.values())
+    assert not any(one.value for one in house.app[context.METRICS].outcomes.values())
 
 
 @pytest.mark.parametrize("politely", [True, False])
@@ -200,7 +199,7 @@ async def test_a_refused_websocket_that_never_answers_its_close_is_let_go(
         frames = await raw.frames()  # never answered: the server gives up
         assert closing(frames[-1][1])[0] == 1013
         await until(lambda: house.held()["sockets"] == 2)
-    assert house.app[keys.ADMISSION].refused_closing == 0
+    assert house.app[context.ADMISSION].refused_closing == 0
 
 
 async def test_when_too_many_refused_sockets_are_closing_the_answer_is_a_plain_503(
@@ -302,7 +301,7 @@ async def test_what_frees_or_shows_a_full_house_works_in_it(make_house: Make) ->
         await ws.send_json(chat("r1"))
         await until_status(ws, "processing")
         assert (await waiter.receive_json())["status"] == "queued"
-        house.app[keys.MONITOR].tick()
+        house.app[context.MONITOR].tick()
         async with session.get(base + "/metrics") as response:
             assert "aioserver_connections_waiting" in await response.text()
         for path in (
@@ -445,7 +444,7 @@ async def test_the_count_never_drifts(make_house: Make, caplog: pytest.LogCaptur
         for ws in sockets:
             await ws.send_json({"action": "ping"})
             assert (await ws.receive_json())["status"] == "pong"
-    assert house.app[keys.ADMISSION].refused_closing == 0
+    assert house.app[context.ADMISSION].refused_closing == 0
     async with house.session.get(house.sse) as response:
         for one in (await response.json())["streams"]:
             async with house.session.delete(f"{house.sse}/{one['request_id']}"):

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from aiohttp import WSServerHandshakeError
 
-from aioserver import keys
-from aioserver.auth import SESSION_SECONDS
-from aioserver.faces.door import Policy
+from aioserver.auth.callers import SESSION_SECONDS
+from aioserver.auth.guard import Policy
+from aioserver.faces import context
 from tests.faces.keyed import COOKIE, bearer, code_of, cookie, key_of, keys_of, log_in
 from tests.faces.raw import Raw
 from tests.faces.talk import CHAT, chat, text_of, to_end
@@ -37,7 +37,7 @@ def routes(house: House) -> list[tuple[str, str, Policy]]:
     for route in house.app.router.routes():
         assert route.resource is not None
         path = re.sub(r"\{[^}]+\}", "x", route.resource.canonical)
-        found.append((route.method, path, house.app[keys.GUARD].policies[route]))
+        found.append((route.method, path, house.app[context.GUARD].policies[route]))
     return found
 
 
@@ -89,7 +89,7 @@ async def test_without_keys_every_route_is_open(house: House) -> None:
 
 async def test_a_route_that_nobody_named_wants_an_admin(make_house: Make) -> None:
     house = await make_house(**keys_of("web", "root"))
-    policies = house.app[keys.GUARD].policies
+    policies = house.app[context.GUARD].policies
     for route in [one for one in policies if one.resource and one.resource.canonical == "/health"]:
         del policies[route]
 
@@ -569,7 +569,7 @@ async def test_a_client_behind_a_proxy_has_a_line_of_its_own(make_house: Make) -
     for address in ("203.0.113.9", "203.0.113.10"):
         async with house.connect(headers={"X-Forwarded-For": address}) as ws:
             await ws.ping()
-            callers += [socket.caller for socket in house.app[keys.SOCKETS]]
+            callers += [socket.caller for socket in house.app[context.SOCKETS]]
 
     assert [one.line for one in callers] == ["203.0.113.9", "203.0.113.10"]
     assert callers[0] == callers[1]

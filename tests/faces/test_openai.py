@@ -12,7 +12,7 @@ import openai
 import pytest
 from openai import AsyncOpenAI
 
-from aioserver.providers.simulator import Behaviour
+from aioserver.providers.simulator.exchange import Behaviour
 from tests.faces.raw import Raw
 from tests.faces.talk import CHAT
 from tests.house import HTTP_CLIENT, until

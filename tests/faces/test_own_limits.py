@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import openai
 import pytest
 
-from aioserver import keys
-from aioserver.providers.simulator import Behaviour
+from aioserver.faces import context
+from aioserver.providers.simulator.exchange import Behaviour
 from tests.faces.keyed import bearer, code_of, key_of, keys_of
 from tests.faces.talk import CHAT, cancel, chat, read_frames, resume, text_of, to_end, until_status
 from tests.house import until
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from aiohttp import ClientResponse, ClientWebSocketResponse
 
-    from aioserver.allowance import Allowance
+    from aioserver.limits.quota import Allowance
     from tests.house import House
 
     Make = Callable[..., Awaitable[House]]
@@ -34,7 +34,7 @@ FACES = ("websocket", "sse", *OPENAI)
 
 
 def allowance(house: House, name: str = "web") -> Allowance:
-    found: Allowance | None = house.app[keys.DOORS].keys.caller(key_of(name).encode()).allowance
+    found: Allowance | None = house.app[context.DOORS].keys.caller(key_of(name).encode()).allowance
     assert found is not None
     return found
 
@@ -124,7 +124,7 @@ async def test_a_key_has_a_minutes_worth(make_house: Make, face: str) -> None:
         async with client(house, face, "app") as app:
             assert await app.ask() == ("", None)
     await until(lambda: allowance(house).running == 0)
-    assert house.app[keys.METRICS].rejections["rate_limit_exceeded"].value == 1 + len(FACES)
+    assert house.app[context.METRICS].rejections["rate_limit_exceeded"].value == 1 + len(FACES)
 
 
 @pytest.mark.parametrize("face", FACES)
@@ -202,7 +202,7 @@ async def ended_by_the_server(house: House) -> None:
     async with house.connect(headers=bearer("web")) as ws:
         await ws.send_json(chat("s"))
         await until_status(ws, "chunk")
-        await house.app[keys.GATEWAY].close()
+        await house.app[context.GATEWAY].close()
         assert (await to_end(ws))[-1]["chunk"]["code"] == "server_shutdown"
 
 
@@ -270,7 +270,7 @@ async def test_a_full_store_counts_for_nothing(make_house: Make) -> None:
         house.connect(headers=bearer("web")) as ws,
     ):
         await other.send_json(chat("fills"))
-        await until(lambda: house.app[keys.STREAMS].stats().bytes >= 300)
+        await until(lambda: house.app[context.STREAMS].stats().bytes >= 300)
         for number in range(3):
             await ws.send_json(chat(f"n{number}"))
             assert (await to_end(ws))[-1]["chunk"]["code"] == "server_at_capacity"
@@ -351,7 +351,7 @@ async def test_streams_belong_to_their_key(make_house: Make) -> None:
             assert [one["request_id"] for one in (await response.json())["streams"]] == ["same"]
         await other.send_json(chat("same", "yours"))  # no conflict: another stream
         await until_status(other, "chunk")
-        assert house.app[keys.STREAMS].stats().running == 2
+        assert house.app[context.STREAMS].stats().running == 2
         for one in (ws, other):
             await one.send_json(cancel("same"))
             await to_end(one)
@@ -408,5 +408,5 @@ async def test_a_key_stands_in_line_by_its_weight(make_house: Make) -> None:
     headers = bearer("web")
     async with house.connect(headers=headers) as ws:
         await ws.ping()
-        (socket,) = house.app[keys.SOCKETS]
+        (socket,) = house.app[context.SOCKETS]
         assert (socket.caller.name, socket.caller.priority, socket.caller.line) == ("web", 7, "")

@@ -11,7 +11,7 @@ from aiohttp.test_utils import make_mocked_request
 
 from aioserver.faces import ready
 from aioserver.faces.http import Request
-from aioserver.providers.simulator import Behaviour
+from aioserver.providers.simulator.exchange import Behaviour
 from tests.faces.raw import Raw
 from tests.faces.talk import CHAT
 

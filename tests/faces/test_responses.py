@@ -9,8 +9,8 @@ import orjson
 import pytest
 from openai import AsyncOpenAI
 
-from aioserver.deltas import final_response
-from aioserver.providers.simulator import Behaviour
+from aioserver.protocol.openai import final_response
+from aioserver.providers.simulator.exchange import Behaviour
 from tests.faces.raw import Raw
 from tests.house import until
 

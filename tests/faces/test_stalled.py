@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from aioserver import keys
-from aioserver.providers.simulator import Behaviour
+from aioserver.faces import context
+from aioserver.providers.simulator.exchange import Behaviour
 from tests.faces.raw import SMALL, TEXT, Raw, masked
 from tests.faces.talk import big, chat, numbers, to_end, whole
 from tests.house import until
@@ -127,7 +127,7 @@ async def test_many_stalled_readers_cost_little_memory(make_house: Make) -> None
     async with house.connect() as ws:
         await ws.send_json(chat("r1", **big(SIZE, COUNT)))
         await to_end(ws)
-        kept = house.app[keys.STREAMS].stats().bytes
+        kept = house.app[context.STREAMS].stats().bytes
         before = resident()
 
         raws = [Raw(house, receive_buffer=SMALL) for _ in range(25)]
@@ -145,7 +145,7 @@ async def test_many_stalled_readers_cost_little_memory(make_house: Make) -> None
         for raw in raws:
             raw.close()
 
-    assert house.app[keys.STREAMS].stats().bytes == kept
+    assert house.app[context.STREAMS].stats().bytes == kept
     assert grown < 40_000_000  # 25 times 6 MB would be 150
     await house.nothing_held()
 
@@ -205,4 +205,4 @@ async def test_a_flood_behind_an_answered_close_does_not_keep_the_socket(
         await house.simulator.until(lambda stats: stats.completed == 1)
         await raw.send_frame(2, b"binary")  # to be closed, while nothing is read
 
-        await until(lambda: not house.app[keys.SOCKETS], 5)
+        await until(lambda: not house.app[context.SOCKETS], 5)

@@ -11,8 +11,11 @@ import orjson
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from aioserver import __version__, eventstream, keys, monitor
-from aioserver.providers.simulator import Behaviour
+from aioserver import __version__
+from aioserver.faces import context
+from aioserver.monitoring import monitor
+from aioserver.protocol import eventstream
+from aioserver.providers.simulator.exchange import Behaviour
 from tests.faces.keyed import bearer, keys_of
 from tests.faces.raw import SMALL, Raw
 from tests.faces.talk import CHAT, chat, to_end
@@ -44,7 +47,7 @@ async def test_readiness_ends_before_the_server_does(house: House, path: str) ->
     async with house.session.get(house.base + path) as response:
         assert (response.status, await response.json()) == (200, {"status": "ready"})
 
-    house.app[keys.LIFE].ready = False
+    house.app[context.LIFE].ready = False
 
     async with house.session.get(house.base + path) as response:
         assert response.status == 503
@@ -69,7 +72,7 @@ async def test_without_a_usable_provider_the_server_is_not_ready(make_house: Mak
 
 async def shown(house: House, path: str = "/stats") -> dict[str, Any]:
     """The state of this very moment."""
-    house.app[keys.MONITOR].tick()
+    house.app[context.MONITOR].tick()
     async with house.session.get(house.base + path) as response:
         assert response.content_type == "application/json"
         state: dict[str, Any] = await response.json()
@@ -196,7 +199,7 @@ async def test_a_providers_faults_are_told(make_house: Make) -> None:
 
 async def test_who_is_not_let_in_is_counted_and_a_burst_is_told(make_house: Make) -> None:
     house = await make_house(**keys_of("web", "root"))
-    root, tick = bearer("root"), house.app[keys.MONITOR].tick
+    root, tick = bearer("root"), house.app[context.MONITOR].tick
     tries: list[dict[str, str]] = [
         *({}, {"Authorization": "Bearer x"}, {"Cookie": "aioserver_session=x.1.y"}, bearer("web")),
         {"Cookie": "aioserver_session=x", "Origin": "http://evil.example"},
@@ -213,14 +216,14 @@ async def test_who_is_not_let_in_is_counted_and_a_burst_is_told(make_house: Make
         found = samples(await response.text())
     for reason, number in state["auth_failures"].items():
         assert found["aioserver_auth_failures_total", ("reason", reason)] == number
-    assert not house.app[keys.MONITOR]._incidents, "five are no burst"
+    assert not house.app[context.MONITOR]._incidents, "five are no burst"
 
     for _ in range(monitor.DENIED_BURST):
         async with house.session.get(f"{house.base}/stats") as response:
             assert response.status == 401
     tick()
     tick()
-    (incident,) = house.app[keys.MONITOR]._incidents
+    (incident,) = house.app[context.MONITOR]._incidents
     assert (incident["kind"], incident["severity"]) == ("auth", "warning")
     assert incident["text"].startswith("15 not let in")
 
@@ -231,18 +234,18 @@ async def test_a_few_now_and_then_are_no_burst(make_house: Make) -> None:
         for _ in range(monitor.DENIED_BURST // monitor.DENIED_TICKS - 1):
             async with house.session.get(f"{house.base}/stats"):
                 pass
-        house.app[keys.MONITOR].tick()
+        house.app[context.MONITOR].tick()
     for _ in range(monitor.DENIED_BURST - 1):
         async with house.session.get(f"{house.base}/stats"):
             pass
-    house.app[keys.MONITOR].tick()
+    house.app[context.MONITOR].tick()
     for _ in range(monitor.DENIED_TICKS):
-        house.app[keys.MONITOR].tick()
+        house.app[context.MONITOR].tick()
     async with house.session.get(f"{house.base}/stats"):
         pass
-    house.app[keys.MONITOR].tick()
+    house.app[context.MONITOR].tick()
 
-    assert not house.app[keys.MONITOR]._incidents
+    assert not house.app[context.MONITOR]._incidents
 
 
 async def test_a_callers_name_is_in_the_lines_of_its_requests(
@@ -293,12 +296,12 @@ async def watching(house: House, query: str = "") -> AsyncIterator[list[tuple[st
         finally:
             task.cancel()
             await asyncio.wait((task,))
-    await until(lambda: not house.app[keys.MONITOR]._watchers)
+    await until(lambda: not house.app[context.MONITOR]._watchers)
 
 
 async def test_a_watcher_gets_the_history_then_the_state_each_second(house: House) -> None:
     for _ in range(3):
-        house.app[keys.MONITOR].tick()
+        house.app[context.MONITOR].tick()
     async with watching(house) as told:
         await until(lambda: len([kind for kind, _ in told if kind == "stats"]) >= 2)
 
@@ -309,17 +312,17 @@ async def test_a_watcher_gets_the_history_then_the_state_each_second(house: Hous
     for series in (*history["series"].values(), *history["providers"]["sim"].values()):
         assert len(series) == len(history["time"])
     assert told[2][1]["watchers"] == 1
-    assert told[2][1].keys() == house.app[keys.MONITOR].snapshot.keys()
+    assert told[2][1].keys() == house.app[context.MONITOR].snapshot.keys()
 
 
 async def test_a_watcher_may_ask_for_less(house: House) -> None:
     async with watching(house, "?interval=5") as told:
         await until(lambda: bool(told))
-        ticks = house.app[keys.MONITOR]._ticks
+        ticks = house.app[context.MONITOR]._ticks
         for _ in range(10):
-            house.app[keys.MONITOR].tick()
-        ran = house.app[keys.MONITOR]._ticks - ticks
-        house.app[keys.MONITOR].incident("test", "now")
+            house.app[context.MONITOR].tick()
+        ran = house.app[context.MONITOR]._ticks - ticks
+        house.app[context.MONITOR].incident("test", "now")
 
         def last() -> int | None:
             return next(
@@ -356,10 +359,10 @@ async def test_a_watcher_who_takes_nothing_is_dropped(
     make_house: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     house = await make_house(**{"chat.streams.send_timeout": 0.2})
-    mine = house.app[keys.MONITOR]
+    mine = house.app[context.MONITOR]
     drops: list[str] = []
     monkeypatch.setattr(
-        house.app[keys.ADMISSION], "dropped", lambda face, why: drops.append(f"{face}: {why}")
+        house.app[context.ADMISSION], "dropped", lambda face, why: drops.append(f"{face}: {why}")
     )
     async with Raw(house, receive_buffer=SMALL) as raw:
         await raw.get("/events")
@@ -375,18 +378,18 @@ async def test_a_watcher_who_takes_nothing_is_dropped(
 async def test_watchers_are_sent_home_when_the_server_ends(house: House) -> None:
     async with watching(house) as told:
         await until(lambda: bool(told))
-        house.app[keys.MONITOR].incident("shutdown", "the server is stopping", severity="info")
-        house.app[keys.LIFE].stopping.set()
-        await until(lambda: not house.app[keys.MONITOR]._watchers)
+        house.app[context.MONITOR].incident("shutdown", "the server is stopping", severity="info")
+        house.app[context.LIFE].stopping.set()
+        await until(lambda: not house.app[context.MONITOR]._watchers)
         await until(lambda: told[-1][0] == "incident")
 
 
 async def test_a_loop_that_is_late_is_told(house: House) -> None:
-    mine = house.app[keys.MONITOR]
+    mine = house.app[context.MONITOR]
     async with watching(house) as told:
         await until(lambda: bool(told))
         block(0.35)
-        await until(lambda: house.app[keys.LAG]._max >= 0.2)
+        await until(lambda: house.app[context.LAG]._max >= 0.2)
         mine.tick()
         worst = mine.snapshot["loop"]["lag_max"]
         await until(lambda: any(kind == "incident" for kind, _ in told))

@@ -11,7 +11,7 @@ import pytest
 from aiohttp import WSMsgType
 
 from aioserver.faces import websocket
-from aioserver.providers.simulator import Behaviour
+from aioserver.providers.simulator.exchange import Behaviour
 from tests.faces.raw import BINARY, CLOSE, PING, PONG, SMALL, TEXT, Raw, closing, masked
 from tests.faces.talk import (
     big,

@@ -11,20 +11,20 @@ from typing import TYPE_CHECKING, Any
 import orjson
 import pytest
 
-from aioserver.entries import CHUNK, COMPLETE
 from aioserver.errors import ResumeGap
-from aioserver.faces.formats import Format
-from aioserver.faces.writer import MAX_CONTROL_FRAMES, TURN_BYTES, Writer
-from aioserver.fastpath import Outbox
-from aioserver.store import Streams
+from aioserver.streams.entries import CHUNK, COMPLETE
+from aioserver.streams.fast_path import Outbox
+from aioserver.streams.formats import Format
+from aioserver.streams.store import Streams
+from aioserver.streams.writer import MAX_CONTROL_FRAMES, TURN_BYTES, Writer
 from tests.house import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from aioserver.entries import Entry
-    from aioserver.faces.follower import Follower
-    from aioserver.streams import Stream
+    from aioserver.streams.cursor import Follower
+    from aioserver.streams.entries import Entry
+    from aioserver.streams.stream import Stream
 
 HIGH, LOW = 1 << 16, 1 << 14  # asyncio's marks
 BIG = TURN_BYTES + 1

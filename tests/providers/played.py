@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 import pytest
 
+from aioserver.config.settings import HttpClient
+from aioserver.providers.exchange import Exchange
 from aioserver.providers.pool import Pool
-from aioserver.providers.wire import Exchange
-from aioserver.settings import HttpClient
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping

@@ -9,21 +9,22 @@ from typing import TYPE_CHECKING, Any
 import orjson
 import pytest
 
-from aioserver import entries, eventstream
-from aioserver.deltas import Reading
-from aioserver.faults import (
+from aioserver.protocol import eventstream
+from aioserver.protocol.openai import Reading
+from aioserver.provider_errors import (
     ProviderAuthError,
     ProviderBadResponse,
     ProviderDisconnected,
     ProviderError,
 )
-from aioserver.providers.answers import DONE, BodySink, ChatSink, EventSink
-from aioserver.streams import Stream
+from aioserver.providers.sinks import DONE, BodySink, ChatSink, EventSink
+from aioserver.streams import entries
+from aioserver.streams.stream import Stream
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from aioserver.providers.wire import Sink
+    from aioserver.providers.exchange import Sink
 
 
 def new_stream() -> Stream:

@@ -18,15 +18,15 @@ import trustme
 from aiohttp import TCPConnector
 from aiohttp.client_proto import ResponseHandler
 
-from aioserver.faults import (
+from aioserver.provider_errors import (
     CertificateFault,
     ConnectError,
     ConnectTimeout,
     PoolTimeout,
     ProviderDisconnected,
 )
+from aioserver.providers.exchange import WireProtocol
 from aioserver.providers.pool import CappedConnector, Pool
-from aioserver.providers.wire import WireProtocol
 from tests.house import until
 from tests.providers.played import (
     LIMITS,

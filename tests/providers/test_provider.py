@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from aioserver import settings
-from aioserver.auth import anonymous
-from aioserver.entries import COMPLETE
+from aioserver.auth.callers import anonymous
+from aioserver.config import settings
+from aioserver.config.schema import Secret
 from aioserver.errors import InvalidRequest
-from aioserver.faults import (
+from aioserver.provider_errors import (
     ConnectError,
     ProviderAuthError,
     ProviderBadResponse,
@@ -31,12 +31,13 @@ from aioserver.faults import (
     ProviderRefused,
     StaleConnection,
 )
-from aioserver.providers.ask import Ask
+from aioserver.providers.error_mapping import retry_after
 from aioserver.providers.provider import Provider
-from aioserver.providers.simulator import Behaviour, Simulator
-from aioserver.providers.verdict import retry_after
-from aioserver.setting import Secret
-from aioserver.streams import Stream
+from aioserver.providers.request import Ask
+from aioserver.providers.simulator.exchange import Behaviour
+from aioserver.providers.simulator.server import Simulator
+from aioserver.streams.entries import COMPLETE
+from aioserver.streams.stream import Stream
 from tests.house import until
 from tests.providers.played import LIMITS, Peer, Played
 
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
-    from aioserver.auth import Caller
+    from aioserver.auth.callers import Caller
 
 FAST = Behaviour(ttft=0, interval=0)
 JSON = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"

@@ -13,9 +13,10 @@ import openai
 import orjson
 import pytest
 
-from aioserver.providers.simulator import Behaviour, Simulator
 from aioserver.providers.simulator import faults as simulator_faults
+from aioserver.providers.simulator.exchange import Behaviour
 from aioserver.providers.simulator.model import speech, tokens
+from aioserver.providers.simulator.server import Simulator
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

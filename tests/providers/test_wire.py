@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import aiohttp
 import pytest
 
-from aioserver.faults import (
+from aioserver.provider_errors import (
     ProviderBadResponse,
     ProviderDisconnected,
     ProviderFault,
@@ -19,7 +19,7 @@ from aioserver.faults import (
     StaleConnection,
     WriteTimeout,
 )
-from aioserver.providers import wire
+from aioserver.providers import exchange as exchange_module
 from tests.house import until
 from tests.providers.played import (
     OK,
@@ -426,7 +426,7 @@ async def test_done_and_then_silence_close_the_connection_after_a_moment() -> No
         got = await ask(pool, Got(until=b"[DONE]"))
 
         assert (got.body, pool.stats().open, server.open) == (DONE, 1, 1)
-        await until(lambda: server.open == 0, wire.LINGER + 5.0)
+        await until(lambda: server.open == 0, exchange_module.LINGER + 5.0)
         assert pool.stats().open == 0
 
 

@@ -16,9 +16,9 @@ import orjson
 from aiohttp import WSMsgType
 
 from aioserver.commands import remote
-from aioserver.deltas import Reading
-from aioserver.eventstream import Splitter, parse
-from aioserver.faults import ProviderBadResponse, ProviderError
+from aioserver.protocol.eventstream import Splitter, parse
+from aioserver.protocol.openai import Reading
+from aioserver.provider_errors import ProviderBadResponse, ProviderError
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -14,7 +14,7 @@ from aioserver.commands.bench.attempt import Attempt
 from aioserver.commands.bench.clients import CLIENTS, NotUnderstoodError, Question
 from aioserver.commands.bench.limits import Peaks, met
 from aioserver.commands.bench.results import Results
-from aioserver.faults import ProviderBadResponse
+from aioserver.provider_errors import ProviderBadResponse
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine

@@ -12,8 +12,8 @@ import aiohttp
 import orjson
 
 from aioserver.commands import remote
-from aioserver.eventstream import Splitter, parse
-from aioserver.faults import ProviderBadResponse
+from aioserver.protocol.eventstream import Splitter, parse
+from aioserver.provider_errors import ProviderBadResponse
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -4,8 +4,3 @@
 `exchange` plays an answer piece by piece. The ways to fail are in `refusals` (before the answer),
 `broken` (within it) and `unusual` (good all the same); `faults` names them all.
 """
-
-from aioserver.providers.simulator.exchange import Behaviour
-from aioserver.providers.simulator.server import SeenRequest, Simulator, SimulatorStats
-
-__all__ = ["Behaviour", "SeenRequest", "Simulator", "SimulatorStats"]

@@ -1,0 +1,191 @@
+r"""text/event-stream (WHATWG HTML 9.2), parsed and written; no I/O.
+
+`Splitter` cuts a provider's bytes into blocks of whole events and leaves them as they are, for who
+passes them on: it looks for blank lines only. `parse` gives the events of a block, for who needs
+what is in them. Both give the same for every way of cutting the bytes.
+
+A blank line is two line ends in a row; a line end is LF, CRLF or CR. Almost every provider sends
+LF alone, so both look for b"\n\n" first and take the general way only once a CR has been seen.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from aioserver.provider_errors import ProviderBadResponse
+
+MAX_EVENT_BYTES = 1 << 20  # of an event, and so of a line
+BOM = b"\xef\xbb\xbf"
+
+# A CR that ends the bytes is a line end already: should an LF follow, it is an empty line more.
+_EOL = re.compile(rb"\r\n|\n|\r(?!\n)")
+_BLANK = re.compile(rb"(?:\r\n|\n|\r(?!\n)){2,}")
+
+
+@dataclass(frozen=True, slots=True)
+class ServerEvent:
+    """One dispatched event. *data* has its lines joined by LF; *id* None: the field was absent."""
+
+    data: bytes
+    event: bytes = b""
+    id: bytes | None = None
+
+
+class Splitter:
+    """Bytes in, blocks of whole events out, byte for byte.
+
+    Always: what was fed equals what was given out plus what is pending; a block ends with a blank
+    line.
+    """
+
+    __slots__ = ("_cr", "_max", "_rest", "_started")
+
+    def __init__(self, max_event_bytes: int = MAX_EVENT_BYTES) -> None:
+        self._rest = b""
+        self._cr = False
+        self._started = False
+        self._max = max_event_bytes
+
+    @property
+    def pending(self) -> bytes:
+        """What has come of an event that is not whole."""
+        return self._rest
+
+    @property
+    def idle(self) -> bool:
+        """Whether no event is half read, and line ends were LF alone."""
+        return self._started and not self._rest and not self._cr
+
+    def feed(self, chunk: bytes) -> bytes:
+        """The whole events that *chunk* completes, possibly none: b"".
+
+        Raises:
+            ProviderBadResponse: an event of more than *max_event_bytes*.
+        """
+        if (
+            self._started
+            and not self._rest
+            and not self._cr
+            and chunk.endswith(b"\n\n")
+            and len(chunk) <= self._max
+            and chunk.find(b"\r") < 0
+        ):
+            return chunk  # whole events, as most reads are
+        data = self._rest + chunk if self._rest else chunk
+        seen = max(0, len(self._rest) - 2)  # the rest ends with one line end at most
+        if not self._started and data:
+            if data[:3] != BOM[: len(data)]:
+                self._started = True
+            elif len(data) >= 3:
+                data = data[3:]  # a byte order mark belongs to the stream, not to its first event
+                self._started = True
+        if not self._cr and b"\r" in chunk:
+            self._cr = True
+        if len(data) > self._max and _longest(data) > self._max:
+            raise ProviderBadResponse(f"an event of more than {self._max} bytes")
+        end = _last_blank(data, seen) if self._cr else data.rfind(b"\n\n", seen) + 2
+        if end <= 1:
+            self._rest = data
+            return b""
+        if end == len(data):
+            self._rest = b""
+            return data
+        block, self._rest = data[:end], data[end:]
+        return block
+
+
+def _last_blank(data: bytes, start: int) -> int:
+    """The offset behind the last blank line, 0 where there is none behind *start*."""
+    end = 0
+    for match in _BLANK.finditer(data, start):
+        end = match.end()
+    return end
+
+
+def _longest(data: bytes) -> int:
+    """The bytes of the longest event, whole or not, without the line ends around it."""
+    return max(len(part.strip(b"\r\n")) for part in _BLANK.split(data))
+
+
+def split(block: bytes) -> list[bytes]:
+    """The events of a block of whole ones, each with LF and its blank line, comments left out.
+
+    What has no `data` line is no event (WHATWG HTML 9.2.6) and is dropped.
+    """
+    if b"\r" in block:
+        block = _EOL.sub(b"\n", block)
+    return [
+        part.lstrip(b"\n") + b"\n\n"
+        for part in block.split(b"\n\n")
+        if part.startswith(b"data:") or _event(part) is not None
+    ]
+
+
+def count(block: bytes) -> int:
+    """How many events a block of whole ones has: `len(split(block))`, without the list."""
+    if (
+        block.startswith(b"data:")
+        and block.find(b"\n\n") == len(block) - 2
+        and block.find(b"\r") < 0
+    ):
+        return 1  # one event for each read is what a provider sends as a rule
+    blanks = block.count(b"\n\n")
+    if (
+        block.startswith(b"data:")
+        and block.count(b"\n\ndata:") + 1 == blanks
+        and b"\r" not in block
+    ):
+        return blanks
+    return len(split(block))
+
+
+def parse(block: bytes) -> list[ServerEvent]:
+    """The events of a block of whole ones."""
+    if b"\r" in block:
+        block = _EOL.sub(b"\n", block)
+    events = []
+    for part in block.split(b"\n\n"):
+        if part.startswith(b"data: ") and b"\n" not in part:
+            events.append(ServerEvent(part[6:]))
+        elif (event := _event(part)) is not None:
+            events.append(event)
+    return events
+
+
+def utf8(data: bytes) -> bool:
+    """Whether *data* is UTF-8, as a stream of events has to be."""
+    if data.isascii():  # a tenth of what decoding costs
+        return True
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _event(part: bytes) -> ServerEvent | None:
+    data: list[bytes] = []
+    name, id_ = b"", None
+    for line in part.split(b"\n"):
+        field, colon, value = line.partition(b":")
+        if colon and value.startswith(b" "):
+            value = value[1:]
+        if field == b"data":
+            data.append(value)
+        elif field == b"event":
+            name = value
+        elif field == b"id" and b"\0" not in value:
+            id_ = value
+    return ServerEvent(b"\n".join(data), name, id_) if data else None
+
+
+def write(data: bytes, *, event: str = "", id: int | None = None) -> bytes:  # noqa: A002 - the field's name
+    """One event, its *data* a single line (our JSON has no line ends)."""
+    head = b"" if id is None else b"id: %d\n" % id
+    if event:
+        head += b"event: %b\n" % event.encode()
+    return b"%bdata: %b\n\n" % (head, data)
+
+
+HEARTBEAT = b": keep-alive\n\n"

@@ -1,0 +1,64 @@
+"""The line in front of a provider: its places and its pace, and what is told to who cannot wait."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from aioserver.limits.gate import Gate
+from aioserver.provider_errors import ProviderPaced, ProviderQueueFull, ProviderQueueTimeout
+from aioserver.providers.pace import Pace
+
+if TYPE_CHECKING:
+    from aioserver.config.settings import HttpClient
+
+
+class Line(Gate):
+    """The gate of the provider *name*, which opens at its pace."""
+
+    def __init__(self, name: str, limits: HttpClient) -> None:
+        self._name = name
+        self._limits = limits
+        self.pace = Pace(
+            limits.requests_per_minute, _burst(limits), tokens_per_minute=limits.tokens_per_minute
+        )
+        super().__init__(
+            limits.concurrent_requests,
+            queue_size=limits.queue_size,
+            queue_timeout=limits.queue_timeout,
+            full=lambda wait: ProviderQueueFull(
+                f"{self._limits.queue_size} requests wait for {name} already", retry_after=wait
+            ),
+            late=lambda wait: ProviderQueueTimeout(
+                f"no place at {name} within {self._limits.queue_timeout} s", retry_after=wait
+            ),
+            pace=self.pace,
+            paced=self.too_soon,
+        )
+
+    def too_soon(self, wait: float) -> ProviderPaced:
+        """What is told to who would have to wait *wait* seconds for a start, and cannot."""
+        limits = self._limits
+        text = f"{self._name} limits our rate"
+        if not self.pace.cooling:
+            text = (
+                f"{self._name} can take no more requests in the next {limits.queue_timeout} s: "
+                f"requests_per_minute={limits.requests_per_minute}"
+            )
+        return ProviderPaced(text, retry_after=wait)
+
+    def adopt(self, limits: HttpClient) -> None:
+        """Use new limits: who is inside stays, who has started counts, as it did before."""
+        self._limits = limits
+        self.pace.apply(
+            limits.requests_per_minute, _burst(limits), tokens_per_minute=limits.tokens_per_minute
+        )
+        self.apply(
+            limits.concurrent_requests,
+            queue_size=limits.queue_size,
+            queue_timeout=limits.queue_timeout,
+        )
+
+
+def _burst(limits: HttpClient) -> int:
+    """How many may start at once after a rest: those of a second."""
+    return min(limits.concurrent_requests, limits.requests_per_minute // 60)

@@ -1,0 +1,367 @@
+"""The log of one answer, and its readers.
+
+A stream is an append-only log of events, numbered 1, 2, 3 … without holes: `processing`, `chunk`*,
+then one of `complete`, `error`, `cancelled`. One producer appends, at the provider's speed; any
+number of readers follow, each with its own cursor. The log is the only buffer there is: no queue
+per client, no copy per reader, and so a slow reader costs the others nothing.
+
+An entry (entries.py) may hold several events. Faces that pass the provider's bytes on take a block
+as it is; what is asked for by a face that shows frames is kept as frames, made once for all readers.
+What a fast path passes on becomes an entry when the path is closed: see `seal`.
+
+What is bounded: a log keeps `max_stream_bytes`, its oldest entries go first; a reader that is
+behind them cannot go on (`ResumeGap`), which is said and never skipped. Where nobody can come back
+(`window` 0), what every reader has passed is let go at once.
+"""
+
+from __future__ import annotations
+
+from time import monotonic
+from typing import TYPE_CHECKING, Any, Protocol
+
+import orjson
+
+from aioserver.errors import AioserverError, ResumeGap
+from aioserver.protocol import messages
+from aioserver.streams.entries import CHUNK, ERROR, PROCESSING, Entry
+from aioserver.telemetry.metrics import NOBODY
+from aioserver.telemetry.request_log import UNTOLD
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Hashable, Mapping, Sequence
+
+    from aioserver.protocol.openai import Shape
+    from aioserver.streams.fast_path import FastPath
+    from aioserver.streams.store import Streams
+
+
+class Reader(Protocol):
+    """Who follows a stream. All are called synchronously and must not raise."""
+
+    at: int
+
+    def take_now(self, data: bytes) -> bool:
+        """Take *data* as the next entry, if that can be done at once; else it is appended."""
+
+    def fast(self, shape: Shape | None) -> FastPath | None:
+        """Its fast path, where it has nothing to do before the next event."""
+
+    def poke(self) -> None:
+        """Something was appended."""
+
+    def queued(self, position: int, eta: float) -> None:
+        """The request waits for its provider: its position, and the seconds it may take."""
+
+
+class Stream:
+    """The log of one answer.
+
+    Always: `entries` are gapless, from event `first` to event `last`; nothing is appended once
+    `ended`; `bytes` is the sum of the entries' sizes.
+    """
+
+    __slots__ = (
+        "_max_bytes",
+        "_observer",
+        "alias",
+        "answered_at",
+        "attempts",
+        "bytes",
+        "caller",
+        "conversation_id",
+        "digest",
+        "end_status",
+        "ended",
+        "entries",
+        "error",
+        "head",
+        "headers",
+        "last",
+        "left",
+        "meter",
+        "model",
+        "offset",
+        "path",
+        "private",
+        "provider",
+        "readers",
+        "record",
+        "rendered",
+        "request_id",
+        "sent",
+        "timer",
+        "usage",
+        "whole",
+        "why_cancelled",
+        "window",
+    )
+
+    def __init__(
+        self,
+        request_id: str,
+        caller: Hashable,
+        *,
+        window: float,
+        max_bytes: int,
+        digest: bytes = b"",
+        private: bool = False,
+        observer: Streams | None = None,
+    ) -> None:
+        self.request_id = request_id
+        self.private = private  # who asked reads it, as the provider's bytes; nobody else finds it
+        self.caller = caller
+        self.digest = digest
+        self.window = window
+        self.entries: list[Entry] = []  # not a deque: an empty one takes 700 bytes
+        self.offset = 0  # how many entries have gone: the index of entries[0] since the start
+        self.last = 0
+        self.bytes = 0
+        self.readers: list[Reader] = []
+        self.path: FastPath | None = None  # the one that was opened last
+        self.rendered: tuple[Entry, dict[str, bytes]] | None = None  # the newest, by format
+        self.ended = False
+        self.end_status = b""
+        self.error: AioserverError | None = None  # with which it ended
+        self.sent = False  # something went to a provider: leaving now costs money
+        self.answered_at = 0.0  # monotonic, when the provider's first event came: no second try
+        self.meter = NOBODY  # counts its events: the provider's
+        self.record = UNTOLD  # of the request that began it
+        self.usage: Mapping[str, Any] | None = None  # tokens, as the provider reports them
+        self.left = False  # it was cancelled since nobody read it
+        self.alias: str | None = None  # another name by which it is found
+        self.provider = self.model = ""
+        self.conversation_id: str | None = None
+        self.attempts = 0
+        self.whole: object = None  # the answer, where it was not streamed but is kept
+        self.headers: Mapping[str, str] = {}  # of the provider's answer, those that pass
+        self.why_cancelled: AioserverError | None = None  # None: somebody asked for it
+        self.timer: asyncio.TimerHandle | None = None  # the gateway's: the window's end
+        self.head = messages.frame_head(request_id)
+        self._max_bytes = max_bytes
+        self._observer = observer
+
+    @property
+    def first(self) -> int:
+        """The number of the oldest event kept; last + 1 where there is none."""
+        self.seal()
+        return self.entries[0].first if self.entries else self.last + 1
+
+    @property
+    def answered(self) -> bool:
+        """Whether an event of a provider is in the log."""
+        return self.answered_at > 0
+
+    def answer(self) -> None:
+        """Note that an event of a provider has come, before it is appended."""
+        if not self.answered_at:
+            self.answered_at = monotonic()
+            self.record.silence = 0.0  # what was before: a head, comments, a try that failed
+
+    def call_also(self, alias: str) -> None:
+        """Let it be found by *alias*, too; a private one is not found at all."""
+        if self.alias is None and not self.private and self._observer is not None:
+            self.alias = alias
+            self._observer.named(self, alias)
+
+    def add_reader(self, reader: Reader) -> None:
+        """*reader* follows from now on."""
+        self.readers.append(reader)
+        self.seal()
+
+    def remove_reader(self, reader: Reader) -> None:
+        """*reader* follows no more."""
+        self.readers.remove(reader)
+        self.seal()
+
+    def append(
+        self,
+        status: bytes,
+        chunks: Sequence[bytes] = (),
+        *,
+        data: bytes = b"",
+        count: int = 1,
+        more: bool = False,
+    ) -> None:
+        """Add events of one *status* and poke the readers; with *more* the next append does that.
+
+        *chunks*: the events' `chunk` objects as JSON, one an event; or *data*: the provider's own
+        bytes of *count* whole events.
+        """
+        self.seal()
+        first = self.last + 1
+        if chunks:
+            head = self.head
+            frames = [
+                messages.frame(head, number, status, chunk)
+                for number, chunk in enumerate(chunks, first)
+            ]
+            self._add(Entry(first, len(frames), status, data, frames, monotonic()))
+        else:
+            self._add(Entry(first, count, status, data, None, monotonic()))
+        if status is CHUNK:
+            self.meter.events += self.last + 1 - first
+        if not more:
+            for reader in self.readers if len(self.readers) < 2 else tuple(self.readers):
+                reader.poke()
+            self.trim()
+
+    def seal(self) -> None:
+        """Close the fast path; what it has passed on is in the log now.
+
+        Always done before anything looks at `entries`, or puts something into them.
+        """
+        if (path := self.path) is not None:
+            self.path = None
+            path.close()
+
+    def append_passed(self, entry: Entry) -> None:
+        """Add what the only reader has passed by its fast path; it is counted in `last` already."""
+        self.entries.append(entry)
+        self._grow(entry.sized)
+
+    def hold(self, size: int) -> None:
+        """Count *size* bytes that are kept outside the entries, until it is forgotten."""
+        self._grow(size)
+
+    def trim(self) -> None:
+        """Let go what is beyond `max_stream_bytes`, or was passed where nobody can come back."""
+        if self.bytes > self._max_bytes or self.window <= 0:
+            self._let_go()
+
+    def pass_on(self, data: bytes, count: int, *, more: bool = False) -> None:
+        """Append the provider's bytes of *count* whole events.
+
+        They are not kept where nobody else can find them and the only reader takes them at once:
+        the same as an append after which everybody has passed.
+        """
+        self.seal()
+        readers = self.readers
+        if (
+            self.private
+            and not more
+            and len(readers) == 1
+            and not self.entries
+            and readers[0].take_now(data)
+        ):
+            self.last += count
+            self.offset += 1
+            self.meter.events += count
+        else:
+            self.append(CHUNK, data=data, count=count, more=more)
+
+    def fast(self, shape: Shape | None = None) -> FastPath | None:
+        """The only reader's fast path, where that reader has passed all there is.
+
+        Without a *shape* it is one for the provider's bytes, of which nothing is kept.
+        """
+        self.seal()
+        if not self.answered_at or len(self.readers) != 1:
+            return None
+        if shape is None and (not self.private or self.entries):
+            return None
+        self.path = self.readers[0].fast(shape)
+        return self.path
+
+    def append_processing(self, provider: str, model: str) -> None:
+        """Append event 1: a place at *provider* is taken. A later try keeps the first one's."""
+        self.provider, self.model = provider, model
+        if self.last:
+            return
+        metadata: dict[str, Any] = {"processing": True, "provider": provider, "model": model}
+        if self.conversation_id is not None:
+            metadata["conversation_id"] = self.conversation_id
+        self.append(PROCESSING, [orjson.dumps({"metadata": metadata})])
+
+    def end(self, status: bytes, chunk: Mapping[str, Any], *, data: bytes = b"") -> None:
+        """Append the last event."""
+        self.append_end(status, orjson.dumps(chunk), data)
+
+    def append_end(self, status: bytes, chunk: bytes, data: bytes = b"") -> None:
+        """Append the last event, its `chunk` already JSON."""
+        self.seal()
+        number = self.last + 1
+        frames = [messages.frame(self.head, number, status, chunk)]
+        self._add(Entry(number, 1, status, data, frames, monotonic()))
+        self.ended = True
+        self.end_status = status
+        for reader in tuple(self.readers):
+            reader.poke()
+        self.trim()
+        if self._observer is not None:
+            self._observer.finished(self)
+
+    def fail(self, error: AioserverError) -> None:
+        """Append the last event: *error*, as both kinds of face show it."""
+        self.error = error
+        self.end(ERROR, error.as_chunk(), data=b"data: %b\n\n" % error.body())
+
+    def queued(self, position: int, eta: float) -> None:
+        """Tell the readers where the request stands in its provider's line."""
+        for reader in tuple(self.readers):
+            reader.queued(position, eta)
+
+    def locate(self, after: int) -> tuple[int, int]:
+        """Where a reader that has seen event *after* goes on: (index, events of it to skip).
+
+        Raises:
+            ResumeGap: events behind *after* are no longer kept, or *after* does not exist yet.
+        """
+        self.seal()
+        if after > self.last:
+            raise ResumeGap(f"event {after} does not exist yet; the newest is {self.last}")
+        if after + 1 < self.first:
+            raise ResumeGap(
+                f"events behind {after} are no longer kept; the oldest is {self.first}"
+            )
+        low, high = 0, len(self.entries)
+        while low < high:  # the first entry that ends behind *after*
+            middle = (low + high) // 2
+            entry = self.entries[middle]
+            if entry.first + entry.count - 1 <= after:
+                low = middle + 1
+            else:
+                high = middle
+        skip = after - self.entries[low].first + 1 if low < len(self.entries) else 0
+        return self.offset + low, skip
+
+    def frames(self, entry: Entry) -> Sequence[bytes]:
+        """The frames of *entry*, one for each event."""
+        return entry.frames or entry.make_frames(self.head)
+
+    def forget(self) -> int:
+        """Drop all entries; returns the bytes that were kept."""
+        self.seal()
+        freed, self.bytes = self.bytes, 0
+        self.offset += len(self.entries)
+        self.entries.clear()
+        self.whole = self.rendered = None
+        return freed
+
+    def _add(self, entry: Entry) -> None:
+        assert not self.ended, "nothing follows the end of a stream"
+        self.last += entry.count
+        self.entries.append(entry)
+        self._grow(entry.sized)
+
+    def _grow(self, size: int) -> None:
+        self.bytes += size
+        if self._observer is not None:
+            self._observer.grew(self, size)
+
+    def _let_go(self) -> None:
+        passed = self.offset
+        if self.window <= 0 and self.readers:
+            passed = self.readers[0].at
+            if len(self.readers) > 1:
+                passed = min([reader.at for reader in self.readers])
+        entries, gone, freed = self.entries, 0, 0
+        while len(entries) - gone > 1 or (len(entries) > gone and self.offset + gone < passed):
+            if self.offset + gone >= passed and self.bytes - freed <= self._max_bytes:
+                break
+            freed += entries[gone].sized
+            gone += 1
+        if gone:
+            del entries[:gone]
+            self.offset += gone
+            self._grow(-freed)

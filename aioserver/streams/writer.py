@@ -1,0 +1,358 @@
+"""The one writer of a client's socket.
+
+Every byte to a client goes through its writer: events, heartbeats, pings, pongs, close frames. It
+keeps cursors into logs, not events; only control frames are queued, 64 of them. `pump` is
+synchronous and is called from `Stream.append` itself, so that a token goes from the provider's
+socket to the client's without a task switch:
+
+    Stream.append → Follower.poke → Writer.pump → transport.write
+
+and most of them do not come here at all: where nothing else is to be done the writer opens a fast
+path for its stream (fastpath.py), and closes it before it writes anything else or stops.
+
+When the transport's buffer is over its mark the writer is blocked: it stops rendering, one task
+waits in `drain()`, and a watch aborts the transport after `send_timeout` without progress. A
+blocked write is never cancelled. An idle writer has no task and no timer.
+
+A socket that follows one stream writes at once; one that follows several gathers what comes in
+one turn of the loop. Cursors take turns: a long replay cannot hold up the others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import struct
+from time import monotonic
+from typing import TYPE_CHECKING
+
+from aioserver.errors import ResumeGap
+from aioserver.limits.write_watchdog import StallWatch
+from aioserver.streams.cursor import Follower
+from aioserver.streams.fast_path import Client, FastPath, Outbox, TextPath
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from aioserver.protocol.openai import Shape
+    from aioserver.streams.formats import Format
+    from aioserver.streams.stream import Stream
+
+TURN_BYTES = 1 << 16  # of one cursor in one turn, and of one write
+MAX_CONTROL_FRAMES = 64
+KERNEL_WATCHES = hasattr(socket, "TCP_USER_TIMEOUT")  # what is left after the end: see listener.py
+
+
+class Writer:
+    """Writes what its followers have not seen, in as few writes as possible.
+
+    Always: nothing is written while blocked; a follower in `_ready` has something to take; once
+    closed it follows nothing, so that no later append can reach the connection's next response.
+    """
+
+    def __init__(
+        self,
+        transport: asyncio.Transport,
+        drain: Callable[[], Awaitable[None]],
+        outbox: Outbox,
+        *,
+        send_timeout: float,
+        dropped: Callable[[str], None] = lambda _why: None,
+        chunked: bool = False,
+        head: bytes = b"",
+        tail: bytes = b"",
+        left: Callable[[Stream], None] = lambda _stream: None,
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._transport = transport
+        self._drain = drain
+        self._outbox = outbox
+        self._send_timeout = send_timeout
+        self._dropped = dropped
+        self._chunked = chunked
+        self._head = head  # goes before the first write
+        self._tail = tail  # goes with the end of a stream
+        self._left = left
+        self._followers: dict[Follower, None] = {}
+        self._ready: dict[Follower, None] = {}
+        self._control: list[bytes] = []
+        self._scheduled: asyncio.Handle | None = None
+        self._draining: asyncio.Task[None] | None = None
+        self._watch: StallWatch | None = None
+        self._blocked_at = self._blocked_until = 0.0  # monotonic
+        self._closed = False
+        self._path: FastPath | None = None
+        self._last_write = self._loop.time()
+
+    @property
+    def last_write(self) -> float:
+        """The loop's time when something was written last."""
+        return self._last_write if self._path is None else max(self._last_write, self._path.last)
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing will be written any more."""
+        return self._closed
+
+    @property
+    def blocked(self) -> bool:
+        """Whether its client does not take what it was sent, at the moment."""
+        return self._draining is not None
+
+    @property
+    def following(self) -> int:
+        """How many streams are followed."""
+        return len(self._followers)
+
+    def follow(
+        self,
+        stream: Stream,
+        after: int,
+        look: Format,
+        *,
+        queued: Callable[[int, float], bytes] | None = None,
+        finished: Callable[[Follower], None] = lambda _follower: None,
+    ) -> Follower:
+        """Write what *stream* has behind event *after*, and what will come.
+
+        *look*: how they are written; *finished* is called when the last event was written. A writer
+        that is closed already leaves *stream* again in the next turn of the loop.
+
+        Raises:
+            ResumeGap: see `Stream.locate`.
+        """
+        follower = Follower(self, stream, after, look, queued, finished)
+        if self._closed:
+            follower.gone = True
+            self._loop.call_soon(self._left, stream)  # not before the face has told of its reader
+            return follower
+        stream.add_reader(follower)
+        self._followers[follower] = None
+        self._close_path()
+        if follower.at < stream.offset + len(stream.entries) or stream.ended:
+            self._ready[follower] = None
+            self._schedule()
+        return follower
+
+    def unfollow(self, follower: Follower) -> None:
+        """Stop reading; the stream learns that it has a reader less."""
+        if follower.gone:
+            return
+        follower.gone = True
+        self._close_path()
+        if self._draining is not None:
+            follower.stuck(self._blocked_at)
+        self._followers.pop(follower, None)
+        self._ready.pop(follower, None)
+        stream = follower.stream
+        stream.remove_reader(follower)
+        if stream.ended:
+            stream.trim()
+        self._left(stream)
+
+    def write_now(self, data: bytes) -> bool:
+        """Write *data*, the next bytes of the only follower, unless something must go before it."""
+        if self._ready or self._draining is not None or self._closed or len(self._followers) != 1:
+            return False
+        self._write(data)
+        return True
+
+    def fast(self, follower: Follower, shape: Shape | None) -> FastPath | None:
+        """The fast path of *follower*, the only one here, if nothing is in its way."""
+        if self._ready or self._draining is not None or self._closed or len(self._followers) != 1:
+            return None
+        path = self._path
+        if path is None or path.follower is not follower or path.shape is not shape:
+            path = self._path = self._new_path(follower, shape)
+        if path is not None:
+            path.open = True
+        return path
+
+    def _new_path(self, follower: Follower, shape: Shape | None) -> FastPath | None:
+        client = Client(
+            self._transport,
+            self._outbox,
+            self._loop.time,
+            TURN_BYTES,
+            self._block,
+            self._chunked,
+        )
+        if shape is not None:
+            text = follower.look.text
+            return TextPath(follower, client, shape, text) if text is not None else None
+        return FastPath(follower, client) if self._chunked else None
+
+    def poke(self, follower: Follower) -> None:
+        """*follower* has something to write."""
+        if self._ready or self._draining is not None or self._closed or len(self._followers) != 1:
+            self._ready[follower] = None
+            if self._draining is not None:
+                if follower.stream.ended:  # its request is counted now, its client still stuck
+                    follower.stuck(self._blocked_at)
+            elif not self._closed:
+                self._schedule()
+        elif data := follower.newest():
+            self._write(data)
+        else:
+            self._ready[follower] = None
+            self.pump()
+
+    def send(self, data: bytes) -> None:
+        """Write a control frame or a comment, before any event that is not written yet."""
+        if self._closed:
+            return
+        if self._draining is not None:
+            if len(self._control) >= MAX_CONTROL_FRAMES:
+                self.abort("more than 64 control frames wait")
+                return
+            self._control.append(data)
+        else:
+            self._write(data)
+
+    def send_head(self) -> None:
+        """Write the head alone, unless something took it along."""
+        if self._head and not self._closed:
+            self._write(b"")
+
+    def pump(self) -> None:
+        """Write what is ready, until all is written or the transport's buffer is full."""
+        self._scheduled = None
+        ready, now = self._ready, monotonic()
+        while (ready or self._control) and self._draining is None and not self._closed:
+            parts, self._control = self._control, []
+            room = TURN_BYTES
+            ended: list[Follower] = []
+            for follower in list(ready):
+                have = len(parts)
+                follower.waited(now, self._blocked_until)
+                try:
+                    caught_up = follower.take(parts, room)
+                except ResumeGap:
+                    self.abort("reader fell behind")
+                    return
+                del ready[follower]
+                if not caught_up:
+                    ready[follower] = None  # at the end of the line: the others' turn
+                elif follower.stream.ended:
+                    ended.append(follower)
+                room -= sum(map(len, parts[have:]))
+                if room <= 0:
+                    break
+            data = parts[0] if len(parts) == 1 else b"".join(parts)
+            if data or ended:
+                self._write(data, self._tail if ended else b"")
+            for follower in ended:
+                if not follower.gone:
+                    self.unfollow(follower)
+                    follower.finished(follower)
+
+    async def flush(self) -> None:
+        """Wait until all that is ready was handed to the transport, or the writer is closed."""
+        while not self._closed and (self._ready or self._control or self._draining is not None):
+            if self._draining is None:
+                self.pump()
+            if self._draining is not None:
+                await asyncio.wait((self._draining,))
+
+    def abort(self, why: str) -> None:
+        """Drop the client: its connection ends with a reset, whatever is still to be written."""
+        if not self._closed:
+            self._dropped(why)
+        sock = self._transport.get_extra_info("socket")
+        if sock is not None and not self._transport.is_closing():
+            # A reset: else the kernel would keep what it still has for a peer that takes nothing.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self._transport.abort()
+        self.close()
+
+    def end(self, data: bytes) -> None:
+        """Write *data* behind what the transport has got, and nothing more."""
+        self._outbox.flush()
+        if not self._transport.is_closing():
+            self._transport.write(data)
+        self.close()
+
+    def close(self) -> None:
+        """Follow nothing from now on; the kernel watches what is not out yet."""
+        if self._closed:
+            return
+        self._closed = True
+        for follower in list(self._followers):
+            self.unfollow(follower)
+        self._ready.clear()
+        self._control.clear()
+        if self._scheduled is not None:
+            self._scheduled.cancel()
+            self._scheduled = None
+        if (
+            self._watch is None
+            and not self._transport.is_closing()
+            and self._transport.get_write_buffer_size()
+            and not _kernel_watches(self._transport)
+        ):
+            # Not left to close(): it waits for ever for a peer that does not read.
+            StallWatch(self._loop, self._transport, self._send_timeout, self._transport.abort)
+
+    def _schedule(self) -> None:
+        if self._scheduled is None:
+            self._scheduled = self._loop.call_soon(self.pump)
+
+    def _write(self, data: bytes, tail: bytes = b"") -> None:
+        transport = self._transport
+        if transport.is_closing():
+            self.close()
+            return
+        self._last_write = self._loop.time()
+        if self._path is not None:
+            self._outbox.flush()
+        if data and self._chunked:
+            data = b"%x\r\n%b\r\n" % (len(data), data)
+        if self._head or tail:
+            data = self._head + data + tail
+            self._head = b""
+        if data:
+            transport.write(data)
+            if transport.get_write_buffer_size() > TURN_BYTES:
+                self._block()
+
+    def _close_path(self) -> None:
+        if (path := self._path) is not None:
+            self._outbox.flush()
+            path.open = False
+            self._last_write = max(self._last_write, path.last)
+            self._path = None
+
+    def _block(self) -> None:
+        self._close_path()  # what it has flushed may have blocked it
+        if self._draining is not None:
+            return
+        self._blocked_at = monotonic()
+        self._draining = self._loop.create_task(self._unblock())
+        self._watch = StallWatch(
+            self._loop,
+            self._transport,
+            self._send_timeout,
+            lambda: self.abort(f"nothing taken for {self._send_timeout} s"),
+        )
+
+    async def _unblock(self) -> None:
+        try:
+            await self._drain()
+        except ConnectionError:
+            self.close()  # the client is gone
+        finally:
+            self._draining = None
+            if self._watch is not None:
+                self._watch.stop()
+                self._watch = None
+            self._blocked_until = monotonic()
+            for follower in self._followers:
+                follower.stuck(self._blocked_at)
+        if not self._closed:
+            self.pump()
+
+
+def _kernel_watches(transport: asyncio.Transport) -> bool:
+    """Whether the kernel gives up a peer that does not take what is left; of TCP it does."""
+    sock = transport.get_extra_info("socket")
+    return KERNEL_WATCHES and (sock is None or sock.family != socket.AF_UNIX)
