@@ -166,7 +166,7 @@ class Road:
         self.chunked = face != "websocket"
         self.socket = Socket(slow=slow)
         self.writer = self.another(self.socket)
-        self.follower = self.writer.follow(self.stream, 0, self.look)
+        self.cursor = self.writer.follow(self.stream, 0, self.look)
         self.exchange = Exchange(
             cast("Connection", self.wire),
             read_timeout=30.0,
@@ -972,7 +972,7 @@ async def test_a_fault_in_the_same_turn_comes_behind_what_was_taken(face: str) -
 async def test_what_was_taken_when_the_client_unfollows_is_still_written(face: str) -> None:
     async with under_way(face) as (road, taken):
         road.hear(word(2))
-        road.writer.unfollow(road.follower)
+        road.writer.unfollow(road.cursor)
         written = road.socket.written
         road.hear(word(3))
         await ticks()
@@ -987,7 +987,7 @@ async def test_what_was_taken_when_the_client_unfollows_is_still_written(face: s
 async def test_what_nobody_reads_any_more_is_kept_for_who_comes_back(face: str) -> None:
     async with under_way(face) as (road, taken):
         road.hear(word(2))
-        road.writer.unfollow(road.follower)
+        road.writer.unfollow(road.cursor)
         last = road.stream.last
         await road.say(word(3), word(4))
         back = Socket()
@@ -1098,7 +1098,7 @@ async def test_where_nobody_can_come_back_nothing_that_was_taken_is_kept(face: s
         road.stream.seal()
         assert (len(road.stream.entries), road.stream.bytes) == (0, 0)
         assert road.stream.last == 41
-        assert road.follower.at == road.stream.offset
+        assert road.cursor.at == road.stream.offset
 
 
 @pytest.mark.parametrize("face", ["sse", "websocket"])
@@ -1280,7 +1280,7 @@ async def test_a_heartbeat_knows_of_what_was_taken(face: str) -> None:
 
         path.last += 1000.0
         assert road.writer.last_write == path.last
-        road.writer.unfollow(road.follower)
+        road.writer.unfollow(road.cursor)
 
         assert road.writer.last_write == path.last
 

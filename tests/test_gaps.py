@@ -182,7 +182,7 @@ async def test_a_client_that_takes_nothing_any_more_is_the_clients_gap_as_well(e
     async with client(slow=True) as one:
         stream = stream_of()
         stream.record = Record()
-        follower = one.follow(stream)
+        cursor = one.follow(stream)
         say(stream, "x" * BIG)
         await until(lambda: one.socket.draining == 1)
         began = time.monotonic()
@@ -194,7 +194,7 @@ async def test_a_client_that_takes_nothing_any_more_is_the_clients_gap_as_well(e
             case "ended":
                 stream.end(COMPLETE, {})  # its request is counted now
             case "left":
-                one.writer.unfollow(follower)
+                one.writer.unfollow(cursor)
 
         assert stream.record.stuck >= 0.05
 

@@ -13,11 +13,11 @@ from aioserver.auth.callers import anonymous
 from aioserver.config import settings
 from aioserver.errors import AioserverError
 from aioserver.gateway.gateway import Gateway
-from aioserver.gateway.router import Router
+from aioserver.gateway.router import Request, Router
 from aioserver.limits.gate import Gate
 from aioserver.provider_errors import ProviderQueueFull, ProviderQueueTimeout
 from aioserver.providers.budget import Budget
-from aioserver.providers.request import Answer, Ask
+from aioserver.providers.request import Answer, ProviderRequest
 from aioserver.streams import entries, stream
 from aioserver.streams.store import Streams
 from aioserver.telemetry.loop_lag import LoopLag
@@ -28,6 +28,8 @@ from tests.providers.played import LIMITS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from aioserver.providers.attempt import Attempt
 
 PLACES = 2  # of the provider
 
@@ -40,7 +42,7 @@ class Fake:
         self.settings = SimpleNamespace(usable=True, model="m", http_client=LIMITS)
         self.budget = Budget()
         self.meter = ProviderMeter()
-        self.on_wait: Callable[[Any], None] = lambda _provider: None
+        self.on_wait: Callable[[Any], None] = lambda _name: None
         self.gate = Gate(
             PLACES,
             queue_size=1000,
@@ -50,35 +52,32 @@ class Fake:
         )
         self._dice = dice
 
-    def ended(self, ask: Ask, exc: BaseException | None) -> None:
-        pass
-
     async def turns(self) -> None:
         for _ in range(self._dice.randrange(5)):
             await asyncio.sleep(0)
 
-    async def fill(self, stream: stream.Stream, ask: Ask) -> None:
+    async def answer(self, attempt: Attempt) -> None:
+        request, stream = attempt.request, attempt.stream
         if (place := self.gate.try_enter()) is None:
-            self.on_wait(self)
-            place = await self.gate.enter(ask.caller.name, ask.caller.line, told=stream.queued)
+            self.on_wait(self.name)
+            place = await self.gate.enter(
+                request.caller.name, request.caller.line, told=attempt.queued
+            )
         with place:
             assert self.gate.inside <= PLACES
-            stream.append_processing(self.name, "model")
+            attempt.started()
             await self.turns()
-            stream.sent = True
+            attempt.sending()
+            if request.whole:
+                await self.turns()
+                attempt.answer = Answer(200, {}, b"{}", "application/json", self.name)
+                return
+            assert stream is not None
             stream.answer()
             for _ in range(self._dice.randrange(4)):
                 await self.turns()
                 stream.append(entries.CHUNK, data=b"data: {}\n\n")
             stream.end(entries.COMPLETE, {})
-
-    async def call(self, ask: Ask, sending: Callable[[], None] | None = None) -> Answer:
-        with await self.gate.enter(ask.caller.name, ask.caller.line):
-            await self.turns()
-            if sending is not None:
-                sending()
-            await self.turns()
-            return Answer(200, {}, b"{}", "application/json", self.name)
 
 
 class Reader:
@@ -126,9 +125,9 @@ async def test_random_leavings_in_memory_give_everything_back(count: int) -> Non
     )
     route = Router({"sim": fake}, "sim").route(None)
 
-    async def follow(ask: Ask, key: str | None) -> None:
-        caller = ask.caller
-        stream = gateway.relay(caller, route, ask, name="private", key=key, digest=b"")
+    async def follow(request: Request, key: str | None) -> None:
+        caller = request.caller
+        stream = gateway.relay(request)
         reader = Reader(stream)
         stream.add_reader(reader)
         gateway.lifetime.read(stream)
@@ -142,18 +141,17 @@ async def test_random_leavings_in_memory_give_everything_back(count: int) -> Non
             gateway.lifetime.unread(stream)
 
     async def live(number: int) -> None:
-        ask = Ask(
-            "x", lambda _provider: b"", streamed=True, caller=anonymous(f"line {number % 7}")
-        )
         key = f"{dice.randrange(count)}" if dice.random() < 0.5 else None
-        if dice.random() < 0.5:
-            living = asyncio.ensure_future(follow(ask, key))
+        streamed = dice.random() < 0.5
+        caller = anonymous(f"line {number % 7}") if streamed else anonymous(None)
+        asked = ProviderRequest("x", lambda _provider: b"", streamed=streamed, caller=caller)
+        living: asyncio.Future[Any]
+        if streamed:
+            request = Request(route, asked, "openai", "private", key)
+            living = asyncio.ensure_future(follow(request, key))
         else:
-            caller = anonymous(None)
-            key = key and f"whole {key}"
-            living = asyncio.ensure_future(
-                gateway.call(caller, route, ask, name="r", key=key, digest=b"")  # type: ignore[arg-type]
-            )
+            request = Request(route, asked, "openai", "r", key and f"whole {key}")
+            living = asyncio.ensure_future(gateway.call(request))
         for _ in range(2):
             await fake.turns()
         if dice.random() < 0.5:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from aioserver.config import settings
-from aioserver.gateway.router import Router
+from aioserver.gateway.router import Request, Router
+from aioserver.protocol.openai import Reading
 from aioserver.provider_errors import (
     CircuitOpen,
     ProviderAuthError,
@@ -25,9 +26,10 @@ from aioserver.provider_errors import (
     ReadTimeout,
 )
 from aioserver.providers import breaker, exchange
+from aioserver.providers.attempt import Attempt
 from aioserver.providers.budget import MINIMUM
 from aioserver.providers.provider import Provider
-from aioserver.providers.request import Ask
+from aioserver.providers.request import ProviderRequest
 from aioserver.streams.entries import COMPLETE
 from aioserver.streams.stream import Stream
 from tests.house import until
@@ -110,7 +112,7 @@ class Trouble:
 
     async def fill(
         self, provider: str | None = None, *, frames: bool = True
-    ) -> tuple[Stream, Ask]:
+    ) -> tuple[Stream, ProviderRequest]:
         stream = Stream("r1", "anybody", window=30.0, max_bytes=1 << 22)
         router = self.router
         route = router.route(None, provider)
@@ -118,18 +120,20 @@ class Trouble:
         def body(given: settings.Provider) -> bytes:
             return json.dumps({"model": given.model, "stream": True}).encode()
 
-        ask = Ask("chat/completions", body, streamed=True, frames=frames)
-        stream.record = ask.record
-        await router.fill(route, stream, ask)
-        return stream, ask
+        asked = ProviderRequest(
+            "chat/completions", body, streamed=True, reading=Reading() if frames else None
+        )
+        stream.record = asked.record
+        await router.fill(Request(route, asked, "face", "r1"), stream)
+        return stream, asked
 
     async def call(self) -> Any:
         def body(given: settings.Provider) -> bytes:
             return json.dumps({"model": given.model}).encode()
 
         router = self.router
-        ask = Ask("chat/completions", body, streamed=False)
-        return await router.call(router.route(None), ask)
+        asked = ProviderRequest("chat/completions", body, streamed=False)
+        return await router.call(Request(router.route(None), asked, "face", "r1"))
 
     def counts(self) -> dict[str, int]:
         return {name: len(asked) for name, asked in self.asked.items()}
@@ -634,13 +638,16 @@ async def test_a_trial_that_answers_and_is_left_says_no_more(trouble: Trouble) -
         with pytest.raises(ProviderError):
             await trouble.fill()
     provider._health.breaker._open_until = 0.0
-    ask = Ask("x", lambda _given: b"", streamed=True, trial=provider._health.breaker.enter())
+    attempt = Attempt(provider, ProviderRequest("x", lambda _given: b"", streamed=True), None)
+    attempt.trial = provider._health.breaker.enter()
 
-    provider._heard(408, {}, ask)
+    attempt.status = 408
+    provider.heard(attempt)
     assert provider.stats().breaker == "trial"
-    provider._heard(200, {}, ask)
+    attempt.status = 200
+    provider.heard(attempt)
 
-    assert (provider.stats().breaker, ask.trial) == ("closed", False)
+    assert (provider.stats().breaker, attempt.trial) == ("closed", False)
 
 
 async def test_answers_that_break_off_are_failures_on_every_face(trouble: Trouble) -> None:

@@ -10,20 +10,21 @@ is one error event, then the end: never a silent end, never a false `[DONE]`.
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+import hashlib
 from typing import TYPE_CHECKING, Any
 
 import orjson
 from aiohttp import web
 
-from aioserver.auth.callers import CALLER, Caller
+from aioserver.auth.callers import CALLER
 from aioserver.errors import InvalidRequest, ModelNotFound, StreamNotFound
 from aioserver.faces import context, http
 from aioserver.faces.ready import ReadyResponse, ReadyStream, fits
 from aioserver.faces.streaming import follow
-from aioserver.gateway.bodies import digest_of
+from aioserver.gateway.router import Request
 from aioserver.protocol.messages import MAX_ID_CHARACTERS
-from aioserver.providers.request import Answer, Ask
+from aioserver.providers.request import ProviderRequest
+from aioserver.streams.cursor import ConditionReader
 from aioserver.streams.formats import RAW
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from aioserver.config import settings
     from aioserver.faces.admission import BodyHold
     from aioserver.gateway.router import Route
-    from aioserver.protocol.openai import Shape
+    from aioserver.providers.request import Answer
     from aioserver.streams.stream import Stream
 
 PATHS = ("chat/completions", "completions", "embeddings", "responses")
@@ -43,22 +44,10 @@ STREAM_HEADERS = {
 }
 
 
-@dataclass(slots=True)
-class Prepared:
-    """A request, read and found valid."""
-
-    caller: Caller
-    route: Route
-    ask: Ask
-    key: str | None
-    digest: bytes
-    stored: bool  # OpenAI's `store` or `background`: it can be found again
-
-
 def prepare_for(path: str) -> Callable[[web.Request, BodyHold], Any]:
     """The first step of the handler for *path*, below `/v1`."""
 
-    async def prepare(request: web.Request, hold: BodyHold) -> Prepared:
+    async def prepare(request: web.Request, hold: BodyHold) -> Request:
         app = request.app
         body, fields = await http.read_json(
             request, hold, app[context.SETTINGS].chat.websocket.max_message_size
@@ -81,10 +70,10 @@ def prepare_for(path: str) -> Callable[[web.Request, BodyHold], Any]:
                 True  # vectors of a fallback's model mean nothing beside those of this one
             )
         caller = request[CALLER].on_behalf_of(fields.get("user"))
-        ask = Ask(
+        asked = ProviderRequest(
             path,
             body_maker(body, fields, route),
-            bool(streamed) and path != "embeddings",
+            streamed=bool(streamed) and path != "embeddings",
             caller=caller,
             model=route.model,
         )
@@ -92,9 +81,14 @@ def prepare_for(path: str) -> Callable[[web.Request, BodyHold], Any]:
             fields.get("store") is True or fields.get("background") is True
         )
         digest = digest_of(path, body) if key else b""
-        return Prepared(caller, route, ask, key, digest, stored)
+        return Request(route, asked, "openai", http.request_id(request), key, digest, stored)
 
     return prepare
+
+
+def digest_of(path: str, body: bytes) -> bytes:
+    """Return what tells a repeated request from a conflicting one."""
+    return hashlib.sha256(path.encode() + b"\0" + body).digest()
 
 
 def body_maker(
@@ -120,31 +114,12 @@ def body_maker(
     return made
 
 
-async def serve(request: web.Request, prepared: Prepared) -> web.StreamResponse:
+async def serve(request: web.Request, prepared: Request) -> web.StreamResponse:
     """The second step: the answer."""
     gateway = request.app[context.GATEWAY]
-    ask = prepared.ask
-    if ask.streamed:
-        stream = gateway.relay(
-            prepared.caller,
-            prepared.route,
-            ask,
-            name=http.request_id(request),
-            key=prepared.key,
-            digest=prepared.digest,
-            stored=prepared.stored,
-        )
-        return await follow_stream(request, stream)
-    answer = await gateway.call(
-        prepared.caller,
-        prepared.route,
-        ask,
-        name=http.request_id(request),
-        key=prepared.key,
-        digest=prepared.digest,
-        stored=prepared.stored,
-    )
-    return _whole(request, answer)
+    if prepared.provider_request.streamed:
+        return await follow_stream(request, gateway.relay(prepared))
+    return _whole(request, await gateway.call(prepared))
 
 
 def _whole(request: web.Request, answer: Answer) -> web.StreamResponse:
@@ -159,52 +134,18 @@ def _whole(request: web.Request, answer: Answer) -> web.StreamResponse:
     return web.Response(status=answer.status, body=answer.body, headers=fields)
 
 
-class _Opening:
-    """Waits, as a reader of the stream, for what decides how the answer begins."""
-
-    def __init__(self, stream: Stream, loop: asyncio.AbstractEventLoop) -> None:
-        self.at = 0
-        self.begun: asyncio.Future[None] = loop.create_future()
-        self._stream = stream
-        self.poke()
-
-    def take_now(self, _data: bytes) -> bool:
-        """False: the writer comes after this."""
-        return False
-
-    def fast(self, _shape: Shape | None) -> None:
-        """None: nothing is written yet."""
-
-    def poke(self) -> None:
-        """The stream has grown: the provider's first bytes, or an end without any."""
-        stream = self._stream
-        begun = stream.ended or bool(stream.entries and stream.entries[-1].data)
-        if begun and not self.begun.done():
-            self.begun.set_result(None)
-
-    def queued(self, position: int, eta: float) -> None:
-        """OpenAI's format has no place for it."""
-
-    def leave(self) -> None:
-        """Read no more."""
-        if self in self._stream.readers:
-            self._stream.remove_reader(self)
-
-
 async def follow_stream(
     request: web.Request, stream: Stream, after: int = 0
 ) -> web.StreamResponse:
     """The answer in *stream*, behind event *after*."""
     gateway = request.app[context.GATEWAY]
-    loop = asyncio.get_running_loop()
-    opening = _Opening(stream, loop)
-    stream.add_reader(opening)
+    opening = ConditionReader(stream, _begun)
     gateway.lifetime.read(stream)
     try:
         interval = request.app[context.SETTINGS].chat.websocket.ping_interval
-        timer = loop.call_later(interval, _give_up_waiting, opening.begun)
+        timer = asyncio.get_running_loop().call_later(interval, opening.stop_waiting)
         try:
-            await opening.begun
+            await opening.reached
         finally:
             timer.cancel()
         if stream.ended and not stream.answered:
@@ -218,9 +159,9 @@ async def follow_stream(
             gateway.lifetime.unread(stream)
 
 
-def _give_up_waiting(begun: asyncio.Future[None]) -> None:
-    if not begun.done():
-        begun.set_result(None)
+def _begun(stream: Stream) -> bool:
+    """Whether the answer's head can be decided: the provider's first bytes, or an end without any."""
+    return stream.ended or bool(stream.entries and stream.entries[-1].data)
 
 
 def _streamed_response(request: web.Request, stream: Stream) -> web.StreamResponse:

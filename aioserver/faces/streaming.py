@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from aiohttp import web
 
-    from aioserver.streams.cursor import Follower
+    from aioserver.streams.cursor import Cursor
     from aioserver.streams.formats import Format
     from aioserver.streams.stream import Stream
 
@@ -77,7 +77,7 @@ async def follow(
     )
     ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    def finished(_follower: Follower) -> None:
+    def finished(_cursor: Cursor) -> None:
         if not ended.done():  # the handler may have been cancelled in this very turn
             ended.set_result(None)
 

@@ -40,7 +40,7 @@ from aioserver.streams.formats import MESSAGES, WS_CLOSE, WS_PING, WS_PONG, WS_T
 from aioserver.streams.writer import Writer
 
 if TYPE_CHECKING:
-    from aioserver.streams.cursor import Follower
+    from aioserver.streams.cursor import Cursor
     from aioserver.streams.stream import Stream
 
 MAX_ANSWERS = 32  # running at once on one socket
@@ -127,7 +127,7 @@ class Socket:
             dropped=self._dropped,
             left=self._gateway.lifetime.unread,
         )
-        self._following: dict[str, Follower] = {}
+        self._following: dict[str, Cursor] = {}
         self._inside = False
         self._waiting: list[str] = []
         self._waiting_bytes = 0
@@ -243,7 +243,7 @@ class Socket:
     def _chat(self, chat: Chat) -> None:
         self._last_request = self._loop.time()
         self._check_room(chat.request_id)  # before anything is asked of a provider
-        self._follow(self._gateway.ask(self.caller, chat, self._scope), 0)
+        self._follow(self._gateway.ask(self.caller, chat, self._scope, face="websocket"), 0)
 
     def _cancel(self, request_id: str) -> None:
         stream = self._gateway.cancel(self.caller, request_id)
@@ -256,7 +256,7 @@ class Socket:
 
     def _follow(self, stream: Stream, after: int) -> None:
         self._check_room(stream.request_id)
-        follower = self._writer.follow(
+        cursor = self._writer.follow(
             stream,
             after,
             MESSAGES,
@@ -269,14 +269,14 @@ class Socket:
             finished=self._finished,
         )
         old = self._following.get(stream.request_id)
-        self._following[stream.request_id] = follower
+        self._following[stream.request_id] = cursor
         self._gateway.lifetime.read(stream)
         if old is not None:
             self._writer.unfollow(old)
 
-    def _finished(self, follower: Follower) -> None:
-        if self._following.get(follower.stream.request_id) is follower:
-            del self._following[follower.stream.request_id]
+    def _finished(self, cursor: Cursor) -> None:
+        if self._following.get(cursor.stream.request_id) is cursor:
+            del self._following[cursor.stream.request_id]
         if not self._following and self._app[context.LIFE].stopping.is_set():
             self.leave()
 

@@ -1,8 +1,8 @@
-"""The one road from a face to a provider; the owner of every answer under way.
+"""The one way from a face to a provider, and the owner of every answer under way.
 
-    ask      a question of the WebSocket and SSE faces → its stream, found or new
-    relay    a streamed request of the OpenAI face → its stream
-    call     one that is not streamed → the answer
+    ask      a chat → its stream, known or new
+    relay    a streamed request whose events are passed on as they come → its stream
+    call     a request that is not streamed → the answer
 
 A new stream gets one producer task, owned here, whatever becomes of the client. Its end is made by
 the task's done callback, so that no way of ending leaves readers waiting for ever.
@@ -25,13 +25,15 @@ from aioserver.errors import (
     StreamNotFound,
     public,
 )
-from aioserver.gateway.prompts import Questions
+from aioserver.gateway.prompts import Prompts
+from aioserver.gateway.router import Request
 from aioserver.limits.quota import REVOKED
 from aioserver.protocol.openai import final_response
 from aioserver.provider_errors import ProviderDisconnected
 from aioserver.providers.request import Answer
+from aioserver.streams.cursor import ConditionReader
 from aioserver.streams.entries import CANCELLED, CHUNK, COMPLETE, ERROR
-from aioserver.streams.lifetime import EndReader, Lifetime
+from aioserver.streams.lifetime import Lifetime
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Coroutine, Iterator
@@ -39,13 +41,12 @@ if TYPE_CHECKING:
     from aioserver.auth.callers import Caller
     from aioserver.config import settings
     from aioserver.gateway.conversations import Conversations
-    from aioserver.gateway.prompts import Question
-    from aioserver.gateway.router import Route, Router
+    from aioserver.gateway.prompts import Prompt
+    from aioserver.gateway.router import Router
     from aioserver.protocol.messages import Chat
-    from aioserver.providers.request import Ask
     from aioserver.streams.store import Streams
     from aioserver.streams.stream import Stream
-    from aioserver.telemetry.request_log import Records
+    from aioserver.telemetry.request_log import Record, Records
 
 logger = logging.getLogger("aioserver.gateway")
 
@@ -67,7 +68,7 @@ class Gateway:
     ) -> None:
         self._router = router
         self._streams = streams
-        self._questions = Questions(conversations, service, bounds)
+        self._prompts = Prompts(conversations, service, bounds)
         self._records = records
         self._loop = asyncio.get_running_loop()
         self._producers: dict[asyncio.Task[None], Stream] = {}
@@ -80,104 +81,72 @@ class Gateway:
     def apply(self, service: settings.Service, bounds: settings.Streams) -> None:
         """Answer by these settings from now on, at the providers that the router has now."""
         self._bounds = bounds
-        self._questions.apply(service, bounds)
+        self._prompts.apply(service, bounds)
         self.lifetime.apply(bounds)
         for provider in self._router.providers.values():
             provider.on_wait = self.lifetime.make_room
 
-    def ask(
-        self, caller: Caller, chat: Chat, scope: str | None = None, *, face: str = "websocket"
-    ) -> Stream:
-        """The stream that answers *chat*: the one of that request id, or a new one.
+    def ask(self, caller: Caller, chat: Chat, scope: str | None = None, *, face: str) -> Stream:
+        """Return the stream that answers *chat*: the one of its request id, or a new one.
 
         *scope* names the conversation where the chat names none. A new stream that gets no reader
         before its window is over is cancelled.
 
         Raises:
             RequestConflict: the request id is known with another payload.
-            InvalidRequest: nested too deeply to be passed on.
-            ModelNotFound, NoProvider: nobody to ask.
-            ConcurrencyExceeded, RateLimitExceeded: no more for this key.
-            ServerAtCapacity, ServerShutdown: no room for another answer.
+            InvalidRequest: the chat is nested too deeply to be passed on.
+            ModelNotFound, NoProvider: no provider can be asked.
+            ConcurrencyExceeded, RateLimitExceeded: the key has reached a limit of its own.
+            ServerAtCapacity, ServerShutdown: there is no room for another answer.
         """
-        digest = chat.digest()
-        if (known := self._known(caller, chat.request_id, digest)) is not None:
+        key, digest = chat.request_id, chat.digest()
+        if (known := self._known(caller, key, digest)) is not None:
             return known
         route = self._router.route(chat.model, chat.provider)
-        question = self._questions.make(caller, chat, scope, route)
-        stream = self._open(chat.request_id, caller, self._bounds.resume_window, digest)
-        stream.conversation_id = question.conversation_id
-        self._begin(stream, question.ask, route, face, chat.request_id)
-        self._start(stream, self._answer(route, stream, question))
+        prompt = self._prompts.make(caller, chat, scope, route)
+        request = Request(route, prompt.request, face, key, key, digest)
+        stream = self._open(request)
+        stream.conversation_id = prompt.conversation_id
+        self._start(stream, self._converse(request, stream, prompt))
         return stream
 
-    def relay(
-        self,
-        caller: Caller,
-        route: Route,
-        ask: Ask,
-        *,
-        name: str,
-        key: str | None,
-        digest: bytes,
-        stored: bool = False,
-    ) -> Stream:
-        """The stream that answers a streamed OpenAI request; *key*: its Idempotency-Key.
-
-        One that is *stored* can be found again by the id that its provider gives it.
+    def relay(self, request: Request) -> Stream:
+        """Return the stream that answers a streamed *request*: the one of its key, or a new one.
 
         Raises:
             As `ask`.
         """
-        if key is None and not stored:
-            stream = self._open(name, caller, 0.0, private=True)
-        elif key is None:
-            stream = self._open(uuid.uuid4().hex, caller, self._bounds.resume_window)
-        elif (known := self._known(caller, key, digest)) is not None:
+        if (known := self._attached(request)) is not None:
             return known
-        else:
-            stream = self._open(key, caller, self._bounds.resume_window, digest)
-        self._begin(stream, ask, route, "openai", name)
-        self._start(stream, self._router.fill(route, stream, ask))
+        stream = self._open(request)
+        self._start(stream, self._router.fill(request, stream))
         return stream
 
-    async def call(
-        self,
-        caller: Caller,
-        route: Route,
-        ask: Ask,
-        *,
-        name: str,
-        key: str | None,
-        digest: bytes,
-        stored: bool = False,
-    ) -> Answer:
-        """The answer to an OpenAI request that is not streamed.
+    async def call(self, request: Request) -> Answer:
+        """Return the answer to a *request* that is not streamed.
 
-        Cancelling ends it, unless it has a *key* or is *stored*: see `relay`.
+        Cancelling ends it, unless it is `resumable`: then a stream keeps the answer, as for `relay`.
 
         Raises:
-            ProviderFault: nobody gave one. Otherwise as `ask`.
+            ProviderFault: no provider answered.
+            As `ask`.
         """
         self._check()
-        if key is None and not stored:
-            if caller.allowance is None:
-                return await self._call_alone(route, ask, name)
-            with caller.allowance.used():
-                return await self._call_alone(route, ask, name)
-        stream = None if key is None else self._known(caller, key, digest)
+        if not request.resumable:
+            if request.caller.allowance is None:
+                return await self._call_alone(request)
+            with request.caller.allowance.used():
+                return await self._call_alone(request)
+        stream = self._attached(request)
         if stream is None:
-            kept = key or uuid.uuid4().hex
-            stream = self._open(kept, caller, self._bounds.resume_window, digest)
-            self._begin(stream, ask, route, "openai", name)
-            self._start(stream, self._call(route, stream, ask, stored=stored))
-        reader = EndReader(stream)
-        stream.add_reader(reader)
+            stream = self._open(request)
+            self._start(stream, self._keep_whole(request, stream))
+        reader = ConditionReader(stream, _ended)
         self.lifetime.read(stream)
         try:
-            await reader.ended.wait()
+            await reader.reached
         finally:
-            stream.remove_reader(reader)
+            reader.leave()
             self.lifetime.unread(stream)
         if isinstance(stream.whole, Answer):
             return stream.whole
@@ -246,9 +215,16 @@ class Gateway:
         if self._stopping:
             raise stopping()
 
-    def _known(self, caller: Caller, request_id: str, digest: bytes) -> Stream | None:
+    def _attached(self, request: Request) -> Stream | None:
+        """Return the stream of that key, where the request has one."""
+        if request.key is None:
+            self._check()
+            return None
+        return self._known(request.caller, request.key, request.digest)
+
+    def _known(self, caller: Caller, key: str, digest: bytes) -> Stream | None:
         self._check()
-        stream = self._streams.find(caller, request_id)
+        stream = self._streams.find(caller, key)
         if stream is None:
             return None
         if stream.digest != digest:
@@ -258,44 +234,41 @@ class Gateway:
             return None
         return stream
 
-    def _open(
-        self,
-        request_id: str,
-        caller: Caller,
-        window: float,
-        digest: bytes = b"",
-        *,
-        private: bool = False,
-    ) -> Stream:
-        """A new stream, counted for its caller until `_settle`."""
+    def _open(self, request: Request) -> Stream:
+        """Open the log of a new answer, counted for its caller until `_settle`.
+
+        One that nobody can come back to is private, and its window is 0: see store.py.
+        """
         self._check()
+        caller, resumable = request.caller, request.resumable
+        name = request.name
+        if resumable:
+            name = request.key or uuid.uuid4().hex
         if (allowance := caller.allowance) is not None:
             allowance.take()
         try:
-            return self._streams.open(
-                request_id, caller, window=window, digest=digest, private=private
+            stream = self._streams.open(
+                name,
+                caller,
+                window=self._bounds.resume_window if resumable else 0.0,
+                digest=request.digest,
+                private=not resumable,
             )
         except AioserverError:
             if allowance is not None:
                 allowance.give_back(unused=True)
             raise
+        stream.record = _begin_record(request)
+        return stream
 
-    def _begin(self, stream: Stream, ask: Ask, route: Route, face: str, name: str) -> None:
-        provider = route.provider
-        stream.record = ask.record
-        model = route.model or provider.settings.model
-        ask.record.begin(face, name, provider.name, model, ask.caller.name)
-
-    async def _call_alone(self, route: Route, ask: Ask, name: str) -> Answer:
-        """The answer that no log keeps."""
-        record, provider = ask.record, route.provider
-        model = route.model or provider.settings.model
-        record.begin("openai", name, provider.name, model, ask.caller.name)
+    async def _call_alone(self, request: Request) -> Answer:
+        """Return an answer that no log keeps."""
+        record = _begin_record(request)
         task: asyncio.Task[Any] | None = asyncio.current_task()
         assert task is not None
         self._calls.add(task)
         try:
-            answer = await self._router.call(route, ask)
+            answer = await self._router.call(request)
         except asyncio.CancelledError:
             if task not in self._calls and not task.uncancel():  # by `close`, and by nobody else
                 shutdown = stopping()
@@ -319,29 +292,27 @@ class Gateway:
         self._tasks[stream] = task
         task.add_done_callback(self._settle)
 
-    async def _answer(self, route: Route, stream: Stream, question: Question) -> None:
+    async def _converse(self, request: Request, stream: Stream, prompt: Prompt) -> None:
+        """Produce the answer to a chat, and keep the turn in its conversation."""
         try:
-            await self._router.fill(route, stream, question.ask)
+            await self._router.fill(request, stream)
         except asyncio.CancelledError:
             stream.seal()
-            reading = question.ask.reading
-            if reading is not None and reading.text:
-                question.keep()
+            if prompt.reading.text:
+                prompt.keep()
             raise
         if stream.end_status == COMPLETE:
-            question.keep()
+            prompt.keep()
 
-    async def _call(self, route: Route, stream: Stream, ask: Ask, *, stored: bool) -> None:
-        def sending() -> None:
-            stream.sent = True
-
-        answer = await self._router.call(route, ask, sending)
+    async def _keep_whole(self, request: Request, stream: Stream) -> None:
+        """Produce a whole answer, and keep it in *stream*."""
+        answer = await self._router.call(request, stream)
         stream.whole = answer
         stream.usage = answer.usage
         if len(answer.body) > self._bounds.max_stream_bytes:
             stream.hold(len(answer.body))  # the entry goes, this stays
         stream.provider = answer.provider
-        if stored and (name := final_response(answer.body)) is not None:
+        if request.stored and (name := final_response(answer.body)) is not None:
             stream.call_also(name)
         stream.append(CHUNK, data=answer.body)
         stream.end(COMPLETE, {"metadata": {"provider": answer.provider}})
@@ -390,3 +361,16 @@ class Gateway:
 def stopping() -> ServerShutdown:
     """What is told to who cannot be served any more: to each an error of its own."""
     return ServerShutdown("the server is stopping", retry_after=5.0)
+
+
+def _ended(stream: Stream) -> bool:
+    return stream.ended
+
+
+def _begin_record(request: Request) -> Record:
+    """Begin the record of *request*, which is understood and goes to its first provider now."""
+    record, route = request.provider_request.record, request.route
+    provider = route.provider
+    model = route.model or provider.settings.model
+    record.begin(request.face, request.name, provider.name, model, request.caller.name)
+    return record

@@ -1,17 +1,19 @@
-"""A chat of the WebSocket and SSE faces as what is asked of a provider, with its conversation.
+"""A chat of the WebSocket and SSE faces as a request to a provider, with its conversation.
 
-In front of a `text` goes what was said before; the answer is kept behind it, as far as it came, unless it
-failed. A chat with `messages` brings its own past and leaves none.
+The turns of the conversation so far go in front of a `text`; the answer is kept behind it, as far as it
+came, unless it failed. A chat with `messages` brings its own history and leaves none.
 """
 
 from __future__ import annotations
 
 import uuid
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from aioserver.gateway.bodies import chat_body
+import orjson
+
+from aioserver.errors import InvalidRequest
 from aioserver.protocol.openai import Reading
-from aioserver.providers.request import Ask
+from aioserver.providers.request import ProviderRequest
 
 if TYPE_CHECKING:
     from aioserver.auth.callers import Caller
@@ -21,29 +23,34 @@ if TYPE_CHECKING:
     from aioserver.protocol.messages import Chat
 
 
-class Question:
-    """One chat, ready to be asked. *conversation_id*: None where it has none."""
+class Prompt:
+    """One chat, ready to be sent. *conversation_id* is None where it belongs to no conversation."""
 
-    __slots__ = ("_chat", "_conversations", "ask", "conversation_id")
+    __slots__ = ("_conversations", "_text", "conversation_id", "reading", "request")
 
     def __init__(
-        self, conversations: Conversations, chat: Chat, ask: Ask, conversation_id: str | None
+        self,
+        conversations: Conversations,
+        chat: Chat,
+        request: ProviderRequest,
+        reading: Reading,
+        conversation_id: str | None,
     ) -> None:
         self._conversations = conversations
-        self._chat = chat
-        self.ask = ask
+        self._text = chat.text
+        self.request = request
+        self.reading = reading
         self.conversation_id = conversation_id
 
     def keep(self) -> None:
-        """Keep the turn: the text, and what was answered so far."""
-        text, reading = self._chat.text, self.ask.reading
-        if self.conversation_id is not None and text is not None and reading is not None:
-            answer = "".join(reading.text)
-            self._conversations.keep(self.ask.caller, self.conversation_id, text, answer)
+        """Keep the turn: the client's text, and what was answered so far."""
+        if self.conversation_id is not None and self._text is not None:
+            answer = "".join(self.reading.text)
+            self._conversations.keep(self.request.caller, self.conversation_id, self._text, answer)
 
 
-class Questions:
-    """Makes questions of chats."""
+class Prompts:
+    """Makes prompts of chats, by the settings that hold now."""
 
     def __init__(
         self, conversations: Conversations, service: settings.Service, bounds: settings.Streams
@@ -52,11 +59,11 @@ class Questions:
         self.apply(service, bounds)
 
     def apply(self, service: settings.Service, bounds: settings.Streams) -> None:
-        """Make them by these settings from now on."""
+        """Use these settings from now on."""
         self._service, self._bounds = service, bounds
 
-    def make(self, caller: Caller, chat: Chat, scope: str | None, route: Route) -> Question:
-        """What *chat* asks; *scope* names the conversation where it names none."""
+    def make(self, caller: Caller, chat: Chat, scope: str | None, route: Route) -> Prompt:
+        """Return the prompt of *chat*; *scope* is its conversation where it names none."""
         streamed = self._service.streaming.enabled if chat.streaming is None else chat.streaming
         conversation_id = None
         messages = chat.messages
@@ -72,15 +79,42 @@ class Questions:
             model = route.model if provider.name == route.provider.name else None
             return chat_body(provider, model, messages, chat.options, streamed)
 
-        ask = Ask(
+        reading = Reading(
+            route.provider.settings.choice_index, max_text_bytes=self._bounds.max_stream_bytes
+        )
+        request = ProviderRequest(
             "chat/completions",
             body,
-            streamed,
+            streamed=streamed,
             caller=caller,
             model=route.model,
-            frames=True,
-            reading=Reading(
-                route.provider.settings.choice_index, max_text_bytes=self._bounds.max_stream_bytes
-            ),
+            reading=reading,
         )
-        return Question(self._conversations, chat, ask, conversation_id)
+        return Prompt(self._conversations, chat, request, reading, conversation_id)
+
+
+def chat_body(
+    provider: settings.Provider,
+    model: str | None,
+    messages: list[dict[str, Any]],
+    options: dict[str, Any],
+    streamed: bool,
+) -> bytes:
+    """A chat completion's body: *options* over the provider's defaults.
+
+    Raises:
+        InvalidRequest: the options cannot be written as JSON.
+    """
+    body: dict[str, Any] = {"model": model or provider.model, "messages": messages}
+    defaults: dict[str, Any] = {
+        "temperature": provider.temperature,
+        "max_tokens": None if "max_completion_tokens" in options else provider.max_tokens,
+        "top_p": provider.top_p,
+    }
+    body |= {name: value for name, value in defaults.items() if value is not None}
+    if streamed:
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
+    try:
+        return orjson.dumps(body | options)
+    except orjson.JSONEncodeError as exc:
+        raise InvalidRequest(f"the options cannot be sent: {exc}", param="options") from None

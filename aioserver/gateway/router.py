@@ -16,32 +16,65 @@ from __future__ import annotations
 import asyncio
 import random
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from aioserver.errors import ModelNotFound
 from aioserver.provider_errors import NoProvider, ProviderFault, ProviderRateLimited
+from aioserver.providers.attempt import Attempt
 from aioserver.providers.health import KEY_FAULTS
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
+    from aioserver.auth.callers import Caller
     from aioserver.providers.provider import Provider
-    from aioserver.providers.request import Answer, Ask
+    from aioserver.providers.request import Answer, ProviderRequest
     from aioserver.streams.stream import Stream
 
-T = TypeVar("T")
 MAX_BACKOFF = 30.0  # seconds of a pause that grows
 MAX_PAUSE = 60.0  # where a provider asks for more, its fault is passed on
 
 
 @dataclass(slots=True)  # not frozen: that triples what making one costs
 class Route:
-    """Who is asked. *model* None: the provider's own; *renamed*: `model` in a body is replaced."""
+    """Where a request goes: the provider that is asked first, and the model.
+
+    *model* None stands for the provider's own. *renamed* says that `model` in a body is replaced,
+    *pinned* that no other provider may be asked.
+    """
 
     provider: Provider
     model: str | None
     renamed: bool
     pinned: bool
+
+
+@dataclass(slots=True)  # as above
+class Request:
+    """One request of a client for an answer, of whatever *face*.
+
+    *name* is the id by which a log line names it. *key* is the id under which the caller finds its
+    stream again, with *digest* to tell a repeated request from a conflicting one; None: nobody comes
+    back for it by an id of the client's. A *stored* one is also found by the provider's id.
+    """
+
+    route: Route
+    provider_request: ProviderRequest
+    face: str
+    name: str
+    key: str | None = None
+    digest: bytes = b""
+    stored: bool = False
+
+    @property
+    def caller(self) -> Caller:
+        """The caller, whose streams and limits count."""
+        return self.provider_request.caller
+
+    @property
+    def resumable(self) -> bool:
+        """Whether somebody can come back for the answer."""
+        return self.key is not None or self.stored
 
 
 class Router:
@@ -98,107 +131,101 @@ class Router:
             return Route(self._usable(first), rest, renamed=True, pinned=True)
         return Route(self._of_last_resort(), model, renamed=False, pinned=False)
 
-    async def fill(self, route: Route, stream: Stream, ask: Ask) -> None:
-        """Fill *stream* with an answer.
+    async def fill(self, request: Request, stream: Stream) -> None:
+        """Fill *stream* from the first provider that starts to answer.
+
+        Once an event is in the log there is no second attempt: the client would read two answers.
 
         Raises:
-            ProviderFault: nobody gave one.
+            ProviderFault: no provider answered.
         """
+        await self._ask(request, stream)
 
-        def once(provider: Provider) -> Awaitable[None]:
-            stream.attempts = ask.record.attempts
-            return provider.fill(stream, ask)
-
-        await self._ask(route, ask, once, lambda: stream.answered or stream.ended)
-
-    async def call(
-        self, route: Route, ask: Ask, sending: Callable[[], None] | None = None
-    ) -> Answer:
-        """An answer that is not streamed; *sending* is called when something goes to a provider.
+    async def call(self, request: Request, stream: Stream | None = None) -> Answer:
+        """Return an answer that is not streamed; *stream*: the one that will keep it.
 
         Raises:
-            ProviderFault: nobody gave one.
+            ProviderFault: no provider answered.
         """
-        answer = await self._ask(
-            route, ask, lambda provider: provider.call(ask, sending), lambda: False
-        )
-        answer.attempts = ask.record.attempts
+        attempt = await self._ask(request, stream)
+        answer = attempt.answer
+        assert answer is not None, "a whole answer was asked for"
+        answer.attempts = request.provider_request.record.attempts
         return answer
 
-    async def _ask(
-        self,
-        route: Route,
-        ask: Ask,
-        once: Callable[[Provider], Awaitable[T]],
-        begun: Callable[[], bool],
-    ) -> T:
-        """What *once* gives for the first provider that answers; *begun*: too late for another."""
-        provider = route.provider
-        if route.pinned or not self._fallbacks:
-            return await self._tries(provider, ask, once, begun, alone=True)
-        others = self._others(provider)
+    async def _ask(self, request: Request, stream: Stream | None) -> Attempt:
+        """Return the attempt that succeeded, at the first of the providers that gave an answer."""
+        route, asked = request.route, request.provider_request
+        provider, model = route.provider, asked.model
+        others = [] if route.pinned or not self._fallbacks else self._others(provider)
         faults: list[ProviderFault] = []
         while True:
-            ask.elsewhere = bool(others)
             try:
-                return await self._tries(provider, ask, once, begun, alone=not others)
+                return await self._try(provider, asked, stream, model, fallback=bool(others))
             except ProviderFault as fault:
                 faults.append(fault)
-                if begun() or not fault.failover:
+                if _begun(stream) or not fault.failover:
                     raise
                 if not others:
-                    told = _told(faults)
+                    told = _representative(faults)
                     told.attempts = fault.attempts
                     raise told from None
                 provider.meter.failovers[fault.code].value += 1
-            provider = others.pop(0)
-            ask.model = None  # a fallback uses its own
-            ask.again, ask.waited = False, 0.0
+            provider, model = others.pop(0), None  # a fallback uses its own
 
-    async def _tries(
+    async def _try(
         self,
         provider: Provider,
-        ask: Ask,
-        once: Callable[[Provider], Awaitable[T]],
-        begun: Callable[[], bool],
+        request: ProviderRequest,
+        stream: Stream | None,
+        model: str | None,
         *,
-        alone: bool,
-    ) -> T:
-        """What *once* gives, after some tries; *alone*: nobody can be asked instead."""
-        record, limits = ask.record, provider.settings.http_client
+        fallback: bool,
+    ) -> Attempt:
+        """Return the attempt at *provider* that succeeded, after some that did not perhaps.
+
+        *fallback* says that another provider can be asked instead.
+        """
+        record, limits = request.record, provider.settings.http_client
         provider.budget.request()
-        number = 0
+        number, waited = 0, 0.0
         while True:
+            attempt = Attempt(
+                provider,
+                request,
+                stream,
+                model=model,
+                waited=waited,
+                retry=number > 0,
+                fallback=fallback,
+            )
             record.provider, record.sent = provider.name, 0.0
-            record.model = ask.model or provider.settings.model
+            record.model = model or provider.settings.model
             record.attempts += 1
+            if stream is not None:
+                stream.attempts = record.attempts
             try:
-                answer = await once(provider)
-            except BaseException as exc:
-                provider.ended(ask, exc)
-                if not isinstance(exc, ProviderFault):
-                    raise
-                if not exc.attempt:
-                    record.attempts -= 1  # nobody was asked
-                exc.provider, exc.attempts = provider.name, record.attempts
-                number += 1
-                wait = self._pause(number, limits.backoff_factor, exc.retry_after)
-                limited = isinstance(exc, ProviderRateLimited)
+                await provider.answer(attempt)
+            except ProviderFault as fault:
+                if not fault.attempt:
+                    record.attempts -= 1  # nothing was sent
+                fault.provider, fault.attempts = provider.name, record.attempts
+                number, waited = number + 1, attempt.waited
+                pause = self._pause(number, limits.backoff_factor, fault.retry_after)
+                limited = isinstance(fault, ProviderRateLimited)
                 if (
-                    begun()
-                    or not exc.retry
+                    _begun(stream)
+                    or not fault.retry
                     or number > limits.max_retries
-                    or wait > MAX_PAUSE
-                    or (limited and not alone)  # it wants a rest, another may have none
+                    or pause > MAX_PAUSE
+                    or (limited and fallback)  # it wants a rest, another may want none
                     or not provider.budget.retry()
                 ):
                     raise
-                provider.meter.retries[exc.code].value += 1
+                provider.meter.retries[fault.code].value += 1
             else:
-                provider.ended(ask, None)
-                return answer
-            await asyncio.sleep(wait)
-            ask.again = True
+                return attempt
+            await asyncio.sleep(pause)
 
     def _pause(self, number: int, factor: float, retry_after: float | None) -> float:
         """Seconds before retry *number*: doubling, half of it by chance (Brooker, 2015)."""
@@ -225,7 +252,12 @@ class Router:
         return self.active
 
 
-def _told(faults: Sequence[ProviderFault]) -> ProviderFault:
+def _begun(stream: Stream | None) -> bool:
+    """Return whether some of an answer is in the log, so that no other may follow."""
+    return stream is not None and (stream.answered or stream.ended)
+
+
+def _representative(faults: Sequence[ProviderFault]) -> ProviderFault:
     """Which of the *faults* of all who may be asked says why nobody answers: the last one.
 
     But one that refuses our key is not usable, and says so only where no other is; and that there

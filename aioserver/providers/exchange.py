@@ -1,7 +1,7 @@
 """One request and its answer on a pooled connection: the fast path.
 
 `ClientSession` costs a third of a request and a task switch per read. Here the connection's own
-protocol parses the answer (framing.py) and pushes the body, as it comes, into a sink, from
+protocol parses the answer (http1.py) and pushes the body, as it comes, into a sink, from
 `data_received` itself; the sink appends to the log, the log pokes the writers. One task per
 request waits for one future, the end; nothing else is scheduled per read.
 
@@ -23,7 +23,7 @@ the time of the last byte; each write that makes no progress within `write_timeo
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from aiohttp.client_proto import ResponseHandler
 
@@ -34,7 +34,7 @@ from aioserver.provider_errors import (
     StaleConnection,
     WriteTimeout,
 )
-from aioserver.providers.http1 import Framing
+from aioserver.providers.http1 import ResponseParser
 from aioserver.telemetry.request_log import UNTOLD
 
 if TYPE_CHECKING:
@@ -42,25 +42,13 @@ if TYPE_CHECKING:
 
     from aiohttp.connector import Connection
 
-    from aioserver.streams.fast_path import FastPath
+    from aioserver.providers.http1 import Sink
+    from aioserver.streams.stream import Path
     from aioserver.telemetry.request_log import Record
 
 UPLOAD_PIECE = 65_536  # written before the transport is asked whether it takes more
 STALE_WITHIN = 1.0  # seconds after a request was written in which a kept connection proves dead
 LINGER = 0.25  # seconds for the last chunk to follow a `[DONE]`; then the connection is closed
-
-
-class Sink(Protocol):
-    """Where an answer's body goes. Called from `data_received`; may raise AioserverError."""
-
-    def feed(self, data: bytes) -> bool:
-        """A part of the body, never empty. False: no more is wanted, the answer is complete."""
-
-    def end(self) -> None:
-        """The body is whole."""
-
-    def fast(self) -> FastPath | None:
-        """The way by which the next chunk may pass this sink, if there is one."""
 
 
 class WireProtocol(ResponseHandler):
@@ -69,9 +57,9 @@ class WireProtocol(ResponseHandler):
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(loop)
         self.exchange: Exchange | None = None
-        self.fast: FastPath | None = None  # of the exchange under way, while it is open
+        self.fast: Path | None = None  # of the exchange under way, while it is open
         self.reused = False
-        self.framing = Framing()
+        self.response_parser = ResponseParser()
         self.resumed: asyncio.Future[None] | None = None
         self._deadline: asyncio.TimerHandle | None = None
         self.idle_lost: Callable[[WireProtocol], None] | None = None
@@ -150,14 +138,16 @@ class Exchange:
         self._loop = protocol._loop  # noqa: SLF001 - our base class's
         self._read_timeout = read_timeout
         self._write_timeout = write_timeout
-        self._framing = protocol.framing
-        self._framing.begin(on_head)
+        self._parser = protocol.response_parser
+        self._parser.begin(on_head)
         self._done: asyncio.Future[None] = self._loop.create_future()
         self._linger_timer: asyncio.TimerHandle | None = None
         self._last_byte = 0.0
         self._record = record
         self._written = False
-        self._lingering = False  # the sink has all it wants, the framing's end is awaited
+        self._lingering = (
+            False  # the sink has all it wants, the end of the answer's framing is awaited
+        )
 
     async def run(self, request: bytes) -> None:
         """Send *request* (head and body) and push the answer to its sink.
@@ -189,34 +179,34 @@ class Exchange:
         """Bytes from the provider."""
         now, fast = self._loop.time(), self._protocol.fast
         self._protocol.fast = None
-        framing = self._framing
-        if framing.sink is not None:  # it has begun to answer
+        parser = self._parser
+        if parser.sink is not None:  # it has begun to answer
             self._record.silent(self._last_byte if fast is None else fast.read_at, now)
         self._last_byte = now
-        if framing.between and data.endswith(b"\r\n"):
+        if parser.between and data.endswith(b"\r\n"):
             # Most reads of a stream are one whole chunk. That the parser need not see: it stands
             # between two chunks before it and behind it. Every other form is the parser's.
             start = data.find(b"\r\n") + 2
             size = len(data) - start - 2
             if size > 0 and data.startswith(b"%x\r\n" % size):
-                framing.parts.append(data[start:-2])
+                parser.parts.append(data[start:-2])
                 self._push()
                 self._open_fast_path()
                 return
         try:
-            framing.feed(data)
+            parser.feed(data)
         except Exception as exc:  # noqa: BLE001 - whatever it is ends this request and is told there
-            if not framing.whole:
+            if not parser.whole:
                 self._push()  # what was good before it, as in a read of its own
             self._fail(exc)
             return
         self._push()
-        if framing.between:
+        if parser.between:
             self._open_fast_path()
 
     def _open_fast_path(self) -> None:
         """Let the next read take it, where all agree; the parser stands between two chunks."""
-        sink = self._framing.sink
+        sink = self._parser.sink
         if sink is not None and not self._done.done():
             self._protocol.fast = fast = sink.fast()
             if fast is not None:
@@ -224,18 +214,18 @@ class Exchange:
 
     def _push(self) -> None:
         """Give the sink what has come, and the end."""
-        framing = self._framing
-        sink = framing.sink
+        parser = self._parser
+        sink = parser.sink
         if self._done.done():
             self._linger()
         elif sink is not None:
             try:
-                if parts := framing.parts:
-                    framing.parts = []
+                if parts := parser.parts:
+                    parser.parts = []
                     if not sink.feed(parts[0] if len(parts) == 1 else b"".join(parts)):
                         self._finish()
                         return
-                if framing.whole:
+                if parser.whole:
                     sink.end()
                     self._finish()
             except Exception as exc:  # noqa: BLE001 - as above
@@ -243,13 +233,13 @@ class Exchange:
 
     def lost(self, exc: BaseException | None) -> None:
         """The connection is gone."""
-        framing = self._framing
+        parser = self._parser
         if self._done.done():
             self._settle()
-        elif framing.sink is not None and not framing.framed and exc is None:
-            framing.surplus = framing.whole = True  # a body that ends with its connection
+        elif parser.sink is not None and not parser.framed and exc is None:
+            parser.surplus = parser.whole = True  # a body that ends with its connection
             self._push()
-        elif not framing.begun and self._protocol.reused and self._soon():
+        elif not parser.begun and self._protocol.reused and self._soon():
             self._fail(StaleConnection("the provider had closed the kept connection"))
         else:
             self._fail(ProviderDisconnected("the provider closed the connection early"))
@@ -306,8 +296,8 @@ class Exchange:
 
     def _linger(self) -> None:
         """Settle when the answer is whole; a `[DONE]` may come a moment before the last chunk."""
-        framing = self._framing
-        if framing.whole or framing.parts or not self._written or self._done.cancelled():
+        parser = self._parser
+        if parser.whole or parser.parts or not self._written or self._done.cancelled():
             self._settle()
         elif not self._lingering:
             self._lingering = True
@@ -326,17 +316,17 @@ class Exchange:
         protocol.exchange = protocol.fast = None
         if self._linger_timer is not None:
             self._linger_timer.cancel()
-        done, framing = self._done, self._framing
-        framing.forget()
+        done, parser = self._done, self._parser
+        parser.forget()
         ended_well = done.done() and not done.cancelled() and done.exception() is None
         if (
             ended_well
             and self._written
-            and framing.whole
-            and framing.framed
-            and framing.keep
-            and not framing.surplus
-            and not framing.parts
+            and parser.whole
+            and parser.framed
+            and parser.keep
+            and not parser.surplus
+            and not parser.parts
         ):
             protocol.reused = True
             self._connection.release()

@@ -8,7 +8,7 @@ garbage collector, which is then a seventh of a request.
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import httptools
 
@@ -17,12 +17,25 @@ from aioserver.provider_errors import ProviderBadResponse
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from aioserver.providers.exchange import Sink
+    from aioserver.streams.stream import Path
 
 MAX_HEAD_BYTES = 65_536  # of an answer's head, interim answers included
 
 
-class Framing:
+class Sink(Protocol):
+    """Where an answer's body goes. Called from `data_received`; may raise AioserverError."""
+
+    def feed(self, data: bytes) -> bool:
+        """A part of the body, never empty. False: no more is wanted, the answer is complete."""
+
+    def end(self) -> None:
+        """The body is whole."""
+
+    def fast(self) -> Path | None:
+        """The way by which the next chunk may pass this sink, if there is one."""
+
+
+class ResponseParser:
     """One answer after the other: `begin`, then `feed` until it is `whole`.
 
     Where an answer did not end well the connection is closed, and this with it.

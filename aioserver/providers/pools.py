@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from aioserver.errors import ConfigurationError
 from aioserver.providers.pool import UNBOUNDED, Pool, PoolStats, connections
-from aioserver.providers.requests import Requests
+from aioserver.providers.request import RequestWriter
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,7 +35,7 @@ OF_CLIENT = (
 class Pools:
     """The pools to one provider.
 
-    Always: `pool` and `requests` are of the settings applied last; each other pool has a task, which
+    Always: `pool` and `writer` are of the settings applied last; each other pool has a task, which
     closes it when its last request has ended.
     """
 
@@ -47,7 +47,7 @@ class Pools:
         self._demand = demand
         self._gate = connections(given.http_client)
         self._retired: dict[Pool, asyncio.Task[None]] = {}
-        self.pool, self.requests = self._make(given, base_url)
+        self.pool, self.writer = self._make(given, base_url)
 
     def prepare(self, given: settings.Provider, base_url: str) -> Callable[[], None]:
         """What puts *given* in the place of the settings now. Until it is called nothing changes.
@@ -62,7 +62,7 @@ class Pools:
             if made is None:
                 return
             old = self.pool
-            self.pool, self.requests = made
+            self.pool, self.writer = made
             self._gate.apply(
                 given.http_client.max_connections,
                 queue_size=UNBOUNDED,
@@ -108,7 +108,7 @@ class Pools:
             or any(getattr(client, name) != getattr(was, name) for name in OF_CLIENT)
         )
 
-    def _make(self, given: settings.Provider, base_url: str) -> tuple[Pool, Requests]:
+    def _make(self, given: settings.Provider, base_url: str) -> tuple[Pool, RequestWriter]:
         try:
             pool = Pool(
                 base_url,
@@ -121,4 +121,4 @@ class Pools:
         except OSError as exc:  # ssl.SSLError is one
             fault = f"llm.providers.{given.name}.ca_file: {given.ca_file} holds no certificates"
             raise ConfigurationError([fault]) from exc
-        return pool, Requests(given, base_url, pool)
+        return pool, RequestWriter(given, base_url, pool)

@@ -1,9 +1,9 @@
 """One provider behind its guards: one queue, one pool, and the meaning of what it answers.
 
-    enter the queue → place taken: `processing` → connection → POST → sinks fill the log
+    queue → place taken: `processing` → connection → POST → sinks fill the log
 
 The place and the connection are given back the moment the provider is done, however slow the
-client is. A provider knows no face: it is given an `Ask` and fills a `Stream`, or gives an `Answer`.
+client is. A provider knows no face: it runs an `Attempt`, which fills a `Stream` or has an `Answer`.
 """
 
 from __future__ import annotations
@@ -13,35 +13,28 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from aioserver.protocol.openai import Reading, usage_of
 from aioserver.provider_errors import (
     NoProvider,
-    ProviderBadResponse,
     ProviderFault,
     ProviderRateLimited,
     StaleConnection,
 )
 from aioserver.providers.budget import Budget
-from aioserver.providers.error_mapping import check_json, check_plain, is_of, judge, passing
-from aioserver.providers.exchange import Exchange, Sink
+from aioserver.providers.exchange import Exchange
 from aioserver.providers.health import Health
 from aioserver.providers.pools import Pools
 from aioserver.providers.queueing import Line
-from aioserver.providers.request import Answer, Ask
-from aioserver.providers.sinks import BodySink, ChatSink, EventSink, complete
-from aioserver.streams import entries
 from aioserver.telemetry.metrics import ProviderMeter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     from aioserver.config import settings
     from aioserver.errors import AioserverError
     from aioserver.limits.gate import GateStats, Place
+    from aioserver.providers.attempt import Attempt
     from aioserver.providers.pool import PoolStats
-    from aioserver.streams.stream import Stream
 
-MAX_ERROR_BYTES = 1 << 20  # of an error's body
 BYTES_PER_TOKEN = 4  # of a request, about
 WORTH_WAITING = 1.0  # seconds that a provider may rest; for more another is asked, if there is one
 
@@ -72,7 +65,7 @@ class Provider:
     """One provider.
 
     Always: `concurrent_requests` requests are under way at most; what was taken for a request is
-    free again when `fill` or `call` has ended, however they ended.
+    free again when `answer` has ended, however it ended.
     """
 
     def __init__(
@@ -86,8 +79,8 @@ class Provider:
         self.name = given.name
         self.settings = given
         self.meter = ProviderMeter() if meter is None else meter
-        self.on_wait: Callable[[Provider], None] = lambda _provider: None
-        self._max_response_bytes = max_response_bytes
+        self.on_wait: Callable[[str], None] = lambda _name: None
+        self.max_response_bytes = max_response_bytes
         self._gate = Line(given.name, given.http_client)
         self._pace = self._gate.pace
         self._pools = Pools(given, base_url, demand=lambda: self._coming)
@@ -116,7 +109,7 @@ class Provider:
         def put() -> None:
             put_pool()
             self.settings = given
-            self._max_response_bytes = max_response_bytes
+            self.max_response_bytes = max_response_bytes
             self._left = None
             self._health.renew(elsewhere=elsewhere, other_key=other_key)
             if elsewhere or other_key:
@@ -125,84 +118,53 @@ class Provider:
 
         return put
 
-    async def fill(self, stream: Stream, ask: Ask) -> None:
-        """Ask, and append the answer to *stream*, its end included.
+    async def answer(self, attempt: Attempt) -> None:
+        """Make *attempt*: wait for a place, send the request, and take the answer in.
+
+        Cancelling is safe: the connection is closed at once, and the place is free.
 
         Raises:
-            ProviderFault: no good answer; `stream.answered` tells whether some of it is in the log.
+            ProviderFault: no good answer came; some of it may be in the log.
         """
-        stream.meter = self.meter
-        seen: list[Sink | int] = []
-        headers_seen: dict[str, str] = {}
+        record = attempt.request.record
+        place: Place | None = None
+        ended_by: BaseException | None = None
+        try:
+            self._check(attempt)
+            record.lined = record.lined or monotonic()
+            self._expect(attempt)
+            place = self._gate.try_enter(attempt.expected_tokens)
+            if place is None:
+                place = await self._wait(attempt)
+                self._check(attempt)  # it may have begun to fail meanwhile
+            attempt.trial = self._health.breaker.enter()
+            attempt.started()
+            await self._exchange(attempt)
+            attempt.conclude()
+        except BaseException as exc:
+            ended_by = exc
+            self._pools.pool.trim()  # a connection may have been kept for this request
+            if isinstance(exc, ProviderRateLimited) and exc.attempt:  # else our own pace said it
+                self._rest(attempt, exc)
+            raise
+        finally:
+            if place is not None:
+                place.release()
+            self._ended(attempt, ended_by)
 
-        def on_head(status: int, headers: Mapping[str, str]) -> Sink:
-            seen.append(status)
-            headers_seen.update(headers)
-            self._heard(status, headers, ask)
-            stream.headers = passing(headers)
-            streamed = status == 200 and ask.streamed and is_of(headers, "text/event-stream")
-            sink: Sink
-            if streamed and ask.frames:
-                sink = ChatSink(stream, ask.reading or Reading())
-            elif streamed:
-                sink = EventSink(stream, responses=ask.path.endswith("responses"))
-            else:
-                sink = BodySink(self._max_response_bytes if status == 200 else MAX_ERROR_BYTES)
-            seen.append(sink)
-            check_plain(headers)
-            return sink
+    def heard(self, attempt: Attempt) -> None:
+        """Learn from the head of an answer.
 
-        def started() -> None:
-            stream.append_processing(self.name, ask.model or self.settings.model)
-
-        def sending() -> None:
-            stream.sent = True
-
-        await self._exchange(ask, on_head, stream.queued, started, sending)
-        ask.usage, ask.events = stream.usage, stream.last
-        ask.fault = stream.error if isinstance(stream.error, ProviderFault) else None
-        status, sink = seen
-        if not isinstance(sink, BodySink):
+        A provider that answers a trial well fails no more, and its headers tell what is left of its
+        limits.
+        """
+        if self._outdated(attempt):
             return
-        assert isinstance(status, int)
-        body = sink.body
-        self._judge(ask, status, headers_seen, body)
-        if ask.streamed:
-            raise ProviderBadResponse("the provider's answer is no event stream")
-        check_json(headers_seen, body)
-        reading = ask.reading or Reading()
-        chunks = reading.read(body)
-        stream.answer()
-        if chunks:
-            stream.append(entries.CHUNK, chunks)
-        complete(stream, reading)
-
-    async def call(self, ask: Ask, sending: Callable[[], None] | None = None) -> Answer:
-        """Ask, and wait for the whole answer; *sending* is called before each try is sent.
-
-        Raises:
-            ProviderFault: no good answer.
-        """
-        status = 0
-        headers: Mapping[str, str] = {}
-        sink = BodySink(self._max_response_bytes)
-
-        def on_head(got: int, given: Mapping[str, str]) -> Sink:
-            nonlocal status, headers, sink
-            status, headers = got, given
-            self._heard(got, given, ask)
-            if got != 200:
-                sink = BodySink(MAX_ERROR_BYTES)
-            check_plain(given)
-            return sink
-
-        await self._exchange(ask, on_head, sending=sending)
-        body = sink.body
-        self._judge(ask, status, headers, body)
-        usage = usage_of(check_json(headers, body))
-        ask.usage = usage
-        content_type = headers.get("content-type", "")
-        return Answer(status, passing(headers), body, content_type, self.name, usage)
+        if self._pace.heed(attempt.headers) and self._gate.waiting:
+            self._gate.rest(WORTH_WAITING)
+        if attempt.trial and 200 <= attempt.status < 300:
+            self._health.breaker.answered(trial=True)
+            attempt.trial = False
 
     def stats(self) -> ProviderStats:
         """The state now."""
@@ -216,25 +178,6 @@ class Provider:
             self._health.breaker.state,
             self._health.flagged,
         )
-
-    def ended(self, ask: Ask, exc: BaseException | None) -> None:
-        """A try has ended, well or with *exc*: count it, and learn from it."""
-        if self._left is not None and not self._gate.inside:
-            self._left.set()
-        self._paid(ask, exc)
-        trial, ask.trial = ask.trial, False
-        outdated, ask.pool = self._outdated(ask), None
-        exc = exc or ask.fault
-        attempts = self.meter.attempts
-        if exc is None:
-            attempts["ok"].value += 1
-        elif isinstance(exc, ProviderFault):
-            if exc.attempt:
-                attempts[exc.attempt].value += 1
-        elif isinstance(exc, asyncio.CancelledError) and ask.record.sent:
-            attempts["cancelled"].value += 1
-        if self._health.ended(exc, trial=trial, outdated=outdated):
-            self._gate.turn_away(self._health.left_alone)
 
     def refuse(self, why: Callable[[], AioserverError] | None = None) -> None:
         """Let nobody in any more, and tell those who wait."""
@@ -264,137 +207,118 @@ class Provider:
         self.refuse()
         await self._pools.close()
 
-    async def _exchange(
-        self,
-        ask: Ask,
-        on_head: Callable[[int, Mapping[str, str]], Sink],
-        told: Callable[[int, float], None] | None = None,
-        started: Callable[[], None] | None = None,
-        sending: Callable[[], None] | None = None,
-    ) -> None:
-        """A place, a connection, the request, and the answer by way of *on_head*."""
-        record = ask.record
-        place: Place | None = None
-        try:
-            self._check(ask)
-            record.lined = record.lined or monotonic()
-            given, body = self.settings, b""
-            if most := given.http_client.tokens_per_minute:
-                body = ask.body(given)
-                cost = len(body) // BYTES_PER_TOKEN + (given.max_tokens or 0)
-                ask.expected = min(cost, most)  # none costs more: it has an image
-            place = self._gate.try_enter(ask.expected)
-            if place is None:
-                body = b""  # afterwards it may be another: a reload may have changed the model
-                place = await self._wait(ask, told)
-                self._check(ask)  # it may have begun to fail meanwhile
-            limits = self.settings.http_client
-            ask.trial = self._health.breaker.enter()
-            if started is not None:
-                started()
-            while True:
-                ask.pool = pool = self._pools.pool
-                request = self._pools.requests.make(ask.path, body or ask.body(self.settings))
-                body = b""  # nothing of it is kept for as long as the answer takes
-                connection = await pool.connect()
-                if sending is not None:
-                    sending()
-                record.sent = monotonic()
-                exchange = Exchange(
-                    connection,
-                    read_timeout=limits.read_timeout,
-                    write_timeout=limits.write_timeout,
-                    on_head=on_head,
-                    record=record,
-                )
-                running = exchange.run(request)
-                del request
-                try:
-                    await running
-                    return
-                except StaleConnection:
-                    # Nothing of an answer had come on a kept connection: repeat at once, on a
-                    # fresh one. A fresh connection never raises this, so it ends.
-                    self.meter.attempts["stale"].value += 1
-                    pool.drop_idle()
-        except BaseException as exc:
-            self._pools.pool.trim()  # a connection may have been kept for this request
-            if isinstance(exc, ProviderRateLimited) and exc.attempt:  # said within its answer
-                self._rest(ask, exc)
-            raise
-        finally:
-            if place is not None:
-                place.release()
+    async def _exchange(self, attempt: Attempt) -> None:
+        """Send the request on a connection, and push the answer to the sink of *attempt*."""
+        request, limits = attempt.request, self.settings.http_client
+        record = request.record
+        while True:
+            attempt.pool = pool = self._pools.pool
+            # After a wait the settings may be others: the body is that for the model of now. Nothing
+            # of it is kept for as long as the answer takes.
+            data = self._pools.writer.write(request.path, request.body(self.settings))
+            connection = await pool.connect()
+            attempt.sending()
+            record.sent = monotonic()
+            exchange = Exchange(
+                connection,
+                read_timeout=limits.read_timeout,
+                write_timeout=limits.write_timeout,
+                on_head=attempt.head,
+                record=record,
+            )
+            running = exchange.run(data)
+            del data
+            try:
+                await running
+            except StaleConnection:
+                # Nothing of an answer had come on a kept connection: repeat at once, on a fresh
+                # one. A fresh connection never raises this, so the loop ends.
+                self.meter.attempts["stale"].value += 1
+                pool.drop_idle()
+            else:
+                return
 
-    async def _wait(self, ask: Ask, told: Callable[[int, float], None] | None) -> Place:
-        """A place, by way of the line."""
+    async def _wait(self, attempt: Attempt) -> Place:
+        """Wait in the queue for a place."""
         if self._gate.inside >= self._gate.limit:  # else the pace is in the way
-            self.on_wait(self)
+            self.on_wait(self.name)
+        request = attempt.request
+        caller, record = request.caller, request.record
+        shown = attempt.stream is not None and not request.whole
+        cost, attempt.expected_tokens = attempt.expected_tokens, 0
         began = monotonic()
-        cost, ask.expected = ask.expected, 0
         self._coming += 1
         try:
             place = await self._gate.enter(
-                ask.caller.turn,
-                ask.caller.line,
-                weight=ask.caller.priority,
-                told=told,
-                within=max(0.0, self.settings.http_client.queue_timeout - ask.waited),
-                again=ask.again,
-                elsewhere=ask.elsewhere,
+                caller.turn,
+                caller.line,
+                weight=caller.priority,
+                told=attempt.queued if shown else None,
+                within=max(0.0, self.settings.http_client.queue_timeout - attempt.waited),
+                again=attempt.retry,
+                elsewhere=attempt.fallback,
                 cost=cost,
             )
         finally:
             self._coming -= 1  # nothing else runs before it asks the pool
             waited = monotonic() - began
-            ask.waited += waited
-            ask.record.waited += waited
-        ask.expected = cost
+            attempt.waited += waited
+            record.waited += waited
+        attempt.expected_tokens = cost
         return place
 
-    def _judge(self, ask: Ask, status: int, headers: Mapping[str, str], body: bytes) -> None:
-        try:
-            judge(self.name, status, headers, body)
-        except ProviderRateLimited as limited:
-            self._rest(ask, limited)
-            raise
+    def _expect(self, attempt: Attempt) -> None:
+        """Estimate the tokens that *attempt* will cost, where tokens are paced."""
+        if limit := self.settings.http_client.tokens_per_minute:
+            prompt = len(attempt.request.body(self.settings)) // BYTES_PER_TOKEN
+            # At most a minute's worth: a body with a picture has far fewer tokens than its bytes say.
+            attempt.expected_tokens = min(prompt + (self.settings.max_tokens or 0), limit)
 
-    def _rest(self, ask: Ask, limited: ProviderRateLimited) -> None:
-        """It said that we ask too much."""
-        if self._outdated(ask):
-            return
-        self._pace.cool_down(limited.retry_after or 0.0)
-        self._gate.rest(WORTH_WAITING)
+    def _rest(self, attempt: Attempt, limited: ProviderRateLimited) -> None:
+        """Leave the provider alone for as long as it wants: it said that we ask too much."""
+        if not self._outdated(attempt):
+            self._pace.cool_down(limited.retry_after or 0.0)
+            self._gate.rest(WORTH_WAITING)
 
-    def _paid(self, ask: Ask, exc: BaseException | None) -> None:
-        """Correct what *ask* was expected to cost by what it did, as far as that is known."""
-        if not ask.expected:
+    def _ended(self, attempt: Attempt, exc: BaseException | None) -> None:
+        """Count an attempt that has ended, well or with *exc*, and learn from it."""
+        if self._left is not None and not self._gate.inside:
+            self._left.set()
+        self._charge(attempt, exc)
+        trial, attempt.trial = attempt.trial, False
+        outdated, attempt.pool = self._outdated(attempt), None
+        exc = exc or attempt.fault
+        attempts = self.meter.attempts
+        if exc is None:
+            attempts["ok"].value += 1
+        elif isinstance(exc, ProviderFault):
+            if exc.attempt:
+                attempts[exc.attempt].value += 1
+        elif isinstance(exc, asyncio.CancelledError) and attempt.request.record.sent:
+            attempts["cancelled"].value += 1
+        if self._health.ended(exc, trial=trial, outdated=outdated):
+            self._gate.turn_away(self._health.left_alone)
+
+    def _charge(self, attempt: Attempt, exc: BaseException | None) -> None:
+        """Correct what *attempt* was expected to cost by what it did, as far as that is known."""
+        if not attempt.expected_tokens:
             return
-        total = ask.usage.get("total_tokens") if ask.usage is not None else None
-        if exc is not None and not ask.record.sent:
+        total = attempt.usage.get("total_tokens") if attempt.usage is not None else None
+        if exc is not None and not attempt.request.record.sent:
             total = 0
         elif not isinstance(total, int) or not 0 <= total < 1 << 40:
-            total = max(0, ask.expected - (self.settings.max_tokens or 0)) + ask.events
-        self._pace.charge(total - ask.expected)
-        ask.expected = 0
+            prompt = attempt.expected_tokens - (self.settings.max_tokens or 0)
+            total = max(0, prompt) + attempt.events
+        self._pace.charge(total - attempt.expected_tokens)
+        attempt.expected_tokens = 0
         self._gate.serve()
 
-    def _heard(self, status: int, headers: Mapping[str, str], ask: Ask) -> None:
-        """The head of an answer is there: a provider that fails no more, and what it says is left."""
-        if self._outdated(ask):
-            return
-        if self._pace.heed(headers) and self._gate.waiting:
-            self._gate.rest(WORTH_WAITING)
-        if ask.trial and 200 <= status < 300:
-            self._health.breaker.answered(trial=True)
-            ask.trial = False
+    def _outdated(self, attempt: Attempt) -> bool:
+        """Return whether *attempt* went by former settings, with another key or address perhaps."""
+        return attempt.pool is not None and attempt.pool is not self._pools.pool
 
-    def _outdated(self, ask: Ask) -> bool:
-        """Whether *ask* went by the settings of before, to which another key or address may belong."""
-        return ask.pool is not None and ask.pool is not self._pools.pool
-
-    def _check(self, ask: Ask) -> None:
+    def _check(self, attempt: Attempt) -> None:
         """Raise where the provider is to be left alone."""
         self._health.check()
-        if ask.elsewhere and (rest := self._pace.cooling) > WORTH_WAITING:
+        if attempt.fallback and (rest := self._pace.cooling) > WORTH_WAITING:
             raise self._gate.too_soon(rest)

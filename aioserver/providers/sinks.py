@@ -32,8 +32,7 @@ from aioserver.provider_errors import (
 from aioserver.streams import entries
 
 if TYPE_CHECKING:
-    from aioserver.streams.fast_path import FastPath
-    from aioserver.streams.stream import Stream
+    from aioserver.streams.stream import Path, Stream
 
 MAX_LESSONS = 4  # events of an answer from which its shape is learned
 DONE = b"data: [DONE]\n\n"
@@ -150,7 +149,7 @@ class EventSink:
             raise _no_end(self._begun)
         self._complete(DONE)
 
-    def fast(self) -> FastPath | None:
+    def fast(self) -> Path | None:
         """The stream's, while no event is half read; what follows the finish may have the usage."""
         if self._responses or self._finished or not self._splitter.idle:
             return None
@@ -248,7 +247,7 @@ class ChatSink:
             raise _no_end(self._begun)
         complete(self._stream, self._reading)
 
-    def fast(self) -> FastPath | None:
+    def fast(self) -> Path | None:
         """The stream's, once the shape of the provider's events is known."""
         if self._shape is None or not self._splitter.idle:
             return None

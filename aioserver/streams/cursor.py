@@ -1,4 +1,4 @@
-"""One client's cursor into one log.
+"""The readers of a log: a client's cursor into it, and one that waits for a condition.
 
 A log keeps no list of what each of its readers has to get: a reader is an index into it, and what
 it has not seen is rendered when its writer has room for it.
@@ -6,8 +6,9 @@ it has not seen is rendered when its writer has room for it.
 
 from __future__ import annotations
 
+import asyncio
 from time import monotonic
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from aioserver.errors import ResumeGap
 
@@ -15,13 +16,31 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from aioserver.protocol.openai import Shape
-    from aioserver.streams.fast_path import FastPath
     from aioserver.streams.formats import Format
-    from aioserver.streams.stream import Stream
-    from aioserver.streams.writer import Writer
+    from aioserver.streams.stream import Path, Stream
 
 
-class Follower:
+class CursorWriter(Protocol):
+    """The writer of a client's socket (writer.py), as its cursors see it."""
+
+    @property
+    def blocked(self) -> bool:
+        """Whether the client does not take what it was sent, at the moment."""
+
+    def write_now(self, data: bytes) -> bool:
+        """Write *data*, the next bytes of the only cursor, unless something must go before it."""
+
+    def fast(self, cursor: Cursor, shape: Shape | None) -> Path | None:
+        """Return the fast path of *cursor*, the only one, if nothing is in its way."""
+
+    def poke(self, cursor: Cursor) -> None:
+        """Write what *cursor* has not rendered, as soon as the client takes it."""
+
+    def send(self, data: bytes) -> None:
+        """Write a control frame or a comment."""
+
+
+class Cursor:
     """One reader of one stream: the cursor, and how its events look on this face.
 
     *at* is the index of the next entry, counted from the start of the log; *skip* says how many of
@@ -42,12 +61,12 @@ class Follower:
 
     def __init__(
         self,
-        writer: Writer,
+        writer: CursorWriter,
         stream: Stream,
         after: int,
         look: Format,
         queued: Callable[[int, float], bytes] | None,
-        finished: Callable[[Follower], None],
+        finished: Callable[[Cursor], None],
     ) -> None:
         self.stream = stream
         self.at, self.skip = stream.locate(after)
@@ -65,7 +84,7 @@ class Follower:
             return True
         return False
 
-    def fast(self, shape: Shape | None) -> FastPath | None:
+    def fast(self, shape: Shape | None) -> Path | None:
         """The writer's fast path, if this has written all there is and nothing is in its way."""
         if self.at != self.stream.offset + len(self.stream.entries):
             return None
@@ -132,3 +151,44 @@ class Follower:
             room -= len(part)
         self.at = stream.offset + index
         return index >= end
+
+
+class ConditionReader:
+    """A reader that takes nothing, and waits until *holds* is true of its stream.
+
+    *reached* is then set, for good; `stop_waiting` sets it before that. Leave with `leave`, however
+    the wait ends.
+    """
+
+    def __init__(self, stream: Stream, holds: Callable[[Stream], bool]) -> None:
+        self.at = stream.offset
+        self.reached: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._stream = stream
+        self._holds = holds
+        stream.add_reader(self)
+        self.poke()
+
+    def take_now(self, _data: bytes) -> bool:
+        """Return False: the entry is appended."""
+        return False
+
+    def fast(self, _shape: Shape | None) -> None:
+        """Return None: nothing is passed on."""
+
+    def poke(self) -> None:
+        """Look whether the condition holds now."""
+        if not self.reached.done() and self._holds(self._stream):
+            self.reached.set_result(None)
+
+    def queued(self, position: int, eta: float) -> None:
+        """Do nothing: nobody is shown a position."""
+
+    def stop_waiting(self) -> None:
+        """Reach the end of the wait although the condition does not hold."""
+        if not self.reached.done():
+            self.reached.set_result(None)
+
+    def leave(self) -> None:
+        """Read no more; a second call does nothing."""
+        if self in self._stream.readers:
+            self._stream.remove_reader(self)

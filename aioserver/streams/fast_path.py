@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from aioserver.protocol.openai import Shape
-    from aioserver.streams.cursor import Follower
+    from aioserver.streams.cursor import Cursor
 
 MAX_CHUNK_BYTES = 2048  # longer reads are rare, and go the long way
 MAX_RUN_BYTES = 2048  # of texts that the log does not know yet
@@ -115,20 +115,20 @@ class FastPath:
         "_silence",
         "_stream",
         "_transport",
-        "follower",
+        "cursor",
         "last",
         "open",
         "read_at",
         "shape",
     )
 
-    def __init__(self, follower: Follower, client: Client, shape: Shape | None = None) -> None:
+    def __init__(self, cursor: Cursor, client: Client, shape: Shape | None = None) -> None:
         self.open = False
         self.last = self.read_at = self._silence = 0.0
-        self.follower = follower
+        self.cursor = cursor
         self.shape = shape
-        self._stream = follower.stream
-        self._meter = follower.stream.meter
+        self._stream = cursor.stream
+        self._meter = cursor.stream.meter
         self._transport, self._outbox, self._now, self._room, self._full, self._chunked = client
 
     def take(self, read: bytes) -> bool:
@@ -185,12 +185,12 @@ class TextPath(FastPath):
     __slots__ = ("_before", "_behind", "_head", "_text", "_texts")
 
     def __init__(
-        self, follower: Follower, client: Client, shape: Shape, text: Callable[..., bytes]
+        self, cursor: Cursor, client: Client, shape: Shape, text: Callable[..., bytes]
     ) -> None:
-        super().__init__(follower, client, shape)
+        super().__init__(cursor, client, shape)
         self._before = shape.before
         self._behind = shape.behind + b"\r\n"
-        self._head = follower.stream.head
+        self._head = cursor.stream.head
         self._text = text
         self._texts = bytearray()  # each with its closing quote, which no plain text contains
 
@@ -238,6 +238,6 @@ class TextPath(FastPath):
         stream, count = self._stream, texts.count(b'"')
         assert self.shape is not None
         self.shape.reading.note(texts.replace(b'"', b"").decode(), len(texts) - count)
-        self.follower.at += 1
+        self.cursor.at += 1
         stream.append_passed(Texts(stream.last - count + 1, count, texts, monotonic()))
         stream.trim()

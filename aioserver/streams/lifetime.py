@@ -16,35 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from aioserver.config import settings
-    from aioserver.protocol.openai import Shape
-    from aioserver.providers.provider import Provider
     from aioserver.streams.store import Streams
     from aioserver.streams.stream import Stream
-
-
-class EndReader:
-    """A reader that waits for the end of a stream, and takes nothing of it."""
-
-    def __init__(self, stream: Stream) -> None:
-        self.at = stream.offset
-        self.ended = asyncio.Event()
-        self._stream = stream
-        self.poke()
-
-    def take_now(self, _data: bytes) -> bool:
-        """False: it is appended."""
-        return False
-
-    def fast(self, _shape: Shape | None) -> None:
-        """None: nothing is passed on."""
-
-    def poke(self) -> None:
-        """The stream has grown, or has ended."""
-        if self._stream.ended:
-            self.ended.set()
-
-    def queued(self, position: int, eta: float) -> None:
-        """No face shows it."""
 
 
 class Lifetime:
@@ -113,10 +86,10 @@ class Lifetime:
         stream.left = left
         self._cancel(stream)
 
-    def make_room(self, provider: Provider) -> None:
-        """Somebody waits at *provider*: cancel what runs there for nobody, the oldest first."""
+    def make_room(self, provider: str) -> None:
+        """Cancel the oldest stream without a reader at *provider*, where a request waits now."""
         for stream in self._detached:
-            if stream.provider == provider.name:
+            if stream.provider == provider:
                 self.end(stream)
                 return
 

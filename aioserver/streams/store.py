@@ -75,7 +75,7 @@ class Streams:
             max_bytes=self._max_stream_bytes,
             digest=digest,
             private=private,
-            observer=self,
+            store=self,
         )
         self._running.add(stream)
         if not private:

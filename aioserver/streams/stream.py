@@ -32,26 +32,57 @@ if TYPE_CHECKING:
     from collections.abc import Hashable, Mapping, Sequence
 
     from aioserver.protocol.openai import Shape
-    from aioserver.streams.fast_path import FastPath
-    from aioserver.streams.store import Streams
+
+
+class Path(Protocol):
+    """The fast path of a log's only reader (fast_path.py), as the log and the provider see it.
+
+    *last* is the loop's time when it took a read last; *read_at* that of the last read, whichever
+    way it went.
+    """
+
+    last: float
+    read_at: float
+
+    def take(self, read: bytes) -> bool:
+        """Pass *read* on; False, with nothing done, where it has to go the long way."""
+
+    def close(self) -> None:
+        """Take nothing from now on; the log has all that was taken."""
 
 
 class Reader(Protocol):
-    """Who follows a stream. All are called synchronously and must not raise."""
+    """A reader of a log. All its methods are called synchronously and must not raise.
+
+    *at* is the index of the first entry that it has not passed, counted from the start of the log.
+    """
 
     at: int
 
     def take_now(self, data: bytes) -> bool:
         """Take *data* as the next entry, if that can be done at once; else it is appended."""
 
-    def fast(self, shape: Shape | None) -> FastPath | None:
-        """Its fast path, where it has nothing to do before the next event."""
+    def fast(self, shape: Shape | None) -> Path | None:
+        """Return its fast path, where nothing is to be done before the next event."""
 
     def poke(self) -> None:
-        """Something was appended."""
+        """Look at the log, which has grown or ended."""
 
     def queued(self, position: int, eta: float) -> None:
-        """The request waits for its provider: its position, and the seconds it may take."""
+        """Tell that the request waits for its provider: its position, and the seconds it may take."""
+
+
+class Store(Protocol):
+    """The store that a log counts in (store.py)."""
+
+    def grew(self, stream: Stream, size: int) -> None:
+        """Note that *stream* has grown by *size* bytes; it may have shrunk."""
+
+    def finished(self, stream: Stream) -> None:
+        """Note that *stream* has its last event."""
+
+    def named(self, stream: Stream, alias: str) -> None:
+        """Let *stream* be found by *alias*, too, if nothing else is."""
 
 
 class Stream:
@@ -63,7 +94,7 @@ class Stream:
 
     __slots__ = (
         "_max_bytes",
-        "_observer",
+        "_store",
         "alias",
         "answered_at",
         "attempts",
@@ -106,7 +137,7 @@ class Stream:
         max_bytes: int,
         digest: bytes = b"",
         private: bool = False,
-        observer: Streams | None = None,
+        store: Store | None = None,
     ) -> None:
         self.request_id = request_id
         self.private = private  # who asked reads it, as the provider's bytes; nobody else finds it
@@ -118,7 +149,7 @@ class Stream:
         self.last = 0
         self.bytes = 0
         self.readers: list[Reader] = []
-        self.path: FastPath | None = None  # the one that was opened last
+        self.path: Path | None = None  # the one that was opened last
         self.rendered: tuple[Entry, dict[str, bytes]] | None = None  # the newest, by format
         self.ended = False
         self.end_status = b""
@@ -139,7 +170,7 @@ class Stream:
         self.timer: asyncio.TimerHandle | None = None  # the gateway's: the window's end
         self.head = messages.frame_head(request_id)
         self._max_bytes = max_bytes
-        self._observer = observer
+        self._store = store
 
     @property
     def first(self) -> int:
@@ -160,9 +191,9 @@ class Stream:
 
     def call_also(self, alias: str) -> None:
         """Let it be found by *alias*, too; a private one is not found at all."""
-        if self.alias is None and not self.private and self._observer is not None:
+        if self.alias is None and not self.private and self._store is not None:
             self.alias = alias
-            self._observer.named(self, alias)
+            self._store.named(self, alias)
 
     def add_reader(self, reader: Reader) -> None:
         """*reader* follows from now on."""
@@ -250,7 +281,7 @@ class Stream:
         else:
             self.append(CHUNK, data=data, count=count, more=more)
 
-    def fast(self, shape: Shape | None = None) -> FastPath | None:
+    def fast(self, shape: Shape | None = None) -> Path | None:
         """The only reader's fast path, where that reader has passed all there is.
 
         Without a *shape* it is one for the provider's bytes, of which nothing is kept.
@@ -288,8 +319,8 @@ class Stream:
         for reader in tuple(self.readers):
             reader.poke()
         self.trim()
-        if self._observer is not None:
-            self._observer.finished(self)
+        if self._store is not None:
+            self._store.finished(self)
 
     def fail(self, error: AioserverError) -> None:
         """Append the last event: *error*, as both kinds of face show it."""
@@ -346,8 +377,8 @@ class Stream:
 
     def _grow(self, size: int) -> None:
         self.bytes += size
-        if self._observer is not None:
-            self._observer.grew(self, size)
+        if self._store is not None:
+            self._store.grew(self, size)
 
     def _let_go(self) -> None:
         passed = self.offset

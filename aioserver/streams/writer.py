@@ -5,7 +5,7 @@ keeps cursors into logs, not events; only control frames are queued, 64 of them.
 synchronous and is called from `Stream.append` itself, so that a token goes from the provider's
 socket to the client's without a task switch:
 
-    Stream.append → Follower.poke → Writer.pump → transport.write
+    Stream.append → Cursor.poke → Writer.pump → transport.write
 
 and most of them do not come here at all: where nothing else is to be done the writer opens a fast
 path for its stream (fastpath.py), and closes it before it writes anything else or stops.
@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 
 from aioserver.errors import ResumeGap
 from aioserver.limits.write_watchdog import StallWatch
-from aioserver.streams.cursor import Follower
+from aioserver.streams.cursor import Cursor
 from aioserver.streams.fast_path import Client, FastPath, Outbox, TextPath
 
 if TYPE_CHECKING:
@@ -44,9 +44,9 @@ KERNEL_WATCHES = hasattr(socket, "TCP_USER_TIMEOUT")  # what is left after the e
 
 
 class Writer:
-    """Writes what its followers have not seen, in as few writes as possible.
+    """Writes what its cursors have not seen, in as few writes as possible.
 
-    Always: nothing is written while blocked; a follower in `_ready` has something to take; once
+    Always: nothing is written while blocked; a cursor in `_ready` has something to take; once
     closed it follows nothing, so that no later append can reach the connection's next response.
     """
 
@@ -73,8 +73,8 @@ class Writer:
         self._head = head  # goes before the first write
         self._tail = tail  # goes with the end of a stream
         self._left = left
-        self._followers: dict[Follower, None] = {}
-        self._ready: dict[Follower, None] = {}
+        self._cursors: dict[Cursor, None] = {}
+        self._ready: dict[Cursor, None] = {}
         self._control: list[bytes] = []
         self._scheduled: asyncio.Handle | None = None
         self._draining: asyncio.Task[None] | None = None
@@ -102,7 +102,7 @@ class Writer:
     @property
     def following(self) -> int:
         """How many streams are followed."""
-        return len(self._followers)
+        return len(self._cursors)
 
     def follow(
         self,
@@ -111,8 +111,8 @@ class Writer:
         look: Format,
         *,
         queued: Callable[[int, float], bytes] | None = None,
-        finished: Callable[[Follower], None] = lambda _follower: None,
-    ) -> Follower:
+        finished: Callable[[Cursor], None] = lambda _cursor: None,
+    ) -> Cursor:
         """Write what *stream* has behind event *after*, and what will come.
 
         *look*: how they are written; *finished* is called when the last event was written. A writer
@@ -121,54 +121,54 @@ class Writer:
         Raises:
             ResumeGap: see `Stream.locate`.
         """
-        follower = Follower(self, stream, after, look, queued, finished)
+        cursor = Cursor(self, stream, after, look, queued, finished)
         if self._closed:
-            follower.gone = True
+            cursor.gone = True
             self._loop.call_soon(self._left, stream)  # not before the face has told of its reader
-            return follower
-        stream.add_reader(follower)
-        self._followers[follower] = None
+            return cursor
+        stream.add_reader(cursor)
+        self._cursors[cursor] = None
         self._close_path()
-        if follower.at < stream.offset + len(stream.entries) or stream.ended:
-            self._ready[follower] = None
+        if cursor.at < stream.offset + len(stream.entries) or stream.ended:
+            self._ready[cursor] = None
             self._schedule()
-        return follower
+        return cursor
 
-    def unfollow(self, follower: Follower) -> None:
+    def unfollow(self, cursor: Cursor) -> None:
         """Stop reading; the stream learns that it has a reader less."""
-        if follower.gone:
+        if cursor.gone:
             return
-        follower.gone = True
+        cursor.gone = True
         self._close_path()
         if self._draining is not None:
-            follower.stuck(self._blocked_at)
-        self._followers.pop(follower, None)
-        self._ready.pop(follower, None)
-        stream = follower.stream
-        stream.remove_reader(follower)
+            cursor.stuck(self._blocked_at)
+        self._cursors.pop(cursor, None)
+        self._ready.pop(cursor, None)
+        stream = cursor.stream
+        stream.remove_reader(cursor)
         if stream.ended:
             stream.trim()
         self._left(stream)
 
     def write_now(self, data: bytes) -> bool:
-        """Write *data*, the next bytes of the only follower, unless something must go before it."""
-        if self._ready or self._draining is not None or self._closed or len(self._followers) != 1:
+        """Write *data*, the next bytes of the only cursor, unless something must go before it."""
+        if self._ready or self._draining is not None or self._closed or len(self._cursors) != 1:
             return False
         self._write(data)
         return True
 
-    def fast(self, follower: Follower, shape: Shape | None) -> FastPath | None:
-        """The fast path of *follower*, the only one here, if nothing is in its way."""
-        if self._ready or self._draining is not None or self._closed or len(self._followers) != 1:
+    def fast(self, cursor: Cursor, shape: Shape | None) -> FastPath | None:
+        """The fast path of *cursor*, the only one here, if nothing is in its way."""
+        if self._ready or self._draining is not None or self._closed or len(self._cursors) != 1:
             return None
         path = self._path
-        if path is None or path.follower is not follower or path.shape is not shape:
-            path = self._path = self._new_path(follower, shape)
+        if path is None or path.cursor is not cursor or path.shape is not shape:
+            path = self._path = self._new_path(cursor, shape)
         if path is not None:
             path.open = True
         return path
 
-    def _new_path(self, follower: Follower, shape: Shape | None) -> FastPath | None:
+    def _new_path(self, cursor: Cursor, shape: Shape | None) -> FastPath | None:
         client = Client(
             self._transport,
             self._outbox,
@@ -178,23 +178,23 @@ class Writer:
             self._chunked,
         )
         if shape is not None:
-            text = follower.look.text
-            return TextPath(follower, client, shape, text) if text is not None else None
-        return FastPath(follower, client) if self._chunked else None
+            text = cursor.look.text
+            return TextPath(cursor, client, shape, text) if text is not None else None
+        return FastPath(cursor, client) if self._chunked else None
 
-    def poke(self, follower: Follower) -> None:
-        """*follower* has something to write."""
-        if self._ready or self._draining is not None or self._closed or len(self._followers) != 1:
-            self._ready[follower] = None
+    def poke(self, cursor: Cursor) -> None:
+        """*cursor* has something to write."""
+        if self._ready or self._draining is not None or self._closed or len(self._cursors) != 1:
+            self._ready[cursor] = None
             if self._draining is not None:
-                if follower.stream.ended:  # its request is counted now, its client still stuck
-                    follower.stuck(self._blocked_at)
+                if cursor.stream.ended:  # its request is counted now, its client still stuck
+                    cursor.stuck(self._blocked_at)
             elif not self._closed:
                 self._schedule()
-        elif data := follower.newest():
+        elif data := cursor.newest():
             self._write(data)
         else:
-            self._ready[follower] = None
+            self._ready[cursor] = None
             self.pump()
 
     def send(self, data: bytes) -> None:
@@ -221,30 +221,30 @@ class Writer:
         while (ready or self._control) and self._draining is None and not self._closed:
             parts, self._control = self._control, []
             room = TURN_BYTES
-            ended: list[Follower] = []
-            for follower in list(ready):
+            ended: list[Cursor] = []
+            for cursor in list(ready):
                 have = len(parts)
-                follower.waited(now, self._blocked_until)
+                cursor.waited(now, self._blocked_until)
                 try:
-                    caught_up = follower.take(parts, room)
+                    caught_up = cursor.take(parts, room)
                 except ResumeGap:
                     self.abort("reader fell behind")
                     return
-                del ready[follower]
+                del ready[cursor]
                 if not caught_up:
-                    ready[follower] = None  # at the end of the line: the others' turn
-                elif follower.stream.ended:
-                    ended.append(follower)
+                    ready[cursor] = None  # at the end of the line: the others' turn
+                elif cursor.stream.ended:
+                    ended.append(cursor)
                 room -= sum(map(len, parts[have:]))
                 if room <= 0:
                     break
             data = parts[0] if len(parts) == 1 else b"".join(parts)
             if data or ended:
                 self._write(data, self._tail if ended else b"")
-            for follower in ended:
-                if not follower.gone:
-                    self.unfollow(follower)
-                    follower.finished(follower)
+            for cursor in ended:
+                if not cursor.gone:
+                    self.unfollow(cursor)
+                    cursor.finished(cursor)
 
     async def flush(self) -> None:
         """Wait until all that is ready was handed to the transport, or the writer is closed."""
@@ -277,8 +277,8 @@ class Writer:
         if self._closed:
             return
         self._closed = True
-        for follower in list(self._followers):
-            self.unfollow(follower)
+        for cursor in list(self._cursors):
+            self.unfollow(cursor)
         self._ready.clear()
         self._control.clear()
         if self._scheduled is not None:
@@ -346,8 +346,8 @@ class Writer:
                 self._watch.stop()
                 self._watch = None
             self._blocked_until = monotonic()
-            for follower in self._followers:
-                follower.stuck(self._blocked_at)
+            for cursor in self._cursors:
+                cursor.stuck(self._blocked_at)
         if not self._closed:
             self.pump()
 

@@ -22,7 +22,7 @@ from tests.house import until
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from aioserver.streams.cursor import Follower
+    from aioserver.streams.cursor import Cursor
     from aioserver.streams.entries import Entry
     from aioserver.streams.stream import Stream
 
@@ -120,10 +120,10 @@ class Client:
         assert entry.frames is not None
         return b"".join(_text(frame) for frame in entry.frames[skip:])
 
-    def follow(self, stream: Stream, after: int = 0) -> Follower:
-        def finished(follower: Follower) -> None:
-            assert follower.gone
-            self.ended.append(follower.stream)
+    def follow(self, stream: Stream, after: int = 0) -> Cursor:
+        def finished(cursor: Cursor) -> None:
+            assert cursor.gone
+            self.ended.append(cursor.stream)
 
         return self.writer.follow(
             stream,
@@ -540,13 +540,13 @@ async def test_who_follows_on_a_closed_writer_is_no_reader_for_ever() -> None:
         stream = stream_of()
         one.writer.close()
 
-        follower = one.follow(stream)
+        cursor = one.follow(stream)
 
-        assert follower.gone
+        assert cursor.gone
         assert stream.readers == []
         assert one.left == []  # not before the face has said that it reads
         await until(lambda: one.left == [stream])
-        one.writer.unfollow(follower)
+        one.writer.unfollow(cursor)
         say(stream, "a")
         assert one.socket.writes == []
 
@@ -554,13 +554,13 @@ async def test_who_follows_on_a_closed_writer_is_no_reader_for_ever() -> None:
 async def test_unfollow_ends_one_stream_and_not_the_others() -> None:
     async with client() as one:
         stream, other = stream_of(), stream_of("r2")
-        follower = one.follow(stream)
+        cursor = one.follow(stream)
         one.follow(other)
         say(stream, "a")
         say(other, "b")
 
-        one.writer.unfollow(follower)
-        one.writer.unfollow(follower)
+        one.writer.unfollow(cursor)
+        one.writer.unfollow(cursor)
         say(stream, "a")
         await ticks()
 
@@ -576,16 +576,14 @@ async def test_finished_may_unfollow_the_others_and_follow_anew() -> None:
         after.end(COMPLETE, {})
         ended: list[Stream] = []
 
-        def finished(follower: Follower) -> None:
-            ended.append(follower.stream)
-            if follower.stream is not after:
-                for other in followers:
+        def finished(cursor: Cursor) -> None:
+            ended.append(cursor.stream)
+            if cursor.stream is not after:
+                for other in cursors:
                     one.writer.unfollow(other)
                 one.writer.follow(after, 0, one.look, finished=finished)
 
-        followers = [
-            one.writer.follow(stream, 0, one.look, finished=finished) for stream in streams
-        ]
+        cursors = [one.writer.follow(stream, 0, one.look, finished=finished) for stream in streams]
         for stream in streams:
             stream.end(COMPLETE, {})
         await until(lambda: after in ended)
@@ -662,7 +660,7 @@ async def test_every_client_reads_every_answer_whole_in_order_or_is_dropped(run:
     async with client(slow=True) as one:
         streams = [stream_of(name, window=dice.choice((0.0, 30.0))) for name in "abcd"]
         expected = dict.fromkeys("abcd", 0)
-        followers = {stream: one.follow(stream) for stream in streams}
+        cursors = {stream: one.follow(stream) for stream in streams}
         for _ in range(400):
             stream = dice.choice(streams)
             match dice.choices(
@@ -679,11 +677,11 @@ async def test_every_client_reads_every_answer_whole_in_order_or_is_dropped(run:
                 case "send":
                     if one.socket.held <= HIGH:
                         one.writer.send(b"#")
-                case "again" if not followers[stream].gone and stream.window:
-                    old = followers[stream]
+                case "again" if not cursors[stream].gone and stream.window:
+                    old = cursors[stream]
                     if old.at < stream.offset + len(stream.entries):
                         continue  # only what it has seen: the test counts
-                    followers[stream] = one.follow(stream, stream.last)
+                    cursors[stream] = one.follow(stream, stream.last)
                     one.writer.unfollow(old)
                 case "tick":
                     await ticks()

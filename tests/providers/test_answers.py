@@ -24,7 +24,7 @@ from aioserver.streams.stream import Stream
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from aioserver.providers.exchange import Sink
+    from aioserver.providers.http1 import Sink
 
 
 def new_stream() -> Stream:

@@ -16,6 +16,7 @@ from aioserver.auth.callers import anonymous
 from aioserver.config import settings
 from aioserver.config.schema import Secret
 from aioserver.errors import InvalidRequest
+from aioserver.protocol.openai import Reading
 from aioserver.provider_errors import (
     ConnectError,
     ProviderAuthError,
@@ -31,9 +32,10 @@ from aioserver.provider_errors import (
     ProviderRefused,
     StaleConnection,
 )
+from aioserver.providers.attempt import Attempt
 from aioserver.providers.error_mapping import retry_after
 from aioserver.providers.provider import Provider
-from aioserver.providers.request import Ask
+from aioserver.providers.request import ANYONE, Answer, ProviderRequest
 from aioserver.providers.simulator.exchange import Behaviour
 from aioserver.providers.simulator.server import Simulator
 from aioserver.streams.entries import COMPLETE
@@ -84,15 +86,39 @@ def new_stream(window: float = 30.0) -> Stream:
     return Stream("r1", "anybody", window=window, max_bytes=1 << 22)
 
 
-def question(model: str = "m", *, streamed: bool = True, text: str = "Hello", **more: Any) -> Ask:
+def question(
+    model: str = "m",
+    *,
+    streamed: bool = True,
+    text: str = "Hello",
+    frames: bool = False,
+    caller: Caller = ANYONE,
+) -> ProviderRequest:
     body = {"model": model, "messages": [{"role": "user", "content": text}], "stream": streamed}
-    return Ask("chat/completions", lambda _: json.dumps(body).encode(), streamed, **more)
+    return ProviderRequest(
+        "chat/completions",
+        lambda _: json.dumps(body).encode(),
+        streamed=streamed,
+        caller=caller,
+        reading=Reading() if frames else None,
+    )
+
+
+async def fill_stream(provider: Provider, stream: Stream, request: ProviderRequest) -> None:
+    await provider.answer(Attempt(provider, request, stream))
 
 
 async def fill(provider: Provider, model: str = "m", **more: Any) -> Stream:
     stream = new_stream()
-    await provider.fill(stream, question(model, **more))
+    await fill_stream(provider, stream, question(model, **more))
     return stream
+
+
+async def call(provider: Provider, request: ProviderRequest) -> Answer:
+    attempt = Attempt(provider, request, None)
+    await provider.answer(attempt)
+    assert attempt.answer is not None
+    return attempt.answer
 
 
 def serving(answer: bytes = JSON) -> Any:
@@ -128,7 +154,7 @@ async def test_the_path_of_the_base_url_stays_in_front(path: str, expected: str)
         Played(play) as server,
         provider_at(f"http://127.0.0.1:{server.port}{path}") as provider,
     ):
-        await provider.call(question(streamed=False))
+        await call(provider, question(streamed=False))
 
     assert lines_of(requests[0])[0] == f"POST {expected} HTTP/1.1"
     assert f"Host: 127.0.0.1:{server.port}" in lines_of(requests[0])
@@ -145,7 +171,7 @@ async def test_the_key_is_sent_and_a_netrc_changes_nothing(
     monkeypatch.setenv("NETRC", str(netrc))
     play, requests = serving()
     async with Played(play) as server, provider_at(server.url, api_key=Secret("sk-1")) as provider:
-        await provider.call(question(streamed=False))
+        await call(provider, question(streamed=False))
 
     found = [line for line in lines_of(requests[0]) if line.lower().startswith("authorization")]
     assert found == ["Authorization: Bearer sk-1"]
@@ -165,8 +191,8 @@ async def test_configured_headers_replace_ours_whatever_their_case_but_not_the_f
         Played(play) as server,
         provider_at(server.url, api_key=Secret("sk-1"), headers=headers) as provider,
     ):
-        await provider.call(question(streamed=False))
-        await provider.call(question(streamed=False))
+        await call(provider, question(streamed=False))
+        await call(provider, question(streamed=False))
 
         assert server.accepted == 1
     head = requests[1].partition(b"\r\n\r\n")[0].decode("latin-1")
@@ -188,7 +214,7 @@ async def test_a_plain_proxy_gets_the_absolute_form_and_its_credentials(
         monkeypatch.delenv("NO_PROXY", raising=False)
         async with provider_at("http://provider.test:81/v1", api_key=Secret("sk-1")) as provider:
             for _ in range(2):
-                await provider.call(question(streamed=False))
+                await call(provider, question(streamed=False))
 
         assert proxy.accepted == 1
     for request in requests:
@@ -207,7 +233,7 @@ async def test_the_proxy_of_the_settings_comes_before_that_of_the_environment(
     async with Played(play) as proxy:
         address = f"http://127.0.0.1:{proxy.port}"
         async with provider_at("http://provider.test/v1", proxy=address) as provider:
-            await provider.call(question(streamed=False))
+            await call(provider, question(streamed=False))
 
     assert lines_of(requests[0])[0] == "POST http://provider.test/v1/chat/completions HTTP/1.1"
 
@@ -251,7 +277,9 @@ async def test_what_an_answer_means(
 ) -> None:
     async with provider_at(simulator.base_url) as provider:
         asked = question(model, streamed=streamed)
-        answering = provider.fill(new_stream(), asked) if streamed else provider.call(asked)
+        answering = (
+            fill_stream(provider, new_stream(), asked) if streamed else call(provider, asked)
+        )
         with pytest.raises(ProviderFault) as raised:
             await answering
 
@@ -262,7 +290,7 @@ async def test_what_an_answer_means(
 async def test_a_wrong_length_is_told_where_something_is_missing(simulator: Simulator) -> None:
     async with provider_at(simulator.base_url) as provider:
         with pytest.raises(ProviderDisconnected):
-            await provider.call(question("fault-wrong-length", streamed=False))
+            await call(provider, question("fault-wrong-length", streamed=False))
 
         # A stream has its [DONE] before the end that does not come: it is whole.
         assert (await fill(provider, "fault-wrong-length")).end_status == COMPLETE
@@ -309,7 +337,7 @@ async def test_how_long_a_5xx_wants_is_bounded_as_well() -> None:
     )
     async with Played(play) as server, provider_at(server.url) as provider:
         with pytest.raises(ProviderError) as raised:
-            await provider.call(question(streamed=False))
+            await call(provider, question(streamed=False))
 
     assert raised.value.retry_after == 120.0  # SDKs do not believe more
 
@@ -321,7 +349,7 @@ async def test_a_callers_word_does_not_use_up_the_quota() -> None:
         play, _ = serving(head % len(body) + body)
         async with Played(play) as server, provider_at(server.url) as provider:
             with pytest.raises(ProviderRateLimited):
-                await provider.call(question("insufficient_quota", streamed=False))
+                await call(provider, question("insufficient_quota", streamed=False))
 
 
 async def test_a_redirect_is_not_followed(simulator: Simulator) -> None:
@@ -332,7 +360,7 @@ async def test_a_redirect_is_not_followed(simulator: Simulator) -> None:
         there, _ = serving(redirect)
         async with Played(there) as server, provider_at(server.url) as provider:
             with pytest.raises(ProviderBadResponse):
-                await provider.call(question(streamed=False))
+                await call(provider, question(streamed=False))
 
     assert requests == []
 
@@ -343,7 +371,7 @@ async def test_an_answer_over_the_bound_is_refused() -> None:
     play, _ = serving(head % len(body) + body)
     async with Played(play) as server, provider_at(server.url) as provider:
         with pytest.raises(ProviderBadResponse, match="1048576"):
-            await provider.call(question(streamed=False))
+            await call(provider, question(streamed=False))
 
 
 async def test_only_harmless_headers_of_the_provider_pass() -> None:
@@ -354,7 +382,7 @@ async def test_only_harmless_headers_of_the_provider_pass() -> None:
     )
     play, _ = serving(head)
     async with Played(play) as server, provider_at(server.url) as provider:
-        answer = await provider.call(question(streamed=False))
+        answer = await call(provider, question(streamed=False))
 
     assert answer.headers == {"x-ratelimit-remaining-requests": "9", "openai-processing-ms": "12"}
 
@@ -364,7 +392,7 @@ async def test_a_response_that_has_failed_is_an_answer_and_passes() -> None:
     head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
     play, _ = serving(head % len(body) + body)
     async with Played(play) as server, provider_at(server.url) as provider:
-        assert (await provider.call(question(streamed=False))).body == body
+        assert (await call(provider, question(streamed=False))).body == body
 
 
 # What is taken and given back.
@@ -380,7 +408,7 @@ async def test_a_dead_kept_connection_is_repeated_once_and_nobody_sees_it(
             if streamed:
                 assert (await fill(provider, fault)).end_status == COMPLETE
             else:
-                assert (await provider.call(question(fault, streamed=False))).status == 200
+                assert (await call(provider, question(fault, streamed=False))).status == 200
             stats = simulator.stats()
             assert (stats.requests, stats.completed) == (number, number)
 
@@ -408,9 +436,9 @@ async def test_part_of_an_answer_on_a_kept_connection_is_not_repeated(part: byte
         await peer.send(part)
 
     async with Played(play) as server, provider_at(server.url) as provider:
-        await provider.call(question(streamed=False))
+        await call(provider, question(streamed=False))
         with pytest.raises(ProviderDisconnected) as raised:
-            await provider.call(question(streamed=False))
+            await call(provider, question(streamed=False))
 
         assert not isinstance(raised.value, StaleConnection)
         assert server.accepted == 1
@@ -427,7 +455,7 @@ async def test_a_fresh_connection_that_dies_is_not_repeated(simulator: Simulator
 async def test_leaving_in_the_middle_closes_the_connection_at_once(simulator: Simulator) -> None:
     async with provider_at(simulator.base_url) as provider:
         stream = new_stream()
-        task = asyncio.ensure_future(provider.fill(stream, question("fault-stall-3")))
+        task = asyncio.ensure_future(fill_stream(provider, stream, question("fault-stall-3")))
         await until(lambda: stream.answered)
 
         loop = asyncio.get_running_loop()
@@ -448,7 +476,7 @@ async def test_a_reader_slower_than_the_read_timeout_does_not_end_the_stream(
     async with provider_at(simulator.base_url, {"read_timeout": 0.4}) as provider:
         stream = new_stream()
         simulator.behaviour = Behaviour(ttft=0, interval=0.05, tokens=16)
-        await provider.fill(stream, question(frames=frames))
+        await fill_stream(provider, stream, question(frames=frames))
 
         assert stream.end_status == COMPLETE
 
@@ -478,7 +506,9 @@ async def test_a_connection_kept_for_a_request_that_cannot_be_written_is_closed(
         first = asyncio.ensure_future(fill(provider))
         await until(lambda: provider.stats().queue.inside == 1)
         second = asyncio.ensure_future(
-            provider.fill(new_stream(), Ask("chat/completions", refused, streamed=True))
+            fill_stream(
+                provider, new_stream(), ProviderRequest("chat/completions", refused, streamed=True)
+            )
         )
         await first
         with pytest.raises(InvalidRequest):
@@ -613,9 +643,9 @@ async def test_what_the_provider_says_is_left_lowers_the_pace(headers: bytes) ->
     head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n"
     play, played = serving(head + headers + b"\r\n{}")
     async with Played(play) as server, provider_at(server.url) as provider:
-        await provider.call(question(streamed=False))
+        await call(provider, question(streamed=False))
         with pytest.raises(ProviderPaced):
-            await provider.call(question(streamed=False))
+            await call(provider, question(streamed=False))
         assert provider.stats().pace.cooling > 50
     assert len(played) == 1
 
@@ -639,12 +669,12 @@ async def test_after_a_429_the_provider_is_left_alone(
     play, played = serving(head % (given, len(body)) + body)
     async with Played(play) as server, provider_at(server.url) as provider:
         with pytest.raises(ProviderRateLimited):
-            await provider.call(question(streamed=False))
+            await call(provider, question(streamed=False))
         low, high = seconds
         assert low - 0.5 <= provider.stats().pace.cooling <= high
         if low > 5:
             with pytest.raises(ProviderPaced):
-                await provider.call(question(streamed=False))
+                await call(provider, question(streamed=False))
             assert len(played) == 1
 
 
@@ -653,18 +683,14 @@ async def test_tokens_a_minute_are_expected_before_and_corrected_after(
 ) -> None:
     limits = {"tokens_per_minute": 6000, "queue_timeout": 3.0}
     async with provider_at(simulator.base_url, limits, max_tokens=100_000) as provider:
-        ask = question()
-        first = asyncio.create_task(provider.fill(new_stream(), ask))
+        first = asyncio.create_task(fill(provider))
         await asyncio.sleep(0)  # its first step takes its place; it may be over soon
         assert provider.stats().queue.inside == 1
         with pytest.raises(ProviderPaced):
             await fill(provider)  # a thousand seconds' tokens are expected to be on their way
-        await first
-        provider.ended(ask, None)  # as the router does: it were a few
+        await first  # they were a few
 
-        ask = question()
-        await provider.fill(new_stream(), ask)
-        provider.ended(ask, None)
+        await fill(provider)
 
 
 async def test_a_long_body_makes_others_wait_and_refuses_nobody() -> None:
@@ -674,12 +700,11 @@ async def test_a_long_body_makes_others_wait_and_refuses_nobody() -> None:
     limits = {"tokens_per_minute": 60_000, "queue_timeout": 120.0}
     async with Played(play) as server, provider_at(server.url, limits) as provider:
         ask = question(streamed=False, text="image" * 200_000)
-        first = asyncio.create_task(provider.call(ask))
+        first = asyncio.create_task(call(provider, ask))
         await asyncio.sleep(0)
-        second = asyncio.create_task(provider.call(question(streamed=False)))
+        second = asyncio.create_task(call(provider, question(streamed=False)))
         await until(lambda: second.done() or provider.stats().queue.waiting == 1)
         await first
-        provider.ended(ask, None)  # as the router does
 
         assert (await second).status == 200
 
@@ -690,8 +715,10 @@ async def test_who_has_waited_asks_for_the_model_of_now() -> None:
     async with Played(play) as server, provider_at(server.url, limits) as provider:
         held = provider._gate.try_enter()
         assert held is not None
-        ask = Ask("chat/completions", lambda given: given.model.encode(), streamed=False)
-        waiting = asyncio.create_task(provider.call(ask))
+        ask = ProviderRequest(
+            "chat/completions", lambda given: given.model.encode(), streamed=False
+        )
+        waiting = asyncio.create_task(call(provider, ask))
         await until(lambda: provider.stats().queue.waiting == 1)
 
         now = dataclasses.replace(provider.settings, model="new-model")
@@ -708,12 +735,12 @@ async def test_what_was_expected_is_settled_however_it_ends(
 ) -> None:
     limits = {"tokens_per_minute": 600}
     async with provider_at(simulator.base_url, limits, max_tokens=100_000) as provider:
-        ask = question()
-        ask.expected = 100_010
-        provider._pace.charge(ask.expected)
-        provider.ended(ask, fault or asyncio.CancelledError())
+        attempt = Attempt(provider, question(), None)
+        attempt.expected_tokens = 100_010
+        provider._pace.charge(attempt.expected_tokens)
+        provider._ended(attempt, fault or asyncio.CancelledError())
         assert provider.stats().pace.left > 0
-        assert ask.expected == 0
+        assert attempt.expected_tokens == 0
 
 
 def test_a_date_to_retry_after() -> None:
