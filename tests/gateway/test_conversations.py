@@ -239,7 +239,7 @@ def test_random_turns_stay_within_every_bound(name: str, run: int) -> None:
 
 
 def test_all_conversations_together_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("aioserver.conversations.MAX_KEPT_TOKENS", 100)
+    monkeypatch.setattr("aioserver.gateway.conversations.MAX_KEPT_TOKENS", 100)
     kept = Conversations(Context(), Persistence())
 
     for number in range(20):
