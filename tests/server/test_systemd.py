@@ -212,7 +212,7 @@ async def test_no_beat_comes_after_the_end(watching: Systemd) -> None:
 
 BLOCKED = """
 import asyncio, faulthandler, os, sys, time
-from aioserver.systemd import Notifier
+from aioserver.server.systemd import Notifier
 
 def blocked_for_ever():
     time.sleep(1000)
