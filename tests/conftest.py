@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
 import inspect
 from contextlib import AsyncExitStack
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import uvloop
 
-from tests.house import QUICK, House, running, until
+from tests.support.server import QUICK, House, running, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -39,6 +40,30 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     """Take what lives as long as the session out of the collector's sight: each test collects."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """End an async test in its own loop, shortly before pytest-timeout ends the process.
+
+    The traceback then shows the `await` that came to no end. An exception that pytest-timeout
+    raised in a signal handler would be lost: both loops log what a callback raises, and go on.
+    """
+    usual = float(config.getoption("timeout") or config.getini("timeout"))
+    for item in items:
+        if isinstance(item, pytest.Function) and inspect.iscoroutinefunction(item.obj):
+            marker = item.get_closest_marker("timeout")
+            item.obj = _bounded(item.obj, (marker.args[0] if marker else usual) * 0.9)
+
+
+def _bounded(
+    test: Callable[..., Awaitable[None]], seconds: float
+) -> Callable[..., Awaitable[None]]:
+    @functools.wraps(test)
+    async def bounded(*args: Any, **kwargs: Any) -> None:
+        async with asyncio.timeout(seconds):
+            await test(*args, **kwargs)
+
+    return bounded
 
 
 @pytest.fixture(autouse=True)

@@ -11,11 +11,11 @@ from tests.test_imports import MODULES
 WALL = {"time.time", "time.time_ns", "time.localtime", "time.gmtime", "datetime.now"}
 WALL |= {"datetime.utcnow", "datetime.today", "date.today"}
 SHOWN = {  # module: why it may know what time people have
-    "monitor": "the stamps of snapshots and incidents",
+    "monitoring.monitor": "the stamps of snapshots and incidents",
     "faces.ready": "the Date header",
-    "providers.verdict": "a Retry-After that is a date",
+    "providers.error_mapping": "a Retry-After that is a date",
     "providers.simulator.refusals": "it sends such a date",
-    "auth": "a session is older than the process",
+    "auth.callers": "a session is older than the process",
     "commands.top.screen": "the times of incidents",
     "providers.simulator.shapes": "`created` in OpenAI's objects",
 }

@@ -1,6 +1,6 @@
 """The backlog-configured site: listening, and what the kernel gave.
 
-Private names of aiohttp used here, guarded by `tests/test_listener.py`: `_runner`, `_server`, `_sock`,
+Private names of aiohttp used here, guarded by `tests/server/test_listener.py`: `_runner`, `_server`, `_sock`,
 `_backlog`.
 """
 

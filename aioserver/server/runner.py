@@ -8,7 +8,7 @@ What aiohttp does between a parsed request and its handler (to look for the rout
 matched, to build the middlewares around it) is a seventh of a request. It gives the same each time
 where a path has no parameters, so there it is done once: see `Direct`.
 
-Private names of aiohttp used here, guarded by `tests/test_runner.py`: `_make_server`, `_kwargs`,
+Private names of aiohttp used here, guarded by `tests/server/test_runner.py`: `_make_server`, `_kwargs`,
 `_waiter`, `_make_request`, `_match_info`.
 """
 

@@ -12,7 +12,8 @@ from playwright.async_api import expect
 
 from aioserver.faces import context
 from aioserver.providers.simulator.exchange import Behaviour
-from tests.browser.chatting import (
+from tests.support.chat import cancel, chat, to_end
+from tests.support.chat_page import (
     Told,
     answer,
     ask,
@@ -25,8 +26,7 @@ from tests.browser.chatting import (
     shows,
     status,
 )
-from tests.faces.talk import cancel, chat, to_end
-from tests.house import HTTP_CLIENT, QUICK, until
+from tests.support.server import HTTP_CLIENT, QUICK, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from playwright.async_api import Page, WebSocketRoute
 
     from aioserver.faces.websocket import Socket
-    from tests.house import House
+    from tests.support.server import House
 
     Make = Callable[..., Awaitable[House]]
 

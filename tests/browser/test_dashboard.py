@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from playwright.async_api import expect
 
-from tests.browser.stand import (
+from tests.support.dashboard import (
     CROWDED,
     QUEUEING,
     TOKEN,
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from playwright.async_api import Page
 
-    from tests.house import House
+    from tests.support.server import House
 
 DASH = "\u2013"
 

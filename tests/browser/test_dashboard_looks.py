@@ -11,7 +11,7 @@ import aiohttp
 import pytest
 from playwright.async_api import expect
 
-from tests.browser.stand import CROWDED, QUEUEING, Stand, card, opened, provider, standing
+from tests.support.dashboard import CROWDED, QUEUEING, Stand, card, opened, provider, standing
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

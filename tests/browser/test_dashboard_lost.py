@@ -9,8 +9,8 @@ import pytest
 from aiohttp import web
 from playwright.async_api import expect
 
-from tests.browser.stand import Stand, opened, shown, standing, verdict
-from tests.house import until
+from tests.support.dashboard import Stand, opened, shown, standing, verdict
+from tests.support.server import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

@@ -25,14 +25,14 @@ from aioserver.commands.bench.load import Plan, Run
 from aioserver.commands.bench.results import Results, Samples
 from aioserver.providers.breaker import FAILURES
 from aioserver.providers.simulator.exchange import Behaviour
-from tests.house import until
+from tests.support.server import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
     from aiohttp.typedefs import Handler
 
-    from tests.house import House
+    from tests.support.server import House
 
 FACES = ("websocket", "sse", "openai")
 STREAMS = "chat.websocket.concurrency"

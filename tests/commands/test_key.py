@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from aioserver.__main__ import cli
 from aioserver.auth.callers import Doors
-from tests.configs import load, small
+from tests.support.configurations import load, small
 
 if TYPE_CHECKING:
     from pathlib import Path

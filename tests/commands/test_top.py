@@ -20,12 +20,12 @@ from aioserver.commands import remote
 from aioserver.commands.top.feed import Feed, LostError, State
 from aioserver.commands.top.screen import picture
 from aioserver.commands.top.verdict import verdict
-from tests.house import until
+from tests.support.server import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from tests.house import House
+    from tests.support.server import House
 
 STATS: dict[str, Any] = {
     "time": 1764021000.123,

@@ -13,12 +13,12 @@ import pytest
 
 from aioserver.__main__ import cli
 from aioserver.config import Configuration
-from tests.deploy.tools import DEPLOY
+from tests.support.tools import DEPLOY
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from tests.house import House
+    from tests.support.server import House
 
 ROOT = Path(__file__).parents[2]
 

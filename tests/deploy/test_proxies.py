@@ -18,15 +18,15 @@ import pytest
 from yarl import URL
 
 from aioserver.providers.simulator.exchange import Behaviour
-from tests.deploy.proxy import KINDS, Proxy, running
-from tests.deploy.tools import DEPLOY, installed
-from tests.house import QUICK
+from tests.support.proxy import KINDS, Proxy, running
+from tests.support.server import QUICK
+from tests.support.tools import DEPLOY, installed
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
     from pathlib import Path
 
-    from tests.house import House
+    from tests.support.server import House
 
     Make = Callable[..., Awaitable[House]]
     Proxied = Callable[..., Awaitable[tuple[House, Proxy]]]

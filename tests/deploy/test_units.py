@@ -15,9 +15,9 @@ import pytest
 
 from aioserver.config import Configuration
 from aioserver.config.configuration import SHIPPED
-from tests.deploy.tools import DEPLOY, edited, installed
-from tests.house import configured
-from tests.process import Served, Systemd
+from tests.support.process import Served, Systemd
+from tests.support.server import configured
+from tests.support.tools import DEPLOY, edited, installed
 
 if TYPE_CHECKING:
     from pathlib import Path

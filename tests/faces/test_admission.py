@@ -14,14 +14,14 @@ from aiohttp import WSMsgType
 
 from aioserver.faces import admission, context, http, websocket
 from aioserver.providers.simulator.exchange import Behaviour
-from tests.faces.raw import CLOSE, TEXT, Raw, closing
-from tests.faces.talk import CHAT, chat, frames_of, to_end, until_status
-from tests.house import until
+from tests.support.chat import CHAT, chat, frames_of, to_end, until_status
+from tests.support.raw import CLOSE, TEXT, Raw, closing
+from tests.support.server import until
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from tests.house import House
+    from tests.support.server import House
 
     Make = Callable[..., Awaitable[House]]
 

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 import pytest
 
 from aioserver.faces import http
-from tests.faces.raw import Answer, Raw
-from tests.faces.talk import CHAT
+from tests.support.chat import CHAT
+from tests.support.raw import Answer, Raw
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from tests.house import House
+    from tests.support.server import House
 
     Make = Callable[..., Awaitable[House]]
 

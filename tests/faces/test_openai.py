@@ -13,14 +13,14 @@ import pytest
 from openai import AsyncOpenAI
 
 from aioserver.providers.simulator.exchange import Behaviour
-from tests.faces.raw import Raw
-from tests.faces.talk import CHAT
-from tests.house import HTTP_CLIENT, until
+from tests.support.chat import CHAT
+from tests.support.raw import Raw
+from tests.support.server import HTTP_CLIENT, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
-    from tests.house import House
+    from tests.support.server import House
 
     Make = Callable[..., Awaitable[House]]
 

@@ -12,11 +12,11 @@ from aiohttp.test_utils import make_mocked_request
 from aioserver.faces import ready
 from aioserver.faces.http import Request
 from aioserver.providers.simulator.exchange import Behaviour
-from tests.faces.raw import Raw
-from tests.faces.talk import CHAT
+from tests.support.chat import CHAT
+from tests.support.raw import Raw
 
 if TYPE_CHECKING:
-    from tests.house import House
+    from tests.support.server import House
 
 PATH = "/v1/chat/completions"
 STREAMED = {**CHAT, "stream": True}

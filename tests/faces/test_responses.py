@@ -11,13 +11,13 @@ from openai import AsyncOpenAI
 
 from aioserver.protocol.openai import final_response
 from aioserver.providers.simulator.exchange import Behaviour
-from tests.faces.raw import Raw
-from tests.house import until
+from tests.support.raw import Raw
+from tests.support.server import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
-    from tests.house import House
+    from tests.support.server import House
 
     Make = Callable[..., Awaitable[House]]
 

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from aioserver.providers.simulator.exchange import Behaviour
-from tests.faces.raw import Raw
-from tests.faces.talk import (
+from tests.support.chat import (
     big,
     cancel,
     chat,
@@ -23,12 +22,13 @@ from tests.faces.talk import (
     until_status,
     whole,
 )
-from tests.house import until
+from tests.support.raw import Raw
+from tests.support.server import until
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from tests.house import House
+    from tests.support.server import House
 
     Make = Callable[..., Awaitable[House]]
 

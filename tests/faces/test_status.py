@@ -16,15 +16,15 @@ from aioserver.faces import context
 from aioserver.monitoring import monitor
 from aioserver.protocol import eventstream
 from aioserver.providers.simulator.exchange import Behaviour
-from tests.faces.keyed import bearer, keys_of
-from tests.faces.raw import SMALL, Raw
-from tests.faces.talk import CHAT, chat, to_end
-from tests.house import block, until
+from tests.support.chat import CHAT, chat, to_end
+from tests.support.keys import bearer, keys_of
+from tests.support.raw import SMALL, Raw
+from tests.support.server import block, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
-    from tests.house import House
+    from tests.support.server import House
 
     Make = Callable[..., Awaitable[House]]
 

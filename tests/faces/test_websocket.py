@@ -12,8 +12,7 @@ from aiohttp import WSMsgType
 
 from aioserver.faces import websocket
 from aioserver.providers.simulator.exchange import Behaviour
-from tests.faces.raw import BINARY, CLOSE, PING, PONG, SMALL, TEXT, Raw, closing, masked
-from tests.faces.talk import (
+from tests.support.chat import (
     big,
     cancel,
     chat,
@@ -24,12 +23,13 @@ from tests.faces.talk import (
     until_status,
     whole,
 )
-from tests.house import until
+from tests.support.raw import BINARY, CLOSE, PING, PONG, SMALL, TEXT, Raw, closing, masked
+from tests.support.server import until
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from tests.house import House
+    from tests.support.server import House
 
     Make = Callable[..., Awaitable[House]]
 

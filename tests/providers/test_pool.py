@@ -27,8 +27,7 @@ from aioserver.provider_errors import (
 )
 from aioserver.providers.exchange import WireProtocol
 from aioserver.providers.pool import CappedConnector, Pool
-from tests.house import until
-from tests.providers.played import (
+from tests.support.scripted_provider import (
     LIMITS,
     OK,
     Got,
@@ -40,6 +39,7 @@ from tests.providers.played import (
     pooled,
     request,
 )
+from tests.support.server import until
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

@@ -40,8 +40,8 @@ from aioserver.providers.simulator.exchange import Behaviour
 from aioserver.providers.simulator.server import Simulator
 from aioserver.streams.entries import COMPLETE
 from aioserver.streams.stream import Stream
-from tests.house import until
-from tests.providers.played import LIMITS, Peer, Played
+from tests.support.scripted_provider import LIMITS, Peer, Played
+from tests.support.server import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

@@ -1,0 +1,398 @@
+"""Callers, and the pages that may connect."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aioserver.auth.callers import (
+    SESSION_SECONDS,
+    Caller,
+    Doors,
+    Keys,
+    Origins,
+    anonymous,
+    pepper_of,
+)
+from aioserver.config.schema import Secret
+from aioserver.config.settings import Auth, ClientKey
+from aioserver.errors import ConcurrencyExceeded, InvalidApiKey, OriginNotAllowed, SessionEnded
+from tests.support.configurations import load, small
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+LISTED = Origins(("http://localhost:8000", "https://Chat.Example/", "null"), credentials=True)
+NONE = Origins((), credentials=True)
+ANY = Origins(("*",), credentials=False)
+
+
+def test_all_clients_without_a_key_are_one_caller_in_lines_of_their_own() -> None:
+    one, two = anonymous("10.0.0.1"), anonymous("10.0.0.2")
+
+    assert one == two
+    assert hash(one) == hash(two)
+    assert one.line != two.line
+    assert anonymous(None) == one
+
+
+def test_a_user_has_its_own_line_and_is_the_same_caller() -> None:
+    caller = Caller("web", "web")
+
+    ann, bob = caller.on_behalf_of("ann"), caller.on_behalf_of("bob")
+
+    assert ann == bob == caller
+    assert len({caller.line, ann.line, bob.line}) == 3
+    assert ann.on_behalf_of(None) is ann
+
+
+def test_who_names_many_users_has_the_turns_of_one() -> None:
+    one = anonymous("10.0.0.1")
+
+    assert {one.on_behalf_of(user).turn for user in ("ann", "bob")} == {one.turn}
+    assert one.turn != anonymous("10.0.0.2").turn
+    assert Caller("web", "10.0.0.1").on_behalf_of("ann").turn == "web"
+
+
+@pytest.mark.parametrize("user", [None, "", 7, ["ann"], {"a": 1}, True])
+def test_what_names_no_user_changes_no_line(user: object) -> None:
+    caller = anonymous("10.0.0.1")
+
+    assert caller.on_behalf_of(user) is caller
+
+
+def test_a_user_of_a_megabyte_makes_a_short_line() -> None:
+    assert len(anonymous("").on_behalf_of("x" * 1_000_000).line) < 200
+
+
+# Origins.
+
+
+@pytest.mark.parametrize("origins", [LISTED, NONE, ANY])
+@pytest.mark.parametrize(
+    ("origin", "host"),
+    [
+        ("http://a.example", "a.example"),
+        ("https://a.example", "a.example"),
+        ("http://a.example:81", "a.example:81"),
+        ("http://A.example", "a.EXAMPLE"),
+        ("http://127.0.0.1:8000", "127.0.0.1:8000"),
+        ("http://[::1]:8000", "[::1]:8000"),
+    ],
+)
+def test_our_own_pages_always_may(origins: Origins, origin: str, host: str) -> None:
+    assert origins.allows(origin, host)
+    origins.check({"Origin": origin, "Host": host})
+
+
+@pytest.mark.parametrize(
+    ("origin", "allowed"),
+    [
+        ("http://localhost:8000", True),
+        ("http://localhost:8000/", True),
+        ("HTTP://LOCALHOST:8000", True),
+        ("https://chat.example", True),
+        ("null", True),
+        ("http://localhost", False),
+        ("https://localhost:8000", False),
+        ("http://localhost:8000.evil.example", False),
+        ("http://evil.example/http://localhost:8000", False),
+        ("http://chat.example", False),
+        ("https://a.chat.example", False),
+        ("", False),
+        ("*", False),
+    ],
+)
+def test_of_other_pages_only_those_listed_may(origin: str, allowed: bool) -> None:
+    assert LISTED.allows(origin, "other.example") is allowed
+    assert not NONE.allows(origin, "other.example")
+    assert ANY.allows(origin, "other.example")
+
+
+@pytest.mark.parametrize(
+    ("origin", "host"),
+    [
+        ("http://a.example", "a.example:81"),
+        ("http://a.example:81", "a.example"),
+        ("http://a.example", None),
+        ("http://a.example", ""),
+        ("null", ""),
+        ("", ""),
+        ("file://", ""),
+        ("http://user@a.example", "a.example"),
+        ("http://[", "["),
+        ("http://[::1", "[::1"),
+        ("http://a]b", "a]b"),
+    ],
+)
+def test_what_is_not_quite_our_own_page_may_not(origin: str, host: str | None) -> None:
+    assert not NONE.allows(origin, host)
+
+
+def test_who_sends_no_origin_is_no_browser() -> None:
+    NONE.check({"Host": "a.example"})
+
+
+def test_a_foreign_page_is_refused_before_the_upgrade() -> None:
+    with pytest.raises(OriginNotAllowed) as caught:
+        LISTED.check({"Origin": "http://evil.example", "Host": "a.example"})
+
+    assert caught.value.http_status == 403
+    assert "evil" not in caught.value.message
+
+
+@settings(deadline=None)
+@given(st.text(), st.none() | st.text())
+def test_any_header_is_an_answer_and_no_exception(origin: str, host: str | None) -> None:
+    assert NONE.allows(origin, host) in {True, False}
+    assert LISTED.cors({"Origin": origin, "Host": host or ""}) is not None
+
+
+@pytest.mark.parametrize(
+    ("origin", "trusted"),
+    [
+        ("http://own.example", True),
+        ("http://localhost:8000", False),
+        ("http://evil.example", False),
+        ("null", False),
+    ],
+)
+def test_any_origin_is_none_that_a_cookie_counts_from(origin: str, trusted: bool) -> None:
+    assert ANY.allows(origin, "own.example")
+    assert ANY.trusts(origin, "own.example") is trusted
+    assert LISTED.trusts("http://localhost:8000", "own.example")
+
+
+# CORS.
+
+
+def test_an_allowed_page_may_read_our_answers() -> None:
+    headers = {"Origin": "http://localhost:8000", "Host": "a.example"}
+
+    assert LISTED.cors(headers) == {
+        "Access-Control-Allow-Origin": "http://localhost:8000",
+        "Access-Control-Allow-Credentials": "true",
+        "Vary": "Origin",
+    }
+    assert ANY.cors(headers) == {
+        "Access-Control-Allow-Origin": "http://localhost:8000",
+        "Vary": "Origin",
+    }
+
+
+def test_a_foreign_page_may_not_and_caches_are_told() -> None:
+    assert LISTED.cors({"Origin": "http://evil.example", "Host": "a"}) == {"Vary": "Origin"}
+
+
+@pytest.mark.parametrize("origin", [None, "http://a\r\nSet-Cookie: b", "http://é.example", "\0"])
+def test_no_origin_and_no_honest_one_are_not_echoed(origin: str | None) -> None:
+    headers = {"Host": "a"} | ({} if origin is None else {"Origin": origin})
+
+    assert "Access-Control-Allow-Origin" not in ANY.cors(headers)
+
+
+# Keys.
+
+
+class WallClock:
+    def __init__(self) -> None:
+        self.now = 1_800_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def client(name: str, key: str | None = None, **limits: Any) -> ClientKey:
+    digest = hashlib.sha256((key or f"key of {name}").encode()).hexdigest()
+    return ClientKey(name=name, sha256=digest, **limits)
+
+
+def held(*given: ClientKey, clock: WallClock | None = None, pepper: bytes = b"p") -> Keys:
+    keys = Keys(pepper, clock or WallClock())
+    keys.apply(given)
+    return keys
+
+
+def test_a_key_is_its_caller_made_once() -> None:
+    keys = held(client("web", priority=7, admin=True), client("app"))
+
+    web, app = keys.caller(b"key of web"), keys.caller(b"key of app")
+
+    assert (web.name, web.priority, web.admin) == ("web", 7, True)
+    assert (app.name, app.priority, app.admin) == ("app", 1, False)
+    assert web != app
+    assert keys.caller(b"key of web") is web
+    assert web.on_behalf_of("ann").allowance is web.allowance
+
+
+@pytest.mark.parametrize("key", [b"", b"key of we", b"key of web ", b"KEY OF WEB", b"\xff" * 99])
+def test_what_is_nobodys_key_is_refused_and_not_shown(key: bytes) -> None:
+    with pytest.raises(InvalidApiKey) as caught:
+        held(client("web")).caller(key)
+
+    assert caught.value.message == "this API key is not known"
+
+
+def test_its_hash_is_no_key() -> None:
+    one = client("web")
+    assert one.sha256 is not None
+
+    for wrong in (one.sha256.encode(), bytes.fromhex(one.sha256), one.name.encode()):
+        with pytest.raises(InvalidApiKey):
+            held(one).caller(wrong)
+
+
+def test_a_change_tells_whose_key_is_gone_or_another() -> None:
+    keys = held(client("stays"), client("goes"), client("turns"))
+    stays, goes, turns = (keys.caller(f"key of {n}".encode()) for n in ("stays", "goes", "turns"))
+    assert stays.allowance is not None
+    stays.allowance.take()
+
+    gone = keys.apply([client("new"), client("turns", "other"), client("stays", max_concurrent=1)])
+
+    assert gone == {"goes", "turns"}
+    with pytest.raises(InvalidApiKey):
+        keys.caller(b"key of goes")
+    with pytest.raises(InvalidApiKey):
+        keys.caller(b"key of turns")
+    assert keys.caller(b"other").name == "turns"
+    assert keys.caller(b"key of new").name == "new"
+    assert keys.renewed(goes) is None
+    assert keys.renewed(turns) is None, "of the same name, and another key"
+    assert keys.renewed(stays) is keys.caller(b"key of stays")
+    with pytest.raises(ConcurrencyExceeded):
+        keys.caller(b"key of stays").allowance.take()  # type: ignore[union-attr]
+    for caller in (goes, turns):
+        with pytest.raises(InvalidApiKey):
+            caller.allowance.take()  # type: ignore[union-attr]
+
+
+# Sessions.
+
+
+def test_a_session_is_its_key_for_twelve_hours() -> None:
+    clock = WallClock()
+    keys = held(client("a.b-c"), clock=clock)
+    session = keys.session(keys.caller(b"key of a.b-c"))
+
+    clock.now += SESSION_SECONDS - 1
+    assert keys.resumed(session).name == "a.b-c"
+    clock.now += 1
+    with pytest.raises(SessionEnded) as caught:
+        keys.resumed(session)
+
+    assert caught.value.code == "invalid_api_key"
+
+
+def test_a_session_lives_through_a_restart_and_in_every_worker() -> None:
+    first, second = held(client("web")), held(client("web"), client("more"))
+
+    session = first.session(first.caller(b"key of web"))
+
+    assert second.resumed(session).name == "web"
+
+
+def test_a_session_dies_with_its_key() -> None:
+    keys = held(client("web"))
+    session = keys.session(keys.caller(b"key of web"))
+
+    for others in ([client("web", "another key")], [client("app", "key of web")], []):
+        keys.apply(others)
+        with pytest.raises(SessionEnded):
+            keys.resumed(session)
+    keys.apply([client("web")])
+    assert keys.resumed(session).name == "web"
+
+
+def test_the_hashes_in_a_file_make_no_session() -> None:
+    thief, server = held(client("web"), pepper=b""), held(client("web"), pepper=b"secret")
+
+    with pytest.raises(SessionEnded):
+        server.resumed(thief.session(thief.caller(b"key of web")))
+
+
+def test_a_session_cannot_be_changed() -> None:
+    keys = held(client("web"), client("root", admin=True))
+    session = keys.session(keys.caller(b"key of web"))
+    name, expiry, mac = session.rsplit(".", 2)
+    later = str(int(expiry) + 1)
+
+    for forged in (
+        f"root.{expiry}.{mac}",
+        f"{name}.{later}.{mac}",
+        f"{name}.{expiry}.{mac[:-1]}",
+        f"{name}.{expiry}.{mac.upper()}",
+        f"{name}.{expiry}.",
+        f"{name}.{expiry}",
+        f"{name}..{mac}",
+        f"{name}.{expiry}.{mac}.{mac}",
+        f"{name}.+{expiry}.{mac}",
+        f"{name}. {expiry}.{mac}",
+        f"{name}.{'9' * 5000}.{mac}",
+        f"{name}.\u0661.{mac}",
+        f"{name}.{expiry}.\udcff\ud800",
+        "",
+        ".",
+        "..",
+    ):
+        with pytest.raises(SessionEnded):
+            keys.resumed(forged)
+
+
+@settings(deadline=None)
+@given(st.text())
+def test_any_session_is_an_answer_and_no_other_exception(session: str) -> None:
+    with pytest.raises(SessionEnded):
+        held(client("web")).resumed(session)
+
+
+def test_the_pepper_is_of_the_providers_keys(tmp_path: Path) -> None:
+    text = small("base_url: http://h/v1", "api_key_env: K")
+    file = tmp_path / "c.yaml"
+
+    one, other, none = (
+        pepper_of(load(text, file, K=key).settings.llm) for key in ("one", "other", "")
+    )
+
+    assert len({one, other, none}) == 3
+    assert pepper_of(load(text, file, K="one").settings.llm) == one
+    assert Secret("one").reveal().encode() not in one
+
+
+# Doors.
+
+
+def test_without_keys_the_names_of_this_machine_are_the_door() -> None:
+    for given_auth in (None, Auth(), Auth(allowed_hosts=("chat.example",))):
+        doors = Doors(given_auth)
+
+        assert not doors.keyed
+        assert doors.hosts is not None
+        assert doors.hosts.allows("localhost")
+        assert doors.hosts.allows("chat.example") is bool(given_auth and given_auth.allowed_hosts)
+
+
+def test_with_keys_or_an_open_door_any_name_is_answered() -> None:
+    assert Doors(Auth(open=True)).hosts is None
+    assert not Doors(Auth(open=True)).keyed
+    assert Doors(Auth(keys=(client("web"),))).hosts is None
+
+
+def test_where_keys_come_who_has_none_may_no_longer() -> None:
+    doors = Doors()
+    nobody = anonymous("10.0.0.1")
+    assert doors.renewed(nobody) is nobody
+
+    assert doors.apply(Auth(keys=(client("web"),))) == {""}
+    assert doors.renewed(nobody) is None
+    web = doors.keys.caller(b"key of web")
+    assert doors.renewed(web) is web
+
+    assert doors.apply(None) == {"web"}
+    assert doors.renewed(nobody) is nobody
+    assert doors.renewed(web) is None
+    assert doors.apply(None) == frozenset()

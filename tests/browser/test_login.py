@@ -1,0 +1,250 @@
+"""The form that asks for a key: one is let in with the right one, told what is wrong, and out again."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from typing import TYPE_CHECKING
+
+import pytest
+from playwright.async_api import expect
+
+from aioserver.auth import guard
+from aioserver.faces import context
+from aioserver.providers.simulator.exchange import Behaviour
+from tests.support.chat_page import answer, ask, connected, is_now
+from tests.support.keys import COOKIE, auth_of, key_of, keys_of
+from tests.support.server import until
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+
+    from playwright.async_api import Locator, Page
+
+    from tests.support.server import House
+
+    Make = Callable[..., Awaitable[House]]
+
+LOST = re.compile("Connecting|No contact")
+ENDLESS = Behaviour(ttft=0, interval=0.02, tokens=100_000)
+
+
+def form(page: Page) -> Locator:
+    return page.get_by_role("dialog")
+
+
+def key(page: Page) -> Locator:
+    return form(page).get_by_label("Key")
+
+
+def fault(page: Page) -> Locator:
+    return form(page).get_by_role("alert")
+
+
+async def enter_key(page: Page, name: str) -> None:
+    await key(page).fill(key_of(name))
+    await key(page).press("Enter")
+
+
+async def watches(page: Page, house: House) -> None:
+    """Wait until the dashboard is fed; what it says of a busy machine is not of interest."""
+    await expect(page.locator("#board")).to_be_visible()
+    await until(lambda: len(house.app[context.MONITOR]._watchers) == 1)
+    await expect(page.locator("#verdict-word")).not_to_have_text(LOST)
+    await expect(page.locator("body")).not_to_have_class("stale")
+
+
+@contextlib.asynccontextmanager
+async def unwatched(page: Page) -> AsyncIterator[Page]:
+    """A page of its own browser window: Chromium reports each 401 as an error of the page."""
+    assert page.context.browser is not None
+    context = await page.context.browser.new_context(viewport={"width": 1280, "height": 800})
+    try:
+        yield await context.new_page()
+    finally:
+        await context.close()
+
+
+async def test_a_house_without_keys_asks_for_none(make_house: Make, page: Page) -> None:
+    house = await make_house()
+    await page.goto(house.base + "/")
+    await connected(page)
+    await expect(form(page)).to_have_count(0)
+    await expect(page.get_by_role("button", name="Log out")).to_be_hidden()
+    await page.goto(house.base + "/dashboard")
+    await watches(page, house)
+    await expect(form(page)).to_have_count(0)
+    await expect(page.get_by_role("button", name="Log out")).to_be_hidden()
+
+
+async def test_one_chats_with_a_key_and_logs_out(make_house: Make, page: Page) -> None:
+    house = await make_house(**keys_of("web"))
+    await page.goto(house.base + "/")
+
+    await expect(form(page)).to_be_visible()
+    await expect(key(page)).to_be_focused()
+    await enter_key(page, "web")
+    await expect(form(page)).to_have_count(0)
+    await connected(page)
+    await ask(page, "Hello")
+    await is_now(page, "complete")
+    (cookie,) = await page.context.cookies()
+    assert (cookie["name"], cookie["httpOnly"], cookie["sameSite"]) == (COOKIE, True, "Strict")
+    assert COOKIE not in str(await page.evaluate("document.cookie"))
+    stored = await page.evaluate("JSON.stringify([{...localStorage}, {...sessionStorage}])")
+    assert key_of("web") not in stored + page.url + await page.content()
+
+    await page.reload()
+    await connected(page)  # the cookie is enough
+    await ask(page, "Hello again")
+    await is_now(page, "complete")
+    await page.get_by_role("button", name="Log out").click()
+    await expect(form(page)).to_be_visible()
+    await until(lambda: not house.app[context.SOCKETS])
+    assert await page.context.cookies() == []
+    await enter_key(page, "web")
+    await connected(page)
+    await ask(page, "Once more")
+    await is_now(page, "complete")
+
+
+async def test_a_wrong_key_says_so_and_there_is_no_way_around(
+    make_house: Make, page: Page
+) -> None:
+    house = await make_house(**keys_of("web"))
+    async with unwatched(page) as mine:
+        await mine.goto(house.base + "/")
+        await enter_key(mine, "nobody")
+
+        await expect(fault(mine)).to_have_text("This key is not known here.")
+        await expect(key(mine)).to_be_focused()
+        for _ in range(3):
+            await mine.keyboard.press("Escape")
+        await expect(form(mine)).to_be_visible()
+        await form(mine).get_by_role("button", name="Enter").click()
+        await expect(fault(mine)).to_have_text("This key is not known here.")
+        assert not house.app[context.SOCKETS]
+        await enter_key(mine, "web")
+        await connected(mine)
+
+
+async def test_an_empty_key_is_not_sent(make_house: Make, page: Page) -> None:
+    house = await make_house(**keys_of("web"))
+    await page.goto(house.base + "/")
+    await expect(form(page)).to_be_visible()
+
+    await form(page).get_by_role("button", name="Enter").click()
+
+    await expect(form(page)).to_be_visible()
+    assert house.app[context.METRICS].auth_failures["missing_key"].value == 0
+
+
+async def test_the_dashboard_wants_an_admins_key(make_house: Make, page: Page) -> None:
+    house = await make_house(**keys_of("web", "root"))
+    await page.goto(house.base + "/dashboard")
+    await expect(form(page)).to_be_visible()
+    await expect(page).to_have_title("Key wanted · aioserver dashboard")
+
+    await enter_key(page, "web")
+    await expect(fault(page)).to_have_text(
+        "This key may chat, but not watch: this page wants an admin key."
+    )
+    await page.reload()  # the session of `web` is there, and is not enough
+    await expect(fault(page)).to_contain_text("wants an admin key")
+    await enter_key(page, "root")
+
+    await expect(form(page)).to_have_count(0)
+    await watches(page, house)
+    await page.get_by_role("button", name="Log out").click()
+    await expect(form(page)).to_be_visible()
+    await until(lambda: not house.app[context.MONITOR]._watchers)
+    await enter_key(page, "root")
+    await watches(page, house)
+
+
+async def test_one_log_in_is_enough_for_all_windows(make_house: Make, page: Page) -> None:
+    house = await make_house(**keys_of("root"))
+    other = await page.context.new_page()
+    await other.goto(house.base + "/dashboard")
+    await expect(form(other)).to_be_visible()
+    await page.goto(house.base + "/")
+    await enter_key(page, "root")
+    await connected(page)
+
+    # A window behind another is not hidden in a headless browser: tell it that it is seen again.
+    await other.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+
+    await expect(form(other)).to_have_count(0)
+    await watches(other, house)
+
+
+async def test_a_revoked_key_asks_for_another(make_house: Make, page: Page) -> None:
+    house = await make_house(ENDLESS, **keys_of("web"))
+    await page.goto(house.base + "/")
+    await enter_key(page, "web")
+    await connected(page)
+    await ask(page, "Hello")
+    await is_now(page, "running")
+
+    await guard.change(house.app, auth_of("other"))
+
+    await expect(form(page)).to_be_visible()
+    await enter_key(page, "other")
+    await connected(page)
+    await is_now(page, "failed")
+    await expect(answer(page).locator(".fault")).to_contain_text("Your key was withdrawn")
+
+
+async def test_a_revoked_watcher_is_asked_for_another(make_house: Make, page: Page) -> None:
+    house = await make_house(**keys_of("root"))
+    await page.goto(house.base + "/dashboard")
+    await enter_key(page, "root")
+    await watches(page, house)
+
+    await guard.change(house.app, auth_of("web"))
+    await expect(form(page)).to_be_visible()
+
+    await guard.change(house.app, auth_of("root"))
+    await enter_key(page, "root")
+    await watches(page, house)
+
+
+@pytest.mark.parametrize("path", ["/", "/dashboard"])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+async def test_the_form_hides_what_is_behind_it_and_fits_a_phone(
+    make_house: Make, page: Page, path: str, scheme: str
+) -> None:
+    house = await make_house(**keys_of("web"))
+    await page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+    await page.set_viewport_size({"width": 360, "height": 640})
+    await page.goto(house.base + path)
+    await expect(form(page)).to_be_visible()
+
+    box = await form(page).bounding_box()
+    assert box is not None
+    assert box["x"] >= 0
+    assert box["x"] + box["width"] <= 360
+    backdrop = await page.evaluate(
+        "getComputedStyle(document.getElementById('door'), '::backdrop').backgroundColor"
+    )
+    assert re.fullmatch(r"rgb\(\d+, \d+, \d+\)", backdrop), "opaque"
+    contrast = await page.evaluate(
+        """() => {
+          const light = (color) => {
+            const [r, g, b] = color.match(/[\\d.]+/g).map((part) => {
+              const share = part / 255;
+              return share <= 0.04045 ? share / 12.92 : ((share + 0.055) / 1.055) ** 2.4;
+            });
+            return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+          };
+          const dialog = document.getElementById("door");
+          const pairs = [[dialog, "h2"], [dialog, "#door-hint"], [dialog, "label"], [dialog, "#door-fault"]];
+          const ratio = (over, under) => {
+            const [a, b] = [light(getComputedStyle(over).color), light(getComputedStyle(under).backgroundColor)];
+            return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+          };
+          const button = dialog.querySelector("button");
+          return Math.min(ratio(button, button), ...pairs.map(([under, name]) => ratio(dialog.querySelector(name), under)));
+        }"""
+    )
+    assert contrast >= 4.5

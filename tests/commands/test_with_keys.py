@@ -1,0 +1,89 @@
+"""`bench` and `top` against a house that wants keys."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import aiohttp
+import pytest
+
+from aioserver.commands import remote
+from aioserver.commands.bench.clients import Question
+from aioserver.commands.bench.load import Plan, Run
+from aioserver.commands.top.feed import Feed, State
+from tests.support.keys import key_of, keys_of
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from tests.support.server import House
+
+    Make = Callable[..., Awaitable[House]]
+
+
+def plan(house: House, face: str, key: str | None) -> Plan:
+    question = Question(prompt="Hello")
+    return Plan(
+        url=house.base, question=question, face=face, clients=2, requests=2, timeout=20.0, key=key
+    )
+
+
+@pytest.mark.parametrize("face", ["websocket", "sse", "openai"])
+@pytest.mark.parametrize("name", ["web", "root"])
+async def test_a_bench_with_a_key_is_whole(make_house: Make, face: str, name: str) -> None:
+    house = await make_house(**keys_of("web", "root"))
+    run = Run(plan(house, face, key_of(name)))
+
+    await run.to_the_end(asyncio.Event())
+
+    report = run.report()
+    assert report["complete"]
+    assert report["requests"]["ok"] == 4
+
+
+@pytest.mark.parametrize("face", ["websocket", "sse", "openai"])
+async def test_a_bench_meets_the_keys_own_limit(make_house: Make, face: str) -> None:
+    house = await make_house(**keys_of("web", requests_per_minute=3))
+    run = Run(plan(house, face, key_of("web")))
+
+    await run.to_the_end(asyncio.Event())
+
+    report = run.report()
+    assert report["requests"]["ok"] == 3
+    assert report["limit"]["code"] == "rate_limit_exceeded"
+    assert "this client's own rate limit was met" in report["limit"]["text"]
+
+
+@pytest.mark.parametrize("face", ["websocket", "sse", "openai"])
+@pytest.mark.parametrize("key", [None, "aio-nobody"])
+async def test_a_bench_that_is_not_let_in_is_not_whole(
+    make_house: Make, face: str, key: str | None
+) -> None:
+    house = await make_house(**keys_of("web"))
+    run = Run(plan(house, face, key))
+
+    await run.to_the_end(asyncio.Event())
+
+    report = run.report()
+    code = "invalid_api_key" if key else "missing_api_key"
+    assert not report["complete"]
+    assert report["incomplete"] == {"http_401" if face == "websocket" else code: 4}
+
+
+async def test_top_wants_an_admins_key(make_house: Make) -> None:
+    house = await make_house(**keys_of("web", "root"))
+    for key, said in (
+        (None, "wants an API key"),
+        ("aio-nobody", "this API key is not known"),
+        (key_of("web"), "it is no admin key"),
+    ):
+        async with remote.session(key) as session:
+            with pytest.raises(remote.Unreachable, match=said):
+                await Feed(session, State(house.base), 1.0, lambda: None).first()
+    state = State(house.base)
+    async with remote.session(key_of("root")) as session:
+        await Feed(session, state, 1.0, lambda: None).first()
+    assert isinstance(session, aiohttp.ClientSession)
+    assert state.stats is not None
+    assert state.stats["name"] == "aioserver"

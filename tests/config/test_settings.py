@@ -1,0 +1,419 @@
+# ruff: noqa: RUF009 - setting() and group() are dataclasses.field()
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given as drawn
+from hypothesis import strategies as st
+
+from aioserver.config import settings, validators
+from aioserver.config.schema import (
+    FAULTY,
+    Check,
+    Faults,
+    group,
+    not_enforced,
+    plain,
+    section,
+    setting,
+)
+from aioserver.config.settings import SETTINGS, ClientKey, HttpClient, Provider, Settings
+from aioserver.config.validators import TAKEN
+from tests.support.configurations import ANY_MACHINE
+
+ORIGINAL = Path(__file__).parents[1] / "support" / "original.yaml"
+CLIENT = {
+    "max_connections": 50,
+    "max_keepalive": 20,
+    "keepalive_expiry": 30.0,
+    "connect_timeout": 10.0,
+    "read_timeout": 60.0,
+    "write_timeout": 10.0,
+    "pool_timeout": 5.0,
+    "requests_per_minute": 3500,
+    "concurrent_requests": 25,
+    "max_retries": 3,
+    "backoff_factor": 0.5,
+}
+
+
+def original() -> dict[str, Any]:
+    data: dict[str, Any] = yaml.safe_load(ORIGINAL.read_text())
+    return data
+
+
+def changed(**values: Any) -> dict[str, Any]:
+    """The original with `a__b=value` put at a.b."""
+    data = original()
+    for path, value in values.items():
+        *above, last = path.split("__")
+        node = data
+        for step in above:
+            node = node.setdefault(step, {})
+        node[last] = value
+    return data
+
+
+def faults(check: Check, value: Any) -> dict[str, str]:
+    """Path and message of each fault of *value*."""
+    with pytest.raises(Faults) as caught:
+        check(value)
+    return {".".join(map(str, exc.path)): exc.error_message for exc in caught.value.errors}
+
+
+def test_the_original_becomes_settings() -> None:
+    made: Settings = SETTINGS(original())
+
+    assert made.chat.websocket.concurrency.uvicorn.backlog == 2048
+    assert made.chat.service.repository.persistence.retention_policy == "token_limit"
+    assert made.llm.providers["groq"].http_client.read_timeout == 90.0
+    assert made.logging.format == "console"
+
+
+@pytest.mark.parametrize("cls", [HttpClient, settings.Concurrency, settings.Uvicorn])
+def test_what_the_original_requires_is_required(cls: type[Any]) -> None:
+    added = {"queue_size", "queue_timeout", "tokens_per_minute", "max_body_bytes"}
+    names = {field.name for field in dataclasses.fields(cls)} - added
+
+    assert faults(section(cls), {}) == dict.fromkeys(names, "required key is missing")
+
+
+def test_what_the_original_lacks_has_the_contracts_default() -> None:
+    made: Settings = SETTINGS(original())
+    websocket = made.chat.websocket
+
+    assert websocket.concurrency.queue_timeout == 0.0
+    assert websocket.concurrency.max_body_bytes == 268435456
+    assert (websocket.idle_timeout, websocket.shutdown_timeout, websocket.drain_delay) == (
+        0,
+        30,
+        0,
+    )
+    assert made.chat.sse.endpoint == "/sse/chat"
+    assert plain(made.chat.streams) == {
+        "resume_window": 30.0,
+        "max_stream_bytes": 4194304,
+        "max_kept_bytes": 268435456,
+        "max_detached": 100,
+        "max_response_bytes": 67108864,
+        "send_timeout": 10.0,
+    }
+    assert made.auth is None
+    assert plain(made.cluster) == {"redis_url": None, "name": "aioserver"}
+
+
+def test_queue_of_a_provider_follows_its_other_limits() -> None:
+    client: HttpClient = section(HttpClient)(CLIENT)
+
+    assert (client.queue_size, client.queue_timeout) == (250, 60.0)
+    assert client.tokens_per_minute == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "where", "why"),
+    [
+        (
+            {"connection_queue_size": 99},
+            "connection_queue_size",
+            ">= max_connections (100), not 99",
+        ),
+        (
+            {"uvicorn__backlog": 499},
+            "uvicorn.backlog",
+            ">= connection_queue_size (500), not 499",
+        ),
+        ({"uvicorn__workers": 101}, "uvicorn.workers", "<= max_connections (100), not 101"),
+        ({"max_connections": 0}, "max_connections", "at least 1"),
+    ],
+)
+def test_places_queue_and_backlog_grow_outwards(
+    change: dict[str, Any], where: str, why: str
+) -> None:
+    data = changed(**{f"chat__websocket__concurrency__{key}": it for key, it in change.items()})
+
+    found = faults(SETTINGS, data)
+
+    assert why in found[f"chat.websocket.concurrency.{where}"]
+
+
+@pytest.mark.parametrize("key", ["max_keepalive", "concurrent_requests"])
+def test_a_pool_is_never_smaller_than_what_it_serves(key: str) -> None:
+    found = faults(section(HttpClient), {**CLIENT, key: 51})
+
+    assert found == {key: "must be <= max_connections (50), not 51"}
+
+
+def test_equal_limits_are_allowed() -> None:
+    made = section(HttpClient)({**CLIENT, "max_keepalive": 50, "concurrent_requests": 50})
+
+    assert made.max_keepalive == made.max_connections
+
+
+def test_workers_must_be_able_to_share_out_every_provider() -> None:
+    data = changed(chat__websocket__concurrency__uvicorn__workers=16)
+
+    assert list(faults(SETTINGS, data)) == ["llm.providers.groq.http_client.concurrent_requests"]
+
+
+def test_rules_are_checked_although_other_keys_are_faulty() -> None:
+    data = changed(
+        chat__websocket__concurrency__uvicorn__backlog=1,
+        chat__websocket__concurrency__uvicorn__workers="two",
+        chat__websocket__concurrency__max_body_bytes=None,
+        chat__websocket__port=True,
+        llm__active="nobody",
+        llm__providers__groq__model=3,
+        llm__providers__openai__http_client__max_keepalive=51,
+    )
+
+    assert sorted(faults(SETTINGS, data)) == [
+        "chat.websocket.concurrency.max_body_bytes",
+        "chat.websocket.concurrency.uvicorn.backlog",
+        "chat.websocket.concurrency.uvicorn.workers",
+        "chat.websocket.port",
+        "llm.active",
+        "llm.providers.groq.model",
+        "llm.providers.openai.http_client.max_keepalive",
+    ]
+
+
+def test_a_faulty_value_breaks_no_rule() -> None:
+    assert not FAULTY < 1
+    assert not FAULTY < 1
+    assert "anything" in FAULTY
+    assert list(FAULTY.whatever(1)[2] * 3) == []
+    assert 10 * FAULTY is FAULTY
+    assert repr(FAULTY) == "<faulty>"
+
+
+def test_the_nearest_known_key_is_the_hint() -> None:
+    found = faults(section(HttpClient), {**CLIENT, "max_retrys": 1, "zzz": 1})
+
+    assert found["max_retrys"] == "unknown key (did you mean max_retries?)"
+    assert found["zzz"].startswith("unknown key (known: max_connections, ")
+
+
+def test_a_section_of_comments_is_an_empty_one() -> None:
+    assert SETTINGS(changed(chat__streams=None)) == SETTINGS(original())
+
+
+@pytest.mark.parametrize("value", [1, "text", [], True])
+def test_a_section_is_a_mapping(value: object) -> None:
+    found = faults(SETTINGS, changed(chat__service=value, llm__providers=value))
+
+    assert found["chat.service"].startswith("expected a section of keys, not ")
+    assert found["llm.providers"].startswith("expected a section of keys, not ")
+
+
+def test_a_provider_is_remote_or_simulated() -> None:
+    check = section(Provider)
+    provider = {"model": "m", "http_client": CLIENT}
+
+    assert faults(check, provider) == {"base_url": "required key is missing"}
+    assert list(faults(check, {**provider, "base_url": "http://h", "simulated": True})) == [
+        "simulated"
+    ]
+    assert check({**provider, "simulated": True}).base_url == ""
+
+
+def test_what_a_provider_may_leave_out_is_not_sent() -> None:
+    made: Provider = section(Provider)({"model": "m", "simulated": True, "http_client": CLIENT})
+
+    assert (made.temperature, made.max_tokens, made.top_p, made.choice_index) == (None,) * 3 + (0,)
+    assert (made.models, made.headers, made.proxy, made.ca_file) == ((), {}, None, None)
+
+
+@pytest.mark.parametrize(
+    ("keys", "variable", "missing"),
+    [
+        ({}, "OPENAI_API_KEY", "OPENAI_API_KEY"),
+        ({"api_key_env": "MINE"}, "MINE", "MINE"),
+        ({"api_key_file": "key"}, None, "key"),
+        ({"api_key": "sk"}, None, None),
+    ],
+)
+def test_a_known_name_brings_its_variable(
+    keys: dict[str, str], variable: str | None, missing: str | None
+) -> None:
+    made: Provider = section(Provider)(
+        {"model": "m", "base_url": "http://h", "http_client": CLIENT, **keys}
+    )
+    named = dataclasses.replace(made, name="openai", api_key_env=made.variable("openai"))
+
+    assert made.variable("openai") == variable
+    assert named.missing_key == missing
+    assert named.usable is (missing is None)
+    assert made.variable("mine") == keys.get("api_key_env")
+
+
+def test_fallbacks_are_providers() -> None:
+    found = faults(SETTINGS, changed(llm__fallbacks=["groq", "x"]))
+
+    assert found == {"llm.fallbacks.1": "is not among llm.providers (openai, groq, openrouter)"}
+
+
+def test_names_of_providers_and_headers_are_checked_with_their_values() -> None:
+    provider = {"model": 1, "simulated": True, "http_client": CLIENT, "headers": {"a b": 1}}
+
+    found = faults(SETTINGS, changed(**{"llm__providers__a/b": provider}))
+
+    assert "llm.providers.a/b" in found
+    assert "llm.providers.a/b.model" in found
+    assert "llm.providers.a/b.headers.a b" in found
+
+
+def test_both_faces_need_a_path_of_their_own() -> None:
+    assert list(faults(SETTINGS, changed(chat__sse={"endpoint": "/ws/chat"}))) == [
+        "chat.sse.endpoint"
+    ]
+
+
+@pytest.mark.parametrize("path", sorted(TAKEN))
+def test_no_face_can_have_the_path_of_something_else(path: str) -> None:
+    for face in ("websocket", "sse"):
+        found = faults(SETTINGS, changed(**{f"chat__{face}__endpoint": path}))
+
+        assert list(found) == [f"chat.{face}.endpoint"]
+        assert "that nothing else is found by" in found[f"chat.{face}.endpoint"]
+
+
+def test_keys_of_callers_are_named_once_and_come_from_one_place() -> None:
+    one = {"name": "web", "sha256": "0" * 64}
+    keys = [one, one, {"name": "c"}, {**one, "name": "d", "key_env": "D"}]
+
+    found = faults(SETTINGS, changed(auth={"keys": keys, "open": True}))
+
+    assert found == {
+        "auth.keys.1.name": "another key has this name",
+        "auth.keys.2": "needs one of key_env, key_file, sha256",
+        "auth.keys.3": "needs one of key_env, key_file, sha256",
+        "auth.open": "cannot be open and have keys",
+    }
+
+
+def test_a_caller_has_the_limits_of_the_contract() -> None:
+    made: ClientKey = section(ClientKey)({"name": "web", "sha256": "0" * 64})
+
+    assert (made.max_concurrent, made.requests_per_minute) == (20, 300)
+    assert (made.priority, made.admin) == (1, False)
+
+
+def test_no_secret_is_in_the_text_of_settings() -> None:
+    data = changed(
+        llm__providers__openai__api_key="canary",
+        llm__providers__openai__headers={"Authorization": "canary"},
+        llm__providers__openai__proxy="http://me:canary@canary@proxy",
+        cluster={"redis_url": "redis://:canary@host?password=canary"},
+        auth={"keys": [{"name": "web", "sha256": "ca" * 32}]},
+    )
+
+    made: Settings = SETTINGS(data)
+
+    assert "canary" not in repr(made)
+    assert "canary" not in str(plain(made))
+    assert "caca" not in repr(made) + str(plain(made))
+    assert plain(made)["cluster"]["redis_url"] == "redis://***@host?***"
+
+
+def test_settings_are_values() -> None:
+    made: Settings = SETTINGS(original())
+
+    assert made == SETTINGS(original())
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        made.chat.websocket.port = 1  # type: ignore[misc]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    limit: int = setting(validators.count, "", 1, later=True)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Whole:
+    now: int = setting(validators.count, "", 1)
+    later: int = setting(validators.count, "", later=True, neutral=5)
+    part: Part = group(Part)
+    parts: dict[str, Part] = setting(validators.mapped(validators.label, section(Part)), "", {})
+    listed: tuple[str, ...] = setting(validators.listed(validators.line), "", (), later=True)
+
+
+@pytest.mark.parametrize(
+    ("given", "asked"),
+    [
+        ({"later": 5}, []),
+        ({"later": 5, "now": 7}, []),
+        ({"later": 4, "listed": ["a"]}, ["later", "listed"]),
+        ({"later": 5, "part": {"limit": 2}}, ["part.limit"]),
+        (
+            {"later": 5, "parts": {"a": {}, "b": {"limit": 2}, "c": {"limit": 3}}},
+            ["parts.*.limit"],
+        ),
+    ],
+)
+def test_only_what_asks_for_something_is_said_to_be_not_enforced(
+    given: dict[str, Any], asked: list[str]
+) -> None:
+    assert list(not_enforced(section(Whole)(given))) == asked
+
+
+def test_the_table_has_a_row_for_every_setting() -> None:
+    table = settings.table()
+    rows = [line.split(" | ") for line in table.splitlines()]
+
+    assert table.startswith("| key | type | default | meaning |\n| --- |")
+    assert len({row[0] for row in rows}) == len(rows)
+    assert all(row[1] and row[2] and row[3].strip(" |") for row in rows)
+    assert "| `chat.websocket.port` | port | `8000` |" in table
+    assert "| `llm.providers.<name>.http_client.queue_size` |" in table
+    assert "| `auth.keys[].name` |" in table
+
+
+@ANY_MACHINE
+@drawn(
+    st.fixed_dictionaries(
+        {
+            "max_connections": st.integers(1, 9),
+            "max_keepalive": st.integers(0, 9),
+            "concurrent_requests": st.integers(1, 9),
+        }
+    )
+)
+def test_a_pool_is_accepted_just_when_its_rules_hold(numbers: dict[str, int]) -> None:
+    holds = numbers["max_connections"] >= max(
+        numbers["max_keepalive"], numbers["concurrent_requests"]
+    )
+    try:
+        made = section(HttpClient)({**CLIENT, **numbers})
+    except Faults:
+        assert not holds
+    else:
+        assert holds
+        assert {key: getattr(made, key) for key in numbers} == numbers
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=10,
+)
+
+
+@ANY_MACHINE
+@drawn(
+    path=st.sampled_from([row.split("`")[1] for row in settings.table().splitlines()[2:]]),
+    it=ANYTHING,
+)
+def test_any_value_anywhere_is_accepted_or_a_fault(path: str, it: object) -> None:
+    plain_path = path.replace("<name>", "groq").replace("keys[]", "keys")
+    data = changed(**{plain_path.replace(".", "__"): it}) if "keys" not in path else original()
+    try:
+        made = SETTINGS(data)
+    except Faults:
+        return
+
+    assert isinstance(made, Settings)

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from aioserver.config import Configuration
+from aioserver.config.configuration import SHIPPED
+from tests.config.test_settings import ORIGINAL
+from tests.support.configurations import load, refused, small
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "c.yaml"
+
+
+def test_an_active_provider_without_its_key_says_what_to_set() -> None:
+    shipped = Configuration.load(SHIPPED, environ={"AIOSERVER__LLM__ACTIVE": "openai"})
+    original = Configuration.load(ORIGINAL, environ={})
+
+    assert refused(shipped.check_usable) == [
+        "AIOSERVER__LLM__ACTIVE llm.active: openai is active but OPENAI_API_KEY is not set; set it, or set llm.active: demo"
+    ]
+    (found,) = refused(original.check_usable)
+    assert ":80:3 llm.active: openai is active but OPENAI_API_KEY is not set; " in found
+    assert "llm.active: demo" in found
+
+
+def test_a_fallback_without_its_key_is_refused() -> None:
+    environ = {"AIOSERVER__LLM__FALLBACKS": "[local, groq]"}
+
+    assert refused(Configuration.load(SHIPPED, environ=environ).check_usable) == [
+        "AIOSERVER__LLM__FALLBACKS llm.fallbacks[1]: groq is a fallback but GROQ_API_KEY is not set; set it, or take groq out"
+    ]
+
+
+def test_a_missing_key_file_of_the_active_provider_is_named(file: Path) -> None:
+    configuration = load(small("base_url: http://h", "api_key_file: gone.key"), file)
+
+    (found,) = refused(configuration.check_usable)
+    assert "mine is active but gone.key is not there" in found
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST", "127.0.0.1", "127.9.9.9", "::1"])
+def test_a_loopback_address_needs_no_keys(host: str, file: Path) -> None:
+    load(small(), file, AIOSERVER__CHAT__WEBSOCKET__HOST=host).check_usable()
+
+
+@pytest.mark.parametrize(
+    "host", ["0.0.0.0", "::", "192.168.1.2", "chat.example", "127.0.0.1.example"]
+)
+def test_an_open_address_needs_keys_or_a_word(host: str, file: Path) -> None:
+    environ = {"AIOSERVER__CHAT__WEBSOCKET__HOST": host}
+
+    (found,) = refused(load(small(), file, **environ).check_usable)
+
+    assert f"{host} is open to others" in found
+    assert "open: true" in found
+    assert "aioserver key NAME" in found
+    assert refused(load(small() + "auth:\n", file, **environ).check_usable) == [found]
+    load(small() + "auth: {open: true}\n", file, **environ).check_usable()
+    keys = small() + "auth: {keys: [{name: a, key_env: A}]}\n"
+    load(keys, file, A="x", **environ).check_usable()
+    assert refused(load(small() + "auth: {keys: []}\n", file, **environ).check_usable) == [found]
+
+
+def test_every_reason_not_to_serve_is_said_at_once(file: Path) -> None:
+    text = small("base_url: http://h", "api_key_env: A")
+
+    assert len(refused(load(text, file, AIOSERVER__CHAT__WEBSOCKET__HOST="::").check_usable)) == 2
+
+
+def test_an_open_door_and_any_origin_are_warned_of(file: Path) -> None:
+    text = small() + "auth: {open: true}\n"
+
+    warnings = load(text, file, AIOSERVER__CHAT__WEBSOCKET__ALLOW_ORIGINS="['*']").warnings
+
+    assert [warning.split(" ", 1)[1].split(":")[0] for warning in warnings] == [
+        "chat.websocket.allow_origins",
+        "auth.open",
+    ]

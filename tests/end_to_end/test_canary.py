@@ -1,0 +1,154 @@
+"""A key, a session and a prompt are in no log, no metric, no state, no page and no error."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from aioserver.auth import guard
+from aioserver.faces import context
+from aioserver.providers.simulator.exchange import Behaviour
+from aioserver.telemetry.logs import ConsoleFormatter, JsonFormatter
+from tests.support.chat import cancel, chat, resume, to_end, until_status
+from tests.support.keys import COOKIE, auth_of, bearer, cookie, keys_of, log_in
+from tests.support.raw import Raw
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from tests.support.server import House
+
+    Make = Callable[..., Awaitable[House]]
+
+KEY, PROMPT = "CANARYKEY", "CANARYPROMPT"
+NAME = f"app-{KEY}"  # the caller's name is no secret: what is looked for is its key, made of it
+
+
+class Heard:
+    """Everything that the house has said to others than who asked."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    async def take(self, house: House, method: str, path: str, **given: Any) -> None:
+        async with house.session.request(method, house.base + path, **given) as response:
+            self.texts.append(f"{response.headers} {await response.text()}")
+        house.session.cookie_jar.clear()
+
+
+@pytest.fixture
+def logged(caplog: pytest.LogCaptureFixture) -> Callable[[], str]:
+    """All that was logged from INFO on, as both formats write it."""
+    caplog.set_level(logging.INFO)
+    formats = (JsonFormatter("aioserver", ""), ConsoleFormatter())
+    return lambda: "\n".join(each.format(record) for each in formats for record in caplog.records)
+
+
+async def tried_out(house: House, heard: Heard, session: str, secret: str) -> None:
+    """Questions on every face, well and badly; the answers themselves are the caller's own."""
+    mine, prompt = {"Authorization": f"Bearer {secret}"}, {"role": "user", "content": PROMPT}
+    offer = ("aioserver", f"aioserver.key.{secret}")
+    for given in ({"headers": mine}, {"headers": cookie(session)}, {"protocols": offer}):
+        async with house.connect(**given) as ws:
+            await ws.send_json(chat("r", PROMPT, conversation_id="c"))
+            await until_status(ws, "processing")
+            await ws.send_json(cancel("r"))
+            await to_end(ws, "r")
+            await ws.send_json(chat("r", f"{PROMPT} other"))
+            await ws.send_json(resume("r", 999))
+            await ws.send_str(f'{{"action": "{PROMPT}"')
+            await ws.send_json({"action": PROMPT, "request_id": "x", "payload": {"text": PROMPT}})
+            await ws.send_json(chat("y", PROMPT, model=f"nobody/{PROMPT[:6]}"))
+            for _ in range(5):
+                heard.texts.append(str(await ws.receive_json(timeout=20)))
+    for body in (
+        {"messages": [prompt], "stream": True},
+        {"messages": [prompt]},
+        {"messages": PROMPT, "stream": PROMPT},
+        {"messages": [prompt], "model": 7},
+    ):
+        async with house.session.post(
+            f"{house.v1}/chat/completions", json=body, headers=mine
+        ) as response:
+            text = await response.text()
+            if response.status != 200:
+                heard.texts.append(text)
+    for data in (f'{{"messages": "{PROMPT}', f"[{PROMPT}]"):
+        await heard.take(
+            house,
+            "POST",
+            "/v1/chat/completions",
+            data=data,
+            headers={**mine, "Content-Type": "application/json"},
+        )
+
+
+async def turned_away(house: House, heard: Heard, session: str) -> None:
+    """Every way not to be let in, with the canary as the key."""
+    wrong = [
+        {"Authorization": f"Bearer {KEY}"},
+        {"Authorization": f"Basic {KEY}"},
+        {"Authorization": KEY},
+        {"Cookie": f"{COOKIE}={KEY}.1.{KEY}"},
+        {"Cookie": f"{COOKIE}={session}x"},
+        {"Sec-WebSocket-Protocol": f"aioserver, aioserver.key.{KEY}"},
+        {"Sec-WebSocket-Protocol": f"aioserver.key.{KEY}"},
+        {"Origin": "https://evil.example", **cookie(session)},
+    ]
+    for headers in wrong:
+        for path in ("/v1/models", "/ws/chat", "/stats", "/session", "/"):
+            await heard.take(house, "GET", path, headers=headers)
+    for body in ({"key": KEY}, {"key": [KEY]}, {KEY: 1}, [KEY], KEY):
+        await heard.take(house, "POST", "/session", json=body)
+    async with Raw(house) as raw:
+        await raw.send(
+            f"GET / HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\x00\r\n\r\n".encode()
+        )
+        heard.texts.append(repr(await raw.to_the_end()))
+
+
+@pytest.mark.parametrize(
+    "behaviour",
+    [
+        Behaviour(ttft=0, interval=0.001),
+        Behaviour(ttft=0, interval=0, cut_after=3),
+        Behaviour(fail_rate=1.0, fail_status=500),
+        Behaviour(fail_rate=1.0, fail_status=401),
+    ],
+)
+async def test_a_key_and_a_prompt_are_heard_by_nobody_else(
+    make_house: Make, behaviour: Behaviour, logged: Callable[[], str]
+) -> None:
+    house = await make_house(
+        behaviour, **keys_of("root", NAME), **{"logging.level": "INFO", "auth.allowed_hosts": []}
+    )
+    heard = Heard()
+    secret = bearer(NAME)["Authorization"].removeprefix("Bearer ")
+    session = await log_in(house, NAME)
+
+    await tried_out(house, heard, session, secret)
+    await turned_away(house, heard, session)
+    await house.nothing_held()
+    house.app[context.MONITOR].tick()
+    async with house.session.get(f"{house.base}/events", headers=bearer("root")) as response:
+        heard.texts.append((await response.content.readuntil(b"event: stats\n")).decode())
+    for path in ("/", "/dashboard", "/health", "/ready", "/session", "/stats", "/metrics"):
+        await heard.take(house, "GET", path, headers=bearer("root"))
+    house.app[context.MONITOR].tick()
+    await guard.change(house.app, auth_of("root"))
+    await heard.take(house, "GET", "/stats", headers={"Authorization": f"Bearer {secret}"})
+
+    log, everything = logged(), "\n".join(heard.texts)
+    digest = hashlib.sha256(secret.encode()).hexdigest()
+    assert "request finished" in log
+    assert "access refused" in log
+    assert f'"caller":"{NAME}"' in log, "by its name it is known"
+    for canary in (secret, secret.removeprefix("aio-" + NAME), session, digest):
+        assert canary not in log
+        assert canary not in everything
+    for canary in (KEY, PROMPT):
+        assert canary not in log.replace(NAME, "")
+        assert canary not in everything.replace(NAME, "")

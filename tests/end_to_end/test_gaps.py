@@ -1,0 +1,228 @@
+"""Whose fault a gap is: the provider's, ours, or that of a client that takes nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from aioserver.faces import context
+from aioserver.providers.simulator.exchange import Behaviour
+from aioserver.streams.entries import COMPLETE
+from aioserver.telemetry.counters import SHORT, Histogram
+from aioserver.telemetry.loop_lag import EVERY, LoopLag
+from aioserver.telemetry.request_log import Record
+from tests.streams.test_writer import BIG, client, say, stream_of
+from tests.support.chat import CHAT
+from tests.support.server import House, block, until
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterator
+
+    Make = Callable[..., Awaitable[House]]
+
+PAUSE = 0.25  # seconds between two tokens of the provider
+BLOCK = 0.6  # that the loop is blocked
+
+
+class Loop:
+    """A loop whose time is set by hand."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.due = 0.0
+        self.call: Callable[[], None] = lambda: None
+
+    def time(self) -> float:
+        return self.now
+
+    def call_at(self, when: float, call: Callable[[], None]) -> Any:
+        self.due, self.call = when, call
+        return None
+
+    def go(self, late: float) -> None:
+        """To the next look, which is so many seconds late."""
+        self.now = self.due + late
+        self.call()
+
+
+@pytest.fixture
+def loop() -> Loop:
+    return Loop()
+
+
+@pytest.fixture
+def lag(loop: Loop) -> LoopLag:
+    given: Any = loop
+    return LoopLag(given, Histogram(SHORT))
+
+
+def test_a_late_look_tells_when_the_loop_was_late(loop: Loop, lag: LoopLag) -> None:
+    loop.go(0.0)
+    due = loop.due
+    loop.go(0.5)
+
+    assert lag.within(0.0, 1e9) == pytest.approx(0.5)
+    assert lag.within(due + 0.2, 1e9) == pytest.approx(0.3)
+    assert lag.within(0.0, due + 0.2) == pytest.approx(0.2)
+    assert lag.within(due - 1.0, due) == lag.within(due + 0.5, due + 9.0) == 0.0
+    assert lag.longest(0.0) == pytest.approx(0.5)
+    assert lag.longest(due + 0.4) == pytest.approx(0.1)
+    assert lag.longest(due + 0.5) == 0.0
+
+
+def test_late_moments_add_up_and_small_ones_do_not_count(loop: Loop, lag: LoopLag) -> None:
+    for late in (0.2, 0.001, 0.3, 0.0):
+        loop.go(late)
+
+    assert lag.within(0.0, 1e9) == pytest.approx(0.5)
+    assert lag.longest(0.0) == pytest.approx(0.3)
+    mean, most = lag.take()
+    assert (round(mean, 6), round(most, 6)) == (0.12525, 0.3)
+    assert lag.take() == (0.0, 0.0)
+    assert loop.due == pytest.approx(loop.now + EVERY)
+
+
+def test_the_longest_silence_is_kept() -> None:
+    record = Record()
+
+    assert [record.silent(*gap) for gap in ((1.0, 1.5), (1.5, 4.0), (4.0, 5.0))] == [0.5, 2.5, 2.5]
+    assert record.silent_until == 4.0
+
+
+@pytest.fixture
+def finished(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], list[dict[str, Any]]]]:
+    """The fields of the log lines of finished requests."""
+    with caplog.at_level(logging.INFO, logger="aioserver.requests"):
+        yield lambda: [
+            getattr(line, "fields")  # noqa: B009 - the type checker knows no such attribute
+            for line in caplog.records
+            if line.getMessage() == "request finished"
+        ]
+
+
+async def ask(house: House, face: str) -> None:
+    """One streamed answer, read to its end."""
+    if face == "websocket":
+        async with house.connect() as ws:
+            await ws.send_json({"action": "chat", "request_id": "r", "payload": {"text": "Hello"}})
+            while (await ws.receive_json())["status"] != "complete":
+                pass
+        return
+    url, body = {
+        "sse": (house.sse, {"request_id": "r", "text": "Hello"}),
+        "openai": (f"{house.v1}/chat/completions", {**CHAT, "stream": True}),
+    }[face]
+    async with house.session.post(url, json=body) as response:
+        await response.read()
+
+
+@pytest.mark.parametrize("face", ["websocket", "sse", "openai"])
+async def test_a_provider_that_pauses_is_told_as_its_gap(
+    face: str, make_house: Make, finished: Callable[[], list[dict[str, Any]]]
+) -> None:
+    # Takes a second: the pauses are what is measured.
+    house = await make_house(Behaviour(ttft=0, interval=PAUSE, tokens=4))
+
+    await ask(house, face)
+    await until(lambda: len(finished()) == 1)
+
+    (fields,) = finished()
+    # What this loop was late meanwhile, on a busy machine, is taken out of it.
+    assert fields["provider_gap_ms"] + fields.get("our_gap_ms", 0.0) >= PAUSE * 900
+    assert fields["provider_gap_ms"] >= PAUSE * 300
+    assert "client_gap_ms" not in fields
+    house.app[context.MONITOR].tick()
+    stats = house.app[context.MONITOR].snapshot
+    assert stats["providers"]["sim"]["silence"]["p99"] >= PAUSE * 0.3
+    assert stats["delay"]["ours"]["count"] == stats["delay"]["client"]["count"] == 1
+
+
+@pytest.mark.parametrize("face", ["websocket", "openai"])
+async def test_a_loop_that_was_blocked_is_our_gap_and_not_the_providers(
+    face: str, make_house: Make, finished: Callable[[], list[dict[str, Any]]]
+) -> None:
+    # Takes a second: that long the loop is blocked.
+    house = await make_house(Behaviour(ttft=0, interval=0.005, tokens=40))
+    asking = asyncio.create_task(ask(house, face))
+    await until(lambda: house.provider.meter.events > 5)
+
+    block(BLOCK)
+    await asking
+    await until(lambda: len(finished()) == 1)
+
+    (fields,) = finished()
+    assert fields["our_gap_ms"] >= (BLOCK - EVERY) * 900
+    assert fields.get("provider_gap_ms", 0.0) < (BLOCK - EVERY) * 900
+
+
+async def test_a_client_that_takes_nothing_is_the_clients_gap() -> None:
+    async with client(slow=True) as one:
+        stream = stream_of()
+        stream.record = Record()
+        one.follow(stream)
+        say(stream, "x" * BIG)  # more than its socket takes
+        await until(lambda: one.socket.draining == 1)
+        say(stream, "waits")
+        began = time.monotonic()
+        await until(lambda: time.monotonic() > began + 0.05)  # it takes its time
+
+        one.socket.take()
+        await until(lambda: one.rendered == 2)
+
+        assert stream.record.stuck >= 0.05
+        assert stream.record.delay < stream.record.stuck
+
+
+@pytest.mark.parametrize("end", ["dropped", "ended", "left"])
+async def test_a_client_that_takes_nothing_any_more_is_the_clients_gap_as_well(end: str) -> None:
+    async with client(slow=True) as one:
+        stream = stream_of()
+        stream.record = Record()
+        cursor = one.follow(stream)
+        say(stream, "x" * BIG)
+        await until(lambda: one.socket.draining == 1)
+        began = time.monotonic()
+        await until(lambda: time.monotonic() > began + 0.05)
+
+        match end:
+            case "dropped":
+                one.writer.abort("it takes nothing")
+            case "ended":
+                stream.end(COMPLETE, {})  # its request is counted now
+            case "left":
+                one.writer.unfollow(cursor)
+
+        assert stream.record.stuck >= 0.05
+
+
+async def test_an_event_that_waits_for_its_turn_is_our_delay() -> None:
+    async with client() as one:
+        busy, other = stream_of("busy"), stream_of("other")
+        other.record = Record()
+        one.follow(busy)
+        one.follow(other)
+        await until(lambda: not one.writer._ready)
+
+        say(other, "waits for the end of this turn")
+        block(0.05)  # which is long
+        await until(lambda: one.rendered == 1)
+
+        assert other.record.delay >= 0.05
+        assert other.record.stuck == 0.0
+
+
+async def test_what_was_there_before_a_reader_came_has_not_waited_for_us() -> None:
+    async with client() as one:
+        stream = stream_of()
+        stream.record = Record()
+        say(stream, "long ago")
+        stream.entries[0].at -= 1000.0
+
+        one.follow(stream)
+        await until(lambda: one.rendered == 1)
+
+        assert stream.record.delay < 500.0

@@ -1,0 +1,231 @@
+"""Leaving in every phase of a request, on every face: all is given back, and nothing is lost.
+
+In this order: the provider's side is free, the provider's socket is closed, the client's side is
+free, and then every place of the provider can be taken at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from aioserver.providers.simulator.exchange import Behaviour
+from tests.support.chat import cancel
+from tests.support.raw import CLOSE, Raw
+from tests.support.server import until
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+
+    from tests.support.server import House
+
+    Make = Callable[..., Awaitable[House]]
+
+PLACES = 2  # of the provider
+HTTP, LIMITS = "llm.providers.sim.http_client", "chat.websocket.concurrency"
+CHANGES: dict[str, Any] = {
+    "chat.streams.resume_window": 0,
+    f"{HTTP}.concurrent_requests": PLACES,
+    **{f"{HTTP}.{name}_timeout": 60.0 for name in ("connect", "read", "write", "pool")},
+}
+STALLED = Behaviour(ttft=0, interval=0, tokens=10, stall_after=3)
+BIG = 14 << 20  # bytes: more than the kernel takes for somebody who reads nothing
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Where a request is when its client leaves: there, once *reached*."""
+
+    reached: Callable[[House], bool]
+    behaviour: Behaviour = STALLED
+    changes: dict[str, Any] = field(default_factory=dict)
+    holders: int = 0  # who have what this one waits for
+    pool: int = PLACES  # connections; no configuration allows fewer than there are places
+    door: bool = False  # the provider is one that shakes no hands
+    size: int = 1  # bytes of the question
+
+
+PHASES = {
+    "admission": Phase(
+        lambda house: house.held()["waiting"] == 1,
+        changes={f"{LIMITS}.max_connections": 1, f"{LIMITS}.queue_timeout": 60.0},
+        holders=1,
+    ),
+    "queue": Phase(lambda house: house.held()["sim waiting"] == 1, holders=PLACES),
+    "pool": Phase(lambda house: house.provider.stats().pool.waiting == 1, holders=1, pool=1),
+    "connecting": Phase(lambda house: house.held()["sim busy"] == 1, door=True),
+    "uploading": Phase(
+        lambda house: house.simulator.stats().active == 1 and unsent(house) > 0,
+        behaviour=Behaviour(deaf=True),
+        size=BIG,
+    ),
+    "first byte": Phase(
+        lambda house: house.simulator.stats().active == 1, behaviour=Behaviour(ttft=60)
+    ),
+    "mid-stream": Phase(lambda house: house.simulator.stats().tokens_sent == 3),
+}
+
+
+def unsent(house: House) -> int:
+    """Bytes of questions that the kernel has not taken."""
+    connections = house.provider._pools.pool._connector._acquired
+    return sum(one.transport.get_write_buffer_size() for one in connections)
+
+
+class Door:
+    """A provider that accepts connections, reads, and says nothing: no TLS handshake ends."""
+
+    def __init__(self) -> None:
+        self.inside = 0
+        self.port = 0
+
+    @contextlib.asynccontextmanager
+    async def listening(self) -> AsyncIterator[Door]:
+        async with await asyncio.start_server(self._silence, "127.0.0.1", 0) as server:
+            self.port = server.sockets[0].getsockname()[1]
+            yield self
+
+    async def _silence(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.inside += 1
+        with contextlib.suppress(ConnectionError):
+            await reader.read()
+        self.inside -= 1
+        writer.close()
+
+
+async def streamed(raw: Raw, messages: object) -> None:
+    await raw.post("/v1/chat/completions", {"messages": messages, "stream": True})
+
+
+async def whole(raw: Raw, messages: object) -> None:
+    await raw.post("/v1/chat/completions", {"messages": messages})
+
+
+async def sse(raw: Raw, messages: object) -> None:
+    await raw.ask_sse("r1", messages=messages)
+
+
+async def websocket(raw: Raw, messages: object) -> None:
+    await raw.upgrade()
+    payload = {"messages": messages}
+    await raw.send_json({"action": "chat", "request_id": "r1", "payload": payload})
+
+
+async def goes(raw: Raw) -> None:
+    raw.close()
+
+
+async def closes(raw: Raw) -> None:
+    await raw.send_frame(CLOSE, b"\x03\xe8")
+
+
+async def cancels(raw: Raw) -> None:
+    await raw.send_json(cancel("r1"))
+    while (await raw.json_frame())["status"] != "cancelled":
+        pass
+
+
+WAYS: dict[str, tuple[Any, Any]] = {
+    "openai streamed": (streamed, goes),
+    "openai whole": (whole, goes),
+    "sse": (sse, goes),
+    "websocket close": (websocket, closes),
+    "websocket cancel": (websocket, cancels),
+}
+
+
+def provider_side(house: House) -> dict[str, int]:
+    names = ("running", "detached", "sim places", "sim waiting", "sim busy")
+    return {name: house.held()[name] for name in names}
+
+
+def connected(port: int) -> int:
+    """The sockets that are connected to *port* of this machine and not closed on that side."""
+    rows = [line.split() for line in Path("/proc/self/net/tcp").read_text().splitlines()[1:]]
+    return sum(row[2].endswith(f":{port:04X}") and row[3] == "01" for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        (name, way)
+        for name in PHASES
+        for way in WAYS
+        if (name, way) != ("admission", "websocket cancel")  # who has no place is not heard: below
+    ],
+)
+async def test_who_leaves_gives_everything_back(make_house: Make, name: str, way: str) -> None:
+    phase, (ask, leave) = PHASES[name], WAYS[way]
+    async with Door().listening() as door:
+        base = {"llm.providers.sim.base_url": f"https://127.0.0.1:{door.port}/v1"}
+        house = await make_house(
+            phase.behaviour, **CHANGES, **phase.changes, **(base if phase.door else {})
+        )
+        port = door.port if phase.door else house.simulator.port
+        pool = house.provider._pools.pool._gate
+        pool.apply(phase.pool, queue_size=10, queue_timeout=60.0)
+        async with contextlib.AsyncExitStack() as holders:
+            for number in range(phase.holders):
+                holder = await holders.enter_async_context(Raw(house))
+                await holder.ask_sse(f"holder-{number}", text="x")
+            tokens = 3 * phase.holders
+            await house.simulator.until(lambda stats: stats.tokens_sent == tokens)
+            others, theirs = house.held(), provider_side(house)
+
+            async with Raw(house) as raw:
+                await ask(raw, [{"role": "user", "content": "x" * phase.size}])
+                await until(lambda: phase.reached(house), state=house.held)
+                await until(lambda: connected(port) == (phase.holders or 1))
+                await leave(raw)
+                await until(lambda: provider_side(house) == theirs, state=house.held)
+                await until(lambda: connected(port) == phase.holders)
+            await until(lambda: house.held() == others, state=house.held)
+            if phase.holders:  # this one was never asked
+                stats = house.simulator.stats()
+                assert (stats.requests, stats.active) == (phase.holders, phase.holders)
+
+        await house.nothing_held()
+        if not phase.behaviour.deaf:  # else it does not notice
+            stats = await house.simulator.until(lambda stats: stats.active == 0)
+            assert stats.aborted == stats.requests
+        pool.apply(PLACES, queue_size=10, queue_timeout=60.0)
+        await every_place_at_once(house, door if phase.door else None)
+
+
+async def every_place_at_once(house: House, door: Door | None) -> None:
+    house.simulator.behaviour = Behaviour(ttft=60)
+    before = house.simulator.stats().active
+    count = min(PLACES, house.settings.chat.websocket.concurrency.max_connections)
+    async with contextlib.AsyncExitStack() as stack:
+        for number in range(count):
+            raw = await stack.enter_async_context(Raw(house))
+            await raw.ask_sse(f"next-{number}", text="x")
+        await until(
+            lambda: (door.inside if door else house.simulator.stats().active - before) == count
+        )
+        assert house.held()["sim places"] == count
+    await house.nothing_held()
+    if door:
+        await until(lambda: door.inside == 0)
+
+
+async def test_a_cancel_that_waits_for_admission_is_carried_out_before_anything_is_asked(
+    make_house: Make,
+) -> None:
+    house = await make_house(STALLED, **CHANGES, **PHASES["admission"].changes)
+    async with Raw(house) as holder, Raw(house) as raw:
+        await holder.ask_sse("holder", text="x")
+        await house.simulator.until(lambda stats: stats.tokens_sent == 3)
+        await websocket(raw, [{"role": "user", "content": "x"}])
+        await raw.send_json(cancel("r1"))
+        await until(lambda: house.held()["waiting"] == 1)
+        holder.close()
+        await cancels(raw)
+
+    await house.nothing_held()
+    assert house.simulator.stats().requests == 1

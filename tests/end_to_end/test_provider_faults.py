@@ -1,0 +1,632 @@
+"""Every fault of a provider, as a client sees it on each face.
+
+Afterwards nothing is held, and it was counted: what became of each try, and how each request ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from aioserver.faces import context
+from aioserver.protocol import eventstream
+from aioserver.providers.simulator.exchange import Behaviour
+from tests.support.server import HTTP_CLIENT, House, until
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    Make = Callable[..., Awaitable[House]]
+
+IMPATIENT = {"llm.providers.sim.http_client": {**HTTP_CLIENT, "read_timeout": 0.3}}
+MESSAGES = [{"role": "user", "content": "Hello"}]
+DONE = b"data: [DONE]\n\n"
+# What the simulator says in its refusals; of those of our key nothing may be shown.
+TEXTS_OF_THE_PROVIDER = (b"Incorrect API key", b"current quota", b"The simulator says", b"billing")
+
+
+@dataclass
+class Seen:
+    """What a client saw of one answer."""
+
+    text: str = ""
+    end: str = ""  # complete, error; for OpenAI's face after what it means
+    error: dict[str, Any] = field(default_factory=dict)
+    status: int = 0
+    headers: dict[str, str] = field(default_factory=dict)
+    raw: bytes = b""
+
+    @property
+    def code(self) -> Any:
+        return self.error.get("code")
+
+
+def frames_seen(frames: list[dict[str, Any]], raw: bytes) -> Seen:
+    assert [frame["event_id"] for frame in frames] == list(range(1, len(frames) + 1))
+    if len(frames) > 1:  # else it was refused before anybody was asked
+        assert frames[0]["status"] == "processing"
+    assert {frame["status"] for frame in frames[1:-1]} <= {"chunk"}
+    text = "".join(frame["chunk"]["data"] for frame in frames[1:-1])
+    last = frames[-1]
+    return Seen(text, last["status"], last["chunk"] if last["status"] == "error" else {}, raw=raw)
+
+
+async def over_websocket(house: House, model: str, name: str = "ws") -> Seen:
+    payload = {"text": "Hello", "model": model}
+    async with house.connect() as ws:
+        await ws.send_json({"action": "chat", "request_id": f"{name}-{model}", "payload": payload})
+        frames: list[dict[str, Any]] = []
+        raw = b""
+        while not frames or frames[-1]["status"] not in {"complete", "error", "cancelled"}:
+            message = await ws.receive_str()
+            frame = json.loads(message)
+            if frame["status"] != "queued":  # no event: it may have to wait for its start
+                raw += message.encode()
+                frames.append(frame)
+        # The socket lives on.
+        await ws.send_json({"action": "ping", "request_id": "p"})
+        assert (await ws.receive_json())["status"] == "pong"
+    return frames_seen(frames, raw)
+
+
+async def over_sse(house: House, model: str) -> Seen:
+    body = {"request_id": f"sse-{model}", "text": "Hello", "model": model}
+    async with house.session.post(house.sse, json=body) as response:
+        assert response.status == 200
+        raw = await response.read()
+    events = eventstream.parse(raw)
+    frames = [json.loads(event.data) for event in events]
+    assert [frame["status"].encode() for frame in frames] == [event.event for event in events]
+    frames = [frame for frame in frames if frame["status"] != "queued"]
+    return frames_seen(frames, raw)
+
+
+async def over_openai(
+    house: House, model: str, *, stream: bool = True, headers: dict[str, str] | None = None
+) -> Seen:
+    body = {"model": model, "messages": MESSAGES, "stream": stream}
+    url = f"{house.v1}/chat/completions"
+    async with house.session.post(url, json=body, headers=headers) as response:
+        raw = await response.read()
+        given = {name.lower(): value for name, value in response.headers.items()}
+        seen = Seen(status=response.status, headers=given, raw=raw)
+    assert seen.headers["x-request-id"]
+    if response.status != 200:
+        seen.end, seen.error = "error", json.loads(raw)["error"]
+        return seen
+    if not stream:
+        seen.end, seen.text = "complete", json.loads(raw)["choices"][0]["message"]["content"]
+        return seen
+    assert raw.endswith((b"\n\n", b"\r\n\r\n", b"\r\r")), "a body ends with a whole event"
+    for event in eventstream.parse(raw):
+        assert not seen.end, "nothing comes behind the end"
+        if event.data == b"[DONE]":
+            seen.end = "complete"
+            continue
+        answer = json.loads(event.data)
+        if answer.get("error"):
+            seen.end, seen.error = "error", answer["error"]
+        elif answer["choices"]:
+            seen.text += answer["choices"][0]["delta"].get("content") or ""
+    assert seen.end, "never a silent end"
+    assert raw.count(b"[DONE]") == (1 if seen.end == "complete" else 0)
+    return seen
+
+
+async def everywhere(
+    house: House,
+    model: str,
+    outcome: str = "ok",
+    *,
+    code: str | None = None,
+    kept: bool | None = None,
+) -> tuple[Seen, Seen, Seen]:
+    """The same question on three faces; then nothing is held, and all of it was counted.
+
+    *outcome*: what became of each try. *code*: how each request ended, where that is not what the
+    client of the OpenAI face sees. *kept*: whether the provider's connection went back to the pool.
+    """
+    tries, ends = await counts(house)
+    asked = house.simulator.stats().requests
+    seen = await asyncio.gather(
+        over_websocket(house, model), over_sse(house, model), over_openai(house, model)
+    )
+    await house.nothing_held()
+    asked = house.simulator.stats().requests - asked
+    more, ended = await counts(house)
+    more.subtract(tries)
+    ended.subtract(ends)
+    told = [seen[0].code or "", seen[1].code or "", code or seen[2].code or ""]
+    assert +ended == Counter(zip(("websocket", "sse", "openai"), told, strict=True))
+    del more["stale",]  # those were made again
+    assert +more == Counter({(outcome,): asked})
+    assert not await house.counted("retries", "reason")
+    if kept is not None:
+        idle = house.provider.stats().pool.idle
+        assert (idle > 0) == kept, f"{idle} connections in the pool"
+    return seen
+
+
+async def counts(house: House) -> tuple[Counter[tuple[str, ...]], Counter[tuple[str, ...]]]:
+    """What became of the tries, and with which code the requests of each face have ended."""
+    return (
+        await house.counted("provider_attempts", "outcome"),
+        await house.counted("requests", "face", "code"),
+    )
+
+
+async def expected_text(house: House) -> str:
+    seen = await over_openai(house, "plain")
+    assert len(seen.text) > 20
+    return seen.text
+
+
+# Before the first event: the HTTP status says it.
+
+AUTH, ERROR, LIMITED = "provider_auth_error", "provider_error", "provider_rate_limited"
+BAD, CUT, SILENT = "provider_bad_response", "provider_disconnected", "read_timeout"
+# The status and the code that a client sees, what became of the try, and whether the provider's
+# connection is good for another.
+BEFORE = {
+    "fault-status-401": (502, AUTH, "http_4xx", True),
+    "fault-status-402": (502, AUTH, "http_4xx", True),
+    "fault-status-403": (502, AUTH, "http_4xx", True),
+    "fault-quota": (502, AUTH, "http_4xx", True),
+    "fault-credits": (502, AUTH, "http_4xx", True),
+    "fault-status-408": (502, ERROR, "http_5xx", True),
+    "fault-status-500": (502, ERROR, "http_5xx", True),
+    "fault-status-502": (502, ERROR, "http_5xx", True),
+    "fault-status-503": (502, ERROR, "http_5xx", True),
+    "fault-status-529": (502, ERROR, "http_5xx", True),
+    "fault-slow-down": (502, ERROR, "http_5xx", True),
+    "fault-flap-9": (502, ERROR, "http_5xx", True),
+    "fault-status-429": (429, LIMITED, "http_429", True),
+    "fault-status-498": (429, LIMITED, "http_429", True),
+    "fault-capacity": (429, LIMITED, "http_429", True),
+    "fault-day-over": (429, LIMITED, "http_429", True),
+    "fault-retry-after-7": (429, LIMITED, "http_429", True),
+    "fault-retry-after-ms": (429, LIMITED, "http_429", True),
+    "fault-retry-after-date": (429, LIMITED, "http_429", True),
+    "fault-retry-after-absurd": (429, LIMITED, "http_429", True),
+    "fault-html": (502, BAD, "bad_response", True),
+    "fault-type-html": (502, BAD, "bad_response", True),
+    "fault-type-text": (502, BAD, "bad_response", True),
+    "fault-empty": (502, BAD, "bad_response", False),
+    "fault-json-under-200-stream": (502, BAD, "bad_response", True),
+    "fault-redirect": (502, BAD, "bad_response", True),
+    "fault-not-http": (502, BAD, "bad_response", False),
+    "fault-headers": (502, BAD, "bad_response", False),
+    "fault-gzip": (502, BAD, "bad_response", False),
+    "fault-drop": (502, CUT, "disconnected", False),
+    "fault-silent": (504, SILENT, "timeout", False),
+}
+BEFORE_STREAMED = {
+    **BEFORE,
+    "fault-head-only": (504, SILENT, "timeout", False),
+    "fault-stall-0": (200, SILENT, "timeout", False),  # its opening event says nothing yet
+    "fault-comments-stall-3": (200, SILENT, "timeout", False),  # they pass, but are no answer
+    "fault-error-first": (502, ERROR, "http_5xx", False),
+    "fault-error-first-402": (502, AUTH, "http_4xx", False),
+    "fault-error-first-429": (429, LIMITED, "http_429", False),
+    "fault-error-first-400": (400, ERROR, "http_4xx", False),
+}
+RETRYABLE_NOT = {AUTH}
+
+
+@pytest.mark.parametrize("model", BEFORE_STREAMED)
+async def test_a_fault_before_the_first_event_has_its_status_and_code(
+    model: str, make_house: Make
+) -> None:
+    status, code, outcome, kept = BEFORE_STREAMED[model]
+    house = await make_house(**IMPATIENT)
+
+    ws, sse, v1 = await everywhere(house, model, outcome, code=code, kept=kept)
+
+    assert [one.end for one in (ws, sse, v1)] == ["error"] * 3
+    assert [one.code for one in (ws, sse)] == [code] * 2
+    assert v1.code == (code if status != 400 else 400)
+    assert [one.text for one in (ws, sse, v1)] == [""] * 3
+    assert v1.status == status
+    retryable = code not in RETRYABLE_NOT and status != 400
+    assert ws.error["retryable"] == sse.error["retryable"] == retryable
+    if code == AUTH:
+        for one in (ws, sse, v1):
+            assert not any(text in one.raw for text in TEXTS_OF_THE_PROVIDER)
+        assert house.provider.stats().flagged
+        assert house.provider.meter.key_refused.value >= 1
+    if status == 429:
+        assert 1 <= int(v1.headers["retry-after"]) <= 120
+        assert ws.error["retry_after"] > 0
+    elif status > 500:
+        assert v1.headers["x-should-retry"] == "false"
+    # One that limits us or refuses our key is left alone: who comes next waits, or is told at once.
+    left_alone = status == 429 or code == AUTH
+    assert house.simulator.stats().requests in ((1, 2, 3) if left_alone else (3,))
+
+
+@pytest.mark.parametrize("model", BEFORE)
+async def test_a_fault_of_an_answer_in_one_piece_has_its_status_and_code(
+    model: str, make_house: Make
+) -> None:
+    status, code, outcome, kept = BEFORE[model]
+    house = await make_house(**IMPATIENT)
+
+    seen = await over_openai(house, model, stream=False)
+
+    assert (seen.status, seen.code) == (status, code)
+    await house.nothing_held()
+    tries, ends = await counts(house)
+    assert (tries, ends) == (Counter({(outcome,): 1}), Counter({("openai", code): 1}))
+    if model != "fault-empty":  # a body of nothing is whole, and no event stream's end
+        assert (house.provider.stats().pool.idle > 0) == kept
+
+
+@pytest.mark.parametrize("status", [400, 404, 409, 413, 422])
+async def test_the_callers_own_fault_passes_with_status_and_body(
+    status: int, house: House
+) -> None:
+    model = f"fault-status-{status}"
+    async with house.session.post(
+        f"{house.simulator.base_url}/chat/completions", json={"model": model, "messages": MESSAGES}
+    ) as response:
+        assert response.status == status
+        original = await response.read()
+
+    ws, sse, v1 = await everywhere(house, model, "http_4xx", code=ERROR, kept=True)
+    whole = await over_openai(house, model, stream=False)
+
+    assert (v1.status, v1.raw) == (whole.status, whole.raw) == (status, original)
+    for one in (ws, sse):
+        assert (one.code, one.error["retryable"]) == ("provider_error", False)
+
+
+# After the first event: one error event, then the end.
+
+WITHIN = {
+    "fault-stall-3": (SILENT, "timeout"),
+    "fault-half-line-3": (SILENT, "timeout"),
+    "fault-cut-3": (CUT, "disconnected"),
+    "fault-cut-mid-3": (CUT, "disconnected"),
+    "fault-end-3": (CUT, "disconnected"),
+    "fault-bad-chunk-3": (BAD, "bad_response"),
+    "fault-bad-json-3": (BAD, "bad_response"),
+    "fault-bad-utf8-3": (BAD, "bad_response"),
+    "fault-long-line": (BAD, "bad_response"),
+    "fault-endless-line": (BAD, "bad_response"),
+}
+
+
+@pytest.mark.parametrize("model", WITHIN)
+async def test_a_fault_within_the_answer_is_one_error_event_and_no_done(
+    model: str, make_house: Make
+) -> None:
+    code, outcome = WITHIN[model]
+    house = await make_house(**IMPATIENT)
+    text = await expected_text(house)
+
+    ws, sse, v1 = await everywhere(house, model, outcome, kept=False)
+
+    assert v1.status == 200
+    for one in (ws, sse, v1):
+        assert (one.end, one.code) == ("error", code)
+        assert one.text
+        assert text.startswith(one.text), "what was good before it, and never part of a line"
+        assert b"xxxxxxxx" not in one.raw
+    assert ws.text == sse.text == v1.text
+
+
+@pytest.mark.parametrize("model", ["fault-error-event-3", "fault-error-chunk-3"])
+async def test_an_error_object_in_the_stream_is_its_end(model: str, house: House) -> None:
+    text = await expected_text(house)
+
+    ws, sse, v1 = await everywhere(house, model, "http_5xx", code=ERROR)
+
+    assert ws.code == sse.code == "provider_error"
+    assert (v1.status, v1.end) == (200, "error")
+    assert v1.error["message"] in {
+        "The server had an error processing your request.",
+        "Provider disconnected unexpectedly",
+    }, "the provider's own event passes"
+    assert v1.raw.count(b'"error":{') == 1
+    for one in (ws, sse, v1):
+        assert one.text
+        assert text.startswith(one.text)
+
+
+@pytest.mark.parametrize(
+    ("model", "status", "code"),
+    [
+        ("fault-head-only", 504, "read_timeout"),
+        ("fault-stall-3", 504, "read_timeout"),
+        ("fault-half-line-3", 504, "read_timeout"),
+        ("fault-cut-3", 502, "provider_disconnected"),
+        ("fault-cut-mid-3", 502, "provider_disconnected"),
+        ("fault-wrong-length", 502, "provider_disconnected"),
+        ("fault-end-3", 502, "provider_bad_response"),
+        ("fault-bad-utf8-3", 502, "provider_bad_response"),
+    ],
+)
+async def test_half_an_answer_in_one_piece_is_no_answer(
+    model: str, status: int, code: str, make_house: Make
+) -> None:
+    house = await make_house(**IMPATIENT)
+
+    seen = await over_openai(house, model, stream=False)
+
+    assert (seen.status, seen.code) == (status, code)
+    await house.nothing_held()
+
+
+async def test_a_fault_after_a_head_sent_for_silence_is_an_error_event(make_house: Make) -> None:
+    # Takes a second: the silence must be longer than a busy machine is late with the heartbeat.
+    patient = {"llm.providers.sim.http_client": {**HTTP_CLIENT, "read_timeout": 1.0}}
+    house = await make_house(**{**patient, "chat.websocket.ping_interval": 0.1})
+
+    seen = await over_openai(house, "fault-silent")
+
+    assert (seen.status, seen.end, seen.code) == (200, "error", "read_timeout")
+    assert seen.raw.startswith(b": keep-alive\n\n")
+    await house.nothing_held()
+
+
+# Unusual, but good.
+
+GOOD = {  # whether the connection is kept; None: that depends on how the bytes come
+    "fault-no-done": True,
+    "fault-after-done": None,
+    "fault-open-done": False,
+    "fault-wrong-length": False,
+    "fault-early-done-4": True,
+    "fault-crlf": True,
+    "fault-cr": True,
+    "fault-bom": True,
+    "fault-multi-data": True,
+    "fault-comments": True,
+    "fault-thinking": True,
+    "fault-cookie": True,
+    "fault-1xx": True,
+    "fault-http10": False,
+    "fault-close-idle": False,
+    "fault-close-next": True,
+    "fault-slices": False,
+    "fault-slow-1": True,
+    "fault-limits-spent": True,
+    "fault-limits-day": True,
+    "fault-limits-nonsense": True,
+    "fault-no-usage": True,
+    "fault-usage-x-groq": True,
+}
+SHORT = {"fault-slices", "fault-early-done-4"}
+
+
+@pytest.mark.parametrize("model", GOOD)
+async def test_what_is_unusual_but_good_reads_the_same_on_every_face(
+    model: str, house: House
+) -> None:
+    text = await expected_text(house)
+    house.provider._pools.pool.drop_idle()
+
+    ws, sse, v1 = await everywhere(house, model, kept=GOOD[model])
+
+    for one in (ws, sse, v1):
+        assert (one.end, one.error) == ("complete", {})
+        assert one.text == text if model not in SHORT else text.startswith(one.text)
+        assert one.text
+    assert ws.text == sse.text == v1.text
+    assert "set-cookie" not in v1.headers
+    assert b'"error"' not in v1.raw.replace(b'"error":null', b"")
+
+
+@pytest.mark.parametrize(
+    ("model", "source"),
+    [("m", "provider"), ("fault-usage-x-groq", "provider"), ("fault-no-usage", "estimate")],
+)
+async def test_what_an_answer_has_cost_is_the_providers_word_or_an_estimate(
+    model: str, source: str, house: House
+) -> None:
+    seen = await over_websocket(house, model)
+
+    usage = json.loads(seen.raw.splitlines()[-1][seen.raw.rindex(b'{"request_id"') :])
+    assert (usage["chunk"]["metadata"]["usage"] is not None) == (source == "provider")
+    tokens = await house.counted("tokens", "type", "source")
+    assert tokens["output", source] > 20
+    assert {where for _, where in tokens} == {source}
+
+
+async def test_a_missing_done_is_put_to_it(house: House) -> None:
+    seen = await over_openai(house, "fault-no-done")
+
+    assert seen.raw.endswith(b"\n\n" + DONE)
+    assert (
+        json.loads(eventstream.parse(seen.raw)[-2].data)["choices"][0]["finish_reason"] == "stop"
+    )
+
+
+async def test_events_come_back_byte_for_byte(house: House) -> None:
+    house.simulator.behaviour = Behaviour(ttft=0, interval=0, tokens=5)
+    body = {"model": "fault-comments", "messages": MESSAGES, "stream": True}
+    url = f"{house.simulator.base_url}/chat/completions"
+    async with house.session.post(url, json=body) as response:
+        original = await response.read()
+
+    seen = await over_openai(house, "fault-comments")
+
+    def alike(raw: bytes) -> list[bytes]:
+        answers = [line.partition(b'"model"')[2] or line for line in raw.split(b"\n")]
+        assert len(answers) > 20
+        return answers
+
+    assert alike(seen.raw) == alike(original), "but for the id and the time in each event"
+
+
+@pytest.mark.parametrize("fault", ["fault-close-next", "fault-close-idle"])
+async def test_a_dead_kept_connection_is_seen_by_nobody(fault: str, house: House) -> None:
+    for number in range(3):
+        ws = await over_websocket(house, fault, f"ws-{number}")
+        v1 = await over_openai(house, fault)
+        whole = await over_openai(house, fault, stream=False)
+        assert (ws.end, v1.end, whole.end) == ("complete",) * 3
+
+    stats = house.simulator.stats()
+    assert (stats.requests, stats.completed) == (9, 9)
+    tries = await house.counted("provider_attempts", "outcome")
+    assert tries["ok",] == 9
+    assert tries["stale",] in ((8,) if fault == "fault-close-next" else range(9))
+    assert not await house.counted("retries", "reason")
+
+
+async def test_data_behind_done_is_not_passed_on(house: House) -> None:
+    seen = await over_openai(house, "fault-after-done")
+
+    assert seen.raw.endswith(DONE)
+    await house.nothing_held()
+
+
+async def test_done_without_an_end_of_the_body_ends_at_once_and_is_not_kept(house: House) -> None:
+    seen = await over_openai(house, "fault-open-done")
+
+    assert seen.end == "complete"
+    await house.simulator.until(lambda stats: stats.aborted == 1)
+    await house.nothing_held()
+    assert house.provider.stats().pool.idle == 0
+
+
+# Leaving.
+
+
+async def test_an_endless_answer_ends_with_its_reader_on_the_openai_face(house: House) -> None:
+    body = {"model": "fault-endless", "messages": MESSAGES, "stream": True}
+    async with house.session.post(f"{house.v1}/chat/completions", json=body) as response:
+        assert await response.content.read(1000)
+        response.close()
+
+    await house.simulator.until(lambda stats: stats.aborted == 1)
+    await house.nothing_held()
+    assert house.provider.stats().pool.idle == 0
+
+
+async def test_comments_for_ever_are_no_answer_and_end_with_their_reader(make_house: Make) -> None:
+    house = await make_house(**IMPATIENT)
+    body = {"model": "fault-comments-endless", "messages": MESSAGES, "stream": True}
+    async with house.session.post(f"{house.v1}/chat/completions", json=body) as response:
+        raw = b""
+        while raw.count(b": OPENROUTER PROCESSING") < 100:  # half a second: no silence
+            raw += await response.content.readany()
+        assert b"data:" not in raw
+        assert house.held()["running"] == 1
+        response.close()
+
+    await house.simulator.until(lambda stats: stats.aborted == 1)
+    await house.nothing_held()
+    assert await house.counted("provider_attempts", "outcome") == {("cancelled",): 1}
+    assert not await house.counted("tokens", "type")
+
+
+async def test_an_endless_answer_keeps_a_bounded_part_of_itself(make_house: Make) -> None:
+    most = 1 << 20
+    house = await make_house(**{"chat.streams.max_stream_bytes": most})
+    store, kept, size = house.app[context.STREAMS], 0, 0
+    async with house.connect() as ws:
+        payload = {"text": "Hello", "model": "fault-endless"}
+        await ws.send_json({"action": "chat", "request_id": "r1", "payload": payload})
+        while size < 6 * most:
+            size += len(await ws.receive_str())
+            kept = max(kept, store.stats().bytes)
+        await ws.send_json({"action": "cancel", "request_id": "r1"})
+        while '"cancelled"' not in await ws.receive_str():
+            pass
+
+    assert kept <= 1.1 * most
+    await house.simulator.until(lambda stats: stats.aborted == 1)
+    await house.nothing_held()
+    assert house.provider.stats().pool.open == 0
+
+
+@pytest.mark.parametrize("model", ["fault-endless", "fault-stall-3", "fault-silent"])
+async def test_cancel_closes_the_providers_connection_at_once(model: str, house: House) -> None:
+    async with house.connect() as ws:
+        payload = {"text": "Hello", "model": model}
+        await ws.send_json({"action": "chat", "request_id": "r1", "payload": payload})
+        await house.simulator.until(lambda stats: stats.active == 1)
+        assert (await ws.receive_json())["status"] == "processing"
+
+        await ws.send_json({"action": "cancel", "request_id": "r1"})
+        while (await ws.receive_json())["status"] != "cancelled":
+            pass
+
+        await house.simulator.until(lambda stats: stats.aborted == 1)
+        assert house.provider.stats().pool.open == 0
+    await house.nothing_held()
+
+
+@pytest.mark.parametrize("model", ["fault-silent", "fault-head-only", "fault-stall-3"])
+@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
+async def test_leaving_the_openai_face_closes_the_providers_connection_at_once(
+    model: str, stream: bool, house: House
+) -> None:
+    task = asyncio.ensure_future(over_openai(house, model, stream=stream))
+    await house.simulator.until(lambda stats: stats.active == 1)
+
+    task.cancel()
+    await asyncio.wait([task])
+
+    await house.simulator.until(lambda stats: stats.aborted == 1)
+    await house.nothing_held()
+    assert house.provider.stats().pool.open == 0
+
+
+async def test_a_stuck_upload_is_a_write_timeout(make_house: Make) -> None:
+    limits = {**HTTP_CLIENT, "write_timeout": 0.3, "read_timeout": 3.0}
+    house = await make_house(Behaviour(deaf=True), **{"llm.providers.sim.http_client": limits})
+    asked = {"model": "m", "messages": [{"role": "user", "content": "x" * 15_000_000}]}
+    body = io.BytesIO(json.dumps(asked).encode())
+    headers = {"Content-Type": "application/json"}
+    url = f"{house.v1}/chat/completions"
+
+    async with house.session.post(url, data=body, headers=headers) as response:
+        answer = await response.json()
+
+    assert (response.status, answer["error"]["code"]) == (504, "write_timeout")
+    assert response.headers["x-should-retry"] == "false"
+    assert await house.counted("provider_attempts", "outcome") == {("timeout",): 1}
+    await house.nothing_held()
+
+
+async def test_a_provider_that_is_not_there_is_a_connect_error(make_house: Make) -> None:
+    house = await make_house()
+    await house.simulator.close()
+
+    seen = [
+        await over_websocket(house, "m"),
+        await over_sse(house, "m"),
+        await over_openai(house, "m"),
+        await over_openai(house, "m", stream=False),
+    ]
+
+    assert [one.code for one in seen] == ["connect_error"] * 4
+    assert seen[2].status == seen[3].status == 502
+    assert await house.counted("provider_attempts", "outcome") == {("connect_error",): 4}
+    await house.nothing_held()
+
+
+async def test_a_client_slower_than_the_read_timeout_gets_its_whole_answer(
+    make_house: Make,
+) -> None:
+    limits = {**HTTP_CLIENT, "read_timeout": 0.3}
+    house = await make_house(
+        Behaviour(ttft=0, interval=0.02, tokens=30), **{"llm.providers.sim.http_client": limits}
+    )
+    body = {"model": "m", "messages": MESSAGES, "stream": True}
+    async with house.session.post(f"{house.v1}/chat/completions", json=body) as response:
+        # It reads nothing until the provider is long done.
+        await house.simulator.until(lambda stats: stats.completed == 1)
+        await until(lambda: house.provider.stats().queue.inside == 0)
+        raw = await response.read()
+
+    assert raw.endswith(DONE)

@@ -1,0 +1,292 @@
+"""An answer begun on one face is read on at any other: exactly the rest, asked of nobody again."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from aioserver.auth.callers import Caller
+from aioserver.faces import context
+from aioserver.protocol import eventstream
+from aioserver.providers.simulator.exchange import Behaviour
+from aioserver.streams import entries
+from tests.support.chat import (
+    big,
+    cancel,
+    chat,
+    frames_of,
+    numbers,
+    read_frames,
+    resume,
+    text_of,
+    to_end,
+    whole,
+)
+from tests.support.raw import Raw
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from tests.support.server import House
+
+    Make = Callable[..., Awaitable[House]]
+    Read = Callable[[House, str, int], Awaitable[list[Any]]]
+
+PACED = Behaviour(ttft=0, interval=0.002, tokens=20)
+MESSAGES = [{"role": "user", "content": "Hello"}]
+STREAMED = {"messages": MESSAGES, "stream": True}
+KEY = "Idempotency-Key: r1"
+
+
+# Reading on.
+
+
+async def by_websocket(house: House, name: str, after: int) -> list[Any]:
+    async with house.connect() as ws:
+        await ws.send_json(resume(name, after))
+        return await to_end(ws)
+
+
+async def by_header(house: House, name: str, after: int) -> list[Any]:
+    return await whole(house, name, after)
+
+
+async def by_query(house: House, name: str, after: int) -> list[Any]:
+    async with house.session.get(f"{house.sse}/{name}?last_event_id={after}") as response:
+        assert response.status == 200, await response.text()
+        return await read_frames(response)
+
+
+READ_ON = [by_websocket, by_header, by_query]
+
+
+# Beginning, and leaving once *count* events were read.
+
+
+async def begin_websocket(raw: Raw, count: int) -> list[Any]:
+    await raw.upgrade()
+    await raw.send_json(chat("r1", messages=MESSAGES))
+    return [await raw.json_frame() for _ in range(count)]
+
+
+async def begin_sse(raw: Raw, count: int) -> list[Any]:
+    await raw.ask_sse("r1", messages=MESSAGES)
+    assert (await raw.head()).status == 200
+    return frames_of(await some(raw, count)) if count else []
+
+
+async def some(raw: Raw, count: int) -> bytes:
+    """The first *count* events of a body."""
+    body = b""
+    async for chunk in raw.chunks():
+        body += chunk
+        if len(events := eventstream.split(body)) >= count:  # `retry` is none
+            return b"".join(events[:count])
+    raise AssertionError(body)
+
+
+async def said(house: House) -> str:
+    """The same question's answer, in one piece."""
+    async with house.session.post(
+        house.v1 + "/chat/completions", json={"messages": MESSAGES}
+    ) as response:
+        return str((await response.json())["choices"][0]["message"]["content"])
+
+
+@pytest.mark.parametrize("read_on", READ_ON)
+@pytest.mark.parametrize("count", [0, 1, 7, -1])
+@pytest.mark.parametrize("begin", [begin_websocket, begin_sse])
+async def test_the_rest_is_read_on_any_face(
+    make_house: Make,
+    begin: Callable[[Raw, int], Awaitable[list[Any]]],
+    count: int,
+    read_on: Read,
+) -> None:
+    house = await make_house(PACED)
+    text = await said(house)
+    async with house.session.post(
+        house.sse, json={"request_id": "r0", "messages": MESSAGES}
+    ) as response:
+        last = len(await read_frames(response))
+    count %= last  # -1: all but the end
+    async with Raw(house) as raw:
+        seen = await begin(raw, count)
+        await house.simulator.until(lambda stats: stats.requests == 3)  # now it is worth money
+        raw.close()
+
+    rest = await read_on(house, "r1", count)
+
+    assert numbers(seen) == list(range(1, count + 1))
+    assert numbers(rest) == list(range(count + 1, last + 1))
+    assert rest[-1]["status"] == "complete"
+    assert text_of(seen + rest) == text
+    assert await whole(house, "r1") == seen + rest
+    assert (house.simulator.stats().requests, house.simulator.stats().aborted) == (3, 0)
+
+
+@pytest.mark.parametrize("read_on", READ_ON)
+@pytest.mark.parametrize("count", [1, 7])
+async def test_an_openai_answer_with_a_key_is_read_on_by_frames(
+    make_house: Make, count: int, read_on: Read
+) -> None:
+    house = await make_house(PACED)
+    text = await said(house)
+    async with Raw(house) as raw:
+        await raw.post("/v1/chat/completions", STREAMED, KEY)
+        assert (await raw.head()).status == 200
+        seen = eventstream.parse(await some(raw, count))
+        raw.close()
+
+    rest = await read_on(house, "r1", count + 1)  # number 1 is `processing`, not shown there
+
+    first = rest[0]["event_id"]
+    assert numbers(rest) == list(range(first, first + len(rest)))
+    assert first == count + 2
+    assert rest[-1]["status"] == "complete"
+    begun = "".join(json.loads(one.data)["choices"][0]["delta"].get("content", "") for one in seen)
+    assert begun + text_of(rest) == text
+    assert house.simulator.stats().requests == 2
+
+
+async def test_readers_on_all_faces_at_once_get_all_of_it(make_house: Make) -> None:
+    house = await make_house(PACED)
+    text = await said(house)
+    async with house.connect() as ws:
+        await ws.send_json(chat("r1", messages=MESSAGES))
+        seen = [await ws.receive_json() for _ in range(3)]
+        found = await asyncio.gather(*(read_on(house, "r1", 0) for read_on in READ_ON * 2))
+        seen += await to_end(ws)
+
+    assert all(frames == seen for frames in found)
+    assert numbers(seen) == list(range(1, len(seen) + 1))
+    assert text_of(seen) == text
+    assert house.simulator.stats().requests == 2
+
+
+async def test_readers_of_an_openai_answer_at_once_get_all_of_it(make_house: Make) -> None:
+    house = await make_house(PACED)
+    text = await said(house)
+    headers = dict([KEY.split(": ")])
+
+    async def ask() -> bytes:
+        async with house.session.post(
+            house.v1 + "/chat/completions", json=STREAMED, headers=headers
+        ) as response:
+            return bytes(await response.read())
+
+    first = asyncio.ensure_future(ask())
+    await house.simulator.until(lambda stats: stats.requests == 2)
+    second, *found = await asyncio.gather(ask(), *(read_on(house, "r1", 0) for read_on in READ_ON))
+
+    assert await first == second
+    assert second.endswith(b"data: [DONE]\n\n")
+    assert all(frames == found[0] for frames in found)
+    assert text_of(found[0]) == text
+    assert numbers(found[0]) == list(range(1, len(found[0]) + 1))
+    assert house.simulator.stats().requests == 2
+
+
+# What cannot be read on.
+
+
+async def refusals(house: House, name: str, after: int) -> list[tuple[int, str]]:
+    """How each face refuses it: status (0 on a WebSocket) and code."""
+    async with house.connect() as ws:
+        await ws.send_json(resume(name, after))
+        frame = await ws.receive_json()
+    found = [(0, frame["chunk"]["code"])]
+    for headers, query in (
+        ({"Last-Event-ID": str(after)}, ""),
+        ({}, f"?last_event_id={after}"),
+    ):
+        async with house.session.get(f"{house.sse}/{name}{query}", headers=headers) as response:
+            found.append((response.status, (await response.json())["error"]["code"]))
+    return found
+
+
+@pytest.mark.parametrize("face", ["frames", "openai"])
+async def test_what_is_no_longer_kept_is_a_gap_on_each_face(make_house: Make, face: str) -> None:
+    house = await make_house(
+        Behaviour(ttft=0, interval=0.001), **{"chat.streams.max_stream_bytes": 20_000}
+    )
+    fields = big(1000, 60)
+    headers = dict([KEY.split(": ")])
+    body = {"messages": MESSAGES, "stream": True, **fields["options"]}
+    if face == "frames":
+        async with house.session.post(house.sse, json={"request_id": "r1", **fields}) as response:
+            await response.read()
+    else:
+        url = house.v1 + "/chat/completions"
+        async with house.session.post(url, json=body, headers=headers) as response:
+            assert (await response.read()).endswith(b"data: [DONE]\n\n")
+        async with house.session.post(url, json=body, headers=headers) as response:
+            assert response.status == 409
+            assert (await response.json())["error"]["code"] == "resume_gap"
+
+    for after in (0, 1, 5, 1_000_000):
+        assert await refusals(house, "r1", after) == [
+            (0, "resume_gap"),
+            (409, "resume_gap"),
+            (409, "resume_gap"),
+        ]
+    assert house.simulator.stats().requests == 1
+
+
+async def test_what_is_not_ones_own_is_as_if_it_were_not_there(house: House) -> None:
+    stream = house.app[context.STREAMS].open("r1", Caller("somebody else"), window=30.0)
+    stream.end(entries.COMPLETE, {})
+    for name in ("r1", "never-seen"):
+        assert await refusals(house, name, 0) == [
+            (0, "stream_not_found"),
+            (404, "stream_not_found"),
+            (404, "stream_not_found"),
+        ]
+        async with house.session.delete(f"{house.sse}/{name}") as response:
+            assert response.status == 404
+        async with house.connect() as ws:
+            await ws.send_json(cancel(name))
+            assert (await ws.receive_json())["chunk"]["code"] == "stream_not_found"
+    async with house.session.get(house.sse) as response:
+        assert await response.json() == {"streams": []}
+    async with house.session.post(house.sse, json={"request_id": "r1", "text": "x"}) as response:
+        assert (await read_frames(response))[-1]["status"] == "complete"  # a name of one's own
+    assert stream.last == 1
+
+
+@pytest.mark.parametrize("read_on", READ_ON)
+async def test_an_answer_asked_for_later_is_listed_read_on_and_then_at_its_end(
+    make_house: Make, read_on: Read
+) -> None:
+    house = await make_house(Behaviour(ttft=60))
+    ask = {"request_id": "r1", "messages": MESSAGES}
+
+    async def listed() -> Any:
+        async with house.session.get(house.sse) as response:
+            return (await response.json())["streams"]
+
+    for expected in ("running", "complete"):
+        if expected == "complete":
+            async with house.session.delete(f"{house.sse}/r1") as response:
+                assert response.status == 204
+            house.simulator.behaviour = PACED
+            ask["request_id"] = "r2"
+        headers = {"Prefer": "respond-async"}
+        async with house.session.post(house.sse, json=ask, headers=headers) as response:
+            assert response.status == 202
+        if expected == "running":
+            await house.simulator.until(lambda stats: stats.active == 1)
+            (one,) = await listed()
+            assert (one["status"], one["readers"], one["last_event_id"]) == ("running", 0, 1)
+    frames = await read_on(house, "r2", 0)
+    assert numbers(frames) == list(range(1, len(frames) + 1))
+    assert [(one["request_id"], one["status"]) for one in await listed()] == [
+        ("r1", "cancelled"),
+        ("r2", "complete"),
+    ]
+    end = str(len(frames))
+    for given in ({"headers": {"Last-Event-ID": end}}, {"params": {"last_event_id": end}}):
+        async with house.session.get(f"{house.sse}/r2", **given) as response:  # type: ignore[arg-type]
+            assert response.status == 204

@@ -1,0 +1,124 @@
+"""A crowd that asks and reads nothing, on every face: it costs a bounded memory, and nobody else."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import struct
+import termios
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from aioserver.faces import context
+from aioserver.providers.simulator.exchange import Behaviour
+from aioserver.server import listener
+from aioserver.streams.writer import TURN_BYTES
+from tests.support.chat import big, chat, numbers, text_of, to_end
+from tests.support.raw import SMALL, Raw
+from tests.support.server import until
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from tests.support.server import House
+
+    Make = Callable[..., Awaitable[House]]
+
+SIZE, COUNT = 30_000, 14  # 420 KB an answer
+MAX_STREAM_BYTES = 1 << 20
+EVENT = SIZE + 1000  # bytes: a write goes out whole, and so may be that much over a bound
+FIELDS = big(SIZE, COUNT)
+HTTP, LIMITS = "llm.providers.sim.http_client", "chat.websocket.concurrency"
+
+
+async def websocket(raw: Raw, name: str) -> None:
+    await raw.upgrade()
+    await raw.send_json(chat(name, **FIELDS))
+
+
+async def sse(raw: Raw, name: str) -> None:
+    await raw.ask_sse(name, **FIELDS)
+
+
+async def openai(raw: Raw, name: str) -> None:
+    messages = [{"role": "user", "content": FIELDS["text"]}]
+    body: dict[str, Any] = {"messages": messages, "stream": True, **FIELDS["options"]}
+    await raw.post("/v1/chat/completions", body)
+
+
+def cost(transport: Any) -> tuple[int, int]:
+    """The bytes that wait for a client who reads nothing: in our transport, in the kernel."""
+    queued = struct.pack("i", 0)
+    fileno = transport.get_extra_info("socket").fileno()
+    (kernels,) = struct.unpack("i", fcntl.ioctl(fileno, termios.TIOCOUTQ, queued))
+    return transport.get_write_buffer_size(), kernels
+
+
+@pytest.mark.parametrize(
+    "clients", [200, pytest.param(1000, marks=[pytest.mark.stress, pytest.mark.timeout(300)])]
+)
+async def test_who_reads_nothing_holds_up_nobody_and_is_dropped(
+    make_house: Make, monkeypatch: pytest.MonkeyPatch, clients: int
+) -> None:
+    most = clients * MAX_STREAM_BYTES
+    house = await make_house(
+        Behaviour(ttft=0, interval=0),
+        **{
+            "chat.streams.send_timeout": 1.5 * clients / 200,
+            "chat.streams.max_stream_bytes": MAX_STREAM_BYTES,
+            "chat.streams.max_kept_bytes": most,
+            f"{LIMITS}.max_connections": clients + 1,
+            f"{LIMITS}.connection_queue_size": clients + 1,
+            f"{LIMITS}.uvicorn.backlog": clients + 1,
+            f"{HTTP}.queue_size": clients,
+            f"{HTTP}.queue_timeout": 60.0,
+        },
+    )
+    store = house.app[context.STREAMS]
+    largest = kept = 0
+    drops: list[str] = []
+    monkeypatch.setattr(
+        house.app[context.ADMISSION], "dropped", lambda face, why: drops.append(f"{face}: {why}")
+    )
+
+    def look() -> None:
+        nonlocal largest, kept
+        kept = max(kept, store.stats().bytes)
+        logs = (*store._running, *store._finished)
+        largest = max((largest, *(stream.bytes for stream in logs)))
+
+    def done() -> bool:
+        look()
+        return house.simulator.stats().completed + house.simulator.stats().aborted == clients
+
+    def gone() -> bool:
+        look()
+        return not house.held()["places"]
+
+    async with contextlib.AsyncExitStack() as stack:
+        for number in range(clients):
+            raw = await stack.enter_async_context(Raw(house, receive_buffer=SMALL))
+            await (websocket, sse, openai)[number % 3](raw, f"r{number}")
+        await until(lambda: done() and not house.held()["sim places"], 30, house.held)
+        waiting = house.held()["places"]  # of those who read nothing: the provider does not wait
+        transports = [connection.transport for connection in house.server.connections]
+        costs = [cost(one) for one in transports if one is not None and not one.is_closing()]
+
+        async with house.connect() as ws:
+            await ws.send_json(chat("mine"))
+            frames = await to_end(ws)
+        assert numbers(frames) == list(range(1, len(frames) + 1))
+        assert frames[-1]["status"] == "complete"
+        assert text_of(frames)
+
+        await until(gone, 30, house.held)
+        await house.nothing_held()  # while not one of them has left
+    assert len(drops) == clients
+    assert {why.partition(": ")[2][:13] for why in drops} == {"nothing taken"}
+    assert len(costs) >= 10  # the others were dropped already: a busy machine is slow to ask
+    assert waiting > 0
+    assert max(ours for ours, _ in costs) <= TURN_BYTES + EVENT
+    assert max(kernels for _, kernels in costs) <= listener.MAX_NOT_SENT + TURN_BYTES + EVENT
+    assert 0 < kept < most
+    assert largest < MAX_STREAM_BYTES

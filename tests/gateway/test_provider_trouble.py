@@ -1,0 +1,711 @@
+"""A provider in trouble: tried again, replaced, left alone; and never paid for twice."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from aioserver.config import settings
+from aioserver.gateway.router import Request, Router
+from aioserver.protocol.openai import Reading
+from aioserver.provider_errors import (
+    CircuitOpen,
+    ProviderAuthError,
+    ProviderDisconnected,
+    ProviderError,
+    ProviderFault,
+    ProviderFlagged,
+    ProviderPaced,
+    ProviderRateLimited,
+    ProviderRefused,
+    ReadTimeout,
+)
+from aioserver.providers import breaker, exchange
+from aioserver.providers.attempt import Attempt
+from aioserver.providers.budget import MINIMUM
+from aioserver.providers.provider import Provider
+from aioserver.providers.request import ProviderRequest
+from aioserver.streams.entries import COMPLETE
+from aioserver.streams.stream import Stream
+from tests.support.scripted_provider import LIMITS, Peer, Played
+from tests.support.server import until
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+JSON = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+def status(number: int, more: str = "", body: bytes = b'{"error":{"message":"no"}}') -> bytes:
+    head = f"HTTP/1.1 {number} No\r\nContent-Type: application/json\r\n{more}"
+    return head.encode() + b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
+
+
+def events(*given: str) -> bytes:
+    data = "".join(f"data: {one}\n\n" for one in given).encode()
+    return HEAD + chunk(data) + b"0\r\n\r\n"
+
+
+def chunk(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+def said(text: str | None, finish: str | None = None) -> str:
+    return json.dumps({"choices": [{"delta": {"content": text}, "finish_reason": finish}]})
+
+
+ANSWER = events(said("hello"), said(None, "stop"), "[DONE]")
+
+
+class Trouble:
+    """Providers that give the answers they are told to, the last one for ever, and a router.
+
+    An answer that is a tuple comes in so many pieces, an empty one is a reset.
+    """
+
+    def __init__(self, stack: AsyncExitStack) -> None:
+        self._stack = stack
+        self.providers: dict[str, Provider] = {}
+        self.asked: dict[str, list[dict[str, Any]]] = {}
+        self.servers: list[Played] = []
+        self.gate = asyncio.Event()
+        self.gate.set()
+
+    async def add(self, name: str, *answers: bytes | tuple[bytes, ...], **limits: Any) -> Provider:
+        script = list(answers)
+        self.asked[name] = []
+
+        async def play(peer: Peer) -> None:
+            while True:
+                request = await peer.request()
+                self.asked[name].append(json.loads(request.partition(b"\r\n\r\n")[2]))
+                await self.gate.wait()
+                answer = script.pop(0) if len(script) > 1 else script[0]
+                if not answer:
+                    peer.writer.transport.abort()
+                    return
+                await peer.send(*((answer,) if isinstance(answer, bytes) else answer))
+
+        server = await self._stack.enter_async_context(Played(play))
+        self.servers.append(server)
+        http_client = dataclasses.replace(
+            LIMITS, **{"max_retries": 2, "queue_size": None, **limits}
+        )
+        given = settings.Provider(
+            name=name, base_url=server.url, model=f"{name}-model", http_client=http_client
+        )
+        provider = Provider(given, server.url, max_response_bytes=1 << 20)
+        self._stack.push_async_callback(provider.close)
+        self.providers[name] = provider
+        return provider
+
+    @property
+    def router(self) -> Router:
+        first, *others = self.providers
+        return Router(self.providers, first, others, dice=lambda: 0.0)
+
+    async def fill(
+        self, provider: str | None = None, *, frames: bool = True
+    ) -> tuple[Stream, ProviderRequest]:
+        stream = Stream("r1", "anybody", window=30.0, max_bytes=1 << 22)
+        router = self.router
+        route = router.route(None, provider)
+
+        def body(given: settings.Provider) -> bytes:
+            return json.dumps({"model": given.model, "stream": True}).encode()
+
+        asked = ProviderRequest(
+            "chat/completions", body, streamed=True, reading=Reading() if frames else None
+        )
+        stream.record = asked.record
+        await router.fill(Request(route, asked, "face", "r1"), stream)
+        return stream, asked
+
+    async def call(self) -> Any:
+        def body(given: settings.Provider) -> bytes:
+            return json.dumps({"model": given.model}).encode()
+
+        router = self.router
+        asked = ProviderRequest("chat/completions", body, streamed=False)
+        return await router.call(Request(router.route(None), asked, "face", "r1"))
+
+    def counts(self) -> dict[str, int]:
+        return {name: len(asked) for name, asked in self.asked.items()}
+
+
+@pytest.fixture
+async def trouble() -> AsyncIterator[Trouble]:
+    async with AsyncExitStack() as stack:
+        made = Trouble(stack)
+        yield made
+        for provider in made.providers.values():
+            queue = provider.stats().queue
+            assert (queue.inside, queue.waiting) == (0, 0)
+
+
+# The same provider again.
+
+
+@pytest.mark.parametrize("number", [408, 500, 502, 503, 504, 529])
+async def test_what_may_pass_is_tried_again(trouble: Trouble, number: int) -> None:
+    provider = await trouble.add("a", status(number), status(number), ANSWER)
+
+    stream, ask = await trouble.fill()
+
+    assert (stream.end_status, stream.attempts, ask.record.attempts) == (COMPLETE, 3, 3)
+    assert trouble.counts() == {"a": 3}
+    assert provider.meter.attempts["ok"].value == 1
+    assert provider.meter.attempts["http_5xx"].value == 2
+    assert provider.meter.retries["provider_error"].value == 2
+    assert [entry.status for entry in stream.entries][:1] == [b"processing"]  # once
+
+
+@pytest.mark.parametrize("frames", [True, False])
+async def test_a_silence_before_the_first_event_is_none_of_the_answer(
+    trouble: Trouble, *, frames: bool
+) -> None:
+    failed, begin = status(500), len(HEAD)
+    end = failed.index(b"{")
+    head = ANSWER[:begin], chunk(b": soon\n\n"), ANSWER[begin:]
+    await trouble.add("a", (failed[:end], failed[end:]), head)
+
+    _, ask = await trouble.fill(frames=frames)
+
+    assert ask.record.attempts == 2
+    assert ask.record.silence == 0.0  # the answer itself came in one read
+
+
+async def test_the_tries_are_bounded(trouble: Trouble) -> None:
+    await trouble.add("a", status(500))
+
+    with pytest.raises(ProviderError) as told:
+        await trouble.fill()
+
+    assert (told.value.provider, told.value.attempts) == ("a", 3)
+    assert trouble.counts() == {"a": 3}
+
+
+async def test_an_answer_that_is_not_streamed_is_tried_again_as_well(trouble: Trouble) -> None:
+    await trouble.add("a", status(500), JSON)
+    answer = await trouble.call()
+    assert (answer.body, answer.attempts, answer.provider) == (b"{}", 2, "a")
+
+
+async def test_a_fault_under_200_before_the_first_event_is_tried_again(trouble: Trouble) -> None:
+    await trouble.add("a", events('{"error":{"code":502,"message":"overloaded"}}'), ANSWER)
+    stream, _ = await trouble.fill()
+    assert (stream.end_status, trouble.counts()) == (COMPLETE, {"a": 2})
+
+
+@pytest.mark.parametrize(
+    ("answer", "fault"),
+    [
+        (status(400), ProviderRefused),
+        (status(404), ProviderRefused),
+        (status(409), ProviderRefused),
+        (status(413), ProviderRefused),
+        (status(422), ProviderRefused),
+        (status(401), ProviderAuthError),
+        (status(402), ProviderAuthError),
+        (status(403), ProviderAuthError),
+        (status(429, body=b'{"error":{"code":"insufficient_quota"}}'), ProviderAuthError),
+        (b"", ProviderDisconnected),  # the model may have run
+        (events(said("half")), ProviderDisconnected),
+        (HEAD, ReadTimeout),
+    ],
+)
+async def test_what_would_not_change_or_may_have_been_paid_is_not_tried_again(
+    trouble: Trouble, answer: bytes, fault: type[ProviderFault]
+) -> None:
+    await trouble.add("a", answer, ANSWER, read_timeout=0.1)
+    with pytest.raises(fault):
+        await trouble.fill()
+    assert trouble.counts() == {"a": 1}
+
+
+async def test_after_the_first_event_nothing_is_tried_again(trouble: Trouble) -> None:
+    broken = events(said("hel"), '{"error":{"code":502,"message":"overloaded"}}')
+    await trouble.add("a", broken, ANSWER)
+    await trouble.add("b", ANSWER)
+
+    with pytest.raises(ProviderError):
+        await trouble.fill()
+
+    assert trouble.counts() == {"a": 1, "b": 0}
+
+
+async def test_a_429_is_tried_again_after_its_time(trouble: Trouble) -> None:
+    provider = await trouble.add("a", status(429, "retry-after-ms: 60\r\n"), ANSWER)
+    begun = asyncio.get_running_loop().time()
+
+    stream, _ = await trouble.fill()
+
+    assert asyncio.get_running_loop().time() - begun >= 0.06
+    assert (stream.end_status, trouble.counts()) == (COMPLETE, {"a": 2})
+    assert provider.meter.retries["provider_rate_limited"].value == 1
+
+
+async def test_one_who_asks_for_too_long_a_rest_is_passed_on(trouble: Trouble) -> None:
+    await trouble.add("a", status(429, "Retry-After: 100\r\n"), ANSWER)
+    with pytest.raises(ProviderRateLimited) as told:
+        await trouble.fill()
+    assert told.value.retry_after == 100
+    assert trouble.counts() == {"a": 1}
+
+
+async def test_the_place_is_free_between_two_tries_and_a_client_who_leaves_ends_the_pause(
+    trouble: Trouble,
+) -> None:
+    provider = await trouble.add("a", status(500), ANSWER, backoff_factor=30.0)
+    task = asyncio.create_task(trouble.fill())
+    await until(lambda: provider.meter.retries["provider_error"].value == 1)
+
+    assert provider.stats().queue.inside == 0
+    assert provider.stats().pool.open == provider.stats().pool.idle
+    task.cancel()
+    await asyncio.wait((task,))
+
+    assert task.cancelled()
+    assert trouble.counts() == {"a": 1}
+
+
+async def test_an_event_without_a_text_is_a_first_event(trouble: Trouble) -> None:
+    role = json.dumps({"choices": [{"delta": {"role": "assistant", "content": ""}}]})
+    await trouble.add("a", events(role, '{"error":{"message":"overloaded"}}'), ANSWER)
+    with pytest.raises(ProviderError):
+        await trouble.fill()
+    assert trouble.counts() == {"a": 1}
+
+
+async def test_a_kept_connection_that_is_lost_late_is_not_stale(
+    trouble: Trouble, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exchange, "STALE_WITHIN", 0.0)
+    await trouble.add("a", JSON, b"", JSON)
+    await trouble.call()
+    with pytest.raises(ProviderDisconnected):
+        await trouble.call()  # the model may have run
+    assert trouble.counts() == {"a": 2}
+
+
+async def test_a_storm_of_faults_makes_no_storm_of_retries(trouble: Trouble) -> None:
+    provider = await trouble.add("a", status(503), max_retries=5, queue_size=100)
+    provider._health.breaker.ended = lambda **_kwargs: None  # type: ignore[method-assign]
+
+    done = await asyncio.gather(*(trouble.fill() for _ in range(30)), return_exceptions=True)
+
+    assert all(isinstance(one, ProviderError) for one in done)
+    assert trouble.counts()["a"] <= 30 + MINIMUM
+
+
+# Another provider.
+
+
+@pytest.mark.parametrize("first", [status(503), status(429), status(401)])
+async def test_a_fallback_answers_with_its_own_model(trouble: Trouble, first: bytes) -> None:
+    provider = await trouble.add("a", first, max_retries=0)
+    await trouble.add("b", ANSWER)
+
+    stream, ask = await trouble.fill()
+
+    assert stream.end_status == COMPLETE
+    assert (stream.provider, ask.record.provider, stream.attempts) == ("b", "b", 2)
+    assert ask.record.model == "b-model"
+    assert [one["model"] for one in trouble.asked["b"]] == ["b-model"]
+    assert sum(one.value for one in provider.meter.failovers.values()) == 1
+
+
+async def test_a_provider_that_is_not_there_is_tried_and_then_replaced(trouble: Trouble) -> None:
+    provider = await trouble.add("a", ANSWER)
+    await trouble.servers.pop().__aexit__(None, None, None)
+    await trouble.add("b", ANSWER)
+
+    stream, _ = await trouble.fill()
+
+    assert (stream.provider, stream.attempts) == ("b", 4)
+    assert provider.meter.attempts["connect_error"].value == 3
+    assert provider.meter.failovers["connect_error"].value == 1
+
+
+async def test_a_429_goes_to_the_fallback_without_a_pause(trouble: Trouble) -> None:
+    await trouble.add("a", status(429, "Retry-After: 50\r\n"))
+    await trouble.add("b", ANSWER)
+    stream, _ = await trouble.fill()
+    assert (stream.provider, trouble.counts()) == ("b", {"a": 1, "b": 1})
+
+
+async def test_the_fallbacks_are_asked_in_their_order_and_the_last_one_says_why(
+    trouble: Trouble,
+) -> None:
+    for name in "abc":
+        await trouble.add(name, status(500), max_retries=1)
+    with pytest.raises(ProviderError) as told:
+        await trouble.fill()
+    assert (told.value.provider, told.value.attempts) == ("c", 6)
+    assert trouble.counts() == {"a": 2, "b": 2, "c": 2}
+
+
+async def test_who_pins_a_provider_gets_no_other(trouble: Trouble) -> None:
+    await trouble.add("a", ANSWER)
+    await trouble.add("b", status(500), max_retries=0)
+    await trouble.add("c", ANSWER)
+    with pytest.raises(ProviderError):
+        await trouble.fill("b")
+    assert trouble.counts() == {"a": 0, "b": 1, "c": 0}
+
+
+@pytest.mark.parametrize("answer", [status(400), status(404), events(said("half"))])
+async def test_the_callers_fault_and_a_broken_answer_are_not_passed_on(
+    trouble: Trouble, answer: bytes
+) -> None:
+    await trouble.add("a", answer)
+    await trouble.add("b", ANSWER)
+    with pytest.raises(ProviderFault):
+        await trouble.fill()
+    assert trouble.counts() == {"a": 1, "b": 0}
+
+
+async def test_a_full_line_is_passed_on_at_once(trouble: Trouble) -> None:
+    await trouble.add("a", ANSWER, concurrent_requests=1, queue_size=1)
+    await trouble.add("b", ANSWER)
+    trouble.gate.clear()
+    inside = asyncio.create_task(trouble.fill("a"))
+    await until(lambda: trouble.counts()["a"] == 1)
+    waits = asyncio.create_task(trouble.fill("a"))
+    await until(lambda: trouble.providers["a"].stats().queue.waiting == 1)
+
+    third = asyncio.create_task(trouble.fill())
+    await until(lambda: trouble.counts()["b"] == 1)
+    trouble.gate.set()
+
+    assert (await third)[0].provider == "b"
+    assert (await inside)[0].provider == (await waits)[0].provider == "a"
+
+
+# Nobody answers: what a client is told, and when it may come back.
+
+PACED = status(429, "Retry-After: 30\r\n")
+LONGER = status(429, "Retry-After: 90\r\n")
+
+
+async def opened(provider: Provider, seconds: float) -> None:
+    """Let it have failed so often that it is left alone for *seconds*."""
+    for _ in range(breaker.FAILURES):
+        provider._health.breaker.ended(trial=False, failed=True)
+    provider._health.breaker._open_until = provider._health.breaker._clock() + seconds
+
+
+@pytest.mark.parametrize("waits", [(40.0, 8.0, 20.0), (8.0, 20.0, 40.0), (40.0, 20.0, 8.0)])
+async def test_where_all_are_left_alone_the_soonest_counts(
+    trouble: Trouble, waits: tuple[float, ...]
+) -> None:
+    for name, seconds in zip("abc", waits, strict=True):
+        await opened(await trouble.add(name, ANSWER), seconds)
+
+    with pytest.raises(CircuitOpen) as told:
+        await trouble.fill()
+
+    assert 7 < (told.value.retry_after or 0) <= 8.8
+    assert trouble.counts() == {"a": 0, "b": 0, "c": 0}
+    headers = told.value.headers()
+    assert int(headers["Retry-After"]) >= (told.value.retry_after or 0), "never too early"
+    assert (told.value.http_status, headers["x-aioserver-attempts"]) == (503, "0")
+    assert "x-should-retry" not in headers, "nothing was sent"
+
+
+@pytest.mark.parametrize("names", ["ab", "ba"])
+async def test_where_all_limit_us_the_soonest_counts(trouble: Trouble, names: str) -> None:
+    for name in names:
+        await trouble.add(name, PACED if name == "a" else LONGER, max_retries=0)
+    for _ in range(2):  # first they say so, then they need not be asked
+        with pytest.raises(ProviderRateLimited) as told:
+            await trouble.fill()
+        assert 29 < (told.value.retry_after or 0) <= 33
+        assert told.value.http_status == 429
+    assert trouble.counts() == {"a": 1, "b": 1}
+
+
+async def test_a_429_is_told_only_where_every_usable_one_says_it(trouble: Trouble) -> None:
+    await opened(await trouble.add("a", ANSWER), 10.0)
+    await trouble.add("b", PACED, max_retries=0)
+
+    with pytest.raises(CircuitOpen) as told:
+        await trouble.fill()
+
+    assert told.value.http_status == 503
+    assert 9 < (told.value.retry_after or 0) <= 11
+    assert (told.value.provider, told.value.attempts) == ("a", 1)
+
+
+@pytest.mark.parametrize("names", ["ab", "ba"])
+async def test_one_that_refuses_our_key_is_no_usable_one(trouble: Trouble, names: str) -> None:
+    for name in names:
+        await trouble.add(name, status(401) if name == "a" else PACED, max_retries=0)
+    for _ in range(2):
+        with pytest.raises(ProviderRateLimited) as told:
+            await trouble.fill()
+        assert told.value.provider == "b"
+    assert trouble.counts() == {"a": 1, "b": 1}
+
+
+async def test_where_every_one_refuses_our_key_that_is_told(trouble: Trouble) -> None:
+    for name in "ab":
+        await trouble.add(name, status(403))
+    with pytest.raises(ProviderAuthError):
+        await trouble.fill()
+
+
+async def test_an_answer_that_may_have_been_paid_is_told_whatever_was_before(
+    trouble: Trouble,
+) -> None:
+    await opened(await trouble.add("a", ANSWER), 10.0)
+    await trouble.add("b", HEAD, read_timeout=0.1)
+    with pytest.raises(ReadTimeout):
+        await trouble.fill()
+
+
+# A rest.
+
+
+async def test_while_a_provider_rests_its_fallback_is_asked_at_once(trouble: Trouble) -> None:
+    provider = await trouble.add("a", PACED, ANSWER)
+    await trouble.add("b", ANSWER)
+
+    for number in range(1, 4):
+        assert (await trouble.fill())[0].provider == "b"
+        assert trouble.counts() == {"a": 1, "b": number}
+    assert provider.meter.failovers["provider_rate_limited"].value == 3
+    assert provider.meter.attempts["http_429"].value == 1
+
+    provider._pace._closed_until = provider._pace._due = 0.0  # its rest is over
+    assert (await trouble.fill())[0].provider == "a"
+
+
+async def test_a_short_rest_is_waited_for(trouble: Trouble) -> None:
+    await trouble.add("a", status(429, "retry-after-ms: 100\r\n"), ANSWER)
+    await trouble.add("b", ANSWER)
+
+    assert (await trouble.fill())[0].provider == "b"
+    assert (await trouble.fill())[0].provider == "a"
+
+
+async def test_who_waits_in_the_line_of_one_that_begins_to_rest_goes_elsewhere(
+    trouble: Trouble,
+) -> None:
+    provider = await trouble.add("a", PACED, concurrent_requests=1, queue_size=10)
+    await trouble.add("b", ANSWER)
+    trouble.gate.clear()
+    tasks = [asyncio.create_task(trouble.fill()) for _ in range(4)]
+    pinned = asyncio.create_task(trouble.fill("a"))
+    await until(lambda: provider.stats().queue.waiting == 4)
+
+    trouble.gate.set()
+    done = await asyncio.gather(*tasks)
+
+    assert {stream.provider for stream, _ in done} == {"b"}
+    assert trouble.counts() == {"a": 1, "b": 4}
+    with pytest.raises(ProviderPaced):  # 30 s are more than it would wait
+        await pinned
+
+
+async def test_who_waits_where_nothing_is_left_goes_elsewhere_before_the_429(
+    trouble: Trouble,
+) -> None:
+    spent = b"\r\nx-ratelimit-remaining-requests: 0\r\nx-ratelimit-reset-requests: 1m0s\r\n\r\n"
+    last = ANSWER.replace(b"\r\n\r\n", spent, 1)
+    provider = await trouble.add("a", last, concurrent_requests=1, queue_size=10)
+    await trouble.add("b", ANSWER)
+    trouble.gate.clear()
+    tasks = [asyncio.create_task(trouble.fill()) for _ in range(4)]
+    await until(lambda: provider.stats().queue.waiting == 3)
+
+    trouble.gate.set()
+    done = await asyncio.gather(*tasks)
+
+    assert [stream.provider for stream, _ in done] == ["a", "b", "b", "b"]
+    assert provider.meter.failovers["provider_rate_limited"].value == 3
+    assert provider.meter.attempts["http_429"].value == 0
+
+
+async def test_a_storm_of_429_makes_no_wave_of_retries(trouble: Trouble) -> None:
+    provider = await trouble.add(
+        "a", status(429, "retry-after-ms: 20\r\n"), max_retries=5, queue_size=100
+    )
+    done = await asyncio.gather(*(trouble.fill() for _ in range(30)), return_exceptions=True)
+
+    assert {type(one) for one in done} <= {ProviderRateLimited, ProviderPaced}
+    assert trouble.counts()["a"] <= 30 + MINIMUM
+    assert provider.meter.attempts["http_429"].value == trouble.counts()["a"]
+    assert provider.stats().breaker == "closed"
+
+
+async def test_a_limit_that_is_told_within_a_stream_is_a_rest_as_well(trouble: Trouble) -> None:
+    limited = events('{"error":{"code":429,"message":"slow down"}}')
+    provider = await trouble.add("a", limited, ANSWER, max_retries=0)
+
+    with pytest.raises(ProviderRateLimited):
+        await trouble.fill()
+
+    assert provider.stats().pace.cooling > 0
+    assert provider.stats().breaker == "closed"
+    assert provider.meter.attempts["http_429"].value == 1
+
+
+async def test_credits_that_are_used_up_are_told_within_a_stream(trouble: Trouble) -> None:
+    provider = await trouble.add("a", events('{"error":{"code":402,"message":"no credits"}}'))
+    with pytest.raises(ProviderAuthError):
+        await trouble.fill()
+    assert (provider.stats().flagged, trouble.counts()) == (True, {"a": 1})
+
+
+# Left alone.
+
+
+async def test_a_provider_that_fails_is_left_alone(trouble: Trouble) -> None:
+    provider = await trouble.add("a", status(500), max_retries=0)
+    for _ in range(breaker.FAILURES):
+        with pytest.raises(ProviderError):
+            await trouble.fill()
+
+    with pytest.raises(CircuitOpen) as told:
+        await trouble.fill()
+
+    assert 1 <= (told.value.retry_after or 0) <= 1.1 * breaker.FIRST
+    assert provider.stats().breaker == "open"
+    assert trouble.counts() == {"a": breaker.FAILURES}
+
+
+async def test_one_trial_at_a_time_finds_out_that_it_is_back(trouble: Trouble) -> None:
+    answers = [status(500)] * breaker.FAILURES
+    provider = await trouble.add("a", *answers, ANSWER, max_retries=0)
+    for _ in answers:
+        with pytest.raises(ProviderError):
+            await trouble.fill()
+    provider._health.breaker._open_until = 0.0  # its time is over
+    trouble.gate.clear()
+    trial = asyncio.create_task(trouble.fill())
+    await until(lambda: trouble.counts()["a"] == breaker.FAILURES + 1)
+
+    with pytest.raises(CircuitOpen):
+        await trouble.fill()
+    assert provider.stats().breaker == "trial"
+    trouble.gate.set()
+
+    assert (await trial)[0].end_status == COMPLETE
+    assert provider.stats().breaker == "closed"
+    assert (await trouble.fill())[0].end_status == COMPLETE
+
+
+async def test_who_waits_in_its_line_is_told_when_it_begins_to_fail(trouble: Trouble) -> None:
+    await trouble.add("a", status(500), max_retries=0, concurrent_requests=1, queue_size=50)
+    await trouble.add("b", ANSWER)
+    done = await asyncio.gather(*(trouble.fill("a") for _ in range(12)), return_exceptions=True)
+    kinds = [type(one) for one in done]
+    assert kinds == [ProviderError] * breaker.FAILURES + [CircuitOpen] * (12 - breaker.FAILURES)
+    assert trouble.counts()["a"] == breaker.FAILURES
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        status(429),
+        status(400),
+        status(401),
+        status(404, body=b"404 page not found"),
+        status(413, body=b"<html>nginx</html>"),
+    ],
+)
+async def test_what_says_nothing_of_its_health_does_not_open_it(
+    trouble: Trouble, answer: bytes
+) -> None:
+    provider = await trouble.add("a", answer, max_retries=0)
+    for _ in range(breaker.FAILURES + 1):
+        provider._pace._closed_until = provider._health._flagged_until = 0.0
+        with pytest.raises(ProviderFault):
+            await trouble.fill()
+    assert provider.stats().breaker == "closed"
+
+
+async def test_a_trial_that_answers_and_is_left_says_no_more(trouble: Trouble) -> None:
+    provider = await trouble.add("a", *[status(500)] * breaker.FAILURES, ANSWER, max_retries=0)
+    for _ in range(breaker.FAILURES):
+        with pytest.raises(ProviderError):
+            await trouble.fill()
+    provider._health.breaker._open_until = 0.0
+    attempt = Attempt(provider, ProviderRequest("x", lambda _given: b"", streamed=True), None)
+    attempt.trial = provider._health.breaker.enter()
+
+    attempt.status = 408
+    provider.heard(attempt)
+    assert provider.stats().breaker == "trial"
+    attempt.status = 200
+    provider.heard(attempt)
+
+    assert (provider.stats().breaker, attempt.trial) == ("closed", False)
+
+
+async def test_answers_that_break_off_are_failures_on_every_face(trouble: Trouble) -> None:
+    broken = events(said("hel"), '{"error":{"code":502,"message":"overloaded"}}')
+    provider = await trouble.add("a", broken)
+    for _ in range(breaker.FAILURES):
+        await trouble.fill(frames=False)  # the OpenAI face: the error event passes as it is
+    assert provider.stats().breaker == "open"
+    assert provider.meter.attempts["ok"].value == 0
+
+
+async def test_each_provider_has_a_wait_of_its_own(trouble: Trouble) -> None:
+    await trouble.add("a", ANSWER, concurrent_requests=1, queue_timeout=0.05)
+    await trouble.add("b", ANSWER, concurrent_requests=1, queue_timeout=5.0)
+    trouble.gate.clear()
+    busy = [asyncio.create_task(trouble.fill(name)) for name in "ab"]
+    await until(lambda: trouble.counts() == {"a": 1, "b": 1})
+
+    third = asyncio.create_task(trouble.fill())
+    await until(lambda: trouble.providers["b"].stats().queue.waiting == 1)
+    trouble.gate.set()
+
+    assert (await third)[0].provider == "b"
+    await asyncio.gather(*busy)
+
+
+async def test_a_provider_that_refuses_our_key_is_not_asked_again_for_a_while(
+    trouble: Trouble,
+) -> None:
+    provider = await trouble.add("a", status(401), ANSWER)
+    with pytest.raises(ProviderAuthError):
+        await trouble.fill()
+
+    with pytest.raises(ProviderFlagged):
+        await trouble.fill()
+    assert provider.stats().flagged
+    assert trouble.counts() == {"a": 1}
+    provider._health._flagged_until = 0.0
+
+    assert (await trouble.fill())[0].end_status == COMPLETE
+    assert provider.meter.attempts["http_4xx"].value == 1
+
+
+async def test_a_403_stops_a_provider_that_has_never_answered(trouble: Trouble) -> None:
+    provider = await trouble.add("a", status(403), ANSWER)
+    with pytest.raises(ProviderAuthError):
+        await trouble.fill()
+
+    assert provider.stats().flagged
+
+
+async def test_a_403_for_one_request_stops_nobody_else(trouble: Trouble) -> None:
+    provider = await trouble.add("a", ANSWER, status(403), ANSWER)
+    await trouble.fill()
+    with pytest.raises(ProviderAuthError) as refused:
+        await trouble.fill()
+
+    assert not provider.stats().flagged
+    assert (await trouble.fill())[0].end_status == COMPLETE
+    assert refused.value.code == "provider_auth_error"
+    assert provider.meter.key_refused.value == 0

@@ -1,0 +1,123 @@
+"""The table of router.py: who is asked, and for which model."""
+
+from __future__ import annotations
+
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+import pytest
+
+from aioserver.errors import ModelNotFound
+from aioserver.gateway.router import Router
+from aioserver.provider_errors import NoProvider
+from aioserver.providers.provider import Provider
+from tests.support.server import HTTP_CLIENT, configured
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+NOWHERE = "http://127.0.0.1:9/v1"
+
+
+@asynccontextmanager
+async def router_of(tmp_path: Path, active: str = "sim") -> AsyncIterator[Router]:
+    """`sim` and `local` are usable; `groq` lacks its key."""
+    changes = {
+        f"llm.providers.{name}": {
+            "base_url": NOWHERE,
+            "model": f"{name}-model",
+            "http_client": dict(HTTP_CLIENT),
+        }
+        for name in ("local", "groq")
+    }
+    configuration = configured(NOWHERE, changes, tmp_path / "config.yaml")
+    providers = {
+        name: Provider(given, given.base_url or NOWHERE, max_response_bytes=1000)
+        for name, given in configuration.settings.llm.providers.items()
+    }
+    yield Router(providers, active)
+    for provider in providers.values():
+        await provider.close()
+
+
+@pytest.mark.parametrize(
+    ("model", "provider", "asked", "as_model", "renamed", "pinned"),
+    [
+        # provider given in a chat
+        (None, "local", "local", None, True, True),
+        ("any", "local", "local", "any", True, True),
+        ("sim", "local", "local", "sim", True, True),
+        ("sim/x", "local", "local", "sim/x", True, True),
+        # model absent, or a provider's name
+        (None, None, "sim", None, True, False),
+        ("sim", None, "sim", None, True, True),
+        ("local", None, "local", None, True, True),
+        # the first segment is a provider's name
+        ("local/llama", None, "local", "llama", True, True),
+        ("local/meta/llama-3", None, "local", "meta/llama-3", True, True),
+        ("local/local", None, "local", "local", True, True),
+        # anything else
+        ("gpt-4o-mini", None, "sim", "gpt-4o-mini", False, False),
+        ("meta/llama-3", None, "sim", "meta/llama-3", False, False),
+        ("local/", None, "sim", "local/", False, False),
+        ("/local", None, "sim", "/local", False, False),
+        ("Local", None, "sim", "Local", False, False),
+        (" local", None, "sim", " local", False, False),
+        ("x/local", None, "sim", "x/local", False, False),
+    ],
+)
+async def test_a_request_goes_where_the_table_says(
+    tmp_path: Path,
+    model: str | None,
+    provider: str | None,
+    asked: str,
+    as_model: str | None,
+    renamed: bool,
+    pinned: bool,
+) -> None:
+    async with router_of(tmp_path) as router:
+        route = router.route(model, provider)
+
+    assert route.provider.name == asked
+    assert (route.model, route.renamed, route.pinned) == (as_model, renamed, pinned)
+
+
+@pytest.mark.parametrize(
+    ("model", "provider"),
+    [
+        (None, "nobody"),
+        ("any", "nobody"),
+        (None, ""),
+        (None, "x" * 5000),
+        (None, "groq"),  # configured, without its key
+        ("groq", None),
+        ("groq/llama", None),
+    ],
+)
+async def test_a_named_provider_that_cannot_be_asked_is_not_found(
+    tmp_path: Path, model: str | None, provider: str | None
+) -> None:
+    async with router_of(tmp_path) as router:
+        with pytest.raises(ModelNotFound, match=r"there are: local, sim$") as caught:
+            router.route(model, provider)
+
+    assert caught.value.http_status == 404
+    assert len(caught.value.message) < 200
+
+
+async def test_without_a_usable_active_provider_only_named_ones_are_asked(tmp_path: Path) -> None:
+    async with router_of(tmp_path, active="groq") as router:
+        assert not router.usable
+        for model in (None, "gpt", "meta/llama"):
+            with pytest.raises(NoProvider, match="groq"):
+                router.route(model)
+        assert router.route("local").provider.name == "local"
+        assert router.route(None, "sim").provider.name == "sim"
+
+
+async def test_the_active_provider_is_usable(tmp_path: Path) -> None:
+    async with router_of(tmp_path) as router:
+        assert router.usable
+        assert router.active is router.providers["sim"]
+        assert {"sim", "local", "groq"} <= router.providers.keys()

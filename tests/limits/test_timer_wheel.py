@@ -1,0 +1,293 @@
+"""The wheel on a clock that is moved by hand, and once on a real loop."""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import itertools
+import random
+from typing import TYPE_CHECKING, Any, cast
+
+import pytest
+
+from aioserver.limits.timer_wheel import Wheel
+from tests.support.server import until
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+GRAIN = 0.5
+
+
+class Timer:
+    def __init__(self, call: Callable[[], object]) -> None:
+        self.call = call
+        self.cancelled = False
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+class Clockwork:
+    """The timers of an event loop, without the waiting."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self._timers: list[tuple[float, int, Timer]] = []
+        self._order = itertools.count()
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        return cast("asyncio.AbstractEventLoop", self)
+
+    @property
+    def pending(self) -> int:
+        return sum(not timer.cancelled for _, _, timer in self._timers)
+
+    def time(self) -> float:
+        return self.now
+
+    def call_at(self, when: float, call: Callable[..., object], *args: Any) -> Timer:
+        timer = Timer(lambda: call(*args))
+        heapq.heappush(self._timers, (when, next(self._order), timer))
+        return timer
+
+    def call_later(self, delay: float, call: Callable[..., object], *args: Any) -> Timer:
+        return self.call_at(self.now + delay, call, *args)
+
+    def advance(self, seconds: float) -> None:
+        """Let time go by, timer by timer."""
+        end = self.now + seconds
+        while self._timers and self._timers[0][0] <= end:
+            when, _, timer = heapq.heappop(self._timers)
+            self.now = max(self.now, when)
+            if not timer.cancelled:
+                timer.call()
+        self.now = end
+
+
+class Visited:
+    """A member that writes its visits down, and does at each what it was told to."""
+
+    def __init__(
+        self, delay: float | None = None, do: Callable[[], object] = lambda: None
+    ) -> None:
+        self.bucket = 0
+        self.delay = delay
+        self.do = do
+        self.visits: list[float] = []
+
+    def visit(self, now: float) -> float | None:
+        self.visits.append(now)
+        self.do()
+        return self.delay
+
+
+@pytest.fixture
+def clock() -> Clockwork:
+    return Clockwork()
+
+
+@pytest.fixture
+def wheel(clock: Clockwork) -> Wheel:
+    return Wheel(clock.loop, GRAIN)
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.1, 0.5, 0.74, 20.0, 1e6])
+def test_a_visit_is_at_most_one_grain_late(clock: Clockwork, wheel: Wheel, delay: float) -> None:
+    clock.now += 0.3
+    member = Visited()
+    due = clock.now + delay
+
+    wheel.add(member, delay)
+    clock.advance(delay + GRAIN)
+
+    (visit,) = member.visits
+    assert due <= visit <= due + GRAIN
+    assert member.bucket == 0
+    assert clock.pending == 0
+
+
+def test_a_member_comes_again_as_often_as_it_asks(clock: Clockwork, wheel: Wheel) -> None:
+    member = Visited(2.0)
+    wheel.add(member, 2.0)
+
+    clock.advance(100.0)
+    assert 40 <= len(member.visits) <= 50
+    member.delay = None
+    clock.advance(10.0)
+
+    seen = len(member.visits)
+    clock.advance(100.0)
+    assert len(member.visits) == seen
+    assert clock.pending == 0
+
+
+def test_a_member_that_asks_for_no_pause_gets_one(clock: Clockwork, wheel: Wheel) -> None:
+    member = Visited(0.0)
+    wheel.add(member, 0.0)
+
+    clock.advance(100.0)
+
+    assert 100 <= len(member.visits) <= 201
+
+
+def test_thousands_of_members_share_one_timer(clock: Clockwork, wheel: Wheel) -> None:
+    dice = random.Random(1)
+    members = [Visited() for _ in range(5000)]
+    due = []
+    for member in members:
+        delay = dice.uniform(0.0, 30.0)
+        due.append(clock.now + delay)
+        wheel.add(member, delay)
+        assert clock.pending == 1
+
+    clock.advance(31.0)
+
+    for at, member in zip(due, members, strict=True):
+        (visit,) = member.visits
+        assert at <= visit <= at + GRAIN
+
+
+def test_an_earlier_member_moves_the_timer_forward(clock: Clockwork, wheel: Wheel) -> None:
+    late, early = Visited(), Visited()
+    wheel.add(late, 100.0)
+    wheel.add(early, 1.0)
+
+    clock.advance(2.0)
+
+    assert (len(early.visits), len(late.visits)) == (1, 0)
+    clock.advance(100.0)
+    assert len(late.visits) == 1
+
+
+def test_who_was_removed_is_not_visited(clock: Clockwork, wheel: Wheel) -> None:
+    member, other = Visited(1.0), Visited(1.0)
+    wheel.add(member, 1.0)
+    wheel.add(other, 1.0)
+
+    wheel.remove(member)
+    wheel.remove(member)
+    clock.advance(3.0)
+
+    assert member.visits == []
+    assert len(other.visits) == 2
+
+
+def test_a_member_added_twice_is_in_the_wheel_once(clock: Clockwork, wheel: Wheel) -> None:
+    member = Visited()
+    wheel.add(member, 1.0)
+    wheel.add(member, 5.0)
+
+    clock.advance(3.0)
+    assert member.visits == []
+    clock.advance(3.0)
+    assert len(member.visits) == 1
+
+
+def test_a_member_removed_by_anothers_visit_in_the_same_bucket_is_not_visited(
+    clock: Clockwork, wheel: Wheel
+) -> None:
+    members: list[Visited] = []
+
+    def remove_the_rest() -> None:
+        for member in members:
+            wheel.remove(member)
+
+    members += [Visited(1.0, remove_the_rest) for _ in range(5)]
+    for member in members:
+        wheel.add(member, 1.0)
+
+    clock.advance(50.0)
+
+    assert sum(len(member.visits) for member in members) == 1
+    assert clock.pending == 0
+
+
+def test_a_member_removed_in_its_own_visit_does_not_come_back(
+    clock: Clockwork, wheel: Wheel
+) -> None:
+    member = Visited(1.0)
+    member.do = lambda: wheel.remove(member)
+    wheel.add(member, 1.0)
+
+    clock.advance(50.0)
+
+    assert len(member.visits) == 1
+
+
+def test_a_member_added_in_its_own_visit_is_in_the_wheel_once(
+    clock: Clockwork, wheel: Wheel
+) -> None:
+    member = Visited(1.0)
+    member.do = lambda: wheel.add(member, 10.0)
+    wheel.add(member, 1.0)
+
+    clock.advance(25.0)
+
+    assert len(member.visits) == 3
+
+
+def test_members_added_by_a_visit_have_their_turn(clock: Clockwork, wheel: Wheel) -> None:
+    added: list[Visited] = []
+
+    def add() -> None:
+        added.append(Visited())
+        wheel.add(added[-1], 0.0)
+
+    adder = Visited(1.0, add)
+    wheel.add(adder, 1.0)
+
+    clock.advance(20.0)
+    wheel.remove(adder)
+    clock.advance(1.0)
+
+    assert len(added) >= 10
+    assert all(len(member.visits) == 1 for member in added)
+
+
+def test_a_visit_that_raises_stops_nobody_else(clock: Clockwork, wheel: Wheel) -> None:
+    def fail() -> None:
+        raise KeyError
+
+    members = [Visited(1.0), Visited(1.0, fail), Visited(1.0), Visited(1.0, fail), Visited(1.0)]
+    for member in members:
+        wheel.add(member, 1.0)
+
+    for _ in range(2):
+        with pytest.raises(KeyError):
+            clock.advance(10.0)
+    clock.advance(20.0)
+
+    assert [len(member.visits) > 5 for member in members] == [True, False, True, False, True]
+    assert len(members[1].visits) == len(members[3].visits) == 1
+
+
+def test_a_closed_wheel_visits_nobody(clock: Clockwork, wheel: Wheel) -> None:
+    members = [Visited(1.0) for _ in range(10)]
+    for member in members:
+        wheel.add(member, 1.0)
+
+    wheel.close()
+    clock.advance(10.0)
+
+    assert clock.pending == 0
+    assert all(member.visits == [] for member in members)
+    for member in members:
+        wheel.remove(member)
+
+
+async def test_on_a_real_loop_members_are_visited_in_time() -> None:
+    loop = asyncio.get_running_loop()
+    wheel = Wheel(loop, 0.01)
+    start = loop.time()
+    members = [Visited() for _ in range(200)]
+    for at, member in enumerate(members):
+        wheel.add(member, at / 4000)
+
+    await until(lambda: all(member.visits for member in members))
+
+    for at, member in enumerate(members):
+        assert len(member.visits) == 1
+        assert member.visits[0] >= start + at / 4000 - 0.002  # uvloop counts milliseconds
+    wheel.close()

@@ -1,0 +1,153 @@
+"""The listening socket: what the kernel gave, and that every limit reached the connections."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from aiohttp import web
+
+from aioserver.server import app as application
+from aioserver.server import listener
+from aioserver.server.runner import Runner
+from aioserver.telemetry import kernel
+from tests.support.server import configured
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+    from pathlib import Path
+
+    from tests.support.server import House
+
+    Make = Callable[..., Awaitable[House]]
+
+WEBSOCKET = "chat.websocket"
+UVICORN = "chat.websocket.concurrency.uvicorn"
+
+
+@asynccontextmanager
+async def runner_of(path: Path, **changes: Any) -> AsyncIterator[tuple[Runner, Any]]:
+    """A runner that does not listen yet, and the settings of its listener."""
+    settings = configured("http://127.0.0.1:9/v1", changes, path / "config.yaml").settings
+    app = application.build(settings)
+    runner = Runner(app, settings.chat.websocket)
+    await runner.setup()
+    try:
+        yield runner, settings.chat.websocket
+    finally:
+        await runner.cleanup()
+
+
+def sockets_of(runner: Runner) -> list[Any]:
+    return [
+        sock
+        for site in runner.sites
+        for sock in site._server.sockets  # type: ignore[union-attr]  # the kernel is asked
+    ]
+
+
+async def test_the_backlog_reaches_the_kernel(tmp_path: Path) -> None:
+    async with runner_of(tmp_path, **{f"{UVICORN}.backlog": 77}) as (runner, given):
+        (one,) = await listener.listen(runner, given)
+
+        assert (one.host, one.backlog, one.queue_limit) == ("127.0.0.1", 77, 77)
+        assert one.url == f"http://127.0.0.1:{one.port}"
+        assert {kernel.accept_queue(sock) for sock in sockets_of(runner)} == {(0, 77)}
+
+
+async def test_many_that_come_at_once_are_let_in_within_few_turns_of_the_loop(
+    tmp_path: Path,
+) -> None:
+    async with runner_of(tmp_path, **{f"{UVICORN}.backlog": 512}) as (runner, given):
+        (one,) = await listener.listen(runner, given)
+        server = runner.server
+        assert server is not None
+        clients = [socket.create_connection((one.host, one.port)) for _ in range(200)]
+        turns = 0
+        while len(server.connections) < len(clients):
+            await asyncio.sleep(0)
+            turns += 1
+            assert turns < 100, "a connection a turn starves newcomers under load"
+        for client in clients:
+            client.close()
+
+
+async def test_a_backlog_that_the_kernel_cuts_is_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    somaxconn = int(listener.SOMAXCONN.read_text())
+    async with runner_of(tmp_path, **{f"{UVICORN}.backlog": somaxconn + 5}) as (runner, given):
+        (one,) = await listener.listen(runner, given)
+
+    assert one.queue_limit == somaxconn
+    (warning,) = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert "net.core.somaxconn" in warning.getMessage()
+    assert f"{somaxconn} instead of backlog={somaxconn + 5}" in warning.getMessage()
+
+
+async def test_a_backlog_that_fits_is_no_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with runner_of(tmp_path) as (runner, given):
+        await listener.listen(runner, given)
+
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+async def test_patience_without_end_is_as_much_as_the_kernel_takes(tmp_path: Path) -> None:
+    async with runner_of(tmp_path) as (runner, given):
+        await listener.listen(runner, given, send_timeout=1e9)
+
+        (sock, *_) = sockets_of(runner)
+        patience = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+        assert patience == listener.MAX_PATIENCE
+
+
+async def test_a_port_in_use_is_one_clear_error_and_leaves_nothing_open(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        async with runner_of(tmp_path, **{f"{WEBSOCKET}.port": port}) as (runner, given):
+            with pytest.raises(OSError, match="in use"):
+                await listener.listen(runner, given)
+            assert not runner.sites
+
+
+async def test_a_host_that_is_not_ours_is_an_error(tmp_path: Path) -> None:
+    changes = {f"{WEBSOCKET}.host": "192.0.2.1", "auth.open": True}
+    async with runner_of(tmp_path, **changes) as (runner, given):
+        with pytest.raises(OSError):  # noqa: PT011 - the kernel's words
+            await listener.listen(runner, given)
+
+
+async def test_a_port_may_be_bound_again_at_once(tmp_path: Path) -> None:
+    async with runner_of(tmp_path) as (runner, given):
+        (first,) = await listener.listen(runner, given)
+        reader, writer = await asyncio.open_connection("127.0.0.1", first.port)
+        writer.write(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        await reader.read()  # the server closes first: its side stays in TIME_WAIT
+        writer.close()
+        await writer.wait_closed()
+    async with runner_of(tmp_path, **{f"{WEBSOCKET}.port": first.port}) as (runner, given):
+        (second,) = await listener.listen(runner, given)
+
+    assert second.port == first.port
+
+
+async def test_localhost_is_every_loopback_address_with_one_port(tmp_path: Path) -> None:
+    async with runner_of(tmp_path, **{f"{WEBSOCKET}.host": "localhost"}) as (runner, given):
+        listening = await listener.listen(runner, given)
+
+    assert {one.host for one in listening} <= {"127.0.0.1", "::1"}
+    assert "127.0.0.1" in {one.host for one in listening}
+    assert len({one.port for one in listening}) == 1
+
+
+def test_the_private_names_of_aiohttp_are_what_we_take_them_for() -> None:
+    """See the head of `listener.py`."""
+    for name in ("_runner", "_server", "_backlog"):
+        assert name in web.BaseSite.__slots__
+    assert "_sock" in web.SockSite.__slots__

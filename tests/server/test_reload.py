@@ -1,0 +1,907 @@
+"""SIGHUP: what a new configuration changes while clients are connected, and what it leaves alone."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import resource
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+import pytest
+import trustme
+
+from aioserver.faces import context
+from aioserver.protocol import eventstream
+from aioserver.providers import breaker
+from aioserver.providers.simulator.exchange import Behaviour
+from aioserver.providers.simulator.server import Simulator
+from aioserver.server import preflight
+from tests.support.chat import CHAT, chat, numbers, read_frames, to_end, until_status
+from tests.support.raw import CLOSE, TEXT, Raw, closing
+from tests.support.scripted_provider import Played
+from tests.support.server import HTTP_CLIENT, until
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterator
+
+    from aioserver.providers.provider import Provider
+    from tests.support.scripted_provider import Peer
+    from tests.support.server import House
+
+    Make = Callable[..., Awaitable[House]]
+
+LIMITS = "chat.websocket.concurrency"
+CLIENT = "llm.providers.sim.http_client"
+PACED = Behaviour(ttft=0, interval=0.01, tokens=60)
+SLOW = Behaviour(ttft=0, interval=0.02, tokens=2000)
+SILENT = Behaviour(ttft=60)
+STREAMED = {**CHAT, "stream": True}
+
+
+def reloads(house: House) -> dict[str, int]:
+    return {name: int(one.value) for name, one in house.app[context.METRICS].reloads.items()}
+
+
+def incidents(house: House) -> list[str]:
+    return [
+        one["text"] for one in house.app[context.MONITOR]._incidents if one["kind"] == "reload"
+    ]
+
+
+def other(base_url: str, **client: Any) -> dict[str, Any]:
+    """One more provider."""
+    return {"base_url": base_url, "model": "other-model", "http_client": HTTP_CLIENT | client}
+
+
+async def ask(house: House, **fields: Any) -> Any:
+    """The JSON of an answer on the OpenAI face, its status in `status`."""
+    async with house.session.post(f"{house.v1}/chat/completions", json=CHAT | fields) as response:
+        return {**await response.json(), "status": response.status}
+
+
+# What is invalid changes nothing.
+
+
+async def test_every_fault_is_told_and_nothing_changes(
+    make_house: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    house = await make_house()
+    before = house.settings.chat
+
+    done = await house.change(
+        **{f"{LIMITS}.max_connections": 0, "chat.websocket.prot": 1, f"{CLIENT}.read_timeout": "x"}
+    )
+
+    assert not done
+    assert house.settings.chat is before
+    told = [one.getMessage() for one in caplog.records if one.name == "aioserver.reload"]
+    assert len(told) == 3
+    for place in (
+        "chat.websocket.concurrency.max_connections: ",
+        "chat.websocket.prot: unknown key (did you mean port?)",
+        "llm.providers.sim.http_client.read_timeout: ",
+    ):
+        assert any(f"{house.file}:" in line and place in line for line in told), place
+    assert reloads(house) == {"applied": 0, "invalid": 1, "failed": 0}
+    assert incidents(house) == ["the configuration has 3 faults, and was not applied"]
+    assert (await ask(house))["status"] == 200
+
+
+def broken(file: Path, how: str) -> None:
+    """Put something in the place of *file* that is no configuration."""
+    text = file.read_text()
+    file.unlink()
+    match how:
+        case "half":
+            file.write_text(text[: text.index("concurrent_requests") + 30])
+        case "empty":
+            file.write_text("")
+        case "a folder":
+            file.mkdir()
+        case "a pipe":
+            os.mkfifo(file)
+        case "a dangling link":
+            file.symlink_to(file.with_name("nowhere"))
+        case "not UTF-8":
+            file.write_bytes(b"chat: \xff\n")
+        case "too large":
+            file.write_text("#" * (1 << 20) + "\n" + text)
+
+
+def mended(file: Path, text: str) -> None:
+    if file.is_dir():
+        file.rmdir()
+    else:
+        file.unlink(missing_ok=True)
+    file.write_text(text)
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["gone", "half", "empty", "a folder", "a pipe", "a dangling link", "not UTF-8", "too large"],
+)
+async def test_a_file_that_cannot_be_read_changes_nothing(
+    make_house: Make, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    house = await make_house()
+    file = Path(house.file)
+    text = await asyncio.to_thread(file.read_text)
+    await asyncio.to_thread(broken, file, how)
+
+    async with asyncio.timeout(10):
+        assert not await house.reload.once()
+
+    assert all(house.file in one.getMessage() for one in caplog.records)
+    assert len(caplog.records) == 1 or how == "half"
+    assert reloads(house)["invalid"] == 1
+    assert (await ask(house))["status"] == 200
+    await asyncio.to_thread(mended, file, text)
+    assert await house.reload.once()
+
+
+async def test_a_pipe_with_a_key_is_not_waited_for(
+    make_house: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    house = await make_house()
+    pipe = tmp_path / "key"
+    os.mkfifo(pipe)
+    two = other(house.simulator.base_url) | {"api_key_file": str(pipe)}
+
+    async with asyncio.timeout(10):
+        assert not await house.change(**{"llm.providers.two": two})
+
+    assert "llm.providers.two.api_key_file: is no file that can be read again" in caplog.text
+    assert reloads(house)["invalid"] == 1
+
+
+def linked(file: Path) -> Path:
+    """*file* is a link now; another link to a changed copy."""
+    first, second, link = (file.with_name(name) for name in ("first", "second", "link"))
+    text = file.read_text()
+    first.write_text(text)
+    second.write_text(text.replace("max_connections: 50", "max_connections: 49"))
+    file.unlink()
+    file.symlink_to(first)
+    link.symlink_to(second)
+    return link
+
+
+async def test_a_link_that_was_swapped_is_followed(make_house: Make) -> None:
+    house = await make_house()
+    file = Path(house.file)
+    link = await asyncio.to_thread(linked, file)
+    assert await house.reload.once()
+    assert house.app[context.ADMISSION].gate.limit == 50
+
+    await asyncio.to_thread(link.replace, file)  # as orchestrators swap a mounted file
+
+    assert await house.reload.once()
+    assert house.app[context.ADMISSION].gate.limit == 49
+
+
+async def test_certificates_that_are_none_are_a_fault(make_house: Make, tmp_path: Path) -> None:
+    house = await make_house()
+    file = tmp_path / "ca.pem"
+    file.write_text("no certificate")
+    secure = other("https://127.0.0.1:9/v1") | {"ca_file": str(file)}
+
+    assert not await house.change(**{"llm.providers.two": secure, f"{LIMITS}.max_connections": 49})
+
+    assert reloads(house)["invalid"] == 1
+    assert house.app[context.ADMISSION].gate.limit == 50
+    assert list(house.app[context.ROUTER].providers) == ["sim"]
+
+
+async def test_what_could_not_be_started_is_not_applied(make_house: Make) -> None:
+    house = await make_house()
+
+    assert not await house.change(**{"llm.providers.sim.api_key_env": "NO_SUCH_KEY"})
+
+    assert (await ask(house))["status"] == 200
+    assert "1 fault," in incidents(house)[0]
+
+
+async def test_an_address_that_others_reach_stays_guarded(make_house: Make) -> None:
+    # The file names another address now; the one that is listened on is still open to others.
+    house = await make_house(**{"chat.websocket.host": "0.0.0.0", "auth": {"open": True}})
+
+    assert not await house.change(**{"chat.websocket.host": "127.0.0.1"})
+
+    assert reloads(house)["invalid"] == 1
+
+
+async def test_a_bug_in_it_is_logged_and_changes_nothing(
+    make_house: Make, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    house = await make_house()
+    certificates = tmp_path / "gone.pem"
+    settings = house.settings.llm
+
+    def gone(_settings: Any) -> None:
+        raise FileNotFoundError(certificates)
+
+    house.app[context.ROSTER].prepare = gone  # type: ignore[method-assign,assignment]
+    assert not await house.change(**{f"{LIMITS}.max_connections": 49})
+
+    assert house.settings.llm is settings
+    assert house.app[context.ADMISSION].gate.limit == 50
+    assert reloads(house)["failed"] == 1
+    (record,) = caplog.records
+    assert record.exc_info is not None
+
+
+# Limits.
+
+
+async def test_more_places_let_in_who_waits_and_fewer_turn_nobody_out(make_house: Make) -> None:
+    house = await make_house(
+        SLOW, **{f"{LIMITS}.max_connections": 1, f"{LIMITS}.queue_timeout": 30}
+    )
+    async with Raw(house) as first, Raw(house) as second, Raw(house) as third:
+        for raw in (first, second):
+            await raw.upgrade()
+        assert (await second.json_frame())["status"] == "queued"
+
+        assert await house.change(**{f"{LIMITS}.max_connections": 2})
+
+        await second.send_json({"action": "ping"})
+        while (await second.json_frame())["status"] != "pong":
+            pass
+        assert await house.change(**{f"{LIMITS}.max_connections": 1, f"{LIMITS}.queue_timeout": 0})
+        await third.upgrade()
+        refused = await third.json_frame()
+        assert refused["chunk"]["error"] == "chat.websocket.concurrency.max_connections=1 reached"
+        assert house.app[context.ADMISSION].gate.inside == 2
+        for raw in (first, second):
+            await raw.send_json({"action": "ping"})
+            assert (await raw.json_frame())["status"] == "pong"
+
+
+async def test_http_limits_and_origins_hold_for_the_next_request(make_house: Make) -> None:
+    house = await make_house()
+    async with Raw(house) as kept:
+        await kept.get("/health")
+        assert (await kept.answer()).status == 200
+
+        assert await house.change(
+            **{
+                f"{LIMITS}.uvicorn.h11_max_request_line_size": 100,
+                f"{LIMITS}.uvicorn.max_keepalive_requests": 2,
+                "chat.websocket.allow_origins": ["http://one.example"],
+                "chat.websocket.max_message_size": 50,
+            }
+        )
+
+        await kept.get("/health", "Origin: http://one.example")
+        answer = await kept.answer()
+        assert answer.headers["access-control-allow-origin"] == "http://one.example"
+        assert answer.headers["connection"] == "close"
+    async with Raw(house) as raw:
+        await raw.get("/" + "x" * 100)
+        assert (await raw.answer()).status == 414
+    async with Raw(house) as raw:
+        assert (await raw.upgrade("Origin: http://two.example")).status == 403
+    async with Raw(house) as raw:
+        await raw.upgrade("Origin: http://one.example")
+        await raw.send_json(chat("r1", "x" * 50))
+        frames = await raw.frames()
+        assert closing(frames[-1][1])[0] == 1009
+    assert (await ask(house))["error"]["code"] == "request_too_large"
+
+
+async def test_open_sockets_are_pinged_as_the_configuration_says_now(make_house: Make) -> None:
+    house = await make_house(
+        **{"chat.websocket.ping_interval": 0.2, "chat.websocket.ping_timeout": 0.1}
+    )
+    async with Raw(house) as raw:
+        await raw.upgrade()
+        opcode, payload = await raw.frame()
+
+        assert await house.change(
+            **{
+                "chat.websocket.ping_interval": 0.2,
+                "chat.websocket.ping_timeout": 0.1,
+                "chat.websocket.idle_timeout": 0.05,
+            }
+        )
+
+        while opcode != CLOSE:
+            await raw.send_frame(10, payload)
+            opcode, payload = await raw.frame()
+    assert closing(payload) == (1000, b"idle")
+
+
+async def test_the_kernel_watches_new_connections_by_the_new_send_timeout(
+    make_house: Make,
+) -> None:
+    house = await make_house()
+    assert await house.change(**{"chat.streams.send_timeout": 3.0})
+    async with house.connect():
+        (connection,) = house.server.connections
+        assert connection.transport is not None
+        sock = connection.transport.get_extra_info("socket")
+        assert sock.getsockopt(6, 18) == 4000  # TCP_USER_TIMEOUT: a second more
+
+
+async def test_what_is_kept_is_bounded_anew(make_house: Make) -> None:
+    house = await make_house(SILENT)
+    async with house.connect() as ws:
+        for name in ("r1", "r2", "r3"):
+            await ws.send_json(chat(name))
+        await house.simulator.until(lambda stats: stats.active == 3)
+    await until(lambda: house.held()["detached"] == 3)
+
+    assert await house.change(
+        **{"chat.streams.max_detached": 1, "chat.streams.max_kept_bytes": 1234}
+    )
+
+    await house.simulator.until(lambda stats: stats.aborted == 2)
+    assert house.app[context.STREAMS].stats().max_bytes == 1234
+    house.app[context.GATEWAY].lifetime.drain()
+
+
+async def test_the_prompt_is_the_one_of_now(make_house: Make) -> None:
+    house = await make_house()
+    assert await house.change(**{"chat.service.system_prompt": "Be brief."})
+    async with house.connect() as ws:
+        await ws.send_json(chat("r1"))
+        await to_end(ws)
+
+    assert house.simulator.bodies[-1]["messages"][0] == {"role": "system", "content": "Be brief."}
+
+
+async def test_the_log_level_is_the_one_of_now(make_house: Make) -> None:
+    house = await make_house()
+    root = logging.getLogger()
+    before = root.level
+    try:
+        assert await house.change(**{"logging.level": "ERROR"})
+        assert root.level == logging.ERROR
+    finally:
+        root.setLevel(before)
+
+
+async def test_what_only_a_restart_changes_is_named_and_stays(
+    make_house: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    house = await make_house()
+    changes = {
+        "chat.websocket.port": 8123,
+        "chat.websocket.endpoint": "/elsewhere",
+        "chat.sse.endpoint": "/stream",
+        f"{LIMITS}.uvicorn.backlog": 64,
+        "cluster.name": "another",
+    }
+
+    for _ in range(2):  # it is as true the second time
+        caplog.clear()
+        assert await house.change(**changes)
+
+        named = {
+            one.getMessage().split(" has changed")[0]
+            for one in caplog.records
+            if "until a restart" in one.getMessage()
+        }
+        assert named == {*changes, "cluster"} - {"cluster.name"}
+    assert house.settings.chat.sse.endpoint == "/sse/chat"
+    async with house.session.post(house.sse, json={"request_id": "r1", "text": "x"}) as response:
+        assert (await read_frames(response))[-1]["status"] == "complete"
+
+
+async def test_what_has_changed_is_said_by_name_and_never_by_value(
+    make_house: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    house = await make_house()
+    with caplog.at_level(logging.INFO, "aioserver"):
+        assert await house.change(
+            **{
+                "llm.providers.sim.api_key": "canary-key",
+                "llm.providers.sim.headers": {"X-Canary": "canary-header"},
+                f"{LIMITS}.max_connections": 40,
+            }
+        )
+
+    (incident,) = incidents(house)
+    assert incident == (
+        "configuration applied: chat.websocket.concurrency.max_connections, "
+        "llm.providers.sim.api_key, llm.providers.sim.headers"
+    )
+    said = caplog.text + json.dumps([*house.app[context.MONITOR]._incidents])
+    assert "canary" not in said.replace("X-Canary", "")
+
+
+# One provider.
+
+
+async def test_a_provider_that_stays_the_same_keeps_its_connections(make_house: Make) -> None:
+    house = await make_house()
+    provider, pool = house.provider, house.provider._pools.pool
+    await ask(house)
+
+    assert await house.change(**{f"{CLIENT}.read_timeout": 4.0, f"{CLIENT}.max_retries": 1})
+    await ask(house)
+
+    assert house.provider is provider
+    assert provider._pools.pool is pool
+    assert house.simulator.stats().connections_accepted == 1
+
+
+async def test_certificates_are_read_again_under_the_same_name(
+    make_house: Make, tmp_path: Path
+) -> None:
+    file = tmp_path / "ca.pem"
+    trustme.CA().cert_pem.write_to_path(str(file))
+    given = {"llm.providers.sim.ca_file": str(file)}
+    house = await make_house(**given)
+    pool = house.provider._pools.pool
+
+    assert await house.change(**given)
+
+    assert house.provider._pools.pool is not pool
+
+
+async def test_places_of_a_provider_grow_and_shrink_in_place(make_house: Make) -> None:
+    house = await make_house(SILENT, **{f"{CLIENT}.concurrent_requests": 1})
+    async with house.connect() as ws:
+        for name in ("r1", "r2", "r3"):
+            await ws.send_json(chat(name))
+        await until(lambda: house.held()["sim waiting"] == 2)
+
+        assert await house.change(**{f"{CLIENT}.concurrent_requests": 2})
+        await house.simulator.until(lambda stats: stats.active == 2)
+        assert house.held()["sim waiting"] == 1
+        assert await house.change(**{f"{CLIENT}.concurrent_requests": 1})
+        await ws.send_json({"action": "cancel", "request_id": "r1"})
+        await until_status(ws, "cancelled")
+
+        assert house.held()["sim waiting"] == 1, "one is under way, of one"
+        await ws.send_json({"action": "cancel", "request_id": "r2"})
+        await house.simulator.until(lambda stats: stats.requests == 3)
+    house.app[context.GATEWAY].lifetime.drain()
+
+
+async def test_a_faster_pace_is_felt_at_once(make_house: Make) -> None:
+    house = await make_house(**{f"{CLIENT}.requests_per_minute": 1, f"{CLIENT}.queue_timeout": 90})
+    await ask(house)
+    waiting = asyncio.ensure_future(ask(house))
+    await until(lambda: house.held()["sim waiting"] == 1)
+
+    assert await house.change(**{f"{CLIENT}.requests_per_minute": 6000})
+
+    async with asyncio.timeout(10):
+        assert (await waiting)["status"] == 200
+
+
+async def test_a_new_key_goes_with_the_next_request_on_another_connection(
+    make_house: Make,
+) -> None:
+    house = await make_house(**{"llm.providers.sim.api_key": "first"})
+    await ask(house)
+    assert await house.change(**{"llm.providers.sim.api_key": "second"})
+    await ask(house)
+
+    sent = [one.headers["authorization"] for one in house.simulator.requests]
+    assert sent == ["Bearer first", "Bearer second"]
+    await house.simulator.until(
+        lambda stats: (stats.connections_accepted, stats.open_connections) == (2, 1)
+    )
+
+
+async def test_a_provider_that_refused_our_key_is_asked_again(make_house: Make) -> None:
+    house = await make_house(Behaviour(fail_rate=1.0, fail_status=401))
+    assert (await ask(house))["status"] == 502
+    assert house.provider.stats().flagged
+    house.simulator.behaviour = Behaviour(ttft=0, interval=0)
+
+    assert await house.change()
+
+    assert (await ask(house))["status"] == 200
+
+
+async def test_a_rest_is_over_for_another_key(make_house: Make) -> None:
+    key = "llm.providers.sim.api_key"
+    house = await make_house(Behaviour(fail_rate=1.0, fail_status=429), **{key: "old"})
+    assert (await ask(house))["status"] == 429
+    house.provider._pace.cool_down(100.0)
+    house.simulator.behaviour = Behaviour(ttft=0, interval=0)
+
+    assert await house.change(**{key: "old"})
+    assert house.provider.stats().pace.cooling > 90
+    assert await house.change(**{key: "new"})
+
+    assert (await ask(house))["status"] == 200
+
+
+async def test_the_breaker_stays_open_at_the_same_address_only(make_house: Make) -> None:
+    house = await make_house(Behaviour(fail_rate=1.0, fail_status=500))
+    for _ in range(5):
+        await ask(house)
+    assert house.provider.stats().breaker == "open"
+
+    assert await house.change(**{f"{CLIENT}.max_keepalive": 9})
+    assert house.provider.stats().breaker == "open"
+
+    async with Simulator(Behaviour(ttft=0, interval=0)) as elsewhere:
+        assert await house.change(**{"llm.providers.sim.base_url": elsewhere.base_url})
+        assert (await ask(house))["status"] == 200
+        await house.provider.close()
+
+
+@pytest.mark.parametrize(
+    "way", ["a key that is refused", "a key of too many requests", "an address that fails"]
+)
+async def test_what_went_by_the_old_settings_says_nothing_of_the_new(
+    way: str, make_house: Make
+) -> None:
+    status = {"a key that is refused": 401, "a key of too many requests": 429}.get(way)
+    came: list[bytes] = []
+    answers = asyncio.Event()
+
+    async def play(peer: Peer) -> None:
+        came.append(await peer.request())
+        await answers.wait()
+        if status:
+            head = f"HTTP/1.1 {status} No\r\nRetry-After: 99\r\nContent-Length: 0\r\n\r\n"
+            await peer.send(head.encode())
+
+    house = await make_house()
+    async with Played(play) as server:
+        before = {"llm.providers.sim.base_url": server.url, "llm.providers.sim.api_key": "old"}
+        assert await house.change(**before)
+        asked = [asyncio.ensure_future(ask(house)) for _ in range(breaker.FAILURES)]
+        await until(lambda: len(came) == len(asked))
+
+        now = {**before, "llm.providers.sim.api_key": "new"} if status else {}
+        assert await house.change(**now)
+        answers.set()
+
+        told = 429 if status == 429 else 502
+        assert [one["status"] for one in await asyncio.gather(*asked)] == [told] * len(asked)
+        stats = house.provider.stats()
+        assert (stats.flagged, stats.breaker, stats.pace.cooling) == (False, "closed", 0.0)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {
+            f"{CLIENT}.{name}": 6
+            for name in ("max_connections", "max_keepalive", "concurrent_requests")
+        },
+        {"llm.providers.sim.headers": {"X-New": "1"}},
+        {f"{CLIENT}.connect_timeout": 4.0},
+    ],
+)
+async def test_answers_on_all_faces_go_on_while_their_pool_is_replaced_twice(
+    make_house: Make, changes: dict[str, Any]
+) -> None:
+    house = await make_house(PACED)
+    limit = changes.get(f"{CLIENT}.max_connections", 20)
+    async with AsyncExitStack() as stack:
+        ws = await stack.enter_async_context(house.connect())
+        await ws.send_json(chat("ws"))
+        sse = await stack.enter_async_context(
+            house.session.post(house.sse, json={"request_id": "sse", "text": "x"})
+        )
+        sdk = await stack.enter_async_context(
+            house.session.post(f"{house.v1}/chat/completions", json=STREAMED)
+        )
+        plain = asyncio.ensure_future(ask(house))
+        await house.simulator.until(lambda stats: stats.active == 4 and stats.tokens_sent > 20)
+
+        assert await house.change(**changes)
+        assert await house.change()  # and back, while the first ones run still
+        assert await house.change(**changes)
+        new = [asyncio.ensure_future(ask(house)) for _ in range(30)]
+
+        frames = await to_end(ws, "ws")
+        assert frames[-1]["status"] == "complete"
+        assert numbers(frames) == list(range(1, len(frames) + 1))
+        events = await read_frames(sse)
+        assert events[-1]["status"] == "complete"
+        assert numbers(events) == list(range(1, len(events) + 1))
+        assert (await sdk.read()).endswith(b"data: [DONE]\n\n")
+        assert (await plain)["status"] == 200
+        assert {one["status"] for one in await asyncio.gather(*new)} == {200}
+        stats = house.simulator.stats()
+        assert stats.aborted == 0
+        assert stats.peak_active <= max(4, limit)
+        assert stats.peak_connections <= max(20, limit)
+        pools = house.provider._pools
+        await until(lambda: not pools._retired)
+        assert await house.change()
+        await house.simulator.until(lambda stats: stats.open_connections == 0)
+
+
+async def test_old_and_new_pool_together_keep_to_the_limit(make_house: Make) -> None:
+    # The old pool has two connections in use when the limit becomes two: nobody else may start.
+    house = await make_house(SLOW, **{f"{CLIENT}.concurrent_requests": 4})
+    lowered = {f"{CLIENT}.{name}": 2 for name in ("max_connections", "concurrent_requests")}
+    lowered[f"{CLIENT}.max_keepalive"] = 2
+    async with house.connect() as ws:
+        for name in ("r1", "r2"):
+            await ws.send_json(chat(name))
+        await house.simulator.until(lambda stats: stats.active == 2)
+        assert await house.change(**lowered)
+        for name in ("r3", "r4"):
+            await ws.send_json(chat(name))
+        await until(lambda: house.held()["sim waiting"] == 2)
+        assert house.provider.stats().pool.open == 2
+        for name in ("r1", "r2", "r3", "r4"):
+            await ws.send_json({"action": "cancel", "request_id": name})
+            await house.simulator.until(lambda stats: stats.peak_connections == 2)
+        await until(lambda: not house.held()["running"])
+    assert house.simulator.stats().peak_connections == 2
+
+
+async def test_a_provider_that_moves_finishes_at_the_old_place(make_house: Make) -> None:
+    house = await make_house(PACED)
+    async with Simulator(Behaviour(ttft=0, interval=0)) as elsewhere, house.connect() as ws:
+        await ws.send_json(chat("r1"))
+        await until_status(ws, "chunk")
+
+        assert await house.change(**{"llm.providers.sim.base_url": elsewhere.base_url})
+
+        assert (await ask(house))["status"] == 200
+        assert (elsewhere.stats().requests, house.simulator.stats().requests) == (1, 1)
+        assert (await to_end(ws))[-1]["status"] == "complete"
+        assert house.simulator.stats().aborted == 0
+        await house.simulator.until(lambda stats: stats.open_connections == 0)
+        assert await house.change()
+
+
+# Several providers.
+
+
+async def test_a_new_provider_is_asked_counted_and_shown(make_house: Make) -> None:
+    house = await make_house()
+    house.app[context.MONITOR].tick()
+    async with Simulator(Behaviour(ttft=0, interval=0)) as second:
+        assert await house.change(**{"llm.providers.two": other(second.base_url)})
+
+        assert (await ask(house, model="two"))["status"] == 200
+        async with house.session.get(f"{house.v1}/models") as response:
+            ids = {one["id"] for one in (await response.json())["data"]}
+        assert {"two", "two/other-model"} <= ids
+        house.app[context.MONITOR].tick()
+        async with house.session.get(f"{house.base}/stats") as response:
+            assert (await response.json())["providers"]["two"]["requests"] == 1
+        async with house.session.get(f"{house.base}/metrics") as response:
+            text = await response.text()
+        for line in (
+            'aioserver_provider_attempts_total{outcome="ok",provider="two"} 1.0',
+            'aioserver_provider_limit{provider="two"} 20.0',
+            'aioserver_tokens_total{model="other-model",provider="two",source="provider",type="input"}',
+            'aioserver_reloads_total{outcome="applied"} 1.0',
+        ):
+            assert line in text, line
+        async with house.session.get(f"{house.base}/events") as events:
+            data = b""
+            while b"event: stats" not in data:
+                data += await events.content.readany()
+        history = next(one for one in eventstream.parse(data) if one.event == b"history")
+        seen = json.loads(history.data)["providers"]["two"]["in_flight"]
+        assert seen[0] is None, "it was not there then"
+        assert seen[-1] == 0
+        assert await house.change()
+
+
+async def test_another_one_is_active_and_first_to_be_asked(make_house: Make) -> None:
+    house = await make_house()
+    async with Simulator(Behaviour(ttft=0, interval=0)) as second:
+        two = {"llm.providers.two": other(second.base_url), "llm.active": "two"}
+        assert await house.change(**two)
+        await ask(house)
+        assert (second.stats().requests, house.simulator.stats().requests) == (1, 0)
+        second.behaviour = Behaviour(fail_rate=1.0, fail_status=500)
+        assert await house.change(**two, **{"llm.fallbacks": ["sim"]})
+        assert (await ask(house))["status"] == 200
+        assert (second.stats().requests, house.simulator.stats().requests) == (2, 1)
+        assert await house.change()
+
+
+async def test_who_runs_at_a_removed_provider_ends_there_and_who_waits_goes_elsewhere(
+    make_house: Make,
+) -> None:
+    house = await make_house(Behaviour(ttft=0, interval=0.01, tokens=60))
+    async with Simulator(Behaviour(ttft=0, interval=0)) as second, house.connect() as ws:
+        client = dict.fromkeys(("max_connections", "max_keepalive", "concurrent_requests"), 1)
+        one = other(house.simulator.base_url, **client)
+        assert await house.change(
+            **{
+                "llm.providers": {"one": one, "two": other(second.base_url)},
+                "llm.active": "one",
+                "llm.fallbacks": ["two"],
+            }
+        )
+        leaving: Provider = house.app[context.ROUTER].providers["one"]
+        await ws.send_json(chat("runs"))
+        await until_status(ws, "chunk")
+        await ws.send_json(chat("waits"))
+        await ws.send_json(chat("pinned", provider="one"))
+        await until(lambda: leaving.stats().queue.waiting == 2)
+
+        assert await house.change(
+            **{"llm.providers": {"two": other(second.base_url)}, "llm.active": "two"}
+        )
+
+        ends: dict[str, str] = {}
+        while len(ends) < 3:
+            last = (await to_end(ws))[-1]
+            ends[last["request_id"]] = (
+                last["chunk"].get("code") or (last["chunk"]["metadata"]["provider"])
+            )
+        assert ends == {"runs": "one", "waits": "two", "pinned": "no_provider"}
+        assert house.simulator.stats().aborted == 0
+        assert (await ask(house, model="one/x"))["status"] == 200, "to the active one, as it came"
+        await ws.send_json(chat("late", provider="one"))
+        assert (await to_end(ws))[-1]["chunk"]["code"] == "model_not_found"
+        await until(lambda: not house.app[context.ROSTER]._leaving)
+        await house.simulator.until(lambda stats: stats.open_connections == 0)
+        await ws.close()
+        assert await house.change()
+
+
+async def test_a_provider_that_comes_back_counts_what_still_runs_there(make_house: Make) -> None:
+    house = await make_house(SLOW)
+    async with Simulator(Behaviour(ttft=0, interval=0)) as second, house.connect() as ws:
+        await ws.send_json(chat("r1"))
+        await until_status(ws, "chunk")
+        leaving = house.provider
+        two = {"llm.providers": {"two": other(second.base_url)}, "llm.active": "two"}
+        assert await house.change(**two)
+
+        assert await house.change(**{f"{CLIENT}.concurrent_requests": 1})
+
+        assert house.provider is leaving
+        await ws.send_json(chat("r2"))
+        await until(lambda: house.held()["sim waiting"] == 1)
+        await ws.send_json({"action": "cancel", "request_id": "r1"})
+        await house.simulator.until(lambda stats: stats.requests == 2)
+        await ws.send_json({"action": "cancel", "request_id": "r2"})
+        await until(lambda: not house.held()["sim places"])
+        assert await house.change(**two)  # nothing runs there: it is closed at once
+        await until(lambda: not house.app[context.ROSTER]._leaving)
+        assert await house.change()
+        assert house.provider is not leaving
+
+
+async def test_the_simulator_is_started_when_it_is_first_wanted(make_house: Make) -> None:
+    house = await make_house()
+    demo = other("", max_connections=200) | {"simulated": True, "base_url": ""}
+    assert await house.change(**{"llm.providers.demo": demo, "llm.active": "demo"})
+    answer = await ask(house, max_tokens=1)
+    assert answer["status"] == 200
+    assert house.simulator.stats().requests == 0
+    assert await house.change()
+
+
+async def test_a_provider_whose_key_is_gone_is_off_and_back_with_it(
+    make_house: Make, tmp_path: Path
+) -> None:
+    house = await make_house()
+    key = tmp_path / "key"
+    two = other(house.simulator.base_url) | {"api_key_file": str(key)}
+    assert await house.change(**{"llm.providers.two": two})
+    assert "two" not in {one["id"] for one in (await models(house))}
+
+    key.write_text("secret\n")
+
+    assert await house.change(**{"llm.providers.two": two})
+    assert (await ask(house, model="two"))["status"] == 200
+    assert house.simulator.requests[-1].headers["authorization"] == "Bearer secret"
+    assert await house.change()
+
+
+async def models(house: House) -> list[Any]:
+    async with house.session.get(f"{house.v1}/models") as response:
+        return list((await response.json())["data"])
+
+
+# What the process must have for it.
+
+
+@pytest.fixture
+def few_files() -> Iterator[Callable[[int], None]]:
+    """Sets the limits of open files, which are as they were at the end."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def limit(files: int) -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
+
+    yield limit
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+async def test_more_clients_have_the_descriptors_that_they_need(
+    make_house: Make, few_files: Callable[[int], None]
+) -> None:
+    house = await make_house()
+    few_files(preflight.wanted_files(house.reload._began))
+    more = {f"{LIMITS}.max_connections": 100, f"{LIMITS}.connection_queue_size": 120}
+
+    assert await house.change(**more)
+
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert soft >= preflight.wanted_files(house.reload._now)
+
+
+async def test_more_clients_than_there_can_be_descriptors_are_refused(
+    make_house: Make, few_files: Callable[[int], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    house = await make_house()
+    few_files(preflight.wanted_files(house.reload._began))
+    most = 2**31 - 1
+    many = {
+        f"{LIMITS}.max_connections": most,
+        f"{LIMITS}.connection_queue_size": most,
+        f"{LIMITS}.uvicorn.backlog": most,
+    }
+
+    assert not await house.change(**many)
+
+    assert f"chat.websocket.concurrency.max_connections={most}" in caplog.text
+    assert house.app[context.ADMISSION].gate.limit == 50
+    assert reloads(house)["invalid"] == 1
+
+
+# One at a time.
+
+
+async def test_who_asks_during_a_reload_gets_another_behind_it(make_house: Make) -> None:
+    house = await make_house()
+    running = asyncio.ensure_future(house.reload.run())
+    try:
+        for _ in range(5):
+            house.reload.ask()
+        await until(lambda: reloads(house)["applied"] == 1)
+        house.reload.ask()
+        await until(lambda: reloads(house)["applied"] == 2)
+    finally:
+        running.cancel()
+        await asyncio.wait([running])
+    assert reloads(house) == {"applied": 2, "invalid": 0, "failed": 0}
+
+
+async def test_reloads_under_load_lose_no_answer(make_house: Make) -> None:
+    house = await make_house(Behaviour(ttft=0, interval=0.002, tokens=10))
+    over = asyncio.Event()
+    answers: list[int] = []
+
+    async def client() -> None:
+        async with aiohttp.ClientSession() as session:
+            while not over.is_set():
+                async with session.post(f"{house.v1}/chat/completions", json=CHAT) as response:
+                    await response.read()
+                    answers.append(response.status)
+
+    clients = [asyncio.ensure_future(client()) for _ in range(10)]
+    for number in range(12):
+        keepalive = {
+            f"{CLIENT}.max_keepalive": number % 3,
+            f"{CLIENT}.max_connections": 8 + number,
+        }
+        assert await house.change(**{f"{CLIENT}.concurrent_requests": 8}, **keepalive)
+        seen = len(answers)
+        await until(lambda seen=seen: len(answers) > seen + 10)  # type: ignore[misc]
+    over.set()
+    await asyncio.gather(*clients)
+
+    assert set(answers) == {200}
+    assert house.simulator.stats().aborted == 0
+    await until(lambda: not house.provider._pools._retired)
+
+
+async def test_a_socket_that_is_open_is_never_closed_by_a_reload(house: House) -> None:
+    async with Raw(house) as raw:
+        await raw.upgrade()
+        for limit in (1, 50):
+            assert await house.change(**{f"{LIMITS}.max_connections": limit})
+        await raw.send_json({"action": "ping"})
+        opcode, _ = await raw.frame()
+        assert opcode == TEXT

@@ -1,0 +1,243 @@
+"""Our connections: every limit reaches them, and a request is found the handler that aiohttp would find."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from typing import TYPE_CHECKING
+
+import pytest
+from aiohttp import http_parser, web
+from aiohttp.test_utils import make_mocked_request
+from aiohttp.web_protocol import RequestHandler
+
+from aioserver.config.validators import TAKEN
+from aioserver.faces import context
+from aioserver.faces.http import Request
+from aioserver.server.runner import LINGERING, MAX_HEADERS, Connection, Direct
+from tests.server.test_listener import UVICORN, runner_of
+from tests.support.raw import Raw
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+    from pathlib import Path
+
+    from tests.support.server import House
+
+    Make = Callable[..., Awaitable[House]]
+
+
+async def test_every_option_reaches_the_connections(tmp_path: Path) -> None:
+    changes = {
+        f"{UVICORN}.keepalive_timeout": 7,
+        f"{UVICORN}.h11_max_request_line_size": 4321,
+        f"{UVICORN}.h11_max_header_size": 5432,
+        f"{UVICORN}.h11_max_incomplete_event_size": 3210,
+    }
+    async with runner_of(tmp_path, **changes) as (runner, _):
+        assert runner.server is not None
+        connection = runner.server()
+
+        assert isinstance(connection, Connection)
+        assert connection._keepalive_timeout == 7
+        assert connection.max_line_size == 4321
+        assert connection.max_field_size == 3210
+        assert connection.max_headers == MAX_HEADERS
+        assert connection._lingering_time == LINGERING
+        assert connection._timeout_ceil_threshold == float("inf")
+        assert connection.access_log is None
+        assert runner.server.handler_cancellation is True
+
+
+async def test_a_field_is_never_larger_than_all_headers_together(tmp_path: Path) -> None:
+    async with runner_of(tmp_path, **{f"{UVICORN}.h11_max_header_size": 2000}) as (runner, _):
+        assert runner.server is not None
+        assert runner.server().max_field_size == 2000
+
+
+async def test_an_option_that_aiohttp_does_not_know_is_an_error(tmp_path: Path) -> None:
+    async with runner_of(tmp_path) as (runner, _):
+        assert runner.server is not None
+        runner.server._kwargs["keepalive_timeoot"] = 1
+        with pytest.raises(TypeError):
+            runner.server()
+
+
+async def test_an_access_log_is_written_when_asked_for(
+    make_house: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    house = await make_house(**{f"{UVICORN}.access_log": True})
+    with caplog.at_level(logging.INFO, "aioserver.access"):
+        async with house.session.get(house.base + "/health") as response:
+            assert response.status == 200
+        async with Raw(house) as raw:
+            await raw.get("/health", "Connection: close")
+            await raw.to_the_end()
+
+    lines = [one for one in caplog.records if one.name == "aioserver.access"]
+    assert len(lines) == 2
+    told = lines[0].fields  # type: ignore[attr-defined]
+    assert (told["method"], told["path"], told["status"]) == ("GET", "/health", 200)
+    assert told["address"] == "127.0.0.1"
+    assert told["bytes"] > 0
+
+
+@pytest.mark.parametrize(
+    ("trusted", "address"), [(["127.0.0.1"], "203.0.113.9"), ([], "127.0.0.1")]
+)
+async def test_the_access_log_has_the_address_that_a_trusted_proxy_gives(
+    make_house: Make, caplog: pytest.LogCaptureFixture, trusted: list[str], address: str
+) -> None:
+    house = await make_house(**{f"{UVICORN}.access_log": True, "auth.trusted_proxies": trusted})
+    headers = {"X-Forwarded-For": "203.0.113.9", "Referer": "canary", "User-Agent": "canary"}
+    with caplog.at_level(logging.INFO, "aioserver.access"):
+        async with house.session.get(f"{house.base}/health?q=canary", headers=headers) as response:
+            assert response.status == 200
+        async with Raw(house) as raw:
+            await raw.send(b"GET /canary x HTTP/1.1\r\n\r\n")  # nothing that has an application
+            await raw.to_the_end()
+
+    lines = [one.fields for one in caplog.records if one.name == "aioserver.access"]  # type: ignore[attr-defined]
+    assert [one["address"] for one in lines] == [address, "127.0.0.1"]
+    assert "canary" not in str(lines[0])
+
+
+# Handlers found at once.
+
+
+async def test_what_is_found_at_once_is_what_the_router_finds(house: House) -> None:
+    direct = house.server.request_handler
+    assert isinstance(direct, Direct)
+    found = direct._known
+    assert {("POST", "/v1/chat/completions"), ("GET", "/ws/chat"), ("GET", "/health")} <= set(
+        found
+    )
+
+    for (method, path), (match, handler) in found.items():
+        request = make_mocked_request(method, path, app=house.app)
+        resolved = await house.app.router.resolve(request)
+
+        assert resolved.route is match.route
+        assert resolved.handler is handler
+        assert dict(resolved) == dict(match) == {}
+        assert match.apps == (house.app,)
+        assert match.current_app is house.app
+
+
+@pytest.mark.parametrize(
+    ("line", "status"),
+    [
+        ("GET /health", 200),
+        ("HEAD /health", 200),
+        ("GET /health?deep=1", 200),
+        ("GET /%68ealth", 200),
+        ("GET http://127.0.0.1/health", 200),
+        ("POST /health", 405),
+        ("HEAD /ws/chat", 405),
+        ("GET /Health", 404),
+        ("GET //health", 404),
+        ("GET /v1/models/sim", 200),
+        ("GET /nowhere", 404),
+    ],
+)
+async def test_every_way_to_say_it_is_answered_as_aiohttp_would(
+    line: str, status: int, house: House
+) -> None:
+    async with Raw(house) as raw:
+        await raw.send(f"{line} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+        answer = await raw.to_the_end()
+
+    assert answer.startswith(f"HTTP/1.1 {status} ".encode())
+    assert b"x-request-id: " in answer
+
+
+@pytest.mark.parametrize("path", ["/stats", "/nowhere", "/v1/models/sim"])
+@pytest.mark.parametrize("expect", [b"much", b"\xff", b"100-continue, much"])
+async def test_an_expectation_that_is_unknown_is_refused_as_anything_else(
+    path: str, expect: bytes, make_house: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    house = await make_house(**{"chat.websocket.allow_origins": ["http://a"]})
+    async with Raw(house) as raw:
+        for _ in range(2):
+            await raw.send(
+                f"GET {path} HTTP/1.1\r\nHost: x\r\nOrigin: http://a\r\nExpect: ".encode()
+                + expect
+                + b"\r\n\r\n"
+            )
+            answer = await raw.answer()
+
+            assert (answer.status, answer.code) == (417, "expectation_failed")
+            assert answer.headers["access-control-allow-origin"] == "http://a"
+            assert answer.headers["x-request-id"]
+    assert not caplog.records
+
+
+async def test_of_two_routes_on_one_path_the_first_is_found(house: House) -> None:
+    app = web.Application()
+    first = app.router.add_get("/twice", pages_of("first"))
+    app.router.add_get("/between", pages_of("between"))
+    app.router.add_get("/twice", pages_of("second"))
+    app.freeze()
+
+    direct = Direct(app, house.app[context.SHIELD], pages_of("the router's"))
+
+    match, handler = direct._known["GET", "/twice"]
+    assert match.route is first
+    assert handler is first.handler
+
+
+def pages_of(text: str) -> Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]:
+    async def page(_request: web.BaseRequest) -> web.StreamResponse:
+        return web.Response(text=text)
+
+    return page
+
+
+async def test_no_face_can_be_put_where_something_else_is(house: House) -> None:
+    chat = house.settings.chat
+    plain = {
+        resource.canonical
+        for resource in house.app.router.resources()
+        if isinstance(resource, web.PlainResource)
+    } - {chat.websocket.endpoint, chat.sse.endpoint, "/"}  # which is no endpoint by its form
+
+    assert {path for path in plain if not path.startswith("/assets/")} == TAKEN
+
+
+# What this takes for granted.
+
+
+def test_the_private_names_of_aiohttp_are_what_we_take_them_for() -> None:
+    """See the head of `runner.py`."""
+    assert inspect.iscoroutinefunction(web.AppRunner._make_server)
+    assert list(inspect.signature(web.AppRunner._make_server).parameters) == ["self"]
+    source = inspect.getsource(web.Server.__init__)
+    assert "self._kwargs = kwargs" in source
+    assert "self._loop" in source
+    assert "self._waiter" in inspect.getsource(RequestHandler.start)
+    assert "_cls" in inspect.signature(web.Application._make_request).parameters
+    assert "_match_info" in Request.ATTRS
+    assert "request._match_info = match_info" in inspect.getsource(web.Application._handle)
+    parameters = inspect.signature(RequestHandler.__init__).parameters
+    for name in (
+        "access_log",
+        "keepalive_timeout",
+        "max_line_size",
+        "max_field_size",
+        "max_headers",
+        "lingering_time",
+        "auto_decompress",
+        "timeout_ceil_threshold",
+    ):
+        assert name in parameters
+    assert inspect.signature(RequestHandler.handle_error).parameters.keys() == {
+        "self",
+        "request",
+        "status",
+        "exc",
+        "message",
+    }
+
+
+def test_the_parser_is_the_one_in_c() -> None:
+    assert http_parser.HttpRequestParser is not http_parser.HttpRequestParserPy

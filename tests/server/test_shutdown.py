@@ -1,0 +1,452 @@
+"""The end of a real process: SIGTERM and its kin, whatever is under way."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+import pytest
+
+from aioserver.providers.simulator.exchange import Behaviour
+from aioserver.providers.simulator.server import Simulator
+from aioserver.server.app import FAREWELL
+from tests.support.chat import CHAT, big, chat, frames_of, to_end
+from tests.support.raw import CLOSE, SMALL, TEXT, Raw, closing
+from tests.support.served import serving
+from tests.support.server import until
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+    from tests.support.served import Served
+
+LIMITS = "chat.websocket.concurrency"
+CLIENT = "llm.providers.sim.http_client"
+STREAMED = {**CHAT, "stream": True}
+LONG = Behaviour(ttft=0, interval=0.05, tokens=4000)
+GRACE = "chat.websocket.shutdown_timeout"
+
+
+def room(number: int) -> dict[str, Any]:
+    """Changes that let *number* clients in, and as many requests through."""
+    client = ("max_connections", "max_keepalive", "concurrent_requests")
+    return {
+        f"{LIMITS}.max_connections": number,
+        f"{LIMITS}.connection_queue_size": number,
+        f"{LIMITS}.uvicorn.backlog": max(128, number),
+        **{f"{CLIENT}.{name}": number for name in client},
+        f"{CLIENT}.read_timeout": 60.0,
+    }
+
+
+@pytest.fixture
+async def simulator() -> AsyncIterator[Simulator]:
+    async with Simulator(LONG) as made:
+        yield made
+
+
+def clean(served: Served) -> bool:
+    """Whether its log tells of no bug."""
+    for sign in (b"Traceback", b"never retrieved", b"bug in", b'"level":"ERROR"', b" ERROR "):
+        assert sign not in served.log, served.log.decode()
+    return True
+
+
+# What each client is told, and what it saw before.
+
+
+async def on_websocket(served: Served, name: str, session: aiohttp.ClientSession) -> str:
+    async with session.ws_connect(f"{served.base}/ws/chat") as ws:
+        await ws.send_json(chat(name))
+        frames = await to_end(ws, name)
+        message = await ws.receive(timeout=20)
+        assert message.type is aiohttp.WSMsgType.CLOSE, message
+        assert ws.close_code == 1012
+        events = [one["event_id"] for one in frames]
+        assert events == list(range(1, len(events) + 1))
+        return str(frames[-1]["chunk"].get("code", frames[-1]["status"]))
+
+
+async def on_sse(served: Served, name: str, session: aiohttp.ClientSession) -> str:
+    body = {"request_id": name, "text": "x"}
+    async with session.post(f"{served.base}/sse/chat", json=body) as response:
+        frames = frames_of(await response.read())
+        events = [one["event_id"] for one in frames if "event_id" in one]
+        assert events == list(range(1, len(events) + 1))
+        return str(frames[-1]["chunk"].get("code", frames[-1]["status"]))
+
+
+async def on_openai(served: Served, name: str, session: aiohttp.ClientSession) -> str:
+    url = f"{served.base}/v1/chat/completions"
+    async with session.post(url, json={**STREAMED, "user": name}) as response:
+        body = await response.read()
+        if response.status != 200:
+            assert response.headers["Connection"] == "close"
+            return str((await response.json())["error"]["code"])
+    *_, last = body.strip().split(b"\n\n")
+    if last == b"data: [DONE]":
+        return "complete"
+    assert b'"code":"server_shutdown"' in last
+    return "server_shutdown"
+
+
+async def on_openai_whole(served: Served, name: str, session: aiohttp.ClientSession) -> str:
+    url = f"{served.base}/v1/chat/completions"
+    async with session.post(url, json={**CHAT, "user": name}) as response:
+        body = await response.json()
+        if response.status == 200:
+            return "complete"
+        assert response.status == 503
+        assert response.headers["Connection"] == "close"
+        return str(body["error"]["code"])
+
+
+FACES = (on_websocket, on_sse, on_openai, on_openai_whole)
+
+
+async def stop_with_many(tmp_path: Path, simulator: Simulator, each: int, grace: float) -> None:
+    """*each* answers on each face that end in time, and as many that do not."""
+    total = 2 * each * len(FACES)
+    changes = room(total + 10) | {GRACE: grace}
+    short = Behaviour(ttft=0, interval=grace / 60, tokens=20)  # a third of the grace
+    connector = aiohttp.TCPConnector(limit=0)
+    async with (
+        serving(tmp_path / "c.yaml", simulator.base_url, changes=changes) as served,
+        aiohttp.ClientSession(connector=connector) as session,
+    ):
+        await served.ready()
+        clients: dict[str, list[asyncio.Future[str]]] = {}
+        for kind, behaviour in (("long", LONG), ("short", short)):
+            before = simulator.stats().requests
+            simulator.behaviour = behaviour
+            clients[kind] = [
+                asyncio.ensure_future(face(served, f"{kind} {face.__name__} {number}", session))
+                for face in FACES
+                for number in range(each)
+            ]
+            expected = before + each * len(FACES)
+            async with asyncio.timeout(60):
+                await simulator.until(lambda stats, n=expected: stats.requests == n)  # type: ignore[misc]
+
+        asked = asyncio.get_running_loop().time()
+        served.signal()
+
+        told = {kind: set(await asyncio.gather(*some)) for kind, some in clients.items()}
+        assert told == {"long": {"server_shutdown"}, "short": {"complete"}}
+        assert await served.ended() == 0
+        assert asyncio.get_running_loop().time() - asked < grace + 5
+        assert clean(served)
+        assert b"stopped" in served.log
+        await simulator.until(lambda stats: stats.active == 0)
+
+
+async def test_who_can_finish_does_and_the_rest_is_told(
+    tmp_path: Path, simulator: Simulator
+) -> None:
+    # 60 answers that end in time, 60 that do not: takes as long as the grace.
+    await stop_with_many(tmp_path, simulator, each=15, grace=4.0)
+
+
+@pytest.mark.stress
+@pytest.mark.timeout(300)
+async def test_a_thousand_are_told(tmp_path: Path, simulator: Simulator) -> None:
+    await stop_with_many(tmp_path, simulator, each=125, grace=30.0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_an_idle_server_ends_at_once(
+    tmp_path: Path, simulator: Simulator, number: signal.Signals
+) -> None:
+    async with serving(tmp_path / "c.yaml", simulator.base_url) as served:
+        await served.ready()
+        async with Raw(served) as idle, Raw(served) as kept, Raw(served) as silent:
+            await idle.upgrade()
+            await kept.get("/health")
+            assert (await kept.answer()).status == 200
+            asked = asyncio.get_running_loop().time()
+
+            served.signal(number)
+
+            opcode, payload = await idle.frame()
+            assert (opcode, closing(payload)) == (CLOSE, (1012, b"server is stopping"))
+            await idle.send_frame(CLOSE, payload)
+            for raw in (kept, silent, idle):
+                assert await raw.to_the_end() == b""
+            assert await served.ended() == 0
+            assert asyncio.get_running_loop().time() - asked < FAREWELL + 3
+        assert clean(served)
+
+
+async def test_a_request_on_its_way_when_it_ends_is_answered(
+    tmp_path: Path, simulator: Simulator
+) -> None:
+    """Who asks again the moment an answer ends cannot know that the connection ends, too."""
+    simulator.behaviour = Behaviour(ttft=0, interval=0.01, tokens=20)
+    async with serving(tmp_path / "c.yaml", simulator.base_url) as served:
+        await served.ready()
+        async with Raw(served) as streamed, Raw(served) as kept:
+            await kept.get("/health")
+            assert (await kept.answer()).status == 200
+            await streamed.post("/v1/chat/completions", STREAMED)
+            await simulator.until(lambda stats: stats.tokens_sent > 2)
+
+            served.signal()
+            await until(lambda: b"stopping" in served.log)
+            for raw in (kept, streamed):
+                if raw is streamed:
+                    answer = await raw.answer()
+                    assert (answer.status, "connection" in answer.headers) == (200, False)
+                await raw.post("/v1/chat/completions", STREAMED)
+                refused = await raw.answer()
+                assert (refused.status, refused.headers["connection"]) == (503, "close")
+                assert refused.code == "server_shutdown"
+                assert await raw.to_the_end() == b""
+            assert await served.ended() == 0
+        assert clean(served)
+
+
+async def test_waiting_ones_are_told_and_nobody_new_comes_in(
+    tmp_path: Path, simulator: Simulator
+) -> None:
+    changes = {f"{LIMITS}.max_connections": 1, f"{LIMITS}.queue_timeout": 60, GRACE: 20.0}
+    async with serving(tmp_path / "c.yaml", simulator.base_url, changes=changes) as served:
+        await served.ready()
+        async with AsyncExitStack() as stack:
+            busy, *sockets, poster, late, probe = [
+                await stack.enter_async_context(Raw(served)) for _ in range(6)
+            ]
+            for raw in (busy, *sockets):
+                await raw.upgrade()
+                if raw is not busy:
+                    assert (await raw.json_frame())["status"] == "queued"
+            await busy.send_json(chat("r1"))
+            await poster.post("/v1/chat/completions", CHAT)
+            await simulator.until(lambda stats: stats.active == 1)
+
+            served.signal()
+
+            for raw in sockets:
+                frame = await raw.json_frame()
+                while frame["status"] == "queued":
+                    frame = await raw.json_frame()
+                assert frame["chunk"]["code"] == "server_shutdown"
+                opcode, payload = await raw.frame()
+                assert (opcode, closing(payload)[0]) == (CLOSE, 1012)
+                await raw.send_frame(CLOSE, payload)
+            answer = await poster.answer()
+            assert (answer.status, answer.code) == (503, "server_shutdown")
+            assert answer.headers["connection"] == "close"
+            # The connections that were open already may still bring a request.
+            await late.post("/v1/chat/completions", CHAT)
+            answer = await late.answer()
+            assert (answer.status, answer.code) == (503, "server_shutdown")
+            assert answer.headers["connection"] == "close"
+            await probe.get("/ready")
+            answer = await probe.answer()
+            assert (answer.status, answer.headers["connection"]) == (503, "close")
+            with pytest.raises(ConnectionError):
+                await asyncio.open_connection("127.0.0.1", served.port)
+            await busy.send_json({"action": "cancel", "request_id": "r1"})
+            while (got := await busy.frame())[0] == TEXT:
+                pass
+            assert closing(got[1])[0] == 1012, "with its last answer, not at the end of the grace"
+            await busy.send_frame(CLOSE, got[1])
+            assert await served.ended(10) == 0
+        assert clean(served)
+
+
+async def test_who_waits_for_a_provider_is_told_at_once(
+    tmp_path: Path, simulator: Simulator
+) -> None:
+    changes = {f"{CLIENT}.concurrent_requests": 1, GRACE: 1.0}
+    async with (
+        serving(tmp_path / "c.yaml", simulator.base_url, changes=changes) as served,
+        aiohttp.ClientSession() as session,
+    ):
+        await served.ready()
+        running = asyncio.ensure_future(on_openai(served, "runs", session))
+        await simulator.until(lambda stats: stats.active == 1)
+        async with Raw(served) as waiting:
+            await waiting.upgrade()
+            await waiting.send_json(chat("waits"))
+            assert (await waiting.json_frame())["status"] == "queued"
+
+            served.signal()
+
+            frame = await waiting.json_frame()
+            while frame["status"] == "queued":
+                frame = await waiting.json_frame()
+            assert frame["chunk"]["code"] == "server_shutdown"
+            assert not running.done()
+            assert closing((await waiting.frame())[1])[0] == 1012
+        assert await running == "server_shutdown"
+        assert await served.ended() == 0
+        assert clean(served)
+
+
+async def test_clients_that_read_nothing_do_not_delay_the_end(tmp_path: Path) -> None:
+    changes = {GRACE: 1.0, "chat.streams.send_timeout": 60.0}
+    async with (
+        Simulator(Behaviour(ttft=0, interval=0)) as simulator,
+        serving(tmp_path / "c.yaml", simulator.base_url, changes=changes) as served,
+        contextlib.AsyncExitStack() as stack,
+    ):
+        await served.ready()
+        clients = [
+            await stack.enter_async_context(Raw(served, receive_buffer=SMALL)) for _ in range(3)
+        ]
+        socket, events, sdk = clients
+        much = big(20_000, 200)
+        await socket.upgrade()
+        await socket.send_json({"action": "chat", "request_id": "r1", "payload": much})
+        await events.ask_sse("r2", **much)
+        body = {**STREAMED, **much.pop("options"), "messages": CHAT["messages"]}
+        await sdk.post("/v1/chat/completions", body)
+        await simulator.until(lambda stats: stats.completed == 3)
+        asked = asyncio.get_running_loop().time()
+
+        served.signal()
+
+        assert await served.ended() == 0
+        assert asyncio.get_running_loop().time() - asked < 1.0 + 5
+        assert clean(served)
+
+
+SLOW_NAMES = """
+import socket, time
+found = socket.getaddrinfo
+
+def getaddrinfo(host, *rest, **more):
+    if host == "slow.invalid":
+        time.sleep(60)
+    return found(host, *rest, **more)
+
+socket.getaddrinfo = getaddrinfo
+"""
+
+
+async def test_a_name_that_is_still_looked_up_does_not_delay_the_end(tmp_path: Path) -> None:
+    if "uvloop" in type(asyncio.get_running_loop()).__module__:
+        pytest.skip("uvloop does not ask Python for names")
+    (tmp_path / "sitecustomize.py").write_text(SLOW_NAMES)
+    async with (
+        serving(
+            tmp_path / "c.yaml",
+            "http://slow.invalid/v1",
+            changes={GRACE: 1.0},
+            environ={"PYTHONPATH": str(tmp_path)},
+        ) as served,
+        Raw(await served.ready()) as raw,
+        aiohttp.ClientSession() as session,
+    ):
+        await raw.ask_sse("r1", text="x")
+        busy = 0
+        while not busy:
+            async with session.get(f"{served.base}/metrics") as response:
+                busy = b'aioserver_provider_in_flight{provider="sim"} 1.0' in await response.read()
+        asked = asyncio.get_running_loop().time()
+
+        served.signal()
+
+        assert await served.ended() == 0
+        assert asyncio.get_running_loop().time() - asked < 1.0 + 5
+        assert b"stopped" in served.log
+
+
+async def test_a_second_signal_ends_it_at_once(tmp_path: Path, simulator: Simulator) -> None:
+    async with (
+        serving(tmp_path / "c.yaml", simulator.base_url, changes={GRACE: 600.0}) as served,
+        Raw(await served.ready()) as raw,
+    ):
+        await raw.ask_sse("r1", text="x")
+        await simulator.until(lambda stats: stats.active == 1)
+        served.signal()
+        await until(lambda: b"stopping" in served.log)
+
+        served.signal(signal.SIGINT)
+
+        assert await served.ended(10) == 1
+        assert b"Traceback" not in served.log
+
+
+async def test_new_work_is_taken_until_the_delay_is_over(
+    tmp_path: Path, simulator: Simulator
+) -> None:
+    simulator.behaviour = Behaviour(ttft=0, interval=0)
+    changes = {"chat.websocket.drain_delay": 1.5}
+    async with (
+        serving(tmp_path / "c.yaml", simulator.base_url, changes=changes) as served,
+        aiohttp.ClientSession() as session,
+    ):
+        await served.ready()
+        asked = asyncio.get_running_loop().time()
+        served.signal()
+
+        statuses = [200]
+        while statuses[-1] == 200:
+            async with session.get(f"{served.base}/ready") as response:
+                statuses.append(response.status)
+        assert statuses[-1] == 503
+        async with aiohttp.ClientSession() as newcomer:  # on a connection of its own
+            url = f"{served.base}/v1/chat/completions"
+            async with newcomer.post(url, json=CHAT) as response:
+                assert response.status == 200
+        assert await served.ended() == 0
+        assert asyncio.get_running_loop().time() - asked >= 1.5
+        assert clean(served)
+
+
+async def test_a_signal_while_it_starts_ends_it(tmp_path: Path, simulator: Simulator) -> None:
+    codes = set()
+    for pause in (0.0, 0.1, 0.2, 0.3, 0.4, 0.6):
+        async with serving(tmp_path / "c.yaml", simulator.base_url) as served:
+            # Wherever it is by then: still importing, reading its file, or listening.
+            await asyncio.sleep(pause)
+            served.signal()
+
+            codes.add(await served.ended())
+            assert b"Traceback" not in served.log, served.log.decode()
+    assert codes <= {0, -signal.SIGTERM}
+
+
+async def test_a_reload_under_way_does_not_delay_the_end(
+    tmp_path: Path, simulator: Simulator
+) -> None:
+    async with serving(tmp_path / "c.yaml", simulator.base_url) as served:
+        await served.ready()
+        for _ in range(5):
+            served.signal(signal.SIGHUP)
+        served.signal()
+
+        assert await served.ended(15) == 0
+        assert clean(served)
+
+
+async def test_sighup_applies_the_file_and_its_options(
+    tmp_path: Path, simulator: Simulator
+) -> None:
+    simulator.behaviour = Behaviour(ttft=0, interval=0)
+    async with (
+        serving(tmp_path / "c.yaml", simulator.base_url, "--port", "0") as served,
+        aiohttp.ClientSession() as session,
+    ):
+        await served.ready()
+        served.change({f"{LIMITS}.max_connections": 7, "logging.level": "INFO"})
+        served.signal(signal.SIGHUP)
+
+        limit = 50
+        while limit == 50:
+            async with session.get(f"{served.base}/health") as response:
+                limit = (await response.json())["connections"]["limit"]
+        assert limit == 7
+        served.change({f"{LIMITS}.max_connections": 0})
+        served.signal(signal.SIGHUP)
+        await until(lambda: b"max_connections: " in served.log)
+        served.signal()
+        assert await served.ended() == 0
+        assert b"until a restart" not in served.log, "--port holds, then as now"

@@ -1,0 +1,545 @@
+"""systemd's side of the bargain is played by a real datagram socket and real processes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import select
+import signal
+import socket
+import time
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+import pytest
+
+from aioserver.errors import ConfigurationError
+from aioserver.providers.simulator.server import Simulator
+from aioserver.server import listener, systemd
+from aioserver.server.systemd import Notifier
+from aioserver.telemetry import kernel
+from tests.server.test_listener import UVICORN, runner_of
+from tests.support.process import Served, Systemd
+from tests.support.server import QUICK, configured, until
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+    from pathlib import Path
+
+USUAL = {"LISTEN_FDS": "1", "LISTEN_PID": str(os.getpid()), "LISTEN_FDNAMES": "http"}
+
+
+@pytest.fixture(params=["path", "abstract"])
+async def manager(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Systemd]:
+    """systemd, listening on a path or on an abstract name."""
+    path = str(tmp_path / "notify")
+    with Systemd(path if request.param == "path" else f"@aioserver-test{path}") as made:
+        yield made
+
+
+@pytest.fixture
+async def watching(tmp_path: Path) -> AsyncIterator[Systemd]:
+    with Systemd(str(tmp_path / "notify")) as made:
+        yield made
+
+
+@pytest.fixture
+def port() -> Iterator[socket.socket]:
+    """A listening socket, as systemd would make it: it outlives who serves it."""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        yield sock
+
+
+def taken(manager: Systemd, **environ: str) -> Notifier:
+    return Notifier.take({"NOTIFY_SOCKET": manager.address, **environ}, lambda: "3 of 9")
+
+
+# What it tells.
+
+
+async def test_it_says_when_it_takes_work_and_when_it_stops(manager: Systemd) -> None:
+    notifier = taken(manager)
+
+    notifier.ready()
+    notifier.stopping()
+
+    assert await manager.told() == {"READY": "1", "STATUS": "3 of 9"}
+    assert await manager.told() == {"STOPPING": "1", "STATUS": "stopping"}
+
+
+async def test_a_reload_has_a_beginning_on_the_clock_of_systemd_and_an_end(
+    manager: Systemd,
+) -> None:
+    notifier = taken(manager)
+    before = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+
+    notifier.reloading()
+    notifier.ready()
+
+    told = await manager.told()
+    after = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+    assert told["RELOADING"] == "1"
+    assert before <= int(told["MONOTONIC_USEC"]) <= after
+    assert (await manager.told())["READY"] == "1"
+
+
+async def test_the_variables_are_for_this_process_alone(watching: Systemd) -> None:
+    environ = {
+        "NOTIFY_SOCKET": watching.address,
+        "WATCHDOG_USEC": "1000000",
+        "WATCHDOG_PID": str(os.getpid()),
+        "LISTEN_PIDFDID": "1",
+        **USUAL,
+        "LISTEN_FDS": "0",
+        "HOME": "here",
+    }
+
+    Notifier.take(environ)
+    systemd.inherited(environ)
+
+    assert environ == {"HOME": "here"}
+
+
+@pytest.mark.parametrize("address", [None, "vsock:2:1234", "relative/path"])
+async def test_without_systemd_nothing_happens(address: str | None) -> None:
+    environ = {"WATCHDOG_USEC": "1000"} | ({"NOTIFY_SOCKET": address} if address else {})
+    notifier = Notifier.take(environ)
+
+    notifier.ready()
+    notifier.reloading()
+    notifier.stopping()
+    notifier.close()
+
+    assert notifier._beat is None
+
+
+@pytest.mark.parametrize("address", ["/nowhere/notify", "/" + "long" * 100, "/a\0b", "@" * 400])
+async def test_a_broken_address_hurts_nobody_and_is_said_once(
+    address: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    notifier = Notifier.take({"NOTIFY_SOCKET": address, "WATCHDOG_USEC": "100000000"})
+
+    notifier.ready()
+    notifier.reloading()
+    notifier.stopping()
+    notifier.close()
+
+    assert len([one for one in caplog.records if one.levelno == logging.WARNING]) == 1
+
+
+async def test_a_systemd_that_does_not_read_is_not_waited_for(
+    watching: Systemd, caplog: pytest.LogCaptureFixture
+) -> None:
+    notifier = taken(watching)
+
+    for _ in range(2000):  # the kernel holds 10 to 512
+        notifier.reloading()
+
+    warnings = [one for one in caplog.records if one.levelno == logging.WARNING]
+    assert len(warnings) == 1
+    assert watching.heard()
+    notifier.ready()
+    assert (await watching.told())["READY"] == "1"
+
+
+# The watchdog.
+
+
+async def test_the_watchdog_is_fed_with_what_the_status_is_by_then(watching: Systemd) -> None:
+    counts = iter(range(1000))
+    notifier = Notifier(watching.address, 0.05, lambda: str(next(counts)))
+
+    notifier.ready()
+
+    assert (await watching.told())["STATUS"] == "0"
+    for count in range(1, 6):
+        assert await watching.told() == {"WATCHDOG": "1", "STATUS": str(count)}
+    notifier.close()
+
+
+async def test_a_reload_that_is_over_starts_no_second_feeding(watching: Systemd) -> None:
+    notifier = taken(watching, WATCHDOG_USEC="60000000")
+
+    for _ in range(3):
+        notifier.ready()
+    notifier.close()
+
+    assert sum(b"WATCHDOG=1" in one for one in watching.heard()) == 1
+
+
+async def test_the_watchdog_of_another_process_is_not_fed(watching: Systemd) -> None:
+    notifier = taken(watching, WATCHDOG_USEC="1000", WATCHDOG_PID=str(os.getppid()))
+
+    notifier.ready()
+
+    assert notifier._beat is None
+
+
+@pytest.mark.parametrize("period", ["", "0", "-5", "1e6", "x", "٣"])
+async def test_a_watchdog_without_a_time_is_none(watching: Systemd, period: str) -> None:
+    notifier = taken(watching, WATCHDOG_USEC=period)
+
+    notifier.ready()
+
+    assert notifier._beat is None
+
+
+async def test_a_blocked_loop_starves_the_watchdog(watching: Systemd) -> None:
+    notifier = Notifier(watching.address, 0.2)
+    notifier.ready()
+    await watching.told_of("WATCHDOG")
+    watching.heard()
+
+    came, _, _ = select.select([watching], [], [], 0.5)  # blocks the loop, and listens
+
+    assert not came
+    await watching.told_of("WATCHDOG")
+    notifier.close()
+
+
+async def test_no_beat_comes_after_the_end(watching: Systemd) -> None:
+    notifier = Notifier(watching.address, 0.05)
+    notifier.ready()
+    await watching.told_of("WATCHDOG")
+
+    notifier.close()
+    watching.heard()
+
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(watching.told(), 0.2)
+
+
+BLOCKED = """
+import asyncio, faulthandler, os, sys, time
+from aioserver.server.systemd import Notifier
+
+def blocked_for_ever():
+    time.sleep(1000)
+
+async def main():
+    Notifier.take(os.environ).ready()
+    await asyncio.sleep(0)
+    blocked_for_ever()
+
+faulthandler.enable(2)
+asyncio.run(main())
+"""
+
+
+async def test_what_blocks_the_loop_is_in_the_stacks_before_systemd_kills_and_when_it_does(
+    watching: Systemd,
+) -> None:
+    async with await Served.start(
+        "-c", BLOCKED, NOTIFY_SOCKET=watching.address, WATCHDOG_USEC="500000"
+    ) as served:
+        await watching.told_of("WATCHDOG")
+        first = await served.says("in main")
+
+        served.signal(signal.SIGABRT)  # as systemd does
+        code, second = await served.ended()
+
+    assert "in blocked_for_ever" in first
+    assert "in blocked_for_ever" in second
+    assert "Aborted" in second
+    assert code == -signal.SIGABRT
+    assert not watching.heard()
+
+
+# Sockets that are passed.
+
+
+def passed(sock: socket.socket, **environ: str) -> list[socket.socket]:
+    """What is inherited where a copy of *sock* is the first descriptor."""
+    return systemd.inherited({**USUAL, **environ}, first=os.dup(sock.fileno()))
+
+
+def test_a_passed_socket_is_taken_and_not_passed_on(port: socket.socket) -> None:
+    (sock,) = passed(port)
+
+    with sock:
+        assert sock.getsockname() == port.getsockname()
+        assert not sock.get_inheritable()
+        assert sock.family == socket.AF_INET
+
+
+def test_several_are_taken_in_order(tmp_path: Path) -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as one,
+        socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as two,
+    ):
+        two.bind(str(tmp_path / "socket"))
+        two.listen()
+        first = max(one.fileno(), two.fileno()) + 100
+        os.dup2(one.fileno(), first)
+        os.dup2(two.fileno(), first + 1)
+
+        found = systemd.inherited({**USUAL, "LISTEN_FDS": "2"}, first=first)
+
+        assert [listener.address_of(sock) for sock in found] == [
+            one.getsockname(),
+            (str(tmp_path / "socket"), 0),
+        ]
+        assert listener.hosts(found) == ["127.0.0.1"]
+        for sock in found:
+            sock.close()
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"LISTEN_PID": str(os.getppid())},
+        {"LISTEN_PID": ""},
+        {"LISTEN_PID": "x"},
+        {"LISTEN_FDS": "0"},
+        {"LISTEN_FDS": "-1"},
+        {"LISTEN_FDS": "x"},
+        {"LISTEN_FDS": ""},
+    ],
+)
+def test_what_is_for_another_process_is_left_alone(environ: dict[str, str]) -> None:
+    assert systemd.inherited({**USUAL, **environ}) == []
+    assert listener.hosts([]) is None
+
+
+def test_what_is_no_listening_stream_socket_is_refused_all_at_once(tmp_path: Path) -> None:
+    file = os.open(tmp_path / "file", os.O_CREAT | os.O_WRONLY)
+    with (
+        socket.create_server(("127.0.0.1", 0)) as good,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as datagrams,
+        socket.socket(socket.AF_INET, socket.SOCK_STREAM) as silent,
+    ):
+        given = [good.fileno(), datagrams.fileno(), silent.fileno(), file]
+        first = max(given) + 100
+        for at, number in enumerate(given):
+            os.dup2(number, first + at)
+        environ = {**USUAL, "LISTEN_FDS": "5", "LISTEN_FDNAMES": "a:b:c:d:e"}
+
+        with pytest.raises(ConfigurationError) as caught:
+            systemd.inherited(environ, first=first)
+
+        os.close(file)
+        os.close(first + 3)
+        assert list(caught.value.faults) == [
+            f"LISTEN_FDS: descriptor {first + 1} (b) is no stream socket (ListenStream=)",
+            f"LISTEN_FDS: descriptor {first + 2} (c) does not listen (Accept=no)",
+            f"LISTEN_FDS: descriptor {first + 3} (d) is no socket: Socket operation on non-socket",
+            f"LISTEN_FDS: descriptor {first + 4} (e) is no socket: Bad file descriptor",
+        ]
+        for at in range(3):
+            with pytest.raises(OSError, match="Bad file descriptor"):
+                os.fstat(first + at)  # closed
+
+
+async def test_a_passed_socket_gets_backlog_and_bounds_like_one_of_ours(
+    tmp_path: Path, port: socket.socket
+) -> None:
+    (sock,) = passed(port)
+    async with runner_of(tmp_path, **{f"{UVICORN}.backlog": 77}) as (runner, given):
+        (one,) = await listener.listen(runner, given, send_timeout=3.0, inherited=[sock])
+
+        assert (one.host, one.port) == port.getsockname()
+        assert one.queue_limit == 77
+        assert kernel.accept_queue(port) == (0, 77)
+        assert port.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 4000
+        lowat = port.getsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT)
+        assert lowat == listener.MAX_NOT_SENT
+        uvloop = "uvloop" in type(asyncio.get_running_loop()).__module__
+        assert len(runner.sites) == (listener.UVLOOP_EARS if uvloop else 1)
+
+
+@pytest.mark.parametrize("kind", ["path", "abstract"])
+async def test_a_passed_unix_socket_is_served_and_its_file_left_alone(
+    tmp_path: Path, kind: str
+) -> None:
+    path = tmp_path / "socket"
+    name = str(path) if kind == "path" else f"\0aioserver-test{path}"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as unix:
+        unix.bind(name)
+        unix.listen()
+        async with runner_of(tmp_path) as (runner, given):
+            (one,) = await listener.listen(runner, given, inherited=passed(unix))
+            for asked in ("/health", "/metrics"):
+                client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+                client.connect(name)
+                reader, writer = await asyncio.open_unix_connection(sock=client)
+                writer.write(f"GET {asked} HTTP/1.0\r\nHost: localhost\r\n\r\n".encode())
+                assert (await reader.read()).startswith(b"HTTP/1.0 200 OK\r\n")
+                writer.close()
+                await writer.wait_closed()
+
+        assert one.url == f"unix:{name.replace(chr(0), '@')}"
+        assert path.exists() == (kind == "path")
+
+
+async def test_the_word_of_a_proxy_behind_a_unix_socket_is_taken(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    name = str(tmp_path / "socket")
+    changes = {f"{UVICORN}.access_log": True, "auth.trusted_proxies": ["unix"]}
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as unix:
+        unix.bind(name)
+        unix.listen()
+        async with runner_of(tmp_path, **changes) as (runner, given):
+            await listener.listen(runner, given, inherited=passed(unix))
+            with caplog.at_level(logging.INFO, "aioserver.access"):
+                reader, writer = await asyncio.open_unix_connection(name)
+                writer.write(
+                    b"GET /health HTTP/1.0\r\nHost: localhost\r\n"
+                    b"X-Forwarded-For: 203.0.113.9\r\n\r\n"
+                )
+                assert (await reader.read()).startswith(b"HTTP/1.0 200 OK\r\n")
+                writer.close()
+                await writer.wait_closed()
+
+    (line,) = [one.fields for one in caplog.records if one.name == "aioserver.access"]  # type: ignore[attr-defined]
+    assert line["address"] == "203.0.113.9"
+
+
+# Processes.
+
+
+def loop_name() -> str:
+    """The loop of the test, for the process that it starts."""
+    kind = type(asyncio.get_running_loop()).__module__
+    return "uvloop" if kind.startswith("uvloop") else "asyncio"
+
+
+async def serving(
+    config: Path, sockets: list[socket.socket], watching: Systemd, **environ: str
+) -> Served:
+    """A process that has said that it takes work."""
+    program = ("-m", "aioserver", "serve", "--config", config, "--loop", loop_name())
+    environ["NOTIFY_SOCKET"] = watching.address
+    served = await Served.start(*program, sockets=sockets, **environ)
+    async with asyncio.timeout(30):
+        ended = asyncio.ensure_future(served.process.wait())
+        told = asyncio.ensure_future(watching.told_of("READY"))
+        await asyncio.wait((ended, told), return_when=asyncio.FIRST_COMPLETED)
+        if not told.done():
+            told.cancel()
+            raise AssertionError(await served.ended())
+        ended.cancel()
+    return served
+
+
+async def fetched(port: socket.socket, path: str = "/health") -> tuple[int, Any]:
+    url = f"http://127.0.0.1:{port.getsockname()[1]}{path}"
+    async with aiohttp.ClientSession() as session, session.get(url) as response:
+        return response.status, await response.json()
+
+
+async def test_a_service_serves_the_passed_socket_says_so_and_ends_well(
+    tmp_path: Path, watching: Systemd, port: socket.socket
+) -> None:
+    async with Simulator(QUICK) as simulator:
+        config = tmp_path / "config.yaml"
+        configured(simulator.base_url, {"logging.level": "INFO"}, config)
+        async with await serving(config, [port], watching) as served:
+            url = f"http://127.0.0.1:{port.getsockname()[1]}/v1/chat/completions"
+            body = {"messages": [{"role": "user", "content": "Hello"}]}
+            async with (
+                aiohttp.ClientSession() as session,
+                session.post(url, json=body) as response,
+            ):
+                assert response.status == 200
+                assert (await response.json())["choices"]
+
+            served.signal(signal.SIGTERM)
+            await watching.told_of("STOPPING")
+            code, said = await served.ended()
+
+    assert code == 0, said
+    assert "Traceback" not in said
+    assert f"listening on http://127.0.0.1:{port.getsockname()[1]} backlog=128" in said
+
+
+async def test_a_reload_that_is_asked_for_during_the_start_comes_behind_it(
+    tmp_path: Path, watching: Systemd
+) -> None:
+    config = tmp_path / "config.yaml"
+    changes = {"logging.level": "INFO", "chat.websocket.host": "localhost"}
+    configured("http://127.0.0.1:9/v1", changes, config)
+    program = ("-m", "aioserver", "serve", "--config", config, "--loop", loop_name())
+    async with await Served.start(*program, NOTIFY_SOCKET=watching.address) as served:
+        await served.says("configuration: ")
+        first = asyncio.ensure_future(watching.told())
+        async with asyncio.timeout(30):
+            while not first.done():
+                served.signal(signal.SIGHUP)
+                await asyncio.wait([first], timeout=0.001)
+            assert "READY" in await first
+            await watching.told_of("RELOADING")
+            await watching.told_of("READY")
+        served.signal(signal.SIGTERM)
+        assert (await served.ended())[0] == 0
+
+
+async def test_connections_that_come_while_nobody_serves_are_answered_by_the_next(
+    tmp_path: Path, watching: Systemd, port: socket.socket
+) -> None:
+    config = tmp_path / "config.yaml"
+    configured("http://127.0.0.1:9/v1", {}, config)
+    async with await serving(config, [port], watching) as first:
+        assert (await fetched(port))[0] == 200
+        first.signal(signal.SIGTERM)
+        assert (await first.ended())[0] == 0
+
+    waiting = [asyncio.create_task(fetched(port)) for _ in range(40)]
+    await until(lambda: waiting_in(port) == len(waiting))
+    async with await serving(config, [port], watching) as second:
+        answers = await asyncio.gather(*waiting)
+        second.signal(signal.SIGTERM)
+        assert (await second.ended())[0] == 0
+
+    assert [status for status, _ in answers] == [200] * 40
+
+
+def waiting_in(port: socket.socket) -> int:
+    """How many connections wait in the kernel."""
+    queue = kernel.accept_queue(port)
+    assert queue is not None
+    return queue.waiting
+
+
+async def test_a_service_feeds_its_watchdog_and_says_how_full_it_is(
+    tmp_path: Path, watching: Systemd, port: socket.socket
+) -> None:
+    config = tmp_path / "config.yaml"
+    configured("http://127.0.0.1:9/v1", {}, config)
+    async with await serving(config, [port], watching, WATCHDOG_USEC="2000000") as served:
+        url = f"ws://127.0.0.1:{port.getsockname()[1]}/ws/chat"
+        async with aiohttp.ClientSession() as session, session.ws_connect(url):
+            async with asyncio.timeout(30):
+                while "1 of 50" not in (await watching.told_of("WATCHDOG"))["STATUS"]:
+                    pass
+        served.signal(signal.SIGTERM)
+        assert (await served.ended())[0] == 0
+
+
+async def test_a_passed_socket_that_others_can_reach_needs_a_guard_as_a_host_does(
+    tmp_path: Path,
+) -> None:
+    config = tmp_path / "config.yaml"
+    configured("http://127.0.0.1:9/v1", {}, config)
+    with socket.create_server(("0.0.0.0", 0)) as everybody:
+        async with await Served.start(
+            "-m", "aioserver", "serve", "--config", config, sockets=[everybody]
+        ) as served:
+            code, said = await served.ended()
+
+    assert code == 2
+    assert "0.0.0.0 is open to others" in said
+
+
+async def test_what_cannot_be_served_is_one_clear_line(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    configured("http://127.0.0.1:9/v1", {}, config)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as datagrams:
+        async with await Served.start(
+            "-m", "aioserver", "serve", "--config", config, sockets=[datagrams]
+        ) as served:
+            code, said = await served.ended()
+
+    assert code == 2
+    assert said == "LISTEN_FDS: descriptor 3 is no stream socket (ListenStream=)\n"

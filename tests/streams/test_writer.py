@@ -1,0 +1,702 @@
+"""The one writer of a socket, on a transport that takes as much as it is told to."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import socket as sockets
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import orjson
+import pytest
+
+from aioserver.errors import ResumeGap
+from aioserver.streams.entries import CHUNK, COMPLETE
+from aioserver.streams.fast_path import Outbox
+from aioserver.streams.formats import Format
+from aioserver.streams.store import Streams
+from aioserver.streams.writer import MAX_CONTROL_FRAMES, TURN_BYTES, Writer
+from tests.support.server import until
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from aioserver.streams.cursor import Cursor
+    from aioserver.streams.entries import Entry
+    from aioserver.streams.stream import Stream
+
+HIGH, LOW = 1 << 16, 1 << 14  # asyncio's marks
+BIG = TURN_BYTES + 1
+
+
+class Socket(asyncio.Transport):
+    """A transport whose peer reads all at once, or (`slow`) only what `take` takes."""
+
+    def __init__(self, *, slow: bool = False) -> None:
+        super().__init__()
+        self.slow = slow
+        self.writes: list[bytes] = []
+        self.held = 0
+        self.under: sockets.socket | None = None
+        self.aborted = False
+        self.closing = False
+        self.draining = 0
+        self.drain_cancelled = False
+        self._drained: asyncio.Future[None] | None = None
+
+    @property
+    def written(self) -> bytes:
+        return b"".join(self.writes)
+
+    def write(self, data: bytes | bytearray | memoryview[Any]) -> None:
+        assert not self.closing, "written after the end"
+        self.writes.append(bytes(data))
+        if self.slow:
+            self.held += len(data)
+
+    def get_write_buffer_size(self) -> int:
+        return self.held
+
+    def is_closing(self) -> bool:
+        return self.closing
+
+    def get_extra_info(self, name: str, default: object = None) -> object:
+        return self.under if name == "socket" else default
+
+    def abort(self) -> None:
+        self.aborted = True
+        self.lose()
+
+    def lose(self) -> None:
+        """The connection is gone."""
+        self.closing = True
+        self.held = 0
+        if self._drained is not None and not self._drained.done():
+            self._drained.set_exception(ConnectionResetError())
+
+    def take(self, size: int | None = None) -> None:
+        """The peer reads *size* bytes, or all."""
+        self.held -= self.held if size is None else min(size, self.held)
+        if self.held <= LOW and self._drained is not None and not self._drained.done():
+            self._drained.set_result(None)
+
+    async def drain(self) -> None:
+        if self.held <= HIGH:
+            return
+        self._drained = asyncio.get_running_loop().create_future()
+        self.draining += 1
+        try:
+            await self._drained
+        except asyncio.CancelledError:
+            self.drain_cancelled = True
+            raise
+        finally:
+            self.draining -= 1
+            self._drained = None
+
+
+class Client:
+    """A writer on a socket, and what it tells about itself."""
+
+    def __init__(self, *, slow: bool = False, send_timeout: float = 30.0) -> None:
+        self.socket = Socket(slow=slow)
+        self.dropped: list[str] = []
+        self.left: list[Stream] = []
+        self.ended: list[Stream] = []
+        self.rendered = 0
+        self.look = Format("test", self.render, None)
+        self.writer = Writer(
+            self.socket,
+            self.socket.drain,
+            Outbox(asyncio.get_running_loop()),
+            send_timeout=send_timeout,
+            dropped=self.dropped.append,
+            left=self.left.append,
+        )
+
+    def render(self, _stream: Stream, entry: Entry, skip: int) -> bytes:
+        self.rendered += 1
+        assert entry.frames is not None
+        return b"".join(_text(frame) for frame in entry.frames[skip:])
+
+    def follow(self, stream: Stream, after: int = 0) -> Cursor:
+        def finished(cursor: Cursor) -> None:
+            assert cursor.gone
+            self.ended.append(cursor.stream)
+
+        return self.writer.follow(
+            stream,
+            after,
+            self.look,
+            queued=lambda position, _eta: b"<%d>" % position,
+            finished=finished,
+        )
+
+
+def _text(frame: bytes) -> bytes:
+    text: str = orjson.loads(frame)["chunk"].get("data", ".")
+    return text.encode()
+
+
+@asynccontextmanager
+async def client(*, slow: bool = False, send_timeout: float = 30.0) -> AsyncIterator[Client]:
+    """A client, gone at the end."""
+    one = Client(slow=slow, send_timeout=send_timeout)
+    yield one
+    one.writer.close()
+    one.socket.lose()
+    await until(lambda: one.socket.draining == 0)
+    assert not one.socket.drain_cancelled, "a blocked write is never cancelled"
+
+
+def stream_of(name: str = "r1", *, window: float = 30.0, most: int = 1 << 30) -> Stream:
+    streams = Streams(max_stream_bytes=most, max_kept_bytes=1 << 30)
+    return streams.open(name, "me", window=window)
+
+
+def say(stream: Stream, *texts: str) -> None:
+    stream.append(CHUNK, [orjson.dumps({"data": text}) for text in texts])
+
+
+async def ticks() -> None:
+    """Let everything run that is ready, and what that makes ready."""
+    for _ in range(4):
+        await asyncio.sleep(0)
+
+
+# What is ready is written.
+
+
+async def test_one_stream_is_written_without_a_task_switch() -> None:
+    async with client() as one:
+        stream = stream_of()
+        one.follow(stream)
+
+        say(stream, "a")
+        say(stream, "b", "c")
+        stream.end(COMPLETE, {})
+
+        assert one.socket.writes == [b"a", b"bc", b"."]
+        assert one.ended == one.left == [stream]
+        assert stream.readers == []
+        assert one.writer.following == 0
+
+
+async def test_what_was_said_before_is_replayed_from_any_event_in_one_write() -> None:
+    stream = stream_of()
+    say(stream, *"abc")
+    say(stream, *"de")
+    stream.end(COMPLETE, {})
+    for after, expected in enumerate((b"abcde.", b"bcde.", b"cde.", b"de.", b"e.", b".", b"")):
+        async with client() as one:
+            one.follow(stream, after)
+            await until(lambda one=one: one.ended == [stream])  # type: ignore[misc]
+
+            assert one.socket.writes == ([expected] if expected else [])
+
+
+async def test_what_several_streams_say_in_one_turn_is_one_write() -> None:
+    async with client() as one:
+        streams = [stream_of(name) for name in "abc"]
+        for stream in streams:
+            one.follow(stream)
+
+        for stream in streams:
+            say(stream, stream.request_id)
+            say(stream, stream.request_id.upper())
+        assert one.socket.writes == []
+        await ticks()
+
+        assert one.socket.writes == [b"aAbBcC"]
+        streams[1].end(COMPLETE, {})
+        streams[2].end(COMPLETE, {})
+        await ticks()
+        assert one.socket.writes[1:] == [b".."]
+        assert one.ended == streams[1:]
+
+
+async def test_a_position_is_written_before_what_is_not_written_yet() -> None:
+    async with client() as one:
+        stream, other = stream_of(), stream_of("r2")
+        one.follow(stream)
+        one.follow(other)
+
+        say(other, "a")
+        stream.queued(3, 1.0)
+        await ticks()
+
+        assert one.socket.writes == [b"<3>", b"a"]
+
+
+async def test_every_write_is_one_chunk() -> None:
+    socket, outbox = Socket(slow=True), Outbox(asyncio.get_running_loop())
+    writer = Writer(socket, socket.drain, outbox, send_timeout=30.0, chunked=True)
+    stream = stream_of()
+    writer.follow(
+        stream, 0, Format("test", lambda _stream, entry, _skip: b"%d" % entry.first, None)
+    )
+
+    say(stream, "a")
+    writer.send(b"ping")
+    writer.send(b"x" * BIG)
+    say(stream, "b")
+    writer.send(b"pong")
+    writer.send(b"!")
+    say(stream, "c")
+    socket.take()
+    await until(lambda: len(socket.writes) == 4)
+
+    assert socket.writes[:2] == [b"1\r\n1\r\n", b"4\r\nping\r\n"]
+    assert socket.writes[3] == b"7\r\npong!23\r\n"
+    writer.close()
+
+
+# A blocked writer.
+
+
+async def test_a_blocked_writer_renders_nothing_and_goes_on_after_the_drain() -> None:
+    async with client(slow=True) as one:
+        stream = stream_of()
+        one.follow(stream)
+        say(stream, "x" * BIG)
+        await ticks()
+        assert (one.rendered, one.socket.draining) == (1, 1)
+
+        for text in "abcde":
+            say(stream, text)
+        stream.end(COMPLETE, {})
+        one.socket.take(BIG - LOW - 1)  # not below the mark yet
+        await ticks()
+        assert (one.rendered, len(one.socket.writes)) == (1, 1)
+        one.socket.take(1)
+        await until(lambda: one.ended == [stream])
+
+        assert one.socket.writes[1:] == [b"abcde."]
+        assert one.dropped == []
+
+
+async def test_a_flush_waits_until_all_is_handed_over() -> None:
+    async with client(slow=True) as one:
+        streams = [stream_of(name) for name in "ab"]
+        for stream in streams:
+            say(stream, stream.request_id * BIG)
+            one.follow(stream)
+        flushed = asyncio.create_task(one.writer.flush())
+        await until(lambda: one.socket.draining == 1)
+        assert not flushed.done()
+
+        one.socket.take()
+        await until(lambda: len(one.socket.writes) == 2)
+        one.socket.take()
+        await flushed
+
+        assert one.socket.written == b"a" * BIG + b"b" * BIG
+
+
+async def test_a_flush_ends_when_the_client_is_gone() -> None:
+    async with client(slow=True) as one:
+        one.writer.send(b"x" * BIG)
+        flushed = asyncio.create_task(one.writer.flush())
+        await until(lambda: one.socket.draining == 1)
+
+        one.socket.lose()
+        await flushed
+
+        assert one.writer.closed
+
+
+async def test_a_cancelled_flush_does_not_cancel_the_blocked_write() -> None:
+    async with client(slow=True) as one:
+        one.writer.send(b"x" * BIG)
+        flushed = asyncio.create_task(one.writer.flush())
+        await until(lambda: one.socket.draining == 1)
+
+        flushed.cancel()
+        await asyncio.wait((flushed,))
+        await ticks()
+
+        assert one.socket.draining == 1
+
+
+async def test_without_progress_for_send_timeout_the_client_is_dropped() -> None:
+    async with client(slow=True, send_timeout=0.04) as one:
+        stream, other = stream_of(), stream_of("r2")
+        one.follow(stream)
+        one.follow(other)
+        say(stream, "x" * BIG)
+
+        await until(lambda: one.socket.aborted)
+
+        assert one.dropped == ["nothing taken for 0.04 s"]
+        assert one.writer.closed
+        assert one.left == [stream, other]
+        assert stream.readers == other.readers == []
+
+
+async def test_progress_however_slow_keeps_the_client() -> None:
+    async with client(slow=True, send_timeout=0.08) as one:
+        loop = asyncio.get_running_loop()
+        one.writer.send(b"x" * (BIG + 400))
+        end = loop.time() + 0.4
+
+        def read() -> bool:
+            one.socket.take(1)
+            return loop.time() > end
+
+        await until(read)  # a byte each two milliseconds, for five times send_timeout
+
+        assert one.socket.draining == 1
+        assert not one.socket.aborted
+        await until(lambda: one.socket.aborted)  # and none from now on
+
+
+async def test_a_writer_that_was_drained_is_watched_no_more() -> None:
+    async with client(slow=True, send_timeout=0.02) as one:
+        loop = asyncio.get_running_loop()
+        one.writer.send(b"x" * BIG)
+        one.socket.take(BIG - LOW)
+        end = loop.time() + 0.1
+
+        await until(lambda: loop.time() > end)
+
+        assert not one.socket.aborted
+
+
+async def test_of_control_frames_64_wait_and_one_more_drops_the_client() -> None:
+    async with client(slow=True) as one:
+        one.writer.send(b"x" * BIG)
+        for _ in range(MAX_CONTROL_FRAMES):
+            one.writer.send(b"pong")
+        assert not one.socket.aborted
+        assert len(one.socket.writes) == 1
+
+        one.writer.send(b"pong")
+
+        assert one.socket.aborted
+        assert one.dropped == ["more than 64 control frames wait"]
+        assert len(one.socket.writes) == 1
+
+
+async def test_positions_do_not_wait_for_a_client_that_takes_nothing() -> None:
+    async with client(slow=True) as one:
+        stream, other = stream_of(), stream_of("r2")
+        one.follow(stream)
+        one.follow(other)
+        one.writer.send(b"x" * BIG)
+        for position in range(2 * MAX_CONTROL_FRAMES):
+            stream.queued(position, 1.0)
+        assert not one.socket.aborted
+
+        one.socket.take()
+        await until(lambda: not one.writer.blocked)
+        other.queued(7, 1.0)
+
+        assert one.socket.writes[1:] == [b"<7>"]
+
+
+async def test_control_frames_that_waited_come_first_and_all() -> None:
+    async with client(slow=True) as one:
+        stream = stream_of()
+        one.follow(stream)
+        say(stream, "x" * BIG)
+        say(stream, "event")
+        for number in range(MAX_CONTROL_FRAMES):
+            one.writer.send(b"%d," % number)
+
+        one.socket.take()
+        await until(lambda: len(one.socket.writes) == 2)
+
+        assert one.socket.writes[1] == b"".join(b"%d," % at for at in range(64)) + b"event"
+
+
+async def test_a_reader_that_falls_behind_its_log_is_dropped_and_never_skips() -> None:
+    async with client(slow=True) as one:
+        stream = stream_of(most=3 * BIG)
+        one.follow(stream)
+        for number in range(8):
+            say(stream, f"{number}" * BIG)
+        assert stream.first > 2
+
+        one.socket.take()
+        await until(lambda: one.socket.aborted)
+
+        assert one.dropped == ["reader fell behind"]
+        assert one.socket.written == b"0" * BIG
+        assert one.ended == []
+        assert one.left == [stream]
+
+
+async def test_a_resume_from_before_the_log_is_a_gap_and_leaves_no_reader() -> None:
+    async with client() as one:
+        stream = stream_of(most=1000)
+        for _ in range(20):
+            say(stream, "x" * 100)
+
+        for after in (0, 21):
+            with pytest.raises(ResumeGap):
+                one.follow(stream, after)
+
+        assert stream.readers == []
+        assert one.writer.following == 0
+
+
+# The end.
+
+
+async def test_nothing_is_written_after_the_close() -> None:
+    async with client() as one:
+        streams = [stream_of(name) for name in "ab"]
+        for stream in streams:
+            one.follow(stream)
+        for stream in streams:
+            say(stream, "late")  # scheduled, not written
+
+        one.writer.close()
+        for stream in streams:
+            say(stream, "later")
+            stream.queued(1, 1.0)
+            stream.end(COMPLETE, {})
+        one.writer.send(b"pong")
+        one.writer.pump()
+        await one.writer.flush()
+        await ticks()
+
+        assert one.socket.writes == []
+        assert one.ended == []
+        assert one.left == streams
+        assert [stream.readers for stream in streams] == [[], []]
+
+
+async def test_a_close_while_blocked_writes_nothing_after_the_drain() -> None:
+    async with client(slow=True) as one:
+        stream = stream_of()
+        one.follow(stream)
+        say(stream, "x" * BIG)
+        say(stream, "late")
+        one.writer.send(b"late")
+        await ticks()
+
+        one.writer.close()
+        one.socket.take()
+        await until(lambda: one.socket.draining == 0)
+        await ticks()
+
+        assert len(one.socket.writes) == 1
+        assert not one.socket.aborted
+
+
+async def test_what_is_left_for_the_peer_of_a_unix_socket_is_watched_here() -> None:
+    async with client(slow=True, send_timeout=0.03) as one:
+        with sockets.socket(sockets.AF_UNIX) as one.socket.under:
+            one.writer.send(b"less than blocks")
+
+            one.writer.close()  # no TCP_USER_TIMEOUT ends it
+            await until(lambda: one.socket.aborted)
+
+
+async def test_a_close_while_blocked_keeps_the_watch() -> None:
+    async with client(slow=True, send_timeout=0.03) as one:
+        one.writer.send(b"x" * BIG)
+        await ticks()
+
+        one.writer.close()
+        await until(lambda: one.socket.aborted)
+
+        assert one.dropped == []  # it had been let go already
+
+
+async def test_a_second_close_and_an_abort_after_it_are_nothing_new() -> None:
+    async with client() as one:
+        stream = stream_of()
+        one.follow(stream)
+
+        one.writer.close()
+        one.writer.close()
+        one.writer.abort("late")
+
+        assert one.left == [stream]
+        assert one.dropped == []
+        assert one.socket.aborted
+
+
+async def test_a_client_that_is_gone_is_noticed_at_the_next_write() -> None:
+    async with client() as one:
+        stream = stream_of()
+        one.follow(stream)
+        one.socket.lose()
+
+        say(stream, "a")
+        stream.end(COMPLETE, {})
+
+        assert one.writer.closed
+        assert one.left == [stream]
+        assert one.ended == []
+        assert stream.readers == []
+
+
+async def test_who_follows_on_a_closed_writer_is_no_reader_for_ever() -> None:
+    async with client() as one:
+        stream = stream_of()
+        one.writer.close()
+
+        cursor = one.follow(stream)
+
+        assert cursor.gone
+        assert stream.readers == []
+        assert one.left == []  # not before the face has said that it reads
+        await until(lambda: one.left == [stream])
+        one.writer.unfollow(cursor)
+        say(stream, "a")
+        assert one.socket.writes == []
+
+
+async def test_unfollow_ends_one_stream_and_not_the_others() -> None:
+    async with client() as one:
+        stream, other = stream_of(), stream_of("r2")
+        cursor = one.follow(stream)
+        one.follow(other)
+        say(stream, "a")
+        say(other, "b")
+
+        one.writer.unfollow(cursor)
+        one.writer.unfollow(cursor)
+        say(stream, "a")
+        await ticks()
+
+        assert one.socket.writes == [b"b"]
+        assert one.left == [stream]
+
+
+async def test_finished_may_unfollow_the_others_and_follow_anew() -> None:
+    async with client() as one:
+        streams = [stream_of(name) for name in "abc"]
+        after = stream_of("after")
+        say(after, "after")
+        after.end(COMPLETE, {})
+        ended: list[Stream] = []
+
+        def finished(cursor: Cursor) -> None:
+            ended.append(cursor.stream)
+            if cursor.stream is not after:
+                for other in cursors:
+                    one.writer.unfollow(other)
+                one.writer.follow(after, 0, one.look, finished=finished)
+
+        cursors = [one.writer.follow(stream, 0, one.look, finished=finished) for stream in streams]
+        for stream in streams:
+            stream.end(COMPLETE, {})
+        await until(lambda: after in ended)
+
+        assert ended == [streams[0], after]  # the others were let go in the first's callback
+        assert one.socket.written == b"...after."
+        assert one.left == [*streams, after]
+
+
+async def test_finished_may_close_the_writer() -> None:
+    async with client() as one:
+        streams = [stream_of(name) for name in "ab"]
+        for stream in streams:
+            one.writer.follow(stream, 0, one.look, finished=lambda _one: one.writer.close())
+        for stream in streams:
+            stream.end(COMPLETE, {})
+        await ticks()
+
+        assert one.writer.closed
+        assert one.socket.written == b".."
+        assert one.left == streams
+
+
+# Fairness.
+
+
+async def test_a_long_replay_does_not_hold_up_the_others() -> None:
+    async with client() as one:
+        long = [stream_of(name) for name in "ab"]
+        for stream in long:
+            for _ in range(100):
+                say(stream, stream.request_id * (TURN_BYTES // 4))
+            one.follow(stream)
+        small = stream_of("small")
+        say(small, "!")
+        one.follow(small)
+        await ticks()
+
+        assert b"!" in b"".join(one.socket.writes[:3])  # one turn of each of the others
+        assert max(map(len, one.socket.writes)) < 2 * TURN_BYTES
+        for name in (b"a", b"b"):
+            assert one.socket.written.count(name) == 100 * (TURN_BYTES // 4)
+        # They take turns: neither is ever more than two turns ahead.
+        ahead = 0
+        for write in one.socket.writes[:-2]:
+            ahead += write.count(b"a") - write.count(b"b")
+            assert abs(ahead) <= 2 * TURN_BYTES
+
+
+async def test_a_slow_client_gets_its_streams_in_turns() -> None:
+    async with client(slow=True) as one:
+        streams = [stream_of(name) for name in "abcd"]
+        for stream in streams:
+            for _ in range(20):
+                say(stream, stream.request_id * (TURN_BYTES // 2))
+            stream.end(COMPLETE, {})
+            one.follow(stream)
+
+        while len(one.ended) < 4:
+            before = len(one.socket.writes)
+            one.socket.take()
+            await until(lambda n=before: len(one.socket.writes) > n or len(one.ended) == 4)  # type: ignore[misc]
+
+        for start in range(0, 16, 4):
+            seen = b"".join(write[:1] for write in one.socket.writes[start : start + 4])
+            assert sorted(seen) == sorted(b"abcd")
+
+
+@pytest.mark.parametrize("run", range(5))
+async def test_every_client_reads_every_answer_whole_in_order_or_is_dropped(run: int) -> None:
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    dice = random.Random(seed)
+    async with client(slow=True) as one:
+        streams = [stream_of(name, window=dice.choice((0.0, 30.0))) for name in "abcd"]
+        expected = dict.fromkeys("abcd", 0)
+        cursors = {stream: one.follow(stream) for stream in streams}
+        for _ in range(400):
+            stream = dice.choice(streams)
+            match dice.choices(
+                ("say", "end", "take", "send", "again", "tick"), (9, 0.3, 5, 1, 1, 4)
+            )[0]:
+                case "say" if not stream.ended:
+                    size = dice.choice((1, 10, 1000, 30_000))
+                    say(stream, stream.request_id * size)
+                    expected[stream.request_id] += size
+                case "end" if not stream.ended:
+                    stream.end(COMPLETE, {})
+                case "take":
+                    one.socket.take(dice.choice((10, 50_000, None)))
+                case "send":
+                    if one.socket.held <= HIGH:
+                        one.writer.send(b"#")
+                case "again" if not cursors[stream].gone and stream.window:
+                    old = cursors[stream]
+                    if old.at < stream.offset + len(stream.entries):
+                        continue  # only what it has seen: the test counts
+                    cursors[stream] = one.follow(stream, stream.last)
+                    one.writer.unfollow(old)
+                case "tick":
+                    await ticks()
+        for stream in streams:
+            if not stream.ended:
+                stream.end(COMPLETE, {})
+
+        def done() -> bool:
+            one.socket.take()
+            return one.writer.following == 0
+
+        await until(done)
+
+        assert not one.socket.aborted
+        assert {name: one.socket.written.count(name.encode()) for name in "abcd"} == expected
+        assert one.socket.written.count(b".") == 4
+        assert {stream.request_id for stream in one.ended} == set("abcd")
+        assert all(stream.readers == [] for stream in streams)

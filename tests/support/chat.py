@@ -1,0 +1,102 @@
+"""What a client of the faces says and hears, in one line each."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from aioserver.protocol import eventstream
+
+if TYPE_CHECKING:
+    from aiohttp import ClientResponse, ClientWebSocketResponse
+
+    from tests.support.server import House
+
+ENDS = frozenset({"complete", "error", "cancelled"})
+CHAT = {"messages": [{"role": "user", "content": "Hello"}]}
+
+
+def chat(request_id: str, text: str = "Hello", **payload: Any) -> dict[str, Any]:
+    """The frame of a question; with `messages` instead of *text* where they are given."""
+    if "messages" not in payload:
+        payload["text"] = text
+    return {"action": "chat", "request_id": request_id, "payload": payload}
+
+
+def resume(request_id: str, after: int | None = None) -> dict[str, Any]:
+    frame: dict[str, Any] = {"action": "resume", "request_id": request_id}
+    if after is not None:
+        frame["payload"] = {"last_event_id": after}
+    return frame
+
+
+def cancel(request_id: str) -> dict[str, Any]:
+    return {"action": "cancel", "request_id": request_id}
+
+
+async def to_end(ws: ClientWebSocketResponse, request_id: str | None = None) -> list[Any]:
+    """The frames up to the end of an answer: the one of *request_id*, where it is given."""
+    frames = []
+    while True:
+        frame = await ws.receive_json(timeout=20)
+        if request_id is not None and frame["request_id"] != request_id:
+            continue
+        frames.append(frame)
+        if frame["status"] in ENDS:
+            return frames
+
+
+async def until_status(ws: ClientWebSocketResponse, status: str) -> list[Any]:
+    """The frames up to the first one of *status*."""
+    frames = [await ws.receive_json(timeout=20)]
+    while frames[-1]["status"] != status:
+        frames.append(await ws.receive_json(timeout=20))
+    return frames
+
+
+def text_of(frames: list[Any]) -> str:
+    """What the model said."""
+    return "".join(
+        one["chunk"]["data"]
+        for one in frames
+        if one["status"] == "chunk" and one["chunk"]["type"] == "text"
+    )
+
+
+def numbers(frames: list[Any]) -> list[int]:
+    """The numbers of the events; a frame without one is no event."""
+    return [one["event_id"] for one in frames if "event_id" in one]
+
+
+def frames_of(body: bytes) -> list[Any]:
+    """The frames of an SSE body, each checked against its `id` and `event`."""
+    found = []
+    for event in eventstream.parse(body):
+        frame = json.loads(event.data)
+        assert event.event.decode() == frame["status"]
+        if "event_id" in frame:
+            assert int(event.id or b"0") == frame["event_id"]
+        else:
+            assert event.id is None
+        found.append(frame)
+    return found
+
+
+async def read_frames(response: ClientResponse) -> list[Any]:
+    return frames_of(await response.read())
+
+
+async def whole(house: House, request_id: str, after: int = 0) -> list[Any]:
+    """A stream from event *after* to its end, over SSE."""
+    headers = {"Last-Event-ID": str(after)}
+    async with house.session.get(f"{house.sse}/{request_id}", headers=headers) as response:
+        assert response.status == 200, await response.text()
+        return await read_frames(response)
+
+
+def big(size: int, count: int) -> dict[str, Any]:
+    """Fields of a question whose answer has *count* tool-call events of *size* bytes."""
+    value = " ".join(["x" * size] * count)
+    parameters = {"type": "object", "properties": {"a": {"enum": [value]}}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    return {"text": "call a tool", "options": {"tools": [tool]}}

@@ -1,0 +1,135 @@
+"""What a person does on the chat page, in one line each; and a provider that is told what to say."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any, Self
+
+import orjson
+from playwright.async_api import expect
+
+from tests.support.scripted_provider import Played
+from tests.support.server import HTTP_CLIENT
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from playwright.async_api import Locator, Page
+
+    from tests.support.scripted_provider import Peer
+    from tests.support.server import House
+
+expect.set_options(timeout=20_000)  # milliseconds; a busy machine is no fault
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+class Told:
+    """The provider `told`: it says what the test says, when the test says it."""
+
+    def __init__(self) -> None:
+        self.requests = 0
+        self._events: asyncio.Queue[bytes] = asyncio.Queue()
+        self._played = Played(self._play)
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """The changes that make a house ask it."""
+        given = {"base_url": self._played.url, "model": "told-model", "http_client": HTTP_CLIENT}
+        return {"llm.active": "told", "llm.providers.told": given}
+
+    def say(self, *words: str) -> None:
+        """Pieces of the text."""
+        for word in words:
+            self.delta(content=word)
+
+    def delta(self, **delta: Any) -> None:
+        """A piece of any kind."""
+        self._event({"choices": [{"index": 0, "delta": delta, "finish_reason": None}]})
+
+    def finish(self) -> None:
+        """The end of the answer."""
+        self._event({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
+        self._events.put_nowait(b"")
+
+    def _event(self, data: dict[str, Any]) -> None:
+        self._events.put_nowait(b"data: %b\n\n" % orjson.dumps(data))
+
+    async def _play(self, peer: Peer) -> None:
+        while True:
+            await peer.request()
+            self.requests += 1
+            await peer.send(HEAD)
+            while event := await self._events.get():
+                await peer.send(b"%x\r\n%b\r\n" % (len(event), event))
+            done = b"data: [DONE]\n\n"
+            await peer.send(b"%x\r\n%b\r\n0\r\n\r\n" % (len(done), done))
+
+    async def __aenter__(self) -> Self:
+        await self._played.__aenter__()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self._played.__aexit__(kind, exc, trace)
+
+
+async def enter(page: Page, house: House) -> None:
+    """Open the page and wait until the house has let it in."""
+    await page.goto(house.base + "/")
+    await connected(page)
+
+
+async def connected(page: Page) -> None:
+    await expect(page.locator("#state")).to_have_text("Connected")
+
+
+def box(page: Page) -> Locator:
+    """Where a message is written."""
+    return page.get_by_role("textbox", name="Message")
+
+
+async def ask(page: Page, text: str) -> None:
+    await box(page).fill(text)
+    await box(page).press("Enter")
+
+
+def answer(page: Page) -> Locator:
+    """The last answer."""
+    return page.get_by_role("article").last
+
+
+async def shows(page: Page, text: str) -> None:
+    """Wait until the last answer says exactly *text*, white space included."""
+    await page.wait_for_function(
+        """(text) => [...document.querySelectorAll(".answer .text")].at(-1)?.textContent === text""",
+        arg=text,
+        timeout=20_000,
+    )
+
+
+async def is_now(page: Page, state: str) -> None:
+    """Wait until the last answer is in this state."""
+    await expect(answer(page)).to_have_attribute("data-state", state)
+
+
+def status(page: Page) -> Locator:
+    """The line under the last answer."""
+    return answer(page).locator(".status")
+
+
+async def said(house: House, text: str) -> str:
+    """What the simulated model says to *text*. It is a request to it as well."""
+    body = {"messages": [{"role": "user", "content": text}]}
+    async with house.session.post(house.v1 + "/chat/completions", json=body) as response:
+        return str((await response.json())["choices"][0]["message"]["content"])
+
+
+def cut(house: House) -> None:
+    """Cut every connection of the clients, as a broken cable would."""
+    for connection in house.server.connections:
+        if connection.transport is not None:
+            connection.transport.abort()

@@ -1,0 +1,187 @@
+"""A front proxy from its sample in `deploy/`: TLS on a port of its own, files in a folder of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import socket
+import ssl
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import aiohttp
+import trustme
+
+from tests.support.tools import edited, installed
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+KINDS = ("nginx", "haproxy", "caddy")
+NGINX = """\
+daemon off;
+master_process off;
+pid {folder}/nginx.pid;
+error_log stderr warn;
+events {{ worker_connections 256; }}
+http {{
+    access_log off;
+    client_body_temp_path {folder}/body;
+    proxy_temp_path {folder}/proxy;
+    fastcgi_temp_path {folder}/fastcgi;
+    uwsgi_temp_path {folder}/uwsgi;
+    scgi_temp_path {folder}/scgi;
+    gzip on;  # what a distribution may have switched on for all
+    gzip_types *;
+    include {folder}/aioserver.conf;
+}}
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Proxy:
+    """A running proxy. *plain* is the address that sends browsers to *base*."""
+
+    base: str
+    plain: str
+    session: aiohttp.ClientSession
+    tls: ssl.SSLContext
+
+    @contextlib.asynccontextmanager
+    async def leaving(self, path: str, body: object) -> AsyncIterator[asyncio.StreamReader]:
+        """What comes for a POST of *body*; at the end the client is gone, without a farewell.
+
+        aiohttp's client would say goodbye in TLS and wait, its connection open, for an answer.
+        """
+        data = json.dumps(body).encode()
+        port = int(self.base.rpartition(":")[2])
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=self.tls)
+        writer.write(
+            f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(data)}\r\n\r\n".encode()
+            + data
+        )
+        try:
+            yield reader
+        finally:
+            writer.transport.abort()
+            with contextlib.suppress(ConnectionError, ssl.SSLError):
+                await writer.wait_closed()
+
+
+@contextlib.asynccontextmanager
+async def running(kind: str, folder: Path, port: int) -> AsyncIterator[Proxy]:
+    """The proxy *kind* in front of what listens on *port* of this machine."""
+    program = installed(kind)
+    authority = trustme.CA()
+    leaf = authority.issue_cert("127.0.0.1")
+    leaf.private_key_and_cert_chain_pem.write_to_path(folder / "both.pem")
+    leaf.private_key_pem.write_to_path(folder / "key.pem")
+    leaf.private_key_and_cert_chain_pem.write_to_path(folder / "chain.pem")
+    tls = ssl.create_default_context()
+    authority.configure_trust(tls)
+    async with contextlib.AsyncExitStack() as stack:
+        secure, plain = await _started(kind, program, folder, port, stack)
+        connector = aiohttp.TCPConnector(ssl=tls)
+        session = await stack.enter_async_context(aiohttp.ClientSession(connector=connector))
+        yield Proxy(
+            f"https://127.0.0.1:{secure}",
+            f"http://127.0.0.1:{plain}",  # Caddy listens on it where it gets its own certificate
+            session,
+            tls,
+        )
+
+
+async def _started(
+    kind: str, program: str, folder: Path, port: int, stack: contextlib.AsyncExitStack
+) -> tuple[int, int]:
+    """Start *program* on two free ports; others where somebody else took one meanwhile."""
+    for _ in range(5):
+        secure, plain = _free(), _free()
+        arguments = _configured(kind, folder, port, secure, plain)
+        with (folder / "stderr").open("wb") as stderr:
+            process = await asyncio.create_subprocess_exec(
+                program,
+                *arguments,
+                env={**os.environ, "HOME": str(folder), "XDG_DATA_HOME": str(folder)},
+                stdout=asyncio.subprocess.DEVNULL,
+                stderr=stderr,
+            )
+        stack.push_async_callback(_end, process)
+        if await _listens(process, secure):
+            return secure, plain
+    raise AssertionError((folder / "stderr").read_text())
+
+
+def _configured(kind: str, folder: Path, port: int, secure: int, plain: int) -> list[str]:
+    """Write the sample with its edits; returns the arguments of the program."""
+    if kind == "nginx":
+        text = edited(
+            "nginx.conf",
+            {
+                "server 127.0.0.1:8000;": f"server 127.0.0.1:{port};",
+                "listen 80;": f"listen 127.0.0.1:{plain};",
+                "listen 443 ssl;": f"listen 127.0.0.1:{secure} ssl;",
+                "/etc/nginx/chat.example.com.pem": f"{folder}/chain.pem",
+                "/etc/nginx/chat.example.com.key": f"{folder}/key.pem",
+            },
+        )
+        (folder / "aioserver.conf").write_text(text)
+        (folder / "nginx.conf").write_text(NGINX.format(folder=folder))
+        return ["-e", "stderr", "-p", str(folder), "-c", str(folder / "nginx.conf")]
+    if kind == "haproxy":
+        text = edited(
+            "haproxy.cfg",
+            {
+                "    user haproxy\n    group haproxy\n    chroot /var/lib/haproxy\n": "",
+                "server one 127.0.0.1:8000": f"server one 127.0.0.1:{port}",
+                "bind :80": f"bind 127.0.0.1:{plain}",
+                "bind :443 ssl crt /etc/haproxy/chat.example.com.pem": (
+                    f"bind 127.0.0.1:{secure} ssl crt {folder}/both.pem"
+                ),
+            },
+        )
+        (folder / "haproxy.cfg").write_text(text)
+        return ["-db", "-f", str(folder / "haproxy.cfg")]
+    text = edited(
+        "Caddyfile",
+        {
+            "{\n\tservers {": "{\n\tadmin off\n\tauto_https off\n\tservers {",
+            "chat.example.com {": (
+                f"https://127.0.0.1:{secure} {{\n\ttls {folder}/chain.pem {folder}/key.pem"
+            ),
+            "reverse_proxy 127.0.0.1:8000": f"reverse_proxy 127.0.0.1:{port}",
+        },
+    )
+    (folder / "Caddyfile").write_text(text)
+    return ["run", "--adapter", "caddyfile", "--config", str(folder / "Caddyfile")]
+
+
+def _free() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        number: int = sock.getsockname()[1]
+    return number
+
+
+async def _listens(process: asyncio.subprocess.Process, port: int) -> bool:
+    """Whether *process* listens; False: it has ended."""
+    ended = asyncio.ensure_future(process.wait())
+    async with asyncio.timeout(30):
+        while not ended.done():
+            with contextlib.suppress(OSError):
+                _, writer = await asyncio.open_connection("127.0.0.1", port)
+                writer.close()
+                await writer.wait_closed()
+                ended.cancel()
+                return True
+            await asyncio.wait([ended], timeout=0.01)
+    return False
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    if process.returncode is None:
+        process.kill()
+    await process.wait()

@@ -1,0 +1,182 @@
+"""Log lines: bounded, never waited for, and without what is nobody's business."""
+
+from __future__ import annotations
+
+import io
+import logging
+import threading
+from typing import TYPE_CHECKING, Any
+
+import orjson
+import pytest
+
+from aioserver.providers.simulator.exchange import Behaviour
+from aioserver.telemetry import logs
+from tests.support.chat import CHAT, chat, to_end
+from tests.support.raw import Raw
+from tests.support.server import until
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterator
+
+    from tests.support.server import House
+
+    Make = Callable[..., Awaitable[House]]
+
+
+@pytest.fixture
+def blocked() -> Iterator[tuple[logs.Lines, threading.Event, io.StringIO]]:
+    """A handler whose stream takes nothing before the event is set."""
+    free, written = threading.Event(), io.StringIO()
+
+    class Stopped(io.StringIO):
+        def write(self, line: str) -> int:
+            free.wait(30)
+            return written.write(line)
+
+    handler = logs.Lines(Stopped())
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    yield handler, free, written
+    free.set()
+    handler.close()
+
+
+def record(level: int, text: str, **fields: Any) -> logging.LogRecord:
+    made = logging.LogRecord("test", level, "x.py", len(text), text, (), None)
+    if fields:
+        made.fields = fields
+    return made
+
+
+def test_a_stream_that_takes_nothing_blocks_nobody(
+    blocked: tuple[logs.Lines, threading.Event, io.StringIO],
+) -> None:
+    handler, free, written = blocked
+    before = logs.DROPPED.value
+
+    for number in range(logs.MAX_LINES + 100):
+        handler.emit(record(logging.INFO, f"line {number}"))
+    dropped = logs.DROPPED.value - before
+    free.set()
+    handler.close()
+
+    assert 90 <= dropped <= 100  # the thread may hold one of them
+    assert written.getvalue().startswith("line 0\nline 1\n")
+    assert written.getvalue().count("\n") == logs.MAX_LINES + 100 - dropped
+
+
+def test_a_closed_stream_is_no_fault() -> None:
+    stream = io.StringIO()
+    stream.close()
+    before = logs.DROPPED.value
+    handler = logs.Lines(stream)
+    handler.emit(record(logging.INFO, "lost"))
+    handler.close()
+    assert logs.DROPPED.value == before + 1
+
+
+def test_an_error_that_repeats_is_written_once_and_counted() -> None:
+    stream = io.StringIO()
+    handler = logs.Lines(stream)
+    handler.setFormatter(logs.JsonFormatter("aioserver", ""))
+    clock = [5.0]
+    handler._errors = logs.RateLimit(1, logs.SAME_ERROR, lambda: clock[0])
+    for _ in range(7):
+        handler.emit(record(logging.ERROR, "bug", request_id="r"))
+    handler.emit(record(logging.ERROR, "another"))
+    clock[0] += logs.SAME_ERROR
+    handler.emit(record(logging.ERROR, "bug", request_id="s"))
+    for _ in range(3):
+        handler.emit(record(logging.WARNING, "warning"))
+    handler.close()
+
+    lines = [orjson.loads(line) for line in stream.getvalue().splitlines()]
+    assert [line["event"] for line in lines] == ["bug", "another", "bug", *["warning"] * 3]
+    assert "suppressed" not in lines[0]
+    assert (lines[2]["suppressed"], lines[2]["request_id"]) == (6, "s")
+
+
+async def finished(caplog: pytest.LogCaptureFixture, number: int) -> list[dict[str, Any]]:
+    """The lines of *number* requests."""
+
+    def found() -> list[Any]:
+        return [one for one in caplog.records if one.getMessage() == "request finished"]
+
+    await until(lambda: len(found()) >= number)
+    return [one.fields for one in found()]
+
+
+@pytest.fixture
+def told(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    caplog.set_level(logging.INFO, "aioserver")
+    return caplog
+
+
+async def test_each_finished_request_is_one_line(
+    house: House, told: pytest.LogCaptureFixture
+) -> None:
+    async with house.connect() as ws:
+        await ws.send_json(chat("r1"))
+        await to_end(ws)
+    headers = {"X-Request-Id": "mine"}
+    url = f"{house.v1}/chat/completions"
+    async with house.session.post(url, json=CHAT, headers=headers) as response:
+        await response.read()
+    async with house.session.post(url, json={**CHAT, "stream": True}) as response:
+        await response.read()
+
+    websocket, whole, stream = await finished(told, 3)
+
+    assert (websocket["request_id"], websocket["face"]) == ("r1", "websocket")
+    assert (whole["request_id"], whole["face"]) == ("mine", "openai")
+    for line in (websocket, whole, stream):
+        assert (line["provider"], line["model"], line["status"]) == ("sim", "sim-model", 200)
+        assert (line["outcome"], line["attempts"]) == ("ok", 1)
+        assert line["duration_ms"] >= line["wait_ms"] >= 0
+        assert "code" not in line
+    assert websocket["duration_ms"] >= websocket["first_token_ms"] > 0
+    assert stream["first_token_ms"] > 0
+    assert websocket["tokens_out"] > 0
+    assert whole["tokens_in"] > 0
+
+
+async def test_how_a_request_ended_is_told(
+    make_house: Make, told: pytest.LogCaptureFixture
+) -> None:
+    house = await make_house(
+        Behaviour(ttft=0, interval=60), **{"chat.streams.resume_window": 30.0}
+    )
+    async with house.connect() as ws:
+        await ws.send_json(chat("stopped"))
+        await house.simulator.until(lambda stats: stats.active == 1)
+        await ws.send_json({"action": "cancel", "request_id": "stopped"})
+        await to_end(ws)
+    async with Raw(house) as raw:
+        await raw.post("/v1/chat/completions", {**CHAT, "stream": True})
+        await house.simulator.until(lambda stats: stats.active == 1)
+    await house.nothing_held()
+    house.simulator.behaviour = Behaviour(fail_rate=1.0, fail_status=500)
+    async with house.session.post(f"{house.v1}/chat/completions", json=CHAT) as response:
+        assert response.status == 502
+
+    lines = await finished(told, 3)
+
+    assert [line["outcome"] for line in lines] == ["cancelled", "client_left", "provider_error"]
+    assert [line["status"] for line in lines] == [499, 499, 502]
+    assert lines[2]["code"] == "provider_error"
+
+
+async def test_no_line_has_what_was_said(house: House, told: pytest.LogCaptureFixture) -> None:
+    told.set_level(logging.INFO)
+    async with house.connect() as ws:
+        await ws.send_json(chat("r1", "my secret question", model="x" * 250))
+        frames = await to_end(ws)
+    await finished(told, 1)
+
+    answer = "".join(frame["chunk"].get("data", "") for frame in frames)
+    written = "\n".join(logs.JsonFormatter("aioserver", "").format(one) for one in told.records)
+    assert "request finished" in written
+    assert "secret" not in written
+    assert answer
+    assert answer not in written
+    assert "x" * 201 not in written
