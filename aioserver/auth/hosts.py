@@ -1,135 +1,120 @@
-"""Under which name we are asked, and from where.
+"""Policies for the headers that say which host a request is for, and where it comes from.
 
-A page on the web can have its own name resolve to 127.0.0.1 (DNS rebinding) and then reads a server on
-this machine as its own origin: only the `Host` header tells. So a server without keys answers to names
-of this machine, and to those that are configured.
+A page on the web can have its own name resolve to 127.0.0.1 (DNS rebinding), and the browser then
+takes a server on this machine for the page's own origin; only the `Host` header tells them apart.
+A server without keys therefore answers requests for the names of this machine and for configured
+names, and no others.
 
-`X-Forwarded-For` and `X-Forwarded-Proto` are what anybody may write; they are believed from the proxies
-in `auth.trusted_proxies` only, and each proxy only about the hop in front of it: from the right.
+Any client can write `X-Forwarded-For` and `X-Forwarded-Proto`. They are believed only when a proxy
+of `auth.trusted_proxies` sends them, and each proxy is believed only about the peer that connected
+to it: the list is read from the right.
 """
 
 from __future__ import annotations
 
 import functools
 import ipaddress
-import re
 from typing import TYPE_CHECKING
 
 from aioserver.errors import HostNotAllowed
+from aioserver.protocol import addresses
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from multidict import MultiMapping
 
-UNIX = "unix"  # among trusted proxies: whoever comes by a UNIX socket, which has no address
-MAX_HOPS = 16  # of X-Forwarded-For that are looked at
-MAX_KNOWN = 256  # Host values that are remembered as allowed
-_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\[\]:@/\s]+)(?::[0-9]{0,5})?")
+# Elements of X-Forwarded-For that are read, counted from the right.
+MAX_HOPS = 16
+# Host values that are remembered as allowed.
+MAX_KNOWN = 256
 
 
 class Hosts:
-    """The `Host` values that are answered: this machine's, and *allowed* with or without a port."""
+    """The `Host` values that a server without keys answers.
+
+    These are the loopback names of this machine with any port, and each host in *allowed*: with
+    any port, or with its own if it has one.
+    """
 
     def __init__(self, allowed: Iterable[str] = ()) -> None:
         self._allowed = frozenset(host.lower() for host in allowed)
         self._known: set[str] = set()
 
     def check(self, host: str | None) -> None:
-        """Refuse a request under another name; one without any is no browser's.
+        """Refuse a request whose `Host` is not allowed.
+
+        A request without the header passes: every browser sends one, so no page has caused it.
 
         Raises:
-            HostNotAllowed: said before the handler.
+            HostNotAllowed: *host* is malformed, or is not one of the allowed hosts.
         """
         if host is None or host in self._known:
             return
         if not self.allows(host):
             raise HostNotAllowed(
-                "this server does not answer to that Host: see auth.allowed_hosts"
+                "this server does not answer requests for this Host: add it to auth.allowed_hosts"
             )
         if len(self._known) < MAX_KNOWN:
             self._known.add(host)
 
     def allows(self, host: str) -> bool:
-        """Whether a request under this name is answered."""
+        """Whether a request with this `Host` is answered."""
         host = host.lower()
         if host in self._allowed:
             return True
-        match = _HOST.fullmatch(host)
-        if match is None:
+        name = addresses.host_name(host)
+        if name is None:
             return False
-        name = match[1]
-        return name.removesuffix(".") in self._allowed or loopback(name.strip("[]"))
+        return name.removesuffix(".") in self._allowed or addresses.loopback(name.strip("[]"))
 
 
 class Proxies:
-    """The proxies whose word is taken on who is behind them."""
+    """The proxies that are believed about the clients behind them.
+
+    *trusted*: IP networks, and `unix` for every peer that connects by a UNIX socket.
+    """
 
     def __init__(self, trusted: Iterable[str] = ()) -> None:
         self._trusted = frozenset(trusted)
-        self._networks = tuple(map(ipaddress.ip_network, self._trusted - {UNIX}))
-        self._trusts = functools.lru_cache(maxsize=1024)(self._within)
+        self._networks = tuple(map(ipaddress.ip_network, self._trusted - {addresses.UNIX}))
+        self._trusts = functools.lru_cache(maxsize=1024)(self._is_trusted)
 
     def __bool__(self) -> bool:
         return bool(self._trusted)
 
     def address(self, peer: str | None, headers: MultiMapping[str]) -> str:
-        """The address of the client whose connection comes from *peer*."""
+        """Return the address of the client whose request arrived from *peer*.
+
+        Read from the right, it is the first address that is not a trusted proxy's, and otherwise
+        the leftmost one that can be read. It is "" for an unknown peer.
+        """
         peer = peer or ""
         if not self or not self._trusts(peer):
             return peer
         hops = ",".join(headers.getall("X-Forwarded-For", ())).rsplit(",", MAX_HOPS)
-        found = peer
+        client = peer
         for hop in reversed(hops[-MAX_HOPS:]):
-            address = _address(hop)
+            address = addresses.forwarded_address(hop)
             if address is None:
-                break  # whatever is further left may be made up as well
-            found = address
+                # Whatever is further left may be made up as well.
+                break
+            client = address
             if not self._trusts(address):
                 break
-        return found
+        return client
 
     def secure(self, peer: str | None, headers: MultiMapping[str]) -> bool:
-        """Whether a trusted proxy says that its client came by https."""
+        """Whether *peer* is a trusted proxy and says that its client used https."""
         if not self or not self._trusts(peer or ""):
             return False
-        said = ",".join(headers.getall("X-Forwarded-Proto", ()))
-        return said.rpartition(",")[2].strip().lower() == "https"
+        schemes = ",".join(headers.getall("X-Forwarded-Proto", ()))
+        return schemes.rpartition(",")[2].strip().lower() == "https"
 
-    def _within(self, address: str) -> bool:
+    def _is_trusted(self, peer: str) -> bool:
         try:
-            ip = _plain(address)
-        except ValueError:  # of who comes by a UNIX socket: it has a name, or nothing
-            return UNIX in self._trusted
+            ip = addresses.address(peer)
+        except ValueError:
+            # The peer of a UNIX socket has a path or nothing for an address.
+            return addresses.UNIX in self._trusted
         return any(ip in network for network in self._networks)
-
-
-def loopback(name: str) -> bool:
-    """Whether *name* is this machine's own, wherever it is asked: `localhost` or a loopback address."""
-    try:
-        return ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        return name.lower().removesuffix(".") == "localhost"
-
-
-def _address(hop: str) -> str | None:
-    """The address in a hop of X-Forwarded-For, which some write with a port; None: there is none."""
-    hop = hop.strip()
-    if hop.startswith("["):
-        hop = hop[1:].partition("]")[0]
-    elif hop.count(":") == 1:
-        hop = hop.partition(":")[0]
-    try:
-        return str(_plain(hop))
-    except ValueError:
-        return None
-
-
-def _plain(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    """The address *text*; an IPv4 one on a socket for both, `::ffff:10.0.0.1`, is itself.
-
-    Raises:
-        ValueError: it is none.
-    """
-    ip = ipaddress.ip_address(text)
-    return (isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped) or ip

@@ -16,13 +16,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aioserver.auth.hosts import loopback
 from aioserver.config import schema
 from aioserver.config.document import PREFIX, Document, Fault, Place, Steps
 from aioserver.config.schema import FAULTY, Faults, Secret
 from aioserver.config.settings import SETTINGS, Auth, ClientKey, Provider, Settings
 from aioserver.config.validators import unfit
 from aioserver.errors import ConfigurationError
+from aioserver.protocol.addresses import loopback
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

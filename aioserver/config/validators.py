@@ -6,15 +6,14 @@ refuses, which may be a secret in the wrong place; numbers it shows.
 
 from __future__ import annotations
 
-import ipaddress
 import math
 import re
 from typing import TYPE_CHECKING, Any
 
 import voluptuous as vol
 
-from aioserver.auth.hosts import UNIX
 from aioserver.config.schema import FAULTY, Check, Faults, Secret, kind, refuse
+from aioserver.protocol import addresses
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -125,10 +124,10 @@ def _test_yes(value: Any) -> bool:
 
 def _test_network(value: Any) -> str:
     """An IP address or network, in its one spelling; or UNIX sockets."""
-    if value == UNIX:
-        return UNIX
+    if value == addresses.UNIX:
+        return addresses.UNIX
     try:
-        return str(ipaddress.ip_network(line(value), strict=False))
+        return addresses.network(line(value))
     except ValueError:
         refuse('expected an IP address or network such as "10.0.0.0/8", or "unix"')
 

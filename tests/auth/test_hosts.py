@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from multidict import CIMultiDict
 
-from aioserver.auth.hosts import MAX_HOPS, Hosts, Proxies, loopback
+from aioserver.auth.hosts import MAX_HOPS, Hosts, Proxies
 from aioserver.errors import HostNotAllowed
+from aioserver.protocol.addresses import loopback
 
 OWN = [
     *("localhost", "localhost:8000", "LOCALHOST", "localhost.", "127.0.0.1", "127.0.0.1:9"),
