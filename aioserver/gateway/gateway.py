@@ -161,9 +161,9 @@ class Gateway:
         """
         self._check()
         if key is None and not stored:
-            if caller.allowance is None:
+            if caller.quota is None:
                 return await self._call_alone(route, ask, name)
-            with caller.allowance.used():
+            with caller.quota.used():
                 return await self._call_alone(route, ask, name)
         stream = None if key is None else self._known(caller, key, digest)
         if stream is None:
@@ -269,15 +269,15 @@ class Gateway:
     ) -> Stream:
         """A new stream, counted for its caller until `_settle`."""
         self._check()
-        if (allowance := caller.allowance) is not None:
-            allowance.take()
+        if (quota := caller.quota) is not None:
+            quota.take()
         try:
             return self._streams.open(
                 request_id, caller, window=window, digest=digest, private=private
             )
         except AioserverError:
-            if allowance is not None:
-                allowance.give_back(unused=True)
+            if quota is not None:
+                quota.give_back(unused=True)
             raise
 
     def _begin(self, stream: Stream, ask: Ask, route: Route, face: str, name: str) -> None:
@@ -355,8 +355,8 @@ class Gateway:
         stream = self._producers.pop(task)
         del self._tasks[stream]
         owner: Any = stream.caller
-        if owner.allowance is not None:
-            owner.allowance.give_back()
+        if owner.quota is not None:
+            owner.quota.give_back()
         fault = None if task.cancelled() else task.exception()
         if stream.ended:
             pass

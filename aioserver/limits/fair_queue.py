@@ -68,7 +68,7 @@ class _Caller(Generic[T]):
         return position if line in self.lines else position + mine
 
 
-class Turns(Generic[T]):
+class FairQueue(Generic[T]):
     """Those who wait, in the order of their turns.
 
     Always: `_heap` has an entry for each caller with somebody waiting, and for no caller two that

@@ -20,7 +20,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, Self
 
-from aioserver.limits.fair_queue import Turns
+from aioserver.limits.fair_queue import FairQueue
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
@@ -140,7 +140,7 @@ class Gate:
         self._pace = pace
         self._paced = paced or late
         self._clock = clock
-        self._waiting: Turns[_Waiter] = Turns()
+        self._waiting: FairQueue[_Waiter] = FairQueue()
         self._inside = 0
         self._entered = 0
         self._refused = 0
