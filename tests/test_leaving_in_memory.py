@@ -45,8 +45,8 @@ class Fake:
             PLACES,
             queue_size=1000,
             queue_timeout=60.0,
-            full=lambda wait: ProviderQueueFull("full", retry_after=wait),
-            late=lambda wait: ProviderQueueTimeout("late", retry_after=wait),
+            full_error=lambda wait: ProviderQueueFull("full", retry_after=wait),
+            timeout_error=lambda wait: ProviderQueueTimeout("late", retry_after=wait),
         )
         self._dice = dice
 
@@ -60,7 +60,9 @@ class Fake:
     async def fill(self, stream: stream.Stream, ask: Ask) -> None:
         if (place := self.gate.try_enter()) is None:
             self.on_wait(self)
-            place = await self.gate.enter(ask.caller.name, ask.caller.line, told=stream.queued)
+            place = await self.gate.enter(
+                ask.caller.name, ask.caller.line, on_position=stream.queued
+            )
         with place:
             assert self.gate.inside <= PLACES
             stream.append_processing(self.name, "model")

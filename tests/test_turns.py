@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from aioserver.limits.fair_queue import MAX_WEIGHT, SPARE, TURN, FairQueue
+from aioserver.limits.fair_queue import LENGTH, MAX_STALE, MAX_WEIGHT, FairQueue
 
 
 def alive(_one: object) -> bool:
@@ -30,7 +30,7 @@ def filled(*names: str, weights: dict[str, int] | None = None) -> FairQueue[str]
 
 
 def test_a_turn_is_whole_for_every_weight() -> None:
-    assert not any(TURN % weight for weight in range(1, MAX_WEIGHT + 1))
+    assert not any(LENGTH % weight for weight in range(1, MAX_WEIGHT + 1))
 
 
 def test_callers_of_one_weight_take_turns() -> None:
@@ -100,7 +100,7 @@ def test_one_that_comes_again_is_its_callers_next() -> None:
     for name, line in (("ann1", "ann"), ("bob1", "bob"), ("bob2", "bob")):
         turns.add(name, "web", line)
 
-    turns.add("bob again", "web", "bob", first=True)
+    turns.add("bob again", "web", "bob", at_front=True)
 
     assert list(turns) == ["bob again", "ann1", "bob1", "bob2"]
     assert turns.position("web", "bob", 1) == 1
@@ -118,13 +118,13 @@ def test_who_is_gone_costs_its_caller_no_turn() -> None:
 def test_what_left_is_forgotten() -> None:
     turns: FairQueue[int] = FairQueue()
     turns.add(-1, "stays", "")
-    for number in range(10 * SPARE):
+    for number in range(10 * MAX_STALE):
         turns.add(number, f"caller {number}", "")
         assert turns.remove(number, f"caller {number}", "")
         assert not turns.remove(number, f"caller {number}", "")
 
-    assert len(turns._heap) <= SPARE + 3
-    assert len(turns._ended) <= SPARE + 2
+    assert len(turns._heap) <= MAX_STALE + 3
+    assert len(turns._ended) <= MAX_STALE + 2
     assert turns.pop(alive) == -1
     assert not turns._heap
     assert not turns._ended

@@ -234,7 +234,7 @@ class Provider:
         elif isinstance(exc, asyncio.CancelledError) and ask.record.sent:
             attempts["cancelled"].value += 1
         if self._health.ended(exc, trial=trial, outdated=outdated):
-            self._gate.turn_away(self._health.left_alone)
+            self._gate.refuse_waiting(self._health.left_alone)
 
     def refuse(self, why: Callable[[], AioserverError] | None = None) -> None:
         """Let nobody in any more, and tell those who wait."""
@@ -249,7 +249,7 @@ class Provider:
         """It is taken out of the configuration: nobody comes in, what is under way ends in peace."""
         self._left = asyncio.Event()
         self._health.leave()
-        self._gate.turn_away(self._health.left_alone)
+        self._gate.refuse_waiting(self._health.left_alone)
         if not self._gate.inside:
             self._left.set()
 
@@ -338,10 +338,10 @@ class Provider:
                 ask.caller.turn,
                 ask.caller.line,
                 weight=ask.caller.priority,
-                told=told,
-                within=max(0.0, self.settings.http_client.queue_timeout - ask.waited),
-                again=ask.again,
-                elsewhere=ask.elsewhere,
+                on_position=told,
+                timeout=max(0.0, self.settings.http_client.queue_timeout - ask.waited),
+                at_front=ask.again,
+                may_fail_over=ask.elsewhere,
                 cost=cost,
             )
         finally:
@@ -364,7 +364,7 @@ class Provider:
         if self._outdated(ask):
             return
         self._pace.cool_down(limited.retry_after or 0.0)
-        self._gate.rest(WORTH_WAITING)
+        self._gate.refuse_late(WORTH_WAITING)
 
     def _paid(self, ask: Ask, exc: BaseException | None) -> None:
         """Correct what *ask* was expected to cost by what it did, as far as that is known."""
@@ -384,7 +384,7 @@ class Provider:
         if self._outdated(ask):
             return
         if self._pace.heed(headers) and self._gate.waiting:
-            self._gate.rest(WORTH_WAITING)
+            self._gate.refuse_late(WORTH_WAITING)
         if ask.trial and 200 <= status < 300:
             self._health.breaker.answered(trial=True)
             ask.trial = False
