@@ -178,7 +178,7 @@ class Router:
                 provider.ended(ask, exc)
                 if not isinstance(exc, ProviderFault):
                     raise
-                if not exc.attempt:
+                if not exc.attempt_outcome:
                     record.attempts -= 1  # nobody was asked
                 exc.provider, exc.attempts = provider.name, record.attempts
                 number += 1

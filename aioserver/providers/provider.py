@@ -229,8 +229,8 @@ class Provider:
         if exc is None:
             attempts["ok"].value += 1
         elif isinstance(exc, ProviderFault):
-            if exc.attempt:
-                attempts[exc.attempt].value += 1
+            if exc.attempt_outcome:
+                attempts[exc.attempt_outcome].value += 1
         elif isinstance(exc, asyncio.CancelledError) and ask.record.sent:
             attempts["cancelled"].value += 1
         if self._health.ended(exc, trial=trial, outdated=outdated):
@@ -319,7 +319,7 @@ class Provider:
                     pool.drop_idle()
         except BaseException as exc:
             self._pools.pool.trim()  # a connection may have been kept for this request
-            if isinstance(exc, ProviderRateLimited) and exc.attempt:  # said within its answer
+            if isinstance(exc, ProviderRateLimited) and exc.attempt_outcome:  # in its answer
                 self._rest(ask, exc)
             raise
         finally:
