@@ -1,10 +1,42 @@
-"""Every error, and how it looks on every face.
+"""Every error that a client may see, and how it looks on every face.
 
-A class states its whole appearance once: code, HTTP status, whether trying again can help, and the
-close code that ends a WebSocket (None: the socket lives on). Faces only render it. The body is
-OpenAI's error object, so that every SDK reads it:
+Faces only render an error: its class states its whole appearance once. That is its code and HTTP
+status, whether the client may try again, and the close code (RFC 6455, 7.4.1) that ends a WebSocket;
+without a close code the socket lives on. The body of an HTTP answer is OpenAI's error object, so that
+every SDK reads it:
 
     {"error": {"message": "…", "type": "…", "param": null, "code": "connect_timeout"}}
+
+The tree, with HTTP status, code and close code:
+
+    AioserverError
+        InvalidJson                 400  invalid_json
+        InvalidRequest              400  invalid_request
+        Denied
+            MissingApiKey           401  missing_api_key
+            InvalidApiKey           401  invalid_api_key         1008
+                SessionEnded        401  invalid_api_key         1008
+            PermissionDenied        403  permission_denied
+            OriginNotAllowed        403  origin_not_allowed
+            HostNotAllowed          403  host_not_allowed
+        NotFound                    404  not_found
+        ModelNotFound               404  model_not_found
+        StreamNotFound              404  stream_not_found
+        MethodNotAllowed            405  method_not_allowed
+        RequestTimeout              408  request_timeout
+        ResumeGap                   409  resume_gap
+        RequestConflict             409  request_conflict
+        RequestTooLarge             413  request_too_large       1009
+        UriTooLong                  414  uri_too_long
+        UnsupportedMediaType        415  unsupported_media_type
+        ExpectationFailed           417  expectation_failed
+        RateLimitExceeded           429  rate_limit_exceeded     1008
+        ConcurrencyExceeded         429  concurrency_exceeded
+        HeadersTooLarge             431  headers_too_large
+        InternalError               500  internal_error          1011
+        ServerAtCapacity            503  server_at_capacity      1013
+        ServerShutdown              503  server_shutdown         1012
+        ProviderFault               the provider's, in provider_errors.py
 """
 
 from __future__ import annotations
@@ -17,6 +49,7 @@ import orjson
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+# OpenAI's error types by HTTP status; any other is an invalid_request_error.
 TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -30,7 +63,7 @@ TYPES = {
 
 
 class ConfigurationError(Exception):
-    """The configuration cannot be used. *faults* has one line for each fault, all of them."""
+    """The configuration cannot be used. *faults* has a line for every fault in it."""
 
     def __init__(self, faults: Sequence[str]) -> None:
         super().__init__("\n".join(faults))
@@ -38,15 +71,22 @@ class ConfigurationError(Exception):
 
 
 class AioserverError(Exception):
-    """What a client may be told. *retry_after* is in seconds; None: no promise is made."""
+    """An error that a client may see.
+
+    *retry_after*: the seconds after which to try again, None if nobody knows. *param*: the faulty
+    field of the request.
+    """
 
     code: ClassVar[str] = "internal_error"
     status: ClassVar[int] = 500
     retryable: ClassVar[bool] = False
+    # The close code and reason that end a WebSocket; None: the socket lives on.
     close: ClassVar[int | None] = None
     close_reason: ClassVar[bytes] = b""
-    force_close: ClassVar[bool] = False  # the HTTP connection ends with this answer
-    outcome: ClassVar[str] = "client_error"  # of a request that ends with it, in metrics and logs
+    # Whether the HTTP connection is closed behind the answer.
+    force_close: ClassVar[bool] = False
+    # The outcome of a request that ends with this error, in metrics and logs.
+    outcome: ClassVar[str] = "client_error"
 
     def __init__(
         self, message: str, *, retry_after: float | None = None, param: str | None = None
@@ -55,20 +95,21 @@ class AioserverError(Exception):
         self.message = message
         self.retry_after = retry_after
         self.param = param
-        self.counted = False  # among the rejections, with the request that ended with it
+        # Set when the request that it ended has been counted, so that no face counts it again.
+        self.counted = False
 
     @property
     def http_status(self) -> int:
-        """The status of the HTTP answer; a provider's own refusal brings its own."""
+        """The status of the HTTP answer; `ProviderRefused` has the provider's own."""
         return self.status
 
     def headers(self) -> dict[str, str]:
-        """The headers that an HTTP answer with it carries beside its body."""
+        """Return the headers of the HTTP answer that belong to this error."""
         headers: dict[str, str] = {}
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         if self.retry_after is not None:
-            # Up, and to the millisecond: who comes a little too soon is refused again.
+            # Rounded up: a client that comes back a millisecond too soon is refused again.
             headers["Retry-After"] = str(max(1, math.ceil(self.retry_after)))
             if self.http_status == 429:
                 headers["retry-after-ms"] = str(max(1, math.ceil(1000 * self.retry_after)))
@@ -79,11 +120,11 @@ class AioserverError(Exception):
         return headers
 
     def body(self) -> bytes:
-        """The JSON body of an HTTP answer."""
+        """Return the JSON body of the HTTP answer."""
         return orjson.dumps({"error": self.as_object()})
 
     def as_object(self) -> dict[str, object]:
-        """OpenAI's error object."""
+        """Return OpenAI's error object."""
         return {
             "message": self.message,
             "type": TYPES.get(self.http_status, "invalid_request_error"),
@@ -92,7 +133,7 @@ class AioserverError(Exception):
         }
 
     def as_chunk(self) -> dict[str, object]:
-        """The `chunk` of a WebSocket or SSE `error` frame."""
+        """Return the `chunk` of a WebSocket or SSE `error` frame."""
         chunk: dict[str, object] = {
             "error": self.message,
             "code": self.code,
@@ -103,35 +144,32 @@ class AioserverError(Exception):
         return chunk
 
 
-# The caller's faults.
-
-
 class InvalidJson(AioserverError):
-    """The text is no JSON."""
+    """The text is not JSON."""
 
     code, status = "invalid_json", 400
 
 
 class InvalidRequest(AioserverError):
-    """JSON, but not a request that we understand."""
+    """The text is JSON, but not a valid request."""
 
     code, status = "invalid_request", 400
 
 
 class Denied(AioserverError):
-    """Not let in. *reason*: for the metric `auth_failures_total` and the log."""
+    """Access is denied. *reason*: a label of the metric `auth_failures_total`, also logged."""
 
     reason: ClassVar[str] = ""
 
 
 class MissingApiKey(Denied):
-    """The server wants a key, and none came."""
+    """The server requires an API key, and the request has none."""
 
     code, status, reason = "missing_api_key", 401, "missing_key"
 
 
 class InvalidApiKey(Denied):
-    """A key that is not known, or no longer."""
+    """The API key is unknown, or was revoked."""
 
     code, status, reason = "invalid_api_key", 401, "invalid_key"
     close = 1008
@@ -139,104 +177,98 @@ class InvalidApiKey(Denied):
 
 
 class SessionEnded(InvalidApiKey):
-    """A cookie that is not ours, has expired, or whose key is gone."""
+    """The session cookie is not ours or has expired, or its key was revoked."""
 
     reason = "session"
 
 
 class PermissionDenied(Denied):
-    """The key is good, but no `admin`."""
+    """The key is valid, but not an `admin` key."""
 
     code, status, reason = "permission_denied", 403, "not_admin"
 
 
 class OriginNotAllowed(Denied):
-    """A browser on a page that is not in `allow_origins`."""
+    """The browser's page has an origin that is not in `allow_origins`."""
 
     code, status, reason = "origin_not_allowed", 403, "origin"
 
 
 class HostNotAllowed(Denied):
-    """Asked under a name that is not this machine's, where nobody needs a key (DNS rebinding)."""
+    """The Host is not a name of this machine, and no key is required (DNS rebinding)."""
 
     code, status, reason = "host_not_allowed", 403, "host"
 
 
 class NotFound(AioserverError):
-    """No such path."""
+    """There is no such path."""
 
     code, status = "not_found", 404
 
 
 class ModelNotFound(AioserverError):
-    """A provider that is not configured, or not usable."""
+    """The model's provider is not configured, or not usable."""
 
     code, status = "model_not_found", 404
 
 
 class StreamNotFound(AioserverError):
-    """No such stream: never seen, expired, or another caller's."""
+    """The stream does not exist, has expired, or belongs to another caller."""
 
     code, status = "stream_not_found", 404
 
 
 class MethodNotAllowed(AioserverError):
-    """The path exists; not with this method."""
+    """The path exists, but not with this method."""
 
     code, status = "method_not_allowed", 405
 
 
 class RequestTimeout(AioserverError):
-    """The body did not come in time."""
+    """The body did not arrive before its deadline."""
 
     code, status, retryable, force_close = "request_timeout", 408, True, True
 
 
 class ResumeGap(AioserverError):
-    """The events asked for are no longer kept, or never were."""
+    """The requested events are no longer kept, or never existed."""
 
     code, status = "resume_gap", 409
 
 
 class RequestConflict(AioserverError):
-    """A known request id with another body."""
+    """The request id is known, and its request had another body."""
 
     code, status = "request_conflict", 409
 
 
 class RequestTooLarge(AioserverError):
-    """A body or message over `max_message_size`."""
+    """A body or a message exceeds `max_message_size`."""
 
     code, status, force_close = "request_too_large", 413, True
     close = 1009
 
 
 class UriTooLong(AioserverError):
-    """A request line over `h11_max_request_line_size`."""
+    """The request line exceeds `h11_max_request_line_size`."""
 
     code, status, force_close = "uri_too_long", 414, True
 
 
 class UnsupportedMediaType(AioserverError):
-    """Not JSON, or compressed."""
+    """The body is not declared as JSON, or is compressed."""
 
     code, status, force_close = "unsupported_media_type", 415, True
 
 
 class ExpectationFailed(AioserverError):
-    """An `Expect` that is not `100-continue`."""
+    """The `Expect` header is not `100-continue`."""
 
     code, status = "expectation_failed", 417
 
 
-class HeadersTooLarge(AioserverError):
-    """A header block over `h11_max_header_size`."""
-
-    code, status, force_close = "headers_too_large", 431, True
-
-
 class RateLimitExceeded(AioserverError):
-    """The caller's own rate limit; on a WebSocket a flood of frames."""
+    """The caller's own rate limit is reached, or a WebSocket is flooded with frames."""
 
     outcome = "rejected"
     code, status, retryable = "rate_limit_exceeded", 429, True
@@ -245,17 +277,29 @@ class RateLimitExceeded(AioserverError):
 
 
 class ConcurrencyExceeded(AioserverError):
-    """The caller runs as many answers as it may."""
+    """The caller has as many answers under way as it may."""
 
     outcome = "rejected"
     code, status, retryable = "concurrency_exceeded", 429, True
 
 
-# Ours.
+class HeadersTooLarge(AioserverError):
+    """The header block exceeds `h11_max_header_size`."""
+
+    code, status, force_close = "headers_too_large", 431, True
+
+
+class InternalError(AioserverError):
+    """A bug: the client sees no detail, and the log has the traceback."""
+
+    outcome = "internal_error"
+    code, status, force_close = "internal_error", 500, True
+    close = 1011
+    close_reason = b"internal error"
 
 
 class ServerAtCapacity(AioserverError):
-    """No place, and no room to wait for one."""
+    """No place is free, and there is no room to wait for one."""
 
     outcome = "rejected"
     code, status, retryable, force_close = "server_at_capacity", 503, True, True
@@ -272,17 +316,8 @@ class ServerShutdown(AioserverError):
     close_reason = b"server is stopping"
 
 
-class InternalError(AioserverError):
-    """A bug: no detail outside, a traceback in the log."""
-
-    outcome = "internal_error"
-    code, status, force_close = "internal_error", 500, True
-    close = 1011
-    close_reason = b"internal error"
-
-
 def public(fault: BaseException) -> AioserverError:
-    """What a client may see of *fault*: an unknown one shows nothing of itself."""
+    """Return what a client may see of *fault*; an unknown exception shows nothing of itself."""
     if isinstance(fault, AioserverError):
         return fault
     return InternalError("internal error")

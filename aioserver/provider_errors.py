@@ -1,6 +1,31 @@
-"""The provider's errors: what lies between us and its answer. How they are shown is told in errors.py.
+"""What can go wrong between us and a provider's answer, and what each fault allows.
 
-What follows from each is told here once, too: another try, another provider, what the breaker thinks.
+How errors look on the faces is described in errors.py. A fault also states whether the same provider
+may be asked again (retry), whether the next one may be (failover), and whether the breaker counts it:
+
+    ProviderFault
+        ConnectError                502  connect_error           retry  failover  breaker
+        ConnectTimeout              504  connect_timeout         retry  failover  breaker
+        CertificateFault            502  provider_auth_error            failover
+        PoolTimeout                 503  pool_timeout                   failover
+        WriteTimeout                504  write_timeout                            breaker
+        ReadTimeout                 504  read_timeout                             breaker
+        ProviderDisconnected        502  provider_disconnected                    breaker
+            StaleConnection         502  provider_disconnected   retry  failover
+        ProviderBadResponse         502  provider_bad_response                    breaker
+        ProviderAuthError           502  provider_auth_error            failover
+            ProviderForbidden       502  provider_auth_error            failover
+            ProviderFlagged         502  provider_auth_error            failover
+        CircuitOpen                 503  circuit_open                   failover
+        ProviderRateLimited         429  provider_rate_limited   retry  failover
+            ProviderPaced           429  provider_rate_limited          failover
+        ProviderError               502  provider_error          retry  failover  breaker
+        ProviderRefused             400  provider_error
+        ProviderQueueFull           503  provider_queue_full            failover
+        ProviderQueueTimeout        503  provider_queue_timeout         failover
+        NoProvider                  503  no_provider                    failover
+
+Once an event is in the log, neither a retry nor a failover happens, whatever the fault allows.
 """
 
 from __future__ import annotations
@@ -11,54 +36,56 @@ from aioserver.errors import AioserverError
 
 
 class ProviderFault(AioserverError):
-    """Something between us and the provider's answer.
-
-    *retry*: the same provider may be asked again; *failover*: the next one may be; *failure*: the
-    breaker counts it; *attempt*: what became of the request that was sent, empty where none was.
-    """
+    """There is no good answer, because of the provider or of what lies between it and us."""
 
     outcome = "provider_error"
-    attempt: ClassVar[str] = ""
+    # The outcome of the attempt, a metric label; empty if no attempt was made.
+    attempt_outcome: ClassVar[str] = ""
+    # The same provider may be asked again.
     retry: ClassVar[bool] = False
+    # The next provider may be asked.
     failover: ClassVar[bool] = False
-    failure: ClassVar[bool] = True
-    again: ClassVar[bool] = False  # the client may: nothing was sent, so nothing is paid twice
-    provider: str = ""  # whose fault it is, and how often one was asked
+    # The breaker counts it.
+    breaker_failure: ClassVar[bool] = True
+    # Nothing was sent, and trying again may help: an SDK may repeat the request, and pays once.
+    unsent: ClassVar[bool] = False
+    # The provider that was asked last, and the number of attempts at all providers.
+    provider: str = ""
     attempts: int = 0
 
     def headers(self) -> dict[str, str]:
-        """As of every error, with who was asked, how often, and whether that was paid for."""
+        """Return the error's headers, with the provider, the attempts, and whether an SDK may retry."""
         headers = super().headers()
         if self.provider:
             headers["x-aioserver-provider"] = self.provider
             headers["x-aioserver-attempts"] = str(self.attempts)
-        if self.attempts > 1 or (self.status in {502, 504} and not self.again):
+        if self.attempts > 1 or (self.status in {502, 504} and not self.unsent):
             headers["x-should-retry"] = "false"
         return headers
 
 
 class ConnectError(ProviderFault):
-    """Refused, DNS, TLS."""
+    """No connection: it was refused, the name did not resolve, or TLS failed."""
 
-    attempt = "connect_error"
+    attempt_outcome = "connect_error"
     code, status, retryable = "connect_error", 502, True
-    retry = failover = again = True
+    retry = failover = unsent = True
 
 
 class ConnectTimeout(ProviderFault):
     """DNS, TCP and TLS together took longer than `connect_timeout`."""
 
-    attempt = "timeout"
+    attempt_outcome = "timeout"
     code, status, retryable = "connect_timeout", 504, True
-    retry = failover = again = True
+    retry = failover = unsent = True
 
 
 class CertificateFault(ProviderFault):
-    """The provider's certificate does not hold."""
+    """The provider's certificate is not valid."""
 
-    attempt = "tls"
+    attempt_outcome = "tls"
     code, status = "provider_auth_error", 502
-    failover, failure = True, False
+    failover, breaker_failure = True, False
 
 
 class PoolTimeout(ProviderFault):
@@ -66,134 +93,134 @@ class PoolTimeout(ProviderFault):
 
     outcome = "rejected"
     code, status, retryable = "pool_timeout", 503, True
-    failover, failure = True, False
+    failover, breaker_failure = True, False
 
 
 class WriteTimeout(ProviderFault):
-    """The provider took nothing of the request for `write_timeout`."""
+    """The provider accepted nothing of the request for `write_timeout`."""
 
-    attempt = "timeout"
+    attempt_outcome = "timeout"
     code, status, retryable = "write_timeout", 504, True
 
 
 class ReadTimeout(ProviderFault):
     """The provider sent nothing for `read_timeout`."""
 
-    attempt = "timeout"
+    attempt_outcome = "timeout"
     code, status, retryable = "read_timeout", 504, True
 
 
 class ProviderDisconnected(ProviderFault):
-    """The provider closed before its answer was whole."""
+    """The provider closed the connection before its answer was complete."""
 
-    attempt = "disconnected"
+    attempt_outcome = "disconnected"
     code, status, retryable = "provider_disconnected", 502, True
 
 
 class StaleConnection(ProviderDisconnected):
-    """A pooled connection that proved dead before a byte of the answer came: safe to repeat."""
+    """A pooled connection was dead before a byte of the answer came: repeating is safe."""
 
-    attempt = "stale"
-    retry, failover, failure = True, True, False
+    attempt_outcome = "stale"
+    retry, failover, breaker_failure = True, True, False
 
 
 class ProviderBadResponse(ProviderFault):
-    """Not HTTP, not JSON, not an event stream, or a line over the bound."""
+    """The answer is not HTTP, not JSON or no event stream, or exceeds a bound."""
 
-    attempt = "bad_response"
+    attempt_outcome = "bad_response"
     code, status, retryable = "provider_bad_response", 502, True
 
 
 class ProviderAuthError(ProviderFault):
-    """The provider refuses our key; its text is never shown."""
+    """The provider refuses our key; its message is never shown."""
 
-    attempt = "http_4xx"
+    attempt_outcome = "http_4xx"
     code, status = "provider_auth_error", 502
-    failover, failure = True, False
+    failover, breaker_failure = True, False
 
 
 class ProviderForbidden(ProviderAuthError):
-    """403: our key may not do this; or this one request may not be made (a moderated text)."""
+    """The provider answered 403: our key may not do this, or this request may not be made (moderation)."""
 
 
 class ProviderFlagged(ProviderAuthError):
-    """The provider has refused our key a moment ago, and is not asked again yet."""
+    """The provider refused our key a moment ago, and is not asked again yet."""
 
-    attempt = ""
+    attempt_outcome = ""
 
 
 class CircuitOpen(ProviderFault):
-    """The provider fails, and is left alone for a while."""
+    """The provider has failed too often, and is left alone for a while."""
 
     outcome = "rejected"
     code, status, retryable = "circuit_open", 503, True
-    failover, failure = True, False
+    failover, breaker_failure = True, False
 
 
 class ProviderRateLimited(ProviderFault):
-    """The provider said 429 or 498."""
+    """The provider answered 429 or 498."""
 
-    attempt = "http_429"
+    attempt_outcome = "http_429"
     code, status, retryable = "provider_rate_limited", 429, True
-    retry, failover, failure = True, True, False
+    retry, failover, breaker_failure = True, True, False
 
 
 class ProviderPaced(ProviderRateLimited):
-    """Our pace for the provider (`requests_per_minute`) cannot start it before its deadline."""
+    """Our pace for the provider (`requests_per_minute`) cannot start the request before its deadline."""
 
-    outcome, attempt = "rejected", ""
+    outcome, attempt_outcome = "rejected", ""
     retry = False
 
 
 class ProviderError(ProviderFault):
-    """The provider's 5xx, or an error object inside its stream."""
+    """The provider answered 5xx, or its stream has an error object."""
 
-    attempt = "http_5xx"
+    attempt_outcome = "http_5xx"
     code, status, retryable = "provider_error", 502, True
     retry = failover = True
 
 
 class ProviderRefused(ProviderFault):
-    """The provider calls the request faulty (4xx): its status and body pass as they are."""
+    """The provider calls the request faulty (4xx): its status and body pass unchanged."""
 
-    outcome, attempt = "client_error", "http_4xx"
+    outcome, attempt_outcome = "client_error", "http_4xx"
     code, status = "provider_error", 400
-    failure = False
+    breaker_failure = False
 
     def __init__(self, message: str, status: int, content: bytes) -> None:
         super().__init__(message)
-        self.given_status = status
-        self.content = content
+        self.provider_status = status
+        self.provider_body = content
 
     @property
     def http_status(self) -> int:
         """The provider's own status."""
-        return self.given_status
+        return self.provider_status
 
     def body(self) -> bytes:
         """The provider's own body."""
-        return self.content
+        return self.provider_body
 
 
 class ProviderQueueFull(ProviderFault):
-    """`queue_size` requests wait for this provider already."""
+    """`queue_size` requests are waiting for this provider already."""
 
     outcome = "rejected"
     code, status, retryable = "provider_queue_full", 503, True
-    failover, failure = True, False
+    failover, breaker_failure = True, False
 
 
 class ProviderQueueTimeout(ProviderFault):
-    """No place at this provider within its `queue_timeout`."""
+    """No place at this provider became free within its `queue_timeout`."""
 
     outcome = "rejected"
     code, status, retryable = "provider_queue_timeout", 503, True
-    failover, failure = True, False
+    failover, breaker_failure = True, False
 
 
 class NoProvider(ProviderFault):
-    """No provider is usable, or this one was taken out of the configuration."""
+    """No provider is usable, or this one was removed from the configuration."""
 
     outcome = "rejected"
     code, status, retryable = "no_provider", 503, True
-    failover, failure = True, False
+    failover, breaker_failure = True, False

@@ -191,7 +191,7 @@ def test_a_providers_refusal_passes_body_and_all() -> None:
     assert "theirs" not in json.dumps(refused.as_chunk())
     assert not refused.retry
     assert not refused.failover
-    assert not refused.failure
+    assert not refused.breaker_failure
 
 
 @pytest.mark.parametrize(

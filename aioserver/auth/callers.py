@@ -26,7 +26,7 @@ from aiohttp import web
 
 from aioserver.auth.hosts import Hosts, Proxies
 from aioserver.errors import InvalidApiKey, OriginNotAllowed, SessionEnded
-from aioserver.limits.quota import Allowance
+from aioserver.limits.quota import Quota
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -42,14 +42,14 @@ class Caller:
     """Whose streams and conversations.
 
     *line*: in which of its lines it stands at a provider; *priority*: its weight there, 1 to 10;
-    *allowance*: what its key may use. Of the same name is the same caller.
+    *quota*: what its key may use. Of the same name is the same caller.
     """
 
     name: str = ""
     line: str = field(default="", compare=False)
     priority: int = field(default=1, compare=False)
     admin: bool = field(default=False, compare=False)
-    allowance: Allowance | None = field(default=None, compare=False, repr=False)
+    quota: Quota | None = field(default=None, compare=False, repr=False)
 
     @property
     def turn(self) -> str:
@@ -80,7 +80,7 @@ def anonymous(address: str | None) -> Caller:
 class _Key:
     digest: bytes
     caller: Caller
-    allowance: Allowance
+    quota: Quota
 
 
 class Keys:
@@ -106,14 +106,14 @@ class Keys:
             assert one.sha256 is not None, "config.py makes it of key_env and key_file"
             digest, known = bytes.fromhex(one.sha256), before.get(one.name)
             if known is not None and known.digest == digest:
-                allowance = known.allowance
-                allowance.apply(one.max_concurrent, one.requests_per_minute)
+                quota = known.quota
+                quota.apply(one.max_concurrent, one.requests_per_minute)
                 if known.caller.admin and not one.admin:
-                    allowance.demote()
+                    quota.demote()
             else:
-                allowance = Allowance(one.max_concurrent, one.requests_per_minute)
-            caller = Caller(one.name, priority=one.priority, admin=one.admin, allowance=allowance)
-            now[one.name] = _Key(digest, caller, allowance)
+                quota = Quota(one.max_concurrent, one.requests_per_minute)
+            caller = Caller(one.name, priority=one.priority, admin=one.admin, quota=quota)
+            now[one.name] = _Key(digest, caller, quota)
         self._by_name = now
         self._by_digest = {key.digest: key for key in now.values()}
         gone = {
@@ -122,7 +122,7 @@ class Keys:
             if name not in now or now[name].digest != key.digest
         }
         for key in gone.values():
-            key.allowance.revoke()
+            key.quota.revoke()
         return frozenset(gone)
 
     def caller(self, key: bytes) -> Caller:
@@ -141,7 +141,7 @@ class Keys:
     def renewed(self, caller: Caller) -> Caller | None:
         """*caller* as its key says now; None: that key is no longer valid."""
         key = self._by_name.get(caller.name)
-        return key.caller if key is not None and key.allowance is caller.allowance else None
+        return key.caller if key is not None and key.quota is caller.quota else None
 
     def session(self, caller: Caller) -> str:
         """A session of *caller*, for SESSION_SECONDS."""
@@ -187,7 +187,7 @@ class Doors:
 
     def __init__(self, given: Auth | None = None, pepper: bytes = b"") -> None:
         self.keys = Keys(pepper)
-        self.nobody = Allowance(*NO_LIMITS)  # of those without a key: for `held` alone
+        self.nobody = Quota(*NO_LIMITS)  # of those without a key: for `held` alone
         self.apply(given)
 
     @property
@@ -209,7 +209,7 @@ class Doors:
         if not (open_before and self.keyed):
             return gone
         self.nobody.revoke()
-        self.nobody = Allowance(*NO_LIMITS)
+        self.nobody = Quota(*NO_LIMITS)
         return gone | {""}
 
     def renewed(self, caller: Caller) -> Caller | None:

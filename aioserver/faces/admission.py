@@ -49,8 +49,8 @@ class Admission:
             limits.max_connections,
             queue_size=limits.connection_queue_size,
             queue_timeout=limits.queue_timeout,
-            full=self._refusal,
-            late=self._refusal,
+            full_error=self._refusal,
+            timeout_error=self._refusal,
         )
         self.refused_closing = 0
         self._limits = limits
@@ -132,7 +132,7 @@ class Admission:
         began = monotonic()
         meter.waiting.value += 1
         try:
-            place = await self.gate.enter(told=told)
+            place = await self.gate.enter(on_position=told)
         except AioserverError:
             waits["refused"].observe(monotonic() - began)
             meter.rejected.value += 1

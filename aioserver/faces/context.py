@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from aioserver.gateway.conversations import Conversations
     from aioserver.gateway.gateway import Gateway
     from aioserver.gateway.router import Router
-    from aioserver.limits.timer_wheel import Wheel
+    from aioserver.limits.timer_wheel import TimerWheel
     from aioserver.monitoring.monitor import Monitor
     from aioserver.providers.registry import Roster
     from aioserver.streams.fast_path import Outbox
@@ -38,7 +38,7 @@ DOORS: web.AppKey[Doors] = web.AppKey("doors")
 SHIELD: web.AppKey[Callable[..., Any]] = web.AppKey("shield")
 GUARD: web.AppKey[Guard] = web.AppKey("guard")
 ADMISSION: web.AppKey[Admission] = web.AppKey("admission")
-WHEEL: web.AppKey[Wheel] = web.AppKey("wheel")
+WHEEL: web.AppKey[TimerWheel] = web.AppKey("wheel")
 STREAMS: web.AppKey[Streams] = web.AppKey("streams")
 ROSTER: web.AppKey[Roster] = web.AppKey("roster")
 ROUTER: web.AppKey[Router] = web.AppKey("router")

@@ -74,7 +74,7 @@ async def events(request: web.Request) -> web.StreamResponse:
     key any more, is told so.
     """
     app = request.app
-    allowance = request[CALLER].allowance or app[context.DOORS].nobody
+    quota = request[CALLER].quota or app[context.DOORS].nobody
     monitor, settings = app[context.MONITOR], app[context.SETTINGS].chat
     every = _ticks(request.query.get("interval", "1"))
     if monitor.full:
@@ -94,7 +94,7 @@ async def events(request: web.Request) -> web.StreamResponse:
     try:
         writer.send(RETRY)
         monitor.watch(writer, every)
-        with allowance.held(admin=True):
+        with quota.held(admin=True):
             await app[context.LIFE].stopping.wait()
         await writer.flush()
     except Denied as error:

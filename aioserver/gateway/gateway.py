@@ -133,9 +133,9 @@ class Gateway:
         """
         self._check()
         if not request.resumable:
-            if request.caller.allowance is None:
+            if request.caller.quota is None:
                 return await self._call_alone(request)
-            with request.caller.allowance.used():
+            with request.caller.quota.used():
                 return await self._call_alone(request)
         stream = self._attached(request)
         if stream is None:
@@ -244,8 +244,8 @@ class Gateway:
         name = request.name
         if resumable:
             name = request.key or uuid.uuid4().hex
-        if (allowance := caller.allowance) is not None:
-            allowance.take()
+        if (quota := caller.quota) is not None:
+            quota.take()
         try:
             stream = self._streams.open(
                 name,
@@ -255,8 +255,8 @@ class Gateway:
                 private=not resumable,
             )
         except AioserverError:
-            if allowance is not None:
-                allowance.give_back(unused=True)
+            if quota is not None:
+                quota.give_back(unused=True)
             raise
         stream.record = _begin_record(request)
         return stream
@@ -326,8 +326,8 @@ class Gateway:
         stream = self._producers.pop(task)
         del self._tasks[stream]
         owner: Any = stream.caller
-        if owner.allowance is not None:
-            owner.allowance.give_back()
+        if owner.quota is not None:
+            owner.quota.give_back()
         fault = None if task.cancelled() else task.exception()
         if stream.ended:
             pass

@@ -207,7 +207,7 @@ class Router:
             try:
                 await provider.answer(attempt)
             except ProviderFault as fault:
-                if not fault.attempt:
+                if not fault.attempt_outcome:
                     record.attempts -= 1  # nothing was sent
                 fault.provider, fault.attempts = provider.name, record.attempts
                 number, waited = number + 1, attempt.waited

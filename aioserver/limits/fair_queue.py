@@ -1,18 +1,19 @@
-"""Who of those who wait is next: fair between callers by weight, and between the lines of one.
+"""Start-time fair queueing: fair between callers by weight, and between the flows of one caller.
 
-Start-time fair queueing (Goyal, Vin, Cheng, "Start-Time Fair Queueing: A Scheduling Algorithm for
-Integrated Services Packet Switching Networks", SIGCOMM 1996) over callers. Each has a tag, that of
-its next turn; the smallest is served, and a turn puts the caller's tag ahead by 1 / weight. Virtual
-time is the tag served last. Who comes starts there, or where its last turn has ended, if that is
-later: it gains nothing by being away for a moment, and nobody is made to wait for turns that were
-not taken. So a caller of weight 3 has three turns for one of weight 1, and one with a thousand
-requests delays another by a turn at most.
+Algorithm: Goyal, Vin, Cheng, "Start-Time Fair Queueing: A Scheduling Algorithm for Integrated
+Services Packet Switching Networks", SIGCOMM 1996. Each caller has a start tag: the virtual time at
+which its next item starts. The caller with the smallest tag is served, and its tag grows by
+1 / weight. Virtual time is the tag that was served last. A caller that arrives starts at virtual time,
+or where its last item has ended, if that is later: it gains nothing by being away for a moment, and
+nobody waits for items that were never served. So a caller of weight 3 is served three times for
+each time that a caller of weight 1 is, and a caller with a thousand items delays another by one item
+at most.
 
-Within a caller its lines take turns in a circle (round robin: Nagle, RFC 970, 1985), and a line is
-in the order of coming.
+The items of a caller belong to flows (the users of one key, for example). A caller's flows are served
+round robin (Nagle, RFC 970, 1985), and a flow's items in order of arrival.
 
-Tags are whole numbers, since their order is to be exact: a turn is 2520 / weight, which has no
-remainder for the weights 1 to 10.
+Tags are whole numbers, since their order must be exact: the length of an item in virtual time is
+2520 / weight, which has no remainder for the weights 1 to 10.
 """
 
 from __future__ import annotations
@@ -25,60 +26,65 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator
 
 T = TypeVar("T")
-TURN = 2520  # the least common multiple of 1 to 10
+# The length of an item at weight 1: the least common multiple of 1 to 10.
+LENGTH = 2520
 MAX_WEIGHT = 10
-SPARE = 64  # entries of what is cleared away only now and then
+# Stale entries that are kept before they are swept: a sweep at each departure would cost O(callers).
+MAX_STALE = 64
 
 
 class _Caller(Generic[T]):
-    """One caller with somebody waiting. Always: no line of it is empty."""
+    """A caller with at least one item. Always: none of its flows is empty."""
 
-    __slots__ = ("count", "lines", "serial", "step", "tag")
+    __slots__ = ("count", "flows", "length", "serial", "tag")
 
     def __init__(self, tag: int, weight: int, serial: int) -> None:
         self.tag = tag
-        self.serial = serial  # of two with one tag the first comer is first
-        self.step = TURN // weight
-        self.lines: OrderedDict[Hashable, deque[T]] = OrderedDict()
+        # Of two callers with the same tag, the one that arrived first is served first.
+        self.serial = serial
+        self.length = LENGTH // weight
+        self.flows: OrderedDict[Hashable, deque[T]] = OrderedDict()
         self.count = 0
 
-    def turns_before(self, tag: int, serial: int) -> int:
-        """How many of its own have their turn before one of another caller that has this tag."""
+    def served_before(self, tag: int, serial: int) -> int:
+        """Return how many of its items are served before an item of another caller with *tag*."""
         ahead = tag - self.tag
         if ahead < 0:
             return 0
-        turns = -(-ahead // self.step)  # those with a smaller tag
-        if self.serial < serial and ahead % self.step == 0:
-            turns += 1
-        return min(turns, self.count)
+        # All with a smaller tag, and one with the same tag if this caller arrived first.
+        items = -(-ahead // self.length)
+        if self.serial < serial and ahead % self.length == 0:
+            items += 1
+        return min(items, self.count)
 
-    def place_of(self, line: Hashable, number: int) -> int:
-        """Which turn of the caller's the *number*-th of *line* gets: as many come of each line.
+    def position_of(self, flow: Hashable, number: int) -> int:
+        """Return the position among this caller's items of the *number*-th item of *flow*, from 1.
 
-        One less of those lines that stand behind it in the circle. A line that is not there is
-        behind all others.
+        Before it the round robin serves *number* items of each flow that is ahead of *flow*, and one
+        less of each flow behind it. A flow that has no item yet is behind all others.
         """
-        position, mine = 0, number
-        for other, waiting in self.lines.items():
-            if other == line:
-                position += mine
+        position, own = 0, number
+        for other, items in self.flows.items():
+            if other == flow:
+                position += own
                 number -= 1
             else:
-                position += min(len(waiting), number)
-        return position if line in self.lines else position + mine
+                position += min(len(items), number)
+        return position if flow in self.flows else position + own
 
 
-class Turns(Generic[T]):
-    """Those who wait, in the order of their turns.
+class FairQueue(Generic[T]):
+    """Items in the order in which they are to be served.
 
-    Always: `_heap` has an entry for each caller with somebody waiting, and for no caller two that
-    count; `_virtual` never falls while somebody waits.
+    Always: `_heap` has exactly one valid entry for each caller with an item (the stale entries of
+    others are skipped); `_virtual` never falls while there is an item.
     """
 
     def __init__(self) -> None:
         self._callers: dict[Hashable, _Caller[T]] = {}
         self._heap: list[tuple[int, int, Hashable]] = []
-        self._ended: dict[Hashable, int] = {}  # where the last turn of one who waits no more ended
+        # Where the last item of a caller ended that has no item now.
+        self._ended: dict[Hashable, int] = {}
         self._virtual = 0
         self._serials = 0
         self._count = 0
@@ -87,151 +93,162 @@ class Turns(Generic[T]):
         return self._count
 
     def add(
-        self, one: T, caller: Hashable, line: Hashable, weight: int = 1, *, first: bool = False
+        self,
+        item: T,
+        caller: Hashable,
+        flow: Hashable,
+        weight: int = 1,
+        *,
+        at_front: bool = False,
     ) -> None:
-        """*one* waits, as the last of its line, or as the *first* of its caller."""
-        known = self._callers.get(caller)
-        if known is None:
-            known = self._callers[caller] = _Caller(self._start(caller), weight, self._serials)
+        """Add *item* as the last of its flow, or *at_front* of all items of its caller."""
+        entry = self._callers.get(caller)
+        if entry is None:
+            entry = self._callers[caller] = _Caller(self._start(caller), weight, self._serials)
             self._serials += 1
             self._ended.pop(caller, None)
-            self._push(caller, known)
-        known.step = TURN // weight  # the newest holds: it may have changed since the others came
-        waiting = known.lines.setdefault(line, deque())
-        if first:
-            waiting.appendleft(one)
-            known.lines.move_to_end(line, last=False)
+            self._push(caller, entry)
+        # The newest weight holds: it may have changed since the caller's other items were added.
+        entry.length = LENGTH // weight
+        items = entry.flows.setdefault(flow, deque())
+        if at_front:
+            items.appendleft(item)
+            entry.flows.move_to_end(flow, last=False)
         else:
-            waiting.append(one)
-        known.count += 1
+            items.append(item)
+        entry.count += 1
         self._count += 1
 
     def pop(self, gone: Callable[[T], bool]) -> T | None:
-        """Take out who is next. Those who are *gone* are left out, and cost their caller no turn."""
+        """Remove and return the next item. Items that are *gone* are dropped, at no cost for their caller."""
         while self._count:
             tag, serial, caller = self._heap[0]
-            known = self._callers.get(caller)
-            if known is None or (known.tag, known.serial) != (tag, serial):
-                heappop(self._heap)  # it has left since
+            entry = self._callers.get(caller)
+            if entry is None or (entry.tag, entry.serial) != (tag, serial):
+                heappop(self._heap)  # stale
                 continue
-            line, waiting = next(iter(known.lines.items()))
-            one = waiting.popleft()
-            left = gone(one)
-            if waiting and not left:
-                known.lines.move_to_end(line)
-            if not left:
+            flow, items = next(iter(entry.flows.items()))
+            item = items.popleft()
+            dropped = gone(item)
+            if items and not dropped:
+                entry.flows.move_to_end(flow)
+            if not dropped:
                 self._virtual = tag
-                known.tag += known.step
-            self._took(caller, known, line)
-            if not left:
-                if known.count:
+                entry.tag += entry.length
+            self._removed(caller, entry, flow)
+            if not dropped:
+                if entry.count:
                     heappop(self._heap)
-                    self._push(caller, known)
-                return one
+                    self._push(caller, entry)
+                return item
         return None
 
-    def remove(self, one: T, caller: Hashable, line: Hashable) -> bool:
-        """*one* waits no more; False: it did not."""
-        known = self._callers.get(caller)
-        waiting = known.lines.get(line) if known is not None else None
-        if known is None or waiting is None or one not in waiting:
+    def remove(self, item: T, caller: Hashable, flow: Hashable) -> bool:
+        """Remove *item*; return whether it was in the queue. O(length of its flow)."""
+        entry = self._callers.get(caller)
+        items = entry.flows.get(flow) if entry is not None else None
+        if entry is None or items is None or item not in items:
             return False
-        waiting.remove(one)
-        self._took(caller, known, line)
+        items.remove(item)
+        self._removed(caller, entry, flow)
         return True
 
     def clear(self) -> None:
-        """Nobody waits any more."""
+        """Remove every item."""
         self._callers.clear()
         self._count = 0
-        self._rest()
+        self._reset()
 
     def heads(self) -> Iterator[T]:
-        """The first of each line."""
-        for known in self._callers.values():
-            for waiting in known.lines.values():
-                yield waiting[0]
+        """Iterate over the first item of each flow."""
+        for entry in self._callers.values():
+            for items in entry.flows.values():
+                yield items[0]
 
-    def count(self, caller: Hashable, line: Hashable) -> int:
-        """How many wait in that line."""
-        known = self._callers.get(caller)
-        return len(known.lines.get(line, ())) if known is not None else 0
+    def count(self, caller: Hashable, flow: Hashable) -> int:
+        """Return how many items that flow has."""
+        entry = self._callers.get(caller)
+        return len(entry.flows.get(flow, ())) if entry is not None else 0
 
     def position(
         self,
         caller: Hashable,
-        line: Hashable,
+        flow: Hashable,
         number: int,
         weight: int = 1,
         *,
-        first: bool = False,
+        at_front: bool = False,
     ) -> int:
-        """Where the *number*-th of that line stands, or would; 1 is who is next.
+        """Return the position in the queue of the *number*-th item of that flow; 1 is served next.
 
-        *first*: where one would that comes as its caller's first.
+        The item need not be there yet: then it is where `add` would put it, with the same *weight*
+        and *at_front*.
         """
-        known = self._callers.get(caller)
-        if known is None:
+        entry = self._callers.get(caller)
+        if entry is None:
             own, tag, serial = 1, self._start(caller), self._serials
         else:
-            own = 1 if first else known.place_of(line, number)
-            tag, serial = known.tag, known.serial
-        step = TURN // weight if known is None else known.step
-        tag += (own - 1) * step
-        others = [one for one in self._callers.values() if one is not known]
-        return own + sum([other.turns_before(tag, serial) for other in others])
+            own = 1 if at_front else entry.position_of(flow, number)
+            tag, serial = entry.tag, entry.serial
+        length = LENGTH // weight if entry is None else entry.length
+        tag += (own - 1) * length
+        others = [other for other in self._callers.values() if other is not entry]
+        return own + sum([other.served_before(tag, serial) for other in others])
 
     def __iter__(self) -> Iterator[T]:
-        """All who wait, in the order of their turns if nobody comes or goes."""
-        heap = [(one.tag, one.serial, one.step, _circle(one)) for one in self._callers.values()]
+        """Iterate in the order of serving, as it is if no item is added or removed."""
+        heap = [
+            (entry.tag, entry.serial, entry.length, _round_robin(entry))
+            for entry in self._callers.values()
+        ]
         heapify(heap)
         while heap:
-            tag, serial, step, waiting = heap[0]
-            one = next(waiting, None)
+            tag, serial, length, items = heap[0]
+            item = next(items, None)
             heappop(heap)
-            if one is not None:
-                heappush(heap, (tag + step, serial, step, waiting))
-                yield one
+            if item is not None:
+                heappush(heap, (tag + length, serial, length, items))
+                yield item
 
     def _start(self, caller: Hashable) -> int:
         return max(self._virtual, self._ended.get(caller, 0))
 
-    def _push(self, caller: Hashable, known: _Caller[T]) -> None:
-        if len(self._heap) > 2 * len(self._callers) + SPARE:  # most of it has left
-            self._heap = [(one.tag, one.serial, name) for name, one in self._callers.items()]
+    def _push(self, caller: Hashable, entry: _Caller[T]) -> None:
+        if len(self._heap) > 2 * len(self._callers) + MAX_STALE:
+            self._heap = [(entry.tag, entry.serial, name) for name, entry in self._callers.items()]
             heapify(self._heap)
         else:
-            heappush(self._heap, (known.tag, known.serial, caller))
+            heappush(self._heap, (entry.tag, entry.serial, caller))
 
-    def _took(self, caller: Hashable, known: _Caller[T], line: Hashable) -> None:
-        """One of *line* was taken out."""
-        if not known.lines[line]:
-            del known.lines[line]
-        known.count -= 1
+    def _removed(self, caller: Hashable, entry: _Caller[T], flow: Hashable) -> None:
+        """Account for an item of *flow* that was taken out."""
+        if not entry.flows[flow]:
+            del entry.flows[flow]
+        entry.count -= 1
         self._count -= 1
-        if not known.count:
+        if not entry.count:
             del self._callers[caller]
-            self._ended[caller] = known.tag
-            if len(self._ended) > len(self._callers) + SPARE:
+            self._ended[caller] = entry.tag
+            if len(self._ended) > len(self._callers) + MAX_STALE:
                 now = self._virtual
                 self._ended = {name: tag for name, tag in self._ended.items() if tag > now}
         if not self._count:
-            self._rest()
+            self._reset()
 
-    def _rest(self) -> None:
-        """Nobody waits: what was before does not matter any more."""
+    def _reset(self) -> None:
+        """Start over: in an empty queue nobody is ahead or behind."""
         self._heap.clear()
         self._ended.clear()
         self._virtual = self._serials = 0
 
 
-def _circle(caller: _Caller[T]) -> Iterator[T]:
-    """Who waits of one caller: one of each line in turn."""
-    lines = [iter(line) for line in caller.lines.values()]
-    while lines:
-        still = []
-        for line in lines:
-            if (one := next(line, None)) is not None:
-                yield one
-                still.append(line)
-        lines = still
+def _round_robin(caller: _Caller[T]) -> Iterator[T]:
+    """Iterate over the items of one caller: the next of each flow in turn."""
+    flows = [iter(items) for items in caller.flows.values()]
+    while flows:
+        unfinished = []
+        for flow in flows:
+            if (item := next(flow, None)) is not None:
+                yield item
+                unfinished.append(flow)
+        flows = unfinished

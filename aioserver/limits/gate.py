@@ -1,15 +1,16 @@
-"""The counting gate: so many inside, so many waiting, the rest refused.
+"""A counting gate: places, a bounded queue with deadlines, and refusal beyond.
 
-Used twice: in front of the handlers (`max_connections`, one line for all) and in front of each
-provider (`concurrent_requests`, fair between callers). Three bounds make it what it is: the places,
-the number of those who wait, and the time that each of them waits. A freed place is handed to the
-next, never thrown open: a newcomer cannot overtake, and nobody waits while a place is free. Who is
-next is told in turns.py.
+A gate stands in front of the handlers (`max_connections`, one queue in order of arrival), in front of
+each provider (`concurrent_requests`, fair between callers) and in front of a provider's sockets. It
+is bounded three times: in its places, in its waiters, and in the time that each of them waits. A
+freed place is handed to the next waiter and is never up for grabs, so a newcomer cannot overtake, and
+nobody waits while a place is free. fair_queue.py decides which waiter is next.
 
-Where there is a pace (requests a minute), one line covers both: its head starts when a place is free
-and the pace allows it. Who cannot start before its deadline, as the pace alone says, is told at once.
+A gate may have a pace as well (requests per minute). One queue then serves both: its head starts once
+a place is free and the pace allows it. A request whose earliest start, by the pace alone, is past its
+deadline is refused at once.
 
-Not asyncio.Semaphore: it bounds neither its waiters nor their wait, and tells nobody their position.
+Not asyncio.Semaphore: it bounds neither its waiters nor their wait, and reports no positions.
 """
 
 from __future__ import annotations
@@ -20,16 +21,19 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, Self
 
-from aioserver.limits.fair_queue import Turns
+from aioserver.limits.fair_queue import FairQueue
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
 
     from aioserver.errors import AioserverError
 
-TELL_EVERY = 1.0  # seconds between two looks at the line for those who want their position
-RETRY_AFTER = (1.0, 60.0)  # bounds of every estimate of when to come back
-SMOOTHING = 0.2  # weight of the newest interval between two freed places
+# Seconds between two reports to the waiters that want to know their position.
+POSITION_INTERVAL = 1.0
+# The bounds in seconds of every estimate of when to come back.
+RETRY_AFTER = (1.0, 60.0)
+# The weight of the newest interval between two freed places in their moving average.
+SMOOTHING = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,20 +50,20 @@ class GateStats:
 
 
 class Pacer(Protocol):
-    """How fast starts may follow each other."""
+    """A limit on how fast starts may follow each other."""
 
     def delay(self, ahead: int = 0) -> float:
-        """Seconds until one may start before which *ahead* others start."""
+        """Return the seconds until a request may start that has *ahead* others before it."""
 
     def start(self, cost: int = 0) -> None:
-        """One starts that is expected to cost so much."""
+        """Count a start that is expected to cost *cost*."""
 
     def charge(self, cost: int) -> None:
-        """It costs so much more; negative: less."""
+        """Add *cost* to what was expected; a negative cost gives back."""
 
 
 class Place:
-    """One place inside a gate. Given back once, however often `release` is called."""
+    """A place inside a gate. It is given back once, however often `release` is called."""
 
     __slots__ = ("_gate",)
 
@@ -80,44 +84,63 @@ class Place:
 
 
 class _Waiter:
-    __slots__ = ("caller", "cost", "elsewhere", "heard", "line", "since", "told", "turn", "until")
+    """A request in the queue; *place* is done once it has a place or an error."""
+
+    __slots__ = (
+        "arrived",
+        "caller",
+        "cost",
+        "deadline",
+        "flow",
+        "may_fail_over",
+        "on_position",
+        "place",
+        "reported",
+    )
 
     def __init__(
         self,
-        turn: asyncio.Future[Place],
+        place: asyncio.Future[Place],
         caller: Hashable,
-        line: Hashable,
-        since: float,
-        until: float,
-        told: Callable[[int, float], None] | None,
+        flow: Hashable,
+        arrived: float,
+        deadline: float,
+        on_position: Callable[[int, float], None] | None,
         cost: int,
         *,
-        elsewhere: bool,
+        may_fail_over: bool,
     ) -> None:
-        self.cost = cost
-        self.until = until
-        self.elsewhere = elsewhere
-        self.turn = turn
+        self.place = place
         self.caller = caller
-        self.line = line
-        self.since = since
-        self.told = told
-        self.heard: tuple[int, float] | None = None  # what it was told last
+        self.flow = flow
+        self.arrived = arrived
+        self.deadline = deadline
+        self.on_position = on_position
+        self.cost = cost
+        self.may_fail_over = may_fail_over
+        self.reported: tuple[int, float] | None = None
 
-    def tell(self, position: int, eta: float) -> None:
-        if self.told is not None and self.heard != (position, eta):
-            self.heard = position, eta
-            self.told(position, eta)
+    def report(self, position: int, eta: float) -> None:
+        """Tell *on_position* what has changed since the last report."""
+        if self.on_position is not None and self.reported != (position, eta):
+            self.reported = position, eta
+            self.on_position(position, eta)
+
+
+def _settled(waiter: _Waiter) -> bool:
+    """Return whether *waiter* has a place or an error, or has given up."""
+    return waiter.place.done()
 
 
 class Gate:
     """Bounded in places, in waiters and in their wait; fair between callers.
 
-    Always: `inside <= limit`; nobody waits while a place is free and the pace allows a start. One
-    event loop owns one gate.
+    Always: `inside <= limit`, unless `apply` has lowered the limit since; nobody waits while a place
+    is free and the pace allows a start. One event loop owns one gate.
 
-    *full* and *late* make the errors for a line that is full and a wait that was too long, *paced*
-    that for one that the pace makes too long; they get the seconds after which to come back.
+    The errors are made by *full_error* (the queue is full), *timeout_error* (the wait was too long)
+    and *pace_error* (the pace makes it too long; by default *timeout_error*). Each of the three is
+    called with the seconds after which the client should come back.
     """
 
     def __init__(
@@ -126,34 +149,37 @@ class Gate:
         *,
         queue_size: int,
         queue_timeout: float,
-        full: Callable[[float], AioserverError],
-        late: Callable[[float], AioserverError],
+        full_error: Callable[[float], AioserverError],
+        timeout_error: Callable[[float], AioserverError],
         pace: Pacer | None = None,
-        paced: Callable[[float], AioserverError] | None = None,
+        pace_error: Callable[[float], AioserverError] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._limit = limit
         self._queue_size = queue_size
         self._queue_timeout = queue_timeout
-        self._full = full
-        self._late = late
+        self._full_error = full_error
+        self._timeout_error = timeout_error
         self._pace = pace
-        self._paced = paced or late
+        self._pace_error = pace_error or timeout_error
         self._clock = clock
-        self._waiting: Turns[_Waiter] = Turns()
+        self._queue: FairQueue[_Waiter] = FairQueue()
         self._inside = 0
         self._entered = 0
         self._refused = 0
-        self._full_since = 0.0  # where it is full: since a place was freed, or it became full
-        self._interval = 1.0  # smoothed seconds between two freed places of a full house
-        self._teller: asyncio.TimerHandle | None = None
-        self._starter: asyncio.TimerHandle | None = None  # for when the pace allows the next start
+        # While the gate is full: the time at which it became full, or a place was freed last.
+        self._full_since = 0.0
+        # The smoothed seconds between two freed places of a full gate.
+        self._interval = 1.0
+        self._position_timer: asyncio.TimerHandle | None = None
+        # Fires when the pace allows the next start.
+        self._pace_timer: asyncio.TimerHandle | None = None
         self._closed: Callable[[], AioserverError] | None = None
 
     @property
     def waiting(self) -> int:
-        """How many wait."""
-        return len(self._waiting)
+        """How many requests wait."""
+        return len(self._queue)
 
     @property
     def inside(self) -> int:
@@ -166,25 +192,25 @@ class Gate:
         return self._limit
 
     def apply(self, limit: int, *, queue_size: int, queue_timeout: float) -> None:
-        """Use new bounds. Who is inside stays; who waits keeps the deadline it came with."""
+        """Use new bounds. Places that are taken stay taken; waiters keep their deadlines."""
         self._limit, self._queue_size, self._queue_timeout = limit, queue_size, queue_timeout
         self._full_since = self._clock()
         self.serve()
 
     def serve(self) -> None:
-        """Let in who may start now; called when a place or the pace has changed."""
-        while self._waiting and self._inside < self._limit:
+        """Let in the waiters that may start now; called when a place or the pace has changed."""
+        while self._queue and self._inside < self._limit:
             if self._pace is not None and (delay := self._pace.delay()) > 0:
-                if self._starter is not None:
-                    self._starter.cancel()
-                self._starter = asyncio.get_running_loop().call_later(delay, self.serve)
+                if self._pace_timer is not None:
+                    self._pace_timer.cancel()
+                self._pace_timer = asyncio.get_running_loop().call_later(delay, self.serve)
                 return
             self._enter()
             self._hand_over()
 
     def try_enter(self, cost: int = 0) -> Place | None:
-        """A place, if one is free and nobody waits for it; *cost*: what the pace is to count."""
-        if self._inside < self._limit and not self._waiting and self._closed is None:
+        """Return a place if one is free and nobody waits for it; *cost* counts for the pace."""
+        if self._inside < self._limit and not self._queue and self._closed is None:
             if self._pace is not None:
                 if self._pace.delay() > 0:
                     return None
@@ -197,109 +223,122 @@ class Gate:
     async def enter(
         self,
         caller: Hashable = None,
-        line: Hashable = None,
+        flow: Hashable = None,
         *,
         weight: int = 1,
-        told: Callable[[int, float], None] | None = None,
-        within: float | None = None,
-        again: bool = False,
-        elsewhere: bool = False,
+        on_position: Callable[[int, float], None] | None = None,
+        timeout: float | None = None,  # noqa: ASYNC109 - its expiry is an error of ours
+        at_front: bool = False,
+        may_fail_over: bool = False,
         cost: int = 0,
     ) -> Place:
-        """Wait for a place. *told* hears `(position, eta)` at once and when they change.
+        """Wait for a place. Cancelling is safe at any time: no place is lost.
 
-        Callers share by their *weight* (1 to 10), the lines of one caller evenly. *within*: seconds
-        that it may take; None: `queue_timeout`. *again*: in front of its caller's others, since it
-        has waited before. *elsewhere*: it can be asked of another, and waits for no `rest`.
-        *cost*: as of `try_enter`.
+        Callers share the places by their *weight* (1 to 10); the flows of one caller share evenly.
+        *on_position* is called with `(position, eta in seconds)` at once and whenever they change.
+        *timeout* in seconds replaces `queue_timeout`. A request that has waited before goes
+        *at_front* of its caller's others. A request that *may_fail_over* to another gate is refused
+        by `refuse_late` sooner. *cost* counts for the pace.
 
         Raises:
-            AioserverError: made by *full* or *paced* at once, or by *late* at the deadline; or what
-                `close` was given.
+            AioserverError: made by *full_error* or *pace_error* at once, by *timeout_error* at the
+                deadline, or by the argument of `close` or `refuse_waiting`.
         """
         if place := self.try_enter(cost):
             return place
         if self._closed is not None:
             raise self._closed()
-        patience = self._queue_timeout if within is None else within
-        if len(self._waiting) >= self._queue_size or patience <= 0:
+        seconds = self._queue_timeout if timeout is None else timeout
+        if len(self._queue) >= self._queue_size or seconds <= 0:
             self._refused += 1
-            late = patience <= 0 < self._queue_timeout  # it has waited elsewhere, or before
-            raise (self._late if late else self._full)(self.retry_after())
+            # Without time left it has waited already, at another gate or in an earlier attempt.
+            timed_out = seconds <= 0 < self._queue_timeout
+            raise (self._timeout_error if timed_out else self._full_error)(self.retry_after())
         if self._pace is not None:
-            number = self._waiting.count(caller, line) + 1
-            position = self._waiting.position(caller, line, number, weight, first=again)
-            if (wait := self._pace.delay(position - 1)) > patience:
+            number = self._queue.count(caller, flow) + 1
+            position = self._queue.position(caller, flow, number, weight, at_front=at_front)
+            if (delay := self._pace.delay(position - 1)) > seconds:
                 self._refused += 1
-                raise self._paced(wait)
-        turn: asyncio.Future[Place] = asyncio.get_running_loop().create_future()
+                raise self._pace_error(delay)
         now = self._clock()
-        waiter = _Waiter(turn, caller, line, now, now + patience, told, cost, elsewhere=elsewhere)
-        self._waiting.add(waiter, caller, line, weight, first=again)
-        return await self._wait(waiter, patience, again=again)
+        waiter = _Waiter(
+            asyncio.get_running_loop().create_future(),
+            caller,
+            flow,
+            now,
+            now + seconds,
+            on_position,
+            cost,
+            may_fail_over=may_fail_over,
+        )
+        self._queue.add(waiter, caller, flow, weight, at_front=at_front)
+        return await self._wait(waiter, seconds, at_front=at_front)
 
-    async def _wait(self, waiter: _Waiter, patience: float, *, again: bool) -> Place:
-        turn = waiter.turn
+    async def _wait(self, waiter: _Waiter, seconds: float, *, at_front: bool) -> Place:
+        place = waiter.place
         try:
             self.serve()  # arms the timer where only the pace is in the way
-            if waiter.told is not None and not turn.done():
-                self._tell_one(waiter, again=again)
-            async with asyncio.timeout(patience):
-                return await turn
+            if waiter.on_position is not None and not place.done():
+                self._report_first(waiter, at_front=at_front)
+            async with asyncio.timeout(seconds):
+                return await place
         except BaseException as exc:
-            if turn.done() and not turn.cancelled() and turn.exception() is None:
+            if place.done() and not place.cancelled() and place.exception() is None:
+                # The place was handed over in the tick in which this task gave up: pass it on.
                 if self._pace is not None and waiter.cost:
                     self._pace.charge(-waiter.cost)
-                turn.result().release()  # handed to us in the tick we gave up: pass it on
+                place.result().release()
             else:
-                self._waiting.remove(waiter, waiter.caller, waiter.line)
+                self._queue.remove(waiter, waiter.caller, waiter.flow)
             if isinstance(exc, TimeoutError):
                 self._refused += 1
-                raise self._late(self.retry_after()) from None
+                raise self._timeout_error(self.retry_after()) from None
             raise
 
-    def turn_away(self, why: Callable[[], AioserverError]) -> None:
-        """Refuse everybody who waits now, each with an error of its own."""
-        for waiter in self._waiting:
-            if not waiter.turn.done():
-                self._refused += 1
-                waiter.turn.set_exception(why())
-        self._waiting.clear()
+    def refuse_waiting(self, error: Callable[[], AioserverError]) -> None:
+        """Refuse every waiter, each with an error of its own."""
+        for waiter in self._queue:
+            self._refuse(waiter, error)
+        self._queue.clear()
 
-    def rest(self, worth: float) -> None:
-        """The pace stands still from now on: refuse those whom that makes too late.
+    def refuse_late(self, failover_wait: float) -> None:
+        """Refuse the waiters whose deadline the pace, which has slowed down, no longer meets.
 
-        Also those who can go elsewhere, where it stands still for more than *worth* seconds.
+        A waiter that may fail over is also refused where nothing starts for more than
+        *failover_wait* seconds.
         """
         assert self._pace is not None
-        wait = self._pace.delay()
-        end = self._clock() + wait
-        for waiter in self._waiting:
-            late = waiter.until < end or (waiter.elsewhere and wait > worth)
-            if late and not waiter.turn.done():
-                self._refused += 1
-                waiter.turn.set_exception(self._paced(wait))
+        delay = self._pace.delay()
+        earliest_start = self._clock() + delay
+        for waiter in self._queue:
+            if waiter.deadline < earliest_start or (
+                waiter.may_fail_over and delay > failover_wait
+            ):
+                self._refuse(waiter, lambda: self._pace_error(delay))
 
-    def close(self, why: Callable[[], AioserverError]) -> None:
-        """Refuse everybody who waits, and everybody who comes, each with an error of its own."""
-        self._closed = why
-        self.turn_away(why)
-        if self._starter is not None:
-            self._starter.cancel()
+    def close(self, error: Callable[[], AioserverError]) -> None:
+        """Refuse every waiter and every newcomer, each with an error of its own."""
+        self._closed = error
+        self.refuse_waiting(error)
+        if self._pace_timer is not None:
+            self._pace_timer.cancel()
 
     def retry_after(self) -> float:
-        """Seconds until a place may be free for one more, with jitter so that not all come at once."""
+        """Return the seconds until one more request may find a place.
+
+        They have jitter, so that the refused clients do not all come back at once.
+        """
         low, high = RETRY_AFTER
-        estimate = self._eta(len(self._waiting) + 1)
+        estimate = self._eta(len(self._queue) + 1)
         return min(high, max(low, estimate) * random.uniform(1.0, 1.5))  # noqa: S311 - jitter
 
     def stats(self) -> GateStats:
-        """The state now."""
-        oldest = min((waiter.since for waiter in self._waiting.heads()), default=None)
+        """Return a snapshot."""
+        oldest = min((waiter.arrived for waiter in self._queue.heads()), default=None)
         return GateStats(
             inside=self._inside,
             limit=self._limit,
-            waiting=len(self._waiting),
+            waiting=len(self._queue),
             queue_size=self._queue_size,
             oldest_wait=0.0 if oldest is None else self._clock() - oldest,
             entered=self._entered,
@@ -312,7 +351,8 @@ class Gate:
             self._full_since = self._clock()
 
     def _leave(self) -> None:
-        if self._inside >= self._limit:  # else nobody has to wait for it
+        # Below the limit nobody had to wait for this place: its interval tells nothing.
+        if self._inside >= self._limit:
             now = self._clock()
             self._interval += SMOOTHING * (min(60.0, now - self._full_since) - self._interval)
             self._full_since = now
@@ -320,35 +360,43 @@ class Gate:
         self.serve()
 
     def _hand_over(self) -> None:
-        """Give one place, counted already, to the next; nobody there: it is free."""
-        waiter = self._waiting.pop(lambda one: one.turn.done())
+        """Hand a place, which is counted already, to the next waiter; free it if there is none."""
+        waiter = self._queue.pop(_settled)
         if waiter is None:
             self._inside -= 1
             return
         self._entered += 1
         if self._pace is not None:
             self._pace.start(waiter.cost)
-        waiter.turn.set_result(Place(self))
+        waiter.place.set_result(Place(self))
+
+    def _refuse(self, waiter: _Waiter, error: Callable[[], AioserverError]) -> None:
+        if not waiter.place.done():
+            self._refused += 1
+            waiter.place.set_exception(error())
 
     def _eta(self, position: int) -> float:
-        """Seconds until who stands at *position* starts, about."""
-        places = position * self._interval if self._inside >= self._limit else 0.0
-        return places if self._pace is None else max(places, self._pace.delay(position - 1))
+        """Estimate the seconds until the request at *position* starts."""
+        wait = position * self._interval if self._inside >= self._limit else 0.0
+        return wait if self._pace is None else max(wait, self._pace.delay(position - 1))
 
-    def _tell_one(self, waiter: _Waiter, *, again: bool) -> None:
-        caller, line = waiter.caller, waiter.line
-        number = 1 if again else self._waiting.count(caller, line)
-        position = self._waiting.position(caller, line, number)
-        waiter.tell(position, self._eta(position))
-        if self._teller is None:
-            self._teller = asyncio.get_running_loop().call_later(TELL_EVERY, self._tell)
+    def _report_first(self, waiter: _Waiter, *, at_front: bool) -> None:
+        """Report the position of a new *waiter*, and start the reports to all."""
+        caller, flow = waiter.caller, waiter.flow
+        number = 1 if at_front else self._queue.count(caller, flow)
+        position = self._queue.position(caller, flow, number)
+        waiter.report(position, self._eta(position))
+        if self._position_timer is None:
+            loop = asyncio.get_running_loop()
+            self._position_timer = loop.call_later(POSITION_INTERVAL, self._report_positions)
 
-    def _tell(self) -> None:
-        self._teller = None
+    def _report_positions(self) -> None:
+        self._position_timer = None
         listeners = False
-        waiting = [waiter for waiter in self._waiting if not waiter.turn.done()]
+        waiting = [waiter for waiter in self._queue if not waiter.place.done()]
         for position, waiter in enumerate(waiting, 1):
-            listeners = listeners or waiter.told is not None
-            waiter.tell(position, self._eta(position))
+            listeners = listeners or waiter.on_position is not None
+            waiter.report(position, self._eta(position))
         if listeners:
-            self._teller = asyncio.get_running_loop().call_later(TELL_EVERY, self._tell)
+            loop = asyncio.get_running_loop()
+            self._position_timer = loop.call_later(POSITION_INTERVAL, self._report_positions)

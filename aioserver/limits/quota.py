@@ -29,7 +29,7 @@ ROUNDING = 1e-9  # of a minute's worth of additions
 REVOKED = "this API key is no longer valid"
 
 
-class Allowance:
+class Quota:
     """The counts of one key; they outlive a change of its limits.
 
     Always: `running` answers were taken and not given back; in any span of t seconds at most

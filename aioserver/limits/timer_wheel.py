@@ -23,7 +23,7 @@ class Member(Protocol):
         """Do what is due; returns seconds until the next visit, None for no more."""
 
 
-class Wheel:
+class TimerWheel:
     """Visits its members when they asked for it, at most one *grain* (in seconds) late.
 
     Always: a member is in one bucket at most; a timer is set while there is a member.

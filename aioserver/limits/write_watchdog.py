@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 LOOKS = 4  # per timeout: the alarm comes at most a quarter of it late
 
 
-class StallWatch:
+class WriteWatchdog:
     """Calls *alarm* once when the buffer of *transport* has not shrunk for *timeout* seconds.
 
     Always: nothing is written to the transport while it is watched; the watch ends by itself when

@@ -17,7 +17,7 @@ would hand them to the next request as its answer. The connector's own proxy han
 still uses aiohttp's parser; it runs before any exchange and is passed to the base class.
 
 Timeouts: each read within `read_timeout` of the last, by one lazy timer a connection that looks at
-the time of the last byte; each write that makes no progress within `write_timeout`, by a StallWatch.
+the time of the last byte; each write that makes no progress within `write_timeout`, by a WriteWatchdog.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 
 from aiohttp.client_proto import ResponseHandler
 
-from aioserver.limits.write_watchdog import StallWatch
+from aioserver.limits.write_watchdog import WriteWatchdog
 from aioserver.provider_errors import (
     ProviderDisconnected,
     ReadTimeout,
@@ -264,7 +264,7 @@ class Exchange:
 
     async def _drained(self) -> None:
         """Wait until the transport takes more, or all is over."""
-        watch = StallWatch(self._loop, self._transport, self._write_timeout, self._stuck)
+        watch = WriteWatchdog(self._loop, self._transport, self._write_timeout, self._stuck)
         try:
             while self._protocol.writing_paused and not self._done.done():
                 self._protocol.resumed = resumed = self._loop.create_future()

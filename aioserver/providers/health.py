@@ -75,8 +75,8 @@ class Health:
             self.breaker.ended(trial=trial, failed=False)
             return False
         failed = flag = None
-        if isinstance(exc, ProviderFault) and exc.attempt:
-            failed = True if exc.failure else None
+        if isinstance(exc, ProviderFault) and exc.attempt_outcome:
+            failed = True if exc.breaker_failure else None
             about_request = isinstance(exc, ProviderForbidden) and self._trusted
             flag = isinstance(exc, KEY_FAULTS) and not about_request
         if flag:

@@ -135,8 +135,10 @@ def connections(limits: HttpClient) -> Gate:
         limits.max_connections,
         queue_size=UNBOUNDED,  # bounded by the provider's queue in front
         queue_timeout=limits.pool_timeout,
-        full=lambda wait: PoolTimeout("no free connection", retry_after=wait),
-        late=lambda wait: PoolTimeout("no free connection within pool_timeout", retry_after=wait),
+        full_error=lambda wait: PoolTimeout("no free connection", retry_after=wait),
+        timeout_error=lambda wait: PoolTimeout(
+            "no free connection within pool_timeout", retry_after=wait
+        ),
     )
 
 

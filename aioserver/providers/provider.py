@@ -144,7 +144,9 @@ class Provider:
         except BaseException as exc:
             ended_by = exc
             self._pools.pool.trim()  # a connection may have been kept for this request
-            if isinstance(exc, ProviderRateLimited) and exc.attempt:  # else our own pace said it
+            if (
+                isinstance(exc, ProviderRateLimited) and exc.attempt_outcome
+            ):  # else our own pace said it
                 self._rest(attempt, exc)
             raise
         finally:
@@ -161,7 +163,7 @@ class Provider:
         if self._outdated(attempt):
             return
         if self._pace.heed(attempt.headers) and self._gate.waiting:
-            self._gate.rest(WORTH_WAITING)
+            self._gate.refuse_late(WORTH_WAITING)
         if attempt.trial and 200 <= attempt.status < 300:
             self._health.breaker.answered(trial=True)
             attempt.trial = False
@@ -192,7 +194,7 @@ class Provider:
         """It is taken out of the configuration: nobody comes in, what is under way ends in peace."""
         self._left = asyncio.Event()
         self._health.leave()
-        self._gate.turn_away(self._health.left_alone)
+        self._gate.refuse_waiting(self._health.left_alone)
         if not self._gate.inside:
             self._left.set()
 
@@ -253,10 +255,10 @@ class Provider:
                 caller.turn,
                 caller.line,
                 weight=caller.priority,
-                told=attempt.queued if shown else None,
-                within=max(0.0, self.settings.http_client.queue_timeout - attempt.waited),
-                again=attempt.retry,
-                elsewhere=attempt.fallback,
+                on_position=attempt.queued if shown else None,
+                timeout=max(0.0, self.settings.http_client.queue_timeout - attempt.waited),
+                at_front=attempt.retry,
+                may_fail_over=attempt.fallback,
                 cost=cost,
             )
         finally:
@@ -278,7 +280,7 @@ class Provider:
         """Leave the provider alone for as long as it wants: it said that we ask too much."""
         if not self._outdated(attempt):
             self._pace.cool_down(limited.retry_after or 0.0)
-            self._gate.rest(WORTH_WAITING)
+            self._gate.refuse_late(WORTH_WAITING)
 
     def _ended(self, attempt: Attempt, exc: BaseException | None) -> None:
         """Count an attempt that has ended, well or with *exc*, and learn from it."""
@@ -292,12 +294,12 @@ class Provider:
         if exc is None:
             attempts["ok"].value += 1
         elif isinstance(exc, ProviderFault):
-            if exc.attempt:
-                attempts[exc.attempt].value += 1
+            if exc.attempt_outcome:
+                attempts[exc.attempt_outcome].value += 1
         elif isinstance(exc, asyncio.CancelledError) and attempt.request.record.sent:
             attempts["cancelled"].value += 1
         if self._health.ended(exc, trial=trial, outdated=outdated):
-            self._gate.turn_away(self._health.left_alone)
+            self._gate.refuse_waiting(self._health.left_alone)
 
     def _charge(self, attempt: Attempt, exc: BaseException | None) -> None:
         """Correct what *attempt* was expected to cost by what it did, as far as that is known."""

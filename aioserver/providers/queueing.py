@@ -25,14 +25,14 @@ class Line(Gate):
             limits.concurrent_requests,
             queue_size=limits.queue_size,
             queue_timeout=limits.queue_timeout,
-            full=lambda wait: ProviderQueueFull(
+            full_error=lambda wait: ProviderQueueFull(
                 f"{self._limits.queue_size} requests wait for {name} already", retry_after=wait
             ),
-            late=lambda wait: ProviderQueueTimeout(
+            timeout_error=lambda wait: ProviderQueueTimeout(
                 f"no place at {name} within {self._limits.queue_timeout} s", retry_after=wait
             ),
             pace=self.pace,
-            paced=self.too_soon,
+            pace_error=self.too_soon,
         )
 
     def too_soon(self, wait: float) -> ProviderPaced:

@@ -25,7 +25,7 @@ from aioserver.faces.admission import Admission, counted
 from aioserver.gateway.conversations import Conversations
 from aioserver.gateway.gateway import Gateway, stopping
 from aioserver.gateway.router import Router
-from aioserver.limits.timer_wheel import Wheel
+from aioserver.limits.timer_wheel import TimerWheel
 from aioserver.monitoring import prometheus
 from aioserver.monitoring.monitor import Monitor
 from aioserver.providers.registry import Roster
@@ -149,7 +149,7 @@ async def _owners(app: web.Application) -> AsyncIterator[None]:
         stack.push_async_callback(gateway.close)
         app[context.OUTBOX] = Outbox(asyncio.get_running_loop())
         grain = min(1.0, chat.websocket.ping_interval / WHEEL_GRAIN)
-        app[context.WHEEL] = wheel = Wheel(asyncio.get_running_loop(), grain)
+        app[context.WHEEL] = wheel = TimerWheel(asyncio.get_running_loop(), grain)
         stack.callback(wheel.close)
         app[context.MONITOR] = monitor = Monitor(app)
         stack.callback(monitor.close)

@@ -27,7 +27,7 @@ from time import monotonic
 from typing import TYPE_CHECKING
 
 from aioserver.errors import ResumeGap
-from aioserver.limits.write_watchdog import StallWatch
+from aioserver.limits.write_watchdog import WriteWatchdog
 from aioserver.streams.cursor import Cursor
 from aioserver.streams.fast_path import Client, FastPath, Outbox, TextPath
 
@@ -78,7 +78,7 @@ class Writer:
         self._control: list[bytes] = []
         self._scheduled: asyncio.Handle | None = None
         self._draining: asyncio.Task[None] | None = None
-        self._watch: StallWatch | None = None
+        self._watch: WriteWatchdog | None = None
         self._blocked_at = self._blocked_until = 0.0  # monotonic
         self._closed = False
         self._path: FastPath | None = None
@@ -291,7 +291,7 @@ class Writer:
             and not _kernel_watches(self._transport)
         ):
             # Not left to close(): it waits for ever for a peer that does not read.
-            StallWatch(self._loop, self._transport, self._send_timeout, self._transport.abort)
+            WriteWatchdog(self._loop, self._transport, self._send_timeout, self._transport.abort)
 
     def _schedule(self) -> None:
         if self._scheduled is None:
@@ -328,7 +328,7 @@ class Writer:
             return
         self._blocked_at = monotonic()
         self._draining = self._loop.create_task(self._unblock())
-        self._watch = StallWatch(
+        self._watch = WriteWatchdog(
             self._loop,
             self._transport,
             self._send_timeout,

@@ -226,7 +226,7 @@ def test_a_key_is_its_caller_made_once() -> None:
     assert (app.name, app.priority, app.admin) == ("app", 1, False)
     assert web != app
     assert keys.caller(b"key of web") is web
-    assert web.on_behalf_of("ann").allowance is web.allowance
+    assert web.on_behalf_of("ann").quota is web.quota
 
 
 @pytest.mark.parametrize("key", [b"", b"key of we", b"key of web ", b"KEY OF WEB", b"\xff" * 99])
@@ -249,8 +249,8 @@ def test_its_hash_is_no_key() -> None:
 def test_a_change_tells_whose_key_is_gone_or_another() -> None:
     keys = held(client("stays"), client("goes"), client("turns"))
     stays, goes, turns = (keys.caller(f"key of {n}".encode()) for n in ("stays", "goes", "turns"))
-    assert stays.allowance is not None
-    stays.allowance.take()
+    assert stays.quota is not None
+    stays.quota.take()
 
     gone = keys.apply([client("new"), client("turns", "other"), client("stays", max_concurrent=1)])
 
@@ -265,10 +265,10 @@ def test_a_change_tells_whose_key_is_gone_or_another() -> None:
     assert keys.renewed(turns) is None, "of the same name, and another key"
     assert keys.renewed(stays) is keys.caller(b"key of stays")
     with pytest.raises(ConcurrencyExceeded):
-        keys.caller(b"key of stays").allowance.take()  # type: ignore[union-attr]
+        keys.caller(b"key of stays").quota.take()  # type: ignore[union-attr]
     for caller in (goes, turns):
         with pytest.raises(InvalidApiKey):
-            caller.allowance.take()  # type: ignore[union-attr]
+            caller.quota.take()  # type: ignore[union-attr]
 
 
 # Sessions.

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from aiohttp import ClientResponse, ClientWebSocketResponse
 
-    from aioserver.limits.quota import Allowance
+    from aioserver.limits.quota import Quota
     from tests.support.server import House
 
     Make = Callable[..., Awaitable[House]]
@@ -42,8 +42,8 @@ OPENAI = ("stream", "whole", "idempotent", "stored")
 FACES = ("websocket", "sse", *OPENAI)
 
 
-def allowance(house: House, name: str = "web") -> Allowance:
-    found: Allowance | None = house.app[context.DOORS].keys.caller(key_of(name).encode()).allowance
+def quota(house: House, name: str = "web") -> Quota:
+    found: Quota | None = house.app[context.DOORS].keys.caller(key_of(name).encode()).quota
     assert found is not None
     return found
 
@@ -132,7 +132,7 @@ async def test_a_key_has_a_minutes_worth(make_house: Make, face: str) -> None:
                 )
         async with client(house, face, "app") as app:
             assert await app.ask() == ("", None)
-    await until(lambda: allowance(house).running == 0)
+    await until(lambda: quota(house).running == 0)
     assert house.app[context.METRICS].rejections["rate_limit_exceeded"].value == 1 + len(FACES)
 
 
@@ -151,19 +151,19 @@ async def test_a_key_has_so_many_answers_at_once(make_house: Make, face: str) ->
         asyncio.TaskGroup() as group,
     ):
         tasks = [group.create_task(each.ask()) for each in (one, two)]
-        await until(lambda: allowance(house).running == 2)
+        await until(lambda: quota(house).running == 2)
         for other in FACES:
             async with client(house, other) as third:
                 assert await third.ask() == ("concurrency_exceeded", 1.0)
         async with client(house, face, "app") as app:
             task = group.create_task(app.ask())
-            await until(lambda: allowance(house, "app").running == 1)
+            await until(lambda: quota(house, "app").running == 1)
             task.cancel()
         await until(lambda: house.provider.stats().queue.waiting == 1)
-        assert allowance(house).running == 2
+        assert quota(house).running == 2
         for task in tasks:
             task.cancel()  # its client leaves
-    await until(lambda: allowance(house).running == 0, state=house.held)
+    await until(lambda: quota(house).running == 0, state=house.held)
 
 
 async def ended_by_cancel(house: House) -> None:
@@ -199,12 +199,12 @@ async def ended_by_leaving_openai(house: House) -> None:
             house.session.post(f"{house.v1}/chat/completions", json=body, headers=bearer("web"))
         )
         await until(lambda: house.simulator.stats().requests > before)  # noqa: B023 - awaited here
-        await until(lambda: allowance(house).running == 1)
+        await until(lambda: quota(house).running == 1)
         if streamed:
             (await task).close()
         else:
             task.cancel()
-        await until(lambda: allowance(house).running == 0)
+        await until(lambda: quota(house).running == 0)
 
 
 async def ended_by_the_server(house: House) -> None:
@@ -231,7 +231,7 @@ async def test_however_an_answer_ends_its_place_is_back(
 
     await end(house)
 
-    await until(lambda: allowance(house).running == 0)
+    await until(lambda: quota(house).running == 0)
 
 
 async def test_a_provider_that_fails_gives_the_place_back(make_house: Make) -> None:
@@ -250,7 +250,7 @@ async def test_a_provider_that_fails_gives_the_place_back(make_house: Make) -> N
             url = house.sse if face == "sse" else f"{house.v1}/chat/completions"
             async with house.session.post(url, json=body, headers=bearer("web")) as response:
                 await response.read()
-        await until(lambda: allowance(house).running == 0)
+        await until(lambda: quota(house).running == 0)
 
 
 async def test_what_is_never_asked_is_not_counted(make_house: Make) -> None:
@@ -283,7 +283,7 @@ async def test_a_full_store_counts_for_nothing(make_house: Make) -> None:
         for number in range(3):
             await ws.send_json(chat(f"n{number}"))
             assert (await to_end(ws))[-1]["chunk"]["code"] == "server_at_capacity"
-        assert allowance(house).running == 0
+        assert quota(house).running == 0
         await other.send_json(cancel("fills"))
         await until_status(other, "cancelled")
         await ws.send_json(chat("now"))

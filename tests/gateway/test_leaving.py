@@ -47,8 +47,8 @@ class Fake:
             PLACES,
             queue_size=1000,
             queue_timeout=60.0,
-            full=lambda wait: ProviderQueueFull("full", retry_after=wait),
-            late=lambda wait: ProviderQueueTimeout("late", retry_after=wait),
+            full_error=lambda wait: ProviderQueueFull("full", retry_after=wait),
+            timeout_error=lambda wait: ProviderQueueTimeout("late", retry_after=wait),
         )
         self._dice = dice
 
@@ -61,7 +61,7 @@ class Fake:
         if (place := self.gate.try_enter()) is None:
             self.on_wait(self.name)
             place = await self.gate.enter(
-                request.caller.name, request.caller.line, told=attempt.queued
+                request.caller.name, request.caller.line, on_position=attempt.queued
             )
         with place:
             assert self.gate.inside <= PLACES

@@ -1,4 +1,4 @@
-"""Turns: what start-time fair queueing promises, and that positions are those of the order."""
+"""FairQueue: what start-time fair queueing promises, and that positions are those of the order."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from typing import Any
 
 import pytest
 
-from aioserver.limits.fair_queue import MAX_WEIGHT, SPARE, TURN, Turns
+from aioserver.limits.fair_queue import LENGTH, MAX_STALE, MAX_WEIGHT, FairQueue
 
 
 def alive(_one: object) -> bool:
     return False
 
 
-def drained(turns: Turns[Any]) -> list[Any]:
+def drained(turns: FairQueue[Any]) -> list[Any]:
     return [turns.pop(alive) for _ in range(len(turns))]
 
 
-def filled(*names: str, weights: dict[str, int] | None = None) -> Turns[str]:
+def filled(*names: str, weights: dict[str, int] | None = None) -> FairQueue[str]:
     """Each waits as its first letter's caller, in its only line."""
-    turns: Turns[str] = Turns()
+    turns: FairQueue[str] = FairQueue()
     for name in names:
         turns.add(name, name[0], "", (weights or {}).get(name[0], 1))
     return turns
 
 
 def test_a_turn_is_whole_for_every_weight() -> None:
-    assert not any(TURN % weight for weight in range(1, MAX_WEIGHT + 1))
+    assert not any(LENGTH % weight for weight in range(1, MAX_WEIGHT + 1))
 
 
 def test_callers_of_one_weight_take_turns() -> None:
@@ -65,7 +65,7 @@ def test_a_weight_that_has_changed_holds_for_those_who_wait() -> None:
 
 
 def test_the_lines_of_a_caller_share_what_it_has() -> None:
-    turns: Turns[str] = Turns()
+    turns: FairQueue[str] = FairQueue()
     for name in ("ann1", "ann2", "ann3", "bob1"):
         turns.add(name, "web", name[:3])
     for name in ("x1", "x2", "x3", "x4"):
@@ -96,11 +96,11 @@ def test_who_comes_late_has_no_turns_in_store() -> None:
 
 
 def test_one_that_comes_again_is_its_callers_next() -> None:
-    turns: Turns[str] = Turns()
+    turns: FairQueue[str] = FairQueue()
     for name, line in (("ann1", "ann"), ("bob1", "bob"), ("bob2", "bob")):
         turns.add(name, "web", line)
 
-    turns.add("bob again", "web", "bob", first=True)
+    turns.add("bob again", "web", "bob", at_front=True)
 
     assert list(turns) == ["bob again", "ann1", "bob1", "bob2"]
     assert turns.position("web", "bob", 1) == 1
@@ -116,15 +116,15 @@ def test_who_is_gone_costs_its_caller_no_turn() -> None:
 
 
 def test_what_left_is_forgotten() -> None:
-    turns: Turns[int] = Turns()
+    turns: FairQueue[int] = FairQueue()
     turns.add(-1, "stays", "")
-    for number in range(10 * SPARE):
+    for number in range(10 * MAX_STALE):
         turns.add(number, f"caller {number}", "")
         assert turns.remove(number, f"caller {number}", "")
         assert not turns.remove(number, f"caller {number}", "")
 
-    assert len(turns._heap) <= SPARE + 3
-    assert len(turns._ended) <= SPARE + 2
+    assert len(turns._heap) <= MAX_STALE + 3
+    assert len(turns._ended) <= MAX_STALE + 2
     assert turns.pop(alive) == -1
     assert not turns._heap
     assert not turns._ended
@@ -135,7 +135,7 @@ def test_nobody_gets_more_than_its_share_by_more_than_a_turn(run: int) -> None:
     """Theorem 1 of the paper: |W_f / r_f - W_m / r_m| <= l / r_f + l / r_m while both wait."""
     dice = random.Random(run)
     weights = {f"caller {n}": dice.randint(1, MAX_WEIGHT) for n in range(dice.randint(2, 6))}
-    turns: Turns[str] = Turns()
+    turns: FairQueue[str] = FairQueue()
     for caller, weight in weights.items():
         for _ in range(200):
             turns.add(caller, caller, dice.randrange(3), weight)
@@ -162,7 +162,7 @@ def test_nobody_gets_more_than_its_share_by_more_than_a_turn(run: int) -> None:
 @pytest.mark.parametrize("run", range(40))
 def test_positions_and_the_order_are_those_in_which_they_are_served(run: int) -> None:
     dice = random.Random(run)
-    turns: Turns[tuple[int, str, int]] = Turns()
+    turns: FairQueue[tuple[int, str, int]] = FairQueue()
     weights = {caller: dice.randint(1, MAX_WEIGHT) for caller in "abcde"}
     waiting: list[tuple[int, str, int]] = []
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from aioserver.errors import AioserverError, ServerAtCapacity, ServerShutdown
-from aioserver.limits.gate import TELL_EVERY, Gate, Place
+from aioserver.limits.gate import POSITION_INTERVAL, Gate, Place
 from tests.support.server import until
 
 if TYPE_CHECKING:
@@ -30,8 +30,8 @@ def gate_of(
         limit,
         queue_size=queue_size,
         queue_timeout=queue_timeout,
-        full=lambda wait: ServerAtCapacity(FULL, retry_after=wait),
-        late=lambda wait: ServerAtCapacity(LATE, retry_after=wait),
+        full_error=lambda wait: ServerAtCapacity(FULL, retry_after=wait),
+        timeout_error=lambda wait: ServerAtCapacity(LATE, retry_after=wait),
         clock=clock or time.monotonic,
     )
 
@@ -520,7 +520,7 @@ async def test_a_newcomer_hears_its_position_at_once() -> None:
     tasks = []
     # In the order of serving: a1 b1 c1 a2 b2 a3.
     for caller in "abbaca":
-        tasks.append(asyncio.create_task(gate.enter(caller, told=hearing(heard))))
+        tasks.append(asyncio.create_task(gate.enter(caller, on_position=hearing(heard))))
         await ticks()
 
     assert heard == [1, 2, 3, 3, 3, 6]
@@ -535,11 +535,11 @@ async def test_positions_are_right_after_leavers_in_the_middle() -> None:
     heard: dict[int, list[int]] = {number: [] for number in range(5)}
     tasks = []
     for positions in heard.values():
-        tasks.append(asyncio.create_task(gate.enter(told=hearing(positions))))
+        tasks.append(asyncio.create_task(gate.enter(on_position=hearing(positions))))
         await ticks()
 
     await given_up(tasks[1], tasks[2])
-    await until(lambda: len(heard[4]) > 1, TELL_EVERY * 5)
+    await until(lambda: len(heard[4]) > 1, POSITION_INTERVAL * 5)
 
     assert heard == {0: [1], 1: [2], 2: [3], 3: [4, 2], 4: [5, 3]}  # told only what is new
     await given_up(*tasks)
@@ -554,7 +554,7 @@ async def test_who_cannot_be_told_does_not_stay_in_the_line() -> None:
         raise ConnectionResetError
 
     with pytest.raises(ConnectionResetError):
-        await gate.enter(told=told)
+        await gate.enter(on_position=told)
 
     assert gate.waiting == 0
     place.release()
@@ -626,7 +626,9 @@ async def test_random_steps_agree_with_the_model(run: int) -> None:
             case "enter":
                 caller = dice.choice("abcd")
                 heard: list[int] = []
-                tasks[name] = asyncio.create_task(gate.enter("", caller, told=hearing(heard)))
+                tasks[name] = asyncio.create_task(
+                    gate.enter("", caller, on_position=hearing(heard))
+                )
                 if not model.enter(caller, name):
                     with pytest.raises(ServerAtCapacity, match=FULL):
                         await tasks.pop(name)
@@ -739,10 +741,10 @@ def paced_gate(pace: Steps, limit: int = 10, *, queue_timeout: float = 30.0) -> 
         limit,
         queue_size=100,
         queue_timeout=queue_timeout,
-        full=lambda wait: ServerAtCapacity(FULL, retry_after=wait),
-        late=lambda wait: ServerAtCapacity(LATE, retry_after=wait),
+        full_error=lambda wait: ServerAtCapacity(FULL, retry_after=wait),
+        timeout_error=lambda wait: ServerAtCapacity(LATE, retry_after=wait),
         pace=pace,
-        paced=lambda wait: ServerAtCapacity(PACED, retry_after=wait),
+        pace_error=lambda wait: ServerAtCapacity(PACED, retry_after=wait),
     )
 
 
@@ -822,17 +824,17 @@ async def test_a_rest_of_the_pace_tells_those_whom_it_makes_too_late() -> None:
     pace = Steps()
     gate = paced_gate(pace, queue_timeout=30.0)
     patient = await waiting(gate)
-    hasty = asyncio.create_task(gate.enter(within=5.0))
-    other = asyncio.create_task(gate.enter(elsewhere=True))
+    hasty = asyncio.create_task(gate.enter(timeout=5.0))
+    other = asyncio.create_task(gate.enter(may_fail_over=True))
     await until(lambda: gate.waiting == 3)
 
     pace.delay = lambda ahead=0: 10.0 + ahead  # type: ignore[method-assign]
-    gate.rest(worth=20.0)  # not so long that one goes elsewhere
+    gate.refuse_late(failover_wait=20.0)  # not so long that one goes elsewhere
     with pytest.raises(ServerAtCapacity, match=PACED) as told:
         await hasty
     assert told.value.retry_after == 10.0
     assert (other.done(), gate.waiting, gate.stats().refused) == (False, 2, 1)
-    gate.rest(worth=1.0)
+    gate.refuse_late(failover_wait=1.0)
     with pytest.raises(ServerAtCapacity, match=PACED):
         await other
 
@@ -846,7 +848,7 @@ async def test_who_comes_again_stands_in_front_of_its_caller() -> None:
     order: list[str] = []
 
     async def one(name: str, *, again: bool = False) -> None:
-        with await gate.enter("caller", again=again):
+        with await gate.enter("caller", at_front=again):
             order.append(name)
 
     async with asyncio.TaskGroup() as group:
@@ -868,7 +870,7 @@ async def test_who_comes_again_is_not_too_late_because_of_its_callers_others() -
     others = [asyncio.create_task(gate.enter("a", line)) for line in range(90)]
     await until(lambda: gate.waiting == len(others))
 
-    again = asyncio.create_task(gate.enter("a", "again", again=True, within=0.4))
+    again = asyncio.create_task(gate.enter("a", "again", at_front=True, timeout=0.4))
     await until(lambda: again.done() or gate.waiting == len(others) + 1)
     pace.free = 1
     gate.serve()
@@ -882,9 +884,9 @@ async def test_a_shorter_patience_than_the_queues() -> None:
     gate = gate_of(queue_timeout=30.0)
     with await gate.enter():
         with pytest.raises(ServerAtCapacity, match=LATE):
-            await gate.enter(within=0.01)
+            await gate.enter(timeout=0.01)
         with pytest.raises(ServerAtCapacity, match=LATE):
-            await gate.enter(within=0.0)  # it has had its time elsewhere
+            await gate.enter(timeout=0.0)  # it has had its time elsewhere
     assert gate.waiting == 0
 
 
@@ -959,7 +961,7 @@ async def test_who_waits_can_be_turned_away_and_others_may_come() -> None:
     waiters = [await waiting(gate, name) for name in "aab"]
     number = iter(range(9))
 
-    gate.turn_away(lambda: ServerAtCapacity(f"away {next(number)}"))
+    gate.refuse_waiting(lambda: ServerAtCapacity(f"away {next(number)}"))
     done = await asyncio.gather(*waiters, return_exceptions=True)
 
     assert sorted(str(one) for one in done) == ["away 0", "away 1", "away 2"]

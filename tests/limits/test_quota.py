@@ -13,7 +13,7 @@ from aioserver.errors import (
     PermissionDenied,
     RateLimitExceeded,
 )
-from aioserver.limits.quota import MINUTE, Allowance
+from aioserver.limits.quota import MINUTE, Quota
 
 
 class FakeClock:
@@ -30,7 +30,7 @@ def clock() -> FakeClock:
 
 
 def test_so_many_at_once_and_no_more(clock: FakeClock) -> None:
-    one = Allowance(2, 1000, clock)
+    one = Quota(2, 1000, clock)
     one.take()
     one.take()
 
@@ -44,7 +44,7 @@ def test_so_many_at_once_and_no_more(clock: FakeClock) -> None:
 
 
 def test_a_minutes_worth_after_a_rest_then_evenly(clock: FakeClock) -> None:
-    one = Allowance(1000, 6, clock)
+    one = Quota(1000, 6, clock)
     for _ in range(6):
         one.take()
 
@@ -64,7 +64,7 @@ def test_a_minutes_worth_after_a_rest_then_evenly(clock: FakeClock) -> None:
 
 
 def test_who_has_too_many_running_spends_nothing_of_the_minute(clock: FakeClock) -> None:
-    one = Allowance(1, 2, clock)
+    one = Quota(1, 2, clock)
     one.take()
     for _ in range(5):
         with pytest.raises(ConcurrencyExceeded):
@@ -77,7 +77,7 @@ def test_who_has_too_many_running_spends_nothing_of_the_minute(clock: FakeClock)
 
 
 def test_an_answer_that_never_began_counts_for_nothing(clock: FakeClock) -> None:
-    one = Allowance(1, 1, clock)
+    one = Quota(1, 1, clock)
     for _ in range(3):
         one.take()
         one.give_back(unused=True)
@@ -89,7 +89,7 @@ def test_an_answer_that_never_began_counts_for_nothing(clock: FakeClock) -> None
 
 
 def test_limits_change_in_place(clock: FakeClock) -> None:
-    one = Allowance(3, 3, clock)
+    one = Quota(3, 3, clock)
     for _ in range(3):
         one.take()
 
@@ -112,7 +112,7 @@ def test_limits_change_in_place(clock: FakeClock) -> None:
 def test_in_no_span_begin_more_than_its_share_and_a_minutes(seed: int, clock: FakeClock) -> None:
     chance = random.Random(seed)
     per_minute = chance.choice([1, 7, 60, 300])
-    one = Allowance(10**6, per_minute, clock)
+    one = Quota(10**6, per_minute, clock)
     begun: list[float] = []
     for _ in range(2000):
         clock.now += chance.expovariate(per_minute / 20)
@@ -133,7 +133,7 @@ def test_in_no_span_begin_more_than_its_share_and_a_minutes(seed: int, clock: Fa
 
 
 def test_a_revoked_one_gives_nothing(clock: FakeClock) -> None:
-    one = Allowance(5, 5, clock)
+    one = Quota(5, 5, clock)
     one.take()
 
     one.revoke()
@@ -145,7 +145,7 @@ def test_a_revoked_one_gives_nothing(clock: FakeClock) -> None:
 
 
 async def test_a_revocation_ends_what_is_held_for_the_key() -> None:
-    one, never = Allowance(5, 5), asyncio.Event()
+    one, never = Quota(5, 5), asyncio.Event()
 
     async def answer() -> None:
         with one.used():
@@ -162,7 +162,7 @@ async def test_a_revocation_ends_what_is_held_for_the_key() -> None:
 
 
 async def test_who_is_demoted_and_revoked_at_once_ends_once() -> None:
-    one, never = Allowance(5, 5), asyncio.Event()
+    one, never = Quota(5, 5), asyncio.Event()
 
     async def watch(*, admin: bool) -> None:
         with one.held(admin=admin):
@@ -180,7 +180,7 @@ async def test_who_is_demoted_and_revoked_at_once_ends_once() -> None:
 
 
 async def test_a_client_that_leaves_in_the_same_moment_has_left() -> None:
-    one, never = Allowance(5, 5), asyncio.Event()
+    one, never = Quota(5, 5), asyncio.Event()
 
     async def answer() -> None:
         with one.used():
@@ -197,7 +197,7 @@ async def test_a_client_that_leaves_in_the_same_moment_has_left() -> None:
 
 
 async def test_what_is_cancelled_or_fails_is_given_back() -> None:
-    one, never = Allowance(5, 50), asyncio.Event()
+    one, never = Quota(5, 50), asyncio.Event()
 
     async def answer(fault: Exception | None) -> None:
         with one.used():

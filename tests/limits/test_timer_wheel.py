@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
-from aioserver.limits.timer_wheel import Wheel
+from aioserver.limits.timer_wheel import TimerWheel
 from tests.support.server import until
 
 if TYPE_CHECKING:
@@ -89,12 +89,14 @@ def clock() -> Clockwork:
 
 
 @pytest.fixture
-def wheel(clock: Clockwork) -> Wheel:
-    return Wheel(clock.loop, GRAIN)
+def wheel(clock: Clockwork) -> TimerWheel:
+    return TimerWheel(clock.loop, GRAIN)
 
 
 @pytest.mark.parametrize("delay", [0.0, 0.1, 0.5, 0.74, 20.0, 1e6])
-def test_a_visit_is_at_most_one_grain_late(clock: Clockwork, wheel: Wheel, delay: float) -> None:
+def test_a_visit_is_at_most_one_grain_late(
+    clock: Clockwork, wheel: TimerWheel, delay: float
+) -> None:
     clock.now += 0.3
     member = Visited()
     due = clock.now + delay
@@ -108,7 +110,7 @@ def test_a_visit_is_at_most_one_grain_late(clock: Clockwork, wheel: Wheel, delay
     assert clock.pending == 0
 
 
-def test_a_member_comes_again_as_often_as_it_asks(clock: Clockwork, wheel: Wheel) -> None:
+def test_a_member_comes_again_as_often_as_it_asks(clock: Clockwork, wheel: TimerWheel) -> None:
     member = Visited(2.0)
     wheel.add(member, 2.0)
 
@@ -123,7 +125,7 @@ def test_a_member_comes_again_as_often_as_it_asks(clock: Clockwork, wheel: Wheel
     assert clock.pending == 0
 
 
-def test_a_member_that_asks_for_no_pause_gets_one(clock: Clockwork, wheel: Wheel) -> None:
+def test_a_member_that_asks_for_no_pause_gets_one(clock: Clockwork, wheel: TimerWheel) -> None:
     member = Visited(0.0)
     wheel.add(member, 0.0)
 
@@ -132,7 +134,7 @@ def test_a_member_that_asks_for_no_pause_gets_one(clock: Clockwork, wheel: Wheel
     assert 100 <= len(member.visits) <= 201
 
 
-def test_thousands_of_members_share_one_timer(clock: Clockwork, wheel: Wheel) -> None:
+def test_thousands_of_members_share_one_timer(clock: Clockwork, wheel: TimerWheel) -> None:
     dice = random.Random(1)
     members = [Visited() for _ in range(5000)]
     due = []
@@ -149,7 +151,7 @@ def test_thousands_of_members_share_one_timer(clock: Clockwork, wheel: Wheel) ->
         assert at <= visit <= at + GRAIN
 
 
-def test_an_earlier_member_moves_the_timer_forward(clock: Clockwork, wheel: Wheel) -> None:
+def test_an_earlier_member_moves_the_timer_forward(clock: Clockwork, wheel: TimerWheel) -> None:
     late, early = Visited(), Visited()
     wheel.add(late, 100.0)
     wheel.add(early, 1.0)
@@ -161,7 +163,7 @@ def test_an_earlier_member_moves_the_timer_forward(clock: Clockwork, wheel: Whee
     assert len(late.visits) == 1
 
 
-def test_who_was_removed_is_not_visited(clock: Clockwork, wheel: Wheel) -> None:
+def test_who_was_removed_is_not_visited(clock: Clockwork, wheel: TimerWheel) -> None:
     member, other = Visited(1.0), Visited(1.0)
     wheel.add(member, 1.0)
     wheel.add(other, 1.0)
@@ -174,7 +176,7 @@ def test_who_was_removed_is_not_visited(clock: Clockwork, wheel: Wheel) -> None:
     assert len(other.visits) == 2
 
 
-def test_a_member_added_twice_is_in_the_wheel_once(clock: Clockwork, wheel: Wheel) -> None:
+def test_a_member_added_twice_is_in_the_wheel_once(clock: Clockwork, wheel: TimerWheel) -> None:
     member = Visited()
     wheel.add(member, 1.0)
     wheel.add(member, 5.0)
@@ -186,7 +188,7 @@ def test_a_member_added_twice_is_in_the_wheel_once(clock: Clockwork, wheel: Whee
 
 
 def test_a_member_removed_by_anothers_visit_in_the_same_bucket_is_not_visited(
-    clock: Clockwork, wheel: Wheel
+    clock: Clockwork, wheel: TimerWheel
 ) -> None:
     members: list[Visited] = []
 
@@ -205,7 +207,7 @@ def test_a_member_removed_by_anothers_visit_in_the_same_bucket_is_not_visited(
 
 
 def test_a_member_removed_in_its_own_visit_does_not_come_back(
-    clock: Clockwork, wheel: Wheel
+    clock: Clockwork, wheel: TimerWheel
 ) -> None:
     member = Visited(1.0)
     member.do = lambda: wheel.remove(member)
@@ -217,7 +219,7 @@ def test_a_member_removed_in_its_own_visit_does_not_come_back(
 
 
 def test_a_member_added_in_its_own_visit_is_in_the_wheel_once(
-    clock: Clockwork, wheel: Wheel
+    clock: Clockwork, wheel: TimerWheel
 ) -> None:
     member = Visited(1.0)
     member.do = lambda: wheel.add(member, 10.0)
@@ -228,7 +230,7 @@ def test_a_member_added_in_its_own_visit_is_in_the_wheel_once(
     assert len(member.visits) == 3
 
 
-def test_members_added_by_a_visit_have_their_turn(clock: Clockwork, wheel: Wheel) -> None:
+def test_members_added_by_a_visit_have_their_turn(clock: Clockwork, wheel: TimerWheel) -> None:
     added: list[Visited] = []
 
     def add() -> None:
@@ -246,7 +248,7 @@ def test_members_added_by_a_visit_have_their_turn(clock: Clockwork, wheel: Wheel
     assert all(len(member.visits) == 1 for member in added)
 
 
-def test_a_visit_that_raises_stops_nobody_else(clock: Clockwork, wheel: Wheel) -> None:
+def test_a_visit_that_raises_stops_nobody_else(clock: Clockwork, wheel: TimerWheel) -> None:
     def fail() -> None:
         raise KeyError
 
@@ -263,7 +265,7 @@ def test_a_visit_that_raises_stops_nobody_else(clock: Clockwork, wheel: Wheel) -
     assert len(members[1].visits) == len(members[3].visits) == 1
 
 
-def test_a_closed_wheel_visits_nobody(clock: Clockwork, wheel: Wheel) -> None:
+def test_a_closed_wheel_visits_nobody(clock: Clockwork, wheel: TimerWheel) -> None:
     members = [Visited(1.0) for _ in range(10)]
     for member in members:
         wheel.add(member, 1.0)
@@ -279,7 +281,7 @@ def test_a_closed_wheel_visits_nobody(clock: Clockwork, wheel: Wheel) -> None:
 
 async def test_on_a_real_loop_members_are_visited_in_time() -> None:
     loop = asyncio.get_running_loop()
-    wheel = Wheel(loop, 0.01)
+    wheel = TimerWheel(loop, 0.01)
     start = loop.time()
     members = [Visited() for _ in range(200)]
     for at, member in enumerate(members):

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from aioserver.limits.write_watchdog import StallWatch
+from aioserver.limits.write_watchdog import WriteWatchdog
 from tests.limits.test_timer_wheel import Clockwork
 
 TIMEOUT = 8.0
@@ -29,7 +29,7 @@ class Watched:
         self.buffer = Buffer(size)
         self.alarms: list[float] = []
         self.start = self.clock.now
-        self.watch = StallWatch(
+        self.watch = WriteWatchdog(
             self.clock.loop,
             self.buffer,
             TIMEOUT,
@@ -97,7 +97,7 @@ def test_a_stopped_watch_gives_no_alarm() -> None:
 
 def test_an_alarm_may_stop_its_own_watch() -> None:
     watched = Watched()
-    watch = StallWatch(watched.clock.loop, watched.buffer, TIMEOUT / 2, lambda: watch.stop())
+    watch = WriteWatchdog(watched.clock.loop, watched.buffer, TIMEOUT / 2, lambda: watch.stop())
 
     watched.clock.advance(100.0)
 
