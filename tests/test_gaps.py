@@ -14,7 +14,7 @@ from aioserver.providers.simulator.exchange import Behaviour
 from aioserver.streams.entries import COMPLETE
 from aioserver.telemetry.counters import SHORT, Histogram
 from aioserver.telemetry.loop_lag import EVERY, LoopLag
-from aioserver.telemetry.request_log import Record
+from aioserver.telemetry.request_log import RequestRecord
 from tests.faces.talk import CHAT
 from tests.faces.test_writer import BIG, client, say, stream_of
 from tests.house import House, block, until
@@ -87,7 +87,7 @@ def test_late_moments_add_up_and_small_ones_do_not_count(loop: Loop, lag: LoopLa
 
 
 def test_the_longest_silence_is_kept() -> None:
-    record = Record()
+    record = RequestRecord()
 
     assert [record.silent(*gap) for gap in ((1.0, 1.5), (1.5, 4.0), (4.0, 5.0))] == [0.5, 2.5, 2.5]
     assert record.silent_until == 4.0
@@ -162,7 +162,7 @@ async def test_a_loop_that_was_blocked_is_our_gap_and_not_the_providers(
 async def test_a_client_that_takes_nothing_is_the_clients_gap() -> None:
     async with client(slow=True) as one:
         stream = stream_of()
-        stream.record = Record()
+        stream.record = RequestRecord()
         one.follow(stream)
         say(stream, "x" * BIG)  # more than its socket takes
         await until(lambda: one.socket.draining == 1)
@@ -181,7 +181,7 @@ async def test_a_client_that_takes_nothing_is_the_clients_gap() -> None:
 async def test_a_client_that_takes_nothing_any_more_is_the_clients_gap_as_well(end: str) -> None:
     async with client(slow=True) as one:
         stream = stream_of()
-        stream.record = Record()
+        stream.record = RequestRecord()
         follower = one.follow(stream)
         say(stream, "x" * BIG)
         await until(lambda: one.socket.draining == 1)
@@ -202,7 +202,7 @@ async def test_a_client_that_takes_nothing_any_more_is_the_clients_gap_as_well(e
 async def test_an_event_that_waits_for_its_turn_is_our_delay() -> None:
     async with client() as one:
         busy, other = stream_of("busy"), stream_of("other")
-        other.record = Record()
+        other.record = RequestRecord()
         one.follow(busy)
         one.follow(other)
         await until(lambda: not one.writer._ready)
@@ -218,7 +218,7 @@ async def test_an_event_that_waits_for_its_turn_is_our_delay() -> None:
 async def test_what_was_there_before_a_reader_came_has_not_waited_for_us() -> None:
     async with client() as one:
         stream = stream_of()
-        stream.record = Record()
+        stream.record = RequestRecord()
         say(stream, "long ago")
         stream.entries[0].at -= 1000.0
 

@@ -10,7 +10,7 @@ import pytest
 from aioserver import errors, provider_errors
 from aioserver.telemetry.counters import Histogram, Recent
 from aioserver.telemetry.metrics import CANCELLED, FACES, KINDS, OK, Metrics
-from aioserver.telemetry.request_log import Record, Records
+from aioserver.telemetry.request_log import RequestLog, RequestRecord
 
 GIVEN: Any = {name: SimpleNamespace(model="m", models=("n",)) for name in ("openai", "groq")}
 
@@ -40,13 +40,13 @@ class NeverLate:
         return 0.0
 
 
-def records(metrics: Metrics) -> Records:
+def records(metrics: Metrics) -> RequestLog:
     never: Any = NeverLate()
-    return Records(metrics, never)
+    return RequestLog(metrics, never)
 
 
-def record(face: str = "openai", provider: str = "groq", model: str = "m") -> Record:
-    one = Record()
+def record(face: str = "openai", provider: str = "groq", model: str = "m") -> RequestRecord:
+    one = RequestRecord()
     one.begin(face, "r1", provider, model)
     return one
 

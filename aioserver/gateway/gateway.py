@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from aioserver.providers.request import Ask
     from aioserver.streams.store import Streams
     from aioserver.streams.stream import Stream
-    from aioserver.telemetry.request_log import Records
+    from aioserver.telemetry.request_log import RequestLog
 
 logger = logging.getLogger("aioserver.gateway")
 
@@ -63,7 +63,7 @@ class Gateway:
         conversations: Conversations,
         service: settings.Service,
         bounds: settings.Streams,
-        records: Records,
+        records: RequestLog,
     ) -> None:
         self._router = router
         self._streams = streams

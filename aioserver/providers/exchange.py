@@ -35,7 +35,7 @@ from aioserver.provider_errors import (
     WriteTimeout,
 )
 from aioserver.providers.http1 import Framing
-from aioserver.telemetry.request_log import UNTOLD
+from aioserver.telemetry.request_log import NO_RECORD
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from aiohttp.connector import Connection
 
     from aioserver.streams.fast_path import FastPath
-    from aioserver.telemetry.request_log import Record
+    from aioserver.telemetry.request_log import RequestRecord
 
 UPLOAD_PIECE = 65_536  # written before the transport is asked whether it takes more
 STALE_WITHIN = 1.0  # seconds after a request was written in which a kept connection proves dead
@@ -138,7 +138,7 @@ class Exchange:
         read_timeout: float,
         write_timeout: float,
         on_head: Callable[[int, Mapping[str, str]], Sink],
-        record: Record = UNTOLD,
+        record: RequestRecord = NO_RECORD,
     ) -> None:
         protocol = connection.protocol
         transport = connection.transport

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from aioserver.auth.callers import Caller
-from aioserver.telemetry.request_log import Record
+from aioserver.telemetry.request_log import RequestRecord
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -33,7 +33,7 @@ class Ask:
     model: str | None = None  # None: the provider's own
     frames: bool = False
     reading: Reading | None = None
-    record: Record = field(default_factory=Record)
+    record: RequestRecord = field(default_factory=RequestRecord)
     again: bool = False  # it has been tried here: in front of its caller's others
     elsewhere: bool = False  # another provider may be asked instead
     trial: bool = False  # the breaker's

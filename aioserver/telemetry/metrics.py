@@ -85,7 +85,7 @@ class ProviderMeter:
         self.silences = Recent()
 
 
-NOBODY = ProviderMeter()  # of a log that no provider fills yet
+NO_METER = ProviderMeter()  # of a log that no provider fills yet
 
 
 class FaceMeter:
@@ -165,7 +165,7 @@ class Metrics:
             for labels in _tokens(name, given):
                 self.tokens.children.setdefault(labels, Counter())
 
-    def complain(self, error: errors.AioserverError) -> None:
+    def count_error(self, error: errors.AioserverError) -> None:
         """Somebody was told *error*, and no provider was asked."""
         if isinstance(error, errors.Denied):
             self.auth_failures[error.reason].value += 1

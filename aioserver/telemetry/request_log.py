@@ -1,7 +1,7 @@
 """One request for an answer, from its admission to its end: its times, its numbers, its log line.
 
 The record is made where the request comes in (gateway.py) and goes along with it; who does something
-for it notes when. `Records` counts it when it has ended, and writes one line.
+for it notes when. `RequestLog` counts it when it has ended, and writes one line.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ logger = logging.getLogger("aioserver.requests")
 MAX_NAME = 200  # characters of a name from outside in a log line
 
 
-class Record:
+class RequestRecord:
     """Times are of the monotonic clock; 0.0: it has not happened.
 
     *asked*: admitted, and understood. *lined*: asked for its place at the provider. *waited*: seconds
@@ -93,10 +93,10 @@ class Record:
         return None
 
 
-UNTOLD = Record()  # of a log that no request has begun
+NO_RECORD = RequestRecord()  # of a log that no request has begun
 
 
-class Records:
+class RequestLog:
     """Counts what has ended; *lag* knows how much of a silence is ours."""
 
     def __init__(self, metrics: Metrics, lag: LoopLag) -> None:
@@ -104,7 +104,7 @@ class Records:
         self._lag = lag
 
     def finish(
-        self, record: Record, error: BaseException | None, *, cancelled: bool = False
+        self, record: RequestRecord, error: BaseException | None, *, cancelled: bool = False
     ) -> None:
         """*record* has ended: well, with *error*, or *cancelled*."""
         metrics, now = self.metrics, monotonic()
@@ -140,7 +140,7 @@ class Records:
         if logger.isEnabledFor(logging.INFO):
             self._tell(record, now, code, outcome, status)
 
-    def _see_gaps(self, record: Record, now: float) -> None:
+    def _see_gaps(self, record: RequestRecord, now: float) -> None:
         """Tell the provider's gaps from ours, and from those of a client that takes nothing."""
         metrics, lag, end = self.metrics, self._lag, record.silent_until
         if record.silence > WORTH:
@@ -154,7 +154,7 @@ class Records:
             metrics.delay[whose].observe(gap)
             metrics.delays[whose].add(now, gap)
 
-    def _count_tokens(self, record: Record) -> None:
+    def _count_tokens(self, record: RequestRecord) -> None:
         into = record.tokens("prompt_tokens", "input_tokens")
         out = record.tokens("completion_tokens", "output_tokens")
         family, provider = self.metrics.tokens, record.provider
@@ -168,7 +168,7 @@ class Records:
             family.of(provider, model, "output", "estimate").value += record.events
 
     @staticmethod
-    def _tell(record: Record, now: float, code: str, outcome: str, status: int) -> None:
+    def _tell(record: RequestRecord, now: float, code: str, outcome: str, status: int) -> None:
         fields: dict[str, Any] = {
             "request_id": record.request_id[:MAX_NAME],
             "face": record.face,
