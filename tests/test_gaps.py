@@ -12,8 +12,8 @@ import pytest
 from aioserver.faces import context
 from aioserver.providers.simulator.exchange import Behaviour
 from aioserver.streams.entries import COMPLETE
-from aioserver.telemetry.counters import SHORT, Histogram
-from aioserver.telemetry.loop_lag import EVERY, LoopLag
+from aioserver.telemetry.counters import SHORT_BOUNDS, Histogram
+from aioserver.telemetry.loop_lag import INTERVAL, LoopLag
 from aioserver.telemetry.request_log import RequestRecord
 from tests.faces.talk import CHAT
 from tests.faces.test_writer import BIG, client, say, stream_of
@@ -57,7 +57,7 @@ def loop() -> Loop:
 @pytest.fixture
 def lag(loop: Loop) -> LoopLag:
     given: Any = loop
-    return LoopLag(given, Histogram(SHORT))
+    return LoopLag(given, Histogram(SHORT_BOUNDS))
 
 
 def test_a_late_look_tells_when_the_loop_was_late(loop: Loop, lag: LoopLag) -> None:
@@ -83,7 +83,7 @@ def test_late_moments_add_up_and_small_ones_do_not_count(loop: Loop, lag: LoopLa
     mean, most = lag.take()
     assert (round(mean, 6), round(most, 6)) == (0.12525, 0.3)
     assert lag.take() == (0.0, 0.0)
-    assert loop.due == pytest.approx(loop.now + EVERY)
+    assert loop.due == pytest.approx(loop.now + INTERVAL)
 
 
 def test_the_longest_silence_is_kept() -> None:
@@ -155,8 +155,8 @@ async def test_a_loop_that_was_blocked_is_our_gap_and_not_the_providers(
     await until(lambda: len(finished()) == 1)
 
     (fields,) = finished()
-    assert fields["our_gap_ms"] >= (BLOCK - EVERY) * 900
-    assert fields.get("provider_gap_ms", 0.0) < (BLOCK - EVERY) * 900
+    assert fields["our_gap_ms"] >= (BLOCK - INTERVAL) * 900
+    assert fields.get("provider_gap_ms", 0.0) < (BLOCK - INTERVAL) * 900
 
 
 async def test_a_client_that_takes_nothing_is_the_clients_gap() -> None:
