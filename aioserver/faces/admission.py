@@ -152,7 +152,7 @@ class Admission:
     def closed(self, face: str, code: str = "", caller: str = "") -> None:
         """It has ended; *code*: the close code of a WebSocket."""
         self.metrics.faces[face].connections.value -= 1
-        closed = self.metrics.closed.children
+        closed = self.metrics.closed
         (closed.get((face, code)) or closed[face, "other"]).value += 1
         self.log("closed", face, caller=caller)
 

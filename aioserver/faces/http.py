@@ -175,13 +175,13 @@ def front(settings: InEffect, guard: Guard, origins: Origins, metrics: Metrics) 
         except AioserverError as error:
             asked = isinstance(error, ProviderFault) and error.provider
             if not asked and not error.counted:  # else it has a record
-                metrics.complain(error)
+                metrics.count_error(error)
             if isinstance(error, Denied):
                 guard.refused(request, error)
             response = error_response(error)
         except web.HTTPException as exc:
             fault = _ours(exc, request)
-            metrics.complain(fault)
+            metrics.count_error(fault)
             response = error_response(fault)
             if isinstance(exc, web.HTTPMethodNotAllowed):
                 response.headers["Allow"] = ", ".join(sorted(exc.allowed_methods))

@@ -110,7 +110,7 @@ async def _head(request: web.Request) -> web.StreamResponse:
 
 async def busy(request: web.Request, error: ServerAtCapacity) -> web.StreamResponse:
     """No place for a GET: any status but 200 would stop an EventSource for good."""
-    request.app[context.METRICS].complain(error)
+    request.app[context.METRICS].count_error(error)
     response = await _head(request)
     if request.method == "HEAD":
         return response

@@ -157,7 +157,7 @@ class Socket:
     def refused(self, error: AioserverError) -> None:
         """No place: say so, then close."""
         self._admission.log("refused", "websocket", logging.WARNING, caller=self.caller.name)
-        self._metrics.complain(error)
+        self._metrics.count_error(error)
         if not self._refused_closing:
             self._refused_closing = True
             self._admission.refused_closing += 1
@@ -286,7 +286,7 @@ class Socket:
         self._writer.send(ws_frame(WS_TEXT, messages.loose_frame(request_id, status, chunk)))
 
     def _complain(self, request_id: str | None, error: AioserverError) -> None:
-        self._metrics.complain(error)
+        self._metrics.count_error(error)
         if isinstance(error, ServerShutdown) and not self._following:
             self.end(error)  # else once the answers that run have had their time
         else:

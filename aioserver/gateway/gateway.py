@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from aioserver.protocol.messages import Chat
     from aioserver.streams.store import Streams
     from aioserver.streams.stream import Stream
-    from aioserver.telemetry.request_log import Record, Records
+    from aioserver.telemetry.request_log import RequestLog, RequestRecord
 
 logger = logging.getLogger("aioserver.gateway")
 
@@ -64,12 +64,12 @@ class Gateway:
         conversations: Conversations,
         service: settings.Service,
         bounds: settings.Streams,
-        records: Records,
+        request_log: RequestLog,
     ) -> None:
         self._router = router
         self._streams = streams
         self._prompts = Prompts(conversations, service, bounds)
-        self._records = records
+        self._request_log = request_log
         self._loop = asyncio.get_running_loop()
         self._producers: dict[asyncio.Task[None], Stream] = {}
         self._tasks: dict[Stream, asyncio.Task[None]] = {}
@@ -272,18 +272,18 @@ class Gateway:
         except asyncio.CancelledError:
             if task not in self._calls and not task.uncancel():  # by `close`, and by nobody else
                 shutdown = stopping()
-                self._records.finish(record, shutdown)
+                self._request_log.finish(record, shutdown)
                 raise shutdown from None
             record.left = True
-            self._records.finish(record, None, cancelled=True)
+            self._request_log.finish(record, None, cancelled=True)
             raise
         except Exception as exc:
-            self._records.finish(record, exc)
+            self._request_log.finish(record, exc)
             raise
         finally:
             self._calls.discard(task)
         record.usage = answer.usage
-        self._records.finish(record, None)
+        self._request_log.finish(record, None)
         return answer
 
     def _start(self, stream: Stream, producing: Coroutine[Any, Any, None]) -> None:
@@ -340,7 +340,7 @@ class Gateway:
             stream.fail(public(fault or ProviderDisconnected("the answer has no end")))
         if fault is not None and not isinstance(fault, AioserverError):
             logger.error("bug in an answer", exc_info=fault)
-            self._records.metrics.bugs.value += 1
+            self._request_log.metrics.bugs.value += 1
         if stream.error is not None:  # else its frames keep the question for the whole window
             stream.error.__traceback__ = stream.error.__cause__ = stream.error.__context__ = None
         record = stream.record
@@ -350,7 +350,7 @@ class Gateway:
             stream.usage,
         )
         record.left = stream.left
-        self._records.finish(record, stream.error, cancelled=stream.end_status == CANCELLED)
+        self._request_log.finish(record, stream.error, cancelled=stream.end_status == CANCELLED)
 
     def _stop(self, stream: Stream) -> None:
         task = self._tasks.get(stream)
@@ -367,7 +367,7 @@ def _ended(stream: Stream) -> bool:
     return stream.ended
 
 
-def _begin_record(request: Request) -> Record:
+def _begin_record(request: Request) -> RequestRecord:
     """Begin the record of *request*, which is understood and goes to its first provider now."""
     record, route = request.provider_request.record, request.route
     provider = route.provider

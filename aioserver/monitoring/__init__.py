@@ -1,1 +1,16 @@
-"""."""
+"""Monitoring: the state of the server, shown to people and to programs.
+
+Once a second, at a *tick*, the monitor builds one *snapshot*: the state of the gates, streams and
+providers, the *totals* so far, and what was measured during the *interval* since the last tick, such
+as rates and the lag of the event loop. The *sources* are the objects from which all this is read.
+
+`/stats` shows the newest snapshot. The *history* keeps a point of each for ten minutes. A *watcher*
+is a client of `/events`: it is sent the history, then each snapshot as it is made.
+
+An *incident* is something that an operator should know, such as a provider whose breaker has opened.
+The *detector* finds incidents in the difference of two ticks. What repeats is gathered: after one
+incident of a kind comes a *quiet time*, and the next one says how much has happened meanwhile.
+
+`/metrics` is *Prometheus text*. Its counters and histograms are those of the folder `telemetry`; its
+gauges are read from a fresh snapshot, so that `/metrics` and `/stats` cannot disagree.
+"""

@@ -19,7 +19,7 @@ from aioserver.errors import ServerAtCapacity
 from aioserver.faces import context
 from aioserver.protocol import eventstream
 from aioserver.providers.breaker import CLOSED
-from aioserver.telemetry.kernel import process
+from aioserver.telemetry.kernel import process_usage
 
 if TYPE_CHECKING:
     from aiohttp import web
@@ -216,9 +216,9 @@ class Monitor:
                 "running": sum(one.stats().queue.inside for one in router.providers.values()),
                 "outcomes": {name: int(one.value) for name, one in metrics.outcomes.items()},
             },
-            "first_token": metrics.felt.percentiles(now),
+            "first_token": metrics.recent_first_tokens.percentiles(now),
             "tokens_per_second": round(rates["events"], 1),
-            "delay": {whose: one.percentiles(now) for whose, one in metrics.delays.items()},
+            "delay": {whose: one.percentiles(now) for whose, one in metrics.recent_delays.items()},
             "streams": {
                 "running": streams.running,
                 "detached": lifetime.detached,
@@ -238,7 +238,7 @@ class Monitor:
                 "lag": round(lag, 5),
                 "lag_max": round(self._lag_max, 5),
             },
-            "process": process() | {"tasks": self._tasks},
+            "process": {**process_usage(), "tasks": self._tasks},
             "watchers": len(self._watchers),
             "endpoints": {
                 "websocket": settings.chat.websocket.endpoint,
@@ -278,8 +278,8 @@ class Monitor:
             "faults": {outcome: n for outcome, n in attempts.items() if outcome != "ok"},
             "requests_per_second": round(rates[f"attempts {name}"], 1),
             "tokens_per_second": round(rates[f"events {name}"], 1),
-            "first_token": meter.recent.percentiles(now),
-            "silence": meter.silences.percentiles(now),
+            "first_token": meter.recent_first_tokens.percentiles(now),
+            "silence": meter.recent_silences.percentiles(now),
         }
 
     def _gather(self, counted: dict[str, float]) -> None:

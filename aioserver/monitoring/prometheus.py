@@ -24,9 +24,8 @@ from prometheus_client.registry import Collector
 from aioserver import __version__
 from aioserver.faces import context
 from aioserver.providers.breaker import CLOSED, OPEN, TRIAL
-from aioserver.telemetry import logs
-from aioserver.telemetry.counters import Counter, Family
-from aioserver.telemetry.kernel import accept_queue, process
+from aioserver.telemetry.counters import Counter
+from aioserver.telemetry.kernel import accept_queue, process_usage
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -50,17 +49,16 @@ class House(Collector):
         yield from self._state()
 
     def _counted(self) -> Iterator[Metric]:
-        lines = Family("log_lines_dropped", "Log lines not written", (), {(): logs.DROPPED})
-        for family in (*self._app[context.METRICS].families(), lines):
+        for family in self._app[context.METRICS].families():
             name, first = PREFIX + family.name, next(iter(family.children.values()))
             if isinstance(first, Counter):
-                counters = CounterMetricFamily(name, family.about, labels=family.labels)
+                counters = CounterMetricFamily(name, family.help, labels=family.labels)
                 for labels, counter in family.children.items():
                     assert isinstance(counter, Counter)
                     counters.add_metric(labels, counter.value)
                 yield counters
                 continue
-            histograms = HistogramMetricFamily(name, family.about, labels=family.labels)
+            histograms = HistogramMetricFamily(name, family.help, labels=family.labels)
             for labels, one in family.children.items():
                 assert not isinstance(one, Counter)
                 below, buckets = 0, []
@@ -122,7 +120,7 @@ class House(Collector):
         waits, room = sum(one.waiting for one in known), sum(one.limit for one in known)
         yield _gauge("listen_queue", "Connections that wait to be accepted", [((), waits)])
         yield _gauge("listen_queue_limit", "How many the kernel holds", [((), room)])
-        state, snapshot = process(), app[context.MONITOR].snapshot
+        state, snapshot = process_usage(), app[context.MONITOR].snapshot
         for name, about, number in (
             ("open_fds", "Open file descriptors", state["open_fds"]),
             ("max_fds", "How many there may be", state["max_fds"]),

@@ -35,7 +35,7 @@ from aioserver.provider_errors import (
     WriteTimeout,
 )
 from aioserver.providers.http1 import ResponseParser
-from aioserver.telemetry.request_log import UNTOLD
+from aioserver.telemetry.request_log import NO_RECORD
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
     from aioserver.providers.http1 import Sink
     from aioserver.streams.stream import Path
-    from aioserver.telemetry.request_log import Record
+    from aioserver.telemetry.request_log import RequestRecord
 
 UPLOAD_PIECE = 65_536  # written before the transport is asked whether it takes more
 STALE_WITHIN = 1.0  # seconds after a request was written in which a kept connection proves dead
@@ -126,7 +126,7 @@ class Exchange:
         read_timeout: float,
         write_timeout: float,
         on_head: Callable[[int, Mapping[str, str]], Sink],
-        record: Record = UNTOLD,
+        record: RequestRecord = NO_RECORD,
     ) -> None:
         protocol = connection.protocol
         transport = connection.transport

@@ -12,7 +12,7 @@ from yarl import URL
 
 from aioserver import __version__
 from aioserver.auth.callers import Caller
-from aioserver.telemetry.request_log import Record
+from aioserver.telemetry.request_log import RequestRecord
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -53,7 +53,7 @@ class ProviderRequest:
         self.caller = caller
         self.model = model
         self.reading = reading
-        self.record = Record()
+        self.record = RequestRecord()
 
     @property
     def whole(self) -> bool:

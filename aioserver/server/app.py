@@ -33,7 +33,7 @@ from aioserver.streams.fast_path import Outbox
 from aioserver.streams.store import Streams
 from aioserver.telemetry.loop_lag import LoopLag
 from aioserver.telemetry.metrics import Metrics
-from aioserver.telemetry.request_log import Records
+from aioserver.telemetry.request_log import RequestLog
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -142,7 +142,7 @@ async def _owners(app: web.Application) -> AsyncIterator[None]:
         )
         app[context.LAG] = lag = LoopLag(asyncio.get_running_loop(), metrics.loop_lag)
         stack.callback(lag.close)
-        records = Records(metrics, lag)
+        records = RequestLog(metrics, lag)
         app[context.GATEWAY] = gateway = Gateway(
             router, streams, conversations, service, bounds, records
         )

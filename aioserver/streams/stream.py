@@ -24,8 +24,8 @@ import orjson
 from aioserver.errors import AioserverError, ResumeGap
 from aioserver.protocol import messages
 from aioserver.streams.entries import CHUNK, ERROR, PROCESSING, Entry
-from aioserver.telemetry.metrics import NOBODY
-from aioserver.telemetry.request_log import UNTOLD
+from aioserver.telemetry.metrics import NO_METER
+from aioserver.telemetry.request_log import NO_RECORD
 
 if TYPE_CHECKING:
     import asyncio
@@ -156,8 +156,8 @@ class Stream:
         self.error: AioserverError | None = None  # with which it ended
         self.sent = False  # something went to a provider: leaving now costs money
         self.answered_at = 0.0  # monotonic, when the provider's first event came: no second try
-        self.meter = NOBODY  # counts its events: the provider's
-        self.record = UNTOLD  # of the request that began it
+        self.meter = NO_METER  # counts its events: the provider's
+        self.record = NO_RECORD  # of the request that began it
         self.usage: Mapping[str, Any] | None = None  # tokens, as the provider reports them
         self.left = False  # it was cancelled since nobody read it
         self.alias: str | None = None  # another name by which it is found

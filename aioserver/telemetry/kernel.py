@@ -1,4 +1,4 @@
-"""What the kernel says of a listening socket (Linux: tcp(7), TCP_INFO) and of this process, where it does."""
+"""What the kernel knows of a listening socket (Linux: tcp(7), TCP_INFO) and of this process."""
 
 from __future__ import annotations
 
@@ -6,37 +6,50 @@ import resource
 import socket
 import struct
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict
+
+# Of `struct tcp_info`: enough of it to hold `tcpi_unacked` and `tcpi_sacked`, and where these are.
+TCP_INFO_BYTES = 104
+QUEUE_OFFSET = 24
 
 
 class AcceptQueue(NamedTuple):
-    """Connections that wait to be accepted, and how many of them the kernel holds."""
+    """Connections that wait to be accepted, and the most that the kernel lets wait."""
 
     waiting: int
     limit: int
 
 
+class ProcessUsage(TypedDict):
+    """Descriptors and resident memory of this process; None where the system does not tell."""
+
+    open_fds: int | None
+    max_fds: int
+    rss_bytes: int | None
+
+
 def accept_queue(sock: socket.socket) -> AcceptQueue | None:
-    """The accept queue of *sock*: TCP_INFO of a listener has it in `unacked` and `sacked`."""
+    """Return the accept queue of a listening socket; None for UNIX sockets, and outside Linux.
+
+    TCP_INFO of a listener has it in `tcpi_unacked` and `tcpi_sacked`.
+    """
     if not hasattr(socket, "TCP_INFO") or sock.family == socket.AF_UNIX:
         return None
-    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
-    return AcceptQueue(*struct.unpack_from("=2I", info, 24))
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO_BYTES)
+    return AcceptQueue(*struct.unpack_from("=2I", info, QUEUE_OFFSET))
 
 
-def process() -> dict[str, Any]:
-    """Descriptors and memory of this process; None where the system does not say."""
-    fds = Path("/proc/self/fd")
+def process_usage() -> ProcessUsage:
+    """Return what this process uses now."""
+    directory = Path("/proc/self/fd")
+    open_fds: int | None = None
+    rss_bytes: int | None = None
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
-        open_fds: int | None = fds.stat().st_size or len(
-            list(fds.iterdir())
-        )  # the size: Linux 6.2
-        rss: int | None = pages * resource.getpagesize()
+        # Since Linux 6.2 the size of the directory is the number of descriptors; before, it is 0.
+        open_fds = directory.stat().st_size or len(list(directory.iterdir()))
+        rss_bytes = pages * resource.getpagesize()
     except (OSError, ValueError):
-        open_fds = rss = None
-    return {
-        "open_fds": open_fds,
-        "max_fds": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
-        "rss_bytes": rss,
-    }
+        pass
+    max_fds = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return {"open_fds": open_fds, "max_fds": max_fds, "rss_bytes": rss_bytes}

@@ -1,8 +1,8 @@
-"""Logs: one JSON object a line for machines, plain lines for people. Never a key, never chat text.
+"""Logs: one JSON object a line for machines, or plain lines for people; never a key, never chat text.
 
-Lines are written by a thread of their own, from a bounded queue: a terminal that is stopped, a pipe
-that nobody reads or a disk that is full never blocks the event loop. What does not fit is counted.
-An error that repeats is written once in ten seconds, with the number of those left out.
+Lines are written by a thread, from a bounded queue: a terminal that is stopped, a pipe that nobody
+reads or a disk that is full never blocks the event loop. Lines for which there is no room are dropped
+and counted. An error that repeats is written once in ten seconds, with the number of those left out.
 """
 
 from __future__ import annotations
@@ -25,12 +25,16 @@ if TYPE_CHECKING:
 
     from aioserver.config.settings import Logging
 
-MAX_TEXT = 2000  # characters of a message
-MAX_LINES = 10_000  # that wait to be written
-MAX_KINDS = 1000  # of lines that are limited
-SAME_ERROR = 10.0  # seconds
-FAREWELL = 1.0  # seconds for what waits, at the end
-DROPPED = Counter()  # lines that were not written
+# Characters of a message in a JSON line.
+MAX_TEXT = 2000
+# Lines that may wait to be written.
+MAX_LINES = 10_000
+# Kinds of lines that a rate limit tells apart; beyond, it forgets all and begins anew.
+MAX_KINDS = 1000
+# Seconds in which the same error is written once.
+SAME_ERROR = 10.0
+# Seconds for the lines that still wait when the handler is closed.
+CLOSE_TIMEOUT = 1.0
 
 
 class JsonFormatter(logging.Formatter):
@@ -41,7 +45,7 @@ class JsonFormatter(logging.Formatter):
         self._service = {"service": service} | ({"version": version} if version else {})
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line of *record*; its `fields`, if it has any, are fields of the object."""
+        """Return the line of *record*; what its `fields` attribute has, if any, is added to it."""
         moment = datetime.fromtimestamp(record.created, UTC)
         line: dict[str, Any] = {
             "ts": moment.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
@@ -57,13 +61,13 @@ class JsonFormatter(logging.Formatter):
 
 
 class ConsoleFormatter(logging.Formatter):
-    """A line for people."""
+    """A line for people: time, level, message, and the fields behind them."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S")
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line, with the fields behind it."""
+        """Return the line of *record*."""
         text = super().format(record)
         fields = getattr(record, "fields", None)
         if fields:
@@ -72,25 +76,32 @@ class ConsoleFormatter(logging.Formatter):
 
 
 class RateLimit:
-    """At most *lines* of one kind in *seconds*; those left out are counted."""
+    """At most *limit* lines of one kind in each period of *seconds*; the others are counted.
+
+    Always: at most MAX_KINDS + 1 kinds are kept.
+    """
 
     def __init__(
-        self, lines: int, seconds: float = 1.0, clock: Callable[[], float] = time.monotonic
+        self, limit: int, seconds: float = 1.0, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._most = lines
+        self._limit = limit
         self._seconds = seconds
         self._clock = clock
-        self._kinds: dict[tuple[str, ...], list[int]] = {}  # kind: [period, lines, left out]
+        # kind: [period, lines written in it, lines left out since the last one written]
+        self._kinds: dict[tuple[str, ...], list[int]] = {}
 
     def allow(self, *kind: str) -> int:
-        """How many lines of *kind* were left out since the last one; -1: leave this one out, too."""
+        """Count a line of *kind*.
+
+        Return -1 if it must be left out, otherwise the number of lines left out before it.
+        """
         if len(self._kinds) > MAX_KINDS:
             self._kinds.clear()
         period = int(self._clock() / self._seconds)
         state = self._kinds.setdefault(kind, [period, 0, 0])
         if state[0] != period:
             state[0], state[1] = period, 0
-        if state[1] >= self._most:
+        if state[1] >= self._limit:
             state[2] += 1
             return -1
         state[1] += 1
@@ -98,11 +109,16 @@ class RateLimit:
         return suppressed
 
 
-class Lines(logging.Handler):
-    """Writes to *stream* in a thread of its own, and waits for it at the end only."""
+class BackgroundHandler(logging.Handler):
+    """Writes lines to *stream* in a thread; logging a line never waits for the stream.
+
+    The thread ends with `close`, and does not keep the process alive.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__()
+        # Lines that could not be written.
+        self.dropped = 0
         self._stream = stream
         self._queue: queue.Queue[str | None] = queue.Queue(MAX_LINES)
         self._errors = RateLimit(1, SAME_ERROR)
@@ -110,7 +126,7 @@ class Lines(logging.Handler):
         self._thread.start()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Let the line of *record* be written; it is counted and forgotten where too many wait."""
+        """Queue the line of *record*, or drop and count it if the queue is full."""
         if record.levelno >= logging.ERROR:
             left_out = self._errors.allow(record.name, record.pathname, str(record.lineno))
             if left_out < 0:
@@ -119,14 +135,15 @@ class Lines(logging.Handler):
                 record.fields = {**getattr(record, "fields", {}), "suppressed": left_out}
         try:
             self._queue.put_nowait(self.format(record) + "\n")
-        except Exception:  # noqa: BLE001 - full, or it cannot be written: whoever logs goes on
-            DROPPED.value += 1
+        # The queue is full, or the record cannot be formatted: the code that logs must go on.
+        except Exception:  # noqa: BLE001
+            self.dropped += 1
 
     def close(self) -> None:
-        """Write what waits, for FAREWELL seconds at most."""
+        """Write the lines that wait, for CLOSE_TIMEOUT seconds at most, and end the thread."""
         with contextlib.suppress(queue.Full):
-            self._queue.put(None, timeout=FAREWELL)
-            self._thread.join(FAREWELL)
+            self._queue.put(None, timeout=CLOSE_TIMEOUT)
+            self._thread.join(CLOSE_TIMEOUT)
         super().close()
 
     def _write(self) -> None:
@@ -135,27 +152,38 @@ class Lines(logging.Handler):
                 self._stream.write(line)
                 if self._queue.empty():
                     self._stream.flush()
-            except (OSError, ValueError):  # closed, or nobody reads it
-                DROPPED.value += 1
+            # The stream is closed (ValueError), or nobody reads it.
+            except (OSError, ValueError):
+                self.dropped += 1
 
 
-def set_up(given: Logging) -> None:
-    """Send all logs to stderr in the configured format."""
-    logging.getLogger().handlers[:] = [Lines(sys.stderr)]
-    apply(given)
+def set_up(settings: Logging) -> None:
+    """Send all logs of the process to stderr in the configured format."""
+    logging.getLogger().handlers[:] = [BackgroundHandler(sys.stderr)]
+    apply(settings)
     logging.getLogger("asyncio").setLevel(logging.WARNING)
-    # aiohttp writes a traceback for each malformed request: our own answer and log say it better.
+    # aiohttp writes a traceback for each malformed request; our answer and log line say it better.
     logging.getLogger("aiohttp").setLevel(logging.CRITICAL)
 
 
-def apply(given: Logging) -> None:
-    """Write in another format, and from another level on."""
-    root = logging.getLogger()
-    root.setLevel(given.level)
-    for handler in root.handlers:
-        if not isinstance(handler, Lines):
-            continue
-        if given.format == "json":
-            handler.setFormatter(JsonFormatter(given.service_name, given.service_version))
+def apply(settings: Logging) -> None:
+    """Change the format and the level of what `set_up` has set up."""
+    logging.getLogger().setLevel(settings.level)
+    for handler in _handlers():
+        if settings.format == "json":
+            service, version = settings.service_name, settings.service_version
+            handler.setFormatter(JsonFormatter(service, version))
         else:
             handler.setFormatter(ConsoleFormatter())
+
+
+def dropped() -> Counter:
+    """Count the lines that could not be written since `set_up`."""
+    counter = Counter()
+    counter.value = sum(handler.dropped for handler in _handlers())
+    return counter
+
+
+def _handlers() -> list[BackgroundHandler]:
+    handlers = logging.getLogger().handlers
+    return [handler for handler in handlers if isinstance(handler, BackgroundHandler)]

@@ -1,11 +1,11 @@
-"""How late the event loop is, and when it was: what of a silence is ours.
+"""How late the event loop is, and when it was late: the part of a provider's silence that is ours.
 
-A timer that is due every tenth of a second sees how late it is called. While the loop is late nobody
-reads: what a provider has sent lies in the kernel, and its silence is as much longer as the loop was
-late. So the late moments are remembered, and taken out of the silences in which they fall.
+A timer that is due every tenth of a second measures how late it is called. While the loop is late
+nothing is read: what a provider has sent lies in the kernel, and the provider seems to be silent for
+as much longer as the loop was late. So the late periods are kept, and taken out of the silences in
+which they fall.
 
-A block is seen as long as it lasts beyond the moment at which the timer was due: one of 150 ms as
-50 to 150.
+Only the time after the timer was due is seen: a block of 150 ms is measured as 50 to 150 ms.
 """
 
 from __future__ import annotations
@@ -18,63 +18,66 @@ if TYPE_CHECKING:
 
     from aioserver.telemetry.counters import Histogram
 
-EVERY = 0.1  # seconds between two looks
-WORTH = 0.005  # seconds; less is no lateness, but how a loop works
-REMEMBERED = 1000  # late moments
+# Seconds between two measurements.
+INTERVAL = 0.1
+# Seconds; below this, lateness is how an event loop works, and is not kept.
+THRESHOLD = 0.005
+# Late periods that are kept.
+MAX_PERIODS = 1000
 
 
 class LoopLag:
-    """Looks at the loop as long as the server lives.
+    """Measures the loop until it is closed.
 
-    Always: `_late` has the newest late moments, in order, as (due, called), in the loop's time.
+    Always: `_late` has the newest late periods in order, as (due, called), in the loop's time.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, histogram: Histogram) -> None:
         self._loop = loop
         self._histogram = histogram
-        self._late: deque[tuple[float, float]] = deque(maxlen=REMEMBERED)
+        self._late: deque[tuple[float, float]] = deque(maxlen=MAX_PERIODS)
         self._sum = self._max = 0.0
         self._count = 0
-        self._due = loop.time() + EVERY
-        self._timer = loop.call_at(self._due, self._look)
+        self._due = loop.time() + INTERVAL
+        self._timer = loop.call_at(self._due, self._measure)
 
     def take(self) -> tuple[float, float]:
-        """The mean and the greatest lateness since this was asked last, in seconds."""
-        mean, most = self._sum / max(1, self._count), self._max
+        """Return the mean and the maximum lateness since the last call of this method, in seconds."""
+        mean, maximum = self._sum / max(1, self._count), self._max
         self._sum = self._max = 0.0
         self._count = 0
-        return mean, most
+        return mean, maximum
 
     def within(self, since: float, until: float) -> float:
-        """For how many of these seconds (of the loop's time) the loop was late."""
-        found = 0.0
+        """Return for how many seconds between these moments of the loop's time it was late."""
+        total = 0.0
         for due, called in reversed(self._late):
             if called <= since:
                 break
-            found += max(0.0, min(called, until) - max(due, since))
-        return found
+            total += max(0.0, min(called, until) - max(due, since))
+        return total
 
     def longest(self, since: float) -> float:
-        """The greatest lateness since then; 0.0 where there was none worth a word."""
-        most = 0.0
+        """Return the longest late period since then, or the part of it after that moment."""
+        longest = 0.0
         for due, called in reversed(self._late):
             if called <= since:
                 break
-            most = max(most, called - max(due, since))
-        return most
+            longest = max(longest, called - max(due, since))
+        return longest
 
     def close(self) -> None:
-        """Look no more."""
+        """Stop measuring."""
         self._timer.cancel()
 
-    def _look(self) -> None:
+    def _measure(self) -> None:
         now = self._loop.time()
         lag = max(0.0, now - self._due)
         self._histogram.observe(lag)
         self._sum += lag
         self._count += 1
         self._max = max(self._max, lag)
-        if lag > WORTH:
+        if lag > THRESHOLD:
             self._late.append((self._due, now))
-        self._due = now + EVERY
-        self._timer = self._loop.call_at(self._due, self._look)
+        self._due = now + INTERVAL
+        self._timer = self._loop.call_at(self._due, self._measure)

@@ -1,21 +1,24 @@
-"""What is counted. Names and label sets are there from the start; `exposition` writes them as text.
+"""Every metric of the server: where it is counted, its name, its help text and its labels.
 
-How it is counted is told in counting.py. prometheus-client gets it as families when somebody asks
-(`Collector`), and writes the text.
+What happens is counted in attributes of `Metrics` and of its meters, one for each face and provider.
+The three tables at the end of the file make metrics of these attributes, one row each; names lack
+their prefix `aioserver_`, those of counters their suffix `_total`.
 
-Labels come from the configuration or from a list here: never from a client.
+Labels come from the configuration or from a list in this file, never from a client, and every set of
+labels exists from the start, at 0.
 """
 
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 from aioserver import errors, provider_errors
-from aioserver.telemetry.counters import SHORT, Counter, Family, Histogram, Recent
+from aioserver.telemetry import logs
+from aioserver.telemetry.counters import SHORT_BOUNDS, Counter, Histogram, RecentValues
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from aioserver.config import settings
 
@@ -34,28 +37,38 @@ ATTEMPTS = (
     *("ok", "connect_error", "timeout", "http_429", "http_4xx", "http_5xx", "tls"),
     *("disconnected", "stale", "bad_response", "cancelled"),
 )
-CLOSES = ("1000", "1001", "1002", "1003", "1005", "1006", "1007", "1008", "1009", "1011", "1012")
+# Close codes of a WebSocket; any other is counted as "other".
+CLOSE_CODES = (
+    *("1000", "1001", "1002", "1003", "1005", "1006", "1007", "1008", "1009", "1011", "1012"),
+    *("1013", "other"),
+)
+
+ErrorClass = TypeVar("ErrorClass", bound=errors.AioserverError)
 
 
-Fault = TypeVar("Fault", bound=errors.AioserverError)
+def _subclasses(root: type[ErrorClass]) -> Iterator[type[ErrorClass]]:
+    """Every class that is derived from *root*, at any depth."""
+    for subclass in root.__subclasses__():
+        yield subclass
+        yield from _subclasses(subclass)
 
 
-def _below(root: type[Fault]) -> Iterator[type[Fault]]:
-    """Every class that is derived from *root*."""
-    for one in root.__subclasses__():
-        yield one
-        yield from _below(one)
+def _fault_codes(flag: str) -> list[str]:
+    """The codes of the provider faults for which *flag* is true."""
+    faults = _subclasses(provider_errors.ProviderFault)
+    return sorted({fault.code for fault in faults if getattr(fault, flag)})
 
 
-def _codes(flag: str) -> list[str]:
-    """The codes of the provider's faults that have *flag*."""
-    return sorted(
-        {one.code for one in _below(provider_errors.ProviderFault) if getattr(one, flag)}
-    )
+# Every error code with the outcome of a request that ends with it; a code may have several.
+ERROR_OUTCOMES = sorted(
+    {(error.code, error.outcome) for error in _subclasses(errors.AioserverError)}
+)
+DENIED_REASONS = sorted({error.reason for error in _subclasses(errors.Denied)})
+RETRY_CODES, FAILOVER_CODES = _fault_codes("retry"), _fault_codes("failover")
 
 
 class ProviderMeter:
-    """What is counted of one provider. *events*: those that passed, about a token each."""
+    """What is counted of one provider; *events* are those of its answers, about one a token."""
 
     __slots__ = (
         "attempts",
@@ -64,10 +77,10 @@ class ProviderMeter:
         "first_token",
         "interval",
         "key_refused",
-        "recent",
+        "recent_first_tokens",
+        "recent_silences",
         "retries",
         "silence",
-        "silences",
         "wait",
     )
 
@@ -75,21 +88,22 @@ class ProviderMeter:
         self.events = 0
         self.wait = Histogram()
         self.first_token = Histogram()
-        self.interval = Histogram(SHORT)
-        self.attempts = {outcome: Counter() for outcome in ATTEMPTS}
-        self.retries = {code: Counter() for code in _codes("retry")}
-        self.failovers = {code: Counter() for code in _codes("failover")}
-        self.key_refused = Counter()
-        self.recent = Recent()
+        self.interval = Histogram(SHORT_BOUNDS)
         self.silence = Histogram()
-        self.silences = Recent()
+        self.attempts = {outcome: Counter() for outcome in ATTEMPTS}
+        self.retries = {code: Counter() for code in RETRY_CODES}
+        self.failovers = {code: Counter() for code in FAILOVER_CODES}
+        self.key_refused = Counter()
+        self.recent_first_tokens = RecentValues()
+        self.recent_silences = RecentValues()
 
 
-NOBODY = ProviderMeter()  # of a log that no provider fills yet
+# The meter of a stream that no provider fills yet: its counts are shown nowhere.
+NO_METER = ProviderMeter()
 
 
 class FaceMeter:
-    """What is counted of one face."""
+    """What is counted of one face; *connections* and *waiting* are the numbers at this moment."""
 
     __slots__ = (
         "connections",
@@ -108,65 +122,53 @@ class FaceMeter:
         self.rejected = Counter()
         self.duration = Histogram()
         self.first_token = Histogram()
-        self.overhead = Histogram(SHORT)
-
-
-# Every error code with the outcome of a request that ends with it.
-KINDS = sorted({(one.code, one.outcome) for one in _below(errors.AioserverError)})
-REASONS = sorted({one.reason for one in _below(errors.Denied)})
+        self.overhead = Histogram(SHORT_BOUNDS)
 
 
 class Metrics:
-    """Everything that is counted, for as long as the server lives."""
+    """Everything that is counted, for as long as the server lives.
+
+    Always: each set of labels that can occur has its child; asking for another is a KeyError.
+    """
 
     def __init__(self, providers: Mapping[str, settings.Provider]) -> None:
         self.providers: dict[str, ProviderMeter] = {}
         self.faces = {face: FaceMeter() for face in FACES}
-        self.felt = Recent()  # first tokens as clients feel them, on all faces
-        self.rejections = {code: Counter() for code, outcome in KINDS if outcome == "rejected"}
-        self.requests: Family[Counter] = Family(
-            "requests",
-            "Requests for an answer that have ended",
-            ("face", "provider", "code", "outcome"),
-        )
+        # Requests for an answer that have ended: by face, provider, code and outcome.
+        self.requests: dict[tuple[str, ...], Counter] = {}
         self.outcomes = {outcome: Counter() for outcome in OUTCOMES}
-        self.tokens: Family[Counter] = Family(
-            "tokens",
-            "Tokens, as the provider reports them, or about one an event",
-            ("provider", "model", "type", "source"),
-        )
-        self.closed: Family[Counter] = Family(
-            "connections_closed",
-            "Connections that have ended; code: the close code of a WebSocket",
-            ("face", "code"),
-            {
-                **{("websocket", code): Counter() for code in (*CLOSES, "1013", "other")},
-                **{(face, ""): Counter() for face in FACES if face != "websocket"},
-            },
-        )
-        self.delay = {whose: Histogram() for whose in ("ours", "client")}
-        self.delays = {whose: Recent() for whose in self.delay}
-        self.admission_wait = {outcome: Histogram() for outcome in ("entered", "refused")}
+        # By provider, model, type and source.
+        self.tokens: dict[tuple[str, ...], Counter] = {}
+        # By face and close code, which is empty where the face is no WebSocket.
+        self.closed: dict[tuple[str, ...], Counter] = {
+            **{("websocket", code): Counter() for code in CLOSE_CODES},
+            **{(face, ""): Counter() for face in FACES if face != "websocket"},
+        }
+        self.rejections = _counters_for("rejected")
+        self.bad_requests = _counters_for("client_error")
+        self.auth_failures = {reason: Counter() for reason in DENIED_REASONS}
         self.resumes = {outcome: Counter() for outcome in ("ok", "gap", "not_found")}
-        self.slow_clients = Counter()
-        self.bad_requests = {code: Counter() for code, why in KINDS if why == "client_error"}
-        self.auth_failures = {reason: Counter() for reason in REASONS}
-        self.bugs = Counter()
-        self.loop_lag = Histogram(SHORT)
         self.reloads = {outcome: Counter() for outcome in ("applied", "invalid", "failed")}
+        self.slow_clients = Counter()
+        self.bugs = Counter()
+        self.admission_wait = {outcome: Histogram() for outcome in ("entered", "refused")}
+        self.delay = {cause: Histogram() for cause in ("ours", "client")}
+        self.loop_lag = Histogram(SHORT_BOUNDS)
+        self.recent_first_tokens = RecentValues()  # from admission, on all faces
+        self.recent_delays = {cause: RecentValues() for cause in self.delay}
         self.apply(providers)
 
     def apply(self, providers: Mapping[str, settings.Provider]) -> None:
-        """Count what *providers* do, too. Those that have gone keep their numbers."""
-        for name, given in providers.items():
+        """Count these providers from now on, too; those that have gone keep their numbers."""
+        for name, provider in providers.items():
             self.providers.setdefault(name, ProviderMeter())
-            for labels in _ends(name):
-                self.requests.children.setdefault(labels, Counter())
-            for labels in _tokens(name, given):
-                self.tokens.children.setdefault(labels, Counter())
+            for labels in _request_labels(name):
+                self.requests.setdefault(labels, Counter())
+            for labels in _token_labels(name, provider):
+                self.tokens.setdefault(labels, Counter())
 
-    def complain(self, error: errors.AioserverError) -> None:
-        """Somebody was told *error*, and no provider was asked."""
+    def count_error(self, error: errors.AioserverError) -> None:
+        """Count *error*, which was sent to a client before any provider was asked."""
         if isinstance(error, errors.Denied):
             self.auth_failures[error.reason].value += 1
         if error.outcome == "rejected":
@@ -176,7 +178,7 @@ class Metrics:
 
     @contextmanager
     def resuming(self) -> Iterator[None]:
-        """Count how it ends that somebody comes back for an answer."""
+        """Count how the attempt to resume a stream ends, which is the body of the `with`."""
         outcome = "ok"
         try:
             yield
@@ -189,141 +191,169 @@ class Metrics:
         finally:
             self.resumes[outcome].value += 1
 
-    def families(self) -> Iterator[Family[Counter] | Family[Histogram]]:
-        """All families; counters without their suffix `_total`."""
-        providers, faces = self.providers.items(), self.faces.items()
-        yield self.requests
-        yield self.tokens
-        yield self.closed
-        yield Family(
-            "connections_rejected",
-            "Connections for which there was no place",
-            ("face",),
-            {(face,): meter.rejected for face, meter in faces},
-        )
-        yield Family(
-            "rejections",
-            "Requests and connections that were told to come back",
-            ("code",),
-            {(code,): counter for code, counter in self.rejections.items()},
-        )
-        yield Family(
-            "provider_attempts",
-            "Requests sent to a provider",
-            ("provider", "outcome"),
-            {
-                (name, outcome): counter
-                for name, meter in providers
-                for outcome, counter in meter.attempts.items()
-            },
-        )
-        yield Family(
-            "retries",
-            "Tries after a fault, at the same provider",
-            ("provider", "reason"),
-            {(n, code): one for n, meter in providers for code, one in meter.retries.items()},
-        )
-        yield Family(
-            "failovers",
-            "Requests that went on to a fallback",
-            ("provider", "reason"),
-            {(n, code): one for n, meter in providers for code, one in meter.failovers.items()},
-        )
-        yield Family(
-            "resumes",
-            "Answers that somebody came back for",
-            ("outcome",),
-            {(outcome,): counter for outcome, counter in self.resumes.items()},
-        )
-        yield Family(
-            "slow_clients", "Clients dropped: they took nothing", (), {(): self.slow_clients}
-        )
-        yield Family(
-            "bad_requests",
-            "Requests that were not understood or not allowed",
-            ("code",),
-            {(code,): counter for code, counter in self.bad_requests.items()},
-        )
-        yield Family(
-            "auth_failures",
-            "Requests that were not let in",
-            ("reason",),
-            {(reason,): counter for reason, counter in self.auth_failures.items()},
-        )
-        yield Family(
-            "reloads",
-            "Configurations read again on SIGHUP",
-            ("outcome",),
-            {(outcome,): counter for outcome, counter in self.reloads.items()},
-        )
-        yield Family("errors", "Bugs: each has a traceback in the log", (), {(): self.bugs})
-        yield Family(
-            "admission_wait_seconds",
-            "From coming to a place, or to the refusal",
-            ("outcome",),
-            {(outcome,): one for outcome, one in self.admission_wait.items()},
-        )
-        yield Family(
-            "provider_wait_seconds",
-            "In the line in front of a provider",
-            ("provider",),
-            {(name,): meter.wait for name, meter in providers},
-        )
-        yield Family(
-            "request_duration_seconds",
-            "From admission to the answer's end",
-            ("face",),
-            {(face,): meter.duration for face, meter in faces},
-        )
-        yield Family(
-            "first_token_seconds",
-            "From admission to the answer's first event, waits included",
-            ("face",),
-            {(face,): meter.first_token for face, meter in faces},
-        )
-        yield Family(
-            "provider_first_token_seconds",
-            "From the request being sent to the first event",
-            ("provider",),
-            {(name,): meter.first_token for name, meter in providers},
-        )
-        yield Family(
-            "token_interval_seconds",
-            "Between two events of an answer, its mean",
-            ("provider",),
-            {(name,): meter.interval for name, meter in providers},
-        )
-        yield Family(
-            "provider_silence_seconds",
-            "The longest time between two reads of an answer, our own lag taken out",
-            ("provider",),
-            {(name,): meter.silence for name, meter in providers},
-        )
-        yield Family(
-            "delay_seconds",
-            "The longest time that an answer was held up by us, or by a client that took nothing",
-            ("by",),
-            {(whose,): one for whose, one in self.delay.items()},
-        )
-        yield Family(
-            "overhead_seconds",
-            "Our own work from admission to the provider's line",
-            ("face",),
-            {(face,): meter.overhead for face, meter in faces},
-        )
-        yield Family("loop_lag_seconds", "How late the event loop is", (), {(): self.loop_lag})
+    def families(self) -> Iterator[Family]:
+        """Every metric of the three tables below, as it is now."""
+        yield from (_family(row, {"": self}) for row in SERVER_FAMILIES)
+        yield from (_family(row, self.faces, "face") for row in FACE_FAMILIES)
+        yield from (_family(row, self.providers, "provider") for row in PROVIDER_FAMILIES)
 
 
-def _ends(provider: str) -> Iterator[tuple[str, str, str, str]]:
+def _counters_for(outcome: str) -> dict[str, Counter]:
+    """A counter for each error code of a request that ends with this outcome."""
+    return {code: Counter() for code, of_code in ERROR_OUTCOMES if of_code == outcome}
+
+
+def _request_labels(provider: str) -> Iterator[tuple[str, str, str, str]]:
     for face in FACES:
         for outcome in (OK, CLIENT_LEFT, CANCELLED):
             yield face, provider, "", outcome
-        for code, outcome in KINDS:
+        for code, outcome in ERROR_OUTCOMES:
             yield face, provider, code, outcome
 
 
-def _tokens(name: str, given: settings.Provider) -> Iterator[tuple[str, str, str, str]]:
-    for model in dict.fromkeys((given.model, *given.models, "other")):
+def _token_labels(name: str, provider: settings.Provider) -> Iterator[tuple[str, str, str, str]]:
+    for model in dict.fromkeys((provider.model, *provider.models, "other")):
         for kind in ("input", "output"):
             yield name, model, kind, "provider"
         yield name, model, "output", "estimate"
+
+
+Child = Counter | Histogram
+Owner = TypeVar("Owner")
+
+
+class Family(NamedTuple):
+    """One metric: a child for each set of labels, all of one type."""
+
+    name: str
+    help: str
+    labels: tuple[str, ...]
+    children: Mapping[tuple[str, ...], Child]
+
+
+class Row(NamedTuple, Generic[Owner]):
+    """One metric in a table.
+
+    *children* gives the only child, or a child for each value of *labels* (a string, or a tuple where
+    there are several labels).
+    """
+
+    name: str
+    children: Callable[[Owner], Child | Mapping[str, Child] | Mapping[tuple[str, ...], Child]]
+    help: str
+    labels: tuple[str, ...] = ()
+
+
+def _family(row: Row[Owner], owners: Mapping[str, Owner], label: str = "") -> Family:
+    """The metric of *row* over all *owners*; the owners' names are the values of *label*, if any."""
+    merged: dict[tuple[str, ...], Child] = {}
+    for name, owner in owners.items():
+        first = (name,) if label else ()
+        children = row.children(owner)
+        if isinstance(children, Counter | Histogram):
+            merged[first] = children
+        else:
+            for values, child in children.items():
+                rest = (values,) if isinstance(values, str) else values
+                merged[*first, *rest] = child
+    labels = (label, *row.labels) if label else row.labels
+    return Family(row.name, row.help, labels, merged)
+
+
+SERVER_FAMILIES: tuple[Row[Metrics], ...] = (
+    Row(
+        "requests",
+        lambda m: m.requests,
+        "Requests for an answer that have ended",
+        ("face", "provider", "code", "outcome"),
+    ),
+    Row(
+        "tokens",
+        lambda m: m.tokens,
+        "Tokens as reported by the provider, or estimated as one for each event",
+        ("provider", "model", "type", "source"),
+    ),
+    Row(
+        "connections_closed",
+        lambda m: m.closed,
+        "Connections that have ended; code: the close code of a WebSocket",
+        ("face", "code"),
+    ),
+    Row(
+        "rejections", lambda m: m.rejections, "Requests and connections refused for now", ("code",)
+    ),
+    Row("resumes", lambda m: m.resumes, "Attempts to resume an answer", ("outcome",)),
+    Row("slow_clients", lambda m: m.slow_clients, "Clients dropped because they read nothing"),
+    Row(
+        "bad_requests",
+        lambda m: m.bad_requests,
+        "Requests that were invalid or not allowed",
+        ("code",),
+    ),
+    Row(
+        "auth_failures", lambda m: m.auth_failures, "Requests that were denied access", ("reason",)
+    ),
+    Row("reloads", lambda m: m.reloads, "Reloads of the configuration", ("outcome",)),
+    Row("errors", lambda m: m.bugs, "Bugs in the server; the log has a traceback of each"),
+    Row("log_lines_dropped", lambda _: logs.dropped(), "Log lines that could not be written"),
+    Row(
+        "admission_wait_seconds",
+        lambda m: m.admission_wait,
+        "Time from arrival until a place was entered or refused",
+        ("outcome",),
+    ),
+    Row(
+        "delay_seconds",
+        lambda m: m.delay,
+        "Longest time in an answer that the server, or a client that read nothing, held it up",
+        ("by",),
+    ),
+    Row("loop_lag_seconds", lambda m: m.loop_lag, "How late the event loop called a timer"),
+)
+FACE_FAMILIES: tuple[Row[FaceMeter], ...] = (
+    Row("connections_rejected", lambda m: m.rejected, "Connections refused for want of a place"),
+    Row(
+        "request_duration_seconds",
+        lambda m: m.duration,
+        "Time from admission to the end of the answer",
+    ),
+    Row(
+        "first_token_seconds",
+        lambda m: m.first_token,
+        "Time from admission to the first event of the answer, waits included",
+    ),
+    Row(
+        "overhead_seconds",
+        lambda m: m.overhead,
+        "Our own work from admission to the provider's queue",
+    ),
+)
+PROVIDER_FAMILIES: tuple[Row[ProviderMeter], ...] = (
+    Row(
+        "provider_attempts",
+        lambda m: m.attempts,
+        "Attempts that were sent to the provider",
+        ("outcome",),
+    ),
+    Row(
+        "retries",
+        lambda m: m.retries,
+        "Further attempts at the same provider, by the fault of the one before",
+        ("reason",),
+    ),
+    Row("failovers", lambda m: m.failovers, "Requests that went on to a fallback", ("reason",)),
+    Row("provider_wait_seconds", lambda m: m.wait, "Time in the provider's queue"),
+    Row(
+        "provider_first_token_seconds",
+        lambda m: m.first_token,
+        "Time from sending the request to the first event of the answer",
+    ),
+    Row(
+        "token_interval_seconds", lambda m: m.interval, "Mean time between two events of an answer"
+    ),
+    Row(
+        "provider_silence_seconds",
+        lambda m: m.silence,
+        "Longest time between two reads of an answer, less the lag of our event loop",
+    ),
+)

@@ -1,7 +1,11 @@
-"""One request for an answer, from its admission to its end: its times, its numbers, its log line.
+"""One request for an answer, from its admission to its end: its times, its gaps, its log line.
 
-The record is made where the request comes in (gateway.py) and goes along with it; who does something
-for it notes when. `Records` counts it when it has ended, and writes one line.
+A record is made where the request is understood, and goes along with it: gateway, provider, stream and
+writers note in it what happens. When the request has ended, the request log adds the record to the
+metrics and writes one line.
+
+An answer that stutters has its longest gap measured on each of three sides, so that the line says whose
+fault it was: the provider sent nothing, we were late, or the client read nothing.
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from aioserver.errors import AioserverError
-from aioserver.telemetry.loop_lag import WORTH
+from aioserver.telemetry.loop_lag import THRESHOLD
 from aioserver.telemetry.metrics import CANCELLED, CLIENT_LEFT, OK, Metrics
 
 if TYPE_CHECKING:
@@ -21,18 +25,32 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("aioserver.requests")
 
-MAX_NAME = 200  # characters of a name from outside in a log line
+# Characters of a request id or model name, which come from clients, in a log line.
+MAX_NAME = 200
+# What providers call their numbers of tokens: chat completions, then responses.
+TOKENS_IN = ("prompt_tokens", "input_tokens")
+TOKENS_OUT = ("completion_tokens", "output_tokens")
+# A provider's number of tokens is believed below this bound.
+MAX_TOKENS = 1 << 40
 
 
-class Record:
-    """Times are of the monotonic clock; 0.0: it has not happened.
+class RequestRecord:
+    """What happened to one request.
 
-    *asked*: admitted, and understood. *lined*: asked for its place at the provider. *waited*: seconds
-    in that line. *sent*: the first try was sent. *first*: the answer's first event.
+    Times are of the monotonic clock, and 0.0 as long as the event has not happened:
 
-    Three gaps, each the longest of its kind, in seconds: *silence*, between two reads of the provider
-    once it has begun to answer (and *silent_until*, when it ended, in the loop's time); *delay*, that
-    an event which was read had to wait for us; *stuck*, that its client took nothing.
+        asked         the request was admitted and understood
+        lined         it entered the queue of its provider, for the first time
+        sent          its newest attempt was sent
+        first         the first event of its answer was there
+
+    Durations are in seconds:
+
+        waited        spent in queues of providers, over all attempts
+        silence       the longest time between two reads of the provider, from the first event on;
+                      it ended at *silent_until*, in the time of the event loop
+        delay         the longest time that an event which had been read waited for us
+        stuck         the longest time that the client read nothing
     """
 
     __slots__ = (
@@ -62,14 +80,17 @@ class Record:
         self.lined = self.sent = self.first = self.waited = 0.0
         self.silence = self.silent_until = self.delay = self.stuck = 0.0
         self.attempts = 0
-        self.events = 0  # of the answer
-        self.usage: Mapping[str, Any] | None = None  # as the provider reports it
-        self.left = False  # nobody wanted it any more
+        # Events of the answer, without those that open and end the stream.
+        self.events = 0
+        # The token counts, as the provider reports them.
+        self.usage: Mapping[str, Any] | None = None
+        # Whether the request was cancelled because nobody read its answer any more.
+        self.left = False
 
     def begin(
         self, face: str, request_id: str, provider: str, model: str, caller: str = ""
     ) -> None:
-        """The request was understood, and goes to *provider*; *caller*: the name of its key."""
+        """Note that the request is understood and goes to *provider*; *caller*: its key's name."""
         self.face = face
         self.caller = caller
         self.request_id = request_id
@@ -78,35 +99,36 @@ class Record:
         self.asked = monotonic()
 
     def silent(self, since: float, until: float) -> float:
-        """The provider was silent between two reads; returns the longest that it was."""
+        """Note a silence of the provider, in the loop's time; return the longest so far."""
         if until - since > self.silence:
             self.silence, self.silent_until = until - since, until
         return self.silence
 
     def tokens(self, *names: str) -> int | None:
-        """A number in the usage, by one of its *names*; None where there is none that makes sense."""
+        """Return the first sensible number in the usage under these names; None if there is none."""
         if self.usage is not None:
             for name in names:
                 number = self.usage.get(name)
-                if isinstance(number, int) and number is not True and 0 <= number < 1 << 40:
+                if isinstance(number, int) and number is not True and 0 <= number < MAX_TOKENS:
                     return number
         return None
 
 
-UNTOLD = Record()  # of a log that no request has begun
+# The record of a stream that no request has begun: what is noted in it is shown nowhere.
+NO_RECORD = RequestRecord()
 
 
-class Records:
-    """Counts what has ended; *lag* knows how much of a silence is ours."""
+class RequestLog:
+    """Counts and logs each request that has ended."""
 
     def __init__(self, metrics: Metrics, lag: LoopLag) -> None:
         self.metrics = metrics
         self._lag = lag
 
     def finish(
-        self, record: Record, error: BaseException | None, *, cancelled: bool = False
+        self, record: RequestRecord, error: BaseException | None, *, cancelled: bool = False
     ) -> None:
-        """*record* has ended: well, with *error*, or *cancelled*."""
+        """Count and log *record*, whose request ended well, with *error*, or *cancelled*."""
         metrics, now = self.metrics, monotonic()
         code, outcome, status = "", OK, 200
         if error is not None:
@@ -116,7 +138,7 @@ class Records:
             status = known.http_status if known else 500
         elif cancelled:
             outcome, status = (CLIENT_LEFT if record.left else CANCELLED), 499
-        metrics.requests.of(record.face, record.provider, code, outcome).value += 1
+        metrics.requests[record.face, record.provider, code, outcome].value += 1
         metrics.outcomes[outcome].value += 1
         if outcome == "rejected":
             metrics.rejections[code].value += 1
@@ -128,47 +150,48 @@ class Records:
             face.overhead.observe(record.lined - record.asked)
             provider.wait.observe(record.waited)
         if record.first:
-            felt = record.first - record.asked
-            face.first_token.observe(felt)
-            metrics.felt.add(now, felt)
+            first_token = record.first - record.asked
+            face.first_token.observe(first_token)
+            metrics.recent_first_tokens.add(now, first_token)
             provider.first_token.observe(record.first - record.sent)
-            provider.recent.add(now, record.first - record.sent)
+            provider.recent_first_tokens.add(now, record.first - record.sent)
             if record.events > 1:
                 provider.interval.observe((now - record.first) / (record.events - 1))
-                self._see_gaps(record, now)
+                self._count_gaps(record, now)
         self._count_tokens(record)
         if logger.isEnabledFor(logging.INFO):
-            self._tell(record, now, code, outcome, status)
+            self._log(record, now, code, outcome, status)
 
-    def _see_gaps(self, record: Record, now: float) -> None:
-        """Tell the provider's gaps from ours, and from those of a client that takes nothing."""
+    def _count_gaps(self, record: RequestRecord, now: float) -> None:
+        """Count the longest gap of each side, after moving our own lag out of the provider's."""
         metrics, lag, end = self.metrics, self._lag, record.silent_until
-        if record.silence > WORTH:
+        if record.silence > THRESHOLD:
             ours = lag.within(end - record.silence, end)
-            record.silence = max(0.0, record.silence - ours)  # sums are not exact
+            # Not below 0: the lag is a sum of floats, and may exceed the silence by its rounding.
+            record.silence = max(0.0, record.silence - ours)
         record.delay = max(record.delay, lag.longest(record.first))
         provider = metrics.providers[record.provider]
         provider.silence.observe(record.silence)
-        provider.silences.add(now, record.silence)
-        for whose, gap in (("ours", record.delay), ("client", record.stuck)):
-            metrics.delay[whose].observe(gap)
-            metrics.delays[whose].add(now, gap)
+        provider.recent_silences.add(now, record.silence)
+        for cause, gap in (("ours", record.delay), ("client", record.stuck)):
+            metrics.delay[cause].observe(gap)
+            metrics.recent_delays[cause].add(now, gap)
 
-    def _count_tokens(self, record: Record) -> None:
-        into = record.tokens("prompt_tokens", "input_tokens")
-        out = record.tokens("completion_tokens", "output_tokens")
-        family, provider = self.metrics.tokens, record.provider
-        known = (provider, record.model, "output", "provider") in family.children
-        model = record.model if known else "other"
-        if into is not None:
-            family.of(provider, model, "input", "provider").value += into
-        if out is not None:
-            family.of(provider, model, "output", "provider").value += out
+    def _count_tokens(self, record: RequestRecord) -> None:
+        """Count the tokens of the usage; where it has no output, each event counts as one."""
+        tokens_in, tokens_out = record.tokens(*TOKENS_IN), record.tokens(*TOKENS_OUT)
+        counters, provider = self.metrics.tokens, record.provider
+        configured = (provider, record.model, "output", "provider") in counters
+        model = record.model if configured else "other"
+        if tokens_in is not None:
+            counters[provider, model, "input", "provider"].value += tokens_in
+        if tokens_out is not None:
+            counters[provider, model, "output", "provider"].value += tokens_out
         elif record.events:
-            family.of(provider, model, "output", "estimate").value += record.events
+            counters[provider, model, "output", "estimate"].value += record.events
 
     @staticmethod
-    def _tell(record: Record, now: float, code: str, outcome: str, status: int) -> None:
+    def _log(record: RequestRecord, now: float, code: str, outcome: str, status: int) -> None:
         fields: dict[str, Any] = {
             "request_id": record.request_id[:MAX_NAME],
             "face": record.face,
@@ -188,13 +211,13 @@ class Records:
             fields["first_token_ms"] = round((record.first - record.asked) * 1000, 1)
             gaps = {"provider": record.silence, "our": record.delay, "client": record.stuck}
             fields |= {
-                f"{whose}_gap_ms": round(gap * 1000, 1)
-                for whose, gap in gaps.items()
-                if gap > WORTH
+                f"{side}_gap_ms": round(gap * 1000, 1)
+                for side, gap in gaps.items()
+                if gap > THRESHOLD
             }
         tokens = {
-            "tokens_in": record.tokens("prompt_tokens", "input_tokens"),
-            "tokens_out": record.tokens("completion_tokens", "output_tokens"),
+            "tokens_in": record.tokens(*TOKENS_IN),
+            "tokens_out": record.tokens(*TOKENS_OUT),
         }
         fields |= {name: number for name, number in tokens.items() if number is not None}
         logger.info("request finished", extra={"fields": fields})

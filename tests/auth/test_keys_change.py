@@ -68,7 +68,7 @@ async def test_its_sockets_hear_why_and_are_closed(make_house: Make) -> None:
             raw.close()
         frame_of_other = await ws.receive_json(timeout=20)
         assert frame_of_other["status"] == "chunk", "nobody else notices"
-    assert house.app[context.METRICS].closed.of("websocket", "1008").value == 2
+    assert house.app[context.METRICS].closed["websocket", "1008"].value == 2
     async with house.session.delete(f"{house.sse}/mine", headers=bearer("app")) as response:
         assert response.status == 204
 

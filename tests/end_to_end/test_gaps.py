@@ -12,9 +12,9 @@ import pytest
 from aioserver.faces import context
 from aioserver.providers.simulator.exchange import Behaviour
 from aioserver.streams.entries import COMPLETE
-from aioserver.telemetry.counters import SHORT, Histogram
-from aioserver.telemetry.loop_lag import EVERY, LoopLag
-from aioserver.telemetry.request_log import Record
+from aioserver.telemetry.counters import SHORT_BOUNDS, Histogram
+from aioserver.telemetry.loop_lag import INTERVAL, LoopLag
+from aioserver.telemetry.request_log import RequestRecord
 from tests.streams.test_writer import BIG, client, say, stream_of
 from tests.support.chat import CHAT
 from tests.support.server import House, block, until
@@ -57,7 +57,7 @@ def loop() -> Loop:
 @pytest.fixture
 def lag(loop: Loop) -> LoopLag:
     given: Any = loop
-    return LoopLag(given, Histogram(SHORT))
+    return LoopLag(given, Histogram(SHORT_BOUNDS))
 
 
 def test_a_late_look_tells_when_the_loop_was_late(loop: Loop, lag: LoopLag) -> None:
@@ -83,11 +83,11 @@ def test_late_moments_add_up_and_small_ones_do_not_count(loop: Loop, lag: LoopLa
     mean, most = lag.take()
     assert (round(mean, 6), round(most, 6)) == (0.12525, 0.3)
     assert lag.take() == (0.0, 0.0)
-    assert loop.due == pytest.approx(loop.now + EVERY)
+    assert loop.due == pytest.approx(loop.now + INTERVAL)
 
 
 def test_the_longest_silence_is_kept() -> None:
-    record = Record()
+    record = RequestRecord()
 
     assert [record.silent(*gap) for gap in ((1.0, 1.5), (1.5, 4.0), (4.0, 5.0))] == [0.5, 2.5, 2.5]
     assert record.silent_until == 4.0
@@ -155,14 +155,14 @@ async def test_a_loop_that_was_blocked_is_our_gap_and_not_the_providers(
     await until(lambda: len(finished()) == 1)
 
     (fields,) = finished()
-    assert fields["our_gap_ms"] >= (BLOCK - EVERY) * 900
-    assert fields.get("provider_gap_ms", 0.0) < (BLOCK - EVERY) * 900
+    assert fields["our_gap_ms"] >= (BLOCK - INTERVAL) * 900
+    assert fields.get("provider_gap_ms", 0.0) < (BLOCK - INTERVAL) * 900
 
 
 async def test_a_client_that_takes_nothing_is_the_clients_gap() -> None:
     async with client(slow=True) as one:
         stream = stream_of()
-        stream.record = Record()
+        stream.record = RequestRecord()
         one.follow(stream)
         say(stream, "x" * BIG)  # more than its socket takes
         await until(lambda: one.socket.draining == 1)
@@ -181,7 +181,7 @@ async def test_a_client_that_takes_nothing_is_the_clients_gap() -> None:
 async def test_a_client_that_takes_nothing_any_more_is_the_clients_gap_as_well(end: str) -> None:
     async with client(slow=True) as one:
         stream = stream_of()
-        stream.record = Record()
+        stream.record = RequestRecord()
         cursor = one.follow(stream)
         say(stream, "x" * BIG)
         await until(lambda: one.socket.draining == 1)
@@ -202,7 +202,7 @@ async def test_a_client_that_takes_nothing_any_more_is_the_clients_gap_as_well(e
 async def test_an_event_that_waits_for_its_turn_is_our_delay() -> None:
     async with client() as one:
         busy, other = stream_of("busy"), stream_of("other")
-        other.record = Record()
+        other.record = RequestRecord()
         one.follow(busy)
         one.follow(other)
         await until(lambda: not one.writer._ready)
@@ -218,7 +218,7 @@ async def test_an_event_that_waits_for_its_turn_is_our_delay() -> None:
 async def test_what_was_there_before_a_reader_came_has_not_waited_for_us() -> None:
     async with client() as one:
         stream = stream_of()
-        stream.record = Record()
+        stream.record = RequestRecord()
         say(stream, "long ago")
         stream.entries[0].at -= 1000.0
 

@@ -22,7 +22,7 @@ from aioserver.streams import entries, stream
 from aioserver.streams.store import Streams
 from aioserver.telemetry.loop_lag import LoopLag
 from aioserver.telemetry.metrics import Metrics, ProviderMeter
-from aioserver.telemetry.request_log import Records
+from aioserver.telemetry.request_log import RequestLog
 from tests.support.scripted_provider import LIMITS
 from tests.support.server import until
 
@@ -121,7 +121,7 @@ async def test_random_leavings_in_memory_give_everything_back(count: int) -> Non
         nothing,
         nothing,
         settings.Streams(resume_window=0.05, max_detached=10),
-        Records(metrics, lag),
+        RequestLog(metrics, lag),
     )
     route = Router({"sim": fake}, "sim").route(None)
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from aioserver import errors, provider_errors
-from aioserver.telemetry.counters import Histogram, Recent
-from aioserver.telemetry.metrics import CANCELLED, FACES, KINDS, OK, Metrics
-from aioserver.telemetry.request_log import Record, Records
+from aioserver.telemetry.counters import Histogram, RecentValues
+from aioserver.telemetry.metrics import CANCELLED, ERROR_OUTCOMES, FACES, OK, Metrics
+from aioserver.telemetry.request_log import RequestLog, RequestRecord
 
 GIVEN: Any = {name: SimpleNamespace(model="m", models=("n",)) for name in ("openai", "groq")}
 
@@ -40,13 +40,13 @@ class NeverLate:
         return 0.0
 
 
-def records(metrics: Metrics) -> Records:
+def records(metrics: Metrics) -> RequestLog:
     never: Any = NeverLate()
-    return Records(metrics, never)
+    return RequestLog(metrics, never)
 
 
-def record(face: str = "openai", provider: str = "groq", model: str = "m") -> Record:
-    one = Record()
+def record(face: str = "openai", provider: str = "groq", model: str = "m") -> RequestRecord:
+    one = RequestRecord()
     one.begin(face, "r1", provider, model)
     return one
 
@@ -58,9 +58,9 @@ def test_every_error_can_end_a_request(face: str, kind: type[errors.AioserverErr
 
     records(metrics).finish(record(face), made(kind))
 
-    assert metrics.requests.of(face, "groq", kind.code, kind.outcome).value == 1
+    assert metrics.requests[face, "groq", kind.code, kind.outcome].value == 1
     assert metrics.outcomes[kind.outcome].value == 1
-    assert sum(one.value for one in metrics.requests.children.values()) == 1
+    assert sum(one.value for one in metrics.requests.values()) == 1
     told = metrics.rejections.get(kind.code)
     assert (told is not None and told.value == 1) == (kind.outcome == "rejected")
 
@@ -68,7 +68,7 @@ def test_every_error_can_end_a_request(face: str, kind: type[errors.AioserverErr
 def test_a_bug_is_an_internal_error_and_shows_nothing_of_itself() -> None:
     metrics = Metrics(GIVEN)
     records(metrics).finish(record(), RuntimeError("the password is 1234"))
-    assert metrics.requests.of("openai", "groq", "internal_error", "internal_error").value == 1
+    assert metrics.requests["openai", "groq", "internal_error", "internal_error"].value == 1
 
 
 def test_who_left_and_who_stopped_it_are_told_apart() -> None:
@@ -104,9 +104,9 @@ def test_tokens_are_the_providers_or_an_estimate(
     records(metrics).finish(one, None)
 
     family = metrics.tokens
-    assert family.of("groq", "m", "input", "provider").value == into
-    assert family.of("groq", "m", "output", "provider").value == out
-    assert family.of("groq", "m", "output", "estimate").value == estimate
+    assert family["groq", "m", "input", "provider"].value == into
+    assert family["groq", "m", "output", "provider"].value == out
+    assert family["groq", "m", "output", "estimate"].value == estimate
 
 
 @pytest.mark.parametrize(("model", "label"), [("m", "m"), ("n", "n"), ("evil", "other")])
@@ -115,13 +115,13 @@ def test_a_model_that_is_not_configured_is_another(model: str, label: str) -> No
     one = record(model=model)
     one.events = 2
     records(metrics).finish(one, None)
-    assert metrics.tokens.of("groq", label, "output", "estimate").value == 2
+    assert metrics.tokens["groq", label, "output", "estimate"].value == 2
 
 
 def test_labels_are_fixed() -> None:
     metrics = Metrics(GIVEN)
     with pytest.raises(KeyError):
-        metrics.requests.of("openai", "groq", "", "invented")
+        metrics.requests["openai", "groq", "", "invented"]
     names = [family.name for family in metrics.families()]
     assert len(names) == len(set(names))
     for family in metrics.families():
@@ -137,7 +137,7 @@ def test_a_histogram_counts_up_to_each_bound() -> None:
 
 
 def test_percentiles_are_of_the_last_minute_and_of_a_thousand() -> None:
-    one = Recent()
+    one = RecentValues()
     assert one.percentiles(0.0) is None
     for number in range(100):
         one.add(float(number), number / 100)
@@ -155,5 +155,5 @@ def test_percentiles_are_of_the_last_minute_and_of_a_thousand() -> None:
 
 
 def test_every_kind_of_error_has_an_outcome() -> None:
-    outcomes = {outcome for _, outcome in KINDS}
+    outcomes = {outcome for _, outcome in ERROR_OUTCOMES}
     assert outcomes == {"client_error", "rejected", "provider_error", "internal_error"}
