@@ -1,9 +1,9 @@
 # Sourced by run_production.sh and run_tests.sh: a virtual environment in .venv, made once.
 #
-#   ensure_installed STAMP EXTRAS...    installs the first of EXTRAS that installs, unless done
+#   ensure_installed STAMP EXTRAS...    installs with the first of EXTRAS that installs, unless done
 #
-# "Done" means: with this setup.cfg and pyproject.toml. The installation is editable, so that
-# changed code needs nothing.
+# "Done" means done with this setup.cfg, pyproject.toml and venv.sh. The installation is editable:
+# after a change of the code nothing has to be installed again.
 
 find_python() {
   local name
@@ -13,7 +13,7 @@ find_python() {
       return
     fi
   done
-  echo "aioserver needs Python 3.11 or later; set PYTHON to one" >&2
+  echo "aioserver needs Python 3.11 or later; set PYTHON to the path of one" >&2
   return 1
 }
 
@@ -37,7 +37,7 @@ ensure_installed() {
   if [ -x .venv/bin/python ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then return; fi
   make_venv
   for extras in "$@"; do
-    echo "installing aioserver$extras" >&2
+    echo "installing aioserver-gateway$extras into .venv" >&2
     if .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".$extras"; then
       echo "$wanted" >"$stamp"
       return

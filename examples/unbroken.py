@@ -1,10 +1,10 @@
-"""An answer that survives its connection: cut every few events, on each transport, and whole.
+"""Answers that survive their connections: cut every few events, on each face, and still complete.
 
     python examples/unbroken.py [--url http://127.0.0.1:8000] [--every 20] [--text "Tell me a story"]
 
-Between this client and the server stands a small fault proxy, in this process, that resets the
-connection after so many events, wherever in the bytes it is then. Each client below does what a
-good client does about it: it comes back with the number of the last event that it has seen.
+A small fault proxy in this process stands between the clients and the server. It resets each
+connection after a number of events, wherever in the bytes it is then. Each client below does what a
+good client does about that: it comes back with the number of the last event that it has seen.
 """
 
 from __future__ import annotations
@@ -22,45 +22,62 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
 AGAIN = 0.05  # seconds before a client comes back
-GONE = (aiohttp.ClientError, ConnectionError)
+CONNECTION_LOST = (aiohttp.ClientError, ConnectionError)
 
 
 class FaultProxy:
-    """Passes bytes on, and resets a connection after *every()* events have come down on it."""
+    """Relays TCP, and resets each connection after *every()* events have come down on it."""
 
     def __init__(self, host: str, port: int, every: Callable[[], int]) -> None:
         self.cuts = 0
-        self._to = host, port
+        self._address = host, port
         self._every = every
+        self._connections: set[asyncio.Task[None]] = set()
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[str]:
-        """Yields the address to connect to."""
-        server = await asyncio.start_server(self._connection, "127.0.0.1", 0)
-        async with server:
-            host, port = server.sockets[0].getsockname()
+        """Listen; yield the address to connect to. At the end every connection is closed."""
+        server = await asyncio.start_server(self._connected, "127.0.0.1", 0)
+        host, port = server.sockets[0].getsockname()
+        try:
             yield f"{host}:{port}"
-
-    async def _connection(self, near: asyncio.StreamReader, back: asyncio.StreamWriter) -> None:
-        try:
-            far, forth = await asyncio.open_connection(*self._to)
-        except OSError:
-            back.transport.abort()
-            return
-        try:
-            up = asyncio.create_task(self._pass(near, forth))
-            down = asyncio.create_task(self._pass(far, back, self._every()))
-            await asyncio.wait((up, down), return_when=asyncio.FIRST_COMPLETED)
-            for task in (up, down):
-                task.cancel()
-            await asyncio.gather(up, down, return_exceptions=True)
         finally:
-            forth.transport.abort()
-            back.transport.abort()
+            server.close()
+            for connection in self._connections:
+                connection.cancel()
+            await asyncio.gather(*self._connections, return_exceptions=True)
+            await server.wait_closed()
+
+    def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        # A coroutine as the callback would be a task of asyncio's, which Python 3.11 reports with a
+        # traceback when it is cancelled.
+        task = asyncio.create_task(self._relay(reader, writer))
+        self._connections.add(task)
+        task.add_done_callback(self._connections.discard)
+
+    async def _relay(
+        self, from_client: asyncio.StreamReader, to_client: asyncio.StreamWriter
+    ) -> None:
+        try:
+            from_server, to_server = await asyncio.open_connection(*self._address)
+        except OSError:
+            to_client.transport.abort()
+            return
+        up = asyncio.create_task(self._pass(from_client, to_server))
+        down = asyncio.create_task(self._pass(from_server, to_client, self._every()))
+        try:
+            await asyncio.wait((up, down), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            up.cancel()
+            down.cancel()
+            to_server.transport.abort()
+            to_client.transport.abort()
+            await asyncio.gather(up, down, return_exceptions=True)
 
     async def _pass(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, events: int | None = None
     ) -> None:
+        """Pass bytes on to the end, or until *events* have passed and half of one more read."""
         while data := await reader.read(65536):
             if events is not None:
                 events -= data.count(b'"event_id":') + data.count(b'"sequence_number":')
@@ -74,8 +91,8 @@ class FaultProxy:
 
 
 async def websocket(session: aiohttp.ClientSession, address: str, text: str) -> str:
-    """Ask once; after a cut, `resume` behind the last event."""
-    request_id, seen, parts = uuid.uuid4().hex, 0, []
+    """Ask once; after a cut, `resume` after the last event."""
+    request_id, last, parts = uuid.uuid4().hex, 0, []
     command: dict[str, Any] = {
         "action": "chat",
         "request_id": request_id,
@@ -87,70 +104,71 @@ async def websocket(session: aiohttp.ClientSession, address: str, text: str) -> 
                 await ws.send_json(command)
                 async for message in ws:
                     frame = json.loads(message.data)
-                    seen = frame.get("event_id", seen)
+                    last = frame.get("event_id", last)
                     if frame["status"] == "chunk" and frame["chunk"]["type"] == "text":
                         parts.append(frame["chunk"]["data"])
                     elif frame["status"] in {"complete", "error", "cancelled"}:
                         return "".join(parts)
-        except GONE:
+        except CONNECTION_LOST:
             pass
-        if seen:
-            payload = {"last_event_id": seen}
+        if last:
+            payload = {"last_event_id": last}
             command = {"action": "resume", "request_id": request_id, "payload": payload}
         await asyncio.sleep(AGAIN)
 
 
 async def sse(session: aiohttp.ClientSession, address: str, text: str) -> str:
     """POST once; after a cut, GET with `Last-Event-ID`, as an EventSource does by itself."""
-    url, request_id, seen, parts = f"http://{address}/sse/chat", uuid.uuid4().hex, 0, []
+    url, request_id, last, parts = f"http://{address}/sse/chat", uuid.uuid4().hex, 0, []
     while True:
         try:
-            if seen:
-                headers = {"Last-Event-ID": str(seen)}
-                asking = session.get(f"{url}/{request_id}", headers=headers)
+            if last:
+                headers = {"Last-Event-ID": str(last)}
+                request = session.get(f"{url}/{request_id}", headers=headers)
             else:
-                asking = session.post(url, json={"request_id": request_id, "text": text})
-            async with asking as answer:
-                async for frame in _events(answer):
-                    seen = frame.get("event_id", seen)
+                request = session.post(url, json={"request_id": request_id, "text": text})
+            async with request as response:
+                async for frame in _events(response):
+                    last = frame.get("event_id", last)
                     if frame["status"] == "chunk" and frame["chunk"]["type"] == "text":
                         parts.append(frame["chunk"]["data"])
                     elif frame["status"] in {"complete", "error", "cancelled"}:
                         return "".join(parts)
-        except GONE:
+        except CONNECTION_LOST:
             pass
         await asyncio.sleep(AGAIN)
 
 
 async def responses(session: aiohttp.ClientSession, address: str, text: str) -> str:
     """OpenAI's Responses: create with `store`, then retrieve with `starting_after`."""
-    url, name, seen, parts = f"http://{address}/v1/responses", "", 0, []
-    key = {"Idempotency-Key": uuid.uuid4().hex}  # until its id has come, asking again is this
+    url, response_id, last, parts = f"http://{address}/v1/responses", "", 0, []
+    # Until the id of the response has come, the same request with the same key is the way back.
+    key = {"Idempotency-Key": uuid.uuid4().hex}
     while True:
         try:
-            if name:
-                params = {"stream": "true", "starting_after": str(seen)}
-                asking = session.get(f"{url}/{name}", params=params)
+            if response_id:
+                params = {"stream": "true", "starting_after": str(last)}
+                request = session.get(f"{url}/{response_id}", params=params)
             else:
                 body = {"input": text, "stream": True, "store": True}
-                asking = session.post(url, json=body, headers=key)
-            async with asking as answer:
-                async for event in _events(answer):
-                    seen = event["sequence_number"]
-                    name = name or event.get("response", {}).get("id", "")
+                request = session.post(url, json=body, headers=key)
+            async with request as response:
+                async for event in _events(response):
+                    last = event["sequence_number"]
+                    response_id = response_id or event.get("response", {}).get("id", "")
                     if event["type"] == "response.output_text.delta":
                         parts.append(event["delta"])
                     elif event["type"] in {"response.completed", "response.failed"}:
                         return "".join(parts)
-        except GONE:
+        except CONNECTION_LOST:
             pass
         await asyncio.sleep(AGAIN)
 
 
-async def _events(answer: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]]:
-    """The JSON of each whole event; one that was cut in the middle is none."""
+async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]]:
+    """The JSON of each complete event. An event that was cut off has no empty line behind it."""
     data = b""
-    async for line in answer.content:
+    async for line in response.content:
         if line.startswith(b"data:"):
             data = line[5:]
         elif line == b"\n" and data:
@@ -162,18 +180,18 @@ CLIENTS = {"websocket": websocket, "sse": sse, "responses": responses}
 
 
 async def main() -> None:
-    """Ask on each transport and print the answers."""
+    """Ask on each face through the fault proxy, and print the answers."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--url", default="http://127.0.0.1:8000")
     parser.add_argument("--every", type=int, default=20, help="events between two cuts")
     parser.add_argument("--text", default="Tell me a long story")
-    given = parser.parse_args()
-    host, _, port = given.url.removeprefix("http://").partition(":")
+    options = parser.parse_args()
+    host, _, port = options.url.removeprefix("http://").partition(":")
     async with aiohttp.ClientSession() as session:
         for name, client in CLIENTS.items():
-            proxy = FaultProxy(host, int(port or 80), lambda: given.every)
+            proxy = FaultProxy(host, int(port or 80), lambda: options.every)
             async with proxy.running() as address:
-                answer = await client(session, address, given.text)
+                answer = await client(session, address, options.text)
             print(f"{name}, cut {proxy.cuts} times: {answer}\n")
 
 
