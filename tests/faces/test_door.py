@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from aiohttp import WSServerHandshakeError
 
-from aioserver.auth.callers import SESSION_SECONDS
 from aioserver.auth.guard import Policy
+from aioserver.auth.keys import SESSION_SECONDS
 from aioserver.faces import context
 from tests.faces.keyed import COOKIE, bearer, code_of, cookie, key_of, keys_of, log_in
 from tests.faces.raw import Raw

@@ -34,7 +34,9 @@ FACES = ("websocket", "sse", *OPENAI)
 
 
 def allowance(house: House, name: str = "web") -> Allowance:
-    found: Allowance | None = house.app[context.DOORS].keys.caller(key_of(name).encode()).allowance
+    found: Allowance | None = (
+        house.app[context.ACCESS].keys.caller(key_of(name).encode()).allowance
+    )
     assert found is not None
     return found
 
