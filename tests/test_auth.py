@@ -31,7 +31,7 @@ def test_all_clients_without_a_key_are_one_caller_in_lines_of_their_own() -> Non
 
     assert one == two
     assert hash(one) == hash(two)
-    assert one.line != two.line
+    assert one.subflow != two.subflow
     assert anonymous(None) == one
 
 
@@ -41,16 +41,16 @@ def test_a_user_has_its_own_line_and_is_the_same_caller() -> None:
     ann, bob = caller.on_behalf_of("ann"), caller.on_behalf_of("bob")
 
     assert ann == bob == caller
-    assert len({caller.line, ann.line, bob.line}) == 3
+    assert len({caller.subflow, ann.subflow, bob.subflow}) == 3
     assert ann.on_behalf_of(None) is ann
 
 
 def test_who_names_many_users_has_the_turns_of_one() -> None:
     one = anonymous("10.0.0.1")
 
-    assert {one.on_behalf_of(user).turn for user in ("ann", "bob")} == {one.turn}
-    assert one.turn != anonymous("10.0.0.2").turn
-    assert Caller("web", "10.0.0.1").on_behalf_of("ann").turn == "web"
+    assert {one.on_behalf_of(user).flow for user in ("ann", "bob")} == {one.flow}
+    assert one.flow != anonymous("10.0.0.2").flow
+    assert Caller("web", "10.0.0.1").on_behalf_of("ann").flow == "web"
 
 
 @pytest.mark.parametrize("user", [None, "", 7, ["ann"], {"a": 1}, True])
@@ -61,7 +61,7 @@ def test_what_names_no_user_changes_no_line(user: object) -> None:
 
 
 def test_a_user_of_a_megabyte_makes_a_short_line() -> None:
-    assert len(anonymous("").on_behalf_of("x" * 1_000_000).line) < 200
+    assert len(anonymous("").on_behalf_of("x" * 1_000_000).subflow) < 200
 
 
 # Origins.

@@ -60,7 +60,7 @@ class Fake:
     async def fill(self, stream: stream.Stream, ask: Ask) -> None:
         if (place := self.gate.try_enter()) is None:
             self.on_wait(self)
-            place = await self.gate.enter(ask.caller.name, ask.caller.line, told=stream.queued)
+            place = await self.gate.enter(ask.caller.name, ask.caller.subflow, told=stream.queued)
         with place:
             assert self.gate.inside <= PLACES
             stream.append_processing(self.name, "model")
@@ -73,7 +73,7 @@ class Fake:
             stream.end(entries.COMPLETE, {})
 
     async def call(self, ask: Ask, sending: Callable[[], None] | None = None) -> Answer:
-        with await self.gate.enter(ask.caller.name, ask.caller.line):
+        with await self.gate.enter(ask.caller.name, ask.caller.subflow):
             await self.turns()
             if sending is not None:
                 sending()

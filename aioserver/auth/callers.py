@@ -1,9 +1,12 @@
-"""Callers: the keys that requests come with, and who waits in whose turn.
+"""Callers: the keys that requests come with, and the flows in which they wait.
 
 With keys (`auth.keys`) each key is one caller. Without keys all clients are one caller, named "":
 request ids and conversations are names within a caller. Fair queueing is finer than that: it also
 tells apart the addresses of clients without a key, and the users that a request may name (OpenAI's
 `user`).
+
+The flows are those of limits/fair_queue: start-time fair queueing (Goyal, Vin and Cheng, 1996)
+between flows, and round robin between the subflows of one.
 """
 
 from __future__ import annotations
@@ -25,29 +28,29 @@ MAX_USER = 128
 class Caller:
     """The owner of streams and conversations. Two objects of one name are the same caller.
 
-    *line*: the subflow in which its requests wait at a provider; *priority*: its weight there, 1 to
-    10; *admin*: whether it may see the operating pages; *allowance*: the limits of its key, None
-    without keys.
+    *subflow*: where its requests wait within `flow`; *priority*: the weight of its flow, 1 to 10;
+    *admin*: whether it may see the operating pages; *allowance*: the limits of its key, None without
+    keys.
     """
 
     name: str = ""
-    line: str = field(default="", compare=False)
+    subflow: str = field(default="", compare=False)
     priority: int = field(default=1, compare=False)
     admin: bool = field(default=False, compare=False)
     allowance: Allowance | None = field(default=None, compare=False, repr=False)
 
     @property
-    def turn(self) -> str:
+    def flow(self) -> str:
         """The flow in which its requests wait at a provider: its key, or its address without keys.
 
-        The user is no part of it, or a client without a key would get more turns by naming more users.
+        The user is no part of it, or a client without a key would get a larger share by naming more users.
         """
-        return self.name or self.line.partition("\0")[0]
+        return self.name or self.subflow.partition("\0")[0]
 
     def on_behalf_of(self, user: object) -> Caller:
         """Return the same caller, with a subflow of its own for *user*; anything but text is no user."""
         if isinstance(user, str) and user:
-            return replace(self, line=f"{self.line}\0{user[:MAX_USER]}")
+            return replace(self, subflow=f"{self.subflow}\0{user[:MAX_USER]}")
         return self
 
 

@@ -335,8 +335,8 @@ class Provider:
         self._coming += 1
         try:
             place = await self._gate.enter(
-                ask.caller.turn,
-                ask.caller.line,
+                ask.caller.flow,
+                ask.caller.subflow,
                 weight=ask.caller.priority,
                 told=told,
                 within=max(0.0, self.settings.http_client.queue_timeout - ask.waited),

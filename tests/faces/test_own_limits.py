@@ -411,4 +411,4 @@ async def test_a_key_stands_in_line_by_its_weight(make_house: Make) -> None:
     async with house.connect(headers=headers) as ws:
         await ws.ping()
         (socket,) = house.app[context.SOCKETS]
-        assert (socket.caller.name, socket.caller.priority, socket.caller.line) == ("web", 7, "")
+        assert (socket.caller.name, socket.caller.priority, socket.caller.subflow) == ("web", 7, "")
