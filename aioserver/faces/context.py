@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 
     from prometheus_client import CollectorRegistry
 
-    from aioserver.auth.callers import Doors, Origins
+    from aioserver.auth.access import Access
     from aioserver.auth.guard import Guard
+    from aioserver.auth.origins import Origins
     from aioserver.config.settings import Settings
     from aioserver.faces.admission import Admission
     from aioserver.faces.websocket import Socket
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 SETTINGS: web.AppKey[InEffect] = web.AppKey("settings")
 ORIGINS: web.AppKey[Origins] = web.AppKey("origins")
-DOORS: web.AppKey[Doors] = web.AppKey("doors")
+ACCESS: web.AppKey[Access] = web.AppKey("access")
 SHIELD: web.AppKey[Callable[..., Any]] = web.AppKey("shield")
 GUARD: web.AppKey[Guard] = web.AppKey("guard")
 ADMISSION: web.AppKey[Admission] = web.AppKey("admission")

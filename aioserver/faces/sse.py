@@ -141,7 +141,7 @@ async def listing(request: web.Request) -> web.Response:
 
 def _own(stream: Stream, caller: Caller) -> bool:
     owner: Any = stream.caller
-    return bool(owner.turn == caller.turn)
+    return bool(owner.flow == caller.flow)
 
 
 async def cancel(request: web.Request) -> web.Response:

@@ -23,7 +23,7 @@ FRESH = {"Cache-Control": "no-store"}
 async def health(request: web.Request) -> web.Response:
     """200 while the process lives, full house or not. Where keys exist, it says nothing more."""
     told: dict[str, Any] = {"status": "healthy"}
-    if not request.app[context.DOORS].keyed:
+    if not request.app[context.ACCESS].keyed:
         gate = request.app[context.ADMISSION].gate
         told["version"] = __version__
         told["connections"] = {
@@ -50,7 +50,7 @@ async def ready(request: web.Request) -> web.Response:
 def overview(app: web.Application) -> dict[str, Any]:
     """The state at this moment: what `/stats` shows; where keys exist, the addresses only."""
     snapshot = app[context.MONITOR].snapshot
-    if app[context.DOORS].keyed:
+    if app[context.ACCESS].keyed:
         return {name: snapshot[name] for name in ("name", "endpoints")}
     return snapshot
 
@@ -74,7 +74,7 @@ async def events(request: web.Request) -> web.StreamResponse:
     key any more, is told so.
     """
     app = request.app
-    quota = request[CALLER].quota or app[context.DOORS].nobody
+    quota = request[CALLER].quota or app[context.ACCESS].keyless
     monitor, settings = app[context.MONITOR], app[context.SETTINGS].chat
     every = _ticks(request.query.get("interval", "1"))
     if monitor.full:

@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING
 from aiohttp import WebSocketError, WSCloseCode, WSMsgType, web
 
 from aioserver.auth.callers import CALLER
-from aioserver.auth.guard import subprotocols
+from aioserver.auth.guard import KEY_PROTOCOL, offered_keys, offered_protocols
 from aioserver.errors import (
     AioserverError,
     ConcurrencyExceeded,
     InvalidApiKey,
+    InvalidRequest,
     RateLimitExceeded,
     RequestTooLarge,
     ServerAtCapacity,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from aioserver.streams.cursor import Cursor
     from aioserver.streams.stream import Stream
 
+SUBPROTOCOL = "aioserver"
 MAX_ANSWERS = 32  # running at once on one socket
 MAX_WAITING_FRAMES = 16  # kept of a socket that waits for its place
 MAX_WAITING_BYTES = 1 << 20
@@ -62,6 +64,20 @@ class Upgraded(web.WebSocketResponse):
     ) -> bool:
         """Nothing."""
         return False
+
+
+def subprotocols(request: web.Request) -> tuple[str, ...]:
+    """Return the subprotocol to select of those that the client offers; never the one with its key.
+
+    Raises:
+        InvalidRequest: it offers a key and no protocol beside it: aiohttp would log the whole offer.
+    """
+    offered = offered_protocols(request)
+    if SUBPROTOCOL in offered:
+        return (SUBPROTOCOL,)
+    if offered_keys(offered):
+        raise InvalidRequest(f"offer the subprotocol {SUBPROTOCOL} beside {KEY_PROTOCOL}…")
+    return ()
 
 
 async def handler(request: web.Request) -> web.StreamResponse:

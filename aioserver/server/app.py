@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 
-from aioserver.auth import guard
-from aioserver.auth.callers import Doors, Origins, pepper_of
+from aioserver.auth.access import Access
 from aioserver.auth.guard import Guard, Policy
-from aioserver.faces import context, http, openai, pages, responses, sse, status, websocket
+from aioserver.auth.keys import pepper_of
+from aioserver.auth.origins import Origins
+from aioserver.faces import context, openai, pages, responses, session, sse, status, websocket
 from aioserver.faces.admission import Admission, counted
 from aioserver.gateway.conversations import Conversations
 from aioserver.gateway.gateway import Gateway, stopping
@@ -29,6 +30,7 @@ from aioserver.limits.timer_wheel import TimerWheel
 from aioserver.monitoring import prometheus
 from aioserver.monitoring.monitor import Monitor
 from aioserver.providers.registry import Roster
+from aioserver.server.middleware import front
 from aioserver.streams.fast_path import Outbox
 from aioserver.streams.store import Streams
 from aioserver.telemetry.loop_lag import LoopLag
@@ -53,16 +55,16 @@ def build(settings: Settings) -> web.Application:
     origins = Origins(given.allow_origins, credentials=given.allow_credentials)
     metrics = Metrics(settings.llm.providers)
     in_effect = context.InEffect(settings)
-    doors = Doors(settings.auth, pepper_of(settings.llm))
-    guard = Guard(doors, origins)
-    shield, dress = http.front(in_effect, guard, origins, metrics)
-    app = web.Application(middlewares=[shield], client_max_size=given.max_message_size)
-    app.on_response_prepare.append(dress)
+    access = Access(settings.auth, pepper_of(settings.llm))
+    guard = Guard(access, origins)
+    middleware, add_headers = front(in_effect, guard, origins, metrics)
+    app = web.Application(middlewares=[middleware], client_max_size=given.max_message_size)
+    app.on_response_prepare.append(add_headers)
     app[context.SETTINGS] = in_effect
     app[context.ORIGINS] = origins
-    app[context.DOORS] = doors
+    app[context.ACCESS] = access
     app[context.GUARD] = guard
-    app[context.SHIELD] = shield
+    app[context.SHIELD] = middleware
     app[context.LIFE] = context.Life()
     app[context.SOCKETS] = set()
     app[context.METRICS] = metrics
@@ -107,9 +109,9 @@ def _route(app: web.Application, settings: Settings, admission: Admission) -> No
         Policy.OPEN: [
             *(web.get(path, status.health) for path in ("/health", "/healthz", "/livez")),
             *(web.get(path, status.ready) for path in ("/ready", "/readyz")),
-            web.get("/session", guard.session),
-            web.post("/session", guard.log_in),
-            web.delete("/session", guard.log_out),
+            web.get("/session", session.session),
+            web.post("/session", session.log_in),
+            web.delete("/session", session.log_out),
             *pages.routes(),
         ],
     }

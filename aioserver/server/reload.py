@@ -17,7 +17,6 @@ from dataclasses import replace
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
-from aioserver.auth import guard
 from aioserver.config import Configuration
 from aioserver.config.schema import changes
 from aioserver.errors import ConfigurationError
@@ -30,7 +29,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from typing import NoReturn
 
-    from aioserver.config.settings import Settings
+    from aiohttp import web
+
+    from aioserver.config.settings import Auth, Settings
+    from aioserver.faces.websocket import Socket
     from aioserver.server.runner import Runner
     from aioserver.server.systemd import Notifier
 
@@ -97,7 +99,7 @@ class Reload:
             few_files = _room_for(settings)
             await self._runner.app[context.ROSTER].prepare(settings.llm)
             self._apply(settings)
-            await guard.change(self._runner.app, settings.auth)
+            await change(self._runner.app, settings.auth)
         except ConfigurationError as exc:
             for fault in exc.faults:  # not errors, of which the log keeps one in ten seconds
                 logger.warning("not applied: %s", fault)
@@ -189,3 +191,25 @@ def _room_for(settings: Settings) -> tuple[str, ...]:
     except preflight.Unfit as unfit:
         raise ConfigurationError([str(unfit)]) from None
     return () if warning is None else (warning,)
+
+
+async def change(app: web.Application, auth: Auth | None) -> frozenset[str]:
+    """Use *auth* from now on, and end what those hold who may no longer come.
+
+    Their answers end with `invalid_api_key`, their WebSockets close with 1008 `key revoked`, and their
+    sessions are no longer valid. The limits of the others change in place. Cancelling this may leave
+    sockets open that should be closed.
+
+    Return the names of the callers who may no longer come; see `Access.apply`.
+    """
+    access = app[context.ACCESS]
+    gone = access.apply(auth)
+    await app[context.GATEWAY].revoke(gone)
+    sockets: list[Socket] = [*app[context.SOCKETS]]
+    for socket in sockets:
+        caller = access.current(socket.caller)
+        if caller is None:
+            socket.revoke()
+        else:
+            socket.caller = caller
+    return gone

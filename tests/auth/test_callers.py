@@ -9,15 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aioserver.auth.callers import (
-    SESSION_SECONDS,
-    Caller,
-    Doors,
-    Keys,
-    Origins,
-    anonymous,
-    pepper_of,
-)
+from aioserver.auth.access import Access
+from aioserver.auth.callers import Caller, anonymous
+from aioserver.auth.keys import SESSION_SECONDS, Keys, pepper_of
+from aioserver.auth.origins import Origins
 from aioserver.config.schema import Secret
 from aioserver.config.settings import Auth, ClientKey
 from aioserver.errors import ConcurrencyExceeded, InvalidApiKey, OriginNotAllowed, SessionEnded
@@ -36,7 +31,7 @@ def test_all_clients_without_a_key_are_one_caller_in_lines_of_their_own() -> Non
 
     assert one == two
     assert hash(one) == hash(two)
-    assert one.line != two.line
+    assert one.subflow != two.subflow
     assert anonymous(None) == one
 
 
@@ -46,16 +41,16 @@ def test_a_user_has_its_own_line_and_is_the_same_caller() -> None:
     ann, bob = caller.on_behalf_of("ann"), caller.on_behalf_of("bob")
 
     assert ann == bob == caller
-    assert len({caller.line, ann.line, bob.line}) == 3
+    assert len({caller.subflow, ann.subflow, bob.subflow}) == 3
     assert ann.on_behalf_of(None) is ann
 
 
 def test_who_names_many_users_has_the_turns_of_one() -> None:
     one = anonymous("10.0.0.1")
 
-    assert {one.on_behalf_of(user).turn for user in ("ann", "bob")} == {one.turn}
-    assert one.turn != anonymous("10.0.0.2").turn
-    assert Caller("web", "10.0.0.1").on_behalf_of("ann").turn == "web"
+    assert {one.on_behalf_of(user).flow for user in ("ann", "bob")} == {one.flow}
+    assert one.flow != anonymous("10.0.0.2").flow
+    assert Caller("web", "10.0.0.1").on_behalf_of("ann").flow == "web"
 
 
 @pytest.mark.parametrize("user", [None, "", 7, ["ann"], {"a": 1}, True])
@@ -66,7 +61,7 @@ def test_what_names_no_user_changes_no_line(user: object) -> None:
 
 
 def test_a_user_of_a_megabyte_makes_a_short_line() -> None:
-    assert len(anonymous("").on_behalf_of("x" * 1_000_000).line) < 200
+    assert len(anonymous("").on_behalf_of("x" * 1_000_000).subflow) < 200
 
 
 # Origins.
@@ -261,9 +256,9 @@ def test_a_change_tells_whose_key_is_gone_or_another() -> None:
         keys.caller(b"key of turns")
     assert keys.caller(b"other").name == "turns"
     assert keys.caller(b"key of new").name == "new"
-    assert keys.renewed(goes) is None
-    assert keys.renewed(turns) is None, "of the same name, and another key"
-    assert keys.renewed(stays) is keys.caller(b"key of stays")
+    assert keys.current(goes) is None
+    assert keys.current(turns) is None, "of the same name, and another key"
+    assert keys.current(stays) is keys.caller(b"key of stays")
     with pytest.raises(ConcurrencyExceeded):
         keys.caller(b"key of stays").quota.take()  # type: ignore[union-attr]
     for caller in (goes, turns):
@@ -280,10 +275,10 @@ def test_a_session_is_its_key_for_twelve_hours() -> None:
     session = keys.session(keys.caller(b"key of a.b-c"))
 
     clock.now += SESSION_SECONDS - 1
-    assert keys.resumed(session).name == "a.b-c"
+    assert keys.resume(session).name == "a.b-c"
     clock.now += 1
     with pytest.raises(SessionEnded) as caught:
-        keys.resumed(session)
+        keys.resume(session)
 
     assert caught.value.code == "invalid_api_key"
 
@@ -293,7 +288,7 @@ def test_a_session_lives_through_a_restart_and_in_every_worker() -> None:
 
     session = first.session(first.caller(b"key of web"))
 
-    assert second.resumed(session).name == "web"
+    assert second.resume(session).name == "web"
 
 
 def test_a_session_dies_with_its_key() -> None:
@@ -303,16 +298,16 @@ def test_a_session_dies_with_its_key() -> None:
     for others in ([client("web", "another key")], [client("app", "key of web")], []):
         keys.apply(others)
         with pytest.raises(SessionEnded):
-            keys.resumed(session)
+            keys.resume(session)
     keys.apply([client("web")])
-    assert keys.resumed(session).name == "web"
+    assert keys.resume(session).name == "web"
 
 
 def test_the_hashes_in_a_file_make_no_session() -> None:
     thief, server = held(client("web"), pepper=b""), held(client("web"), pepper=b"secret")
 
     with pytest.raises(SessionEnded):
-        server.resumed(thief.session(thief.caller(b"key of web")))
+        server.resume(thief.session(thief.caller(b"key of web")))
 
 
 def test_a_session_cannot_be_changed() -> None:
@@ -340,14 +335,14 @@ def test_a_session_cannot_be_changed() -> None:
         "..",
     ):
         with pytest.raises(SessionEnded):
-            keys.resumed(forged)
+            keys.resume(forged)
 
 
 @settings(deadline=None)
 @given(st.text())
 def test_any_session_is_an_answer_and_no_other_exception(session: str) -> None:
     with pytest.raises(SessionEnded):
-        held(client("web")).resumed(session)
+        held(client("web")).resume(session)
 
 
 def test_the_pepper_is_of_the_providers_keys(tmp_path: Path) -> None:
@@ -363,36 +358,36 @@ def test_the_pepper_is_of_the_providers_keys(tmp_path: Path) -> None:
     assert Secret("one").reveal().encode() not in one
 
 
-# Doors.
+# Access.
 
 
 def test_without_keys_the_names_of_this_machine_are_the_door() -> None:
     for given_auth in (None, Auth(), Auth(allowed_hosts=("chat.example",))):
-        doors = Doors(given_auth)
+        access = Access(given_auth)
 
-        assert not doors.keyed
-        assert doors.hosts is not None
-        assert doors.hosts.allows("localhost")
-        assert doors.hosts.allows("chat.example") is bool(given_auth and given_auth.allowed_hosts)
+        assert not access.keyed
+        assert access.hosts is not None
+        assert access.hosts.allows("localhost")
+        assert access.hosts.allows("chat.example") is bool(given_auth and given_auth.allowed_hosts)
 
 
 def test_with_keys_or_an_open_door_any_name_is_answered() -> None:
-    assert Doors(Auth(open=True)).hosts is None
-    assert not Doors(Auth(open=True)).keyed
-    assert Doors(Auth(keys=(client("web"),))).hosts is None
+    assert Access(Auth(open=True)).hosts is None
+    assert not Access(Auth(open=True)).keyed
+    assert Access(Auth(keys=(client("web"),))).hosts is None
 
 
 def test_where_keys_come_who_has_none_may_no_longer() -> None:
-    doors = Doors()
+    access = Access()
     nobody = anonymous("10.0.0.1")
-    assert doors.renewed(nobody) is nobody
+    assert access.current(nobody) is nobody
 
-    assert doors.apply(Auth(keys=(client("web"),))) == {""}
-    assert doors.renewed(nobody) is None
-    web = doors.keys.caller(b"key of web")
-    assert doors.renewed(web) is web
+    assert access.apply(Auth(keys=(client("web"),))) == {""}
+    assert access.current(nobody) is None
+    web = access.keys.caller(b"key of web")
+    assert access.current(web) is web
 
-    assert doors.apply(None) == {"web"}
-    assert doors.renewed(nobody) is nobody
-    assert doors.renewed(web) is None
-    assert doors.apply(None) == frozenset()
+    assert access.apply(None) == {"web"}
+    assert access.current(nobody) is nobody
+    assert access.current(web) is None
+    assert access.apply(None) == frozenset()

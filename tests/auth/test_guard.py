@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from aiohttp import WSServerHandshakeError
 
-from aioserver.auth.callers import SESSION_SECONDS
 from aioserver.auth.guard import Policy
+from aioserver.auth.keys import SESSION_SECONDS
 from aioserver.faces import context
 from tests.support.chat import CHAT, chat, text_of, to_end
 from tests.support.keys import COOKIE, bearer, code_of, cookie, key_of, keys_of, log_in
@@ -571,5 +571,5 @@ async def test_a_client_behind_a_proxy_has_a_line_of_its_own(make_house: Make) -
             await ws.ping()
             callers += [socket.caller for socket in house.app[context.SOCKETS]]
 
-    assert [one.line for one in callers] == ["203.0.113.9", "203.0.113.10"]
+    assert [one.subflow for one in callers] == ["203.0.113.9", "203.0.113.10"]
     assert callers[0] == callers[1]

@@ -1,4 +1,4 @@
-"""Keys that change while the server runs: who may no longer come is shown out, nobody else notices."""
+"""Keys that change while the server runs: who may no longer come is shown out, keyless else notices."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from aioserver.auth import guard
 from aioserver.config.settings import Auth
 from aioserver.faces import context
 from aioserver.protocol import eventstream
 from aioserver.providers.simulator.exchange import Behaviour
+from aioserver.server import reload
 from tests.support.chat import CHAT, chat, read_frames, to_end, until_status
 from tests.support.keys import auth_of, bearer, code_of, cookie, keys_of, log_in
 from tests.support.raw import CLOSE, TEXT, Raw, closing
@@ -32,7 +32,7 @@ async def test_a_removed_key_is_refused_and_its_session_is_dead(make_house: Make
     house = await make_house(**keys_of("web", "app"))
     session = await log_in(house, "web")
 
-    assert await guard.change(house.app, auth_of("app", "new")) == {"web"}
+    assert await reload.change(house.app, auth_of("app", "new")) == {"web"}
 
     for headers in (bearer("web"), cookie(session)):
         async with house.session.get(f"{house.v1}/models", headers=headers) as response:
@@ -53,7 +53,7 @@ async def test_its_sockets_hear_why_and_are_closed(make_house: Make) -> None:
         await ws.send_json(chat("mine"))
         await until_status(ws, "chunk")
 
-        assert await guard.change(house.app, auth_of("app")) == {"web"}
+        assert await reload.change(house.app, auth_of("app")) == {"web"}
 
         for raw in (idle, busy):
             told: list[Any] = []
@@ -67,7 +67,7 @@ async def test_its_sockets_hear_why_and_are_closed(make_house: Make) -> None:
             assert named == ([None] if raw is idle else ["mine", None])
             raw.close()
         frame_of_other = await ws.receive_json(timeout=20)
-        assert frame_of_other["status"] == "chunk", "nobody else notices"
+        assert frame_of_other["status"] == "chunk", "keyless else notices"
     assert house.app[context.METRICS].closed["websocket", "1008"].value == 2
     async with house.session.delete(f"{house.sse}/mine", headers=bearer("app")) as response:
         assert response.status == 204
@@ -86,7 +86,7 @@ async def test_its_answers_on_the_other_faces_end_with_an_error(make_house: Make
             await response.content.readuntil(b"\n\n")
         await until(lambda: house.simulator.stats().active == 2)
 
-        assert await guard.change(house.app, None) == {"web"}
+        assert await reload.change(house.app, None) == {"web"}
 
         frames = await read_frames_from(await sse.read())
         assert frames[-1]["status"] == "error"
@@ -114,7 +114,7 @@ async def test_an_answer_that_is_not_streamed_ends_as_well(
     )
     await house.simulator.until(lambda stats: stats.active == 1)
 
-    await guard.change(house.app, auth_of("app"))
+    await reload.change(house.app, auth_of("app"))
 
     async with await asked as response:
         assert (response.status, await code_of(response)) == (401, "invalid_api_key")
@@ -134,7 +134,7 @@ async def test_who_waits_for_a_place_begins_nothing(make_house: Make) -> None:
     waits = asyncio.ensure_future(house.session.post(url, json=CHAT, headers=bearer("web")))
     await until(lambda: house.held()["waiting"] == 1)
 
-    await guard.change(house.app, auth_of("app"))
+    await reload.change(house.app, auth_of("app"))
     first.cancel()
 
     async with await waits as response:
@@ -147,7 +147,7 @@ async def test_a_watcher_is_shown_out(make_house: Make) -> None:
     async with house.session.get(f"{house.base}/events", headers=bearer("root")) as response:
         await response.content.readuntil(b"event: stats\n")
 
-        await guard.change(house.app, auth_of("web"))
+        await reload.change(house.app, auth_of("web"))
 
         last = list(eventstream.parse(b"event: stats\n" + await response.read()))[-1]
     assert last.event == b"error"
@@ -167,7 +167,7 @@ async def test_who_is_no_admin_any_more_watches_no_longer_and_chats_on(make_hous
         await until_status(ws, "chunk")
 
         for _ in range(2):
-            assert await guard.change(house.app, auth_of("root", admin=False)) == set()
+            assert await reload.change(house.app, auth_of("root", admin=False)) == set()
 
         last = list(eventstream.parse(b"event: stats\n" + await response.read()))[-1]
         assert (last.event, json.loads(last.data)["code"]) == (b"error", "permission_denied")
@@ -184,7 +184,9 @@ async def test_limits_change_in_place(make_house: Make) -> None:
         await ws.send_json(chat("one"))
         await until_status(ws, "chunk")
 
-        assert await guard.change(house.app, auth_of("web", max_concurrent=2, priority=9)) == set()
+        assert (
+            await reload.change(house.app, auth_of("web", max_concurrent=2, priority=9)) == set()
+        )
 
         await ws.send_json(chat("two"))
         await until_status_of(ws, "two", "chunk")
@@ -217,7 +219,7 @@ async def test_another_key_under_the_same_name_is_another_caller_of_that_name(
         await ws.send_json(chat("r"))
         await until_status(ws, "chunk")
 
-        assert await guard.change(house.app, turned) == {"web"}
+        assert await reload.change(house.app, turned) == {"web"}
 
         assert (await to_end(ws))[-1]["chunk"]["code"] == "invalid_api_key"
         await ws.receive(timeout=20)
@@ -232,7 +234,7 @@ async def test_where_keys_come_who_has_none_is_shown_out(make_house: Make) -> No
         await ws.ping()
         await events.content.readuntil(b"event: stats\n")
 
-        assert await guard.change(house.app, auth_of("web")) == {""}
+        assert await reload.change(house.app, auth_of("web")) == {""}
 
         assert (await ws.receive_json(timeout=20))["chunk"]["code"] == "invalid_api_key"
         await ws.receive(timeout=20)
@@ -240,6 +242,6 @@ async def test_where_keys_come_who_has_none_is_shown_out(make_house: Make) -> No
         assert b"event: error\n" in await events.read()
     async with house.session.get(f"{house.base}/stats") as response:
         assert response.status == 401
-    await guard.change(house.app, house.settings.auth)
+    await reload.change(house.app, house.settings.auth)
     async with house.session.get(f"{house.base}/stats") as response:
         assert response.status == 200

@@ -43,7 +43,7 @@ FACES = ("websocket", "sse", *OPENAI)
 
 
 def quota(house: House, name: str = "web") -> Quota:
-    found: Quota | None = house.app[context.DOORS].keys.caller(key_of(name).encode()).quota
+    found: Quota | None = house.app[context.ACCESS].keys.caller(key_of(name).encode()).quota
     assert found is not None
     return found
 
@@ -257,9 +257,9 @@ async def test_what_is_never_asked_is_not_counted(make_house: Make) -> None:
     house = await make_house(**keys_of("web", requests_per_minute=2, max_concurrent=2))
     async with house.connect(headers=bearer("web")) as ws:
         for number in range(5):
-            await ws.send_json(chat(f"n{number}", provider="nobody"))
+            await ws.send_json(chat(f"n{number}", provider="keyless"))
             assert (await to_end(ws))[-1]["chunk"]["code"] == "model_not_found"
-        for body in ({"messages": 7}, {**CHAT, "model": "nobody/x", "stream": "yes"}):
+        for body in ({"messages": 7}, {**CHAT, "model": "keyless/x", "stream": "yes"}):
             async with house.session.post(
                 f"{house.v1}/chat/completions", json=body, headers=bearer("web")
             ) as response:
@@ -322,7 +322,7 @@ async def test_who_comes_back_to_an_answer_begins_none(make_house: Make) -> None
 async def test_the_official_sdk_understands_the_door(make_house: Make) -> None:
     house = await make_house(**keys_of("web", requests_per_minute=2))
     messages: Any = CHAT["messages"]
-    async with openai.AsyncOpenAI(base_url=house.v1, api_key="aio-nobody", max_retries=0) as sdk:
+    async with openai.AsyncOpenAI(base_url=house.v1, api_key="aio-keyless", max_retries=0) as sdk:
         with pytest.raises(openai.AuthenticationError) as refused:
             await sdk.chat.completions.create(model="sim", messages=messages)
         assert refused.value.code == "invalid_api_key"
@@ -418,4 +418,8 @@ async def test_a_key_stands_in_line_by_its_weight(make_house: Make) -> None:
     async with house.connect(headers=headers) as ws:
         await ws.ping()
         (socket,) = house.app[context.SOCKETS]
-        assert (socket.caller.name, socket.caller.priority, socket.caller.line) == ("web", 7, "")
+        assert (socket.caller.name, socket.caller.priority, socket.caller.subflow) == (
+            "web",
+            7,
+            "",
+        )

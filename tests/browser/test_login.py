@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import pytest
 from playwright.async_api import expect
 
-from aioserver.auth import guard
 from aioserver.faces import context
 from aioserver.providers.simulator.exchange import Behaviour
+from aioserver.server import reload
 from tests.support.chat_page import answer, ask, connected, is_now
 from tests.support.keys import COOKIE, auth_of, key_of, keys_of
 from tests.support.server import until
@@ -114,7 +114,7 @@ async def test_a_wrong_key_says_so_and_there_is_no_way_around(
     house = await make_house(**keys_of("web"))
     async with unwatched(page) as mine:
         await mine.goto(house.base + "/")
-        await enter_key(mine, "nobody")
+        await enter_key(mine, "keyless")
 
         await expect(fault(mine)).to_have_text("This key is not known here.")
         await expect(key(mine)).to_be_focused()
@@ -186,7 +186,7 @@ async def test_a_revoked_key_asks_for_another(make_house: Make, page: Page) -> N
     await ask(page, "Hello")
     await is_now(page, "running")
 
-    await guard.change(house.app, auth_of("other"))
+    await reload.change(house.app, auth_of("other"))
 
     await expect(form(page)).to_be_visible()
     await enter_key(page, "other")
@@ -201,10 +201,10 @@ async def test_a_revoked_watcher_is_asked_for_another(make_house: Make, page: Pa
     await enter_key(page, "root")
     await watches(page, house)
 
-    await guard.change(house.app, auth_of("web"))
+    await reload.change(house.app, auth_of("web"))
     await expect(form(page)).to_be_visible()
 
-    await guard.change(house.app, auth_of("root"))
+    await reload.change(house.app, auth_of("root"))
     await enter_key(page, "root")
     await watches(page, house)
 

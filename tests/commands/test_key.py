@@ -10,7 +10,7 @@ import yaml
 from click.testing import CliRunner
 
 from aioserver.__main__ import cli
-from aioserver.auth.callers import Doors
+from aioserver.auth.access import Access
 from tests.support.configurations import load, small
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def test_the_line_lets_the_key_in(tmp_path: Path, options: list[str], admin: boo
     assert made not in line
     text = f"{small()}auth:\n  keys:\n  {line}\n"
     auth = load(text, tmp_path / "config.yaml").settings.auth
-    caller = Doors(auth).keys.caller(made.encode())
+    caller = Access(auth).keys.caller(made.encode())
     assert (caller.name, caller.admin) == ("web-1.b_c", admin)
     assert yaml.safe_load(line)[0]["sha256"] == hashlib.sha256(made.encode()).hexdigest()
 

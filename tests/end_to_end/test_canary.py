@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from aioserver.auth import guard
 from aioserver.faces import context
 from aioserver.providers.simulator.exchange import Behaviour
+from aioserver.server import reload
 from aioserver.telemetry.logs import ConsoleFormatter, JsonFormatter
 from tests.support.chat import cancel, chat, resume, to_end, until_status
 from tests.support.keys import COOKIE, auth_of, bearer, cookie, keys_of, log_in
@@ -138,7 +138,7 @@ async def test_a_key_and_a_prompt_are_heard_by_nobody_else(
     for path in ("/", "/dashboard", "/health", "/ready", "/session", "/stats", "/metrics"):
         await heard.take(house, "GET", path, headers=bearer("root"))
     house.app[context.MONITOR].tick()
-    await guard.change(house.app, auth_of("root"))
+    await reload.change(house.app, auth_of("root"))
     await heard.take(house, "GET", "/stats", headers={"Authorization": f"Bearer {secret}"})
 
     log, everything = logged(), "\n".join(heard.texts)

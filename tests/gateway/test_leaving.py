@@ -61,7 +61,7 @@ class Fake:
         if (place := self.gate.try_enter()) is None:
             self.on_wait(self.name)
             place = await self.gate.enter(
-                request.caller.name, request.caller.line, on_position=attempt.queued
+                request.caller.name, request.caller.subflow, on_position=attempt.queued
             )
         with place:
             assert self.gate.inside <= PLACES

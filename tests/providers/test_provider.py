@@ -547,7 +547,7 @@ async def test_an_address_that_names_many_users_delays_another_by_one_turn(
 
         async def one(caller: Caller) -> None:
             await fill(provider, caller=caller)
-            served.append(caller.turn)
+            served.append(caller.flow)
 
         held = provider._gate.try_enter()
         assert held is not None

@@ -1,0 +1,156 @@
+"""API keys, and the sessions that browsers get for them.
+
+Of a key only its SHA-256 is kept. A browser exchanges its key for a session of 12 hours, which it
+holds in a cookie: `name.expiry.mac`, with an HMAC (RFC 2104) whose own key is made of the hash of the
+API key and of a pepper. A session therefore ends with its key, outlives a restart, is valid in every
+worker, and needs no setting.
+
+The pepper is made of what is in the environment and not in the file, the providers' keys: otherwise
+anybody who can read the hashes in the file could make sessions of them. Where no provider has a key
+the pepper is random, and a restart ends all sessions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from aioserver.auth.callers import Caller
+from aioserver.errors import InvalidApiKey, SessionEnded
+from aioserver.limits.quota import Quota
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from aioserver.config.settings import ClientKey, Llm
+
+SESSION_SECONDS = 12 * 3600
+# Digits of an expiry that are read as a number: more is no date, and int() is slow with thousands.
+MAX_EXPIRY_DIGITS = 15
+
+
+@dataclass(frozen=True, slots=True)
+class _Key:
+    digest: bytes
+    caller: Caller
+    quota: Quota
+
+
+class Keys:
+    """The valid keys, and the sessions made of them.
+
+    Always: there is one `Caller` for each key, made once, so that a request costs a hash, a look-up
+    and a comparison; a name keeps its counts for as long as its key stays the same.
+    """
+
+    def __init__(self, pepper: bytes = b"", clock: Callable[[], float] = time.time) -> None:
+        self._pepper = pepper
+        # Wall time: a session may be older than the process.
+        self._clock = clock
+        self._by_name: dict[str, _Key] = {}
+        self._by_digest: dict[bytes, _Key] = {}
+
+    def __len__(self) -> int:
+        return len(self._by_name)
+
+    def apply(self, keys: Iterable[ClientKey]) -> frozenset[str]:
+        """Accept *keys* and no others. Return the names whose key was removed or replaced."""
+        before, now = self._by_name, {}
+        for settings in keys:
+            assert settings.sha256 is not None, "config/ makes it of key_env and key_file"
+            digest, known = bytes.fromhex(settings.sha256), before.get(settings.name)
+            if known is not None and known.digest == digest:
+                quota = known.quota
+                quota.apply(settings.max_concurrent, settings.requests_per_minute)
+                if known.caller.admin and not settings.admin:
+                    quota.demote()
+            else:
+                quota = Quota(settings.max_concurrent, settings.requests_per_minute)
+            caller = Caller(
+                settings.name,
+                priority=settings.priority,
+                admin=settings.admin,
+                quota=quota,
+            )
+            now[settings.name] = _Key(digest, caller, quota)
+        self._by_name = now
+        self._by_digest = {key.digest: key for key in now.values()}
+        gone = {
+            name: key
+            for name, key in before.items()
+            if name not in now or now[name].digest != key.digest
+        }
+        for key in gone.values():
+            key.quota.revoke()
+        return frozenset(gone)
+
+    def caller(self, key: bytes) -> Caller:
+        """Return the caller whose key this is.
+
+        Raises:
+            InvalidApiKey: it is no caller's key.
+        """
+        digest = hashlib.sha256(key).digest()
+        known = self._by_digest.get(digest)
+        # In constant time, although the time that the look-up of a hash takes reveals no key.
+        if known is None or not hmac.compare_digest(known.digest, digest):
+            raise InvalidApiKey("this API key is not known")
+        return known.caller
+
+    def current(self, caller: Caller) -> Caller | None:
+        """Return *caller* as its key is configured now; None if that key is no longer valid."""
+        key = self._by_name.get(caller.name)
+        return key.caller if key is not None and key.quota is caller.quota else None
+
+    def session(self, caller: Caller) -> str:
+        """Return a new session of *caller*, valid for SESSION_SECONDS.
+
+        Raises:
+            KeyError: *caller* has no key.
+        """
+        expiry = str(int(self._clock()) + SESSION_SECONDS)
+        return f"{caller.name}.{expiry}.{self._mac(self._by_name[caller.name], expiry)}"
+
+    def resume(self, session: str) -> Caller:
+        """Return the caller whose session this is.
+
+        Raises:
+            SessionEnded: it is no caller's session, is too old, or its key is gone.
+        """
+        # A name may hold dots; the other two parts cannot.
+        name, _, expiry = session.rpartition(".")[0].rpartition(".")
+        mac = session.rpartition(".")[2]
+        key = self._by_name.get(name)
+        if (
+            key is not None
+            and expiry.isascii()
+            and expiry.isdigit()
+            and len(expiry) <= MAX_EXPIRY_DIGITS
+        ):
+            expected = self._mac(key, expiry)
+            if hmac.compare_digest(expected.encode(), mac.encode("utf-8", "surrogatepass")) and (
+                int(expiry) > self._clock()
+            ):
+                return key.caller
+        raise SessionEnded("this session has ended: log in again")
+
+    def _mac(self, key: _Key, expiry: str) -> str:
+        secret = hmac.digest(key.digest, b"aioserver session" + self._pepper, "sha256")
+        text = f"{key.caller.name}.{expiry}".encode()
+        return hmac.digest(secret, text, "sha256").hex()
+
+
+def pepper_of(llm: Llm) -> bytes:
+    """Return a secret made of the providers' keys, or a random one if no provider has a key."""
+    secrets_known = sorted(
+        provider.api_key.reveal()
+        for provider in llm.providers.values()
+        if provider.api_key is not None
+    )
+    if not secrets_known:
+        return secrets.token_bytes(32)
+    return hashlib.sha256("\0".join(secrets_known).encode()).digest()

@@ -1,0 +1,71 @@
+"""Origins (RFC 6454): the web pages that may open a WebSocket and read our answers (Fetch: CORS)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from aioserver.errors import OriginNotAllowed
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+class Origins:
+    """The pages of `allow_origins`, and our own.
+
+    CORS never guards a WebSocket: a browser opens one to any host, and its handshake is refused
+    here, before the upgrade.
+    """
+
+    def __init__(self, allowed: tuple[str, ...], *, credentials: bool) -> None:
+        self.apply(allowed, credentials=credentials)
+
+    def apply(self, allowed: tuple[str, ...], *, credentials: bool) -> None:
+        """Allow these pages from now on; open connections stay."""
+        self._any = "*" in allowed
+        self._allowed = frozenset(origin.rstrip("/").lower() for origin in allowed)
+        self._credentials = credentials
+
+    def allows(self, origin: str, host: str | None) -> bool:
+        """Whether a page of *origin* may use this server; our own (same host and port) always may."""
+        return self._any or self.trusts(origin, host)
+
+    def trusts(self, origin: str, host: str | None) -> bool:
+        """Whether a cookie counts in a request from *origin*: our own page, or one that is named.
+
+        A browser adds the cookie by itself, so "*" is not enough: every page on this machine could
+        chat as the person who has logged in here, since SameSite takes other ports for the same site.
+        """
+        if origin.rstrip("/").lower() in self._allowed:
+            return True
+        try:
+            own = urlsplit(origin).netloc.lower()
+        # "http://[" is no address.
+        except ValueError:
+            return False
+        return bool(own) and host is not None and own == host.lower()
+
+    def check(self, headers: Mapping[str, str]) -> None:
+        """Refuse the handshake of a page that may not connect, before the upgrade.
+
+        Without an `Origin` it is no browser's, and passes.
+
+        Raises:
+            OriginNotAllowed: the page is neither ours nor allowed.
+        """
+        origin = headers.get("Origin")
+        if origin is not None and not self.allows(origin, headers.get("Host")):
+            raise OriginNotAllowed("this page may not connect: see chat.websocket.allow_origins")
+
+    def cors(self, headers: Mapping[str, str]) -> dict[str, str]:
+        """Return the CORS headers of the response to a request with these *headers*."""
+        origin = headers.get("Origin")
+        if origin is None or not origin.isprintable() or not origin.isascii():
+            return {}
+        if not self.allows(origin, headers.get("Host")):
+            return {"Vary": "Origin"}
+        cors = {"Access-Control-Allow-Origin": origin, "Vary": "Origin"}
+        if self._credentials:
+            cors["Access-Control-Allow-Credentials"] = "true"
+        return cors

@@ -1,0 +1,171 @@
+"""The middleware in front of every handler, and the border at which an error becomes a response.
+
+It counts the requests of a connection, checks the limits of the request line and of the header block,
+which aiohttp does not have, asks the guard, and answers CORS preflights (Fetch, 3.2). A signal of
+aiohttp's adds the headers that every response has.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from aiohttp import web
+
+from aioserver.auth.callers import ADDRESS
+from aioserver.errors import (
+    AioserverError,
+    Denied,
+    ExpectationFailed,
+    HeadersTooLarge,
+    InternalError,
+    InvalidRequest,
+    MethodNotAllowed,
+    NotFound,
+    RequestTooLarge,
+    UriTooLong,
+)
+from aioserver.faces.http import SERVER, Request, error_response, last_of_connection, request_id
+from aioserver.provider_errors import ProviderFault
+from aioserver.telemetry.logs import RateLimit
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from aiohttp.typedefs import Middleware
+
+    from aioserver.auth.guard import Guard
+    from aioserver.auth.origins import Origins
+    from aioserver.faces.context import InEffect
+    from aioserver.telemetry.metrics import Metrics
+
+    OnPrepare = Callable[[web.Request, web.StreamResponse], Awaitable[None]]
+
+logger = logging.getLogger("aioserver.faces.http")
+refusals_logger = logging.getLogger("aioserver.door")
+
+EXPOSED = "x-request-id, x-aioserver-provider, x-aioserver-attempts, retry-after, retry-after-ms"
+# Log lines about refused requests, for each reason: guessing keys must not flood the log.
+REFUSALS_PER_SECOND = 5
+
+
+def front(
+    settings: InEffect, guard: Guard, origins: Origins, metrics: Metrics
+) -> tuple[Middleware, OnPrepare]:
+    """Return the middleware, and the handler of the signal `on_response_prepare`."""
+    refusals = RateLimit(REFUSALS_PER_SECOND)
+
+    def check_head(request: web.Request) -> None:
+        limits = settings.chat.websocket.concurrency.uvicorn
+        max_line, max_head = limits.h11_max_request_line_size, limits.h11_max_header_size
+        # Our connection, see runner.py.
+        connection: Any = request.protocol
+        connection.requests += 1
+        if connection.requests >= limits.max_keepalive_requests:
+            connection.last = True
+        line = len(request.method) + len(request.raw_path) + len(" HTTP/1.1 ")
+        if line > max_line:
+            raise UriTooLong(f"a request line of {line} bytes, at most {max_line}")
+        head = sum([len(name) + len(value) + 4 for name, value in request.raw_headers])
+        if head > max_head:
+            raise HeadersTooLarge(f"{head} bytes of headers, at most {max_head}")
+
+    @web.middleware
+    async def middleware(request: web.Request, handler: Any) -> web.StreamResponse:
+        connection: Any = request.protocol
+        try:
+            check_head(request)
+            guard.admit(request)
+            if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
+                return _preflight(request)
+            response: web.StreamResponse = await handler(request)
+        except AioserverError as error:
+            # Otherwise the request has a record, which counts its outcome.
+            if not error.counted and not (isinstance(error, ProviderFault) and error.provider):
+                metrics.count_error(error)
+            if isinstance(error, Denied):
+                log_refusal(request, error)
+            response = error_response(error)
+        except web.HTTPException as exc:
+            fault = _translated(exc, request)
+            metrics.count_error(fault)
+            response = error_response(fault)
+            if isinstance(exc, web.HTTPMethodNotAllowed):
+                response.headers["Allow"] = ", ".join(sorted(exc.allowed_methods))
+        except ConnectionError:
+            # The client left while its response began: aiohttp ends the connection.
+            raise
+        except Exception:
+            logger.exception(
+                "bug in a handler", extra={"fields": {"request_id": request_id(request)}}
+            )
+            metrics.bugs.value += 1
+            response = error_response(InternalError("internal error"))
+        assert isinstance(request, Request)
+        begun = request.begun
+        if begun is not None and begun is not response:
+            if request.transport is not None:
+                # A second head would be taken for a part of the first one's body.
+                request.transport.abort()
+            return begun
+        if not response.prepared:
+            last_of_connection(request, response)
+        elif connection.last and response.keep_alive:
+            # This became known after the head was sent.
+            connection.linger()
+        return response
+
+    def log_refusal(request: web.Request, error: Denied) -> None:
+        """Log which request was refused, and why; never the key that it presented."""
+        if not refusals_logger.isEnabledFor(logging.WARNING):
+            return
+        if (suppressed := refusals.allow(error.reason)) < 0:
+            return
+        resource = request.match_info.route.resource
+        fields: dict[str, Any] = {
+            "request_id": request_id(request),
+            "reason": error.reason,
+            "code": error.code,
+            "route": resource.canonical if resource is not None else "",
+            "address": request.get(ADDRESS, request.remote),
+        }
+        if suppressed:
+            fields["suppressed"] = suppressed
+        refusals_logger.warning("access refused", extra={"fields": fields})
+
+    async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
+        assert isinstance(request, Request)
+        request.begun = response
+        headers = response.headers
+        headers["Server"] = SERVER
+        headers["x-request-id"] = request_id(request)
+        if "Origin" in request.headers:
+            headers.update(origins.cors(request.headers))
+            headers["Access-Control-Expose-Headers"] = EXPOSED
+
+    return middleware, add_headers
+
+
+def _preflight(request: web.Request) -> web.Response:
+    headers = {
+        "Access-Control-Allow-Methods": "GET, POST, DELETE, OPTIONS",
+        "Access-Control-Max-Age": "600",
+    }
+    wanted = request.headers.get("Access-Control-Request-Headers", "")
+    if wanted.isascii() and wanted.isprintable():
+        headers["Access-Control-Allow-Headers"] = wanted
+    return web.Response(headers=headers)
+
+
+def _translated(exc: web.HTTPException, request: web.Request) -> AioserverError:
+    """Return the error of ours that says the same as aiohttp's *exc*."""
+    match exc.status:
+        case 404:
+            return NotFound(f"no such path: {request.path[:200]}")
+        case 405:
+            return MethodNotAllowed(f"{request.method} is not for this path")
+        case 413:
+            return RequestTooLarge("the body is too large")
+        case 417:
+            return ExpectationFailed("Expect may be 100-continue and nothing else")
+    return InvalidRequest(exc.reason)
