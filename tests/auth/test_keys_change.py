@@ -16,7 +16,7 @@ from aioserver.providers.simulator.exchange import Behaviour
 from tests.support.chat import CHAT, chat, read_frames, to_end, until_status
 from tests.support.keys import auth_of, bearer, code_of, cookie, keys_of, log_in
 from tests.support.raw import CLOSE, TEXT, Raw, closing
-from tests.support.server import until
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

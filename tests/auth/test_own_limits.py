@@ -24,7 +24,7 @@ from tests.support.chat import (
     until_status,
 )
 from tests.support.keys import bearer, code_of, key_of, keys_of
-from tests.support.server import until
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable

@@ -25,7 +25,8 @@ from aioserver.commands.bench.load import Plan, Run
 from aioserver.commands.bench.results import Results, Samples
 from aioserver.providers.breaker import FAILURES
 from aioserver.providers.simulator.exchange import Behaviour
-from tests.support.server import until
+from tests.support.scripted_provider import DONE
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -247,7 +248,6 @@ FRAME = b'id: %d\nevent: %b\ndata: {"request_id":"r","status":"%b","chunk":{}}\n
 PROPER = [FRAME % (n, s, s) for n, s in enumerate((b"processing", b"chunk", b"complete"), 1)]
 SAID = b'data: {"choices":[{"index":0,"delta":{"content":"Hi"}}]}\n\n'
 STOPPED = b'data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}\n\n'
-DONE = b"data: [DONE]\n\n"
 
 
 @pytest.mark.parametrize(

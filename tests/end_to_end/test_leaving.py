@@ -17,7 +17,7 @@ import pytest
 from aioserver.providers.simulator.exchange import Behaviour
 from tests.support.chat import cancel
 from tests.support.raw import CLOSE, Raw
-from tests.support.server import until
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable

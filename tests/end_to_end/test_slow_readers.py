@@ -16,7 +16,7 @@ from aioserver.server import listener
 from aioserver.streams.writer import TURN_BYTES
 from tests.support.chat import big, chat, numbers, text_of, to_end
 from tests.support.raw import SMALL, Raw
-from tests.support.server import until
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

@@ -12,7 +12,7 @@ from aioserver.faces import context
 from aioserver.providers.simulator.exchange import Behaviour
 from tests.support.chat import big, chat, numbers, to_end, whole
 from tests.support.raw import SMALL, TEXT, Raw, masked
-from tests.support.server import until
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

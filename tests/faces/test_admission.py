@@ -16,7 +16,7 @@ from aioserver.faces import admission, context, http, websocket
 from aioserver.providers.simulator.exchange import Behaviour
 from tests.support.chat import CHAT, chat, frames_of, to_end, until_status
 from tests.support.raw import CLOSE, TEXT, Raw, closing
-from tests.support.server import until
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

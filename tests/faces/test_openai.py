@@ -15,7 +15,8 @@ from openai import AsyncOpenAI
 from aioserver.providers.simulator.exchange import Behaviour
 from tests.support.chat import CHAT
 from tests.support.raw import Raw
-from tests.support.server import HTTP_CLIENT, until
+from tests.support.server import HTTP_CLIENT
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable

@@ -23,7 +23,7 @@ from tests.support.chat import (
     whole,
 )
 from tests.support.raw import Raw
-from tests.support.server import until
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

@@ -19,7 +19,7 @@ from aioserver.providers.simulator.exchange import Behaviour
 from tests.support.chat import CHAT, chat, to_end
 from tests.support.keys import bearer, keys_of
 from tests.support.raw import SMALL, Raw
-from tests.support.server import block, until
+from tests.support.waiting import block, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable

@@ -24,7 +24,7 @@ from tests.support.chat import (
     whole,
 )
 from tests.support.raw import BINARY, CLOSE, PING, PONG, SMALL, TEXT, Raw, closing, masked
-from tests.support.server import until
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

@@ -13,7 +13,7 @@ from aioserver.providers.simulator.exchange import Behaviour
 from aioserver.server import app as application
 from tests.support.chat import CHAT, chat, frames_of, to_end, until_status
 from tests.support.raw import CLOSE, TEXT, Raw, closing
-from tests.support.server import until
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

@@ -24,7 +24,7 @@ from aioserver.telemetry.loop_lag import LoopLag
 from aioserver.telemetry.metrics import Metrics, ProviderMeter
 from aioserver.telemetry.request_log import Records
 from tests.support.scripted_provider import LIMITS
-from tests.support.server import until
+from tests.support.waiting import ticks, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -54,8 +54,7 @@ class Fake:
         pass
 
     async def turns(self) -> None:
-        for _ in range(self._dice.randrange(5)):
-            await asyncio.sleep(0)
+        await ticks(self._dice.randrange(5))
 
     async def fill(self, stream: stream.Stream, ask: Ask) -> None:
         if (place := self.gate.try_enter()) is None:

@@ -3,67 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import heapq
-import itertools
 import random
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 import pytest
 
 from aioserver.limits.timer_wheel import Wheel
-from tests.support.server import until
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from tests.support.clock import FakeClock
+
 GRAIN = 0.5
-
-
-class Timer:
-    def __init__(self, call: Callable[[], object]) -> None:
-        self.call = call
-        self.cancelled = False
-
-    def cancel(self) -> None:
-        self.cancelled = True
-
-
-class Clockwork:
-    """The timers of an event loop, without the waiting."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-        self._timers: list[tuple[float, int, Timer]] = []
-        self._order = itertools.count()
-
-    @property
-    def loop(self) -> asyncio.AbstractEventLoop:
-        return cast("asyncio.AbstractEventLoop", self)
-
-    @property
-    def pending(self) -> int:
-        return sum(not timer.cancelled for _, _, timer in self._timers)
-
-    def time(self) -> float:
-        return self.now
-
-    def call_at(self, when: float, call: Callable[..., object], *args: Any) -> Timer:
-        timer = Timer(lambda: call(*args))
-        heapq.heappush(self._timers, (when, next(self._order), timer))
-        return timer
-
-    def call_later(self, delay: float, call: Callable[..., object], *args: Any) -> Timer:
-        return self.call_at(self.now + delay, call, *args)
-
-    def advance(self, seconds: float) -> None:
-        """Let time go by, timer by timer."""
-        end = self.now + seconds
-        while self._timers and self._timers[0][0] <= end:
-            when, _, timer = heapq.heappop(self._timers)
-            self.now = max(self.now, when)
-            if not timer.cancelled:
-                timer.call()
-        self.now = end
 
 
 class Visited:
@@ -84,17 +37,12 @@ class Visited:
 
 
 @pytest.fixture
-def clock() -> Clockwork:
-    return Clockwork()
-
-
-@pytest.fixture
-def wheel(clock: Clockwork) -> Wheel:
+def wheel(clock: FakeClock) -> Wheel:
     return Wheel(clock.loop, GRAIN)
 
 
 @pytest.mark.parametrize("delay", [0.0, 0.1, 0.5, 0.74, 20.0, 1e6])
-def test_a_visit_is_at_most_one_grain_late(clock: Clockwork, wheel: Wheel, delay: float) -> None:
+def test_a_visit_is_at_most_one_grain_late(clock: FakeClock, wheel: Wheel, delay: float) -> None:
     clock.now += 0.3
     member = Visited()
     due = clock.now + delay
@@ -108,7 +56,7 @@ def test_a_visit_is_at_most_one_grain_late(clock: Clockwork, wheel: Wheel, delay
     assert clock.pending == 0
 
 
-def test_a_member_comes_again_as_often_as_it_asks(clock: Clockwork, wheel: Wheel) -> None:
+def test_a_member_comes_again_as_often_as_it_asks(clock: FakeClock, wheel: Wheel) -> None:
     member = Visited(2.0)
     wheel.add(member, 2.0)
 
@@ -123,7 +71,7 @@ def test_a_member_comes_again_as_often_as_it_asks(clock: Clockwork, wheel: Wheel
     assert clock.pending == 0
 
 
-def test_a_member_that_asks_for_no_pause_gets_one(clock: Clockwork, wheel: Wheel) -> None:
+def test_a_member_that_asks_for_no_pause_gets_one(clock: FakeClock, wheel: Wheel) -> None:
     member = Visited(0.0)
     wheel.add(member, 0.0)
 
@@ -132,7 +80,7 @@ def test_a_member_that_asks_for_no_pause_gets_one(clock: Clockwork, wheel: Wheel
     assert 100 <= len(member.visits) <= 201
 
 
-def test_thousands_of_members_share_one_timer(clock: Clockwork, wheel: Wheel) -> None:
+def test_thousands_of_members_share_one_timer(clock: FakeClock, wheel: Wheel) -> None:
     dice = random.Random(1)
     members = [Visited() for _ in range(5000)]
     due = []
@@ -149,7 +97,7 @@ def test_thousands_of_members_share_one_timer(clock: Clockwork, wheel: Wheel) ->
         assert at <= visit <= at + GRAIN
 
 
-def test_an_earlier_member_moves_the_timer_forward(clock: Clockwork, wheel: Wheel) -> None:
+def test_an_earlier_member_moves_the_timer_forward(clock: FakeClock, wheel: Wheel) -> None:
     late, early = Visited(), Visited()
     wheel.add(late, 100.0)
     wheel.add(early, 1.0)
@@ -161,7 +109,7 @@ def test_an_earlier_member_moves_the_timer_forward(clock: Clockwork, wheel: Whee
     assert len(late.visits) == 1
 
 
-def test_who_was_removed_is_not_visited(clock: Clockwork, wheel: Wheel) -> None:
+def test_who_was_removed_is_not_visited(clock: FakeClock, wheel: Wheel) -> None:
     member, other = Visited(1.0), Visited(1.0)
     wheel.add(member, 1.0)
     wheel.add(other, 1.0)
@@ -174,7 +122,7 @@ def test_who_was_removed_is_not_visited(clock: Clockwork, wheel: Wheel) -> None:
     assert len(other.visits) == 2
 
 
-def test_a_member_added_twice_is_in_the_wheel_once(clock: Clockwork, wheel: Wheel) -> None:
+def test_a_member_added_twice_is_in_the_wheel_once(clock: FakeClock, wheel: Wheel) -> None:
     member = Visited()
     wheel.add(member, 1.0)
     wheel.add(member, 5.0)
@@ -186,7 +134,7 @@ def test_a_member_added_twice_is_in_the_wheel_once(clock: Clockwork, wheel: Whee
 
 
 def test_a_member_removed_by_anothers_visit_in_the_same_bucket_is_not_visited(
-    clock: Clockwork, wheel: Wheel
+    clock: FakeClock, wheel: Wheel
 ) -> None:
     members: list[Visited] = []
 
@@ -205,7 +153,7 @@ def test_a_member_removed_by_anothers_visit_in_the_same_bucket_is_not_visited(
 
 
 def test_a_member_removed_in_its_own_visit_does_not_come_back(
-    clock: Clockwork, wheel: Wheel
+    clock: FakeClock, wheel: Wheel
 ) -> None:
     member = Visited(1.0)
     member.do = lambda: wheel.remove(member)
@@ -217,7 +165,7 @@ def test_a_member_removed_in_its_own_visit_does_not_come_back(
 
 
 def test_a_member_added_in_its_own_visit_is_in_the_wheel_once(
-    clock: Clockwork, wheel: Wheel
+    clock: FakeClock, wheel: Wheel
 ) -> None:
     member = Visited(1.0)
     member.do = lambda: wheel.add(member, 10.0)
@@ -228,7 +176,7 @@ def test_a_member_added_in_its_own_visit_is_in_the_wheel_once(
     assert len(member.visits) == 3
 
 
-def test_members_added_by_a_visit_have_their_turn(clock: Clockwork, wheel: Wheel) -> None:
+def test_members_added_by_a_visit_have_their_turn(clock: FakeClock, wheel: Wheel) -> None:
     added: list[Visited] = []
 
     def add() -> None:
@@ -246,7 +194,7 @@ def test_members_added_by_a_visit_have_their_turn(clock: Clockwork, wheel: Wheel
     assert all(len(member.visits) == 1 for member in added)
 
 
-def test_a_visit_that_raises_stops_nobody_else(clock: Clockwork, wheel: Wheel) -> None:
+def test_a_visit_that_raises_stops_nobody_else(clock: FakeClock, wheel: Wheel) -> None:
     def fail() -> None:
         raise KeyError
 
@@ -263,7 +211,7 @@ def test_a_visit_that_raises_stops_nobody_else(clock: Clockwork, wheel: Wheel) -
     assert len(members[1].visits) == len(members[3].visits) == 1
 
 
-def test_a_closed_wheel_visits_nobody(clock: Clockwork, wheel: Wheel) -> None:
+def test_a_closed_wheel_visits_nobody(clock: FakeClock, wheel: Wheel) -> None:
     members = [Visited(1.0) for _ in range(10)]
     for member in members:
         wheel.add(member, 1.0)

@@ -39,7 +39,7 @@ from aioserver.providers.simulator.server import Simulator
 from aioserver.streams.entries import COMPLETE
 from aioserver.streams.stream import Stream
 from tests.support.scripted_provider import LIMITS, Peer, Played
-from tests.support.server import until
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

@@ -17,6 +17,7 @@ from aioserver.providers.simulator import faults as simulator_faults
 from aioserver.providers.simulator.exchange import Behaviour
 from aioserver.providers.simulator.model import speech, tokens
 from aioserver.providers.simulator.server import Simulator
+from tests.support.waiting import ticks
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -498,8 +499,7 @@ async def test_every_fault_leaves_nothing_behind(
 ) -> None:
     request = asyncio.create_task(raw(simulator, f"fault-{name}", stream=stream))
     await simulator.until(lambda stats: stats.active == 1 or stats.completed == 1)
-    for _ in range(20):
-        await asyncio.sleep(0)  # somewhere in the answer
+    await ticks(20)  # somewhere in the answer
     request.cancel()
     await asyncio.wait([request])
     await simulator.until(lambda stats: not stats.open_connections and not stats.active)

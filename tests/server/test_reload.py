@@ -24,7 +24,8 @@ from aioserver.server import preflight
 from tests.support.chat import CHAT, chat, numbers, read_frames, to_end, until_status
 from tests.support.raw import CLOSE, TEXT, Raw, closing
 from tests.support.scripted_provider import Played
-from tests.support.server import HTTP_CLIENT, until
+from tests.support.server import HTTP_CLIENT
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator

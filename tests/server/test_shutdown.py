@@ -17,7 +17,7 @@ from aioserver.server.app import FAREWELL
 from tests.support.chat import CHAT, big, chat, frames_of, to_end
 from tests.support.raw import CLOSE, SMALL, TEXT, Raw, closing
 from tests.support.served import serving
-from tests.support.server import until
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

@@ -19,9 +19,9 @@ from aioserver.providers.simulator.server import Simulator
 from aioserver.server import listener, systemd
 from aioserver.server.systemd import Notifier
 from aioserver.telemetry import kernel
-from tests.server.test_listener import UVICORN, runner_of
 from tests.support.process import Served, Systemd
-from tests.support.server import QUICK, configured, until
+from tests.support.server import QUICK, UVICORN, configured, runner_of
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
