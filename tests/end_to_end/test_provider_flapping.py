@@ -12,7 +12,7 @@ from aioserver.providers.simulator.exchange import Behaviour
 from aioserver.providers.simulator.server import Simulator
 from tests.support.faces import FACES, Seen, ask_every_face, over_openai, over_sse, over_websocket
 from tests.support.scripted_provider import DONE
-from tests.support.server import HTTP_CLIENT, QUICK, House
+from tests.support.server import HTTP_CLIENT, QUICK, House, provider_entry
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
@@ -82,11 +82,7 @@ async def test_where_all_are_left_alone_each_face_is_told_the_soonest(make_house
             FAILING,
             **{
                 "llm.fallbacks": ["other"],
-                "llm.providers.other": {
-                    "base_url": other.base_url,
-                    "model": "other-model",
-                    "http_client": HTTP_CLIENT,
-                },
+                "llm.providers.other": provider_entry(other.base_url),
             },
         )
         for _ in range(FAILURES):
@@ -110,11 +106,7 @@ async def test_where_all_limit_us_each_face_is_told_the_soonest(make_house: Make
             Behaviour(fail_rate=1.0, fault="retry-after-90"),
             **{
                 "llm.fallbacks": ["other"],
-                "llm.providers.other": {
-                    "base_url": other.base_url,
-                    "model": "other-model",
-                    "http_client": HTTP_CLIENT,
-                },
+                "llm.providers.other": provider_entry(other.base_url),
             },
         )
         first = await over_openai(house, "m")

@@ -21,12 +21,14 @@ from tests.support.faces import (
     over_openai,
 )
 from tests.support.scripted_provider import OK, Peer, Played, full_listener
-from tests.support.server import HTTP_CLIENT, House
+from tests.support.server import provider_entry
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
     from pathlib import Path
+
+    from tests.support.server import House
 
     Make = Callable[..., Awaitable[House]]
 
@@ -142,8 +144,8 @@ OUT_OF_REACH = {
 def far(given: dict[str, Any], **limits: Any) -> dict[str, Any]:
     """The changes that make `far` the first provider that is asked."""
     limits = {"connect_timeout": TIMEOUT, **limits}
-    one = {**given, "model": "far-model", "http_client": {**HTTP_CLIENT, **limits}}
-    return {"llm.active": "far", "llm.providers.far": one}
+    entry = provider_entry("", "far-model", **limits) | given
+    return {"llm.active": "far", "llm.providers.far": entry}
 
 
 @pytest.mark.parametrize("where", OUT_OF_REACH)

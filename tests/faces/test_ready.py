@@ -12,7 +12,7 @@ from aiohttp.test_utils import make_mocked_request
 from aioserver.faces import ready
 from aioserver.faces.http import Request
 from aioserver.providers.simulator.exchange import Behaviour
-from tests.support.chat import CHAT
+from tests.support.chat import CHAT, STREAMED
 from tests.support.raw import Raw
 from tests.support.transport import FakeTransport
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from tests.support.server import House
 
 PATH = "/v1/chat/completions"
-STREAMED = {**CHAT, "stream": True}
 CORS = {
     "access-control-allow-credentials",
     "access-control-allow-origin",

@@ -35,6 +35,7 @@ from aioserver.streams.store import Streams
 from aioserver.streams.writer import TURN_BYTES, Writer
 from tests.support.chat import (
     CHAT,
+    STREAMED,
     cancel,
     chat,
     frames_of,
@@ -72,7 +73,6 @@ if TYPE_CHECKING:
 
 FACES = ("openai", "sse", "websocket")
 EXAMPLES = int(os.environ.get("EXAMPLES", "30"))  # more by hand
-STREAMED = {**CHAT, "stream": True}
 
 
 # What a provider says.

@@ -9,7 +9,7 @@ import orjson
 from playwright.async_api import expect
 
 from tests.support.scripted_provider import DONE, EVENT_STREAM, LAST_CHUNK, Played, chunk
-from tests.support.server import HTTP_CLIENT
+from tests.support.server import provider_entry
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -33,8 +33,8 @@ class Told:
     @property
     def changes(self) -> dict[str, Any]:
         """The changes that make a house ask it."""
-        given = {"base_url": self._played.url, "model": "told-model", "http_client": HTTP_CLIENT}
-        return {"llm.active": "told", "llm.providers.told": given}
+        entry = provider_entry(self._played.url, "told-model")
+        return {"llm.active": "told", "llm.providers.told": entry}
 
     def say(self, *words: str) -> None:
         """Pieces of the text."""

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 # For `given`: a busy machine is no fault, and every example may write over the same file.
 ANY_MACHINE = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
-# The configuration that this server was made for, before it had settings of its own.
+# The configuration of the system that aioserver replaces: it must load unchanged.
 ORIGINAL = Path(__file__).with_name("original.yaml")
 # The original's `llm.providers.openai.http_client`.
 ORIGINAL_CLIENT = {

@@ -27,7 +27,18 @@ from tests.support.waiting import until
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+# How the simulated provider answers: at once; 40 tokens in 0.4 s; for 100 s; for 1000 s; not at all.
 QUICK = Behaviour(ttft=0, interval=0)
+PACED = Behaviour(ttft=0, interval=0.01, tokens=40)
+SLOW = Behaviour(ttft=0, interval=0.05, tokens=2000)
+ENDLESS = Behaviour(ttft=0, interval=0.01, tokens=100_000)
+SILENT = Behaviour(ttft=60)
+# Nothing listens here.
+NOWHERE = "http://127.0.0.1:9/v1"
+# Sections of the configuration, for changes by dotted path.
+CONCURRENCY = "chat.websocket.concurrency"
+UVICORN = f"{CONCURRENCY}.uvicorn"
+SIM_HTTP_CLIENT = "llm.providers.sim.http_client"
 HTTP_CLIENT = {
     "max_connections": 20,
     "max_keepalive": 10,
@@ -41,7 +52,6 @@ HTTP_CLIENT = {
     "max_retries": 0,
     "backoff_factor": 0.1,
 }
-UVICORN = "chat.websocket.concurrency.uvicorn"
 BASE: dict[str, Any] = {
     "chat": {
         "websocket": {
@@ -72,6 +82,11 @@ BASE: dict[str, Any] = {
     "auth": {"allowed_hosts": ["x"]},  # what raw sockets say: `Host: x`
     "logging": {"level": "WARNING", "format": "console"},
 }
+
+
+def provider_entry(base_url: str, model: str = "other-model", **client: Any) -> dict[str, Any]:
+    """An entry of `llm.providers`; *client* is put over `HTTP_CLIENT`."""
+    return {"base_url": base_url, "model": model, "http_client": HTTP_CLIENT | client}
 
 
 class House:
@@ -210,7 +225,7 @@ async def running(
 @contextlib.asynccontextmanager
 async def runner_of(path: Path, **changes: Any) -> AsyncIterator[tuple[Runner, Any]]:
     """A runner that does not listen yet, and the settings of its listener."""
-    settings = configured("http://127.0.0.1:9/v1", changes, path / "config.yaml").settings
+    settings = configured(NOWHERE, changes, path / "config.yaml").settings
     app = application.build(settings)
     runner = Runner(app, settings.chat.websocket)
     await runner.setup()
