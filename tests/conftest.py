@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import uvloop
 
-from tests.support.server import QUICK, House, running, until
+from tests.support.clock import FakeClock
+from tests.support.server import QUICK, House, running
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -103,3 +105,8 @@ async def make_house(tmp_path: Path) -> AsyncIterator[Callable[..., Awaitable[Ho
 async def house(make_house: Callable[..., Awaitable[House]]) -> House:
     """A house with room for everybody, and a provider that answers at once."""
     return await make_house()
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()

@@ -6,7 +6,7 @@ import ast
 
 import pytest
 
-from tests.test_imports import MODULES
+from tests.support.package import MODULES
 
 WALL = {"time.time", "time.time_ns", "time.localtime", "time.gmtime", "datetime.now"}
 WALL |= {"datetime.utcnow", "datetime.today", "date.today"}

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import ast
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-import aioserver
+from tests.support.package import MODULES, PACKAGES, TESTS, TREES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,19 +31,6 @@ INSIDE_FUNCTIONS = {  # module: what it may import late, for start-up time or as
     "commands.bench.command": {"aioserver.commands.bench.table"},
     "commands.top.command": {"aioserver.commands.top.screen"},
 }
-
-PACKAGE = Path(aioserver.__file__).parent
-
-
-def name_of(path: Path) -> str:
-    parts = path.relative_to(PACKAGE).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-FILES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
-TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
-MODULES = {name: tree for name, tree in TREES.items() if FILES[name].name != "__init__.py"}
-PACKAGES = TREES.keys() - MODULES.keys()
 
 
 def imports(node: ast.AST, late: bool = False) -> Iterator[tuple[str, bool]]:
@@ -122,3 +108,14 @@ def test_package_opens_with_its_glossary(package: str) -> None:
     assert text is not None
     if room(package) != "commands":  # which are in --help
         assert text.count("\n") >= 3 or not package
+
+
+def test_no_test_module_is_imported() -> None:
+    importers = {
+        f"{path.relative_to(TESTS)}: {module}"
+        for path in TESTS.rglob("*.py")
+        for module, _late in imports(ast.parse(path.read_text()))
+        if module.startswith("tests.") and ".test_" in module
+    }
+
+    assert not importers, "what two test modules need is in tests/support"

@@ -16,6 +16,7 @@ from aioserver.auth.origins import Origins
 from aioserver.config.schema import Secret
 from aioserver.config.settings import Auth, ClientKey
 from aioserver.errors import ConcurrencyExceeded, InvalidApiKey, OriginNotAllowed, SessionEnded
+from tests.support.clock import FakeClock
 from tests.support.configurations import load, small
 
 if TYPE_CHECKING:
@@ -192,13 +193,7 @@ def test_no_origin_and_no_honest_one_are_not_echoed(origin: str | None) -> None:
 
 # Keys.
 
-
-class WallClock:
-    def __init__(self) -> None:
-        self.now = 1_800_000_000.0
-
-    def __call__(self) -> float:
-        return self.now
+WALL_TIME = 1_800_000_000.0
 
 
 def client(name: str, key: str | None = None, **limits: Any) -> ClientKey:
@@ -206,8 +201,8 @@ def client(name: str, key: str | None = None, **limits: Any) -> ClientKey:
     return ClientKey(name=name, sha256=digest, **limits)
 
 
-def held(*given: ClientKey, clock: WallClock | None = None, pepper: bytes = b"p") -> Keys:
-    keys = Keys(pepper, clock or WallClock())
+def held(*given: ClientKey, clock: FakeClock | None = None, pepper: bytes = b"p") -> Keys:
+    keys = Keys(pepper, clock or FakeClock(WALL_TIME))
     keys.apply(given)
     return keys
 
@@ -270,7 +265,7 @@ def test_a_change_tells_whose_key_is_gone_or_another() -> None:
 
 
 def test_a_session_is_its_key_for_twelve_hours() -> None:
-    clock = WallClock()
+    clock = FakeClock(WALL_TIME)
     keys = held(client("a.b-c"), clock=clock)
     session = keys.session(keys.caller(b"key of a.b-c"))
 

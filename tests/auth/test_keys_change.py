@@ -11,12 +11,12 @@ import pytest
 from aioserver.config.settings import Auth
 from aioserver.faces import context
 from aioserver.protocol import eventstream
-from aioserver.providers.simulator.exchange import Behaviour
 from aioserver.server import reload
 from tests.support.chat import CHAT, chat, read_frames, to_end, until_status
 from tests.support.keys import auth_of, bearer, code_of, cookie, keys_of, log_in
 from tests.support.raw import CLOSE, TEXT, Raw, closing
-from tests.support.server import until
+from tests.support.server import ENDLESS, SILENT
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from tests.support.server import House
 
     Make = Callable[..., Awaitable[House]]
-
-ENDLESS = Behaviour(ttft=0, interval=0.01, tokens=100_000)
 
 
 async def test_a_removed_key_is_refused_and_its_session_is_dead(make_house: Make) -> None:
@@ -106,7 +104,7 @@ async def read_frames_from(body: bytes) -> list[Any]:
 async def test_an_answer_that_is_not_streamed_ends_as_well(
     make_house: Make, extra: dict[str, str]
 ) -> None:
-    house = await make_house(Behaviour(ttft=60), **keys_of("web"))
+    house = await make_house(SILENT, **keys_of("web"))
     asked = asyncio.ensure_future(
         house.session.post(
             f"{house.v1}/chat/completions", json=CHAT, headers={**bearer("web"), **extra}
@@ -124,7 +122,7 @@ async def test_an_answer_that_is_not_streamed_ends_as_well(
 
 async def test_who_waits_for_a_place_begins_nothing(make_house: Make) -> None:
     house = await make_house(
-        Behaviour(ttft=60),
+        SILENT,
         **keys_of("web", "app"),
         **{"chat.websocket.concurrency.max_connections": 1, "chat.streams.resume_window": 0},
     )

@@ -24,7 +24,8 @@ from tests.support.chat import (
     until_status,
 )
 from tests.support.keys import bearer, code_of, key_of, keys_of
-from tests.support.server import until
+from tests.support.server import ENDLESS, SILENT
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
 
     Make = Callable[..., Awaitable[House]]
 
-ENDLESS = Behaviour(ttft=0, interval=0.01, tokens=100_000)
-SILENT = Behaviour(ttft=60)
 OPENAI = ("stream", "whole", "idempotent", "stored")
 FACES = ("websocket", "sse", *OPENAI)
 

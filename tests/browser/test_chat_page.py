@@ -26,7 +26,8 @@ from tests.support.chat_page import (
     shows,
     status,
 )
-from tests.support.server import HTTP_CLIENT, QUICK, until
+from tests.support.server import HTTP_CLIENT, QUICK
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable

@@ -10,7 +10,7 @@ from aiohttp import web
 from playwright.async_api import expect
 
 from tests.support.dashboard import Stand, opened, shown, standing, verdict
-from tests.support.server import until
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

@@ -14,7 +14,7 @@ from aioserver.providers.simulator.exchange import Behaviour
 from aioserver.server import reload
 from tests.support.chat_page import answer, ask, connected, is_now
 from tests.support.keys import COOKIE, auth_of, key_of, keys_of
-from tests.support.server import until
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable

@@ -25,7 +25,9 @@ from aioserver.commands.bench.load import Plan, Run
 from aioserver.commands.bench.results import Results, Samples
 from aioserver.providers.breaker import FAILURES
 from aioserver.providers.simulator.exchange import Behaviour
-from tests.support.server import until
+from tests.support.scripted_provider import DONE
+from tests.support.server import CONCURRENCY
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -35,8 +37,7 @@ if TYPE_CHECKING:
     from tests.support.server import House
 
 FACES = ("websocket", "sse", "openai")
-STREAMS = "chat.websocket.concurrency"
-ONE_PLACE = {f"{STREAMS}.max_connections": 1, f"{STREAMS}.queue_timeout": 0}
+ONE_PLACE = {f"{CONCURRENCY}.max_connections": 1, f"{CONCURRENCY}.queue_timeout": 0}
 SLOW = Behaviour(ttft=0.3, interval=0.01, tokens=5)
 
 
@@ -168,7 +169,7 @@ async def test_waiting_at_the_provider_is_named(
 async def test_waiting_at_the_door_is_named(
     make_house: Callable[..., Awaitable[House]],
 ) -> None:
-    house = await make_house(SLOW, **{f"{STREAMS}.max_connections": 1})
+    house = await make_house(SLOW, **{f"{CONCURRENCY}.max_connections": 1})
 
     report = await ran(house.base, clients=3, requests=1)
 
@@ -247,7 +248,6 @@ FRAME = b'id: %d\nevent: %b\ndata: {"request_id":"r","status":"%b","chunk":{}}\n
 PROPER = [FRAME % (n, s, s) for n, s in enumerate((b"processing", b"chunk", b"complete"), 1)]
 SAID = b'data: {"choices":[{"index":0,"delta":{"content":"Hi"}}]}\n\n'
 STOPPED = b'data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}\n\n'
-DONE = b"data: [DONE]\n\n"
 
 
 @pytest.mark.parametrize(

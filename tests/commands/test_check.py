@@ -7,7 +7,7 @@ import yaml
 from aioserver.commands.check import check
 from aioserver.config import Configuration
 from aioserver.config.configuration import SHIPPED
-from tests.config.test_settings import ORIGINAL
+from tests.support.configurations import ORIGINAL
 
 if TYPE_CHECKING:
     from pathlib import Path

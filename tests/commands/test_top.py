@@ -20,7 +20,7 @@ from aioserver.commands import remote
 from aioserver.commands.top.feed import Feed, LostError, State
 from aioserver.commands.top.screen import picture
 from aioserver.commands.top.verdict import verdict
-from tests.support.server import until
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from aioserver.config import Configuration
 from aioserver.config.configuration import SHIPPED
 from aioserver.config.settings import table
-from tests.config.test_settings import ORIGINAL, changed
-from tests.support.configurations import ANY_MACHINE, load, outcome
+from tests.support.configurations import ANY_MACHINE, ORIGINAL, changed, load, outcome
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

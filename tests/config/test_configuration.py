@@ -10,8 +10,7 @@ import yaml
 
 from aioserver.config import Configuration
 from aioserver.config.configuration import MAX_FILE_BYTES, SHIPPED
-from tests.config.test_settings import CLIENT, ORIGINAL
-from tests.support.configurations import load, refused, small
+from tests.support.configurations import ORIGINAL, ORIGINAL_CLIENT, load, refused, small
 
 ROOT = Path(__file__).parents[2]
 
@@ -283,7 +282,7 @@ def test_the_http_client_is_that_of_the_active_or_of_a_named_provider() -> None:
 
     assert configuration.get_http_client_config()["max_connections"] == 50
     assert configuration.get_http_client_config("groq")["max_connections"] == 30
-    assert set(CLIENT) < set(configuration.get_http_client_config())
+    assert set(ORIGINAL_CLIENT) < set(configuration.get_http_client_config())
     with pytest.raises(ValueError, match="no provider 'x'; configured: openai, groq, openrouter"):
         configuration.get_http_client_config("x")
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from hypothesis import given as drawn
 from hypothesis import strategies as st
 
@@ -24,39 +22,7 @@ from aioserver.config.schema import (
 )
 from aioserver.config.settings import SETTINGS, ClientKey, HttpClient, Provider, Settings
 from aioserver.config.validators import TAKEN
-from tests.support.configurations import ANY_MACHINE
-
-ORIGINAL = Path(__file__).parents[1] / "support" / "original.yaml"
-CLIENT = {
-    "max_connections": 50,
-    "max_keepalive": 20,
-    "keepalive_expiry": 30.0,
-    "connect_timeout": 10.0,
-    "read_timeout": 60.0,
-    "write_timeout": 10.0,
-    "pool_timeout": 5.0,
-    "requests_per_minute": 3500,
-    "concurrent_requests": 25,
-    "max_retries": 3,
-    "backoff_factor": 0.5,
-}
-
-
-def original() -> dict[str, Any]:
-    data: dict[str, Any] = yaml.safe_load(ORIGINAL.read_text())
-    return data
-
-
-def changed(**values: Any) -> dict[str, Any]:
-    """The original with `a__b=value` put at a.b."""
-    data = original()
-    for path, value in values.items():
-        *above, last = path.split("__")
-        node = data
-        for step in above:
-            node = node.setdefault(step, {})
-        node[last] = value
-    return data
+from tests.support.configurations import ANY_MACHINE, ORIGINAL_CLIENT, changed, original
 
 
 def faults(check: Check, value: Any) -> dict[str, str]:
@@ -108,7 +74,7 @@ def test_what_the_original_lacks_has_the_contracts_default() -> None:
 
 
 def test_queue_of_a_provider_follows_its_other_limits() -> None:
-    client: HttpClient = section(HttpClient)(CLIENT)
+    client: HttpClient = section(HttpClient)(ORIGINAL_CLIENT)
 
     assert (client.queue_size, client.queue_timeout) == (250, 60.0)
     assert client.tokens_per_minute == 0
@@ -143,13 +109,13 @@ def test_places_queue_and_backlog_grow_outwards(
 
 @pytest.mark.parametrize("key", ["max_keepalive", "concurrent_requests"])
 def test_a_pool_is_never_smaller_than_what_it_serves(key: str) -> None:
-    found = faults(section(HttpClient), {**CLIENT, key: 51})
+    found = faults(section(HttpClient), {**ORIGINAL_CLIENT, key: 51})
 
     assert found == {key: "must be <= max_connections (50), not 51"}
 
 
 def test_equal_limits_are_allowed() -> None:
-    made = section(HttpClient)({**CLIENT, "max_keepalive": 50, "concurrent_requests": 50})
+    made = section(HttpClient)({**ORIGINAL_CLIENT, "max_keepalive": 50, "concurrent_requests": 50})
 
     assert made.max_keepalive == made.max_connections
 
@@ -192,7 +158,7 @@ def test_a_faulty_value_breaks_no_rule() -> None:
 
 
 def test_the_nearest_known_key_is_the_hint() -> None:
-    found = faults(section(HttpClient), {**CLIENT, "max_retrys": 1, "zzz": 1})
+    found = faults(section(HttpClient), {**ORIGINAL_CLIENT, "max_retrys": 1, "zzz": 1})
 
     assert found["max_retrys"] == "unknown key (did you mean max_retries?)"
     assert found["zzz"].startswith("unknown key (known: max_connections, ")
@@ -212,7 +178,7 @@ def test_a_section_is_a_mapping(value: object) -> None:
 
 def test_a_provider_is_remote_or_simulated() -> None:
     check = section(Provider)
-    provider = {"model": "m", "http_client": CLIENT}
+    provider = {"model": "m", "http_client": ORIGINAL_CLIENT}
 
     assert faults(check, provider) == {"base_url": "required key is missing"}
     assert list(faults(check, {**provider, "base_url": "http://h", "simulated": True})) == [
@@ -222,7 +188,9 @@ def test_a_provider_is_remote_or_simulated() -> None:
 
 
 def test_what_a_provider_may_leave_out_is_not_sent() -> None:
-    made: Provider = section(Provider)({"model": "m", "simulated": True, "http_client": CLIENT})
+    made: Provider = section(Provider)(
+        {"model": "m", "simulated": True, "http_client": ORIGINAL_CLIENT}
+    )
 
     assert (made.temperature, made.max_tokens, made.top_p, made.choice_index) == (None,) * 3 + (0,)
     assert (made.models, made.headers, made.proxy, made.ca_file) == ((), {}, None, None)
@@ -241,7 +209,7 @@ def test_a_known_name_brings_its_variable(
     keys: dict[str, str], variable: str | None, missing: str | None
 ) -> None:
     made: Provider = section(Provider)(
-        {"model": "m", "base_url": "http://h", "http_client": CLIENT, **keys}
+        {"model": "m", "base_url": "http://h", "http_client": ORIGINAL_CLIENT, **keys}
     )
     named = dataclasses.replace(made, name="openai", api_key_env=made.variable("openai"))
 
@@ -258,7 +226,12 @@ def test_fallbacks_are_providers() -> None:
 
 
 def test_names_of_providers_and_headers_are_checked_with_their_values() -> None:
-    provider = {"model": 1, "simulated": True, "http_client": CLIENT, "headers": {"a b": 1}}
+    provider = {
+        "model": 1,
+        "simulated": True,
+        "http_client": ORIGINAL_CLIENT,
+        "headers": {"a b": 1},
+    }
 
     found = faults(SETTINGS, changed(**{"llm__providers__a/b": provider}))
 
@@ -388,7 +361,7 @@ def test_a_pool_is_accepted_just_when_its_rules_hold(numbers: dict[str, int]) ->
         numbers["max_keepalive"], numbers["concurrent_requests"]
     )
     try:
-        made = section(HttpClient)({**CLIENT, **numbers})
+        made = section(HttpClient)({**ORIGINAL_CLIENT, **numbers})
     except Faults:
         assert not holds
     else:

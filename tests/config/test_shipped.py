@@ -9,7 +9,7 @@ import pytest
 
 from aioserver.config import Configuration
 from aioserver.config.configuration import SHIPPED
-from tests.config.test_settings import ORIGINAL, changed
+from tests.support.configurations import ORIGINAL, changed
 
 ROOT = Path(__file__).parents[2]
 

@@ -6,8 +6,7 @@ import pytest
 
 from aioserver.config import Configuration
 from aioserver.config.configuration import SHIPPED
-from tests.config.test_settings import ORIGINAL
-from tests.support.configurations import load, refused, small
+from tests.support.configurations import ORIGINAL, load, refused, small
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -16,7 +16,7 @@ import pytest
 from aioserver.config import Configuration
 from aioserver.config.configuration import SHIPPED
 from tests.support.process import Served, Systemd
-from tests.support.server import configured
+from tests.support.server import NOWHERE, configured
 from tests.support.tools import DEPLOY, edited, installed
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ async def test_the_command_of_the_service_serves_the_socket_of_the_socket_unit(
     tmp_path: Path,
 ) -> None:
     config = tmp_path / "config.yaml"
-    configured("http://127.0.0.1:9/v1", {}, config)
+    configured(NOWHERE, {}, config)
     program, *arguments = shlex.split(SERVICE["ExecStart"])
     assert program == PYTHON
     assert arguments.count(CONFIG) == 1

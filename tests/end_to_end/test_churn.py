@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from aioserver.providers.simulator.exchange import Behaviour
-from tests.support.server import until
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

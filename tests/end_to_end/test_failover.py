@@ -11,7 +11,7 @@ from aioserver.faces import context
 from aioserver.providers.simulator.exchange import Behaviour
 from aioserver.providers.simulator.server import Simulator
 from tests.support.chat import CHAT, chat, read_frames, text_of, to_end
-from tests.support.server import HTTP_CLIENT, QUICK
+from tests.support.server import QUICK, provider_entry
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -31,11 +31,7 @@ async def two(make_house: Make, **limits: Any) -> AsyncIterator[tuple[House, Sim
             FAILING,
             **{
                 "llm.fallbacks": ["other"],
-                "llm.providers.other": {
-                    "base_url": other.base_url,
-                    "model": "other-model",
-                    "http_client": {**HTTP_CLIENT, **limits},
-                },
+                "llm.providers.other": provider_entry(other.base_url, **limits),
             },
         )
         yield house, other

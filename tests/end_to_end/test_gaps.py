@@ -12,78 +12,21 @@ import pytest
 from aioserver.faces import context
 from aioserver.providers.simulator.exchange import Behaviour
 from aioserver.streams.entries import COMPLETE
-from aioserver.telemetry.counters import SHORT_BOUNDS, Histogram
-from aioserver.telemetry.loop_lag import INTERVAL, LoopLag
+from aioserver.telemetry.loop_lag import INTERVAL
 from aioserver.telemetry.request_log import RequestRecord
-from tests.streams.test_writer import BIG, client, say, stream_of
 from tests.support.chat import CHAT
-from tests.support.server import House, block, until
+from tests.support.transport import BIG, client, say, stream_of
+from tests.support.waiting import block, until
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
+
+    from tests.support.server import House
 
     Make = Callable[..., Awaitable[House]]
 
 PAUSE = 0.25  # seconds between two tokens of the provider
 BLOCK = 0.6  # that the loop is blocked
-
-
-class Loop:
-    """A loop whose time is set by hand."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-        self.due = 0.0
-        self.call: Callable[[], None] = lambda: None
-
-    def time(self) -> float:
-        return self.now
-
-    def call_at(self, when: float, call: Callable[[], None]) -> Any:
-        self.due, self.call = when, call
-        return None
-
-    def go(self, late: float) -> None:
-        """To the next look, which is so many seconds late."""
-        self.now = self.due + late
-        self.call()
-
-
-@pytest.fixture
-def loop() -> Loop:
-    return Loop()
-
-
-@pytest.fixture
-def lag(loop: Loop) -> LoopLag:
-    given: Any = loop
-    return LoopLag(given, Histogram(SHORT_BOUNDS))
-
-
-def test_a_late_look_tells_when_the_loop_was_late(loop: Loop, lag: LoopLag) -> None:
-    loop.go(0.0)
-    due = loop.due
-    loop.go(0.5)
-
-    assert lag.within(0.0, 1e9) == pytest.approx(0.5)
-    assert lag.within(due + 0.2, 1e9) == pytest.approx(0.3)
-    assert lag.within(0.0, due + 0.2) == pytest.approx(0.2)
-    assert lag.within(due - 1.0, due) == lag.within(due + 0.5, due + 9.0) == 0.0
-    assert lag.longest(0.0) == pytest.approx(0.5)
-    assert lag.longest(due + 0.4) == pytest.approx(0.1)
-    assert lag.longest(due + 0.5) == 0.0
-
-
-def test_late_moments_add_up_and_small_ones_do_not_count(loop: Loop, lag: LoopLag) -> None:
-    for late in (0.2, 0.001, 0.3, 0.0):
-        loop.go(late)
-
-    assert lag.within(0.0, 1e9) == pytest.approx(0.5)
-    assert lag.longest(0.0) == pytest.approx(0.3)
-    mean, most = lag.take()
-    assert (round(mean, 6), round(most, 6)) == (0.12525, 0.3)
-    assert lag.take() == (0.0, 0.0)
-    assert loop.due == pytest.approx(loop.now + INTERVAL)
 
 
 def test_the_longest_silence_is_kept() -> None:

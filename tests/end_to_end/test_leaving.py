@@ -17,7 +17,8 @@ import pytest
 from aioserver.providers.simulator.exchange import Behaviour
 from tests.support.chat import cancel
 from tests.support.raw import CLOSE, Raw
-from tests.support.server import until
+from tests.support.server import SILENT
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -64,9 +65,7 @@ PHASES = {
         behaviour=Behaviour(deaf=True),
         size=BIG,
     ),
-    "first byte": Phase(
-        lambda house: house.simulator.stats().active == 1, behaviour=Behaviour(ttft=60)
-    ),
+    "first byte": Phase(lambda house: house.simulator.stats().active == 1, behaviour=SILENT),
     "mid-stream": Phase(lambda house: house.simulator.stats().tokens_sent == 3),
 }
 
@@ -198,7 +197,7 @@ async def test_who_leaves_gives_everything_back(make_house: Make, name: str, way
 
 
 async def every_place_at_once(house: House, door: Door | None) -> None:
-    house.simulator.behaviour = Behaviour(ttft=60)
+    house.simulator.behaviour = SILENT
     before = house.simulator.stats().active
     count = min(PLACES, house.settings.chat.websocket.concurrency.max_connections)
     async with contextlib.AsyncExitStack() as stack:

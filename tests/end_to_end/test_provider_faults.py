@@ -9,15 +9,18 @@ import asyncio
 import io
 import json
 from collections import Counter
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
 from aioserver.faces import context
 from aioserver.protocol import eventstream
 from aioserver.providers.simulator.exchange import Behaviour
-from tests.support.server import HTTP_CLIENT, House, until
+from tests.support.chat import CHAT
+from tests.support.faces import Seen, expected_text, over_openai, over_sse, over_websocket
+from tests.support.scripted_provider import DONE
+from tests.support.server import HTTP_CLIENT, House
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -25,101 +28,11 @@ if TYPE_CHECKING:
     Make = Callable[..., Awaitable[House]]
 
 IMPATIENT = {"llm.providers.sim.http_client": {**HTTP_CLIENT, "read_timeout": 0.3}}
-MESSAGES = [{"role": "user", "content": "Hello"}]
-DONE = b"data: [DONE]\n\n"
 # What the simulator says in its refusals; of those of our key nothing may be shown.
 TEXTS_OF_THE_PROVIDER = (b"Incorrect API key", b"current quota", b"The simulator says", b"billing")
 
 
-@dataclass
-class Seen:
-    """What a client saw of one answer."""
-
-    text: str = ""
-    end: str = ""  # complete, error; for OpenAI's face after what it means
-    error: dict[str, Any] = field(default_factory=dict)
-    status: int = 0
-    headers: dict[str, str] = field(default_factory=dict)
-    raw: bytes = b""
-
-    @property
-    def code(self) -> Any:
-        return self.error.get("code")
-
-
-def frames_seen(frames: list[dict[str, Any]], raw: bytes) -> Seen:
-    assert [frame["event_id"] for frame in frames] == list(range(1, len(frames) + 1))
-    if len(frames) > 1:  # else it was refused before anybody was asked
-        assert frames[0]["status"] == "processing"
-    assert {frame["status"] for frame in frames[1:-1]} <= {"chunk"}
-    text = "".join(frame["chunk"]["data"] for frame in frames[1:-1])
-    last = frames[-1]
-    return Seen(text, last["status"], last["chunk"] if last["status"] == "error" else {}, raw=raw)
-
-
-async def over_websocket(house: House, model: str, name: str = "ws") -> Seen:
-    payload = {"text": "Hello", "model": model}
-    async with house.connect() as ws:
-        await ws.send_json({"action": "chat", "request_id": f"{name}-{model}", "payload": payload})
-        frames: list[dict[str, Any]] = []
-        raw = b""
-        while not frames or frames[-1]["status"] not in {"complete", "error", "cancelled"}:
-            message = await ws.receive_str()
-            frame = json.loads(message)
-            if frame["status"] != "queued":  # no event: it may have to wait for its start
-                raw += message.encode()
-                frames.append(frame)
-        # The socket lives on.
-        await ws.send_json({"action": "ping", "request_id": "p"})
-        assert (await ws.receive_json())["status"] == "pong"
-    return frames_seen(frames, raw)
-
-
-async def over_sse(house: House, model: str) -> Seen:
-    body = {"request_id": f"sse-{model}", "text": "Hello", "model": model}
-    async with house.session.post(house.sse, json=body) as response:
-        assert response.status == 200
-        raw = await response.read()
-    events = eventstream.parse(raw)
-    frames = [json.loads(event.data) for event in events]
-    assert [frame["status"].encode() for frame in frames] == [event.event for event in events]
-    frames = [frame for frame in frames if frame["status"] != "queued"]
-    return frames_seen(frames, raw)
-
-
-async def over_openai(
-    house: House, model: str, *, stream: bool = True, headers: dict[str, str] | None = None
-) -> Seen:
-    body = {"model": model, "messages": MESSAGES, "stream": stream}
-    url = f"{house.v1}/chat/completions"
-    async with house.session.post(url, json=body, headers=headers) as response:
-        raw = await response.read()
-        given = {name.lower(): value for name, value in response.headers.items()}
-        seen = Seen(status=response.status, headers=given, raw=raw)
-    assert seen.headers["x-request-id"]
-    if response.status != 200:
-        seen.end, seen.error = "error", json.loads(raw)["error"]
-        return seen
-    if not stream:
-        seen.end, seen.text = "complete", json.loads(raw)["choices"][0]["message"]["content"]
-        return seen
-    assert raw.endswith((b"\n\n", b"\r\n\r\n", b"\r\r")), "a body ends with a whole event"
-    for event in eventstream.parse(raw):
-        assert not seen.end, "nothing comes behind the end"
-        if event.data == b"[DONE]":
-            seen.end = "complete"
-            continue
-        answer = json.loads(event.data)
-        if answer.get("error"):
-            seen.end, seen.error = "error", answer["error"]
-        elif answer["choices"]:
-            seen.text += answer["choices"][0]["delta"].get("content") or ""
-    assert seen.end, "never a silent end"
-    assert raw.count(b"[DONE]") == (1 if seen.end == "complete" else 0)
-    return seen
-
-
-async def everywhere(
+async def ask_and_count(
     house: House,
     model: str,
     outcome: str = "ok",
@@ -159,12 +72,6 @@ async def counts(house: House) -> tuple[Counter[tuple[str, ...]], Counter[tuple[
         await house.counted("provider_attempts", "outcome"),
         await house.counted("requests", "face", "code"),
     )
-
-
-async def expected_text(house: House) -> str:
-    seen = await over_openai(house, "plain")
-    assert len(seen.text) > 20
-    return seen.text
 
 
 # Before the first event: the HTTP status says it.
@@ -226,7 +133,7 @@ async def test_a_fault_before_the_first_event_has_its_status_and_code(
     status, code, outcome, kept = BEFORE_STREAMED[model]
     house = await make_house(**IMPATIENT)
 
-    ws, sse, v1 = await everywhere(house, model, outcome, code=code, kept=kept)
+    ws, sse, v1 = await ask_and_count(house, model, outcome, code=code, kept=kept)
 
     assert [one.end for one in (ws, sse, v1)] == ["error"] * 3
     assert [one.code for one in (ws, sse)] == [code] * 2
@@ -273,12 +180,12 @@ async def test_the_callers_own_fault_passes_with_status_and_body(
 ) -> None:
     model = f"fault-status-{status}"
     async with house.session.post(
-        f"{house.simulator.base_url}/chat/completions", json={"model": model, "messages": MESSAGES}
+        f"{house.simulator.base_url}/chat/completions", json={"model": model, **CHAT}
     ) as response:
         assert response.status == status
         original = await response.read()
 
-    ws, sse, v1 = await everywhere(house, model, "http_4xx", code=ERROR, kept=True)
+    ws, sse, v1 = await ask_and_count(house, model, "http_4xx", code=ERROR, kept=True)
     whole = await over_openai(house, model, stream=False)
 
     assert (v1.status, v1.raw) == (whole.status, whole.raw) == (status, original)
@@ -310,7 +217,7 @@ async def test_a_fault_within_the_answer_is_one_error_event_and_no_done(
     house = await make_house(**IMPATIENT)
     text = await expected_text(house)
 
-    ws, sse, v1 = await everywhere(house, model, outcome, kept=False)
+    ws, sse, v1 = await ask_and_count(house, model, outcome, kept=False)
 
     assert v1.status == 200
     for one in (ws, sse, v1):
@@ -325,7 +232,7 @@ async def test_a_fault_within_the_answer_is_one_error_event_and_no_done(
 async def test_an_error_object_in_the_stream_is_its_end(model: str, house: House) -> None:
     text = await expected_text(house)
 
-    ws, sse, v1 = await everywhere(house, model, "http_5xx", code=ERROR)
+    ws, sse, v1 = await ask_and_count(house, model, "http_5xx", code=ERROR)
 
     assert ws.code == sse.code == "provider_error"
     assert (v1.status, v1.end) == (200, "error")
@@ -412,7 +319,7 @@ async def test_what_is_unusual_but_good_reads_the_same_on_every_face(
     text = await expected_text(house)
     house.provider._pools.pool.drop_idle()
 
-    ws, sse, v1 = await everywhere(house, model, kept=GOOD[model])
+    ws, sse, v1 = await ask_and_count(house, model, kept=GOOD[model])
 
     for one in (ws, sse, v1):
         assert (one.end, one.error) == ("complete", {})
@@ -450,7 +357,7 @@ async def test_a_missing_done_is_put_to_it(house: House) -> None:
 
 async def test_events_come_back_byte_for_byte(house: House) -> None:
     house.simulator.behaviour = Behaviour(ttft=0, interval=0, tokens=5)
-    body = {"model": "fault-comments", "messages": MESSAGES, "stream": True}
+    body = {"model": "fault-comments", **CHAT, "stream": True}
     url = f"{house.simulator.base_url}/chat/completions"
     async with house.session.post(url, json=body) as response:
         original = await response.read()
@@ -501,7 +408,7 @@ async def test_done_without_an_end_of_the_body_ends_at_once_and_is_not_kept(hous
 
 
 async def test_an_endless_answer_ends_with_its_reader_on_the_openai_face(house: House) -> None:
-    body = {"model": "fault-endless", "messages": MESSAGES, "stream": True}
+    body = {"model": "fault-endless", **CHAT, "stream": True}
     async with house.session.post(f"{house.v1}/chat/completions", json=body) as response:
         assert await response.content.read(1000)
         response.close()
@@ -513,7 +420,7 @@ async def test_an_endless_answer_ends_with_its_reader_on_the_openai_face(house: 
 
 async def test_comments_for_ever_are_no_answer_and_end_with_their_reader(make_house: Make) -> None:
     house = await make_house(**IMPATIENT)
-    body = {"model": "fault-comments-endless", "messages": MESSAGES, "stream": True}
+    body = {"model": "fault-comments-endless", **CHAT, "stream": True}
     async with house.session.post(f"{house.v1}/chat/completions", json=body) as response:
         raw = b""
         while raw.count(b": OPENROUTER PROCESSING") < 100:  # half a second: no silence
@@ -622,7 +529,7 @@ async def test_a_client_slower_than_the_read_timeout_gets_its_whole_answer(
     house = await make_house(
         Behaviour(ttft=0, interval=0.02, tokens=30), **{"llm.providers.sim.http_client": limits}
     )
-    body = {"model": "m", "messages": MESSAGES, "stream": True}
+    body = {"model": "m", **CHAT, "stream": True}
     async with house.session.post(f"{house.v1}/chat/completions", json=body) as response:
         # It reads nothing until the provider is long done.
         await house.simulator.until(lambda stats: stats.completed == 1)

@@ -10,9 +10,10 @@ from aioserver.faces import context
 from aioserver.providers.breaker import FAILURES, FIRST
 from aioserver.providers.simulator.exchange import Behaviour
 from aioserver.providers.simulator.server import Simulator
-from tests.end_to_end.test_provider_faults import DONE, Seen, over_openai, over_sse, over_websocket
-from tests.end_to_end.test_provider_out_of_reach import FACES, everywhere
-from tests.support.server import HTTP_CLIENT, QUICK, House, until
+from tests.support.faces import FACES, Seen, ask_every_face, over_openai, over_sse, over_websocket
+from tests.support.scripted_provider import DONE
+from tests.support.server import HTTP_CLIENT, QUICK, House, provider_entry
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -59,7 +60,7 @@ async def test_a_flapping_provider_is_left_alone_and_asked_again(make_house: Mak
         assert [one.status for one in failed] == [502] * FAILURES
         assert await state(house) == OPEN
         asked = house.simulator.stats().requests
-        refused_for(await everywhere(house, "m"), 1.0, 1.1 * FIRST)
+        refused_for(await ask_every_face(house, "m"), 1.0, 1.1 * FIRST)
         assert house.simulator.stats().requests == asked
         left_alone(house, "sim", 0.0)
         good = [await over_openai(house, FLAPPING) for _ in range(FAILURES)]
@@ -81,11 +82,7 @@ async def test_where_all_are_left_alone_each_face_is_told_the_soonest(make_house
             FAILING,
             **{
                 "llm.fallbacks": ["other"],
-                "llm.providers.other": {
-                    "base_url": other.base_url,
-                    "model": "other-model",
-                    "http_client": HTTP_CLIENT,
-                },
+                "llm.providers.other": provider_entry(other.base_url),
             },
         )
         for _ in range(FAILURES):
@@ -96,7 +93,7 @@ async def test_where_all_are_left_alone_each_face_is_told_the_soonest(make_house
         for first, second in ((40.0, 20.0), (20.0, 40.0)):
             left_alone(house, "sim", first)
             left_alone(house, "other", second)
-            refused_for(await everywhere(house, f"m{first}"), 10.0, 22.0)
+            refused_for(await ask_every_face(house, f"m{first}"), 10.0, 22.0)
 
         tries = await house.counted("provider_attempts", "provider", "outcome")
         assert tries == {("sim", "http_5xx"): FAILURES, ("other", "http_5xx"): FAILURES}
@@ -109,15 +106,11 @@ async def test_where_all_limit_us_each_face_is_told_the_soonest(make_house: Make
             Behaviour(fail_rate=1.0, fault="retry-after-90"),
             **{
                 "llm.fallbacks": ["other"],
-                "llm.providers.other": {
-                    "base_url": other.base_url,
-                    "model": "other-model",
-                    "http_client": HTTP_CLIENT,
-                },
+                "llm.providers.other": provider_entry(other.base_url),
             },
         )
         first = await over_openai(house, "m")
-        ws, sse, v1, whole = await everywhere(house, "m")  # nobody is asked any more
+        ws, sse, v1, whole = await ask_every_face(house, "m")  # nobody is asked any more
 
         for one in (first, v1, whole):
             assert (one.status, one.code) == (429, "provider_rate_limited")

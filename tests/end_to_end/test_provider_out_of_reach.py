@@ -9,42 +9,30 @@ import functools
 import socket
 import ssl
 import threading
-from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import trustme
 
-from tests.end_to_end.test_provider_faults import (
-    Seen,
+from tests.support.faces import (
+    FACES,
+    ask_every_face,
     expected_text,
     over_openai,
-    over_sse,
-    over_websocket,
 )
 from tests.support.scripted_provider import OK, Peer, Played, full_listener
-from tests.support.server import HTTP_CLIENT, House, until
+from tests.support.server import provider_entry
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
     from pathlib import Path
 
+    from tests.support.server import House
+
     Make = Callable[..., Awaitable[House]]
 
 TIMEOUT = 0.3  # seconds for a connection
-FACES = Counter({"websocket": 1, "sse": 1, "openai": 2})
-
-
-async def everywhere(house: House, model: str) -> list[Seen]:
-    """The same question on three faces, on one of them also not streamed."""
-    return [
-        *await asyncio.gather(
-            over_websocket(house, model),
-            over_sse(house, model),
-            over_openai(house, model),
-            over_openai(house, model, stream=False),
-        )
-    ]
 
 
 class Names:
@@ -156,8 +144,8 @@ OUT_OF_REACH = {
 def far(given: dict[str, Any], **limits: Any) -> dict[str, Any]:
     """The changes that make `far` the first provider that is asked."""
     limits = {"connect_timeout": TIMEOUT, **limits}
-    one = {**given, "model": "far-model", "http_client": {**HTTP_CLIENT, **limits}}
-    return {"llm.active": "far", "llm.providers.far": one}
+    entry = provider_entry("", "far-model", **limits) | given
+    return {"llm.active": "far", "llm.providers.far": entry}
 
 
 @pytest.mark.parametrize("where", OUT_OF_REACH)
@@ -168,7 +156,7 @@ async def test_a_provider_out_of_reach_is_told_on_every_face(
     async with place(tmp_path) as given:
         house = await make_house(**far(given))
 
-        ws, sse, v1, whole = await everywhere(house, "m")
+        ws, sse, v1, whole = await ask_every_face(house, "m")
         other = await over_openai(house, "sim")
 
         assert {one.code for one in (ws, sse, v1, whole)} == {code}
@@ -197,7 +185,7 @@ async def test_another_provider_answers_in_place_of_one_out_of_reach(
         house = await make_house(**far(given), **{"llm.fallbacks": ["sim"]})
         text = await expected_text(house)
 
-        seen = await everywhere(house, "m")
+        seen = await ask_every_face(house, "m")
 
         assert [(one.end, one.text) for one in seen] == [("complete", text)] * 4
         assert seen[2].headers["x-aioserver-provider"] == "sim"
@@ -243,10 +231,10 @@ async def test_a_name_that_is_found_late_holds_up_nobody(make_house: Make, names
     house = await make_house(
         **far({"base_url": f"http://slow.test:{port}/v1"}, connect_timeout=30.0)
     )
-    waits = asyncio.create_task(everywhere(house, "m"))
+    waits = asyncio.create_task(ask_every_face(house, "m"))
     await until(lambda: house.held()["far busy"] == 4)
 
-    others = await everywhere(house, "sim")
+    others = await ask_every_face(house, "sim")
     still = not waits.done()
     names.found.set()
 
@@ -262,7 +250,7 @@ async def test_a_name_that_is_not_found_in_time_is_a_connect_timeout(
 ) -> None:
     house = await make_house(**far({"base_url": "http://slow.test/v1"}))
 
-    seen = await everywhere(house, "m")
+    seen = await ask_every_face(house, "m")
 
     assert [one.code for one in seen] == ["connect_timeout"] * 4
     assert (seen[2].status, seen[3].status) == (504, 504)

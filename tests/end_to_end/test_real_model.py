@@ -26,7 +26,7 @@ import pytest
 import websockets
 
 from aioserver.protocol import eventstream
-from tests.support.server import HTTP_CLIENT
+from tests.support.server import provider_entry
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
@@ -103,11 +103,7 @@ def model_server() -> Iterator[str]:
 @pytest.fixture
 async def house(make_house: Callable[..., Awaitable[House]], model_server: str) -> House:
     """A house whose active provider `local` is the model server, asked one request at a time."""
-    local = {
-        "base_url": model_server,
-        "model": "gemma-3-270m",
-        "http_client": {**HTTP_CLIENT, "concurrent_requests": 1, "read_timeout": 60.0},
-    }
+    local = provider_entry(model_server, "gemma-3-270m", concurrent_requests=1, read_timeout=60.0)
     return await make_house(**{"llm.providers.local": local, "llm.active": "local"})
 
 

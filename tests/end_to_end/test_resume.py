@@ -14,6 +14,8 @@ from aioserver.protocol import eventstream
 from aioserver.providers.simulator.exchange import Behaviour
 from aioserver.streams import entries
 from tests.support.chat import (
+    CHAT,
+    STREAMED,
     big,
     cancel,
     chat,
@@ -26,6 +28,7 @@ from tests.support.chat import (
     whole,
 )
 from tests.support.raw import Raw
+from tests.support.server import SILENT
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -36,8 +39,6 @@ if TYPE_CHECKING:
     Read = Callable[[House, str, int], Awaitable[list[Any]]]
 
 PACED = Behaviour(ttft=0, interval=0.002, tokens=20)
-MESSAGES = [{"role": "user", "content": "Hello"}]
-STREAMED = {"messages": MESSAGES, "stream": True}
 KEY = "Idempotency-Key: r1"
 
 
@@ -68,12 +69,12 @@ READ_ON = [by_websocket, by_header, by_query]
 
 async def begin_websocket(raw: Raw, count: int) -> list[Any]:
     await raw.upgrade()
-    await raw.send_json(chat("r1", messages=MESSAGES))
+    await raw.send_json(chat("r1", **CHAT))
     return [await raw.json_frame() for _ in range(count)]
 
 
 async def begin_sse(raw: Raw, count: int) -> list[Any]:
-    await raw.ask_sse("r1", messages=MESSAGES)
+    await raw.ask_sse("r1", **CHAT)
     assert (await raw.head()).status == 200
     return frames_of(await some(raw, count)) if count else []
 
@@ -90,9 +91,7 @@ async def some(raw: Raw, count: int) -> bytes:
 
 async def said(house: House) -> str:
     """The same question's answer, in one piece."""
-    async with house.session.post(
-        house.v1 + "/chat/completions", json={"messages": MESSAGES}
-    ) as response:
+    async with house.session.post(house.v1 + "/chat/completions", json={**CHAT}) as response:
         return str((await response.json())["choices"][0]["message"]["content"])
 
 
@@ -107,9 +106,7 @@ async def test_the_rest_is_read_on_any_face(
 ) -> None:
     house = await make_house(PACED)
     text = await said(house)
-    async with house.session.post(
-        house.sse, json={"request_id": "r0", "messages": MESSAGES}
-    ) as response:
+    async with house.session.post(house.sse, json={"request_id": "r0", **CHAT}) as response:
         last = len(await read_frames(response))
     count %= last  # -1: all but the end
     async with Raw(house) as raw:
@@ -155,7 +152,7 @@ async def test_readers_on_all_faces_at_once_get_all_of_it(make_house: Make) -> N
     house = await make_house(PACED)
     text = await said(house)
     async with house.connect() as ws:
-        await ws.send_json(chat("r1", messages=MESSAGES))
+        await ws.send_json(chat("r1", **CHAT))
         seen = [await ws.receive_json() for _ in range(3)]
         found = await asyncio.gather(*(read_on(house, "r1", 0) for read_on in READ_ON * 2))
         seen += await to_end(ws)
@@ -214,7 +211,7 @@ async def test_what_is_no_longer_kept_is_a_gap_on_each_face(make_house: Make, fa
     )
     fields = big(1000, 60)
     headers = dict([KEY.split(": ")])
-    body = {"messages": MESSAGES, "stream": True, **fields["options"]}
+    body = {**CHAT, "stream": True, **fields["options"]}
     if face == "frames":
         async with house.session.post(house.sse, json={"request_id": "r1", **fields}) as response:
             await response.read()
@@ -260,8 +257,8 @@ async def test_what_is_not_ones_own_is_as_if_it_were_not_there(house: House) -> 
 async def test_an_answer_asked_for_later_is_listed_read_on_and_then_at_its_end(
     make_house: Make, read_on: Read
 ) -> None:
-    house = await make_house(Behaviour(ttft=60))
-    ask = {"request_id": "r1", "messages": MESSAGES}
+    house = await make_house(SILENT)
+    ask = {"request_id": "r1", **CHAT}
 
     async def listed() -> Any:
         async with house.session.get(house.sse) as response:

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from aioserver.faces import context
-from aioserver.providers.simulator.exchange import Behaviour
 from aioserver.server import listener
 from aioserver.streams.writer import TURN_BYTES
 from tests.support.chat import big, chat, numbers, text_of, to_end
 from tests.support.raw import SMALL, Raw
-from tests.support.server import until
+from tests.support.server import QUICK
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -63,7 +63,7 @@ async def test_who_reads_nothing_holds_up_nobody_and_is_dropped(
 ) -> None:
     most = clients * MAX_STREAM_BYTES
     house = await make_house(
-        Behaviour(ttft=0, interval=0),
+        QUICK,
         **{
             "chat.streams.send_timeout": 1.5 * clients / 200,
             "chat.streams.max_stream_bytes": MAX_STREAM_BYTES,

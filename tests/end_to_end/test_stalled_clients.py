@@ -12,7 +12,8 @@ from aioserver.faces import context
 from aioserver.providers.simulator.exchange import Behaviour
 from tests.support.chat import big, chat, numbers, to_end, whole
 from tests.support.raw import SMALL, TEXT, Raw, masked
-from tests.support.server import until
+from tests.support.server import SILENT
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -167,7 +168,7 @@ async def test_a_client_that_reads_slowly_but_reads_is_not_dropped(make_house: M
 
 
 async def test_a_client_that_floods_and_leaves_is_noticed(make_house: Make) -> None:
-    house = await make_house(Behaviour(ttft=60), **{"chat.streams.resume_window": 0})
+    house = await make_house(SILENT, **{"chat.streams.resume_window": 0})
 
     async with Raw(house) as raw:
         await raw.upgrade()
@@ -181,7 +182,7 @@ async def test_a_client_that_floods_and_leaves_is_noticed(make_house: Make) -> N
 
 
 async def test_a_client_that_half_closes_counts_as_gone(make_house: Make) -> None:
-    house = await make_house(Behaviour(ttft=60), **{"chat.streams.resume_window": 0})
+    house = await make_house(SILENT, **{"chat.streams.resume_window": 0})
 
     async with Raw(house) as socket, Raw(house) as events:
         await socket.upgrade()

@@ -16,7 +16,8 @@ from aioserver.faces import admission, context, http, websocket
 from aioserver.providers.simulator.exchange import Behaviour
 from tests.support.chat import CHAT, chat, frames_of, to_end, until_status
 from tests.support.raw import CLOSE, TEXT, Raw, closing
-from tests.support.server import until
+from tests.support.server import CONCURRENCY, SILENT
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -25,16 +26,14 @@ if TYPE_CHECKING:
 
     Make = Callable[..., Awaitable[House]]
 
-LIMITS = "chat.websocket.concurrency"
-REACHED = f"{LIMITS}.max_connections=2 reached"
-SILENT = Behaviour(ttft=60)
+REACHED = f"{CONCURRENCY}.max_connections=2 reached"
 
 
 def limits(places: int = 2, line: int = 2, timeout: float = 0.3) -> dict[str, Any]:
     return {
-        f"{LIMITS}.max_connections": places,
-        f"{LIMITS}.connection_queue_size": line,
-        f"{LIMITS}.queue_timeout": timeout,
+        f"{CONCURRENCY}.max_connections": places,
+        f"{CONCURRENCY}.connection_queue_size": line,
+        f"{CONCURRENCY}.queue_timeout": timeout,
     }
 
 
@@ -364,7 +363,7 @@ async def test_a_slow_body_holds_no_place_and_gets_408(
 
 
 async def test_bodies_beyond_their_bound_all_together_are_503(make_house: Make) -> None:
-    house = await make_house(**limits(), **{f"{LIMITS}.max_body_bytes": 1000})
+    house = await make_house(**limits(), **{f"{CONCURRENCY}.max_body_bytes": 1000})
     head = (
         b"POST /sse/chat HTTP/1.1\r\nHost: x\r\n"
         b"Content-Type: application/json\r\nContent-Length: 900\r\n\r\n"
@@ -375,7 +374,7 @@ async def test_bodies_beyond_their_bound_all_together_are_503(make_house: Make) 
         await second.send(head + b" " * 300)
         answer = await second.answer()
         assert (answer.status, answer.code) == (503, "server_at_capacity")
-        assert f"{LIMITS}.max_body_bytes=1000" in answer.json()["error"]["message"]
+        assert f"{CONCURRENCY}.max_body_bytes=1000" in answer.json()["error"]["message"]
         assert "retry-after" in answer.headers
         assert house.held()["body_bytes"] == 800
     await house.nothing_held()

@@ -13,6 +13,7 @@ import pytest
 from aioserver.faces import http
 from tests.support.chat import CHAT
 from tests.support.raw import Answer, Raw
+from tests.support.server import UVICORN
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
     Make = Callable[..., Awaitable[House]]
 
-UVICORN = "chat.websocket.concurrency.uvicorn"
 GET = b"GET /health HTTP/1.1\r\nHost: x\r\n"
 POST = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 BODY = json.dumps(CHAT).encode()

@@ -13,9 +13,10 @@ import pytest
 from openai import AsyncOpenAI
 
 from aioserver.providers.simulator.exchange import Behaviour
-from tests.support.chat import CHAT
+from tests.support.chat import CHAT, STREAMED
 from tests.support.raw import Raw
-from tests.support.server import HTTP_CLIENT, until
+from tests.support.server import HTTP_CLIENT, NOWHERE, QUICK, SILENT, provider_entry
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     Make = Callable[..., Awaitable[House]]
 
 MESSAGES: list[Any] = [{"role": "user", "content": "Hello"}]
-STREAMED = {**CHAT, "stream": True}
-SILENT = Behaviour(ttft=60)
 BEAT = b": keep-alive\n\n"
 
 
@@ -93,7 +92,7 @@ async def test_responses(sdk: AsyncOpenAI) -> None:
 
 async def test_models(make_house: Make) -> None:
     other = {
-        "base_url": "http://127.0.0.1:9/v1",
+        "base_url": NOWHERE,
         "model": "org/own",
         "models": ["more"],
         "http_client": HTTP_CLIENT,
@@ -277,7 +276,7 @@ async def test_a_replaced_model_changes_nothing_else(house: House) -> None:
 
 async def test_a_model_of_a_provider_that_cannot_be_asked_is_not_found(make_house: Make) -> None:
     keyless = {
-        "base_url": "http://127.0.0.1:9/v1",
+        "base_url": NOWHERE,
         "model": "m",
         "api_key_env": "NO_SUCH_KEY",
         "http_client": HTTP_CLIENT,
@@ -291,7 +290,7 @@ async def test_a_model_of_a_provider_that_cannot_be_asked_is_not_found(make_hous
 
 
 async def test_another_providers_model_goes_to_it(make_house: Make) -> None:
-    other = {"base_url": "http://127.0.0.1:1/v1", "model": "m", "http_client": HTTP_CLIENT}
+    other = provider_entry(NOWHERE, "m")
     house = await make_house(**{"llm.providers.other": other})
     async with post(house, {**CHAT, "model": "other/x"}) as response:
         assert response.status == 502
@@ -439,7 +438,7 @@ async def test_a_fault_behind_a_head_that_went_out_alone_is_an_event(make_house:
     )
     async with post(house, {**STREAMED, "model": "fault-silent"}) as response:
         status, body = response.status, await response.read()
-    house.simulator.behaviour = Behaviour(ttft=0, interval=0)
+    house.simulator.behaviour = QUICK
     async with post(house, {**STREAMED, "model": "fault-silent"}) as response:
         assert response.status == 200
         body = await response.read()

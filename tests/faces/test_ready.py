@@ -12,14 +12,14 @@ from aiohttp.test_utils import make_mocked_request
 from aioserver.faces import ready
 from aioserver.faces.http import Request
 from aioserver.providers.simulator.exchange import Behaviour
-from tests.support.chat import CHAT
+from tests.support.chat import CHAT, STREAMED
 from tests.support.raw import Raw
+from tests.support.transport import FakeTransport
 
 if TYPE_CHECKING:
     from tests.support.server import House
 
 PATH = "/v1/chat/completions"
-STREAMED = {**CHAT, "stream": True}
 CORS = {
     "access-control-allow-credentials",
     "access-control-allow-origin",
@@ -64,27 +64,6 @@ async def test_an_answer_after_which_the_connection_ends_says_so(
         assert await raw.to_the_end() == b""
 
 
-class Transport:
-    """One that holds *held* bytes."""
-
-    def __init__(self, held: int, *, closing: bool = False) -> None:
-        self.held = held
-        self.closing = closing
-        self.written: list[bytes] = []
-
-    def is_closing(self) -> bool:
-        return self.closing
-
-    def write(self, data: bytes) -> None:
-        self.written.append(data)
-
-    def get_extra_info(self, _name: str) -> None:
-        return None
-
-    def get_write_buffer_size(self) -> int:
-        return self.held
-
-
 class Waits:
     """aiohttp's writer, of which only the waiting is used."""
 
@@ -94,7 +73,7 @@ class Waits:
         self.drained += 1
 
 
-def request_of(transport: Transport, writer: Waits) -> Any:
+def request_of(transport: FakeTransport, writer: Waits) -> Any:
     request: Any = make_mocked_request("POST", PATH, transport=transport, writer=writer)
     request.__class__ = Request
     return request
@@ -102,19 +81,20 @@ def request_of(transport: Transport, writer: Waits) -> Any:
 
 @pytest.mark.parametrize(("held", "drained"), [(0, 0), (ready.HIGH_WATER, 0), (1 << 20, 1)])
 async def test_a_client_that_takes_nothing_is_waited_for(held: int, drained: int) -> None:
-    transport, writer = Transport(held), Waits()
+    transport, writer = FakeTransport(held=held), Waits()
 
     await ready.ReadyResponse(b"body", {"a": "b"}).prepare(request_of(transport, writer))
 
-    assert len(transport.written) == 1, "head and body are one write"
-    assert transport.written[0].endswith(b"a: b\r\nContent-Length: 4\r\n\r\nbody")
+    assert len(transport.writes) == 1, "head and body are one write"
+    assert transport.writes[0].endswith(b"a: b\r\nContent-Length: 4\r\n\r\nbody")
     assert writer.drained == drained
 
 
 async def test_a_client_that_has_left_gets_nothing() -> None:
-    transport = Transport(0, closing=True)
+    transport = FakeTransport()
+    transport.closing = True
 
     with pytest.raises(ConnectionResetError):
         await ready.ReadyResponse(b"body", {}).prepare(request_of(transport, Waits()))
 
-    assert transport.written == []
+    assert transport.writes == []

@@ -12,7 +12,7 @@ from openai import AsyncOpenAI
 from aioserver.protocol.openai import final_response
 from aioserver.providers.simulator.exchange import Behaviour
 from tests.support.raw import Raw
-from tests.support.server import until
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable

@@ -23,7 +23,8 @@ from tests.support.chat import (
     whole,
 )
 from tests.support.raw import Raw
-from tests.support.server import until
+from tests.support.server import PACED, QUICK, SILENT, SLOW
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -32,9 +33,6 @@ if TYPE_CHECKING:
 
     Make = Callable[..., Awaitable[House]]
 
-PACED = Behaviour(ttft=0, interval=0.01, tokens=40)
-SLOW = Behaviour(ttft=0, interval=0.05, tokens=2000)
-SILENT = Behaviour(ttft=60)
 ASK = {"request_id": "r1", "text": "Hello"}
 
 
@@ -212,7 +210,7 @@ async def test_who_waits_for_the_provider_is_told_so(make_house: Make) -> None:
         await until_status(ws, "chunk")
         async with house.session.post(house.sse, json=ASK) as response:
             first = await response.content.readuntil(b"}}\n\n")
-            house.simulator.behaviour = Behaviour(ttft=0, interval=0)
+            house.simulator.behaviour = QUICK
             await ws.send_json(cancel("r0"))
             frames = frames_of(first + await response.read())
 
@@ -345,7 +343,7 @@ async def test_an_answer_for_nobody_does_not_hold_up_a_later_one(make_house: Mak
     async with house.session.post(house.sse, json=ASK, headers=headers) as response:
         assert response.status == 202
     await house.simulator.until(lambda stats: stats.active == 1)
-    house.simulator.behaviour = Behaviour(ttft=0, interval=0)
+    house.simulator.behaviour = QUICK
     async with asyncio.timeout(5):
         async with house.session.post(house.sse, json={**ASK, "request_id": "r2"}) as response:
             frames = await read_frames(response)

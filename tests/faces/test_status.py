@@ -19,7 +19,8 @@ from aioserver.providers.simulator.exchange import Behaviour
 from tests.support.chat import CHAT, chat, to_end
 from tests.support.keys import bearer, keys_of
 from tests.support.raw import SMALL, Raw
-from tests.support.server import block, until
+from tests.support.server import CONCURRENCY, SILENT
+from tests.support.waiting import block, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
     from tests.support.server import House
 
     Make = Callable[..., Awaitable[House]]
-
-LIMITS = "chat.websocket.concurrency"
 
 
 @pytest.mark.parametrize("path", ["/health", "/healthz", "/livez"])
@@ -81,7 +80,7 @@ async def shown(house: House, path: str = "/stats") -> dict[str, Any]:
 
 @pytest.mark.parametrize("path", ["/", "/stats"])
 async def test_the_state_shows_connections_and_pools(make_house: Make, path: str) -> None:
-    house = await make_house(Behaviour(ttft=60))
+    house = await make_house(SILENT)
     async with Raw(house) as raw:
         await raw.post("/v1/chat/completions", CHAT)
         await house.simulator.until(lambda stats: stats.active == 1)
@@ -158,8 +157,8 @@ async def test_what_has_happened_is_counted(house: House) -> None:
 
 async def test_a_full_house_is_counted_by_code_and_told_once(make_house: Make) -> None:
     house = await make_house(
-        Behaviour(ttft=60),
-        **{f"{LIMITS}.max_connections": 1, f"{LIMITS}.queue_timeout": 0},
+        SILENT,
+        **{f"{CONCURRENCY}.max_connections": 1, f"{CONCURRENCY}.queue_timeout": 0},
     )
     async with Raw(house) as raw, watching(house) as told:
         await raw.post("/v1/chat/completions", CHAT)

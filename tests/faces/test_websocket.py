@@ -24,7 +24,8 @@ from tests.support.chat import (
     whole,
 )
 from tests.support.raw import BINARY, CLOSE, PING, PONG, SMALL, TEXT, Raw, closing, masked
-from tests.support.server import until
+from tests.support.server import PACED, QUICK, SILENT, SLOW
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -32,10 +33,6 @@ if TYPE_CHECKING:
     from tests.support.server import House
 
     Make = Callable[..., Awaitable[House]]
-
-PACED = Behaviour(ttft=0, interval=0.01, tokens=40)
-SLOW = Behaviour(ttft=0, interval=0.05, tokens=2000)
-SILENT = Behaviour(ttft=60)
 
 
 async def closed_with(ws: aiohttp.ClientWebSocketResponse) -> tuple[int | None, list[Any]]:
@@ -772,7 +769,7 @@ async def test_a_detached_stream_gives_its_place_to_who_waits(make_house: Make) 
         await ws.send_json(chat("r1"))
         await house.simulator.until(lambda stats: stats.active == 1)
     await until(lambda: house.held()["detached"] == 1)
-    house.simulator.behaviour = Behaviour(ttft=0, interval=0)
+    house.simulator.behaviour = QUICK
 
     async with house.connect() as ws:
         await ws.send_json(chat("r2"))
@@ -858,7 +855,7 @@ async def test_a_cancelled_turn_keeps_the_text_so_far(make_house: Make) -> None:
         await ws.send_json(cancel("r1"))
         await to_end(ws)
         said = text_of(await whole(house, "r1"))
-        house.simulator.behaviour = Behaviour(ttft=0, interval=0)
+        house.simulator.behaviour = QUICK
         await ws.send_json(chat("r2", "two"))
         await to_end(ws)
 

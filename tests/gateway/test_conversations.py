@@ -11,6 +11,7 @@ import pytest
 from aioserver.config.settings import Context, Persistence
 from aioserver.gateway import conversations
 from aioserver.gateway.conversations import MAX_CONVERSATIONS, Conversations, tokens
+from tests.support.clock import FakeClock
 
 POLICIES = ("token_limit", "message_count", "time_based", "unlimited")
 DAY = 86_400.0
@@ -19,14 +20,14 @@ WIDE = Context(max_tokens=1_000_000, reserve_tokens=0, preserve_recent=0)
 
 @dataclass
 class Kept:
-    """Conversations on a clock that stands still until it is moved."""
+    """Conversations on a fake clock."""
 
     context: Context = WIDE
     persistence: Persistence = field(default_factory=lambda: Persistence())
-    now: float = 0.0
+    clock: FakeClock = field(default_factory=lambda: FakeClock(0.0))
 
     def __post_init__(self) -> None:
-        self.all = Conversations(self.context, self.persistence, clock=lambda: self.now)
+        self.all = Conversations(self.context, self.persistence, clock=self.clock)
 
     def keep(self, question: str, answer: str = "a", name: str = "c1") -> None:
         self.all.keep("me", name, question, answer)
@@ -125,14 +126,14 @@ def test_the_latest_turn_stays_whatever_the_bound(bounds: Persistence) -> None:
 def test_time_based_lets_turns_go_when_their_days_are_over() -> None:
     kept = Kept(persistence=policy("time_based", retention_days=2))
     kept.keep("old")
-    kept.now = DAY
+    kept.clock.now = DAY
     kept.keep("new")
 
-    kept.now = 2 * DAY
+    kept.clock.now = 2 * DAY
     assert kept.sent() == ["old", "a", "new", "a"]
-    kept.now = 2 * DAY + 1
+    kept.clock.now = 2 * DAY + 1
     assert kept.sent() == ["new", "a"]
-    kept.now = 4 * DAY
+    kept.clock.now = 4 * DAY
     assert kept.sent() == []
     kept.keep("newest")
     assert kept.sent() == ["newest", "a"]
@@ -214,11 +215,11 @@ def test_random_turns_stay_within_every_bound(name: str, run: int) -> None:
     wide, narrow = Kept(WIDE, bounds), Kept(context, bounds)
     every: list[tuple[float, str]] = []
     for number in range(120):
-        wide.now = narrow.now = wide.now + dice.uniform(0.0, DAY / 4)
+        wide.clock.now = narrow.clock.now = wide.clock.now + dice.uniform(0.0, DAY / 4)
         turn = (f"q{number}" + "x" * dice.randint(0, 40), f"a{number}" + "x" * dice.randint(0, 40))
         for kept in (wide, narrow):
             kept.keep(*turn)
-        every += [(wide.now, text) for text in turn]
+        every += [(wide.clock.now, text) for text in turn]
 
         text = "x" * dice.randint(1, 60)
         kept_texts, sent = wide.sent(text), narrow.sent(text)
@@ -230,7 +231,9 @@ def test_random_turns_stay_within_every_bound(name: str, run: int) -> None:
         if len(kept_texts) > 2 and name == "message_count":
             assert len(kept_texts) <= bounds.max_messages_per_conversation
         if name == "time_based":
-            alive = [one for at, one in every if at >= wide.now - bounds.retention_days * DAY]
+            alive = [
+                one for at, one in every if at >= wide.clock.now - bounds.retention_days * DAY
+            ]
             assert kept_texts == alive
         room = context.max_tokens - context.reserve_tokens - tokens(text)
         if len(sent) > context.preserve_recent:

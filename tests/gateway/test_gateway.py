@@ -11,9 +11,10 @@ import pytest
 from aioserver.faces import context, websocket
 from aioserver.providers.simulator.exchange import Behaviour
 from aioserver.server import app as application
-from tests.support.chat import CHAT, chat, frames_of, to_end, until_status
+from tests.support.chat import CHAT, STREAMED, chat, frames_of, to_end, until_status
 from tests.support.raw import CLOSE, TEXT, Raw, closing
-from tests.support.server import until
+from tests.support.server import CONCURRENCY, PACED, QUICK, SILENT, SLOW
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -22,12 +23,7 @@ if TYPE_CHECKING:
 
     Make = Callable[..., Awaitable[House]]
 
-PACED = Behaviour(ttft=0, interval=0.01, tokens=40)
-SLOW = Behaviour(ttft=0, interval=0.05, tokens=2000)
-SILENT = Behaviour(ttft=60)
-STREAMED = {**CHAT, "stream": True}
 KEY = {"Idempotency-Key": "k1"}
-LIMITS = "chat.websocket.concurrency"
 
 
 def post(house: House, body: object, headers: dict[str, str] | None = None) -> Any:
@@ -149,7 +145,7 @@ async def test_a_refusal_before_anything_was_sent_may_be_tried_again(make_house:
         async with post(house, CHAT, KEY) as response:
             assert response.status == 503
             assert (await response.json())["error"]["code"] == "provider_queue_timeout"
-        house.simulator.behaviour = Behaviour(ttft=0, interval=0)
+        house.simulator.behaviour = QUICK
         raw.reset()
     await house.nothing_held()
     async with post(house, CHAT, KEY) as response:
@@ -215,8 +211,8 @@ async def test_the_end_closes_every_socket_with_1012_and_tells_every_stream(
         SLOW,
         **{
             "chat.websocket.shutdown_timeout": 0.3,
-            f"{LIMITS}.max_connections": 4,
-            f"{LIMITS}.queue_timeout": 30.0,
+            f"{CONCURRENCY}.max_connections": 4,
+            f"{CONCURRENCY}.queue_timeout": 30.0,
         },
     )
     loop = asyncio.get_running_loop()

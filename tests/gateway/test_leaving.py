@@ -24,7 +24,7 @@ from aioserver.telemetry.loop_lag import LoopLag
 from aioserver.telemetry.metrics import Metrics, ProviderMeter
 from aioserver.telemetry.request_log import RequestLog
 from tests.support.scripted_provider import LIMITS
-from tests.support.server import until
+from tests.support.waiting import ticks, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -53,8 +53,7 @@ class Fake:
         self._dice = dice
 
     async def turns(self) -> None:
-        for _ in range(self._dice.randrange(5)):
-            await asyncio.sleep(0)
+        await ticks(self._dice.randrange(5))
 
     async def answer(self, attempt: Attempt) -> None:
         request, stream = attempt.request, attempt.stream

@@ -32,14 +32,13 @@ from aioserver.providers.provider import Provider
 from aioserver.providers.request import ProviderRequest
 from aioserver.streams.entries import COMPLETE
 from aioserver.streams.stream import Stream
-from tests.support.scripted_provider import LIMITS, Peer, Played
-from tests.support.server import until
+from tests.support.scripted_provider import EVENT_STREAM, LAST_CHUNK, LIMITS, Peer, Played, chunk
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
 JSON = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
-HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
 def status(number: int, more: str = "", body: bytes = b'{"error":{"message":"no"}}') -> bytes:
@@ -49,11 +48,7 @@ def status(number: int, more: str = "", body: bytes = b'{"error":{"message":"no"
 
 def events(*given: str) -> bytes:
     data = "".join(f"data: {one}\n\n" for one in given).encode()
-    return HEAD + chunk(data) + b"0\r\n\r\n"
-
-
-def chunk(data: bytes) -> bytes:
-    return b"%x\r\n%b\r\n" % (len(data), data)
+    return EVENT_STREAM + chunk(data) + LAST_CHUNK
 
 
 def said(text: str | None, finish: str | None = None) -> str:
@@ -170,7 +165,7 @@ async def test_what_may_pass_is_tried_again(trouble: Trouble, number: int) -> No
 async def test_a_silence_before_the_first_event_is_none_of_the_answer(
     trouble: Trouble, *, frames: bool
 ) -> None:
-    failed, begin = status(500), len(HEAD)
+    failed, begin = status(500), len(EVENT_STREAM)
     end = failed.index(b"{")
     head = ANSWER[:begin], chunk(b": soon\n\n"), ANSWER[begin:]
     await trouble.add("a", (failed[:end], failed[end:]), head)
@@ -217,7 +212,7 @@ async def test_a_fault_under_200_before_the_first_event_is_tried_again(trouble: 
         (status(429, body=b'{"error":{"code":"insufficient_quota"}}'), ProviderAuthError),
         (b"", ProviderDisconnected),  # the model may have run
         (events(said("half")), ProviderDisconnected),
-        (HEAD, ReadTimeout),
+        (EVENT_STREAM, ReadTimeout),
     ],
 )
 async def test_what_would_not_change_or_may_have_been_paid_is_not_tried_again(
@@ -465,7 +460,7 @@ async def test_an_answer_that_may_have_been_paid_is_told_whatever_was_before(
     trouble: Trouble,
 ) -> None:
     await opened(await trouble.add("a", ANSWER), 10.0)
-    await trouble.add("b", HEAD, read_timeout=0.1)
+    await trouble.add("b", EVENT_STREAM, read_timeout=0.1)
     with pytest.raises(ReadTimeout):
         await trouble.fill()
 

@@ -11,13 +11,11 @@ from aioserver.errors import ModelNotFound
 from aioserver.gateway.router import Router
 from aioserver.provider_errors import NoProvider
 from aioserver.providers.provider import Provider
-from tests.support.server import HTTP_CLIENT, configured
+from tests.support.server import HTTP_CLIENT, NOWHERE, configured
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
-
-NOWHERE = "http://127.0.0.1:9/v1"
 
 
 @asynccontextmanager

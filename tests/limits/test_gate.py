@@ -12,7 +12,8 @@ import pytest
 
 from aioserver.errors import AioserverError, ServerAtCapacity, ServerShutdown
 from aioserver.limits.gate import POSITION_INTERVAL, Gate, Place
-from tests.support.server import until
+from tests.support.clock import FakeClock
+from tests.support.waiting import ticks, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
@@ -34,20 +35,6 @@ def gate_of(
         timeout_error=lambda wait: ServerAtCapacity(LATE, retry_after=wait),
         clock=clock or time.monotonic,
     )
-
-
-class FakeClock:
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-async def ticks() -> None:
-    """Let everything run that is ready, and what that makes ready."""
-    for _ in range(4):
-        await asyncio.sleep(0)
 
 
 async def waiting(gate: Gate, caller: Hashable = None) -> asyncio.Task[Place]:
@@ -672,8 +659,7 @@ async def test_a_storm_in_which_everybody_may_give_up_at_any_tick_leaves_zero(ru
     most = 0
 
     async def client() -> None:
-        for _ in range(dice.randint(0, 3)):
-            await asyncio.sleep(0)
+        await ticks(dice.randint(0, 3))
         try:
             place = await gate.enter(dice.choice("abc"))
         except AioserverError:
@@ -681,8 +667,7 @@ async def test_a_storm_in_which_everybody_may_give_up_at_any_tick_leaves_zero(ru
         try:
             nonlocal most
             most = max(most, gate.inside)
-            for _ in range(dice.randint(0, 3)):
-                await asyncio.sleep(0)
+            await ticks(dice.randint(0, 3))
         finally:
             place.release()
             if dice.random() < 0.3:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -15,18 +16,8 @@ from aioserver.errors import (
 )
 from aioserver.limits.quota import MINUTE, Quota
 
-
-class FakeClock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> FakeClock:
-    return FakeClock()
+if TYPE_CHECKING:
+    from tests.support.clock import FakeClock
 
 
 def test_so_many_at_once_and_no_more(clock: FakeClock) -> None:

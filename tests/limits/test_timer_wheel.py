@@ -3,67 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import heapq
-import itertools
 import random
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 import pytest
 
 from aioserver.limits.timer_wheel import TimerWheel
-from tests.support.server import until
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from tests.support.clock import FakeClock
+
 GRAIN = 0.5
-
-
-class Timer:
-    def __init__(self, call: Callable[[], object]) -> None:
-        self.call = call
-        self.cancelled = False
-
-    def cancel(self) -> None:
-        self.cancelled = True
-
-
-class Clockwork:
-    """The timers of an event loop, without the waiting."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-        self._timers: list[tuple[float, int, Timer]] = []
-        self._order = itertools.count()
-
-    @property
-    def loop(self) -> asyncio.AbstractEventLoop:
-        return cast("asyncio.AbstractEventLoop", self)
-
-    @property
-    def pending(self) -> int:
-        return sum(not timer.cancelled for _, _, timer in self._timers)
-
-    def time(self) -> float:
-        return self.now
-
-    def call_at(self, when: float, call: Callable[..., object], *args: Any) -> Timer:
-        timer = Timer(lambda: call(*args))
-        heapq.heappush(self._timers, (when, next(self._order), timer))
-        return timer
-
-    def call_later(self, delay: float, call: Callable[..., object], *args: Any) -> Timer:
-        return self.call_at(self.now + delay, call, *args)
-
-    def advance(self, seconds: float) -> None:
-        """Let time go by, timer by timer."""
-        end = self.now + seconds
-        while self._timers and self._timers[0][0] <= end:
-            when, _, timer = heapq.heappop(self._timers)
-            self.now = max(self.now, when)
-            if not timer.cancelled:
-                timer.call()
-        self.now = end
 
 
 class Visited:
@@ -84,18 +37,13 @@ class Visited:
 
 
 @pytest.fixture
-def clock() -> Clockwork:
-    return Clockwork()
-
-
-@pytest.fixture
-def wheel(clock: Clockwork) -> TimerWheel:
+def wheel(clock: FakeClock) -> TimerWheel:
     return TimerWheel(clock.loop, GRAIN)
 
 
 @pytest.mark.parametrize("delay", [0.0, 0.1, 0.5, 0.74, 20.0, 1e6])
 def test_a_visit_is_at_most_one_grain_late(
-    clock: Clockwork, wheel: TimerWheel, delay: float
+    clock: FakeClock, wheel: TimerWheel, delay: float
 ) -> None:
     clock.now += 0.3
     member = Visited()
@@ -110,7 +58,7 @@ def test_a_visit_is_at_most_one_grain_late(
     assert clock.pending == 0
 
 
-def test_a_member_comes_again_as_often_as_it_asks(clock: Clockwork, wheel: TimerWheel) -> None:
+def test_a_member_comes_again_as_often_as_it_asks(clock: FakeClock, wheel: TimerWheel) -> None:
     member = Visited(2.0)
     wheel.add(member, 2.0)
 
@@ -125,7 +73,7 @@ def test_a_member_comes_again_as_often_as_it_asks(clock: Clockwork, wheel: Timer
     assert clock.pending == 0
 
 
-def test_a_member_that_asks_for_no_pause_gets_one(clock: Clockwork, wheel: TimerWheel) -> None:
+def test_a_member_that_asks_for_no_pause_gets_one(clock: FakeClock, wheel: TimerWheel) -> None:
     member = Visited(0.0)
     wheel.add(member, 0.0)
 
@@ -134,7 +82,7 @@ def test_a_member_that_asks_for_no_pause_gets_one(clock: Clockwork, wheel: Timer
     assert 100 <= len(member.visits) <= 201
 
 
-def test_thousands_of_members_share_one_timer(clock: Clockwork, wheel: TimerWheel) -> None:
+def test_thousands_of_members_share_one_timer(clock: FakeClock, wheel: TimerWheel) -> None:
     dice = random.Random(1)
     members = [Visited() for _ in range(5000)]
     due = []
@@ -151,7 +99,7 @@ def test_thousands_of_members_share_one_timer(clock: Clockwork, wheel: TimerWhee
         assert at <= visit <= at + GRAIN
 
 
-def test_an_earlier_member_moves_the_timer_forward(clock: Clockwork, wheel: TimerWheel) -> None:
+def test_an_earlier_member_moves_the_timer_forward(clock: FakeClock, wheel: TimerWheel) -> None:
     late, early = Visited(), Visited()
     wheel.add(late, 100.0)
     wheel.add(early, 1.0)
@@ -163,7 +111,7 @@ def test_an_earlier_member_moves_the_timer_forward(clock: Clockwork, wheel: Time
     assert len(late.visits) == 1
 
 
-def test_who_was_removed_is_not_visited(clock: Clockwork, wheel: TimerWheel) -> None:
+def test_who_was_removed_is_not_visited(clock: FakeClock, wheel: TimerWheel) -> None:
     member, other = Visited(1.0), Visited(1.0)
     wheel.add(member, 1.0)
     wheel.add(other, 1.0)
@@ -176,7 +124,7 @@ def test_who_was_removed_is_not_visited(clock: Clockwork, wheel: TimerWheel) -> 
     assert len(other.visits) == 2
 
 
-def test_a_member_added_twice_is_in_the_wheel_once(clock: Clockwork, wheel: TimerWheel) -> None:
+def test_a_member_added_twice_is_in_the_wheel_once(clock: FakeClock, wheel: TimerWheel) -> None:
     member = Visited()
     wheel.add(member, 1.0)
     wheel.add(member, 5.0)
@@ -188,7 +136,7 @@ def test_a_member_added_twice_is_in_the_wheel_once(clock: Clockwork, wheel: Time
 
 
 def test_a_member_removed_by_anothers_visit_in_the_same_bucket_is_not_visited(
-    clock: Clockwork, wheel: TimerWheel
+    clock: FakeClock, wheel: TimerWheel
 ) -> None:
     members: list[Visited] = []
 
@@ -207,7 +155,7 @@ def test_a_member_removed_by_anothers_visit_in_the_same_bucket_is_not_visited(
 
 
 def test_a_member_removed_in_its_own_visit_does_not_come_back(
-    clock: Clockwork, wheel: TimerWheel
+    clock: FakeClock, wheel: TimerWheel
 ) -> None:
     member = Visited(1.0)
     member.do = lambda: wheel.remove(member)
@@ -219,7 +167,7 @@ def test_a_member_removed_in_its_own_visit_does_not_come_back(
 
 
 def test_a_member_added_in_its_own_visit_is_in_the_wheel_once(
-    clock: Clockwork, wheel: TimerWheel
+    clock: FakeClock, wheel: TimerWheel
 ) -> None:
     member = Visited(1.0)
     member.do = lambda: wheel.add(member, 10.0)
@@ -230,7 +178,7 @@ def test_a_member_added_in_its_own_visit_is_in_the_wheel_once(
     assert len(member.visits) == 3
 
 
-def test_members_added_by_a_visit_have_their_turn(clock: Clockwork, wheel: TimerWheel) -> None:
+def test_members_added_by_a_visit_have_their_turn(clock: FakeClock, wheel: TimerWheel) -> None:
     added: list[Visited] = []
 
     def add() -> None:
@@ -248,7 +196,7 @@ def test_members_added_by_a_visit_have_their_turn(clock: Clockwork, wheel: Timer
     assert all(len(member.visits) == 1 for member in added)
 
 
-def test_a_visit_that_raises_stops_nobody_else(clock: Clockwork, wheel: TimerWheel) -> None:
+def test_a_visit_that_raises_stops_nobody_else(clock: FakeClock, wheel: TimerWheel) -> None:
     def fail() -> None:
         raise KeyError
 
@@ -265,7 +213,7 @@ def test_a_visit_that_raises_stops_nobody_else(clock: Clockwork, wheel: TimerWhe
     assert len(members[1].visits) == len(members[3].visits) == 1
 
 
-def test_a_closed_wheel_visits_nobody(clock: Clockwork, wheel: TimerWheel) -> None:
+def test_a_closed_wheel_visits_nobody(clock: FakeClock, wheel: TimerWheel) -> None:
     members = [Visited(1.0) for _ in range(10)]
     for member in members:
         wheel.add(member, 1.0)

@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import pytest
 
 from aioserver.limits.write_watchdog import WriteWatchdog
-from tests.limits.test_timer_wheel import Clockwork
+from tests.support.clock import FakeClock
+from tests.support.transport import FakeTransport
 
 TIMEOUT = 8.0
 
 
-class Buffer(asyncio.Transport):
-    """A transport that holds bytes until they are taken."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.size = size
-
-    def get_write_buffer_size(self) -> int:
-        return self.size
-
-
 class Watched:
     def __init__(self, size: int = 100) -> None:
-        self.clock = Clockwork()
-        self.buffer = Buffer(size)
+        self.clock = FakeClock()
+        self.buffer = FakeTransport(held=size)
         self.alarms: list[float] = []
         self.start = self.clock.now
         self.watch = WriteWatchdog(
@@ -52,7 +40,7 @@ def test_a_buffer_that_does_not_shrink_gives_one_alarm_in_time() -> None:
 def test_the_alarm_is_at_most_a_quarter_late(stalled_at: float) -> None:
     watched = Watched(1_000_000)
     while watched.clock.now - watched.start < stalled_at:
-        watched.buffer.size -= 1
+        watched.buffer.held -= 1
         watched.clock.advance(0.05)
     stalled = watched.clock.now - watched.start
 
@@ -67,17 +55,17 @@ def test_a_byte_now_and_then_is_progress() -> None:
 
     for _ in range(100):
         watched.clock.advance(TIMEOUT * 0.7)
-        watched.buffer.size -= 1
+        watched.buffer.held -= 1
 
     assert watched.alarms == []
 
 
 def test_an_empty_buffer_ends_the_watch() -> None:
     watched = Watched()
-    watched.buffer.size = 0
+    watched.buffer.held = 0
 
     watched.clock.advance(TIMEOUT)
-    watched.buffer.size = 100  # somebody else's
+    watched.buffer.held = 100  # somebody else's
     watched.clock.advance(100.0)
 
     assert watched.alarms == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -17,18 +18,8 @@ from aioserver.providers.breaker import (
     Breaker,
 )
 
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
+if TYPE_CHECKING:
+    from tests.support.clock import FakeClock
 
 
 def ask(breaker: Breaker, *, failed: bool | None) -> None:
@@ -36,14 +27,14 @@ def ask(breaker: Breaker, *, failed: bool | None) -> None:
     breaker.ended(trial=breaker.enter(), failed=failed)
 
 
-def opened(clock: Clock) -> Breaker:
+def opened(clock: FakeClock) -> Breaker:
     breaker = Breaker(clock)
     for _ in range(FAILURES):
         ask(breaker, failed=True)
     return breaker
 
 
-def test_failures_in_a_row_open_it(clock: Clock) -> None:
+def test_failures_in_a_row_open_it(clock: FakeClock) -> None:
     breaker = Breaker(clock)
     for _ in range(FAILURES - 1):
         ask(breaker, failed=True)
@@ -57,7 +48,7 @@ def test_failures_in_a_row_open_it(clock: Clock) -> None:
     assert (breaker.state, breaker.allows, breaker.wait) == (OPEN, False, FIRST)
 
 
-def test_half_of_many_open_it(clock: Clock) -> None:
+def test_half_of_many_open_it(clock: FakeClock) -> None:
     breaker = Breaker(clock)
     for number in range(MANY):
         assert breaker.state == CLOSED
@@ -65,7 +56,7 @@ def test_half_of_many_open_it(clock: Clock) -> None:
     assert breaker.state == OPEN
 
 
-def test_old_failures_are_forgotten(clock: Clock) -> None:
+def test_old_failures_are_forgotten(clock: FakeClock) -> None:
     breaker = Breaker(clock)
     for number in range(10 * MANY):
         ask(breaker, failed=number % 2 == 0)
@@ -73,7 +64,7 @@ def test_old_failures_are_forgotten(clock: Clock) -> None:
     assert breaker.state == CLOSED
 
 
-def test_what_says_nothing_changes_nothing(clock: Clock) -> None:
+def test_what_says_nothing_changes_nothing(clock: FakeClock) -> None:
     breaker = Breaker(clock)
     for _ in range(FAILURES - 1):
         ask(breaker, failed=True)
@@ -84,7 +75,7 @@ def test_what_says_nothing_changes_nothing(clock: Clock) -> None:
     assert breaker.state == OPEN
 
 
-def test_one_trial_at_a_time_and_an_answer_closes_it(clock: Clock) -> None:
+def test_one_trial_at_a_time_and_an_answer_closes_it(clock: FakeClock) -> None:
     breaker = opened(clock)
     clock.now += FIRST
 
@@ -97,7 +88,7 @@ def test_one_trial_at_a_time_and_an_answer_closes_it(clock: Clock) -> None:
     assert (breaker.state, breaker.allows, breaker.wait) == (CLOSED, True, 0.0)
 
 
-def test_the_first_event_of_a_trial_closes_it(clock: Clock) -> None:
+def test_the_first_event_of_a_trial_closes_it(clock: FakeClock) -> None:
     breaker = opened(clock)
     clock.now += FIRST
     trial = breaker.enter()
@@ -109,7 +100,7 @@ def test_the_first_event_of_a_trial_closes_it(clock: Clock) -> None:
     assert breaker.state == CLOSED
 
 
-def test_a_failed_trial_opens_it_for_twice_as_long(clock: Clock) -> None:
+def test_a_failed_trial_opens_it_for_twice_as_long(clock: FakeClock) -> None:
     breaker = opened(clock)
     waits = []
     for _ in range(6):
@@ -119,7 +110,7 @@ def test_a_failed_trial_opens_it_for_twice_as_long(clock: Clock) -> None:
     assert waits == [5.0, 10.0, 20.0, 40.0, LONGEST, LONGEST]
 
 
-def test_a_trial_that_says_nothing_lets_another_try(clock: Clock) -> None:
+def test_a_trial_that_says_nothing_lets_another_try(clock: FakeClock) -> None:
     breaker = opened(clock)
     clock.now += FIRST
     ask(breaker, failed=None)  # its client left, or it was told 429
@@ -128,7 +119,7 @@ def test_a_trial_that_says_nothing_lets_another_try(clock: Clock) -> None:
     assert breaker.state == CLOSED
 
 
-def test_what_began_before_it_opened_neither_closes_nor_prolongs_it(clock: Clock) -> None:
+def test_what_began_before_it_opened_neither_closes_nor_prolongs_it(clock: FakeClock) -> None:
     breaker = Breaker(clock)
     running = [breaker.enter() for _ in range(3)]
     for _ in range(FAILURES):
@@ -140,7 +131,7 @@ def test_what_began_before_it_opened_neither_closes_nor_prolongs_it(clock: Clock
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_never_more_than_one_passes_while_it_is_not_closed(seed: int, clock: Clock) -> None:
+def test_never_more_than_one_passes_while_it_is_not_closed(seed: int, clock: FakeClock) -> None:
     dice, breaker = random.Random(seed), Breaker(clock)
     running: list[bool] = []
     for _ in range(500):

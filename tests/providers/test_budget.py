@@ -3,14 +3,7 @@
 from __future__ import annotations
 
 from aioserver.providers.budget import MINIMUM, SPAN, Budget
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
+from tests.support.clock import FakeClock
 
 
 def retries(budget: Budget, most: int = 10_000) -> int:
@@ -18,18 +11,18 @@ def retries(budget: Budget, most: int = 10_000) -> int:
 
 
 def test_a_quiet_house_has_some() -> None:
-    assert retries(Budget(Clock())) == MINIMUM
+    assert retries(Budget(FakeClock())) == MINIMUM
 
 
 def test_a_busy_house_has_a_fifth() -> None:
-    budget = Budget(Clock())
+    budget = Budget(FakeClock())
     for _ in range(1000):
         budget.request()
     assert retries(budget) == 200
 
 
 def test_they_come_back_after_their_span() -> None:
-    clock = Clock()
+    clock = FakeClock()
     budget = Budget(clock)
     assert retries(budget) == MINIMUM
     clock.now += SPAN - 1
@@ -41,7 +34,7 @@ def test_they_come_back_after_their_span() -> None:
 
 
 def test_a_wave_of_failures_makes_no_wave_of_retries() -> None:
-    clock = Clock()
+    clock = FakeClock()
     budget = Budget(clock)
     done = 0
     for _ in range(10_000):  # a hundred a second, each fails and wants three retries

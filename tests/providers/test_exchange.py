@@ -21,18 +21,20 @@ from aioserver.provider_errors import (
 )
 from aioserver.providers import exchange as exchange_module
 from tests.support.scripted_provider import (
+    DONE,
     OK,
     Got,
     Peer,
     Played,
     answering,
     ask,
+    chunk,
     closing,
     exchange,
     pooled,
     request,
 )
-from tests.support.server import until
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from aioserver.providers.pool import Pool
@@ -40,11 +42,6 @@ if TYPE_CHECKING:
 CHUNKED = (
     b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 )
-DONE = b"data: [DONE]\n\n"
-
-
-def chunk(data: bytes) -> bytes:
-    return b"%x\r\n%b\r\n" % (len(data), data)
 
 
 GOOD = {

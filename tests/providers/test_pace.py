@@ -9,17 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aioserver.providers.pace import JITTER, MAX_COOLING, Pace, duration
+from tests.support.clock import FakeClock
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def started(pace: Pace, clock: Clock, gaps: list[float]) -> list[float]:
+def started(pace: Pace, clock: FakeClock, gaps: list[float]) -> list[float]:
     """When requests have started that came after *gaps*, each as soon as it might."""
     times = []
     for gap in gaps:
@@ -40,7 +33,7 @@ def started(pace: Pace, clock: Clock, gaps: list[float]) -> list[float]:
 def test_no_window_has_more_than_its_share_and_the_burst(
     per_minute: int, burst: int, gaps: list[float]
 ) -> None:
-    clock = Clock()
+    clock = FakeClock()
     times = started(Pace(per_minute, burst, clock), clock, gaps)
     for first, begin in enumerate(times):
         for last in range(first, len(times)):
@@ -49,13 +42,13 @@ def test_no_window_has_more_than_its_share_and_the_burst(
 
 
 def test_after_a_rest_the_burst_starts_at_once_and_then_one_each_step() -> None:
-    clock = Clock()
+    clock = FakeClock()
     times = started(Pace(600, 5, clock), clock, [0.0] * 8)
     assert [round(at - times[0], 3) for at in times] == [0, 0, 0, 0, 0, 0.1, 0.2, 0.3]
 
 
 def test_a_saved_up_hour_is_one_burst() -> None:
-    clock = Clock()
+    clock = FakeClock()
     pace = Pace(60, 3, clock)
     clock.now += 3600
     assert pace.left == 3
@@ -66,7 +59,7 @@ def test_a_saved_up_hour_is_one_burst() -> None:
 
 @pytest.mark.parametrize("taken", [0, 2, 5, 9])
 def test_who_stands_behind_others_starts_after_them(taken: int) -> None:
-    clock = Clock()
+    clock = FakeClock()
     pace = Pace(600, 3, clock)
     for _ in range(taken):
         pace.start()
@@ -78,7 +71,7 @@ def test_who_stands_behind_others_starts_after_them(taken: int) -> None:
 
 
 def test_another_pace_goes_on_from_what_has_started() -> None:
-    clock = Clock()
+    clock = FakeClock()
     pace = Pace(60, 1, clock)
     pace.start()
     assert pace.delay() == pytest.approx(1.0)
@@ -91,7 +84,7 @@ def test_another_pace_goes_on_from_what_has_started() -> None:
 
 @pytest.mark.parametrize("asked", [0.0, 3.0, 1e9, -5.0])
 def test_a_provider_that_wants_a_rest_gets_it_up_to_a_bound(asked: float) -> None:
-    clock = Clock()
+    clock = FakeClock()
     pace = Pace(600, 5, clock)
 
     pace.cool_down(asked)
@@ -103,7 +96,7 @@ def test_a_provider_that_wants_a_rest_gets_it_up_to_a_bound(asked: float) -> Non
 
 
 def test_after_a_rest_it_goes_on_at_half_its_pace_for_as_long_again() -> None:
-    clock = Clock()
+    clock = FakeClock()
     pace = Pace(600, 1, clock)
     pace.cool_down(10.0)
     times = started(pace, clock, [0.0] * 200)
@@ -123,7 +116,7 @@ def test_after_a_rest_it_goes_on_at_half_its_pace_for_as_long_again() -> None:
 def test_nothing_starts_in_a_rest_and_no_burst_behind_it(
     per_minute: int, burst: int, asked: float, begun: int
 ) -> None:
-    clock = Clock()
+    clock = FakeClock()
     pace = Pace(per_minute, burst, clock)
     started(pace, clock, [0.0] * begun)
     told_at = clock.now
@@ -142,7 +135,7 @@ def test_nothing_starts_in_a_rest_and_no_burst_behind_it(
 
 
 def test_what_is_left_is_spread_until_the_reset() -> None:
-    clock = Clock()
+    clock = FakeClock()
     pace = Pace(6000, 1, clock)
     pace.heed({"x-ratelimit-remaining-requests": "10", "x-ratelimit-reset-requests": "5s"})
     times = started(pace, clock, [0.0] * 30)
@@ -153,7 +146,7 @@ def test_what_is_left_is_spread_until_the_reset() -> None:
 
 @pytest.mark.parametrize("kind", ["requests", "tokens"])
 def test_nothing_left_is_a_rest_before_the_429(kind: str) -> None:
-    clock = Clock()
+    clock = FakeClock()
     pace = Pace(6000, 5, clock)
     pace.heed({f"x-ratelimit-remaining-{kind}": "0", f"x-ratelimit-reset-{kind}": "1m0.5s"})
     assert pace.delay() == pytest.approx(60.5)
@@ -177,7 +170,7 @@ def test_nothing_left_is_a_rest_before_the_429(kind: str) -> None:
     ],
 )
 def test_what_makes_no_sense_changes_nothing(left: str, reset: str) -> None:
-    clock = Clock()
+    clock = FakeClock()
     pace = Pace(600, 1, clock)
     pace.heed({"x-ratelimit-remaining-requests": left, "x-ratelimit-reset-requests": reset})
     pace.start()
@@ -220,7 +213,7 @@ def test_durations(text: str, seconds: float | None) -> None:
 def test_no_window_has_more_tokens_than_its_share_the_bucket_and_one_start(
     per_minute: int, costs: list[int]
 ) -> None:
-    clock = Clock()
+    clock = FakeClock()
     pace = Pace(1_000_000, 1000, clock, tokens_per_minute=per_minute)
     spent: list[tuple[float, int]] = []
     for cost in costs:
@@ -237,7 +230,7 @@ def test_no_window_has_more_tokens_than_its_share_the_bucket_and_one_start(
 
 
 def test_what_was_expected_is_corrected_by_what_it_cost() -> None:
-    clock = Clock()
+    clock = FakeClock()
     pace = Pace(6000, 100, clock, tokens_per_minute=600)  # ten a second, a bucket of a hundred
     pace.charge(300)
     assert pace.delay() == pytest.approx(20.0)
@@ -250,13 +243,13 @@ def test_what_was_expected_is_corrected_by_what_it_cost() -> None:
 
 
 def test_without_a_limit_tokens_cost_nothing() -> None:
-    pace = Pace(6000, 100, Clock())
+    pace = Pace(6000, 100, FakeClock())
     pace.charge(10**9)
     assert pace.delay() == 0.0
 
 
 def test_one_head_cannot_stop_a_provider_for_hours() -> None:
-    clock = Clock()
+    clock = FakeClock()
     pace = Pace(600, 5, clock)
     pace.heed({"x-ratelimit-remaining-requests": "2", "x-ratelimit-reset-requests": "23h51m"})
     pace.start()

@@ -39,7 +39,7 @@ from tests.support.scripted_provider import (
     pooled,
     request,
 )
-from tests.support.server import until
+from tests.support.waiting import ticks, until
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -194,8 +194,7 @@ async def test_cancelling_while_connecting_leaves_no_socket_behind() -> None:
     async with Played(serving) as server, pooled(server.url) as pool:
         for _ in range(60):
             task = asyncio.ensure_future(pool.connect())
-            for _ in range(dice.randrange(8)):
-                await asyncio.sleep(0)
+            await ticks(dice.randrange(8))
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 (await task).close()

@@ -41,7 +41,8 @@ from aioserver.providers.simulator.server import Simulator
 from aioserver.streams.entries import COMPLETE
 from aioserver.streams.stream import Stream
 from tests.support.scripted_provider import LIMITS, Peer, Played
-from tests.support.server import until
+from tests.support.server import QUICK
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -49,7 +50,6 @@ if TYPE_CHECKING:
 
     from aioserver.auth.callers import Caller
 
-FAST = Behaviour(ttft=0, interval=0)
 JSON = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
 EVENTS = (
     b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -58,7 +58,7 @@ EVENTS = (
 
 @pytest.fixture
 async def simulator() -> AsyncIterator[Simulator]:
-    async with Simulator(FAST, seed=1) as simulator:
+    async with Simulator(QUICK, seed=1) as simulator:
         yield simulator
 
 

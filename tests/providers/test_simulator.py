@@ -17,11 +17,12 @@ from aioserver.providers.simulator import faults as simulator_faults
 from aioserver.providers.simulator.exchange import Behaviour
 from aioserver.providers.simulator.model import speech, tokens
 from aioserver.providers.simulator.server import Simulator
+from tests.support.server import QUICK
+from tests.support.waiting import ticks
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-FAST = Behaviour(ttft=0, interval=0)
 TOOL = {
     "type": "function",
     "function": {
@@ -36,7 +37,7 @@ TOOL = {
 
 @pytest.fixture
 async def simulator() -> AsyncIterator[Simulator]:
-    async with Simulator(FAST, seed=1) as simulator:
+    async with Simulator(QUICK, seed=1) as simulator:
         yield simulator
 
 
@@ -369,7 +370,7 @@ async def test_close_is_prompt_with_running_streams(session: aiohttp.ClientSessi
     await simulator.start()
     async with post(session, simulator, chat(stream=True)) as one:
         await until_tokens(one, 1)
-        simulator.behaviour = FAST
+        simulator.behaviour = QUICK
         async with post(session, simulator, chat("fault-endless", stream=True)) as two:
             await until_tokens(two, 5)  # and then nobody reads
             async with asyncio.timeout(0.5):
@@ -498,8 +499,7 @@ async def test_every_fault_leaves_nothing_behind(
 ) -> None:
     request = asyncio.create_task(raw(simulator, f"fault-{name}", stream=stream))
     await simulator.until(lambda stats: stats.active == 1 or stats.completed == 1)
-    for _ in range(20):
-        await asyncio.sleep(0)  # somewhere in the answer
+    await ticks(20)  # somewhere in the answer
     request.cancel()
     await asyncio.wait([request])
     await simulator.until(lambda stats: not stats.open_connections and not stats.active)

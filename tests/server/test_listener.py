@@ -5,41 +5,25 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from aiohttp import web
 
-from aioserver.server import app as application
 from aioserver.server import listener
-from aioserver.server.runner import Runner
 from aioserver.telemetry import kernel
-from tests.support.server import configured
+from tests.support.server import UVICORN, runner_of
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import Awaitable, Callable
     from pathlib import Path
 
+    from aioserver.server.runner import Runner
     from tests.support.server import House
 
     Make = Callable[..., Awaitable[House]]
 
 WEBSOCKET = "chat.websocket"
-UVICORN = "chat.websocket.concurrency.uvicorn"
-
-
-@asynccontextmanager
-async def runner_of(path: Path, **changes: Any) -> AsyncIterator[tuple[Runner, Any]]:
-    """A runner that does not listen yet, and the settings of its listener."""
-    settings = configured("http://127.0.0.1:9/v1", changes, path / "config.yaml").settings
-    app = application.build(settings)
-    runner = Runner(app, settings.chat.websocket)
-    await runner.setup()
-    try:
-        yield runner, settings.chat.websocket
-    finally:
-        await runner.cleanup()
 
 
 def sockets_of(runner: Runner) -> list[Any]:

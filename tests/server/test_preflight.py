@@ -11,14 +11,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from aioserver.server import preflight
-from tests.support.server import configured, write
+from tests.support.server import CONCURRENCY, NOWHERE, configured, write
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
-
-LIMITS = "chat.websocket.concurrency"
-NOWHERE = "http://127.0.0.1:9/v1"
 
 
 def refused(
@@ -90,8 +87,8 @@ def test_too_few_files_for_the_clients_are_refused(tmp_path: Path) -> None:
 
 def test_files_for_every_cap_are_counted(tmp_path: Path) -> None:
     changes = {
-        f"{LIMITS}.max_connections": 100,
-        f"{LIMITS}.connection_queue_size": 128,
+        f"{CONCURRENCY}.max_connections": 100,
+        f"{CONCURRENCY}.connection_queue_size": 128,
         "llm.providers.sim.http_client.max_connections": 30,
     }
     settings = configured(NOWHERE, changes, tmp_path / "c.yaml").settings

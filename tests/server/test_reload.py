@@ -21,10 +21,17 @@ from aioserver.providers import breaker
 from aioserver.providers.simulator.exchange import Behaviour
 from aioserver.providers.simulator.server import Simulator
 from aioserver.server import preflight
-from tests.support.chat import CHAT, chat, numbers, read_frames, to_end, until_status
+from tests.support.chat import CHAT, STREAMED, chat, numbers, read_frames, to_end, until_status
 from tests.support.raw import CLOSE, TEXT, Raw, closing
 from tests.support.scripted_provider import Played
-from tests.support.server import HTTP_CLIENT, until
+from tests.support.server import (
+    CONCURRENCY,
+    QUICK,
+    SILENT,
+    SIM_HTTP_CLIENT,
+    provider_entry,
+)
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
@@ -35,12 +42,8 @@ if TYPE_CHECKING:
 
     Make = Callable[..., Awaitable[House]]
 
-LIMITS = "chat.websocket.concurrency"
-CLIENT = "llm.providers.sim.http_client"
 PACED = Behaviour(ttft=0, interval=0.01, tokens=60)
 SLOW = Behaviour(ttft=0, interval=0.02, tokens=2000)
-SILENT = Behaviour(ttft=60)
-STREAMED = {**CHAT, "stream": True}
 
 
 def reloads(house: House) -> dict[str, int]:
@@ -51,11 +54,6 @@ def incidents(house: House) -> list[str]:
     return [
         one["text"] for one in house.app[context.MONITOR]._incidents if one["kind"] == "reload"
     ]
-
-
-def other(base_url: str, **client: Any) -> dict[str, Any]:
-    """One more provider."""
-    return {"base_url": base_url, "model": "other-model", "http_client": HTTP_CLIENT | client}
 
 
 async def ask(house: House, **fields: Any) -> Any:
@@ -74,7 +72,11 @@ async def test_every_fault_is_told_and_nothing_changes(
     before = house.settings.chat
 
     done = await house.change(
-        **{f"{LIMITS}.max_connections": 0, "chat.websocket.prot": 1, f"{CLIENT}.read_timeout": "x"}
+        **{
+            f"{CONCURRENCY}.max_connections": 0,
+            "chat.websocket.prot": 1,
+            f"{SIM_HTTP_CLIENT}.read_timeout": "x",
+        }
     )
 
     assert not done
@@ -150,7 +152,7 @@ async def test_a_pipe_with_a_key_is_not_waited_for(
     house = await make_house()
     pipe = tmp_path / "key"
     os.mkfifo(pipe)
-    two = other(house.simulator.base_url) | {"api_key_file": str(pipe)}
+    two = provider_entry(house.simulator.base_url) | {"api_key_file": str(pipe)}
 
     async with asyncio.timeout(10):
         assert not await house.change(**{"llm.providers.two": two})
@@ -188,9 +190,11 @@ async def test_certificates_that_are_none_are_a_fault(make_house: Make, tmp_path
     house = await make_house()
     file = tmp_path / "ca.pem"
     file.write_text("no certificate")
-    secure = other("https://127.0.0.1:9/v1") | {"ca_file": str(file)}
+    secure = provider_entry("https://127.0.0.1:9/v1") | {"ca_file": str(file)}
 
-    assert not await house.change(**{"llm.providers.two": secure, f"{LIMITS}.max_connections": 49})
+    assert not await house.change(
+        **{"llm.providers.two": secure, f"{CONCURRENCY}.max_connections": 49}
+    )
 
     assert reloads(house)["invalid"] == 1
     assert house.app[context.ADMISSION].gate.limit == 50
@@ -226,7 +230,7 @@ async def test_a_bug_in_it_is_logged_and_changes_nothing(
         raise FileNotFoundError(certificates)
 
     house.app[context.ROSTER].prepare = gone  # type: ignore[method-assign,assignment]
-    assert not await house.change(**{f"{LIMITS}.max_connections": 49})
+    assert not await house.change(**{f"{CONCURRENCY}.max_connections": 49})
 
     assert house.settings.llm is settings
     assert house.app[context.ADMISSION].gate.limit == 50
@@ -240,19 +244,21 @@ async def test_a_bug_in_it_is_logged_and_changes_nothing(
 
 async def test_more_places_let_in_who_waits_and_fewer_turn_nobody_out(make_house: Make) -> None:
     house = await make_house(
-        SLOW, **{f"{LIMITS}.max_connections": 1, f"{LIMITS}.queue_timeout": 30}
+        SLOW, **{f"{CONCURRENCY}.max_connections": 1, f"{CONCURRENCY}.queue_timeout": 30}
     )
     async with Raw(house) as first, Raw(house) as second, Raw(house) as third:
         for raw in (first, second):
             await raw.upgrade()
         assert (await second.json_frame())["status"] == "queued"
 
-        assert await house.change(**{f"{LIMITS}.max_connections": 2})
+        assert await house.change(**{f"{CONCURRENCY}.max_connections": 2})
 
         await second.send_json({"action": "ping"})
         while (await second.json_frame())["status"] != "pong":
             pass
-        assert await house.change(**{f"{LIMITS}.max_connections": 1, f"{LIMITS}.queue_timeout": 0})
+        assert await house.change(
+            **{f"{CONCURRENCY}.max_connections": 1, f"{CONCURRENCY}.queue_timeout": 0}
+        )
         await third.upgrade()
         refused = await third.json_frame()
         assert refused["chunk"]["error"] == "chat.websocket.concurrency.max_connections=1 reached"
@@ -270,8 +276,8 @@ async def test_http_limits_and_origins_hold_for_the_next_request(make_house: Mak
 
         assert await house.change(
             **{
-                f"{LIMITS}.uvicorn.h11_max_request_line_size": 100,
-                f"{LIMITS}.uvicorn.max_keepalive_requests": 2,
+                f"{CONCURRENCY}.uvicorn.h11_max_request_line_size": 100,
+                f"{CONCURRENCY}.uvicorn.max_keepalive_requests": 2,
                 "chat.websocket.allow_origins": ["http://one.example"],
                 "chat.websocket.max_message_size": 50,
             }
@@ -374,7 +380,7 @@ async def test_what_only_a_restart_changes_is_named_and_stays(
         "chat.websocket.port": 8123,
         "chat.websocket.endpoint": "/elsewhere",
         "chat.sse.endpoint": "/stream",
-        f"{LIMITS}.uvicorn.backlog": 64,
+        f"{CONCURRENCY}.uvicorn.backlog": 64,
         "cluster.name": "another",
     }
 
@@ -402,7 +408,7 @@ async def test_what_has_changed_is_said_by_name_and_never_by_value(
             **{
                 "llm.providers.sim.api_key": "canary-key",
                 "llm.providers.sim.headers": {"X-Canary": "canary-header"},
-                f"{LIMITS}.max_connections": 40,
+                f"{CONCURRENCY}.max_connections": 40,
             }
         )
 
@@ -423,7 +429,9 @@ async def test_a_provider_that_stays_the_same_keeps_its_connections(make_house: 
     provider, pool = house.provider, house.provider._pools.pool
     await ask(house)
 
-    assert await house.change(**{f"{CLIENT}.read_timeout": 4.0, f"{CLIENT}.max_retries": 1})
+    assert await house.change(
+        **{f"{SIM_HTTP_CLIENT}.read_timeout": 4.0, f"{SIM_HTTP_CLIENT}.max_retries": 1}
+    )
     await ask(house)
 
     assert house.provider is provider
@@ -446,16 +454,16 @@ async def test_certificates_are_read_again_under_the_same_name(
 
 
 async def test_places_of_a_provider_grow_and_shrink_in_place(make_house: Make) -> None:
-    house = await make_house(SILENT, **{f"{CLIENT}.concurrent_requests": 1})
+    house = await make_house(SILENT, **{f"{SIM_HTTP_CLIENT}.concurrent_requests": 1})
     async with house.connect() as ws:
         for name in ("r1", "r2", "r3"):
             await ws.send_json(chat(name))
         await until(lambda: house.held()["sim waiting"] == 2)
 
-        assert await house.change(**{f"{CLIENT}.concurrent_requests": 2})
+        assert await house.change(**{f"{SIM_HTTP_CLIENT}.concurrent_requests": 2})
         await house.simulator.until(lambda stats: stats.active == 2)
         assert house.held()["sim waiting"] == 1
-        assert await house.change(**{f"{CLIENT}.concurrent_requests": 1})
+        assert await house.change(**{f"{SIM_HTTP_CLIENT}.concurrent_requests": 1})
         await ws.send_json({"action": "cancel", "request_id": "r1"})
         await until_status(ws, "cancelled")
 
@@ -466,12 +474,14 @@ async def test_places_of_a_provider_grow_and_shrink_in_place(make_house: Make) -
 
 
 async def test_a_faster_pace_is_felt_at_once(make_house: Make) -> None:
-    house = await make_house(**{f"{CLIENT}.requests_per_minute": 1, f"{CLIENT}.queue_timeout": 90})
+    house = await make_house(
+        **{f"{SIM_HTTP_CLIENT}.requests_per_minute": 1, f"{SIM_HTTP_CLIENT}.queue_timeout": 90}
+    )
     await ask(house)
     waiting = asyncio.ensure_future(ask(house))
     await until(lambda: house.held()["sim waiting"] == 1)
 
-    assert await house.change(**{f"{CLIENT}.requests_per_minute": 6000})
+    assert await house.change(**{f"{SIM_HTTP_CLIENT}.requests_per_minute": 6000})
 
     async with asyncio.timeout(10):
         assert (await waiting)["status"] == 200
@@ -496,7 +506,7 @@ async def test_a_provider_that_refused_our_key_is_asked_again(make_house: Make) 
     house = await make_house(Behaviour(fail_rate=1.0, fail_status=401))
     assert (await ask(house))["status"] == 502
     assert house.provider.stats().flagged
-    house.simulator.behaviour = Behaviour(ttft=0, interval=0)
+    house.simulator.behaviour = QUICK
 
     assert await house.change()
 
@@ -508,7 +518,7 @@ async def test_a_rest_is_over_for_another_key(make_house: Make) -> None:
     house = await make_house(Behaviour(fail_rate=1.0, fail_status=429), **{key: "old"})
     assert (await ask(house))["status"] == 429
     house.provider._pace.cool_down(100.0)
-    house.simulator.behaviour = Behaviour(ttft=0, interval=0)
+    house.simulator.behaviour = QUICK
 
     assert await house.change(**{key: "old"})
     assert house.provider.stats().pace.cooling > 90
@@ -523,10 +533,10 @@ async def test_the_breaker_stays_open_at_the_same_address_only(make_house: Make)
         await ask(house)
     assert house.provider.stats().breaker == "open"
 
-    assert await house.change(**{f"{CLIENT}.max_keepalive": 9})
+    assert await house.change(**{f"{SIM_HTTP_CLIENT}.max_keepalive": 9})
     assert house.provider.stats().breaker == "open"
 
-    async with Simulator(Behaviour(ttft=0, interval=0)) as elsewhere:
+    async with Simulator(QUICK) as elsewhere:
         assert await house.change(**{"llm.providers.sim.base_url": elsewhere.base_url})
         assert (await ask(house))["status"] == 200
         await house.provider.close()
@@ -570,18 +580,18 @@ async def test_what_went_by_the_old_settings_says_nothing_of_the_new(
     "changes",
     [
         {
-            f"{CLIENT}.{name}": 6
+            f"{SIM_HTTP_CLIENT}.{name}": 6
             for name in ("max_connections", "max_keepalive", "concurrent_requests")
         },
         {"llm.providers.sim.headers": {"X-New": "1"}},
-        {f"{CLIENT}.connect_timeout": 4.0},
+        {f"{SIM_HTTP_CLIENT}.connect_timeout": 4.0},
     ],
 )
 async def test_answers_on_all_faces_go_on_while_their_pool_is_replaced_twice(
     make_house: Make, changes: dict[str, Any]
 ) -> None:
     house = await make_house(PACED)
-    limit = changes.get(f"{CLIENT}.max_connections", 20)
+    limit = changes.get(f"{SIM_HTTP_CLIENT}.max_connections", 20)
     async with AsyncExitStack() as stack:
         ws = await stack.enter_async_context(house.connect())
         await ws.send_json(chat("ws"))
@@ -620,9 +630,11 @@ async def test_answers_on_all_faces_go_on_while_their_pool_is_replaced_twice(
 
 async def test_old_and_new_pool_together_keep_to_the_limit(make_house: Make) -> None:
     # The old pool has two connections in use when the limit becomes two: nobody else may start.
-    house = await make_house(SLOW, **{f"{CLIENT}.concurrent_requests": 4})
-    lowered = {f"{CLIENT}.{name}": 2 for name in ("max_connections", "concurrent_requests")}
-    lowered[f"{CLIENT}.max_keepalive"] = 2
+    house = await make_house(SLOW, **{f"{SIM_HTTP_CLIENT}.concurrent_requests": 4})
+    lowered = {
+        f"{SIM_HTTP_CLIENT}.{name}": 2 for name in ("max_connections", "concurrent_requests")
+    }
+    lowered[f"{SIM_HTTP_CLIENT}.max_keepalive"] = 2
     async with house.connect() as ws:
         for name in ("r1", "r2"):
             await ws.send_json(chat(name))
@@ -641,7 +653,7 @@ async def test_old_and_new_pool_together_keep_to_the_limit(make_house: Make) -> 
 
 async def test_a_provider_that_moves_finishes_at_the_old_place(make_house: Make) -> None:
     house = await make_house(PACED)
-    async with Simulator(Behaviour(ttft=0, interval=0)) as elsewhere, house.connect() as ws:
+    async with Simulator(QUICK) as elsewhere, house.connect() as ws:
         await ws.send_json(chat("r1"))
         await until_status(ws, "chunk")
 
@@ -661,8 +673,8 @@ async def test_a_provider_that_moves_finishes_at_the_old_place(make_house: Make)
 async def test_a_new_provider_is_asked_counted_and_shown(make_house: Make) -> None:
     house = await make_house()
     house.app[context.MONITOR].tick()
-    async with Simulator(Behaviour(ttft=0, interval=0)) as second:
-        assert await house.change(**{"llm.providers.two": other(second.base_url)})
+    async with Simulator(QUICK) as second:
+        assert await house.change(**{"llm.providers.two": provider_entry(second.base_url)})
 
         assert (await ask(house, model="two"))["status"] == 200
         async with house.session.get(f"{house.v1}/models") as response:
@@ -693,8 +705,8 @@ async def test_a_new_provider_is_asked_counted_and_shown(make_house: Make) -> No
 
 async def test_another_one_is_active_and_first_to_be_asked(make_house: Make) -> None:
     house = await make_house()
-    async with Simulator(Behaviour(ttft=0, interval=0)) as second:
-        two = {"llm.providers.two": other(second.base_url), "llm.active": "two"}
+    async with Simulator(QUICK) as second:
+        two = {"llm.providers.two": provider_entry(second.base_url), "llm.active": "two"}
         assert await house.change(**two)
         await ask(house)
         assert (second.stats().requests, house.simulator.stats().requests) == (1, 0)
@@ -709,12 +721,14 @@ async def test_who_runs_at_a_removed_provider_ends_there_and_who_waits_goes_else
     make_house: Make,
 ) -> None:
     house = await make_house(Behaviour(ttft=0, interval=0.01, tokens=60))
-    async with Simulator(Behaviour(ttft=0, interval=0)) as second, house.connect() as ws:
-        client = dict.fromkeys(("max_connections", "max_keepalive", "concurrent_requests"), 1)
-        one = other(house.simulator.base_url, **client)
+    async with Simulator(QUICK) as second, house.connect() as ws:
+        client: dict[str, Any] = dict.fromkeys(
+            ("max_connections", "max_keepalive", "concurrent_requests"), 1
+        )
+        one = provider_entry(house.simulator.base_url, **client)
         assert await house.change(
             **{
-                "llm.providers": {"one": one, "two": other(second.base_url)},
+                "llm.providers": {"one": one, "two": provider_entry(second.base_url)},
                 "llm.active": "one",
                 "llm.fallbacks": ["two"],
             }
@@ -727,7 +741,7 @@ async def test_who_runs_at_a_removed_provider_ends_there_and_who_waits_goes_else
         await until(lambda: leaving.stats().queue.waiting == 2)
 
         assert await house.change(
-            **{"llm.providers": {"two": other(second.base_url)}, "llm.active": "two"}
+            **{"llm.providers": {"two": provider_entry(second.base_url)}, "llm.active": "two"}
         )
 
         ends: dict[str, str] = {}
@@ -749,14 +763,14 @@ async def test_who_runs_at_a_removed_provider_ends_there_and_who_waits_goes_else
 
 async def test_a_provider_that_comes_back_counts_what_still_runs_there(make_house: Make) -> None:
     house = await make_house(SLOW)
-    async with Simulator(Behaviour(ttft=0, interval=0)) as second, house.connect() as ws:
+    async with Simulator(QUICK) as second, house.connect() as ws:
         await ws.send_json(chat("r1"))
         await until_status(ws, "chunk")
         leaving = house.provider
-        two = {"llm.providers": {"two": other(second.base_url)}, "llm.active": "two"}
+        two = {"llm.providers": {"two": provider_entry(second.base_url)}, "llm.active": "two"}
         assert await house.change(**two)
 
-        assert await house.change(**{f"{CLIENT}.concurrent_requests": 1})
+        assert await house.change(**{f"{SIM_HTTP_CLIENT}.concurrent_requests": 1})
 
         assert house.provider is leaving
         await ws.send_json(chat("r2"))
@@ -773,7 +787,7 @@ async def test_a_provider_that_comes_back_counts_what_still_runs_there(make_hous
 
 async def test_the_simulator_is_started_when_it_is_first_wanted(make_house: Make) -> None:
     house = await make_house()
-    demo = other("", max_connections=200) | {"simulated": True, "base_url": ""}
+    demo = provider_entry("", max_connections=200) | {"simulated": True, "base_url": ""}
     assert await house.change(**{"llm.providers.demo": demo, "llm.active": "demo"})
     answer = await ask(house, max_tokens=1)
     assert answer["status"] == 200
@@ -786,7 +800,7 @@ async def test_a_provider_whose_key_is_gone_is_off_and_back_with_it(
 ) -> None:
     house = await make_house()
     key = tmp_path / "key"
-    two = other(house.simulator.base_url) | {"api_key_file": str(key)}
+    two = provider_entry(house.simulator.base_url) | {"api_key_file": str(key)}
     assert await house.change(**{"llm.providers.two": two})
     assert "two" not in {one["id"] for one in (await models(house))}
 
@@ -823,7 +837,7 @@ async def test_more_clients_have_the_descriptors_that_they_need(
 ) -> None:
     house = await make_house()
     few_files(preflight.wanted_files(house.reload._began))
-    more = {f"{LIMITS}.max_connections": 100, f"{LIMITS}.connection_queue_size": 120}
+    more = {f"{CONCURRENCY}.max_connections": 100, f"{CONCURRENCY}.connection_queue_size": 120}
 
     assert await house.change(**more)
 
@@ -838,9 +852,9 @@ async def test_more_clients_than_there_can_be_descriptors_are_refused(
     few_files(preflight.wanted_files(house.reload._began))
     most = 2**31 - 1
     many = {
-        f"{LIMITS}.max_connections": most,
-        f"{LIMITS}.connection_queue_size": most,
-        f"{LIMITS}.uvicorn.backlog": most,
+        f"{CONCURRENCY}.max_connections": most,
+        f"{CONCURRENCY}.connection_queue_size": most,
+        f"{CONCURRENCY}.uvicorn.backlog": most,
     }
 
     assert not await house.change(**many)
@@ -883,10 +897,10 @@ async def test_reloads_under_load_lose_no_answer(make_house: Make) -> None:
     clients = [asyncio.ensure_future(client()) for _ in range(10)]
     for number in range(12):
         keepalive = {
-            f"{CLIENT}.max_keepalive": number % 3,
-            f"{CLIENT}.max_connections": 8 + number,
+            f"{SIM_HTTP_CLIENT}.max_keepalive": number % 3,
+            f"{SIM_HTTP_CLIENT}.max_connections": 8 + number,
         }
-        assert await house.change(**{f"{CLIENT}.concurrent_requests": 8}, **keepalive)
+        assert await house.change(**{f"{SIM_HTTP_CLIENT}.concurrent_requests": 8}, **keepalive)
         seen = len(answers)
         await until(lambda seen=seen: len(answers) > seen + 10)  # type: ignore[misc]
     over.set()
@@ -901,7 +915,7 @@ async def test_a_socket_that_is_open_is_never_closed_by_a_reload(house: House) -
     async with Raw(house) as raw:
         await raw.upgrade()
         for limit in (1, 50):
-            assert await house.change(**{f"{LIMITS}.max_connections": limit})
+            assert await house.change(**{f"{CONCURRENCY}.max_connections": limit})
         await raw.send_json({"action": "ping"})
         opcode, _ = await raw.frame()
         assert opcode == TEXT

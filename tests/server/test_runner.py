@@ -15,8 +15,8 @@ from aioserver.config.validators import TAKEN
 from aioserver.faces import context
 from aioserver.faces.http import Request
 from aioserver.server.runner import LINGERING, MAX_HEADERS, Connection, Direct
-from tests.server.test_listener import UVICORN, runner_of
 from tests.support.raw import Raw
+from tests.support.server import UVICORN, runner_of
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

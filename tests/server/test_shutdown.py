@@ -14,10 +14,11 @@ import pytest
 from aioserver.providers.simulator.exchange import Behaviour
 from aioserver.providers.simulator.server import Simulator
 from aioserver.server.app import FAREWELL
-from tests.support.chat import CHAT, big, chat, frames_of, to_end
+from tests.support.chat import CHAT, STREAMED, big, chat, frames_of, to_end
 from tests.support.raw import CLOSE, SMALL, TEXT, Raw, closing
 from tests.support.served import serving
-from tests.support.server import until
+from tests.support.server import CONCURRENCY, QUICK, SIM_HTTP_CLIENT
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -25,9 +26,6 @@ if TYPE_CHECKING:
 
     from tests.support.served import Served
 
-LIMITS = "chat.websocket.concurrency"
-CLIENT = "llm.providers.sim.http_client"
-STREAMED = {**CHAT, "stream": True}
 LONG = Behaviour(ttft=0, interval=0.05, tokens=4000)
 GRACE = "chat.websocket.shutdown_timeout"
 
@@ -36,11 +34,11 @@ def room(number: int) -> dict[str, Any]:
     """Changes that let *number* clients in, and as many requests through."""
     client = ("max_connections", "max_keepalive", "concurrent_requests")
     return {
-        f"{LIMITS}.max_connections": number,
-        f"{LIMITS}.connection_queue_size": number,
-        f"{LIMITS}.uvicorn.backlog": max(128, number),
-        **{f"{CLIENT}.{name}": number for name in client},
-        f"{CLIENT}.read_timeout": 60.0,
+        f"{CONCURRENCY}.max_connections": number,
+        f"{CONCURRENCY}.connection_queue_size": number,
+        f"{CONCURRENCY}.uvicorn.backlog": max(128, number),
+        **{f"{SIM_HTTP_CLIENT}.{name}": number for name in client},
+        f"{SIM_HTTP_CLIENT}.read_timeout": 60.0,
     }
 
 
@@ -213,7 +211,11 @@ async def test_a_request_on_its_way_when_it_ends_is_answered(
 async def test_waiting_ones_are_told_and_nobody_new_comes_in(
     tmp_path: Path, simulator: Simulator
 ) -> None:
-    changes = {f"{LIMITS}.max_connections": 1, f"{LIMITS}.queue_timeout": 60, GRACE: 20.0}
+    changes = {
+        f"{CONCURRENCY}.max_connections": 1,
+        f"{CONCURRENCY}.queue_timeout": 60,
+        GRACE: 20.0,
+    }
     async with serving(tmp_path / "c.yaml", simulator.base_url, changes=changes) as served:
         await served.ready()
         async with AsyncExitStack() as stack:
@@ -263,7 +265,7 @@ async def test_waiting_ones_are_told_and_nobody_new_comes_in(
 async def test_who_waits_for_a_provider_is_told_at_once(
     tmp_path: Path, simulator: Simulator
 ) -> None:
-    changes = {f"{CLIENT}.concurrent_requests": 1, GRACE: 1.0}
+    changes = {f"{SIM_HTTP_CLIENT}.concurrent_requests": 1, GRACE: 1.0}
     async with (
         serving(tmp_path / "c.yaml", simulator.base_url, changes=changes) as served,
         aiohttp.ClientSession() as session,
@@ -292,7 +294,7 @@ async def test_who_waits_for_a_provider_is_told_at_once(
 async def test_clients_that_read_nothing_do_not_delay_the_end(tmp_path: Path) -> None:
     changes = {GRACE: 1.0, "chat.streams.send_timeout": 60.0}
     async with (
-        Simulator(Behaviour(ttft=0, interval=0)) as simulator,
+        Simulator(QUICK) as simulator,
         serving(tmp_path / "c.yaml", simulator.base_url, changes=changes) as served,
         contextlib.AsyncExitStack() as stack,
     ):
@@ -377,7 +379,7 @@ async def test_a_second_signal_ends_it_at_once(tmp_path: Path, simulator: Simula
 async def test_new_work_is_taken_until_the_delay_is_over(
     tmp_path: Path, simulator: Simulator
 ) -> None:
-    simulator.behaviour = Behaviour(ttft=0, interval=0)
+    simulator.behaviour = QUICK
     changes = {"chat.websocket.drain_delay": 1.5}
     async with (
         serving(tmp_path / "c.yaml", simulator.base_url, changes=changes) as served,
@@ -430,13 +432,13 @@ async def test_a_reload_under_way_does_not_delay_the_end(
 async def test_sighup_applies_the_file_and_its_options(
     tmp_path: Path, simulator: Simulator
 ) -> None:
-    simulator.behaviour = Behaviour(ttft=0, interval=0)
+    simulator.behaviour = QUICK
     async with (
         serving(tmp_path / "c.yaml", simulator.base_url, "--port", "0") as served,
         aiohttp.ClientSession() as session,
     ):
         await served.ready()
-        served.change({f"{LIMITS}.max_connections": 7, "logging.level": "INFO"})
+        served.change({f"{CONCURRENCY}.max_connections": 7, "logging.level": "INFO"})
         served.signal(signal.SIGHUP)
 
         limit = 50
@@ -444,7 +446,7 @@ async def test_sighup_applies_the_file_and_its_options(
             async with session.get(f"{served.base}/health") as response:
                 limit = (await response.json())["connections"]["limit"]
         assert limit == 7
-        served.change({f"{LIMITS}.max_connections": 0})
+        served.change({f"{CONCURRENCY}.max_connections": 0})
         served.signal(signal.SIGHUP)
         await until(lambda: b"max_connections: " in served.log)
         served.signal()

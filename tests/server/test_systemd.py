@@ -19,9 +19,9 @@ from aioserver.providers.simulator.server import Simulator
 from aioserver.server import listener, systemd
 from aioserver.server.systemd import Notifier
 from aioserver.telemetry import kernel
-from tests.server.test_listener import UVICORN, runner_of
 from tests.support.process import Served, Systemd
-from tests.support.server import QUICK, configured, until
+from tests.support.server import NOWHERE, QUICK, UVICORN, configured, runner_of
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -459,7 +459,7 @@ async def test_a_reload_that_is_asked_for_during_the_start_comes_behind_it(
 ) -> None:
     config = tmp_path / "config.yaml"
     changes = {"logging.level": "INFO", "chat.websocket.host": "localhost"}
-    configured("http://127.0.0.1:9/v1", changes, config)
+    configured(NOWHERE, changes, config)
     program = ("-m", "aioserver", "serve", "--config", config, "--loop", loop_name())
     async with await Served.start(*program, NOTIFY_SOCKET=watching.address) as served:
         await served.says("configuration: ")
@@ -479,7 +479,7 @@ async def test_connections_that_come_while_nobody_serves_are_answered_by_the_nex
     tmp_path: Path, watching: Systemd, port: socket.socket
 ) -> None:
     config = tmp_path / "config.yaml"
-    configured("http://127.0.0.1:9/v1", {}, config)
+    configured(NOWHERE, {}, config)
     async with await serving(config, [port], watching) as first:
         assert (await fetched(port))[0] == 200
         first.signal(signal.SIGTERM)
@@ -506,7 +506,7 @@ async def test_a_service_feeds_its_watchdog_and_says_how_full_it_is(
     tmp_path: Path, watching: Systemd, port: socket.socket
 ) -> None:
     config = tmp_path / "config.yaml"
-    configured("http://127.0.0.1:9/v1", {}, config)
+    configured(NOWHERE, {}, config)
     async with await serving(config, [port], watching, WATCHDOG_USEC="2000000") as served:
         url = f"ws://127.0.0.1:{port.getsockname()[1]}/ws/chat"
         async with aiohttp.ClientSession() as session, session.ws_connect(url):
@@ -521,7 +521,7 @@ async def test_a_passed_socket_that_others_can_reach_needs_a_guard_as_a_host_doe
     tmp_path: Path,
 ) -> None:
     config = tmp_path / "config.yaml"
-    configured("http://127.0.0.1:9/v1", {}, config)
+    configured(NOWHERE, {}, config)
     with socket.create_server(("0.0.0.0", 0)) as everybody:
         async with await Served.start(
             "-m", "aioserver", "serve", "--config", config, sockets=[everybody]
@@ -534,7 +534,7 @@ async def test_a_passed_socket_that_others_can_reach_needs_a_guard_as_a_host_doe
 
 async def test_what_cannot_be_served_is_one_clear_line(tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
-    configured("http://127.0.0.1:9/v1", {}, config)
+    configured(NOWHERE, {}, config)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as datagrams:
         async with await Served.start(
             "-m", "aioserver", "serve", "--config", config, sockets=[datagrams]

@@ -33,9 +33,9 @@ from aioserver.streams.fast_path import MAX_CHUNK_BYTES, FastPath, Outbox, TextP
 from aioserver.streams.formats import EVENTS, MESSAGES, RAW
 from aioserver.streams.store import Streams
 from aioserver.streams.writer import TURN_BYTES, Writer
-from tests.streams.test_writer import HIGH, Socket, ticks
 from tests.support.chat import (
     CHAT,
+    STREAMED,
     cancel,
     chat,
     frames_of,
@@ -46,8 +46,20 @@ from tests.support.chat import (
     until_status,
 )
 from tests.support.raw import CLOSE, PONG, Raw
-from tests.support.scripted_provider import OK, Got, Peer, Played, exchange
-from tests.support.server import HTTP_CLIENT, until
+from tests.support.scripted_provider import (
+    DONE,
+    EVENT_STREAM,
+    LAST_CHUNK,
+    OK,
+    Got,
+    Peer,
+    Played,
+    chunk,
+    exchange,
+)
+from tests.support.server import HTTP_CLIENT
+from tests.support.transport import HIGH, FakeTransport
+from tests.support.waiting import ticks, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
@@ -61,17 +73,9 @@ if TYPE_CHECKING:
 
 FACES = ("openai", "sse", "websocket")
 EXAMPLES = int(os.environ.get("EXAMPLES", "30"))  # more by hand
-HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
-DONE, LAST = b"data: [DONE]\n\n", b"0\r\n\r\n"
-STREAMED = {**CHAT, "stream": True}
 
 
 # What a provider says.
-
-
-def chunk(data: bytes, size: str = "%x") -> bytes:
-    """A chunk of HTTP; *size*: how its first line is written."""
-    return b"%b\r\n%b\r\n" % ((size % len(data)).encode(), data)
 
 
 def event(answer: object) -> bytes:
@@ -109,7 +113,7 @@ class Wire:
 
     def __init__(self) -> None:
         self.protocol = WireProtocol(asyncio.get_running_loop())
-        self.transport = Socket()
+        self.transport = FakeTransport()
         self.protocol.connection_made(self.transport)
         self.kept = self.closed = 0
 
@@ -135,7 +139,7 @@ class Seen:
 
 
 class Road:
-    """One answer on its way: `async with Road("sse") as road: await road.say(HEAD, word(1))`."""
+    """One answer on its way: `async with Road("sse") as road: await road.say(EVENT_STREAM, word(1))`."""
 
     def __init__(
         self,
@@ -164,7 +168,7 @@ class Road:
         self.dropped: list[str] = []
         self.look = {"openai": RAW, "sse": EVENTS, "websocket": MESSAGES}[face]
         self.chunked = face != "websocket"
-        self.socket = Socket(slow=slow)
+        self.socket = FakeTransport(slow=slow)
         self.writer = self.another(self.socket)
         self.cursor = self.writer.follow(self.stream, 0, self.look)
         self.exchange = Exchange(
@@ -192,7 +196,7 @@ class Road:
         self.socket.lose()
         await ticks()
 
-    def another(self, socket: Socket) -> Writer:
+    def another(self, socket: FakeTransport) -> Writer:
         """A writer to *socket*, of the same face."""
         return Writer(
             socket,
@@ -221,8 +225,7 @@ class Road:
         """Let *reads* come, each in a turn of its own."""
         for read in reads:
             self.protocol.data_received(read)
-            await asyncio.sleep(0)
-            await asyncio.sleep(0)
+            await ticks(2)
 
     async def over(self) -> None:
         """Let the provider go, where the answer has no end, and the client take all."""
@@ -332,11 +335,13 @@ async def test_texts_that_repeat_what_is_around_them_are_taken(face: str, text: 
     reads = [chunk(raw(text)) for _ in range(4)]
     reads += [chunk(said("x")), chunk(raw(text + b"."))]
     with taking() as taken:
-        seen = await play(face, [HEAD, word(0), *reads, chunk(END), chunk(DONE), LAST])
+        seen = await play(
+            face, [EVENT_STREAM, word(0), *reads, chunk(END), chunk(DONE), LAST_CHUNK]
+        )
 
     assert taken == reads
     assert seen == await play_bytes(
-        face, b"".join((HEAD, word(0), *reads, chunk(END), chunk(DONE), LAST))
+        face, b"".join((EVENT_STREAM, word(0), *reads, chunk(END), chunk(DONE), LAST_CHUNK))
     )
     assert (seen.status, seen.kept) == (b"complete", True)
     if face == "openai":
@@ -438,7 +443,7 @@ async def test_every_habit_of_a_provider_gives_the_same_on_both_ways(habit: str)
     end, done = END, DONE
     if habit in LINE_ENDS:
         end, done = (one.replace(b"\n", LINE_ENDS[habit]) for one in (END, DONE))
-    reads = [HEAD, *map(chunk, [*map(say, range(6)), end, done]), LAST]
+    reads = [EVENT_STREAM, *map(chunk, [*map(say, range(6)), end, done]), LAST_CHUNK]
     data = b"".join(reads)
     dice = random.Random(7)
     for face in FACES:
@@ -467,7 +472,7 @@ BEHIND: dict[str, tuple[bytes, ...]] = {
     "a quote in a text": (chunk(raw(b'a"b')), word(2)),
     "a text that closes its string and goes on": (chunk(raw(b'a","content":"b')), word(2)),
     "an error": (chunk(event({"error": {"message": "no"}})), word(2)),
-    "an error and an end": (chunk(event({"error": {"message": "no"}}) + DONE), LAST),
+    "an error and an end": (chunk(event({"error": {"message": "no"}}) + DONE), LAST_CHUNK),
     "an error as a text": (chunk(event({"error": "no", "choices": []})), word(2)),
     "no JSON": (chunk(b"data: {nonsense}\n\n"), word(2)),
     "no object": (chunk(b"data: 7\n\n"), word(2)),
@@ -476,49 +481,54 @@ BEHIND: dict[str, tuple[bytes, ...]] = {
         chunk(event({"choices": [choice({}, "stop", index=1)]})),
         word(2),
     ),
-    "an end glued to a text": (chunk(said("a") + DONE), LAST),
-    "an end in the same read": (word(2) + chunk(DONE) + LAST,),
-    "an end without a blank": (chunk(b"data:[DONE]\n\n"), LAST),
-    "no [DONE]": (chunk(END), LAST),
-    "no [DONE] and no finish_reason": (LAST,),
+    "an end glued to a text": (chunk(said("a") + DONE), LAST_CHUNK),
+    "an end in the same read": (word(2) + chunk(DONE) + LAST_CHUNK,),
+    "an end without a blank": (chunk(b"data:[DONE]\n\n"), LAST_CHUNK),
+    "no [DONE]": (chunk(END), LAST_CHUNK),
+    "no [DONE] and no finish_reason": (LAST_CHUNK,),
     "no end at all": (),
     "half a chunk and no end": (word(2)[:-9],),
-    "half an event and no end": (chunk(said("a")[:-9]), LAST),
+    "half an event and no end": (chunk(said("a")[:-9]), LAST_CHUNK),
     "trailers": (chunk(END), chunk(DONE), b"0\r\nX-Sum: 1\r\nContent-Length: 3\r\n\r\n"),
     "a last chunk in two reads": (chunk(END + DONE), b"0\r\n", b"\r\n"),
-    "more behind the end": (chunk(END + DONE), LAST + OK),
-    "more events behind the end": (chunk(DONE + said("late")), chunk(said("later")), LAST),
+    "more behind the end": (chunk(END + DONE), LAST_CHUNK + OK),
+    "more events behind the end": (chunk(DONE + said("late")), chunk(said("later")), LAST_CHUNK),
     "usage at the end": (
         chunk(END),
         chunk(event({"choices": [], "usage": {"total_tokens": 7}})),
         chunk(DONE),
-        LAST,
+        LAST_CHUNK,
     ),
     "no chunk": (b"nonsense\r\n",),
     "a chunk shorter than it says": (b"%x\r\n%b\r\n" % (len(said("a")) + 1, said("a")), word(2)),
     "a chunk longer than it says": (b"%x\r\n%b\r\n" % (len(said("a")) - 1, said("a")), word(2)),
-    "a size in capitals": (chunk(said("a" * 60), "%X"), word(2), chunk(DONE), LAST),
-    "a size with zeros": (chunk(said("a"), "000%x"), word(2), chunk(DONE), LAST),
-    "an extension": (chunk(said("a"), "%x;a=b"), word(2), chunk(DONE), LAST),
-    "an extension that is a size": (chunk(said("a"), "%x;5"), word(2), chunk(DONE), LAST),
-    "a blank behind the size": (chunk(said("a"), "%x "), word(2), chunk(DONE), LAST),
-    "two chunks in a read": (word(2) + word(3), word(4), chunk(DONE), LAST),
-    "an event in two chunks": (chunk(said("a")[:9]), chunk(said("a")[9:]), chunk(DONE), LAST),
+    "a size in capitals": (chunk(said("a" * 60), "%X"), word(2), chunk(DONE), LAST_CHUNK),
+    "a size with zeros": (chunk(said("a"), "000%x"), word(2), chunk(DONE), LAST_CHUNK),
+    "an extension": (chunk(said("a"), "%x;a=b"), word(2), chunk(DONE), LAST_CHUNK),
+    "an extension that is a size": (chunk(said("a"), "%x;5"), word(2), chunk(DONE), LAST_CHUNK),
+    "a blank behind the size": (chunk(said("a"), "%x "), word(2), chunk(DONE), LAST_CHUNK),
+    "two chunks in a read": (word(2) + word(3), word(4), chunk(DONE), LAST_CHUNK),
+    "an event in two chunks": (
+        chunk(said("a")[:9]),
+        chunk(said("a")[9:]),
+        chunk(DONE),
+        LAST_CHUNK,
+    ),
     "half an event in front": (
         chunk(b"data: {"),
         chunk(said("a")),
         chunk(b'"a":1}\n\n'),
         chunk(DONE),
-        LAST,
+        LAST_CHUNK,
     ),
-    "a line in front": (chunk(b"id: 7\n"), word(2), word(3), chunk(DONE), LAST),
-    "chunks of CRLF": (chunk(b"\r\n"), chunk(b"\r\n\r\n"), word(2), chunk(DONE), LAST),
+    "a line in front": (chunk(b"id: 7\n"), word(2), word(3), chunk(DONE), LAST_CHUNK),
+    "chunks of CRLF": (chunk(b"\r\n"), chunk(b"\r\n\r\n"), word(2), chunk(DONE), LAST_CHUNK),
     "a chunk that ends with the CR of its event": (
         chunk(said("a")[:-1] + b"\r\n"),
         word(2),
         chunk(b"\r\n"),
         chunk(DONE),
-        LAST,
+        LAST_CHUNK,
     ),
 }
 # Chunks that hold what looks like chunks.
@@ -529,19 +539,19 @@ BEHIND["a chunk inside a chunk, in reads of its own"] = (
     b"\n\n\r\n",
     word(2),
     chunk(DONE),
-    LAST,
+    LAST_CHUNK,
 )
 BEHIND["two events with CR between"] = (
     chunk(said("a").replace(b"\n", b"\r") + said("b")),
     word(2),
 )
-BEHIND["an end behind a CR"] = (chunk(said("a").replace(b"\n", b"\r") + DONE), LAST)
-BEHIND["a chunk inside a chunk"] = (chunk(b": " + INNER + b"\n"), word(2), chunk(DONE), LAST)
+BEHIND["an end behind a CR"] = (chunk(said("a").replace(b"\n", b"\r") + DONE), LAST_CHUNK)
+BEHIND["a chunk inside a chunk"] = (chunk(b": " + INNER + b"\n"), word(2), chunk(DONE), LAST_CHUNK)
 
 
 @pytest.mark.parametrize("name", BEHIND)
 async def test_whatever_comes_behind_texts_has_the_same_effect_on_both_ways(name: str) -> None:
-    front, behind = [HEAD, word(0), word(1), chunk(said("x"))], b"".join(BEHIND[name])
+    front, behind = [EVENT_STREAM, word(0), word(1), chunk(said("x"))], b"".join(BEHIND[name])
     dice = random.Random(11)
     for face in FACES:
         with taking() as taken:
@@ -566,7 +576,7 @@ SIZES_CUT = {
 async def test_what_looks_like_a_chunk_inside_a_first_line_is_none(name: str, alone: bool) -> None:
     start, *rest = SIZES_CUT[name]
     front = [word(0), start] if alone else [word(0) + start]
-    reads = [HEAD, *front, *rest, chunk(END + DONE), LAST]
+    reads = [EVENT_STREAM, *front, *rest, chunk(END + DONE), LAST_CHUNK]
 
     seen = await play("openai", reads)
 
@@ -587,7 +597,7 @@ LESSONS = {  # events that are good, and a way to fail in learning from them
 
 @pytest.mark.parametrize("name", LESSONS)
 async def test_learning_from_a_good_event_never_fails(name: str) -> None:
-    seen = await play("sse", [HEAD, chunk(LESSONS[name]), chunk(END + DONE), LAST])
+    seen = await play("sse", [EVENT_STREAM, chunk(LESSONS[name]), chunk(END + DONE), LAST_CHUNK])
 
     assert (seen.status, seen.error) == (b"complete", "")
 
@@ -700,11 +710,11 @@ def answers(draw: st.DrawFn) -> list[bytes]:
         at = draw(st.integers(0, len(parts) - 1))
         parts[at : at + 2] = [b"".join(parts[at : at + 2])]
     chunks = [chunk(part, draw(sizes)) for part in parts]
-    last = draw(st.sampled_from((LAST, LAST, b"0\r\nX-Sum: 1\r\n\r\n", b"")))
+    last = draw(st.sampled_from((LAST_CHUNK, LAST_CHUNK, b"0\r\nX-Sum: 1\r\n\r\n", b"")))
     if draw(st.integers(0, 3)) == 0:
         at = draw(st.integers(0, len(chunks) - 1))
         chunks[at : at + 2] = [b"".join(chunks[at : at + 2])]
-    return [HEAD, *chunks, *([last] if last else [])]
+    return [EVENT_STREAM, *chunks, *([last] if last else [])]
 
 
 @settings(deadline=None, max_examples=EXAMPLES)
@@ -896,7 +906,7 @@ async def under_way(face: str, **given: Any) -> AsyncIterator[tuple[Road, list[b
     """A road whose path is open, and the reads that were taken on it."""
     with taking() as taken:
         async with Road(face, **given) as road:
-            await road.say(HEAD, word(0), word(1))
+            await road.say(EVENT_STREAM, word(0), word(1))
             assert taken == [word(1)]
             yield road, taken
 
@@ -950,7 +960,7 @@ async def test_the_last_bytes_come_behind_what_was_taken(face: str) -> None:
 @pytest.mark.parametrize("face", FACES)
 async def test_the_end_in_the_same_turn_comes_behind_what_was_taken(face: str) -> None:
     async with under_way(face) as (road, _):
-        road.hear(word(2), chunk(END), chunk(DONE), LAST)
+        road.hear(word(2), chunk(END), chunk(DONE), LAST_CHUNK)
         road.outbox.flush()
 
         assert road.writer.following == 0
@@ -990,12 +1000,12 @@ async def test_what_nobody_reads_any_more_is_kept_for_who_comes_back(face: str) 
         road.writer.unfollow(road.cursor)
         last = road.stream.last
         await road.say(word(3), word(4))
-        back = Socket()
+        back = FakeTransport()
         writer = road.another(back)
         writer.follow(road.stream, last, road.look)
         await ticks()
         await road.say(word(5), word(6))
-        await road.say(chunk(DONE), LAST)
+        await road.say(chunk(DONE), LAST_CHUNK)
         await ticks()
 
         assert len(taken) == 3  # w5 went the long way, and opened the path again
@@ -1010,7 +1020,7 @@ async def test_a_second_reader_in_the_same_turn_gets_all_and_the_first_loses_not
 ) -> None:
     async with under_way(face) as (road, taken):
         road.hear(word(2))
-        joined_socket = Socket()
+        joined_socket = FakeTransport()
         second = road.another(joined_socket)
         second.follow(road.stream, 0, road.look)
         road.hear(word(3))
@@ -1019,7 +1029,7 @@ async def test_a_second_reader_in_the_same_turn_gets_all_and_the_first_loses_not
         second.close()
         await road.say(word(6), word(7))
         assert len(taken) == 3
-        await road.say(chunk(DONE), LAST)
+        await road.say(chunk(DONE), LAST_CHUNK)
         await ticks()
 
         words = [b"w%d " % n for n in range(8)]
@@ -1035,7 +1045,7 @@ async def test_a_second_stream_on_the_socket_closes_the_path_and_its_end_opens_i
         await ticks()
 
         road.hear(word(2))
-        other.hear(HEAD, chunk(said("o0 ")), chunk(said("o1 ")))
+        other.hear(EVENT_STREAM, chunk(said("o0 ")), chunk(said("o1 ")))
         road.hear(word(3))
         await ticks()
         assert len(taken) == 1
@@ -1084,7 +1094,7 @@ async def test_a_client_that_goes_before_the_end_of_the_turn_gets_nothing_more(f
         assert road.stream.readers == []
         assert road.stream.last == 6  # all is counted, whoever reads it
         if face != "openai":
-            back = Socket()
+            back = FakeTransport()
             road.another(back).follow(road.stream, 3, road.look)
             await until(lambda: in_order(back.written, b"w2 ", b"w3 ", b"w4 "))
 
@@ -1129,7 +1139,7 @@ async def test_what_was_taken_is_there_for_who_comes_later(face: str, text: str)
         parts = list(road.body.partition(b'"event_id":150,'))
 
         for after in range(road.stream.last):
-            back = Socket()
+            back = FakeTransport()
             writer = road.another(back)
             writer.follow(road.stream, after, road.look)
             await writer.flush()
@@ -1148,7 +1158,7 @@ async def test_all_faces_resume_what_the_fast_path_has_taken() -> None:
     async with under_way("websocket") as (road, taken):
         await road.say(*map(word, range(2, 20)))
         assert len(taken) == 19
-        back = Socket()
+        back = FakeTransport()
         writer = road.another(back)
         writer.follow(road.stream, 10, EVENTS)
         await writer.flush()
@@ -1181,7 +1191,7 @@ async def test_a_client_that_stops_reading_closes_the_path_and_loses_nothing(fac
         road.socket.slow = False
         road.socket.take()
         await until(lambda: b"v99 " in road.socket.written)
-        await road.say(word(2), word(3), chunk(DONE), LAST)
+        await road.say(word(2), word(3), chunk(DONE), LAST_CHUNK)
         await road.over()
 
         assert len(taken) == stopped + 1
@@ -1230,7 +1240,7 @@ async def test_one_task_waits_for_a_client_that_is_full_at_the_end_of_a_turn(
             case "a long read":
                 road.hear(word(3) + word(4))
             case "the end":
-                road.hear(chunk(END), chunk(DONE), LAST)
+                road.hear(chunk(END), chunk(DONE), LAST_CHUNK)
         await ticks()
         assert road.socket.draining == 1
         waiting = [task for task in asyncio.all_tasks() if "_unblock" in repr(task.get_coro())]
@@ -1294,11 +1304,11 @@ async def test_answer_after_answer_on_one_connection() -> None:
         b"HTTP/1.1 204 No Content\r\n\r\n",
     )
     heads = (
-        HEAD,
-        b"HTTP/1.1 102 Processing\r\nA: b\r\n\r\n" + HEAD,
-        HEAD.replace(b"\r\nC", b"\r\nX: y\r\nC"),
+        EVENT_STREAM,
+        b"HTTP/1.1 102 Processing\r\nA: b\r\n\r\n" + EVENT_STREAM,
+        EVENT_STREAM.replace(b"\r\nC", b"\r\nX: y\r\nC"),
     )
-    lasts = (LAST, b"0\r\nX-Sum: 1\r\n\r\n", b"0;a=b\r\n\r\n")
+    lasts = (LAST_CHUNK, b"0\r\nX-Sum: 1\r\n\r\n", b"0;a=b\r\n\r\n")
     for turn in range(12):
         face = FACES[turn % 3]
         with taking() as taken:
@@ -1329,7 +1339,7 @@ async def test_answer_after_answer_on_one_connection() -> None:
 async def test_what_looks_like_a_chunk_in_the_next_answer_is_none() -> None:
     wire = Wire()
     async with Road("sse", wire=wire) as road:
-        await road.say(HEAD, word(0), chunk(END + DONE), LAST)
+        await road.say(EVENT_STREAM, word(0), chunk(END + DONE), LAST_CHUNK)
         got = Got()
         task = asyncio.create_task(exchange(cast("Connection", wire), got).run(b""))
         await ticks()
@@ -1344,7 +1354,7 @@ BADLY = {
     "cut off": (),
     "no HTTP": (b"nonsense\r\n",),
     "an error": (chunk(event({"error": {"message": "no"}})),),
-    "no end": (LAST,),
+    "no end": (LAST_CHUNK,),
 }
 
 
@@ -1417,15 +1427,15 @@ async def test_openais_bytes_come_one_by_one_and_the_next_answer_starts_clean(
         for turn in range(3):
             await client.post("/v1/chat/completions", STREAMED)
             peer = await stage.asked()
-            await peer.send(HEAD, word(0))
+            await peer.send(EVENT_STREAM, word(0))
             assert (await client.head()).status == 200
             for number in range(1, 6):  # w0 and w1 go the long way
                 assert await client.until(b"\n\n\r\n") == word(number - 1)
                 await peer.send(word(number))
-            await peer.send(chunk(END), chunk(DONE) + LAST)
-            rest = await client.until(LAST)
+            await peer.send(chunk(END), chunk(DONE) + LAST_CHUNK)
+            rest = await client.until(LAST_CHUNK)
 
-            assert joined(rest[: -len(LAST)]) == said("w5 ") + END + DONE
+            assert joined(rest[: -len(LAST_CHUNK)]) == said("w5 ") + END + DONE
             assert taken == [word(number) for number in range(2, 6)] * (turn + 1)
 
             await client.post("/v1/chat/completions", CHAT)
@@ -1451,16 +1461,16 @@ async def test_an_sse_client_gets_every_event_at_once_and_the_next_answer_starts
         for name in "abc":
             await client.ask_sse(name, text="Hello")
             peer = await stage.asked()
-            await peer.send(HEAD)
+            await peer.send(EVENT_STREAM)
             assert (await client.head()).status == 200
             body = b""
             for number in range(6):
                 await peer.send(word(number))
                 body += await client.until(b'"w%d "' % number)
-            await peer.send(chunk(END), chunk(DONE), LAST)
-            body += await client.until(b"\r\n" + LAST)
+            await peer.send(chunk(END), chunk(DONE), LAST_CHUNK)
+            body += await client.until(b"\r\n" + LAST_CHUNK)
 
-            frames = frames_of(joined(body[: -len(LAST)]))
+            frames = frames_of(joined(body[: -len(LAST_CHUNK)]))
             assert numbers(frames) == list(range(1, 9))
             assert text_of(frames) == "w0 w1 w2 w3 w4 w5 "
     assert len(taken) == 15
@@ -1474,7 +1484,7 @@ async def test_a_reader_that_joins_a_websockets_answer_gets_all_of_it(
     async with house.connect() as first, house.connect() as second:
         await first.send_json(chat("r1"))
         peer = await stage.asked()
-        await peer.send(HEAD, word(0), word(1), word(2))
+        await peer.send(EVENT_STREAM, word(0), word(1), word(2))
         assert len(taken) == 2
 
         await second.send_json(resume("r1", 2))
@@ -1483,7 +1493,7 @@ async def test_a_reader_that_joins_a_websockets_answer_gets_all_of_it(
         assert len(taken) == 2
         await second.close()
         await until(lambda: len(readers(house)) == 1)
-        await peer.send(word(5), word(6), word(7), chunk(DONE) + LAST)
+        await peer.send(word(5), word(6), word(7), chunk(DONE) + LAST_CHUNK)
         frames = await to_end(first)
 
         assert len(taken) == 4
@@ -1505,14 +1515,14 @@ async def test_who_comes_back_gets_what_came_meanwhile(
     async with house.connect() as first:
         await first.send_json(chat("r1"))
         peer = await stage.asked()
-        await peer.send(HEAD, word(0), word(1), word(2))
+        await peer.send(EVENT_STREAM, word(0), word(1), word(2))
         seen = [await first.receive_json() for _ in range(4)]
     await until(lambda: not readers(house))
     await peer.send(word(3), word(4))
     async with house.connect() as second:
         await second.send_json(resume("r1", 4))
         seen += [await second.receive_json() for _ in range(2)]
-        await peer.send(word(5), word(6), chunk(DONE) + LAST)
+        await peer.send(word(5), word(6), chunk(DONE) + LAST_CHUNK)
         seen += await to_end(second)
 
     assert numbers(seen) == list(range(1, 10))
@@ -1527,7 +1537,7 @@ async def test_a_cancelled_answer_closes_its_providers_connection(
     async with house.connect() as ws:
         await ws.send_json(chat("r1"))
         peer = await stage.asked()
-        await peer.send(HEAD, word(0), word(1), word(2))
+        await peer.send(EVENT_STREAM, word(0), word(1), word(2))
         seen = [await ws.receive_json() for _ in range(4)]
         await ws.send_json(cancel("r1"))
         seen += await to_end(ws)
@@ -1538,7 +1548,7 @@ async def test_a_cancelled_answer_closes_its_providers_connection(
         assert len(taken) == 2
         await ws.send_json(chat("r2"))
         peer = await stage.asked()
-        await peer.send(HEAD, word(0), word(1), chunk(DONE) + LAST)
+        await peer.send(EVENT_STREAM, word(0), word(1), chunk(DONE) + LAST_CHUNK)
         assert text_of(await to_end(ws, "r2")) == "w0 w1 "
     assert played.accepted == 2
 
@@ -1551,18 +1561,18 @@ async def test_two_answers_on_one_socket(
     async with house.connect() as ws:
         await ws.send_json(chat("r1"))
         one = await stage.asked()
-        await one.send(HEAD, word(0), word(1))
+        await one.send(EVENT_STREAM, word(0), word(1))
         assert len(taken) == 1
         await ws.send_json(chat("r2"))
         two = await stage.asked()
-        await two.send(HEAD, word(0), word(1))
+        await two.send(EVENT_STREAM, word(0), word(1))
         await one.send(word(2))
-        await two.send(word(2), chunk(DONE) + LAST)
+        await two.send(word(2), chunk(DONE) + LAST_CHUNK)
         seen = [await ws.receive_json() for _ in range(3)]
         while seen[-1]["status"] != "complete":
             seen.append(await ws.receive_json())
         assert len(taken) == 1
-        await one.send(word(3), word(4), chunk(DONE) + LAST)
+        await one.send(word(3), word(4), chunk(DONE) + LAST_CHUNK)
         seen += await to_end(ws, "r1")
 
         for name, count in (("r1", 5), ("r2", 3)):
@@ -1580,7 +1590,7 @@ async def test_pongs_and_the_close_frame_come_between_events_whole(
         await client.upgrade()
         await client.send_json(chat("r1"))
         peer = await stage.asked()
-        await peer.send(HEAD, word(0), word(1))
+        await peer.send(EVENT_STREAM, word(0), word(1))
         for number in range(2, 30):
             await client.send_frame(9, b"%d" % number)
             await peer.send(word(number))
@@ -1609,15 +1619,15 @@ async def test_a_client_that_reads_late_gets_all(
         else:
             await client.ask_sse("r1", text="Hello")
         peer = await stage.asked()
-        await peer.send(HEAD)
+        await peer.send(EVENT_STREAM)
         await peer.send(*map(large, range(20)))
         for number in range(20, count):
             peer.writer.write(large(number))
             await peer.writer.drain()
-        await peer.send(chunk(END), chunk(DONE) + LAST)
+        await peer.send(chunk(END), chunk(DONE) + LAST_CHUNK)
         client.widen()
         await client.head()
-        body = await client.until(b"\r\n" + LAST)
+        body = await client.until(b"\r\n" + LAST_CHUNK)
 
     assert in_order(body, b"v0 x", b"v1 x", b"v%d x" % (count // 2), b"v%d x" % (count - 1))
     assert body.count(b" x") == count
@@ -1631,7 +1641,7 @@ async def test_a_provider_that_falls_silent_after_reads_that_were_taken_is_told(
     async with house.connect() as ws:
         await ws.send_json(chat("r1"))
         peer = await stage.asked()
-        await peer.send(HEAD, word(0), word(1), word(2))
+        await peer.send(EVENT_STREAM, word(0), word(1), word(2))
         frames = await to_end(ws)
         await peer.left()
 

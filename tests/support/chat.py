@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from tests.support.server import House
 
 ENDS = frozenset({"complete", "error", "cancelled"})
-CHAT = {"messages": [{"role": "user", "content": "Hello"}]}
+# The body of a chat completion.
+CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello"}]}
+STREAMED = {**CHAT, "stream": True}
 
 
 def chat(request_id: str, text: str = "Hello", **payload: Any) -> dict[str, Any]:

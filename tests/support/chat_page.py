@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Self
 import orjson
 from playwright.async_api import expect
 
-from tests.support.scripted_provider import Played
-from tests.support.server import HTTP_CLIENT
+from tests.support.scripted_provider import DONE, EVENT_STREAM, LAST_CHUNK, Played, chunk
+from tests.support.server import provider_entry
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from tests.support.server import House
 
 expect.set_options(timeout=20_000)  # milliseconds; a busy machine is no fault
-HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
 class Told:
@@ -34,8 +33,8 @@ class Told:
     @property
     def changes(self) -> dict[str, Any]:
         """The changes that make a house ask it."""
-        given = {"base_url": self._played.url, "model": "told-model", "http_client": HTTP_CLIENT}
-        return {"llm.active": "told", "llm.providers.told": given}
+        entry = provider_entry(self._played.url, "told-model")
+        return {"llm.active": "told", "llm.providers.told": entry}
 
     def say(self, *words: str) -> None:
         """Pieces of the text."""
@@ -58,11 +57,10 @@ class Told:
         while True:
             await peer.request()
             self.requests += 1
-            await peer.send(HEAD)
+            await peer.send(EVENT_STREAM)
             while event := await self._events.get():
-                await peer.send(b"%x\r\n%b\r\n" % (len(event), event))
-            done = b"data: [DONE]\n\n"
-            await peer.send(b"%x\r\n%b\r\n0\r\n\r\n" % (len(done), done))
+                await peer.send(chunk(event))
+            await peer.send(chunk(DONE) + LAST_CHUNK)
 
     async def __aenter__(self) -> Self:
         await self._played.__aenter__()

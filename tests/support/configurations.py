@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
+import yaml
 from hypothesis import HealthCheck, settings
 
 from aioserver.config import Configuration
@@ -12,11 +14,26 @@ from aioserver.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
 # For `given`: a busy machine is no fault, and every example may write over the same file.
 ANY_MACHINE = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
+# The configuration of the system that aioserver replaces: it must load unchanged.
+ORIGINAL = Path(__file__).with_name("original.yaml")
+# The original's `llm.providers.openai.http_client`.
+ORIGINAL_CLIENT = {
+    "max_connections": 50,
+    "max_keepalive": 20,
+    "keepalive_expiry": 30.0,
+    "connect_timeout": 10.0,
+    "read_timeout": 60.0,
+    "write_timeout": 10.0,
+    "pool_timeout": 5.0,
+    "requests_per_minute": 3500,
+    "concurrent_requests": 25,
+    "max_retries": 3,
+    "backoff_factor": 0.5,
+}
 SMALL = """\
 chat:
   websocket:
@@ -62,3 +79,20 @@ def outcome(call: Callable[[], Configuration]) -> list[str]:
     except ConfigurationError as error:
         return [*error.faults] or ["an error without a fault"]
     return []
+
+
+def original() -> dict[str, Any]:
+    data: dict[str, Any] = yaml.safe_load(ORIGINAL.read_text())
+    return data
+
+
+def changed(**values: Any) -> dict[str, Any]:
+    """The original with `a__b=value` put at a.b."""
+    data = original()
+    for path, value in values.items():
+        *above, last = path.split("__")
+        node = data
+        for step in above:
+            node = node.setdefault(step, {})
+        node[last] = value
+    return data

@@ -13,6 +13,7 @@ import pytest
 from aioserver.config.settings import HttpClient
 from aioserver.providers.exchange import Exchange
 from aioserver.providers.pool import Pool
+from tests.support.waiting import ticks
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -33,7 +34,18 @@ LIMITS = HttpClient(
     max_retries=0,
     backoff_factor=0.0,
 )
+# The head of an answer in events, whose body is chunks; its last event; its last chunk.
+EVENT_STREAM = (
+    b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+)
+DONE = b"data: [DONE]\n\n"
+LAST_CHUNK = b"0\r\n\r\n"
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+
+
+def chunk(data: bytes, size: str = "%x") -> bytes:
+    """A chunk of HTTP's chunked encoding; *size* is the format of its first line."""
+    return b"%b\r\n%b\r\n" % ((size % len(data)).encode(), data)
 
 
 class Peer:
@@ -60,8 +72,7 @@ class Peer:
         """Send *pieces*, each in a packet of its own, which a reader on this loop reads alone."""
         for piece in pieces:
             self.writer.write(piece)
-            for _ in range(3):
-                await asyncio.sleep(0)
+            await ticks(3)
 
     async def left(self) -> None:
         """Wait until the other side is gone, however it goes."""

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import copy
-import time
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,11 +22,23 @@ from aioserver.server import app as application
 from aioserver.server import listener
 from aioserver.server.reload import Reload
 from aioserver.server.runner import Runner
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator
 
+# How the simulated provider answers: at once; 40 tokens in 0.4 s; for 100 s; for 1000 s; not at all.
 QUICK = Behaviour(ttft=0, interval=0)
+PACED = Behaviour(ttft=0, interval=0.01, tokens=40)
+SLOW = Behaviour(ttft=0, interval=0.05, tokens=2000)
+ENDLESS = Behaviour(ttft=0, interval=0.01, tokens=100_000)
+SILENT = Behaviour(ttft=60)
+# Nothing listens here.
+NOWHERE = "http://127.0.0.1:9/v1"
+# Sections of the configuration, for changes by dotted path.
+CONCURRENCY = "chat.websocket.concurrency"
+UVICORN = f"{CONCURRENCY}.uvicorn"
+SIM_HTTP_CLIENT = "llm.providers.sim.http_client"
 HTTP_CLIENT = {
     "max_connections": 20,
     "max_keepalive": 10,
@@ -72,6 +82,11 @@ BASE: dict[str, Any] = {
     "auth": {"allowed_hosts": ["x"]},  # what raw sockets say: `Host: x`
     "logging": {"level": "WARNING", "format": "console"},
 }
+
+
+def provider_entry(base_url: str, model: str = "other-model", **client: Any) -> dict[str, Any]:
+    """An entry of `llm.providers`; *client* is put over `HTTP_CLIENT`."""
+    return {"base_url": base_url, "model": model, "http_client": HTTP_CLIENT | client}
 
 
 class House:
@@ -160,23 +175,6 @@ class House:
         return self.session.ws_connect(self.ws, **kwargs)
 
 
-def block(seconds: float) -> None:
-    """Hold up the event loop: nothing runs meanwhile."""
-    time.sleep(seconds)
-
-
-async def until(
-    holds: Callable[[], bool], within: float = 10.0, state: Callable[[], object] | None = None
-) -> None:
-    """Wait until *holds* is true; the one place where tests poll."""
-    loop = asyncio.get_running_loop()
-    end = loop.time() + within
-    while not holds():
-        if loop.time() > end:
-            raise AssertionError(f"it did not come true: {state() if state else holds}")
-        await asyncio.sleep(0.002)
-
-
 def write(base_url: str, changes: dict[str, Any], path: Path) -> None:
     """The file of a house: *changes* by dotted path, a provider by its name."""
     data = copy.deepcopy(BASE)
@@ -222,3 +220,16 @@ async def running(
             await application.end(runner)
             await runner.cleanup()
             web_app._cached_build_middleware.cache_clear()  # it keeps each application alive
+
+
+@contextlib.asynccontextmanager
+async def runner_of(path: Path, **changes: Any) -> AsyncIterator[tuple[Runner, Any]]:
+    """A runner that does not listen yet, and the settings of its listener."""
+    settings = configured(NOWHERE, changes, path / "config.yaml").settings
+    app = application.build(settings)
+    runner = Runner(app, settings.chat.websocket)
+    await runner.setup()
+    try:
+        yield runner, settings.chat.websocket
+    finally:
+        await runner.cleanup()

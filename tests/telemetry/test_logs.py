@@ -14,7 +14,7 @@ from aioserver.providers.simulator.exchange import Behaviour
 from aioserver.telemetry import logs
 from tests.support.chat import CHAT, chat, to_end
 from tests.support.raw import Raw
-from tests.support.server import until
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator

@@ -1,0 +1,126 @@
+"""The same question on each face, and what its client sees: a text, or an error."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from aioserver.protocol import eventstream
+from tests.support.chat import CHAT, ENDS
+
+if TYPE_CHECKING:
+    from tests.support.server import House
+
+# The requests that `ask_every_face` makes, by face.
+FACES = Counter({"websocket": 1, "sse": 1, "openai": 2})
+
+
+@dataclass
+class Seen:
+    """What a client saw of one answer."""
+
+    text: str = ""
+    # "complete" or "error", also on OpenAI's face, which has other names for them.
+    end: str = ""
+    error: dict[str, Any] = field(default_factory=dict)
+    status: int = 0
+    headers: dict[str, str] = field(default_factory=dict)
+    raw: bytes = b""
+
+    @property
+    def code(self) -> Any:
+        return self.error.get("code")
+
+
+def frames_seen(frames: list[dict[str, Any]], raw: bytes) -> Seen:
+    assert [frame["event_id"] for frame in frames] == list(range(1, len(frames) + 1))
+    if len(frames) > 1:  # else it was refused before anybody was asked
+        assert frames[0]["status"] == "processing"
+    assert {frame["status"] for frame in frames[1:-1]} <= {"chunk"}
+    text = "".join(frame["chunk"]["data"] for frame in frames[1:-1])
+    last = frames[-1]
+    return Seen(text, last["status"], last["chunk"] if last["status"] == "error" else {}, raw=raw)
+
+
+async def over_websocket(house: House, model: str, name: str = "ws") -> Seen:
+    payload = {"text": "Hello", "model": model}
+    async with house.connect() as ws:
+        await ws.send_json({"action": "chat", "request_id": f"{name}-{model}", "payload": payload})
+        frames: list[dict[str, Any]] = []
+        raw = b""
+        while not frames or frames[-1]["status"] not in ENDS:
+            message = await ws.receive_str()
+            frame = json.loads(message)
+            # No event: the request may have to wait for its start.
+            if frame["status"] != "queued":
+                raw += message.encode()
+                frames.append(frame)
+        # The socket lives on.
+        await ws.send_json({"action": "ping", "request_id": "p"})
+        assert (await ws.receive_json())["status"] == "pong"
+    return frames_seen(frames, raw)
+
+
+async def over_sse(house: House, model: str) -> Seen:
+    body = {"request_id": f"sse-{model}", "text": "Hello", "model": model}
+    async with house.session.post(house.sse, json=body) as response:
+        assert response.status == 200
+        raw = await response.read()
+    events = eventstream.parse(raw)
+    frames = [json.loads(event.data) for event in events]
+    assert [frame["status"].encode() for frame in frames] == [event.event for event in events]
+    frames = [frame for frame in frames if frame["status"] != "queued"]
+    return frames_seen(frames, raw)
+
+
+async def over_openai(
+    house: House, model: str, *, stream: bool = True, headers: dict[str, str] | None = None
+) -> Seen:
+    body = {"model": model, **CHAT, "stream": stream}
+    url = f"{house.v1}/chat/completions"
+    async with house.session.post(url, json=body, headers=headers) as response:
+        raw = await response.read()
+        given = {name.lower(): value for name, value in response.headers.items()}
+        seen = Seen(status=response.status, headers=given, raw=raw)
+    assert seen.headers["x-request-id"]
+    if response.status != 200:
+        seen.end, seen.error = "error", json.loads(raw)["error"]
+        return seen
+    if not stream:
+        seen.end, seen.text = "complete", json.loads(raw)["choices"][0]["message"]["content"]
+        return seen
+    assert raw.endswith((b"\n\n", b"\r\n\r\n", b"\r\r")), "a body ends with a whole event"
+    for event in eventstream.parse(raw):
+        assert not seen.end, "nothing comes behind the end"
+        if event.data == b"[DONE]":
+            seen.end = "complete"
+            continue
+        answer = json.loads(event.data)
+        if answer.get("error"):
+            seen.end, seen.error = "error", answer["error"]
+        elif answer["choices"]:
+            seen.text += answer["choices"][0]["delta"].get("content") or ""
+    assert seen.end, "never a silent end"
+    assert raw.count(b"[DONE]") == (1 if seen.end == "complete" else 0)
+    return seen
+
+
+async def expected_text(house: House) -> str:
+    seen = await over_openai(house, "plain")
+    assert len(seen.text) > 20
+    return seen.text
+
+
+async def ask_every_face(house: House, model: str) -> list[Seen]:
+    """Ask the same on WebSocket, SSE, and OpenAI's face streamed and not streamed, at once."""
+    return [
+        *await asyncio.gather(
+            over_websocket(house, model),
+            over_sse(house, model),
+            over_openai(house, model),
+            over_openai(house, model, stream=False),
+        )
+    ]
