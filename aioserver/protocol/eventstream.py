@@ -13,14 +13,16 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from aioserver.provider_errors import ProviderBadResponse
-
 MAX_EVENT_BYTES = 1 << 20  # of an event, and so of a line
 BOM = b"\xef\xbb\xbf"
 
 # A CR that ends the bytes is a line end already: should an LF follow, it is an empty line more.
 _EOL = re.compile(rb"\r\n|\n|\r(?!\n)")
 _BLANK = re.compile(rb"(?:\r\n|\n|\r(?!\n)){2,}")
+
+
+class EventTooLong(ValueError):
+    """An event exceeds the bound of its Splitter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,7 @@ class Splitter:
         """The whole events that *chunk* completes, possibly none: b"".
 
         Raises:
-            ProviderBadResponse: an event of more than *max_event_bytes*.
+            EventTooLong: an event of more than *max_event_bytes*.
         """
         if (
             self._started
@@ -83,7 +85,7 @@ class Splitter:
         if not self._cr and b"\r" in chunk:
             self._cr = True
         if len(data) > self._max and _longest(data) > self._max:
-            raise ProviderBadResponse(f"an event of more than {self._max} bytes")
+            raise EventTooLong(f"an event of more than {self._max} bytes")
         end = _last_blank(data, seen) if self._cr else data.rfind(b"\n\n", seen) + 2
         if end <= 1:
             self._rest = data

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from aioserver.protocol.openai import Reading, usage_of
+from aioserver.protocol.openai import BadEvent, ErrorEvent, Reading, usage_of
 from aioserver.provider_errors import (
     NoProvider,
     ProviderBadResponse,
@@ -22,7 +22,14 @@ from aioserver.provider_errors import (
     StaleConnection,
 )
 from aioserver.providers.budget import Budget
-from aioserver.providers.error_mapping import check_json, check_plain, is_of, judge, passing
+from aioserver.providers.error_mapping import (
+    check_json,
+    check_plain,
+    event_fault,
+    is_of,
+    judge,
+    passing,
+)
 from aioserver.providers.exchange import Exchange, Sink
 from aioserver.providers.health import Health
 from aioserver.providers.pools import Pools
@@ -171,7 +178,10 @@ class Provider:
             raise ProviderBadResponse("the provider's answer is no event stream")
         check_json(headers_seen, body)
         reading = ask.reading or Reading()
-        chunks = reading.read(body)
+        try:
+            chunks = reading.read(body)
+        except (BadEvent, ErrorEvent) as exc:
+            raise event_fault(exc) from exc
         stream.answer()
         if chunks:
             stream.append(entries.CHUNK, chunks)
