@@ -34,6 +34,7 @@ from aioserver.errors import (
 )
 from aioserver.faces import context
 from aioserver.faces.admission import MAX_REFUSED_CLOSING, Entering
+from aioserver.limits.gcra import Gcra
 from aioserver.limits.quota import REVOKED
 from aioserver.protocol import messages
 from aioserver.protocol.messages import BadCommand, Cancel, Chat, Ping, Resume
@@ -49,6 +50,8 @@ MAX_ANSWERS = 32  # running at once on one socket
 MAX_WAITING_FRAMES = 16  # kept of a socket that waits for its place
 MAX_WAITING_BYTES = 1 << 20
 FRAMES_PER_SECOND, FRAMES_BURST = 100, 200  # beyond: a flood
+FRAME_INTERVAL = 1 / FRAMES_PER_SECOND
+FRAME_TOLERANCE = (FRAMES_BURST - 1) * FRAME_INTERVAL
 CLOSE_TIMEOUT = 2.0  # seconds for a client to take what is left, and to answer a close frame
 
 
@@ -147,7 +150,7 @@ class Socket:
         self._inside = False
         self._waiting: list[str] = []
         self._waiting_bytes = 0
-        self._flood_due = 0.0
+        self._frames = Gcra(FRAME_INTERVAL, FRAME_TOLERANCE)
         self._pings = itertools.count(1)
         self._ping: bytes | None = None  # sent, its pong has not come
         self._pinged = False  # a ping was sent, its wait is not over
@@ -225,10 +228,8 @@ class Socket:
                 self.end(RateLimitExceeded("too many messages before a place was free"))
 
     def _counts(self) -> bool:
-        """Count a frame (GCRA: ITU-T I.371); a flood ends the socket."""
-        now = self._loop.time()
-        self._flood_due = max(self._flood_due, now) + 1 / FRAMES_PER_SECOND
-        if self._flood_due - now <= FRAMES_BURST / FRAMES_PER_SECOND:
+        """Count a frame; a flood ends the socket."""
+        if not self._frames.try_take():
             return True
         self.end(RateLimitExceeded(f"more than {FRAMES_PER_SECOND} frames a second"))
         return False

@@ -87,15 +87,8 @@ class _Waiter:
     """A request in the queue; *place* is done once it has a place or an error."""
 
     __slots__ = (
-        "arrived",
-        "caller",
-        "cost",
-        "deadline",
-        "flow",
-        "may_fail_over",
-        "on_position",
-        "place",
-        "reported",
+        *("arrived", "caller", "cost", "deadline", "flow"),
+        *("may_fail_over", "on_position", "place", "reported"),
     )
 
     def __init__(

@@ -1,9 +1,10 @@
-"""What one key may use: so many answers at once, so many new ones a minute (`auth.keys`).
+"""The limits of one key (`auth.keys`): answers at the same time, and new answers per minute.
 
-An answer is counted where it begins, on whatever face, and until it has ended, however it ends; who
-attaches to one that is there begins none. The minute is a GCRA (ITU-T I.371) whose burst is the whole
-minute: after a rest `requests_per_minute` may begin at once, then one each 60 / n seconds. What is over
-a limit is refused and not made to wait: waiting is the providers' queues', which are fair.
+An answer counts from its beginning to its end, on whatever face, and however it ends; a request that
+attaches to an answer under way begins none. The minute is a GCRA (limits/gcra.py) with a burst of
+a whole minute: after a rest `requests_per_minute` answers may begin at once, then one each
+60 / `requests_per_minute` seconds. A request over a limit is refused and does not wait: only the
+providers' queues, which are fair, make requests wait.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from aioserver.errors import (
     PermissionDenied,
     RateLimitExceeded,
 )
+from aioserver.limits.gcra import Gcra
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 MINUTE = 60.0
-ROUNDING = 1e-9  # of a minute's worth of additions
 REVOKED = "this API key is no longer valid"
 
 
@@ -33,7 +34,7 @@ class Quota:
     """The counts of one key; they outlive a change of its limits.
 
     Always: `running` answers were taken and not given back; in any span of t seconds at most
-    `(t / 60 + 1) * requests_per_minute` are taken. Once `revoked`, nothing is given any more.
+    `(t / 60 + 1) * requests_per_minute` are taken. Once `revoked`, none is taken any more.
     """
 
     def __init__(
@@ -44,53 +45,54 @@ class Quota:
     ) -> None:
         self.running = 0
         self.revoked = False
-        self._clock = clock
-        self._due = 0.0  # the theoretical arrival time: never more than a minute ahead
-        self._held: dict[asyncio.Task[object], bool] = {}  # and whether it wants an admin
-        self._why: dict[asyncio.Task[object], Denied] = {}  # those of them that were told to end
-        self.apply(max_concurrent, requests_per_minute)
+        self._max_concurrent = max_concurrent
+        self._per_minute = requests_per_minute
+        self._rate = Gcra(*_minute(requests_per_minute), clock)
+        # The tasks that are bound to the key, and whether they need an admin key.
+        self._held: dict[asyncio.Task[object], bool] = {}
+        # Those of them that were cancelled, and the error that each of them raises instead.
+        self._denials: dict[asyncio.Task[object], Denied] = {}
 
     def apply(self, max_concurrent: int, requests_per_minute: int) -> None:
-        """Use other limits from now on; what runs, and what has begun, counts as before."""
-        self._most = max_concurrent
+        """Use other limits from now on. Answers that run or have begun count as before."""
+        self._max_concurrent = max_concurrent
         self._per_minute = requests_per_minute
-        self._step = MINUTE / requests_per_minute
+        self._rate.apply(*_minute(requests_per_minute))
 
     def take(self) -> None:
-        """Begin an answer; `give_back` is to be called once when it has ended.
+        """Count an answer that begins; call `give_back` once when it has ended.
 
         Raises:
-            ConcurrencyExceeded, RateLimitExceeded: over a limit; nothing is counted then.
-            InvalidApiKey: the key was revoked since its request came in.
+            ConcurrencyExceeded: `max_concurrent` answers run; nothing is counted.
+            RateLimitExceeded: `requests_per_minute` is reached; nothing is counted.
+            InvalidApiKey: the key was revoked after its request came in.
         """
         if self.revoked:
             raise InvalidApiKey(REVOKED)
-        if self.running >= self._most:
+        if self.running >= self._max_concurrent:
             raise ConcurrencyExceeded(
-                f"{self.running} answers of this key run or wait, at most max_concurrent={self._most}",
+                f"{self.running} answers of this key run or wait,"
+                f" at most max_concurrent={self._max_concurrent}",
                 retry_after=1.0,  # nobody knows when one of them ends
             )
-        now = self._clock()
-        due = max(self._due, now) + self._step
-        if (ahead := due - now - MINUTE) > ROUNDING:
+        if delay := self._rate.try_take():
             raise RateLimitExceeded(
-                f"requests_per_minute={self._per_minute} of this key reached", retry_after=ahead
+                f"requests_per_minute={self._per_minute} of this key reached", retry_after=delay
             )
-        self._due = due
         self.running += 1
 
     def give_back(self, *, unused: bool = False) -> None:
-        """An answer has ended, or (*unused*) never began, and counts for nothing."""
+        """Count an answer as ended; an *unused* one never began, and does not count at all."""
         self.running -= 1
         if unused:
-            self._due -= self._step
+            self._rate.take(-self._rate.interval)
 
     @contextmanager
     def used(self) -> Iterator[None]:
-        """An answer that this task makes: taken, held and given back.
+        """Take an answer for the length of the `with`, and bind this task to the key.
 
         Raises:
-            As `take` and `held`.
+            AioserverError: as `take` and `held`.
         """
         self.take()
         try:
@@ -101,13 +103,13 @@ class Quota:
 
     @contextmanager
     def held(self, *, admin: bool = False) -> Iterator[None]:
-        """Bind this task to the key: a revocation ends what it does inside.
+        """Bind this task to the key: a revocation cancels what it does inside the `with`.
 
-        So does, of what only an *admin* may do, that the key is no admin key any more.
+        If only an *admin* may do that, it is also cancelled when the key is demoted.
 
         Raises:
             InvalidApiKey: the key was revoked meanwhile.
-            PermissionDenied: it is no admin key any more.
+            PermissionDenied: the key was demoted meanwhile.
         """
         task = asyncio.current_task()
         assert task is not None
@@ -115,27 +117,33 @@ class Quota:
         try:
             yield
         except asyncio.CancelledError:
-            why = self._why.get(task)
-            if why is not None and task.uncancel() == 0:
-                raise why from None
-            raise  # nobody has told it to end, or somebody else wants that as well
+            denial = self._denials.get(task)
+            if denial is not None and task.uncancel() == 0:
+                raise denial from None
+            raise  # cancelled by somebody else, or by somebody else as well
         finally:
             del self._held[task]
-            self._why.pop(task, None)
+            self._denials.pop(task, None)
 
     def revoke(self) -> None:
-        """The key is no longer valid: end what is held for it, give nothing more."""
+        """Cancel every task that is bound to the key, and refuse every new answer."""
         self.revoked = True
         for task in self._held:
-            self._end(task, InvalidApiKey(REVOKED))
+            self._cancel(task, InvalidApiKey(REVOKED))
 
     def demote(self) -> None:
-        """The key is no admin key any more: end what is held for an admin."""
+        """Cancel the tasks that need an admin key: this key is none any more."""
         for task, admin in self._held.items():
             if admin:
-                self._end(task, PermissionDenied("this key is no admin key any more"))
+                self._cancel(task, PermissionDenied("this key is no admin key any more"))
 
-    def _end(self, task: asyncio.Task[object], why: Denied) -> None:
-        if task not in self._why:
-            self._why[task] = why
+    def _cancel(self, task: asyncio.Task[object], denial: Denied) -> None:
+        if task not in self._denials:
+            self._denials[task] = denial
             task.cancel()
+
+
+def _minute(requests: int) -> tuple[float, float]:
+    """Return the interval and the tolerance of *requests* a minute, all of them at once after a rest."""
+    interval = MINUTE / requests
+    return interval, (requests - 1) * interval

@@ -1,8 +1,10 @@
-"""Many timers of about the same length, with one real timer.
+"""Many timers of about the same length on one timer of the event loop.
 
-After Varghese and Lauck, "Hashed and Hierarchical Timing Wheels", 1987. Heartbeats and pings: thousands of members, each visited every twenty seconds. A member lies in the
-bucket of its moment; one timer fires for the next bucket that has anybody in it. Adding, removing
-and visiting cost the same however many there are.
+Algorithm: the hashed timing wheel of Varghese and Lauck, "Hashed and Hierarchical Timing Wheels", SOSP
+1987, as a dict of buckets and a heap of their numbers. It serves pings and heartbeats: thousands of
+members, each visited every twenty seconds. A member lies in the bucket of its time, and the one timer is
+set for the next bucket that has a member. Adding, removing and visiting a member take the same time
+however many there are.
 """
 
 from __future__ import annotations
@@ -13,44 +15,48 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     import asyncio
 
+# Seconds by which the event loop's timer may fire early.
+EARLY = 1e-3
+
 
 class Member(Protocol):
-    """Who wants to be visited. *bucket* belongs to the wheel: 0 in none, -1 while visited."""
+    """A member of a wheel. *bucket* belongs to the wheel: 0 in none, -1 during a visit."""
 
     bucket: int
 
     def visit(self, now: float) -> float | None:
-        """Do what is due; returns seconds until the next visit, None for no more."""
+        """Do what is due; return the seconds until the next visit, or None for no more visits."""
 
 
 class TimerWheel:
-    """Visits its members when they asked for it, at most one *grain* (in seconds) late.
+    """Visits its members when they have asked for it, at most one *grain* (in seconds) late.
 
-    Always: a member is in one bucket at most; a timer is set while there is a member.
+    Always: a member is in at most one bucket; a timer is set while there is a member.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, grain: float) -> None:
         self._loop = loop
         self._grain = grain
         self._buckets: dict[int, dict[Member, None]] = {}
-        self._order: list[int] = []  # a heap of the buckets' numbers
+        # A heap of the buckets' numbers.
+        self._order: list[int] = []
         self._timer: asyncio.TimerHandle | None = None
         self._timer_bucket = 0
 
     def add(self, member: Member, delay: float) -> None:
-        """Visit *member* in *delay* seconds; it is forgotten when it was to be visited before."""
+        """Visit *member* in *delay* seconds, and not when it was to be visited before."""
         self.remove(member)
         self._put(member, self._loop.time() + delay)
         self._arm()
 
     def remove(self, member: Member) -> None:
-        """Visit *member* no more."""
+        """Visit *member* no more. It need not be in the wheel."""
         if member.bucket and (bucket := self._buckets.get(member.bucket)) is not None:
             bucket.pop(member, None)
         member.bucket = 0
 
     def close(self) -> None:
-        """Visit nobody any more."""
+        """Visit no member any more."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -74,20 +80,22 @@ class TimerWheel:
                 return
             self._timer.cancel()
         self._timer_bucket = self._order[0]
-        self._timer = self._loop.call_at(self._timer_bucket * self._grain, self._turn)
+        self._timer = self._loop.call_at(self._timer_bucket * self._grain, self._fire)
 
-    def _turn(self) -> None:
+    def _fire(self) -> None:
         self._timer = None
         now = self._loop.time()
         try:
-            while self._order and self._order[0] * self._grain <= now + 1e-3:
+            while self._order and self._order[0] * self._grain <= now + EARLY:
                 self._visit(self._order[0], now)
         finally:
-            self._arm()  # one who raised does not stop the wheel for the rest of its bucket
+            # A member that raises does not keep the rest of its bucket from being visited.
+            self._arm()
 
     def _visit(self, number: int, now: float) -> None:
         bucket = self._buckets[number]
-        while bucket:  # any visit may add and remove, its own member and others
+        # Any visit may add and remove members, its own and others.
+        while bucket:
             member, _ = bucket.popitem()
             member.bucket = -1
             delay = member.visit(now)
@@ -95,5 +103,6 @@ class TimerWheel:
                 member.bucket = 0
                 if delay is not None:
                     self._put(member, now + max(delay, self._grain))
-        if self._order and self._order[0] == number:  # else the wheel was closed
+        # A visit may have closed the wheel.
+        if self._order and self._order[0] == number:
             del self._buckets[heapq.heappop(self._order)]

@@ -1,9 +1,10 @@
-"""A watch over a socket that does not take what is written to it.
+"""A watchdog over a socket that does not accept what is written to it.
 
-A blocked write is never cancelled (aiohttp's drain waits on one shared future: cancelling it once
-breaks every later write on that connection). Instead the watch looks at the transport's buffer now
-and then, and gives the alarm when it has not shrunk for *timeout* seconds; the alarm aborts the
-transport, and the blocked write ends by itself. It runs only while something is blocked.
+A blocked write is never cancelled: aiohttp's drain waits on one shared future, and cancelling it
+once breaks every later write on that connection. Instead the watchdog looks at the size of the
+transport's buffer from time to time. When it has not shrunk for *timeout* seconds, the watchdog calls
+*alarm*, which aborts the transport, and the blocked write ends by itself. It runs only while a write is
+blocked.
 """
 
 from __future__ import annotations
@@ -14,17 +15,18 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable
 
-LOOKS = 4  # per timeout: the alarm comes at most a quarter of it late
+# Looks per timeout: the alarm comes at most a quarter of the timeout late.
+LOOKS = 4
 
 
 class WriteWatchdog:
     """Calls *alarm* once when the buffer of *transport* has not shrunk for *timeout* seconds.
 
-    Always: nothing is written to the transport while it is watched; the watch ends by itself when
+    Always: nothing is written to the transport while it is watched. The watchdog ends by itself when
     the buffer is empty or the transport is closed.
     """
 
-    __slots__ = ("_alarm", "_handle", "_loop", "_period", "_size", "_still", "_transport")
+    __slots__ = ("_alarm", "_handle", "_loop", "_period", "_size", "_stalled", "_transport")
 
     def __init__(
         self,
@@ -38,11 +40,12 @@ class WriteWatchdog:
         self._period = timeout / LOOKS
         self._alarm = alarm
         self._size = transport.get_write_buffer_size()
-        self._still = 0
+        # Looks in a row at which the buffer had not shrunk.
+        self._stalled = 0
         self._handle: asyncio.TimerHandle | None = loop.call_later(self._period, self._look)
 
     def stop(self) -> None:
-        """No alarm from now on."""
+        """End the watch: no alarm from now on."""
         if self._handle is not None:
             self._handle.cancel()
             self._handle = None
@@ -52,9 +55,9 @@ class WriteWatchdog:
         size = self._transport.get_write_buffer_size()
         if size == 0:
             return
-        self._still = self._still + 1 if size >= self._size else 0
+        self._stalled = self._stalled + 1 if size >= self._size else 0
         self._size = size
-        if self._still >= LOOKS:
+        if self._stalled >= LOOKS:
             self._alarm()
         else:
             self._handle = self._loop.call_later(self._period, self._look)

@@ -1,11 +1,11 @@
 r"""text/event-stream (WHATWG HTML 9.2), parsed and written; no I/O.
 
-`Splitter` cuts a provider's bytes into blocks of whole events and leaves them as they are, for who
-passes them on: it looks for blank lines only. `parse` gives the events of a block, for who needs
-what is in them. Both give the same for every way of cutting the bytes.
+`Splitter` cuts a stream of bytes into blocks of whole events. It looks for blank lines only and
+changes nothing, so that a block can be passed on as it is. `parse` returns the events of a block, for a
+reader of what is in them. The result does not depend on how the bytes were cut into reads.
 
 A blank line is two line ends in a row; a line end is LF, CRLF or CR. Almost every provider sends
-LF alone, so both look for b"\n\n" first and take the general way only once a CR has been seen.
+LF alone, so both look for b"\n\n" first, and take the general way only once a CR has been seen.
 """
 
 from __future__ import annotations
@@ -13,19 +13,22 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from aioserver.provider_errors import ProviderBadResponse
-
-MAX_EVENT_BYTES = 1 << 20  # of an event, and so of a line
+# The bound of an event, and so of a line.
+MAX_EVENT_BYTES = 1 << 20
 BOM = b"\xef\xbb\xbf"
 
-# A CR that ends the bytes is a line end already: should an LF follow, it is an empty line more.
+# A CR at the end of a read is a line end already: if an LF follows, it is one more empty line.
 _EOL = re.compile(rb"\r\n|\n|\r(?!\n)")
 _BLANK = re.compile(rb"(?:\r\n|\n|\r(?!\n)){2,}")
 
 
+class EventTooLong(ValueError):
+    """An event exceeds the bound of its Splitter."""
+
+
 @dataclass(frozen=True, slots=True)
 class ServerEvent:
-    """One dispatched event. *data* has its lines joined by LF; *id* None: the field was absent."""
+    """A dispatched event. *data* has its lines joined by LF; *id* is None if the field was absent."""
 
     data: bytes
     event: bytes = b""
@@ -35,8 +38,8 @@ class ServerEvent:
 class Splitter:
     """Bytes in, blocks of whole events out, byte for byte.
 
-    Always: what was fed equals what was given out plus what is pending; a block ends with a blank
-    line.
+    Always: what was fed is what was returned plus what is pending, except for a byte order mark at the
+    start; a block ends with a blank line.
     """
 
     __slots__ = ("_cr", "_max", "_rest", "_started")
@@ -49,19 +52,19 @@ class Splitter:
 
     @property
     def pending(self) -> bytes:
-        """What has come of an event that is not whole."""
+        """The bytes of an event that is not complete yet."""
         return self._rest
 
     @property
     def idle(self) -> bool:
-        """Whether no event is half read, and line ends were LF alone."""
+        """Whether no event is incomplete, and every line end so far was LF."""
         return self._started and not self._rest and not self._cr
 
     def feed(self, chunk: bytes) -> bytes:
-        """The whole events that *chunk* completes, possibly none: b"".
+        """Return the events that are complete with *chunk*, or b"" if there is none.
 
         Raises:
-            ProviderBadResponse: an event of more than *max_event_bytes*.
+            EventTooLong: an event, complete or not, exceeds *max_event_bytes*.
         """
         if (
             self._started
@@ -71,19 +74,21 @@ class Splitter:
             and len(chunk) <= self._max
             and chunk.find(b"\r") < 0
         ):
-            return chunk  # whole events, as most reads are
+            return chunk  # as most reads are
         data = self._rest + chunk if self._rest else chunk
-        seen = max(0, len(self._rest) - 2)  # the rest ends with one line end at most
+        # The rest ends with one line end at most, so no blank line begins before its last two bytes.
+        seen = max(0, len(self._rest) - 2)
         if not self._started and data:
             if data[:3] != BOM[: len(data)]:
                 self._started = True
             elif len(data) >= 3:
-                data = data[3:]  # a byte order mark belongs to the stream, not to its first event
+                # A byte order mark belongs to the stream, not to its first event.
+                data = data[3:]
                 self._started = True
         if not self._cr and b"\r" in chunk:
             self._cr = True
         if len(data) > self._max and _longest(data) > self._max:
-            raise ProviderBadResponse(f"an event of more than {self._max} bytes")
+            raise EventTooLong(f"an event of more than {self._max} bytes")
         end = _last_blank(data, seen) if self._cr else data.rfind(b"\n\n", seen) + 2
         if end <= 1:
             self._rest = data
@@ -96,7 +101,7 @@ class Splitter:
 
 
 def _last_blank(data: bytes, start: int) -> int:
-    """The offset behind the last blank line, 0 where there is none behind *start*."""
+    """Return the offset after the last blank line from *start* on, or 0 if there is none."""
     end = 0
     for match in _BLANK.finditer(data, start):
         end = match.end()
@@ -104,14 +109,14 @@ def _last_blank(data: bytes, start: int) -> int:
 
 
 def _longest(data: bytes) -> int:
-    """The bytes of the longest event, whole or not, without the line ends around it."""
+    """Return the size of the longest event, complete or not, without the line ends around it."""
     return max(len(part.strip(b"\r\n")) for part in _BLANK.split(data))
 
 
 def split(block: bytes) -> list[bytes]:
-    """The events of a block of whole ones, each with LF and its blank line, comments left out.
+    """Return the events of a block as bytes, each with LF line ends and its blank line.
 
-    What has no `data` line is no event (WHATWG HTML 9.2.6) and is dropped.
+    A part without a `data` line, such as a comment, is no event (WHATWG HTML 9.2.6) and is dropped.
     """
     if b"\r" in block:
         block = _EOL.sub(b"\n", block)
@@ -123,13 +128,13 @@ def split(block: bytes) -> list[bytes]:
 
 
 def count(block: bytes) -> int:
-    """How many events a block of whole ones has: `len(split(block))`, without the list."""
+    """Return `len(split(block))`, without making the list."""
     if (
         block.startswith(b"data:")
         and block.find(b"\n\n") == len(block) - 2
         and block.find(b"\r") < 0
     ):
-        return 1  # one event for each read is what a provider sends as a rule
+        return 1  # as a rule, a read brings one event
     blanks = block.count(b"\n\n")
     if (
         block.startswith(b"data:")
@@ -141,7 +146,7 @@ def count(block: bytes) -> int:
 
 
 def parse(block: bytes) -> list[ServerEvent]:
-    """The events of a block of whole ones."""
+    """Return the events of a block, parsed."""
     if b"\r" in block:
         block = _EOL.sub(b"\n", block)
     events = []
@@ -154,8 +159,9 @@ def parse(block: bytes) -> list[ServerEvent]:
 
 
 def utf8(data: bytes) -> bool:
-    """Whether *data* is UTF-8, as a stream of events has to be."""
-    if data.isascii():  # a tenth of what decoding costs
+    """Return whether *data* is valid UTF-8, as an event stream must be."""
+    # For ASCII this costs a tenth of decoding.
+    if data.isascii():
         return True
     try:
         data.decode()
@@ -165,6 +171,7 @@ def utf8(data: bytes) -> bool:
 
 
 def _event(part: bytes) -> ServerEvent | None:
+    """Parse the lines of one event; None if there is no `data` line."""
     data: list[bytes] = []
     name, id_ = b"", None
     for line in part.split(b"\n"):
@@ -181,7 +188,7 @@ def _event(part: bytes) -> ServerEvent | None:
 
 
 def write(data: bytes, *, event: str = "", id: int | None = None) -> bytes:  # noqa: A002 - the field's name
-    """One event, its *data* a single line (our JSON has no line ends)."""
+    """Return one event. *data* must be a single line, as our JSON is."""
     head = b"" if id is None else b"id: %d\n" % id
     if event:
         head += b"event: %b\n" % event.encode()

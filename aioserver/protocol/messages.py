@@ -1,13 +1,14 @@
-"""Commands in, events out: the frames of the WebSocket and SSE faces.
+"""The frames of the WebSocket and SSE faces: commands in, events out.
 
-Client to server (one JSON object a text frame; the SSE face takes the payload's fields as a body):
+From client to server, one JSON object per text frame; the body of an SSE request has the payload's
+fields:
 
     {"action": "chat", "request_id": "6f0c", "payload": {"text": "Hello", "streaming": true}}
     {"action": "cancel", "request_id": "6f0c"}
     {"action": "resume", "request_id": "6f0c", "payload": {"last_event_id": 17}}
     {"action": "ping"}
 
-Server to client:
+From server to client:
 
     {"request_id":"6f0c","event_id":3,"status":"chunk","chunk":{"type":"text","data":"Hel","metadata":{}}}
 """
@@ -41,7 +42,10 @@ _FIELDS = frozenset(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chat:
-    """A question. Exactly one of *text* and *messages* is set; *streaming* None: as configured."""
+    """A question. Exactly one of *text* and *messages* is set.
+
+    *streaming* None means: as configured.
+    """
 
     request_id: str
     text: str | None = None
@@ -54,9 +58,9 @@ class Chat:
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def digest(self) -> bytes:
-        """Equal for equal questions: tells a repeated request from a conflicting one.
+        """Return a hash of the question, which tells a repeated request from a conflicting one.
 
-        A hash, since it is kept as long as the answer and a question may have megabytes.
+        It is kept as long as the answer; the question itself may have megabytes.
 
         Raises:
             InvalidRequest: nested deeper than orjson writes (254 levels; it reads 1,024).
@@ -79,14 +83,14 @@ class Chat:
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """Stop this answer, for everybody who reads it."""
+    """Stop this answer, for all of its readers."""
 
     request_id: str
 
 
 @dataclass(frozen=True, slots=True)
 class Resume:
-    """Go on behind event *last_event_id*."""
+    """Continue after the event *last_event_id*."""
 
     request_id: str
     last_event_id: int
@@ -103,7 +107,7 @@ Command = Chat | Cancel | Resume | Ping
 
 
 class BadCommand(Exception):
-    """A frame that is no command: *error*, and the request id as far as it could be read."""
+    """The frame is no valid command. *request_id* is None if it could not be read."""
 
     def __init__(self, error: AioserverError, request_id: str | None) -> None:
         super().__init__(error.message)
@@ -112,10 +116,10 @@ class BadCommand(Exception):
 
 
 def load(text: bytes | str) -> Any:
-    """JSON of any shape.
+    """Parse JSON of any shape.
 
     Raises:
-        InvalidJson: not JSON: also NaN, lone surrogates, nesting beyond 1,024 levels.
+        InvalidJson: not JSON; this includes NaN, lone surrogates, and nesting beyond 1,024 levels.
     """
     try:
         return orjson.loads(text)
@@ -124,18 +128,18 @@ def load(text: bytes | str) -> Any:
 
 
 def parse(text: bytes | str) -> Command:
-    """The command of one WebSocket text frame.
+    """Parse the command of one WebSocket text frame.
 
     Raises:
-        BadCommand: with `InvalidJson` or `InvalidRequest`.
+        BadCommand: the frame is no command; its `error` is an `InvalidJson` or `InvalidRequest`.
     """
     request_id: str | None = None
     try:
         frame = load(text)
         if not isinstance(frame, dict):
             raise InvalidRequest("a frame must be a JSON object")
-        given = frame.get("request_id")
-        request_id = given if isinstance(given, str) and len(given) <= MAX_ID_CHARACTERS else None
+        value = frame.get("request_id")
+        request_id = value if isinstance(value, str) and len(value) <= MAX_ID_CHARACTERS else None
         action = frame.get("action")
         payload = frame.get("payload", {})
         if not isinstance(payload, dict):
@@ -144,21 +148,21 @@ def parse(text: bytes | str) -> Command:
             case "ping":
                 return Ping(request_id)
             case "chat":
-                return chat(identifier(given), payload)
+                return chat(identifier(value), payload)
             case "cancel":
-                return Cancel(identifier(given))
+                return Cancel(identifier(value))
             case "resume":
-                return Resume(identifier(given), event_number(payload.get("last_event_id", 0)))
+                return Resume(identifier(value), event_number(payload.get("last_event_id", 0)))
         raise InvalidRequest(f"unknown action; one of {_ACTIONS} is expected", param="action")
     except AioserverError as error:
         raise BadCommand(error, request_id) from None
 
 
 def identifier(value: object) -> str:
-    """A request id: 1 to 256 printable characters.
+    """Check a request id: 1 to 256 printable characters.
 
     Raises:
-        InvalidRequest: anything else.
+        InvalidRequest: *value* is anything else.
     """
     if not isinstance(value, str) or not value:
         raise InvalidRequest("request_id is required, a string", param="request_id")
@@ -171,10 +175,10 @@ def identifier(value: object) -> str:
 
 
 def event_number(value: object) -> int:
-    """The number of an event, 0 for none yet.
+    """Check the number of the last event that a client has; 0 if it has none.
 
     Raises:
-        InvalidRequest: not a number >= 0.
+        InvalidRequest: *value* is not a whole number >= 0, or its digits.
     """
     if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= 18:
         value = int(value)
@@ -184,10 +188,10 @@ def event_number(value: object) -> int:
 
 
 def chat(request_id: str, payload: dict[str, Any]) -> Chat:
-    """The question in *payload*.
+    """Parse the question in *payload*.
 
     Raises:
-        InvalidRequest: a field that is missing, unknown or of the wrong type.
+        InvalidRequest: a field is missing, unknown or of the wrong type.
     """
     for name in payload:
         if name not in _FIELDS:
@@ -202,7 +206,10 @@ def chat(request_id: str, payload: dict[str, Any]) -> Chat:
         or (
             isinstance(messages, list)
             and bool(messages)
-            and all(isinstance(one, dict) and isinstance(one.get("role"), str) for one in messages)
+            and all(
+                isinstance(message, dict) and isinstance(message.get("role"), str)
+                for message in messages
+            )
         ),
         "messages must be a list of objects with a role",
         "messages",
@@ -244,19 +251,19 @@ def _expect(holds: bool, message: str, param: str) -> None:
 
 
 def frame_head(request_id: str | None) -> bytes:
-    """What the frames of one request begin with; rendered once a stream."""
+    """Return the bytes with which every frame of one request begins; rendered once per stream."""
     return b'{"request_id":%b,' % orjson.dumps(request_id)
 
 
 def frame(head: bytes, event_id: int, status: bytes, chunk: bytes) -> bytes:
-    """One event of a log as a frame; *chunk* is JSON."""
+    """Return an event of a stream as a frame; *chunk* is JSON."""
     return b'%b"event_id":%d,"status":"%b","chunk":%b}' % (head, event_id, status, chunk)
 
 
 def text_frame(head: bytes, event_id: int, text: bytes) -> bytes:
-    """The frame of a `chunk` event with a text.
+    """Return the frame of a `chunk` event with a text.
 
-    *text*: as it stands between a JSON string's quotes, with the closing one.
+    *text* is what follows the opening quote of a JSON string, its closing quote included.
     """
     return (
         b'%b"event_id":%d,"status":"chunk",'
@@ -265,5 +272,5 @@ def text_frame(head: bytes, event_id: int, text: bytes) -> bytes:
 
 
 def loose_frame(request_id: str | None, status: str, chunk: dict[str, Any]) -> bytes:
-    """A frame that is no event of a log: `queued`, `pong`, an error of the socket itself."""
+    """Return a frame that is no event of a stream: `queued`, `pong`, or an error of the socket."""
     return orjson.dumps({"request_id": request_id, "status": status, "chunk": chunk})

@@ -1,7 +1,7 @@
-"""What OpenAI's chat objects say: text, reasoning, tool calls, the reason of the end, usage.
+"""OpenAI's chat objects: text, reasoning, tool calls, finish reason, usage and errors.
 
-The chunk of a `chat.completion.chunk` (and the message of a whole `chat.completion`) becomes the
-`chunk` objects of our frames, already JSON, since each is rendered once and shared by all readers:
+The delta of a `chat.completion.chunk`, or the message of a whole `chat.completion`, becomes the `chunk`
+objects of our frames. They are JSON already, since each is rendered once and shared by all readers:
 
     {"type":"text","data":"Hel","metadata":{}}
 """
@@ -14,23 +14,22 @@ from typing import Any
 
 import orjson
 
-from aioserver.provider_errors import (
-    ProviderAuthError,
-    ProviderBadResponse,
-    ProviderError,
-    ProviderFault,
-    ProviderForbidden,
-    ProviderRateLimited,
-    ProviderRefused,
-)
-
 TEXT = b'{"type":"text","data":%b,"metadata":{}}'
 TEXT_START = TEXT.partition(b"%b")[0]
 REASONING = b'{"type":"reasoning","data":%b,"metadata":{}}'
 TOOL_CALLS = b'{"type":"tool_calls","data":%b,"metadata":{}}'
-QUOTA = "insufficient_quota"
-KEY_CODES = frozenset({401, 402, QUOTA, "invalid_api_key"})  # of an error: our key's fault
-BUSY_CODES = frozenset({429, 498, "rate_limit_exceeded"})
+
+
+class BadEvent(ValueError):
+    """An event or a whole answer is no chat object."""
+
+
+class ErrorEvent(Exception):
+    """An event or a whole answer is an error object: *error*, as it was sent."""
+
+    def __init__(self, error: object) -> None:
+        super().__init__("an error object")
+        self.error = error
 
 
 @dataclass(slots=True)
@@ -45,19 +44,20 @@ class Reading:
     usage: dict[str, Any] | None = None
 
     def read(self, data: bytes) -> list[bytes]:
-        """The `chunk` objects in one provider event or whole answer.
+        """Return the `chunk` objects of one provider event, or of a whole answer.
 
         Raises:
-            ProviderBadResponse: not JSON, or not a chat object.
-            ProviderFault: an error object under HTTP 200 (`provider_error`).
+            BadEvent: *data* is not JSON, no object, or nested too deeply.
+            ErrorEvent: *data* has an error object.
         """
         try:
             return self._read(data)
-        except orjson.JSONEncodeError:  # it reads 1,024 levels, but writes 254
-            raise ProviderBadResponse("the provider's event is nested too deeply") from None
+        except orjson.JSONEncodeError:
+            # orjson reads 1,024 levels, but writes 254.
+            raise BadEvent("the provider's event is nested too deeply") from None
 
     def note(self, text: str, size: int) -> None:
-        """Remember *text*, *size* bytes as JSON."""
+        """Keep *text*, which has *size* bytes as JSON, unless `max_text_bytes` are kept already."""
         if self.text_bytes < self.max_text_bytes:
             self.text.append(text)
             self.text_bytes += size
@@ -66,13 +66,14 @@ class Reading:
         try:
             answer = orjson.loads(data)
         except orjson.JSONDecodeError:
-            raise ProviderBadResponse("the provider sent an event that is not JSON") from None
+            raise BadEvent("the provider sent an event that is not JSON") from None
         if not isinstance(answer, dict):
-            raise ProviderBadResponse("the provider sent an event that is not an object")
-        if answer.get("error"):
-            raise provider_error(answer["error"])
+            raise BadEvent("the provider sent an event that is not an object")
+        if error := answer.get("error"):
+            raise ErrorEvent(error)
         if (usage := usage_of(answer)) is not None:
-            orjson.dumps([[usage]])  # the `complete` event has it two levels down
+            # Can it be written? The `complete` event nests it two levels deeper.
+            orjson.dumps([[usage]])
             self.usage = usage
         chunks: list[bytes] = []
         choices = answer.get("choices")
@@ -93,7 +94,7 @@ class Reading:
             if isinstance(text, str) and text:
                 written = orjson.dumps(text)
                 chunks.append(TEXT % written)
-                self.note(text, len(written) - 2)  # the quotes
+                self.note(text, len(written) - 2)  # without the quotes
             if tool_calls := delta.get("tool_calls"):
                 chunks.append(TOOL_CALLS % orjson.dumps(tool_calls))
         reason = choice.get("finish_reason")
@@ -103,22 +104,23 @@ class Reading:
 
 @dataclass(slots=True)
 class Shape:
-    """What a provider repeats around each text of an answer, byte for byte.
+    """The bytes that a provider repeats around each text of an answer.
 
-    An event that begins with *before*, ends with *behind* and has between them only characters that
-    mean themselves in a JSON string says what every such event says, but for its text: so it need
-    not be parsed.
+    An event that begins with *prefix*, ends with *suffix*, and has between them only characters that
+    stand for themselves in a JSON string differs from every other such event in its text alone, so it need
+    not be parsed. *prefix* goes from `data: ` to the text's opening quote, *suffix* from its closing
+    quote to the blank line. *reading* is that of the answer.
     """
 
-    before: bytes  # from `data: ` to the text's opening quote
-    behind: bytes  # from the closing quote to the blank line
-    reading: Reading  # of the answer
+    prefix: bytes
+    suffix: bytes
+    reading: Reading
 
 
 def learn(event: bytes, reading: Reading) -> Shape | None:
-    """The shape of *event*, one of *reading*'s answer; None where it says more than a text.
+    """Return the shape of *event*, part of the answer of *reading*; None if it has more than a text.
 
-    That the text was found in its place is proved: with another text there the event must say that.
+    The place of the text is proved: *event* with another text in that place must read as that text.
     """
     if (
         not event.startswith(b"data: {")
@@ -126,76 +128,57 @@ def learn(event: bytes, reading: Reading) -> Shape | None:
         or event.find(b"\r") >= 0
     ):
         return None
-    said = _only_text(event[6:-2], reading)
-    if said is None:
+    text = _only_text(event[6:-2], reading)
+    if text is None:
         return None
-    written = orjson.dumps(said)
-    before, found, behind = event.rpartition(written)
-    probe = orjson.dumps(f"<{said}>")
-    if not found or _only_text((before + probe + behind)[6:-2], reading) != f"<{said}>":
+    prefix, written, suffix = event.rpartition(orjson.dumps(text))
+    probe = orjson.dumps(f"<{text}>")
+    if not written or _only_text((prefix + probe + suffix)[6:-2], reading) != f"<{text}>":
         return None
-    return Shape(before + b'"', b'"' + behind, reading)
+    return Shape(prefix + b'"', b'"' + suffix, reading)
 
 
 def _only_text(data: bytes, reading: Reading) -> str | None:
+    """Return the text of an event that has nothing else, or None."""
     alone = Reading(reading.choice_index)
     try:
         chunks = alone.read(data)
-    except ProviderFault:
+    except (BadEvent, ErrorEvent):
         return None  # the probe stood in another place
     more = alone.finish_reason is not None or alone.usage is not None
     return alone.text[0] if len(chunks) == len(alone.text) == 1 and not more else None
 
 
 def usage_of(answer: object) -> dict[str, Any] | None:
-    """The usage in a chunk, a whole answer, or an event of a response (Groq has it in `x_groq`)."""
+    """Return the usage in a chunk, a whole answer or an event of a response.
+
+    Groq has it in `x_groq`, the Responses API in `response`.
+    """
     if not isinstance(answer, dict):
         return None
-    for where in (answer, answer.get("x_groq"), answer.get("response")):
-        if isinstance(where, dict) and isinstance(usage := where.get("usage"), dict):
+    for holder in (answer, answer.get("x_groq"), answer.get("response")):
+        if isinstance(holder, dict) and isinstance(usage := holder.get("usage"), dict):
             return usage
     return None
 
 
-def provider_error(error: object) -> ProviderFault:
-    """What an error object means that a provider sent under HTTP 200; its text passes, cut.
-
-    OpenRouter's codes are the statuses that it would have sent. Text about our key does not pass.
-    """
-    codes = error_codes(error)
-    if not codes.isdisjoint(KEY_CODES):
-        return ProviderAuthError("the provider refuses our key or its quota is used up")
-    if 403 in codes:
-        return ProviderForbidden("the provider does not allow this")
-    if not codes.isdisjoint(BUSY_CODES):
-        return ProviderRateLimited("the provider limits our rate", retry_after=1.0)
-    said = error.get("message") if isinstance(error, dict) else error
-    text = said[:200] if isinstance(said, str) else "the provider reported an error"
-    message = f"the provider reported an error: {text}"
-    status = next((code for code in codes if isinstance(code, int)), 500)
-    if not 400 <= status < 500 or status == 408:
-        return ProviderError(message)
-    told = {"message": text, "type": "invalid_request_error", "param": None, "code": status}
-    return ProviderRefused(message, status, orjson.dumps({"error": told}))
-
-
 def error_codes(error: object) -> set[int | str]:
-    """The code and the type in an error object; a code that is a number as one."""
+    """Return the code and the type in an error object; three digits become a number."""
     if not isinstance(error, dict):
         return set()
-    found: set[int | str] = set()
-    for said in (error.get("code"), error.get("type")):
-        if isinstance(said, int) or (isinstance(said, str) and re.fullmatch("[0-9]{3}", said)):
-            found.add(int(said))
-        elif isinstance(said, str):
-            found.add(said)
-    return found
+    codes: set[int | str] = set()
+    for code in (error.get("code"), error.get("type")):
+        if isinstance(code, int) or (isinstance(code, str) and re.fullmatch("[0-9]{3}", code)):
+            codes.add(int(code))
+        elif isinstance(code, str):
+            codes.add(code)
+    return codes
 
 
 def final_response(body: bytes) -> str | None:
-    """The id in a whole `response` object that will not change any more.
+    """Return the id of a whole `response` object that will not change any more, or None.
 
-    One that runs in the background is asked for again: what it said at first is not kept for that.
+    A response that runs in the background is asked for again: its first answer is not kept.
     """
     try:
         response = orjson.loads(body)

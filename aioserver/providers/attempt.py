@@ -11,9 +11,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
-from aioserver.protocol.openai import usage_of
+from aioserver.protocol.openai import BadEvent, ErrorEvent, usage_of
 from aioserver.provider_errors import ProviderBadResponse, ProviderFault
-from aioserver.providers.error_mapping import check_json, check_plain, is_of, judge, passing
+from aioserver.providers.error_mapping import (
+    check_json,
+    check_plain,
+    event_fault,
+    is_of,
+    judge,
+    passing,
+)
 from aioserver.providers.request import Answer
 from aioserver.providers.sinks import BodySink, ChatSink, EventSink, complete
 from aioserver.streams import entries
@@ -176,7 +183,10 @@ class Attempt:
             )
             return
         assert stream is not None, "an answer that is read has a log"
-        chunks = reading.read(body)
+        try:
+            chunks = reading.read(body)
+        except (BadEvent, ErrorEvent) as exc:
+            raise event_fault(exc) from exc
         stream.answer()
         if chunks:
             stream.append(entries.CHUNK, chunks)

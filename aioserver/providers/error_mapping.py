@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING
 import orjson
 
 from aioserver.errors import InvalidRequest
-from aioserver.protocol.openai import QUOTA, error_codes
+from aioserver.protocol.openai import BadEvent, ErrorEvent, error_codes
 from aioserver.provider_errors import (
     ProviderAuthError,
     ProviderBadResponse,
     ProviderError,
+    ProviderFault,
     ProviderForbidden,
     ProviderRateLimited,
     ProviderRefused,
@@ -31,9 +32,15 @@ from aioserver.providers.pace import MAX_COOLING
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from aioserver.protocol.eventstream import EventTooLong
+
 MAX_CHECKED_BYTES = 1 << 20  # of a body that is parsed to see that it is JSON
 KEY_STATUSES = frozenset({401, 402})
 BUSY_STATUSES = frozenset({429, 498})
+QUOTA = "insufficient_quota"
+# The codes in an error object that mean the same; OpenRouter's are the statuses it would have sent.
+KEY_CODES = KEY_STATUSES | {QUOTA, "invalid_api_key"}
+BUSY_CODES = BUSY_STATUSES | {"rate_limit_exceeded"}
 PASSING = ("x-ratelimit-", "openai-processing-ms", "openai-version", "x-generation-id")
 
 
@@ -58,6 +65,35 @@ def judge(name: str, status: int, headers: Mapping[str, str], body: bytes) -> No
     if not _is_json(body):  # a proxy's page, say: not for our clients
         body = InvalidRequest(f"{name} answered {status}").body()
     raise ProviderRefused(f"{name} answered {status}", status, body)
+
+
+def event_fault(exc: BadEvent | ErrorEvent | EventTooLong) -> ProviderFault:
+    """Return the fault of a provider whose event cannot be read, or is an error object."""
+    if isinstance(exc, ErrorEvent):
+        return error_object_fault(exc.error)
+    return ProviderBadResponse(str(exc))
+
+
+def error_object_fault(error: object) -> ProviderFault:
+    """Return the fault that an error object under HTTP 200 means.
+
+    At most 200 characters of its text pass, and none of a text about our key.
+    """
+    codes = error_codes(error)
+    if not codes.isdisjoint(KEY_CODES):
+        return ProviderAuthError("the provider refuses our key or its quota is used up")
+    if 403 in codes:
+        return ProviderForbidden("the provider does not allow this")
+    if not codes.isdisjoint(BUSY_CODES):
+        return ProviderRateLimited("the provider limits our rate", retry_after=1.0)
+    text = error.get("message") if isinstance(error, dict) else error
+    text = text[:200] if isinstance(text, str) else "the provider reported an error"
+    message = f"the provider reported an error: {text}"
+    status = next((code for code in codes if isinstance(code, int)), 500)
+    if not 400 <= status < 500 or status == 408:
+        return ProviderError(message)
+    shown = {"message": text, "type": "invalid_request_error", "param": None, "code": status}
+    return ProviderRefused(message, status, orjson.dumps({"error": shown}))
 
 
 def passing(headers: Mapping[str, str]) -> dict[str, str]:

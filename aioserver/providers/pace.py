@@ -1,14 +1,15 @@
-"""How fast requests may start at a provider: never a burst at the minute's edge.
+"""The rate at which requests start at a provider: never a burst at the edge of a minute.
 
-GCRA (ITU-T I.371; Brandur Leach, "Rate limiting, cells, and GCRA", 2015): one number, the theoretical
-arrival time of the next start. In any window no more starts than its share of the minute and the burst.
+The starts are spaced out by GCRA (limits/gcra.py): in any window no more than its share of
+`requests_per_minute`, and a small burst.
 
-The provider itself lowers it: what it says of its remaining requests and their reset spreads them over
-that time, before it has to say 429; where it said `Retry-After` nothing starts before, then one after
-the other, without a burst, and for as long again only half as much as else.
+The provider itself can lower the rate. What its headers say of its remaining requests and their reset
+spreads the starts over that time, before it has to answer 429. After a `Retry-After` nothing starts
+until that time is over; then requests start without a burst, and for as long again at half the rate.
 
-Tokens a minute are a leaky bucket (ITU-T I.371 as well) of a sixth of the minute: a start pours in what
-it is expected to cost, and its end corrects that; while it is over, nothing starts.
+`tokens_per_minute` is a second GCRA whose starts are worth their tokens, with a burst of a sixth of
+the minute: a request is counted with its expected tokens when it starts, and corrected at its end.
+While it has counted too much, nothing starts.
 """
 
 from __future__ import annotations
@@ -18,13 +19,20 @@ import re
 import time
 from typing import TYPE_CHECKING
 
+from aioserver.limits.gcra import Gcra
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-MAX_COOLING = 120.0  # seconds that a provider may ask for
+# Seconds for which a provider can stop the starts.
+MAX_COOLING = 120.0
+# Seconds; a longer duration in a header is taken for a mistake.
 MAX_RESET = 86_400.0
+# Seconds' worth of tokens that may be used at once: a sixth of the minute.
+TOKEN_BURST = 10.0
 LEFT = ("x-ratelimit-remaining-requests", "x-ratelimit-remaining-tokens")
-JITTER = 0.1  # of a wait that several instances are told at the same time
+# The share that is added at random to a wait, of which several instances hear at the same time.
+JITTER = 0.1
 _DURATION = re.compile(
     r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m(?!s))?(?:(\d+(?:\.\d+)?)s)?(?:(\d+(?:\.\d+)?)ms)?"
 )
@@ -45,84 +53,71 @@ class Pace:
         tokens_per_minute: int = 0,
     ) -> None:
         self._clock = clock
-        self._token_rate = tokens_per_minute / 60.0
-        self._bucket = tokens_per_minute / 6.0
-        self._level, self._level_at = 0.0, clock()
-        self._step = 60.0 / per_minute
-        self._slack = (max(1, burst) - 1) * self._step
-        self._due = 0.0  # the theoretical arrival time
+        self._starts = Gcra(60.0 / per_minute, _tolerance(per_minute, burst), clock)
+        self._tokens = _token_rate(tokens_per_minute, clock)
         self._closed_until = 0.0
-        self._slow_step, self._slow_until = 0.0, 0.0
+        self._slow_interval, self._slow_until = 0.0, 0.0
         self.per_minute = per_minute
 
     def apply(self, per_minute: int, burst: int, *, tokens_per_minute: int = 0) -> None:
         """Use another pace from now on; what has started counts as before."""
-        now = self._clock()
-        self._level, self._level_at = self._drained(now), now
-        self._token_rate = tokens_per_minute / 60.0
-        self._bucket = tokens_per_minute / 6.0
-        if self._due > now:  # so many starts as before, at the new pace where that is faster
-            self._due = now + (self._due - now) * min(1.0, self.per_minute / per_minute)
-        self._step = 60.0 / per_minute
-        self._slack = (max(1, burst) - 1) * self._step
+        # As many starts as before, at the new pace if that is faster.
+        scale = min(1.0, self.per_minute / per_minute)
+        self._starts.apply(60.0 / per_minute, _tolerance(per_minute, burst), scale=scale)
         self.per_minute = per_minute
+        if self._tokens is None or not tokens_per_minute:
+            self._tokens = _token_rate(tokens_per_minute, self._clock)
+        else:
+            interval = 60.0 / tokens_per_minute
+            # As many tokens as before.
+            self._tokens.apply(interval, TOKEN_BURST, scale=interval / self._tokens.interval)
 
     @property
     def left(self) -> int:
-        """How many could start now."""
-        now = self._clock()
-        if now < self._closed_until or (self._token_rate and self._overflow(now) > 0):
+        """How many requests could start now."""
+        if self.cooling or (self._tokens is not None and self._tokens.delay() > 0):
             return 0
-        ahead = max(0.0, self._due - now)
-        return max(0, int((self._slack - ahead) / self._step + 1 + 1e-9))
+        return self._starts.available
 
     @property
     def cooling(self) -> float:
-        """Seconds for which the provider wants to be left alone."""
+        """The seconds for which the provider wants to be left alone."""
         return max(0.0, self._closed_until - self._clock())
 
     def delay(self, ahead: int = 0) -> float:
-        """Seconds until a request may start before which *ahead* others start."""
+        """Return the seconds until a request may start that has *ahead* others before it."""
         now = self._clock()
-        step = self._stride(now)
-        at = max(self._due + ahead * step - self._slack, now + max(0, ahead * step - self._slack))
-        wait = max(0.0, at - now, self._closed_until + ahead * step - now)
-        return max(wait, self._overflow(now)) if self._token_rate else wait
+        others = ahead * self._interval(now) if ahead else 0.0
+        delay = max(self._starts.delay(others), self._closed_until + others - now)
+        return delay if self._tokens is None else max(delay, self._tokens.delay())
 
     def start(self, tokens: int = 0) -> None:
-        """One starts that is expected to cost *tokens*."""
-        now = self._clock()
-        self._due = max(self._due, now) + self._stride(now)
+        """Count a start that is expected to cost *tokens*."""
+        self._starts.take(self._interval(self._clock()))
         if tokens:
             self.charge(tokens)
 
     def charge(self, tokens: int) -> None:
-        """Pour *tokens* in; negative: it was expected to cost more."""
-        if self._token_rate:
-            now = self._clock()
-            self._level = max(0.0, self._drained(now) + tokens)
-            self._level_at = now
-
-    def _drained(self, now: float) -> float:
-        return max(0.0, self._level - (now - self._level_at) * self._token_rate)
-
-    def _overflow(self, now: float) -> float:
-        """Seconds until the bucket has room for a start."""
-        return max(0.0, (self._drained(now) - self._bucket) / self._token_rate)
+        """Count *tokens* more than were expected; a negative number gives back."""
+        if self._tokens is not None:
+            self._tokens.take(tokens * self._tokens.interval)
 
     def cool_down(self, seconds: float) -> None:
-        """The provider said so: nothing for *seconds*, then half the pace for as long again."""
+        """Start nothing for *seconds*, as the provider asks, then at half the pace for as long."""
         now = self._clock()
         wait = min(max(0.0, seconds), MAX_COOLING) * (1 + JITTER * random.random())  # noqa: S311
         self._closed_until = max(self._closed_until, now + wait)
         if wait:
-            self._due = max(self._due, self._closed_until + self._slack)  # no burst behind it
-        self._slow_step, self._slow_until = 2 * self._step, self._closed_until + wait
+            self._starts.postpone(self._closed_until)
+        self._slow_interval, self._slow_until = (
+            2 * self._starts.interval,
+            self._closed_until + wait,
+        )
 
     def heed(self, headers: Mapping[str, str]) -> bool:
-        """Lower the pace to what the provider's `x-ratelimit-*` headers leave, until their reset.
+        """Lower the pace to what the provider's `x-ratelimit-*` headers leave until their reset.
 
-        Returns whether nothing is left, so that it stands still.
+        Returns whether nothing is left, so that no request starts before the reset.
         """
         if LEFT[0] not in headers and LEFT[1] not in headers:
             return False
@@ -139,43 +134,57 @@ class Pace:
                 self._spread(min(reset / left, MAX_COOLING), reset)
         return nothing
 
-    def _spread(self, step: float, seconds: float) -> None:
-        now = self._clock()
-        if step > self._step:
-            self._slow_step, self._slow_until = step, now + seconds
-        elif now >= self._closed_until and now < self._slow_until:
-            self._slow_until = 0.0  # there is more left than it said before
-            self._due = min(self._due, now + self._slack + self._step)
-
     def forget(self) -> None:
-        """What the provider has said was about another account, or it is another provider."""
+        """Forget what the provider has asked for: it was about another account or address."""
         self._closed_until = self._slow_until = 0.0
-        self._due = min(self._due, self._clock() + self._slack + self._step)
+        self._starts.catch_up()
+
+    def _spread(self, interval: float, seconds: float) -> None:
+        now = self._clock()
+        if interval > self._starts.interval:
+            self._slow_interval, self._slow_until = interval, now + seconds
+        elif now >= self._closed_until and now < self._slow_until:
+            # There is more left than the provider said before.
+            self._slow_until = 0.0
+            self._starts.catch_up()
 
     def _close(self, seconds: float) -> None:
         self._closed_until = max(self._closed_until, self._clock() + min(seconds, MAX_COOLING))
 
-    def _stride(self, now: float) -> float:
-        return max(self._step, self._slow_step) if now < self._slow_until else self._step
+    def _interval(self, now: float) -> float:
+        """Return the seconds between two starts, as they are now."""
+        interval = self._starts.interval
+        return max(interval, self._slow_interval) if now < self._slow_until else interval
+
+
+def _tolerance(per_minute: int, burst: int) -> float:
+    return (max(1, burst) - 1) * 60.0 / per_minute
+
+
+def _token_rate(per_minute: int, clock: Callable[[], float]) -> Gcra | None:
+    return Gcra(60.0 / per_minute, TOKEN_BURST, clock) if per_minute else None
 
 
 def duration(text: str) -> float | None:
-    """Seconds in OpenAI's and Groq's way ("1m30.5s", "17ms") or as a number; None: no duration."""
+    """Parse a duration as OpenAI and Groq write it ("1m30.5s", "17ms"), or a number of seconds.
+
+    Returns seconds, or None if *text* is no duration or a longer one than `MAX_RESET`.
+    """
     text = text.strip()
     match = _DURATION.fullmatch(text)
     if text and match is not None:
-        hours, minutes, seconds, milliseconds = (float(part or 0) for part in match.groups())
-        found = hours * 3600 + minutes * 60 + seconds + milliseconds / 1000
+        hours, minutes, whole, milliseconds = (float(part or 0) for part in match.groups())
+        seconds = hours * 3600 + minutes * 60 + whole + milliseconds / 1000
     else:
         number = _number(text)
         if number is None:
             return None
-        found = number
-    return found if 0 <= found <= MAX_RESET else None
+        seconds = number
+    return seconds if 0 <= seconds <= MAX_RESET else None
 
 
 def _number(text: str) -> float | None:
-    """A number of at least 0; None: it is none (-1 is what some say for "no limit")."""
+    """Parse a number >= 0; None for anything else, such as -1, with which some mean "no limit"."""
     try:
         number = float(text)
     except ValueError:

@@ -22,13 +22,23 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from aioserver.protocol import eventstream
-from aioserver.protocol.openai import TEXT_START, Reading, Shape, learn, provider_error, usage_of
+from aioserver.protocol.eventstream import EventTooLong
+from aioserver.protocol.openai import (
+    TEXT_START,
+    BadEvent,
+    ErrorEvent,
+    Reading,
+    Shape,
+    learn,
+    usage_of,
+)
 from aioserver.provider_errors import (
     ProviderAuthError,
     ProviderBadResponse,
     ProviderDisconnected,
     ProviderFault,
 )
+from aioserver.providers.error_mapping import error_object_fault, event_fault
 from aioserver.streams import entries
 
 if TYPE_CHECKING:
@@ -96,7 +106,10 @@ class EventSink:
             ProviderBadResponse: an event that is no JSON, as far as `_sound` can tell.
         """
         self._begun = True
-        block = self._splitter.feed(data)
+        try:
+            block = self._splitter.feed(data)
+        except EventTooLong as exc:
+            raise event_fault(exc) from exc
         if not block:
             return True
         find = block.find  # not `in`: for bytes that costs more than twice as much
@@ -127,7 +140,7 @@ class EventSink:
             raise ProviderBadResponse("the provider sent an event that is not JSON")
         if fault is not None:
             event, stream = fault[0], self._stream
-            error = provider_error(fault[1])
+            error = error_object_fault(fault[1])
             if not stream.answered or isinstance(error, ProviderAuthError):
                 raise error  # of our key nothing is shown
             self._append(event, more=True)
@@ -216,8 +229,8 @@ class ChatSink:
         ended = False
         self._begun = True
         self._stream.seal()  # what was said before this is noted before it
-        block = self._splitter.feed(data)
         try:
+            block = self._splitter.feed(data)
             for event in eventstream.parse(block):
                 if event.data == b"[DONE]":
                     ended = True
@@ -226,6 +239,8 @@ class ChatSink:
                     continue  # no event (WHATWG HTML 9.2.6): it keeps a connection alive
                 chunks += self._reading.read(event.data)
                 self._stream.answer()  # also where it says nothing yet: no second try from here on
+        except (EventTooLong, BadEvent, ErrorEvent) as exc:
+            raise event_fault(exc) from exc
         finally:
             if chunks:
                 self._stream.append(entries.CHUNK, chunks, more=ended)

@@ -188,8 +188,8 @@ class TextPath(FastPath):
         self, cursor: Cursor, client: Client, shape: Shape, text: Callable[..., bytes]
     ) -> None:
         super().__init__(cursor, client, shape)
-        self._before = shape.before
-        self._behind = shape.behind + b"\r\n"
+        self._before = shape.prefix
+        self._behind = shape.suffix + b"\r\n"
         self._head = cursor.stream.head
         self._text = text
         self._texts = bytearray()  # each with its closing quote, which no plain text contains

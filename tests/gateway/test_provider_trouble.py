@@ -478,7 +478,7 @@ async def test_while_a_provider_rests_its_fallback_is_asked_at_once(trouble: Tro
     assert provider.meter.failovers["provider_rate_limited"].value == 3
     assert provider.meter.attempts["http_429"].value == 1
 
-    provider._pace._closed_until = provider._pace._due = 0.0  # its rest is over
+    provider._pace._closed_until = provider._pace._starts._tat = 0.0  # its rest is over
     assert (await trouble.fill())[0].provider == "a"
 
 

@@ -12,6 +12,7 @@ from aioserver.protocol.eventstream import (
     BOM,
     HEARTBEAT,
     MAX_EVENT_BYTES,
+    EventTooLong,
     ServerEvent,
     Splitter,
     count,
@@ -19,7 +20,6 @@ from aioserver.protocol.eventstream import (
     split,
     write,
 )
-from aioserver.provider_errors import ProviderBadResponse
 
 
 class Parser:
@@ -227,7 +227,7 @@ def fits(chunks: list[bytes], most: int) -> bool:
     try:
         for chunk in chunks:
             splitter.feed(chunk)
-    except ProviderBadResponse:
+    except EventTooLong:
         return False
     return True
 
@@ -257,7 +257,7 @@ def test_a_line_without_an_end_is_refused(start: bytes, size: int) -> None:
     splitter = Splitter(3000)
     splitter.feed(start)
 
-    with pytest.raises(ProviderBadResponse, match="more than 3000 bytes"):
+    with pytest.raises(EventTooLong, match="more than 3000 bytes"):
         drip(splitter, b"x" * size)
 
 
@@ -272,7 +272,7 @@ def test_an_event_of_just_the_bound_passes() -> None:
     event = b"data: " + b"x" * 94 + b"\n\n"
 
     assert Splitter(100).feed(event) == event
-    with pytest.raises(ProviderBadResponse):
+    with pytest.raises(EventTooLong):
         Splitter(99).feed(event)
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aioserver.protocol.openai import Reading
+from aioserver.protocol.openai import BadEvent, ErrorEvent, Reading
 from aioserver.provider_errors import (
     ProviderAuthError,
     ProviderBadResponse,
@@ -20,6 +20,7 @@ from aioserver.provider_errors import (
     ProviderRateLimited,
     ProviderRefused,
 )
+from aioserver.providers.error_mapping import event_fault
 
 anything = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=10),
@@ -42,6 +43,14 @@ anything = st.recursive(
 
 def event(delta: dict[str, Any] | None = None, **more: Any) -> bytes:
     return orjson.dumps({"choices": [{"index": 0, "delta": delta or {}, **more}]})
+
+
+def read(data: bytes) -> list[bytes]:
+    """As the sinks do."""
+    try:
+        return Reading().read(data)
+    except (BadEvent, ErrorEvent) as exc:
+        raise event_fault(exc) from exc
 
 
 def said(chunks: list[bytes]) -> list[tuple[str, Any]]:
@@ -149,7 +158,7 @@ def test_the_text_kept_for_the_history_is_bounded_and_the_answer_is_not() -> Non
 )
 def test_an_error_under_200_is_a_fault(data: bytes, text: str) -> None:
     with pytest.raises(ProviderError) as caught:
-        Reading().read(data)
+        read(data)
     assert caught.value.message == f"the provider reported an error: {text}"
 
 
@@ -181,7 +190,7 @@ def test_the_code_of_an_error_under_200_says_what_it_means(
     error: dict[str, Any], kind: type[ProviderFault]
 ) -> None:
     with pytest.raises(ProviderFault) as caught:
-        Reading().read(orjson.dumps({"error": {"message": "our secret", **error}}))
+        read(orjson.dumps({"error": {"message": "our secret", **error}}))
 
     assert type(caught.value) is kind
     shown = caught.value.message.encode() + caught.value.body()
@@ -193,7 +202,7 @@ def test_the_code_of_an_error_under_200_says_what_it_means(
 
 def test_the_text_of_a_providers_error_is_cut() -> None:
     with pytest.raises(ProviderError) as caught:
-        Reading().read(orjson.dumps({"error": {"message": "x" * 100_000}}))
+        read(orjson.dumps({"error": {"message": "x" * 100_000}}))
     assert len(caught.value.message) < 300
 
 
@@ -202,13 +211,13 @@ def test_the_text_of_a_providers_error_is_cut() -> None:
 )
 def test_what_is_no_json_is_a_bad_response(data: bytes) -> None:
     with pytest.raises(ProviderBadResponse, match="not JSON"):
-        Reading().read(data)
+        read(data)
 
 
 @pytest.mark.parametrize("data", [b"null", b"[]", b"1", b'"a"'])
 def test_what_is_no_object_is_a_bad_response(data: bytes) -> None:
     with pytest.raises(ProviderBadResponse, match="not an object"):
-        Reading().read(data)
+        read(data)
 
 
 @pytest.mark.parametrize(
@@ -226,8 +235,8 @@ def test_what_can_be_read_but_not_written_is_a_bad_response(data: str, depth: in
 
     try:
         reading.read((data % deep).encode())
-    except ProviderBadResponse as fault:
-        assert "nested too deeply" in fault.message  # noqa: PT017 - at the border it may pass
+    except BadEvent as error:
+        assert "nested too deeply" in str(error)  # noqa: PT017 - at the border it may pass
     else:
         assert depth < 300
         orjson.dumps({"metadata": {"usage": reading.usage}})
@@ -241,8 +250,8 @@ def test_whatever_comes_is_read_or_refused(answer: dict[str, Any]) -> None:
 
     try:
         chunks = reading.read(data)
-    except (ProviderBadResponse, ProviderError) as fault:
-        assert fault.body()  # noqa: PT017 - either is right
+    except (BadEvent, ErrorEvent) as error:
+        assert event_fault(error).body()  # noqa: PT017 - either is right
     else:
         said(chunks)
         orjson.dumps({"finish_reason": reading.finish_reason, "usage": reading.usage})

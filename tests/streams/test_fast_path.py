@@ -24,8 +24,7 @@ from hypothesis import strategies as st
 from aioserver.errors import AioserverError, ResumeGap
 from aioserver.faces import context
 from aioserver.protocol import eventstream, messages
-from aioserver.protocol.openai import TEXT, Reading, learn
-from aioserver.provider_errors import ProviderBadResponse, ProviderError
+from aioserver.protocol.openai import TEXT, BadEvent, ErrorEvent, Reading, learn
 from aioserver.providers.exchange import Exchange, WireProtocol
 from aioserver.providers.sinks import ChatSink, EventSink
 from aioserver.streams.entries import CANCELLED
@@ -789,7 +788,7 @@ def test_a_shape_is_what_is_around_the_text(name: str) -> None:
     shape = learn(said_event, Reading(index))
 
     assert shape is not None
-    assert_true(shape.before, shape.behind, "another", index)
+    assert_true(shape.prefix, shape.suffix, "another", index)
 
 
 TWICE = {
@@ -806,7 +805,7 @@ TWICE = {
 @pytest.mark.parametrize("name", TWICE)
 def test_what_is_learned_of_a_text_that_is_there_twice_is_true(name: str) -> None:
     if (shape := learn(TWICE[name], Reading())) is not None:
-        assert_true(shape.before, shape.behind, "another", 0)
+        assert_true(shape.prefix, shape.suffix, "another", 0)
 
 
 def assert_true(before: bytes, behind: bytes, text: str, index: int) -> None:
@@ -829,11 +828,11 @@ def test_what_was_learned_is_true_for_every_text(
     found: tuple[list[bytes], bytes], others: list[str], index: int
 ) -> None:
     for one in found[0]:
-        with contextlib.suppress(ProviderError, ProviderBadResponse):
+        with contextlib.suppress(ErrorEvent, BadEvent):
             Reading(index).read(one[6:-2])  # only what was read is learned from
             if (shape := learn(one, Reading(index))) is not None:
                 for text in others:
-                    assert_true(shape.before, shape.behind, text, index)
+                    assert_true(shape.prefix, shape.suffix, text, index)
 
 
 def members(*groups: list[tuple[str, str]]) -> str:
@@ -889,13 +888,13 @@ def test_what_was_learned_is_true_among_repeated_keys(
     data = b"data: %b\n\n" % whole.encode()
     try:
         Reading().read(data[6:-2])
-    except (ProviderError, ProviderBadResponse):
+    except (ErrorEvent, BadEvent):
         return  # it ends the answer, nothing is learned
 
     shape = learn(data, Reading())
 
     if shape is not None:
-        assert_true(shape.before, shape.behind, other, 0)
+        assert_true(shape.prefix, shape.suffix, other, 0)
 
 
 # What comes between the read that was taken and the end of that turn of the loop.

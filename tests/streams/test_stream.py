@@ -561,7 +561,7 @@ class Known:
         path.open, self.stream.path = True, path
         for _ in range(dice.randint(1, 4)):
             name = f"{len(self.events)}-" + "x" * dice.randint(0, 300)
-            event = shape.before + name.encode() + shape.behind
+            event = shape.prefix + name.encode() + shape.suffix
             assert path.take(b"%x\r\n%b\r\n" % (len(event), event))
             self.events.append(name)
             reader.seen.append((reader.next, name))

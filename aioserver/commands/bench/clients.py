@@ -17,8 +17,7 @@ from aiohttp import WSMsgType
 
 from aioserver.commands import remote
 from aioserver.protocol.eventstream import Splitter, parse
-from aioserver.protocol.openai import Reading
-from aioserver.provider_errors import ProviderBadResponse, ProviderError
+from aioserver.protocol.openai import BadEvent, ErrorEvent, Reading
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -67,7 +66,7 @@ class Client(Protocol):
 
         Raises:
             aiohttp.ClientError, OSError: the connection failed.
-            NotUnderstoodError, ProviderBadResponse: the server is not understood.
+            NotUnderstoodError, EventTooLong: the server is not understood.
         """
 
     async def close(self) -> None:
@@ -240,10 +239,10 @@ def _read(attempt: Attempt, reading: Reading, data: bytes) -> bool:
     """Whether the model said something in *data*: one event, or a whole answer."""
     try:
         return bool(reading.read(data))
-    except ProviderError:
+    except ErrorEvent:
         attempt.error(remote.told_in(orjson.loads(data), "provider_error"))
-    except ProviderBadResponse as error:
-        attempt.lost("not_understood", error.message)
+    except BadEvent as error:
+        attempt.lost("not_understood", str(error))
     return False
 
 

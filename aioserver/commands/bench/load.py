@@ -14,7 +14,7 @@ from aioserver.commands.bench.attempt import Attempt
 from aioserver.commands.bench.clients import CLIENTS, NotUnderstoodError, Question
 from aioserver.commands.bench.limits import Peaks, met
 from aioserver.commands.bench.results import Results
-from aioserver.provider_errors import ProviderBadResponse
+from aioserver.protocol.eventstream import EventTooLong
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -157,7 +157,7 @@ class Run:
             attempt.lost("cannot_connect", remote.why(error))
         except (aiohttp.ClientError, OSError) as error:
             attempt.lost("connection_lost", remote.why(error))
-        except (NotUnderstoodError, ProviderBadResponse) as error:
+        except (NotUnderstoodError, EventTooLong) as error:
             attempt.lost("not_understood", str(error))
         attempt.settle()
         if not attempt.good:

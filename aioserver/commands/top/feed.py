@@ -12,8 +12,7 @@ import aiohttp
 import orjson
 
 from aioserver.commands import remote
-from aioserver.protocol.eventstream import Splitter, parse
-from aioserver.provider_errors import ProviderBadResponse
+from aioserver.protocol.eventstream import EventTooLong, Splitter, parse
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -135,7 +134,7 @@ class Feed:
                         self._changed()
         except (aiohttp.ClientError, OSError) as error:
             raise LostError(remote.why(error)) from None
-        except (ProviderBadResponse, orjson.JSONDecodeError):
+        except (EventTooLong, orjson.JSONDecodeError):
             raise LostError("what it sends are not aioserver's events") from None
         raise LostError("it closed the connection")
 

@@ -1,0 +1,84 @@
+"""The one rate algorithm: GCRA, the generic cell rate algorithm (ITU-T I.371).
+
+The state is one number, the theoretical arrival time (TAT): the moment at which the next start would be
+exactly on schedule. A start is allowed while that moment is at most a tolerance ahead of now, and
+moves it ahead by an interval (from now, if it has passed). So after a rest `1 + tolerance / interval`
+starts may follow each other at once, then one each interval. Nothing is stored per start, and nothing
+is reset at the edge of a minute, where a counter would allow two bursts. See also Brandur Leach,
+"Rate limiting, cells, and GCRA", 2015.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+# Seconds by which a start may be early, for the rounding errors of a minute's additions: a client that
+# comes back after exactly the delay that it was given is not refused again.
+ROUNDING = 1e-9
+
+
+class Gcra:
+    """A start each *interval* seconds, and up to *tolerance* seconds early.
+
+    Always: at most `(t + tolerance) / interval + 1` starts in any span of t seconds, if each start is
+    counted by `try_take`, or by `take` when `delay` is 0.
+
+    Waiting is the caller's business. The whole state is one number, so that several instances of the
+    server can share it as one key.
+    """
+
+    __slots__ = ("_clock", "_tat", "_tolerance", "interval")
+
+    def __init__(
+        self, interval: float, tolerance: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._clock = clock
+        self._tat = 0.0
+        self._tolerance = tolerance
+        self.interval = interval
+
+    def delay(self, ahead: float = 0.0) -> float:
+        """Return the seconds until a start is allowed that has others worth *ahead* seconds before it."""
+        return max(0.0, max(0.0, self._tat - self._clock()) + ahead - self._tolerance)
+
+    def take(self, seconds: float) -> None:
+        """Count a start that is worth *seconds*, whether it is allowed or not.
+
+        An ordinary start is worth `interval`. A negative number gives back.
+        """
+        self._tat = max(self._tat, self._clock()) + seconds
+
+    def try_take(self) -> float:
+        """Count a start if it is allowed, and return 0; otherwise return the seconds until it is."""
+        now = self._clock()
+        tat = max(self._tat, now)
+        delay = tat - now - self._tolerance
+        if delay > ROUNDING:
+            return delay
+        self._tat = tat + self.interval
+        return 0.0
+
+    @property
+    def available(self) -> int:
+        """How many starts are allowed now."""
+        ahead = max(0.0, self._tat - self._clock())
+        return max(0, int((self._tolerance - ahead) / self.interval + 1 + ROUNDING))
+
+    def apply(self, interval: float, tolerance: float, *, scale: float = 1.0) -> None:
+        """Use another rate. Starts count as before: their seconds that are ahead of now, times *scale*."""
+        now = self._clock()
+        if self._tat > now:
+            self._tat = now + (self._tat - now) * scale
+        self.interval, self._tolerance = interval, tolerance
+
+    def postpone(self, moment: float) -> None:
+        """Allow no start before *moment*, a time of the clock, and no burst at that moment."""
+        self._tat = max(self._tat, moment + self._tolerance)
+
+    def catch_up(self) -> None:
+        """Allow the next start in one interval at the latest, whatever has been counted."""
+        self._tat = min(self._tat, self._clock() + self._tolerance + self.interval)
