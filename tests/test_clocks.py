@@ -11,7 +11,8 @@ from tests.test_imports import MODULES
 WALL = {"time.time", "time.time_ns", "time.localtime", "time.gmtime", "datetime.now"}
 WALL |= {"datetime.utcnow", "datetime.today", "date.today"}
 SHOWN = {  # module: why it may know what time people have
-    "monitor": "the stamps of snapshots and incidents",
+    "monitoring.incidents": "the stamps of incidents",
+    "monitoring.snapshot": "the stamps of snapshots",
     "faces.ready": "the Date header",
     "providers.verdict": "a Retry-After that is a date",
     "providers.simulator.refusals": "it sends such a date",
