@@ -90,6 +90,7 @@ class Monitor:
         self._watchers: dict[Watcher, int] = {}
         self._ticks = 0
         self._timer = self._loop.call_later(TICK, self._next_tick)
+        # It sets the interval and the snapshot, which are there from now on.
         self.tick()
 
     @property
@@ -120,7 +121,9 @@ class Monitor:
             ServerAtCapacity: there are MAX_WATCHERS already.
         """
         if self.full:
-            raise ServerAtCapacity(f"{MAX_WATCHERS} watch already", retry_after=10.0)
+            raise ServerAtCapacity(
+                f"{MAX_WATCHERS} clients watch already, which is the limit", retry_after=10.0
+            )
         self._watchers[watcher] = every
         stats = eventstream.write(self._snapshot_json, event="stats")
         watcher.send(self._write_history() + stats)

@@ -130,7 +130,7 @@ class ServerCollector(Collector):
         self._snapshot = snapshot
 
     def collect(self) -> Iterator[Metric]:
-        """Yield every metric of the server; what yields last is read last."""
+        """Yield every metric of the server, each as it is when it is asked for."""
         for family in self._sources.metrics.families():
             yield _counted(family)
         yield _build_info()
