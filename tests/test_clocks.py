@@ -11,11 +11,12 @@ from tests.support.package import MODULES
 WALL = {"time.time", "time.time_ns", "time.localtime", "time.gmtime", "datetime.now"}
 WALL |= {"datetime.utcnow", "datetime.today", "date.today"}
 SHOWN = {  # module: why it may know what time people have
-    "monitoring.monitor": "the stamps of snapshots and incidents",
+    "monitoring.incidents": "the stamps of incidents",
+    "monitoring.snapshot": "the stamps of snapshots",
     "faces.ready": "the Date header",
     "providers.error_mapping": "a Retry-After that is a date",
     "providers.simulator.refusals": "it sends such a date",
-    "auth.callers": "a session is older than the process",
+    "auth.keys": "a session is older than the process",
     "commands.top.screen": "the times of incidents",
     "providers.simulator.shapes": "`created` in OpenAI's objects",
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 from aiohttp import web
@@ -16,6 +16,9 @@ from aioserver.faces.sse import RETRY, Events
 from aioserver.monitoring import prometheus
 from aioserver.protocol import eventstream
 from aioserver.streams.writer import Writer
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 FRESH = {"Cache-Control": "no-store"}
 
@@ -47,11 +50,11 @@ async def ready(request: web.Request) -> web.Response:
     )
 
 
-def overview(app: web.Application) -> dict[str, Any]:
+def overview(app: web.Application) -> Mapping[str, object]:
     """The state at this moment: what `/stats` shows; where keys exist, the addresses only."""
     snapshot = app[context.MONITOR].snapshot
     if app[context.ACCESS].keyed:
-        return {name: snapshot[name] for name in ("name", "endpoints")}
+        return {"name": snapshot["name"], "endpoints": snapshot["endpoints"]}
     return snapshot
 
 
@@ -64,7 +67,7 @@ async def stats(request: web.Request) -> web.Response:
 async def metrics(request: web.Request) -> web.Response:
     """Prometheus text."""
     headers = {"Content-Type": prometheus.CONTENT_TYPE, **FRESH}
-    return web.Response(body=await prometheus.text(request.app), headers=headers)
+    return web.Response(body=await prometheus.text(request.app[context.REGISTRY]), headers=headers)
 
 
 async def events(request: web.Request) -> web.StreamResponse:

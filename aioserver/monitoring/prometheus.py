@@ -1,10 +1,15 @@
-"""The metrics as Prometheus text, by prometheus-client: families in, text out."""
+"""`/metrics`: Prometheus text (https://prometheus.io/docs/instrumenting/exposition_formats/).
+
+Counters and histograms are the families of the metrics. Gauges are read from a fresh snapshot, the same
+that `/stats` shows, by a table. prometheus-client writes the text.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import platform
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple
 
 import aiohttp
 from prometheus_client import (
@@ -22,149 +27,195 @@ from prometheus_client.metrics_core import (
 from prometheus_client.registry import Collector
 
 from aioserver import __version__
-from aioserver.faces import context
 from aioserver.providers.breaker import CLOSED, OPEN, TRIAL
 from aioserver.telemetry.counters import Counter
-from aioserver.telemetry.kernel import accept_queue, process_usage
+from aioserver.telemetry.kernel import accept_queue
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    import socket
+    from collections.abc import Callable, Iterator, Sequence
 
-    from aiohttp import web
+    from aioserver.monitoring.snapshot import ProviderState, Snapshot, Sources
+    from aioserver.telemetry.counters import Histogram
+    from aioserver.telemetry.metrics import Family
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 PREFIX = "aioserver_"
-STATES = (CLOSED, TRIAL, OPEN)
+BREAKER_STATES = (CLOSED, TRIAL, OPEN)
 
 
-class House(Collector):
-    """What a house counts, and its state now."""
+class Gauge(NamedTuple):
+    """One gauge in the table: a number of a snapshot, or one for each value of *label*.
 
-    def __init__(self, app: web.Application) -> None:
-        self._app = app
+    It is left out where the number is None, since the system does not tell it.
+    """
+
+    name: str
+    read: Callable[[Snapshot], float | Mapping[str, float] | None]
+    help: str
+    label: str = ""
+
+
+def _each_provider(
+    read: Callable[[ProviderState], float],
+) -> Callable[[Snapshot], dict[str, float]]:
+    return lambda s: {name: read(provider) for name, provider in s["providers"].items()}
+
+
+GAUGES = (
+    Gauge("ready", lambda s: s["ready"], "Whether the server takes new work"),
+    Gauge(
+        "connections",
+        lambda s: s["connections"]["active_by_face"],
+        "Connections that have a place",
+        "face",
+    ),
+    Gauge(
+        "connections_waiting",
+        lambda s: s["connections"]["waiting_by_face"],
+        "Connections that wait for a place",
+        "face",
+    ),
+    Gauge("connections_limit", lambda s: s["connections"]["limit"], "max_connections"),
+    Gauge("streams", lambda s: s["streams"]["running"], "Answers under way"),
+    Gauge(
+        "streams_detached",
+        lambda s: s["streams"]["detached"],
+        "Answers under way without a reader",
+    ),
+    Gauge("kept_stream_bytes", lambda s: s["streams"]["bytes"], "Bytes of all streams together"),
+    Gauge("kept_stream_bytes_limit", lambda s: s["streams"]["max_bytes"], "max_kept_bytes"),
+    Gauge(
+        "provider_in_flight",
+        _each_provider(lambda p: p["in_flight"]),
+        "Requests in flight",
+        "provider",
+    ),
+    Gauge(
+        "provider_limit", _each_provider(lambda p: p["limit"]), "concurrent_requests", "provider"
+    ),
+    Gauge(
+        "provider_waiting",
+        _each_provider(lambda p: p["waiting"]),
+        "Requests in the provider's queue",
+        "provider",
+    ),
+    Gauge(
+        "breaker_state",
+        _each_provider(lambda p: BREAKER_STATES.index(p["breaker"])),
+        "State of the circuit breaker: 0 closed, 1 trial, 2 open",
+        "provider",
+    ),
+    Gauge(
+        "pool_open",
+        _each_provider(lambda p: p["pool"]["open"]),
+        "Connections, idle ones included",
+        "provider",
+    ),
+    Gauge(
+        "pool_idle", _each_provider(lambda p: p["pool"]["idle"]), "Idle connections", "provider"
+    ),
+    Gauge("open_fds", lambda s: s["process"]["open_fds"], "Open file descriptors"),
+    Gauge("max_fds", lambda s: s["process"]["max_fds"], "Limit of open file descriptors"),
+    Gauge("tasks", lambda s: s["process"]["tasks"], "Tasks of the event loop, some seconds ago"),
+    Gauge("watchers", lambda s: s["watchers"], "Clients of /events"),
+)
+
+
+class ServerCollector(Collector):
+    """Gives prometheus-client what the server has counted, and its state at this moment."""
+
+    def __init__(self, sources: Sources, snapshot: Callable[[], Snapshot]) -> None:
+        self._sources = sources
+        self._snapshot = snapshot
 
     def collect(self) -> Iterator[Metric]:
-        """All families."""
-        yield from self._counted()
-        yield from self._state()
-
-    def _counted(self) -> Iterator[Metric]:
-        for family in self._app[context.METRICS].families():
-            name, first = PREFIX + family.name, next(iter(family.children.values()))
-            if isinstance(first, Counter):
-                counters = CounterMetricFamily(name, family.help, labels=family.labels)
-                for labels, counter in family.children.items():
-                    assert isinstance(counter, Counter)
-                    counters.add_metric(labels, counter.value)
-                yield counters
-                continue
-            histograms = HistogramMetricFamily(name, family.help, labels=family.labels)
-            for labels, one in family.children.items():
-                assert not isinstance(one, Counter)
-                below, buckets = 0, []
-                for bound, number in zip((*one.bounds, "+Inf"), one.counts, strict=True):
-                    below += number
-                    buckets.append((str(bound), below))
-                histograms.add_metric(labels, buckets, one.sum)
-            yield histograms
-
-    def _state(self) -> Iterator[Metric]:
-        app = self._app
-        settings, metrics = app[context.SETTINGS], app[context.METRICS]
-        gate, streams = app[context.ADMISSION].gate.stats(), app[context.STREAMS].stats()
-        build = {
-            "version": __version__,
-            "python": platform.python_version(),
-            "aiohttp": aiohttp.__version__,
-        }
-        yield _gauge("build_info", "What runs here", [(tuple(build.values()), 1)], tuple(build))
-        ready = app[context.LIFE].ready and app[context.ROUTER].usable
-        yield _gauge("ready", "Whether new work is welcome", [((), ready)])
-        faces = metrics.faces.items()
-        yield _gauge(
-            "connections",
-            "Connections that have a place",
-            [((name,), meter.connections.value) for name, meter in faces],
-            ("face",),
-        )
-        yield _gauge(
-            "connections_waiting",
-            "Connections that wait for a place",
-            [((name,), meter.waiting.value) for name, meter in faces],
-            ("face",),
-        )
-        yield _gauge("connections_limit", "max_connections", [((), gate.limit)])
-        yield _gauge("streams", "Answers under way that can be found", [((), streams.running)])
-        detached = app[context.GATEWAY].lifetime.detached
-        yield _gauge("streams_detached", "Those of them without a reader", [((), detached)])
-        yield _gauge("kept_stream_bytes", "Of all logs", [((), streams.bytes)])
-        bound = settings.chat.streams.max_kept_bytes
-        yield _gauge("kept_stream_bytes_limit", "max_kept_bytes", [((), bound)])
-        providers = [(name, one.stats()) for name, one in app[context.ROUTER].providers.items()]
-        for name, about, values in (
-            ("provider_in_flight", "Places taken", [s.queue.inside for _, s in providers]),
-            ("provider_limit", "concurrent_requests", [s.queue.limit for _, s in providers]),
-            ("provider_waiting", "Requests in its line", [s.queue.waiting for _, s in providers]),
-            (
-                "breaker_state",
-                "0 closed, 1 trial, 2 open",
-                [STATES.index(s.breaker) for _, s in providers],
-            ),
-            ("pool_open", "Connections, idle ones included", [s.pool.open for _, s in providers]),
-            ("pool_idle", "Idle connections", [s.pool.idle for _, s in providers]),
-        ):
-            samples = [((p,), value) for (p, _), value in zip(providers, values, strict=True)]
-            yield _gauge(name, about, samples, ("provider",))
-        queues = [accept_queue(sock) for sock in app[context.LIFE].listening if sock.fileno() >= 0]
-        known = [queue for queue in queues if queue is not None]
-        waits, room = sum(one.waiting for one in known), sum(one.limit for one in known)
-        yield _gauge("listen_queue", "Connections that wait to be accepted", [((), waits)])
-        yield _gauge("listen_queue_limit", "How many the kernel holds", [((), room)])
-        state, snapshot = process_usage(), app[context.MONITOR].snapshot
-        for name, about, number in (
-            ("open_fds", "Open file descriptors", state["open_fds"]),
-            ("max_fds", "How many there may be", state["max_fds"]),
-            ("tasks", "Tasks of the event loop, some seconds ago", snapshot["process"]["tasks"]),
-            ("watchers", "Who follows /events", snapshot["watchers"]),
-        ):
-            if number is not None:
-                yield _gauge(name, about, [((), number)])
+        """Yield every metric of the server, each as it is when it is asked for."""
+        for family in self._sources.metrics.families():
+            yield _counted(family)
+        yield _build_info()
+        snapshot = self._snapshot()
+        for name, read, about, label in GAUGES:
+            if (value := read(snapshot)) is not None:
+                yield _gauge(name, about, value, label)
+        yield from _accept_queues(self._sources.listening)
 
 
-def _gauge(
-    name: str,
-    about: str,
-    samples: Iterable[tuple[tuple[str, ...], float]],
-    labels: tuple[str, ...] = (),
-) -> Metric:
-    family = GaugeMetricFamily(PREFIX + name, about, labels=labels)
-    for values, number in samples:
-        family.add_metric(values, float(number))
-    return family
+def registry(sources: Sources, snapshot: Callable[[], Snapshot]) -> CollectorRegistry:
+    """Return a registry of the server's and the process's metrics; *snapshot* makes a fresh one."""
+    collectors = CollectorRegistry(auto_describe=False)
+    collectors.register(ServerCollector(sources, snapshot))
+    ProcessCollector(registry=collectors)
+    return collectors
 
 
-def registry(app: web.Application) -> CollectorRegistry:
-    """Everything about this process."""
-    found = CollectorRegistry(auto_describe=False)
-    found.register(House(app))
-    ProcessCollector(registry=found)
-    return found
-
-
-async def text(app: web.Application) -> bytes:
-    """The text, of the type CONTENT_TYPE. Others have a turn behind each family."""
+async def text(collectors: CollectorRegistry) -> bytes:
+    """Return the text, of the type CONTENT_TYPE; other tasks may run after each metric."""
     parts = []
-    for family in app[context.REGISTRY].collect():
-        parts.append(generate_latest(_One(family)))
+    for metric in collectors.collect():
+        parts.append(generate_latest(_OneMetric(metric)))
         await asyncio.sleep(0)
     return b"".join(parts)
 
 
-class _One:
-    """A registry of one family."""
+class _OneMetric:
+    """A registry of one metric."""
 
-    def __init__(self, family: Metric) -> None:
-        self._family = family
+    def __init__(self, metric: Metric) -> None:
+        self._metric = metric
 
     def collect(self) -> tuple[Metric]:
-        return (self._family,)
+        return (self._metric,)
+
+
+def _counted(family: Family) -> Metric:
+    """A family of counters or histograms."""
+    name = PREFIX + family.name
+    counters = CounterMetricFamily(name, family.help, labels=family.labels)
+    histograms = HistogramMetricFamily(name, family.help, labels=family.labels)
+    for labels, child in family.children.items():
+        if isinstance(child, Counter):
+            counters.add_metric(labels, child.value)
+        else:
+            histograms.add_metric(labels, _buckets(child), child.sum)
+    return histograms if histograms.samples else counters
+
+
+def _buckets(histogram: Histogram) -> list[tuple[str, float]]:
+    """The buckets as Prometheus wants them: each holds the ones below it, too."""
+    total, buckets = 0, []
+    for bound, count in zip((*histogram.bounds, "+Inf"), histogram.counts, strict=True):
+        total += count
+        buckets.append((str(bound), float(total)))
+    return buckets
+
+
+def _gauge(name: str, about: str, value: float | Mapping[str, float], label: str = "") -> Metric:
+    family = GaugeMetricFamily(PREFIX + name, about, labels=(label,) if label else ())
+    if isinstance(value, Mapping):
+        for label_value, number in value.items():
+            family.add_metric((label_value,), float(number))
+    else:
+        family.add_metric((), float(value))
+    return family
+
+
+def _build_info() -> Metric:
+    """The versions, as labels of a gauge that is always 1."""
+    versions = {
+        "version": __version__,
+        "python": platform.python_version(),
+        "aiohttp": aiohttp.__version__,
+    }
+    family = GaugeMetricFamily(PREFIX + "build_info", "Versions of this build", labels=[*versions])
+    family.add_metric([*versions.values()], 1.0)
+    return family
+
+
+def _accept_queues(listening: Sequence[socket.socket]) -> Iterator[Metric]:
+    """The accept queues of all open sockets together; they are not part of a snapshot."""
+    queues = [accept_queue(sock) for sock in listening if sock.fileno() >= 0]
+    known = [queue for queue in queues if queue is not None]
+    waiting, limit = sum(queue.waiting for queue in known), sum(queue.limit for queue in known)
+    yield _gauge("listen_queue", "Connections that wait to be accepted", waiting)
+    yield _gauge("listen_queue_limit", "Limit of the kernel's accept queue", limit)

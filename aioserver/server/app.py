@@ -29,6 +29,7 @@ from aioserver.gateway.router import Router
 from aioserver.limits.timer_wheel import TimerWheel
 from aioserver.monitoring import prometheus
 from aioserver.monitoring.monitor import Monitor
+from aioserver.monitoring.snapshot import Sources
 from aioserver.providers.registry import Roster
 from aioserver.server.middleware import front
 from aioserver.streams.fast_path import Outbox
@@ -68,7 +69,6 @@ def build(settings: Settings) -> web.Application:
     app[context.LIFE] = context.Life()
     app[context.SOCKETS] = set()
     app[context.METRICS] = metrics
-    app[context.REGISTRY] = prometheus.registry(app)
     app[context.ADMISSION] = admission = Admission(given.concurrency, metrics)
     app.cleanup_ctx.extend((_owners, _readiness))
     _route(app, settings, admission)
@@ -153,8 +153,21 @@ async def _owners(app: web.Application) -> AsyncIterator[None]:
         grain = min(1.0, chat.websocket.ping_interval / WHEEL_GRAIN)
         app[context.WHEEL] = wheel = TimerWheel(asyncio.get_running_loop(), grain)
         stack.callback(wheel.close)
-        app[context.MONITOR] = monitor = Monitor(app)
+        life = app[context.LIFE]
+        sources = Sources(
+            settings=settings,
+            metrics=metrics,
+            gate=app[context.ADMISSION].gate,
+            streams=streams,
+            lifetime=gateway.lifetime,
+            router=router,
+            lag=lag,
+            ready=lambda: life.ready and router.usable,
+            listening=life.listening,
+        )
+        app[context.MONITOR] = monitor = Monitor(sources)
         stack.callback(monitor.close)
+        app[context.REGISTRY] = prometheus.registry(sources, monitor.fresh)
         yield
 
 

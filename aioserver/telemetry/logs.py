@@ -178,7 +178,7 @@ def apply(settings: Logging) -> None:
 
 
 def dropped() -> Counter:
-    """Count the lines that could not be written since `set_up`."""
+    """Return the number of lines that could not be written since `set_up`."""
     counter = Counter()
     counter.value = sum(handler.dropped for handler in _handlers())
     return counter

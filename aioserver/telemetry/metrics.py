@@ -280,7 +280,10 @@ SERVER_FAMILIES: tuple[Row[Metrics], ...] = (
         ("face", "code"),
     ),
     Row(
-        "rejections", lambda m: m.rejections, "Requests and connections refused for now", ("code",)
+        "rejections",
+        lambda m: m.rejections,
+        "Requests and connections refused; they may be tried again later",
+        ("code",),
     ),
     Row("resumes", lambda m: m.resumes, "Attempts to resume an answer", ("outcome",)),
     Row("slow_clients", lambda m: m.slow_clients, "Clients dropped because they read nothing"),
@@ -305,13 +308,17 @@ SERVER_FAMILIES: tuple[Row[Metrics], ...] = (
     Row(
         "delay_seconds",
         lambda m: m.delay,
-        "Longest time in an answer that the server, or a client that read nothing, held it up",
+        "Longest time that the server, or a client that read nothing, held up an answer",
         ("by",),
     ),
     Row("loop_lag_seconds", lambda m: m.loop_lag, "How late the event loop called a timer"),
 )
 FACE_FAMILIES: tuple[Row[FaceMeter], ...] = (
-    Row("connections_rejected", lambda m: m.rejected, "Connections refused for want of a place"),
+    Row(
+        "connections_rejected",
+        lambda m: m.rejected,
+        "Connections refused because no place was free",
+    ),
     Row(
         "request_duration_seconds",
         lambda m: m.duration,
@@ -325,7 +332,7 @@ FACE_FAMILIES: tuple[Row[FaceMeter], ...] = (
     Row(
         "overhead_seconds",
         lambda m: m.overhead,
-        "Our own work from admission to the provider's queue",
+        "Time that the server itself took from admission to the provider's queue",
     ),
 )
 PROVIDER_FAMILIES: tuple[Row[ProviderMeter], ...] = (

@@ -40,7 +40,7 @@ class RequestRecord:
     Times are of the monotonic clock, and 0.0 as long as the event has not happened:
 
         asked         the request was admitted and understood
-        lined         it entered the queue of its provider, for the first time
+        lined         it asked for a place at its provider, for the first time
         sent          its newest attempt was sent
         first         the first event of its answer was there
 

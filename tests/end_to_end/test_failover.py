@@ -122,7 +122,7 @@ async def test_all_of_it_can_be_watched(make_house: Make) -> None:
         house.app[context.MONITOR].tick()
         again = [one["text"] for one in house.app[context.MONITOR]._incidents]
 
-    assert "sim fails, and is left alone" in incidents
+    assert "sim fails: its breaker has opened" in incidents
     assert "sim answers again" in again
     assert providers["sim"]["breaker"] == "open"
     assert providers["sim"]["faults"]["http_5xx"] == 5

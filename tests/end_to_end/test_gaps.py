@@ -79,7 +79,7 @@ async def test_a_provider_that_pauses_is_told_as_its_gap(
     assert fields["provider_gap_ms"] >= PAUSE * 300
     assert "client_gap_ms" not in fields
     house.app[context.MONITOR].tick()
-    stats = house.app[context.MONITOR].snapshot
+    stats: Any = house.app[context.MONITOR].snapshot
     assert stats["providers"]["sim"]["silence"]["p99"] >= PAUSE * 0.3
     assert stats["delay"]["ours"]["count"] == stats["delay"]["client"]["count"] == 1
 

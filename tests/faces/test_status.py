@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from aioserver import __version__
 from aioserver.faces import context
-from aioserver.monitoring import monitor
+from aioserver.monitoring import incidents, monitor
 from aioserver.protocol import eventstream
 from aioserver.providers.simulator.exchange import Behaviour
 from tests.support.chat import CHAT, chat, to_end
@@ -217,28 +217,28 @@ async def test_who_is_not_let_in_is_counted_and_a_burst_is_told(make_house: Make
         assert found["aioserver_auth_failures_total", ("reason", reason)] == number
     assert not house.app[context.MONITOR]._incidents, "five are no burst"
 
-    for _ in range(monitor.DENIED_BURST):
+    for _ in range(incidents.DENIED_BURST):
         async with house.session.get(f"{house.base}/stats") as response:
             assert response.status == 401
     tick()
     tick()
     (incident,) = house.app[context.MONITOR]._incidents
     assert (incident["kind"], incident["severity"]) == ("auth", "warning")
-    assert incident["text"].startswith("15 not let in")
+    assert incident["text"].startswith("15 requests denied")
 
 
 async def test_a_few_now_and_then_are_no_burst(make_house: Make) -> None:
     house = await make_house(**keys_of("web"))
-    for _ in range(2 * monitor.DENIED_TICKS):
-        for _ in range(monitor.DENIED_BURST // monitor.DENIED_TICKS - 1):
+    for _ in range(2 * incidents.DENIED_TICKS):
+        for _ in range(incidents.DENIED_BURST // incidents.DENIED_TICKS - 1):
             async with house.session.get(f"{house.base}/stats"):
                 pass
         house.app[context.MONITOR].tick()
-    for _ in range(monitor.DENIED_BURST - 1):
+    for _ in range(incidents.DENIED_BURST - 1):
         async with house.session.get(f"{house.base}/stats"):
             pass
     house.app[context.MONITOR].tick()
-    for _ in range(monitor.DENIED_TICKS):
+    for _ in range(incidents.DENIED_TICKS):
         house.app[context.MONITOR].tick()
     async with house.session.get(f"{house.base}/stats"):
         pass

@@ -1,0 +1,108 @@
+"""The interval between two ticks: how much each total has grown, the event loop's lag, the CPU time.
+
+Rates and incidents are made from it. Totals are read from the metrics and never reset: what has grown
+is the difference of two readings.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from aioserver.telemetry.loop_lag import LoopLag
+    from aioserver.telemetry.metrics import Metrics
+
+# Ticks between two counts of the event loop's tasks, whose cost grows with their number.
+TASK_TICKS = 10
+# Seconds; rates of a shorter interval are those of this one.
+MIN_SECONDS = 1e-3
+
+# Kinds of totals. The details are an error code for REJECTIONS and an outcome for ATTEMPTS.
+REJECTIONS = "rejections"
+REQUESTS = "requests"
+DENIED = "denied"
+SLOW_CLIENTS = "slow_clients"
+EVENTS = "events"
+KEY_REFUSED = "key_refused"
+ATTEMPTS = "attempts"
+
+
+class Total(NamedTuple):
+    """The name of a number that only grows; *provider* is None if it is no provider's."""
+
+    kind: str
+    detail: str = ""
+    provider: str | None = None
+
+
+@dataclass(slots=True)
+class Interval:
+    """What was measured during one interval.
+
+    *growth* has only the totals that have grown; *rates* are per second, by kind and provider; *lag* (a
+    mean) and *lag_max* are in seconds; *cpu* is the share of one core; *tasks* may be TASK_TICKS old.
+    """
+
+    growth: dict[Total, float]
+    rates: dict[tuple[str, str | None], float]
+    lag: float
+    lag_max: float
+    cpu: float
+    tasks: int
+
+    def rate(self, kind: str, provider: str | None = None) -> float:
+        """Return the growth per second of the totals of this kind: of all, or of one provider's."""
+        return round(self.rates.get((kind, provider), 0.0), 1)
+
+
+class IntervalMeter:
+    """Measures one interval after another, without a gap between them."""
+
+    def __init__(self, metrics: Metrics, lag: LoopLag) -> None:
+        self._metrics = metrics
+        self._lag = lag
+        self._totals = totals(metrics)
+        self._ended = time.monotonic()
+        self._cpu = time.process_time()
+        self._number = 0
+        self._tasks = 0
+
+    def measure(self) -> Interval:
+        """End the interval that began at the last call of this method, and return it."""
+        now, cpu, after = time.monotonic(), time.process_time(), totals(self._metrics)
+        seconds = max(now - self._ended, MIN_SECONDS)
+        growth = {
+            total: number - before
+            for total, number in after.items()
+            if number > (before := self._totals.get(total, 0.0))
+        }
+        rates: defaultdict[tuple[str, str | None], float] = defaultdict(float)
+        for total, number in growth.items():
+            for provider in {None, total.provider}:
+                rates[total.kind, provider] += number / seconds
+        if self._number % TASK_TICKS == 0:
+            self._tasks = len(asyncio.all_tasks())
+        cpu_share = round((cpu - self._cpu) / seconds, 3)
+        self._number += 1
+        self._totals, self._ended, self._cpu = after, now, cpu
+        return Interval(growth, rates, *self._lag.take(), cpu_share, self._tasks)
+
+
+def totals(metrics: Metrics) -> dict[Total, float]:
+    """Read every total; providers that have left the configuration keep theirs."""
+    numbers = {
+        Total(REJECTIONS, code): counter.value for code, counter in metrics.rejections.items()
+    }
+    numbers[Total(REQUESTS)] = sum(counter.value for counter in metrics.outcomes.values())
+    numbers[Total(DENIED)] = sum(counter.value for counter in metrics.auth_failures.values())
+    numbers[Total(SLOW_CLIENTS)] = metrics.slow_clients.value
+    for provider, meter in metrics.providers.items():
+        numbers[Total(EVENTS, provider=provider)] = meter.events
+        numbers[Total(KEY_REFUSED, provider=provider)] = meter.key_refused.value
+        for outcome, counter in meter.attempts.items():
+            numbers[Total(ATTEMPTS, outcome, provider)] = counter.value
+    return numbers

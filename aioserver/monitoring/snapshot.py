@@ -1,0 +1,306 @@
+"""The state of the server at one moment: what `/stats`, `/events` and the gauges of `/metrics` show.
+
+Everything is read from counters and from `stats()`; requests and clients are never walked. So a
+snapshot costs the same with ten clients and with ten thousand. What cannot be read at a moment, such
+as a rate, is that of the last interval.
+
+The meaning of each field is in docs/operating.md.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, TypedDict
+
+from aioserver import __version__
+from aioserver.monitoring.interval import ATTEMPTS, EVENTS, REJECTIONS, REQUESTS
+from aioserver.telemetry.kernel import process_usage
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable, Mapping, Sequence
+
+    from aioserver.config.settings import Chat
+    from aioserver.gateway.router import Router
+    from aioserver.limits.gate import Gate
+    from aioserver.monitoring.interval import Interval
+    from aioserver.providers.provider import Provider
+    from aioserver.streams.lifetime import Lifetime
+    from aioserver.streams.store import Streams
+    from aioserver.telemetry.counters import Counter
+    from aioserver.telemetry.loop_lag import LoopLag
+    from aioserver.telemetry.metrics import Metrics
+
+Percentiles = dict[str, float]
+
+
+class SettingsInEffect(Protocol):
+    """The settings that are in effect; a reload changes what `chat` is."""
+
+    @property
+    def chat(self) -> Chat:
+        """The section of that name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """The objects from which the state is read; they live as long as the server.
+
+    *gate* admits connections, *ready* says whether the server takes new work, and *listening* has the
+    sockets that accept connections, as soon as there are any.
+    """
+
+    settings: SettingsInEffect
+    metrics: Metrics
+    gate: Gate
+    streams: Streams
+    lifetime: Lifetime
+    router: Router
+    lag: LoopLag
+    ready: Callable[[], bool]
+    listening: Sequence[socket.socket]
+
+
+class ConnectionsState(TypedDict):
+    """The connections that are admitted, or wait to be."""
+
+    active: int
+    limit: int
+    waiting: int
+    queue_size: int
+    oldest_wait: float
+    active_by_face: dict[str, int]
+    waiting_by_face: dict[str, int]
+    opened: int
+    rejected: int
+    rejected_per_second: float
+
+
+class RequestsState(TypedDict):
+    """The requests for an answer."""
+
+    total: int
+    per_second: float
+    running: int
+    outcomes: dict[str, int]
+
+
+class StreamsState(TypedDict):
+    """The streams that are kept."""
+
+    running: int
+    detached: int
+    max_detached: int
+    finished: int
+    bytes: int
+    max_bytes: int
+
+
+class PoolState(TypedDict):
+    """The connections to one provider."""
+
+    open: int
+    idle: int
+    limit: int
+    waiting: int
+
+
+class PaceState(TypedDict):
+    """The pace of one provider; *cooling* in seconds."""
+
+    per_minute: int
+    left: int
+    cooling: float
+
+
+class ProviderState(TypedDict):
+    """One provider."""
+
+    usable: bool
+    active: bool
+    model: str
+    in_flight: int
+    limit: int
+    waiting: int
+    queue_size: int
+    oldest_wait: float
+    pool: PoolState
+    pace: PaceState
+    breaker: str
+    flagged: bool
+    retries: int
+    failovers: int
+    requests: int
+    faults: dict[str, int]
+    requests_per_second: float
+    tokens_per_second: float
+    first_token: Percentiles | None
+    silence: Percentiles | None
+
+
+class LoopState(TypedDict):
+    """How late the event loop was in the last interval, in seconds."""
+
+    lag: float
+    lag_max: float
+
+
+class ProcessState(TypedDict):
+    """What the process uses."""
+
+    open_fds: int | None
+    max_fds: int
+    rss_bytes: int | None
+    tasks: int
+    cpu: float
+
+
+class Snapshot(TypedDict):
+    """The whole state: the JSON object of `/stats`."""
+
+    time: float
+    name: str
+    version: str
+    uptime: float
+    ready: bool
+    active_provider: str
+    connections: ConnectionsState
+    rejections: dict[str, int]
+    requests: RequestsState
+    first_token: Percentiles | None
+    tokens_per_second: float
+    delay: dict[str, Percentiles | None]
+    streams: StreamsState
+    slow_clients: int
+    auth_failures: dict[str, int]
+    providers: dict[str, ProviderState]
+    loop: LoopState
+    process: ProcessState
+    watchers: int
+    endpoints: dict[str, str]
+
+
+class Snapshots:
+    """Builds the snapshots of a server that begins its life now."""
+
+    def __init__(self, sources: Sources) -> None:
+        self._sources = sources
+        self._began = time.monotonic()
+
+    def build(self, interval: Interval, *, watchers: int) -> Snapshot:
+        """Return the state of this moment, with the rates of *interval*."""
+        sources, metrics, now = self._sources, self._sources.metrics, time.monotonic()
+        router, chat = sources.router, sources.settings.chat
+        providers = {
+            name: _provider_state(provider, interval, now, active=provider is router.active)
+            for name, provider in router.providers.items()
+        }
+        return {
+            "time": round(time.time(), 3),
+            "name": "aioserver",
+            "version": __version__,
+            "uptime": round(now - self._began, 1),
+            "ready": sources.ready(),
+            "active_provider": router.active.name,
+            "connections": _connections_state(sources, interval),
+            "rejections": _values(metrics.rejections),
+            "requests": {
+                "total": _sum(metrics.outcomes),
+                "per_second": interval.rate(REQUESTS),
+                "running": sum(provider["in_flight"] for provider in providers.values()),
+                "outcomes": _values(metrics.outcomes),
+            },
+            "first_token": metrics.recent_first_tokens.percentiles(now),
+            "tokens_per_second": interval.rate(EVENTS),
+            "delay": {
+                cause: recent.percentiles(now) for cause, recent in metrics.recent_delays.items()
+            },
+            "streams": _streams_state(sources),
+            "slow_clients": int(metrics.slow_clients.value),
+            "auth_failures": _values(metrics.auth_failures),
+            "providers": providers,
+            "loop": {"lag": round(interval.lag, 5), "lag_max": round(interval.lag_max, 5)},
+            "process": {**process_usage(), "tasks": interval.tasks, "cpu": interval.cpu},
+            "watchers": watchers,
+            "endpoints": {
+                "websocket": chat.websocket.endpoint,
+                "sse": chat.sse.endpoint,
+                "openai": "/v1",
+            },
+        }
+
+
+def _connections_state(sources: Sources, interval: Interval) -> ConnectionsState:
+    gate, faces = sources.gate.stats(), sources.metrics.faces
+    return {
+        "active": gate.inside,
+        "limit": gate.limit,
+        "waiting": gate.waiting,
+        "queue_size": gate.queue_size,
+        "oldest_wait": round(gate.oldest_wait, 3),
+        "active_by_face": _values({name: face.connections for name, face in faces.items()}),
+        "waiting_by_face": _values({name: face.waiting for name, face in faces.items()}),
+        "opened": _sum({name: face.opened for name, face in faces.items()}),
+        "rejected": _sum({name: face.rejected for name, face in faces.items()}),
+        "rejected_per_second": interval.rate(REJECTIONS),
+    }
+
+
+def _streams_state(sources: Sources) -> StreamsState:
+    streams = sources.streams.stats()
+    return {
+        "running": streams.running,
+        "detached": sources.lifetime.detached,
+        "max_detached": sources.settings.chat.streams.max_detached,
+        "finished": streams.finished,
+        "bytes": streams.bytes,
+        "max_bytes": streams.max_bytes,
+    }
+
+
+def _provider_state(
+    provider: Provider, interval: Interval, now: float, *, active: bool
+) -> ProviderState:
+    state, meter, name = provider.stats(), provider.meter, provider.name
+    queue, pool, pace = state.queue, state.pool, state.pace
+    attempts = _values(meter.attempts)
+    return {
+        "usable": state.usable,
+        "active": active,
+        "model": provider.settings.model,
+        "in_flight": queue.inside,
+        "limit": queue.limit,
+        "waiting": queue.waiting,
+        "queue_size": queue.queue_size,
+        "oldest_wait": round(queue.oldest_wait, 3),
+        "pool": {
+            "open": pool.open,
+            "idle": pool.idle,
+            "limit": pool.limit,
+            "waiting": pool.waiting,
+        },
+        "pace": {
+            "per_minute": pace.per_minute,
+            "left": pace.left,
+            "cooling": round(pace.cooling, 1),
+        },
+        "breaker": state.breaker,
+        "flagged": state.flagged,
+        "retries": _sum(meter.retries),
+        "failovers": _sum(meter.failovers),
+        "requests": sum(attempts.values()),
+        "faults": {outcome: number for outcome, number in attempts.items() if outcome != "ok"},
+        "requests_per_second": interval.rate(ATTEMPTS, name),
+        "tokens_per_second": interval.rate(EVENTS, name),
+        "first_token": meter.recent_first_tokens.percentiles(now),
+        "silence": meter.recent_silences.percentiles(now),
+    }
+
+
+def _values(counters: Mapping[str, Counter]) -> dict[str, int]:
+    return {name: int(counter.value) for name, counter in counters.items()}
+
+
+def _sum(counters: Mapping[str, Counter]) -> int:
+    return int(sum(counter.value for counter in counters.values()))

@@ -1,0 +1,86 @@
+"""The gauges of `/metrics` are the numbers of a snapshot."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from aioserver.monitoring import prometheus
+from aioserver.monitoring.prometheus import GAUGES, PREFIX, ServerCollector
+from aioserver.telemetry.metrics import Metrics
+
+CONFIGURED: Any = {"groq": SimpleNamespace(model="m", models=())}
+
+
+def snapshot(**process: int | None) -> Any:
+    """As much of a snapshot as the gauges read."""
+    groq = {
+        "in_flight": 1,
+        "limit": 2,
+        "waiting": 3,
+        "breaker": "trial",
+        "pool": {"open": 4, "idle": 5},
+    }
+    return {
+        "ready": True,
+        "connections": {
+            "limit": 6,
+            "active_by_face": {"sse": 7, "openai": 8},
+            "waiting_by_face": {"sse": 9, "openai": 10},
+        },
+        "streams": {"running": 11, "detached": 12, "bytes": 13, "max_bytes": 14},
+        "providers": {"groq": groq, "other": {**groq, "breaker": "open"}},
+        "process": {"open_fds": 15, "max_fds": 16, "tasks": 17, **process},
+        "watchers": 18,
+    }
+
+
+def collector(**process: int | None) -> ServerCollector:
+    sources: Any = SimpleNamespace(metrics=Metrics(CONFIGURED), listening=())
+    return ServerCollector(sources, lambda: snapshot(**process))
+
+
+def gauges(collected: ServerCollector) -> dict[str, Any]:
+    """The values of each gauge by its labels, or its only value."""
+    found: dict[str, Any] = {}
+    for metric in collected.collect():
+        if metric.type == "gauge":
+            values = {tuple(sample.labels.items()): sample.value for sample in metric.samples}
+            found[metric.name.removeprefix(PREFIX)] = values.get((), values)
+    return found
+
+
+def test_gauge_shows_the_number_of_the_snapshot() -> None:
+    found = gauges(collector())
+
+    assert found["ready"] == 1
+    assert found["connections_limit"] == 6
+    assert found["connections"] == {(("face", "sse"),): 7, (("face", "openai"),): 8}
+    assert found["pool_idle"] == {(("provider", "groq"),): 5, (("provider", "other"),): 5}
+    assert found["breaker_state"] == {(("provider", "groq"),): 1, (("provider", "other"),): 2}
+    assert (found["listen_queue"], found["listen_queue_limit"]) == (0, 0)
+    assert found.keys() == {gauge.name for gauge in GAUGES} | {
+        *("build_info", "listen_queue", "listen_queue_limit")
+    }
+
+
+def test_number_that_the_system_does_not_tell_is_left_out() -> None:
+    assert "open_fds" not in gauges(collector(open_fds=None))
+    assert gauges(collector(open_fds=0))["open_fds"] == 0
+
+
+def test_every_metric_has_one_row_and_a_help_text() -> None:
+    metrics = [*collector().collect()]
+
+    names = [metric.name for metric in metrics]
+    assert len(names) == len(set(names))
+    assert all(metric.documentation for metric in metrics)
+
+
+async def test_text_is_that_of_prometheus_client() -> None:
+    sources: Any = SimpleNamespace(metrics=Metrics(CONFIGURED), listening=())
+    text = await prometheus.text(prometheus.registry(sources, snapshot))
+
+    assert b'aioserver_connections{face="sse"} 7.0\n' in text
+    assert b'aioserver_admission_wait_seconds_bucket{le="+Inf",outcome="entered"} 0.0\n' in text
+    assert b'aioserver_retries_total{provider="groq",reason="connect_error"} 0.0\n' in text
