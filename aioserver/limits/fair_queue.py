@@ -83,7 +83,7 @@ class FairQueue(Generic[T]):
     def __init__(self) -> None:
         self._callers: dict[Hashable, _Caller[T]] = {}
         self._heap: list[tuple[int, int, Hashable]] = []
-        # Where the last item of a caller ended that has no item now.
+        # For callers without an item: the virtual time at which their last one ended.
         self._ended: dict[Hashable, int] = {}
         self._virtual = 0
         self._serials = 0
@@ -120,7 +120,10 @@ class FairQueue(Generic[T]):
         self._count += 1
 
     def pop(self, gone: Callable[[T], bool]) -> T | None:
-        """Remove and return the next item. Items that are *gone* are dropped, at no cost for their caller."""
+        """Remove and return the next item, or None if there is none.
+
+        Items that are *gone* are dropped, at no cost to their caller.
+        """
         while self._count:
             tag, serial, caller = self._heap[0]
             entry = self._callers.get(caller)

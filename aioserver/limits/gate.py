@@ -3,8 +3,8 @@
 A gate stands in front of the handlers (`max_connections`, one queue in order of arrival), in front of
 each provider (`concurrent_requests`, fair between callers) and in front of a provider's sockets. It
 is bounded three times: in its places, in its waiters, and in the time that each of them waits. A
-freed place is handed to the next waiter and is never up for grabs, so a newcomer cannot overtake, and
-nobody waits while a place is free. fair_queue.py decides which waiter is next.
+freed place is handed to the next waiter directly, so that a newcomer cannot overtake, and nobody
+waits while a place is free. fair_queue.py decides which waiter is next.
 
 A gate may have a pace as well (requests per minute). One queue then serves both: its head starts once
 a place is free and the pace allows it. A request whose earliest start, by the pace alone, is past its
@@ -228,10 +228,10 @@ class Gate:
         """Wait for a place. Cancelling is safe at any time: no place is lost.
 
         Callers share the places by their *weight* (1 to 10); the flows of one caller share evenly.
-        *on_position* is called with `(position, eta in seconds)` at once and whenever they change.
-        *timeout* in seconds replaces `queue_timeout`. A request that has waited before goes
-        *at_front* of its caller's others. A request that *may_fail_over* to another gate is refused
-        by `refuse_late` sooner. *cost* counts for the pace.
+        *on_position* is called with `(position, eta in seconds)` when the wait begins, and again each
+        second if they have changed. *timeout* in seconds replaces `queue_timeout`. A request that has
+        waited before goes *at_front* of its caller's others. `refuse_late` may also refuse a request
+        that *may_fail_over* to another gate. *cost* counts for the pace.
 
         Raises:
             AioserverError: made by *full_error* or *pace_error* at once, by *timeout_error* at the
@@ -295,18 +295,17 @@ class Gate:
         self._queue.clear()
 
     def refuse_late(self, failover_wait: float) -> None:
-        """Refuse the waiters whose deadline the pace, which has slowed down, no longer meets.
+        """Refuse the waiters that cannot start before their deadline, since the pace has slowed down.
 
-        A waiter that may fail over is also refused where nothing starts for more than
-        *failover_wait* seconds.
+        A waiter that may fail over is also refused if nothing starts for more than *failover_wait*
+        seconds.
         """
         assert self._pace is not None
         delay = self._pace.delay()
         earliest_start = self._clock() + delay
         for waiter in self._queue:
-            if waiter.deadline < earliest_start or (
-                waiter.may_fail_over and delay > failover_wait
-            ):
+            leaves = waiter.may_fail_over and delay > failover_wait
+            if leaves or waiter.deadline < earliest_start:
                 self._refuse(waiter, lambda: self._pace_error(delay))
 
     def close(self, error: Callable[[], AioserverError]) -> None:

@@ -69,7 +69,11 @@ class Gcra:
         return max(0, int((self._tolerance - ahead) / self.interval + 1 + ROUNDING))
 
     def apply(self, interval: float, tolerance: float, *, scale: float = 1.0) -> None:
-        """Use another rate. Starts count as before: their seconds that are ahead of now, times *scale*."""
+        """Use another rate from now on.
+
+        What is counted ahead of now is multiplied by *scale*: 1 keeps the seconds until the next
+        start, the new interval divided by the old one keeps the number of starts.
+        """
         now = self._clock()
         if self._tat > now:
             self._tat = now + (self._tat - now) * scale

@@ -132,10 +132,10 @@ class Quota:
             self._cancel(task, InvalidApiKey(REVOKED))
 
     def demote(self) -> None:
-        """Cancel the tasks that need an admin key: this key is none any more."""
+        """Cancel the tasks that need an admin key, since this key is none any more."""
         for task, admin in self._held.items():
             if admin:
-                self._cancel(task, PermissionDenied("this key is no admin key any more"))
+                self._cancel(task, PermissionDenied("this key is no longer an admin key"))
 
     def _cancel(self, task: asyncio.Task[object], denial: Denied) -> None:
         if task not in self._denials:
