@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from aioserver.config import Configuration
 from aioserver.config.configuration import SHIPPED
-from aioserver.config.settings import table
+from aioserver.config.settings import Settings
 from tests.configs import ANY_MACHINE, load, outcome
-from tests.test_settings import ORIGINAL, changed
+from tests.test_settings import ORIGINAL, changed, paths
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,7 +22,7 @@ SECRET = "canary-0123456789"
 
 @ANY_MACHINE
 @given(
-    path=st.sampled_from([row.split("`")[1] for row in table().splitlines()[2:]]),
+    path=st.sampled_from([*paths(Settings)]),
     shape=st.sampled_from(
         [
             "{}",

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from aioserver.auth import guard
 from aioserver.config import Configuration
-from aioserver.config.schema import changes
+from aioserver.config.views import changes
 from aioserver.errors import ConfigurationError
 from aioserver.faces import context
 from aioserver.server import preflight
