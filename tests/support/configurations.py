@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from aioserver.config import Configuration
 from aioserver.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 # For `given`: a busy machine is no fault, and every example may write over the same file.
 ANY_MACHINE = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -96,3 +97,13 @@ def changed(**values: Any) -> dict[str, Any]:
             node = node.setdefault(step, {})
         node[last] = value
     return data
+
+
+def paths(cls: type[Any], above: str = "") -> Iterator[str]:
+    """Return the path of every setting below *cls*."""
+    for field in fields(cls):
+        path, validator = f"{above}{field.name}", field.metadata["validator"]
+        if validator.inner is None:
+            yield path
+        else:
+            yield from paths(validator.inner, f"{path}{validator.suffix}.")
