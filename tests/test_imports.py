@@ -20,12 +20,6 @@ LINE = (
 ORDER = LINE.split()
 TO_COME = {"client", "cluster"}  # rooms that are kept free
 INSIDE_FUNCTIONS = {  # module: what it may import late, for start-up time or as an option
-    "__main__": {
-        "aioserver.commands.*",
-        "aioserver.commands.bench.*",
-        "aioserver.commands.top.*",
-        "aioserver.providers.simulator.exchange",
-    },
     "providers.registry": {"aioserver.providers.simulator.server"},
     "commands.serve": {"uvloop"},
     "commands.bench.command": {"aioserver.commands.bench.table"},
@@ -106,8 +100,7 @@ def test_package_opens_with_its_glossary(package: str) -> None:
     text = ast.get_docstring(TREES[package])
 
     assert text is not None
-    if room(package) != "commands":  # which are in --help
-        assert text.count("\n") >= 3 or not package
+    assert text.count("\n") >= 3 or not package
 
 
 def test_no_test_module_is_imported() -> None:

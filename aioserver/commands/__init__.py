@@ -1,1 +1,16 @@
-"""What a person types: one command a file, or a folder where it takes more than one."""
+"""The commands of `python -m aioserver`: a module for each, or a folder of several modules.
+
+- A **command** is the click command in the module's `command`: its options, its help, and a
+  function that returns the exit code. `aioserver.__main__` has the table of commands, and imports
+  the module of a command only when that command is typed.
+- **Options** that several commands take are in `options`.
+- **serve** is the server itself: it reads the **configuration**, listens, and runs until a signal.
+  **init** writes a configuration to start from, **check** validates one, **key** makes a client
+  key.
+- **provider** is a simulated LLM provider to serve with, or to break on purpose.
+- **top** and **bench** are clients of a running server. **remote** is what they share: the URL and
+  the key, a session, and the errors that a server answers with.
+
+Output is on stdout; what explains it, and errors, are on stderr. An error is one line without a
+traceback, and says what to do.
+"""

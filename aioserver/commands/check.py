@@ -1,12 +1,14 @@
-"""`aioserver check`: validate a configuration without starting, and show what it comes to."""
+"""`aioserver check`: validate a configuration without starting, and print it."""
 
 from __future__ import annotations
 
 import sys
 from typing import TYPE_CHECKING
 
+import click
 import yaml
 
+from aioserver.commands import options
 from aioserver.config import Configuration
 from aioserver.errors import ConfigurationError
 
@@ -14,8 +16,21 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+@click.command("check")
+@options.config
+@options.version
+def command(config: Path | None) -> int:
+    """Validate the configuration and print it.
+
+    Nothing is started. Every fault is reported at once, with its line and column; a configuration
+    without a fault is printed as YAML, with defaults and environment variables applied and secrets
+    masked. Exit code 2: `serve` would refuse it.
+    """
+    return check(config)
+
+
 def check(config: Path | None) -> int:
-    """Print every fault of *config* (None: as `serve` would choose), or what it comes to.
+    """Print the effective configuration in *config* (None: the file that `serve` would choose).
 
     Faults and warnings go to stderr, the effective configuration, with its secrets masked, to
     stdout. Returns the exit code: 0, or 2 for a configuration that `serve` would refuse.

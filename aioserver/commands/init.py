@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from pathlib import Path
 
+import click
+
+from aioserver.commands import options
 from aioserver.config.configuration import SHIPPED
 
-if TYPE_CHECKING:
-    from pathlib import Path
+
+@click.command("init")
+@click.argument("file", type=options.FILE, default=Path("config.yaml"))
+@options.version
+def command(file: Path) -> int:
+    """Write a commented config.yaml to start from.
+
+    FILE is config.yaml in the current folder unless you name another. A file that exists is never
+    overwritten.
+    """
+    return init(file)
 
 
 def init(target: Path) -> int:
@@ -17,7 +29,8 @@ def init(target: Path) -> int:
     Returns the exit code: 0, or 2 where *target* exists or cannot be written.
     """
     try:
-        with target.open("xb") as file:  # x: refused by the kernel, not by a look beforehand
+        # x: the kernel refuses a file that exists; a look beforehand could race with its creation
+        with target.open("xb") as file:
             file.write(SHIPPED.read_bytes())
     except FileExistsError:
         print(f"{target} exists; nothing was written", file=sys.stderr)

@@ -6,28 +6,47 @@ import hashlib
 import secrets
 import sys
 
+import click
 import voluptuous as vol
 
+from aioserver.commands import options
 from aioserver.config.validators import label
 
-PREFIX = "aio-"  # by which people, and scanners of repositories, know one
-BYTES = 32
+# people, and scanners that look for secrets in repositories, recognize a key by it
+PREFIX = "aio-"
+RANDOM_BYTES = 32
+
+
+@click.command("key")
+@click.argument("name")
+@click.option("--admin", is_flag=True, help="Let it read /stats, /events and /metrics, too.")
+@options.version
+def command(name: str, *, admin: bool) -> int:
+    """Make an API key for a client.
+
+    NAME is the client's name in logs and limits. The key is printed this once; below it is the
+    line for auth.keys in config.yaml, which holds only the key's SHA-256 hash.
+    """
+    return key(name, admin=admin)
 
 
 def key(name: str, *, admin: bool = False) -> int:
-    """Print a new key and, below it, the line for `auth.keys`: its hash, from which nobody gets it.
+    """Print a new key, and the line for `auth.keys` that holds only its hash.
 
-    The two lines alone are on stdout, what they are on stderr. Returns the exit code: 0, or 2 where
-    *name* cannot be the name of a caller.
+    Only these two lines go to stdout; their explanation goes to stderr. Returns the exit code: 0,
+    or 2 where *name* cannot be the name of a caller.
     """
     try:
         label(name)
-    except vol.Invalid as why:
-        print(f"NAME: {why.error_message}, 64 at most", file=sys.stderr)
+    except vol.Invalid:
+        print(
+            "NAME must be 1 to 64 letters, digits, - _ and . that begin with a letter or a digit",
+            file=sys.stderr,
+        )
         return 2
-    made = PREFIX + secrets.token_urlsafe(BYTES)
-    digest = hashlib.sha256(made.encode()).hexdigest()
+    new_key = PREFIX + secrets.token_urlsafe(RANDOM_BYTES)
+    digest = hashlib.sha256(new_key.encode()).hexdigest()
     print("The key, shown this once, and its line for auth.keys in config.yaml:", file=sys.stderr)
-    print(made)
+    print(new_key)
     print(f'- {{name: "{name}", sha256: "{digest}"{", admin: true" if admin else ""}}}')
     return 0

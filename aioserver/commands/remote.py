@@ -1,4 +1,4 @@
-"""A running server, as a command reaches it: its address, the key, and what went wrong."""
+"""A running server, as `top` and `bench` reach it: its URL, a key, a session, its errors."""
 
 from __future__ import annotations
 
@@ -7,46 +7,67 @@ from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
+import click
 import orjson
 from yarl import URL
 
 RICH_MISSING = (
-    "rich is not installed, and this command draws with it: pip install 'aioserver[cli]'"
+    "rich is not installed, and this command draws with it: run pip install '.[cli]' in the clone"
+    " of aioserver"
 )
+DEFAULT_URL = "http://127.0.0.1:8000"
 CONNECT_TIMEOUT = 10.0  # seconds for DNS, TCP and TLS together
-MAX_TEXT = 300  # characters of a server's own words that are shown
+MAX_TEXT = 300  # characters of a server's message that are shown
 MAX_ERROR_BYTES = 1 << 16  # of an error's body
 
 
 class Unreachable(Exception):
-    """No server there, or none that lets us in; the message is one line for people."""
+    """There is no server at the URL, or it refuses us; the message is one line for people."""
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
-    """An error as the server told it. *retry_after* is in seconds; None: no promise."""
+class ErrorDetails:
+    """An error that the server reported. *retry_after* is in seconds; None: there was none."""
 
     code: str
     message: str
     retry_after: float | None = None
 
 
-def address(text: str) -> str:
-    """The base URL in *text*, without a slash at its end; `http://` may be left out.
+def base_url(text: str) -> str:
+    """Return the base URL in *text*, without a slash at its end; `http://` may be left out.
 
     Raises:
-        ValueError: not the address of a server.
+        ValueError: *text* is not the URL of a server, or has a key in it.
     """
     url = URL(text if "://" in text else f"http://{text}")
     if url.user is not None:
         raise ValueError("a key goes into --key or AIOSERVER_KEY, not into the URL")
     if url.scheme not in {"http", "https"} or not url.host:
-        raise ValueError(f"{plain(text)} is not the URL of a server, as http://127.0.0.1:8000")
+        raise ValueError(f"{printable(text)} is not the URL of a server, such as {DEFAULT_URL}")
     return str(url.with_query(None).with_fragment(None)).rstrip("/")
 
 
+def _check_url(_context: click.Context, _parameter: click.Parameter, text: str) -> str:
+    try:
+        return base_url(text)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+url_argument = click.argument("url", callback=_check_url, default=DEFAULT_URL)
+key_option = click.option(
+    "--key",
+    envvar="AIOSERVER_KEY",
+    help="Client key, for a server that wants one.  [env: AIOSERVER_KEY]",
+)
+
+
 def session(key: str | None) -> aiohttp.ClientSession:
-    """A session without a limit of its own, and without a deadline: each caller sets his."""
+    """Open a session without a limit of connections and without a deadline: callers set their own.
+
+    The caller must close it.
+    """
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0),
         cookie_jar=aiohttp.DummyCookieJar(),
@@ -55,39 +76,43 @@ def session(key: str | None) -> aiohttp.ClientSession:
     )
 
 
-def why(error: BaseException) -> str:
-    """What went wrong on the way to the server, short; aiohttp's own texts are long."""
+def describe(error: BaseException) -> str:
+    """Say in a few words why the server was not reached; aiohttp's own texts are long."""
     if isinstance(error, aiohttp.ClientConnectorError):
         number = error.os_error.errno
-        # a failed look-up of the host has no positive number
+        # a host name that was not found has no positive number
         text = os.strerror(number) if number and number > 0 else error.os_error.strerror
-        return plain(text or error.os_error)
+        return printable(text or error.os_error)
     if isinstance(error, TimeoutError):
         return "no answer in time"
-    return plain(str(error) or type(error).__name__)
+    return printable(str(error) or type(error).__name__)
 
 
-def plain(text: object) -> str:
-    """*text* from outside, cut, on one line and without control characters."""
-    shown = "".join(one if one.isprintable() else " " for one in str(text)[: MAX_TEXT + 1])
-    return shown if len(shown) <= MAX_TEXT else f"{shown[:MAX_TEXT]}…"
+def printable(text: object) -> str:
+    """Return *text* for a terminal: on one line, without control characters, cut to MAX_TEXT."""
+    line = "".join(char if char.isprintable() else " " for char in str(text)[: MAX_TEXT + 1])
+    return line if len(line) <= MAX_TEXT else f"{line[:MAX_TEXT]}…"
 
 
-async def told(response: aiohttp.ClientResponse) -> Told:
-    """The error in a response that is none of 200; its body is read, to a bound."""
+async def read_error(response: aiohttp.ClientResponse) -> ErrorDetails:
+    """Read the error in a response whose status is not 200, up to MAX_ERROR_BYTES of its body."""
     body = await response.content.read(MAX_ERROR_BYTES)
-    given = response.headers.get("Retry-After", "")
-    retry_after = float(given) if given.isascii() and given.isdigit() else None
+    header = response.headers.get("Retry-After", "")
+    retry_after = float(header) if header.isascii() and header.isdigit() else None
     try:
         answer = orjson.loads(body)
     except orjson.JSONDecodeError:
         answer = None
-    return told_in(answer, f"http_{response.status}", retry_after)
+    return parse_error(answer, f"http_{response.status}", retry_after)
 
 
-def told_in(answer: Any, code: str, retry_after: float | None = None) -> Told:
-    """The error in a body or event: OpenAI's object, ours; *code* where it names none."""
+def parse_error(answer: Any, code: str, retry_after: float | None = None) -> ErrorDetails:
+    """Return the error in a decoded body or event, whose `error` is an object like OpenAI's.
+
+    *code* is for an error that has none.
+    """
     error = answer.get("error") if isinstance(answer, dict) else None
     if not isinstance(error, dict):
-        return Told(code, plain(error or ""), retry_after)
-    return Told(plain(error.get("code") or code), plain(error.get("message") or ""), retry_after)
+        return ErrorDetails(code, printable(error or ""), retry_after)
+    code = printable(error.get("code") or code)
+    return ErrorDetails(code, printable(error.get("message") or ""), retry_after)

@@ -1,4 +1,4 @@
-"""`aioserver serve`: read the configuration, listen, run until told to stop."""
+"""`aioserver serve`: read the configuration, listen, run until SIGTERM or SIGINT."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ import sys
 import threading
 from typing import TYPE_CHECKING, NoReturn
 
+import click
+
+from aioserver.commands import options
 from aioserver.config import Configuration
 from aioserver.errors import ConfigurationError
 from aioserver.faces import context
@@ -30,16 +33,48 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("aioserver.serve")
 
-THREADS_TIMEOUT = 1.0  # seconds for threads to end, when all else has
+THREADS_TIMEOUT = 1.0  # seconds for threads to end, once everything else has
 
-# What lives long is frozen. The logs are many young objects and no cycles: short passes, and few over
-# the older ones, halve the p99 gap of WebSocket streams against (50_000, 20, 20).
+# Objects that live as long as the server are frozen. The logs of the streams are many young
+# objects without cycles: short passes over these, and few over older objects, halve the p99 gap
+# of WebSocket streams against (50_000, 20, 20).
 GC_THRESHOLDS = (10_000, 50, 50)
 
 
+@click.command("serve")
+@options.config
+@click.option("--host", help="Address to listen on, instead of the configured one.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    help="Port to listen on, instead of the configured one; 0: any free one.",
+)
+@click.option(
+    "--loop",
+    type=click.Choice(["auto", "uvloop", "asyncio"]),
+    default="auto",
+    show_default=True,
+    help="Event loop; auto: uvloop if it is installed.",
+)
+@options.version
+def command(config: Path | None, *, host: str | None, port: int | None, loop: str) -> int:
+    """Serve chat clients; the default.
+
+    SIGTERM and Ctrl-C stop the server: answers that are running have the seconds of
+    chat.websocket.shutdown_timeout to finish; a second signal ends the process at once. SIGHUP
+    reloads the configuration.
+    """
+    return serve(config, host=host, port=port, loop=loop)
+
+
 def serve(config: Path | None, *, host: str | None, port: int | None, loop: str) -> int:
-    """Serve until SIGTERM or SIGINT. Returns the exit code: 0, 2 bad configuration, 1 else."""
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until it is listened to: by default it kills
+    """Serve until SIGTERM or SIGINT.
+
+    *host* and *port* replace the configured ones. Returns the exit code: 0, 2 for a configuration
+    or an interpreter that cannot serve, 1 for anything else.
+    """
+    # by default SIGHUP kills; it is ignored until there is a server that can reload
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     environ = dict(os.environ)
     if host is not None:
         environ["AIOSERVER__CHAT__WEBSOCKET__HOST"] = host
@@ -60,11 +95,13 @@ def serve(config: Path | None, *, host: str | None, port: int | None, loop: str)
         factory = loop_factory(loop)
     except ModuleNotFoundError:
         print(
-            "--loop uvloop: uvloop is not installed (pip install aioserver[speedups])",
+            "--loop uvloop: uvloop is not installed; run pip install '.[speedups]' in the clone of"
+            " aioserver",
             file=sys.stderr,
         )
         return 2
-    faulthandler.enable(2)  # a crash, or the SIGABRT of systemd's watchdog, leaves stacks
+    # after a crash, or the SIGABRT of systemd's watchdog, the stacks of all threads are on stderr
+    faulthandler.enable(2)
     logs.set_up(configuration.settings.logging)
     if few_files is not None:
         logger.warning("%s", few_files)
@@ -75,7 +112,10 @@ def serve(config: Path | None, *, host: str | None, port: int | None, loop: str)
 
 
 def _leave_soon(code: int) -> None:
-    """End with *code* even if a thread does not: Python waits for a name that is being looked up."""
+    """End with *code* after THREADS_TIMEOUT even if a thread has not ended.
+
+    Python waits for its threads, and a look-up of a host name in one of them may take long.
+    """
     timer = threading.Timer(THREADS_TIMEOUT, _leave, (code,))
     timer.daemon = True
     timer.start()
@@ -93,10 +133,10 @@ def _refuse(error: ConfigurationError) -> int:
 
 
 def loop_factory(name: str) -> Callable[[], asyncio.AbstractEventLoop]:
-    """The maker of the event loop: `uvloop`, `asyncio`, or `auto`: uvloop where it is installed.
+    """Return the factory of the event loop *name*; `auto` is uvloop where that is installed.
 
     Raises:
-        ModuleNotFoundError: uvloop was asked for and is not there.
+        ModuleNotFoundError: *name* is `uvloop`, which is not installed.
     """
     if name != "asyncio":
         try:
@@ -135,7 +175,8 @@ async def _run(
     reloading: asyncio.Task[NoReturn] | None = None
     try:
         if stop.is_set():
-            return 0  # told to while it started
+            # a signal came during the start
+            return 0
         try:
             listening = await listener.listen(
                 runner,
@@ -152,7 +193,8 @@ async def _run(
         gc.freeze()
         gc.set_threshold(*GC_THRESHOLDS)
         notifier.ready()
-        reloading = loop.create_task(reload.run())  # not before: its end says READY=1, too
+        # not before `ready`: the end of a reload says READY=1, too
+        reloading = loop.create_task(reload.run())
         await stop.wait()
         logger.info("stopping")
         notifier.stopping()
@@ -168,13 +210,13 @@ async def _run(
 
 
 def _status(app: web.Application) -> str:
-    """The line that `systemctl status` shows."""
+    """Return the line that `systemctl status` shows."""
     gate = app[context.ADMISSION].gate
     return f"{gate.inside} of {gate.limit} connections, {gate.waiting} waiting"
 
 
 def _stop(stop: asyncio.Event) -> None:
-    """A first signal asks to stop; a second one ends at once."""
+    """Ask the server to stop; a second signal ends the process at once."""
     if stop.is_set():
         os._exit(1)
     stop.set()

@@ -20,7 +20,7 @@ from aioserver.commands import remote
 from aioserver.commands.bench import command, table
 from aioserver.commands.bench.attempt import Attempt
 from aioserver.commands.bench.clients import Question
-from aioserver.commands.bench.limits import Peaks, met
+from aioserver.commands.bench.limits import Peaks, find_limit
 from aioserver.commands.bench.load import Plan, Run
 from aioserver.commands.bench.results import Results, Samples
 from aioserver.providers.breaker import FAILURES
@@ -50,7 +50,7 @@ def planned(url: str, **fields: Any) -> Plan:
 async def ran(url: str, **fields: Any) -> dict[str, Any]:
     """The report of a run to its end."""
     run = Run(planned(url, **fields))
-    await run.to_the_end(asyncio.Event())
+    await run.execute(asyncio.Event())
     return run.report()
 
 
@@ -146,7 +146,7 @@ async def test_a_full_house_is_named(
     assert report["complete"]
     assert report["limit"] == {
         "code": "server_at_capacity",
-        "text": "the house was full: 3 of 4 refused with server_at_capacity"
+        "text": "the server was full: 3 of 4 refused with server_at_capacity"
         " (chat.websocket.concurrency.max_connections=1 reached)",
     }
 
@@ -175,7 +175,7 @@ async def test_waiting_at_the_door_is_named(
 
     assert report["requests"]["ok"] == 3
     assert report["limit"]["code"] == "connections_waiting"
-    assert report["limit"]["text"].startswith("clients waited at the door: 2 of 3, the longest")
+    assert report["limit"]["text"].startswith("clients waited for admission: 2 of 3, the longest")
 
 
 async def test_waiting_that_no_frame_tells_is_read_from_the_server(
@@ -197,8 +197,8 @@ def test_several_codes_are_told_the_most_frequent_first() -> None:
     for code in ("provider_queue_full", "provider_queue_full", "server_at_capacity"):
         results.count(results.refused, code, "so it is")
 
-    assert met(results, Peaks())["text"] == (
-        "the queue at the provider was full: 2 of 9 refused with provider_queue_full (so it is);"
+    assert find_limit(results, Peaks())["text"] == (
+        "the provider's queue was full: 2 of 9 refused with provider_queue_full (so it is);"
         " also 1 with server_at_capacity"
     )
 
@@ -298,7 +298,7 @@ def test_only_what_says_not_now_before_the_first_token_is_a_refusal() -> None:
     late.token()
 
     for attempt in (early, late):
-        attempt.error(remote.Told("server_shutdown", "the server is stopping"))
+        attempt.error(remote.ErrorDetails("server_shutdown", "the server is stopping"))
         attempt.settle()
 
     assert results.refused == {"server_shutdown": 1}
@@ -392,10 +392,10 @@ def test_clients_that_do_not_fit_are_refused(
     monkeypatch.setattr(resource, "getrlimit", lambda _which: limits[-1])
     monkeypatch.setattr(resource, "setrlimit", lambda _which, given: limits.append(given))
 
-    assert command.make_room(100) == 100
+    assert command.raise_file_limit(100) == 100
     assert limits[-1] == (164, 264)
     assert command.bench(planned("http://x", clients=1000), as_json=True) == 2
-    assert "--clients 1000 does not fit" in capsys.readouterr().err
+    assert "--clients 1000 is too many" in capsys.readouterr().err
 
 
 async def typed(*arguments: str, program: str = "") -> tuple[int | None, str, str]:

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from aioserver.commands import remote
 from aioserver.commands.top.feed import Feed, LostError, State
-from aioserver.commands.top.screen import picture
+from aioserver.commands.top.screen import render
 from aioserver.commands.top.verdict import verdict
 from tests.support.waiting import until
 
@@ -172,7 +172,7 @@ async def standing_in() -> AsyncIterator[StandIn]:
 def drawn(state: State, width: int = 80, **console: Any) -> str:
     shown = Console(width=width, **console)
     with shown.capture() as capture:
-        shown.print(picture(state))
+        shown.print(render(state))
     return capture.get()
 
 
@@ -338,7 +338,7 @@ def test_a_lost_server_is_said() -> None:
     text = drawn(state, width=200)
 
     assert "no server for" in text
-    assert "Connection refused; next try in 0 s; below is what was last heard" in text
+    assert "Connection refused; next try in 0 s; below are its last numbers" in text
 
 
 @pytest.mark.parametrize(("status", "kind"), [(503, LostError), (401, remote.Unreachable)])

@@ -35,7 +35,7 @@ async def test_a_bench_with_a_key_is_whole(make_house: Make, face: str, name: st
     house = await make_house(**keys_of("web", "root"))
     run = Run(plan(house, face, key_of(name)))
 
-    await run.to_the_end(asyncio.Event())
+    await run.execute(asyncio.Event())
 
     report = run.report()
     assert report["complete"]
@@ -47,7 +47,7 @@ async def test_a_bench_meets_the_keys_own_limit(make_house: Make, face: str) -> 
     house = await make_house(**keys_of("web", requests_per_minute=3))
     run = Run(plan(house, face, key_of("web")))
 
-    await run.to_the_end(asyncio.Event())
+    await run.execute(asyncio.Event())
 
     report = run.report()
     assert report["requests"]["ok"] == 3
@@ -63,7 +63,7 @@ async def test_a_bench_that_is_not_let_in_is_not_whole(
     house = await make_house(**keys_of("web"))
     run = Run(plan(house, face, key))
 
-    await run.to_the_end(asyncio.Event())
+    await run.execute(asyncio.Event())
 
     report = run.report()
     code = "invalid_api_key" if key else "missing_api_key"

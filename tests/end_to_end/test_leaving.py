@@ -62,7 +62,7 @@ PHASES = {
     "connecting": Phase(lambda house: house.held()["sim busy"] == 1, door=True),
     "uploading": Phase(
         lambda house: house.simulator.stats().active == 1 and unsent(house) > 0,
-        behaviour=Behaviour(deaf=True),
+        behaviour=Behaviour(ignore_body=True),
         size=BIG,
     ),
     "first byte": Phase(lambda house: house.simulator.stats().active == 1, behaviour=SILENT),
@@ -189,7 +189,7 @@ async def test_who_leaves_gives_everything_back(make_house: Make, name: str, way
                 assert (stats.requests, stats.active) == (phase.holders, phase.holders)
 
         await house.nothing_held()
-        if not phase.behaviour.deaf:  # else it does not notice
+        if not phase.behaviour.ignore_body:  # else it does not notice
             stats = await house.simulator.until(lambda stats: stats.active == 0)
             assert stats.aborted == stats.requests
         pool.apply(PLACES, queue_size=10, queue_timeout=60.0)

@@ -490,7 +490,9 @@ async def test_leaving_the_openai_face_closes_the_providers_connection_at_once(
 
 async def test_a_stuck_upload_is_a_write_timeout(make_house: Make) -> None:
     limits = {**HTTP_CLIENT, "write_timeout": 0.3, "read_timeout": 3.0}
-    house = await make_house(Behaviour(deaf=True), **{"llm.providers.sim.http_client": limits})
+    house = await make_house(
+        Behaviour(ignore_body=True), **{"llm.providers.sim.http_client": limits}
+    )
     asked = {"model": "m", "messages": [{"role": "user", "content": "x" * 15_000_000}]}
     body = io.BytesIO(json.dumps(asked).encode())
     headers = {"Content-Type": "application/json"}

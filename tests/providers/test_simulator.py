@@ -455,7 +455,7 @@ async def test_stall_after(simulator: Simulator, session: aiohttp.ClientSession)
 
 
 async def test_deaf_never_reads_the_body(simulator: Simulator) -> None:
-    simulator.behaviour = Behaviour(deaf=True)
+    simulator.behaviour = Behaviour(ignore_body=True)
     _, writer = await asyncio.open_connection("127.0.0.1", simulator.port)
     writer.write(
         b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999\r\n\r\n"

@@ -1,6 +1,17 @@
-"""`aioserver bench`: load a running server on any face, and say what came of it.
+"""`aioserver bench`: load a running server with chat clients, and report how it answered.
 
-`command` is what is typed, `load` the clients' coming and going, `clients` what one of them does on
-each face, `attempt` one request as its client sees it, `results` the numbers, `limits` which limit was
-met, `table` how it all looks (rich).
+- `command` is the command line. It makes a **plan**: so many **clients**, each with so many
+  requests, or for so many seconds, over one face of the server.
+- `load` carries the plan out: a **run** starts the clients and waits for them.
+- `clients` has a client for each face. It sends the same **question** with every request and reads
+  the answer to its end.
+- `attempt` is one request as its client sees it. It is **ok** (a complete answer), **refused**
+  (the server said "not now": 429 or 503) or **incomplete** (whatever else did not end as it
+  should).
+- `results` has the counts of a run, and its **samples**: latency, time to the first token, and the
+  gap between two events.
+- `limits` finds which limit of the server was met, from refusals, from `queued` frames, and from
+  the **peaks** in the numbers that the server publishes.
+- `table` draws the progress bar and the report with rich, an optional package; `--json` works
+  without.
 """

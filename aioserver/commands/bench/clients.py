@@ -1,8 +1,8 @@
-"""What one client does on each face: ask, hear the answer to its end, tell an `Attempt` of it.
+"""A client for each face: it sends requests, and reports their answers to an `Attempt`.
 
-On the WebSocket and SSE faces an answer is whole when its events were numbered without hole or
-doubling and `complete` was the last of them; on the OpenAI face when it has a `finish_reason` and,
-streamed, `[DONE]`.
+On the WebSocket and SSE faces an answer is complete when its events are numbered without a gap or
+a repetition and the last of them is `complete`; on the OpenAI face when it has a `finish_reason`
+and, if it is streamed, `[DONE]`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CLOSE_TIMEOUT = 2.0  # seconds for the server to answer a close frame
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """What every client asks. *model* and *max_tokens* None: the server's own."""
+    """The chat that every request sends. *model* and *max_tokens* None: the server's choice."""
 
     prompt: str
     model: str | None = None
@@ -38,43 +38,44 @@ class Question:
 
     @property
     def _messages(self) -> list[dict[str, str]]:
-        # not `text`: then a socket's turns would share their history, and each would be longer
+        # not `text`: the server would keep the conversation, and each request on a socket would be
+        # longer than the one before
         return [{"role": "user", "content": self.prompt}]
 
     def payload(self) -> dict[str, Any]:
-        """For the WebSocket and SSE faces."""
+        """Return the payload of a request on the WebSocket and SSE faces."""
         options = {} if self.max_tokens is None else {"max_tokens": self.max_tokens}
         model = {} if self.model is None else {"model": self.model}
         return {"messages": self._messages, "streaming": True, "options": options, **model}
 
     def body(self) -> dict[str, Any]:
-        """For the OpenAI face."""
-        more = {"model": self.model, "max_tokens": self.max_tokens}
-        given = {name: value for name, value in more.items() if value is not None}
-        return {"messages": self._messages, "stream": self.streamed, **given}
+        """Return the body of a request on the OpenAI face."""
+        choices = {"model": self.model, "max_tokens": self.max_tokens}
+        options = {name: value for name, value in choices.items() if value is not None}
+        return {"messages": self._messages, "stream": self.streamed, **options}
 
 
-class NotUnderstoodError(Exception):
-    """The server said something that no server of ours says."""
+class UnexpectedAnswer(Exception):
+    """The server sent something that an aioserver does not send."""
 
 
 class Client(Protocol):
-    """One client. `close` it at the end, and after `ask` has raised."""
+    """One client. `close` it at the end, and after `request` has raised."""
 
-    async def ask(self, attempt: Attempt) -> None:
-        """One request.
+    async def request(self, attempt: Attempt) -> None:
+        """Send one request and read its answer to the end.
 
         Raises:
             aiohttp.ClientError, OSError: the connection failed.
-            NotUnderstoodError, EventTooLong: the server is not understood.
+            UnexpectedAnswer, EventTooLong: the answer does not follow the face's protocol.
         """
 
     async def close(self) -> None:
-        """Leave."""
+        """Close what is kept between two requests."""
 
 
 class WebSocketClient:
-    """One socket for all requests, made with the first and after each loss."""
+    """Sends all requests on one socket, which is opened for the first one and after each loss."""
 
     def __init__(self, session: aiohttp.ClientSession, url: str, question: Question) -> None:
         self._session = session
@@ -82,29 +83,30 @@ class WebSocketClient:
         self._payload = question.payload()
         self._ws: aiohttp.ClientWebSocketResponse | None = None
 
-    async def ask(self, attempt: Attempt) -> None:
-        """One request, on the socket that is there or on a new one."""
+    async def request(self, attempt: Attempt) -> None:
+        """Send one request, on the open socket or on a new one, and read its answer."""
         if self._ws is None:
             self._ws = await self._session.ws_connect(
                 self._url, max_msg_size=0, timeout=aiohttp.ClientWSTimeout(ws_close=CLOSE_TIMEOUT)
             )
-        name = uuid.uuid4().hex
-        command = {"action": "chat", "request_id": name, "payload": self._payload}
+        request_id = uuid.uuid4().hex
+        command = {"action": "chat", "request_id": request_id, "payload": self._payload}
         await self._ws.send_str(orjson.dumps(command).decode())
         while not attempt.ended:
             message = await self._ws.receive()
             if message.type is not WSMsgType.TEXT:
-                attempt.lost("closed", f"close code {self._ws.close_code}")
+                attempt.fail("closed", f"close code {self._ws.close_code}")
                 await self.close()
                 return
-            frame = frame_of(message.data)
-            owner = frame.get("request_id")
-            if owner not in {name, None}:
-                attempt.spoil("foreign_frame")
+            frame = parse_frame(message.data)
+            frame_id = frame.get("request_id")
+            if frame_id not in {request_id, None}:
+                attempt.mark_faulty("foreign_frame")
                 continue
-            hear(attempt, frame, frame.get("event_id"))
-            if attempt.ended and owner is None:
-                await self.close()  # it was about the whole socket: a close frame follows
+            report_frame(attempt, frame, frame.get("event_id"))
+            if attempt.ended and frame_id is None:
+                # an error of the whole socket: a close frame follows
+                await self.close()
 
     async def close(self) -> None:
         """Close the socket."""
@@ -114,42 +116,42 @@ class WebSocketClient:
 
 
 class SseClient:
-    """A POST for each request."""
+    """Sends a POST for each request."""
 
     def __init__(self, session: aiohttp.ClientSession, url: str, question: Question) -> None:
         self._session = session
         self._url = url
         self._payload = question.payload()
 
-    async def ask(self, attempt: Attempt) -> None:
-        """One request."""
+    async def request(self, attempt: Attempt) -> None:
+        """Send one request and read its answer."""
         body = {"request_id": uuid.uuid4().hex, **self._payload}
         async with self._session.post(self._url, json=body) as response:
             if response.status != 200:
-                attempt.error(await remote.told(response))
+                attempt.error(await remote.read_error(response))
                 return
             splitter = Splitter()
             async for data in response.content.iter_any():
                 for event in parse(splitter.feed(data)):
-                    hear(attempt, frame_of(event.data), number_of(event.id))
+                    report_frame(attempt, parse_frame(event.data), parse_number(event.id))
 
     async def close(self) -> None:
-        """Nothing is kept between two requests."""
+        """Close nothing: no connection of its own is kept between two requests."""
 
 
 class OpenAiClient:
-    """A POST for each request, as the SDKs do it."""
+    """Sends a POST for each request, as OpenAI's SDKs do."""
 
     def __init__(self, session: aiohttp.ClientSession, url: str, question: Question) -> None:
         self._session = session
         self._url = f"{url}/chat/completions"
         self._body = question.body()
 
-    async def ask(self, attempt: Attempt) -> None:
-        """One request."""
+    async def request(self, attempt: Attempt) -> None:
+        """Send one request and read its answer."""
         async with self._session.post(self._url, json=self._body) as response:
             if response.status != 200:
-                attempt.error(await remote.told(response))
+                attempt.error(await remote.read_error(response))
             elif self._body["stream"]:
                 await self._follow(attempt, response)
             else:
@@ -170,7 +172,7 @@ class OpenAiClient:
         _finish(attempt, reading, done=False)
 
     async def close(self) -> None:
-        """Nothing is kept between two requests."""
+        """Close nothing: no connection of its own is kept between two requests."""
 
 
 CLIENTS: dict[str, Callable[[aiohttp.ClientSession, str, Question], Client]] = {
@@ -180,41 +182,41 @@ CLIENTS: dict[str, Callable[[aiohttp.ClientSession, str, Question], Client]] = {
 }
 
 
-def frame_of(data: bytes | str) -> dict[str, Any]:
-    """A frame of the WebSocket and SSE faces.
+def parse_frame(data: bytes | str) -> dict[str, Any]:
+    """Decode a frame of the WebSocket and SSE faces.
 
     Raises:
-        NotUnderstoodError: it is none.
+        UnexpectedAnswer: *data* is not JSON, or not such a frame.
     """
     try:
         frame = orjson.loads(data)
     except orjson.JSONDecodeError:
-        raise NotUnderstoodError("a frame that is not JSON") from None
+        raise UnexpectedAnswer("a frame that is not JSON") from None
     if (
         not isinstance(frame, dict)
         or not isinstance(frame.get("chunk"), dict)
         or not isinstance(frame.get("event_id", 0), int)
         or not isinstance(frame["chunk"].get("retry_after", 0.0), float | int)
     ):
-        raise NotUnderstoodError("a frame that is not one of aioserver's")
+        raise UnexpectedAnswer("a frame that is not one of aioserver's")
     return frame
 
 
-def number_of(given: bytes | None) -> int | None:
-    """The number of an event from its `id`; None: it has none.
+def parse_number(event_id: bytes | None) -> int | None:
+    """Return the number of an event from its `id`; None: it has no id.
 
     Raises:
-        NotUnderstoodError: an id that is no number.
+        UnexpectedAnswer: the id is not a number.
     """
-    if given is None:
+    if event_id is None:
         return None
-    if not given.isdigit():
-        raise NotUnderstoodError("an event whose id is no number")
-    return int(given)
+    if not event_id.isdigit():
+        raise UnexpectedAnswer("an event whose id is not a number")
+    return int(event_id)
 
 
-def hear(attempt: Attempt, frame: dict[str, Any], number: int | None) -> None:
-    """One frame of the WebSocket or SSE face; *number*: the event's, None: it is no event."""
+def report_frame(attempt: Attempt, frame: dict[str, Any], number: int | None) -> None:
+    """Report a frame of the WebSocket or SSE face; *number* None: it is not an event."""
     if number is not None:
         attempt.event(number)
     chunk = frame["chunk"]
@@ -222,27 +224,27 @@ def hear(attempt: Attempt, frame: dict[str, Any], number: int | None) -> None:
         case "chunk":
             attempt.token()
         case "processing":
-            attempt.served()
+            attempt.stop_waiting()
         case "queued":
-            attempt.waits(at_the_door=frame.get("request_id") is None)
+            attempt.queued(for_admission=frame.get("request_id") is None)
         case "complete":
             attempt.complete()
         case "error" | "busy":
-            code = remote.plain(chunk.get("code") or "error")
-            message = remote.plain(chunk.get("error") or "")
-            attempt.error(remote.Told(code, message, chunk.get("retry_after")))
+            code = remote.printable(chunk.get("code") or "error")
+            message = remote.printable(chunk.get("error") or "")
+            attempt.error(remote.ErrorDetails(code, message, chunk.get("retry_after")))
         case "cancelled":
-            attempt.lost("cancelled")
+            attempt.fail("cancelled")
 
 
 def _read(attempt: Attempt, reading: Reading, data: bytes) -> bool:
-    """Whether the model said something in *data*: one event, or a whole answer."""
+    """Read an event or a whole answer; returns whether it has a part of the model's text."""
     try:
         return bool(reading.read(data))
     except ErrorEvent:
-        attempt.error(remote.told_in(orjson.loads(data), "provider_error"))
+        attempt.error(remote.parse_error(orjson.loads(data), "provider_error"))
     except BadEvent as error:
-        attempt.lost("not_understood", str(error))
+        attempt.fail("not_understood", str(error))
     return False
 
 
@@ -250,8 +252,8 @@ def _finish(attempt: Attempt, reading: Reading, *, done: bool) -> None:
     if attempt.ended:
         return
     if reading.finish_reason is None:
-        attempt.lost("no_finish_reason")
+        attempt.fail("no_finish_reason")
     elif not done:
-        attempt.lost("no_done")
+        attempt.fail("no_done")
     else:
         attempt.complete()

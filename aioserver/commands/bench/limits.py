@@ -1,4 +1,4 @@
-"""Which limit was met: from refusals, from `queued` frames, and from the server's own numbers."""
+"""Finds which limit was met: from refusals, `queued` frames, and the server's own numbers."""
 
 from __future__ import annotations
 
@@ -11,23 +11,22 @@ import aiohttp
 if TYPE_CHECKING:
     from aioserver.commands.bench.results import Results, Waits
 
-LOOK_AFTER = (
-    1.0  # seconds: the server makes its numbers once a second, older ones are not of this run
-)
-LOOK_EVERY = 0.5
-LOOK_TIMEOUT = 5.0
-PATHS = ("/stats", "/")  # the second has the queues, too, and needs no key
+# seconds; the server updates its numbers once a second: earlier ones are older than the run
+FIRST_READING = 1.0
+READING_INTERVAL = 0.5  # seconds
+READING_TIMEOUT = 5.0  # seconds
+PATHS = ("/stats", "/")  # the second has the queues, too, and needs no admin key
 
 MEANINGS = {
-    "server_at_capacity": "the house was full",
-    "http_503": "the house was full",
+    "server_at_capacity": "the server was full",
+    "http_503": "the server was full",
     "server_shutdown": "the server was stopping",
     "rate_limit_exceeded": "this client's own rate limit was met",
-    "concurrency_exceeded": "this client ran as many answers as it may",
-    "provider_queue_full": "the queue at the provider was full",
+    "concurrency_exceeded": "this client had as many requests running as it may",
+    "provider_queue_full": "the provider's queue was full",
     "provider_queue_timeout": "requests waited too long at the provider",
     "provider_rate_limited": "the provider's rate limit was met",
-    "pool_timeout": "the pool of the provider was full",
+    "pool_timeout": "the provider's connection pool was full",
     "circuit_open": "the provider's breaker was open",
     "no_provider": "no provider was usable",
 }
@@ -35,33 +34,36 @@ MEANINGS = {
 
 @dataclass
 class Peaks:
-    """The fullest that the server said it was."""
+    """The server's own numbers from the moment when most requests were waiting.
 
-    door: dict[str, Any] = field(default_factory=dict)  # `connections`, when most were waiting
-    providers: dict[str, dict[str, Any]] = field(default_factory=dict)  # by name, likewise
+    *connections* and each of *providers*, by name, have a moment of their own.
+    """
 
-    def see(self, state: dict[str, Any]) -> None:
-        """One look: `/stats`, or `/` as JSON."""
+    connections: dict[str, Any] = field(default_factory=dict)
+    providers: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def update(self, state: dict[str, Any]) -> None:
+        """Take a reading into account: the JSON of `/stats`, or of `/`."""
         connections = state.get("connections", {})
-        if _waiting(connections) >= _waiting(self.door):
-            self.door = connections
+        if _waiting(connections) >= _waiting(self.connections):
+            self.connections = connections
         for name, provider in state.get("providers", {}).items():
             if _waiting(provider) >= _waiting(self.providers.get(name, {})):
                 self.providers[name] = provider
 
     async def watch(self, session: aiohttp.ClientSession, url: str) -> None:
-        """Look again and again, until cancelled; ends by itself where nothing can be read."""
-        await asyncio.sleep(LOOK_AFTER)
+        """Read the numbers until cancelled; returns early if the server does not publish them."""
+        await asyncio.sleep(FIRST_READING)
         for path in PATHS:
-            while (state := await _look(session, url + path)) is not None:
-                self.see(state)
-                await asyncio.sleep(LOOK_EVERY)
+            while (state := await _read(session, url + path)) is not None:
+                self.update(state)
+                await asyncio.sleep(READING_INTERVAL)
 
 
-async def _look(session: aiohttp.ClientSession, url: str) -> dict[str, Any] | None:
+async def _read(session: aiohttp.ClientSession, url: str) -> dict[str, Any] | None:
     try:
         async with (
-            asyncio.timeout(LOOK_TIMEOUT),
+            asyncio.timeout(READING_TIMEOUT),
             session.get(url, headers={"Accept": "application/json"}) as response,
         ):
             state = await response.json() if response.status == 200 else None
@@ -74,8 +76,8 @@ def _waiting(gate: dict[str, Any]) -> int:
     return int(gate.get("waiting", 0))
 
 
-def met(results: Results, peaks: Peaks) -> dict[str, str | None]:
-    """The limit in one line, and its code; None: no limit was met."""
+def find_limit(results: Results, peaks: Peaks) -> dict[str, str | None]:
+    """Return the limit that was met: `text` in one line, and `code`, None if none was met."""
     if results.refused:
         (code, count), *others = results.refused.most_common()
         text = (
@@ -85,39 +87,42 @@ def met(results: Results, peaks: Peaks) -> dict[str, str | None]:
         if others:
             text += "; also " + ", ".join(f"{count} with {code}" for code, count in others)
         return {"code": code, "text": text}
-    waited = [*_at_the_door(results, peaks), *_at_the_provider(results, peaks)]
-    if waited:
-        return {"code": waited[0][0], "text": "; ".join(text for _code, text in waited)}
+    queues = [*_admission_queue(results, peaks), *_provider_queues(results, peaks)]
+    if queues:
+        return {"code": queues[0][0], "text": "; ".join(text for _code, text in queues)}
     return {"code": None, "text": "no limit was met"}
 
 
-def _at_the_door(results: Results, peaks: Peaks) -> list[tuple[str, str]]:
-    door = peaks.door
-    known = f"max_connections={door.get('limit')} reached" if _waiting(door) else None
-    if not results.at_the_door.count and known is None:
+def _admission_queue(results: Results, peaks: Peaks) -> list[tuple[str, str]]:
+    gate = peaks.connections
+    limit = f"max_connections={gate.get('limit')} reached" if _waiting(gate) else None
+    if not results.admission_waits.count and limit is None:
         return []
-    what = _told(results.at_the_door, results.begun, _waiting(door))
-    return [("connections_waiting", f"clients waited at the door: {what}{_in_brackets(known)}")]
+    extent = _extent(results.admission_waits, results.begun, _waiting(gate))
+    text = f"clients waited for admission: {extent}{_in_brackets(limit)}"
+    return [("connections_waiting", text)]
 
 
-def _at_the_provider(results: Results, peaks: Peaks) -> list[tuple[str, str]]:
-    full = {name: one for name, one in peaks.providers.items() if _waiting(one)}
-    known = ", ".join(
-        f"{name}: concurrent_requests={one.get('limit')}" for name, one in full.items()
+def _provider_queues(results: Results, peaks: Peaks) -> list[tuple[str, str]]:
+    full = {name: gate for name, gate in peaks.providers.items() if _waiting(gate)}
+    if not results.provider_waits.count and not full:
+        return []
+    waiting = sum(_waiting(gate) for gate in full.values())
+    extent = _extent(results.provider_waits, results.begun, waiting)
+    limits = ", ".join(
+        f"{name}: concurrent_requests={gate.get('limit')}" for name, gate in full.items()
     )
-    if not results.at_the_provider.count and not full:
-        return []
-    waiting = sum(_waiting(one) for one in full.values())
-    what = _told(results.at_the_provider, results.begun, waiting)
-    known = f"{known} reached" if known else ""
-    return [("provider_waiting", f"requests waited at the provider: {what}{_in_brackets(known)}")]
+    limits = f"{limits} reached" if limits else ""
+    return [
+        ("provider_waiting", f"requests waited at the provider: {extent}{_in_brackets(limits)}")
+    ]
 
 
-def _told(waits: Waits, total: int, seen: int) -> str:
-    """From the clients' own frames, where they got some; else from the server's numbers."""
+def _extent(waits: Waits, total: int, at_once: int) -> str:
+    """Describe how many waited: from the clients' `queued` frames if any came, else *at_once*."""
     if waits.count:
         return f"{waits.count} of {total}, the longest for {waits.longest:.2f} s"
-    return f"{seen} at once"
+    return f"{at_once} at once"
 
 
 def _in_brackets(text: str | None) -> str:

@@ -1,4 +1,4 @@
-"""The run: so many clients come, ask again and again, and leave."""
+"""Carries out a plan: starts the clients, lets each send its requests, and waits for them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import aiohttp
 
 from aioserver.commands import remote
 from aioserver.commands.bench.attempt import Attempt
-from aioserver.commands.bench.clients import CLIENTS, NotUnderstoodError, Question
-from aioserver.commands.bench.limits import Peaks, met
+from aioserver.commands.bench.clients import CLIENTS, Question, UnexpectedAnswer
+from aioserver.commands.bench.limits import Peaks, find_limit
 from aioserver.commands.bench.results import Results
 from aioserver.protocol.eventstream import EventTooLong
 
@@ -22,16 +22,19 @@ if TYPE_CHECKING:
     from aioserver.commands.bench.clients import Client
 
 ENDPOINTS = {"websocket": "/ws/chat", "sse": "/sse/chat", "openai": "/v1"}
-MAX_PAUSE = (
-    1.0  # seconds; a refused client comes back when the server said, but the run must go on
-)
-SHORT_PAUSE = 0.1  # where the server said nothing: a refused client must not spin
-BUSY = 0.9  # of a core: from there on it is this process that is measured
+# seconds; a refused client waits as long as the server asks for, but the run must go on
+MAX_PAUSE = 1.0
+# seconds; if the server asks for nothing: a refused client must not spin
+DEFAULT_PAUSE = 0.1
+BUSY = 0.9  # of a core; from there on the run measures this process and not the server
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What to do. One of *requests* (of each client) and *duration* is set; times in seconds."""
+    """What the clients do. Either *requests*, of each client, or *duration* is set.
+
+    *duration*, *ramp* (over which the clients start) and *timeout* (of a request) are in seconds.
+    """
 
     url: str
     face: str
@@ -46,7 +49,7 @@ class Plan:
 
 @dataclass
 class Run:
-    """One run of a plan: `await run.to_the_end(stop)`, then `run.report()`."""
+    """One run of a plan: `await run.execute(stop)`, then `run.report()`."""
 
     plan: Plan
     results: Results = field(default_factory=Results)
@@ -54,28 +57,29 @@ class Run:
     stopped: bool = False
     _begun: float = 0.0
     _ended: float = 0.0
-    _cpu: float = 0.0  # seconds of this process
+    _cpu: float = 0.0  # seconds of CPU that this process used
 
     @property
     def seconds(self) -> float:
-        """Since the first client came, until the last one left."""
+        """Seconds since the first client started, until the last one ended."""
         return (self._ended or time.perf_counter()) - self._begun if self._begun else 0.0
 
-    async def to_the_end(
+    async def execute(
         self, stop: asyncio.Event, show: Callable[[Run], Coroutine[Any, Any, None]] | None = None
     ) -> None:
-        """Run until all is done, or *stop* is set: what is under way then is given up.
+        """Run until every client is done, or *stop* is set: requests that run then are cancelled.
 
-        *show* is run beside it, from the moment the server has answered, and cancelled at the end.
+        *show* runs meanwhile, in a task that starts after the first answer of the server and is
+        cancelled at the end.
 
         Raises:
-            Unreachable: the server could not be reached at the start.
+            Unreachable: the server did not answer at the start.
         """
         async with remote.session(self.plan.key) as session:
             url = self.plan.url + (await self._endpoints(session))[self.plan.face]
             self._begun, cpu = time.perf_counter(), time.process_time()
-            work = asyncio.create_task(self._everybody(session, url))
-            beside = [
+            work = asyncio.create_task(self._run_clients(session, url))
+            background = [
                 asyncio.create_task(self.peaks.watch(session, self.plan.url)),
                 *([asyncio.create_task(show(self))] if show else []),
             ]
@@ -86,16 +90,21 @@ class Run:
             finally:
                 self._ended = time.perf_counter()
                 self._cpu = time.process_time() - cpu
-                tasks = (work, stopping, *beside)
+                tasks = (work, stopping, *background)
                 for task in tasks:
                     task.cancel()
                 await asyncio.wait(tasks)
-            for task in (work, *beside):
+            for task in (work, *background):
                 if not task.cancelled():
-                    task.result()  # a bug of ours is not hidden
+                    # an exception that a bug has raised must not be lost
+                    task.result()
 
     async def _endpoints(self, session: aiohttp.ClientSession) -> dict[str, str]:
-        """Where the faces are, as the server says; where it does not, the defaults."""
+        """Ask the server for the path of each face; the defaults stand for what it does not name.
+
+        Raises:
+            Unreachable: the server did not answer.
+        """
         try:
             async with (
                 asyncio.timeout(remote.CONNECT_TIMEOUT),
@@ -108,70 +117,70 @@ class Run:
             return ENDPOINTS
         except (aiohttp.ClientError, OSError) as error:
             raise remote.Unreachable(
-                f"{self.plan.url} cannot be reached: {remote.why(error)}"
+                f"{self.plan.url} cannot be reached: {remote.describe(error)}"
             ) from None
-        given = overview.get("endpoints") if isinstance(overview, dict) else None
-        return {**ENDPOINTS, **given} if isinstance(given, dict) else ENDPOINTS
+        endpoints = overview.get("endpoints") if isinstance(overview, dict) else None
+        return {**ENDPOINTS, **endpoints} if isinstance(endpoints, dict) else ENDPOINTS
 
-    async def _everybody(self, session: aiohttp.ClientSession, url: str) -> None:
+    async def _run_clients(self, session: aiohttp.ClientSession, url: str) -> None:
         async with asyncio.TaskGroup() as group:
             for number in range(self.plan.clients):
                 client = CLIENTS[self.plan.face](session, url, self.plan.question)
-                group.create_task(
-                    self._client(client, self.plan.ramp * number / self.plan.clients)
-                )
+                delay = self.plan.ramp * number / self.plan.clients
+                group.create_task(self._run_client(client, delay))
 
-    async def _client(self, client: Client, delay: float) -> None:
+    async def _run_client(self, client: Client, delay: float) -> None:
         await asyncio.sleep(delay)
         try:
-            asked = 0
+            finished = 0
             while True:
                 attempt = Attempt(self.results)
-                await self._ask(client, attempt)
-                asked += 1
-                pause = 0.0 if attempt.good else min(attempt.retry_after or SHORT_PAUSE, MAX_PAUSE)
-                if self._enough(asked, pause):
+                await self._request(client, attempt)
+                finished += 1
+                wait = min(attempt.retry_after or DEFAULT_PAUSE, MAX_PAUSE)
+                pause = 0.0 if attempt.succeeded else wait
+                if self._last(finished, pause):
                     return
                 await asyncio.sleep(pause)
         finally:
             await client.close()
 
-    def _enough(self, asked: int, pause: float) -> bool:
+    def _last(self, finished: int, pause: float) -> bool:
         if self.plan.duration is not None:
             return self.seconds + pause >= self.plan.duration
-        return asked == self.plan.requests
+        return finished == self.plan.requests
 
-    async def _ask(self, client: Client, attempt: Attempt) -> None:
-        """One request; whatever happens to it, it is counted, unless this run is stopped."""
+    async def _request(self, client: Client, attempt: Attempt) -> None:
+        """Send one request and count it, however it ends, unless the run is stopped."""
         try:
             async with asyncio.timeout(self.plan.timeout):
-                await client.ask(attempt)
+                await client.request(attempt)
         except aiohttp.ConnectionTimeoutError:
-            attempt.lost("cannot_connect", f"no connection within {remote.CONNECT_TIMEOUT:g} s")
+            attempt.fail("cannot_connect", f"no connection within {remote.CONNECT_TIMEOUT:g} s")
         except TimeoutError:
-            attempt.lost("timeout", f"no end within {self.plan.timeout:g} s")
+            attempt.fail("timeout", f"no end within {self.plan.timeout:g} s")
         except aiohttp.WSServerHandshakeError as error:
             code = f"http_{error.status}"
-            attempt.error(remote.Told(code, "the WebSocket handshake was refused"))
+            attempt.error(remote.ErrorDetails(code, "the WebSocket handshake was refused"))
         except aiohttp.ClientConnectorError as error:
-            attempt.lost("cannot_connect", remote.why(error))
+            attempt.fail("cannot_connect", remote.describe(error))
         except (aiohttp.ClientError, OSError) as error:
-            attempt.lost("connection_lost", remote.why(error))
-        except (NotUnderstoodError, EventTooLong) as error:
-            attempt.lost("not_understood", str(error))
+            attempt.fail("connection_lost", remote.describe(error))
+        except (UnexpectedAnswer, EventTooLong) as error:
+            attempt.fail("not_understood", str(error))
         attempt.settle()
-        if not attempt.good:
+        if not attempt.succeeded:
             await client.close()
 
     def report(self) -> dict[str, Any]:
-        """Everything, as JSON: what the table shows."""
+        """Return the report: what `--json` prints and the table shows."""
         plan = self.plan
         return {
             "url": plan.url,
             "face": plan.face,
             "clients": plan.clients,
             **self.results.numbers(self.seconds),
-            "limit": met(self.results, self.peaks),
+            "limit": find_limit(self.results, self.peaks),
             "notes": [*self._notes()],
         }
 
@@ -181,9 +190,9 @@ class Run:
             under_way = self.results.begun - self.results.finished
             notes.append(f"stopped early, with {under_way} requests under way")
         if thinned := self.results.thinned():
-            notes.append(f"percentiles from a sample of {', '.join(thinned)}: there were too many")
+            notes.append(f"percentiles of {', '.join(thinned)} are those of a random sample")
         if self.seconds > 1.0 and self._cpu / self.seconds > BUSY:
             notes.append(
-                "this client used a whole core: the numbers are its own limit, not the server's"
+                "this client used a whole core: the numbers show its own limit, not the server's"
             )
         return notes

@@ -1,4 +1,4 @@
-"""The numbers of a run: counts, and samples of which at most so many are kept."""
+"""The numbers of a run: counts, and a bounded number of samples."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-MAX_SAMPLES = 100_000  # of one measure: 2.4 MB, and a p99 of a thousand samples
-MAX_CODES = 50  # that are told apart: a provider's own codes pass, and may be many
-SHARES = (50, 95, 99)
+MAX_SAMPLES = 100_000  # of one measure: 2.4 MB, and a thousand samples above p99
+MAX_CODES = 50  # counted by themselves; a provider's own codes come through, and may be many
+PERCENTILES = (50, 95, 99)
 
 
 class Samples:
-    """Seconds, measured: all of them up to *limit*, beyond that a fair choice.
+    """Measured seconds: all of them up to *limit*, beyond that a uniform random sample.
 
     Algorithm: R (J. S. Vitter, Random Sampling with a Reservoir, 1985).
     """
@@ -26,31 +26,32 @@ class Samples:
 
     @property
     def thinned(self) -> bool:
-        """Whether some were not kept."""
+        """Whether some of the values were not kept."""
         return self.count > self._limit
 
     def add(self, seconds: float) -> None:
-        """Count one."""
+        """Add a value."""
         self.count += 1
         if self.count <= self._limit:
             self._kept.append(seconds)
-        elif (at := self._random.randrange(self.count)) < self._limit:
-            self._kept[at] = seconds
+        elif (index := self._random.randrange(self.count)) < self._limit:
+            self._kept[index] = seconds
 
     def summary(self) -> dict[str, float] | None:
-        """p50, p95, p99 (nearest rank) and how many there were; None: none."""
+        """Return p50, p95, p99 (nearest rank) and the count; None: there are no values."""
         if not self._kept:
             return None
         ordered = sorted(self._kept)
-        found: dict[str, float] = {
-            f"p{share}": round(ordered[-(-len(ordered) * share // 100) - 1], 6) for share in SHARES
+        summary: dict[str, float] = {
+            f"p{percent}": round(ordered[-(-len(ordered) * percent // 100) - 1], 6)
+            for percent in PERCENTILES
         }
-        return {**found, "count": self.count}
+        return {**summary, "count": self.count}
 
 
 @dataclass(slots=True, eq=False)
 class Waits:
-    """Requests that were told to wait in one place: how many, and the longest wait in seconds."""
+    """Requests that waited in one queue: how many, and the longest wait in seconds."""
 
     count: int = 0
     longest: float = 0.0
@@ -58,9 +59,9 @@ class Waits:
 
 @dataclass
 class Results:
-    """What came of all requests.
+    """The counts and samples of all requests.
 
-    Always: `begun` = `ok` + refused + incomplete + those under way.
+    Always: `begun` = `ok` + refused + incomplete + requests that are running.
     """
 
     begun: int = 0
@@ -68,20 +69,20 @@ class Results:
     events: int = 0
     refused: Counter[str] = field(default_factory=Counter)
     incomplete: Counter[str] = field(default_factory=Counter)
-    messages: dict[str, str] = field(default_factory=dict)  # the first one of each code
+    messages: dict[str, str] = field(default_factory=dict)  # the first message of each code
     latency: Samples = field(default_factory=Samples)
     first_token: Samples = field(default_factory=Samples)
     gap: Samples = field(default_factory=Samples)
-    at_the_door: Waits = field(default_factory=Waits)
-    at_the_provider: Waits = field(default_factory=Waits)
+    admission_waits: Waits = field(default_factory=Waits)
+    provider_waits: Waits = field(default_factory=Waits)
 
     @property
     def finished(self) -> int:
-        """Requests that are over, however they ended."""
+        """Requests that have ended, in whatever way."""
         return self.ok + self.refused.total() + self.incomplete.total()
 
     def count(self, counter: Counter[str], code: str, message: str) -> None:
-        """One more of *code*; its first message is kept."""
+        """Count a request that ended with *code*; the first message of each code is kept."""
         if code not in counter and len(counter) >= MAX_CODES:
             code = "other"
         counter[code] += 1
@@ -89,7 +90,7 @@ class Results:
             self.messages.setdefault(code, message)
 
     def numbers(self, seconds: float) -> dict[str, Any]:
-        """As JSON, for a run of *seconds*; what the table shows, too."""
+        """Return the numbers of a run of *seconds*, for the JSON report and the table."""
         rate = 1 / seconds if seconds > 0 else 0.0
         return {
             "seconds": round(seconds, 3),
@@ -112,6 +113,6 @@ class Results:
         }
 
     def thinned(self) -> list[str]:
-        """The measures of which not all samples were kept."""
-        kept = {"latency": self.latency, "first token": self.first_token, "gap": self.gap}
-        return [name for name, samples in kept.items() if samples.thinned]
+        """Return the names of the measures of which not all samples were kept."""
+        measures = {"latency": self.latency, "first token": self.first_token, "gap": self.gap}
+        return [name for name, samples in measures.items() if samples.thinned]

@@ -1,4 +1,4 @@
-"""How a run looks: a bar on stderr while it goes on, then a table on stdout (rich)."""
+"""Draws a run with rich: a progress bar on stderr while it goes on, then a table on stdout."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from rich.text import Text
 if TYPE_CHECKING:
     from aioserver.commands.bench.load import Run
 
-DRAW_EVERY = 0.25  # seconds; drawn in the loop, since a thread would take the client's time
+# seconds; drawn on the event loop, since a thread of its own would take time from the clients
+DRAW_INTERVAL = 0.25
 
 
 async def show_progress(run: Run) -> None:
-    """Draw on stderr how far *run* is, until cancelled."""
+    """Draw the progress of *run* on stderr, until cancelled."""
     plan = run.plan
     total = float(plan.duration or plan.clients * (plan.requests or 0))
     columns = (
@@ -31,7 +32,7 @@ async def show_progress(run: Run) -> None:
         try:
             while True:
                 _draw(progress, bar, run)
-                await asyncio.sleep(DRAW_EVERY)
+                await asyncio.sleep(DRAW_INTERVAL)
         finally:
             _draw(progress, bar, run)
 
@@ -84,25 +85,25 @@ def _times(report: dict[str, Any]) -> Table:
         table.add_column(name, justify="right")
     rows = {"latency": "latency", "first token": "first_token", "gap between events": "gap"}
     for label, key in rows.items():
-        if (found := report[key]) is not None:
-            times = (duration(found[name]) for name in ("p50", "p95", "p99"))
-            table.add_row(label, *times, str(found["count"]))
+        if (summary := report[key]) is not None:
+            times = (duration(summary[name]) for name in ("p50", "p95", "p99"))
+            table.add_row(label, *times, str(summary["count"]))
     return table
 
 
 def _completeness(report: dict[str, Any]) -> Text:
     requests = report["requests"]
     if not requests["ok"] + requests["incomplete"]:
-        return Text("complete: there was no answer to look at")
+        return Text("complete: no answer has begun, so none is incomplete")
     if report["complete"]:
-        what = "a finish_reason" if report["face"] == "openai" else "every event, once, in order"
+        proof = "a finish_reason" if report["face"] == "openai" else "every event, once, in order"
         return Text(
-            f"complete: {requests['ok']} of {requests['ok']} answers have their end, {what}"
+            f"complete: {requests['ok']} of {requests['ok']} answers have their end, {proof}"
         )
     served = requests["ok"] + requests["incomplete"]
     return Text(f"incomplete: {requests['incomplete']} of {served} answers", style="red")
 
 
 def duration(seconds: float) -> str:
-    """As people read it."""
+    """Write a duration in milliseconds below a second, else in seconds."""
     return f"{seconds * 1000:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"

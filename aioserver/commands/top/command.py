@@ -1,4 +1,4 @@
-"""What is typed: the screen until Ctrl-C, or one snapshot."""
+"""The command line of `top`: the screen until Ctrl-C, or one snapshot."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import signal
 import sys
 from typing import TYPE_CHECKING
 
-from aioserver.commands import remote
+import click
+
+from aioserver.commands import options, remote
 from aioserver.commands.top.feed import Feed, LostError, State
 
 if TYPE_CHECKING:
@@ -15,14 +17,43 @@ if TYPE_CHECKING:
 
     from aioserver.commands.top.screen import Screen
 
-DRAW_EVERY = 1.0  # seconds, beside each event: the clock of a lost server goes on
+# seconds; each event draws the screen too, but a lost server sends none, and its clock runs on
+DRAW_INTERVAL = 1.0
+
+
+@click.command("top")
+@remote.url_argument
+@click.option(
+    "--interval",
+    type=click.FloatRange(1, 60),
+    default=1.0,
+    show_default=True,
+    help="Seconds between two snapshots.",
+)
+@click.option(
+    "--once",
+    is_flag=True,
+    help="Print one snapshot and exit, as when stdout is not a terminal.",
+)
+@remote.key_option
+@options.version
+def command(url: str, *, interval: float, once: bool, key: str | None) -> int:
+    """Show the live state of a running server.
+
+    URL is the server's address, http://127.0.0.1:8000 unless you name another. The screen shows
+    connections, queues, providers, latencies and incidents, until Ctrl-C. A server that wants keys
+    wants an admin key for this. Exit code 1: the server refused the key, or --once did not reach
+    it.
+    """
+    return top(url, interval=interval, once=once, key=key)
 
 
 def top(url: str, *, interval: float, once: bool, key: str | None) -> int:
     """Show the state of the server at *url*, each *interval* seconds, until SIGINT or SIGTERM.
 
-    Once only with *once*, and where stdout is no terminal. Returns the exit code: 0, 1 where the
-    server does not let us in (or, for one snapshot, is not there), 2 usage.
+    One snapshot is printed instead with *once*, and where stdout is not a terminal. Returns the
+    exit code: 0, 1 where the server refuses us (or, for one snapshot, is not there), 2 without
+    rich.
     """
     try:
         from aioserver.commands.top import screen  # noqa: PLC0415 - optional
@@ -71,5 +102,5 @@ async def _live(state: State, interval: float, key: str | None, screen: ModuleTy
 
 async def _tick(shown: Screen) -> None:
     while True:
-        await asyncio.sleep(DRAW_EVERY)
+        await asyncio.sleep(DRAW_INTERVAL)
         shown.draw()

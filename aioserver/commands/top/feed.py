@@ -1,4 +1,4 @@
-"""Follows a server's `/events`: the last snapshot, the last incidents, and the way back to it."""
+"""Follows a server's `/events` (WHATWG HTML 9.2), and connects again after a loss."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 MAX_INCIDENTS = 100  # kept; as many as the server keeps
 MAX_EVENT_BYTES = 16 << 20  # ten minutes of history with many providers in one event
-FIRST_PAUSE, MAX_PAUSE = 0.5, 4.0  # seconds between two tries, doubling
-SILENCE = 10.0  # seconds beyond the interval without a byte: the server is lost
+FIRST_PAUSE, MAX_PAUSE = 0.5, 4.0  # seconds between two attempts, doubling
+SILENCE = 10.0  # seconds; the server is lost when no byte comes for the interval and these
 
 
 class LostError(Exception):
-    """The connection to the server ended, or never was; the message is one line for people."""
+    """The connection ended, or could not be made; the message is one line for people."""
 
     def __init__(self, message: str, *, retry_after: float = 0.0) -> None:
         super().__init__(message)
@@ -33,33 +33,38 @@ class LostError(Exception):
 
 @dataclass
 class State:
-    """What is known of the server. *problem*: why nothing more is heard; "": all is well."""
+    """What is known of the server.
+
+    *problem* says why no events come; "": they do. *previous* is the snapshot before *stats*, for
+    what has grown since. *lost_at*, of the first failure in a row, and *retry_at* are monotonic.
+    """
 
     url: str
     stats: dict[str, Any] | None = None
-    previous: dict[str, Any] | None = None  # the snapshot before, for what has grown since
+    previous: dict[str, Any] | None = None
     incidents: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=MAX_INCIDENTS))
     problem: str = ""
-    lost_at: float = 0.0  # monotonic; of the first failure in a row
+    lost_at: float = 0.0
     retry_at: float = 0.0
 
     def take(self, name: bytes, data: Any) -> None:
-        """One event of the server."""
+        """Take an event of the server into account; one of an unknown form is ignored."""
         if not isinstance(data, dict):
             return
         if name == b"stats":
             self.previous, self.stats = self.stats, data
         elif name == b"history":
-            self.incidents.clear()  # told anew after each way back
+            # the server sends the whole history on every connection
+            self.incidents.clear()
             self.incidents.extend(
-                one for one in data.get("incidents", ()) if isinstance(one, dict)
+                incident for incident in data.get("incidents", ()) if isinstance(incident, dict)
             )
         elif name == b"incident":
             self.incidents.append(data)
 
 
 class Feed:
-    """The events of one server. *changed* is called after each of them, and at a loss."""
+    """Reads the events of one server. *changed* is called after each of them, and at a loss."""
 
     def __init__(
         self,
@@ -74,11 +79,11 @@ class Feed:
         self._changed = changed
 
     async def first(self) -> None:
-        """Until the first snapshot.
+        """Read until the first snapshot.
 
         Raises:
-            LostError: none came.
-            Unreachable: the server answers, and does not let us in.
+            LostError: no snapshot came.
+            Unreachable: the server answers, and refuses us.
         """
         try:
             async with asyncio.timeout(self._interval + SILENCE):
@@ -87,10 +92,10 @@ class Feed:
             raise LostError("it sent no snapshot in time") from None
 
     async def follow(self) -> None:
-        """For ever: a server that is lost is tried again, after a pause that doubles.
+        """Read for ever; after a loss connect again, with a pause that doubles.
 
         Raises:
-            Unreachable: the server answers, and does not let us in.
+            Unreachable: the server answers, and refuses us.
         """
         state, pause = self._state, FIRST_PAUSE
         while True:
@@ -111,7 +116,14 @@ class Feed:
                 pause = min(2 * pause, MAX_PAUSE)
 
     async def _listen(self, *, until_snapshot: bool = False) -> None:
-        """One connection, to its end: it always ends with an exception, or with a snapshot."""
+        """Read one connection to its end.
+
+        It returns only with *until_snapshot*.
+
+        Raises:
+            LostError: the connection failed or ended, or its data are not aioserver's events.
+            Unreachable: the server answers, and refuses us.
+        """
         timeout = aiohttp.ClientTimeout(
             total=None, connect=remote.CONNECT_TIMEOUT, sock_read=self._interval + SILENCE
         )
@@ -122,7 +134,7 @@ class Feed:
             async with self._session.get(
                 url, params=params, headers=headers, timeout=timeout
             ) as response:
-                await self._admitted(response)
+                await self._check(response)
                 splitter = Splitter(MAX_EVENT_BYTES)
                 async for data in response.content.iter_any():
                     for event in parse(splitter.feed(data)):
@@ -133,25 +145,27 @@ class Feed:
                                 return
                         self._changed()
         except (aiohttp.ClientError, OSError) as error:
-            raise LostError(remote.why(error)) from None
+            raise LostError(remote.describe(error)) from None
         except (EventTooLong, orjson.JSONDecodeError):
-            raise LostError("what it sends are not aioserver's events") from None
+            raise LostError("it sends something else than aioserver's events") from None
         raise LostError("it closed the connection")
 
-    async def _admitted(self, response: aiohttp.ClientResponse) -> None:
-        """A 5xx passes, and is tried again; whatever else is not 200 will not change.
+    async def _check(self, response: aiohttp.ClientResponse) -> None:
+        """Accept the head of a stream of events.
 
         Raises:
-            LostError: later, perhaps.
-            Unreachable: never.
+            LostError: 429 or 5xx, which another attempt may not meet.
+            Unreachable: another status or content type, which every attempt would meet.
         """
         if response.status == 200:
             if response.content_type != "text/event-stream":
-                raise remote.Unreachable(f"{response.url.path} has no events: is it an aioserver?")
+                raise remote.Unreachable(
+                    f"{response.url.path} has no events: is this an aioserver?"
+                )
             return
-        told = await remote.told(response)
-        what = told.message or told.code
+        error = await remote.read_error(response)
+        reason = error.message or error.code
         if response.status >= 500 or response.status == 429:
-            raise LostError(what, retry_after=told.retry_after or 0.0)
+            raise LostError(reason, retry_after=error.retry_after or 0.0)
         hint = " (--key, or AIOSERVER_KEY)" if response.status in {401, 403} else ""
-        raise remote.Unreachable(f"{response.url.path}: HTTP {response.status}: {what}{hint}")
+        raise remote.Unreachable(f"{response.url.path}: HTTP {response.status}: {reason}{hint}")

@@ -1,6 +1,7 @@
-"""Draws what is known of a server (rich). 80 columns are enough.
+"""Draws what is known of a server, with rich; 80 columns are enough.
 
-Whatever comes from the server is text, never markup, and has no control characters.
+Whatever came from the server is drawn as text: markup has no effect, and there are no control
+characters in it.
 """
 
 from __future__ import annotations
@@ -14,21 +15,21 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from aioserver.commands.remote import plain
+from aioserver.commands.remote import printable
 from aioserver.commands.top.verdict import verdict
 
 if TYPE_CHECKING:
     from aioserver.commands.top.feed import State
 
 STYLES = {"ok": "bold green", "warning": "bold yellow", "error": "bold red", "info": "cyan"}
-MARKS = {"ok": "+", "warning": "!", "error": "x"}  # for who sees no colours
-BAR = 24  # columns
+MARKS = {"ok": "+", "warning": "!", "error": "x"}  # for readers who see no colours
+BAR_WIDTH = 24  # columns
 NEARLY_FULL = 0.8
-NOTHING = "-"
+UNKNOWN = "-"
 
 
 class Screen:
-    """The whole terminal while in a `with`, drawn when told to; then it is as it was."""
+    """Takes the whole terminal inside a `with`, and restores it at the end."""
 
     def __init__(self, state: State) -> None:
         self._state = state
@@ -44,21 +45,21 @@ class Screen:
 
     def draw(self) -> None:
         """Draw the state as it is now."""
-        self._live.update(picture(self._state), refresh=True)
+        self._live.update(render(self._state), refresh=True)
 
 
 def show(state: State) -> None:
     """Print the state once."""
-    Console().print(picture(state))
+    Console().print(render(state))
 
 
 def terminal() -> bool:
-    """Whether stdout is one."""
+    """Whether stdout is a terminal."""
     return Console().is_terminal
 
 
-def picture(state: State) -> RenderableType:
-    """All of it, the most important on top: what does not fit is cut off at the end."""
+def render(state: State) -> RenderableType:
+    """Lay out the state, the most important on top: what does not fit is cut off below."""
     stats = state.stats
     parts: list[RenderableType] = [_title(state), _verdict(state), ""]
     if stats is not None:
@@ -71,14 +72,14 @@ def picture(state: State) -> RenderableType:
             _facts(stats),
             "",
         ]
-    parts += [_incident(one) for one in reversed(state.incidents)]
+    parts += [_incident(incident) for incident in reversed(state.incidents)]
     return Group(*parts)
 
 
 def _title(state: State) -> Text:
     stats = state.stats or {}
     text = Text(
-        plain(f"{stats.get('name', 'aioserver')} {stats.get('version', '')}"), style="bold"
+        printable(f"{stats.get('name', 'aioserver')} {stats.get('version', '')}"), style="bold"
     )
     text.append(f"  {state.url}", style="not bold")
     if "uptime" in stats:
@@ -94,7 +95,7 @@ def _verdict(state: State) -> Text:
             f" next try in {max(0.0, state.retry_at - now):.0f} s"
         )
         if state.stats is not None:
-            text += "; below is what was last heard"
+            text += "; below are its last numbers"
         return Text(f"x {text}", style=STYLES["error"])
     if state.stats is None:
         return Text("connecting", style=STYLES["info"])
@@ -106,25 +107,31 @@ def _bars(connections: dict[str, Any]) -> Table:
     faces = connections.get("active_by_face", {})
     wait = connections.get("oldest_wait") or 0.0
     rows = (
-        ("connections", "active", "limit", ", ".join(f"{plain(k)} {v}" for k, v in faces.items())),
-        ("waiting room", "waiting", "queue_size", f"longest {wait:.1f} s" if wait else ""),
+        (
+            "connections",
+            "active",
+            "limit",
+            ", ".join(f"{printable(k)} {v}" for k, v in faces.items()),
+        ),
+        ("queue", "waiting", "queue_size", f"longest {wait:.1f} s" if wait else ""),
     )
     grid = Table.grid(padding=(0, 1))
-    for label, key, limit_key, more in rows:
+    for label, key, limit_key, details in rows:
         value, limit = connections.get(key, 0), connections.get(limit_key, 0)
         full = value / max(limit, 1)
         colour = "red" if full >= 1 else "yellow" if full >= NEARLY_FULL else "green"
         bar = ProgressBar(
             total=max(limit, 1),
             completed=value,
-            width=BAR,
+            width=BAR_WIDTH,
             style="dim",
             complete_style=colour,
-            finished_style=colour,  # rich's own green means well done
+            # rich would draw a full bar green
+            finished_style=colour,
         )
         text = Text(f"{value} of {limit}")
-        if more:
-            text.append(f"  {more}", style="dim")
+        if details:
+            text.append(f"  {details}", style="dim")
         grid.add_row(label, bar, text)
     return grid
 
@@ -134,48 +141,52 @@ def _providers(providers: dict[str, Any]) -> Table:
     table.add_column("provider", no_wrap=True, max_width=14, overflow="ellipsis")
     for name in ("places", "pool", "queue", "wait", "tokens/s", "first p50", "p95", "faults"):
         table.add_column(name, justify="right", no_wrap=True)
-    for name, one in providers.items():
-        pool, first = one.get("pool", {}), one.get("first_token") or {}
-        if _unused(one):
+    for name, provider in providers.items():
+        pool, first = provider.get("pool", {}), provider.get("first_token") or {}
+        if _unused(provider):
             continue
-        style = "yellow" if one.get("waiting") else None if one.get("usable", True) else "red"
+        style = None if provider.get("usable", True) else "red"
+        if provider.get("waiting"):
+            style = "yellow"
         table.add_row(
-            Text(f"{'*' if one.get('active') else ' '}{plain(name)}"),
-            f"{one.get('in_flight', 0)}/{one.get('limit', 0)}",
+            Text(f"{'*' if provider.get('active') else ' '}{printable(name)}"),
+            f"{provider.get('in_flight', 0)}/{provider.get('limit', 0)}",
             f"{pool.get('open', 0)}/{pool.get('limit', 0)}",
-            f"{one.get('waiting', 0)}/{one.get('queue_size', 0)}",
-            _time(one.get("oldest_wait") or None),
-            f"{one.get('tokens_per_second', 0.0):.0f}",
+            f"{provider.get('waiting', 0)}/{provider.get('queue_size', 0)}",
+            _time(provider.get("oldest_wait") or None),
+            f"{provider.get('tokens_per_second', 0.0):.0f}",
             _time(first.get("p50")),
             _time(first.get("p95")),
-            str(sum(one.get("faults", {}).values())),
+            str(sum(provider.get("faults", {}).values())),
             style=style,
         )
     return table
 
 
 def _unused(provider: dict[str, Any]) -> bool:
-    """Whether it is configured, and no more than that: without a key, as a rule."""
+    """Whether *provider* is only configured: most often it has no key."""
     return not (provider.get("usable", True) or provider.get("active") or provider.get("requests"))
 
 
 def _guards(providers: dict[str, Any]) -> list[Text]:
-    """A line for each provider that has more to say, and one for those that are not used."""
+    """Return a line for each provider with more to show, and one for all that are not usable."""
     lines = []
-    for name, one in providers.items():
-        said = [] if one.get("usable", True) else ["not usable"]
-        if "breaker" in one:
-            said.append(f"breaker {one['breaker']}")
-        if pace := one.get("pace"):
-            said.append(f"pace {pace.get('per_minute')} a minute, {pace.get('left')} now")
-        if one.get("retries"):
-            said.append(f"{one['retries']} retries")
-        said += [f"{fault} {count}" for fault, count in one.get("faults", {}).items() if count]
-        if said and not _unused(one):
-            lines.append(f" {name}: {', '.join(said)}")
-    if unused := ", ".join(name for name, one in providers.items() if _unused(one)):
+    for name, provider in providers.items():
+        notes = [] if provider.get("usable", True) else ["not usable"]
+        if "breaker" in provider:
+            notes.append(f"breaker {provider['breaker']}")
+        if pace := provider.get("pace"):
+            notes.append(f"pace {pace.get('per_minute')} a minute, {pace.get('left')} now")
+        if provider.get("retries"):
+            notes.append(f"{provider['retries']} retries")
+        notes += [
+            f"{fault} {count}" for fault, count in provider.get("faults", {}).items() if count
+        ]
+        if notes and not _unused(provider):
+            lines.append(f" {name}: {', '.join(notes)}")
+    if unused := ", ".join(name for name, provider in providers.items() if _unused(provider)):
         lines.append(f" not usable: {unused}")
-    return [Text(plain(line), style="dim") for line in lines]
+    return [Text(printable(line), style="dim") for line in lines]
 
 
 def _facts(stats: dict[str, Any]) -> Table:
@@ -197,28 +208,28 @@ def _facts(stats: dict[str, Any]) -> Table:
         f"{_bytes(streams.get('max_bytes'))}; {stats.get('slow_clients', 0)} slow clients dropped",
         "rejections": total + codes if rejected else "none",
         "loop": f"lag {_time(loop.get('lag'))}, worst {_time(loop.get('lag_max'))}; "
-        f"cpu {_share(process.get('cpu'))}, {_or_nothing(process.get('tasks'))} tasks",
-        "process": f"{_or_nothing(process.get('open_fds'))} of "
-        f"{_or_nothing(process.get('max_fds'))} descriptors, {_bytes(process.get('rss_bytes'))}",
+        f"cpu {_share(process.get('cpu'))}, {_or_unknown(process.get('tasks'))} tasks",
+        "process": f"{_or_unknown(process.get('open_fds'))} of "
+        f"{_or_unknown(process.get('max_fds'))} descriptors, {_bytes(process.get('rss_bytes'))}",
     }
     grid = Table.grid(padding=(0, 1))
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column()
     for label, text in rows.items():
-        grid.add_row(label, Text(plain(text)))
+        grid.add_row(label, Text(printable(text)))
     return grid
 
 
-def _incident(one: dict[str, Any]) -> Text:
-    at = time.strftime("%H:%M:%S", time.localtime(one.get("time", 0)))
-    text = Text(f"{at} ", style="dim", no_wrap=True, overflow="ellipsis")
-    style = STYLES.get(str(one.get("severity")), "none")
-    return text.append(plain(one.get("text", one.get("kind", ""))), style=style)
+def _incident(incident: dict[str, Any]) -> Text:
+    clock = time.strftime("%H:%M:%S", time.localtime(incident.get("time", 0)))
+    text = Text(f"{clock} ", style="dim", no_wrap=True, overflow="ellipsis")
+    style = STYLES.get(str(incident.get("severity")), "none")
+    return text.append(printable(incident.get("text", incident.get("kind", ""))), style=style)
 
 
 def _time(seconds: float | None) -> str:
     if seconds is None:
-        return NOTHING
+        return UNKNOWN
     return f"{seconds * 1000:.0f}ms" if seconds < 1 else f"{seconds:.1f}s"
 
 
@@ -233,15 +244,15 @@ def _span(seconds: float) -> str:
 
 def _bytes(size: int | None) -> str:
     if size is None:
-        return NOTHING
+        return UNKNOWN
     if size < 1 << 20:
         return f"{size / 1024:.0f} KiB"
     return f"{size / (1 << 20):.0f} MiB"
 
 
 def _share(share: float | None) -> str:
-    return NOTHING if share is None else f"{share:.0%}"
+    return UNKNOWN if share is None else f"{share:.0%}"
 
 
-def _or_nothing(value: object) -> str:
-    return NOTHING if value is None else str(value)
+def _or_unknown(value: object) -> str:
+    return UNKNOWN if value is None else str(value)

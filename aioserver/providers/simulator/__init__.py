@@ -1,6 +1,16 @@
-"""The simulated provider: the demo, the `provider` command, the tests' double.
+"""A simulated provider: real sockets, invented answers, and faults on request.
 
-`server` answers and counts; `model` reads requests and writes texts, `shapes` are OpenAI's objects,
-`exchange` plays an answer piece by piece. The ways to fail are in `refusals` (before the answer),
-`broken` (within it) and `unusual` (good all the same); `faults` names them all.
+It is the provider of a first start without a key (`llm.active: demo`), the `aioserver provider`
+command, and the provider in the tests. A request meets these words in this order:
+
+- The **simulator** (`server`) listens, routes and counts. It keeps the last requests for tests.
+- Its **behaviour** (`exchange`) says how it answers: times, tokens, and which requests fail.
+- The **parsed request** (`model`) is what the body asks for. The same module writes the words of
+  the answer: the same words for the same message.
+- The **answer** (`shapes`) is these words as OpenAI's JSON: the events of a stream, or one piece.
+- A **fault** (`faults`, with the table of all names) is what a request gets instead of a plain
+  answer: `refusals` come before the answer, `broken` has what goes wrong within it, `unusual` what
+  is good but written in a rare form.
+- The **exchange** (`exchange`) is one request on its connection: it writes the answer token by
+  token, and has the steps that faults are made of, such as a stall or a TCP reset.
 """

@@ -1,4 +1,4 @@
-"""Answers of the simulator that begin well, and end badly or not at all."""
+"""Faults within an answer: it begins well, and ends badly or never."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ if TYPE_CHECKING:
     from aioserver.providers.simulator.exchange import Exchange, Fault
 
 _COMMENT = b": OPENROUTER PROCESSING\n\n"
-_COMMENT_INTERVAL = 0.005  # seconds at least: nobody sends them as fast as they are taken
+_MIN_COMMENT_INTERVAL = 0.005  # seconds: no provider sends comments as fast as they are read
 _LONG_LINE = 10_000_000  # bytes
-_PIECE = 65536  # bytes of one write where a lot is written
+_PIECE = 65536  # bytes of each write of a long line
 
 
 async def _head_only(exchange: Exchange, _n: int) -> web.StreamResponse:
     await exchange.head()
-    return await exchange.silence()
+    return await exchange.stall()
 
 
 async def stall(exchange: Exchange, n: int) -> web.StreamResponse:
-    """Silence after *n* tokens, or after all of them."""
+    """Send nothing more after *n* tokens, or after all of them."""
     await exchange.play(n)
-    return await exchange.silence()
+    return await exchange.stall()
 
 
 async def _half_line(exchange: Exchange, n: int) -> web.StreamResponse:
     await exchange.play(n)
     line = exchange.answer.piece(n)
     await exchange.write(line[: len(line) // 2])
-    return await exchange.silence()
+    return await exchange.stall()
 
 
 async def cut(exchange: Exchange, n: int) -> web.StreamResponse:
-    """A TCP reset after *n* tokens, or after all of them."""
+    """Reset the connection after *n* tokens, or after all of them."""
     await exchange.play(n)
     return exchange.reset()
 
@@ -66,19 +66,19 @@ async def _error_event(exchange: Exchange, n: int) -> web.StreamResponse:
 
 async def _error_chunk(exchange: Exchange, n: int) -> web.StreamResponse:
     await exchange.play(n)
-    await exchange.write(_openrouters(502))
+    await exchange.write(_openrouter_error(502))
     return await exchange.end()
 
 
 async def _error_first(exchange: Exchange, n: int) -> web.StreamResponse:
     await exchange.head()
     await exchange.write(_COMMENT)
-    await exchange.write(_openrouters(n))
+    await exchange.write(_openrouter_error(n))
     return await exchange.end()
 
 
-def _openrouters(code: int) -> bytes:
-    """OpenRouter's chunk that is an error: its code is a number."""
+def _openrouter_error(code: int) -> bytes:
+    """Encode an error as OpenRouter does: in a chunk, with a number for its code."""
     choice = {"index": 0, "delta": {"content": ""}, "finish_reason": "error"}
     fault = {"code": code, "message": "Provider disconnected unexpectedly"}
     chunk = {"id": "gen-1", "object": "chat.completion.chunk", "created": 1, "model": "m"}
@@ -112,7 +112,7 @@ async def _early_done(exchange: Exchange, n: int) -> web.StreamResponse:
 
 async def _comments_stall(exchange: Exchange, n: int) -> web.StreamResponse:
     await comments(exchange, n)
-    return await exchange.silence()
+    return await exchange.stall()
 
 
 async def _comments_endless(exchange: Exchange, _n: int) -> web.StreamResponse:
@@ -121,12 +121,12 @@ async def _comments_endless(exchange: Exchange, _n: int) -> web.StreamResponse:
 
 
 async def comments(exchange: Exchange, n: int) -> None:
-    """*n* comments, `interval` after each other, that keep a connection alive."""
+    """Write *n* comments, one each `interval`, as providers do to keep a connection alive."""
     if not exchange.response.prepared:
         await exchange.head()
     for _ in range(n):
         await exchange.write(_COMMENT)
-        await asyncio.sleep(max(exchange.interval, _COMMENT_INTERVAL))
+        await asyncio.sleep(max(exchange.interval, _MIN_COMMENT_INTERVAL))
 
 
 async def _no_done(exchange: Exchange, _n: int) -> web.StreamResponse:
@@ -144,7 +144,7 @@ async def _after_done(exchange: Exchange, _n: int) -> web.StreamResponse:
 async def _open_done(exchange: Exchange, _n: int) -> web.StreamResponse:
     await exchange.play()
     await exchange.closing()
-    return await exchange.silence()
+    return await exchange.stall()
 
 
 async def _long_line(exchange: Exchange, n: int) -> web.StreamResponse:

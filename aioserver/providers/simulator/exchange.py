@@ -1,4 +1,4 @@
-"""One request and its answer on one connection of the simulator: the tools faults are made of."""
+"""One request and its answer on a connection of the simulator; the steps faults are made of."""
 
 from __future__ import annotations
 
@@ -17,41 +17,53 @@ if TYPE_CHECKING:
 
     Fault = Callable[["Exchange", int], Awaitable[web.StreamResponse]]
 
-_LINGER_0 = struct.pack("ii", 1, 0)  # close() then sends RST and not FIN: socket(7), SO_LINGER
+# with SO_LINGER on and a linger time of 0, close() sends RST and not FIN: socket(7)
+_LINGER_0 = struct.pack("ii", 1, 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Behaviour:
-    """How the simulator answers. Times are seconds; `*_after` count tokens."""
+    """How the simulator answers.
 
-    ttft: float = 0.2  # before the first token
-    interval: float = 0.03  # between two tokens
-    tokens: int = 0  # in an answer; 0: as many as its text has
-    fail_rate: float = 0.0  # the share of requests that fail, 0 to 1
-    fail_status: int = 503  # how
-    fault: str = ""  # or how, by a name of faults.py: "stall-3"
-    cut_after: int | None = None  # a TCP reset
-    stall_after: int | None = None  # silence for ever
-    deaf: bool = False  # reads no body: a large upload gets stuck, and its end is not noticed
-    headers: tuple[tuple[str, str], ...] = ()  # on every good answer, x-ratelimit-* for example
+    Attributes: ttft: seconds before the first token. interval: seconds between two tokens. tokens:
+    tokens of an answer; 0: as many as its text has. fail_rate: share of the requests that fail, 0
+    to 1. fail_status: HTTP status of the requests that fail. fault: a name of `faults`, such as
+    "stall-3": requests fail in this way instead. cut_after: tokens before a TCP reset; None: no
+    reset. stall_after: tokens before nothing more is sent; None: all are sent. ignore_body: read
+    no body, so that a large upload gets stuck; a client that leaves then goes unnoticed. headers:
+    added to every good answer, for example x-ratelimit-*.
+    """
+
+    ttft: float = 0.2
+    interval: float = 0.03
+    tokens: int = 0
+    fail_rate: float = 0.0
+    fail_status: int = 503
+    fault: str = ""
+    cut_after: int | None = None
+    stall_after: int | None = None
+    ignore_body: bool = False
+    headers: tuple[tuple[str, str], ...] = ()
 
 
-class Raw(web.StreamResponse):
-    """The answer was written by hand: aiohttp adds nothing, and closes the connection."""
+class RawResponse(web.StreamResponse):
+    """Stands for an answer that was written below HTTP: aiohttp adds nothing, and closes."""
 
     async def prepare(self, request: web.BaseRequest) -> None:
-        """Nothing."""
+        """Write no head."""
 
     async def write_eof(self, data: bytes = b"") -> None:
-        """Nothing."""
+        """Write no end."""
 
 
 class Exchange:
-    """The answer is written once, in order: head, opening, tokens, closing, end.
+    """Writes one answer, in order: head, opening, tokens, closing, end.
 
-    Every method that writes raises ConnectionError where the client has left; the handler's task
-    is cancelled then, too. *count* is called for each token, *doomed* has the connections on
-    which the next request finds nobody, *turns* how often those were asked who take turns.
+    Every method that writes raises ConnectionError when the client has left; the handler's task is
+    cancelled then, too. *count_token* is called after each token. All exchanges of a simulator
+    share two of the arguments: *reset_next* has the connections to reset when their next request
+    comes, *flaps* the number of requests that each `flap` fault has had, by the number in its
+    name.
     """
 
     def __init__(
@@ -60,9 +72,9 @@ class Exchange:
         answer: Answer,
         behaviour: Behaviour,
         *,
-        count: Callable[[], None],
-        doomed: set[asyncio.Transport],
-        turns: dict[int, int],
+        count_token: Callable[[], None],
+        reset_next: set[asyncio.Transport],
+        flaps: dict[int, int],
     ) -> None:
         assert request.transport is not None
         self.transport = request.transport
@@ -72,35 +84,35 @@ class Exchange:
         self.response = web.StreamResponse(headers=self._headers(behaviour.headers))
         self._request = request
         self._ttft = behaviour.ttft
-        self._count = count
-        self._doomed = doomed
-        self._turns = turns
-        self._due = 0.0
-        self._next = 0
+        self._count_token = count_token
+        self._reset_next = reset_next
+        self._flaps = flaps
+        self._due = 0.0  # loop time of the last token
+        self._next = 0  # number of the next token
         self._opened = False
 
-    def _headers(self, more: tuple[tuple[str, str], ...]) -> Mapping[str, str]:
+    def _headers(self, extra: tuple[tuple[str, str], ...]) -> Mapping[str, str]:
         streamed = self.answer.streamed
         kind = "text/event-stream; charset=utf-8" if streamed else "application/json"
-        return {"Content-Type": kind, "Cache-Control": "no-cache", **dict(more)}
+        return {"Content-Type": kind, "Cache-Control": "no-cache", **dict(extra)}
 
     async def wait(self) -> None:
-        """The time to the first token; for an answer in one piece, to the last one."""
+        """Sleep until the first token is due; for an answer in one piece, until the last is."""
         tail = 0.0 if self.answer.streamed else self.interval * self.answer.count
         await asyncio.sleep(self._ttft + tail)
 
     async def head(self) -> None:
-        """Write the head, after the time to the first token."""
+        """Write the head when the first token is due."""
         await asyncio.sleep(self._ttft)
         self._due = asyncio.get_running_loop().time()
         await self.response.prepare(self._request)
 
     async def write(self, data: bytes) -> None:
-        """One write of the body, a chunk on the wire."""
+        """Write a part of the body as one HTTP chunk."""
         await self.response.write(self.translate(data))
 
     async def play(self, stop: int | None = None) -> None:
-        """Head and opening where they are due, then the tokens before number *stop*; None: all."""
+        """Write the tokens before number *stop*; None: all. Head and opening come first, once."""
         if not self.response.prepared:
             await self.head()
         if not self._opened:
@@ -112,40 +124,42 @@ class Exchange:
             await self.token()
 
     async def token(self) -> None:
-        """The next token, `interval` after the one before; past the last one they start again."""
+        """Write the next token, `interval` after the one before; after the last one, the first."""
         if self._next:
             await self._pace()
         await self.write(self.answer.piece(self._next))
         self._next += 1
-        self._count()
+        self._count_token()
 
     async def _pace(self) -> None:
         if not self.interval:
-            await asyncio.sleep(0)  # other answers go on
+            # without a pause, let other answers go on
+            await asyncio.sleep(0)
             return
         now = asyncio.get_running_loop().time()
-        self._due = max(self._due + self.interval, now)  # late is not made up for by a burst
+        # a delay is not made up for by a burst
+        self._due = max(self._due + self.interval, now)
         await asyncio.sleep(self._due - now)
 
     async def closing(self, *, done: bool = True) -> None:
-        """What follows the last token, with the stream's end mark if *done*."""
+        """Write what follows the last token, and the stream's end mark if *done*."""
         for data in self.answer.closing:
             await self.write(data)
         if done and self.answer.end:
             await self.write(self.answer.end)
 
     async def finish(self, *, done: bool = True) -> web.StreamResponse:
-        """Closing, then the end of the body."""
+        """Write the closing and the end of the body."""
         await self.closing(done=done)
         return await self.end()
 
     async def end(self) -> web.StreamResponse:
-        """The end of the body, whatever it holds; the connection is kept."""
+        """End the body where it is; the connection is kept."""
         await self.response.write_eof()
         return self.response
 
-    async def whole(self) -> web.StreamResponse:
-        """The answer as it should be."""
+    async def complete(self) -> web.StreamResponse:
+        """Write the answer as it should be."""
         if self.answer.streamed:
             await self.play()
             return await self.finish()
@@ -154,40 +168,41 @@ class Exchange:
         await self.response.prepare(self._request)
         await self.response.write(self.answer.whole)
         for _ in range(self.answer.count):
-            self._count()
+            self._count_token()
         return await self.end()
 
-    async def silence(self) -> web.StreamResponse:
-        """Nothing more, until the client leaves or the simulator is closed."""
+    async def stall(self) -> web.StreamResponse:
+        """Send nothing more, until the client leaves or the simulator is closed."""
         await asyncio.get_running_loop().create_future()
-        raise AssertionError("nobody ends the silence but a cancellation")
+        raise AssertionError("only a cancellation ends a stall")
 
     async def raw(self, *pieces: bytes) -> web.StreamResponse:
-        """The bytes as they are, below HTTP; then the connection is closed."""
+        """Write bytes below HTTP, as they are; the connection is closed afterwards."""
         for data in pieces:
             self.transport.write(data)
-            await asyncio.sleep(0)  # a packet of its own, where the client reads fast enough
-        return Raw()
+            # each piece is a packet of its own if the client reads fast enough
+            await asyncio.sleep(0)
+        return RawResponse()
 
     def raw_head(self, framing: bytes, version: bytes = b"1.1") -> bytes:
-        """The head of a good answer, for `raw`."""
+        """Return the head of a good answer, for `raw`."""
         kind = self.response.content_type.encode()
         return b"HTTP/%b 200 OK\r\nContent-Type: %b\r\n%b\r\n" % (version, kind, framing)
 
-    def turn(self, name: int) -> int:
-        """How often *name* has been asked before."""
-        turn = self._turns.get(name, 0)
-        self._turns[name] = turn + 1
-        return turn
+    def flap(self, number: int) -> int:
+        """Count this request for the `flap` fault of *number*; returns how many came before it."""
+        earlier = self._flaps.get(number, 0)
+        self._flaps[number] = earlier + 1
+        return earlier
 
     def reset(self) -> web.StreamResponse:
-        """Close the connection hard: the client sees ECONNRESET."""
+        """Reset the connection: the client sees ECONNRESET."""
         reset(self.transport)
-        return Raw()
+        return RawResponse()
 
-    def doom(self) -> None:
-        """The next request on this connection finds nobody."""
-        self._doomed.add(self.transport)
+    def reset_next_time(self) -> None:
+        """Reset the connection when its next request comes."""
+        self._reset_next.add(self.transport)
 
 
 def reset(transport: asyncio.Transport) -> None:

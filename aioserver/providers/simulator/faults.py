@@ -1,77 +1,79 @@
-r"""Every way in which the simulator can fail, each asked for by a model's name.
+r"""The faults of the simulator: the table that `aioserver provider --list-faults` prints.
 
-`<n>` may be left out (3). What counts tokens counts slices of the JSON where the answer is not
-streamed. "stalls": nothing more comes, and the connection stays open.
+A request to the model in the first column is answered as the second column says. `<n>`, `<ms>`
+and `<code>` are numbers; where a number is left out it is 3, or the number in brackets. "Stalls"
+means that nothing more is sent and that the connection stays open. In an answer that is not
+streamed, slices of its JSON count as tokens.
 
 Before the answer
 
-    fault-status-<code>         any status, with OpenAI's error body; 429 and 503: Retry-After 1
+    fault-status-<code>         any HTTP status (500); 429 and 503 with Retry-After: 1
     fault-quota                 429 with the code insufficient_quota
-    fault-credits               OpenRouter's 402: the code is a number
-    fault-retry-after-<n>       429, Retry-After n seconds
-    fault-retry-after-ms        429, retry-after-ms 700 beside Retry-After 1
-    fault-retry-after-date      429, Retry-After as a date, some 2 s from now
-    fault-retry-after-absurd    429, Retry-After 31536000
-    fault-day-over              Groq's 429: the requests of a day are used up, Retry-After 2
-    fault-capacity              Groq's 498, capacity_exceeded
-    fault-slow-down             OpenAI's 503, slow_down
+    fault-credits               402 as OpenRouter sends it: its code is a number
+    fault-retry-after-<n>       429 with Retry-After: n
+    fault-retry-after-ms        429 with retry-after-ms: 700 and Retry-After: 1
+    fault-retry-after-date      429 with a date as Retry-After, about 2 s from now
+    fault-retry-after-absurd    429 with Retry-After: 31536000, a year
+    fault-day-over              429 with Retry-After: 2, as Groq sends it at the end of a day's quota
+    fault-capacity              498 as Groq sends it, with the code capacity_exceeded
+    fault-slow-down             503 as OpenAI sends it, with the code slow_down
     fault-html                  200 with an HTML page
-    fault-type-html             a good stream that is called text/html
-    fault-type-text             a good stream that is called text/plain
-    fault-empty                 200 with nothing
-    fault-json-under-200-stream 200 with a JSON error, also where a stream was asked for
+    fault-type-html             a good stream whose Content-Type is text/html
+    fault-type-text             a good stream whose Content-Type is text/plain
+    fault-empty                 200 with an empty body
+    fault-json-under-200-stream 200 with an error as JSON, even for a request that wants a stream
     fault-redirect              302 to /elsewhere
-    fault-silent                stalls before the head
-    fault-drop                  closes the connection in place of a head
-    fault-not-http              bytes that are no HTTP
-    fault-flap-<n>              502 n times, then n good answers, then 502 again
+    fault-silent                stalls before the response head
+    fault-drop                  closes the connection without an answer
+    fault-not-http              bytes that are not HTTP
+    fault-flap-<n>              502 for n requests, then n good answers, then 502 again
 
 In the answer
 
-    fault-head-only             stalls after the head
+    fault-head-only             stalls after the response head
     fault-stall-<n>             stalls after n tokens
-    fault-comments-stall-<n>    stalls after n comments, before the first token
-    fault-comments-endless      comments for ever and no token
-    fault-half-line-<n>         stalls in the middle of the line after n tokens
+    fault-comments-stall-<n>    stalls after n SSE comments, before the first token
+    fault-comments-endless      SSE comments for ever, and no token
+    fault-half-line-<n>         stalls in the middle of the line that follows n tokens
     fault-cut-<n>               TCP reset after n tokens
-    fault-cut-mid-<n>           the same in the middle of the next chunk
-    fault-bad-chunk-<n>         a chunk without a size after n tokens
-    fault-end-<n>               clean end of the body after n tokens: no finish_reason, no [DONE]
-    fault-error-event-<n>       an error object as an event, then the end
-    fault-error-chunk-<n>       OpenRouter's: a chunk with `error` and finish_reason "error"
-    fault-error-first-<code>    the same in place of the first token, with that code (502)
-    fault-bad-json-<n>          an event that is no JSON after n tokens, then the rest
-    fault-bad-utf8-<n>          an event that is no UTF-8 after n tokens, then the rest
-    fault-no-done               finish_reason but no [DONE]
-    fault-early-done-<n>        llama.cpp's: [DONE] after n tokens
+    fault-cut-mid-<n>           TCP reset in the middle of the HTTP chunk that follows n tokens
+    fault-bad-chunk-<n>         an HTTP chunk without a size after n tokens
+    fault-end-<n>               the body ends after n tokens, without finish_reason and [DONE]
+    fault-error-event-<n>       an error object as an event after n tokens, then the end
+    fault-error-chunk-<n>       the same as OpenRouter sends it: finish_reason is "error"
+    fault-error-first-<code>    OpenRouter's error with this code (502) instead of the first token
+    fault-bad-json-<n>          an event that is not JSON after n tokens, then the rest
+    fault-bad-utf8-<n>          an event that is not UTF-8 after n tokens, then the rest
+    fault-no-done               finish_reason, but no [DONE]
+    fault-early-done-<n>        [DONE] after n tokens without finish_reason, as llama.cpp sends it
     fault-after-done            an event after [DONE]
     fault-open-done             [DONE], but the body never ends
-    fault-long-line             a line of 10 MB in the middle
-    fault-endless               tokens for ever, as fast as they are taken
-    fault-endless-line          a line for ever
-    fault-wrong-length          Content-Length beyond the body, then the connection closes
+    fault-long-line-<n>         a line of 10 MB after n tokens, then the rest
+    fault-endless               tokens for ever, as fast as the client reads them
+    fault-endless-line-<n>      a line that never ends, after n tokens
+    fault-wrong-length          a Content-Length 100 bytes too large, then the connection closes
 
-Unusual, but good
+Good answers of an unusual form
 
-    fault-slow-<ms>             a token each ms
-    fault-thinking-<n>          n comments before the first token
-    fault-crlf fault-cr         lines that end so
-    fault-bom                   a byte order mark first
-    fault-multi-data            each event's JSON on several `data:` lines
-    fault-comments              `: OPENROUTER PROCESSING` before each event
-    fault-slices                every byte its own write, heads and chunk sizes too
-    fault-cookie                Set-Cookie
-    fault-headers               100 kB of headers
-    fault-1xx                   103 Early Hints first
-    fault-gzip                  gzip, which nobody asked for
-    fault-http10                HTTP/1.0: the close is the end
-    fault-close-idle            closes the kept connection right after a good answer
-    fault-close-next            resets it when the next request comes: a dead pooled connection
-    fault-limits-spent-<ms>     x-ratelimit-remaining-requests 0, reset in so many ms (17ms, 6m0s)
-    fault-limits-day            Groq's headers: requests of a day, tokens of a minute
-    fault-limits-nonsense       the same headers with -1, nan, soon
-    fault-no-usage              says nothing of its usage, also where it was asked to
-    fault-usage-x-groq          says it in x_groq
+    fault-slow-<ms>             a token every so many milliseconds
+    fault-thinking-<n>          n SSE comments before the first token
+    fault-crlf fault-cr         lines that end with CR LF, or with CR
+    fault-bom                   a byte order mark at the start
+    fault-multi-data            the JSON of each event on several `data:` lines
+    fault-comments              the comment `: OPENROUTER PROCESSING` before each event
+    fault-slices                every byte in a write of its own, head and chunk sizes included
+    fault-cookie                with Set-Cookie
+    fault-headers               with 100 kB of headers
+    fault-1xx                   103 Early Hints before the response head
+    fault-gzip                  gzip, which the request did not allow
+    fault-http10                HTTP/1.0: the close of the connection ends the body
+    fault-close-idle            closes the idle connection right after a good answer
+    fault-close-next            resets the connection when its next request comes
+    fault-limits-spent-<ms>     x-ratelimit-remaining-requests: 0, reset in so many ms (17)
+    fault-limits-day            rate limits as Groq sends them: requests a day, tokens a minute
+    fault-limits-nonsense       x-ratelimit headers with the values -1, nan, soon
+    fault-no-usage              no usage, even for a request that wants it
+    fault-usage-x-groq          the usage in x_groq instead
 """
 
 from __future__ import annotations
@@ -81,7 +83,7 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 
-from aioserver.providers.simulator.broken import BROKEN, cut, stall
+from aioserver.providers.simulator.broken import BROKEN
 from aioserver.providers.simulator.model import BadRequest
 from aioserver.providers.simulator.refusals import REFUSALS
 from aioserver.providers.simulator.unusual import UNUSUAL
@@ -93,19 +95,22 @@ if TYPE_CHECKING:
 
     Play = Callable[[Exchange], Awaitable[web.StreamResponse]]
 
-__all__ = ["FAULTS", "PREFIX", "cut", "find", "stall"]
-
 PREFIX = "fault-"
-_N = 3
-_NUMBERS = {"status": 500, "error-first": 502, "limits-spent": 17}  # where it is left out
+# the number of a fault that is named without one
+_DEFAULT_NUMBER = 3
+_DEFAULT_NUMBERS = {"status": 500, "error-first": 502, "limits-spent": 17}
 
 
 def find(model: str) -> Play | None:
-    """The fault that *model* names, None: it names none. Raises BadRequest: an unknown fault."""
+    """Return the fault that *model* names; None: it names none.
+
+    Raises:
+        BadRequest: the name begins like a fault's, and there is no such fault.
+    """
     if not model.startswith(PREFIX):
         return None
     name = model.removeprefix(PREFIX)
-    number = _NUMBERS.get(name, _N)
+    number = _DEFAULT_NUMBERS.get(name, _DEFAULT_NUMBER)
     if name not in FAULTS and (match := re.fullmatch(r"(.+)-([0-9]{1,6})", name)):
         name, number = match[1], int(match[2])
     if name not in FAULTS or (name == "status" and not 200 <= number <= 599):
@@ -127,7 +132,7 @@ async def _empty(exchange: Exchange, _n: int) -> web.StreamResponse:
 
 
 async def _silent(exchange: Exchange, _n: int) -> web.StreamResponse:
-    return await exchange.silence()
+    return await exchange.stall()
 
 
 async def _drop(exchange: Exchange, _n: int) -> web.StreamResponse:

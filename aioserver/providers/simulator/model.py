@@ -1,4 +1,4 @@
-"""What the simulated model is asked, and what it says. No I/O, no clock, the same every time."""
+"""Reads requests and writes the texts of the simulated model. No I/O, no clock, no randomness."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ CHAT, COMPLETIONS, RESPONSES, EMBEDDINGS = (
     "responses",
     "embeddings",
 )
-_TOKEN = re.compile(r"\s?\w+|\s?[^\w\s]+|\s+")  # joined, its matches are the text again
-_QUOTE = 80  # characters of the person's message that are quoted
+# the matches, joined, are the text again
+_TOKEN = re.compile(r"\s?\w+|\s?[^\w\s]+|\s+")
+_MAX_QUOTE = 80  # characters of the user's message that the answer quotes
 _GREETINGS = (
     "Hello! I am a simulated model: nobody thinks here, but everything around me is real.",
     "Good to hear from you. I am only a simulated model, but I arrive the way a real one would.",
@@ -32,7 +33,7 @@ _FACTS = (
     bounded connection pool, with one fair queue in front of it.""",
     """Each answer is a stream of numbered events. If your connection breaks, you come back, say
     the last number you have, and get exactly the rest.""",
-    """Every queue has a bound and every wait a deadline, so a full house says at once when to try
+    """Every queue has a bound and every wait a deadline, so a full server says at once when to try
     again instead of leaving you in the dark.""",
     """When you press stop, the provider's connection is closed at once, and no token is paid for
     that nobody reads.""",
@@ -48,7 +49,7 @@ _ADVICE = (
 
 
 class BadRequest(Exception):
-    """The request body is faulty: the simulator answers with *status* and OpenAI's error."""
+    """A request that the simulator refuses with *status* and OpenAI's error as *body*."""
 
     def __init__(
         self, message: str, *, param: str | None = None, code: str | None = None, status: int = 400
@@ -59,17 +60,21 @@ class BadRequest(Exception):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
-    """What a request asks for. *text* is the last message of the person, *turn* its number."""
+class ParsedRequest:
+    """The fields of a request's body.
+
+    *text* is the last message of the user and *turn* its number, from 1 (0: there is none); *tool*
+    is the function that the answer calls, None for an answer in words.
+    """
 
     endpoint: str
     model: str
     text: str
     turn: int
     prompt_tokens: int
-    limit: int | None
+    max_tokens: int | None
     stream: bool
-    usage: bool
+    include_usage: bool
     tool: Mapping[str, Any] | None
     body: Mapping[str, Any]
 
@@ -77,7 +82,7 @@ class Asked:
 def error(
     status: int, message: str, *, param: str | None = None, code: str | None = None
 ) -> bytes:
-    """OpenAI's error body."""
+    """An error body as OpenAI writes it."""
     kind = "invalid_request_error" if status < 500 else "server_error"
     if code == "insufficient_quota":
         kind = code
@@ -89,12 +94,16 @@ def error(
 
 
 def tokens(text: str) -> list[str]:
-    """Word-like pieces, each with the space before it; joined they are *text*."""
+    """Split *text* into words, each with the space before it; joined they are *text* again."""
     return _TOKEN.findall(text)
 
 
-def read(endpoint: str, raw: bytes) -> Asked:
-    """Understand a request body. Raises BadRequest: no JSON, or not what the endpoint takes."""
+def read(endpoint: str, raw: bytes) -> ParsedRequest:
+    """Parse a request body.
+
+    Raises:
+        BadRequest: the body is not JSON, or not what *endpoint* takes.
+    """
     try:
         body = orjson.loads(raw)
     except orjson.JSONDecodeError:
@@ -108,47 +117,49 @@ def read(endpoint: str, raw: bytes) -> Asked:
     if not isinstance(stream, bool):
         raise BadRequest("'stream' must be a boolean.", param="stream")
     messages = _messages(endpoint, body)
-    said = [_text(message.get("content")) for message in messages]
-    asked = [t for t, message in zip(said, messages, strict=True) if message["role"] == "user"]
-    text = asked[-1] if asked else ""
+    texts = [_text(message.get("content")) for message in messages]
+    user_texts = [
+        text for text, message in zip(texts, messages, strict=True) if message["role"] == "user"
+    ]
+    last_text = user_texts[-1] if user_texts else ""
     options = body.get("stream_options")
-    return Asked(
+    return ParsedRequest(
         endpoint=endpoint,
         model=model,
-        text=text,
-        turn=len(asked),
-        prompt_tokens=sum(math.ceil(len(t) / 4) for t in said),
-        limit=_limit(body),
+        text=last_text,
+        turn=len(user_texts),
+        prompt_tokens=sum(math.ceil(len(text) / 4) for text in texts),
+        max_tokens=_max_tokens(body),
         stream=stream and endpoint != EMBEDDINGS,
-        usage=isinstance(options, dict) and bool(options.get("include_usage")),
-        tool=_tool(body) if "call a tool" in text.lower() else None,
+        include_usage=isinstance(options, dict) and bool(options.get("include_usage")),
+        tool=_tool(body) if "call a tool" in last_text.lower() else None,
         body=body,
     )
 
 
 def _messages(endpoint: str, body: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Every endpoint's input as messages, in the way of the chat endpoint."""
+    """Return the input of any endpoint as messages of the chat endpoint."""
     name = {CHAT: "messages", COMPLETIONS: "prompt"}.get(endpoint, "input")
-    given = body.get(name)
-    if given is None or given == []:
+    messages = body.get(name)
+    if messages is None or messages == []:
         raise BadRequest(f"Missing required parameter: '{name}'.", param=name)
-    if endpoint != CHAT and isinstance(given, str):
-        return [{"role": "user", "content": given}]
-    if not isinstance(given, list):
+    if endpoint != CHAT and isinstance(messages, str):
+        return [{"role": "user", "content": messages}]
+    if not isinstance(messages, list):
         raise BadRequest(f"Invalid type for '{name}'.", param=name, code="invalid_type")
     if endpoint in {COMPLETIONS, EMBEDDINGS}:
-        return [{"role": "user", "content": str(item)} for item in given]
-    for index, item in enumerate(given):
+        return [{"role": "user", "content": str(item)} for item in messages]
+    for index, item in enumerate(messages):
         if not isinstance(item, dict):
             raise BadRequest(f"Invalid type for '{name}[{index}]'.", param=f"{name}[{index}]")
         if endpoint == CHAT and not isinstance(item.get("role"), str):
             where = f"{name}[{index}].role"
             raise BadRequest(f"Missing required parameter: '{where}'.", param=where)
-    return [{**item, "role": item.get("role", "tool")} for item in given]
+    return [{**item, "role": item.get("role", "tool")} for item in messages]
 
 
 def _text(content: Any) -> str:
-    """The text of a message's content: a string, or a list of parts of which some are text."""
+    """Return the text of a message's content: a string, or a list of parts, some of them text."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -157,7 +168,7 @@ def _text(content: Any) -> str:
     return " ".join(text for text in texts if isinstance(text, str))
 
 
-def _limit(body: Mapping[str, Any]) -> int | None:
+def _max_tokens(body: Mapping[str, Any]) -> int | None:
     for name in ("max_completion_tokens", "max_output_tokens", "max_tokens"):
         limit = body.get(name)
         if limit is None:
@@ -169,7 +180,7 @@ def _limit(body: Mapping[str, Any]) -> int | None:
 
 
 def _tool(body: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The first function among `tools`; Responses has it flat, Chat below `function`."""
+    """Return the first function in `tools`; Responses has it flat, Chat below `function`."""
     tools = body.get("tools")
     for tool in tools if isinstance(tools, list) else ():
         function = tool.get("function", tool) if isinstance(tool, dict) else None
@@ -179,36 +190,37 @@ def _tool(body: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 
 def speech(text: str, turn: int) -> str:
-    """What the model says to *text*: the same for the same message at the same turn."""
+    """Write the answer to *text*: the same for the same message at the same turn."""
     seed = zlib.crc32(text.encode())
-    quote = " ".join(text[: 10 * _QUOTE].split())  # no long work for a long message
-    if len(quote) > _QUOTE:
-        quote = quote[:_QUOTE].rstrip() + "…"
+    # the slice bounds the work for a very long message
+    quote = " ".join(text[: 10 * _MAX_QUOTE].split())
+    if len(quote) > _MAX_QUOTE:
+        quote = quote[:_MAX_QUOTE].rstrip() + "…"
     if quote:
         size = f"{len(text)} character{'s' if len(text) != 1 else ''}"
-        order = f", message number {turn} of this conversation" if turn > 1 else ""
-        heard = f"You wrote “{quote}” ({size}{order})."
+        position = f", message number {turn} of this conversation" if turn > 1 else ""
+        echo = f"You wrote “{quote}” ({size}{position})."
     else:
-        heard = "You wrote nothing that I can quote."
+        echo = "You wrote nothing that I can quote."
     first = seed // len(_GREETINGS) % len(_FACTS)
     second = (first + 1 + seed // 101 % (len(_FACTS) - 1)) % len(_FACTS)
     greeting = _GREETINGS[seed % len(_GREETINGS)]
     facts = " ".join(f"{_FACTS[first]} {_FACTS[second]}".split())
-    return f"{greeting} {heard}\n\n{facts}\n\n{_ADVICE}"
+    return f"{greeting} {echo}\n\n{facts}\n\n{_ADVICE}"
 
 
 def arguments(tool: Mapping[str, Any], text: str) -> str:
-    """Plausible arguments for *tool*, by the types that its schema gives."""
+    """Invent arguments for a call of *tool*, of the types in its schema; returns JSON."""
     schema = tool.get("parameters")
     properties = schema.get("properties") if isinstance(schema, dict) else None
     samples = {"integer": 1, "number": 1.5, "boolean": True, "array": [], "object": {}}
     values: dict[str, Any] = {}
-    for name, kind in (properties if isinstance(properties, dict) else {}).items():
-        given = kind if isinstance(kind, dict) else {}
-        choices = given.get("enum")
+    for name, field in (properties if isinstance(properties, dict) else {}).items():
+        definition = field if isinstance(field, dict) else {}
+        choices = definition.get("enum")
         values[name] = (
             choices[0]
             if isinstance(choices, list) and choices
-            else samples.get(str(given.get("type")), text[:_QUOTE])
+            else samples.get(str(definition.get("type")), text[:_MAX_QUOTE])
         )
     return orjson.dumps(values).decode()

@@ -1,4 +1,4 @@
-"""Answers of the simulator that are no answer: made at once, from one number, with no stream."""
+"""Faults before the answer: refusals, and responses of another kind; none needs a stream."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ _CODES = {401: "invalid_api_key", 404: "model_not_found", 429: "rate_limit_excee
 
 
 def refusal(status: int, headers: Mapping[str, str] | None = None) -> web.Response:
-    """An answer with OpenAI's error body."""
-    first = {"Retry-After": "1"} if status in {429, 503} else {}
+    """Make a response with OpenAI's error body."""
+    defaults = {"Retry-After": "1"} if status in {429, 503} else {}
     message = _MESSAGES.get(status, f"The simulator says {status}.")
     body = error(status, message, code=_CODES.get(status))
-    return as_json(status, body, {**first, **(headers or {})})
+    return as_json(status, body, {**defaults, **(headers or {})})
 
 
 def as_json(status: int, body: bytes, headers: Mapping[str, str] | None = None) -> web.Response:
-    """A JSON answer."""
+    """Make a response with a JSON body."""
     return web.Response(status=status, body=body, headers=headers, content_type="application/json")
 
 
@@ -46,10 +46,11 @@ def _retry_after_date(_n: int) -> web.Response:
 
 
 def _refused(status: int, message: str, code: object, **headers: str) -> web.Response:
+    """Make an error with any *code*; *headers* have `_` for `-`."""
     fault = orjson.loads(error(status, message))
     fault["error"]["code"] = code
-    named = {name.replace("_", "-"): value for name, value in headers.items()}
-    return as_json(status, orjson.dumps(fault), named)
+    fields = {name.replace("_", "-"): value for name, value in headers.items()}
+    return as_json(status, orjson.dumps(fault), fields)
 
 
 def _day_over(_n: int) -> web.Response:
@@ -65,7 +66,7 @@ def _day_over(_n: int) -> web.Response:
 
 
 def _typed(content_type: str) -> Callable[[int], web.Response]:
-    """A stream's bytes, whole and good, that are called something else."""
+    """Answer with the bytes of a good stream under another content type."""
     chunk = {"id": "1", "object": "chat.completion.chunk", "created": 1, "model": "m"}
     choice = {"index": 0, "delta": {"content": "Hello"}, "finish_reason": "stop"}
     body = b"data: %b\n\ndata: [DONE]\n\n" % orjson.dumps({**chunk, "choices": [choice]})

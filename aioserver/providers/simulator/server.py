@@ -1,9 +1,9 @@
-"""The simulated OpenAI-compatible provider: the demo, the `provider` command, the tests' double.
+"""The simulated OpenAI-compatible provider: its listening socket, its routes, its counters.
 
-It speaks HTTP/1.1 over real sockets. Below `/v1`: POST `chat/completions`, `completions`,
-`responses` (each streamed or not) and `embeddings`; GET `models` and `models/{id}`. Any model name
-is answered, but one that begins with `fault-` fails in the way it names: the table of faults
-opens `faults.py`.
+It speaks HTTP/1.1 over real sockets. Below `/v1` it has POST `chat/completions`, `completions`,
+`responses` (each streamed or not) and `embeddings`, and GET `models` and `models/{id}`. It answers
+for any model, but a model whose name begins with `fault-` fails in the way it names; `faults`
+opens with the table of these names.
 
     async with Simulator(Behaviour(ttft=0, interval=0)) as simulator:
         simulator.base_url                      # http://127.0.0.1:40123/v1
@@ -24,7 +24,8 @@ import orjson
 from aiohttp import web
 
 from aioserver.providers.simulator import faults, model, shapes
-from aioserver.providers.simulator.exchange import Behaviour, Exchange, Raw, reset
+from aioserver.providers.simulator.broken import cut, stall
+from aioserver.providers.simulator.exchange import Behaviour, Exchange, RawResponse, reset
 from aioserver.providers.simulator.model import BadRequest
 from aioserver.providers.simulator.refusals import as_json, refusal
 
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from aiohttp.web_protocol import RequestHandler
-
-__all__ = ["Behaviour", "SeenRequest", "Simulator", "SimulatorStats"]
 
 _ENDPOINTS = {
     f"/v1/{name}": name
@@ -46,19 +45,23 @@ _ENDPOINTS = {
     )
 }
 _MODELS = "/v1/models"
-_BACKLOG = 2048  # a load test connects all at once
-_CLOSE_TIMEOUT = 1.0  # seconds aiohttp may wait for handlers, which are cancelled before
-_KEEPALIVE_TIMEOUT = 300.0  # seconds; longer than any pool's keepalive_expiry should be
+_BACKLOG = 2048  # connections; the clients of a load test all connect at once
+_CLOSE_TIMEOUT = 1.0  # seconds for handlers to end after they were cancelled
+_KEEPALIVE_TIMEOUT = 300.0  # seconds; longer than a pool's keepalive_expiry should be
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimulatorStats:
-    """One look. After all is over `requests == completed + aborted`, but for `close()`."""
+    """The counters at one moment.
 
-    requests: int = 0  # POST to a known endpoint, faulty ones too
-    streams: int = 0  # of these, with "stream": true
-    completed: int = 0  # ended by the simulator, faults included
-    aborted: int = 0  # left by the client before the end
+    Always: `requests == completed + aborted + active`, until `close()` cuts active requests, which
+    are counted in neither.
+    """
+
+    requests: int = 0  # POST to a known endpoint, also with a faulty body
+    streams: int = 0  # of these, the ones with "stream": true
+    completed: int = 0  # ended by the simulator, also by a fault
+    aborted: int = 0  # the client left before the end
     open_connections: int = 0
     peak_connections: int = 0
     connections_accepted: int = 0
@@ -68,8 +71,8 @@ class SimulatorStats:
 
 
 @dataclass(frozen=True, slots=True)
-class SeenRequest:
-    """What came, as it came; header names are lower case."""
+class ReceivedRequest:
+    """A request as it came; only the header names are made lower case."""
 
     path: str
     headers: dict[str, str]
@@ -77,7 +80,7 @@ class SeenRequest:
 
 
 class _Server(web.Server):
-    """Tells who comes and who goes."""
+    """Calls *changed* with each connection, and True when it is made, False when it is lost."""
 
     def __init__(
         self,
@@ -86,7 +89,8 @@ class _Server(web.Server):
     ) -> None:
         super().__init__(
             handler,
-            handler_cancellation=True,  # a client that leaves is noticed at once
+            # the handler of a client that leaves is cancelled at once
+            handler_cancellation=True,
             access_log=None,
             keepalive_timeout=_KEEPALIVE_TIMEOUT,
         )
@@ -105,11 +109,11 @@ class _Server(web.Server):
 
 
 class Simulator:
-    """One listening socket and the answers on it. Whoever calls `start()` must call `close()`.
+    """One listening socket and the answers on it. After `start()`, `close()` must be called.
 
-    *behaviour* may be replaced at any time and holds for the requests that come after. *seed*
-    makes ids and failures repeatable. The last *keep* requests are kept: `requests` as they came,
-    `bodies` parsed; 0 where they are nobody's business.
+    *behaviour* may be replaced at any time and applies to the requests that come afterwards. With
+    a *seed*, ids and failures are the same in every run. The last *keep* requests are kept for
+    tests, in `requests` as they came and in `bodies` parsed; a server that strangers use keeps 0.
     """
 
     def __init__(
@@ -121,14 +125,14 @@ class Simulator:
     ) -> None:
         self.behaviour = behaviour
         self.bodies: deque[Any] = deque(maxlen=keep)
-        self.requests: deque[SeenRequest] = deque(maxlen=keep)
+        self.requests: deque[ReceivedRequest] = deque(maxlen=keep)
         self._random = random.Random(seed)  # noqa: S311 - no secret comes from it
         self._stats = dict.fromkeys((f.name for f in dataclasses.fields(SimulatorStats)), 0)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._connections: set[asyncio.Transport] = set()
-        self._doomed: set[asyncio.Transport] = set()
-        self._turns: dict[int, int] = {}
-        self._changed: asyncio.Event | None = None  # somebody waits in `until()`
+        self._reset_next: set[asyncio.Transport] = set()
+        self._flaps: dict[int, int] = {}
+        self._changed: asyncio.Event | None = None  # exists while `until()` waits
         self._runner: web.ServerRunner | None = None
         self._host = ""
         self._port = 0
@@ -146,9 +150,13 @@ class Simulator:
         await self.close()
 
     async def start(self, host: str = "127.0.0.1", port: int = 0) -> str:
-        """Listen, on a free port for 0; returns `base_url`. Raises OSError: the port is taken."""
+        """Listen, for port 0 on any free one; returns `base_url`.
+
+        Raises:
+            OSError: *host* is not an address of this machine, or *port* is taken.
+        """
         runner = web.ServerRunner(
-            _Server(self._handle, self._connection), shutdown_timeout=_CLOSE_TIMEOUT
+            _Server(self._handle, self._connection_changed), shutdown_timeout=_CLOSE_TIMEOUT
         )
         await runner.setup()
         site = web.TCPSite(runner, host, port, backlog=_BACKLOG)
@@ -161,7 +169,7 @@ class Simulator:
         return self.base_url
 
     async def close(self) -> None:
-        """Stop listening and cut what runs. Prompt, and idempotent."""
+        """Stop listening and cut the answers that run. It is prompt, and idempotent."""
         runner, self._runner = self._runner, None
         if runner is None:
             return
@@ -173,28 +181,33 @@ class Simulator:
             await asyncio.wait(self._tasks, timeout=_CLOSE_TIMEOUT)
         await runner.cleanup()
         for transport in list(self._connections):
-            transport.abort()  # its buffer would wait for a client that does not read
+            # a plain close would first wait until the client has read the buffer
+            transport.abort()
         await self.until(lambda stats: not stats.open_connections)
 
     @property
     def port(self) -> int:
-        """The port that was bound."""
+        """The port it listens on."""
         return self._port
 
     @property
     def base_url(self) -> str:
-        """What a provider's `base_url` setting takes."""
+        """The value for a provider's `base_url` setting."""
         host = f"[{self._host}]" if ":" in self._host else self._host
         return f"http://{host}:{self._port}/v1"
 
     def stats(self) -> SimulatorStats:
-        """What has happened so far."""
+        """Return the counters as they are now."""
         return SimulatorStats(**self._stats)
 
     async def until(
         self, reached: Callable[[SimulatorStats], bool], within: float = 5.0
     ) -> SimulatorStats:
-        """Wait until the stats are as *reached* wants them. Raises TimeoutError after *within* seconds."""
+        """Wait until *reached* is true of the counters, and return them.
+
+        Raises:
+            TimeoutError: *reached* was not true *within* so many seconds.
+        """
         async with asyncio.timeout(within):
             while not reached(stats := self.stats()):
                 self._changed = self._changed or asyncio.Event()
@@ -209,23 +222,23 @@ class Simulator:
             self._changed.set()
             self._changed = None
 
-    def _token(self) -> None:
+    def _count_token(self) -> None:
         self._count("tokens_sent")
 
-    def _connection(self, transport: asyncio.Transport, made: bool) -> None:
+    def _connection_changed(self, transport: asyncio.Transport, made: bool) -> None:
         if made:
             self._connections.add(transport)
             self._count("connections_accepted")
             self._count("open_connections", 1, "peak_connections")
         else:
             self._connections.discard(transport)
-            self._doomed.discard(transport)
+            self._reset_next.discard(transport)
             self._count("open_connections", -1)
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
-        if request.transport in self._doomed:
+        if request.transport in self._reset_next:
             reset(request.transport)
-            return Raw()
+            return RawResponse()
         path = request.path
         if request.method == "GET" and path == _MODELS:
             return as_json(200, orjson.dumps(shapes.models()))
@@ -252,10 +265,11 @@ class Simulator:
             if self._runner is not None:
                 self._count("aborted")
             raise
-        except ConnectionError:  # the client left while we wrote: nothing to log
+        except ConnectionError:
+            # the client left while we wrote
             if self._runner is not None:
                 self._count("aborted")
-            return Raw()
+            return RawResponse()
         else:
             self._count("completed")
             return response
@@ -265,36 +279,36 @@ class Simulator:
 
     async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
         behaviour = self.behaviour
-        if behaviour.deaf:
+        if behaviour.ignore_body:
             await asyncio.get_running_loop().create_future()
         raw = await request.content.read()
         headers = {name.lower(): value for name, value in request.headers.items()}
-        self.requests.append(SeenRequest(request.path, headers, raw))
+        self.requests.append(ReceivedRequest(request.path, headers, raw))
         try:
-            asked = model.read(_ENDPOINTS[request.path], raw)
-            self.bodies.append(asked.body)
-            if asked.stream:
+            parsed = model.read(_ENDPOINTS[request.path], raw)
+            self.bodies.append(parsed.body)
+            if parsed.stream:
                 self._count("streams")
-            fails = behaviour.fail_rate and self._random.random() < behaviour.fail_rate
-            if fails and not behaviour.fault:
+            failing = behaviour.fail_rate and self._random.random() < behaviour.fail_rate
+            if failing and not behaviour.fault:
                 return refusal(behaviour.fail_status)
-            play = faults.find(faults.PREFIX + behaviour.fault if fails else asked.model)
+            play = faults.find(faults.PREFIX + behaviour.fault if failing else parsed.model)
             ident = f"{self._random.getrandbits(96):024x}"
-            answer = shapes.answer(asked, ident, behaviour.tokens)
-        except BadRequest as exc:
-            return as_json(exc.status, exc.body)
+            answer = shapes.answer(parsed, ident, behaviour.tokens)
+        except BadRequest as error:
+            return as_json(error.status, error.body)
         exchange = Exchange(
             request,
             answer,
             behaviour,
-            count=self._token,
-            doomed=self._doomed,
-            turns=self._turns,
+            count_token=self._count_token,
+            reset_next=self._reset_next,
+            flaps=self._flaps,
         )
         if play is not None:
             return await play(exchange)
         if behaviour.cut_after is not None:
-            return await faults.cut(exchange, behaviour.cut_after)
+            return await cut(exchange, behaviour.cut_after)
         if behaviour.stall_after is not None:
-            return await faults.stall(exchange, behaviour.stall_after)
-        return await exchange.whole()
+            return await stall(exchange, behaviour.stall_after)
+        return await exchange.complete()

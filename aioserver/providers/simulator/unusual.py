@@ -1,4 +1,4 @@
-"""Answers of the simulator that are good, but not written as most are."""
+"""Good answers of an unusual form, which a client must understand all the same."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ if TYPE_CHECKING:
     from aioserver.providers.simulator.exchange import Exchange, Fault
     from aioserver.providers.simulator.shapes import Answer
 
-_HEADERS = 100_000  # bytes
-_SHORT = 8  # tokens of an answer that goes out byte by byte
+_HEADERS_SIZE = 100_000  # bytes
+_SLICED_TOKENS = 8  # tokens of an answer that is sent byte by byte
 
 
 def _several_lines(data: bytes) -> bytes:
-    data = data.replace(b"data: {", b"data: {\ndata: ", 1)  # once: the text may hold it, too
+    # once: the text of the answer may contain it, too
+    data = data.replace(b"data: {", b"data: {\ndata: ", 1)
     return data.replace(b"}\n\n", b"\ndata:}\n\n")
 
 
@@ -41,7 +42,7 @@ _TRANSLATIONS: Mapping[str, Callable[[bytes], bytes]] = {
 def _translated(translate: Callable[[bytes], bytes]) -> Fault:
     async def play(exchange: Exchange, _n: int) -> web.StreamResponse:
         exchange.translate = translate
-        return await exchange.whole()
+        return await exchange.complete()
 
     return play
 
@@ -56,7 +57,7 @@ async def _bom(exchange: Exchange, _n: int) -> web.StreamResponse:
 async def _slices(exchange: Exchange, _n: int) -> web.StreamResponse:
     await exchange.wait()
     answer = exchange.answer
-    words = map(answer.piece, range(min(_SHORT, answer.count)))
+    words = map(answer.piece, range(min(_SLICED_TOKENS, answer.count)))
     pieces = [*answer.opening, *words, *answer.closing, answer.end]
     if not answer.streamed:
         pieces = [answer.whole]
@@ -68,28 +69,29 @@ async def _slices(exchange: Exchange, _n: int) -> web.StreamResponse:
 
 async def _cookie(exchange: Exchange, _n: int) -> web.StreamResponse:
     exchange.response.headers["Set-Cookie"] = "simulator=1; Path=/"
-    return await exchange.whole()
+    return await exchange.complete()
 
 
 async def _headers(exchange: Exchange, _n: int) -> web.StreamResponse:
-    for number in range(_HEADERS // 1000):
+    for number in range(_HEADERS_SIZE // 1000):
         exchange.response.headers[f"x-much-{number}"] = "x" * 1000
-    return await exchange.whole()
+    return await exchange.complete()
 
 
 async def _early_hints(exchange: Exchange, _n: int) -> web.StreamResponse:
     exchange.transport.write(b"HTTP/1.1 103 Early Hints\r\nLink: </style.css>\r\n\r\n")
-    return await exchange.whole()
+    return await exchange.complete()
 
 
 async def _gzip(exchange: Exchange, _n: int) -> web.StreamResponse:
-    packer = zlib.compressobj(wbits=31)  # 31: gzip, and not zlib's own format
+    # wbits 31: gzip, not zlib's own format
+    packer = zlib.compressobj(wbits=31)
 
-    def squeeze(data: bytes) -> bytes:
+    def compress(data: bytes) -> bytes:
         return packer.compress(data) + packer.flush(zlib.Z_SYNC_FLUSH)
 
     exchange.response.headers["Content-Encoding"] = "gzip"
-    exchange.translate = squeeze
+    exchange.translate = compress
     await exchange.play()
     await exchange.closing()
     exchange.translate = bytes
@@ -104,42 +106,41 @@ async def _http10(exchange: Exchange, _n: int) -> web.StreamResponse:
 
 
 async def _close_idle(exchange: Exchange, _n: int) -> web.StreamResponse:
-    response = await exchange.whole()
+    response = await exchange.complete()
     asyncio.get_running_loop().call_soon(exchange.transport.close)
     return response
 
 
 async def _close_next(exchange: Exchange, _n: int) -> web.StreamResponse:
-    response = await exchange.whole()
-    exchange.doom()
+    response = await exchange.complete()
+    exchange.reset_next_time()
     return response
 
 
 async def _slow(exchange: Exchange, n: int) -> web.StreamResponse:
     exchange.interval = n / 1000
-    return await exchange.whole()
+    return await exchange.complete()
 
 
 async def _thinking(exchange: Exchange, n: int) -> web.StreamResponse:
     if exchange.answer.streamed:
         await comments(exchange, n)
-    return await exchange.whole()
+    return await exchange.complete()
 
 
 async def _flap(exchange: Exchange, n: int) -> web.StreamResponse:
-    if exchange.turn(n) // max(1, n) % 2 == 0:
+    if exchange.flap(n) // max(1, n) % 2 == 0:
         return refusal(502)
-    return await exchange.whole()
+    return await exchange.complete()
 
 
-# What it says of its limits, and of what an answer has cost.
+def _limits(**headers: Callable[[int], str]) -> Fault:
+    """Send these x-ratelimit headers; their names have `_` for `-`."""
 
-
-def _limits(**said: Callable[[int], str]) -> Fault:
     async def play(exchange: Exchange, n: int) -> web.StreamResponse:
-        for name, value in said.items():
+        for name, value in headers.items():
             exchange.response.headers[f"x-ratelimit-{name.replace('_', '-')}"] = value(n)
-        return await exchange.whole()
+        return await exchange.complete()
 
     return play
 
@@ -148,8 +149,8 @@ def _always(text: str) -> Callable[[int], str]:
     return lambda _n: text
 
 
-def _span(milliseconds: int) -> str:
-    """OpenAI's way to write a span: 17ms, 1s, 6m0s."""
+def _duration(milliseconds: int) -> str:
+    """Write a duration as OpenAI does: 17ms, 1s, 6m0s."""
     if milliseconds < 1000:
         return f"{milliseconds}ms"
     minutes, seconds = divmod(milliseconds // 1000, 60)
@@ -157,14 +158,14 @@ def _span(milliseconds: int) -> str:
 
 
 def _usage(change: Callable[[dict[str, Any], dict[str, Any]], None]) -> Fault:
-    """*change* gets the last event (or the whole answer) and the usage that was taken out of it."""
+    """Move the usage: *change* gets the last event (or the whole JSON) without it, and the usage."""
 
     async def play(exchange: Exchange, _n: int) -> web.StreamResponse:
         answer = exchange.answer
         usage = {"prompt_tokens": 2, "completion_tokens": answer.count}
         usage["total_tokens"] = sum(usage.values())
-        exchange.answer = _without_usage(answer, lambda said: change(said, usage))
-        return await exchange.whole()
+        exchange.answer = _without_usage(answer, lambda event: change(event, usage))
+        return await exchange.complete()
 
     return play
 
@@ -172,23 +173,22 @@ def _usage(change: Callable[[dict[str, Any], dict[str, Any]], None]) -> Fault:
 def _without_usage(answer: Answer, change: Callable[[dict[str, Any]], None]) -> Answer:
     if not answer.streamed:
         return dataclasses.replace(answer, whole=orjson.dumps(_changed(answer.whole, change)))
-    closing = [
-        data for data in answer.closing if b'"choices":[]' not in data
-    ]  # the event that has nothing but the usage
+    # an event without choices has nothing but the usage
+    closing = [data for data in answer.closing if b'"choices":[]' not in data]
     head, mark, last = closing[-1].partition(b"data: ")
     closing[-1] = head + mark + orjson.dumps(_changed(last, change)) + b"\n\n"
     return dataclasses.replace(answer, closing=closing)
 
 
 def _changed(data: bytes, change: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    said: dict[str, Any] = orjson.loads(data)
-    said.pop("usage", None)
-    change(said)
-    return said
+    event: dict[str, Any] = orjson.loads(data)
+    event.pop("usage", None)
+    change(event)
+    return event
 
 
-def _groqs(said: dict[str, Any], usage: dict[str, Any]) -> None:
-    said["x_groq"] = {"id": "req_1", "usage": usage}
+def _add_groq_usage(event: dict[str, Any], usage: dict[str, Any]) -> None:
+    event["x_groq"] = {"id": "req_1", "usage": usage}
 
 
 UNUSUAL: Mapping[str, Fault] = {
@@ -206,7 +206,7 @@ UNUSUAL: Mapping[str, Fault] = {
     "thinking": _thinking,
     "flap": _flap,
     "limits-spent": _limits(
-        limit_requests=_always("500"), remaining_requests=_always("0"), reset_requests=_span
+        limit_requests=_always("500"), remaining_requests=_always("0"), reset_requests=_duration
     ),
     "limits-day": _limits(
         limit_requests=_always("14400"),
@@ -223,6 +223,6 @@ UNUSUAL: Mapping[str, Fault] = {
         remaining_tokens=_always("nan"),
         reset_tokens=_always("soon"),
     ),
-    "no-usage": _usage(lambda _said, _usage: None),
-    "usage-x-groq": _usage(_groqs),
+    "no-usage": _usage(lambda _event, _usage: None),
+    "usage-x-groq": _usage(_add_groq_usage),
 }

@@ -1,0 +1,112 @@
+"""The group of commands: a command's module is imported only when that command is typed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+from click.shell_completion import ShellComplete
+from click.testing import CliRunner
+
+from aioserver import __version__
+from aioserver.__main__ import COMMANDS, cli, load
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+LISTED = """
+import sys
+from click.shell_completion import ShellComplete
+from click.testing import CliRunner
+from aioserver.__main__ import cli
+
+assert CliRunner().invoke(cli, ["--help"]).exit_code == 0
+assert CliRunner().invoke(cli, ["no-such-command"]).exit_code == 2
+assert ShellComplete(cli, {}, "aioserver", "").get_completions([], "")
+print(*(name for name in sys.modules if name.startswith(("aiohttp", "aioserver."))))
+"""
+
+
+def completions(*words: str) -> list[str]:
+    """What a shell offers for the last of *words*."""
+    *complete, incomplete = words
+    items = ShellComplete(cli, {}, "aioserver", "").get_completions(complete, incomplete)
+    return [item.value for item in items]
+
+
+def test_listing_and_completing_commands_imports_none_of_them() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LISTED], capture_output=True, text=True, timeout=30, check=True
+    )
+
+    assert set(done.stdout.split()) == {"aioserver.__main__"}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_command_has_its_name_and_the_help_of_the_table(name: str) -> None:
+    command = load(name)
+
+    assert command.name == name
+    assert command.help is not None
+    assert command.help.splitlines()[0] == COMMANDS[name][1]
+    assert len(COMMANDS[name][1]) < 66  # a line of 80 columns has no room for more
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_command_explains_each_of_its_options(name: str) -> None:
+    result = CliRunner().invoke(cli, [name, "--help"])
+
+    assert result.exit_code == 0
+    for parameter in load(name).params:
+        if parameter.param_type_name == "option":
+            assert getattr(parameter, "help", None), parameter.name
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
+def test_version_is_an_option_of_every_command(command: list[str]) -> None:
+    result = CliRunner().invoke(cli, [*command, "--version"])
+
+    assert result.exit_code == 0
+    assert result.stdout == f"aioserver, version {__version__}\n"
+
+
+def test_nothing_typed_is_serve(tmp_path: Path) -> None:
+    missing = str(tmp_path / "missing.yaml")
+
+    result = CliRunner().invoke(cli, [], env={"AIOSERVER_CONFIG": missing})
+
+    assert result.exit_code == 2
+    assert missing in result.stderr
+
+
+def test_unknown_command_is_a_usage_error() -> None:
+    result = CliRunner().invoke(cli, ["bensh"])
+
+    assert result.exit_code == 2
+    assert "No such command 'bensh'" in result.stderr
+
+
+def test_exit_code_is_what_the_command_returns(tmp_path: Path) -> None:
+    target = str(tmp_path / "config.yaml")
+
+    codes = [CliRunner().invoke(cli, ["init", target]).exit_code for _ in range(2)]
+
+    assert codes == [0, 2]
+
+
+def test_shell_completes_commands_options_and_values() -> None:
+    assert completions("") == list(COMMANDS)
+    assert completions("be") == ["bench"]
+    assert completions("bench", "--fa") == ["--face"]
+    assert completions("bench", "--face", "o") == ["openai"]
+
+
+def test_shell_completes_the_options_of_serve_without_its_name() -> None:
+    assert completions("--po") == ["--port"]
+    assert completions("--port", "9000", "--lo") == ["--loop"]
+    assert completions("--loop", "uv") == ["uvloop"]
+    offered = completions("--")
+    assert {"--version", "--help", "--config"} < set(offered)
+    assert len(offered) == len(set(offered))
