@@ -165,10 +165,10 @@ def _begun(stream: Stream) -> bool:
 
 
 def _streamed_response(request: web.Request, stream: Stream) -> web.StreamResponse:
-    headers = {**STREAM_HEADERS, **stream.headers}
-    if stream.provider:
-        headers["x-aioserver-provider"] = stream.provider
-        headers["x-aioserver-attempts"] = str(stream.attempts)
+    headers = {**STREAM_HEADERS, **stream.details.headers}
+    if stream.details.provider:
+        headers["x-aioserver-provider"] = stream.details.provider
+        headers["x-aioserver-attempts"] = str(stream.details.attempts)
     if fits(request):
         return ReadyStream(request, headers)
     response = web.StreamResponse(headers=headers)

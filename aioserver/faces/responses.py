@@ -31,7 +31,7 @@ async def prepare(request: web.Request, _hold: BodyHold) -> tuple[Stream, int | 
     stream = _find(request)
     if request.query.get("stream", "false") != "true":
         return stream, None
-    if stream.whole is not None:
+    if stream.details.whole is not None:
         raise InvalidRequest("this response was not streamed", param="stream")
     given = request.query.get("starting_after")
     if given is None:
@@ -86,8 +86,8 @@ def newest(stream: Stream) -> dict[str, Any]:
         StreamNotFound: it is no longer kept, or this is no response.
     """
     found: dict[str, Any] | None = None
-    if isinstance(stream.whole, Answer):
-        found = orjson.loads(stream.whole.body)
+    if isinstance(stream.details.whole, Answer):
+        found = orjson.loads(stream.details.whole.body)
     for _, event in _events(stream):
         if isinstance(event.get("response"), dict):
             found = event["response"]

@@ -106,7 +106,7 @@ class Gateway:
         prompt = self._prompts.make(caller, chat, scope, route)
         request = Request(route, prompt.request, face, key, key, digest)
         stream = self._open(request)
-        stream.conversation_id = prompt.conversation_id
+        stream.details.conversation_id = prompt.conversation_id
         self._start(stream, self._converse(request, stream, prompt))
         return stream
 
@@ -148,8 +148,8 @@ class Gateway:
         finally:
             reader.leave()
             self.lifetime.unread(stream)
-        if isinstance(stream.whole, Answer):
-            return stream.whole
+        if isinstance(stream.details.whole, Answer):
+            return stream.details.whole
         raise stream.error or StreamNotFound("this answer was cancelled")
 
     def find(self, caller: Caller, request_id: str) -> Stream:
@@ -183,7 +183,7 @@ class Gateway:
         for task, stream in self._producers.items():
             owner: Any = stream.caller
             if owner.name in callers:
-                stream.why_cancelled = InvalidApiKey(REVOKED)
+                stream.attachment.cancel_reason = InvalidApiKey(REVOKED)
                 task.cancel()
                 ending.append(task)
         await asyncio.gather(*ending, return_exceptions=True)
@@ -201,7 +201,7 @@ class Gateway:
         self._stopping = True
         tasks = list(self._producers)
         for task in tasks:
-            self._producers[task].why_cancelled = stopping()
+            self._producers[task].attachment.cancel_reason = stopping()
             task.cancel()
         calls, self._calls = self._calls, set()
         for call in calls:
@@ -227,7 +227,7 @@ class Gateway:
         stream = self._streams.find(caller, key)
         if stream is None:
             return None
-        if stream.digest != digest:
+        if stream.attachment.digest != digest:
             raise RequestConflict("this request id is known, with another payload")
         if stream.end_status == ERROR and not stream.sent and not stream.readers:
             self._streams.drop(stream)  # nothing was asked of a provider: asking again is free
@@ -307,11 +307,11 @@ class Gateway:
     async def _keep_whole(self, request: Request, stream: Stream) -> None:
         """Produce a whole answer, and keep it in *stream*."""
         answer = await self._router.call(request, stream)
-        stream.whole = answer
-        stream.usage = answer.usage
+        stream.details.whole = answer
+        stream.details.usage = answer.usage
         if len(answer.body) > self._bounds.max_stream_bytes:
             stream.hold(len(answer.body))  # the entry goes, this stays
-        stream.provider = answer.provider
+        stream.details.provider = answer.provider
         if request.stored and (name := final_response(answer.body)) is not None:
             stream.call_also(name)
         stream.append(CHUNK, data=answer.body)
@@ -332,10 +332,10 @@ class Gateway:
         if stream.ended:
             pass
         elif task.cancelled():
-            if stream.why_cancelled is None:
+            if stream.attachment.cancel_reason is None:
                 stream.end(CANCELLED, {})
             else:
-                stream.fail(stream.why_cancelled)
+                stream.fail(stream.attachment.cancel_reason)
         else:
             stream.fail(public(fault or ProviderDisconnected("the answer has no end")))
         if fault is not None and not isinstance(fault, AioserverError):
@@ -347,9 +347,9 @@ class Gateway:
         record.first, record.events, record.usage = (
             stream.answered_at,
             stream.last - 2 if stream.answered_at else 0,
-            stream.usage,
+            stream.details.usage,
         )
-        record.left = stream.left
+        record.left = stream.attachment.abandoned
         self._request_log.finish(record, stream.error, cancelled=stream.end_status == CANCELLED)
 
     def _stop(self, stream: Stream) -> None:

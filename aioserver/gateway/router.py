@@ -203,7 +203,7 @@ class Router:
             record.model = model or provider.settings.model
             record.attempts += 1
             if stream is not None:
-                stream.attempts = record.attempts
+                stream.details.attempts = record.attempts
             try:
                 await provider.answer(attempt)
             except ProviderFault as fault:

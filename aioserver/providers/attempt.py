@@ -139,7 +139,7 @@ class Attempt:
         request, stream = self.request, self.stream
         good = status == 200
         if stream is not None and not request.whole:
-            stream.headers = passing(headers)
+            stream.details.headers = passing(headers)
         sink: Sink
         if good and request.streamed and is_of(headers, "text/event-stream"):
             assert stream is not None, "a streamed answer has a log"
@@ -162,7 +162,7 @@ class Attempt:
         request, stream, sink = self.request, self.stream, self.sink
         if not isinstance(sink, BodySink):
             assert stream is not None
-            self.usage, self.events = stream.usage, stream.last
+            self.usage, self.events = stream.details.usage, stream.last
             self.fault = stream.error if isinstance(stream.error, ProviderFault) else None
             return
         body, headers = sink.body, self.headers
@@ -187,7 +187,7 @@ class Attempt:
             chunks = reading.read(body)
         except (BadEvent, ErrorEvent) as exc:
             raise event_fault(exc) from exc
-        stream.answer()
+        stream.mark_answered()
         if chunks:
             stream.append(entries.CHUNK, chunks)
         complete(stream, reading)

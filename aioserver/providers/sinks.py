@@ -117,7 +117,7 @@ class EventSink:
         if self._responses:
             ended = _RESPONSE_END.search(block) is not None
             if ended:
-                self._stream.usage = _usage_in(block)
+                self._stream.details.usage = _usage_in(block)
             if not self._named:
                 self._named = True
                 self._name(block)
@@ -129,7 +129,7 @@ class EventSink:
             if not self._finished:
                 self._finished = find(_FINISH) >= 0 or find(_FINISH_SPACED) >= 0
             if self._finished and find(_USAGE) >= 0:
-                self._stream.usage = _usage_in(block) or self._stream.usage
+                self._stream.details.usage = _usage_in(block) or self._stream.details.usage
         if find(_ERROR) >= 0:
             block, fault = self._before_error(block)
         broken = not _sound(block)
@@ -172,7 +172,7 @@ class EventSink:
         if block:
             number = eventstream.count(block)
             if number:  # comments alone pass, uncounted
-                self._stream.answer()
+                self._stream.mark_answered()
             self._stream.pass_on(block, number, more=more)
 
     def _name(self, block: bytes) -> None:
@@ -207,7 +207,7 @@ class EventSink:
         stream = self._stream
         stream.end(
             entries.COMPLETE,
-            {"metadata": {"provider": stream.provider, "model": stream.model}},
+            {"metadata": {"provider": stream.details.provider, "model": stream.details.model}},
             data=done,
         )
 
@@ -238,7 +238,7 @@ class ChatSink:
                 if not event.data:
                     continue  # no event (WHATWG HTML 9.2.6): it keeps a connection alive
                 chunks += self._reading.read(event.data)
-                self._stream.answer()  # also where it says nothing yet: no second try from here on
+                self._stream.mark_answered()  # also where it says nothing yet: no second try from here on
         except (EventTooLong, BadEvent, ErrorEvent) as exc:
             raise event_fault(exc) from exc
         finally:
@@ -271,15 +271,15 @@ class ChatSink:
 
 def complete(stream: Stream, reading: Reading) -> None:
     """Append the `complete` event with what the provider said of its answer."""
-    stream.usage = reading.usage
+    stream.details.usage = reading.usage
     stream.end(
         entries.COMPLETE,
         {
             "metadata": {
                 "finish_reason": reading.finish_reason,
                 "usage": reading.usage,
-                "provider": stream.provider,
-                "model": stream.model,
+                "provider": stream.details.provider,
+                "model": stream.details.model,
             }
         },
     )

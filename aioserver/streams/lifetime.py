@@ -77,19 +77,19 @@ class Lifetime:
         if stream.ended or stream in self._detached:
             return
         self._detached[stream] = None
-        stream.timer = self._loop.call_later(stream.window, self.end, stream)
+        stream.attachment.timer = self._loop.call_later(stream.window, self.end, stream)
         self._bound()
 
     def end(self, stream: Stream, *, left: bool = True) -> None:
         """Cancel *stream*, whoever reads it; *left*: since nobody does."""
         self._attach(stream)
-        stream.left = left
+        stream.attachment.abandoned = left
         self._cancel(stream)
 
     def make_room(self, provider: str) -> None:
         """Cancel the oldest stream without a reader at *provider*, where a request waits now."""
         for stream in self._detached:
-            if stream.provider == provider:
+            if stream.details.provider == provider:
                 self.end(stream)
                 return
 
@@ -104,9 +104,9 @@ class Lifetime:
 
     def _attach(self, stream: Stream) -> None:
         self._detached.pop(stream, None)
-        if stream.timer is not None:
-            stream.timer.cancel()
-            stream.timer = None
+        if stream.attachment.timer is not None:
+            stream.attachment.timer.cancel()
+            stream.attachment.timer = None
 
     def _finished(self, stream: Stream) -> None:
         self._attach(stream)

@@ -106,7 +106,7 @@ class Streams:
         """Forget a finished log."""
         self._finished.pop(stream, None)
         self._running.discard(stream)
-        for name in (stream.request_id, stream.alias):
+        for name in (stream.request_id, stream.attachment.alias):
             if name is not None and self._found.get((stream.caller, name)) is stream:
                 del self._found[stream.caller, name]
         self._bytes -= stream.forget()

@@ -23,12 +23,12 @@ import orjson
 
 from aioserver.errors import AioserverError, ResumeGap
 from aioserver.protocol import messages
+from aioserver.streams.details import AnswerDetails, Attachment
 from aioserver.streams.entries import CHUNK, ERROR, PROCESSING, Entry
 from aioserver.telemetry.metrics import NO_METER
 from aioserver.telemetry.request_log import NO_RECORD
 
 if TYPE_CHECKING:
-    import asyncio
     from collections.abc import Hashable, Mapping, Sequence
 
     from aioserver.protocol.openai import Shape
@@ -90,41 +90,35 @@ class Stream:
 
     Always: `entries` are gapless, from event `first` to event `last`; nothing is appended once
     `ended`; `bytes` is the sum of the entries' sizes.
+
+    *window* is in seconds: how long the log lives without a reader, and after its end. A *private*
+    log is read by the client that asked and found by nobody else; it has the provider's bytes.
+    What an event touches stands here; the rest is in `details` and `attachment`.
     """
 
     __slots__ = (
         "_max_bytes",
         "_store",
-        "alias",
         "answered_at",
-        "attempts",
+        "attachment",
         "bytes",
         "caller",
-        "conversation_id",
-        "digest",
+        "details",
         "end_status",
         "ended",
         "entries",
         "error",
         "head",
-        "headers",
         "last",
-        "left",
         "meter",
-        "model",
         "offset",
         "path",
         "private",
-        "provider",
         "readers",
         "record",
         "rendered",
         "request_id",
         "sent",
-        "timer",
-        "usage",
-        "whole",
-        "why_cancelled",
         "window",
     )
 
@@ -140,34 +134,34 @@ class Stream:
         store: Store | None = None,
     ) -> None:
         self.request_id = request_id
-        self.private = private  # who asked reads it, as the provider's bytes; nobody else finds it
         self.caller = caller
-        self.digest = digest
         self.window = window
-        self.entries: list[Entry] = []  # not a deque: an empty one takes 700 bytes
-        self.offset = 0  # how many entries have gone: the index of entries[0] since the start
+        self.private = private
+        self.details = AnswerDetails()
+        self.attachment = Attachment(digest)
+        # A list, not a deque: an empty deque takes 700 bytes.
+        self.entries: list[Entry] = []
+        # The entries that were let go: the index of entries[0], counted from the start.
+        self.offset = 0
         self.last = 0
         self.bytes = 0
         self.readers: list[Reader] = []
-        self.path: Path | None = None  # the one that was opened last
-        self.rendered: tuple[Entry, dict[str, bytes]] | None = None  # the newest, by format
+        # The fast path that was opened last.
+        self.path: Path | None = None
+        # The newest entry, rendered by format, while several readers share it.
+        self.rendered: tuple[Entry, dict[str, bytes]] | None = None
         self.ended = False
         self.end_status = b""
-        self.error: AioserverError | None = None  # with which it ended
-        self.sent = False  # something went to a provider: leaving now costs money
-        self.answered_at = 0.0  # monotonic, when the provider's first event came: no second try
-        self.meter = NO_METER  # counts its events: the provider's
-        self.record = NO_RECORD  # of the request that began it
-        self.usage: Mapping[str, Any] | None = None  # tokens, as the provider reports them
-        self.left = False  # it was cancelled since nobody read it
-        self.alias: str | None = None  # another name by which it is found
-        self.provider = self.model = ""
-        self.conversation_id: str | None = None
-        self.attempts = 0
-        self.whole: object = None  # the answer, where it was not streamed but is kept
-        self.headers: Mapping[str, str] = {}  # of the provider's answer, those that pass
-        self.why_cancelled: AioserverError | None = None  # None: somebody asked for it
-        self.timer: asyncio.TimerHandle | None = None  # the gateway's: the window's end
+        # The error with which it ended.
+        self.error: AioserverError | None = None
+        # Whether a request was sent to a provider: leaving costs money from then on.
+        self.sent = False
+        # The monotonic time of the provider's first event; there is no other attempt from then on.
+        self.answered_at = 0.0
+        # The meter of the provider, which counts the events.
+        self.meter = NO_METER
+        # The record of the request that began it.
+        self.record = NO_RECORD
         self.head = messages.frame_head(request_id)
         self._max_bytes = max_bytes
         self._store = store
@@ -183,7 +177,7 @@ class Stream:
         """Whether an event of a provider is in the log."""
         return self.answered_at > 0
 
-    def answer(self) -> None:
+    def mark_answered(self) -> None:
         """Note that an event of a provider has come, before it is appended."""
         if not self.answered_at:
             self.answered_at = monotonic()
@@ -191,8 +185,8 @@ class Stream:
 
     def call_also(self, alias: str) -> None:
         """Let it be found by *alias*, too; a private one is not found at all."""
-        if self.alias is None and not self.private and self._store is not None:
-            self.alias = alias
+        if self.attachment.alias is None and not self.private and self._store is not None:
+            self.attachment.alias = alias
             self._store.named(self, alias)
 
     def add_reader(self, reader: Reader) -> None:
@@ -296,12 +290,12 @@ class Stream:
 
     def append_processing(self, provider: str, model: str) -> None:
         """Append event 1: a place at *provider* is taken. A later try keeps the first one's."""
-        self.provider, self.model = provider, model
+        self.details.provider, self.details.model = provider, model
         if self.last:
             return
         metadata: dict[str, Any] = {"processing": True, "provider": provider, "model": model}
-        if self.conversation_id is not None:
-            metadata["conversation_id"] = self.conversation_id
+        if self.details.conversation_id is not None:
+            metadata["conversation_id"] = self.details.conversation_id
         self.append(PROCESSING, [orjson.dumps({"metadata": metadata})])
 
     def end(self, status: bytes, chunk: Mapping[str, Any], *, data: bytes = b"") -> None:
@@ -366,7 +360,7 @@ class Stream:
         freed, self.bytes = self.bytes, 0
         self.offset += len(self.entries)
         self.entries.clear()
-        self.whole = self.rendered = None
+        self.details.whole = self.rendered = None
         return freed
 
     def _add(self, entry: Entry) -> None:

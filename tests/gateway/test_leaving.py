@@ -72,7 +72,7 @@ class Fake:
                 attempt.answer = Answer(200, {}, b"{}", "application/json", self.name)
                 return
             assert stream is not None
-            stream.answer()
+            stream.mark_answered()
             for _ in range(self._dice.randrange(4)):
                 await self.turns()
                 stream.append(entries.CHUNK, data=b"data: {}\n\n")

@@ -153,7 +153,7 @@ async def test_what_may_pass_is_tried_again(trouble: Trouble, number: int) -> No
 
     stream, ask = await trouble.fill()
 
-    assert (stream.end_status, stream.attempts, ask.record.attempts) == (COMPLETE, 3, 3)
+    assert (stream.end_status, stream.details.attempts, ask.record.attempts) == (COMPLETE, 3, 3)
     assert trouble.counts() == {"a": 3}
     assert provider.meter.attempts["ok"].value == 1
     assert provider.meter.attempts["http_5xx"].value == 2
@@ -310,7 +310,7 @@ async def test_a_fallback_answers_with_its_own_model(trouble: Trouble, first: by
     stream, ask = await trouble.fill()
 
     assert stream.end_status == COMPLETE
-    assert (stream.provider, ask.record.provider, stream.attempts) == ("b", "b", 2)
+    assert (stream.details.provider, ask.record.provider, stream.details.attempts) == ("b", "b", 2)
     assert ask.record.model == "b-model"
     assert [one["model"] for one in trouble.asked["b"]] == ["b-model"]
     assert sum(one.value for one in provider.meter.failovers.values()) == 1
@@ -323,7 +323,7 @@ async def test_a_provider_that_is_not_there_is_tried_and_then_replaced(trouble: 
 
     stream, _ = await trouble.fill()
 
-    assert (stream.provider, stream.attempts) == ("b", 4)
+    assert (stream.details.provider, stream.details.attempts) == ("b", 4)
     assert provider.meter.attempts["connect_error"].value == 3
     assert provider.meter.failovers["connect_error"].value == 1
 
@@ -332,7 +332,7 @@ async def test_a_429_goes_to_the_fallback_without_a_pause(trouble: Trouble) -> N
     await trouble.add("a", status(429, "Retry-After: 50\r\n"))
     await trouble.add("b", ANSWER)
     stream, _ = await trouble.fill()
-    assert (stream.provider, trouble.counts()) == ("b", {"a": 1, "b": 1})
+    assert (stream.details.provider, trouble.counts()) == ("b", {"a": 1, "b": 1})
 
 
 async def test_the_fallbacks_are_asked_in_their_order_and_the_last_one_says_why(
@@ -379,8 +379,8 @@ async def test_a_full_line_is_passed_on_at_once(trouble: Trouble) -> None:
     await until(lambda: trouble.counts()["b"] == 1)
     trouble.gate.set()
 
-    assert (await third)[0].provider == "b"
-    assert (await inside)[0].provider == (await waits)[0].provider == "a"
+    assert (await third)[0].details.provider == "b"
+    assert (await inside)[0].details.provider == (await waits)[0].details.provider == "a"
 
 
 # Nobody answers: what a client is told, and when it may come back.
@@ -473,21 +473,21 @@ async def test_while_a_provider_rests_its_fallback_is_asked_at_once(trouble: Tro
     await trouble.add("b", ANSWER)
 
     for number in range(1, 4):
-        assert (await trouble.fill())[0].provider == "b"
+        assert (await trouble.fill())[0].details.provider == "b"
         assert trouble.counts() == {"a": 1, "b": number}
     assert provider.meter.failovers["provider_rate_limited"].value == 3
     assert provider.meter.attempts["http_429"].value == 1
 
     provider._pace._closed_until = provider._pace._starts._tat = 0.0  # its rest is over
-    assert (await trouble.fill())[0].provider == "a"
+    assert (await trouble.fill())[0].details.provider == "a"
 
 
 async def test_a_short_rest_is_waited_for(trouble: Trouble) -> None:
     await trouble.add("a", status(429, "retry-after-ms: 100\r\n"), ANSWER)
     await trouble.add("b", ANSWER)
 
-    assert (await trouble.fill())[0].provider == "b"
-    assert (await trouble.fill())[0].provider == "a"
+    assert (await trouble.fill())[0].details.provider == "b"
+    assert (await trouble.fill())[0].details.provider == "a"
 
 
 async def test_who_waits_in_the_line_of_one_that_begins_to_rest_goes_elsewhere(
@@ -503,7 +503,7 @@ async def test_who_waits_in_the_line_of_one_that_begins_to_rest_goes_elsewhere(
     trouble.gate.set()
     done = await asyncio.gather(*tasks)
 
-    assert {stream.provider for stream, _ in done} == {"b"}
+    assert {stream.details.provider for stream, _ in done} == {"b"}
     assert trouble.counts() == {"a": 1, "b": 4}
     with pytest.raises(ProviderPaced):  # 30 s are more than it would wait
         await pinned
@@ -523,7 +523,7 @@ async def test_who_waits_where_nothing_is_left_goes_elsewhere_before_the_429(
     trouble.gate.set()
     done = await asyncio.gather(*tasks)
 
-    assert [stream.provider for stream, _ in done] == ["a", "b", "b", "b"]
+    assert [stream.details.provider for stream, _ in done] == ["a", "b", "b", "b"]
     assert provider.meter.failovers["provider_rate_limited"].value == 3
     assert provider.meter.attempts["http_429"].value == 0
 
@@ -665,7 +665,7 @@ async def test_each_provider_has_a_wait_of_its_own(trouble: Trouble) -> None:
     await until(lambda: trouble.providers["b"].stats().queue.waiting == 1)
     trouble.gate.set()
 
-    assert (await third)[0].provider == "b"
+    assert (await third)[0].details.provider == "b"
     await asyncio.gather(*busy)
 
 

@@ -126,13 +126,13 @@ def test_an_answer_is_numbered_from_1_without_holes() -> None:
 
 def test_processing_is_event_1_and_a_later_try_keeps_it() -> None:
     stream = streams_of().open("r1", DEMO, window=30)
-    stream.conversation_id = "c1"
+    stream.details.conversation_id = "c1"
 
     stream.append_processing("groq", "llama")
     stream.append_processing("openai", "gpt")
 
     assert stream.last == 1
-    assert (stream.provider, stream.model) == ("openai", "gpt")
+    assert (stream.details.provider, stream.details.model) == ("openai", "gpt")
     assert orjson.loads(stream.frames(stream.entries[0])[0]) == {
         "request_id": "r1",
         "event_id": 1,
