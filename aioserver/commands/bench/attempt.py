@@ -112,7 +112,7 @@ class Attempt:
         self._fail(counter, error.code, error.message)
 
     def fail(self, code: str, message: str = "") -> None:
-        """Record that the client gave up: it lost the connection, the time, or the sense."""
+        """Record that the client got no answer: no connection, no time left, or no valid data."""
         self._fail(self._results.incomplete, code, message)
 
     def _fail(self, counter: Counter[str], code: str, message: str) -> None:
