@@ -1,11 +1,12 @@
-"""YAML 1.1 text to plain values, with the place of each and every fault at once.
+"""YAML 1.1 text to plain values, with the place of every value, and all faults at once.
 
 Not `yaml.safe_load`: it knows no places, keeps the last of two equal keys, follows aliases (nine
-lines of them fill the memory) and reads `12:30:45` as 45045 and `010` as 8. Here the values are
-put together from the parser's events: one bounded walk, references to the environment replaced in
-scalars only after parsing, so that a value can never add structure.
+lines of them fill the memory) and reads `12:30:45` as 45045 and `010` as 8. The values are built
+from the events of the parser instead, in one walk whose depth and size are bounded. References to
+the environment are replaced after parsing, and in scalars only, so that a value from the
+environment can never add structure.
 
-No fault shows a scalar: it may be a secret in the wrong place.
+No fault quotes a scalar, which may be a secret in the wrong place.
 """
 
 from __future__ import annotations
@@ -20,27 +21,34 @@ from aioserver.config.schema import FAULTY
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-Steps: TypeAlias = tuple[str | int, ...]  # to a value, from the top
+# The keys and indexes that lead from the top of a document to a value.
+KeyPath: TypeAlias = tuple[str | int, ...]
 
-MAX_DEPTH = 32  # the settings nest six deep
-MAX_VALUES = 10_000  # the shipped file has 150
+# The settings nest six deep.
+MAX_DEPTH = 32
+# The shipped file has 150 values.
+MAX_VALUES = 10_000
+# Variables with this prefix override settings.
 PREFIX = "AIOSERVER__"
 
-# The C parser is twenty times faster; the wheels of PyYAML all have it.
+# The C parser is twenty times faster. All wheels of PyYAML contain it.
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _UNPRINTABLE = yaml.reader.Reader.NON_PRINTABLE
 _REFERENCE = re.compile(r"\$\$\{|\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^{}]*))?\}|\$\{")
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,39}", re.ASCII)
+
+# The scalars of YAML 1.1 that are not text, without its octal and sexagesimal numbers and dates.
 _WORDS = {"": None, "~": None, "null": None, "yes": True, "true": True, "on": True}
 _WORDS |= {"no": False, "false": False, "off": False}
 _WHOLE = re.compile(r"[-+]?(?:0|[1-9][0-9_]{0,39})|[-+]?0x[0-9a-fA-F]{1,32}")
 _FRACTION = re.compile(
     r"(?:[-+]?[0-9][0-9_]{0,39}\.[0-9_]{0,39}|\.[0-9][0-9_]{0,39})(?:[eE][-+][0-9]{1,4})?"
 )
-_ENDLESS = re.compile(r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)")
+_NOT_FINITE = re.compile(r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)")
 
 
 class Place(NamedTuple):
-    """Where something is said: a file with line and column from 1, or a variable (line 0)."""
+    """Where a value was set: a file with line and column from 1, or a variable (line 0)."""
 
     line: int
     column: int
@@ -51,7 +59,7 @@ class Place(NamedTuple):
 
 
 class Fault(NamedTuple):
-    """One fault; sorted, they stand in the order of the file."""
+    """One fault. Sorted faults are in the order of the file."""
 
     place: Place
     path: str
@@ -66,30 +74,34 @@ class _Unreadable(Exception):
 
 
 class Document:
-    """The values of one text, and where they stand. Its faults are collected, never raised."""
+    """The values of one text with their places. Its faults are collected, never raised.
+
+    `values` is `FAULTY` if the text cannot be read. `referenced` holds the paths whose values came
+    from the environment.
+    """
 
     def __init__(self, source: str) -> None:
         self.source = source
         self.values: Any = None
         self.faults: list[Fault] = []
-        self.referenced: set[Steps] = set()  # what came from the environment
-        self._places: dict[Steps, Place] = {(): Place(1, 1, source)}
+        self.referenced: set[KeyPath] = set()
+        self._places: dict[KeyPath, Place] = {(): Place(1, 1, source)}
         self._count = 0
         self._environ: Mapping[str, str] | None = None
 
-    def place(self, path: Steps) -> Place:
-        """Where *path* is said, or else the nearest section around it."""
+    def place(self, path: KeyPath) -> Place:
+        """Return the place of *path*, or that of the nearest section around it."""
         while path not in self._places:
             path = path[:-1]
         return self._places[path]
 
     def fault(self, path: Iterable[Any], message: str, place: Place | None = None) -> Fault:
-        """The fault *message* of *path*, at *place* if that is not the place of its key."""
+        """Return a fault of the value at *path*; *place* defaults to the place of its key."""
         path = tuple(path)
         return Fault(place or self.place(path), dotted(path), message)
 
     def read(self, text: str, environ: Mapping[str, str] | None) -> None:
-        """Fill in what *text* says; *environ* None: `${NAME}` stays as it is."""
+        """Set `values` from *text*. With None for *environ*, `${NAME}` is not replaced."""
         self._environ = environ
         try:
             self.values = self._read(text)
@@ -99,7 +111,7 @@ class Document:
             self.values = FAULTY
             mark = getattr(exc, "problem_mark", None) or getattr(exc, "context_mark", None)
             place = Place(mark.line + 1, mark.column + 1, self.source) if mark else None
-            # What YAML quotes is its own "<block end>", or a part of the text.
+            # What YAML quotes is a token of its own, such as "<block end>", or a part of the text.
             problem = re.sub(r"'(?!<)[^']{2,}'", "…", str(getattr(exc, "problem", "") or ""))
             self._refuse((), f"not valid YAML: {problem or 'cannot be parsed'}", place)
 
@@ -110,69 +122,74 @@ class Document:
         """
         place = Place(0, 0, variable)
         node = self.values
-        path: Steps = ()
+        path: KeyPath = ()
         *sections, last = variable.removeprefix(PREFIX).split("__")
         for step in sections:
-            name = _folded(node, step)
-            path = (*path, name)
-            if node.get(name) is None:
-                node[name] = {}
+            key = _matching_key(node, step)
+            path = (*path, key)
+            if node.get(key) is None:
+                node[key] = {}
                 self._places[path] = place
-            node = node[name]
+            node = node[key]
             if not isinstance(node, dict):
-                self._refuse(path, "is not a section, and so has nothing to set in it", place)
+                self._refuse(path, "is not a section, so nothing can be set inside it", place)
                 return
-        name = _folded(node, last)
-        path = (*path, name)
+        key = _matching_key(node, last)
+        path = (*path, key)
         for known in [known for known in self._places if known[: len(path)] == path]:
             del self._places[known]
         self._places[path] = place
         self.referenced.add(path)
         if value[:1] not in {"[", "{", '"', "'"}:
-            node[name] = scalar(value)
+            node[key] = scalar(value)
             return
         inner = Document(variable)
         inner.read(value, None)
-        node[name] = inner.values
+        node[key] = inner.values
         self.faults += [Fault(place, dotted(path), fault.message) for fault in inner.faults]
 
-    def _refuse(self, path: Steps, message: str, place: Place | None = None) -> None:
+    def _refuse(self, path: KeyPath, message: str, place: Place | None = None) -> None:
         self.faults.append(self.fault(path, message, place))
 
     def _read(self, text: str) -> Any:
-        if (bad := _UNPRINTABLE.search(text)) is not None:
-            start = text.rfind("\n", 0, bad.start()) + 1
-            place = Place(text.count("\n", 0, start) + 1, bad.start() - start + 1, self.source)
+        if (match := _UNPRINTABLE.search(text)) is not None:
+            start = text.rfind("\n", 0, match.start()) + 1
+            place = Place(text.count("\n", 0, start) + 1, match.start() - start + 1, self.source)
             self._stop((), "a control character, which YAML does not allow", place)
+        # Their order: StreamStart, DocumentStart, those of the value, DocumentEnd, StreamEnd.
         events = yaml.parse(text, Loader=_LOADER)
-        next(events)  # the stream's start
+        next(events)
         if not isinstance(next(events), yaml.DocumentStartEvent):
             return None
         value = self._value(next(events), (), events)
-        next(events)  # the document's end
-        if not isinstance(after := next(events), yaml.StreamEndEvent):
-            self._refuse((), "a second document in the file", self._at(after))
+        next(events)
+        if not isinstance(event := next(events), yaml.StreamEndEvent):
+            self._refuse((), "a second document in the file", self._place_of(event))
         return value
 
-    def _stop(self, path: Steps, message: str, place: Place | None = None) -> None:
+    def _stop(self, path: KeyPath, message: str, place: Place | None = None) -> None:
         self._refuse(path, message, place)
         raise _Unreadable
 
-    def _at(self, event: Any) -> Place:
+    def _place_of(self, event: Any) -> Place:
         return Place(event.start_mark.line + 1, event.start_mark.column + 1, self.source)
 
-    def _value(self, event: Any, path: Steps, events: Iterator[Any]) -> Any:
-        """The value that starts with *event*; FAULTY where it has a fault of its own."""
+    def _value(self, event: Any, path: KeyPath, events: Iterator[Any]) -> Any:
+        """Return the value that starts with *event*, or `FAULTY` if it cannot be used."""
         self._count += 1
         if self._count > MAX_VALUES or len(path) > MAX_DEPTH:
-            self._stop(path[:MAX_DEPTH], "too many values, or too deep", self._at(event))
+            message = "too many values, or nested too deeply"
+            self._stop(path[:MAX_DEPTH], message, self._place_of(event))
         if isinstance(event, yaml.AliasEvent):
-            self._refuse(path, "aliases are refused (write the value out)", self._at(event))
+            message = "aliases are refused (write the value out)"
+            self._refuse(path, message, self._place_of(event))
             return FAULTY
         if event.anchor is not None:
-            self._refuse(path, "anchors are refused (write the value out)", self._at(event))
+            message = "anchors are refused (write the value out)"
+            self._refuse(path, message, self._place_of(event))
         if event.tag is not None:
-            self._refuse(path, "tags are refused (quotes make it text)", self._at(event))
+            message = "tags are refused (quotes make it text)"
+            self._refuse(path, message, self._place_of(event))
         if isinstance(event, yaml.ScalarEvent):
             value = self._scalar(event, path)
         elif isinstance(event, yaml.MappingStartEvent):
@@ -181,66 +198,68 @@ class Document:
             value = self._sequence(path, events)
         return FAULTY if event.tag is not None else value
 
-    def _sequence(self, path: Steps, events: Iterator[Any]) -> list[Any]:
+    def _sequence(self, path: KeyPath, events: Iterator[Any]) -> list[Any]:
         values: list[Any] = []
         while not isinstance(event := next(events), yaml.SequenceEndEvent):
-            inside = (*path, len(values))
-            self._places.setdefault(inside, self._at(event))
-            values.append(self._value(event, inside, events))
+            item_path = (*path, len(values))
+            self._places.setdefault(item_path, self._place_of(event))
+            values.append(self._value(event, item_path, events))
         return values
 
-    def _mapping(self, path: Steps, events: Iterator[Any]) -> dict[str, Any]:
+    def _mapping(self, path: KeyPath, events: Iterator[Any]) -> dict[str, Any]:
         values: dict[str, Any] = {}
         while not isinstance(event := next(events), yaml.MappingEndEvent):
-            place = self._at(event)
+            place = self._place_of(event)
             if not isinstance(event, yaml.ScalarEvent) or event.tag or event.anchor:
                 self._refuse(path, "a key must be a plain name", place)
                 self._value(event, (*path, "?"), events)
                 self._value(next(events), (*path, "?"), events)
                 continue
-            # The name as it is written: no `on` becomes True, no 1.10 becomes 1.1.
-            inside = (*path, event.value)
+            # The key as it is written: `on` does not become True, nor 1.10 become 1.1.
+            key_path = (*path, event.value)
             if event.value in values:
-                first = self.place(inside).line
-                self._refuse(inside, f"this key is there twice (first in line {first})", place)
-                self._value(next(events), inside, events)
+                first = self.place(key_path).line
+                self._refuse(key_path, f"this key appears twice (first on line {first})", place)
+                self._value(next(events), key_path, events)
                 continue
-            self._places.setdefault(inside, place)
-            values[event.value] = self._value(next(events), inside, events)
+            self._places.setdefault(key_path, place)
+            values[event.value] = self._value(next(events), key_path, events)
         return values
 
-    def _scalar(self, event: yaml.ScalarEvent, path: Steps) -> Any:
-        text, bare, environ = event.value, event.implicit[0], self._environ
+    def _scalar(self, event: yaml.ScalarEvent, path: KeyPath) -> Any:
+        text, plain, environ = event.value, event.implicit[0], self._environ
         if environ is None or "${" not in text:
-            return scalar(text) if bare else text
+            return scalar(text) if plain else text
         self.referenced.add(path)
         faulty = False
 
-        def replaced(match: re.Match[str]) -> str:
+        def replacement(match: re.Match[str]) -> str:
             nonlocal faulty
             name, default = match.groups()
             if match[0] == "$${":
                 return "${"
             if name is None:
-                self._refuse(path, "${ without a name (${NAME}, ${NAME:-default}; $${ is ${)")
+                hint = "write ${NAME} or ${NAME:-default}; $${ stands for ${"
+                self._refuse(path, f"${{ without a name ({hint})")
             elif name in environ or default is not None:
-                return environ.get(name) or default or ""  # empty counts as unset, as in sh
+                # An empty variable counts as unset, as in the shell.
+                return environ.get(name) or default or ""
             else:
-                self._refuse(path, f"{name} is not set (or write ${{{name}:-default}})")
+                self._refuse(path, f"{name} is not set (set it, or write ${{{name}:-default}})")
             faulty = True
             return ""
 
-        result = _REFERENCE.sub(replaced, text)
+        result = _REFERENCE.sub(replacement, text)
         if faulty:
             return FAULTY
         whole = _REFERENCE.fullmatch(text) is not None and not text.startswith("$$")
-        return scalar(result) if bare and whole else result
+        return scalar(result) if plain and whole else result
 
 
 def scalar(text: str) -> Any:
-    """The value of a scalar without quotes: as YAML 1.1, but for what it surprises with.
+    """Return the value of a scalar without quotes, as in YAML 1.1 but for its surprises.
 
-    What is text for PyYAML is text here, so that what it writes is read back as the same.
+    Text for PyYAML is text here as well, so that a value it has written is read back unchanged.
     """
     if text.lower() in _WORDS and text in {text.lower(), text.upper(), text.capitalize()}:
         return _WORDS[text.lower()]
@@ -248,13 +267,13 @@ def scalar(text: str) -> Any:
         return int(text.replace("_", ""), 0)
     if _FRACTION.fullmatch(text):
         return float(text.replace("_", ""))
-    if _ENDLESS.fullmatch(text):
+    if _NOT_FINITE.fullmatch(text):
         return float(text.replace(".", ""))
     return text
 
 
-def dotted(path: Steps) -> str:
-    """*path* in words; a step that looks like no name is not shown."""
+def dotted(path: KeyPath) -> str:
+    """Return *path* as text. A key that does not look like a name is not shown."""
     steps = [
         f"[{step}]" if isinstance(step, int) else f".{step}" if _NAME.fullmatch(step) else ".?"
         for step in path
@@ -262,9 +281,6 @@ def dotted(path: Steps) -> str:
     return "".join(steps).removeprefix(".")
 
 
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,39}", re.ASCII)
-
-
-def _folded(node: Mapping[str, Any], step: str) -> str:
-    """The key of *node* that *step* means, whatever their case."""
+def _matching_key(node: Mapping[str, Any], step: str) -> str:
+    """Return the key of *node* that *step* means; upper and lower case are the same."""
     return next((key for key in node if key.casefold() == step.casefold()), step.lower())

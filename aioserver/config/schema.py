@@ -1,34 +1,38 @@
-"""How a setting is declared: `setting()` for one line, `section()` for a class of them.
+"""How settings are declared, and how the declarations become a voluptuous schema.
 
-A settings class is a frozen dataclass; each field is one line with its check, its meaning and its
-default. From these lines come the voluptuous schema, what `aioserver check` prints, the list of
-what is not enforced yet, and the README's table.
+A settings class is a frozen dataclass, and stands for one section of the file. `setting()` declares
+a field by its validator, its meaning and its default; `group()` declares a section inside the
+section. `section()` turns the class into a validator: a valid mapping becomes an instance of it.
+
+All faults of a mapping are collected and raised together. A value that fails its validator is
+replaced by `FAULTY`, so that the rules between the other settings are still checked.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import operator
-import re
-from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, TypeVar
 
 import voluptuous as vol
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
 T = TypeVar("T")
-Rule: TypeAlias = tuple[tuple[str | int, ...], str]  # where, and what is wrong there
+# The path of a setting that breaks a rule, from its section, and the message.
+BrokenRule: TypeAlias = tuple[tuple[str | int, ...], str]
 
 REQUIRED: Any = dataclasses.MISSING
 
 
 class _Faulty:
-    """Stands for a value that failed its check, so that the rules on the others still run.
+    """Takes the place of a value that failed its validator, and breaks no rule itself.
 
-    It breaks no rule itself: every comparison with it is false, everything is in it, and whatever
-    is asked of it is this same object.
+    Every comparison with it is false, everything is in it, and its attributes, items, calls and
+    products are this same object.
     """
 
     __slots__ = ()
@@ -36,7 +40,7 @@ class _Faulty:
     def _false(self, _other: object) -> bool:
         return False
 
-    def _self(self, *_given: object) -> _Faulty:
+    def _self(self, *_args: object) -> _Faulty:
         return self
 
     __lt__ = __le__ = __gt__ = __ge__ = _false
@@ -56,7 +60,7 @@ FAULTY: Any = _Faulty()
 
 
 class Faults(vol.MultipleInvalid):
-    """All faults of a section; *partial* is what could be made of the rest."""
+    """All faults of a section. *partial* is the section made of its valid values, if possible."""
 
     def __init__(self, errors: list[vol.Invalid], partial: Any = FAULTY) -> None:
         super().__init__(errors)
@@ -64,7 +68,7 @@ class Faults(vol.MultipleInvalid):
 
 
 class Secret:
-    """A key. Neither `repr` nor `str` shows it; `reveal()` does."""
+    """A secret text: `repr` and `str` give `***`, and only `reveal()` gives the text."""
 
     __slots__ = ("_value",)
 
@@ -72,7 +76,7 @@ class Secret:
         self._value = value
 
     def reveal(self) -> str:
-        """The key itself: for the header of a request and for nothing else."""
+        """Return the text, to put it into the header of a request and nowhere else."""
         return self._value
 
     def __repr__(self) -> str:
@@ -86,10 +90,12 @@ class Secret:
 
 
 @dataclass(frozen=True, slots=True)
-class Check:
-    """A voluptuous validator that can say what it wants.
+class Validator:
+    """A validator for voluptuous that can describe the values it accepts.
 
-    *inner* is the section it makes, with *suffix* where it makes several (`.<name>`, `[]`).
+    *kind* is the type that the documentation shows. *inner* is the settings class of the sections
+    inside the value, if there are any, and *suffix* is what follows the key where there may be
+    several: `.<name>` in a mapping, `[]` in a list.
     """
 
     kind: str
@@ -98,100 +104,106 @@ class Check:
     suffix: str = ""
 
     def __call__(self, value: Any) -> Any:
-        """The value to keep. Raises `vol.Invalid`; a value known to be faulty passes."""
+        """Return the value to keep. `FAULTY` passes, because its fault is known already.
+
+        Raises:
+            vol.Invalid: *value* is refused.
+        """
         return FAULTY if value is FAULTY else self.test(value)
 
 
 def setting(
-    check: Check,
+    validator: Validator,
     meaning: str,
     default: Any = REQUIRED,
     *,
-    shown: str = "",
+    default_text: str = "",
     secret: bool = False,
-    later: bool = False,
+    enforced: bool = True,
     neutral: Any = REQUIRED,
 ) -> Any:
-    """Declare one setting; without *default* it is required.
+    """Declare one setting. Without *default* the key is required.
 
     Args:
-        check: what a value must be.
-        meaning: for the README's table.
-        default: None together with *shown*: `__post_init__` derives it from other settings.
-        shown: the default in words.
-        secret: masked in every output.
-        later: read, but not enforced yet by this version.
-        neutral: with *later*, the value that asks for nothing where that is not the default.
+        validator: checks a value, and returns the value to keep.
+        meaning: a phrase for the documentation that can be read without the lines around it.
+        default: the value of a missing key. It is None together with *default_text* where
+            `__post_init__` derives the value from other settings.
+        default_text: the default in words.
+        secret: whether every output masks the value.
+        enforced: False means that the value is read and checked, but has no effect yet.
+        neutral: the value that asks for nothing, where *enforced* is False and the default does.
     """
-    about = {
-        "check": check,
+    metadata = {
+        "validator": validator,
         "meaning": meaning,
-        "shown": shown,
+        "default_text": default_text,
         "secret": secret,
-        "later": later,
+        "enforced": enforced,
         "neutral": default if neutral is REQUIRED else neutral,
     }
     if isinstance(default, dict):
-        return dataclasses.field(default_factory=default.copy, metadata=about, repr=not secret)
-    return dataclasses.field(default=default, metadata=about, repr=not secret)
+        return dataclasses.field(default_factory=default.copy, metadata=metadata, repr=not secret)
+    return dataclasses.field(default=default, metadata=metadata, repr=not secret)
 
 
 def group(cls: type[Any]) -> Any:
-    """Declare a section inside a section: required where one of its settings is."""
-    check = section(cls)
-    about = {"check": check, "meaning": "", "later": False, "secret": False}
+    """Declare a section inside a section. It is required if one of its settings is required."""
+    metadata = {"validator": section(cls), "meaning": "", "secret": False, "enforced": True}
     if any(required(field) for field in fields(cls)):
-        return dataclasses.field(metadata=about)
-    return dataclasses.field(default_factory=cls, metadata=about)
+        return dataclasses.field(metadata=metadata)
+    return dataclasses.field(default_factory=cls, metadata=metadata)
 
 
 def fields(cls: type[Any] | object) -> list[dataclasses.Field[Any]]:
-    """The settings of a settings class, in order; not what is derived."""
-    return [field for field in dataclasses.fields(cls) if "check" in field.metadata]  # type: ignore[arg-type]
+    """Return the declared settings and sections of a settings class or of an instance, in order."""
+    return [field for field in dataclasses.fields(cls) if "validator" in field.metadata]  # type: ignore[arg-type]
 
 
 def required(field: dataclasses.Field[Any]) -> bool:
-    """Whether the key must be there."""
+    """Whether the key of *field* must be in the file."""
     return field.default is REQUIRED and field.default_factory is REQUIRED
 
 
-def section(cls: type[T], suffix: str = "") -> Check:
-    """The voluptuous schema of a settings class; a valid mapping becomes an instance.
+def section(cls: type[T]) -> Validator:
+    """Return the validator of a settings class: it makes an instance of a valid mapping.
 
-    Keys that the class names in `IGNORED` are accepted and dropped. No mapping at all, as when all
-    its lines are comments, is an empty one.
+    Keys that the class lists in `IGNORED` are accepted and dropped. A section without a value, such
+    as one whose lines are all comments, counts as an empty mapping. The validator raises `Faults`.
     """
     keys: dict[Any, Any] = {
-        (vol.Required if required(field) else vol.Optional)(field.name): field.metadata["check"]
+        (vol.Required if required(field) else vol.Optional)(field.name): field.metadata[
+            "validator"
+        ]
         for field in fields(cls)
     }
     ignored: tuple[str, ...] = getattr(cls, "IGNORED", ())
     schema = vol.Schema(keys)
 
-    def test(given: Any) -> T:
-        if given is None:
-            given = {}
-        if not isinstance(given, dict):
-            refuse(f"expected a section of keys, not {kind(given)}")
-        given = {key: value for key, value in given.items() if key not in ignored}
+    def test(mapping: Any) -> T:
+        if mapping is None:
+            mapping = {}
+        if not isinstance(mapping, dict):
+            refuse(f"expected a section of keys, not {describe(mapping)}")
+        mapping = {key: value for key, value in mapping.items() if key not in ignored}
         try:
-            values = schema(given)
+            values = schema(mapping)
         except vol.MultipleInvalid as exc:
-            partial, broken = _partial(cls, given)
-            errors = [_worded(error, [str(key) for key in keys]) for error in exc.errors]
+            partial, broken = _partial(cls, mapping)
+            errors = [_reworded(error, [str(key) for key in keys]) for error in exc.errors]
             raise Faults([*errors, *broken], partial) from None
         return cls(**values)
 
-    return Check("section", test, cls, suffix)
+    return Validator("section", test, cls)
 
 
-def _partial(cls: type[T], given: dict[str, Any]) -> tuple[T | Any, list[vol.Invalid]]:
-    """What can be made of a faulty section, and which of its rules the rest breaks."""
+def _partial(cls: type[T], mapping: dict[str, Any]) -> tuple[T | Any, list[vol.Invalid]]:
+    """Return what can be made of a faulty section, and the rules that its valid values break."""
     values = {}
     for field in fields(cls):
-        if field.name in given:
+        if field.name in mapping:
             try:
-                values[field.name] = field.metadata["check"](given[field.name])
+                values[field.name] = field.metadata["validator"](mapping[field.name])
             except vol.Invalid as exc:
                 values[field.name] = getattr(exc, "partial", FAULTY)
         elif required(field):
@@ -202,40 +214,49 @@ def _partial(cls: type[T], given: dict[str, Any]) -> tuple[T | Any, list[vol.Inv
         return getattr(exc, "partial", FAULTY), exc.errors
 
 
-def _worded(error: vol.Invalid, known: list[str]) -> vol.Invalid:
-    """*error* with voluptuous's own words replaced by ours."""
+def _reworded(error: vol.Invalid, known: list[str]) -> vol.Invalid:
+    """Return *error* with voluptuous's message replaced by ours; *known* are the valid keys."""
     if error.error_message == "extra keys not allowed":
         key = str(error.path[-1])
-        near = difflib.get_close_matches(key[:64].lower(), known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+        nearest = difflib.get_close_matches(key[:64].lower(), known, n=1, cutoff=0.5)
+        hint = f"did you mean {nearest[0]}?" if nearest else f"known: {', '.join(known)}"
         return vol.Invalid(f"unknown key ({hint})", error.path)
-    if isinstance(error, vol.RequiredFieldInvalid):  # its path ends in the marker, not the name
+    if isinstance(error, vol.RequiredFieldInvalid):
+        # The path ends in voluptuous's marker, not in the key.
         return vol.Invalid("required key is missing", [*error.path[:-1], str(error.path[-1])])
     return error
 
 
-def rules(owner: object, *broken: Rule | None) -> None:
-    """Raise every broken rule at once, for `__post_init__`."""
-    errors = [vol.Invalid(why, list(at)) for at, why in filter(None, broken)]
+def check_rules(owner: object, *broken: BrokenRule | None) -> None:
+    """Finish the `__post_init__` of *owner*; None stands for a rule that holds.
+
+    Raises:
+        Faults: at least one rule is broken.
+    """
+    errors = [vol.Invalid(message, list(path)) for path, message in filter(None, broken)]
     if errors:
         raise Faults(errors, owner)
 
 
-def compare(owner: object, at: str, sign: str, other: str) -> Rule | None:
-    """The rule that `owner.<at>` is `>=` or `<=` `owner.<other>`; None: it is."""
-    value, limit = (operator.attrgetter(path)(owner) for path in (at, other))
+def compare(owner: object, path: str, sign: str, limit_path: str) -> BrokenRule | None:
+    """Check the rule that one setting of *owner* is `>=` or `<=` another; None: it holds."""
+    value, limit = operator.attrgetter(path, limit_path)(owner)
     if not (value < limit if sign == ">=" else value > limit):
         return None
-    return (*at.split("."),), f"must be {sign} {other} ({limit}), not {value}"
+    return (*path.split("."),), f"must be {sign} {limit_path} ({limit}), not {value}"
 
 
-def refuse(why: str) -> NoReturn:
-    """Raise the fault of a check."""
-    raise vol.Invalid(why)
+def refuse(message: str) -> NoReturn:
+    """Refuse a value in a validator.
+
+    Raises:
+        vol.Invalid: always.
+    """
+    raise vol.Invalid(message)
 
 
-def kind(value: object) -> str:
-    """What *value* is, in the words of a configuration file; never its text."""
+def describe(value: object) -> str:
+    """Name the type of *value* in the words of a configuration file, without showing the value."""
     match value:
         case None:
             return "nothing"
@@ -249,83 +270,3 @@ def kind(value: object) -> str:
             return "a list"
         case _:
             return "a section of keys"
-
-
-# What the settings look like from outside.
-
-
-def plain(value: Any) -> Any:
-    """*value* as a YAML file could hold it, with `***` for every secret."""
-    match value:
-        case tuple() | list():
-            return [plain(item) for item in value]
-        case Mapping():
-            return {key: plain(item) for key, item in value.items()}
-        case _ if dataclasses.is_dataclass(value):
-            return {field.name: _shown(field, value) for field in fields(value)}
-        case _:
-            return value
-
-
-def _shown(field: dataclasses.Field[Any], owner: Any) -> Any:
-    value = plain(getattr(owner, field.name))
-    if not field.metadata["secret"] or not value:
-        return value
-    if isinstance(value, dict):
-        return dict.fromkeys(value, "***")
-    if field.metadata["check"].kind == "URL":  # the server is no secret, the password is
-        return re.sub(r"\?.*", "?***", re.sub(r"://.*@", "://***@", value))
-    return "***"
-
-
-def changes(old: Any, new: Any, path: str = "") -> Iterator[str]:
-    """The settings that differ between two of a class, by their names: never what they say."""
-    for field in fields(old):
-        was, now, name = getattr(old, field.name), getattr(new, field.name), path + field.name
-        if was == now:
-            continue
-        if dataclasses.is_dataclass(was) and dataclasses.is_dataclass(now):
-            yield from changes(was, now, f"{name}.")
-        elif isinstance(was, Mapping) and field.metadata["check"].inner is not None:
-            for key in dict.fromkeys((*was, *now)):
-                if key in was and key in now:
-                    yield from changes(was[key], now[key], f"{name}.{key}.")
-                else:
-                    yield f"{name}.{key}"
-        else:
-            yield name
-
-
-def not_enforced(owner: Any, path: str = "") -> Iterator[str]:
-    """The settings marked *later* that ask for something, each once."""
-    for field in fields(owner):
-        value, about = getattr(owner, field.name), field.metadata
-        if about["later"] and value != about["neutral"]:
-            yield path + field.name
-        if isinstance(value, Mapping) and about["check"].inner is not None:
-            inner = (not_enforced(item, f"{path}{field.name}.*.") for item in value.values())
-            yield from dict.fromkeys(key for keys in inner for key in keys)
-        elif dataclasses.is_dataclass(value):
-            yield from not_enforced(value, f"{path}{field.name}.")
-
-
-def rows(
-    cls: type[Any], path: str = "", later: bool = False
-) -> Iterator[tuple[str, str, str, str]]:
-    """Key, type, default and meaning of every setting, as the README's table shows them."""
-    for field in fields(cls):
-        about, check = field.metadata, field.metadata["check"]
-        if check.inner is not None:
-            inner_later = later or about["later"]
-            yield from rows(check.inner, f"{path}{field.name}{check.suffix}.", inner_later)
-            continue
-        default = about["shown"]
-        if not default:
-            default = "required" if required(field) else f"`{json.dumps(_default(field))}`"
-        note = " (not enforced yet)" if later or about["later"] else ""
-        yield f"`{path}{field.name}`", check.kind, default, about["meaning"] + note
-
-
-def _default(field: dataclasses.Field[Any]) -> Any:
-    factory: Any = field.default_factory
-    return field.default if factory is REQUIRED else factory()

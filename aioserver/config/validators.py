@@ -1,7 +1,7 @@
-"""What a value may be: the checks that the lines of `settings.py` name.
+"""The validators of single values, by the names that the declarations in `settings.py` use.
 
-A check gives back the value to keep, or raises `vol.Invalid`. It never shows a text that it
-refuses, which may be a secret in the wrong place; numbers it shows.
+A validator returns the value to keep, or raises `vol.Invalid`. Its message never quotes a text that
+it refuses, which may be a secret in the wrong place; it does quote limits and bounds.
 """
 
 from __future__ import annotations
@@ -12,85 +12,219 @@ from typing import TYPE_CHECKING, Any
 
 import voluptuous as vol
 
-from aioserver.config.schema import FAULTY, Check, Faults, Secret, kind, refuse
+from aioserver.config.schema import FAULTY, Faults, Secret, Validator, describe, refuse
 from aioserver.protocol import addresses
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+# Seconds: 31 years, which asyncio and the kernel still take for a timeout.
+MAX_NUMBER = 1e9
 
-def whole(low: int, high: int, kind_: str) -> Check:
-    """A whole number within bounds, both inclusive."""
+
+def whole(low: int, high: int, kind: str) -> Validator:
+    """Accept a whole number between *low* and *high*, both inclusive. A boolean is no number."""
 
     def test(value: Any) -> int:
         if type(value) is not int:
-            refuse(f"expected a whole number, not {_not_a_number(value)}")
-        if not low <= value <= high:
-            refuse(
-                f"must be at {'least' if value < low else 'most'} {low if value < low else high}"
-            )
+            refuse(f"expected a whole number, not {_describe_number(value)}")
+        if value < low:
+            refuse(f"must be at least {low}")
+        if value > high:
+            refuse(f"must be at most {high}")
         return value
 
-    return Check(kind_, test)
+    return Validator(kind, test)
 
 
-def number(low: float, kind_: str, *, above: bool = False) -> Check:
-    """A finite number from *low*, or *above* it, as a float."""
+def number(low: float, kind: str, *, above: bool = False) -> Validator:
+    """Accept a finite number from *low*, or only *above* it, and return it as a float."""
 
     def test(value: Any) -> float:
         if type(value) not in {int, float}:
-            refuse(f"expected a number, not {_not_a_number(value)}")
-        if not -_MOST <= value <= _MOST:
-            refuse(f"must be finite and at most {_MOST:.0f}")
+            refuse(f"expected a number, not {_describe_number(value)}")
+        if not -MAX_NUMBER <= value <= MAX_NUMBER:
+            refuse(f"must be finite and at most {MAX_NUMBER:.0f}")
         if value < low or (above and value == low):
             refuse(f"must be {'greater than' if above else 'at least'} {low:g}")
         return float(value)
 
-    return Check(kind_, test)
+    return Validator(kind, test)
 
 
-def _not_a_number(value: object) -> str:
-    """What *value* is instead, with a hint where only the quotes are wrong."""
+def _describe_number(value: object) -> str:
+    """Name what *value* is instead of the number; a hint tells what would make it a number."""
     if isinstance(value, float):
         return "a fraction" if math.isfinite(value) else "a number that is not finite"
     if isinstance(value, str) and re.fullmatch(r"[-+]?[0-9]+(\.[0-9]*)?", value):
-        return "text (a number stands without quotes and leading zeros)"
+        return "text (write a number without quotes and without leading zeros)"
     if isinstance(value, str) and re.fullmatch(r"[-+]?[0-9.]+[eE][-+]?[0-9]+", value):
-        return "text (YAML wants a point and a sign: 1.0e+3)"
-    return kind(value)
+        return "text (YAML requires a point and a sign: 1.0e+3)"
+    return describe(value)
 
 
-_MOST = 1e9  # seconds: 31 years; what asyncio and the kernel still take for a timeout
-count = whole(1, 2**31 - 1, "whole number > 0")  # what listen(2) takes
-count_or_0 = whole(0, 2**31 - 1, "whole number")
-size = whole(1, 2**53, "bytes > 0")  # what JSON can carry exactly
-port_number = whole(0, 65535, "port")
-seconds = number(0, "seconds > 0", above=True)
-seconds_or_0 = number(0, "seconds")
-ratio = number(0, "number")
-
-
-def text(kind_: str, pattern: str | None = None, wanted: str = "") -> Check:
-    """Text, which *pattern* must match as a whole; *wanted* says so in words."""
+def text(kind: str, pattern: str | None = None, expected: str = "") -> Validator:
+    """Accept text that matches the whole *pattern*, which *expected* puts into words."""
     compiled = re.compile(pattern) if pattern is not None else None
 
     def test(value: Any) -> str:
         if not isinstance(value, str):
-            quote = "" if isinstance(value, list | dict | None) else " (put it in quotes)"
-            refuse(f"expected text, not {kind(value)}{quote}")
+            hint = "" if isinstance(value, list | dict | None) else " (put it in quotes)"
+            refuse(f"expected text, not {describe(value)}{hint}")
         if not value.isascii() and re.search(r"[\ud800-\udfff]", value):
             refuse("is not valid Unicode")
         if compiled is not None and compiled.fullmatch(value) is None:
-            refuse(f"expected {wanted}")
+            refuse(f"expected {expected}")
         return value
 
-    return Check(kind_, test)
+    return Validator(kind, test)
 
 
+def url(*schemes: str, rest: str = r"[^\s\x00-\x1f\x7f?#@]+") -> Validator:
+    """Accept the URL of a server with one of *schemes*; the pattern *rest* is what follows `://`."""
+    pattern = rf"(?:{'|'.join(schemes)})://{rest}"
+    return text("URL", pattern, f'an address that starts with "{schemes[0]}://"')
+
+
+def one_of(*words: str, fold: Callable[[str], str] = str) -> Validator:
+    """Accept one of *words*, after *fold* has brought the value into their form."""
+
+    def test(value: Any) -> str:
+        if not isinstance(value, str) or fold(value) not in words:
+            refuse(f"expected one of {', '.join(words)}")
+        return fold(value)
+
+    return Validator(" \\| ".join(words), test)
+
+
+def optional(validator: Validator, nothing: object = None) -> Validator:
+    """Accept what *validator* accepts, and *nothing*."""
+
+    def test(value: Any) -> Any:
+        return value if value == nothing else validator(value)
+
+    return Validator(validator.kind, test, validator.inner, validator.suffix)
+
+
+def list_of(validator: Validator) -> Validator:
+    """Accept a list whose every item passes *validator*, and return it as a tuple."""
+
+    def test(values: Any) -> tuple[Any, ...]:
+        if not isinstance(values, list):
+            refuse(f"expected a list, not {describe(values)}")
+        return tuple(_validate_each(validator, dict(enumerate(values))).values())
+
+    return Validator(f"list of {validator.kind}", test, validator.inner, "[]")
+
+
+def mapping_of(name: Validator, validator: Validator) -> Validator:
+    """Accept a mapping whose every key passes *name*, and every value *validator*."""
+
+    def test(values: Any) -> dict[str, Any]:
+        if not isinstance(values, dict):
+            refuse(f"expected a section of keys, not {describe(values)}")
+        return _validate_each(validator, values, name)
+
+    return Validator(f"{name.kind}: {validator.kind}", test, validator.inner, ".<name>")
+
+
+def _validate_each(
+    validator: Validator, values: Mapping[Any, Any], name: Validator | None = None
+) -> dict[Any, Any]:
+    """Validate every item, and its key if *name* is given.
+
+    Raises:
+        Faults: all faults of all items; `partial` has `FAULTY` in place of a faulty item.
+    """
+    passed: dict[Any, Any] = {}
+    errors: list[vol.Invalid] = []
+    for key, value in values.items():
+        for test, tested in ((name, key), (validator, value)):
+            try:
+                passed[key] = test(tested) if test is not None else None
+            except vol.Invalid as exc:
+                exc.prepend([key])
+                errors.extend(exc.errors if isinstance(exc, vol.MultipleInvalid) else [exc])
+                passed[key] = getattr(exc, "partial", FAULTY)
+    if errors:
+        raise Faults(errors, passed if name else tuple(passed.values()))
+    return passed
+
+
+def unfit(key: str) -> str | None:
+    """Return why *key* cannot be sent in an `Authorization` header; None: it can."""
+    if not key:
+        return "is empty"
+    if not key.isascii() or not key.isprintable() or " " in key:
+        return "contains a space, or a character that is not printable ASCII"
+    return None
+
+
+def _boolean(value: Any) -> bool:
+    if type(value) is not bool:
+        refuse(f"expected true or false, not {describe(value)}")
+    return value
+
+
+def _secret(value: Any) -> Secret:
+    if not isinstance(value, str):
+        refuse(f"expected text, not {describe(value)} (put it in quotes)")
+    if (reason := unfit(value)) is not None:
+        refuse(reason)
+    return Secret(value)
+
+
+def _network(value: Any) -> str:
+    """Accept an IP address or network, in any spelling, or the word for UNIX sockets."""
+    if value == addresses.UNIX:
+        return addresses.UNIX
+    try:
+        return addresses.network(line(value))
+    except ValueError:
+        refuse('expected an IP address or network such as "10.0.0.0/8", or "unix"')
+
+
+def _log_format(value: Any) -> str:
+    """Accept the format string of `logging` that the original has: it means console here."""
+    return "console" if isinstance(value, str) and "%(" in value else _log_formats(value)
+
+
+# Numbers. The bounds are what listen(2) takes, and what JSON can carry exactly.
+count = whole(1, 2**31 - 1, "whole number > 0")
+count_or_0 = whole(0, 2**31 - 1, "whole number")
+size = whole(1, 2**53, "bytes > 0")
+port_number = whole(0, 65535, "port")
+weight = whole(1, 10, "1 to 10")
+seconds = number(0, "seconds > 0", above=True)
+seconds_or_0 = number(0, "seconds")
+days = number(0, "days > 0", above=True)
+ratio = number(0, "number")
+
+# Text.
 prose = text("text")
 line = text("text", r"[^\x00-\x1f\x7f]+", "one line of text, not empty")
-short = text("text", r"[^\x00-\x1f\x7f]*", "one line of text")
-TAKEN = frozenset(  # paths without parameters, beside the pages' assets, that a face cannot have
+optional_line = text("text", r"[^\x00-\x1f\x7f]*", "one line of text")
+latin = text("text", r"[\x20-\x7e\xa0-\xff]*", "one line of Latin-1 text")
+label = text("name", r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", "a name of letters, digits, - _ and .")
+header = text("header name", r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", "the name of an HTTP header")
+digest = text("SHA-256 in hex", r"[0-9A-Fa-f]{64}", "64 hexadecimal digits")
+secret = Validator("secret", _secret)
+variable = text(
+    "variable name",
+    r"[A-Z_][A-Z0-9_]*",
+    "the name of an environment variable in capitals, not the key itself",
+)
+
+# Addresses.
+network = Validator("IP address, network or unix", _network)
+origin = text("origin", r"\*|[a-z][a-z0-9+.-]*://[^\s/?#@]+", '"*" or scheme://host[:port]')
+proxy = url("http", "https", rest=r"[^\s\x00-\x1f\x7f?#]+")
+redis = url("redis", "rediss", "unix", rest=r"[^\s\x00-\x1f\x7f#]+")
+# A user's name and password in the URL of an API are refused, because there is `api_key`.
+api = url("http", "https")
+
+# Paths of other routes, without parameters and without the pages' assets: no face can have them.
+TAKEN = frozenset(
     (
         *("/dashboard", "/events", "/metrics", "/session", "/stats"),
         *("/health", "/healthz", "/livez", "/ready", "/readyz"),
@@ -101,131 +235,12 @@ TAKEN = frozenset(  # paths without parameters, beside the pages' assets, that a
 route = text(
     "path",
     rf"(?!(?:{'|'.join(TAKEN)})\Z)/[A-Za-z0-9._~/-]*[A-Za-z0-9._~-]",
-    'a path such as "/ws/chat", that nothing else is found by',
-)
-variable = text(
-    "variable name",
-    r"[A-Z_][A-Z0-9_]*",
-    "the name of an environment variable in capitals, not the key itself",
+    'a path such as "/ws/chat" that no other route has',
 )
 
-
-def url(*schemes: str, rest: str = r"[^\s\x00-\x1f\x7f?#@]+") -> Check:
-    """The address of a server."""
-    pattern = rf"(?:{'|'.join(schemes)})://{rest}"
-    return text("URL", pattern, f'an address that starts with "{schemes[0]}://"')
-
-
-def _test_yes(value: Any) -> bool:
-    if type(value) is not bool:
-        refuse(f"expected true or false, not {kind(value)}")
-    return value
-
-
-def _test_network(value: Any) -> str:
-    """An IP address or network, in its one spelling; or UNIX sockets."""
-    if value == addresses.UNIX:
-        return addresses.UNIX
-    try:
-        return addresses.network(line(value))
-    except ValueError:
-        refuse('expected an IP address or network such as "10.0.0.0/8", or "unix"')
-
-
-def _test_format(value: Any) -> str:
-    """The original gives a format of `logging`; what it means here is the console format."""
-    return "console" if isinstance(value, str) and "%(" in value else _formats(value)
-
-
-yes = Check("true or false", _test_yes)
-
-
-def _test_secret(value: Any) -> Secret:
-    if not isinstance(value, str):
-        refuse(f"expected text, not {kind(value)} (put it in quotes)")
-    if (why := unfit(value)) is not None:
-        refuse(why)
-    return Secret(value)
-
-
-def unfit(key: str) -> str | None:
-    """Why *key* cannot stand in an `Authorization` header; None: it can."""
-    if not key:
-        return "is empty"
-    if not key.isascii() or not key.isprintable() or " " in key:
-        return "holds a blank or a character that no key has"
-    return None
-
-
-def one_of(*words: str, fold: Callable[[str], str] = str) -> Check:
-    """One of *words*; *fold* first brings the given one into their form."""
-
-    def test(value: Any) -> str:
-        if not isinstance(value, str) or fold(value) not in words:
-            refuse(f"expected one of {', '.join(words)}")
-        return fold(value)
-
-    return Check(" \\| ".join(words), test)
-
-
-def maybe(check: Check, nothing: object = None) -> Check:
-    """*check*, or *nothing*."""
-
-    def test(value: Any) -> Any:
-        return value if value == nothing else check(value)
-
-    return Check(check.kind, test, check.inner, check.suffix)
-
-
-def listed(check: Check) -> Check:
-    """A list of which every item passes *check*, as a tuple."""
-
-    def test(values: Any) -> tuple[Any, ...]:
-        if not isinstance(values, list):
-            refuse(f"expected a list, not {kind(values)}")
-        return tuple(_each(check, dict(enumerate(values))).values())
-
-    return Check(f"list of {check.kind}", test, check.inner, "[]")
-
-
-def mapped(name: Check, check: Check) -> Check:
-    """A mapping from names to what passes *check*."""
-
-    def test(values: Any) -> dict[str, Any]:
-        if not isinstance(values, dict):
-            refuse(f"expected a section of keys, not {kind(values)}")
-        return _each(check, values, name)
-
-    return Check(f"name: {check.kind}", test, check.inner, ".<name>")
-
-
-def _each(check: Check, values: Mapping[Any, Any], name: Check | None = None) -> dict[Any, Any]:
-    """Check every item, and the name it stands under, and raise all their faults at once."""
-    passed: dict[Any, Any] = {}
-    errors: list[vol.Invalid] = []
-    for key, value in values.items():
-        for test, given in ((name, key), (check, value)):
-            try:
-                passed[key] = test(given) if test is not None else None
-            except vol.Invalid as exc:
-                exc.prepend([key])
-                errors.extend(exc.errors if isinstance(exc, vol.MultipleInvalid) else [exc])
-                passed[key] = getattr(exc, "partial", FAULTY)
-    if errors:
-        raise Faults(errors, passed if name else tuple(passed.values()))
-    return passed
-
-
-_formats = one_of("json", "console")
-log_format = Check(_formats.kind, _test_format)
+# Words.
+boolean = Validator("true or false", _boolean)
+retention = one_of("token_limit", "message_count", "time_based", "unlimited")
 log_level = one_of("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL", fold=str.upper)
-network = Check("IP address, network or unix", _test_network)
-origin = text("origin", r"\*|[a-z][a-z0-9+.-]*://[^\s/?#@]+", '"*" or scheme://host[:port]')
-label = text("name", r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", "a name of letters, digits, - _ and .")
-header = text("header name", r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", "the name of an HTTP header")
-latin = text("text", r"[\x20-\x7e\xa0-\xff]*", "one line of Latin-1 text")
-digest = text("SHA-256 in hex", r"[0-9A-Fa-f]{64}", "64 hexadecimal digits")
-secret = Check("secret", _test_secret)
-api = url("http", "https")  # a name and password in it are refused: there is `api_key`
-proxy = url("http", "https", rest=r"[^\s\x00-\x1f\x7f?#]+")
-redis = url("redis", "rediss", "unix", rest=r"[^\s\x00-\x1f\x7f#]+")
+_log_formats = one_of("json", "console")
+log_format = Validator(_log_formats.kind, _log_format)

@@ -18,7 +18,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from aioserver.config import Configuration
-from aioserver.config.schema import changes
+from aioserver.config.views import changes
 from aioserver.errors import ConfigurationError
 from aioserver.faces import context
 from aioserver.server import preflight

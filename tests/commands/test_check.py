@@ -35,7 +35,7 @@ def test_secrets_are_masked_and_warnings_go_to_stderr(
     assert code == 0
     assert "canary" not in out + err
     assert "api_key: '***'" in out
-    assert f"warning: {ORIGINAL}:142:1 mcp: ignored: it has no part here\n" in err
+    assert f"warning: {ORIGINAL}:142:1 mcp: ignored: aioserver has no such setting\n" in err
 
 
 def test_what_is_not_enforced_is_said(

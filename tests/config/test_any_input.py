@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from aioserver.config import Configuration
 from aioserver.config.configuration import SHIPPED
-from aioserver.config.settings import table
-from tests.support.configurations import ANY_MACHINE, ORIGINAL, changed, load, outcome
+from aioserver.config.settings import Settings
+from tests.support.configurations import ANY_MACHINE, ORIGINAL, changed, load, outcome, paths
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -21,7 +21,7 @@ SECRET = "canary-0123456789"
 
 @ANY_MACHINE
 @given(
-    path=st.sampled_from([row.split("`")[1] for row in table().splitlines()[2:]]),
+    path=st.sampled_from([*paths(Settings)]),
     shape=st.sampled_from(
         [
             "{}",

@@ -131,9 +131,9 @@ def test_a_variable_never_adds_structure(value: str) -> None:
 
 def test_every_unset_variable_is_named_with_its_place() -> None:
     assert faults("a: ${A}\nb: [1, 'x${B}${C}']\n") == [
-        "f:1:1 a: A is not set (or write ${A:-default})",
-        "f:2:8 b[1]: B is not set (or write ${B:-default})",
-        "f:2:8 b[1]: C is not set (or write ${C:-default})",
+        "f:1:1 a: A is not set (set it, or write ${A:-default})",
+        "f:2:8 b[1]: B is not set (set it, or write ${B:-default})",
+        "f:2:8 b[1]: C is not set (set it, or write ${C:-default})",
     ]
 
 
@@ -146,8 +146,8 @@ def test_a_reference_without_a_name_is_a_fault(text: str) -> None:
 
 def test_the_second_of_two_equal_keys_is_the_fault() -> None:
     assert faults("a:\n  b: 1\n  c: 2\n  b: 3\na: 4\n") == [
-        "f:4:3 a.b: this key is there twice (first in line 2)",
-        "f:5:1 a: this key is there twice (first in line 1)",
+        "f:4:3 a.b: this key appears twice (first on line 2)",
+        "f:5:1 a: this key appears twice (first on line 1)",
     ]
 
 
@@ -296,5 +296,5 @@ def test_an_override_inside_a_value_is_a_fault() -> None:
     made.override("AIOSERVER__A__B", "2")
 
     assert [str(fault) for fault in made.faults] == [
-        "AIOSERVER__A__B a: is not a section, and so has nothing to set in it"
+        "AIOSERVER__A__B a: is not a section, so nothing can be set inside it"
     ]

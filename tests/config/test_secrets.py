@@ -67,7 +67,7 @@ def test_a_variable_without_a_usable_key_is_a_fault(file: Path) -> None:
     text = small("base_url: http://h", "api_key_env: KEY")
 
     assert refused(lambda: load(text, file, KEY="ca nary"), file) == [
-        "F:14:7 llm.providers.mine.api_key_env: KEY holds a blank or a character that no key has"
+        "F:14:7 llm.providers.mine.api_key_env: KEY contains a space, or a character that is not printable ASCII"
     ]
     assert load(text, file, KEY=" canary\n").settings.llm.providers["mine"].usable
     assert load(text, file, KEY="").settings.llm.providers["mine"].missing_key == "KEY"
@@ -106,7 +106,7 @@ def test_the_hash_of_no_key_is_a_fault(file: Path) -> None:
     text = small() + f"auth:\n  keys:\n  - {{name: a, sha256: {digest}}}\n"
 
     assert refused(lambda: load(text, file), file) == [
-        "F:20:5 auth.keys[0]: the hash of no key: everybody would come in",
+        "F:20:5 auth.keys[0]: the hash of an empty key, which anybody could send",
     ]
 
 

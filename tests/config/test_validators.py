@@ -9,10 +9,10 @@ from aioserver.config import validators
 from aioserver.config.schema import Secret
 
 if TYPE_CHECKING:
-    from aioserver.config.schema import Check
+    from aioserver.config.schema import Validator
 
 
-def refusal(check: Check, value: Any) -> str:
+def refusal(check: Validator, value: Any) -> str:
     with pytest.raises(vol.Invalid) as caught:
         check(value)
     return str(caught.value)
@@ -57,7 +57,7 @@ def test_a_number_in_quotes_says_so() -> None:
         (validators.log_level, "INFO"),
     ],
 )
-def test_what_a_check_accepts_stays_as_it_is(check: Check, value: object) -> None:
+def test_what_a_check_accepts_stays_as_it_is(check: Validator, value: object) -> None:
     assert check(value) == value
 
 
@@ -88,8 +88,8 @@ def test_what_a_check_accepts_stays_as_it_is(check: Check, value: object) -> Non
         (validators.latin, "a\r\nb"),
         (validators.latin, "\u20ac"),
         (validators.digest, "00"),
-        (validators.yes, 1),
-        (validators.yes, "canary"),
+        (validators.boolean, 1),
+        (validators.boolean, "canary"),
         (validators.log_level, "LOUD"),
         (validators.log_format, "xml"),
         (validators.secret, ""),
@@ -97,7 +97,7 @@ def test_what_a_check_accepts_stays_as_it_is(check: Check, value: object) -> Non
         (validators.secret, 5),
     ],
 )
-def test_what_a_check_refuses_it_does_not_show(check: Check, value: object) -> None:
+def test_what_a_check_refuses_it_does_not_show(check: Validator, value: object) -> None:
     message = refusal(check, value)
 
     assert not (isinstance(value, str) and len(value) > 3 and value in message)

@@ -5,16 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from aioserver.config import settings
-
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-
-
-def test_the_table_of_settings_is_that_of_the_code() -> None:
-    table = README.partition("table() -->\n")[2].partition("<!-- end")[0]
-
-    assert table.strip() == settings.table().strip()
 
 
 def test_the_map_names_every_module() -> None:

@@ -157,7 +157,7 @@ async def test_a_pipe_with_a_key_is_not_waited_for(
     async with asyncio.timeout(10):
         assert not await house.change(**{"llm.providers.two": two})
 
-    assert "llm.providers.two.api_key_file: is no file that can be read again" in caplog.text
+    assert "llm.providers.two.api_key_file: is a pipe, which cannot be read again" in caplog.text
     assert reloads(house)["invalid"] == 1
 
 

@@ -10,10 +10,11 @@ import yaml
 from hypothesis import HealthCheck, settings
 
 from aioserver.config import Configuration
+from aioserver.config.schema import fields
 from aioserver.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 # For `given`: a busy machine is no fault, and every example may write over the same file.
 ANY_MACHINE = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -96,3 +97,13 @@ def changed(**values: Any) -> dict[str, Any]:
             node = node.setdefault(step, {})
         node[last] = value
     return data
+
+
+def paths(cls: type[Any], above: str = "") -> Iterator[str]:
+    """The path of every setting of a settings class, as `llm.providers.<name>.model`."""
+    for field in fields(cls):
+        path, validator = f"{above}{field.name}", field.metadata["validator"]
+        if validator.inner is None:
+            yield path
+        else:
+            yield from paths(validator.inner, f"{path}{validator.suffix}.")

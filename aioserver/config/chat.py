@@ -1,0 +1,277 @@
+"""The settings of `chat`: everything on the clients' side.
+
+Durations are seconds, sizes are bytes.
+"""
+
+# ruff: noqa: RUF009 - setting() and group() are dataclasses.field()
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from aioserver.config.schema import check_rules, compare, group, setting
+from aioserver.config.validators import (
+    boolean,
+    count,
+    count_or_0,
+    days,
+    line,
+    list_of,
+    one_of,
+    origin,
+    port_number,
+    prose,
+    retention,
+    route,
+    seconds,
+    seconds_or_0,
+    size,
+)
+
+LOCAL_ORIGINS = ("http://localhost:8000", "http://127.0.0.1:8000")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Uvicorn:
+    """The listening socket and HTTP connections. The section is named after an earlier server."""
+
+    backlog: int = setting(
+        count,
+        "connections that the kernel holds until they are accepted; >= connection_queue_size",
+    )
+    workers: int = setting(
+        count, "processes that serve the port; <= max_connections", enforced=False, neutral=1
+    )
+    access_log: bool = setting(boolean, "whether every HTTP request is written to the access log")
+    keepalive_timeout: float = setting(
+        seconds, "seconds that an idle HTTP connection, or an unfinished request head, is kept"
+    )
+    max_keepalive_requests: int = setting(
+        count, "requests served on one HTTP connection; beyond: it is closed"
+    )
+    h11_max_incomplete_event_size: int = setting(size, "bytes of one header field; beyond: 431")
+    h11_max_request_line_size: int = setting(size, "bytes of the request line; beyond: 414")
+    h11_max_header_size: int = setting(
+        size, "bytes of all header fields of one request together; beyond: 431"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Concurrency:
+    """Bounds on the clients that are served at once, and on those that wait."""
+
+    max_connections: int = setting(
+        count,
+        "WebSockets, SSE streams and API calls served at once; beyond: they wait for a place",
+    )
+    connection_queue_size: int = setting(
+        count,
+        "connections that may wait for a place; >= max_connections; "
+        "beyond: 503, or close code 1013",
+    )
+    queue_timeout: float = setting(
+        seconds_or_0,
+        "seconds that a connection may wait for a place; beyond: 503, or close code 1013; "
+        "0: a full server refuses at once",
+        0.0,
+    )
+    max_body_bytes: int = setting(
+        size, "bytes of all request bodies in memory together; beyond: 503", 2**28
+    )
+    uvicorn: Uvicorn = group(Uvicorn)
+
+    def __post_init__(self) -> None:
+        check_rules(
+            self,
+            compare(self, "connection_queue_size", ">=", "max_connections"),
+            compare(self, "uvicorn.backlog", ">=", "connection_queue_size"),
+            compare(self, "uvicorn.workers", "<=", "max_connections"),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WebSocket:
+    """The address of the server, and what holds for its clients on every face."""
+
+    host: str = setting(
+        line, "address to listen on; any but a loopback address needs `auth`", "localhost"
+    )
+    port: int = setting(port_number, "TCP port to listen on; 0: any free port", 8000)
+    endpoint: str = setting(route, "path of the WebSocket face", "/ws/chat")
+    allow_origins: tuple[str, ...] = setting(
+        list_of(origin),
+        'origins of the pages that may connect, by WebSocket or CORS; "*": every origin',
+        LOCAL_ORIGINS,
+    )
+    allow_credentials: bool = setting(
+        boolean, "whether CORS lets pages of `allow_origins` send cookies and keys", True
+    )
+    max_message_size: int = setting(
+        size,
+        "bytes of one message or request body, inclusive; beyond: 413, or close code 1009",
+        2**24,
+    )
+    ping_interval: float = setting(
+        seconds, "seconds between pings of a WebSocket, and between heartbeats of a stream", 20.0
+    )
+    ping_timeout: float = setting(
+        seconds, "seconds that a WebSocket may take to answer a ping; beyond: it is closed", 10.0
+    )
+    idle_timeout: float = setting(
+        seconds_or_0,
+        "seconds that a WebSocket may be without a request; beyond: it is closed; 0: no limit",
+        0.0,
+    )
+    shutdown_timeout: float = setting(
+        seconds,
+        "seconds that running streams have to finish on a stop; beyond: `server_shutdown`",
+        30.0,
+    )
+    drain_delay: float = setting(
+        seconds_or_0,
+        "seconds that the server still listens on a stop, after /ready has turned to 503",
+        0.0,
+    )
+    concurrency: Concurrency = group(Concurrency)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sse:
+    """The SSE face."""
+
+    endpoint: str = setting(
+        route, "path of the SSE face; not that of the WebSocket face", "/sse/chat"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Streaming:
+    """The streaming of answers."""
+
+    IGNORED: ClassVar = ("backoff", "delta_batch_size")
+
+    enabled: bool = setting(
+        boolean, "whether an answer is streamed when its request does not say", True
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Persistence:
+    """Bounds on what is kept of one conversation."""
+
+    enabled: bool = setting(
+        boolean, "whether conversations outlive a restart (with `type: sql`)", True
+    )
+    retention_policy: str = setting(
+        retention, "policy that bounds what is kept of one conversation", "token_limit"
+    )
+    max_tokens_per_conversation: int = setting(
+        count,
+        "tokens kept of one conversation under `token_limit`; beyond: its oldest turns are deleted",
+        8000,
+    )
+    max_messages_per_conversation: int = setting(
+        count,
+        "messages kept of one conversation under `message_count`; beyond: its oldest turns are deleted",
+        100,
+    )
+    retention_days: float = setting(
+        days, "days that a message is kept under `time_based`; beyond: it is deleted", 30.0
+    )
+    clear_on_startup: bool = setting(boolean, "whether a start deletes all conversations", False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Repository:
+    """The storage of conversations."""
+
+    IGNORED: ClassVar = ("connection_pool",)
+
+    type: str = setting(
+        one_of("memory", "sql"),
+        "storage of conversations: the memory of the process, or an SQLite file",
+        "memory",
+        enforced=False,
+    )
+    path: str = setting(line, "path of the SQLite file (with `type: sql`)", "events.db")
+    persistence: Persistence = group(Persistence)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Context:
+    """Bounds on the history that is sent to a provider in front of a new message."""
+
+    IGNORED: ClassVar = ("conversation_limits", "response_tokens")
+
+    max_tokens: int = setting(
+        count,
+        "tokens of history, new message and answer together; beyond: the oldest turns are not sent",
+        4000,
+    )
+    reserve_tokens: int = setting(
+        count_or_0, "tokens of `max_tokens` that are left free for the answer", 500
+    )
+    preserve_recent: int = setting(
+        count_or_0, "latest messages that are sent even if they exceed `max_tokens`", 5
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Service:
+    """The way from a chat to a request to a provider."""
+
+    IGNORED: ClassVar = ("max_tool_hops", "tool_notifications", "logging")
+
+    system_prompt: str = setting(
+        prose, "system message in front of chats that are sent as `text`; never on /v1", ""
+    )
+    streaming: Streaming = group(Streaming)
+    repository: Repository = group(Repository)
+    context: Context = group(Context)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Streams:
+    """Bounds on how long answers are kept, and on how much of them is kept."""
+
+    resume_window: float = setting(
+        seconds_or_0,
+        "seconds that an answer runs on without a reader, and that a finished one is kept; "
+        "0: no answer can be resumed",
+        30.0,
+    )
+    max_stream_bytes: int = setting(
+        size, "bytes kept of one answer; beyond: its oldest events are dropped", 2**22
+    )
+    max_kept_bytes: int = setting(
+        size,
+        "bytes kept of all answers together; beyond: the oldest finished answers are dropped, "
+        "then new requests get 503",
+        2**28,
+    )
+    max_detached: int = setting(
+        count, "answers that run without a reader; beyond: the oldest is cancelled", 100
+    )
+    max_response_bytes: int = setting(
+        size, "bytes of one answer that a provider does not stream; beyond: 502", 2**26
+    )
+    send_timeout: float = setting(
+        seconds,
+        "seconds without progress in writing to a client; beyond: the client is dropped",
+        10.0,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chat:
+    """Everything on the clients' side."""
+
+    websocket: WebSocket = group(WebSocket)
+    sse: Sse = group(Sse)
+    service: Service = group(Service)
+    streams: Streams = group(Streams)
+
+    def __post_init__(self) -> None:
+        if self.sse.endpoint == self.websocket.endpoint:
+            check_rules(self, (("sse", "endpoint"), "must differ from chat.websocket.endpoint"))

@@ -1,0 +1,124 @@
+"""The keys that settings name: read from files and from the environment.
+
+A setting `api_key_file` or `key_file` names a file, `api_key_env` or `key_env` a variable. Of a
+client's key only the SHA-256 is kept. No fault and no output shows a key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from aioserver.config.schema import FAULTY, Secret
+from aioserver.config.validators import unfit
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from aioserver.config.document import Document, KeyPath
+    from aioserver.config.llm import Provider
+    from aioserver.config.settings import ClientKey
+
+# What a shell hashes when the variable with the key is not set.
+EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
+
+
+class Credentials:
+    """Finds keys for *document*, and adds a fault to it for each that cannot be used.
+
+    The settings may have been made of a faulty document: a value that is `FAULTY` has its fault
+    already, and its key is `FAULTY` as well.
+
+    *again*: the document was loaded before. A pipe with a key has given its content then, and
+    reading it once more would wait for ever; that is a fault.
+    """
+
+    def __init__(self, document: Document, environ: Mapping[str, str], *, again: bool) -> None:
+        self._document = document
+        self._environ = environ
+        self._again = again
+
+    def of_provider(self, name: str, provider: Provider) -> Any:
+        """Return the key of *provider*: its own, that of its file, or that of its variable.
+
+        None means that no key was found, which is a fault only for a provider that is needed.
+        """
+        path = ("llm", "providers", name)
+        if isinstance(provider.ca_file, str) and not Path(provider.ca_file).is_file():
+            self._refuse((*path, "ca_file"), "no such file")
+        if provider.api_key is not None:
+            return provider.api_key
+        key = self._from_file(provider.api_key_file, (*path, "api_key_file"))
+        if key is not None:
+            return key
+        return self._from_variable(provider.variable(name), (*path, "api_key_env"))
+
+    def of_clients(self, keys: tuple[ClientKey, ...]) -> tuple[ClientKey, ...]:
+        """Return *keys* with `sha256` instead of `key_env` or `key_file`, without faulty ones."""
+        usable: dict[str, ClientKey] = {}
+        for index, key in enumerate(keys):
+            path = ("auth", "keys", index)
+            digest: Any = key.sha256
+            if isinstance(digest, str):
+                digest = digest.lower()
+            elif key.key_file is not None:
+                digest = _hashed(self._from_file(key.key_file, (*path, "key_file")))
+            else:
+                digest = _hashed(self._from_variable(key.key_env, (*path, "key_env")))
+            if digest is None and (source := key.key_file or key.key_env) is not None:
+                self._refuse(path, f"{source} holds no key")
+            elif digest == EMPTY_SHA256:
+                self._refuse(path, "the hash of an empty key, which anybody could send")
+            elif digest in usable:
+                self._refuse(path, f"the same key as {usable[digest].name}")
+            elif digest is not None and digest is not FAULTY:
+                usable[digest] = replace(key, sha256=digest, key_env=None, key_file=None)
+        return tuple(usable.values())
+
+    def _from_file(self, name: Any, path: KeyPath) -> Any:
+        """Return the key in the file *name*; None: there is no such file, or no name."""
+        if not isinstance(name, str):
+            return name
+        credentials = self._environ.get("CREDENTIALS_DIRECTORY")
+        for folder in ([credentials] if credentials else []) + ["."]:
+            file = Path(folder, name)
+            try:
+                if self._again and file.is_fifo():
+                    return self._refuse(path, "is a pipe, which cannot be read again")
+                text = file.read_text("utf-8")
+            except FileNotFoundError:
+                continue
+            except (OSError, ValueError) as exc:
+                return self._refuse(path, f"cannot be read: {reason(exc)}")
+            return self._as_secret(text.strip(), path, "the file")
+        return None
+
+    def _from_variable(self, name: Any, path: KeyPath) -> Any:
+        """Return the key in the variable *name*; None: it is empty or not set, or no name."""
+        if not isinstance(name, str):
+            return name
+        value = self._environ.get(name, "").strip()
+        return self._as_secret(value, path, name) if value else None
+
+    def _as_secret(self, key: str, path: KeyPath, source: str) -> Any:
+        why = unfit(key)
+        return Secret(key) if why is None else self._refuse(path, f"{source} {why}")
+
+    def _refuse(self, path: KeyPath, message: str) -> Any:
+        self._document.faults.append(self._document.fault(path, message))
+        return FAULTY
+
+
+def _hashed(key: Any) -> Any:
+    return hashlib.sha256(key.reveal().encode()).hexdigest() if isinstance(key, Secret) else key
+
+
+def reason(exc: Exception) -> str:
+    """Return why a file cannot be read, without any part of its content."""
+    if isinstance(exc, UnicodeError):
+        return "it is not UTF-8"
+    if isinstance(exc, OSError):
+        return exc.strerror or "unknown reason"
+    return "no such name is possible"

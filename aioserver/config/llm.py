@@ -1,0 +1,215 @@
+"""The settings of `llm`: everything on the providers' side.
+
+Durations are seconds, sizes are bytes. The names that httpx has as well (`max_connections`,
+`keepalive_expiry` and the timeouts) mean what they mean there.
+"""
+
+# ruff: noqa: RUF009 - setting() and group() are dataclasses.field()
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from aioserver.config.schema import Secret, check_rules, compare, group, section, setting
+from aioserver.config.validators import (
+    api,
+    boolean,
+    count,
+    count_or_0,
+    header,
+    label,
+    latin,
+    line,
+    list_of,
+    mapping_of,
+    optional,
+    proxy,
+    ratio,
+    seconds,
+    secret,
+    variable,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+# Names of providers whose key is looked for in a variable that no setting names.
+KEY_VARIABLES = {name: f"{name.upper()}_API_KEY" for name in ("openai", "groq", "openrouter")}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HttpClient:
+    """Connections, timeouts, rates and queue of one provider."""
+
+    max_connections: int = setting(
+        count, "connections open to the provider at once; beyond: requests wait for one"
+    )
+    max_keepalive: int = setting(
+        count_or_0, "idle connections kept for later requests; <= max_connections"
+    )
+    keepalive_expiry: float = setting(seconds, "seconds that an idle connection is kept")
+    connect_timeout: float = setting(seconds, "seconds for DNS, TCP and TLS together; beyond: 504")
+    read_timeout: float = setting(seconds, "seconds without a byte of the answer; beyond: 504")
+    write_timeout: float = setting(
+        seconds, "seconds without progress in sending the request; beyond: 504"
+    )
+    pool_timeout: float = setting(
+        seconds, "seconds that a request may wait for a pooled connection; beyond: 503"
+    )
+    requests_per_minute: int = setting(
+        count,
+        "requests started per minute, evenly spread; beyond: they wait in the provider's queue",
+    )
+    concurrent_requests: int = setting(
+        count,
+        "requests in flight at once; <= max_connections; beyond: they wait in the provider's queue",
+    )
+    max_retries: int = setting(
+        count_or_0, "retries of one request; none after the first event of its answer"
+    )
+    backoff_factor: float = setting(
+        ratio, "seconds of pause before the first retry; doubled for each later one"
+    )
+    queue_size: int = setting(
+        count,
+        "requests that may wait for this provider; beyond: 503",
+        None,
+        default_text="10 x concurrent_requests",
+    )
+    queue_timeout: float = setting(
+        seconds,
+        "seconds that one request may wait for this provider, over all attempts; beyond: 503",
+        None,
+        default_text="read_timeout",
+    )
+    tokens_per_minute: int = setting(
+        count_or_0,
+        "tokens spent per minute; beyond: requests wait in the provider's queue; 0: no limit",
+        0,
+    )
+
+    def __post_init__(self) -> None:
+        if self.queue_size is None:
+            object.__setattr__(self, "queue_size", 10 * self.concurrent_requests)
+        if self.queue_timeout is None:
+            object.__setattr__(self, "queue_timeout", self.read_timeout)
+        check_rules(
+            self,
+            compare(self, "max_keepalive", "<=", "max_connections"),
+            compare(self, "concurrent_requests", "<=", "max_connections"),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provider:
+    """One LLM API, and what is sent to it."""
+
+    # The key of the section. Configuration.load fills it in.
+    name: str = field(default="")
+    base_url: str = setting(
+        optional(api, ""), "URL of the OpenAI-compatible API, up to and including /v1", ""
+    )
+    simulated: bool = setting(
+        boolean, "whether the simulator inside the process answers, instead of base_url", False
+    )
+    api_key: Secret | None = setting(
+        optional(secret),
+        "API key itself; better kept outside the file, by api_key_env or api_key_file",
+        None,
+        secret=True,
+    )
+    api_key_env: str | None = setting(
+        optional(variable),
+        "name of the environment variable that holds the API key",
+        None,
+        default_text="OPENAI_API_KEY for openai; likewise groq, openrouter",
+    )
+    api_key_file: str | None = setting(
+        optional(line),
+        "file that holds the API key; looked for in $CREDENTIALS_DIRECTORY first",
+        None,
+    )
+    model: str = setting(line, "model of a request that names none")
+    models: tuple[str, ...] = setting(
+        list_of(line), "further models that GET /v1/models lists", ()
+    )
+    temperature: float | None = setting(
+        optional(ratio),
+        "temperature of a WebSocket or SSE chat that sets none; null: not sent",
+        None,
+    )
+    max_tokens: int | None = setting(
+        optional(count),
+        "tokens of an answer to a WebSocket or SSE chat that sets no bound; null: not sent",
+        None,
+    )
+    top_p: float | None = setting(
+        optional(ratio), "top_p of a WebSocket or SSE chat that sets none; null: not sent", None
+    )
+    choice_index: int = setting(
+        count_or_0,
+        "index of the choice that WebSocket and SSE clients get, where an answer has several",
+        0,
+    )
+    headers: Mapping[str, str] = setting(
+        mapping_of(header, latin),
+        "HTTP headers added to every request to the provider",
+        {},
+        secret=True,
+    )
+    proxy: str | None = setting(
+        optional(proxy), "URL of the HTTP proxy to the provider; null: none", None, secret=True
+    )
+    ca_file: str | None = setting(
+        optional(line),
+        "PEM file of the certificates to trust; null: those of the system",
+        None,
+    )
+    http_client: HttpClient = group(HttpClient)
+
+    def __post_init__(self) -> None:
+        if not self.base_url and not self.simulated:
+            check_rules(self, (("base_url",), "required key is missing"))
+        if self.base_url and self.simulated is True:
+            check_rules(self, (("simulated",), "a simulated provider has no base_url"))
+
+    def variable(self, name: str) -> str | None:
+        """Return the variable that holds the key of the provider *name*, if any.
+
+        A known name has a variable by default, unless another setting says where the key is.
+        """
+        configured = (self.simulated, self.api_key, self.api_key_env, self.api_key_file)
+        return self.api_key_env if any(configured) else KEY_VARIABLES.get(name)
+
+    @property
+    def usable(self) -> bool:
+        """Whether requests can be sent: the key was found, or none is needed."""
+        return self.missing_key is None
+
+    @property
+    def missing_key(self) -> str | None:
+        """The variable, or else the file, that should hold the key and does not."""
+        if self.simulated or self.api_key is not None:
+            return None
+        return self.api_key_env or self.api_key_file
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Llm:
+    """Everything on the providers' side."""
+
+    active: str = setting(line, "name of the provider that is asked first")
+    fallbacks: tuple[str, ...] = setting(
+        list_of(line), "names of the providers that are asked next, in this order", ()
+    )
+    providers: Mapping[str, Provider] = setting(mapping_of(label, section(Provider)), "")
+
+    def __post_init__(self) -> None:
+        message = f"is not among llm.providers ({', '.join(self.providers)})"
+        names: dict[tuple[str | int, ...], str] = {("active",): self.active}
+        names |= {("fallbacks", index): name for index, name in enumerate(self.fallbacks)}
+        check_rules(
+            self,
+            *((path, message) for path, name in names.items() if name not in self.providers),
+        )

@@ -1,0 +1,75 @@
+"""Views of settings for people: plain data with secrets masked, and the names of settings.
+
+Names are shown where a value could be a secret: in the log lines about what a reload has changed,
+and about settings that have no effect yet.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from aioserver.config.schema import fields
+
+
+def plain(value: Any) -> Any:
+    """Return *value* as a YAML file could hold it, with `***` for every secret."""
+    match value:
+        case tuple() | list():
+            return [plain(item) for item in value]
+        case Mapping():
+            return {key: plain(item) for key, item in value.items()}
+        case _ if dataclasses.is_dataclass(value):
+            return {field.name: _masked(field, value) for field in fields(value)}
+        case _:
+            return value
+
+
+def _masked(field: dataclasses.Field[Any], owner: Any) -> Any:
+    value = plain(getattr(owner, field.name))
+    if not field.metadata["secret"] or not value:
+        return value
+    if isinstance(value, dict):
+        return dict.fromkeys(value, "***")
+    if field.metadata["validator"].kind == "URL":
+        # The host is no secret; the user's name, the password and the query may be.
+        return re.sub(r"\?.*", "?***", re.sub(r"://.*@", "://***@", value))
+    return "***"
+
+
+def changes(old: Any, new: Any, path: str = "") -> Iterator[str]:
+    """Yield the dotted names of the settings that differ between two instances of one class."""
+    for field in fields(old):
+        before, after = getattr(old, field.name), getattr(new, field.name)
+        name = path + field.name
+        if before == after:
+            continue
+        if dataclasses.is_dataclass(before) and dataclasses.is_dataclass(after):
+            yield from changes(before, after, f"{name}.")
+        elif isinstance(before, Mapping) and field.metadata["validator"].inner is not None:
+            for key in dict.fromkeys((*before, *after)):
+                if key in before and key in after:
+                    yield from changes(before[key], after[key], f"{name}.{key}.")
+                else:
+                    yield f"{name}.{key}"
+        else:
+            yield name
+
+
+def not_enforced(owner: Any, path: str = "") -> Iterator[str]:
+    """Yield the dotted names of the settings that ask for something which has no effect yet.
+
+    A setting that several sections of a mapping have in common is yielded once, with `*` for the
+    name of the section.
+    """
+    for field in fields(owner):
+        value, metadata = getattr(owner, field.name), field.metadata
+        if not metadata["enforced"] and value != metadata["neutral"]:
+            yield path + field.name
+        if isinstance(value, Mapping) and metadata["validator"].inner is not None:
+            sections = (not_enforced(item, f"{path}{field.name}.*.") for item in value.values())
+            yield from dict.fromkeys(name for names in sections for name in names)
+        elif dataclasses.is_dataclass(value):
+            yield from not_enforced(value, f"{path}{field.name}.")
