@@ -1,0 +1,99 @@
+"""The page docs/configuration.md says of every key what the code says."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from aioserver.config import chat, configuration, document, llm
+from aioserver.config.schema import fields
+from aioserver.config.settings import Settings
+from aioserver.server.reload import ONLY_BY_RESTART
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs/configuration.md").read_text()
+SECTION = re.compile(r"^### `(\S+)`$(.*?)(?=^### |\Z)", re.MULTILINE | re.DOTALL)
+ROW = re.compile(r"^\| (`.*) \|$", re.MULTILINE)
+CELLS = re.compile(r" (?<!\\)\| ")
+COMPARISON = re.compile(r'compare\(self, "(\S+)", "(\S+)", "(\S+)"\)')
+
+ROWS = [
+    (title, CELLS.split(row)) for title, text in SECTION.findall(PAGE) for row in ROW.findall(text)
+]
+RULES = COMPARISON.findall(inspect.getsource(chat) + inspect.getsource(llm))
+
+
+def settings(cls: type[Any], path: str = "") -> Iterator[tuple[str, str]]:
+    """The section and the name of every setting."""
+    for field in fields(cls):
+        validator = field.metadata["validator"]
+        name = f"{path}.{field.name}".removeprefix(".")
+        if validator.inner is None:
+            yield path, field.name
+        else:
+            yield from settings(validator.inner, name + validator.suffix)
+
+
+def ignored(cls: type[Any]) -> Iterator[str]:
+    """The keys that are accepted and have no effect."""
+    yield from getattr(cls, "IGNORED", ())
+    for field in fields(cls):
+        if (inner := field.metadata["validator"].inner) is not None:
+            yield from ignored(inner)
+
+
+def section(title: str) -> str:
+    return PAGE.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+
+
+def test_the_tables_are_those_of_the_code() -> None:
+    tables = [sys.executable, str(ROOT / "docs/tables.py"), "--check"]
+
+    done = subprocess.run(tables, capture_output=True, text=True, check=False)
+
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_every_setting_has_one_whole_row() -> None:
+    expected = sorted(settings(Settings))
+
+    assert sorted((title, row[0].strip("`")) for title, row in ROWS) == expected
+    assert len(expected) > 80
+    for _, row in ROWS:
+        assert len(row) == 4
+        assert all(row)
+
+
+@pytest.mark.parametrize(("path", "sign", "limit"), RULES)
+def test_every_comparison_of_two_keys_is_a_rule_on_the_page(
+    path: str, sign: str, limit: str
+) -> None:
+    assert f"`{path} {sign} {limit}`" in section("Rules between keys")
+
+
+def test_the_comparisons_were_found() -> None:
+    assert len(RULES) == 5
+
+
+@pytest.mark.parametrize("key", ONLY_BY_RESTART)
+def test_what_only_a_restart_changes_is_named(key: str) -> None:
+    assert f"`{key}`" in section("Reload")
+
+
+def test_every_key_without_an_effect_is_named() -> None:
+    assert {key for key in ignored(Settings) if f"`{key}`" not in section("The file")} == set()
+
+
+def test_the_size_of_a_file_and_the_prefix_of_overrides_are_those_of_the_code() -> None:
+    assert configuration.MAX_FILE_BYTES == 2**20
+    assert "at most 1 MiB" in section("The file")
+    assert f"`{document.PREFIX}`" in section("Values from the environment")
