@@ -11,6 +11,7 @@ import yaml
 from hypothesis import HealthCheck, settings
 
 from aioserver.config import Configuration
+from aioserver.config.schema import fields
 from aioserver.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def changed(**values: Any) -> dict[str, Any]:
 
 
 def paths(cls: type[Any], above: str = "") -> Iterator[str]:
-    """Return the path of every setting below *cls*."""
+    """The path of every setting of a settings class, as `llm.providers.<name>.model`."""
     for field in fields(cls):
         path, validator = f"{above}{field.name}", field.metadata["validator"]
         if validator.inner is None:
