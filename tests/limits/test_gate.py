@@ -703,13 +703,14 @@ async def test_a_storm_in_which_everybody_may_give_up_at_any_tick_leaves_zero(ru
 class Steps:
     """A pace that lets as many start as it is told to."""
 
-    def __init__(self, free: int = 0) -> None:
+    def __init__(self, free: int = 0, step: float = 0.005) -> None:
         self.free = free
+        self.step = step
         self.started = 0
         self.costs: list[int] = []
 
     def delay(self, ahead: int = 0) -> float:
-        return 0.0 if ahead < self.free else 0.005 * (ahead + 1 - self.free)
+        return 0.0 if ahead < self.free else self.step * (ahead + 1 - self.free)
 
     def start(self, cost: int = 0) -> None:
         assert self.free > 0
@@ -781,20 +782,20 @@ async def test_a_place_that_becomes_free_waits_for_the_pace() -> None:
 
 
 async def test_who_cannot_start_in_time_is_told_at_once() -> None:
-    gate = paced_gate(Steps(), queue_timeout=0.012)
+    gate = paced_gate(Steps(step=5.0), queue_timeout=12.0)
     waiters = [await waiting(gate) for _ in range(2)]
 
     with pytest.raises(ServerAtCapacity, match=PACED) as told:
         await gate.enter()
 
-    assert told.value.retry_after == pytest.approx(0.015)
+    assert told.value.retry_after == pytest.approx(15.0)
     assert gate.waiting == 2
     assert gate.stats().refused == 1
     await given_up(*waiters)
 
 
 async def test_another_caller_may_still_start_in_time() -> None:
-    gate = paced_gate(Steps(), queue_timeout=0.018)
+    gate = paced_gate(Steps(step=5.0), queue_timeout=18.0)
     noisy = [await waiting(gate, "noisy") for _ in range(3)]
 
     with pytest.raises(ServerAtCapacity, match=PACED):
