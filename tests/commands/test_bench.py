@@ -6,7 +6,6 @@ import asyncio
 import json
 import resource
 import signal
-import sys
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +24,7 @@ from aioserver.commands.bench.load import Plan, Run
 from aioserver.commands.bench.results import Results, Samples
 from aioserver.providers.breaker import FAILURES
 from aioserver.providers.simulator.exchange import Behaviour
+from tests.support.process import WITHOUT_RICH, Process, run_command
 from tests.support.scripted_provider import DONE
 from tests.support.server import CONCURRENCY
 from tests.support.waiting import until
@@ -398,22 +398,8 @@ def test_clients_that_do_not_fit_are_refused(
     assert "--clients 1000 is too many" in capsys.readouterr().err
 
 
-async def typed(*arguments: str, program: str = "") -> tuple[int | None, str, str]:
-    """Exit code, stdout, stderr of `python -m aioserver bench …`."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        *(("-c", program) if program else ("-m", "aioserver")),
-        "bench",
-        *arguments,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    out, err = await process.communicate()
-    return process.returncode, out.decode(), err.decode()
-
-
 async def test_the_table_goes_to_stdout_and_the_bar_to_stderr(house: House) -> None:
-    code, out, err = await typed(house.base, "--clients", "3", "--requests", "2")
+    code, out, err = await run_command("bench", house.base, "--clients", "3", "--requests", "2")
 
     assert code == 0, err
     assert "limit: no limit was met" in out
@@ -427,7 +413,9 @@ async def test_incomplete_answers_are_exit_1_also_as_json(
 ) -> None:
     house = await make_house(Behaviour(ttft=0, interval=0, tokens=10, cut_after=3))
 
-    code, out, _ = await typed(house.base, "--json", "--clients", "2", "--requests", "1")
+    code, out, _ = await run_command(
+        "bench", house.base, "--json", "--clients", "2", "--requests", "1"
+    )
 
     report = json.loads(out)
     assert code == 1
@@ -435,11 +423,9 @@ async def test_incomplete_answers_are_exit_1_also_as_json(
 
 
 async def test_without_rich_there_is_json(house: House) -> None:
-    program = "import sys; sys.modules['rich'] = None; from aioserver.__main__ import main; main()"
-
-    refused = await typed(house.base, program=program)
-    code, out, err = await typed(
-        house.base, "--json", "--clients", "2", "--requests", "1", program=program
+    refused = await run_command("bench", house.base, program=WITHOUT_RICH)
+    code, out, err = await run_command(
+        "bench", house.base, "--json", "--clients", "2", "--requests", "1", program=WITHOUT_RICH
     )
 
     assert refused == (2, "", f"{remote.RICH_MISSING}\n")
@@ -448,7 +434,7 @@ async def test_without_rich_there_is_json(house: House) -> None:
 
 
 async def test_a_server_that_is_not_there_is_one_line() -> None:
-    code, out, err = await typed("127.0.0.1:1")
+    code, out, err = await run_command("bench", "127.0.0.1:1")
 
     assert (code, out) == (1, "")
     assert err == "http://127.0.0.1:1 cannot be reached: Connection refused\n"
@@ -458,17 +444,14 @@ async def test_ctrl_c_prints_what_there_is(make_house: Callable[..., Awaitable[H
     house = await make_house(
         Behaviour(ttft=0, interval=0.05, tokens=10_000), **{"chat.streams.resume_window": 0}
     )
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "aioserver", "bench", house.base, "--json", "--clients", "2"),
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    await until(lambda: house.simulator.stats().active == 2, 20.0)
+    arguments = ("bench", house.base, "--json", "--clients", "2")
+    async with await Process.start("-m", "aioserver", *arguments) as process:
+        await until(lambda: house.simulator.stats().active == 2, 20.0)
 
-    process.send_signal(signal.SIGINT)
-    out, err = await process.communicate()
+        process.signal(signal.SIGINT)
+        code = await process.ended()
 
-    report = json.loads(out)
-    assert process.returncode == 0, err
+    report = json.loads(process.out)
+    assert code == 0, process.log
     assert report["requests"]["unfinished"] == 2
     assert report["notes"] == ["stopped early, with 2 requests under way"]

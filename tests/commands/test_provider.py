@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
+import re
 import signal
 import socket
-import sys
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -17,31 +16,21 @@ from aioserver.__main__ import cli
 from aioserver.commands.provider import provider
 from aioserver.providers.simulator import faults
 from aioserver.providers.simulator.exchange import Behaviour
+from tests.support.chat import STREAMED
+from tests.support.process import Process
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-CHAT = {"model": "m", "stream": True, "messages": [{"role": "user", "content": "Hello"}]}
+LISTENING = re.compile(r"(?:\S+ ){3}(\S+)[^\n]*\n[^\n]*BASE_URL=\1 [^\n]*\n")
 
 
 @asynccontextmanager
-async def running(*options: str) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
+async def running(*options: str) -> AsyncIterator[tuple[Process, str]]:
     """The process and its base URL."""
-    command = (sys.executable, "-m", "aioserver", "provider", "--port", "0", "--ttft", "0")
-    process = await asyncio.create_subprocess_exec(
-        *command, *options, stdout=asyncio.subprocess.PIPE
-    )
-    assert process.stdout is not None
-    try:
-        line = (await process.stdout.readline()).decode()
-        hint = (await process.stdout.readline()).decode()
-        base_url = line.split()[3]
-        assert f"BASE_URL={base_url} " in hint
-        yield process, base_url
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.communicate()
+    program = ("-m", "aioserver", "provider", "--port", "0", "--ttft", "0", *options)
+    async with await Process.start(*program) as process:
+        yield process, (await process.prints(LISTENING))[1]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -49,12 +38,11 @@ async def test_runs_until_a_signal_also_with_a_running_stream(number: signal.Sig
     async with (
         running("--interval", "60") as (process, base_url),
         aiohttp.ClientSession() as session,
-        session.post(f"{base_url}/chat/completions", json=CHAT) as response,
+        session.post(f"{base_url}/chat/completions", json={"model": "m", **STREAMED}) as response,
     ):
         assert await response.content.readline()
-        process.send_signal(number)
-        async with asyncio.timeout(5):
-            assert await process.wait() == 0
+        process.signal(number)
+        assert await process.ended(5) == 0
 
 
 def test_port_in_use_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,7 +72,9 @@ async def test_a_fault_by_its_name(options: tuple[str, ...], statuses: set[int])
         aiohttp.ClientSession() as session,
     ):
         for _ in range(4):
-            async with session.post(f"{base_url}/chat/completions", json=CHAT) as response:
+            async with session.post(
+                f"{base_url}/chat/completions", json={"model": "m", **STREAMED}
+            ) as response:
                 seen.add(response.status)
 
     assert seen == statuses

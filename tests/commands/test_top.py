@@ -20,6 +20,7 @@ from aioserver.commands import remote
 from aioserver.commands.top.feed import Feed, LostError, State
 from aioserver.commands.top.screen import render
 from aioserver.commands.top.verdict import verdict
+from tests.support.process import WITHOUT_RICH, run_command
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
@@ -355,23 +356,9 @@ async def test_a_refusal_is_an_error_with_the_servers_words(
 # As a process.
 
 
-async def typed(*arguments: str, program: str = "") -> tuple[int | None, str, str]:
-    """Exit code, stdout, stderr of `python -m aioserver …`."""
-    how = ("-c", program) if program else ("-m", "aioserver")
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        *how,
-        *arguments,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    out, err = await process.communicate()
-    return process.returncode, out.decode(), err.decode()
-
-
 async def test_without_a_terminal_one_snapshot_is_printed() -> None:
     async with standing_in() as server:
-        code, out, err = await typed("top", server.base)
+        code, out, err = await run_command("top", server.base)
 
     assert (code, err) == (0, "")
     assert "all is well" in out or "is full" in out
@@ -379,16 +366,14 @@ async def test_without_a_terminal_one_snapshot_is_printed() -> None:
 
 
 async def test_a_server_that_is_not_there_is_one_line() -> None:
-    code, out, err = await typed("top", "127.0.0.1:1", "--once")
+    code, out, err = await run_command("top", "127.0.0.1:1", "--once")
 
     assert (code, out) == (1, "")
     assert err == "http://127.0.0.1:1: Connection refused\n"
 
 
 async def test_without_rich_the_way_to_install_it_is_said() -> None:
-    program = "import sys; sys.modules['rich'] = None; from aioserver.__main__ import main; main()"
-
-    code, out, err = await typed("top", program=program)
+    code, out, err = await run_command("top", program=WITHOUT_RICH)
 
     assert (code, out) == (2, "")
     assert err == f"{remote.RICH_MISSING}\n"

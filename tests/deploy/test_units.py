@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import configparser
 import shlex
-import signal
 import socket
 import subprocess
 import sys
@@ -15,8 +14,9 @@ import pytest
 
 from aioserver.config import Configuration
 from aioserver.config.configuration import SHIPPED
-from tests.support.process import Served, Systemd
+from tests.support.process import Process
 from tests.support.server import NOWHERE, configured
+from tests.support.systemd import Systemd
 from tests.support.tools import DEPLOY, edited, installed
 
 if TYPE_CHECKING:
@@ -109,28 +109,27 @@ async def test_the_command_of_the_service_serves_the_socket_of_the_socket_unit(
     arguments = [str(config) if one == CONFIG else one for one in arguments]
 
     with (
-        Systemd(str(tmp_path / "notify")) as watching,
+        Systemd(str(tmp_path / "notify")) as systemd,
         socket.create_server(("127.0.0.1", 0)) as port,
     ):
-        async with await Served.start(
-            *arguments,
-            sockets=[port],
-            NOTIFY_SOCKET=watching.address,
-            WATCHDOG_USEC=f"{SERVICE['WatchdogSec']}000000",
-        ) as served:
-            async with asyncio.timeout(30):
-                assert "connections" in (await watching.told_of("READY"))["STATUS"]
-                await watching.told_of("WATCHDOG")
+        environ = {
+            "NOTIFY_SOCKET": systemd.address,
+            "WATCHDOG_USEC": f"{SERVICE['WatchdogSec']}000000",
+        }
+        async with await Process.start(*arguments, sockets=[port], environ=environ) as process:
+            ready = await process.living(systemd.message_with("READY"))
+            assert "connections" in ready["STATUS"]
+            await process.living(systemd.message_with("WATCHDOG"))
             reader, writer = await asyncio.open_connection(*port.getsockname())
             writer.write(b"GET /ready HTTP/1.0\r\nHost: localhost\r\n\r\n")
             assert (await reader.readline()).split()[1] == b"200"
             writer.close()
             await writer.wait_closed()
 
-            served.signal(signal.SIGTERM)
-            code, said = await served.ended()
+            process.signal()
+            code = await process.ended()
 
-    assert code == 0, said
+    assert code == 0, process.log
 
 
 @pytest.mark.parametrize("word", ["key", "secret", "token", "password"])

@@ -15,16 +15,15 @@ from aioserver.providers.simulator.exchange import Behaviour
 from aioserver.providers.simulator.server import Simulator
 from aioserver.server.app import FAREWELL
 from tests.support.chat import CHAT, STREAMED, big, chat, frames_of, to_end
+from tests.support.process import serving
 from tests.support.raw import CLOSE, SMALL, TEXT, Raw, closing
-from tests.support.served import serving
 from tests.support.server import CONCURRENCY, QUICK, SIM_HTTP_CLIENT
-from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
-    from tests.support.served import Served
+    from tests.support.process import ServerProcess
 
 LONG = Behaviour(ttft=0, interval=0.05, tokens=4000)
 GRACE = "chat.websocket.shutdown_timeout"
@@ -48,18 +47,18 @@ async def simulator() -> AsyncIterator[Simulator]:
         yield made
 
 
-def clean(served: Served) -> bool:
+def clean(process: ServerProcess) -> bool:
     """Whether its log tells of no bug."""
-    for sign in (b"Traceback", b"never retrieved", b"bug in", b'"level":"ERROR"', b" ERROR "):
-        assert sign not in served.log, served.log.decode()
+    for sign in ("Traceback", "never retrieved", "bug in", '"level":"ERROR"', " ERROR "):
+        assert sign not in process.log, process.log
     return True
 
 
 # What each client is told, and what it saw before.
 
 
-async def on_websocket(served: Served, name: str, session: aiohttp.ClientSession) -> str:
-    async with session.ws_connect(f"{served.base}/ws/chat") as ws:
+async def on_websocket(process: ServerProcess, name: str, session: aiohttp.ClientSession) -> str:
+    async with session.ws_connect(f"{process.base}/ws/chat") as ws:
         await ws.send_json(chat(name))
         frames = await to_end(ws, name)
         message = await ws.receive(timeout=20)
@@ -70,17 +69,17 @@ async def on_websocket(served: Served, name: str, session: aiohttp.ClientSession
         return str(frames[-1]["chunk"].get("code", frames[-1]["status"]))
 
 
-async def on_sse(served: Served, name: str, session: aiohttp.ClientSession) -> str:
+async def on_sse(process: ServerProcess, name: str, session: aiohttp.ClientSession) -> str:
     body = {"request_id": name, "text": "x"}
-    async with session.post(f"{served.base}/sse/chat", json=body) as response:
+    async with session.post(f"{process.base}/sse/chat", json=body) as response:
         frames = frames_of(await response.read())
         events = [one["event_id"] for one in frames if "event_id" in one]
         assert events == list(range(1, len(events) + 1))
         return str(frames[-1]["chunk"].get("code", frames[-1]["status"]))
 
 
-async def on_openai(served: Served, name: str, session: aiohttp.ClientSession) -> str:
-    url = f"{served.base}/v1/chat/completions"
+async def on_openai(process: ServerProcess, name: str, session: aiohttp.ClientSession) -> str:
+    url = f"{process.base}/v1/chat/completions"
     async with session.post(url, json={**STREAMED, "user": name}) as response:
         body = await response.read()
         if response.status != 200:
@@ -93,8 +92,10 @@ async def on_openai(served: Served, name: str, session: aiohttp.ClientSession) -
     return "server_shutdown"
 
 
-async def on_openai_whole(served: Served, name: str, session: aiohttp.ClientSession) -> str:
-    url = f"{served.base}/v1/chat/completions"
+async def on_openai_whole(
+    process: ServerProcess, name: str, session: aiohttp.ClientSession
+) -> str:
+    url = f"{process.base}/v1/chat/completions"
     async with session.post(url, json={**CHAT, "user": name}) as response:
         body = await response.json()
         if response.status == 200:
@@ -114,16 +115,16 @@ async def stop_with_many(tmp_path: Path, simulator: Simulator, each: int, grace:
     short = Behaviour(ttft=0, interval=grace / 60, tokens=20)  # a third of the grace
     connector = aiohttp.TCPConnector(limit=0)
     async with (
-        serving(tmp_path / "c.yaml", simulator.base_url, changes=changes) as served,
+        serving(tmp_path / "c.yaml", simulator.base_url, changes=changes) as process,
         aiohttp.ClientSession(connector=connector) as session,
     ):
-        await served.ready()
+        await process.ready()
         clients: dict[str, list[asyncio.Future[str]]] = {}
         for kind, behaviour in (("long", LONG), ("short", short)):
             before = simulator.stats().requests
             simulator.behaviour = behaviour
             clients[kind] = [
-                asyncio.ensure_future(face(served, f"{kind} {face.__name__} {number}", session))
+                asyncio.ensure_future(face(process, f"{kind} {face.__name__} {number}", session))
                 for face in FACES
                 for number in range(each)
             ]
@@ -132,14 +133,14 @@ async def stop_with_many(tmp_path: Path, simulator: Simulator, each: int, grace:
                 await simulator.until(lambda stats, n=expected: stats.requests == n)  # type: ignore[misc]
 
         asked = asyncio.get_running_loop().time()
-        served.signal()
+        process.signal()
 
         told = {kind: set(await asyncio.gather(*some)) for kind, some in clients.items()}
         assert told == {"long": {"server_shutdown"}, "short": {"complete"}}
-        assert await served.ended() == 0
+        assert await process.ended() == 0
         assert asyncio.get_running_loop().time() - asked < grace + 5
-        assert clean(served)
-        assert b"stopped" in served.log
+        assert clean(process)
+        assert "stopped" in process.log
         await simulator.until(lambda stats: stats.active == 0)
 
 
@@ -160,24 +161,24 @@ async def test_a_thousand_are_told(tmp_path: Path, simulator: Simulator) -> None
 async def test_an_idle_server_ends_at_once(
     tmp_path: Path, simulator: Simulator, number: signal.Signals
 ) -> None:
-    async with serving(tmp_path / "c.yaml", simulator.base_url) as served:
-        await served.ready()
-        async with Raw(served) as idle, Raw(served) as kept, Raw(served) as silent:
+    async with serving(tmp_path / "c.yaml", simulator.base_url) as process:
+        await process.ready()
+        async with Raw(process) as idle, Raw(process) as kept, Raw(process) as silent:
             await idle.upgrade()
             await kept.get("/health")
             assert (await kept.answer()).status == 200
             asked = asyncio.get_running_loop().time()
 
-            served.signal(number)
+            process.signal(number)
 
             opcode, payload = await idle.frame()
             assert (opcode, closing(payload)) == (CLOSE, (1012, b"server is stopping"))
             await idle.send_frame(CLOSE, payload)
             for raw in (kept, silent, idle):
                 assert await raw.to_the_end() == b""
-            assert await served.ended() == 0
+            assert await process.ended() == 0
             assert asyncio.get_running_loop().time() - asked < FAREWELL + 3
-        assert clean(served)
+        assert clean(process)
 
 
 async def test_a_request_on_its_way_when_it_ends_is_answered(
@@ -185,16 +186,16 @@ async def test_a_request_on_its_way_when_it_ends_is_answered(
 ) -> None:
     """Who asks again the moment an answer ends cannot know that the connection ends, too."""
     simulator.behaviour = Behaviour(ttft=0, interval=0.01, tokens=20)
-    async with serving(tmp_path / "c.yaml", simulator.base_url) as served:
-        await served.ready()
-        async with Raw(served) as streamed, Raw(served) as kept:
+    async with serving(tmp_path / "c.yaml", simulator.base_url) as process:
+        await process.ready()
+        async with Raw(process) as streamed, Raw(process) as kept:
             await kept.get("/health")
             assert (await kept.answer()).status == 200
             await streamed.post("/v1/chat/completions", STREAMED)
             await simulator.until(lambda stats: stats.tokens_sent > 2)
 
-            served.signal()
-            await until(lambda: b"stopping" in served.log)
+            process.signal()
+            await process.logs("stopping")
             for raw in (kept, streamed):
                 if raw is streamed:
                     answer = await raw.answer()
@@ -204,8 +205,8 @@ async def test_a_request_on_its_way_when_it_ends_is_answered(
                 assert (refused.status, refused.headers["connection"]) == (503, "close")
                 assert refused.code == "server_shutdown"
                 assert await raw.to_the_end() == b""
-            assert await served.ended() == 0
-        assert clean(served)
+            assert await process.ended() == 0
+        assert clean(process)
 
 
 async def test_waiting_ones_are_told_and_nobody_new_comes_in(
@@ -216,11 +217,11 @@ async def test_waiting_ones_are_told_and_nobody_new_comes_in(
         f"{CONCURRENCY}.queue_timeout": 60,
         GRACE: 20.0,
     }
-    async with serving(tmp_path / "c.yaml", simulator.base_url, changes=changes) as served:
-        await served.ready()
+    async with serving(tmp_path / "c.yaml", simulator.base_url, changes=changes) as process:
+        await process.ready()
         async with AsyncExitStack() as stack:
             busy, *sockets, poster, late, probe = [
-                await stack.enter_async_context(Raw(served)) for _ in range(6)
+                await stack.enter_async_context(Raw(process)) for _ in range(6)
             ]
             for raw in (busy, *sockets):
                 await raw.upgrade()
@@ -230,7 +231,7 @@ async def test_waiting_ones_are_told_and_nobody_new_comes_in(
             await poster.post("/v1/chat/completions", CHAT)
             await simulator.until(lambda stats: stats.active == 1)
 
-            served.signal()
+            process.signal()
 
             for raw in sockets:
                 frame = await raw.json_frame()
@@ -252,14 +253,14 @@ async def test_waiting_ones_are_told_and_nobody_new_comes_in(
             answer = await probe.answer()
             assert (answer.status, answer.headers["connection"]) == (503, "close")
             with pytest.raises(ConnectionError):
-                await asyncio.open_connection("127.0.0.1", served.port)
+                await asyncio.open_connection("127.0.0.1", process.port)
             await busy.send_json({"action": "cancel", "request_id": "r1"})
             while (got := await busy.frame())[0] == TEXT:
                 pass
             assert closing(got[1])[0] == 1012, "with its last answer, not at the end of the grace"
             await busy.send_frame(CLOSE, got[1])
-            assert await served.ended(10) == 0
-        assert clean(served)
+            assert await process.ended(10) == 0
+        assert clean(process)
 
 
 async def test_who_waits_for_a_provider_is_told_at_once(
@@ -267,18 +268,18 @@ async def test_who_waits_for_a_provider_is_told_at_once(
 ) -> None:
     changes = {f"{SIM_HTTP_CLIENT}.concurrent_requests": 1, GRACE: 1.0}
     async with (
-        serving(tmp_path / "c.yaml", simulator.base_url, changes=changes) as served,
+        serving(tmp_path / "c.yaml", simulator.base_url, changes=changes) as process,
         aiohttp.ClientSession() as session,
     ):
-        await served.ready()
-        running = asyncio.ensure_future(on_openai(served, "runs", session))
+        await process.ready()
+        running = asyncio.ensure_future(on_openai(process, "runs", session))
         await simulator.until(lambda stats: stats.active == 1)
-        async with Raw(served) as waiting:
+        async with Raw(process) as waiting:
             await waiting.upgrade()
             await waiting.send_json(chat("waits"))
             assert (await waiting.json_frame())["status"] == "queued"
 
-            served.signal()
+            process.signal()
 
             frame = await waiting.json_frame()
             while frame["status"] == "queued":
@@ -287,20 +288,20 @@ async def test_who_waits_for_a_provider_is_told_at_once(
             assert not running.done()
             assert closing((await waiting.frame())[1])[0] == 1012
         assert await running == "server_shutdown"
-        assert await served.ended() == 0
-        assert clean(served)
+        assert await process.ended() == 0
+        assert clean(process)
 
 
 async def test_clients_that_read_nothing_do_not_delay_the_end(tmp_path: Path) -> None:
     changes = {GRACE: 1.0, "chat.streams.send_timeout": 60.0}
     async with (
         Simulator(QUICK) as simulator,
-        serving(tmp_path / "c.yaml", simulator.base_url, changes=changes) as served,
+        serving(tmp_path / "c.yaml", simulator.base_url, changes=changes) as process,
         contextlib.AsyncExitStack() as stack,
     ):
-        await served.ready()
+        await process.ready()
         clients = [
-            await stack.enter_async_context(Raw(served, receive_buffer=SMALL)) for _ in range(3)
+            await stack.enter_async_context(Raw(process, receive_buffer=SMALL)) for _ in range(3)
         ]
         socket, events, sdk = clients
         much = big(20_000, 200)
@@ -312,11 +313,11 @@ async def test_clients_that_read_nothing_do_not_delay_the_end(tmp_path: Path) ->
         await simulator.until(lambda stats: stats.completed == 3)
         asked = asyncio.get_running_loop().time()
 
-        served.signal()
+        process.signal()
 
-        assert await served.ended() == 0
+        assert await process.ended() == 0
         assert asyncio.get_running_loop().time() - asked < 1.0 + 5
-        assert clean(served)
+        assert clean(process)
 
 
 SLOW_NAMES = """
@@ -342,38 +343,38 @@ async def test_a_name_that_is_still_looked_up_does_not_delay_the_end(tmp_path: P
             "http://slow.invalid/v1",
             changes={GRACE: 1.0},
             environ={"PYTHONPATH": str(tmp_path)},
-        ) as served,
-        Raw(await served.ready()) as raw,
+        ) as process,
+        Raw(await process.ready()) as raw,
         aiohttp.ClientSession() as session,
     ):
         await raw.ask_sse("r1", text="x")
         busy = 0
         while not busy:
-            async with session.get(f"{served.base}/metrics") as response:
+            async with session.get(f"{process.base}/metrics") as response:
                 busy = b'aioserver_provider_in_flight{provider="sim"} 1.0' in await response.read()
         asked = asyncio.get_running_loop().time()
 
-        served.signal()
+        process.signal()
 
-        assert await served.ended() == 0
+        assert await process.ended() == 0
         assert asyncio.get_running_loop().time() - asked < 1.0 + 5
-        assert b"stopped" in served.log
+        assert "stopped" in process.log
 
 
 async def test_a_second_signal_ends_it_at_once(tmp_path: Path, simulator: Simulator) -> None:
     async with (
-        serving(tmp_path / "c.yaml", simulator.base_url, changes={GRACE: 600.0}) as served,
-        Raw(await served.ready()) as raw,
+        serving(tmp_path / "c.yaml", simulator.base_url, changes={GRACE: 600.0}) as process,
+        Raw(await process.ready()) as raw,
     ):
         await raw.ask_sse("r1", text="x")
         await simulator.until(lambda stats: stats.active == 1)
-        served.signal()
-        await until(lambda: b"stopping" in served.log)
+        process.signal()
+        await process.logs("stopping")
 
-        served.signal(signal.SIGINT)
+        process.signal(signal.SIGINT)
 
-        assert await served.ended(10) == 1
-        assert b"Traceback" not in served.log
+        assert await process.ended(10) == 1
+        assert "Traceback" not in process.log
 
 
 async def test_new_work_is_taken_until_the_delay_is_over(
@@ -382,51 +383,51 @@ async def test_new_work_is_taken_until_the_delay_is_over(
     simulator.behaviour = QUICK
     changes = {"chat.websocket.drain_delay": 1.5}
     async with (
-        serving(tmp_path / "c.yaml", simulator.base_url, changes=changes) as served,
+        serving(tmp_path / "c.yaml", simulator.base_url, changes=changes) as process,
         aiohttp.ClientSession() as session,
     ):
-        await served.ready()
+        await process.ready()
         asked = asyncio.get_running_loop().time()
-        served.signal()
+        process.signal()
 
         statuses = [200]
         while statuses[-1] == 200:
-            async with session.get(f"{served.base}/ready") as response:
+            async with session.get(f"{process.base}/ready") as response:
                 statuses.append(response.status)
         assert statuses[-1] == 503
         async with aiohttp.ClientSession() as newcomer:  # on a connection of its own
-            url = f"{served.base}/v1/chat/completions"
+            url = f"{process.base}/v1/chat/completions"
             async with newcomer.post(url, json=CHAT) as response:
                 assert response.status == 200
-        assert await served.ended() == 0
+        assert await process.ended() == 0
         assert asyncio.get_running_loop().time() - asked >= 1.5
-        assert clean(served)
+        assert clean(process)
 
 
 async def test_a_signal_while_it_starts_ends_it(tmp_path: Path, simulator: Simulator) -> None:
     codes = set()
     for pause in (0.0, 0.1, 0.2, 0.3, 0.4, 0.6):
-        async with serving(tmp_path / "c.yaml", simulator.base_url) as served:
+        async with serving(tmp_path / "c.yaml", simulator.base_url) as process:
             # Wherever it is by then: still importing, reading its file, or listening.
             await asyncio.sleep(pause)
-            served.signal()
+            process.signal()
 
-            codes.add(await served.ended())
-            assert b"Traceback" not in served.log, served.log.decode()
+            codes.add(await process.ended())
+            assert "Traceback" not in process.log, process.log
     assert codes <= {0, -signal.SIGTERM}
 
 
 async def test_a_reload_under_way_does_not_delay_the_end(
     tmp_path: Path, simulator: Simulator
 ) -> None:
-    async with serving(tmp_path / "c.yaml", simulator.base_url) as served:
-        await served.ready()
+    async with serving(tmp_path / "c.yaml", simulator.base_url) as process:
+        await process.ready()
         for _ in range(5):
-            served.signal(signal.SIGHUP)
-        served.signal()
+            process.signal(signal.SIGHUP)
+        process.signal()
 
-        assert await served.ended(15) == 0
-        assert clean(served)
+        assert await process.ended(15) == 0
+        assert clean(process)
 
 
 async def test_sighup_applies_the_file_and_its_options(
@@ -434,21 +435,21 @@ async def test_sighup_applies_the_file_and_its_options(
 ) -> None:
     simulator.behaviour = QUICK
     async with (
-        serving(tmp_path / "c.yaml", simulator.base_url, "--port", "0") as served,
+        serving(tmp_path / "c.yaml", simulator.base_url, "--port", "0") as process,
         aiohttp.ClientSession() as session,
     ):
-        await served.ready()
-        served.change({f"{CONCURRENCY}.max_connections": 7, "logging.level": "INFO"})
-        served.signal(signal.SIGHUP)
+        await process.ready()
+        process.change({f"{CONCURRENCY}.max_connections": 7, "logging.level": "INFO"})
+        process.signal(signal.SIGHUP)
 
         limit = 50
         while limit == 50:
-            async with session.get(f"{served.base}/health") as response:
+            async with session.get(f"{process.base}/health") as response:
                 limit = (await response.json())["connections"]["limit"]
         assert limit == 7
-        served.change({f"{CONCURRENCY}.max_connections": 0})
-        served.signal(signal.SIGHUP)
-        await until(lambda: b"max_connections: " in served.log)
-        served.signal()
-        assert await served.ended() == 0
-        assert b"until a restart" not in served.log, "--port holds, then as now"
+        process.change({f"{CONCURRENCY}.max_connections": 0})
+        process.signal(signal.SIGHUP)
+        await process.logs("max_connections: ")
+        process.signal()
+        assert await process.ended() == 0
+        assert "until a restart" not in process.log, "--port holds, then as now"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import os
 import select
 import signal
 import socket
 import time
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
@@ -19,12 +21,13 @@ from aioserver.providers.simulator.server import Simulator
 from aioserver.server import listener, systemd
 from aioserver.server.systemd import Notifier
 from aioserver.telemetry import kernel
-from tests.support.process import Served, Systemd
-from tests.support.server import NOWHERE, QUICK, UVICORN, configured, runner_of
+from tests.support.process import Process, ServerProcess, serving
+from tests.support.server import NOWHERE, QUICK, UVICORN, runner_of
+from tests.support.systemd import Systemd
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator, Callable, Iterator
     from pathlib import Path
 
 USUAL = {"LISTEN_FDS": "1", "LISTEN_PID": str(os.getpid()), "LISTEN_FDNAMES": "http"}
@@ -51,8 +54,10 @@ def port() -> Iterator[socket.socket]:
         yield sock
 
 
-def taken(manager: Systemd, **environ: str) -> Notifier:
-    return Notifier.take({"NOTIFY_SOCKET": manager.address, **environ}, lambda: "3 of 9")
+def taken(
+    manager: Systemd, status: Callable[[], str] = lambda: "3 of 9", **environ: str
+) -> Notifier:
+    return Notifier.take({"NOTIFY_SOCKET": manager.address, **environ}, status)
 
 
 # What it tells.
@@ -64,8 +69,8 @@ async def test_it_says_when_it_takes_work_and_when_it_stops(manager: Systemd) ->
     notifier.ready()
     notifier.stopping()
 
-    assert await manager.told() == {"READY": "1", "STATUS": "3 of 9"}
-    assert await manager.told() == {"STOPPING": "1", "STATUS": "stopping"}
+    assert await manager.message() == {"READY": "1", "STATUS": "3 of 9"}
+    assert await manager.message() == {"STOPPING": "1", "STATUS": "stopping"}
 
 
 async def test_a_reload_has_a_beginning_on_the_clock_of_systemd_and_an_end(
@@ -77,11 +82,11 @@ async def test_a_reload_has_a_beginning_on_the_clock_of_systemd_and_an_end(
     notifier.reloading()
     notifier.ready()
 
-    told = await manager.told()
+    told = await manager.message()
     after = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
     assert told["RELOADING"] == "1"
     assert before <= int(told["MONOTONIC_USEC"]) <= after
-    assert (await manager.told())["READY"] == "1"
+    assert (await manager.message())["READY"] == "1"
 
 
 async def test_the_variables_are_for_this_process_alone(watching: Systemd) -> None:
@@ -104,14 +109,15 @@ async def test_the_variables_are_for_this_process_alone(watching: Systemd) -> No
 @pytest.mark.parametrize("address", [None, "vsock:2:1234", "relative/path"])
 async def test_without_systemd_nothing_happens(address: str | None) -> None:
     environ = {"WATCHDOG_USEC": "1000"} | ({"NOTIFY_SOCKET": address} if address else {})
-    notifier = Notifier.take(environ)
+    statuses = itertools.count()
+    notifier = Notifier.take(environ, lambda: str(next(statuses)))
 
     notifier.ready()
     notifier.reloading()
     notifier.stopping()
     notifier.close()
 
-    assert notifier._beat is None
+    assert next(statuses) == 1, "each beat asks for the status again"
 
 
 @pytest.mark.parametrize("address", ["/nowhere/notify", "/" + "long" * 100, "/a\0b", "@" * 400])
@@ -138,9 +144,9 @@ async def test_a_systemd_that_does_not_read_is_not_waited_for(
 
     warnings = [one for one in caplog.records if one.levelno == logging.WARNING]
     assert len(warnings) == 1
-    assert watching.heard()
+    assert watching.unread()
     notifier.ready()
-    assert (await watching.told())["READY"] == "1"
+    assert (await watching.message())["READY"] == "1"
 
 
 # The watchdog.
@@ -152,9 +158,9 @@ async def test_the_watchdog_is_fed_with_what_the_status_is_by_then(watching: Sys
 
     notifier.ready()
 
-    assert (await watching.told())["STATUS"] == "0"
+    assert (await watching.message())["STATUS"] == "0"
     for count in range(1, 6):
-        assert await watching.told() == {"WATCHDOG": "1", "STATUS": str(count)}
+        assert await watching.message() == {"WATCHDOG": "1", "STATUS": str(count)}
     notifier.close()
 
 
@@ -165,7 +171,7 @@ async def test_a_reload_that_is_over_starts_no_second_feeding(watching: Systemd)
         notifier.ready()
     notifier.close()
 
-    assert sum(b"WATCHDOG=1" in one for one in watching.heard()) == 1
+    assert sum(b"WATCHDOG=1" in one for one in watching.unread()) == 1
 
 
 async def test_the_watchdog_of_another_process_is_not_fed(watching: Systemd) -> None:
@@ -173,7 +179,7 @@ async def test_the_watchdog_of_another_process_is_not_fed(watching: Systemd) -> 
 
     notifier.ready()
 
-    assert notifier._beat is None
+    assert [b"READY=1" in message for message in watching.unread()] == [True]
 
 
 @pytest.mark.parametrize("period", ["", "0", "-5", "1e6", "x", "٣"])
@@ -182,32 +188,32 @@ async def test_a_watchdog_without_a_time_is_none(watching: Systemd, period: str)
 
     notifier.ready()
 
-    assert notifier._beat is None
+    assert [b"READY=1" in message for message in watching.unread()] == [True]
 
 
 async def test_a_blocked_loop_starves_the_watchdog(watching: Systemd) -> None:
     notifier = Notifier(watching.address, 0.2)
     notifier.ready()
-    await watching.told_of("WATCHDOG")
-    watching.heard()
+    await watching.message_with("WATCHDOG")
+    watching.unread()
 
     came, _, _ = select.select([watching], [], [], 0.5)  # blocks the loop, and listens
 
     assert not came
-    await watching.told_of("WATCHDOG")
+    await watching.message_with("WATCHDOG")
     notifier.close()
 
 
 async def test_no_beat_comes_after_the_end(watching: Systemd) -> None:
     notifier = Notifier(watching.address, 0.05)
     notifier.ready()
-    await watching.told_of("WATCHDOG")
+    await watching.message_with("WATCHDOG")
 
     notifier.close()
-    watching.heard()
+    watching.unread()
 
     with pytest.raises(TimeoutError):
-        await asyncio.wait_for(watching.told(), 0.2)
+        await asyncio.wait_for(watching.message(), 0.2)
 
 
 BLOCKED = """
@@ -230,20 +236,21 @@ asyncio.run(main())
 async def test_what_blocks_the_loop_is_in_the_stacks_before_systemd_kills_and_when_it_does(
     watching: Systemd,
 ) -> None:
-    async with await Served.start(
-        "-c", BLOCKED, NOTIFY_SOCKET=watching.address, WATCHDOG_USEC="500000"
-    ) as served:
-        await watching.told_of("WATCHDOG")
-        first = await served.says("in main")
+    environ = {"NOTIFY_SOCKET": watching.address, "WATCHDOG_USEC": "500000"}
+    async with await Process.start("-c", BLOCKED, environ=environ) as process:
+        await process.living(watching.message_with("WATCHDOG"))
+        await process.logs("in main")
+        first = process.log
 
-        served.signal(signal.SIGABRT)  # as systemd does
-        code, second = await served.ended()
+        process.signal(signal.SIGABRT)  # as systemd does
+        code = await process.ended()
 
+    second = process.log.removeprefix(first)
     assert "in blocked_for_ever" in first
     assert "in blocked_for_ever" in second
     assert "Aborted" in second
     assert code == -signal.SIGABRT
-    assert not watching.heard()
+    assert not watching.unread()
 
 
 # Sockets that are passed.
@@ -399,28 +406,17 @@ async def test_the_word_of_a_proxy_behind_a_unix_socket_is_taken(
 # Processes.
 
 
-def loop_name() -> str:
-    """The loop of the test, for the process that it starts."""
-    kind = type(asyncio.get_running_loop()).__module__
-    return "uvloop" if kind.startswith("uvloop") else "asyncio"
-
-
-async def serving(
-    config: Path, sockets: list[socket.socket], watching: Systemd, **environ: str
-) -> Served:
-    """A process that has said that it takes work."""
-    program = ("-m", "aioserver", "serve", "--config", config, "--loop", loop_name())
-    environ["NOTIFY_SOCKET"] = watching.address
-    served = await Served.start(*program, sockets=sockets, **environ)
-    async with asyncio.timeout(30):
-        ended = asyncio.ensure_future(served.process.wait())
-        told = asyncio.ensure_future(watching.told_of("READY"))
-        await asyncio.wait((ended, told), return_when=asyncio.FIRST_COMPLETED)
-        if not told.done():
-            told.cancel()
-            raise AssertionError(await served.ended())
-        ended.cancel()
-    return served
+@asynccontextmanager
+async def serving_for(
+    systemd: Systemd, path: Path, base_url: str, sockets: list[socket.socket], **environ: str
+) -> AsyncIterator[ServerProcess]:
+    """A process that has told *systemd* that it takes work."""
+    environ["NOTIFY_SOCKET"] = systemd.address
+    async with serving(
+        path / "config.yaml", base_url, sockets=sockets, environ=environ
+    ) as process:
+        await process.living(systemd.message_with("READY"))
+        yield process
 
 
 async def fetched(port: socket.socket, path: str = "/health") -> tuple[int, Any]:
@@ -432,65 +428,63 @@ async def fetched(port: socket.socket, path: str = "/health") -> tuple[int, Any]
 async def test_a_service_serves_the_passed_socket_says_so_and_ends_well(
     tmp_path: Path, watching: Systemd, port: socket.socket
 ) -> None:
-    async with Simulator(QUICK) as simulator:
-        config = tmp_path / "config.yaml"
-        configured(simulator.base_url, {"logging.level": "INFO"}, config)
-        async with await serving(config, [port], watching) as served:
-            url = f"http://127.0.0.1:{port.getsockname()[1]}/v1/chat/completions"
-            body = {"messages": [{"role": "user", "content": "Hello"}]}
-            async with (
-                aiohttp.ClientSession() as session,
-                session.post(url, json=body) as response,
-            ):
-                assert response.status == 200
-                assert (await response.json())["choices"]
+    async with (
+        Simulator(QUICK) as simulator,
+        serving_for(watching, tmp_path, simulator.base_url, [port]) as process,
+    ):
+        url = f"http://127.0.0.1:{port.getsockname()[1]}/v1/chat/completions"
+        body = {"messages": [{"role": "user", "content": "Hello"}]}
+        async with (
+            aiohttp.ClientSession() as session,
+            session.post(url, json=body) as response,
+        ):
+            assert response.status == 200
+            assert (await response.json())["choices"]
 
-            served.signal(signal.SIGTERM)
-            await watching.told_of("STOPPING")
-            code, said = await served.ended()
+        process.signal()
+        await process.living(watching.message_with("STOPPING"))
+        code = await process.ended()
 
-    assert code == 0, said
-    assert "Traceback" not in said
-    assert f"listening on http://127.0.0.1:{port.getsockname()[1]} backlog=128" in said
+    assert code == 0, process.log
+    assert "Traceback" not in process.log
+    assert f"listening on http://127.0.0.1:{port.getsockname()[1]} backlog=128" in process.log
 
 
 async def test_a_reload_that_is_asked_for_during_the_start_comes_behind_it(
     tmp_path: Path, watching: Systemd
 ) -> None:
-    config = tmp_path / "config.yaml"
-    changes = {"logging.level": "INFO", "chat.websocket.host": "localhost"}
-    configured(NOWHERE, changes, config)
-    program = ("-m", "aioserver", "serve", "--config", config, "--loop", loop_name())
-    async with await Served.start(*program, NOTIFY_SOCKET=watching.address) as served:
-        await served.says("configuration: ")
-        first = asyncio.ensure_future(watching.told())
+    changes = {"chat.websocket.host": "localhost"}
+    environ = {"NOTIFY_SOCKET": watching.address}
+    async with serving(
+        tmp_path / "config.yaml", NOWHERE, changes=changes, environ=environ
+    ) as process:
+        await process.logs("configuration: ")
+        first = asyncio.ensure_future(watching.message())
         async with asyncio.timeout(30):
             while not first.done():
-                served.signal(signal.SIGHUP)
+                process.signal(signal.SIGHUP)
                 await asyncio.wait([first], timeout=0.001)
             assert "READY" in await first
-            await watching.told_of("RELOADING")
-            await watching.told_of("READY")
-        served.signal(signal.SIGTERM)
-        assert (await served.ended())[0] == 0
+        await process.living(watching.message_with("RELOADING"))
+        await process.living(watching.message_with("READY"))
+        process.signal()
+        assert await process.ended() == 0
 
 
 async def test_connections_that_come_while_nobody_serves_are_answered_by_the_next(
     tmp_path: Path, watching: Systemd, port: socket.socket
 ) -> None:
-    config = tmp_path / "config.yaml"
-    configured(NOWHERE, {}, config)
-    async with await serving(config, [port], watching) as first:
+    async with serving_for(watching, tmp_path, NOWHERE, [port]) as first:
         assert (await fetched(port))[0] == 200
-        first.signal(signal.SIGTERM)
-        assert (await first.ended())[0] == 0
+        first.signal()
+        assert await first.ended() == 0
 
     waiting = [asyncio.create_task(fetched(port)) for _ in range(40)]
     await until(lambda: waiting_in(port) == len(waiting))
-    async with await serving(config, [port], watching) as second:
+    async with serving_for(watching, tmp_path, NOWHERE, [port]) as second:
         answers = await asyncio.gather(*waiting)
-        second.signal(signal.SIGTERM)
-        assert (await second.ended())[0] == 0
+        second.signal()
+        assert await second.ended() == 0
 
     assert [status for status, _ in answers] == [200] * 40
 
@@ -505,41 +499,33 @@ def waiting_in(port: socket.socket) -> int:
 async def test_a_service_feeds_its_watchdog_and_says_how_full_it_is(
     tmp_path: Path, watching: Systemd, port: socket.socket
 ) -> None:
-    config = tmp_path / "config.yaml"
-    configured(NOWHERE, {}, config)
-    async with await serving(config, [port], watching, WATCHDOG_USEC="2000000") as served:
+    async with serving_for(
+        watching, tmp_path, NOWHERE, [port], WATCHDOG_USEC="2000000"
+    ) as process:
         url = f"ws://127.0.0.1:{port.getsockname()[1]}/ws/chat"
         async with aiohttp.ClientSession() as session, session.ws_connect(url):
             async with asyncio.timeout(30):
-                while "1 of 50" not in (await watching.told_of("WATCHDOG"))["STATUS"]:
+                while "1 of 50" not in (await watching.message_with("WATCHDOG"))["STATUS"]:
                     pass
-        served.signal(signal.SIGTERM)
-        assert (await served.ended())[0] == 0
+        process.signal()
+        assert await process.ended() == 0
 
 
 async def test_a_passed_socket_that_others_can_reach_needs_a_guard_as_a_host_does(
     tmp_path: Path,
 ) -> None:
-    config = tmp_path / "config.yaml"
-    configured(NOWHERE, {}, config)
     with socket.create_server(("0.0.0.0", 0)) as everybody:
-        async with await Served.start(
-            "-m", "aioserver", "serve", "--config", config, sockets=[everybody]
-        ) as served:
-            code, said = await served.ended()
+        async with serving(tmp_path / "config.yaml", NOWHERE, sockets=[everybody]) as process:
+            code = await process.ended()
 
     assert code == 2
-    assert "0.0.0.0 is open to others" in said
+    assert "0.0.0.0 is open to others" in process.log
 
 
 async def test_what_cannot_be_served_is_one_clear_line(tmp_path: Path) -> None:
-    config = tmp_path / "config.yaml"
-    configured(NOWHERE, {}, config)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as datagrams:
-        async with await Served.start(
-            "-m", "aioserver", "serve", "--config", config, sockets=[datagrams]
-        ) as served:
-            code, said = await served.ended()
+        async with serving(tmp_path / "config.yaml", NOWHERE, sockets=[datagrams]) as process:
+            code = await process.ended()
 
     assert code == 2
-    assert said == "LISTEN_FDS: descriptor 3 is no stream socket (ListenStream=)\n"
+    assert process.log == "LISTEN_FDS: descriptor 3 is no stream socket (ListenStream=)\n"

@@ -1,98 +1,79 @@
-"""`aioserver serve` as a process of its own, started as systemd would start it."""
+"""Programs of Python in processes of their own, above all `aioserver serve`."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
-import socket
+import re
+import signal
 import sys
-from typing import TYPE_CHECKING, Self
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+from aioserver.config import Configuration
+from tests.support.server import write
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
-    import signal
-    from collections.abc import Sequence
+    import socket
+    from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
     from pathlib import Path
     from types import TracebackType
 
-# Puts the inherited descriptors where systemd puts them, says whom they are for, and becomes the program.
+T = TypeVar("T")
+READY = re.compile(r"aioserver is ready: http://[^ ]+:(\d+)\n")
+WITHOUT_RICH = (
+    "import sys; sys.modules['rich'] = None; from aioserver.__main__ import main; main()"
+)
+# Puts the inherited descriptors where systemd puts them, names the process that they and the watchdog are for,
+# and becomes the program.
 LAUNCHER = """
 import fcntl, os, sys
 count, *rest = sys.argv[1:]
-given, program = rest[:int(count)], rest[int(count):]
-for at, high in enumerate([fcntl.fcntl(int(one), fcntl.F_DUPFD, 100) for one in given]):
-    os.dup2(high, 3 + at)
-    os.close(high)
+descriptors, program = rest[:int(count)], rest[int(count):]
+for at, copy in enumerate([fcntl.fcntl(int(fd), fcntl.F_DUPFD, 100) for fd in descriptors]):
+    os.dup2(copy, 3 + at)
+    os.close(copy)
 pid = str(os.getpid())
 os.environ.update(LISTEN_PID=pid, LISTEN_FDS=count, WATCHDOG_PID=pid)
 os.execv(sys.executable, [sys.executable, *program])
 """
 
 
-class Systemd:
-    """The socket on which systemd listens: a path, or `@` and an abstract name."""
+class Process:
+    """One process, which is killed at the end of its block if it still lives.
 
-    def __init__(self, address: str) -> None:
-        self.address = address
-        self._loop = asyncio.get_running_loop()
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._socket.setblocking(False)
-        self._socket.bind(address.replace("@", "\0", 1))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_exc: object) -> None:
-        self._socket.close()
-
-    def fileno(self) -> int:
-        return self._socket.fileno()
-
-    async def told(self) -> dict[str, str]:
-        """The next datagram."""
-        data = await self._loop.sock_recv(self._socket, 4096)
-        return dict(line.split("=", 1) for line in data.decode().split("\n"))
-
-    async def told_of(self, name: str, value: str = "1") -> dict[str, str]:
-        """The next datagram that says *name*."""
-        while (told := await self.told()).get(name) != value:
-            pass
-        return told
-
-    def heard(self) -> list[bytes]:
-        """What has come and was not looked at."""
-        found = []
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                found.append(self._socket.recv(4096))
-        return found
-
-
-class Served:
-    """A process; what is left of it at the end is killed."""
+    `async with await Process.start("-m", "aioserver", "check") as process: …`. If the block fails,
+    the exception shows what the process has written.
+    """
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
-        self.process = process
+        self._process = process
+        self._out, self._log = bytearray(), bytearray()
+        assert process.stdout is not None
+        assert process.stderr is not None
+        self._reading = asyncio.gather(
+            self._read(process.stdout, self._out), self._read(process.stderr, self._log)
+        )
 
     @classmethod
     async def start(
         cls,
         *program: str | Path,
         sockets: Sequence[socket.socket] = (),
-        **environ: str,
+        environ: Mapping[str, str] | None = None,
     ) -> Self:
-        """Start *program*, arguments of the interpreter, with *sockets* as descriptors 3, 4, …."""
-        numbers = [sock.fileno() for sock in sockets]
+        """Start *program*, arguments of the interpreter, with *sockets* as descriptors 3, 4, ….
+
+        *environ* is put over the environment of the tests.
+        """
+        descriptors = [sock.fileno() for sock in sockets]
         return cls(
             await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-c",
-                LAUNCHER,
-                str(len(numbers)),
-                *map(str, numbers),
-                *map(str, program),
-                env={**os.environ, **environ},
-                pass_fds=numbers,
+                *(sys.executable, "-c", LAUNCHER, str(len(descriptors))),
+                *map(str, (*descriptors, *program)),
+                env={**os.environ, **(environ or {})},
+                pass_fds=descriptors,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.PIPE,
             )
@@ -105,31 +86,134 @@ class Served:
         self,
         kind: type[BaseException] | None,
         exc: BaseException | None,
-        where: TracebackType | None,
+        trace: TracebackType | None,
     ) -> None:
-        if self.process.returncode is None:
-            self.process.kill()
-        out, err = await self.process.communicate()
+        if self._process.returncode is None:
+            self._process.kill()
+        await self.ended()
         if exc is not None:
-            exc.add_note(f"stdout: {out.decode()}\nstderr: {err.decode()}")
+            exc.add_note(f"stdout: {self.out}\nstderr: {self.log}")
 
-    def signal(self, number: signal.Signals) -> None:
-        self.process.send_signal(number)
+    async def _read(self, stream: asyncio.StreamReader, into: bytearray) -> None:
+        while data := await stream.read(65536):
+            into += data
 
-    async def ended(self, within: float = 30.0) -> tuple[int, str]:
-        """Its exit code, and what it said on stderr and was not read."""
-        assert self.process.stderr is not None
+    @property
+    def out(self) -> str:
+        """What it has written to stdout so far."""
+        return self._out.decode(errors="replace")
+
+    @property
+    def log(self) -> str:
+        """What it has written to stderr so far."""
+        return self._log.decode(errors="replace")
+
+    def signal(self, number: signal.Signals = signal.SIGTERM) -> None:
+        """Send it *number*."""
+        self._process.send_signal(number)
+
+    async def ended(self, within: float = 30.0) -> int:
+        """Wait for its end; returns its exit code. `out` and `log` are complete then.
+
+        Raises:
+            TimeoutError: it has not ended within *within* seconds.
+        """
         async with asyncio.timeout(within):
-            said = await self.process.stderr.read()
-            return await self.process.wait(), said.decode()
+            await asyncio.shield(self._reading)
+            return await self._process.wait()
 
-    async def says(self, words: str, within: float = 30.0) -> str:
-        """Wait for a line of stderr with *words* in it; returns all lines up to it."""
-        assert self.process.stderr is not None
-        lines = []
+    async def logs(self, words: str, within: float = 30.0) -> None:
+        """Wait until *words* are in its log.
+
+        Raises:
+            AssertionError: it has ended without them, or *within* seconds have passed.
+        """
+        await until(lambda: words in self.log or self._reading.done(), within, lambda: self.log)
+        assert words in self.log, self.log
+
+    async def prints(self, pattern: re.Pattern[str], within: float = 30.0) -> re.Match[str]:
+        """Wait until its stdout starts with *pattern*.
+
+        Raises:
+            AssertionError: it has ended without that, or *within* seconds have passed.
+        """
+        await until(
+            lambda: pattern.match(self.out) is not None or self._reading.done(),
+            within,
+            lambda: (self.out, self.log),
+        )
+        match = pattern.match(self.out)
+        assert match is not None, (self.out, self.log)
+        return match
+
+    async def living(self, result: Awaitable[T], within: float = 30.0) -> T:
+        """Await *result*, which needs the process.
+
+        Raises:
+            AssertionError: the process has ended before.
+            TimeoutError: *within* seconds have passed.
+        """
+        task = asyncio.ensure_future(result)
         async with asyncio.timeout(within):
-            while line := (await self.process.stderr.readline()).decode():
-                lines.append(line)
-                if words in line:
-                    return "".join(lines)
-        raise AssertionError(f"it ended without saying {words!r}: {''.join(lines)}")
+            await asyncio.wait((task, self._reading), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            task.cancel()
+            raise AssertionError(f"it ended with {await self.ended()}")
+        return await task
+
+
+class ServerProcess(Process):
+    """`aioserver serve`. `port` is that of its faces, once it is `ready`."""
+
+    port = 0
+    file: Path
+    base_url: str
+
+    @property
+    def base(self) -> str:
+        """Its address."""
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def settings(self) -> Any:
+        """What its file says now."""
+        return Configuration.load(self.file, environ={}).settings
+
+    async def ready(self) -> Self:
+        """Wait until it serves."""
+        self.port = int((await self.prints(READY))[1])
+        return self
+
+    def change(self, changes: dict[str, Any]) -> None:
+        """Write another configuration; SIGHUP makes the process read it."""
+        write(self.base_url, changes, self.file)
+
+
+def loop_name() -> str:
+    """The name of the test's kind of event loop, for `--loop`."""
+    return type(asyncio.get_running_loop()).__module__.partition(".")[0]
+
+
+@asynccontextmanager
+async def serving(
+    file: Path,
+    base_url: str,
+    *options: str,
+    changes: dict[str, Any] | None = None,
+    sockets: Sequence[socket.socket] = (),
+    environ: Mapping[str, str] | None = None,
+) -> AsyncIterator[ServerProcess]:
+    """Start to serve on the test's kind of loop, with *changes* written to *file*."""
+    write(base_url, {"logging.level": "INFO", **(changes or {})}, file)
+    program = ("-m", "aioserver", "serve", "--config", str(file), "--loop", loop_name(), *options)
+    async with await ServerProcess.start(*program, sockets=sockets, environ=environ) as process:
+        process.file, process.base_url = file, base_url
+        yield process
+
+
+async def run_command(*arguments: str, program: str = "") -> tuple[int, str, str]:
+    """The exit code, stdout and stderr of `aioserver` with *arguments*, or of *program* with them."""
+    how = ("-c", program) if program else ("-m", "aioserver")
+    async with await Process.start(*how, *arguments) as process:
+        code = await process.ended(60.0)
+    return code, process.out, process.log

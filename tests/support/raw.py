@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from tests.support.served import Served
+    from tests.support.process import ServerProcess
     from tests.support.server import House
 
 SMALL = 4096  # bytes of a receive buffer that is soon full
@@ -43,7 +43,7 @@ class Answer:
 class Raw:
     """One TCP connection to a house: `async with Raw(house) as raw`."""
 
-    def __init__(self, house: House | Served, *, receive_buffer: int | None = None) -> None:
+    def __init__(self, house: House | ServerProcess, *, receive_buffer: int | None = None) -> None:
         self._port = house.port
         self._path = house.settings.chat.websocket.endpoint
         self._sse = house.settings.chat.sse.endpoint
