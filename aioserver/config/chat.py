@@ -164,7 +164,9 @@ class Persistence:
         boolean, "whether conversations outlive a restart (with `type: sql`)", True
     )
     retention_policy: str = setting(
-        retention, "policy that bounds what is kept of one conversation", "token_limit"
+        retention,
+        "policy that bounds what is kept of one conversation; unlimited: 1 MiB of text",
+        "token_limit",
     )
     max_tokens_per_conversation: int = setting(
         count,

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from aioserver.config import chat, configuration, document, llm
+from aioserver.config.configuration import SHIPPED
 from aioserver.config.schema import fields
 from aioserver.config.settings import Settings
 from aioserver.server.reload import ONLY_BY_RESTART
+from tests.support.configurations import load, paths, refused
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,17 +32,6 @@ ROWS = [
     (title, CELLS.split(row)) for title, text in SECTION.findall(PAGE) for row in ROW.findall(text)
 ]
 RULES = COMPARISON.findall(inspect.getsource(chat) + inspect.getsource(llm))
-
-
-def settings(cls: type[Any], path: str = "") -> Iterator[tuple[str, str]]:
-    """The section and the name of every setting."""
-    for field in fields(cls):
-        validator = field.metadata["validator"]
-        name = f"{path}.{field.name}".removeprefix(".")
-        if validator.inner is None:
-            yield path, field.name
-        else:
-            yield from settings(validator.inner, name + validator.suffix)
 
 
 def ignored(cls: type[Any]) -> Iterator[str]:
@@ -64,7 +55,7 @@ def test_the_tables_are_those_of_the_code() -> None:
 
 
 def test_every_setting_has_one_whole_row() -> None:
-    expected = sorted(settings(Settings))
+    expected = sorted(path.rpartition(".")[::2] for path in paths(Settings))
 
     assert sorted((title, row[0].strip("`")) for title, row in ROWS) == expected
     assert len(expected) > 80
@@ -97,3 +88,17 @@ def test_the_size_of_a_file_and_the_prefix_of_overrides_are_those_of_the_code() 
     assert configuration.MAX_FILE_BYTES == 2**20
     assert "at most 1 MiB" in section("The file")
     assert f"`{document.PREFIX}`" in section("Values from the environment")
+
+
+def test_the_faults_that_the_page_shows_are_those_of_the_code(tmp_path: Path) -> None:
+    _, command, shown = section("Check").partition(
+        "$ AIOSERVER__LLM__ACTIVE=grok aioserver check\n"
+    )
+    text = SHIPPED.read_text().replace("port: 8000", "prot: 8000")
+    text = text.replace("connection_queue_size: 500", "connection_queue_size: 99")
+    file = tmp_path / "config.yaml"
+
+    faults = refused(lambda: load(text, file, AIOSERVER__LLM__ACTIVE="grok"), file)
+
+    assert command
+    assert shown.partition("```")[0].replace("config.yaml:", "F:").splitlines() == faults
