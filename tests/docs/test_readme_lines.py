@@ -1,0 +1,147 @@
+"""The README's lines work as they are pasted, and its numbers are those of the last benchmark.
+
+The lines run in a copy of the clone's top folder. `.venv` there is the environment of the tests, with
+the mark that it is installed, so that nothing is fetched. Two things differ from what a reader has:
+the port, which may be taken here, and the speed of `demo`, which is a quicker simulated provider.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.support.command import serving
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+START, *LINES = [line for kind, text in BLOCKS if kind == "sh" for line in text.splitlines()]
+# By a part of a line: what tells its program the port here, and what its output must show.
+CASES = {
+    "examples/websocket.py": ("--url ws://localhost:{port}/ws/chat", '"status":"complete"'),
+    "examples/unbroken.py": ("--url http://localhost:{port}", "responses, cut "),
+    "aioserver bench": ("http://localhost:{port}", "complete: 150 of 150 answers"),
+    "aioserver top": ("http://localhost:{port}", "demo"),
+    "/sse/chat": ("", "event: complete"),
+    "/v1/chat/completions": ("", "data: [DONE]"),
+}
+
+
+def free_port() -> int:
+    """A port that is free on both loopback addresses, since the server listens on `localhost`."""
+    while True:
+        with socket.create_server(("127.0.0.1", 0)) as sock:
+            port: int = sock.getsockname()[1]
+            try:
+                socket.create_server(("::1", port), family=socket.AF_INET6).close()
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:
+                    continue
+        return port
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The top folder of a clone in which `run_production.sh` has been run before."""
+    folder = tmp_path_factory.mktemp("clone")
+    for name in ("aioserver", "deploy", "examples", "setup.cfg", "pyproject.toml", "config.yaml"):
+        (folder / name).symlink_to(ROOT / name)
+    shutil.copy(ROOT / "run_production.sh", folder)  # a link would lead it out of the folder
+    environment = folder / ".venv"
+    environment.mkdir()
+    for name in ("bin", "lib", "pyvenv.cfg"):
+        (environment / name).symlink_to(Path(sys.prefix) / name)
+    stamp = "cat setup.cfg pyproject.toml deploy/venv.sh | cksum >.venv/installed-production"
+    subprocess.run(["bash", "-c", stamp], cwd=folder, check=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def port(clone: Path) -> Iterator[int]:
+    """The port of the server that the README's first line has started."""
+    number = free_port()
+    quick = ("provider", "--port", "0", "--ttft", "0", "--interval", "0.002")
+    demo = "AIOSERVER__LLM__PROVIDERS__DEMO__"
+    with serving((sys.executable, "-m", "aioserver", *quick), clone) as provider:
+        settings = {
+            "AIOSERVER__CHAT__WEBSOCKET__PORT": str(number),
+            f"{demo}SIMULATED": "false",
+            f"{demo}BASE_URL": provider,
+        }
+        with serving(("bash", "-c", f"exec {START}"), clone, settings) as url:
+            assert url.endswith(f":{number}")
+            yield number
+
+
+def pasted(command: list[str], folder: Path) -> str:
+    """What *command* prints, once it has ended well."""
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env={**os.environ, "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_first_line_starts_it() -> None:
+    assert START == "./run_production.sh"
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_line_works_as_pasted(clone: Path, port: int, line: str) -> None:
+    if line.startswith("curl") and shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    ((argument, expected),) = [case for part, case in CASES.items() if part in line]
+    line = f"{line} {argument.format(port=port)}".replace("localhost:8000", f"localhost:{port}")
+
+    output = pasted(["bash", "-c", line], clone)
+
+    assert expected in output
+
+
+def test_python_works_as_pasted(clone: Path, port: int) -> None:
+    (code,) = [text for kind, text in BLOCKS if kind == "python"]
+
+    output = pasted([sys.executable, "-c", code.replace(":8000", f":{port}")], clone)
+
+    assert "model" in output
+
+
+def test_ratios_are_those_of_the_last_table() -> None:
+    benchmarks = (ROOT / "benchmarks/README.md").read_text()
+    last = benchmarks.partition("\n## Last table\n")[2].partition("\n## ")[0]
+    medians = {
+        cells[0]: (cells[1], match[1])
+        for row in last.splitlines()
+        if row.startswith("|") and (match := re.search(r"\*\*([\d.]+)\*\*", row))
+        for cells in [[cell.strip() for cell in row.strip("|").split("|")]]
+    }
+
+    shown = re.findall(r"^\| (.+?) \| (more|less) \| ([\d.]+) \|$", README, re.MULTILINE)
+
+    assert len(shown) == 3
+    assert {name: (better, ratio) for name, better, ratio in shown}.items() <= medians.items()
+
+
+def test_first_screen_is_short() -> None:
+    assert README.count("\n") <= 150
+    first_screen = README[: README.index("## Start")]
+    assert "docs/images/dashboard.png" in first_screen
+    assert "benchmarks/run.py" in first_screen
