@@ -1,4 +1,4 @@
-"""Fixtures of all tests: both event loops, houses, and the check that nothing is left behind."""
+"""Fixtures of all tests: both event loops, servers, and the check that nothing is left behind."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import uvloop
 
 from tests.support.clock import FakeClock
-from tests.support.server import QUICK, House, running
+from tests.support.server import QUICK, MakeServer, RunningServer, running
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
@@ -89,11 +89,11 @@ async def nothing_left() -> AsyncIterator[None]:
 
 
 @pytest.fixture
-async def make_house(tmp_path: Path) -> AsyncIterator[Callable[..., Awaitable[House]]]:
-    """Make a house: `await make_house(behaviour, **{"chat.streams.resume_window": 0})`."""
+async def make_server(tmp_path: Path) -> AsyncIterator[MakeServer]:
+    """Start a server: `await make_server(behaviour, **{"chat.streams.resume_window": 0})`."""
     async with AsyncExitStack() as stack:
 
-        async def make(behaviour: Behaviour = QUICK, **changes: Any) -> House:
+        async def make(behaviour: Behaviour = QUICK, /, **changes: Any) -> RunningServer:
             return await stack.enter_async_context(
                 running(tmp_path / "config.yaml", behaviour, changes)
             )
@@ -102,9 +102,9 @@ async def make_house(tmp_path: Path) -> AsyncIterator[Callable[..., Awaitable[Ho
 
 
 @pytest.fixture
-async def house(make_house: Callable[..., Awaitable[House]]) -> House:
-    """A house with room for everybody, and a provider that answers at once."""
-    return await make_house()
+async def server(make_server: MakeServer) -> RunningServer:
+    """A server with room for every client, and a provider that answers at once."""
+    return await make_server()
 
 
 @pytest.fixture

@@ -182,7 +182,7 @@ class Provider:
         )
 
     def refuse(self, why: Callable[[], AioserverError] | None = None) -> None:
-        """Let keyless in any more, and tell those who wait."""
+        """Let nobody in any more, and tell those who wait."""
         self._gate.close(why or (lambda: NoProvider(f"{self.name} is closing")))
 
     @property
@@ -191,7 +191,7 @@ class Provider:
         return self._gate.inside > 0
 
     def leave(self) -> None:
-        """It is taken out of the configuration: keyless comes in, what is under way ends in peace."""
+        """It is taken out of the configuration: nobody comes in, what is under way ends in peace."""
         self._left = asyncio.Event()
         self._health.leave()
         self._gate.refuse_waiting(self._health.left_alone)
@@ -205,7 +205,7 @@ class Provider:
         await self._pools.end()
 
     async def close(self) -> None:
-        """Let keyless in, and close every connection."""
+        """Let nobody in, and close every connection."""
         self.refuse()
         await self._pools.close()
 

@@ -1,4 +1,4 @@
-"""The door of a house: who may call what, and by which credentials."""
+"""The guard of a server: which caller may call which route, and with which credentials."""
 
 from __future__ import annotations
 
@@ -17,11 +17,8 @@ from tests.support.keys import COOKIE, bearer, code_of, cookie, key_of, keys_of,
 from tests.support.raw import Raw
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from tests.support.server import MakeServer, RunningServer
 
-    from tests.support.server import House
-
-    Make = Callable[..., Awaitable[House]]
 
 WEB_PAGE = "https://page.example"
 PAGES = {"chat.websocket.allow_origins": [WEB_PAGE]}
@@ -31,19 +28,21 @@ UPGRADE = (
 )
 
 
-def routes(house: House) -> list[tuple[str, str, Policy]]:
+def routes(server: RunningServer) -> list[tuple[str, str, Policy]]:
     """Method, path and policy of each route."""
     found = []
-    for route in house.app.router.routes():
+    for route in server.app.router.routes():
         assert route.resource is not None
         path = re.sub(r"\{[^}]+\}", "x", route.resource.canonical)
-        found.append((route.method, path, house.app[context.GUARD].policies[route]))
+        found.append((route.method, path, server.app[context.GUARD].policies[route]))
     return found
 
 
-async def asked(house: House, method: str, path: str, **headers: str) -> tuple[int, str, Any]:
+async def asked(
+    server: RunningServer, method: str, path: str, **headers: str
+) -> tuple[int, str, Any]:
     """Status, code (of a body that has one) and headers."""
-    async with house.session.request(method, house.base + path, headers=headers) as response:
+    async with server.session.request(method, server.base + path, headers=headers) as response:
         failed = response.status >= 400 and method != "HEAD"
         return response.status, await code_of(response) if failed else "", response.headers
 
@@ -51,15 +50,15 @@ async def asked(house: House, method: str, path: str, **headers: str) -> tuple[i
 # The table.
 
 
-async def test_every_route_has_a_policy_and_keeps_to_it(make_house: Make) -> None:
-    house = await make_house(**keys_of("web", "root"))
-    table = routes(house)
+async def test_every_route_has_a_policy_and_keeps_to_it(make_server: MakeServer) -> None:
+    server = await make_server(**keys_of("web", "root"))
+    table = routes(server)
 
     assert {policy for _, _, policy in table} == set(Policy)
     assert len(table) > 40
     for method, path, policy in table:
         where = f"{method} {path}"
-        nobody, code, headers = await asked(house, method, path)
+        nobody, code, headers = await asked(server, method, path)
         if policy is Policy.OPEN:
             assert nobody in {200, 204, 400, 401} or (path == "/ready" and nobody == 503), where
             assert nobody != 401 or where == "POST /session", "which is where the key goes"
@@ -68,44 +67,44 @@ async def test_every_route_has_a_policy_and_keeps_to_it(make_house: Make) -> Non
         assert headers["WWW-Authenticate"] == "Bearer"
         assert method == "HEAD" or code == "missing_api_key", where
         wrong = {"Authorization": "Bearer aio-nobody"}
-        status, code, _ = await asked(house, method, path, **wrong)
+        status, code, _ = await asked(server, method, path, **wrong)
         assert status == 401, where
         assert method == "HEAD" or code == "invalid_api_key", where
         if policy is Policy.ADMIN:
-            status, code, _ = await asked(house, method, path, **bearer("web"))
+            status, code, _ = await asked(server, method, path, **bearer("web"))
             assert status == 403, where
             assert method == "HEAD" or code == "permission_denied", where
     watch = {path for _, path, policy in table if policy is Policy.ADMIN}
     assert watch == {"/stats", "/events", "/metrics"}
 
 
-async def test_without_keys_every_route_is_open(house: House) -> None:
-    for method, path, policy in routes(house):
+async def test_without_keys_every_route_is_open(server: RunningServer) -> None:
+    for method, path, policy in routes(server):
         if policy is Policy.ADMIN and path != "/events":
-            assert (await asked(house, method, path))[0] == 200
+            assert (await asked(server, method, path))[0] == 200
         elif policy is Policy.KEY:
-            assert (await asked(house, method, path))[0] not in {401, 403}
+            assert (await asked(server, method, path))[0] not in {401, 403}
 
 
-async def test_a_route_that_nobody_named_wants_an_admin(make_house: Make) -> None:
-    house = await make_house(**keys_of("web", "root"))
-    policies = house.app[context.GUARD].policies
+async def test_a_route_that_nobody_named_wants_an_admin(make_server: MakeServer) -> None:
+    server = await make_server(**keys_of("web", "root"))
+    policies = server.app[context.GUARD].policies
     for route in [one for one in policies if one.resource and one.resource.canonical == "/health"]:
         del policies[route]
 
-    assert (await asked(house, "GET", "/health"))[0] == 401
-    assert (await asked(house, "GET", "/health", **bearer("web")))[0] == 403
-    assert (await asked(house, "GET", "/health", **bearer("root")))[0] == 200
-    assert (await asked(house, "GET", "/healthz"))[0] == 200
+    assert (await asked(server, "GET", "/health"))[0] == 401
+    assert (await asked(server, "GET", "/health", **bearer("web")))[0] == 403
+    assert (await asked(server, "GET", "/health", **bearer("root")))[0] == 200
+    assert (await asked(server, "GET", "/healthz"))[0] == 200
 
 
 @pytest.mark.parametrize("host", ["evil.example", "localhost", "x/health", "x?y", "[::1]"])
 @pytest.mark.parametrize("path", ["/stats", "//stats", "/%73tats", "/health/../stats", "/stats/"])
 async def test_neither_host_nor_spelling_opens_a_route(
-    make_house: Make, host: str, path: str
+    make_server: MakeServer, host: str, path: str
 ) -> None:
-    house = await make_house(**keys_of("web"))
-    async with Raw(house) as raw:
+    server = await make_server(**keys_of("web"))
+    async with Raw(server) as raw:
         await raw.send(f"GET {path} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
         answer = await raw.answer()
 
@@ -113,27 +112,27 @@ async def test_neither_host_nor_spelling_opens_a_route(
     assert b"connections" not in answer.body
 
 
-async def test_a_path_that_is_not_there_is_no_secret(make_house: Make) -> None:
-    house = await make_house(**keys_of("web"))
+async def test_a_path_that_is_not_there_is_no_secret(make_server: MakeServer) -> None:
+    server = await make_server(**keys_of("web"))
 
-    assert (await asked(house, "GET", "/nothing"))[:2] == (404, "not_found")
-    assert (await asked(house, "PUT", "/stats"))[:2] == (405, "method_not_allowed")
+    assert (await asked(server, "GET", "/nothing"))[:2] == (404, "not_found")
+    assert (await asked(server, "PUT", "/stats"))[:2] == (405, "method_not_allowed")
 
 
-async def test_what_is_open_holds_no_data(make_house: Make) -> None:
-    house = await make_house(**keys_of("web", "root"))
+async def test_what_is_open_holds_no_data(make_server: MakeServer) -> None:
+    server = await make_server(**keys_of("web", "root"))
     for path in ("/health", "/healthz", "/livez"):
-        async with house.session.get(house.base + path) as response:
+        async with server.session.get(server.base + path) as response:
             assert await response.json() == {"status": "healthy"}
-    async with house.session.get(house.base + "/ready") as response:
+    async with server.session.get(server.base + "/ready") as response:
         assert await response.json() == {"status": "ready"}
     for name in (None, "web", "root"):
         headers = {"Accept": "application/json"} | (bearer(name) if name else {})
-        async with house.session.get(house.base + "/", headers=headers) as response:
+        async with server.session.get(server.base + "/", headers=headers) as response:
             told = await response.json()
         assert set(told) == {"name", "endpoints"}
     for page in ("/", "/dashboard"):
-        async with house.session.get(house.base + page, headers={"Accept": "text/html"}) as got:
+        async with server.session.get(server.base + page, headers={"Accept": "text/html"}) as got:
             assert got.status == 200
             assert got.content_type == "text/html"
 
@@ -142,36 +141,36 @@ async def test_what_is_open_holds_no_data(make_house: Make) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER", "Bearer "])
-async def test_a_bearer_is_let_in_on_every_face(make_house: Make, scheme: str) -> None:
-    house = await make_house(**keys_of("web", "root"))
+async def test_a_bearer_is_let_in_on_every_face(make_server: MakeServer, scheme: str) -> None:
+    server = await make_server(**keys_of("web", "root"))
     headers = {"Authorization": f"{scheme} {key_of('web')}"}
 
-    async with house.session.post(
-        f"{house.v1}/chat/completions", json=CHAT, headers=headers
+    async with server.session.post(
+        f"{server.v1}/chat/completions", json=CHAT, headers=headers
     ) as response:
         assert response.status == 200
-    async with house.session.post(
-        house.sse, json={"request_id": "r", **CHAT}, headers=headers
+    async with server.session.post(
+        server.sse, json={"request_id": "r", **CHAT}, headers=headers
     ) as response:
         assert response.status == 200
         await response.read()
-    async with house.connect(headers=headers) as ws:
+    async with server.connect(headers=headers) as ws:
         await ws.send_json(chat("w"))
         assert text_of(await to_end(ws))
-    async with house.session.get(f"{house.base}/stats", headers=bearer("root")) as response:
+    async with server.session.get(f"{server.base}/stats", headers=bearer("root")) as response:
         assert (await response.json())["name"] == "aioserver"
 
 
-async def test_a_socket_may_bring_its_key_as_a_subprotocol(make_house: Make) -> None:
-    house = await make_house(**keys_of("web"))
+async def test_a_socket_may_bring_its_key_as_a_subprotocol(make_server: MakeServer) -> None:
+    server = await make_server(**keys_of("web"))
 
     offer = (f"aioserver.key.{key_of('web')}", "aioserver")
     for protocols in (offer, offer[::-1], ("other", *offer)):
-        async with house.connect(protocols=protocols) as ws:
+        async with server.connect(protocols=protocols) as ws:
             assert ws.protocol == "aioserver"
             await ws.send_json(chat(protocols[0]))
             assert text_of(await to_end(ws))
-    async with Raw(house) as raw:
+    async with Raw(server) as raw:
         await raw.get("/ws/chat", *UPGRADE, f"Sec-WebSocket-Protocol: {', '.join(offer)}")
         head = await raw.until(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 101 ")
@@ -195,14 +194,14 @@ async def test_a_socket_may_bring_its_key_as_a_subprotocol(make_house: Make) -> 
     ],
 )
 async def test_no_other_subprotocol_lets_in(
-    make_house: Make,
+    make_server: MakeServer,
     protocols: tuple[str, ...],
     status: int,
     code: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    house = await make_house(**keys_of("web"))
-    async with Raw(house) as raw:
+    server = await make_server(**keys_of("web"))
+    async with Raw(server) as raw:
         await raw.get("/ws/chat", *UPGRADE, f"Sec-WebSocket-Protocol: {', '.join(protocols)}")
         answer = await raw.answer()
 
@@ -232,11 +231,11 @@ HOSTILE = [
 
 @pytest.mark.parametrize("value", HOSTILE)
 async def test_a_hostile_header_is_a_401_and_in_no_log(
-    make_house: Make, value: str, caplog: pytest.LogCaptureFixture
+    make_server: MakeServer, value: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    house = await make_house(**keys_of("web"))
-    async with Raw(house) as raw:
+    server = await make_server(**keys_of("web"))
+    async with Raw(server) as raw:
         for path in ("/v1/models", "/ws/chat", "/stats"):
             await raw.get(path, f"Authorization: {value}", *UPGRADE[2:])
             answer = await raw.answer()
@@ -249,10 +248,10 @@ async def test_a_hostile_header_is_a_401_and_in_no_log(
     assert "xxxx" not in caplog.text
 
 
-async def test_several_keys_are_none(make_house: Make) -> None:
-    house = await make_house(**keys_of("web"))
+async def test_several_keys_are_none(make_server: MakeServer) -> None:
+    server = await make_server(**keys_of("web"))
     good = f"Authorization: Bearer {key_of('web')}"
-    async with Raw(house) as raw:
+    async with Raw(server) as raw:
         for lines in (
             (good, good),
             (good, "Authorization: Bearer x"),
@@ -266,42 +265,42 @@ async def test_several_keys_are_none(make_house: Make) -> None:
 # Sessions.
 
 
-async def test_a_key_becomes_a_session(make_house: Make) -> None:
-    house = await make_house(**keys_of("web", "root"))
-    url = f"{house.base}/session"
+async def test_a_key_becomes_a_session(make_server: MakeServer) -> None:
+    server = await make_server(**keys_of("web", "root"))
+    url = f"{server.base}/session"
     web = ""
     for given in ({"json": {"key": f" {key_of('web')}\n"}}, {"headers": bearer("web")}):
-        async with house.session.post(url, **given) as response:  # type: ignore[arg-type]
+        async with server.session.post(url, **given) as response:  # type: ignore[arg-type]
             assert response.status == 200
             assert await response.json() == {"key_required": True, "name": "web", "admin": False}
             assert response.headers["Cache-Control"] == "no-store"
             web = response.cookies[COOKIE].value
             attributes = response.headers["Set-Cookie"].partition("; ")[2].split("; ")
-        house.session.cookie_jar.clear()
+        server.session.cookie_jar.clear()
         assert set(attributes) == {
             *("HttpOnly", "SameSite=Strict", "Path=/", f"Max-Age={SESSION_SECONDS}")
         }
         assert key_of("web") not in web
 
-    root = await log_in(house, "root")
-    async with house.session.get(f"{house.v1}/models", headers=cookie(web)) as response:
+    root = await log_in(server, "root")
+    async with server.session.get(f"{server.v1}/models", headers=cookie(web)) as response:
         assert response.status == 200
-    async with house.connect(headers=cookie(web)) as ws:
+    async with server.connect(headers=cookie(web)) as ws:
         await ws.send_json(chat("w"))
         assert text_of(await to_end(ws))
-    assert (await asked(house, "GET", "/stats", **cookie(web)))[:2] == (403, "permission_denied")
-    assert (await asked(house, "GET", "/stats", **cookie(root)))[0] == 200
-    async with house.session.get(url, headers=cookie(root)) as response:
+    assert (await asked(server, "GET", "/stats", **cookie(web)))[:2] == (403, "permission_denied")
+    assert (await asked(server, "GET", "/stats", **cookie(root)))[0] == 200
+    async with server.session.get(url, headers=cookie(root)) as response:
         assert await response.json() == {"key_required": True, "name": "root", "admin": True}
 
 
-async def test_a_page_is_told_whether_it_needs_a_key(make_house: Make) -> None:
-    house = await make_house(**keys_of("web"))
+async def test_a_page_is_told_whether_it_needs_a_key(make_server: MakeServer) -> None:
+    server = await make_server(**keys_of("web"))
     for headers in ({}, cookie("no.1.session"), bearer("web"), {"Authorization": "Bearer x"}):
-        async with house.session.get(f"{house.base}/session", headers=headers) as response:
+        async with server.session.get(f"{server.base}/session", headers=headers) as response:
             assert response.status == 200
             assert await response.json() == {"key_required": True, "name": None, "admin": False}
-    openly = await make_house()
+    openly = await make_server()
     async with openly.session.get(f"{openly.base}/session") as response:
         assert await response.json() == {"key_required": False, "name": None, "admin": False}
     async with openly.session.post(f"{openly.base}/session", json={"key": "x"}) as response:
@@ -324,30 +323,30 @@ async def test_a_page_is_told_whether_it_needs_a_key(make_house: Make) -> None:
     ],
 )
 async def test_a_log_in_that_fails_gives_no_cookie(
-    make_house: Make, body: str, status: int, code: str
+    make_server: MakeServer, body: str, status: int, code: str
 ) -> None:
-    house = await make_house(**keys_of("web"))
-    async with house.session.post(
-        f"{house.base}/session", data=body.encode(), headers={"Content-Type": "application/json"}
+    server = await make_server(**keys_of("web"))
+    async with server.session.post(
+        f"{server.base}/session", data=body.encode(), headers={"Content-Type": "application/json"}
     ) as response:
         assert (response.status, await code_of(response)) == (status, code)
         assert "Set-Cookie" not in response.headers
         assert "aio-" not in await response.text()
 
 
-async def test_a_session_is_made_of_a_key_and_of_no_session(make_house: Make) -> None:
-    house = await make_house(**keys_of("web"))
-    session = await log_in(house, "web")
-    async with house.session.post(f"{house.base}/session", headers=cookie(session)) as response:
+async def test_a_session_is_made_of_a_key_and_of_no_session(make_server: MakeServer) -> None:
+    server = await make_server(**keys_of("web"))
+    session = await log_in(server, "web")
+    async with server.session.post(f"{server.base}/session", headers=cookie(session)) as response:
         assert (response.status, await code_of(response)) == (401, "missing_api_key")
         assert "Set-Cookie" not in response.headers
 
 
-async def test_who_logs_out_has_no_cookie_any_more(make_house: Make) -> None:
-    house = await make_house(**keys_of("web"))
-    session = await log_in(house, "web")
+async def test_who_logs_out_has_no_cookie_any_more(make_server: MakeServer) -> None:
+    server = await make_server(**keys_of("web"))
+    session = await log_in(server, "web")
     for headers in (cookie(session), {}):
-        async with house.session.delete(f"{house.base}/session", headers=headers) as response:
+        async with server.session.delete(f"{server.base}/session", headers=headers) as response:
             assert response.status == 204
             assert f'{COOKIE}="";' in response.headers["Set-Cookie"]
             assert "Max-Age=0" in response.headers["Set-Cookie"]
@@ -360,32 +359,34 @@ async def test_who_logs_out_has_no_cookie_any_more(make_house: Make) -> None:
         *("web.9\xb9.x", "." * 500, "web." + "9" * 9000 + ".x"),
     ],
 )
-async def test_a_crooked_cookie_is_a_401(make_house: Make, crooked: str) -> None:
-    house = await make_house(**keys_of("web"))
-    async with Raw(house) as raw:
+async def test_a_crooked_cookie_is_a_401(make_server: MakeServer, crooked: str) -> None:
+    server = await make_server(**keys_of("web"))
+    async with Raw(server) as raw:
         await raw.get("/v1/models", f"Cookie: a=b; {COOKIE}={crooked}; c=d")
         answer = await raw.answer()
 
     assert (answer.status, answer.code) == (401, "invalid_api_key")
 
 
-async def test_another_cookie_of_that_name_does_not_lock_out(make_house: Make) -> None:
-    house = await make_house(**keys_of("web"))
-    session = await log_in(house, "web")
+async def test_another_cookie_of_that_name_does_not_lock_out(make_server: MakeServer) -> None:
+    server = await make_server(**keys_of("web"))
+    session = await log_in(server, "web")
     both = {"Cookie": f"theme=dark; {COOKIE}=tossed; {COOKIE}={session}"}
 
-    assert (await asked(house, "GET", "/v1/models", **both))[0] == 200
+    assert (await asked(server, "GET", "/v1/models", **both))[0] == 200
     many = {"Cookie": f"{COOKIE}=tossed; " * 500 + f"{COOKIE}={session}"}
-    assert (await asked(house, "GET", "/v1/models", **many))[0] == 401
+    assert (await asked(server, "GET", "/v1/models", **many))[0] == 401
 
 
 # Pages and their cookies.
 
 
 @pytest.mark.parametrize("allowed", [[WEB_PAGE], ["*"], []])
-async def test_a_foreign_page_cannot_use_the_cookie(make_house: Make, allowed: list[str]) -> None:
-    house = await make_house(**keys_of("web"), **{"chat.websocket.allow_origins": allowed})
-    session = await log_in(house, "web")
+async def test_a_foreign_page_cannot_use_the_cookie(
+    make_server: MakeServer, allowed: list[str]
+) -> None:
+    server = await make_server(**keys_of("web"), **{"chat.websocket.allow_origins": allowed})
+    session = await log_in(server, "web")
     evil = {"Origin": "https://evil.example", **cookie(session)}
 
     for method, path in (
@@ -397,26 +398,26 @@ async def test_a_foreign_page_cannot_use_the_cookie(make_house: Make, allowed: l
         ("DELETE", "/session"),
         ("POST", "/session"),
     ):
-        status, code, headers = await asked(house, method, path, **evil)
+        status, code, headers = await asked(server, method, path, **evil)
         assert (status, code) == (403, "origin_not_allowed"), f"{method} {path}"
         assert "Set-Cookie" not in headers
     with pytest.raises(WSServerHandshakeError) as refused:
-        await house.connect(headers=evil)
+        await server.connect(headers=evil)
     assert refused.value.status == 403
-    for page in (house.base, *[one for one in allowed if one != "*"]):
+    for page in (server.base, *[one for one in allowed if one != "*"]):
         mine = {"Origin": page, **cookie(session)}
-        assert (await asked(house, "GET", "/v1/models", **mine))[0] == 200
-        async with house.connect(headers=mine) as ws:
+        assert (await asked(server, "GET", "/v1/models", **mine))[0] == 200
+        async with server.connect(headers=mine) as ws:
             await ws.send_json(chat(page))
             assert text_of(await to_end(ws))
-        assert await log_in(house, "web", Origin=page)
+        assert await log_in(server, "web", Origin=page)
 
 
-async def test_a_key_needs_no_page(make_house: Make) -> None:
+async def test_a_key_needs_no_page(make_server: MakeServer) -> None:
     """A header that a script has set is no browser's own doing: what CORS then shows is another thing."""
-    house = await make_house(**keys_of("web"), **PAGES)
+    server = await make_server(**keys_of("web"), **PAGES)
     headers = {"Origin": "https://evil.example", **bearer("web")}
-    async with house.session.get(f"{house.v1}/models", headers=headers) as response:
+    async with server.session.get(f"{server.v1}/models", headers=headers) as response:
         assert response.status == 200
         assert "Access-Control-Allow-Origin" not in response.headers
 
@@ -436,20 +437,25 @@ ERRORS: list[tuple[str, str, dict[str, str], int]] = [
 @pytest.mark.parametrize(("method", "path", "headers", "status"), ERRORS)
 @pytest.mark.parametrize("allowed", [WEB_PAGE, "*"])
 async def test_an_allowed_page_can_read_every_error(
-    make_house: Make, allowed: str, method: str, path: str, headers: dict[str, str], status: int
+    make_server: MakeServer,
+    allowed: str,
+    method: str,
+    path: str,
+    headers: dict[str, str],
+    status: int,
 ) -> None:
-    house = await make_house(
+    server = await make_server(
         **keys_of("web", "poor", requests_per_minute=1),
         **{"chat.websocket.allow_origins": [allowed]},
     )
     if status == 429:
-        async with house.session.post(
-            f"{house.v1}/chat/completions", json=CHAT, headers=headers
+        async with server.session.post(
+            f"{server.v1}/chat/completions", json=CHAT, headers=headers
         ) as response:
             assert response.status == 200
     body = b'{"messages": []}' if status == 429 else None
-    async with house.session.request(
-        method, house.base + path, headers={"Origin": WEB_PAGE, **headers}, data=body
+    async with server.session.request(
+        method, server.base + path, headers={"Origin": WEB_PAGE, **headers}, data=body
     ) as response:
         assert response.status == status
         assert response.headers["Access-Control-Allow-Origin"] == WEB_PAGE
@@ -463,20 +469,20 @@ async def test_an_allowed_page_can_read_every_error(
             assert 1 <= int(response.headers["retry-after-ms"]) <= 60_000
 
 
-async def test_a_preflight_brings_no_key(make_house: Make) -> None:
-    house = await make_house(**keys_of("web"), **PAGES)
+async def test_a_preflight_brings_no_key(make_server: MakeServer) -> None:
+    server = await make_server(**keys_of("web"), **PAGES)
     headers = {
         "Origin": WEB_PAGE,
         "Access-Control-Request-Method": "POST",
         "Access-Control-Request-Headers": "authorization, content-type",
     }
     for path in ("/v1/chat/completions", "/sse/chat", "/stats"):
-        async with house.session.options(house.base + path, headers=headers) as response:
+        async with server.session.options(server.base + path, headers=headers) as response:
             assert response.status == 200
             assert response.headers["Access-Control-Allow-Origin"] == WEB_PAGE
             assert "authorization" in response.headers["Access-Control-Allow-Headers"]
     headers["Origin"] = "https://evil.example"
-    async with house.session.options(f"{house.v1}/models", headers=headers) as response:
+    async with server.session.options(f"{server.v1}/models", headers=headers) as response:
         assert "Access-Control-Allow-Origin" not in response.headers
 
 
@@ -492,11 +498,11 @@ async def test_a_preflight_brings_no_key(make_house: Make) -> None:
     ],
 )
 async def test_without_keys_only_names_of_this_machine_are_answered(
-    make_house: Make, host: str, status: int
+    make_server: MakeServer, host: str, status: int
 ) -> None:
-    house = await make_house(**{"auth.allowed_hosts": ["chat.example"]})
+    server = await make_server(**{"auth.allowed_hosts": ["chat.example"]})
     paths = ("/health", "/stats", "/", "/v1/models", "/session", "/assets/chat.js", "/nothing")
-    async with Raw(house) as raw:
+    async with Raw(server) as raw:
         for path in paths:
             await raw.send(f"GET {path} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode("latin-1"))
             answer = await raw.answer()
@@ -505,7 +511,7 @@ async def test_without_keys_only_names_of_this_machine_are_answered(
             else:
                 assert (answer.status, answer.code) == (403, "host_not_allowed")
                 assert b"evil" not in answer.body
-    async with Raw(house) as raw:
+    async with Raw(server) as raw:
         upgrade = "".join(f"{line}\r\n" for line in UPGRADE)
         await raw.send(f"GET /ws/chat HTTP/1.1\r\nHost: {host}\r\n{upgrade}\r\n".encode("latin-1"))
         head = await raw.until(b"\r\n\r\n")
@@ -514,11 +520,11 @@ async def test_without_keys_only_names_of_this_machine_are_answered(
 
 @pytest.mark.parametrize("changes", [{"auth.open": True}, keys_of("web")])
 async def test_with_keys_or_an_open_door_any_name_is_answered(
-    make_house: Make, changes: dict[str, Any]
+    make_server: MakeServer, changes: dict[str, Any]
 ) -> None:
-    house = await make_house(**{"auth.allowed_hosts": []}, **changes)
-    async with Raw(house) as raw:
-        for line in ("Host: chat.example", f"Host: evil.example:{house.port}"):
+    server = await make_server(**{"auth.allowed_hosts": []}, **changes)
+    async with Raw(server) as raw:
+        for line in ("Host: chat.example", f"Host: evil.example:{server.port}"):
             await raw.send(f"GET /health HTTP/1.1\r\n{line}\r\n\r\n".encode())
             assert (await raw.answer()).status == 200
 
@@ -526,24 +532,24 @@ async def test_with_keys_or_an_open_door_any_name_is_answered(
 # Proxies.
 
 
-async def test_a_trusted_proxy_says_that_the_page_came_by_https(make_house: Make) -> None:
+async def test_a_trusted_proxy_says_that_the_page_came_by_https(make_server: MakeServer) -> None:
     forwarded = {"X-Forwarded-Proto": "https", "X-Forwarded-For": "203.0.113.9"}
     body = {"key": key_of("web")}
     for trusted, secure in ((["127.0.0.0/8"], True), (["10.0.0.0/8"], False), ([], False)):
-        house = await make_house(**keys_of("web"), **{"auth.trusted_proxies": trusted})
-        async with house.session.post(
-            f"{house.base}/session", json=body, headers=forwarded
+        server = await make_server(**keys_of("web"), **{"auth.trusted_proxies": trusted})
+        async with server.session.post(
+            f"{server.base}/session", json=body, headers=forwarded
         ) as response:
             assert ("; Secure" in response.headers["Set-Cookie"]) is secure
 
 
 async def test_who_is_refused_is_one_line_with_its_address(
-    make_house: Make, caplog: pytest.LogCaptureFixture
+    make_server: MakeServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    house = await make_house(**keys_of("web"), **{"auth.trusted_proxies": ["127.0.0.1"]})
+    server = await make_server(**keys_of("web"), **{"auth.trusted_proxies": ["127.0.0.1"]})
     for address in ("203.0.113.9", "203.0.113.10"):
         headers = {"X-Forwarded-For": f"9.9.9.9, {address}", "Authorization": "Bearer canary"}
-        assert (await asked(house, "GET", "/sse/chat/secret", **headers))[0] == 401
+        assert (await asked(server, "GET", "/sse/chat/secret", **headers))[0] == 401
 
     lines = [one.fields for one in caplog.records if one.getMessage() == "access refused"]  # type: ignore[attr-defined]
     assert [one["address"] for one in lines] == ["203.0.113.9", "203.0.113.10"]
@@ -553,23 +559,23 @@ async def test_who_is_refused_is_one_line_with_its_address(
 
 
 async def test_who_guesses_fills_no_log(
-    make_house: Make, caplog: pytest.LogCaptureFixture
+    make_server: MakeServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    house = await make_house(**keys_of("web"))
+    server = await make_server(**keys_of("web"))
     for _ in range(60):
-        await asked(house, "GET", "/stats", Authorization="Bearer x")
+        await asked(server, "GET", "/stats", Authorization="Bearer x")
 
     lines = [one for one in caplog.records if one.getMessage() == "access refused"]
     assert 1 <= len(lines) < 60
 
 
-async def test_a_client_behind_a_proxy_has_a_line_of_its_own(make_house: Make) -> None:
-    house = await make_house(**{"auth.trusted_proxies": ["127.0.0.1"]})
+async def test_a_client_behind_a_proxy_has_a_line_of_its_own(make_server: MakeServer) -> None:
+    server = await make_server(**{"auth.trusted_proxies": ["127.0.0.1"]})
     callers = []
     for address in ("203.0.113.9", "203.0.113.10"):
-        async with house.connect(headers={"X-Forwarded-For": address}) as ws:
+        async with server.connect(headers={"X-Forwarded-For": address}) as ws:
             await ws.ping()
-            callers += [socket.caller for socket in house.app[context.SOCKETS]]
+            callers += [socket.caller for socket in server.app[context.SOCKETS]]
 
     assert [one.subflow for one in callers] == ["203.0.113.9", "203.0.113.10"]
     assert callers[0] == callers[1]

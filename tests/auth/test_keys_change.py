@@ -1,10 +1,10 @@
-"""Keys that change while the server runs: who may no longer come is shown out, keyless else notices."""
+"""Keys that change while the server runs: who may no longer come is shown out, nobody else notices."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
@@ -15,34 +15,31 @@ from aioserver.server import reload
 from tests.support.chat import CHAT, chat, read_frames, to_end, until_status
 from tests.support.keys import auth_of, bearer, code_of, cookie, keys_of, log_in
 from tests.support.raw import CLOSE, TEXT, Raw, closing
-from tests.support.server import ENDLESS, SILENT
+from tests.support.server import ENDLESS, SILENT, MakeServer
 from tests.support.waiting import until
 
-if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
 
-    from tests.support.server import House
+async def test_a_removed_key_is_refused_and_its_session_is_dead(make_server: MakeServer) -> None:
+    server = await make_server(**keys_of("web", "app"))
+    session = await log_in(server, "web")
 
-    Make = Callable[..., Awaitable[House]]
-
-
-async def test_a_removed_key_is_refused_and_its_session_is_dead(make_house: Make) -> None:
-    house = await make_house(**keys_of("web", "app"))
-    session = await log_in(house, "web")
-
-    assert await reload.change(house.app, auth_of("app", "new")) == {"web"}
+    assert await reload.change(server.app, auth_of("app", "new")) == {"web"}
 
     for headers in (bearer("web"), cookie(session)):
-        async with house.session.get(f"{house.v1}/models", headers=headers) as response:
+        async with server.session.get(f"{server.v1}/models", headers=headers) as response:
             assert (response.status, await code_of(response)) == (401, "invalid_api_key")
     for name in ("app", "new"):
-        async with house.session.get(f"{house.v1}/models", headers=bearer(name)) as response:
+        async with server.session.get(f"{server.v1}/models", headers=bearer(name)) as response:
             assert response.status == 200
 
 
-async def test_its_sockets_hear_why_and_are_closed(make_house: Make) -> None:
-    house = await make_house(ENDLESS, **keys_of("web", "app"))
-    async with Raw(house) as idle, Raw(house) as busy, house.connect(headers=bearer("app")) as ws:
+async def test_its_sockets_hear_why_and_are_closed(make_server: MakeServer) -> None:
+    server = await make_server(ENDLESS, **keys_of("web", "app"))
+    async with (
+        Raw(server) as idle,
+        Raw(server) as busy,
+        server.connect(headers=bearer("app")) as ws,
+    ):
         for raw in (idle, busy):
             await raw.upgrade(f"Authorization: {bearer('web')['Authorization']}")
         await busy.send_json(chat("mine"))
@@ -51,7 +48,7 @@ async def test_its_sockets_hear_why_and_are_closed(make_house: Make) -> None:
         await ws.send_json(chat("mine"))
         await until_status(ws, "chunk")
 
-        assert await reload.change(house.app, auth_of("app")) == {"web"}
+        assert await reload.change(server.app, auth_of("app")) == {"web"}
 
         for raw in (idle, busy):
             told: list[Any] = []
@@ -65,26 +62,26 @@ async def test_its_sockets_hear_why_and_are_closed(make_house: Make) -> None:
             assert named == ([None] if raw is idle else ["mine", None])
             raw.close()
         frame_of_other = await ws.receive_json(timeout=20)
-        assert frame_of_other["status"] == "chunk", "keyless else notices"
-    assert house.app[context.METRICS].closed["websocket", "1008"].value == 2
-    async with house.session.delete(f"{house.sse}/mine", headers=bearer("app")) as response:
+        assert frame_of_other["status"] == "chunk", "nobody else notices"
+    assert server.app[context.METRICS].closed["websocket", "1008"].value == 2
+    async with server.session.delete(f"{server.sse}/mine", headers=bearer("app")) as response:
         assert response.status == 204
 
 
-async def test_its_answers_on_the_other_faces_end_with_an_error(make_house: Make) -> None:
-    house = await make_house(ENDLESS, **keys_of("web"))
+async def test_its_answers_on_the_other_faces_end_with_an_error(make_server: MakeServer) -> None:
+    server = await make_server(ENDLESS, **keys_of("web"))
     headers = bearer("web")
     async with (
-        house.session.post(house.sse, json={"request_id": "s", **CHAT}, headers=headers) as sse,
-        house.session.post(
-            f"{house.v1}/chat/completions", json={**CHAT, "stream": True}, headers=headers
+        server.session.post(server.sse, json={"request_id": "s", **CHAT}, headers=headers) as sse,
+        server.session.post(
+            f"{server.v1}/chat/completions", json={**CHAT, "stream": True}, headers=headers
         ) as openai,
     ):
         for response in (sse, openai):
             await response.content.readuntil(b"\n\n")
-        await until(lambda: house.simulator.stats().active == 2)
+        await until(lambda: server.simulator.stats().active == 2)
 
-        assert await reload.change(house.app, None) == {"web"}
+        assert await reload.change(server.app, None) == {"web"}
 
         frames = await read_frames_from(await sse.read())
         assert frames[-1]["status"] == "error"
@@ -92,7 +89,7 @@ async def test_its_answers_on_the_other_faces_end_with_an_error(make_house: Make
         last = list(eventstream.parse(await openai.read()))[-1]
         assert json.loads(last.data)["error"]["code"] == "invalid_api_key"
         assert json.loads(last.data)["error"]["type"] == "authentication_error"
-    await until(lambda: house.simulator.stats().active == 0)
+    await until(lambda: server.simulator.stats().active == 0)
 
 
 async def read_frames_from(body: bytes) -> list[Any]:
@@ -102,88 +99,90 @@ async def read_frames_from(body: bytes) -> list[Any]:
 
 @pytest.mark.parametrize("extra", [{}, {"Idempotency-Key": "k"}])
 async def test_an_answer_that_is_not_streamed_ends_as_well(
-    make_house: Make, extra: dict[str, str]
+    make_server: MakeServer, extra: dict[str, str]
 ) -> None:
-    house = await make_house(SILENT, **keys_of("web"))
+    server = await make_server(SILENT, **keys_of("web"))
     asked = asyncio.ensure_future(
-        house.session.post(
-            f"{house.v1}/chat/completions", json=CHAT, headers={**bearer("web"), **extra}
+        server.session.post(
+            f"{server.v1}/chat/completions", json=CHAT, headers={**bearer("web"), **extra}
         )
     )
-    await house.simulator.until(lambda stats: stats.active == 1)
+    await server.simulator.until(lambda stats: stats.active == 1)
 
-    await reload.change(house.app, auth_of("app"))
+    await reload.change(server.app, auth_of("app"))
 
     async with await asked as response:
         assert (response.status, await code_of(response)) == (401, "invalid_api_key")
         assert response.headers["WWW-Authenticate"] == "Bearer"
-    await until(lambda: house.simulator.stats().active == 0)
+    await until(lambda: server.simulator.stats().active == 0)
 
 
-async def test_who_waits_for_a_place_begins_nothing(make_house: Make) -> None:
-    house = await make_house(
+async def test_who_waits_for_a_place_begins_nothing(make_server: MakeServer) -> None:
+    server = await make_server(
         SILENT,
         **keys_of("web", "app"),
         **{"chat.websocket.concurrency.max_connections": 1, "chat.streams.resume_window": 0},
     )
-    url = f"{house.v1}/chat/completions"
-    first = asyncio.ensure_future(house.session.post(url, json=CHAT, headers=bearer("app")))
-    await house.simulator.until(lambda stats: stats.active == 1)
-    waits = asyncio.ensure_future(house.session.post(url, json=CHAT, headers=bearer("web")))
-    await until(lambda: house.held()["waiting"] == 1)
+    url = f"{server.v1}/chat/completions"
+    first = asyncio.ensure_future(server.session.post(url, json=CHAT, headers=bearer("app")))
+    await server.simulator.until(lambda stats: stats.active == 1)
+    waits = asyncio.ensure_future(server.session.post(url, json=CHAT, headers=bearer("web")))
+    await until(lambda: server.held()["waiting"] == 1)
 
-    await reload.change(house.app, auth_of("app"))
+    await reload.change(server.app, auth_of("app"))
     first.cancel()
 
     async with await waits as response:
         assert (response.status, await code_of(response)) == (401, "invalid_api_key")
-    assert house.simulator.stats().requests == 1
+    assert server.simulator.stats().requests == 1
 
 
-async def test_a_watcher_is_shown_out(make_house: Make) -> None:
-    house = await make_house(**keys_of("root"))
-    async with house.session.get(f"{house.base}/events", headers=bearer("root")) as response:
+async def test_a_watcher_is_shown_out(make_server: MakeServer) -> None:
+    server = await make_server(**keys_of("root"))
+    async with server.session.get(f"{server.base}/events", headers=bearer("root")) as response:
         await response.content.readuntil(b"event: stats\n")
 
-        await reload.change(house.app, auth_of("web"))
+        await reload.change(server.app, auth_of("web"))
 
         last = list(eventstream.parse(b"event: stats\n" + await response.read()))[-1]
     assert last.event == b"error"
     assert json.loads(last.data)["code"] == "invalid_api_key"
-    await until(lambda: not house.app[context.MONITOR]._watchers)
+    await until(lambda: not server.app[context.MONITOR]._watchers)
 
 
-async def test_who_is_no_admin_any_more_watches_no_longer_and_chats_on(make_house: Make) -> None:
-    house = await make_house(ENDLESS, **keys_of("root"))
+async def test_who_is_no_admin_any_more_watches_no_longer_and_chats_on(
+    make_server: MakeServer,
+) -> None:
+    server = await make_server(ENDLESS, **keys_of("root"))
     headers = bearer("root")
     async with (
-        house.connect(headers=headers) as ws,
-        house.session.get(f"{house.base}/events", headers=headers) as response,
+        server.connect(headers=headers) as ws,
+        server.session.get(f"{server.base}/events", headers=headers) as response,
     ):
         await response.content.readuntil(b"event: stats\n")
         await ws.send_json(chat("one"))
         await until_status(ws, "chunk")
 
         for _ in range(2):
-            assert await reload.change(house.app, auth_of("root", admin=False)) == set()
+            assert await reload.change(server.app, auth_of("root", admin=False)) == set()
 
         last = list(eventstream.parse(b"event: stats\n" + await response.read()))[-1]
         assert (last.event, json.loads(last.data)["code"]) == (b"error", "permission_denied")
         assert (await ws.receive_json(timeout=20))["status"] == "chunk"
-        async with house.session.delete(f"{house.sse}/one", headers=headers) as got:
+        async with server.session.delete(f"{server.sse}/one", headers=headers) as got:
             assert got.status == 204
-    async with house.session.get(f"{house.base}/events", headers=headers) as response:
+    async with server.session.get(f"{server.base}/events", headers=headers) as response:
         assert (response.status, await code_of(response)) == (403, "permission_denied")
 
 
-async def test_limits_change_in_place(make_house: Make) -> None:
-    house = await make_house(ENDLESS, **keys_of("web", max_concurrent=1))
-    async with house.connect(headers=bearer("web")) as ws:
+async def test_limits_change_in_place(make_server: MakeServer) -> None:
+    server = await make_server(ENDLESS, **keys_of("web", max_concurrent=1))
+    async with server.connect(headers=bearer("web")) as ws:
         await ws.send_json(chat("one"))
         await until_status(ws, "chunk")
 
         assert (
-            await reload.change(house.app, auth_of("web", max_concurrent=2, priority=9)) == set()
+            await reload.change(server.app, auth_of("web", max_concurrent=2, priority=9)) == set()
         )
 
         await ws.send_json(chat("two"))
@@ -191,10 +190,10 @@ async def test_limits_change_in_place(make_house: Make) -> None:
         await ws.send_json(chat("three"))
         frames = await to_end(ws, "three")
         assert frames[-1]["chunk"]["code"] == "concurrency_exceeded"
-        (socket,) = house.app[context.SOCKETS]
+        (socket,) = server.app[context.SOCKETS]
         assert socket.caller.priority == 9
         for name in ("one", "two"):
-            async with house.session.delete(f"{house.sse}/{name}", headers=bearer("web")) as got:
+            async with server.session.delete(f"{server.sse}/{name}", headers=bearer("web")) as got:
                 assert got.status == 204
 
 
@@ -206,40 +205,40 @@ async def until_status_of(ws: Any, request_id: str, status: str) -> None:
 
 
 async def test_another_key_under_the_same_name_is_another_caller_of_that_name(
-    make_house: Make,
+    make_server: MakeServer,
 ) -> None:
-    house = await make_house(ENDLESS, **keys_of("web"))
-    assert house.settings.auth is not None
-    (old,) = house.settings.auth.keys
+    server = await make_server(ENDLESS, **keys_of("web"))
+    assert server.settings.auth is not None
+    (old,) = server.settings.auth.keys
     (other,) = auth_of("other").keys
     turned = Auth(keys=(type(old)(name="web", sha256=other.sha256),))
-    async with house.connect(headers=bearer("web")) as ws:
+    async with server.connect(headers=bearer("web")) as ws:
         await ws.send_json(chat("r"))
         await until_status(ws, "chunk")
 
-        assert await reload.change(house.app, turned) == {"web"}
+        assert await reload.change(server.app, turned) == {"web"}
 
         assert (await to_end(ws))[-1]["chunk"]["code"] == "invalid_api_key"
         await ws.receive(timeout=20)
-    async with house.session.get(f"{house.sse}/r", headers=bearer("other")) as response:
+    async with server.session.get(f"{server.sse}/r", headers=bearer("other")) as response:
         assert response.status == 200
         assert (await read_frames(response))[-1]["chunk"]["code"] == "invalid_api_key"
 
 
-async def test_where_keys_come_who_has_none_is_shown_out(make_house: Make) -> None:
-    house = await make_house()
-    async with house.connect() as ws, house.session.get(f"{house.base}/events") as events:
+async def test_where_keys_come_who_has_none_is_shown_out(make_server: MakeServer) -> None:
+    server = await make_server()
+    async with server.connect() as ws, server.session.get(f"{server.base}/events") as events:
         await ws.ping()
         await events.content.readuntil(b"event: stats\n")
 
-        assert await reload.change(house.app, auth_of("web")) == {""}
+        assert await reload.change(server.app, auth_of("web")) == {""}
 
         assert (await ws.receive_json(timeout=20))["chunk"]["code"] == "invalid_api_key"
         await ws.receive(timeout=20)
         assert ws.close_code == 1008
         assert b"event: error\n" in await events.read()
-    async with house.session.get(f"{house.base}/stats") as response:
+    async with server.session.get(f"{server.base}/stats") as response:
         assert response.status == 401
-    await reload.change(house.app, house.settings.auth)
-    async with house.session.get(f"{house.base}/stats") as response:
+    await reload.change(server.app, server.settings.auth)
+    async with server.session.get(f"{server.base}/stats") as response:
         assert response.status == 200

@@ -24,7 +24,7 @@ from tests.support.chat import (
     until_status,
 )
 from tests.support.keys import bearer, code_of, key_of, keys_of
-from tests.support.server import ENDLESS, SILENT
+from tests.support.server import ENDLESS, SILENT, MakeServer
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
@@ -33,16 +33,15 @@ if TYPE_CHECKING:
     from aiohttp import ClientResponse, ClientWebSocketResponse
 
     from aioserver.limits.quota import Quota
-    from tests.support.server import House
+    from tests.support.server import RunningServer
 
-    Make = Callable[..., Awaitable[House]]
 
 OPENAI = ("stream", "whole", "idempotent", "stored")
 FACES = ("websocket", "sse", *OPENAI)
 
 
-def quota(house: House, name: str = "web") -> Quota:
-    found: Quota | None = house.app[context.ACCESS].keys.caller(key_of(name).encode()).quota
+def quota(server: RunningServer, name: str = "web") -> Quota:
+    found: Quota | None = server.app[context.ACCESS].keys.caller(key_of(name).encode()).quota
     assert found is not None
     return found
 
@@ -50,8 +49,8 @@ def quota(house: House, name: str = "web") -> Quota:
 class Client:
     """Asks on one face, with the key of *name*; `refusal` is the code with which it was refused, if it was."""
 
-    def __init__(self, house: House, face: str, name: str = "web") -> None:
-        self.house = house
+    def __init__(self, server: RunningServer, face: str, name: str = "web") -> None:
+        self.server = server
         self.face = face
         self.headers = bearer(name)
         self.ws: ClientWebSocketResponse | None = None
@@ -62,7 +61,7 @@ class Client:
         name = f"{self.face}-{uuid.uuid4().hex}"
         if self.face == "websocket":
             if self.ws is None:
-                self.ws = await self.house.connect(headers=self.headers)
+                self.ws = await self.server.connect(headers=self.headers)
             await self.ws.send_json(chat(name))
             frame = await self.ws.receive_json(timeout=20)
             while frame["request_id"] != name or frame["status"] == "queued":
@@ -70,8 +69,8 @@ class Client:
             if frame["status"] != "error":
                 return "", None
             return frame["chunk"]["code"], frame["chunk"]["retry_after"]
-        response = await self.house.session.post(
-            self.house.sse if self.face == "sse" else f"{self.house.v1}/{self._path}",
+        response = await self.server.session.post(
+            self.server.sse if self.face == "sse" else f"{self.server.v1}/{self._path}",
             json=self._body(name),
             headers=self.headers
             | ({"Idempotency-Key": name} if self.face == "idempotent" else {}),
@@ -105,8 +104,8 @@ class Client:
 
 
 @asynccontextmanager
-async def client(house: House, face: str, name: str = "web") -> AsyncIterator[Client]:
-    one = Client(house, face, name)
+async def client(server: RunningServer, face: str, name: str = "web") -> AsyncIterator[Client]:
+    one = Client(server, face, name)
     try:
         yield one
     finally:
@@ -114,9 +113,9 @@ async def client(house: House, face: str, name: str = "web") -> AsyncIterator[Cl
 
 
 @pytest.mark.parametrize("face", FACES)
-async def test_a_key_has_a_minutes_worth(make_house: Make, face: str) -> None:
-    house = await make_house(**keys_of("web", "app", requests_per_minute=3))
-    async with client(house, face) as web:
+async def test_a_key_has_a_minutes_worth(make_server: MakeServer, face: str) -> None:
+    server = await make_server(**keys_of("web", "app", requests_per_minute=3))
+    async with client(server, face) as web:
         for _ in range(3):
             assert await web.ask() == ("", None)
         code, retry_after = await web.ask()
@@ -125,92 +124,92 @@ async def test_a_key_has_a_minutes_worth(make_house: Make, face: str) -> None:
         assert retry_after is not None
         assert 0 < retry_after <= 20
         for other in FACES:
-            async with client(house, other) as again:
+            async with client(server, other) as again:
                 assert (await again.ask())[0] == "rate_limit_exceeded", (
                     "a limit holds on every face"
                 )
-        async with client(house, face, "app") as app:
+        async with client(server, face, "app") as app:
             assert await app.ask() == ("", None)
-    await until(lambda: quota(house).running == 0)
-    assert house.app[context.METRICS].rejections["rate_limit_exceeded"].value == 1 + len(FACES)
+    await until(lambda: quota(server).running == 0)
+    assert server.app[context.METRICS].rejections["rate_limit_exceeded"].value == 1 + len(FACES)
 
 
 @pytest.mark.parametrize("face", FACES)
-async def test_a_key_has_so_many_answers_at_once(make_house: Make, face: str) -> None:
+async def test_a_key_has_so_many_answers_at_once(make_server: MakeServer, face: str) -> None:
     changes = {"llm.providers.sim.http_client.concurrent_requests": 1}  # one runs, one is queued
-    house = await make_house(
+    server = await make_server(
         SILENT,
         **keys_of("web", "app", max_concurrent=2),
         **changes,
         **{"chat.streams.resume_window": 0},
     )
     async with (
-        client(house, face) as one,
-        client(house, face) as two,
+        client(server, face) as one,
+        client(server, face) as two,
         asyncio.TaskGroup() as group,
     ):
         tasks = [group.create_task(each.ask()) for each in (one, two)]
-        await until(lambda: quota(house).running == 2)
+        await until(lambda: quota(server).running == 2)
         for other in FACES:
-            async with client(house, other) as third:
+            async with client(server, other) as third:
                 assert await third.ask() == ("concurrency_exceeded", 1.0)
-        async with client(house, face, "app") as app:
+        async with client(server, face, "app") as app:
             task = group.create_task(app.ask())
-            await until(lambda: quota(house, "app").running == 1)
+            await until(lambda: quota(server, "app").running == 1)
             task.cancel()
-        await until(lambda: house.provider.stats().queue.waiting == 1)
-        assert quota(house).running == 2
+        await until(lambda: server.provider.stats().queue.waiting == 1)
+        assert quota(server).running == 2
         for task in tasks:
             task.cancel()  # its client leaves
-    await until(lambda: quota(house).running == 0, state=house.held)
+    await until(lambda: quota(server).running == 0, state=server.held)
 
 
-async def ended_by_cancel(house: House) -> None:
-    async with house.connect(headers=bearer("web")) as ws:
+async def ended_by_cancel(server: RunningServer) -> None:
+    async with server.connect(headers=bearer("web")) as ws:
         await ws.send_json(chat("c"))
         await until_status(ws, "chunk")
         await ws.send_json(cancel("c"))
         await to_end(ws)
 
 
-async def ended_by_delete(house: House) -> None:
+async def ended_by_delete(server: RunningServer) -> None:
     headers = bearer("web")
-    async with house.session.post(
-        house.sse, json={"request_id": "d", **CHAT}, headers=headers
+    async with server.session.post(
+        server.sse, json={"request_id": "d", **CHAT}, headers=headers
     ) as response:
         await response.content.readuntil(b"event: chunk\n")
-        async with house.session.delete(f"{house.sse}/d", headers=headers) as deleted:
+        async with server.session.delete(f"{server.sse}/d", headers=headers) as deleted:
             assert deleted.status == 204
         assert b"event: cancelled" in await response.read()
 
 
-async def ended_by_leaving(house: House) -> None:
-    async with house.connect(headers=bearer("web")) as ws:
+async def ended_by_leaving(server: RunningServer) -> None:
+    async with server.connect(headers=bearer("web")) as ws:
         await ws.send_json(chat("l"))
         await until_status(ws, "chunk")
 
 
-async def ended_by_leaving_openai(house: House) -> None:
+async def ended_by_leaving_openai(server: RunningServer) -> None:
     for streamed in (True, False):
         body = {**CHAT, "stream": streamed}
-        before = house.simulator.stats().requests
+        before = server.simulator.stats().requests
         task = asyncio.ensure_future(
-            house.session.post(f"{house.v1}/chat/completions", json=body, headers=bearer("web"))
+            server.session.post(f"{server.v1}/chat/completions", json=body, headers=bearer("web"))
         )
-        await until(lambda: house.simulator.stats().requests > before)  # noqa: B023 - awaited here
-        await until(lambda: quota(house).running == 1)
+        await until(lambda: server.simulator.stats().requests > before)  # noqa: B023 - awaited here
+        await until(lambda: quota(server).running == 1)
         if streamed:
             (await task).close()
         else:
             task.cancel()
-        await until(lambda: quota(house).running == 0)
+        await until(lambda: quota(server).running == 0)
 
 
-async def ended_by_the_server(house: House) -> None:
-    async with house.connect(headers=bearer("web")) as ws:
+async def ended_by_the_server(server: RunningServer) -> None:
+    async with server.connect(headers=bearer("web")) as ws:
         await ws.send_json(chat("s"))
         await until_status(ws, "chunk")
-        await house.app[context.GATEWAY].close()
+        await server.app[context.GATEWAY].close()
         assert (await to_end(ws))[-1]["chunk"]["code"] == "server_shutdown"
 
 
@@ -222,19 +221,19 @@ async def ended_by_the_server(house: House) -> None:
     ],
 )
 async def test_however_an_answer_ends_its_place_is_back(
-    make_house: Make, end: Callable[[House], Awaitable[None]]
+    make_server: MakeServer, end: Callable[[RunningServer], Awaitable[None]]
 ) -> None:
-    house = await make_house(
+    server = await make_server(
         ENDLESS, **keys_of("web", max_concurrent=1), **{"chat.streams.resume_window": 0}
     )
 
-    await end(house)
+    await end(server)
 
-    await until(lambda: quota(house).running == 0)
+    await until(lambda: quota(server).running == 0)
 
 
-async def test_a_provider_that_fails_gives_the_place_back(make_house: Make) -> None:
-    house = await make_house(
+async def test_a_provider_that_fails_gives_the_place_back(make_server: MakeServer) -> None:
+    server = await make_server(
         Behaviour(fail_rate=1.0, fail_status=400), **keys_of("web", max_concurrent=1)
     )
     for face in FACES:
@@ -242,47 +241,47 @@ async def test_a_provider_that_fails_gives_the_place_back(make_house: Make) -> N
             {**CHAT, "request_id": face} if face == "sse" else {**CHAT, "stream": face == "stream"}
         )
         if face == "websocket":
-            async with house.connect(headers=bearer("web")) as ws:
+            async with server.connect(headers=bearer("web")) as ws:
                 await ws.send_json(chat("f"))
                 assert (await to_end(ws))[-1]["status"] == "error"
         else:
-            url = house.sse if face == "sse" else f"{house.v1}/chat/completions"
-            async with house.session.post(url, json=body, headers=bearer("web")) as response:
+            url = server.sse if face == "sse" else f"{server.v1}/chat/completions"
+            async with server.session.post(url, json=body, headers=bearer("web")) as response:
                 await response.read()
-        await until(lambda: quota(house).running == 0)
+        await until(lambda: quota(server).running == 0)
 
 
-async def test_what_is_never_asked_is_not_counted(make_house: Make) -> None:
-    house = await make_house(**keys_of("web", requests_per_minute=2, max_concurrent=2))
-    async with house.connect(headers=bearer("web")) as ws:
+async def test_what_is_never_asked_is_not_counted(make_server: MakeServer) -> None:
+    server = await make_server(**keys_of("web", requests_per_minute=2, max_concurrent=2))
+    async with server.connect(headers=bearer("web")) as ws:
         for number in range(5):
-            await ws.send_json(chat(f"n{number}", provider="keyless"))
+            await ws.send_json(chat(f"n{number}", provider="nobody"))
             assert (await to_end(ws))[-1]["chunk"]["code"] == "model_not_found"
-        for body in ({"messages": 7}, {**CHAT, "model": "keyless/x", "stream": "yes"}):
-            async with house.session.post(
-                f"{house.v1}/chat/completions", json=body, headers=bearer("web")
+        for body in ({"messages": 7}, {**CHAT, "model": "nobody/x", "stream": "yes"}):
+            async with server.session.post(
+                f"{server.v1}/chat/completions", json=body, headers=bearer("web")
             ) as response:
                 assert response.status in {200, 400, 404}
         await ws.send_json(chat("good"))
         assert (await to_end(ws))[-1]["status"] == "complete"
 
 
-async def test_a_full_store_counts_for_nothing(make_house: Make) -> None:
-    house = await make_house(
+async def test_a_full_store_counts_for_nothing(make_server: MakeServer) -> None:
+    server = await make_server(
         Behaviour(ttft=0, interval=0, stall_after=5),
         **keys_of("web", "app", requests_per_minute=1),
         **{"chat.streams.max_kept_bytes": 300},
     )
     async with (
-        house.connect(headers=bearer("app")) as other,
-        house.connect(headers=bearer("web")) as ws,
+        server.connect(headers=bearer("app")) as other,
+        server.connect(headers=bearer("web")) as ws,
     ):
         await other.send_json(chat("fills"))
-        await until(lambda: house.app[context.STREAMS].stats().bytes >= 300)
+        await until(lambda: server.app[context.STREAMS].stats().bytes >= 300)
         for number in range(3):
             await ws.send_json(chat(f"n{number}"))
             assert (await to_end(ws))[-1]["chunk"]["code"] == "server_at_capacity"
-        assert quota(house).running == 0
+        assert quota(server).running == 0
         await other.send_json(cancel("fills"))
         await until_status(other, "cancelled")
         await ws.send_json(chat("now"))
@@ -291,41 +290,41 @@ async def test_a_full_store_counts_for_nothing(make_house: Make) -> None:
         await until_status(ws, "cancelled")
 
 
-async def test_who_comes_back_to_an_answer_begins_none(make_house: Make) -> None:
-    house = await make_house(**keys_of("web", requests_per_minute=2, max_concurrent=1))
+async def test_who_comes_back_to_an_answer_begins_none(make_server: MakeServer) -> None:
+    server = await make_server(**keys_of("web", requests_per_minute=2, max_concurrent=1))
     headers = bearer("web")
-    async with house.connect(headers=headers) as ws:
+    async with server.connect(headers=headers) as ws:
         for _ in range(3):
             await ws.send_json(chat("r"))
             assert (await to_end(ws))[-1]["status"] == "complete"
         await ws.send_json(resume("r", 1))
         assert (await to_end(ws))[-1]["status"] == "complete"
     for after in (0, 2):
-        async with house.session.get(
-            f"{house.sse}/r", headers={**headers, "Last-Event-ID": str(after)}
+        async with server.session.get(
+            f"{server.sse}/r", headers={**headers, "Last-Event-ID": str(after)}
         ) as response:
             assert (await read_frames(response))[-1]["status"] == "complete"
     for _ in range(3):
         for streamed in (False, False):
-            async with house.session.post(
-                f"{house.v1}/chat/completions",
+            async with server.session.post(
+                f"{server.v1}/chat/completions",
                 json={**CHAT, "stream": streamed},
                 headers={**headers, "Idempotency-Key": "same"},
             ) as response:
                 assert response.status == 200
                 await response.read()
-    async with client(house, "whole") as web:
+    async with client(server, "whole") as web:
         assert (await web.ask())[0] == "rate_limit_exceeded"
 
 
-async def test_the_official_sdk_understands_the_door(make_house: Make) -> None:
-    house = await make_house(**keys_of("web", requests_per_minute=2))
+async def test_the_official_sdk_understands_the_door(make_server: MakeServer) -> None:
+    server = await make_server(**keys_of("web", requests_per_minute=2))
     messages: Any = CHAT["messages"]
-    async with openai.AsyncOpenAI(base_url=house.v1, api_key="aio-keyless", max_retries=0) as sdk:
+    async with openai.AsyncOpenAI(base_url=server.v1, api_key="aio-nobody", max_retries=0) as sdk:
         with pytest.raises(openai.AuthenticationError) as refused:
             await sdk.chat.completions.create(model="sim", messages=messages)
         assert refused.value.code == "invalid_api_key"
-    async with openai.AsyncOpenAI(base_url=house.v1, api_key=key_of("web"), max_retries=0) as sdk:
+    async with openai.AsyncOpenAI(base_url=server.v1, api_key=key_of("web"), max_retries=0) as sdk:
         answer = await sdk.chat.completions.create(model="sim", messages=messages)
         assert answer.choices[0].message.content
         stream = await sdk.chat.completions.create(model="sim", messages=messages, stream=True)
@@ -340,10 +339,10 @@ async def test_the_official_sdk_understands_the_door(make_house: Make) -> None:
 # What belongs to a key.
 
 
-async def test_streams_belong_to_their_key(make_house: Make) -> None:
-    house = await make_house(ENDLESS, **keys_of("web", "app"))
+async def test_streams_belong_to_their_key(make_server: MakeServer) -> None:
+    server = await make_server(ENDLESS, **keys_of("web", "app"))
     mine, yours = bearer("web"), bearer("app")
-    async with house.connect(headers=mine) as ws, house.connect(headers=yours) as other:
+    async with server.connect(headers=mine) as ws, server.connect(headers=yours) as other:
         await ws.send_json(chat("same", "mine"))
         await until_status(ws, "chunk")
         for command in (resume("same"), cancel("same")):
@@ -351,72 +350,72 @@ async def test_streams_belong_to_their_key(make_house: Make) -> None:
             frame = await other.receive_json(timeout=20)
             assert frame["chunk"]["code"] == "stream_not_found"
         for method in ("GET", "DELETE"):
-            async with house.session.request(method, f"{house.sse}/same", headers=yours) as got:
+            async with server.session.request(method, f"{server.sse}/same", headers=yours) as got:
                 assert (got.status, await code_of(got)) == (404, "stream_not_found")
-        async with house.session.get(house.sse, headers=yours) as response:
+        async with server.session.get(server.sse, headers=yours) as response:
             assert await response.json() == {"streams": []}
-        async with house.session.get(house.sse, headers=mine) as response:
+        async with server.session.get(server.sse, headers=mine) as response:
             assert [one["request_id"] for one in (await response.json())["streams"]] == ["same"]
         await other.send_json(chat("same", "yours"))  # no conflict: another stream
         await until_status(other, "chunk")
-        assert house.app[context.STREAMS].stats().running == 2
+        assert server.app[context.STREAMS].stats().running == 2
         for one in (ws, other):
             await one.send_json(cancel("same"))
             await to_end(one)
 
 
-async def test_idempotency_keys_belong_to_their_key(make_house: Make) -> None:
-    house = await make_house(**keys_of("web", "app"))
+async def test_idempotency_keys_belong_to_their_key(make_server: MakeServer) -> None:
+    server = await make_server(**keys_of("web", "app"))
     for name, text in (("web", "one"), ("app", "two"), ("web", "one")):
         body = {"messages": [{"role": "user", "content": text}]}
         headers = {**bearer(name), "Idempotency-Key": "k"}
-        async with house.session.post(
-            f"{house.v1}/chat/completions", json=body, headers=headers
+        async with server.session.post(
+            f"{server.v1}/chat/completions", json=body, headers=headers
         ) as response:
             assert response.status == 200
-    assert len(house.simulator.requests) == 2
+    assert len(server.simulator.requests) == 2
     body = {"messages": [{"role": "user", "content": "two"}]}
     headers = {**bearer("web"), "Idempotency-Key": "k"}
-    async with house.session.post(
-        f"{house.v1}/chat/completions", json=body, headers=headers
+    async with server.session.post(
+        f"{server.v1}/chat/completions", json=body, headers=headers
     ) as response:
         assert response.status == 409
 
 
-async def test_responses_belong_to_their_key(make_house: Make) -> None:
-    house = await make_house(**keys_of("web", "app"))
+async def test_responses_belong_to_their_key(make_server: MakeServer) -> None:
+    server = await make_server(**keys_of("web", "app"))
     body = {"input": "Hello", "store": True}
-    async with house.session.post(
-        f"{house.v1}/responses", json=body, headers=bearer("web")
+    async with server.session.post(
+        f"{server.v1}/responses", json=body, headers=bearer("web")
     ) as response:
         name = (await response.json())["id"]
     for caller, status in (("app", 404), ("web", 200)):
         for method, path in (("GET", ""), ("POST", "/cancel")):
-            async with house.session.request(
-                method, f"{house.v1}/responses/{name}{path}", headers=bearer(caller)
+            async with server.session.request(
+                method, f"{server.v1}/responses/{name}{path}", headers=bearer(caller)
             ) as response:
                 assert response.status == status
 
 
-async def test_conversations_belong_to_their_key(make_house: Make) -> None:
-    house = await make_house(**keys_of("web", "app"))
+async def test_conversations_belong_to_their_key(make_server: MakeServer) -> None:
+    server = await make_server(**keys_of("web", "app"))
     for name in ("web", "app"):
-        async with house.connect(headers=bearer(name)) as ws:
+        async with server.connect(headers=bearer(name)) as ws:
             await ws.send_json(chat("r", f"I am {name}", conversation_id="c"))
             assert text_of(await to_end(ws))
-    sent = [json.loads(one.body)["messages"] for one in house.simulator.requests]
+    sent = [json.loads(one.body)["messages"] for one in server.simulator.requests]
     assert [[one["content"] for one in messages] for messages in sent] == [
         ["I am web"],
         ["I am app"],
     ]
 
 
-async def test_a_key_stands_in_line_by_its_weight(make_house: Make) -> None:
-    house = await make_house(SILENT, **keys_of("web", "app", priority=7))
+async def test_a_key_stands_in_line_by_its_weight(make_server: MakeServer) -> None:
+    server = await make_server(SILENT, **keys_of("web", "app", priority=7))
     headers = bearer("web")
-    async with house.connect(headers=headers) as ws:
+    async with server.connect(headers=headers) as ws:
         await ws.ping()
-        (socket,) = house.app[context.SOCKETS]
+        (socket,) = server.app[context.SOCKETS]
         assert (socket.caller.name, socket.caller.priority, socket.caller.subflow) == (
             "web",
             7,

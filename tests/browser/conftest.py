@@ -1,4 +1,4 @@
-"""Pages in a headless Chromium, Debian's: no page may report an error or ask anybody but its house."""
+"""Pages in a headless Chromium, Debian's: no page may report an error or ask anything but its server."""
 
 from __future__ import annotations
 

@@ -26,18 +26,17 @@ from tests.support.chat_page import (
     shows,
     status,
 )
-from tests.support.server import HTTP_CLIENT, QUICK
+from tests.support.server import HTTP_CLIENT, QUICK, MakeServer
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncIterator
 
     from playwright.async_api import Page, WebSocketRoute
 
     from aioserver.faces.websocket import Socket
-    from tests.support.server import House
+    from tests.support.server import RunningServer
 
-    Make = Callable[..., Awaitable[House]]
 
 STALLED = Behaviour(ttft=0, interval=0, stall_after=5)
 ONE_PLACE = {
@@ -48,7 +47,7 @@ ONE_REQUEST = {"llm.providers.sim.http_client.concurrent_requests": 1}
 
 
 def choosing(*models: str, **changes: Any) -> dict[str, Any]:
-    """The changes of a house in which these models can be chosen."""
+    """The changes that make these models available."""
     return {"llm.providers.sim.models": list(models), **changes}
 
 
@@ -61,8 +60,10 @@ async def told() -> AsyncIterator[Told]:
 # Asking and reading.
 
 
-async def test_an_answer_is_shown_as_it_comes(make_house: Make, told: Told, page: Page) -> None:
-    await enter(page, await make_house(**told.changes))
+async def test_an_answer_is_shown_as_it_comes(
+    make_server: MakeServer, told: Told, page: Page
+) -> None:
+    await enter(page, await make_server(**told.changes))
 
     await ask(page, "Hello")
     told.say("One", " two,\n\n")
@@ -79,9 +80,9 @@ async def test_an_answer_is_shown_as_it_comes(make_house: Make, told: Told, page
     assert told.requests == 1
 
 
-async def test_it_is_written_and_stopped_by_keys(make_house: Make, page: Page) -> None:
-    house = await make_house(STALLED)
-    await enter(page, house)
+async def test_it_is_written_and_stopped_by_keys(make_server: MakeServer, page: Page) -> None:
+    server = await make_server(STALLED)
+    await enter(page, server)
 
     await expect(box(page)).to_be_focused()
     await box(page).press_sequentially("one")
@@ -95,27 +96,27 @@ async def test_it_is_written_and_stopped_by_keys(make_house: Make, page: Page) -
     await expect(status(page)).to_have_text("Stopped")
     await expect(answer(page).get_by_role("button", name="Ask again")).to_be_hidden()
     await expect(page.get_by_role("button", name="Send")).to_be_visible()
-    assert house.simulator.bodies[-1]["messages"][-1]["content"] == "one\ntwo"
-    await house.simulator.until(lambda stats: stats.aborted == 1)
+    assert server.simulator.bodies[-1]["messages"][-1]["content"] == "one\ntwo"
+    await server.simulator.until(lambda stats: stats.aborted == 1)
 
 
-async def test_stop_ends_the_answer_at_the_provider(make_house: Make, page: Page) -> None:
-    house = await make_house(STALLED)
-    await enter(page, house)
+async def test_stop_ends_the_answer_at_the_provider(make_server: MakeServer, page: Page) -> None:
+    server = await make_server(STALLED)
+    await enter(page, server)
     await ask(page, "Hello")
     await expect(answer(page).locator(".text")).not_to_be_empty()
 
     await page.get_by_role("button", name="Stop").click()
 
     await is_now(page, "stopped")
-    await house.simulator.until(lambda stats: stats.aborted == 1)
+    await server.simulator.until(lambda stats: stats.aborted == 1)
     await expect(answer(page).get_by_role("button", name="Copy")).to_be_visible()
 
 
 async def test_reasoning_and_tool_calls_are_folded(
-    make_house: Make, told: Told, page: Page
+    make_server: MakeServer, told: Told, page: Page
 ) -> None:
-    await enter(page, await make_house(**told.changes))
+    await enter(page, await make_server(**told.changes))
     await ask(page, "Hello")
 
     told.delta(reasoning_content="Let me ")
@@ -135,9 +136,9 @@ async def test_reasoning_and_tool_calls_are_folded(
 
 
 async def test_text_is_text_and_a_fence_makes_code(
-    make_house: Make, told: Told, page: Page
+    make_server: MakeServer, told: Told, page: Page
 ) -> None:
-    await enter(page, await make_house(**told.changes))
+    await enter(page, await make_server(**told.changes))
     await ask(page, "<b>bold</b>")
 
     told.say("<img src=x onerror=alert(1)>\n\n``", "`py\nif a <", " b:\n    c\n``", "`\n\nSo.")
@@ -153,10 +154,10 @@ async def test_text_is_text_and_a_fence_makes_code(
 
 
 async def test_an_answer_is_copied_as_the_model_wrote_it(
-    make_house: Make, told: Told, page: Page
+    make_server: MakeServer, told: Told, page: Page
 ) -> None:
     await page.context.grant_permissions(["clipboard-read", "clipboard-write"])
-    await enter(page, await make_house(**told.changes))
+    await enter(page, await make_server(**told.changes))
     await ask(page, "Hello")
     told.say("a\n```\nb\n```")
     told.finish()
@@ -168,9 +169,9 @@ async def test_an_answer_is_copied_as_the_model_wrote_it(
 
 
 async def test_a_screen_reader_hears_the_whole_and_not_each_piece(
-    make_house: Make, told: Told, page: Page
+    make_server: MakeServer, told: Told, page: Page
 ) -> None:
-    await enter(page, await make_house(**told.changes))
+    await enter(page, await make_server(**told.changes))
     voice = page.locator("#voice")
     await expect(voice).to_have_attribute("aria-live", "polite")
     await ask(page, "Hello")
@@ -189,16 +190,16 @@ async def test_a_screen_reader_hears_the_whole_and_not_each_piece(
 
 
 async def test_a_cut_connection_loses_and_doubles_nothing(
-    make_house: Make, told: Told, page: Page
+    make_server: MakeServer, told: Told, page: Page
 ) -> None:
-    house = await make_house(**told.changes)
-    await enter(page, house)
+    server = await make_server(**told.changes)
+    await enter(page, server)
     await ask(page, "Hello")
     told.say("One", " two")
     await shows(page, "One two")
 
     for number in range(3):
-        cut(house)
+        cut(server)
         told.say(f" {number}", f" and {number}")
         await shows(page, "One two" + "".join(f" {n} and {n}" for n in range(number + 1)))
     told.finish()
@@ -209,9 +210,9 @@ async def test_a_cut_connection_loses_and_doubles_nothing(
 
 
 async def test_a_reload_loses_and_doubles_nothing(
-    make_house: Make, told: Told, page: Page
+    make_server: MakeServer, told: Told, page: Page
 ) -> None:
-    await enter(page, await make_house(**told.changes))
+    await enter(page, await make_server(**told.changes))
     await ask(page, "Hello")
     told.delta(reasoning_content="Let me think.")
     told.say("One", " two")
@@ -232,10 +233,12 @@ async def test_a_reload_loses_and_doubles_nothing(
     assert told.requests == 1
 
 
-async def test_a_long_answer_survives_cuts_and_reloads(make_house: Make, page: Page) -> None:
-    house = await make_house(Behaviour(ttft=0, interval=0.002, tokens=1500))
-    whole = await said(house, "Hello")
-    await enter(page, house)
+async def test_a_long_answer_survives_cuts_and_reloads(
+    make_server: MakeServer, page: Page
+) -> None:
+    server = await make_server(Behaviour(ttft=0, interval=0.002, tokens=1500))
+    whole = await said(server, "Hello")
+    await enter(page, server)
     await ask(page, "Hello")
 
     for size in range(1000, 6000, 1000):
@@ -244,19 +247,19 @@ async def test_a_long_answer_survives_cuts_and_reloads(make_house: Make, page: P
             arg=size,
         )
         if size % 2000:
-            cut(house)
+            cut(server)
         else:
             await page.reload()
 
     await is_now(page, "complete")
     await shows(page, whole)
-    assert house.simulator.stats().requests == 2  # one of them asked for the whole
+    assert server.simulator.stats().requests == 2  # one of them asked for the whole
 
 
 async def test_a_reload_before_the_first_word_asks_nobody_again(
-    make_house: Make, told: Told, page: Page
+    make_server: MakeServer, told: Told, page: Page
 ) -> None:
-    await enter(page, await make_house(**told.changes))
+    await enter(page, await make_server(**told.changes))
     await ask(page, "Hello")
     await until(lambda: told.requests == 1)
 
@@ -271,32 +274,34 @@ async def test_a_reload_before_the_first_word_asks_nobody_again(
 
 
 async def test_what_is_written_without_a_connection_is_sent_later(
-    house: House, page: Page
+    server: RunningServer, page: Page
 ) -> None:
-    await enter(page, house)
+    await enter(page, server)
     await page.context.set_offline(True)
-    cut(house)
+    cut(server)
     await expect(page.get_by_text("The connection to the server is lost.")).to_be_visible()
 
     await ask(page, "Hello")
     await expect(status(page)).to_have_text("Is sent as soon as the server is there")
-    assert house.simulator.stats().requests == 0
+    assert server.simulator.stats().requests == 0
     await page.context.set_offline(False)
 
     await is_now(page, "complete")
     await expect(page.get_by_text("The connection to the server is lost.")).to_be_hidden()
-    assert house.simulator.stats().requests == 1
+    assert server.simulator.stats().requests == 1
 
 
-async def test_a_restart_is_told_and_survived(make_house: Make, told: Told, page: Page) -> None:
-    house = await make_house(**told.changes)
+async def test_a_restart_is_told_and_survived(
+    make_server: MakeServer, told: Told, page: Page
+) -> None:
+    server = await make_server(**told.changes)
     await page.add_init_script("Math.random = () => 0.99")  # the next try is in 10 s
-    await enter(page, house)
+    await enter(page, server)
     await ask(page, "Hello")
     told.say("One")
     await shows(page, "One")
 
-    sockets: list[Socket] = [*house.app[context.SOCKETS]]
+    sockets: list[Socket] = [*server.app[context.SOCKETS]]
     for socket in sockets:
         socket._end(1012, b"server is stopping")
     await expect(page.get_by_text("The server restarts.")).to_be_visible()
@@ -311,19 +316,19 @@ async def test_a_restart_is_told_and_survived(make_house: Make, told: Told, page
 
 
 async def test_a_connection_that_died_in_silence_is_found_out(
-    make_house: Make, told: Told, page: Page
+    make_server: MakeServer, told: Told, page: Page
 ) -> None:
-    house = await make_house(**told.changes)
+    server = await make_server(**told.changes)
     dead = False
 
     def between(here: WebSocketRoute) -> None:
-        server = here.connect_to_server()
-        here.on_message(lambda message: None if dead else server.send(message))
-        server.on_message(lambda message: None if dead else here.send(message))
+        there = here.connect_to_server()
+        here.on_message(lambda message: None if dead else there.send(message))
+        there.on_message(lambda message: None if dead else here.send(message))
 
     await page.route_web_socket(re.compile("/ws/"), between)
     await page.clock.install()
-    await enter(page, house)
+    await enter(page, server)
     await ask(page, "Hello")
     told.say("One")
     await shows(page, "One")
@@ -344,19 +349,19 @@ async def test_a_connection_that_died_in_silence_is_found_out(
 
 
 async def test_an_answer_that_is_gone_says_so_and_is_asked_again(
-    make_house: Make, page: Page
+    make_server: MakeServer, page: Page
 ) -> None:
-    house = await make_house(STALLED, **{"chat.streams.resume_window": 0.1})
-    await enter(page, house)
+    server = await make_server(STALLED, **{"chat.streams.resume_window": 0.1})
+    await enter(page, server)
     await ask(page, "Hello")
     await is_now(page, "running")
-    await house.simulator.until(lambda stats: stats.requests == 1)  # else leaving ends it before
+    await server.simulator.until(lambda stats: stats.requests == 1)  # else leaving ends it before
     await page.goto("about:blank")
-    await house.nothing_held()
-    await until(lambda: house.app[context.STREAMS].stats().finished == 0)
-    house.simulator.behaviour = QUICK
+    await server.nothing_held()
+    await until(lambda: server.app[context.STREAMS].stats().finished == 0)
+    server.simulator.behaviour = QUICK
 
-    await enter(page, house)
+    await enter(page, server)
     await page.get_by_role("button", name="Hello").first.click()
     await is_now(page, "failed")
     await expect(answer(page)).to_contain_text("not over a restart")
@@ -365,18 +370,18 @@ async def test_an_answer_that_is_gone_says_so_and_is_asked_again(
     await is_now(page, "complete")
     await expect(answer(page).locator(".fault")).to_be_hidden()
     await expect(answer(page).locator(".text")).to_contain_text("You wrote “Hello”")
-    assert house.simulator.stats().requests == 2
+    assert server.simulator.stats().requests == 2
 
 
 # Waiting.
 
 
-async def test_a_full_house_is_told_and_tried_again(make_house: Make, page: Page) -> None:
-    house = await make_house(**ONE_PLACE, **{"chat.websocket.concurrency.queue_timeout": 0})
+async def test_a_full_house_is_told_and_tried_again(make_server: MakeServer, page: Page) -> None:
+    server = await make_server(**ONE_PLACE, **{"chat.websocket.concurrency.queue_timeout": 0})
     await page.set_viewport_size({"width": 390, "height": 844})
     await page.clock.install()
-    async with house.connect() as inside:
-        await page.goto(house.base + "/")
+    async with server.connect() as inside:
+        await page.goto(server.base + "/")
         await expect(page.get_by_text("The server is full")).to_be_visible()
         await expect(page.get_by_text("max_connections=1 reached")).to_be_visible()
         await expect(page.get_by_text("Next try in")).to_be_visible()
@@ -384,73 +389,77 @@ async def test_a_full_house_is_told_and_tried_again(make_house: Make, page: Page
         await ask(page, "Hello")
         await expect(status(page)).to_have_text("Is sent as soon as the server is there")
         await inside.close()
-    await until(lambda: house.held()["places"] == 0)
+    await until(lambda: server.held()["places"] == 0)
 
     await page.clock.fast_forward(10_000)  # milliseconds
 
     await connected(page)
     await is_now(page, "complete")
-    assert house.simulator.stats().requests == 1
+    assert server.simulator.stats().requests == 1
 
 
-async def test_the_place_in_the_line_of_the_house_is_shown(make_house: Make, page: Page) -> None:
-    house = await make_house(**ONE_PLACE, **{"chat.websocket.concurrency.queue_timeout": 50})
-    async with house.connect():
-        await page.goto(house.base + "/")
+async def test_the_place_in_the_line_of_the_house_is_shown(
+    make_server: MakeServer, page: Page
+) -> None:
+    server = await make_server(**ONE_PLACE, **{"chat.websocket.concurrency.queue_timeout": 50})
+    async with server.connect():
+        await page.goto(server.base + "/")
         await expect(page.get_by_text("You are number 1 in line, about 1 s")).to_be_visible()
         await ask(page, "Hello")
         await expect(status(page)).to_have_text("Waiting for a place: number 1 in line, about 1 s")
 
     await is_now(page, "complete")
-    assert house.simulator.stats().requests == 1
+    assert server.simulator.stats().requests == 1
 
 
 async def test_the_place_in_the_line_of_the_provider_is_shown(
-    make_house: Make, page: Page
+    make_server: MakeServer, page: Page
 ) -> None:
-    house = await make_house(STALLED, **ONE_REQUEST)
-    async with house.connect() as other:
+    server = await make_server(STALLED, **ONE_REQUEST)
+    async with server.connect() as other:
         await other.send_json(chat("r1"))
-        await house.simulator.until(lambda stats: stats.requests == 1)
-        await enter(page, house)
+        await server.simulator.until(lambda stats: stats.requests == 1)
+        await enter(page, server)
         await ask(page, "Hello")
         await expect(status(page)).to_have_text(
             "Waiting for the provider: number 1 in line, about 1 s"
         )
-        house.simulator.behaviour = QUICK
+        server.simulator.behaviour = QUICK
         await other.send_json(cancel("r1"))
 
         await is_now(page, "complete")
-    assert house.simulator.stats().requests == 2
+    assert server.simulator.stats().requests == 2
 
 
 async def test_a_reload_in_the_line_of_the_provider_goes_on_waiting(
-    make_house: Make, page: Page
+    make_server: MakeServer, page: Page
 ) -> None:
-    house = await make_house(STALLED, **ONE_REQUEST)
-    async with house.connect() as other:
+    server = await make_server(STALLED, **ONE_REQUEST)
+    async with server.connect() as other:
         await other.send_json(chat("r1"))
-        await house.simulator.until(lambda stats: stats.requests == 1)
-        await enter(page, house)
+        await server.simulator.until(lambda stats: stats.requests == 1)
+        await enter(page, server)
         await ask(page, "Hello")
         await expect(status(page)).to_contain_text("number 1 in line")
         await page.reload()
         await connected(page)
         await expect(status(page)).to_contain_text("number 1 in line")
-        house.simulator.behaviour = QUICK
+        server.simulator.behaviour = QUICK
         await other.send_json(cancel("r1"))
 
         await is_now(page, "complete")
-    await shows(page, await said(house, "Hello"))
-    assert house.simulator.stats().requests == 3
+    await shows(page, await said(server, "Hello"))
+    assert server.simulator.stats().requests == 3
 
 
-async def test_what_waits_is_stopped_before_it_is_asked(make_house: Make, page: Page) -> None:
-    house = await make_house(STALLED, **ONE_REQUEST)
-    async with house.connect() as other:
+async def test_what_waits_is_stopped_before_it_is_asked(
+    make_server: MakeServer, page: Page
+) -> None:
+    server = await make_server(STALLED, **ONE_REQUEST)
+    async with server.connect() as other:
         await other.send_json(chat("r1"))
-        await house.simulator.until(lambda stats: stats.requests == 1)
-        await enter(page, house)
+        await server.simulator.until(lambda stats: stats.requests == 1)
+        await enter(page, server)
         await ask(page, "Hello")
         await expect(status(page)).to_contain_text("number 1 in line")
 
@@ -458,7 +467,7 @@ async def test_what_waits_is_stopped_before_it_is_asked(make_house: Make, page: 
 
         await expect(status(page)).to_have_text("Stopped before it began")
         await other.send_json(cancel("r1"))
-    assert house.simulator.stats().requests == 1
+    assert server.simulator.stats().requests == 1
 
 
 # Faults.
@@ -474,27 +483,27 @@ async def test_what_waits_is_stopped_before_it_is_asked(make_house: Make, page: 
     ],
 )
 async def test_a_fault_says_what_to_do(
-    make_house: Make, page: Page, model: str, advice: str
+    make_server: MakeServer, page: Page, model: str, advice: str
 ) -> None:
-    house = await make_house(**choosing(model))
-    await enter(page, house)
+    server = await make_server(**choosing(model))
+    await enter(page, server)
     await page.get_by_label("Model").select_option(label=model)
     await ask(page, "Hello")
 
     await is_now(page, "failed")
     await expect(answer(page).locator(".fault")).to_contain_text(advice)
     await page.get_by_label("Model").select_option(label="sim-model")
-    house.forgive()  # else it would be left alone for some time
+    server.forgive()  # else it would be left alone for some time
     await answer(page).get_by_role("button", name="Ask again").click()
 
     await is_now(page, "complete")
     await expect(answer(page).locator(".fault")).to_be_hidden()
 
 
-async def test_what_came_before_a_fault_stays(make_house: Make, page: Page) -> None:
-    house = await make_house(**choosing("fault-cut-5"))
-    whole = await said(house, "Hello")
-    await enter(page, house)
+async def test_what_came_before_a_fault_stays(make_server: MakeServer, page: Page) -> None:
+    server = await make_server(**choosing("fault-cut-5"))
+    whole = await said(server, "Hello")
+    await enter(page, server)
     await page.get_by_label("Model").select_option(label="fault-cut-5")
 
     await ask(page, "Hello")
@@ -506,19 +515,21 @@ async def test_what_came_before_a_fault_stays(make_house: Make, page: Page) -> N
     await expect(answer(page).locator(".fault")).to_contain_text("Ask again")
 
 
-async def test_a_gap_is_told_and_not_skipped(make_house: Make, told: Told, page: Page) -> None:
-    house = await make_house(**told.changes, **{"chat.streams.max_stream_bytes": 4096})
-    await enter(page, house)
+async def test_a_gap_is_told_and_not_skipped(
+    make_server: MakeServer, told: Told, page: Page
+) -> None:
+    server = await make_server(**told.changes, **{"chat.streams.max_stream_bytes": 4096})
+    await enter(page, server)
     await ask(page, "Hello")
     told.say("One")
     await shows(page, "One")
     await page.context.set_offline(True)
-    cut(house)
+    cut(server)
     await expect(page.get_by_text("The connection to the server is lost.")).to_be_visible()
 
     told.say(*(f" {number:0100}" for number in range(200)))
     told.finish()
-    await until(lambda: house.app[context.STREAMS].stats().running == 0)
+    await until(lambda: server.app[context.STREAMS].stats().running == 0)
     await page.context.set_offline(False)
 
     await is_now(page, "failed")
@@ -526,17 +537,19 @@ async def test_a_gap_is_told_and_not_skipped(make_house: Make, told: Told, page:
     await shows(page, "One")
 
 
-async def test_a_number_that_is_taken_is_asked_under_another(house: House, page: Page) -> None:
-    await enter(page, house)
+async def test_a_number_that_is_taken_is_asked_under_another(
+    server: RunningServer, page: Page
+) -> None:
+    await enter(page, server)
     await page.context.set_offline(True)
-    cut(house)
+    cut(server)
     await expect(page.get_by_text("The connection to the server is lost.")).to_be_visible()
     await ask(page, "Hello")
     await is_now(page, "unsent")
     stored = await page.evaluate(
         "Object.entries(localStorage).find(([key]) => /tion/.test(key))[1]"
     )
-    async with house.connect() as other:
+    async with server.connect() as other:
         await other.send_json(chat(json.loads(stored)["turns"][0]["id"], "Something else"))
         await to_end(other)
 
@@ -546,14 +559,14 @@ async def test_a_number_that_is_taken_is_asked_under_another(house: House, page:
     await answer(page).get_by_role("button", name="Ask again").click()
 
     await is_now(page, "complete")
-    await shows(page, await said(house, "Hello"))
+    await shows(page, await said(server, "Hello"))
 
 
 async def test_a_question_that_found_no_room_is_asked_again_by_itself(
-    make_house: Make, told: Told, page: Page
+    make_server: MakeServer, told: Told, page: Page
 ) -> None:
-    house = await make_house(**told.changes, **{"chat.streams.max_kept_bytes": 4096})
-    await enter(page, house)
+    server = await make_server(**told.changes, **{"chat.streams.max_kept_bytes": 4096})
+    await enter(page, server)
     await ask(page, "apples")
     told.say("a" * 8192)
     await shows(page, "a" * 8192)
@@ -571,23 +584,23 @@ async def test_a_question_that_found_no_room_is_asked_again_by_itself(
 
 
 async def test_a_connection_that_was_closed_unused_is_opened_by_a_question(
-    make_house: Make, page: Page
+    make_server: MakeServer, page: Page
 ) -> None:
-    house = await make_house(
+    server = await make_server(
         **{"chat.websocket.idle_timeout": 0.05, "chat.websocket.ping_interval": 0.2}
     )
-    await page.goto(house.base + "/")
+    await page.goto(server.base + "/")
     await expect(page.get_by_text("since it was not used")).to_be_visible()
 
     await ask(page, "Hello")
 
     await is_now(page, "complete")
-    await shows(page, await said(house, "Hello"))
+    await shows(page, await said(server, "Hello"))
 
 
-async def test_a_message_over_the_limit_is_told(make_house: Make, page: Page) -> None:
-    house = await make_house(**{"chat.websocket.max_message_size": 1000})
-    await enter(page, house)
+async def test_a_message_over_the_limit_is_told(make_server: MakeServer, page: Page) -> None:
+    server = await make_server(**{"chat.websocket.max_message_size": 1000})
+    await enter(page, server)
 
     await ask(page, "x" * 2000)
 
@@ -601,19 +614,19 @@ async def test_a_message_over_the_limit_is_told(make_house: Make, page: Page) ->
 # Conversations and choices.
 
 
-async def test_conversations_keep_apart(house: House, page: Page) -> None:
-    await enter(page, house)
+async def test_conversations_keep_apart(server: RunningServer, page: Page) -> None:
+    await enter(page, server)
     await ask(page, "apples")
     await is_now(page, "complete")
     await page.get_by_role("button", name="New conversation").click()
     await expect(page.get_by_role("article")).to_have_count(0)
     await ask(page, "pears")
     await is_now(page, "complete")
-    assert [one["content"] for one in house.simulator.bodies[-1]["messages"]] == ["pears"]
+    assert [one["content"] for one in server.simulator.bodies[-1]["messages"]] == ["pears"]
 
     await page.reload()
     await expect(page.get_by_role("article")).to_have_count(1)
-    await shows(page, await said(house, "pears"))
+    await shows(page, await said(server, "pears"))
     await page.get_by_role("button", name="apples").first.click()
     await expect(page.locator(".question")).to_contain_text("apples")
     await connected(page)
@@ -621,13 +634,15 @@ async def test_conversations_keep_apart(house: House, page: Page) -> None:
     await expect(page.get_by_role("article")).to_have_count(2)
     await is_now(page, "complete")
 
-    asked = house.simulator.bodies[-1]["messages"]
+    asked = server.simulator.bodies[-1]["messages"]
     assert [one["content"] for one in asked if one["role"] == "user"] == ["apples", "more"]
 
 
-async def test_answers_of_two_conversations_run_at_once(make_house: Make, page: Page) -> None:
-    house = await make_house(STALLED)
-    await enter(page, house)
+async def test_answers_of_two_conversations_run_at_once(
+    make_server: MakeServer, page: Page
+) -> None:
+    server = await make_server(STALLED)
+    await enter(page, server)
     await ask(page, "apples")
     await is_now(page, "running")
     await page.get_by_role("button", name="New conversation").click()
@@ -644,9 +659,11 @@ async def test_answers_of_two_conversations_run_at_once(make_house: Make, page: 
     await is_now(page, "stopped")
 
 
-async def test_a_conversation_is_deleted_by_two_presses(make_house: Make, page: Page) -> None:
-    house = await make_house(STALLED)
-    await enter(page, house)
+async def test_a_conversation_is_deleted_by_two_presses(
+    make_server: MakeServer, page: Page
+) -> None:
+    server = await make_server(STALLED)
+    await enter(page, server)
     await ask(page, "apples")
     await is_now(page, "running")
 
@@ -655,23 +672,25 @@ async def test_a_conversation_is_deleted_by_two_presses(make_house: Make, page: 
 
     await expect(page.get_by_role("button", name="apples")).to_have_count(0)
     await expect(page.get_by_role("article")).to_have_count(0)
-    await house.simulator.until(lambda stats: stats.aborted == 1)
+    await server.simulator.until(lambda stats: stats.aborted == 1)
     await page.reload()
     await connected(page)
     await expect(page.get_by_role("button", name="apples")).to_have_count(0)
 
 
-async def test_the_chosen_model_is_asked_and_remembered(make_house: Make, page: Page) -> None:
+async def test_the_chosen_model_is_asked_and_remembered(
+    make_server: MakeServer, page: Page
+) -> None:
     second = {"base_url": "http://127.0.0.1:9/v1", "model": "gone", "http_client": {**HTTP_CLIENT}}
     keyless = {
         **second,
         "http_client": {**HTTP_CLIENT},  # not the same: YAML would write an alias
         "api_key_env": "A_KEY_THAT_NOBODY_HAS",
     }
-    house = await make_house(
+    server = await make_server(
         **choosing("bigger"), **{"llm.providers.second": second, "llm.providers.third": keyless}
     )
-    await enter(page, house)
+    await enter(page, server)
     model = page.get_by_label("Model")
     assert await model.locator("option").all_text_contents() == [
         "Default (sim)",
@@ -687,7 +706,7 @@ async def test_the_chosen_model_is_asked_and_remembered(make_house: Make, page: 
     await ask(page, "Hello")
     await is_now(page, "complete")
     await expect(status(page)).to_contain_text("sim · bigger")
-    assert house.simulator.bodies[-1]["model"] == "bigger"
+    assert server.simulator.bodies[-1]["model"] == "bigger"
     await page.reload()
     await connected(page)
     await expect(model).to_have_value("sim/bigger")
@@ -696,14 +715,14 @@ async def test_the_chosen_model_is_asked_and_remembered(make_house: Make, page: 
 
     await expect(page.get_by_role("article")).to_have_count(2)
     await is_now(page, "complete")
-    assert house.simulator.bodies[-1]["model"] == "sim-model"
+    assert server.simulator.bodies[-1]["model"] == "sim-model"
 
 
-async def test_two_windows_show_the_same(make_house: Make, told: Told, page: Page) -> None:
-    house = await make_house(**told.changes)
-    await enter(page, house)
+async def test_two_windows_show_the_same(make_server: MakeServer, told: Told, page: Page) -> None:
+    server = await make_server(**told.changes)
+    await enter(page, server)
     other = await page.context.new_page()
-    await enter(other, house)
+    await enter(other, server)
 
     await ask(page, "Hello")
     await other.get_by_role("button", name="Hello").first.click()
@@ -720,8 +739,8 @@ async def test_two_windows_show_the_same(make_house: Make, told: Told, page: Pag
     await expect(page.get_by_role("article")).to_have_count(0)
 
 
-async def test_old_conversations_make_room(house: House, page: Page) -> None:
-    await enter(page, house)
+async def test_old_conversations_make_room(server: RunningServer, page: Page) -> None:
+    await enter(page, server)
     await page.evaluate(
         """() => {
             for (let n = 0; n < 50; n++) {
@@ -744,8 +763,10 @@ async def test_old_conversations_make_room(house: House, page: Page) -> None:
     await expect(page.get_by_text("old 49", exact=True)).to_have_count(1)
 
 
-async def test_a_long_conversation_keeps_its_newest_turns(house: House, page: Page) -> None:
-    await enter(page, house)
+async def test_a_long_conversation_keeps_its_newest_turns(
+    server: RunningServer, page: Page
+) -> None:
+    await enter(page, server)
     await page.evaluate(
         """() => {
             const turns = Array.from({ length: 100 }, (_, n) =>
@@ -767,9 +788,9 @@ async def test_a_long_conversation_keeps_its_newest_turns(house: House, page: Pa
 
 
 async def test_a_long_answer_does_not_drive_out_the_others(
-    make_house: Make, told: Told, page: Page
+    make_server: MakeServer, told: Told, page: Page
 ) -> None:
-    await enter(page, await make_house(**told.changes))
+    await enter(page, await make_server(**told.changes))
     for name in ("apples", "pears"):
         await page.get_by_role("button", name="New conversation").click()
         await ask(page, name)
@@ -796,8 +817,8 @@ async def test_a_long_answer_does_not_drive_out_the_others(
     assert told.requests == 3
 
 
-async def test_a_full_storage_is_told_and_stops_nothing(house: House, page: Page) -> None:
-    await enter(page, house)
+async def test_a_full_storage_is_told_and_stops_nothing(server: RunningServer, page: Page) -> None:
+    await enter(page, server)
     await page.evaluate(
         """() => {
             const old = { id: "c", used: 1, turns: [{ id: "r", question: "old", state: "complete" }] };
@@ -816,7 +837,7 @@ async def test_a_full_storage_is_told_and_stops_nothing(house: House, page: Page
     await ask(page, "Hello")
 
     await is_now(page, "complete")
-    await shows(page, await said(house, "Hello"))
+    await shows(page, await said(server, "Hello"))
     await expect(page.locator("#notice")).to_contain_text("The browser's storage is full")
     await expect(page.get_by_role("button", name="old")).to_have_count(0)
 
@@ -826,10 +847,10 @@ async def test_a_full_storage_is_told_and_stops_nothing(house: House, page: Page
 
 @pytest.mark.parametrize("width", [320, 390, 1280, 2560])
 async def test_nothing_is_wider_than_the_window(
-    make_house: Make, told: Told, page: Page, width: int
+    make_server: MakeServer, told: Told, page: Page, width: int
 ) -> None:
     await page.set_viewport_size({"width": width, "height": 844})
-    await enter(page, await make_house(**told.changes))
+    await enter(page, await make_server(**told.changes))
     await ask(page, "x" * 500)
     told.say("y" * 500, "\n```\n", "z" * 500, "\n```\n")
     told.finish()
@@ -846,8 +867,10 @@ async def test_nothing_is_wider_than_the_window(
         assert await page.evaluate(f"{element}.scrollWidth <= {element}.clientWidth")
 
 
-async def test_the_page_is_light_or_dark_as_the_system_is(house: House, page: Page) -> None:
-    await enter(page, house)
+async def test_the_page_is_light_or_dark_as_the_system_is(
+    server: RunningServer, page: Page
+) -> None:
+    await enter(page, server)
     colours = {}
     for scheme in ("light", "dark"):
         await page.emulate_media(color_scheme=scheme)
@@ -865,8 +888,8 @@ async def test_the_page_is_light_or_dark_as_the_system_is(house: House, page: Pa
 # How it comes back.
 
 
-async def test_the_pause_before_a_try(house: House, page: Page) -> None:
-    await enter(page, house)
+async def test_the_pause_before_a_try(server: RunningServer, page: Page) -> None:
+    await enter(page, server)
 
     pauses = await page.evaluate(
         """async () => {

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from playwright.async_api import Page
 
-    from tests.support.server import House
+    from tests.support.server import RunningServer
 
 DASH = "\u2013"
 
@@ -380,11 +380,11 @@ async def test_numbers_are_short_and_carry_their_unit(stand: Stand, page: Page) 
     ]
 
 
-async def test_the_true_house_feeds_it(house: House, page: Page) -> None:
-    await page.goto(house.base + "/dashboard")
+async def test_the_true_house_feeds_it(server: RunningServer, page: Page) -> None:
+    await page.goto(server.base + "/dashboard")
     await verdict(page, "Open", "Room for 50 more")
 
-    async with house.connect():
+    async with server.connect():
         await verdict(page, "Open", "Room for 49 more")
         await expect(shown(page, "connections.active")).to_have_text("1")
     await verdict(page, "Open", "Room for 50 more")

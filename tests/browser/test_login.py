@@ -17,13 +17,12 @@ from tests.support.keys import COOKIE, auth_of, key_of, keys_of
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncIterator
 
     from playwright.async_api import Locator, Page
 
-    from tests.support.server import House
+    from tests.support.server import MakeServer, RunningServer
 
-    Make = Callable[..., Awaitable[House]]
 
 LOST = re.compile("Connecting|No contact")
 ENDLESS = Behaviour(ttft=0, interval=0.02, tokens=100_000)
@@ -46,10 +45,10 @@ async def enter_key(page: Page, name: str) -> None:
     await key(page).press("Enter")
 
 
-async def watches(page: Page, house: House) -> None:
+async def watches(page: Page, server: RunningServer) -> None:
     """Wait until the dashboard is fed; what it says of a busy machine is not of interest."""
     await expect(page.locator("#board")).to_be_visible()
-    await until(lambda: len(house.app[context.MONITOR]._watchers) == 1)
+    await until(lambda: len(server.app[context.MONITOR]._watchers) == 1)
     await expect(page.locator("#verdict-word")).not_to_have_text(LOST)
     await expect(page.locator("body")).not_to_have_class("stale")
 
@@ -65,21 +64,21 @@ async def unwatched(page: Page) -> AsyncIterator[Page]:
         await context.close()
 
 
-async def test_a_house_without_keys_asks_for_none(make_house: Make, page: Page) -> None:
-    house = await make_house()
-    await page.goto(house.base + "/")
+async def test_a_house_without_keys_asks_for_none(make_server: MakeServer, page: Page) -> None:
+    server = await make_server()
+    await page.goto(server.base + "/")
     await connected(page)
     await expect(form(page)).to_have_count(0)
     await expect(page.get_by_role("button", name="Log out")).to_be_hidden()
-    await page.goto(house.base + "/dashboard")
-    await watches(page, house)
+    await page.goto(server.base + "/dashboard")
+    await watches(page, server)
     await expect(form(page)).to_have_count(0)
     await expect(page.get_by_role("button", name="Log out")).to_be_hidden()
 
 
-async def test_one_chats_with_a_key_and_logs_out(make_house: Make, page: Page) -> None:
-    house = await make_house(**keys_of("web"))
-    await page.goto(house.base + "/")
+async def test_one_chats_with_a_key_and_logs_out(make_server: MakeServer, page: Page) -> None:
+    server = await make_server(**keys_of("web"))
+    await page.goto(server.base + "/")
 
     await expect(form(page)).to_be_visible()
     await expect(key(page)).to_be_focused()
@@ -100,7 +99,7 @@ async def test_one_chats_with_a_key_and_logs_out(make_house: Make, page: Page) -
     await is_now(page, "complete")
     await page.get_by_role("button", name="Log out").click()
     await expect(form(page)).to_be_visible()
-    await until(lambda: not house.app[context.SOCKETS])
+    await until(lambda: not server.app[context.SOCKETS])
     assert await page.context.cookies() == []
     await enter_key(page, "web")
     await connected(page)
@@ -109,12 +108,12 @@ async def test_one_chats_with_a_key_and_logs_out(make_house: Make, page: Page) -
 
 
 async def test_a_wrong_key_says_so_and_there_is_no_way_around(
-    make_house: Make, page: Page
+    make_server: MakeServer, page: Page
 ) -> None:
-    house = await make_house(**keys_of("web"))
+    server = await make_server(**keys_of("web"))
     async with unwatched(page) as mine:
-        await mine.goto(house.base + "/")
-        await enter_key(mine, "keyless")
+        await mine.goto(server.base + "/")
+        await enter_key(mine, "nobody")
 
         await expect(fault(mine)).to_have_text("This key is not known here.")
         await expect(key(mine)).to_be_focused()
@@ -123,25 +122,25 @@ async def test_a_wrong_key_says_so_and_there_is_no_way_around(
         await expect(form(mine)).to_be_visible()
         await form(mine).get_by_role("button", name="Enter").click()
         await expect(fault(mine)).to_have_text("This key is not known here.")
-        assert not house.app[context.SOCKETS]
+        assert not server.app[context.SOCKETS]
         await enter_key(mine, "web")
         await connected(mine)
 
 
-async def test_an_empty_key_is_not_sent(make_house: Make, page: Page) -> None:
-    house = await make_house(**keys_of("web"))
-    await page.goto(house.base + "/")
+async def test_an_empty_key_is_not_sent(make_server: MakeServer, page: Page) -> None:
+    server = await make_server(**keys_of("web"))
+    await page.goto(server.base + "/")
     await expect(form(page)).to_be_visible()
 
     await form(page).get_by_role("button", name="Enter").click()
 
     await expect(form(page)).to_be_visible()
-    assert house.app[context.METRICS].auth_failures["missing_key"].value == 0
+    assert server.app[context.METRICS].auth_failures["missing_key"].value == 0
 
 
-async def test_the_dashboard_wants_an_admins_key(make_house: Make, page: Page) -> None:
-    house = await make_house(**keys_of("web", "root"))
-    await page.goto(house.base + "/dashboard")
+async def test_the_dashboard_wants_an_admins_key(make_server: MakeServer, page: Page) -> None:
+    server = await make_server(**keys_of("web", "root"))
+    await page.goto(server.base + "/dashboard")
     await expect(form(page)).to_be_visible()
     await expect(page).to_have_title("Key wanted · aioserver dashboard")
 
@@ -154,20 +153,20 @@ async def test_the_dashboard_wants_an_admins_key(make_house: Make, page: Page) -
     await enter_key(page, "root")
 
     await expect(form(page)).to_have_count(0)
-    await watches(page, house)
+    await watches(page, server)
     await page.get_by_role("button", name="Log out").click()
     await expect(form(page)).to_be_visible()
-    await until(lambda: not house.app[context.MONITOR]._watchers)
+    await until(lambda: not server.app[context.MONITOR]._watchers)
     await enter_key(page, "root")
-    await watches(page, house)
+    await watches(page, server)
 
 
-async def test_one_log_in_is_enough_for_all_windows(make_house: Make, page: Page) -> None:
-    house = await make_house(**keys_of("root"))
+async def test_one_log_in_is_enough_for_all_windows(make_server: MakeServer, page: Page) -> None:
+    server = await make_server(**keys_of("root"))
     other = await page.context.new_page()
-    await other.goto(house.base + "/dashboard")
+    await other.goto(server.base + "/dashboard")
     await expect(form(other)).to_be_visible()
-    await page.goto(house.base + "/")
+    await page.goto(server.base + "/")
     await enter_key(page, "root")
     await connected(page)
 
@@ -175,18 +174,18 @@ async def test_one_log_in_is_enough_for_all_windows(make_house: Make, page: Page
     await other.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
 
     await expect(form(other)).to_have_count(0)
-    await watches(other, house)
+    await watches(other, server)
 
 
-async def test_a_revoked_key_asks_for_another(make_house: Make, page: Page) -> None:
-    house = await make_house(ENDLESS, **keys_of("web"))
-    await page.goto(house.base + "/")
+async def test_a_revoked_key_asks_for_another(make_server: MakeServer, page: Page) -> None:
+    server = await make_server(ENDLESS, **keys_of("web"))
+    await page.goto(server.base + "/")
     await enter_key(page, "web")
     await connected(page)
     await ask(page, "Hello")
     await is_now(page, "running")
 
-    await reload.change(house.app, auth_of("other"))
+    await reload.change(server.app, auth_of("other"))
 
     await expect(form(page)).to_be_visible()
     await enter_key(page, "other")
@@ -195,29 +194,29 @@ async def test_a_revoked_key_asks_for_another(make_house: Make, page: Page) -> N
     await expect(answer(page).locator(".fault")).to_contain_text("Your key was withdrawn")
 
 
-async def test_a_revoked_watcher_is_asked_for_another(make_house: Make, page: Page) -> None:
-    house = await make_house(**keys_of("root"))
-    await page.goto(house.base + "/dashboard")
+async def test_a_revoked_watcher_is_asked_for_another(make_server: MakeServer, page: Page) -> None:
+    server = await make_server(**keys_of("root"))
+    await page.goto(server.base + "/dashboard")
     await enter_key(page, "root")
-    await watches(page, house)
+    await watches(page, server)
 
-    await reload.change(house.app, auth_of("web"))
+    await reload.change(server.app, auth_of("web"))
     await expect(form(page)).to_be_visible()
 
-    await reload.change(house.app, auth_of("root"))
+    await reload.change(server.app, auth_of("root"))
     await enter_key(page, "root")
-    await watches(page, house)
+    await watches(page, server)
 
 
 @pytest.mark.parametrize("path", ["/", "/dashboard"])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 async def test_the_form_hides_what_is_behind_it_and_fits_a_phone(
-    make_house: Make, page: Page, path: str, scheme: str
+    make_server: MakeServer, page: Page, path: str, scheme: str
 ) -> None:
-    house = await make_house(**keys_of("web"))
+    server = await make_server(**keys_of("web"))
     await page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
     await page.set_viewport_size({"width": 360, "height": 640})
-    await page.goto(house.base + path)
+    await page.goto(server.base + path)
     await expect(form(page)).to_be_visible()
 
     box = await form(page).bounding_box()

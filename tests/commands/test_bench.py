@@ -1,4 +1,4 @@
-"""The `bench` command against real houses, and against servers that break their word."""
+"""The `bench` command against real servers, and against servers that break their word."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from aioserver.providers.breaker import FAILURES
 from aioserver.providers.simulator.exchange import Behaviour
 from tests.support.process import WITHOUT_RICH, Process, run_command
 from tests.support.scripted_provider import DONE
-from tests.support.server import CONCURRENCY
+from tests.support.server import CONCURRENCY, MakeServer
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncIterator
 
     from aiohttp.typedefs import Handler
 
-    from tests.support.server import House
+    from tests.support.server import RunningServer
 
 FACES = ("websocket", "sse", "openai")
 ONE_PLACE = {f"{CONCURRENCY}.max_connections": 1, f"{CONCURRENCY}.queue_timeout": 0}
@@ -74,8 +74,8 @@ async def saying(path: str, handler: Handler) -> AsyncIterator[str]:
 
 
 @pytest.mark.parametrize("face", FACES)
-async def test_every_answer_is_complete(house: House, face: str) -> None:
-    report = await ran(house.base, face=face)
+async def test_every_answer_is_complete(server: RunningServer, face: str) -> None:
+    report = await ran(server.base, face=face)
 
     assert report["requests"]["total"] == report["requests"]["ok"] == 8
     assert report["complete"]
@@ -84,13 +84,13 @@ async def test_every_answer_is_complete(house: House, face: str) -> None:
     assert report["latency"]["count"] == report["first_token"]["count"] == 8
     assert 0 < report["gap"]["count"] <= report["events"]["total"] - 8
     assert 0 < report["first_token"]["p50"] <= report["latency"]["p50"]
-    assert house.simulator.stats().requests == 8
+    assert server.simulator.stats().requests == 8
 
 
-async def test_a_whole_answer_is_complete_too(house: House) -> None:
+async def test_a_whole_answer_is_complete_too(server: RunningServer) -> None:
     question = Question(prompt="Hello", streamed=False, max_tokens=3)
 
-    report = await ran(house.base, face="openai", question=question)
+    report = await ran(server.base, face="openai", question=question)
 
     assert report["requests"]["ok"] == 8
     assert report["first_token"] is None
@@ -98,18 +98,18 @@ async def test_a_whole_answer_is_complete_too(house: House) -> None:
 
 
 async def test_endpoints_are_where_the_server_says(
-    make_house: Callable[..., Awaitable[House]],
+    make_server: MakeServer,
 ) -> None:
-    house = await make_house(
+    server = await make_server(
         **{"chat.sse.endpoint": "/elsewhere", "chat.websocket.endpoint": "/there"}
     )
 
     for face in FACES:
-        assert (await ran(house.base, face=face))["requests"]["ok"] == 8
+        assert (await ran(server.base, face=face))["requests"]["ok"] == 8
 
 
-async def test_a_duration_ends_the_run(house: House) -> None:
-    report = await ran(house.base, requests=None, duration=0.2)
+async def test_a_duration_ends_the_run(server: RunningServer) -> None:
+    report = await ran(server.base, requests=None, duration=0.2)
 
     assert report["complete"]
     assert report["requests"]["ok"] >= 4
@@ -134,12 +134,10 @@ async def test_the_key_goes_with_every_request() -> None:
 
 
 @pytest.mark.parametrize("face", FACES)
-async def test_a_full_house_is_named(
-    make_house: Callable[..., Awaitable[House]], face: str
-) -> None:
-    house = await make_house(SLOW, **ONE_PLACE)
+async def test_a_full_house_is_named(make_server: MakeServer, face: str) -> None:
+    server = await make_server(SLOW, **ONE_PLACE)
 
-    report = await ran(house.base, face=face, requests=1)
+    report = await ran(server.base, face=face, requests=1)
 
     assert report["requests"]["ok"] == 1
     assert report["refused"] == {"server_at_capacity": 3}
@@ -152,12 +150,10 @@ async def test_a_full_house_is_named(
 
 
 @pytest.mark.parametrize("face", ["websocket", "sse"])
-async def test_waiting_at_the_provider_is_named(
-    make_house: Callable[..., Awaitable[House]], face: str
-) -> None:
-    house = await make_house(SLOW, **{"llm.providers.sim.http_client.concurrent_requests": 1})
+async def test_waiting_at_the_provider_is_named(make_server: MakeServer, face: str) -> None:
+    server = await make_server(SLOW, **{"llm.providers.sim.http_client.concurrent_requests": 1})
 
-    report = await ran(house.base, face=face, clients=3, requests=1)
+    report = await ran(server.base, face=face, clients=3, requests=1)
 
     assert report["requests"]["ok"] == 3
     assert report["limit"]["code"] == "provider_waiting"
@@ -167,11 +163,11 @@ async def test_waiting_at_the_provider_is_named(
 
 
 async def test_waiting_at_the_door_is_named(
-    make_house: Callable[..., Awaitable[House]],
+    make_server: MakeServer,
 ) -> None:
-    house = await make_house(SLOW, **{f"{CONCURRENCY}.max_connections": 1})
+    server = await make_server(SLOW, **{f"{CONCURRENCY}.max_connections": 1})
 
-    report = await ran(house.base, clients=3, requests=1)
+    report = await ran(server.base, clients=3, requests=1)
 
     assert report["requests"]["ok"] == 3
     assert report["limit"]["code"] == "connections_waiting"
@@ -179,13 +175,15 @@ async def test_waiting_at_the_door_is_named(
 
 
 async def test_waiting_that_no_frame_tells_is_read_from_the_server(
-    make_house: Callable[..., Awaitable[House]],
+    make_server: MakeServer,
 ) -> None:
     """Takes over 2 s: the server makes its numbers once a second."""
     behaviour = Behaviour(ttft=0.6, interval=0)
-    house = await make_house(behaviour, **{"llm.providers.sim.http_client.concurrent_requests": 1})
+    server = await make_server(
+        behaviour, **{"llm.providers.sim.http_client.concurrent_requests": 1}
+    )
 
-    report = await ran(house.base, face="openai", requests=1)
+    report = await ran(server.base, face="openai", requests=1)
 
     assert report["limit"]["code"] == "provider_waiting"
     assert report["limit"]["text"].startswith("requests waited at the provider: ")
@@ -207,12 +205,10 @@ def test_several_codes_are_told_the_most_frequent_first() -> None:
 
 
 @pytest.mark.parametrize("face", FACES)
-async def test_an_answer_that_was_cut_is_incomplete(
-    make_house: Callable[..., Awaitable[House]], face: str
-) -> None:
-    house = await make_house(Behaviour(ttft=0, interval=0, tokens=10, cut_after=3))
+async def test_an_answer_that_was_cut_is_incomplete(make_server: MakeServer, face: str) -> None:
+    server = await make_server(Behaviour(ttft=0, interval=0, tokens=10, cut_after=3))
 
-    report = await ran(house.base, face=face)
+    report = await ran(server.base, face=face)
 
     assert report["requests"]["ok"] == 0
     # What is not asked any more is refused: a provider that fails is left alone.
@@ -223,23 +219,23 @@ async def test_an_answer_that_was_cut_is_incomplete(
 
 
 async def test_a_provider_that_fails_is_no_refusal(
-    make_house: Callable[..., Awaitable[House]],
+    make_server: MakeServer,
 ) -> None:
-    house = await make_house(Behaviour(ttft=0, interval=0, fail_rate=1.0, fail_status=500))
+    server = await make_server(Behaviour(ttft=0, interval=0, fail_rate=1.0, fail_status=500))
 
-    report = await ran(house.base, face="openai", requests=1)
+    report = await ran(server.base, face="openai", requests=1)
 
     assert report["incomplete"] == {"provider_error": 4}
 
 
 async def test_an_answer_that_does_not_end_in_time_is_incomplete(
-    make_house: Callable[..., Awaitable[House]],
+    make_server: MakeServer,
 ) -> None:
-    house = await make_house(
+    server = await make_server(
         Behaviour(ttft=0, interval=0, stall_after=2), **{"chat.streams.resume_window": 0}
     )
 
-    report = await ran(house.base, requests=1, timeout=0.2)
+    report = await ran(server.base, requests=1, timeout=0.2)
 
     assert report["incomplete"] == {"timeout": 4}
 
@@ -341,10 +337,10 @@ def test_a_flood_of_codes_is_bounded() -> None:
 
 
 async def test_the_table_shows_the_numbers_of_the_report(
-    make_house: Callable[..., Awaitable[House]],
+    make_server: MakeServer,
 ) -> None:
-    house = await make_house(SLOW, **ONE_PLACE)
-    report = await ran(house.base, requests=1)
+    server = await make_server(SLOW, **ONE_PLACE)
+    report = await ran(server.base, requests=1)
     console = Console(width=80)
 
     with console.capture() as capture:
@@ -358,10 +354,10 @@ async def test_the_table_shows_the_numbers_of_the_report(
 
 
 async def test_the_table_says_why_answers_are_incomplete(
-    make_house: Callable[..., Awaitable[House]],
+    make_server: MakeServer,
 ) -> None:
-    house = await make_house(Behaviour(ttft=0, interval=0, stall_after=2))
-    report = await ran(house.base, face="openai", requests=1, timeout=0.2)
+    server = await make_server(Behaviour(ttft=0, interval=0, stall_after=2))
+    report = await ran(server.base, face="openai", requests=1, timeout=0.2)
     console = Console(width=80)
 
     with console.capture() as capture:
@@ -398,8 +394,8 @@ def test_clients_that_do_not_fit_are_refused(
     assert "--clients 1000 is too many" in capsys.readouterr().err
 
 
-async def test_the_table_goes_to_stdout_and_the_bar_to_stderr(house: House) -> None:
-    code, out, err = await run_command("bench", house.base, "--clients", "3", "--requests", "2")
+async def test_the_table_goes_to_stdout_and_the_bar_to_stderr(server: RunningServer) -> None:
+    code, out, err = await run_command("bench", server.base, "--clients", "3", "--requests", "2")
 
     assert code == 0, err
     assert "limit: no limit was met" in out
@@ -409,12 +405,12 @@ async def test_the_table_goes_to_stdout_and_the_bar_to_stderr(house: House) -> N
 
 
 async def test_incomplete_answers_are_exit_1_also_as_json(
-    make_house: Callable[..., Awaitable[House]],
+    make_server: MakeServer,
 ) -> None:
-    house = await make_house(Behaviour(ttft=0, interval=0, tokens=10, cut_after=3))
+    server = await make_server(Behaviour(ttft=0, interval=0, tokens=10, cut_after=3))
 
     code, out, _ = await run_command(
-        "bench", house.base, "--json", "--clients", "2", "--requests", "1"
+        "bench", server.base, "--json", "--clients", "2", "--requests", "1"
     )
 
     report = json.loads(out)
@@ -422,10 +418,10 @@ async def test_incomplete_answers_are_exit_1_also_as_json(
     assert report["incomplete"] == {"provider_disconnected": 2}
 
 
-async def test_without_rich_there_is_json(house: House) -> None:
-    refused = await run_command("bench", house.base, program=WITHOUT_RICH)
+async def test_without_rich_there_is_json(server: RunningServer) -> None:
+    refused = await run_command("bench", server.base, program=WITHOUT_RICH)
     code, out, err = await run_command(
-        "bench", house.base, "--json", "--clients", "2", "--requests", "1", program=WITHOUT_RICH
+        "bench", server.base, "--json", "--clients", "2", "--requests", "1", program=WITHOUT_RICH
     )
 
     assert refused == (2, "", f"{remote.RICH_MISSING}\n")
@@ -440,13 +436,13 @@ async def test_a_server_that_is_not_there_is_one_line() -> None:
     assert err == "http://127.0.0.1:1 cannot be reached: Connection refused\n"
 
 
-async def test_ctrl_c_prints_what_there_is(make_house: Callable[..., Awaitable[House]]) -> None:
-    house = await make_house(
+async def test_ctrl_c_prints_what_there_is(make_server: MakeServer) -> None:
+    server = await make_server(
         Behaviour(ttft=0, interval=0.05, tokens=10_000), **{"chat.streams.resume_window": 0}
     )
-    arguments = ("bench", house.base, "--json", "--clients", "2")
+    arguments = ("bench", server.base, "--json", "--clients", "2")
     async with await Process.start("-m", "aioserver", *arguments) as process:
-        await until(lambda: house.simulator.stats().active == 2, 20.0)
+        await until(lambda: server.simulator.stats().active == 2, 20.0)
 
         process.signal(signal.SIGINT)
         code = await process.ended()

@@ -26,7 +26,7 @@ from tests.support.waiting import until
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from tests.support.server import House
+    from tests.support.server import RunningServer
 
 STATS: dict[str, Any] = {
     "time": 1764021000.123,
@@ -289,11 +289,11 @@ async def test_one_snapshot_is_taken_with_the_key() -> None:
         assert server.keys == ["Bearer k"]
 
 
-async def test_a_real_house_is_drawn(house: House) -> None:
-    async with house.connect() as ws, remote.session(None) as session:
+async def test_a_real_house_is_drawn(server: RunningServer) -> None:
+    async with server.connect() as ws, remote.session(None) as session:
         await ws.send_json({"action": "ping"})
         await ws.receive()
-        state = State(house.base)
+        state = State(server.base)
         feed = asyncio.create_task(Feed(session, state, 1.0, lambda: None).follow())
         try:
             await until(lambda: "websocket 1" in drawn(state))

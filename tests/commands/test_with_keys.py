@@ -1,4 +1,4 @@
-"""`bench` and `top` against a house that wants keys."""
+"""`bench` and `top` against a server that wants keys."""
 
 from __future__ import annotations
 
@@ -15,25 +15,21 @@ from aioserver.commands.top.feed import Feed, State
 from tests.support.keys import key_of, keys_of
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
-
-    from tests.support.server import House
-
-    Make = Callable[..., Awaitable[House]]
+    from tests.support.server import MakeServer, RunningServer
 
 
-def plan(house: House, face: str, key: str | None) -> Plan:
+def plan(server: RunningServer, face: str, key: str | None) -> Plan:
     question = Question(prompt="Hello")
     return Plan(
-        url=house.base, question=question, face=face, clients=2, requests=2, timeout=20.0, key=key
+        url=server.base, question=question, face=face, clients=2, requests=2, timeout=20.0, key=key
     )
 
 
 @pytest.mark.parametrize("face", ["websocket", "sse", "openai"])
 @pytest.mark.parametrize("name", ["web", "root"])
-async def test_a_bench_with_a_key_is_whole(make_house: Make, face: str, name: str) -> None:
-    house = await make_house(**keys_of("web", "root"))
-    run = Run(plan(house, face, key_of(name)))
+async def test_a_bench_with_a_key_is_whole(make_server: MakeServer, face: str, name: str) -> None:
+    server = await make_server(**keys_of("web", "root"))
+    run = Run(plan(server, face, key_of(name)))
 
     await run.execute(asyncio.Event())
 
@@ -43,9 +39,9 @@ async def test_a_bench_with_a_key_is_whole(make_house: Make, face: str, name: st
 
 
 @pytest.mark.parametrize("face", ["websocket", "sse", "openai"])
-async def test_a_bench_meets_the_keys_own_limit(make_house: Make, face: str) -> None:
-    house = await make_house(**keys_of("web", requests_per_minute=3))
-    run = Run(plan(house, face, key_of("web")))
+async def test_a_bench_meets_the_keys_own_limit(make_server: MakeServer, face: str) -> None:
+    server = await make_server(**keys_of("web", requests_per_minute=3))
+    run = Run(plan(server, face, key_of("web")))
 
     await run.execute(asyncio.Event())
 
@@ -58,10 +54,10 @@ async def test_a_bench_meets_the_keys_own_limit(make_house: Make, face: str) -> 
 @pytest.mark.parametrize("face", ["websocket", "sse", "openai"])
 @pytest.mark.parametrize("key", [None, "aio-nobody"])
 async def test_a_bench_that_is_not_let_in_is_not_whole(
-    make_house: Make, face: str, key: str | None
+    make_server: MakeServer, face: str, key: str | None
 ) -> None:
-    house = await make_house(**keys_of("web"))
-    run = Run(plan(house, face, key))
+    server = await make_server(**keys_of("web"))
+    run = Run(plan(server, face, key))
 
     await run.execute(asyncio.Event())
 
@@ -71,8 +67,8 @@ async def test_a_bench_that_is_not_let_in_is_not_whole(
     assert report["incomplete"] == {"http_401" if face == "websocket" else code: 4}
 
 
-async def test_top_wants_an_admins_key(make_house: Make) -> None:
-    house = await make_house(**keys_of("web", "root"))
+async def test_top_wants_an_admins_key(make_server: MakeServer) -> None:
+    server = await make_server(**keys_of("web", "root"))
     for key, said in (
         (None, "wants an API key"),
         ("aio-nobody", "this API key is not known"),
@@ -80,8 +76,8 @@ async def test_top_wants_an_admins_key(make_house: Make) -> None:
     ):
         async with remote.session(key) as session:
             with pytest.raises(remote.Unreachable, match=said):
-                await Feed(session, State(house.base), 1.0, lambda: None).first()
-    state = State(house.base)
+                await Feed(session, State(server.base), 1.0, lambda: None).first()
+    state = State(server.base)
     async with remote.session(key_of("root")) as session:
         await Feed(session, state, 1.0, lambda: None).first()
     assert isinstance(session, aiohttp.ClientSession)

@@ -16,9 +16,7 @@ from aioserver.config import Configuration
 from tests.support.tools import DEPLOY
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
-
-    from tests.support.server import House
+    from tests.support.server import MakeServer
 
 ROOT = Path(__file__).parents[2]
 
@@ -119,12 +117,12 @@ def test_its_address_needs_a_guard(guard: str) -> None:
 
 
 async def test_the_health_check_asks_what_there_is(
-    make_house: Callable[..., Awaitable[House]],
+    make_server: MakeServer,
 ) -> None:
     (check,) = of("HEALTHCHECK")
     program, option, code = exec_form(check.partition("CMD")[2].strip())
     assert (program, option) == ("python", "-c")
-    house = await make_house()
+    server = await make_server()
     (address,) = [
         node.value
         for node in ast.walk(ast.parse(code))
@@ -133,6 +131,6 @@ async def test_the_health_check_asks_what_there_is(
 
     path = str(address).removeprefix("http://127.0.0.1:8000")
 
-    async with house.session.get(house.base + path) as response:
+    async with server.session.get(server.base + path) as response:
         assert response.status == 200
         assert (await response.json())["status"] == "healthy"

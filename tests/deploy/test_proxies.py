@@ -1,4 +1,4 @@
-"""A real house behind nginx, HAProxy and Caddy, each configured by its sample in `deploy/`.
+"""A real server behind nginx, HAProxy and Caddy, each configured by its sample in `deploy/`.
 
 That nothing is buffered is shown without a clock: the provider falls silent in mid-answer, and what
 it has said until then arrives.
@@ -19,17 +19,16 @@ from yarl import URL
 
 from aioserver.providers.simulator.exchange import Behaviour
 from tests.support.proxy import KINDS, Proxy, running
-from tests.support.server import QUICK
+from tests.support.server import QUICK, MakeServer
 from tests.support.tools import DEPLOY, installed
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
     from pathlib import Path
 
-    from tests.support.server import House
+    from tests.support.server import RunningServer
 
-    Make = Callable[..., Awaitable[House]]
-    Proxied = Callable[..., Awaitable[tuple[House, Proxy]]]
+    Proxied = Callable[..., Awaitable[tuple[RunningServer, Proxy]]]
 
 SAID = {"messages": [{"role": "user", "content": "Hello"}]}
 SILENT_AFTER_ONE = Behaviour(ttft=0, interval=0, stall_after=1)
@@ -46,17 +45,19 @@ FULL = {
 
 @pytest.fixture(params=STREAMING)
 async def proxied(
-    request: pytest.FixtureRequest, tmp_path: Path, make_house: Make
+    request: pytest.FixtureRequest, tmp_path: Path, make_server: MakeServer
 ) -> AsyncIterator[Proxied]:
-    """Make a house with a proxy in front: `house, proxy = await proxied(behaviour, **changes)`."""
+    """Start a server with a proxy in front: `server, proxy = await proxied(behaviour, **changes)`."""
     async with contextlib.AsyncExitStack() as stack:
 
-        async def make(behaviour: Behaviour = QUICK, **changes: Any) -> tuple[House, Proxy]:
-            house = await make_house(behaviour, **changes)
+        async def make(
+            behaviour: Behaviour = QUICK, **changes: Any
+        ) -> tuple[RunningServer, Proxy]:
+            server = await make_server(behaviour, **changes)
             folder = tmp_path / "proxy"
             folder.mkdir()
-            proxy = await stack.enter_async_context(running(request.param, folder, house.port))
-            return house, proxy
+            proxy = await stack.enter_async_context(running(request.param, folder, server.port))
+            return server, proxy
 
         yield make
 
@@ -73,7 +74,7 @@ async def read_until(response: aiohttp.ClientResponse, mark: bytes) -> bytes:
 
 
 async def test_an_event_of_the_sse_face_arrives_before_the_next_is_said(proxied: Proxied) -> None:
-    house, proxy = await proxied(SILENT_AFTER_ONE)
+    server, proxy = await proxied(SILENT_AFTER_ONE)
     url = f"{proxy.base}/sse/chat"
 
     async with proxy.session.post(url, json={"request_id": "r1", "text": "Hello"}) as response:
@@ -83,7 +84,7 @@ async def test_an_event_of_the_sse_face_arrives_before_the_next_is_said(proxied:
         data = await read_until(response, b"event: chunk")
 
         assert b"event: processing" in data
-        assert house.simulator.stats().completed == 0
+        assert server.simulator.stats().completed == 0
     async with proxy.session.get(f"{url}/r1", headers={"Last-Event-ID": "1"}) as response:
         again = await read_until(response, b"event: chunk")
         assert b"event: processing" not in again
@@ -94,7 +95,7 @@ async def test_an_event_of_the_sse_face_arrives_before_the_next_is_said(proxied:
 async def test_a_websocket_streams_through_and_the_page_of_the_proxy_may_connect(
     proxied: Proxied,
 ) -> None:
-    house, proxy = await proxied(
+    server, proxy = await proxied(
         SILENT_AFTER_ONE, **{"chat.websocket.allow_origins": ["https://elsewhere.example"]}
     )
     url = proxy.base.replace("https", "wss") + "/ws/chat"
@@ -105,7 +106,7 @@ async def test_a_websocket_streams_through_and_the_page_of_the_proxy_may_connect
         async with asyncio.timeout(30):
             while "chunk" not in statuses:
                 statuses.append((await ws.receive_json())["status"])
-            assert house.simulator.stats().completed == 0
+            assert server.simulator.stats().completed == 0
 
             await ws.send_json({"action": "cancel", "request_id": "r1"})
             assert (await ws.receive_json())["status"] == "cancelled"
@@ -117,35 +118,35 @@ async def test_a_websocket_streams_through_and_the_page_of_the_proxy_may_connect
 async def test_a_client_of_v1_reads_as_it_is_said_and_takes_the_provider_with_it_when_it_leaves(
     proxied: Proxied,
 ) -> None:
-    house, proxy = await proxied(SILENT_AFTER_ONE)
+    server, proxy = await proxied(SILENT_AFTER_ONE)
 
     async with proxy.leaving("/v1/chat/completions", {**SAID, "stream": True}) as reader:
         await reader.readuntil(b'"content":')
-        assert house.simulator.stats().active == 1
+        assert server.simulator.stats().active == 1
 
-    await house.simulator.until(lambda stats: stats.aborted == 1)
-    await house.nothing_held()
+    await server.simulator.until(lambda stats: stats.aborted == 1)
+    await server.nothing_held()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 async def test_a_client_that_leaves_before_its_whole_answer_takes_the_provider_with_it(
-    kind: str, tmp_path: Path, make_house: Make
+    kind: str, tmp_path: Path, make_server: MakeServer
 ) -> None:
-    house = await make_house(SILENT)
+    server = await make_server(SILENT)
 
-    async with running(kind, tmp_path, house.port) as proxy:
+    async with running(kind, tmp_path, server.port) as proxy:
         async with proxy.leaving("/v1/chat/completions", SAID):
-            await house.simulator.until(lambda stats: stats.active == 1)
+            await server.simulator.until(lambda stats: stats.active == 1)
 
-        await house.simulator.until(lambda stats: stats.aborted == 1)
-        await house.nothing_held()
+        await server.simulator.until(lambda stats: stats.aborted == 1)
+        await server.nothing_held()
 
 
 async def test_an_answer_arrives_whole(proxied: Proxied) -> None:
-    house, proxy = await proxied()
+    server, proxy = await proxied()
     body = {**SAID, "stream": True}
     found = []
-    for base in (house.v1, f"{proxy.base}/v1"):
+    for base in (server.v1, f"{proxy.base}/v1"):
         async with proxy.session.post(f"{base}/chat/completions", json=body) as response:
             assert response.headers["x-aioserver-provider"] == "sim"
             text = await response.text()
@@ -158,7 +159,7 @@ async def test_an_answer_arrives_whole(proxied: Proxied) -> None:
 
 
 async def test_our_refusals_pass_as_they_are(proxied: Proxied) -> None:
-    house, proxy = await proxied(SILENT, **FULL, **{"chat.websocket.max_message_size": 2_000_000})
+    server, proxy = await proxied(SILENT, **FULL, **{"chat.websocket.max_message_size": 2_000_000})
 
     async def refusal(base: str, body: object) -> tuple[int, str, str, object]:
         data = io.BytesIO(json.dumps(body).encode())
@@ -171,16 +172,16 @@ async def test_our_refusals_pass_as_they_are(proxied: Proxied) -> None:
 
     # More than nginx's usual megabyte.
     large = {"messages": [{"role": "user", "content": "x" * 2_000_001}]}
-    for base in (house.v1, f"{proxy.base}/v1"):
+    for base in (server.v1, f"{proxy.base}/v1"):
         assert (await refusal(base, large))[::2] == (413, "request_too_large")
     async with proxy.leaving("/v1/chat/completions", SAID):
-        await house.simulator.until(lambda stats: stats.active == 1)
-        for base in (house.v1, f"{proxy.base}/v1"):
+        await server.simulator.until(lambda stats: stats.active == 1)
+        for base in (server.v1, f"{proxy.base}/v1"):
             status, after, code, message = await refusal(base, SAID)
             assert (status, code) == (503, "server_at_capacity")
             assert int(after) >= 1
             assert "max_connections=1" in str(message)
-    await house.nothing_held()
+    await server.nothing_held()
 
 
 async def test_what_operators_look_at_is_for_this_machine(proxied: Proxied) -> None:

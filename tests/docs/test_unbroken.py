@@ -13,7 +13,7 @@ import pytest
 from aioserver.providers.simulator.exchange import Behaviour
 
 if TYPE_CHECKING:
-    from tests.support.server import House
+    from tests.support.server import RunningServer
 
 FILE = Path(__file__).parents[2] / "examples" / "unbroken.py"
 CUTS = 100
@@ -30,7 +30,7 @@ def load() -> Any:
 
 @pytest.mark.parametrize("transport", ["websocket", "sse", "responses"])
 async def test_an_answer_survives_its_connections(
-    house: House, monkeypatch: pytest.MonkeyPatch, transport: str
+    server: RunningServer, monkeypatch: pytest.MonkeyPatch, transport: str
 ) -> None:
     unbroken = load()
     monkeypatch.setattr(unbroken, "AGAIN", 0)
@@ -43,15 +43,15 @@ async def test_an_answer_survives_its_connections(
         left -= 1
         return dice.randint(1, 7) if left >= 0 else 1 << 30
 
-    house.simulator.behaviour = Behaviour(ttft=0, interval=0.001, tokens=1200)
+    server.simulator.behaviour = Behaviour(ttft=0, interval=0.001, tokens=1200)
     async with aiohttp.ClientSession() as session:
-        whole = await client(session, f"127.0.0.1:{house.port}", "Hello")
-        asked = house.simulator.stats().requests
-        proxy = unbroken.FaultProxy("127.0.0.1", house.port, every)
+        whole = await client(session, f"127.0.0.1:{server.port}", "Hello")
+        asked = server.simulator.stats().requests
+        proxy = unbroken.FaultProxy("127.0.0.1", server.port, every)
         async with proxy.running() as address:
             answer = await client(session, address, "Hello")
 
     assert answer == whole
     assert proxy.cuts == CUTS
-    assert house.simulator.stats().requests == asked + 1
-    await house.nothing_held()
+    assert server.simulator.stats().requests == asked + 1
+    await server.nothing_held()

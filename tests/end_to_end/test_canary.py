@@ -17,26 +17,25 @@ from tests.support.keys import COOKIE, auth_of, bearer, cookie, keys_of, log_in
 from tests.support.raw import Raw
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Callable
 
-    from tests.support.server import House
+    from tests.support.server import MakeServer, RunningServer
 
-    Make = Callable[..., Awaitable[House]]
 
 KEY, PROMPT = "CANARYKEY", "CANARYPROMPT"
 NAME = f"app-{KEY}"  # the caller's name is no secret: what is looked for is its key, made of it
 
 
 class Heard:
-    """Everything that the house has said to others than who asked."""
+    """Everything that the server has said to others than the caller who asked."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
 
-    async def take(self, house: House, method: str, path: str, **given: Any) -> None:
-        async with house.session.request(method, house.base + path, **given) as response:
+    async def take(self, server: RunningServer, method: str, path: str, **given: Any) -> None:
+        async with server.session.request(method, server.base + path, **given) as response:
             self.texts.append(f"{response.headers} {await response.text()}")
-        house.session.cookie_jar.clear()
+        server.session.cookie_jar.clear()
 
 
 @pytest.fixture
@@ -47,12 +46,12 @@ def logged(caplog: pytest.LogCaptureFixture) -> Callable[[], str]:
     return lambda: "\n".join(each.format(record) for each in formats for record in caplog.records)
 
 
-async def tried_out(house: House, heard: Heard, session: str, secret: str) -> None:
+async def tried_out(server: RunningServer, heard: Heard, session: str, secret: str) -> None:
     """Questions on every face, well and badly; the answers themselves are the caller's own."""
     mine, prompt = {"Authorization": f"Bearer {secret}"}, {"role": "user", "content": PROMPT}
     offer = ("aioserver", f"aioserver.key.{secret}")
     for given in ({"headers": mine}, {"headers": cookie(session)}, {"protocols": offer}):
-        async with house.connect(**given) as ws:
+        async with server.connect(**given) as ws:
             await ws.send_json(chat("r", PROMPT, conversation_id="c"))
             await until_status(ws, "processing")
             await ws.send_json(cancel("r"))
@@ -70,15 +69,15 @@ async def tried_out(house: House, heard: Heard, session: str, secret: str) -> No
         {"messages": PROMPT, "stream": PROMPT},
         {"messages": [prompt], "model": 7},
     ):
-        async with house.session.post(
-            f"{house.v1}/chat/completions", json=body, headers=mine
+        async with server.session.post(
+            f"{server.v1}/chat/completions", json=body, headers=mine
         ) as response:
             text = await response.text()
             if response.status != 200:
                 heard.texts.append(text)
     for data in (f'{{"messages": "{PROMPT}', f"[{PROMPT}]"):
         await heard.take(
-            house,
+            server,
             "POST",
             "/v1/chat/completions",
             data=data,
@@ -86,7 +85,7 @@ async def tried_out(house: House, heard: Heard, session: str, secret: str) -> No
         )
 
 
-async def turned_away(house: House, heard: Heard, session: str) -> None:
+async def turned_away(server: RunningServer, heard: Heard, session: str) -> None:
     """Every way not to be let in, with the canary as the key."""
     wrong = [
         {"Authorization": f"Bearer {KEY}"},
@@ -100,10 +99,10 @@ async def turned_away(house: House, heard: Heard, session: str) -> None:
     ]
     for headers in wrong:
         for path in ("/v1/models", "/ws/chat", "/stats", "/session", "/"):
-            await heard.take(house, "GET", path, headers=headers)
+            await heard.take(server, "GET", path, headers=headers)
     for body in ({"key": KEY}, {"key": [KEY]}, {KEY: 1}, [KEY], KEY):
-        await heard.take(house, "POST", "/session", json=body)
-    async with Raw(house) as raw:
+        await heard.take(server, "POST", "/session", json=body)
+    async with Raw(server) as raw:
         await raw.send(
             f"GET / HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\x00\r\n\r\n".encode()
         )
@@ -120,26 +119,26 @@ async def turned_away(house: House, heard: Heard, session: str) -> None:
     ],
 )
 async def test_a_key_and_a_prompt_are_heard_by_nobody_else(
-    make_house: Make, behaviour: Behaviour, logged: Callable[[], str]
+    make_server: MakeServer, behaviour: Behaviour, logged: Callable[[], str]
 ) -> None:
-    house = await make_house(
+    server = await make_server(
         behaviour, **keys_of("root", NAME), **{"logging.level": "INFO", "auth.allowed_hosts": []}
     )
     heard = Heard()
     secret = bearer(NAME)["Authorization"].removeprefix("Bearer ")
-    session = await log_in(house, NAME)
+    session = await log_in(server, NAME)
 
-    await tried_out(house, heard, session, secret)
-    await turned_away(house, heard, session)
-    await house.nothing_held()
-    house.app[context.MONITOR].tick()
-    async with house.session.get(f"{house.base}/events", headers=bearer("root")) as response:
+    await tried_out(server, heard, session, secret)
+    await turned_away(server, heard, session)
+    await server.nothing_held()
+    server.app[context.MONITOR].tick()
+    async with server.session.get(f"{server.base}/events", headers=bearer("root")) as response:
         heard.texts.append((await response.content.readuntil(b"event: stats\n")).decode())
     for path in ("/", "/dashboard", "/health", "/ready", "/session", "/stats", "/metrics"):
-        await heard.take(house, "GET", path, headers=bearer("root"))
-    house.app[context.MONITOR].tick()
-    await reload.change(house.app, auth_of("root"))
-    await heard.take(house, "GET", "/stats", headers={"Authorization": f"Bearer {secret}"})
+        await heard.take(server, "GET", path, headers=bearer("root"))
+    server.app[context.MONITOR].tick()
+    await reload.change(server.app, auth_of("root"))
+    await heard.take(server, "GET", "/stats", headers={"Authorization": f"Bearer {secret}"})
 
     log, everything = logged(), "\n".join(heard.texts)
     digest = hashlib.sha256(secret.encode()).hexdigest()

@@ -20,9 +20,7 @@ from aioserver.providers.simulator.exchange import Behaviour
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
-
-    from tests.support.server import House
+    from tests.support.server import MakeServer, RunningServer
 
 PACE = Behaviour(ttft=0.002, interval=0.001, tokens=12)
 
@@ -30,8 +28,8 @@ PACE = Behaviour(ttft=0.002, interval=0.001, tokens=12)
 class Client:
     """One raw socket that misbehaves as its dice say."""
 
-    def __init__(self, house: House, dice: random.Random, number: int) -> None:
-        self._house = house
+    def __init__(self, server: RunningServer, dice: random.Random, number: int) -> None:
+        self._server = server
         self._dice = dice
         self._name = f"churn-{number}"
 
@@ -39,7 +37,7 @@ class Client:
         life = self._dice.choice(
             (self._openai, self._plain, self._websocket, self._sse, self._half)
         )
-        reader, writer = await asyncio.open_connection("127.0.0.1", self._house.port)
+        reader, writer = await asyncio.open_connection("127.0.0.1", self._server.port)
         try:
             await asyncio.wait_for(life(reader, writer), 20)
         except (ConnectionError, asyncio.IncompleteReadError):
@@ -80,7 +78,7 @@ class Client:
         await self._post(reader, writer, "/sse/chat", {"request_id": self._name, "text": "x"})
         if self._dice.random() < 0.3:
             path = f"/sse/chat/{self._name}"
-            async with self._house.session.delete(self._house.base + path) as response:
+            async with self._server.session.delete(self._server.base + path) as response:
                 assert response.status in {204, 404}
 
     async def _websocket(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -120,10 +118,8 @@ def _masked(frame: object) -> bytes:
 @pytest.mark.parametrize(
     "count", [500, pytest.param(5000, marks=[pytest.mark.stress, pytest.mark.timeout(600)])]
 )
-async def test_nothing_is_held_after_random_clients(
-    make_house: Callable[..., Awaitable[House]], count: int
-) -> None:
-    house = await make_house(
+async def test_nothing_is_held_after_random_clients(make_server: MakeServer, count: int) -> None:
+    server = await make_server(
         PACE,
         **{
             "chat.streams.resume_window": 0.2,
@@ -139,26 +135,26 @@ async def test_nothing_is_held_after_random_clients(
 
     async def one(number: int) -> None:
         async with room:
-            await Client(house, random.Random(dice.random()), number).live()
+            await Client(server, random.Random(dice.random()), number).live()
 
     async with asyncio.TaskGroup() as group:
         for number in range(count):
             group.create_task(one(number))
 
-    await house.nothing_held()
-    await until(lambda: house.simulator.stats().active == 0)
-    await _all_places_at_once(house)
+    await server.nothing_held()
+    await until(lambda: server.simulator.stats().active == 0)
+    await _all_places_at_once(server)
 
 
-async def _all_places_at_once(house: House) -> None:
-    places = house.settings.llm.providers["sim"].http_client.concurrent_requests
-    house.simulator.behaviour = Behaviour(ttft=0, interval=0, stall_after=1, tokens=2)
+async def _all_places_at_once(server: RunningServer) -> None:
+    places = server.settings.llm.providers["sim"].http_client.concurrent_requests
+    server.simulator.behaviour = Behaviour(ttft=0, interval=0, stall_after=1, tokens=2)
     body = {"messages": [{"role": "user", "content": "x"}], "stream": True}
     async with asyncio.TaskGroup() as group:
         asks = [
-            group.create_task(house.session.post(house.v1 + "/chat/completions", json=body))
+            group.create_task(server.session.post(server.v1 + "/chat/completions", json=body))
             for _ in range(places)
         ]
-        await until(lambda: house.simulator.stats().active == places)
+        await until(lambda: server.simulator.stats().active == places)
     for ask in asks:
         ask.result().close()

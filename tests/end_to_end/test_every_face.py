@@ -10,11 +10,11 @@ from openai import AsyncOpenAI
 from aioserver.protocol import eventstream
 
 if TYPE_CHECKING:
-    from tests.support.server import House
+    from tests.support.server import RunningServer
 
 
-async def test_a_streamed_answer_comes_over_the_websocket(house: House) -> None:
-    async with house.connect() as ws:
+async def test_a_streamed_answer_comes_over_the_websocket(server: RunningServer) -> None:
+    async with server.connect() as ws:
         await ws.send_json({"action": "chat", "request_id": "r1", "payload": {"text": "Hello"}})
 
         frames = [await ws.receive_json()]
@@ -28,9 +28,9 @@ async def test_a_streamed_answer_comes_over_the_websocket(house: House) -> None:
     assert "Hello" in "".join(frame["chunk"]["data"] for frame in frames[1:-1])
 
 
-async def test_a_streamed_answer_comes_over_sse(house: House) -> None:
+async def test_a_streamed_answer_comes_over_sse(server: RunningServer) -> None:
     body = {"request_id": "r1", "text": "Hello"}
-    async with house.session.post(house.sse, json=body) as response:
+    async with server.session.post(server.sse, json=body) as response:
         assert response.status == 200
         assert response.headers["Content-Type"] == "text/event-stream"
         received = await response.read()
@@ -46,8 +46,8 @@ async def test_a_streamed_answer_comes_over_sse(house: House) -> None:
     assert json.loads(events[1].data)["chunk"]["type"] == "text"
 
 
-async def test_the_openai_sdk_works_unchanged(house: House) -> None:
-    async with AsyncOpenAI(api_key="unused", base_url=house.v1) as client:
+async def test_the_openai_sdk_works_unchanged(server: RunningServer) -> None:
+    async with AsyncOpenAI(api_key="unused", base_url=server.v1) as client:
         whole = await client.chat.completions.create(
             model="sim", messages=[{"role": "user", "content": "Hello"}]
         )

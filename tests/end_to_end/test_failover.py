@@ -11,35 +11,36 @@ from aioserver.faces import context
 from aioserver.providers.simulator.exchange import Behaviour
 from aioserver.providers.simulator.server import Simulator
 from tests.support.chat import CHAT, chat, read_frames, text_of, to_end
-from tests.support.server import QUICK, provider_entry
+from tests.support.server import QUICK, MakeServer, provider_entry
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncIterator
 
-    from tests.support.server import House
+    from tests.support.server import RunningServer
 
-    Make = Callable[..., Awaitable[House]]
 
 FAILING = Behaviour(fail_rate=1.0, fail_status=503)
 
 
 @asynccontextmanager
-async def two(make_house: Make, **limits: Any) -> AsyncIterator[tuple[House, Simulator]]:
-    """A house whose provider fails, and the other one that it may ask."""
+async def two(
+    make_server: MakeServer, **limits: Any
+) -> AsyncIterator[tuple[RunningServer, Simulator]]:
+    """A server whose provider fails, and the simulator of another provider that it may ask."""
     async with Simulator(QUICK) as other:
-        house = await make_house(
+        server = await make_server(
             FAILING,
             **{
                 "llm.fallbacks": ["other"],
                 "llm.providers.other": provider_entry(other.base_url, **limits),
             },
         )
-        yield house, other
-        await house.nothing_held()
+        yield server, other
+        await server.nothing_held()
 
 
-async def test_a_websocket_client_gets_the_answer_of_the_other(make_house: Make) -> None:
-    async with two(make_house) as (house, other), house.connect() as ws:
+async def test_a_websocket_client_gets_the_answer_of_the_other(make_server: MakeServer) -> None:
+    async with two(make_server) as (server, other), server.connect() as ws:
         await ws.send_json(chat("r1"))
         frames = await to_end(ws)
 
@@ -52,21 +53,21 @@ async def test_a_websocket_client_gets_the_answer_of_the_other(make_house: Make)
         assert other.stats().requests == 1
 
 
-async def test_an_sse_client_gets_the_answer_of_the_other(make_house: Make) -> None:
-    async with two(make_house) as (house, _):
+async def test_an_sse_client_gets_the_answer_of_the_other(make_server: MakeServer) -> None:
+    async with two(make_server) as (server, _):
         body = {"request_id": "r1", "text": "Hello"}
-        async with house.session.post(house.sse, json=body) as response:
+        async with server.session.post(server.sse, json=body) as response:
             frames = await read_frames(response)
         assert frames[-1]["chunk"]["metadata"]["provider"] == "other"
 
 
 @pytest.mark.parametrize("streamed", [True, False])
 async def test_an_openai_client_sees_who_answered_after_how_many_tries(
-    make_house: Make, streamed: bool
+    make_server: MakeServer, streamed: bool
 ) -> None:
-    async with two(make_house) as (house, _):
+    async with two(make_server) as (server, _):
         body = {**CHAT, "model": "gpt-4o-mini", "stream": streamed}
-        async with house.session.post(f"{house.v1}/chat/completions", json=body) as response:
+        async with server.session.post(f"{server.v1}/chat/completions", json=body) as response:
             assert response.status == 200
             text = await response.text()
         assert response.headers["x-aioserver-provider"] == "other"
@@ -75,10 +76,10 @@ async def test_an_openai_client_sees_who_answered_after_how_many_tries(
         assert "gpt-4o-mini" not in text
 
 
-async def test_where_both_fail_the_last_one_is_told(make_house: Make) -> None:
-    async with two(make_house) as (house, other):
+async def test_where_both_fail_the_last_one_is_told(make_server: MakeServer) -> None:
+    async with two(make_server) as (server, other):
         other.behaviour = FAILING
-        async with house.session.post(f"{house.v1}/chat/completions", json=CHAT) as response:
+        async with server.session.post(f"{server.v1}/chat/completions", json=CHAT) as response:
             assert response.status == 502
             assert (await response.json())["error"]["code"] == "provider_error"
         assert response.headers["x-aioserver-provider"] == "other"
@@ -86,41 +87,41 @@ async def test_where_both_fail_the_last_one_is_told(make_house: Make) -> None:
         assert response.headers["x-should-retry"] == "false"
 
 
-async def test_embeddings_are_asked_of_no_other(make_house: Make) -> None:
+async def test_embeddings_are_asked_of_no_other(make_server: MakeServer) -> None:
     """Vectors of two models cannot be compared: a store of them would be spoilt unnoticed."""
-    async with two(make_house) as (house, other):
-        async with house.session.post(
-            f"{house.v1}/embeddings", json={"input": "Hello"}
+    async with two(make_server) as (server, other):
+        async with server.session.post(
+            f"{server.v1}/embeddings", json={"input": "Hello"}
         ) as response:
             assert response.status == 502
         assert response.headers["x-aioserver-provider"] == "sim"
         assert other.stats().requests == 0
 
 
-async def test_a_pinned_provider_has_no_other(make_house: Make) -> None:
-    async with two(make_house) as (house, other):
+async def test_a_pinned_provider_has_no_other(make_server: MakeServer) -> None:
+    async with two(make_server) as (server, other):
         body = {**CHAT, "model": "sim/anything"}
-        async with house.session.post(f"{house.v1}/chat/completions", json=body) as response:
+        async with server.session.post(f"{server.v1}/chat/completions", json=body) as response:
             assert response.status == 502
         assert response.headers["x-aioserver-provider"] == "sim"
         assert other.stats().requests == 0
 
 
-async def test_all_of_it_can_be_watched(make_house: Make) -> None:
-    async with two(make_house) as (house, _):
+async def test_all_of_it_can_be_watched(make_server: MakeServer) -> None:
+    async with two(make_server) as (server, _):
         for _ in range(6):
-            async with house.session.post(f"{house.v1}/chat/completions", json=CHAT) as response:
+            async with server.session.post(f"{server.v1}/chat/completions", json=CHAT) as response:
                 assert response.status == 200
-        house.app[context.MONITOR].tick()
-        async with house.session.get(house.base + "/stats") as response:
+        server.app[context.MONITOR].tick()
+        async with server.session.get(server.base + "/stats") as response:
             providers = (await response.json())["providers"]
-        async with house.session.get(house.base + "/metrics") as response:
+        async with server.session.get(server.base + "/metrics") as response:
             metrics = await response.text()
 
-        incidents = [one["text"] for one in house.app[context.MONITOR]._incidents]
-        house.forgive()
-        house.app[context.MONITOR].tick()
-        again = [one["text"] for one in house.app[context.MONITOR]._incidents]
+        incidents = [one["text"] for one in server.app[context.MONITOR]._incidents]
+        server.forgive()
+        server.app[context.MONITOR].tick()
+        again = [one["text"] for one in server.app[context.MONITOR]._incidents]
 
     assert "sim fails: its breaker has opened" in incidents
     assert "sim answers again" in again

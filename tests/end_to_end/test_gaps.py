@@ -19,11 +19,10 @@ from tests.support.transport import BIG, client, say, stream_of
 from tests.support.waiting import block, until
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator
+    from collections.abc import Callable, Iterator
 
-    from tests.support.server import House
+    from tests.support.server import MakeServer, RunningServer
 
-    Make = Callable[..., Awaitable[House]]
 
 PAUSE = 0.25  # seconds between two tokens of the provider
 BLOCK = 0.6  # that the loop is blocked
@@ -47,30 +46,30 @@ def finished(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], list[dic
         ]
 
 
-async def ask(house: House, face: str) -> None:
+async def ask(server: RunningServer, face: str) -> None:
     """One streamed answer, read to its end."""
     if face == "websocket":
-        async with house.connect() as ws:
+        async with server.connect() as ws:
             await ws.send_json({"action": "chat", "request_id": "r", "payload": {"text": "Hello"}})
             while (await ws.receive_json())["status"] != "complete":
                 pass
         return
     url, body = {
-        "sse": (house.sse, {"request_id": "r", "text": "Hello"}),
-        "openai": (f"{house.v1}/chat/completions", {**CHAT, "stream": True}),
+        "sse": (server.sse, {"request_id": "r", "text": "Hello"}),
+        "openai": (f"{server.v1}/chat/completions", {**CHAT, "stream": True}),
     }[face]
-    async with house.session.post(url, json=body) as response:
+    async with server.session.post(url, json=body) as response:
         await response.read()
 
 
 @pytest.mark.parametrize("face", ["websocket", "sse", "openai"])
 async def test_a_provider_that_pauses_is_told_as_its_gap(
-    face: str, make_house: Make, finished: Callable[[], list[dict[str, Any]]]
+    face: str, make_server: MakeServer, finished: Callable[[], list[dict[str, Any]]]
 ) -> None:
     # Takes a second: the pauses are what is measured.
-    house = await make_house(Behaviour(ttft=0, interval=PAUSE, tokens=4))
+    server = await make_server(Behaviour(ttft=0, interval=PAUSE, tokens=4))
 
-    await ask(house, face)
+    await ask(server, face)
     await until(lambda: len(finished()) == 1)
 
     (fields,) = finished()
@@ -78,20 +77,20 @@ async def test_a_provider_that_pauses_is_told_as_its_gap(
     assert fields["provider_gap_ms"] + fields.get("our_gap_ms", 0.0) >= PAUSE * 900
     assert fields["provider_gap_ms"] >= PAUSE * 300
     assert "client_gap_ms" not in fields
-    house.app[context.MONITOR].tick()
-    stats: Any = house.app[context.MONITOR].snapshot
+    server.app[context.MONITOR].tick()
+    stats: Any = server.app[context.MONITOR].snapshot
     assert stats["providers"]["sim"]["silence"]["p99"] >= PAUSE * 0.3
     assert stats["delay"]["ours"]["count"] == stats["delay"]["client"]["count"] == 1
 
 
 @pytest.mark.parametrize("face", ["websocket", "openai"])
 async def test_a_loop_that_was_blocked_is_our_gap_and_not_the_providers(
-    face: str, make_house: Make, finished: Callable[[], list[dict[str, Any]]]
+    face: str, make_server: MakeServer, finished: Callable[[], list[dict[str, Any]]]
 ) -> None:
     # Takes a second: that long the loop is blocked.
-    house = await make_house(Behaviour(ttft=0, interval=0.005, tokens=40))
-    asking = asyncio.create_task(ask(house, face))
-    await until(lambda: house.provider.meter.events > 5)
+    server = await make_server(Behaviour(ttft=0, interval=0.005, tokens=40))
+    asking = asyncio.create_task(ask(server, face))
+    await until(lambda: server.provider.meter.events > 5)
 
     block(BLOCK)
     await asking

@@ -17,15 +17,14 @@ import pytest
 from aioserver.providers.simulator.exchange import Behaviour
 from tests.support.chat import cancel
 from tests.support.raw import CLOSE, Raw
-from tests.support.server import SILENT
+from tests.support.server import SILENT, MakeServer
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncIterator, Callable
 
-    from tests.support.server import House
+    from tests.support.server import RunningServer
 
-    Make = Callable[..., Awaitable[House]]
 
 PLACES = 2  # of the provider
 HTTP, LIMITS = "llm.providers.sim.http_client", "chat.websocket.concurrency"
@@ -42,7 +41,7 @@ BIG = 14 << 20  # bytes: more than the kernel takes for somebody who reads nothi
 class Phase:
     """Where a request is when its client leaves: there, once *reached*."""
 
-    reached: Callable[[House], bool]
+    reached: Callable[[RunningServer], bool]
     behaviour: Behaviour = STALLED
     changes: dict[str, Any] = field(default_factory=dict)
     holders: int = 0  # who have what this one waits for
@@ -53,26 +52,26 @@ class Phase:
 
 PHASES = {
     "admission": Phase(
-        lambda house: house.held()["waiting"] == 1,
+        lambda server: server.held()["waiting"] == 1,
         changes={f"{LIMITS}.max_connections": 1, f"{LIMITS}.queue_timeout": 60.0},
         holders=1,
     ),
-    "queue": Phase(lambda house: house.held()["sim waiting"] == 1, holders=PLACES),
-    "pool": Phase(lambda house: house.provider.stats().pool.waiting == 1, holders=1, pool=1),
-    "connecting": Phase(lambda house: house.held()["sim busy"] == 1, door=True),
+    "queue": Phase(lambda server: server.held()["sim waiting"] == 1, holders=PLACES),
+    "pool": Phase(lambda server: server.provider.stats().pool.waiting == 1, holders=1, pool=1),
+    "connecting": Phase(lambda server: server.held()["sim busy"] == 1, door=True),
     "uploading": Phase(
-        lambda house: house.simulator.stats().active == 1 and unsent(house) > 0,
+        lambda server: server.simulator.stats().active == 1 and unsent(server) > 0,
         behaviour=Behaviour(ignore_body=True),
         size=BIG,
     ),
-    "first byte": Phase(lambda house: house.simulator.stats().active == 1, behaviour=SILENT),
-    "mid-stream": Phase(lambda house: house.simulator.stats().tokens_sent == 3),
+    "first byte": Phase(lambda server: server.simulator.stats().active == 1, behaviour=SILENT),
+    "mid-stream": Phase(lambda server: server.simulator.stats().tokens_sent == 3),
 }
 
 
-def unsent(house: House) -> int:
+def unsent(server: RunningServer) -> int:
     """Bytes of questions that the kernel has not taken."""
-    connections = house.provider._pools.pool._connector._acquired
+    connections = server.provider._pools.pool._connector._acquired
     return sum(one.transport.get_write_buffer_size() for one in connections)
 
 
@@ -138,9 +137,9 @@ WAYS: dict[str, tuple[Any, Any]] = {
 }
 
 
-def provider_side(house: House) -> dict[str, int]:
+def provider_side(server: RunningServer) -> dict[str, int]:
     names = ("running", "detached", "sim places", "sim waiting", "sim busy")
-    return {name: house.held()[name] for name in names}
+    return {name: server.held()[name] for name in names}
 
 
 def connected(port: int) -> int:
@@ -158,73 +157,75 @@ def connected(port: int) -> int:
         if (name, way) != ("admission", "websocket cancel")  # who has no place is not heard: below
     ],
 )
-async def test_who_leaves_gives_everything_back(make_house: Make, name: str, way: str) -> None:
+async def test_who_leaves_gives_everything_back(
+    make_server: MakeServer, name: str, way: str
+) -> None:
     phase, (ask, leave) = PHASES[name], WAYS[way]
     async with Door().listening() as door:
         base = {"llm.providers.sim.base_url": f"https://127.0.0.1:{door.port}/v1"}
-        house = await make_house(
+        server = await make_server(
             phase.behaviour, **CHANGES, **phase.changes, **(base if phase.door else {})
         )
-        port = door.port if phase.door else house.simulator.port
-        pool = house.provider._pools.pool._gate
+        port = door.port if phase.door else server.simulator.port
+        pool = server.provider._pools.pool._gate
         pool.apply(phase.pool, queue_size=10, queue_timeout=60.0)
         async with contextlib.AsyncExitStack() as holders:
             for number in range(phase.holders):
-                holder = await holders.enter_async_context(Raw(house))
+                holder = await holders.enter_async_context(Raw(server))
                 await holder.ask_sse(f"holder-{number}", text="x")
             tokens = 3 * phase.holders
-            await house.simulator.until(lambda stats: stats.tokens_sent == tokens)
-            others, theirs = house.held(), provider_side(house)
+            await server.simulator.until(lambda stats: stats.tokens_sent == tokens)
+            others, theirs = server.held(), provider_side(server)
 
-            async with Raw(house) as raw:
+            async with Raw(server) as raw:
                 await ask(raw, [{"role": "user", "content": "x" * phase.size}])
-                await until(lambda: phase.reached(house), state=house.held)
+                await until(lambda: phase.reached(server), state=server.held)
                 await until(lambda: connected(port) == (phase.holders or 1))
                 await leave(raw)
-                await until(lambda: provider_side(house) == theirs, state=house.held)
+                await until(lambda: provider_side(server) == theirs, state=server.held)
                 await until(lambda: connected(port) == phase.holders)
-            await until(lambda: house.held() == others, state=house.held)
+            await until(lambda: server.held() == others, state=server.held)
             if phase.holders:  # this one was never asked
-                stats = house.simulator.stats()
+                stats = server.simulator.stats()
                 assert (stats.requests, stats.active) == (phase.holders, phase.holders)
 
-        await house.nothing_held()
+        await server.nothing_held()
         if not phase.behaviour.ignore_body:  # else it does not notice
-            stats = await house.simulator.until(lambda stats: stats.active == 0)
+            stats = await server.simulator.until(lambda stats: stats.active == 0)
             assert stats.aborted == stats.requests
         pool.apply(PLACES, queue_size=10, queue_timeout=60.0)
-        await every_place_at_once(house, door if phase.door else None)
+        await every_place_at_once(server, door if phase.door else None)
 
 
-async def every_place_at_once(house: House, door: Door | None) -> None:
-    house.simulator.behaviour = SILENT
-    before = house.simulator.stats().active
-    count = min(PLACES, house.settings.chat.websocket.concurrency.max_connections)
+async def every_place_at_once(server: RunningServer, door: Door | None) -> None:
+    server.simulator.behaviour = SILENT
+    before = server.simulator.stats().active
+    count = min(PLACES, server.settings.chat.websocket.concurrency.max_connections)
     async with contextlib.AsyncExitStack() as stack:
         for number in range(count):
-            raw = await stack.enter_async_context(Raw(house))
+            raw = await stack.enter_async_context(Raw(server))
             await raw.ask_sse(f"next-{number}", text="x")
         await until(
-            lambda: (door.inside if door else house.simulator.stats().active - before) == count
+            lambda: (door.inside if door else server.simulator.stats().active - before) == count
         )
-        assert house.held()["sim places"] == count
-    await house.nothing_held()
+        assert server.held()["sim places"] == count
+    await server.nothing_held()
     if door:
         await until(lambda: door.inside == 0)
 
 
 async def test_a_cancel_that_waits_for_admission_is_carried_out_before_anything_is_asked(
-    make_house: Make,
+    make_server: MakeServer,
 ) -> None:
-    house = await make_house(STALLED, **CHANGES, **PHASES["admission"].changes)
-    async with Raw(house) as holder, Raw(house) as raw:
+    server = await make_server(STALLED, **CHANGES, **PHASES["admission"].changes)
+    async with Raw(server) as holder, Raw(server) as raw:
         await holder.ask_sse("holder", text="x")
-        await house.simulator.until(lambda stats: stats.tokens_sent == 3)
+        await server.simulator.until(lambda stats: stats.tokens_sent == 3)
         await websocket(raw, [{"role": "user", "content": "x"}])
         await raw.send_json(cancel("r1"))
-        await until(lambda: house.held()["waiting"] == 1)
+        await until(lambda: server.held()["waiting"] == 1)
         holder.close()
         await cancels(raw)
 
-    await house.nothing_held()
-    assert house.simulator.stats().requests == 1
+    await server.nothing_held()
+    assert server.simulator.stats().requests == 1

@@ -9,7 +9,6 @@ import asyncio
 import io
 import json
 from collections import Counter
-from typing import TYPE_CHECKING
 
 import pytest
 
@@ -19,13 +18,8 @@ from aioserver.providers.simulator.exchange import Behaviour
 from tests.support.chat import CHAT
 from tests.support.faces import Seen, expected_text, over_openai, over_sse, over_websocket
 from tests.support.scripted_provider import DONE
-from tests.support.server import HTTP_CLIENT, House
+from tests.support.server import HTTP_CLIENT, MakeServer, RunningServer
 from tests.support.waiting import until
-
-if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
-
-    Make = Callable[..., Awaitable[House]]
 
 IMPATIENT = {"llm.providers.sim.http_client": {**HTTP_CLIENT, "read_timeout": 0.3}}
 # What the simulator says in its refusals; of those of our key nothing may be shown.
@@ -33,7 +27,7 @@ TEXTS_OF_THE_PROVIDER = (b"Incorrect API key", b"current quota", b"The simulator
 
 
 async def ask_and_count(
-    house: House,
+    server: RunningServer,
     model: str,
     outcome: str = "ok",
     *,
@@ -45,32 +39,34 @@ async def ask_and_count(
     *outcome*: what became of each try. *code*: how each request ended, where that is not what the
     client of the OpenAI face sees. *kept*: whether the provider's connection went back to the pool.
     """
-    tries, ends = await counts(house)
-    asked = house.simulator.stats().requests
+    tries, ends = await counts(server)
+    asked = server.simulator.stats().requests
     seen = await asyncio.gather(
-        over_websocket(house, model), over_sse(house, model), over_openai(house, model)
+        over_websocket(server, model), over_sse(server, model), over_openai(server, model)
     )
-    await house.nothing_held()
-    asked = house.simulator.stats().requests - asked
-    more, ended = await counts(house)
+    await server.nothing_held()
+    asked = server.simulator.stats().requests - asked
+    more, ended = await counts(server)
     more.subtract(tries)
     ended.subtract(ends)
     told = [seen[0].code or "", seen[1].code or "", code or seen[2].code or ""]
     assert +ended == Counter(zip(("websocket", "sse", "openai"), told, strict=True))
     del more["stale",]  # those were made again
     assert +more == Counter({(outcome,): asked})
-    assert not await house.counted("retries", "reason")
+    assert not await server.counted("retries", "reason")
     if kept is not None:
-        idle = house.provider.stats().pool.idle
+        idle = server.provider.stats().pool.idle
         assert (idle > 0) == kept, f"{idle} connections in the pool"
     return seen
 
 
-async def counts(house: House) -> tuple[Counter[tuple[str, ...]], Counter[tuple[str, ...]]]:
+async def counts(
+    server: RunningServer,
+) -> tuple[Counter[tuple[str, ...]], Counter[tuple[str, ...]]]:
     """What became of the tries, and with which code the requests of each face have ended."""
     return (
-        await house.counted("provider_attempts", "outcome"),
-        await house.counted("requests", "face", "code"),
+        await server.counted("provider_attempts", "outcome"),
+        await server.counted("requests", "face", "code"),
     )
 
 
@@ -128,12 +124,12 @@ RETRYABLE_NOT = {AUTH}
 
 @pytest.mark.parametrize("model", BEFORE_STREAMED)
 async def test_a_fault_before_the_first_event_has_its_status_and_code(
-    model: str, make_house: Make
+    model: str, make_server: MakeServer
 ) -> None:
     status, code, outcome, kept = BEFORE_STREAMED[model]
-    house = await make_house(**IMPATIENT)
+    server = await make_server(**IMPATIENT)
 
-    ws, sse, v1 = await ask_and_count(house, model, outcome, code=code, kept=kept)
+    ws, sse, v1 = await ask_and_count(server, model, outcome, code=code, kept=kept)
 
     assert [one.end for one in (ws, sse, v1)] == ["error"] * 3
     assert [one.code for one in (ws, sse)] == [code] * 2
@@ -145,8 +141,8 @@ async def test_a_fault_before_the_first_event_has_its_status_and_code(
     if code == AUTH:
         for one in (ws, sse, v1):
             assert not any(text in one.raw for text in TEXTS_OF_THE_PROVIDER)
-        assert house.provider.stats().flagged
-        assert house.provider.meter.key_refused.value >= 1
+        assert server.provider.stats().flagged
+        assert server.provider.meter.key_refused.value >= 1
     if status == 429:
         assert 1 <= int(v1.headers["retry-after"]) <= 120
         assert ws.error["retry_after"] > 0
@@ -154,39 +150,39 @@ async def test_a_fault_before_the_first_event_has_its_status_and_code(
         assert v1.headers["x-should-retry"] == "false"
     # One that limits us or refuses our key is left alone: who comes next waits, or is told at once.
     left_alone = status == 429 or code == AUTH
-    assert house.simulator.stats().requests in ((1, 2, 3) if left_alone else (3,))
+    assert server.simulator.stats().requests in ((1, 2, 3) if left_alone else (3,))
 
 
 @pytest.mark.parametrize("model", BEFORE)
 async def test_a_fault_of_an_answer_in_one_piece_has_its_status_and_code(
-    model: str, make_house: Make
+    model: str, make_server: MakeServer
 ) -> None:
     status, code, outcome, kept = BEFORE[model]
-    house = await make_house(**IMPATIENT)
+    server = await make_server(**IMPATIENT)
 
-    seen = await over_openai(house, model, stream=False)
+    seen = await over_openai(server, model, stream=False)
 
     assert (seen.status, seen.code) == (status, code)
-    await house.nothing_held()
-    tries, ends = await counts(house)
+    await server.nothing_held()
+    tries, ends = await counts(server)
     assert (tries, ends) == (Counter({(outcome,): 1}), Counter({("openai", code): 1}))
     if model != "fault-empty":  # a body of nothing is whole, and no event stream's end
-        assert (house.provider.stats().pool.idle > 0) == kept
+        assert (server.provider.stats().pool.idle > 0) == kept
 
 
 @pytest.mark.parametrize("status", [400, 404, 409, 413, 422])
 async def test_the_callers_own_fault_passes_with_status_and_body(
-    status: int, house: House
+    status: int, server: RunningServer
 ) -> None:
     model = f"fault-status-{status}"
-    async with house.session.post(
-        f"{house.simulator.base_url}/chat/completions", json={"model": model, **CHAT}
+    async with server.session.post(
+        f"{server.simulator.base_url}/chat/completions", json={"model": model, **CHAT}
     ) as response:
         assert response.status == status
         original = await response.read()
 
-    ws, sse, v1 = await ask_and_count(house, model, "http_4xx", code=ERROR, kept=True)
-    whole = await over_openai(house, model, stream=False)
+    ws, sse, v1 = await ask_and_count(server, model, "http_4xx", code=ERROR, kept=True)
+    whole = await over_openai(server, model, stream=False)
 
     assert (v1.status, v1.raw) == (whole.status, whole.raw) == (status, original)
     for one in (ws, sse):
@@ -211,13 +207,13 @@ WITHIN = {
 
 @pytest.mark.parametrize("model", WITHIN)
 async def test_a_fault_within_the_answer_is_one_error_event_and_no_done(
-    model: str, make_house: Make
+    model: str, make_server: MakeServer
 ) -> None:
     code, outcome = WITHIN[model]
-    house = await make_house(**IMPATIENT)
-    text = await expected_text(house)
+    server = await make_server(**IMPATIENT)
+    text = await expected_text(server)
 
-    ws, sse, v1 = await ask_and_count(house, model, outcome, kept=False)
+    ws, sse, v1 = await ask_and_count(server, model, outcome, kept=False)
 
     assert v1.status == 200
     for one in (ws, sse, v1):
@@ -229,10 +225,10 @@ async def test_a_fault_within_the_answer_is_one_error_event_and_no_done(
 
 
 @pytest.mark.parametrize("model", ["fault-error-event-3", "fault-error-chunk-3"])
-async def test_an_error_object_in_the_stream_is_its_end(model: str, house: House) -> None:
-    text = await expected_text(house)
+async def test_an_error_object_in_the_stream_is_its_end(model: str, server: RunningServer) -> None:
+    text = await expected_text(server)
 
-    ws, sse, v1 = await ask_and_count(house, model, "http_5xx", code=ERROR)
+    ws, sse, v1 = await ask_and_count(server, model, "http_5xx", code=ERROR)
 
     assert ws.code == sse.code == "provider_error"
     assert (v1.status, v1.end) == (200, "error")
@@ -260,26 +256,28 @@ async def test_an_error_object_in_the_stream_is_its_end(model: str, house: House
     ],
 )
 async def test_half_an_answer_in_one_piece_is_no_answer(
-    model: str, status: int, code: str, make_house: Make
+    model: str, status: int, code: str, make_server: MakeServer
 ) -> None:
-    house = await make_house(**IMPATIENT)
+    server = await make_server(**IMPATIENT)
 
-    seen = await over_openai(house, model, stream=False)
+    seen = await over_openai(server, model, stream=False)
 
     assert (seen.status, seen.code) == (status, code)
-    await house.nothing_held()
+    await server.nothing_held()
 
 
-async def test_a_fault_after_a_head_sent_for_silence_is_an_error_event(make_house: Make) -> None:
+async def test_a_fault_after_a_head_sent_for_silence_is_an_error_event(
+    make_server: MakeServer,
+) -> None:
     # Takes a second: the silence must be longer than a busy machine is late with the heartbeat.
     patient = {"llm.providers.sim.http_client": {**HTTP_CLIENT, "read_timeout": 1.0}}
-    house = await make_house(**{**patient, "chat.websocket.ping_interval": 0.1})
+    server = await make_server(**{**patient, "chat.websocket.ping_interval": 0.1})
 
-    seen = await over_openai(house, "fault-silent")
+    seen = await over_openai(server, "fault-silent")
 
     assert (seen.status, seen.end, seen.code) == (200, "error", "read_timeout")
     assert seen.raw.startswith(b": keep-alive\n\n")
-    await house.nothing_held()
+    await server.nothing_held()
 
 
 # Unusual, but good.
@@ -314,12 +312,12 @@ SHORT = {"fault-slices", "fault-early-done-4"}
 
 @pytest.mark.parametrize("model", GOOD)
 async def test_what_is_unusual_but_good_reads_the_same_on_every_face(
-    model: str, house: House
+    model: str, server: RunningServer
 ) -> None:
-    text = await expected_text(house)
-    house.provider._pools.pool.drop_idle()
+    text = await expected_text(server)
+    server.provider._pools.pool.drop_idle()
 
-    ws, sse, v1 = await ask_and_count(house, model, kept=GOOD[model])
+    ws, sse, v1 = await ask_and_count(server, model, kept=GOOD[model])
 
     for one in (ws, sse, v1):
         assert (one.end, one.error) == ("complete", {})
@@ -335,19 +333,19 @@ async def test_what_is_unusual_but_good_reads_the_same_on_every_face(
     [("m", "provider"), ("fault-usage-x-groq", "provider"), ("fault-no-usage", "estimate")],
 )
 async def test_what_an_answer_has_cost_is_the_providers_word_or_an_estimate(
-    model: str, source: str, house: House
+    model: str, source: str, server: RunningServer
 ) -> None:
-    seen = await over_websocket(house, model)
+    seen = await over_websocket(server, model)
 
     usage = json.loads(seen.raw.splitlines()[-1][seen.raw.rindex(b'{"request_id"') :])
     assert (usage["chunk"]["metadata"]["usage"] is not None) == (source == "provider")
-    tokens = await house.counted("tokens", "type", "source")
+    tokens = await server.counted("tokens", "type", "source")
     assert tokens["output", source] > 20
     assert {where for _, where in tokens} == {source}
 
 
-async def test_a_missing_done_is_put_to_it(house: House) -> None:
-    seen = await over_openai(house, "fault-no-done")
+async def test_a_missing_done_is_put_to_it(server: RunningServer) -> None:
+    seen = await over_openai(server, "fault-no-done")
 
     assert seen.raw.endswith(b"\n\n" + DONE)
     assert (
@@ -355,14 +353,14 @@ async def test_a_missing_done_is_put_to_it(house: House) -> None:
     )
 
 
-async def test_events_come_back_byte_for_byte(house: House) -> None:
-    house.simulator.behaviour = Behaviour(ttft=0, interval=0, tokens=5)
+async def test_events_come_back_byte_for_byte(server: RunningServer) -> None:
+    server.simulator.behaviour = Behaviour(ttft=0, interval=0, tokens=5)
     body = {"model": "fault-comments", **CHAT, "stream": True}
-    url = f"{house.simulator.base_url}/chat/completions"
-    async with house.session.post(url, json=body) as response:
+    url = f"{server.simulator.base_url}/chat/completions"
+    async with server.session.post(url, json=body) as response:
         original = await response.read()
 
-    seen = await over_openai(house, "fault-comments")
+    seen = await over_openai(server, "fault-comments")
 
     def alike(raw: bytes) -> list[bytes]:
         answers = [line.partition(b'"model"')[2] or line for line in raw.split(b"\n")]
@@ -373,73 +371,79 @@ async def test_events_come_back_byte_for_byte(house: House) -> None:
 
 
 @pytest.mark.parametrize("fault", ["fault-close-next", "fault-close-idle"])
-async def test_a_dead_kept_connection_is_seen_by_nobody(fault: str, house: House) -> None:
+async def test_a_dead_kept_connection_is_seen_by_nobody(fault: str, server: RunningServer) -> None:
     for number in range(3):
-        ws = await over_websocket(house, fault, f"ws-{number}")
-        v1 = await over_openai(house, fault)
-        whole = await over_openai(house, fault, stream=False)
+        ws = await over_websocket(server, fault, f"ws-{number}")
+        v1 = await over_openai(server, fault)
+        whole = await over_openai(server, fault, stream=False)
         assert (ws.end, v1.end, whole.end) == ("complete",) * 3
 
-    stats = house.simulator.stats()
+    stats = server.simulator.stats()
     assert (stats.requests, stats.completed) == (9, 9)
-    tries = await house.counted("provider_attempts", "outcome")
+    tries = await server.counted("provider_attempts", "outcome")
     assert tries["ok",] == 9
     assert tries["stale",] in ((8,) if fault == "fault-close-next" else range(9))
-    assert not await house.counted("retries", "reason")
+    assert not await server.counted("retries", "reason")
 
 
-async def test_data_behind_done_is_not_passed_on(house: House) -> None:
-    seen = await over_openai(house, "fault-after-done")
+async def test_data_behind_done_is_not_passed_on(server: RunningServer) -> None:
+    seen = await over_openai(server, "fault-after-done")
 
     assert seen.raw.endswith(DONE)
-    await house.nothing_held()
+    await server.nothing_held()
 
 
-async def test_done_without_an_end_of_the_body_ends_at_once_and_is_not_kept(house: House) -> None:
-    seen = await over_openai(house, "fault-open-done")
+async def test_done_without_an_end_of_the_body_ends_at_once_and_is_not_kept(
+    server: RunningServer,
+) -> None:
+    seen = await over_openai(server, "fault-open-done")
 
     assert seen.end == "complete"
-    await house.simulator.until(lambda stats: stats.aborted == 1)
-    await house.nothing_held()
-    assert house.provider.stats().pool.idle == 0
+    await server.simulator.until(lambda stats: stats.aborted == 1)
+    await server.nothing_held()
+    assert server.provider.stats().pool.idle == 0
 
 
 # Leaving.
 
 
-async def test_an_endless_answer_ends_with_its_reader_on_the_openai_face(house: House) -> None:
+async def test_an_endless_answer_ends_with_its_reader_on_the_openai_face(
+    server: RunningServer,
+) -> None:
     body = {"model": "fault-endless", **CHAT, "stream": True}
-    async with house.session.post(f"{house.v1}/chat/completions", json=body) as response:
+    async with server.session.post(f"{server.v1}/chat/completions", json=body) as response:
         assert await response.content.read(1000)
         response.close()
 
-    await house.simulator.until(lambda stats: stats.aborted == 1)
-    await house.nothing_held()
-    assert house.provider.stats().pool.idle == 0
+    await server.simulator.until(lambda stats: stats.aborted == 1)
+    await server.nothing_held()
+    assert server.provider.stats().pool.idle == 0
 
 
-async def test_comments_for_ever_are_no_answer_and_end_with_their_reader(make_house: Make) -> None:
-    house = await make_house(**IMPATIENT)
+async def test_comments_for_ever_are_no_answer_and_end_with_their_reader(
+    make_server: MakeServer,
+) -> None:
+    server = await make_server(**IMPATIENT)
     body = {"model": "fault-comments-endless", **CHAT, "stream": True}
-    async with house.session.post(f"{house.v1}/chat/completions", json=body) as response:
+    async with server.session.post(f"{server.v1}/chat/completions", json=body) as response:
         raw = b""
         while raw.count(b": OPENROUTER PROCESSING") < 100:  # half a second: no silence
             raw += await response.content.readany()
         assert b"data:" not in raw
-        assert house.held()["running"] == 1
+        assert server.held()["running"] == 1
         response.close()
 
-    await house.simulator.until(lambda stats: stats.aborted == 1)
-    await house.nothing_held()
-    assert await house.counted("provider_attempts", "outcome") == {("cancelled",): 1}
-    assert not await house.counted("tokens", "type")
+    await server.simulator.until(lambda stats: stats.aborted == 1)
+    await server.nothing_held()
+    assert await server.counted("provider_attempts", "outcome") == {("cancelled",): 1}
+    assert not await server.counted("tokens", "type")
 
 
-async def test_an_endless_answer_keeps_a_bounded_part_of_itself(make_house: Make) -> None:
+async def test_an_endless_answer_keeps_a_bounded_part_of_itself(make_server: MakeServer) -> None:
     most = 1 << 20
-    house = await make_house(**{"chat.streams.max_stream_bytes": most})
-    store, kept, size = house.app[context.STREAMS], 0, 0
-    async with house.connect() as ws:
+    server = await make_server(**{"chat.streams.max_stream_bytes": most})
+    store, kept, size = server.app[context.STREAMS], 0, 0
+    async with server.connect() as ws:
         payload = {"text": "Hello", "model": "fault-endless"}
         await ws.send_json({"action": "chat", "request_id": "r1", "payload": payload})
         while size < 6 * most:
@@ -450,92 +454,94 @@ async def test_an_endless_answer_keeps_a_bounded_part_of_itself(make_house: Make
             pass
 
     assert kept <= 1.1 * most
-    await house.simulator.until(lambda stats: stats.aborted == 1)
-    await house.nothing_held()
-    assert house.provider.stats().pool.open == 0
+    await server.simulator.until(lambda stats: stats.aborted == 1)
+    await server.nothing_held()
+    assert server.provider.stats().pool.open == 0
 
 
 @pytest.mark.parametrize("model", ["fault-endless", "fault-stall-3", "fault-silent"])
-async def test_cancel_closes_the_providers_connection_at_once(model: str, house: House) -> None:
-    async with house.connect() as ws:
+async def test_cancel_closes_the_providers_connection_at_once(
+    model: str, server: RunningServer
+) -> None:
+    async with server.connect() as ws:
         payload = {"text": "Hello", "model": model}
         await ws.send_json({"action": "chat", "request_id": "r1", "payload": payload})
-        await house.simulator.until(lambda stats: stats.active == 1)
+        await server.simulator.until(lambda stats: stats.active == 1)
         assert (await ws.receive_json())["status"] == "processing"
 
         await ws.send_json({"action": "cancel", "request_id": "r1"})
         while (await ws.receive_json())["status"] != "cancelled":
             pass
 
-        await house.simulator.until(lambda stats: stats.aborted == 1)
-        assert house.provider.stats().pool.open == 0
-    await house.nothing_held()
+        await server.simulator.until(lambda stats: stats.aborted == 1)
+        assert server.provider.stats().pool.open == 0
+    await server.nothing_held()
 
 
 @pytest.mark.parametrize("model", ["fault-silent", "fault-head-only", "fault-stall-3"])
 @pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
 async def test_leaving_the_openai_face_closes_the_providers_connection_at_once(
-    model: str, stream: bool, house: House
+    model: str, stream: bool, server: RunningServer
 ) -> None:
-    task = asyncio.ensure_future(over_openai(house, model, stream=stream))
-    await house.simulator.until(lambda stats: stats.active == 1)
+    task = asyncio.ensure_future(over_openai(server, model, stream=stream))
+    await server.simulator.until(lambda stats: stats.active == 1)
 
     task.cancel()
     await asyncio.wait([task])
 
-    await house.simulator.until(lambda stats: stats.aborted == 1)
-    await house.nothing_held()
-    assert house.provider.stats().pool.open == 0
+    await server.simulator.until(lambda stats: stats.aborted == 1)
+    await server.nothing_held()
+    assert server.provider.stats().pool.open == 0
 
 
-async def test_a_stuck_upload_is_a_write_timeout(make_house: Make) -> None:
+async def test_a_stuck_upload_is_a_write_timeout(make_server: MakeServer) -> None:
     limits = {**HTTP_CLIENT, "write_timeout": 0.3, "read_timeout": 3.0}
-    house = await make_house(
+    server = await make_server(
         Behaviour(ignore_body=True), **{"llm.providers.sim.http_client": limits}
     )
     asked = {"model": "m", "messages": [{"role": "user", "content": "x" * 15_000_000}]}
     body = io.BytesIO(json.dumps(asked).encode())
     headers = {"Content-Type": "application/json"}
-    url = f"{house.v1}/chat/completions"
+    url = f"{server.v1}/chat/completions"
 
-    async with house.session.post(url, data=body, headers=headers) as response:
+    async with server.session.post(url, data=body, headers=headers) as response:
         answer = await response.json()
 
     assert (response.status, answer["error"]["code"]) == (504, "write_timeout")
     assert response.headers["x-should-retry"] == "false"
-    assert await house.counted("provider_attempts", "outcome") == {("timeout",): 1}
-    await house.nothing_held()
+    assert await server.counted("provider_attempts", "outcome") == {("timeout",): 1}
+    await server.nothing_held()
 
 
-async def test_a_provider_that_is_not_there_is_a_connect_error(make_house: Make) -> None:
-    house = await make_house()
-    await house.simulator.close()
+async def test_a_provider_that_is_not_there_is_a_connect_error(make_server: MakeServer) -> None:
+    server = await make_server()
+    await server.simulator.close()
 
     seen = [
-        await over_websocket(house, "m"),
-        await over_sse(house, "m"),
-        await over_openai(house, "m"),
-        await over_openai(house, "m", stream=False),
+        await over_websocket(server, "m"),
+        await over_sse(server, "m"),
+        await over_openai(server, "m"),
+        await over_openai(server, "m", stream=False),
     ]
 
     assert [one.code for one in seen] == ["connect_error"] * 4
     assert seen[2].status == seen[3].status == 502
-    assert await house.counted("provider_attempts", "outcome") == {("connect_error",): 4}
-    await house.nothing_held()
+    assert await server.counted("provider_attempts", "outcome") == {("connect_error",): 4}
+    await server.nothing_held()
 
 
 async def test_a_client_slower_than_the_read_timeout_gets_its_whole_answer(
-    make_house: Make,
+    make_server: MakeServer,
 ) -> None:
     limits = {**HTTP_CLIENT, "read_timeout": 0.3}
-    house = await make_house(
+    server = await make_server(
         Behaviour(ttft=0, interval=0.02, tokens=30), **{"llm.providers.sim.http_client": limits}
     )
     body = {"model": "m", **CHAT, "stream": True}
-    async with house.session.post(f"{house.v1}/chat/completions", json=body) as response:
+    async with server.session.post(f"{server.v1}/chat/completions", json=body) as response:
         # It reads nothing until the provider is long done.
-        await house.simulator.until(lambda stats: stats.completed == 1)
-        await until(lambda: house.provider.stats().queue.inside == 0)
+        await server.simulator.until(lambda stats: stats.completed == 1)
+        await until(lambda: server.provider.stats().queue.inside == 0)
         raw = await response.read()
 
     assert raw.endswith(DONE)

@@ -20,17 +20,14 @@ from tests.support.faces import (
     expected_text,
     over_openai,
 )
-from tests.support.scripted_provider import OK, Peer, Played, full_listener
-from tests.support.server import provider_entry
+from tests.support.scripted_provider import OK, Peer, ScriptedProvider, full_listener
+from tests.support.server import MakeServer, provider_entry
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncIterator
     from pathlib import Path
 
-    from tests.support.server import House
-
-    Make = Callable[..., Awaitable[House]]
 
 TIMEOUT = 0.3  # seconds for a connection
 
@@ -101,7 +98,7 @@ async def full(_path: Path) -> AsyncIterator[dict[str, Any]]:
 
 @contextlib.asynccontextmanager
 async def silent_handshake(_path: Path) -> AsyncIterator[dict[str, Any]]:
-    async with Played(Peer.left) as server:
+    async with ScriptedProvider(Peer.left) as server:
         yield {"base_url": f"https://127.0.0.1:{server.port}/v1"}
 
 
@@ -116,7 +113,7 @@ async def certified(path: Path, name: str, **more: Any) -> AsyncIterator[dict[st
     authority.cert_pem.write_to_path(str(path / "ca.pem"))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert(name, **more).configure_cert(context)
-    async with Played(serving, ssl=context) as server:
+    async with ScriptedProvider(serving, ssl=context) as server:
         yield {"base_url": server.url, "ca_file": str(path / "ca.pem")}
         assert server.open == 0
 
@@ -150,14 +147,14 @@ def far(given: dict[str, Any], **limits: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("where", OUT_OF_REACH)
 async def test_a_provider_out_of_reach_is_told_on_every_face(
-    where: str, make_house: Make, tmp_path: Path
+    where: str, make_server: MakeServer, tmp_path: Path
 ) -> None:
     place, status, code, outcome = OUT_OF_REACH[where]
     async with place(tmp_path) as given:
-        house = await make_house(**far(given))
+        server = await make_server(**far(given))
 
-        ws, sse, v1, whole = await ask_every_face(house, "m")
-        other = await over_openai(house, "sim")
+        ws, sse, v1, whole = await ask_every_face(server, "m")
+        other = await over_openai(server, "sim")
 
         assert {one.code for one in (ws, sse, v1, whole)} == {code}
         assert v1.status == whole.status == status
@@ -165,35 +162,35 @@ async def test_a_provider_out_of_reach_is_told_on_every_face(
             for detail in (b"certificate verify", b"expired", b"elsewhere", b"Errno", b"name or"):
                 assert detail not in one.raw.replace(b"does not hold", b"")
         assert other.end == "complete", "the others are no worse for it"
-        tries = await house.counted("provider_attempts", "provider", "outcome")
+        tries = await server.counted("provider_attempts", "provider", "outcome")
         # One that refuses us is left alone, perhaps before all have asked it.
         assert tries.pop(("far", outcome)) in ((1, 2, 3, 4) if outcome == "tls" else (4,))
         assert tries == {("sim", "ok"): 1}
-        ends = await house.counted("requests", "face", "provider", "code")
+        ends = await server.counted("requests", "face", "provider", "code")
         assert {face: ends[face, "far", code] for face in FACES} == FACES
-        await house.nothing_held()
-        assert house.provider_of("far").stats().pool.open == 0
-        assert house.provider_of("far").stats().flagged == (outcome == "tls")
+        await server.nothing_held()
+        assert server.provider_of("far").stats().pool.open == 0
+        assert server.provider_of("far").stats().flagged == (outcome == "tls")
 
 
 @pytest.mark.parametrize("where", OUT_OF_REACH)
 async def test_another_provider_answers_in_place_of_one_out_of_reach(
-    where: str, make_house: Make, tmp_path: Path
+    where: str, make_server: MakeServer, tmp_path: Path
 ) -> None:
     place, _, code, _ = OUT_OF_REACH[where]
     async with place(tmp_path) as given:
-        house = await make_house(**far(given), **{"llm.fallbacks": ["sim"]})
-        text = await expected_text(house)
+        server = await make_server(**far(given), **{"llm.fallbacks": ["sim"]})
+        text = await expected_text(server)
 
-        seen = await ask_every_face(house, "m")
+        seen = await ask_every_face(server, "m")
 
         assert [(one.end, one.text) for one in seen] == [("complete", text)] * 4
         assert seen[2].headers["x-aioserver-provider"] == "sim"
-        over = await house.counted("failovers", "provider", "reason")
+        over = await server.counted("failovers", "provider", "reason")
         assert sum(over.values()) == 5
         assert over.keys() <= {("far", code), ("far", "circuit_open")}
-        assert (await house.counted("provider_attempts", "provider"))["sim",] == 5
-        await house.nothing_held()
+        assert (await server.counted("provider_attempts", "provider"))["sim",] == 5
+        await server.nothing_held()
 
 
 @pytest.mark.parametrize(
@@ -206,35 +203,37 @@ async def test_another_provider_answers_in_place_of_one_out_of_reach(
     ],
 )
 async def test_only_what_may_pass_is_tried_again(
-    where: str, tries: int, make_house: Make, tmp_path: Path
+    where: str, tries: int, make_server: MakeServer, tmp_path: Path
 ) -> None:
     place, status, code, outcome = OUT_OF_REACH[where]
     limits = {"max_retries": 2, "backoff_factor": 0.001, "connect_timeout": 0.1}
     async with place(tmp_path) as given:
-        house = await make_house(**far(given, **limits))
+        server = await make_server(**far(given, **limits))
 
-        seen = await over_openai(house, "m")
+        seen = await over_openai(server, "m")
 
         assert (seen.status, seen.code) == (status, code)
         assert seen.headers["x-aioserver-attempts"] == str(tries)
         assert seen.headers.get("x-should-retry") == "false"
-        found = await house.counted("provider_attempts", "provider", "outcome")
+        found = await server.counted("provider_attempts", "provider", "outcome")
         assert found == {("far", outcome): tries}
-        again = await house.counted("retries", "reason")
+        again = await server.counted("retries", "reason")
         assert again == ({(code,): tries - 1} if tries > 1 else {})
-        await house.nothing_held()
+        await server.nothing_held()
 
 
-async def test_a_name_that_is_found_late_holds_up_nobody(make_house: Make, names: Names) -> None:
-    house = await make_house()
-    port = house.simulator.port
-    house = await make_house(
+async def test_a_name_that_is_found_late_holds_up_nobody(
+    make_server: MakeServer, names: Names
+) -> None:
+    server = await make_server()
+    port = server.simulator.port
+    server = await make_server(
         **far({"base_url": f"http://slow.test:{port}/v1"}, connect_timeout=30.0)
     )
-    waits = asyncio.create_task(ask_every_face(house, "m"))
-    await until(lambda: house.held()["far busy"] == 4)
+    waits = asyncio.create_task(ask_every_face(server, "m"))
+    await until(lambda: server.held()["far busy"] == 4)
 
-    others = await ask_every_face(house, "sim")
+    others = await ask_every_face(server, "sim")
     still = not waits.done()
     names.found.set()
 
@@ -242,18 +241,18 @@ async def test_a_name_that_is_found_late_holds_up_nobody(make_house: Make, names
     assert [one.end for one in others] == ["complete"] * 4
     assert [one.end for one in await waits] == ["complete"] * 4
     assert names.asked == 1, "one look-up, and so one thread, for all who ask for a name"
-    await house.nothing_held()
+    await server.nothing_held()
 
 
 async def test_a_name_that_is_not_found_in_time_is_a_connect_timeout(
-    make_house: Make, names: Names
+    make_server: MakeServer, names: Names
 ) -> None:
-    house = await make_house(**far({"base_url": "http://slow.test/v1"}))
+    server = await make_server(**far({"base_url": "http://slow.test/v1"}))
 
-    seen = await ask_every_face(house, "m")
+    seen = await ask_every_face(server, "m")
 
     assert [one.code for one in seen] == ["connect_timeout"] * 4
     assert (seen[2].status, seen[3].status) == (504, 504)
     assert names.asked == 1
-    assert await house.counted("provider_attempts", "outcome") == {("timeout",): 4}
-    await house.nothing_held()
+    assert await server.counted("provider_attempts", "outcome") == {("timeout",): 4}
+    await server.nothing_held()

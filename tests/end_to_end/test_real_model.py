@@ -26,12 +26,12 @@ import pytest
 import websockets
 
 from aioserver.protocol import eventstream
-from tests.support.server import provider_entry
+from tests.support.server import MakeServer, provider_entry
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator
+    from collections.abc import Iterator
 
-    from tests.support.server import House
+    from tests.support.server import RunningServer
 
 pytestmark = [
     pytest.mark.llm,
@@ -101,10 +101,10 @@ def model_server() -> Iterator[str]:
 
 
 @pytest.fixture
-async def house(make_house: Callable[..., Awaitable[House]], model_server: str) -> House:
-    """A house whose active provider `local` is the model server, asked one request at a time."""
+async def server(make_server: MakeServer, model_server: str) -> RunningServer:
+    """A server whose active provider `local` is the model server, asked one request at a time."""
     local = provider_entry(model_server, "gemma-3-270m", concurrent_requests=1, read_timeout=60.0)
-    return await make_house(**{"llm.providers.local": local, "llm.active": "local"})
+    return await make_server(**{"llm.providers.local": local, "llm.active": "local"})
 
 
 def _chat(request_id: str, **options: Any) -> str:
@@ -140,11 +140,13 @@ async def _curl(url: str, body: dict[str, Any]) -> bytes:
     return received
 
 
-async def test_the_websockets_library_gets_tokens_while_the_model_writes(house: House) -> None:
-    async with websockets.connect(house.ws, proxy=None) as socket:
+async def test_the_websockets_library_gets_tokens_while_the_model_writes(
+    server: RunningServer,
+) -> None:
+    async with websockets.connect(server.ws, proxy=None) as socket:
         await socket.send(_chat("r1", max_tokens=64))
         frames = [json.loads(await socket.recv()) for _ in range(2)]
-        running = house.held()["local places"]
+        running = server.held()["local places"]
         frames += await _frames(socket)
 
     assert running == 1, "the second event came when the model had ended"
@@ -157,8 +159,8 @@ async def test_the_websockets_library_gets_tokens_while_the_model_writes(house: 
     assert len(frames) > 10
 
 
-async def test_a_whole_answer_over_the_websocket_has_its_usage(house: House) -> None:
-    async with websockets.connect(house.ws, proxy=None) as socket:
+async def test_a_whole_answer_over_the_websocket_has_its_usage(server: RunningServer) -> None:
+    async with websockets.connect(server.ws, proxy=None) as socket:
         payload = {"text": PROMPT, "streaming": False, "options": OPTIONS}
         await socket.send(json.dumps({"action": "chat", "request_id": "r1", "payload": payload}))
         frames = await _frames(socket)
@@ -168,10 +170,12 @@ async def test_a_whole_answer_over_the_websocket_has_its_usage(house: House) -> 
     assert frames[-1]["chunk"]["metadata"]["usage"]["completion_tokens"] > 1
 
 
-async def test_curl_gets_events_from_the_sse_face_and_the_rest_after_a_break(house: House) -> None:
-    received = await _curl(house.sse, {"request_id": "r1", "text": PROMPT, "options": OPTIONS})
+async def test_curl_gets_events_from_the_sse_face_and_the_rest_after_a_break(
+    server: RunningServer,
+) -> None:
+    received = await _curl(server.sse, {"request_id": "r1", "text": PROMPT, "options": OPTIONS})
     headers = {"Last-Event-ID": "5"}
-    async with house.session.get(f"{house.sse}/r1", headers=headers) as response:
+    async with server.session.get(f"{server.sse}/r1", headers=headers) as response:
         resumed = eventstream.parse(await response.read())
 
     events = eventstream.parse(received)
@@ -181,8 +185,8 @@ async def test_curl_gets_events_from_the_sse_face_and_the_rest_after_a_break(hou
     assert resumed == events[5:]
 
 
-async def test_the_openai_sdk_streams_and_waits(house: House) -> None:
-    async with openai.AsyncOpenAI(api_key="unused", base_url=house.v1) as client:
+async def test_the_openai_sdk_streams_and_waits(server: RunningServer) -> None:
+    async with openai.AsyncOpenAI(api_key="unused", base_url=server.v1) as client:
         stream = await client.chat.completions.create(model="local", stream=True, **ASK)
         parts = [part async for part in stream]
         whole = await client.chat.completions.create(model="local", **ASK)
@@ -198,8 +202,8 @@ async def test_the_openai_sdk_streams_and_waits(house: House) -> None:
     assert plain.choices[0].text
 
 
-async def test_curl_gets_the_model_servers_own_events_from_v1(house: House) -> None:
-    received = await _curl(f"{house.v1}/chat/completions", {"stream": True, **ASK})
+async def test_curl_gets_the_model_servers_own_events_from_v1(server: RunningServer) -> None:
+    received = await _curl(f"{server.v1}/chat/completions", {"stream": True, **ASK})
 
     *events, done = eventstream.parse(received)
     assert done.data == b"[DONE]"
@@ -208,8 +212,8 @@ async def test_curl_gets_the_model_servers_own_events_from_v1(house: House) -> N
     assert answers[-1]["choices"][0]["finish_reason"] in {"length", "stop"}
 
 
-async def test_requests_wait_in_our_line_and_none_is_cut(house: House) -> None:
-    async with websockets.connect(house.ws, proxy=None) as socket:
+async def test_requests_wait_in_our_line_and_none_is_cut(server: RunningServer) -> None:
+    async with websockets.connect(server.ws, proxy=None) as socket:
         for number in range(3):
             await socket.send(_chat(f"r{number}"))
         frames = await _frames(socket, ends=3)
@@ -221,8 +225,8 @@ async def test_requests_wait_in_our_line_and_none_is_cut(house: House) -> None:
     assert {"r1", "r2"} == set(queued)
 
 
-async def test_a_cancelled_answer_frees_the_model_for_the_next(house: House) -> None:
-    async with websockets.connect(house.ws, proxy=None) as socket:
+async def test_a_cancelled_answer_frees_the_model_for_the_next(server: RunningServer) -> None:
+    async with websockets.connect(server.ws, proxy=None) as socket:
         await socket.send(_chat("r1", max_tokens=1500))
         for _ in range(4):
             await socket.recv()
@@ -236,17 +240,17 @@ async def test_a_cancelled_answer_frees_the_model_for_the_next(house: House) -> 
     assert answered[-1]["status"] == "complete"
 
 
-async def test_a_client_of_v1_that_leaves_frees_the_model(house: House) -> None:
+async def test_a_client_of_v1_that_leaves_frees_the_model(server: RunningServer) -> None:
     body = {"stream": True, **ASK, "max_tokens": 1500}
-    async with house.session.post(f"{house.v1}/chat/completions", json=body) as response:
+    async with server.session.post(f"{server.v1}/chat/completions", json=body) as response:
         await response.content.readany()
         response.close()
 
-    await house.nothing_held()
+    await server.nothing_held()
 
 
-async def test_a_prompt_beyond_the_context_is_never_a_silent_end(house: House) -> None:
-    async with openai.AsyncOpenAI(api_key="unused", base_url=house.v1, max_retries=0) as client:
+async def test_a_prompt_beyond_the_context_is_never_a_silent_end(server: RunningServer) -> None:
+    async with openai.AsyncOpenAI(api_key="unused", base_url=server.v1, max_retries=0) as client:
         with pytest.raises(openai.BadRequestError) as refused:
             await client.chat.completions.create(model="local", messages=FAR_TOO_LONG)
         with pytest.raises(openai.APIStatusError) as broken:

@@ -28,15 +28,14 @@ from tests.support.chat import (
     whole,
 )
 from tests.support.raw import Raw
-from tests.support.server import SILENT
+from tests.support.server import SILENT, MakeServer
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from tests.support.server import House
+    from tests.support.server import RunningServer
 
-    Make = Callable[..., Awaitable[House]]
-    Read = Callable[[House, str, int], Awaitable[list[Any]]]
+    Read = Callable[[RunningServer, str, int], Awaitable[list[Any]]]
 
 PACED = Behaviour(ttft=0, interval=0.002, tokens=20)
 KEY = "Idempotency-Key: r1"
@@ -45,18 +44,18 @@ KEY = "Idempotency-Key: r1"
 # Reading on.
 
 
-async def by_websocket(house: House, name: str, after: int) -> list[Any]:
-    async with house.connect() as ws:
+async def by_websocket(server: RunningServer, name: str, after: int) -> list[Any]:
+    async with server.connect() as ws:
         await ws.send_json(resume(name, after))
         return await to_end(ws)
 
 
-async def by_header(house: House, name: str, after: int) -> list[Any]:
-    return await whole(house, name, after)
+async def by_header(server: RunningServer, name: str, after: int) -> list[Any]:
+    return await whole(server, name, after)
 
 
-async def by_query(house: House, name: str, after: int) -> list[Any]:
-    async with house.session.get(f"{house.sse}/{name}?last_event_id={after}") as response:
+async def by_query(server: RunningServer, name: str, after: int) -> list[Any]:
+    async with server.session.get(f"{server.sse}/{name}?last_event_id={after}") as response:
         assert response.status == 200, await response.text()
         return await read_frames(response)
 
@@ -89,9 +88,9 @@ async def some(raw: Raw, count: int) -> bytes:
     raise AssertionError(body)
 
 
-async def said(house: House) -> str:
+async def said(server: RunningServer) -> str:
     """The same question's answer, in one piece."""
-    async with house.session.post(house.v1 + "/chat/completions", json={**CHAT}) as response:
+    async with server.session.post(server.v1 + "/chat/completions", json={**CHAT}) as response:
         return str((await response.json())["choices"][0]["message"]["content"])
 
 
@@ -99,45 +98,45 @@ async def said(house: House) -> str:
 @pytest.mark.parametrize("count", [0, 1, 7, -1])
 @pytest.mark.parametrize("begin", [begin_websocket, begin_sse])
 async def test_the_rest_is_read_on_any_face(
-    make_house: Make,
+    make_server: MakeServer,
     begin: Callable[[Raw, int], Awaitable[list[Any]]],
     count: int,
     read_on: Read,
 ) -> None:
-    house = await make_house(PACED)
-    text = await said(house)
-    async with house.session.post(house.sse, json={"request_id": "r0", **CHAT}) as response:
+    server = await make_server(PACED)
+    text = await said(server)
+    async with server.session.post(server.sse, json={"request_id": "r0", **CHAT}) as response:
         last = len(await read_frames(response))
     count %= last  # -1: all but the end
-    async with Raw(house) as raw:
+    async with Raw(server) as raw:
         seen = await begin(raw, count)
-        await house.simulator.until(lambda stats: stats.requests == 3)  # now it is worth money
+        await server.simulator.until(lambda stats: stats.requests == 3)  # now it is worth money
         raw.close()
 
-    rest = await read_on(house, "r1", count)
+    rest = await read_on(server, "r1", count)
 
     assert numbers(seen) == list(range(1, count + 1))
     assert numbers(rest) == list(range(count + 1, last + 1))
     assert rest[-1]["status"] == "complete"
     assert text_of(seen + rest) == text
-    assert await whole(house, "r1") == seen + rest
-    assert (house.simulator.stats().requests, house.simulator.stats().aborted) == (3, 0)
+    assert await whole(server, "r1") == seen + rest
+    assert (server.simulator.stats().requests, server.simulator.stats().aborted) == (3, 0)
 
 
 @pytest.mark.parametrize("read_on", READ_ON)
 @pytest.mark.parametrize("count", [1, 7])
 async def test_an_openai_answer_with_a_key_is_read_on_by_frames(
-    make_house: Make, count: int, read_on: Read
+    make_server: MakeServer, count: int, read_on: Read
 ) -> None:
-    house = await make_house(PACED)
-    text = await said(house)
-    async with Raw(house) as raw:
+    server = await make_server(PACED)
+    text = await said(server)
+    async with Raw(server) as raw:
         await raw.post("/v1/chat/completions", STREAMED, KEY)
         assert (await raw.head()).status == 200
         seen = eventstream.parse(await some(raw, count))
         raw.close()
 
-    rest = await read_on(house, "r1", count + 1)  # number 1 is `processing`, not shown there
+    rest = await read_on(server, "r1", count + 1)  # number 1 is `processing`, not shown there
 
     first = rest[0]["event_id"]
     assert numbers(rest) == list(range(first, first + len(rest)))
@@ -145,53 +144,55 @@ async def test_an_openai_answer_with_a_key_is_read_on_by_frames(
     assert rest[-1]["status"] == "complete"
     begun = "".join(json.loads(one.data)["choices"][0]["delta"].get("content", "") for one in seen)
     assert begun + text_of(rest) == text
-    assert house.simulator.stats().requests == 2
+    assert server.simulator.stats().requests == 2
 
 
-async def test_readers_on_all_faces_at_once_get_all_of_it(make_house: Make) -> None:
-    house = await make_house(PACED)
-    text = await said(house)
-    async with house.connect() as ws:
+async def test_readers_on_all_faces_at_once_get_all_of_it(make_server: MakeServer) -> None:
+    server = await make_server(PACED)
+    text = await said(server)
+    async with server.connect() as ws:
         await ws.send_json(chat("r1", **CHAT))
         seen = [await ws.receive_json() for _ in range(3)]
-        found = await asyncio.gather(*(read_on(house, "r1", 0) for read_on in READ_ON * 2))
+        found = await asyncio.gather(*(read_on(server, "r1", 0) for read_on in READ_ON * 2))
         seen += await to_end(ws)
 
     assert all(frames == seen for frames in found)
     assert numbers(seen) == list(range(1, len(seen) + 1))
     assert text_of(seen) == text
-    assert house.simulator.stats().requests == 2
+    assert server.simulator.stats().requests == 2
 
 
-async def test_readers_of_an_openai_answer_at_once_get_all_of_it(make_house: Make) -> None:
-    house = await make_house(PACED)
-    text = await said(house)
+async def test_readers_of_an_openai_answer_at_once_get_all_of_it(make_server: MakeServer) -> None:
+    server = await make_server(PACED)
+    text = await said(server)
     headers = dict([KEY.split(": ")])
 
     async def ask() -> bytes:
-        async with house.session.post(
-            house.v1 + "/chat/completions", json=STREAMED, headers=headers
+        async with server.session.post(
+            server.v1 + "/chat/completions", json=STREAMED, headers=headers
         ) as response:
             return bytes(await response.read())
 
     first = asyncio.ensure_future(ask())
-    await house.simulator.until(lambda stats: stats.requests == 2)
-    second, *found = await asyncio.gather(ask(), *(read_on(house, "r1", 0) for read_on in READ_ON))
+    await server.simulator.until(lambda stats: stats.requests == 2)
+    second, *found = await asyncio.gather(
+        ask(), *(read_on(server, "r1", 0) for read_on in READ_ON)
+    )
 
     assert await first == second
     assert second.endswith(b"data: [DONE]\n\n")
     assert all(frames == found[0] for frames in found)
     assert text_of(found[0]) == text
     assert numbers(found[0]) == list(range(1, len(found[0]) + 1))
-    assert house.simulator.stats().requests == 2
+    assert server.simulator.stats().requests == 2
 
 
 # What cannot be read on.
 
 
-async def refusals(house: House, name: str, after: int) -> list[tuple[int, str]]:
+async def refusals(server: RunningServer, name: str, after: int) -> list[tuple[int, str]]:
     """How each face refuses it: status (0 on a WebSocket) and code."""
-    async with house.connect() as ws:
+    async with server.connect() as ws:
         await ws.send_json(resume(name, after))
         frame = await ws.receive_json()
     found = [(0, frame["chunk"]["code"])]
@@ -199,85 +200,89 @@ async def refusals(house: House, name: str, after: int) -> list[tuple[int, str]]
         ({"Last-Event-ID": str(after)}, ""),
         ({}, f"?last_event_id={after}"),
     ):
-        async with house.session.get(f"{house.sse}/{name}{query}", headers=headers) as response:
+        async with server.session.get(f"{server.sse}/{name}{query}", headers=headers) as response:
             found.append((response.status, (await response.json())["error"]["code"]))
     return found
 
 
 @pytest.mark.parametrize("face", ["frames", "openai"])
-async def test_what_is_no_longer_kept_is_a_gap_on_each_face(make_house: Make, face: str) -> None:
-    house = await make_house(
+async def test_what_is_no_longer_kept_is_a_gap_on_each_face(
+    make_server: MakeServer, face: str
+) -> None:
+    server = await make_server(
         Behaviour(ttft=0, interval=0.001), **{"chat.streams.max_stream_bytes": 20_000}
     )
     fields = big(1000, 60)
     headers = dict([KEY.split(": ")])
     body = {**CHAT, "stream": True, **fields["options"]}
     if face == "frames":
-        async with house.session.post(house.sse, json={"request_id": "r1", **fields}) as response:
+        async with server.session.post(
+            server.sse, json={"request_id": "r1", **fields}
+        ) as response:
             await response.read()
     else:
-        url = house.v1 + "/chat/completions"
-        async with house.session.post(url, json=body, headers=headers) as response:
+        url = server.v1 + "/chat/completions"
+        async with server.session.post(url, json=body, headers=headers) as response:
             assert (await response.read()).endswith(b"data: [DONE]\n\n")
-        async with house.session.post(url, json=body, headers=headers) as response:
+        async with server.session.post(url, json=body, headers=headers) as response:
             assert response.status == 409
             assert (await response.json())["error"]["code"] == "resume_gap"
 
     for after in (0, 1, 5, 1_000_000):
-        assert await refusals(house, "r1", after) == [
+        assert await refusals(server, "r1", after) == [
             (0, "resume_gap"),
             (409, "resume_gap"),
             (409, "resume_gap"),
         ]
-    assert house.simulator.stats().requests == 1
+    assert server.simulator.stats().requests == 1
 
 
-async def test_what_is_not_ones_own_is_as_if_it_were_not_there(house: House) -> None:
-    stream = house.app[context.STREAMS].open("r1", Caller("somebody else"), window=30.0)
+async def test_what_is_not_ones_own_is_as_if_it_were_not_there(server: RunningServer) -> None:
+    stream = server.app[context.STREAMS].open("r1", Caller("somebody else"), window=30.0)
     stream.end(entries.COMPLETE, {})
     for name in ("r1", "never-seen"):
-        assert await refusals(house, name, 0) == [
+        assert await refusals(server, name, 0) == [
             (0, "stream_not_found"),
             (404, "stream_not_found"),
             (404, "stream_not_found"),
         ]
-        async with house.session.delete(f"{house.sse}/{name}") as response:
+        async with server.session.delete(f"{server.sse}/{name}") as response:
             assert response.status == 404
-        async with house.connect() as ws:
+        async with server.connect() as ws:
             await ws.send_json(cancel(name))
             assert (await ws.receive_json())["chunk"]["code"] == "stream_not_found"
-    async with house.session.get(house.sse) as response:
+    async with server.session.get(server.sse) as response:
         assert await response.json() == {"streams": []}
-    async with house.session.post(house.sse, json={"request_id": "r1", "text": "x"}) as response:
+    async with server.session.post(server.sse, json={"request_id": "r1", "text": "x"}) as response:
         assert (await read_frames(response))[-1]["status"] == "complete"  # a name of one's own
     assert stream.last == 1
 
 
 @pytest.mark.parametrize("read_on", READ_ON)
 async def test_an_answer_asked_for_later_is_listed_read_on_and_then_at_its_end(
-    make_house: Make, read_on: Read
+    make_server: MakeServer, read_on: Read
 ) -> None:
-    house = await make_house(SILENT)
+    server = await make_server(SILENT)
     ask = {"request_id": "r1", **CHAT}
 
     async def listed() -> Any:
-        async with house.session.get(house.sse) as response:
+        async with server.session.get(server.sse) as response:
             return (await response.json())["streams"]
 
     for expected in ("running", "complete"):
         if expected == "complete":
-            async with house.session.delete(f"{house.sse}/r1") as response:
+            async with server.session.delete(f"{server.sse}/r1") as response:
                 assert response.status == 204
-            house.simulator.behaviour = PACED
+            server.simulator.behaviour = PACED
             ask["request_id"] = "r2"
         headers = {"Prefer": "respond-async"}
-        async with house.session.post(house.sse, json=ask, headers=headers) as response:
+        async with server.session.post(server.sse, json=ask, headers=headers) as response:
             assert response.status == 202
         if expected == "running":
-            await house.simulator.until(lambda stats: stats.active == 1)
+            await server.simulator.until(lambda stats: stats.active == 1)
             (one,) = await listed()
             assert (one["status"], one["readers"], one["last_event_id"]) == ("running", 0, 1)
-    frames = await read_on(house, "r2", 0)
+    frames = await read_on(server, "r2", 0)
     assert numbers(frames) == list(range(1, len(frames) + 1))
     assert [(one["request_id"], one["status"]) for one in await listed()] == [
         ("r1", "cancelled"),
@@ -285,5 +290,5 @@ async def test_an_answer_asked_for_later_is_listed_read_on_and_then_at_its_end(
     ]
     end = str(len(frames))
     for given in ({"headers": {"Last-Event-ID": end}}, {"params": {"last_event_id": end}}):
-        async with house.session.get(f"{house.sse}/r2", **given) as response:  # type: ignore[arg-type]
+        async with server.session.get(f"{server.sse}/r2", **given) as response:  # type: ignore[arg-type]
             assert response.status == 204

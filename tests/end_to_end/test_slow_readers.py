@@ -6,7 +6,7 @@ import contextlib
 import fcntl
 import struct
 import termios
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
@@ -15,15 +15,8 @@ from aioserver.server import listener
 from aioserver.streams.writer import TURN_BYTES
 from tests.support.chat import big, chat, numbers, text_of, to_end
 from tests.support.raw import SMALL, Raw
-from tests.support.server import QUICK
+from tests.support.server import QUICK, MakeServer
 from tests.support.waiting import until
-
-if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
-
-    from tests.support.server import House
-
-    Make = Callable[..., Awaitable[House]]
 
 SIZE, COUNT = 30_000, 14  # 420 KB an answer
 MAX_STREAM_BYTES = 1 << 20
@@ -59,10 +52,10 @@ def cost(transport: Any) -> tuple[int, int]:
     "clients", [200, pytest.param(1000, marks=[pytest.mark.stress, pytest.mark.timeout(300)])]
 )
 async def test_who_reads_nothing_holds_up_nobody_and_is_dropped(
-    make_house: Make, monkeypatch: pytest.MonkeyPatch, clients: int
+    make_server: MakeServer, monkeypatch: pytest.MonkeyPatch, clients: int
 ) -> None:
     most = clients * MAX_STREAM_BYTES
-    house = await make_house(
+    server = await make_server(
         QUICK,
         **{
             "chat.streams.send_timeout": 1.5 * clients / 200,
@@ -75,11 +68,11 @@ async def test_who_reads_nothing_holds_up_nobody_and_is_dropped(
             f"{HTTP}.queue_timeout": 60.0,
         },
     )
-    store = house.app[context.STREAMS]
+    store = server.app[context.STREAMS]
     largest = kept = 0
     drops: list[str] = []
     monkeypatch.setattr(
-        house.app[context.ADMISSION], "dropped", lambda face, why: drops.append(f"{face}: {why}")
+        server.app[context.ADMISSION], "dropped", lambda face, why: drops.append(f"{face}: {why}")
     )
 
     def look() -> None:
@@ -90,30 +83,30 @@ async def test_who_reads_nothing_holds_up_nobody_and_is_dropped(
 
     def done() -> bool:
         look()
-        return house.simulator.stats().completed + house.simulator.stats().aborted == clients
+        return server.simulator.stats().completed + server.simulator.stats().aborted == clients
 
     def gone() -> bool:
         look()
-        return not house.held()["places"]
+        return not server.held()["places"]
 
     async with contextlib.AsyncExitStack() as stack:
         for number in range(clients):
-            raw = await stack.enter_async_context(Raw(house, receive_buffer=SMALL))
+            raw = await stack.enter_async_context(Raw(server, receive_buffer=SMALL))
             await (websocket, sse, openai)[number % 3](raw, f"r{number}")
-        await until(lambda: done() and not house.held()["sim places"], 30, house.held)
-        waiting = house.held()["places"]  # of those who read nothing: the provider does not wait
-        transports = [connection.transport for connection in house.server.connections]
+        await until(lambda: done() and not server.held()["sim places"], 30, server.held)
+        waiting = server.held()["places"]  # of those who read nothing: the provider does not wait
+        transports = [connection.transport for connection in server.http_server.connections]
         costs = [cost(one) for one in transports if one is not None and not one.is_closing()]
 
-        async with house.connect() as ws:
+        async with server.connect() as ws:
             await ws.send_json(chat("mine"))
             frames = await to_end(ws)
         assert numbers(frames) == list(range(1, len(frames) + 1))
         assert frames[-1]["status"] == "complete"
         assert text_of(frames)
 
-        await until(gone, 30, house.held)
-        await house.nothing_held()  # while not one of them has left
+        await until(gone, 30, server.held)
+        await server.nothing_held()  # while not one of them has left
     assert len(drops) == clients
     assert {why.partition(": ")[2][:13] for why in drops} == {"nothing taken"}
     assert len(costs) >= 10  # the others were dropped already: a busy machine is slow to ask

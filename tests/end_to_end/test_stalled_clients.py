@@ -12,15 +12,14 @@ from aioserver.faces import context
 from aioserver.providers.simulator.exchange import Behaviour
 from tests.support.chat import big, chat, numbers, to_end, whole
 from tests.support.raw import SMALL, TEXT, Raw, masked
-from tests.support.server import SILENT
+from tests.support.server import SILENT, MakeServer
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from tests.support.server import House
+    from tests.support.server import RunningServer
 
-    Make = Callable[..., Awaitable[House]]
 
 SEND_TIMEOUT = {"chat.streams.send_timeout": 0.5}
 SIZE, COUNT = 30_000, 200  # 6 MB: more than the kernel keeps for a reader with a small buffer
@@ -31,8 +30,8 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
-def places(house: House) -> int:
-    return house.held()["places"]
+def places(server: RunningServer) -> int:
+    return server.held()["places"]
 
 
 async def stalled_websocket(raw: Raw, name: str, fields: dict[str, Any]) -> None:
@@ -46,39 +45,39 @@ async def stalled_sse(raw: Raw, name: str, fields: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("stall", [stalled_websocket, stalled_sse])
 async def test_a_client_that_stops_reading_is_dropped_and_its_stream_goes_on(
-    make_house: Make, stall: Callable[..., Awaitable[None]]
+    make_server: MakeServer, stall: Callable[..., Awaitable[None]]
 ) -> None:
-    house = await make_house(
+    server = await make_server(
         Behaviour(ttft=0, interval=0.002),
         **SEND_TIMEOUT,
         **{"chat.streams.max_stream_bytes": 1 << 26},
     )
     loop = asyncio.get_running_loop()
 
-    async with Raw(house, receive_buffer=SMALL) as raw:
+    async with Raw(server, receive_buffer=SMALL) as raw:
         await stall(raw, "r1", big(SIZE, COUNT))
-        await house.simulator.until(lambda stats: stats.tokens_sent > 20)
+        await server.simulator.until(lambda stats: stats.tokens_sent > 20)
         begun = loop.time()
-        await until(lambda: places(house) == 0)
+        await until(lambda: places(server) == 0)
         dropped = loop.time() - begun
         # The provider went on at its own pace and is done, or will be soon.
-        stats = await house.simulator.until(lambda stats: stats.active == 0)
+        stats = await server.simulator.until(lambda stats: stats.active == 0)
         raw.widen()
         got = await asyncio.wait_for(raw.to_the_end(), 20)  # what the kernel had, then the end
 
     assert 0.3 < dropped < 5
     assert len(got) < SIZE * COUNT  # aborted, not sent to its end
     assert (stats.completed, stats.aborted) == (1, 0)
-    frames = await whole(house, "r1")
+    frames = await whole(server, "r1")
     assert numbers(frames) == list(range(1, len(frames) + 1))
     assert frames[-1]["status"] == "complete"
     assert sum(len(str(frame["chunk"].get("data", ""))) for frame in frames) > SIZE * COUNT
 
 
 async def test_an_openai_client_that_stops_reading_is_dropped_and_its_answer_cancelled(
-    make_house: Make,
+    make_server: MakeServer,
 ) -> None:
-    house = await make_house(
+    server = await make_server(
         Behaviour(ttft=0, interval=0.002),
         **SEND_TIMEOUT,
         **{"chat.streams.max_stream_bytes": 1 << 26},
@@ -90,48 +89,48 @@ async def test_an_openai_client_that_stops_reading_is_dropped_and_its_answer_can
         **fields["options"],
     }
 
-    async with Raw(house, receive_buffer=SMALL) as raw:
+    async with Raw(server, receive_buffer=SMALL) as raw:
         await raw.post("/v1/chat/completions", body)
-        await house.simulator.until(lambda stats: stats.tokens_sent > 20)
-        await until(lambda: places(house) == 0, 5)
-        await house.simulator.until(lambda stats: stats.active == 0)
+        await server.simulator.until(lambda stats: stats.tokens_sent > 20)
+        await until(lambda: places(server) == 0, 5)
+        await server.simulator.until(lambda stats: stats.active == 0)
         raw.widen()
         got = await asyncio.wait_for(raw.to_the_end(), 20)
 
     assert len(got) < SIZE * COUNT
     assert b"[DONE]" not in got
-    await house.nothing_held()
+    await server.nothing_held()
 
 
 async def test_a_reader_that_falls_behind_what_is_kept_is_dropped_and_told_of_the_gap(
-    make_house: Make,
+    make_server: MakeServer,
 ) -> None:
-    house = await make_house(**{"chat.streams.max_stream_bytes": 200_000})
+    server = await make_server(**{"chat.streams.max_stream_bytes": 200_000})
 
-    async with Raw(house, receive_buffer=SMALL) as raw:
+    async with Raw(server, receive_buffer=SMALL) as raw:
         await stalled_websocket(raw, "r1", big(SIZE, COUNT))
-        await house.simulator.until(lambda stats: stats.completed == 1)
+        await server.simulator.until(lambda stats: stats.completed == 1)
         raw.widen()
         got = await asyncio.wait_for(raw.to_the_end(), 20)
 
     assert len(got) < SIZE * COUNT
     assert b'"complete"' not in got  # never a silent skip
-    async with house.session.get(f"{house.sse}/r1?last_event_id=3") as response:
+    async with server.session.get(f"{server.sse}/r1?last_event_id=3") as response:
         assert response.status == 409
         assert (await response.json())["error"]["code"] == "resume_gap"
 
 
-async def test_many_stalled_readers_cost_little_memory(make_house: Make) -> None:
-    house = await make_house(
+async def test_many_stalled_readers_cost_little_memory(make_server: MakeServer) -> None:
+    server = await make_server(
         **{"chat.streams.send_timeout": 30.0, "chat.streams.max_stream_bytes": 1 << 26}
     )
-    async with house.connect() as ws:
+    async with server.connect() as ws:
         await ws.send_json(chat("r1", **big(SIZE, COUNT)))
         await to_end(ws)
-        kept = house.app[context.STREAMS].stats().bytes
+        kept = server.app[context.STREAMS].stats().bytes
         before = resident()
 
-        raws = [Raw(house, receive_buffer=SMALL) for _ in range(25)]
+        raws = [Raw(server, receive_buffer=SMALL) for _ in range(25)]
         for number, raw in enumerate(raws):
             await raw.__aenter__()
             if number % 2:
@@ -139,23 +138,25 @@ async def test_many_stalled_readers_cost_little_memory(make_house: Make) -> None
             else:
                 await raw.upgrade()
                 await raw.send_json({"action": "resume", "request_id": "r1"})
-        await until(lambda: places(house) == 26)
+        await until(lambda: places(server) == 26)
         await ws.send_json({"action": "ping"})  # others are served
         assert (await ws.receive_json())["status"] == "pong"
         grown = resident() - before
         for raw in raws:
             raw.close()
 
-    assert house.app[context.STREAMS].stats().bytes == kept
+    assert server.app[context.STREAMS].stats().bytes == kept
     assert grown < 40_000_000  # 25 times 6 MB would be 150
-    await house.nothing_held()
+    await server.nothing_held()
 
 
-async def test_a_client_that_reads_slowly_but_reads_is_not_dropped(make_house: Make) -> None:
-    house = await make_house(**SEND_TIMEOUT, **{"chat.streams.max_stream_bytes": 1 << 26})
+async def test_a_client_that_reads_slowly_but_reads_is_not_dropped(
+    make_server: MakeServer,
+) -> None:
+    server = await make_server(**SEND_TIMEOUT, **{"chat.streams.max_stream_bytes": 1 << 26})
     loop = asyncio.get_running_loop()
 
-    async with Raw(house, receive_buffer=SMALL) as raw:
+    async with Raw(server, receive_buffer=SMALL) as raw:
         await stalled_websocket(raw, "r1", big(SIZE, 60))
         begun, count, opcode = loop.time(), 0, TEXT
         while opcode == TEXT and count < 62:
@@ -167,43 +168,43 @@ async def test_a_client_that_reads_slowly_but_reads_is_not_dropped(make_house: M
     assert count == 62
 
 
-async def test_a_client_that_floods_and_leaves_is_noticed(make_house: Make) -> None:
-    house = await make_house(SILENT, **{"chat.streams.resume_window": 0})
+async def test_a_client_that_floods_and_leaves_is_noticed(make_server: MakeServer) -> None:
+    server = await make_server(SILENT, **{"chat.streams.resume_window": 0})
 
-    async with Raw(house) as raw:
+    async with Raw(server) as raw:
         await raw.upgrade()
         await raw.send_json(chat("r1"))
-        await house.simulator.until(lambda stats: stats.active == 1)
+        await server.simulator.until(lambda stats: stats.active == 1)
         await raw.send(b"".join(masked(TEXT, b'{"action":"ping"}') for _ in range(150)))
         raw.close()
 
-        await until(lambda: not any(house.held().values()), 5)
-    await house.simulator.until(lambda stats: stats.aborted == 1)
+        await until(lambda: not any(server.held().values()), 5)
+    await server.simulator.until(lambda stats: stats.aborted == 1)
 
 
-async def test_a_client_that_half_closes_counts_as_gone(make_house: Make) -> None:
-    house = await make_house(SILENT, **{"chat.streams.resume_window": 0})
+async def test_a_client_that_half_closes_counts_as_gone(make_server: MakeServer) -> None:
+    server = await make_server(SILENT, **{"chat.streams.resume_window": 0})
 
-    async with Raw(house) as socket, Raw(house) as events:
+    async with Raw(server) as socket, Raw(server) as events:
         await socket.upgrade()
         await socket.send_json(chat("r1"))
         await events.ask_sse("r2", text="Hello")
-        await house.simulator.until(lambda stats: stats.active == 2)
+        await server.simulator.until(lambda stats: stats.active == 2)
         socket.half_close()
         events.half_close()
 
-        await house.simulator.until(lambda stats: stats.aborted == 2)
-        await house.nothing_held()
+        await server.simulator.until(lambda stats: stats.aborted == 2)
+        await server.nothing_held()
 
 
 async def test_a_flood_behind_an_answered_close_does_not_keep_the_socket(
-    make_house: Make,
+    make_server: MakeServer,
 ) -> None:
-    house = await make_house(**SEND_TIMEOUT, **{"chat.streams.max_stream_bytes": 1 << 26})
+    server = await make_server(**SEND_TIMEOUT, **{"chat.streams.max_stream_bytes": 1 << 26})
 
-    async with Raw(house, receive_buffer=SMALL) as raw:
+    async with Raw(server, receive_buffer=SMALL) as raw:
         await stalled_websocket(raw, "r1", big(SIZE, COUNT))
-        await house.simulator.until(lambda stats: stats.completed == 1)
+        await server.simulator.until(lambda stats: stats.completed == 1)
         await raw.send_frame(2, b"binary")  # to be closed, while nothing is read
 
-        await until(lambda: not house.app[context.SOCKETS], 5)
+        await until(lambda: not server.app[context.SOCKETS], 5)

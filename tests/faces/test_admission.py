@@ -16,15 +16,12 @@ from aioserver.faces import admission, context, http, websocket
 from aioserver.providers.simulator.exchange import Behaviour
 from tests.support.chat import CHAT, chat, frames_of, to_end, until_status
 from tests.support.raw import CLOSE, TEXT, Raw, closing
-from tests.support.server import CONCURRENCY, SILENT
+from tests.support.server import CONCURRENCY, SILENT, MakeServer
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from tests.support.server import RunningServer
 
-    from tests.support.server import House
-
-    Make = Callable[..., Awaitable[House]]
 
 REACHED = f"{CONCURRENCY}.max_connections=2 reached"
 
@@ -38,17 +35,17 @@ def limits(places: int = 2, line: int = 2, timeout: float = 0.3) -> dict[str, An
 
 
 @contextlib.asynccontextmanager
-async def full(house: House) -> Any:
+async def full(server: RunningServer) -> Any:
     """Every place taken by a WebSocket."""
-    count = house.settings.chat.websocket.concurrency.max_connections
+    count = server.settings.chat.websocket.concurrency.max_connections
     async with contextlib.AsyncExitStack() as stack:
-        sockets = [await stack.enter_async_context(house.connect()) for _ in range(count)]
-        await until(lambda: house.held()["places"] == count)
+        sockets = [await stack.enter_async_context(server.connect()) for _ in range(count)]
+        await until(lambda: server.held()["places"] == count)
         yield sockets
 
 
-def waiting(house: House) -> int:
-    return house.held()["waiting"]
+def waiting(server: RunningServer) -> int:
+    return server.held()["waiting"]
 
 
 # WebSockets.
@@ -56,11 +53,11 @@ def waiting(house: House) -> int:
 
 @pytest.mark.parametrize("wait", [0, 0.2])
 async def test_a_websocket_without_a_place_is_told_why_and_closed_with_1013(
-    make_house: Make, wait: float
+    make_server: MakeServer, wait: float
 ) -> None:
-    house = await make_house(**limits(timeout=wait))
+    server = await make_server(**limits(timeout=wait))
     loop = asyncio.get_running_loop()
-    async with full(house), Raw(house) as raw:
+    async with full(server), Raw(server) as raw:
         begun = loop.time()
         assert (await raw.upgrade()).status == 101
         frames: list[tuple[int, bytes]] = []
@@ -81,23 +78,27 @@ async def test_a_websocket_without_a_place_is_told_why_and_closed_with_1013(
     assert took < wait + 2
 
 
-async def test_a_full_line_refuses_at_once(make_house: Make) -> None:
-    house = await make_house(**limits(timeout=30.0))
-    async with full(house), contextlib.AsyncExitStack() as stack:
+async def test_a_full_line_refuses_at_once(make_server: MakeServer) -> None:
+    server = await make_server(**limits(timeout=30.0))
+    async with full(server), contextlib.AsyncExitStack() as stack:
         for _ in range(2):
-            ws = await stack.enter_async_context(house.connect())
+            ws = await stack.enter_async_context(server.connect())
             assert (await ws.receive_json())["status"] == "queued"
-        ws = await stack.enter_async_context(house.connect())
+        ws = await stack.enter_async_context(server.connect())
         assert (await ws.receive_json(timeout=5))["chunk"]["code"] == "server_at_capacity"
         assert (await ws.receive(timeout=5)).type == WSMsgType.CLOSE
         assert ws.close_code == 1013
 
 
 async def test_a_waiting_websocket_knows_its_position_and_enters_in_order(
-    make_house: Make,
+    make_server: MakeServer,
 ) -> None:
-    house = await make_house(**limits(timeout=30.0))
-    async with full(house) as (first, second), house.connect() as third, house.connect() as fourth:
+    server = await make_server(**limits(timeout=30.0))
+    async with (
+        full(server) as (first, second),
+        server.connect() as third,
+        server.connect() as fourth,
+    ):
         for number, ws in enumerate((third, fourth), 1):
             frame = await ws.receive_json()
             assert (frame["request_id"], frame["status"]) == (None, "queued")
@@ -107,7 +108,7 @@ async def test_a_waiting_websocket_knows_its_position_and_enters_in_order(
         await first.close()
         await third.send_json({"action": "ping"})
         assert (await until_status(third, "pong"))[-1]["status"] == "pong"
-        assert house.held()["places"] == 2
+        assert server.held()["places"] == 2
         await until_status(fourth, "queued")  # one step nearer
         await second.close()
         await fourth.send_json({"action": "ping"})
@@ -115,15 +116,15 @@ async def test_a_waiting_websocket_knows_its_position_and_enters_in_order(
 
 
 async def test_frames_of_a_waiting_websocket_are_carried_out_in_order_once_it_is_in(
-    make_house: Make,
+    make_server: MakeServer,
 ) -> None:
-    house = await make_house(**limits(timeout=30.0))
-    async with full(house) as (first, _), house.connect() as ws:
+    server = await make_server(**limits(timeout=30.0))
+    async with full(server) as (first, _), server.connect() as ws:
         assert (await ws.receive_json())["status"] == "queued"
         for number in range(16):
             await ws.send_json({"action": "ping", "request_id": f"p{number}"})
         await asyncio.sleep(0)
-        assert waiting(house) == 1
+        assert waiting(server) == 1
         await first.close()
         pongs = [(await until_status(ws, "pong"))[-1]["request_id"] for _ in range(16)]
 
@@ -132,10 +133,10 @@ async def test_frames_of_a_waiting_websocket_are_carried_out_in_order_once_it_is
 
 @pytest.mark.parametrize("size", [0, 1 << 20])
 async def test_too_much_from_a_waiting_websocket_closes_with_1008(
-    make_house: Make, size: int
+    make_server: MakeServer, size: int
 ) -> None:
-    house = await make_house(**limits(timeout=30.0))
-    async with full(house), house.connect() as ws:
+    server = await make_server(**limits(timeout=30.0))
+    async with full(server), server.connect() as ws:
         assert (await ws.receive_json())["status"] == "queued"
         for _ in range(2 if size else 17):
             await ws.send_json({"action": "ping", "x": "x" * size})
@@ -143,12 +144,14 @@ async def test_too_much_from_a_waiting_websocket_closes_with_1008(
         assert frames[-1]["chunk"]["code"] == "rate_limit_exceeded"
         assert (await ws.receive()).type == WSMsgType.CLOSE
         assert ws.close_code == 1008
-        await until(lambda: waiting(house) == 0)
+        await until(lambda: waiting(server) == 0)
 
 
-async def test_who_is_sent_away_and_then_gets_a_place_asks_nothing(make_house: Make) -> None:
-    house = await make_house(**limits(places=1, line=5, timeout=30))
-    async with full(house) as (holder,), Raw(house) as raw:
+async def test_who_is_sent_away_and_then_gets_a_place_asks_nothing(
+    make_server: MakeServer,
+) -> None:
+    server = await make_server(**limits(places=1, line=5, timeout=30))
+    async with full(server) as (holder,), Raw(server) as raw:
         await raw.upgrade()
         for number in range(websocket.MAX_WAITING_FRAMES + 1):
             await raw.send_json(chat(f"r{number}"))
@@ -157,24 +160,24 @@ async def test_who_is_sent_away_and_then_gets_a_place_asks_nothing(make_house: M
         assert closing(frame[1])[0] == 1008
 
         await holder.close()
-        await until(lambda: house.held()["sockets"] == 1 and not waiting(house))
+        await until(lambda: server.held()["sockets"] == 1 and not waiting(server))
         await raw.send_frame(CLOSE, frame[1])
         await raw.to_the_end()
 
-    await house.nothing_held()
-    assert not any(one.value for one in house.app[context.METRICS].outcomes.values())
+    await server.nothing_held()
+    assert not any(one.value for one in server.app[context.METRICS].outcomes.values())
 
 
 @pytest.mark.parametrize("politely", [True, False])
 async def test_a_waiter_that_leaves_frees_its_place_in_the_line(
-    make_house: Make, politely: bool
+    make_server: MakeServer, politely: bool
 ) -> None:
-    house = await make_house(**limits(timeout=30.0))
-    async with full(house) as (first, _), Raw(house) as raw:
+    server = await make_server(**limits(timeout=30.0))
+    async with full(server) as (first, _), Raw(server) as raw:
         await raw.upgrade()
         await raw.json_frame()
-        assert waiting(house) == 1
-        async with house.connect() as ws:
+        assert waiting(server) == 1
+        async with server.connect() as ws:
             assert (await ws.receive_json())["chunk"]["position"] == 2
             if politely:
                 await raw.send_frame(CLOSE, b"\x03\xe8")
@@ -182,31 +185,31 @@ async def test_a_waiter_that_leaves_frees_its_place_in_the_line(
                 raw.reset()
             frames = await until_status(ws, "queued")
             assert frames[-1]["chunk"]["position"] == 1
-            assert waiting(house) == 1
+            assert waiting(server) == 1
             await first.close()
             await ws.send_json({"action": "ping"})
             await until_status(ws, "pong")
 
 
 async def test_a_refused_websocket_that_never_answers_its_close_is_let_go(
-    make_house: Make, monkeypatch: pytest.MonkeyPatch
+    make_server: MakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(websocket, "CLOSE_TIMEOUT", 0.3)
-    house = await make_house(**limits(timeout=0))
-    async with full(house), Raw(house) as raw:
+    server = await make_server(**limits(timeout=0))
+    async with full(server), Raw(server) as raw:
         await raw.upgrade()
         frames = await raw.frames()  # never answered: the server gives up
         assert closing(frames[-1][1])[0] == 1013
-        await until(lambda: house.held()["sockets"] == 2)
-    assert house.app[context.ADMISSION].refused_closing == 0
+        await until(lambda: server.held()["sockets"] == 2)
+    assert server.app[context.ADMISSION].refused_closing == 0
 
 
 async def test_when_too_many_refused_sockets_are_closing_the_answer_is_a_plain_503(
-    make_house: Make, monkeypatch: pytest.MonkeyPatch
+    make_server: MakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("aioserver.faces.websocket.MAX_REFUSED_CLOSING", 2)
-    house = await make_house(**limits(timeout=0))
-    async with full(house), Raw(house) as first, Raw(house) as second, Raw(house) as third:
+    server = await make_server(**limits(timeout=0))
+    async with full(server), Raw(server) as first, Raw(server) as second, Raw(server) as third:
         for raw in (first, second):
             assert (await raw.upgrade()).status == 101
             await raw.frame()
@@ -226,13 +229,13 @@ async def test_when_too_many_refused_sockets_are_closing_the_answer_is_a_plain_5
 )
 @pytest.mark.parametrize("wait", [0, 0.2])
 async def test_a_post_without_a_place_is_503_with_retry_after(
-    make_house: Make, path: str, body: object, wait: float
+    make_server: MakeServer, path: str, body: object, wait: float
 ) -> None:
-    house = await make_house(**limits(timeout=wait))
+    server = await make_server(**limits(timeout=wait))
     loop = asyncio.get_running_loop()
-    async with full(house):
+    async with full(server):
         begun = loop.time()
-        async with house.session.post(house.base + path, json=body) as response:
+        async with server.session.post(server.base + path, json=body) as response:
             error = (await response.json())["error"]
         took = loop.time() - begun
 
@@ -246,40 +249,44 @@ async def test_a_post_without_a_place_is_503_with_retry_after(
     }
     assert wait <= took + 0.01
     assert took < wait + 2
-    assert house.simulator.stats().requests == 0
+    assert server.simulator.stats().requests == 0
 
 
-async def test_a_post_that_waits_is_served_when_a_place_is_free(make_house: Make) -> None:
-    house = await make_house(**limits(timeout=30.0))
-    async with full(house) as (first, _):
+async def test_a_post_that_waits_is_served_when_a_place_is_free(make_server: MakeServer) -> None:
+    server = await make_server(**limits(timeout=30.0))
+    async with full(server) as (first, _):
         asking = asyncio.ensure_future(
-            house.session.post(house.v1 + "/chat/completions", json=CHAT)
+            server.session.post(server.v1 + "/chat/completions", json=CHAT)
         )
-        await until(lambda: waiting(house) == 1)
+        await until(lambda: waiting(server) == 1)
         await first.close()
         async with await asking as response:
             assert response.status == 200
 
 
 @pytest.mark.parametrize("path", ["/sse/chat", "/v1/chat/completions"])
-async def test_a_post_that_leaves_the_line_is_forgotten(make_house: Make, path: str) -> None:
-    house = await make_house(**limits(timeout=30.0))
+async def test_a_post_that_leaves_the_line_is_forgotten(
+    make_server: MakeServer, path: str
+) -> None:
+    server = await make_server(**limits(timeout=30.0))
     body = {**CHAT, "request_id": "r1"} if path == "/sse/chat" else CHAT
-    async with full(house), Raw(house) as raw:
+    async with full(server), Raw(server) as raw:
         await raw.post(path, body)
-        await until(lambda: waiting(house) == 1)
-        assert house.held()["body_bytes"] > 0
+        await until(lambda: waiting(server) == 1)
+        assert server.held()["body_bytes"] > 0
         raw.close()
-        await until(lambda: waiting(house) == 0)
-        assert house.held()["body_bytes"] == 0
-    assert house.simulator.stats().requests == 0
+        await until(lambda: waiting(server) == 0)
+        assert server.held()["body_bytes"] == 0
+    assert server.simulator.stats().requests == 0
 
 
-async def test_an_event_source_without_a_place_is_asked_to_come_back(make_house: Make) -> None:
-    house = await make_house(**limits(timeout=0.1))
-    async with house.session.post(house.sse, json={"request_id": "r1", "text": "x"}) as response:
+async def test_an_event_source_without_a_place_is_asked_to_come_back(
+    make_server: MakeServer,
+) -> None:
+    server = await make_server(**limits(timeout=0.1))
+    async with server.session.post(server.sse, json={"request_id": "r1", "text": "x"}) as response:
         await response.read()
-    async with full(house), house.session.get(f"{house.sse}/r1") as response:
+    async with full(server), server.session.get(f"{server.sse}/r1") as response:
         body = await response.read()
 
     assert response.status == 200
@@ -288,19 +295,19 @@ async def test_an_event_source_without_a_place_is_asked_to_come_back(make_house:
     (frame,) = frames_of(body)
     assert (frame["request_id"], frame["status"]) == ("r1", "busy")
     assert frame["chunk"]["code"] == "server_at_capacity"
-    async with house.session.get(f"{house.sse}/r1") as response:  # and misses nothing
+    async with server.session.get(f"{server.sse}/r1") as response:  # and misses nothing
         assert frames_of(await response.read())[-1]["status"] == "complete"
 
 
-async def test_what_frees_or_shows_a_full_house_works_in_it(make_house: Make) -> None:
-    house = await make_house(SILENT, **limits(places=1, line=1, timeout=30.0))
-    session, base = house.session, house.base
+async def test_what_frees_or_shows_a_full_house_works_in_it(make_server: MakeServer) -> None:
+    server = await make_server(SILENT, **limits(places=1, line=1, timeout=30.0))
+    session, base = server.session, server.base
     shown: list[Any] = []
-    async with full(house) as (ws,), house.connect() as waiter:
+    async with full(server) as (ws,), server.connect() as waiter:
         await ws.send_json(chat("r1"))
         await until_status(ws, "processing")
         assert (await waiter.receive_json())["status"] == "queued"
-        house.app[context.MONITOR].tick()
+        server.app[context.MONITOR].tick()
         async with session.get(base + "/metrics") as response:
             assert "aioserver_connections_waiting" in await response.text()
         for path in (
@@ -316,20 +323,22 @@ async def test_what_frees_or_shows_a_full_house_works_in_it(make_house: Make) ->
         assert connections["waiting_by_face"]["websocket"] == 1
         async with session.get(base + "/v1/models/sim") as response:
             assert response.status == 200
-        async with session.get(house.sse) as response:
+        async with session.get(server.sse) as response:
             assert [one["request_id"] for one in (await response.json())["streams"]] == ["r1"]
-        async with session.delete(f"{house.sse}/r1") as response:
+        async with session.delete(f"{server.sse}/r1") as response:
             assert response.status == 204
         assert (await to_end(ws))[-1]["status"] == "cancelled"
 
 
-async def test_a_faulty_request_is_told_so_though_the_house_is_full(make_house: Make) -> None:
-    house = await make_house(**limits(timeout=0))
-    async with full(house):
+async def test_a_faulty_request_is_told_so_though_the_house_is_full(
+    make_server: MakeServer,
+) -> None:
+    server = await make_server(**limits(timeout=0))
+    async with full(server):
         for path, status in (("/sse/chat", 400), ("/v1/chat/completions", 400)):
-            async with house.session.post(house.base + path, json=[]) as response:
+            async with server.session.post(server.base + path, json=[]) as response:
                 assert response.status == status
-        async with house.session.get(f"{house.sse}/nobody") as response:
+        async with server.session.get(f"{server.sse}/nobody") as response:
             assert response.status == 404
 
 
@@ -337,20 +346,20 @@ async def test_a_faulty_request_is_told_so_though_the_house_is_full(make_house: 
 
 
 async def test_a_slow_body_holds_no_place_and_gets_408(
-    make_house: Make, monkeypatch: pytest.MonkeyPatch
+    make_server: MakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(http, "BODY_TIMEOUT", 0.5)
-    house = await make_house(**limits(places=1))
+    server = await make_server(**limits(places=1))
     loop = asyncio.get_running_loop()
-    async with Raw(house) as raw:
+    async with Raw(server) as raw:
         begun = loop.time()
         await raw.send(
             b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n"
             b'Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{"x": '
         )
-        await until(lambda: house.held()["body_bytes"] == 6)
-        assert house.held()["places"] == 0
-        async with house.session.post(house.v1 + "/chat/completions", json=CHAT) as response:
+        await until(lambda: server.held()["body_bytes"] == 6)
+        assert server.held()["places"] == 0
+        async with server.session.post(server.v1 + "/chat/completions", json=CHAT) as response:
             assert response.status == 200
         answer = await raw.answer()
         rest = await raw.to_the_end()
@@ -359,52 +368,54 @@ async def test_a_slow_body_holds_no_place_and_gets_408(
     assert answer.headers["connection"] == "close"
     assert rest == b""
     assert 0.4 < loop.time() - begun < 5
-    await house.nothing_held()
+    await server.nothing_held()
 
 
-async def test_bodies_beyond_their_bound_all_together_are_503(make_house: Make) -> None:
-    house = await make_house(**limits(), **{f"{CONCURRENCY}.max_body_bytes": 1000})
+async def test_bodies_beyond_their_bound_all_together_are_503(make_server: MakeServer) -> None:
+    server = await make_server(**limits(), **{f"{CONCURRENCY}.max_body_bytes": 1000})
     head = (
         b"POST /sse/chat HTTP/1.1\r\nHost: x\r\n"
         b"Content-Type: application/json\r\nContent-Length: 900\r\n\r\n"
     )
-    async with Raw(house) as first, Raw(house) as second:
+    async with Raw(server) as first, Raw(server) as second:
         await first.send(head + b" " * 800)
-        await until(lambda: house.held()["body_bytes"] == 800)
+        await until(lambda: server.held()["body_bytes"] == 800)
         await second.send(head + b" " * 300)
         answer = await second.answer()
         assert (answer.status, answer.code) == (503, "server_at_capacity")
         assert f"{CONCURRENCY}.max_body_bytes=1000" in answer.json()["error"]["message"]
         assert "retry-after" in answer.headers
-        assert house.held()["body_bytes"] == 800
-    await house.nothing_held()
+        assert server.held()["body_bytes"] == 800
+    await server.nothing_held()
 
 
 async def test_the_body_of_who_waits_counts_and_of_who_is_served_does_not(
-    make_house: Make,
+    make_server: MakeServer,
 ) -> None:
-    house = await make_house(SILENT, **limits(places=1, line=1, timeout=30.0))
-    async with Raw(house) as first, Raw(house) as second:
+    server = await make_server(SILENT, **limits(places=1, line=1, timeout=30.0))
+    async with Raw(server) as first, Raw(server) as second:
         await first.post("/v1/chat/completions", CHAT)
-        await house.simulator.until(lambda stats: stats.active == 1)
-        assert house.held()["body_bytes"] == 0
+        await server.simulator.until(lambda stats: stats.active == 1)
+        assert server.held()["body_bytes"] == 0
         await second.post("/v1/chat/completions", CHAT)
-        await until(lambda: waiting(house) == 1)
-        assert house.held()["body_bytes"] == len(json.dumps(CHAT))
-    await house.nothing_held()
+        await until(lambda: waiting(server) == 1)
+        assert server.held()["body_bytes"] == len(json.dumps(CHAT))
+    await server.nothing_held()
 
 
 # The count.
 
 
-async def test_the_count_never_drifts(make_house: Make, caplog: pytest.LogCaptureFixture) -> None:
-    house = await make_house(
+async def test_the_count_never_drifts(
+    make_server: MakeServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = await make_server(
         Behaviour(ttft=0.001, interval=0.001, tokens=10), **limits(places=8, line=8, timeout=0.1)
     )
     dice = random.Random(7)
 
     async def churn(number: int) -> None:
-        async with Raw(house) as raw:
+        async with Raw(server) as raw:
             kind = dice.randrange(4)
             with contextlib.suppress(EOFError, ConnectionError, TimeoutError):
                 if kind < 2:
@@ -426,7 +437,7 @@ async def test_the_count_never_drifts(make_house: Make, caplog: pytest.LogCaptur
     async def watch() -> None:
         nonlocal peak
         while True:
-            peak = max(peak, house.held()["places"])
+            peak = max(peak, server.held()["places"])
             await asyncio.sleep(0)
 
     async with asyncio.TaskGroup() as group:
@@ -435,29 +446,29 @@ async def test_the_count_never_drifts(make_house: Make, caplog: pytest.LogCaptur
         watching.cancel()
 
     assert 0 < peak <= 8
-    await until(lambda: house.held()["places"] == house.held()["waiting"] == 0)
-    async with full(house) as sockets:  # all places can be taken again, and no more
-        async with house.connect() as ws:
+    await until(lambda: server.held()["places"] == server.held()["waiting"] == 0)
+    async with full(server) as sockets:  # all places can be taken again, and no more
+        async with server.connect() as ws:
             frames = await until_status(ws, "error")
             assert frames[-1]["chunk"]["code"] == "server_at_capacity"
         for ws in sockets:
             await ws.send_json({"action": "ping"})
             assert (await ws.receive_json())["status"] == "pong"
-    assert house.app[context.ADMISSION].refused_closing == 0
-    async with house.session.get(house.sse) as response:
+    assert server.app[context.ADMISSION].refused_closing == 0
+    async with server.session.get(server.sse) as response:
         for one in (await response.json())["streams"]:
-            async with house.session.delete(f"{house.sse}/{one['request_id']}"):
+            async with server.session.delete(f"{server.sse}/{one['request_id']}"):
                 pass
     bugs = [one.getMessage() for one in caplog.records if one.levelno >= logging.ERROR]
     assert [one for one in bugs if "bug" in one] == []
 
 
 async def test_frames_that_came_before_a_socket_was_sent_away_are_not_carried_out(
-    make_house: Make, monkeypatch: pytest.MonkeyPatch
+    make_server: MakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(websocket, "CLOSE_TIMEOUT", 0.3)
-    house = await make_house(**limits(places=1, line=1, timeout=30.0))
-    async with full(house) as (ws,), Raw(house) as raw:
+    server = await make_server(**limits(places=1, line=1, timeout=30.0))
+    async with full(server) as (ws,), Raw(server) as raw:
         await raw.upgrade()
         await raw.json_frame()
         await raw.send_json(chat("r1"))
@@ -467,5 +478,5 @@ async def test_frames_that_came_before_a_socket_was_sent_away_are_not_carried_ou
         await ws.close()  # its place is free now
         await raw.frames()
 
-    await house.nothing_held()
-    assert house.simulator.stats().requests == 0
+    await server.nothing_held()
+    assert server.simulator.stats().requests == 0

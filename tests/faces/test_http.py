@@ -13,14 +13,11 @@ import pytest
 from aioserver.faces import http
 from tests.support.chat import CHAT
 from tests.support.raw import Answer, Raw
-from tests.support.server import UVICORN
+from tests.support.server import UVICORN, MakeServer
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from tests.support.server import RunningServer
 
-    from tests.support.server import House
-
-    Make = Callable[..., Awaitable[House]]
 
 GET = b"GET /health HTTP/1.1\r\nHost: x\r\n"
 POST = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
@@ -40,10 +37,10 @@ async def all_answers(raw: Raw) -> list[Answer]:
 # Keep-alive.
 
 
-async def test_a_connection_is_closed_when_idle_after_an_answer(make_house: Make) -> None:
-    house = await make_house(**{f"{UVICORN}.keepalive_timeout": 0.5})
+async def test_a_connection_is_closed_when_idle_after_an_answer(make_server: MakeServer) -> None:
+    server = await make_server(**{f"{UVICORN}.keepalive_timeout": 0.5})
     loop = asyncio.get_running_loop()
-    async with Raw(house) as raw:
+    async with Raw(server) as raw:
         await raw.get("/health")
         await raw.answer()
         begun = loop.time()
@@ -53,10 +50,12 @@ async def test_a_connection_is_closed_when_idle_after_an_answer(make_house: Make
 
 
 @pytest.mark.parametrize("data", [b"", b"GET /health HTTP/1.1\r\nHost: x\r\nX: "])
-async def test_a_connection_without_a_whole_head_is_closed(make_house: Make, data: bytes) -> None:
-    house = await make_house(**{f"{UVICORN}.keepalive_timeout": 0.5})
+async def test_a_connection_without_a_whole_head_is_closed(
+    make_server: MakeServer, data: bytes
+) -> None:
+    server = await make_server(**{f"{UVICORN}.keepalive_timeout": 0.5})
     loop = asyncio.get_running_loop()
-    async with Raw(house) as raw:
+    async with Raw(server) as raw:
         begun = loop.time()
         await raw.send(data)
         assert await raw.to_the_end() == b""
@@ -64,10 +63,10 @@ async def test_a_connection_without_a_whole_head_is_closed(make_house: Make, dat
     assert 0.3 < loop.time() - begun < 4
 
 
-async def test_a_dripping_head_does_not_prolong_its_connection(make_house: Make) -> None:
-    house = await make_house(**{f"{UVICORN}.keepalive_timeout": 0.5})
+async def test_a_dripping_head_does_not_prolong_its_connection(make_server: MakeServer) -> None:
+    server = await make_server(**{f"{UVICORN}.keepalive_timeout": 0.5})
     loop = asyncio.get_running_loop()
-    async with Raw(house) as raw:
+    async with Raw(server) as raw:
         begun = loop.time()
         ended = asyncio.ensure_future(raw.to_the_end())
         await raw.send(b"GET /health HTTP/1.1\r\nX: ")
@@ -81,20 +80,20 @@ async def test_a_dripping_head_does_not_prolong_its_connection(make_house: Make)
 
 
 async def test_an_answer_that_takes_longer_than_keepalive_timeout_is_given(
-    make_house: Make,
+    make_server: MakeServer,
 ) -> None:
-    house = await make_house(**{f"{UVICORN}.keepalive_timeout": 0.3})
+    server = await make_server(**{f"{UVICORN}.keepalive_timeout": 0.3})
     body = {**CHAT, "model": "fault-slow-20", "stream": True, "max_tokens": 40}
-    async with Raw(house) as raw:
+    async with Raw(server) as raw:
         await raw.post("/v1/chat/completions", body)
         answer = await raw.answer()
 
     assert answer.body.endswith(b"data: [DONE]\n\n")
 
 
-async def test_the_last_answer_of_a_connection_says_so(make_house: Make) -> None:
-    house = await make_house(**{f"{UVICORN}.max_keepalive_requests": 3})
-    async with Raw(house) as raw:
+async def test_the_last_answer_of_a_connection_says_so(make_server: MakeServer) -> None:
+    server = await make_server(**{f"{UVICORN}.max_keepalive_requests": 3})
+    async with Raw(server) as raw:
         for number in range(4):
             await raw.get("/health", f"X: {number}")
         answers = await all_answers(raw)
@@ -112,9 +111,11 @@ async def test_the_last_answer_of_a_connection_says_so(make_house: Make) -> None
         ("/v1/chat/completions", []),
     ],
 )
-async def test_a_stream_can_be_the_last_answer(make_house: Make, path: str, body: object) -> None:
-    house = await make_house(**{f"{UVICORN}.max_keepalive_requests": 1})
-    async with Raw(house) as raw:
+async def test_a_stream_can_be_the_last_answer(
+    make_server: MakeServer, path: str, body: object
+) -> None:
+    server = await make_server(**{f"{UVICORN}.max_keepalive_requests": 1})
+    async with Raw(server) as raw:
         await raw.post(path, body)
         answer = await raw.answer()
         assert await raw.to_the_end() == b""
@@ -125,11 +126,11 @@ async def test_a_stream_can_be_the_last_answer(make_house: Make, path: str, body
 # Limits.
 
 
-async def test_a_long_request_line_is_414(make_house: Make) -> None:
-    house = await make_house(**{f"{UVICORN}.h11_max_request_line_size": 500})
+async def test_a_long_request_line_is_414(make_server: MakeServer) -> None:
+    server = await make_server(**{f"{UVICORN}.h11_max_request_line_size": 500})
     longest = 500 - len("GET  HTTP/1.1")
     for size, status in ((longest, 404), (longest + 1, 414), (2000, 414), (100_000, 414)):
-        async with Raw(house) as raw:
+        async with Raw(server) as raw:
             await raw.send(f"GET /{'x' * (size - 1)} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
             answer = await raw.answer()
         assert answer.status == status, size
@@ -139,9 +140,9 @@ async def test_a_long_request_line_is_414(make_house: Make) -> None:
             assert b"xxx" not in answer.body
 
 
-async def test_many_headers_are_431(make_house: Make) -> None:
-    house = await make_house(**{f"{UVICORN}.h11_max_header_size": 4000})
-    async with Raw(house) as raw:
+async def test_many_headers_are_431(make_server: MakeServer) -> None:
+    server = await make_server(**{f"{UVICORN}.h11_max_header_size": 4000})
+    async with Raw(server) as raw:
         await raw.get("/health", *(f"X-{number}: {'x' * 900}" for number in range(4)))
         assert (await raw.answer()).status == 200
         await raw.get("/health", *(f"X-{number}: {'x' * 900}" for number in range(5)))
@@ -154,9 +155,9 @@ async def test_many_headers_are_431(make_house: Make) -> None:
 
 
 @pytest.mark.parametrize("whole", [True, False])
-async def test_one_huge_field_is_431(house: House, whole: bool) -> None:
+async def test_one_huge_field_is_431(server: RunningServer, whole: bool) -> None:
     field = b"X: " + b"x" * 20_000  # over h11_max_incomplete_event_size
-    async with Raw(house) as raw:
+    async with Raw(server) as raw:
         await raw.send(GET + field + (b"\r\n\r\n" if whole else b""))
         answer = await raw.answer()
 
@@ -165,20 +166,20 @@ async def test_one_huge_field_is_431(house: House, whole: bool) -> None:
     assert answer.headers["server"] == "aioserver"
 
 
-async def test_too_many_fields_are_431(house: House) -> None:
-    async with Raw(house) as raw:
+async def test_too_many_fields_are_431(server: RunningServer) -> None:
+    async with Raw(server) as raw:
         await raw.get("/health", *(f"X-{number}: x" for number in range(200)))
         answer = await raw.answer()
 
     assert (answer.status, answer.code) == (431, "headers_too_large")
 
 
-async def test_the_limit_of_a_body_is_inclusive(make_house: Make) -> None:
-    house = await make_house(**{"chat.websocket.max_message_size": 1000})
+async def test_the_limit_of_a_body_is_inclusive(make_server: MakeServer) -> None:
+    server = await make_server(**{"chat.websocket.max_message_size": 1000})
     for size, status in ((1000, 200), (1001, 413)):
         for chunked in (False, True):
             body = BODY + b" " * (size - len(BODY))
-            async with Raw(house) as raw:
+            async with Raw(server) as raw:
                 if chunked:
                     await raw.send(POST + b"Transfer-Encoding: chunked\r\n\r\n")
                     await raw.send(b"%x\r\n%b\r\n0\r\n\r\n" % (size, body))
@@ -191,10 +192,10 @@ async def test_the_limit_of_a_body_is_inclusive(make_house: Make) -> None:
                 assert answer.headers["connection"] == "close"
 
 
-async def test_an_error_does_not_wait_for_a_body_that_is_not_read(house: House) -> None:
+async def test_an_error_does_not_wait_for_a_body_that_is_not_read(server: RunningServer) -> None:
     loop = asyncio.get_running_loop()
     for path, length in (("/nowhere", 1000), ("/v1/chat/completions", 100_000_000)):
-        async with Raw(house) as raw:
+        async with Raw(server) as raw:
             begun = loop.time()
             head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
             await raw.send(f"{head}Content-Length: {length}\r\n\r\nx".encode())
@@ -206,17 +207,19 @@ async def test_an_error_does_not_wait_for_a_body_that_is_not_read(house: House) 
             assert loop.time() - begun < 5  # not aiohttp's 10 s
 
 
-async def test_who_sends_a_large_body_that_is_refused_reads_the_refusal(make_house: Make) -> None:
-    house = await make_house(**{"chat.websocket.max_message_size": 1000})
-    async with Raw(house) as raw:
+async def test_who_sends_a_large_body_that_is_refused_reads_the_refusal(
+    make_server: MakeServer,
+) -> None:
+    server = await make_server(**{"chat.websocket.max_message_size": 1000})
+    async with Raw(server) as raw:
         await raw.post("/v1/chat/completions", b"x" * 3_000_000)
         answer = await raw.answer()
 
     assert (answer.status, answer.code) == (413, "request_too_large")
 
 
-async def test_a_client_that_expects_100_continue_is_told_to_go_on(house: House) -> None:
-    async with Raw(house) as raw:
+async def test_a_client_that_expects_100_continue_is_told_to_go_on(server: RunningServer) -> None:
+    async with Raw(server) as raw:
         await raw.send(POST + b"Expect: 100-continue\r\nContent-Length: %d\r\n\r\n" % len(BODY))
         assert (await raw.until(b"\r\n\r\n")).startswith(b"HTTP/1.1 100 ")
         await raw.send(BODY)
@@ -237,8 +240,8 @@ WRONG: list[tuple[str, str, int, str, str | None]] = [
 ]
 
 
-async def test_a_wrong_path_or_method_gets_our_error(house: House) -> None:
-    async with Raw(house) as raw:
+async def test_a_wrong_path_or_method_gets_our_error(server: RunningServer) -> None:
+    async with Raw(server) as raw:
         for method, path, status, code, allow in WRONG:
             await raw.send(f"{method} {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
             answer = await raw.answer()
@@ -250,19 +253,19 @@ async def test_a_wrong_path_or_method_gets_our_error(house: House) -> None:
 
 
 @pytest.mark.parametrize("line", ["Content-Encoding: gzip", "Content-Encoding: identity"])
-async def test_a_compressed_body_is_415(house: House, line: str) -> None:
-    async with Raw(house) as raw:
+async def test_a_compressed_body_is_415(server: RunningServer, line: str) -> None:
+    async with Raw(server) as raw:
         await raw.post("/v1/chat/completions", CHAT, line)
         answer = await raw.answer()
 
     assert (answer.status, answer.code) == (415, "unsupported_media_type")
 
 
-async def test_a_body_of_another_type_is_415(house: House) -> None:
+async def test_a_body_of_another_type_is_415(server: RunningServer) -> None:
     for path in ("/sse/chat", "/v1/embeddings"):
         for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
-            async with house.session.post(
-                house.base + path,
+            async with server.session.post(
+                server.base + path,
                 data=b"{}",
                 headers={"Content-Type": kind} if kind else {},
                 skip_auto_headers=("Content-Type",),
@@ -271,10 +274,10 @@ async def test_a_body_of_another_type_is_415(house: House) -> None:
                 assert (await response.json())["error"]["code"] == "unsupported_media_type"
 
 
-async def test_a_charset_behind_the_type_is_no_other_type(house: House) -> None:
+async def test_a_charset_behind_the_type_is_no_other_type(server: RunningServer) -> None:
     headers = {"Content-Type": "application/json; charset=utf-8"}
-    async with house.session.post(
-        house.v1 + "/chat/completions", data=BODY, headers=headers
+    async with server.session.post(
+        server.v1 + "/chat/completions", data=BODY, headers=headers
     ) as response:
         assert response.status == 200
 
@@ -321,10 +324,10 @@ INVALID = [
 
 
 async def test_what_is_no_valid_request_gets_one_answer_with_our_error(
-    house: House, caplog: pytest.LogCaptureFixture
+    server: RunningServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     for data in INVALID:
-        async with Raw(house) as raw:
+        async with Raw(server) as raw:
             await raw.send(data)
             answers = await asyncio.wait_for(all_answers(raw), 5)
         assert len(answers) == 1, data
@@ -339,19 +342,19 @@ async def test_what_is_no_valid_request_gets_one_answer_with_our_error(
         assert "aiohttp" not in everything.lower()
         assert "python" not in everything.lower()
 
-    assert house.simulator.stats().requests == 0
+    assert server.simulator.stats().requests == 0
     assert [one for one in caplog.records if one.levelno >= logging.ERROR] == []
 
 
-async def test_many_pipelined_requests_get_one_answer_each(house: House) -> None:
-    async with Raw(house) as raw:
+async def test_many_pipelined_requests_get_one_answer_each(server: RunningServer) -> None:
+    async with Raw(server) as raw:
         await raw.send((GET + b"\r\n") * 500)
         for _ in range(500):
             assert (await raw.answer()).status == 200
 
 
-async def test_an_unknown_expectation_is_417(house: House) -> None:
-    async with Raw(house) as raw:
+async def test_an_unknown_expectation_is_417(server: RunningServer) -> None:
+    async with Raw(server) as raw:
         await raw.get("/health", "Expect: a miracle")
         answer = await raw.answer()
 
@@ -362,17 +365,17 @@ async def test_an_unknown_expectation_is_417(house: House) -> None:
 # Ids.
 
 
-async def test_a_harmless_request_id_is_kept(house: House) -> None:
-    async with Raw(house) as raw:
+async def test_a_harmless_request_id_is_kept(server: RunningServer) -> None:
+    async with Raw(server) as raw:
         for given in ("abc", "A.b_c-9", "x" * 128):
             await raw.get("/health", f"X-Request-Id: {given}")
             assert (await raw.answer()).headers["x-request-id"] == given
 
 
-async def test_any_other_request_id_is_replaced(house: House) -> None:
+async def test_any_other_request_id_is_replaced(server: RunningServer) -> None:
     seen = set()
     odd = ("", "a b", "x" * 129, "a\tb", "<script>", "é", "a,b", "a;b")
-    async with Raw(house) as raw:
+    async with Raw(server) as raw:
         for given in odd:
             await raw.get("/health", f"X-Request-Id: {given}")
             seen.add((await raw.answer()).headers["x-request-id"])
@@ -384,8 +387,8 @@ async def test_any_other_request_id_is_replaced(house: House) -> None:
 # CORS.
 
 
-async def test_a_page_may_read_every_answer_errors_too(house: House) -> None:
-    async with Raw(house) as raw:
+async def test_a_page_may_read_every_answer_errors_too(server: RunningServer) -> None:
+    async with Raw(server) as raw:
         for path in ("/health", "/nowhere", "/sse/chat/nobody", "/v1/models"):
             await raw.get(path, "Origin: http://page.example")
             headers = (await raw.answer()).headers
@@ -399,8 +402,8 @@ async def test_a_page_may_read_every_answer_errors_too(house: House) -> None:
         assert "access-control-allow-origin" not in (await raw.answer()).headers
 
 
-async def test_a_preflight_is_answered(house: House) -> None:
-    async with Raw(house) as raw:
+async def test_a_preflight_is_answered(server: RunningServer) -> None:
+    async with Raw(server) as raw:
         await raw.send(
             b"OPTIONS /v1/chat/completions HTTP/1.1\r\nHost: x\r\nOrigin: http://a.example\r\n"
             b"Access-Control-Request-Method: POST\r\n"
@@ -415,9 +418,9 @@ async def test_a_preflight_is_answered(house: House) -> None:
     assert answer.headers["access-control-max-age"] == "600"
 
 
-async def test_a_foreign_page_is_given_no_permission(make_house: Make) -> None:
-    house = await make_house(**{"chat.websocket.allow_origins": ["http://good.example"]})
-    async with Raw(house) as raw:
+async def test_a_foreign_page_is_given_no_permission(make_server: MakeServer) -> None:
+    server = await make_server(**{"chat.websocket.allow_origins": ["http://good.example"]})
+    async with Raw(server) as raw:
         await raw.get("/health", "Origin: http://evil.example")
         answer = await raw.answer()
         assert answer.status == 200
@@ -432,18 +435,18 @@ async def test_a_foreign_page_is_given_no_permission(make_house: Make) -> None:
 
 
 async def test_a_bug_in_a_handler_is_500_without_details(
-    make_house: Make, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    make_server: MakeServer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def broken(*_args: object) -> None:
         raise RuntimeError("S3CR3T")
 
     monkeypatch.setattr(http, "read_json", broken)
-    house = await make_house()
-    async with Raw(house) as raw:
+    server = await make_server()
+    async with Raw(server) as raw:
         await raw.post("/v1/chat/completions", CHAT)
         answer = await raw.answer()
 
     assert (answer.status, answer.code) == (500, "internal_error")
     assert "S3CR3T" not in str(answer)
     assert [one.levelname for one in caplog.records] == ["ERROR"]
-    await house.nothing_held()
+    await server.nothing_held()

@@ -15,28 +15,27 @@ from openai import AsyncOpenAI
 from aioserver.providers.simulator.exchange import Behaviour
 from tests.support.chat import CHAT, STREAMED
 from tests.support.raw import Raw
-from tests.support.server import HTTP_CLIENT, NOWHERE, QUICK, SILENT, provider_entry
+from tests.support.server import HTTP_CLIENT, NOWHERE, QUICK, SILENT, MakeServer, provider_entry
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncIterator
 
-    from tests.support.server import House
+    from tests.support.server import RunningServer
 
-    Make = Callable[..., Awaitable[House]]
 
 MESSAGES: list[Any] = [{"role": "user", "content": "Hello"}]
 BEAT = b": keep-alive\n\n"
 
 
 @pytest.fixture
-async def sdk(house: House) -> AsyncIterator[AsyncOpenAI]:
-    async with AsyncOpenAI(api_key="unused", base_url=house.v1, max_retries=0) as client:
+async def sdk(server: RunningServer) -> AsyncIterator[AsyncOpenAI]:
+    async with AsyncOpenAI(api_key="unused", base_url=server.v1, max_retries=0) as client:
         yield client
 
 
-def post(house: House, body: object, path: str = "chat/completions") -> Any:
-    return house.session.post(f"{house.v1}/{path}", json=body)
+def post(server: RunningServer, body: object, path: str = "chat/completions") -> Any:
+    return server.session.post(f"{server.v1}/{path}", json=body)
 
 
 async def error_of(response: Any) -> dict[str, Any]:
@@ -90,7 +89,7 @@ async def test_responses(sdk: AsyncOpenAI) -> None:
     assert (kinds[0], kinds[-1]) == ("response.created", "response.completed")
 
 
-async def test_models(make_house: Make) -> None:
+async def test_models(make_server: MakeServer) -> None:
     other = {
         "base_url": NOWHERE,
         "model": "org/own",
@@ -98,8 +97,8 @@ async def test_models(make_house: Make) -> None:
         "http_client": HTTP_CLIENT,
     }
     keyless = copy.deepcopy({**other, "api_key_env": "NO_SUCH_KEY"})  # YAML aliases are refused
-    house = await make_house(**{"llm.providers.other": other, "llm.providers.keyless": keyless})
-    async with AsyncOpenAI(api_key="unused", base_url=house.v1, max_retries=0) as sdk:
+    server = await make_server(**{"llm.providers.other": other, "llm.providers.keyless": keyless})
+    async with AsyncOpenAI(api_key="unused", base_url=server.v1, max_retries=0) as sdk:
         listed = {one.id: one.owned_by async for one in sdk.models.list()}
         for name in ("sim", "sim/sim-model", "sim-model", "other/org/own", "org/own", "more"):
             assert (await sdk.models.retrieve(name)).id.endswith(name)
@@ -130,13 +129,13 @@ async def test_the_sdk_raises_its_own_errors_with_our_codes(sdk: AsyncOpenAI) ->
     assert broken.value.code == "provider_disconnected"
 
 
-async def test_the_sdk_does_not_repeat_what_was_sent_already(house: House) -> None:
-    async with AsyncOpenAI(api_key="unused", base_url=house.v1, max_retries=2) as sdk:
+async def test_the_sdk_does_not_repeat_what_was_sent_already(server: RunningServer) -> None:
+    async with AsyncOpenAI(api_key="unused", base_url=server.v1, max_retries=2) as sdk:
         for model in ("fault-status-500", "fault-html"):
-            before = house.simulator.stats().requests
+            before = server.simulator.stats().requests
             with pytest.raises(openai.InternalServerError):
                 await sdk.chat.completions.create(model=model, messages=MESSAGES)
-            assert house.simulator.stats().requests == before + 1
+            assert server.simulator.stats().requests == before + 1
 
 
 # Byte for byte.
@@ -165,13 +164,13 @@ BODIES: dict[str, dict[str, Any]] = {
     ],
 )
 async def test_the_providers_answer_comes_byte_for_byte(
-    house: House, path: str, streamed: bool
+    server: RunningServer, path: str, streamed: bool
 ) -> None:
     body = {"model": "any", **BODIES[path], "stream": streamed}
-    async with house.session.post(f"{house.simulator.base_url}/{path}", json=body) as response:
+    async with server.session.post(f"{server.simulator.base_url}/{path}", json=body) as response:
         straight = await response.read()
         kind = response.headers["Content-Type"]
-    async with post(house, body, path) as response:
+    async with post(server, body, path) as response:
         through = await response.read()
 
     assert alike(through) == alike(straight)
@@ -181,43 +180,43 @@ async def test_the_providers_answer_comes_byte_for_byte(
     assert response.headers["x-request-id"]
 
 
-async def test_unusual_answers_pass_as_they_are(house: House) -> None:
-    straight_to = f"{house.simulator.base_url}/chat/completions"
+async def test_unusual_answers_pass_as_they_are(server: RunningServer) -> None:
+    straight_to = f"{server.simulator.base_url}/chat/completions"
     for kind in ("crlf", "cr", "multi-data", "comments", "slices", "1xx"):
         body = {**STREAMED, "model": f"fault-{kind}", "max_tokens": 6}
-        async with house.session.post(straight_to, json=body) as response:
+        async with server.session.post(straight_to, json=body) as response:
             straight = await response.read()
-        async with post(house, body) as response:
+        async with post(server, body) as response:
             through = await response.read()
         assert alike(through) == alike(straight), kind
 
 
-async def test_a_forgotten_done_is_put_to_a_finished_answer(house: House) -> None:
-    async with post(house, {**STREAMED, "model": "fault-no-done"}) as response:
+async def test_a_forgotten_done_is_put_to_a_finished_answer(server: RunningServer) -> None:
+    async with post(server, {**STREAMED, "model": "fault-no-done"}) as response:
         body = await response.read()
 
     assert body.endswith(b"data: [DONE]\n\n")
     assert body.count(b"[DONE]") == 1
 
 
-async def test_the_answer_ends_with_the_providers_done(house: House) -> None:
+async def test_the_answer_ends_with_the_providers_done(server: RunningServer) -> None:
     for model in ("fault-after-done", "fault-open-done"):
-        async with asyncio.timeout(5), post(house, {**STREAMED, "model": model}) as response:
+        async with asyncio.timeout(5), post(server, {**STREAMED, "model": model}) as response:
             assert (await response.read()).endswith(b"data: [DONE]\n\n")
 
 
-async def test_each_event_comes_as_soon_as_the_provider_sends_it(make_house: Make) -> None:
-    house = await make_house(Behaviour(ttft=0, interval=60, tokens=5))
-    async with asyncio.timeout(5), post(house, STREAMED) as response:
+async def test_each_event_comes_as_soon_as_the_provider_sends_it(make_server: MakeServer) -> None:
+    server = await make_server(Behaviour(ttft=0, interval=60, tokens=5))
+    async with asyncio.timeout(5), post(server, STREAMED) as response:
         first = await response.content.readuntil(b"\n\n")
         second = await response.content.readuntil(b"\n\n")
 
     assert b'"role":"assistant"' in first
     assert b'"content"' in second
-    await house.simulator.until(lambda stats: stats.aborted == 1)
+    await server.simulator.until(lambda stats: stats.aborted == 1)
 
 
-async def test_the_providers_own_headers_pass_and_no_others(make_house: Make) -> None:
+async def test_the_providers_own_headers_pass_and_no_others(make_server: MakeServer) -> None:
     headers = (
         ("x-ratelimit-remaining-requests", "59"),
         ("openai-processing-ms", "12"),
@@ -225,9 +224,9 @@ async def test_the_providers_own_headers_pass_and_no_others(make_house: Make) ->
         ("openai-organization", "secret"),
         ("x-request-id", "theirs"),
     )
-    house = await make_house(Behaviour(ttft=0, interval=0, headers=headers))
+    server = await make_server(Behaviour(ttft=0, interval=0, headers=headers))
     for body in (CHAT, STREAMED):
-        async with post(house, body) as response:
+        async with post(server, body) as response:
             await response.read()
         assert response.headers["x-ratelimit-remaining-requests"] == "59"
         assert response.headers["openai-processing-ms"] == "12"
@@ -243,25 +242,27 @@ async def test_the_providers_own_headers_pass_and_no_others(make_house: Make) ->
 ODD = b'{ "messages" : [{"role":"user","content":"h\\u00e9 \xc3\xa9"}],"x":{"deep":[1.50, 1e2]},%b "y":null}'
 
 
-async def sent(house: House, body: bytes) -> bytes:
+async def sent(server: RunningServer, body: bytes) -> bytes:
     headers = {"Content-Type": "application/json"}
-    async with house.session.post(
-        house.v1 + "/chat/completions", data=body, headers=headers
+    async with server.session.post(
+        server.v1 + "/chat/completions", data=body, headers=headers
     ) as response:
         await response.read()
         assert response.status == 200
-    seen = house.simulator.requests[-1]
+    seen = server.simulator.requests[-1]
     assert "unused" not in seen.headers.get("authorization", "")
     return seen.body
 
 
-async def test_a_body_whose_model_is_not_replaced_goes_on_as_it_came(house: House) -> None:
+async def test_a_body_whose_model_is_not_replaced_goes_on_as_it_came(
+    server: RunningServer,
+) -> None:
     for model in ("sim-model", "org/name", "gpt-4o", "sim2", "sim-model/x"):
         body = ODD % f'"model": "{model}" ,'.encode()
-        assert await sent(house, body) == body
+        assert await sent(server, body) == body
 
 
-async def test_a_replaced_model_changes_nothing_else(house: House) -> None:
+async def test_a_replaced_model_changes_nothing_else(server: RunningServer) -> None:
     for given, expected in (
         (b"", "sim-model"),
         (b'"model":null,', "sim-model"),
@@ -269,33 +270,35 @@ async def test_a_replaced_model_changes_nothing_else(house: House) -> None:
         (b'"model":"sim/other",', "other"),
         (b'"model":"sim/org/other",', "org/other"),
     ):
-        body = json.loads(await sent(house, ODD % given))
+        body = json.loads(await sent(server, ODD % given))
         assert body.pop("model") == expected
         assert body == json.loads(ODD % b"")
 
 
-async def test_a_model_of_a_provider_that_cannot_be_asked_is_not_found(make_house: Make) -> None:
+async def test_a_model_of_a_provider_that_cannot_be_asked_is_not_found(
+    make_server: MakeServer,
+) -> None:
     keyless = {
         "base_url": NOWHERE,
         "model": "m",
         "api_key_env": "NO_SUCH_KEY",
         "http_client": HTTP_CLIENT,
     }
-    house = await make_house(**{"llm.providers.keyless": keyless})
+    server = await make_server(**{"llm.providers.keyless": keyless})
     for model in ("keyless", "keyless/m"):
-        async with post(house, {**CHAT, "model": model}) as response:
+        async with post(server, {**CHAT, "model": model}) as response:
             assert response.status == 404
             error = await error_of(response)
             assert (error["code"], error["type"]) == ("model_not_found", "invalid_request_error")
 
 
-async def test_another_providers_model_goes_to_it(make_house: Make) -> None:
+async def test_another_providers_model_goes_to_it(make_server: MakeServer) -> None:
     other = provider_entry(NOWHERE, "m")
-    house = await make_house(**{"llm.providers.other": other})
-    async with post(house, {**CHAT, "model": "other/x"}) as response:
+    server = await make_server(**{"llm.providers.other": other})
+    async with post(server, {**CHAT, "model": "other/x"}) as response:
         assert response.status == 502
         assert (await error_of(response))["code"] == "connect_error"
-    assert house.simulator.stats().requests == 0
+    assert server.simulator.stats().requests == 0
 
 
 # Faulty requests and faulty providers.
@@ -316,27 +319,29 @@ FAULTY: list[tuple[bytes, str, str | None]] = [
 ]
 
 
-async def test_a_faulty_body_is_400_and_asks_nobody(house: House) -> None:
+async def test_a_faulty_body_is_400_and_asks_nobody(server: RunningServer) -> None:
     headers = {"Content-Type": "application/json"}
-    url = house.v1 + "/chat/completions"
+    url = server.v1 + "/chat/completions"
     for data, code, param in FAULTY:
-        async with house.session.post(url, data=data, headers=headers) as response:
+        async with server.session.post(url, data=data, headers=headers) as response:
             assert response.status == 400, data[:50]
             error = await error_of(response)
             assert (error["code"], error["param"]) == (code, param), data[:50]
             assert error["type"] == "invalid_request_error"
-    assert house.simulator.stats().requests == 0
+    assert server.simulator.stats().requests == 0
 
 
 @pytest.mark.parametrize("streamed", [True, False])
 @pytest.mark.parametrize("model", ["", "any"])
-async def test_a_deeply_nested_body_is_no_bug(house: House, model: str, streamed: bool) -> None:
+async def test_a_deeply_nested_body_is_no_bug(
+    server: RunningServer, model: str, streamed: bool
+) -> None:
     deep = "[" * 600 + "]" * 600
     named = f'"model":"{model}",' if model else ""
     data = f'{{{named}"messages":[{{"role":"user","content":"x"}}],"stream":{str(streamed).lower()},"x":{deep}}}'
     headers = {"Content-Type": "application/json"}
-    async with house.session.post(
-        house.v1 + "/chat/completions", data=data, headers=headers
+    async with server.session.post(
+        server.v1 + "/chat/completions", data=data, headers=headers
     ) as response:
         await response.read()
 
@@ -344,9 +349,11 @@ async def test_a_deeply_nested_body_is_no_bug(house: House, model: str, streamed
 
 
 @pytest.mark.parametrize("key", ["", "x" * 257])
-async def test_a_faulty_idempotency_key_is_an_invalid_request(house: House, key: str) -> None:
-    async with house.session.post(
-        house.v1 + "/chat/completions", json=CHAT, headers={"Idempotency-Key": key}
+async def test_a_faulty_idempotency_key_is_an_invalid_request(
+    server: RunningServer, key: str
+) -> None:
+    async with server.session.post(
+        server.v1 + "/chat/completions", json=CHAT, headers={"Idempotency-Key": key}
     ) as response:
         assert response.status == 400
         assert (await error_of(response))["code"] == "invalid_request"
@@ -369,10 +376,12 @@ BEFORE_THE_HEAD: list[tuple[str, int, str | None]] = [
 
 
 @pytest.mark.parametrize("streamed", [True, False])
-async def test_a_fault_before_the_head_has_its_http_status(house: House, streamed: bool) -> None:
+async def test_a_fault_before_the_head_has_its_http_status(
+    server: RunningServer, streamed: bool
+) -> None:
     for model, status, code in BEFORE_THE_HEAD:
-        house.forgive()
-        async with post(house, {**CHAT, "model": model, "stream": streamed}) as response:
+        server.forgive()
+        async with post(server, {**CHAT, "model": model, "stream": streamed}) as response:
             assert response.status == status, model
             error = await error_of(response)
             assert code in {None, error["code"]}, model
@@ -383,14 +392,16 @@ async def test_a_fault_before_the_head_has_its_http_status(house: House, streame
                 assert response.headers["Retry-After"] == "2"
 
 
-async def test_a_fault_behind_the_head_is_one_error_event_and_no_done(house: House) -> None:
+async def test_a_fault_behind_the_head_is_one_error_event_and_no_done(
+    server: RunningServer,
+) -> None:
     for fault, code in (
         ("end-3", "provider_disconnected"),
         ("cut-3", "provider_disconnected"),
         ("cut-mid-3", "provider_disconnected"),
         ("long-line", "provider_bad_response"),
     ):
-        async with post(house, {**STREAMED, "model": f"fault-{fault}"}) as response:
+        async with post(server, {**STREAMED, "model": f"fault-{fault}"}) as response:
             assert response.status == 200
             body = await response.read()
         *events, last = [one for one in body.split(b"\n\n") if one]
@@ -400,12 +411,12 @@ async def test_a_fault_behind_the_head_is_one_error_event_and_no_done(house: Hou
         assert b"[DONE]" not in body
 
 
-async def test_silence_in_an_answer_ends_with_read_timeout(make_house: Make) -> None:
-    house = await make_house(**{"llm.providers.sim.http_client.read_timeout": 0.3})
-    async with post(house, {**STREAMED, "model": "fault-stall-3"}) as response:
+async def test_silence_in_an_answer_ends_with_read_timeout(make_server: MakeServer) -> None:
+    server = await make_server(**{"llm.providers.sim.http_client.read_timeout": 0.3})
+    async with post(server, {**STREAMED, "model": "fault-stall-3"}) as response:
         body = await response.read()
     assert b'"code":"read_timeout"' in body
-    async with post(house, {**STREAMED, "model": "fault-silent"}) as response:
+    async with post(server, {**STREAMED, "model": "fault-silent"}) as response:
         assert response.status == 504
         assert (await error_of(response))["code"] == "read_timeout"
 
@@ -413,13 +424,13 @@ async def test_silence_in_an_answer_ends_with_read_timeout(make_house: Make) -> 
 # Silence and leaving.
 
 
-async def test_comments_come_while_the_provider_is_silent(make_house: Make) -> None:
-    house = await make_house(
+async def test_comments_come_while_the_provider_is_silent(make_server: MakeServer) -> None:
+    server = await make_server(
         Behaviour(ttft=1.0, interval=0, tokens=3), **{"chat.websocket.ping_interval": 0.2}
     )
     loop = asyncio.get_running_loop()
     begun = loop.time()
-    async with post(house, STREAMED) as response:
+    async with post(server, STREAMED) as response:
         assert loop.time() - begun < 0.8  # the head goes out alone
         body = await response.read()
 
@@ -428,18 +439,20 @@ async def test_comments_come_while_the_provider_is_silent(make_house: Make) -> N
     assert body.endswith(b"data: [DONE]\n\n")
 
 
-async def test_a_fault_behind_a_head_that_went_out_alone_is_an_event(make_house: Make) -> None:
-    house = await make_house(
+async def test_a_fault_behind_a_head_that_went_out_alone_is_an_event(
+    make_server: MakeServer,
+) -> None:
+    server = await make_server(
         Behaviour(ttft=0.5, fail_rate=1.0),
         **{
             "chat.websocket.ping_interval": 0.1,
             "llm.providers.sim.http_client.read_timeout": 0.4,
         },
     )
-    async with post(house, {**STREAMED, "model": "fault-silent"}) as response:
+    async with post(server, {**STREAMED, "model": "fault-silent"}) as response:
         status, body = response.status, await response.read()
-    house.simulator.behaviour = QUICK
-    async with post(house, {**STREAMED, "model": "fault-silent"}) as response:
+    server.simulator.behaviour = QUICK
+    async with post(server, {**STREAMED, "model": "fault-silent"}) as response:
         assert response.status == 200
         body = await response.read()
 
@@ -451,71 +464,73 @@ async def test_a_fault_behind_a_head_that_went_out_alone_is_an_event(make_house:
 @pytest.mark.parametrize("streamed", [True, False])
 @pytest.mark.parametrize("behaviour", [SILENT, Behaviour(ttft=0, interval=0.05, tokens=1000)])
 async def test_a_client_that_leaves_cancels_its_answer_at_once(
-    make_house: Make, behaviour: Behaviour, streamed: bool
+    make_server: MakeServer, behaviour: Behaviour, streamed: bool
 ) -> None:
-    house = await make_house(behaviour)
+    server = await make_server(behaviour)
     loop = asyncio.get_running_loop()
-    async with Raw(house) as raw:
+    async with Raw(server) as raw:
         await raw.post("/v1/chat/completions", {**CHAT, "stream": streamed})
-        await house.simulator.until(lambda stats: stats.active == 1)
+        await server.simulator.until(lambda stats: stats.active == 1)
         if streamed and behaviour is not SILENT:
             await raw.until(b"data: ")
         begun = loop.time()
         raw.reset()
 
-        await house.simulator.until(lambda stats: stats.aborted == 1)
+        await server.simulator.until(lambda stats: stats.aborted == 1)
         assert loop.time() - begun < 2
-    await house.nothing_held()
-    assert house.provider.stats().pool.open == 0
+    await server.nothing_held()
+    assert server.provider.stats().pool.open == 0
 
 
 async def test_a_client_that_leaves_while_waiting_for_the_provider_asks_nothing(
-    make_house: Make,
+    make_server: MakeServer,
 ) -> None:
-    house = await make_house(SILENT, **{"llm.providers.sim.http_client.concurrent_requests": 1})
-    async with Raw(house) as first, Raw(house) as second, Raw(house) as third:
+    server = await make_server(SILENT, **{"llm.providers.sim.http_client.concurrent_requests": 1})
+    async with Raw(server) as first, Raw(server) as second, Raw(server) as third:
         await first.post("/v1/chat/completions", CHAT)
-        await house.simulator.until(lambda stats: stats.active == 1)
+        await server.simulator.until(lambda stats: stats.active == 1)
         await second.post("/v1/chat/completions", CHAT)
         await third.post("/v1/chat/completions", STREAMED)
-        await until(lambda: house.held()["sim waiting"] == 2)
+        await until(lambda: server.held()["sim waiting"] == 2)
         second.reset()
         third.close()
-        await until(lambda: house.held()["sim waiting"] == 0)
-    await house.nothing_held()
-    assert house.simulator.stats().requests == 1
+        await until(lambda: server.held()["sim waiting"] == 0)
+    await server.nothing_held()
+    assert server.simulator.stats().requests == 1
 
 
-async def test_the_providers_full_queue_is_503_with_retry_after(make_house: Make) -> None:
-    house = await make_house(
+async def test_the_providers_full_queue_is_503_with_retry_after(make_server: MakeServer) -> None:
+    server = await make_server(
         SILENT,
         **{
             "llm.providers.sim.http_client.concurrent_requests": 1,
             "llm.providers.sim.http_client.queue_size": 1,
         },
     )
-    async with Raw(house) as first, Raw(house) as second:
+    async with Raw(server) as first, Raw(server) as second:
         for raw in (first, second):
             await raw.post("/v1/chat/completions", STREAMED)
-        await until(lambda: house.held()["sim waiting"] == 1)
+        await until(lambda: server.held()["sim waiting"] == 1)
         for body in (CHAT, STREAMED):
-            async with post(house, body) as response:
+            async with post(server, body) as response:
                 assert response.status == 503
                 assert (await error_of(response))["code"] == "provider_queue_full"
                 assert 1 <= int(response.headers["Retry-After"]) <= 60
-    await house.nothing_held()
+    await server.nothing_held()
 
 
-async def test_a_connection_is_used_again_after_an_answer(house: House) -> None:
-    async with Raw(house) as raw:
+async def test_a_connection_is_used_again_after_an_answer(server: RunningServer) -> None:
+    async with Raw(server) as raw:
         for body in (STREAMED, CHAT, {**STREAMED, "model": "fault-end-3"}, STREAMED):
             await raw.post("/v1/chat/completions", body)
             assert (await raw.answer()).status == 200
 
 
 @pytest.mark.parametrize("line", ["Connection: keep-alive", "X: y"])
-async def test_an_http_10_client_gets_a_plain_body_that_ends(house: House, line: str) -> None:
-    async with Raw(house) as raw:
+async def test_an_http_10_client_gets_a_plain_body_that_ends(
+    server: RunningServer, line: str
+) -> None:
+    async with Raw(server) as raw:
         await raw.post("/v1/chat/completions", STREAMED, line, version="1.0")
         head = await raw.head()
         body = await raw.to_the_end()
@@ -525,11 +540,11 @@ async def test_an_http_10_client_gets_a_plain_body_that_ends(house: House, line:
     assert body.endswith(b"data: [DONE]\n\n")
 
 
-async def test_what_steers_other_gateways_steers_nothing_here(house: House) -> None:
+async def test_what_steers_other_gateways_steers_nothing_here(server: RunningServer) -> None:
     evil = "http://127.0.0.1:1/evil"
     names = ("api_base", "base_url", "api_key", "user_config", "extra_headers")
-    async with post(house, {**CHAT, "model": "any", **dict.fromkeys(names, evil)}) as response:
+    async with post(server, {**CHAT, "model": "any", **dict.fromkeys(names, evil)}) as response:
         assert response.status == 200
 
-    assert [house.simulator.bodies[-1][name] for name in names] == [evil] * len(names)
-    assert "evil" not in str(house.simulator.requests[-1].headers)
+    assert [server.simulator.bodies[-1][name] for name in names] == [evil] * len(names)
+    assert "evil" not in str(server.simulator.requests[-1].headers)

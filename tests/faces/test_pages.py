@@ -8,31 +8,33 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from tests.support.server import House
+    from tests.support.server import RunningServer
 
 BROWSER = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
 
 
-async def test_a_browser_gets_the_page_and_a_program_json(house: House) -> None:
-    async with house.session.get(house.base + "/", headers={"Accept": BROWSER}) as response:
+async def test_a_browser_gets_the_page_and_a_program_json(server: RunningServer) -> None:
+    async with server.session.get(server.base + "/", headers={"Accept": BROWSER}) as response:
         assert response.status == 200
         assert response.headers["Content-Type"] == "text/html; charset=utf-8"
         assert (await response.text()).startswith("<!doctype html>")
     for accept in ("application/json", "*/*"):
-        async with house.session.get(house.base + "/", headers={"Accept": accept}) as response:
+        async with server.session.get(server.base + "/", headers={"Accept": accept}) as response:
             assert response.headers["Content-Type"] == "application/json; charset=utf-8"
             assert (await response.json())["name"] == "aioserver"
 
 
-async def test_the_page_loads_only_what_is_here_and_runs_nothing_inline(house: House) -> None:
-    async with house.session.get(house.base + "/", headers={"Accept": BROWSER}) as response:
+async def test_the_page_loads_only_what_is_here_and_runs_nothing_inline(
+    server: RunningServer,
+) -> None:
+    async with server.session.get(server.base + "/", headers={"Accept": BROWSER}) as response:
         page = await response.text()
     links = re.findall(r'(?:src|href)="([^"]+)"', page)
 
     assert links
     for link in links:
         assert link.startswith("/assets/")
-        async with house.session.get(house.base + link) as response:
+        async with server.session.get(server.base + link) as response:
             assert response.status == 200
             body = await response.text()
         assert "innerHTML" not in body
@@ -50,8 +52,10 @@ async def test_the_page_loads_only_what_is_here_and_runs_nothing_inline(house: H
         ("/assets/icon.svg", "image/svg+xml"),
     ],
 )
-async def test_every_page_is_guarded_by_its_headers(house: House, path: str, kind: str) -> None:
-    async with house.session.get(house.base + path, headers={"Accept": BROWSER}) as response:
+async def test_every_page_is_guarded_by_its_headers(
+    server: RunningServer, path: str, kind: str
+) -> None:
+    async with server.session.get(server.base + path, headers={"Accept": BROWSER}) as response:
         assert response.status == 200
         assert response.content_type == kind
         assert await response.read()
@@ -65,7 +69,7 @@ async def test_every_page_is_guarded_by_its_headers(house: House, path: str, kin
 @pytest.mark.parametrize(
     "path", ["/assets/", "/assets/index.html", "/assets/nothing.js", "/assets/..%2f__init__.py"]
 )
-async def test_nothing_else_is_served(house: House, path: str) -> None:
-    async with house.session.get(house.base + path) as response:
+async def test_nothing_else_is_served(server: RunningServer, path: str) -> None:
+    async with server.session.get(server.base + path) as response:
         assert response.status == 404
         assert (await response.json())["error"]["code"] == "not_found"

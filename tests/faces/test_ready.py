@@ -17,7 +17,7 @@ from tests.support.raw import Raw
 from tests.support.transport import FakeTransport
 
 if TYPE_CHECKING:
-    from tests.support.server import House
+    from tests.support.server import RunningServer
 
 PATH = "/v1/chat/completions"
 CORS = {
@@ -30,11 +30,13 @@ CHANGES = {"date", "x-request-id", "content-length"}
 
 
 @pytest.mark.parametrize("body", [CHAT, STREAMED], ids=["whole", "streamed"])
-async def test_the_head_is_the_one_that_aiohttp_writes(house: House, body: object) -> None:
-    house.simulator.behaviour = Behaviour(
+async def test_the_head_is_the_one_that_aiohttp_writes(
+    server: RunningServer, body: object
+) -> None:
+    server.simulator.behaviour = Behaviour(
         ttft=0, interval=0, headers=(("x-ratelimit-remaining-requests", "7"),)
     )
-    async with Raw(house) as raw:
+    async with Raw(server) as raw:
         await raw.post(PATH, body, "X-Request-Id: mine")
         ours = await raw.answer()
         await raw.post(PATH, body, "Origin: http://page.example")
@@ -54,9 +56,9 @@ async def test_the_head_is_the_one_that_aiohttp_writes(house: House, body: objec
 
 @pytest.mark.parametrize("body", [CHAT, STREAMED], ids=["whole", "streamed"])
 async def test_an_answer_after_which_the_connection_ends_says_so(
-    house: House, body: object
+    server: RunningServer, body: object
 ) -> None:
-    async with Raw(house) as raw:
+    async with Raw(server) as raw:
         await raw.post(PATH, body, "Connection: close")
         answer = await raw.answer()
 

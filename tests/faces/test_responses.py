@@ -15,19 +15,18 @@ from tests.support.raw import Raw
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncIterator
 
-    from tests.support.server import House
+    from tests.support.server import MakeServer, RunningServer
 
-    Make = Callable[..., Awaitable[House]]
 
 SLOW = Behaviour(ttft=0, interval=0.02)
 ASK: dict[str, Any] = {"model": "sim", "input": "Hello", "stream": True, "store": True}
 
 
 @pytest.fixture
-async def sdk(house: House) -> AsyncIterator[AsyncOpenAI]:
-    async with AsyncOpenAI(api_key="unused", base_url=house.v1, max_retries=0) as client:
+async def sdk(server: RunningServer) -> AsyncIterator[AsyncOpenAI]:
+    async with AsyncOpenAI(api_key="unused", base_url=server.v1, max_retries=0) as client:
         yield client
 
 
@@ -50,11 +49,11 @@ def text_of(events: list[Any]) -> str:
 @pytest.mark.parametrize("how", ["store", "background"])
 @pytest.mark.parametrize("events", [1, 4, 9])
 async def test_a_response_that_was_cut_is_read_on(
-    house: House, sdk: AsyncOpenAI, events: int, how: str
+    server: RunningServer, sdk: AsyncOpenAI, events: int, how: str
 ) -> None:
     whole = await sdk.responses.create(model="sim", input="Hello")
-    asked = house.simulator.stats().requests
-    house.simulator.behaviour = SLOW
+    asked = server.simulator.stats().requests
+    server.simulator.behaviour = SLOW
 
     seen = await cut(sdk, events, store=how == "store", background=how == "background")
     again = await sdk.responses.retrieve(
@@ -66,11 +65,13 @@ async def test_a_response_that_was_cut_is_read_on(
     assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
     assert rest[-1].type == "response.completed"
     assert text_of([*seen, *rest]) == whole.output_text
-    assert house.simulator.stats().requests == asked + 1
+    assert server.simulator.stats().requests == asked + 1
 
 
-async def test_all_of_it_comes_again_without_a_number(house: House, sdk: AsyncOpenAI) -> None:
-    house.simulator.behaviour = SLOW
+async def test_all_of_it_comes_again_without_a_number(
+    server: RunningServer, sdk: AsyncOpenAI
+) -> None:
+    server.simulator.behaviour = SLOW
     seen = await cut(sdk, 5)
 
     again = await sdk.responses.retrieve(seen[0].response.id, stream=True)
@@ -80,7 +81,7 @@ async def test_all_of_it_comes_again_without_a_number(house: House, sdk: AsyncOp
     assert events[-1].type == "response.completed"
 
 
-async def test_what_ended_is_kept(house: House, sdk: AsyncOpenAI) -> None:
+async def test_what_ended_is_kept(server: RunningServer, sdk: AsyncOpenAI) -> None:
     events = [event async for event in await sdk.responses.create(**ASK)]
     last = events[-1]
 
@@ -91,10 +92,12 @@ async def test_what_ended_is_kept(house: House, sdk: AsyncOpenAI) -> None:
 
     assert found.model_dump() == last.response.model_dump()
     assert [event async for event in rest] == []
-    assert house.held()["running"] == 0
+    assert server.held()["running"] == 0
 
 
-async def test_one_that_was_not_streamed_is_kept_whole(house: House, sdk: AsyncOpenAI) -> None:
+async def test_one_that_was_not_streamed_is_kept_whole(
+    server: RunningServer, sdk: AsyncOpenAI
+) -> None:
     whole = await sdk.responses.create(model="sim", input="Hello", store=True)
 
     found = await sdk.responses.retrieve(whole.id)
@@ -104,8 +107,8 @@ async def test_one_that_was_not_streamed_is_kept_whole(house: House, sdk: AsyncO
     assert cancelled.status == "completed"
     with pytest.raises(openai.BadRequestError, match="was not streamed"):
         await sdk.responses.retrieve(whole.id, stream=True)
-    assert house.simulator.stats().requests == 1
-    await house.nothing_held()
+    assert server.simulator.stats().requests == 1
+    await server.nothing_held()
 
 
 async def test_one_that_was_not_streamed_and_not_stored_is_not_kept(sdk: AsyncOpenAI) -> None:
@@ -136,8 +139,8 @@ def test_only_a_response_that_will_not_change_is_found_by_its_id(
     assert final_response(body) == name
 
 
-async def test_a_running_one_is_shown_as_it_is(house: House, sdk: AsyncOpenAI) -> None:
-    house.simulator.behaviour = SLOW
+async def test_a_running_one_is_shown_as_it_is(server: RunningServer, sdk: AsyncOpenAI) -> None:
+    server.simulator.behaviour = SLOW
     seen = await cut(sdk, 3)
 
     found = await sdk.responses.retrieve(seen[0].response.id)
@@ -145,8 +148,8 @@ async def test_a_running_one_is_shown_as_it_is(house: House, sdk: AsyncOpenAI) -
     assert (found.id, found.status) == (seen[0].response.id, "in_progress")
 
 
-async def test_cancel_ends_it_for_all(house: House, sdk: AsyncOpenAI) -> None:
-    house.simulator.behaviour = SLOW
+async def test_cancel_ends_it_for_all(server: RunningServer, sdk: AsyncOpenAI) -> None:
+    server.simulator.behaviour = SLOW
     seen = await cut(sdk, 3)
     name = seen[0].response.id
     reader = await sdk.responses.retrieve(name, stream=True)
@@ -157,8 +160,8 @@ async def test_cancel_ends_it_for_all(house: House, sdk: AsyncOpenAI) -> None:
     assert (cancelled.id, cancelled.status) == (name, "cancelled")
     assert "response.completed" not in kinds
     assert (await sdk.responses.cancel(name)).status == "cancelled"
-    await house.nothing_held()
-    await until(lambda: house.simulator.stats().aborted == 1)
+    await server.nothing_held()
+    await until(lambda: server.simulator.stats().aborted == 1)
 
 
 async def test_cancel_leaves_what_has_ended_as_it_is(sdk: AsyncOpenAI) -> None:
@@ -168,16 +171,16 @@ async def test_cancel_leaves_what_has_ended_as_it_is(sdk: AsyncOpenAI) -> None:
 
 
 async def test_without_store_nothing_is_kept_and_leaving_ends_it(
-    house: House, sdk: AsyncOpenAI
+    server: RunningServer, sdk: AsyncOpenAI
 ) -> None:
-    house.simulator.behaviour = SLOW
+    server.simulator.behaviour = SLOW
     seen = await cut(sdk, 3, store=False)
 
-    await house.nothing_held()
+    await server.nothing_held()
     with pytest.raises(openai.NotFoundError) as caught:
         await sdk.responses.retrieve(seen[0].response.id)
     assert caught.value.code == "stream_not_found"
-    await until(lambda: house.simulator.stats().aborted == 1)
+    await until(lambda: server.simulator.stats().aborted == 1)
 
 
 @pytest.mark.parametrize(
@@ -185,20 +188,20 @@ async def test_without_store_nothing_is_kept_and_leaving_ends_it(
     [("7000", 409, "resume_gap"), ("x", 400, "invalid_request"), ("-1", 400, "invalid_request")],
 )
 async def test_a_number_that_cannot_be(
-    house: House, sdk: AsyncOpenAI, after: str, status: int, code: str
+    server: RunningServer, sdk: AsyncOpenAI, after: str, status: int, code: str
 ) -> None:
     events = [event async for event in await sdk.responses.create(**ASK)]
-    url = f"{house.v1}/responses/{events[-1].response.id}?stream=true&starting_after={after}"
+    url = f"{server.v1}/responses/{events[-1].response.id}?stream=true&starting_after={after}"
 
-    async with house.session.get(url) as answer:
+    async with server.session.get(url) as answer:
         assert answer.status == status
         assert orjson.loads(await answer.read())["error"]["code"] == code
 
 
-async def test_events_that_are_kept_no_longer_are_a_gap(make_house: Make) -> None:
-    house = await make_house(**{"chat.streams.max_stream_bytes": 65536})
-    house.simulator.behaviour = Behaviour(ttft=0, interval=0, tokens=2000)
-    async with AsyncOpenAI(api_key="unused", base_url=house.v1, max_retries=0) as sdk:
+async def test_events_that_are_kept_no_longer_are_a_gap(make_server: MakeServer) -> None:
+    server = await make_server(**{"chat.streams.max_stream_bytes": 65536})
+    server.simulator.behaviour = Behaviour(ttft=0, interval=0, tokens=2000)
+    async with AsyncOpenAI(api_key="unused", base_url=server.v1, max_retries=0) as sdk:
         events = [event async for event in await sdk.responses.create(**ASK)]
         name = events[-1].response.id
         with pytest.raises(openai.ConflictError) as caught:
@@ -213,12 +216,12 @@ async def test_events_that_are_kept_no_longer_are_a_gap(make_house: Make) -> Non
 
 
 async def test_a_head_of_one_is_refused_and_nothing_of_it_comes_after(
-    house: House, sdk: AsyncOpenAI
+    server: RunningServer, sdk: AsyncOpenAI
 ) -> None:
     events = [event async for event in await sdk.responses.create(**ASK)]
     path = f"/v1/responses/{events[-1].response.id}?stream=true"
 
-    async with Raw(house) as raw:
+    async with Raw(server) as raw:
         await raw.send(
             f"HEAD {path} HTTP/1.1\r\nHost: x\r\n\r\n"
             "GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode()

@@ -23,23 +23,20 @@ from tests.support.chat import (
     whole,
 )
 from tests.support.raw import Raw
-from tests.support.server import PACED, QUICK, SILENT, SLOW
+from tests.support.server import PACED, QUICK, SILENT, SLOW, MakeServer
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from tests.support.server import RunningServer
 
-    from tests.support.server import House
-
-    Make = Callable[..., Awaitable[House]]
 
 ASK = {"request_id": "r1", "text": "Hello"}
 
 
-async def test_a_post_streams_the_frames_of_the_websocket_face(house: House) -> None:
-    async with house.session.post(house.sse, json=ASK) as response:
+async def test_a_post_streams_the_frames_of_the_websocket_face(server: RunningServer) -> None:
+    async with server.session.post(server.sse, json=ASK) as response:
         body = await response.read()
-    async with house.connect() as ws:
+    async with server.connect() as ws:
         await ws.send_json(resume("r1"))
         by_websocket = await to_end(ws)
 
@@ -53,114 +50,120 @@ async def test_a_post_streams_the_frames_of_the_websocket_face(house: House) -> 
     assert frames_of(body) == by_websocket
 
 
-async def test_respond_async_says_where_the_answer_is(make_house: Make) -> None:
-    house = await make_house(PACED)
+async def test_respond_async_says_where_the_answer_is(make_server: MakeServer) -> None:
+    server = await make_server(PACED)
     ask = {**ASK, "request_id": "a/b c"}
     headers = {"Prefer": "wait=5, Respond-Async"}
-    async with house.session.post(house.sse, json=ask, headers=headers) as response:
+    async with server.session.post(server.sse, json=ask, headers=headers) as response:
         said = await response.json()
     assert response.status == 202
     assert response.headers["Preference-Applied"] == "respond-async"
     assert response.headers["Location"] == said["location"] == "/sse/chat/a%2Fb%20c"
     assert said["request_id"] == "a/b c"
 
-    async with Raw(house) as raw:
+    async with Raw(server) as raw:
         await raw.get(said["location"])
         answer = await raw.answer()
 
     frames = frames_of(answer.body)
     assert numbers(frames) == list(range(1, len(frames) + 1))
     assert frames[-1]["status"] == "complete"
-    assert house.simulator.stats().requests == 1
+    assert server.simulator.stats().requests == 1
 
 
-async def test_an_answer_that_nobody_comes_for_ends_with_its_window(make_house: Make) -> None:
-    house = await make_house(SILENT, **{"chat.streams.resume_window": 0.2})
+async def test_an_answer_that_nobody_comes_for_ends_with_its_window(
+    make_server: MakeServer,
+) -> None:
+    server = await make_server(SILENT, **{"chat.streams.resume_window": 0.2})
     headers = {"Prefer": "respond-async"}
-    async with house.session.post(house.sse, json=ASK, headers=headers) as response:
+    async with server.session.post(server.sse, json=ASK, headers=headers) as response:
         assert response.status == 202
 
-    await house.simulator.until(lambda stats: stats.aborted == 1)
-    await house.nothing_held()
+    await server.simulator.until(lambda stats: stats.aborted == 1)
+    await server.nothing_held()
 
 
 @pytest.mark.parametrize("way", ["header", "query"])
-async def test_a_reader_that_comes_back_gets_exactly_the_rest(house: House, way: str) -> None:
-    house.simulator.behaviour = Behaviour(ttft=0, interval=0, tokens=12)
-    async with house.session.post(house.sse, json=ASK) as response:
+async def test_a_reader_that_comes_back_gets_exactly_the_rest(
+    server: RunningServer, way: str
+) -> None:
+    server.simulator.behaviour = Behaviour(ttft=0, interval=0, tokens=12)
+    async with server.session.post(server.sse, json=ASK) as response:
         frames = await read_frames(response)
 
     for after in range(len(frames)):
         headers = {"Last-Event-ID": str(after)} if way == "header" else {}
         query = f"?last_event_id={after}" if way == "query" else ""
-        async with house.session.get(f"{house.sse}/r1{query}", headers=headers) as response:
+        async with server.session.get(f"{server.sse}/r1{query}", headers=headers) as response:
             assert await read_frames(response) == frames[after:]
     headers = {"Last-Event-ID": str(len(frames))}
-    async with house.session.get(f"{house.sse}/r1", headers=headers) as response:
+    async with server.session.get(f"{server.sse}/r1", headers=headers) as response:
         assert response.status == 204  # nothing is left: an EventSource stops
         assert await response.read() == b""
 
 
 @pytest.mark.parametrize("after", [0, 1, 7])
 async def test_a_reader_of_a_running_answer_gets_exactly_the_rest(
-    make_house: Make, after: int
+    make_server: MakeServer, after: int
 ) -> None:
-    house = await make_house(PACED)
-    async with house.connect() as ws:
+    server = await make_server(PACED)
+    async with server.connect() as ws:
         await ws.send_json(chat("r1"))
         seen: list[Any] = [await ws.receive_json() for _ in range(10)]
-        rest = await whole(house, "r1", after)
+        rest = await whole(server, "r1", after)
         seen += await to_end(ws)
 
     assert rest == seen[after:]
 
 
-async def test_a_last_event_id_that_is_no_number_is_an_invalid_request(house: House) -> None:
-    async with house.session.post(house.sse, json=ASK) as response:
+async def test_a_last_event_id_that_is_no_number_is_an_invalid_request(
+    server: RunningServer,
+) -> None:
+    async with server.session.post(server.sse, json=ASK) as response:
         await response.read()
     for given in ("x", "-1", "1.5", "1e3", "٣", "9" * 19, "0x1"):
         params = {"last_event_id": given}
-        async with house.session.get(f"{house.sse}/r1", params=params) as response:
+        async with server.session.get(f"{server.sse}/r1", params=params) as response:
             assert response.status == 400, given
             error = (await response.json())["error"]
             assert (error["code"], error["param"]) == ("invalid_request", "last_event_id")
 
 
-async def test_an_event_that_does_not_exist_yet_is_a_gap(house: House) -> None:
-    async with house.session.post(house.sse, json=ASK) as response:
+async def test_an_event_that_does_not_exist_yet_is_a_gap(server: RunningServer) -> None:
+    async with server.session.post(server.sse, json=ASK) as response:
         await response.read()
-    async with house.session.get(f"{house.sse}/r1?last_event_id=1000000") as response:
+    async with server.session.get(f"{server.sse}/r1?last_event_id=1000000") as response:
         assert response.status == 409
         assert (await response.json())["error"]["code"] == "resume_gap"
         assert response.headers["x-should-retry"] == "false"
 
 
-async def test_events_that_are_no_longer_kept_are_a_gap(make_house: Make) -> None:
-    house = await make_house(**{"chat.streams.max_stream_bytes": 20_000})
-    async with house.session.post(house.sse, json={"request_id": "r1", **big(1000, 60)}) as got:
+async def test_events_that_are_no_longer_kept_are_a_gap(make_server: MakeServer) -> None:
+    server = await make_server(**{"chat.streams.max_stream_bytes": 20_000})
+    async with server.session.post(server.sse, json={"request_id": "r1", **big(1000, 60)}) as got:
         await got.read()
-    async with house.session.get(f"{house.sse}/r1") as response:
+    async with server.session.get(f"{server.sse}/r1") as response:
         assert response.status == 409
         assert (await response.json())["error"]["code"] == "resume_gap"
 
 
-async def test_an_unknown_stream_is_not_found(house: House) -> None:
-    for ask in (house.session.get, house.session.delete):
-        async with ask(f"{house.sse}/nobody") as response:
+async def test_an_unknown_stream_is_not_found(server: RunningServer) -> None:
+    for ask in (server.session.get, server.session.delete):
+        async with ask(f"{server.sse}/nobody") as response:
             assert response.status == 404
             assert (await response.json())["error"]["code"] == "stream_not_found"
 
 
-async def test_the_listing_shows_the_streams_that_are_kept(make_house: Make) -> None:
-    house = await make_house(SILENT)
-    async with house.connect() as ws:
+async def test_the_listing_shows_the_streams_that_are_kept(make_server: MakeServer) -> None:
+    server = await make_server(SILENT)
+    async with server.connect() as ws:
         await ws.send_json(chat("r1"))
         await until_status(ws, "processing")
-        async with house.session.get(house.sse) as response:
+        async with server.session.get(server.sse) as response:
             running = await response.json()
         await ws.send_json(cancel("r1"))
         await to_end(ws)
-        async with house.session.get(house.sse) as response:
+        async with server.session.get(server.sse) as response:
             ended = await response.json()
 
     one = {"request_id": "r1", "first_event_id": 1}
@@ -169,48 +172,48 @@ async def test_the_listing_shows_the_streams_that_are_kept(make_house: Make) -> 
 
 
 async def test_delete_ends_an_answer_for_every_reader_and_may_be_repeated(
-    make_house: Make,
+    make_server: MakeServer,
 ) -> None:
-    house = await make_house(SLOW)
-    async with house.session.post(house.sse, json=ASK) as response:
+    server = await make_server(SLOW)
+    async with server.session.post(server.sse, json=ASK) as response:
         await response.content.readuntil(b"event: chunk")
         for _ in range(2):
-            async with house.session.delete(f"{house.sse}/r1") as deleted:
+            async with server.session.delete(f"{server.sse}/r1") as deleted:
                 assert deleted.status == 204
         rest = await response.read()
-        await house.simulator.until(lambda stats: stats.aborted == 1)
+        await server.simulator.until(lambda stats: stats.aborted == 1)
 
     assert b"event: cancelled\n" in rest
     assert frames_of(rest.partition(b"\n\n")[2])[-1]["status"] == "cancelled"
 
 
-async def test_silence_is_filled_with_comments(make_house: Make) -> None:
-    house = await make_house(
+async def test_silence_is_filled_with_comments(make_server: MakeServer) -> None:
+    server = await make_server(
         Behaviour(ttft=1.0, interval=0), **{"chat.websocket.ping_interval": 0.2}
     )
-    async with house.session.post(house.sse, json=ASK) as response:
+    async with server.session.post(server.sse, json=ASK) as response:
         body = await response.read()
 
     assert 3 <= body.count(b": keep-alive\n\n") <= 5
     assert frames_of(body)[-1]["status"] == "complete"
 
 
-async def test_no_comments_come_while_events_do(make_house: Make) -> None:
-    house = await make_house(
+async def test_no_comments_come_while_events_do(make_server: MakeServer) -> None:
+    server = await make_server(
         Behaviour(ttft=0, interval=0.02, tokens=40), **{"chat.websocket.ping_interval": 0.5}
     )
-    async with house.session.post(house.sse, json=ASK) as response:
+    async with server.session.post(server.sse, json=ASK) as response:
         assert b": keep-alive" not in await response.read()
 
 
-async def test_who_waits_for_the_provider_is_told_so(make_house: Make) -> None:
-    house = await make_house(SLOW, **{"llm.providers.sim.http_client.concurrent_requests": 1})
-    async with house.connect() as ws:
+async def test_who_waits_for_the_provider_is_told_so(make_server: MakeServer) -> None:
+    server = await make_server(SLOW, **{"llm.providers.sim.http_client.concurrent_requests": 1})
+    async with server.connect() as ws:
         await ws.send_json(chat("r0"))
         await until_status(ws, "chunk")
-        async with house.session.post(house.sse, json=ASK) as response:
+        async with server.session.post(server.sse, json=ASK) as response:
             first = await response.content.readuntil(b"}}\n\n")
-            house.simulator.behaviour = QUICK
+            server.simulator.behaviour = QUICK
             await ws.send_json(cancel("r0"))
             frames = frames_of(first + await response.read())
 
@@ -223,8 +226,10 @@ async def test_who_waits_for_the_provider_is_told_so(make_house: Make) -> None:
 
 
 @pytest.mark.parametrize("line", ["Connection: close", "Connection: keep-alive", "X: y"])
-async def test_an_http_10_client_gets_a_plain_body_that_ends(house: House, line: str) -> None:
-    async with Raw(house) as raw:
+async def test_an_http_10_client_gets_a_plain_body_that_ends(
+    server: RunningServer, line: str
+) -> None:
+    async with Raw(server) as raw:
         await raw.post("/sse/chat", ASK, line, version="1.0")
         head = await raw.head()
         body = await raw.to_the_end()
@@ -236,8 +241,8 @@ async def test_an_http_10_client_gets_a_plain_body_that_ends(house: House, line:
     assert frames_of(body)[-1]["status"] == "complete"
 
 
-async def test_a_connection_is_used_again_after_an_answer(house: House) -> None:
-    async with Raw(house) as raw:
+async def test_a_connection_is_used_again_after_an_answer(server: RunningServer) -> None:
+    async with Raw(server) as raw:
         for number in range(3):
             await raw.ask_sse(f"r{number}", text="Hello")
             answer = await raw.answer()
@@ -246,8 +251,8 @@ async def test_a_connection_is_used_again_after_an_answer(house: House) -> None:
         assert (await raw.answer()).status == 200
 
 
-async def test_pipelined_answers_come_in_order_and_whole(house: House) -> None:
-    async with Raw(house) as raw:
+async def test_pipelined_answers_come_in_order_and_whole(server: RunningServer) -> None:
+    async with Raw(server) as raw:
         for number in range(5):
             await raw.ask_sse(f"r{number}", text="Hello")
         for number in range(5):
@@ -257,10 +262,10 @@ async def test_pipelined_answers_come_in_order_and_whole(house: House) -> None:
 
 
 @pytest.mark.parametrize("path", ["/sse/chat/r1", "/sse/chat", "/ws/chat", "/", "/health"])
-async def test_head_has_no_body(house: House, path: str) -> None:
-    async with house.session.post(house.sse, json=ASK) as response:
+async def test_head_has_no_body(server: RunningServer, path: str) -> None:
+    async with server.session.post(server.sse, json=ASK) as response:
         await response.read()
-    async with Raw(house) as raw:
+    async with Raw(server) as raw:
         await raw.send(f"HEAD {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
         head = await raw.head()
         await raw.get("/health")
@@ -284,24 +289,26 @@ FAULTY: list[Any] = [
 ]
 
 
-async def test_a_faulty_question_is_400_and_asks_nobody(house: House) -> None:
+async def test_a_faulty_question_is_400_and_asks_nobody(server: RunningServer) -> None:
     for body in FAULTY:
-        async with house.session.post(house.sse, json=body) as response:
+        async with server.session.post(server.sse, json=body) as response:
             assert response.status == 400, body
             assert (await response.json())["error"]["code"] == "invalid_request"
-    assert house.simulator.stats().requests == 0
+    assert server.simulator.stats().requests == 0
 
 
-async def test_another_payload_under_a_known_request_id_is_a_conflict(house: House) -> None:
-    async with house.session.post(house.sse, json=ASK) as response:
+async def test_another_payload_under_a_known_request_id_is_a_conflict(
+    server: RunningServer,
+) -> None:
+    async with server.session.post(server.sse, json=ASK) as response:
         await response.read()
-    async with house.session.post(house.sse, json={**ASK, "text": "other"}) as response:
+    async with server.session.post(server.sse, json={**ASK, "text": "other"}) as response:
         assert response.status == 409
         assert (await response.json())["error"]["code"] == "request_conflict"
 
 
-async def test_a_fault_of_the_provider_is_an_event_with_its_number(house: House) -> None:
-    async with house.session.post(house.sse, json={**ASK, "model": "fault-end-3"}) as response:
+async def test_a_fault_of_the_provider_is_an_event_with_its_number(server: RunningServer) -> None:
+    async with server.session.post(server.sse, json={**ASK, "model": "fault-end-3"}) as response:
         frames = await read_frames(response)
 
     assert response.status == 200
@@ -310,58 +317,58 @@ async def test_a_fault_of_the_provider_is_an_event_with_its_number(house: House)
     assert numbers(frames) == list(range(1, len(frames) + 1))
 
 
-async def test_who_left_in_mid_answer_misses_nothing(make_house: Make) -> None:
-    house = await make_house(PACED)
-    async with Raw(house) as raw:
+async def test_who_left_in_mid_answer_misses_nothing(make_server: MakeServer) -> None:
+    server = await make_server(PACED)
+    async with Raw(server) as raw:
         await raw.ask_sse("r1", text="Hello")
         await raw.until(b"id: 9\n")
         raw.reset()
-        await until(lambda: house.held()["detached"] == 1)
+        await until(lambda: server.held()["detached"] == 1)
 
-    rest = await whole(house, "r1", 8)
-    async with house.connect() as ws:
+    rest = await whole(server, "r1", 8)
+    async with server.connect() as ws:
         await ws.send_json(resume("r1", 8))
         assert await to_end(ws) == rest
     assert numbers(rest) == list(range(9, rest[-1]["event_id"] + 1))
     assert rest[-1]["status"] == "complete"
-    assert house.simulator.stats().requests == 1
+    assert server.simulator.stats().requests == 1
 
 
-async def test_turns_over_sse_share_a_conversation_by_its_id(house: House) -> None:
+async def test_turns_over_sse_share_a_conversation_by_its_id(server: RunningServer) -> None:
     for number, text in enumerate(("one", "two")):
         ask = {"request_id": f"r{number}", "text": text, "conversation_id": "c1"}
-        async with house.session.post(house.sse, json=ask) as response:
+        async with server.session.post(server.sse, json=ask) as response:
             assert text_of(await read_frames(response))
 
-    sent = [one["content"] for one in house.simulator.bodies[-1]["messages"]]
+    sent = [one["content"] for one in server.simulator.bodies[-1]["messages"]]
     assert (sent[0], sent[-1], len(sent)) == ("one", "two", 3)
 
 
-async def test_an_answer_for_nobody_does_not_hold_up_a_later_one(make_house: Make) -> None:
-    house = await make_house(SILENT, **{"llm.providers.sim.http_client.concurrent_requests": 1})
+async def test_an_answer_for_nobody_does_not_hold_up_a_later_one(make_server: MakeServer) -> None:
+    server = await make_server(SILENT, **{"llm.providers.sim.http_client.concurrent_requests": 1})
     headers = {"Prefer": "respond-async"}
-    async with house.session.post(house.sse, json=ASK, headers=headers) as response:
+    async with server.session.post(server.sse, json=ASK, headers=headers) as response:
         assert response.status == 202
-    await house.simulator.until(lambda stats: stats.active == 1)
-    house.simulator.behaviour = QUICK
+    await server.simulator.until(lambda stats: stats.active == 1)
+    server.simulator.behaviour = QUICK
     async with asyncio.timeout(5):
-        async with house.session.post(house.sse, json={**ASK, "request_id": "r2"}) as response:
+        async with server.session.post(server.sse, json={**ASK, "request_id": "r2"}) as response:
             frames = await read_frames(response)
 
     assert frames[-1]["status"] == "complete"
-    assert json.loads(json.dumps(await whole(house, "r1")))[-1]["status"] == "cancelled"
+    assert json.loads(json.dumps(await whole(server, "r1")))[-1]["status"] == "cancelled"
 
 
-async def test_without_keys_the_list_is_that_of_ones_own_address(make_house: Make) -> None:
-    house = await make_house(auth={"open": True, "trusted_proxies": ["127.0.0.1"]})
+async def test_without_keys_the_list_is_that_of_ones_own_address(make_server: MakeServer) -> None:
+    server = await make_server(auth={"open": True, "trusted_proxies": ["127.0.0.1"]})
     mine, others = {"X-Forwarded-For": "192.0.2.1"}, {"X-Forwarded-For": "192.0.2.2"}
     body = {"request_id": "r1", "text": "Hello"}
-    async with house.session.post(house.sse, json=body, headers=mine) as response:
+    async with server.session.post(server.sse, json=body, headers=mine) as response:
         await response.read()
 
     found = {}
     for name, headers in (("mine", mine), ("others", others)):
-        async with house.session.get(house.sse, headers=headers) as response:
+        async with server.session.get(server.sse, headers=headers) as response:
             found[name] = [one["request_id"] for one in (await response.json())["streams"]]
 
     assert found == {"mine": ["r1"], "others": []}

@@ -19,20 +19,18 @@ from aioserver.providers.simulator.exchange import Behaviour
 from tests.support.chat import CHAT, chat, to_end
 from tests.support.keys import bearer, keys_of
 from tests.support.raw import SMALL, Raw
-from tests.support.server import CONCURRENCY, SILENT
+from tests.support.server import CONCURRENCY, SILENT, MakeServer
 from tests.support.waiting import block, until
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncIterator
 
-    from tests.support.server import House
-
-    Make = Callable[..., Awaitable[House]]
+    from tests.support.server import RunningServer
 
 
 @pytest.mark.parametrize("path", ["/health", "/healthz", "/livez"])
-async def test_a_living_process_is_healthy(house: House, path: str) -> None:
-    async with house.connect(), house.session.get(house.base + path) as response:
+async def test_a_living_process_is_healthy(server: RunningServer, path: str) -> None:
+    async with server.connect(), server.session.get(server.base + path) as response:
         assert response.status == 200
         assert await response.json() == {
             "status": "healthy",
@@ -42,49 +40,49 @@ async def test_a_living_process_is_healthy(house: House, path: str) -> None:
 
 
 @pytest.mark.parametrize("path", ["/ready", "/readyz"])
-async def test_readiness_ends_before_the_server_does(house: House, path: str) -> None:
-    async with house.session.get(house.base + path) as response:
+async def test_readiness_ends_before_the_server_does(server: RunningServer, path: str) -> None:
+    async with server.session.get(server.base + path) as response:
         assert (response.status, await response.json()) == (200, {"status": "ready"})
 
-    house.app[context.LIFE].ready = False
+    server.app[context.LIFE].ready = False
 
-    async with house.session.get(house.base + path) as response:
+    async with server.session.get(server.base + path) as response:
         assert response.status == 503
         assert "Retry-After" in response.headers
         assert (await response.json())["status"] == "not ready"
-    async with house.session.get(house.base + "/health") as response:
+    async with server.session.get(server.base + "/health") as response:
         assert response.status == 200
 
 
-async def test_without_a_usable_provider_the_server_is_not_ready(make_house: Make) -> None:
-    house = await make_house(**{"llm.providers.sim.api_key_env": "NO_SUCH_KEY"})
-    async with house.session.get(house.base + "/ready") as response:
+async def test_without_a_usable_provider_the_server_is_not_ready(make_server: MakeServer) -> None:
+    server = await make_server(**{"llm.providers.sim.api_key_env": "NO_SUCH_KEY"})
+    async with server.session.get(server.base + "/ready") as response:
         assert response.status == 503
         assert "provider" in (await response.json())["reason"]
-    async with house.session.post(house.v1 + "/chat/completions", json=CHAT) as response:
+    async with server.session.post(server.v1 + "/chat/completions", json=CHAT) as response:
         assert response.status == 503
         assert (await response.json())["error"]["code"] == "no_provider"
         assert "Retry-After" in response.headers
-    async with house.session.get(house.v1 + "/models") as response:
+    async with server.session.get(server.v1 + "/models") as response:
         assert (await response.json())["data"] == []
 
 
-async def shown(house: House, path: str = "/stats") -> dict[str, Any]:
+async def shown(server: RunningServer, path: str = "/stats") -> dict[str, Any]:
     """The state of this very moment."""
-    house.app[context.MONITOR].tick()
-    async with house.session.get(house.base + path) as response:
+    server.app[context.MONITOR].tick()
+    async with server.session.get(server.base + path) as response:
         assert response.content_type == "application/json"
         state: dict[str, Any] = await response.json()
     return state
 
 
 @pytest.mark.parametrize("path", ["/", "/stats"])
-async def test_the_state_shows_connections_and_pools(make_house: Make, path: str) -> None:
-    house = await make_house(SILENT)
-    async with Raw(house) as raw:
+async def test_the_state_shows_connections_and_pools(make_server: MakeServer, path: str) -> None:
+    server = await make_server(SILENT)
+    async with Raw(server) as raw:
         await raw.post("/v1/chat/completions", CHAT)
-        await house.simulator.until(lambda stats: stats.active == 1)
-        state = await shown(house, path)
+        await server.simulator.until(lambda stats: stats.active == 1)
+        state = await shown(server, path)
 
     assert (state["name"], state["active_provider"], state["ready"]) == ("aioserver", "sim", True)
     connections = state["connections"]
@@ -97,49 +95,49 @@ async def test_the_state_shows_connections_and_pools(make_house: Make, path: str
     assert state["requests"]["running"] == 1
     assert state["endpoints"] == {"websocket": "/ws/chat", "sse": "/sse/chat", "openai": "/v1"}
     assert state["process"]["open_fds"] > 3
-    await until(lambda: house.held()["places"] == 0)
+    await until(lambda: server.held()["places"] == 0)
 
 
-async def test_an_answer_that_nobody_reads_is_shown(make_house: Make) -> None:
-    house = await make_house(Behaviour(ttft=0, interval=60))
-    async with house.connect() as ws:
+async def test_an_answer_that_nobody_reads_is_shown(make_server: MakeServer) -> None:
+    server = await make_server(Behaviour(ttft=0, interval=60))
+    async with server.connect() as ws:
         await ws.send_json({"action": "chat", "request_id": "r1", "payload": {"text": "hi"}})
-        await house.simulator.until(lambda stats: stats.active == 1)
-    await until(lambda: house.held()["detached"] == 1)
+        await server.simulator.until(lambda stats: stats.active == 1)
+    await until(lambda: server.held()["detached"] == 1)
 
-    streams = (await shown(house))["streams"]
-    async with house.session.delete(f"{house.sse}/r1") as response:
+    streams = (await shown(server))["streams"]
+    async with server.session.delete(f"{server.sse}/r1") as response:
         assert response.status == 204
-    await until(lambda: house.held()["detached"] == 0)
+    await until(lambda: server.held()["detached"] == 0)
 
     assert (streams["running"], streams["detached"], streams["max_detached"]) == (1, 1, 100)
     assert 0 < streams["bytes"] < streams["max_bytes"]
 
 
-async def test_what_has_happened_is_counted(house: House) -> None:
-    async with house.connect() as ws:
+async def test_what_has_happened_is_counted(server: RunningServer) -> None:
+    async with server.connect() as ws:
         await ws.send_json(chat("a"))
         await to_end(ws)
         await ws.send_json(chat("b", model="nobody/else", provider="none"))
         await to_end(ws)
     body = {**CHAT, "stream": True}
-    async with house.session.post(f"{house.v1}/chat/completions", json=body) as response:
+    async with server.session.post(f"{server.v1}/chat/completions", json=body) as response:
         await response.read()
-    async with house.session.post(f"{house.v1}/chat/completions", json=CHAT) as response:
+    async with server.session.post(f"{server.v1}/chat/completions", json=CHAT) as response:
         await response.read()
-    async with house.session.post(f"{house.v1}/chat/completions", json=[]) as response:
+    async with server.session.post(f"{server.v1}/chat/completions", json=[]) as response:
         assert response.status == 400
-    async with house.session.get(f"{house.sse}/unknown") as response:
+    async with server.session.get(f"{server.sse}/unknown") as response:
         assert response.status == 404
-    await house.nothing_held()
+    await server.nothing_held()
 
-    state = await shown(house)
+    state = await shown(server)
     assert state["requests"]["outcomes"]["ok"] == 3
     assert state["requests"]["total"] == 3
     assert state["first_token"]["count"] == 2
     assert 0 < state["first_token"]["p50"] <= state["first_token"]["p99"]
     assert state["providers"]["sim"]["requests"] == 3
-    found = samples(await scrape(house))
+    found = samples(await scrape(server))
     labels = {"face": "openai", "provider": "sim", "code": "", "outcome": "ok"}
     assert found["aioserver_requests_total", *sorted(labels.items())] == 2
     assert found["aioserver_bad_requests_total", ("code", "invalid_request")] == 1
@@ -155,21 +153,21 @@ async def test_what_has_happened_is_counted(house: House) -> None:
     assert found["aioserver_tokens_total", *sorted(tokens.items())] > 0
 
 
-async def test_a_full_house_is_counted_by_code_and_told_once(make_house: Make) -> None:
-    house = await make_house(
+async def test_a_full_house_is_counted_by_code_and_told_once(make_server: MakeServer) -> None:
+    server = await make_server(
         SILENT,
         **{f"{CONCURRENCY}.max_connections": 1, f"{CONCURRENCY}.queue_timeout": 0},
     )
-    async with Raw(house) as raw, watching(house) as told:
+    async with Raw(server) as raw, watching(server) as told:
         await raw.post("/v1/chat/completions", CHAT)
-        await house.simulator.until(lambda stats: stats.active == 1)
+        await server.simulator.until(lambda stats: stats.active == 1)
         for _ in range(3):
-            async with house.session.post(f"{house.v1}/chat/completions", json=CHAT) as response:
+            async with server.session.post(f"{server.v1}/chat/completions", json=CHAT) as response:
                 assert response.status == 503
-        async with house.connect() as ws:
+        async with server.connect() as ws:
             await ws.receive()
-        state = await shown(house)
-        await shown(house)
+        state = await shown(server)
+        await shown(server)
         await until(lambda: any(kind == "incident" for kind, _ in told))
 
         assert state["rejections"]["server_at_capacity"] == 4
@@ -180,89 +178,89 @@ async def test_a_full_house_is_counted_by_code_and_told_once(make_house: Make) -
         assert incidents[0]["kind"] == "rejections"
 
 
-async def test_a_providers_faults_are_told(make_house: Make) -> None:
-    house = await make_house(Behaviour(fail_rate=1.0, fail_status=500))
-    async with house.session.post(f"{house.v1}/chat/completions", json=CHAT) as response:
+async def test_a_providers_faults_are_told(make_server: MakeServer) -> None:
+    server = await make_server(Behaviour(fail_rate=1.0, fail_status=500))
+    async with server.session.post(f"{server.v1}/chat/completions", json=CHAT) as response:
         assert response.status == 502
 
-    state = await shown(house)
+    state = await shown(server)
 
     assert state["providers"]["sim"]["faults"]["http_5xx"] == 1
     assert state["requests"]["outcomes"]["provider_error"] == 1
-    async with watching(house) as told:
+    async with watching(server) as told:
         await until(lambda: bool(told))
         (incident,) = told[0][1]["incidents"]
     assert (incident["kind"], incident["provider"]) == ("provider_faults", "sim")
     assert incident["text"] == "sim: 1 x http_5xx"
 
 
-async def test_who_is_not_let_in_is_counted_and_a_burst_is_told(make_house: Make) -> None:
-    house = await make_house(**keys_of("web", "root"))
-    root, tick = bearer("root"), house.app[context.MONITOR].tick
+async def test_who_is_not_let_in_is_counted_and_a_burst_is_told(make_server: MakeServer) -> None:
+    server = await make_server(**keys_of("web", "root"))
+    root, tick = bearer("root"), server.app[context.MONITOR].tick
     tries: list[dict[str, str]] = [
         *({}, {"Authorization": "Bearer x"}, {"Cookie": "aioserver_session=x.1.y"}, bearer("web")),
         {"Cookie": "aioserver_session=x", "Origin": "http://evil.example"},
     ]
     for headers in tries:
-        async with house.session.get(f"{house.base}/stats", headers=headers) as response:
+        async with server.session.get(f"{server.base}/stats", headers=headers) as response:
             assert response.status in {401, 403}
     tick()
-    async with house.session.get(f"{house.base}/stats", headers=root) as response:
+    async with server.session.get(f"{server.base}/stats", headers=root) as response:
         state = await response.json()
     expected = {"missing_key": 1, "invalid_key": 1, "session": 1, "not_admin": 1, "origin": 1}
     assert state["auth_failures"] == {**expected, "host": 0}
-    async with house.session.get(f"{house.base}/metrics", headers=root) as response:
+    async with server.session.get(f"{server.base}/metrics", headers=root) as response:
         found = samples(await response.text())
     for reason, number in state["auth_failures"].items():
         assert found["aioserver_auth_failures_total", ("reason", reason)] == number
-    assert not house.app[context.MONITOR]._incidents, "five are no burst"
+    assert not server.app[context.MONITOR]._incidents, "five are no burst"
 
     for _ in range(incidents.DENIED_BURST):
-        async with house.session.get(f"{house.base}/stats") as response:
+        async with server.session.get(f"{server.base}/stats") as response:
             assert response.status == 401
     tick()
     tick()
-    (incident,) = house.app[context.MONITOR]._incidents
+    (incident,) = server.app[context.MONITOR]._incidents
     assert (incident["kind"], incident["severity"]) == ("auth", "warning")
     assert incident["text"].startswith("15 requests denied")
 
 
-async def test_a_few_now_and_then_are_no_burst(make_house: Make) -> None:
-    house = await make_house(**keys_of("web"))
+async def test_a_few_now_and_then_are_no_burst(make_server: MakeServer) -> None:
+    server = await make_server(**keys_of("web"))
     for _ in range(2 * incidents.DENIED_TICKS):
         for _ in range(incidents.DENIED_BURST // incidents.DENIED_TICKS - 1):
-            async with house.session.get(f"{house.base}/stats"):
+            async with server.session.get(f"{server.base}/stats"):
                 pass
-        house.app[context.MONITOR].tick()
+        server.app[context.MONITOR].tick()
     for _ in range(incidents.DENIED_BURST - 1):
-        async with house.session.get(f"{house.base}/stats"):
+        async with server.session.get(f"{server.base}/stats"):
             pass
-    house.app[context.MONITOR].tick()
+    server.app[context.MONITOR].tick()
     for _ in range(incidents.DENIED_TICKS):
-        house.app[context.MONITOR].tick()
-    async with house.session.get(f"{house.base}/stats"):
+        server.app[context.MONITOR].tick()
+    async with server.session.get(f"{server.base}/stats"):
         pass
-    house.app[context.MONITOR].tick()
+    server.app[context.MONITOR].tick()
 
-    assert not house.app[context.MONITOR]._incidents
+    assert not server.app[context.MONITOR]._incidents
 
 
 async def test_a_callers_name_is_in_the_lines_of_its_requests(
-    make_house: Make, caplog: pytest.LogCaptureFixture
+    make_server: MakeServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    house = await make_house(**keys_of("web"))
-    async with house.connect(headers=bearer("web")) as ws:
+    server = await make_server(**keys_of("web"))
+    async with server.connect(headers=bearer("web")) as ws:
         await ws.send_json(chat("r"))
         await to_end(ws)
     for streamed in (True, False):
-        async with house.session.post(
-            f"{house.v1}/chat/completions",
+        async with server.session.post(
+            f"{server.v1}/chat/completions",
             json={**CHAT, "stream": streamed},
             headers=bearer("web"),
         ) as response:
             await response.read()
-    await house.nothing_held()
+    await server.nothing_held()
 
     told = [one for one in caplog.records if hasattr(one, "fields")]
     lines = [one.getMessage() for one in told]
@@ -275,7 +273,7 @@ async def test_a_callers_name_is_in_the_lines_of_its_requests(
 
 
 @asynccontextmanager
-async def watching(house: House, query: str = "") -> AsyncIterator[list[tuple[str, Any]]]:
+async def watching(server: RunningServer, query: str = "") -> AsyncIterator[list[tuple[str, Any]]]:
     """What a watcher is told, as (event, data)."""
     told: list[tuple[str, Any]] = []
 
@@ -287,7 +285,7 @@ async def watching(house: House, query: str = "") -> AsyncIterator[list[tuple[st
                 for event in eventstream.parse(splitter.feed(data))
             )
 
-    async with house.session.get(f"{house.base}/events{query}") as response:
+    async with server.session.get(f"{server.base}/events{query}") as response:
         assert (response.status, response.content_type) == (200, "text/event-stream")
         task = asyncio.create_task(read(response))
         try:
@@ -295,13 +293,15 @@ async def watching(house: House, query: str = "") -> AsyncIterator[list[tuple[st
         finally:
             task.cancel()
             await asyncio.wait((task,))
-    await until(lambda: not house.app[context.MONITOR]._watchers)
+    await until(lambda: not server.app[context.MONITOR]._watchers)
 
 
-async def test_a_watcher_gets_the_history_then_the_state_each_second(house: House) -> None:
+async def test_a_watcher_gets_the_history_then_the_state_each_second(
+    server: RunningServer,
+) -> None:
     for _ in range(3):
-        house.app[context.MONITOR].tick()
-    async with watching(house) as told:
+        server.app[context.MONITOR].tick()
+    async with watching(server) as told:
         await until(lambda: len([kind for kind, _ in told if kind == "stats"]) >= 2)
 
     told = [one for one in told if one[0] != "incident"]  # of a busy machine
@@ -311,17 +311,17 @@ async def test_a_watcher_gets_the_history_then_the_state_each_second(house: Hous
     for series in (*history["series"].values(), *history["providers"]["sim"].values()):
         assert len(series) == len(history["time"])
     assert told[2][1]["watchers"] == 1
-    assert told[2][1].keys() == house.app[context.MONITOR].snapshot.keys()
+    assert told[2][1].keys() == server.app[context.MONITOR].snapshot.keys()
 
 
-async def test_a_watcher_may_ask_for_less(house: House) -> None:
-    async with watching(house, "?interval=5") as told:
+async def test_a_watcher_may_ask_for_less(server: RunningServer) -> None:
+    async with watching(server, "?interval=5") as told:
         await until(lambda: bool(told))
-        ticks = house.app[context.MONITOR]._ticks
+        ticks = server.app[context.MONITOR]._ticks
         for _ in range(10):
-            house.app[context.MONITOR].tick()
-        ran = house.app[context.MONITOR]._ticks - ticks
-        house.app[context.MONITOR].incident("test", "now")
+            server.app[context.MONITOR].tick()
+        ran = server.app[context.MONITOR]._ticks - ticks
+        server.app[context.MONITOR].incident("test", "now")
 
         def last() -> int | None:
             return next(
@@ -337,17 +337,19 @@ async def test_a_watcher_may_ask_for_less(house: House) -> None:
 
 
 @pytest.mark.parametrize("interval", ["0", "61", "-1", "nan", "inf", "x", ""])
-async def test_an_interval_that_cannot_be(house: House, interval: str) -> None:
-    async with house.session.get(f"{house.base}/events?interval={interval}") as response:
+async def test_an_interval_that_cannot_be(server: RunningServer, interval: str) -> None:
+    async with server.session.get(f"{server.base}/events?interval={interval}") as response:
         assert response.status == 400
         assert (await response.json())["error"]["param"] == "interval"
 
 
-async def test_who_watches_is_bounded(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_who_watches_is_bounded(
+    server: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(monitor, "MAX_WATCHERS", 1)
     async with (
-        watching(house) as told,
-        house.session.get(f"{house.base}/events") as response,
+        watching(server) as told,
+        server.session.get(f"{server.base}/events") as response,
     ):
         assert response.status == 503
         assert "Retry-After" in response.headers
@@ -355,15 +357,15 @@ async def test_who_watches_is_bounded(house: House, monkeypatch: pytest.MonkeyPa
 
 
 async def test_a_watcher_who_takes_nothing_is_dropped(
-    make_house: Make, monkeypatch: pytest.MonkeyPatch
+    make_server: MakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    house = await make_house(**{"chat.streams.send_timeout": 0.2})
-    mine = house.app[context.MONITOR]
+    server = await make_server(**{"chat.streams.send_timeout": 0.2})
+    mine = server.app[context.MONITOR]
     drops: list[str] = []
     monkeypatch.setattr(
-        house.app[context.ADMISSION], "dropped", lambda face, why: drops.append(f"{face}: {why}")
+        server.app[context.ADMISSION], "dropped", lambda face, why: drops.append(f"{face}: {why}")
     )
-    async with Raw(house, receive_buffer=SMALL) as raw:
+    async with Raw(server, receive_buffer=SMALL) as raw:
         await raw.get("/events")
         await until(lambda: bool(mine._watchers))
         while mine._watchers:
@@ -374,21 +376,21 @@ async def test_a_watcher_who_takes_nothing_is_dropped(
     assert drops[0].startswith("events: ")
 
 
-async def test_watchers_are_sent_home_when_the_server_ends(house: House) -> None:
-    async with watching(house) as told:
+async def test_watchers_are_sent_home_when_the_server_ends(server: RunningServer) -> None:
+    async with watching(server) as told:
         await until(lambda: bool(told))
-        house.app[context.MONITOR].incident("shutdown", "the server is stopping", severity="info")
-        house.app[context.LIFE].stopping.set()
-        await until(lambda: not house.app[context.MONITOR]._watchers)
+        server.app[context.MONITOR].incident("shutdown", "the server is stopping", severity="info")
+        server.app[context.LIFE].stopping.set()
+        await until(lambda: not server.app[context.MONITOR]._watchers)
         await until(lambda: told[-1][0] == "incident")
 
 
-async def test_a_loop_that_is_late_is_told(house: House) -> None:
-    mine = house.app[context.MONITOR]
-    async with watching(house) as told:
+async def test_a_loop_that_is_late_is_told(server: RunningServer) -> None:
+    mine = server.app[context.MONITOR]
+    async with watching(server) as told:
         await until(lambda: bool(told))
         block(0.35)
-        await until(lambda: house.app[context.LAG]._max >= 0.2)
+        await until(lambda: server.app[context.LAG]._max >= 0.2)
         mine.tick()
         worst = mine.snapshot["loop"]["lag_max"]
         await until(lambda: any(kind == "incident" for kind, _ in told))
@@ -401,8 +403,8 @@ async def test_a_loop_that_is_late_is_told(house: House) -> None:
 # The metrics.
 
 
-async def scrape(house: House) -> str:
-    async with house.session.get(f"{house.base}/metrics") as response:
+async def scrape(server: RunningServer) -> str:
+    async with server.session.get(f"{server.base}/metrics") as response:
         assert response.status == 200
         assert response.headers["Content-Type"].startswith("text/plain; version=")
         return await response.text()
@@ -420,12 +422,14 @@ def samples(text: str) -> dict[tuple[Any, ...], float]:
     return found
 
 
-async def test_the_metrics_are_there_from_the_start_and_stay_the_same(house: House) -> None:
-    before = samples(await scrape(house))
-    async with house.connect() as ws:
+async def test_the_metrics_are_there_from_the_start_and_stay_the_same(
+    server: RunningServer,
+) -> None:
+    before = samples(await scrape(server))
+    async with server.connect() as ws:
         await ws.send_json(chat("a"))
         await to_end(ws)
-    after = samples(await scrape(house))
+    after = samples(await scrape(server))
 
     assert before.keys() == after.keys()
     ours = {name: value for name, value in before.items() if "_total" in name[0]}
@@ -438,12 +442,12 @@ async def test_the_metrics_are_there_from_the_start_and_stay_the_same(house: Hou
     assert all(name[0].startswith(("aioserver_", "process_")) for name in before)
 
 
-async def test_histograms_grow_to_their_count(house: House) -> None:
+async def test_histograms_grow_to_their_count(server: RunningServer) -> None:
     for _ in range(5):
-        async with house.session.post(f"{house.v1}/chat/completions", json=CHAT) as response:
+        async with server.session.post(f"{server.v1}/chat/completions", json=CHAT) as response:
             await response.read()
 
-    found = samples(await scrape(house))
+    found = samples(await scrape(server))
 
     buckets = [
         value
@@ -456,14 +460,14 @@ async def test_histograms_grow_to_their_count(house: House) -> None:
     assert found["aioserver_request_duration_seconds_sum", ("face", "openai")] > 0
 
 
-async def test_no_label_comes_from_a_client(house: House) -> None:
+async def test_no_label_comes_from_a_client(server: RunningServer) -> None:
     body = {**CHAT, "model": "evil\n} 1", "user": "evil-user", "stream": True}
-    async with house.session.post(
-        f"{house.v1}/chat/completions", json=body, headers={"X-Request-Id": "evil-id"}
+    async with server.session.post(
+        f"{server.v1}/chat/completions", json=body, headers={"X-Request-Id": "evil-id"}
     ) as response:
         await response.read()
 
-    text = await scrape(house)
+    text = await scrape(server)
 
     assert "evil" not in text
     assert 'model="other"' in text

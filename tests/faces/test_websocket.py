@@ -24,15 +24,11 @@ from tests.support.chat import (
     whole,
 )
 from tests.support.raw import BINARY, CLOSE, PING, PONG, SMALL, TEXT, Raw, closing, masked
-from tests.support.server import PACED, QUICK, SILENT, SLOW
+from tests.support.server import PACED, QUICK, SILENT, SLOW, MakeServer
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
-
-    from tests.support.server import House
-
-    Make = Callable[..., Awaitable[House]]
+    from tests.support.server import RunningServer
 
 
 async def closed_with(ws: aiohttp.ClientWebSocketResponse) -> tuple[int | None, list[Any]]:
@@ -47,8 +43,10 @@ async def closed_with(ws: aiohttp.ClientWebSocketResponse) -> tuple[int | None, 
 # Answers.
 
 
-async def test_an_answer_has_numbered_events_and_the_truth_about_its_end(house: House) -> None:
-    async with house.connect() as ws:
+async def test_an_answer_has_numbered_events_and_the_truth_about_its_end(
+    server: RunningServer,
+) -> None:
+    async with server.connect() as ws:
         await ws.send_json(
             chat("r1", conversation_id="c1", options={"stream_options": {"include_usage": True}})
         )
@@ -75,8 +73,8 @@ async def test_an_answer_has_numbered_events_and_the_truth_about_its_end(house: 
     assert metadata["usage"]["completion_tokens"] > 0
 
 
-async def test_an_answer_that_is_not_streamed_has_one_chunk(house: House) -> None:
-    async with house.connect() as ws:
+async def test_an_answer_that_is_not_streamed_has_one_chunk(server: RunningServer) -> None:
+    async with server.connect() as ws:
         await ws.send_json(chat("r1", streaming=True))
         streamed = await to_end(ws)
         await ws.send_json(chat("r2", streaming=False, conversation_id="other"))
@@ -84,26 +82,26 @@ async def test_an_answer_that_is_not_streamed_has_one_chunk(house: House) -> Non
 
     assert [frame["status"] for frame in frames] == ["processing", "chunk", "complete"]
     assert text_of(frames) == text_of(streamed)
-    assert not house.simulator.bodies[-1].get("stream")
+    assert not server.simulator.bodies[-1].get("stream")
 
 
 async def test_options_are_merged_into_the_body_and_configured_values_fill_the_rest(
-    make_house: Make,
+    make_server: MakeServer,
 ) -> None:
-    house = await make_house(
+    server = await make_server(
         **{
             "llm.providers.sim.temperature": 0.7,
             "llm.providers.sim.max_tokens": 512,
             "chat.service.system_prompt": "Be brief.",
         }
     )
-    async with house.connect() as ws:
+    async with server.connect() as ws:
         await ws.send_json(chat("r1", model="other", options={"temperature": 0.2, "seed": 7}))
         await to_end(ws)
         await ws.send_json(chat("r2", messages=[{"role": "user", "content": "Hi"}]))
         await to_end(ws)
 
-    first, second = house.simulator.bodies
+    first, second = server.simulator.bodies
     assert (first["model"], first["temperature"], first["seed"]) == ("other", 0.2, 7)
     assert (first["max_tokens"], first["stream"]) == (512, True)
     assert first["messages"] == [
@@ -114,9 +112,9 @@ async def test_options_are_merged_into_the_body_and_configured_values_fill_the_r
     assert {"role": "user", "content": "Hi"} in second["messages"]
 
 
-async def test_tool_calls_come_as_chunks_of_their_own(house: House) -> None:
+async def test_tool_calls_come_as_chunks_of_their_own(server: RunningServer) -> None:
     tools = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
-    async with house.connect() as ws:
+    async with server.connect() as ws:
         await ws.send_json(chat("r1", "call a tool", options={"tools": tools}))
         frames = await to_end(ws)
 
@@ -127,9 +125,9 @@ async def test_tool_calls_come_as_chunks_of_their_own(house: House) -> None:
 
 
 async def test_a_fault_of_the_provider_is_an_error_event_and_the_socket_lives_on(
-    house: House,
+    server: RunningServer,
 ) -> None:
-    async with house.connect() as ws:
+    async with server.connect() as ws:
         await ws.send_json(chat("r1", model="fault-cut-3"))
         frames = await to_end(ws)
         assert frames[-1]["status"] == "error"
@@ -142,18 +140,18 @@ async def test_a_fault_of_the_provider_is_an_error_event_and_the_socket_lives_on
         assert (await to_end(ws))[-1]["status"] == "complete"
 
 
-async def test_ping_is_answered_with_pong(house: House) -> None:
-    async with house.connect() as ws:
+async def test_ping_is_answered_with_pong(server: RunningServer) -> None:
+    async with server.connect() as ws:
         await ws.send_json({"action": "ping"})
         assert await ws.receive_json() == {"request_id": None, "status": "pong", "chunk": {}}
         await ws.send_json({"action": "ping", "request_id": "p1"})
         assert (await ws.receive_json())["request_id"] == "p1"
 
 
-async def test_several_answers_run_at_once_on_one_socket(make_house: Make) -> None:
-    house = await make_house(PACED)
+async def test_several_answers_run_at_once_on_one_socket(make_server: MakeServer) -> None:
+    server = await make_server(PACED)
 
-    async with house.connect() as ws:
+    async with server.connect() as ws:
         for number in range(5):
             await ws.send_json(chat(f"r{number}", conversation_id=f"c{number}"))
         ended: dict[str, list[Any]] = {f"r{number}": [] for number in range(5)}
@@ -161,14 +159,14 @@ async def test_several_answers_run_at_once_on_one_socket(make_house: Make) -> No
             frame = await ws.receive_json(timeout=20)
             ended[frame["request_id"]].append(frame)
 
-    assert house.simulator.stats().peak_active == 5
+    assert server.simulator.stats().peak_active == 5
     for frames in ended.values():
         assert numbers(frames) == list(range(1, len(frames) + 1))
 
 
-async def test_the_33rd_answer_on_one_socket_is_refused(make_house: Make) -> None:
-    house = await make_house(SILENT)
-    async with house.connect() as ws:
+async def test_the_33rd_answer_on_one_socket_is_refused(make_server: MakeServer) -> None:
+    server = await make_server(SILENT)
+    async with server.connect() as ws:
         for number in range(32):
             await ws.send_json(chat(f"r{number}"))
         await ws.send_json(chat("r32"))
@@ -191,15 +189,17 @@ async def test_the_33rd_answer_on_one_socket_is_refused(make_house: Make) -> Non
             await ws.send_json(cancel(f"r{number}"))
 
 
-async def test_a_request_waiting_for_its_provider_is_told_its_position(make_house: Make) -> None:
-    house = await make_house(
+async def test_a_request_waiting_for_its_provider_is_told_its_position(
+    make_server: MakeServer,
+) -> None:
+    server = await make_server(
         SILENT,
         **{
             "llm.providers.sim.http_client.concurrent_requests": 1,
             "llm.providers.sim.http_client.queue_size": 2,
         },
     )
-    async with house.connect() as ws:
+    async with server.connect() as ws:
         await ws.send_json(chat("r1"))
         await until_status(ws, "processing")
         await ws.send_json(chat("r2"))
@@ -220,8 +220,8 @@ async def test_a_request_waiting_for_its_provider_is_told_its_position(make_hous
         assert frames[-1]["request_id"] == "r2"
         for name in ("r2", "r3"):
             await ws.send_json(cancel(name))
-        await until(lambda: house.held()["running"] == 0)
-    assert house.simulator.stats().requests <= 3
+        await until(lambda: server.held()["running"] == 0)
+    assert server.simulator.stats().requests <= 3
 
 
 # What is no command.
@@ -306,8 +306,10 @@ NO_COMMANDS: list[tuple[str, str, str | None]] = [
 ]
 
 
-async def test_what_is_no_command_gets_an_error_frame_and_the_socket_stays(house: House) -> None:
-    async with house.connect() as ws:
+async def test_what_is_no_command_gets_an_error_frame_and_the_socket_stays(
+    server: RunningServer,
+) -> None:
+    async with server.connect() as ws:
         for frame, code, request_id in NO_COMMANDS:
             await ws.send_str(frame)
             answer = await ws.receive_json()
@@ -318,13 +320,13 @@ async def test_what_is_no_command_gets_an_error_frame_and_the_socket_stays(house
 
         await ws.send_json({"action": "ping"})
         assert (await ws.receive_json())["status"] == "pong"
-    assert house.simulator.stats().requests == 0
+    assert server.simulator.stats().requests == 0
 
 
 async def test_a_deeply_nested_question_is_answered_or_refused_and_the_socket_stays(
-    house: House,
+    server: RunningServer,
 ) -> None:
-    async with house.connect() as ws:
+    async with server.connect() as ws:
         for depth in (100, 200, 252, 254, 255, 300, 1000, 1023):
             deep = "[" * depth + "]" * depth
             payload = f'{{"text":"x","options":{{"x":{deep}}}}}'
@@ -338,16 +340,16 @@ async def test_a_deeply_nested_question_is_answered_or_refused_and_the_socket_st
         assert (await ws.receive_json())["status"] == "pong"
 
 
-async def test_a_binary_frame_closes_with_1003(house: House) -> None:
-    async with house.connect() as ws:
+async def test_a_binary_frame_closes_with_1003(server: RunningServer) -> None:
+    async with server.connect() as ws:
         await ws.send_bytes(b"x")
         code, _ = await closed_with(ws)
 
     assert code == 1003
 
 
-async def test_invalid_utf8_closes_with_1007(house: House) -> None:
-    async with Raw(house) as raw:
+async def test_invalid_utf8_closes_with_1007(server: RunningServer) -> None:
+    async with Raw(server) as raw:
         await raw.upgrade()
         await raw.send_frame(TEXT, b'{"action":"\xff"}')
         opcode, payload = await raw.frame()
@@ -365,8 +367,8 @@ async def test_invalid_utf8_closes_with_1007(house: House) -> None:
         masked(PING, b"x" * 126),  # a long control frame
     ],
 )
-async def test_a_protocol_error_closes_with_1002(house: House, data: bytes) -> None:
-    async with Raw(house) as raw:
+async def test_a_protocol_error_closes_with_1002(server: RunningServer, data: bytes) -> None:
+    async with Raw(server) as raw:
         await raw.upgrade()
         await raw.send(data)
         opcode, payload = await raw.frame()
@@ -377,9 +379,9 @@ async def test_a_protocol_error_closes_with_1002(house: House, data: bytes) -> N
 
 @pytest.mark.parametrize("cut", [False, True])
 async def test_the_limit_of_a_message_is_inclusive_and_counts_bytes(
-    make_house: Make, cut: bool
+    make_server: MakeServer, cut: bool
 ) -> None:
-    house = await make_house(**{"chat.websocket.max_message_size": 1000})
+    server = await make_server(**{"chat.websocket.max_message_size": 1000})
     empty = len(json.dumps({"action": "ping", "x": ""}, ensure_ascii=False).encode())
 
     async def send(raw: Raw, size: int, letter: str) -> None:
@@ -394,7 +396,7 @@ async def test_the_limit_of_a_message_is_inclusive_and_counts_bytes(
             await raw.send_frame(TEXT, frame)
 
     for letter in ("x", "é"):
-        async with Raw(house) as raw:
+        async with Raw(server) as raw:
             await raw.upgrade()
             await send(raw, 1000, letter)
             assert (await raw.json_frame())["status"] == "pong"
@@ -410,9 +412,9 @@ async def test_the_limit_of_a_message_is_inclusive_and_counts_bytes(
 
 @pytest.mark.parametrize("size", [2**62, 2**63 - 1])
 async def test_a_declared_length_beyond_all_reason_closes_with_1009(
-    house: House, size: int
+    server: RunningServer, size: int
 ) -> None:
-    async with Raw(house) as raw:
+    async with Raw(server) as raw:
         await raw.upgrade()
         await raw.send(b"\x81\xff" + size.to_bytes(8, "big") + b"\0\0\0\0" + b"x" * 1000)
         opcode, payload = await raw.frame()
@@ -422,9 +424,9 @@ async def test_a_declared_length_beyond_all_reason_closes_with_1009(
 
 
 @pytest.mark.parametrize("opcode", [TEXT, PING])
-async def test_a_flood_of_frames_closes_with_1008(house: House, opcode: int) -> None:
+async def test_a_flood_of_frames_closes_with_1008(server: RunningServer, opcode: int) -> None:
     payload = b'{"action":"ping"}' if opcode == TEXT else b""
-    async with Raw(house) as raw:
+    async with Raw(server) as raw:
         await raw.upgrade()
         await raw.send(masked(opcode, payload) * 400)
         frames: list[tuple[int, bytes]] = []
@@ -439,8 +441,8 @@ async def test_a_flood_of_frames_closes_with_1008(house: House, opcode: int) -> 
     assert rest == []
 
 
-async def test_a_burst_within_the_bound_is_no_flood(house: House) -> None:
-    async with house.connect() as ws:
+async def test_a_burst_within_the_bound_is_no_flood(server: RunningServer) -> None:
+    async with server.connect() as ws:
         for _ in range(150):
             await ws.send_json({"action": "ping"})
         for _ in range(150):
@@ -456,10 +458,10 @@ async def test_a_burst_within_the_bound_is_no_flood(house: House) -> None:
     ],
 )
 async def test_who_is_sent_away_while_it_sends_learns_why(
-    make_house: Make, data: bytes, code: int
+    make_server: MakeServer, data: bytes, code: int
 ) -> None:
-    house = await make_house(**{"chat.websocket.max_message_size": 1000})
-    async with Raw(house) as raw:
+    server = await make_server(**{"chat.websocket.max_message_size": 1000})
+    async with Raw(server) as raw:
         await raw.upgrade()
         await raw.send(data)  # not met by a reset, which could destroy the close frame
         frames: list[tuple[int, bytes]] = []
@@ -468,18 +470,18 @@ async def test_who_is_sent_away_while_it_sends_learns_why(
         assert closing(frames[-1][1])[0] == code
         await raw.send_frame(CLOSE, frames[-1][1])
         assert await raw.frames() == []
-        await house.nothing_held(1)
+        await server.nothing_held(1)
 
 
 @pytest.mark.parametrize(
     ("fault", "code"), [(masked(TEXT, b"\xff"), 1007), (masked(BINARY, b"x"), 1003)]
 )
 async def test_nothing_follows_a_close_frame(
-    make_house: Make, monkeypatch: pytest.MonkeyPatch, fault: bytes, code: int
+    make_server: MakeServer, monkeypatch: pytest.MonkeyPatch, fault: bytes, code: int
 ) -> None:
     monkeypatch.setattr(websocket, "CLOSE_TIMEOUT", 0.3)
-    house = await make_house(Behaviour(ttft=0, interval=0.002, tokens=5000))
-    async with Raw(house) as raw:
+    server = await make_server(Behaviour(ttft=0, interval=0.002, tokens=5000))
+    async with Raw(server) as raw:
         await raw.upgrade()
         await raw.send_json(chat("r1"))
         for _ in range(10):
@@ -490,25 +492,25 @@ async def test_nothing_follows_a_close_frame(
     opcodes = [opcode for opcode, _ in frames]
     assert opcodes.index(CLOSE) == len(frames) - 1
     assert closing(frames[-1][1])[0] == code
-    async with house.connect() as ws:
+    async with server.connect() as ws:
         await ws.send_json(cancel("r1"))
         await to_end(ws)
 
 
 async def test_a_close_does_not_wait_for_all_that_a_client_leaves_unread(
-    make_house: Make, monkeypatch: pytest.MonkeyPatch
+    make_server: MakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(websocket, "CLOSE_TIMEOUT", 0.3)
-    house = await make_house(
+    server = await make_server(
         **{"chat.streams.send_timeout": 30.0, "chat.streams.max_stream_bytes": 1 << 26}
     )
-    async with Raw(house, receive_buffer=SMALL) as raw:
+    async with Raw(server, receive_buffer=SMALL) as raw:
         await raw.upgrade()
         await raw.send_json(chat("r1", **big(30_000, 200)))
-        await house.simulator.until(lambda stats: stats.completed == 1)
+        await server.simulator.until(lambda stats: stats.completed == 1)
         await raw.send_frame(BINARY, b"x")
 
-        await until(lambda: house.held()["places"] == 0, 5)
+        await until(lambda: server.held()["places"] == 0, 5)
         raw.widen()
         assert len(await raw.frames()) < 200
 
@@ -517,10 +519,10 @@ async def test_a_close_does_not_wait_for_all_that_a_client_leaves_unread(
 
 
 async def test_the_same_request_replays_and_is_asked_of_the_provider_once(
-    make_house: Make,
+    make_server: MakeServer,
 ) -> None:
-    house = await make_house(PACED)
-    async with house.connect() as first, house.connect() as second:
+    server = await make_server(PACED)
+    async with server.connect() as first, server.connect() as second:
         await first.send_json(chat("r1"))
         await until_status(first, "chunk")
         await second.send_json(chat("r1"))  # while it runs, from elsewhere
@@ -531,11 +533,13 @@ async def test_the_same_request_replays_and_is_asked_of_the_provider_once(
 
     assert numbers(again) == list(range(1, len(again) + 1))
     assert replayed == again
-    assert house.simulator.stats().requests == 1
+    assert server.simulator.stats().requests == 1
 
 
-async def test_another_payload_under_a_known_request_id_is_a_conflict(house: House) -> None:
-    async with house.connect() as ws:
+async def test_another_payload_under_a_known_request_id_is_a_conflict(
+    server: RunningServer,
+) -> None:
+    async with server.connect() as ws:
         await ws.send_json(chat("r1"))
         await to_end(ws)
         await ws.send_json(chat("r1", "Something else"))
@@ -543,12 +547,12 @@ async def test_another_payload_under_a_known_request_id_is_a_conflict(house: Hou
 
     assert (answer["request_id"], answer["status"]) == ("r1", "error")
     assert answer["chunk"]["code"] == "request_conflict"
-    assert house.simulator.stats().requests == 1
+    assert server.simulator.stats().requests == 1
 
 
-async def test_two_readers_of_one_stream_get_all_of_it(make_house: Make) -> None:
-    house = await make_house(PACED)
-    async with house.connect() as first, house.connect() as second:
+async def test_two_readers_of_one_stream_get_all_of_it(make_server: MakeServer) -> None:
+    server = await make_server(PACED)
+    async with server.connect() as first, server.connect() as second:
         await first.send_json(chat("r1"))
         await until_status(first, "chunk")
         await second.send_json(resume("r1"))
@@ -558,16 +562,16 @@ async def test_two_readers_of_one_stream_get_all_of_it(make_house: Make) -> None
 
     assert numbers(theirs) == list(range(1, len(theirs) + 1))
     assert theirs[-1] == mine[-1]
-    assert house.simulator.stats().requests == 1
+    assert server.simulator.stats().requests == 1
 
 
 # Cancel.
 
 
-async def test_cancel_closes_the_providers_socket_at_once(make_house: Make) -> None:
-    house = await make_house(SLOW)
+async def test_cancel_closes_the_providers_socket_at_once(make_server: MakeServer) -> None:
+    server = await make_server(SLOW)
     loop = asyncio.get_running_loop()
-    async with house.connect() as ws, house.connect() as other:
+    async with server.connect() as ws, server.connect() as other:
         await ws.send_json(chat("r1"))
         await until_status(ws, "chunk")
         await other.send_json(resume("r1"))
@@ -575,7 +579,7 @@ async def test_cancel_closes_the_providers_socket_at_once(make_house: Make) -> N
 
         begun = loop.time()
         await ws.send_json(cancel("r1"))
-        await house.simulator.until(lambda stats: stats.aborted == 1)
+        await server.simulator.until(lambda stats: stats.aborted == 1)
         assert loop.time() - begun < 1
         assert (await to_end(ws))[-1]["status"] == "cancelled"
         end = (await to_end(other))[-1]  # for every reader
@@ -583,11 +587,11 @@ async def test_cancel_closes_the_providers_socket_at_once(make_house: Make) -> N
 
         await ws.send_json(cancel("r1"))  # again: its end is the answer
         assert await ws.receive_json() == end
-    assert house.provider.stats().pool.open == 0  # never reused half-read
+    assert server.provider.stats().pool.open == 0  # never reused half-read
 
 
-async def test_cancel_after_the_end_says_how_it_ended(house: House) -> None:
-    async with house.connect() as ws:
+async def test_cancel_after_the_end_says_how_it_ended(server: RunningServer) -> None:
+    async with server.connect() as ws:
         await ws.send_json(chat("r1"))
         frames = await to_end(ws)
         await ws.send_json(cancel("r1"))
@@ -595,9 +599,9 @@ async def test_cancel_after_the_end_says_how_it_ended(house: House) -> None:
         assert await ws.receive_json() == frames[-1]
 
 
-async def test_cancel_while_waiting_for_the_provider_asks_nothing(make_house: Make) -> None:
-    house = await make_house(SILENT, **{"llm.providers.sim.http_client.concurrent_requests": 1})
-    async with house.connect() as ws:
+async def test_cancel_while_waiting_for_the_provider_asks_nothing(make_server: MakeServer) -> None:
+    server = await make_server(SILENT, **{"llm.providers.sim.http_client.concurrent_requests": 1})
+    async with server.connect() as ws:
         await ws.send_json(chat("r1"))
         await until_status(ws, "processing")
         await ws.send_json(chat("r2"))
@@ -608,16 +612,16 @@ async def test_cancel_while_waiting_for_the_provider_asks_nothing(make_house: Ma
         await ws.send_json(cancel("r1"))
         await until_status(ws, "cancelled")
 
-    await house.nothing_held()
-    assert house.simulator.stats().requests <= 1
+    await server.nothing_held()
+    assert server.simulator.stats().requests <= 1
 
 
 # Resume.
 
 
-async def test_resume_from_any_event_gives_exactly_the_rest(house: House) -> None:
-    house.simulator.behaviour = Behaviour(ttft=0, interval=0, tokens=30)
-    async with house.connect() as ws:
+async def test_resume_from_any_event_gives_exactly_the_rest(server: RunningServer) -> None:
+    server.simulator.behaviour = Behaviour(ttft=0, interval=0, tokens=30)
+    async with server.connect() as ws:
         await ws.send_json(chat("r1"))
         frames = await to_end(ws)
         for after in range(len(frames)):
@@ -631,10 +635,10 @@ async def test_resume_from_any_event_gives_exactly_the_rest(house: House) -> Non
 
 @pytest.mark.parametrize("after", [0, 1, 7])
 async def test_resume_of_a_running_stream_gives_exactly_the_rest(
-    make_house: Make, after: int
+    make_server: MakeServer, after: int
 ) -> None:
-    house = await make_house(PACED)
-    async with house.connect() as ws, house.connect() as other:
+    server = await make_server(PACED)
+    async with server.connect() as ws, server.connect() as other:
         await ws.send_json(chat("r1"))
         seen: list[Any] = []
         while len(seen) < 10:
@@ -646,9 +650,9 @@ async def test_resume_of_a_running_stream_gives_exactly_the_rest(
     assert rest == seen[after:]
 
 
-async def test_resume_from_before_what_is_kept_is_a_gap(make_house: Make) -> None:
-    house = await make_house(**{"chat.streams.max_stream_bytes": 20_000})
-    async with house.connect() as ws:
+async def test_resume_from_before_what_is_kept_is_a_gap(make_server: MakeServer) -> None:
+    server = await make_server(**{"chat.streams.max_stream_bytes": 20_000})
+    async with server.connect() as ws:
         await ws.send_json(chat("r1", **big(1000, 60)))
         end = (await to_end(ws))[-1]["event_id"]
         await ws.send_json(resume("r1", 2))
@@ -660,9 +664,11 @@ async def test_resume_from_before_what_is_kept_is_a_gap(make_house: Make) -> Non
     assert numbers(rest) == [end - 2, end - 1, end]
 
 
-async def test_a_resume_that_fails_leaves_the_running_answer_alone(make_house: Make) -> None:
-    house = await make_house(PACED)
-    async with house.connect() as ws:
+async def test_a_resume_that_fails_leaves_the_running_answer_alone(
+    make_server: MakeServer,
+) -> None:
+    server = await make_server(PACED)
+    async with server.connect() as ws:
         await ws.send_json(chat("r1"))
         await until_status(ws, "chunk")
         await ws.send_json(resume("r1", 10_000))
@@ -675,9 +681,11 @@ async def test_a_resume_that_fails_leaves_the_running_answer_alone(make_house: M
 
 
 @pytest.mark.parametrize("politely", [True, False])
-async def test_who_left_in_mid_answer_misses_nothing(make_house: Make, politely: bool) -> None:
-    house = await make_house(PACED)
-    async with Raw(house) as raw:
+async def test_who_left_in_mid_answer_misses_nothing(
+    make_server: MakeServer, politely: bool
+) -> None:
+    server = await make_server(PACED)
+    async with Raw(server) as raw:
         await raw.upgrade()
         await raw.send_json(chat("r1"))
         seen = [await raw.json_frame() for _ in range(8)]
@@ -688,106 +696,108 @@ async def test_who_left_in_mid_answer_misses_nothing(make_house: Make, politely:
             seen += [json.loads(data) for opcode, data in frames if opcode == TEXT]
         else:
             raw.reset()
-        await until(lambda: house.held()["detached"] == 1)
+        await until(lambda: server.held()["detached"] == 1)
 
     after = seen[-1]["event_id"]
-    async with house.connect() as ws:
+    async with server.connect() as ws:
         await ws.send_json(resume("r1", after))
         rest = await to_end(ws)
-    by_sse = await whole(house, "r1", after)
+    by_sse = await whole(server, "r1", after)
 
     assert rest == by_sse
     assert numbers(seen + rest) == list(range(1, rest[-1]["event_id"] + 1))
     assert rest[-1]["status"] == "complete"
-    assert house.simulator.stats().requests == 1
-    assert house.simulator.stats().aborted == 0
+    assert server.simulator.stats().requests == 1
+    assert server.simulator.stats().aborted == 0
 
 
 async def test_a_stream_that_nobody_reads_is_cancelled_at_the_end_of_its_window(
-    make_house: Make,
+    make_server: MakeServer,
 ) -> None:
-    house = await make_house(SLOW, **{"chat.streams.resume_window": 0.3})
+    server = await make_server(SLOW, **{"chat.streams.resume_window": 0.3})
     loop = asyncio.get_running_loop()
-    async with house.connect() as ws:
+    async with server.connect() as ws:
         await ws.send_json(chat("r1"))
         await until_status(ws, "chunk")
     begun = loop.time()
 
-    await house.simulator.until(lambda stats: stats.aborted == 1)
+    await server.simulator.until(lambda stats: stats.aborted == 1)
 
     assert 0.2 < loop.time() - begun < 3
-    await house.nothing_held()
+    await server.nothing_held()
 
 
-async def test_coming_back_in_time_stops_the_window(make_house: Make) -> None:
-    house = await make_house(
+async def test_coming_back_in_time_stops_the_window(make_server: MakeServer) -> None:
+    server = await make_server(
         Behaviour(ttft=0, interval=0.02, tokens=60), **{"chat.streams.resume_window": 0.4}
     )
-    async with house.connect() as ws:
+    async with server.connect() as ws:
         await ws.send_json(chat("r1"))
         frames = await until_status(ws, "chunk")
-    await until(lambda: house.held()["detached"] == 1)
-    async with house.connect() as ws:
+    await until(lambda: server.held()["detached"] == 1)
+    async with server.connect() as ws:
         await ws.send_json(resume("r1", frames[-1]["event_id"]))
         assert (await to_end(ws))[-1]["status"] == "complete"  # 1.2 s: longer than the window
 
-    assert house.simulator.stats().aborted == 0
+    assert server.simulator.stats().aborted == 0
 
 
-async def test_with_a_window_of_zero_leaving_cancels_at_once(make_house: Make) -> None:
-    house = await make_house(SLOW, **{"chat.streams.resume_window": 0})
-    async with Raw(house) as raw:
+async def test_with_a_window_of_zero_leaving_cancels_at_once(make_server: MakeServer) -> None:
+    server = await make_server(SLOW, **{"chat.streams.resume_window": 0})
+    async with Raw(server) as raw:
         await raw.upgrade()
         await raw.send_json(chat("r1"))
         await raw.json_frame()
         await raw.json_frame()
         raw.reset()
 
-        await house.simulator.until(lambda stats: stats.aborted == 1)
-    await house.nothing_held()
+        await server.simulator.until(lambda stats: stats.aborted == 1)
+    await server.nothing_held()
 
 
-async def test_leaving_before_anything_was_sent_asks_nothing(make_house: Make) -> None:
-    house = await make_house(SILENT, **{"llm.providers.sim.http_client.concurrent_requests": 1})
-    async with house.connect() as ws:
+async def test_leaving_before_anything_was_sent_asks_nothing(make_server: MakeServer) -> None:
+    server = await make_server(SILENT, **{"llm.providers.sim.http_client.concurrent_requests": 1})
+    async with server.connect() as ws:
         await ws.send_json(chat("r1"))
         await until_status(ws, "processing")
-        async with house.connect() as other:
+        async with server.connect() as other:
             await other.send_json(chat("r2"))
             await until_status(other, "queued")
-        await until(lambda: house.held()["sim waiting"] == 0)
+        await until(lambda: server.held()["sim waiting"] == 0)
         await ws.send_json(cancel("r1"))
         await to_end(ws)
 
-    await house.nothing_held()
-    assert house.simulator.stats().requests == 1
+    await server.nothing_held()
+    assert server.simulator.stats().requests == 1
 
 
-async def test_a_detached_stream_gives_its_place_to_who_waits(make_house: Make) -> None:
-    house = await make_house(SILENT, **{"llm.providers.sim.http_client.concurrent_requests": 1})
-    async with house.connect() as ws:
+async def test_a_detached_stream_gives_its_place_to_who_waits(make_server: MakeServer) -> None:
+    server = await make_server(SILENT, **{"llm.providers.sim.http_client.concurrent_requests": 1})
+    async with server.connect() as ws:
         await ws.send_json(chat("r1"))
-        await house.simulator.until(lambda stats: stats.active == 1)
-    await until(lambda: house.held()["detached"] == 1)
-    house.simulator.behaviour = QUICK
+        await server.simulator.until(lambda stats: stats.active == 1)
+    await until(lambda: server.held()["detached"] == 1)
+    server.simulator.behaviour = QUICK
 
-    async with house.connect() as ws:
+    async with server.connect() as ws:
         await ws.send_json(chat("r2"))
         assert (await to_end(ws))[-1]["status"] == "complete"
         await ws.send_json(resume("r1", 0))
         assert (await to_end(ws))[-1]["status"] == "cancelled"
 
 
-async def test_there_are_at_most_max_detached_streams_without_a_reader(make_house: Make) -> None:
-    house = await make_house(SILENT, **{"chat.streams.max_detached": 2})
-    async with house.connect() as ws:
+async def test_there_are_at_most_max_detached_streams_without_a_reader(
+    make_server: MakeServer,
+) -> None:
+    server = await make_server(SILENT, **{"chat.streams.max_detached": 2})
+    async with server.connect() as ws:
         for number in range(4):
             await ws.send_json(chat(f"r{number}"))
-        await house.simulator.until(lambda stats: stats.active == 4)
+        await server.simulator.until(lambda stats: stats.active == 4)
 
-    await house.simulator.until(lambda stats: stats.aborted == 2)
-    assert house.held()["detached"] == 2
-    async with house.connect() as ws:
+    await server.simulator.until(lambda stats: stats.aborted == 2)
+    assert server.held()["detached"] == 2
+    async with server.connect() as ws:
         for number in range(4):
             await ws.send_json(cancel(f"r{number}"))
         ends = [(await to_end(ws))[-1]["status"] for _ in range(4)]
@@ -797,70 +807,73 @@ async def test_there_are_at_most_max_detached_streams_without_a_reader(make_hous
 # Conversations.
 
 
-async def history(house: House) -> list[tuple[str, str]]:
+async def history(server: RunningServer) -> list[tuple[str, str]]:
     """What the provider was sent last."""
-    return [(one["role"], one["content"]) for one in house.simulator.bodies[-1]["messages"]]
+    return [(one["role"], one["content"]) for one in server.simulator.bodies[-1]["messages"]]
 
 
-async def test_turns_of_one_socket_share_their_history(house: House) -> None:
-    async with house.connect() as ws:
+async def test_turns_of_one_socket_share_their_history(server: RunningServer) -> None:
+    async with server.connect() as ws:
         await ws.send_json(chat("r1", "one"))
         said = text_of(await to_end(ws))
         await ws.send_json(chat("r2", "two"))
         await to_end(ws)
-        assert await history(house) == [("user", "one"), ("assistant", said), ("user", "two")]
+        assert await history(server) == [("user", "one"), ("assistant", said), ("user", "two")]
 
         await ws.send_json(chat("r3", "three", conversation_id="c1"))
         await to_end(ws)
-        assert await history(house) == [("user", "three")]
-    async with house.connect() as ws:
+        assert await history(server) == [("user", "three")]
+    async with server.connect() as ws:
         await ws.send_json(chat("r4", "four"))
         await to_end(ws)
-        assert await history(house) == [("user", "four")]  # another socket
+        assert await history(server) == [("user", "four")]  # another socket
         await ws.send_json(chat("r5", "five", conversation_id="c1"))
         await to_end(ws)
-        assert [text for role, text in await history(house) if role == "user"] == ["three", "five"]
+        assert [text for role, text in await history(server) if role == "user"] == [
+            "three",
+            "five",
+        ]
 
 
-async def test_messages_neither_use_nor_write_the_history(house: House) -> None:
-    async with house.connect() as ws:
+async def test_messages_neither_use_nor_write_the_history(server: RunningServer) -> None:
+    async with server.connect() as ws:
         await ws.send_json(chat("r1", "one", conversation_id="c1"))
         await to_end(ws)
         await ws.send_json(
             chat("r2", messages=[{"role": "user", "content": "all"}], conversation_id="c1")
         )
         await to_end(ws)
-        assert await history(house) == [("user", "all")]
+        assert await history(server) == [("user", "all")]
         await ws.send_json(chat("r3", "two", conversation_id="c1"))
         await to_end(ws)
 
-    assert [text for role, text in await history(house) if role == "user"] == ["one", "two"]
+    assert [text for role, text in await history(server) if role == "user"] == ["one", "two"]
 
 
-async def test_a_failed_turn_leaves_nothing_in_the_history(house: House) -> None:
-    async with house.connect() as ws:
+async def test_a_failed_turn_leaves_nothing_in_the_history(server: RunningServer) -> None:
+    async with server.connect() as ws:
         await ws.send_json(chat("r1", "one", model="fault-cut-3"))
         assert (await to_end(ws))[-1]["status"] == "error"
         await ws.send_json(chat("r2", "two"))
         await to_end(ws)
 
-    assert await history(house) == [("user", "two")]
+    assert await history(server) == [("user", "two")]
 
 
-async def test_a_cancelled_turn_keeps_the_text_so_far(make_house: Make) -> None:
-    house = await make_house(SLOW)
-    async with house.connect() as ws:
+async def test_a_cancelled_turn_keeps_the_text_so_far(make_server: MakeServer) -> None:
+    server = await make_server(SLOW)
+    async with server.connect() as ws:
         await ws.send_json(chat("r1", "one"))
         await until_status(ws, "chunk")
         await ws.send_json(cancel("r1"))
         await to_end(ws)
-        said = text_of(await whole(house, "r1"))
-        house.simulator.behaviour = QUICK
+        said = text_of(await whole(server, "r1"))
+        server.simulator.behaviour = QUICK
         await ws.send_json(chat("r2", "two"))
         await to_end(ws)
 
     assert said
-    assert await history(house) == [("user", "one"), ("assistant", said), ("user", "two")]
+    assert await history(server) == [("user", "one"), ("assistant", said), ("user", "two")]
 
 
 # Pings and idleness.
@@ -868,9 +881,9 @@ async def test_a_cancelled_turn_keeps_the_text_so_far(make_house: Make) -> None:
 BRISK = {"chat.websocket.ping_interval": 0.4, "chat.websocket.ping_timeout": 0.2}
 
 
-async def test_a_live_client_is_pinged_and_kept(make_house: Make) -> None:
-    house = await make_house(**BRISK)
-    async with house.connect(autoping=False) as ws:
+async def test_a_live_client_is_pinged_and_kept(make_server: MakeServer) -> None:
+    server = await make_server(**BRISK)
+    async with server.connect(autoping=False) as ws:
         for _ in range(3):
             message = await ws.receive(timeout=5)
             assert message.type == WSMsgType.PING
@@ -879,10 +892,10 @@ async def test_a_live_client_is_pinged_and_kept(make_house: Make) -> None:
         assert (await ws.receive_json())["status"] == "pong"
 
 
-async def test_a_client_that_does_not_pong_is_closed_with_1011(make_house: Make) -> None:
-    house = await make_house(SILENT, **BRISK)
+async def test_a_client_that_does_not_pong_is_closed_with_1011(make_server: MakeServer) -> None:
+    server = await make_server(SILENT, **BRISK)
     loop = asyncio.get_running_loop()
-    async with Raw(house) as raw:
+    async with Raw(server) as raw:
         begun = loop.time()
         await raw.upgrade()
         await raw.send_json(chat("r1"))  # data does not replace a pong
@@ -895,22 +908,22 @@ async def test_a_client_that_does_not_pong_is_closed_with_1011(make_house: Make)
         assert closing(payload) == (1011, b"keepalive ping timeout")
         assert await raw.frames() == []
         assert 0.4 < loop.time() - begun < 5
-        await until(lambda: house.held()["sockets"] == 0)
-    async with house.connect() as ws:
+        await until(lambda: server.held()["sockets"] == 0)
+    async with server.connect() as ws:
         await ws.send_json(cancel("r1"))
         await to_end(ws)
 
 
-async def test_a_ping_of_the_clients_is_answered_with_its_payload(house: House) -> None:
-    async with Raw(house) as raw:
+async def test_a_ping_of_the_clients_is_answered_with_its_payload(server: RunningServer) -> None:
+    async with Raw(server) as raw:
         await raw.upgrade()
         await raw.send_frame(PING, b"payload")
 
         assert await raw.frame() == (PONG, b"payload")
 
 
-async def test_an_idle_client_is_closed_after_idle_timeout(make_house: Make) -> None:
-    house = await make_house(
+async def test_an_idle_client_is_closed_after_idle_timeout(make_server: MakeServer) -> None:
+    server = await make_server(
         PACED,
         **{
             "chat.websocket.idle_timeout": 0.3,
@@ -918,7 +931,7 @@ async def test_an_idle_client_is_closed_after_idle_timeout(make_house: Make) -> 
             "chat.websocket.ping_timeout": 0.2,
         },
     )
-    async with house.connect() as ws:
+    async with server.connect() as ws:
         await ws.send_json(chat("r1"))
         assert (await to_end(ws))[-1]["status"] == "complete"  # 0.4 s: not idle while it runs
         code, _ = await closed_with(ws)
@@ -927,39 +940,41 @@ async def test_an_idle_client_is_closed_after_idle_timeout(make_house: Make) -> 
 
 
 @pytest.mark.parametrize("payload", [b"", b"\x03\xe9", b"\x03\xe8bye"])
-async def test_a_close_frame_is_answered_and_frees_the_place(house: House, payload: bytes) -> None:
-    async with Raw(house) as raw:
+async def test_a_close_frame_is_answered_and_frees_the_place(
+    server: RunningServer, payload: bytes
+) -> None:
+    async with Raw(server) as raw:
         await raw.upgrade()
         await raw.send_frame(CLOSE, payload)
         frames = await raw.frames()
 
     assert [opcode for opcode, _ in frames] == [CLOSE]
-    await house.nothing_held(2)
+    await server.nothing_held(2)
 
 
 # The handshake.
 
 
-async def test_a_foreign_origin_is_refused_before_the_upgrade(make_house: Make) -> None:
-    house = await make_house(**{"chat.websocket.allow_origins": ["http://good.example"]})
-    async with Raw(house) as raw:
+async def test_a_foreign_origin_is_refused_before_the_upgrade(make_server: MakeServer) -> None:
+    server = await make_server(**{"chat.websocket.allow_origins": ["http://good.example"]})
+    async with Raw(server) as raw:
         head = await raw.upgrade("Origin: http://evil.example")
         body = json.loads(await raw.exactly(int(head.headers["content-length"])))
         assert head.status == 403
         assert body["error"]["code"] == "origin_not_allowed"
         assert "access-control-allow-origin" not in head.headers
     for origin in ("http://good.example", "HTTP://GOOD.example", "http://x"):  # x: our own Host
-        async with Raw(house) as raw:
+        async with Raw(server) as raw:
             assert (await raw.upgrade(f"Origin: {origin}")).status == 101
-    async with Raw(house) as raw:
+    async with Raw(server) as raw:
         assert (await raw.upgrade()).status == 101  # no browser
 
 
-async def test_a_plain_get_of_the_endpoint_is_a_clear_error(house: House) -> None:
-    async with Raw(house) as raw:
+async def test_a_plain_get_of_the_endpoint_is_a_clear_error(server: RunningServer) -> None:
+    async with Raw(server) as raw:
         await raw.get("/ws/chat")
         answer = await raw.answer()
 
     assert answer.status == 400
     assert answer.code == "invalid_request"
-    await house.nothing_held()
+    await server.nothing_held()

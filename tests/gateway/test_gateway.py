@@ -13,21 +13,18 @@ from aioserver.providers.simulator.exchange import Behaviour
 from aioserver.server import app as application
 from tests.support.chat import CHAT, STREAMED, chat, frames_of, to_end, until_status
 from tests.support.raw import CLOSE, TEXT, Raw, closing
-from tests.support.server import CONCURRENCY, PACED, QUICK, SILENT, SLOW
+from tests.support.server import CONCURRENCY, PACED, QUICK, SILENT, SLOW, MakeServer
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from tests.support.server import RunningServer
 
-    from tests.support.server import House
-
-    Make = Callable[..., Awaitable[House]]
 
 KEY = {"Idempotency-Key": "k1"}
 
 
-def post(house: House, body: object, headers: dict[str, str] | None = None) -> Any:
-    return house.session.post(house.v1 + "/chat/completions", json=body, headers=headers)
+def post(server: RunningServer, body: object, headers: dict[str, str] | None = None) -> Any:
+    return server.session.post(server.v1 + "/chat/completions", json=body, headers=headers)
 
 
 # Idempotency-Key.
@@ -35,160 +32,166 @@ def post(house: House, body: object, headers: dict[str, str] | None = None) -> A
 
 @pytest.mark.parametrize("body", [CHAT, STREAMED])
 async def test_a_repeated_request_with_a_key_is_answered_from_the_first(
-    house: House, body: object
+    server: RunningServer, body: object
 ) -> None:
     answers = []
     for _ in range(3):
-        async with post(house, body, KEY) as response:
+        async with post(server, body, KEY) as response:
             assert response.status == 200
             answers.append(await response.read())
 
     assert answers[0] == answers[1] == answers[2]
-    assert house.simulator.stats().requests == 1
+    assert server.simulator.stats().requests == 1
 
 
 @pytest.mark.parametrize("body", [CHAT, STREAMED])
 async def test_requests_with_one_key_at_once_are_one_answer(
-    make_house: Make, body: object
+    make_server: MakeServer, body: object
 ) -> None:
-    house = await make_house(Behaviour(ttft=0.1, interval=0.005, tokens=10))
+    server = await make_server(Behaviour(ttft=0.1, interval=0.005, tokens=10))
 
     async def ask() -> bytes:
-        async with post(house, body, KEY) as response:
+        async with post(server, body, KEY) as response:
             return bytes(await response.read())
 
     answers = await asyncio.gather(*(ask() for _ in range(5)))
 
     assert len(set(answers)) == 1
-    assert house.simulator.stats().requests == 1
+    assert server.simulator.stats().requests == 1
 
 
 @pytest.mark.parametrize("other", [{**CHAT, "seed": 1}, STREAMED])
-async def test_another_body_under_a_known_key_is_a_conflict(house: House, other: object) -> None:
-    async with post(house, CHAT, KEY) as response:
+async def test_another_body_under_a_known_key_is_a_conflict(
+    server: RunningServer, other: object
+) -> None:
+    async with post(server, CHAT, KEY) as response:
         await response.read()
-    async with post(house, other, KEY) as response:
+    async with post(server, other, KEY) as response:
         assert response.status == 409
         assert (await response.json())["error"]["code"] == "request_conflict"
         assert response.headers["x-should-retry"] == "false"
-    assert house.simulator.stats().requests == 1
+    assert server.simulator.stats().requests == 1
 
 
 @pytest.mark.parametrize("body", [CHAT, STREAMED])
 async def test_who_left_and_asks_again_with_its_key_pays_once(
-    make_house: Make, body: object
+    make_server: MakeServer, body: object
 ) -> None:
-    house = await make_house(Behaviour(ttft=0.3, interval=0))
-    async with Raw(house) as raw:
+    server = await make_server(Behaviour(ttft=0.3, interval=0))
+    async with Raw(server) as raw:
         await raw.post("/v1/chat/completions", body, "Idempotency-Key: k1")
-        await house.simulator.until(lambda stats: stats.active == 1)
+        await server.simulator.until(lambda stats: stats.active == 1)
         raw.reset()
-    await until(lambda: house.held()["detached"] == 1)
-    async with post(house, body, KEY) as response:
+    await until(lambda: server.held()["detached"] == 1)
+    async with post(server, body, KEY) as response:
         assert response.status == 200
         assert await response.read()
 
-    assert house.simulator.stats().requests == 1
+    assert server.simulator.stats().requests == 1
 
 
 @pytest.mark.parametrize("body", [CHAT, STREAMED])
 async def test_attaching_to_an_answer_that_nobody_read_stops_its_window(
-    make_house: Make, body: object
+    make_server: MakeServer, body: object
 ) -> None:
-    house = await make_house(
+    server = await make_server(
         Behaviour(ttft=0.8, interval=0), **{"chat.streams.resume_window": 0.4}
     )
-    async with Raw(house) as raw:
+    async with Raw(server) as raw:
         await raw.post("/v1/chat/completions", body, "Idempotency-Key: k1")
-        await house.simulator.until(lambda stats: stats.active == 1)
+        await server.simulator.until(lambda stats: stats.active == 1)
         raw.reset()
-    await until(lambda: house.held()["detached"] == 1)
-    async with post(house, body, KEY) as response:
+    await until(lambda: server.held()["detached"] == 1)
+    async with post(server, body, KEY) as response:
         assert response.status == 200, await response.text()
         assert await response.read()
 
-    assert house.simulator.stats().aborted == 0
+    assert server.simulator.stats().aborted == 0
 
 
 @pytest.mark.parametrize("body", [CHAT, STREAMED])
 async def test_an_answer_with_a_key_that_nobody_reads_ends_with_its_window(
-    make_house: Make, body: object
+    make_server: MakeServer, body: object
 ) -> None:
-    house = await make_house(SILENT, **{"chat.streams.resume_window": 0.2})
-    async with Raw(house) as raw:
+    server = await make_server(SILENT, **{"chat.streams.resume_window": 0.2})
+    async with Raw(server) as raw:
         await raw.post("/v1/chat/completions", body, "Idempotency-Key: k1")
-        await house.simulator.until(lambda stats: stats.active == 1)
+        await server.simulator.until(lambda stats: stats.active == 1)
         raw.reset()
 
-    await house.simulator.until(lambda stats: stats.aborted == 1)
-    await house.nothing_held()
+    await server.simulator.until(lambda stats: stats.aborted == 1)
+    await server.nothing_held()
 
 
-async def test_a_fault_is_replayed_too(house: House) -> None:
+async def test_a_fault_is_replayed_too(server: RunningServer) -> None:
     for _ in range(2):
-        async with post(house, {**CHAT, "model": "fault-status-500"}, KEY) as response:
+        async with post(server, {**CHAT, "model": "fault-status-500"}, KEY) as response:
             assert response.status == 502
-    assert house.simulator.stats().requests == 1
+    assert server.simulator.stats().requests == 1
 
 
-async def test_a_refusal_before_anything_was_sent_may_be_tried_again(make_house: Make) -> None:
-    house = await make_house(
+async def test_a_refusal_before_anything_was_sent_may_be_tried_again(
+    make_server: MakeServer,
+) -> None:
+    server = await make_server(
         SILENT,
         **{
             "llm.providers.sim.http_client.concurrent_requests": 1,
             "llm.providers.sim.http_client.queue_timeout": 0.1,
         },
     )
-    async with Raw(house) as raw:
+    async with Raw(server) as raw:
         await raw.post("/v1/chat/completions", CHAT)
-        await house.simulator.until(lambda stats: stats.active == 1)
-        async with post(house, CHAT, KEY) as response:
+        await server.simulator.until(lambda stats: stats.active == 1)
+        async with post(server, CHAT, KEY) as response:
             assert response.status == 503
             assert (await response.json())["error"]["code"] == "provider_queue_timeout"
-        house.simulator.behaviour = QUICK
+        server.simulator.behaviour = QUICK
         raw.reset()
-    await house.nothing_held()
-    async with post(house, CHAT, KEY) as response:
+    await server.nothing_held()
+    async with post(server, CHAT, KEY) as response:
         assert response.status == 200
 
 
 # Bounds.
 
 
-async def test_finished_answers_are_forgotten_after_their_window(make_house: Make) -> None:
-    house = await make_house(**{"chat.streams.resume_window": 0.2})
-    async with house.connect() as ws:
+async def test_finished_answers_are_forgotten_after_their_window(make_server: MakeServer) -> None:
+    server = await make_server(**{"chat.streams.resume_window": 0.2})
+    async with server.connect() as ws:
         await ws.send_json(chat("r1"))
         await to_end(ws)
-        assert house.app[context.STREAMS].stats().finished == 1
+        assert server.app[context.STREAMS].stats().finished == 1
 
-        await until(lambda: house.app[context.STREAMS].stats().finished == 0)
+        await until(lambda: server.app[context.STREAMS].stats().finished == 0)
 
-        assert house.app[context.STREAMS].stats().bytes == 0
+        assert server.app[context.STREAMS].stats().bytes == 0
         await ws.send_json({"action": "resume", "request_id": "r1"})
         assert (await ws.receive_json())["chunk"]["code"] == "stream_not_found"
 
 
-async def test_an_answer_without_a_window_is_forgotten_with_its_reader(make_house: Make) -> None:
-    house = await make_house()
+async def test_an_answer_without_a_window_is_forgotten_with_its_reader(
+    make_server: MakeServer,
+) -> None:
+    server = await make_server()
     for body in (CHAT, STREAMED):
-        async with post(house, body) as response:
+        async with post(server, body) as response:
             await response.read()
 
-    await until(lambda: house.app[context.STREAMS].stats().bytes == 0)
-    assert house.app[context.STREAMS].stats().finished == 0
+    await until(lambda: server.app[context.STREAMS].stats().bytes == 0)
+    assert server.app[context.STREAMS].stats().finished == 0
 
 
 async def test_new_answers_are_refused_where_running_ones_fill_the_memory(
-    make_house: Make,
+    make_server: MakeServer,
 ) -> None:
-    house = await make_house(
+    server = await make_server(
         Behaviour(ttft=0, interval=0.001, tokens=3000),
         **{"chat.streams.max_kept_bytes": 20_000, "chat.streams.max_stream_bytes": 30_000},
     )
-    async with house.connect() as ws:
+    async with server.connect() as ws:
         await ws.send_json(chat("r1"))
-        await until(lambda: house.app[context.STREAMS].stats().bytes > 20_000)
+        await until(lambda: server.app[context.STREAMS].stats().bytes > 20_000)
         await ws.send_json(chat("r2"))
         frames = await until_status(ws, "error")
         assert frames[-1]["request_id"] == "r2"
@@ -205,9 +208,9 @@ async def test_new_answers_are_refused_where_running_ones_fill_the_memory(
 
 
 async def test_the_end_closes_every_socket_with_1012_and_tells_every_stream(
-    make_house: Make,
+    make_server: MakeServer,
 ) -> None:
-    house = await make_house(
+    server = await make_server(
         SLOW,
         **{
             "chat.websocket.shutdown_timeout": 0.3,
@@ -216,21 +219,21 @@ async def test_the_end_closes_every_socket_with_1012_and_tells_every_stream(
         },
     )
     loop = asyncio.get_running_loop()
-    async with Raw(house) as idle, Raw(house) as busy, Raw(house) as events, Raw(house) as sdk:
+    async with Raw(server) as idle, Raw(server) as busy, Raw(server) as events, Raw(server) as sdk:
         for raw in (idle, busy):
             await raw.upgrade()
         await busy.send_json(chat("r1"))
         await events.ask_sse("r2", text="x")
         await sdk.post("/v1/chat/completions", STREAMED)
-        await house.simulator.until(lambda stats: stats.tokens_sent > 6)
-        async with Raw(house) as waiter, Raw(house) as poster:
+        await server.simulator.until(lambda stats: stats.tokens_sent > 6)
+        async with Raw(server) as waiter, Raw(server) as poster:
             await waiter.upgrade()
             assert (await waiter.json_frame())["status"] == "queued"
             await poster.post("/v1/chat/completions", CHAT)
-            await until(lambda: house.held()["waiting"] == 2)
+            await until(lambda: server.held()["waiting"] == 2)
 
             begun = loop.time()
-            ending = asyncio.ensure_future(application.end(house.runner))
+            ending = asyncio.ensure_future(application.end(server.runner))
             refused = await poster.answer()
             assert (refused.status, refused.code) == (503, "server_shutdown")
             assert "retry-after" in refused.headers
@@ -256,20 +259,20 @@ async def test_the_end_closes_every_socket_with_1012_and_tells_every_stream(
             assert loop.time() - begun < 5
 
     with pytest.raises(aiohttp.ClientConnectorError):
-        await house.session.get(house.base + "/ready")
-    rejections = house.app[context.METRICS].rejections["server_shutdown"].value
+        await server.session.get(server.base + "/ready")
+    rejections = server.app[context.METRICS].rejections["server_shutdown"].value
     assert rejections == 5  # the two that waited, the three that ran: each once
 
 
-async def test_running_answers_get_their_time_to_finish(make_house: Make) -> None:
-    house = await make_house(PACED, **{"chat.websocket.shutdown_timeout": 20.0})
+async def test_running_answers_get_their_time_to_finish(make_server: MakeServer) -> None:
+    server = await make_server(PACED, **{"chat.websocket.shutdown_timeout": 20.0})
     loop = asyncio.get_running_loop()
-    async with house.connect() as ws:
+    async with server.connect() as ws:
         await ws.send_json(chat("r1"))
         await until_status(ws, "chunk")
         begun = loop.time()
-        ending = asyncio.ensure_future(application.end(house.runner))
-        await until(lambda: not house.app[context.LIFE].ready)
+        ending = asyncio.ensure_future(application.end(server.runner))
+        await until(lambda: not server.app[context.LIFE].ready)
 
         await ws.send_json(chat("r2"))  # too late, but no reason to lose the other one
         late = (await to_end(ws, "r2"))[-1]
@@ -282,42 +285,42 @@ async def test_running_answers_get_their_time_to_finish(make_house: Make) -> Non
         assert loop.time() - begun < 10  # not the whole of shutdown_timeout
 
 
-async def test_an_answer_that_nobody_reads_does_not_delay_the_end(make_house: Make) -> None:
-    house = await make_house(SILENT, **{"chat.websocket.shutdown_timeout": 20.0})
-    async with house.connect() as ws:
+async def test_an_answer_that_nobody_reads_does_not_delay_the_end(make_server: MakeServer) -> None:
+    server = await make_server(SILENT, **{"chat.websocket.shutdown_timeout": 20.0})
+    async with server.connect() as ws:
         await ws.send_json(chat("r1"))
-        await house.simulator.until(lambda stats: stats.active == 1)
-    await until(lambda: house.held()["detached"] == 1)
+        await server.simulator.until(lambda stats: stats.active == 1)
+    await until(lambda: server.held()["detached"] == 1)
 
     async with asyncio.timeout(5):
-        await application.end(house.runner)
+        await application.end(server.runner)
 
-    await house.simulator.until(lambda stats: stats.aborted == 1)
+    await server.simulator.until(lambda stats: stats.aborted == 1)
 
 
 async def test_a_client_that_answers_no_close_does_not_delay_the_end(
-    make_house: Make, monkeypatch: pytest.MonkeyPatch
+    make_server: MakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(websocket, "CLOSE_TIMEOUT", 0.3)
-    house = await make_house()
-    async with Raw(house) as raw:
+    server = await make_server()
+    async with Raw(server) as raw:
         await raw.upgrade()
 
         async with asyncio.timeout(6):
-            await application.end(house.runner)
+            await application.end(server.runner)
 
         frames = await raw.frames()
     assert closing(frames[-1][1])[0] == 1012
 
 
-async def test_a_fault_keeps_nothing_of_its_question(make_house: Make) -> None:
-    house = await make_house(Behaviour(fail_rate=1.0, fail_status=500))
-    async with house.connect() as ws:
+async def test_a_fault_keeps_nothing_of_its_question(make_server: MakeServer) -> None:
+    server = await make_server(Behaviour(fail_rate=1.0, fail_status=500))
+    async with server.connect() as ws:
         await ws.send_json(chat("r1"))
         assert (await to_end(ws))[-1]["status"] == "error"
-    await house.nothing_held()
+    await server.nothing_held()
 
-    (stream,) = house.app[context.STREAMS]._found.values()
+    (stream,) = server.app[context.STREAMS]._found.values()
 
     assert stream.error is not None
     assert (stream.error.__traceback__, stream.error.__cause__, stream.error.__context__) == (

@@ -32,7 +32,14 @@ from aioserver.providers.provider import Provider
 from aioserver.providers.request import ProviderRequest
 from aioserver.streams.entries import COMPLETE
 from aioserver.streams.stream import Stream
-from tests.support.scripted_provider import EVENT_STREAM, LAST_CHUNK, LIMITS, Peer, Played, chunk
+from tests.support.scripted_provider import (
+    EVENT_STREAM,
+    LAST_CHUNK,
+    LIMITS,
+    Peer,
+    ScriptedProvider,
+    chunk,
+)
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
@@ -68,7 +75,7 @@ class Trouble:
         self._stack = stack
         self.providers: dict[str, Provider] = {}
         self.asked: dict[str, list[dict[str, Any]]] = {}
-        self.servers: list[Played] = []
+        self.servers: list[ScriptedProvider] = []
         self.gate = asyncio.Event()
         self.gate.set()
 
@@ -87,7 +94,7 @@ class Trouble:
                     return
                 await peer.send(*((answer,) if isinstance(answer, bytes) else answer))
 
-        server = await self._stack.enter_async_context(Played(play))
+        server = await self._stack.enter_async_context(ScriptedProvider(play))
         self.servers.append(server)
         http_client = dataclasses.replace(
             LIMITS, **{"max_retries": 2, "queue_size": None, **limits}

@@ -25,7 +25,7 @@ from tests.support.scripted_provider import (
     OK,
     Got,
     Peer,
-    Played,
+    ScriptedProvider,
     answering,
     ask,
     chunk,
@@ -132,11 +132,11 @@ def cuts(answer: bytes) -> list[tuple[bytes, ...]]:
 @pytest.mark.parametrize("name", GOOD)
 async def test_every_cut_of_an_answer_reads_as_aiohttp_reads_it(name: str) -> None:
     answer = GOOD[name]
-    async with Played(closing(answer)) as whole:
+    async with ScriptedProvider(closing(answer)) as whole:
         expected = await oracle(whole.url)
 
     pieces = cuts(answer)
-    async with Played(answering(*pieces)) as server, pooled(server.url) as pool:
+    async with ScriptedProvider(answering(*pieces)) as server, pooled(server.url) as pool:
         for cut in pieces:
             got = await ask(pool)
             assert (seen(got), got.ended) == (expected, True), cut
@@ -148,11 +148,11 @@ async def test_every_cut_of_an_answer_reads_as_aiohttp_reads_it(name: str) -> No
 @pytest.mark.parametrize("name", ENDED_BY_CLOSE)
 async def test_a_body_that_ends_with_its_connection_is_whole(name: str) -> None:
     answer = ENDED_BY_CLOSE[name]
-    async with Played(closing(answer)) as whole:
+    async with ScriptedProvider(closing(answer)) as whole:
         expected = await oracle(whole.url)
 
     for at in range(0, len(answer), 3):
-        async with Played(closing(answer, cut=at)) as server, pooled(server.url) as pool:
+        async with ScriptedProvider(closing(answer, cut=at)) as server, pooled(server.url) as pool:
             got = await ask(pool)
             assert (seen(got), got.ended) == (expected, True), at
             assert pool.stats().open == 0
@@ -160,7 +160,7 @@ async def test_a_body_that_ends_with_its_connection_is_whole(name: str) -> None:
 
 @pytest.mark.parametrize("name", NOT_KEPT)
 async def test_only_a_clean_end_keeps_the_connection(name: str) -> None:
-    async with Played(answering(NOT_KEPT[name])) as server, pooled(server.url) as pool:
+    async with ScriptedProvider(answering(NOT_KEPT[name])) as server, pooled(server.url) as pool:
         got = await ask(pool)
 
         assert (got.status, got.body, got.ended) == (200, b"ok", True)
@@ -173,7 +173,7 @@ async def test_what_is_no_http_is_refused_at_every_cut(name: str) -> None:
     answer = BROKEN[name]
     told = set()
     for pieces in cuts(answer):
-        async with Played(answering(pieces)) as server, pooled(server.url) as pool:
+        async with ScriptedProvider(answering(pieces)) as server, pooled(server.url) as pool:
             got = Got()
             with pytest.raises(ProviderBadResponse):
                 await ask(pool, got)
@@ -188,7 +188,7 @@ async def test_what_is_no_http_is_refused_at_every_cut(name: str) -> None:
 @pytest.mark.parametrize("name", EARLY_CLOSE)
 async def test_a_connection_closed_early_is_told_and_nothing_is_made_up(name: str) -> None:
     answer = EARLY_CLOSE[name]
-    async with Played(closing(answer)) as server, pooled(server.url) as pool:
+    async with ScriptedProvider(closing(answer)) as server, pooled(server.url) as pool:
         got = Got()
         with pytest.raises(ProviderDisconnected) as raised:
             await ask(pool, got)
@@ -206,7 +206,7 @@ async def test_a_reset_in_a_body_without_a_length_is_no_end() -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         peer.abort()
 
-    async with Played(play) as server, pooled(server.url) as pool:
+    async with ScriptedProvider(play) as server, pooled(server.url) as pool:
         got = Got()
         with pytest.raises(ProviderDisconnected):
             await ask(pool, got)
@@ -223,7 +223,7 @@ async def test_trailers_do_not_change_the_headers() -> None:
             seen_headers.append(headers)  # as it is, not a copy
             return super().on_head(status, headers)
 
-    async with Played(answering(GOOD["trailers"])) as server, pooled(server.url) as pool:
+    async with ScriptedProvider(answering(GOOD["trailers"])) as server, pooled(server.url) as pool:
         await ask(pool, Keeps())
 
     assert seen_headers[0]["content-type"] == "text/event-stream"
@@ -245,7 +245,7 @@ async def test_trailers_do_not_change_the_headers() -> None:
 async def test_a_head_of_100_kb_is_refused(head: bytes, size: int) -> None:
     answer = head + b"Content-Length: 2\r\n\r\nok"
     pieces = tuple(answer[at : at + size] for at in range(0, len(answer), size))
-    async with Played(answering(pieces)) as server, pooled(server.url) as pool:
+    async with ScriptedProvider(answering(pieces)) as server, pooled(server.url) as pool:
         with pytest.raises(ProviderBadResponse, match="head"):
             await ask(pool)
 
@@ -255,7 +255,7 @@ async def test_a_head_of_100_kb_is_refused(head: bytes, size: int) -> None:
 async def test_trailers_are_bounded_too() -> None:
     trailers = b"".join(b"X-%d: %b\r\n" % (n, b"x" * 990) for n in range(100))
     answer = CHUNKED + chunk(b"ok") + b"0\r\n" + trailers + b"\r\n"
-    async with Played(answering(answer)) as server, pooled(server.url) as pool:
+    async with ScriptedProvider(answering(answer)) as server, pooled(server.url) as pool:
         with pytest.raises(ProviderBadResponse):
             await ask(pool)
 
@@ -274,7 +274,7 @@ async def test_bytes_on_an_idle_connection_abort_it() -> None:
             await peer.send(late)
         await peer.left()
 
-    async with Played(play) as server, pooled(server.url) as pool:
+    async with ScriptedProvider(play) as server, pooled(server.url) as pool:
         await ask(pool)
         assert pool.stats().idle == 1
         send_late.set()
@@ -298,7 +298,7 @@ async def test_a_late_answer_is_never_taken_for_the_next_one() -> None:
         await peer.left()
 
     taken = asyncio.Event()
-    async with Played(play) as server, pooled(server.url) as pool:
+    async with ScriptedProvider(play) as server, pooled(server.url) as pool:
         await ask(pool)
         await taken.wait()
         await until(lambda: pool.stats().open == 0)
@@ -314,7 +314,7 @@ async def test_a_provider_that_closes_an_idle_connection_is_forgotten_at_once() 
         await peer.send(OK)
         await close.wait()
 
-    async with Played(play) as server, pooled(server.url) as pool:
+    async with ScriptedProvider(play) as server, pooled(server.url) as pool:
         await ask(pool)
         assert pool.stats().idle == 1
 
@@ -330,7 +330,7 @@ async def test_a_dead_kept_connection_is_stale_and_a_fresh_one_is_not() -> None:
         await peer.request()
         peer.abort()
 
-    async with Played(play) as server, pooled(server.url) as pool:
+    async with ScriptedProvider(play) as server, pooled(server.url) as pool:
         await ask(pool)
         with pytest.raises(StaleConnection):
             await ask(pool)
@@ -348,7 +348,7 @@ async def test_a_kept_connection_that_breaks_in_the_head_is_not_stale(part: byte
         await peer.request()
         await peer.send(part)
 
-    async with Played(play) as server, pooled(server.url) as pool:
+    async with ScriptedProvider(play) as server, pooled(server.url) as pool:
         await ask(pool)
         with pytest.raises(ProviderDisconnected) as raised:
             await ask(pool)
@@ -363,7 +363,7 @@ async def test_a_kept_connection_that_closes_before_it_is_used_is_stale() -> Non
         await peer.send(OK)
         await peer.left()
 
-    async with Played(play) as server, pooled(server.url) as pool:
+    async with ScriptedProvider(play) as server, pooled(server.url) as pool:
         await ask(pool)
         connection = await pool.connect()
         assert connection.transport is not None
@@ -383,7 +383,7 @@ async def test_done_and_a_late_last_chunk_keep_the_connection() -> None:
         await peer.send(b"0", b"\r\n", b"\r\n")
         await peer.left()
 
-    async with Played(play) as server, pooled(server.url) as pool:
+    async with ScriptedProvider(play) as server, pooled(server.url) as pool:
         got = await ask(pool, Got(until=b"[DONE]"))
         assert (got.body, pool.stats().idle) == (DONE, 0)
         seen_done.set()
@@ -407,7 +407,7 @@ async def test_done_and_more_behind_it_close_the_connection(more: bytes) -> None
         await peer.send(more)
         await peer.left()
 
-    async with Played(play) as server, pooled(server.url) as pool:
+    async with ScriptedProvider(play) as server, pooled(server.url) as pool:
         got = await ask(pool, Got(until=b"[DONE]"))
         seen_done.set()
 
@@ -417,7 +417,7 @@ async def test_done_and_more_behind_it_close_the_connection(more: bytes) -> None
 
 async def test_done_and_then_silence_close_the_connection_after_a_moment() -> None:
     async with (
-        Played(answering(CHUNKED + chunk(DONE))) as server,
+        ScriptedProvider(answering(CHUNKED + chunk(DONE))) as server,
         pooled(server.url) as pool,
     ):
         got = await ask(pool, Got(until=b"[DONE]"))
@@ -436,7 +436,7 @@ async def test_an_answer_before_the_upload_is_finished_is_told_and_the_connectio
         await done.wait()
 
     done = asyncio.Event()
-    async with Played(play) as server, pooled(server.url) as pool:
+    async with ScriptedProvider(play) as server, pooled(server.url) as pool:
         got = await ask(pool, body=b"x" * 50_000_000)
         done.set()
 
@@ -451,7 +451,7 @@ async def test_a_stuck_upload_ends_with_the_write_timeout() -> None:
         await gone.wait()
 
     gone = asyncio.Event()
-    async with Played(play) as server, pooled(server.url) as pool:
+    async with ScriptedProvider(play) as server, pooled(server.url) as pool:
         with pytest.raises(WriteTimeout):
             await ask(pool, body=b"x" * 50_000_000, write_timeout=0.3, read_timeout=0.05)
 
@@ -475,7 +475,7 @@ async def test_a_slow_but_moving_upload_passes() -> None:
         await peer.left()
 
     loop = asyncio.get_running_loop()
-    async with Played(play) as server, pooled(server.url) as pool:
+    async with ScriptedProvider(play) as server, pooled(server.url) as pool:
         began = loop.time()
         got = await ask(pool, body=body, write_timeout=0.4, read_timeout=5.0)
 
@@ -490,7 +490,7 @@ async def test_a_slow_but_moving_upload_passes() -> None:
     ids=["nothing", "half a head", "a head", "a chunk", "half a chunk"],
 )
 async def test_silence_ends_with_the_read_timeout(sent: bytes) -> None:
-    async with Played(answering(sent)) as server, pooled(server.url) as pool:
+    async with ScriptedProvider(answering(sent)) as server, pooled(server.url) as pool:
         with pytest.raises(ReadTimeout):
             await asyncio.wait_for(ask(pool, read_timeout=0.1), 5)
 
@@ -499,7 +499,7 @@ async def test_silence_ends_with_the_read_timeout(sent: bytes) -> None:
 
 
 async def test_a_kept_connection_keeps_no_longer_deadline_of_the_request_before() -> None:
-    async with Played(answering(OK, b"")) as server, pooled(server.url) as pool:
+    async with ScriptedProvider(answering(OK, b"")) as server, pooled(server.url) as pool:
         await ask(pool, read_timeout=60.0)
 
         with pytest.raises(ReadTimeout):
@@ -518,7 +518,7 @@ async def test_a_drip_longer_than_the_read_timeout_passes() -> None:
         await peer.send(b"0\r\n\r\n")
         await peer.left()
 
-    async with Played(play) as server, pooled(server.url) as pool:
+    async with ScriptedProvider(play) as server, pooled(server.url) as pool:
         got = await ask(pool, read_timeout=0.8)
 
         assert got.body == b"x" * 12
@@ -530,7 +530,7 @@ async def test_an_error_of_the_sink_ends_the_request_and_closes_the_connection()
         def feed(self, data: bytes) -> bool:
             raise ProviderBadResponse("too much")
 
-    async with Played(answering(GOOD["chunks"])) as server, pooled(server.url) as pool:
+    async with ScriptedProvider(answering(GOOD["chunks"])) as server, pooled(server.url) as pool:
         with pytest.raises(ProviderBadResponse, match="too much"):
             await ask(pool, Full())
 
@@ -543,7 +543,7 @@ async def test_an_error_where_the_head_is_judged_passes_as_it_is() -> None:
         def on_head(self, status: int, headers: object) -> Got:
             raise ProviderBadResponse("compressed")
 
-    async with Played(answering(OK)) as server, pooled(server.url) as pool:
+    async with ScriptedProvider(answering(OK)) as server, pooled(server.url) as pool:
         with pytest.raises(ProviderBadResponse, match="compressed"):
             await ask(pool, Judge())
 
@@ -552,7 +552,7 @@ async def test_an_error_where_the_head_is_judged_passes_as_it_is() -> None:
 
 @pytest.mark.parametrize("sent", [b"", CHUNKED, CHUNKED + chunk(b"x"), CHUNKED + b"5\r\nhel"])
 async def test_leaving_closes_the_connection_at_once(sent: bytes) -> None:
-    async with Played(answering(sent)) as server, pooled(server.url) as pool:
+    async with ScriptedProvider(answering(sent)) as server, pooled(server.url) as pool:
         got = Got()
         task = asyncio.ensure_future(ask(pool, got))
         await until(lambda: server.open == 1 and (not sent or got.status == 200))
@@ -573,7 +573,7 @@ async def test_leaving_in_the_upload_closes_the_connection_at_once() -> None:
         await gone.wait()
 
     reading, gone = asyncio.Event(), asyncio.Event()
-    async with Played(play) as server, pooled(server.url) as pool:
+    async with ScriptedProvider(play) as server, pooled(server.url) as pool:
         task = asyncio.ensure_future(ask(pool, body=b"x" * 50_000_000))
         await reading.wait()
 
@@ -586,7 +586,10 @@ async def test_leaving_in_the_upload_closes_the_connection_at_once() -> None:
 
 
 async def test_bytes_in_the_very_turn_of_leaving_do_not_keep_the_connection() -> None:
-    async with Played(answering(CHUNKED + chunk(b"x"))) as server, pooled(server.url) as pool:
+    async with (
+        ScriptedProvider(answering(CHUNKED + chunk(b"x"))) as server,
+        pooled(server.url) as pool,
+    ):
         connection = await pool.connect()
         protocol = connection.protocol
         assert protocol is not None
@@ -609,7 +612,10 @@ async def test_leaving_from_within_the_sink_closes_the_connection() -> None:
             task.cancel()
             return False
 
-    async with Played(answering(CHUNKED + chunk(b"x"))) as server, pooled(server.url) as pool:
+    async with (
+        ScriptedProvider(answering(CHUNKED + chunk(b"x"))) as server,
+        pooled(server.url) as pool,
+    ):
         task: asyncio.Task[Got] = asyncio.ensure_future(ask(pool, Leaves()))
         await asyncio.wait([task])
 
@@ -623,7 +629,7 @@ async def test_a_provider_that_speaks_before_it_is_asked_is_a_fault_and_nothing_
         peer.writer.write(b"220 mail.example ESMTP ready\r\n")
         await peer.left()
 
-    async with Played(play) as server, pooled(server.url) as pool:
+    async with ScriptedProvider(play) as server, pooled(server.url) as pool:
         for _ in range(20):
             with pytest.raises(ProviderFault):
                 await ask(pool)
@@ -635,7 +641,7 @@ async def test_a_provider_that_closes_what_it_accepts_is_a_fault_and_nothing_mor
     async def play(peer: Peer) -> None:
         peer.abort()
 
-    async with Played(play) as server, pooled(server.url) as pool:
+    async with ScriptedProvider(play) as server, pooled(server.url) as pool:
         for _ in range(20):
             with pytest.raises(ProviderFault) as raised:
                 await ask(pool)
@@ -649,7 +655,7 @@ async def one_after_the_other(pool: Pool, count: int) -> list[Got]:
 
 
 async def test_a_hundred_requests_use_one_connection() -> None:
-    async with Played(answering(*[OK] * 100)) as server, pooled(server.url) as pool:
+    async with ScriptedProvider(answering(*[OK] * 100)) as server, pooled(server.url) as pool:
         answers = await one_after_the_other(pool, 100)
 
         assert {got.body for got in answers} == {b"ok"}

@@ -32,7 +32,7 @@ from tests.support.scripted_provider import (
     OK,
     Got,
     Peer,
-    Played,
+    ScriptedProvider,
     ask,
     exchange,
     full_listener,
@@ -67,7 +67,7 @@ def after(turn: asyncio.Event) -> Callable[[Peer], Awaitable[None]]:
 
 async def test_the_private_names_of_aiohttp_are_there_and_do_what_the_pool_needs() -> None:
     why = "aiohttp has changed inside: read CappedConnector in aioserver/providers/pool.py again"
-    async with Played(serving) as server, pooled(server.url) as pool:
+    async with ScriptedProvider(serving) as server, pooled(server.url) as pool:
         plain = TCPConnector()
         for name in ("_factory", "_conns", "_acquired", "_release"):
             assert hasattr(plain, name), f"{name}: {why}"
@@ -93,7 +93,7 @@ async def test_the_private_names_of_aiohttp_are_there_and_do_what_the_pool_needs
 
 
 async def test_an_idle_connection_that_should_close_is_never_taken() -> None:
-    async with Played(serving) as server, pooled(server.url) as pool:
+    async with ScriptedProvider(serving) as server, pooled(server.url) as pool:
         await ask(pool)
         ((kept, _),) = next(iter(pool._connector._conns.values()))
 
@@ -107,7 +107,10 @@ async def test_an_idle_connection_that_should_close_is_never_taken() -> None:
 async def test_many_requests_open_no_more_sockets_than_allowed_and_keep_the_cap(
     keepalive: int,
 ) -> None:
-    async with Played(serving) as server, pooled(server.url, max_keepalive=keepalive) as pool:
+    async with (
+        ScriptedProvider(serving) as server,
+        pooled(server.url, max_keepalive=keepalive) as pool,
+    ):
         answers = await asyncio.gather(*(ask(pool) for _ in range(24)))
 
         assert {got.body for got in answers} == {b"ok"}
@@ -119,7 +122,10 @@ async def test_many_requests_open_no_more_sockets_than_allowed_and_keep_the_cap(
 @pytest.mark.parametrize("keepalive", [0, 2, 6])
 async def test_the_cap_holds_after_half_of_the_requests_have_left(keepalive: int) -> None:
     turn = asyncio.Event()
-    async with Played(after(turn)) as server, pooled(server.url, max_keepalive=keepalive) as pool:
+    async with (
+        ScriptedProvider(after(turn)) as server,
+        pooled(server.url, max_keepalive=keepalive) as pool,
+    ):
         tasks = [asyncio.ensure_future(ask(pool)) for _ in range(30)]
         await until(lambda: server.accepted == 6 and pool.stats().waiting == 24)
 
@@ -145,7 +151,7 @@ async def test_a_connection_is_not_kept_for_a_request_that_opens_its_own() -> No
         await slow.wait()
         return await resolve(*args, **kwargs)
 
-    async with Played(serving) as server:
+    async with ScriptedProvider(serving) as server:
         url = f"http://localhost:{server.port}/v1"
         async with pooled(url, max_keepalive=0) as pool:
             first = await pool.connect()
@@ -172,7 +178,7 @@ async def test_a_cancel_storm_leaves_nothing_busy() -> None:
             await asyncio.sleep(dice.random() * 0.004)
             await peer.send(OK[:20], OK[20:])
 
-    async with Played(play) as server, pooled(server.url) as pool:
+    async with ScriptedProvider(play) as server, pooled(server.url) as pool:
         for _ in range(15):
             tasks = [asyncio.ensure_future(ask(pool)) for _ in range(40)]
             for task in dice.sample(tasks, 30):
@@ -191,7 +197,7 @@ async def test_a_cancel_storm_leaves_nothing_busy() -> None:
 
 async def test_cancelling_while_connecting_leaves_no_socket_behind() -> None:
     dice = random.Random(11)
-    async with Played(serving) as server, pooled(server.url) as pool:
+    async with ScriptedProvider(serving) as server, pooled(server.url) as pool:
         for _ in range(60):
             task = asyncio.ensure_future(pool.connect())
             await ticks(dice.randrange(8))
@@ -207,7 +213,7 @@ async def test_cancelling_while_connecting_leaves_no_socket_behind() -> None:
 async def test_a_wait_for_a_connection_ends_with_the_pool_timeout() -> None:
     turn = asyncio.Event()
     async with (
-        Played(after(turn)) as server,
+        ScriptedProvider(after(turn)) as server,
         pooled(
             server.url,
             max_connections=1,
@@ -293,7 +299,7 @@ async def test_a_stalled_tls_handshake_is_a_connect_timeout() -> None:
     async def play(peer: Peer) -> None:
         await peer.left()
 
-    async with Played(play) as server:
+    async with ScriptedProvider(play) as server:
         url = f"https://127.0.0.1:{server.port}/v1"
         async with pooled(url, connect_timeout=0.2) as pool:
             with pytest.raises(ConnectTimeout):
@@ -304,7 +310,10 @@ async def test_a_stalled_tls_handshake_is_a_connect_timeout() -> None:
 
 
 async def test_a_connection_idle_for_longer_than_its_expiry_is_not_used_again() -> None:
-    async with Played(serving) as server, pooled(server.url, keepalive_expiry=0.1) as pool:
+    async with (
+        ScriptedProvider(serving) as server,
+        pooled(server.url, keepalive_expiry=0.1) as pool,
+    ):
         await ask(pool)
         assert pool.stats().idle == 1
 
@@ -321,7 +330,7 @@ async def test_closing_the_pool_closes_what_is_idle_and_what_is_in_use() -> None
             await peer.send(OK)
         await peer.left()
 
-    async with Played(play) as server:
+    async with ScriptedProvider(play) as server:
         pool = Pool(server.url, LIMITS)
         await ask(pool)
         idle = await pool.connect()
@@ -359,7 +368,10 @@ def ca_file(authority: trustme.CA, tmp_path: Path) -> str:
 
 async def test_tls_to_a_provider_that_is_trusted(authority: trustme.CA, ca_file: str) -> None:
     context = server_context(authority.issue_cert("127.0.0.1"))
-    async with Played(serving, ssl=context) as server, pooled(server.url, ca_file=ca_file) as pool:
+    async with (
+        ScriptedProvider(serving, ssl=context) as server,
+        pooled(server.url, ca_file=ca_file) as pool,
+    ):
         for _ in range(3):
             assert (await ask(pool)).body == b"ok"
 
@@ -376,7 +388,10 @@ async def test_leaving_a_tls_stream_aborts_it_without_a_farewell(
         await peer.send(OK[:-1])
         await peer.left()
 
-    async with Played(play, ssl=context) as server, pooled(server.url, ca_file=ca_file) as pool:
+    async with (
+        ScriptedProvider(play, ssl=context) as server,
+        pooled(server.url, ca_file=ca_file) as pool,
+    ):
         got = Got()
         task = asyncio.ensure_future(ask(pool, got))
         await until(lambda: got.body == b"o")
@@ -398,7 +413,10 @@ async def test_a_certificate_that_does_not_hold_is_a_fault_of_its_own(
         "expired": lambda: authority.issue_cert("127.0.0.1", not_after=past),
     }[fault]()
     context = server_context(certificate)
-    async with Played(serving, ssl=context) as server, pooled(server.url, ca_file=ca_file) as pool:
+    async with (
+        ScriptedProvider(serving, ssl=context) as server,
+        pooled(server.url, ca_file=ca_file) as pool,
+    ):
         with pytest.raises(CertificateFault) as raised:
             await ask(pool)
 
@@ -413,7 +431,7 @@ async def test_a_provider_that_speaks_no_tls_is_a_connect_error(ca_file: str) ->
         await peer.send(b"HTTP/1.1 400 The plain HTTP request was sent to HTTPS port\r\n\r\n")
 
     async with (
-        Played(play) as server,
+        ScriptedProvider(play) as server,
         pooled(f"https://127.0.0.1:{server.port}", ca_file=ca_file) as pool,
     ):
         with pytest.raises(ConnectError):
@@ -423,7 +441,7 @@ async def test_a_provider_that_speaks_no_tls_is_a_connect_error(ca_file: str) ->
 # Proxies.
 
 
-class Proxy(Played):
+class Proxy(ScriptedProvider):
     """A proxy that records the heads it is sent, and tunnels where it is asked to CONNECT."""
 
     def __init__(self, *, refuse: bool = False) -> None:
@@ -486,7 +504,7 @@ async def test_http_proxy_of_the_environment_is_used(no_environment: pytest.Monk
 async def test_no_proxy_exempts_a_provider(
     exempt: str, no_environment: pytest.MonkeyPatch
 ) -> None:
-    async with Proxy() as proxy, Played(serving) as server:
+    async with Proxy() as proxy, ScriptedProvider(serving) as server:
         no_environment.setenv("http_proxy", proxy.address)
         no_environment.setenv("no_proxy", exempt.format(port=server.port))
         async with pooled(server.url) as pool:
@@ -500,7 +518,7 @@ async def test_https_goes_through_a_tunnel_of_the_proxy(
     no_environment: pytest.MonkeyPatch, authority: trustme.CA, ca_file: str
 ) -> None:
     context = server_context(authority.issue_cert("127.0.0.1"))
-    async with Proxy() as proxy, Played(serving, ssl=context) as server:
+    async with Proxy() as proxy, ScriptedProvider(serving, ssl=context) as server:
         no_environment.setenv("https_proxy", proxy.address.replace("//", "//user:pass@"))
         async with pooled(server.url, ca_file=ca_file) as pool:
             assert not pool.forwards
@@ -540,7 +558,7 @@ async def test_what_a_plain_proxy_wants_to_see_is_known_before_the_first_connect
 
 
 async def test_the_connector_counts_what_is_idle_and_what_is_in_use() -> None:
-    async with Played(serving) as server, pooled(server.url) as pool:
+    async with ScriptedProvider(serving) as server, pooled(server.url) as pool:
         connections = [await pool.connect() for _ in range(3)]
         assert (pool.stats().open, pool.stats().idle) == (3, 0)
 
@@ -556,7 +574,7 @@ async def test_the_connector_counts_what_is_idle_and_what_is_in_use() -> None:
 
 async def test_aiohttp_itself_still_opens_and_keeps_more() -> None:
     # The reason for the cap and the gate; should this ever fail, they may have become superfluous.
-    async with Played(serving) as server, aiohttp.ClientSession() as session:
+    async with ScriptedProvider(serving) as server, aiohttp.ClientSession() as session:
         async with asyncio.TaskGroup() as group:
             for _ in range(6):
                 group.create_task(_read(session, f"{server.url}/chat/completions"))

@@ -40,7 +40,7 @@ from aioserver.providers.simulator.exchange import Behaviour
 from aioserver.providers.simulator.server import Simulator
 from aioserver.streams.entries import COMPLETE
 from aioserver.streams.stream import Stream
-from tests.support.scripted_provider import LIMITS, Peer, Played
+from tests.support.scripted_provider import LIMITS, Peer, ScriptedProvider
 from tests.support.server import QUICK
 from tests.support.waiting import until
 
@@ -151,7 +151,7 @@ def lines_of(request: bytes) -> list[str]:
 async def test_the_path_of_the_base_url_stays_in_front(path: str, expected: str) -> None:
     play, requests = serving()
     async with (
-        Played(play) as server,
+        ScriptedProvider(play) as server,
         provider_at(f"http://127.0.0.1:{server.port}{path}") as provider,
     ):
         await call(provider, question(streamed=False))
@@ -170,7 +170,10 @@ async def test_the_key_is_sent_and_a_netrc_changes_nothing(
     netrc.chmod(0o600)
     monkeypatch.setenv("NETRC", str(netrc))
     play, requests = serving()
-    async with Played(play) as server, provider_at(server.url, api_key=Secret("sk-1")) as provider:
+    async with (
+        ScriptedProvider(play) as server,
+        provider_at(server.url, api_key=Secret("sk-1")) as provider,
+    ):
         await call(provider, question(streamed=False))
 
     found = [line for line in lines_of(requests[0]) if line.lower().startswith("authorization")]
@@ -188,7 +191,7 @@ async def test_configured_headers_replace_ours_whatever_their_case_but_not_the_f
         "Connection": "close",
     }
     async with (
-        Played(play) as server,
+        ScriptedProvider(play) as server,
         provider_at(server.url, api_key=Secret("sk-1"), headers=headers) as provider,
     ):
         await call(provider, question(streamed=False))
@@ -208,7 +211,7 @@ async def test_a_plain_proxy_gets_the_absolute_form_and_its_credentials(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     play, requests = serving()
-    async with Played(play) as proxy:
+    async with ScriptedProvider(play) as proxy:
         monkeypatch.setenv("http_proxy", f"http://user:pass@127.0.0.1:{proxy.port}")
         monkeypatch.delenv("no_proxy", raising=False)
         monkeypatch.delenv("NO_PROXY", raising=False)
@@ -230,7 +233,7 @@ async def test_the_proxy_of_the_settings_comes_before_that_of_the_environment(
 ) -> None:
     play, requests = serving()
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
-    async with Played(play) as proxy:
+    async with ScriptedProvider(play) as proxy:
         address = f"http://127.0.0.1:{proxy.port}"
         async with provider_at("http://provider.test/v1", proxy=address) as provider:
             await call(provider, question(streamed=False))
@@ -335,7 +338,7 @@ async def test_how_long_a_5xx_wants_is_bounded_as_well() -> None:
         b"HTTP/1.1 503 No\r\nContent-Type: application/json\r\n"
         b"Retry-After: 3000\r\nContent-Length: 2\r\n\r\n{}"
     )
-    async with Played(play) as server, provider_at(server.url) as provider:
+    async with ScriptedProvider(play) as server, provider_at(server.url) as provider:
         with pytest.raises(ProviderError) as raised:
             await call(provider, question(streamed=False))
 
@@ -347,18 +350,18 @@ async def test_a_callers_word_does_not_use_up_the_quota() -> None:
     for body in (said, b"insufficient_quota", b'["insufficient_quota"]'):
         head = b"HTTP/1.1 429 No\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
         play, _ = serving(head % len(body) + body)
-        async with Played(play) as server, provider_at(server.url) as provider:
+        async with ScriptedProvider(play) as server, provider_at(server.url) as provider:
             with pytest.raises(ProviderRateLimited):
                 await call(provider, question("insufficient_quota", streamed=False))
 
 
 async def test_a_redirect_is_not_followed(simulator: Simulator) -> None:
     play, requests = serving()
-    async with Played(play) as other:
+    async with ScriptedProvider(play) as other:
         location = f"http://127.0.0.1:{other.port}/v1/chat/completions".encode()
         redirect = b"HTTP/1.1 307 T\r\nLocation: %b\r\nContent-Length: 0\r\n\r\n" % location
         there, _ = serving(redirect)
-        async with Played(there) as server, provider_at(server.url) as provider:
+        async with ScriptedProvider(there) as server, provider_at(server.url) as provider:
             with pytest.raises(ProviderBadResponse):
                 await call(provider, question(streamed=False))
 
@@ -369,7 +372,7 @@ async def test_an_answer_over_the_bound_is_refused() -> None:
     body = b"[" + b" " * (1 << 20) + b"]"
     head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
     play, _ = serving(head % len(body) + body)
-    async with Played(play) as server, provider_at(server.url) as provider:
+    async with ScriptedProvider(play) as server, provider_at(server.url) as provider:
         with pytest.raises(ProviderBadResponse, match="1048576"):
             await call(provider, question(streamed=False))
 
@@ -381,7 +384,7 @@ async def test_only_harmless_headers_of_the_provider_pass() -> None:
         b"x-ratelimit-odd: caf\xe9\r\nopenai-processing-ms: 12\r\n\r\n{}"
     )
     play, _ = serving(head)
-    async with Played(play) as server, provider_at(server.url) as provider:
+    async with ScriptedProvider(play) as server, provider_at(server.url) as provider:
         answer = await call(provider, question(streamed=False))
 
     assert answer.headers == {"x-ratelimit-remaining-requests": "9", "openai-processing-ms": "12"}
@@ -391,7 +394,7 @@ async def test_a_response_that_has_failed_is_an_answer_and_passes() -> None:
     body = b'{"object":"response","status":"failed","error":{"message":"x"}}'
     head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
     play, _ = serving(head % len(body) + body)
-    async with Played(play) as server, provider_at(server.url) as provider:
+    async with ScriptedProvider(play) as server, provider_at(server.url) as provider:
         assert (await call(provider, question(streamed=False))).body == body
 
 
@@ -435,7 +438,7 @@ async def test_part_of_an_answer_on_a_kept_connection_is_not_repeated(part: byte
         await peer.request()
         await peer.send(part)
 
-    async with Played(play) as server, provider_at(server.url) as provider:
+    async with ScriptedProvider(play) as server, provider_at(server.url) as provider:
         await call(provider, question(streamed=False))
         with pytest.raises(ProviderDisconnected) as raised:
             await call(provider, question(streamed=False))
@@ -642,7 +645,7 @@ async def test_the_position_is_told_while_the_pace_is_in_the_way(
 async def test_what_the_provider_says_is_left_lowers_the_pace(headers: bytes) -> None:
     head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n"
     play, played = serving(head + headers + b"\r\n{}")
-    async with Played(play) as server, provider_at(server.url) as provider:
+    async with ScriptedProvider(play) as server, provider_at(server.url) as provider:
         await call(provider, question(streamed=False))
         with pytest.raises(ProviderPaced):
             await call(provider, question(streamed=False))
@@ -667,7 +670,7 @@ async def test_after_a_429_the_provider_is_left_alone(
     body = b'{"error":{"message":"slow down"}}'
     head = b"HTTP/1.1 429 No\r\nContent-Type: application/json\r\n%b\r\nContent-Length: %d\r\n\r\n"
     play, played = serving(head % (given, len(body)) + body)
-    async with Played(play) as server, provider_at(server.url) as provider:
+    async with ScriptedProvider(play) as server, provider_at(server.url) as provider:
         with pytest.raises(ProviderRateLimited):
             await call(provider, question(streamed=False))
         low, high = seconds
@@ -698,7 +701,7 @@ async def test_a_long_body_makes_others_wait_and_refuses_nobody() -> None:
     head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
     play, _ = serving(head % len(body) + body)
     limits = {"tokens_per_minute": 60_000, "queue_timeout": 120.0}
-    async with Played(play) as server, provider_at(server.url, limits) as provider:
+    async with ScriptedProvider(play) as server, provider_at(server.url, limits) as provider:
         ask = question(streamed=False, text="image" * 200_000)
         first = asyncio.create_task(call(provider, ask))
         await asyncio.sleep(0)
@@ -712,7 +715,7 @@ async def test_a_long_body_makes_others_wait_and_refuses_nobody() -> None:
 async def test_who_has_waited_asks_for_the_model_of_now() -> None:
     play, played = serving()
     limits = {"tokens_per_minute": 1_000_000, "concurrent_requests": 1}
-    async with Played(play) as server, provider_at(server.url, limits) as provider:
+    async with ScriptedProvider(play) as server, provider_at(server.url, limits) as provider:
         held = provider._gate.try_enter()
         assert held is not None
         ask = ProviderRequest(

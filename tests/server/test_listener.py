@@ -15,13 +15,10 @@ from aioserver.telemetry import kernel
 from tests.support.server import UVICORN, runner_of
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
     from pathlib import Path
 
     from aioserver.server.runner import Runner
-    from tests.support.server import House
 
-    Make = Callable[..., Awaitable[House]]
 
 WEBSOCKET = "chat.websocket"
 

@@ -23,42 +23,44 @@ from aioserver.providers.simulator.server import Simulator
 from aioserver.server import preflight
 from tests.support.chat import CHAT, STREAMED, chat, numbers, read_frames, to_end, until_status
 from tests.support.raw import CLOSE, TEXT, Raw, closing
-from tests.support.scripted_provider import Played
+from tests.support.scripted_provider import ScriptedProvider
 from tests.support.server import (
     CONCURRENCY,
     QUICK,
     SILENT,
     SIM_HTTP_CLIENT,
+    MakeServer,
     provider_entry,
 )
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator
+    from collections.abc import Callable, Iterator
 
     from aioserver.providers.provider import Provider
     from tests.support.scripted_provider import Peer
-    from tests.support.server import House
+    from tests.support.server import RunningServer
 
-    Make = Callable[..., Awaitable[House]]
 
 PACED = Behaviour(ttft=0, interval=0.01, tokens=60)
 SLOW = Behaviour(ttft=0, interval=0.02, tokens=2000)
 
 
-def reloads(house: House) -> dict[str, int]:
-    return {name: int(one.value) for name, one in house.app[context.METRICS].reloads.items()}
+def reloads(server: RunningServer) -> dict[str, int]:
+    return {name: int(one.value) for name, one in server.app[context.METRICS].reloads.items()}
 
 
-def incidents(house: House) -> list[str]:
+def incidents(server: RunningServer) -> list[str]:
     return [
-        one["text"] for one in house.app[context.MONITOR]._incidents if one["kind"] == "reload"
+        one["text"] for one in server.app[context.MONITOR]._incidents if one["kind"] == "reload"
     ]
 
 
-async def ask(house: House, **fields: Any) -> Any:
+async def ask(server: RunningServer, **fields: Any) -> Any:
     """The JSON of an answer on the OpenAI face, its status in `status`."""
-    async with house.session.post(f"{house.v1}/chat/completions", json=CHAT | fields) as response:
+    async with server.session.post(
+        f"{server.v1}/chat/completions", json=CHAT | fields
+    ) as response:
         return {**await response.json(), "status": response.status}
 
 
@@ -66,12 +68,12 @@ async def ask(house: House, **fields: Any) -> Any:
 
 
 async def test_every_fault_is_told_and_nothing_changes(
-    make_house: Make, caplog: pytest.LogCaptureFixture
+    make_server: MakeServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    house = await make_house()
-    before = house.settings.chat
+    server = await make_server()
+    before = server.settings.chat
 
-    done = await house.change(
+    done = await server.change(
         **{
             f"{CONCURRENCY}.max_connections": 0,
             "chat.websocket.prot": 1,
@@ -80,7 +82,7 @@ async def test_every_fault_is_told_and_nothing_changes(
     )
 
     assert not done
-    assert house.settings.chat is before
+    assert server.settings.chat is before
     told = [one.getMessage() for one in caplog.records if one.name == "aioserver.reload"]
     assert len(told) == 3
     for place in (
@@ -88,10 +90,10 @@ async def test_every_fault_is_told_and_nothing_changes(
         "chat.websocket.prot: unknown key (did you mean port?)",
         "llm.providers.sim.http_client.read_timeout: ",
     ):
-        assert any(f"{house.file}:" in line and place in line for line in told), place
-    assert reloads(house) == {"applied": 0, "invalid": 1, "failed": 0}
-    assert incidents(house) == ["the configuration has 3 faults, and was not applied"]
-    assert (await ask(house))["status"] == 200
+        assert any(f"{server.file}:" in line and place in line for line in told), place
+    assert reloads(server) == {"applied": 0, "invalid": 1, "failed": 0}
+    assert incidents(server) == ["the configuration has 3 faults, and was not applied"]
+    assert (await ask(server))["status"] == 200
 
 
 def broken(file: Path, how: str) -> None:
@@ -128,37 +130,37 @@ def mended(file: Path, text: str) -> None:
     ["gone", "half", "empty", "a folder", "a pipe", "a dangling link", "not UTF-8", "too large"],
 )
 async def test_a_file_that_cannot_be_read_changes_nothing(
-    make_house: Make, how: str, caplog: pytest.LogCaptureFixture
+    make_server: MakeServer, how: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    house = await make_house()
-    file = Path(house.file)
+    server = await make_server()
+    file = Path(server.file)
     text = await asyncio.to_thread(file.read_text)
     await asyncio.to_thread(broken, file, how)
 
     async with asyncio.timeout(10):
-        assert not await house.reload.once()
+        assert not await server.reload.once()
 
-    assert all(house.file in one.getMessage() for one in caplog.records)
+    assert all(server.file in one.getMessage() for one in caplog.records)
     assert len(caplog.records) == 1 or how == "half"
-    assert reloads(house)["invalid"] == 1
-    assert (await ask(house))["status"] == 200
+    assert reloads(server)["invalid"] == 1
+    assert (await ask(server))["status"] == 200
     await asyncio.to_thread(mended, file, text)
-    assert await house.reload.once()
+    assert await server.reload.once()
 
 
 async def test_a_pipe_with_a_key_is_not_waited_for(
-    make_house: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    make_server: MakeServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    house = await make_house()
+    server = await make_server()
     pipe = tmp_path / "key"
     os.mkfifo(pipe)
-    two = provider_entry(house.simulator.base_url) | {"api_key_file": str(pipe)}
+    two = provider_entry(server.simulator.base_url) | {"api_key_file": str(pipe)}
 
     async with asyncio.timeout(10):
-        assert not await house.change(**{"llm.providers.two": two})
+        assert not await server.change(**{"llm.providers.two": two})
 
     assert "llm.providers.two.api_key_file: is a pipe, which cannot be read again" in caplog.text
-    assert reloads(house)["invalid"] == 1
+    assert reloads(server)["invalid"] == 1
 
 
 def linked(file: Path) -> Path:
@@ -173,68 +175,70 @@ def linked(file: Path) -> Path:
     return link
 
 
-async def test_a_link_that_was_swapped_is_followed(make_house: Make) -> None:
-    house = await make_house()
-    file = Path(house.file)
+async def test_a_link_that_was_swapped_is_followed(make_server: MakeServer) -> None:
+    server = await make_server()
+    file = Path(server.file)
     link = await asyncio.to_thread(linked, file)
-    assert await house.reload.once()
-    assert house.app[context.ADMISSION].gate.limit == 50
+    assert await server.reload.once()
+    assert server.app[context.ADMISSION].gate.limit == 50
 
     await asyncio.to_thread(link.replace, file)  # as orchestrators swap a mounted file
 
-    assert await house.reload.once()
-    assert house.app[context.ADMISSION].gate.limit == 49
+    assert await server.reload.once()
+    assert server.app[context.ADMISSION].gate.limit == 49
 
 
-async def test_certificates_that_are_none_are_a_fault(make_house: Make, tmp_path: Path) -> None:
-    house = await make_house()
+async def test_certificates_that_are_none_are_a_fault(
+    make_server: MakeServer, tmp_path: Path
+) -> None:
+    server = await make_server()
     file = tmp_path / "ca.pem"
     file.write_text("no certificate")
     secure = provider_entry("https://127.0.0.1:9/v1") | {"ca_file": str(file)}
 
-    assert not await house.change(
+    assert not await server.change(
         **{"llm.providers.two": secure, f"{CONCURRENCY}.max_connections": 49}
     )
 
-    assert reloads(house)["invalid"] == 1
-    assert house.app[context.ADMISSION].gate.limit == 50
-    assert list(house.app[context.ROUTER].providers) == ["sim"]
+    assert reloads(server)["invalid"] == 1
+    assert server.app[context.ADMISSION].gate.limit == 50
+    assert list(server.app[context.ROUTER].providers) == ["sim"]
 
 
-async def test_what_could_not_be_started_is_not_applied(make_house: Make) -> None:
-    house = await make_house()
+async def test_what_could_not_be_started_is_not_applied(make_server: MakeServer) -> None:
+    server = await make_server()
 
-    assert not await house.change(**{"llm.providers.sim.api_key_env": "NO_SUCH_KEY"})
+    assert not await server.change(**{"llm.providers.sim.api_key_env": "NO_SUCH_KEY"})
 
-    assert (await ask(house))["status"] == 200
-    assert "1 fault," in incidents(house)[0]
+    assert (await ask(server))["status"] == 200
+    assert "1 fault," in incidents(server)[0]
 
 
-async def test_an_address_that_others_reach_stays_guarded(make_house: Make) -> None:
+async def test_an_address_that_others_reach_stays_guarded(make_server: MakeServer) -> None:
     # The file names another address now; the one that is listened on is still open to others.
-    house = await make_house(**{"chat.websocket.host": "0.0.0.0", "auth": {"open": True}})
+    server = await make_server(**{"chat.websocket.host": "0.0.0.0", "auth": {"open": True}})
 
-    assert not await house.change(**{"chat.websocket.host": "127.0.0.1"})
+    assert not await server.change(**{"chat.websocket.host": "127.0.0.1"})
 
-    assert reloads(house)["invalid"] == 1
+    assert reloads(server)["invalid"] == 1
 
 
 async def test_a_bug_in_it_is_logged_and_changes_nothing(
-    make_house: Make, caplog: pytest.LogCaptureFixture, tmp_path: Path
+    make_server: MakeServer, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    house = await make_house()
+    server = await make_server()
     certificates = tmp_path / "gone.pem"
-    settings = house.settings.llm
+    settings = server.settings.llm
 
     def gone(_settings: Any) -> None:
         raise FileNotFoundError(certificates)
 
-    house.app[context.ROSTER].prepare = gone  # type: ignore[method-assign,assignment]
-    assert not await house.change(**{f"{CONCURRENCY}.max_connections": 49})
+    server.app[context.ROSTER].prepare = gone  # type: ignore[method-assign,assignment]
+    assert not await server.change(**{f"{CONCURRENCY}.max_connections": 49})
 
-    assert house.settings.llm is settings
-    assert house.app[context.ADMISSION].gate.limit == 50
-    assert reloads(house)["failed"] == 1
+    assert server.settings.llm is settings
+    assert server.app[context.ADMISSION].gate.limit == 50
+    assert reloads(server)["failed"] == 1
     (record,) = caplog.records
     assert record.exc_info is not None
 
@@ -242,39 +246,41 @@ async def test_a_bug_in_it_is_logged_and_changes_nothing(
 # Limits.
 
 
-async def test_more_places_let_in_who_waits_and_fewer_turn_nobody_out(make_house: Make) -> None:
-    house = await make_house(
+async def test_more_places_let_in_who_waits_and_fewer_turn_nobody_out(
+    make_server: MakeServer,
+) -> None:
+    server = await make_server(
         SLOW, **{f"{CONCURRENCY}.max_connections": 1, f"{CONCURRENCY}.queue_timeout": 30}
     )
-    async with Raw(house) as first, Raw(house) as second, Raw(house) as third:
+    async with Raw(server) as first, Raw(server) as second, Raw(server) as third:
         for raw in (first, second):
             await raw.upgrade()
         assert (await second.json_frame())["status"] == "queued"
 
-        assert await house.change(**{f"{CONCURRENCY}.max_connections": 2})
+        assert await server.change(**{f"{CONCURRENCY}.max_connections": 2})
 
         await second.send_json({"action": "ping"})
         while (await second.json_frame())["status"] != "pong":
             pass
-        assert await house.change(
+        assert await server.change(
             **{f"{CONCURRENCY}.max_connections": 1, f"{CONCURRENCY}.queue_timeout": 0}
         )
         await third.upgrade()
         refused = await third.json_frame()
         assert refused["chunk"]["error"] == "chat.websocket.concurrency.max_connections=1 reached"
-        assert house.app[context.ADMISSION].gate.inside == 2
+        assert server.app[context.ADMISSION].gate.inside == 2
         for raw in (first, second):
             await raw.send_json({"action": "ping"})
             assert (await raw.json_frame())["status"] == "pong"
 
 
-async def test_http_limits_and_origins_hold_for_the_next_request(make_house: Make) -> None:
-    house = await make_house()
-    async with Raw(house) as kept:
+async def test_http_limits_and_origins_hold_for_the_next_request(make_server: MakeServer) -> None:
+    server = await make_server()
+    async with Raw(server) as kept:
         await kept.get("/health")
         assert (await kept.answer()).status == 200
 
-        assert await house.change(
+        assert await server.change(
             **{
                 f"{CONCURRENCY}.uvicorn.h11_max_request_line_size": 100,
                 f"{CONCURRENCY}.uvicorn.max_keepalive_requests": 2,
@@ -287,28 +293,30 @@ async def test_http_limits_and_origins_hold_for_the_next_request(make_house: Mak
         answer = await kept.answer()
         assert answer.headers["access-control-allow-origin"] == "http://one.example"
         assert answer.headers["connection"] == "close"
-    async with Raw(house) as raw:
+    async with Raw(server) as raw:
         await raw.get("/" + "x" * 100)
         assert (await raw.answer()).status == 414
-    async with Raw(house) as raw:
+    async with Raw(server) as raw:
         assert (await raw.upgrade("Origin: http://two.example")).status == 403
-    async with Raw(house) as raw:
+    async with Raw(server) as raw:
         await raw.upgrade("Origin: http://one.example")
         await raw.send_json(chat("r1", "x" * 50))
         frames = await raw.frames()
         assert closing(frames[-1][1])[0] == 1009
-    assert (await ask(house))["error"]["code"] == "request_too_large"
+    assert (await ask(server))["error"]["code"] == "request_too_large"
 
 
-async def test_open_sockets_are_pinged_as_the_configuration_says_now(make_house: Make) -> None:
-    house = await make_house(
+async def test_open_sockets_are_pinged_as_the_configuration_says_now(
+    make_server: MakeServer,
+) -> None:
+    server = await make_server(
         **{"chat.websocket.ping_interval": 0.2, "chat.websocket.ping_timeout": 0.1}
     )
-    async with Raw(house) as raw:
+    async with Raw(server) as raw:
         await raw.upgrade()
         opcode, payload = await raw.frame()
 
-        assert await house.change(
+        assert await server.change(
             **{
                 "chat.websocket.ping_interval": 0.2,
                 "chat.websocket.ping_timeout": 0.1,
@@ -323,59 +331,59 @@ async def test_open_sockets_are_pinged_as_the_configuration_says_now(make_house:
 
 
 async def test_the_kernel_watches_new_connections_by_the_new_send_timeout(
-    make_house: Make,
+    make_server: MakeServer,
 ) -> None:
-    house = await make_house()
-    assert await house.change(**{"chat.streams.send_timeout": 3.0})
-    async with house.connect():
-        (connection,) = house.server.connections
+    server = await make_server()
+    assert await server.change(**{"chat.streams.send_timeout": 3.0})
+    async with server.connect():
+        (connection,) = server.http_server.connections
         assert connection.transport is not None
         sock = connection.transport.get_extra_info("socket")
         assert sock.getsockopt(6, 18) == 4000  # TCP_USER_TIMEOUT: a second more
 
 
-async def test_what_is_kept_is_bounded_anew(make_house: Make) -> None:
-    house = await make_house(SILENT)
-    async with house.connect() as ws:
+async def test_what_is_kept_is_bounded_anew(make_server: MakeServer) -> None:
+    server = await make_server(SILENT)
+    async with server.connect() as ws:
         for name in ("r1", "r2", "r3"):
             await ws.send_json(chat(name))
-        await house.simulator.until(lambda stats: stats.active == 3)
-    await until(lambda: house.held()["detached"] == 3)
+        await server.simulator.until(lambda stats: stats.active == 3)
+    await until(lambda: server.held()["detached"] == 3)
 
-    assert await house.change(
+    assert await server.change(
         **{"chat.streams.max_detached": 1, "chat.streams.max_kept_bytes": 1234}
     )
 
-    await house.simulator.until(lambda stats: stats.aborted == 2)
-    assert house.app[context.STREAMS].stats().max_bytes == 1234
-    house.app[context.GATEWAY].lifetime.drain()
+    await server.simulator.until(lambda stats: stats.aborted == 2)
+    assert server.app[context.STREAMS].stats().max_bytes == 1234
+    server.app[context.GATEWAY].lifetime.drain()
 
 
-async def test_the_prompt_is_the_one_of_now(make_house: Make) -> None:
-    house = await make_house()
-    assert await house.change(**{"chat.service.system_prompt": "Be brief."})
-    async with house.connect() as ws:
+async def test_the_prompt_is_the_one_of_now(make_server: MakeServer) -> None:
+    server = await make_server()
+    assert await server.change(**{"chat.service.system_prompt": "Be brief."})
+    async with server.connect() as ws:
         await ws.send_json(chat("r1"))
         await to_end(ws)
 
-    assert house.simulator.bodies[-1]["messages"][0] == {"role": "system", "content": "Be brief."}
+    assert server.simulator.bodies[-1]["messages"][0] == {"role": "system", "content": "Be brief."}
 
 
-async def test_the_log_level_is_the_one_of_now(make_house: Make) -> None:
-    house = await make_house()
+async def test_the_log_level_is_the_one_of_now(make_server: MakeServer) -> None:
+    server = await make_server()
     root = logging.getLogger()
     before = root.level
     try:
-        assert await house.change(**{"logging.level": "ERROR"})
+        assert await server.change(**{"logging.level": "ERROR"})
         assert root.level == logging.ERROR
     finally:
         root.setLevel(before)
 
 
 async def test_what_only_a_restart_changes_is_named_and_stays(
-    make_house: Make, caplog: pytest.LogCaptureFixture
+    make_server: MakeServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    house = await make_house()
+    server = await make_server()
     changes = {
         "chat.websocket.port": 8123,
         "chat.websocket.endpoint": "/elsewhere",
@@ -386,7 +394,7 @@ async def test_what_only_a_restart_changes_is_named_and_stays(
 
     for _ in range(2):  # it is as true the second time
         caplog.clear()
-        assert await house.change(**changes)
+        assert await server.change(**changes)
 
         named = {
             one.getMessage().split(" has changed")[0]
@@ -394,17 +402,17 @@ async def test_what_only_a_restart_changes_is_named_and_stays(
             if "until a restart" in one.getMessage()
         }
         assert named == {*changes, "cluster"} - {"cluster.name"}
-    assert house.settings.chat.sse.endpoint == "/sse/chat"
-    async with house.session.post(house.sse, json={"request_id": "r1", "text": "x"}) as response:
+    assert server.settings.chat.sse.endpoint == "/sse/chat"
+    async with server.session.post(server.sse, json={"request_id": "r1", "text": "x"}) as response:
         assert (await read_frames(response))[-1]["status"] == "complete"
 
 
 async def test_what_has_changed_is_said_by_name_and_never_by_value(
-    make_house: Make, caplog: pytest.LogCaptureFixture
+    make_server: MakeServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    house = await make_house()
+    server = await make_server()
     with caplog.at_level(logging.INFO, "aioserver"):
-        assert await house.change(
+        assert await server.change(
             **{
                 "llm.providers.sim.api_key": "canary-key",
                 "llm.providers.sim.headers": {"X-Canary": "canary-header"},
@@ -412,141 +420,143 @@ async def test_what_has_changed_is_said_by_name_and_never_by_value(
             }
         )
 
-    (incident,) = incidents(house)
+    (incident,) = incidents(server)
     assert incident == (
         "configuration applied: chat.websocket.concurrency.max_connections, "
         "llm.providers.sim.api_key, llm.providers.sim.headers"
     )
-    said = caplog.text + json.dumps([*house.app[context.MONITOR]._incidents])
+    said = caplog.text + json.dumps([*server.app[context.MONITOR]._incidents])
     assert "canary" not in said.replace("X-Canary", "")
 
 
 # One provider.
 
 
-async def test_a_provider_that_stays_the_same_keeps_its_connections(make_house: Make) -> None:
-    house = await make_house()
-    provider, pool = house.provider, house.provider._pools.pool
-    await ask(house)
+async def test_a_provider_that_stays_the_same_keeps_its_connections(
+    make_server: MakeServer,
+) -> None:
+    server = await make_server()
+    provider, pool = server.provider, server.provider._pools.pool
+    await ask(server)
 
-    assert await house.change(
+    assert await server.change(
         **{f"{SIM_HTTP_CLIENT}.read_timeout": 4.0, f"{SIM_HTTP_CLIENT}.max_retries": 1}
     )
-    await ask(house)
+    await ask(server)
 
-    assert house.provider is provider
+    assert server.provider is provider
     assert provider._pools.pool is pool
-    assert house.simulator.stats().connections_accepted == 1
+    assert server.simulator.stats().connections_accepted == 1
 
 
 async def test_certificates_are_read_again_under_the_same_name(
-    make_house: Make, tmp_path: Path
+    make_server: MakeServer, tmp_path: Path
 ) -> None:
     file = tmp_path / "ca.pem"
     trustme.CA().cert_pem.write_to_path(str(file))
     given = {"llm.providers.sim.ca_file": str(file)}
-    house = await make_house(**given)
-    pool = house.provider._pools.pool
+    server = await make_server(**given)
+    pool = server.provider._pools.pool
 
-    assert await house.change(**given)
+    assert await server.change(**given)
 
-    assert house.provider._pools.pool is not pool
+    assert server.provider._pools.pool is not pool
 
 
-async def test_places_of_a_provider_grow_and_shrink_in_place(make_house: Make) -> None:
-    house = await make_house(SILENT, **{f"{SIM_HTTP_CLIENT}.concurrent_requests": 1})
-    async with house.connect() as ws:
+async def test_places_of_a_provider_grow_and_shrink_in_place(make_server: MakeServer) -> None:
+    server = await make_server(SILENT, **{f"{SIM_HTTP_CLIENT}.concurrent_requests": 1})
+    async with server.connect() as ws:
         for name in ("r1", "r2", "r3"):
             await ws.send_json(chat(name))
-        await until(lambda: house.held()["sim waiting"] == 2)
+        await until(lambda: server.held()["sim waiting"] == 2)
 
-        assert await house.change(**{f"{SIM_HTTP_CLIENT}.concurrent_requests": 2})
-        await house.simulator.until(lambda stats: stats.active == 2)
-        assert house.held()["sim waiting"] == 1
-        assert await house.change(**{f"{SIM_HTTP_CLIENT}.concurrent_requests": 1})
+        assert await server.change(**{f"{SIM_HTTP_CLIENT}.concurrent_requests": 2})
+        await server.simulator.until(lambda stats: stats.active == 2)
+        assert server.held()["sim waiting"] == 1
+        assert await server.change(**{f"{SIM_HTTP_CLIENT}.concurrent_requests": 1})
         await ws.send_json({"action": "cancel", "request_id": "r1"})
         await until_status(ws, "cancelled")
 
-        assert house.held()["sim waiting"] == 1, "one is under way, of one"
+        assert server.held()["sim waiting"] == 1, "one is under way, of one"
         await ws.send_json({"action": "cancel", "request_id": "r2"})
-        await house.simulator.until(lambda stats: stats.requests == 3)
-    house.app[context.GATEWAY].lifetime.drain()
+        await server.simulator.until(lambda stats: stats.requests == 3)
+    server.app[context.GATEWAY].lifetime.drain()
 
 
-async def test_a_faster_pace_is_felt_at_once(make_house: Make) -> None:
-    house = await make_house(
+async def test_a_faster_pace_is_felt_at_once(make_server: MakeServer) -> None:
+    server = await make_server(
         **{f"{SIM_HTTP_CLIENT}.requests_per_minute": 1, f"{SIM_HTTP_CLIENT}.queue_timeout": 90}
     )
-    await ask(house)
-    waiting = asyncio.ensure_future(ask(house))
-    await until(lambda: house.held()["sim waiting"] == 1)
+    await ask(server)
+    waiting = asyncio.ensure_future(ask(server))
+    await until(lambda: server.held()["sim waiting"] == 1)
 
-    assert await house.change(**{f"{SIM_HTTP_CLIENT}.requests_per_minute": 6000})
+    assert await server.change(**{f"{SIM_HTTP_CLIENT}.requests_per_minute": 6000})
 
     async with asyncio.timeout(10):
         assert (await waiting)["status"] == 200
 
 
 async def test_a_new_key_goes_with_the_next_request_on_another_connection(
-    make_house: Make,
+    make_server: MakeServer,
 ) -> None:
-    house = await make_house(**{"llm.providers.sim.api_key": "first"})
-    await ask(house)
-    assert await house.change(**{"llm.providers.sim.api_key": "second"})
-    await ask(house)
+    server = await make_server(**{"llm.providers.sim.api_key": "first"})
+    await ask(server)
+    assert await server.change(**{"llm.providers.sim.api_key": "second"})
+    await ask(server)
 
-    sent = [one.headers["authorization"] for one in house.simulator.requests]
+    sent = [one.headers["authorization"] for one in server.simulator.requests]
     assert sent == ["Bearer first", "Bearer second"]
-    await house.simulator.until(
+    await server.simulator.until(
         lambda stats: (stats.connections_accepted, stats.open_connections) == (2, 1)
     )
 
 
-async def test_a_provider_that_refused_our_key_is_asked_again(make_house: Make) -> None:
-    house = await make_house(Behaviour(fail_rate=1.0, fail_status=401))
-    assert (await ask(house))["status"] == 502
-    assert house.provider.stats().flagged
-    house.simulator.behaviour = QUICK
+async def test_a_provider_that_refused_our_key_is_asked_again(make_server: MakeServer) -> None:
+    server = await make_server(Behaviour(fail_rate=1.0, fail_status=401))
+    assert (await ask(server))["status"] == 502
+    assert server.provider.stats().flagged
+    server.simulator.behaviour = QUICK
 
-    assert await house.change()
+    assert await server.change()
 
-    assert (await ask(house))["status"] == 200
+    assert (await ask(server))["status"] == 200
 
 
-async def test_a_rest_is_over_for_another_key(make_house: Make) -> None:
+async def test_a_rest_is_over_for_another_key(make_server: MakeServer) -> None:
     key = "llm.providers.sim.api_key"
-    house = await make_house(Behaviour(fail_rate=1.0, fail_status=429), **{key: "old"})
-    assert (await ask(house))["status"] == 429
-    house.provider._pace.cool_down(100.0)
-    house.simulator.behaviour = QUICK
+    server = await make_server(Behaviour(fail_rate=1.0, fail_status=429), **{key: "old"})
+    assert (await ask(server))["status"] == 429
+    server.provider._pace.cool_down(100.0)
+    server.simulator.behaviour = QUICK
 
-    assert await house.change(**{key: "old"})
-    assert house.provider.stats().pace.cooling > 90
-    assert await house.change(**{key: "new"})
+    assert await server.change(**{key: "old"})
+    assert server.provider.stats().pace.cooling > 90
+    assert await server.change(**{key: "new"})
 
-    assert (await ask(house))["status"] == 200
+    assert (await ask(server))["status"] == 200
 
 
-async def test_the_breaker_stays_open_at_the_same_address_only(make_house: Make) -> None:
-    house = await make_house(Behaviour(fail_rate=1.0, fail_status=500))
+async def test_the_breaker_stays_open_at_the_same_address_only(make_server: MakeServer) -> None:
+    server = await make_server(Behaviour(fail_rate=1.0, fail_status=500))
     for _ in range(5):
-        await ask(house)
-    assert house.provider.stats().breaker == "open"
+        await ask(server)
+    assert server.provider.stats().breaker == "open"
 
-    assert await house.change(**{f"{SIM_HTTP_CLIENT}.max_keepalive": 9})
-    assert house.provider.stats().breaker == "open"
+    assert await server.change(**{f"{SIM_HTTP_CLIENT}.max_keepalive": 9})
+    assert server.provider.stats().breaker == "open"
 
     async with Simulator(QUICK) as elsewhere:
-        assert await house.change(**{"llm.providers.sim.base_url": elsewhere.base_url})
-        assert (await ask(house))["status"] == 200
-        await house.provider.close()
+        assert await server.change(**{"llm.providers.sim.base_url": elsewhere.base_url})
+        assert (await ask(server))["status"] == 200
+        await server.provider.close()
 
 
 @pytest.mark.parametrize(
     "way", ["a key that is refused", "a key of too many requests", "an address that fails"]
 )
 async def test_what_went_by_the_old_settings_says_nothing_of_the_new(
-    way: str, make_house: Make
+    way: str, make_server: MakeServer
 ) -> None:
     status = {"a key that is refused": 401, "a key of too many requests": 429}.get(way)
     came: list[bytes] = []
@@ -559,20 +569,20 @@ async def test_what_went_by_the_old_settings_says_nothing_of_the_new(
             head = f"HTTP/1.1 {status} No\r\nRetry-After: 99\r\nContent-Length: 0\r\n\r\n"
             await peer.send(head.encode())
 
-    house = await make_house()
-    async with Played(play) as server:
-        before = {"llm.providers.sim.base_url": server.url, "llm.providers.sim.api_key": "old"}
-        assert await house.change(**before)
-        asked = [asyncio.ensure_future(ask(house)) for _ in range(breaker.FAILURES)]
+    server = await make_server()
+    async with ScriptedProvider(play) as played:
+        before = {"llm.providers.sim.base_url": played.url, "llm.providers.sim.api_key": "old"}
+        assert await server.change(**before)
+        asked = [asyncio.ensure_future(ask(server)) for _ in range(breaker.FAILURES)]
         await until(lambda: len(came) == len(asked))
 
         now = {**before, "llm.providers.sim.api_key": "new"} if status else {}
-        assert await house.change(**now)
+        assert await server.change(**now)
         answers.set()
 
         told = 429 if status == 429 else 502
         assert [one["status"] for one in await asyncio.gather(*asked)] == [told] * len(asked)
-        stats = house.provider.stats()
+        stats = server.provider.stats()
         assert (stats.flagged, stats.breaker, stats.pace.cooling) == (False, "closed", 0.0)
 
 
@@ -588,26 +598,26 @@ async def test_what_went_by_the_old_settings_says_nothing_of_the_new(
     ],
 )
 async def test_answers_on_all_faces_go_on_while_their_pool_is_replaced_twice(
-    make_house: Make, changes: dict[str, Any]
+    make_server: MakeServer, changes: dict[str, Any]
 ) -> None:
-    house = await make_house(PACED)
+    server = await make_server(PACED)
     limit = changes.get(f"{SIM_HTTP_CLIENT}.max_connections", 20)
     async with AsyncExitStack() as stack:
-        ws = await stack.enter_async_context(house.connect())
+        ws = await stack.enter_async_context(server.connect())
         await ws.send_json(chat("ws"))
         sse = await stack.enter_async_context(
-            house.session.post(house.sse, json={"request_id": "sse", "text": "x"})
+            server.session.post(server.sse, json={"request_id": "sse", "text": "x"})
         )
         sdk = await stack.enter_async_context(
-            house.session.post(f"{house.v1}/chat/completions", json=STREAMED)
+            server.session.post(f"{server.v1}/chat/completions", json=STREAMED)
         )
-        plain = asyncio.ensure_future(ask(house))
-        await house.simulator.until(lambda stats: stats.active == 4 and stats.tokens_sent > 20)
+        plain = asyncio.ensure_future(ask(server))
+        await server.simulator.until(lambda stats: stats.active == 4 and stats.tokens_sent > 20)
 
-        assert await house.change(**changes)
-        assert await house.change()  # and back, while the first ones run still
-        assert await house.change(**changes)
-        new = [asyncio.ensure_future(ask(house)) for _ in range(30)]
+        assert await server.change(**changes)
+        assert await server.change()  # and back, while the first ones run still
+        assert await server.change(**changes)
+        new = [asyncio.ensure_future(ask(server)) for _ in range(30)]
 
         frames = await to_end(ws, "ws")
         assert frames[-1]["status"] == "complete"
@@ -618,72 +628,72 @@ async def test_answers_on_all_faces_go_on_while_their_pool_is_replaced_twice(
         assert (await sdk.read()).endswith(b"data: [DONE]\n\n")
         assert (await plain)["status"] == 200
         assert {one["status"] for one in await asyncio.gather(*new)} == {200}
-        stats = house.simulator.stats()
+        stats = server.simulator.stats()
         assert stats.aborted == 0
         assert stats.peak_active <= max(4, limit)
         assert stats.peak_connections <= max(20, limit)
-        pools = house.provider._pools
+        pools = server.provider._pools
         await until(lambda: not pools._retired)
-        assert await house.change()
-        await house.simulator.until(lambda stats: stats.open_connections == 0)
+        assert await server.change()
+        await server.simulator.until(lambda stats: stats.open_connections == 0)
 
 
-async def test_old_and_new_pool_together_keep_to_the_limit(make_house: Make) -> None:
+async def test_old_and_new_pool_together_keep_to_the_limit(make_server: MakeServer) -> None:
     # The old pool has two connections in use when the limit becomes two: nobody else may start.
-    house = await make_house(SLOW, **{f"{SIM_HTTP_CLIENT}.concurrent_requests": 4})
+    server = await make_server(SLOW, **{f"{SIM_HTTP_CLIENT}.concurrent_requests": 4})
     lowered = {
         f"{SIM_HTTP_CLIENT}.{name}": 2 for name in ("max_connections", "concurrent_requests")
     }
     lowered[f"{SIM_HTTP_CLIENT}.max_keepalive"] = 2
-    async with house.connect() as ws:
+    async with server.connect() as ws:
         for name in ("r1", "r2"):
             await ws.send_json(chat(name))
-        await house.simulator.until(lambda stats: stats.active == 2)
-        assert await house.change(**lowered)
+        await server.simulator.until(lambda stats: stats.active == 2)
+        assert await server.change(**lowered)
         for name in ("r3", "r4"):
             await ws.send_json(chat(name))
-        await until(lambda: house.held()["sim waiting"] == 2)
-        assert house.provider.stats().pool.open == 2
+        await until(lambda: server.held()["sim waiting"] == 2)
+        assert server.provider.stats().pool.open == 2
         for name in ("r1", "r2", "r3", "r4"):
             await ws.send_json({"action": "cancel", "request_id": name})
-            await house.simulator.until(lambda stats: stats.peak_connections == 2)
-        await until(lambda: not house.held()["running"])
-    assert house.simulator.stats().peak_connections == 2
+            await server.simulator.until(lambda stats: stats.peak_connections == 2)
+        await until(lambda: not server.held()["running"])
+    assert server.simulator.stats().peak_connections == 2
 
 
-async def test_a_provider_that_moves_finishes_at_the_old_place(make_house: Make) -> None:
-    house = await make_house(PACED)
-    async with Simulator(QUICK) as elsewhere, house.connect() as ws:
+async def test_a_provider_that_moves_finishes_at_the_old_place(make_server: MakeServer) -> None:
+    server = await make_server(PACED)
+    async with Simulator(QUICK) as elsewhere, server.connect() as ws:
         await ws.send_json(chat("r1"))
         await until_status(ws, "chunk")
 
-        assert await house.change(**{"llm.providers.sim.base_url": elsewhere.base_url})
+        assert await server.change(**{"llm.providers.sim.base_url": elsewhere.base_url})
 
-        assert (await ask(house))["status"] == 200
-        assert (elsewhere.stats().requests, house.simulator.stats().requests) == (1, 1)
+        assert (await ask(server))["status"] == 200
+        assert (elsewhere.stats().requests, server.simulator.stats().requests) == (1, 1)
         assert (await to_end(ws))[-1]["status"] == "complete"
-        assert house.simulator.stats().aborted == 0
-        await house.simulator.until(lambda stats: stats.open_connections == 0)
-        assert await house.change()
+        assert server.simulator.stats().aborted == 0
+        await server.simulator.until(lambda stats: stats.open_connections == 0)
+        assert await server.change()
 
 
 # Several providers.
 
 
-async def test_a_new_provider_is_asked_counted_and_shown(make_house: Make) -> None:
-    house = await make_house()
-    house.app[context.MONITOR].tick()
+async def test_a_new_provider_is_asked_counted_and_shown(make_server: MakeServer) -> None:
+    server = await make_server()
+    server.app[context.MONITOR].tick()
     async with Simulator(QUICK) as second:
-        assert await house.change(**{"llm.providers.two": provider_entry(second.base_url)})
+        assert await server.change(**{"llm.providers.two": provider_entry(second.base_url)})
 
-        assert (await ask(house, model="two"))["status"] == 200
-        async with house.session.get(f"{house.v1}/models") as response:
+        assert (await ask(server, model="two"))["status"] == 200
+        async with server.session.get(f"{server.v1}/models") as response:
             ids = {one["id"] for one in (await response.json())["data"]}
         assert {"two", "two/other-model"} <= ids
-        house.app[context.MONITOR].tick()
-        async with house.session.get(f"{house.base}/stats") as response:
+        server.app[context.MONITOR].tick()
+        async with server.session.get(f"{server.base}/stats") as response:
             assert (await response.json())["providers"]["two"]["requests"] == 1
-        async with house.session.get(f"{house.base}/metrics") as response:
+        async with server.session.get(f"{server.base}/metrics") as response:
             text = await response.text()
         for line in (
             'aioserver_provider_attempts_total{outcome="ok",provider="two"} 1.0',
@@ -692,7 +702,7 @@ async def test_a_new_provider_is_asked_counted_and_shown(make_house: Make) -> No
             'aioserver_reloads_total{outcome="applied"} 1.0',
         ):
             assert line in text, line
-        async with house.session.get(f"{house.base}/events") as events:
+        async with server.session.get(f"{server.base}/events") as events:
             data = b""
             while b"event: stats" not in data:
                 data += await events.content.readany()
@@ -700,47 +710,47 @@ async def test_a_new_provider_is_asked_counted_and_shown(make_house: Make) -> No
         seen = json.loads(history.data)["providers"]["two"]["in_flight"]
         assert seen[0] is None, "it was not there then"
         assert seen[-1] == 0
-        assert await house.change()
+        assert await server.change()
 
 
-async def test_another_one_is_active_and_first_to_be_asked(make_house: Make) -> None:
-    house = await make_house()
+async def test_another_one_is_active_and_first_to_be_asked(make_server: MakeServer) -> None:
+    server = await make_server()
     async with Simulator(QUICK) as second:
         two = {"llm.providers.two": provider_entry(second.base_url), "llm.active": "two"}
-        assert await house.change(**two)
-        await ask(house)
-        assert (second.stats().requests, house.simulator.stats().requests) == (1, 0)
+        assert await server.change(**two)
+        await ask(server)
+        assert (second.stats().requests, server.simulator.stats().requests) == (1, 0)
         second.behaviour = Behaviour(fail_rate=1.0, fail_status=500)
-        assert await house.change(**two, **{"llm.fallbacks": ["sim"]})
-        assert (await ask(house))["status"] == 200
-        assert (second.stats().requests, house.simulator.stats().requests) == (2, 1)
-        assert await house.change()
+        assert await server.change(**two, **{"llm.fallbacks": ["sim"]})
+        assert (await ask(server))["status"] == 200
+        assert (second.stats().requests, server.simulator.stats().requests) == (2, 1)
+        assert await server.change()
 
 
 async def test_who_runs_at_a_removed_provider_ends_there_and_who_waits_goes_elsewhere(
-    make_house: Make,
+    make_server: MakeServer,
 ) -> None:
-    house = await make_house(Behaviour(ttft=0, interval=0.01, tokens=60))
-    async with Simulator(QUICK) as second, house.connect() as ws:
+    server = await make_server(Behaviour(ttft=0, interval=0.01, tokens=60))
+    async with Simulator(QUICK) as second, server.connect() as ws:
         client: dict[str, Any] = dict.fromkeys(
             ("max_connections", "max_keepalive", "concurrent_requests"), 1
         )
-        one = provider_entry(house.simulator.base_url, **client)
-        assert await house.change(
+        one = provider_entry(server.simulator.base_url, **client)
+        assert await server.change(
             **{
                 "llm.providers": {"one": one, "two": provider_entry(second.base_url)},
                 "llm.active": "one",
                 "llm.fallbacks": ["two"],
             }
         )
-        leaving: Provider = house.app[context.ROUTER].providers["one"]
+        leaving: Provider = server.app[context.ROUTER].providers["one"]
         await ws.send_json(chat("runs"))
         await until_status(ws, "chunk")
         await ws.send_json(chat("waits"))
         await ws.send_json(chat("pinned", provider="one"))
         await until(lambda: leaving.stats().queue.waiting == 2)
 
-        assert await house.change(
+        assert await server.change(
             **{"llm.providers": {"two": provider_entry(second.base_url)}, "llm.active": "two"}
         )
 
@@ -751,69 +761,71 @@ async def test_who_runs_at_a_removed_provider_ends_there_and_who_waits_goes_else
                 last["chunk"].get("code") or (last["chunk"]["metadata"]["provider"])
             )
         assert ends == {"runs": "one", "waits": "two", "pinned": "no_provider"}
-        assert house.simulator.stats().aborted == 0
-        assert (await ask(house, model="one/x"))["status"] == 200, "to the active one, as it came"
+        assert server.simulator.stats().aborted == 0
+        assert (await ask(server, model="one/x"))["status"] == 200, "to the active one, as it came"
         await ws.send_json(chat("late", provider="one"))
         assert (await to_end(ws))[-1]["chunk"]["code"] == "model_not_found"
-        await until(lambda: not house.app[context.ROSTER]._leaving)
-        await house.simulator.until(lambda stats: stats.open_connections == 0)
+        await until(lambda: not server.app[context.ROSTER]._leaving)
+        await server.simulator.until(lambda stats: stats.open_connections == 0)
         await ws.close()
-        assert await house.change()
+        assert await server.change()
 
 
-async def test_a_provider_that_comes_back_counts_what_still_runs_there(make_house: Make) -> None:
-    house = await make_house(SLOW)
-    async with Simulator(QUICK) as second, house.connect() as ws:
+async def test_a_provider_that_comes_back_counts_what_still_runs_there(
+    make_server: MakeServer,
+) -> None:
+    server = await make_server(SLOW)
+    async with Simulator(QUICK) as second, server.connect() as ws:
         await ws.send_json(chat("r1"))
         await until_status(ws, "chunk")
-        leaving = house.provider
+        leaving = server.provider
         two = {"llm.providers": {"two": provider_entry(second.base_url)}, "llm.active": "two"}
-        assert await house.change(**two)
+        assert await server.change(**two)
 
-        assert await house.change(**{f"{SIM_HTTP_CLIENT}.concurrent_requests": 1})
+        assert await server.change(**{f"{SIM_HTTP_CLIENT}.concurrent_requests": 1})
 
-        assert house.provider is leaving
+        assert server.provider is leaving
         await ws.send_json(chat("r2"))
-        await until(lambda: house.held()["sim waiting"] == 1)
+        await until(lambda: server.held()["sim waiting"] == 1)
         await ws.send_json({"action": "cancel", "request_id": "r1"})
-        await house.simulator.until(lambda stats: stats.requests == 2)
+        await server.simulator.until(lambda stats: stats.requests == 2)
         await ws.send_json({"action": "cancel", "request_id": "r2"})
-        await until(lambda: not house.held()["sim places"])
-        assert await house.change(**two)  # nothing runs there: it is closed at once
-        await until(lambda: not house.app[context.ROSTER]._leaving)
-        assert await house.change()
-        assert house.provider is not leaving
+        await until(lambda: not server.held()["sim places"])
+        assert await server.change(**two)  # nothing runs there: it is closed at once
+        await until(lambda: not server.app[context.ROSTER]._leaving)
+        assert await server.change()
+        assert server.provider is not leaving
 
 
-async def test_the_simulator_is_started_when_it_is_first_wanted(make_house: Make) -> None:
-    house = await make_house()
+async def test_the_simulator_is_started_when_it_is_first_wanted(make_server: MakeServer) -> None:
+    server = await make_server()
     demo = provider_entry("", max_connections=200) | {"simulated": True, "base_url": ""}
-    assert await house.change(**{"llm.providers.demo": demo, "llm.active": "demo"})
-    answer = await ask(house, max_tokens=1)
+    assert await server.change(**{"llm.providers.demo": demo, "llm.active": "demo"})
+    answer = await ask(server, max_tokens=1)
     assert answer["status"] == 200
-    assert house.simulator.stats().requests == 0
-    assert await house.change()
+    assert server.simulator.stats().requests == 0
+    assert await server.change()
 
 
 async def test_a_provider_whose_key_is_gone_is_off_and_back_with_it(
-    make_house: Make, tmp_path: Path
+    make_server: MakeServer, tmp_path: Path
 ) -> None:
-    house = await make_house()
+    server = await make_server()
     key = tmp_path / "key"
-    two = provider_entry(house.simulator.base_url) | {"api_key_file": str(key)}
-    assert await house.change(**{"llm.providers.two": two})
-    assert "two" not in {one["id"] for one in (await models(house))}
+    two = provider_entry(server.simulator.base_url) | {"api_key_file": str(key)}
+    assert await server.change(**{"llm.providers.two": two})
+    assert "two" not in {one["id"] for one in (await models(server))}
 
     key.write_text("secret\n")
 
-    assert await house.change(**{"llm.providers.two": two})
-    assert (await ask(house, model="two"))["status"] == 200
-    assert house.simulator.requests[-1].headers["authorization"] == "Bearer secret"
-    assert await house.change()
+    assert await server.change(**{"llm.providers.two": two})
+    assert (await ask(server, model="two"))["status"] == 200
+    assert server.simulator.requests[-1].headers["authorization"] == "Bearer secret"
+    assert await server.change()
 
 
-async def models(house: House) -> list[Any]:
-    async with house.session.get(f"{house.v1}/models") as response:
+async def models(server: RunningServer) -> list[Any]:
+    async with server.session.get(f"{server.v1}/models") as response:
         return list((await response.json())["data"])
 
 
@@ -833,23 +845,23 @@ def few_files() -> Iterator[Callable[[int], None]]:
 
 
 async def test_more_clients_have_the_descriptors_that_they_need(
-    make_house: Make, few_files: Callable[[int], None]
+    make_server: MakeServer, few_files: Callable[[int], None]
 ) -> None:
-    house = await make_house()
-    few_files(preflight.wanted_files(house.reload._began))
+    server = await make_server()
+    few_files(preflight.wanted_files(server.reload._began))
     more = {f"{CONCURRENCY}.max_connections": 100, f"{CONCURRENCY}.connection_queue_size": 120}
 
-    assert await house.change(**more)
+    assert await server.change(**more)
 
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    assert soft >= preflight.wanted_files(house.reload._now)
+    assert soft >= preflight.wanted_files(server.reload._now)
 
 
 async def test_more_clients_than_there_can_be_descriptors_are_refused(
-    make_house: Make, few_files: Callable[[int], None], caplog: pytest.LogCaptureFixture
+    make_server: MakeServer, few_files: Callable[[int], None], caplog: pytest.LogCaptureFixture
 ) -> None:
-    house = await make_house()
-    few_files(preflight.wanted_files(house.reload._began))
+    server = await make_server()
+    few_files(preflight.wanted_files(server.reload._began))
     most = 2**31 - 1
     many = {
         f"{CONCURRENCY}.max_connections": most,
@@ -857,40 +869,40 @@ async def test_more_clients_than_there_can_be_descriptors_are_refused(
         f"{CONCURRENCY}.uvicorn.backlog": most,
     }
 
-    assert not await house.change(**many)
+    assert not await server.change(**many)
 
     assert f"chat.websocket.concurrency.max_connections={most}" in caplog.text
-    assert house.app[context.ADMISSION].gate.limit == 50
-    assert reloads(house)["invalid"] == 1
+    assert server.app[context.ADMISSION].gate.limit == 50
+    assert reloads(server)["invalid"] == 1
 
 
 # One at a time.
 
 
-async def test_who_asks_during_a_reload_gets_another_behind_it(make_house: Make) -> None:
-    house = await make_house()
-    running = asyncio.ensure_future(house.reload.run())
+async def test_who_asks_during_a_reload_gets_another_behind_it(make_server: MakeServer) -> None:
+    server = await make_server()
+    running = asyncio.ensure_future(server.reload.run())
     try:
         for _ in range(5):
-            house.reload.ask()
-        await until(lambda: reloads(house)["applied"] == 1)
-        house.reload.ask()
-        await until(lambda: reloads(house)["applied"] == 2)
+            server.reload.ask()
+        await until(lambda: reloads(server)["applied"] == 1)
+        server.reload.ask()
+        await until(lambda: reloads(server)["applied"] == 2)
     finally:
         running.cancel()
         await asyncio.wait([running])
-    assert reloads(house) == {"applied": 2, "invalid": 0, "failed": 0}
+    assert reloads(server) == {"applied": 2, "invalid": 0, "failed": 0}
 
 
-async def test_reloads_under_load_lose_no_answer(make_house: Make) -> None:
-    house = await make_house(Behaviour(ttft=0, interval=0.002, tokens=10))
+async def test_reloads_under_load_lose_no_answer(make_server: MakeServer) -> None:
+    server = await make_server(Behaviour(ttft=0, interval=0.002, tokens=10))
     over = asyncio.Event()
     answers: list[int] = []
 
     async def client() -> None:
         async with aiohttp.ClientSession() as session:
             while not over.is_set():
-                async with session.post(f"{house.v1}/chat/completions", json=CHAT) as response:
+                async with session.post(f"{server.v1}/chat/completions", json=CHAT) as response:
                     await response.read()
                     answers.append(response.status)
 
@@ -900,22 +912,22 @@ async def test_reloads_under_load_lose_no_answer(make_house: Make) -> None:
             f"{SIM_HTTP_CLIENT}.max_keepalive": number % 3,
             f"{SIM_HTTP_CLIENT}.max_connections": 8 + number,
         }
-        assert await house.change(**{f"{SIM_HTTP_CLIENT}.concurrent_requests": 8}, **keepalive)
+        assert await server.change(**{f"{SIM_HTTP_CLIENT}.concurrent_requests": 8}, **keepalive)
         seen = len(answers)
         await until(lambda seen=seen: len(answers) > seen + 10)  # type: ignore[misc]
     over.set()
     await asyncio.gather(*clients)
 
     assert set(answers) == {200}
-    assert house.simulator.stats().aborted == 0
-    await until(lambda: not house.provider._pools._retired)
+    assert server.simulator.stats().aborted == 0
+    await until(lambda: not server.provider._pools._retired)
 
 
-async def test_a_socket_that_is_open_is_never_closed_by_a_reload(house: House) -> None:
-    async with Raw(house) as raw:
+async def test_a_socket_that_is_open_is_never_closed_by_a_reload(server: RunningServer) -> None:
+    async with Raw(server) as raw:
         await raw.upgrade()
         for limit in (1, 50):
-            assert await house.change(**{f"{CONCURRENCY}.max_connections": limit})
+            assert await server.change(**{f"{CONCURRENCY}.max_connections": limit})
         await raw.send_json({"action": "ping"})
         opcode, _ = await raw.frame()
         assert opcode == TEXT

@@ -16,15 +16,13 @@ from aioserver.faces import context
 from aioserver.faces.http import Request
 from aioserver.server.runner import LINGERING, MAX_HEADERS, Connection, Direct
 from tests.support.raw import Raw
-from tests.support.server import UVICORN, runner_of
+from tests.support.server import UVICORN, MakeServer, runner_of
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from pathlib import Path
 
-    from tests.support.server import House
-
-    Make = Callable[..., Awaitable[House]]
+    from tests.support.server import RunningServer
 
 
 async def test_every_option_reaches_the_connections(tmp_path: Path) -> None:
@@ -64,13 +62,13 @@ async def test_an_option_that_aiohttp_does_not_know_is_an_error(tmp_path: Path) 
 
 
 async def test_an_access_log_is_written_when_asked_for(
-    make_house: Make, caplog: pytest.LogCaptureFixture
+    make_server: MakeServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    house = await make_house(**{f"{UVICORN}.access_log": True})
+    server = await make_server(**{f"{UVICORN}.access_log": True})
     with caplog.at_level(logging.INFO, "aioserver.access"):
-        async with house.session.get(house.base + "/health") as response:
+        async with server.session.get(server.base + "/health") as response:
             assert response.status == 200
-        async with Raw(house) as raw:
+        async with Raw(server) as raw:
             await raw.get("/health", "Connection: close")
             await raw.to_the_end()
 
@@ -86,14 +84,16 @@ async def test_an_access_log_is_written_when_asked_for(
     ("trusted", "address"), [(["127.0.0.1"], "203.0.113.9"), ([], "127.0.0.1")]
 )
 async def test_the_access_log_has_the_address_that_a_trusted_proxy_gives(
-    make_house: Make, caplog: pytest.LogCaptureFixture, trusted: list[str], address: str
+    make_server: MakeServer, caplog: pytest.LogCaptureFixture, trusted: list[str], address: str
 ) -> None:
-    house = await make_house(**{f"{UVICORN}.access_log": True, "auth.trusted_proxies": trusted})
+    server = await make_server(**{f"{UVICORN}.access_log": True, "auth.trusted_proxies": trusted})
     headers = {"X-Forwarded-For": "203.0.113.9", "Referer": "canary", "User-Agent": "canary"}
     with caplog.at_level(logging.INFO, "aioserver.access"):
-        async with house.session.get(f"{house.base}/health?q=canary", headers=headers) as response:
+        async with server.session.get(
+            f"{server.base}/health?q=canary", headers=headers
+        ) as response:
             assert response.status == 200
-        async with Raw(house) as raw:
+        async with Raw(server) as raw:
             await raw.send(b"GET /canary x HTTP/1.1\r\n\r\n")  # nothing that has an application
             await raw.to_the_end()
 
@@ -105,8 +105,8 @@ async def test_the_access_log_has_the_address_that_a_trusted_proxy_gives(
 # Handlers found at once.
 
 
-async def test_what_is_found_at_once_is_what_the_router_finds(house: House) -> None:
-    direct = house.server.request_handler
+async def test_what_is_found_at_once_is_what_the_router_finds(server: RunningServer) -> None:
+    direct = server.http_server.request_handler
     assert isinstance(direct, Direct)
     found = direct._known
     assert {("POST", "/v1/chat/completions"), ("GET", "/ws/chat"), ("GET", "/health")} <= set(
@@ -114,14 +114,14 @@ async def test_what_is_found_at_once_is_what_the_router_finds(house: House) -> N
     )
 
     for (method, path), (match, handler) in found.items():
-        request = make_mocked_request(method, path, app=house.app)
-        resolved = await house.app.router.resolve(request)
+        request = make_mocked_request(method, path, app=server.app)
+        resolved = await server.app.router.resolve(request)
 
         assert resolved.route is match.route
         assert resolved.handler is handler
         assert dict(resolved) == dict(match) == {}
-        assert match.apps == (house.app,)
-        assert match.current_app is house.app
+        assert match.apps == (server.app,)
+        assert match.current_app is server.app
 
 
 @pytest.mark.parametrize(
@@ -141,9 +141,9 @@ async def test_what_is_found_at_once_is_what_the_router_finds(house: House) -> N
     ],
 )
 async def test_every_way_to_say_it_is_answered_as_aiohttp_would(
-    line: str, status: int, house: House
+    line: str, status: int, server: RunningServer
 ) -> None:
-    async with Raw(house) as raw:
+    async with Raw(server) as raw:
         await raw.send(f"{line} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
         answer = await raw.to_the_end()
 
@@ -154,10 +154,10 @@ async def test_every_way_to_say_it_is_answered_as_aiohttp_would(
 @pytest.mark.parametrize("path", ["/stats", "/nowhere", "/v1/models/sim"])
 @pytest.mark.parametrize("expect", [b"much", b"\xff", b"100-continue, much"])
 async def test_an_expectation_that_is_unknown_is_refused_as_anything_else(
-    path: str, expect: bytes, make_house: Make, caplog: pytest.LogCaptureFixture
+    path: str, expect: bytes, make_server: MakeServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    house = await make_house(**{"chat.websocket.allow_origins": ["http://a"]})
-    async with Raw(house) as raw:
+    server = await make_server(**{"chat.websocket.allow_origins": ["http://a"]})
+    async with Raw(server) as raw:
         for _ in range(2):
             await raw.send(
                 f"GET {path} HTTP/1.1\r\nHost: x\r\nOrigin: http://a\r\nExpect: ".encode()
@@ -172,14 +172,14 @@ async def test_an_expectation_that_is_unknown_is_refused_as_anything_else(
     assert not caplog.records
 
 
-async def test_of_two_routes_on_one_path_the_first_is_found(house: House) -> None:
+async def test_of_two_routes_on_one_path_the_first_is_found(server: RunningServer) -> None:
     app = web.Application()
     first = app.router.add_get("/twice", pages_of("first"))
     app.router.add_get("/between", pages_of("between"))
     app.router.add_get("/twice", pages_of("second"))
     app.freeze()
 
-    direct = Direct(app, house.app[context.SHIELD], pages_of("the router's"))
+    direct = Direct(app, server.app[context.SHIELD], pages_of("the router's"))
 
     match, handler = direct._known["GET", "/twice"]
     assert match.route is first
@@ -193,11 +193,11 @@ def pages_of(text: str) -> Callable[[web.BaseRequest], Awaitable[web.StreamRespo
     return page
 
 
-async def test_no_face_can_be_put_where_something_else_is(house: House) -> None:
-    chat = house.settings.chat
+async def test_no_face_can_be_put_where_something_else_is(server: RunningServer) -> None:
+    chat = server.settings.chat
     plain = {
         resource.canonical
-        for resource in house.app.router.resources()
+        for resource in server.app.router.resources()
         if isinstance(resource, web.PlainResource)
     } - {chat.websocket.endpoint, chat.sse.endpoint, "/"}  # which is no endpoint by its form
 

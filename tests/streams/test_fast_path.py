@@ -52,23 +52,22 @@ from tests.support.scripted_provider import (
     OK,
     Got,
     Peer,
-    Played,
+    ScriptedProvider,
     chunk,
     exchange,
 )
-from tests.support.server import HTTP_CLIENT
+from tests.support.server import HTTP_CLIENT, MakeServer
 from tests.support.transport import HIGH, FakeTransport
 from tests.support.waiting import ticks, until
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+    from collections.abc import AsyncIterator, Callable, Iterable, Iterator
     from types import TracebackType
 
     from aiohttp.connector import Connection
 
-    from tests.support.server import House
+    from tests.support.server import RunningServer
 
-    Make = Callable[..., Awaitable[House]]
 
 FACES = ("openai", "sse", "websocket")
 EXAMPLES = int(os.environ.get("EXAMPLES", "30"))  # more by hand
@@ -1399,8 +1398,8 @@ async def stage() -> Stage:
 
 
 @pytest.fixture
-async def played(stage: Stage) -> AsyncIterator[Played]:
-    async with Played(stage.play) as provider:
+async def played(stage: Stage) -> AsyncIterator[ScriptedProvider]:
+    async with ScriptedProvider(stage.play) as provider:
         yield provider
 
 
@@ -1410,8 +1409,8 @@ def taken() -> Iterator[list[bytes]]:
         yield reads
 
 
-def staged(provider: Played, **http_client: Any) -> dict[str, Any]:
-    """The changes of a house whose provider *provider* is."""
+def staged(provider: ScriptedProvider, **http_client: Any) -> dict[str, Any]:
+    """The changes of a server whose provider is *provider*."""
     return {
         "llm.providers.sim.base_url": provider.url,
         "llm.providers.sim.http_client": {**HTTP_CLIENT, **http_client},
@@ -1419,10 +1418,10 @@ def staged(provider: Played, **http_client: Any) -> dict[str, Any]:
 
 
 async def test_openais_bytes_come_one_by_one_and_the_next_answer_starts_clean(
-    make_house: Make, stage: Stage, played: Played, taken: list[bytes]
+    make_server: MakeServer, stage: Stage, played: ScriptedProvider, taken: list[bytes]
 ) -> None:
-    house = await make_house(**staged(played))
-    async with Raw(house) as client:
+    server = await make_server(**staged(played))
+    async with Raw(server) as client:
         for turn in range(3):
             await client.post("/v1/chat/completions", STREAMED)
             peer = await stage.asked()
@@ -1453,10 +1452,10 @@ JSON_ANSWER = (
 
 
 async def test_an_sse_client_gets_every_event_at_once_and_the_next_answer_starts_clean(
-    make_house: Make, stage: Stage, played: Played, taken: list[bytes]
+    make_server: MakeServer, stage: Stage, played: ScriptedProvider, taken: list[bytes]
 ) -> None:
-    house = await make_house(**staged(played))
-    async with Raw(house) as client:
+    server = await make_server(**staged(played))
+    async with Raw(server) as client:
         for name in "abc":
             await client.ask_sse(name, text="Hello")
             peer = await stage.asked()
@@ -1477,10 +1476,10 @@ async def test_an_sse_client_gets_every_event_at_once_and_the_next_answer_starts
 
 
 async def test_a_reader_that_joins_a_websockets_answer_gets_all_of_it(
-    make_house: Make, stage: Stage, played: Played, taken: list[bytes]
+    make_server: MakeServer, stage: Stage, played: ScriptedProvider, taken: list[bytes]
 ) -> None:
-    house = await make_house(**staged(played))
-    async with house.connect() as first, house.connect() as second:
+    server = await make_server(**staged(played))
+    async with server.connect() as first, server.connect() as second:
         await first.send_json(chat("r1"))
         peer = await stage.asked()
         await peer.send(EVENT_STREAM, word(0), word(1), word(2))
@@ -1491,7 +1490,7 @@ async def test_a_reader_that_joins_a_websockets_answer_gets_all_of_it(
         await peer.send(word(3), word(4))
         assert len(taken) == 2
         await second.close()
-        await until(lambda: len(readers(house)) == 1)
+        await until(lambda: len(readers(server)) == 1)
         await peer.send(word(5), word(6), word(7), chunk(DONE) + LAST_CHUNK)
         frames = await to_end(first)
 
@@ -1501,24 +1500,24 @@ async def test_a_reader_that_joins_a_websockets_answer_gets_all_of_it(
         assert numbers(joined_frames) == [3]
 
 
-def readers(house: House) -> list[Any]:
+def readers(server: RunningServer) -> list[Any]:
     """Who reads the one answer under way."""
-    (stream,) = house.app[context.STREAMS].running()
+    (stream,) = server.app[context.STREAMS].running()
     return list(stream.readers)
 
 
 async def test_who_comes_back_gets_what_came_meanwhile(
-    make_house: Make, stage: Stage, played: Played, taken: list[bytes]
+    make_server: MakeServer, stage: Stage, played: ScriptedProvider, taken: list[bytes]
 ) -> None:
-    house = await make_house(**staged(played))
-    async with house.connect() as first:
+    server = await make_server(**staged(played))
+    async with server.connect() as first:
         await first.send_json(chat("r1"))
         peer = await stage.asked()
         await peer.send(EVENT_STREAM, word(0), word(1), word(2))
         seen = [await first.receive_json() for _ in range(4)]
-    await until(lambda: not readers(house))
+    await until(lambda: not readers(server))
     await peer.send(word(3), word(4))
-    async with house.connect() as second:
+    async with server.connect() as second:
         await second.send_json(resume("r1", 4))
         seen += [await second.receive_json() for _ in range(2)]
         await peer.send(word(5), word(6), chunk(DONE) + LAST_CHUNK)
@@ -1530,10 +1529,10 @@ async def test_who_comes_back_gets_what_came_meanwhile(
 
 
 async def test_a_cancelled_answer_closes_its_providers_connection(
-    make_house: Make, stage: Stage, played: Played, taken: list[bytes]
+    make_server: MakeServer, stage: Stage, played: ScriptedProvider, taken: list[bytes]
 ) -> None:
-    house = await make_house(**staged(played))
-    async with house.connect() as ws:
+    server = await make_server(**staged(played))
+    async with server.connect() as ws:
         await ws.send_json(chat("r1"))
         peer = await stage.asked()
         await peer.send(EVENT_STREAM, word(0), word(1), word(2))
@@ -1554,10 +1553,14 @@ async def test_a_cancelled_answer_closes_its_providers_connection(
 
 @pytest.mark.parametrize("window", [0, 30])
 async def test_two_answers_on_one_socket(
-    window: int, make_house: Make, stage: Stage, played: Played, taken: list[bytes]
+    window: int,
+    make_server: MakeServer,
+    stage: Stage,
+    played: ScriptedProvider,
+    taken: list[bytes],
 ) -> None:
-    house = await make_house(**staged(played), **{"chat.streams.resume_window": window})
-    async with house.connect() as ws:
+    server = await make_server(**staged(played), **{"chat.streams.resume_window": window})
+    async with server.connect() as ws:
         await ws.send_json(chat("r1"))
         one = await stage.asked()
         await one.send(EVENT_STREAM, word(0), word(1))
@@ -1582,10 +1585,10 @@ async def test_two_answers_on_one_socket(
 
 
 async def test_pongs_and_the_close_frame_come_between_events_whole(
-    make_house: Make, stage: Stage, played: Played, taken: list[bytes]
+    make_server: MakeServer, stage: Stage, played: ScriptedProvider, taken: list[bytes]
 ) -> None:
-    house = await make_house(**staged(played))
-    async with Raw(house) as client:
+    server = await make_server(**staged(played))
+    async with Raw(server) as client:
         await client.upgrade()
         await client.send_json(chat("r1"))
         peer = await stage.asked()
@@ -1608,11 +1611,11 @@ async def test_pongs_and_the_close_frame_come_between_events_whole(
 
 @pytest.mark.parametrize("face", ["openai", "sse"])
 async def test_a_client_that_reads_late_gets_all(
-    face: str, make_house: Make, stage: Stage, played: Played, taken: list[bytes]
+    face: str, make_server: MakeServer, stage: Stage, played: ScriptedProvider, taken: list[bytes]
 ) -> None:
-    house = await make_house(**staged(played))
+    server = await make_server(**staged(played))
     count = 1500
-    async with Raw(house, receive_buffer=4096) as client:
+    async with Raw(server, receive_buffer=4096) as client:
         if face == "openai":
             await client.post("/v1/chat/completions", STREAMED)
         else:
@@ -1634,10 +1637,10 @@ async def test_a_client_that_reads_late_gets_all(
 
 
 async def test_a_provider_that_falls_silent_after_reads_that_were_taken_is_told(
-    make_house: Make, stage: Stage, played: Played, taken: list[bytes]
+    make_server: MakeServer, stage: Stage, played: ScriptedProvider, taken: list[bytes]
 ) -> None:
-    house = await make_house(**staged(played, read_timeout=0.2))
-    async with house.connect() as ws:
+    server = await make_server(**staged(played, read_timeout=0.2))
+    async with server.connect() as ws:
         await ws.send_json(chat("r1"))
         peer = await stage.asked()
         await peer.send(EVENT_STREAM, word(0), word(1), word(2))

@@ -1,4 +1,4 @@
-"""What a client of the faces says and hears, in one line each."""
+"""What clients of the faces send, and how they read what comes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from aioserver.protocol import eventstream
 if TYPE_CHECKING:
     from aiohttp import ClientResponse, ClientWebSocketResponse
 
-    from tests.support.server import House
+    from tests.support.server import RunningServer
 
 ENDS = frozenset({"complete", "error", "cancelled"})
 # The body of a chat completion.
@@ -19,7 +19,7 @@ STREAMED = {**CHAT, "stream": True}
 
 
 def chat(request_id: str, text: str = "Hello", **payload: Any) -> dict[str, Any]:
-    """The frame of a question; with `messages` instead of *text* where they are given."""
+    """A chat frame; `messages` in *payload* take the place of *text*."""
     if "messages" not in payload:
         payload["text"] = text
     return {"action": "chat", "request_id": request_id, "payload": payload}
@@ -37,7 +37,7 @@ def cancel(request_id: str) -> dict[str, Any]:
 
 
 async def to_end(ws: ClientWebSocketResponse, request_id: str | None = None) -> list[Any]:
-    """The frames up to the end of an answer: the one of *request_id*, where it is given."""
+    """Read frames up to the end of an answer; with *request_id* only the frames of that request."""
     frames = []
     while True:
         frame = await ws.receive_json(timeout=20)
@@ -49,7 +49,7 @@ async def to_end(ws: ClientWebSocketResponse, request_id: str | None = None) -> 
 
 
 async def until_status(ws: ClientWebSocketResponse, status: str) -> list[Any]:
-    """The frames up to the first one of *status*."""
+    """Read frames up to the first one of *status*."""
     frames = [await ws.receive_json(timeout=20)]
     while frames[-1]["status"] != status:
         frames.append(await ws.receive_json(timeout=20))
@@ -57,7 +57,7 @@ async def until_status(ws: ClientWebSocketResponse, status: str) -> list[Any]:
 
 
 def text_of(frames: list[Any]) -> str:
-    """What the model said."""
+    """The text that the model has written in *frames*."""
     return "".join(
         one["chunk"]["data"]
         for one in frames
@@ -66,12 +66,12 @@ def text_of(frames: list[Any]) -> str:
 
 
 def numbers(frames: list[Any]) -> list[int]:
-    """The numbers of the events; a frame without one is no event."""
+    """The numbers of the events; a frame without a number is no event."""
     return [one["event_id"] for one in frames if "event_id" in one]
 
 
 def frames_of(body: bytes) -> list[Any]:
-    """The frames of an SSE body, each checked against its `id` and `event`."""
+    """The frames of an SSE body; each is checked against the `id` and `event` of its block."""
     found = []
     for event in eventstream.parse(body):
         frame = json.loads(event.data)
@@ -88,16 +88,16 @@ async def read_frames(response: ClientResponse) -> list[Any]:
     return frames_of(await response.read())
 
 
-async def whole(house: House, request_id: str, after: int = 0) -> list[Any]:
-    """A stream from event *after* to its end, over SSE."""
+async def whole(server: RunningServer, request_id: str, after: int = 0) -> list[Any]:
+    """Read a stream over SSE, from the event behind *after* to its end."""
     headers = {"Last-Event-ID": str(after)}
-    async with house.session.get(f"{house.sse}/{request_id}", headers=headers) as response:
+    async with server.session.get(f"{server.sse}/{request_id}", headers=headers) as response:
         assert response.status == 200, await response.text()
         return await read_frames(response)
 
 
 def big(size: int, count: int) -> dict[str, Any]:
-    """Fields of a question whose answer has *count* tool-call events of *size* bytes."""
+    """Fields of a request whose answer has *count* tool-call events of *size* bytes."""
     value = " ".join(["x" * size] * count)
     parameters = {"type": "object", "properties": {"a": {"enum": [value]}}}
     tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}

@@ -1,4 +1,4 @@
-"""What a person does on the chat page, in one line each; and a provider that is told what to say."""
+"""What a person does on the chat page, and a provider that answers what the test says."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 import orjson
 from playwright.async_api import expect
 
-from tests.support.scripted_provider import DONE, EVENT_STREAM, LAST_CHUNK, Played, chunk
+from tests.support.scripted_provider import DONE, EVENT_STREAM, LAST_CHUNK, ScriptedProvider, chunk
 from tests.support.server import provider_entry
 
 if TYPE_CHECKING:
@@ -17,36 +17,36 @@ if TYPE_CHECKING:
     from playwright.async_api import Locator, Page
 
     from tests.support.scripted_provider import Peer
-    from tests.support.server import House
+    from tests.support.server import RunningServer
 
 expect.set_options(timeout=20_000)  # milliseconds; a busy machine is no fault
 
 
 class Told:
-    """The provider `told`: it says what the test says, when the test says it."""
+    """The provider `told`: it answers what the test says, when the test says it."""
 
     def __init__(self) -> None:
         self.requests = 0
         self._events: asyncio.Queue[bytes] = asyncio.Queue()
-        self._played = Played(self._play)
+        self._played = ScriptedProvider(self._play)
 
     @property
     def changes(self) -> dict[str, Any]:
-        """The changes that make a house ask it."""
+        """The changes that make a server ask it."""
         entry = provider_entry(self._played.url, "told-model")
         return {"llm.active": "told", "llm.providers.told": entry}
 
     def say(self, *words: str) -> None:
-        """Pieces of the text."""
+        """Send *words* as pieces of the text."""
         for word in words:
             self.delta(content=word)
 
     def delta(self, **delta: Any) -> None:
-        """A piece of any kind."""
+        """Send a piece of any kind."""
         self._event({"choices": [{"index": 0, "delta": delta, "finish_reason": None}]})
 
     def finish(self) -> None:
-        """The end of the answer."""
+        """End the answer."""
         self._event({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
         self._events.put_nowait(b"")
 
@@ -75,9 +75,9 @@ class Told:
         await self._played.__aexit__(kind, exc, trace)
 
 
-async def enter(page: Page, house: House) -> None:
-    """Open the page and wait until the house has let it in."""
-    await page.goto(house.base + "/")
+async def enter(page: Page, server: RunningServer) -> None:
+    """Open the page and wait until the server has admitted its WebSocket."""
+    await page.goto(server.base + "/")
     await connected(page)
 
 
@@ -86,7 +86,7 @@ async def connected(page: Page) -> None:
 
 
 def box(page: Page) -> Locator:
-    """Where a message is written."""
+    """The text box."""
     return page.get_by_role("textbox", name="Message")
 
 
@@ -101,7 +101,7 @@ def answer(page: Page) -> Locator:
 
 
 async def shows(page: Page, text: str) -> None:
-    """Wait until the last answer says exactly *text*, white space included."""
+    """Wait until the last answer is exactly *text*, white space included."""
     await page.wait_for_function(
         """(text) => [...document.querySelectorAll(".answer .text")].at(-1)?.textContent === text""",
         arg=text,
@@ -110,7 +110,7 @@ async def shows(page: Page, text: str) -> None:
 
 
 async def is_now(page: Page, state: str) -> None:
-    """Wait until the last answer is in this state."""
+    """Wait until the last answer is in *state*."""
     await expect(answer(page)).to_have_attribute("data-state", state)
 
 
@@ -119,15 +119,15 @@ def status(page: Page) -> Locator:
     return answer(page).locator(".status")
 
 
-async def said(house: House, text: str) -> str:
-    """What the simulated model says to *text*. It is a request to it as well."""
+async def said(server: RunningServer, text: str) -> str:
+    """The simulated model's answer to *text*. This sends it a request."""
     body = {"messages": [{"role": "user", "content": text}]}
-    async with house.session.post(house.v1 + "/chat/completions", json=body) as response:
+    async with server.session.post(server.v1 + "/chat/completions", json=body) as response:
         return str((await response.json())["choices"][0]["message"]["content"])
 
 
-def cut(house: House) -> None:
+def cut(server: RunningServer) -> None:
     """Cut every connection of the clients, as a broken cable would."""
-    for connection in house.server.connections:
+    for connection in server.http_server.connections:
         if connection.transport is not None:
             connection.transport.abort()

@@ -1,4 +1,4 @@
-"""Configurations for tests, and what becomes of them."""
+"""Configurations to load, and what loading them gives."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from aioserver.errors import ConfigurationError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-# For `given`: a busy machine is no fault, and every example may write over the same file.
+# For tests with `given`: a busy machine is no fault, and every example may write over the same file.
 ANY_MACHINE = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 # The configuration of the system that aioserver replaces: it must load unchanged.
@@ -67,14 +67,14 @@ def load(text: str | bytes, path: Path, **environ: str) -> Configuration:
 
 
 def refused(call: Callable[[], object], source: Path | None = None) -> list[str]:
-    """The faults that *call* raises, with *source* called F."""
+    """The faults of the ConfigurationError that *call* raises, with F for *source*."""
     with pytest.raises(ConfigurationError) as caught:
         call()
     return [fault.replace(str(source), "F") for fault in caught.value.faults]
 
 
 def outcome(call: Callable[[], Configuration]) -> list[str]:
-    """The faults of *call*, none where it is valid; any other exception is the test's failure."""
+    """The faults of *call*, or none if it succeeds; any other exception fails the test."""
     try:
         call()
     except ConfigurationError as error:
@@ -88,7 +88,7 @@ def original() -> dict[str, Any]:
 
 
 def changed(**values: Any) -> dict[str, Any]:
-    """The original with `a__b=value` put at a.b."""
+    """The original configuration with *values*: `a__b=value` is put at `a.b`."""
     data = original()
     for path, value in values.items():
         *above, last = path.split("__")

@@ -1,4 +1,4 @@
-"""A stand-in for a house before which the dashboard is opened: its `/events` says what a test wants seen."""
+"""A stand-in for a server whose dashboard is opened: its `/events` says what a test wants seen."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ CROWDED = {
 
 
 def provider(**changes: Any) -> dict[str, Any]:
-    """A provider that was never asked."""
+    """A provider that was never asked, as `/stats` shows it."""
     return {
         "usable": True,
         "active": False,
@@ -67,7 +67,7 @@ def provider(**changes: Any) -> dict[str, Any]:
 
 
 def snapshot() -> dict[str, Any]:
-    """What `/stats` says of a house where nobody is."""
+    """What `/stats` says of an idle server."""
     return {
         "time": 0.0,
         "name": "aioserver",
@@ -119,7 +119,7 @@ def snapshot() -> dict[str, Any]:
 
 
 class Stand:
-    """Serves the true pages; `/events` says `stats` at each change and twice a second."""
+    """Serve the real pages; `/events` sends `stats` at each change and twice a second."""
 
     def __init__(self) -> None:
         self.stats = snapshot()
@@ -131,7 +131,8 @@ class Stand:
             "incidents": [],
         }
         self.refusal: web.Response | None = None
-        self.silent = False  # says nothing more, and stays connected
+        # Sends nothing more, and stays connected.
+        self.silent = False
         self.port = 0
         self._asked: set[asyncio.Queue[tuple[str, Any] | None]] = set()
         self._started = time.time()
@@ -146,7 +147,7 @@ class Stand:
         return len(self._asked)
 
     async def open(self) -> None:
-        """Listen, the second time on the port of the first."""
+        """Listen; after `close` on the same port again."""
         app = web.Application()
         app.add_routes(
             [*pages.routes(), web.get("/session", _open), web.get("/events", self._events)]
@@ -157,7 +158,7 @@ class Stand:
         self.port = self._runner.addresses[0][1]
 
     async def close(self) -> None:
-        """Be gone."""
+        """End every feed and stop listening."""
         if self._runner:
             for queue in self._asked:
                 queue.put_nowait(("end", None))
@@ -165,7 +166,7 @@ class Stand:
         self._runner = None
 
     def say(self, **changes: Any) -> None:
-        """Change the snapshot by dotted path (`connections__active=3`) and tell it."""
+        """Change the snapshot by path (`connections__active=3`) and send it."""
         for dotted, value in changes.items():
             at = self.stats
             *way, last = dotted.split("__")
@@ -176,7 +177,7 @@ class Stand:
             queue.put_nowait(("stats", copy.deepcopy(self.stats)))
 
     def happen(self, text: str, severity: str = "warning", name: str | None = None) -> None:
-        """Tell an incident."""
+        """Send an incident."""
         told = {"kind": "breaker", "severity": severity, "text": text, "provider": name}
         for queue in self._asked:
             queue.put_nowait(("incident", {"time": time.time(), **told}))
@@ -216,7 +217,7 @@ def _event(name: str, data: Any) -> bytes:
 
 @contextlib.asynccontextmanager
 async def standing() -> AsyncIterator[Stand]:
-    """A stand-in that listens until the end of the block."""
+    """Run a stand-in until the end of the block."""
     one = Stand()
     await one.open()
     try:
@@ -226,19 +227,19 @@ async def standing() -> AsyncIterator[Stand]:
 
 
 async def opened(page: Page, stand: Stand) -> None:
-    """Open the dashboard and wait for its first word."""
+    """Open the dashboard and wait for its first snapshot."""
     await page.goto(stand.base + "/dashboard")
     await expect(page.locator("#board")).to_be_visible()
 
 
 async def verdict(page: Page, word: str, text: str | re.Pattern[str]) -> None:
-    """Wait for a verdict; 10 s, because a loss is said after seconds of silence only."""
+    """Wait for a verdict, 10 s long: a lost server is noticed after seconds of silence only."""
     await expect(page.locator("#verdict-word")).to_have_text(word, timeout=10_000)
     await expect(page.locator("#verdict-text")).to_have_text(text, timeout=10_000)
 
 
 def shown(page: Page, path: str) -> Locator:
-    """Where the house's number at *path* stands."""
+    """The element that shows the server's number at *path*."""
     return page.locator(f"main > #board [data-show='{path}']").first
 
 

@@ -12,7 +12,7 @@ from aioserver.protocol import eventstream
 from tests.support.chat import CHAT, ENDS
 
 if TYPE_CHECKING:
-    from tests.support.server import House
+    from tests.support.server import RunningServer
 
 # The requests that `ask_every_face` makes, by face.
 FACES = Counter({"websocket": 1, "sse": 1, "openai": 2})
@@ -45,9 +45,9 @@ def frames_seen(frames: list[dict[str, Any]], raw: bytes) -> Seen:
     return Seen(text, last["status"], last["chunk"] if last["status"] == "error" else {}, raw=raw)
 
 
-async def over_websocket(house: House, model: str, name: str = "ws") -> Seen:
+async def over_websocket(server: RunningServer, model: str, name: str = "ws") -> Seen:
     payload = {"text": "Hello", "model": model}
-    async with house.connect() as ws:
+    async with server.connect() as ws:
         await ws.send_json({"action": "chat", "request_id": f"{name}-{model}", "payload": payload})
         frames: list[dict[str, Any]] = []
         raw = b""
@@ -64,9 +64,9 @@ async def over_websocket(house: House, model: str, name: str = "ws") -> Seen:
     return frames_seen(frames, raw)
 
 
-async def over_sse(house: House, model: str) -> Seen:
+async def over_sse(server: RunningServer, model: str) -> Seen:
     body = {"request_id": f"sse-{model}", "text": "Hello", "model": model}
-    async with house.session.post(house.sse, json=body) as response:
+    async with server.session.post(server.sse, json=body) as response:
         assert response.status == 200
         raw = await response.read()
     events = eventstream.parse(raw)
@@ -77,11 +77,15 @@ async def over_sse(house: House, model: str) -> Seen:
 
 
 async def over_openai(
-    house: House, model: str, *, stream: bool = True, headers: dict[str, str] | None = None
+    server: RunningServer,
+    model: str,
+    *,
+    stream: bool = True,
+    headers: dict[str, str] | None = None,
 ) -> Seen:
     body = {"model": model, **CHAT, "stream": stream}
-    url = f"{house.v1}/chat/completions"
-    async with house.session.post(url, json=body, headers=headers) as response:
+    url = f"{server.v1}/chat/completions"
+    async with server.session.post(url, json=body, headers=headers) as response:
         raw = await response.read()
         given = {name.lower(): value for name, value in response.headers.items()}
         seen = Seen(status=response.status, headers=given, raw=raw)
@@ -108,19 +112,19 @@ async def over_openai(
     return seen
 
 
-async def expected_text(house: House) -> str:
-    seen = await over_openai(house, "plain")
+async def expected_text(server: RunningServer) -> str:
+    seen = await over_openai(server, "plain")
     assert len(seen.text) > 20
     return seen.text
 
 
-async def ask_every_face(house: House, model: str) -> list[Seen]:
+async def ask_every_face(server: RunningServer, model: str) -> list[Seen]:
     """Ask the same on WebSocket, SSE, and OpenAI's face streamed and not streamed, at once."""
     return [
         *await asyncio.gather(
-            over_websocket(house, model),
-            over_sse(house, model),
-            over_openai(house, model),
-            over_openai(house, model, stream=False),
+            over_websocket(server, model),
+            over_sse(server, model),
+            over_openai(server, model),
+            over_openai(server, model, stream=False),
         )
     ]

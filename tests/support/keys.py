@@ -1,4 +1,4 @@
-"""A house that wants keys, and what a client does with one."""
+"""A server that wants keys, and what a client does with one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from aioserver.config.settings import Auth, ClientKey
 if TYPE_CHECKING:
     from aiohttp import ClientResponse
 
-    from tests.support.server import House
+    from tests.support.server import RunningServer
 
 COOKIE = guard.COOKIE
 
@@ -22,18 +22,18 @@ def key_of(name: str) -> str:
 
 
 def entry(name: str, **limits: Any) -> dict[str, Any]:
-    """The line of *name* under `auth.keys`."""
+    """The entry of *name* in `auth.keys`."""
     digest = hashlib.sha256(key_of(name).encode()).hexdigest()
     return {"name": name, "sha256": digest, "admin": name == "root", **limits}
 
 
 def keys_of(*names: str, **limits: Any) -> dict[str, Any]:
-    """The changes of a house with these callers."""
+    """The changes of a server with these callers."""
     return {"auth.keys": [entry(name, **limits) for name in names]}
 
 
 def auth_of(*names: str, **limits: Any) -> Auth:
-    """The same as settings, for a change at run time."""
+    """The settings `auth` with these callers, for a change at run time."""
     return Auth(keys=tuple(ClientKey(**entry(name, **limits)) for name in names))
 
 
@@ -45,13 +45,16 @@ def cookie(session: str) -> dict[str, str]:
     return {"Cookie": f"{COOKIE}={session}"}
 
 
-async def log_in(house: House, name: str, **headers: str) -> str:
-    """The session that *name* gets for its key."""
+async def log_in(server: RunningServer, name: str, **headers: str) -> str:
+    """Log *name* in; returns its session."""
     body = {"key": key_of(name)}
-    async with house.session.post(f"{house.base}/session", json=body, headers=headers) as response:
+    async with server.session.post(
+        f"{server.base}/session", json=body, headers=headers
+    ) as response:
         assert response.status == 200, await response.text()
         session = response.cookies[COOKIE].value
-    house.session.cookie_jar.clear()  # each request says itself what it brings
+    # Each request of a test brings its own cookies.
+    server.session.cookie_jar.clear()
     return session
 
 

@@ -1,4 +1,4 @@
-"""A front proxy from its sample in `deploy/`: TLS on a port of its own, files in a folder of its own."""
+"""A front proxy as its sample in `deploy/` sets it up, with ports and a folder of its own."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ http {{
 
 @dataclass(frozen=True, slots=True)
 class Proxy:
-    """A running proxy. *plain* is the address that sends browsers to *base*."""
+    """A running proxy at *base*. Requests to *plain*, without TLS, are redirected to it."""
 
     base: str
     plain: str
@@ -52,9 +52,9 @@ class Proxy:
 
     @contextlib.asynccontextmanager
     async def leaving(self, path: str, body: object) -> AsyncIterator[asyncio.StreamReader]:
-        """What comes for a POST of *body*; at the end the client is gone, without a farewell.
+        """POST *body* and yield the answer; at the end of the block the client leaves without a goodbye.
 
-        aiohttp's client would say goodbye in TLS and wait, its connection open, for an answer.
+        aiohttp's client would send a TLS alert and keep the connection open until it is answered.
         """
         data = json.dumps(body).encode()
         port = int(self.base.rpartition(":")[2])
@@ -74,7 +74,7 @@ class Proxy:
 
 @contextlib.asynccontextmanager
 async def running(kind: str, folder: Path, port: int) -> AsyncIterator[Proxy]:
-    """The proxy *kind* in front of what listens on *port* of this machine."""
+    """Run the proxy *kind* in front of whatever listens on *port* of this machine."""
     program = installed(kind)
     authority = trustme.CA()
     leaf = authority.issue_cert("127.0.0.1")
@@ -98,7 +98,7 @@ async def running(kind: str, folder: Path, port: int) -> AsyncIterator[Proxy]:
 async def _started(
     kind: str, program: str, folder: Path, port: int, stack: contextlib.AsyncExitStack
 ) -> tuple[int, int]:
-    """Start *program* on two free ports; others where somebody else took one meanwhile."""
+    """Start *program* on two free ports, and on others if one of them was taken meanwhile."""
     for _ in range(5):
         secure, plain = _free(), _free()
         arguments = _configured(kind, folder, port, secure, plain)
@@ -117,7 +117,7 @@ async def _started(
 
 
 def _configured(kind: str, folder: Path, port: int, secure: int, plain: int) -> list[str]:
-    """Write the sample with its edits; returns the arguments of the program."""
+    """Write the sample with its edits; returns the program's arguments."""
     if kind == "nginx":
         text = edited(
             "nginx.conf",
@@ -167,7 +167,7 @@ def _free() -> int:
 
 
 async def _listens(process: asyncio.subprocess.Process, port: int) -> bool:
-    """Whether *process* listens; False: it has ended."""
+    """Wait until *process* listens, or has ended: then False."""
     ended = asyncio.ensure_future(process.wait())
     async with asyncio.timeout(30):
         while not ended.done():

@@ -1,6 +1,6 @@
-"""Raw sockets that read only what they are told to: for clients no library would be.
+"""Raw sockets, for clients that do what no library does.
 
-Nothing is read ahead, so that a socket that is not asked for more is a reader that has stopped.
+Nothing is read ahead: a socket that a test does not read is a client that has stopped reading.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from tests.support.process import ServerProcess
-    from tests.support.server import House
+    from tests.support.server import RunningServer
 
 SMALL = 4096  # bytes of a receive buffer that is soon full
 TEXT, BINARY, CLOSE, PING, PONG = 1, 2, 8, 9, 10
@@ -41,12 +41,14 @@ class Answer:
 
 
 class Raw:
-    """One TCP connection to a house: `async with Raw(house) as raw`."""
+    """One TCP connection to a server: `async with Raw(server) as raw`."""
 
-    def __init__(self, house: House | ServerProcess, *, receive_buffer: int | None = None) -> None:
-        self._port = house.port
-        self._path = house.settings.chat.websocket.endpoint
-        self._sse = house.settings.chat.sse.endpoint
+    def __init__(
+        self, server: RunningServer | ServerProcess, *, receive_buffer: int | None = None
+    ) -> None:
+        self._port = server.port
+        self._path = server.settings.chat.websocket.endpoint
+        self._sse = server.settings.chat.sse.endpoint
         self._loop = asyncio.get_running_loop()
         self._rest = b""
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
@@ -62,16 +64,16 @@ class Raw:
         self._socket.close()
 
     def close(self) -> None:
-        """Leave."""
+        """Close the connection."""
         self._socket.close()
 
     def reset(self) -> None:
-        """Leave without a farewell: RST."""
+        """Reset the connection: RST instead of FIN."""
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self._socket.close()
 
     def half_close(self) -> None:
-        """Say nothing more, but go on reading."""
+        """Send nothing more, but go on reading."""
         self._socket.shutdown(socket.SHUT_WR)
 
     # Bytes.
@@ -99,11 +101,11 @@ class Raw:
         return data + mark
 
     def widen(self) -> None:
-        """Take large pieces from now on: through a small buffer megabytes take long."""
+        """Widen the receive buffer: megabytes take long through a small one."""
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
 
     async def to_the_end(self) -> bytes:
-        """What comes until the server closes; a reset is an end, too."""
+        """Read until the server closes or resets the connection."""
         try:
             while await self._more():
                 pass
@@ -128,7 +130,7 @@ class Raw:
         await self.post(self._sse, {"request_id": request_id, **fields})
 
     async def head(self) -> Answer:
-        """The head of a response."""
+        """Read the head of a response."""
         head = (await self.until(b"\r\n\r\n")).decode("latin-1")
         first, *lines = head.strip().split("\r\n")
         version, status, *_ = first.split(" ")
@@ -136,7 +138,7 @@ class Raw:
         return Answer(version, int(status), {k.lower(): v for k, v in headers.items()})
 
     async def answer(self) -> Answer:
-        """A whole response."""
+        """Read a whole response."""
         head = await self.head()
         if head.headers.get("transfer-encoding") == "chunked":
             body = b"".join([chunk async for chunk in self.chunks()])
@@ -149,7 +151,7 @@ class Raw:
         return Answer(head.version, head.status, head.headers, body)
 
     async def chunks(self) -> AsyncIterator[bytes]:
-        """The chunks of a body, to its end."""
+        """Read the chunks of a body to its end."""
         while size := int(await self.until(b"\r\n"), 16):
             yield await self.exactly(size)
             assert await self.exactly(2) == b"\r\n"
@@ -175,7 +177,11 @@ class Raw:
         await self.send_frame(TEXT, json.dumps(data).encode())
 
     async def frame(self) -> tuple[int, bytes]:
-        """The next frame: opcode and payload. Raises EOFError at the end."""
+        """Read the next frame; returns opcode and payload.
+
+        Raises:
+            EOFError: the server has closed the connection.
+        """
         first, size = await self.exactly(2)
         assert first & 0x70 == 0, "reserved bits"
         assert size < 128, "a server masks nothing"
@@ -186,7 +192,7 @@ class Raw:
         return first & 0x0F, await self.exactly(size)
 
     async def frames(self) -> list[tuple[int, bytes]]:
-        """The frames that come until the server closes the connection."""
+        """Read frames until the server closes the connection."""
         found = []
         while True:
             try:
@@ -201,7 +207,7 @@ class Raw:
 
 
 def masked(opcode: int, payload: bytes, *, fin: bool = True) -> bytes:
-    """A client's frame."""
+    """The bytes of a client's frame (RFC 6455, 5.2), masked with zeros."""
     size = len(payload)
     if size < 126:
         length = bytes([0x80 | size])
@@ -213,5 +219,5 @@ def masked(opcode: int, payload: bytes, *, fin: bool = True) -> bytes:
 
 
 def closing(payload: bytes) -> tuple[int, bytes]:
-    """Code and reason of a close frame."""
+    """Code and reason in the payload of a close frame."""
     return struct.unpack("!H", payload[:2])[0], payload[2:]

@@ -1,4 +1,4 @@
-"""A provider that plays bytes: what tests of the wire and the pool stand on."""
+"""A provider that sends the bytes of a script, and what a test needs to make exchanges with it."""
 
 from __future__ import annotations
 
@@ -56,11 +56,15 @@ class Peer:
         self.writer = writer
 
     async def head(self) -> bytes:
-        """The head of the next request. Raises IncompleteReadError: none comes any more."""
+        """Read the head of the next request.
+
+        Raises:
+            asyncio.IncompleteReadError: the other side has left.
+        """
         return await self.reader.readuntil(b"\r\n\r\n")
 
     async def request(self) -> bytes:
-        """The next request whole."""
+        """Read the next request, head and body."""
         head = await self.head()
         length = 0
         for line in head.split(b"\r\n"):
@@ -69,28 +73,31 @@ class Peer:
         return head + await self.reader.readexactly(length)
 
     async def send(self, *pieces: bytes) -> None:
-        """Send *pieces*, each in a packet of its own, which a reader on this loop reads alone."""
+        """Send *pieces*, each in a packet of its own, so that a reader on this loop reads it alone."""
         for piece in pieces:
             self.writer.write(piece)
             await ticks(3)
 
     async def left(self) -> None:
-        """Wait until the other side is gone, however it goes."""
+        """Wait until the other side is gone, whether it closes or resets."""
         with contextlib.suppress(ConnectionError):
             while await self.reader.read(65536):
                 pass
 
     def close(self) -> None:
-        """FIN."""
+        """Close the connection: FIN."""
         self.writer.close()
 
     def abort(self) -> None:
-        """Gone at once."""
+        """Close the connection at once: RST."""
         self.writer.transport.abort()
 
 
-class Played:
-    """A listener that calls *play* for each connection and closes it afterwards."""
+class ScriptedProvider:
+    """A listener that calls *play* for each connection and closes it afterwards.
+
+    `accepted` counts the connections that ever came, `open` those that are there now.
+    """
 
     def __init__(self, play: Callable[[Peer], Awaitable[None]], **kwargs: Any) -> None:
         self._play = play
@@ -125,7 +132,7 @@ class Played:
 
     @property
     def url(self) -> str:
-        """A base URL."""
+        """Its base URL."""
         scheme = "https" if "ssl" in self._kwargs else "http"
         return f"{scheme}://127.0.0.1:{self.port}/v1"
 
@@ -149,7 +156,10 @@ class Played:
 
 
 def answering(*answers: bytes | tuple[bytes, ...]) -> Callable[[Peer], Awaitable[None]]:
-    """Answer one request after the other with *answers*, in pieces where it is a tuple; then wait."""
+    """A script that answers one request after the other with *answers*, and then waits.
+
+    An answer that is a tuple is sent in pieces.
+    """
 
     async def play(peer: Peer) -> None:
         for answer in answers:
@@ -161,7 +171,7 @@ def answering(*answers: bytes | tuple[bytes, ...]) -> Callable[[Peer], Awaitable
 
 
 def closing(answer: bytes, *, cut: int | None = None) -> Callable[[Peer], Awaitable[None]]:
-    """Answer one request, in two pieces with *cut*, and close."""
+    """A script that answers one request, in two pieces if there is a *cut*, and closes."""
 
     async def play(peer: Peer) -> None:
         await peer.request()
@@ -171,7 +181,7 @@ def closing(answer: bytes, *, cut: int | None = None) -> Callable[[Peer], Awaita
 
 
 class Got:
-    """What came of one request: the sink of a test."""
+    """A sink that keeps what the answer to one request is."""
 
     def __init__(self, *, until: bytes | None = None) -> None:
         self.status = 0
@@ -196,7 +206,7 @@ class Got:
         self.ended = True
 
     def fast(self) -> None:
-        """None: it collects."""
+        """Return None: this sink has no fast path."""
 
     @property
     def body(self) -> bytes:
@@ -204,13 +214,13 @@ class Got:
 
 
 def request(body: bytes = b"{}", path: str = "/v1/chat/completions") -> bytes:
-    """The bytes of a request."""
+    """The bytes of a request, as a provider reads them."""
     head = f"POST {path} HTTP/1.1\r\nHost: provider\r\nContent-Length: {len(body)}\r\n\r\n"
     return head.encode() + body
 
 
 def exchange(connection: Connection, got: Got, **timeouts: float) -> Exchange:
-    """An exchange on *connection*."""
+    """Make an exchange on *connection*, with 5 s for each timeout that is not passed."""
     times = {"read_timeout": 5.0, "write_timeout": 5.0, **timeouts}
     return Exchange(
         connection,
@@ -223,7 +233,7 @@ def exchange(connection: Connection, got: Got, **timeouts: float) -> Exchange:
 async def ask(
     pool: Pool, got: Got | None = None, *, body: bytes = b"{}", **timeouts: float
 ) -> Got:
-    """One request over *pool* and what came of it."""
+    """Make one request over *pool*; returns the answer."""
     got = got or Got()
     await exchange(await pool.connect(), got, **timeouts).run(request(body))
     return got
@@ -233,7 +243,7 @@ async def ask(
 async def pooled(
     base_url: str, *, ca_file: str | None = None, **limits: Any
 ) -> AsyncIterator[Pool]:
-    """A pool; at its end nothing may be in use."""
+    """A pool, closed at the end of the block, when no connection may be in use any more."""
     pool = Pool(base_url, dataclasses.replace(LIMITS, **limits), ca_file=ca_file)
     try:
         yield pool

@@ -1,4 +1,4 @@
-"""A real server on loopback with the simulator as its provider: what face and road tests stand on."""
+"""A real server on loopback, with the simulator as its provider."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import copy
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import aiohttp
 import yaml
@@ -89,8 +89,17 @@ def provider_entry(base_url: str, model: str = "other-model", **client: Any) -> 
     return {"base_url": base_url, "model": model, "http_client": HTTP_CLIENT | client}
 
 
-class House:
-    """One running server. `base` is its address, `ws` that of the WebSocket face."""
+class MakeServer(Protocol):
+    """The fixture `make_server`."""
+
+    async def __call__(self, behaviour: Behaviour = QUICK, /, **changes: Any) -> RunningServer: ...
+
+
+class RunningServer:
+    """A server that runs in the test's own event loop, with `simulator` as its provider `sim`.
+
+    `base` is its address; `ws`, `sse` and `v1` are those of its faces. `session` is an HTTP client.
+    """
 
     def __init__(
         self,
@@ -107,7 +116,8 @@ class House:
         self.simulator = simulator
         self.session: aiohttp.ClientSession = session
         assert runner.server is not None
-        self.server = runner.server  # aiohttp's: its `connections` are those of the clients
+        # aiohttp's: its `connections` are those of the clients.
+        self.http_server = runner.server
         self.settings = app[context.SETTINGS]
         self.ws = base.replace("http", "ws", 1) + self.settings.chat.websocket.endpoint
         self.sse = base + self.settings.chat.sse.endpoint
@@ -122,12 +132,12 @@ class House:
         return self.app[context.ROUTER].providers["sim"]
 
     def provider_of(self, name: str) -> Any:
-        """The provider of that name."""
+        """The provider *name*."""
         return self.app[context.ROUTER].providers[name]
 
     def held(self) -> dict[str, int]:
-        """Everything that a request may hold: all zeros when nothing is under way."""
-        found = {
+        """Count everything that a request may hold: all zeros when no request is under way."""
+        counts = {
             "places": self.app[context.ADMISSION].gate.inside,
             "waiting": self.app[context.ADMISSION].gate.waiting,
             "body_bytes": self.app[context.ADMISSION].body_bytes,
@@ -137,59 +147,62 @@ class House:
         }
         for name, provider in self.app[context.ROUTER].providers.items():
             stats = provider.stats()
-            found[f"{name} places"] = stats.queue.inside
-            found[f"{name} waiting"] = stats.queue.waiting
-            found[f"{name} busy"] = stats.pool.open - stats.pool.idle
-        return found
+            counts[f"{name} places"] = stats.queue.inside
+            counts[f"{name} waiting"] = stats.queue.waiting
+            counts[f"{name} busy"] = stats.pool.open - stats.pool.idle
+        return counts
 
     async def counted(self, name: str, *by: str) -> Counter[tuple[str, ...]]:
-        """The counter *name* of /metrics, summed up *by* these labels; zeros are left out."""
+        """Read the counter *name* from /metrics, summed up *by* these labels, without zeros."""
         async with self.session.get(f"{self.base}/metrics") as response:
             text = await response.text()
-        found: Counter[tuple[str, ...]] = Counter()
+        counts: Counter[tuple[str, ...]] = Counter()
         for family in text_string_to_metric_families(text):
             if family.name == f"aioserver_{name}":
-                for one in family.samples:
-                    found[tuple(one.labels[label] for label in by)] += int(one.value)
-                return +found
+                for sample in family.samples:
+                    counts[tuple(sample.labels[label] for label in by)] += int(sample.value)
+                return +counts
         raise AssertionError(f"there is no counter {name}")
 
     async def nothing_held(self, within: float = 10.0) -> None:
-        """Wait until nothing is held."""
+        """Wait until `held` counts nothing."""
         await until(lambda: not any(self.held().values()), within, self.held)
 
     def forgive(self) -> None:
-        """Let the provider be asked as if it had never failed."""
+        """Make the provider `sim` usable at once, as if no attempt had ever failed."""
         self.provider._health.breaker = Breaker()
         self.provider._health._flagged_until = 0.0
         pace = self.provider._pace
         pace._closed_until = pace._slow_until = pace._due = 0.0
 
     async def change(self, **changes: Any) -> bool:
-        """Write another configuration, and have it read: `change(**{"llm.active": "other"})`."""
+        """Reload with other changes: `change(**{"llm.active": "other"})`.
+
+        Returns whether the new configuration was applied.
+        """
         write(self.simulator.base_url, changes, Path(self.file))
         return await self.reload.once()
 
     def connect(self, **kwargs: Any) -> Any:
-        """A WebSocket: `async with house.connect() as ws`."""
+        """Open a WebSocket: `async with server.connect() as ws`."""
         return self.session.ws_connect(self.ws, **kwargs)
 
 
 def write(base_url: str, changes: dict[str, Any], path: Path) -> None:
-    """The file of a house: *changes* by dotted path, a provider by its name."""
+    """Write `BASE` with *changes*, by dotted path, to *path*; the provider `sim` is at *base_url*."""
     data = copy.deepcopy(BASE)
     data["llm"]["providers"]["sim"]["base_url"] = base_url
     for dotted, value in changes.items():
-        at = data
-        *way, last = dotted.split(".")
-        for step in way:
-            at = at.setdefault(step, {})
-        at[last] = value
+        section = data
+        *path_to, key = dotted.split(".")
+        for name in path_to:
+            section = section.setdefault(name, {})
+        section[key] = value
     path.write_text(yaml.safe_dump(data))
 
 
 def configured(base_url: str, changes: dict[str, Any], path: Path) -> Configuration:
-    """The configuration of a house."""
+    """Write `BASE` with *changes* to *path*, as `write` does, and load it."""
     write(base_url, changes, path)
     return Configuration.load(path, environ={})
 
@@ -197,8 +210,8 @@ def configured(base_url: str, changes: dict[str, Any], path: Path) -> Configurat
 @contextlib.asynccontextmanager
 async def running(
     path: Path, behaviour: Behaviour = QUICK, changes: dict[str, Any] | None = None
-) -> AsyncIterator[House]:
-    """A house, from its first to its last moment; at the end nothing may be held."""
+) -> AsyncIterator[RunningServer]:
+    """Run a server until the end of the block; then no request may hold anything any more."""
     async with Simulator(behaviour) as simulator:
         configuration = configured(simulator.base_url, changes or {}, path)
         app = application.build(configuration.settings)
@@ -213,18 +226,19 @@ async def running(
             base = f"http://127.0.0.1:{listening[0].port}"
             async with aiohttp.ClientSession() as session:
                 reload = Reload(runner, configuration, {})
-                house = House(runner, base, simulator, session, reload)
-                yield house
-            await house.nothing_held()
+                server = RunningServer(runner, base, simulator, session, reload)
+                yield server
+            await server.nothing_held()
         finally:
             await application.end(runner)
             await runner.cleanup()
-            web_app._cached_build_middleware.cache_clear()  # it keeps each application alive
+            # It keeps each application alive.
+            web_app._cached_build_middleware.cache_clear()
 
 
 @contextlib.asynccontextmanager
 async def runner_of(path: Path, **changes: Any) -> AsyncIterator[tuple[Runner, Any]]:
-    """A runner that does not listen yet, and the settings of its listener."""
+    """Set up a runner that does not listen yet; yields it and the settings of its listener."""
     settings = configured(NOWHERE, changes, path / "config.yaml").settings
     app = application.build(settings)
     runner = Runner(app, settings.chat.websocket)

@@ -12,7 +12,7 @@ DEPLOY = Path(__file__).parents[2] / "deploy"
 
 
 def installed(program: str) -> str:
-    """The path of *program*; where it is missing the test skips, and with CI=true fails."""
+    """The path of *program*. Without it the test skips, or fails with CI=true."""
     found = shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
     if found is None:
         why = f"{program} is not installed"
@@ -23,7 +23,7 @@ def installed(program: str) -> str:
 
 
 def edited(name: str, edits: dict[str, str]) -> str:
-    """The sample *name* with the *edits* that its reader would make, each in one place."""
+    """The sample *name* with the *edits* that an operator would make, each in exactly one place."""
     text = (DEPLOY / name).read_text()
     for old, new in edits.items():
         assert text.count(old) == 1, f"{name}: {old!r} is there {text.count(old)} times"

@@ -17,11 +17,9 @@ from tests.support.raw import Raw
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator
+    from collections.abc import Iterator
 
-    from tests.support.server import House
-
-    Make = Callable[..., Awaitable[House]]
+    from tests.support.server import MakeServer, RunningServer
 
 
 @pytest.fixture
@@ -110,16 +108,16 @@ def told(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
 
 
 async def test_each_finished_request_is_one_line(
-    house: House, told: pytest.LogCaptureFixture
+    server: RunningServer, told: pytest.LogCaptureFixture
 ) -> None:
-    async with house.connect() as ws:
+    async with server.connect() as ws:
         await ws.send_json(chat("r1"))
         await to_end(ws)
     headers = {"X-Request-Id": "mine"}
-    url = f"{house.v1}/chat/completions"
-    async with house.session.post(url, json=CHAT, headers=headers) as response:
+    url = f"{server.v1}/chat/completions"
+    async with server.session.post(url, json=CHAT, headers=headers) as response:
         await response.read()
-    async with house.session.post(url, json={**CHAT, "stream": True}) as response:
+    async with server.session.post(url, json={**CHAT, "stream": True}) as response:
         await response.read()
 
     websocket, whole, stream = await finished(told, 3)
@@ -138,22 +136,22 @@ async def test_each_finished_request_is_one_line(
 
 
 async def test_how_a_request_ended_is_told(
-    make_house: Make, told: pytest.LogCaptureFixture
+    make_server: MakeServer, told: pytest.LogCaptureFixture
 ) -> None:
-    house = await make_house(
+    server = await make_server(
         Behaviour(ttft=0, interval=60), **{"chat.streams.resume_window": 30.0}
     )
-    async with house.connect() as ws:
+    async with server.connect() as ws:
         await ws.send_json(chat("stopped"))
-        await house.simulator.until(lambda stats: stats.active == 1)
+        await server.simulator.until(lambda stats: stats.active == 1)
         await ws.send_json({"action": "cancel", "request_id": "stopped"})
         await to_end(ws)
-    async with Raw(house) as raw:
+    async with Raw(server) as raw:
         await raw.post("/v1/chat/completions", {**CHAT, "stream": True})
-        await house.simulator.until(lambda stats: stats.active == 1)
-    await house.nothing_held()
-    house.simulator.behaviour = Behaviour(fail_rate=1.0, fail_status=500)
-    async with house.session.post(f"{house.v1}/chat/completions", json=CHAT) as response:
+        await server.simulator.until(lambda stats: stats.active == 1)
+    await server.nothing_held()
+    server.simulator.behaviour = Behaviour(fail_rate=1.0, fail_status=500)
+    async with server.session.post(f"{server.v1}/chat/completions", json=CHAT) as response:
         assert response.status == 502
 
     lines = await finished(told, 3)
@@ -163,9 +161,11 @@ async def test_how_a_request_ended_is_told(
     assert lines[2]["code"] == "provider_error"
 
 
-async def test_no_line_has_what_was_said(house: House, told: pytest.LogCaptureFixture) -> None:
+async def test_no_line_has_what_was_said(
+    server: RunningServer, told: pytest.LogCaptureFixture
+) -> None:
     told.set_level(logging.INFO)
-    async with house.connect() as ws:
+    async with server.connect() as ws:
         await ws.send_json(chat("r1", "my secret question", model="x" * 250))
         frames = await to_end(ws)
     await finished(told, 1)
