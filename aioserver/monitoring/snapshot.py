@@ -4,7 +4,7 @@ Everything is read from counters and from `stats()`; requests and clients are ne
 snapshot costs the same with ten clients and with ten thousand. What cannot be read at a moment, such
 as a rate, is that of the last interval.
 
-The meaning of each field is in docs/operating.md.
+The meaning of each field is in docs/monitoring.md.
 """
 
 from __future__ import annotations
