@@ -381,10 +381,12 @@ async def test_numbers_are_short_and_carry_their_unit(stand: Stand, page: Page) 
 
 
 async def test_the_true_house_feeds_it(server: RunningServer, page: Page) -> None:
+    # On a busy machine the server's loop may have been late: then the verdict says that, too.
+    word = re.compile("Open|Slow")
     await page.goto(server.base + "/dashboard")
-    await verdict(page, "Open", "Room for 50 more")
+    await verdict(page, word, re.compile("^Room for 50 more"))
 
     async with server.connect():
-        await verdict(page, "Open", "Room for 49 more")
+        await verdict(page, word, re.compile("^Room for 49 more"))
         await expect(shown(page, "connections.active")).to_have_text("1")
-    await verdict(page, "Open", "Room for 50 more")
+    await verdict(page, word, re.compile("^Room for 50 more"))

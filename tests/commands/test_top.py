@@ -294,15 +294,17 @@ async def test_a_real_house_is_drawn(server: RunningServer) -> None:
         await ws.send_json({"action": "ping"})
         await ws.receive()
         state = State(server.base)
-        feed = asyncio.create_task(Feed(session, state, 1.0, lambda: None).follow())
+        pictures = [""]
+        follow = Feed(session, state, 1.0, lambda: pictures.append(drawn(state))).follow()
+        feed = asyncio.create_task(follow)
         try:
-            await until(lambda: "websocket 1" in drawn(state))
+            await until(lambda: "websocket 1" in pictures[-1], 30.0, lambda: pictures[-1])
         finally:
             feed.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await feed
 
-    text = drawn(state)
+    text = next(picture for picture in pictures if "websocket 1" in picture)
     # On a busy machine this loop may have been late: then that is the verdict.
     assert "+ all is well: 1 connected" in text or "! the event loop lags" in text
     assert "1 of 50" in text
