@@ -147,7 +147,7 @@ async def test_a_watcher_is_shown_out(make_server: MakeServer) -> None:
         last = list(eventstream.parse(b"event: stats\n" + await response.read()))[-1]
     assert last.event == b"error"
     assert json.loads(last.data)["code"] == "invalid_api_key"
-    await until(lambda: not server.app[context.MONITOR]._watchers)
+    await until(lambda: not server.watchers)
 
 
 async def test_who_is_no_admin_any_more_watches_no_longer_and_chats_on(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from playwright.async_api import expect
 
+from aioserver.errors import ServerShutdown
 from aioserver.faces import context
 from aioserver.providers.simulator.exchange import Behaviour
 from tests.support.chat import cancel, chat, to_end
@@ -303,7 +304,7 @@ async def test_a_restart_is_told_and_survived(
 
     sockets: list[Socket] = [*server.app[context.SOCKETS]]
     for socket in sockets:
-        socket._end(1012, b"server is stopping")
+        socket.end(ServerShutdown("the server is stopping"))
     await expect(page.get_by_text("The server restarts.")).to_be_visible()
     await expect(status(page)).to_have_text("Goes on when the connection is back")
     await page.get_by_role("button", name="Try now").click()
@@ -493,7 +494,7 @@ async def test_a_fault_says_what_to_do(
     await is_now(page, "failed")
     await expect(answer(page).locator(".fault")).to_contain_text(advice)
     await page.get_by_label("Model").select_option(label="sim-model")
-    server.forgive()  # else it would be left alone for some time
+    await server.forgive()  # else it would be left alone for some time
     await answer(page).get_by_role("button", name="Ask again").click()
 
     await is_now(page, "complete")

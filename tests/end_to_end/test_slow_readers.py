@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from aioserver.auth.callers import anonymous
 from aioserver.faces import context
 from aioserver.server import listener
 from aioserver.streams.writer import TURN_BYTES
@@ -78,7 +79,7 @@ async def test_who_reads_nothing_holds_up_nobody_and_is_dropped(
     def look() -> None:
         nonlocal largest, kept
         kept = max(kept, store.stats().bytes)
-        logs = (*store._running, *store._finished)
+        logs = (*store.running(), *store.of(anonymous(None)))
         largest = max((largest, *(stream.bytes for stream in logs)))
 
     def done() -> bool:

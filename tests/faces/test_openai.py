@@ -380,7 +380,7 @@ async def test_a_fault_before_the_head_has_its_http_status(
     server: RunningServer, streamed: bool
 ) -> None:
     for model, status, code in BEFORE_THE_HEAD:
-        server.forgive()
+        await server.forgive()
         async with post(server, {**CHAT, "model": model, "stream": streamed}) as response:
             assert response.status == status, model
             error = await error_of(response)

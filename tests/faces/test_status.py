@@ -213,14 +213,14 @@ async def test_who_is_not_let_in_is_counted_and_a_burst_is_told(make_server: Mak
         found = samples(await response.text())
     for reason, number in state["auth_failures"].items():
         assert found["aioserver_auth_failures_total", ("reason", reason)] == number
-    assert not server.app[context.MONITOR]._incidents, "five are no burst"
+    assert not server.incidents(), "five are no burst"
 
     for _ in range(incidents.DENIED_BURST):
         async with server.session.get(f"{server.base}/stats") as response:
             assert response.status == 401
     tick()
     tick()
-    (incident,) = server.app[context.MONITOR]._incidents
+    (incident,) = server.incidents()
     assert (incident["kind"], incident["severity"]) == ("auth", "warning")
     assert incident["text"].startswith("15 requests denied")
 
@@ -242,7 +242,7 @@ async def test_a_few_now_and_then_are_no_burst(make_server: MakeServer) -> None:
         pass
     server.app[context.MONITOR].tick()
 
-    assert not server.app[context.MONITOR]._incidents
+    assert not server.incidents()
 
 
 async def test_a_callers_name_is_in_the_lines_of_its_requests(
@@ -293,7 +293,7 @@ async def watching(server: RunningServer, query: str = "") -> AsyncIterator[list
         finally:
             task.cancel()
             await asyncio.wait((task,))
-    await until(lambda: not server.app[context.MONITOR]._watchers)
+    await until(lambda: not server.watchers)
 
 
 async def test_a_watcher_gets_the_history_then_the_state_each_second(
@@ -317,10 +317,10 @@ async def test_a_watcher_gets_the_history_then_the_state_each_second(
 async def test_a_watcher_may_ask_for_less(server: RunningServer) -> None:
     async with watching(server, "?interval=5") as told:
         await until(lambda: bool(told))
-        ticks = server.app[context.MONITOR]._ticks
+        ticks = len(server.history()["time"])
         for _ in range(10):
             server.app[context.MONITOR].tick()
-        ran = server.app[context.MONITOR]._ticks - ticks
+        ran = len(server.history()["time"]) - ticks
         server.app[context.MONITOR].incident("test", "now")
 
         def last() -> int | None:
@@ -367,8 +367,8 @@ async def test_a_watcher_who_takes_nothing_is_dropped(
     )
     async with Raw(server, receive_buffer=SMALL) as raw:
         await raw.get("/events")
-        await until(lambda: bool(mine._watchers))
-        while mine._watchers:
+        await until(lambda: server.watchers == 1)
+        while server.watchers:
             mine.incident("test", "x" * 10_000)
             await asyncio.sleep(0.001)
 
@@ -381,7 +381,7 @@ async def test_watchers_are_sent_home_when_the_server_ends(server: RunningServer
         await until(lambda: bool(told))
         server.app[context.MONITOR].incident("shutdown", "the server is stopping", severity="info")
         server.app[context.LIFE].stopping.set()
-        await until(lambda: not server.app[context.MONITOR]._watchers)
+        await until(lambda: not server.watchers)
         await until(lambda: told[-1][0] == "incident")
 
 
@@ -390,7 +390,7 @@ async def test_a_loop_that_is_late_is_told(server: RunningServer) -> None:
     async with watching(server) as told:
         await until(lambda: bool(told))
         block(0.35)
-        await until(lambda: server.app[context.LAG]._max >= 0.2)
+        await until(lambda: server.app[context.LAG].longest(0.0) >= 0.2)
         mine.tick()
         worst = mine.snapshot["loop"]["lag_max"]
         await until(lambda: any(kind == "incident" for kind, _ in told))

@@ -442,7 +442,9 @@ async def test_a_flood_of_frames_closes_with_1008(server: RunningServer, opcode:
         rest = await raw.frames()
 
     assert closing(frames[-1][1])[0] == 1008
-    assert json.loads(frames[-2][1])["chunk"]["code"] == "rate_limit_exceeded"
+    # A slow server may answer some more pings between its error and its close frame.
+    last_text = [payload for kind, payload in frames if kind == TEXT][-1]
+    assert json.loads(last_text)["chunk"]["code"] == "rate_limit_exceeded"
     assert 150 < len(frames) < 300 + 100 * took, "a burst of 200, and 100 a second"
     assert rest == []
 

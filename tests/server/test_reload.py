@@ -15,6 +15,7 @@ import aiohttp
 import pytest
 import trustme
 
+from aioserver.config import Configuration
 from aioserver.faces import context
 from aioserver.protocol import eventstream
 from aioserver.providers import breaker
@@ -51,9 +52,7 @@ def reloads(server: RunningServer) -> dict[str, int]:
 
 
 def incidents(server: RunningServer) -> list[str]:
-    return [
-        one["text"] for one in server.app[context.MONITOR]._incidents if one["kind"] == "reload"
-    ]
+    return [one["text"] for one in server.incidents() if one["kind"] == "reload"]
 
 
 async def ask(server: RunningServer, **fields: Any) -> Any:
@@ -425,7 +424,7 @@ async def test_what_has_changed_is_said_by_name_and_never_by_value(
         "configuration applied: chat.websocket.concurrency.max_connections, "
         "llm.providers.sim.api_key, llm.providers.sim.headers"
     )
-    said = caplog.text + json.dumps([*server.app[context.MONITOR]._incidents])
+    said = caplog.text + json.dumps(server.incidents())
     assert "canary" not in said.replace("X-Canary", "")
 
 
@@ -436,7 +435,7 @@ async def test_a_provider_that_stays_the_same_keeps_its_connections(
     make_server: MakeServer,
 ) -> None:
     server = await make_server()
-    provider, pool = server.provider, server.provider._pools.pool
+    provider = server.provider
     await ask(server)
 
     assert await server.change(
@@ -445,7 +444,6 @@ async def test_a_provider_that_stays_the_same_keeps_its_connections(
     await ask(server)
 
     assert server.provider is provider
-    assert provider._pools.pool is pool
     assert server.simulator.stats().connections_accepted == 1
 
 
@@ -456,11 +454,12 @@ async def test_certificates_are_read_again_under_the_same_name(
     trustme.CA().cert_pem.write_to_path(str(file))
     given = {"llm.providers.sim.ca_file": str(file)}
     server = await make_server(**given)
-    pool = server.provider._pools.pool
+    await ask(server)
 
     assert await server.change(**given)
+    await ask(server)
 
-    assert server.provider._pools.pool is not pool
+    assert server.simulator.stats().connections_accepted == 2
 
 
 async def test_places_of_a_provider_grow_and_shrink_in_place(make_server: MakeServer) -> None:
@@ -525,9 +524,9 @@ async def test_a_provider_that_refused_our_key_is_asked_again(make_server: MakeS
 
 async def test_a_rest_is_over_for_another_key(make_server: MakeServer) -> None:
     key = "llm.providers.sim.api_key"
-    server = await make_server(Behaviour(fail_rate=1.0, fail_status=429), **{key: "old"})
+    limited = Behaviour(fail_rate=1.0, fault="retry-after-100")
+    server = await make_server(limited, **{key: "old"})
     assert (await ask(server))["status"] == 429
-    server.provider._pace.cool_down(100.0)
     server.simulator.behaviour = QUICK
 
     assert await server.change(**{key: "old"})
@@ -632,8 +631,6 @@ async def test_answers_on_all_faces_go_on_while_their_pool_is_replaced_twice(
         assert stats.aborted == 0
         assert stats.peak_active <= max(4, limit)
         assert stats.peak_connections <= max(20, limit)
-        pools = server.provider._pools
-        await until(lambda: not pools._retired)
         assert await server.change()
         await server.simulator.until(lambda stats: stats.open_connections == 0)
 
@@ -765,7 +762,6 @@ async def test_who_runs_at_a_removed_provider_ends_there_and_who_waits_goes_else
         assert (await ask(server, model="one/x"))["status"] == 200, "to the active one, as it came"
         await ws.send_json(chat("late", provider="one"))
         assert (await to_end(ws))[-1]["chunk"]["code"] == "model_not_found"
-        await until(lambda: not server.app[context.ROSTER]._leaving)
         await server.simulator.until(lambda stats: stats.open_connections == 0)
         await ws.close()
         assert await server.change()
@@ -792,7 +788,7 @@ async def test_a_provider_that_comes_back_counts_what_still_runs_there(
         await ws.send_json({"action": "cancel", "request_id": "r2"})
         await until(lambda: not server.held()["sim places"])
         assert await server.change(**two)  # nothing runs there: it is closed at once
-        await until(lambda: not server.app[context.ROSTER]._leaving)
+        await server.simulator.until(lambda stats: stats.open_connections == 0)
         assert await server.change()
         assert server.provider is not leaving
 
@@ -848,20 +844,20 @@ async def test_more_clients_have_the_descriptors_that_they_need(
     make_server: MakeServer, few_files: Callable[[int], None]
 ) -> None:
     server = await make_server()
-    few_files(preflight.wanted_files(server.reload._began))
+    few_files(preflight.wanted_files(Configuration.load(server.file, environ={}).settings))
     more = {f"{CONCURRENCY}.max_connections": 100, f"{CONCURRENCY}.connection_queue_size": 120}
 
     assert await server.change(**more)
 
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    assert soft >= preflight.wanted_files(server.reload._now)
+    assert soft >= preflight.wanted_files(Configuration.load(server.file, environ={}).settings)
 
 
 async def test_more_clients_than_there_can_be_descriptors_are_refused(
     make_server: MakeServer, few_files: Callable[[int], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     server = await make_server()
-    few_files(preflight.wanted_files(server.reload._began))
+    few_files(preflight.wanted_files(Configuration.load(server.file, environ={}).settings))
     most = 2**31 - 1
     many = {
         f"{CONCURRENCY}.max_connections": most,
@@ -920,7 +916,9 @@ async def test_reloads_under_load_lose_no_answer(make_server: MakeServer) -> Non
 
     assert set(answers) == {200}
     assert server.simulator.stats().aborted == 0
-    await until(lambda: not server.provider._pools._retired)
+    # A pool that was replaced has no idle connections.
+    pool = server.provider.stats
+    await until(lambda: pool().pool.open == pool().pool.idle)
 
 
 async def test_a_socket_that_is_open_is_never_closed_by_a_reload(server: RunningServer) -> None:
