@@ -64,7 +64,7 @@ async def unwatched(page: Page) -> AsyncIterator[Page]:
         await context.close()
 
 
-async def test_a_house_without_keys_asks_for_none(make_server: MakeServer, page: Page) -> None:
+async def test_a_server_without_keys_asks_for_none(make_server: MakeServer, page: Page) -> None:
     server = await make_server()
     await page.goto(server.base + "/")
     await connected(page)

@@ -213,7 +213,7 @@ def test_the_picture_has_everything_in_eighty_columns() -> None:
         assert part in text, part
 
 
-def test_what_comes_from_the_server_is_text_only() -> None:
+def test_data_from_the_server_is_shown_as_text() -> None:
     state = State("http://x")
     state.take(b"incident", INCIDENT)
 
@@ -289,7 +289,7 @@ async def test_one_snapshot_is_taken_with_the_key() -> None:
         assert server.keys == ["Bearer k"]
 
 
-async def test_a_real_house_is_drawn(server: RunningServer) -> None:
+async def test_a_real_server_is_drawn(server: RunningServer) -> None:
     async with server.connect() as ws, remote.session(None) as session:
         await ws.send_json({"action": "ping"})
         await ws.receive()

@@ -157,7 +157,7 @@ async def test_an_event_that_waits_for_its_turn_is_our_delay() -> None:
         assert other.record.stuck == 0.0
 
 
-async def test_what_was_there_before_a_reader_came_has_not_waited_for_us() -> None:
+async def test_events_from_before_a_reader_came_have_not_waited_for_us() -> None:
     async with client() as one:
         stream = stream_of()
         stream.record = RequestRecord()

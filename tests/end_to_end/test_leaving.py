@@ -157,9 +157,7 @@ def connected(port: int) -> int:
         if (name, way) != ("admission", "websocket cancel")  # who has no place is not heard: below
     ],
 )
-async def test_who_leaves_gives_everything_back(
-    make_server: MakeServer, name: str, way: str
-) -> None:
+async def test_leaving_gives_everything_back(make_server: MakeServer, name: str, way: str) -> None:
     phase, (ask, leave) = PHASES[name], WAYS[way]
     async with Door().listening() as door:
         base = {"llm.providers.sim.base_url": f"https://127.0.0.1:{door.port}/v1"}

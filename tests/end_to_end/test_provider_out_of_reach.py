@@ -150,7 +150,7 @@ def far(given: dict[str, Any], **limits: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("where", OUT_OF_REACH)
-async def test_a_provider_out_of_reach_is_told_on_every_face(
+async def test_a_provider_out_of_reach_is_an_error_on_every_face(
     where: str, make_server: MakeServer, tmp_path: Path
 ) -> None:
     place, status, code, outcome = OUT_OF_REACH[where]
@@ -206,7 +206,7 @@ async def test_another_provider_answers_in_place_of_one_out_of_reach(
         ("TLS certificate expired", 1),
     ],
 )
-async def test_only_what_may_pass_is_tried_again(
+async def test_only_faults_that_may_pass_are_tried_again(
     where: str, tries: int, make_server: MakeServer, tmp_path: Path
 ) -> None:
     place, status, code, outcome = OUT_OF_REACH[where]

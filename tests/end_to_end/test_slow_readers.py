@@ -52,7 +52,7 @@ def cost(transport: Any) -> tuple[int, int]:
 @pytest.mark.parametrize(
     "clients", [200, pytest.param(1000, marks=[pytest.mark.stress, pytest.mark.timeout(300)])]
 )
-async def test_who_reads_nothing_holds_up_nobody_and_is_dropped(
+async def test_clients_that_read_nothing_delay_nobody_and_are_dropped(
     make_server: MakeServer, monkeypatch: pytest.MonkeyPatch, clients: int
 ) -> None:
     most = clients * MAX_STREAM_BYTES

@@ -114,7 +114,7 @@ async def test_an_answer_that_nobody_reads_is_shown(make_server: MakeServer) -> 
     assert 0 < streams["bytes"] < streams["max_bytes"]
 
 
-async def test_what_has_happened_is_counted(server: RunningServer) -> None:
+async def test_requests_and_their_ends_are_counted(server: RunningServer) -> None:
     async with server.connect() as ws:
         await ws.send_json(chat("a"))
         await to_end(ws)
@@ -153,7 +153,9 @@ async def test_what_has_happened_is_counted(server: RunningServer) -> None:
     assert found["aioserver_tokens_total", *sorted(tokens.items())] > 0
 
 
-async def test_a_full_house_is_counted_by_code_and_told_once(make_server: MakeServer) -> None:
+async def test_refusals_of_a_full_server_are_counted_by_code_and_logged_once(
+    make_server: MakeServer,
+) -> None:
     server = await make_server(
         SILENT,
         **{f"{CONCURRENCY}.max_connections": 1, f"{CONCURRENCY}.queue_timeout": 0},
@@ -194,7 +196,9 @@ async def test_a_providers_faults_are_told(make_server: MakeServer) -> None:
     assert incident["text"] == "sim: 1 x http_5xx"
 
 
-async def test_who_is_not_let_in_is_counted_and_a_burst_is_told(make_server: MakeServer) -> None:
+async def test_refused_callers_are_counted_and_a_burst_is_an_incident(
+    make_server: MakeServer,
+) -> None:
     server = await make_server(**keys_of("web", "root"))
     root, tick = bearer("root"), server.app[context.MONITOR].tick
     tries: list[dict[str, str]] = [
@@ -343,7 +347,7 @@ async def test_an_interval_that_cannot_be(server: RunningServer, interval: str) 
         assert (await response.json())["error"]["param"] == "interval"
 
 
-async def test_who_watches_is_bounded(
+async def test_watchers_are_bounded(
     server: RunningServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(monitor, "MAX_WATCHERS", 1)

@@ -75,7 +75,7 @@ async def test_another_body_under_a_known_key_is_a_conflict(
 
 
 @pytest.mark.parametrize("body", [CHAT, STREAMED])
-async def test_who_left_and_asks_again_with_its_key_pays_once(
+async def test_a_client_that_left_and_repeats_its_key_pays_once(
     make_server: MakeServer, body: object
 ) -> None:
     server = await make_server(Behaviour(ttft=0.3, interval=0))

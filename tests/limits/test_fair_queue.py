@@ -79,7 +79,7 @@ def test_the_lines_of_a_caller_share_what_it_has() -> None:
     assert drained(turns) == ["ann1", "x1", "bob1", "x2", "ann2", "x3", "ann3", "x4"]
 
 
-def test_who_was_away_for_a_moment_gains_nothing() -> None:
+def test_a_caller_that_was_away_for_a_moment_gains_nothing() -> None:
     turns = filled("a1", "b1", "b2", "b3")
     served = [turns.pop(alive), turns.pop(alive)]  # a1, b1: a waits no more
 
@@ -89,7 +89,7 @@ def test_who_was_away_for_a_moment_gains_nothing() -> None:
     assert served == ["a1", "b1", "b2", "a2", "b3"]
 
 
-def test_who_comes_late_has_no_turns_in_store() -> None:
+def test_a_late_caller_has_no_turns_in_store() -> None:
     turns = filled(*(f"a{n}" for n in range(8)))
     for _ in range(4):
         turns.pop(alive)
@@ -100,7 +100,7 @@ def test_who_comes_late_has_no_turns_in_store() -> None:
     assert drained(turns) == ["b1", "a4", "b2", "a5", "b3", "a6", "a7"]
 
 
-def test_one_that_comes_again_is_its_callers_next() -> None:
+def test_a_returning_waiter_is_its_callers_next() -> None:
     turns: FairQueue[str] = FairQueue()
     for name, line in (("ann1", "ann"), ("bob1", "bob"), ("bob2", "bob")):
         turns.add(name, "web", line)
@@ -112,7 +112,7 @@ def test_one_that_comes_again_is_its_callers_next() -> None:
     assert drained(turns) == ["bob again", "ann1", "bob1", "bob2"]
 
 
-def test_who_is_gone_costs_its_caller_no_turn() -> None:
+def test_a_waiter_that_is_gone_costs_its_caller_no_turn() -> None:
     turns = filled("a1", "a2", "b1")
 
     assert turns.pop(lambda name: name == "a1") == "a2"
@@ -120,7 +120,7 @@ def test_who_is_gone_costs_its_caller_no_turn() -> None:
     assert len(turns) == 0
 
 
-def test_what_left_is_forgotten() -> None:
+def test_callers_that_left_are_forgotten() -> None:
     turns: FairQueue[int] = FairQueue()
     turns.add(-1, "stays", "")
     known: weakref.WeakSet[Caller] = weakref.WeakSet()

@@ -106,7 +106,7 @@ def test_delay_behind_others_is_that_of_their_starts(clock: FakeClock) -> None:
     assert delays == pytest.approx([0.0, 0.0, 0.0, 0.1, 0.2, 0.3])
 
 
-def test_what_is_given_back_may_start_again(clock: FakeClock) -> None:
+def test_a_cost_that_is_given_back_may_start_again(clock: FakeClock) -> None:
     rate = Gcra(1.0, 2.0, clock)
     assert burst(rate) == 3
 

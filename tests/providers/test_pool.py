@@ -548,7 +548,7 @@ async def test_a_proxy_that_refuses_the_tunnel_is_a_connect_error(
             await until(lambda: proxy.open == 0)
 
 
-async def test_what_a_plain_proxy_wants_to_see_is_known_before_the_first_connection(
+async def test_credentials_for_a_plain_proxy_are_known_before_the_first_connection(
     no_environment: pytest.MonkeyPatch,
 ) -> None:
     no_environment.setenv("http_proxy", "http://user:p%40ss@127.0.0.1:1")

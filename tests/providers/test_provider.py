@@ -275,7 +275,7 @@ async def test_the_proxy_of_the_settings_comes_before_that_of_the_environment(
         ("fault-drop", ProviderDisconnected),
     ],
 )
-async def test_what_an_answer_means(
+async def test_each_bad_answer_is_its_fault(
     model: str, fault: type[ProviderFault], streamed: bool, simulator: Simulator
 ) -> None:
     async with provider_at(simulator.base_url) as provider:
@@ -605,7 +605,9 @@ async def test_starts_are_spread_over_the_minute(simulator: Simulator) -> None:
     assert simulator.stats().requests == 6
 
 
-async def test_who_cannot_start_in_time_is_told_so_at_once(simulator: Simulator) -> None:
+async def test_an_attempt_that_cannot_start_in_time_is_refused_at_once(
+    simulator: Simulator,
+) -> None:
     limits = {"requests_per_minute": 1, "queue_timeout": 5.0}
     async with provider_at(simulator.base_url, limits) as provider:
         await fill(provider)
@@ -642,7 +644,7 @@ async def test_the_position_is_told_while_the_pace_is_in_the_way(
         b"x-ratelimit-remaining-tokens: 0\r\nx-ratelimit-reset-tokens: 59.5s\r\n",
     ],
 )
-async def test_what_the_provider_says_is_left_lowers_the_pace(headers: bytes) -> None:
+async def test_the_providers_remaining_requests_lower_the_pace(headers: bytes) -> None:
     head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n"
     play, played = serving(head + headers + b"\r\n{}")
     async with ScriptedProvider(play) as server, provider_at(server.url) as provider:
@@ -712,7 +714,7 @@ async def test_a_long_body_makes_others_wait_and_refuses_nobody() -> None:
         assert (await second).status == 200
 
 
-async def test_who_has_waited_asks_for_the_model_of_now() -> None:
+async def test_a_request_that_has_waited_asks_for_the_current_model() -> None:
     play, played = serving()
     limits = {"tokens_per_minute": 1_000_000, "concurrent_requests": 1}
     async with ScriptedProvider(play) as server, provider_at(server.url, limits) as provider:
@@ -733,7 +735,7 @@ async def test_who_has_waited_asks_for_the_model_of_now() -> None:
 
 
 @pytest.mark.parametrize("fault", [ConnectError("no"), ProviderError("no"), None])
-async def test_what_was_expected_is_settled_however_it_ends(
+async def test_expected_tokens_are_settled_however_the_attempt_ends(
     simulator: Simulator, fault: ProviderFault | None
 ) -> None:
     limits = {"tokens_per_minute": 600}

@@ -204,7 +204,9 @@ async def test_certificates_that_are_none_are_a_fault(
     assert list(server.app[context.ROUTER].providers) == ["sim"]
 
 
-async def test_what_could_not_be_started_is_not_applied(make_server: MakeServer) -> None:
+async def test_a_configuration_that_could_not_be_started_is_not_applied(
+    make_server: MakeServer,
+) -> None:
     server = await make_server()
 
     assert not await server.change(**{"llm.providers.sim.api_key_env": "NO_SUCH_KEY"})
@@ -245,7 +247,7 @@ async def test_a_bug_in_it_is_logged_and_changes_nothing(
 # Limits.
 
 
-async def test_more_places_let_in_who_waits_and_fewer_turn_nobody_out(
+async def test_more_places_let_waiters_in_and_fewer_turn_nobody_out(
     make_server: MakeServer,
 ) -> None:
     server = await make_server(
@@ -341,7 +343,7 @@ async def test_the_kernel_watches_new_connections_by_the_new_send_timeout(
         assert sock.getsockopt(6, 18) == 4000  # TCP_USER_TIMEOUT: a second more
 
 
-async def test_what_is_kept_is_bounded_anew(make_server: MakeServer) -> None:
+async def test_new_bounds_hold_for_kept_streams(make_server: MakeServer) -> None:
     server = await make_server(SILENT)
     async with server.connect() as ws:
         for name in ("r1", "r2", "r3"):
@@ -379,7 +381,7 @@ async def test_the_log_level_is_the_one_of_now(make_server: MakeServer) -> None:
         root.setLevel(before)
 
 
-async def test_what_only_a_restart_changes_is_named_and_stays(
+async def test_settings_that_only_a_restart_changes_are_named_and_stay(
     make_server: MakeServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     server = await make_server()
@@ -406,7 +408,7 @@ async def test_what_only_a_restart_changes_is_named_and_stays(
         assert (await read_frames(response))[-1]["status"] == "complete"
 
 
-async def test_what_has_changed_is_said_by_name_and_never_by_value(
+async def test_changes_are_logged_by_name_and_never_by_value(
     make_server: MakeServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     server = await make_server()
@@ -554,7 +556,7 @@ async def test_the_breaker_stays_open_at_the_same_address_only(make_server: Make
 @pytest.mark.parametrize(
     "way", ["a key that is refused", "a key of too many requests", "an address that fails"]
 )
-async def test_what_went_by_the_old_settings_says_nothing_of_the_new(
+async def test_attempts_with_the_old_settings_prove_nothing_about_the_new(
     way: str, make_server: MakeServer
 ) -> None:
     status = {"a key that is refused": 401, "a key of too many requests": 429}.get(way)
@@ -724,7 +726,7 @@ async def test_another_one_is_active_and_first_to_be_asked(make_server: MakeServ
         assert await server.change()
 
 
-async def test_who_runs_at_a_removed_provider_ends_there_and_who_waits_goes_elsewhere(
+async def test_answers_at_a_removed_provider_end_there_and_waiters_go_elsewhere(
     make_server: MakeServer,
 ) -> None:
     server = await make_server(Behaviour(ttft=0, interval=0.01, tokens=60))
@@ -875,7 +877,7 @@ async def test_more_clients_than_there_can_be_descriptors_are_refused(
 # One at a time.
 
 
-async def test_who_asks_during_a_reload_gets_another_behind_it(make_server: MakeServer) -> None:
+async def test_a_reload_asked_for_during_a_reload_comes_behind_it(make_server: MakeServer) -> None:
     server = await make_server()
     running = asyncio.ensure_future(server.reload.run())
     try:

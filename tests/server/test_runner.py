@@ -104,7 +104,7 @@ async def test_the_access_log_has_the_address_that_a_trusted_proxy_gives(
 # Handlers found at once.
 
 
-async def test_what_is_found_at_once_is_what_the_router_finds(server: RunningServer) -> None:
+async def test_handlers_found_at_once_are_those_of_the_router(server: RunningServer) -> None:
     assert isinstance(server.http_server.request_handler, Direct)
     plain = {
         (route.method, route.resource.canonical)
