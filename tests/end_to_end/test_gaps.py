@@ -16,7 +16,7 @@ from aioserver.telemetry.loop_lag import INTERVAL
 from aioserver.telemetry.request_log import RequestRecord
 from tests.support.chat import CHAT
 from tests.support.transport import BIG, client, say, stream_of
-from tests.support.waiting import block, until
+from tests.support.waiting import block, ticks, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -147,7 +147,7 @@ async def test_an_event_that_waits_for_its_turn_is_our_delay() -> None:
         other.record = RequestRecord()
         one.follow(busy)
         one.follow(other)
-        await until(lambda: not one.writer._ready)
+        await ticks()
 
         say(other, "waits for the end of this turn")
         block(0.05)  # which is long

@@ -315,7 +315,6 @@ async def test_unusual_but_good_answers_read_the_same_on_every_face(
     model: str, server: RunningServer
 ) -> None:
     text = await expected_text(server)
-    server.provider._pools.pool.drop_idle()
 
     ws, sse, v1 = await ask_and_count(server, model, kept=GOOD[model])
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from aioserver.config import settings
+from aioserver.config.schema import Secret
 from aioserver.gateway.router import Request, Router
 from aioserver.protocol.openai import Reading
 from aioserver.provider_errors import (
@@ -78,6 +79,7 @@ class Trouble:
         self.servers: list[ScriptedProvider] = []
         self.gate = asyncio.Event()
         self.gate.set()
+        self._keys = 0
 
     async def add(self, name: str, *answers: bytes | tuple[bytes, ...], **limits: Any) -> Provider:
         script = list(answers)
@@ -136,6 +138,13 @@ class Trouble:
         router = self.router
         asked = ProviderRequest("chat/completions", body, streamed=False)
         return await router.call(Request(router.route(None), asked, "face", "r1"))
+
+    def renew(self, name: str) -> None:
+        """Give *name* another key, as a reload would: a rest and a refused key are over."""
+        provider = self.providers[name]
+        self._keys += 1
+        renewed = dataclasses.replace(provider.settings, api_key=Secret(f"key {self._keys}"))
+        provider.prepare(renewed, renewed.base_url, max_response_bytes=1 << 20)()
 
     def counts(self) -> dict[str, int]:
         return {name: len(asked) for name, asked in self.asked.items()}
@@ -485,7 +494,7 @@ async def test_while_a_provider_rests_its_fallback_is_asked_at_once(trouble: Tro
     assert provider.meter.failovers["provider_rate_limited"].value == 3
     assert provider.meter.attempts["http_429"].value == 1
 
-    provider._pace._closed_until = provider._pace._starts._tat = 0.0  # its rest is over
+    trouble.renew("a")  # its rest is over
     assert (await trouble.fill())[0].details.provider == "a"
 
 
@@ -626,7 +635,7 @@ async def test_waiters_are_refused_when_their_provider_begins_to_fail(trouble: T
 async def test_faults_that_prove_nothing_do_not_open_it(trouble: Trouble, answer: bytes) -> None:
     provider = await trouble.add("a", answer, max_retries=0)
     for _ in range(breaker.FAILURES + 1):
-        provider._pace._closed_until = provider._health._flagged_until = 0.0
+        trouble.renew("a")
         with pytest.raises(ProviderFault):
             await trouble.fill()
     assert provider.stats().breaker == "closed"
@@ -685,7 +694,7 @@ async def test_a_provider_that_refuses_our_key_is_not_asked_again_for_a_while(
         await trouble.fill()
     assert provider.stats().flagged
     assert trouble.counts() == {"a": 1}
-    provider._health._flagged_until = 0.0
+    trouble.renew("a")
 
     assert (await trouble.fill())[0].end_status == COMPLETE
     assert provider.meter.attempts["http_4xx"].value == 1
