@@ -42,7 +42,7 @@ def wall_clocks(tree: ast.Module) -> set[str]:
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_only_what_shows_the_time_asks_for_it(module: str) -> None:
+def test_only_modules_that_show_the_time_ask_for_it(module: str) -> None:
     assert bool(wall_clocks(MODULES[module])) == (module in SHOWN)
 
 

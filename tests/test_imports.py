@@ -55,7 +55,7 @@ def room(name: str) -> str:
     return name.partition(".")[0]
 
 
-def test_line_names_every_room_once() -> None:
+def test_order_names_every_package_once() -> None:
     rooms = {room(name) for name in TREES if name}
 
     assert len(set(ORDER)) == len(ORDER)
@@ -63,14 +63,14 @@ def test_line_names_every_room_once() -> None:
 
 
 @pytest.mark.parametrize("module", TREES)
-def test_module_imports_only_rooms_on_its_left(module: str) -> None:
+def test_module_imports_only_packages_on_its_left(module: str) -> None:
     for imported in ours(TREES[module]):
         if room(imported) != room(module):
             assert ORDER.index(room(imported)) < ORDER.index(room(module)), imported
 
 
 @pytest.mark.parametrize("name", ORDER)
-def test_room_has_no_circle(name: str) -> None:
+def test_package_has_no_circle(name: str) -> None:
     graph = {one: ours(TREES[one]) & TREES.keys() for one in TREES if room(one) == name}
     while ends := [one for one, wanted in graph.items() if not wanted & graph.keys()]:
         for one in ends:

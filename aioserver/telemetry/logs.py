@@ -115,13 +115,13 @@ class BackgroundHandler(logging.Handler):
     The thread ends with `close`, and does not keep the process alive.
     """
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
         # Lines that could not be written.
         self.dropped = 0
         self._stream = stream
         self._queue: queue.Queue[str | None] = queue.Queue(MAX_LINES)
-        self._errors = RateLimit(1, SAME_ERROR)
+        self._errors = RateLimit(1, SAME_ERROR, clock)
         self._thread = threading.Thread(target=self._write, name="logs", daemon=True)
         self._thread.start()
 

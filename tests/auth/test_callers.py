@@ -46,7 +46,7 @@ def test_a_user_has_its_own_line_and_is_the_same_caller() -> None:
     assert ann.on_behalf_of(None) is ann
 
 
-def test_who_names_many_users_has_the_turns_of_one() -> None:
+def test_a_client_that_names_many_users_has_the_turns_of_one() -> None:
     one = anonymous("10.0.0.1")
 
     assert {one.on_behalf_of(user).flow for user in ("ann", "bob")} == {one.flow}
@@ -55,7 +55,7 @@ def test_who_names_many_users_has_the_turns_of_one() -> None:
 
 
 @pytest.mark.parametrize("user", [None, "", 7, ["ann"], {"a": 1}, True])
-def test_what_names_no_user_changes_no_line(user: object) -> None:
+def test_a_user_that_is_no_text_changes_no_flow(user: object) -> None:
     caller = anonymous("10.0.0.1")
 
     assert caller.on_behalf_of(user) is caller
@@ -125,11 +125,11 @@ def test_of_other_pages_only_those_listed_may(origin: str, allowed: bool) -> Non
         ("http://a]b", "a]b"),
     ],
 )
-def test_what_is_not_quite_our_own_page_may_not(origin: str, host: str | None) -> None:
+def test_a_page_that_is_almost_ours_is_refused(origin: str, host: str | None) -> None:
     assert not NONE.allows(origin, host)
 
 
-def test_who_sends_no_origin_is_no_browser() -> None:
+def test_a_client_without_an_origin_is_no_browser() -> None:
     NONE.check({"Host": "a.example"})
 
 
@@ -220,7 +220,7 @@ def test_a_key_is_its_caller_made_once() -> None:
 
 
 @pytest.mark.parametrize("key", [b"", b"key of we", b"key of web ", b"KEY OF WEB", b"\xff" * 99])
-def test_what_is_nobodys_key_is_refused_and_not_shown(key: bytes) -> None:
+def test_an_unknown_key_is_refused_and_not_shown(key: bytes) -> None:
     with pytest.raises(InvalidApiKey) as caught:
         held(client("web")).caller(key)
 
@@ -356,7 +356,7 @@ def test_the_pepper_is_of_the_providers_keys(tmp_path: Path) -> None:
 # Access.
 
 
-def test_without_keys_the_names_of_this_machine_are_the_door() -> None:
+def test_without_keys_only_the_names_of_this_machine_are_answered() -> None:
     for given_auth in (None, Auth(), Auth(allowed_hosts=("chat.example",))):
         access = Access(given_auth)
 
@@ -366,13 +366,13 @@ def test_without_keys_the_names_of_this_machine_are_the_door() -> None:
         assert access.hosts.allows("chat.example") is bool(given_auth and given_auth.allowed_hosts)
 
 
-def test_with_keys_or_an_open_door_any_name_is_answered() -> None:
+def test_with_keys_or_without_a_guard_any_name_is_answered() -> None:
     assert Access(Auth(open=True)).hosts is None
     assert not Access(Auth(open=True)).keyed
     assert Access(Auth(keys=(client("web"),))).hosts is None
 
 
-def test_where_keys_come_who_has_none_may_no_longer() -> None:
+def test_clients_without_a_key_are_refused_when_keys_come() -> None:
     access = Access()
     nobody = anonymous("10.0.0.1")
     assert access.current(nobody) is nobody

@@ -119,7 +119,7 @@ async def test_a_path_that_is_not_there_is_no_secret(make_server: MakeServer) ->
     assert (await asked(server, "PUT", "/stats"))[:2] == (405, "method_not_allowed")
 
 
-async def test_what_is_open_holds_no_data(make_server: MakeServer) -> None:
+async def test_open_routes_hold_no_data(make_server: MakeServer) -> None:
     server = await make_server(**keys_of("web", "root"))
     for path in ("/health", "/healthz", "/livez"):
         async with server.session.get(server.base + path) as response:
@@ -342,7 +342,7 @@ async def test_a_session_is_made_of_a_key_and_of_no_session(make_server: MakeSer
         assert "Set-Cookie" not in response.headers
 
 
-async def test_who_logs_out_has_no_cookie_any_more(make_server: MakeServer) -> None:
+async def test_logging_out_takes_the_cookie_away(make_server: MakeServer) -> None:
     server = await make_server(**keys_of("web"))
     session = await log_in(server, "web")
     for headers in (cookie(session), {}):
@@ -519,7 +519,7 @@ async def test_without_keys_only_names_of_this_machine_are_answered(
 
 
 @pytest.mark.parametrize("changes", [{"auth.open": True}, keys_of("web")])
-async def test_with_keys_or_an_open_door_any_name_is_answered(
+async def test_with_keys_or_without_a_guard_any_name_is_answered(
     make_server: MakeServer, changes: dict[str, Any]
 ) -> None:
     server = await make_server(**{"auth.allowed_hosts": []}, **changes)
@@ -543,7 +543,7 @@ async def test_a_trusted_proxy_says_that_the_page_came_by_https(make_server: Mak
             assert ("; Secure" in response.headers["Set-Cookie"]) is secure
 
 
-async def test_who_is_refused_is_one_line_with_its_address(
+async def test_a_refused_client_is_one_line_with_its_address(
     make_server: MakeServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     server = await make_server(**keys_of("web"), **{"auth.trusted_proxies": ["127.0.0.1"]})
@@ -558,7 +558,7 @@ async def test_who_is_refused_is_one_line_with_its_address(
     assert "canary" not in str(lines)
 
 
-async def test_who_guesses_fills_no_log(
+async def test_guessing_keys_fills_no_log(
     make_server: MakeServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     server = await make_server(**keys_of("web"))

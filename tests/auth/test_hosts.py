@@ -73,7 +73,7 @@ def test_further_names_with_any_port_or_with_theirs(host: str, answered: bool) -
     assert hosts.allows(host.lower()) is answered
 
 
-def test_what_is_remembered_is_bounded() -> None:
+def test_memory_of_hosts_is_bounded() -> None:
     hosts = Hosts()
     for port in range(3000):
         hosts.check(f"localhost:{port}")
@@ -91,7 +91,7 @@ def test_any_host_is_an_answer_and_no_exception(host: str) -> None:
 @pytest.mark.parametrize(
     ("name", "own"), [("localhost", True), ("::1", True), ("0.0.0.0", False), ("", False)]
 )
-def test_what_is_bound_by_this_name_is_out_of_reach_of_others(name: str, own: bool) -> None:
+def test_loopback_names_are_out_of_reach_of_others(name: str, own: bool) -> None:
     assert loopback(name) is own
 
 
@@ -142,7 +142,7 @@ def test_the_last_hop_that_is_no_proxy_of_ours_is_the_client(
 
 
 @pytest.mark.parametrize("peer", [None, "", "/run/proxy.sock", "b'\\x00proxy'"])
-def test_who_comes_by_a_unix_socket_is_believed_where_that_is_said(peer: str | None) -> None:
+def test_a_peer_on_a_unix_socket_is_believed_where_configured(peer: str | None) -> None:
     said = headers("1.1.1.1, 203.0.113.9", proto="https")
     unix, both = Proxies(["unix"]), Proxies(["unix", "203.0.113.9"])
 

@@ -117,7 +117,7 @@ async def test_an_answer_that_is_not_streamed_ends_as_well(
     await until(lambda: server.simulator.stats().active == 0)
 
 
-async def test_who_waits_for_a_place_begins_nothing(make_server: MakeServer) -> None:
+async def test_a_client_that_waits_for_a_place_begins_nothing(make_server: MakeServer) -> None:
     server = await make_server(
         SILENT,
         **keys_of("web", "app"),
@@ -147,10 +147,10 @@ async def test_a_watcher_is_shown_out(make_server: MakeServer) -> None:
         last = list(eventstream.parse(b"event: stats\n" + await response.read()))[-1]
     assert last.event == b"error"
     assert json.loads(last.data)["code"] == "invalid_api_key"
-    await until(lambda: not server.app[context.MONITOR]._watchers)
+    await until(lambda: not server.watchers)
 
 
-async def test_who_is_no_admin_any_more_watches_no_longer_and_chats_on(
+async def test_a_former_admin_watches_no_longer_and_chats_on(
     make_server: MakeServer,
 ) -> None:
     server = await make_server(ENDLESS, **keys_of("root"))
@@ -225,7 +225,7 @@ async def test_another_key_under_the_same_name_is_another_caller_of_that_name(
         assert (await read_frames(response))[-1]["chunk"]["code"] == "invalid_api_key"
 
 
-async def test_where_keys_come_who_has_none_is_shown_out(make_server: MakeServer) -> None:
+async def test_clients_without_a_key_are_closed_when_keys_come(make_server: MakeServer) -> None:
     server = await make_server()
     async with server.connect() as ws, server.session.get(f"{server.base}/events") as events:
         await ws.ping()

@@ -251,7 +251,7 @@ async def test_a_provider_that_fails_gives_the_place_back(make_server: MakeServe
         await until(lambda: quota(server).running == 0)
 
 
-async def test_what_is_never_asked_is_not_counted(make_server: MakeServer) -> None:
+async def test_a_provider_that_is_never_asked_is_not_counted(make_server: MakeServer) -> None:
     server = await make_server(**keys_of("web", requests_per_minute=2, max_concurrent=2))
     async with server.connect(headers=bearer("web")) as ws:
         for number in range(5):
@@ -290,7 +290,7 @@ async def test_a_full_store_counts_for_nothing(make_server: MakeServer) -> None:
         await until_status(ws, "cancelled")
 
 
-async def test_who_comes_back_to_an_answer_begins_none(make_server: MakeServer) -> None:
+async def test_resuming_an_answer_begins_none(make_server: MakeServer) -> None:
     server = await make_server(**keys_of("web", requests_per_minute=2, max_concurrent=1))
     headers = bearer("web")
     async with server.connect(headers=headers) as ws:
@@ -317,7 +317,7 @@ async def test_who_comes_back_to_an_answer_begins_none(make_server: MakeServer) 
         assert (await web.ask())[0] == "rate_limit_exceeded"
 
 
-async def test_the_official_sdk_understands_the_door(make_server: MakeServer) -> None:
+async def test_the_official_sdk_understands_the_guard(make_server: MakeServer) -> None:
     server = await make_server(**keys_of("web", requests_per_minute=2))
     messages: Any = CHAT["messages"]
     async with openai.AsyncOpenAI(base_url=server.v1, api_key="aio-nobody", max_retries=0) as sdk:
@@ -410,7 +410,7 @@ async def test_conversations_belong_to_their_key(make_server: MakeServer) -> Non
     ]
 
 
-async def test_a_key_stands_in_line_by_its_weight(make_server: MakeServer) -> None:
+async def test_a_key_waits_by_its_weight(make_server: MakeServer) -> None:
     server = await make_server(SILENT, **keys_of("web", "app", priority=7))
     headers = bearer("web")
     async with server.connect(headers=headers) as ws:

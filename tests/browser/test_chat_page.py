@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from playwright.async_api import expect
 
+from aioserver.errors import ServerShutdown
 from aioserver.faces import context
 from aioserver.providers.simulator.exchange import Behaviour
 from tests.support.chat import cancel, chat, to_end
@@ -80,7 +81,7 @@ async def test_an_answer_is_shown_as_it_comes(
     assert told.requests == 1
 
 
-async def test_it_is_written_and_stopped_by_keys(make_server: MakeServer, page: Page) -> None:
+async def test_chat_is_written_and_stopped_by_keys(make_server: MakeServer, page: Page) -> None:
     server = await make_server(STALLED)
     await enter(page, server)
 
@@ -273,7 +274,7 @@ async def test_a_reload_before_the_first_word_asks_nobody_again(
     assert told.requests == 1
 
 
-async def test_what_is_written_without_a_connection_is_sent_later(
+async def test_a_message_written_without_a_connection_is_sent_later(
     server: RunningServer, page: Page
 ) -> None:
     await enter(page, server)
@@ -303,7 +304,7 @@ async def test_a_restart_is_told_and_survived(
 
     sockets: list[Socket] = [*server.app[context.SOCKETS]]
     for socket in sockets:
-        socket._end(1012, b"server is stopping")
+        socket.end(ServerShutdown("the server is stopping"))
     await expect(page.get_by_text("The server restarts.")).to_be_visible()
     await expect(status(page)).to_have_text("Goes on when the connection is back")
     await page.get_by_role("button", name="Try now").click()
@@ -376,7 +377,7 @@ async def test_an_answer_that_is_gone_says_so_and_is_asked_again(
 # Waiting.
 
 
-async def test_a_full_house_is_told_and_tried_again(make_server: MakeServer, page: Page) -> None:
+async def test_a_full_server_is_shown_and_tried_again(make_server: MakeServer, page: Page) -> None:
     server = await make_server(**ONE_PLACE, **{"chat.websocket.concurrency.queue_timeout": 0})
     await page.set_viewport_size({"width": 390, "height": 844})
     await page.clock.install()
@@ -398,7 +399,7 @@ async def test_a_full_house_is_told_and_tried_again(make_server: MakeServer, pag
     assert server.simulator.stats().requests == 1
 
 
-async def test_the_place_in_the_line_of_the_house_is_shown(
+async def test_the_position_in_the_queue_of_the_server_is_shown(
     make_server: MakeServer, page: Page
 ) -> None:
     server = await make_server(**ONE_PLACE, **{"chat.websocket.concurrency.queue_timeout": 50})
@@ -412,7 +413,7 @@ async def test_the_place_in_the_line_of_the_house_is_shown(
     assert server.simulator.stats().requests == 1
 
 
-async def test_the_place_in_the_line_of_the_provider_is_shown(
+async def test_the_position_in_the_queue_of_the_provider_is_shown(
     make_server: MakeServer, page: Page
 ) -> None:
     server = await make_server(STALLED, **ONE_REQUEST)
@@ -431,7 +432,7 @@ async def test_the_place_in_the_line_of_the_provider_is_shown(
     assert server.simulator.stats().requests == 2
 
 
-async def test_a_reload_in_the_line_of_the_provider_goes_on_waiting(
+async def test_a_reloaded_page_goes_on_waiting_for_the_provider(
     make_server: MakeServer, page: Page
 ) -> None:
     server = await make_server(STALLED, **ONE_REQUEST)
@@ -452,7 +453,7 @@ async def test_a_reload_in_the_line_of_the_provider_goes_on_waiting(
     assert server.simulator.stats().requests == 3
 
 
-async def test_what_waits_is_stopped_before_it_is_asked(
+async def test_a_waiting_message_is_stopped_before_it_is_sent(
     make_server: MakeServer, page: Page
 ) -> None:
     server = await make_server(STALLED, **ONE_REQUEST)
@@ -493,14 +494,14 @@ async def test_a_fault_says_what_to_do(
     await is_now(page, "failed")
     await expect(answer(page).locator(".fault")).to_contain_text(advice)
     await page.get_by_label("Model").select_option(label="sim-model")
-    server.forgive()  # else it would be left alone for some time
+    await server.forgive()  # else it would be left alone for some time
     await answer(page).get_by_role("button", name="Ask again").click()
 
     await is_now(page, "complete")
     await expect(answer(page).locator(".fault")).to_be_hidden()
 
 
-async def test_what_came_before_a_fault_stays(make_server: MakeServer, page: Page) -> None:
+async def test_text_from_before_a_fault_stays(make_server: MakeServer, page: Page) -> None:
     server = await make_server(**choosing("fault-cut-5"))
     whole = await said(server, "Hello")
     await enter(page, server)

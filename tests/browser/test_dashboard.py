@@ -283,7 +283,7 @@ async def test_an_incident_is_put_on_top(stand: Stand, page: Page) -> None:
     await expect(first.locator(".mark")).to_have_attribute("data-shape", "diamond")
 
 
-async def test_what_is_absent_is_not_shown_and_null_is_a_dash(stand: Stand, page: Page) -> None:
+async def test_an_absent_value_is_not_shown_and_null_is_a_dash(stand: Stand, page: Page) -> None:
     stand.say(process=dict.fromkeys(("open_fds", "max_fds", "rss_bytes", "tasks", "cpu")))
     await opened(page, stand)
 
@@ -380,11 +380,13 @@ async def test_numbers_are_short_and_carry_their_unit(stand: Stand, page: Page) 
     ]
 
 
-async def test_the_true_house_feeds_it(server: RunningServer, page: Page) -> None:
+async def test_a_real_server_feeds_it(server: RunningServer, page: Page) -> None:
+    # On a busy machine the server's loop may have been late: then the verdict says that, too.
+    word = re.compile("Open|Slow")
     await page.goto(server.base + "/dashboard")
-    await verdict(page, "Open", "Room for 50 more")
+    await verdict(page, word, re.compile("^Room for 50 more"))
 
     async with server.connect():
-        await verdict(page, "Open", "Room for 49 more")
+        await verdict(page, word, re.compile("^Room for 49 more"))
         await expect(shown(page, "connections.active")).to_have_text("1")
-    await verdict(page, "Open", "Room for 50 more")
+    await verdict(page, word, re.compile("^Room for 50 more"))

@@ -51,7 +51,7 @@ async def test_a_phone_needs_no_sideways_scrolling(stand: Stand, page: Page) -> 
     assert await page.evaluate("document.documentElement.scrollWidth") <= 390
 
 
-async def test_it_can_be_read_without_eyes_or_mouse(stand: Stand, page: Page) -> None:
+async def test_dashboard_can_be_read_without_eyes_or_mouse(stand: Stand, page: Page) -> None:
     stand.say(providers__other=provider(requests=5))
     await opened(page, stand)
     await expect(card(page, "other")).to_be_visible()

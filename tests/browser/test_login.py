@@ -48,7 +48,7 @@ async def enter_key(page: Page, name: str) -> None:
 async def watches(page: Page, server: RunningServer) -> None:
     """Wait until the dashboard is fed; what it says of a busy machine is not of interest."""
     await expect(page.locator("#board")).to_be_visible()
-    await until(lambda: len(server.app[context.MONITOR]._watchers) == 1)
+    await until(lambda: server.watchers == 1)
     await expect(page.locator("#verdict-word")).not_to_have_text(LOST)
     await expect(page.locator("body")).not_to_have_class("stale")
 
@@ -64,7 +64,7 @@ async def unwatched(page: Page) -> AsyncIterator[Page]:
         await context.close()
 
 
-async def test_a_house_without_keys_asks_for_none(make_server: MakeServer, page: Page) -> None:
+async def test_a_server_without_keys_asks_for_none(make_server: MakeServer, page: Page) -> None:
     server = await make_server()
     await page.goto(server.base + "/")
     await connected(page)
@@ -156,7 +156,7 @@ async def test_the_dashboard_wants_an_admins_key(make_server: MakeServer, page: 
     await watches(page, server)
     await page.get_by_role("button", name="Log out").click()
     await expect(form(page)).to_be_visible()
-    await until(lambda: not server.app[context.MONITOR]._watchers)
+    await until(lambda: not server.watchers)
     await enter_key(page, "root")
     await watches(page, server)
 

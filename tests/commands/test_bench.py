@@ -134,7 +134,7 @@ async def test_the_key_goes_with_every_request() -> None:
 
 
 @pytest.mark.parametrize("face", FACES)
-async def test_a_full_house_is_named(make_server: MakeServer, face: str) -> None:
+async def test_the_full_limit_is_named(make_server: MakeServer, face: str) -> None:
     server = await make_server(SLOW, **ONE_PLACE)
 
     report = await ran(server.base, face=face, requests=1)
@@ -162,7 +162,7 @@ async def test_waiting_at_the_provider_is_named(make_server: MakeServer, face: s
     )
 
 
-async def test_waiting_at_the_door_is_named(
+async def test_waiting_for_admission_is_named(
     make_server: MakeServer,
 ) -> None:
     server = await make_server(SLOW, **{f"{CONCURRENCY}.max_connections": 1})

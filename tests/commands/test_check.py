@@ -38,7 +38,7 @@ def test_secrets_are_masked_and_warnings_go_to_stderr(
     assert f"warning: {ORIGINAL}:142:1 mcp: ignored: aioserver has no such setting\n" in err
 
 
-def test_what_is_not_enforced_is_said(
+def test_settings_that_are_not_enforced_are_named(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "k")

@@ -51,7 +51,7 @@ def test_a_name_that_no_caller_can_have_is_usage(name: str) -> None:
 
 
 @pytest.mark.parametrize("given", [[], ["a", "b"], ["--root", "a"]])
-def test_what_is_not_one_name_is_usage(given: list[str]) -> None:
+def test_anything_but_one_name_is_a_usage_error(given: list[str]) -> None:
     assert CliRunner().invoke(cli, ["key", *given]).exit_code == 2
 
 

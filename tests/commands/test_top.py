@@ -213,7 +213,7 @@ def test_the_picture_has_everything_in_eighty_columns() -> None:
         assert part in text, part
 
 
-def test_what_comes_from_the_server_is_text_only() -> None:
+def test_data_from_the_server_is_shown_as_text() -> None:
     state = State("http://x")
     state.take(b"incident", INCIDENT)
 
@@ -289,20 +289,22 @@ async def test_one_snapshot_is_taken_with_the_key() -> None:
         assert server.keys == ["Bearer k"]
 
 
-async def test_a_real_house_is_drawn(server: RunningServer) -> None:
+async def test_a_real_server_is_drawn(server: RunningServer) -> None:
     async with server.connect() as ws, remote.session(None) as session:
         await ws.send_json({"action": "ping"})
         await ws.receive()
         state = State(server.base)
-        feed = asyncio.create_task(Feed(session, state, 1.0, lambda: None).follow())
+        pictures = [""]
+        follow = Feed(session, state, 1.0, lambda: pictures.append(drawn(state))).follow()
+        feed = asyncio.create_task(follow)
         try:
-            await until(lambda: "websocket 1" in drawn(state))
+            await until(lambda: "websocket 1" in pictures[-1], 30.0, lambda: pictures[-1])
         finally:
             feed.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await feed
 
-    text = drawn(state)
+    text = next(picture for picture in pictures if "websocket 1" in picture)
     # On a busy machine this loop may have been late: then that is the verdict.
     assert "+ all is well: 1 connected" in text or "! the event loop lags" in text
     assert "1 of 50" in text

@@ -287,7 +287,7 @@ def test_the_http_client_is_that_of_the_active_or_of_a_named_provider() -> None:
         configuration.get_http_client_config("x")
 
 
-def test_what_is_effective_is_read_back_as_the_same(file: Path) -> None:
+def test_the_effective_configuration_is_read_back_as_the_same(file: Path) -> None:
     for source in (ORIGINAL, SHIPPED):
         configuration = Configuration.load(source, environ={})
 

@@ -43,7 +43,7 @@ def test_every_value_has_the_place_of_its_key() -> None:
     assert str(made.place(("a", "c", 1, "d"))) == "f:6:6"
 
 
-def test_what_is_missing_has_the_place_of_its_section() -> None:
+def test_a_missing_key_has_the_place_of_its_section() -> None:
     made = Document("f")
     made.read("a:\n  b: 1\n", {})
 
@@ -163,7 +163,7 @@ def test_the_second_of_two_equal_keys_is_the_fault() -> None:
         ("a: 1\n---\nb: 2", "f:2:1: a second document in the file"),
     ],
 )
-def test_what_a_configuration_does_not_need_is_refused(text: str, fault: str) -> None:
+def test_yaml_that_a_configuration_does_not_need_is_refused(text: str, fault: str) -> None:
     assert faults(text) == [fault]
 
 
@@ -244,7 +244,7 @@ def test_a_text_that_looks_like_a_number_is_read_back_as_text(value: str) -> Non
 
 @ANY_MACHINE
 @given(PLAIN)
-def test_what_yaml_writes_is_read_back(value: object) -> None:
+def test_yaml_is_read_back_as_it_was_written(value: object) -> None:
     made = Document("f")
     made.read(yaml.safe_dump(value, default_flow_style=False, width=10**6), None)
 

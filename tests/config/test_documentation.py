@@ -76,7 +76,7 @@ def test_the_comparisons_were_found() -> None:
 
 
 @pytest.mark.parametrize("key", ONLY_BY_RESTART)
-def test_what_only_a_restart_changes_is_named(key: str) -> None:
+def test_settings_that_only_a_restart_changes_are_named(key: str) -> None:
     assert f"`{key}`" in section("Reload")
 
 

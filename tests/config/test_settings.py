@@ -41,14 +41,14 @@ def test_the_original_becomes_settings() -> None:
 
 
 @pytest.mark.parametrize("cls", [HttpClient, settings.Concurrency, settings.Uvicorn])
-def test_what_the_original_requires_is_required(cls: type[Any]) -> None:
+def test_keys_that_the_original_requires_are_required(cls: type[Any]) -> None:
     added = {"queue_size", "queue_timeout", "tokens_per_minute", "max_body_bytes"}
     names = {field.name for field in dataclasses.fields(cls)} - added
 
     assert faults(section(cls), {}) == dict.fromkeys(names, "required key is missing")
 
 
-def test_what_the_original_lacks_has_the_contracts_default() -> None:
+def test_keys_that_the_original_lacks_have_the_contracts_defaults() -> None:
     made: Settings = SETTINGS(original())
     websocket = made.chat.websocket
 
@@ -186,7 +186,7 @@ def test_a_provider_is_remote_or_simulated() -> None:
     assert check({**provider, "simulated": True}).base_url == ""
 
 
-def test_what_a_provider_may_leave_out_is_not_sent() -> None:
+def test_optional_settings_of_a_provider_are_not_set() -> None:
     made: Provider = section(Provider)(
         {"model": "m", "simulated": True, "http_client": ORIGINAL_CLIENT}
     )
@@ -329,7 +329,7 @@ class Whole:
         ),
     ],
 )
-def test_only_what_asks_for_something_is_said_to_be_not_enforced(
+def test_only_settings_that_ask_for_something_are_named_as_not_enforced(
     given: dict[str, Any], asked: list[str]
 ) -> None:
     assert list(not_enforced(section(Whole)(given))) == asked

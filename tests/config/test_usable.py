@@ -73,7 +73,7 @@ def test_every_reason_not_to_serve_is_said_at_once(file: Path) -> None:
     assert len(refused(load(text, file, AIOSERVER__CHAT__WEBSOCKET__HOST="::").check_usable)) == 2
 
 
-def test_an_open_door_and_any_origin_are_warned_of(file: Path) -> None:
+def test_a_missing_guard_and_any_origin_are_warned_of(file: Path) -> None:
     text = small() + "auth: {open: true}\n"
 
     warnings = load(text, file, AIOSERVER__CHAT__WEBSOCKET__ALLOW_ORIGINS="['*']").warnings

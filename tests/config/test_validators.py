@@ -57,7 +57,7 @@ def test_a_number_in_quotes_says_so() -> None:
         (validators.log_level, "INFO"),
     ],
 )
-def test_what_a_check_accepts_stays_as_it_is(check: Validator, value: object) -> None:
+def test_an_accepted_value_stays_as_it_is(check: Validator, value: object) -> None:
     assert check(value) == value
 
 
@@ -97,7 +97,7 @@ def test_what_a_check_accepts_stays_as_it_is(check: Validator, value: object) ->
         (validators.secret, 5),
     ],
 )
-def test_what_a_check_refuses_it_does_not_show(check: Validator, value: object) -> None:
+def test_a_refused_value_is_not_shown(check: Validator, value: object) -> None:
     message = refusal(check, value)
 
     assert not (isinstance(value, str) and len(value) > 3 and value in message)

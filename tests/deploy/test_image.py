@@ -69,7 +69,7 @@ def test_every_file_that_is_copied_exists_and_is_let_in() -> None:
     assert "*" in rules
 
 
-def test_what_the_installation_reads_is_copied() -> None:
+def test_every_file_that_the_installation_reads_is_copied() -> None:
     setup = (ROOT / "setup.cfg").read_text()
     copied = " ".join(rest for word, rest in RECIPE if word == "COPY")
 
@@ -78,7 +78,7 @@ def test_what_the_installation_reads_is_copied() -> None:
         assert name in copied
 
 
-def test_it_runs_as_nobody_in_particular_and_ends_on_a_signal() -> None:
+def test_image_runs_without_root_and_ends_on_a_signal() -> None:
     (user,) = of("USER")
 
     assert all(int(one) >= 1000 for one in user.split(":"))

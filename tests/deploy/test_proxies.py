@@ -184,7 +184,7 @@ async def test_our_refusals_pass_as_they_are(proxied: Proxied) -> None:
     await server.nothing_held()
 
 
-async def test_what_operators_look_at_is_for_this_machine(proxied: Proxied) -> None:
+async def test_routes_for_operators_are_for_this_machine(proxied: Proxied) -> None:
     _, proxy = await proxied()
     async with proxy.session.get(f"{proxy.base}/events") as response:
         assert response.status == 200

@@ -18,9 +18,9 @@ PROVIDER: dict[str, dict[str, tuple[str, ...]]] = {
     "refused, unreachable, DNS failure, DNS of 10 s, connect timeout: failover, else 502/504; "
     "loop not blocked": {
         "end_to_end/test_provider_out_of_reach.py": (
-            "test_a_provider_out_of_reach_is_told_on_every_face",
+            "test_a_provider_out_of_reach_is_an_error_on_every_face",
             "test_another_provider_answers_in_place_of_one_out_of_reach",
-            "test_only_what_may_pass_is_tried_again",
+            "test_only_faults_that_may_pass_are_tried_again",
             "test_a_name_that_is_found_late_holds_up_nobody",
             "test_a_name_that_is_not_found_in_time_is_a_connect_timeout",
         ),
@@ -31,8 +31,8 @@ PROVIDER: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "TLS expired, wrong name, stalled handshake: no retry there, 502 without detail": {
         "end_to_end/test_provider_out_of_reach.py": (
-            "test_a_provider_out_of_reach_is_told_on_every_face",
-            "test_only_what_may_pass_is_tried_again",
+            "test_a_provider_out_of_reach_is_an_error_on_every_face",
+            "test_only_faults_that_may_pass_are_tried_again",
         ),
         "providers/test_pool.py": (
             "test_a_certificate_that_does_not_hold_is_a_fault_of_its_own",
@@ -46,13 +46,13 @@ PROVIDER: dict[str, dict[str, tuple[str, ...]]] = {
             "test_a_fault_of_an_answer_in_one_piece_has_its_status_and_code",
         ),
         "end_to_end/test_provider_flapping.py": (
-            "test_where_all_limit_us_each_face_is_told_the_soonest",
+            "test_where_all_limit_us_each_face_shows_the_soonest",
             "test_a_429_under_load_lets_nobody_in_before_its_time",
         ),
         "gateway/test_provider_trouble.py": (
             "test_a_429_goes_to_the_fallback_without_a_pause",
             "test_while_a_provider_rests_its_fallback_is_asked_at_once",
-            "test_who_waits_in_the_line_of_one_that_begins_to_rest_goes_elsewhere",
+            "test_waiters_of_a_provider_that_begins_to_rest_go_elsewhere",
             "test_a_storm_of_429_makes_no_wave_of_retries",
             "test_a_storm_of_faults_makes_no_storm_of_retries",
         ),
@@ -61,7 +61,7 @@ PROVIDER: dict[str, dict[str, tuple[str, ...]]] = {
             "test_retry_after_is_told",
             "test_a_retry_after_that_is_not_sane_is_none",
             "test_a_date_to_retry_after",
-            "test_what_the_provider_says_is_left_lowers_the_pace",
+            "test_the_providers_remaining_requests_lower_the_pace",
         ),
         "providers/test_pace.py": (
             "test_no_window_has_more_than_its_share_and_the_burst",
@@ -74,7 +74,7 @@ PROVIDER: dict[str, dict[str, tuple[str, ...]]] = {
             "test_a_fault_of_an_answer_in_one_piece_has_its_status_and_code",
         ),
         "gateway/test_provider_trouble.py": (
-            "test_what_would_not_change_or_may_have_been_paid_is_not_tried_again",
+            "test_faults_that_stay_or_may_have_been_paid_are_not_tried_again",
             "test_a_provider_that_refuses_our_key_is_not_asked_again_for_a_while",
             "test_credits_that_are_used_up_are_told_within_a_stream",
         ),
@@ -91,7 +91,7 @@ PROVIDER: dict[str, dict[str, tuple[str, ...]]] = {
             "test_the_callers_own_fault_passes_with_status_and_body",
         ),
         "gateway/test_provider_trouble.py": (
-            "test_what_may_pass_is_tried_again",
+            "test_faults_that_may_pass_are_tried_again",
             "test_after_the_first_event_nothing_is_tried_again",
             "test_the_callers_fault_and_a_broken_answer_are_not_passed_on",
         ),
@@ -151,7 +151,7 @@ PROVIDER: dict[str, dict[str, tuple[str, ...]]] = {
     "any cut of the bytes, CRLF, CR, BOM, multi-line data, split UTF-8: identical result; broken "
     "JSON or UTF-8 in one event: provider_bad_response": {
         "end_to_end/test_provider_faults.py": (
-            "test_what_is_unusual_but_good_reads_the_same_on_every_face",
+            "test_unusual_but_good_answers_read_the_same_on_every_face",
             "test_a_fault_within_the_answer_is_one_error_event_and_no_done",
         ),
         "providers/test_sinks.py": (
@@ -162,13 +162,13 @@ PROVIDER: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "providers/test_exchange.py": ("test_every_cut_of_an_answer_reads_as_aiohttp_reads_it",),
         "streams/test_fast_path.py": (
-            "test_whatever_comes_behind_texts_has_the_same_effect_on_both_ways",
+            "test_anything_behind_texts_has_the_same_effect_on_both_ways",
         ),
     },
     "redirect not followed; Set-Cookie dropped; 100 kB of headers refused": {
         "end_to_end/test_provider_faults.py": (
             "test_a_fault_before_the_first_event_has_its_status_and_code",
-            "test_what_is_unusual_but_good_reads_the_same_on_every_face",
+            "test_unusual_but_good_answers_read_the_same_on_every_face",
         ),
         "providers/test_provider.py": (
             "test_a_redirect_is_not_followed",
@@ -194,16 +194,16 @@ PROVIDER: dict[str, dict[str, tuple[str, ...]]] = {
     "running streams untouched": {
         "end_to_end/test_provider_flapping.py": (
             "test_a_flapping_provider_is_left_alone_and_asked_again",
-            "test_where_all_are_left_alone_each_face_is_told_the_soonest",
+            "test_where_all_breakers_are_open_each_face_shows_the_soonest",
         ),
         "gateway/test_provider_trouble.py": (
             "test_one_trial_at_a_time_finds_out_that_it_is_back",
             "test_where_all_are_left_alone_the_soonest_counts",
-            "test_who_waits_in_its_line_is_told_when_it_begins_to_fail",
+            "test_waiters_are_refused_when_their_provider_begins_to_fail",
         ),
         "providers/test_breaker.py": (
             "test_never_more_than_one_passes_while_it_is_not_closed",
-            "test_what_began_before_it_opened_neither_closes_nor_prolongs_it",
+            "test_attempts_from_before_it_opened_neither_close_nor_prolong_it",
         ),
     },
     "provider faster than the client: memory bounded, slot given back at the provider's end": {
@@ -214,7 +214,7 @@ PROVIDER: dict[str, dict[str, tuple[str, ...]]] = {
             "test_a_client_slower_than_the_read_timeout_gets_its_whole_answer",
         ),
         "end_to_end/test_slow_readers.py": (
-            "test_who_reads_nothing_holds_up_nobody_and_is_dropped",
+            "test_clients_that_read_nothing_delay_nobody_and_are_dropped",
         ),
     },
 }

@@ -118,10 +118,10 @@ async def test_all_of_it_can_be_watched(make_server: MakeServer) -> None:
         async with server.session.get(server.base + "/metrics") as response:
             metrics = await response.text()
 
-        incidents = [one["text"] for one in server.app[context.MONITOR]._incidents]
-        server.forgive()
+        incidents = [one["text"] for one in server.incidents()]
+        await server.forgive()
         server.app[context.MONITOR].tick()
-        again = [one["text"] for one in server.app[context.MONITOR]._incidents]
+        again = [one["text"] for one in server.incidents()]
 
     assert "sim fails: its breaker has opened" in incidents
     assert "sim answers again" in again

@@ -16,7 +16,7 @@ from aioserver.telemetry.loop_lag import INTERVAL
 from aioserver.telemetry.request_log import RequestRecord
 from tests.support.chat import CHAT
 from tests.support.transport import BIG, client, say, stream_of
-from tests.support.waiting import block, until
+from tests.support.waiting import block, ticks, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -147,7 +147,7 @@ async def test_an_event_that_waits_for_its_turn_is_our_delay() -> None:
         other.record = RequestRecord()
         one.follow(busy)
         one.follow(other)
-        await until(lambda: not one.writer._ready)
+        await ticks()
 
         say(other, "waits for the end of this turn")
         block(0.05)  # which is long
@@ -157,7 +157,7 @@ async def test_an_event_that_waits_for_its_turn_is_our_delay() -> None:
         assert other.record.stuck == 0.0
 
 
-async def test_what_was_there_before_a_reader_came_has_not_waited_for_us() -> None:
+async def test_events_from_before_a_reader_came_have_not_waited_for_us() -> None:
     async with client() as one:
         stream = stream_of()
         stream.record = RequestRecord()

@@ -311,11 +311,10 @@ SHORT = {"fault-slices", "fault-early-done-4"}
 
 
 @pytest.mark.parametrize("model", GOOD)
-async def test_what_is_unusual_but_good_reads_the_same_on_every_face(
+async def test_unusual_but_good_answers_read_the_same_on_every_face(
     model: str, server: RunningServer
 ) -> None:
     text = await expected_text(server)
-    server.provider._pools.pool.drop_idle()
 
     ws, sse, v1 = await ask_and_count(server, model, kept=GOOD[model])
 
@@ -332,7 +331,7 @@ async def test_what_is_unusual_but_good_reads_the_same_on_every_face(
     ("model", "source"),
     [("m", "provider"), ("fault-usage-x-groq", "provider"), ("fault-no-usage", "estimate")],
 )
-async def test_what_an_answer_has_cost_is_the_providers_word_or_an_estimate(
+async def test_the_cost_of_an_answer_is_the_providers_usage_or_an_estimate(
     model: str, source: str, server: RunningServer
 ) -> None:
     seen = await over_websocket(server, model)

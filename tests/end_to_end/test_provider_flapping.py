@@ -70,7 +70,7 @@ async def test_a_flapping_provider_is_left_alone_and_asked_again(make_server: Ma
     await server.nothing_held()
 
 
-async def test_where_all_are_left_alone_each_face_is_told_the_soonest(
+async def test_where_all_breakers_are_open_each_face_shows_the_soonest(
     make_server: MakeServer,
 ) -> None:
     async with Simulator(FAILING) as other:
@@ -96,7 +96,7 @@ async def test_where_all_are_left_alone_each_face_is_told_the_soonest(
         await server.nothing_held()
 
 
-async def test_where_all_limit_us_each_face_is_told_the_soonest(make_server: MakeServer) -> None:
+async def test_where_all_limit_us_each_face_shows_the_soonest(make_server: MakeServer) -> None:
     async with Simulator(Behaviour(fail_rate=1.0, fault="retry-after-20")) as other:
         server = await make_server(
             Behaviour(fail_rate=1.0, fault="retry-after-90"),

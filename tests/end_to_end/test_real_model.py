@@ -212,7 +212,7 @@ async def test_curl_gets_the_model_servers_own_events_from_v1(server: RunningSer
     assert answers[-1]["choices"][0]["finish_reason"] in {"length", "stop"}
 
 
-async def test_requests_wait_in_our_line_and_none_is_cut(server: RunningServer) -> None:
+async def test_requests_wait_in_our_queue_and_none_is_cut(server: RunningServer) -> None:
     async with websockets.connect(server.ws, proxy=None) as socket:
         for number in range(3):
             await socket.send(_chat(f"r{number}"))

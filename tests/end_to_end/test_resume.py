@@ -206,7 +206,7 @@ async def refusals(server: RunningServer, name: str, after: int) -> list[tuple[i
 
 
 @pytest.mark.parametrize("face", ["frames", "openai"])
-async def test_what_is_no_longer_kept_is_a_gap_on_each_face(
+async def test_events_that_are_no_longer_kept_are_a_gap_on_each_face(
     make_server: MakeServer, face: str
 ) -> None:
     server = await make_server(
@@ -237,7 +237,7 @@ async def test_what_is_no_longer_kept_is_a_gap_on_each_face(
     assert server.simulator.stats().requests == 1
 
 
-async def test_what_is_not_ones_own_is_as_if_it_were_not_there(server: RunningServer) -> None:
+async def test_another_callers_stream_is_as_if_it_were_not_there(server: RunningServer) -> None:
     stream = server.app[context.STREAMS].open("r1", Caller("somebody else"), window=30.0)
     stream.end(entries.COMPLETE, {})
     for name in ("r1", "never-seen"):

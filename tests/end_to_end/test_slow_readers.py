@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from aioserver.auth.callers import anonymous
 from aioserver.faces import context
 from aioserver.server import listener
 from aioserver.streams.writer import TURN_BYTES
@@ -51,7 +52,7 @@ def cost(transport: Any) -> tuple[int, int]:
 @pytest.mark.parametrize(
     "clients", [200, pytest.param(1000, marks=[pytest.mark.stress, pytest.mark.timeout(300)])]
 )
-async def test_who_reads_nothing_holds_up_nobody_and_is_dropped(
+async def test_clients_that_read_nothing_delay_nobody_and_are_dropped(
     make_server: MakeServer, monkeypatch: pytest.MonkeyPatch, clients: int
 ) -> None:
     most = clients * MAX_STREAM_BYTES
@@ -78,7 +79,7 @@ async def test_who_reads_nothing_holds_up_nobody_and_is_dropped(
     def look() -> None:
         nonlocal largest, kept
         kept = max(kept, store.stats().bytes)
-        logs = (*store._running, *store._finished)
+        logs = (*store.running(), *store.of(anonymous(None)))
         largest = max((largest, *(stream.bytes for stream in logs)))
 
     def done() -> bool:

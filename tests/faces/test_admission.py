@@ -78,7 +78,7 @@ async def test_a_websocket_without_a_place_is_told_why_and_closed_with_1013(
     assert took < wait + 2
 
 
-async def test_a_full_line_refuses_at_once(make_server: MakeServer) -> None:
+async def test_a_full_queue_refuses_at_once(make_server: MakeServer) -> None:
     server = await make_server(**limits(timeout=30.0))
     async with full(server), contextlib.AsyncExitStack() as stack:
         for _ in range(2):
@@ -147,7 +147,7 @@ async def test_too_much_from_a_waiting_websocket_closes_with_1008(
         await until(lambda: waiting(server) == 0)
 
 
-async def test_who_is_sent_away_and_then_gets_a_place_asks_nothing(
+async def test_a_waiting_client_that_was_closed_and_then_gets_a_place_asks_nothing(
     make_server: MakeServer,
 ) -> None:
     server = await make_server(**limits(places=1, line=5, timeout=30))
@@ -169,7 +169,7 @@ async def test_who_is_sent_away_and_then_gets_a_place_asks_nothing(
 
 
 @pytest.mark.parametrize("politely", [True, False])
-async def test_a_waiter_that_leaves_frees_its_place_in_the_line(
+async def test_a_waiter_that_leaves_frees_its_place_in_the_queue(
     make_server: MakeServer, politely: bool
 ) -> None:
     server = await make_server(**limits(timeout=30.0))
@@ -265,7 +265,7 @@ async def test_a_post_that_waits_is_served_when_a_place_is_free(make_server: Mak
 
 
 @pytest.mark.parametrize("path", ["/sse/chat", "/v1/chat/completions"])
-async def test_a_post_that_leaves_the_line_is_forgotten(
+async def test_a_post_that_leaves_the_queue_is_forgotten(
     make_server: MakeServer, path: str
 ) -> None:
     server = await make_server(**limits(timeout=30.0))
@@ -299,7 +299,9 @@ async def test_an_event_source_without_a_place_is_asked_to_come_back(
         assert frames_of(await response.read())[-1]["status"] == "complete"
 
 
-async def test_what_frees_or_shows_a_full_house_works_in_it(make_server: MakeServer) -> None:
+async def test_requests_that_free_or_show_a_full_server_work_in_it(
+    make_server: MakeServer,
+) -> None:
     server = await make_server(SILENT, **limits(places=1, line=1, timeout=30.0))
     session, base = server.session, server.base
     shown: list[Any] = []
@@ -330,7 +332,7 @@ async def test_what_frees_or_shows_a_full_house_works_in_it(make_server: MakeSer
         assert (await to_end(ws))[-1]["status"] == "cancelled"
 
 
-async def test_a_faulty_request_is_told_so_though_the_house_is_full(
+async def test_a_faulty_request_is_400_though_the_server_is_full(
     make_server: MakeServer,
 ) -> None:
     server = await make_server(**limits(timeout=0))
@@ -389,7 +391,7 @@ async def test_bodies_beyond_their_bound_all_together_are_503(make_server: MakeS
     await server.nothing_held()
 
 
-async def test_the_body_of_who_waits_counts_and_of_who_is_served_does_not(
+async def test_the_body_of_a_waiter_counts_and_that_of_a_served_request_does_not(
     make_server: MakeServer,
 ) -> None:
     server = await make_server(SILENT, **limits(places=1, line=1, timeout=30.0))

@@ -207,7 +207,7 @@ async def test_an_error_does_not_wait_for_a_body_that_is_not_read(server: Runnin
             assert loop.time() - begun < 5  # not aiohttp's 10 s
 
 
-async def test_who_sends_a_large_body_that_is_refused_reads_the_refusal(
+async def test_a_client_whose_large_body_is_refused_reads_the_refusal(
     make_server: MakeServer,
 ) -> None:
     server = await make_server(**{"chat.websocket.max_message_size": 1000})
@@ -323,7 +323,7 @@ INVALID = [
 ]
 
 
-async def test_what_is_no_valid_request_gets_one_answer_with_our_error(
+async def test_an_invalid_request_gets_one_answer_with_our_error(
     server: RunningServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     for data in INVALID:

@@ -380,7 +380,7 @@ async def test_a_fault_before_the_head_has_its_http_status(
     server: RunningServer, streamed: bool
 ) -> None:
     for model, status, code in BEFORE_THE_HEAD:
-        server.forgive()
+        await server.forgive()
         async with post(server, {**CHAT, "model": model, "stream": streamed}) as response:
             assert response.status == status, model
             error = await error_of(response)
@@ -540,7 +540,7 @@ async def test_an_http_10_client_gets_a_plain_body_that_ends(
     assert body.endswith(b"data: [DONE]\n\n")
 
 
-async def test_what_steers_other_gateways_steers_nothing_here(server: RunningServer) -> None:
+async def test_headers_that_steer_other_gateways_steer_nothing_here(server: RunningServer) -> None:
     evil = "http://127.0.0.1:1/evil"
     names = ("api_base", "base_url", "api_key", "user_config", "extra_headers")
     async with post(server, {**CHAT, "model": "any", **dict.fromkeys(names, evil)}) as response:

@@ -81,7 +81,7 @@ async def test_all_of_it_comes_again_without_a_number(
     assert events[-1].type == "response.completed"
 
 
-async def test_what_ended_is_kept(server: RunningServer, sdk: AsyncOpenAI) -> None:
+async def test_a_stream_that_ended_is_kept(server: RunningServer, sdk: AsyncOpenAI) -> None:
     events = [event async for event in await sdk.responses.create(**ASK)]
     last = events[-1]
 
@@ -95,7 +95,7 @@ async def test_what_ended_is_kept(server: RunningServer, sdk: AsyncOpenAI) -> No
     assert server.held()["running"] == 0
 
 
-async def test_one_that_was_not_streamed_is_kept_whole(
+async def test_an_answer_not_streamed_is_kept_whole(
     server: RunningServer, sdk: AsyncOpenAI
 ) -> None:
     whole = await sdk.responses.create(model="sim", input="Hello", store=True)
@@ -111,7 +111,7 @@ async def test_one_that_was_not_streamed_is_kept_whole(
     await server.nothing_held()
 
 
-async def test_one_that_was_not_streamed_and_not_stored_is_not_kept(sdk: AsyncOpenAI) -> None:
+async def test_an_answer_not_streamed_and_not_stored_is_not_kept(sdk: AsyncOpenAI) -> None:
     whole = await sdk.responses.create(model="sim", input="Hello")
 
     with pytest.raises(openai.NotFoundError):
@@ -139,7 +139,9 @@ def test_only_a_response_that_will_not_change_is_found_by_its_id(
     assert final_response(body) == name
 
 
-async def test_a_running_one_is_shown_as_it_is(server: RunningServer, sdk: AsyncOpenAI) -> None:
+async def test_a_running_response_is_shown_in_progress(
+    server: RunningServer, sdk: AsyncOpenAI
+) -> None:
     server.simulator.behaviour = SLOW
     seen = await cut(sdk, 3)
 
@@ -215,7 +217,7 @@ async def test_events_that_are_kept_no_longer_are_a_gap(make_server: MakeServer)
     assert rest == events[-3:]
 
 
-async def test_a_head_of_one_is_refused_and_nothing_of_it_comes_after(
+async def test_head_of_a_response_is_refused_without_a_body(
     server: RunningServer, sdk: AsyncOpenAI
 ) -> None:
     events = [event async for event in await sdk.responses.create(**ASK)]

@@ -206,7 +206,7 @@ async def test_no_comments_come_while_events_do(make_server: MakeServer) -> None
         assert b": keep-alive" not in await response.read()
 
 
-async def test_who_waits_for_the_provider_is_told_so(make_server: MakeServer) -> None:
+async def test_a_client_sees_that_it_waits_for_the_provider(make_server: MakeServer) -> None:
     server = await make_server(SLOW, **{"llm.providers.sim.http_client.concurrent_requests": 1})
     async with server.connect() as ws:
         await ws.send_json(chat("r0"))
@@ -317,7 +317,7 @@ async def test_a_fault_of_the_provider_is_an_event_with_its_number(server: Runni
     assert numbers(frames) == list(range(1, len(frames) + 1))
 
 
-async def test_who_left_in_mid_answer_misses_nothing(make_server: MakeServer) -> None:
+async def test_a_client_that_left_in_mid_answer_misses_nothing(make_server: MakeServer) -> None:
     server = await make_server(PACED)
     async with Raw(server) as raw:
         await raw.ask_sse("r1", text="Hello")

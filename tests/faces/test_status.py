@@ -114,7 +114,7 @@ async def test_an_answer_that_nobody_reads_is_shown(make_server: MakeServer) -> 
     assert 0 < streams["bytes"] < streams["max_bytes"]
 
 
-async def test_what_has_happened_is_counted(server: RunningServer) -> None:
+async def test_requests_and_their_ends_are_counted(server: RunningServer) -> None:
     async with server.connect() as ws:
         await ws.send_json(chat("a"))
         await to_end(ws)
@@ -153,7 +153,9 @@ async def test_what_has_happened_is_counted(server: RunningServer) -> None:
     assert found["aioserver_tokens_total", *sorted(tokens.items())] > 0
 
 
-async def test_a_full_house_is_counted_by_code_and_told_once(make_server: MakeServer) -> None:
+async def test_refusals_of_a_full_server_are_counted_by_code_and_logged_once(
+    make_server: MakeServer,
+) -> None:
     server = await make_server(
         SILENT,
         **{f"{CONCURRENCY}.max_connections": 1, f"{CONCURRENCY}.queue_timeout": 0},
@@ -194,7 +196,9 @@ async def test_a_providers_faults_are_told(make_server: MakeServer) -> None:
     assert incident["text"] == "sim: 1 x http_5xx"
 
 
-async def test_who_is_not_let_in_is_counted_and_a_burst_is_told(make_server: MakeServer) -> None:
+async def test_refused_callers_are_counted_and_a_burst_is_an_incident(
+    make_server: MakeServer,
+) -> None:
     server = await make_server(**keys_of("web", "root"))
     root, tick = bearer("root"), server.app[context.MONITOR].tick
     tries: list[dict[str, str]] = [
@@ -213,14 +217,14 @@ async def test_who_is_not_let_in_is_counted_and_a_burst_is_told(make_server: Mak
         found = samples(await response.text())
     for reason, number in state["auth_failures"].items():
         assert found["aioserver_auth_failures_total", ("reason", reason)] == number
-    assert not server.app[context.MONITOR]._incidents, "five are no burst"
+    assert not server.incidents(), "five are no burst"
 
     for _ in range(incidents.DENIED_BURST):
         async with server.session.get(f"{server.base}/stats") as response:
             assert response.status == 401
     tick()
     tick()
-    (incident,) = server.app[context.MONITOR]._incidents
+    (incident,) = server.incidents()
     assert (incident["kind"], incident["severity"]) == ("auth", "warning")
     assert incident["text"].startswith("15 requests denied")
 
@@ -242,7 +246,7 @@ async def test_a_few_now_and_then_are_no_burst(make_server: MakeServer) -> None:
         pass
     server.app[context.MONITOR].tick()
 
-    assert not server.app[context.MONITOR]._incidents
+    assert not server.incidents()
 
 
 async def test_a_callers_name_is_in_the_lines_of_its_requests(
@@ -293,7 +297,7 @@ async def watching(server: RunningServer, query: str = "") -> AsyncIterator[list
         finally:
             task.cancel()
             await asyncio.wait((task,))
-    await until(lambda: not server.app[context.MONITOR]._watchers)
+    await until(lambda: not server.watchers)
 
 
 async def test_a_watcher_gets_the_history_then_the_state_each_second(
@@ -317,10 +321,10 @@ async def test_a_watcher_gets_the_history_then_the_state_each_second(
 async def test_a_watcher_may_ask_for_less(server: RunningServer) -> None:
     async with watching(server, "?interval=5") as told:
         await until(lambda: bool(told))
-        ticks = server.app[context.MONITOR]._ticks
+        ticks = len(server.history()["time"])
         for _ in range(10):
             server.app[context.MONITOR].tick()
-        ran = server.app[context.MONITOR]._ticks - ticks
+        ran = len(server.history()["time"]) - ticks
         server.app[context.MONITOR].incident("test", "now")
 
         def last() -> int | None:
@@ -343,7 +347,7 @@ async def test_an_interval_that_cannot_be(server: RunningServer, interval: str) 
         assert (await response.json())["error"]["param"] == "interval"
 
 
-async def test_who_watches_is_bounded(
+async def test_watchers_are_bounded(
     server: RunningServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(monitor, "MAX_WATCHERS", 1)
@@ -367,8 +371,8 @@ async def test_a_watcher_who_takes_nothing_is_dropped(
     )
     async with Raw(server, receive_buffer=SMALL) as raw:
         await raw.get("/events")
-        await until(lambda: bool(mine._watchers))
-        while mine._watchers:
+        await until(lambda: server.watchers == 1)
+        while server.watchers:
             mine.incident("test", "x" * 10_000)
             await asyncio.sleep(0.001)
 
@@ -381,7 +385,7 @@ async def test_watchers_are_sent_home_when_the_server_ends(server: RunningServer
         await until(lambda: bool(told))
         server.app[context.MONITOR].incident("shutdown", "the server is stopping", severity="info")
         server.app[context.LIFE].stopping.set()
-        await until(lambda: not server.app[context.MONITOR]._watchers)
+        await until(lambda: not server.watchers)
         await until(lambda: told[-1][0] == "incident")
 
 
@@ -390,7 +394,7 @@ async def test_a_loop_that_is_late_is_told(server: RunningServer) -> None:
     async with watching(server) as told:
         await until(lambda: bool(told))
         block(0.35)
-        await until(lambda: server.app[context.LAG]._max >= 0.2)
+        await until(lambda: server.app[context.LAG].longest(0.0) >= 0.2)
         mine.tick()
         worst = mine.snapshot["loop"]["lag_max"]
         await until(lambda: any(kind == "incident" for kind, _ in told))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import time
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
@@ -306,7 +308,7 @@ NO_COMMANDS: list[tuple[str, str, str | None]] = [
 ]
 
 
-async def test_what_is_no_command_gets_an_error_frame_and_the_socket_stays(
+async def test_a_frame_that_is_no_command_gets_an_error_frame_and_the_socket_stays(
     server: RunningServer,
 ) -> None:
     async with server.connect() as ws:
@@ -428,16 +430,22 @@ async def test_a_flood_of_frames_closes_with_1008(server: RunningServer, opcode:
     payload = b'{"action":"ping"}' if opcode == TEXT else b""
     async with Raw(server) as raw:
         await raw.upgrade()
-        await raw.send(masked(opcode, payload) * 400)
+        began = time.monotonic()
+        await raw.send(masked(opcode, payload) * 2000)
         frames: list[tuple[int, bytes]] = []
         while not frames or frames[-1][0] != CLOSE:
             frames.append(await raw.frame())
-        await raw.send_frame(CLOSE, frames[-1][1])
+        took = time.monotonic() - began
+        # The server has read enough of the flood, and may have reset the connection.
+        with contextlib.suppress(ConnectionError):
+            await raw.send_frame(CLOSE, frames[-1][1])
         rest = await raw.frames()
 
     assert closing(frames[-1][1])[0] == 1008
-    assert json.loads(frames[-2][1])["chunk"]["code"] == "rate_limit_exceeded"
-    assert 150 < len(frames) < 300
+    # A slow server may answer some more pings between its error and its close frame.
+    last_text = [payload for kind, payload in frames if kind == TEXT][-1]
+    assert json.loads(last_text)["chunk"]["code"] == "rate_limit_exceeded"
+    assert 150 < len(frames) < 300 + 100 * took, "a burst of 200, and 100 a second"
     assert rest == []
 
 
@@ -457,7 +465,7 @@ async def test_a_burst_within_the_bound_is_no_flood(server: RunningServer) -> No
         (masked(BINARY, b"x" * 900) * 8000, 1003),
     ],
 )
-async def test_who_is_sent_away_while_it_sends_learns_why(
+async def test_a_client_that_is_closed_while_it_sends_learns_why(
     make_server: MakeServer, data: bytes, code: int
 ) -> None:
     server = await make_server(**{"chat.websocket.max_message_size": 1000})
@@ -681,7 +689,7 @@ async def test_a_resume_that_fails_leaves_the_running_answer_alone(
 
 
 @pytest.mark.parametrize("politely", [True, False])
-async def test_who_left_in_mid_answer_misses_nothing(
+async def test_a_client_that_left_in_mid_answer_misses_nothing(
     make_server: MakeServer, politely: bool
 ) -> None:
     server = await make_server(PACED)
@@ -771,7 +779,7 @@ async def test_leaving_before_anything_was_sent_asks_nothing(make_server: MakeSe
     assert server.simulator.stats().requests == 1
 
 
-async def test_a_detached_stream_gives_its_place_to_who_waits(make_server: MakeServer) -> None:
+async def test_a_detached_stream_gives_its_place_to_a_waiter(make_server: MakeServer) -> None:
     server = await make_server(SILENT, **{"llm.providers.sim.http_client.concurrent_requests": 1})
     async with server.connect() as ws:
         await ws.send_json(chat("r1"))

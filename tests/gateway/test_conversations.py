@@ -168,7 +168,7 @@ def test_of_too_many_conversations_the_one_used_longest_ago_goes() -> None:
 # What is sent.
 
 
-def test_what_fits_between_the_reserve_and_the_question_is_sent() -> None:
+def test_turns_that_fit_between_the_reserve_and_the_question_are_sent() -> None:
     context = Context(max_tokens=20, reserve_tokens=10, preserve_recent=0)
     kept = Kept(context)
     for number in range(6):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import pytest
 
+from aioserver.auth.callers import anonymous
 from aioserver.faces import context, websocket
 from aioserver.providers.simulator.exchange import Behaviour
 from aioserver.server import app as application
@@ -74,7 +75,7 @@ async def test_another_body_under_a_known_key_is_a_conflict(
 
 
 @pytest.mark.parametrize("body", [CHAT, STREAMED])
-async def test_who_left_and_asks_again_with_its_key_pays_once(
+async def test_a_client_that_left_and_repeats_its_key_pays_once(
     make_server: MakeServer, body: object
 ) -> None:
     server = await make_server(Behaviour(ttft=0.3, interval=0))
@@ -320,8 +321,9 @@ async def test_a_fault_keeps_nothing_of_its_question(make_server: MakeServer) ->
         assert (await to_end(ws))[-1]["status"] == "error"
     await server.nothing_held()
 
-    (stream,) = server.app[context.STREAMS]._found.values()
+    stream = server.app[context.STREAMS].find(anonymous(None), "r1")
 
+    assert stream is not None
     assert stream.error is not None
     assert (stream.error.__traceback__, stream.error.__cause__, stream.error.__context__) == (
         None,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from aioserver.config import settings
+from aioserver.config.schema import Secret
 from aioserver.gateway.router import Request, Router
 from aioserver.protocol.openai import Reading
 from aioserver.provider_errors import (
@@ -78,6 +79,7 @@ class Trouble:
         self.servers: list[ScriptedProvider] = []
         self.gate = asyncio.Event()
         self.gate.set()
+        self._keys = 0
 
     async def add(self, name: str, *answers: bytes | tuple[bytes, ...], **limits: Any) -> Provider:
         script = list(answers)
@@ -137,6 +139,13 @@ class Trouble:
         asked = ProviderRequest("chat/completions", body, streamed=False)
         return await router.call(Request(router.route(None), asked, "face", "r1"))
 
+    def renew(self, name: str) -> None:
+        """Give *name* another key, as a reload would: a rest and a refused key are over."""
+        provider = self.providers[name]
+        self._keys += 1
+        renewed = dataclasses.replace(provider.settings, api_key=Secret(f"key {self._keys}"))
+        provider.prepare(renewed, renewed.base_url, max_response_bytes=1 << 20)()
+
     def counts(self) -> dict[str, int]:
         return {name: len(asked) for name, asked in self.asked.items()}
 
@@ -155,7 +164,7 @@ async def trouble() -> AsyncIterator[Trouble]:
 
 
 @pytest.mark.parametrize("number", [408, 500, 502, 503, 504, 529])
-async def test_what_may_pass_is_tried_again(trouble: Trouble, number: int) -> None:
+async def test_faults_that_may_pass_are_tried_again(trouble: Trouble, number: int) -> None:
     provider = await trouble.add("a", status(number), status(number), ANSWER)
 
     stream, ask = await trouble.fill()
@@ -222,7 +231,7 @@ async def test_a_fault_under_200_before_the_first_event_is_tried_again(trouble: 
         (EVENT_STREAM, ReadTimeout),
     ],
 )
-async def test_what_would_not_change_or_may_have_been_paid_is_not_tried_again(
+async def test_faults_that_stay_or_may_have_been_paid_are_not_tried_again(
     trouble: Trouble, answer: bytes, fault: type[ProviderFault]
 ) -> None:
     await trouble.add("a", answer, ANSWER, read_timeout=0.1)
@@ -253,7 +262,7 @@ async def test_a_429_is_tried_again_after_its_time(trouble: Trouble) -> None:
     assert provider.meter.retries["provider_rate_limited"].value == 1
 
 
-async def test_one_who_asks_for_too_long_a_rest_is_passed_on(trouble: Trouble) -> None:
+async def test_a_provider_that_asks_for_too_long_a_rest_is_passed_over(trouble: Trouble) -> None:
     await trouble.add("a", status(429, "Retry-After: 100\r\n"), ANSWER)
     with pytest.raises(ProviderRateLimited) as told:
         await trouble.fill()
@@ -353,7 +362,7 @@ async def test_the_fallbacks_are_asked_in_their_order_and_the_last_one_says_why(
     assert trouble.counts() == {"a": 2, "b": 2, "c": 2}
 
 
-async def test_who_pins_a_provider_gets_no_other(trouble: Trouble) -> None:
+async def test_a_pinned_provider_is_not_replaced(trouble: Trouble) -> None:
     await trouble.add("a", ANSWER)
     await trouble.add("b", status(500), max_retries=0)
     await trouble.add("c", ANSWER)
@@ -373,7 +382,7 @@ async def test_the_callers_fault_and_a_broken_answer_are_not_passed_on(
     assert trouble.counts() == {"a": 1, "b": 0}
 
 
-async def test_a_full_line_is_passed_on_at_once(trouble: Trouble) -> None:
+async def test_a_full_queue_fails_over_at_once(trouble: Trouble) -> None:
     await trouble.add("a", ANSWER, concurrent_requests=1, queue_size=1)
     await trouble.add("b", ANSWER)
     trouble.gate.clear()
@@ -446,7 +455,7 @@ async def test_a_429_is_told_only_where_every_usable_one_says_it(trouble: Troubl
 
 
 @pytest.mark.parametrize("names", ["ab", "ba"])
-async def test_one_that_refuses_our_key_is_no_usable_one(trouble: Trouble, names: str) -> None:
+async def test_a_provider_that_refuses_our_key_is_not_usable(trouble: Trouble, names: str) -> None:
     for name in names:
         await trouble.add(name, status(401) if name == "a" else PACED, max_retries=0)
     for _ in range(2):
@@ -485,7 +494,7 @@ async def test_while_a_provider_rests_its_fallback_is_asked_at_once(trouble: Tro
     assert provider.meter.failovers["provider_rate_limited"].value == 3
     assert provider.meter.attempts["http_429"].value == 1
 
-    provider._pace._closed_until = provider._pace._starts._tat = 0.0  # its rest is over
+    trouble.renew("a")  # its rest is over
     assert (await trouble.fill())[0].details.provider == "a"
 
 
@@ -497,7 +506,7 @@ async def test_a_short_rest_is_waited_for(trouble: Trouble) -> None:
     assert (await trouble.fill())[0].details.provider == "a"
 
 
-async def test_who_waits_in_the_line_of_one_that_begins_to_rest_goes_elsewhere(
+async def test_waiters_of_a_provider_that_begins_to_rest_go_elsewhere(
     trouble: Trouble,
 ) -> None:
     provider = await trouble.add("a", PACED, concurrent_requests=1, queue_size=10)
@@ -516,7 +525,7 @@ async def test_who_waits_in_the_line_of_one_that_begins_to_rest_goes_elsewhere(
         await pinned
 
 
-async def test_who_waits_where_nothing_is_left_goes_elsewhere_before_the_429(
+async def test_waiters_where_nothing_is_left_go_elsewhere_before_the_429(
     trouble: Trouble,
 ) -> None:
     spent = b"\r\nx-ratelimit-remaining-requests: 0\r\nx-ratelimit-reset-requests: 1m0s\r\n\r\n"
@@ -604,7 +613,7 @@ async def test_one_trial_at_a_time_finds_out_that_it_is_back(trouble: Trouble) -
     assert (await trouble.fill())[0].end_status == COMPLETE
 
 
-async def test_who_waits_in_its_line_is_told_when_it_begins_to_fail(trouble: Trouble) -> None:
+async def test_waiters_are_refused_when_their_provider_begins_to_fail(trouble: Trouble) -> None:
     await trouble.add("a", status(500), max_retries=0, concurrent_requests=1, queue_size=50)
     await trouble.add("b", ANSWER)
     done = await asyncio.gather(*(trouble.fill("a") for _ in range(12)), return_exceptions=True)
@@ -623,12 +632,10 @@ async def test_who_waits_in_its_line_is_told_when_it_begins_to_fail(trouble: Tro
         status(413, body=b"<html>nginx</html>"),
     ],
 )
-async def test_what_says_nothing_of_its_health_does_not_open_it(
-    trouble: Trouble, answer: bytes
-) -> None:
+async def test_faults_that_prove_nothing_do_not_open_it(trouble: Trouble, answer: bytes) -> None:
     provider = await trouble.add("a", answer, max_retries=0)
     for _ in range(breaker.FAILURES + 1):
-        provider._pace._closed_until = provider._health._flagged_until = 0.0
+        trouble.renew("a")
         with pytest.raises(ProviderFault):
             await trouble.fill()
     assert provider.stats().breaker == "closed"
@@ -687,7 +694,7 @@ async def test_a_provider_that_refuses_our_key_is_not_asked_again_for_a_while(
         await trouble.fill()
     assert provider.stats().flagged
     assert trouble.counts() == {"a": 1}
-    provider._health._flagged_until = 0.0
+    trouble.renew("a")
 
     assert (await trouble.fill())[0].end_status == COMPLETE
     assert provider.meter.attempts["http_4xx"].value == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import weakref
 from collections import Counter
 from fractions import Fraction
 from itertools import pairwise
@@ -11,6 +12,10 @@ from typing import Any
 import pytest
 
 from aioserver.limits.fair_queue import LENGTH, MAX_STALE, MAX_WEIGHT, FairQueue
+
+
+class Caller:
+    """A caller that may be forgotten."""
 
 
 def alive(_one: object) -> bool:
@@ -74,7 +79,7 @@ def test_the_lines_of_a_caller_share_what_it_has() -> None:
     assert drained(turns) == ["ann1", "x1", "bob1", "x2", "ann2", "x3", "ann3", "x4"]
 
 
-def test_who_was_away_for_a_moment_gains_nothing() -> None:
+def test_a_caller_that_was_away_for_a_moment_gains_nothing() -> None:
     turns = filled("a1", "b1", "b2", "b3")
     served = [turns.pop(alive), turns.pop(alive)]  # a1, b1: a waits no more
 
@@ -84,7 +89,7 @@ def test_who_was_away_for_a_moment_gains_nothing() -> None:
     assert served == ["a1", "b1", "b2", "a2", "b3"]
 
 
-def test_who_comes_late_has_no_turns_in_store() -> None:
+def test_a_late_caller_has_no_turns_in_store() -> None:
     turns = filled(*(f"a{n}" for n in range(8)))
     for _ in range(4):
         turns.pop(alive)
@@ -95,7 +100,7 @@ def test_who_comes_late_has_no_turns_in_store() -> None:
     assert drained(turns) == ["b1", "a4", "b2", "a5", "b3", "a6", "a7"]
 
 
-def test_one_that_comes_again_is_its_callers_next() -> None:
+def test_a_returning_waiter_is_its_callers_next() -> None:
     turns: FairQueue[str] = FairQueue()
     for name, line in (("ann1", "ann"), ("bob1", "bob"), ("bob2", "bob")):
         turns.add(name, "web", line)
@@ -107,7 +112,7 @@ def test_one_that_comes_again_is_its_callers_next() -> None:
     assert drained(turns) == ["bob again", "ann1", "bob1", "bob2"]
 
 
-def test_who_is_gone_costs_its_caller_no_turn() -> None:
+def test_a_waiter_that_is_gone_costs_its_caller_no_turn() -> None:
     turns = filled("a1", "a2", "b1")
 
     assert turns.pop(lambda name: name == "a1") == "a2"
@@ -115,19 +120,21 @@ def test_who_is_gone_costs_its_caller_no_turn() -> None:
     assert len(turns) == 0
 
 
-def test_what_left_is_forgotten() -> None:
+def test_callers_that_left_are_forgotten() -> None:
     turns: FairQueue[int] = FairQueue()
     turns.add(-1, "stays", "")
+    known: weakref.WeakSet[Caller] = weakref.WeakSet()
     for number in range(10 * MAX_STALE):
-        turns.add(number, f"caller {number}", "")
-        assert turns.remove(number, f"caller {number}", "")
-        assert not turns.remove(number, f"caller {number}", "")
+        caller = Caller()
+        known.add(caller)
+        turns.add(number, caller, "")
+        assert turns.remove(number, caller, "")
+        assert not turns.remove(number, caller, "")
+        del caller
 
-    assert len(turns._heap) <= MAX_STALE + 3
-    assert len(turns._ended) <= MAX_STALE + 2
+    assert len(known) <= MAX_STALE + 3
     assert turns.pop(alive) == -1
-    assert not turns._heap
-    assert not turns._ended
+    assert not known
 
 
 @pytest.mark.parametrize("run", range(20))
@@ -142,7 +149,7 @@ def test_nobody_gets_more_than_its_share_by_more_than_a_turn(run: int) -> None:
     served: Counter[str] = Counter()
     history = [dict(served)]
 
-    while all(turns._callers.get(caller) for caller in weights):
+    while all(any(turns.count(caller, line) for line in range(3)) for caller in weights):
         name = turns.pop(alive)
         assert name is not None
         served[name] += 1

@@ -100,7 +100,7 @@ async def test_a_with_gives_the_place_back_when_its_body_raises() -> None:
     assert gate.inside == 0
 
 
-async def test_a_newcomer_cannot_overtake_who_waits() -> None:
+async def test_a_newcomer_cannot_overtake_a_waiter() -> None:
     gate = gate_of()
     place = await gate.enter()
     waiter = await waiting(gate)
@@ -116,7 +116,7 @@ async def test_a_newcomer_cannot_overtake_who_waits() -> None:
 # Bounds.
 
 
-async def test_a_full_line_refuses_at_once() -> None:
+async def test_a_full_queue_refuses_at_once() -> None:
     gate = gate_of(queue_size=1)
     place = await gate.enter()
     waiter = await waiting(gate)
@@ -156,7 +156,7 @@ async def test_a_wait_ends_at_its_deadline() -> None:
     assert gate.inside == 0
 
 
-async def test_who_waits_keeps_the_deadline_it_came_with() -> None:
+async def test_a_waiter_keeps_the_deadline_it_came_with() -> None:
     gate = gate_of(queue_timeout=0.02)
     place = await gate.enter()
     waiter = await waiting(gate)
@@ -179,7 +179,7 @@ async def test_the_estimate_stays_between_1_and_60_seconds(clock: tuple[float, f
             assert 1.0 <= gate.retry_after() <= 60.0
 
 
-async def test_the_estimate_grows_with_the_line_and_has_jitter() -> None:
+async def test_the_estimate_grows_with_the_queue_and_has_jitter() -> None:
     clock = FakeClock()
     gate = gate_of(clock=clock)
     place = await gate.enter()
@@ -285,7 +285,7 @@ async def test_a_caller_with_a_thousand_requests_delays_another_by_one_turn() ->
     assert gate.inside == gate.waiting == 0
 
 
-async def test_who_gives_up_leaves_the_turn_to_its_caller() -> None:
+async def test_a_waiter_that_gives_up_leaves_the_turn_to_its_caller() -> None:
     gate = gate_of()
     place = await gate.enter()
     a1, a2 = await waiting(gate, "a"), await waiting(gate, "a")
@@ -370,7 +370,7 @@ async def test_a_task_cancelled_before_its_first_step_holds_nothing() -> None:
     assert gate.inside == gate.waiting == 0
 
 
-async def test_a_place_held_for_who_has_given_up_goes_back_when_the_line_is_empty() -> None:
+async def test_a_place_held_for_a_leaver_goes_back_when_the_queue_is_empty() -> None:
     gate = gate_of()
     place = await gate.enter()
     tasks = [await waiting(gate) for _ in range(10)]
@@ -388,7 +388,7 @@ async def test_a_place_held_for_who_has_given_up_goes_back_when_the_line_is_empt
 # Closing, and new bounds.
 
 
-async def test_close_refuses_who_waits_and_who_comes() -> None:
+async def test_close_refuses_waiters_and_newcomers() -> None:
     gate = gate_of()
     place = await gate.enter()
     waiters = [await waiting(gate, caller) for caller in "aab"]
@@ -419,7 +419,7 @@ async def test_close_in_the_tick_of_cancellation_leaves_no_lost_exception() -> N
     assert gate.inside == 0
 
 
-async def test_who_gives_up_in_the_tick_of_the_close_is_no_trouble() -> None:
+async def test_giving_up_in_the_tick_of_the_close_is_no_trouble() -> None:
     gate = gate_of()
     place = await gate.enter()
     first, second = await waiting(gate), await waiting(gate)
@@ -435,7 +435,7 @@ async def test_who_gives_up_in_the_tick_of_the_close_is_no_trouble() -> None:
     assert gate.inside == gate.waiting == 0
 
 
-async def test_who_was_handed_its_place_before_the_close_has_it() -> None:
+async def test_a_place_handed_over_before_the_close_is_kept() -> None:
     gate = gate_of()
     place = await gate.enter()
     waiter = await waiting(gate)
@@ -481,7 +481,7 @@ async def test_a_lowered_limit_lets_nobody_in_until_enough_have_left() -> None:
     assert gate.inside == 0
 
 
-async def test_a_limit_raised_for_a_line_of_leavers_invents_no_place() -> None:
+async def test_a_limit_raised_for_a_queue_of_leavers_invents_no_place() -> None:
     gate = gate_of(1)
     place = await gate.enter()
     waiters = [await waiting(gate) for _ in range(3)]
@@ -533,7 +533,7 @@ async def test_positions_are_right_after_leavers_in_the_middle() -> None:
     place.release()
 
 
-async def test_who_cannot_be_told_does_not_stay_in_the_line() -> None:
+async def test_a_waiter_whose_callback_raises_does_not_stay_in_the_queue() -> None:
     gate = gate_of()
     place = await gate.enter()
 
@@ -755,7 +755,7 @@ async def test_a_free_place_is_not_enough_where_the_pace_is_slow() -> None:
     assert gate.inside == 0
 
 
-async def test_nobody_overtakes_who_waits_for_the_pace() -> None:
+async def test_nobody_overtakes_a_waiter_for_the_pace() -> None:
     pace = Steps()
     gate = paced_gate(pace)
     waiter = await waiting(gate)
@@ -781,7 +781,7 @@ async def test_a_place_that_becomes_free_waits_for_the_pace() -> None:
     (await waiter).release()
 
 
-async def test_who_cannot_start_in_time_is_told_at_once() -> None:
+async def test_a_request_that_cannot_start_in_time_is_refused_at_once() -> None:
     gate = paced_gate(Steps(step=5.0), queue_timeout=12.0)
     waiters = [await waiting(gate) for _ in range(2)]
 
@@ -828,7 +828,7 @@ async def test_a_rest_of_the_pace_tells_those_whom_it_makes_too_late() -> None:
     await given_up(patient)
 
 
-async def test_who_comes_again_stands_in_front_of_its_caller() -> None:
+async def test_a_returning_waiter_stands_in_front_of_its_callers_others() -> None:
     gate = gate_of()
     inside = await gate.enter()
     order: list[str] = []
@@ -848,7 +848,7 @@ async def test_who_comes_again_stands_in_front_of_its_caller() -> None:
     assert order == ["retry", "first", "second"]
 
 
-async def test_who_comes_again_is_not_too_late_because_of_its_callers_others() -> None:
+async def test_a_returning_waiter_is_not_late_because_of_its_callers_others() -> None:
     pace = Steps(free=1)
     gate = paced_gate(pace)
     first = gate.try_enter()
@@ -941,7 +941,7 @@ async def test_a_cost_is_given_back_where_its_place_is() -> None:
     assert (gate.inside, pace.costs) == (0, [0, 9, -9])
 
 
-async def test_who_waits_can_be_turned_away_and_others_may_come() -> None:
+async def test_waiters_can_be_refused_and_others_may_come() -> None:
     gate = gate_of()
     inside = await gate.enter()
     waiters = [await waiting(gate, name) for name in "aab"]

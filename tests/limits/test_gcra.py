@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 import random
+from typing import TYPE_CHECKING
 
 import pytest
 
 from aioserver.limits.gcra import ROUNDING, Gcra
 
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
+if TYPE_CHECKING:
+    from tests.support.clock import FakeClock
 
 
 def burst(rate: Gcra) -> int:
@@ -40,7 +31,7 @@ def assert_bounded(starts: list[tuple[float, float]], interval: float, tolerance
 
 
 @pytest.mark.parametrize("run", range(20))
-def test_no_window_has_more_than_its_share_and_the_burst(run: int, clock: Clock) -> None:
+def test_no_window_has_more_than_its_share_and_the_burst(run: int, clock: FakeClock) -> None:
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     dice = random.Random(seed)
@@ -72,7 +63,7 @@ def test_no_window_has_more_than_its_share_and_the_burst(run: int, clock: Clock)
 
 @pytest.mark.parametrize("allowed", [1, 2, 7, 200])
 def test_after_a_rest_the_burst_starts_at_once_and_then_one_each_interval(
-    allowed: int, clock: Clock
+    allowed: int, clock: FakeClock
 ) -> None:
     rate = Gcra(0.1, (allowed - 1) * 0.1, clock)
 
@@ -87,7 +78,7 @@ def test_after_a_rest_the_burst_starts_at_once_and_then_one_each_interval(
     assert burst(rate) == allowed, "an hour of rest is no more than one burst"
 
 
-def test_refused_start_counts_for_nothing(clock: Clock) -> None:
+def test_refused_start_counts_for_nothing(clock: FakeClock) -> None:
     rate = Gcra(1.0, 0.0, clock)
     rate.try_take()
 
@@ -98,7 +89,7 @@ def test_refused_start_counts_for_nothing(clock: Clock) -> None:
     assert not rate.try_take()
 
 
-def test_start_may_be_early_by_the_rounding_alone(clock: Clock) -> None:
+def test_start_may_be_early_by_the_rounding_alone(clock: FakeClock) -> None:
     rate = Gcra(1.0, 0.0, clock)
     rate.try_take()
 
@@ -108,14 +99,14 @@ def test_start_may_be_early_by_the_rounding_alone(clock: Clock) -> None:
     assert rate.try_take()
 
 
-def test_delay_behind_others_is_that_of_their_starts(clock: Clock) -> None:
+def test_delay_behind_others_is_that_of_their_starts(clock: FakeClock) -> None:
     rate = Gcra(0.1, 0.2, clock)
     delays = [rate.delay(number * 0.1) for number in range(6)]
 
     assert delays == pytest.approx([0.0, 0.0, 0.0, 0.1, 0.2, 0.3])
 
 
-def test_what_is_given_back_may_start_again(clock: Clock) -> None:
+def test_a_cost_that_is_given_back_may_start_again(clock: FakeClock) -> None:
     rate = Gcra(1.0, 2.0, clock)
     assert burst(rate) == 3
 
@@ -126,7 +117,7 @@ def test_what_is_given_back_may_start_again(clock: Clock) -> None:
     assert burst(rate) == 3, "more than was taken cannot be given back"
 
 
-def test_another_rate_counts_what_has_started(clock: Clock) -> None:
+def test_another_rate_counts_what_has_started(clock: FakeClock) -> None:
     rate = Gcra(1.0, 0.0, clock)
     rate.take(8.0)
 
@@ -139,7 +130,7 @@ def test_another_rate_counts_what_has_started(clock: Clock) -> None:
     assert burst(rate) == 4
 
 
-def test_nothing_starts_before_the_moment_to_which_it_was_postponed(clock: Clock) -> None:
+def test_nothing_starts_before_the_moment_to_which_it_was_postponed(clock: FakeClock) -> None:
     rate = Gcra(0.1, 0.5, clock)
 
     rate.postpone(clock.now + 10.0)
@@ -150,7 +141,7 @@ def test_nothing_starts_before_the_moment_to_which_it_was_postponed(clock: Clock
     assert burst(rate) == 1, "and no burst then"
 
 
-def test_catching_up_leaves_one_interval_at_most(clock: Clock) -> None:
+def test_catching_up_leaves_one_interval_at_most(clock: FakeClock) -> None:
     rate = Gcra(0.1, 0.5, clock)
     rate.catch_up()
     assert rate.available == 6, "it adds nothing"

@@ -54,7 +54,7 @@ def test_a_minutes_worth_after_a_rest_then_evenly(clock: FakeClock) -> None:
         one.take()
 
 
-def test_who_has_too_many_running_spends_nothing_of_the_minute(clock: FakeClock) -> None:
+def test_a_refusal_for_concurrency_spends_nothing_of_the_minute(clock: FakeClock) -> None:
     one = Quota(1, 2, clock)
     one.take()
     for _ in range(5):
@@ -123,7 +123,7 @@ def test_in_no_span_begin_more_than_its_share_and_a_minutes(seed: int, clock: Fa
             assert last - first + 1 <= (span / MINUTE + 1) * per_minute + 1e-6
 
 
-def test_a_revoked_one_gives_nothing(clock: FakeClock) -> None:
+def test_a_revoked_quota_gives_nothing(clock: FakeClock) -> None:
     one = Quota(5, 5, clock)
     one.take()
 
@@ -152,7 +152,7 @@ async def test_a_revocation_ends_what_is_held_for_the_key() -> None:
     assert one.running == 0
 
 
-async def test_who_is_demoted_and_revoked_at_once_ends_once() -> None:
+async def test_a_caller_demoted_and_revoked_at_once_ends_once() -> None:
     one, never = Quota(5, 5), asyncio.Event()
 
     async def watch(*, admin: bool) -> None:
@@ -187,7 +187,7 @@ async def test_a_client_that_leaves_in_the_same_moment_has_left() -> None:
     assert one.running == 0
 
 
-async def test_what_is_cancelled_or_fails_is_given_back() -> None:
+async def test_places_of_cancelled_and_failed_answers_are_given_back() -> None:
     one, never = Quota(5, 50), asyncio.Event()
 
     async def answer(fault: Exception | None) -> None:

@@ -111,7 +111,7 @@ def test_an_earlier_member_moves_the_timer_forward(clock: FakeClock, wheel: Time
     assert len(late.visits) == 1
 
 
-def test_who_was_removed_is_not_visited(clock: FakeClock, wheel: TimerWheel) -> None:
+def test_a_removed_member_is_not_visited(clock: FakeClock, wheel: TimerWheel) -> None:
     member, other = Visited(1.0), Visited(1.0)
     wheel.add(member, 1.0)
     wheel.add(other, 1.0)

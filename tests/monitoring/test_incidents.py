@@ -90,7 +90,7 @@ def test_quiet_time_of_one_subject_does_not_silence_another() -> None:
     ],
     ids=str,
 )
-def test_what_is_in_order_is_no_incident(total: Total) -> None:
+def test_ordinary_events_are_no_incident(total: Total) -> None:
     assert texts(Detector(), 100.0, {total: DENIED_BURST - 1}) == []
 
 

@@ -292,7 +292,7 @@ def test_a_long_event_in_small_reads_costs_no_second_look(end: bytes) -> None:
 # Writing.
 
 
-def test_what_is_written_is_read_again() -> None:
+def test_written_events_are_read_again() -> None:
     data = b'{"a":"\\n"}'
 
     assert write(data) == b'data: {"a":"\\n"}\n\n'

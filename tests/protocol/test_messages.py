@@ -153,7 +153,7 @@ def test_an_event_number_is_a_number_from_0_on(given: object) -> None:
     ],
     ids=lambda text: repr(text)[:30],
 )
-def test_what_is_no_json_is_told_so(text: str | bytes) -> None:
+def test_a_frame_that_is_no_json_gets_an_error(text: str | bytes) -> None:
     bad = refused(text)
 
     assert isinstance(bad.error, InvalidJson)
@@ -285,7 +285,7 @@ def test_a_digest_of_a_long_question_is_short() -> None:
 
 
 @pytest.mark.parametrize("where", ["options", "messages"])
-def test_what_can_be_read_but_not_written_is_refused(where: str) -> None:
+def test_json_that_can_be_read_but_not_written_is_refused(where: str) -> None:
     deep = "[" * 400 + "]" * 400
     value = (
         f'{{"a": {deep}}}' if where == "options" else f'[{{"role": "user", "content": {deep}}}]'

@@ -209,13 +209,13 @@ def test_the_text_of_a_providers_error_is_cut() -> None:
 @pytest.mark.parametrize(
     "data", [b"", b"{", b"[DONE]", b"\xff", b"NaN", b'"\\ud800"', b"[" * 2000]
 )
-def test_what_is_no_json_is_a_bad_response(data: bytes) -> None:
+def test_a_body_that_is_no_json_is_a_bad_response(data: bytes) -> None:
     with pytest.raises(ProviderBadResponse, match="not JSON"):
         read(data)
 
 
 @pytest.mark.parametrize("data", [b"null", b"[]", b"1", b'"a"'])
-def test_what_is_no_object_is_a_bad_response(data: bytes) -> None:
+def test_json_that_is_no_object_is_a_bad_response(data: bytes) -> None:
     with pytest.raises(ProviderBadResponse, match="not an object"):
         read(data)
 
@@ -229,7 +229,7 @@ def test_what_is_no_object_is_a_bad_response(data: bytes) -> None:
     ],
 )
 @pytest.mark.parametrize("depth", [252, 253, 254, 300, 900])
-def test_what_can_be_read_but_not_written_is_a_bad_response(data: str, depth: int) -> None:
+def test_json_that_can_be_read_but_not_written_is_a_bad_response(data: str, depth: int) -> None:
     reading = Reading()
     deep = "[" * depth + "]" * depth
 
@@ -244,7 +244,7 @@ def test_what_can_be_read_but_not_written_is_a_bad_response(data: str, depth: in
 
 @settings(deadline=None, max_examples=300)
 @given(st.dictionaries(st.sampled_from(("choices", "usage", "x_groq", "error")), anything))
-def test_whatever_comes_is_read_or_refused(answer: dict[str, Any]) -> None:
+def test_any_answer_is_read_or_refused(answer: dict[str, Any]) -> None:
     reading = Reading()
     data = json.dumps(answer).encode()
 

@@ -64,7 +64,7 @@ def test_old_failures_are_forgotten(clock: FakeClock) -> None:
     assert breaker.state == CLOSED
 
 
-def test_what_says_nothing_changes_nothing(clock: FakeClock) -> None:
+def test_attempts_that_prove_nothing_change_nothing(clock: FakeClock) -> None:
     breaker = Breaker(clock)
     for _ in range(FAILURES - 1):
         ask(breaker, failed=True)
@@ -119,7 +119,7 @@ def test_a_trial_that_says_nothing_lets_another_try(clock: FakeClock) -> None:
     assert breaker.state == CLOSED
 
 
-def test_what_began_before_it_opened_neither_closes_nor_prolongs_it(clock: FakeClock) -> None:
+def test_attempts_from_before_it_opened_neither_close_nor_prolong_it(clock: FakeClock) -> None:
     breaker = Breaker(clock)
     running = [breaker.enter() for _ in range(3)]
     for _ in range(FAILURES):

@@ -10,11 +10,11 @@ def retries(budget: Budget, most: int = 10_000) -> int:
     return next(number for number in range(most) if not budget.retry())
 
 
-def test_a_quiet_house_has_some() -> None:
+def test_a_quiet_server_has_some() -> None:
     assert retries(Budget(FakeClock())) == MINIMUM
 
 
-def test_a_busy_house_has_a_fifth() -> None:
+def test_a_busy_server_has_a_fifth() -> None:
     budget = Budget(FakeClock())
     for _ in range(1000):
         budget.request()

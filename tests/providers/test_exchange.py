@@ -169,7 +169,7 @@ async def test_only_a_clean_end_keeps_the_connection(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", BROKEN)
-async def test_what_is_no_http_is_refused_at_every_cut(name: str) -> None:
+async def test_bytes_that_are_no_http_are_refused_at_every_cut(name: str) -> None:
     answer = BROKEN[name]
     told = set()
     for pieces in cuts(answer):

@@ -58,7 +58,7 @@ def test_a_saved_up_hour_is_one_burst() -> None:
 
 
 @pytest.mark.parametrize("taken", [0, 2, 5, 9])
-def test_who_stands_behind_others_starts_after_them(taken: int) -> None:
+def test_a_request_behind_others_starts_after_them(taken: int) -> None:
     clock = FakeClock()
     pace = Pace(600, 3, clock)
     for _ in range(taken):
@@ -134,7 +134,7 @@ def test_nothing_starts_in_a_rest_and_no_burst_behind_it(
     assert behind == pytest.approx([at - told_at for at in times], rel=0.01, abs=step * 10)
 
 
-def test_what_is_left_is_spread_until_the_reset() -> None:
+def test_starts_that_are_left_are_spread_until_the_reset() -> None:
     clock = FakeClock()
     pace = Pace(6000, 1, clock)
     pace.heed({"x-ratelimit-remaining-requests": "10", "x-ratelimit-reset-requests": "5s"})
@@ -169,7 +169,7 @@ def test_nothing_left_is_a_rest_before_the_429(kind: str) -> None:
         ("1", "nan"),
     ],
 )
-def test_what_makes_no_sense_changes_nothing(left: str, reset: str) -> None:
+def test_headers_that_make_no_sense_change_nothing(left: str, reset: str) -> None:
     clock = FakeClock()
     pace = Pace(600, 1, clock)
     pace.heed({"x-ratelimit-remaining-requests": left, "x-ratelimit-reset-requests": reset})
@@ -229,7 +229,7 @@ def test_no_window_has_more_tokens_than_its_share_the_bucket_and_one_start(
             assert tokens <= share + per_minute / 6 + spent[last][1] + 1e-3
 
 
-def test_what_was_expected_is_corrected_by_what_it_cost() -> None:
+def test_expected_tokens_are_corrected_by_the_real_cost() -> None:
     clock = FakeClock()
     pace = Pace(6000, 100, clock, tokens_per_minute=600)  # ten a second, a bucket of a hundred
     pace.charge(300)

@@ -142,31 +142,28 @@ async def test_the_cap_holds_after_half_of_the_requests_have_left(keepalive: int
 async def test_a_connection_is_not_kept_for_a_request_that_opens_its_own() -> None:
     # Two are asked for; while the second still connects, the first is done: nobody will take it.
     loop = asyncio.get_running_loop()
-    resolve = loop.getaddrinfo
+    connect = loop.sock_connect
     slow, seconds = asyncio.Event(), 0
 
-    async def getaddrinfo(*args: Any, **kwargs: Any) -> Any:
+    async def sock_connect(*args: Any) -> None:
         nonlocal seconds
         seconds += 1
         await slow.wait()
-        return await resolve(*args, **kwargs)
+        await connect(*args)
 
-    async with ScriptedProvider(serving) as server:
-        url = f"http://localhost:{server.port}/v1"
-        async with pooled(url, max_keepalive=0) as pool:
-            first = await pool.connect()
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(loop, "getaddrinfo", getaddrinfo)
-                pool._connector.clear_dns_cache()
-                second = asyncio.ensure_future(pool.connect())
-                await until(lambda: seconds == 1)
-                await exchange(first, Got()).run(request())
-                idle = pool.stats().idle
-                slow.set()
-                await exchange(await second, Got()).run(request())
+    async with ScriptedProvider(serving) as server, pooled(server.url, max_keepalive=0) as pool:
+        first = await pool.connect()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loop, "sock_connect", sock_connect)
+            second = asyncio.ensure_future(pool.connect())
+            await until(lambda: seconds == 1)
+            await exchange(first, Got()).run(request())
+            idle = pool.stats().idle
+            slow.set()
+            await exchange(await second, Got()).run(request())
 
-            assert idle == 0
-            assert pool.stats().open == 0
+        assert idle == 0
+        assert pool.stats().open == 0
 
 
 async def test_a_cancel_storm_leaves_nothing_busy() -> None:
@@ -191,7 +188,7 @@ async def test_a_cancel_storm_leaves_nothing_busy() -> None:
             assert stats.idle <= 2
 
         assert [(await ask(pool)).body for _ in range(6)] == [b"ok"] * 6
-        assert pool._gate.inside == 0
+        await every_connection_at_once(pool)
         await until(lambda: server.open == pool.stats().idle)
 
 
@@ -206,8 +203,17 @@ async def test_cancelling_while_connecting_leaves_no_socket_behind() -> None:
                 (await task).close()
 
         assert pool.stats().open == 0
-        assert pool._gate.inside == 0
         await until(lambda: server.open == 0)
+        await every_connection_at_once(pool)
+
+
+async def every_connection_at_once(pool: Pool) -> None:
+    """Open as many connections as the pool allows: a place that was lost would be missed here."""
+    connections = [await pool.connect() for _ in range(LIMITS.max_connections)]
+    stats = pool.stats()
+    assert (stats.open - stats.idle, stats.waiting) == (LIMITS.max_connections, 0)
+    for connection in connections:
+        connection.close()
 
 
 async def test_a_wait_for_a_connection_ends_with_the_pool_timeout() -> None:
@@ -324,8 +330,10 @@ async def test_a_connection_idle_for_longer_than_its_expiry_is_not_used_again() 
 
 
 async def test_closing_the_pool_closes_what_is_idle_and_what_is_in_use() -> None:
+    requests = []
+
     async def play(peer: Peer) -> None:
-        await peer.request()
+        requests.append(await peer.request())
         if server.accepted == 1:
             await peer.send(OK)
         await peer.left()
@@ -335,7 +343,7 @@ async def test_closing_the_pool_closes_what_is_idle_and_what_is_in_use() -> None
         await ask(pool)
         idle = await pool.connect()
         task = asyncio.ensure_future(ask(pool))
-        await until(lambda: server.open == 2)
+        await until(lambda: len(requests) == 2)
         idle.release()
 
         await pool.close()
@@ -548,7 +556,7 @@ async def test_a_proxy_that_refuses_the_tunnel_is_a_connect_error(
             await until(lambda: proxy.open == 0)
 
 
-async def test_what_a_plain_proxy_wants_to_see_is_known_before_the_first_connection(
+async def test_credentials_for_a_plain_proxy_are_known_before_the_first_connection(
     no_environment: pytest.MonkeyPatch,
 ) -> None:
     no_environment.setenv("http_proxy", "http://user:p%40ss@127.0.0.1:1")

@@ -41,7 +41,7 @@ from aioserver.providers.simulator.server import Simulator
 from aioserver.streams.entries import COMPLETE
 from aioserver.streams.stream import Stream
 from tests.support.scripted_provider import LIMITS, Peer, ScriptedProvider
-from tests.support.server import QUICK
+from tests.support.server import NOWHERE, QUICK, SILENT
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
@@ -275,7 +275,7 @@ async def test_the_proxy_of_the_settings_comes_before_that_of_the_environment(
         ("fault-drop", ProviderDisconnected),
     ],
 )
-async def test_what_an_answer_means(
+async def test_each_bad_answer_is_its_fault(
     model: str, fault: type[ProviderFault], streamed: bool, simulator: Simulator
 ) -> None:
     async with provider_at(simulator.base_url) as provider:
@@ -552,12 +552,14 @@ async def test_an_address_that_names_many_users_delays_another_by_one_turn(
             await fill(provider, caller=caller)
             served.append(caller.flow)
 
-        held = provider._gate.try_enter()
-        assert held is not None
+        simulator.behaviour = SILENT
+        holder = asyncio.create_task(fill(provider))
+        await simulator.until(lambda stats: stats.active == 1)
+        simulator.behaviour = QUICK
         many = [anonymous("10.0.0.1").on_behalf_of(f"user {number}") for number in range(5)]
         asked = [asyncio.create_task(one(caller)) for caller in (*many, anonymous("10.0.0.2"))]
         await until(lambda: provider.stats().queue.waiting == len(asked))
-        held.release()
+        holder.cancel()
         await asyncio.gather(*asked)
 
         assert served.index("10.0.0.2") == 1
@@ -605,7 +607,9 @@ async def test_starts_are_spread_over_the_minute(simulator: Simulator) -> None:
     assert simulator.stats().requests == 6
 
 
-async def test_who_cannot_start_in_time_is_told_so_at_once(simulator: Simulator) -> None:
+async def test_an_attempt_that_cannot_start_in_time_is_refused_at_once(
+    simulator: Simulator,
+) -> None:
     limits = {"requests_per_minute": 1, "queue_timeout": 5.0}
     async with provider_at(simulator.base_url, limits) as provider:
         await fill(provider)
@@ -642,7 +646,7 @@ async def test_the_position_is_told_while_the_pace_is_in_the_way(
         b"x-ratelimit-remaining-tokens: 0\r\nx-ratelimit-reset-tokens: 59.5s\r\n",
     ],
 )
-async def test_what_the_provider_says_is_left_lowers_the_pace(headers: bytes) -> None:
+async def test_the_providers_remaining_requests_lower_the_pace(headers: bytes) -> None:
     head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n"
     play, played = serving(head + headers + b"\r\n{}")
     async with ScriptedProvider(play) as server, provider_at(server.url) as provider:
@@ -712,36 +716,51 @@ async def test_a_long_body_makes_others_wait_and_refuses_nobody() -> None:
         assert (await second).status == 200
 
 
-async def test_who_has_waited_asks_for_the_model_of_now() -> None:
-    play, played = serving()
+async def test_a_request_that_has_waited_asks_for_the_current_model() -> None:
+    bodies: list[bytes] = []
+    answers = asyncio.Event()
+
+    async def play(peer: Peer) -> None:
+        while True:
+            bodies.append((await peer.request()).rpartition(b"\r\n\r\n")[2])
+            await answers.wait()
+            await peer.send(JSON)
+
     limits = {"tokens_per_minute": 1_000_000, "concurrent_requests": 1}
     async with ScriptedProvider(play) as server, provider_at(server.url, limits) as provider:
-        held = provider._gate.try_enter()
-        assert held is not None
         ask = ProviderRequest(
             "chat/completions", lambda given: given.model.encode(), streamed=False
         )
+        holder = asyncio.create_task(call(provider, ask))
+        await until(lambda: len(bodies) == 1)
         waiting = asyncio.create_task(call(provider, ask))
         await until(lambda: provider.stats().queue.waiting == 1)
 
         now = dataclasses.replace(provider.settings, model="new-model")
         provider.prepare(now, server.url, max_response_bytes=1 << 20)()
-        held.release()
-        await waiting
+        answers.set()
+        await asyncio.gather(holder, waiting)
 
-        assert [one.rpartition(b"\r\n\r\n")[2] for one in played] == [b"new-model"]
+        assert bodies == [b"own-model", b"new-model"]
 
 
-@pytest.mark.parametrize("fault", [ConnectError("no"), ProviderError("no"), None])
-async def test_what_was_expected_is_settled_however_it_ends(
-    simulator: Simulator, fault: ProviderFault | None
+@pytest.mark.parametrize("fault", [ConnectError, ProviderError, asyncio.CancelledError])
+async def test_expected_tokens_are_settled_however_the_attempt_ends(
+    simulator: Simulator, fault: type[BaseException]
 ) -> None:
+    simulator.behaviour = Behaviour(ttft=60, fail_rate=float(fault is ProviderError))
+    address = NOWHERE if fault is ConnectError else simulator.base_url
     limits = {"tokens_per_minute": 600}
-    async with provider_at(simulator.base_url, limits, max_tokens=100_000) as provider:
+    async with provider_at(address, limits, max_tokens=100_000) as provider:
         attempt = Attempt(provider, question(), None)
-        attempt.expected_tokens = 100_010
-        provider._pace.charge(attempt.expected_tokens)
-        provider._ended(attempt, fault or asyncio.CancelledError())
+        task = asyncio.create_task(provider.answer(attempt))
+        if fault is asyncio.CancelledError:
+            await simulator.until(lambda stats: stats.active == 1)
+            assert provider.stats().pace.left == 0, "it is expected to use up 166 minutes' worth"
+            task.cancel()
+        with pytest.raises(fault):
+            await task
+
         assert provider.stats().pace.left > 0
         assert attempt.expected_tokens == 0
 

@@ -432,7 +432,7 @@ async def test_a_fault_by_name_for_a_share_of_all_models(
     assert failed == rate if rate in {0.0, 1.0} else 0.2 < failed < 0.8
 
 
-async def test_what_a_model_is_called_comes_before_nothing_but_a_fault_for_all(
+async def test_a_models_fault_yields_only_to_one_for_all_requests(
     simulator: Simulator, session: aiohttp.ClientSession
 ) -> None:
     simulator.behaviour = Behaviour(ttft=0, interval=0, fail_rate=1.0, fault="status-418")

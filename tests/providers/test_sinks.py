@@ -333,7 +333,7 @@ def test_an_event_that_is_no_object_ends_an_answer_in_bytes(event: bytes, respon
         'data: {"choices":[{"index":0,"delta":{"content":""}}],"größe":"ß"}\n\n'.encode(),
     ],
 )
-def test_what_is_no_event_or_unusual_json_ends_nothing(event: bytes) -> None:
+def test_comments_and_unusual_events_end_nothing(event: bytes) -> None:
     data = delta("Hel") + event + delta("lo", "stop") + DONE
     frames, raw = new_stream(), new_stream()
 

@@ -15,6 +15,7 @@ import aiohttp
 import pytest
 import trustme
 
+from aioserver.config import Configuration
 from aioserver.faces import context
 from aioserver.protocol import eventstream
 from aioserver.providers import breaker
@@ -51,9 +52,7 @@ def reloads(server: RunningServer) -> dict[str, int]:
 
 
 def incidents(server: RunningServer) -> list[str]:
-    return [
-        one["text"] for one in server.app[context.MONITOR]._incidents if one["kind"] == "reload"
-    ]
+    return [one["text"] for one in server.incidents() if one["kind"] == "reload"]
 
 
 async def ask(server: RunningServer, **fields: Any) -> Any:
@@ -205,7 +204,9 @@ async def test_certificates_that_are_none_are_a_fault(
     assert list(server.app[context.ROUTER].providers) == ["sim"]
 
 
-async def test_what_could_not_be_started_is_not_applied(make_server: MakeServer) -> None:
+async def test_a_configuration_that_could_not_be_started_is_not_applied(
+    make_server: MakeServer,
+) -> None:
     server = await make_server()
 
     assert not await server.change(**{"llm.providers.sim.api_key_env": "NO_SUCH_KEY"})
@@ -246,7 +247,7 @@ async def test_a_bug_in_it_is_logged_and_changes_nothing(
 # Limits.
 
 
-async def test_more_places_let_in_who_waits_and_fewer_turn_nobody_out(
+async def test_more_places_let_waiters_in_and_fewer_turn_nobody_out(
     make_server: MakeServer,
 ) -> None:
     server = await make_server(
@@ -342,7 +343,7 @@ async def test_the_kernel_watches_new_connections_by_the_new_send_timeout(
         assert sock.getsockopt(6, 18) == 4000  # TCP_USER_TIMEOUT: a second more
 
 
-async def test_what_is_kept_is_bounded_anew(make_server: MakeServer) -> None:
+async def test_new_bounds_hold_for_kept_streams(make_server: MakeServer) -> None:
     server = await make_server(SILENT)
     async with server.connect() as ws:
         for name in ("r1", "r2", "r3"):
@@ -380,7 +381,7 @@ async def test_the_log_level_is_the_one_of_now(make_server: MakeServer) -> None:
         root.setLevel(before)
 
 
-async def test_what_only_a_restart_changes_is_named_and_stays(
+async def test_settings_that_only_a_restart_changes_are_named_and_stay(
     make_server: MakeServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     server = await make_server()
@@ -407,7 +408,7 @@ async def test_what_only_a_restart_changes_is_named_and_stays(
         assert (await read_frames(response))[-1]["status"] == "complete"
 
 
-async def test_what_has_changed_is_said_by_name_and_never_by_value(
+async def test_changes_are_logged_by_name_and_never_by_value(
     make_server: MakeServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     server = await make_server()
@@ -425,7 +426,7 @@ async def test_what_has_changed_is_said_by_name_and_never_by_value(
         "configuration applied: chat.websocket.concurrency.max_connections, "
         "llm.providers.sim.api_key, llm.providers.sim.headers"
     )
-    said = caplog.text + json.dumps([*server.app[context.MONITOR]._incidents])
+    said = caplog.text + json.dumps(server.incidents())
     assert "canary" not in said.replace("X-Canary", "")
 
 
@@ -436,7 +437,7 @@ async def test_a_provider_that_stays_the_same_keeps_its_connections(
     make_server: MakeServer,
 ) -> None:
     server = await make_server()
-    provider, pool = server.provider, server.provider._pools.pool
+    provider = server.provider
     await ask(server)
 
     assert await server.change(
@@ -445,7 +446,6 @@ async def test_a_provider_that_stays_the_same_keeps_its_connections(
     await ask(server)
 
     assert server.provider is provider
-    assert provider._pools.pool is pool
     assert server.simulator.stats().connections_accepted == 1
 
 
@@ -456,11 +456,12 @@ async def test_certificates_are_read_again_under_the_same_name(
     trustme.CA().cert_pem.write_to_path(str(file))
     given = {"llm.providers.sim.ca_file": str(file)}
     server = await make_server(**given)
-    pool = server.provider._pools.pool
+    await ask(server)
 
     assert await server.change(**given)
+    await ask(server)
 
-    assert server.provider._pools.pool is not pool
+    assert server.simulator.stats().connections_accepted == 2
 
 
 async def test_places_of_a_provider_grow_and_shrink_in_place(make_server: MakeServer) -> None:
@@ -525,9 +526,9 @@ async def test_a_provider_that_refused_our_key_is_asked_again(make_server: MakeS
 
 async def test_a_rest_is_over_for_another_key(make_server: MakeServer) -> None:
     key = "llm.providers.sim.api_key"
-    server = await make_server(Behaviour(fail_rate=1.0, fail_status=429), **{key: "old"})
+    limited = Behaviour(fail_rate=1.0, fault="retry-after-100")
+    server = await make_server(limited, **{key: "old"})
     assert (await ask(server))["status"] == 429
-    server.provider._pace.cool_down(100.0)
     server.simulator.behaviour = QUICK
 
     assert await server.change(**{key: "old"})
@@ -555,7 +556,7 @@ async def test_the_breaker_stays_open_at_the_same_address_only(make_server: Make
 @pytest.mark.parametrize(
     "way", ["a key that is refused", "a key of too many requests", "an address that fails"]
 )
-async def test_what_went_by_the_old_settings_says_nothing_of_the_new(
+async def test_attempts_with_the_old_settings_prove_nothing_about_the_new(
     way: str, make_server: MakeServer
 ) -> None:
     status = {"a key that is refused": 401, "a key of too many requests": 429}.get(way)
@@ -632,8 +633,6 @@ async def test_answers_on_all_faces_go_on_while_their_pool_is_replaced_twice(
         assert stats.aborted == 0
         assert stats.peak_active <= max(4, limit)
         assert stats.peak_connections <= max(20, limit)
-        pools = server.provider._pools
-        await until(lambda: not pools._retired)
         assert await server.change()
         await server.simulator.until(lambda stats: stats.open_connections == 0)
 
@@ -727,7 +726,7 @@ async def test_another_one_is_active_and_first_to_be_asked(make_server: MakeServ
         assert await server.change()
 
 
-async def test_who_runs_at_a_removed_provider_ends_there_and_who_waits_goes_elsewhere(
+async def test_answers_at_a_removed_provider_end_there_and_waiters_go_elsewhere(
     make_server: MakeServer,
 ) -> None:
     server = await make_server(Behaviour(ttft=0, interval=0.01, tokens=60))
@@ -765,7 +764,6 @@ async def test_who_runs_at_a_removed_provider_ends_there_and_who_waits_goes_else
         assert (await ask(server, model="one/x"))["status"] == 200, "to the active one, as it came"
         await ws.send_json(chat("late", provider="one"))
         assert (await to_end(ws))[-1]["chunk"]["code"] == "model_not_found"
-        await until(lambda: not server.app[context.ROSTER]._leaving)
         await server.simulator.until(lambda stats: stats.open_connections == 0)
         await ws.close()
         assert await server.change()
@@ -792,7 +790,7 @@ async def test_a_provider_that_comes_back_counts_what_still_runs_there(
         await ws.send_json({"action": "cancel", "request_id": "r2"})
         await until(lambda: not server.held()["sim places"])
         assert await server.change(**two)  # nothing runs there: it is closed at once
-        await until(lambda: not server.app[context.ROSTER]._leaving)
+        await server.simulator.until(lambda stats: stats.open_connections == 0)
         assert await server.change()
         assert server.provider is not leaving
 
@@ -848,20 +846,20 @@ async def test_more_clients_have_the_descriptors_that_they_need(
     make_server: MakeServer, few_files: Callable[[int], None]
 ) -> None:
     server = await make_server()
-    few_files(preflight.wanted_files(server.reload._began))
+    few_files(preflight.wanted_files(Configuration.load(server.file, environ={}).settings))
     more = {f"{CONCURRENCY}.max_connections": 100, f"{CONCURRENCY}.connection_queue_size": 120}
 
     assert await server.change(**more)
 
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    assert soft >= preflight.wanted_files(server.reload._now)
+    assert soft >= preflight.wanted_files(Configuration.load(server.file, environ={}).settings)
 
 
 async def test_more_clients_than_there_can_be_descriptors_are_refused(
     make_server: MakeServer, few_files: Callable[[int], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     server = await make_server()
-    few_files(preflight.wanted_files(server.reload._began))
+    few_files(preflight.wanted_files(Configuration.load(server.file, environ={}).settings))
     most = 2**31 - 1
     many = {
         f"{CONCURRENCY}.max_connections": most,
@@ -879,7 +877,7 @@ async def test_more_clients_than_there_can_be_descriptors_are_refused(
 # One at a time.
 
 
-async def test_who_asks_during_a_reload_gets_another_behind_it(make_server: MakeServer) -> None:
+async def test_a_reload_asked_for_during_a_reload_comes_behind_it(make_server: MakeServer) -> None:
     server = await make_server()
     running = asyncio.ensure_future(server.reload.run())
     try:
@@ -920,7 +918,9 @@ async def test_reloads_under_load_lose_no_answer(make_server: MakeServer) -> Non
 
     assert set(answers) == {200}
     assert server.simulator.stats().aborted == 0
-    await until(lambda: not server.provider._pools._retired)
+    # A pool that was replaced has no idle connections.
+    pool = server.provider.stats
+    await until(lambda: pool().pool.open == pool().pool.idle)
 
 
 async def test_a_socket_that_is_open_is_never_closed_by_a_reload(server: RunningServer) -> None:

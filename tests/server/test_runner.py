@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from aiohttp import http_parser, web
@@ -12,7 +12,6 @@ from aiohttp.test_utils import make_mocked_request
 from aiohttp.web_protocol import RequestHandler
 
 from aioserver.config.validators import TAKEN
-from aioserver.faces import context
 from aioserver.faces.http import Request
 from aioserver.server.runner import LINGERING, MAX_HEADERS, Connection, Direct
 from tests.support.raw import Raw
@@ -105,15 +104,17 @@ async def test_the_access_log_has_the_address_that_a_trusted_proxy_gives(
 # Handlers found at once.
 
 
-async def test_what_is_found_at_once_is_what_the_router_finds(server: RunningServer) -> None:
-    direct = server.http_server.request_handler
-    assert isinstance(direct, Direct)
-    found = direct._known
-    assert {("POST", "/v1/chat/completions"), ("GET", "/ws/chat"), ("GET", "/health")} <= set(
-        found
-    )
+async def test_handlers_found_at_once_are_those_of_the_router(server: RunningServer) -> None:
+    assert isinstance(server.http_server.request_handler, Direct)
+    plain = {
+        (route.method, route.resource.canonical)
+        for route in server.app.router.routes()
+        if isinstance(route.resource, web.PlainResource)
+    }
+    assert {("POST", "/v1/chat/completions"), ("GET", "/ws/chat"), ("GET", "/health")} <= plain
 
-    for (method, path), (match, handler) in found.items():
+    for method, path in plain:
+        match, handler = await found_at_once(server.app, method, path)
         request = make_mocked_request(method, path, app=server.app)
         resolved = await server.app.router.resolve(request)
 
@@ -122,6 +123,25 @@ async def test_what_is_found_at_once_is_what_the_router_finds(server: RunningSer
         assert dict(resolved) == dict(match) == {}
         assert match.apps == (server.app,)
         assert match.current_app is server.app
+
+
+async def found_at_once(
+    app: web.Application, method: str, path: str
+) -> tuple[web.UrlMappingMatchInfo, Any]:
+    """The match and the handler that a request gets without aiohttp's router."""
+    found: list[tuple[web.UrlMappingMatchInfo, Any]] = []
+
+    async def shield(request: web.Request, handler: Any) -> web.StreamResponse:
+        found.append((request.match_info, handler))
+        return web.Response()
+
+    async def router(_request: web.BaseRequest) -> web.StreamResponse:
+        raise AssertionError(f"{method} {path} is left to the router")
+
+    request: Any = make_mocked_request(method, path, app=app)
+    request.__class__ = Request
+    await Direct(app, shield, router)(request)
+    return found[0]
 
 
 @pytest.mark.parametrize(
@@ -172,16 +192,14 @@ async def test_an_expectation_that_is_unknown_is_refused_as_anything_else(
     assert not caplog.records
 
 
-async def test_of_two_routes_on_one_path_the_first_is_found(server: RunningServer) -> None:
+async def test_of_two_routes_on_one_path_the_first_is_found() -> None:
     app = web.Application()
     first = app.router.add_get("/twice", pages_of("first"))
     app.router.add_get("/between", pages_of("between"))
     app.router.add_get("/twice", pages_of("second"))
     app.freeze()
 
-    direct = Direct(app, server.app[context.SHIELD], pages_of("the router's"))
-
-    match, handler = direct._known["GET", "/twice"]
+    match, handler = await found_at_once(app, "GET", "/twice")
     assert match.route is first
     assert handler is first.handler
 

@@ -144,7 +144,7 @@ async def stop_with_many(tmp_path: Path, simulator: Simulator, each: int, grace:
         await simulator.until(lambda stats: stats.active == 0)
 
 
-async def test_who_can_finish_does_and_the_rest_is_told(
+async def test_answers_finish_within_the_grace_or_end_with_server_shutdown(
     tmp_path: Path, simulator: Simulator
 ) -> None:
     # 60 answers that end in time, 60 that do not: takes as long as the grace.
@@ -209,7 +209,7 @@ async def test_a_request_on_its_way_when_it_ends_is_answered(
         assert clean(process)
 
 
-async def test_waiting_ones_are_told_and_nobody_new_comes_in(
+async def test_waiters_get_server_shutdown_and_no_client_comes_in(
     tmp_path: Path, simulator: Simulator
 ) -> None:
     changes = {
@@ -263,7 +263,7 @@ async def test_waiting_ones_are_told_and_nobody_new_comes_in(
         assert clean(process)
 
 
-async def test_who_waits_for_a_provider_is_told_at_once(
+async def test_waiters_for_a_provider_get_server_shutdown_at_once(
     tmp_path: Path, simulator: Simulator
 ) -> None:
     changes = {f"{SIM_HTTP_CLIENT}.concurrent_requests": 1, GRACE: 1.0}

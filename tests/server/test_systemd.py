@@ -63,7 +63,7 @@ def taken(
 # What it tells.
 
 
-async def test_it_says_when_it_takes_work_and_when_it_stops(manager: Systemd) -> None:
+async def test_systemd_hears_of_the_start_and_of_the_end(manager: Systemd) -> None:
     notifier = taken(manager)
 
     notifier.ready()
@@ -233,7 +233,7 @@ asyncio.run(main())
 """
 
 
-async def test_what_blocks_the_loop_is_in_the_stacks_before_systemd_kills_and_when_it_does(
+async def test_a_blocked_loop_is_in_the_stacks_before_systemd_kills_and_when_it_does(
     watching: Systemd,
 ) -> None:
     environ = {"NOTIFY_SOCKET": watching.address, "WATCHDOG_USEC": "500000"}
@@ -304,12 +304,12 @@ def test_several_are_taken_in_order(tmp_path: Path) -> None:
         {"LISTEN_FDS": ""},
     ],
 )
-def test_what_is_for_another_process_is_left_alone(environ: dict[str, str]) -> None:
+def test_sockets_for_another_process_are_left_alone(environ: dict[str, str]) -> None:
     assert systemd.inherited({**USUAL, **environ}) == []
     assert listener.hosts([]) is None
 
 
-def test_what_is_no_listening_stream_socket_is_refused_all_at_once(tmp_path: Path) -> None:
+def test_sockets_that_are_no_listening_streams_are_refused_all_at_once(tmp_path: Path) -> None:
     file = os.open(tmp_path / "file", os.O_CREAT | os.O_WRONLY)
     with (
         socket.create_server(("127.0.0.1", 0)) as good,
@@ -522,7 +522,7 @@ async def test_a_passed_socket_that_others_can_reach_needs_a_guard_as_a_host_doe
     assert "0.0.0.0 is open to others" in process.log
 
 
-async def test_what_cannot_be_served_is_one_clear_line(tmp_path: Path) -> None:
+async def test_a_socket_that_cannot_be_served_is_one_clear_line(tmp_path: Path) -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as datagrams:
         async with serving(tmp_path / "config.yaml", NOWHERE, sockets=[datagrams]) as process:
             code = await process.ended()

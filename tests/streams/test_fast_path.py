@@ -548,7 +548,7 @@ BEHIND["a chunk inside a chunk"] = (chunk(b": " + INNER + b"\n"), word(2), chunk
 
 
 @pytest.mark.parametrize("name", BEHIND)
-async def test_whatever_comes_behind_texts_has_the_same_effect_on_both_ways(name: str) -> None:
+async def test_anything_behind_texts_has_the_same_effect_on_both_ways(name: str) -> None:
     front, behind = [EVENT_STREAM, word(0), word(1), chunk(said("x"))], b"".join(BEHIND[name])
     dice = random.Random(11)
     for face in FACES:
@@ -571,7 +571,9 @@ SIZES_CUT = {
 
 @pytest.mark.parametrize("alone", [True, False])
 @pytest.mark.parametrize("name", SIZES_CUT)
-async def test_what_looks_like_a_chunk_inside_a_first_line_is_none(name: str, alone: bool) -> None:
+async def test_bytes_that_look_like_a_chunk_inside_a_first_line_are_none(
+    name: str, alone: bool
+) -> None:
     start, *rest = SIZES_CUT[name]
     front = [word(0), start] if alone else [word(0) + start]
     reads = [EVENT_STREAM, *front, *rest, chunk(END + DONE), LAST_CHUNK]
@@ -802,7 +804,7 @@ TWICE = {
 
 
 @pytest.mark.parametrize("name", TWICE)
-def test_what_is_learned_of_a_text_that_is_there_twice_is_true(name: str) -> None:
+def test_lessons_from_a_text_that_is_there_twice_are_true(name: str) -> None:
     if (shape := learn(TWICE[name], Reading())) is not None:
         assert_true(shape.prefix, shape.suffix, "another", 0)
 
@@ -823,7 +825,7 @@ def assert_true(before: bytes, behind: bytes, text: str, index: int) -> None:
 
 @settings(deadline=None, max_examples=150)
 @given(events(), st.lists(plain, min_size=1, max_size=4), st.integers(0, 1))
-def test_what_was_learned_is_true_for_every_text(
+def test_lessons_are_true_for_every_text(
     found: tuple[list[bytes], bytes], others: list[str], index: int
 ) -> None:
     for one in found[0]:
@@ -873,7 +875,7 @@ crossed = st.recursive(
     st.sampled_from(("a", "b", "content", "error", "<a>", "delta")),
     plain,
 )
-def test_what_was_learned_is_true_among_repeated_keys(
+def test_lessons_are_true_among_repeated_keys(
     top: list[tuple[str, str]],
     behind: list[tuple[str, str]],
     around: list[tuple[str, str]],
@@ -916,7 +918,7 @@ def in_order(data: bytes, *marks: bytes) -> bool:
 
 
 @pytest.mark.parametrize("face", FACES)
-async def test_what_is_taken_is_written_at_the_end_of_the_turn(face: str) -> None:
+async def test_reads_that_are_taken_are_written_at_the_end_of_the_turn(face: str) -> None:
     async with under_way(face) as (road, taken):
         before = len(road.socket.writes)
 
@@ -977,7 +979,7 @@ async def test_a_fault_in_the_same_turn_comes_behind_what_was_taken(face: str) -
 
 
 @pytest.mark.parametrize("face", FACES)
-async def test_what_was_taken_when_the_client_unfollows_is_still_written(face: str) -> None:
+async def test_reads_taken_before_the_client_unfollows_are_still_written(face: str) -> None:
     async with under_way(face) as (road, taken):
         road.hear(word(2))
         road.writer.unfollow(road.cursor)
@@ -992,7 +994,7 @@ async def test_what_was_taken_when_the_client_unfollows_is_still_written(face: s
 
 
 @pytest.mark.parametrize("face", ["sse", "websocket"])
-async def test_what_nobody_reads_any_more_is_kept_for_who_comes_back(face: str) -> None:
+async def test_a_stream_without_readers_is_kept_for_their_return(face: str) -> None:
     async with under_way(face) as (road, taken):
         road.hear(word(2))
         road.writer.unfollow(road.cursor)
@@ -1127,7 +1129,7 @@ async def test_a_log_fed_by_the_fast_path_is_bounded(face: str) -> None:
 
 @pytest.mark.parametrize("face", ["sse", "websocket"])
 @pytest.mark.parametrize("text", ["w%d ", "Grüße %d 😀", "a text of some length, number %d"])
-async def test_what_was_taken_is_there_for_who_comes_later(face: str, text: str) -> None:
+async def test_reads_that_were_taken_are_there_for_later_readers(face: str, text: str) -> None:
     """From every event on, and the same bytes that the first one got."""
     async with under_way(face) as (road, taken):
         reads = [chunk(said(text % number)) for number in range(2, 300)]
@@ -1200,7 +1202,7 @@ async def test_a_client_that_stops_reading_closes_the_path_and_loses_nothing(fac
 
 
 @pytest.mark.parametrize("face", FACES)
-async def test_what_a_client_does_not_read_is_bounded_and_then_it_is_dropped(face: str) -> None:
+async def test_unread_bytes_are_bounded_and_then_the_client_is_dropped(face: str) -> None:
     async with under_way(face, slow=True, most=50_000) as (road, _):
         for number in range(200):
             await road.say(large(number))
@@ -1334,7 +1336,7 @@ async def test_answer_after_answer_on_one_connection() -> None:
     wire.protocol.connection_lost(None)
 
 
-async def test_what_looks_like_a_chunk_in_the_next_answer_is_none() -> None:
+async def test_bytes_that_look_like_a_chunk_in_the_next_answer_are_none() -> None:
     wire = Wire()
     async with Road("sse", wire=wire) as road:
         await road.say(EVENT_STREAM, word(0), chunk(END + DONE), LAST_CHUNK)
@@ -1506,7 +1508,7 @@ def readers(server: RunningServer) -> list[Any]:
     return list(stream.readers)
 
 
-async def test_who_comes_back_gets_what_came_meanwhile(
+async def test_a_returning_client_gets_the_events_that_came_meanwhile(
     make_server: MakeServer, stage: Stage, played: ScriptedProvider, taken: list[bytes]
 ) -> None:
     server = await make_server(**staged(played))

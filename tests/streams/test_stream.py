@@ -170,7 +170,7 @@ def test_a_fault_is_the_last_event_on_both_kinds_of_face() -> None:
     assert orjson.loads(event.data)["error"]["code"] == "provider_disconnected"
 
 
-def test_a_position_in_the_line_is_told_to_every_reader_and_is_no_event() -> None:
+def test_every_reader_hears_the_position_in_the_queue_which_is_no_event() -> None:
     stream = streams_of().open("r1", DEMO, window=30)
     readers = [Slow(stream), Slow(stream)]
 
@@ -283,7 +283,7 @@ def test_with_a_window_what_everybody_has_read_is_kept() -> None:
     assert stream.first == 1
 
 
-def test_an_entry_over_the_bound_is_still_given_to_who_is_there() -> None:
+def test_an_entry_over_the_bound_still_reaches_present_readers() -> None:
     stream = streams_of(max_stream_bytes=1000).open("r1", DEMO, window=30)
     reader = Slow(stream)
     for name in ("a", "b" * 5000, "c" * 5000):
@@ -362,7 +362,7 @@ def test_frames_of_a_whole_answer_leave_no_hole_in_the_numbers() -> None:
         b"\xff\xff",
     ],
 )
-def test_whatever_a_provider_says_an_event_is_one_frame(data: bytes) -> None:
+def test_every_event_is_one_frame_whatever_the_provider_sends(data: bytes) -> None:
     stream = streams_of().open("r1", DEMO, window=30)
     stream.append(CHUNK, data=b"data: %b\n\n" % data, count=1)
 
@@ -464,7 +464,7 @@ def test_a_finished_log_that_is_still_read_is_not_dropped() -> None:
     assert len(reader.seen) == 2
 
 
-def test_when_running_answers_fill_the_house_a_new_one_is_refused() -> None:
+def test_a_new_answer_is_refused_when_running_ones_fill_the_server() -> None:
     streams = streams_of(max_kept_bytes=10_000)
     old = finished(streams, "old")
     running = streams.open("running", DEMO, window=30)

@@ -40,7 +40,7 @@ async def test_one_stream_is_written_without_a_task_switch() -> None:
         assert one.writer.following == 0
 
 
-async def test_what_was_said_before_is_replayed_from_any_event_in_one_write() -> None:
+async def test_earlier_events_are_replayed_from_any_event_in_one_write() -> None:
     stream = stream_of()
     say(stream, *"abc")
     say(stream, *"de")
@@ -53,7 +53,7 @@ async def test_what_was_said_before_is_replayed_from_any_event_in_one_write() ->
             assert one.socket.writes == ([expected] if expected else [])
 
 
-async def test_what_several_streams_say_in_one_turn_is_one_write() -> None:
+async def test_events_of_several_streams_in_one_turn_are_one_write() -> None:
     async with client() as one:
         streams = [stream_of(name) for name in "abc"]
         for stream in streams:
@@ -343,7 +343,7 @@ async def test_a_close_while_blocked_writes_nothing_after_the_drain() -> None:
         assert not one.socket.aborted
 
 
-async def test_what_is_left_for_the_peer_of_a_unix_socket_is_watched_here() -> None:
+async def test_bytes_left_for_the_peer_of_a_unix_socket_are_watched_here() -> None:
     async with client(slow=True, send_timeout=0.03) as one:
         with sockets.socket(sockets.AF_UNIX) as one.socket.under:
             one.writer.send(b"less than blocks")
@@ -392,7 +392,7 @@ async def test_a_client_that_is_gone_is_noticed_at_the_next_write() -> None:
         assert stream.readers == []
 
 
-async def test_who_follows_on_a_closed_writer_is_no_reader_for_ever() -> None:
+async def test_following_on_a_closed_writer_leaves_no_reader() -> None:
     async with client() as one:
         stream = stream_of()
         one.writer.close()

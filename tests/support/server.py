@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import aiohttp
+import orjson
 import yaml
 from aiohttp import web_app
 from prometheus_client.parser import text_string_to_metric_families
 
 from aioserver.config import Configuration
 from aioserver.faces import context
-from aioserver.providers.breaker import Breaker
+from aioserver.protocol import eventstream
 from aioserver.providers.simulator.exchange import Behaviour
 from aioserver.providers.simulator.server import Simulator
 from aioserver.server import app as application
@@ -95,6 +97,16 @@ class MakeServer(Protocol):
     async def __call__(self, behaviour: Behaviour = QUICK, /, **changes: Any) -> RunningServer: ...
 
 
+class _Watcher:
+    """A client of `/events` that keeps what it is sent."""
+
+    def __init__(self) -> None:
+        self.sent = bytearray()
+
+    def send(self, data: bytes) -> None:
+        self.sent += data
+
+
 class RunningServer:
     """A server that runs in the test's own event loop, with `simulator` as its provider `sim`.
 
@@ -108,6 +120,7 @@ class RunningServer:
         simulator: Simulator,
         session: Any,
         reload: Reload,
+        changes: dict[str, Any],
     ) -> None:
         app = runner.app
         self.app = app
@@ -125,6 +138,10 @@ class RunningServer:
         self.port = int(base.rpartition(":")[2])
         self.reload = reload
         self.file = reload.source
+        self._changes = changes
+        self._addresses = itertools.cycle(
+            simulator.base_url.replace("127.0.0.1", host) for host in ("localhost", "127.0.0.1")
+        )
 
     @property
     def provider(self) -> Any:
@@ -168,12 +185,31 @@ class RunningServer:
         """Wait until `held` counts nothing."""
         await until(lambda: not any(self.held().values()), within, self.held)
 
-    def forgive(self) -> None:
-        """Make the provider `sim` usable at once, as if no attempt had ever failed."""
-        self.provider._health.breaker = Breaker()
-        self.provider._health._flagged_until = 0.0
-        pace = self.provider._pace
-        pace._closed_until = pace._slow_until = pace._due = 0.0
+    @property
+    def watchers(self) -> int:
+        """The number of clients that follow `/events` now."""
+        return int(self.app[context.MONITOR].fresh()["watchers"])
+
+    def history(self) -> dict[str, Any]:
+        """What a new client of `/events` is sent first: the series and the incidents."""
+        watcher = _Watcher()
+        self.app[context.MONITOR].watch(watcher, 1)
+        self.app[context.MONITOR].leave(watcher)
+        history: dict[str, Any] = orjson.loads(eventstream.parse(bytes(watcher.sent))[0].data)
+        return history
+
+    def incidents(self) -> list[dict[str, Any]]:
+        """The incidents that a new client of `/events` is shown."""
+        incidents: list[dict[str, Any]] = self.history()["incidents"]
+        return incidents
+
+    async def forgive(self) -> None:
+        """Make the provider `sim` usable at once, as if no attempt had ever failed.
+
+        A reload gives it another address, which leads to the same simulator.
+        """
+        address = {"llm.providers.sim.base_url": next(self._addresses)}
+        assert await self.change(**{**self._changes, **address})
 
     async def change(self, **changes: Any) -> bool:
         """Reload with other changes: `change(**{"llm.active": "other"})`.
@@ -226,7 +262,7 @@ async def running(
             base = f"http://127.0.0.1:{listening[0].port}"
             async with aiohttp.ClientSession() as session:
                 reload = Reload(runner, configuration, {})
-                server = RunningServer(runner, base, simulator, session, reload)
+                server = RunningServer(runner, base, simulator, session, reload, changes or {})
                 yield server
             await server.nothing_held()
         finally:

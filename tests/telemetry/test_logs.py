@@ -19,6 +19,7 @@ from tests.support.waiting import until
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from tests.support.clock import FakeClock
     from tests.support.server import MakeServer, RunningServer
 
 
@@ -70,16 +71,14 @@ def test_a_closed_stream_is_no_fault() -> None:
     assert handler.dropped == 1
 
 
-def test_an_error_that_repeats_is_written_once_and_counted() -> None:
+def test_an_error_that_repeats_is_written_once_and_counted(clock: FakeClock) -> None:
     stream = io.StringIO()
-    handler = logs.BackgroundHandler(stream)
+    handler = logs.BackgroundHandler(stream, clock)
     handler.setFormatter(logs.JsonFormatter("aioserver", ""))
-    clock = [5.0]
-    handler._errors = logs.RateLimit(1, logs.SAME_ERROR, lambda: clock[0])
     for _ in range(7):
         handler.emit(record(logging.ERROR, "bug", request_id="r"))
     handler.emit(record(logging.ERROR, "another"))
-    clock[0] += logs.SAME_ERROR
+    clock.now += logs.SAME_ERROR
     handler.emit(record(logging.ERROR, "bug", request_id="s"))
     for _ in range(3):
         handler.emit(record(logging.WARNING, "warning"))

@@ -71,7 +71,7 @@ def test_a_bug_is_an_internal_error_and_shows_nothing_of_itself() -> None:
     assert metrics.requests["openai", "groq", "internal_error", "internal_error"].value == 1
 
 
-def test_who_left_and_who_stopped_it_are_told_apart() -> None:
+def test_leaving_and_cancelling_are_told_apart() -> None:
     metrics = Metrics(GIVEN)
     one, other = record(), record()
     other.left = True
