@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from aioserver.gateway.prompts import Prompt
     from aioserver.gateway.router import Router
     from aioserver.protocol.messages import Chat
-    from aioserver.streams.store import Streams
+    from aioserver.streams.store import StreamStore
     from aioserver.streams.stream import Stream
     from aioserver.telemetry.request_log import RequestLog, RequestRecord
 
@@ -60,7 +60,7 @@ class Gateway:
     def __init__(
         self,
         router: Router,
-        streams: Streams,
+        streams: StreamStore,
         conversations: Conversations,
         service: settings.Service,
         bounds: settings.Streams,
@@ -142,12 +142,12 @@ class Gateway:
             stream = self._open(request)
             self._start(stream, self._keep_whole(request, stream))
         reader = ConditionReader(stream, _ended)
-        self.lifetime.read(stream)
+        self.lifetime.reader_added(stream)
         try:
             await reader.reached
         finally:
             reader.leave()
-            self.lifetime.unread(stream)
+            self.lifetime.reader_removed(stream)
         if isinstance(stream.details.whole, Answer):
             return stream.details.whole
         raise stream.error or StreamNotFound("this answer was cancelled")

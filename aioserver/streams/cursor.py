@@ -48,13 +48,13 @@ class Cursor:
     """
 
     __slots__ = (
-        "_queued",
+        "_render_position",
         "_since",
         "_writer",
         "at",
-        "finished",
         "gone",
         "look",
+        "on_end",
         "skip",
         "stream",
     )
@@ -65,17 +65,17 @@ class Cursor:
         stream: Stream,
         after: int,
         look: Format,
-        queued: Callable[[int, float], bytes] | None,
-        finished: Callable[[Cursor], None],
+        render_position: Callable[[int, float], bytes] | None,
+        on_end: Callable[[Cursor], None],
     ) -> None:
         self.stream = stream
         self.at, self.skip = stream.locate(after)
-        self.finished = finished
+        self.on_end = on_end
         self.gone = False
         self._since = monotonic()
         self._writer = writer
         self.look = look
-        self._queued = queued
+        self._render_position = render_position
 
     def take_now(self, data: bytes) -> bool:
         """Write *data*, which no log will keep, unless something has to be written before it."""
@@ -99,8 +99,8 @@ class Cursor:
 
         Not to a client that takes nothing: when it does, it would be an old one.
         """
-        if self._queued is not None and not self._writer.blocked:
-            self._writer.send(self._queued(position, eta))
+        if self._render_position is not None and not self._writer.blocked:
+            self._writer.send(self._render_position(position, eta))
 
     def newest(self) -> bytes:
         """The entry just appended, rendered and passed; b"" where more than it is to be taken."""

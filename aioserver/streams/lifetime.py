@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from aioserver.config import settings
-    from aioserver.streams.store import Streams
+    from aioserver.streams.store import StreamStore
     from aioserver.streams.stream import Stream
 
 
@@ -27,7 +27,7 @@ class Lifetime:
     """
 
     def __init__(
-        self, streams: Streams, bounds: settings.Streams, cancel: Callable[[Stream], None]
+        self, streams: StreamStore, bounds: settings.Streams, cancel: Callable[[Stream], None]
     ) -> None:
         self._streams = streams
         self._bounds = bounds
@@ -56,11 +56,11 @@ class Lifetime:
             if not stream.readers:
                 self.end(stream)
 
-    def read(self, stream: Stream) -> None:
+    def reader_added(self, stream: Stream) -> None:
         """*stream* has a reader (again)."""
         self._attach(stream)
 
-    def unread(self, stream: Stream) -> None:
+    def reader_removed(self, stream: Stream) -> None:
         """A reader of *stream* has left; called after it was taken out of `readers`."""
         if stream.readers:
             return

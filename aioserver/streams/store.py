@@ -20,7 +20,7 @@ ENOUGH = 0.95  # of max_kept_bytes: what is left when room was made
 
 
 @dataclass(frozen=True, slots=True)
-class StreamsStats:
+class StoreStats:
     """The store at one moment."""
 
     running: int
@@ -29,7 +29,7 @@ class StreamsStats:
     max_bytes: int
 
 
-class Streams:
+class StreamStore:
     """Every log that can be found: running, or finished and kept for its window.
 
     Always: `bytes` is the sum over all its logs, and over those that are private (never found
@@ -126,9 +126,9 @@ class Streams:
         if self._bytes > self._max_kept_bytes:
             self._evict()
 
-    def stats(self) -> StreamsStats:
+    def stats(self) -> StoreStats:
         """The state now."""
-        return StreamsStats(
+        return StoreStats(
             running=len(self._running),
             finished=len(self._finished),
             bytes=self._bytes,

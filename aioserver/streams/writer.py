@@ -57,22 +57,22 @@ class Writer:
         outbox: Outbox,
         *,
         send_timeout: float,
-        dropped: Callable[[str], None] = lambda _why: None,
+        on_drop: Callable[[str], None] = lambda _why: None,
         chunked: bool = False,
         head: bytes = b"",
         tail: bytes = b"",
-        left: Callable[[Stream], None] = lambda _stream: None,
+        on_unfollow: Callable[[Stream], None] = lambda _stream: None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._transport = transport
         self._drain = drain
         self._outbox = outbox
         self._send_timeout = send_timeout
-        self._dropped = dropped
+        self._on_drop = on_drop
         self._chunked = chunked
         self._head = head  # goes before the first write
         self._tail = tail  # goes with the end of a stream
-        self._left = left
+        self._on_unfollow = on_unfollow
         self._cursors: dict[Cursor, None] = {}
         self._ready: dict[Cursor, None] = {}
         self._control: list[bytes] = []
@@ -110,8 +110,8 @@ class Writer:
         after: int,
         look: Format,
         *,
-        queued: Callable[[int, float], bytes] | None = None,
-        finished: Callable[[Cursor], None] = lambda _cursor: None,
+        render_position: Callable[[int, float], bytes] | None = None,
+        on_end: Callable[[Cursor], None] = lambda _cursor: None,
     ) -> Cursor:
         """Write what *stream* has behind event *after*, and what will come.
 
@@ -121,10 +121,12 @@ class Writer:
         Raises:
             ResumeGap: see `Stream.locate`.
         """
-        cursor = Cursor(self, stream, after, look, queued, finished)
+        cursor = Cursor(self, stream, after, look, render_position, on_end)
         if self._closed:
             cursor.gone = True
-            self._loop.call_soon(self._left, stream)  # not before the face has told of its reader
+            self._loop.call_soon(
+                self._on_unfollow, stream
+            )  # not before the face has told of its reader
             return cursor
         stream.add_reader(cursor)
         self._cursors[cursor] = None
@@ -148,7 +150,7 @@ class Writer:
         stream.remove_reader(cursor)
         if stream.ended:
             stream.trim()
-        self._left(stream)
+        self._on_unfollow(stream)
 
     def write_now(self, data: bytes) -> bool:
         """Write *data*, the next bytes of the only cursor, unless something must go before it."""
@@ -244,7 +246,7 @@ class Writer:
             for cursor in ended:
                 if not cursor.gone:
                     self.unfollow(cursor)
-                    cursor.finished(cursor)
+                    cursor.on_end(cursor)
 
     async def flush(self) -> None:
         """Wait until all that is ready was handed to the transport, or the writer is closed."""
@@ -257,7 +259,7 @@ class Writer:
     def abort(self, why: str) -> None:
         """Drop the client: its connection ends with a reset, whatever is still to be written."""
         if not self._closed:
-            self._dropped(why)
+            self._on_drop(why)
         sock = self._transport.get_extra_info("socket")
         if sock is not None and not self._transport.is_closing():
             # A reset: else the kernel would keep what it still has for a peer that takes nothing.

@@ -30,7 +30,7 @@ from aioserver.providers.sinks import ChatSink, EventSink
 from aioserver.streams.entries import CANCELLED
 from aioserver.streams.fast_path import MAX_CHUNK_BYTES, FastPath, Outbox, TextPath
 from aioserver.streams.formats import EVENTS, MESSAGES, RAW
-from aioserver.streams.store import Streams
+from aioserver.streams.store import StreamStore
 from aioserver.streams.writer import TURN_BYTES, Writer
 from tests.support.chat import (
     CHAT,
@@ -152,7 +152,7 @@ class Road:
         self.wire = wire or Wire()
         self.protocol = self.wire.protocol
         private = face == "openai"
-        self.streams = Streams(max_stream_bytes=most, max_kept_bytes=1 << 30)
+        self.streams = StreamStore(max_stream_bytes=most, max_kept_bytes=1 << 30)
         self.stream = self.streams.open(
             "r1", "me", window=0.0 if private else window, private=private
         )
@@ -203,7 +203,7 @@ class Road:
             self.outbox,
             send_timeout=30.0,
             chunked=self.chunked,
-            dropped=self.dropped.append,
+            on_drop=self.dropped.append,
         )
 
     async def _produce(self) -> None:

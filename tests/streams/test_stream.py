@@ -16,7 +16,7 @@ from aioserver.provider_errors import ProviderDisconnected
 from aioserver.streams.entries import CANCELLED, CHUNK, COMPLETE, ERROR, PROCESSING
 from aioserver.streams.fast_path import Client as PassedTo
 from aioserver.streams.fast_path import TextPath
-from aioserver.streams.store import Streams
+from aioserver.streams.store import StreamStore
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,8 +27,8 @@ MUCH = 1 << 30
 DEMO = "demo"
 
 
-def streams_of(max_stream_bytes: int = MUCH, max_kept_bytes: int = MUCH) -> Streams:
-    return Streams(max_stream_bytes=max_stream_bytes, max_kept_bytes=max_kept_bytes)
+def streams_of(max_stream_bytes: int = MUCH, max_kept_bytes: int = MUCH) -> StreamStore:
+    return StreamStore(max_stream_bytes=max_stream_bytes, max_kept_bytes=max_kept_bytes)
 
 
 def chunk(text: str) -> bytes:
@@ -427,7 +427,7 @@ def test_a_name_used_again_is_not_dropped_with_its_first_bearer() -> None:
     assert streams.find(DEMO, "r1") is new
 
 
-def finished(streams: Streams, name: str, size: int = 1000) -> Stream:
+def finished(streams: StreamStore, name: str, size: int = 1000) -> Stream:
     stream = streams.open(name, DEMO, window=30)
     stream.append(CHUNK, [chunk("x" * size)])
     stream.end(COMPLETE, {})

@@ -438,9 +438,9 @@ async def test_finished_may_unfollow_the_others_and_follow_anew() -> None:
             if cursor.stream is not after:
                 for other in cursors:
                     one.writer.unfollow(other)
-                one.writer.follow(after, 0, one.look, finished=finished)
+                one.writer.follow(after, 0, one.look, on_end=finished)
 
-        cursors = [one.writer.follow(stream, 0, one.look, finished=finished) for stream in streams]
+        cursors = [one.writer.follow(stream, 0, one.look, on_end=finished) for stream in streams]
         for stream in streams:
             stream.end(COMPLETE, {})
         await until(lambda: after in ended)
@@ -454,7 +454,7 @@ async def test_finished_may_close_the_writer() -> None:
     async with client() as one:
         streams = [stream_of(name) for name in "ab"]
         for stream in streams:
-            one.writer.follow(stream, 0, one.look, finished=lambda _one: one.writer.close())
+            one.writer.follow(stream, 0, one.look, on_end=lambda _one: one.writer.close())
         for stream in streams:
             stream.end(COMPLETE, {})
         await ticks()
