@@ -165,7 +165,7 @@ class Gateway:
 
     def of(self, caller: Caller) -> Iterator[Stream]:
         """The caller's own streams that are kept."""
-        return self._streams.of(caller)
+        return self._streams.owned_by(caller)
 
     def cancel(self, caller: Caller, request_id: str) -> Stream:
         """End a stream for everybody who reads it; one that has ended stays as it is.
@@ -174,7 +174,7 @@ class Gateway:
             StreamNotFound: as `find`.
         """
         stream = self.find(caller, request_id)
-        self.lifetime.end(stream, left=False)
+        self.lifetime.end(stream, abandoned=False)
         return stream
 
     async def revoke(self, callers: Collection[str]) -> None:
@@ -297,7 +297,7 @@ class Gateway:
         try:
             await self._router.fill(request, stream)
         except asyncio.CancelledError:
-            stream.seal()
+            stream.close_fast_path()
             if prompt.reading.text:
                 prompt.keep()
             raise
@@ -310,10 +310,10 @@ class Gateway:
         stream.details.whole = answer
         stream.details.usage = answer.usage
         if len(answer.body) > self._bounds.max_stream_bytes:
-            stream.hold(len(answer.body))  # the entry goes, this stays
+            stream.count_extra_bytes(len(answer.body))  # the entry goes, this stays
         stream.details.provider = answer.provider
         if request.stored and (name := final_response(answer.body)) is not None:
-            stream.call_also(name)
+            stream.add_alias(name)
         stream.append(CHUNK, data=answer.body)
         stream.end(COMPLETE, {"metadata": {"provider": answer.provider}})
 

@@ -30,10 +30,10 @@ class CursorWriter(Protocol):
     def write_now(self, data: bytes) -> bool:
         """Write *data*, the next bytes of the only cursor, unless something must go before it."""
 
-    def fast(self, cursor: Cursor, shape: Shape | None) -> Path | None:
+    def open_fast_path(self, cursor: Cursor, shape: Shape | None) -> Path | None:
         """Return the fast path of *cursor*, the only one, if nothing is in its way."""
 
-    def poke(self, cursor: Cursor) -> None:
+    def notify(self, cursor: Cursor) -> None:
         """Write what *cursor* has not rendered, as soon as the client takes it."""
 
     def send(self, data: bytes) -> None:
@@ -51,10 +51,10 @@ class Cursor:
         "_render_position",
         "_since",
         "_writer",
-        "at",
-        "gone",
-        "look",
+        "format",
+        "next_index",
         "on_end",
+        "removed",
         "skip",
         "stream",
     )
@@ -64,37 +64,37 @@ class Cursor:
         writer: CursorWriter,
         stream: Stream,
         after: int,
-        look: Format,
+        event_format: Format,
         render_position: Callable[[int, float], bytes] | None,
         on_end: Callable[[Cursor], None],
     ) -> None:
         self.stream = stream
-        self.at, self.skip = stream.locate(after)
+        self.next_index, self.skip = stream.locate(after)
         self.on_end = on_end
-        self.gone = False
+        self.removed = False
         self._since = monotonic()
         self._writer = writer
-        self.look = look
+        self.format = event_format
         self._render_position = render_position
 
-    def take_now(self, data: bytes) -> bool:
+    def write_now(self, data: bytes) -> bool:
         """Write *data*, which no log will keep, unless something has to be written before it."""
         if self._writer.write_now(data):
-            self.at += 1
+            self.next_index += 1
             return True
         return False
 
-    def fast(self, shape: Shape | None) -> Path | None:
+    def open_fast_path(self, shape: Shape | None) -> Path | None:
         """The writer's fast path, if this has written all there is and nothing is in its way."""
-        if self.at != self.stream.offset + len(self.stream.entries):
+        if self.next_index != self.stream.offset + len(self.stream.entries):
             return None
-        return self._writer.fast(self, shape)
+        return self._writer.open_fast_path(self, shape)
 
-    def poke(self) -> None:
+    def notify(self) -> None:
         """The log has grown."""
-        self._writer.poke(self)
+        self._writer.notify(self)
 
-    def queued(self, position: int, eta: float) -> None:
+    def report_position(self, position: int, eta: float) -> None:
         """Pass the position in the provider's line on, where this face shows it.
 
         Not to a client that takes nothing: when it does, it would be an old one.
@@ -102,40 +102,40 @@ class Cursor:
         if self._render_position is not None and not self._writer.blocked:
             self._writer.send(self._render_position(position, eta))
 
-    def newest(self) -> bytes:
+    def render_newest(self) -> bytes:
         """The entry just appended, rendered and passed; b"" where more than it is to be taken."""
         stream = self.stream
         entries = stream.entries
-        if stream.ended or self.at + 1 != stream.offset + len(entries):
+        if stream.ended or self.next_index + 1 != stream.offset + len(entries):
             return b""
-        self.at += 1
-        return self.look.newest(stream, entries[-1])
+        self.next_index += 1
+        return self.format.render_newest(stream, entries[-1])
 
-    def waited(self, now: float, blocked_until: float) -> None:
+    def note_delay(self, now: float, blocked_until: float) -> None:
         """Note how long its next event has waited for us; up to *blocked_until* it was its client.
 
         What was there before this reader came has waited since it came.
         """
         stream = self.stream
-        index = self.at - stream.offset
+        index = self.next_index - stream.offset
         if 0 <= index < len(stream.entries):
-            ready = max(stream.entries[index].at, self._since, blocked_until)
+            ready = max(stream.entries[index].received_at, self._since, blocked_until)
             stream.record.delay = max(stream.record.delay, now - ready)
 
-    def stuck(self, since: float) -> None:
+    def note_blocked(self, since: float) -> None:
         """Note that its client has taken nothing *since* then."""
         record = self.stream.record
         record.stuck = max(record.stuck, monotonic() - since)
 
-    def take(self, parts: list[bytes], room: int) -> bool:
+    def render(self, parts: list[bytes], room: int) -> bool:
         """Render up to about *room* bytes into *parts*; whether the cursor has caught up.
 
         Raises:
             ResumeGap: the log has let go of what this reader has not seen.
         """
         stream = self.stream
-        entries, look = stream.entries, self.look
-        index = self.at - stream.offset
+        entries, event_format = stream.entries, self.format
+        index = self.next_index - stream.offset
         if index < 0:
             raise ResumeGap("the reader fell behind what is kept")
         end = len(entries)
@@ -143,44 +143,44 @@ class Cursor:
             entry, skip = entries[index], self.skip
             index += 1
             if index == end and not skip:
-                part = look.newest(stream, entry)
+                part = event_format.render_newest(stream, entry)
             else:
-                part = look.render(stream, entry, skip)
+                part = event_format.render(stream, entry, skip)
                 self.skip = 0
             parts.append(part)
             room -= len(part)
-        self.at = stream.offset + index
+        self.next_index = stream.offset + index
         return index >= end
 
 
 class ConditionReader:
-    """A reader that takes nothing, and waits until *holds* is true of its stream.
+    """A reader that takes nothing, and waits until *condition* is true of its stream.
 
     *reached* is then set, for good; `stop_waiting` sets it before that. Leave with `leave`, however
     the wait ends.
     """
 
-    def __init__(self, stream: Stream, holds: Callable[[Stream], bool]) -> None:
-        self.at = stream.offset
+    def __init__(self, stream: Stream, condition: Callable[[Stream], bool]) -> None:
+        self.next_index = stream.offset
         self.reached: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._stream = stream
-        self._holds = holds
+        self._condition = condition
         stream.add_reader(self)
-        self.poke()
+        self.notify()
 
-    def take_now(self, _data: bytes) -> bool:
+    def write_now(self, _data: bytes) -> bool:
         """Return False: the entry is appended."""
         return False
 
-    def fast(self, _shape: Shape | None) -> None:
+    def open_fast_path(self, _shape: Shape | None) -> None:
         """Return None: nothing is passed on."""
 
-    def poke(self) -> None:
+    def notify(self) -> None:
         """Look whether the condition holds now."""
-        if not self.reached.done() and self._holds(self._stream):
+        if not self.reached.done() and self._condition(self._stream):
             self.reached.set_result(None)
 
-    def queued(self, position: int, eta: float) -> None:
+    def report_position(self, position: int, eta: float) -> None:
         """Do nothing: nobody is shown a position."""
 
     def stop_waiting(self) -> None:

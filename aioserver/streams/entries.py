@@ -4,7 +4,7 @@ A log holds for minutes what went by in microseconds, so an entry keeps the fewe
 objects that its events can be made from again:
 
     Entry   frames, made once for all readers; or a block as the provider sent it
-    Texts   the mere texts of a run of events that say nothing else
+    TextEntry   the mere texts of a run of events that say nothing else
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Entry:
     the last of it.
     """
 
-    __slots__ = ("at", "count", "data", "first", "frames", "sized", "status")
+    __slots__ = ("count", "data", "first", "frames", "received_at", "size", "status")
 
     def __init__(
         self,
@@ -40,15 +40,15 @@ class Entry:
         status: bytes,
         data: bytes,
         frames: Sequence[bytes] | None,
-        at: float = 0.0,
+        received_at: float = 0.0,
     ) -> None:
-        self.at = at
+        self.received_at = received_at
         self.first = first
         self.count = count
         self.status = status
         self.data = data
         self.frames = frames
-        self.sized = ENTRY_OVERHEAD + len(data) + (sum(map(len, frames)) if frames else 0)
+        self.size = ENTRY_OVERHEAD + len(data) + (sum(map(len, frames)) if frames else 0)
 
     def make_frames(self, head: bytes) -> Sequence[bytes]:
         """The frames of the provider's bytes, one for each event.
@@ -64,7 +64,7 @@ class Entry:
         ]
 
 
-class Texts(Entry):
+class TextEntry(Entry):
     """`chunk` events that say a text each.
 
     *texts*: as between a JSON string's quotes, each with the closing one, which no text contains
@@ -73,10 +73,10 @@ class Texts(Entry):
 
     __slots__ = ("texts",)
 
-    def __init__(self, first: int, count: int, texts: bytes, at: float = 0.0) -> None:
-        super().__init__(first, count, CHUNK, b"", None, at)
+    def __init__(self, first: int, count: int, texts: bytes, received_at: float = 0.0) -> None:
+        super().__init__(first, count, CHUNK, b"", None, received_at)
         self.texts = texts
-        self.sized += len(texts)
+        self.size += len(texts)
 
     def make_frames(self, head: bytes) -> Sequence[bytes]:
         """The frames, made anew each time."""

@@ -38,7 +38,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, NamedTuple
 
 from aioserver.protocol.eventstream import utf8
-from aioserver.streams.entries import Texts
+from aioserver.streams.entries import TextEntry
 
 if TYPE_CHECKING:
     import asyncio
@@ -87,51 +87,60 @@ class Outbox:
             path.write(data)
 
 
-class Client(NamedTuple):
+class Destination(NamedTuple):
     """To whom a path leads."""
 
     transport: asyncio.Transport
     outbox: Outbox
-    now: Callable[[], float]  # the loop's time
-    room: int  # bytes that the transport may hold
-    full: Callable[[], None]  # called when it holds more
+    clock: Callable[[], float]  # the loop's time
+    max_buffered: int  # bytes that the transport may hold
+    on_full: Callable[[], None]  # called when it holds more
     chunked: bool  # the client gets chunks (RFC 9112, 7.1)
 
 
 class FastPath:
     """The provider's bytes, unchanged.
 
-    *last*: the loop's time when it was taken last; *read_at*: of the last read, whichever way it
+    *forwarded_at*: the loop's time when it was taken last; *read_at*: of the last read, whichever way it
     went. *_silence*: a longer one is to be noted.
     """
 
     __slots__ = (
         "_chunked",
-        "_full",
+        "_clock",
+        "_max_buffered",
         "_meter",
-        "_now",
+        "_on_full",
         "_outbox",
-        "_room",
         "_silence",
         "_stream",
         "_transport",
         "cursor",
-        "last",
+        "forwarded_at",
         "open",
         "read_at",
         "shape",
     )
 
-    def __init__(self, cursor: Cursor, client: Client, shape: Shape | None = None) -> None:
+    def __init__(
+        self, cursor: Cursor, destination: Destination, shape: Shape | None = None
+    ) -> None:
         self.open = False
-        self.last = self.read_at = self._silence = 0.0
+        self.forwarded_at = self.read_at = self._silence = 0.0
         self.cursor = cursor
         self.shape = shape
         self._stream = cursor.stream
         self._meter = cursor.stream.meter
-        self._transport, self._outbox, self._now, self._room, self._full, self._chunked = client
+        (
+            self._transport,
+            self._outbox,
+            self._clock,
+            self._max_buffered,
+            self._on_full,
+            self._chunked,
+        ) = destination
 
-    def take(self, read: bytes) -> bool:
+    def forward(self, read: bytes) -> bool:
         """Pass *read* on; False, with nothing done, where it has to go the long way."""
         size = len(read)
         if not self.open or size > MAX_CHUNK_BYTES:
@@ -152,7 +161,7 @@ class FastPath:
         ):
             return False
         self._outbox.put(self, read)
-        self.last = now = self._now()
+        self.forwarded_at = now = self._clock()
         if now - self.read_at > self._silence:
             self._silence = self._stream.record.silent(self.read_at, now)
         self.read_at = now
@@ -169,8 +178,8 @@ class FastPath:
         transport = self._transport
         if not transport.is_closing():
             transport.write(data)
-            if transport.get_write_buffer_size() > self._room:
-                self._full()
+            if transport.get_write_buffer_size() > self._max_buffered:
+                self._on_full()
 
 
 class TextPath(FastPath):
@@ -182,31 +191,31 @@ class TextPath(FastPath):
     Always: `_texts` are those of the last events of the stream, and not in its entries.
     """
 
-    __slots__ = ("_before", "_behind", "_head", "_text", "_texts")
+    __slots__ = ("_head", "_prefix", "_render_text", "_suffix", "_texts")
 
     def __init__(
-        self, cursor: Cursor, client: Client, shape: Shape, text: Callable[..., bytes]
+        self, cursor: Cursor, destination: Destination, shape: Shape, text: Callable[..., bytes]
     ) -> None:
-        super().__init__(cursor, client, shape)
-        self._before = shape.prefix
-        self._behind = shape.suffix + b"\r\n"
+        super().__init__(cursor, destination, shape)
+        self._prefix = shape.prefix
+        self._suffix = shape.suffix + b"\r\n"
         self._head = cursor.stream.head
-        self._text = text
+        self._render_text = text
         self._texts = bytearray()  # each with its closing quote, which no plain text contains
 
-    def take(self, read: bytes) -> bool:
+    def forward(self, read: bytes) -> bool:
         """As of `FastPath`."""
         size = len(read)
         if not self.open or size > MAX_CHUNK_BYTES:
             return False
-        before, behind = self._before, self._behind
+        prefix, suffix = self._prefix, self._suffix
         line = _FIRST_LINES[size]
-        begin, stop = len(line) + len(before), size - len(behind)
+        begin, stop = len(line) + len(prefix), size - len(suffix)
         if (
             begin >= stop
             or not read.startswith(line)
-            or not read.startswith(before, len(line))
-            or not read.endswith(behind)
+            or not read.startswith(prefix, len(line))
+            or not read.endswith(suffix)
             or _PLAIN.fullmatch(read, begin, stop) is None
         ):
             return False
@@ -217,27 +226,27 @@ class TextPath(FastPath):
         stream = self._stream
         stream.last = number = stream.last + 1
         self._meter.events += 1
-        data = self._text(self._head, number, text)
+        data = self._render_text(self._head, number, text)
         self._outbox.put(self, b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
-        self.last = now = self._now()
+        self.forwarded_at = now = self._clock()
         if now - self.read_at > self._silence:
             self._silence = stream.record.silent(self.read_at, now)
         self.read_at = now
         if len(self._texts) > MAX_RUN_BYTES:
-            self._keep()
+            self._append_texts()
         return True
 
     def close(self) -> None:
         """As of `FastPath`; the log has all that was taken."""
         self.open = False
         if self._texts:
-            self._keep()
+            self._append_texts()
 
-    def _keep(self) -> None:
+    def _append_texts(self) -> None:
         texts, self._texts = bytes(self._texts), bytearray()
         stream, count = self._stream, texts.count(b'"')
         assert self.shape is not None
         self.shape.reading.note(texts.replace(b'"', b"").decode(), len(texts) - count)
-        self.cursor.at += 1
-        stream.append_passed(Texts(stream.last - count + 1, count, texts, monotonic()))
+        self.cursor.next_index += 1
+        stream.append_forwarded(TextEntry(stream.last - count + 1, count, texts, monotonic()))
         stream.trim()

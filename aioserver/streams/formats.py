@@ -32,7 +32,7 @@ class Format(NamedTuple):
     render: Callable[[Stream, Entry, int], bytes]
     text: Callable[[bytes, int, bytes], bytes] | None
 
-    def newest(self, stream: Stream, entry: Entry) -> bytes:
+    def render_newest(self, stream: Stream, entry: Entry) -> bytes:
         """The newest *entry* of *stream*, rendered once for all who read it in this format."""
         if len(stream.readers) < 2:
             return self.render(stream, entry, 0)

@@ -80,10 +80,10 @@ class Lifetime:
         stream.attachment.timer = self._loop.call_later(stream.window, self.end, stream)
         self._bound()
 
-    def end(self, stream: Stream, *, left: bool = True) -> None:
-        """Cancel *stream*, whoever reads it; *left*: since nobody does."""
+    def end(self, stream: Stream, *, abandoned: bool = True) -> None:
+        """Cancel *stream*, whoever reads it; *abandoned*: since nobody does."""
         self._attach(stream)
-        stream.attachment.abandoned = left
+        stream.attachment.abandoned = abandoned
         self._cancel(stream)
 
     def make_room(self, provider: str) -> None:

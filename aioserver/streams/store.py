@@ -39,7 +39,7 @@ class StreamStore:
     def __init__(self, *, max_stream_bytes: int, max_kept_bytes: int) -> None:
         self._max_stream_bytes = max_stream_bytes
         self._max_kept_bytes = max_kept_bytes
-        self._found: dict[tuple[Hashable, str], Stream] = {}
+        self._by_name: dict[tuple[Hashable, str], Stream] = {}
         self._finished: OrderedDict[Stream, None] = OrderedDict()  # the oldest first
         self._running: set[Stream] = set()
         self._bytes = 0
@@ -79,22 +79,22 @@ class StreamStore:
         )
         self._running.add(stream)
         if not private:
-            self._found[caller, request_id] = stream
+            self._by_name[caller, request_id] = stream
         return stream
 
     def find(self, caller: Hashable, request_id: str) -> Stream | None:
         """The caller's log of that name."""
-        return self._found.get((caller, request_id))
+        return self._by_name.get((caller, request_id))
 
-    def named(self, stream: Stream, alias: str) -> None:
+    def add_alias(self, stream: Stream, alias: str) -> None:
         """Let *stream* be found by *alias*, too, if nothing else is."""
-        self._found.setdefault((stream.caller, alias), stream)
+        self._by_name.setdefault((stream.caller, alias), stream)
 
-    def of(self, caller: Hashable) -> Iterator[Stream]:
+    def owned_by(self, caller: Hashable) -> Iterator[Stream]:
         """The caller's logs, the oldest first."""
         return (
             stream
-            for (owner, name), stream in self._found.items()
+            for (owner, name), stream in self._by_name.items()
             if owner == caller and name == stream.request_id
         )
 
@@ -107,18 +107,18 @@ class StreamStore:
         self._finished.pop(stream, None)
         self._running.discard(stream)
         for name in (stream.request_id, stream.attachment.alias):
-            if name is not None and self._found.get((stream.caller, name)) is stream:
-                del self._found[stream.caller, name]
+            if name is not None and self._by_name.get((stream.caller, name)) is stream:
+                del self._by_name[stream.caller, name]
         self._bytes -= stream.forget()
 
-    def grew(self, stream: Stream, size: int) -> None:
+    def count_bytes(self, stream: Stream, size: int) -> None:
         """A log has grown by *size* bytes (or shrunk)."""
         del stream
         self._bytes += size
         if self._bytes > self._max_kept_bytes:
             self._evict()
 
-    def finished(self, stream: Stream) -> None:
+    def note_end(self, stream: Stream) -> None:
         """A log has its last event."""
         self._running.discard(stream)
         self._finished[stream] = None

@@ -7,7 +7,7 @@ per client, no copy per reader, and so a slow reader costs the others nothing.
 
 An entry (entries.py) may hold several events. Faces that pass the provider's bytes on take a block
 as it is; what is asked for by a face that shows frames is kept as frames, made once for all readers.
-What a fast path passes on becomes an entry when the path is closed: see `seal`.
+What a fast path passes on becomes an entry when the path is closed: see `close_fast_path`.
 
 What is bounded: a log keeps `max_stream_bytes`, its oldest entries go first; a reader that is
 behind them cannot go on (`ResumeGap`), which is said and never skipped. Where nobody can come back
@@ -41,10 +41,10 @@ class Path(Protocol):
     way it went.
     """
 
-    last: float
+    forwarded_at: float
     read_at: float
 
-    def take(self, read: bytes) -> bool:
+    def forward(self, read: bytes) -> bool:
         """Pass *read* on; False, with nothing done, where it has to go the long way."""
 
     def close(self) -> None:
@@ -57,31 +57,31 @@ class Reader(Protocol):
     *at* is the index of the first entry that it has not passed, counted from the start of the log.
     """
 
-    at: int
+    next_index: int
 
-    def take_now(self, data: bytes) -> bool:
+    def write_now(self, data: bytes) -> bool:
         """Take *data* as the next entry, if that can be done at once; else it is appended."""
 
-    def fast(self, shape: Shape | None) -> Path | None:
+    def open_fast_path(self, shape: Shape | None) -> Path | None:
         """Return its fast path, where nothing is to be done before the next event."""
 
-    def poke(self) -> None:
+    def notify(self) -> None:
         """Look at the log, which has grown or ended."""
 
-    def queued(self, position: int, eta: float) -> None:
+    def report_position(self, position: int, eta: float) -> None:
         """Tell that the request waits for its provider: its position, and the seconds it may take."""
 
 
 class Store(Protocol):
     """The store that a log counts in (store.py)."""
 
-    def grew(self, stream: Stream, size: int) -> None:
+    def count_bytes(self, stream: Stream, size: int) -> None:
         """Note that *stream* has grown by *size* bytes; it may have shrunk."""
 
-    def finished(self, stream: Stream) -> None:
+    def note_end(self, stream: Stream) -> None:
         """Note that *stream* has its last event."""
 
-    def named(self, stream: Stream, alias: str) -> None:
+    def add_alias(self, stream: Stream, alias: str) -> None:
         """Let *stream* be found by *alias*, too, if nothing else is."""
 
 
@@ -169,7 +169,7 @@ class Stream:
     @property
     def first(self) -> int:
         """The number of the oldest event kept; last + 1 where there is none."""
-        self.seal()
+        self.close_fast_path()
         return self.entries[0].first if self.entries else self.last + 1
 
     @property
@@ -183,21 +183,21 @@ class Stream:
             self.answered_at = monotonic()
             self.record.silence = 0.0  # what was before: a head, comments, a try that failed
 
-    def call_also(self, alias: str) -> None:
+    def add_alias(self, alias: str) -> None:
         """Let it be found by *alias*, too; a private one is not found at all."""
         if self.attachment.alias is None and not self.private and self._store is not None:
             self.attachment.alias = alias
-            self._store.named(self, alias)
+            self._store.add_alias(self, alias)
 
     def add_reader(self, reader: Reader) -> None:
         """*reader* follows from now on."""
         self.readers.append(reader)
-        self.seal()
+        self.close_fast_path()
 
     def remove_reader(self, reader: Reader) -> None:
         """*reader* follows no more."""
         self.readers.remove(reader)
-        self.seal()
+        self.close_fast_path()
 
     def append(
         self,
@@ -208,12 +208,12 @@ class Stream:
         count: int = 1,
         more: bool = False,
     ) -> None:
-        """Add events of one *status* and poke the readers; with *more* the next append does that.
+        """Add events of one *status* and notify the readers; with *more* the next append does that.
 
         *chunks*: the events' `chunk` objects as JSON, one an event; or *data*: the provider's own
         bytes of *count* whole events.
         """
-        self.seal()
+        self.close_fast_path()
         first = self.last + 1
         if chunks:
             head = self.head
@@ -228,10 +228,10 @@ class Stream:
             self.meter.events += self.last + 1 - first
         if not more:
             for reader in self.readers if len(self.readers) < 2 else tuple(self.readers):
-                reader.poke()
+                reader.notify()
             self.trim()
 
-    def seal(self) -> None:
+    def close_fast_path(self) -> None:
         """Close the fast path; what it has passed on is in the log now.
 
         Always done before anything looks at `entries`, or puts something into them.
@@ -240,12 +240,12 @@ class Stream:
             self.path = None
             path.close()
 
-    def append_passed(self, entry: Entry) -> None:
+    def append_forwarded(self, entry: Entry) -> None:
         """Add what the only reader has passed by its fast path; it is counted in `last` already."""
         self.entries.append(entry)
-        self._grow(entry.sized)
+        self._grow(entry.size)
 
-    def hold(self, size: int) -> None:
+    def count_extra_bytes(self, size: int) -> None:
         """Count *size* bytes that are kept outside the entries, until it is forgotten."""
         self._grow(size)
 
@@ -254,20 +254,20 @@ class Stream:
         if self.bytes > self._max_bytes or self.window <= 0:
             self._let_go()
 
-    def pass_on(self, data: bytes, count: int, *, more: bool = False) -> None:
+    def forward(self, data: bytes, count: int, *, more: bool = False) -> None:
         """Append the provider's bytes of *count* whole events.
 
         They are not kept where nobody else can find them and the only reader takes them at once:
         the same as an append after which everybody has passed.
         """
-        self.seal()
+        self.close_fast_path()
         readers = self.readers
         if (
             self.private
             and not more
             and len(readers) == 1
             and not self.entries
-            and readers[0].take_now(data)
+            and readers[0].write_now(data)
         ):
             self.last += count
             self.offset += 1
@@ -275,17 +275,17 @@ class Stream:
         else:
             self.append(CHUNK, data=data, count=count, more=more)
 
-    def fast(self, shape: Shape | None = None) -> Path | None:
+    def open_fast_path(self, shape: Shape | None = None) -> Path | None:
         """The only reader's fast path, where that reader has passed all there is.
 
         Without a *shape* it is one for the provider's bytes, of which nothing is kept.
         """
-        self.seal()
+        self.close_fast_path()
         if not self.answered_at or len(self.readers) != 1:
             return None
         if shape is None and (not self.private or self.entries):
             return None
-        self.path = self.readers[0].fast(shape)
+        self.path = self.readers[0].open_fast_path(shape)
         return self.path
 
     def append_processing(self, provider: str, model: str) -> None:
@@ -304,27 +304,27 @@ class Stream:
 
     def append_end(self, status: bytes, chunk: bytes, data: bytes = b"") -> None:
         """Append the last event, its `chunk` already JSON."""
-        self.seal()
+        self.close_fast_path()
         number = self.last + 1
         frames = [messages.frame(self.head, number, status, chunk)]
         self._add(Entry(number, 1, status, data, frames, monotonic()))
         self.ended = True
         self.end_status = status
         for reader in tuple(self.readers):
-            reader.poke()
+            reader.notify()
         self.trim()
         if self._store is not None:
-            self._store.finished(self)
+            self._store.note_end(self)
 
     def fail(self, error: AioserverError) -> None:
         """Append the last event: *error*, as both kinds of face show it."""
         self.error = error
         self.end(ERROR, error.as_chunk(), data=b"data: %b\n\n" % error.body())
 
-    def queued(self, position: int, eta: float) -> None:
+    def report_position(self, position: int, eta: float) -> None:
         """Tell the readers where the request stands in its provider's line."""
         for reader in tuple(self.readers):
-            reader.queued(position, eta)
+            reader.report_position(position, eta)
 
     def locate(self, after: int) -> tuple[int, int]:
         """Where a reader that has seen event *after* goes on: (index, events of it to skip).
@@ -332,7 +332,7 @@ class Stream:
         Raises:
             ResumeGap: events behind *after* are no longer kept, or *after* does not exist yet.
         """
-        self.seal()
+        self.close_fast_path()
         if after > self.last:
             raise ResumeGap(f"event {after} does not exist yet; the newest is {self.last}")
         if after + 1 < self.first:
@@ -356,7 +356,7 @@ class Stream:
 
     def forget(self) -> int:
         """Drop all entries; returns the bytes that were kept."""
-        self.seal()
+        self.close_fast_path()
         freed, self.bytes = self.bytes, 0
         self.offset += len(self.entries)
         self.entries.clear()
@@ -367,24 +367,24 @@ class Stream:
         assert not self.ended, "nothing follows the end of a stream"
         self.last += entry.count
         self.entries.append(entry)
-        self._grow(entry.sized)
+        self._grow(entry.size)
 
     def _grow(self, size: int) -> None:
         self.bytes += size
         if self._store is not None:
-            self._store.grew(self, size)
+            self._store.count_bytes(self, size)
 
     def _let_go(self) -> None:
         passed = self.offset
         if self.window <= 0 and self.readers:
-            passed = self.readers[0].at
+            passed = self.readers[0].next_index
             if len(self.readers) > 1:
-                passed = min([reader.at for reader in self.readers])
+                passed = min([reader.next_index for reader in self.readers])
         entries, gone, freed = self.entries, 0, 0
         while len(entries) - gone > 1 or (len(entries) > gone and self.offset + gone < passed):
             if self.offset + gone >= passed and self.bytes - freed <= self._max_bytes:
                 break
-            freed += entries[gone].sized
+            freed += entries[gone].size
             gone += 1
         if gone:
             del entries[:gone]

@@ -5,7 +5,7 @@ keeps cursors into logs, not events; only control frames are queued, 64 of them.
 synchronous and is called from `Stream.append` itself, so that a token goes from the provider's
 socket to the client's without a task switch:
 
-    Stream.append → Cursor.poke → Writer.pump → transport.write
+    Stream.append → Cursor.notify → Writer.pump → transport.write
 
 and most of them do not come here at all: where nothing else is to be done the writer opens a fast
 path for its stream (fastpath.py), and closes it before it writes anything else or stops.
@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 from aioserver.errors import ResumeGap
 from aioserver.limits.write_watchdog import WriteWatchdog
 from aioserver.streams.cursor import Cursor
-from aioserver.streams.fast_path import Client, FastPath, Outbox, TextPath
+from aioserver.streams.fast_path import Destination, FastPath, Outbox, TextPath
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from aioserver.streams.formats import Format
     from aioserver.streams.stream import Stream
 
-TURN_BYTES = 1 << 16  # of one cursor in one turn, and of one write
+WRITE_BYTES = 1 << 16  # of one cursor in one turn, and of one write
 MAX_CONTROL_FRAMES = 64
 KERNEL_WATCHES = hasattr(socket, "TCP_USER_TIMEOUT")  # what is left after the end: see listener.py
 
@@ -78,7 +78,7 @@ class Writer:
         self._control: list[bytes] = []
         self._scheduled: asyncio.Handle | None = None
         self._draining: asyncio.Task[None] | None = None
-        self._watch: WriteWatchdog | None = None
+        self._watchdog: WriteWatchdog | None = None
         self._blocked_at = self._blocked_until = 0.0  # monotonic
         self._closed = False
         self._path: FastPath | None = None
@@ -87,7 +87,11 @@ class Writer:
     @property
     def last_write(self) -> float:
         """The loop's time when something was written last."""
-        return self._last_write if self._path is None else max(self._last_write, self._path.last)
+        return (
+            self._last_write
+            if self._path is None
+            else max(self._last_write, self._path.forwarded_at)
+        )
 
     @property
     def closed(self) -> bool:
@@ -108,22 +112,22 @@ class Writer:
         self,
         stream: Stream,
         after: int,
-        look: Format,
+        event_format: Format,
         *,
         render_position: Callable[[int, float], bytes] | None = None,
         on_end: Callable[[Cursor], None] = lambda _cursor: None,
     ) -> Cursor:
         """Write what *stream* has behind event *after*, and what will come.
 
-        *look*: how they are written; *finished* is called when the last event was written. A writer
+        *event_format*: how they are written; *finished* is called when the last event was written. A writer
         that is closed already leaves *stream* again in the next turn of the loop.
 
         Raises:
             ResumeGap: see `Stream.locate`.
         """
-        cursor = Cursor(self, stream, after, look, render_position, on_end)
+        cursor = Cursor(self, stream, after, event_format, render_position, on_end)
         if self._closed:
-            cursor.gone = True
+            cursor.removed = True
             self._loop.call_soon(
                 self._on_unfollow, stream
             )  # not before the face has told of its reader
@@ -131,19 +135,19 @@ class Writer:
         stream.add_reader(cursor)
         self._cursors[cursor] = None
         self._close_path()
-        if cursor.at < stream.offset + len(stream.entries) or stream.ended:
+        if cursor.next_index < stream.offset + len(stream.entries) or stream.ended:
             self._ready[cursor] = None
             self._schedule()
         return cursor
 
     def unfollow(self, cursor: Cursor) -> None:
         """Stop reading; the stream learns that it has a reader less."""
-        if cursor.gone:
+        if cursor.removed:
             return
-        cursor.gone = True
+        cursor.removed = True
         self._close_path()
         if self._draining is not None:
-            cursor.stuck(self._blocked_at)
+            cursor.note_blocked(self._blocked_at)
         self._cursors.pop(cursor, None)
         self._ready.pop(cursor, None)
         stream = cursor.stream
@@ -159,7 +163,7 @@ class Writer:
         self._write(data)
         return True
 
-    def fast(self, cursor: Cursor, shape: Shape | None) -> FastPath | None:
+    def open_fast_path(self, cursor: Cursor, shape: Shape | None) -> FastPath | None:
         """The fast path of *cursor*, the only one here, if nothing is in its way."""
         if self._ready or self._draining is not None or self._closed or len(self._cursors) != 1:
             return None
@@ -171,29 +175,29 @@ class Writer:
         return path
 
     def _new_path(self, cursor: Cursor, shape: Shape | None) -> FastPath | None:
-        client = Client(
+        destination = Destination(
             self._transport,
             self._outbox,
             self._loop.time,
-            TURN_BYTES,
+            WRITE_BYTES,
             self._block,
             self._chunked,
         )
         if shape is not None:
-            text = cursor.look.text
-            return TextPath(cursor, client, shape, text) if text is not None else None
-        return FastPath(cursor, client) if self._chunked else None
+            text = cursor.format.text
+            return TextPath(cursor, destination, shape, text) if text is not None else None
+        return FastPath(cursor, destination) if self._chunked else None
 
-    def poke(self, cursor: Cursor) -> None:
+    def notify(self, cursor: Cursor) -> None:
         """*cursor* has something to write."""
         if self._ready or self._draining is not None or self._closed or len(self._cursors) != 1:
             self._ready[cursor] = None
             if self._draining is not None:
                 if cursor.stream.ended:  # its request is counted now, its client still stuck
-                    cursor.stuck(self._blocked_at)
+                    cursor.note_blocked(self._blocked_at)
             elif not self._closed:
                 self._schedule()
-        elif data := cursor.newest():
+        elif data := cursor.render_newest():
             self._write(data)
         else:
             self._ready[cursor] = None
@@ -222,13 +226,13 @@ class Writer:
         ready, now = self._ready, monotonic()
         while (ready or self._control) and self._draining is None and not self._closed:
             parts, self._control = self._control, []
-            room = TURN_BYTES
+            room = WRITE_BYTES
             ended: list[Cursor] = []
             for cursor in list(ready):
                 have = len(parts)
-                cursor.waited(now, self._blocked_until)
+                cursor.note_delay(now, self._blocked_until)
                 try:
-                    caught_up = cursor.take(parts, room)
+                    caught_up = cursor.render(parts, room)
                 except ResumeGap:
                     self.abort("reader fell behind")
                     return
@@ -244,7 +248,7 @@ class Writer:
             if data or ended:
                 self._write(data, self._tail if ended else b"")
             for cursor in ended:
-                if not cursor.gone:
+                if not cursor.removed:
                     self.unfollow(cursor)
                     cursor.on_end(cursor)
 
@@ -287,7 +291,7 @@ class Writer:
             self._scheduled.cancel()
             self._scheduled = None
         if (
-            self._watch is None
+            self._watchdog is None
             and not self._transport.is_closing()
             and self._transport.get_write_buffer_size()
             and not _kernel_watches(self._transport)
@@ -314,14 +318,14 @@ class Writer:
             self._head = b""
         if data:
             transport.write(data)
-            if transport.get_write_buffer_size() > TURN_BYTES:
+            if transport.get_write_buffer_size() > WRITE_BYTES:
                 self._block()
 
     def _close_path(self) -> None:
         if (path := self._path) is not None:
             self._outbox.flush()
             path.open = False
-            self._last_write = max(self._last_write, path.last)
+            self._last_write = max(self._last_write, path.forwarded_at)
             self._path = None
 
     def _block(self) -> None:
@@ -330,7 +334,7 @@ class Writer:
             return
         self._blocked_at = monotonic()
         self._draining = self._loop.create_task(self._unblock())
-        self._watch = WriteWatchdog(
+        self._watchdog = WriteWatchdog(
             self._loop,
             self._transport,
             self._send_timeout,
@@ -344,12 +348,12 @@ class Writer:
             self.close()  # the client is gone
         finally:
             self._draining = None
-            if self._watch is not None:
-                self._watch.stop()
-                self._watch = None
+            if self._watchdog is not None:
+                self._watchdog.stop()
+                self._watchdog = None
             self._blocked_until = monotonic()
             for cursor in self._cursors:
-                cursor.stuck(self._blocked_at)
+                cursor.note_blocked(self._blocked_at)
         if not self._closed:
             self.pump()
 

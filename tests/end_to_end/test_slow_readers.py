@@ -12,7 +12,7 @@ import pytest
 
 from aioserver.faces import context
 from aioserver.server import listener
-from aioserver.streams.writer import TURN_BYTES
+from aioserver.streams.writer import WRITE_BYTES
 from tests.support.chat import big, chat, numbers, text_of, to_end
 from tests.support.raw import SMALL, Raw
 from tests.support.server import QUICK
@@ -118,7 +118,7 @@ async def test_who_reads_nothing_holds_up_nobody_and_is_dropped(
     assert {why.partition(": ")[2][:13] for why in drops} == {"nothing taken"}
     assert len(costs) >= 10  # the others were dropped already: a busy machine is slow to ask
     assert waiting > 0
-    assert max(ours for ours, _ in costs) <= TURN_BYTES + EVENT
-    assert max(kernels for _, kernels in costs) <= listener.MAX_NOT_SENT + TURN_BYTES + EVENT
+    assert max(ours for ours, _ in costs) <= WRITE_BYTES + EVENT
+    assert max(kernels for _, kernels in costs) <= listener.MAX_NOT_SENT + WRITE_BYTES + EVENT
     assert 0 < kept < most
     assert largest < MAX_STREAM_BYTES

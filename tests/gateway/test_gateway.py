@@ -317,7 +317,7 @@ async def test_a_fault_keeps_nothing_of_its_question(make_house: Make) -> None:
         assert (await to_end(ws))[-1]["status"] == "error"
     await house.nothing_held()
 
-    (stream,) = house.app[context.STREAMS]._found.values()
+    (stream,) = house.app[context.STREAMS]._by_name.values()
 
     assert stream.error is not None
     assert (stream.error.__traceback__, stream.error.__cause__, stream.error.__context__) == (

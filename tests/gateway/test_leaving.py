@@ -83,20 +83,20 @@ class Reader:
     """Reads all there is at once."""
 
     def __init__(self, stream: stream.Stream) -> None:
-        self.at = 0
+        self.next_index = 0
         self._stream = stream
-        self.poke()
+        self.notify()
 
-    def take_now(self, _data: bytes) -> bool:
+    def write_now(self, _data: bytes) -> bool:
         return False
 
-    def fast(self, _shape: object) -> None:
+    def open_fast_path(self, _shape: object) -> None:
         return None
 
-    def poke(self) -> None:
-        self.at = self._stream.offset + len(self._stream.entries)
+    def notify(self) -> None:
+        self.next_index = self._stream.offset + len(self._stream.entries)
 
-    def queued(self, position: int, eta: float) -> None:
+    def report_position(self, position: int, eta: float) -> None:
         pass
 
 

@@ -12,7 +12,7 @@ from aioserver.streams.entries import CHUNK
 from aioserver.streams.fast_path import Outbox
 from aioserver.streams.formats import Format
 from aioserver.streams.store import StreamStore
-from aioserver.streams.writer import TURN_BYTES, Writer
+from aioserver.streams.writer import WRITE_BYTES, Writer
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 # The marks of asyncio's transports: above HIGH a writer waits, at LOW it goes on.
 HIGH, LOW = 1 << 16, 1 << 14
-BIG = TURN_BYTES + 1
+BIG = WRITE_BYTES + 1
 
 
 class FakeTransport(asyncio.Transport):
@@ -123,7 +123,7 @@ class FakeClient:
 
     def follow(self, stream: Stream, after: int = 0) -> Cursor:
         def finished(cursor: Cursor) -> None:
-            assert cursor.gone
+            assert cursor.removed
             self.ended.append(cursor.stream)
 
         return self.writer.follow(
