@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from aioserver.monitoring.monitor import Monitor
     from aioserver.providers.registry import Roster
     from aioserver.streams.fast_path import Outbox
-    from aioserver.streams.store import Streams
+    from aioserver.streams.store import StreamStore
     from aioserver.telemetry.loop_lag import LoopLag
     from aioserver.telemetry.metrics import Metrics
 
@@ -40,7 +40,7 @@ SHIELD: web.AppKey[Callable[..., Any]] = web.AppKey("shield")
 GUARD: web.AppKey[Guard] = web.AppKey("guard")
 ADMISSION: web.AppKey[Admission] = web.AppKey("admission")
 WHEEL: web.AppKey[TimerWheel] = web.AppKey("wheel")
-STREAMS: web.AppKey[Streams] = web.AppKey("streams")
+STREAMS: web.AppKey[StreamStore] = web.AppKey("streams")
 ROSTER: web.AppKey[Roster] = web.AppKey("roster")
 ROUTER: web.AppKey[Router] = web.AppKey("router")
 CONVERSATIONS: web.AppKey[Conversations] = web.AppKey("conversations")

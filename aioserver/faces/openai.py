@@ -140,7 +140,7 @@ async def follow_stream(
     """The answer in *stream*, behind event *after*."""
     gateway = request.app[context.GATEWAY]
     opening = ConditionReader(stream, _begun)
-    gateway.lifetime.read(stream)
+    gateway.lifetime.reader_added(stream)
     try:
         interval = request.app[context.SETTINGS].chat.websocket.ping_interval
         timer = asyncio.get_running_loop().call_later(interval, opening.stop_waiting)
@@ -156,7 +156,7 @@ async def follow_stream(
     finally:
         opening.leave()
         if not stream.readers:
-            gateway.lifetime.unread(stream)
+            gateway.lifetime.reader_removed(stream)
 
 
 def _begun(stream: Stream) -> bool:

@@ -163,7 +163,7 @@ async def _follow(request: web.Request, stream: Stream, after: int) -> web.Strea
         await follow(request, response, stream, after, EVENTS, first=RETRY, queued=queued)
     finally:
         if not stream.readers:
-            request.app[context.GATEWAY].lifetime.unread(
+            request.app[context.GATEWAY].lifetime.reader_removed(
                 stream
             )  # also where nothing was ever followed
     return response

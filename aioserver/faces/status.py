@@ -91,7 +91,7 @@ async def events(request: web.Request) -> web.StreamResponse:
         request.writer.drain,
         app[context.OUTBOX],
         send_timeout=settings.streams.send_timeout,
-        dropped=lambda why: app[context.ADMISSION].dropped("events", why),
+        on_drop=lambda why: app[context.ADMISSION].dropped("events", why),
         chunked=request.version >= HttpVersion11,
     )
     try:

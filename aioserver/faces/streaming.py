@@ -69,11 +69,11 @@ async def follow(
         request.writer.drain,
         app[context.OUTBOX],
         send_timeout=chat.streams.send_timeout,
-        dropped=lambda why: app[context.ADMISSION].dropped("http", why),
+        on_drop=lambda why: app[context.ADMISSION].dropped("http", why),
         chunked=request.version >= HttpVersion11,
         head=head,
         tail=tail,
-        left=gateway.lifetime.unread,
+        on_unfollow=gateway.lifetime.reader_removed,
     )
     ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -85,9 +85,9 @@ async def follow(
     try:
         if first:
             writer.send(first)
-        writer.follow(stream, after, look, queued=queued, finished=finished)
+        writer.follow(stream, after, look, render_position=queued, on_end=finished)
         begun()
-        gateway.lifetime.read(stream)
+        gateway.lifetime.reader_added(stream)
         app[context.WHEEL].add(beat, chat.websocket.ping_interval)
         writer.pump()
         writer.send_head()

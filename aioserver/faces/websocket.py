@@ -143,8 +143,8 @@ class Socket:
             drain,  # type: ignore[arg-type]
             app[context.OUTBOX],
             send_timeout=app[context.SETTINGS].chat.streams.send_timeout,
-            dropped=self._dropped,
-            left=self._gateway.lifetime.unread,
+            on_drop=self._dropped,
+            on_unfollow=self._gateway.lifetime.reader_removed,
         )
         self._following: dict[str, Cursor] = {}
         self._inside = False
@@ -277,17 +277,17 @@ class Socket:
             stream,
             after,
             MESSAGES,
-            queued=lambda position, eta: ws_frame(
+            render_position=lambda position, eta: ws_frame(
                 WS_TEXT,
                 messages.loose_frame(
                     stream.request_id, "queued", {"position": position, "eta": round(eta, 1)}
                 ),
             ),
-            finished=self._finished,
+            on_end=self._finished,
         )
         old = self._following.get(stream.request_id)
         self._following[stream.request_id] = cursor
-        self._gateway.lifetime.read(stream)
+        self._gateway.lifetime.reader_added(stream)
         if old is not None:
             self._writer.unfollow(old)
 

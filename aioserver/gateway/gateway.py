@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from aioserver.gateway.prompts import Prompt
     from aioserver.gateway.router import Router
     from aioserver.protocol.messages import Chat
-    from aioserver.streams.store import Streams
+    from aioserver.streams.store import StreamStore
     from aioserver.streams.stream import Stream
     from aioserver.telemetry.request_log import RequestLog, RequestRecord
 
@@ -60,7 +60,7 @@ class Gateway:
     def __init__(
         self,
         router: Router,
-        streams: Streams,
+        streams: StreamStore,
         conversations: Conversations,
         service: settings.Service,
         bounds: settings.Streams,
@@ -142,12 +142,12 @@ class Gateway:
             stream = self._open(request)
             self._start(stream, self._keep_whole(request, stream))
         reader = ConditionReader(stream, _ended)
-        self.lifetime.read(stream)
+        self.lifetime.reader_added(stream)
         try:
             await reader.reached
         finally:
             reader.leave()
-            self.lifetime.unread(stream)
+            self.lifetime.reader_removed(stream)
         if isinstance(stream.details.whole, Answer):
             return stream.details.whole
         raise stream.error or StreamNotFound("this answer was cancelled")
@@ -165,7 +165,7 @@ class Gateway:
 
     def of(self, caller: Caller) -> Iterator[Stream]:
         """The caller's own streams that are kept."""
-        return self._streams.of(caller)
+        return self._streams.owned_by(caller)
 
     def cancel(self, caller: Caller, request_id: str) -> Stream:
         """End a stream for everybody who reads it; one that has ended stays as it is.
@@ -174,7 +174,7 @@ class Gateway:
             StreamNotFound: as `find`.
         """
         stream = self.find(caller, request_id)
-        self.lifetime.end(stream, left=False)
+        self.lifetime.end(stream, abandoned=False)
         return stream
 
     async def revoke(self, callers: Collection[str]) -> None:
@@ -297,7 +297,7 @@ class Gateway:
         try:
             await self._router.fill(request, stream)
         except asyncio.CancelledError:
-            stream.seal()
+            stream.close_fast_path()
             if prompt.reading.text:
                 prompt.keep()
             raise
@@ -310,10 +310,10 @@ class Gateway:
         stream.details.whole = answer
         stream.details.usage = answer.usage
         if len(answer.body) > self._bounds.max_stream_bytes:
-            stream.hold(len(answer.body))  # the entry goes, this stays
+            stream.count_extra_bytes(len(answer.body))  # the entry goes, this stays
         stream.details.provider = answer.provider
         if request.stored and (name := final_response(answer.body)) is not None:
-            stream.call_also(name)
+            stream.add_alias(name)
         stream.append(CHUNK, data=answer.body)
         stream.end(COMPLETE, {"metadata": {"provider": answer.provider}})
 

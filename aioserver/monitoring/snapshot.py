@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from aioserver.monitoring.interval import Interval
     from aioserver.providers.provider import Provider
     from aioserver.streams.lifetime import Lifetime
-    from aioserver.streams.store import Streams
+    from aioserver.streams.store import StreamStore
     from aioserver.telemetry.counters import Counter
     from aioserver.telemetry.loop_lag import LoopLag
     from aioserver.telemetry.metrics import Metrics
@@ -54,7 +54,7 @@ class Sources:
     settings: SettingsInEffect
     metrics: Metrics
     gate: Gate
-    streams: Streams
+    streams: StreamStore
     lifetime: Lifetime
     router: Router
     lag: LoopLag

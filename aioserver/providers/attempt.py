@@ -114,7 +114,7 @@ class Attempt:
     def queued(self, position: int, eta: float) -> None:
         """Tell the readers where the request stands in the queue, and its seconds to the start."""
         if self.stream is not None:
-            self.stream.queued(position, eta)
+            self.stream.report_position(position, eta)
 
     def started(self) -> None:
         """Note that a place is taken."""

@@ -67,7 +67,7 @@ class WireProtocol(ResponseHandler):
     def data_received(self, data: bytes) -> None:
         """Push *data* on; abort where nobody asked for it."""
         fast = self.fast
-        if fast is not None and fast.take(data):
+        if fast is not None and fast.forward(data):
             return
         if self.exchange is not None:
             self.exchange.feed(data)
@@ -281,7 +281,7 @@ class Exchange:
         if not self._written or self._lingering:
             return None
         fast = self._protocol.fast
-        last_byte = self._last_byte if fast is None else max(self._last_byte, fast.last)
+        last_byte = self._last_byte if fast is None else max(self._last_byte, fast.forwarded_at)
         left = last_byte + self._read_timeout - self._loop.time()
         if left > 0:
             return left

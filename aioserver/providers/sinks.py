@@ -166,14 +166,14 @@ class EventSink:
         """The stream's, while no event is half read; what follows the finish may have the usage."""
         if self._responses or self._finished or not self._splitter.idle:
             return None
-        return self._stream.fast()
+        return self._stream.open_fast_path()
 
     def _append(self, block: bytes, *, more: bool) -> None:
         if block:
             number = eventstream.count(block)
             if number:  # comments alone pass, uncounted
                 self._stream.mark_answered()
-            self._stream.pass_on(block, number, more=more)
+            self._stream.forward(block, number, more=more)
 
     def _name(self, block: bytes) -> None:
         """Let a response be found by the id that its provider has given it."""
@@ -181,7 +181,7 @@ class EventSink:
             with contextlib.suppress(orjson.JSONDecodeError, KeyError, TypeError):
                 alias = orjson.loads(event.data)["response"]["id"]
                 if isinstance(alias, str) and alias:
-                    self._stream.call_also(alias)
+                    self._stream.add_alias(alias)
                     return
 
     @staticmethod
@@ -228,7 +228,7 @@ class ChatSink:
         chunks: list[bytes] = []
         ended = False
         self._begun = True
-        self._stream.seal()  # what was said before this is noted before it
+        self._stream.close_fast_path()  # what was said before this is noted before it
         try:
             block = self._splitter.feed(data)
             for event in eventstream.parse(block):
@@ -266,7 +266,7 @@ class ChatSink:
         """The stream's, once the shape of the provider's events is known."""
         if self._shape is None or not self._splitter.idle:
             return None
-        return self._stream.fast(self._shape)
+        return self._stream.open_fast_path(self._shape)
 
 
 def complete(stream: Stream, reading: Reading) -> None:

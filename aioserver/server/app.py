@@ -33,7 +33,7 @@ from aioserver.monitoring.snapshot import Sources
 from aioserver.providers.registry import Roster
 from aioserver.server.middleware import front
 from aioserver.streams.fast_path import Outbox
-from aioserver.streams.store import Streams
+from aioserver.streams.store import StreamStore
 from aioserver.telemetry.loop_lag import LoopLag
 from aioserver.telemetry.metrics import Metrics
 from aioserver.telemetry.request_log import RequestLog
@@ -135,7 +135,7 @@ async def _owners(app: web.Application) -> AsyncIterator[None]:
         app[context.ROUTER] = router = Router(
             roster.providers, settings.llm.active, settings.llm.fallbacks
         )
-        app[context.STREAMS] = streams = Streams(
+        app[context.STREAMS] = streams = StreamStore(
             max_stream_bytes=bounds.max_stream_bytes, max_kept_bytes=bounds.max_kept_bytes
         )
         service = chat.service

@@ -1,7 +1,7 @@
-"""The readers of a log: a client's cursor into it, and one that waits for a condition.
+"""The readers of a log: the cursor of a client, and a reader that waits for a condition.
 
-A log keeps no list of what each of its readers has to get: a reader is an index into it, and what
-it has not seen is rendered when its writer has room for it.
+A log keeps no list of what each of its readers must still get. A reader is an index into the log,
+and what it has not seen yet is rendered when its writer has room for it.
 """
 
 from __future__ import annotations
@@ -25,36 +25,40 @@ class CursorWriter(Protocol):
 
     @property
     def blocked(self) -> bool:
-        """Whether the client does not take what it was sent, at the moment."""
+        """Whether the client is not reading what it was sent, at the moment."""
 
     def write_now(self, data: bytes) -> bool:
-        """Write *data*, the next bytes of the only cursor, unless something must go before it."""
+        """Write *data*, the next bytes of the only cursor.
 
-    def fast(self, cursor: Cursor, shape: Shape | None) -> Path | None:
-        """Return the fast path of *cursor*, the only one, if nothing is in its way."""
+        Return False, with nothing done, if something else must be written before them.
+        """
 
-    def poke(self, cursor: Cursor) -> None:
-        """Write what *cursor* has not rendered, as soon as the client takes it."""
+    def open_fast_path(self, cursor: Cursor, shape: Shape | None) -> Path | None:
+        """Return the fast path of *cursor*; None if it can have none now: see fast_path.py."""
+
+    def notify(self, cursor: Cursor) -> None:
+        """Write what *cursor* has not rendered, as soon as the client reads again."""
 
     def send(self, data: bytes) -> None:
         """Write a control frame or a comment."""
 
 
 class Cursor:
-    """One reader of one stream: the cursor, and how its events look on this face.
+    """A client's progress in one stream, and the format in which the client reads it.
 
-    *at* is the index of the next entry, counted from the start of the log; *skip* says how many of
-    its events have been seen already.
+    *next_index* is the index of the next entry, counted from the start of the log; *skip* is the
+    number of events at that entry's start that the client has seen already. *removed* is true once
+    the writer follows the cursor no longer.
     """
 
     __slots__ = (
-        "_queued",
+        "_render_position",
         "_since",
         "_writer",
-        "at",
-        "finished",
-        "gone",
-        "look",
+        "format",
+        "next_index",
+        "on_end",
+        "removed",
         "skip",
         "stream",
     )
@@ -64,131 +68,136 @@ class Cursor:
         writer: CursorWriter,
         stream: Stream,
         after: int,
-        look: Format,
-        queued: Callable[[int, float], bytes] | None,
-        finished: Callable[[Cursor], None],
+        event_format: Format,
+        render_position: Callable[[int, float], bytes] | None,
+        on_end: Callable[[Cursor], None],
     ) -> None:
         self.stream = stream
-        self.at, self.skip = stream.locate(after)
-        self.finished = finished
-        self.gone = False
+        self.next_index, self.skip = stream.locate(after)
+        self.on_end = on_end
+        self.removed = False
         self._since = monotonic()
         self._writer = writer
-        self.look = look
-        self._queued = queued
+        self.format = event_format
+        self._render_position = render_position
 
-    def take_now(self, data: bytes) -> bool:
-        """Write *data*, which no log will keep, unless something has to be written before it."""
+    def write_now(self, data: bytes) -> bool:
+        """Write *data*, which no log will keep; return False if something must go before it."""
         if self._writer.write_now(data):
-            self.at += 1
+            self.next_index += 1
             return True
         return False
 
-    def fast(self, shape: Shape | None) -> Path | None:
-        """The writer's fast path, if this has written all there is and nothing is in its way."""
-        if self.at != self.stream.offset + len(self.stream.entries):
+    def open_fast_path(self, shape: Shape | None) -> Path | None:
+        """Return the writer's fast path; None if anything else must be written first."""
+        if self.next_index != self.stream.offset + len(self.stream.entries):
             return None
-        return self._writer.fast(self, shape)
+        return self._writer.open_fast_path(self, shape)
 
-    def poke(self) -> None:
-        """The log has grown."""
-        self._writer.poke(self)
+    def notify(self) -> None:
+        """Let the writer write what the log has now."""
+        self._writer.notify(self)
 
-    def queued(self, position: int, eta: float) -> None:
-        """Pass the position in the provider's line on, where this face shows it.
+    def report_position(self, position: int, eta: float) -> None:
+        """Write the position in the provider's queue, if this face shows it.
 
-        Not to a client that takes nothing: when it does, it would be an old one.
+        A client that is not reading is not sent it: by the time it is read, it would be outdated.
         """
-        if self._queued is not None and not self._writer.blocked:
-            self._writer.send(self._queued(position, eta))
+        if self._render_position is not None and not self._writer.blocked:
+            self._writer.send(self._render_position(position, eta))
 
-    def newest(self) -> bytes:
-        """The entry just appended, rendered and passed; b"" where more than it is to be taken."""
+    def render_newest(self) -> bytes:
+        """Render the entry just appended and move past it.
+
+        Return b"", with nothing done, if more than this entry is to be written, or the log has
+        ended.
+        """
         stream = self.stream
         entries = stream.entries
-        if stream.ended or self.at + 1 != stream.offset + len(entries):
+        if stream.ended or self.next_index + 1 != stream.offset + len(entries):
             return b""
-        self.at += 1
-        return self.look.newest(stream, entries[-1])
+        self.next_index += 1
+        return self.format.render_newest(stream, entries[-1])
 
-    def waited(self, now: float, blocked_until: float) -> None:
-        """Note how long its next event has waited for us; up to *blocked_until* it was its client.
+    def note_delay(self, now: float, blocked_until: float) -> None:
+        """Note how long the next event has waited for this server, in the record of the request.
 
-        What was there before this reader came has waited since it came.
+        Until *blocked_until* it waited for the client, which was not reading. An event that was in
+        the log before this reader came has waited since the reader came.
         """
         stream = self.stream
-        index = self.at - stream.offset
+        index = self.next_index - stream.offset
         if 0 <= index < len(stream.entries):
-            ready = max(stream.entries[index].at, self._since, blocked_until)
+            ready = max(stream.entries[index].received_at, self._since, blocked_until)
             stream.record.delay = max(stream.record.delay, now - ready)
 
-    def stuck(self, since: float) -> None:
-        """Note that its client has taken nothing *since* then."""
+    def note_blocked(self, since: float) -> None:
+        """Note that the client has read nothing *since* that monotonic time."""
         record = self.stream.record
         record.stuck = max(record.stuck, monotonic() - since)
 
-    def take(self, parts: list[bytes], room: int) -> bool:
-        """Render up to about *room* bytes into *parts*; whether the cursor has caught up.
+    def render(self, parts: list[bytes], room: int) -> bool:
+        """Append up to about *room* rendered bytes to *parts*; return whether nothing is left.
 
         Raises:
-            ResumeGap: the log has let go of what this reader has not seen.
+            ResumeGap: the log has discarded events that this reader has not seen.
         """
         stream = self.stream
-        entries, look = stream.entries, self.look
-        index = self.at - stream.offset
+        entries, event_format = stream.entries, self.format
+        index = self.next_index - stream.offset
         if index < 0:
-            raise ResumeGap("the reader fell behind what is kept")
+            raise ResumeGap("the reader fell behind the events that are kept")
         end = len(entries)
         while index < end and room > 0:
             entry, skip = entries[index], self.skip
             index += 1
             if index == end and not skip:
-                part = look.newest(stream, entry)
+                part = event_format.render_newest(stream, entry)
             else:
-                part = look.render(stream, entry, skip)
+                part = event_format.render(stream, entry, skip)
                 self.skip = 0
             parts.append(part)
             room -= len(part)
-        self.at = stream.offset + index
+        self.next_index = stream.offset + index
         return index >= end
 
 
 class ConditionReader:
-    """A reader that takes nothing, and waits until *holds* is true of its stream.
+    """A reader that reads no events, and waits until *condition* is true of its stream.
 
-    *reached* is then set, for good; `stop_waiting` sets it before that. Leave with `leave`, however
-    the wait ends.
+    The future *reached* is done from then on, or from `stop_waiting`. The waiter must call
+    `leave`, however the wait ends.
     """
 
-    def __init__(self, stream: Stream, holds: Callable[[Stream], bool]) -> None:
-        self.at = stream.offset
+    def __init__(self, stream: Stream, condition: Callable[[Stream], bool]) -> None:
+        self.next_index = stream.offset
         self.reached: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._stream = stream
-        self._holds = holds
+        self._condition = condition
         stream.add_reader(self)
-        self.poke()
+        self.notify()
 
-    def take_now(self, _data: bytes) -> bool:
-        """Return False: the entry is appended."""
+    def write_now(self, _data: bytes) -> bool:
+        """Return False: the log has to append the entry."""
         return False
 
-    def fast(self, _shape: Shape | None) -> None:
-        """Return None: nothing is passed on."""
+    def open_fast_path(self, _shape: Shape | None) -> None:
+        """Return None: there is no client to forward anything to."""
 
-    def poke(self) -> None:
-        """Look whether the condition holds now."""
-        if not self.reached.done() and self._holds(self._stream):
+    def notify(self) -> None:
+        """Check whether the condition is true now."""
+        if not self.reached.done() and self._condition(self._stream):
             self.reached.set_result(None)
 
-    def queued(self, position: int, eta: float) -> None:
-        """Do nothing: nobody is shown a position."""
+    def report_position(self, position: int, eta: float) -> None:
+        """Do nothing: this reader shows no position."""
 
     def stop_waiting(self) -> None:
-        """Reach the end of the wait although the condition does not hold."""
+        """End the wait although the condition is not true."""
         if not self.reached.done():
             self.reached.set_result(None)
 
     def leave(self) -> None:
-        """Read no more; a second call does nothing."""
+        """Stop following the stream; a second call does nothing."""
         if self in self._stream.readers:
             self._stream.remove_reader(self)

@@ -1,6 +1,6 @@
-"""What a log holds beside its events: facts about the answer, and how clients come back and leave.
+"""The parts of a stream that no event touches: facts about its answer, and its ties to clients.
 
-An event touches neither of the two, so that they cost it no look-up.
+An event looks at neither of the two objects, so they cost it nothing.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ if TYPE_CHECKING:
 
 
 class AnswerDetails:
-    """What is known of the answer in a log beside its events.
+    """Facts about the answer in a log, beside its events.
 
-    *headers* are those of the provider's that clients may see; *usage* has the tokens, as the provider
-    reports them; *whole* is an answer that was not streamed, kept for who comes back for it.
+    *attempts* counts the requests sent for it, at all providers. *headers* are those headers of
+    the provider's answer that clients may see. *usage* has the token counts, as the provider
+    reports them. *whole* is an answer that was not streamed, kept for a client that comes back.
     """
 
     __slots__ = (
@@ -33,7 +34,7 @@ class AnswerDetails:
 
     def __init__(self) -> None:
         self.provider = self.model = ""
-        self.attempts = 0  # requests sent for it, at all providers
+        self.attempts = 0
         self.conversation_id: str | None = None
         self.headers: Mapping[str, str] = {}
         self.usage: Mapping[str, Any] | None = None
@@ -41,12 +42,13 @@ class AnswerDetails:
 
 
 class Attachment:
-    """What coming back to a log and leaving it need.
+    """The state with which clients come back to a log and leave it.
 
-    *digest* tells a repeated request from a conflicting one; *alias* is another name by which the
-    log is found; *timer* ends the log that has no reader when its window is over. *abandoned* says
-    that it was cancelled since nobody read it; *cancel_reason* is the error that a cancelled log ends
-    with, None where a reader asked for it.
+    *digest* tells a repeated request from a conflicting one. *alias* is a second name by which the
+    log is found. *timer* runs while the log is detached, and cancels it when its window is over.
+    *abandoned* says that the log was cancelled because nobody read it. *cancel_reason* is the
+    error with which a cancelled log ends; None if it ends with the event `cancelled`, as when a
+    reader asked for that.
     """
 
     __slots__ = ("abandoned", "alias", "cancel_reason", "digest", "timer")

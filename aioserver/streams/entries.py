@@ -1,10 +1,10 @@
-"""What a log consists of: one event, or several in a row that came together.
+"""The entries of a log: each is one event, or several consecutive events that arrived together.
 
-A log holds for minutes what went by in microseconds, so an entry keeps the fewest and the smallest
-objects that its events can be made from again:
+A log keeps for minutes what arrived within microseconds. An entry therefore holds the fewest and
+smallest objects from which its events can be made again:
 
-    Entry   frames, made once for all readers; or a block as the provider sent it
-    Texts   the mere texts of a run of events that say nothing else
+    Entry       frames, made once for all readers; or a block of bytes as the provider sent it
+    TextEntry   only the texts of consecutive events that contain nothing else
 """
 
 from __future__ import annotations
@@ -18,20 +18,23 @@ from aioserver.protocol import eventstream, messages
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-ENTRY_OVERHEAD = 200  # bytes of Python objects per entry, counted so that tiny events are bounded
+# Bytes of Python objects per entry. They are counted so that a log of tiny events is bounded, too.
+ENTRY_OVERHEAD = 200
+# The statuses of events: the first two while an answer runs, the others at its end.
 PROCESSING, CHUNK = b"processing", b"chunk"
 COMPLETE, ERROR, CANCELLED = b"complete", b"error", b"cancelled"
 
 
 class Entry:
-    """*count* events, the first of which is number *first*, all of one *status*.
+    """Consecutive events of one *status*: *count* of them, from event number *first* on.
 
-    *data* are the provider's own bytes (whole events); *frames* are the events as frames' JSON.
-    A log has the one or the other, after who asked for it. *at*: monotonic, when it was read,
-    the last of it.
+    *data* is the provider's own bytes, whole events; *frames* are the events as the JSON of
+    frames. Which of the two a log has depends on the face that asked for it; its last entry may
+    have both. *received_at* is the monotonic time at which the last of the entry was read. *size*
+    is in bytes and includes the overhead.
     """
 
-    __slots__ = ("at", "count", "data", "first", "frames", "sized", "status")
+    __slots__ = ("count", "data", "first", "frames", "received_at", "size", "status")
 
     def __init__(
         self,
@@ -40,46 +43,47 @@ class Entry:
         status: bytes,
         data: bytes,
         frames: Sequence[bytes] | None,
-        at: float = 0.0,
+        received_at: float = 0.0,
     ) -> None:
-        self.at = at
+        self.received_at = received_at
         self.first = first
         self.count = count
         self.status = status
         self.data = data
         self.frames = frames
-        self.sized = ENTRY_OVERHEAD + len(data) + (sum(map(len, frames)) if frames else 0)
+        self.size = ENTRY_OVERHEAD + len(data) + (sum(map(len, frames)) if frames else 0)
 
     def make_frames(self, head: bytes) -> Sequence[bytes]:
-        """The frames of the provider's bytes, one for each event.
+        """Return the frames of the provider's bytes, one for each event; each begins with *head*.
 
         They are made anew each time: kept, they would double the log.
         """
         events = [event.data for event in eventstream.parse(self.data)]
         if len(events) != self.count:
-            events = [self.data]  # a whole answer, no event stream
+            # A whole answer, which is no event stream.
+            events = [self.data]
         return [
-            messages.frame(head, number, self.status, _raw_chunk(data))
+            messages.frame(head, number, self.status, _chunk_of(data))
             for number, data in enumerate(events, self.first)
         ]
 
 
-class Texts(Entry):
-    """`chunk` events that say a text each.
+class TextEntry(Entry):
+    """`chunk` events that contain one text each.
 
-    *texts*: as between a JSON string's quotes, each with the closing one, which no text contains
-    unescaped.
+    *texts* holds them one after the other, each as it is written between the quotes of a JSON
+    string and followed by the closing quote, which no text contains unescaped.
     """
 
     __slots__ = ("texts",)
 
-    def __init__(self, first: int, count: int, texts: bytes, at: float = 0.0) -> None:
-        super().__init__(first, count, CHUNK, b"", None, at)
+    def __init__(self, first: int, count: int, texts: bytes, received_at: float = 0.0) -> None:
+        super().__init__(first, count, CHUNK, b"", None, received_at)
         self.texts = texts
-        self.sized += len(texts)
+        self.size += len(texts)
 
     def make_frames(self, head: bytes) -> Sequence[bytes]:
-        """The frames, made anew each time."""
+        """Return the frames of the texts, made anew each time."""
         texts = self.texts.split(b'"')[:-1]
         return [
             messages.text_frame(head, number, text + b'"')
@@ -87,8 +91,11 @@ class Texts(Entry):
         ]
 
 
-def _raw_chunk(data: bytes) -> bytes:
-    """A provider's event as the `chunk` of a frame, whatever it says: one event, one frame."""
+def _chunk_of(data: bytes) -> bytes:
+    """Return a provider's event as the `chunk` of a frame.
+
+    Whatever the event says, it becomes one frame; the text is empty if the event has none.
+    """
     try:
         choice = orjson.loads(data)["choices"][0]
         text = (choice.get("delta") or choice["message"])["content"]

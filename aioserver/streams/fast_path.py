@@ -1,34 +1,35 @@
 r"""The fast path: one event from the provider's socket to the client's, in one call.
 
-Most of what a gateway does is to pass an event on to the one client who waits for it, and most of
-what that costs are objects: each one that an event touches is a miss in the processor's caches when
-a thousand streams take turns. So where nothing else is to be done for an event it touches few: the
-provider's connection, this object, the log and the client's transport.
+Most of what a gateway does is to pass an event on to the one client that waits for it, and most of
+what that costs is objects: when a thousand streams take turns, each object that an event touches
+is a miss in the processor's caches. So where an event needs nothing else, it touches few objects:
+the provider's connection, this object, the log, and the client's transport.
 
-    WireProtocol.data_received → take → (the end of this turn of the loop) transport.write
+    WireProtocol.data_received → forward → (the end of this loop iteration) transport.write
 
-*When it may be taken.* It is opened after a read that went the long way, by who knows that all of
-this holds, and each of these is asked in turn (`Exchange` → the sink → `Stream` → `Writer`):
+*When it is open.* It is opened after a read that took the slow path, if all of the following
+holds. They are checked one after the other, each by an object that knows it (`Exchange` → the sink
+→ `Stream` → `Writer`):
 
-    the provider's parser stands between two chunks, and its answer goes on
-    no event is half read, and one has been passed on already
+    the provider's parser stands between two chunks, and the answer goes on
+    no event is half read, and one has been appended already
     the log has one reader, and that reader has written all there is
-    that reader follows nothing else, and its client takes what it is sent
+    that reader's writer follows nothing else, and the client reads what it is sent
 
-Reads that go the long way begin by leaving the fast path. Whatever else could change one of these
-closes it: the log, when a reader comes or goes or it ends; the writer, when it is blocked or closed
-or follows another stream.
+A read that takes the slow path begins by leaving the fast path. Whatever else could change one of
+these conditions closes the fast path: the log does when a reader comes or goes and when it ends;
+the writer does when it is blocked or closed, and when it follows another stream.
 
-*What it takes.* One read that is one whole chunk with one whole event that is nothing special:
+*What it forwards.* One read that is one whole chunk with one whole event, if that is ordinary:
 
-    FastPath   for the OpenAI face: an event `{…}` without an error and without a finish_reason. The
-               chunk's framing is what our client gets, too: the bytes pass unchanged. The log is
-               private and empty, and stays empty: the same as an event that was let go at once
-    TextPath   for the faces that show frames: an event of the answer's `Shape`, which says a text
+    FastPath   for the OpenAI face: an event `{…}` without an error or a finish_reason. The chunk's
+               framing is what our client gets, too: the bytes pass unchanged. The log is private
+               and empty, and stays empty: the effect is that of an event discarded at once
+    TextPath   for the faces that show frames: an event of the answer's `Shape`, which has a text
                and nothing else. It is appended to the log like any other
 
-Every other form of the same bytes, every end, error and comment goes the long way, and has the same
-effect there: the tests feed both with the same streams.
+Every other form of the same bytes, every end, error and comment takes the slow path, and has the
+same effect there: the tests feed both paths with the same streams.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, NamedTuple
 
 from aioserver.protocol.eventstream import utf8
-from aioserver.streams.entries import Texts
+from aioserver.streams.entries import TextEntry
 
 if TYPE_CHECKING:
     import asyncio
@@ -47,103 +48,124 @@ if TYPE_CHECKING:
     from aioserver.protocol.openai import Shape
     from aioserver.streams.cursor import Cursor
 
-MAX_CHUNK_BYTES = 2048  # longer reads are rare, and go the long way
-MAX_RUN_BYTES = 2048  # of texts that the log does not know yet
+# Longer reads are rare, and take the slow path.
+MAX_CHUNK_BYTES = 2048
+# Bytes of texts that are forwarded before they are appended to the log.
+MAX_RUN_BYTES = 2048
+# An event with one of these takes the slow path.
 _ERROR, _FINISH, _FINISH_SPACED = b'"error"', b'"finish_reason":"', b'"finish_reason": "'
-# The first line of a read of so many bytes that is one chunk; b"\r\n", which begins none, where
-# there is no such chunk.
+# The first line of a read that is one chunk, by the size of the read. At a size that no chunk has
+# it is b"\r\n", with which no chunk begins.
 _FIRST_LINES = [b"\r\n"] * (MAX_CHUNK_BYTES + 12)
 for _size in range(1, MAX_CHUNK_BYTES):
     _line = b"%x\r\n" % _size
     _FIRST_LINES[len(_line) + _size + 2] = _line
-_PLAIN = re.compile(rb'[^"\\\x00-\x1f]+')  # what means itself in a JSON string
+# Characters that stand for themselves in a JSON string.
+_PLAIN = re.compile(rb'[^"\\\x00-\x1f]+')
 
 
 class Outbox:
-    """What the fast paths of one loop have to write: all that came in one turn goes out together.
+    """The pending writes of all fast paths of one event loop: one iteration's go out together.
 
-    Writes that follow each other closely find the reader of the one before still awake, where that
-    is on this machine (a proxy in front, say): waking it is a third of what a write costs.
+    If the reader of the sockets is on this machine (a proxy in front, say), a write that closely
+    follows another finds that reader still awake: waking it is a third of what a write costs.
 
-    Always: who writes to a client without the outbox, or closes a path, flushes first.
+    Always: the outbox is flushed before a client is written to by other means, and before a path
+    is closed.
     """
 
-    __slots__ = ("_loop", "_waiting")
+    __slots__ = ("_loop", "_pending")
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._waiting: list[tuple[FastPath, bytes]] = []
+        self._pending: list[tuple[FastPath, bytes]] = []
 
     def put(self, path: FastPath, data: bytes) -> None:
-        """Write *data* to the client of *path*, at the end of this turn of the loop."""
-        if not self._waiting:
+        """Write *data* to the client of *path*, at the end of this iteration of the loop."""
+        if not self._pending:
             self._loop.call_soon(self.flush)
-        self._waiting.append((path, data))
+        self._pending.append((path, data))
 
     def flush(self) -> None:
-        """Write it now."""
-        waiting, self._waiting = self._waiting, []
-        for path, data in waiting:
+        """Write all that is pending, now."""
+        pending, self._pending = self._pending, []
+        for path, data in pending:
             path.write(data)
 
 
-class Client(NamedTuple):
-    """To whom a path leads."""
+class Destination(NamedTuple):
+    """The client's socket, as a fast path needs it.
+
+    *clock* is the loop's time. *on_full* is called when the transport buffers more than
+    *max_buffered* bytes. *chunked*: the client gets chunks (RFC 9112, 7.1).
+    """
 
     transport: asyncio.Transport
     outbox: Outbox
-    now: Callable[[], float]  # the loop's time
-    room: int  # bytes that the transport may hold
-    full: Callable[[], None]  # called when it holds more
-    chunked: bool  # the client gets chunks (RFC 9112, 7.1)
+    clock: Callable[[], float]
+    max_buffered: int
+    on_full: Callable[[], None]
+    chunked: bool
 
 
 class FastPath:
-    """The provider's bytes, unchanged.
+    """Forwards the provider's bytes unchanged.
 
-    *last*: the loop's time when it was taken last; *read_at*: of the last read, whichever way it
-    went. *_silence*: a longer one is to be noted.
+    *forwarded_at* is the loop's time of the last read that it forwarded, *read_at* that of the
+    provider's last read, by either path. *_silence* is the longest silence noted so far, in
+    seconds: only a longer one is noted.
     """
 
     __slots__ = (
         "_chunked",
-        "_full",
+        "_clock",
+        "_max_buffered",
         "_meter",
-        "_now",
+        "_on_full",
         "_outbox",
-        "_room",
         "_silence",
         "_stream",
         "_transport",
         "cursor",
-        "last",
+        "forwarded_at",
         "open",
         "read_at",
         "shape",
     )
 
-    def __init__(self, cursor: Cursor, client: Client, shape: Shape | None = None) -> None:
+    def __init__(
+        self, cursor: Cursor, destination: Destination, shape: Shape | None = None
+    ) -> None:
         self.open = False
-        self.last = self.read_at = self._silence = 0.0
+        self.forwarded_at = self.read_at = self._silence = 0.0
         self.cursor = cursor
         self.shape = shape
         self._stream = cursor.stream
         self._meter = cursor.stream.meter
-        self._transport, self._outbox, self._now, self._room, self._full, self._chunked = client
+        (
+            self._transport,
+            self._outbox,
+            self._clock,
+            self._max_buffered,
+            self._on_full,
+            self._chunked,
+        ) = destination
 
-    def take(self, read: bytes) -> bool:
-        """Pass *read* on; False, with nothing done, where it has to go the long way."""
+    def forward(self, read: bytes) -> bool:
+        """Forward *read*; return False, with nothing done, if it must take the slow path."""
         size = len(read)
         if not self.open or size > MAX_CHUNK_BYTES:
             return False
-        find = read.find  # not `in`: for bytes that costs more than twice as much
+        # Not `in`: for bytes that costs more than twice as much.
+        find = read.find
         line = _FIRST_LINES[size]
         start, end = len(line), size - 2
         if (
             not read.startswith(line)
             or not read.startswith(b"data: {", start)
             or not read.endswith(b"}\n\n\r\n")
-            or find(b"\n", start) != end - 2  # one line, and so one event and no [DONE]
+            # One line, and so one event, which is not [DONE].
+            or find(b"\n", start) != end - 2
             or find(b"\r", start) != end
             or find(_ERROR) >= 0
             or find(_FINISH) >= 0
@@ -152,7 +174,7 @@ class FastPath:
         ):
             return False
         self._outbox.put(self, read)
-        self.last = now = self._now()
+        self.forwarded_at = now = self._clock()
         if now - self.read_at > self._silence:
             self._silence = self._stream.record.silent(self.read_at, now)
         self.read_at = now
@@ -161,52 +183,57 @@ class FastPath:
         return True
 
     def close(self) -> None:
-        """Take nothing from now on."""
+        """Forward nothing from now on."""
         self.open = False
 
     def write(self, data: bytes) -> None:
-        """The outbox's call."""
+        """Write *data* to the client, unless its transport is closing: called by the outbox."""
         transport = self._transport
         if not transport.is_closing():
             transport.write(data)
-            if transport.get_write_buffer_size() > self._room:
-                self._full()
+            if transport.get_write_buffer_size() > self._max_buffered:
+                self._on_full()
 
 
 class TextPath(FastPath):
-    """A text of the answer's shape, as an event of the log.
+    """Forwards events of the answer's shape, which have a text and nothing else.
 
-    Its reader has it at once; the log gets what came in a row as one entry, the mere texts, so that
-    an event leaves no object behind.
+    The reader gets each at once. The log gets a run of consecutive ones as one entry, which has
+    only their texts, so that an event leaves no object behind.
 
-    Always: `_texts` are those of the last events of the stream, and not in its entries.
+    Always: `_texts` has the texts of the stream's last events, which are not in its entries yet.
     """
 
-    __slots__ = ("_before", "_behind", "_head", "_text", "_texts")
+    __slots__ = ("_head", "_prefix", "_render_text", "_suffix", "_texts")
 
     def __init__(
-        self, cursor: Cursor, client: Client, shape: Shape, text: Callable[..., bytes]
+        self,
+        cursor: Cursor,
+        destination: Destination,
+        shape: Shape,
+        render_text: Callable[[bytes, int, bytes], bytes],
     ) -> None:
-        super().__init__(cursor, client, shape)
-        self._before = shape.prefix
-        self._behind = shape.suffix + b"\r\n"
+        super().__init__(cursor, destination, shape)
+        self._prefix = shape.prefix
+        self._suffix = shape.suffix + b"\r\n"
         self._head = cursor.stream.head
-        self._text = text
-        self._texts = bytearray()  # each with its closing quote, which no plain text contains
+        self._render_text = render_text
+        # Each text with its closing quote, which no plain text contains.
+        self._texts = bytearray()
 
-    def take(self, read: bytes) -> bool:
-        """As of `FastPath`."""
+    def forward(self, read: bytes) -> bool:
+        """Forward *read*, as `FastPath.forward` does."""
         size = len(read)
         if not self.open or size > MAX_CHUNK_BYTES:
             return False
-        before, behind = self._before, self._behind
+        prefix, suffix = self._prefix, self._suffix
         line = _FIRST_LINES[size]
-        begin, stop = len(line) + len(before), size - len(behind)
+        begin, stop = len(line) + len(prefix), size - len(suffix)
         if (
             begin >= stop
             or not read.startswith(line)
-            or not read.startswith(before, len(line))
-            or not read.endswith(behind)
+            or not read.startswith(prefix, len(line))
+            or not read.endswith(suffix)
             or _PLAIN.fullmatch(read, begin, stop) is None
         ):
             return False
@@ -217,27 +244,27 @@ class TextPath(FastPath):
         stream = self._stream
         stream.last = number = stream.last + 1
         self._meter.events += 1
-        data = self._text(self._head, number, text)
+        data = self._render_text(self._head, number, text)
         self._outbox.put(self, b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
-        self.last = now = self._now()
+        self.forwarded_at = now = self._clock()
         if now - self.read_at > self._silence:
             self._silence = stream.record.silent(self.read_at, now)
         self.read_at = now
         if len(self._texts) > MAX_RUN_BYTES:
-            self._keep()
+            self._append_texts()
         return True
 
     def close(self) -> None:
-        """As of `FastPath`; the log has all that was taken."""
+        """Forward nothing from now on, and append to the log what it does not have yet."""
         self.open = False
         if self._texts:
-            self._keep()
+            self._append_texts()
 
-    def _keep(self) -> None:
+    def _append_texts(self) -> None:
         texts, self._texts = bytes(self._texts), bytearray()
         stream, count = self._stream, texts.count(b'"')
         assert self.shape is not None
         self.shape.reading.note(texts.replace(b'"', b"").decode(), len(texts) - count)
-        self.cursor.at += 1
-        stream.append_passed(Texts(stream.last - count + 1, count, texts, monotonic()))
+        self.cursor.next_index += 1
+        stream.append_forwarded(TextEntry(stream.last - count + 1, count, texts, monotonic()))
         stream.trim()

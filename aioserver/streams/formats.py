@@ -1,8 +1,8 @@
-"""How the events of a log look on the wire of each face.
+"""The formats in which faces write the events of a log.
 
 RAW       the provider's own bytes (the OpenAI face)
-EVENTS    text/event-stream, each with its number as `id` (the SSE face)
-MESSAGES  WebSocket text messages (RFC 6455), unmasked, as from a server, and unfragmented
+EVENTS    text/event-stream (WHATWG HTML 9.2), each event with its number as `id` (the SSE face)
+MESSAGES  WebSocket text messages (RFC 6455), unfragmented and, as from a server, unmasked
 """
 
 from __future__ import annotations
@@ -18,40 +18,43 @@ if TYPE_CHECKING:
     from aioserver.streams.entries import Entry
     from aioserver.streams.stream import Stream
 
-WS_TEXT, WS_CLOSE, WS_PING, WS_PONG = 0x81, 0x88, 0x89, 0x8A  # the last fragment, and its opcode
+# The first byte of a frame: the mark of the last fragment (FIN), and the opcode.
+WS_TEXT, WS_CLOSE, WS_PING, WS_PONG = 0x81, 0x88, 0x89, 0x8A
 
 
 class Format(NamedTuple):
-    """One way to write the same events.
+    """One way to write the events of a log; *name* tells it from the others.
 
-    *render*: an entry, but for its first events, as many as the third argument says.
-    *text*: one text event alone, of (the frames' head, its number, the text and its closing quote).
+    *render* takes a stream, one of its entries, and the number of events to skip at its start.
+    *render_text* renders one event that contains only a text. It takes the head of the stream's
+    frames, the event's number, and the text as JSON with its closing quote. None: this format
+    needs the provider's bytes.
     """
 
     name: str
     render: Callable[[Stream, Entry, int], bytes]
-    text: Callable[[bytes, int, bytes], bytes] | None
+    render_text: Callable[[bytes, int, bytes], bytes] | None
 
-    def newest(self, stream: Stream, entry: Entry) -> bytes:
-        """The newest *entry* of *stream*, rendered once for all who read it in this format."""
+    def render_newest(self, stream: Stream, entry: Entry) -> bytes:
+        """Render the newest *entry* of *stream*: once for all its readers in this format."""
         if len(stream.readers) < 2:
             return self.render(stream, entry, 0)
         if stream.rendered is None or stream.rendered[0] is not entry:
             stream.rendered = entry, {}
-        made = stream.rendered[1]
-        if self.name not in made:
-            made[self.name] = self.render(stream, entry, 0)
-        return made[self.name]
+        by_format = stream.rendered[1]
+        if self.name not in by_format:
+            by_format[self.name] = self.render(stream, entry, 0)
+        return by_format[self.name]
 
 
-def ws_frame(first: int, payload: bytes) -> bytes:
-    """A WebSocket frame; *first* is its first byte."""
+def ws_frame(first_byte: int, payload: bytes) -> bytes:
+    """Return a WebSocket frame (RFC 6455, 5.2), unmasked; *first_byte*: `WS_TEXT` or the like."""
     size = len(payload)
     if size < 126:
-        return b"%c%c%b" % (first, size, payload)
+        return b"%c%c%b" % (first_byte, size, payload)
     if size < 65536:
-        return b"%c\x7e%c%c%b" % (first, size >> 8, size & 0xFF, payload)
-    return struct.pack("!BBQ", first, 127, size) + payload
+        return b"%c\x7e%c%c%b" % (first_byte, size >> 8, size & 0xFF, payload)
+    return struct.pack("!BBQ", first_byte, 127, size) + payload
 
 
 def _raw(_stream: Stream, entry: Entry, skip: int) -> bytes:
@@ -69,8 +72,8 @@ def _events(stream: Stream, entry: Entry, skip: int) -> bytes:
     status = entry.status
     if len(frames) == 1:
         return b"" if skip else _event(entry.first, status, frames[0])
-    first = entry.first + skip
-    return b"".join([_event(at, status, frame) for at, frame in enumerate(frames[skip:], first)])
+    numbered = enumerate(frames[skip:], entry.first + skip)
+    return b"".join([_event(number, status, frame) for number, frame in numbered])
 
 
 def _text_event(head: bytes, number: int, text: bytes) -> bytes:

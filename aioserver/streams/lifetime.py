@@ -1,9 +1,10 @@
-"""How long an answer lives that nobody reads, and one that has ended.
+"""The lifetime of streams: how long they run without a reader, and are kept after their end.
 
-A stream without a reader whose request has not been sent ends at once. One that was sent goes on for
-its window ("detached") and is then cancelled; a window of 0 ends it at once. There are `max_detached`
-detached streams at most, and the oldest one at a provider is cancelled when a request has to wait
-there: what nobody reads never costs somebody who waits. What has ended is kept for its window.
+A stream that loses its last reader ends at once if its request has not been sent to a provider, or
+if its window is 0. Otherwise it is detached: it runs on for its window and is then cancelled. At
+most `max_detached` streams are detached; beyond that the oldest is cancelled. When a request has
+to wait for a provider, the oldest detached stream there is cancelled, too: an answer that nobody
+reads never costs a client that waits. A stream that has ended is kept for its window.
 """
 
 from __future__ import annotations
@@ -16,57 +17,62 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from aioserver.config import settings
-    from aioserver.streams.store import Streams
+    from aioserver.streams.store import StreamStore
     from aioserver.streams.stream import Stream
+
+# Seconds between two sweeps of the streams that have ended: one sweep removes all that are due.
+MIN_SWEEP_INTERVAL = 0.05
 
 
 class Lifetime:
-    """Told who reads what, it ends and forgets streams in time.
+    """Ends and forgets streams in time; it has to learn of each reader that comes or leaves.
 
-    Always: a stream in `_detached` runs, was sent, has no reader, and has a timer.
+    Always: a stream in `_detached` runs, has no reader, and has a timer. Its request was sent,
+    unless a client began it without reading it.
     """
 
     def __init__(
-        self, streams: Streams, bounds: settings.Streams, cancel: Callable[[Stream], None]
+        self, store: StreamStore, bounds: settings.Streams, cancel: Callable[[Stream], None]
     ) -> None:
-        self._streams = streams
+        self._store = store
         self._bounds = bounds
         self._cancel = cancel
         self._loop = asyncio.get_running_loop()
         self._detached: OrderedDict[Stream, None] = OrderedDict()
-        self._kept: deque[tuple[float, Stream]] = deque()  # the first to be forgotten in front
+        # Ended streams with the loop's time at which to forget each, the next one in front.
+        self._kept: deque[tuple[float, Stream]] = deque()
         self._sweeper: asyncio.TimerHandle | None = None
         self._draining = False
-        streams.on_finished = self._finished
+        store.on_finished = self._finished
 
     @property
     def detached(self) -> int:
-        """How many streams run without a reader."""
+        """The number of streams that run without a reader."""
         return len(self._detached)
 
     def apply(self, bounds: settings.Streams) -> None:
         """Use new bounds; a stream keeps the window that it began with."""
         self._bounds = bounds
-        self._bound()
+        self._enforce_max_detached()
 
     def drain(self) -> None:
-        """From now on what nobody reads ends at once."""
+        """End every stream that nobody reads, now and from now on."""
         self._draining = True
-        for stream in self._streams.running():
+        for stream in self._store.running():
             if not stream.readers:
                 self.end(stream)
 
-    def read(self, stream: Stream) -> None:
-        """*stream* has a reader (again)."""
-        self._attach(stream)
+    def reader_added(self, stream: Stream) -> None:
+        """Note that *stream* has a reader, or has one again."""
+        self._leave_detached(stream)
 
-    def unread(self, stream: Stream) -> None:
-        """A reader of *stream* has left; called after it was taken out of `readers`."""
+    def reader_removed(self, stream: Stream) -> None:
+        """Note that a reader of *stream* has left, after its removal from `readers`."""
         if stream.readers:
             return
         if stream.ended:
             if stream.window <= 0:
-                self._streams.drop(stream)
+                self._store.drop(stream)
         elif not stream.sent or stream.window <= 0 or self._draining:
             self.end(stream)
         else:
@@ -78,54 +84,56 @@ class Lifetime:
             return
         self._detached[stream] = None
         stream.attachment.timer = self._loop.call_later(stream.window, self.end, stream)
-        self._bound()
+        self._enforce_max_detached()
 
-    def end(self, stream: Stream, *, left: bool = True) -> None:
-        """Cancel *stream*, whoever reads it; *left*: since nobody does."""
-        self._attach(stream)
-        stream.attachment.abandoned = left
+    def end(self, stream: Stream, *, abandoned: bool = True) -> None:
+        """Cancel *stream*, with readers or without; *abandoned*: because nobody reads it."""
+        self._leave_detached(stream)
+        stream.attachment.abandoned = abandoned
         self._cancel(stream)
 
     def make_room(self, provider: str) -> None:
-        """Cancel the oldest stream without a reader at *provider*, where a request waits now."""
+        """Cancel the oldest detached stream at *provider*, for which a request has to wait now."""
         for stream in self._detached:
             if stream.details.provider == provider:
                 self.end(stream)
                 return
 
     def close(self) -> None:
-        """Forget nothing any more."""
+        """Stop the timer; streams kept after their end are forgotten no longer."""
         if self._sweeper is not None:
             self._sweeper.cancel()
 
-    def _bound(self) -> None:
+    def _enforce_max_detached(self) -> None:
         while len(self._detached) > self._bounds.max_detached:
             self.end(next(iter(self._detached)))
 
-    def _attach(self, stream: Stream) -> None:
+    def _leave_detached(self, stream: Stream) -> None:
         self._detached.pop(stream, None)
         if stream.attachment.timer is not None:
             stream.attachment.timer.cancel()
             stream.attachment.timer = None
 
     def _finished(self, stream: Stream) -> None:
-        self._attach(stream)
+        self._leave_detached(stream)
         if stream.window > 0:
             self._kept.append((self._loop.time() + stream.window, stream))
             if self._sweeper is None:
                 self._sweeper = self._loop.call_later(stream.window, self._sweep)
         elif not stream.readers:
-            self._streams.drop(stream)
+            self._store.drop(stream)
 
     def _sweep(self) -> None:
-        """Forget what was kept for its window. One timer for all."""
+        """Forget the streams that were kept for their windows. One timer serves all of them."""
         self._sweeper = None
         now = self._loop.time()
         while self._kept and self._kept[0][0] <= now:
             _, stream = self._kept.popleft()
-            if stream.readers:  # a slow reader is still at it
+            if stream.readers:
+                # A slow reader is not at its end yet: keep it for another window, 1 s at least.
                 self._kept.append((now + max(stream.window, 1.0), stream))
             else:
-                self._streams.drop(stream)
+                self._store.drop(stream)
         if self._kept:
-            self._sweeper = self._loop.call_later(max(0.05, self._kept[0][0] - now), self._sweep)
+            delay = max(MIN_SWEEP_INTERVAL, self._kept[0][0] - now)
+            self._sweeper = self._loop.call_later(delay, self._sweep)

@@ -1,7 +1,7 @@
-"""The bounded store of logs: every stream that can be found, by its caller.
+"""The bounded store of logs, in which a caller finds its streams.
 
-All logs together keep `max_kept_bytes`: the oldest finished ones go first, and where the running
-ones alone fill it, new answers are refused.
+All logs together keep `max_kept_bytes`. Beyond that the finished ones that nobody reads are
+dropped, the oldest first; if the others alone fill it, new answers are refused.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from aioserver.streams.stream import Stream
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator
 
-ENOUGH = 0.95  # of max_kept_bytes: what is left when room was made
+# The share of max_kept_bytes that an eviction leaves: a little less than it may, or each event
+# would have to search for logs to drop.
+EVICTION_TARGET = 0.95
 
 
 @dataclass(frozen=True, slots=True)
-class StreamsStats:
-    """The store at one moment."""
+class StoreStats:
+    """A snapshot of the store: numbers of logs, their bytes, and the bound of these."""
 
     running: int
     finished: int
@@ -29,24 +31,26 @@ class StreamsStats:
     max_bytes: int
 
 
-class Streams:
-    """Every log that can be found: running, or finished and kept for its window.
+class StreamStore:
+    """Every log that a caller can find: running, or finished and kept for its window.
 
-    Always: `bytes` is the sum over all its logs, and over those that are private (never found
-    again) while they run; a log is found by its caller only.
+    Always: the bytes counted are the sum over these logs and over the private ones, which are
+    never found, while they run; a log is found by its caller only.
     """
 
     def __init__(self, *, max_stream_bytes: int, max_kept_bytes: int) -> None:
         self._max_stream_bytes = max_stream_bytes
         self._max_kept_bytes = max_kept_bytes
-        self._found: dict[tuple[Hashable, str], Stream] = {}
-        self._finished: OrderedDict[Stream, None] = OrderedDict()  # the oldest first
+        self._by_name: dict[tuple[Hashable, str], Stream] = {}
+        # The oldest first.
+        self._finished: OrderedDict[Stream, None] = OrderedDict()
         self._running: set[Stream] = set()
         self._bytes = 0
+        # Called with each stream that has its last event.
         self.on_finished: Callable[[Stream], None] = lambda _stream: None
 
     def apply(self, *, max_stream_bytes: int, max_kept_bytes: int) -> None:
-        """Use new bounds for logs to come."""
+        """Use new bounds; a log keeps the `max_stream_bytes` that it began with."""
         self._max_stream_bytes, self._max_kept_bytes = max_stream_bytes, max_kept_bytes
 
     def open(
@@ -58,10 +62,10 @@ class Streams:
         digest: bytes = b"",
         private: bool = False,
     ) -> Stream:
-        """A new log; a *private* one cannot be found.
+        """Return a new log; a *private* one cannot be found.
 
         Raises:
-            ServerAtCapacity: the running logs alone fill `max_kept_bytes`.
+            ServerAtCapacity: the logs that are running or read fill `max_kept_bytes`.
         """
         if self._bytes >= self._max_kept_bytes and not self._evict():
             raise ServerAtCapacity(
@@ -79,56 +83,55 @@ class Streams:
         )
         self._running.add(stream)
         if not private:
-            self._found[caller, request_id] = stream
+            self._by_name[caller, request_id] = stream
         return stream
 
     def find(self, caller: Hashable, request_id: str) -> Stream | None:
-        """The caller's log of that name."""
-        return self._found.get((caller, request_id))
+        """Return the caller's log of this request id or alias; None if there is none."""
+        return self._by_name.get((caller, request_id))
 
-    def named(self, stream: Stream, alias: str) -> None:
-        """Let *stream* be found by *alias*, too, if nothing else is."""
-        self._found.setdefault((stream.caller, alias), stream)
+    def add_alias(self, stream: Stream, alias: str) -> None:
+        """Let *stream* be found by *alias*, too, unless another stream is."""
+        self._by_name.setdefault((stream.caller, alias), stream)
 
-    def of(self, caller: Hashable) -> Iterator[Stream]:
-        """The caller's logs, the oldest first."""
+    def owned_by(self, caller: Hashable) -> Iterator[Stream]:
+        """Iterate over the caller's logs, the oldest first."""
         return (
             stream
-            for (owner, name), stream in self._found.items()
+            for (owner, name), stream in self._by_name.items()
             if owner == caller and name == stream.request_id
         )
 
     def running(self) -> tuple[Stream, ...]:
-        """Those that have not ended."""
+        """Return the logs that have not ended, private ones included."""
         return tuple(self._running)
 
     def drop(self, stream: Stream) -> None:
-        """Forget a finished log."""
+        """Forget *stream*, which has ended; a second call does nothing."""
         self._finished.pop(stream, None)
         self._running.discard(stream)
         for name in (stream.request_id, stream.attachment.alias):
-            if name is not None and self._found.get((stream.caller, name)) is stream:
-                del self._found[stream.caller, name]
+            if name is not None and self._by_name.get((stream.caller, name)) is stream:
+                del self._by_name[stream.caller, name]
         self._bytes -= stream.forget()
 
-    def grew(self, stream: Stream, size: int) -> None:
-        """A log has grown by *size* bytes (or shrunk)."""
-        del stream
+    def count_bytes(self, _stream: Stream, size: int) -> None:
+        """Note that a log has grown by *size* bytes; negative: it has shrunk."""
         self._bytes += size
         if self._bytes > self._max_kept_bytes:
             self._evict()
 
-    def finished(self, stream: Stream) -> None:
-        """A log has its last event."""
+    def note_end(self, stream: Stream) -> None:
+        """Note that *stream* has its last event."""
         self._running.discard(stream)
         self._finished[stream] = None
         self.on_finished(stream)
         if self._bytes > self._max_kept_bytes:
             self._evict()
 
-    def stats(self) -> StreamsStats:
-        """The state now."""
-        return StreamsStats(
+    def stats(self) -> StoreStats:
+        """Return a snapshot."""
+        return StoreStats(
             running=len(self._running),
             finished=len(self._finished),
             bytes=self._bytes,
@@ -136,17 +139,14 @@ class Streams:
         )
 
     def _evict(self) -> bool:
-        """Drop finished logs that nobody reads, oldest first; whether that made room.
-
-        A little more than has to be: else each event would look again.
-        """
-        room, victims, freed = self._max_kept_bytes * ENOUGH, [], 0
+        """Drop finished logs that nobody reads, oldest first; return whether there is room now."""
+        target, evicted, freed = self._max_kept_bytes * EVICTION_TARGET, [], 0
         for stream in self._finished:
-            if self._bytes - freed < room:
+            if self._bytes - freed < target:
                 break
             if not stream.readers:
-                victims.append(stream)
+                evicted.append(stream)
                 freed += stream.bytes
-        for stream in victims:
+        for stream in evicted:
             self.drop(stream)
         return self._bytes < self._max_kept_bytes

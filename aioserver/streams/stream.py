@@ -1,17 +1,19 @@
-"""The log of one answer, and its readers.
+"""The log of one answer, and the contracts of its readers, its fast path and its store.
 
-A stream is an append-only log of events, numbered 1, 2, 3 … without holes: `processing`, `chunk`*,
-then one of `complete`, `error`, `cancelled`. One producer appends, at the provider's speed; any
-number of readers follow, each with its own cursor. The log is the only buffer there is: no queue
-per client, no copy per reader, and so a slow reader costs the others nothing.
+A stream is an append-only log of events, numbered 1, 2, 3 … without gaps: `processing`, `chunk`*,
+then one of `complete`, `error` and `cancelled`. One producer appends, at the provider's speed; any
+number of readers follow, each with a cursor of its own. The log is the only buffer: there is no
+queue per client and no copy per reader, and so a slow reader costs the others nothing.
 
-An entry (entries.py) may hold several events. Faces that pass the provider's bytes on take a block
-as it is; what is asked for by a face that shows frames is kept as frames, made once for all readers.
-What a fast path passes on becomes an entry when the path is closed: see `seal`.
+An entry (entries.py) may hold several events. For faces that pass on the provider's bytes, a block
+is kept as it came; for faces that show frames, the events are kept as frames, made once for all
+readers. Events that the fast path forwards are in the log at the latest when the path is closed:
+see `close_fast_path`.
 
-What is bounded: a log keeps `max_stream_bytes`, its oldest entries go first; a reader that is
-behind them cannot go on (`ResumeGap`), which is said and never skipped. Where nobody can come back
-(`window` 0), what every reader has passed is let go at once.
+A log is bounded. Beyond `max_stream_bytes` its oldest entries are discarded, though never its
+newest; a reader that has not seen them yet cannot go on (`ResumeGap`), and skips no event
+silently. Where no client can come back (`window` 0), an entry is discarded once every reader has
+passed it.
 """
 
 from __future__ import annotations
@@ -37,63 +39,64 @@ if TYPE_CHECKING:
 class Path(Protocol):
     """The fast path of a log's only reader (fast_path.py), as the log and the provider see it.
 
-    *last* is the loop's time when it took a read last; *read_at* that of the last read, whichever
-    way it went.
+    *forwarded_at* is the loop's time of the last read that it forwarded; *read_at* that of the
+    provider's last read, by either path.
     """
 
-    last: float
+    forwarded_at: float
     read_at: float
 
-    def take(self, read: bytes) -> bool:
-        """Pass *read* on; False, with nothing done, where it has to go the long way."""
+    def forward(self, read: bytes) -> bool:
+        """Forward *read*; return False, with nothing done, if it must take the slow path."""
 
     def close(self) -> None:
-        """Take nothing from now on; the log has all that was taken."""
+        """Forward nothing from now on; the log has all that was forwarded."""
 
 
 class Reader(Protocol):
     """A reader of a log. All its methods are called synchronously and must not raise.
 
-    *at* is the index of the first entry that it has not passed, counted from the start of the log.
+    *next_index* is the index of the first entry that it has not passed, counted from the start of
+    the log.
     """
 
-    at: int
+    next_index: int
 
-    def take_now(self, data: bytes) -> bool:
-        """Take *data* as the next entry, if that can be done at once; else it is appended."""
+    def write_now(self, data: bytes) -> bool:
+        """Write *data* as the next entry; return False, with nothing done, if it must wait."""
 
-    def fast(self, shape: Shape | None) -> Path | None:
-        """Return its fast path, where nothing is to be done before the next event."""
+    def open_fast_path(self, shape: Shape | None) -> Path | None:
+        """Return its fast path, or None if anything must be written before the next event."""
 
-    def poke(self) -> None:
-        """Look at the log, which has grown or ended."""
+    def notify(self) -> None:
+        """Read on: the log has grown or ended."""
 
-    def queued(self, position: int, eta: float) -> None:
-        """Tell that the request waits for its provider: its position, and the seconds it may take."""
+    def report_position(self, position: int, eta: float) -> None:
+        """Show that the request is queued: its position, and the estimated wait in seconds."""
 
 
 class Store(Protocol):
-    """The store that a log counts in (store.py)."""
+    """The store of a log (store.py), as the log sees it."""
 
-    def grew(self, stream: Stream, size: int) -> None:
-        """Note that *stream* has grown by *size* bytes; it may have shrunk."""
+    def count_bytes(self, stream: Stream, size: int) -> None:
+        """Note that *stream* has grown by *size* bytes; negative: it has shrunk."""
 
-    def finished(self, stream: Stream) -> None:
+    def note_end(self, stream: Stream) -> None:
         """Note that *stream* has its last event."""
 
-    def named(self, stream: Stream, alias: str) -> None:
-        """Let *stream* be found by *alias*, too, if nothing else is."""
+    def add_alias(self, stream: Stream, alias: str) -> None:
+        """Let *stream* be found by *alias*, too, unless another stream is."""
 
 
 class Stream:
     """The log of one answer.
 
-    Always: `entries` are gapless, from event `first` to event `last`; nothing is appended once
+    Always: `entries` have no gaps, from event `first` to event `last`; nothing is appended once
     `ended`; `bytes` is the sum of the entries' sizes.
 
-    *window* is in seconds: how long the log lives without a reader, and after its end. A *private*
-    log is read by the client that asked and found by nobody else; it has the provider's bytes.
-    What an event touches stands here; the rest is in `details` and `attachment`.
+    *window* is the time, in seconds, that the log lives without a reader, and after its end. A
+    *private* log is read by the client that asked, found by nobody, and has the provider's bytes.
+    The attributes that an event touches are here, the others in `details` and `attachment`.
     """
 
     __slots__ = (
@@ -139,28 +142,28 @@ class Stream:
         self.private = private
         self.details = AnswerDetails()
         self.attachment = Attachment(digest)
-        # A list, not a deque: an empty deque takes 700 bytes.
+        # Not a deque: an empty one takes 700 bytes.
         self.entries: list[Entry] = []
-        # The entries that were let go: the index of entries[0], counted from the start.
+        # The number of discarded entries: the index of entries[0], counted from the start.
         self.offset = 0
         self.last = 0
         self.bytes = 0
         self.readers: list[Reader] = []
-        # The fast path that was opened last.
+        # The fast path, from when it is opened until anything else looks at the log.
         self.path: Path | None = None
-        # The newest entry, rendered by format, while several readers share it.
+        # The newest entry and, by the name of a format, how several readers share it.
         self.rendered: tuple[Entry, dict[str, bytes]] | None = None
         self.ended = False
         self.end_status = b""
         # The error with which it ended.
         self.error: AioserverError | None = None
-        # Whether a request was sent to a provider: leaving costs money from then on.
+        # Whether a request was sent to a provider: from then on the answer costs money.
         self.sent = False
-        # The monotonic time of the provider's first event; there is no other attempt from then on.
+        # The monotonic time of the provider's first event; no other attempt is made after it.
         self.answered_at = 0.0
-        # The meter of the provider, which counts the events.
+        # The provider's meter, which counts the events.
         self.meter = NO_METER
-        # The record of the request that began it.
+        # The record of the request that began this stream.
         self.record = NO_RECORD
         self.head = messages.frame_head(request_id)
         self._max_bytes = max_bytes
@@ -168,36 +171,37 @@ class Stream:
 
     @property
     def first(self) -> int:
-        """The number of the oldest event kept; last + 1 where there is none."""
-        self.seal()
+        """The number of the oldest event that is kept; last + 1 if none is."""
+        self.close_fast_path()
         return self.entries[0].first if self.entries else self.last + 1
 
     @property
     def answered(self) -> bool:
-        """Whether an event of a provider is in the log."""
+        """Whether an event of a provider has come."""
         return self.answered_at > 0
 
     def mark_answered(self) -> None:
         """Note that an event of a provider has come, before it is appended."""
         if not self.answered_at:
             self.answered_at = monotonic()
-            self.record.silence = 0.0  # what was before: a head, comments, a try that failed
+            # Not counted: silences before the answer, in a head, comments, an attempt that failed.
+            self.record.silence = 0.0
 
-    def call_also(self, alias: str) -> None:
-        """Let it be found by *alias*, too; a private one is not found at all."""
+    def add_alias(self, alias: str) -> None:
+        """Let this stream be found by *alias*, too; a private one is not found at all."""
         if self.attachment.alias is None and not self.private and self._store is not None:
             self.attachment.alias = alias
-            self._store.named(self, alias)
+            self._store.add_alias(self, alias)
 
     def add_reader(self, reader: Reader) -> None:
-        """*reader* follows from now on."""
+        """Let *reader* follow from now on."""
         self.readers.append(reader)
-        self.seal()
+        self.close_fast_path()
 
     def remove_reader(self, reader: Reader) -> None:
-        """*reader* follows no more."""
+        """Let *reader* follow no longer."""
         self.readers.remove(reader)
-        self.seal()
+        self.close_fast_path()
 
     def append(
         self,
@@ -208,12 +212,12 @@ class Stream:
         count: int = 1,
         more: bool = False,
     ) -> None:
-        """Add events of one *status* and poke the readers; with *more* the next append does that.
+        """Add events of one *status* and notify the readers, unless *more* is about to be added.
 
-        *chunks*: the events' `chunk` objects as JSON, one an event; or *data*: the provider's own
-        bytes of *count* whole events.
+        The events are *chunks*, the `chunk` object of each as JSON; or they are *data*, the
+        provider's own bytes of *count* whole events.
         """
-        self.seal()
+        self.close_fast_path()
         first = self.last + 1
         if chunks:
             head = self.head
@@ -227,47 +231,48 @@ class Stream:
         if status is CHUNK:
             self.meter.events += self.last + 1 - first
         if not more:
+            # Several are copied: one that leaves while it is notified would hide the next.
             for reader in self.readers if len(self.readers) < 2 else tuple(self.readers):
-                reader.poke()
+                reader.notify()
             self.trim()
 
-    def seal(self) -> None:
-        """Close the fast path; what it has passed on is in the log now.
+    def close_fast_path(self) -> None:
+        """Close the fast path, so that the log has all that was forwarded.
 
-        Always done before anything looks at `entries`, or puts something into them.
+        This is always done before anything reads `entries` or adds to them.
         """
         if (path := self.path) is not None:
             self.path = None
             path.close()
 
-    def append_passed(self, entry: Entry) -> None:
-        """Add what the only reader has passed by its fast path; it is counted in `last` already."""
+    def append_forwarded(self, entry: Entry) -> None:
+        """Add what the only reader has seen by its fast path; `last` counts it already."""
         self.entries.append(entry)
-        self._grow(entry.sized)
+        self._grow(entry.size)
 
-    def hold(self, size: int) -> None:
-        """Count *size* bytes that are kept outside the entries, until it is forgotten."""
+    def count_extra_bytes(self, size: int) -> None:
+        """Count *size* bytes that are kept outside the entries, until `forget`."""
         self._grow(size)
 
     def trim(self) -> None:
-        """Let go what is beyond `max_stream_bytes`, or was passed where nobody can come back."""
+        """Discard entries beyond `max_stream_bytes`; if no client can come back, those passed."""
         if self.bytes > self._max_bytes or self.window <= 0:
-            self._let_go()
+            self._discard()
 
-    def pass_on(self, data: bytes, count: int, *, more: bool = False) -> None:
+    def forward(self, data: bytes, count: int, *, more: bool = False) -> None:
         """Append the provider's bytes of *count* whole events.
 
-        They are not kept where nobody else can find them and the only reader takes them at once:
-        the same as an append after which everybody has passed.
+        They are not kept if nobody else can find the log and its only reader writes them at once:
+        that has the same effect as an append after which every reader has passed the entry.
         """
-        self.seal()
+        self.close_fast_path()
         readers = self.readers
         if (
             self.private
             and not more
             and len(readers) == 1
             and not self.entries
-            and readers[0].take_now(data)
+            and readers[0].write_now(data)
         ):
             self.last += count
             self.offset += 1
@@ -275,21 +280,21 @@ class Stream:
         else:
             self.append(CHUNK, data=data, count=count, more=more)
 
-    def fast(self, shape: Shape | None = None) -> Path | None:
-        """The only reader's fast path, where that reader has passed all there is.
+    def open_fast_path(self, shape: Shape | None = None) -> Path | None:
+        """Return the fast path of the only reader, if that reader has passed all entries.
 
-        Without a *shape* it is one for the provider's bytes, of which nothing is kept.
+        Without a *shape* the path forwards the provider's bytes, and the log keeps none of them.
         """
-        self.seal()
+        self.close_fast_path()
         if not self.answered_at or len(self.readers) != 1:
             return None
         if shape is None and (not self.private or self.entries):
             return None
-        self.path = self.readers[0].fast(shape)
+        self.path = self.readers[0].open_fast_path(shape)
         return self.path
 
     def append_processing(self, provider: str, model: str) -> None:
-        """Append event 1: a place at *provider* is taken. A later try keeps the first one's."""
+        """Append event 1: a place at *provider* is taken. Later attempts only change `details`."""
         self.details.provider, self.details.model = provider, model
         if self.last:
             return
@@ -299,48 +304,47 @@ class Stream:
         self.append(PROCESSING, [orjson.dumps({"metadata": metadata})])
 
     def end(self, status: bytes, chunk: Mapping[str, Any], *, data: bytes = b"") -> None:
-        """Append the last event."""
+        """Append the last event, and notify the readers and the store."""
         self.append_end(status, orjson.dumps(chunk), data)
 
     def append_end(self, status: bytes, chunk: bytes, data: bytes = b"") -> None:
-        """Append the last event, its `chunk` already JSON."""
-        self.seal()
+        """Append the last event as `end` does, its *chunk* already JSON."""
+        self.close_fast_path()
         number = self.last + 1
         frames = [messages.frame(self.head, number, status, chunk)]
         self._add(Entry(number, 1, status, data, frames, monotonic()))
         self.ended = True
         self.end_status = status
         for reader in tuple(self.readers):
-            reader.poke()
+            reader.notify()
         self.trim()
         if self._store is not None:
-            self._store.finished(self)
+            self._store.note_end(self)
 
     def fail(self, error: AioserverError) -> None:
-        """Append the last event: *error*, as both kinds of face show it."""
+        """Append *error* as the last event, as both kinds of face show it: as frame and bytes."""
         self.error = error
         self.end(ERROR, error.as_chunk(), data=b"data: %b\n\n" % error.body())
 
-    def queued(self, position: int, eta: float) -> None:
-        """Tell the readers where the request stands in its provider's line."""
+    def report_position(self, position: int, eta: float) -> None:
+        """Tell the readers the position in the provider's queue, and the seconds it may take."""
         for reader in tuple(self.readers):
-            reader.queued(position, eta)
+            reader.report_position(position, eta)
 
     def locate(self, after: int) -> tuple[int, int]:
-        """Where a reader that has seen event *after* goes on: (index, events of it to skip).
+        """Return where to go on after event *after*: an entry's index, the events in it to skip.
 
         Raises:
-            ResumeGap: events behind *after* are no longer kept, or *after* does not exist yet.
+            ResumeGap: events after *after* are no longer kept, or *after* does not exist yet.
         """
-        self.seal()
+        self.close_fast_path()
         if after > self.last:
             raise ResumeGap(f"event {after} does not exist yet; the newest is {self.last}")
         if after + 1 < self.first:
-            raise ResumeGap(
-                f"events behind {after} are no longer kept; the oldest is {self.first}"
-            )
+            raise ResumeGap(f"events after {after} are no longer kept; the oldest is {self.first}")
+        # Bisect to the first entry that ends after event *after*.
         low, high = 0, len(self.entries)
-        while low < high:  # the first entry that ends behind *after*
+        while low < high:
             middle = (low + high) // 2
             entry = self.entries[middle]
             if entry.first + entry.count - 1 <= after:
@@ -351,12 +355,12 @@ class Stream:
         return self.offset + low, skip
 
     def frames(self, entry: Entry) -> Sequence[bytes]:
-        """The frames of *entry*, one for each event."""
+        """Return the frames of *entry*, one for each event."""
         return entry.frames or entry.make_frames(self.head)
 
     def forget(self) -> int:
-        """Drop all entries; returns the bytes that were kept."""
-        self.seal()
+        """Drop all entries and the whole answer; return the bytes that were counted."""
+        self.close_fast_path()
         freed, self.bytes = self.bytes, 0
         self.offset += len(self.entries)
         self.entries.clear()
@@ -367,26 +371,27 @@ class Stream:
         assert not self.ended, "nothing follows the end of a stream"
         self.last += entry.count
         self.entries.append(entry)
-        self._grow(entry.sized)
+        self._grow(entry.size)
 
     def _grow(self, size: int) -> None:
         self.bytes += size
         if self._store is not None:
-            self._store.grew(self, size)
+            self._store.count_bytes(self, size)
 
-    def _let_go(self) -> None:
+    def _discard(self) -> None:
+        # Entries before this index are needed no more, whatever the bytes.
         passed = self.offset
         if self.window <= 0 and self.readers:
-            passed = self.readers[0].at
+            passed = self.readers[0].next_index
             if len(self.readers) > 1:
-                passed = min([reader.at for reader in self.readers])
-        entries, gone, freed = self.entries, 0, 0
-        while len(entries) - gone > 1 or (len(entries) > gone and self.offset + gone < passed):
-            if self.offset + gone >= passed and self.bytes - freed <= self._max_bytes:
+                passed = min([reader.next_index for reader in self.readers])
+        entries, count, freed = self.entries, 0, 0
+        while len(entries) - count > 1 or (len(entries) > count and self.offset + count < passed):
+            if self.offset + count >= passed and self.bytes - freed <= self._max_bytes:
                 break
-            freed += entries[gone].sized
-            gone += 1
-        if gone:
-            del entries[:gone]
-            self.offset += gone
+            freed += entries[count].size
+            count += 1
+        if count:
+            del entries[:count]
+            self.offset += count
             self._grow(-freed)

@@ -1,21 +1,22 @@
 """The one writer of a client's socket.
 
-Every byte to a client goes through its writer: events, heartbeats, pings, pongs, close frames. It
-keeps cursors into logs, not events; only control frames are queued, 64 of them. `pump` is
-synchronous and is called from `Stream.append` itself, so that a token goes from the provider's
+Every byte to a client goes through its writer: events, heartbeats, pings, pongs, close frames. A
+writer keeps cursors into logs, not events; only control frames are queued, at most 64. Writing is
+synchronous and happens within `Stream.append` itself, so that a token goes from the provider's
 socket to the client's without a task switch:
 
-    Stream.append → Cursor.poke → Writer.pump → transport.write
+    Stream.append → Cursor.notify → Writer.notify → transport.write
 
-and most of them do not come here at all: where nothing else is to be done the writer opens a fast
-path for its stream (fastpath.py), and closes it before it writes anything else or stops.
+Most tokens do not come here at all: when nothing else is to be written, the writer opens a fast
+path for its stream (fast_path.py). It closes that path before it stops, and what the path has
+gathered goes out before anything else that the writer writes.
 
-When the transport's buffer is over its mark the writer is blocked: it stops rendering, one task
-waits in `drain()`, and a watch aborts the transport after `send_timeout` without progress. A
+When the transport's buffer is over its mark, the writer is *blocked*: it stops rendering, one task
+waits in `drain()`, and a watchdog aborts the transport after `send_timeout` without progress. A
 blocked write is never cancelled. An idle writer has no task and no timer.
 
-A socket that follows one stream writes at once; one that follows several gathers what comes in
-one turn of the loop. Cursors take turns: a long replay cannot hold up the others.
+A writer with one cursor writes at once; one with several gathers what comes in one iteration of
+the event loop. The cursors take turns, so that a long replay does not hold up the others.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from typing import TYPE_CHECKING
 from aioserver.errors import ResumeGap
 from aioserver.limits.write_watchdog import WriteWatchdog
 from aioserver.streams.cursor import Cursor
-from aioserver.streams.fast_path import Client, FastPath, Outbox, TextPath
+from aioserver.streams.fast_path import Destination, FastPath, Outbox, TextPath
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -38,16 +39,23 @@ if TYPE_CHECKING:
     from aioserver.streams.formats import Format
     from aioserver.streams.stream import Stream
 
-TURN_BYTES = 1 << 16  # of one cursor in one turn, and of one write
+# Bytes rendered for one write, and so for one cursor at its turn; the last entry may exceed it. It
+# is also the mark of a transport's buffer, as in asyncio: `drain()` waits above it.
+WRITE_BYTES = 1 << 16
 MAX_CONTROL_FRAMES = 64
-KERNEL_WATCHES = hasattr(socket, "TCP_USER_TIMEOUT")  # what is left after the end: see listener.py
+# Whether the kernel aborts a connection whose last bytes nobody reads: see listener.py.
+KERNEL_ABORTS = hasattr(socket, "TCP_USER_TIMEOUT")
 
 
 class Writer:
     """Writes what its cursors have not seen, in as few writes as possible.
 
-    Always: nothing is written while blocked; a cursor in `_ready` has something to take; once
+    Always: nothing is written while blocked; a cursor in `_ready` has something to write; once
     closed it follows nothing, so that no later append can reach the connection's next response.
+
+    *head* goes in front of the first write, and *tail* behind the end of a stream, in the same
+    write. *chunked*: each write is one chunk (RFC 9112, 7.1). *on_drop* is called with the reason
+    when the client is dropped, *on_unfollow* with each stream that is followed no longer.
     """
 
     def __init__(
@@ -57,108 +65,115 @@ class Writer:
         outbox: Outbox,
         *,
         send_timeout: float,
-        dropped: Callable[[str], None] = lambda _why: None,
+        on_drop: Callable[[str], None] = lambda _reason: None,
         chunked: bool = False,
         head: bytes = b"",
         tail: bytes = b"",
-        left: Callable[[Stream], None] = lambda _stream: None,
+        on_unfollow: Callable[[Stream], None] = lambda _stream: None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._transport = transport
         self._drain = drain
         self._outbox = outbox
         self._send_timeout = send_timeout
-        self._dropped = dropped
+        self._on_drop = on_drop
         self._chunked = chunked
-        self._head = head  # goes before the first write
-        self._tail = tail  # goes with the end of a stream
-        self._left = left
+        self._head = head
+        self._tail = tail
+        self._on_unfollow = on_unfollow
         self._cursors: dict[Cursor, None] = {}
         self._ready: dict[Cursor, None] = {}
         self._control: list[bytes] = []
         self._scheduled: asyncio.Handle | None = None
         self._draining: asyncio.Task[None] | None = None
-        self._watch: WriteWatchdog | None = None
-        self._blocked_at = self._blocked_until = 0.0  # monotonic
+        self._watchdog: WriteWatchdog | None = None
+        # Monotonic times: the last time that the client stopped reading, and went on.
+        self._blocked_at = self._blocked_until = 0.0
         self._closed = False
         self._path: FastPath | None = None
         self._last_write = self._loop.time()
 
     @property
     def last_write(self) -> float:
-        """The loop's time when something was written last."""
-        return self._last_write if self._path is None else max(self._last_write, self._path.last)
+        """The loop's time of the last write."""
+        path = self._path
+        return self._last_write if path is None else max(self._last_write, path.forwarded_at)
 
     @property
     def closed(self) -> bool:
-        """Whether nothing will be written any more."""
+        """Whether nothing will be written from now on."""
         return self._closed
 
     @property
     def blocked(self) -> bool:
-        """Whether its client does not take what it was sent, at the moment."""
+        """Whether the client is not reading what it was sent, at the moment."""
         return self._draining is not None
 
     @property
     def following(self) -> int:
-        """How many streams are followed."""
+        """The number of streams that are followed."""
         return len(self._cursors)
 
     def follow(
         self,
         stream: Stream,
         after: int,
-        look: Format,
+        event_format: Format,
         *,
-        queued: Callable[[int, float], bytes] | None = None,
-        finished: Callable[[Cursor], None] = lambda _cursor: None,
+        render_position: Callable[[int, float], bytes] | None = None,
+        on_end: Callable[[Cursor], None] = lambda _cursor: None,
     ) -> Cursor:
-        """Write what *stream* has behind event *after*, and what will come.
+        """Write the events of *stream* after event *after*, those to come included.
 
-        *look*: how they are written; *finished* is called when the last event was written. A writer
-        that is closed already leaves *stream* again in the next turn of the loop.
+        *render_position* renders a position in the provider's queue and the estimated wait in
+        seconds; None: they are not shown. *on_end* is called once the last event was written. A
+        writer that is closed already unfollows *stream* in the next iteration of the event loop.
 
         Raises:
             ResumeGap: see `Stream.locate`.
         """
-        cursor = Cursor(self, stream, after, look, queued, finished)
+        cursor = Cursor(self, stream, after, event_format, render_position, on_end)
         if self._closed:
-            cursor.gone = True
-            self._loop.call_soon(self._left, stream)  # not before the face has told of its reader
+            cursor.removed = True
+            # Not now: the face has yet to tell the stream's lifetime of this reader.
+            self._loop.call_soon(self._on_unfollow, stream)
             return cursor
         stream.add_reader(cursor)
         self._cursors[cursor] = None
         self._close_path()
-        if cursor.at < stream.offset + len(stream.entries) or stream.ended:
+        if cursor.next_index < stream.offset + len(stream.entries) or stream.ended:
             self._ready[cursor] = None
             self._schedule()
         return cursor
 
     def unfollow(self, cursor: Cursor) -> None:
-        """Stop reading; the stream learns that it has a reader less."""
-        if cursor.gone:
+        """Follow the stream of *cursor* no longer; a second call does nothing."""
+        if cursor.removed:
             return
-        cursor.gone = True
+        cursor.removed = True
         self._close_path()
         if self._draining is not None:
-            cursor.stuck(self._blocked_at)
+            cursor.note_blocked(self._blocked_at)
         self._cursors.pop(cursor, None)
         self._ready.pop(cursor, None)
         stream = cursor.stream
         stream.remove_reader(cursor)
         if stream.ended:
             stream.trim()
-        self._left(stream)
+        self._on_unfollow(stream)
 
     def write_now(self, data: bytes) -> bool:
-        """Write *data*, the next bytes of the only cursor, unless something must go before it."""
+        """Write *data*, the next bytes of the only cursor.
+
+        Return False, with nothing done, if something else must be written before them.
+        """
         if self._ready or self._draining is not None or self._closed or len(self._cursors) != 1:
             return False
         self._write(data)
         return True
 
-    def fast(self, cursor: Cursor, shape: Shape | None) -> FastPath | None:
-        """The fast path of *cursor*, the only one here, if nothing is in its way."""
+    def open_fast_path(self, cursor: Cursor, shape: Shape | None) -> FastPath | None:
+        """Return the fast path of *cursor*; None if it can have none now: see fast_path.py."""
         if self._ready or self._draining is not None or self._closed or len(self._cursors) != 1:
             return None
         path = self._path
@@ -169,36 +184,42 @@ class Writer:
         return path
 
     def _new_path(self, cursor: Cursor, shape: Shape | None) -> FastPath | None:
-        client = Client(
+        destination = Destination(
             self._transport,
             self._outbox,
             self._loop.time,
-            TURN_BYTES,
+            WRITE_BYTES,
             self._block,
             self._chunked,
         )
         if shape is not None:
-            text = cursor.look.text
-            return TextPath(cursor, client, shape, text) if text is not None else None
-        return FastPath(cursor, client) if self._chunked else None
+            render_text = cursor.format.render_text
+            if render_text is None:
+                return None
+            return TextPath(cursor, destination, shape, render_text)
+        return FastPath(cursor, destination) if self._chunked else None
 
-    def poke(self, cursor: Cursor) -> None:
-        """*cursor* has something to write."""
+    def notify(self, cursor: Cursor) -> None:
+        """Write what *cursor* has not rendered, at once or when the writer comes to it."""
         if self._ready or self._draining is not None or self._closed or len(self._cursors) != 1:
             self._ready[cursor] = None
             if self._draining is not None:
-                if cursor.stream.ended:  # its request is counted now, its client still stuck
-                    cursor.stuck(self._blocked_at)
+                if cursor.stream.ended:
+                    # Its request is counted now, while the client is still not reading.
+                    cursor.note_blocked(self._blocked_at)
             elif not self._closed:
                 self._schedule()
-        elif data := cursor.newest():
+        elif data := cursor.render_newest():
             self._write(data)
         else:
             self._ready[cursor] = None
             self.pump()
 
     def send(self, data: bytes) -> None:
-        """Write a control frame or a comment, before any event that is not written yet."""
+        """Write a control frame or a comment, before every event that is not written yet.
+
+        While blocked it is queued; the client is dropped if MAX_CONTROL_FRAMES are queued already.
+        """
         if self._closed:
             return
         if self._draining is not None:
@@ -210,7 +231,7 @@ class Writer:
             self._write(data)
 
     def send_head(self) -> None:
-        """Write the head alone, unless something took it along."""
+        """Write the head alone, unless an earlier write had it."""
         if self._head and not self._closed:
             self._write(b"")
 
@@ -220,60 +241,68 @@ class Writer:
         ready, now = self._ready, monotonic()
         while (ready or self._control) and self._draining is None and not self._closed:
             parts, self._control = self._control, []
-            room = TURN_BYTES
+            room = WRITE_BYTES
             ended: list[Cursor] = []
             for cursor in list(ready):
-                have = len(parts)
-                cursor.waited(now, self._blocked_until)
+                start = len(parts)
+                cursor.note_delay(now, self._blocked_until)
                 try:
-                    caught_up = cursor.take(parts, room)
+                    caught_up = cursor.render(parts, room)
                 except ResumeGap:
                     self.abort("reader fell behind")
                     return
                 del ready[cursor]
                 if not caught_up:
-                    ready[cursor] = None  # at the end of the line: the others' turn
+                    # It goes behind the others, whose turn it is.
+                    ready[cursor] = None
                 elif cursor.stream.ended:
                     ended.append(cursor)
-                room -= sum(map(len, parts[have:]))
+                room -= sum(map(len, parts[start:]))
                 if room <= 0:
                     break
             data = parts[0] if len(parts) == 1 else b"".join(parts)
             if data or ended:
                 self._write(data, self._tail if ended else b"")
             for cursor in ended:
-                if not cursor.gone:
+                if not cursor.removed:
                     self.unfollow(cursor)
-                    cursor.finished(cursor)
+                    cursor.on_end(cursor)
 
     async def flush(self) -> None:
-        """Wait until all that is ready was handed to the transport, or the writer is closed."""
+        """Wait until all that is ready is in the transport, or the writer is closed.
+
+        Cancelling is safe: it does not cancel a blocked write.
+        """
         while not self._closed and (self._ready or self._control or self._draining is not None):
             if self._draining is None:
                 self.pump()
             if self._draining is not None:
                 await asyncio.wait((self._draining,))
 
-    def abort(self, why: str) -> None:
-        """Drop the client: its connection ends with a reset, whatever is still to be written."""
+    def abort(self, reason: str) -> None:
+        """Drop the client: reset its connection, whatever is still to be written."""
         if not self._closed:
-            self._dropped(why)
+            self._on_drop(reason)
         sock = self._transport.get_extra_info("socket")
         if sock is not None and not self._transport.is_closing():
-            # A reset: else the kernel would keep what it still has for a peer that takes nothing.
+            # A reset: otherwise the kernel would keep its bytes for a peer that reads nothing.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self._transport.abort()
         self.close()
 
     def end(self, data: bytes) -> None:
-        """Write *data* behind what the transport has got, and nothing more."""
+        """Write *data* after all that the transport has, and close the writer."""
         self._outbox.flush()
         if not self._transport.is_closing():
             self._transport.write(data)
         self.close()
 
     def close(self) -> None:
-        """Follow nothing from now on; the kernel watches what is not out yet."""
+        """Unfollow every stream and write nothing from now on; a second call does nothing.
+
+        The transport still sends what it has. If the client does not read it, the kernel aborts
+        the connection or, where the kernel cannot, a watchdog does.
+        """
         if self._closed:
             return
         self._closed = True
@@ -285,12 +314,12 @@ class Writer:
             self._scheduled.cancel()
             self._scheduled = None
         if (
-            self._watch is None
+            self._watchdog is None
             and not self._transport.is_closing()
             and self._transport.get_write_buffer_size()
-            and not _kernel_watches(self._transport)
+            and not _kernel_aborts(self._transport)
         ):
-            # Not left to close(): it waits for ever for a peer that does not read.
+            # Not left to close(), which waits forever for a peer that does not read.
             WriteWatchdog(self._loop, self._transport, self._send_timeout, self._transport.abort)
 
     def _schedule(self) -> None:
@@ -312,23 +341,24 @@ class Writer:
             self._head = b""
         if data:
             transport.write(data)
-            if transport.get_write_buffer_size() > TURN_BYTES:
+            if transport.get_write_buffer_size() > WRITE_BYTES:
                 self._block()
 
     def _close_path(self) -> None:
         if (path := self._path) is not None:
             self._outbox.flush()
             path.open = False
-            self._last_write = max(self._last_write, path.last)
+            self._last_write = max(self._last_write, path.forwarded_at)
             self._path = None
 
     def _block(self) -> None:
-        self._close_path()  # what it has flushed may have blocked it
+        self._close_path()
         if self._draining is not None:
+            # The path's last bytes, which were flushed just now, have blocked it.
             return
         self._blocked_at = monotonic()
         self._draining = self._loop.create_task(self._unblock())
-        self._watch = WriteWatchdog(
+        self._watchdog = WriteWatchdog(
             self._loop,
             self._transport,
             self._send_timeout,
@@ -339,20 +369,21 @@ class Writer:
         try:
             await self._drain()
         except ConnectionError:
-            self.close()  # the client is gone
+            # The client has left.
+            self.close()
         finally:
             self._draining = None
-            if self._watch is not None:
-                self._watch.stop()
-                self._watch = None
+            if self._watchdog is not None:
+                self._watchdog.stop()
+                self._watchdog = None
             self._blocked_until = monotonic()
             for cursor in self._cursors:
-                cursor.stuck(self._blocked_at)
+                cursor.note_blocked(self._blocked_at)
         if not self._closed:
             self.pump()
 
 
-def _kernel_watches(transport: asyncio.Transport) -> bool:
-    """Whether the kernel gives up a peer that does not take what is left; of TCP it does."""
+def _kernel_aborts(transport: asyncio.Transport) -> bool:
+    """Return whether the kernel aborts a peer that does not read the rest: over TCP it does."""
     sock = transport.get_extra_info("socket")
-    return KERNEL_WATCHES and (sock is None or sock.family != socket.AF_UNIX)
+    return KERNEL_ABORTS and (sock is None or sock.family != socket.AF_UNIX)

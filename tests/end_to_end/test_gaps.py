@@ -162,7 +162,7 @@ async def test_events_from_before_a_reader_came_have_not_waited_for_us() -> None
         stream = stream_of()
         stream.record = RequestRecord()
         say(stream, "long ago")
-        stream.entries[0].at -= 1000.0
+        stream.entries[0].received_at -= 1000.0
 
         one.follow(stream)
         await until(lambda: one.rendered == 1)

@@ -13,7 +13,7 @@ import pytest
 from aioserver.auth.callers import anonymous
 from aioserver.faces import context
 from aioserver.server import listener
-from aioserver.streams.writer import TURN_BYTES
+from aioserver.streams.writer import WRITE_BYTES
 from tests.support.chat import big, chat, numbers, text_of, to_end
 from tests.support.raw import SMALL, Raw
 from tests.support.server import QUICK, MakeServer
@@ -79,7 +79,7 @@ async def test_clients_that_read_nothing_delay_nobody_and_are_dropped(
     def look() -> None:
         nonlocal largest, kept
         kept = max(kept, store.stats().bytes)
-        logs = (*store.running(), *store.of(anonymous(None)))
+        logs = (*store.running(), *store.owned_by(anonymous(None)))
         largest = max((largest, *(stream.bytes for stream in logs)))
 
     def done() -> bool:
@@ -112,7 +112,7 @@ async def test_clients_that_read_nothing_delay_nobody_and_are_dropped(
     assert {why.partition(": ")[2][:13] for why in drops} == {"nothing taken"}
     assert len(costs) >= 10  # the others were dropped already: a busy machine is slow to ask
     assert waiting > 0
-    assert max(ours for ours, _ in costs) <= TURN_BYTES + EVENT
-    assert max(kernels for _, kernels in costs) <= listener.MAX_NOT_SENT + TURN_BYTES + EVENT
+    assert max(ours for ours, _ in costs) <= WRITE_BYTES + EVENT
+    assert max(kernels for _, kernels in costs) <= listener.MAX_NOT_SENT + WRITE_BYTES + EVENT
     assert 0 < kept < most
     assert largest < MAX_STREAM_BYTES

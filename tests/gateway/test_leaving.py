@@ -19,7 +19,7 @@ from aioserver.provider_errors import ProviderQueueFull, ProviderQueueTimeout
 from aioserver.providers.budget import Budget
 from aioserver.providers.request import Answer, ProviderRequest
 from aioserver.streams import entries, stream
-from aioserver.streams.store import Streams
+from aioserver.streams.store import StreamStore
 from aioserver.telemetry.loop_lag import LoopLag
 from aioserver.telemetry.metrics import Metrics, ProviderMeter
 from aioserver.telemetry.request_log import RequestLog
@@ -83,20 +83,20 @@ class Reader:
     """Reads all there is at once."""
 
     def __init__(self, stream: stream.Stream) -> None:
-        self.at = 0
+        self.next_index = 0
         self._stream = stream
-        self.poke()
+        self.notify()
 
-    def take_now(self, _data: bytes) -> bool:
+    def write_now(self, _data: bytes) -> bool:
         return False
 
-    def fast(self, _shape: object) -> None:
+    def open_fast_path(self, _shape: object) -> None:
         return None
 
-    def poke(self) -> None:
-        self.at = self._stream.offset + len(self._stream.entries)
+    def notify(self) -> None:
+        self.next_index = self._stream.offset + len(self._stream.entries)
 
-    def queued(self, position: int, eta: float) -> None:
+    def report_position(self, position: int, eta: float) -> None:
         pass
 
 
@@ -109,7 +109,7 @@ async def test_random_leavings_in_memory_give_everything_back(count: int) -> Non
     print("seed", seed)
     dice = random.Random(seed)
     fake: Any = Fake(dice)
-    store = Streams(max_stream_bytes=1 << 20, max_kept_bytes=1 << 26)
+    store = StreamStore(max_stream_bytes=1 << 20, max_kept_bytes=1 << 26)
     nothing: Any = None
     one: Any = SimpleNamespace(model="m", models=())
     metrics = Metrics({"sim": one})
@@ -129,7 +129,7 @@ async def test_random_leavings_in_memory_give_everything_back(count: int) -> Non
         stream = gateway.relay(request)
         reader = Reader(stream)
         stream.add_reader(reader)
-        gateway.lifetime.read(stream)
+        gateway.lifetime.reader_added(stream)
         try:
             for _ in range(3):
                 await fake.turns()
@@ -137,7 +137,7 @@ async def test_random_leavings_in_memory_give_everything_back(count: int) -> Non
                 gateway.cancel(caller, key)
         finally:
             stream.remove_reader(reader)
-            gateway.lifetime.unread(stream)
+            gateway.lifetime.reader_removed(stream)
 
     async def live(number: int) -> None:
         key = f"{dice.randrange(count)}" if dice.random() < 0.5 else None

@@ -631,7 +631,7 @@ async def test_the_position_is_told_while_the_pace_is_in_the_way(
     async with provider_at(simulator.base_url, limits) as provider:
         await fill(provider)
         monkeypatch.setattr(
-            Stream, "queued", lambda _self, position, eta: heard.append((position, eta))
+            Stream, "report_position", lambda _self, position, eta: heard.append((position, eta))
         )
         await fill(provider)
     assert heard

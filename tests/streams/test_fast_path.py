@@ -30,8 +30,8 @@ from aioserver.providers.sinks import ChatSink, EventSink
 from aioserver.streams.entries import CANCELLED
 from aioserver.streams.fast_path import MAX_CHUNK_BYTES, FastPath, Outbox, TextPath
 from aioserver.streams.formats import EVENTS, MESSAGES, RAW
-from aioserver.streams.store import Streams
-from aioserver.streams.writer import TURN_BYTES, Writer
+from aioserver.streams.store import StreamStore
+from aioserver.streams.writer import WRITE_BYTES, Writer
 from tests.support.chat import (
     CHAT,
     STREAMED,
@@ -151,7 +151,7 @@ class Road:
         self.wire = wire or Wire()
         self.protocol = self.wire.protocol
         private = face == "openai"
-        self.streams = Streams(max_stream_bytes=most, max_kept_bytes=1 << 30)
+        self.streams = StreamStore(max_stream_bytes=most, max_kept_bytes=1 << 30)
         self.stream = self.streams.open(
             "r1", "me", window=0.0 if private else window, private=private
         )
@@ -202,7 +202,7 @@ class Road:
             self.outbox,
             send_timeout=30.0,
             chunked=self.chunked,
-            dropped=self.dropped.append,
+            on_drop=self.dropped.append,
         )
 
     async def _produce(self) -> None:
@@ -284,7 +284,7 @@ def taking() -> Iterator[list[bytes]]:
 
     with pytest.MonkeyPatch.context() as patch:
         for kind in (FastPath, TextPath):
-            patch.setattr(kind, "take", watched(kind.take))
+            patch.setattr(kind, "forward", watched(kind.forward))
         yield taken
 
 
@@ -1105,10 +1105,10 @@ async def test_where_nobody_can_come_back_nothing_that_was_taken_is_kept(face: s
         await road.say(*map(word, range(2, 40)))
 
         assert len(taken) == 39
-        road.stream.seal()
+        road.stream.close_fast_path()
         assert (len(road.stream.entries), road.stream.bytes) == (0, 0)
         assert road.stream.last == 41
-        assert road.cursor.at == road.stream.offset
+        assert road.cursor.next_index == road.stream.offset
 
 
 @pytest.mark.parametrize("face", ["sse", "websocket"])
@@ -1117,7 +1117,7 @@ async def test_a_log_fed_by_the_fast_path_is_bounded(face: str) -> None:
         for number in range(2, 400):
             await road.say(chunk(said(f"w{number} and some more ")))
             assert road.stream.bytes <= 5_000
-            assert road.stream.bytes == sum(one.sized for one in road.stream.entries)
+            assert road.stream.bytes == sum(one.size for one in road.stream.entries)
             assert road.streams.stats().bytes == road.stream.bytes
 
         assert len(taken) == 399
@@ -1184,7 +1184,7 @@ async def test_a_client_that_stops_reading_closes_the_path_and_loses_nothing(fac
         for number in range(100):
             await road.say(large(number))
         assert road.socket.draining == 1
-        assert TURN_BYTES < road.socket.held < 2 * TURN_BYTES
+        assert WRITE_BYTES < road.socket.held < 2 * WRITE_BYTES
         stopped = len(taken)
         assert 20 < stopped < 60
 
@@ -1265,14 +1265,14 @@ async def test_a_read_that_was_taken_is_a_read_for_the_read_timeout(face: str) -
         assert road.exchange.look() is not None  # w1 counts
         path = road.protocol.fast
         assert path is not None
-        path.last -= 1000.0
+        path.forwarded_at -= 1000.0
 
         road.hear(word(2))
         assert len(taken) == 2
         left = road.exchange.look()
         assert left is not None
         assert left > 0
-        path.last -= 1000.0
+        path.forwarded_at -= 1000.0
         assert road.exchange.look() is None
         await road.over()
 
@@ -1286,13 +1286,13 @@ async def test_a_heartbeat_knows_of_what_was_taken(face: str) -> None:
     async with under_way(face) as (road, _):
         path = road.protocol.fast
         assert path is not None
-        assert road.writer.last_write == path.last
+        assert road.writer.last_write == path.forwarded_at
 
-        path.last += 1000.0
-        assert road.writer.last_write == path.last
+        path.forwarded_at += 1000.0
+        assert road.writer.last_write == path.forwarded_at
         road.writer.unfollow(road.cursor)
 
-        assert road.writer.last_write == path.last
+        assert road.writer.last_write == path.forwarded_at
 
 
 async def test_answer_after_answer_on_one_connection() -> None:

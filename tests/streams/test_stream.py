@@ -14,9 +14,8 @@ from aioserver.protocol import eventstream
 from aioserver.protocol.openai import Reading, Shape
 from aioserver.provider_errors import ProviderDisconnected
 from aioserver.streams.entries import CANCELLED, CHUNK, COMPLETE, ERROR, PROCESSING
-from aioserver.streams.fast_path import Client as PassedTo
-from aioserver.streams.fast_path import TextPath
-from aioserver.streams.store import Streams
+from aioserver.streams.fast_path import Destination, TextPath
+from aioserver.streams.store import StreamStore
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,8 +26,8 @@ MUCH = 1 << 30
 DEMO = "demo"
 
 
-def streams_of(max_stream_bytes: int = MUCH, max_kept_bytes: int = MUCH) -> Streams:
-    return Streams(max_stream_bytes=max_stream_bytes, max_kept_bytes=max_kept_bytes)
+def streams_of(max_stream_bytes: int = MUCH, max_kept_bytes: int = MUCH) -> StreamStore:
+    return StreamStore(max_stream_bytes=max_stream_bytes, max_kept_bytes=max_kept_bytes)
 
 
 def chunk(text: str) -> bytes:
@@ -59,30 +58,30 @@ class Slow:
     def __init__(self, stream: Stream, after: int = 0) -> None:
         self.stream = stream
         self.next = after + 1
-        self.at, self.skip = stream.locate(after)
+        self.next_index, self.skip = stream.locate(after)
         self.seen: list[tuple[int, str]] = []
         self.pokes = 0
         self.positions: list[int] = []
         stream.add_reader(self)
 
-    def take_now(self, _data: bytes) -> bool:
+    def write_now(self, _data: bytes) -> bool:
         return False
 
-    def fast(self, _shape: Shape | None) -> None:
+    def open_fast_path(self, _shape: Shape | None) -> None:
         return None
 
-    def poke(self) -> None:
+    def notify(self) -> None:
         self.pokes += 1
 
-    def queued(self, position: int, eta: float) -> None:
+    def report_position(self, position: int, eta: float) -> None:
         self.positions.append(position)
 
     def read(self, most: int = MUCH) -> None:
         """Read up to *most* entries; every number must be the next one."""
-        while most and self.at < self.stream.offset + len(self.stream.entries):
-            if self.at < self.stream.offset:
+        while most and self.next_index < self.stream.offset + len(self.stream.entries):
+            if self.next_index < self.stream.offset:
                 raise ResumeGap("behind")
-            entry = self.stream.entries[self.at - self.stream.offset]
+            entry = self.stream.entries[self.next_index - self.stream.offset]
             frames = self.stream.frames(entry)
             assert len(frames) == entry.count
             for frame in frames[self.skip :]:
@@ -92,7 +91,7 @@ class Slow:
                 self.seen.append((self.next, read["chunk"].get("data", "")))
                 self.next += 1
             self.skip = 0
-            self.at += 1
+            self.next_index += 1
             most -= 1
         self.stream.trim()
 
@@ -174,7 +173,7 @@ def test_every_reader_hears_the_position_in_the_queue_which_is_no_event() -> Non
     stream = streams_of().open("r1", DEMO, window=30)
     readers = [Slow(stream), Slow(stream)]
 
-    stream.queued(3, 4.5)
+    stream.report_position(3, 4.5)
 
     assert [reader.positions for reader in readers] == [[3], [3]]
     assert stream.last == 0
@@ -184,8 +183,8 @@ def test_a_reader_that_leaves_while_it_is_poked_keeps_no_other_from_being_poked(
     stream = streams_of().open("r1", DEMO, window=30)
 
     class Leaver(Slow):
-        def poke(self) -> None:
-            super().poke()
+        def notify(self) -> None:
+            super().notify()
             self.leave()
 
     readers = [Leaver(stream), Slow(stream), Leaver(stream), Slow(stream)]
@@ -252,7 +251,7 @@ def test_a_log_without_entries_still_knows_where_it_was() -> None:
     assert (stream.first, stream.last, stream.bytes) == (3, 2, 0)
     with pytest.raises(ResumeGap):
         stream.locate(1)
-    assert Slow(stream, 2).at == 1
+    assert Slow(stream, 2).next_index == 1
 
 
 # Bounds of one log.
@@ -314,7 +313,7 @@ def test_a_log_of_frames_and_bytes_counts_both() -> None:
     assert stream.bytes - before >= 1000
     stream.end(COMPLETE, {}, data=b"y" * 1000)
 
-    assert stream.bytes == sum(entry.sized for entry in stream.entries)
+    assert stream.bytes == sum(entry.size for entry in stream.entries)
     assert stream.bytes >= 2000
 
 
@@ -326,7 +325,7 @@ def test_frames_of_the_providers_bytes_cost_no_memory_that_is_not_counted() -> N
     assert texts(stream.frames(entry)) == ["a", "b"]
 
     assert entry.frames is None
-    assert entry.sized == stream.bytes
+    assert entry.size == stream.bytes
 
 
 def test_frames_of_a_whole_answer_leave_no_hole_in_the_numbers() -> None:
@@ -383,7 +382,7 @@ def test_a_log_is_found_by_its_caller_only() -> None:
     assert streams.find("a", "r1") is stream
     assert streams.find("b", "r1") is other
     assert streams.find("c", "r1") is streams.find("a", "r2") is None
-    assert list(streams.of("a")) == [stream]
+    assert list(streams.owned_by("a")) == [stream]
     assert len(streams.running()) == 3
 
 
@@ -413,7 +412,7 @@ def test_a_reader_of_a_dropped_log_is_behind_and_not_at_its_end() -> None:
 
     streams.drop(stream)
 
-    assert reader.at < stream.offset
+    assert reader.next_index < stream.offset
 
 
 def test_a_name_used_again_is_not_dropped_with_its_first_bearer() -> None:
@@ -427,7 +426,7 @@ def test_a_name_used_again_is_not_dropped_with_its_first_bearer() -> None:
     assert streams.find(DEMO, "r1") is new
 
 
-def finished(streams: Streams, name: str, size: int = 1000) -> Stream:
+def finished(streams: StreamStore, name: str, size: int = 1000) -> Stream:
     stream = streams.open(name, DEMO, window=30)
     stream.append(CHUNK, [chunk("x" * size)])
     stream.end(COMPLETE, {})
@@ -443,7 +442,7 @@ def test_over_max_kept_bytes_the_oldest_finished_go_first() -> None:
         finished(streams, f"r{number}")
         assert streams.stats().bytes <= 10_000
 
-    kept = [stream.request_id for stream in streams.of(DEMO)]
+    kept = [stream.request_id for stream in streams.owned_by(DEMO)]
     assert kept == ["running", *(f"r{number}" for number in range(20 - len(kept) + 1, 20))]
     assert len(kept) > 4
 
@@ -543,7 +542,7 @@ class Known:
         else:
             self.stream.append(CHUNK, data=raw(*names), count=len(names))
         self.events += names
-        self.sizes.append(self.stream.entries[-1].sized)
+        self.sizes.append(self.stream.entries[-1].size)
 
     def pass_on(self, dice: random.Random) -> None:
         """As the fast path does, where there is one reader who has read all; else `append`."""
@@ -554,7 +553,7 @@ class Known:
         if reader not in self.readers or not self.stream.last:
             return self.append(dice)
         shape = Shape(b'data: {"t":"', b'"}\n\n', Reading())
-        client = PassedTo(
+        client = Destination(
             cast("Any", None), cast("Any", Nowhere()), lambda: 0.0, 0, lambda: None, False
         )
         path = TextPath(cast("Any", reader), client, shape, lambda _head, _number, _text: b"")
@@ -562,15 +561,15 @@ class Known:
         for _ in range(dice.randint(1, 4)):
             name = f"{len(self.events)}-" + "x" * dice.randint(0, 300)
             event = shape.prefix + name.encode() + shape.suffix
-            assert path.take(b"%x\r\n%b\r\n" % (len(event), event))
+            assert path.forward(b"%x\r\n%b\r\n" % (len(event), event))
             self.events.append(name)
             reader.seen.append((reader.next, name))
             reader.next += 1
         assert self.stream.last == len(self.events)
-        self.stream.seal()
+        self.stream.close_fast_path()
         assert not path.open
         entries = self.stream.entries
-        self.sizes.append(entries[-1].sized if entries else 0)
+        self.sizes.append(entries[-1].size if entries else 0)
         return None
 
     def end(self, dice: random.Random) -> None:
@@ -581,12 +580,12 @@ class Known:
             self.stream.end(status, {})
         self.events.append("")
         entries = self.stream.entries
-        self.sizes.append(entries[-1].sized if entries else 0)
+        self.sizes.append(entries[-1].size if entries else 0)
 
     def check(self, max_bytes: int) -> None:
         stream = self.stream
         assert stream.last == len(self.events)
-        assert stream.bytes == sum(entry.sized for entry in stream.entries)
+        assert stream.bytes == sum(entry.size for entry in stream.entries)
         assert stream.bytes <= max_bytes or len(stream.entries) <= 1
         assert stream.offset + len(stream.entries) == len(self.sizes)
         number = stream.first
@@ -611,7 +610,7 @@ class Known:
             self.resumed[reader] = after
 
     def read(self, reader: Slow, most: int) -> None:
-        behind = reader.at < self.stream.offset
+        behind = reader.next_index < self.stream.offset
         try:
             reader.read(most)
         except ResumeGap:

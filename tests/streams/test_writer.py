@@ -13,7 +13,7 @@ from aioserver.errors import ResumeGap
 from aioserver.streams.entries import COMPLETE
 from aioserver.streams.fast_path import Outbox
 from aioserver.streams.formats import Format
-from aioserver.streams.writer import MAX_CONTROL_FRAMES, TURN_BYTES, Writer
+from aioserver.streams.writer import MAX_CONTROL_FRAMES, WRITE_BYTES, Writer
 from tests.support.transport import BIG, HIGH, LOW, FakeTransport, client, say, stream_of
 from tests.support.waiting import ticks, until
 
@@ -80,7 +80,7 @@ async def test_a_position_is_written_before_what_is_not_written_yet() -> None:
         one.follow(other)
 
         say(other, "a")
-        stream.queued(3, 1.0)
+        stream.report_position(3, 1.0)
         await ticks()
 
         assert one.socket.writes == [b"<3>", b"a"]
@@ -242,12 +242,12 @@ async def test_positions_do_not_wait_for_a_client_that_takes_nothing() -> None:
         one.follow(other)
         one.writer.send(b"x" * BIG)
         for position in range(2 * MAX_CONTROL_FRAMES):
-            stream.queued(position, 1.0)
+            stream.report_position(position, 1.0)
         assert not one.socket.aborted
 
         one.socket.take()
         await until(lambda: not one.writer.blocked)
-        other.queued(7, 1.0)
+        other.report_position(7, 1.0)
 
         assert one.socket.writes[1:] == [b"<7>"]
 
@@ -312,7 +312,7 @@ async def test_nothing_is_written_after_the_close() -> None:
         one.writer.close()
         for stream in streams:
             say(stream, "later")
-            stream.queued(1, 1.0)
+            stream.report_position(1, 1.0)
             stream.end(COMPLETE, {})
         one.writer.send(b"pong")
         one.writer.pump()
@@ -399,7 +399,7 @@ async def test_following_on_a_closed_writer_leaves_no_reader() -> None:
 
         cursor = one.follow(stream)
 
-        assert cursor.gone
+        assert cursor.removed
         assert stream.readers == []
         assert one.left == []  # not before the face has said that it reads
         await until(lambda: one.left == [stream])
@@ -438,9 +438,9 @@ async def test_finished_may_unfollow_the_others_and_follow_anew() -> None:
             if cursor.stream is not after:
                 for other in cursors:
                     one.writer.unfollow(other)
-                one.writer.follow(after, 0, one.look, finished=finished)
+                one.writer.follow(after, 0, one.look, on_end=finished)
 
-        cursors = [one.writer.follow(stream, 0, one.look, finished=finished) for stream in streams]
+        cursors = [one.writer.follow(stream, 0, one.look, on_end=finished) for stream in streams]
         for stream in streams:
             stream.end(COMPLETE, {})
         await until(lambda: after in ended)
@@ -454,7 +454,7 @@ async def test_finished_may_close_the_writer() -> None:
     async with client() as one:
         streams = [stream_of(name) for name in "ab"]
         for stream in streams:
-            one.writer.follow(stream, 0, one.look, finished=lambda _one: one.writer.close())
+            one.writer.follow(stream, 0, one.look, on_end=lambda _one: one.writer.close())
         for stream in streams:
             stream.end(COMPLETE, {})
         await ticks()
@@ -472,7 +472,7 @@ async def test_a_long_replay_does_not_hold_up_the_others() -> None:
         long = [stream_of(name) for name in "ab"]
         for stream in long:
             for _ in range(100):
-                say(stream, stream.request_id * (TURN_BYTES // 4))
+                say(stream, stream.request_id * (WRITE_BYTES // 4))
             one.follow(stream)
         small = stream_of("small")
         say(small, "!")
@@ -480,14 +480,14 @@ async def test_a_long_replay_does_not_hold_up_the_others() -> None:
         await ticks()
 
         assert b"!" in b"".join(one.socket.writes[:3])  # one turn of each of the others
-        assert max(map(len, one.socket.writes)) < 2 * TURN_BYTES
+        assert max(map(len, one.socket.writes)) < 2 * WRITE_BYTES
         for name in (b"a", b"b"):
-            assert one.socket.written.count(name) == 100 * (TURN_BYTES // 4)
+            assert one.socket.written.count(name) == 100 * (WRITE_BYTES // 4)
         # They take turns: neither is ever more than two turns ahead.
         ahead = 0
         for write in one.socket.writes[:-2]:
             ahead += write.count(b"a") - write.count(b"b")
-            assert abs(ahead) <= 2 * TURN_BYTES
+            assert abs(ahead) <= 2 * WRITE_BYTES
 
 
 async def test_a_slow_client_gets_its_streams_in_turns() -> None:
@@ -495,7 +495,7 @@ async def test_a_slow_client_gets_its_streams_in_turns() -> None:
         streams = [stream_of(name) for name in "abcd"]
         for stream in streams:
             for _ in range(20):
-                say(stream, stream.request_id * (TURN_BYTES // 2))
+                say(stream, stream.request_id * (WRITE_BYTES // 2))
             stream.end(COMPLETE, {})
             one.follow(stream)
 
@@ -534,9 +534,9 @@ async def test_every_client_reads_every_answer_whole_in_order_or_is_dropped(run:
                 case "send":
                     if one.socket.held <= HIGH:
                         one.writer.send(b"#")
-                case "again" if not cursors[stream].gone and stream.window:
+                case "again" if not cursors[stream].removed and stream.window:
                     old = cursors[stream]
-                    if old.at < stream.offset + len(stream.entries):
+                    if old.next_index < stream.offset + len(stream.entries):
                         continue  # only what it has seen: the test counts
                     cursors[stream] = one.follow(stream, stream.last)
                     one.writer.unfollow(old)

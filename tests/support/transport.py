@@ -11,8 +11,8 @@ import orjson
 from aioserver.streams.entries import CHUNK
 from aioserver.streams.fast_path import Outbox
 from aioserver.streams.formats import Format
-from aioserver.streams.store import Streams
-from aioserver.streams.writer import TURN_BYTES, Writer
+from aioserver.streams.store import StreamStore
+from aioserver.streams.writer import WRITE_BYTES, Writer
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 # The marks of asyncio's transports: above HIGH a writer waits, at LOW it goes on.
 HIGH, LOW = 1 << 16, 1 << 14
-BIG = TURN_BYTES + 1
+BIG = WRITE_BYTES + 1
 
 
 class FakeTransport(asyncio.Transport):
@@ -112,8 +112,8 @@ class FakeClient:
             self.socket.drain,
             Outbox(asyncio.get_running_loop()),
             send_timeout=send_timeout,
-            dropped=self.dropped.append,
-            left=self.left.append,
+            on_drop=self.dropped.append,
+            on_unfollow=self.left.append,
         )
 
     def render(self, _stream: Stream, entry: Entry, skip: int) -> bytes:
@@ -123,15 +123,15 @@ class FakeClient:
 
     def follow(self, stream: Stream, after: int = 0) -> Cursor:
         def finished(cursor: Cursor) -> None:
-            assert cursor.gone
+            assert cursor.removed
             self.ended.append(cursor.stream)
 
         return self.writer.follow(
             stream,
             after,
             self.look,
-            queued=lambda position, _eta: b"<%d>" % position,
-            finished=finished,
+            render_position=lambda position, _eta: b"<%d>" % position,
+            on_end=finished,
         )
 
 
@@ -152,7 +152,7 @@ async def client(*, slow: bool = False, send_timeout: float = 30.0) -> AsyncIter
 
 
 def stream_of(name: str = "r1", *, window: float = 30.0, most: int = 1 << 30) -> Stream:
-    streams = Streams(max_stream_bytes=most, max_kept_bytes=1 << 30)
+    streams = StreamStore(max_stream_bytes=most, max_kept_bytes=1 << 30)
     return streams.open(name, "me", window=window)
 
 
