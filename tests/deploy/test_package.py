@@ -3,10 +3,12 @@
 The wheel is built from a copy of what the Dockerfile copies, and installed into an empty virtual
 environment. Its dependencies are those of the environment of the tests, by a `.pth` file: such a
 file makes packages importable, but not the editable installation, which has a `.pth` of its own.
+Nothing here sees the tree, which PYTHONPATH may name: the interpreter is isolated (`-I`).
 """
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -64,7 +66,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(*command: str) -> str:
     """Run *command*; its failure is the test's. Returns its stdout."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environ, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -73,7 +76,8 @@ def run(*command: str) -> str:
 def address(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The installed command, serving the packaged configuration."""
     folder = tmp_path_factory.mktemp("elsewhere")
-    with serving((installed / "bin" / "aioserver", "serve", "--port", "0"), folder) as url:
+    command = (installed / "bin" / "python", "-I", installed / "bin" / "aioserver")
+    with serving((*command, "serve", "--port", "0"), folder) as url:
         yield url
 
 
@@ -82,7 +86,7 @@ def test_installed_code_is_that_of_the_wheel(installed: Path, tmp_path: Path) ->
     where = "import aioserver; print(aioserver.__file__)"
 
     path = subprocess.run(
-        [python, "-c", where], cwd=tmp_path, capture_output=True, text=True, check=True
+        [python, "-I", "-c", where], cwd=tmp_path, capture_output=True, text=True, check=True
     ).stdout
 
     assert Path(path.strip()).is_relative_to(installed)
