@@ -10,16 +10,15 @@ import os
 import signal
 import sys
 import threading
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import click
 
 from aioserver.commands import options
 from aioserver.config import Configuration
 from aioserver.errors import ConfigurationError
-from aioserver.faces import context
-from aioserver.server import app as application
 from aioserver.server import listener, preflight, systemd
+from aioserver.server.app import open_server
 from aioserver.server.reload import Reload
 from aioserver.server.runner import Runner
 from aioserver.telemetry import logs
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-    from aiohttp import web
+    from aioserver.server.app import Server
 
 logger = logging.getLogger("aioserver.serve")
 
@@ -152,66 +151,78 @@ def loop_factory(name: str) -> Callable[[], asyncio.AbstractEventLoop]:
 async def _run(
     configuration: Configuration, environ: Mapping[str, str], inherited: Sequence[socket.socket]
 ) -> int:
-    settings = configuration.settings
     logger.info("configuration: %s", configuration.source)
     for warning in configuration.warnings:
         logger.warning("%s", warning)
     for key in configuration.not_enforced():
         logger.warning("%s is valid, but not enforced yet", key)
-    app = application.build(settings)
-    runner = Runner(app, settings.chat.websocket)
-    notifier = systemd.Notifier.take(os.environ, lambda: _status(app))
-    stop = asyncio.Event()
+    stop, hangup = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _stop, stop)
-    hosts = listener.hosts(inherited)
-    reload = Reload(runner, configuration, environ, hosts=hosts, notifier=notifier)
-    loop.add_signal_handler(signal.SIGHUP, reload.ask)
+    loop.add_signal_handler(signal.SIGHUP, hangup.set)
     try:
-        await runner.setup()
+        async with open_server(configuration.settings) as server:
+            runner = Runner(server)
+            notifier = systemd.Notifier.take(os.environ, lambda: _status(server))
+            hosts = listener.hosts(inherited)
+            reload = Reload(server, runner, configuration, environ, hosts=hosts, notifier=notifier)
+            loop.add_signal_handler(signal.SIGHUP, reload.ask)
+            # A SIGHUP that came while the server was made.
+            if hangup.is_set():
+                reload.ask()
+            try:
+                code = await _serve(server, runner, reload, notifier, inherited, stop)
+            finally:
+                await runner.cleanup()
+                notifier.close()
     except ConfigurationError as exc:
         return _refuse(exc)
-    reloading: asyncio.Task[NoReturn] | None = None
+    if code == 0:
+        logger.info("stopped")
+    return code
+
+
+async def _serve(
+    server: Server,
+    runner: Runner,
+    reload: Reload,
+    notifier: systemd.Notifier,
+    inherited: Sequence[socket.socket],
+    stop: asyncio.Event,
+) -> int:
+    """Listen, and serve until *stop* is set. Return the exit code."""
+    await runner.setup()
+    # A signal came while the server was made.
+    if stop.is_set():
+        return 0
     try:
-        if stop.is_set():
-            # a signal came during the start
-            return 0
-        try:
-            listening = await listener.listen(
-                runner,
-                settings.chat.websocket,
-                send_timeout=settings.chat.streams.send_timeout,
-                inherited=inherited,
-            )
-        except OSError as exc:
-            host, port = settings.chat.websocket.host, settings.chat.websocket.port
-            print(preflight.cannot_listen(host, port, exc), file=sys.stderr)
-            return 1
-        print(f"aioserver is ready: {listening[0].url}", flush=True)
-        gc.collect()
-        gc.freeze()
-        gc.set_threshold(*GC_THRESHOLDS)
-        notifier.ready()
-        # not before `ready`: the end of a reload says READY=1, too
-        reloading = loop.create_task(reload.run())
+        listening = await runner.listen(inherited)
+    except OSError as exc:
+        settings = server.context.settings.chat.websocket
+        print(preflight.cannot_listen(settings.host, settings.port, exc), file=sys.stderr)
+        return 1
+    print(f"aioserver is ready: {listening[0].url}", flush=True)
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*GC_THRESHOLDS)
+    notifier.ready()
+    # Not before `ready`: the end of a reload says READY=1, too.
+    reloading = asyncio.create_task(reload.run())
+    try:
         await stop.wait()
         logger.info("stopping")
         notifier.stopping()
         reloading.cancel()
-        await application.end(runner)
+        await runner.end()
     finally:
-        if reloading is not None:
-            reloading.cancel()
-        await runner.cleanup()
-        notifier.close()
-    logger.info("stopped")
+        reloading.cancel()
     return 0
 
 
-def _status(app: web.Application) -> str:
+def _status(server: Server) -> str:
     """Return the line that `systemctl status` shows."""
-    gate = app[context.ADMISSION].gate
+    gate = server.context.admission.gate
     return f"{gate.inside} of {gate.limit} connections, {gate.waiting} waiting"
 
 

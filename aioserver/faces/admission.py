@@ -1,12 +1,13 @@
-"""The counting wrapper around every handler that costs something: WebSocket, SSE and `/v1`.
+"""Admission: a counted place for everything that costs something on WebSocket, SSE and `/v1`.
 
-In two steps. *Prepare*: the handshake, or the body, read under a deadline and found valid, so that
-a slow upload holds no place. Then *enter*: below `max_connections` at once, at the limit in the
-order of coming, `connection_queue_size` at most, for `queue_timeout` at most. Past either bound
-the face refuses in its own way. Every way out of a handler gives the place back, once.
+Admission has two steps. *Prepare*: the handshake is done, or the body is read under a deadline and
+found valid, so that a slow upload holds no place. *Enter*: below `max_connections` at once, at the
+limit in the order of arrival. At most `connection_queue_size` wait, and none longer than
+`queue_timeout`; past either bound the face refuses in its own way. Every way out of a handler gives
+the place back, once.
 
 An HTTP handler waits in its own task, which is cancelled when the client leaves (`counted`). A
-WebSocket must go on reading while it waits, so its waiting is a task beside it (`Entering`).
+WebSocket has to go on reading while it waits, so it waits in a task of its own (`SocketPlace`).
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ T = TypeVar("T")
 logger = logging.getLogger("aioserver.connections")
 
 LINES_PER_SECOND = 20
-MAX_REFUSED_CLOSING = 256  # refused WebSockets still in their close handshake; beyond: plain 503
+# Refused WebSockets whose close handshake is not over; beyond it a handshake gets a plain 503.
+MAX_REFUSED_CLOSING = 256
 
 
 class Admission:
@@ -58,7 +60,7 @@ class Admission:
         self._lines = RateLimit(LINES_PER_SECOND)
 
     def apply(self, limits: Concurrency) -> None:
-        """Use new bounds. Who is inside stays; who waits keeps the deadline it came with."""
+        """Use new limits. Connections that have a place keep it; those that wait keep their deadline."""
         self._limits = limits
         self.gate.apply(
             limits.max_connections,
@@ -68,18 +70,18 @@ class Admission:
 
     @property
     def body_bytes(self) -> int:
-        """Bytes of bodies being read or waiting."""
+        """Bytes of bodies that are being read, or wait for a place."""
         return self._body_bytes
 
     def hold(self) -> BodyHold:
-        """Account for one body."""
+        """Return an account for one body."""
         return BodyHold(self)
 
     def grow(self, size: int) -> None:
-        """Another *size* bytes of a body.
+        """Count another *size* bytes of a body.
 
         Raises:
-            ServerAtCapacity: more than `max_body_bytes` with them.
+            ServerAtCapacity: with them there would be more than `max_body_bytes`.
         """
         if self._body_bytes + size > self._limits.max_body_bytes:
             raise ServerAtCapacity(
@@ -89,13 +91,13 @@ class Admission:
         self._body_bytes += size
 
     def shrink(self, size: int) -> None:
-        """A body of *size* bytes is admitted, or gone."""
+        """Take *size* bytes off the count: their body is admitted, or gone."""
         self._body_bytes -= size
 
     def log(self, event: str, face: str, level: int = logging.INFO, *, caller: str = "") -> None:
-        """One line: a connection was opened, closed or refused, and how full the house is.
+        """Log that a connection was opened, closed or refused, and how full the gate is.
 
-        At most `LINES_PER_SECOND` of one event and face: a storm is counted, not written out.
+        At most `LINES_PER_SECOND` lines of one event and face are written; the rest is counted.
         """
         if logger.isEnabledFor(level) and (suppressed := self._lines.allow(event, face)) >= 0:
             gate = self.gate
@@ -116,23 +118,28 @@ class Admission:
             )
 
     def try_enter(self) -> Place | None:
-        """A place, if one is free."""
+        """Return a place, or None if none is free. The caller releases it."""
         if (place := self.gate.try_enter()) is not None:
             self._entered.observe(0.0)
         return place
 
-    async def wait(self, face: str, told: Callable[[int, float], None] | None = None) -> Place:
-        """A place, by way of the line.
+    async def wait(
+        self, face: str, on_position: Callable[[int, float], None] | None = None
+    ) -> Place:
+        """Queue for a place, and return it. The caller releases it; cancelling leaves the queue.
+
+        *on_position* is called with the position in the queue and the seconds until a place is
+        expected, whenever either changes.
 
         Raises:
-            ServerAtCapacity: none within the bounds of the line.
+            ServerAtCapacity: the queue is full, or no place became free within `queue_timeout`.
             ServerShutdown: the server is stopping.
         """
         waits, meter = self.metrics.admission_wait, self.metrics.faces[face]
         began = monotonic()
         meter.waiting.value += 1
         try:
-            place = await self.gate.enter(on_position=told)
+            place = await self.gate.enter(on_position=on_position)
         except AioserverError:
             waits["refused"].observe(monotonic() - began)
             meter.rejected.value += 1
@@ -143,21 +150,21 @@ class Admission:
         return place
 
     def opened(self, face: str, caller: str = "") -> None:
-        """A connection of *face* has its place."""
+        """Count a connection that has got its place."""
         meter = self.metrics.faces[face]
         meter.connections.value += 1
         meter.opened.value += 1
         self.log("opened", face, caller=caller)
 
     def closed(self, face: str, code: str = "", caller: str = "") -> None:
-        """It has ended; *code*: the close code of a WebSocket."""
+        """Count that a connection has ended; *code*: the close code of a WebSocket."""
         self.metrics.faces[face].connections.value -= 1
         closed = self.metrics.closed
         (closed.get((face, code)) or closed[face, "other"]).value += 1
         self.log("closed", face, caller=caller)
 
     def dropped(self, face: str, why: str) -> None:
-        """A client was dropped since it took nothing, or fell behind."""
+        """Count a client that was disconnected because it read nothing, or fell behind."""
         self.metrics.slow_clients.value += 1
         self.log(f"dropped: {why}", face, logging.WARNING)
 
@@ -169,7 +176,7 @@ class Admission:
 
 
 class BodyHold:
-    """What one body has taken of `max_body_bytes`; given back at the end of its `with`."""
+    """What one body has taken of `max_body_bytes`; the end of its `with` gives it back."""
 
     __slots__ = ("_admission", "_size")
 
@@ -178,7 +185,11 @@ class BodyHold:
         self._size = 0
 
     def grow(self, size: int) -> None:
-        """As `Admission.grow`."""
+        """Count another *size* bytes of this body.
+
+        Raises:
+            ServerAtCapacity: see `Admission.grow`.
+        """
         self._admission.grow(size)
         self._size += size
 
@@ -196,7 +207,10 @@ def counted(
     serve: Callable[[web.Request, T], Awaitable[web.StreamResponse]],
     refuse: Callable[[web.Request, ServerAtCapacity], Awaitable[web.StreamResponse]] | None = None,
 ) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
-    """An HTTP handler: prepare, enter, serve. Without *refuse* a refusal is raised: a plain 503."""
+    """Return an HTTP handler that prepares, enters, and serves with what was prepared.
+
+    *refuse* answers a request that got no place; without it the refusal is raised: a plain 503.
+    """
 
     async def handler(request: web.Request) -> web.StreamResponse:
         caller = request[CALLER].name
@@ -219,25 +233,27 @@ def counted(
     return handler
 
 
-class Entering:
-    """A place, taken at once or waited for beside a reader that must not stop.
+class SocketPlace:
+    """The place of one WebSocket: taken at once, or waited for beside a reader that must not stop.
 
-    *entered* or *refused* is called once, unless the `with` ends before. At its end the place is
-    given back, or the waiting is ended.
+    Within its `with` either *on_entered* or *on_refused* is called, once; neither, if the `with` ends
+    before. At its end the place is given back, or the wait is cancelled.
     """
 
     def __init__(
         self,
         admission: Admission,
+        face: str,
         *,
-        entered: Callable[[], None],
-        refused: Callable[[AioserverError], None],
-        told: Callable[[int, float], None],
+        on_entered: Callable[[], None],
+        on_refused: Callable[[AioserverError], None],
+        on_position: Callable[[int, float], None],
     ) -> None:
         self._admission = admission
-        self._entered = entered
-        self._refused = refused
-        self._told = told
+        self._face = face
+        self._on_entered = on_entered
+        self._on_refused = on_refused
+        self._on_position = on_position
         self._place: Place | None = None
         self._task: asyncio.Task[Place] | None = None
         self._over = False
@@ -245,9 +261,9 @@ class Entering:
     def __enter__(self) -> Self:
         self._place = self._admission.try_enter()
         if self._place is not None:
-            self._entered()
+            self._on_entered()
         else:
-            self._task = asyncio.ensure_future(self._admission.wait("websocket", told=self._told))
+            self._task = asyncio.ensure_future(self._admission.wait(self._face, self._on_position))
             self._task.add_done_callback(self._settle)
         return self
 
@@ -267,7 +283,7 @@ class Entering:
             if self._over:
                 self._place.release()
             else:
-                self._entered()
+                self._on_entered()
         elif not self._over:
             assert isinstance(error, AioserverError)
-            self._refused(error)
+            self._on_refused(error)

@@ -1,67 +1,40 @@
-"""The inventory of app state: everything that lives as long as the server, one typed key a line.
+"""What the faces may use of the server: one object, to which their handlers are bound.
 
-What a key names stays the same object: who holds it sees what a reload has changed in it.
+The objects in it stay the same for as long as the server lives: what a reload of the configuration
+changes, it changes inside them.
 """
 
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
-
-from aiohttp import web
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    import socket
-    from collections.abc import Callable
-
     from prometheus_client import CollectorRegistry
 
     from aioserver.auth.access import Access
+    from aioserver.auth.callers import Caller
     from aioserver.auth.guard import Guard
     from aioserver.auth.origins import Origins
     from aioserver.config.settings import Settings
     from aioserver.faces.admission import Admission
-    from aioserver.faces.websocket import Socket
-    from aioserver.gateway.conversations import Conversations
     from aioserver.gateway.gateway import Gateway
     from aioserver.gateway.router import Router
     from aioserver.limits.timer_wheel import TimerWheel
     from aioserver.monitoring.monitor import Monitor
-    from aioserver.providers.registry import Roster
     from aioserver.streams.fast_path import Outbox
-    from aioserver.streams.store import StreamStore
-    from aioserver.telemetry.loop_lag import LoopLag
     from aioserver.telemetry.metrics import Metrics
 
-SETTINGS: web.AppKey[InEffect] = web.AppKey("settings")
-ORIGINS: web.AppKey[Origins] = web.AppKey("origins")
-ACCESS: web.AppKey[Access] = web.AppKey("access")
-SHIELD: web.AppKey[Callable[..., Any]] = web.AppKey("shield")
-GUARD: web.AppKey[Guard] = web.AppKey("guard")
-ADMISSION: web.AppKey[Admission] = web.AppKey("admission")
-WHEEL: web.AppKey[TimerWheel] = web.AppKey("wheel")
-STREAMS: web.AppKey[StreamStore] = web.AppKey("streams")
-ROSTER: web.AppKey[Roster] = web.AppKey("roster")
-ROUTER: web.AppKey[Router] = web.AppKey("router")
-CONVERSATIONS: web.AppKey[Conversations] = web.AppKey("conversations")
-GATEWAY: web.AppKey[Gateway] = web.AppKey("gateway")
-OUTBOX: web.AppKey[Outbox] = web.AppKey("outbox")
-SOCKETS: web.AppKey[set[Socket]] = web.AppKey("sockets")
-LAG: web.AppKey[LoopLag] = web.AppKey("lag")
-METRICS: web.AppKey[Metrics] = web.AppKey("metrics")
-REGISTRY: web.AppKey[CollectorRegistry] = web.AppKey("registry")
-MONITOR: web.AppKey[Monitor] = web.AppKey("monitor")
-LIFE: web.AppKey[Life] = web.AppKey("life")
 
-
-class InEffect:
-    """The settings that hold now, section by section; a reload puts others in their place."""
+class CurrentSettings:
+    """The settings in effect, section by section; a reload replaces the sections."""
 
     def __init__(self, settings: Settings) -> None:
         self.apply(settings)
 
     def apply(self, settings: Settings) -> None:
-        """From now on these hold."""
+        """Put *settings* in effect."""
         self.chat = settings.chat
         self.llm = settings.llm
         self.auth = settings.auth
@@ -69,10 +42,45 @@ class InEffect:
         self.logging = settings.logging
 
 
-class Life:
-    """*ready*: it takes work: not while it starts, nor from the moment that *stopping* tells of."""
+class Lifecycle:
+    """*ready*: whether the server takes work: not before it has started, nor once it stops.
+
+    *stopping*: set when open connections have to end. It is set later than *ready* becomes false: a
+    load balancer has `drain_delay` seconds in between to send its clients elsewhere.
+    """
 
     def __init__(self) -> None:
         self.ready = False
         self.stopping = asyncio.Event()
-        self.listening: list[socket.socket] = []
+
+
+class OpenSocket(Protocol):
+    """An open WebSocket, as a reload and the end of the server see it."""
+
+    caller: Caller
+
+    def drain(self) -> None:
+        """Close once no answer runs on it any more."""
+
+    def revoke(self) -> None:
+        """Close at once: its caller's key is no longer valid."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Context:
+    """Filled once, when the server starts."""
+
+    settings: CurrentSettings
+    lifecycle: Lifecycle
+    access: Access
+    origins: Origins
+    guard: Guard
+    admission: Admission
+    gateway: Gateway
+    router: Router
+    outbox: Outbox
+    wheel: TimerWheel
+    sockets: set[OpenSocket]
+    metrics: Metrics
+    monitor: Monitor
+    registry: CollectorRegistry

@@ -20,9 +20,13 @@ from aioserver.errors import (
 from aioserver.protocol import messages
 
 if TYPE_CHECKING:
+    from aiohttp import StreamReader
+
     from aioserver.faces.admission import BodyHold
 
-BODY_TIMEOUT = 15.0  # seconds for a whole body: aiohttp has no deadline for it
+# Seconds for a whole body: aiohttp has no deadline for it.
+BODY_TIMEOUT = 15.0
+# The value of the header `Server`.
 SERVER = "aioserver"
 _ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _prefix = secrets.token_hex(6)
@@ -30,44 +34,52 @@ _numbers = itertools.count(1)
 
 
 class Request(web.Request):
-    """aiohttp's request; every one of ours is made as this (runner.py).
+    """aiohttp's request, with what our handlers keep of it; server/runner.py has every one made so.
 
-    *known_id*: see `request_id`. *begun*: the response whose head is on the way.
+    *known_id*: what `request_id` returned before. *started*: the response whose head was sent, or is
+    about to be.
     """
 
-    ATTRS = web.Request.ATTRS | frozenset(["begun", "known_id"])
+    ATTRS = web.Request.ATTRS | frozenset(["known_id", "started"])
 
     known_id: str = ""
-    begun: web.StreamResponse | None = None
+    started: web.StreamResponse | None = None
 
 
 def request_id(request: web.BaseRequest) -> str:
-    """The id of a request, for logs: the client's where it is harmless, else one of ours."""
+    """Return the id of *request* for logs: the client's `X-Request-Id` if it is harmless, or a new one."""
     assert isinstance(request, Request)
     known = request.known_id
     if not known:
-        given = request.headers.get("X-Request-Id")
-        if given is not None and _ID.fullmatch(given):
-            known = given
+        header = request.headers.get("X-Request-Id")
+        if header is not None and _ID.fullmatch(header):
+            known = header
         else:
             known = f"{_prefix}-{next(_numbers):x}"
         request.known_id = known
     return known
 
 
+def last_on_connection(request: web.BaseRequest) -> bool:
+    """Whether the connection ends with the response to *request*; other servers' do not say."""
+    return getattr(request.protocol, "last", False)
+
+
 async def read_json(request: web.Request, hold: BodyHold, max_bytes: int) -> tuple[bytes, Any]:
-    """The body, as it came and as JSON.
+    """Read the body, and return its bytes and what they mean as JSON. *hold* counts the bytes.
 
     Raises:
-        UnsupportedMediaType: not `application/json`, or compressed.
-        RequestTooLarge: more than *max_bytes*.
-        RequestTimeout: not whole within 15 s.
-        InvalidJson: not JSON.
+        UnsupportedMediaType: it is not `application/json`, or is compressed.
+        RequestTooLarge: it has more than *max_bytes*.
+        RequestTimeout: it was not complete within BODY_TIMEOUT.
+        ServerAtCapacity: see `Admission.grow`.
+        InvalidJson: it is no JSON.
     """
     if "Content-Encoding" in request.headers:
         raise UnsupportedMediaType("a compressed body is not accepted")
-    given = request.headers.get("Content-Type")
-    if given != "application/json" and request.content_type != "application/json":
+    header = request.headers.get("Content-Type")
+    # The comparison with the header itself saves the parsing of it, for nearly all clients.
+    if header != "application/json" and request.content_type != "application/json":
         raise UnsupportedMediaType("Content-Type must be application/json")
     length = request.content_length
     if length is not None and length > max_bytes:
@@ -87,7 +99,7 @@ async def read_json(request: web.Request, hold: BodyHold, max_bytes: int) -> tup
     return body, messages.load(body)
 
 
-async def _collect(content: Any, hold: BodyHold, max_bytes: int) -> bytes:
+async def _collect(content: StreamReader, hold: BodyHold, max_bytes: int) -> bytes:
     parts: list[bytes] = []
     size = 0
     while part := await content.readany():
@@ -100,7 +112,7 @@ async def _collect(content: Any, hold: BodyHold, max_bytes: int) -> bytes:
 
 
 def error_response(error: AioserverError) -> web.Response:
-    """*error* as an HTTP answer."""
+    """Return *error* as an HTTP response."""
     headers = error.headers()
     headers["Content-Type"] = "application/json"
     if error.force_close:
@@ -111,14 +123,14 @@ def error_response(error: AioserverError) -> web.Response:
     return response
 
 
-def last_of_connection(
+def announce_close(
     request: web.Request, response: web.StreamResponse, *, streamed: bool = False
 ) -> None:
-    """Tell the client that this is the last answer on its connection, where it is.
+    """Say in the head of *response* that its connection ends with it, if that is so.
 
-    A *streamed* body of HTTP/1.0 has neither chunks nor a length: only the close ends it.
+    The connection of an HTTP/1.0 client ends with a *streamed* body in any case: the body has neither
+    chunks nor a length, and only the close ends it.
     """
-    connection: Any = request.protocol
-    if connection.last or (streamed and request.version < HttpVersion11):
+    if last_on_connection(request) or (streamed and request.version < HttpVersion11):
         response.headers["Connection"] = "close"
         response.force_close()

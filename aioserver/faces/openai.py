@@ -1,16 +1,17 @@
-"""OpenAI's API: the official SDKs work unchanged with `base_url` pointed at `/v1`.
+"""OpenAI's API: the official SDKs work unchanged with their `base_url` set to our `/v1`.
 
-The body goes on as it came, only `model` is replaced where it names a provider; the provider's
-events come back byte for byte, each as soon as it arrives. The head of a streamed answer goes out
-with the provider's first bytes, so that until then a fault has its HTTP status; after
-`ping_interval` of silence it goes out alone, and heartbeat comments follow. A fault after the head
-is one error event, then the end: never a silent end, never a false `[DONE]`.
+The body is passed on as it came; only `model` is replaced where it names a provider. The provider's
+events come back byte for byte, each as soon as it arrives. The head of a streamed answer is sent with
+the provider's first bytes, so that a fault before them has its HTTP status; after `ping_interval` of
+silence it is sent alone, and heartbeat comments follow. A fault after the head is one error event,
+then the end: an answer never ends silently, and never with a false `[DONE]`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -18,7 +19,8 @@ from aiohttp import web
 
 from aioserver.auth.callers import CALLER
 from aioserver.errors import InvalidRequest, ModelNotFound, StreamNotFound
-from aioserver.faces import context, http
+from aioserver.faces import http
+from aioserver.faces.admission import counted
 from aioserver.faces.ready import ReadyResponse, ReadyStream, fits
 from aioserver.faces.streaming import follow
 from aioserver.gateway.router import Request
@@ -28,10 +30,11 @@ from aioserver.streams.cursor import ConditionReader
 from aioserver.streams.formats import RAW
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Awaitable, Callable, Iterator
 
     from aioserver.config import settings
     from aioserver.faces.admission import BodyHold
+    from aioserver.faces.context import Context
     from aioserver.gateway.router import Route
     from aioserver.providers.request import Answer
     from aioserver.streams.stream import Stream
@@ -44,13 +47,30 @@ STREAM_HEADERS = {
 }
 
 
-def prepare_for(path: str) -> Callable[[web.Request, BodyHold], Any]:
-    """The first step of the handler for *path*, below `/v1`."""
+def routes(context: Context) -> list[web.RouteDef]:
+    """Return the routes of this face; those of stored responses are in responses.py."""
+    serving = partial(serve, context)
+    return [
+        *(
+            web.post(
+                f"/v1/{path}",
+                counted(context.admission, "openai", prepare_for(context, path), serving),
+            )
+            for path in PATHS
+        ),
+        web.get("/v1/models", partial(models, context)),
+        web.get("/v1/models/{id:.+}", partial(model, context)),
+    ]
+
+
+def prepare_for(
+    context: Context, path: str
+) -> Callable[[web.Request, BodyHold], Awaitable[Request]]:
+    """Return the function that prepares a POST to *path*, below `/v1`."""
 
     async def prepare(request: web.Request, hold: BodyHold) -> Request:
-        app = request.app
         body, fields = await http.read_json(
-            request, hold, app[context.SETTINGS].chat.websocket.max_message_size
+            request, hold, context.settings.chat.websocket.max_message_size
         )
         if not isinstance(fields, dict):
             raise InvalidRequest("the body must be a JSON object")
@@ -64,13 +84,12 @@ def prepare_for(path: str) -> Callable[[web.Request, BodyHold], Any]:
             raise InvalidRequest(
                 f"Idempotency-Key must have 1 to {MAX_ID_CHARACTERS} printable characters"
             )
-        route = app[context.ROUTER].route(model)
+        route = context.router.route(model)
         if path == "embeddings":
-            route.pinned = (
-                True  # vectors of a fallback's model mean nothing beside those of this one
-            )
+            # The vectors of a fallback's model mean nothing beside those of this one.
+            route.pinned = True
         caller = request[CALLER].on_behalf_of(fields.get("user"))
-        asked = ProviderRequest(
+        provider_request = ProviderRequest(
             path,
             body_maker(body, fields, route),
             streamed=bool(streamed) and path != "embeddings",
@@ -81,68 +100,77 @@ def prepare_for(path: str) -> Callable[[web.Request, BodyHold], Any]:
             fields.get("store") is True or fields.get("background") is True
         )
         digest = digest_of(path, body) if key else b""
-        return Request(route, asked, "openai", http.request_id(request), key, digest, stored)
+        name = http.request_id(request)
+        return Request(route, provider_request, "openai", name, key, digest, stored)
 
     return prepare
 
 
 def digest_of(path: str, body: bytes) -> bytes:
-    """Return what tells a repeated request from a conflicting one."""
+    """Return a hash that tells a repeated request from another one of the same key."""
     return hashlib.sha256(path.encode() + b"\0" + body).digest()
 
 
 def body_maker(
     body: bytes, fields: dict[str, Any], route: Route
 ) -> Callable[[settings.Provider], bytes]:
-    """The body for a provider: as it came, or with the model that the route or the provider says.
+    """Return a function that makes the body for a provider.
 
-    It is kept for as long as the answer runs: one of the two, since pictures make them large.
+    It is the client's body, or the same with the model of the route or of the provider. Either the
+    bytes or the fields are kept for as long as the answer runs, not both: images make them large.
     """
-    given = fields if route.renamed else body
+    kept = fields if route.renamed else body
 
-    def made(provider: settings.Provider) -> bytes:
-        asked = provider.name == route.provider.name
-        if asked and isinstance(given, bytes):
-            return given
-        model = (asked and route.model) or provider.model  # a fallback uses its own
-        told = orjson.loads(given) if isinstance(given, bytes) else given
+    def body_for(provider: settings.Provider) -> bytes:
+        first = provider.name == route.provider.name
+        if first and isinstance(kept, bytes):
+            return kept
+        # A fallback uses its own model.
+        model = (first and route.model) or provider.model
+        values = orjson.loads(kept) if isinstance(kept, bytes) else kept
         try:
-            return orjson.dumps({**told, "model": model})
-        except TypeError:  # orjson reads 1,024 levels, but writes 254
+            return orjson.dumps({**values, "model": model})
+        # orjson reads 1,024 levels, but writes 254.
+        except TypeError:
             raise InvalidRequest("the body is nested too deeply") from None
 
-    return made
+    return body_for
 
 
-async def serve(request: web.Request, prepared: Request) -> web.StreamResponse:
-    """The second step: the answer."""
-    gateway = request.app[context.GATEWAY]
+async def serve(context: Context, request: web.Request, prepared: Request) -> web.StreamResponse:
+    """Answer a POST."""
+    gateway = context.gateway
     if prepared.provider_request.streamed:
-        return await follow_stream(request, gateway.relay(prepared))
+        return await follow_stream(context, request, gateway.relay(prepared))
     return _whole(request, await gateway.call(prepared))
 
 
 def _whole(request: web.Request, answer: Answer) -> web.StreamResponse:
-    fields = {
+    headers = {
         "x-aioserver-provider": answer.provider,
         "x-aioserver-attempts": str(answer.attempts),
         **answer.headers,
     }
-    fields["Content-Type"] = answer.content_type
+    headers["Content-Type"] = answer.content_type
     if answer.status == 200 and fits(request):
-        return ReadyResponse(answer.body, fields)
-    return web.Response(status=answer.status, body=answer.body, headers=fields)
+        return ReadyResponse(answer.body, headers)
+    return web.Response(status=answer.status, body=answer.body, headers=headers)
 
 
 async def follow_stream(
-    request: web.Request, stream: Stream, after: int = 0
+    context: Context, request: web.Request, stream: Stream, after: int = 0
 ) -> web.StreamResponse:
-    """The answer in *stream*, behind event *after*."""
-    gateway = request.app[context.GATEWAY]
+    """Answer with the events of *stream* behind *after*.
+
+    Raises:
+        ResumeGap: those events are no longer kept.
+        AioserverError: the stream ended before the provider's first bytes.
+    """
+    gateway = context.gateway
     opening = ConditionReader(stream, _begun)
     gateway.lifetime.reader_added(stream)
     try:
-        interval = request.app[context.SETTINGS].chat.websocket.ping_interval
+        interval = context.settings.chat.websocket.ping_interval
         timer = asyncio.get_running_loop().call_later(interval, opening.stop_waiting)
         try:
             await opening.reached
@@ -151,7 +179,7 @@ async def follow_stream(
         if stream.ended and not stream.answered:
             raise stream.error or StreamNotFound("this answer was cancelled")
         response = _streamed_response(request, stream)
-        await follow(request, response, stream, after, RAW, begun=opening.leave)
+        await follow(context, request, response, stream, after, RAW, begun=opening.leave)
         return response
     finally:
         opening.leave()
@@ -160,7 +188,7 @@ async def follow_stream(
 
 
 def _begun(stream: Stream) -> bool:
-    """Whether the answer's head can be decided: the provider's first bytes, or an end without any."""
+    """Whether the head can be sent: the provider's first bytes are there, or an end without any."""
     return stream.ended or bool(stream.entries and stream.entries[-1].data)
 
 
@@ -172,33 +200,33 @@ def _streamed_response(request: web.Request, stream: Stream) -> web.StreamRespon
     if fits(request):
         return ReadyStream(request, headers)
     response = web.StreamResponse(headers=headers)
-    http.last_of_connection(request, response, streamed=True)
+    http.announce_close(request, response, streamed=True)
     return response
 
 
-def _models(app: web.Application) -> Iterator[dict[str, Any]]:
-    for name, provider in app[context.ROUTER].providers.items():
-        if not provider.settings.usable:
+async def models(context: Context, _request: web.Request) -> web.Response:
+    """Answer `GET /v1/models`: the usable providers and their models, without asking a provider."""
+    return web.json_response({"object": "list", "data": list(_models(context))})
+
+
+async def model(context: Context, request: web.Request) -> web.Response:
+    """Answer `GET /v1/models/{id}`."""
+    name = request.match_info["id"]
+    for entry in _models(context):
+        if entry["id"] == name or entry["id"].partition("/")[2] == name:
+            return web.json_response(entry)
+    raise ModelNotFound(f"no model {name[:64]!r} is configured", param="model")
+
+
+def _models(context: Context) -> Iterator[dict[str, Any]]:
+    for owner, provider in context.router.providers.items():
+        configured = provider.settings
+        if not configured.usable:
             continue
-        given = provider.settings
-        yield _model(name, name)
-        for model in dict.fromkeys((given.model, *given.models)):
-            yield _model(f"{name}/{model}", name)
+        yield _model(owner, owner)
+        for name in dict.fromkeys((configured.model, *configured.models)):
+            yield _model(f"{owner}/{name}", owner)
 
 
 def _model(name: str, owner: str) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": 0, "owned_by": owner}
-
-
-async def models(request: web.Request) -> web.Response:
-    """`GET /v1/models`: the usable providers and their models; no provider is asked."""
-    return web.json_response({"object": "list", "data": list(_models(request.app))})
-
-
-async def model(request: web.Request) -> web.Response:
-    """`GET /v1/models/{id}`."""
-    name = request.match_info["id"]
-    for one in _models(request.app):
-        if one["id"] == name or one["id"].partition("/")[2] == name:
-            return web.json_response(one)
-    raise ModelNotFound(f"no model {name[:64]!r} is configured", param="model")

@@ -1,4 +1,7 @@
-"""The chat page, the same address as JSON for programs, the dashboard. Assets are read once."""
+"""The chat page, the dashboard and their assets, which are read once, at the start.
+
+`/` is the chat page for browsers, and JSON for programs.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,8 @@ from aioserver.faces.status import overview
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+
+    from aioserver.faces.context import Context
 
 TYPES = {
     ".html": "text/html",
@@ -26,12 +31,12 @@ HEADERS = {
 }
 
 
-def routes() -> list[web.AbstractRouteDef]:
-    """`/`, `/dashboard` and `/assets/…`."""
+def routes(context: Context) -> list[web.RouteDef]:
+    """Return the routes `/`, `/dashboard` and `/assets/…`."""
     assets = {
-        one.name: one.read_bytes()
-        for one in files("aioserver.faces").joinpath("assets").iterdir()
-        if one.name.endswith(tuple(TYPES))
+        file.name: file.read_bytes()
+        for file in files("aioserver.faces").joinpath("assets").iterdir()
+        if file.name.endswith(tuple(TYPES))
     }
     page = assets.pop("index.html")
     dashboard = assets.pop("dashboard.html")
@@ -40,7 +45,7 @@ def routes() -> list[web.AbstractRouteDef]:
         accept = request.headers.get("Accept", "")
         if "text/html" in accept:
             return _file("index.html", page)
-        return web.json_response(overview(request.app))
+        return web.json_response(overview(context))
 
     return [
         web.get("/", index),

@@ -1,12 +1,14 @@
-"""OpenAI's own way back into a response, from the log: SDKs resume by themselves.
+"""OpenAI's way back into a response (`/v1/responses/{id}`), served from the log: SDKs resume by it.
 
-A response that was asked with `store` or `background` is kept for its `resume_window`, and is found
-by the id that the provider gave it; one that was not streamed only once it will not change. `starting_after` counts as the provider does, by the
-`sequence_number` in its events; the log's own numbers have no part in it.
+A response that was requested with `store` or `background` is kept for its `resume_window`, and is
+found by the id that the provider gave it; one that was not streamed only once it will not change any
+more. `starting_after` counts as the provider does, by the `sequence_number` in its events; the log's
+own numbers have no part in it.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -14,7 +16,8 @@ from aiohttp import web
 
 from aioserver.auth.callers import CALLER
 from aioserver.errors import InvalidRequest, ResumeGap, StreamNotFound
-from aioserver.faces import context, openai
+from aioserver.faces import openai
+from aioserver.faces.admission import counted
 from aioserver.protocol import eventstream
 from aioserver.providers.request import Answer
 from aioserver.streams.entries import COMPLETE
@@ -23,35 +26,58 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from aioserver.faces.admission import BodyHold
+    from aioserver.faces.context import Context
     from aioserver.streams.stream import Stream
 
 
-async def prepare(request: web.Request, _hold: BodyHold) -> tuple[Stream, int | None]:
-    """The first step of GET: which response, and behind which event; None: not as a stream."""
-    stream = _find(request)
+def routes(context: Context) -> list[web.RouteDef]:
+    """Return the routes of this part of OpenAI's API."""
+    return [
+        web.get(
+            "/v1/responses/{id}",
+            counted(
+                context.admission, "openai", partial(prepare, context), partial(retrieve, context)
+            ),
+            # The body is not written by aiohttp, which would leave it out for HEAD.
+            allow_head=False,
+        ),
+        web.post("/v1/responses/{id}/cancel", partial(cancel, context)),
+    ]
+
+
+async def prepare(
+    context: Context, request: web.Request, _hold: BodyHold
+) -> tuple[Stream, int | None]:
+    """Prepare a GET: find the response, and the event behind which it is to be streamed.
+
+    None instead of an event means that it is not to be streamed.
+    """
+    stream = context.gateway.find(request[CALLER], request.match_info["id"])
     if request.query.get("stream", "false") != "true":
         return stream, None
     if stream.details.whole is not None:
         raise InvalidRequest("this response was not streamed", param="stream")
-    given = request.query.get("starting_after")
-    if given is None:
+    number = request.query.get("starting_after")
+    if number is None:
         return stream, 0
-    if not (given.isascii() and given.isdigit() and len(given) < 19):
+    if not (number.isascii() and number.isdigit() and len(number) < 19):
         raise InvalidRequest("starting_after must be a sequence_number", param="starting_after")
-    return stream, event_of(stream, int(given))
+    return stream, event_of(stream, int(number))
 
 
-async def retrieve(request: web.Request, found: tuple[Stream, int | None]) -> web.StreamResponse:
-    """The second step of GET: the events behind it, or the response as it is now."""
-    stream, after = found
+async def retrieve(
+    context: Context, request: web.Request, position: tuple[Stream, int | None]
+) -> web.StreamResponse:
+    """Answer a GET: with the events behind *position*, or with the response as it is now."""
+    stream, after = position
     if after is not None:
-        return await openai.follow_stream(request, stream, after)
+        return await openai.follow_stream(context, request, stream, after)
     return web.json_response(newest(stream), dumps=_text)
 
 
-async def cancel(request: web.Request) -> web.Response:
-    """`POST /v1/responses/{id}/cancel`; also when it has ended, which it then stays."""
-    stream = request.app[context.GATEWAY].cancel(request[CALLER], request.match_info["id"])
+async def cancel(context: Context, request: web.Request) -> web.Response:
+    """Answer `POST /v1/responses/{id}/cancel`. A response that has ended stays as it is."""
+    stream = context.gateway.cancel(request[CALLER], request.match_info["id"])
     response = newest(stream)
     if stream.end_status != COMPLETE:
         response["status"] = "cancelled"
@@ -59,57 +85,53 @@ async def cancel(request: web.Request) -> web.Response:
 
 
 def event_of(stream: Stream, sequence: int) -> int:
-    """The number in the log of the last event whose `sequence_number` is at most *sequence*.
+    """Return the log's number of the last event whose `sequence_number` is at most *sequence*.
 
     Raises:
         ResumeGap: events behind it are no longer kept, or it does not exist yet.
     """
-    before: int | None = None
+    previous: int | None = None
     for number, event in _events(stream):
-        its = event.get("sequence_number")
-        if not isinstance(its, int):
+        current = event.get("sequence_number")
+        if not isinstance(current, int):
             continue
-        if its > sequence:
-            if before is None and its > sequence + 1 and stream.offset:
+        if current > sequence:
+            if previous is None and current > sequence + 1 and stream.offset:
                 raise ResumeGap(f"events behind {sequence} are no longer kept")
             return number - 1
-        before = its
-    if before is None or before < sequence:
+        previous = current
+    if previous is None or previous < sequence:
         raise ResumeGap(f"event {sequence} does not exist yet")
     return stream.last
 
 
 def newest(stream: Stream) -> dict[str, Any]:
-    """The response object that the provider sent last.
+    """Return the response object that the provider sent last.
 
     Raises:
-        StreamNotFound: it is no longer kept, or this is no response.
+        StreamNotFound: none of its events with a response is kept, or *stream* is no response.
     """
-    found: dict[str, Any] | None = None
+    response: dict[str, Any] | None = None
     if isinstance(stream.details.whole, Answer):
-        found = orjson.loads(stream.details.whole.body)
+        response = orjson.loads(stream.details.whole.body)
     for _, event in _events(stream):
         if isinstance(event.get("response"), dict):
-            found = event["response"]
-    if found is None:
+            response = event["response"]
+    if response is None:
         raise StreamNotFound("no such response: never seen, or kept no longer")
-    return found
-
-
-def _find(request: web.Request) -> Stream:
-    return request.app[context.GATEWAY].find(request[CALLER], request.match_info["id"])
+    return response
 
 
 def _events(stream: Stream) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The provider's events that are kept, with their numbers in the log."""
+    """Yield the provider's events that are kept, each with its number in the log."""
     for entry in stream.entries:
         for number, event in enumerate(eventstream.parse(entry.data), entry.first):
             try:
-                said = orjson.loads(event.data)
+                fields = orjson.loads(event.data)
             except orjson.JSONDecodeError:
                 continue
-            if isinstance(said, dict):
-                yield number, said
+            if isinstance(fields, dict):
+                yield number, fields
 
 
 def _text(value: object) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from functools import partial
 from typing import TYPE_CHECKING
 
 from aiohttp import web
@@ -10,40 +11,56 @@ from aiohttp import web
 from aioserver.auth.guard import COOKIE, KEY_NEEDED
 from aioserver.auth.keys import SESSION_SECONDS
 from aioserver.errors import Denied, InvalidRequest, MissingApiKey
-from aioserver.faces import context, http
+from aioserver.faces import http
 
 if TYPE_CHECKING:
     from aioserver.auth.callers import Caller
+    from aioserver.faces.context import Context
 
 MAX_LOGIN_BYTES = 1 << 14
 NO_STORE = {"Cache-Control": "no-store"}
 
 
-async def session(request: web.Request) -> web.Response:
-    """`GET /session`: tells a page whether to ask for a key; never an error.
+def routes(context: Context) -> list[web.RouteDef]:
+    """Return the routes of `/session`."""
+    return [
+        web.get("/session", partial(describe, context)),
+        web.post("/session", partial(log_in, context)),
+        web.delete("/session", partial(log_out, context)),
+    ]
+
+
+async def describe(context: Context, request: web.Request) -> web.Response:
+    """Answer `GET /session`: tell a page whether to ask for a key. It is never an error.
 
     It looks at the cookie alone: no key can be tried here without being counted.
     """
     caller: Caller | None = None
-    if request.app[context.ACCESS].keyed:
+    if context.access.keyed:
         with contextlib.suppress(Denied):
-            caller = request.app[context.GUARD].caller_by_session(request)
-    return _describe(request, caller)
+            caller = context.guard.caller_by_session(request)
+    return _description(context, caller)
 
 
-async def log_in(request: web.Request) -> web.Response:
-    """`POST /session`: a cookie for the key in the body (`{"key": …}`) or in Authorization."""
-    app = request.app
-    access, guard = app[context.ACCESS], app[context.GUARD]
-    # Another page may not log somebody in, with a key of its own.
+async def log_in(context: Context, request: web.Request) -> web.Response:
+    """Answer `POST /session`: set the cookie for the key in the body or in Authorization.
+
+    Raises:
+        MissingApiKey: there is no key.
+        InvalidApiKey: the key is no caller's, or there are several.
+        OriginNotAllowed: the page that sent it may not use a session.
+        InvalidRequest: the body is not `{"key": …}`. Otherwise as `http.read_json`.
+    """
+    access, guard = context.access, context.guard
+    # No other page may log a browser in, with a key of its own.
     guard.check_page(request)
     if not access.keyed:
-        return _describe(request, None)
-    # Only for a key: a session that was made of a session would never end.
+        return _description(context, None)
+    # A session counts for nothing here: one that was made of another would never end.
     caller = guard.caller_by_key(request)
     if caller is None:
-        caller = access.keys.caller(await _key_in_body(request))
-    response = _describe(request, caller)
+        caller = access.keys.caller(await _key_in_body(context, request))
+    response = _description(context, caller)
     response.set_cookie(
         COOKIE,
         access.keys.session(caller),
@@ -56,28 +73,32 @@ async def log_in(request: web.Request) -> web.Response:
     return response
 
 
-async def log_out(request: web.Request) -> web.Response:
-    """`DELETE /session`: forget the cookie; no error where there is none."""
-    request.app[context.GUARD].check_page(request)
+async def log_out(context: Context, request: web.Request) -> web.Response:
+    """Answer `DELETE /session`: delete the cookie; no error if there is none.
+
+    Raises:
+        OriginNotAllowed: the page that sent it may not use a session.
+    """
+    context.guard.check_page(request)
     response = web.Response(status=204, headers=NO_STORE)
     response.del_cookie(COOKIE, path="/", httponly=True, samesite="Strict")
     return response
 
 
-def _describe(request: web.Request, caller: Caller | None) -> web.Response:
-    """Say whether a key is needed, and whose session this is."""
+def _description(context: Context, caller: Caller | None) -> web.Response:
+    """Return whether a key is needed, and whose session this is."""
     fields = {
-        "key_required": request.app[context.ACCESS].keyed,
+        "key_required": context.access.keyed,
         "name": caller.name if caller is not None else None,
         "admin": caller is not None and caller.admin,
     }
     return web.json_response(fields, headers=NO_STORE)
 
 
-async def _key_in_body(request: web.Request) -> bytes:
+async def _key_in_body(context: Context, request: web.Request) -> bytes:
     if not request.body_exists:
         raise MissingApiKey(KEY_NEEDED)
-    with request.app[context.ADMISSION].hold() as hold:
+    with context.admission.hold() as hold:
         _, fields = await http.read_json(request, hold, MAX_LOGIN_BYTES)
     key = fields.get("key") if isinstance(fields, dict) else None
     if not isinstance(key, str):

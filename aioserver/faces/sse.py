@@ -1,14 +1,15 @@
-"""The SSE face (WHATWG HTML 9.2): `fetch` and `EventSource`, each event with its number as `id`.
+"""The SSE face (WHATWG HTML 9.2): for `fetch` and `EventSource`; each event's number is its `id`.
 
-POST starts an answer, and streams it or, with `Prefer: respond-async`, says where it is; GET
-follows it from any event on, so that an EventSource which reconnects by itself misses nothing;
-DELETE ends it. The headers are aiohttp-sse's; its ping task is not used, since it would be a
-second writer on the socket.
+POST starts an answer and streams it or, with `Prefer: respond-async` (RFC 7240), says where it is. GET
+follows an answer from any event on, so that an EventSource which reconnects by itself misses nothing.
+DELETE ends one. The headers are aiohttp-sse's; its ping task is not used, since it would be a second
+writer on the socket.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -17,7 +18,8 @@ from aiohttp_sse import EventSourceResponse
 
 from aioserver.auth.callers import CALLER, Caller
 from aioserver.errors import InvalidRequest, ServerAtCapacity
-from aioserver.faces import context, http
+from aioserver.faces import http
+from aioserver.faces.admission import counted
 from aioserver.faces.streaming import follow
 from aioserver.protocol import eventstream, messages
 from aioserver.streams.formats import EVENTS
@@ -26,10 +28,37 @@ if TYPE_CHECKING:
     from aiohttp.abc import AbstractStreamWriter
 
     from aioserver.faces.admission import BodyHold
+    from aioserver.faces.context import Context
     from aioserver.protocol.messages import Chat
     from aioserver.streams.stream import Stream
 
-RETRY = b"retry: 2000\n\n"  # milliseconds until an EventSource comes back
+# The milliseconds after which an EventSource comes back.
+RETRY = b"retry: 2000\n\n"
+
+
+def routes(context: Context) -> list[web.RouteDef]:
+    """Return the routes of this face."""
+    admission = context.admission
+    endpoint = context.settings.chat.sse.endpoint
+    stream = f"{endpoint}/{{request_id}}"
+    return [
+        web.post(
+            endpoint,
+            counted(admission, "sse", partial(prepare, context), partial(start, context)),
+        ),
+        web.get(endpoint, partial(listing, context)),
+        web.get(
+            stream,
+            counted(
+                admission,
+                "sse",
+                partial(prepare_resume, context),
+                partial(resume, context),
+                partial(busy, context),
+            ),
+        ),
+        web.delete(stream, partial(cancel, context)),
+    ]
 
 
 class Events(EventSourceResponse):
@@ -37,7 +66,7 @@ class Events(EventSourceResponse):
 
     def __init__(self, request: web.Request) -> None:
         super().__init__(sep="\n", allow_all_methods=True, send_timeout=None)
-        http.last_of_connection(request, self, streamed=True)
+        http.announce_close(request, self, streamed=True)
 
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
         """Send the head."""
@@ -45,35 +74,34 @@ class Events(EventSourceResponse):
 
 
 @dataclass(slots=True)
-class Asked:
-    """A question, read and found valid."""
+class Question:
+    """A POST, read and found valid. *detached*: 202 now, the events by GET."""
 
     caller: Caller
     chat: Chat
-    later: bool  # 202 now, the events by GET
+    detached: bool
 
 
-async def prepare(request: web.Request, hold: BodyHold) -> Asked:
-    """The first step of POST."""
-    limit = request.app[context.SETTINGS].chat.websocket.max_message_size
+async def prepare(context: Context, request: web.Request, hold: BodyHold) -> Question:
+    """Prepare a POST."""
+    limit = context.settings.chat.websocket.max_message_size
     _, fields = await http.read_json(request, hold, limit)
     if not isinstance(fields, dict):
         raise InvalidRequest("the body must be a JSON object")
     request_id = messages.identifier(fields.pop("request_id", None))
-    preferences = request.headers.get("Prefer", "")
-    later = any(one.strip().lower() == "respond-async" for one in preferences.split(","))
-    return Asked(request[CALLER], messages.chat(request_id, fields), later)
+    preferences = request.headers.get("Prefer", "").split(",")
+    detached = any(value.strip().lower() == "respond-async" for value in preferences)
+    return Question(request[CALLER], messages.chat(request_id, fields), detached)
 
 
-async def start(request: web.Request, asked: Asked) -> web.StreamResponse:
-    """The second step of POST: the answer, or where it is."""
-    app = request.app
-    stream = app[context.GATEWAY].ask(asked.caller, asked.chat, face="sse")
-    if not asked.later:
-        return await _follow(request, stream, 0)
+async def start(context: Context, request: web.Request, question: Question) -> web.StreamResponse:
+    """Answer a POST: with the events, or with where they are."""
+    stream = context.gateway.ask(question.caller, question.chat, face="sse")
+    if not question.detached:
+        return await _follow(context, request, stream, 0)
     if not stream.readers:
-        app[context.GATEWAY].lifetime.detach(stream)
-    endpoint = app[context.SETTINGS].chat.sse.endpoint
+        context.gateway.lifetime.detach(stream)
+    endpoint = context.settings.chat.sse.endpoint
     location = f"{endpoint}/{quote(stream.request_id, safe='')}"
     body: dict[str, Any] = {"request_id": stream.request_id, "location": location}
     return web.json_response(
@@ -81,25 +109,33 @@ async def start(request: web.Request, asked: Asked) -> web.StreamResponse:
     )
 
 
-async def prepare_resume(request: web.Request, _hold: BodyHold) -> tuple[Stream, int]:
-    """The first step of GET: which stream, and behind which event."""
-    app, name = request.app, messages.identifier(request.match_info["request_id"])
-    given = request.headers.get("Last-Event-ID") or request.query.get("last_event_id") or "0"
-    after = messages.event_number(given)
-    with app[context.METRICS].resuming():
-        stream = app[context.GATEWAY].find(request[CALLER], name)
-        stream.locate(after)  # a gap is told before a place is taken
+async def prepare_resume(
+    context: Context, request: web.Request, _hold: BodyHold
+) -> tuple[Stream, int]:
+    """Prepare a GET: find the stream, and the event behind which it is to be followed."""
+    name = messages.identifier(request.match_info["request_id"])
+    last_seen = request.headers.get("Last-Event-ID") or request.query.get("last_event_id") or "0"
+    after = messages.event_number(last_seen)
+    with context.metrics.resuming():
+        stream = context.gateway.find(request[CALLER], name)
+        # A gap is reported before a place is taken.
+        stream.locate(after)
     return stream, after
 
 
-async def resume(request: web.Request, found: tuple[Stream, int]) -> web.StreamResponse:
-    """The second step of GET; 204, which stops an EventSource, where nothing is left."""
-    stream, after = found
+async def resume(
+    context: Context, request: web.Request, position: tuple[Stream, int]
+) -> web.StreamResponse:
+    """Answer a GET with the events behind *position*; with 204 if it is the end.
+
+    A 204 stops an EventSource, which would otherwise come back for ever.
+    """
+    stream, after = position
     if stream.ended and after >= stream.last:
         return web.Response(status=204)
     if request.method == "HEAD":
         return await _head(request)
-    return await _follow(request, stream, after)
+    return await _follow(context, request, stream, after)
 
 
 async def _head(request: web.Request) -> web.StreamResponse:
@@ -108,9 +144,11 @@ async def _head(request: web.Request) -> web.StreamResponse:
     return response
 
 
-async def busy(request: web.Request, error: ServerAtCapacity) -> web.StreamResponse:
-    """No place for a GET: any status but 200 would stop an EventSource for good."""
-    request.app[context.METRICS].count_error(error)
+async def busy(
+    context: Context, request: web.Request, error: ServerAtCapacity
+) -> web.StreamResponse:
+    """Answer a GET for which there is no place: any status but 200 would stop an EventSource for good."""
+    context.metrics.count_error(error)
     response = await _head(request)
     if request.method == "HEAD":
         return response
@@ -119,10 +157,11 @@ async def busy(request: web.Request, error: ServerAtCapacity) -> web.StreamRespo
     return response
 
 
-async def listing(request: web.Request) -> web.Response:
-    """GET without an id: the caller's own streams that are kept.
+async def listing(context: Context, request: web.Request) -> web.Response:
+    """Answer a GET without an id: the caller's own streams that are kept.
 
-    Without keys these are those of its address: all are one caller then, and who has an id has the answer.
+    Without keys all clients are one caller, and an id is enough to read its answer: a client is
+    therefore shown the streams of its own address only.
     """
     caller = request[CALLER]
     own = [
@@ -133,25 +172,27 @@ async def listing(request: web.Request) -> web.Response:
             "first_event_id": stream.first,
             "readers": len(stream.readers),
         }
-        for stream in request.app[context.GATEWAY].of(caller)
-        if _own(stream, caller)
+        for stream in context.gateway.of(caller)
+        if _same_flow(stream, caller)
     ]
     return web.json_response({"streams": own})
 
 
-def _own(stream: Stream, caller: Caller) -> bool:
+def _same_flow(stream: Stream, caller: Caller) -> bool:
     owner: Any = stream.caller
     return bool(owner.flow == caller.flow)
 
 
-async def cancel(request: web.Request) -> web.Response:
-    """DELETE: end the stream for everybody; also when it has ended."""
+async def cancel(context: Context, request: web.Request) -> web.Response:
+    """Answer a DELETE: end the stream for all its readers; no error if it has ended already."""
     request_id = messages.identifier(request.match_info["request_id"])
-    request.app[context.GATEWAY].cancel(request[CALLER], request_id)
+    context.gateway.cancel(request[CALLER], request_id)
     return web.Response(status=204)
 
 
-async def _follow(request: web.Request, stream: Stream, after: int) -> web.StreamResponse:
+async def _follow(
+    context: Context, request: web.Request, stream: Stream, after: int
+) -> web.StreamResponse:
     def queued(position: int, eta: float) -> bytes:
         chunk = {"position": position, "eta": round(eta, 1)}
         return eventstream.write(
@@ -160,10 +201,9 @@ async def _follow(request: web.Request, stream: Stream, after: int) -> web.Strea
 
     response = Events(request)
     try:
-        await follow(request, response, stream, after, EVENTS, first=RETRY, queued=queued)
+        await follow(context, request, response, stream, after, EVENTS, first=RETRY, queued=queued)
     finally:
+        # Nothing may have been followed at all, if the client left before.
         if not stream.readers:
-            request.app[context.GATEWAY].lifetime.reader_removed(
-                stream
-            )  # also where nothing was ever followed
+            context.gateway.lifetime.reader_removed(stream)
     return response

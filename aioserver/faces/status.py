@@ -1,7 +1,8 @@
-"""What is asked of a house: does it live, does it take work, how full is it; now, and as it goes on."""
+"""The operating pages: whether the server lives, whether it takes work, its state now and as it changes."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -11,7 +12,6 @@ from aiohttp.http import HttpVersion11
 from aioserver import __version__
 from aioserver.auth.callers import CALLER
 from aioserver.errors import Denied, InvalidRequest, ServerAtCapacity
-from aioserver.faces import context
 from aioserver.faces.sse import RETRY, Events
 from aioserver.monitoring import prometheus
 from aioserver.protocol import eventstream
@@ -20,28 +20,51 @@ from aioserver.streams.writer import Writer
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-FRESH = {"Cache-Control": "no-store"}
+    from aioserver.faces.context import Context
+
+NO_STORE = {"Cache-Control": "no-store"}
 
 
-async def health(request: web.Request) -> web.Response:
-    """200 while the process lives, full house or not. Where keys exist, it says nothing more."""
-    told: dict[str, Any] = {"status": "healthy"}
-    if not request.app[context.ACCESS].keyed:
-        gate = request.app[context.ADMISSION].gate
-        told["version"] = __version__
-        told["connections"] = {
+def probes(context: Context) -> list[web.RouteDef]:
+    """Return the routes for load balancers and process managers, which have no key."""
+    healthy, readiness = partial(health, context), partial(ready, context)
+    return [
+        *(web.get(path, healthy) for path in ("/health", "/healthz", "/livez")),
+        *(web.get(path, readiness) for path in ("/ready", "/readyz")),
+    ]
+
+
+def routes(context: Context) -> list[web.RouteDef]:
+    """Return the routes for operators."""
+    return [
+        web.get("/metrics", partial(metrics, context)),
+        web.get("/stats", partial(stats, context)),
+        web.get("/events", partial(events, context), allow_head=False),
+    ]
+
+
+async def health(context: Context, _request: web.Request) -> web.Response:
+    """Answer 200 while the process lives, also when no place is free.
+
+    Where keys exist, the answer says nothing more.
+    """
+    fields: dict[str, Any] = {"status": "healthy"}
+    if not context.access.keyed:
+        gate = context.admission.gate
+        fields["version"] = __version__
+        fields["connections"] = {
             "active": gate.inside,
             "limit": gate.limit,
             "waiting": gate.waiting,
         }
-    return web.json_response(told)
+    return web.json_response(fields)
 
 
-async def ready(request: web.Request) -> web.Response:
-    """200 where new work is welcome, else 503."""
-    if not request.app[context.LIFE].ready:
+async def ready(context: Context, _request: web.Request) -> web.Response:
+    """Answer 200 while new work is welcome, otherwise 503."""
+    if not context.lifecycle.ready:
         reason = "starting or stopping"
-    elif not request.app[context.ROUTER].usable:
+    elif not context.router.usable:
         reason = "no provider is usable"
     else:
         return web.json_response({"status": "ready"})
@@ -50,35 +73,38 @@ async def ready(request: web.Request) -> web.Response:
     )
 
 
-def overview(app: web.Application) -> Mapping[str, object]:
-    """The state at this moment: what `/stats` shows; where keys exist, the addresses only."""
-    snapshot = app[context.MONITOR].snapshot
-    if app[context.ACCESS].keyed:
+def overview(context: Context) -> Mapping[str, object]:
+    """Return the snapshot that `/stats` shows; where keys exist, only what a client has to know."""
+    snapshot = context.monitor.snapshot
+    if context.access.keyed:
         return {"name": snapshot["name"], "endpoints": snapshot["endpoints"]}
     return snapshot
 
 
-async def stats(request: web.Request) -> web.Response:
-    """The state as JSON."""
-    body = request.app[context.MONITOR].snapshot_json
-    return web.Response(body=body, content_type="application/json", headers=FRESH)
+async def stats(context: Context, _request: web.Request) -> web.Response:
+    """Answer with the newest snapshot as JSON."""
+    body = context.monitor.snapshot_json
+    return web.Response(body=body, content_type="application/json", headers=NO_STORE)
 
 
-async def metrics(request: web.Request) -> web.Response:
-    """Prometheus text."""
-    headers = {"Content-Type": prometheus.CONTENT_TYPE, **FRESH}
-    return web.Response(body=await prometheus.text(request.app[context.REGISTRY]), headers=headers)
+async def metrics(context: Context, _request: web.Request) -> web.Response:
+    """Answer with Prometheus text."""
+    headers = {"Content-Type": prometheus.CONTENT_TYPE, **NO_STORE}
+    return web.Response(body=await prometheus.text(context.registry), headers=headers)
 
 
-async def events(request: web.Request) -> web.StreamResponse:
-    """The state as an event stream: `history` first, then `stats` and `incident`.
+async def events(context: Context, request: web.Request) -> web.StreamResponse:
+    """Answer with the state as an event stream: `history` first, then `stats` and `incident`.
 
-    A watcher who takes nothing is dropped as any client is; one whose key is revoked, or is no admin
-    key any more, is told so.
+    A watcher that reads nothing is disconnected as any client is. One whose key is revoked, or is no
+    admin key any more, gets an `error` event that says so, and the end.
+
+    Raises:
+        InvalidRequest: the interval is none.
+        ServerAtCapacity: there are too many watchers.
     """
-    app = request.app
-    quota = request[CALLER].quota or app[context.ACCESS].keyless
-    monitor, settings = app[context.MONITOR], app[context.SETTINGS].chat
+    quota = request[CALLER].quota or context.access.keyless
+    monitor, settings = context.monitor, context.settings.chat
     every = _ticks(request.query.get("interval", "1"))
     if monitor.full:
         raise ServerAtCapacity("too many watch already", retry_after=10.0)
@@ -89,16 +115,16 @@ async def events(request: web.Request) -> web.StreamResponse:
     writer = Writer(
         request.transport,
         request.writer.drain,
-        app[context.OUTBOX],
+        context.outbox,
         send_timeout=settings.streams.send_timeout,
-        on_drop=lambda why: app[context.ADMISSION].dropped("events", why),
+        on_drop=lambda why: context.admission.dropped("events", why),
         chunked=request.version >= HttpVersion11,
     )
     try:
         writer.send(RETRY)
         monitor.watch(writer, every)
         with quota.held(admin=True):
-            await app[context.LIFE].stopping.wait()
+            await context.lifecycle.stopping.wait()
         await writer.flush()
     except Denied as error:
         writer.send(eventstream.write(orjson.dumps(error.as_chunk()), event="error"))
@@ -109,9 +135,9 @@ async def events(request: web.Request) -> web.StreamResponse:
     return response
 
 
-def _ticks(given: str) -> int:
+def _ticks(interval: str) -> int:
     try:
-        seconds = float(given)
+        seconds = float(interval)
     except ValueError:
         seconds = 0.0
     if not 1 <= seconds <= 60:

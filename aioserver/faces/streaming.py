@@ -1,8 +1,8 @@
-"""A log as the body of an HTTP response, until its end: what the SSE and OpenAI faces share.
+"""A stream as the body of an HTTP response, to its end: what the SSE and OpenAI faces share.
 
-What lies between the head and the end goes straight to the transport, each read of the provider's
-as one chunk (RFC 9112, 7.1), without a task switch. A `ReadyStream`'s head and end go with it, any
-other response's are aiohttp's.
+What lies between the head and the end goes straight to the transport, without a task switch: each
+read of the provider's bytes becomes one chunk (RFC 9112, 7.1). The head and the last chunk of a
+`ReadyStream` go with it; those of any other response are aiohttp's.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 from aiohttp.http import HttpVersion11
 
-from aioserver.faces import context
 from aioserver.faces.http import Request
 from aioserver.faces.ready import LAST_CHUNK, ReadyStream
 from aioserver.protocol import eventstream
@@ -23,12 +22,14 @@ if TYPE_CHECKING:
 
     from aiohttp import web
 
+    from aioserver.faces.context import Context
     from aioserver.streams.cursor import Cursor
     from aioserver.streams.formats import Format
     from aioserver.streams.stream import Stream
 
 
 async def follow(
+    context: Context,
     request: web.Request,
     response: web.StreamResponse,
     stream: Stream,
@@ -41,24 +42,24 @@ async def follow(
 ) -> None:
     """Send the head of *response*, *first*, and the events of *stream* behind *after* to its end.
 
-    *begun* is called once the stream has this reader.
+    *look* is the format of the events, *queued* renders a position in a provider's queue. *begun* is
+    called once the stream has this reader.
 
-    However it ends, the writer follows nothing then: an append that came later would land inside
-    the next response on this connection.
+    However it ends, its writer follows nothing afterwards: an event that is appended later would land
+    inside the next response on this connection.
 
     Raises:
-        ResumeGap: before anything is sent.
+        ResumeGap: the events behind *after* are no longer kept; nothing was sent then.
         ConnectionError: the client left before the head was sent.
     """
-    app = request.app
-    gateway = app[context.GATEWAY]
-    chat = app[context.SETTINGS].chat
+    gateway = context.gateway
+    chat = context.settings.chat
     stream.locate(after)
     head = tail = b""
     if isinstance(response, ReadyStream):
         head, tail = response.head, LAST_CHUNK
         assert isinstance(request, Request)
-        request.begun = response
+        request.started = response
     else:
         await response.prepare(request)
     transport = request.transport
@@ -67,9 +68,9 @@ async def follow(
     writer = Writer(
         transport,
         request.writer.drain,
-        app[context.OUTBOX],
+        context.outbox,
         send_timeout=chat.streams.send_timeout,
-        on_drop=lambda why: app[context.ADMISSION].dropped("http", why),
+        on_drop=lambda why: context.admission.dropped("http", why),
         chunked=request.version >= HttpVersion11,
         head=head,
         tail=tail,
@@ -78,42 +79,45 @@ async def follow(
     ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def finished(_cursor: Cursor) -> None:
-        if not ended.done():  # the handler may have been cancelled in this very turn
+        # The handler may have been cancelled in this very turn of the event loop.
+        if not ended.done():
             ended.set_result(None)
 
-    beat = Heartbeat(writer, chat.websocket.ping_interval)
+    heartbeat = Heartbeat(writer, chat.websocket.ping_interval)
     try:
         if first:
             writer.send(first)
         writer.follow(stream, after, look, render_position=queued, on_end=finished)
         begun()
         gateway.lifetime.reader_added(stream)
-        app[context.WHEEL].add(beat, chat.websocket.ping_interval)
+        context.wheel.add(heartbeat, chat.websocket.ping_interval)
         writer.pump()
         writer.send_head()
         if not ended.done():
             await ended
         await writer.flush()
     finally:
-        app[context.WHEEL].remove(beat)
+        context.wheel.remove(heartbeat)
         writer.close()
 
 
 class Heartbeat:
-    """A member of the wheel: a comment after *interval* seconds in which nothing was written."""
+    """A member of the timer wheel: it writes a comment after *interval* seconds without a write."""
 
     __slots__ = ("_interval", "_writer", "bucket")
 
     def __init__(self, writer: Writer, interval: float) -> None:
+        # The wheel's.
         self.bucket = 0
         self._writer = writer
         self._interval = interval
 
     def visit(self, now: float) -> float | None:
-        """Write the comment if it is due."""
+        """Write the comment if it is due. Return the seconds until the next visit."""
         if self._writer.closed:
             return None
         silence = now - self._writer.last_write
+        # A visit may come a moment early: the wheel rounds its time.
         if silence < self._interval * 0.99:
             return self._interval - silence
         self._writer.send(eventstream.HEARTBEAT)

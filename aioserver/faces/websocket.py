@@ -16,6 +16,7 @@ import itertools
 import logging
 import struct
 import uuid
+from functools import partial
 from typing import TYPE_CHECKING
 
 from aiohttp import WebSocketError, WSCloseCode, WSMsgType, web
@@ -32,8 +33,7 @@ from aioserver.errors import (
     ServerAtCapacity,
     ServerShutdown,
 )
-from aioserver.faces import context
-from aioserver.faces.admission import MAX_REFUSED_CLOSING, Entering
+from aioserver.faces.admission import MAX_REFUSED_CLOSING, SocketPlace
 from aioserver.limits.gcra import Gcra
 from aioserver.limits.quota import REVOKED
 from aioserver.protocol import messages
@@ -42,6 +42,7 @@ from aioserver.streams.formats import MESSAGES, WS_CLOSE, WS_PING, WS_PONG, WS_T
 from aioserver.streams.writer import Writer
 
 if TYPE_CHECKING:
+    from aioserver.faces.context import Context
     from aioserver.streams.cursor import Cursor
     from aioserver.streams.stream import Stream
 
@@ -53,6 +54,12 @@ FRAMES_PER_SECOND, FRAMES_BURST = 100, 200  # beyond: a flood
 FRAME_INTERVAL = 1 / FRAMES_PER_SECOND
 FRAME_TOLERANCE = (FRAMES_BURST - 1) * FRAME_INTERVAL
 CLOSE_TIMEOUT = 2.0  # seconds for a client to take what is left, and to answer a close frame
+
+
+def routes(context: Context) -> list[web.RouteDef]:
+    """Return the route of this face."""
+    endpoint = context.settings.chat.websocket.endpoint
+    return [web.get(endpoint, partial(handler, context), allow_head=False)]
 
 
 class Upgraded(web.WebSocketResponse):
@@ -83,14 +90,13 @@ def subprotocols(request: web.Request) -> tuple[str, ...]:
     return ()
 
 
-async def handler(request: web.Request) -> web.StreamResponse:
+async def handler(context: Context, request: web.Request) -> web.StreamResponse:
     """One socket, from handshake to close."""
-    app = request.app
-    app[context.ORIGINS].check(request.headers)
-    admission = app[context.ADMISSION]
+    context.origins.check(request.headers)
+    admission = context.admission
     if admission.refused_closing >= MAX_REFUSED_CLOSING:
         raise ServerAtCapacity("too many refused sockets are still closing", retry_after=5.0)
-    limits = app[context.SETTINGS].chat.websocket
+    limits = context.settings.chat.websocket
     ws = Upgraded(
         autoping=False,
         autoclose=False,
@@ -101,13 +107,19 @@ async def handler(request: web.Request) -> web.StreamResponse:
     payload_writer = await ws.prepare(request)
     ws.headers.clear()  # sent, and not needed for the hours to come
     assert request.transport is not None
-    socket = Socket(request, ws, request.transport, payload_writer.drain)
-    app[context.SOCKETS].add(socket)
+    socket = Socket(context, request, ws, request.transport, payload_writer.drain)
+    context.sockets.add(socket)
     try:
-        with Entering(admission, entered=socket.entered, refused=socket.refused, told=socket.told):
+        with SocketPlace(
+            admission,
+            "websocket",
+            on_entered=socket.entered,
+            on_refused=socket.refused,
+            on_position=socket.told,
+        ):
             await socket.read()
     finally:
-        app[context.SOCKETS].discard(socket)
+        context.sockets.discard(socket)
         await socket.close()
     return ws
 
@@ -121,19 +133,19 @@ class Socket:
 
     def __init__(
         self,
+        context: Context,
         request: web.Request,
         ws: Upgraded,
         transport: asyncio.Transport,
         drain: object,
     ) -> None:
-        app = request.app
         self.bucket = 0  # the wheel's
-        self._app = app
+        self._context = context
         self._ws = ws
-        self._gateway = app[context.GATEWAY]
-        self._admission = app[context.ADMISSION]
-        self._metrics = app[context.METRICS]
-        self._limits = app[context.SETTINGS].chat.websocket
+        self._gateway = context.gateway
+        self._admission = context.admission
+        self._metrics = context.metrics
+        self._limits = context.settings.chat.websocket
         self.caller = request[CALLER]  # another one of the same name, where its limits change
         self._scope = uuid.uuid4().hex  # the conversation of turns that name none
         self._loop = asyncio.get_running_loop()
@@ -141,8 +153,8 @@ class Socket:
         self._writer = Writer(
             transport,
             drain,  # type: ignore[arg-type]
-            app[context.OUTBOX],
-            send_timeout=app[context.SETTINGS].chat.streams.send_timeout,
+            context.outbox,
+            send_timeout=context.settings.chat.streams.send_timeout,
             on_drop=self._dropped,
             on_unfollow=self._gateway.lifetime.reader_removed,
         )
@@ -160,7 +172,7 @@ class Socket:
         self._deaf = False  # after a fault in its frames nothing more is parsed
         self._refused_closing = False
         self._code = 1006  # with which it ends; this: without a close frame
-        app[context.WHEEL].add(self, self._limits.ping_interval)
+        context.wheel.add(self, self._limits.ping_interval)
 
     # Admission.
 
@@ -294,8 +306,8 @@ class Socket:
     def _finished(self, cursor: Cursor) -> None:
         if self._following.get(cursor.stream.request_id) is cursor:
             del self._following[cursor.stream.request_id]
-        if not self._following and self._app[context.LIFE].stopping.is_set():
-            self.leave()
+        if not self._following and self._context.lifecycle.stopping.is_set():
+            self.drain()
 
     # Writing.
 
@@ -313,7 +325,7 @@ class Socket:
         """The wheel's call: ping, or see whether the last ping was answered."""
         if self._writer.closed or self._close_task is not None:
             return None
-        limits = self._app[context.SETTINGS].chat.websocket  # as they are now
+        limits = self._context.settings.chat.websocket  # as they are now
         idle = limits.idle_timeout
         if idle and now - self._last_request >= idle and not self._following and self._inside:
             self._end(WSCloseCode.OK, b"idle")
@@ -377,7 +389,7 @@ class Socket:
 
     async def close(self) -> None:
         """The socket is over: follow nothing, answer the client's close, leave nothing behind."""
-        self._app[context.WHEEL].remove(self)
+        self._context.wheel.remove(self)
         if self._inside:
             self._admission.closed("websocket", str(self._code), self.caller.name)
         try:
@@ -393,7 +405,7 @@ class Socket:
             if self._refused_closing:
                 self._admission.refused_closing -= 1
 
-    def leave(self) -> None:
+    def drain(self) -> None:
         """The server ends: tell the client to come back. Who waits for its place is told by the gate."""
         if self._inside and not self._following:
             self._end(ServerShutdown.close or 1012, ServerShutdown.close_reason)

@@ -1,18 +1,19 @@
-"""What lives as long as the server, and the routes.
+"""The server as an object: everything that lives as long as it, and the routes of its application.
 
-Each owner is made and closed by one generator in `cleanup_ctx`, in this order; aiohttp closes them
-in the reverse one:
+`open_server` makes all of it, in this order, and closes it in the reverse one:
 
-    providers (and the simulator of `demo`) → router → streams, conversations → gateway → wheel
+    providers (and the simulator of `demo`) → router → streams, conversations → gateway → monitor
 
-How it all changes while it runs is told in reload.py, how it ends in `end`.
+How it changes while it runs is in reload.py, and how it ends in runner.py.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from aiohttp import web
@@ -21,8 +22,10 @@ from aioserver.auth.access import Access
 from aioserver.auth.guard import Guard, Policy
 from aioserver.auth.keys import pepper_of
 from aioserver.auth.origins import Origins
-from aioserver.faces import context, openai, pages, responses, session, sse, status, websocket
-from aioserver.faces.admission import Admission, counted
+from aioserver.faces import openai, pages, responses, session, sse, status, websocket
+from aioserver.faces.admission import Admission
+from aioserver.faces.context import Context, CurrentSettings, Lifecycle
+from aioserver.faces.http import Request
 from aioserver.gateway.conversations import Conversations
 from aioserver.gateway.gateway import Gateway, stopping
 from aioserver.gateway.router import Router
@@ -31,7 +34,7 @@ from aioserver.monitoring import prometheus
 from aioserver.monitoring.monitor import Monitor
 from aioserver.monitoring.snapshot import Sources
 from aioserver.providers.registry import Roster
-from aioserver.server.middleware import front
+from aioserver.server.middleware import make_middleware
 from aioserver.streams.fast_path import Outbox
 from aioserver.streams.store import StreamStore
 from aioserver.telemetry.loop_lag import LoopLag
@@ -39,147 +42,210 @@ from aioserver.telemetry.metrics import Metrics
 from aioserver.telemetry.request_log import RequestLog
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import AsyncIterator
 
+    from aiohttp.typedefs import Handler, Middleware
+
+    from aioserver.config import Configuration
     from aioserver.config.settings import Concurrency, Settings
-    from aioserver.server.runner import Runner
+    from aioserver.faces.context import OpenSocket
 
 logger = logging.getLogger("aioserver.app")
 
-WHEEL_GRAIN = 20  # visits are late by a twentieth of the ping interval at most
-FAREWELL = 2.0  # seconds for the last words to clients, once nothing runs any more
+# Pings are late by a twentieth of their interval at most.
+WHEEL_GRAIN = 20
 
 
-def build(settings: Settings) -> web.Application:
-    """The application; everything that needs an event loop is made when it starts."""
-    given = settings.chat.websocket
-    origins = Origins(given.allow_origins, credentials=given.allow_credentials)
-    metrics = Metrics(settings.llm.providers)
-    in_effect = context.InEffect(settings)
-    access = Access(settings.auth, pepper_of(settings.llm))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Server:
+    """A running server. What its faces may use is in *context*, the rest only server/ needs.
+
+    *listening*: the sockets on which it listens; the runner fills the list.
+    """
+
+    app: web.Application
+    middleware: Middleware
+    context: Context
+    roster: Roster
+    streams: StreamStore
+    conversations: Conversations
+    lag: LoopLag
+    listening: list[socket.socket]
+
+    def drain(self) -> None:
+        """Refuse new work: requests that wait, idle sockets and answers without a reader end."""
+        context = self.context
+        context.lifecycle.ready = False
+        context.lifecycle.stopping.set()
+        context.admission.gate.close(stopping)
+        context.gateway.drain()
+        sockets: list[OpenSocket] = [*context.sockets]
+        for each in sockets:
+            each.drain()
+
+
+@asynccontextmanager
+async def open_server(
+    settings: Settings, app: web.Application | None = None
+) -> AsyncIterator[Server]:
+    """Make the server, and add its routes to *app*, or to a new application. Close it at the end.
+
+    *app* must not be frozen yet.
+
+    Raises:
+        ConfigurationError: a provider cannot be used as it is configured.
+    """
+    app = web.Application() if app is None else app
+    loop = asyncio.get_running_loop()
+    chat, llm = settings.chat, settings.llm
+    metrics = Metrics(llm.providers)
+    current = CurrentSettings(settings)
+    lifecycle = Lifecycle()
+    listening: list[socket.socket] = []
+    access = Access(settings.auth, pepper_of(llm))
+    origins = Origins(chat.websocket.allow_origins, credentials=chat.websocket.allow_credentials)
     guard = Guard(access, origins)
-    middleware, add_headers = front(in_effect, guard, origins, metrics)
-    app = web.Application(middlewares=[middleware], client_max_size=given.max_message_size)
-    app.on_response_prepare.append(add_headers)
-    app[context.SETTINGS] = in_effect
-    app[context.ORIGINS] = origins
-    app[context.ACCESS] = access
-    app[context.GUARD] = guard
-    app[context.SHIELD] = middleware
-    app[context.LIFE] = context.Life()
-    app[context.SOCKETS] = set()
-    app[context.METRICS] = metrics
-    app[context.ADMISSION] = admission = Admission(given.concurrency, metrics)
-    app.cleanup_ctx.extend((_owners, _readiness))
-    _route(app, settings, admission)
+    admission = Admission(chat.websocket.concurrency, metrics)
+    async with AsyncExitStack() as stack:
+        roster = Roster(metrics)
+        stack.push_async_callback(roster.close)
+        await roster.prepare(llm)
+        roster.apply(llm, max_response_bytes=chat.streams.max_response_bytes)
+        router = Router(roster.providers, llm.active, llm.fallbacks)
+        streams = StreamStore(
+            max_stream_bytes=chat.streams.max_stream_bytes,
+            max_kept_bytes=chat.streams.max_kept_bytes,
+        )
+        service = chat.service
+        conversations = Conversations(service.context, service.repository.persistence)
+        lag = LoopLag(loop, metrics.loop_lag)
+        stack.callback(lag.close)
+        gateway = Gateway(
+            router, streams, conversations, service, chat.streams, RequestLog(metrics, lag)
+        )
+        stack.push_async_callback(gateway.close)
+        wheel = TimerWheel(loop, min(1.0, chat.websocket.ping_interval / WHEEL_GRAIN))
+        stack.callback(wheel.close)
+        sources = Sources(
+            settings=current,
+            metrics=metrics,
+            gate=admission.gate,
+            streams=streams,
+            lifetime=gateway.lifetime,
+            router=router,
+            lag=lag,
+            ready=lambda: lifecycle.ready and router.usable,
+            listening=listening,
+        )
+        monitor = Monitor(sources)
+        stack.callback(monitor.close)
+        context = Context(
+            settings=current,
+            lifecycle=lifecycle,
+            access=access,
+            origins=origins,
+            guard=guard,
+            admission=admission,
+            gateway=gateway,
+            router=router,
+            outbox=Outbox(loop),
+            wheel=wheel,
+            sockets=set(),
+            metrics=metrics,
+            monitor=monitor,
+            registry=prometheus.registry(sources, monitor.fresh),
+        )
+        middleware, add_headers = make_middleware(current, guard, origins, metrics)
+        app.middlewares.append(middleware)
+        app.on_response_prepare.append(add_headers)
+        _add_routes(app, context)
+        log_limits(chat.websocket.concurrency)
+        lifecycle.ready = True
+        # Otherwise `/stats` would deny it for a second.
+        monitor.tick()
+        try:
+            yield Server(
+                app=app,
+                middleware=middleware,
+                context=context,
+                roster=roster,
+                streams=streams,
+                conversations=conversations,
+                lag=lag,
+                listening=listening,
+            )
+        finally:
+            lifecycle.ready = False
+
+
+def make_app(configuration: Configuration) -> web.Application:
+    """Return the whole server as an application, for tests and for programs that embed it.
+
+    It starts and ends with the runner to which it is given, aiohttp's or another:
+
+        web.run_app(make_app(Configuration.load("config.yaml")), port=8000)
+
+    Routes may be added to it before; where keys exist they are for admins. It serves its own host: as
+    a sub-application it has no routes, since they are made when it starts.
+
+    An embedded server lacks what `aioserver serve` does around the application:
+
+    - the limits of our connections: `keepalive_timeout`, `max_keepalive_requests`, `backlog`, the
+      number of headers, and timeouts in the kernel. The runner's own hold instead, also for the
+      sizes of the request line and the headers where they are lower than the configured ones;
+      requests that aiohttp cannot parse get its own error bodies;
+    - host, port, the access log and the log's format, which are the program's business;
+    - signals: the configuration is not read again, and at the end there is neither `drain_delay` nor
+      `shutdown_timeout`: answers that still run end with `server_shutdown`.
+    """
+
+    async def lifetime(app: web.Application) -> AsyncIterator[None]:
+        async with open_server(configuration.settings, app) as server:
+            app.on_shutdown.append(partial(_end_embedded, server))
+            yield
+
+    # A client that has left gives its place back at once.
+    app = web.Application(middlewares=[_adopt], handler_args={"handler_cancellation": True})
+    app.cleanup_ctx.append(lifetime)
     return app
 
 
-def _route(app: web.Application, settings: Settings, admission: Admission) -> None:
-    sse_endpoint = settings.chat.sse.endpoint
-    one = f"{sse_endpoint}/{{request_id}}"
-    table: dict[Policy, list[web.AbstractRouteDef]] = {
+@web.middleware
+async def _adopt(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Make a request of another runner one of ours: its attributes are the same, and two more."""
+    request.__class__ = Request
+    return await handler(request)
+
+
+async def _end_embedded(server: Server, _app: web.Application) -> None:
+    server.drain()
+    await server.context.gateway.close()
+
+
+def _add_routes(app: web.Application, context: Context) -> None:
+    table: dict[Policy, list[web.RouteDef]] = {
         Policy.KEY: [
-            web.get(settings.chat.websocket.endpoint, websocket.handler, allow_head=False),
-            web.post(sse_endpoint, counted(admission, "sse", sse.prepare, sse.start)),
-            web.get(sse_endpoint, sse.listing),
-            web.get(one, counted(admission, "sse", sse.prepare_resume, sse.resume, sse.busy)),
-            web.delete(one, sse.cancel),
-            *(
-                web.post(
-                    f"/v1/{path}",
-                    counted(admission, "openai", openai.prepare_for(path), openai.serve),
-                )
-                for path in openai.PATHS
-            ),
-            web.get(
-                "/v1/responses/{id}",
-                counted(admission, "openai", responses.prepare, responses.retrieve),
-                allow_head=False,  # its body is not aiohttp's, which would leave it away
-            ),
-            web.post("/v1/responses/{id}/cancel", responses.cancel),
-            web.get("/v1/models", openai.models),
-            web.get("/v1/models/{id:.+}", openai.model),
+            *websocket.routes(context),
+            *sse.routes(context),
+            *openai.routes(context),
+            *responses.routes(context),
         ],
-        Policy.ADMIN: [
-            web.get("/metrics", status.metrics),
-            web.get("/stats", status.stats),
-            web.get("/events", status.events, allow_head=False),
-        ],
+        Policy.ADMIN: status.routes(context),
         Policy.OPEN: [
-            *(web.get(path, status.health) for path in ("/health", "/healthz", "/livez")),
-            *(web.get(path, status.ready) for path in ("/ready", "/readyz")),
-            web.get("/session", session.session),
-            web.post("/session", session.log_in),
-            web.delete("/session", session.log_out),
-            *pages.routes(),
+            *status.probes(context),
+            *session.routes(context),
+            *pages.routes(context),
         ],
     }
     for policy, routes in table.items():
         for route in app.add_routes(routes):
             assert route.resource is not None
-            # HEAD, which comes with a GET, is another route of its resource.
-            app[context.GUARD].policies.update(dict.fromkeys(route.resource, policy))
+            # HEAD, which comes with a GET, is another route of the same resource.
+            context.guard.policies.update(dict.fromkeys(route.resource, policy))
 
 
-async def _owners(app: web.Application) -> AsyncIterator[None]:
-    settings = app[context.SETTINGS]
-    chat = settings.chat
-    bounds = chat.streams
-    metrics = app[context.METRICS]
-    async with AsyncExitStack() as stack:
-        app[context.ROSTER] = roster = Roster(metrics)
-        stack.push_async_callback(roster.close)
-        await roster.prepare(settings.llm)
-        roster.apply(settings.llm, max_response_bytes=bounds.max_response_bytes)
-        app[context.ROUTER] = router = Router(
-            roster.providers, settings.llm.active, settings.llm.fallbacks
-        )
-        app[context.STREAMS] = streams = StreamStore(
-            max_stream_bytes=bounds.max_stream_bytes, max_kept_bytes=bounds.max_kept_bytes
-        )
-        service = chat.service
-        app[context.CONVERSATIONS] = conversations = Conversations(
-            service.context, service.repository.persistence
-        )
-        app[context.LAG] = lag = LoopLag(asyncio.get_running_loop(), metrics.loop_lag)
-        stack.callback(lag.close)
-        records = RequestLog(metrics, lag)
-        app[context.GATEWAY] = gateway = Gateway(
-            router, streams, conversations, service, bounds, records
-        )
-        stack.push_async_callback(gateway.close)
-        app[context.OUTBOX] = Outbox(asyncio.get_running_loop())
-        grain = min(1.0, chat.websocket.ping_interval / WHEEL_GRAIN)
-        app[context.WHEEL] = wheel = TimerWheel(asyncio.get_running_loop(), grain)
-        stack.callback(wheel.close)
-        life = app[context.LIFE]
-        sources = Sources(
-            settings=settings,
-            metrics=metrics,
-            gate=app[context.ADMISSION].gate,
-            streams=streams,
-            lifetime=gateway.lifetime,
-            router=router,
-            lag=lag,
-            ready=lambda: life.ready and router.usable,
-            listening=life.listening,
-        )
-        app[context.MONITOR] = monitor = Monitor(sources)
-        stack.callback(monitor.close)
-        app[context.REGISTRY] = prometheus.registry(sources, monitor.fresh)
-        yield
-
-
-async def _readiness(app: web.Application) -> AsyncIterator[None]:
-    tell_limits(app[context.SETTINGS].chat.websocket.concurrency)
-    app[context.LIFE].ready = True
-    app[context.MONITOR].tick()  # or `/stats` would deny it for a second
-    yield
-    app[context.LIFE].ready = False
-
-
-def tell_limits(limits: Concurrency) -> None:
+def log_limits(limits: Concurrency) -> None:
     """Log how many clients there may be."""
     logger.info(
         "connection limits: max_connections=%d connection_queue_size=%d queue_timeout=%s",
@@ -187,36 +253,3 @@ def tell_limits(limits: Concurrency) -> None:
         limits.connection_queue_size,
         limits.queue_timeout,
     )
-
-
-async def end(runner: Runner) -> None:
-    """Refuse new work, send the waiting away, let what runs finish or end it. Before the cleanup.
-
-    In this order: not ready, while work is still taken (`drain_delay`); nobody new is let in, who
-    waits or does nothing is sent away, answers that nobody reads end; the others have
-    `shutdown_timeout`, and each connection ends with its last answer; what is left then is told so.
-    All of it takes FAREWELL more at most.
-
-    WebSockets are closed here since aiohttp drops all incoming data once its own shutdown begins:
-    a close handshake would then wait for its whole timeout.
-    """
-    app = runner.app
-    life, gateway, given = (
-        app[context.LIFE],
-        app[context.GATEWAY],
-        app[context.SETTINGS].chat.websocket,
-    )
-    life.ready = False
-    app[context.MONITOR].incident("shutdown", "the server is stopping", severity="info")
-    if given.drain_delay:
-        await asyncio.sleep(given.drain_delay)
-    await runner.stop()
-    life.stopping.set()
-    app[context.ADMISSION].gate.close(stopping)
-    gateway.drain()
-    sockets: list[websocket.Socket] = [*app[context.SOCKETS]]
-    for socket in sockets:
-        socket.leave()
-    await runner.answered(given.shutdown_timeout)
-    await gateway.close()
-    await runner.let_go(FAREWELL)

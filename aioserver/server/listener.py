@@ -1,4 +1,4 @@
-"""The backlog-configured site: listening, and what the kernel gave.
+"""Listening with the configured backlog, and a look at what the kernel made of it.
 
 Private names of aiohttp used here, guarded by `tests/server/test_listener.py`: `_runner`, `_server`, `_sock`,
 `_backlog`.
@@ -10,13 +10,12 @@ import asyncio
 import logging
 import socket
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
-from aioserver.faces import context
 from aioserver.telemetry.kernel import accept_queue
 
 if TYPE_CHECKING:
@@ -26,20 +25,21 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("aioserver.listener")
 
-UVLOOP_EARS = 8
-KERNEL_PATIENCE = (
-    1.0  # seconds by which the kernel's watch comes after ours, which logs and counts
-)
-MAX_PATIENCE = 2**31 - 1  # milliseconds: what setsockopt(2) takes
-MAX_NOT_SENT = 1 << 17  # bytes that the kernel keeps for a client who takes nothing; else 4 MiB
+UVLOOP_WATCHERS = 8
+# Seconds by which the kernel's timeout comes after ours, which logs and counts.
+KERNEL_PATIENCE = 1.0
+# Milliseconds: the largest value that setsockopt(2) takes.
+MAX_PATIENCE = 2**31 - 1
+# Unsent bytes that the kernel keeps for a client that reads nothing; by itself it keeps 4 MiB.
+MAX_NOT_SENT = 1 << 17
 SOMAXCONN = Path("/proc/sys/net/core/somaxconn")
 
 
 class UnixSite(web.SockSite):
-    """Serves a UNIX socket that somebody else has made, and leaves its file alone."""
+    """A site on a UNIX socket that was passed on: its file is not removed at the end."""
 
     async def start(self) -> None:
-        """Accept; the other sites know TCP only, or remove the file at the end."""
+        """Accept connections. aiohttp's own sites know TCP only, or remove the file at the end."""
         await web.BaseSite.start(self)
         assert self._runner.server is not None
         loop = asyncio.get_running_loop()
@@ -51,19 +51,20 @@ class UnixSite(web.SockSite):
 
 @dataclass(frozen=True, slots=True)
 class Listening:
-    """One listening socket. *queue_limit*: what the kernel gave; None where it does not say.
+    """One listening socket. *queue_limit*: the backlog that the kernel granted, None if unknown.
 
-    Of a UNIX socket the host is its path, or `@` and its abstract name, and the port 0.
+    The host of a UNIX socket is its path, or `@` and its abstract name; its port is 0.
     """
 
     host: str
     port: int
     backlog: int
     queue_limit: int | None
+    sock: socket.socket = field(repr=False, compare=False)
 
     @property
     def url(self) -> str:
-        """The address, as a browser wants it."""
+        """The address for a browser."""
         if not self.port:
             return f"unix:{self.host}"
         return (
@@ -75,56 +76,58 @@ class Listening:
 
 async def listen(
     runner: web.AppRunner,
-    given: WebSocket,
+    settings: WebSocket,
     *,
     send_timeout: float = 10.0,
     inherited: Sequence[socket.socket] = (),
 ) -> list[Listening]:
-    """Listen on every address of the host, with the backlog.
+    """Listen on every address of the configured host, with the configured backlog.
 
-    *inherited*: sockets that are bound and listen already; where there are any, host and port are
-    not looked at. Connections that wait in them are answered. They are closed at the end.
+    *inherited*: sockets that are bound and listen already. Where there are any, host and port are
+    not used; connections that wait in them are answered, and they are closed at the end.
 
-    *send_timeout*: the kernel aborts a connection that takes nothing for a second more than that,
-    also when all that is left to do is to close it (`TCP_USER_TIMEOUT`, inherited from the listening socket). What
-    it keeps for one that takes nothing is bounded as well (`TCP_NOTSENT_LOWAT`).
+    *send_timeout*: the kernel aborts a connection whose client acknowledges nothing for one second
+    more than that, also when it only remains to be closed (`TCP_USER_TIMEOUT`, which accepted sockets
+    inherit). What the kernel keeps for such a client is bounded as well (`TCP_NOTSENT_LOWAT`).
 
     Raises:
-        OSError: the address is in use, or is not ours.
+        OSError: the address is in use, or is not one of this machine.
     """
-    backlog = given.concurrency.uvicorn.backlog
+    backlog = settings.concurrency.uvicorn.backlog
     loop = asyncio.get_running_loop()
-    bound = list(inherited) or await _bound(loop, given.host, given.port)
+    bound = list(inherited) or await _bound(loop, settings.host, settings.port)
     listening = []
     for sock in bound:
         site = UnixSite if sock.family == socket.AF_UNIX else web.SockSite
         limit_kernel(sock, send_timeout)
         sock.setblocking(False)
-        for ear in (sock, *(sock.dup() for _ in range(_ears(loop) - 1))):
-            await site(runner, ear, backlog=backlog).start()
-        host, number = address_of(sock)
+        for watched in (sock, *(sock.dup() for _ in range(_watchers(loop) - 1))):
+            await site(runner, watched, backlog=backlog).start()
+        host, port = address_of(sock)
         queue = accept_queue(sock)
-        listening.append(Listening(host, number, backlog, queue.limit if queue else None))
-        runner.app[context.LIFE].listening.append(sock)
-    _tell(listening)
+        listening.append(Listening(host, port, backlog, queue.limit if queue else None, sock))
+    _log(listening)
     return listening
 
 
-def _ears(loop: asyncio.AbstractEventLoop) -> int:
-    """How often *loop* watches one listening socket.
+def _watchers(loop: asyncio.AbstractEventLoop) -> int:
+    """Return how often *loop* has to watch one listening socket.
 
-    uvloop takes one connection for each watcher and turn of the loop: under load a turn is long,
-    and newcomers would starve while those who are in notice nothing. asyncio takes all that wait.
+    uvloop accepts one connection for each watcher and turn of the loop. Under load a turn is long,
+    and new clients would starve, unseen by those that are connected. asyncio accepts all that wait.
     """
-    return UVLOOP_EARS if type(loop).__module__.startswith("uvloop") else 1
+    return UVLOOP_WATCHERS if type(loop).__module__.startswith("uvloop") else 1
 
 
 async def _addresses(
     loop: asyncio.AbstractEventLoop, host: str, port: int
 ) -> Sequence[tuple[int, str]]:
-    found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    unique = dict.fromkeys((family, str(address[0])) for family, *_, address in found)
-    if host == "localhost":  # a machine may have no IPv6 though its hosts file names it
+    addresses = await loop.getaddrinfo(
+        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )
+    unique = dict.fromkeys((family, str(address[0])) for family, *_, address in addresses)
+    # A machine may have no IPv6, although its hosts file has such an address for localhost.
+    if host == "localhost":
         unique = {
             key: None for key in unique if key[0] == socket.AF_INET or socket.has_dualstack_ipv6()
         }
@@ -132,12 +135,17 @@ async def _addresses(
 
 
 async def _bound(loop: asyncio.AbstractEventLoop, host: str, port: int) -> list[socket.socket]:
-    """A socket for each address of *host*, all on one port; or none, where one cannot be bound."""
+    """Return a bound socket for each address of *host*, all on one port.
+
+    Raises:
+        OSError: one of them cannot be bound; none is left open then.
+    """
     bound: list[socket.socket] = []
     try:
         for family, address in await _addresses(loop, host, port):
             bound.append(_bind(family, address, port))
-            port = port or bound[0].getsockname()[1]  # any port, but one for all addresses
+            # Port 0 is any free one, but the same for all addresses.
+            port = port or bound[0].getsockname()[1]
     except OSError:
         for sock in bound:
             sock.close()
@@ -159,7 +167,7 @@ def _bind(family: int, address: str, port: int) -> socket.socket:
 
 
 def limit_kernel(sock: socket.socket, send_timeout: float) -> None:
-    """Bound what the kernel keeps for a client of *sock*, and how long; accepted ones inherit it."""
+    """Bound what the kernel keeps for a client, and how long, on sockets accepted from *sock*."""
     if sock.family == socket.AF_UNIX or sock.fileno() < 0:
         return
     if hasattr(socket, "TCP_USER_TIMEOUT"):
@@ -170,14 +178,14 @@ def limit_kernel(sock: socket.socket, send_timeout: float) -> None:
 
 
 def hosts(inherited: Sequence[socket.socket]) -> list[str] | None:
-    """The addresses that *inherited* can be reached by over a network; None: the configured one."""
+    """Return the network addresses of *inherited* sockets; None if the configured one is used."""
     if not inherited:
         return None
     return [address_of(sock)[0] for sock in inherited if sock.family != socket.AF_UNIX]
 
 
 def address_of(sock: socket.socket) -> tuple[str, int]:
-    """Host and port of *sock*; of a UNIX socket its path (abstract: `@` and the name) and 0."""
+    """Return host and port of *sock*; of a UNIX socket its path (abstract: `@` and the name) and 0."""
     name = sock.getsockname()
     if sock.family != socket.AF_UNIX:
         return name[0], name[1]
@@ -186,14 +194,14 @@ def address_of(sock: socket.socket) -> tuple[str, int]:
     return name, 0
 
 
-def _tell(listening: Sequence[Listening]) -> None:
-    for one in listening:
-        given = "unknown" if one.queue_limit is None else one.queue_limit
-        logger.info("listening on %s backlog=%d kernel=%s", one.url, one.backlog, given)
-        if one.queue_limit is not None and one.queue_limit < one.backlog:
+def _log(listening: Sequence[Listening]) -> None:
+    for where in listening:
+        limit = "unknown" if where.queue_limit is None else where.queue_limit
+        logger.info("listening on %s backlog=%d kernel=%s", where.url, where.backlog, limit)
+        if where.queue_limit is not None and where.queue_limit < where.backlog:
             logger.warning(
                 "the kernel gave a queue of %d instead of backlog=%d: raise %s",
-                one.queue_limit,
-                one.backlog,
+                where.queue_limit,
+                where.backlog,
                 "net.core.somaxconn",
             )

@@ -25,8 +25,9 @@ from aioserver.errors import (
     RequestTooLarge,
     UriTooLong,
 )
-from aioserver.faces.http import SERVER, Request, error_response, last_of_connection, request_id
+from aioserver.faces.http import SERVER, Request, announce_close, error_response, request_id
 from aioserver.provider_errors import ProviderFault
+from aioserver.server.connection import Connection
 from aioserver.telemetry.logs import RateLimit
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
     from aioserver.auth.guard import Guard
     from aioserver.auth.origins import Origins
-    from aioserver.faces.context import InEffect
+    from aioserver.faces.context import CurrentSettings
     from aioserver.telemetry.metrics import Metrics
 
     OnPrepare = Callable[[web.Request, web.StreamResponse], Awaitable[None]]
@@ -49,8 +50,8 @@ EXPOSED = "x-request-id, x-aioserver-provider, x-aioserver-attempts, retry-after
 REFUSALS_PER_SECOND = 5
 
 
-def front(
-    settings: InEffect, guard: Guard, origins: Origins, metrics: Metrics
+def make_middleware(
+    settings: CurrentSettings, guard: Guard, origins: Origins, metrics: Metrics
 ) -> tuple[Middleware, OnPrepare]:
     """Return the middleware, and the handler of the signal `on_response_prepare`."""
     refusals = RateLimit(REFUSALS_PER_SECOND)
@@ -58,11 +59,12 @@ def front(
     def check_head(request: web.Request) -> None:
         limits = settings.chat.websocket.concurrency.uvicorn
         max_line, max_head = limits.h11_max_request_line_size, limits.h11_max_header_size
-        # Our connection, see runner.py.
-        connection: Any = request.protocol
-        connection.requests += 1
-        if connection.requests >= limits.max_keepalive_requests:
-            connection.last = True
+        connection = request.protocol
+        # Another server's, where the application is embedded, has no limit of ours.
+        if isinstance(connection, Connection):
+            connection.requests += 1
+            if connection.requests >= limits.max_keepalive_requests:
+                connection.last = True
         line = len(request.method) + len(request.raw_path) + len(" HTTP/1.1 ")
         if line > max_line:
             raise UriTooLong(f"a request line of {line} bytes, at most {max_line}")
@@ -72,7 +74,6 @@ def front(
 
     @web.middleware
     async def middleware(request: web.Request, handler: Any) -> web.StreamResponse:
-        connection: Any = request.protocol
         try:
             check_head(request)
             guard.admit(request)
@@ -102,17 +103,19 @@ def front(
             metrics.bugs.value += 1
             response = error_response(InternalError("internal error"))
         assert isinstance(request, Request)
-        begun = request.begun
-        if begun is not None and begun is not response:
+        started = request.started
+        if started is not None and started is not response:
             if request.transport is not None:
                 # A second head would be taken for a part of the first one's body.
                 request.transport.abort()
-            return begun
+            return started
         if not response.prepared:
-            last_of_connection(request, response)
-        elif connection.last and response.keep_alive:
-            # This became known after the head was sent.
-            connection.linger()
+            announce_close(request, response)
+        elif response.keep_alive:
+            connection = request.protocol
+            # The connection may have become the last one's after the head was sent.
+            if isinstance(connection, Connection) and connection.last:
+                connection.close_soon()
         return response
 
     def log_refusal(request: web.Request, error: Denied) -> None:
@@ -135,7 +138,7 @@ def front(
 
     async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
         assert isinstance(request, Request)
-        request.begun = response
+        request.started = response
         headers = response.headers
         headers["Server"] = SERVER
         headers["x-request-id"] = request_id(request)

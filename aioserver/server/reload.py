@@ -1,10 +1,10 @@
-"""SIGHUP: the configuration is read again, and holds from then on, with no connection dropped.
+"""SIGHUP: the configuration is read again and put in effect, with no connection dropped.
 
     read and check (in a thread) → prepare what may fail → apply, in one step of the event loop
 
-An invalid one changes nothing, and every fault is in the log. Whoever is inside, waits or runs stays
-under the limits that are now in effect; a lowered limit lets nobody in until it is kept again. What
-only a restart can change is named in the log, and stays as it was.
+A configuration with a fault changes nothing, and every fault is in the log. Whoever has a place,
+waits or runs stays, under the limits that are now in effect: a lowered limit admits nobody until it
+is kept again. What only a restart can change is named in the log, and stays as it was.
 """
 
 from __future__ import annotations
@@ -20,19 +20,17 @@ from typing import TYPE_CHECKING
 from aioserver.config import Configuration
 from aioserver.config.views import changes
 from aioserver.errors import ConfigurationError
-from aioserver.faces import context
 from aioserver.server import preflight
-from aioserver.server.app import tell_limits
+from aioserver.server.app import log_limits
 from aioserver.telemetry import logs
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from typing import NoReturn
 
-    from aiohttp import web
-
     from aioserver.config.settings import Auth, Settings
-    from aioserver.faces.websocket import Socket
+    from aioserver.faces.context import OpenSocket
+    from aioserver.server.app import Server
     from aioserver.server.runner import Runner
     from aioserver.server.systemd import Notifier
 
@@ -53,13 +51,16 @@ ONLY_BY_RESTART = (
 
 
 class Reload:
-    """Reads the file of *configuration* again, with the same variables, when it is asked to.
+    """Reads the file of *configuration* again, with the same environment, whenever it is asked to.
 
-    Always: one at a time; who asks while one is under way gets another one behind it.
+    Always: one reload at a time; a request that comes during one causes another one after it.
+
+    *hosts*: the addresses of inherited sockets; None if the server listens on the configured one.
     """
 
     def __init__(
         self,
+        server: Server,
         runner: Runner,
         configuration: Configuration,
         environ: Mapping[str, str],
@@ -67,21 +68,23 @@ class Reload:
         hosts: Sequence[str] | None = None,
         notifier: Notifier | None = None,
     ) -> None:
+        self._server = server
         self._runner = runner
-        self._hosts = hosts  # of sockets that were passed on; None: the configured one
+        self._hosts = hosts
         self._notifier = notifier
         self.source = configuration.source
         self._environ = environ
-        self._began = configuration.settings  # with which sockets and routes were made
+        # The settings with which sockets and routes were made.
+        self._began = configuration.settings
         self._now = configuration.settings
         self._asked = asyncio.Event()
 
     def ask(self) -> None:
-        """Have it done soon."""
+        """Have a reload done soon."""
         self._asked.set()
 
     async def run(self) -> NoReturn:
-        """Do what is asked for. Cancelling it in the middle leaves the old settings in effect."""
+        """Do the reloads. Cancelling one before it is applied leaves the old settings in effect."""
         while True:
             await self._asked.wait()
             self._asked.clear()
@@ -92,24 +95,25 @@ class Reload:
                 self._notifier.ready()
 
     async def once(self) -> bool:
-        """Read and apply it now; whether it holds."""
+        """Read the configuration and apply it now. Return whether it is in effect."""
         try:
             configuration = await asyncio.to_thread(self._read)
-            settings = self._kept(configuration.settings)
-            few_files = _room_for(settings)
-            await self._runner.app[context.ROSTER].prepare(settings.llm)
+            settings = self._with_fixed_paths(configuration.settings)
+            few_files = _raise_file_limit(settings)
+            await self._server.roster.prepare(settings.llm)
             self._apply(settings)
-            await change(self._runner.app, settings.auth)
+            await apply_auth(self._server, settings.auth)
         except ConfigurationError as exc:
-            for fault in exc.faults:  # not errors, of which the log keeps one in ten seconds
+            # As warnings, since the log keeps one error in ten seconds of each place in the code.
+            for fault in exc.faults:
                 logger.warning("not applied: %s", fault)
             number = len(exc.faults)
             text = f"the configuration has {number} fault{'s' * (number > 1)}, and was not applied"
-            self._end("invalid", text, "error")
+            self._report("invalid", text, "error")
             return False
         except Exception:
             logger.exception("the configuration was not applied")
-            self._end("failed", "the configuration was not applied: see the log", "error")
+            self._report("failed", "the configuration was not applied: see the log", "error")
             return False
         for warning in (*configuration.warnings, *few_files):
             logger.warning("%s", warning)
@@ -121,16 +125,16 @@ class Reload:
         changed = ", ".join(changes(self._now, settings)) or "nothing has changed"
         self._now = settings
         logger.info("configuration applied: %s", changed)
-        self._end("applied", f"configuration applied: {changed}", "info")
+        self._report("applied", f"configuration applied: {changed}", "info")
         return True
 
-    def _end(self, outcome: str, text: str, severity: str) -> None:
-        app = self._runner.app
-        app[context.METRICS].reloads[outcome].value += 1
-        app[context.MONITOR].incident("reload", text, severity=severity)
+    def _report(self, outcome: str, text: str, severity: str) -> None:
+        context = self._server.context
+        context.metrics.reloads[outcome].value += 1
+        context.monitor.incident("reload", text, severity=severity)
 
     def _read(self) -> Configuration:
-        """The configuration as it is now.
+        """Return the configuration as it is in the file now.
 
         Raises:
             ConfigurationError: it cannot be used.
@@ -138,50 +142,54 @@ class Reload:
         try:
             regular = stat.S_ISREG(os.stat(self.source).st_mode)  # noqa: PTH116
         except OSError:
-            regular = True  # `load` says why
-        if not regular:  # a pipe has given what it had, and would be waited for
+            # `load` says why.
+            regular = True
+        # A pipe has given what it had, and reading it would wait.
+        if not regular:
             raise ConfigurationError([f"{self.source}: is no file that can be read again"])
         configuration = Configuration.load(self.source, environ=self._environ, again=True)
         hosts = self._hosts
-        if hosts is None:  # what it listens on now, and what it would after a restart
+        # The address on which it listens now, and the one on which it would after a restart.
+        if hosts is None:
             hosts = (self._began.chat.websocket.host, configuration.settings.chat.websocket.host)
         configuration.check_usable(hosts)
         return configuration
 
-    def _kept(self, settings: Settings) -> Settings:
-        """*settings* with those paths that clients are told, which stay where they are."""
+    def _with_fixed_paths(self, settings: Settings) -> Settings:
+        """Return *settings* with the paths of the faces as they are: clients have been told these."""
         chat, began = settings.chat, self._began.chat
         websocket = replace(chat.websocket, endpoint=began.websocket.endpoint)
         return replace(settings, chat=replace(chat, websocket=websocket, sse=began.sse))
 
     def _apply(self, settings: Settings) -> None:
-        """Put *settings* in effect. Nothing waits here: nobody sees a half of it.
+        """Put *settings* in effect. It never waits, so that nobody sees a half of them.
 
         Raises:
             ConfigurationError: a `ca_file` holds no certificate; nothing has changed then.
         """
-        app, chat = self._runner.app, settings.chat
-        app[context.ROSTER].apply(settings.llm, max_response_bytes=chat.streams.max_response_bytes)
-        llm = settings.llm
-        app[context.ROUTER].apply(app[context.ROSTER].providers, llm.active, llm.fallbacks)
-        app[context.SETTINGS].apply(settings)
-        app[context.ADMISSION].apply(chat.websocket.concurrency)
-        app[context.STREAMS].apply(
+        server, context = self._server, self._server.context
+        chat, llm = settings.chat, settings.llm
+        server.roster.apply(llm, max_response_bytes=chat.streams.max_response_bytes)
+        context.router.apply(server.roster.providers, llm.active, llm.fallbacks)
+        context.settings.apply(settings)
+        context.admission.apply(chat.websocket.concurrency)
+        server.streams.apply(
             max_stream_bytes=chat.streams.max_stream_bytes,
             max_kept_bytes=chat.streams.max_kept_bytes,
         )
-        app[context.CONVERSATIONS].apply(chat.service.context, chat.service.repository.persistence)
-        app[context.GATEWAY].apply(chat.service, chat.streams)
+        server.conversations.apply(chat.service.context, chat.service.repository.persistence)
+        context.gateway.apply(chat.service, chat.streams)
         self._runner.apply(chat)
-        given = chat.websocket
-        app[context.ORIGINS].apply(given.allow_origins, credentials=given.allow_credentials)
+        context.origins.apply(
+            chat.websocket.allow_origins, credentials=chat.websocket.allow_credentials
+        )
         logs.apply(settings.logging)
         if chat.websocket.concurrency != self._now.chat.websocket.concurrency:
-            tell_limits(chat.websocket.concurrency)
+            log_limits(chat.websocket.concurrency)
 
 
-def _room_for(settings: Settings) -> tuple[str, ...]:
-    """Raise the limit of open files for *settings*, as at the start; a warning where it stays low.
+def _raise_file_limit(settings: Settings) -> tuple[str, ...]:
+    """Raise the limit of open files for *settings*, as at the start. Return warnings.
 
     Raises:
         ConfigurationError: not even `max_connections` clients could be served.
@@ -193,8 +201,8 @@ def _room_for(settings: Settings) -> tuple[str, ...]:
     return () if warning is None else (warning,)
 
 
-async def change(app: web.Application, auth: Auth | None) -> frozenset[str]:
-    """Use *auth* from now on, and end what those hold who may no longer come.
+async def apply_auth(server: Server, auth: Auth | None) -> frozenset[str]:
+    """Put *auth* in effect, and end what is held by callers that may no longer come.
 
     Their answers end with `invalid_api_key`, their WebSockets close with 1008 `key revoked`, and their
     sessions are no longer valid. The limits of the others change in place. Cancelling this may leave
@@ -202,14 +210,14 @@ async def change(app: web.Application, auth: Auth | None) -> frozenset[str]:
 
     Return the names of the callers who may no longer come; see `Access.apply`.
     """
-    access = app[context.ACCESS]
-    gone = access.apply(auth)
-    await app[context.GATEWAY].revoke(gone)
-    sockets: list[Socket] = [*app[context.SOCKETS]]
-    for socket in sockets:
-        caller = access.current(socket.caller)
+    context = server.context
+    gone = context.access.apply(auth)
+    await context.gateway.revoke(gone)
+    sockets: list[OpenSocket] = [*context.sockets]
+    for each in sockets:
+        caller = context.access.current(each.caller)
         if caller is None:
-            socket.revoke()
+            each.revoke()
         else:
-            socket.caller = caller
+            each.caller = caller
     return gone

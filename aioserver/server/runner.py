@@ -1,124 +1,61 @@
-"""Our connections: aiohttp's, with the HTTP limits of the configuration, our errors, and an orderly end.
+"""Runs the application on our connections, under the HTTP limits of the configuration.
 
-aiohttp forgives a misspelled option by dropping all of them, with one log line per connection: so
-they are built in one place here, and each is proven over a socket by the tests. Parser errors come
-from aiohttp as text with the request's own bytes in it; `Connection` gives them our error body.
-
-What aiohttp does between a parsed request and its handler (to look for the route, to make what it has
-matched, to build the middlewares around it) is a seventh of a request. It gives the same each time
-where a path has no parameters, so there it is done once: see `Direct`.
+What aiohttp does between a parsed request and its handler (to look for the route, to make its match,
+to build the middlewares around the handler) is a seventh of a request. Where a path has no parameters
+it comes to the same each time, and is done once: see `Dispatcher`.
 
 Private names of aiohttp used here, guarded by `tests/server/test_runner.py`: `_make_server`, `_kwargs`,
-`_waiter`, `_make_request`, `_match_info`.
+`_make_request`, `_match_info`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import logging
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 from aiohttp.abc import AbstractAccessLogger
-from aiohttp.http_exceptions import LineTooLong
-from aiohttp.web_protocol import RequestHandler
 from aiohttp.web_urldispatcher import MatchInfoError
 
 from aioserver.auth.callers import ADDRESS
-from aioserver.errors import HeadersTooLarge, InternalError, InvalidRequest, UriTooLong
-from aioserver.faces import context
-from aioserver.faces.http import SERVER, Request, error_response, request_id
-from aioserver.server.listener import limit_kernel
+from aioserver.faces.http import Request, request_id
+from aioserver.server import listener
+from aioserver.server.connection import ConnectionServer
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    import socket
+    from collections.abc import Awaitable, Callable, Sequence
+
+    from aiohttp.typedefs import Middleware
 
     from aioserver.config.settings import Chat, WebSocket
+    from aioserver.server.app import Server
+    from aioserver.server.listener import Listening
 
     Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
-logger = logging.getLogger("aioserver.runner")
 access_logger = logging.getLogger("aioserver.access")
 
-MAX_PATH = 200  # characters of a path in a line
-MAX_HEADERS = 128  # fields of one request
-LAST_CALL = 1.0  # seconds that a connection is kept which ends, for a request that is on its way
-LINGERING = 1.0  # seconds an answered request's unread body is read on, so that the answer arrives
+# Characters of a path in a log line.
+MAX_PATH = 200
+# Header fields of one request.
+MAX_HEADERS = 128
+# Seconds for the last words to clients, once nothing runs any more.
+FAREWELL = 2.0
+# Seconds for which the unread body of an answered request is read on, so that the response arrives.
+LINGERING = 1.0
 
 
-class Connection(RequestHandler):
-    """aiohttp's connection, with our error bodies where its parser gives up.
+class AccessLogger(AbstractAccessLogger):
+    """Logs a line for each finished request, with the address that a trusted proxy gives.
 
-    *requests*: how many it has brought; the middleware counts, for `max_keepalive_requests`. *last*:
-    it ends with the answer under way.
-    """
-
-    __slots__ = ("last", "requests")
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.requests = 0
-        self.last = False
-
-    @property
-    def idle(self) -> bool:
-        """Whether it waits for a request."""
-        return self._waiter is not None and not self._waiter.done()
-
-    def linger(self) -> None:
-        """End, where the client was not told before that it will.
-
-        Its next request may be on its way: for LAST_CALL it is still read, and answered with the end.
-        """
-        self.last = True
-        self._loop.call_later(LAST_CALL, self._end_idle)
-
-    def _end_idle(self) -> None:
-        if self.idle:
-            self.force_close()
-
-    def handle_error(
-        self,
-        request: web.BaseRequest,
-        status: int = 500,
-        exc: BaseException | None = None,
-        message: str | None = None,
-    ) -> web.StreamResponse:
-        """The answer to what is no valid request."""
-        if status >= 500:
-            if not isinstance(exc, ConnectionError):  # that is a client that left
-                logger.error("bug in a handler", exc_info=exc)
-            error: Any = InternalError("internal error")
-        elif isinstance(exc, LineTooLong):
-            line, limit = exc.args[:2]
-            if limit == self.max_line_size and (
-                limit != self.max_field_size or line.startswith(b"/")
-            ):
-                error = UriTooLong(f"a request line of more than {limit} bytes")
-            else:
-                error = HeadersTooLarge(f"a header of more than {limit} bytes")
-        elif message is not None and message.startswith("Too many headers"):
-            error = HeadersTooLarge(f"more than {self.max_headers} headers")
-        else:
-            error = InvalidRequest("this is no valid HTTP request")
-        response = error_response(error)
-        response.headers["Server"] = SERVER
-        response.headers["x-request-id"] = request_id(request)
-        response.headers["Connection"] = "close"
-        response.force_close()
-        return response
-
-
-class Access(AbstractAccessLogger):
-    """One line for each finished request; its address is the one that a trusted proxy gives.
-
-    Without its query, and without what a client says of itself: that may be anything.
+    The query is left out, and what a client says of itself: both may hold anything.
     """
 
     def log(self, request: web.BaseRequest, response: web.StreamResponse, time: float) -> None:
-        """Write the line; *time*: seconds that it took."""
+        """Write the line; *time*: the seconds that the request took."""
         fields = {
             "request_id": request_id(request),
             "address": request.get(ADDRESS, request.remote),
@@ -131,81 +68,18 @@ class Access(AbstractAccessLogger):
         self.logger.info("access", extra={"fields": fields})
 
 
-class Server(web.Server):
-    """Makes our connections, and ends them.
+class Dispatcher:
+    """The handler of all requests: directly where the path has no parameters, or by aiohttp's router.
 
-    Once it ends, each connection ends with the answer under way; one that waits for its next request
-    ends soon, one that has brought none yet may still bring it.
+    Always: a request gets the handler, the middleware and the match that aiohttp's router would give
+    it. One exception: a request with an `Expect` that is not understood, which aiohttp answers in
+    front of the middleware, goes through the middleware.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._ending = False
-        self._awaited: set[web.RequestHandler] = set()
-        self._gone = asyncio.Event()  # set while none is awaited
-
-    def __call__(self) -> RequestHandler:
-        """A connection, with every option or a TypeError: never with fewer, as aiohttp's would."""
-        connection = Connection(self, loop=self._loop, **self._kwargs)
-        connection.last = self._ending
-        return connection
-
-    def connection_lost(self, handler: RequestHandler, exc: BaseException | None = None) -> None:
-        """It is gone."""
-        super().connection_lost(handler, exc)
-        self._awaited.discard(handler)
-        if not self._awaited:
-            self._gone.set()
-
-    def apply(self, given: WebSocket) -> None:
-        """Make connections by these limits from now on."""
-        self._kwargs.update(_limits(given))
-
-    def end(self) -> None:
-        """Let no connection live longer than the answer under way on it."""
-        self._ending = True
-        for connection in self.connections:
-            assert isinstance(connection, Connection)
-            connection.last = True
-            if connection.requests and connection.idle:
-                connection.linger()
-
-    async def answered(self, within: float, *, silent: bool = False) -> None:
-        """Wait until the connections that have brought a request are gone; with *silent*, all."""
-        self._awaited = {
-            one
-            for one in self.connections  # some of them are lost, their tasks about to end
-            if one.transport is not None
-            and (silent or (isinstance(one, Connection) and one.requests))
-        }
-        self._gone.clear()
-        if self._awaited:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(within):
-                    await self._gone.wait()
-
-    async def let_go(self, within: float) -> None:
-        """Close who says nothing, wait for the others' last words, abort who is still there."""
-        for connection in self.connections:
-            if isinstance(connection, Connection) and connection.idle:
-                connection.force_close()
-        await self.answered(within, silent=True)
-        for connection in self.connections:
-            if connection.transport is not None:
-                connection.transport.abort()
-
-
-class Direct:
-    """The handler of all requests: at once where the path has no parameters, else aiohttp's way.
-
-    Always: a request gets the handler, the middleware and the match that aiohttp's router would give it,
-    but for an `Expect` that is not understood: aiohttp answers that itself, in front of the middleware.
-    """
-
-    def __init__(self, app: web.Application, shield: Callable[..., Any], other: Handler) -> None:
+    def __init__(self, app: web.Application, middleware: Middleware, router: Handler) -> None:
         self._app = app
-        self._shield = shield
-        self._other = other
+        self._middleware = middleware
+        self._router = router
         self._known: dict[tuple[str, str], tuple[web.UrlMappingMatchInfo, Handler]] = {}
         for route in app.router.routes():
             resource = route.resource
@@ -213,83 +87,112 @@ class Direct:
                 match = web.UrlMappingMatchInfo({}, route)
                 match.add_app(app)
                 match.freeze()
-                # The first, as the router: a path that is there twice is its.
+                # Of two routes on one path the first counts, as for the router.
                 self._known.setdefault((route.method, resource.canonical), (match, route.handler))
 
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
-        """The answer to *request*."""
+        """Return the response to *request*."""
         assert isinstance(request, Request)
         known = self._known.get((request.method, request.raw_path))
         if "Expect" in request.headers:
             if request.headers["Expect"].lower() == "100-continue":
-                return await self._other(request)
+                return await self._router(request)
             match = MatchInfoError(web.HTTPExpectationFailed())
             match.add_app(self._app)
             match.freeze()
             known = match, match.handler
         elif known is None:
-            return await self._other(request)
+            return await self._router(request)
         request._match_info, handler = known  # noqa: SLF001 - see the head of this file
-        response: web.StreamResponse = await self._shield(request, handler)
-        return response
+        return await self._middleware(request, handler)
 
 
 class Runner(web.AppRunner):
-    """Runs the application on our connections, under the limits of the configuration."""
+    """Listens, and runs the application of *server* on our connections."""
 
-    def __init__(self, app: web.Application, given: WebSocket) -> None:
+    def __init__(self, server: Server) -> None:
+        settings = server.context.settings.chat.websocket
         super().__init__(
-            app,
-            access_log_class=Access,
-            handler_cancellation=True,  # or a client that has left keeps its place
+            server.app,
+            access_log_class=AccessLogger,
+            # Otherwise the place of a client that has left would be held until its answer ends.
+            handler_cancellation=True,
             max_headers=MAX_HEADERS,
             lingering_time=LINGERING,
-            auto_decompress=False,  # a compressed body is refused, not unpacked
-            shutdown_timeout=1.0,  # after `let_go`: for what aiohttp itself leaves behind
+            # A compressed body is refused, not unpacked.
+            auto_decompress=False,
+            # After `disconnect`: for what aiohttp itself may leave behind.
+            shutdown_timeout=1.0,
             timeout_ceil_threshold=float("inf"),
-            **_limits(given),
+            **_options(settings),
         )
+        self._owner = server
+
+    async def listen(self, inherited: Sequence[socket.socket] = ()) -> list[Listening]:
+        """Listen where the configuration says, or on the *inherited* sockets: see `listener.listen`.
+
+        Raises:
+            OSError: the address is in use, or is not one of this machine.
+        """
+        chat = self._owner.context.settings.chat
+        listening = await listener.listen(
+            self, chat.websocket, send_timeout=chat.streams.send_timeout, inherited=inherited
+        )
+        self._owner.listening.extend(where.sock for where in listening)
+        return listening
 
     def apply(self, chat: Chat) -> None:
-        """Listen and make connections by these limits from now on."""
-        self._ours().apply(chat.websocket)
-        for sock in self.app[context.LIFE].listening:
-            limit_kernel(sock, chat.streams.send_timeout)
+        """Use these limits for connections that are accepted from now on."""
+        self._connections().apply(_options(chat.websocket))
+        for sock in self._owner.listening:
+            listener.limit_kernel(sock, chat.streams.send_timeout)
 
-    async def stop(self) -> None:
-        """Accept nobody any more; connections end with their answers: see `Server`."""
+    async def end(self) -> None:
+        """Stop serving in good order; call it before `cleanup`.
+
+        First the server is not ready, but takes work still (`drain_delay`). Then it accepts no more
+        connections and refuses new work: requests that wait are refused, idle connections close,
+        and answers without a reader end. The other answers have `shutdown_timeout` to finish, and
+        each connection ends with its last response. What is left after that ends with
+        `server_shutdown`, within FAREWELL seconds.
+
+        WebSockets close here, and not in aiohttp's own shutdown: once that begins, aiohttp drops all
+        incoming data, and each close handshake would last for its whole timeout.
+        """
+        context, connections = self._owner.context, self._connections()
+        settings = context.settings.chat.websocket
+        context.lifecycle.ready = False
+        context.monitor.incident("shutdown", "the server is stopping", severity="info")
+        if settings.drain_delay:
+            await asyncio.sleep(settings.drain_delay)
         for site in list(self.sites):
             await site.stop()
-        await asyncio.sleep(0)  # who was accepted in this turn has a connection then
-        self._ours().end()
+        # A connection that was accepted in this turn of the event loop is known after it.
+        await asyncio.sleep(0)
+        connections.drain()
+        self._owner.drain()
+        await connections.wait_closed(settings.shutdown_timeout)
+        await context.gateway.close()
+        await connections.disconnect(FAREWELL)
 
-    async def answered(self, within: float) -> None:
-        """Wait for the answers under way, *within* seconds at most."""
-        await self._ours().answered(within)
-
-    async def let_go(self, within: float) -> None:
-        """End every connection, by force what is left after *within* seconds."""
-        await self._ours().let_go(within)
-
-    def _ours(self) -> Server:
-        assert isinstance(self.server, Server), "set up before"
+    def _connections(self) -> ConnectionServer:
+        assert isinstance(self.server, ConnectionServer), "`setup` makes it"
         return self.server
 
-    async def _make_server(self) -> Server:
+    async def _make_server(self) -> ConnectionServer:
         made = await super()._make_server()
         app = self.app
-        direct = Direct(app, app[context.SHIELD], made.request_handler)
-        return Server(
-            direct,
+        return ConnectionServer(
+            Dispatcher(app, self._owner.middleware, made.request_handler),
             request_factory=functools.partial(app._make_request, _cls=Request),  # noqa: SLF001
             handler_cancellation=made.handler_cancellation,
             **made._kwargs,  # noqa: SLF001 - see the head of this file
         )
 
 
-def _limits(given: WebSocket) -> dict[str, Any]:
-    """Those options of a connection that the configuration says."""
-    limits = given.concurrency.uvicorn
+def _options(settings: WebSocket) -> dict[str, Any]:
+    """Return those options of a connection that the configuration decides."""
+    limits = settings.concurrency.uvicorn
     return {
         "access_log": access_logger if limits.access_log else None,
         "keepalive_timeout": limits.keepalive_timeout,

@@ -11,7 +11,6 @@ from aiohttp import WSServerHandshakeError
 
 from aioserver.auth.guard import Policy
 from aioserver.auth.keys import SESSION_SECONDS
-from aioserver.faces import context
 from tests.support.chat import CHAT, chat, text_of, to_end
 from tests.support.keys import COOKIE, bearer, code_of, cookie, key_of, keys_of, log_in
 from tests.support.raw import Raw
@@ -34,7 +33,7 @@ def routes(server: RunningServer) -> list[tuple[str, str, Policy]]:
     for route in server.app.router.routes():
         assert route.resource is not None
         path = re.sub(r"\{[^}]+\}", "x", route.resource.canonical)
-        found.append((route.method, path, server.app[context.GUARD].policies[route]))
+        found.append((route.method, path, server.context.guard.policies[route]))
     return found
 
 
@@ -88,7 +87,7 @@ async def test_without_keys_every_route_is_open(server: RunningServer) -> None:
 
 async def test_a_route_that_nobody_named_wants_an_admin(make_server: MakeServer) -> None:
     server = await make_server(**keys_of("web", "root"))
-    policies = server.app[context.GUARD].policies
+    policies = server.context.guard.policies
     for route in [one for one in policies if one.resource and one.resource.canonical == "/health"]:
         del policies[route]
 
@@ -575,7 +574,7 @@ async def test_a_client_behind_a_proxy_has_a_line_of_its_own(make_server: MakeSe
     for address in ("203.0.113.9", "203.0.113.10"):
         async with server.connect(headers={"X-Forwarded-For": address}) as ws:
             await ws.ping()
-            callers += [socket.caller for socket in server.app[context.SOCKETS]]
+            callers += [socket.caller for socket in server.context.sockets]
 
     assert [one.subflow for one in callers] == ["203.0.113.9", "203.0.113.10"]
     assert callers[0] == callers[1]

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from aioserver.config.settings import Auth
-from aioserver.faces import context
 from aioserver.protocol import eventstream
 from aioserver.server import reload
 from tests.support.chat import CHAT, chat, read_frames, to_end, until_status
@@ -23,7 +22,7 @@ async def test_a_removed_key_is_refused_and_its_session_is_dead(make_server: Mak
     server = await make_server(**keys_of("web", "app"))
     session = await log_in(server, "web")
 
-    assert await reload.change(server.app, auth_of("app", "new")) == {"web"}
+    assert await reload.apply_auth(server.owners, auth_of("app", "new")) == {"web"}
 
     for headers in (bearer("web"), cookie(session)):
         async with server.session.get(f"{server.v1}/models", headers=headers) as response:
@@ -48,7 +47,7 @@ async def test_its_sockets_hear_why_and_are_closed(make_server: MakeServer) -> N
         await ws.send_json(chat("mine"))
         await until_status(ws, "chunk")
 
-        assert await reload.change(server.app, auth_of("app")) == {"web"}
+        assert await reload.apply_auth(server.owners, auth_of("app")) == {"web"}
 
         for raw in (idle, busy):
             told: list[Any] = []
@@ -63,7 +62,7 @@ async def test_its_sockets_hear_why_and_are_closed(make_server: MakeServer) -> N
             raw.close()
         frame_of_other = await ws.receive_json(timeout=20)
         assert frame_of_other["status"] == "chunk", "nobody else notices"
-    assert server.app[context.METRICS].closed["websocket", "1008"].value == 2
+    assert server.context.metrics.closed["websocket", "1008"].value == 2
     async with server.session.delete(f"{server.sse}/mine", headers=bearer("app")) as response:
         assert response.status == 204
 
@@ -81,7 +80,7 @@ async def test_its_answers_on_the_other_faces_end_with_an_error(make_server: Mak
             await response.content.readuntil(b"\n\n")
         await until(lambda: server.simulator.stats().active == 2)
 
-        assert await reload.change(server.app, None) == {"web"}
+        assert await reload.apply_auth(server.owners, None) == {"web"}
 
         frames = await read_frames_from(await sse.read())
         assert frames[-1]["status"] == "error"
@@ -109,7 +108,7 @@ async def test_an_answer_that_is_not_streamed_ends_as_well(
     )
     await server.simulator.until(lambda stats: stats.active == 1)
 
-    await reload.change(server.app, auth_of("app"))
+    await reload.apply_auth(server.owners, auth_of("app"))
 
     async with await asked as response:
         assert (response.status, await code_of(response)) == (401, "invalid_api_key")
@@ -129,7 +128,7 @@ async def test_a_client_that_waits_for_a_place_begins_nothing(make_server: MakeS
     waits = asyncio.ensure_future(server.session.post(url, json=CHAT, headers=bearer("web")))
     await until(lambda: server.held()["waiting"] == 1)
 
-    await reload.change(server.app, auth_of("app"))
+    await reload.apply_auth(server.owners, auth_of("app"))
     first.cancel()
 
     async with await waits as response:
@@ -142,7 +141,7 @@ async def test_a_watcher_is_shown_out(make_server: MakeServer) -> None:
     async with server.session.get(f"{server.base}/events", headers=bearer("root")) as response:
         await response.content.readuntil(b"event: stats\n")
 
-        await reload.change(server.app, auth_of("web"))
+        await reload.apply_auth(server.owners, auth_of("web"))
 
         last = list(eventstream.parse(b"event: stats\n" + await response.read()))[-1]
     assert last.event == b"error"
@@ -164,7 +163,7 @@ async def test_a_former_admin_watches_no_longer_and_chats_on(
         await until_status(ws, "chunk")
 
         for _ in range(2):
-            assert await reload.change(server.app, auth_of("root", admin=False)) == set()
+            assert await reload.apply_auth(server.owners, auth_of("root", admin=False)) == set()
 
         last = list(eventstream.parse(b"event: stats\n" + await response.read()))[-1]
         assert (last.event, json.loads(last.data)["code"]) == (b"error", "permission_denied")
@@ -182,7 +181,8 @@ async def test_limits_change_in_place(make_server: MakeServer) -> None:
         await until_status(ws, "chunk")
 
         assert (
-            await reload.change(server.app, auth_of("web", max_concurrent=2, priority=9)) == set()
+            await reload.apply_auth(server.owners, auth_of("web", max_concurrent=2, priority=9))
+            == set()
         )
 
         await ws.send_json(chat("two"))
@@ -190,7 +190,7 @@ async def test_limits_change_in_place(make_server: MakeServer) -> None:
         await ws.send_json(chat("three"))
         frames = await to_end(ws, "three")
         assert frames[-1]["chunk"]["code"] == "concurrency_exceeded"
-        (socket,) = server.app[context.SOCKETS]
+        (socket,) = server.context.sockets
         assert socket.caller.priority == 9
         for name in ("one", "two"):
             async with server.session.delete(f"{server.sse}/{name}", headers=bearer("web")) as got:
@@ -216,7 +216,7 @@ async def test_another_key_under_the_same_name_is_another_caller_of_that_name(
         await ws.send_json(chat("r"))
         await until_status(ws, "chunk")
 
-        assert await reload.change(server.app, turned) == {"web"}
+        assert await reload.apply_auth(server.owners, turned) == {"web"}
 
         assert (await to_end(ws))[-1]["chunk"]["code"] == "invalid_api_key"
         await ws.receive(timeout=20)
@@ -231,7 +231,7 @@ async def test_clients_without_a_key_are_closed_when_keys_come(make_server: Make
         await ws.ping()
         await events.content.readuntil(b"event: stats\n")
 
-        assert await reload.change(server.app, auth_of("web")) == {""}
+        assert await reload.apply_auth(server.owners, auth_of("web")) == {""}
 
         assert (await ws.receive_json(timeout=20))["chunk"]["code"] == "invalid_api_key"
         await ws.receive(timeout=20)
@@ -239,6 +239,6 @@ async def test_clients_without_a_key_are_closed_when_keys_come(make_server: Make
         assert b"event: error\n" in await events.read()
     async with server.session.get(f"{server.base}/stats") as response:
         assert response.status == 401
-    await reload.change(server.app, server.settings.auth)
+    await reload.apply_auth(server.owners, server.settings.auth)
     async with server.session.get(f"{server.base}/stats") as response:
         assert response.status == 200

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import openai
 import pytest
 
-from aioserver.faces import context
 from aioserver.providers.simulator.exchange import Behaviour
 from tests.support.chat import (
     CHAT,
@@ -41,7 +40,7 @@ FACES = ("websocket", "sse", *OPENAI)
 
 
 def quota(server: RunningServer, name: str = "web") -> Quota:
-    found: Quota | None = server.app[context.ACCESS].keys.caller(key_of(name).encode()).quota
+    found: Quota | None = server.context.access.keys.caller(key_of(name).encode()).quota
     assert found is not None
     return found
 
@@ -131,7 +130,7 @@ async def test_a_key_has_a_minutes_worth(make_server: MakeServer, face: str) -> 
         async with client(server, face, "app") as app:
             assert await app.ask() == ("", None)
     await until(lambda: quota(server).running == 0)
-    assert server.app[context.METRICS].rejections["rate_limit_exceeded"].value == 1 + len(FACES)
+    assert server.context.metrics.rejections["rate_limit_exceeded"].value == 1 + len(FACES)
 
 
 @pytest.mark.parametrize("face", FACES)
@@ -209,7 +208,7 @@ async def ended_by_the_server(server: RunningServer) -> None:
     async with server.connect(headers=bearer("web")) as ws:
         await ws.send_json(chat("s"))
         await until_status(ws, "chunk")
-        await server.app[context.GATEWAY].close()
+        await server.context.gateway.close()
         assert (await to_end(ws))[-1]["chunk"]["code"] == "server_shutdown"
 
 
@@ -277,7 +276,7 @@ async def test_a_full_store_counts_for_nothing(make_server: MakeServer) -> None:
         server.connect(headers=bearer("web")) as ws,
     ):
         await other.send_json(chat("fills"))
-        await until(lambda: server.app[context.STREAMS].stats().bytes >= 300)
+        await until(lambda: server.owners.streams.stats().bytes >= 300)
         for number in range(3):
             await ws.send_json(chat(f"n{number}"))
             assert (await to_end(ws))[-1]["chunk"]["code"] == "server_at_capacity"
@@ -358,7 +357,7 @@ async def test_streams_belong_to_their_key(make_server: MakeServer) -> None:
             assert [one["request_id"] for one in (await response.json())["streams"]] == ["same"]
         await other.send_json(chat("same", "yours"))  # no conflict: another stream
         await until_status(other, "chunk")
-        assert server.app[context.STREAMS].stats().running == 2
+        assert server.owners.streams.stats().running == 2
         for one in (ws, other):
             await one.send_json(cancel("same"))
             await to_end(one)
@@ -415,7 +414,7 @@ async def test_a_key_waits_by_its_weight(make_server: MakeServer) -> None:
     headers = bearer("web")
     async with server.connect(headers=headers) as ws:
         await ws.ping()
-        (socket,) = server.app[context.SOCKETS]
+        (socket,) = server.context.sockets
         assert (socket.caller.name, socket.caller.priority, socket.caller.subflow) == (
             "web",
             7,

@@ -11,7 +11,6 @@ import pytest
 from playwright.async_api import expect
 
 from aioserver.errors import ServerShutdown
-from aioserver.faces import context
 from aioserver.providers.simulator.exchange import Behaviour
 from tests.support.chat import cancel, chat, to_end
 from tests.support.chat_page import (
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
 
     from playwright.async_api import Page, WebSocketRoute
 
-    from aioserver.faces.websocket import Socket
     from tests.support.server import RunningServer
 
 
@@ -302,7 +300,7 @@ async def test_a_restart_is_told_and_survived(
     told.say("One")
     await shows(page, "One")
 
-    sockets: list[Socket] = [*server.app[context.SOCKETS]]
+    sockets: list[Any] = [*server.context.sockets]
     for socket in sockets:
         socket.end(ServerShutdown("the server is stopping"))
     await expect(page.get_by_text("The server restarts.")).to_be_visible()
@@ -359,7 +357,7 @@ async def test_an_answer_that_is_gone_says_so_and_is_asked_again(
     await server.simulator.until(lambda stats: stats.requests == 1)  # else leaving ends it before
     await page.goto("about:blank")
     await server.nothing_held()
-    await until(lambda: server.app[context.STREAMS].stats().finished == 0)
+    await until(lambda: server.owners.streams.stats().finished == 0)
     server.simulator.behaviour = QUICK
 
     await enter(page, server)
@@ -530,7 +528,7 @@ async def test_a_gap_is_told_and_not_skipped(
 
     told.say(*(f" {number:0100}" for number in range(200)))
     told.finish()
-    await until(lambda: server.app[context.STREAMS].stats().running == 0)
+    await until(lambda: server.owners.streams.stats().running == 0)
     await page.context.set_offline(False)
 
     await is_now(page, "failed")

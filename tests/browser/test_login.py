@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import pytest
 from playwright.async_api import expect
 
-from aioserver.faces import context
 from aioserver.providers.simulator.exchange import Behaviour
 from aioserver.server import reload
 from tests.support.chat_page import answer, ask, connected, is_now
@@ -99,7 +98,7 @@ async def test_one_chats_with_a_key_and_logs_out(make_server: MakeServer, page: 
     await is_now(page, "complete")
     await page.get_by_role("button", name="Log out").click()
     await expect(form(page)).to_be_visible()
-    await until(lambda: not server.app[context.SOCKETS])
+    await until(lambda: not server.context.sockets)
     assert await page.context.cookies() == []
     await enter_key(page, "web")
     await connected(page)
@@ -122,7 +121,7 @@ async def test_a_wrong_key_says_so_and_there_is_no_way_around(
         await expect(form(mine)).to_be_visible()
         await form(mine).get_by_role("button", name="Enter").click()
         await expect(fault(mine)).to_have_text("This key is not known here.")
-        assert not server.app[context.SOCKETS]
+        assert not server.context.sockets
         await enter_key(mine, "web")
         await connected(mine)
 
@@ -135,7 +134,7 @@ async def test_an_empty_key_is_not_sent(make_server: MakeServer, page: Page) -> 
     await form(page).get_by_role("button", name="Enter").click()
 
     await expect(form(page)).to_be_visible()
-    assert server.app[context.METRICS].auth_failures["missing_key"].value == 0
+    assert server.context.metrics.auth_failures["missing_key"].value == 0
 
 
 async def test_the_dashboard_wants_an_admins_key(make_server: MakeServer, page: Page) -> None:
@@ -185,7 +184,7 @@ async def test_a_revoked_key_asks_for_another(make_server: MakeServer, page: Pag
     await ask(page, "Hello")
     await is_now(page, "running")
 
-    await reload.change(server.app, auth_of("other"))
+    await reload.apply_auth(server.owners, auth_of("other"))
 
     await expect(form(page)).to_be_visible()
     await enter_key(page, "other")
@@ -200,10 +199,10 @@ async def test_a_revoked_watcher_is_asked_for_another(make_server: MakeServer, p
     await enter_key(page, "root")
     await watches(page, server)
 
-    await reload.change(server.app, auth_of("web"))
+    await reload.apply_auth(server.owners, auth_of("web"))
     await expect(form(page)).to_be_visible()
 
-    await reload.change(server.app, auth_of("root"))
+    await reload.apply_auth(server.owners, auth_of("root"))
     await enter_key(page, "root")
     await watches(page, server)
 

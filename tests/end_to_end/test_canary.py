@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from aioserver.faces import context
 from aioserver.providers.simulator.exchange import Behaviour
 from aioserver.server import reload
 from aioserver.telemetry.logs import ConsoleFormatter, JsonFormatter
@@ -131,13 +130,13 @@ async def test_a_key_and_a_prompt_are_heard_by_nobody_else(
     await tried_out(server, heard, session, secret)
     await turned_away(server, heard, session)
     await server.nothing_held()
-    server.app[context.MONITOR].tick()
+    server.context.monitor.tick()
     async with server.session.get(f"{server.base}/events", headers=bearer("root")) as response:
         heard.texts.append((await response.content.readuntil(b"event: stats\n")).decode())
     for path in ("/", "/dashboard", "/health", "/ready", "/session", "/stats", "/metrics"):
         await heard.take(server, "GET", path, headers=bearer("root"))
-    server.app[context.MONITOR].tick()
-    await reload.change(server.app, auth_of("root"))
+    server.context.monitor.tick()
+    await reload.apply_auth(server.owners, auth_of("root"))
     await heard.take(server, "GET", "/stats", headers={"Authorization": f"Bearer {secret}"})
 
     log, everything = logged(), "\n".join(heard.texts)

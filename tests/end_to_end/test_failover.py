@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from aioserver.faces import context
 from aioserver.providers.simulator.exchange import Behaviour
 from aioserver.providers.simulator.server import Simulator
 from tests.support.chat import CHAT, chat, read_frames, text_of, to_end
@@ -112,7 +111,7 @@ async def test_all_of_it_can_be_watched(make_server: MakeServer) -> None:
         for _ in range(6):
             async with server.session.post(f"{server.v1}/chat/completions", json=CHAT) as response:
                 assert response.status == 200
-        server.app[context.MONITOR].tick()
+        server.context.monitor.tick()
         async with server.session.get(server.base + "/stats") as response:
             providers = (await response.json())["providers"]
         async with server.session.get(server.base + "/metrics") as response:
@@ -120,7 +119,7 @@ async def test_all_of_it_can_be_watched(make_server: MakeServer) -> None:
 
         incidents = [one["text"] for one in server.incidents()]
         await server.forgive()
-        server.app[context.MONITOR].tick()
+        server.context.monitor.tick()
         again = [one["text"] for one in server.incidents()]
 
     assert "sim fails: its breaker has opened" in incidents

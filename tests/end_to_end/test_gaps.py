@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from aioserver.faces import context
 from aioserver.providers.simulator.exchange import Behaviour
 from aioserver.streams.entries import COMPLETE
 from aioserver.telemetry.loop_lag import INTERVAL
@@ -77,8 +76,8 @@ async def test_a_provider_that_pauses_is_told_as_its_gap(
     assert fields["provider_gap_ms"] + fields.get("our_gap_ms", 0.0) >= PAUSE * 900
     assert fields["provider_gap_ms"] >= PAUSE * 300
     assert "client_gap_ms" not in fields
-    server.app[context.MONITOR].tick()
-    stats: Any = server.app[context.MONITOR].snapshot
+    server.context.monitor.tick()
+    stats: Any = server.context.monitor.snapshot
     assert stats["providers"]["sim"]["silence"]["p99"] >= PAUSE * 0.3
     assert stats["delay"]["ours"]["count"] == stats["delay"]["client"]["count"] == 1
 

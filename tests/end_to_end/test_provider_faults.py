@@ -12,7 +12,6 @@ from collections import Counter
 
 import pytest
 
-from aioserver.faces import context
 from aioserver.protocol import eventstream
 from aioserver.providers.simulator.exchange import Behaviour
 from tests.support.chat import CHAT
@@ -441,7 +440,7 @@ async def test_comments_for_ever_are_no_answer_and_end_with_their_reader(
 async def test_an_endless_answer_keeps_a_bounded_part_of_itself(make_server: MakeServer) -> None:
     most = 1 << 20
     server = await make_server(**{"chat.streams.max_stream_bytes": most})
-    store, kept, size = server.app[context.STREAMS], 0, 0
+    store, kept, size = server.owners.streams, 0, 0
     async with server.connect() as ws:
         payload = {"text": "Hello", "model": "fault-endless"}
         await ws.send_json({"action": "chat", "request_id": "r1", "payload": payload})

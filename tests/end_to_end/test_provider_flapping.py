@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 
-from aioserver.faces import context
 from aioserver.providers.breaker import FAILURES, FIRST
 from aioserver.providers.simulator.exchange import Behaviour
 from aioserver.providers.simulator.server import Simulator
@@ -134,7 +133,7 @@ async def test_a_provider_faster_than_its_clients_is_done_with_before_them(
         await server.simulator.until(lambda stats: stats.completed == 1)
         await until(lambda: server.provider.stats().queue.inside == 0)
         pool = server.provider.stats().pool
-        kept = server.app[context.STREAMS].stats().bytes
+        kept = server.owners.streams.stats().bytes
         raw = await response.read()
 
     assert (pool.open, pool.idle) == (1, 1)

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from aioserver.auth.callers import Caller
-from aioserver.faces import context
 from aioserver.protocol import eventstream
 from aioserver.providers.simulator.exchange import Behaviour
 from aioserver.streams import entries
@@ -238,7 +237,7 @@ async def test_events_that_are_no_longer_kept_are_a_gap_on_each_face(
 
 
 async def test_another_callers_stream_is_as_if_it_were_not_there(server: RunningServer) -> None:
-    stream = server.app[context.STREAMS].open("r1", Caller("somebody else"), window=30.0)
+    stream = server.owners.streams.open("r1", Caller("somebody else"), window=30.0)
     stream.end(entries.COMPLETE, {})
     for name in ("r1", "never-seen"):
         assert await refusals(server, name, 0) == [

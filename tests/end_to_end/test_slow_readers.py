@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from aioserver.auth.callers import anonymous
-from aioserver.faces import context
 from aioserver.server import listener
 from aioserver.streams.writer import WRITE_BYTES
 from tests.support.chat import big, chat, numbers, text_of, to_end
@@ -69,11 +68,11 @@ async def test_clients_that_read_nothing_delay_nobody_and_are_dropped(
             f"{HTTP}.queue_timeout": 60.0,
         },
     )
-    store = server.app[context.STREAMS]
+    store = server.owners.streams
     largest = kept = 0
     drops: list[str] = []
     monkeypatch.setattr(
-        server.app[context.ADMISSION], "dropped", lambda face, why: drops.append(f"{face}: {why}")
+        server.context.admission, "dropped", lambda face, why: drops.append(f"{face}: {why}")
     )
 
     def look() -> None:

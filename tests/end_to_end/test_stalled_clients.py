@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from aioserver.faces import context
 from aioserver.providers.simulator.exchange import Behaviour
 from tests.support.chat import big, chat, numbers, to_end, whole
 from tests.support.raw import SMALL, TEXT, Raw, masked
@@ -127,7 +126,7 @@ async def test_many_stalled_readers_cost_little_memory(make_server: MakeServer) 
     async with server.connect() as ws:
         await ws.send_json(chat("r1", **big(SIZE, COUNT)))
         await to_end(ws)
-        kept = server.app[context.STREAMS].stats().bytes
+        kept = server.owners.streams.stats().bytes
         before = resident()
 
         raws = [Raw(server, receive_buffer=SMALL) for _ in range(25)]
@@ -145,7 +144,7 @@ async def test_many_stalled_readers_cost_little_memory(make_server: MakeServer) 
         for raw in raws:
             raw.close()
 
-    assert server.app[context.STREAMS].stats().bytes == kept
+    assert server.owners.streams.stats().bytes == kept
     assert grown < 40_000_000  # 25 times 6 MB would be 150
     await server.nothing_held()
 
@@ -207,4 +206,4 @@ async def test_a_flood_behind_an_answered_close_does_not_keep_the_socket(
         await server.simulator.until(lambda stats: stats.completed == 1)
         await raw.send_frame(2, b"binary")  # to be closed, while nothing is read
 
-        await until(lambda: not server.app[context.SOCKETS], 5)
+        await until(lambda: not server.context.sockets, 5)

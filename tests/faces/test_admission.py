@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from aiohttp import WSMsgType
 
-from aioserver.faces import admission, context, http, websocket
+from aioserver.faces import admission, http, websocket
 from aioserver.providers.simulator.exchange import Behaviour
 from tests.support.chat import CHAT, chat, frames_of, to_end, until_status
 from tests.support.raw import CLOSE, TEXT, Raw, closing
@@ -165,7 +165,7 @@ async def test_a_waiting_client_that_was_closed_and_then_gets_a_place_asks_nothi
         await raw.to_the_end()
 
     await server.nothing_held()
-    assert not any(one.value for one in server.app[context.METRICS].outcomes.values())
+    assert not any(one.value for one in server.context.metrics.outcomes.values())
 
 
 @pytest.mark.parametrize("politely", [True, False])
@@ -201,7 +201,7 @@ async def test_a_refused_websocket_that_never_answers_its_close_is_let_go(
         frames = await raw.frames()  # never answered: the server gives up
         assert closing(frames[-1][1])[0] == 1013
         await until(lambda: server.held()["sockets"] == 2)
-    assert server.app[context.ADMISSION].refused_closing == 0
+    assert server.context.admission.refused_closing == 0
 
 
 async def test_when_too_many_refused_sockets_are_closing_the_answer_is_a_plain_503(
@@ -309,7 +309,7 @@ async def test_requests_that_free_or_show_a_full_server_work_in_it(
         await ws.send_json(chat("r1"))
         await until_status(ws, "processing")
         assert (await waiter.receive_json())["status"] == "queued"
-        server.app[context.MONITOR].tick()
+        server.context.monitor.tick()
         async with session.get(base + "/metrics") as response:
             assert "aioserver_connections_waiting" in await response.text()
         for path in (
@@ -456,7 +456,7 @@ async def test_the_count_never_drifts(
         for ws in sockets:
             await ws.send_json({"action": "ping"})
             assert (await ws.receive_json())["status"] == "pong"
-    assert server.app[context.ADMISSION].refused_closing == 0
+    assert server.context.admission.refused_closing == 0
     async with server.session.get(server.sse) as response:
         for one in (await response.json())["streams"]:
             async with server.session.delete(f"{server.sse}/{one['request_id']}"):

@@ -12,7 +12,6 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from aioserver import __version__
-from aioserver.faces import context
 from aioserver.monitoring import incidents, monitor
 from aioserver.protocol import eventstream
 from aioserver.providers.simulator.exchange import Behaviour
@@ -44,7 +43,7 @@ async def test_readiness_ends_before_the_server_does(server: RunningServer, path
     async with server.session.get(server.base + path) as response:
         assert (response.status, await response.json()) == (200, {"status": "ready"})
 
-    server.app[context.LIFE].ready = False
+    server.context.lifecycle.ready = False
 
     async with server.session.get(server.base + path) as response:
         assert response.status == 503
@@ -69,7 +68,7 @@ async def test_without_a_usable_provider_the_server_is_not_ready(make_server: Ma
 
 async def shown(server: RunningServer, path: str = "/stats") -> dict[str, Any]:
     """The state of this very moment."""
-    server.app[context.MONITOR].tick()
+    server.context.monitor.tick()
     async with server.session.get(server.base + path) as response:
         assert response.content_type == "application/json"
         state: dict[str, Any] = await response.json()
@@ -200,7 +199,7 @@ async def test_refused_callers_are_counted_and_a_burst_is_an_incident(
     make_server: MakeServer,
 ) -> None:
     server = await make_server(**keys_of("web", "root"))
-    root, tick = bearer("root"), server.app[context.MONITOR].tick
+    root, tick = bearer("root"), server.context.monitor.tick
     tries: list[dict[str, str]] = [
         *({}, {"Authorization": "Bearer x"}, {"Cookie": "aioserver_session=x.1.y"}, bearer("web")),
         {"Cookie": "aioserver_session=x", "Origin": "http://evil.example"},
@@ -235,16 +234,16 @@ async def test_a_few_now_and_then_are_no_burst(make_server: MakeServer) -> None:
         for _ in range(incidents.DENIED_BURST // incidents.DENIED_TICKS - 1):
             async with server.session.get(f"{server.base}/stats"):
                 pass
-        server.app[context.MONITOR].tick()
+        server.context.monitor.tick()
     for _ in range(incidents.DENIED_BURST - 1):
         async with server.session.get(f"{server.base}/stats"):
             pass
-    server.app[context.MONITOR].tick()
+    server.context.monitor.tick()
     for _ in range(incidents.DENIED_TICKS):
-        server.app[context.MONITOR].tick()
+        server.context.monitor.tick()
     async with server.session.get(f"{server.base}/stats"):
         pass
-    server.app[context.MONITOR].tick()
+    server.context.monitor.tick()
 
     assert not server.incidents()
 
@@ -304,7 +303,7 @@ async def test_a_watcher_gets_the_history_then_the_state_each_second(
     server: RunningServer,
 ) -> None:
     for _ in range(3):
-        server.app[context.MONITOR].tick()
+        server.context.monitor.tick()
     async with watching(server) as told:
         await until(lambda: len([kind for kind, _ in told if kind == "stats"]) >= 2)
 
@@ -315,7 +314,7 @@ async def test_a_watcher_gets_the_history_then_the_state_each_second(
     for series in (*history["series"].values(), *history["providers"]["sim"].values()):
         assert len(series) == len(history["time"])
     assert told[2][1]["watchers"] == 1
-    assert told[2][1].keys() == server.app[context.MONITOR].snapshot.keys()
+    assert told[2][1].keys() == server.context.monitor.snapshot.keys()
 
 
 async def test_a_watcher_may_ask_for_less(server: RunningServer) -> None:
@@ -323,9 +322,9 @@ async def test_a_watcher_may_ask_for_less(server: RunningServer) -> None:
         await until(lambda: bool(told))
         ticks = len(server.history()["time"])
         for _ in range(10):
-            server.app[context.MONITOR].tick()
+            server.context.monitor.tick()
         ran = len(server.history()["time"]) - ticks
-        server.app[context.MONITOR].incident("test", "now")
+        server.context.monitor.incident("test", "now")
 
         def last() -> int | None:
             return next(
@@ -364,10 +363,10 @@ async def test_a_watcher_who_takes_nothing_is_dropped(
     make_server: MakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = await make_server(**{"chat.streams.send_timeout": 0.2})
-    mine = server.app[context.MONITOR]
+    mine = server.context.monitor
     drops: list[str] = []
     monkeypatch.setattr(
-        server.app[context.ADMISSION], "dropped", lambda face, why: drops.append(f"{face}: {why}")
+        server.context.admission, "dropped", lambda face, why: drops.append(f"{face}: {why}")
     )
     async with Raw(server, receive_buffer=SMALL) as raw:
         await raw.get("/events")
@@ -383,18 +382,18 @@ async def test_a_watcher_who_takes_nothing_is_dropped(
 async def test_watchers_are_sent_home_when_the_server_ends(server: RunningServer) -> None:
     async with watching(server) as told:
         await until(lambda: bool(told))
-        server.app[context.MONITOR].incident("shutdown", "the server is stopping", severity="info")
-        server.app[context.LIFE].stopping.set()
+        server.context.monitor.incident("shutdown", "the server is stopping", severity="info")
+        server.context.lifecycle.stopping.set()
         await until(lambda: not server.watchers)
         await until(lambda: told[-1][0] == "incident")
 
 
 async def test_a_loop_that_is_late_is_told(server: RunningServer) -> None:
-    mine = server.app[context.MONITOR]
+    mine = server.context.monitor
     async with watching(server) as told:
         await until(lambda: bool(told))
         block(0.35)
-        await until(lambda: server.app[context.LAG].longest(0.0) >= 0.2)
+        await until(lambda: server.owners.lag.longest(0.0) >= 0.2)
         mine.tick()
         worst = mine.snapshot["loop"]["lag_max"]
         await until(lambda: any(kind == "incident" for kind, _ in told))

@@ -9,9 +9,8 @@ import aiohttp
 import pytest
 
 from aioserver.auth.callers import anonymous
-from aioserver.faces import context, websocket
+from aioserver.faces import websocket
 from aioserver.providers.simulator.exchange import Behaviour
-from aioserver.server import app as application
 from tests.support.chat import CHAT, STREAMED, chat, frames_of, to_end, until_status
 from tests.support.raw import CLOSE, TEXT, Raw, closing
 from tests.support.server import CONCURRENCY, PACED, QUICK, SILENT, SLOW, MakeServer
@@ -162,11 +161,11 @@ async def test_finished_answers_are_forgotten_after_their_window(make_server: Ma
     async with server.connect() as ws:
         await ws.send_json(chat("r1"))
         await to_end(ws)
-        assert server.app[context.STREAMS].stats().finished == 1
+        assert server.owners.streams.stats().finished == 1
 
-        await until(lambda: server.app[context.STREAMS].stats().finished == 0)
+        await until(lambda: server.owners.streams.stats().finished == 0)
 
-        assert server.app[context.STREAMS].stats().bytes == 0
+        assert server.owners.streams.stats().bytes == 0
         await ws.send_json({"action": "resume", "request_id": "r1"})
         assert (await ws.receive_json())["chunk"]["code"] == "stream_not_found"
 
@@ -179,8 +178,8 @@ async def test_an_answer_without_a_window_is_forgotten_with_its_reader(
         async with post(server, body) as response:
             await response.read()
 
-    await until(lambda: server.app[context.STREAMS].stats().bytes == 0)
-    assert server.app[context.STREAMS].stats().finished == 0
+    await until(lambda: server.owners.streams.stats().bytes == 0)
+    assert server.owners.streams.stats().finished == 0
 
 
 async def test_new_answers_are_refused_where_running_ones_fill_the_memory(
@@ -192,7 +191,7 @@ async def test_new_answers_are_refused_where_running_ones_fill_the_memory(
     )
     async with server.connect() as ws:
         await ws.send_json(chat("r1"))
-        await until(lambda: server.app[context.STREAMS].stats().bytes > 20_000)
+        await until(lambda: server.owners.streams.stats().bytes > 20_000)
         await ws.send_json(chat("r2"))
         frames = await until_status(ws, "error")
         assert frames[-1]["request_id"] == "r2"
@@ -234,7 +233,7 @@ async def test_the_end_closes_every_socket_with_1012_and_tells_every_stream(
             await until(lambda: server.held()["waiting"] == 2)
 
             begun = loop.time()
-            ending = asyncio.ensure_future(application.end(server.runner))
+            ending = asyncio.ensure_future(server.runner.end())
             refused = await poster.answer()
             assert (refused.status, refused.code) == (503, "server_shutdown")
             assert "retry-after" in refused.headers
@@ -261,7 +260,7 @@ async def test_the_end_closes_every_socket_with_1012_and_tells_every_stream(
 
     with pytest.raises(aiohttp.ClientConnectorError):
         await server.session.get(server.base + "/ready")
-    rejections = server.app[context.METRICS].rejections["server_shutdown"].value
+    rejections = server.context.metrics.rejections["server_shutdown"].value
     assert rejections == 5  # the two that waited, the three that ran: each once
 
 
@@ -272,8 +271,8 @@ async def test_running_answers_get_their_time_to_finish(make_server: MakeServer)
         await ws.send_json(chat("r1"))
         await until_status(ws, "chunk")
         begun = loop.time()
-        ending = asyncio.ensure_future(application.end(server.runner))
-        await until(lambda: not server.app[context.LIFE].ready)
+        ending = asyncio.ensure_future(server.runner.end())
+        await until(lambda: not server.context.lifecycle.ready)
 
         await ws.send_json(chat("r2"))  # too late, but no reason to lose the other one
         late = (await to_end(ws, "r2"))[-1]
@@ -294,7 +293,7 @@ async def test_an_answer_that_nobody_reads_does_not_delay_the_end(make_server: M
     await until(lambda: server.held()["detached"] == 1)
 
     async with asyncio.timeout(5):
-        await application.end(server.runner)
+        await server.runner.end()
 
     await server.simulator.until(lambda stats: stats.aborted == 1)
 
@@ -308,7 +307,7 @@ async def test_a_client_that_answers_no_close_does_not_delay_the_end(
         await raw.upgrade()
 
         async with asyncio.timeout(6):
-            await application.end(server.runner)
+            await server.runner.end()
 
         frames = await raw.frames()
     assert closing(frames[-1][1])[0] == 1012
@@ -321,7 +320,7 @@ async def test_a_fault_keeps_nothing_of_its_question(make_server: MakeServer) ->
         assert (await to_end(ws))[-1]["status"] == "error"
     await server.nothing_held()
 
-    stream = server.app[context.STREAMS].find(anonymous(None), "r1")
+    stream = server.owners.streams.find(anonymous(None), "r1")
 
     assert stream is not None
     assert stream.error is not None

@@ -16,7 +16,6 @@ import pytest
 import trustme
 
 from aioserver.config import Configuration
-from aioserver.faces import context
 from aioserver.protocol import eventstream
 from aioserver.providers import breaker
 from aioserver.providers.simulator.exchange import Behaviour
@@ -48,7 +47,7 @@ SLOW = Behaviour(ttft=0, interval=0.02, tokens=2000)
 
 
 def reloads(server: RunningServer) -> dict[str, int]:
-    return {name: int(one.value) for name, one in server.app[context.METRICS].reloads.items()}
+    return {name: int(one.value) for name, one in server.context.metrics.reloads.items()}
 
 
 def incidents(server: RunningServer) -> list[str]:
@@ -179,12 +178,12 @@ async def test_a_link_that_was_swapped_is_followed(make_server: MakeServer) -> N
     file = Path(server.file)
     link = await asyncio.to_thread(linked, file)
     assert await server.reload.once()
-    assert server.app[context.ADMISSION].gate.limit == 50
+    assert server.context.admission.gate.limit == 50
 
     await asyncio.to_thread(link.replace, file)  # as orchestrators swap a mounted file
 
     assert await server.reload.once()
-    assert server.app[context.ADMISSION].gate.limit == 49
+    assert server.context.admission.gate.limit == 49
 
 
 async def test_certificates_that_are_none_are_a_fault(
@@ -200,8 +199,8 @@ async def test_certificates_that_are_none_are_a_fault(
     )
 
     assert reloads(server)["invalid"] == 1
-    assert server.app[context.ADMISSION].gate.limit == 50
-    assert list(server.app[context.ROUTER].providers) == ["sim"]
+    assert server.context.admission.gate.limit == 50
+    assert list(server.context.router.providers) == ["sim"]
 
 
 async def test_a_configuration_that_could_not_be_started_is_not_applied(
@@ -234,11 +233,11 @@ async def test_a_bug_in_it_is_logged_and_changes_nothing(
     def gone(_settings: Any) -> None:
         raise FileNotFoundError(certificates)
 
-    server.app[context.ROSTER].prepare = gone  # type: ignore[method-assign,assignment]
+    server.owners.roster.prepare = gone  # type: ignore[method-assign,assignment]
     assert not await server.change(**{f"{CONCURRENCY}.max_connections": 49})
 
     assert server.settings.llm is settings
-    assert server.app[context.ADMISSION].gate.limit == 50
+    assert server.context.admission.gate.limit == 50
     assert reloads(server)["failed"] == 1
     (record,) = caplog.records
     assert record.exc_info is not None
@@ -269,7 +268,7 @@ async def test_more_places_let_waiters_in_and_fewer_turn_nobody_out(
         await third.upgrade()
         refused = await third.json_frame()
         assert refused["chunk"]["error"] == "chat.websocket.concurrency.max_connections=1 reached"
-        assert server.app[context.ADMISSION].gate.inside == 2
+        assert server.context.admission.gate.inside == 2
         for raw in (first, second):
             await raw.send_json({"action": "ping"})
             assert (await raw.json_frame())["status"] == "pong"
@@ -356,8 +355,8 @@ async def test_new_bounds_hold_for_kept_streams(make_server: MakeServer) -> None
     )
 
     await server.simulator.until(lambda stats: stats.aborted == 2)
-    assert server.app[context.STREAMS].stats().max_bytes == 1234
-    server.app[context.GATEWAY].lifetime.drain()
+    assert server.owners.streams.stats().max_bytes == 1234
+    server.context.gateway.lifetime.drain()
 
 
 async def test_the_prompt_is_the_one_of_now(make_server: MakeServer) -> None:
@@ -481,7 +480,7 @@ async def test_places_of_a_provider_grow_and_shrink_in_place(make_server: MakeSe
         assert server.held()["sim waiting"] == 1, "one is under way, of one"
         await ws.send_json({"action": "cancel", "request_id": "r2"})
         await server.simulator.until(lambda stats: stats.requests == 3)
-    server.app[context.GATEWAY].lifetime.drain()
+    server.context.gateway.lifetime.drain()
 
 
 async def test_a_faster_pace_is_felt_at_once(make_server: MakeServer) -> None:
@@ -681,7 +680,7 @@ async def test_a_provider_that_moves_finishes_at_the_old_place(make_server: Make
 
 async def test_a_new_provider_is_asked_counted_and_shown(make_server: MakeServer) -> None:
     server = await make_server()
-    server.app[context.MONITOR].tick()
+    server.context.monitor.tick()
     async with Simulator(QUICK) as second:
         assert await server.change(**{"llm.providers.two": provider_entry(second.base_url)})
 
@@ -689,7 +688,7 @@ async def test_a_new_provider_is_asked_counted_and_shown(make_server: MakeServer
         async with server.session.get(f"{server.v1}/models") as response:
             ids = {one["id"] for one in (await response.json())["data"]}
         assert {"two", "two/other-model"} <= ids
-        server.app[context.MONITOR].tick()
+        server.context.monitor.tick()
         async with server.session.get(f"{server.base}/stats") as response:
             assert (await response.json())["providers"]["two"]["requests"] == 1
         async with server.session.get(f"{server.base}/metrics") as response:
@@ -742,7 +741,7 @@ async def test_answers_at_a_removed_provider_end_there_and_waiters_go_elsewhere(
                 "llm.fallbacks": ["two"],
             }
         )
-        leaving: Provider = server.app[context.ROUTER].providers["one"]
+        leaving: Provider = server.context.router.providers["one"]
         await ws.send_json(chat("runs"))
         await until_status(ws, "chunk")
         await ws.send_json(chat("waits"))
@@ -870,7 +869,7 @@ async def test_more_clients_than_there_can_be_descriptors_are_refused(
     assert not await server.change(**many)
 
     assert f"chat.websocket.concurrency.max_connections={most}" in caplog.text
-    assert server.app[context.ADMISSION].gate.limit == 50
+    assert server.context.admission.gate.limit == 50
     assert reloads(server)["invalid"] == 1
 
 

@@ -13,7 +13,8 @@ from aiohttp.web_protocol import RequestHandler
 
 from aioserver.config.validators import TAKEN
 from aioserver.faces.http import Request
-from aioserver.server.runner import LINGERING, MAX_HEADERS, Connection, Direct
+from aioserver.server.connection import Connection
+from aioserver.server.runner import LINGERING, MAX_HEADERS, Dispatcher
 from tests.support.raw import Raw
 from tests.support.server import UVICORN, MakeServer, runner_of
 
@@ -105,7 +106,7 @@ async def test_the_access_log_has_the_address_that_a_trusted_proxy_gives(
 
 
 async def test_handlers_found_at_once_are_those_of_the_router(server: RunningServer) -> None:
-    assert isinstance(server.http_server.request_handler, Direct)
+    assert isinstance(server.http_server.request_handler, Dispatcher)
     plain = {
         (route.method, route.resource.canonical)
         for route in server.app.router.routes()
@@ -140,7 +141,7 @@ async def found_at_once(
 
     request: Any = make_mocked_request(method, path, app=app)
     request.__class__ = Request
-    await Direct(app, shield, router)(request)
+    await Dispatcher(app, shield, router)(request)
     return found[0]
 
 

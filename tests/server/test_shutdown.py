@@ -13,7 +13,7 @@ import pytest
 
 from aioserver.providers.simulator.exchange import Behaviour
 from aioserver.providers.simulator.server import Simulator
-from aioserver.server.app import FAREWELL
+from aioserver.server.runner import FAREWELL
 from tests.support.chat import CHAT, STREAMED, big, chat, frames_of, to_end
 from tests.support.process import serving
 from tests.support.raw import CLOSE, SMALL, TEXT, Raw, closing

@@ -352,7 +352,7 @@ async def test_a_passed_socket_gets_backlog_and_bounds_like_one_of_ours(
         lowat = port.getsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT)
         assert lowat == listener.MAX_NOT_SENT
         uvloop = "uvloop" in type(asyncio.get_running_loop()).__module__
-        assert len(runner.sites) == (listener.UVLOOP_EARS if uvloop else 1)
+        assert len(runner.sites) == (listener.UVLOOP_WATCHERS if uvloop else 1)
 
 
 @pytest.mark.parametrize("kind", ["path", "abstract"])

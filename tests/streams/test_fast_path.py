@@ -22,7 +22,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aioserver.errors import AioserverError, ResumeGap
-from aioserver.faces import context
 from aioserver.protocol import eventstream, messages
 from aioserver.protocol.openai import TEXT, BadEvent, ErrorEvent, Reading, learn
 from aioserver.providers.exchange import Exchange, WireProtocol
@@ -1504,7 +1503,7 @@ async def test_a_reader_that_joins_a_websockets_answer_gets_all_of_it(
 
 def readers(server: RunningServer) -> list[Any]:
     """Who reads the one answer under way."""
-    (stream,) = server.app[context.STREAMS].running()
+    (stream,) = server.owners.streams.running()
     return list(stream.readers)
 
 

@@ -31,6 +31,8 @@ OUTCOMES = (
     "internal_error",
 )
 FAULTS = ("connect_error", "timeout", "http_429", "http_4xx", "http_5xx", "tls", "cancelled")
+# What the face would use of a server: its pages need nothing of it.
+NO_CONTEXT: Any = None
 TOKEN = {"p50": 0.21, "p95": 0.5, "p99": 0.9, "count": 57}
 QUEUEING = {
     "providers__groq__in_flight": 20,
@@ -150,7 +152,11 @@ class Stand:
         """Listen; after `close` on the same port again."""
         app = web.Application()
         app.add_routes(
-            [*pages.routes(), web.get("/session", _open), web.get("/events", self._events)]
+            [
+                *pages.routes(NO_CONTEXT),
+                web.get("/session", _open),
+                web.get("/events", self._events),
+            ]
         )
         self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
         await self._runner.setup()

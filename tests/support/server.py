@@ -16,12 +16,10 @@ from aiohttp import web_app
 from prometheus_client.parser import text_string_to_metric_families
 
 from aioserver.config import Configuration
-from aioserver.faces import context
 from aioserver.protocol import eventstream
 from aioserver.providers.simulator.exchange import Behaviour
 from aioserver.providers.simulator.server import Simulator
-from aioserver.server import app as application
-from aioserver.server import listener
+from aioserver.server.app import Server, open_server
 from aioserver.server.reload import Reload
 from aioserver.server.runner import Runner
 from tests.support.waiting import until
@@ -115,6 +113,7 @@ class RunningServer:
 
     def __init__(
         self,
+        owners: Server,
         runner: Runner,
         base: str,
         simulator: Simulator,
@@ -122,8 +121,9 @@ class RunningServer:
         reload: Reload,
         changes: dict[str, Any],
     ) -> None:
-        app = runner.app
-        self.app = app
+        self.owners = owners
+        self.context = owners.context
+        self.app = owners.app
         self.runner = runner
         self.base = base
         self.simulator = simulator
@@ -131,7 +131,7 @@ class RunningServer:
         assert runner.server is not None
         # aiohttp's: its `connections` are those of the clients.
         self.http_server = runner.server
-        self.settings = app[context.SETTINGS]
+        self.settings = self.context.settings
         self.ws = base.replace("http", "ws", 1) + self.settings.chat.websocket.endpoint
         self.sse = base + self.settings.chat.sse.endpoint
         self.v1 = base + "/v1"
@@ -146,23 +146,23 @@ class RunningServer:
     @property
     def provider(self) -> Any:
         """The provider `sim`."""
-        return self.app[context.ROUTER].providers["sim"]
+        return self.context.router.providers["sim"]
 
     def provider_of(self, name: str) -> Any:
         """The provider *name*."""
-        return self.app[context.ROUTER].providers[name]
+        return self.context.router.providers[name]
 
     def held(self) -> dict[str, int]:
         """Count everything that a request may hold: all zeros when no request is under way."""
         counts = {
-            "places": self.app[context.ADMISSION].gate.inside,
-            "waiting": self.app[context.ADMISSION].gate.waiting,
-            "body_bytes": self.app[context.ADMISSION].body_bytes,
-            "running": self.app[context.STREAMS].stats().running,
-            "sockets": len(self.app[context.SOCKETS]),
-            "detached": self.app[context.GATEWAY].lifetime.detached,
+            "places": self.context.admission.gate.inside,
+            "waiting": self.context.admission.gate.waiting,
+            "body_bytes": self.context.admission.body_bytes,
+            "running": self.owners.streams.stats().running,
+            "sockets": len(self.context.sockets),
+            "detached": self.context.gateway.lifetime.detached,
         }
-        for name, provider in self.app[context.ROUTER].providers.items():
+        for name, provider in self.context.router.providers.items():
             stats = provider.stats()
             counts[f"{name} places"] = stats.queue.inside
             counts[f"{name} waiting"] = stats.queue.waiting
@@ -188,13 +188,13 @@ class RunningServer:
     @property
     def watchers(self) -> int:
         """The number of clients that follow `/events` now."""
-        return int(self.app[context.MONITOR].fresh()["watchers"])
+        return int(self.context.monitor.fresh()["watchers"])
 
     def history(self) -> dict[str, Any]:
         """What a new client of `/events` is sent first: the series and the incidents."""
         watcher = _Watcher()
-        self.app[context.MONITOR].watch(watcher, 1)
-        self.app[context.MONITOR].leave(watcher)
+        self.context.monitor.watch(watcher, 1)
+        self.context.monitor.leave(watcher)
         history: dict[str, Any] = orjson.loads(eventstream.parse(bytes(watcher.sent))[0].data)
         return history
 
@@ -250,36 +250,34 @@ async def running(
     """Run a server until the end of the block; then no request may hold anything any more."""
     async with Simulator(behaviour) as simulator:
         configuration = configured(simulator.base_url, changes or {}, path)
-        app = application.build(configuration.settings)
-        runner = Runner(app, configuration.settings.chat.websocket)
-        await runner.setup()
-        try:
-            listening = await listener.listen(
-                runner,
-                configuration.settings.chat.websocket,
-                send_timeout=configuration.settings.chat.streams.send_timeout,
-            )
-            base = f"http://127.0.0.1:{listening[0].port}"
-            async with aiohttp.ClientSession() as session:
-                reload = Reload(runner, configuration, {})
-                server = RunningServer(runner, base, simulator, session, reload, changes or {})
-                yield server
-            await server.nothing_held()
-        finally:
-            await application.end(runner)
-            await runner.cleanup()
-            # It keeps each application alive.
-            web_app._cached_build_middleware.cache_clear()
+        async with open_server(configuration.settings) as owners:
+            runner = Runner(owners)
+            await runner.setup()
+            try:
+                listening = await runner.listen()
+                base = f"http://127.0.0.1:{listening[0].port}"
+                async with aiohttp.ClientSession() as session:
+                    reload = Reload(owners, runner, configuration, {})
+                    server = RunningServer(
+                        owners, runner, base, simulator, session, reload, changes or {}
+                    )
+                    yield server
+                await server.nothing_held()
+            finally:
+                await runner.end()
+                await runner.cleanup()
+                # It keeps each application alive.
+                web_app._cached_build_middleware.cache_clear()
 
 
 @contextlib.asynccontextmanager
 async def runner_of(path: Path, **changes: Any) -> AsyncIterator[tuple[Runner, Any]]:
     """Set up a runner that does not listen yet; yields it and the settings of its listener."""
     settings = configured(NOWHERE, changes, path / "config.yaml").settings
-    app = application.build(settings)
-    runner = Runner(app, settings.chat.websocket)
-    await runner.setup()
-    try:
-        yield runner, settings.chat.websocket
-    finally:
-        await runner.cleanup()
+    async with open_server(settings) as owners:
+        runner = Runner(owners)
+        await runner.setup()
+        try:
+            yield runner, settings.chat.websocket
+        finally:
+            await runner.cleanup()

@@ -1,0 +1,168 @@
+"""Our connections: aiohttp's, with our error bodies, a count of their requests, and an orderly end.
+
+aiohttp forgives a misspelled option by dropping all of them, with one log line for each connection:
+they are therefore made in one place here, and the tests prove each option over a socket. Errors of
+aiohttp's parser come as text with the request's own bytes in it; `Connection` gives them our body.
+
+Private names of aiohttp used here, guarded by `tests/server/test_runner.py`: `_kwargs`, `_waiter`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from typing import TYPE_CHECKING, Any
+
+from aiohttp import web
+from aiohttp.http_exceptions import LineTooLong
+from aiohttp.web_protocol import RequestHandler
+
+from aioserver.errors import HeadersTooLarge, InternalError, InvalidRequest, UriTooLong
+from aioserver.faces.http import SERVER, error_response, request_id
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+logger = logging.getLogger("aioserver.runner")
+
+# Seconds for which a connection that ends is still read: a request may be on its way.
+LAST_CALL = 1.0
+
+
+class Connection(RequestHandler):
+    """One client's connection.
+
+    *requests*: how many it has brought; the middleware counts, for `max_keepalive_requests`. *last*:
+    it ends with the response under way.
+    """
+
+    __slots__ = ("last", "requests")
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.requests = 0
+        self.last = False
+
+    @property
+    def idle(self) -> bool:
+        """Whether it waits for a request."""
+        return self._waiter is not None and not self._waiter.done()
+
+    def close_soon(self) -> None:
+        """Close, although the last response did not say so.
+
+        The client's next request may be on its way: for LAST_CALL it is still read, and its response
+        says that the connection ends.
+        """
+        self.last = True
+        self._loop.call_later(LAST_CALL, self._close_if_idle)
+
+    def _close_if_idle(self) -> None:
+        if self.idle:
+            self.force_close()
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """Return the response to a request that aiohttp's parser refused, or that broke aiohttp."""
+        if status >= 500:
+            # A ConnectionError is a client that left.
+            if not isinstance(exc, ConnectionError):
+                logger.error("bug in a handler", exc_info=exc)
+            error: Any = InternalError("internal error")
+        elif isinstance(exc, LineTooLong):
+            line, limit = exc.args[:2]
+            if limit == self.max_line_size and (
+                limit != self.max_field_size or line.startswith(b"/")
+            ):
+                error = UriTooLong(f"a request line of more than {limit} bytes")
+            else:
+                error = HeadersTooLarge(f"a header of more than {limit} bytes")
+        elif message is not None and message.startswith("Too many headers"):
+            error = HeadersTooLarge(f"more than {self.max_headers} headers")
+        else:
+            error = InvalidRequest("this is no valid HTTP request")
+        response = error_response(error)
+        response.headers["Server"] = SERVER
+        response.headers["x-request-id"] = request_id(request)
+        response.headers["Connection"] = "close"
+        response.force_close()
+        return response
+
+
+class ConnectionServer(web.Server):
+    """Makes the connections, and ends them.
+
+    Once it drains, each connection ends with the response under way. One that waits for its next
+    request ends soon; one that has brought no request yet may still bring one.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._draining = False
+        self._awaited: set[web.RequestHandler] = set()
+        # Set while no connection is awaited.
+        self._none_awaited = asyncio.Event()
+
+    def __call__(self) -> RequestHandler:
+        """Return a new connection.
+
+        Raises:
+            TypeError: aiohttp does not know an option. Its own server would drop all options then.
+        """
+        connection = Connection(self, loop=self._loop, **self._kwargs)
+        connection.last = self._draining
+        return connection
+
+    def connection_lost(self, handler: RequestHandler, exc: BaseException | None = None) -> None:
+        """Forget a connection that is gone."""
+        super().connection_lost(handler, exc)
+        self._awaited.discard(handler)
+        if not self._awaited:
+            self._none_awaited.set()
+
+    def apply(self, options: Mapping[str, Any]) -> None:
+        """Make connections with these options of `RequestHandler` from now on."""
+        self._kwargs.update(options)
+
+    def drain(self) -> None:
+        """Let no connection live longer than the response under way on it."""
+        self._draining = True
+        for connection in self.connections:
+            assert isinstance(connection, Connection)
+            connection.last = True
+            if connection.requests and connection.idle:
+                connection.close_soon()
+
+    async def wait_closed(self, seconds: float, *, silent: bool = False) -> None:
+        """Wait until the connections are gone, *seconds* at most.
+
+        Those that have brought no request are waited for only if *silent* is set.
+        """
+        self._awaited = {
+            connection
+            # Some of them are lost already, and their tasks about to end.
+            for connection in self.connections
+            if connection.transport is not None
+            and (silent or (isinstance(connection, Connection) and connection.requests))
+        }
+        self._none_awaited.clear()
+        if self._awaited:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await self._none_awaited.wait()
+
+    async def disconnect(self, seconds: float) -> None:
+        """Close idle connections at once, the others when they are done, by force after *seconds*."""
+        for connection in self.connections:
+            if isinstance(connection, Connection) and connection.idle:
+                connection.force_close()
+        await self.wait_closed(seconds, silent=True)
+        for connection in self.connections:
+            if connection.transport is not None:
+                connection.transport.abort()
