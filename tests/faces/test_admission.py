@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from aiohttp import WSMsgType
 
-from aioserver.faces import admission, http, websocket
+from aioserver.faces import admission, http
+from aioserver.faces import socket as sockets
 from aioserver.providers.simulator.exchange import Behaviour
 from tests.support.chat import CHAT, chat, frames_of, to_end, until_status
 from tests.support.raw import CLOSE, TEXT, Raw, closing
@@ -153,7 +154,7 @@ async def test_a_waiting_client_that_was_closed_and_then_gets_a_place_asks_nothi
     server = await make_server(**limits(places=1, line=5, timeout=30))
     async with full(server) as (holder,), Raw(server) as raw:
         await raw.upgrade()
-        for number in range(websocket.MAX_WAITING_FRAMES + 1):
+        for number in range(sockets.MAX_WAITING_MESSAGES + 1):
             await raw.send_json(chat(f"r{number}"))
         while (frame := await raw.frame())[0] == TEXT:
             pass
@@ -194,7 +195,7 @@ async def test_a_waiter_that_leaves_frees_its_place_in_the_queue(
 async def test_a_refused_websocket_that_never_answers_its_close_is_let_go(
     make_server: MakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(websocket, "CLOSE_TIMEOUT", 0.3)
+    monkeypatch.setattr(sockets, "CLOSE_TIMEOUT", 0.3)
     server = await make_server(**limits(timeout=0))
     async with full(server), Raw(server) as raw:
         await raw.upgrade()
@@ -207,7 +208,7 @@ async def test_a_refused_websocket_that_never_answers_its_close_is_let_go(
 async def test_when_too_many_refused_sockets_are_closing_the_answer_is_a_plain_503(
     make_server: MakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("aioserver.faces.websocket.MAX_REFUSED_CLOSING", 2)
+    monkeypatch.setattr("aioserver.faces.socket.MAX_REFUSED_CLOSING", 2)
     server = await make_server(**limits(timeout=0))
     async with full(server), Raw(server) as first, Raw(server) as second, Raw(server) as third:
         for raw in (first, second):
@@ -468,7 +469,7 @@ async def test_the_count_never_drifts(
 async def test_frames_that_came_before_a_socket_was_sent_away_are_not_carried_out(
     make_server: MakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(websocket, "CLOSE_TIMEOUT", 0.3)
+    monkeypatch.setattr(sockets, "CLOSE_TIMEOUT", 0.3)
     server = await make_server(**limits(places=1, line=1, timeout=30.0))
     async with full(server) as (ws,), Raw(server) as raw:
         await raw.upgrade()

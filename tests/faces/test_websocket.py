@@ -12,7 +12,7 @@ import aiohttp
 import pytest
 from aiohttp import WSMsgType
 
-from aioserver.faces import websocket
+from aioserver.faces import socket as sockets
 from aioserver.providers.simulator.exchange import Behaviour
 from tests.support.chat import (
     big,
@@ -487,7 +487,7 @@ async def test_a_client_that_is_closed_while_it_sends_learns_why(
 async def test_nothing_follows_a_close_frame(
     make_server: MakeServer, monkeypatch: pytest.MonkeyPatch, fault: bytes, code: int
 ) -> None:
-    monkeypatch.setattr(websocket, "CLOSE_TIMEOUT", 0.3)
+    monkeypatch.setattr(sockets, "CLOSE_TIMEOUT", 0.3)
     server = await make_server(Behaviour(ttft=0, interval=0.002, tokens=5000))
     async with Raw(server) as raw:
         await raw.upgrade()
@@ -508,7 +508,7 @@ async def test_nothing_follows_a_close_frame(
 async def test_a_close_does_not_wait_for_all_that_a_client_leaves_unread(
     make_server: MakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(websocket, "CLOSE_TIMEOUT", 0.3)
+    monkeypatch.setattr(sockets, "CLOSE_TIMEOUT", 0.3)
     server = await make_server(
         **{"chat.streams.send_timeout": 30.0, "chat.streams.max_stream_bytes": 1 << 26}
     )

@@ -9,7 +9,7 @@ import aiohttp
 import pytest
 
 from aioserver.auth.callers import anonymous
-from aioserver.faces import websocket
+from aioserver.faces import socket as sockets
 from aioserver.providers.simulator.exchange import Behaviour
 from tests.support.chat import CHAT, STREAMED, chat, frames_of, to_end, until_status
 from tests.support.raw import CLOSE, TEXT, Raw, closing
@@ -301,7 +301,7 @@ async def test_an_answer_that_nobody_reads_does_not_delay_the_end(make_server: M
 async def test_a_client_that_answers_no_close_does_not_delay_the_end(
     make_server: MakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(websocket, "CLOSE_TIMEOUT", 0.3)
+    monkeypatch.setattr(sockets, "CLOSE_TIMEOUT", 0.3)
     server = await make_server()
     async with Raw(server) as raw:
         await raw.upgrade()

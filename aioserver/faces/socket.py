@@ -1,0 +1,389 @@
+"""One client's WebSocket (RFC 6455), whatever its face says on it: handshake, pings, floods, closing.
+
+A face derives its sockets from `Socket`, and has `serve` run one for each handshake. `Socket` owns the
+connection and its one writer; the face carries out messages in `receive`, and lets the writer follow
+streams.
+
+One task reads, always: a reader that stops does not see its client go. Messages are carried out in
+that task, without waiting for anything. Frames go straight to the transport, ready-made: no
+compression, and no masking from a server.
+
+Pings are ours: aiohttp's heartbeat waits for a fixed time, and closes without a close frame. So is the
+closing handshake: aiohttp ends the connection together with its close frame, and if the client is
+still sending then, the kernel's reset can destroy that frame.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import struct
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, ClassVar
+
+from aiohttp import WebSocketError, WSCloseCode, WSMsgType, web
+
+from aioserver.auth.callers import CALLER, Caller
+from aioserver.auth.guard import KEY_PROTOCOL, offered_keys, offered_protocols
+from aioserver.errors import (
+    AioserverError,
+    InvalidApiKey,
+    InvalidRequest,
+    RateLimitExceeded,
+    RequestTooLarge,
+    ServerAtCapacity,
+    ServerShutdown,
+)
+from aioserver.faces.admission import MAX_REFUSED_CLOSING, SocketPlace
+from aioserver.limits.gcra import Gcra
+from aioserver.limits.quota import REVOKED
+from aioserver.streams.formats import WS_CLOSE, WS_PING, WS_PONG, ws_frame
+from aioserver.streams.writer import Writer
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from aioserver.faces.context import Context
+
+# The subprotocol that is selected, if the client offers it.
+SUBPROTOCOL = "aioserver"
+# Messages, and their bytes, that are kept of a socket that waits for its place.
+MAX_WAITING_MESSAGES = 16
+MAX_WAITING_BYTES = 1 << 20
+# More frames than these are a flood.
+FRAMES_PER_SECOND, FRAMES_BURST = 100, 200
+FRAME_INTERVAL = 1 / FRAMES_PER_SECOND
+FRAME_TOLERANCE = (FRAMES_BURST - 1) * FRAME_INTERVAL
+# Seconds for a client to read what is left, and again to answer a close frame.
+CLOSE_TIMEOUT = 2.0
+# The close code of a connection that ends without a close frame (RFC 6455, 7.1.5).
+ABNORMAL_CLOSURE = 1006
+
+
+async def serve(
+    context: Context, request: web.Request, make: Callable[..., Socket]
+) -> web.StreamResponse:
+    """Serve one socket, made by *make*, from the handshake to the end of its connection.
+
+    Raises:
+        OriginNotAllowed, InvalidRequest, ServerAtCapacity: the handshake is refused.
+    """
+    context.origins.check(request.headers)
+    admission = context.admission
+    if admission.refused_closing >= MAX_REFUSED_CLOSING:
+        raise ServerAtCapacity("too many refused sockets are still closing", retry_after=5.0)
+    ws = Upgraded(
+        autoping=False,
+        autoclose=False,
+        compress=False,
+        protocols=subprotocols(request),
+        # aiohttp refuses a message of exactly the size that it is given.
+        max_msg_size=context.settings.chat.websocket.max_message_size + 1,
+    )
+    payload_writer = await ws.prepare(request)
+    # They are sent, and would be kept for hours.
+    ws.headers.clear()
+    assert request.transport is not None
+    socket = make(context, request[CALLER], ws, request.transport, payload_writer.drain)
+    context.sockets.add(socket)
+    try:
+        with SocketPlace(
+            admission,
+            socket.face,
+            on_entered=socket.entered,
+            on_refused=socket.refused,
+            on_position=socket.show_position,
+        ):
+            await socket.read()
+    finally:
+        context.sockets.discard(socket)
+        await socket.finish()
+    return ws
+
+
+def subprotocols(request: web.Request) -> tuple[str, ...]:
+    """Return the subprotocol to select of those that the client offers; never the one with its key.
+
+    Raises:
+        InvalidRequest: it offers a key and no protocol beside it: aiohttp would log the whole offer.
+    """
+    offered = offered_protocols(request)
+    if SUBPROTOCOL in offered:
+        return (SUBPROTOCOL,)
+    if offered_keys(offered):
+        raise InvalidRequest(f"offer the subprotocol {SUBPROTOCOL} beside {KEY_PROTOCOL}…")
+    return ()
+
+
+class Upgraded(web.WebSocketResponse):
+    """aiohttp's handshake and parser. It closes nothing by itself: `Socket` does."""
+
+    async def close(
+        self,
+        *,
+        code: int = WSCloseCode.OK,  # noqa: ARG002 - aiohttp's signature
+        message: bytes = b"",  # noqa: ARG002
+        drain: bool = True,  # noqa: ARG002
+    ) -> bool:
+        """Do nothing."""
+        return False
+
+
+class Socket(ABC):
+    """One client's WebSocket.
+
+    Always: messages that come before the place are kept in order, and carried out once it is there;
+    every byte to the client goes through `_writer`. *face* is a metric label.
+    """
+
+    face: ClassVar[str]
+
+    def __init__(
+        self,
+        context: Context,
+        caller: Caller,
+        ws: Upgraded,
+        transport: asyncio.Transport,
+        drain: Callable[[], Awaitable[None]],
+    ) -> None:
+        # The timer wheel's.
+        self.bucket = 0
+        # A reload replaces it where the limits of its key have changed.
+        self.caller = caller
+        self._context = context
+        self._ws = ws
+        self._transport = transport
+        self._loop = asyncio.get_running_loop()
+        settings = context.settings.chat
+        self._max_message_bytes = settings.websocket.max_message_size
+        self._writer = Writer(
+            transport,
+            drain,
+            context.outbox,
+            send_timeout=settings.streams.send_timeout,
+            on_drop=self._dropped,
+            on_unfollow=context.gateway.lifetime.reader_removed,
+        )
+        self._inside = False
+        self._waiting: list[str] = []
+        self._waiting_bytes = 0
+        self._frames = Gcra(FRAME_INTERVAL, FRAME_TOLERANCE)
+        self._pings = itertools.count(1)
+        # The payload of a ping whose pong has not come.
+        self._ping: bytes | None = None
+        # A ping was sent, and `ping_timeout` after it is not over.
+        self._pinged = False
+        self._last_request = self._loop.time()
+        self._closing: asyncio.Task[None] | None = None
+        # Set when the client has sent its close frame, or is gone.
+        self._client_done: asyncio.Event | None = None
+        # After a fault in the client's frames nothing more is parsed.
+        self._unreadable = False
+        self._refused_closing = False
+        self._close_code = ABNORMAL_CLOSURE
+        context.wheel.add(self, settings.websocket.ping_interval)
+
+    # What a face adds.
+
+    @property
+    @abstractmethod
+    def busy(self) -> bool:
+        """Whether answers run on this socket: it is then neither idle nor drained."""
+
+    @abstractmethod
+    def receive(self, text: str) -> None:
+        """Carry out one message of the client; never waits, and raises nothing."""
+
+    @abstractmethod
+    def show_position(self, position: int, eta: float) -> None:
+        """Tell the client where it stands in the queue for a place; *eta* in seconds."""
+
+    @abstractmethod
+    def show_error(self, error: AioserverError) -> None:
+        """Tell the client *error*, which belongs to no request; the socket closes after it."""
+
+    # Admission.
+
+    def entered(self) -> None:
+        """Carry out what came while the socket waited: it has its place now."""
+        self._inside = True
+        self._context.admission.opened(self.face, self.caller.name)
+        waiting, self._waiting = self._waiting, []
+        for text in waiting:
+            # A socket that is closing gets no answers, and nothing is paid for them.
+            if self._closing is None:
+                self.receive(text)
+
+    def refused(self, error: AioserverError) -> None:
+        """Tell the client that it gets no place, and close."""
+        admission = self._context.admission
+        admission.log("refused", self.face, logging.WARNING, caller=self.caller.name)
+        self._context.metrics.count_error(error)
+        if not self._refused_closing:
+            self._refused_closing = True
+            admission.refused_closing += 1
+        self.end(error)
+
+    # Reading.
+
+    async def read(self) -> None:
+        """Read until the client has gone, or the connection has been closed."""
+        ws = self._ws
+        while True:
+            message = await ws.receive()
+            match message.type:
+                case WSMsgType.TEXT:
+                    if self._closing is None:
+                        self._take(message.data)
+                case WSMsgType.PONG:
+                    if bytes(message.data) == self._ping:
+                        self._ping = None
+                case WSMsgType.PING:
+                    if self._count_frame():
+                        self._writer.send(ws_frame(WS_PONG, bytes(message.data)))
+                case WSMsgType.BINARY:
+                    self.close(WSCloseCode.UNSUPPORTED_DATA, b"text frames only")
+                case _:
+                    if message.type is WSMsgType.CLOSE and self._closing is None:
+                        self._close_code = message.data
+                    if isinstance(message.data, WebSocketError):
+                        self._unreadable = True
+                        self.close(message.data.code, b"")
+                    return
+
+    def _take(self, text: str) -> None:
+        limit = self._max_message_bytes
+        if len(text) > limit or (not text.isascii() and len(text.encode()) > limit):
+            self.end(RequestTooLarge(f"a message of more than {limit} bytes"))
+        elif not self._count_frame():
+            pass
+        elif self._inside:
+            self.receive(text)
+        else:
+            self._waiting.append(text)
+            self._waiting_bytes += len(text)
+            if (
+                len(self._waiting) > MAX_WAITING_MESSAGES
+                or self._waiting_bytes > MAX_WAITING_BYTES
+            ):
+                self.end(RateLimitExceeded("too many messages before a place was free"))
+
+    def _count_frame(self) -> bool:
+        """Count a frame, and close the socket if it is one of a flood. Return whether it is not."""
+        if not self._frames.try_take():
+            return True
+        self.end(RateLimitExceeded(f"more than {FRAMES_PER_SECOND} frames a second"))
+        return False
+
+    # Pings.
+
+    def visit(self, now: float) -> float | None:
+        """Ping, or see whether the last ping was answered. Return the seconds until the next visit."""
+        if self._writer.closed or self._closing is not None:
+            return None
+        # Those in effect now: they may have changed since the handshake.
+        limits = self._context.settings.chat.websocket
+        idle = limits.idle_timeout
+        if idle and now - self._last_request >= idle and not self.busy and self._inside:
+            self.close(WSCloseCode.OK, b"idle")
+            return None
+        if self._ping is not None:
+            self.close(WSCloseCode.INTERNAL_ERROR, b"keepalive ping timeout", lost=True)
+            return None
+        if self._pinged:
+            self._pinged = False
+            pause = limits.ping_interval - limits.ping_timeout
+            if pause > 0:
+                return pause
+        self._ping = struct.pack("!I", next(self._pings))
+        self._pinged = True
+        self._writer.send(ws_frame(WS_PING, self._ping))
+        return limits.ping_timeout
+
+    # Closing.
+
+    def drain(self) -> None:
+        """Close with 1012, unless answers run: the server stops, and the client should come back.
+
+        A socket that waits for its place is closed by the gate's refusal instead.
+        """
+        if self._inside and not self.busy:
+            self.close(ServerShutdown.close or 1012, ServerShutdown.close_reason)
+
+    def revoke(self) -> None:
+        """Tell the client that its key is no longer valid, and close."""
+        self.end(InvalidApiKey(REVOKED))
+
+    def end(self, error: AioserverError) -> None:
+        """Tell the client *error*, and close with the code of the error."""
+        if self._closing is None:
+            self.show_error(error)
+            assert error.close is not None
+            self.close(error.close, error.close_reason)
+
+    def close(self, code: int, reason: bytes, *, lost: bool = False) -> None:
+        """Begin to close with *code*; a second call does nothing.
+
+        *lost*: the client answers nothing any more, and the close frame is a courtesy.
+        """
+        if self._closing is None:
+            self._close_code = code
+            # Not made for each socket: it is a twentieth of an idle one.
+            self._client_done = asyncio.Event()
+            self._closing = self._loop.create_task(
+                self._handshake(code, reason, self._client_done, lost=lost)
+            )
+
+    async def _handshake(
+        self, code: int, reason: bytes, client_done: asyncio.Event, *, lost: bool
+    ) -> None:
+        """Do the closing handshake (RFC 6455, 7.1.2), and close the connection."""
+        if not lost:
+            # An answer may go on meanwhile, and its client be slow.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(CLOSE_TIMEOUT):
+                    await self._writer.flush()
+        self._send_close(code, reason)
+        if lost:
+            self._transport.close()
+            return
+        if self._unreadable and not self._transport.is_closing():
+            # The client's close frame cannot be read, but the end of its data can.
+            self._transport.write_eof()
+        # What the client still sends is read and ignored. A connection that is closed before the
+        # client has read the close frame may be reset, and that frame is lost then.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_TIMEOUT):
+                await client_done.wait()
+        if client_done.is_set():
+            self._transport.close()
+        else:
+            # close() would wait for ever for a client that reads nothing.
+            self._transport.abort()
+
+    def _send_close(self, code: int, reason: bytes) -> None:
+        self._writer.end(ws_frame(WS_CLOSE, struct.pack("!H", code) + reason))
+
+    async def finish(self) -> None:
+        """Complete the close after the last read, and leave nothing behind. Call it once, always."""
+        self._context.wheel.remove(self)
+        admission = self._context.admission
+        if self._inside:
+            admission.closed(self.face, str(self._close_code), self.caller.name)
+        try:
+            if self._closing is None:
+                self._send_close(WSCloseCode.OK, b"")
+                self._transport.close()
+                return
+            if not self._unreadable and self._client_done is not None:
+                self._client_done.set()
+            await self._closing
+        finally:
+            self._writer.close()
+            if self._refused_closing:
+                admission.refused_closing -= 1
+
+    def _dropped(self, why: str) -> None:
+        self._context.admission.dropped(self.face, why)
