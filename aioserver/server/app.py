@@ -49,7 +49,6 @@ if TYPE_CHECKING:
 
     from aioserver.config import Configuration
     from aioserver.config.settings import Concurrency, Settings
-    from aioserver.faces.context import OpenSocket
 
 logger = logging.getLogger("aioserver.app")
 
@@ -80,9 +79,8 @@ class Server:
         context.lifecycle.stopping.set()
         context.admission.gate.close(stopping)
         context.gateway.drain()
-        sockets: list[OpenSocket] = [*context.sockets]
-        for each in sockets:
-            each.drain()
+        for open_socket in tuple(context.sockets):
+            open_socket.drain()
 
 
 @asynccontextmanager
@@ -205,7 +203,7 @@ def make_app(configuration: Configuration) -> web.Application:
             app.on_shutdown.append(partial(_end_embedded, server))
             yield
 
-    # A client that has left gives its place back at once.
+    # With it a client that has left gives its place back at once.
     app = web.Application(middlewares=[_adopt], handler_args={"handler_cancellation": True})
     app.cleanup_ctx.append(lifetime)
     return app
@@ -213,12 +211,13 @@ def make_app(configuration: Configuration) -> web.Application:
 
 @web.middleware
 async def _adopt(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Make a request of another runner one of ours: its attributes are the same, and two more."""
+    """Make a request of another runner one of ours, which have two attributes more."""
     request.__class__ = Request
     return await handler(request)
 
 
 async def _end_embedded(server: Server, _app: web.Application) -> None:
+    """End all answers and sockets; otherwise the runner would wait for them, for a minute."""
     server.drain()
     await server.context.gateway.close()
 

@@ -33,7 +33,7 @@ from aioserver.telemetry.logs import RateLimit
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from aiohttp.typedefs import Middleware
+    from aiohttp.typedefs import Handler, Middleware
 
     from aioserver.auth.guard import Guard
     from aioserver.auth.origins import Origins
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("aioserver.faces.http")
 refusals_logger = logging.getLogger("aioserver.door")
 
+# The headers that a page of another origin may read.
 EXPOSED = "x-request-id, x-aioserver-provider, x-aioserver-attempts, retry-after, retry-after-ms"
 # Log lines about refused requests, for each reason: guessing keys must not flood the log.
 REFUSALS_PER_SECOND = 5
@@ -73,13 +74,13 @@ def make_middleware(
             raise HeadersTooLarge(f"{head} bytes of headers, at most {max_head}")
 
     @web.middleware
-    async def middleware(request: web.Request, handler: Any) -> web.StreamResponse:
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
             check_head(request)
             guard.admit(request)
             if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
                 return _preflight(request)
-            response: web.StreamResponse = await handler(request)
+            response = await handler(request)
         except AioserverError as error:
             # Otherwise the request has a record, which counts its outcome.
             if not error.counted and not (isinstance(error, ProviderFault) and error.provider):
@@ -113,7 +114,7 @@ def make_middleware(
             announce_close(request, response)
         elif response.keep_alive:
             connection = request.protocol
-            # The connection may have become the last one's after the head was sent.
+            # Its head is sent already, and did not say that the connection ends.
             if isinstance(connection, Connection) and connection.last:
                 connection.close_soon()
         return response

@@ -1,7 +1,8 @@
-"""What must hold before serving, each with one clear line where it does not.
+"""The conditions under which this process can serve; each that fails is one clear line.
 
-Python without `-O` (asserts state our invariants), aiohttp's parser in C (the one in Python is slow,
-and had holes that the other has not), and descriptors enough for every cap of the configuration.
+Python runs without `-O`, since asserts state our invariants. aiohttp has its parser in C: the one in
+Python is slow, and has had security holes that the other had not. There are descriptors enough for
+all limits of the configuration together.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from aioserver.monitoring.monitor import MAX_WATCHERS
 if TYPE_CHECKING:
     from aioserver.config.settings import Settings
 
-SPARE = 64  # descriptors: the loop, the log, listening sockets, files being read
+# Descriptors for the event loop, the log, listening sockets, and files being read.
+SPARE_FILES = 64
 
 
 class Unfit(Exception):
-    """This process cannot serve. *code*: with which to exit: 2 how it was started, 1 else."""
+    """This process cannot serve. *code* is its exit code: 2 for how it was started, otherwise 1."""
 
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
@@ -33,14 +35,14 @@ class Unfit(Exception):
 
 
 def check_interpreter() -> None:
-    """Refuse to run where our own checks, or aiohttp's good parser, are switched off.
+    """Refuse an interpreter that runs without our asserts or without aiohttp's parser in C.
 
     Raises:
-        Unfit: with what to do.
+        Unfit: it does; the message says what to do.
     """
     if sys.flags.optimize:
         raise Unfit(
-            "python -O (or PYTHONOPTIMIZE) removes checks that this needs: leave it out", 2
+            "python -O (or PYTHONOPTIMIZE) removes checks that aioserver needs: leave it out", 2
         )
     if os.environ.get("AIOHTTP_NO_EXTENSIONS"):
         raise Unfit("AIOHTTP_NO_EXTENSIONS switches aiohttp's C parser off: unset it", 2)
@@ -53,12 +55,13 @@ def check_interpreter() -> None:
 
 
 def wanted_files(settings: Settings) -> int:
-    """How many descriptors every cap of *settings* together may take."""
+    """Return the number of descriptors that all limits of *settings* together may need."""
     limits = settings.chat.websocket.concurrency
     pools = [
-        one.http_client.max_connections * (1 + one.simulated)  # which has the other end here, too
-        for one in settings.llm.providers.values()
-        if one.usable
+        # The simulator has the other ends of its connections in this process, too.
+        provider.http_client.max_connections * (1 + provider.simulated)
+        for provider in settings.llm.providers.values()
+        if provider.usable
     ]
     return (
         limits.max_connections
@@ -66,20 +69,22 @@ def wanted_files(settings: Settings) -> int:
         + MAX_REFUSED_CLOSING
         + MAX_WATCHERS
         + sum(pools)
-        + SPARE
+        + SPARE_FILES
     )
 
 
 def raise_file_limit(settings: Settings) -> str | None:
-    """Raise the limit of open files as far as need be and may be; a warning where it stays low.
+    """Raise the limit of open files to what *settings* may need, or as far as is allowed.
+
+    Return a warning if that is not enough.
 
     Raises:
-        Unfit: not even `max_connections` clients can be served.
+        Unfit: it is not even enough for `max_connections` clients.
     """
     wanted = wanted_files(settings)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < wanted:
-        # Not to a hard limit that is none: macOS refuses that. A filter of system calls may refuse all.
+        # macOS refuses an infinite soft limit. A filter of system calls may refuse any limit.
         more = wanted if hard == resource.RLIM_INFINITY else hard
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (more, hard))
@@ -87,24 +92,24 @@ def raise_file_limit(settings: Settings) -> str | None:
     if soft == resource.RLIM_INFINITY or soft >= wanted:
         return None
     clients = settings.chat.websocket.concurrency.max_connections
-    way = f"raise it to {wanted} (ulimit -Hn {wanted}; systemd: LimitNOFILE={wanted})"
-    if soft < clients + SPARE:
+    advice = f"raise it to {wanted} (ulimit -Hn {wanted}; systemd: LimitNOFILE={wanted})"
+    if soft < clients + SPARE_FILES:
         raise Unfit(
             f"{soft} open files are too few for "
-            f"chat.websocket.concurrency.max_connections={clients}: {way}, or lower that",
+            f"chat.websocket.concurrency.max_connections={clients}: {advice}, or lower that",
             1,
         )
-    return f"{soft} open files are fewer than all limits together may take: {way}"
+    return f"{soft} open files are fewer than all limits together may take: {advice}"
 
 
 def cannot_listen(host: str, port: int, exc: OSError) -> str:
-    """Why *host*:*port* cannot be listened on, and what to do."""
-    where = f"cannot listen on {host}:{port}: {exc.strerror or exc}"
+    """Return a line that says why *host*:*port* cannot be listened on, and what to do."""
+    fault = f"cannot listen on {host}:{port}: {exc.strerror or exc}"
     match exc.errno:
         case errno.EADDRINUSE:
-            return f"{where}: end what listens there, or choose another port (--port)"
+            return f"{fault}: end what listens there, or choose another port (--port)"
         case errno.EACCES:
-            return f"{where}: choose a port above 1023 (--port)"
+            return f"{fault}: choose a port above 1023 (--port)"
         case errno.EADDRNOTAVAIL:
-            return f"{where}: choose an address of this machine (--host)"
-    return f"{where}: see chat.websocket.host"
+            return f"{fault}: choose an address of this machine (--host)"
+    return f"{fault}: see chat.websocket.host"

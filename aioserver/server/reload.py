@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from typing import NoReturn
 
     from aioserver.config.settings import Auth, Settings
-    from aioserver.faces.context import OpenSocket
     from aioserver.server.app import Server
     from aioserver.server.runner import Runner
     from aioserver.server.systemd import Notifier
@@ -213,11 +212,10 @@ async def apply_auth(server: Server, auth: Auth | None) -> frozenset[str]:
     context = server.context
     gone = context.access.apply(auth)
     await context.gateway.revoke(gone)
-    sockets: list[OpenSocket] = [*context.sockets]
-    for each in sockets:
-        caller = context.access.current(each.caller)
+    for open_socket in tuple(context.sockets):
+        caller = context.access.current(open_socket.caller)
         if caller is None:
-            each.revoke()
+            open_socket.revoke()
         else:
-            each.caller = caller
+            open_socket.caller = caller
     return gone

@@ -180,13 +180,14 @@ class Runner(web.AppRunner):
         return self.server
 
     async def _make_server(self) -> ConnectionServer:
-        made = await super()._make_server()
+        # aiohttp's server, with its router and all options.
+        plain = await super()._make_server()
         app = self.app
         return ConnectionServer(
-            Dispatcher(app, self._owner.middleware, made.request_handler),
+            Dispatcher(app, self._owner.middleware, plain.request_handler),
             request_factory=functools.partial(app._make_request, _cls=Request),  # noqa: SLF001
-            handler_cancellation=made.handler_cancellation,
-            **made._kwargs,  # noqa: SLF001 - see the head of this file
+            handler_cancellation=plain.handler_cancellation,
+            **plain._kwargs,  # noqa: SLF001 - see the head of this file
         )
 
 

@@ -1,12 +1,12 @@
-"""Under systemd, by hand: sd_notify(3), sd_watchdog_enabled(3), sd_listen_fds(3).
+"""The protocols of systemd, without its library: sd_notify(3), sd_watchdog_enabled(3), sd_listen_fds(3).
 
-What systemd says is in the environment, and is taken out of it here: it is for this process and not
-for its children. What it is told is one datagram a time, which is sent or lost, never waited for: a
-service whose systemd does not listen serves on.
+systemd passes its part in the environment. It is taken out of it here, since it is meant for this
+process and not for its children. A notification is one datagram, which is sent or lost: nothing waits
+for it, and a server whose systemd does not listen serves on.
 
-The watchdog is fed from the event loop, so a loop that is blocked starves it. What systemd then
-kills leaves its stacks behind: once just before the deadline, by the timer of `faulthandler`, which
-needs neither the loop nor the interpreter's lock, and once on systemd's SIGABRT.
+The watchdog is fed from the event loop, so that a blocked loop starves it. A process that systemd
+then kills leaves its stacks behind: once just before the deadline, by the timer of `faulthandler`,
+which needs neither the loop nor the interpreter's lock, and again on systemd's SIGABRT.
 """
 
 from __future__ import annotations
@@ -26,18 +26,20 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("aioserver.systemd")
 
-FIRST = 3  # of the descriptors that systemd passes: SD_LISTEN_FDS_START
+# The first descriptor that systemd passes: SD_LISTEN_FDS_START.
+FIRST = 3
 STDERR = 2
-STACKS_AT = 0.9  # of the watchdog's time: the dump is out when systemd's signal comes
+# The part of the watchdog's time after which stacks are dumped: before systemd's signal comes.
+STACKS_AT = 0.9
 FAMILIES = {socket.AF_INET, socket.AF_INET6, socket.AF_UNIX}
 
 
 class Notifier:
-    """Tells systemd how the service is; where there is no systemd it does nothing.
+    """Tells systemd the state of the service; does nothing where there is no systemd.
 
-    *address*: a path, or `@` and an abstract name. *watchdog*: seconds after which systemd takes
-    silence for a hang; a beat goes out every half of it, with what *status* says, from the first
-    `ready()` to `close()`.
+    *address*: a path, or `@` and an abstract name; None without systemd. *watchdog*: the seconds
+    after which systemd takes silence for a hang. From the first `ready()` to `close()` a keep-alive
+    is sent after each half of them, with the line that *status* returns.
 
     Always: no method raises or waits. Called on the event loop.
     """
@@ -51,12 +53,13 @@ class Notifier:
         self._address = address
         self._watchdog = watchdog
         self._status = status
-        self._beat: asyncio.TimerHandle | None = None
-        self._deaf = False  # the last datagram did not arrive: said once
+        self._timer: asyncio.TimerHandle | None = None
+        # The last datagram could not be sent: that is logged once.
+        self._failing = False
 
     @classmethod
     def take(cls, environ: MutableMapping[str, str], status: Callable[[], str] = str) -> Notifier:
-        """What systemd says in *environ*, which loses it."""
+        """Return a notifier for what systemd says in *environ*, and take it out of there."""
         address = environ.pop("NOTIFY_SOCKET", "")
         period = environ.pop("WATCHDOG_USEC", "")
         process = environ.pop("WATCHDOG_PID", "")
@@ -67,39 +70,39 @@ class Notifier:
         return cls(address or None, _number(period) / 1e6 if watched else None, status)
 
     def ready(self) -> None:
-        """It takes work; also said when a reload is over."""
-        self._tell("READY=1", f"STATUS={self._status()}")
-        if self._watchdog is not None and self._beat is None:
+        """Tell that the server takes work, at the start and at the end of a reload."""
+        self._send("READY=1", f"STATUS={self._status()}")
+        if self._watchdog is not None and self._timer is None:
             self._feed()
 
     def reloading(self) -> None:
-        """A reload begins: `ready()` ends it, whatever came of it."""
+        """Tell that a reload begins; `ready()` tells its end, whatever came of it."""
         # CLOCK_MONOTONIC on Linux: systemd compares it with the moment of its own request.
-        self._tell(
+        self._send(
             "RELOADING=1",
             f"MONOTONIC_USEC={time.monotonic_ns() // 1000}",
             "STATUS=reading the configuration",
         )
 
     def stopping(self) -> None:
-        """It takes no more work, and ends what runs. The beats go on: an end may block, too."""
+        """Tell that the server stops. The watchdog is still fed, since a stop may hang, too."""
         self._status = lambda: "stopping"
-        self._tell("STOPPING=1", "STATUS=stopping")
+        self._send("STOPPING=1", "STATUS=stopping")
 
     def close(self) -> None:
-        """No more beats, and no more stacks."""
-        if self._beat is not None:
-            self._beat.cancel()
-            self._beat = None
+        """Feed the watchdog no more, and dump no stacks."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
             faulthandler.cancel_dump_traceback_later()
 
     def _feed(self) -> None:
         assert self._watchdog is not None
-        self._tell("WATCHDOG=1", f"STATUS={self._status()}")
+        self._send("WATCHDOG=1", f"STATUS={self._status()}")
         faulthandler.dump_traceback_later(self._watchdog * STACKS_AT, file=STDERR)
-        self._beat = asyncio.get_running_loop().call_later(self._watchdog / 2, self._feed)
+        self._timer = asyncio.get_running_loop().call_later(self._watchdog / 2, self._feed)
 
-    def _tell(self, *lines: str) -> None:
+    def _send(self, *lines: str) -> None:
         if self._address is None:
             return
         address = self._address
@@ -109,16 +112,17 @@ class Notifier:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
                 sock.setblocking(False)
                 sock.sendto("\n".join(lines).encode(), address)
-        except (OSError, ValueError) as exc:  # ValueError: no such address is possible
-            if not self._deaf:
+        # ValueError: the address is not possible.
+        except (OSError, ValueError) as exc:
+            if not self._failing:
                 logger.warning("systemd cannot be told %s: %s", lines[0], exc)
-            self._deaf = True
+            self._failing = True
         else:
-            self._deaf = False
+            self._failing = False
 
 
 def inherited(environ: MutableMapping[str, str], first: int = FIRST) -> list[socket.socket]:
-    """The listening sockets that systemd opened for this process; *environ* loses their names.
+    """Return the listening sockets that systemd passed on, and take their names out of *environ*.
 
     The caller closes them. *first*: the number of the first descriptor.
 
@@ -134,9 +138,9 @@ def inherited(environ: MutableMapping[str, str], first: int = FIRST) -> list[soc
         return []
     sockets: list[socket.socket] = []
     faults = []
-    for at in range(count):
-        number = first + at
-        name = f"descriptor {number}" + (f" ({names[at]})" if named else "")
+    for index in range(count):
+        number = first + index
+        name = f"descriptor {number}" + (f" ({names[index]})" if named else "")
         try:
             os.set_inheritable(number, False)
             sock = socket.socket(fileno=number)
@@ -156,5 +160,5 @@ def inherited(environ: MutableMapping[str, str], first: int = FIRST) -> list[soc
 
 
 def _number(text: str) -> int:
-    """*text* as a number; 0 where it is none."""
+    """Return *text* as a number, 0 if it is none."""
     return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else 0

@@ -44,7 +44,9 @@ def refused(
 def test_python_without_asserts_is_refused(tmp_path: Path, how: tuple[str, ...]) -> None:
     code, said = refused(tmp_path, *how)
     assert code == 2
-    assert said == "python -O (or PYTHONOPTIMIZE) removes checks that this needs: leave it out\n"
+    assert (
+        said == "python -O (or PYTHONOPTIMIZE) removes checks that aioserver needs: leave it out\n"
+    )
 
 
 def test_aiohttp_without_its_c_parser_is_refused(tmp_path: Path) -> None:
