@@ -11,18 +11,10 @@ import aiohttp
 import pytest
 from playwright.async_api import expect
 
-from tests.support.dashboard import CROWDED, QUEUEING, Stand, card, opened, provider, standing
+from tests.support.dashboard import CROWDED, QUEUEING, Stand, card, opened, provider
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
     from playwright.async_api import Page
-
-
-@pytest.fixture
-async def stand() -> AsyncIterator[Stand]:
-    async with standing() as one:
-        yield one
 
 
 async def test_a_phone_needs_no_sideways_scrolling(stand: Stand, page: Page) -> None:
