@@ -1,4 +1,4 @@
-"""The dashboard in a browser: what it says follows what it is told, and what it is not told any more."""
+"""The dashboard in a browser: it shows what the server sends, and notices when the server sends nothing more."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ def port(clone: Path) -> Iterator[int]:
 
 
 def pasted(command: list[str], folder: Path) -> str:
-    """What *command* prints, once it has ended well."""
+    """The output of *command*, which must succeed."""
     done = subprocess.run(
         command,
         cwd=folder,
