@@ -11,18 +11,10 @@ import aiohttp
 import pytest
 from playwright.async_api import expect
 
-from tests.support.dashboard import CROWDED, QUEUEING, Stand, card, opened, provider, standing
+from tests.support.dashboard import CROWDED, QUEUEING, Stand, card, opened, provider
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
     from playwright.async_api import Page
-
-
-@pytest.fixture
-async def stand() -> AsyncIterator[Stand]:
-    async with standing() as one:
-        yield one
 
 
 async def test_a_phone_needs_no_sideways_scrolling(stand: Stand, page: Page) -> None:
@@ -89,7 +81,7 @@ async def test_still_where_motion_is_not_wanted(stand: Stand, page: Page) -> Non
 
 
 def _luminance(colour: str) -> float:
-    """Of `#rrggbb`, as WCAG 2.2 defines it."""
+    """The relative luminance of `#rrggbb`, as WCAG 2.2 defines it."""
     parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
     linear = [one / 12.92 if one <= 0.04045 else ((one + 0.055) / 1.055) ** 2.4 for one in parts]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]

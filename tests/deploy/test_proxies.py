@@ -63,7 +63,7 @@ async def proxied(
 
 
 async def read_until(response: aiohttp.ClientResponse, mark: bytes) -> bytes:
-    """What comes up to and with *mark*."""
+    """Read up to *mark*, which is included."""
     data = b""
     async with asyncio.timeout(30):
         while mark not in data:

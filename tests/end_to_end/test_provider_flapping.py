@@ -24,7 +24,7 @@ async def state(server: RunningServer, name: str = "sim") -> int:
 
 
 def left_alone(server: RunningServer, name: str, seconds: float) -> None:
-    """Let *name*, which is left alone already, be so for *seconds* from now on."""
+    """Let the breaker of *name*, which is open, stay open for *seconds* from now on."""
     breaker = server.provider_of(name)._health.breaker
     breaker._open_until = breaker._clock() + seconds
 

@@ -1,4 +1,4 @@
-"""What is kept of a conversation under each retention policy, and what of it is sent."""
+"""Conversations: the turns that each retention policy keeps, and those that are sent."""
 
 from __future__ import annotations
 

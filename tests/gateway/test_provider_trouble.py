@@ -67,7 +67,7 @@ ANSWER = events(said("hello"), said(None, "stop"), "[DONE]")
 
 
 class Trouble:
-    """Providers that give the answers they are told to, the last one for ever, and a router.
+    """A router, and providers that give the answers of a script, the last one for ever.
 
     An answer that is a tuple comes in so many pieces, an empty one is a reset.
     """
@@ -406,7 +406,7 @@ LONGER = status(429, "Retry-After: 90\r\n")
 
 
 async def opened(provider: Provider, seconds: float) -> None:
-    """Let it have failed so often that it is left alone for *seconds*."""
+    """Open the breaker of *provider* for *seconds*."""
     for _ in range(breaker.FAILURES):
         provider._health.breaker.ended(trial=False, failed=True)
     provider._health.breaker._open_until = provider._health.breaker._clock() + seconds

@@ -1,4 +1,4 @@
-"""One provider: what it sends, what becomes of what it is answered, and what it gives back."""
+"""One provider: its requests, the outcome of each answer, and the places that it gives back."""
 
 from __future__ import annotations
 

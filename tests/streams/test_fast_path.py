@@ -106,7 +106,7 @@ def word(number: int) -> bytes:
 
 
 class Wire:
-    """What an exchange needs of aiohttp's connection, around a socket that sends nowhere."""
+    """The part of aiohttp's connection that an exchange uses, around a transport in memory."""
 
     def __init__(self) -> None:
         self.protocol = WireProtocol(asyncio.get_running_loop())
@@ -136,7 +136,7 @@ class Seen:
 
 
 class Road:
-    """One answer on its way: `async with Road("sse") as road: await road.say(EVENT_STREAM, word(1))`."""
+    """One answer from a provider to a client: `async with Road("sse") as road: await road.say(EVENT_STREAM, word(1))`."""
 
     def __init__(
         self,
@@ -225,7 +225,7 @@ class Road:
             await ticks(2)
 
     async def over(self) -> None:
-        """Let the provider go, where the answer has no end, and the client take all."""
+        """End the provider's connection if the answer has no end, and let the client read everything."""
         if not self.task.done():
             await ticks()
         if not self.task.done():
@@ -235,7 +235,7 @@ class Road:
 
     @property
     def body(self) -> bytes:
-        """What the client has got, without the chunks' framing."""
+        """The bytes that the client has got, without the framing of chunks."""
         return joined(self.socket.written) if self.chunked else self.socket.written
 
     @property
@@ -288,7 +288,7 @@ def taking() -> Iterator[list[bytes]]:
 
 
 async def play(face: str, reads: Iterable[bytes], **given: Any) -> Seen:
-    """What comes of *reads*, each in a turn of its own."""
+    """The effects of *reads*, each of which comes in a turn of its own."""
     async with Road(face, **given) as road:
         await road.say(*reads)
         await road.over()
@@ -296,7 +296,7 @@ async def play(face: str, reads: Iterable[bytes], **given: Any) -> Seen:
 
 
 async def play_bytes(face: str, data: bytes) -> Seen:
-    """What comes of *data* byte for byte: the long way, all of it."""
+    """The effects of *data* byte for byte, all of which goes the long way."""
     with taking() as taken:
         async with Road(face) as road:
             road.hear(*(data[at : at + 1] for at in range(len(data))))
@@ -633,7 +633,7 @@ texts = plain | ugly | st.text(max_size=20)
 
 @st.composite
 def events(draw: st.DrawFn) -> tuple[list[bytes], bytes]:
-    """Those of an answer, in one provider's handwriting, and its line end."""
+    """The events of an answer as one provider writes them, and its line end."""
     ascii_only, spaced, noise = draw(st.booleans()), draw(st.booleans()), draw(st.integers(0, 5))
     keys = draw(st.permutations(("id", "model", "choices")))
     inner = draw(st.permutations(("index", "delta", "finish_reason")))
@@ -809,7 +809,7 @@ def test_lessons_from_a_text_that_is_there_twice_are_true(name: str) -> None:
 
 
 def assert_true(before: bytes, behind: bytes, text: str, index: int) -> None:
-    """What the fast path makes of *text* there is what the long way makes of it."""
+    """Assert that the fast path makes of *text* there what the long way makes of it."""
     reading = Reading(index)
     written = text.encode()
     head = messages.frame_head("r1")
@@ -911,7 +911,7 @@ async def under_way(face: str, **given: Any) -> AsyncIterator[tuple[Road, list[b
 
 
 def in_order(data: bytes, *marks: bytes) -> bool:
-    """Whether each of *marks* is in *data* once, one behind the other."""
+    """Return whether each of *marks* is in *data* once, in this order."""
     places = [data.find(mark) for mark in marks]
     return -1 not in places and places == sorted(places) and all(data.count(m) == 1 for m in marks)
 
@@ -1215,7 +1215,7 @@ async def test_unread_bytes_are_bounded_and_then_the_client_is_dropped(face: str
 
 
 def nearly_full(road: Road) -> None:
-    """One event more is too much."""
+    """Fill the stream so far that one more event is too much."""
     road.socket.slow = True
     road.socket.held = HIGH
 
@@ -1502,7 +1502,7 @@ async def test_a_reader_that_joins_a_websockets_answer_gets_all_of_it(
 
 
 def readers(server: RunningServer) -> list[Any]:
-    """Who reads the one answer under way."""
+    """The readers of the only answer under way."""
     (stream,) = server.owners.streams.running()
     return list(stream.readers)
 

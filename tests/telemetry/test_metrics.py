@@ -1,4 +1,4 @@
-"""What is counted: fixed labels, percentiles of the last minute, and one end for each request."""
+"""Counters: fixed labels, percentiles of the last minute, and one end for each request."""
 
 from __future__ import annotations
 
