@@ -897,7 +897,7 @@ async def test_the_pause_before_a_try(server: RunningServer, page: Page) -> None
 
     pauses = await page.evaluate(
         """async () => {
-            const { pause } = await import("/assets/chat-link.js");
+            const { pause } = await import("/assets/chat/link.js");
             const most = (...given) =>
                 Math.max(...Array.from({ length: 1000 }, () => pause(...given)));
             const least = (...given) =>
@@ -927,8 +927,8 @@ async def test_the_pause_before_a_try(server: RunningServer, page: Page) -> None
 def test_no_script_writes_markup_or_the_title() -> None:
     scripts = [
         one.read_text()
-        for one in files("aioserver.faces").joinpath("assets").iterdir()
-        if re.fullmatch(r"chat.*\.js", one.name)
+        for one in files("aioserver.faces").joinpath("assets", "chat").iterdir()
+        if one.name.endswith(".js")
     ]
 
     assert scripts

@@ -352,7 +352,7 @@ async def test_text_of_the_server_stays_text(stand: Stand, page: Page) -> None:
 async def test_numbers_are_short_and_carry_their_unit(stand: Stand, page: Page) -> None:
     await opened(page, stand)
     said = await page.evaluate("""async () => {
-      const { count, rate, seconds, bytes, share } = await import("/assets/dashboard-numbers.js");
+      const { count, rate, seconds, bytes, share } = await import("/assets/dashboard/numbers.js");
       return [
         [0, 1990, 99999, 100000, 1234567, 9e15, null, NaN].map(count),
         [0, 0.01, 0.25, 3, 12.7, 123456].map(rate),

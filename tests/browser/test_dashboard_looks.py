@@ -110,12 +110,10 @@ def test_the_colours_stand_out(dark: bool) -> None:
 
 
 def test_nothing_is_inline_and_nothing_comes_from_elsewhere() -> None:
-    assets = {
-        one.name: one.read_text()
-        for one in files("aioserver.faces").joinpath("assets").iterdir()
-        if one.name.startswith(("dashboard", "theme"))
-    }
-    page = assets["dashboard.html"]
+    root = files("aioserver.faces").joinpath("assets")
+    assets = {one.name: one.read_text() for one in root.joinpath("dashboard").iterdir()}
+    assets["theme.css"] = root.joinpath("theme.css").read_text()
+    page = assets["index.html"]
 
     assert not re.search(r"<script(?![^>]* src=)|<style|\son\w+=|\sstyle=|javascript:", page)
     for link in re.findall(r'(?:src|href)="([^"]+)"', page):
@@ -137,6 +135,6 @@ async def test_the_page_is_guarded_by_its_headers(stand: Stand) -> None:
         assert response.headers["X-Content-Type-Options"] == "nosniff"
     async with (
         aiohttp.ClientSession() as session,
-        session.get(stand.base + "/assets/dashboard.html") as response,
+        session.get(stand.base + "/assets/dashboard/index.html") as response,
     ):
         assert response.status == 404
