@@ -193,7 +193,7 @@ async def cancel(context: Context, request: web.Request) -> web.Response:
 async def _follow(
     context: Context, request: web.Request, stream: Stream, after: int
 ) -> web.StreamResponse:
-    def queued(position: int, eta: float) -> bytes:
+    def render_position(position: int, eta: float) -> bytes:
         chunk = {"position": position, "eta": round(eta, 1)}
         return eventstream.write(
             messages.loose_frame(stream.request_id, "queued", chunk), event="queued"
@@ -201,7 +201,16 @@ async def _follow(
 
     response = Events(request)
     try:
-        await follow(context, request, response, stream, after, EVENTS, first=RETRY, queued=queued)
+        await follow(
+            context,
+            request,
+            response,
+            stream,
+            after,
+            EVENTS,
+            first=RETRY,
+            render_position=render_position,
+        )
     finally:
         # Nothing may have been followed at all, if the client left before.
         if not stream.readers:

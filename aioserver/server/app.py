@@ -211,7 +211,7 @@ def make_app(configuration: Configuration) -> web.Application:
 
 @web.middleware
 async def _adopt(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Make a request of another runner one of ours, which have two attributes more."""
+    """Turn a request of another runner into one of ours, which has two more attributes."""
     request.__class__ = Request
     return await handler(request)
 
