@@ -36,11 +36,10 @@ async def follow(
     after: int,
     look: Format,
     *,
-    first: bytes = b"",
     queued: Callable[[int, float], bytes] | None = None,
     begun: Callable[[], None] = lambda: None,
 ) -> None:
-    """Send the head of *response*, *first*, and the events of *stream* behind *after* to its end.
+    """Send the head of *response* and the events of *stream* behind *after* to its end.
 
     *look* is the format of the events, *queued* renders a position in a provider's queue. *begun* is
     called once the stream has this reader.
@@ -85,8 +84,6 @@ async def follow(
 
     heartbeat = Heartbeat(writer, chat.websocket.ping_interval)
     try:
-        if first:
-            writer.send(first)
         writer.follow(stream, after, look, render_position=queued, on_end=finished)
         begun()
         gateway.lifetime.reader_added(stream)
