@@ -152,15 +152,18 @@ class Gateway:
             return stream.details.whole
         raise stream.error or StreamNotFound("this answer was cancelled")
 
-    def find(self, caller: Caller, request_id: str) -> Stream:
-        """The caller's stream of that name.
+    def find(self, caller: Caller, request_id: str, digest: bytes | None = None) -> Stream:
+        """Return the caller's stream of that id; with a *digest*, that of the same request only.
 
         Raises:
-            StreamNotFound: never seen, expired, or another caller's.
+            StreamNotFound: the id was never seen, is no longer kept, or is another caller's.
+            RequestConflict: the id is known with another payload.
         """
         stream = self._streams.find(caller, request_id)
         if stream is None:
             raise StreamNotFound("no such stream: never seen, or kept no longer")
+        if digest is not None and stream.attachment.digest != digest:
+            raise RequestConflict("this request id is known, with another payload")
         return stream
 
     def of(self, caller: Caller) -> Iterator[Stream]:
