@@ -1,6 +1,6 @@
-"""The HTTP of a provider's answers, one after the other on one connection.
+"""HTTP/1.1 with a provider: requests as bytes, and the bytes of answers parsed.
 
-httptools (llhttp) parses; this keeps what it says. One object lives as long as its connection: a
+httptools (llhttp) parses; `ResponseParser` keeps what it says. One object lives as long as its connection: a
 parser for each answer would cost as much as the parsing, and leave a reference cycle behind for the
 garbage collector, which is then a seventh of a request.
 """
@@ -11,15 +11,74 @@ import functools
 from typing import TYPE_CHECKING, Protocol
 
 import httptools
+from yarl import URL
 
+from aioserver import __version__
 from aioserver.provider_errors import ProviderBadResponse
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from aioserver.config import settings
     from aioserver.streams.stream import Path
 
+# Headers that frame a body; a configured header of these names is never sent.
+FRAMING = frozenset({"connection", "content-length", "transfer-encoding"})
 MAX_HEAD_BYTES = 65_536  # of an answer's head, interim answers included
+
+
+class RequestWriter:
+    """Writes requests to the API at *base_url*.
+
+    *absolute* says that a plain proxy gets them: the request line is then an absolute URL, and the proxy
+    wants to see *proxy_headers*. The head of each path is made once: only the body and its length differ between two requests.
+    """
+
+    def __init__(
+        self,
+        settings: settings.Provider,
+        base_url: str,
+        *,
+        absolute: bool,
+        proxy_headers: Mapping[str, str],
+    ) -> None:
+        self._settings = settings
+        self._base = URL(base_url)
+        self._absolute = absolute
+        self._proxy_headers = proxy_headers
+        self._heads: dict[str, bytes] = {}
+
+    def write(self, path: str, body: bytes) -> bytes:
+        """Return the bytes of a POST of *body* (JSON) to *path*, below the base URL."""
+        head = self._heads.get(path)
+        if head is None:
+            head = self._heads[path] = self._head(path)
+        return b"%b%d\r\n\r\n%b" % (head, len(body), body)
+
+    def _head(self, path: str) -> bytes:
+        """Return the head of every request for *path*, up to the number behind Content-Length."""
+        url = self._base.with_path(f"{self._base.path.rstrip('/')}/{path}")
+        headers = {
+            "Host": url.authority.rpartition("@")[2],
+            "User-Agent": f"aioserver/{__version__}",
+            "Accept": "application/json, text/event-stream",
+            "Accept-Encoding": "identity",
+            "Content-Type": "application/json",
+        }
+        if self._settings.api_key is not None:
+            headers["Authorization"] = f"Bearer {self._settings.api_key.reveal()}"
+        configured = {**self._settings.headers, **self._proxy_headers}
+        replaced = {name.lower() for name in configured}
+        headers = {name: value for name, value in headers.items() if name.lower() not in replaced}
+        headers |= {
+            name: value for name, value in configured.items() if name.lower() not in FRAMING
+        }
+        target = str(url) if self._absolute else url.raw_path_qs
+        lines = [
+            f"POST {target} HTTP/1.1",
+            *(f"{name}: {value}" for name, value in headers.items()),
+        ]
+        return "\r\n".join([*lines, "Content-Length: "]).encode("latin-1")
 
 
 class Sink(Protocol):

@@ -13,8 +13,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from aioserver.errors import ConfigurationError
+from aioserver.providers.http1 import RequestWriter
 from aioserver.providers.pool import UNBOUNDED, Pool, PoolStats, connections
-from aioserver.providers.request import RequestWriter
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -121,4 +121,7 @@ class Pools:
         except OSError as exc:  # ssl.SSLError is one
             fault = f"llm.providers.{given.name}.ca_file: {given.ca_file} holds no certificates"
             raise ConfigurationError([fault]) from exc
-        return pool, RequestWriter(given, base_url, pool)
+        writer = RequestWriter(
+            given, base_url, absolute=pool.forwards, proxy_headers=pool.proxy_headers()
+        )
+        return pool, writer
