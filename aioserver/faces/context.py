@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from aioserver.gateway.router import Router
     from aioserver.limits.timer_wheel import TimerWheel
     from aioserver.monitoring.monitor import Monitor
-    from aioserver.providers.registry import Roster
+    from aioserver.providers.registry import ProviderRegistry
     from aioserver.streams.fast_path import Outbox
     from aioserver.streams.store import Streams
     from aioserver.telemetry.loop_lag import LoopLag
@@ -41,7 +41,7 @@ GUARD: web.AppKey[Guard] = web.AppKey("guard")
 ADMISSION: web.AppKey[Admission] = web.AppKey("admission")
 WHEEL: web.AppKey[TimerWheel] = web.AppKey("wheel")
 STREAMS: web.AppKey[Streams] = web.AppKey("streams")
-ROSTER: web.AppKey[Roster] = web.AppKey("roster")
+PROVIDERS: web.AppKey[ProviderRegistry] = web.AppKey("providers")
 ROUTER: web.AppKey[Router] = web.AppKey("router")
 CONVERSATIONS: web.AppKey[Conversations] = web.AppKey("conversations")
 GATEWAY: web.AppKey[Gateway] = web.AppKey("gateway")

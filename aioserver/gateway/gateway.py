@@ -274,7 +274,7 @@ class Gateway:
                 shutdown = stopping()
                 self._request_log.finish(record, shutdown)
                 raise shutdown from None
-            record.left = True
+            record.abandoned = True
             self._request_log.finish(record, None, cancelled=True)
             raise
         except Exception as exc:
@@ -349,7 +349,7 @@ class Gateway:
             stream.last - 2 if stream.answered_at else 0,
             stream.details.usage,
         )
-        record.left = stream.attachment.abandoned
+        record.abandoned = stream.attachment.abandoned
         self._request_log.finish(record, stream.error, cancelled=stream.end_status == CANCELLED)
 
     def _stop(self, stream: Stream) -> None:

@@ -187,7 +187,7 @@ class Router:
         *fallback* says that another provider can be asked instead.
         """
         record, limits = request.record, provider.settings.http_client
-        provider.budget.request()
+        provider.budget.add_request()
         number, waited = 0, 0.0
         while True:
             attempt = Attempt(
@@ -219,7 +219,7 @@ class Router:
                     or number > limits.max_retries
                     or pause > MAX_PAUSE
                     or (limited and fallback)  # it wants a rest, another may want none
-                    or not provider.budget.retry()
+                    or not provider.budget.take_retry()
                 ):
                     raise
                 provider.meter.retries[fault.code].value += 1

@@ -1,4 +1,4 @@
-"""What is asked of a provider, and an answer in one piece.
+"""What is asked of a provider, and an answer that was not streamed.
 
 A request is made once and may be sent several times: each try of it is an `Attempt` (attempt.py).
 """
@@ -17,16 +17,19 @@ if TYPE_CHECKING:
     from aioserver.config import settings
     from aioserver.protocol.openai import Reading
 
-ANYONE = Caller()
+# The caller of a request that comes from no client.
+NO_CALLER = Caller()
 
 
 class ProviderRequest:
-    """One request for an answer, as every provider gets it.
+    """A request for one answer, the same for every provider that is asked.
+
+    Always: nothing in it but its `record` changes from one attempt to the next.
 
     *path* is OpenAI's, below the provider's base URL. *body* makes the JSON for one provider, whose
-    model may differ; it is called for each try, and what it returns is not kept. *reading* collects
-    what the answer says, for a log of `chunk` objects; without it the log has the provider's bytes.
-    *model* is that of the first provider asked; None stands for its configured one.
+    model may differ; it is called for each attempt, and nobody keeps what it returns. *reading* collects
+    the text of an answer whose log has `chunk` objects; None: the log has the provider's bytes. *model* is
+    for the provider that is asked first; None stands for the model in its settings.
     """
 
     __slots__ = ("body", "caller", "model", "path", "reading", "record", "streamed")
@@ -37,7 +40,7 @@ class ProviderRequest:
         body: Callable[[settings.Provider], bytes],
         *,
         streamed: bool,
-        caller: Caller = ANYONE,
+        caller: Caller = NO_CALLER,
         model: str | None = None,
         reading: Reading | None = None,
     ) -> None:
@@ -57,9 +60,10 @@ class ProviderRequest:
 
 @dataclass(slots=True)
 class Answer:
-    """A body that was not streamed, and those of the provider's headers that clients may see.
+    """A body that was not streamed, with those of the provider's headers that clients may see.
 
-    *usage*: tokens, as the provider reports them. *attempts*: requests sent for it, at all providers.
+    *usage* has the tokens, as the provider reports them. *attempts* counts the requests that were
+    sent for the answer, at all providers.
     """
 
     status: int

@@ -30,7 +30,7 @@ from aioserver.limits.timer_wheel import TimerWheel
 from aioserver.monitoring import prometheus
 from aioserver.monitoring.monitor import Monitor
 from aioserver.monitoring.snapshot import Sources
-from aioserver.providers.registry import Roster
+from aioserver.providers.registry import ProviderRegistry
 from aioserver.server.middleware import front
 from aioserver.streams.fast_path import Outbox
 from aioserver.streams.store import Streams
@@ -128,12 +128,12 @@ async def _owners(app: web.Application) -> AsyncIterator[None]:
     bounds = chat.streams
     metrics = app[context.METRICS]
     async with AsyncExitStack() as stack:
-        app[context.ROSTER] = roster = Roster(metrics)
-        stack.push_async_callback(roster.close)
-        await roster.prepare(settings.llm)
-        roster.apply(settings.llm, max_response_bytes=bounds.max_response_bytes)
+        app[context.PROVIDERS] = registry = ProviderRegistry(metrics)
+        stack.push_async_callback(registry.close)
+        await registry.prepare(settings.llm)
+        registry.apply(settings.llm, max_response_bytes=bounds.max_response_bytes)
         app[context.ROUTER] = router = Router(
-            roster.providers, settings.llm.active, settings.llm.fallbacks
+            registry.providers, settings.llm.active, settings.llm.fallbacks
         )
         app[context.STREAMS] = streams = Streams(
             max_stream_bytes=bounds.max_stream_bytes, max_kept_bytes=bounds.max_kept_bytes

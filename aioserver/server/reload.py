@@ -97,7 +97,7 @@ class Reload:
             configuration = await asyncio.to_thread(self._read)
             settings = self._kept(configuration.settings)
             few_files = _room_for(settings)
-            await self._runner.app[context.ROSTER].prepare(settings.llm)
+            await self._runner.app[context.PROVIDERS].prepare(settings.llm)
             self._apply(settings)
             await change(self._runner.app, settings.auth)
         except ConfigurationError as exc:
@@ -161,9 +161,11 @@ class Reload:
             ConfigurationError: a `ca_file` holds no certificate; nothing has changed then.
         """
         app, chat = self._runner.app, settings.chat
-        app[context.ROSTER].apply(settings.llm, max_response_bytes=chat.streams.max_response_bytes)
+        app[context.PROVIDERS].apply(
+            settings.llm, max_response_bytes=chat.streams.max_response_bytes
+        )
         llm = settings.llm
-        app[context.ROUTER].apply(app[context.ROSTER].providers, llm.active, llm.fallbacks)
+        app[context.ROUTER].apply(app[context.PROVIDERS].providers, llm.active, llm.fallbacks)
         app[context.SETTINGS].apply(settings)
         app[context.ADMISSION].apply(chat.websocket.concurrency)
         app[context.STREAMS].apply(

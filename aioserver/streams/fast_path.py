@@ -5,7 +5,7 @@ what that costs are objects: each one that an event touches is a miss in the pro
 a thousand streams take turns. So where nothing else is to be done for an event it touches few: the
 provider's connection, this object, the log and the client's transport.
 
-    WireProtocol.data_received → take → (the end of this turn of the loop) transport.write
+    ConnectionProtocol.data_received → take → (the end of this turn of the loop) transport.write
 
 *When it may be taken.* It is opened after a read that went the long way, by who knows that all of
 this holds, and each of these is asked in turn (`Exchange` → the sink → `Stream` → `Writer`):

@@ -7,7 +7,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from aioserver.faces import context
-from aioserver.providers.breaker import FAILURES, FIRST
+from aioserver.providers.breaker import CONSECUTIVE_FAILURES, FIRST_WAIT
 from aioserver.providers.simulator.exchange import Behaviour
 from aioserver.providers.simulator.server import Simulator
 from tests.support.faces import FACES, Seen, ask_every_face, over_openai, over_sse, over_websocket
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     Make = Callable[..., Awaitable[House]]
 
-FLAPPING = f"fault-flap-{FAILURES}"
+FLAPPING = f"fault-flap-{CONSECUTIVE_FAILURES}"
 FAILING = Behaviour(fail_rate=1.0, fault="status-500")
 OPEN, CLOSED = 2, 0
 
@@ -56,22 +56,25 @@ async def test_a_flapping_provider_is_left_alone_and_asked_again(make_house: Mak
     house.simulator.behaviour = QUICK
 
     for round_ in range(1, 3):
-        failed = [await over_openai(house, FLAPPING) for _ in range(FAILURES)]
-        assert [one.status for one in failed] == [502] * FAILURES
+        failed = [await over_openai(house, FLAPPING) for _ in range(CONSECUTIVE_FAILURES)]
+        assert [one.status for one in failed] == [502] * CONSECUTIVE_FAILURES
         assert await state(house) == OPEN
         asked = house.simulator.stats().requests
-        refused_for(await ask_every_face(house, "m"), 1.0, 1.1 * FIRST)
+        refused_for(await ask_every_face(house, "m"), 1.0, 1.1 * FIRST_WAIT)
         assert house.simulator.stats().requests == asked
         left_alone(house, "sim", 0.0)
-        good = [await over_openai(house, FLAPPING) for _ in range(FAILURES)]
-        assert [one.end for one in good] == ["complete"] * FAILURES
+        good = [await over_openai(house, FLAPPING) for _ in range(CONSECUTIVE_FAILURES)]
+        assert [one.end for one in good] == ["complete"] * CONSECUTIVE_FAILURES
         assert await state(house) == CLOSED
         tries = await house.counted("provider_attempts", "outcome")
-        assert tries["http_5xx",] == round_ * FAILURES
+        assert tries["http_5xx",] == round_ * CONSECUTIVE_FAILURES
 
     assert (await running).end == "complete", "what runs is not touched"
     tries = await house.counted("provider_attempts", "outcome")
-    assert tries == {("http_5xx",): 2 * FAILURES, ("ok",): 2 * FAILURES + 1}
+    assert tries == {
+        ("http_5xx",): 2 * CONSECUTIVE_FAILURES,
+        ("ok",): 2 * CONSECUTIVE_FAILURES + 1,
+    }
     assert (await house.counted("rejections", "code"))["circuit_open",] == 2 * FACES.total()
     await house.nothing_held()
 
@@ -85,7 +88,7 @@ async def test_where_all_are_left_alone_each_face_is_told_the_soonest(make_house
                 "llm.providers.other": provider_entry(other.base_url),
             },
         )
-        for _ in range(FAILURES):
+        for _ in range(CONSECUTIVE_FAILURES):
             seen = await over_openai(house, "m")
             assert (seen.status, seen.headers["x-should-retry"]) == (502, "false")
         assert (await state(house), await state(house, "other")) == (OPEN, OPEN)
@@ -96,7 +99,10 @@ async def test_where_all_are_left_alone_each_face_is_told_the_soonest(make_house
             refused_for(await ask_every_face(house, f"m{first}"), 10.0, 22.0)
 
         tries = await house.counted("provider_attempts", "provider", "outcome")
-        assert tries == {("sim", "http_5xx"): FAILURES, ("other", "http_5xx"): FAILURES}
+        assert tries == {
+            ("sim", "http_5xx"): CONSECUTIVE_FAILURES,
+            ("other", "http_5xx"): CONSECUTIVE_FAILURES,
+        }
         await house.nothing_held()
 
 

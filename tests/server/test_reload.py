@@ -229,7 +229,7 @@ async def test_a_bug_in_it_is_logged_and_changes_nothing(
     def gone(_settings: Any) -> None:
         raise FileNotFoundError(certificates)
 
-    house.app[context.ROSTER].prepare = gone  # type: ignore[method-assign,assignment]
+    house.app[context.PROVIDERS].prepare = gone  # type: ignore[method-assign,assignment]
     assert not await house.change(**{f"{CONCURRENCY}.max_connections": 49})
 
     assert house.settings.llm is settings
@@ -563,7 +563,7 @@ async def test_what_went_by_the_old_settings_says_nothing_of_the_new(
     async with Played(play) as server:
         before = {"llm.providers.sim.base_url": server.url, "llm.providers.sim.api_key": "old"}
         assert await house.change(**before)
-        asked = [asyncio.ensure_future(ask(house)) for _ in range(breaker.FAILURES)]
+        asked = [asyncio.ensure_future(ask(house)) for _ in range(breaker.CONSECUTIVE_FAILURES)]
         await until(lambda: len(came) == len(asked))
 
         now = {**before, "llm.providers.sim.api_key": "new"} if status else {}
@@ -755,7 +755,7 @@ async def test_who_runs_at_a_removed_provider_ends_there_and_who_waits_goes_else
         assert (await ask(house, model="one/x"))["status"] == 200, "to the active one, as it came"
         await ws.send_json(chat("late", provider="one"))
         assert (await to_end(ws))[-1]["chunk"]["code"] == "model_not_found"
-        await until(lambda: not house.app[context.ROSTER]._leaving)
+        await until(lambda: not house.app[context.PROVIDERS]._draining)
         await house.simulator.until(lambda stats: stats.open_connections == 0)
         await ws.close()
         assert await house.change()
@@ -780,7 +780,7 @@ async def test_a_provider_that_comes_back_counts_what_still_runs_there(make_hous
         await ws.send_json({"action": "cancel", "request_id": "r2"})
         await until(lambda: not house.held()["sim places"])
         assert await house.change(**two)  # nothing runs there: it is closed at once
-        await until(lambda: not house.app[context.ROSTER]._leaving)
+        await until(lambda: not house.app[context.PROVIDERS]._draining)
         assert await house.change()
         assert house.provider is not leaving
 
