@@ -133,7 +133,7 @@ async def listing(request: web.Request) -> web.Response:
             "first_event_id": stream.first,
             "readers": len(stream.readers),
         }
-        for stream in request.app[context.GATEWAY].of(caller)
+        for stream in request.app[context.GATEWAY].streams_of(caller)
         if _own(stream, caller)
     ]
     return web.json_response({"streams": own})

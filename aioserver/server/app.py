@@ -24,7 +24,7 @@ from aioserver.auth.origins import Origins
 from aioserver.faces import context, openai, pages, responses, session, sse, status, websocket
 from aioserver.faces.admission import Admission, counted
 from aioserver.gateway.conversations import Conversations
-from aioserver.gateway.gateway import Gateway, stopping
+from aioserver.gateway.gateway import Gateway, shutdown_error
 from aioserver.gateway.router import Router
 from aioserver.limits.timer_wheel import TimerWheel
 from aioserver.monitoring import prometheus
@@ -212,7 +212,7 @@ async def end(runner: Runner) -> None:
         await asyncio.sleep(given.drain_delay)
     await runner.stop()
     life.stopping.set()
-    app[context.ADMISSION].gate.close(stopping)
+    app[context.ADMISSION].gate.close(shutdown_error)
     gateway.drain()
     sockets: list[websocket.Socket] = [*app[context.SOCKETS]]
     for socket in sockets:

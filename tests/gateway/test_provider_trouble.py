@@ -103,7 +103,7 @@ class Trouble:
     @property
     def router(self) -> Router:
         first, *others = self.providers
-        return Router(self.providers, first, others, dice=lambda: 0.0)
+        return Router(self.providers, first, others, random_number=lambda: 0.0)
 
     async def fill(
         self, provider: str | None = None, *, frames: bool = True
