@@ -198,7 +198,7 @@ async def listing(context: Context, request: web.Request) -> web.Response:
             "first_event_id": stream.first,
             "readers": len(stream.readers),
         }
-        for stream in context.gateway.of(caller)
+        for stream in context.gateway.streams_of(caller)
         if _same_flow(stream, caller)
     ]
     return web.json_response({"streams": own})

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from aioserver.errors import AioserverError, ResumeGap
 from aioserver.protocol import eventstream, messages
 from aioserver.protocol.openai import TEXT, BadEvent, ErrorEvent, Reading, learn
-from aioserver.providers.exchange import Exchange, WireProtocol
+from aioserver.providers.exchange import ConnectionProtocol, Exchange
 from aioserver.providers.sinks import ChatSink, EventSink
 from aioserver.streams.entries import CANCELLED
 from aioserver.streams.fast_path import MAX_CHUNK_BYTES, FastPath, Outbox, TextPath
@@ -109,7 +109,7 @@ class Wire:
     """The part of aiohttp's connection that an exchange uses, around a transport in memory."""
 
     def __init__(self) -> None:
-        self.protocol = WireProtocol(asyncio.get_running_loop())
+        self.protocol = ConnectionProtocol(asyncio.get_running_loop())
         self.transport = FakeTransport()
         self.protocol.connection_made(self.transport)
         self.kept = self.closed = 0
@@ -1261,18 +1261,18 @@ async def test_one_task_waits_for_a_client_that_is_full_at_the_end_of_a_turn(
 async def test_a_read_that_was_taken_is_a_read_for_the_read_timeout(face: str) -> None:
     async with under_way(face) as (road, taken):
         road.exchange._last_byte -= 1000.0  # the last one that went the long way
-        assert road.exchange.look() is not None  # w1 counts
-        path = road.protocol.fast
+        assert road.exchange.check_deadline() is not None  # w1 counts
+        path = road.protocol.fast_path
         assert path is not None
         path.forwarded_at -= 1000.0
 
         road.hear(word(2))
         assert len(taken) == 2
-        left = road.exchange.look()
+        left = road.exchange.check_deadline()
         assert left is not None
         assert left > 0
         path.forwarded_at -= 1000.0
-        assert road.exchange.look() is None
+        assert road.exchange.check_deadline() is None
         await road.over()
 
         assert road.stream.error is not None
@@ -1283,7 +1283,7 @@ async def test_a_read_that_was_taken_is_a_read_for_the_read_timeout(face: str) -
 @pytest.mark.parametrize("face", FACES)
 async def test_a_heartbeat_knows_of_what_was_taken(face: str) -> None:
     async with under_way(face) as (road, _):
-        path = road.protocol.fast
+        path = road.protocol.fast_path
         assert path is not None
         assert road.writer.last_write == path.forwarded_at
 
@@ -1320,7 +1320,7 @@ async def test_answer_after_answer_on_one_connection() -> None:
         assert len(taken) == 4
         assert road.seen.status == b"complete"
         assert (wire.kept, wire.closed) == (2 * turn + 1, 0)
-        assert (wire.protocol.fast, wire.protocol.exchange) == (None, None)
+        assert (wire.protocol.fast_path, wire.protocol.exchange) == (None, None)
 
         with taking() as taken:
             got = Got()
@@ -1366,7 +1366,7 @@ async def test_an_answer_that_ends_badly_after_reads_that_were_taken_closes_its_
         await road.over()
 
         assert road.stream.end_status == b"error"
-        assert (road.protocol.fast, road.protocol.exchange) == (None, None)
+        assert (road.protocol.fast_path, road.protocol.exchange) == (None, None)
         if name != "no end":
             assert road.wire.kept == 0
         road.hear(word(2))
