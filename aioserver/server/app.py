@@ -27,7 +27,7 @@ from aioserver.faces.admission import Admission
 from aioserver.faces.context import Context, CurrentSettings, Lifecycle
 from aioserver.faces.http import Request
 from aioserver.gateway.conversations import Conversations
-from aioserver.gateway.gateway import Gateway
+from aioserver.gateway.gateway import Gateway, shutdown_error
 from aioserver.gateway.router import Router
 from aioserver.limits.timer_wheel import TimerWheel
 from aioserver.monitoring import prometheus
