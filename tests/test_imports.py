@@ -13,25 +13,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 # The root package holds the version, imports nothing, and stands left of all.
-ORDER = [
-    "errors",
-    "provider_errors",
-    "protocol",
-    "limits",
-    "config",
-    "client",
-    "telemetry",
-    "auth",
-    "streams",
-    "providers",
-    "gateway",
-    "monitoring",
-    "cluster",
-    "faces",
-    "server",
-    "commands",
-    "__main__",
-]
+LINE = (
+    "errors provider_errors protocol limits config client telemetry auth streams providers gateway"
+    " monitoring cluster faces server commands __main__"
+)
+ORDER = LINE.split()
 # Packages that do not exist yet.
 TO_COME = {"client", "cluster"}
 # Folders of tests that are no package's: of pages, of deploy/ and docs/, of the whole server, and for all tests.
