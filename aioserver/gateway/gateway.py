@@ -268,12 +268,12 @@ class Gateway:
             if quota is not None:
                 quota.give_back(unused=True)
             raise
-        stream.record = _begin_record(request)
+        stream.record = self._begin_record(request)
         return stream
 
     async def _call_alone(self, request: Request) -> Answer:
         """Return an answer that no log keeps."""
-        record = _begin_record(request)
+        record = self._begin_record(request)
         task: asyncio.Task[Any] | None = asyncio.current_task()
         assert task is not None
         self._calls.add(task)
@@ -296,6 +296,22 @@ class Gateway:
         record.usage = answer.usage
         self._request_log.finish(record, None)
         return answer
+
+    def _begin_record(self, request: Request) -> RequestRecord:
+        """Begin the record of *request*, which is understood and goes to its first provider now."""
+        asked, route = request.provider_request, request.route
+        record, provider = asked.record, route.provider
+        model = route.model or provider.settings.model
+        record.begin(
+            request.face,
+            request.name,
+            provider.name,
+            model,
+            request.caller.name,
+            streamed=asked.streamed,
+        )
+        record.log = self._request_log
+        return record
 
     def _start_producer(self, stream: Stream, producer: Coroutine[Any, Any, None]) -> None:
         task = self._loop.create_task(producer)
@@ -357,7 +373,6 @@ class Gateway:
             # Otherwise the frames of its traceback keep the question for the whole window.
             stream.error.__traceback__ = stream.error.__cause__ = stream.error.__context__ = None
         record = stream.record
-        record.first = stream.answered_at
         # Without the two events that open and end the stream.
         record.events = stream.last - 2 if stream.answered_at else 0
         record.usage = stream.details.usage
@@ -377,12 +392,3 @@ def shutdown_error() -> ServerShutdown:
 
 def _ended(stream: Stream) -> bool:
     return stream.ended
-
-
-def _begin_record(request: Request) -> RequestRecord:
-    """Begin and return the record of *request*, which goes to its first provider now."""
-    record, route = request.provider_request.record, request.route
-    provider = route.provider
-    model = route.model or provider.settings.model
-    record.begin(request.face, request.name, provider.name, model, request.caller.name)
-    return record

@@ -1,8 +1,9 @@
 """Incidents: what an operator should know has happened, found in the difference of two ticks.
 
-A breaker that opens or closes is an incident at once. Everything else is gathered: the first is told
-at once, and after it a quiet time begins, in which numbers are added up for the next one of the same
-kind, detail and provider.
+A breaker that opens or closes is an incident at once. Everything that is counted is gathered: the first
+is told at once, and after it a quiet time begins, in which numbers are added up for the next one of the
+same kind, detail and provider. A trouble of a provider is an incident when it begins and when it ends;
+one that comes back in its quiet time is told after that, if it still lasts.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from aioserver.monitoring.interval import (
     SLOW_CLIENTS,
     Total,
 )
+from aioserver.monitoring.troubles import SILENT
 from aioserver.providers.breaker import CLOSED
 
 if TYPE_CHECKING:
@@ -53,6 +55,8 @@ TEXTS = {
     "provider_faults": "{provider}: {number} x {detail}",
     "loop_lag": "the event loop was {number} ms late",
 }
+# Troubles that are incidents of the same kind: the severity, and the text of the end.
+TROUBLES = {SILENT: ("error", "{provider} speaks again")}
 # Kinds and details whose severity is "error"; of the others it is "warning".
 SEVERE = frozenset(("connect_error", "tls", "provider_auth", "loop_lag"))
 
@@ -97,13 +101,19 @@ class Detector:
         self._quiet_until: dict[Subject, float] = {}
         self._denied: deque[int] = deque(maxlen=DENIED_TICKS)
         self._breakers: dict[str, str] = {}
+        # The kind of the trouble that was told of each provider, and is not over.
+        self._troubles: dict[str, str] = {}
 
     def detect(
         self, now: float, interval: Interval, providers: Mapping[str, ProviderState]
     ) -> list[Incident]:
         """Return the incidents of the tick at *now*, a monotonic time, which ends *interval*."""
         self._gather(interval)
-        return [*self._breaker_changes(providers), *self._due(now)]
+        return [
+            *self._breaker_changes(providers),
+            *self._trouble_changes(now, providers),
+            *self._due(now),
+        ]
 
     def _gather(self, interval: Interval) -> None:
         gathered = self._gathered
@@ -129,6 +139,28 @@ class Detector:
                 yield incident("breaker", f"{name} fails: its breaker has opened", "error", name)
             elif not was_closed and breaker == CLOSED:
                 yield incident("breaker", f"{name} answers again", "info", name)
+
+    def _trouble_changes(
+        self, now: float, providers: Mapping[str, ProviderState]
+    ) -> Iterator[Incident]:
+        told = self._troubles
+        self._troubles = {name: kind for name, kind in told.items() if name in providers}
+        for name, provider in providers.items():
+            trouble, before = provider["trouble"], told.get(name)
+            kind = trouble["kind"] if trouble is not None else None
+            if kind not in TROUBLES:
+                if before is not None:
+                    del self._troubles[name]
+                    text = TROUBLES[before][1].format(provider=name)
+                    yield incident(before, text, "info", name)
+            elif kind != before:
+                assert trouble is not None, "it has a kind"
+                subject = Subject(trouble["kind"], provider=name)
+                if self._quiet_until.get(subject, 0.0) <= now:
+                    self._quiet_until[subject] = now + QUIET
+                    self._troubles[name] = trouble["kind"]
+                    severity = TROUBLES[trouble["kind"]][0]
+                    yield incident(trouble["kind"], trouble["text"], severity, name)
 
     def _due(self, now: float) -> Iterator[Incident]:
         """Take what was gathered of each subject that is not in its quiet time."""

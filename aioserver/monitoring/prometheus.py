@@ -107,6 +107,18 @@ GAUGES = (
         "provider",
     ),
     Gauge(
+        "provider_silence_seconds",
+        _each_provider(lambda p: p["silent"]["longest"]),
+        "Longest silence of the provider that is going on now in a streamed answer",
+        "provider",
+    ),
+    Gauge(
+        "provider_silent_answers",
+        _each_provider(lambda p: p["silent"]["stalled"] + p["silent"]["unanswered"]),
+        "Streamed answers in which the provider has said nothing for seconds, and says nothing now",
+        "provider",
+    ),
+    Gauge(
         "pool_open",
         _each_provider(lambda p: p["pool"]["open"]),
         "Connections, idle ones included",

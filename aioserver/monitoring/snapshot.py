@@ -1,8 +1,8 @@
 """The state of the server at one moment: what `/stats`, `/events` and the gauges of `/metrics` show.
 
-Everything is read from counters and from `stats()`; requests and clients are never walked. So a
-snapshot costs the same with ten clients and with ten thousand. What cannot be read at a moment, such
-as a rate, is that of the last interval.
+Everything is read from counters and from `stats()`; clients are never walked, and of requests only
+those that a provider answers now: a silence that goes on is counted nowhere yet. What cannot be read
+at a moment, such as a rate, is that of the last interval.
 
 The meaning of each field is in docs/monitoring.md.
 """
@@ -114,6 +114,24 @@ class PaceState(TypedDict):
     cooling: float
 
 
+class SilenceState(TypedDict):
+    """What a provider does not say now: see providers/silence.py."""
+
+    longest: float
+    stalled: int
+    unanswered: int
+    under_way: int
+
+
+class Trouble(TypedDict):
+    """What is wrong with a provider: see troubles.py; *since* is Unix time in seconds."""
+
+    kind: str
+    since: float
+    text: str
+    detail: str
+
+
 class ProviderState(TypedDict):
     """One provider."""
 
@@ -137,6 +155,8 @@ class ProviderState(TypedDict):
     tokens_per_second: float
     first_token: Percentiles | None
     silence: Percentiles | None
+    silent: SilenceState
+    trouble: Trouble | None
 
 
 class LoopState(TypedDict):
@@ -188,12 +208,16 @@ class Snapshots:
         self._sources = sources
         self._began = time.monotonic()
 
-    def build(self, interval: Interval, *, watchers: int) -> Snapshot:
-        """Return the state of this moment, with the rates of *interval*."""
+    def build(
+        self, interval: Interval, troubles: Mapping[str, Trouble], *, watchers: int
+    ) -> Snapshot:
+        """Return the state of this moment, with the rates of *interval* and the *troubles* known."""
         sources, metrics, now = self._sources, self._sources.metrics, time.monotonic()
         router, chat = sources.router, sources.settings.chat
         providers = {
-            name: _provider_state(provider, interval, now, active=provider is router.active)
+            name: _provider_state(
+                provider, interval, now, troubles.get(name), active=provider is router.active
+            )
             for name, provider in router.providers.items()
         }
         return {
@@ -260,10 +284,10 @@ def _streams_state(sources: Sources) -> StreamsState:
 
 
 def _provider_state(
-    provider: Provider, interval: Interval, now: float, *, active: bool
+    provider: Provider, interval: Interval, now: float, trouble: Trouble | None, *, active: bool
 ) -> ProviderState:
     state, meter, name = provider.stats(), provider.meter, provider.name
-    queue, pool, pace = state.queue, state.pool, state.pace
+    queue, pool, pace, silence = state.queue, state.pool, state.pace, state.silence
     attempts = _values(meter.attempts)
     return {
         "usable": state.usable,
@@ -295,6 +319,13 @@ def _provider_state(
         "tokens_per_second": interval.rate(EVENTS, name),
         "first_token": meter.recent_first_tokens.percentiles(now),
         "silence": meter.recent_silences.percentiles(now),
+        "silent": {
+            "longest": round(silence.longest, 3),
+            "stalled": silence.stalled,
+            "unanswered": silence.unanswered,
+            "under_way": silence.under_way,
+        },
+        "trouble": trouble,
     }
 
 

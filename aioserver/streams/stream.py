@@ -183,9 +183,8 @@ class Stream:
     def mark_answered(self) -> None:
         """Note that an event of a provider has come, before it is appended."""
         if not self.answered_at:
-            self.answered_at = monotonic()
-            # Not counted: silences before the answer, in a head, comments, an attempt that failed.
-            self.record.silence = 0.0
+            self.answered_at = now = monotonic()
+            self.record.answered(now)
 
     def add_alias(self, alias: str) -> None:
         """Let this stream be found by *alias*, too; a private one is not found at all."""

@@ -52,6 +52,18 @@ class Histogram:
         self.counts[bisect_left(self.bounds, value)] += 1
         self.sum += value
 
+    def quantile(self, share: float) -> float:
+        """Return the least bound below which *share* of the observations are; 0.0 without any.
+
+        Observations above every bound count as the highest bound.
+        """
+        wanted, seen = share * sum(self.counts), 0
+        for bound, count in zip(self.bounds, self.counts, strict=False):
+            seen += count
+            if seen >= wanted:
+                return bound if seen else 0.0
+        return self.bounds[-1]
+
 
 class RecentValues:
     """The observations of the last minute, the newest thousand at most, for percentiles."""

@@ -75,12 +75,12 @@ class ProviderMeter:
         "events",
         "failovers",
         "first_token",
+        "gap",
         "interval",
         "key_refused",
         "recent_first_tokens",
         "recent_silences",
         "retries",
-        "silence",
         "wait",
     )
 
@@ -89,7 +89,7 @@ class ProviderMeter:
         self.wait = Histogram()
         self.first_token = Histogram()
         self.interval = Histogram(SHORT_BOUNDS)
-        self.silence = Histogram()
+        self.gap = Histogram()
         self.attempts = {outcome: Counter() for outcome in ATTEMPTS}
         self.retries = {code: Counter() for code in RETRY_CODES}
         self.failovers = {code: Counter() for code in FAILOVER_CODES}
@@ -359,8 +359,8 @@ PROVIDER_FAMILIES: tuple[Row[ProviderMeter], ...] = (
         "token_interval_seconds", lambda m: m.interval, "Mean time between two events of an answer"
     ),
     Row(
-        "provider_silence_seconds",
-        lambda m: m.silence,
-        "Longest time between two reads of an answer, less the lag of our event loop",
+        "provider_gap_seconds",
+        lambda m: m.gap,
+        "Longest silence of the provider in an answer, to its end, less the lag of our event loop",
     ),
 )

@@ -26,6 +26,12 @@ if TYPE_CHECKING:
 
     from tests.support.server import RunningServer
 
+STALLED = {
+    "kind": "silent",
+    "since": 0.0,
+    "text": "groq has said nothing for 6 s in 25 answers",
+    "detail": "It began 6 s ago",
+}
 DASH = "\u2013"
 
 
@@ -127,6 +133,12 @@ VERDICTS: dict[str, tuple[dict[str, Any], str, str, str]] = {
         {"providers__groq__requests": 12, "providers__groq__faults__http_5xx": 12},
         "Trouble",
         "Room for 100 more, but groq fails: 12 faults in a minute, most http 5xx",
+        "diamond",
+    ),
+    "a provider that has stalled, in a full server": (
+        CROWDED | {"providers__groq__trouble": STALLED},
+        "Stalled",
+        "groq has said nothing for 6 s in 25 answers",
         "diamond",
     ),
     "an open breaker": (

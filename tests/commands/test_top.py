@@ -116,6 +116,14 @@ INCIDENT = {
 HISTORY = {"interval": 1.0, "time": [], "series": {}, "providers": {}, "incidents": [INCIDENT]}
 
 
+SILENT = {
+    "kind": "silent",
+    "since": 1764020994.0,
+    "text": "demo has said nothing for 6 s in 25 answers",
+    "detail": "It began 9 s ago",
+}
+
+
 def changed(**values: Any) -> dict[str, Any]:
     """STATS with other values, by a path with `__` for each step."""
     stats: dict[str, Any] = json.loads(json.dumps(STATS))
@@ -262,6 +270,11 @@ def test_a_snapshot_with_nothing_in_it_is_drawn() -> None:
         ({"rejections__server_at_capacity": 9}, "error", "refusing: server_at_capacity 2"),
         ({"providers__demo__usable": False}, "error", "the active provider demo is not usable"),
         ({"providers__demo__breaker": "open"}, "error", "the breaker of demo is open"),
+        (
+            {"providers__demo__trouble": SILENT, "connections__waiting": 4},
+            "error",
+            "demo has said nothing for 6 s in 25 answers; It began 9 s ago",
+        ),
         ({"process__max_fds": 41}, "error", "descriptors run out: 40 of 41"),
         ({"connections__waiting": 4}, "warning", "full: 3 of 100 connections, 4 waiting"),
         ({"providers__demo__waiting": 4}, "warning", "demo is full: 4 waiting"),

@@ -27,6 +27,7 @@ from aioserver.monitoring.interval import (
     Interval,
     Total,
 )
+from aioserver.monitoring.troubles import SILENT
 from aioserver.providers.breaker import CLOSED, OPEN, TRIAL
 from aioserver.telemetry.metrics import ATTEMPTS as OUTCOMES
 
@@ -44,7 +45,9 @@ def texts(
     breakers: dict[str, str] | None = None,
 ) -> list[str]:
     """The texts of the incidents of one tick."""
-    providers: Any = {name: {"breaker": state} for name, state in (breakers or {}).items()}
+    providers: Any = {
+        name: {"breaker": state, "trouble": None} for name, state in (breakers or {}).items()
+    }
     happened = detector.detect(now, interval(growth or {}, lag_max=lag_max), providers)
     return [incident["text"] for incident in happened]
 
@@ -112,6 +115,48 @@ def test_provider_that_is_configured_again_begins_with_a_closed_breaker() -> Non
     texts(detector, 101.0, breakers={})
 
     assert texts(detector, 102.0, breakers={"groq": CLOSED}) == []
+
+
+def troubled(detector: Detector, now: float, *providers: str) -> list[tuple[str, str]]:
+    """The severities and texts of the incidents of a tick in which these providers are silent."""
+    state: Any = {
+        name: {
+            "breaker": CLOSED,
+            "trouble": {"kind": SILENT, "text": f"{name} is silent"}
+            if name in providers
+            else None,
+        }
+        for name in ("groq", "other")
+    }
+    happened = detector.detect(now, interval({}), state)
+    return [(incident["severity"], incident["text"]) for incident in happened]
+
+
+def test_trouble_is_told_when_it_begins_and_when_it_ends() -> None:
+    detector = Detector()
+
+    told = [
+        troubled(detector, float(now), *who)
+        for now, who in enumerate(([], ["groq"], ["groq"], []))
+    ]
+
+    assert told == [[], [("error", "groq is silent")], [], [("info", "groq speaks again")]]
+
+
+def test_trouble_that_comes_and_goes_is_told_once_in_its_quiet_time() -> None:
+    detector = Detector()
+
+    told = [
+        troubled(detector, 100.0 + second, *(["groq"] if second % 2 == 0 else []))
+        for second in range(int(QUIET))
+    ]
+    other = troubled(detector, 100.0 + QUIET - 1, "other")
+    lasting = troubled(detector, 100.0 + QUIET, "groq", "other")
+
+    assert told[:2] == [[("error", "groq is silent")], [("info", "groq speaks again")]]
+    assert not any(told[2:])
+    assert other == [("error", "other is silent")]
+    assert lasting == [("error", "groq is silent")]
 
 
 def test_denied_requests_of_some_ticks_together_are_one_burst() -> None:

@@ -175,6 +175,8 @@ def _guards(providers: dict[str, Any]) -> list[Text]:
         notes = [] if provider.get("usable", True) else ["not usable"]
         if "breaker" in provider:
             notes.append(f"breaker {provider['breaker']}")
+        if silent := _silent(provider.get("silent") or {}):
+            notes.append(silent)
         if pace := provider.get("pace"):
             notes.append(f"pace {pace.get('per_minute')} a minute, {pace.get('left')} now")
         if provider.get("retries"):
@@ -187,6 +189,14 @@ def _guards(providers: dict[str, Any]) -> list[Text]:
     if unused := ", ".join(name for name, provider in providers.items() if _unused(provider)):
         lines.append(f" not usable: {unused}")
     return [Text(printable(line), style="dim") for line in lines]
+
+
+def _silent(silent: dict[str, int]) -> str:
+    """The silence that is going on, "" where nobody waits for a word."""
+    if not silent.get("under_way"):
+        return ""
+    number = silent.get("stalled", 0) + silent.get("unanswered", 0)
+    return f"silent for {_time(silent.get('longest'))}, {number} of {silent['under_way']} stalled"
 
 
 def _facts(stats: dict[str, Any]) -> Table:

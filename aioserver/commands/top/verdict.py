@@ -33,6 +33,9 @@ def _findings(
     providers = stats.get("providers", {})
     if grown := grown_rejections(stats, previous):
         yield "error", "refusing: " + ", ".join(f"{code} {count}" for code, count in grown.items())
+    for provider in providers.values():
+        if (trouble := provider.get("trouble")) and trouble.get("kind") == "silent":
+            yield "error", _told(trouble)
     for name, provider in providers.items():
         if provider.get("active") and not provider.get("usable", True):
             yield "error", f"the active provider {printable(name)} is not usable"
@@ -51,6 +54,11 @@ def _findings(
     lag = stats.get("loop", {}).get("lag_max") or 0.0
     if lag > MAX_LAG:
         yield "warning", f"the event loop lags: {lag * 1000:.0f} ms"
+
+
+def _told(trouble: dict[str, Any]) -> str:
+    """What the server says of a provider's trouble, in one line."""
+    return printable("; ".join(filter(None, (trouble.get("text"), trouble.get("detail")))))
 
 
 def _queue(waiting: int, gate: dict[str, Any]) -> str:

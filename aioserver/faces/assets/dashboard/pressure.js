@@ -3,10 +3,14 @@ import { count, seconds, some, words } from "/assets/dashboard/numbers.js";
 
 const HARMLESS = new Set(["cancelled", "stale", "http_4xx"]); // the client left; repeated unseen; the caller's own fault
 
+const TROUBLES = { silent: ["Stalled", "bad", "diamond", 5.5] };
+
 /** {word, tone, shape, rank, why, brief}: from rank 2 on it can be the reason for a wait, from 5 on it is broken. */
 export function condition(name, provider, lately) {
   const { waiting, limit, in_flight: taken, pool, pace, breaker } = provider;
   const is = (word, tone, shape, rank, why, brief = `${name} ${why}`) => ({ word, tone, shape, rank, why: `${name} ${why}`, brief });
+  // The server has the words for a trouble: its log and `top` say the same.
+  const trouble = provider.trouble && TROUBLES[provider.trouble.kind];
 
   if (provider.flagged) return is("Key refused", "bad", "cross", 6.5, "refuses our key");
   if (!provider.usable) {
@@ -15,6 +19,11 @@ export function condition(name, provider, lately) {
       : is("Not usable", "gone", "cross", 0, "is not usable");
   }
   if (breaker === "open") return is("Breaker open", "bad", "diamond", 6, "is cut off, its breaker is open");
+  if (trouble) {
+    const [word, tone, shape, rank] = trouble;
+    const { kind, text, detail } = provider.trouble;
+    return { word, tone, shape, rank, why: text, brief: text, detail, kind };
+  }
   const faults = Object.entries(lately?.faults ?? {}).filter(([kind, number]) => number > 0 && !HARMLESS.has(kind));
   const failed = faults.reduce((sum, [, number]) => sum + number, 0);
   if (failed >= 3 && failed >= 0.1 * (lately.requests ?? 0)) {

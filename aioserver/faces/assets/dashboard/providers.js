@@ -82,12 +82,13 @@ export class Providers {
     const fill = bind(element);
     element.dataset.provider = name;
     const show = (provider, lately, state) => {
-      const { pool, pace } = provider;
+      const { pool, pace, silent } = provider;
       fill({
         ...provider,
         name,
         first_asked: provider.active || null,
         pool: pool && { ...pool, busy: pool.open - pool.idle },
+        silent: silent?.under_way ? { ...silent, number: silent.stalled + silent.unanswered } : null,
         resting: pace?.cooling || null,
       }, lately);
       element.dataset.tone = mark.dataset.tone = state.tone;
