@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 from aioserver.monitoring.interval import (
+    ANSWERED,
     ATTEMPTS,
     DENIED,
     KEY_REFUSED,
@@ -22,6 +24,7 @@ from aioserver.monitoring.interval import (
 )
 from aioserver.monitoring.troubles import SILENT
 from aioserver.providers.breaker import CLOSED
+from aioserver.telemetry.metrics import OK
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -57,8 +60,14 @@ TEXTS = {
 }
 # Troubles that are incidents of the same kind: the severity, and the text of the end.
 TROUBLES = {SILENT: ("error", "{provider} speaks again")}
-# Kinds and details whose severity is "error"; of the others it is "warning".
-SEVERE = frozenset(("connect_error", "tls", "provider_auth", "loop_lag"))
+# Kinds and details whose severity is always "error".
+SEVERE = frozenset(("tls", "provider_auth", "no_provider"))
+# What is gathered is an error, too, where so many were refused or failed, and nothing went well.
+ALL_REFUSED, ALL_FAILED = 10, 5
+# But these codes are about one caller's limits, or a stop.
+HARMLESS = frozenset(("rate_limit_exceeded", "concurrency_exceeded", "server_shutdown"))
+# Milliseconds by which the loop is late that are an error: clients see that everything stands still.
+SEVERE_LAG = 1000
 
 
 class Incident(TypedDict):
@@ -90,6 +99,14 @@ class Subject(NamedTuple):
     provider: str | None = None
 
 
+@dataclass(slots=True)
+class Gathered:
+    """What was gathered of one subject; *well* is the number of those that went well meanwhile."""
+
+    number: int = 0
+    well: int = 0
+
+
 class Detector:
     """Finds incidents, tick by tick.
 
@@ -97,7 +114,7 @@ class Detector:
     """
 
     def __init__(self) -> None:
-        self._gathered: dict[Subject, int] = {}
+        self._gathered: dict[Subject, Gathered] = {}
         self._quiet_until: dict[Subject, float] = {}
         self._denied: deque[int] = deque(maxlen=DENIED_TICKS)
         self._breakers: dict[str, str] = {}
@@ -120,15 +137,20 @@ class Detector:
         for total, number in interval.growth.items():
             if total.kind in GATHERED and (total.kind != ATTEMPTS or total.detail in FAULTS):
                 subject = Subject(GATHERED[total.kind], total.detail, total.provider)
-                gathered[subject] = gathered.get(subject, 0) + int(number)
+                gathered.setdefault(subject, Gathered()).number += int(number)
         self._denied.append(int(interval.growth.get(Total(DENIED), 0)))
         if (denied := sum(self._denied)) >= DENIED_BURST:
             subject = Subject("auth")
-            gathered[subject] = gathered.get(subject, 0) + denied
+            gathered.setdefault(subject, Gathered()).number += denied
             self._denied.clear()
         if interval.lag_max > LAG_LIMIT:
             subject = Subject("loop_lag")
-            gathered[subject] = max(gathered.get(subject, 0), round(interval.lag_max * 1000))
+            lag = gathered.setdefault(subject, Gathered())
+            lag.number = max(lag.number, round(interval.lag_max * 1000))
+        for subject, of_subject in gathered.items():
+            name = subject.provider
+            total = Total(ANSWERED) if name is None else Total(ATTEMPTS, OK, name)
+            of_subject.well += int(interval.growth.get(total, 0))
 
     def _breaker_changes(self, providers: Mapping[str, ProviderState]) -> Iterator[Incident]:
         before = self._breakers
@@ -166,9 +188,23 @@ class Detector:
         """Take what was gathered of each subject that is not in its quiet time."""
         due = [subject for subject in self._gathered if self._quiet_until.get(subject, 0.0) <= now]
         for subject in due:
-            number = self._gathered.pop(subject)
+            gathered = self._gathered.pop(subject)
             self._quiet_until[subject] = now + QUIET
             kind, detail, provider = subject
-            text = TEXTS[kind].format(number=number, detail=detail, provider=provider)
-            severity = "error" if kind in SEVERE or detail in SEVERE else "warning"
-            yield incident(kind, text, severity, provider)
+            text = TEXTS[kind].format(number=gathered.number, detail=detail, provider=provider)
+            yield incident(kind, text, _severity(subject, gathered), provider)
+
+
+def _severity(subject: Subject, gathered: Gathered) -> str:
+    """Return "error" for what people feel, such as that everybody is refused; else "warning"."""
+    kind, detail, _ = subject
+    nothing_went_well = not gathered.well and detail not in HARMLESS
+    if (
+        kind in SEVERE
+        or detail in SEVERE
+        or (kind == "rejections" and nothing_went_well and gathered.number >= ALL_REFUSED)
+        or (kind == "provider_faults" and nothing_went_well and gathered.number >= ALL_FAILED)
+        or (kind == "loop_lag" and gathered.number >= SEVERE_LAG)
+    ):
+        return "error"
+    return "warning"

@@ -144,7 +144,7 @@ class Monitor:
     def incident(
         self, kind: str, text: str, *, severity: str = "warning", provider: str | None = None
     ) -> None:
-        """Keep an incident that happens now, and send it to all watchers."""
+        """Keep an incident that happens now, and send it to all watchers; the caller logs it."""
         self._publish(incident(kind, text, severity, provider))
 
     def tick(self) -> None:
@@ -157,6 +157,7 @@ class Monitor:
         self._history_event = b""
         providers = self._snapshot["providers"]
         for happened in self._detector.detect(time.monotonic(), self._interval, providers):
+            _log(happened)
             self._publish(happened)
         if self._watchers:
             stats = eventstream.write(self._snapshot_json, event="stats")
@@ -174,10 +175,6 @@ class Monitor:
         self.tick()
 
     def _publish(self, happened: Incident) -> None:
-        level = LEVELS[happened["severity"]]
-        if logger.isEnabledFor(level):
-            fields = {"kind": happened["kind"], "provider": happened["provider"]}
-            logger.log(level, "%s", happened["text"], extra={"fields": fields})
         self._incidents.append(happened)
         self._history_event = b""
         data = eventstream.write(orjson.dumps(happened), event="incident")
@@ -200,6 +197,15 @@ class Monitor:
             }
             self._history_event = eventstream.write(orjson.dumps(history), event="history")
         return self._history_event
+
+
+def _log(happened: Incident) -> None:
+    level = LEVELS[happened["severity"]]
+    if logger.isEnabledFor(level):
+        fields = {"kind": happened["kind"], "provider": happened["provider"]}
+        # The detector has thinned them out, each subject by itself.
+        extra = {"fields": fields, "thinned": True}
+        logger.log(level, "%s", happened["text"], extra=extra)
 
 
 def _point(snapshot: Snapshot) -> Point:

@@ -2,7 +2,7 @@
 
 A record is made where the request is understood, and goes along with it: gateway, provider, stream and
 writers note in it what happens. When the request has ended, the request log adds the record to the
-metrics and writes one line.
+metrics and writes one line. Requests that are refused for now are warnings, and thinned out.
 
 An answer that stutters has its longest gap measured on each of three sides, so that the line says whose
 fault it was: the provider sent nothing, we were late, or the client read nothing.
@@ -188,7 +188,10 @@ class RequestLog:
         elif record.silence > THRESHOLD:
             self._count_gaps(record, now)
         self._count_tokens(record)
-        if logger.isEnabledFor(logging.INFO):
+        if outcome == "rejected":
+            if (left_out := metrics.refusal_lines.allow(code)) >= 0:
+                self._log(record, now, code, outcome, status, left_out=left_out)
+        elif logger.isEnabledFor(logging.INFO):
             self._log(record, now, code, outcome, status)
 
     def _count_gaps(self, record: RequestRecord, now: float) -> None:
@@ -222,7 +225,15 @@ class RequestLog:
             counters[provider, model, "output", "estimate"].value += record.events
 
     @staticmethod
-    def _log(record: RequestRecord, now: float, code: str, outcome: str, status: int) -> None:
+    def _log(
+        record: RequestRecord,
+        now: float,
+        code: str,
+        outcome: str,
+        status: int,
+        *,
+        left_out: int = 0,
+    ) -> None:
         fields: dict[str, Any] = {
             "request_id": record.request_id[:MAX_NAME],
             "face": record.face,
@@ -249,4 +260,7 @@ class RequestLog:
             "tokens_out": record.tokens(*TOKENS_OUT),
         }
         fields |= {name: number for name, number in tokens.items() if number is not None}
-        logger.info("request finished", extra={"fields": fields})
+        if left_out:
+            fields["suppressed"] = left_out
+        level = logging.WARNING if outcome == "rejected" else logging.INFO
+        logger.log(level, "request finished", extra={"fields": fields})

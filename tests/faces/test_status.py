@@ -399,7 +399,7 @@ async def test_a_loop_that_is_late_is_told(server: RunningServer) -> None:
         await until(lambda: any(kind == "incident" for kind, _ in told))
 
     (incident,) = [one for kind, one in told if kind == "incident"]
-    assert (incident["kind"], incident["severity"]) == ("loop_lag", "error")
+    assert (incident["kind"], incident["severity"]) == ("loop_lag", "warning")
     assert worst >= 0.2
 
 

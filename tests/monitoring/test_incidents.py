@@ -7,16 +7,20 @@ from typing import Any
 import pytest
 
 from aioserver.monitoring.incidents import (
+    ALL_FAILED,
+    ALL_REFUSED,
     DENIED_BURST,
     DENIED_TICKS,
     FAULTS,
     GATHERED,
     LAG_LIMIT,
     QUIET,
+    SEVERE_LAG,
     TEXTS,
     Detector,
 )
 from aioserver.monitoring.interval import (
+    ANSWERED,
     ATTEMPTS,
     DENIED,
     EVENTS,
@@ -187,7 +191,8 @@ def test_worst_lag_of_the_quiet_time_is_told_and_not_the_sum() -> None:
         (Total(SLOW_CLIENTS), "slow_client", "warning"),
         (Total(KEY_REFUSED, provider="groq"), "provider_auth", "error"),
         (Total(ATTEMPTS, "http_5xx", "groq"), "provider_faults", "warning"),
-        (Total(ATTEMPTS, "connect_error", "groq"), "provider_faults", "error"),
+        (Total(ATTEMPTS, "connect_error", "groq"), "provider_faults", "warning"),
+        (Total(ATTEMPTS, "tls", "groq"), "provider_faults", "error"),
     ],
 )
 def test_incident_says_its_kind_its_severity_and_its_provider(
@@ -198,6 +203,45 @@ def test_incident_says_its_kind_its_severity_and_its_provider(
     assert (incident["kind"], incident["severity"]) == (kind, severity)
     assert incident["provider"] == total.provider
     assert incident["time"] > 1e9
+
+
+FULL, OWN = Total(REJECTIONS, "server_at_capacity"), Total(REJECTIONS, "rate_limit_exceeded")
+BROKEN, WORKS = Total(ATTEMPTS, "http_5xx", "groq"), Total(ATTEMPTS, "ok", "groq")
+
+
+@pytest.mark.parametrize(
+    ("growth", "lag_max", "severity"),
+    [
+        ({FULL: ALL_REFUSED}, 0.0, "error"),
+        ({FULL: ALL_REFUSED - 1}, 0.0, "warning"),
+        ({FULL: 1000, Total(ANSWERED): 1}, 0.0, "warning"),
+        ({OWN: 1000}, 0.0, "warning"),
+        ({BROKEN: ALL_FAILED}, 0.0, "error"),
+        ({BROKEN: 1000, WORKS: 1}, 0.0, "warning"),
+        ({}, LAG_LIMIT + 0.001, "warning"),
+        ({}, SEVERE_LAG / 1000, "error"),
+    ],
+)
+def test_what_everybody_feels_is_an_error_and_what_some_feel_is_a_warning(
+    growth: dict[Total, float], lag_max: float, severity: str
+) -> None:
+    (incident,) = Detector().detect(100.0, interval(growth, lag_max=lag_max), {})
+
+    assert incident["severity"] == severity
+
+
+def test_what_went_well_in_the_quiet_time_counts_for_the_severity() -> None:
+    detector = Detector()
+    detector.detect(100.0, interval({FULL: 1}), {})
+    detector.detect(101.0, interval({FULL: 50}), {})
+    detector.detect(102.0, interval({Total(ANSWERED): 1}), {})
+
+    (incident,) = detector.detect(100.0 + QUIET, interval({FULL: 50}), {})
+
+    assert (incident["severity"], incident["text"]) == (
+        "warning",
+        "100 refused: server_at_capacity",
+    )
 
 
 def test_every_kind_that_is_gathered_has_a_text() -> None:

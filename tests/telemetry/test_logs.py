@@ -13,6 +13,7 @@ import pytest
 from aioserver.providers.simulator.exchange import Behaviour
 from aioserver.telemetry import logs
 from tests.support.chat import CHAT, chat, to_end
+from tests.support.keys import bearer, keys_of
 from tests.support.raw import Raw
 from tests.support.waiting import until
 
@@ -90,6 +91,20 @@ def test_an_error_that_repeats_is_written_once_and_counted(clock: FakeClock) -> 
     assert (lines[2]["suppressed"], lines[2]["request_id"]) == (6, "s")
 
 
+def test_an_error_that_is_thinned_out_at_its_source_is_written_each_time(clock: FakeClock) -> None:
+    stream = io.StringIO()
+    handler = logs.BackgroundHandler(stream, clock)
+    handler.setFormatter(logs.JsonFormatter("aioserver", ""))
+    for text in ("groq is silent", "other is silent"):
+        incident = record(logging.ERROR, text)
+        incident.__dict__["thinned"] = True
+        handler.emit(incident)
+    handler.close()
+
+    lines = [orjson.loads(line)["event"] for line in stream.getvalue().splitlines()]
+    assert lines == ["groq is silent", "other is silent"]
+
+
 async def finished(caplog: pytest.LogCaptureFixture, number: int) -> list[dict[str, Any]]:
     """The lines of *number* requests."""
 
@@ -158,6 +173,64 @@ async def test_how_a_request_ended_is_told(
     assert [line["outcome"] for line in lines] == ["cancelled", "client_left", "provider_error"]
     assert [line["status"] for line in lines] == [499, 499, 502]
     assert lines[2]["code"] == "provider_error"
+
+
+async def ask(server: RunningServer, face: str, name: str) -> None:
+    """One request of the caller `web`, which may be refused."""
+    if face == "websocket":
+        async with server.connect(headers=bearer("web")) as ws:
+            await ws.send_json(chat(name))
+            await to_end(ws)
+        return
+    url, body = {
+        "sse": (server.sse, {"request_id": name, "text": "Hello"}),
+        "openai": (f"{server.v1}/chat/completions", CHAT),
+    }[face]
+    async with server.session.post(url, json=body, headers=bearer("web")) as response:
+        await response.read()
+
+
+@pytest.mark.parametrize("face", ["websocket", "sse", "openai"])
+@pytest.mark.parametrize(
+    ("cause", "event", "code"),
+    [
+        ("the key's own limit", "request refused", "rate_limit_exceeded"),
+        ("no provider", "request finished", "circuit_open"),
+    ],
+)
+async def test_requests_that_are_refused_for_now_are_warnings_and_thinned_out(
+    make_server: MakeServer,
+    told: pytest.LogCaptureFixture,
+    clock: FakeClock,
+    face: str,
+    cause: str,
+    event: str,
+    code: str,
+) -> None:
+    told.set_level(logging.WARNING, "aioserver")
+    limits = {"requests_per_minute": 1} if cause == "the key's own limit" else {}
+    server = await make_server(**keys_of("web", **limits))
+    server.context.metrics.refusal_lines = logs.RateLimit(1, logs.SAME_ERROR, clock)
+    if limits:
+        await ask(server, face, "first")
+    else:
+        server.simulator.behaviour = Behaviour(fail_rate=1.0, fail_status=500)
+        for number in range(100):
+            await ask(server, face, f"failed{number}")
+            if server.context.metrics.rejections[code].value:
+                break
+
+    for number in range(4):
+        await ask(server, face, f"refused{number}")
+    refused = int(server.context.metrics.rejections[code].value)
+    clock.now += logs.SAME_ERROR
+    await ask(server, face, "last")
+
+    lines: list[Any] = [line for line in told.records if line.getMessage() == event]
+    assert [line.levelno for line in lines] == [logging.WARNING] * 2
+    assert [line.fields["code"] for line in lines] == [code] * 2
+    assert "suppressed" not in lines[0].fields
+    assert lines[1].fields["suppressed"] == refused - 1 >= 3
 
 
 async def test_no_line_has_what_was_said(
