@@ -1,4 +1,4 @@
-"""Imports point to the left, in one line of packages; those for the type checker count as well."""
+"""The layout: imports point to the left in one order of packages, and the tests mirror the package."""
 
 from __future__ import annotations
 
@@ -18,8 +18,12 @@ LINE = (
     " monitoring cluster faces server commands __main__"
 )
 ORDER = LINE.split()
-TO_COME = {"client", "cluster"}  # rooms that are kept free
-INSIDE_FUNCTIONS = {  # module: what it may import late, for start-up time or as an option
+# Packages that do not exist yet.
+TO_COME = {"client", "cluster"}
+# Folders of tests that are no package's: of pages, of deploy/ and docs/, of the whole server, and for all tests.
+OTHER_TESTS = {"browser", "deploy", "docs", "end_to_end", "support"}
+# Modules, and what they may import inside a function, for start-up time or as an option.
+INSIDE_FUNCTIONS = {
     "providers.registry": {"aioserver.providers.simulator.server"},
     "commands.serve": {"uvloop"},
     "commands.bench.command": {"aioserver.commands.bench.table"},
@@ -28,7 +32,7 @@ INSIDE_FUNCTIONS = {  # module: what it may import late, for start-up time or as
 
 
 def imports(node: ast.AST, late: bool = False) -> Iterator[tuple[str, bool]]:
-    """Every module that is imported, also for the type checker, and whether inside a function."""
+    """Yield each imported module, also those for the type checker, and whether inside a function."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.Import):
             for alias in child.names:
@@ -46,35 +50,40 @@ def imports(node: ast.AST, late: bool = False) -> Iterator[tuple[str, bool]]:
 
 
 def ours(tree: ast.AST) -> set[str]:
-    """The modules of this package that *tree* imports, without the package's name."""
-    found = {name for name, _late in imports(tree)}
-    return {name.removeprefix("aioserver.") for name in found if name.startswith("aioserver.")}
+    """The modules of aioserver that *tree* imports, without `aioserver.`."""
+    names = {name for name, _late in imports(tree)}
+    return {name.removeprefix("aioserver.") for name in names if name.startswith("aioserver.")}
 
 
-def room(name: str) -> str:
-    return name.partition(".")[0]
+def package_of(module: str) -> str:
+    return module.partition(".")[0]
 
 
 def test_order_names_every_package_once() -> None:
-    rooms = {room(name) for name in TREES if name}
+    packages = {package_of(name) for name in TREES if name}
 
     assert len(set(ORDER)) == len(ORDER)
-    assert rooms | TO_COME == set(ORDER)
+    assert packages | TO_COME == set(ORDER)
 
 
 @pytest.mark.parametrize("module", TREES)
 def test_module_imports_only_packages_on_its_left(module: str) -> None:
+    place = ORDER.index(package_of(module)) if module else -1
     for imported in ours(TREES[module]):
-        if room(imported) != room(module):
-            assert ORDER.index(room(imported)) < ORDER.index(room(module)), imported
+        if package_of(imported) != package_of(module):
+            assert ORDER.index(package_of(imported)) < place, imported
 
 
-@pytest.mark.parametrize("name", ORDER)
-def test_package_has_no_circle(name: str) -> None:
-    graph = {one: ours(TREES[one]) & TREES.keys() for one in TREES if room(one) == name}
-    while ends := [one for one, wanted in graph.items() if not wanted & graph.keys()]:
-        for one in ends:
-            del graph[one]
+@pytest.mark.parametrize("package", ORDER)
+def test_package_has_no_circle(package: str) -> None:
+    graph = {
+        module: ours(TREES[module]) & TREES.keys()
+        for module in TREES
+        if package_of(module) == package
+    }
+    while ends := [module for module, wanted in graph.items() if not wanted & graph.keys()]:
+        for module in ends:
+            del graph[module]
 
     assert not graph
 
@@ -83,11 +92,9 @@ def test_package_has_no_circle(name: str) -> None:
 def test_only_what_is_optional_or_slow_is_imported_inside_a_function(module: str) -> None:
     allowed = INSIDE_FUNCTIONS.get(module, set())
 
-    found = {imported for imported, late in imports(MODULES[module]) if late}
+    late_imports = {imported for imported, late in imports(MODULES[module]) if late}
 
-    assert not {
-        one for one in found if one not in allowed and one.rpartition(".")[0] + ".*" not in allowed
-    }
+    assert late_imports <= allowed
 
 
 @pytest.mark.parametrize("package", sorted(PACKAGES - {"config"}))
@@ -101,6 +108,12 @@ def test_package_opens_with_its_glossary(package: str) -> None:
 
     assert text is not None
     assert text.count("\n") >= 3 or not package
+
+
+def test_every_folder_of_tests_is_of_a_package_or_known() -> None:
+    folders = {path.parent.name for path in TESTS.glob("*/*.py")}
+
+    assert folders <= {*ORDER, *OTHER_TESTS}
 
 
 def test_no_test_module_is_imported() -> None:

@@ -1,8 +1,8 @@
 """Authentication and access: which requests are let in, and as whose.
 
 A *client* is whoever is connected. The *caller* is the key that its request came with; without keys all
-clients are one caller. What a caller waits for at a provider, it waits for in its *flow*, and within
-that in a *subflow* for each user that its requests name.
+clients are one caller. At a provider the requests of a caller wait in its *flow*, and within that in a
+*subflow* for each user that they name.
 
 A request arrives under a *host*, the name by which the client has called us, and from an *address*,
 which a trusted *proxy* in front may tell. A request of a web page has an *origin*, the page's own

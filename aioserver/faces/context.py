@@ -43,10 +43,11 @@ class CurrentSettings:
 
 
 class Lifecycle:
-    """*ready*: whether the server takes work: not before it has started, nor once it stops.
+    """Whether the server takes work, and whether it stops.
 
-    *stopping*: set when open connections have to end. It is set later than *ready* becomes false: a
-    load balancer has `drain_delay` seconds in between to send its clients elsewhere.
+    *ready* is false until the server has started, and again from the moment when it begins to stop.
+    *stopping* is set `drain_delay` seconds later, which a load balancer has to send its clients
+    elsewhere; open connections end then.
     """
 
     def __init__(self) -> None:
@@ -55,7 +56,10 @@ class Lifecycle:
 
 
 class OpenSocket(Protocol):
-    """An open WebSocket, as a reload and the end of the server see it."""
+    """An open WebSocket, as a reload and the end of the server see it.
+
+    *caller* is replaced by a reload that changes the limits of its key.
+    """
 
     caller: Caller
 
@@ -68,7 +72,10 @@ class OpenSocket(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Context:
-    """Filled once, when the server starts."""
+    """The objects that a face may use.
+
+    Always: it is filled once, when the server starts, and never changes.
+    """
 
     settings: CurrentSettings
     lifecycle: Lifecycle

@@ -179,7 +179,7 @@ async def follow_stream(
         if stream.ended and not stream.answered:
             raise stream.error or StreamNotFound("this answer was cancelled")
         response = _streamed_response(request, stream)
-        await follow(context, request, response, stream, after, RAW, begun=opening.leave)
+        await follow(context, request, response, stream, after, RAW, on_follow=opening.leave)
         return response
     finally:
         opening.leave()

@@ -22,7 +22,7 @@ from aioserver.faces import http
 from aioserver.faces.admission import counted
 from aioserver.faces.streaming import follow
 from aioserver.protocol import eventstream, messages
-from aioserver.streams.formats import EVENTS
+from aioserver.streams.formats import EVENTS, RETRY
 
 if TYPE_CHECKING:
     from aiohttp.abc import AbstractStreamWriter
@@ -31,9 +31,6 @@ if TYPE_CHECKING:
     from aioserver.faces.context import Context
     from aioserver.protocol.messages import Chat
     from aioserver.streams.stream import Stream
-
-# The milliseconds after which an EventSource comes back.
-RETRY = b"retry: 2000\n\n"
 
 
 def routes(context: Context) -> list[web.RouteDef]:
@@ -75,11 +72,16 @@ class Events(EventSourceResponse):
 
 @dataclass(slots=True)
 class Question:
-    """A POST, read and found valid. *detached*: 202 now, the events by GET."""
+    """A POST, read and found valid.
+
+    *detached*: 202 now, the events by GET. *after*: the last event that the client has seen; above 0
+    it comes back for the rest of an answer that is known.
+    """
 
     caller: Caller
     chat: Chat
     detached: bool
+    after: int
 
 
 async def prepare(context: Context, request: web.Request, hold: BodyHold) -> Question:
@@ -91,14 +93,28 @@ async def prepare(context: Context, request: web.Request, hold: BodyHold) -> Que
     request_id = messages.identifier(fields.pop("request_id", None))
     preferences = request.headers.get("Prefer", "").split(",")
     detached = any(value.strip().lower() == "respond-async" for value in preferences)
-    return Question(request[CALLER], messages.chat(request_id, fields), detached)
+    question = Question(
+        request[CALLER], messages.chat(request_id, fields), detached, _last_seen(request)
+    )
+    if question.after:
+        with context.metrics.resuming():
+            # A gap is reported before a place is taken.
+            _known(context, question).locate(question.after)
+    return question
 
 
 async def start(context: Context, request: web.Request, question: Question) -> web.StreamResponse:
-    """Answer a POST: with the events, or with where they are."""
-    stream = context.gateway.ask(question.caller, question.chat, face="sse")
+    """Answer a POST: with the events, or with where they are.
+
+    A client that has seen some of the events gets the rest, exactly as by GET: libraries that can
+    send a body repeat their POST when they reconnect.
+    """
+    if question.after:
+        stream = _known(context, question)
+    else:
+        stream = context.gateway.ask(question.caller, question.chat, face="sse")
     if not question.detached:
-        return await _follow(context, request, stream, 0)
+        return await resume(context, request, (stream, question.after))
     if not stream.readers:
         context.gateway.lifetime.detach(stream)
     endpoint = context.settings.chat.sse.endpoint
@@ -109,13 +125,23 @@ async def start(context: Context, request: web.Request, question: Question) -> w
     )
 
 
+def _last_seen(request: web.Request) -> int:
+    """Return the number of the last event that the client has seen, 0 for none."""
+    number = request.headers.get("Last-Event-ID") or request.query.get("last_event_id") or "0"
+    return messages.event_number(number)
+
+
+def _known(context: Context, question: Question) -> Stream:
+    chat = question.chat
+    return context.gateway.find(question.caller, chat.request_id, chat.digest())
+
+
 async def prepare_resume(
     context: Context, request: web.Request, _hold: BodyHold
 ) -> tuple[Stream, int]:
     """Prepare a GET: find the stream, and the event behind which it is to be followed."""
     name = messages.identifier(request.match_info["request_id"])
-    last_seen = request.headers.get("Last-Event-ID") or request.query.get("last_event_id") or "0"
-    after = messages.event_number(last_seen)
+    after = _last_seen(request)
     with context.metrics.resuming():
         stream = context.gateway.find(request[CALLER], name)
         # A gap is reported before a place is taken.
@@ -172,7 +198,7 @@ async def listing(context: Context, request: web.Request) -> web.Response:
             "first_event_id": stream.first,
             "readers": len(stream.readers),
         }
-        for stream in context.gateway.of(caller)
+        for stream in context.gateway.streams_of(caller)
         if _same_flow(stream, caller)
     ]
     return web.json_response({"streams": own})
@@ -193,7 +219,7 @@ async def cancel(context: Context, request: web.Request) -> web.Response:
 async def _follow(
     context: Context, request: web.Request, stream: Stream, after: int
 ) -> web.StreamResponse:
-    def queued(position: int, eta: float) -> bytes:
+    def render_position(position: int, eta: float) -> bytes:
         chunk = {"position": position, "eta": round(eta, 1)}
         return eventstream.write(
             messages.loose_frame(stream.request_id, "queued", chunk), event="queued"
@@ -201,7 +227,15 @@ async def _follow(
 
     response = Events(request)
     try:
-        await follow(context, request, response, stream, after, EVENTS, first=RETRY, queued=queued)
+        await follow(
+            context,
+            request,
+            response,
+            stream,
+            after,
+            EVENTS,
+            render_position=render_position,
+        )
     finally:
         # Nothing may have been followed at all, if the client left before.
         if not stream.readers:

@@ -12,9 +12,10 @@ from aiohttp.http import HttpVersion11
 from aioserver import __version__
 from aioserver.auth.callers import CALLER
 from aioserver.errors import Denied, InvalidRequest, ServerAtCapacity
-from aioserver.faces.sse import RETRY, Events
+from aioserver.faces.sse import Events
 from aioserver.monitoring import prometheus
 from aioserver.protocol import eventstream
+from aioserver.streams.formats import RETRY
 from aioserver.streams.writer import Writer
 
 if TYPE_CHECKING:
@@ -121,6 +122,7 @@ async def events(context: Context, request: web.Request) -> web.StreamResponse:
         chunked=request.version >= HttpVersion11,
     )
     try:
+        # It stands in the block of the first event, which `watch` sends.
         writer.send(RETRY)
         monitor.watch(writer, every)
         with quota.held(admin=True):

@@ -36,14 +36,14 @@ async def follow(
     after: int,
     look: Format,
     *,
-    first: bytes = b"",
-    queued: Callable[[int, float], bytes] | None = None,
-    begun: Callable[[], None] = lambda: None,
+    render_position: Callable[[int, float], bytes] | None = None,
+    on_follow: Callable[[], None] = lambda: None,
 ) -> None:
-    """Send the head of *response*, *first*, and the events of *stream* behind *after* to its end.
+    """Send the head of *response* and the events of *stream* behind *after* to its end.
 
-    *look* is the format of the events, *queued* renders a position in a provider's queue. *begun* is
-    called once the stream has this reader.
+    *look* is the format of the events. *render_position* renders the position in a provider's queue,
+    and the seconds until the request is expected to start there. *on_follow* is called once the stream
+    has this reader.
 
     However it ends, its writer follows nothing afterwards: an event that is appended later would land
     inside the next response on this connection.
@@ -85,10 +85,8 @@ async def follow(
 
     heartbeat = Heartbeat(writer, chat.websocket.ping_interval)
     try:
-        if first:
-            writer.send(first)
-        writer.follow(stream, after, look, render_position=queued, on_end=finished)
-        begun()
+        writer.follow(stream, after, look, render_position=render_position, on_end=finished)
+        on_follow()
         gateway.lifetime.reader_added(stream)
         context.wheel.add(heartbeat, chat.websocket.ping_interval)
         writer.pump()

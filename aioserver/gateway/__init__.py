@@ -1,1 +1,18 @@
-"""."""
+"""The gateway: from a client's question to an answer, by whichever provider gives it.
+
+A face makes a *request* of what the client asks: a chat, or a body that is passed on. The *router*
+finds its *route*: the provider to ask first, and the model. A request that names a provider is
+*pinned* to it.
+
+A chat becomes a *prompt*: the messages that a provider gets. Those before the question are the history
+of its *conversation*, to which the question and its answer are appended.
+
+A new answer has a *stream*, its log, and a *producer*: the task that fills the log, whether or not a
+client reads it. A request whose id is known gets the stream that is there already. Without streaming,
+and if nobody can come back for the answer, there is neither of the two: the handler's task waits for it.
+
+The producer has the router make attempts at the provider. After a fault that allows it, the same provider
+is asked again after a *pause* (a *retry*), or the next of the *fallbacks* is asked (a *failover*). Once
+an event is in the log neither happens: the client would read two answers. However the producer ends,
+its log then gets its last event, and its request a line in the request log.
+"""

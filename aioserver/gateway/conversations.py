@@ -1,10 +1,10 @@
-"""The turns of a conversation, in memory and bounded.
+"""The histories of conversations, in memory and bounded.
 
-A turn is the client's text and the model's; it is kept when the answer is complete, or with the
-text so far when it was cancelled; a failed one leaves nothing. What is kept is bounded by
-`chat.service.repository.persistence`, what is sent to the provider by `chat.service.context`;
-tokens are estimated as `ceil(utf8_bytes / 4)`. The number of conversations is bounded too: the one
-that was used longest ago goes.
+A history consists of messages: a client's question, the model's answer, and so on. A question and
+its answer are kept when the answer is complete, or with the text so far if it was cancelled; a failed
+answer leaves nothing. `chat.service.repository.persistence` bounds what is kept, and
+`chat.service.context` what is sent to the provider; tokens are estimated as `ceil(utf8_bytes / 4)`. The
+number of conversations is bounded too: the least recently used one is forgotten first.
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ if TYPE_CHECKING:
     from aioserver.config.settings import Context, Persistence
 
 MAX_CONVERSATIONS = 10_000
-MAX_KEPT_TOKENS = 1 << 26  # of all conversations together, 256 MiB of text
-MAX_UNLIMITED_BYTES = 1 << 20  # of one conversation, where the policy names no bound
+# Tokens of all conversations together: 256 MiB of text.
+MAX_KEPT_TOKENS = 1 << 26
+# Bytes of one conversation, if the retention policy sets no bound.
+MAX_UNLIMITED_BYTES = 1 << 20
 SECONDS_PER_DAY = 86_400
 
 
 @dataclass(slots=True)
-class _Turn:
-    at: float
+class _Message:
+    kept_at: float
     role: str
     text: str
     tokens: int
@@ -36,13 +38,14 @@ class _Turn:
 @dataclass(slots=True)
 class _Conversation:
     tokens: int = 0
-    turns: list[_Turn] = field(default_factory=list)
+    messages: list[_Message] = field(default_factory=list)
 
 
 class Conversations:
     """Histories, by caller and conversation id.
 
-    Always: all of them have `MAX_KEPT_TOKENS` at most; a history alternates between `user` and `assistant`, the oldest turn being `user`.
+    Always: all histories together have at most `MAX_KEPT_TOKENS`; a history alternates between `user`
+    and `assistant`, and begins with `user`.
     """
 
     def __init__(
@@ -55,81 +58,88 @@ class Conversations:
         self._context = context
         self._persistence = persistence
         self._clock = clock
-        self._tokens = 0  # of all
+        # The tokens of all histories.
+        self._tokens = 0
+        # The least recently used conversation comes first.
         self._kept: OrderedDict[tuple[Hashable, str], _Conversation] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._kept)
 
     def apply(self, context: Context, persistence: Persistence) -> None:
-        """Use new bounds; a history that is longer is cut with its next turn."""
+        """Use new bounds; a history beyond them is cut when its next answer is kept."""
         self._context, self._persistence = context, persistence
 
     def history(self, caller: Hashable, conversation_id: str, text: str) -> list[dict[str, Any]]:
-        """The messages to send: what fits of the history, then *text*. A snapshot."""
+        """Return a snapshot of the messages to send: what fits of the history, then *text*."""
         key = (caller, conversation_id)
         conversation = self._kept.get(key)
         if conversation is not None:
             self._kept.move_to_end(key)
-        turns = [] if conversation is None else self._alive(conversation)
-        room = self._context.max_tokens - self._context.reserve_tokens - tokens(text)
-        first = len(turns)
+        kept = [] if conversation is None else self._retained(conversation)
+        room = self._context.max_tokens - self._context.reserve_tokens - estimated_tokens(text)
+        first = len(kept)
         while first and (
-            len(turns) - first < self._context.preserve_recent or room >= turns[first - 1].tokens
+            len(kept) - first < self._context.preserve_recent or room >= kept[first - 1].tokens
         ):
             first -= 1
-            room -= turns[first].tokens
-        while first < len(turns) and turns[first].role != "user":
-            first += 1  # an answer without its question would confuse the model
-        messages = [{"role": turn.role, "content": turn.text} for turn in turns[first:]]
+            room -= kept[first].tokens
+        while first < len(kept) and kept[first].role != "user":
+            # An answer without its question would confuse the model.
+            first += 1
+        messages = [{"role": message.role, "content": message.text} for message in kept[first:]]
         return [*messages, {"role": "user", "content": text}]
 
     def keep(self, caller: Hashable, conversation_id: str, question: str, answer: str) -> None:
-        """Put a turn behind the history."""
+        """Append a question and its answer to the history."""
         key = (caller, conversation_id)
         conversation = self._kept.setdefault(key, _Conversation())
         self._kept.move_to_end(key)
         now = self._clock()
         for role, text in (("user", question), ("assistant", answer)):
-            conversation.turns.append(_Turn(now, role, text, tokens(text)))
-        self._bound(conversation)
-        now_tokens = sum(map(_tokens, conversation.turns))
-        self._tokens += now_tokens - conversation.tokens
-        conversation.tokens = now_tokens
+            conversation.messages.append(_Message(now, role, text, estimated_tokens(text)))
+        self._trim(conversation)
+        tokens = sum(map(_tokens, conversation.messages))
+        self._tokens += tokens - conversation.tokens
+        conversation.tokens = tokens
         while len(self._kept) > MAX_CONVERSATIONS or self._tokens > MAX_KEPT_TOKENS:
             self._tokens -= self._kept.popitem(last=False)[1].tokens
 
-    def _alive(self, conversation: _Conversation) -> list[_Turn]:
+    def _retained(self, conversation: _Conversation) -> list[_Message]:
+        """Return the messages of *conversation*, without those that are older than `retention_days`."""
         if self._persistence.retention_policy == "time_based":
             oldest = self._clock() - self._persistence.retention_days * SECONDS_PER_DAY
-            conversation.turns = [turn for turn in conversation.turns if turn.at >= oldest]
-        return conversation.turns
+            conversation.messages = [
+                message for message in conversation.messages if message.kept_at >= oldest
+            ]
+        return conversation.messages
 
-    def _bound(self, conversation: _Conversation) -> None:
-        turns = self._alive(conversation)
-        weigh: Callable[[_Turn], int]
+    def _trim(self, conversation: _Conversation) -> None:
+        """Drop the oldest pairs of messages beyond the bound; the newest pair always stays."""
+        messages = self._retained(conversation)
+        weigh: Callable[[_Message], int]
         limit: float
         match self._persistence.retention_policy:
             case "message_count":
-                weigh, limit = _one, self._persistence.max_messages_per_conversation
+                weigh, limit = _count, self._persistence.max_messages_per_conversation
             case "token_limit":
                 weigh, limit = _tokens, self._persistence.max_tokens_per_conversation
             case _:
                 weigh, limit = _tokens, MAX_UNLIMITED_BYTES / 4
-        weight = sum(map(weigh, turns))
-        while len(turns) > 2 and weight > limit:
-            weight -= weigh(turns[0]) + weigh(turns[1])
-            del turns[:2]
+        weight = sum(map(weigh, messages))
+        while len(messages) > 2 and weight > limit:
+            weight -= weigh(messages[0]) + weigh(messages[1])
+            del messages[:2]
 
 
-def tokens(text: str) -> int:
-    """An estimate: a token has about four bytes."""
+def estimated_tokens(text: str) -> int:
+    """Return the estimate that a token has four bytes of UTF-8."""
     return (len(text.encode()) + 3) // 4
 
 
-def _one(_turn: _Turn) -> int:
+def _count(_message: _Message) -> int:
     return 1
 
 
-def _tokens(turn: _Turn) -> int:
-    return turn.tokens
+def _tokens(message: _Message) -> int:
+    return message.tokens

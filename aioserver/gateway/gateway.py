@@ -4,10 +4,9 @@
     relay    a streamed request whose events are passed on as they come → its stream
     call     a request that is not streamed → the answer
 
-A new stream gets one producer task, owned here, whatever becomes of the client. Its end is made by
-the task's done callback, so that no way of ending leaves readers waiting for ever.
-
-What becomes of it when nobody reads it is told in lifetime.py.
+A new stream gets one producer task, which is owned here and goes on whatever the client does. The
+task's done callback ends the log, so that no way of ending leaves readers waiting for ever.
+streams/lifetime.py decides how long an answer lives that nobody reads.
 """
 
 from __future__ import annotations
@@ -52,9 +51,9 @@ logger = logging.getLogger("aioserver.gateway")
 
 
 class Gateway:
-    """Owns the producers.
+    """Answers requests, and owns the producers.
 
-    Always: each running stream has one producer task, or none any more and its end in the log.
+    Always: a stream has one producer task, or the last event in its log.
     """
 
     def __init__(
@@ -73,13 +72,14 @@ class Gateway:
         self._loop = asyncio.get_running_loop()
         self._producers: dict[asyncio.Task[None], Stream] = {}
         self._tasks: dict[Stream, asyncio.Task[None]] = {}
-        self._calls: set[asyncio.Task[Any]] = set()  # of handlers whose answer no log keeps
+        # The tasks of handlers that wait for an answer without a log.
+        self._calls: set[asyncio.Task[Any]] = set()
         self._stopping = False
-        self.lifetime = Lifetime(streams, bounds, self._stop)
+        self.lifetime = Lifetime(streams, bounds, self._cancel_producer)
         self.apply(service, bounds)
 
     def apply(self, service: settings.Service, bounds: settings.Streams) -> None:
-        """Answer by these settings from now on, at the providers that the router has now."""
+        """Use these settings from now on, and the providers that the router has now."""
         self._bounds = bounds
         self._prompts.apply(service, bounds)
         self.lifetime.apply(bounds)
@@ -87,17 +87,18 @@ class Gateway:
             provider.on_wait = self.lifetime.make_room
 
     def ask(self, caller: Caller, chat: Chat, scope: str | None = None, *, face: str) -> Stream:
-        """Return the stream that answers *chat*: the one of its request id, or a new one.
+        """Return the stream that answers *chat*: that of its request id, or a new one.
 
-        *scope* names the conversation where the chat names none. A new stream that gets no reader
-        before its window is over is cancelled.
+        *scope* is the conversation if the chat names none. A new stream is cancelled if it gets no
+        reader before its window is over.
 
         Raises:
             RequestConflict: the request id is known with another payload.
             InvalidRequest: the chat is nested too deeply to be passed on.
             ModelNotFound, NoProvider: no provider can be asked.
             ConcurrencyExceeded, RateLimitExceeded: the key has reached a limit of its own.
-            ServerAtCapacity, ServerShutdown: there is no room for another answer.
+            ServerAtCapacity: there is no room for another answer.
+            ServerShutdown: the server is stopping.
         """
         key, digest = chat.request_id, chat.digest()
         if (known := self._known(caller, key, digest)) is not None:
@@ -107,40 +108,42 @@ class Gateway:
         request = Request(route, prompt.request, face, key, key, digest)
         stream = self._open(request)
         stream.details.conversation_id = prompt.conversation_id
-        self._start(stream, self._converse(request, stream, prompt))
+        self._start_producer(stream, self._produce_chat(request, stream, prompt))
         return stream
 
     def relay(self, request: Request) -> Stream:
-        """Return the stream that answers a streamed *request*: the one of its key, or a new one.
+        """Return the stream that answers a streamed *request*: that of its key, or a new one.
 
         Raises:
-            As `ask`.
+            AioserverError: as `ask`.
         """
-        if (known := self._attached(request)) is not None:
+        if (known := self._existing(request)) is not None:
             return known
         stream = self._open(request)
-        self._start(stream, self._router.fill(request, stream))
+        self._start_producer(stream, self._router.fill(request, stream))
         return stream
 
     async def call(self, request: Request) -> Answer:
         """Return the answer to a *request* that is not streamed.
 
-        Cancelling ends it, unless it is `resumable`: then a stream keeps the answer, as for `relay`.
+        Cancelling ends the request, unless it is `resumable`: then a stream keeps the answer, as for
+        `relay`.
 
         Raises:
             ProviderFault: no provider answered.
-            As `ask`.
+            StreamNotFound: the answer was cancelled meanwhile, by another request of the caller.
+            AioserverError: as `ask`.
         """
-        self._check()
+        self._check_running()
         if not request.resumable:
             if request.caller.quota is None:
                 return await self._call_alone(request)
             with request.caller.quota.used():
                 return await self._call_alone(request)
-        stream = self._attached(request)
+        stream = self._existing(request)
         if stream is None:
             stream = self._open(request)
-            self._start(stream, self._keep_whole(request, stream))
+            self._start_producer(stream, self._produce_whole(request, stream))
         reader = ConditionReader(stream, _ended)
         self.lifetime.reader_added(stream)
         try:
@@ -152,23 +155,26 @@ class Gateway:
             return stream.details.whole
         raise stream.error or StreamNotFound("this answer was cancelled")
 
-    def find(self, caller: Caller, request_id: str) -> Stream:
-        """The caller's stream of that name.
+    def find(self, caller: Caller, request_id: str, digest: bytes | None = None) -> Stream:
+        """Return the caller's stream of that id; with a *digest*, only that of the same request.
 
         Raises:
-            StreamNotFound: never seen, expired, or another caller's.
+            StreamNotFound: there was never such a stream, it is no longer kept, or it is another caller's.
+            RequestConflict: the id is known with another payload.
         """
         stream = self._streams.find(caller, request_id)
         if stream is None:
-            raise StreamNotFound("no such stream: never seen, or kept no longer")
+            raise StreamNotFound("no such stream: it never existed, or is no longer kept")
+        if digest is not None and stream.attachment.digest != digest:
+            raise RequestConflict("this request id is known, with another payload")
         return stream
 
-    def of(self, caller: Caller) -> Iterator[Stream]:
-        """The caller's own streams that are kept."""
+    def streams_of(self, caller: Caller) -> Iterator[Stream]:
+        """Return the caller's own streams that are kept."""
         return self._streams.owned_by(caller)
 
     def cancel(self, caller: Caller, request_id: str) -> Stream:
-        """End a stream for everybody who reads it; one that has ended stays as it is.
+        """Cancel a stream for all its readers, and return it; a stream that has ended stays as it is.
 
         Raises:
             StreamNotFound: as `find`.
@@ -178,22 +184,23 @@ class Gateway:
         return stream
 
     async def revoke(self, callers: Collection[str]) -> None:
-        """End every answer of these callers with `invalid_api_key`: their keys are gone."""
-        ending = []
+        """End every answer of these callers with `invalid_api_key`, since their keys are gone."""
+        cancelled = []
         for task, stream in self._producers.items():
             owner: Any = stream.caller
             if owner.name in callers:
                 stream.attachment.cancel_reason = InvalidApiKey(REVOKED)
                 task.cancel()
-                ending.append(task)
-        await asyncio.gather(*ending, return_exceptions=True)
-        await asyncio.sleep(0)  # their callbacks have run then, as in `close`
+                cancelled.append(task)
+        await asyncio.gather(*cancelled, return_exceptions=True)
+        # One turn of the loop, in which their done callbacks run.
+        await asyncio.sleep(0)
 
     def drain(self) -> None:
-        """Take no new question, send away who waits for a provider, end what nobody reads."""
+        """Refuse new requests and those that wait for a provider, and end streams without a reader."""
         self._stopping = True
         for provider in self._router.providers.values():
-            provider.refuse(stopping)
+            provider.refuse(shutdown_error)
         self.lifetime.drain()
 
     async def close(self) -> None:
@@ -201,45 +208,48 @@ class Gateway:
         self._stopping = True
         tasks = list(self._producers)
         for task in tasks:
-            self._producers[task].attachment.cancel_reason = stopping()
+            self._producers[task].attachment.cancel_reason = shutdown_error()
             task.cancel()
         calls, self._calls = self._calls, set()
         for call in calls:
-            call.cancel()  # `_call_alone` says why
+            # `_call_alone` raises `ServerShutdown` for this cancellation.
+            call.cancel()
         if tasks:
             await asyncio.wait(tasks)
-            await asyncio.sleep(0)  # their callbacks have run then
+            # One turn of the loop, in which their done callbacks run.
+            await asyncio.sleep(0)
         self.lifetime.close()
 
-    def _check(self) -> None:
+    def _check_running(self) -> None:
         if self._stopping:
-            raise stopping()
+            raise shutdown_error()
 
-    def _attached(self, request: Request) -> Stream | None:
-        """Return the stream of that key, where the request has one."""
+    def _existing(self, request: Request) -> Stream | None:
+        """Return the stream of the request's key; None if it has no key, or is new."""
         if request.key is None:
-            self._check()
+            self._check_running()
             return None
         return self._known(request.caller, request.key, request.digest)
 
     def _known(self, caller: Caller, key: str, digest: bytes) -> Stream | None:
-        self._check()
+        self._check_running()
         stream = self._streams.find(caller, key)
         if stream is None:
             return None
         if stream.attachment.digest != digest:
-            raise RequestConflict("this request id is known, with another payload")
+            raise RequestConflict("this request id is already known, with another payload")
         if stream.end_status == ERROR and not stream.sent and not stream.readers:
-            self._streams.drop(stream)  # nothing was asked of a provider: asking again is free
+            # No provider has got the request, so a new try costs nothing.
+            self._streams.drop(stream)
             return None
         return stream
 
     def _open(self, request: Request) -> Stream:
-        """Open the log of a new answer, counted for its caller until `_settle`.
+        """Open the log of a new answer, which counts for its caller's quota until `_settle`.
 
-        One that nobody can come back to is private, and its window is 0: see store.py.
+        A log that nobody can come back to is private, and its window is 0: see streams/store.py.
         """
-        self._check()
+        self._check_running()
         caller, resumable = request.caller, request.resumable
         name = request.name
         if resumable:
@@ -270,11 +280,12 @@ class Gateway:
         try:
             answer = await self._router.call(request)
         except asyncio.CancelledError:
-            if task not in self._calls and not task.uncancel():  # by `close`, and by nobody else
-                shutdown = stopping()
+            if task not in self._calls and not task.uncancel():
+                # It was `close` that has cancelled this task, and nothing else has.
+                shutdown = shutdown_error()
                 self._request_log.finish(record, shutdown)
                 raise shutdown from None
-            record.left = True
+            record.abandoned = True
             self._request_log.finish(record, None, cancelled=True)
             raise
         except Exception as exc:
@@ -286,14 +297,14 @@ class Gateway:
         self._request_log.finish(record, None)
         return answer
 
-    def _start(self, stream: Stream, producing: Coroutine[Any, Any, None]) -> None:
-        task = self._loop.create_task(producing)
+    def _start_producer(self, stream: Stream, producer: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(producer)
         self._producers[task] = stream
         self._tasks[stream] = task
         task.add_done_callback(self._settle)
 
-    async def _converse(self, request: Request, stream: Stream, prompt: Prompt) -> None:
-        """Produce the answer to a chat, and keep the turn in its conversation."""
+    async def _produce_chat(self, request: Request, stream: Stream, prompt: Prompt) -> None:
+        """Produce the answer to a chat, and keep both in its conversation."""
         try:
             await self._router.fill(request, stream)
         except asyncio.CancelledError:
@@ -304,21 +315,22 @@ class Gateway:
         if stream.end_status == COMPLETE:
             prompt.keep()
 
-    async def _keep_whole(self, request: Request, stream: Stream) -> None:
-        """Produce a whole answer, and keep it in *stream*."""
+    async def _produce_whole(self, request: Request, stream: Stream) -> None:
+        """Produce an answer that is not streamed, and keep it in *stream*."""
         answer = await self._router.call(request, stream)
         stream.details.whole = answer
         stream.details.usage = answer.usage
         if len(answer.body) > self._bounds.max_stream_bytes:
-            stream.count_extra_bytes(len(answer.body))  # the entry goes, this stays
+            # The log drops the entry, which is too large for it, but `whole` stays.
+            stream.count_extra_bytes(len(answer.body))
         stream.details.provider = answer.provider
-        if request.stored and (name := final_response(answer.body)) is not None:
-            stream.add_alias(name)
+        if request.stored and (response_id := final_response(answer.body)) is not None:
+            stream.add_alias(response_id)
         stream.append(CHUNK, data=answer.body)
         stream.end(COMPLETE, {"metadata": {"provider": answer.provider}})
 
     def _settle(self, task: asyncio.Task[None]) -> None:
-        """End the log.
+        """End the log whose producer *task* is done, and the record of its request.
 
         A callback and not a `finally`: a task cancelled before its first step never enters its
         `try`, and its readers would wait for ever.
@@ -341,25 +353,25 @@ class Gateway:
         if fault is not None and not isinstance(fault, AioserverError):
             logger.error("bug in an answer", exc_info=fault)
             self._request_log.metrics.bugs.value += 1
-        if stream.error is not None:  # else its frames keep the question for the whole window
+        if stream.error is not None:
+            # Otherwise the frames of its traceback keep the question for the whole window.
             stream.error.__traceback__ = stream.error.__cause__ = stream.error.__context__ = None
         record = stream.record
-        record.first, record.events, record.usage = (
-            stream.answered_at,
-            stream.last - 2 if stream.answered_at else 0,
-            stream.details.usage,
-        )
-        record.left = stream.attachment.abandoned
+        record.first = stream.answered_at
+        # Without the two events that open and end the stream.
+        record.events = stream.last - 2 if stream.answered_at else 0
+        record.usage = stream.details.usage
+        record.abandoned = stream.attachment.abandoned
         self._request_log.finish(record, stream.error, cancelled=stream.end_status == CANCELLED)
 
-    def _stop(self, stream: Stream) -> None:
+    def _cancel_producer(self, stream: Stream) -> None:
         task = self._tasks.get(stream)
         if task is not None and not stream.ended:
             task.cancel()
 
 
-def stopping() -> ServerShutdown:
-    """What is told to who cannot be served any more: to each an error of its own."""
+def shutdown_error() -> ServerShutdown:
+    """Return a new error for a request that cannot be served any more."""
     return ServerShutdown("the server is stopping", retry_after=5.0)
 
 
@@ -368,7 +380,7 @@ def _ended(stream: Stream) -> bool:
 
 
 def _begin_record(request: Request) -> RequestRecord:
-    """Begin the record of *request*, which is understood and goes to its first provider now."""
+    """Begin and return the record of *request*, which goes to its first provider now."""
     record, route = request.provider_request.record, request.route
     provider = route.provider
     model = route.model or provider.settings.model

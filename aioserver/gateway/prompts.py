@@ -1,7 +1,8 @@
-"""A chat of the WebSocket and SSE faces as a request to a provider, with its conversation.
+"""Prompts: chats of the WebSocket and SSE faces as requests to a provider.
 
-The turns of the conversation so far go in front of a `text`; the answer is kept behind it, as far as it
-came, unless it failed. A chat with `messages` brings its own history and leaves none.
+A chat with a `text` belongs to a conversation: the history so far is sent before the text, and the
+text and its answer are appended to it, as far as the answer came, unless it failed. A chat with
+`messages` brings its own history, and none is kept.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ if TYPE_CHECKING:
 
 
 class Prompt:
-    """One chat, ready to be sent. *conversation_id* is None where it belongs to no conversation."""
+    """One chat, ready to be sent. *conversation_id* is None if it belongs to no conversation.
+
+    Always: *reading* is that of *request*, and so has the text that came so far.
+    """
 
     __slots__ = ("_conversations", "_text", "conversation_id", "reading", "request")
 
@@ -43,14 +47,14 @@ class Prompt:
         self.conversation_id = conversation_id
 
     def keep(self) -> None:
-        """Keep the turn: the client's text, and what was answered so far."""
+        """Append the client's text, and the answer so far, to the conversation, if there is one."""
         if self.conversation_id is not None and self._text is not None:
             answer = "".join(self.reading.text)
             self._conversations.keep(self.request.caller, self.conversation_id, self._text, answer)
 
 
 class Prompts:
-    """Makes prompts of chats, by the settings that hold now."""
+    """Makes prompts of chats, by the settings that were applied last."""
 
     def __init__(
         self, conversations: Conversations, service: settings.Service, bounds: settings.Streams
@@ -59,11 +63,14 @@ class Prompts:
         self.apply(service, bounds)
 
     def apply(self, service: settings.Service, bounds: settings.Streams) -> None:
-        """Use these settings from now on."""
+        """Use these settings from now on; prompts that were made stay as they are."""
         self._service, self._bounds = service, bounds
 
     def make(self, caller: Caller, chat: Chat, scope: str | None, route: Route) -> Prompt:
-        """Return the prompt of *chat*; *scope* is its conversation where it names none."""
+        """Return the prompt of *chat*; *scope* is its conversation if it names none.
+
+        The request's body may raise InvalidRequest, see `chat_body`.
+        """
         streamed = self._service.streaming.enabled if chat.streaming is None else chat.streaming
         conversation_id = None
         messages = chat.messages
@@ -72,8 +79,8 @@ class Prompts:
             conversation_id = chat.conversation_id or scope or uuid.uuid4().hex
             messages = self._conversations.history(caller, conversation_id, chat.text)
             if self._service.system_prompt:
-                prompt = {"role": "system", "content": self._service.system_prompt}
-                messages = [prompt, *messages]
+                system_prompt = {"role": "system", "content": self._service.system_prompt}
+                messages = [system_prompt, *messages]
 
         def body(provider: settings.Provider) -> bytes:
             model = route.model if provider.name == route.provider.name else None
@@ -100,7 +107,7 @@ def chat_body(
     options: dict[str, Any],
     streamed: bool,
 ) -> bytes:
-    """A chat completion's body: *options* over the provider's defaults.
+    """Return the body of a chat completion: *options* replace the provider's defaults.
 
     Raises:
         InvalidRequest: the options cannot be written as JSON.
@@ -117,4 +124,6 @@ def chat_body(
     try:
         return orjson.dumps(body | options)
     except orjson.JSONEncodeError as exc:
-        raise InvalidRequest(f"the options cannot be sent: {exc}", param="options") from None
+        raise InvalidRequest(
+            f"the options cannot be written as JSON: {exc}", param="options"
+        ) from None

@@ -1,14 +1,16 @@
-"""Which provider is asked, for which model, how often, and who is asked instead.
+"""The router: which provider is asked, for which model, how often, and which one instead.
 
-provider given in a chat           that one, pinned; `model` as given, else its own
-model absent, or a provider's name  that provider (absent: the active one), its own model
-"groq/llama-…", groq configured     groq, pinned, the rest is the model
-anything else                       the active provider, the model unchanged
+    the request has                    asked is
+    a `provider` (chats only)          that provider, pinned; the request's model, or the provider's own
+    no model                           the active provider, with its own model
+    a provider's name as model         that provider, pinned, with its own model
+    "groq/llama-…", groq configured    groq, pinned; the rest is the model
+    another model                      the active provider, with the model unchanged
 
-A fault that came before the provider's first event may be tried again there (`retry`: `max_retries`, with
-`backoff_factor`, within the budget), or elsewhere (`failover`: `llm.fallbacks` in their order, each with
-its own model; never for who has pinned a provider). Place and connection are free meanwhile. Which fault
-allows what is told in errors.py.
+A fault that came before the first event of an answer may be tried again at the same provider (`retry`:
+`max_retries` times, with `backoff_factor`, within the budget), or at another (`failover`:
+`llm.fallbacks` in their order, each with its own model; never for a pinned provider). Place and
+connection are free meanwhile. provider_errors.py says which fault allows what.
 """
 
 from __future__ import annotations
@@ -31,11 +33,14 @@ if TYPE_CHECKING:
     from aioserver.providers.request import Answer, ProviderRequest
     from aioserver.streams.stream import Stream
 
-MAX_BACKOFF = 30.0  # seconds of a pause that grows
-MAX_PAUSE = 60.0  # where a provider asks for more, its fault is passed on
+# Seconds to which the pauses between retries grow.
+MAX_BACKOFF = 30.0
+# Seconds of a pause; if a provider asks for more, its fault is raised instead.
+MAX_PAUSE = 60.0
 
 
-@dataclass(slots=True)  # not frozen: that triples what making one costs
+# Not frozen: that triples the cost of making one.
+@dataclass(slots=True)
 class Route:
     """Where a request goes: the provider that is asked first, and the model.
 
@@ -49,13 +54,14 @@ class Route:
     pinned: bool
 
 
-@dataclass(slots=True)  # as above
+# Not frozen, as above.
+@dataclass(slots=True)
 class Request:
-    """One request of a client for an answer, of whatever *face*.
+    """One request of a client for an answer; *face* is the name of the face that it came through.
 
-    *name* is the id by which a log line names it. *key* is the id under which the caller finds its
-    stream again, with *digest* to tell a repeated request from a conflicting one; None: nobody comes
-    back for it by an id of the client's. A *stored* one is also found by the provider's id.
+    *name* is the id by which log lines name it. *key* is the id by which the caller finds its stream
+    again, and *digest* tells a repeated request from a conflicting one. *key* None: nobody can come
+    back for the answer by an id of the client's. A *stored* answer is also found by the provider's id.
     """
 
     route: Route
@@ -68,44 +74,49 @@ class Request:
 
     @property
     def caller(self) -> Caller:
-        """The caller, whose streams and limits count."""
+        """The caller that owns the stream, and whose limits count."""
         return self.provider_request.caller
 
     @property
     def resumable(self) -> bool:
-        """Whether somebody can come back for the answer."""
+        """Whether the caller can come back for the answer."""
         return self.key is not None or self.stored
 
 
 class Router:
-    """Chooses among the providers and asks the one chosen."""
+    """Chooses providers for a request, and has them answer it.
+
+    Always: once an event of an answer is in a log, no further attempt is made for it.
+
+    *random_number* returns numbers from 0.0 to 1.0, for the jitter of pauses.
+    """
 
     def __init__(
         self,
         providers: Mapping[str, Provider],
         active: str,
         fallbacks: Sequence[str] = (),
-        dice: Callable[[], float] = random.random,
+        random_number: Callable[[], float] = random.random,
     ) -> None:
         self._providers = providers
         self._active = active
         self._fallbacks = fallbacks
-        self._dice = dice
+        self._random_number = random_number
 
     def apply(
         self, providers: Mapping[str, Provider], active: str, fallbacks: Sequence[str]
     ) -> None:
-        """Choose among these from now on; what is under way stays where it is."""
+        """Choose among these from now on; requests under way stay where they are."""
         self._providers, self._active, self._fallbacks = providers, active, fallbacks
 
     @property
     def providers(self) -> Mapping[str, Provider]:
-        """All that are configured, by name."""
+        """All providers that are configured, by name."""
         return self._providers
 
     @property
     def active(self) -> Provider:
-        """The one that is asked when a request names none."""
+        """The provider that is asked if a request names none."""
         return self._providers[self._active]
 
     @property
@@ -114,22 +125,22 @@ class Router:
         return self.active.settings.usable
 
     def route(self, model: str | None, provider: str | None = None) -> Route:
-        """Where a request goes.
+        """Return where a request with this *model* and *provider* goes.
 
         Raises:
             ModelNotFound: it names a provider that is not configured, or not usable.
             NoProvider: it names none, and the active one is not usable.
         """
         if provider is not None:
-            return Route(self._usable(provider), model, renamed=True, pinned=True)
+            return Route(self._named(provider), model, renamed=True, pinned=True)
         if model is None:
-            return Route(self._of_last_resort(), None, renamed=True, pinned=False)
+            return Route(self._usable_active(), None, renamed=True, pinned=False)
         if model in self._providers:
-            return Route(self._usable(model), None, renamed=True, pinned=True)
-        first, slash, rest = model.partition("/")
-        if slash and rest and first in self._providers:
-            return Route(self._usable(first), rest, renamed=True, pinned=True)
-        return Route(self._of_last_resort(), model, renamed=False, pinned=False)
+            return Route(self._named(model), None, renamed=True, pinned=True)
+        prefix, slash, rest = model.partition("/")
+        if slash and rest and prefix in self._providers:
+            return Route(self._named(prefix), rest, renamed=True, pinned=True)
+        return Route(self._usable_active(), model, renamed=False, pinned=False)
 
     async def fill(self, request: Request, stream: Stream) -> None:
         """Fill *stream* from the first provider that starts to answer.
@@ -142,7 +153,7 @@ class Router:
         await self._ask(request, stream)
 
     async def call(self, request: Request, stream: Stream | None = None) -> Answer:
-        """Return an answer that is not streamed; *stream*: the one that will keep it.
+        """Return an answer that is not streamed; *stream* is the log that will keep it, if any.
 
         Raises:
             ProviderFault: no provider answered.
@@ -154,26 +165,33 @@ class Router:
         return answer
 
     async def _ask(self, request: Request, stream: Stream | None) -> Attempt:
-        """Return the attempt that succeeded, at the first of the providers that gave an answer."""
-        route, asked = request.route, request.provider_request
-        provider, model = route.provider, asked.model
-        others = [] if route.pinned or not self._fallbacks else self._others(provider)
+        """Return the attempt that succeeded, at the first provider that gave an answer.
+
+        Raises:
+            ProviderFault: no provider answered.
+        """
+        route, provider_request = request.route, request.provider_request
+        provider, model = route.provider, provider_request.model
+        fallbacks = [] if route.pinned or not self._fallbacks else self._usable_others(provider)
         faults: list[ProviderFault] = []
         while True:
             try:
-                return await self._try(provider, asked, stream, model, fallback=bool(others))
+                return await self._ask_provider(
+                    provider, provider_request, stream, model, fallback=bool(fallbacks)
+                )
             except ProviderFault as fault:
                 faults.append(fault)
                 if _begun(stream) or not fault.failover:
                     raise
-                if not others:
-                    told = _representative(faults)
-                    told.attempts = fault.attempts
-                    raise told from None
+                if not fallbacks:
+                    final_fault = _final_fault(faults)
+                    final_fault.attempts = fault.attempts
+                    raise final_fault from None
                 provider.meter.failovers[fault.code].value += 1
-            provider, model = others.pop(0), None  # a fallback uses its own
+            # A fallback uses its own model.
+            provider, model = fallbacks.pop(0), None
 
-    async def _try(
+    async def _ask_provider(
         self,
         provider: Provider,
         request: ProviderRequest,
@@ -182,12 +200,15 @@ class Router:
         *,
         fallback: bool,
     ) -> Attempt:
-        """Return the attempt at *provider* that succeeded, after some that did not perhaps.
+        """Return the attempt at *provider* that succeeded, the first or a retry.
 
         *fallback* says that another provider can be asked instead.
+
+        Raises:
+            ProviderFault: of the last attempt.
         """
         record, limits = request.record, provider.settings.http_client
-        provider.budget.request()
+        provider.budget.add_request()
         number, waited = 0, 0.0
         while True:
             attempt = Attempt(
@@ -208,7 +229,8 @@ class Router:
                 await provider.answer(attempt)
             except ProviderFault as fault:
                 if not fault.attempt_outcome:
-                    record.attempts -= 1  # nothing was sent
+                    # Nothing was sent.
+                    record.attempts -= 1
                 fault.provider, fault.attempts = provider.name, record.attempts
                 number, waited = number + 1, attempt.waited
                 pause = self._pause(number, limits.backoff_factor, fault.retry_after)
@@ -218,8 +240,9 @@ class Router:
                     or not fault.retry
                     or number > limits.max_retries
                     or pause > MAX_PAUSE
-                    or (limited and fallback)  # it wants a rest, another may want none
-                    or not provider.budget.retry()
+                    # The provider asks us to pause, and the next one may not.
+                    or (limited and fallback)
+                    or not provider.budget.take_retry()
                 ):
                     raise
                 provider.meter.retries[fault.code].value += 1
@@ -228,45 +251,57 @@ class Router:
             await asyncio.sleep(pause)
 
     def _pause(self, number: int, factor: float, retry_after: float | None) -> float:
-        """Seconds before retry *number*: doubling, half of it by chance (Brooker, 2015)."""
-        pause = min(MAX_BACKOFF, factor * 2.0 ** min(number - 1, 30)) * (0.5 + self._dice() / 2)
-        return max(pause, retry_after or 0.0)
+        """Return the seconds before retry *number*, at least *retry_after*.
 
-    def _others(self, first: Provider) -> list[Provider]:
-        """Who may be asked instead of *first*."""
-        named = (self._providers[name] for name in self._fallbacks)
-        return [one for one in named if one is not first and one.settings.usable]
+        The pauses double, and half of each is random ("equal jitter": Marc Brooker, "Exponential
+        Backoff And Jitter", 2015).
+        """
+        backoff = min(MAX_BACKOFF, factor * 2.0 ** min(number - 1, 30))
+        return max(backoff * (0.5 + self._random_number() / 2), retry_after or 0.0)
 
-    def _usable(self, name: str) -> Provider:
+    def _usable_others(self, first: Provider) -> list[Provider]:
+        """Return the fallbacks that may be asked instead of *first*, in their order."""
+        fallbacks = (self._providers[name] for name in self._fallbacks)
+        return [
+            provider
+            for provider in fallbacks
+            if provider is not first and provider.settings.usable
+        ]
+
+    def _named(self, name: str) -> Provider:
+        """Return the provider of that name, if it is usable."""
         provider = self._providers.get(name)
         if provider is None or not provider.settings.usable:
             usable = ", ".join(
-                known for known, one in self._providers.items() if one.settings.usable
+                known for known, other in self._providers.items() if other.settings.usable
             )
-            raise ModelNotFound(f"no provider {name[:64]!r} can be asked; there are: {usable}")
+            raise ModelNotFound(f"no usable provider is named {name[:64]!r}; there are: {usable}")
         return provider
 
-    def _of_last_resort(self) -> Provider:
+    def _usable_active(self) -> Provider:
+        """Return the active provider, if it is usable."""
         if not self.usable:
             raise NoProvider(f"the active provider {self._active} is not usable")
         return self.active
 
 
 def _begun(stream: Stream | None) -> bool:
-    """Return whether some of an answer is in the log, so that no other may follow."""
+    """Return whether an answer has begun in the log, so that no other may follow."""
     return stream is not None and (stream.answered or stream.ended)
 
 
-def _representative(faults: Sequence[ProviderFault]) -> ProviderFault:
-    """Which of the *faults* of all who may be asked says why nobody answers: the last one.
+def _final_fault(faults: Sequence[ProviderFault]) -> ProviderFault:
+    """Return the fault to raise when all providers have failed: the last of *faults*, as a rule.
 
-    But one that refuses our key is not usable, and says so only where no other is; and that there
-    are too many requests is true where every usable one says it. A client that is told when to come
-    back comes when the first of them may answer.
+    A provider that refuses our key is not usable: its fault is returned only if all of them refuse it.
+    A fault of too many requests is returned only if every usable provider has raised one. The
+    `retry_after` is that of the provider that may answer first.
     """
-    usable = [one for one in faults if not isinstance(one, KEY_FAULTS)] or faults
-    others = [one for one in usable if not isinstance(one, ProviderRateLimited)]
-    told = (others or usable)[-1]
-    if told.retry_after is not None:
-        told.retry_after = min(one.retry_after for one in usable if one.retry_after is not None)
-    return told
+    of_usable = [fault for fault in faults if not isinstance(fault, KEY_FAULTS)] or faults
+    others = [fault for fault in of_usable if not isinstance(fault, ProviderRateLimited)]
+    final = (others or of_usable)[-1]
+    if final.retry_after is not None:
+        final.retry_after = min(
+            fault.retry_after for fault in of_usable if fault.retry_after is not None
+        )
+    return final

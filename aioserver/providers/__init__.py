@@ -1,1 +1,20 @@
-"""How we reach a model."""
+"""Providers: how a request reaches a model, and how its answer comes back.
+
+A *request* says what is asked, whichever provider answers it. One try of it at one *provider* is an
+*attempt*. An attempt waits in the provider's *queue* until a *place* is free, one of
+`concurrent_requests`, and until the *pace* allows it to start: so many requests per minute.
+
+A provider that is known to fail is not asked. Its *breaker* opens when it fails too often, and after a
+while lets one *trial* at a time pass. Its *health* is this breaker and two facts more: whether the
+provider has refused our key (it is *flagged*), and whether it was removed from the configuration. Its
+*budget* bounds the retries, so that a failing provider does not get a multiple of the requests.
+
+The attempt that has started takes a connection from the *pool*, the open sockets to one provider. The
+request and its answer on this connection are an *exchange*. It pushes the body into a *sink*, which
+makes events of a stream from it, or collects a body that was not streamed. The *error mapping* reads a
+status, or an error in the body, as a *fault*, which says whether a retry or another provider may help.
+
+The *registry* has every provider by name, and applies new settings to them while answers run. Where
+they need new connections, the old pool is *retired*: it serves the requests that it has, and closes.
+The folder `simulator` holds a provider of our own, for demonstrations and tests.
+"""

@@ -1,10 +1,11 @@
-"""One try of one request at one provider, and where each part of the answer goes.
+"""One try of one request at one provider, and where each part of its answer goes.
 
-    queued ──▶ started ──▶ sending ──▶ head ──▶ (its sink fills the log) ──▶ conclude
-       └───────────┴───────────┴─────────┴──▶ a ProviderFault, or cancelled
+    queued ──▶ started ──▶ sending ──▶ head_received ──▶ (the sink fills the log) ──▶ conclude
+       └───────────┴───────────┴─────────────┴──▶ a ProviderFault, or cancelled
 
-Both loops around it see the same object: the router, which makes one for each try, and the provider,
-which runs it. What a request is, whoever is asked, is a `ProviderRequest` (request.py).
+The router's loop over retries and the provider's loop over dead connections share this object: the
+router makes one for each try, and the provider runs it. What is asked, independently of the provider
+that answers, is a `ProviderRequest` (request.py).
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from aioserver.protocol.openai import BadEvent, ErrorEvent, usage_of
 from aioserver.provider_errors import ProviderBadResponse, ProviderFault
 from aioserver.providers.error_mapping import (
     check_json,
-    check_plain,
+    check_status,
+    check_uncompressed,
     event_fault,
-    is_of,
-    judge,
-    passing,
+    matches_type,
+    visible_headers,
 )
 from aioserver.providers.request import Answer
 from aioserver.providers.sinks import BodySink, ChatSink, EventSink, complete
@@ -34,7 +35,8 @@ if TYPE_CHECKING:
     from aioserver.streams.stream import Stream
     from aioserver.telemetry.metrics import ProviderMeter
 
-MAX_ERROR_BYTES = 1 << 20  # of the body of an answer with another status than 200
+# Bytes of the body of an answer with another status than 200.
+MAX_ERROR_BYTES = 1 << 20
 
 
 class AttemptedProvider(Protocol):
@@ -45,21 +47,23 @@ class AttemptedProvider(Protocol):
     settings: settings.Provider
     max_response_bytes: int
 
-    def heard(self, attempt: Attempt) -> None:
-        """Learn from the head of an answer: its status and headers are known now."""
+    def head_received(self, attempt: Attempt) -> None:
+        """Learn from the head of an answer: *attempt* knows its status and headers now."""
 
 
 class Attempt:
-    """One try of *request* at *provider*; run once, by `Provider.answer`.
+    """One try of *request* at *provider*, which `Provider.answer` runs once.
 
-    *stream* is the log to fill; None where nobody keeps the answer. *model* None stands for the
-    provider's own. *waited* is in seconds: what earlier tries of this request have waited in the
-    queue of this provider. A *retry* goes to the front of its caller's requests there. *fallback*
-    says that another provider can be asked instead.
+    Always: at most one of `answer` and `fault` is set, and neither before `conclude`.
 
-    Afterwards *answer* has a whole answer, and *usage*, *events* and *fault* what is known of how it
-    ended: *fault* is an answer that broke off behind its first event, which is no exception, since
-    the client has been shown it.
+    *stream* is the log to fill; None if nobody keeps the answer. *model* None stands for the
+    provider's own. *waited* has the seconds that earlier attempts of this request have spent in the
+    queue of this provider; the wait of this one is added. A *retry* goes to the front of its caller's
+    requests in that queue. *fallback* says that another provider can be asked instead.
+
+    After the end, `answer` has an answer that was not streamed and is passed on unread; `usage` and
+    `events` say what is known of the answer. `fault` says why an answer broke off after its first
+    event. It is not raised, since the client has been shown it.
     """
 
     __slots__ = (
@@ -100,9 +104,12 @@ class Attempt:
         self.waited = waited
         self.retry = retry
         self.fallback = fallback
-        self.trial = False  # of the breaker
-        self.pool: object = None  # that the request went through
-        self.expected_tokens = 0  # that the pace was charged with
+        # Whether this is the breaker's trial.
+        self.trial = False
+        # The pool that the request went through.
+        self.pool: object = None
+        # The tokens that the pace was charged with.
+        self.expected_tokens = 0
         self.status = 0
         self.headers: Mapping[str, str] = {}
         self.sink: Sink | None = None
@@ -112,7 +119,7 @@ class Attempt:
         self.fault: ProviderFault | None = None
 
     def queued(self, position: int, eta: float) -> None:
-        """Tell the readers where the request stands in the queue, and its seconds to the start."""
+        """Tell the readers the position in the queue, and the seconds until the start."""
         if self.stream is not None:
             self.stream.report_position(position, eta)
 
@@ -128,20 +135,20 @@ class Attempt:
         if self.stream is not None:
             self.stream.sent = True
 
-    def head(self, status: int, headers: Mapping[str, str]) -> Sink:
-        """Return the sink for the body behind this head.
+    def head_received(self, status: int, headers: Mapping[str, str]) -> Sink:
+        """Return the sink for the body that follows this head.
 
         Raises:
             ProviderBadResponse: the body is compressed.
         """
         self.status, self.headers = status, headers
-        self.provider.heard(self)
+        self.provider.head_received(self)
         request, stream = self.request, self.stream
         good = status == 200
         if stream is not None and not request.whole:
-            stream.details.headers = passing(headers)
+            stream.details.headers = visible_headers(headers)
         sink: Sink
-        if good and request.streamed and is_of(headers, "text/event-stream"):
+        if good and request.streamed and matches_type(headers, "text/event-stream"):
             assert stream is not None, "a streamed answer has a log"
             if request.reading is not None:
                 sink = ChatSink(stream, request.reading)
@@ -150,14 +157,14 @@ class Attempt:
         else:
             sink = BodySink(self.provider.max_response_bytes if good else MAX_ERROR_BYTES)
         self.sink = sink
-        check_plain(headers)
+        check_uncompressed(headers)
         return sink
 
     def conclude(self) -> None:
-        """Judge the answer, whose last byte is here; a body that was not streamed gets its meaning.
+        """Check the answer, which is complete now, and read it if it was not streamed.
 
         Raises:
-            ProviderFault: the status, or the body, is that of no good answer.
+            ProviderFault: the status or the body is not that of a good answer.
         """
         request, stream, sink = self.request, self.stream, self.sink
         if not isinstance(sink, BodySink):
@@ -166,16 +173,16 @@ class Attempt:
             self.fault = stream.error if isinstance(stream.error, ProviderFault) else None
             return
         body, headers = sink.body, self.headers
-        judge(self.provider.name, self.status, headers, body)
+        check_status(self.provider.name, self.status, headers, body)
         if request.streamed:
-            raise ProviderBadResponse("the provider's answer is no event stream")
+            raise ProviderBadResponse("the provider's answer is not an event stream")
         content = check_json(headers, body)
         reading = request.reading
         if reading is None:
             self.usage = usage_of(content)
             self.answer = Answer(
                 self.status,
-                passing(headers),
+                visible_headers(headers),
                 body,
                 headers.get("content-type", ""),
                 self.provider.name,

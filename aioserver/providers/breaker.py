@@ -1,8 +1,11 @@
-"""Leaves a provider alone that fails, and looks with one request at a time whether it is back.
+"""A circuit breaker: a provider that fails is not asked, but for one request at a time as a trial.
 
-After Nygard, "Release It!", 2007. Closed: all pass. It opens after FAILURES in a row, or where half of at
-least MANY in SPAN seconds failed; for FIRST seconds, twice as long each time, LONGEST at most. Then
-one trial at a time passes: an answer closes it, a failure opens it again.
+After Michael T. Nygard, "Release It!", 2007.
+
+    closed    all requests pass. It opens after CONSECUTIVE_FAILURES, or where half of at least
+              MIN_ATTEMPTS in the last WINDOW seconds have failed
+    open      none passes: for FIRST_WAIT seconds, then twice as long each time, LONGEST_WAIT at most
+    trial     one at a time passes: an answer closes the breaker, a failure opens it again
 """
 
 from __future__ import annotations
@@ -14,89 +17,104 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-FAILURES = 5  # in a row
-MANY, SPAN = 20, 30.0  # at least so many, in so many seconds: then half of them are enough
-FIRST, LONGEST = 5.0, 60.0  # seconds
+CONSECUTIVE_FAILURES = 5
+# Fewer attempts in the last WINDOW seconds are too few for a share of failures to mean anything.
+MIN_ATTEMPTS, WINDOW = 20, 30.0
+# Attempts of the window that are remembered.
+MAX_REMEMBERED = 1000
+# Seconds.
+FIRST_WAIT, LONGEST_WAIT = 5.0, 60.0
 CLOSED, TRIAL, OPEN = "closed", "trial", "open"
 
 
 class Breaker:
-    """Asked before each request, told of each end.
+    """Decides which attempts pass, by how earlier ones have ended.
 
-    Always: while it is not closed at most one request passes at a time.
+    Always: while the breaker is not closed, it lets at most one attempt at a time pass.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._row = 0
-        self._recent: deque[tuple[float, bool]] = deque()  # when, and whether it failed
-        self._failed = 0  # of the recent
-        self._open_until: float | None = None  # None: closed
-        self._open_for = FIRST
-        self._trying = False
+        self._consecutive_failures = 0
+        # When each of the recent attempts ended, and whether it failed.
+        self._recent: deque[tuple[float, bool]] = deque()
+        self._recent_failures = 0
+        # None: the breaker is closed.
+        self._open_until: float | None = None
+        # Seconds for which it opens next.
+        self._next_wait = FIRST_WAIT
+        self._trial_under_way = False
 
     @property
     def state(self) -> str:
-        """`closed`, `open`, or `trial`: one may try, or is trying."""
+        """`closed`, `open`, or `trial`: an attempt may pass as a trial, or one is under way."""
         if self._open_until is None:
             return CLOSED
         return OPEN if self._clock() < self._open_until else TRIAL
 
     @property
     def allows(self) -> bool:
-        """Whether a request would pass now."""
-        return self._open_until is None or (not self._trying and self._clock() >= self._open_until)
+        """Whether an attempt would pass now."""
+        return self._open_until is None or (
+            not self._trial_under_way and self._clock() >= self._open_until
+        )
 
     @property
     def wait(self) -> float:
-        """Seconds after which it is worth coming back."""
+        """The seconds after which it is worth asking again: 0.0 while closed, else at least 1.0."""
         if self._open_until is None:
             return 0.0
         return max(1.0, self._open_until - self._clock())
 
     def enter(self) -> bool:
-        """Let a request pass that `allows` has let; whether it is a trial, which `ended` wants."""
+        """Let an attempt pass, which `allows` must have permitted; return whether it is a trial.
+
+        `attempt_ended` must be called for it.
+        """
         if self._open_until is None:
             return False
-        self._trying = True
+        self._trial_under_way = True
         return True
 
-    def answered(self, *, trial: bool) -> None:
-        """It has begun to answer: a trial need not be over to have succeeded."""
+    def attempt_answered(self, *, trial: bool) -> None:
+        """Note that an attempt gets an answer: a *trial* has succeeded then, and need not end first."""
         if trial and self._open_until is not None:
             self._close()
 
-    def ended(self, *, trial: bool, failed: bool | None) -> None:
-        """A request that passed has ended; *failed* None: that says nothing of the provider."""
-        if trial and self._trying:
-            self._trying = False
+    def attempt_ended(self, *, trial: bool, failed: bool | None) -> None:
+        """Note the end of an attempt that passed; *failed* None: it proves nothing either way."""
+        if trial and self._trial_under_way:
+            self._trial_under_way = False
             if failed:
-                self._open_for = min(LONGEST, 2 * self._open_for)
+                self._next_wait = min(LONGEST_WAIT, 2 * self._next_wait)
                 self._open()
             elif failed is False:
                 self._close()
             return
         if failed is None or self._open_until is not None:
-            return  # what began before it opened says nothing new
-        self._row = self._row + 1 if failed else 0
+            # An attempt that began before the breaker opened brings no news.
+            return
+        self._consecutive_failures = self._consecutive_failures + 1 if failed else 0
         self._remember(failed)
-        if self._row >= FAILURES or (
-            len(self._recent) >= MANY and 2 * self._failed >= len(self._recent)
+        if self._consecutive_failures >= CONSECUTIVE_FAILURES or (
+            len(self._recent) >= MIN_ATTEMPTS and 2 * self._recent_failures >= len(self._recent)
         ):
             self._open()
 
     def _remember(self, failed: bool) -> None:
         now = self._clock()
         if failed:
-            self._failed += 1
+            self._recent_failures += 1
         self._recent.append((now, failed))
-        while self._recent and (self._recent[0][0] <= now - SPAN or len(self._recent) > 1000):
-            self._failed -= self._recent.popleft()[1]
+        while self._recent and (
+            self._recent[0][0] <= now - WINDOW or len(self._recent) > MAX_REMEMBERED
+        ):
+            self._recent_failures -= self._recent.popleft()[1]
 
     def _open(self) -> None:
-        self._open_until = self._clock() + self._open_for
+        self._open_until = self._clock() + self._next_wait
 
     def _close(self) -> None:
-        self._open_until, self._open_for, self._trying = None, FIRST, False
-        self._row = self._failed = 0
+        self._open_until, self._next_wait, self._trial_under_way = None, FIRST_WAIT, False
+        self._consecutive_failures = self._recent_failures = 0
         self._recent.clear()

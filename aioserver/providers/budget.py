@@ -1,7 +1,7 @@
-"""How many retries are affordable: a fifth of the requests, so that a bad provider makes no wave.
+"""The budget of retries: a fifth of the requests, so that a failing provider causes no wave of them.
 
-After "Handling Overload" in Beyer et al., "Site Reliability Engineering", 2016. A quiet house has
-MINIMUM retries in each SPAN all the same.
+After "Handling Overload" in Beyer et al., "Site Reliability Engineering", 2016. A provider with few
+requests may have MIN_RETRIES in each WINDOW all the same.
 """
 
 from __future__ import annotations
@@ -12,37 +12,43 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-SPAN = 10  # seconds
+# Seconds.
+WINDOW = 10
+# Retries for each request.
 SHARE = 0.2
-MINIMUM = 10
+MIN_RETRIES = 10
 
 
 class Budget:
-    """Counts requests and retries of the last ten seconds, second by second."""
+    """Counts the requests and retries of the last WINDOW seconds, second by second.
+
+    Always: a retry is taken only while there are fewer than `max(MIN_RETRIES, SHARE * requests)`.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._requests = [0] * SPAN
-        self._retries = [0] * SPAN
+        self._requests = [0] * WINDOW
+        self._retries = [0] * WINDOW
+        # The second that was counted in last.
         self._second = int(clock())
 
-    def request(self) -> None:
-        """A request came."""
-        self._turn()
-        self._requests[self._second % SPAN] += 1
+    def add_request(self) -> None:
+        """Count a request."""
+        self._forget_old()
+        self._requests[self._second % WINDOW] += 1
 
-    def retry(self) -> bool:
-        """Take a retry; False: too many already."""
-        self._turn()
-        if sum(self._retries) >= max(MINIMUM, SHARE * sum(self._requests)):
+    def take_retry(self) -> bool:
+        """Count a retry, if the budget has room for it; return whether it has."""
+        self._forget_old()
+        if sum(self._retries) >= max(MIN_RETRIES, SHARE * sum(self._requests)):
             return False
-        self._retries[self._second % SPAN] += 1
+        self._retries[self._second % WINDOW] += 1
         return True
 
-    def _turn(self) -> None:
+    def _forget_old(self) -> None:
         second = int(self._clock())
         if second == self._second:
             return
-        for passed in range(self._second + 1, min(second, self._second + SPAN) + 1):
-            self._requests[passed % SPAN] = self._retries[passed % SPAN] = 0
+        for passed in range(self._second + 1, min(second, self._second + WINDOW) + 1):
+            self._requests[passed % WINDOW] = self._retries[passed % WINDOW] = 0
         self._second = max(second, self._second)

@@ -1,11 +1,11 @@
-"""What a provider's answer means, from its status, its headers and its body.
+"""What a provider's answer means, by its status, its headers and its body (RFC 9110, 15).
 
-401, 402, insufficient_quota          our key or our account: ProviderAuthError
-403                                   the same, or this one request: ProviderForbidden
-429, 498                              too much at the moment: ProviderRateLimited
-408, 5xx                              its own fault: ProviderError
-other 4xx                             the caller's: ProviderRefused, a JSON body passes as it is
-a redirect, no JSON, compressed ...   ProviderBadResponse
+401, 402, insufficient_quota      our key or our account is refused: ProviderAuthError
+403                               our key, or this one request, is refused: ProviderForbidden
+429, 498                          we ask too much at the moment: ProviderRateLimited
+408, 5xx                          the provider failed: ProviderError
+another 4xx                       the caller is at fault: ProviderRefused; a JSON body passes as it is
+a redirect, not JSON, compressed  ProviderBadResponse
 """
 
 from __future__ import annotations
@@ -34,18 +34,25 @@ if TYPE_CHECKING:
 
     from aioserver.protocol.eventstream import EventTooLong
 
-MAX_CHECKED_BYTES = 1 << 20  # of a body that is parsed to see that it is JSON
+# Bytes of a body that is parsed to see that it is JSON; a longer one is not checked.
+MAX_CHECKED_BYTES = 1 << 20
 KEY_STATUSES = frozenset({401, 402})
 BUSY_STATUSES = frozenset({429, 498})
 QUOTA = "insufficient_quota"
-# The codes in an error object that mean the same; OpenRouter's are the statuses it would have sent.
+# The codes in an error object that mean the same as these statuses. OpenRouter's codes are the
+# statuses that it would have sent.
 KEY_CODES = KEY_STATUSES | {QUOTA, "invalid_api_key"}
 BUSY_CODES = BUSY_STATUSES | {"rate_limit_exceeded"}
-PASSING = ("x-ratelimit-", "openai-processing-ms", "openai-version", "x-generation-id")
+# What the names of headers begin with that clients may see.
+VISIBLE_HEADERS = ("x-ratelimit-", "openai-processing-ms", "openai-version", "x-generation-id")
 
 
-def judge(name: str, status: int, headers: Mapping[str, str], body: bytes) -> None:
-    """Raise what a status other than 200 of provider *name* means."""
+def check_status(name: str, status: int, headers: Mapping[str, str], body: bytes) -> None:
+    """Raise the fault that a *status* of the provider *name* means.
+
+    Raises:
+        ProviderFault: the status is none of 200 to 299; see the table above.
+    """
     if 200 <= status < 300:
         return
     if status < 400:
@@ -62,7 +69,8 @@ def judge(name: str, status: int, headers: Mapping[str, str], body: bytes) -> No
         raise ProviderRateLimited(f"{name} limits our rate", retry_after=wait)
     if status >= 500 or status == 408:
         raise ProviderError(f"{name} answered {status}", retry_after=wait)
-    if not _is_json(body):  # a proxy's page, say: not for our clients
+    if not _parses(body):
+        # It is the page of a proxy, for example, and not for our clients.
         body = InvalidRequest(f"{name} answered {status}").body()
     raise ProviderRefused(f"{name} answered {status}", status, body)
 
@@ -96,19 +104,19 @@ def error_object_fault(error: object) -> ProviderFault:
     return ProviderRefused(message, status, orjson.dumps({"error": shown}))
 
 
-def passing(headers: Mapping[str, str]) -> dict[str, str]:
-    """The headers of a provider's that clients see."""
+def visible_headers(headers: Mapping[str, str]) -> dict[str, str]:
+    """Return those of the provider's headers that clients may see."""
     return {
         name: value
         for name, value in headers.items()
-        if name.startswith(PASSING) and value.isascii() and value.isprintable()
+        if name.startswith(VISIBLE_HEADERS) and value.isascii() and value.isprintable()
     }
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds, from `retry-after-ms` or from `retry-after` in seconds or as a date.
+    """Return the seconds of `retry-after-ms`, or of `retry-after` (RFC 9110, 10.2.3: seconds or a date).
 
-    None where neither is sane: negative, or more than a day.
+    None if neither is there, or makes sense: a negative number does not, nor one above a day.
     """
     for name, unit in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
         try:
@@ -118,37 +126,42 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
         if 0 <= seconds < 86_400:
             return seconds
     try:
-        then = parsedate_to_datetime(headers.get("retry-after", ""))
-        seconds = then.timestamp() - time()
-    except (ValueError, OverflowError):  # a year or a zone that no calendar has
+        date = parsedate_to_datetime(headers.get("retry-after", ""))
+        seconds = date.timestamp() - time()
+    except (ValueError, OverflowError):
+        # OverflowError: no calendar has this year, or this zone.
         return None
     return max(0.0, seconds) if abs(seconds) < 86_400 else None
 
 
-def is_of(headers: Mapping[str, str], content_type: str) -> bool:
-    """Whether the body is of *content_type*."""
-    given = headers.get("content-type", "")
-    return given == content_type or given.partition(";")[0].strip().lower() == content_type
+def matches_type(headers: Mapping[str, str], content_type: str) -> bool:
+    """Return whether the body is of *content_type*, a media type without parameters."""
+    value = headers.get("content-type", "")
+    return value == content_type or value.partition(";")[0].strip().lower() == content_type
 
 
-def check_plain(headers: Mapping[str, str]) -> None:
-    """Raise where the body is compressed."""
+def check_uncompressed(headers: Mapping[str, str]) -> None:
+    """Refuse a compressed body: every request asks for `identity`.
+
+    Raises:
+        ProviderBadResponse: the body is compressed.
+    """
     if headers.get("content-encoding", "identity").lower() not in {"", "identity"}:
-        raise ProviderBadResponse("the provider compressed its answer, which nobody asked for")
+        raise ProviderBadResponse("the provider compressed its answer, which was not asked for")
 
 
 def _quota_used_up(body: bytes) -> bool:
-    """Whether it says so itself: a text in it may be the caller's, the model's name for one."""
+    """Return whether the body has this code; a text in it may be the caller's, a model's name say."""
     if QUOTA.encode() not in body:
         return False
     try:
-        said = orjson.loads(body)
+        content = orjson.loads(body)
     except orjson.JSONDecodeError:
         return False
-    return isinstance(said, dict) and QUOTA in error_codes(said.get("error", said))
+    return isinstance(content, dict) and QUOTA in error_codes(content.get("error", content))
 
 
-def _is_json(body: bytes) -> bool:
+def _parses(body: bytes) -> bool:
     try:
         orjson.loads(body)
     except orjson.JSONDecodeError:
@@ -157,12 +170,12 @@ def _is_json(body: bytes) -> bool:
 
 
 def check_json(headers: Mapping[str, str], body: bytes) -> object:
-    """What *body* says; None where it is too long to be parsed.
+    """Return the content of *body*; None if it has more than MAX_CHECKED_BYTES.
 
     Raises:
-        ProviderBadResponse: it is no JSON, or an error as if it were an answer.
+        ProviderBadResponse: it is not JSON, or is an error under a good status.
     """
-    if not is_of(headers, "application/json") or not body:
+    if not matches_type(headers, "application/json") or not body:
         raise ProviderBadResponse("the provider's answer is not JSON")
     if len(body) > MAX_CHECKED_BYTES:
         return None
@@ -170,7 +183,7 @@ def check_json(headers: Mapping[str, str], body: bytes) -> object:
         answer = orjson.loads(body)
     except orjson.JSONDecodeError:
         raise ProviderBadResponse("the provider's answer is not JSON") from None
-    # A response that has failed has `error`, too, but is an answer.
+    # A response that has failed has an `error`, too, but is an answer, with its `object`.
     if isinstance(answer, dict) and answer.get("error") and "object" not in answer:
         raise ProviderBadResponse("the provider reported an error as if it were an answer")
     return answer

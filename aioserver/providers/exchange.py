@@ -2,22 +2,26 @@
 
 `ClientSession` costs a third of a request and a task switch per read. Here the connection's own
 protocol parses the answer (http1.py) and pushes the body, as it comes, into a sink, from
-`data_received` itself; the sink appends to the log, the log pokes the writers. One task per
+`data_received` itself; the sink appends to the log, and the log pokes the writers. One task per
 request waits for one future, the end; nothing else is scheduled per read.
 
     Exchange.run: write the request → (1xx)* head → sink = on_head(status, headers)
-                  → sink.feed(block)* → sink.end() → the connection goes back, or is closed
+                  → sink.feed(block)* → sink.end() → the connection is released, or closed
 
 The connection goes back to the pool only after a clean end: the request was written whole, the
-answer came whole with a length or in chunks, the peer wants to keep it, and nothing came behind.
-Everything else aborts it at once; TLS has no farewell then (a polite close may take 30 s).
+answer came whole, with a length or in chunks, the provider keeps the connection, and nothing followed
+the answer. Any other end aborts it at once, without TLS's closing handshake, which may take 30 s.
 
 Bytes that come while no exchange is under way (a late 408, a close) abort the connection: aiohttp
-would hand them to the next request as its answer. The connector's own proxy handshake (CONNECT)
-still uses aiohttp's parser; it runs before any exchange and is passed to the base class.
+would pass them to the next request as its answer. The handshake with a proxy (CONNECT) is the
+connector's and uses aiohttp's parser; it runs before any exchange, and its bytes go to the base class.
 
-Timeouts: each read within `read_timeout` of the last, by one lazy timer a connection that looks at
-the time of the last byte; each write that makes no progress within `write_timeout`, by a WriteWatchdog.
+Timeouts: each read comes within `read_timeout` of the last, which one lazy timer per connection sees
+to, by the time of the last byte; a write makes progress within `write_timeout`, or a WriteWatchdog
+ends it.
+
+Private names of aiohttp used here, guarded by `tests/providers/test_pool.py` (answers with and without
+an exchange, and a proxy's to CONNECT): `_loop` and `_parser` of `ResponseHandler`.
 """
 
 from __future__ import annotations
@@ -46,33 +50,44 @@ if TYPE_CHECKING:
     from aioserver.streams.stream import Path
     from aioserver.telemetry.request_log import RequestRecord
 
-UPLOAD_PIECE = 65_536  # written before the transport is asked whether it takes more
-STALE_WITHIN = 1.0  # seconds after a request was written in which a kept connection proves dead
-LINGER = 0.25  # seconds for the last chunk to follow a `[DONE]`; then the connection is closed
+# Bytes that are written before the transport is asked whether it takes more.
+UPLOAD_PIECE = 65_536
+# Seconds after a request was written within which a reused connection may prove dead.
+STALE_WITHIN = 1.0
+# Seconds in which the last chunk may follow a `[DONE]`; after that the connection is closed.
+LAST_CHUNK_TIMEOUT = 0.25
 
 
-class WireProtocol(ResponseHandler):
-    """A pooled connection that pushes: to the exchange under way, if there is one."""
+class ConnectionProtocol(ResponseHandler):
+    """The protocol of a pooled connection: it pushes what it receives to the exchange under way.
+
+    Always: `fast_path` is None unless an exchange is under way.
+    """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(loop)
         self.exchange: Exchange | None = None
-        self.fast: Path | None = None  # of the exchange under way, while it is open
+        # The fast path of the exchange under way, while it is open.
+        self.fast_path: Path | None = None
+        # Whether an exchange has ended well on this connection.
         self.reused = False
         self.response_parser = ResponseParser()
+        # Done when the transport takes more; None unless an upload waits for it.
         self.resumed: asyncio.Future[None] | None = None
-        self._deadline: asyncio.TimerHandle | None = None
-        self.idle_lost: Callable[[WireProtocol], None] | None = None
+        # Called when the connection is lost without an exchange under way.
+        self.on_idle_lost: Callable[[ConnectionProtocol], None] | None = None
+        self._deadline_timer: asyncio.TimerHandle | None = None
 
     def data_received(self, data: bytes) -> None:
-        """Push *data* on; abort where nobody asked for it."""
-        fast = self.fast
-        if fast is not None and fast.forward(data):
+        """Push *data* on; abort the connection if nothing was asked for."""
+        fast_path = self.fast_path
+        if fast_path is not None and fast_path.forward(data):
             return
         if self.exchange is not None:
             self.exchange.feed(data)
         elif self._parser is not None:
-            super().data_received(data)  # a proxy answers CONNECT
+            # A proxy answers CONNECT.
+            super().data_received(data)
         elif data and self.transport is not None:
             self.transport.abort()
 
@@ -85,38 +100,40 @@ class WireProtocol(ResponseHandler):
     def connection_lost(self, exc: BaseException | None) -> None:
         """End the exchange under way, or leave the pool."""
         super().connection_lost(exc)
-        if self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
+        if self._deadline_timer is not None:
+            self._deadline_timer.cancel()
+            self._deadline_timer = None
         if self.exchange is not None:
-            self.exchange.lost(exc)
-        elif self.idle_lost is not None:
-            self.idle_lost(self)
+            self.exchange.connection_lost(exc)
+        elif self.on_idle_lost is not None:
+            self.on_idle_lost(self)
 
-    def watch(self, read_timeout: float) -> None:
-        """See to the read deadline of the exchange under way.
+    def watch_deadline(self, read_timeout: float) -> None:
+        """Enforce the read deadline of the exchange under way.
 
-        One timer a connection, not one a request: it is left to itself when the answer has come,
-        and goes on with the next request that it finds.
+        There is one timer per connection and not one per request: after an answer nobody cancels it,
+        and it goes on with the request that is under way when it fires.
         """
-        deadline = self._deadline
-        if deadline is not None:
-            if deadline.when() <= self._loop.time() + read_timeout:
+        timer = self._deadline_timer
+        if timer is not None:
+            if timer.when() <= self._loop.time() + read_timeout:
                 return
-            deadline.cancel()  # of a request that might wait longer: a reload has changed that
-        self._deadline = self._loop.call_later(read_timeout, self._look)
+            # It was set for a request that might wait longer: a reload has changed the timeout.
+            timer.cancel()
+        self._deadline_timer = self._loop.call_later(read_timeout, self._check_deadline)
 
-    def _look(self) -> None:
-        self._deadline = None
-        if self.exchange is not None and (left := self.exchange.look()) is not None:
-            self._deadline = self._loop.call_later(left, self._look)
+    def _check_deadline(self) -> None:
+        self._deadline_timer = None
+        if self.exchange is not None and (seconds := self.exchange.check_deadline()) is not None:
+            self._deadline_timer = self._loop.call_later(seconds, self._check_deadline)
 
 
 class Exchange:
     """One request and its answer. `run` may be called once.
 
     Always: after `run`, however it ended, the connection is released or closed and the protocol
-    holds no exchange.
+    holds no exchange; after a good answer whose last chunk is still to come, LAST_CHUNK_TIMEOUT later at
+    most.
     """
 
     def __init__(
@@ -130,7 +147,7 @@ class Exchange:
     ) -> None:
         protocol = connection.protocol
         transport = connection.transport
-        assert isinstance(protocol, WireProtocol)
+        assert isinstance(protocol, ConnectionProtocol)
         assert transport is not None
         self._connection = connection
         self._protocol = protocol
@@ -141,13 +158,12 @@ class Exchange:
         self._parser = protocol.response_parser
         self._parser.begin(on_head)
         self._done: asyncio.Future[None] = self._loop.create_future()
-        self._linger_timer: asyncio.TimerHandle | None = None
+        self._last_chunk_timer: asyncio.TimerHandle | None = None
         self._last_byte = 0.0
         self._record = record
         self._written = False
-        self._lingering = (
-            False  # the sink has all it wants, the end of the answer's framing is awaited
-        )
+        # Whether the sink needs no more, and only the end of the body's framing is to come.
+        self._awaiting_last_chunk = False
 
     async def run(self, request: bytes) -> None:
         """Send *request* (head and body) and push the answer to its sink.
@@ -155,37 +171,40 @@ class Exchange:
         Cancelling is safe: the connection is closed at once.
 
         Raises:
-            StaleConnection: a reused connection was dead: nothing of an answer had come, and it was
-            lost within STALE_WITHIN of the request.
-            ProviderFault: any other; an error raised by the sink passes too.
+            StaleConnection: a reused connection was lost within STALE_WITHIN of the request, before
+                a byte of the answer.
+            ProviderFault: there is no complete answer for another reason.
+            AioserverError: raised by the sink.
         """
         self._protocol.exchange = self
         try:
             if not self._protocol.is_connected():
-                self.lost(None)
+                self.connection_lost(None)
             else:
                 await self._upload(request)
-            del request  # it may be large, and the answer long
+            # The request may be large, and its answer may take long.
+            del request
             if not self._done.done():
                 self._written = True
                 self._last_byte = self._loop.time()
-                self._protocol.watch(self._read_timeout)
+                self._protocol.watch_deadline(self._read_timeout)
             await self._done
         finally:
-            if not self._lingering:
+            if not self._awaiting_last_chunk:
                 self._settle()
 
     def feed(self, data: bytes) -> None:
-        """Bytes from the provider."""
-        now, fast = self._loop.time(), self._protocol.fast
-        self._protocol.fast = None
+        """Parse bytes from the provider, and push what they bring to the sink."""
+        now, fast_path = self._loop.time(), self._protocol.fast_path
+        self._protocol.fast_path = None
         parser = self._parser
-        if parser.sink is not None:  # it has begun to answer
-            self._record.silent(self._last_byte if fast is None else fast.read_at, now)
+        # With a sink the answer has begun.
+        if parser.sink is not None:
+            self._record.silent(self._last_byte if fast_path is None else fast_path.read_at, now)
         self._last_byte = now
-        if parser.between and data.endswith(b"\r\n"):
-            # Most reads of a stream are one whole chunk. That the parser need not see: it stands
-            # between two chunks before it and behind it. Every other form is the parser's.
+        if parser.between_chunks and data.endswith(b"\r\n"):
+            # Most reads of a stream are one whole chunk. The parser need not see it, since it stands
+            # between two chunks before it and after it. Every other form goes to the parser.
             start = data.find(b"\r\n") + 2
             size = len(data) - start - 2
             if size > 0 and data.startswith(b"%x\r\n" % size):
@@ -195,29 +214,33 @@ class Exchange:
                 return
         try:
             parser.feed(data)
-        except Exception as exc:  # noqa: BLE001 - whatever it is ends this request and is told there
+        except Exception as exc:  # noqa: BLE001 - whatever it is, it ends this request
             if not parser.whole:
-                self._push()  # what was good before it, as in a read of its own
+                # The good part before the error passes, as if it had come in a read of its own.
+                self._push()
             self._fail(exc)
             return
         self._push()
-        if parser.between:
+        if parser.between_chunks:
             self._open_fast_path()
 
     def _open_fast_path(self) -> None:
-        """Let the next read take it, where all agree; the parser stands between two chunks."""
+        """Let the fast path take the next read, if the sink has one.
+
+        The parser must stand between two chunks.
+        """
         sink = self._parser.sink
         if sink is not None and not self._done.done():
-            self._protocol.fast = fast = sink.fast()
-            if fast is not None:
-                fast.read_at = self._last_byte
+            self._protocol.fast_path = fast_path = sink.fast()
+            if fast_path is not None:
+                fast_path.read_at = self._last_byte
 
     def _push(self) -> None:
-        """Give the sink what has come, and the end."""
+        """Push to the sink what has come, and the end of the body."""
         parser = self._parser
         sink = parser.sink
         if self._done.done():
-            self._linger()
+            self._settle_after_last_chunk()
         elif sink is not None:
             try:
                 if parts := parser.parts:
@@ -228,80 +251,95 @@ class Exchange:
                 if parser.whole:
                     sink.end()
                     self._finish()
-            except Exception as exc:  # noqa: BLE001 - as above
+            except Exception as exc:  # noqa: BLE001 - as in `feed`
                 self._fail(exc)
 
-    def lost(self, exc: BaseException | None) -> None:
-        """The connection is gone."""
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """End the exchange, since its connection is lost; *exc* None stands for an orderly close."""
         parser = self._parser
         if self._done.done():
             self._settle()
         elif parser.sink is not None and not parser.framed and exc is None:
-            parser.surplus = parser.whole = True  # a body that ends with its connection
+            # The end of the connection is the end of this body (RFC 9112, 6.3).
+            parser.surplus = parser.whole = True
             self._push()
-        elif not parser.begun and self._protocol.reused and self._soon():
+        elif not parser.begun and self._protocol.reused and self._unprocessed():
             self._fail(StaleConnection("the provider had closed the kept connection"))
         else:
             self._fail(ProviderDisconnected("the provider closed the connection early"))
 
-    def _soon(self) -> bool:
-        """Whether the request cannot have been worked on: what is lost later may have been paid."""
+    def _unprocessed(self) -> bool:
+        """Return whether the provider cannot have worked on the request yet.
+
+        If the connection is lost later than that, the request may have cost money.
+        """
         return not self._written or self._loop.time() - self._last_byte < STALE_WITHIN
 
     async def _upload(self, request: bytes) -> None:
         if len(request) <= UPLOAD_PIECE:
             self._transport.write(request)
             if self._protocol.writing_paused:
-                await self._drained()
+                await self._writable()
             return
         view = memoryview(request)
         for start in range(0, len(request), UPLOAD_PIECE):
             if self._done.done():
-                return  # answered, or failed, before all was sent
+                # The answer, or a failure, came before everything was sent.
+                return
             self._transport.write(view[start : start + UPLOAD_PIECE])
             if self._protocol.writing_paused:
-                await self._drained()
+                await self._writable()
 
-    async def _drained(self) -> None:
-        """Wait until the transport takes more, or all is over."""
-        watch = WriteWatchdog(self._loop, self._transport, self._write_timeout, self._stuck)
+    async def _writable(self) -> None:
+        """Wait until the transport takes more, or the exchange has ended."""
+        watchdog = WriteWatchdog(
+            self._loop, self._transport, self._write_timeout, self._write_timed_out
+        )
         try:
             while self._protocol.writing_paused and not self._done.done():
                 self._protocol.resumed = resumed = self._loop.create_future()
                 await asyncio.wait((resumed, self._done), return_when=asyncio.FIRST_COMPLETED)
         finally:
             self._protocol.resumed = None
-            watch.stop()
+            watchdog.stop()
 
-    def _stuck(self) -> None:
+    def _write_timed_out(self) -> None:
         self._fail(WriteTimeout(f"the provider took nothing for {self._write_timeout} s"))
 
-    def look(self) -> float | None:
-        """Fail if the read deadline has come; else the seconds to it. None: it does not count."""
-        if not self._written or self._lingering:
+    def check_deadline(self) -> float | None:
+        """Fail if the read deadline has passed.
+
+        Returns the seconds until the deadline; None if there is none at the moment.
+        """
+        if not self._written or self._awaiting_last_chunk:
             return None
-        fast = self._protocol.fast
-        last_byte = self._last_byte if fast is None else max(self._last_byte, fast.forwarded_at)
-        left = last_byte + self._read_timeout - self._loop.time()
-        if left > 0:
-            return left
+        fast_path = self._protocol.fast_path
+        last_byte = self._last_byte
+        if fast_path is not None:
+            last_byte = max(last_byte, fast_path.forwarded_at)
+        seconds = last_byte + self._read_timeout - self._loop.time()
+        if seconds > 0:
+            return seconds
         self._fail(ReadTimeout(f"the provider sent nothing for {self._read_timeout} s"))
         return None
 
     def _finish(self) -> None:
-        """The sink has all it wants; the connection is free now, not when the task runs."""
+        """End the exchange well: the sink needs no more.
+
+        The connection is free from here on, and not only when the task runs next.
+        """
         if not self._done.done():
             self._done.set_result(None)
-            self._linger()
+            self._settle_after_last_chunk()
 
-    def _linger(self) -> None:
-        """Settle when the answer is whole; a `[DONE]` may come a moment before the last chunk."""
+    def _settle_after_last_chunk(self) -> None:
+        """Settle once the answer is whole: a `[DONE]` may come a moment before the last chunk."""
         parser = self._parser
         if parser.whole or parser.parts or not self._written or self._done.cancelled():
             self._settle()
-        elif not self._lingering:
-            self._lingering = True
-            self._linger_timer = self._loop.call_later(LINGER, self._settle)
+        elif not self._awaiting_last_chunk:
+            self._awaiting_last_chunk = True
+            self._last_chunk_timer = self._loop.call_later(LAST_CHUNK_TIMEOUT, self._settle)
 
     def _fail(self, error: BaseException) -> None:
         if not self._done.done():
@@ -309,13 +347,13 @@ class Exchange:
         self._settle()
 
     def _settle(self) -> None:
-        """Release or close the connection; what is done twice does nothing the second time."""
+        """Release or close the connection. Only the first call has an effect."""
         protocol = self._protocol
         if protocol.exchange is not self:
             return
-        protocol.exchange = protocol.fast = None
-        if self._linger_timer is not None:
-            self._linger_timer.cancel()
+        protocol.exchange = protocol.fast_path = None
+        if self._last_chunk_timer is not None:
+            self._last_chunk_timer.cancel()
         done, parser = self._done, self._parser
         parser.forget()
         ended_well = done.done() and not done.cancelled() and done.exception() is None
@@ -324,7 +362,7 @@ class Exchange:
             and self._written
             and parser.whole
             and parser.framed
-            and parser.keep
+            and parser.keep_alive
             and not parser.surplus
             and not parser.parts
         ):

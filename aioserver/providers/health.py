@@ -1,9 +1,9 @@
-"""Whether a provider is to be left alone: since it fails, refuses our key, or was taken out.
+"""Whether a provider is asked: not while it fails, refuses our key, or after it was removed.
 
-One that fails is left alone by its breaker. One that refuses our key is flagged, for 5 minutes or until a
-reload: nobody's request would fare better. A 403 may be about the one request (a text that is not let
-through), so it flags only as long as the key has not been taken: else one client could stop the provider
-for everybody.
+A provider that fails is kept from requests by its breaker. A provider that refuses our key is flagged,
+for 5 minutes or until a reload: no client's request would fare better. A 403 may be about the one
+request (a text that moderation does not let through), so it flags the provider only as long as the key
+has never been accepted: otherwise one client could stop the provider for all.
 """
 
 from __future__ import annotations
@@ -27,73 +27,93 @@ from aioserver.providers.breaker import CLOSED, Breaker
 if TYPE_CHECKING:
     from aioserver.telemetry.metrics import ProviderMeter
 
-FLAGGED = 300.0  # seconds for which one that refuses our key is not asked
+# Seconds for which a provider that refuses our key is not asked.
+FLAGGED_FOR = 300.0
 KEY_FAULTS = (ProviderAuthError, CertificateFault)
 
 
 class Health:
-    """What is known of the provider *name*, from how its tries have ended."""
+    """What is known of the provider *name*, from the ends of its attempts.
+
+    Always: a provider that is removed is not asked, whatever its breaker says.
+    """
 
     def __init__(self, name: str, meter: ProviderMeter) -> None:
         self._name = name
         self._meter = meter
         self.breaker = Breaker()
-        self._flagged_until = 0.0  # monotonic
-        self._trusted = False  # it has answered well with the key that it has now
-        self._gone = False
+        # On the monotonic clock.
+        self._flagged_until = 0.0
+        # Whether the provider has answered well with the key of its present settings.
+        self._key_accepted = False
+        self._removed = False
 
     @property
     def flagged(self) -> bool:
-        """Whether it has refused our key, and is not asked now."""
+        """Whether the provider has refused our key, and is not asked at the moment."""
         return self._flagged_until > monotonic()
 
     def check(self) -> None:
-        """Raise where it is to be left alone."""
-        if not self.breaker.allows or self._flagged_until > monotonic():
-            raise self.left_alone()
+        """Refuse an attempt if the provider is not asked now.
 
-    def left_alone(self) -> ProviderFault:
-        """Why it is."""
-        if self._gone:
-            return NoProvider(f"{self._name} was taken out of the configuration")
+        Raises:
+            NoProvider: it was removed from the configuration.
+            ProviderFlagged: it has refused our key.
+            CircuitOpen: its breaker is open, or a trial is under way.
+        """
+        if not self.breaker.allows or self._flagged_until > monotonic():
+            raise self.refusal()
+
+    def refusal(self) -> ProviderFault:
+        """Return the fault that says why the provider is not asked."""
+        if self._removed:
+            return NoProvider(f"{self._name} was removed from the configuration")
         if self.flagged:
             return ProviderFlagged(f"{self._name} has refused our key")
-        wait = self.breaker.wait * random.uniform(1.0, 1.1)  # noqa: S311 - not all at once
-        return CircuitOpen(f"{self._name} fails, and is left alone", retry_after=wait)
+        # With jitter, so that not all clients come back at once.
+        wait = self.breaker.wait * random.uniform(1.0, 1.1)  # noqa: S311
+        return CircuitOpen(
+            f"{self._name} has failed too often and is not asked for now", retry_after=wait
+        )
 
-    def ended(self, exc: BaseException | None, *, trial: bool, outdated: bool = False) -> bool:
-        """A try has ended, well or with *exc*; whether it is left alone from now on.
+    def attempt_ended(
+        self, exc: BaseException | None, *, trial: bool, outdated: bool = False
+    ) -> bool:
+        """Learn from an attempt that ended well, or with *exc*.
 
-        One that is *outdated* was sent as the settings of before said: by another key, or to another
-        address. It tells nothing of those of now.
+        An *outdated* attempt was sent by former settings, with another key or to another address. It
+        tells nothing of the present ones.
+
+        Returns whether the provider is not asked from now on.
         """
         if outdated:
-            self.breaker.ended(trial=trial, failed=None)
+            self.breaker.attempt_ended(trial=trial, failed=None)
             return False
         if exc is None:
-            self._trusted = True
-            self.breaker.ended(trial=trial, failed=False)
+            self._key_accepted = True
+            self.breaker.attempt_ended(trial=trial, failed=False)
             return False
-        failed = flag = None
+        failed = key_refused = None
         if isinstance(exc, ProviderFault) and exc.attempt_outcome:
             failed = True if exc.breaker_failure else None
-            about_request = isinstance(exc, ProviderForbidden) and self._trusted
-            flag = isinstance(exc, KEY_FAULTS) and not about_request
-        if flag:
+            about_request = isinstance(exc, ProviderForbidden) and self._key_accepted
+            key_refused = isinstance(exc, KEY_FAULTS) and not about_request
+        if key_refused:
             self._meter.key_refused.value += 1
-            self._flagged_until = max(self._flagged_until, monotonic() + FLAGGED)
-        closed = self.breaker.state == CLOSED
-        self.breaker.ended(trial=trial, failed=failed)
-        return bool(flag) or (closed and self.breaker.state != CLOSED)
+            self._flagged_until = max(self._flagged_until, monotonic() + FLAGGED_FOR)
+        was_closed = self.breaker.state == CLOSED
+        self.breaker.attempt_ended(trial=trial, failed=failed)
+        return bool(key_refused) or (was_closed and self.breaker.state != CLOSED)
 
-    def renew(self, *, elsewhere: bool, other_key: bool) -> None:
-        """It has other settings: *elsewhere*, another address; a key that was refused is tried again."""
-        self._gone, self._flagged_until = False, 0.0
-        if elsewhere:
-            self.breaker = Breaker()  # what failed was another address
-        if elsewhere or other_key:
-            self._trusted = False
+    def reset(self, *, new_address: bool, new_key: bool) -> None:
+        """Forget what other settings make doubtful; a key that was refused is tried again."""
+        self._removed, self._flagged_until = False, 0.0
+        if new_address:
+            # What has failed was another address.
+            self.breaker = Breaker()
+        if new_address or new_key:
+            self._key_accepted = False
 
-    def leave(self) -> None:
-        """It is taken out of the configuration."""
-        self._gone, self._flagged_until = True, inf
+    def remove(self) -> None:
+        """Note that the provider was removed from the configuration: it is asked no more."""
+        self._removed, self._flagged_until = True, inf

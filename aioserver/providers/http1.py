@@ -1,8 +1,8 @@
-"""The HTTP of a provider's answers, one after the other on one connection.
+"""HTTP/1.1 with a provider (RFC 9112): requests as bytes, and the bytes of answers parsed.
 
-httptools (llhttp) parses; this keeps what it says. One object lives as long as its connection: a
-parser for each answer would cost as much as the parsing, and leave a reference cycle behind for the
-garbage collector, which is then a seventh of a request.
+httptools (llhttp) parses; the `ResponseParser` keeps what it reports. One object lives as long as its
+connection: a parser for each answer would cost as much as the parsing, and leave a reference cycle
+behind for the garbage collector, which then takes a seventh of the time of a request.
 """
 
 from __future__ import annotations
@@ -11,34 +11,106 @@ import functools
 from typing import TYPE_CHECKING, Protocol
 
 import httptools
+from yarl import URL
 
+from aioserver import __version__
 from aioserver.provider_errors import ProviderBadResponse
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from aioserver.config import settings
     from aioserver.streams.stream import Path
 
-MAX_HEAD_BYTES = 65_536  # of an answer's head, interim answers included
+# Headers that frame a body; a configured header of one of these names is never sent.
+FRAMING_HEADERS = frozenset({"connection", "content-length", "transfer-encoding"})
+# Bytes of an answer's head, with the interim answers before it.
+MAX_HEAD_BYTES = 65_536
+
+
+class RequestWriter:
+    """Writes the requests to the API at *base_url*.
+
+    *absolute* says that a plain HTTP proxy gets them: the target is then an absolute URL (RFC 9112,
+    3.2.2), and the proxy wants to see *proxy_headers*.
+
+    Always: two requests for one path differ in their body and its length only, so that the head of
+    each path is made once.
+    """
+
+    def __init__(
+        self,
+        settings: settings.Provider,
+        base_url: str,
+        *,
+        absolute: bool,
+        proxy_headers: Mapping[str, str],
+    ) -> None:
+        self._settings = settings
+        self._base = URL(base_url)
+        self._absolute = absolute
+        self._proxy_headers = proxy_headers
+        self._heads: dict[str, bytes] = {}
+
+    def write(self, path: str, body: bytes) -> bytes:
+        """Return the bytes of a POST of *body* (JSON) to *path*, below the base URL."""
+        head = self._heads.get(path)
+        if head is None:
+            head = self._heads[path] = self._head(path)
+        return b"%b%d\r\n\r\n%b" % (head, len(body), body)
+
+    def _head(self, path: str) -> bytes:
+        """Return the head of every request for *path*, up to the number after Content-Length."""
+        url = self._base.with_path(f"{self._base.path.rstrip('/')}/{path}")
+        headers = {
+            "Host": url.authority.rpartition("@")[2],
+            "User-Agent": f"aioserver/{__version__}",
+            "Accept": "application/json, text/event-stream",
+            "Accept-Encoding": "identity",
+            "Content-Type": "application/json",
+        }
+        if self._settings.api_key is not None:
+            headers["Authorization"] = f"Bearer {self._settings.api_key.reveal()}"
+        configured = {**self._settings.headers, **self._proxy_headers}
+        replaced = {name.lower() for name in configured}
+        headers = {name: value for name, value in headers.items() if name.lower() not in replaced}
+        headers |= {
+            name: value
+            for name, value in configured.items()
+            if name.lower() not in FRAMING_HEADERS
+        }
+        target = str(url) if self._absolute else url.raw_path_qs
+        lines = [
+            f"POST {target} HTTP/1.1",
+            *(f"{name}: {value}" for name, value in headers.items()),
+        ]
+        return "\r\n".join([*lines, "Content-Length: "]).encode("latin-1")
 
 
 class Sink(Protocol):
-    """Where an answer's body goes. Called from `data_received`; may raise AioserverError."""
+    """The destination of an answer's body.
+
+    Called from `data_received`. An `AioserverError` that it raises ends the exchange with this error.
+    """
 
     def feed(self, data: bytes) -> bool:
-        """A part of the body, never empty. False: no more is wanted, the answer is complete."""
+        """Take a part of the body, never empty; return False if the answer needs no more."""
 
     def end(self) -> None:
-        """The body is whole."""
+        """Note that the body is complete."""
 
     def fast(self) -> Path | None:
-        """The way by which the next chunk may pass this sink, if there is one."""
+        """Return the path on which the next chunk may pass this sink by, if there is one."""
 
 
 class ResponseParser:
-    """One answer after the other: `begin`, then `feed` until it is `whole`.
+    """Parses the answers on one connection, one after the other.
 
-    Where an answer did not end well the connection is closed, and this with it.
+    `begin` comes before each answer, then `feed` until it is `whole`, then `forget`. After an answer
+    that did not end well the connection is closed, and its parser is used no more.
+
+    Always: `parts` has the body's bytes that came since they were taken last; nothing that comes after
+    a whole answer is added to it. `between_chunks` is empty unless the parser stands between two chunks.
     """
 
     __slots__ = (
@@ -48,9 +120,9 @@ class ResponseParser:
         "_interim",
         "_on_head",
         "_parser",
-        "between",
+        "between_chunks",
         "framed",
-        "keep",
+        "keep_alive",
         "on_chunk_complete",
         "on_chunk_header",
         "parts",
@@ -60,32 +132,38 @@ class ResponseParser:
     )
 
     def __init__(self) -> None:
-        # Not empty: the parser stands between two chunks. Kept by C functions, since it calls them
-        # for every chunk; it looks them up when it is made.
-        self.between: list[bool] = []
-        self.on_chunk_header = self.between.clear
-        self.on_chunk_complete = functools.partial(self.between.append, True)
+        # Not empty while the parser stands between two chunks. C functions fill and clear it, since
+        # httptools calls them for every chunk; it looks them up when it is made.
+        self.between_chunks: list[bool] = []
+        self.on_chunk_header = self.between_chunks.clear
+        self.on_chunk_complete = functools.partial(self.between_chunks.append, True)
         self._parser = httptools.HttpResponseParser(self)
         self._on_head: Callable[[int, Mapping[str, str]], Sink] | None = None
         self._headers: dict[str, str] = {}
         self.parts: list[bytes] = []
 
     def begin(self, on_head: Callable[[int, Mapping[str, str]], Sink]) -> None:
-        """Another answer; *on_head* says where its body goes once its head is whole."""
+        """Expect another answer. Once its head is complete, *on_head* returns the sink of its body."""
         self._on_head = on_head
-        self._head_bytes = 0  # that came before the head was whole, some of the body perhaps
+        # Bytes that came before the head was complete; some of them may be the body's.
+        self._head_bytes = 0
         self._header_bytes = 0
         self._interim = False
-        self.between.clear()
-        self.framed = False  # the body has a length, or comes in chunks
+        self.between_chunks.clear()
+        # Whether the body has a length, or comes in chunks.
+        self.framed = False
         self.whole = False
-        self.keep = False  # the provider wants to keep the connection
-        self.surplus = False  # something came behind the answer
-        self.parts = []  # of the body, that the sink has not got
-        self.sink: Sink | None = None  # set once there is a head
+        # Whether the provider keeps the connection open.
+        self.keep_alive = False
+        # Whether anything came that is no part of the answer, so that the connection cannot be reused.
+        self.surplus = False
+        # The parts of the body that the sink has not got yet.
+        self.parts = []
+        # Set once the head is complete.
+        self.sink: Sink | None = None
 
     def forget(self) -> None:
-        """The answer is over: hold nothing of it."""
+        """Drop what belongs to the answer that is over."""
         self._on_head = self.sink = None
 
     @property
@@ -94,11 +172,13 @@ class ResponseParser:
         return self._head_bytes > 0
 
     def feed(self, data: bytes) -> None:
-        """Bytes from the provider: the body goes to `parts`.
+        """Parse bytes from the provider; the body's go to `parts`.
+
+        Bytes that are not HTTP after a whole answer only set `surplus`.
 
         Raises:
-            ProviderBadResponse: not HTTP; `surplus`, where the answer was whole before.
-            ProviderFault: of *on_head*.
+            ProviderBadResponse: the answer is not HTTP, or its head is too long.
+            ProviderFault: raised by *on_head*.
         """
         if self.sink is None:
             self._head_bytes += len(data)
@@ -106,40 +186,45 @@ class ResponseParser:
             self._parser.feed_data(data)
         except httptools.HttpParserError as exc:
             self.surplus = True
-            if not self.whole:  # what follows a whole answer is not ours to judge
+            # The request has its answer: what follows a whole one is no fault of it.
+            if not self.whole:
                 fault = ProviderBadResponse("the provider's answer is not HTTP")
-                ours = exc.__context__  # where a callback of ours raised
-                raise ours or fault from None
+                # Set where one of the callbacks below has raised.
+                callback_error = exc.__context__
+                raise callback_error or fault from None
         if not data.endswith(b"\r\n"):
-            self.between.clear()  # inside the next chunk's first line, perhaps
+            # The parser may stand inside the next chunk's first line.
+            self.between_chunks.clear()
         if self._header_bytes > MAX_HEAD_BYTES or (
             self.sink is None and self._head_bytes > MAX_HEAD_BYTES
         ):
             raise _head_too_long()
 
-    # What httptools calls, from feed_data.
-
     def on_message_begin(self) -> None:
-        """A head begins; after a whole answer it is one that nobody asked for."""
+        """Begin a head (httptools calls this and the following from `feed_data`).
+
+        After a whole answer it is a head that was not asked for.
+        """
         if self.whole:
             self.surplus = True
         else:
             self._headers = {}
 
     def on_status(self, reason: bytes) -> None:
-        """A part of what nobody reads; it counts."""
+        """Count a part of the reason phrase, which is not read."""
         self._header_bytes += len(reason)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """One header; of repeated ones the last counts. Or a trailer, which nobody reads."""
+        """Keep a header, the last of those with one name; a trailer is counted and not read."""
         if self.whole:
             return
-        self._header_bytes += len(name) + len(value) + 4  # ": " and the line's end
+        # The four: ": " and the line's end.
+        self._header_bytes += len(name) + len(value) + 4
         if self.sink is None:
             self._headers[name.decode("latin-1").lower()] = value.decode("latin-1")
 
     def on_headers_complete(self) -> None:
-        """The head is whole: ask where the body goes."""
+        """Get the sink for the body, since the head is complete."""
         if self.whole:
             return
         if self._header_bytes > MAX_HEAD_BYTES:
@@ -160,15 +245,15 @@ class ResponseParser:
         self.sink = self._on_head(status, headers)
 
     def on_body(self, body: bytes) -> None:
-        """A part of the body, the chunks' framing undone."""
+        """Keep a part of the body, without the framing of its chunks."""
         if not self.whole:
             self.parts.append(body)
 
     def on_message_complete(self) -> None:
-        """The answer is whole, unless it was an interim one."""
+        """Note that the answer is whole, unless it was an interim one."""
         if not self._interim and not self.whole:
             self.whole = True
-            self.keep = self._parser.should_keep_alive()
+            self.keep_alive = self._parser.should_keep_alive()
 
 
 def _head_too_long() -> ProviderBadResponse:

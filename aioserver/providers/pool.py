@@ -1,16 +1,16 @@
-"""One TCPConnector per provider, with httpx's limits and timeouts.
+"""The sockets to one provider: one TCPConnector, with httpx's limits and timeouts.
 
-`max_connections` is the cap on open sockets (one connector per provider, no redirects: then
-aiohttp's `limit`, which counts acquired ones only, is exact). `max_keepalive` idle ones are kept;
-while requests wait for this provider its connections are handed on instead of closed, however many
-they are: httpx closes them there and opens 24 sockets for what 6 can do. `keepalive_expiry` is
-aiohttp's `keepalive_timeout`, looked at on reuse and by a sweep.
+`max_connections` is the cap on open sockets. With one connector per provider and no redirects it is
+exactly aiohttp's `limit`, which counts the acquired ones only. At most `max_keepalive` idle
+connections are kept; but while requests wait for this provider, its connections are handed on instead
+of closed, however many they are. httpx closes them there, and opens 24 sockets for the work of 6.
+`keepalive_expiry` is aiohttp's `keepalive_timeout`, which is checked on reuse and by a sweep.
 
 `pool_timeout` is the wait for a connection and nothing else: our gate stands in front, so that the
 connector never has a waiter of its own and `connect_timeout` is DNS, TCP and TLS together.
 
 Private names of aiohttp used here, guarded by `tests/providers/test_pool.py`: `_factory`, `_conns`,
-`_release`, `_acquired`.
+`_release`, `_acquired` and `_loop` of `TCPConnector`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from yarl import URL
 from aioserver.errors import AioserverError
 from aioserver.limits.gate import Gate, Place
 from aioserver.provider_errors import CertificateFault, ConnectError, ConnectTimeout, PoolTimeout
-from aioserver.providers.exchange import WireProtocol
+from aioserver.providers.exchange import ConnectionProtocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,25 +40,31 @@ if TYPE_CHECKING:
 
     from aioserver.config.settings import HttpClient
 
-NEVER_CEIL = float(
-    "inf"
-)  # aiohttp moves timeouts above 5 s to whole seconds: ours mean what they say
+# aiohttp rounds timeouts above its threshold, 5 s, up to whole seconds; ours stay as configured.
+NEVER_CEIL = float("inf")
+# The size of the queue for connections: the provider's queue in front of it is bounded already.
 UNBOUNDED = 1 << 31
 
 
 class CappedConnector(TCPConnector):
-    """Keeps at most *max_keepalive* idle connections, and as many more as *demand* will take."""
+    """A connector that bounds its idle connections.
 
-    def __init__(self, *, max_keepalive: int, demand: Callable[[], int], **kwargs: Any) -> None:
+    Always: a release keeps the connection only if at most `max_keepalive + pending()` are idle then.
+    """
+
+    def __init__(self, *, max_keepalive: int, pending: Callable[[], int], **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._max_keepalive = max_keepalive
-        self._demand = demand
-        self.released: Callable[[], None] = lambda: None  # called when a connection is given back
-        self._factory = functools.partial(WireProtocol, loop=self._loop)  # type: ignore[assignment]
+        self._pending = pending
+        # Called when a connection is given back.
+        self._on_release: Callable[[], None] = lambda: None
+        self._factory = functools.partial(  # type: ignore[assignment]
+            ConnectionProtocol, loop=self._loop
+        )
 
     @property
     def idle(self) -> int:
-        """How many connections are kept and free."""
+        """How many connections are open and not in use."""
         return sum(map(len, self._conns.values()))
 
     @property
@@ -69,26 +75,26 @@ class CappedConnector(TCPConnector):
     def _release(
         self, key: ConnectionKey, protocol: ResponseHandler, *, should_close: bool = False
     ) -> None:
-        full = self.idle >= self._max_keepalive + self._demand()
-        if isinstance(protocol, WireProtocol):
-            protocol.idle_lost = self._forget
+        full = self.idle >= self._max_keepalive + self._pending()
+        if isinstance(protocol, ConnectionProtocol):
+            protocol.on_idle_lost = self._forget
         super()._release(key, protocol, should_close=should_close or full)
-        self.released()
+        self._on_release()
 
-    def retire(self, released: Callable[[], None]) -> None:
-        """Keep no connection from now on; *released* is called with each that is given back."""
-        self._max_keepalive, self._demand, self.released = 0, lambda: 0, released
+    def retire(self, on_release: Callable[[], None]) -> None:
+        """Keep no connection from now on; *on_release* is called when one is given back."""
+        self._max_keepalive, self._pending, self._on_release = 0, lambda: 0, on_release
         self.drop_idle()
 
     def trim(self) -> None:
-        """Close what is beyond the cap, the longest idle first."""
-        surplus = self.idle - self._max_keepalive - self._demand()
+        """Close the idle connections beyond the cap, those that have been idle longest first."""
+        surplus = self.idle - self._max_keepalive - self._pending()
         while surplus > 0:
             self._drop_oldest()
             surplus -= 1
 
     def drop_idle(self) -> None:
-        """Close every idle connection: one of them proved dead."""
+        """Close every idle connection."""
         while self.idle:
             self._drop_oldest()
 
@@ -99,19 +105,22 @@ class CappedConnector(TCPConnector):
             del self._conns[key]
         protocol.abort()
 
-    def _forget(self, protocol: WireProtocol) -> None:
-        """The provider closed an idle connection."""
-        for key, kept in list(self._conns.items()):
-            for item in kept:
+    def _forget(self, protocol: ConnectionProtocol) -> None:
+        """Take an idle connection that the provider has closed out of the pool."""
+        for key, idle in list(self._conns.items()):
+            for item in idle:
                 if item[0] is protocol:
-                    kept.remove(item)
+                    idle.remove(item)
                     break
-            if not kept:
+            if not idle:
                 del self._conns[key]
 
 
-class Target(ClientRequest):
-    """Where a pool connects to: what aiohttp looks for a kept connection by, made once."""
+class Endpoint(ClientRequest):
+    """The address of a pool, in the form in which aiohttp's connectors take it.
+
+    Always: its key is computed once. aiohttp looks for an idle connection by this key.
+    """
 
     @functools.cached_property
     def connection_key(self) -> ConnectionKey:
@@ -129,15 +138,15 @@ class PoolStats:
     waiting: int
 
 
-def connections(limits: HttpClient) -> Gate:
-    """The gate that counts the connections in use; pools that follow each other share it."""
+def connection_gate(limits: HttpClient) -> Gate:
+    """Return a gate that counts connections in use; a pool and its successors share one."""
     return Gate(
         limits.max_connections,
-        queue_size=UNBOUNDED,  # bounded by the provider's queue in front
+        queue_size=UNBOUNDED,
         queue_timeout=limits.pool_timeout,
         full_error=lambda wait: PoolTimeout("no free connection", retry_after=wait),
         timeout_error=lambda wait: PoolTimeout(
-            "no free connection within pool_timeout", retry_after=wait
+            "no connection became free within pool_timeout", retry_after=wait
         ),
     )
 
@@ -148,7 +157,9 @@ class Pool:
     Always: `open <= max_connections`; every connection handed out is released or closed by its
     exchange. `close` aborts them all.
 
-    Once it is *retired* it opens connections only for who had come before, and keeps none.
+    *pending* counts the requests that may soon want a connection, beyond those that wait in the pool:
+    as many idle connections are kept for them. A pool that is retired opens connections only for the
+    requests that it has, and keeps none.
     """
 
     def __init__(
@@ -158,7 +169,7 @@ class Pool:
         *,
         proxy: str | None = None,
         ca_file: str | None = None,
-        demand: Callable[[], int] = lambda: 0,
+        pending: Callable[[], int] = lambda: 0,
         gate: Gate | None = None,
     ) -> None:
         url = URL(base_url)
@@ -167,27 +178,32 @@ class Pool:
         if url.scheme == "https":
             context = ssl.create_default_context(cafile=ca_file)
         self._limits = limits
-        self._gate = connections(limits) if gate is None else gate
-        self._empty: asyncio.Event | None = None  # set when a retired pool has nothing under way
+        self._gate = connection_gate(limits) if gate is None else gate
+        # Requests that wait for a place in the gate, or have got one and have not run since. The gate
+        # does not count the latter as waiting.
+        self._pending = 0
+        # Set when a retired pool has no request any more; None unless the pool is retired.
+        self._drained: asyncio.Event | None = None
         self._connector = CappedConnector(
             max_keepalive=limits.max_keepalive,
-            demand=lambda: demand() + self._coming,
+            pending=lambda: pending() + self._pending,
             limit=limits.max_connections,
             limit_per_host=limits.max_connections,
             keepalive_timeout=limits.keepalive_expiry,
             timeout_ceil_threshold=NEVER_CEIL,
-            resolver=aiohttp.ThreadedResolver(),  # aiodns, where installed, would change the answers
+            # Named, since aiohttp would use aiodns where it is installed, which resolves differently.
+            resolver=aiohttp.ThreadedResolver(),
             ssl=context,
         )
-        self._coming = 0  # who waits, or has a place and has not run since: the gate counts less
         self._proxy = URL(proxy) if proxy else _environment_proxy(url)
-        self._key = Target(
+        self._endpoint = Endpoint(
             "POST",
             url,
             loop=loop,
             ssl=context,
             proxy=self._proxy,
-            headers={"Host": f"{url.host_subcomponent}:{url.port}"},  # of a CONNECT
+            # For the CONNECT to a proxy.
+            headers={"Host": f"{url.host_subcomponent}:{url.port}"},
         )
         self._timeout = ClientTimeout(
             total=None,
@@ -195,33 +211,37 @@ class Pool:
             sock_connect=None,
             ceil_threshold=NEVER_CEIL,
         )
-        self._host = f"{url.host}:{url.port}"
+        self._address = f"{url.host}:{url.port}"
 
     @property
     def forwards(self) -> bool:
-        """Whether a plain proxy stands between: the request line is then an absolute URL."""
-        return self._proxy is not None and not self._key.is_ssl()
+        """Whether requests go to a plain HTTP proxy: their target is then an absolute URL."""
+        return self._proxy is not None and not self._endpoint.is_ssl()
 
     def proxy_headers(self) -> dict[str, str]:
-        """What a plain proxy wants to see in each request."""
-        given = aiohttp.BasicAuth.from_url(self._proxy) if self._proxy and self.forwards else None
-        return {"Proxy-Authorization": given.encode()} if given else {}
+        """Return the headers that a plain HTTP proxy wants to see in each request."""
+        if self._proxy is None or not self.forwards:
+            return {}
+        credentials = aiohttp.BasicAuth.from_url(self._proxy)
+        return {"Proxy-Authorization": credentials.encode()} if credentials else {}
 
     async def connect(self) -> Connection:
-        """A connection, kept or new. Who takes it must release or close it.
+        """Return a connection, idle before or new, that the caller must release or close.
+
+        Cancelling is safe: no connection is lost.
 
         Raises:
             PoolTimeout: none became free within `pool_timeout`.
             ConnectTimeout: DNS, TCP and TLS took longer than `connect_timeout`.
-            ConnectError: refused, unreachable, no such host, TLS.
-            CertificateFault: the provider's certificate does not hold.
+            ConnectError: the connection was refused, the host is unreachable or unknown, or TLS failed.
+            CertificateFault: the provider's certificate is not valid.
         """
         place = self._gate.try_enter() or await self._wait()
         try:
-            connection = await self._connector.connect(self._key, [], self._timeout)
+            connection = await self._connector.connect(self._endpoint, [], self._timeout)
         except BaseException as exc:
             place.release()
-            self._released()
+            self._check_drained()
             if isinstance(exc, Exception):
                 raise self._translated(exc) from exc
             raise
@@ -229,15 +249,16 @@ class Pool:
         return connection
 
     async def _wait(self) -> Place:
-        self._coming += 1
+        self._pending += 1
         try:
             place = await self._gate.enter()
         except BaseException:
-            self._coming -= 1
+            self._pending -= 1
             self.trim()
-            self._released()
+            self._check_drained()
             raise
-        self._coming -= 1  # it takes an idle connection before anything else runs, or opens one
+        # Before anything else runs, this request takes an idle connection or opens one.
+        self._pending -= 1
         return place
 
     def trim(self) -> None:
@@ -245,11 +266,11 @@ class Pool:
         self._connector.trim()
 
     def drop_idle(self) -> None:
-        """Close every idle connection."""
+        """Close every idle connection: one of them proved dead."""
         self._connector.drop_idle()
 
     def stats(self) -> PoolStats:
-        """The state now."""
+        """Return a snapshot."""
         idle, acquired = self._connector.idle, self._connector.acquired
         return PoolStats(
             open=idle + acquired,
@@ -259,42 +280,44 @@ class Pool:
         )
 
     def retire(self) -> None:
-        """Serve who has come, and keep nothing: another pool takes this one's place."""
-        self._empty = asyncio.Event()
-        self._connector.retire(self._released)
-        self._released()
+        """Serve the requests that are here, and keep no connection: another pool takes over."""
+        self._drained = asyncio.Event()
+        self._connector.retire(self._check_drained)
+        self._check_drained()
 
-    async def end(self) -> None:
-        """Wait until a retired pool has served the last who had come, then close it."""
-        assert self._empty is not None, "retired before"
-        await self._empty.wait()
+    async def drain(self) -> None:
+        """Wait until a retired pool has served its last request, then close it."""
+        assert self._drained is not None, "`retire` was called before"
+        await self._drained.wait()
         await self.close()
 
-    def _released(self) -> None:
-        if self._empty is not None and not self._coming and not self._connector.acquired:
-            self._empty.set()
+    def _check_drained(self) -> None:
+        if self._drained is not None and not self._pending and not self._connector.acquired:
+            self._drained.set()
 
     async def close(self) -> None:
         """Close every connection."""
         await self._connector.close(abort_ssl=True)
 
     def _translated(self, exc: Exception) -> AioserverError | Exception:
+        """Return the fault that stands for *exc*, which connecting has raised."""
         match exc:
             case AioserverError():
                 return exc
             case aiohttp.ClientConnectorCertificateError():
-                return CertificateFault("the provider's certificate does not hold")
+                return CertificateFault("the provider's certificate is not valid")
             case TimeoutError():
                 return ConnectTimeout(
-                    f"no connection to {self._host} in {self._limits.connect_timeout} s"
+                    f"no connection to {self._address} in {self._limits.connect_timeout} s"
                 )
-            case aiohttp.ClientError() | OSError() | UnicodeError():  # the last: no name at all
-                return ConnectError(f"cannot connect to {self._host}")
+            # UnicodeError: the text cannot be a host name at all.
+            case aiohttp.ClientError() | OSError() | UnicodeError():
+                return ConnectError(f"cannot connect to {self._address}")
         return exc
 
 
 def _environment_proxy(url: URL) -> URL | None:
-    """The proxy of `HTTP_PROXY`, `HTTPS_PROXY`, `NO_PROXY`, as httpx would use it.
+    """Return the proxy of `HTTP_PROXY`, `HTTPS_PROXY` and `NO_PROXY`, as httpx would use it.
 
     Not `trust_env=True`: with a matching netrc entry aiohttp refuses our Authorization header.
     """

@@ -1,9 +1,9 @@
-"""The pool in use, and beside it those of former settings until their requests have ended.
+"""The pool that a provider uses, and beside it those of former settings that still have requests.
 
-A pool is as its settings are: where one of them changes (the address, the key, a limit of
-connections, …) another is built beside it. What is under way ends where it began; the old one keeps
-no connection that becomes free. All of them count their connections in one gate, so that together
-they have no more than the newest `max_connections`, once what was above it has ended.
+A pool fits its settings: where one of them changes (the address, the key, a limit of connections, …)
+another pool is built beside it, and the old one is retired. Requests end where they began; the old pool
+keeps no connection that becomes free. All pools count their connections in one gate, so that together
+they have no more than the newest `max_connections`, once the requests above that number have ended.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from aioserver.errors import ConfigurationError
-from aioserver.providers.pool import UNBOUNDED, Pool, PoolStats, connections
-from aioserver.providers.request import RequestWriter
+from aioserver.providers.http1 import RequestWriter
+from aioserver.providers.pool import UNBOUNDED, Pool, PoolStats, connection_gate
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from aioserver.config import settings
 
-# What a pool, or the head of each of its requests, is made of.
-OF_PROVIDER = ("api_key", "headers", "proxy", "ca_file")
-OF_CLIENT = (
+# The settings of a provider, and of its `http_client`, that a pool or its requests' heads depend on.
+PROVIDER_SETTINGS = ("api_key", "headers", "proxy", "ca_file")
+CLIENT_SETTINGS = (
     "max_connections",
     "max_keepalive",
     "keepalive_expiry",
@@ -35,56 +35,60 @@ OF_CLIENT = (
 class Pools:
     """The pools to one provider.
 
-    Always: `pool` and `writer` are of the settings applied last; each other pool has a task, which
-    closes it when its last request has ended.
+    Always: `pool` and `writer` fit the settings applied last; each other pool has a task, which
+    closes it when its last request has ended. `close` closes all of them.
+
+    *pending* counts the requests that may soon want a connection; see `Pool`.
     """
 
     def __init__(
-        self, given: settings.Provider, base_url: str, *, demand: Callable[[], int]
+        self, settings: settings.Provider, base_url: str, *, pending: Callable[[], int]
     ) -> None:
-        self._given = given
+        self._settings = settings
         self.base_url = base_url
-        self._demand = demand
-        self._gate = connections(given.http_client)
+        self._pending = pending
+        self._gate = connection_gate(settings.http_client)
         self._retired: dict[Pool, asyncio.Task[None]] = {}
-        self.pool, self.writer = self._make(given, base_url)
+        self.pool, self.writer = self._build(settings, base_url)
 
-    def prepare(self, given: settings.Provider, base_url: str) -> Callable[[], None]:
-        """What puts *given* in the place of the settings now. Until it is called nothing changes.
+    def prepare(self, settings: settings.Provider, base_url: str) -> Callable[[], None]:
+        """Return the function that puts *settings* into effect; nothing changes until it is called.
 
         Raises:
             ConfigurationError: `ca_file` cannot be read, or holds no certificate.
         """
-        made = self._make(given, base_url) if self._differ(given, base_url) else None
+        replacement = None
+        if self._needs_replacement(settings, base_url):
+            replacement = self._build(settings, base_url)
 
-        def put() -> None:
-            self._given, self.base_url = given, base_url
-            if made is None:
+        def apply() -> None:
+            self._settings, self.base_url = settings, base_url
+            if replacement is None:
                 return
             old = self.pool
-            self.pool, self.writer = made
+            self.pool, self.writer = replacement
             self._gate.apply(
-                given.http_client.max_connections,
+                settings.http_client.max_connections,
                 queue_size=UNBOUNDED,
-                queue_timeout=given.http_client.pool_timeout,
+                queue_timeout=settings.http_client.pool_timeout,
             )
             old.retire()
-            task = asyncio.get_running_loop().create_task(old.end())
+            task = asyncio.get_running_loop().create_task(old.drain())
             self._retired[old] = task
             task.add_done_callback(lambda _task: self._retired.pop(old))
 
-        return put
+        return apply
 
     def stats(self) -> PoolStats:
-        """The state now, of all pools together."""
+        """Return a snapshot of all pools together."""
         stats = self.pool.stats()
-        old = sum(pool.stats().open for pool in self._retired)
-        return replace(stats, open=stats.open + old)
+        retired = sum(pool.stats().open for pool in self._retired)
+        return replace(stats, open=stats.open + retired)
 
-    async def end(self) -> None:
-        """Close when the last request has ended; cancelling leaves everything as it is."""
+    async def drain(self) -> None:
+        """Close each pool when its last request has ended. Cancelling leaves all of them as they are."""
         self.pool.retire()
-        await self.pool.end()
+        await self.pool.drain()
         if self._retired:
             await asyncio.wait(tuple(self._retired.values()))
 
@@ -98,27 +102,36 @@ class Pools:
         for pool in (self.pool, *retired):
             await pool.close()
 
-    def _differ(self, given: settings.Provider, base_url: str) -> bool:
-        """Whether another pool is wanted. A certificate file may have changed under its name."""
-        before, client, was = self._given, given.http_client, self._given.http_client
+    def _needs_replacement(self, settings: settings.Provider, base_url: str) -> bool:
+        """Return whether the pool does not fit these settings.
+
+        It never fits with a certificate file, since the content may have changed under its name.
+        """
+        old, client, old_client = self._settings, settings.http_client, self._settings.http_client
         return (
             base_url != self.base_url
-            or given.ca_file is not None
-            or any(getattr(given, name) != getattr(before, name) for name in OF_PROVIDER)
-            or any(getattr(client, name) != getattr(was, name) for name in OF_CLIENT)
+            or settings.ca_file is not None
+            or any(getattr(settings, name) != getattr(old, name) for name in PROVIDER_SETTINGS)
+            or any(getattr(client, name) != getattr(old_client, name) for name in CLIENT_SETTINGS)
         )
 
-    def _make(self, given: settings.Provider, base_url: str) -> tuple[Pool, RequestWriter]:
+    def _build(self, settings: settings.Provider, base_url: str) -> tuple[Pool, RequestWriter]:
         try:
             pool = Pool(
                 base_url,
-                given.http_client,
-                proxy=given.proxy,
-                ca_file=given.ca_file,
-                demand=self._demand,
+                settings.http_client,
+                proxy=settings.proxy,
+                ca_file=settings.ca_file,
+                pending=self._pending,
                 gate=self._gate,
             )
-        except OSError as exc:  # ssl.SSLError is one
-            fault = f"llm.providers.{given.name}.ca_file: {given.ca_file} holds no certificates"
+        except OSError as exc:
+            # ssl.SSLError is one, too.
+            fault = (
+                f"llm.providers.{settings.name}.ca_file: {settings.ca_file} holds no certificates"
+            )
             raise ConfigurationError([fault]) from exc
-        return pool, RequestWriter(given, base_url, pool)
+        writer = RequestWriter(
+            settings, base_url, absolute=pool.forwards, proxy_headers=pool.proxy_headers()
+        )
+        return pool, writer

@@ -1,9 +1,9 @@
-"""One provider behind its guards: one queue, one pool, and the meaning of what it answers.
+"""One provider behind its guards: its health, its queue, its pool, and what its answers teach.
 
-    queue → place taken: `processing` → connection → POST → sinks fill the log
+    healthy? → queue → place taken: `processing` → connection → POST → sinks fill the log
 
-The place and the connection are given back the moment the provider is done, however slow the
-client is. A provider knows no face: it runs an `Attempt`, which fills a `Stream` or has an `Answer`.
+The place and the connection are given back the moment the provider is done, however slow the client
+is. A provider knows no face: it runs an `Attempt`, which fills a `Stream` or has an `Answer`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from aioserver.providers.budget import Budget
 from aioserver.providers.exchange import Exchange
 from aioserver.providers.health import Health
 from aioserver.providers.pools import Pools
-from aioserver.providers.queueing import Line
+from aioserver.providers.queueing import ProviderGate
 from aioserver.telemetry.metrics import ProviderMeter
+from aioserver.telemetry.request_log import MAX_TOKENS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,13 +36,15 @@ if TYPE_CHECKING:
     from aioserver.providers.attempt import Attempt
     from aioserver.providers.pool import PoolStats
 
-BYTES_PER_TOKEN = 4  # of a request, about
-WORTH_WAITING = 1.0  # seconds that a provider may rest; for more another is asked, if there is one
+# Bytes of a request for each of its tokens, as an estimate.
+BYTES_PER_TOKEN = 4
+# Seconds for which a provider may have to be left alone before an attempt that can fail over does so.
+FAILOVER_WAIT = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class PaceStats:
-    """A pace at one moment: starts a minute, how many could start now, seconds of rest."""
+    """A pace at one moment: starts per minute, how many could start now, seconds of cooling down."""
 
     per_minute: int
     left: int
@@ -62,64 +65,70 @@ class ProviderStats:
 
 
 class Provider:
-    """One provider.
+    """One provider, which runs attempts within its limits.
 
-    Always: `concurrent_requests` requests are under way at most; what was taken for a request is
-    free again when `answer` has ended, however it ended.
+    Always: at most `concurrent_requests` attempts are under way, unless new settings have lowered that
+    number since; whatever an attempt takes is given back by the end of `answer`, however it ends.
+
+    Created by the registry, which must close it.
     """
 
     def __init__(
         self,
-        given: settings.Provider,
+        settings: settings.Provider,
         base_url: str,
         *,
         max_response_bytes: int,
         meter: ProviderMeter | None = None,
     ) -> None:
-        self.name = given.name
-        self.settings = given
+        self.name = settings.name
+        self.settings = settings
         self.meter = ProviderMeter() if meter is None else meter
+        # Called with this provider's name when an attempt has to wait for a place.
         self.on_wait: Callable[[str], None] = lambda _name: None
         self.max_response_bytes = max_response_bytes
-        self._gate = Line(given.name, given.http_client)
+        self._gate = ProviderGate(settings.name, settings.http_client)
         self._pace = self._gate.pace
-        self._pools = Pools(given, base_url, demand=lambda: self._coming)
-        self._health = Health(given.name, self.meter)
-        self.budget = Budget()  # of retries
-        self._coming = 0  # who waits, or has a place and has not run since: the gate counts less
-        self._left: asyncio.Event | None = None  # taken out; set when the last answer has ended
+        # Attempts that wait for a place, or have got one and have not run since. The gate does not
+        # count the latter as waiting.
+        self._pending = 0
+        self._pools = Pools(settings, base_url, pending=lambda: self._pending)
+        self._health = Health(settings.name, self.meter)
+        # The budget of retries.
+        self.budget = Budget()
+        # Set when the last attempt has ended; None unless the provider is removed.
+        self._drained: asyncio.Event | None = None
 
     def prepare(
-        self, given: settings.Provider, base_url: str, *, max_response_bytes: int
+        self, settings: settings.Provider, base_url: str, *, max_response_bytes: int
     ) -> Callable[[], None]:
-        """What puts *given* in the place of the settings now. Until it is called nothing changes.
+        """Return the function that puts *settings* into effect; nothing changes until it is called.
 
-        What is under way ends as it began; places and pace go on with their counts, and the breaker
-        does at the same address. One that had refused our key is asked again, and one that wanted a
-        rest, where the key or the address is another.
+        Attempts that run end as they began. The counts of places and pace go on, and those of the
+        breaker do unless the address is another. The provider is asked again if it had refused our key.
+        It is also asked before a cooling down is over, if the key or the address is another.
 
         Raises:
             ConfigurationError: `ca_file` cannot be read, or holds no certificate.
         """
-        elsewhere = base_url != self._pools.base_url
-        put_pool = self._pools.prepare(given, base_url)
+        new_address = base_url != self._pools.base_url
+        new_key = settings.api_key != self.settings.api_key
+        apply_to_pools = self._pools.prepare(settings, base_url)
 
-        other_key = given.api_key != self.settings.api_key
-
-        def put() -> None:
-            put_pool()
-            self.settings = given
+        def apply() -> None:
+            apply_to_pools()
+            self.settings = settings
             self.max_response_bytes = max_response_bytes
-            self._left = None
-            self._health.renew(elsewhere=elsewhere, other_key=other_key)
-            if elsewhere or other_key:
+            self._drained = None
+            self._health.reset(new_address=new_address, new_key=new_key)
+            if new_address or new_key:
                 self._pace.forget()
-            self._gate.adopt(given.http_client)
+            self._gate.apply_limits(settings.http_client)
 
-        return put
+        return apply
 
     async def answer(self, attempt: Attempt) -> None:
-        """Make *attempt*: wait for a place, send the request, and take the answer in.
+        """Run *attempt*: wait for a place, send the request, and take the answer in.
 
         Cancelling is safe: the connection is closed at once, and the place is free.
 
@@ -128,33 +137,34 @@ class Provider:
         """
         record = attempt.request.record
         place: Place | None = None
-        ended_by: BaseException | None = None
+        error: BaseException | None = None
         try:
             self._check(attempt)
-            record.lined = record.lined or monotonic()
-            self._expect(attempt)
+            record.queued = record.queued or monotonic()
+            self._estimate_tokens(attempt)
             place = self._gate.try_enter(attempt.expected_tokens)
             if place is None:
                 place = await self._wait(attempt)
-                self._check(attempt)  # it may have begun to fail meanwhile
+                # The provider may have begun to fail during the wait.
+                self._check(attempt)
             attempt.trial = self._health.breaker.enter()
             attempt.started()
             await self._exchange(attempt)
             attempt.conclude()
         except BaseException as exc:
-            ended_by = exc
-            self._pools.pool.trim()  # a connection may have been kept for this request
-            if (
-                isinstance(exc, ProviderRateLimited) and exc.attempt_outcome
-            ):  # else our own pace said it
-                self._rest(attempt, exc)
+            error = exc
+            # A connection may have been kept for this request.
+            self._pools.pool.trim()
+            # Without an outcome it is our own pace that has refused the attempt, not the provider.
+            if isinstance(exc, ProviderRateLimited) and exc.attempt_outcome:
+                self._cool_down(attempt, exc)
             raise
         finally:
             if place is not None:
                 place.release()
-            self._ended(attempt, ended_by)
+            self._attempt_ended(attempt, error)
 
-    def heard(self, attempt: Attempt) -> None:
+    def head_received(self, attempt: Attempt) -> None:
         """Learn from the head of an answer.
 
         A provider that answers a trial well fails no more, and its headers tell what is left of its
@@ -163,13 +173,13 @@ class Provider:
         if self._outdated(attempt):
             return
         if self._pace.heed(attempt.headers) and self._gate.waiting:
-            self._gate.refuse_late(WORTH_WAITING)
+            self._gate.refuse_late(FAILOVER_WAIT)
         if attempt.trial and 200 <= attempt.status < 300:
-            self._health.breaker.answered(trial=True)
+            self._health.breaker.attempt_answered(trial=True)
             attempt.trial = False
 
     def stats(self) -> ProviderStats:
-        """The state now."""
+        """Return a snapshot."""
         pace = PaceStats(self._pace.per_minute, self._pace.left, self._pace.cooling)
         return ProviderStats(
             self.name,
@@ -181,31 +191,37 @@ class Provider:
             self._health.flagged,
         )
 
-    def refuse(self, why: Callable[[], AioserverError] | None = None) -> None:
-        """Let nobody in any more, and tell those who wait."""
-        self._gate.close(why or (lambda: NoProvider(f"{self.name} is closing")))
+    def refuse(self, error: Callable[[], AioserverError] | None = None) -> None:
+        """Refuse the attempts that wait and all later ones, each with its own *error*.
+
+        Attempts that have started go on. The default error is `NoProvider`.
+        """
+        self._gate.close(error or (lambda: NoProvider(f"{self.name} is closing")))
 
     @property
     def busy(self) -> bool:
-        """Whether something is under way here."""
+        """Whether an attempt has a place here."""
         return self._gate.inside > 0
 
-    def leave(self) -> None:
-        """It is taken out of the configuration: nobody comes in, what is under way ends in peace."""
-        self._left = asyncio.Event()
-        self._health.leave()
-        self._gate.refuse_waiting(self._health.left_alone)
-        if not self._gate.inside:
-            self._left.set()
+    def remove(self) -> None:
+        """Refuse the attempts that wait and all later ones, since the configuration dropped the provider.
 
-    async def end(self) -> None:
-        """Wait until one that was taken out has ended its last answer, then close it."""
-        assert self._left is not None, "taken out before"
-        await self._left.wait()
-        await self._pools.end()
+        Attempts that have started go on. The function that `prepare` returns brings the provider back.
+        """
+        self._drained = asyncio.Event()
+        self._health.remove()
+        self._gate.refuse_waiting(self._health.refusal)
+        if not self._gate.inside:
+            self._drained.set()
+
+    async def drain(self) -> None:
+        """Wait until the last attempt has ended after `remove`, then close the connections."""
+        assert self._drained is not None, "`remove` was called before"
+        await self._drained.wait()
+        await self._pools.drain()
 
     async def close(self) -> None:
-        """Let nobody in, and close every connection."""
+        """Refuse every attempt, and close every connection."""
         self.refuse()
         await self._pools.close()
 
@@ -215,8 +231,8 @@ class Provider:
         record = request.record
         while True:
             attempt.pool = pool = self._pools.pool
-            # After a wait the settings may be others: the body is that for the model of now. Nothing
-            # of it is kept for as long as the answer takes.
+            # The settings may have changed during a wait, so the body is made now, for the present
+            # model. No reference to it is held for as long as the answer takes.
             data = self._pools.writer.write(request.path, request.body(self.settings))
             connection = await pool.connect()
             attempt.sending()
@@ -225,7 +241,7 @@ class Provider:
                 connection,
                 read_timeout=limits.read_timeout,
                 write_timeout=limits.write_timeout,
-                on_head=attempt.head,
+                on_head=attempt.head_received,
                 record=record,
             )
             running = exchange.run(data)
@@ -233,8 +249,8 @@ class Provider:
             try:
                 await running
             except StaleConnection:
-                # Nothing of an answer had come on a kept connection: repeat at once, on a fresh
-                # one. A fresh connection never raises this, so the loop ends.
+                # Nothing of an answer had come on a reused connection: repeat at once, on a new one.
+                # A new connection never raises this, so the loop ends.
                 self.meter.attempts["stale"].value += 1
                 pool.drop_idle()
             else:
@@ -242,14 +258,15 @@ class Provider:
 
     async def _wait(self, attempt: Attempt) -> Place:
         """Wait in the queue for a place."""
-        if self._gate.inside >= self._gate.limit:  # else the pace is in the way
+        if self._gate.inside >= self._gate.limit:
+            # Otherwise a place is free, and only the pace delays the start.
             self.on_wait(self.name)
         request = attempt.request
         caller, record = request.caller, request.record
         shown = attempt.stream is not None and not request.whole
         cost, attempt.expected_tokens = attempt.expected_tokens, 0
         began = monotonic()
-        self._coming += 1
+        self._pending += 1
         try:
             place = await self._gate.enter(
                 caller.flow,
@@ -262,31 +279,32 @@ class Provider:
                 cost=cost,
             )
         finally:
-            self._coming -= 1  # nothing else runs before it asks the pool
+            # Nothing else runs before this attempt asks the pool.
+            self._pending -= 1
             waited = monotonic() - began
             attempt.waited += waited
             record.waited += waited
         attempt.expected_tokens = cost
         return place
 
-    def _expect(self, attempt: Attempt) -> None:
-        """Estimate the tokens that *attempt* will cost, where tokens are paced."""
+    def _estimate_tokens(self, attempt: Attempt) -> None:
+        """Estimate the tokens that *attempt* will cost, if tokens are paced."""
         if limit := self.settings.http_client.tokens_per_minute:
             prompt = len(attempt.request.body(self.settings)) // BYTES_PER_TOKEN
             # At most a minute's worth: a body with a picture has far fewer tokens than its bytes say.
             attempt.expected_tokens = min(prompt + (self.settings.max_tokens or 0), limit)
 
-    def _rest(self, attempt: Attempt, limited: ProviderRateLimited) -> None:
-        """Leave the provider alone for as long as it wants: it said that we ask too much."""
+    def _cool_down(self, attempt: Attempt, fault: ProviderRateLimited) -> None:
+        """Start nothing for as long as the provider wants, which says that we ask too much."""
         if not self._outdated(attempt):
-            self._pace.cool_down(limited.retry_after or 0.0)
-            self._gate.refuse_late(WORTH_WAITING)
+            self._pace.cool_down(fault.retry_after or 0.0)
+            self._gate.refuse_late(FAILOVER_WAIT)
 
-    def _ended(self, attempt: Attempt, exc: BaseException | None) -> None:
+    def _attempt_ended(self, attempt: Attempt, exc: BaseException | None) -> None:
         """Count an attempt that has ended, well or with *exc*, and learn from it."""
-        if self._left is not None and not self._gate.inside:
-            self._left.set()
-        self._charge(attempt, exc)
+        if self._drained is not None and not self._gate.inside:
+            self._drained.set()
+        self._correct_estimate(attempt, exc)
         trial, attempt.trial = attempt.trial, False
         outdated, attempt.pool = self._outdated(attempt), None
         exc = exc or attempt.fault
@@ -298,17 +316,20 @@ class Provider:
                 attempts[exc.attempt_outcome].value += 1
         elif isinstance(exc, asyncio.CancelledError) and attempt.request.record.sent:
             attempts["cancelled"].value += 1
-        if self._health.ended(exc, trial=trial, outdated=outdated):
-            self._gate.refuse_waiting(self._health.left_alone)
+        if self._health.attempt_ended(exc, trial=trial, outdated=outdated):
+            self._gate.refuse_waiting(self._health.refusal)
 
-    def _charge(self, attempt: Attempt, exc: BaseException | None) -> None:
-        """Correct what *attempt* was expected to cost by what it did, as far as that is known."""
+    def _correct_estimate(self, attempt: Attempt, exc: BaseException | None) -> None:
+        """Charge the difference between the estimated tokens of *attempt* and its real ones.
+
+        Where the provider reports none, the prompt counts as estimated, and each event as a token.
+        """
         if not attempt.expected_tokens:
             return
         total = attempt.usage.get("total_tokens") if attempt.usage is not None else None
         if exc is not None and not attempt.request.record.sent:
             total = 0
-        elif not isinstance(total, int) or not 0 <= total < 1 << 40:
+        elif not isinstance(total, int) or not 0 <= total < MAX_TOKENS:
             prompt = attempt.expected_tokens - (self.settings.max_tokens or 0)
             total = max(0, prompt) + attempt.events
         self._pace.charge(total - attempt.expected_tokens)
@@ -316,11 +337,16 @@ class Provider:
         self._gate.serve()
 
     def _outdated(self, attempt: Attempt) -> bool:
-        """Return whether *attempt* went by former settings, with another key or address perhaps."""
+        """Return whether *attempt* was sent by former settings, with another key or address perhaps."""
         return attempt.pool is not None and attempt.pool is not self._pools.pool
 
     def _check(self, attempt: Attempt) -> None:
-        """Raise where the provider is to be left alone."""
+        """Refuse *attempt* if the provider is not asked now.
+
+        Raises:
+            ProviderFault: the provider is not healthy.
+            ProviderPaced: it is cooling down for longer than *attempt* waits before it fails over.
+        """
         self._health.check()
-        if attempt.fallback and (rest := self._pace.cooling) > WORTH_WAITING:
-            raise self._gate.too_soon(rest)
+        if attempt.fallback and (wait := self._pace.cooling) > FAILOVER_WAIT:
+            raise self._gate.paced_fault(wait)

@@ -1,4 +1,4 @@
-"""The line in front of a provider: its places and its pace, and what is told to who cannot wait."""
+"""The queue of a provider: its gate, which opens at the provider's pace, and the faults it refuses with."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ if TYPE_CHECKING:
     from aioserver.config.settings import HttpClient
 
 
-class Line(Gate):
-    """The gate of the provider *name*, which opens at its pace."""
+class ProviderGate(Gate):
+    """The gate of the provider *name*.
+
+    Always: places, queue and pace follow the *limits* that were applied last.
+    """
 
     def __init__(self, name: str, limits: HttpClient) -> None:
         self._name = name
@@ -32,11 +35,11 @@ class Line(Gate):
                 f"no place at {name} within {self._limits.queue_timeout} s", retry_after=wait
             ),
             pace=self.pace,
-            pace_error=self.too_soon,
+            pace_error=self.paced_fault,
         )
 
-    def too_soon(self, wait: float) -> ProviderPaced:
-        """What is told to who would have to wait *wait* seconds for a start, and cannot."""
+    def paced_fault(self, wait: float) -> ProviderPaced:
+        """Return the fault of a request that cannot wait the *wait* seconds until it could start."""
         limits = self._limits
         text = f"{self._name} limits our rate"
         if not self.pace.cooling:
@@ -46,8 +49,8 @@ class Line(Gate):
             )
         return ProviderPaced(text, retry_after=wait)
 
-    def adopt(self, limits: HttpClient) -> None:
-        """Use new limits: who is inside stays, who has started counts, as it did before."""
+    def apply_limits(self, limits: HttpClient) -> None:
+        """Use new limits. Places that are taken stay taken, and starts stay counted."""
         self._limits = limits
         self.pace.apply(
             limits.requests_per_minute, _burst(limits), tokens_per_minute=limits.tokens_per_minute
@@ -60,5 +63,5 @@ class Line(Gate):
 
 
 def _burst(limits: HttpClient) -> int:
-    """How many may start at once after a rest: those of a second."""
+    """Return how many requests may start at once after a rest: those of a second."""
     return min(limits.concurrent_requests, limits.requests_per_minute // 60)

@@ -1,8 +1,8 @@
-"""Who is asked, by name: the providers of the configuration, and how they change while answers run.
+"""The registry: the providers of the configuration, by name, and how they change while answers run.
 
-One that stays is the same object, whatever changes in it. One that is taken out lets nobody in, ends
-what is under way, and is closed; where it comes back before that, it is the same object again, so that
-its places are counted once.
+A provider that stays in the configuration is the same object, whatever changes in it. A provider that
+is removed takes no new attempt, ends those that run, and is closed. If it comes back before that, it is
+the same object again, so that its places are counted once.
 """
 
 from __future__ import annotations
@@ -23,104 +23,107 @@ if TYPE_CHECKING:
 logger = logging.getLogger("aioserver.providers")
 
 
-class Roster:
+class ProviderRegistry:
     """Owns every provider.
 
-    Always: `providers` are those of the settings applied last, in their order; each other one has a
-    task, which closes it when its last answer has ended. `close` closes them all.
+    Always: `providers` has those of the settings that were applied last, in their order; every other
+    provider has a task, which closes it when its last attempt has ended. `close` closes all of them.
     """
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
         self._providers: dict[str, Provider] = {}
-        self._leaving: dict[Provider, asyncio.Task[None]] = {}
+        # The providers that were removed, each with the task that closes it.
+        self._draining: dict[Provider, asyncio.Task[None]] = {}
         self._stack = AsyncExitStack()
-        self._simulated = ""  # the simulator's address; empty: it was not wanted yet
+        # The simulator's address; empty until the simulator runs.
+        self._simulator_url = ""
 
     @property
     def providers(self) -> Mapping[str, Provider]:
-        """All that are configured, by name."""
+        """All providers that are configured, by name."""
         return self._providers
 
     async def prepare(self, llm: settings.Llm) -> None:
-        """Start what *llm* needs beside the providers themselves: the simulator, for `simulated`.
+        """Start the simulator, if a provider of *llm* is `simulated` and it does not run yet.
 
-        It stays when nobody needs it any more, until the roster is closed.
+        Once started it runs until the registry is closed, even if no provider needs it any more.
         """
-        if self._simulated or not any(given.simulated for given in llm.providers.values()):
+        if self._simulator_url or not any(entry.simulated for entry in llm.providers.values()):
             return
         from aioserver.providers.simulator.server import Simulator  # noqa: PLC0415 - start-up time
 
         simulator = await self._stack.enter_async_context(Simulator(keep=0))
-        self._simulated = simulator.base_url
+        self._simulator_url = simulator.base_url
 
     def apply(self, llm: settings.Llm, *, max_response_bytes: int) -> None:
-        """The providers are those of *llm* from now on, for which all is prepared.
+        """Have the providers of *llm* from now on, for which `prepare` was called before.
 
         Raises:
             ConfigurationError: a `ca_file` holds no certificate; nothing has changed then.
         """
         self._metrics.apply(llm.providers)
-        found: dict[str, Provider] = {}
+        providers: dict[str, Provider] = {}
         changes: list[Callable[[], None]] = []
-        told: list[Provider] = []
-        for name, given in llm.providers.items():
-            base_url = self._simulated if given.simulated else given.base_url
-            provider = self._known(name)
+        changed: list[Provider] = []
+        for name, entry in llm.providers.items():
+            base_url = self._simulator_url if entry.simulated else entry.base_url
+            provider = self._existing(name)
             if provider is not None:
-                change = provider.prepare(given, base_url, max_response_bytes=max_response_bytes)
-                changes.append(change)
-                if provider.settings != given:
-                    told.append(provider)
+                changes.append(
+                    provider.prepare(entry, base_url, max_response_bytes=max_response_bytes)
+                )
+                if provider.settings != entry:
+                    changed.append(provider)
             else:
                 provider = Provider(
-                    given,
+                    entry,
                     base_url,
                     max_response_bytes=max_response_bytes,
                     meter=self._metrics.providers[name],
                 )
-                told.append(provider)
-            found[name] = provider
+                changed.append(provider)
+            providers[name] = provider
         for change in changes:
             change()
         for name, provider in self._providers.items():
-            if name not in found:
-                self._leave(provider)
-        for provider in found.values():
-            if (task := self._leaving.pop(provider, None)) is not None:
+            if name not in providers:
+                self._remove(provider)
+        for provider in providers.values():
+            if (task := self._draining.pop(provider, None)) is not None:
                 task.cancel()
-        self._providers = found
-        for provider in told:
-            _tell(provider)
+        self._providers = providers
+        for provider in changed:
+            _log_limits(provider)
 
     async def close(self) -> None:
         """Close every provider, and the simulator."""
-        leaving = dict(self._leaving)
-        for task in leaving.values():
+        draining = dict(self._draining)
+        for task in draining.values():
             task.cancel()
-        if leaving:
-            await asyncio.wait(tuple(leaving.values()))
-        for provider in (*self._providers.values(), *leaving):
+        if draining:
+            await asyncio.wait(tuple(draining.values()))
+        for provider in (*self._providers.values(), *draining):
             await provider.close()
         await self._stack.aclose()
 
-    def _known(self, name: str) -> Provider | None:
-        """The provider of that name which is configured, or has still something under way."""
-        known = self._providers.get(name)
-        if known is None:
-            alive = (one for one in self._leaving if one.name == name and one.busy)
-            known = next(alive, None)
-        return known
+    def _existing(self, name: str) -> Provider | None:
+        """Return the provider of that name that is configured, or was removed and is still busy."""
+        provider = self._providers.get(name)
+        if provider is None:
+            busy = (removed for removed in self._draining if removed.name == name and removed.busy)
+            provider = next(busy, None)
+        return provider
 
-    def _leave(self, provider: Provider) -> None:
-        provider.leave()
-        task = asyncio.get_running_loop().create_task(provider.end())
-        self._leaving[provider] = task
-        task.add_done_callback(lambda _task: self._leaving.pop(provider, None))
-        logger.info("provider %s was taken out", provider.name)
+    def _remove(self, provider: Provider) -> None:
+        provider.remove()
+        task = asyncio.get_running_loop().create_task(provider.drain())
+        self._draining[provider] = task
+        task.add_done_callback(lambda _task: self._draining.pop(provider, None))
+        logger.info("provider %s was removed from the configuration", provider.name)
 
 
-def _tell(provider: Provider) -> None:
+def _log_limits(provider: Provider) -> None:
     limits = provider.settings.http_client
     missing = provider.settings.missing_key
     if missing is not None:

@@ -1,4 +1,4 @@
-"""What is asked of a provider, its bytes on the wire, and an answer in one piece.
+"""What is asked of a provider, and an answer that was not streamed.
 
 A request is made once and may be sent several times: each try of it is an `Attempt` (attempt.py).
 """
@@ -8,9 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from yarl import URL
-
-from aioserver import __version__
 from aioserver.auth.callers import Caller
 from aioserver.telemetry.request_log import RequestRecord
 
@@ -19,20 +16,20 @@ if TYPE_CHECKING:
 
     from aioserver.config import settings
     from aioserver.protocol.openai import Reading
-    from aioserver.providers.pool import Pool
 
-ANYONE = Caller()
-# Headers that frame a body; a configured header of these names is never sent.
-FRAMING = frozenset({"connection", "content-length", "transfer-encoding"})
+# The caller of a request that comes from no client.
+NO_CALLER = Caller()
 
 
 class ProviderRequest:
-    """One request for an answer, as every provider gets it.
+    """A request for one answer, the same for every provider that is asked.
+
+    Always: nothing in it but its `record` changes from one attempt to the next.
 
     *path* is OpenAI's, below the provider's base URL. *body* makes the JSON for one provider, whose
-    model may differ; it is called for each try, and what it returns is not kept. *reading* collects
-    what the answer says, for a log of `chunk` objects; without it the log has the provider's bytes.
-    *model* is that of the first provider asked; None stands for its configured one.
+    model may differ; it is called for each attempt, and nobody keeps what it returns. *reading* collects
+    the text of an answer whose log has `chunk` objects; None: the log has the provider's bytes. *model* is
+    for the provider that is asked first; None stands for the model in its settings.
     """
 
     __slots__ = ("body", "caller", "model", "path", "reading", "record", "streamed")
@@ -43,7 +40,7 @@ class ProviderRequest:
         body: Callable[[settings.Provider], bytes],
         *,
         streamed: bool,
-        caller: Caller = ANYONE,
+        caller: Caller = NO_CALLER,
         model: str | None = None,
         reading: Reading | None = None,
     ) -> None:
@@ -63,9 +60,10 @@ class ProviderRequest:
 
 @dataclass(slots=True)
 class Answer:
-    """A body that was not streamed, and those of the provider's headers that clients may see.
+    """A body that was not streamed, with those of the provider's headers that clients may see.
 
-    *usage*: tokens, as the provider reports them. *attempts*: requests sent for it, at all providers.
+    *usage* has the tokens, as the provider reports them. *attempts* counts the requests that were
+    sent for the answer, at all providers.
     """
 
     status: int
@@ -75,49 +73,3 @@ class Answer:
     provider: str
     usage: Mapping[str, Any] | None = None
     attempts: int = 1
-
-
-class RequestWriter:
-    """Writes requests to the API at *base_url*, as they go over the connections of *pool*.
-
-    The head of each path is made once: only the body and its length differ between two requests.
-    """
-
-    def __init__(self, settings: settings.Provider, base_url: str, pool: Pool) -> None:
-        self._settings = settings
-        self._base = URL(base_url)
-        self._forwards = pool.forwards
-        self._proxy_headers = pool.proxy_headers()
-        self._heads: dict[str, bytes] = {}
-
-    def write(self, path: str, body: bytes) -> bytes:
-        """Return the bytes of a POST of *body* (JSON) to *path*, below the base URL."""
-        head = self._heads.get(path)
-        if head is None:
-            head = self._heads[path] = self._head(path)
-        return b"%b%d\r\n\r\n%b" % (head, len(body), body)
-
-    def _head(self, path: str) -> bytes:
-        """Return the head of every request for *path*, up to the number behind Content-Length."""
-        url = self._base.with_path(f"{self._base.path.rstrip('/')}/{path}")
-        headers = {
-            "Host": url.authority.rpartition("@")[2],
-            "User-Agent": f"aioserver/{__version__}",
-            "Accept": "application/json, text/event-stream",
-            "Accept-Encoding": "identity",
-            "Content-Type": "application/json",
-        }
-        if self._settings.api_key is not None:
-            headers["Authorization"] = f"Bearer {self._settings.api_key.reveal()}"
-        configured = {**self._settings.headers, **self._proxy_headers}
-        replaced = {name.lower() for name in configured}
-        headers = {name: value for name, value in headers.items() if name.lower() not in replaced}
-        headers |= {
-            name: value for name, value in configured.items() if name.lower() not in FRAMING
-        }
-        target = str(url) if self._forwards else url.raw_path_qs
-        lines = [
-            f"POST {target} HTTP/1.1",
-            *(f"{name}: {value}" for name, value in headers.items()),
-        ]
-        return "\r\n".join([*lines, "Content-Length: "]).encode("latin-1")

@@ -1,14 +1,14 @@
-"""What becomes of a provider's answer: sinks that turn its bytes into a log, or into a body.
+"""Sinks: what makes events of a log, or a body, from the bytes of a provider's answer.
 
-`EventSink` keeps the provider's bytes, whole events at a time, for the OpenAI face. `ChatSink`
-reads each event and appends `chunk` objects, for the faces that show frames. `BodySink` keeps a
-body that is not streamed, up to a bound. Which end is a good one is decided here:
+`EventSink` keeps the provider's bytes (text/event-stream, WHATWG HTML 9.2), whole events at a time,
+for the OpenAI face. `ChatSink` reads each event and appends `chunk` objects, for the faces that show
+frames. `BodySink` keeps a body that is not streamed, up to a bound. How an answer may end:
 
-    [DONE], or response.completed / incomplete / failed      the end
-    the body ends after a finish_reason                      the end, a [DONE] is put to it
-    an event that is no JSON                                 ProviderBadResponse
-    an error object                                          ProviderError, or what its code says;
-                                                             nothing behind it passes
+    [DONE], or response.completed / incomplete / failed      well
+    the body ends after a finish_reason                      well; a [DONE] is added
+    an event that is not JSON                                ProviderBadResponse
+    an error object                                          ProviderError, or the fault that its code
+                                                             means; nothing after it passes
     the body ends otherwise                                  ProviderDisconnected
     there is no body                                         ProviderBadResponse
 """
@@ -44,66 +44,78 @@ from aioserver.streams import entries
 if TYPE_CHECKING:
     from aioserver.streams.stream import Path, Stream
 
-MAX_LESSONS = 4  # events of an answer from which its shape is learned
+# Events of an answer from which its shape is learned; some providers repeat no shape at all.
+MAX_SHAPE_SAMPLES = 4
 DONE = b"data: [DONE]\n\n"
-# A quote inside a JSON string is escaped, so these are never text that a model has written.
-# Plain searches, not regular expressions: these look at every byte that passes.
+# A quote inside a JSON string is escaped, so these are never text that a model has written. They are
+# looked for with `find` and not with a regular expression, since every byte that passes is searched.
 _FINISH, _FINISH_SPACED = b'"finish_reason":"', b'"finish_reason": "'
 _ERROR = b'"error"'
 _USAGE = b'"usage"'
 _RESPONSE_END = re.compile(rb'"type" ?: ?"response\.(?:completed|incomplete|failed)"')
-NO_END = "the provider's stream ended without a finish_reason and without its end mark"
+NO_END_MESSAGE = "the provider's stream ended without a finish_reason and without its end mark"
 
 
 class BodySink:
-    """Collects a body of at most *max_bytes*."""
+    """Collects a body.
+
+    Always: it holds at most *max_bytes*.
+    """
 
     def __init__(self, max_bytes: int) -> None:
         self._parts: list[bytes] = []
         self._size = 0
-        self._max = max_bytes
+        self._max_bytes = max_bytes
 
     @property
     def body(self) -> bytes:
-        """What has come."""
+        """The bytes that have come so far."""
         return b"".join(self._parts)
 
     def feed(self, data: bytes) -> bool:
-        """A part.
+        """Keep a part of the body.
 
         Raises:
-            ProviderBadResponse: more than *max_bytes*.
+            ProviderBadResponse: the body has more than *max_bytes*.
         """
         self._size += len(data)
-        if self._size > self._max:
-            raise ProviderBadResponse(f"an answer of more than {self._max} bytes")
+        if self._size > self._max_bytes:
+            raise ProviderBadResponse(f"an answer of more than {self._max_bytes} bytes")
         self._parts.append(data)
         return True
 
     def end(self) -> None:
-        """The body is whole."""
+        """Do nothing: the body is complete."""
 
     def fast(self) -> None:
-        """None: all of it is collected."""
+        """Return None: every part is collected."""
 
 
 class EventSink:
-    """Appends the provider's bytes, as they are, to a log: one entry for each read."""
+    """Appends the provider's bytes, as they are, to a log: one entry for each read.
+
+    Always: an entry holds whole events only; nothing is appended after an error or an end.
+
+    *responses* says that the events are those of the Responses API, not chat completions.
+    """
 
     def __init__(self, stream: Stream, *, responses: bool) -> None:
         self._stream = stream
         self._splitter = eventstream.Splitter()
         self._responses = responses
-        self._named = not responses
+        # Whether the provider's id of a response is still to be read, from its first events.
+        self._id_wanted = responses
+        # Whether a finish_reason has come.
         self._finished = False
         self._begun = False
 
     def feed(self, data: bytes) -> bool:
-        """Append the events that are whole now; False at the provider's end.
+        """Append the events that are whole now; return False at the end of the answer.
 
         Raises:
-            ProviderFault: its first event is an error object; a later one passes, and is the end.
-            ProviderBadResponse: an event that is no JSON, as far as `_sound` can tell.
+            ProviderFault: the first event is an error object, or a later one that is about our key. Any
+                other later one passes, and ends the log.
+            ProviderBadResponse: an event is too long, or is not JSON, as far as `_plausible` can tell.
         """
         self._begun = True
         try:
@@ -112,15 +124,16 @@ class EventSink:
             raise event_fault(exc) from exc
         if not block:
             return True
-        find = block.find  # not `in`: for bytes that costs more than twice as much
-        done, ended, fault = b"", False, None
+        # Not `in`: for bytes that costs more than twice as much.
+        find = block.find
+        done, ended, error_event = b"", False, None
         if self._responses:
             ended = _RESPONSE_END.search(block) is not None
             if ended:
                 self._stream.details.usage = _usage_in(block)
-            if not self._named:
-                self._named = True
-                self._name(block)
+            if self._id_wanted:
+                self._id_wanted = False
+                self._add_response_id(block)
         else:
             if find(b"[DONE]") >= 0 and (start := _done_line(block)) >= 0:
                 ended = True
@@ -131,39 +144,44 @@ class EventSink:
             if self._finished and find(_USAGE) >= 0:
                 self._stream.details.usage = _usage_in(block) or self._stream.details.usage
         if find(_ERROR) >= 0:
-            block, fault = self._before_error(block)
-        broken = not _sound(block)
+            block, error_event = self._before_error(block)
+        broken = not _plausible(block)
         if broken:
             block = self._before_broken(block)
-        self._append(block, more=ended or broken or fault is not None)
+        self._append(block, more=ended or broken or error_event is not None)
         if broken:
             raise ProviderBadResponse("the provider sent an event that is not JSON")
-        if fault is not None:
-            event, stream = fault[0], self._stream
-            error = error_object_fault(fault[1])
-            if not stream.answered or isinstance(error, ProviderAuthError):
-                raise error  # of our key nothing is shown
+        if error_event is not None:
+            event, error_object = error_event
+            stream, fault = self._stream, error_object_fault(error_object)
+            if not stream.answered or isinstance(fault, ProviderAuthError):
+                # An error about our key is never shown.
+                raise fault
             self._append(event, more=True)
-            stream.error = error
-            stream.end(entries.ERROR, error.as_chunk())  # its own event has been passed on
+            stream.error = fault
+            # Without data of its own: the provider's event has been passed on.
+            stream.end(entries.ERROR, fault.as_chunk())
             return False
         if ended:
             self._complete(done)
         return not ended
 
     def end(self) -> None:
-        """The body ended without a `[DONE]`.
+        """Complete the log, since the body ended without a `[DONE]`.
 
         Raises:
-            ProviderDisconnected: and without a finish_reason.
-            ProviderBadResponse: and nothing had come at all.
+            ProviderDisconnected: there was no finish_reason either.
+            ProviderBadResponse: the body was empty.
         """
         if not self._finished:
-            raise _no_end(self._begun)
+            raise _early_end(self._begun)
         self._complete(DONE)
 
     def fast(self) -> Path | None:
-        """The stream's, while no event is half read; what follows the finish may have the usage."""
+        """Return the stream's fast path, if no event is half read.
+
+        There is none after the finish_reason, since the usage may follow it.
+        """
         if self._responses or self._finished or not self._splitter.idle:
             return None
         return self._stream.open_fast_path()
@@ -171,36 +189,37 @@ class EventSink:
     def _append(self, block: bytes, *, more: bool) -> None:
         if block:
             number = eventstream.count(block)
-            if number:  # comments alone pass, uncounted
+            # Comments alone pass, and are not counted.
+            if number:
                 self._stream.mark_answered()
             self._stream.forward(block, number, more=more)
 
-    def _name(self, block: bytes) -> None:
-        """Let a response be found by the id that its provider has given it."""
+    def _add_response_id(self, block: bytes) -> None:
+        """Let the stream be found by the id that the provider has given to the response, too."""
         for event in eventstream.parse(block):
             with contextlib.suppress(orjson.JSONDecodeError, KeyError, TypeError):
-                alias = orjson.loads(event.data)["response"]["id"]
-                if isinstance(alias, str) and alias:
-                    self._stream.add_alias(alias)
+                response_id = orjson.loads(event.data)["response"]["id"]
+                if isinstance(response_id, str) and response_id:
+                    self._stream.add_alias(response_id)
                     return
 
     @staticmethod
     def _before_error(block: bytes) -> tuple[bytes, tuple[bytes, Any] | None]:
-        """What comes before an event that is an error object, and that event with its object.
+        """Return the events before the first error object, and (that event, its error object).
 
-        Nothing comes behind it: what the provider sends there, [DONE] too, ends no good answer.
+        What the provider sends after it is dropped, [DONE] too: no good answer has ended.
         """
         events = eventstream.split(block)
         for number, event in enumerate(events):
-            if (fault := _error_in(event)) is not None:
-                return b"".join(events[:number]), (event, fault)
+            if (error := _error_in(event)) is not None:
+                return b"".join(events[:number]), (event, error)
         return block, None
 
     @staticmethod
     def _before_broken(block: bytes) -> bytes:
-        """What comes before the first event that is not sound."""
+        """Return the events before the first that is not plausible."""
         events = eventstream.split(block)
-        good = next(at for at, event in enumerate(events) if not _sound(event))
+        good = next(number for number, event in enumerate(events) if not _plausible(event))
         return b"".join(events[:good])
 
     def _complete(self, done: bytes) -> None:
@@ -213,7 +232,10 @@ class EventSink:
 
 
 class ChatSink:
-    """Reads the provider's events and appends their `chunk` objects to a log."""
+    """Reads the provider's events and appends their `chunk` objects to a log.
+
+    Always: nothing is appended after an error or an end.
+    """
 
     def __init__(self, stream: Stream, reading: Reading) -> None:
         self._stream = stream
@@ -221,14 +243,19 @@ class ChatSink:
         self._splitter = eventstream.Splitter()
         self._begun = False
         self._shape: Shape | None = None
-        self._lessons = MAX_LESSONS  # left: some providers repeat nothing
+        self._samples_left = MAX_SHAPE_SAMPLES
 
     def feed(self, data: bytes) -> bool:
-        """Append what the events that are whole now say; False at the provider's end."""
+        """Append the chunks of the events that are whole now; return False at the end of the answer.
+
+        Raises:
+            ProviderFault: an event is an error object, is not JSON, or is too long.
+        """
         chunks: list[bytes] = []
         ended = False
         self._begun = True
-        self._stream.close_fast_path()  # what was said before this is noted before it
+        # The texts that the fast path has passed on come before these events in the log.
+        self._stream.close_fast_path()
         try:
             block = self._splitter.feed(data)
             for event in eventstream.parse(block):
@@ -236,9 +263,11 @@ class ChatSink:
                     ended = True
                     break
                 if not event.data:
-                    continue  # no event (WHATWG HTML 9.2.6): it keeps a connection alive
+                    # Not an event (WHATWG HTML 9.2.6): it keeps the connection alive.
+                    continue
                 chunks += self._reading.read(event.data)
-                self._stream.mark_answered()  # also where it says nothing yet: no second try from here on
+                # Also if the event has no text yet: from here on there is no second attempt.
+                self._stream.mark_answered()
         except (EventTooLong, BadEvent, ErrorEvent) as exc:
             raise event_fault(exc) from exc
         finally:
@@ -246,31 +275,31 @@ class ChatSink:
                 self._stream.append(entries.CHUNK, chunks, more=ended)
         if ended:
             complete(self._stream, self._reading)
-        elif self._lessons and len(chunks) == 1 and chunks[0].startswith(TEXT_START):
-            self._lessons -= 1
+        elif self._samples_left and len(chunks) == 1 and chunks[0].startswith(TEXT_START):
+            self._samples_left -= 1
             self._shape = learn(block, self._reading) or self._shape
         return not ended
 
     def end(self) -> None:
-        """The body ended without a `[DONE]`.
+        """Complete the log, since the body ended without a `[DONE]`.
 
         Raises:
-            ProviderDisconnected: and without a finish_reason.
-            ProviderBadResponse: and nothing had come at all.
+            ProviderDisconnected: there was no finish_reason either.
+            ProviderBadResponse: the body was empty.
         """
         if self._reading.finish_reason is None:
-            raise _no_end(self._begun)
+            raise _early_end(self._begun)
         complete(self._stream, self._reading)
 
     def fast(self) -> Path | None:
-        """The stream's, once the shape of the provider's events is known."""
+        """Return the stream's fast path, once the shape of the provider's events is known."""
         if self._shape is None or not self._splitter.idle:
             return None
         return self._stream.open_fast_path(self._shape)
 
 
 def complete(stream: Stream, reading: Reading) -> None:
-    """Append the `complete` event with what the provider said of its answer."""
+    """Append the `complete` event, with the metadata that the provider has sent."""
     stream.details.usage = reading.usage
     stream.end(
         entries.COMPLETE,
@@ -285,11 +314,11 @@ def complete(stream: Stream, reading: Reading) -> None:
     )
 
 
-def _sound(block: bytes) -> bool:
-    """Whether the events of a block can be JSON objects: `{…}`, in UTF-8.
+def _plausible(block: bytes) -> bool:
+    """Return whether the events of a block may be JSON objects: `{…}`, in UTF-8.
 
-    What is between the braces is not looked at. A truncated event is found this way and half a
-    character, which is what happens; to parse each event is 0.5 µs of the 12 that it costs in all.
+    The bytes between the braces are not parsed. This finds truncated events and half characters, the
+    faults that happen; parsing each event would take 0.5 µs of the 12 that an event costs in all.
     """
     if (
         block.startswith(b"data: {")
@@ -307,14 +336,14 @@ def _sound(block: bytes) -> bool:
     return True
 
 
-def _no_end(begun: bool) -> ProviderFault:
+def _early_end(begun: bool) -> ProviderFault:
     if begun:
-        return ProviderDisconnected(NO_END)
+        return ProviderDisconnected(NO_END_MESSAGE)
     return ProviderBadResponse("the provider's stream is empty")
 
 
 def _done_line(block: bytes) -> int:
-    """Where the line `data: [DONE]` begins, -1 where there is none."""
+    """Return the index at which the line `data: [DONE]` begins, -1 if there is none."""
     at = -1
     while (at := block.find(b"[DONE]", at + 1)) >= 0:
         line = block[max(0, at - 8) : at].rstrip(b" ")
@@ -324,24 +353,27 @@ def _done_line(block: bytes) -> int:
 
 
 def _usage_in(block: bytes) -> dict[str, Any] | None:
-    """The usage that the events report: of a chunk, or of the response in an event."""
+    """Return the usage that the last of the events reports which has one.
+
+    It is that of a chunk, or of the response in an event.
+    """
     for event in reversed(eventstream.parse(block)):
         try:
-            said = orjson.loads(event.data)
+            content = orjson.loads(event.data)
         except orjson.JSONDecodeError:
             continue
-        if (usage := usage_of(said)) is not None:
+        if (usage := usage_of(content)) is not None:
             return usage
     return None
 
 
 def _error_in(block: bytes) -> Any:
-    """The error object of an event that is one, None where there is none."""
+    """Return the error object of the first event that has one; None if there is none."""
     for event in eventstream.parse(block):
         try:
-            answer = orjson.loads(event.data)
+            content = orjson.loads(event.data)
         except orjson.JSONDecodeError:
             continue
-        if isinstance(answer, dict) and answer.get("error"):
-            return answer["error"]
+        if isinstance(content, dict) and content.get("error"):
+            return content["error"]
     return None

@@ -27,13 +27,13 @@ from aioserver.faces.admission import Admission
 from aioserver.faces.context import Context, CurrentSettings, Lifecycle
 from aioserver.faces.http import Request
 from aioserver.gateway.conversations import Conversations
-from aioserver.gateway.gateway import Gateway, stopping
+from aioserver.gateway.gateway import Gateway, shutdown_error
 from aioserver.gateway.router import Router
 from aioserver.limits.timer_wheel import TimerWheel
 from aioserver.monitoring import prometheus
 from aioserver.monitoring.monitor import Monitor
 from aioserver.monitoring.snapshot import Sources
-from aioserver.providers.registry import Roster
+from aioserver.providers.registry import ProviderRegistry
 from aioserver.server.middleware import make_middleware
 from aioserver.streams.fast_path import Outbox
 from aioserver.streams.store import StreamStore
@@ -66,7 +66,7 @@ class Server:
     app: web.Application
     middleware: Middleware
     context: Context
-    roster: Roster
+    provider_registry: ProviderRegistry
     streams: StreamStore
     conversations: Conversations
     lag: LoopLag
@@ -77,7 +77,7 @@ class Server:
         context = self.context
         context.lifecycle.ready = False
         context.lifecycle.stopping.set()
-        context.admission.gate.close(stopping)
+        context.admission.gate.close(shutdown_error)
         context.gateway.drain()
         for open_socket in tuple(context.sockets):
             open_socket.drain()
@@ -106,11 +106,11 @@ async def open_server(
     guard = Guard(access, origins)
     admission = Admission(chat.websocket.concurrency, metrics)
     async with AsyncExitStack() as stack:
-        roster = Roster(metrics)
-        stack.push_async_callback(roster.close)
-        await roster.prepare(llm)
-        roster.apply(llm, max_response_bytes=chat.streams.max_response_bytes)
-        router = Router(roster.providers, llm.active, llm.fallbacks)
+        provider_registry = ProviderRegistry(metrics)
+        stack.push_async_callback(provider_registry.close)
+        await provider_registry.prepare(llm)
+        provider_registry.apply(llm, max_response_bytes=chat.streams.max_response_bytes)
+        router = Router(provider_registry.providers, llm.active, llm.fallbacks)
         streams = StreamStore(
             max_stream_bytes=chat.streams.max_stream_bytes,
             max_kept_bytes=chat.streams.max_kept_bytes,
@@ -167,7 +167,7 @@ async def open_server(
                 app=app,
                 middleware=middleware,
                 context=context,
-                roster=roster,
+                provider_registry=provider_registry,
                 streams=streams,
                 conversations=conversations,
                 lag=lag,
@@ -211,7 +211,7 @@ def make_app(configuration: Configuration) -> web.Application:
 
 @web.middleware
 async def _adopt(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Make a request of another runner one of ours, which have two attributes more."""
+    """Turn a request of another runner into one of ours, which has two more attributes."""
     request.__class__ = Request
     return await handler(request)
 

@@ -99,7 +99,7 @@ class Reload:
             configuration = await asyncio.to_thread(self._read)
             settings = self._with_fixed_paths(configuration.settings)
             few_files = _raise_file_limit(settings)
-            await self._server.roster.prepare(settings.llm)
+            await self._server.provider_registry.prepare(settings.llm)
             self._apply(settings)
             await apply_auth(self._server, settings.auth)
         except ConfigurationError as exc:
@@ -168,8 +168,8 @@ class Reload:
         """
         server, context = self._server, self._server.context
         chat, llm = settings.chat, settings.llm
-        server.roster.apply(llm, max_response_bytes=chat.streams.max_response_bytes)
-        context.router.apply(server.roster.providers, llm.active, llm.fallbacks)
+        server.provider_registry.apply(llm, max_response_bytes=chat.streams.max_response_bytes)
+        context.router.apply(server.provider_registry.providers, llm.active, llm.fallbacks)
         context.settings.apply(settings)
         context.admission.apply(chat.websocket.concurrency)
         server.streams.apply(

@@ -5,7 +5,7 @@ what that costs is objects: when a thousand streams take turns, each object that
 is a miss in the processor's caches. So where an event needs nothing else, it touches few objects:
 the provider's connection, this object, the log, and the client's transport.
 
-    WireProtocol.data_received → forward → (the end of this loop iteration) transport.write
+    ConnectionProtocol.data_received → forward → (the end of this loop iteration) transport.write
 
 *When it is open.* It is opened after a read that took the slow path, if all of the following
 holds. They are checked one after the other, each by an object that knows it (`Exchange` → the sink

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 # The first byte of a frame: the mark of the last fragment (FIN), and the opcode.
 WS_TEXT, WS_CLOSE, WS_PING, WS_PONG = 0x81, 0x88, 0x89, 0x8A
 
+# How many milliseconds an EventSource waits before it comes back. The line stands in the block of an
+# event: alone in a block it is an empty event to some clients (httpx-sse, fetch-event-source).
+RETRY = b"retry: 2000\n"
+
 
 class Format(NamedTuple):
     """One way to write the events of a log; *name* tells it from the others.
@@ -71,7 +75,10 @@ def _events(stream: Stream, entry: Entry, skip: int) -> bytes:
     frames = stream.frames(entry)
     status = entry.status
     if len(frames) == 1:
-        return b"" if skip else _event(entry.first, status, frames[0])
+        if skip:
+            return b""
+        event = _event(entry.first, status, frames[0])
+        return RETRY + event if entry.first == 1 else event
     numbered = enumerate(frames[skip:], entry.first + skip)
     return b"".join([_event(number, status, frame) for number, frame in numbered])
 

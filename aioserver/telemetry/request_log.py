@@ -40,7 +40,7 @@ class RequestRecord:
     Times are of the monotonic clock, and 0.0 as long as the event has not happened:
 
         asked         the request was admitted and understood
-        lined         it asked for a place at its provider, for the first time
+        queued        it asked for a place at its provider, for the first time
         sent          its newest attempt was sent
         first         the first event of its answer was there
 
@@ -54,6 +54,7 @@ class RequestRecord:
     """
 
     __slots__ = (
+        "abandoned",
         "asked",
         "attempts",
         "caller",
@@ -61,10 +62,9 @@ class RequestRecord:
         "events",
         "face",
         "first",
-        "left",
-        "lined",
         "model",
         "provider",
+        "queued",
         "request_id",
         "sent",
         "silence",
@@ -77,7 +77,7 @@ class RequestRecord:
     def __init__(self) -> None:
         self.face = self.request_id = self.provider = self.model = self.caller = ""
         self.asked = 0.0
-        self.lined = self.sent = self.first = self.waited = 0.0
+        self.queued = self.sent = self.first = self.waited = 0.0
         self.silence = self.silent_until = self.delay = self.stuck = 0.0
         self.attempts = 0
         # Events of the answer, without those that open and end the stream.
@@ -85,7 +85,7 @@ class RequestRecord:
         # The token counts, as the provider reports them.
         self.usage: Mapping[str, Any] | None = None
         # Whether the request was cancelled because nobody read its answer any more.
-        self.left = False
+        self.abandoned = False
 
     def begin(
         self, face: str, request_id: str, provider: str, model: str, caller: str = ""
@@ -137,7 +137,7 @@ class RequestLog:
             outcome = known.outcome if known else "internal_error"
             status = known.http_status if known else 500
         elif cancelled:
-            outcome, status = (CLIENT_LEFT if record.left else CANCELLED), 499
+            outcome, status = (CLIENT_LEFT if record.abandoned else CANCELLED), 499
         metrics.requests[record.face, record.provider, code, outcome].value += 1
         metrics.outcomes[outcome].value += 1
         if outcome == "rejected":
@@ -146,8 +146,8 @@ class RequestLog:
                 error.counted = True
         face, provider = metrics.faces[record.face], metrics.providers[record.provider]
         face.duration.observe(now - record.asked)
-        if record.lined:
-            face.overhead.observe(record.lined - record.asked)
+        if record.queued:
+            face.overhead.observe(record.queued - record.asked)
             provider.wait.observe(record.waited)
         if record.first:
             first_token = record.first - record.asked

@@ -500,7 +500,15 @@ async def test_without_keys_only_names_of_this_machine_are_answered(
     make_server: MakeServer, host: str, status: int
 ) -> None:
     server = await make_server(**{"auth.allowed_hosts": ["chat.example"]})
-    paths = ("/health", "/stats", "/", "/v1/models", "/session", "/assets/chat.js", "/nothing")
+    paths = (
+        "/health",
+        "/stats",
+        "/",
+        "/v1/models",
+        "/session",
+        "/assets/chat/chat.js",
+        "/nothing",
+    )
     async with Raw(server) as raw:
         for path in paths:
             await raw.send(f"GET {path} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode("latin-1"))

@@ -1,4 +1,4 @@
-"""Keys that change while the server runs: who may no longer come is shown out, nobody else notices."""
+"""Keys that change while the server runs: callers that lost theirs are closed, and no other client notices."""
 
 from __future__ import annotations
 

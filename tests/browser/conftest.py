@@ -9,6 +9,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from tests.support.dashboard import Stand, standing
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
@@ -60,3 +62,10 @@ async def page() -> AsyncIterator[Page]:
         one for one in faults if "net::ERR_" not in one and "WebSocket connection to" not in one
     ]
     assert not told
+
+
+@pytest.fixture
+async def stand() -> AsyncIterator[Stand]:
+    """A stand-in for a server, before whose dashboard the page is."""
+    async with standing() as stand:
+        yield stand

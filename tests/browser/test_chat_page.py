@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import asynccontextmanager
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ from tests.support.waiting import until
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from aiohttp import ClientWebSocketResponse
     from playwright.async_api import Page, WebSocketRoute
 
     from tests.support.server import RunningServer
@@ -411,13 +413,22 @@ async def test_the_position_in_the_queue_of_the_server_is_shown(
     assert server.simulator.stats().requests == 1
 
 
-async def test_the_position_in_the_queue_of_the_provider_is_shown(
-    make_server: MakeServer, page: Page
-) -> None:
+@asynccontextmanager
+async def busy_provider(
+    make_server: MakeServer,
+) -> AsyncIterator[tuple[RunningServer, ClientWebSocketResponse]]:
+    """A server whose provider has one place, and the client whose request "r1" has taken it."""
     server = await make_server(STALLED, **ONE_REQUEST)
     async with server.connect() as other:
         await other.send_json(chat("r1"))
         await server.simulator.until(lambda stats: stats.requests == 1)
+        yield server, other
+
+
+async def test_the_position_in_the_queue_of_the_provider_is_shown(
+    make_server: MakeServer, page: Page
+) -> None:
+    async with busy_provider(make_server) as (server, other):
         await enter(page, server)
         await ask(page, "Hello")
         await expect(status(page)).to_have_text(
@@ -433,10 +444,7 @@ async def test_the_position_in_the_queue_of_the_provider_is_shown(
 async def test_a_reloaded_page_goes_on_waiting_for_the_provider(
     make_server: MakeServer, page: Page
 ) -> None:
-    server = await make_server(STALLED, **ONE_REQUEST)
-    async with server.connect() as other:
-        await other.send_json(chat("r1"))
-        await server.simulator.until(lambda stats: stats.requests == 1)
+    async with busy_provider(make_server) as (server, other):
         await enter(page, server)
         await ask(page, "Hello")
         await expect(status(page)).to_contain_text("number 1 in line")
@@ -454,10 +462,7 @@ async def test_a_reloaded_page_goes_on_waiting_for_the_provider(
 async def test_a_waiting_message_is_stopped_before_it_is_sent(
     make_server: MakeServer, page: Page
 ) -> None:
-    server = await make_server(STALLED, **ONE_REQUEST)
-    async with server.connect() as other:
-        await other.send_json(chat("r1"))
-        await server.simulator.until(lambda stats: stats.requests == 1)
+    async with busy_provider(make_server) as (server, other):
         await enter(page, server)
         await ask(page, "Hello")
         await expect(status(page)).to_contain_text("number 1 in line")
@@ -892,7 +897,7 @@ async def test_the_pause_before_a_try(server: RunningServer, page: Page) -> None
 
     pauses = await page.evaluate(
         """async () => {
-            const { pause } = await import("/assets/chat-link.js");
+            const { pause } = await import("/assets/chat/link.js");
             const most = (...given) =>
                 Math.max(...Array.from({ length: 1000 }, () => pause(...given)));
             const least = (...given) =>
@@ -922,8 +927,8 @@ async def test_the_pause_before_a_try(server: RunningServer, page: Page) -> None
 def test_no_script_writes_markup_or_the_title() -> None:
     scripts = [
         one.read_text()
-        for one in files("aioserver.faces").joinpath("assets").iterdir()
-        if re.fullmatch(r"chat.*\.js", one.name)
+        for one in files("aioserver.faces").joinpath("assets", "chat").iterdir()
+        if one.name.endswith(".js")
     ]
 
     assert scripts

@@ -1,4 +1,4 @@
-"""The dashboard in a browser: what it says follows what it is told, and what it is not told any more."""
+"""The dashboard in a browser: it shows what the server sends, and notices when the server sends nothing more."""
 
 from __future__ import annotations
 
@@ -18,24 +18,15 @@ from tests.support.dashboard import (
     opened,
     provider,
     shown,
-    standing,
     verdict,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
     from playwright.async_api import Page
 
     from tests.support.server import RunningServer
 
 DASH = "\u2013"
-
-
-@pytest.fixture
-async def stand() -> AsyncIterator[Stand]:
-    async with standing() as one:
-        yield one
 
 
 async def test_the_numbers_move_with_the_events(stand: Stand, page: Page) -> None:
@@ -361,7 +352,7 @@ async def test_text_of_the_server_stays_text(stand: Stand, page: Page) -> None:
 async def test_numbers_are_short_and_carry_their_unit(stand: Stand, page: Page) -> None:
     await opened(page, stand)
     said = await page.evaluate("""async () => {
-      const { count, rate, seconds, bytes, share } = await import("/assets/dashboard-numbers.js");
+      const { count, rate, seconds, bytes, share } = await import("/assets/dashboard/numbers.js");
       return [
         [0, 1990, 99999, 100000, 1234567, 9e15, null, NaN].map(count),
         [0, 0.01, 0.25, 3, 12.7, 123456].map(rate),

@@ -11,18 +11,10 @@ import aiohttp
 import pytest
 from playwright.async_api import expect
 
-from tests.support.dashboard import CROWDED, QUEUEING, Stand, card, opened, provider, standing
+from tests.support.dashboard import CROWDED, QUEUEING, Stand, card, opened, provider
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
     from playwright.async_api import Page
-
-
-@pytest.fixture
-async def stand() -> AsyncIterator[Stand]:
-    async with standing() as one:
-        yield one
 
 
 async def test_a_phone_needs_no_sideways_scrolling(stand: Stand, page: Page) -> None:
@@ -89,7 +81,7 @@ async def test_still_where_motion_is_not_wanted(stand: Stand, page: Page) -> Non
 
 
 def _luminance(colour: str) -> float:
-    """Of `#rrggbb`, as WCAG 2.2 defines it."""
+    """The relative luminance of `#rrggbb`, as WCAG 2.2 defines it."""
     parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
     linear = [one / 12.92 if one <= 0.04045 else ((one + 0.055) / 1.055) ** 2.4 for one in parts]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
@@ -118,12 +110,10 @@ def test_the_colours_stand_out(dark: bool) -> None:
 
 
 def test_nothing_is_inline_and_nothing_comes_from_elsewhere() -> None:
-    assets = {
-        one.name: one.read_text()
-        for one in files("aioserver.faces").joinpath("assets").iterdir()
-        if one.name.startswith(("dashboard", "theme"))
-    }
-    page = assets["dashboard.html"]
+    root = files("aioserver.faces").joinpath("assets")
+    assets = {one.name: one.read_text() for one in root.joinpath("dashboard").iterdir()}
+    assets["theme.css"] = root.joinpath("theme.css").read_text()
+    page = assets["index.html"]
 
     assert not re.search(r"<script(?![^>]* src=)|<style|\son\w+=|\sstyle=|javascript:", page)
     for link in re.findall(r'(?:src|href)="([^"]+)"', page):
@@ -145,6 +135,6 @@ async def test_the_page_is_guarded_by_its_headers(stand: Stand) -> None:
         assert response.headers["X-Content-Type-Options"] == "nosniff"
     async with (
         aiohttp.ClientSession() as session,
-        session.get(stand.base + "/assets/dashboard.html") as response,
+        session.get(stand.base + "/assets/dashboard/index.html") as response,
     ):
         assert response.status == 404

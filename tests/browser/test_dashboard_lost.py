@@ -5,23 +5,14 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-import pytest
 from aiohttp import web
 from playwright.async_api import expect
 
-from tests.support.dashboard import Stand, opened, shown, standing, verdict
+from tests.support.dashboard import Stand, opened, shown, verdict
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
     from playwright.async_api import Page
-
-
-@pytest.fixture
-async def stand() -> AsyncIterator[Stand]:
-    async with standing() as one:
-        yield one
 
 
 async def test_a_server_that_is_gone_is_said_and_found_again(stand: Stand, page: Page) -> None:

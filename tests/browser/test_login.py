@@ -1,4 +1,4 @@
-"""The form that asks for a key: one is let in with the right one, told what is wrong, and out again."""
+"""The form that asks for a key: logging in with the right one, errors with a wrong one, and logging out."""
 
 from __future__ import annotations
 

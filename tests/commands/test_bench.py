@@ -22,7 +22,7 @@ from aioserver.commands.bench.clients import Question
 from aioserver.commands.bench.limits import Peaks, find_limit
 from aioserver.commands.bench.load import Plan, Run
 from aioserver.commands.bench.results import Results, Samples
-from aioserver.providers.breaker import FAILURES
+from aioserver.providers.breaker import CONSECUTIVE_FAILURES
 from aioserver.providers.simulator.exchange import Behaviour
 from tests.support.process import WITHOUT_RICH, Process, run_command
 from tests.support.scripted_provider import DONE
@@ -213,7 +213,7 @@ async def test_an_answer_that_was_cut_is_incomplete(make_server: MakeServer, fac
     assert report["requests"]["ok"] == 0
     # What is not asked any more is refused: a provider that fails is left alone.
     asked = report["incomplete"]["provider_disconnected"]
-    assert asked >= FAILURES
+    assert asked >= CONSECUTIVE_FAILURES
     assert asked + report["refused"].get("circuit_open", 0) == 8
     assert not report["complete"]
 

@@ -30,7 +30,7 @@ print(*(name for name in sys.modules if name.startswith(("aiohttp", "aioserver."
 
 
 def completions(*words: str) -> list[str]:
-    """What a shell offers for the last of *words*."""
+    """The completions that a shell offers for the last of *words*."""
     *complete, incomplete = words
     items = ShellComplete(cli, {}, "aioserver", "").get_completions(complete, incomplete)
     return [item.value for item in items]

@@ -129,7 +129,7 @@ def changed(**values: Any) -> dict[str, Any]:
 
 
 class StandIn:
-    """What `/events` of a server says; it may be told to refuse, or to close."""
+    """A stand-in for a server's `/events`; a test may make it refuse, or close."""
 
     def __init__(self) -> None:
         self.keys: list[str | None] = []
@@ -382,7 +382,7 @@ async def test_without_rich_the_way_to_install_it_is_said() -> None:
 
 
 async def test_a_terminal_is_drawn_on_until_ctrl_c() -> None:
-    """It is a real one, so that the screen is left as it was found."""
+    """The terminal is a real one: the screen must be as it was before."""
     ours, theirs = pty.openpty()
     seen = bytearray()
     loop = asyncio.get_running_loop()

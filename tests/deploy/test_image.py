@@ -37,7 +37,7 @@ LAST = RECIPE[max(at for at, (word, _) in enumerate(RECIPE) if word == "FROM") :
 
 
 def of(word: str) -> list[str]:
-    """What stands behind *word* in the image that is left at the end."""
+    """The arguments of each instruction *word* in the last stage, which is the image."""
     return [rest for found, rest in LAST if found == word]
 
 

@@ -124,5 +124,5 @@ def load(url: str) -> str:
 
 
 def is_asset(url: str) -> bool:
-    """Whether *url* names a file, and not a page or an API."""
+    """Return whether *url* names a file, and not a page or an API."""
     return PurePosixPath(urlsplit(url).path).suffix != ""

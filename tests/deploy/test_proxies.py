@@ -77,7 +77,7 @@ def test_the_sample_of_nginx_names_the_release_that_knows_its_directives() -> No
 
 
 async def read_until(response: aiohttp.ClientResponse, mark: bytes) -> bytes:
-    """What comes up to and with *mark*."""
+    """Read up to *mark*, which is included."""
     data = b""
     async with asyncio.timeout(30):
         while mark not in data:

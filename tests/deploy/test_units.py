@@ -38,7 +38,7 @@ SERVICE, SOCKET = unit("aioserver.service")["Service"], unit("aioserver.socket")
 
 
 def run(*command: str) -> str:
-    """What *command* says; its failure is the test's."""
+    """The output of *command*, which must succeed."""
     done = subprocess.run(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
     )

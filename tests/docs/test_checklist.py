@@ -1,4 +1,4 @@
-"""Which tests show what happens in each of the faults that the server is made for.
+"""A list of the tests that show what happens in each of the faults that the server is made for.
 
 A line is one fault, or a few of a kind, and what must come of it; below it stand its tests, by file
 and name. Beside what a client sees they look at the counters of /metrics and that nothing is left

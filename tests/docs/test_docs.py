@@ -1,4 +1,4 @@
-"""What the pages in docs/ say exists: error codes, tests, links."""
+"""Error codes, tests and links that the pages in docs/ name exist."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def get(url: str) -> str:
 
 
 def section(page: str, title: str) -> str:
-    """What stands below the heading *title*, up to the next one."""
+    """The text below the heading *title*, up to the next heading."""
     return re.split(r"^#+ ", page.partition(f" {title}\n")[2], maxsplit=1, flags=re.MULTILINE)[0]
 
 

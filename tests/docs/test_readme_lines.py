@@ -7,11 +7,9 @@ the port, which may be taken here, and the speed of `demo`, which is a quicker s
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +18,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.support.command import serving
+from tests.support.tools import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,19 +36,6 @@ CASES = {
     "/sse/chat": ("", "event: complete"),
     "/v1/chat/completions": ("", "data: [DONE]"),
 }
-
-
-def free_port() -> int:
-    """A port that is free on both loopback addresses, since the server listens on `localhost`."""
-    while True:
-        with socket.create_server(("127.0.0.1", 0)) as sock:
-            port: int = sock.getsockname()[1]
-            try:
-                socket.create_server(("::1", port), family=socket.AF_INET6).close()
-            except OSError as error:
-                if error.errno == errno.EADDRINUSE:
-                    continue
-        return port
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +72,7 @@ def port(clone: Path) -> Iterator[int]:
 
 
 def pasted(command: list[str], folder: Path) -> str:
-    """What *command* prints, once it has ended well."""
+    """The output of *command*, which must succeed."""
     done = subprocess.run(
         command,
         cwd=folder,

@@ -26,7 +26,7 @@ NAME = f"app-{KEY}"  # the caller's name is no secret: what is looked for is its
 
 
 class Heard:
-    """Everything that the server has said to others than the caller who asked."""
+    """Everything that the server has written for others than the caller: logs, metrics, state, pages."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []

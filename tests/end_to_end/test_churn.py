@@ -26,7 +26,7 @@ PACE = Behaviour(ttft=0.002, interval=0.001, tokens=12)
 
 
 class Client:
-    """One raw socket that misbehaves as its dice say."""
+    """A raw socket that misbehaves at random."""
 
     def __init__(self, server: RunningServer, dice: random.Random, number: int) -> None:
         self._server = server

@@ -35,7 +35,7 @@ async def test_a_streamed_answer_comes_over_sse(server: RunningServer) -> None:
         assert response.headers["Content-Type"] == "text/event-stream"
         received = await response.read()
 
-    assert received.startswith(b"retry: 2000\n\n")
+    assert received.startswith(b"retry: 2000\n")
     events = eventstream.parse(received)
     assert [int(event.id or 0) for event in events] == list(range(1, len(events) + 1))
     assert (events[0].event, events[1].event, events[-1].event) == (

@@ -1,4 +1,4 @@
-"""Whose fault a gap is: the provider's, ours, or that of a client that takes nothing."""
+"""Gaps in an answer are attributed to the provider, to us, or to a client that takes nothing."""
 
 from __future__ import annotations
 

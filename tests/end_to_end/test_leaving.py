@@ -40,7 +40,7 @@ BIG = 14 << 20
 
 @dataclass(frozen=True)
 class Phase:
-    """Where a request is when its client leaves: there, once *reached*."""
+    """The phase of a request in which its client leaves; it has come once *reached* returns true."""
 
     reached: Callable[[RunningServer], bool]
     behaviour: Behaviour = STALLED

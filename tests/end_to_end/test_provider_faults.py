@@ -62,7 +62,7 @@ async def ask_and_count(
 async def counts(
     server: RunningServer,
 ) -> tuple[Counter[tuple[str, ...]], Counter[tuple[str, ...]]]:
-    """What became of the tries, and with which code the requests of each face have ended."""
+    """The attempts by outcome, and the requests by face and the code with which they have ended."""
     return (
         await server.counted("provider_attempts", "outcome"),
         await server.counted("requests", "face", "code"),

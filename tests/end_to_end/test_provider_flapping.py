@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 
-from aioserver.providers.breaker import FAILURES, FIRST
+from aioserver.providers.breaker import CONSECUTIVE_FAILURES, FIRST_WAIT
 from aioserver.providers.simulator.exchange import Behaviour
 from aioserver.providers.simulator.server import Simulator
 from tests.support.faces import FACES, Seen, ask_every_face, over_openai, over_sse, over_websocket
@@ -13,7 +13,7 @@ from tests.support.scripted_provider import DONE
 from tests.support.server import HTTP_CLIENT, QUICK, MakeServer, RunningServer, provider_entry
 from tests.support.waiting import until
 
-FLAPPING = f"fault-flap-{FAILURES}"
+FLAPPING = f"fault-flap-{CONSECUTIVE_FAILURES}"
 FAILING = Behaviour(fail_rate=1.0, fault="status-500")
 OPEN, CLOSED = 2, 0
 
@@ -24,7 +24,7 @@ async def state(server: RunningServer, name: str = "sim") -> int:
 
 
 def left_alone(server: RunningServer, name: str, seconds: float) -> None:
-    """Let *name*, which is left alone already, be so for *seconds* from now on."""
+    """Let the breaker of *name*, which is open, stay open for *seconds* from now on."""
     breaker = server.provider_of(name)._health.breaker
     breaker._open_until = breaker._clock() + seconds
 
@@ -49,22 +49,25 @@ async def test_a_flapping_provider_is_left_alone_and_asked_again(make_server: Ma
     server.simulator.behaviour = QUICK
 
     for round_ in range(1, 3):
-        failed = [await over_openai(server, FLAPPING) for _ in range(FAILURES)]
-        assert [one.status for one in failed] == [502] * FAILURES
+        failed = [await over_openai(server, FLAPPING) for _ in range(CONSECUTIVE_FAILURES)]
+        assert [one.status for one in failed] == [502] * CONSECUTIVE_FAILURES
         assert await state(server) == OPEN
         asked = server.simulator.stats().requests
-        refused_for(await ask_every_face(server, "m"), 1.0, 1.1 * FIRST)
+        refused_for(await ask_every_face(server, "m"), 1.0, 1.1 * FIRST_WAIT)
         assert server.simulator.stats().requests == asked
         left_alone(server, "sim", 0.0)
-        good = [await over_openai(server, FLAPPING) for _ in range(FAILURES)]
-        assert [one.end for one in good] == ["complete"] * FAILURES
+        good = [await over_openai(server, FLAPPING) for _ in range(CONSECUTIVE_FAILURES)]
+        assert [one.end for one in good] == ["complete"] * CONSECUTIVE_FAILURES
         assert await state(server) == CLOSED
         tries = await server.counted("provider_attempts", "outcome")
-        assert tries["http_5xx",] == round_ * FAILURES
+        assert tries["http_5xx",] == round_ * CONSECUTIVE_FAILURES
 
     assert (await running).end == "complete", "what runs is not touched"
     tries = await server.counted("provider_attempts", "outcome")
-    assert tries == {("http_5xx",): 2 * FAILURES, ("ok",): 2 * FAILURES + 1}
+    assert tries == {
+        ("http_5xx",): 2 * CONSECUTIVE_FAILURES,
+        ("ok",): 2 * CONSECUTIVE_FAILURES + 1,
+    }
     assert (await server.counted("rejections", "code"))["circuit_open",] == 2 * FACES.total()
     await server.nothing_held()
 
@@ -80,7 +83,7 @@ async def test_where_all_breakers_are_open_each_face_shows_the_soonest(
                 "llm.providers.other": provider_entry(other.base_url),
             },
         )
-        for _ in range(FAILURES):
+        for _ in range(CONSECUTIVE_FAILURES):
             seen = await over_openai(server, "m")
             assert (seen.status, seen.headers["x-should-retry"]) == (502, "false")
         assert (await state(server), await state(server, "other")) == (OPEN, OPEN)
@@ -91,7 +94,10 @@ async def test_where_all_breakers_are_open_each_face_shows_the_soonest(
             refused_for(await ask_every_face(server, f"m{first}"), 10.0, 22.0)
 
         tries = await server.counted("provider_attempts", "provider", "outcome")
-        assert tries == {("sim", "http_5xx"): FAILURES, ("other", "http_5xx"): FAILURES}
+        assert tries == {
+            ("sim", "http_5xx"): CONSECUTIVE_FAILURES,
+            ("other", "http_5xx"): CONSECUTIVE_FAILURES,
+        }
         await server.nothing_held()
 
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class Names:
-    """The names of the machine, of which one is not found until it is told."""
+    """The machine's resolver, which finds one name only when a test says so."""
 
     def __init__(self, slow: str) -> None:
         self._slow = slow

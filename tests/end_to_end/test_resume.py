@@ -190,7 +190,7 @@ async def test_readers_of_an_openai_answer_at_once_get_all_of_it(make_server: Ma
 
 
 async def refusals(server: RunningServer, name: str, after: int) -> list[tuple[int, str]]:
-    """How each face refuses it: status (0 on a WebSocket) and code."""
+    """The refusal of each face: status (0 on a WebSocket) and code."""
     async with server.connect() as ws:
         await ws.send_json(resume(name, after))
         frame = await ws.receive_json()

@@ -41,7 +41,7 @@ async def openai(raw: Raw, name: str) -> None:
 
 
 def cost(transport: Any) -> tuple[int, int]:
-    """The bytes that wait for a client who reads nothing: in our transport, in the kernel."""
+    """The bytes that wait for a client that reads nothing: in our transport, and in the kernel."""
     queued = struct.pack("i", 0)
     fileno = transport.get_extra_info("socket").fileno()
     (kernels,) = struct.unpack("i", fcntl.ioctl(fileno, termios.TIOCOUTQ, queued))

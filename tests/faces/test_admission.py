@@ -292,7 +292,7 @@ async def test_an_event_source_without_a_place_is_asked_to_come_back(
 
     assert response.status == 200
     assert response.headers["Content-Type"] == "text/event-stream"
-    assert body.startswith(b"retry: 2000\n\n")
+    assert body.startswith(b"retry: 2000\n")
     (frame,) = frames_of(body)
     assert (frame["request_id"], frame["status"]) == ("r1", "busy")
     assert frame["chunk"]["code"] == "server_at_capacity"

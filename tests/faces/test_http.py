@@ -1,4 +1,4 @@
-"""What every HTTP request meets, over raw sockets: limits, faults, keep-alive, ids, CORS."""
+"""HTTP on every route, over raw sockets: limits, faults, keep-alive, ids, CORS."""
 
 from __future__ import annotations
 

@@ -19,19 +19,11 @@ from tests.support.server import HTTP_CLIENT, NOWHERE, QUICK, SILENT, MakeServer
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
     from tests.support.server import RunningServer
 
 
 MESSAGES: list[Any] = [{"role": "user", "content": "Hello"}]
 BEAT = b": keep-alive\n\n"
-
-
-@pytest.fixture
-async def sdk(server: RunningServer) -> AsyncIterator[AsyncOpenAI]:
-    async with AsyncOpenAI(api_key="unused", base_url=server.v1, max_retries=0) as client:
-        yield client
 
 
 def post(server: RunningServer, body: object, path: str = "chat/completions") -> Any:

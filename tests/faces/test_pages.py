@@ -47,8 +47,8 @@ async def test_the_page_loads_only_what_is_here_and_runs_nothing_inline(
     ("path", "kind"),
     [
         ("/", "text/html"),
-        ("/assets/chat.js", "text/javascript"),
-        ("/assets/chat.css", "text/css"),
+        ("/assets/chat/chat.js", "text/javascript"),
+        ("/assets/chat/chat.css", "text/css"),
         ("/assets/icon.svg", "image/svg+xml"),
     ],
 )
@@ -67,7 +67,8 @@ async def test_every_page_is_guarded_by_its_headers(
 
 
 @pytest.mark.parametrize(
-    "path", ["/assets/", "/assets/index.html", "/assets/nothing.js", "/assets/..%2f__init__.py"]
+    "path",
+    ["/assets/", "/assets/chat/index.html", "/assets/nothing.js", "/assets/..%2f__init__.py"],
 )
 async def test_nothing_else_is_served(server: RunningServer, path: str) -> None:
     async with server.session.get(server.base + path) as response:

@@ -15,19 +15,11 @@ from tests.support.raw import Raw
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
     from tests.support.server import MakeServer, RunningServer
 
 
 SLOW = Behaviour(ttft=0, interval=0.02)
 ASK: dict[str, Any] = {"model": "sim", "input": "Hello", "stream": True, "store": True}
-
-
-@pytest.fixture
-async def sdk(server: RunningServer) -> AsyncIterator[AsyncOpenAI]:
-    async with AsyncOpenAI(api_key="unused", base_url=server.v1, max_retries=0) as client:
-        yield client
 
 
 async def cut(sdk: AsyncOpenAI, events: int, **changes: Any) -> list[Any]:

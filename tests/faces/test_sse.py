@@ -46,7 +46,7 @@ async def test_a_post_streams_the_frames_of_the_websocket_face(server: RunningSe
     assert response.headers["X-Accel-Buffering"] == "no"
     assert response.headers["x-request-id"]
     assert "Content-Encoding" not in response.headers
-    assert body.startswith(b"retry: 2000\n\nid: 1\nevent: processing\ndata: {")
+    assert body.startswith(b"retry: 2000\nid: 1\nevent: processing\ndata: {")
     assert frames_of(body) == by_websocket
 
 
@@ -83,23 +83,65 @@ async def test_an_answer_that_nobody_comes_for_ends_with_its_window(
     await server.nothing_held()
 
 
+@pytest.mark.parametrize("method", ["GET", "POST"])
 @pytest.mark.parametrize("way", ["header", "query"])
 async def test_a_reader_that_comes_back_gets_exactly_the_rest(
-    server: RunningServer, way: str
+    server: RunningServer, way: str, method: str
 ) -> None:
+    # Some libraries repeat their POST when they reconnect: @microsoft/fetch-event-source does so at
+    # each switch of the browser's tab.
     server.simulator.behaviour = Behaviour(ttft=0, interval=0, tokens=12)
     async with server.session.post(server.sse, json=ASK) as response:
         frames = await read_frames(response)
+    url, body = (f"{server.sse}/r1", None) if method == "GET" else (server.sse, ASK)
 
     for after in range(len(frames)):
         headers = {"Last-Event-ID": str(after)} if way == "header" else {}
         query = f"?last_event_id={after}" if way == "query" else ""
-        async with server.session.get(f"{server.sse}/r1{query}", headers=headers) as response:
+        asking = server.session.request(method, f"{url}{query}", json=body, headers=headers)
+        async with asking as response:
             assert await read_frames(response) == frames[after:]
     headers = {"Last-Event-ID": str(len(frames))}
-    async with server.session.get(f"{server.sse}/r1", headers=headers) as response:
+    async with server.session.request(method, url, json=body, headers=headers) as response:
         assert response.status == 204  # nothing is left: an EventSource stops
         assert await response.read() == b""
+    assert server.simulator.stats().requests == 1
+
+
+@pytest.mark.parametrize(
+    ("body", "after", "status", "code"),
+    [
+        (ASK, "1000000", 409, "resume_gap"),
+        ({**ASK, "text": "Another"}, "1", 409, "request_conflict"),
+        ({**ASK, "request_id": "unknown"}, "1", 404, "stream_not_found"),
+        (ASK, "x", 400, "invalid_request"),
+    ],
+)
+async def test_a_repeated_post_that_cannot_go_on_asks_no_provider(
+    server: RunningServer, body: dict[str, str], after: str, status: int, code: str
+) -> None:
+    async with server.session.post(server.sse, json=ASK) as response:
+        await response.read()
+
+    headers = {"Last-Event-ID": after}
+    async with server.session.post(server.sse, json=body, headers=headers) as response:
+        assert response.status == status
+        assert (await response.json())["error"]["code"] == code
+    assert server.simulator.stats().requests == 1
+
+
+async def test_no_block_of_an_answer_is_without_an_event(server: RunningServer) -> None:
+    # A block with `retry:` alone is an empty event to httpx-sse and to fetch-event-source.
+    async with server.session.post(server.sse, json=ASK) as response:
+        first = await response.read()
+    async with server.session.get(f"{server.sse}/r1?last_event_id=1") as response:
+        rest = await response.read()
+
+    for body in (first, rest):
+        blocks = body.removesuffix(b"\n\n").split(b"\n\n")
+        assert all(b"\ndata: " in block for block in blocks)
+    assert first.count(b"retry: ") == 1
+    assert b"retry: " not in rest
 
 
 @pytest.mark.parametrize("after", [0, 1, 7])
@@ -217,7 +259,7 @@ async def test_a_client_sees_that_it_waits_for_the_provider(make_server: MakeSer
             await ws.send_json(cancel("r0"))
             frames = frames_of(first + await response.read())
 
-    assert first.startswith(b'retry: 2000\n\nevent: queued\ndata: {"request_id":"r1"')
+    assert first.startswith(b'event: queued\ndata: {"request_id":"r1"')
     assert frames[0]["chunk"]["position"] == 1
     assert "event_id" not in frames[0]
     events = [frame for frame in frames if frame["status"] != "queued"]
@@ -237,7 +279,7 @@ async def test_an_http_10_client_gets_a_plain_body_that_ends(
     assert head.status == 200
     assert "transfer-encoding" not in head.headers
     assert head.headers["connection"] == "close"
-    assert body.startswith(b"retry: 2000\n\n")
+    assert body.startswith(b"retry: 2000\n")
     assert frames_of(body)[-1]["status"] == "complete"
 
 

@@ -277,7 +277,7 @@ async def test_a_callers_name_is_in_the_lines_of_its_requests(
 
 @asynccontextmanager
 async def watching(server: RunningServer, query: str = "") -> AsyncIterator[list[tuple[str, Any]]]:
-    """What a watcher is told, as (event, data)."""
+    """The events that a client of `/events` gets, as (event, data)."""
     told: list[tuple[str, Any]] = []
 
     async def read(response: Any) -> None:

@@ -816,7 +816,7 @@ async def test_there_are_at_most_max_detached_streams_without_a_reader(
 
 
 async def history(server: RunningServer) -> list[tuple[str, str]]:
-    """What the provider was sent last."""
+    """The messages that the provider was sent last."""
     return [(one["role"], one["content"]) for one in server.simulator.bodies[-1]["messages"]]
 
 

@@ -1,4 +1,4 @@
-"""What is kept of a conversation under each retention policy, and what of it is sent."""
+"""Conversations: the turns that each retention policy keeps, and those that are sent."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from aioserver.config.settings import Context, Persistence
 from aioserver.gateway import conversations
-from aioserver.gateway.conversations import MAX_CONVERSATIONS, Conversations, tokens
+from aioserver.gateway.conversations import MAX_CONVERSATIONS, Conversations, estimated_tokens
 from tests.support.clock import FakeClock
 
 POLICIES = ("token_limit", "message_count", "time_based", "unlimited")
@@ -86,7 +86,7 @@ def test_conversations_belong_to_their_caller() -> None:
 
 @pytest.mark.parametrize(("text", "expected"), [("", 0), ("a", 1), ("abcd", 1), ("€€", 2)])
 def test_a_token_is_estimated_as_four_bytes(text: str, expected: int) -> None:
-    assert tokens(text) == expected
+    assert estimated_tokens(text) == expected
 
 
 # What is kept.
@@ -227,7 +227,7 @@ def test_random_turns_stay_within_every_bound(name: str, run: int) -> None:
         assert kept_texts == [one for _, one in every[len(every) - len(kept_texts) :]]
         assert sent == kept_texts[len(kept_texts) - len(sent) :]
         if len(kept_texts) > 2 and name == "token_limit":
-            assert sum(map(tokens, kept_texts)) <= bounds.max_tokens_per_conversation
+            assert sum(map(estimated_tokens, kept_texts)) <= bounds.max_tokens_per_conversation
         if len(kept_texts) > 2 and name == "message_count":
             assert len(kept_texts) <= bounds.max_messages_per_conversation
         if name == "time_based":
@@ -235,9 +235,9 @@ def test_random_turns_stay_within_every_bound(name: str, run: int) -> None:
                 one for at, one in every if at >= wide.clock.now - bounds.retention_days * DAY
             ]
             assert kept_texts == alive
-        room = context.max_tokens - context.reserve_tokens - tokens(text)
+        room = context.max_tokens - context.reserve_tokens - estimated_tokens(text)
         if len(sent) > context.preserve_recent:
-            assert sum(map(tokens, sent)) <= room
+            assert sum(map(estimated_tokens, sent)) <= room
         assert len(sent) >= min(len(kept_texts), context.preserve_recent) // 2 * 2
 
 

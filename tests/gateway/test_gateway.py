@@ -27,6 +27,14 @@ def post(server: RunningServer, body: object, headers: dict[str, str] | None = N
     return server.session.post(server.v1 + "/chat/completions", json=body, headers=headers)
 
 
+async def ask_and_leave(server: RunningServer, body: object) -> None:
+    """A client asks with the key k1, and is gone before the answer begins."""
+    async with Raw(server) as raw:
+        await raw.post("/v1/chat/completions", body, "Idempotency-Key: k1")
+        await server.simulator.until(lambda stats: stats.active == 1)
+        raw.reset()
+
+
 # Idempotency-Key.
 
 
@@ -78,10 +86,7 @@ async def test_a_client_that_left_and_repeats_its_key_pays_once(
     make_server: MakeServer, body: object
 ) -> None:
     server = await make_server(Behaviour(ttft=0.3, interval=0))
-    async with Raw(server) as raw:
-        await raw.post("/v1/chat/completions", body, "Idempotency-Key: k1")
-        await server.simulator.until(lambda stats: stats.active == 1)
-        raw.reset()
+    await ask_and_leave(server, body)
     await until(lambda: server.held()["detached"] == 1)
     async with post(server, body, KEY) as response:
         assert response.status == 200
@@ -97,10 +102,7 @@ async def test_attaching_to_an_answer_that_nobody_read_stops_its_window(
     server = await make_server(
         Behaviour(ttft=0.8, interval=0), **{"chat.streams.resume_window": 0.4}
     )
-    async with Raw(server) as raw:
-        await raw.post("/v1/chat/completions", body, "Idempotency-Key: k1")
-        await server.simulator.until(lambda stats: stats.active == 1)
-        raw.reset()
+    await ask_and_leave(server, body)
     await until(lambda: server.held()["detached"] == 1)
     async with post(server, body, KEY) as response:
         assert response.status == 200, await response.text()
@@ -114,10 +116,7 @@ async def test_an_answer_with_a_key_that_nobody_reads_ends_with_its_window(
     make_server: MakeServer, body: object
 ) -> None:
     server = await make_server(SILENT, **{"chat.streams.resume_window": 0.2})
-    async with Raw(server) as raw:
-        await raw.post("/v1/chat/completions", body, "Idempotency-Key: k1")
-        await server.simulator.until(lambda stats: stats.active == 1)
-        raw.reset()
+    await ask_and_leave(server, body)
 
     await server.simulator.until(lambda stats: stats.aborted == 1)
     await server.nothing_held()

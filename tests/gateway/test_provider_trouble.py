@@ -28,7 +28,7 @@ from aioserver.provider_errors import (
 )
 from aioserver.providers import breaker, exchange
 from aioserver.providers.attempt import Attempt
-from aioserver.providers.budget import MINIMUM
+from aioserver.providers.budget import MIN_RETRIES
 from aioserver.providers.provider import Provider
 from aioserver.providers.request import ProviderRequest
 from aioserver.streams.entries import COMPLETE
@@ -67,7 +67,7 @@ ANSWER = events(said("hello"), said(None, "stop"), "[DONE]")
 
 
 class Trouble:
-    """Providers that give the answers they are told to, the last one for ever, and a router.
+    """A router, and providers that give the answers of a script, the last one for ever.
 
     An answer that is a tuple comes in so many pieces, an empty one is a reset.
     """
@@ -112,7 +112,7 @@ class Trouble:
     @property
     def router(self) -> Router:
         first, *others = self.providers
-        return Router(self.providers, first, others, dice=lambda: 0.0)
+        return Router(self.providers, first, others, random_number=lambda: 0.0)
 
     async def fill(
         self, provider: str | None = None, *, frames: bool = True
@@ -307,12 +307,12 @@ async def test_a_kept_connection_that_is_lost_late_is_not_stale(
 
 async def test_a_storm_of_faults_makes_no_storm_of_retries(trouble: Trouble) -> None:
     provider = await trouble.add("a", status(503), max_retries=5, queue_size=100)
-    provider._health.breaker.ended = lambda **_kwargs: None  # type: ignore[method-assign]
+    provider._health.breaker.attempt_ended = lambda **_kwargs: None  # type: ignore[method-assign]
 
     done = await asyncio.gather(*(trouble.fill() for _ in range(30)), return_exceptions=True)
 
     assert all(isinstance(one, ProviderError) for one in done)
-    assert trouble.counts()["a"] <= 30 + MINIMUM
+    assert trouble.counts()["a"] <= 30 + MIN_RETRIES
 
 
 # Another provider.
@@ -406,9 +406,9 @@ LONGER = status(429, "Retry-After: 90\r\n")
 
 
 async def opened(provider: Provider, seconds: float) -> None:
-    """Let it have failed so often that it is left alone for *seconds*."""
-    for _ in range(breaker.FAILURES):
-        provider._health.breaker.ended(trial=False, failed=True)
+    """Open the breaker of *provider* for *seconds*."""
+    for _ in range(breaker.CONSECUTIVE_FAILURES):
+        provider._health.breaker.attempt_ended(trial=False, failed=True)
     provider._health.breaker._open_until = provider._health.breaker._clock() + seconds
 
 
@@ -551,7 +551,7 @@ async def test_a_storm_of_429_makes_no_wave_of_retries(trouble: Trouble) -> None
     done = await asyncio.gather(*(trouble.fill() for _ in range(30)), return_exceptions=True)
 
     assert {type(one) for one in done} <= {ProviderRateLimited, ProviderPaced}
-    assert trouble.counts()["a"] <= 30 + MINIMUM
+    assert trouble.counts()["a"] <= 30 + MIN_RETRIES
     assert provider.meter.attempts["http_429"].value == trouble.counts()["a"]
     assert provider.stats().breaker == "closed"
 
@@ -580,20 +580,20 @@ async def test_credits_that_are_used_up_are_told_within_a_stream(trouble: Troubl
 
 async def test_a_provider_that_fails_is_left_alone(trouble: Trouble) -> None:
     provider = await trouble.add("a", status(500), max_retries=0)
-    for _ in range(breaker.FAILURES):
+    for _ in range(breaker.CONSECUTIVE_FAILURES):
         with pytest.raises(ProviderError):
             await trouble.fill()
 
     with pytest.raises(CircuitOpen) as told:
         await trouble.fill()
 
-    assert 1 <= (told.value.retry_after or 0) <= 1.1 * breaker.FIRST
+    assert 1 <= (told.value.retry_after or 0) <= 1.1 * breaker.FIRST_WAIT
     assert provider.stats().breaker == "open"
-    assert trouble.counts() == {"a": breaker.FAILURES}
+    assert trouble.counts() == {"a": breaker.CONSECUTIVE_FAILURES}
 
 
 async def test_one_trial_at_a_time_finds_out_that_it_is_back(trouble: Trouble) -> None:
-    answers = [status(500)] * breaker.FAILURES
+    answers = [status(500)] * breaker.CONSECUTIVE_FAILURES
     provider = await trouble.add("a", *answers, ANSWER, max_retries=0)
     for _ in answers:
         with pytest.raises(ProviderError):
@@ -601,7 +601,7 @@ async def test_one_trial_at_a_time_finds_out_that_it_is_back(trouble: Trouble) -
     provider._health.breaker._open_until = 0.0  # its time is over
     trouble.gate.clear()
     trial = asyncio.create_task(trouble.fill())
-    await until(lambda: trouble.counts()["a"] == breaker.FAILURES + 1)
+    await until(lambda: trouble.counts()["a"] == breaker.CONSECUTIVE_FAILURES + 1)
 
     with pytest.raises(CircuitOpen):
         await trouble.fill()
@@ -618,8 +618,10 @@ async def test_waiters_are_refused_when_their_provider_begins_to_fail(trouble: T
     await trouble.add("b", ANSWER)
     done = await asyncio.gather(*(trouble.fill("a") for _ in range(12)), return_exceptions=True)
     kinds = [type(one) for one in done]
-    assert kinds == [ProviderError] * breaker.FAILURES + [CircuitOpen] * (12 - breaker.FAILURES)
-    assert trouble.counts()["a"] == breaker.FAILURES
+    assert kinds == [ProviderError] * breaker.CONSECUTIVE_FAILURES + [CircuitOpen] * (
+        12 - breaker.CONSECUTIVE_FAILURES
+    )
+    assert trouble.counts()["a"] == breaker.CONSECUTIVE_FAILURES
 
 
 @pytest.mark.parametrize(
@@ -634,7 +636,7 @@ async def test_waiters_are_refused_when_their_provider_begins_to_fail(trouble: T
 )
 async def test_faults_that_prove_nothing_do_not_open_it(trouble: Trouble, answer: bytes) -> None:
     provider = await trouble.add("a", answer, max_retries=0)
-    for _ in range(breaker.FAILURES + 1):
+    for _ in range(breaker.CONSECUTIVE_FAILURES + 1):
         trouble.renew("a")
         with pytest.raises(ProviderFault):
             await trouble.fill()
@@ -642,8 +644,10 @@ async def test_faults_that_prove_nothing_do_not_open_it(trouble: Trouble, answer
 
 
 async def test_a_trial_that_answers_and_is_left_says_no_more(trouble: Trouble) -> None:
-    provider = await trouble.add("a", *[status(500)] * breaker.FAILURES, ANSWER, max_retries=0)
-    for _ in range(breaker.FAILURES):
+    provider = await trouble.add(
+        "a", *[status(500)] * breaker.CONSECUTIVE_FAILURES, ANSWER, max_retries=0
+    )
+    for _ in range(breaker.CONSECUTIVE_FAILURES):
         with pytest.raises(ProviderError):
             await trouble.fill()
     provider._health.breaker._open_until = 0.0
@@ -651,10 +655,10 @@ async def test_a_trial_that_answers_and_is_left_says_no_more(trouble: Trouble) -
     attempt.trial = provider._health.breaker.enter()
 
     attempt.status = 408
-    provider.heard(attempt)
+    provider.head_received(attempt)
     assert provider.stats().breaker == "trial"
     attempt.status = 200
-    provider.heard(attempt)
+    provider.head_received(attempt)
 
     assert (provider.stats().breaker, attempt.trial) == ("closed", False)
 
@@ -662,7 +666,7 @@ async def test_a_trial_that_answers_and_is_left_says_no_more(trouble: Trouble) -
 async def test_answers_that_break_off_are_failures_on_every_face(trouble: Trouble) -> None:
     broken = events(said("hel"), '{"error":{"code":502,"message":"overloaded"}}')
     provider = await trouble.add("a", broken)
-    for _ in range(breaker.FAILURES):
+    for _ in range(breaker.CONSECUTIVE_FAILURES):
         await trouble.fill(frames=False)  # the OpenAI face: the error event passes as it is
     assert provider.stats().breaker == "open"
     assert provider.meter.attempts["ok"].value == 0

@@ -1,4 +1,4 @@
-"""The table of router.py: who is asked, and for which model."""
+"""The router: which provider is asked, and for which model."""
 
 from __future__ import annotations
 

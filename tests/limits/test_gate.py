@@ -564,7 +564,7 @@ class Model:
         return sum(map(len, self.lines.values()))
 
     def enter(self, caller: str, name: int) -> bool:
-        """Whether it is let in or may wait."""
+        """Return whether the caller is let in or may wait."""
         if not self.waiting and len(self.inside) < self.limit:
             self.inside.add(name)
         elif self.waiting >= self.queue_size:
@@ -701,7 +701,7 @@ async def test_a_storm_in_which_everybody_may_give_up_at_any_tick_leaves_zero(ru
 
 
 class Steps:
-    """A pace that lets as many start as it is told to."""
+    """A pace that lets as many start as a test says."""
 
     def __init__(self, free: int = 0, step: float = 0.005) -> None:
         self.free = free
@@ -904,7 +904,7 @@ async def test_random_leavers_leave_no_start_behind(run: int) -> None:
 
 
 def given_back(gate: Gate, tasks: list[asyncio.Task[None]]) -> int:
-    """Starts of those who left in the very turn in which they were let in."""
+    """Starts of waiters that left in the very turn of the loop in which they were let in."""
     return gate.stats().entered - sum(not task.cancelled() for task in tasks)
 
 

@@ -1,4 +1,4 @@
-"""What one key may use: never more than its limits, and nothing kept of what has ended."""
+"""The quota of a key: never more than its limits, and nothing is kept of answers that have ended."""
 
 from __future__ import annotations
 

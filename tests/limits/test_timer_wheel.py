@@ -20,7 +20,7 @@ GRAIN = 0.5
 
 
 class Visited:
-    """A member that writes its visits down, and does at each what it was told to."""
+    """A member that writes its visits down, and calls *do* at each."""
 
     def __init__(
         self, delay: float | None = None, do: Callable[[], object] = lambda: None

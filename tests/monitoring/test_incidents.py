@@ -1,4 +1,4 @@
-"""Incidents: told at once, then gathered for as long as it is quiet."""
+"""Incidents: the first is sent at once, those of the quiet time behind it are gathered."""
 
 from __future__ import annotations
 

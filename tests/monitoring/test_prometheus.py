@@ -13,7 +13,7 @@ CONFIGURED: Any = {"groq": SimpleNamespace(model="m", models=())}
 
 
 def snapshot(**process: int | None) -> Any:
-    """As much of a snapshot as the gauges read."""
+    """The part of a snapshot that the gauges read."""
     groq = {
         "in_flight": 1,
         "limit": 2,

@@ -60,7 +60,7 @@ def refused(text: bytes | str) -> BadCommand:
 
 
 def survives(text: bytes | str) -> None:
-    """It is a command whose digest can be made, or refused; nothing else."""
+    """Assert that *text* is a command whose digest can be made, or is refused."""
     try:
         parsed = messages.parse(text)
     except BadCommand as bad:

@@ -1,4 +1,4 @@
-"""What OpenAI's chat objects say: real chunks of several providers, and whatever else may come."""
+"""OpenAI's chat objects: real chunks of several providers, and anything else that may come."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def event(delta: dict[str, Any] | None = None, **more: Any) -> bytes:
 
 
 def read(data: bytes) -> list[bytes]:
-    """As the sinks do."""
+    """Read *data* as the sinks do."""
     try:
         return Reading().read(data)
     except (BadEvent, ErrorEvent) as exc:

@@ -423,7 +423,7 @@ async def test_done_and_then_silence_close_the_connection_after_a_moment() -> No
         got = await ask(pool, Got(until=b"[DONE]"))
 
         assert (got.body, pool.stats().open, server.open) == (DONE, 1, 1)
-        await until(lambda: server.open == 0, exchange_module.LINGER + 5.0)
+        await until(lambda: server.open == 0, exchange_module.LAST_CHUNK_TIMEOUT + 5.0)
         assert pool.stats().open == 0
 
 

@@ -25,7 +25,7 @@ from aioserver.provider_errors import (
     PoolTimeout,
     ProviderDisconnected,
 )
-from aioserver.providers.exchange import WireProtocol
+from aioserver.providers.exchange import ConnectionProtocol
 from aioserver.providers.pool import CappedConnector, Pool
 from tests.support.scripted_provider import (
     LIMITS,
@@ -78,7 +78,7 @@ async def test_the_private_names_of_aiohttp_are_there_and_do_what_the_pool_needs
 
         connector = pool._connector
         first, second = await pool.connect(), await pool.connect()
-        assert isinstance(first.protocol, WireProtocol), f"_factory made it: {why}"
+        assert isinstance(first.protocol, ConnectionProtocol), f"_factory made it: {why}"
         assert {first.protocol, second.protocol} == connector._acquired, why
         protocol = first.protocol
         first.release()

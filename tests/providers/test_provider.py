@@ -1,4 +1,4 @@
-"""One provider: what it sends, what becomes of what it is answered, and what it gives back."""
+"""One provider: its requests, the outcome of each answer, and the places that it gives back."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from aioserver.provider_errors import (
 from aioserver.providers.attempt import Attempt
 from aioserver.providers.error_mapping import retry_after
 from aioserver.providers.provider import Provider
-from aioserver.providers.request import ANYONE, Answer, ProviderRequest
+from aioserver.providers.request import NO_CALLER, Answer, ProviderRequest
 from aioserver.providers.simulator.exchange import Behaviour
 from aioserver.providers.simulator.server import Simulator
 from aioserver.streams.entries import COMPLETE
@@ -92,7 +92,7 @@ def question(
     streamed: bool = True,
     text: str = "Hello",
     frames: bool = False,
-    caller: Caller = ANYONE,
+    caller: Caller = NO_CALLER,
 ) -> ProviderRequest:
     body = {"model": model, "messages": [{"role": "user", "content": text}], "stream": streamed}
     return ProviderRequest(

@@ -79,7 +79,7 @@ async def whole(session: aiohttp.ClientSession, simulator: Simulator, model: str
 
 
 async def until_tokens(response: aiohttp.ClientResponse, count: int) -> bytes:
-    """What has come once *count* tokens are in it."""
+    """Read until *count* tokens have come."""
     text = b""
     while text.count(b'"delta":{"content":') < count:
         text += await response.content.readany()

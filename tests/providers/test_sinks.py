@@ -55,12 +55,12 @@ def play(sink: Sink, data: bytes, cuts: Iterable[int], *, end: bool) -> bool:
 
 
 def passed(stream: Stream) -> bytes:
-    """What the OpenAI face shows."""
+    """The bytes that the OpenAI face sends."""
     return b"".join(entry.data for entry in stream.entries)
 
 
 def shown(stream: Stream) -> list[tuple[str, Any]]:
-    """What the faces with frames show, but for the processing event."""
+    """The frames of WebSocket and SSE, without the processing event."""
     frames = [orjson.loads(one) for entry in stream.entries for one in stream.frames(entry)]
     assert [frame["event_id"] for frame in frames] == list(range(1, stream.last + 1))
     return [(frame["status"], frame["chunk"]) for frame in frames[1:]]

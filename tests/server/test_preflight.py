@@ -1,4 +1,4 @@
-"""What must hold before serving: one clear line each, and an exit code."""
+"""Each condition for serving is one clear line and an exit code where it does not hold."""
 
 from __future__ import annotations
 

@@ -233,7 +233,7 @@ async def test_a_bug_in_it_is_logged_and_changes_nothing(
     def gone(_settings: Any) -> None:
         raise FileNotFoundError(certificates)
 
-    server.owners.roster.prepare = gone  # type: ignore[method-assign,assignment]
+    server.owners.provider_registry.prepare = gone  # type: ignore[method-assign,assignment]
     assert not await server.change(**{f"{CONCURRENCY}.max_connections": 49})
 
     assert server.settings.llm is settings
@@ -573,7 +573,7 @@ async def test_attempts_with_the_old_settings_prove_nothing_about_the_new(
     async with ScriptedProvider(play) as played:
         before = {"llm.providers.sim.base_url": played.url, "llm.providers.sim.api_key": "old"}
         assert await server.change(**before)
-        asked = [asyncio.ensure_future(ask(server)) for _ in range(breaker.FAILURES)]
+        asked = [asyncio.ensure_future(ask(server)) for _ in range(breaker.CONSECUTIVE_FAILURES)]
         await until(lambda: len(came) == len(asked))
 
         now = {**before, "llm.providers.sim.api_key": "new"} if status else {}

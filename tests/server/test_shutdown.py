@@ -48,7 +48,7 @@ async def simulator() -> AsyncIterator[Simulator]:
 
 
 def clean(process: ServerProcess) -> bool:
-    """Whether its log tells of no bug."""
+    """Assert that its log shows no bug."""
     for sign in ("Traceback", "never retrieved", "bug in", '"level":"ERROR"', " ERROR "):
         assert sign not in process.log, process.log
     return True
@@ -184,7 +184,7 @@ async def test_an_idle_server_ends_at_once(
 async def test_a_request_on_its_way_when_it_ends_is_answered(
     tmp_path: Path, simulator: Simulator
 ) -> None:
-    """Who asks again the moment an answer ends cannot know that the connection ends, too."""
+    """A client that asks again the moment an answer ends cannot know that the connection ends, too."""
     simulator.behaviour = Behaviour(ttft=0, interval=0.01, tokens=20)
     async with serving(tmp_path / "c.yaml", simulator.base_url) as process:
         await process.ready()

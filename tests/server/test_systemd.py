@@ -49,7 +49,7 @@ async def watching(tmp_path: Path) -> AsyncIterator[Systemd]:
 
 @pytest.fixture
 def port() -> Iterator[socket.socket]:
-    """A listening socket, as systemd would make it: it outlives who serves it."""
+    """A listening socket as systemd makes it: it outlives the processes that serve it."""
     with socket.create_server(("127.0.0.1", 0)) as sock:
         yield sock
 
@@ -257,7 +257,7 @@ async def test_a_blocked_loop_is_in_the_stacks_before_systemd_kills_and_when_it_
 
 
 def passed(sock: socket.socket, **environ: str) -> list[socket.socket]:
-    """What is inherited where a copy of *sock* is the first descriptor."""
+    """The sockets that are inherited where a copy of *sock* is the first descriptor."""
     return systemd.inherited({**USUAL, **environ}, first=os.dup(sock.fileno()))
 
 
@@ -490,7 +490,7 @@ async def test_connections_that_come_while_nobody_serves_are_answered_by_the_nex
 
 
 def waiting_in(port: socket.socket) -> int:
-    """How many connections wait in the kernel."""
+    """The number of connections that wait in the kernel."""
     queue = kernel.accept_queue(port)
     assert queue is not None
     return queue.waiting

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from aioserver.errors import AioserverError, ResumeGap
 from aioserver.protocol import eventstream, messages
 from aioserver.protocol.openai import TEXT, BadEvent, ErrorEvent, Reading, learn
-from aioserver.providers.exchange import Exchange, WireProtocol
+from aioserver.providers.exchange import ConnectionProtocol, Exchange
 from aioserver.providers.sinks import ChatSink, EventSink
 from aioserver.streams.entries import CANCELLED
 from aioserver.streams.fast_path import MAX_CHUNK_BYTES, FastPath, Outbox, TextPath
@@ -106,10 +106,10 @@ def word(number: int) -> bytes:
 
 
 class Wire:
-    """What an exchange needs of aiohttp's connection, around a socket that sends nowhere."""
+    """The part of aiohttp's connection that an exchange uses, around a transport in memory."""
 
     def __init__(self) -> None:
-        self.protocol = WireProtocol(asyncio.get_running_loop())
+        self.protocol = ConnectionProtocol(asyncio.get_running_loop())
         self.transport = FakeTransport()
         self.protocol.connection_made(self.transport)
         self.kept = self.closed = 0
@@ -136,7 +136,7 @@ class Seen:
 
 
 class Road:
-    """One answer on its way: `async with Road("sse") as road: await road.say(EVENT_STREAM, word(1))`."""
+    """One answer from a provider to a client: `async with Road("sse") as road: await road.say(EVENT_STREAM, word(1))`."""
 
     def __init__(
         self,
@@ -225,7 +225,7 @@ class Road:
             await ticks(2)
 
     async def over(self) -> None:
-        """Let the provider go, where the answer has no end, and the client take all."""
+        """End the provider's connection if the answer has no end, and let the client read everything."""
         if not self.task.done():
             await ticks()
         if not self.task.done():
@@ -235,7 +235,7 @@ class Road:
 
     @property
     def body(self) -> bytes:
-        """What the client has got, without the chunks' framing."""
+        """The bytes that the client has got, without the framing of chunks."""
         return joined(self.socket.written) if self.chunked else self.socket.written
 
     @property
@@ -288,7 +288,7 @@ def taking() -> Iterator[list[bytes]]:
 
 
 async def play(face: str, reads: Iterable[bytes], **given: Any) -> Seen:
-    """What comes of *reads*, each in a turn of its own."""
+    """The effects of *reads*, each of which comes in a turn of its own."""
     async with Road(face, **given) as road:
         await road.say(*reads)
         await road.over()
@@ -296,7 +296,7 @@ async def play(face: str, reads: Iterable[bytes], **given: Any) -> Seen:
 
 
 async def play_bytes(face: str, data: bytes) -> Seen:
-    """What comes of *data* byte for byte: the long way, all of it."""
+    """The effects of *data* byte for byte, all of which goes the long way."""
     with taking() as taken:
         async with Road(face) as road:
             road.hear(*(data[at : at + 1] for at in range(len(data))))
@@ -633,7 +633,7 @@ texts = plain | ugly | st.text(max_size=20)
 
 @st.composite
 def events(draw: st.DrawFn) -> tuple[list[bytes], bytes]:
-    """Those of an answer, in one provider's handwriting, and its line end."""
+    """The events of an answer as one provider writes them, and its line end."""
     ascii_only, spaced, noise = draw(st.booleans()), draw(st.booleans()), draw(st.integers(0, 5))
     keys = draw(st.permutations(("id", "model", "choices")))
     inner = draw(st.permutations(("index", "delta", "finish_reason")))
@@ -809,7 +809,7 @@ def test_lessons_from_a_text_that_is_there_twice_are_true(name: str) -> None:
 
 
 def assert_true(before: bytes, behind: bytes, text: str, index: int) -> None:
-    """What the fast path makes of *text* there is what the long way makes of it."""
+    """Assert that the fast path makes of *text* there what the long way makes of it."""
     reading = Reading(index)
     written = text.encode()
     head = messages.frame_head("r1")
@@ -911,7 +911,7 @@ async def under_way(face: str, **given: Any) -> AsyncIterator[tuple[Road, list[b
 
 
 def in_order(data: bytes, *marks: bytes) -> bool:
-    """Whether each of *marks* is in *data* once, one behind the other."""
+    """Return whether each of *marks* is in *data* once, in this order."""
     places = [data.find(mark) for mark in marks]
     return -1 not in places and places == sorted(places) and all(data.count(m) == 1 for m in marks)
 
@@ -1215,7 +1215,7 @@ async def test_unread_bytes_are_bounded_and_then_the_client_is_dropped(face: str
 
 
 def nearly_full(road: Road) -> None:
-    """One event more is too much."""
+    """Fill the stream so far that one more event is too much."""
     road.socket.slow = True
     road.socket.held = HIGH
 
@@ -1261,18 +1261,18 @@ async def test_one_task_waits_for_a_client_that_is_full_at_the_end_of_a_turn(
 async def test_a_read_that_was_taken_is_a_read_for_the_read_timeout(face: str) -> None:
     async with under_way(face) as (road, taken):
         road.exchange._last_byte -= 1000.0  # the last one that went the long way
-        assert road.exchange.look() is not None  # w1 counts
-        path = road.protocol.fast
+        assert road.exchange.check_deadline() is not None  # w1 counts
+        path = road.protocol.fast_path
         assert path is not None
         path.forwarded_at -= 1000.0
 
         road.hear(word(2))
         assert len(taken) == 2
-        left = road.exchange.look()
+        left = road.exchange.check_deadline()
         assert left is not None
         assert left > 0
         path.forwarded_at -= 1000.0
-        assert road.exchange.look() is None
+        assert road.exchange.check_deadline() is None
         await road.over()
 
         assert road.stream.error is not None
@@ -1283,7 +1283,7 @@ async def test_a_read_that_was_taken_is_a_read_for_the_read_timeout(face: str) -
 @pytest.mark.parametrize("face", FACES)
 async def test_a_heartbeat_knows_of_what_was_taken(face: str) -> None:
     async with under_way(face) as (road, _):
-        path = road.protocol.fast
+        path = road.protocol.fast_path
         assert path is not None
         assert road.writer.last_write == path.forwarded_at
 
@@ -1320,7 +1320,7 @@ async def test_answer_after_answer_on_one_connection() -> None:
         assert len(taken) == 4
         assert road.seen.status == b"complete"
         assert (wire.kept, wire.closed) == (2 * turn + 1, 0)
-        assert (wire.protocol.fast, wire.protocol.exchange) == (None, None)
+        assert (wire.protocol.fast_path, wire.protocol.exchange) == (None, None)
 
         with taking() as taken:
             got = Got()
@@ -1366,7 +1366,7 @@ async def test_an_answer_that_ends_badly_after_reads_that_were_taken_closes_its_
         await road.over()
 
         assert road.stream.end_status == b"error"
-        assert (road.protocol.fast, road.protocol.exchange) == (None, None)
+        assert (road.protocol.fast_path, road.protocol.exchange) == (None, None)
         if name != "no end":
             assert road.wire.kept == 0
         road.hear(word(2))
@@ -1502,7 +1502,7 @@ async def test_a_reader_that_joins_a_websockets_answer_gets_all_of_it(
 
 
 def readers(server: RunningServer) -> list[Any]:
-    """Who reads the one answer under way."""
+    """The readers of the only answer under way."""
     (stream,) = server.owners.streams.running()
     return list(stream.readers)
 

@@ -53,7 +53,7 @@ class Nowhere:
 
 
 class Slow:
-    """A reader that takes as many entries as it is told to, and writes down what it has read."""
+    """A reader that takes as many entries as a test says, and writes down what it has read."""
 
     def __init__(self, stream: Stream, after: int = 0) -> None:
         self.stream = stream
@@ -525,7 +525,7 @@ def test_the_store_hears_of_each_end_once() -> None:
 
 @dataclass(eq=False)
 class Known:
-    """What the model knows of one log: everything that was ever appended, and who reads."""
+    """The model of one log: everything that was ever appended, and its readers."""
 
     stream: Stream
     events: list[str] = field(default_factory=list)
@@ -545,7 +545,7 @@ class Known:
         self.sizes.append(self.stream.entries[-1].size)
 
     def pass_on(self, dice: random.Random) -> None:
-        """As the fast path does, where there is one reader who has read all; else `append`."""
+        """Append as the fast path does if there is one reader, which has read everything; otherwise as `append` does."""
         if len(self.readers) != 1 or self.stream.private:
             return self.append(dice)
         (reader,) = self.readers

@@ -1,4 +1,4 @@
-"""The one writer of a socket, on a transport that takes as much as it is told to."""
+"""The one writer of a socket, on a transport that takes as much as a test says."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What clients of the faces send, and how they read what comes."""
+"""The frames and bodies that clients of the faces send, and the reading of answers."""
 
 from __future__ import annotations
 

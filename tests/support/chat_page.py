@@ -1,4 +1,4 @@
-"""What a person does on the chat page, and a provider that answers what the test says."""
+"""The chat page as a person uses it, and a provider that answers what the test says."""
 
 from __future__ import annotations
 

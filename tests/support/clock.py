@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class FakeTimer:
-    """What `call_at` returns: a call that may still be cancelled."""
+    """The handle of a call that is due at *when*."""
 
     def __init__(self, when: float, call: Callable[[], object]) -> None:
         self.when = when

@@ -69,7 +69,7 @@ def provider(**changes: Any) -> dict[str, Any]:
 
 
 def snapshot() -> dict[str, Any]:
-    """What `/stats` says of an idle server."""
+    """The `/stats` of an idle server."""
     return {
         "time": 0.0,
         "name": "aioserver",

@@ -20,7 +20,7 @@ FACES = Counter({"websocket": 1, "sse": 1, "openai": 2})
 
 @dataclass
 class Seen:
-    """What a client saw of one answer."""
+    """An answer as a client saw it."""
 
     text: str = ""
     # "complete" or "error", also on OpenAI's face, which has other names for them.

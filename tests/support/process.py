@@ -41,7 +41,7 @@ os.execv(sys.executable, [sys.executable, *program])
 
 
 class Process:
-    """One process, which is killed at the end of its block if it still lives.
+    """A process, which is killed at the end of its block if it still lives.
 
     `async with await Process.start("-m", "aioserver", "check") as process: …`. If the block fails,
     the exception shows what the process has written.
@@ -100,12 +100,12 @@ class Process:
 
     @property
     def out(self) -> str:
-        """What it has written to stdout so far."""
+        """Everything that it has written to stdout so far."""
         return self._out.decode(errors="replace")
 
     @property
     def log(self) -> str:
-        """What it has written to stderr so far."""
+        """Everything that it has written to stderr so far."""
         return self._log.decode(errors="replace")
 
     def signal(self, number: signal.Signals = signal.SIGTERM) -> None:
@@ -176,7 +176,7 @@ class ServerProcess(Process):
 
     @property
     def settings(self) -> Any:
-        """What its file says now."""
+        """The settings in its file now."""
         return Configuration.load(self.file, environ={}).settings
 
     async def ready(self) -> Self:

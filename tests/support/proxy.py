@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import json
 import os
-import socket
 import ssl
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING
 import aiohttp
 import trustme
 
-from tests.support.tools import edited, installed
+from tests.support.tools import edited, free_port, installed
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -100,7 +99,7 @@ async def _started(
 ) -> tuple[int, int]:
     """Start *program* on two free ports, and on others if one of them was taken meanwhile."""
     for _ in range(5):
-        secure, plain = _free(), _free()
+        secure, plain = free_port(), free_port()
         arguments = _configured(kind, folder, port, secure, plain)
         with (folder / "stderr").open("wb") as stderr:
             process = await asyncio.create_subprocess_exec(
@@ -158,12 +157,6 @@ def _configured(kind: str, folder: Path, port: int, secure: int, plain: int) -> 
     )
     (folder / "Caddyfile").write_text(text)
     return ["run", "--adapter", "caddyfile", "--config", str(folder / "Caddyfile")]
-
-
-def _free() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        number: int = sock.getsockname()[1]
-    return number
 
 
 async def _listens(process: asyncio.subprocess.Process, port: int) -> bool:

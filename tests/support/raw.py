@@ -24,7 +24,7 @@ TEXT, BINARY, CLOSE, PING, PONG = 1, 2, 8, 9, 10
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One HTTP response; header names are lower case."""
+    """An HTTP response; header names are lower case."""
 
     version: str
     status: int

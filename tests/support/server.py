@@ -191,7 +191,7 @@ class RunningServer:
         return int(self.context.monitor.fresh()["watchers"])
 
     def history(self) -> dict[str, Any]:
-        """What a new client of `/events` is sent first: the series and the incidents."""
+        """The series and the incidents that a new client of `/events` is sent first."""
         watcher = _Watcher()
         self.context.monitor.watch(watcher, 1)
         self.context.monitor.leave(watcher)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -29,3 +31,16 @@ def edited(name: str, edits: dict[str, str]) -> str:
         assert text.count(old) == 1, f"{name}: {old!r} is there {text.count(old)} times"
         text = text.replace(old, new)
     return text
+
+
+def free_port() -> int:
+    """A port that is free on both loopback addresses, since the server listens on `localhost`."""
+    while True:
+        with socket.create_server(("127.0.0.1", 0)) as sock:
+            port: int = sock.getsockname()[1]
+            try:
+                socket.create_server(("::1", port), family=socket.AF_INET6).close()
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:
+                    continue
+        return port

@@ -1,4 +1,4 @@
-"""How late the event loop was, and when, from looks that come late."""
+"""The lag of the event loop, from looks that come late."""
 
 from __future__ import annotations
 

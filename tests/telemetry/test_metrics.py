@@ -1,4 +1,4 @@
-"""What is counted: fixed labels, percentiles of the last minute, and one end for each request."""
+"""Counters: fixed labels, percentiles of the last minute, and one end for each request."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_bug_is_an_internal_error_and_shows_nothing_of_itself() -> None:
 def test_leaving_and_cancelling_are_told_apart() -> None:
     metrics = Metrics(GIVEN)
     one, other = record(), record()
-    other.left = True
+    other.abandoned = True
     records(metrics).finish(one, None, cancelled=True)
     records(metrics).finish(other, None, cancelled=True)
     assert metrics.outcomes[CANCELLED].value == 1

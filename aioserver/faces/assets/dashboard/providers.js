@@ -1,8 +1,8 @@
 // A card for each provider that was ever asked, or is first in line; the others stand in one sentence. Of very many
 // a dozen is shown until all are wanted, those in trouble first.
-import { bind, say } from "/assets/dashboard-binding.js";
-import { condition } from "/assets/dashboard-pressure.js";
-import { sparkline } from "/assets/dashboard-sparkline.js";
+import { bind, say } from "/assets/dashboard/binding.js";
+import { condition } from "/assets/dashboard/pressure.js";
+import { sparkline } from "/assets/dashboard/sparkline.js";
 
 const FEW = 6; // so many are seen at once and keep their order; of more, those in trouble come first
 const DOZEN = 12;

@@ -1,5 +1,5 @@
 // The whole state of the house in one word, one shape and one sentence; the worst is said first.
-import { count, seconds, some, words } from "/assets/dashboard-numbers.js";
+import { count, seconds, some, words } from "/assets/dashboard/numbers.js";
 
 const LATELY = 10; // seconds that a refusal or a pause of the loop stays in the sentence
 const LATE = 0.25; // seconds of event-loop lag that clients feel

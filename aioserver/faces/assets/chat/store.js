@@ -1,7 +1,7 @@
 // Conversations and choices in the browser's storage, bounded. One entry for each conversation, so
 // that two windows do not write over each other's.
 
-import { ended, newId, newTurn } from "./chat-turn.js";
+import { ended, newId, newTurn } from "./turn.js";
 
 const PREFIX = "aioserver.chat.";
 const CONVERSATION = `${PREFIX}conversation.`;

@@ -1,5 +1,5 @@
 // One provider judged: how it is in a word and a shape, how much it presses, and a sentence that says why.
-import { count, seconds, some, words } from "/assets/dashboard-numbers.js";
+import { count, seconds, some, words } from "/assets/dashboard/numbers.js";
 
 const HARMLESS = new Set(["cancelled", "stale", "http_4xx"]); // the client left; repeated unseen; the caller's own fault
 

@@ -1,8 +1,8 @@
 // How a turn looks: its question, its answer, and one quiet line that says where the answer is.
 
-import { advice, hopeful, sentence } from "./chat-faults.js";
-import { grow, showText } from "./chat-text.js";
-import { ended } from "./chat-turn.js";
+import { advice, hopeful, sentence } from "./faults.js";
+import { grow, showText } from "./text.js";
+import { ended } from "./turn.js";
 
 const SHOWN_COPIED = 2000; // milliseconds
 

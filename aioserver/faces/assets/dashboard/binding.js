@@ -1,6 +1,6 @@
 // The HTML says what it shows, this puts it there: data-show="path" data-as="format", data-bar="path" data-of="path",
 // data-tally="path" for a table of counters, data-list="path" for them in one line, data-needs="path" for what may be absent.
-import * as numbers from "/assets/dashboard-numbers.js";
+import * as numbers from "/assets/dashboard/numbers.js";
 
 const get = (data, path) => path.split(".").reduce((at, step) => at?.[step], data);
 

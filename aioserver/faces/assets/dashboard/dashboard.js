@@ -1,13 +1,13 @@
 // The dashboard: what the server says each second goes to the verdict, the numbers, the cards and the charts.
-import { bind, say } from "/assets/dashboard-binding.js";
-import { Charts } from "/assets/dashboard-charts.js";
-import { Feed } from "/assets/dashboard-feed.js";
-import { History } from "/assets/dashboard-history.js";
-import { Incidents } from "/assets/dashboard-incidents.js";
-import { seconds } from "/assets/dashboard-numbers.js";
-import { Providers } from "/assets/dashboard-providers.js";
-import { Recent } from "/assets/dashboard-recent.js";
-import { judge, silence } from "/assets/dashboard-verdict.js";
+import { bind, say } from "/assets/dashboard/binding.js";
+import { Charts } from "/assets/dashboard/charts.js";
+import { Feed } from "/assets/dashboard/feed.js";
+import { History } from "/assets/dashboard/history.js";
+import { Incidents } from "/assets/dashboard/incidents.js";
+import { seconds } from "/assets/dashboard/numbers.js";
+import { Providers } from "/assets/dashboard/providers.js";
+import { Recent } from "/assets/dashboard/recent.js";
+import { judge, silence } from "/assets/dashboard/verdict.js";
 import { Door } from "/assets/door.js";
 
 const QUIET = 3000; // milliseconds without a word from a connected server, which speaks every second

@@ -1,14 +1,14 @@
 // The chat page over the WebSocket face: one socket for all conversations, one of them shown.
 
-import { Asking, running } from "./chat-asking.js";
-import { closure } from "./chat-faults.js";
-import { Link } from "./chat-link.js";
-import { List } from "./chat-list.js";
-import { Models } from "./chat-models.js";
-import { newConversation, Store } from "./chat-store.js";
-import { ended } from "./chat-turn.js";
-import { position, seconds, TurnView } from "./chat-view.js";
-import { Door } from "./door.js";
+import { Asking, running } from "./asking.js";
+import { closure } from "./faults.js";
+import { Link } from "./link.js";
+import { List } from "./list.js";
+import { Models } from "./models.js";
+import { newConversation, Store } from "./store.js";
+import { ended } from "./turn.js";
+import { position, seconds, TurnView } from "./view.js";
+import { Door } from "../door.js";
 
 const NEAR = 80; // pixels from the end: who reads there wants to see what comes
 const READ_OUT = 2000; // characters of an answer

@@ -1,6 +1,6 @@
 // The charts of the last minutes: uPlot's lines, our headings, values and colours.
-import { say } from "/assets/dashboard-binding.js";
-import { count, rate, seconds } from "/assets/dashboard-numbers.js";
+import { say } from "/assets/dashboard/binding.js";
+import { count, rate, seconds } from "/assets/dashboard/numbers.js";
 
 const CHARTS = [
   { title: "Connections", format: count, floor: 4, limit: (stats) => stats.connections.limit,

@@ -3,8 +3,8 @@
 // Whenever the server lets the socket in, each of them is asked, or read on behind the last event
 // it has. What is kept of a turn in the store is enough for that: a reload is a lost connection.
 
-import { askAgain, ended, newTurn, take } from "./chat-turn.js";
-import { cancelFrame, chatFrame, resumeFrame } from "./chat-turn.js";
+import { askAgain, ended, newTurn, take } from "./turn.js";
+import { cancelFrame, chatFrame, resumeFrame } from "./turn.js";
 
 const ASK_AGAIN_WITHIN = 25_000; // ms: so long the server surely knows a request that it has got
 const SEND_WITHIN = 600_000; // ms: what was not sent then is not sent by itself after a reload
