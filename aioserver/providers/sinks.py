@@ -292,8 +292,11 @@ class ChatSink:
         complete(self._stream, self._reading)
 
     def fast(self) -> Path | None:
-        """Return the stream's fast path, once the shape of the provider's events is known."""
-        if self._shape is None or not self._splitter.idle:
+        """Return the stream's fast path, once the shape of the provider's events is known.
+
+        There is none while half a character waits for its other half.
+        """
+        if self._shape is None or not self._splitter.idle or self._reading.half:
             return None
         return self._stream.open_fast_path(self._shape)
 
