@@ -86,6 +86,11 @@ class Gateway:
         for provider in self._router.providers.values():
             provider.on_wait = self.lifetime.make_room
 
+    @property
+    def running(self) -> int:
+        """The number of answers under way: asked for, streamed or not, and not ended."""
+        return len(self._producers) + len(self._calls)
+
     def ask(self, caller: Caller, chat: Chat, scope: str | None = None, *, face: str) -> Stream:
         """Return the stream that answers *chat*: that of its request id, or a new one.
 

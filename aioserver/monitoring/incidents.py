@@ -1,7 +1,6 @@
 """Incidents: what an operator should know has happened, found in the difference of two ticks.
 
-A breaker that opens or closes is an incident at once. Everything that is counted is gathered: the first
-is told at once, and after it a quiet time begins, in which numbers are added up for the next one of the
+Everything that is counted is gathered: the first is told at once, and after it a quiet time begins, in which numbers are added up for the next one of the
 same kind, detail and provider. A trouble of a provider is an incident when it begins and when it ends;
 one that comes back in its quiet time is told after that, if it still lasts.
 """
@@ -22,8 +21,7 @@ from aioserver.monitoring.interval import (
     SLOW_CLIENTS,
     Total,
 )
-from aioserver.monitoring.troubles import SILENT
-from aioserver.providers.breaker import CLOSED
+from aioserver.monitoring.troubles import DEAD, FAULTS, SICK, SILENT
 from aioserver.telemetry.metrics import OK
 
 if TYPE_CHECKING:
@@ -38,11 +36,6 @@ QUIET = 10.0
 LAG_LIMIT = 0.1
 # Requests denied in so many ticks that are an incident: more than a person mistypes.
 DENIED_BURST, DENIED_TICKS = 10, 10
-# Outcomes of an attempt that are an incident. A 4xx is none: it is the request's own fault, or our key's,
-# which has an incident of its own. Nor is a stale connection, which is replaced at once.
-FAULTS = frozenset(
-    ("connect_error", "timeout", "http_429", "http_5xx", "tls", "disconnected", "bad_response")
-)
 # Totals that are gathered, and the kind of incident that they become.
 GATHERED = {
     REJECTIONS: "rejections",
@@ -59,7 +52,11 @@ TEXTS = {
     "loop_lag": "the event loop was {number} ms late",
 }
 # Troubles that are incidents of the same kind: the severity, and the text of the end.
-TROUBLES = {SILENT: ("error", "{provider} speaks again")}
+TROUBLES = {
+    DEAD: ("error", "{provider} answers again"),
+    SICK: ("warning", "{provider} is well again"),
+    SILENT: ("error", "{provider} speaks again"),
+}
 # Kinds and details whose severity is always "error".
 SEVERE = frozenset(("tls", "provider_auth", "no_provider"))
 # What is gathered is an error, too, where so many were refused or failed, and nothing went well.
@@ -117,7 +114,6 @@ class Detector:
         self._gathered: dict[Subject, Gathered] = {}
         self._quiet_until: dict[Subject, float] = {}
         self._denied: deque[int] = deque(maxlen=DENIED_TICKS)
-        self._breakers: dict[str, str] = {}
         # The kind of the trouble that was told of each provider, and is not over.
         self._troubles: dict[str, str] = {}
 
@@ -127,7 +123,6 @@ class Detector:
         """Return the incidents of the tick at *now*, a monotonic time, which ends *interval*."""
         self._gather(interval)
         return [
-            *self._breaker_changes(providers),
             *self._trouble_changes(now, providers),
             *self._due(now),
         ]
@@ -151,16 +146,6 @@ class Detector:
             name = subject.provider
             total = Total(ANSWERED) if name is None else Total(ATTEMPTS, OK, name)
             of_subject.well += int(interval.growth.get(total, 0))
-
-    def _breaker_changes(self, providers: Mapping[str, ProviderState]) -> Iterator[Incident]:
-        before = self._breakers
-        self._breakers = {name: provider["breaker"] for name, provider in providers.items()}
-        for name, breaker in self._breakers.items():
-            was_closed = before.get(name, CLOSED) == CLOSED
-            if was_closed and breaker != CLOSED:
-                yield incident("breaker", f"{name} fails: its breaker has opened", "error", name)
-            elif not was_closed and breaker == CLOSED:
-                yield incident("breaker", f"{name} answers again", "info", name)
 
     def _trouble_changes(
         self, now: float, providers: Mapping[str, ProviderState]

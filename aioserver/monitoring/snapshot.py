@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol, TypedDict
 from aioserver import __version__
 from aioserver.monitoring.interval import ATTEMPTS, EVENTS, REJECTIONS, REQUESTS
 from aioserver.telemetry.kernel import process_usage
+from aioserver.telemetry.metrics import CANCELLED, OK
 
 if TYPE_CHECKING:
     import socket
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from aioserver.telemetry.metrics import Metrics
 
 Percentiles = dict[str, float]
+# Outcomes of an attempt that are no fault of the provider: a client that cancels is none.
+NO_FAULTS = frozenset((OK, CANCELLED))
 
 
 class SettingsInEffect(Protocol):
@@ -47,7 +50,7 @@ class SettingsInEffect(Protocol):
 class Sources:
     """The objects from which the state is read; they live as long as the server.
 
-    *gate* admits connections, *ready* says whether the server takes new work, and *listening* has the
+    *gate* admits connections, *running* counts the answers under way, *ready* says whether the server takes new work, and *listening* has the
     sockets that accept connections, as soon as there are any.
     """
 
@@ -55,6 +58,7 @@ class Sources:
     metrics: Metrics
     gate: Gate
     streams: StreamStore
+    running: Callable[[], int]
     lifetime: Lifetime
     router: Router
     lag: LoopLag
@@ -89,7 +93,6 @@ class RequestsState(TypedDict):
 class StreamsState(TypedDict):
     """The streams that are kept."""
 
-    running: int
     detached: int
     max_detached: int
     finished: int
@@ -145,11 +148,13 @@ class ProviderState(TypedDict):
     oldest_wait: float
     pool: PoolState
     pace: PaceState
-    breaker: str
+    state: str
+    next_try: float | None
     flagged: bool
     retries: int
     failovers: int
     requests: int
+    cancelled: int
     faults: dict[str, int]
     requests_per_second: float
     tokens_per_second: float
@@ -185,6 +190,7 @@ class Snapshot(TypedDict):
     uptime: float
     ready: bool
     active_provider: str
+    fallbacks: list[str]
     connections: ConnectionsState
     rejections: dict[str, int]
     requests: RequestsState
@@ -227,12 +233,13 @@ class Snapshots:
             "uptime": round(now - self._began, 1),
             "ready": sources.ready(),
             "active_provider": router.active.name,
+            "fallbacks": router.fallbacks,
             "connections": _connections_state(sources, interval),
             "rejections": _values(metrics.rejections),
             "requests": {
                 "total": _sum(metrics.outcomes),
                 "per_second": interval.rate(REQUESTS),
-                "running": sum(provider["in_flight"] for provider in providers.values()),
+                "running": sources.running(),
                 "outcomes": _values(metrics.outcomes),
             },
             "first_token": metrics.recent_first_tokens.percentiles(now),
@@ -274,7 +281,6 @@ def _connections_state(sources: Sources, interval: Interval) -> ConnectionsState
 def _streams_state(sources: Sources) -> StreamsState:
     streams = sources.streams.stats()
     return {
-        "running": streams.running,
         "detached": sources.lifetime.detached,
         "max_detached": sources.settings.chat.streams.max_detached,
         "finished": streams.finished,
@@ -309,12 +315,14 @@ def _provider_state(
             "left": pace.left,
             "cooling": round(pace.cooling, 1),
         },
-        "breaker": state.breaker,
+        "state": state.state,
+        "next_try": None if state.next_try is None else round(state.next_try, 1),
         "flagged": state.flagged,
         "retries": _sum(meter.retries),
         "failovers": _sum(meter.failovers),
         "requests": sum(attempts.values()),
-        "faults": {outcome: number for outcome, number in attempts.items() if outcome != "ok"},
+        "cancelled": attempts[CANCELLED],
+        "faults": {name: number for name, number in attempts.items() if name not in NO_FAULTS},
         "requests_per_second": interval.rate(ATTEMPTS, name),
         "tokens_per_second": interval.rate(EVENTS, name),
         "first_token": meter.recent_first_tokens.percentiles(now),

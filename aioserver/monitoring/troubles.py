@@ -1,21 +1,41 @@
 """Troubles: what is wrong with a provider and since when, in words that every display shows.
 
 `/stats`, the dashboard, `top` and the log say the same, since each says this. A trouble has a *text*
-that stands alone, "groq has said nothing for 6 s in 25 answers", and a *detail*: when it began, and
-what happens next. Of several the worst is told.
+that stands alone, "groq has said nothing for 6 s in 25 answers", and a *detail*: when it began, when
+the provider is tried next, and who is asked instead. Of several troubles the worst is told.
 """
 
 from __future__ import annotations
 
+import math
+from collections import Counter, deque
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+from aioserver.monitoring.interval import ATTEMPTS
+from aioserver.telemetry.metrics import OK
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from aioserver.monitoring.interval import Interval
     from aioserver.monitoring.snapshot import ProviderState, SilenceState, Snapshot, Trouble
 
-# Kinds of troubles.
-SILENT = "silent"
+# Kinds of troubles, the worst first.
+FLAGGED, DEAD, SILENT, SICK, FAILING = "key_refused", "dead", "silent", "sick", "failing"
+# Outcomes of an attempt that are the provider's fault, and how it fails then. A 4xx is none: it is the
+# request's own fault, or our key's. Nor is a stale connection, which is replaced at once.
+FAULTS = {
+    "connect_error": "cannot be reached",
+    "timeout": "does not answer in time",
+    "http_429": "limits our rate",
+    "http_5xx": "answers with server errors (5xx)",
+    "tls": "fails in TLS",
+    "disconnected": "breaks off its answers",
+    "bad_response": "sends what is no answer",
+}
+# A provider fails where so many attempts of the last WINDOW ticks, and such a share of them, failed.
+WINDOW = 60
+FEW, SHARE = 3, 0.1
 
 
 class Troubles:
@@ -26,32 +46,79 @@ class Troubles:
 
     def __init__(self) -> None:
         self._now: dict[str, Trouble] = {}
+        # The attempts of each tick, by provider and outcome.
+        self._attempts: deque[dict[str, Counter[str]]] = deque(maxlen=WINDOW)
 
     @property
     def now(self) -> Mapping[str, Trouble]:
         """What was wrong at the last snapshot, by provider."""
         return self._now
 
-    def look(self, snapshot: Snapshot) -> None:
-        """Find what is wrong in *snapshot*, and write it there."""
+    def look(self, snapshot: Snapshot, interval: Interval) -> None:
+        """Find what is wrong in *snapshot*, at whose tick *interval* ended, and write it there."""
+        attempts: dict[str, Counter[str]] = {}
+        for total, number in interval.growth.items():
+            if total.kind == ATTEMPTS and total.provider is not None:
+                attempts.setdefault(total.provider, Counter())[total.detail] += int(number)
+        self._attempts.append(attempts)
         before, self._now = self._now, {}
         for name, provider in snapshot["providers"].items():
-            trouble = _trouble(name, provider, snapshot["time"], before.get(name))
+            trouble = self._trouble(name, provider, snapshot, before.get(name))
             provider["trouble"] = trouble
             if trouble is not None:
                 self._now[name] = trouble
 
+    def _trouble(
+        self, name: str, provider: ProviderState, snapshot: Snapshot, before: Trouble | None
+    ) -> Trouble | None:
+        """Return the worst trouble of the provider *name*, which had the trouble *before*."""
+        faults, attempts = self._lately(name)
+        failed = sum(faults.values())
+        began = now = snapshot["time"]
+        text = f"{name} fails"
+        if failed:
+            how = FAULTS[faults.most_common(1)[0][0]]
+            text = f"{name} {how}: {failed} of {attempts} attempts failed in the last minute"
+        if provider["flagged"]:
+            kind, text = FLAGGED, f"{name} refuses our key, or its quota is used up"
+        elif provider["state"] == DEAD:
+            kind, text = DEAD, f"{text}; it is left alone"
+        elif stalled(provider["silent"]):
+            kind, text = SILENT, silence(name, provider["silent"])
+            began = now - provider["silent"]["longest"]
+        elif provider["state"] == SICK:
+            kind = SICK
+        elif failed >= FEW and failed >= SHARE * attempts:
+            kind = FAILING
+        else:
+            return None
+        since = round(began, 3)
+        if before is not None and before["kind"] == kind:
+            since = before["since"]
+        detail = [f"It began {span(now - since)} ago", *_next_try(provider)]
+        if provider["active"] and kind != SILENT:
+            others = snapshot["fallbacks"]
+            detail.append(f"its fallback is {others[0]}" if others else "no fallback is set")
+        return {"kind": kind, "since": since, "text": text, "detail": "; ".join(detail)}
 
-def _trouble(
-    name: str, provider: ProviderState, now: float, before: Trouble | None
-) -> Trouble | None:
-    """Return the worst trouble of the provider *name*, which had the trouble *before*."""
-    silent = provider["silent"]
-    if stalled(silent):
-        since = _since(SILENT, before, now - silent["longest"])
-        detail = f"It began {span(now - since)} ago"
-        return {"kind": SILENT, "since": since, "text": silence(name, silent), "detail": detail}
-    return None
+    def _lately(self, name: str) -> tuple[Counter[str], int]:
+        """Return the faults of the last WINDOW ticks, and of how many attempts."""
+        faults: Counter[str] = Counter()
+        well = 0
+        for tick in self._attempts:
+            for outcome, number in tick.get(name, {}).items():
+                if outcome in FAULTS:
+                    faults[outcome] += number
+                elif outcome == OK:
+                    well += number
+        return faults, well + faults.total()
+
+
+def _next_try(provider: ProviderState) -> Iterator[str]:
+    """Say when a provider that is left alone is tried again."""
+    seconds = provider["next_try"]
+    if seconds is not None:
+        yield f"it is tried again in {span(math.ceil(seconds))}" if seconds else "it is tried now"
 
 
 def stalled(silent: SilenceState) -> bool:
@@ -79,8 +146,3 @@ def span(seconds: float) -> str:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'s' * (number != 1)}"
-
-
-def _since(kind: str, before: Trouble | None, began: float) -> float:
-    """Return when a trouble of this kind began: *began*, unless it was there before."""
-    return before["since"] if before is not None and before["kind"] == kind else round(began, 3)

@@ -65,6 +65,8 @@ class ProviderStats:
     breaker: str
     flagged: bool
     silence: Silence
+    state: str
+    next_try: float | None
 
 
 class Provider:
@@ -197,6 +199,8 @@ class Provider:
                 asyncio.get_running_loop().time(),
                 self.meter.first_token,
             ),
+            self._health.state,
+            self._health.next_try,
         )
 
     def refuse(self, error: Callable[[], AioserverError] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""A provider that says nothing any more, as each display shows it while it lasts and when it is over."""
+"""What each display shows of answers under way, and of a provider that says nothing any more."""
 
 from __future__ import annotations
 
@@ -159,6 +159,57 @@ async def test_a_provider_that_never_begins_to_answer_is_silent_as_well(
     finished = fields_of(caplog, "request finished")
     assert all(fields["provider_gap_ms"] >= LATER * 1000 * 0.9 for fields in finished)
     assert not any({"our_gap_ms", "first_token_ms"} & fields.keys() for fields in finished)
+
+
+@pytest.mark.parametrize("face", FACES)
+async def test_first_tokens_count_when_they_come(face: str, make_server: MakeServer) -> None:
+    server = await make_server(STALLS, **PATIENT)
+    async with asking(server, face):
+        await stalled(server, FACES[face])
+        stats = shown(server)
+
+    assert stats["first_token"]["count"] == CLIENTS
+    assert stats["providers"]["sim"]["first_token"]["count"] == CLIENTS
+    await server.nothing_held()
+    assert shown(server)["first_token"]["count"] == CLIENTS
+
+
+@pytest.mark.parametrize("face", FACES)
+async def test_clients_that_cancel_are_no_fault_of_the_provider(
+    face: str, make_server: MakeServer
+) -> None:
+    server = await make_server(STALLS, **PATIENT)
+    async with asking(server, face):
+        await stalled(server, FACES[face])
+    await server.nothing_held()
+
+    sim = shown(server)["providers"]["sim"]
+
+    assert (sim["cancelled"], sum(sim["faults"].values())) == (CLIENTS, 0)
+    assert (sim["trouble"], sim["state"], sim["next_try"]) == (None, "well", None)
+
+
+@pytest.mark.parametrize("face", FACES)
+@pytest.mark.parametrize("places", [1, CLIENTS])
+async def test_answers_under_way_are_one_number_everywhere(
+    face: str, places: int, make_server: MakeServer
+) -> None:
+    """Those that wait for a place at their provider are among them."""
+    server = await make_server(
+        SILENT, **PATIENT, **{f"{SIM_HTTP_CLIENT}.concurrent_requests": places}
+    )
+    async with asking(server, face):
+        await server.simulator.until(lambda stats: stats.active == places)
+        await until(lambda: server.held()["sim waiting"] == CLIENTS - places)
+        stats = shown(server)
+        level, line = verdict({**stats, "providers": {}, "loop": {}}, None)
+        async with server.session.get(f"{server.base}/metrics") as response:
+            metrics = await response.text()
+
+    assert stats["requests"]["running"] == CLIENTS
+    assert "running" not in stats["streams"]
+    assert (level, line.rpartition(", ")[2]) == ("ok", f"{CLIENTS} requests running")
+    assert f"aioserver_streams {CLIENTS}.0\n" in metrics
 
 
 async def test_an_answer_that_comes_whole_is_not_silent_until_it_comes(

@@ -11,7 +11,6 @@ from aioserver.monitoring.incidents import (
     ALL_REFUSED,
     DENIED_BURST,
     DENIED_TICKS,
-    FAULTS,
     GATHERED,
     LAG_LIMIT,
     QUIET,
@@ -31,8 +30,7 @@ from aioserver.monitoring.interval import (
     Interval,
     Total,
 )
-from aioserver.monitoring.troubles import SILENT
-from aioserver.providers.breaker import CLOSED, OPEN, TRIAL
+from aioserver.monitoring.troubles import DEAD, FAILING, FAULTS, FLAGGED, SICK, SILENT
 from aioserver.telemetry.metrics import ATTEMPTS as OUTCOMES
 
 
@@ -46,13 +44,9 @@ def texts(
     growth: dict[Total, float] | None = None,
     *,
     lag_max: float = 0.0,
-    breakers: dict[str, str] | None = None,
 ) -> list[str]:
     """The texts of the incidents of one tick."""
-    providers: Any = {
-        name: {"breaker": state, "trouble": None} for name, state in (breakers or {}).items()
-    }
-    happened = detector.detect(now, interval(growth or {}, lag_max=lag_max), providers)
+    happened = detector.detect(now, interval(growth or {}, lag_max=lag_max), {})
     return [incident["text"] for incident in happened]
 
 
@@ -101,37 +95,13 @@ def test_ordinary_events_are_no_incident(total: Total) -> None:
     assert texts(Detector(), 100.0, {total: DENIED_BURST - 1}) == []
 
 
-def test_breaker_is_told_when_it_opens_and_when_it_closes() -> None:
-    detector = Detector()
-
-    told = [
-        texts(detector, float(tick), breakers={"groq": state, "other": CLOSED})
-        for tick, state in enumerate((CLOSED, OPEN, OPEN, TRIAL, OPEN, CLOSED, CLOSED))
-    ]
-
-    opened, closed = ["groq fails: its breaker has opened"], ["groq answers again"]
-    assert told == [[], opened, [], [], [], closed, []]
-
-
-def test_provider_that_is_configured_again_begins_with_a_closed_breaker() -> None:
-    detector = Detector()
-    texts(detector, 100.0, breakers={"groq": OPEN})
-    texts(detector, 101.0, breakers={})
-
-    assert texts(detector, 102.0, breakers={"groq": CLOSED}) == []
-
-
-def troubled(detector: Detector, now: float, *providers: str) -> list[tuple[str, str]]:
-    """The severities and texts of the incidents of a tick in which these providers are silent."""
-    state: Any = {
-        name: {
-            "breaker": CLOSED,
-            "trouble": {"kind": SILENT, "text": f"{name} is silent"}
-            if name in providers
-            else None,
-        }
-        for name in ("groq", "other")
-    }
+def troubled(
+    detector: Detector, now: float, *providers: str, kind: str = SILENT
+) -> list[tuple[str, str]]:
+    """The severities and texts of the incidents of a tick in which these providers are in trouble."""
+    state: Any = {name: {"trouble": None} for name in ("groq", "other")}
+    for name in providers:
+        state[name]["trouble"] = {"kind": kind, "text": f"{name} is {kind}"}
     happened = detector.detect(now, interval({}), state)
     return [(incident["severity"], incident["text"]) for incident in happened]
 
@@ -145,6 +115,36 @@ def test_trouble_is_told_when_it_begins_and_when_it_ends() -> None:
     ]
 
     assert told == [[], [("error", "groq is silent")], [], [("info", "groq speaks again")]]
+
+
+@pytest.mark.parametrize(
+    ("kind", "severity", "end"),
+    [
+        (DEAD, "error", "groq answers again"),
+        (SICK, "warning", "groq is well again"),
+        (SILENT, "error", "groq speaks again"),
+    ],
+)
+def test_trouble_has_the_severity_of_its_kind(kind: str, severity: str, end: str) -> None:
+    detector = Detector()
+
+    begin = troubled(detector, 1.0, "groq", kind=kind)
+
+    assert begin == [(severity, f"groq is {kind}")]
+    assert troubled(detector, 2.0) == [("info", end)]
+
+
+@pytest.mark.parametrize("kind", [FAILING, FLAGGED])
+def test_trouble_whose_faults_are_told_is_not_told_again(kind: str) -> None:
+    assert troubled(Detector(), 1.0, "groq", kind=kind) == []
+
+
+def test_provider_that_is_configured_again_begins_without_trouble() -> None:
+    detector = Detector()
+    troubled(detector, 100.0, "groq", kind=DEAD)
+    detector.detect(101.0, interval({}), {})
+
+    assert troubled(detector, 102.0) == []
 
 
 def test_trouble_that_comes_and_goes_is_told_once_in_its_quiet_time() -> None:

@@ -173,8 +173,8 @@ def _guards(providers: dict[str, Any]) -> list[Text]:
     lines = []
     for name, provider in providers.items():
         notes = [] if provider.get("usable", True) else ["not usable"]
-        if "breaker" in provider:
-            notes.append(f"breaker {provider['breaker']}")
+        if provider.get("state", "well") != "well":
+            notes.append(str(provider["state"]))
         if silent := _silent(provider.get("silent") or {}):
             notes.append(silent)
         if pace := provider.get("pace"):
@@ -213,7 +213,7 @@ def _facts(stats: dict[str, Any]) -> Table:
         + "".join(f", {n} {name}" for name, n in requests.get("outcomes", {}).items() if n),
         "answers": f"{stats.get('tokens_per_second', 0.0):.0f} tokens/s; first token p50 "
         f"{_time(first.get('p50'))}, p95 {_time(first.get('p95'))}, p99 {_time(first.get('p99'))}",
-        "streams": f"{streams.get('running', 0)} running, {streams.get('detached', 0)} without a "
+        "streams": f"{streams.get('detached', 0)} without a "
         f"reader, {streams.get('finished', 0)} kept, {_bytes(streams.get('bytes'))} of "
         f"{_bytes(streams.get('max_bytes'))}; {stats.get('slow_clients', 0)} slow clients dropped",
         "rejections": total + codes if rejected else "none",

@@ -35,7 +35,7 @@ export class Providers {
   update(stats, recent, history) {
     this.#repeat = () => this.update(stats, recent, history);
     const all = Object.entries(stats.providers);
-    const conditions = new Map(all.map(([name, one]) => [name, condition(name, one, recent.providers?.[name])]));
+    const conditions = new Map(all.map(([name, one]) => [name, condition(name, one)]));
     const awake = all.filter(([, one]) => one.active || one.requests || one.in_flight || one.waiting).map(([name]) => name);
     const wanted = this.#choose(awake, conditions, stats.time);
     for (const [name, card] of this.#cards) if (!wanted.includes(name)) this.#remove(name, card);

@@ -61,6 +61,6 @@ function refusals(stats, recent) {
 }
 
 function feeling(token) {
-  if (!token) return "";
+  if (!token || token.age > LATELY) return ""; // nothing is answered now: the past tells nobody how it is
   return `Half of the answers begin within ${seconds(token.p50)}, 95\u00a0% within ${seconds(token.p95)}.`;
 }
