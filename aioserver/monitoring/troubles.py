@@ -82,7 +82,7 @@ class Troubles:
         if provider["flagged"]:
             kind, text = FLAGGED, f"{name} refuses our key, or its quota is used up"
         elif provider["state"] == DEAD:
-            kind = DEAD
+            kind, text = DEAD, f"{text}; it is left alone"
         elif stalled(provider["silent"]):
             kind, text = SILENT, silence(name, provider["silent"])
             began = now - provider["silent"]["longest"]

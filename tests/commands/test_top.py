@@ -119,7 +119,7 @@ DEAD = {
     "kind": "dead",
     "since": 0.0,
     "text": "demo cannot be reached",
-    "detail": "no fallback is set",
+    "detail": "No fallback is set",
 }
 SILENT = {
     "kind": "silent",
@@ -277,7 +277,7 @@ def test_a_snapshot_with_nothing_in_it_is_drawn() -> None:
         (
             {"providers__demo__trouble": DEAD, "rejections__server_at_capacity": 9},
             "error",
-            "refusing: server_at_capacity 2; demo cannot be reached; no fallback is set",
+            "refusing: server_at_capacity 2; demo cannot be reached. No fallback is set",
         ),
         (
             {
@@ -285,12 +285,12 @@ def test_a_snapshot_with_nothing_in_it_is_drawn() -> None:
                 "providers__a-provider-with-a-long-name__trouble": DEAD,
             },
             "error",
-            "demo cannot be reached; no fallback is set",
+            "demo cannot be reached. No fallback is set",
         ),
         (
             {"providers__demo__trouble": SILENT, "connections__waiting": 4},
             "error",
-            "demo has said nothing for 6 s in 25 answers; It began 9 s ago",
+            "demo has said nothing for 6 s in 25 answers. It began 9 s ago",
         ),
         ({"process__max_fds": 41}, "error", "descriptors run out: 40 of 41"),
         ({"connections__waiting": 4}, "warning", "full: 3 of 100 connections, 4 waiting"),

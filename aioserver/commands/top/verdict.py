@@ -66,7 +66,7 @@ def _rank(trouble: dict[str, Any]) -> int:
 
 def _told(trouble: dict[str, Any]) -> str:
     """What the server says of a provider's trouble, in one line."""
-    return printable("; ".join(filter(None, (trouble.get("text"), trouble.get("detail")))))
+    return printable(". ".join(filter(None, (trouble.get("text"), trouble.get("detail")))))
 
 
 def _queue(waiting: int, gate: dict[str, Any]) -> str:
