@@ -244,7 +244,9 @@ class Streams:
         30.0,
     )
     max_stream_bytes: int = setting(
-        size, "bytes kept of one answer; beyond: its oldest events are dropped", 2**22
+        size,
+        "bytes kept of one answer; beyond: its oldest events are dropped; an event larger than that: 502",
+        2**22,
     )
     max_kept_bytes: int = setting(
         size,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import tracemalloc
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -350,13 +351,44 @@ def test_an_endless_line_is_cut_at_its_bound(frames: bool, size: int) -> None:
     stream = new_stream()
     sink: Sink = ChatSink(stream, Reading()) if frames else EventSink(stream, responses=False)
     assert sink.feed(delta("Hel"))
-    for _ in range(eventstream.MAX_EVENT_BYTES // size):
+    for _ in range(stream.max_bytes // size):
         assert sink.feed(b"x" * size)
 
     with pytest.raises(ProviderBadResponse):
         sink.feed(b"x" * size)
 
     assert stream.last == 2
+
+
+@pytest.mark.parametrize("frames", [True, False], ids=["frames", "bytes"])
+@pytest.mark.parametrize("piece", [1000, 65536, 1 << 22])
+def test_an_event_of_megabytes_passes_whole(frames: bool, piece: int) -> None:
+    # A streamed picture is one event of 1 to 5 MB; here one of 3.
+    stream = new_stream()
+    text = "x" * 3_000_000
+    sink: Sink = ChatSink(stream, Reading()) if frames else EventSink(stream, responses=False)
+    data = delta(text) + delta("!", "stop") + DONE
+
+    assert play(sink, data, range(piece, len(data), piece), end=True)
+
+    if frames:
+        assert [chunk["data"] for _, chunk in shown(stream)[:-1]] == [text, "!"]
+    else:
+        assert passed(stream) == data
+    assert stream.end_status == entries.COMPLETE
+
+
+def test_half_an_event_costs_little_more_than_its_bytes() -> None:
+    splitter = eventstream.Splitter(1 << 22)
+    tracemalloc.start()
+    try:
+        for _ in range(3000):
+            assert splitter.feed(b"x" * 1000) == b""
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    assert peak < 2 * 3_000_000
 
 
 def test_a_body_is_bounded_inclusively() -> None:
