@@ -68,7 +68,7 @@ RETRY_CODES, FAILOVER_CODES = _fault_codes("retry"), _fault_codes("failover")
 
 
 class ProviderMeter:
-    """What is counted of one provider; *events* are those of its answers, about one a token."""
+    """The counts of one provider; *events* are those of its answers, about one a token."""
 
     __slots__ = (
         "attempts",
@@ -103,7 +103,7 @@ NO_METER = ProviderMeter()
 
 
 class FaceMeter:
-    """What is counted of one face; *connections* and *waiting* are the numbers at this moment."""
+    """The counts of one face; *connections* and *waiting* are the numbers at this moment."""
 
     __slots__ = (
         "connections",

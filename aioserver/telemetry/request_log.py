@@ -35,7 +35,7 @@ MAX_TOKENS = 1 << 40
 
 
 class RequestRecord:
-    """What happened to one request.
+    """The times, counts and gaps of one request.
 
     Times are of the monotonic clock, and 0.0 as long as the event has not happened:
 
