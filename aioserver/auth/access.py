@@ -1,4 +1,4 @@
-"""What is admitted at all: the valid keys, the hosts that are answered, the proxies that are trusted."""
+"""Access for clients: the valid keys, the hosts that are answered, the proxies that are trusted."""
 
 from __future__ import annotations
 

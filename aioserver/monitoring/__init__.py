@@ -8,7 +8,7 @@ as rates and the lag of the event loop. The *sources* are the objects from which
 is a client of `/events`: it is sent the history, then each snapshot as it is made.
 
 An *incident* is something that an operator should know, such as a provider whose breaker has opened.
-The *detector* finds incidents in the difference of two ticks. What repeats is gathered: after one
+The *detector* finds incidents in the difference of two ticks. Repeated incidents are gathered: after one
 incident of a kind comes a *quiet time*, and the next one says how much has happened meanwhile.
 
 `/metrics` is *Prometheus text*. Its counters and histograms are those of the folder `telemetry`; its

@@ -1,8 +1,8 @@
-"""Incidents: what an operator should know has happened, found in the difference of two ticks.
+"""Incidents: what has happened that an operator should know, found in the difference of two ticks.
 
-A breaker that opens or closes is an incident at once. Everything else is gathered: the first is told
-at once, and after it a quiet time begins, in which numbers are added up for the next one of the same
-kind, detail and provider.
+A breaker that opens or closes is an incident at once. Everything else is gathered: the first incident is
+reported at once, and after it a quiet time begins, in which numbers are added up for the next incident
+of the same kind, detail and provider.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ QUIET = 10.0
 LAG_LIMIT = 0.1
 # Requests denied in so many ticks that are an incident: more than a person mistypes.
 DENIED_BURST, DENIED_TICKS = 10, 10
-# Outcomes of an attempt that are an incident. A 4xx is none: it is the request's own fault, or our key's,
-# which has an incident of its own. Nor is a stale connection, which is replaced at once.
+# Outcomes of an attempt that are an incident. A 4xx is none: the fault is the request's, or our key's, which
+# has an incident of its own. Nor is a stale connection, which is replaced at once.
 FAULTS = frozenset(
     ("connect_error", "timeout", "http_429", "http_5xx", "tls", "disconnected", "bad_response")
 )
@@ -79,7 +79,7 @@ def incident(kind: str, text: str, severity: str, provider: str | None = None) -
 
 
 class Subject(NamedTuple):
-    """What an incident is about; incidents of one subject keep their quiet time."""
+    """The subject of an incident; between incidents of one subject there is a quiet time."""
 
     kind: str
     detail: str = ""
@@ -89,7 +89,7 @@ class Subject(NamedTuple):
 class Detector:
     """Finds incidents, tick by tick.
 
-    Always: between two gathered incidents of one subject lie QUIET seconds or more.
+    Always: QUIET seconds or more pass between two gathered incidents of one subject.
     """
 
     def __init__(self) -> None:
@@ -131,7 +131,7 @@ class Detector:
                 yield incident("breaker", f"{name} answers again", "info", name)
 
     def _due(self, now: float) -> Iterator[Incident]:
-        """Take what was gathered of each subject that is not in its quiet time."""
+        """Yield an incident for each subject that was gathered and is not in its quiet time."""
         due = [subject for subject in self._gathered if self._quiet_until.get(subject, 0.0) <= now]
         for subject in due:
             number = self._gathered.pop(subject)

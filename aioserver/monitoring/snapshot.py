@@ -1,8 +1,8 @@
 """The state of the server at one moment: what `/stats`, `/events` and the gauges of `/metrics` show.
 
 Everything is read from counters and from `stats()`; requests and clients are never walked. So a
-snapshot costs the same with ten clients and with ten thousand. What cannot be read at a moment, such
-as a rate, is that of the last interval.
+snapshot costs the same with ten clients and with ten thousand. Values that cannot be read at a moment,
+such as rates, are those of the last interval.
 
 The meaning of each field is in docs/monitoring.md.
 """
@@ -36,11 +36,11 @@ Percentiles = dict[str, float]
 
 
 class SettingsInEffect(Protocol):
-    """The settings that are in effect; a reload changes what `chat` is."""
+    """The settings that are in effect; a reload replaces `chat`."""
 
     @property
     def chat(self) -> Chat:
-        """The section of that name."""
+        """The section `chat`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +147,7 @@ class LoopState(TypedDict):
 
 
 class ProcessState(TypedDict):
-    """What the process uses."""
+    """The resources that the process uses; *cpu* is the share of one core."""
 
     open_fds: int | None
     max_fds: int
@@ -182,7 +182,7 @@ class Snapshot(TypedDict):
 
 
 class Snapshots:
-    """Builds the snapshots of a server that begins its life now."""
+    """Builds the snapshots of a server that starts now."""
 
     def __init__(self, sources: Sources) -> None:
         self._sources = sources

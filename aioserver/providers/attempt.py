@@ -4,7 +4,7 @@
        └───────────┴───────────┴─────────────┴──▶ a ProviderFault, or cancelled
 
 The router's loop over retries and the provider's loop over dead connections share this object: the
-router makes one for each try, and the provider runs it. What is asked, independently of the provider
+router makes an attempt for each try, and the provider runs it. What is asked, independently of the provider
 that answers, is a `ProviderRequest` (request.py).
 """
 
