@@ -12,5 +12,5 @@
   the key, a session, and the errors that a server answers with.
 
 Output is on stdout; what explains it, and errors, are on stderr. An error is one line without a
-traceback, and says what to do.
+traceback, and says what to do. A server goes on where its **output** cannot be written.
 """

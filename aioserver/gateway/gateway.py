@@ -153,11 +153,13 @@ class Gateway:
         self.lifetime.reader_added(stream)
         try:
             await reader.reached
+            # Before the reader leaves: a stream whose window is 0 is then forgotten.
+            answer = stream.details.whole
         finally:
             reader.leave()
             self.lifetime.reader_removed(stream)
-        if isinstance(stream.details.whole, Answer):
-            return stream.details.whole
+        if isinstance(answer, Answer):
+            return answer
         raise stream.error or StreamNotFound("this answer was cancelled")
 
     def find(self, caller: Caller, request_id: str, digest: bytes | None = None) -> Stream:

@@ -100,7 +100,6 @@ class Stream:
     """
 
     __slots__ = (
-        "_max_bytes",
         "_store",
         "answered_at",
         "attachment",
@@ -113,6 +112,7 @@ class Stream:
         "error",
         "head",
         "last",
+        "max_bytes",
         "meter",
         "offset",
         "path",
@@ -166,7 +166,7 @@ class Stream:
         # The record of the request that began this stream.
         self.record = NO_RECORD
         self.head = messages.frame_head(request_id)
-        self._max_bytes = max_bytes
+        self.max_bytes = max_bytes
         self._store = store
 
     @property
@@ -255,7 +255,7 @@ class Stream:
 
     def trim(self) -> None:
         """Discard entries beyond `max_stream_bytes`; if no client can come back, those passed."""
-        if self.bytes > self._max_bytes or self.window <= 0:
+        if self.bytes > self.max_bytes or self.window <= 0:
             self._discard()
 
     def forward(self, data: bytes, count: int, *, more: bool = False) -> None:
@@ -386,7 +386,7 @@ class Stream:
                 passed = min([reader.next_index for reader in self.readers])
         entries, count, freed = self.entries, 0, 0
         while len(entries) - count > 1 or (len(entries) > count and self.offset + count < passed):
-            if self.offset + count >= passed and self.bytes - freed <= self._max_bytes:
+            if self.offset + count >= passed and self.bytes - freed <= self.max_bytes:
                 break
             freed += entries[count].size
             count += 1

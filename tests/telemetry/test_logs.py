@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
+import re
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -18,7 +21,7 @@ from tests.support.raw import Raw
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from tests.support.clock import FakeClock
     from tests.support.server import MakeServer, RunningServer
@@ -48,6 +51,14 @@ def record(level: int, text: str, **fields: Any) -> logging.LogRecord:
     return made
 
 
+def wait_until(holds: Callable[[], bool]) -> None:
+    """Wait for another thread."""
+    end = time.monotonic() + 30.0
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
 def test_a_stream_that_takes_nothing_blocks_nobody(
     blocked: tuple[logs.BackgroundHandler, threading.Event, io.StringIO],
 ) -> None:
@@ -70,6 +81,44 @@ def test_a_closed_stream_is_no_fault() -> None:
     handler.emit(record(logging.INFO, "lost"))
     handler.close()
     assert handler.dropped == 1
+
+
+class Disk(io.RawIOBase):
+    """A file on a disk that is full for as long as `full` says."""
+
+    def __init__(self) -> None:
+        self.full = False
+        self.written = b""
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        if self.full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self.written += bytes(data)
+        return len(data)
+
+
+def test_a_log_on_a_full_disk_goes_on_with_whole_lines_when_there_is_room_again() -> None:
+    disk = Disk()
+    # as Python makes stderr
+    stream = io.TextIOWrapper(io.BufferedWriter(disk), line_buffering=True)
+    handler = logs.BackgroundHandler(stream)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.emit(record(logging.INFO, "before"))
+    wait_until(lambda: disk.written == b"before\n")
+    disk.full = True
+    for number in range(1000):
+        handler.emit(record(logging.INFO, f"lost {number:040}"))
+    wait_until(lambda: handler.dropped >= 1000)
+    disk.full = False
+    handler.emit(record(logging.INFO, "after"))
+    handler.close()
+
+    first, *middle, last = disk.written.decode().splitlines()
+    assert (first, last) == ("before", "after")
+    assert all(re.fullmatch(r"lost \d{40}", line) for line in middle)
 
 
 def test_an_error_that_repeats_is_written_once_and_counted(clock: FakeClock) -> None:
