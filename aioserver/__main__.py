@@ -1,8 +1,8 @@
 """The command line: `python -m aioserver`, installed also as `aioserver`.
 
-A new command is one line in COMMANDS and one module, in whose `command` click finds its options
-and its help. That function returns the exit code: 0 done, 2 bad configuration or usage, 1 anything
-else.
+A new command is one line in COMMANDS and one module. The module's `command` is a click command with
+its options and its help; the function behind it returns the exit code: 0 done, 2 bad configuration
+or usage, 1 anything else.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ class CommandGroup(click.Group):
     """
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
-        """Keep the order of the table."""
+        """Return the names of the commands in the order of COMMANDS."""
         return list(self.commands)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Put the default command in front of no arguments, and of options that are not the group's."""
+        """Insert the default command if *args* begins with neither a command nor a group option."""
         if args:
             default = args[0].startswith("-") and args[0] not in GROUP_OPTIONS
         else:
@@ -91,7 +91,7 @@ class CommandGroup(click.Group):
 def cli() -> None:
     """A gateway between many chat clients and few connections to LLM providers.
 
-    Without a command it serves, and the options of `serve` may stand alone: aioserver --port 9000.
+    Without a command, aioserver runs `serve`, whose options may stand alone: aioserver --port 9000.
     `aioserver COMMAND --help` explains a command.
 
     Exit codes: 0 done, 2 bad configuration or usage, 1 anything else.
@@ -99,7 +99,7 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Run what the command line says, and exit."""
+    """Run the command of the command line, and exit."""
     cli(prog_name="aioserver")
 
 

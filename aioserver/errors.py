@@ -1,8 +1,9 @@
 """Every error that a client may see, and how it looks on every face.
 
-Faces only render an error: its class states its whole appearance once. That is its code and HTTP
-status, whether the client may try again, and the close code (RFC 6455, 7.4.1) that ends a WebSocket;
-without a close code the socket lives on. The body of an HTTP answer is OpenAI's error object, so that
+A face is a protocol that clients speak to us: WebSocket, SSE, OpenAI's API. Faces only render an
+error; its class states its whole appearance once: its code and HTTP status, whether the client may
+try again, and the close code (RFC 6455, 7.4.1) that ends a WebSocket. An error without a close code
+leaves the WebSocket open. The body of an HTTP answer is OpenAI's error object, so that
 every SDK reads it:
 
     {"error": {"message": "…", "type": "…", "param": null, "code": "connect_timeout"}}
@@ -36,7 +37,7 @@ The tree, with HTTP status, code and close code:
         InternalError               500  internal_error          1011
         ServerAtCapacity            503  server_at_capacity      1013
         ServerShutdown              503  server_shutdown         1012
-        ProviderFault               the provider's, in provider_errors.py
+        ProviderFault               faults of a provider, in provider_errors.py
 """
 
 from __future__ import annotations
@@ -73,17 +74,17 @@ class ConfigurationError(Exception):
 class AioserverError(Exception):
     """An error that a client may see.
 
-    *retry_after*: the seconds after which to try again, None if nobody knows. *param*: the faulty
-    field of the request.
+    *retry_after*: the seconds after which to try again, None if they are unknown. *param*: the
+    faulty field of the request.
     """
 
     code: ClassVar[str] = "internal_error"
     status: ClassVar[int] = 500
     retryable: ClassVar[bool] = False
-    # The close code and reason that end a WebSocket; None: the socket lives on.
+    # The close code and reason that end a WebSocket; with None it stays open.
     close: ClassVar[int | None] = None
     close_reason: ClassVar[bytes] = b""
-    # Whether the HTTP connection is closed behind the answer.
+    # Whether the HTTP connection is closed after the answer.
     force_close: ClassVar[bool] = False
     # The outcome of a request that ends with this error, in metrics and logs.
     outcome: ClassVar[str] = "client_error"
@@ -95,7 +96,7 @@ class AioserverError(Exception):
         self.message = message
         self.retry_after = retry_after
         self.param = param
-        # Set when the request that it ended has been counted, so that no face counts it again.
+        # True once the request that this error ended has been counted, so that no face counts it again.
         self.counted = False
 
     @property
@@ -237,7 +238,7 @@ class ResumeGap(AioserverError):
 
 
 class RequestConflict(AioserverError):
-    """The request id is known, and its request had another body."""
+    """An earlier request had the same id and another body."""
 
     code, status = "request_conflict", 409
 
@@ -277,7 +278,7 @@ class RateLimitExceeded(AioserverError):
 
 
 class ConcurrencyExceeded(AioserverError):
-    """The caller has as many answers under way as it may."""
+    """The caller has as many answers under way as its key allows."""
 
     outcome = "rejected"
     code, status, retryable = "concurrency_exceeded", 429, True
@@ -317,7 +318,7 @@ class ServerShutdown(AioserverError):
 
 
 def public(fault: BaseException) -> AioserverError:
-    """Return what a client may see of *fault*; an unknown exception shows nothing of itself."""
+    """Return *fault* if clients may see it; otherwise an `InternalError` without any detail."""
     if isinstance(fault, AioserverError):
         return fault
     return InternalError("internal error")

@@ -25,7 +25,7 @@ may be asked again (retry), whether the next one may be (failover), and whether 
         ProviderQueueTimeout        503  provider_queue_timeout         failover
         NoProvider                  503  no_provider                    failover
 
-Once an event is in the log, neither a retry nor a failover happens, whatever the fault allows.
+Once an event is in the log of the answer, neither a retry nor a failover happens, whatever the fault allows.
 """
 
 from __future__ import annotations
@@ -45,9 +45,10 @@ class ProviderFault(AioserverError):
     retry: ClassVar[bool] = False
     # The next provider may be asked.
     failover: ClassVar[bool] = False
-    # The breaker counts it.
+    # The breaker counts the fault as a failure.
     breaker_failure: ClassVar[bool] = True
-    # Nothing was sent, and trying again may help: an SDK may repeat the request, and pays once.
+    # Nothing was sent, and trying again may help: an SDK may repeat the request, and
+    # still pays once.
     unsent: ClassVar[bool] = False
     # The provider that was asked last, and the number of attempts at all providers.
     provider: str = ""
@@ -118,7 +119,7 @@ class ProviderDisconnected(ProviderFault):
 
 
 class StaleConnection(ProviderDisconnected):
-    """A pooled connection was dead before a byte of the answer came: repeating is safe."""
+    """A pooled connection was dead before a byte of the answer came: the request may be repeated."""
 
     attempt_outcome = "stale"
     retry, failover, breaker_failure = True, True, False
@@ -173,7 +174,7 @@ class ProviderPaced(ProviderRateLimited):
 
 
 class ProviderError(ProviderFault):
-    """The provider answered 5xx, or its stream has an error object."""
+    """The provider answered 5xx, or its event stream has an error object."""
 
     attempt_outcome = "http_5xx"
     code, status, retryable = "provider_error", 502, True
@@ -194,11 +195,11 @@ class ProviderRefused(ProviderFault):
 
     @property
     def http_status(self) -> int:
-        """The provider's own status."""
+        """The HTTP status of the provider's answer."""
         return self.provider_status
 
     def body(self) -> bytes:
-        """The provider's own body."""
+        """Return the body of the provider's answer, unchanged."""
         return self.provider_body
 
 
@@ -219,7 +220,7 @@ class ProviderQueueTimeout(ProviderFault):
 
 
 class NoProvider(ProviderFault):
-    """No provider is usable, or this one was removed from the configuration."""
+    """No provider is usable, or the request's provider was removed from the configuration."""
 
     outcome = "rejected"
     code, status, retryable = "no_provider", 503, True

@@ -1,4 +1,4 @@
-"""Who may come in at all: the valid keys, the hosts that are answered, the proxies that are believed."""
+"""Access for clients: the valid keys, the hosts that are answered, the proxies that are trusted."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ if TYPE_CHECKING:
     from aioserver.auth.callers import Caller
     from aioserver.config.settings import Auth
 
-# Never reached: answers at once, and answers a minute, of a client without a key.
+# Limits that are never reached: answers at once, and answers a minute, of clients without a key.
 NO_LIMITS = 1 << 31, 1 << 31
 
 
 class Access:
-    """The section `auth` of the configuration, as it holds now.
+    """The section `auth` of the configuration in use.
 
-    With keys a client needs one. Without keys, and unless `auth.open` is set, a request is answered
+    If there are keys, a client needs one. Without keys, and unless `auth.open` is set, a request is answered
     only under a name of this machine or an allowed one.
 
-    The object stays when the configuration is read again; what it holds is replaced. *keyless* has
-    no limits: it ends what clients without a key hold when they may no longer come.
+    The object stays when the configuration is read again; its attributes are replaced. The quota
+    *keyless* limits nothing: revoking it ends the work of clients without a key, once they need one.
     """
 
     def __init__(self, auth: Auth | None = None, pepper: bytes = b"") -> None:
@@ -37,24 +37,24 @@ class Access:
         return len(self.keys) > 0
 
     def apply(self, auth: Auth | None) -> frozenset[str]:
-        """Use these settings from now on.
+        """Use the settings *auth* from now on.
 
-        Return the names of the callers who may no longer come, since their key was removed or
-        replaced. Among them is "", the clients without a key, where keys are new.
+        Return the names of the callers that are no longer admitted, since their key was removed or
+        replaced. If clients need a key only from now on, the name "" of those without one is included.
         """
         open_before = not self.keyed
-        gone = self.keys.apply(auth.keys if auth is not None else ())
+        revoked = self.keys.apply(auth.keys if auth is not None else ())
         local_only = auth is None or not (auth.open or auth.keys)
         self.hosts = Hosts(auth.allowed_hosts if auth is not None else ()) if local_only else None
         self.proxies = Proxies(auth.trusted_proxies if auth is not None else ())
         if not (open_before and self.keyed):
-            return gone
+            return revoked
         self.keyless.revoke()
         self.keyless = Quota(*NO_LIMITS)
-        return gone | {""}
+        return revoked | {""}
 
     def current(self, caller: Caller) -> Caller | None:
-        """Return *caller* as it is configured now; None if it may no longer come."""
+        """Return *caller* as it is configured now; None if it is no longer admitted."""
         if not caller.name:
             return None if self.keyed else caller
         return self.keys.current(caller)

@@ -1,7 +1,7 @@
 """Callers: the keys that requests come with, and the flows in which they wait.
 
-With keys (`auth.keys`) each key is one caller. Without keys all clients are one caller, named "":
-request ids and conversations are names within a caller. Fair queueing is finer than that: it also
+With keys (`auth.keys`) each key is one caller. Without keys all clients are one caller, named "".
+Request ids and conversations are names within a caller. Fair queueing is finer than that: it also
 tells apart the addresses of clients without a key, and the users that a request may name (OpenAI's
 `user`).
 
@@ -20,7 +20,7 @@ from aiohttp import web
 if TYPE_CHECKING:
     from aioserver.limits.quota import Quota
 
-# Characters of a request's `user` that are looked at: it is any text, and a part of a queue's name.
+# Characters of a request's `user` that count: it may be any text, and becomes part of a queue's name.
 MAX_USER = 128
 
 
@@ -28,9 +28,9 @@ MAX_USER = 128
 class Caller:
     """The owner of streams and conversations. Two objects of one name are the same caller.
 
-    *subflow*: where its requests wait within `flow`; *priority*: the weight of its flow, 1 to 10;
-    *admin*: whether it may see the operating pages; *quota*: the limits of its key, None without
-    keys.
+    *subflow*: where the caller's requests wait within `flow`; *priority*: the weight of the flow,
+    1 to 10; *admin*: whether the caller may see the operating pages; *quota*: the limits of the
+    caller's key, None without keys.
     """
 
     name: str = ""
@@ -41,14 +41,15 @@ class Caller:
 
     @property
     def flow(self) -> str:
-        """The flow in which its requests wait at a provider: its key, or its address without keys.
+        """The flow in which requests wait at a provider: the caller's key, or its address without keys.
 
-        The user is no part of it, or a client without a key would get a larger share by naming more users.
+        The user is not part of the flow: otherwise a client without a key would get a larger share by
+        naming more users.
         """
         return self.name or self.subflow.partition("\0")[0]
 
     def on_behalf_of(self, user: object) -> Caller:
-        """Return the same caller, with a subflow of its own for *user*; anything but text is no user."""
+        """Return the same caller, with a subflow of its own for *user*, if that is a text."""
         if isinstance(user, str) and user:
             return replace(self, subflow=f"{self.subflow}\0{user[:MAX_USER]}")
         return self

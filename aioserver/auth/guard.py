@@ -1,4 +1,4 @@
-"""The guard in front of every handler: whether this request may call this route, and as whom.
+"""The guard in front of every handler: whether a request may call its route, and for which caller.
 
 Every route has a policy in the table that server/app.py fills; a route without one is for admins. The
 decision rests on the route that was matched and on nothing else: neither on the path nor on the
@@ -9,9 +9,10 @@ decision rests on the route that was matched and on nothing else: neither on the
                                              a browser can set no other header of a WebSocket;
                                              `aioserver` is the protocol that is then selected
     Cookie: aioserver_session=…              what `POST /session` gives for a key; it counts only
-                                             in a request of our own page or of a named one
+                                             in a request of our own page, or of one that
+                                             `allow_origins` names
 
-Whatever stands in these headers may be a guess: it is compared, and never shown or logged.
+The value of such a header may be a guess: it is compared, and never shown or logged.
 """
 
 from __future__ import annotations
@@ -40,13 +41,13 @@ if TYPE_CHECKING:
 
 COOKIE = "aioserver_session"
 KEY_PROTOCOL = "aioserver.key."
-# Cookies of this name that are looked at: another path or host may have set one as well.
+# Cookies of this name that are tried: another path or host may have set one as well.
 MAX_SESSIONS = 4
 KEY_NEEDED = "this server wants an API key: Authorization: Bearer, or log in on its page"
 
 
 class Policy(Enum):
-    """Which callers may call a route, where keys exist."""
+    """The callers that may call a route, where keys exist."""
 
     OPEN = "anybody: it holds no data"
     KEY = "every caller with a key"
@@ -81,7 +82,7 @@ class Guard:
             request[CALLER] = anonymous(address)
             return
         match = request.match_info
-        # No such path, or not with this method: no handler of ours will run.
+        # The path does not exist, or not with this method: no handler of ours will run.
         if match.http_exception is not None:
             return
         policy = self.policies.get(match.route, Policy.ADMIN)
@@ -96,8 +97,8 @@ class Guard:
         """Return the caller of *request*, by its key or its session.
 
         Raises:
-            MissingApiKey: there is neither.
-            InvalidApiKey: the key is no caller's, or there are several.
+            MissingApiKey: the request has neither.
+            InvalidApiKey: no caller has the key, or the request has several keys.
             SessionEnded, OriginNotAllowed: as `caller_by_session`.
         """
         return self.caller_by_key(request) or self.caller_by_session(request)
@@ -106,9 +107,9 @@ class Guard:
         """Return the caller whose session is in the cookie of *request*.
 
         Raises:
-            MissingApiKey: there is no session.
-            SessionEnded: no session in it is valid.
-            OriginNotAllowed: the page that sent it may not use a session.
+            MissingApiKey: the request has no session.
+            SessionEnded: no session in the cookie is valid.
+            OriginNotAllowed: the page that sent the request may not use a session.
         """
         fault: Denied = MissingApiKey(KEY_NEEDED)
         for session in _sessions(request.headers.getall(hdrs.COOKIE, ())):
@@ -123,7 +124,7 @@ class Guard:
         """Return the caller whose key is in the headers of *request*; None if no key is there.
 
         Raises:
-            InvalidApiKey: the key is no caller's, or there are several.
+            InvalidApiKey: no caller has the key, or the request has several keys.
         """
         headers = request.headers
         keys = _bearers(headers.getall(hdrs.AUTHORIZATION, ()))
@@ -139,7 +140,7 @@ class Guard:
         """Refuse a request that another page makes a browser send, cookie included (CSRF).
 
         Raises:
-            OriginNotAllowed: the page is neither ours nor a named one.
+            OriginNotAllowed: the page is neither ours nor one in `allow_origins`.
         """
         origin = request.headers.get(hdrs.ORIGIN)
         if origin is not None and not self._origins.trusts(origin, request.headers.get("Host")):
@@ -162,7 +163,7 @@ def offered_keys(protocols: Iterable[str]) -> list[str]:
 
 
 def _bearers(headers: Iterable[str]) -> list[str]:
-    """Return the keys in the Authorization headers; another scheme is meant for somebody else."""
+    """Return the keys in the Authorization headers; a header of another scheme is ignored."""
     keys = []
     for header in headers:
         scheme, _, key = header.strip().partition(" ")
@@ -172,7 +173,7 @@ def _bearers(headers: Iterable[str]) -> list[str]:
 
 
 def _sessions(headers: Iterable[str]) -> list[str]:
-    """Return the values of our cookie."""
+    """Return the values of our cookie, MAX_SESSIONS at most."""
     sessions = []
     for header in headers:
         for cookie in header.split(";"):

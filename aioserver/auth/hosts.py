@@ -1,7 +1,7 @@
 """Policies for the headers that say which host a request is for, and where it comes from.
 
 A page on the web can have its own name resolve to 127.0.0.1 (DNS rebinding), and the browser then
-takes a server on this machine for the page's own origin; only the `Host` header tells them apart.
+takes a server on this machine for the page's own origin; only the `Host` header shows the difference.
 A server without keys therefore answers requests for the names of this machine and for configured
 names, and no others.
 
@@ -33,8 +33,8 @@ MAX_KNOWN = 256
 class Hosts:
     """The `Host` values that a server without keys answers.
 
-    These are the loopback names of this machine with any port, and each host in *allowed*: with
-    any port, or with its own if it has one.
+    These are the loopback names of this machine with any port, and each host in *allowed*: with the
+    port that stands there, or else with any port.
     """
 
     def __init__(self, allowed: Iterable[str] = ()) -> None:
@@ -59,7 +59,7 @@ class Hosts:
             self._known.add(host)
 
     def allows(self, host: str) -> bool:
-        """Whether a request with this `Host` is answered."""
+        """Return whether a request with the `Host` *host* is answered."""
         host = host.lower()
         if host in self._allowed:
             return True
@@ -86,8 +86,8 @@ class Proxies:
     def address(self, peer: str | None, headers: MultiMapping[str]) -> str:
         """Return the address of the client whose request arrived from *peer*.
 
-        Read from the right, it is the first address that is not a trusted proxy's, and otherwise
-        the leftmost one that can be read. It is "" for an unknown peer.
+        It is the first address of `X-Forwarded-For`, read from the right, that is not a trusted
+        proxy's, and otherwise the leftmost one that can be read. It is "" for an unknown peer.
         """
         peer = peer or ""
         if not self or not self._trusts(peer):
@@ -97,7 +97,7 @@ class Proxies:
         for hop in reversed(hops[-MAX_HOPS:]):
             address = addresses.forwarded_address(hop)
             if address is None:
-                # Whatever is further left may be made up as well.
+                # The addresses further left may be made up as well.
                 break
             client = address
             if not self._trusts(address):
@@ -105,7 +105,7 @@ class Proxies:
         return client
 
     def secure(self, peer: str | None, headers: MultiMapping[str]) -> bool:
-        """Whether *peer* is a trusted proxy and says that its client used https."""
+        """Return whether *peer* is a trusted proxy and says that its client used https."""
         if not self or not self._trusts(peer or ""):
             return False
         schemes = ",".join(headers.getall("X-Forwarded-Proto", ()))
@@ -115,6 +115,6 @@ class Proxies:
         try:
             ip = addresses.address(peer)
         except ValueError:
-            # The peer of a UNIX socket has a path or nothing for an address.
+            # The address of a UNIX socket's peer is a path or empty.
             return addresses.UNIX in self._trusted
         return any(ip in network for network in self._networks)

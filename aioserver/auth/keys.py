@@ -5,8 +5,8 @@ holds in a cookie: `name.expiry.mac`, with an HMAC (RFC 2104) whose own key is m
 API key and of a pepper. A session therefore ends with its key, outlives a restart, is valid in every
 worker, and needs no setting.
 
-The pepper is made of what is in the environment and not in the file, the providers' keys: otherwise
-anybody who can read the hashes in the file could make sessions of them. Where no provider has a key
+The pepper is made of the providers' keys, which are in the environment and not in the file: otherwise
+anybody who can read the hashes in the file could make sessions of them. If no provider has a key,
 the pepper is random, and a restart ends all sessions.
 """
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from aioserver.config.settings import ClientKey, Llm
 
 SESSION_SECONDS = 12 * 3600
-# Digits of an expiry that are read as a number: more is no date, and int() is slow with thousands.
+# Digits of an expiry at most: a longer number is no date, and int() is slow with thousands of digits.
 MAX_EXPIRY_DIGITS = 15
 
 
@@ -59,14 +59,14 @@ class Keys:
 
     def apply(self, keys: Iterable[ClientKey]) -> frozenset[str]:
         """Accept *keys* and no others. Return the names whose key was removed or replaced."""
-        before, now = self._by_name, {}
+        old, new = self._by_name, {}
         for settings in keys:
-            assert settings.sha256 is not None, "config/ makes it of key_env and key_file"
-            digest, known = bytes.fromhex(settings.sha256), before.get(settings.name)
-            if known is not None and known.digest == digest:
-                quota = known.quota
+            assert settings.sha256 is not None, "config/ makes sha256 of key_env and key_file"
+            digest, old_key = bytes.fromhex(settings.sha256), old.get(settings.name)
+            if old_key is not None and old_key.digest == digest:
+                quota = old_key.quota
                 quota.apply(settings.max_concurrent, settings.requests_per_minute)
-                if known.caller.admin and not settings.admin:
+                if old_key.caller.admin and not settings.admin:
                     quota.demote()
             else:
                 quota = Quota(settings.max_concurrent, settings.requests_per_minute)
@@ -76,30 +76,30 @@ class Keys:
                 admin=settings.admin,
                 quota=quota,
             )
-            now[settings.name] = _Key(digest, caller, quota)
-        self._by_name = now
-        self._by_digest = {key.digest: key for key in now.values()}
-        gone = {
+            new[settings.name] = _Key(digest, caller, quota)
+        self._by_name = new
+        self._by_digest = {key.digest: key for key in new.values()}
+        revoked = {
             name: key
-            for name, key in before.items()
-            if name not in now or now[name].digest != key.digest
+            for name, key in old.items()
+            if name not in new or new[name].digest != key.digest
         }
-        for key in gone.values():
+        for key in revoked.values():
             key.quota.revoke()
-        return frozenset(gone)
+        return frozenset(revoked)
 
     def caller(self, key: bytes) -> Caller:
-        """Return the caller whose key this is.
+        """Return the caller with the key *key*.
 
         Raises:
-            InvalidApiKey: it is no caller's key.
+            InvalidApiKey: no caller has this key.
         """
         digest = hashlib.sha256(key).digest()
-        known = self._by_digest.get(digest)
+        entry = self._by_digest.get(digest)
         # In constant time, although the time that the look-up of a hash takes reveals no key.
-        if known is None or not hmac.compare_digest(known.digest, digest):
+        if entry is None or not hmac.compare_digest(entry.digest, digest):
             raise InvalidApiKey("this API key is not known")
-        return known.caller
+        return entry.caller
 
     def current(self, caller: Caller) -> Caller | None:
         """Return *caller* as its key is configured now; None if that key is no longer valid."""
@@ -116,12 +116,12 @@ class Keys:
         return f"{caller.name}.{expiry}.{self._mac(self._by_name[caller.name], expiry)}"
 
     def resume(self, session: str) -> Caller:
-        """Return the caller whose session this is.
+        """Return the caller with the session *session*.
 
         Raises:
-            SessionEnded: it is no caller's session, is too old, or its key is gone.
+            SessionEnded: no caller has this session, it is too old, or its key is no longer valid.
         """
-        # A name may hold dots; the other two parts cannot.
+        # A name may contain dots; the other two parts cannot.
         name, _, expiry = session.rpartition(".")[0].rpartition(".")
         mac = session.rpartition(".")[2]
         key = self._by_name.get(name)
@@ -146,11 +146,11 @@ class Keys:
 
 def pepper_of(llm: Llm) -> bytes:
     """Return a secret made of the providers' keys, or a random one if no provider has a key."""
-    secrets_known = sorted(
+    provider_keys = sorted(
         provider.api_key.reveal()
         for provider in llm.providers.values()
         if provider.api_key is not None
     )
-    if not secrets_known:
+    if not provider_keys:
         return secrets.token_bytes(32)
-    return hashlib.sha256("\0".join(secrets_known).encode()).digest()
+    return hashlib.sha256("\0".join(provider_keys).encode()).digest()

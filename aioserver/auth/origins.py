@@ -14,25 +14,25 @@ if TYPE_CHECKING:
 class Origins:
     """The pages of `allow_origins`, and our own.
 
-    CORS never guards a WebSocket: a browser opens one to any host, and its handshake is refused
-    here, before the upgrade.
+    CORS never guards a WebSocket, which a browser opens to any host: `check` refuses the handshake of
+    other pages, before the upgrade.
     """
 
     def __init__(self, allowed: tuple[str, ...], *, credentials: bool) -> None:
         self.apply(allowed, credentials=credentials)
 
     def apply(self, allowed: tuple[str, ...], *, credentials: bool) -> None:
-        """Allow these pages from now on; open connections stay."""
+        """Allow the pages of *allowed* from now on; open connections stay."""
         self._any = "*" in allowed
         self._allowed = frozenset(origin.rstrip("/").lower() for origin in allowed)
         self._credentials = credentials
 
     def allows(self, origin: str, host: str | None) -> bool:
-        """Whether a page of *origin* may use this server; our own (same host and port) always may."""
+        """Return whether a page of *origin* may use this server; our own (same host and port) may."""
         return self._any or self.trusts(origin, host)
 
     def trusts(self, origin: str, host: str | None) -> bool:
-        """Whether a cookie counts in a request from *origin*: our own page, or one that is named.
+        """Return whether a cookie counts in a request from *origin*: our own, or one in `allow_origins`.
 
         A browser adds the cookie by itself, so "*" is not enough: every page on this machine could
         chat as the person who has logged in here, since SameSite takes other ports for the same site.
@@ -40,16 +40,16 @@ class Origins:
         if origin.rstrip("/").lower() in self._allowed:
             return True
         try:
-            own = urlsplit(origin).netloc.lower()
+            netloc = urlsplit(origin).netloc.lower()
         # "http://[" is no address.
         except ValueError:
             return False
-        return bool(own) and host is not None and own == host.lower()
+        return bool(netloc) and host is not None and netloc == host.lower()
 
     def check(self, headers: Mapping[str, str]) -> None:
         """Refuse the handshake of a page that may not connect, before the upgrade.
 
-        Without an `Origin` it is no browser's, and passes.
+        A handshake without `Origin` comes from no browser, and passes.
 
         Raises:
             OriginNotAllowed: the page is neither ours nor allowed.

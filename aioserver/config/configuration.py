@@ -1,11 +1,12 @@
-"""Configuration: a YAML file and the environment to settings, with every fault at once.
+"""Configuration: reads a YAML file and the environment into settings, and reports every fault at once.
 
     configuration = Configuration.load("config.yaml")
     configuration.settings.chat.websocket.port
 
-A fault is one line, `file:line:column path: message (hint)`. Its place is that of the key, that of
-the section for a missing key, and the variable for a value that a variable sets. Secrets are named
-in the file (`api_key_env`, `api_key_file`) and found here; no message and no output shows one.
+A fault is one line, `file:line:column path: message (hint)`. The place is that of the
+key; that of the section, if the key is missing; or the variable, if a variable sets the value. The
+file names secrets (`api_key_env`, `api_key_file`), and `credentials.py` reads them; no message and no
+output shows a secret.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from aioserver.protocol.addresses import loopback
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-# The packaged copy of the file in the repository: it is served if there is no other.
+# The packaged copy of the file in the repository: it is used if there is no other file.
 SHIPPED = Path(__file__).parent.with_name("config.yaml")
 # The shipped file has 12 KiB.
 MAX_FILE_BYTES = 2**20
@@ -56,7 +57,7 @@ class Configuration:
 
         Args:
             path: the file to read.
-            environ: the environment; None: that of the process.
+            environ: the environment; None stands for that of the process.
             again: whether the file was loaded before. A pipe with a key is refused then, because
                 its content is gone and reading it would never end.
 
@@ -123,13 +124,13 @@ class Configuration:
         return client
 
     def check_usable(self, hosts: Sequence[str] | None = None) -> None:
-        """Refuse a configuration that is valid and still cannot serve.
+        """Refuse a configuration that is valid but cannot be served.
 
         *hosts* are the addresses that the server listens on, if not on the configured host.
 
         Raises:
-            ConfigurationError: the active provider or a fallback lacks its key, or others can
-                reach one of the hosts and need no key.
+            ConfigurationError: the active provider or a fallback lacks its key, or other
+                machines can reach one of the hosts and need no key.
         """
         if hosts is None:
             hosts = (self.settings.chat.websocket.host,)
@@ -183,7 +184,7 @@ def _find(path: str | os.PathLike[str] | None, environ: Mapping[str, str]) -> st
     chosen = path or environ.get("AIOSERVER_CONFIG")
     if chosen:
         return os.fspath(chosen)
-    # Not `exists`: a dangling link is a configuration as well, and its missing target a fault.
+    # Not `exists`: a dangling link counts as a configuration, and its missing target is a fault.
     return "config.yaml" if os.path.lexists("config.yaml") else str(SHIPPED)
 
 

@@ -21,18 +21,18 @@ if TYPE_CHECKING:
     from aioserver.config.llm import Provider
     from aioserver.config.settings import ClientKey
 
-# What a shell hashes when the variable with the key is not set.
+# The hash that a shell computes when the variable with the key is not set.
 EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
 
 
 class Credentials:
     """Finds keys for *document*, and adds a fault to it for each that cannot be used.
 
-    The settings may have been made of a faulty document: a value that is `FAULTY` has its fault
-    already, and its key is `FAULTY` as well.
+    The settings may have been made of a faulty document: the fault of a value that is
+    `FAULTY` is reported already, and the key that it names is `FAULTY` as well.
 
-    *again*: the document was loaded before. A pipe with a key has given its content then, and
-    reading it once more would wait for ever; that is a fault.
+    *again*: the document was loaded before. A pipe with a key was read to its end then, and reading
+    it once more would wait for ever; such a pipe is a fault.
     """
 
     def __init__(self, document: Document, environ: Mapping[str, str], *, again: bool) -> None:
@@ -41,7 +41,7 @@ class Credentials:
         self._again = again
 
     def of_provider(self, name: str, provider: Provider) -> Any:
-        """Return the key of *provider*: its own, that of its file, or that of its variable.
+        """Return the key of *provider*: that in its settings, in its file or in its variable.
 
         None means that no key was found, which is a fault only for a provider that is needed.
         """
@@ -78,7 +78,7 @@ class Credentials:
         return tuple(usable.values())
 
     def _from_file(self, name: Any, path: KeyPath) -> Any:
-        """Return the key in the file *name*; None: there is no such file, or no name."""
+        """Return the key in the file *name*; None if there is no such file or *name* is None."""
         if not isinstance(name, str):
             return name
         credentials = self._environ.get("CREDENTIALS_DIRECTORY")
@@ -96,15 +96,15 @@ class Credentials:
         return None
 
     def _from_variable(self, name: Any, path: KeyPath) -> Any:
-        """Return the key in the variable *name*; None: it is empty or not set, or no name."""
+        """Return the key in the variable *name*; None if it is empty or not set, or *name* is None."""
         if not isinstance(name, str):
             return name
         value = self._environ.get(name, "").strip()
         return self._as_secret(value, path, name) if value else None
 
     def _as_secret(self, key: str, path: KeyPath, source: str) -> Any:
-        why = unfit(key)
-        return Secret(key) if why is None else self._refuse(path, f"{source} {why}")
+        fault = unfit(key)
+        return Secret(key) if fault is None else self._refuse(path, f"{source} {fault}")
 
     def _refuse(self, path: KeyPath, message: str) -> Any:
         self._document.faults.append(self._document.fault(path, message))

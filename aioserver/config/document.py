@@ -111,7 +111,7 @@ class Document:
             self.values = FAULTY
             mark = getattr(exc, "problem_mark", None) or getattr(exc, "context_mark", None)
             place = Place(mark.line + 1, mark.column + 1, self.source) if mark else None
-            # What YAML quotes is a token of its own, such as "<block end>", or a part of the text.
+            # PyYAML quotes its own tokens, such as "<block end>", and parts of the text, which may be secret.
             problem = re.sub(r"'(?!<)[^']{2,}'", "…", str(getattr(exc, "problem", "") or ""))
             self._refuse((), f"not valid YAML: {problem or 'cannot be parsed'}", place)
 
@@ -136,8 +136,8 @@ class Document:
                 return
         key = _matching_key(node, last)
         path = (*path, key)
-        for known in [known for known in self._places if known[: len(path)] == path]:
-            del self._places[known]
+        for inner_path in [other for other in self._places if other[: len(path)] == path]:
+            del self._places[inner_path]
         self._places[path] = place
         self.referenced.add(path)
         if value[:1] not in {"[", "{", '"', "'"}:
@@ -156,7 +156,8 @@ class Document:
             start = text.rfind("\n", 0, match.start()) + 1
             place = Place(text.count("\n", 0, start) + 1, match.start() - start + 1, self.source)
             self._stop((), "a control character, which YAML does not allow", place)
-        # Their order: StreamStart, DocumentStart, those of the value, DocumentEnd, StreamEnd.
+        # The events come in this order: StreamStart, DocumentStart, those of
+        # the value, DocumentEnd, StreamEnd.
         events = yaml.parse(text, Loader=_LOADER)
         next(events)
         if not isinstance(next(events), yaml.DocumentStartEvent):
@@ -257,9 +258,10 @@ class Document:
 
 
 def scalar(text: str) -> Any:
-    """Return the value of a scalar without quotes, as in YAML 1.1 but for its surprises.
+    """Return the value of a scalar without quotes, as in YAML 1.1, but `010` is text, as dates are.
 
-    Text for PyYAML is text here as well, so that a value it has written is read back unchanged.
+    What PyYAML reads as text is text here as well, so that a value that it has written is read back
+    unchanged.
     """
     if text.lower() in _WORDS and text in {text.lower(), text.upper(), text.capitalize()}:
         return _WORDS[text.lower()]
@@ -282,5 +284,5 @@ def dotted(path: KeyPath) -> str:
 
 
 def _matching_key(node: Mapping[str, Any], step: str) -> str:
-    """Return the key of *node* that *step* means; upper and lower case are the same."""
+    """Return the key of *node* that *step* means; upper and lower case count as the same."""
     return next((key for key in node if key.casefold() == step.casefold()), step.lower())

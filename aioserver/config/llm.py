@@ -1,7 +1,7 @@
 """The settings of `llm`: everything on the providers' side.
 
-Durations are seconds, sizes are bytes. The names that httpx has as well (`max_connections`,
-`keepalive_expiry` and the timeouts) mean what they mean there.
+Durations are seconds, sizes are bytes. Settings that have the name of an httpx option
+(`max_connections`, `keepalive_expiry` and the timeouts) mean what it means.
 """
 
 # ruff: noqa: RUF009 - setting() and group() are dataclasses.field()
@@ -34,7 +34,7 @@ from aioserver.config.validators import (
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-# Names of providers whose key is looked for in a variable that no setting names.
+# By the name of a provider: the variable that holds its key, if no setting says where the key is.
 KEY_VARIABLES = {name: f"{name.upper()}_API_KEY" for name in ("openai", "groq", "openrouter")}
 
 
@@ -177,7 +177,7 @@ class Provider:
     def variable(self, name: str) -> str | None:
         """Return the variable that holds the key of the provider *name*, if any.
 
-        A known name has a variable by default, unless another setting says where the key is.
+        A name in KEY_VARIABLES has a variable by default, unless a setting says where the key is.
         """
         configured = (self.simulated, self.api_key, self.api_key_env, self.api_key_file)
         return self.api_key_env if any(configured) else KEY_VARIABLES.get(name)

@@ -31,7 +31,7 @@ REQUIRED: Any = dataclasses.MISSING
 class _Faulty:
     """Takes the place of a value that failed its validator, and breaks no rule itself.
 
-    Every comparison with it is false, everything is in it, and its attributes, items, calls and
+    Every comparison with it is false, every item is in it, and its attributes, items, calls and
     products are this same object.
     """
 
@@ -94,8 +94,8 @@ class Validator:
     """A validator for voluptuous that can describe the values it accepts.
 
     *kind* is the type that the documentation shows. *inner* is the settings class of the sections
-    inside the value, if there are any, and *suffix* is what follows the key where there may be
-    several: `.<name>` in a mapping, `[]` in a list.
+    inside the value, if there are any, and *suffix* is what follows the key if the value may hold
+    several of them: `.<name>` in a mapping, `[]` in a list.
     """
 
     kind: str
@@ -132,7 +132,7 @@ def setting(
         default_text: the default in words.
         secret: whether every output masks the value.
         enforced: False means that the value is read and checked, but has no effect yet.
-        neutral: the value that asks for nothing, where *enforced* is False and the default does.
+        neutral: the value that asks for no effect, if *enforced* is False and the default asks for one.
     """
     metadata = {
         "validator": validator,
@@ -161,12 +161,12 @@ def fields(cls: type[Any] | object) -> list[dataclasses.Field[Any]]:
 
 
 def required(field: dataclasses.Field[Any]) -> bool:
-    """Whether the key of *field* must be in the file."""
+    """Return whether the key of *field* must be in the file."""
     return field.default is REQUIRED and field.default_factory is REQUIRED
 
 
 def section(cls: type[T]) -> Validator:
-    """Return the validator of a settings class: it makes an instance of a valid mapping.
+    """Return the validator of a settings class, which turns a valid mapping into an instance.
 
     Keys that the class lists in `IGNORED` are accepted and dropped. A section without a value, such
     as one whose lines are all comments, counts as an empty mapping. The validator raises `Faults`.
@@ -198,7 +198,7 @@ def section(cls: type[T]) -> Validator:
 
 
 def _partial(cls: type[T], mapping: dict[str, Any]) -> tuple[T | Any, list[vol.Invalid]]:
-    """Return what can be made of a faulty section, and the rules that its valid values break."""
+    """Return the instance that a faulty section makes, and the rules that its valid values break."""
     values = {}
     for field in fields(cls):
         if field.name in mapping:
@@ -214,12 +214,12 @@ def _partial(cls: type[T], mapping: dict[str, Any]) -> tuple[T | Any, list[vol.I
         return getattr(exc, "partial", FAULTY), exc.errors
 
 
-def _reworded(error: vol.Invalid, known: list[str]) -> vol.Invalid:
-    """Return *error* with voluptuous's message replaced by ours; *known* are the valid keys."""
+def _reworded(error: vol.Invalid, valid_keys: list[str]) -> vol.Invalid:
+    """Return *error* with voluptuous's message replaced by one of ours."""
     if error.error_message == "extra keys not allowed":
         key = str(error.path[-1])
-        nearest = difflib.get_close_matches(key[:64].lower(), known, n=1, cutoff=0.5)
-        hint = f"did you mean {nearest[0]}?" if nearest else f"known: {', '.join(known)}"
+        nearest = difflib.get_close_matches(key[:64].lower(), valid_keys, n=1, cutoff=0.5)
+        hint = f"did you mean {nearest[0]}?" if nearest else f"known: {', '.join(valid_keys)}"
         return vol.Invalid(f"unknown key ({hint})", error.path)
     if isinstance(error, vol.RequiredFieldInvalid):
         # The path ends in voluptuous's marker, not in the key.
@@ -239,7 +239,7 @@ def check_rules(owner: object, *broken: BrokenRule | None) -> None:
 
 
 def compare(owner: object, path: str, sign: str, limit_path: str) -> BrokenRule | None:
-    """Check the rule that one setting of *owner* is `>=` or `<=` another; None: it holds."""
+    """Check the rule that one setting of *owner* is `>=` or `<=` another; None if the rule holds."""
     value, limit = operator.attrgetter(path, limit_path)(owner)
     if not (value < limit if sign == ">=" else value > limit):
         return None

@@ -1,4 +1,4 @@
-"""The validators of single values, by the names that the declarations in `settings.py` use.
+"""The validators of single values, by the names that declarations of settings use.
 
 A validator returns the value to keep, or raises `vol.Invalid`. Its message never quotes a text that
 it refuses, which may be a secret in the wrong place; it does quote limits and bounds.
@@ -53,7 +53,7 @@ def number(low: float, kind: str, *, above: bool = False) -> Validator:
 
 
 def _describe_number(value: object) -> str:
-    """Name what *value* is instead of the number; a hint tells what would make it a number."""
+    """Describe *value*, which is not the expected number; a hint says how to write a number."""
     if isinstance(value, float):
         return "a fraction" if math.isfinite(value) else "a number that is not finite"
     if isinstance(value, str) and re.fullmatch(r"[-+]?[0-9]+(\.[0-9]*)?", value):
@@ -98,7 +98,7 @@ def one_of(*words: str, fold: Callable[[str], str] = str) -> Validator:
 
 
 def optional(validator: Validator, nothing: object = None) -> Validator:
-    """Accept what *validator* accepts, and *nothing*."""
+    """Accept what *validator* accepts, and *nothing*, the value that stands for no value."""
 
     def test(value: Any) -> Any:
         return value if value == nothing else validator(value)
@@ -131,7 +131,7 @@ def mapping_of(name: Validator, validator: Validator) -> Validator:
 def _validate_each(
     validator: Validator, values: Mapping[Any, Any], name: Validator | None = None
 ) -> dict[Any, Any]:
-    """Validate every item, and its key if *name* is given.
+    """Validate every item, and with a validator *name* its key as well.
 
     Raises:
         Faults: all faults of all items; `partial` has `FAULTY` in place of a faulty item.
@@ -185,7 +185,7 @@ def _network(value: Any) -> str:
 
 
 def _log_format(value: Any) -> str:
-    """Accept the format string of `logging` that the original has: it means console here."""
+    """Accept json and console; a format string of `logging`, as the old system has, means console."""
     return "console" if isinstance(value, str) and "%(" in value else _log_formats(value)
 
 
@@ -223,7 +223,7 @@ redis = url("redis", "rediss", "unix", rest=r"[^\s\x00-\x1f\x7f#]+")
 # A user's name and password in the URL of an API are refused, because there is `api_key`.
 api = url("http", "https")
 
-# Paths of other routes, without parameters and without the pages' assets: no face can have them.
+# Paths that no face can have: the other routes without a parameter, except the pages' assets.
 TAKEN = frozenset(
     (
         *("/dashboard", "/events", "/metrics", "/session", "/stats"),

@@ -1,6 +1,6 @@
 """Views of settings for people: plain data with secrets masked, and the names of settings.
 
-Names are shown where a value could be a secret: in the log lines about what a reload has changed,
+Only names are shown where a value could be a secret: in the log lines about what a reload has changed,
 and about settings that have no effect yet.
 """
 

@@ -4,8 +4,8 @@ A *face* is a protocol that we show to clients: WebSocket, SSE, and OpenAI's API
 operating pages, the session of a browser and the web pages are handlers like theirs. Each file has
 `routes(context)`, whose handlers are bound to the *context*: what a face may use of the server.
 
-*Admission* bounds what is open at once. A handler first *prepares*: it reads the request and finds it
-valid, while a *hold* counts the bytes of its body. Then it *enters*: it gets a *place* at the gate, or
+*Admission* bounds what is open at once. A handler first *prepares*: it reads the request and checks
+it, while a *hold* counts the bytes of its body. Then it *enters*: it gets a *place* at the gate, or
 queues for one. With its place it *serves*. A WebSocket queues for its place after its handshake, and
 keeps it until it closes.
 

@@ -1,9 +1,9 @@
 """Admission: a counted place for everything that costs something on WebSocket, SSE and `/v1`.
 
 Admission has two steps. *Prepare*: the handshake is done, or the body is read under a deadline and
-found valid, so that a slow upload holds no place. *Enter*: below `max_connections` at once, at the
-limit in the order of arrival. At most `connection_queue_size` wait, and none longer than
-`queue_timeout`; past either bound the face refuses in its own way. Every way out of a handler gives
+found valid, so that a slow upload holds no place. *Enter*: a request gets a place at once below
+`max_connections`, and at the limit in the order of arrival. At most `connection_queue_size` wait, and
+none longer than `queue_timeout`; past either bound the face refuses in its own way. Every way out of a handler gives
 the place back, once.
 
 An HTTP handler waits in its own task, which is cancelled when the client leaves (`counted`). A
@@ -34,7 +34,7 @@ T = TypeVar("T")
 logger = logging.getLogger("aioserver.connections")
 
 LINES_PER_SECOND = 20
-# Refused WebSockets whose close handshake is not over; beyond it a handshake gets a plain 503.
+# Refused WebSockets whose close handshake is not over; beyond: a handshake gets a plain 503.
 MAX_REFUSED_CLOSING = 256
 
 
@@ -74,14 +74,14 @@ class Admission:
         return self._body_bytes
 
     def hold(self) -> BodyHold:
-        """Return an account for one body."""
+        """Return a hold for one body, whose `with` ends when the body is admitted, or gone."""
         return BodyHold(self)
 
     def grow(self, size: int) -> None:
         """Count another *size* bytes of a body.
 
         Raises:
-            ServerAtCapacity: with them there would be more than `max_body_bytes`.
+            ServerAtCapacity: all bodies together would have more than `max_body_bytes`.
         """
         if self._body_bytes + size > self._limits.max_body_bytes:
             raise ServerAtCapacity(
@@ -163,10 +163,10 @@ class Admission:
         (closed.get((face, code)) or closed[face, "other"]).value += 1
         self.log("closed", face, caller=caller)
 
-    def dropped(self, face: str, why: str) -> None:
+    def dropped(self, face: str, reason: str) -> None:
         """Count a client that was disconnected because it read nothing, or fell behind."""
         self.metrics.slow_clients.value += 1
-        self.log(f"dropped: {why}", face, logging.WARNING)
+        self.log(f"dropped: {reason}", face, logging.WARNING)
 
     def _refusal(self, retry_after: float) -> ServerAtCapacity:
         return ServerAtCapacity(
@@ -176,7 +176,7 @@ class Admission:
 
 
 class BodyHold:
-    """What one body has taken of `max_body_bytes`; the end of its `with` gives it back."""
+    """The bytes that one body has taken of `max_body_bytes`; the end of its `with` gives them back."""
 
     __slots__ = ("_admission", "_size")
 
@@ -234,10 +234,10 @@ def counted(
 
 
 class SocketPlace:
-    """The place of one WebSocket: taken at once, or waited for beside a reader that must not stop.
+    """The place of one WebSocket: taken at once, or awaited while the socket's reader goes on.
 
-    Within its `with` either *on_entered* or *on_refused* is called, once; neither, if the `with` ends
-    before. At its end the place is given back, or the wait is cancelled.
+    Within its `with` either *on_entered* or *on_refused* is called, once; neither is, if the `with`
+    ends before. At its end the place is given back, or the wait is cancelled.
     """
 
     def __init__(

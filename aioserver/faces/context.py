@@ -1,7 +1,7 @@
-"""What the faces may use of the server: one object, to which their handlers are bound.
+"""The context: the objects of the server that faces may use. Their handlers are bound to it.
 
-The objects in it stay the same for as long as the server lives: what a reload of the configuration
-changes, it changes inside them.
+These objects stay the same for as long as the server lives: a reload of the configuration changes
+only what is inside them.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class Lifecycle:
     """Whether the server takes work, and whether it stops.
 
     *ready* is false until the server has started, and again from the moment when it begins to stop.
-    *stopping* is set `drain_delay` seconds later, which a load balancer has to send its clients
-    elsewhere; open connections end then.
+    *stopping* is set `drain_delay` seconds later, and open connections end then: until that moment a
+    load balancer can send its clients elsewhere.
     """
 
     def __init__(self) -> None:
@@ -64,7 +64,7 @@ class OpenSocket(Protocol):
     caller: Caller
 
     def drain(self) -> None:
-        """Close once no answer runs on it any more."""
+        """Close as soon as no answer runs on the socket."""
 
     def revoke(self) -> None:
         """Close at once: its caller's key is no longer valid."""

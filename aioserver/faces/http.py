@@ -34,9 +34,9 @@ _numbers = itertools.count(1)
 
 
 class Request(web.Request):
-    """aiohttp's request, with what our handlers keep of it; server/runner.py has every one made so.
+    """aiohttp's request with two attributes of ours; server/runner.py makes every request one.
 
-    *known_id*: what `request_id` returned before. *started*: the response whose head was sent, or is
+    *known_id*: the id that `request_id` has returned before. *started*: the response whose head was sent, or is
     about to be.
     """
 
@@ -49,36 +49,36 @@ class Request(web.Request):
 def request_id(request: web.BaseRequest) -> str:
     """Return the id of *request* for logs: the client's `X-Request-Id` if it is harmless, or a new one."""
     assert isinstance(request, Request)
-    known = request.known_id
-    if not known:
+    log_id = request.known_id
+    if not log_id:
         header = request.headers.get("X-Request-Id")
         if header is not None and _ID.fullmatch(header):
-            known = header
+            log_id = header
         else:
-            known = f"{_prefix}-{next(_numbers):x}"
-        request.known_id = known
-    return known
+            log_id = f"{_prefix}-{next(_numbers):x}"
+        request.known_id = log_id
+    return log_id
 
 
 def last_on_connection(request: web.BaseRequest) -> bool:
-    """Whether the connection ends with the response to *request*; other servers' do not say."""
+    """Return whether the connection ends with this response; false on another server's connections."""
     return getattr(request.protocol, "last", False)
 
 
 async def read_json(request: web.Request, hold: BodyHold, max_bytes: int) -> tuple[bytes, Any]:
-    """Read the body, and return its bytes and what they mean as JSON. *hold* counts the bytes.
+    """Read the body, and return its bytes and their content as JSON. *hold* counts the bytes.
 
     Raises:
-        UnsupportedMediaType: it is not `application/json`, or is compressed.
-        RequestTooLarge: it has more than *max_bytes*.
-        RequestTimeout: it was not complete within BODY_TIMEOUT.
+        UnsupportedMediaType: the body is not `application/json`, or is compressed.
+        RequestTooLarge: the body has more than *max_bytes*.
+        RequestTimeout: the body was not complete within BODY_TIMEOUT.
         ServerAtCapacity: see `Admission.grow`.
-        InvalidJson: it is no JSON.
+        InvalidJson: the body is no JSON.
     """
     if "Content-Encoding" in request.headers:
         raise UnsupportedMediaType("a compressed body is not accepted")
     header = request.headers.get("Content-Type")
-    # The comparison with the header itself saves the parsing of it, for nearly all clients.
+    # For nearly all clients, comparing the header itself saves parsing it.
     if header != "application/json" and request.content_type != "application/json":
         raise UnsupportedMediaType("Content-Type must be application/json")
     length = request.content_length
@@ -126,7 +126,7 @@ def error_response(error: AioserverError) -> web.Response:
 def announce_close(
     request: web.Request, response: web.StreamResponse, *, streamed: bool = False
 ) -> None:
-    """Say in the head of *response* that its connection ends with it, if that is so.
+    """Announce in the head of *response* that the connection ends with it, if it does.
 
     The connection of an HTTP/1.0 client ends with a *streamed* body in any case: the body has neither
     chunks nor a length, and only the close ends it.

@@ -86,7 +86,7 @@ def prepare_for(
             )
         route = context.router.route(model)
         if path == "embeddings":
-            # The vectors of a fallback's model mean nothing beside those of this one.
+            # The vectors of a fallback's model mean nothing beside those of the model that was asked for.
             route.pinned = True
         caller = request[CALLER].on_behalf_of(fields.get("user"))
         provider_request = ProviderRequest(
@@ -116,18 +116,18 @@ def body_maker(
 ) -> Callable[[settings.Provider], bytes]:
     """Return a function that makes the body for a provider.
 
-    It is the client's body, or the same with the model of the route or of the provider. Either the
+    That body is the client's, or the same with the model of the route or of the provider. Either the
     bytes or the fields are kept for as long as the answer runs, not both: images make them large.
     """
-    kept = fields if route.renamed else body
+    content = fields if route.renamed else body
 
     def body_for(provider: settings.Provider) -> bytes:
         first = provider.name == route.provider.name
-        if first and isinstance(kept, bytes):
-            return kept
+        if first and isinstance(content, bytes):
+            return content
         # A fallback uses its own model.
         model = (first and route.model) or provider.model
-        values = orjson.loads(kept) if isinstance(kept, bytes) else kept
+        values = orjson.loads(content) if isinstance(content, bytes) else content
         try:
             return orjson.dumps({**values, "model": model})
         # orjson reads 1,024 levels, but writes 254.
@@ -160,7 +160,7 @@ def _whole(request: web.Request, answer: Answer) -> web.StreamResponse:
 async def follow_stream(
     context: Context, request: web.Request, stream: Stream, after: int = 0
 ) -> web.StreamResponse:
-    """Answer with the events of *stream* behind *after*.
+    """Answer with the events of *stream* after event *after*.
 
     Raises:
         ResumeGap: those events are no longer kept.
@@ -188,7 +188,7 @@ async def follow_stream(
 
 
 def _begun(stream: Stream) -> bool:
-    """Whether the head can be sent: the provider's first bytes are there, or an end without any."""
+    """Return whether the head can be sent: the provider's first bytes are there, or an end without any."""
     return stream.ended or bool(stream.entries and stream.entries[-1].data)
 
 

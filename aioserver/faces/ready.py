@@ -1,9 +1,9 @@
 """Responses whose head is made here, and written together with the first bytes of the body.
 
-What aiohttp does for a head costs a tenth of a request: a dictionary, a signal, the serialization, and
+aiohttp's work for a head costs a tenth of a request's time: a dictionary, a signal, the serialization, and
 for a stream two more writes. Here the ordinary head is made from one template, and a stream's last
-chunk goes out with its last bytes. What is not ordinary (HTTP/1.0, a page's Origin, the last response
-on a connection) is left to aiohttp: see `fits`.
+chunk goes out with its last bytes. A response that is not ordinary (HTTP/1.0, a page's Origin, the last
+one on a connection) is left to aiohttp: see `fits`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def date() -> str:
 
 
 def fits(request: web.Request) -> bool:
-    """Whether the head of the response to *request* is an ordinary one."""
+    """Return whether the head of the response to *request* is an ordinary one."""
     return (
         request.version == HttpVersion11
         and request.keep_alive
@@ -81,7 +81,7 @@ class ReadyResponse(web.StreamResponse):
         return None
 
     async def write_eof(self, data: bytes = b"") -> None:
-        """Do nothing: `prepare` has written all of it."""
+        """Do nothing: `prepare` has written the whole response."""
 
 
 class ReadyStream(web.StreamResponse):
@@ -91,5 +91,5 @@ class ReadyStream(web.StreamResponse):
         super().__init__()
         self.head = _head(request, headers, "Transfer-Encoding", "chunked")
         self._keep_alive = True
-        # aiohttp has nothing of it to write.
+        # aiohttp must not write an end.
         self._eof_sent = True

@@ -1,9 +1,9 @@
-"""OpenAI's way back into a response (`/v1/responses/{id}`), served from the log: SDKs resume by it.
+"""OpenAI's stored responses (`/v1/responses/{id}`), served from the log: SDKs resume by them.
 
 A response that was requested with `store` or `background` is kept for its `resume_window`, and is
-found by the id that the provider gave it; one that was not streamed only once it will not change any
-more. `starting_after` counts as the provider does, by the `sequence_number` in its events; the log's
-own numbers have no part in it.
+found by the id that the provider gave it; a response that was not streamed only once it will not
+change any more. `starting_after` counts as the provider does, by the `sequence_number` in its events;
+the log's own numbers have no part in it.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ def routes(context: Context) -> list[web.RouteDef]:
 async def prepare(
     context: Context, request: web.Request, _hold: BodyHold
 ) -> tuple[Stream, int | None]:
-    """Prepare a GET: find the response, and the event behind which it is to be streamed.
+    """Prepare a GET: find the response, and the event after which to stream it.
 
-    None instead of an event means that it is not to be streamed.
+    None instead of an event means that the response is not to be streamed.
     """
     stream = context.gateway.find(request[CALLER], request.match_info["id"])
     if request.query.get("stream", "false") != "true":
@@ -68,7 +68,7 @@ async def prepare(
 async def retrieve(
     context: Context, request: web.Request, position: tuple[Stream, int | None]
 ) -> web.StreamResponse:
-    """Answer a GET: with the events behind *position*, or with the response as it is now."""
+    """Answer a GET: with the events after *position*, or with the response as it is now."""
     stream, after = position
     if after is not None:
         return await openai.follow_stream(context, request, stream, after)
@@ -88,7 +88,7 @@ def event_of(stream: Stream, sequence: int) -> int:
     """Return the log's number of the last event whose `sequence_number` is at most *sequence*.
 
     Raises:
-        ResumeGap: events behind it are no longer kept, or it does not exist yet.
+        ResumeGap: events after *sequence* are no longer kept, or it does not exist yet.
     """
     previous: int | None = None
     for number, event in _events(stream):
@@ -109,7 +109,7 @@ def newest(stream: Stream) -> dict[str, Any]:
     """Return the response object that the provider sent last.
 
     Raises:
-        StreamNotFound: none of its events with a response is kept, or *stream* is no response.
+        StreamNotFound: no event with a response is kept, or *stream* is no response.
     """
     response: dict[str, Any] | None = None
     if isinstance(stream.details.whole, Answer):

@@ -31,9 +31,9 @@ def routes(context: Context) -> list[web.RouteDef]:
 
 
 async def describe(context: Context, request: web.Request) -> web.Response:
-    """Answer `GET /session`: tell a page whether to ask for a key. It is never an error.
+    """Answer `GET /session`: tell a page whether to ask for a key. The answer is no error.
 
-    It looks at the cookie alone: no key can be tried here without being counted.
+    Only the cookie counts, so that no key can be tried here without being counted.
     """
     caller: Caller | None = None
     if context.access.keyed:
@@ -46,9 +46,9 @@ async def log_in(context: Context, request: web.Request) -> web.Response:
     """Answer `POST /session`: set the cookie for the key in the body or in Authorization.
 
     Raises:
-        MissingApiKey: there is no key.
-        InvalidApiKey: the key is no caller's, or there are several.
-        OriginNotAllowed: the page that sent it may not use a session.
+        MissingApiKey: the request has no key.
+        InvalidApiKey: no caller has the key, or the request has several keys.
+        OriginNotAllowed: the page that sent the request may not use a session.
         InvalidRequest: the body is not `{"key": …}`. Otherwise as `http.read_json`.
     """
     access, guard = context.access, context.guard
@@ -56,7 +56,7 @@ async def log_in(context: Context, request: web.Request) -> web.Response:
     guard.check_page(request)
     if not access.keyed:
         return _description(context, None)
-    # A session counts for nothing here: one that was made of another would never end.
+    # A session does not count here: sessions made of sessions would never end.
     caller = guard.caller_by_key(request)
     if caller is None:
         caller = access.keys.caller(await _key_in_body(context, request))
@@ -77,7 +77,7 @@ async def log_out(context: Context, request: web.Request) -> web.Response:
     """Answer `DELETE /session`: delete the cookie; no error if there is none.
 
     Raises:
-        OriginNotAllowed: the page that sent it may not use a session.
+        OriginNotAllowed: the page that sent the request may not use a session.
     """
     context.guard.check_page(request)
     response = web.Response(status=204, headers=NO_STORE)
@@ -86,7 +86,7 @@ async def log_out(context: Context, request: web.Request) -> web.Response:
 
 
 def _description(context: Context, caller: Caller | None) -> web.Response:
-    """Return whether a key is needed, and whose session this is."""
+    """Return whether a key is needed, and the caller of the session."""
     fields = {
         "key_required": context.access.keyed,
         "name": caller.name if caller is not None else None,

@@ -1,15 +1,15 @@
-"""One client's WebSocket (RFC 6455), whatever its face says on it: handshake, pings, floods, closing.
+"""One client's WebSocket (RFC 6455), for any face: handshake, pings, floods, closing.
 
 A face derives its sockets from `Socket`, and has `serve` run one for each handshake. `Socket` owns the
 connection and its one writer; the face carries out messages in `receive`, and lets the writer follow
 streams.
 
-One task reads, always: a reader that stops does not see its client go. Messages are carried out in
+One task always reads, since only a reader sees that its client leaves. Messages are carried out in
 that task, without waiting for anything. Frames go straight to the transport, ready-made: no
 compression, and no masking from a server.
 
-Pings are ours: aiohttp's heartbeat waits for a fixed time, and closes without a close frame. So is the
-closing handshake: aiohttp ends the connection together with its close frame, and if the client is
+Pings are made here: aiohttp's heartbeat waits for a fixed time, and closes without a close frame. So is
+the closing handshake: aiohttp ends the connection together with its close frame, and if the client is
 still sending then, the kernel's reset can destroy that frame.
 """
 
@@ -79,11 +79,11 @@ async def serve(
         autoclose=False,
         compress=False,
         protocols=subprotocols(request),
-        # aiohttp refuses a message of exactly the size that it is given.
+        # aiohttp refuses a message of exactly `max_msg_size`.
         max_msg_size=context.settings.chat.websocket.max_message_size + 1,
     )
     payload_writer = await ws.prepare(request)
-    # They are sent, and would be kept for hours.
+    # The headers are sent, and would be kept for hours.
     ws.headers.clear()
     assert request.transport is not None
     socket = make(context, request[CALLER], ws, request.transport, payload_writer.drain)
@@ -107,7 +107,7 @@ def subprotocols(request: web.Request) -> tuple[str, ...]:
     """Return the subprotocol to select of those that the client offers; never the one with its key.
 
     Raises:
-        InvalidRequest: it offers a key and no protocol beside it: aiohttp would log the whole offer.
+        InvalidRequest: the client offers a key and no protocol beside it: aiohttp would log the whole offer.
     """
     offered = offered_protocols(request)
     if SUBPROTOCOL in offered:
@@ -127,14 +127,14 @@ class Upgraded(web.WebSocketResponse):
         message: bytes = b"",  # noqa: ARG002
         drain: bool = True,  # noqa: ARG002
     ) -> bool:
-        """Do nothing."""
+        """Do nothing: `Socket` closes the connection."""
         return False
 
 
 class Socket(ABC):
     """One client's WebSocket.
 
-    Always: messages that come before the place are kept in order, and carried out once it is there;
+    Always: messages that come before the socket has its place are kept in order, and carried out then;
     every byte to the client goes through `_writer`. *face* is a metric label.
     """
 
@@ -148,9 +148,9 @@ class Socket(ABC):
         transport: asyncio.Transport,
         drain: Callable[[], Awaitable[None]],
     ) -> None:
-        # The timer wheel's.
+        # Set by the timer wheel.
         self.bucket = 0
-        # A reload replaces it where the limits of its key have changed.
+        # A reload replaces the caller if the limits of its key have changed.
         self.caller = caller
         self._context = context
         self._ws = ws
@@ -198,7 +198,7 @@ class Socket(ABC):
 
     @abstractmethod
     def show_position(self, position: int, eta: float) -> None:
-        """Tell the client where it stands in the queue for a place; *eta* in seconds."""
+        """Tell the client its position in the queue for a place; *eta* in seconds."""
 
     @abstractmethod
     def show_error(self, error: AioserverError) -> None:
@@ -283,7 +283,7 @@ class Socket(ABC):
         """Ping, or see whether the last ping was answered. Return the seconds until the next visit."""
         if self._writer.closed or self._closing is not None:
             return None
-        # Those in effect now: they may have changed since the handshake.
+        # The settings in effect now, which may have changed since the handshake.
         limits = self._context.settings.chat.websocket
         idle = limits.idle_timeout
         if idle and now - self._last_request >= idle and not self.busy and self._inside:
@@ -330,7 +330,7 @@ class Socket(ABC):
         """
         if self._closing is None:
             self._close_code = code
-            # Not made for each socket: it is a twentieth of an idle one.
+            # Not made for each socket: an event is a twentieth of an idle socket.
             self._client_done = asyncio.Event()
             self._closing = self._loop.create_task(
                 self._handshake(code, reason, self._client_done, lost=lost)
@@ -385,5 +385,5 @@ class Socket(ABC):
             if self._refused_closing:
                 admission.refused_closing -= 1
 
-    def _dropped(self, why: str) -> None:
-        self._context.admission.dropped(self.face, why)
+    def _dropped(self, reason: str) -> None:
+        self._context.admission.dropped(self.face, reason)

@@ -1,8 +1,8 @@
 """The SSE face (WHATWG HTML 9.2): for `fetch` and `EventSource`; each event's number is its `id`.
 
-POST starts an answer and streams it or, with `Prefer: respond-async` (RFC 7240), says where it is. GET
-follows an answer from any event on, so that an EventSource which reconnects by itself misses nothing.
-DELETE ends one. The headers are aiohttp-sse's; its ping task is not used, since it would be a second
+POST starts an answer and streams it or, with `Prefer: respond-async` (RFC 7240), returns its location.
+GET follows an answer from any event on, so that an EventSource which reconnects by itself misses
+nothing. DELETE ends an answer. The headers are aiohttp-sse's; its ping task is not used, since it would be a second
 writer on the socket.
 """
 
@@ -74,8 +74,8 @@ class Events(EventSourceResponse):
 class Question:
     """A POST, read and found valid.
 
-    *detached*: 202 now, the events by GET. *after*: the last event that the client has seen; above 0
-    it comes back for the rest of an answer that is known.
+    *detached*: the client gets a 202 now, and the events by GET. *after*: the last event that the client
+    has seen; above 0 it comes back for the rest of an answer that is known.
     """
 
     caller: Caller
@@ -104,7 +104,7 @@ async def prepare(context: Context, request: web.Request, hold: BodyHold) -> Que
 
 
 async def start(context: Context, request: web.Request, question: Question) -> web.StreamResponse:
-    """Answer a POST: with the events, or with where they are.
+    """Answer a POST: with the events, or with their location.
 
     A client that has seen some of the events gets the rest, exactly as by GET: libraries that can
     send a body repeat their POST when they reconnect.
@@ -139,7 +139,7 @@ def _known(context: Context, question: Question) -> Stream:
 async def prepare_resume(
     context: Context, request: web.Request, _hold: BodyHold
 ) -> tuple[Stream, int]:
-    """Prepare a GET: find the stream, and the event behind which it is to be followed."""
+    """Prepare a GET: find the stream, and the event after which to follow it."""
     name = messages.identifier(request.match_info["request_id"])
     after = _last_seen(request)
     with context.metrics.resuming():
@@ -152,7 +152,7 @@ async def prepare_resume(
 async def resume(
     context: Context, request: web.Request, position: tuple[Stream, int]
 ) -> web.StreamResponse:
-    """Answer a GET with the events behind *position*; with 204 if it is the end.
+    """Answer a GET with the events after *position*; with 204 if the stream ends there.
 
     A 204 stops an EventSource, which would otherwise come back for ever.
     """
@@ -237,7 +237,7 @@ async def _follow(
             render_position=render_position,
         )
     finally:
-        # Nothing may have been followed at all, if the client left before.
+        # The stream may have had no reader at all, if the client left before.
         if not stream.readers:
             context.gateway.lifetime.reader_removed(stream)
     return response

@@ -97,11 +97,11 @@ async def metrics(context: Context, _request: web.Request) -> web.Response:
 async def events(context: Context, request: web.Request) -> web.StreamResponse:
     """Answer with the state as an event stream: `history` first, then `stats` and `incident`.
 
-    A watcher that reads nothing is disconnected as any client is. One whose key is revoked, or is no
-    admin key any more, gets an `error` event that says so, and the end.
+    A watcher that reads nothing is disconnected as any client is. A watcher whose key is revoked, or
+    is no admin key any more, gets an `error` event that says so, and the end.
 
     Raises:
-        InvalidRequest: the interval is none.
+        InvalidRequest: the interval is not 1 to 60 seconds.
         ServerAtCapacity: there are too many watchers.
     """
     quota = request[CALLER].quota or context.access.keyless
@@ -118,11 +118,11 @@ async def events(context: Context, request: web.Request) -> web.StreamResponse:
         request.writer.drain,
         context.outbox,
         send_timeout=settings.streams.send_timeout,
-        on_drop=lambda why: context.admission.dropped("events", why),
+        on_drop=lambda reason: context.admission.dropped("events", reason),
         chunked=request.version >= HttpVersion11,
     )
     try:
-        # It stands in the block of the first event, which `watch` sends.
+        # This line begins the block of the first event, which `watch` sends.
         writer.send(RETRY)
         monitor.watch(writer, every)
         with quota.held(admin=True):

@@ -1,8 +1,8 @@
 """A stream as the body of an HTTP response, to its end: what the SSE and OpenAI faces share.
 
-What lies between the head and the end goes straight to the transport, without a task switch: each
-read of the provider's bytes becomes one chunk (RFC 9112, 7.1). The head and the last chunk of a
-`ReadyStream` go with it; those of any other response are aiohttp's.
+The events go straight to the transport, without a task switch: each read of the provider's bytes
+becomes one chunk (RFC 9112, 7.1). The head and the last chunk of a `ReadyStream` go the same way;
+aiohttp writes those of any other response.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ async def follow(
     response: web.StreamResponse,
     stream: Stream,
     after: int,
-    look: Format,
+    event_format: Format,
     *,
     render_position: Callable[[int, float], bytes] | None = None,
     on_follow: Callable[[], None] = lambda: None,
 ) -> None:
-    """Send the head of *response* and the events of *stream* behind *after* to its end.
+    """Send the head of *response*, and the events of *stream* after event *after*, to its end.
 
-    *look* is the format of the events. *render_position* renders the position in a provider's queue,
+    *render_position* renders the position in a provider's queue,
     and the seconds until the request is expected to start there. *on_follow* is called once the stream
     has this reader.
 
-    However it ends, its writer follows nothing afterwards: an event that is appended later would land
+    However this ends, the writer follows nothing afterwards: an event that is appended later would land
     inside the next response on this connection.
 
     Raises:
-        ResumeGap: the events behind *after* are no longer kept; nothing was sent then.
+        ResumeGap: the events after *after* are no longer kept; nothing was sent then.
         ConnectionError: the client left before the head was sent.
     """
     gateway = context.gateway
@@ -70,7 +70,7 @@ async def follow(
         request.writer.drain,
         context.outbox,
         send_timeout=chat.streams.send_timeout,
-        on_drop=lambda why: context.admission.dropped("http", why),
+        on_drop=lambda reason: context.admission.dropped("http", reason),
         chunked=request.version >= HttpVersion11,
         head=head,
         tail=tail,
@@ -79,13 +79,15 @@ async def follow(
     ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def finished(_cursor: Cursor) -> None:
-        # The handler may have been cancelled in this very turn of the event loop.
+        # The handler may have been cancelled in this very iteration of the event loop.
         if not ended.done():
             ended.set_result(None)
 
     heartbeat = Heartbeat(writer, chat.websocket.ping_interval)
     try:
-        writer.follow(stream, after, look, render_position=render_position, on_end=finished)
+        writer.follow(
+            stream, after, event_format, render_position=render_position, on_end=finished
+        )
         on_follow()
         gateway.lifetime.reader_added(stream)
         context.wheel.add(heartbeat, chat.websocket.ping_interval)
@@ -105,7 +107,7 @@ class Heartbeat:
     __slots__ = ("_interval", "_writer", "bucket")
 
     def __init__(self, writer: Writer, interval: float) -> None:
-        # The wheel's.
+        # Set by the wheel.
         self.bucket = 0
         self._writer = writer
         self._interval = interval

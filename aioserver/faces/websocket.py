@@ -1,7 +1,7 @@
 """The WebSocket face: many questions at once on one socket, each resumable.
 
 The commands of protocol/messages.py come as text messages. Their answers are streams, which the
-socket's writer follows. What is true of any WebSocket is in socket.py.
+socket's writer follows. The code that any WebSocket needs is in socket.py.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ class ChatSocket(Socket):
                     with self._context.metrics.resuming():
                         stream = self._context.gateway.find(self.caller, command.request_id)
                         self._follow(stream, command.last_event_id)
-        except BadCommand as bad:
-            self._refuse(bad.request_id, bad.error)
+        except BadCommand as fault:
+            self._refuse(fault.request_id, fault.error)
         except AioserverError as error:
             self._refuse(request_id, error)
 
@@ -91,7 +91,7 @@ class ChatSocket(Socket):
 
     def _chat(self, command: Chat) -> None:
         self._last_request = self._loop.time()
-        # Before a provider is asked for anything.
+        # This is checked before a provider is asked for anything.
         self._check_room(command.request_id)
         gateway = self._context.gateway
         self._follow(gateway.ask(self.caller, command, self._scope, face=self.face), 0)

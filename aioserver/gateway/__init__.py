@@ -9,7 +9,8 @@ of its *conversation*, to which the question and its answer are appended.
 
 A new answer has a *stream*, its log, and a *producer*: the task that fills the log, whether or not a
 client reads it. A request whose id is known gets the stream that is there already. Without streaming,
-and if nobody can come back for the answer, there is neither of the two: the handler's task waits for it.
+and if nobody can come back for the answer, there is neither of the two: the handler's task waits for the
+answer.
 
 The producer has the router make attempts at the provider. After a fault that allows it, the same provider
 is asked again after a *pause* (a *retry*), or the next of the *fallbacks* is asked (a *failover*). Once

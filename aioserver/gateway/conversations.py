@@ -3,7 +3,7 @@
 A history consists of messages: a client's question, the model's answer, and so on. A question and
 its answer are kept when the answer is complete, or with the text so far if it was cancelled; a failed
 answer leaves nothing. `chat.service.repository.persistence` bounds what is kept, and
-`chat.service.context` what is sent to the provider; tokens are estimated as `ceil(utf8_bytes / 4)`. The
+`chat.service.context` bounds what is sent to the provider; tokens are estimated as `ceil(utf8_bytes / 4)`. The
 number of conversations is bounded too: the least recently used one is forgotten first.
 """
 
@@ -133,7 +133,7 @@ class Conversations:
 
 
 def estimated_tokens(text: str) -> int:
-    """Return the estimate that a token has four bytes of UTF-8."""
+    """Return the number of tokens in *text*, by the estimate that each has four bytes of UTF-8."""
     return (len(text.encode()) + 3) // 4
 
 

@@ -106,8 +106,8 @@ class Gateway:
             ServerShutdown: the server is stopping.
         """
         key, digest = chat.request_id, chat.digest()
-        if (known := self._known(caller, key, digest)) is not None:
-            return known
+        if (existing := self._known(caller, key, digest)) is not None:
+            return existing
         route = self._router.route(chat.model, chat.provider)
         prompt = self._prompts.make(caller, chat, scope, route)
         request = Request(route, prompt.request, face, key, key, digest)
@@ -122,8 +122,8 @@ class Gateway:
         Raises:
             AioserverError: as `ask`.
         """
-        if (known := self._existing(request)) is not None:
-            return known
+        if (existing := self._existing(request)) is not None:
+            return existing
         stream = self._open(request)
         self._start_producer(stream, self._router.fill(request, stream))
         return stream
@@ -163,7 +163,7 @@ class Gateway:
         raise stream.error or StreamNotFound("this answer was cancelled")
 
     def find(self, caller: Caller, request_id: str, digest: bytes | None = None) -> Stream:
-        """Return the caller's stream of that id; with a *digest*, only that of the same request.
+        """Return the caller's stream of *request_id*; with a *digest*, only that of the same request.
 
         Raises:
             StreamNotFound: there was never such a stream, it is no longer kept, or it is another caller's.
@@ -191,7 +191,7 @@ class Gateway:
         return stream
 
     async def revoke(self, callers: Collection[str]) -> None:
-        """End every answer of these callers with `invalid_api_key`, since their keys are gone."""
+        """End every answer of *callers* with `invalid_api_key`, since their keys are no longer valid."""
         cancelled = []
         for task, stream in self._producers.items():
             owner: Any = stream.caller
@@ -200,7 +200,7 @@ class Gateway:
                 task.cancel()
                 cancelled.append(task)
         await asyncio.gather(*cancelled, return_exceptions=True)
-        # One turn of the loop, in which their done callbacks run.
+        # One iteration of the loop, in which the tasks' done callbacks run.
         await asyncio.sleep(0)
 
     def drain(self) -> None:
@@ -223,7 +223,7 @@ class Gateway:
             call.cancel()
         if tasks:
             await asyncio.wait(tasks)
-            # One turn of the loop, in which their done callbacks run.
+            # One iteration of the loop, in which the tasks' done callbacks run.
             await asyncio.sleep(0)
         self.lifetime.close()
 
@@ -232,7 +232,7 @@ class Gateway:
             raise shutdown_error()
 
     def _existing(self, request: Request) -> Stream | None:
-        """Return the stream of the request's key; None if it has no key, or is new."""
+        """Return the stream of the request's key; None if the request has no key, or is new."""
         if request.key is None:
             self._check_running()
             return None
@@ -288,7 +288,7 @@ class Gateway:
             answer = await self._router.call(request)
         except asyncio.CancelledError:
             if task not in self._calls and not task.uncancel():
-                # It was `close` that has cancelled this task, and nothing else has.
+                # Only `close` has cancelled this task.
                 shutdown = shutdown_error()
                 self._request_log.finish(record, shutdown)
                 raise shutdown from None
@@ -377,7 +377,7 @@ class Gateway:
             logger.error("bug in an answer", exc_info=fault)
             self._request_log.metrics.bugs.value += 1
         if stream.error is not None:
-            # Otherwise the frames of its traceback keep the question for the whole window.
+            # Otherwise the frames of the traceback would keep the question for the whole window.
             stream.error.__traceback__ = stream.error.__cause__ = stream.error.__context__ = None
         record = stream.record
         # Without the two events that open and end the stream.

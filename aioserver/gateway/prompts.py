@@ -69,7 +69,7 @@ class Prompts:
     def make(self, caller: Caller, chat: Chat, scope: str | None, route: Route) -> Prompt:
         """Return the prompt of *chat*; *scope* is its conversation if it names none.
 
-        The request's body may raise InvalidRequest, see `chat_body`.
+        The `body` of the prompt's request may raise InvalidRequest: see `chat_body`.
         """
         streamed = self._service.streaming.enabled if chat.streaming is None else chat.streaming
         conversation_id = None

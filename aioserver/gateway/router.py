@@ -1,6 +1,6 @@
-"""The router: which provider is asked, for which model, how often, and which one instead.
+"""The router: which provider is asked, for which model, how often, and which others instead.
 
-    the request has                    asked is
+    the request has                    the router asks
     a `provider` (chats only)          that provider, pinned; the request's model, or the provider's own
     no model                           the active provider, with its own model
     a provider's name as model         that provider, pinned, with its own model
@@ -42,7 +42,7 @@ MAX_PAUSE = 60.0
 # Not frozen: that triples the cost of making one.
 @dataclass(slots=True)
 class Route:
-    """Where a request goes: the provider that is asked first, and the model.
+    """The way of a request: the provider that is asked first, and the model.
 
     *model* None stands for the provider's own. *renamed* says that `model` in a body is replaced,
     *pinned* that no other provider may be asked.
@@ -60,7 +60,7 @@ class Request:
     """One request of a client for an answer; *face* is the name of the face that it came through.
 
     *name* is the id by which log lines name it. *key* is the id by which the caller finds its stream
-    again, and *digest* tells a repeated request from a conflicting one. *key* None: nobody can come
+    again, and *digest* tells a repeated request from a conflicting one. *key* is None if nobody can come
     back for the answer by an id of the client's. A *stored* answer is also found by the provider's id.
     """
 
@@ -106,7 +106,7 @@ class Router:
     def apply(
         self, providers: Mapping[str, Provider], active: str, fallbacks: Sequence[str]
     ) -> None:
-        """Choose among these from now on; requests under way stay where they are."""
+        """Choose among *providers* from now on; requests under way stay where they are."""
         self._providers, self._active, self._fallbacks = providers, active, fallbacks
 
     @property
@@ -133,8 +133,8 @@ class Router:
         """Return where a request with this *model* and *provider* goes.
 
         Raises:
-            ModelNotFound: it names a provider that is not configured, or not usable.
-            NoProvider: it names none, and the active one is not usable.
+            ModelNotFound: the request names a provider that is not configured, or not usable.
+            NoProvider: the request names none, and the active provider is not usable.
         """
         if provider is not None:
             return Route(self._named(provider), model, renamed=True, pinned=True)
@@ -274,17 +274,27 @@ class Router:
         ]
 
     def _named(self, name: str) -> Provider:
-        """Return the provider of that name, if it is usable."""
+        """Return the provider *name*.
+
+        Raises:
+            ModelNotFound: it is not configured, or not usable.
+        """
         provider = self._providers.get(name)
         if provider is None or not provider.settings.usable:
             usable = ", ".join(
-                known for known, other in self._providers.items() if other.settings.usable
+                other_name
+                for other_name, other in self._providers.items()
+                if other.settings.usable
             )
             raise ModelNotFound(f"no usable provider is named {name[:64]!r}; there are: {usable}")
         return provider
 
     def _usable_active(self) -> Provider:
-        """Return the active provider, if it is usable."""
+        """Return the active provider.
+
+        Raises:
+            NoProvider: it is not usable.
+        """
         if not self.usable:
             raise NoProvider(f"the active provider {self._active} is not usable")
         return self.active

@@ -8,9 +8,9 @@ place that is *released* is handed to the next waiter.
 A new answer is counted in the *quota* of its *caller*, the key that the request came with: answers at
 the same time, and new answers per minute. Beyond that it is refused and does not wait.
 
-Each provider has a gate of its own, and in front of it callers share. The *fair queue* decides which
+Each provider has a gate of its own, which callers share. The *fair queue* decides which
 waiter is next: by the *weight* of its caller, and among the *flows* of one caller, its users, in turn.
-This gate also has a *pace*, which limits the *rate* of starts: two of them are an *interval* apart,
+A provider's gate also has a *pace*, which limits the *rate* of starts: two of them are an *interval* apart,
 and a *tolerance* allows a *burst* after a rest. A last gate counts a provider's connections.
 
 While the answer is sent, a *watchdog* aborts a socket that accepts nothing, and one *timer wheel* runs the

@@ -51,7 +51,7 @@ class _Caller(Generic[T]):
         ahead = tag - self.tag
         if ahead < 0:
             return 0
-        # All with a smaller tag, and one with the same tag if this caller arrived first.
+        # All items with a smaller tag, and one with the same tag if this caller arrived first.
         items = -(-ahead // self.length)
         if self.serial < serial and ahead % self.length == 0:
             items += 1
@@ -122,7 +122,7 @@ class FairQueue(Generic[T]):
     def pop(self, gone: Callable[[T], bool]) -> T | None:
         """Remove and return the next item, or None if there is none.
 
-        Items that are *gone* are dropped, at no cost to their caller.
+        An item for which *gone* is true is dropped, at no cost to its caller.
         """
         while self._count:
             tag, serial, caller = self._heap[0]
@@ -169,7 +169,7 @@ class FairQueue(Generic[T]):
                 yield items[0]
 
     def count(self, caller: Hashable, flow: Hashable) -> int:
-        """Return how many items that flow has."""
+        """Return how many items *flow* of *caller* has."""
         entry = self._callers.get(caller)
         return len(entry.flows.get(flow, ())) if entry is not None else 0
 
@@ -182,10 +182,10 @@ class FairQueue(Generic[T]):
         *,
         at_front: bool = False,
     ) -> int:
-        """Return the position in the queue of the *number*-th item of that flow; 1 is served next.
+        """Return the position in the queue of the *number*-th item of *flow*; 1 is served next.
 
-        The item need not be there yet: then it is where `add` would put it, with the same *weight*
-        and *at_front*.
+        The item need not be in the queue yet: its position is then the one that `add` would give it
+        with the same *weight* and *at_front*.
         """
         entry = self._callers.get(caller)
         if entry is None:
@@ -199,7 +199,7 @@ class FairQueue(Generic[T]):
         return own + sum([other.served_before(tag, serial) for other in others])
 
     def __iter__(self) -> Iterator[T]:
-        """Iterate in the order of serving, as it is if no item is added or removed."""
+        """Iterate in the order in which the items are served if none is added or removed."""
         heap = [
             (entry.tag, entry.serial, entry.length, _round_robin(entry))
             for entry in self._callers.values()
@@ -239,7 +239,7 @@ class FairQueue(Generic[T]):
             self._reset()
 
     def _reset(self) -> None:
-        """Start over: in an empty queue nobody is ahead or behind."""
+        """Start over: in an empty queue no caller is ahead or behind."""
         self._heap.clear()
         self._ended.clear()
         self._virtual = self._serials = 0

@@ -38,7 +38,7 @@ SMOOTHING = 0.2
 
 @dataclass(frozen=True, slots=True)
 class GateStats:
-    """A gate at one moment; *oldest_wait* in seconds."""
+    """A snapshot of a gate; *oldest_wait* in seconds."""
 
     inside: int
     limit: int
@@ -53,13 +53,13 @@ class Pacer(Protocol):
     """A limit on how fast starts may follow each other."""
 
     def delay(self, ahead: int = 0) -> float:
-        """Return the seconds until a request may start that has *ahead* others before it."""
+        """Return the seconds until a request with *ahead* others before it may start."""
 
     def start(self, cost: int = 0) -> None:
         """Count a start that is expected to cost *cost*."""
 
     def charge(self, cost: int) -> None:
-        """Add *cost* to what was expected; a negative cost gives back."""
+        """Add *cost* to the expected cost of a start; a negative cost takes some of it back."""
 
 
 class Place:
@@ -132,7 +132,7 @@ class Gate:
     is free and the pace allows a start. One event loop owns one gate.
 
     The errors are made by *full_error* (the queue is full), *timeout_error* (the wait was too long)
-    and *pace_error* (the pace makes it too long; by default *timeout_error*). Each of the three is
+    and *pace_error* (the pace would make the wait too long; by default *timeout_error*). Each of the three is
     called with the seconds after which the client should come back.
     """
 
@@ -230,7 +230,7 @@ class Gate:
         Callers share the places by their *weight* (1 to 10); the flows of one caller share evenly.
         *on_position* is called with `(position, eta in seconds)` when the wait begins, and again each
         second if they have changed. *timeout* in seconds replaces `queue_timeout`. A request that has
-        waited before goes *at_front* of its caller's others. `refuse_late` may also refuse a request
+        waited before is put *at_front* of its caller's other requests. `refuse_late` may also refuse a request
         that *may_fail_over* to another gate. *cost* counts for the pace.
 
         Raises:
@@ -244,7 +244,7 @@ class Gate:
         seconds = self._queue_timeout if timeout is None else timeout
         if len(self._queue) >= self._queue_size or seconds <= 0:
             self._refused += 1
-            # Without time left it has waited already, at another gate or in an earlier attempt.
+            # A request without time left has waited already, at another gate or in an earlier attempt.
             timed_out = seconds <= 0 < self._queue_timeout
             raise (self._timeout_error if timed_out else self._full_error)(self.retry_after())
         if self._pace is not None:
@@ -270,7 +270,8 @@ class Gate:
     async def _wait(self, waiter: _Waiter, seconds: float, *, at_front: bool) -> Place:
         place = waiter.place
         try:
-            self.serve()  # arms the timer where only the pace is in the way
+            # Sets the timer of the pace if only the pace keeps the waiter from starting.
+            self.serve()
             if waiter.on_position is not None and not place.done():
                 self._report_first(waiter, at_front=at_front)
             async with asyncio.timeout(seconds):
@@ -304,8 +305,8 @@ class Gate:
         delay = self._pace.delay()
         earliest_start = self._clock() + delay
         for waiter in self._queue:
-            leaves = waiter.may_fail_over and delay > failover_wait
-            if leaves or waiter.deadline < earliest_start:
+            fails_over = waiter.may_fail_over and delay > failover_wait
+            if fails_over or waiter.deadline < earliest_start:
                 self._refuse(waiter, lambda: self._pace_error(delay))
 
     def close(self, error: Callable[[], AioserverError]) -> None:
@@ -318,7 +319,7 @@ class Gate:
     def retry_after(self) -> float:
         """Return the seconds until one more request may find a place.
 
-        They have jitter, so that the refused clients do not all come back at once.
+        The result has jitter, so that the refused clients do not all come back at once.
         """
         low, high = RETRY_AFTER
         estimate = self._eta(len(self._queue) + 1)
@@ -343,7 +344,7 @@ class Gate:
             self._full_since = self._clock()
 
     def _leave(self) -> None:
-        # Below the limit nobody had to wait for this place: its interval tells nothing.
+        # Below the limit nobody had to wait for this place, so its interval does not count.
         if self._inside >= self._limit:
             now = self._clock()
             self._interval += SMOOTHING * (min(60.0, now - self._full_since) - self._interval)

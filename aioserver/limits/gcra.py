@@ -1,8 +1,8 @@
 """The one rate algorithm: GCRA, the generic cell rate algorithm (ITU-T I.371).
 
 The state is one number, the theoretical arrival time (TAT): the moment at which the next start would be
-exactly on schedule. A start is allowed while that moment is at most a tolerance ahead of now, and
-moves it ahead by an interval (from now, if it has passed). So after a rest `1 + tolerance / interval`
+exactly on schedule. A start is allowed while the TAT is at most a tolerance ahead of now, and
+moves the TAT ahead by an interval (from now, if the TAT has passed). So after a rest `1 + tolerance / interval`
 starts may follow each other at once, then one each interval. Nothing is stored per start, and nothing
 is reset at the edge of a minute, where a counter would allow two bursts. See also Brandur Leach,
 "Rate limiting, cells, and GCRA", 2015.
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 # Seconds by which a start may be early, for the rounding errors of a minute's additions: a client that
-# comes back after exactly the delay that it was given is not refused again.
+# comes back after exactly the delay of its refusal is not refused again.
 ROUNDING = 1e-9
 
 
@@ -42,13 +42,13 @@ class Gcra:
         self.interval = interval
 
     def delay(self, ahead: float = 0.0) -> float:
-        """Return the seconds until a start is allowed that has others worth *ahead* seconds before it."""
+        """Return the seconds until a start is allowed after others that are worth *ahead* seconds."""
         return max(0.0, max(0.0, self._tat - self._clock()) + ahead - self._tolerance)
 
     def take(self, seconds: float) -> None:
         """Count a start that is worth *seconds*, whether it is allowed or not.
 
-        An ordinary start is worth `interval`. A negative number gives back.
+        An ordinary start is worth `interval`. A negative number takes an earlier start back.
         """
         self._tat = max(self._tat, self._clock()) + seconds
 

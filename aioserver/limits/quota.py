@@ -1,8 +1,8 @@
 """The limits of one key (`auth.keys`): answers at the same time, and new answers per minute.
 
 An answer counts from its beginning to its end, on whatever face, and however it ends; a request that
-attaches to an answer under way begins none. The minute is a GCRA (limits/gcra.py) with a burst of
-a whole minute: after a rest `requests_per_minute` answers may begin at once, then one each
+attaches to an answer under way begins none. The limit per minute is a GCRA (limits/gcra.py) with a
+burst of a whole minute: after a rest `requests_per_minute` answers may begin at once, then one each
 60 / `requests_per_minute` seconds. A request over a limit is refused and does not wait: only the
 providers' queues, which are fair, make requests wait.
 """
@@ -89,7 +89,7 @@ class Quota:
 
     @contextmanager
     def used(self) -> Iterator[None]:
-        """Take an answer for the length of the `with`, and bind this task to the key.
+        """Count an answer for the length of the `with`, and bind this task to the key.
 
         Raises:
             AioserverError: as `take` and `held`.
@@ -105,7 +105,7 @@ class Quota:
     def held(self, *, admin: bool = False) -> Iterator[None]:
         """Bind this task to the key: a revocation cancels what it does inside the `with`.
 
-        If only an *admin* may do that, it is also cancelled when the key is demoted.
+        If the task needs an *admin* key, it is also cancelled when the key is demoted.
 
         Raises:
             InvalidApiKey: the key was revoked meanwhile.
@@ -120,7 +120,8 @@ class Quota:
             denial = self._denials.get(task)
             if denial is not None and task.uncancel() == 0:
                 raise denial from None
-            raise  # cancelled by somebody else, or by somebody else as well
+            # Not the key alone has cancelled the task.
+            raise
         finally:
             del self._held[task]
             self._denials.pop(task, None)
@@ -132,7 +133,7 @@ class Quota:
             self._cancel(task, InvalidApiKey(REVOKED))
 
     def demote(self) -> None:
-        """Cancel the tasks that need an admin key, since this key is none any more."""
+        """Cancel the tasks that need an admin key, since the key is no longer one."""
         for task, admin in self._held.items():
             if admin:
                 self._cancel(task, PermissionDenied("this key is no longer an admin key"))
@@ -144,6 +145,6 @@ class Quota:
 
 
 def _minute(requests: int) -> tuple[float, float]:
-    """Return the interval and the tolerance of *requests* a minute, all of them at once after a rest."""
+    """Return the interval and the tolerance of *requests* a minute; after a rest all may start at once."""
     interval = MINUTE / requests
     return interval, (requests - 1) * interval

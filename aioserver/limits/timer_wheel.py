@@ -2,7 +2,7 @@
 
 Algorithm: the hashed timing wheel of Varghese and Lauck, "Hashed and Hierarchical Timing Wheels", SOSP
 1987, as a dict of buckets and a heap of their numbers. It serves pings and heartbeats: thousands of
-members, each visited every twenty seconds. A member lies in the bucket of its time, and the one timer is
+members, each visited every twenty seconds. A member is in the bucket of its time, and the one timer is
 set for the next bucket that has a member. Adding, removing and visiting a member take the same time
 however many there are.
 """
@@ -20,7 +20,7 @@ EARLY = 1e-3
 
 
 class Member(Protocol):
-    """A member of a wheel. *bucket* belongs to the wheel: 0 in none, -1 during a visit."""
+    """A member of a wheel. Only the wheel sets *bucket*: 0 outside every bucket, -1 during a visit."""
 
     bucket: int
 

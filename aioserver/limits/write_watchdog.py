@@ -3,8 +3,8 @@
 A blocked write is never cancelled: aiohttp's drain waits on one shared future, and cancelling it
 once breaks every later write on that connection. Instead the watchdog looks at the size of the
 transport's buffer from time to time. When it has not shrunk for *timeout* seconds, the watchdog calls
-*alarm*, which aborts the transport, and the blocked write ends by itself. It runs only while a write is
-blocked.
+*alarm*, which aborts the transport, and the blocked write ends by itself. The watchdog runs only
+while a write is blocked.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable
 
-# Looks per timeout: the alarm comes at most a quarter of the timeout late.
+# Looks at the buffer per timeout: the alarm comes at most a quarter of the timeout late.
 LOOKS = 4
 
 

@@ -10,7 +10,7 @@ is a client of `/events`: it is sent the history, then each snapshot as it is ma
 A *trouble* is what is wrong with a provider now, in the words that every display shows.
 
 An *incident* is something that an operator should know, such as a provider whose breaker has opened.
-The *detector* finds incidents in the difference of two ticks. What repeats is gathered: after one
+The *detector* finds incidents in the difference of two ticks. Repeated incidents are gathered: after one
 incident of a kind comes a *quiet time*, and the next one says how much has happened meanwhile.
 
 `/metrics` is *Prometheus text*. Its counters and histograms are those of the folder `telemetry`; its

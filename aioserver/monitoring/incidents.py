@@ -1,4 +1,4 @@
-"""Incidents: what an operator should know has happened, found in the difference of two ticks.
+"""Incidents: what has happened that an operator should know, found in the difference of two ticks.
 
 Everything that is counted is gathered: the first is told at once, and after it a quiet time begins, in which numbers are added up for the next one of the
 same kind, detail and provider. A trouble of a provider is an incident when it begins and when it ends;
@@ -89,7 +89,7 @@ def incident(kind: str, text: str, severity: str, provider: str | None = None) -
 
 
 class Subject(NamedTuple):
-    """What an incident is about; incidents of one subject keep their quiet time."""
+    """The subject of an incident; between incidents of one subject there is a quiet time."""
 
     kind: str
     detail: str = ""
@@ -107,7 +107,7 @@ class Gathered:
 class Detector:
     """Finds incidents, tick by tick.
 
-    Always: between two gathered incidents of one subject lie QUIET seconds or more.
+    Always: QUIET seconds or more pass between two gathered incidents of one subject.
     """
 
     def __init__(self) -> None:
@@ -170,7 +170,7 @@ class Detector:
                     yield incident(trouble["kind"], trouble["text"], severity, name)
 
     def _due(self, now: float) -> Iterator[Incident]:
-        """Take what was gathered of each subject that is not in its quiet time."""
+        """Yield an incident for each subject that was gathered and is not in its quiet time."""
         due = [subject for subject in self._gathered if self._quiet_until.get(subject, 0.0) <= now]
         for subject in due:
             gathered = self._gathered.pop(subject)

@@ -1,6 +1,6 @@
 """The interval between two ticks: how much each total has grown, the event loop's lag, the CPU time.
 
-Rates and incidents are made from it. Totals are read from the metrics and never reset: what has grown
+Rates and incidents are made from an interval. Totals are read from the metrics and never reset: what has grown
 is the difference of two readings.
 """
 
@@ -58,7 +58,7 @@ class Interval:
     tasks: int
 
     def rate(self, kind: str, provider: str | None = None) -> float:
-        """Return the growth per second of the totals of this kind: of all, or of one provider's."""
+        """Return the growth per second of the totals of *kind*: of all, or of those of *provider*."""
         return round(self.rates.get((kind, provider), 0.0), 1)
 
 
@@ -76,11 +76,11 @@ class IntervalMeter:
 
     def measure(self) -> Interval:
         """End the interval that began at the last call of this method, and return it."""
-        now, cpu, after = time.monotonic(), time.process_time(), totals(self._metrics)
+        now, cpu, new_totals = time.monotonic(), time.process_time(), totals(self._metrics)
         seconds = max(now - self._ended, MIN_SECONDS)
         growth = {
             total: number - before
-            for total, number in after.items()
+            for total, number in new_totals.items()
             if number > (before := self._totals.get(total, 0.0))
         }
         rates: defaultdict[tuple[str, str | None], float] = defaultdict(float)
@@ -91,7 +91,7 @@ class IntervalMeter:
             self._tasks = len(asyncio.all_tasks())
         cpu_share = round((cpu - self._cpu) / seconds, 3)
         self._number += 1
-        self._totals, self._ended, self._cpu = after, now, cpu
+        self._totals, self._ended, self._cpu = new_totals, now, cpu
         return Interval(growth, rates, *self._lag.take(), cpu_share, self._tasks)
 
 

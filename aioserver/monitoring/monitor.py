@@ -97,7 +97,7 @@ class Monitor:
         self._watchers: dict[Watcher, int] = {}
         self._ticks = 0
         self._timer = self._loop.call_later(TICK, self._next_tick)
-        # It sets the interval and the snapshot, which are there from now on.
+        # The first tick sets `_interval`, `_snapshot` and `_snapshot_json`.
         self.tick()
 
     @property
@@ -124,10 +124,10 @@ class Monitor:
     def watch(self, watcher: Watcher, every: int) -> None:
         """Send *watcher* the history, then a snapshot each *every* ticks and incidents as they happen.
 
-        It must be given to `leave` at the end.
+        The caller must pass *watcher* to `leave` at the end.
 
         Raises:
-            ServerAtCapacity: there are MAX_WATCHERS already.
+            ServerAtCapacity: there are MAX_WATCHERS watchers already.
         """
         if self.full:
             raise ServerAtCapacity(
@@ -174,10 +174,10 @@ class Monitor:
         self._timer = self._loop.call_later(TICK, self._next_tick)
         self.tick()
 
-    def _publish(self, happened: Incident) -> None:
-        self._incidents.append(happened)
+    def _publish(self, new_incident: Incident) -> None:
+        self._incidents.append(new_incident)
         self._history_event = b""
-        data = eventstream.write(orjson.dumps(happened), event="incident")
+        data = eventstream.write(orjson.dumps(new_incident), event="incident")
         for watcher in tuple(self._watchers):
             watcher.send(data)
 
@@ -218,7 +218,7 @@ def _point(snapshot: Snapshot) -> Point:
 
 
 def _provider_series(provider: str, points: deque[Point]) -> dict[str, list[float | None]]:
-    """The values of one provider; None at the times when it was not configured."""
+    """Return the values of one provider; None at the times when it was not configured."""
     return {
         series: [point.providers.get(provider, {}).get(series) for point in points]
         for series in PROVIDER_SERIES

@@ -47,7 +47,7 @@ STATES = ("well", "sick", "dead")
 class Gauge(NamedTuple):
     """One gauge in the table: a number of a snapshot, or one for each value of *label*.
 
-    It is left out where the number is None, since the system does not tell it.
+    A gauge whose number is None is left out: the system does not report the number.
     """
 
     name: str
@@ -142,7 +142,7 @@ class ServerCollector(Collector):
         self._snapshot = snapshot
 
     def collect(self) -> Iterator[Metric]:
-        """Yield every metric of the server, each as it is when it is asked for."""
+        """Yield every metric of the server, each as it is when it is yielded."""
         for family in self._sources.metrics.families():
             yield _counted(family)
         yield _build_info()
@@ -181,7 +181,7 @@ class _OneMetric:
 
 
 def _counted(family: Family) -> Metric:
-    """A family of counters or histograms."""
+    """Return the metric of a family of counters or histograms."""
     name = PREFIX + family.name
     counters = CounterMetricFamily(name, family.help, labels=family.labels)
     histograms = HistogramMetricFamily(name, family.help, labels=family.labels)
@@ -194,7 +194,7 @@ def _counted(family: Family) -> Metric:
 
 
 def _buckets(histogram: Histogram) -> list[tuple[str, float]]:
-    """The buckets as Prometheus wants them: each holds the ones below it, too."""
+    """Return the buckets as Prometheus wants them: each counts the buckets below it, too."""
     total, buckets = 0, []
     for bound, count in zip((*histogram.bounds, "+Inf"), histogram.counts, strict=True):
         total += count
@@ -213,7 +213,7 @@ def _gauge(name: str, about: str, value: float | Mapping[str, float], label: str
 
 
 def _build_info() -> Metric:
-    """The versions, as labels of a gauge that is always 1."""
+    """Return a gauge that is always 1, with the versions as its labels."""
     versions = {
         "version": __version__,
         "python": platform.python_version(),
@@ -225,7 +225,7 @@ def _build_info() -> Metric:
 
 
 def _accept_queues(listening: Sequence[socket.socket]) -> Iterator[Metric]:
-    """The accept queues of all open sockets together; they are not part of a snapshot."""
+    """Yield the accept queues of all open sockets together; they are not part of a snapshot."""
     queues = [accept_queue(sock) for sock in listening if sock.fileno() >= 0]
     known = [queue for queue in queues if queue is not None]
     waiting, limit = sum(queue.waiting for queue in known), sum(queue.limit for queue in known)

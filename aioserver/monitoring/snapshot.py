@@ -39,11 +39,11 @@ NO_FAULTS = frozenset((OK, CANCELLED))
 
 
 class SettingsInEffect(Protocol):
-    """The settings that are in effect; a reload changes what `chat` is."""
+    """The settings that are in effect; a reload replaces `chat`."""
 
     @property
     def chat(self) -> Chat:
-        """The section of that name."""
+        """The section `chat`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +172,7 @@ class LoopState(TypedDict):
 
 
 class ProcessState(TypedDict):
-    """What the process uses."""
+    """The resources that the process uses; *cpu* is the share of one core."""
 
     open_fds: int | None
     max_fds: int
@@ -208,7 +208,7 @@ class Snapshot(TypedDict):
 
 
 class Snapshots:
-    """Builds the snapshots of a server that begins its life now."""
+    """Builds the snapshots of a server that starts now."""
 
     def __init__(self, sources: Sources) -> None:
         self._sources = sources

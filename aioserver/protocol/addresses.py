@@ -17,7 +17,7 @@ _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\[\]:@/\s]+)(?::[0-9]{0,5})?")
 
 
 def network(text: str) -> str:
-    """Return *text*, an IP address or network, in its one spelling; host bits are cleared.
+    """Return *text*, an IP address or network, in its canonical form; host bits are cleared.
 
     Raises:
         ValueError: *text* is neither.
@@ -61,7 +61,7 @@ def host_name(host: str) -> str | None:
 
 
 def loopback(name: str) -> bool:
-    """Whether *name* is a loopback address, or `localhost` (RFC 6761, section 6.3).
+    """Return whether *name* is a loopback address, or `localhost` (RFC 6761, section 6.3).
 
     No name is resolved: any other name counts as reachable by others.
     """

@@ -1,11 +1,12 @@
 r"""text/event-stream (WHATWG HTML 9.2), parsed and written; no I/O.
 
 `Splitter` cuts a stream of bytes into blocks of whole events. It looks for blank lines only and
-changes nothing, so that a block can be passed on as it is. `parse` returns the events of a block, for a
-reader of what is in them. The result does not depend on how the bytes were cut into reads.
+changes nothing, so that a block can be passed on as it is. `parse` returns the events of a block,
+for code that needs their contents. The result does not depend on how the bytes were cut into reads.
 
 A blank line is two line ends in a row; a line end is LF, CRLF or CR. Almost every provider sends
-LF alone, so both look for b"\n\n" first, and take the general way only once a CR has been seen.
+LF alone, so both functions look for b"\n\n" first, and treat every kind of line end only once a CR
+has been seen.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 MAX_EVENT_BYTES = 1 << 20
 BOM = b"\xef\xbb\xbf"
 
-# A CR at the end of a read is a line end already: if an LF follows, it is one more empty line.
+# A CR at the end of a read counts as a line end: an LF that follows then ends one more empty line.
 _EOL = re.compile(rb"\r\n|\n|\r(?!\n)")
 _BLANK = re.compile(rb"(?:\r\n|\n|\r(?!\n)){2,}")
 
@@ -58,15 +59,16 @@ class Splitter:
 
     @property
     def idle(self) -> bool:
-        """Whether no event is incomplete, and every line end so far was LF."""
+        """Whether nothing is pending and every line end so far was LF; false before the first byte."""
         return self._started and not self._rest and not self._cr
 
     def feed(self, chunk: bytes) -> bytes:
-        """Return the events that are complete with *chunk*, or b"" if there is none.
+        """Return the events that *chunk* completes as one block, or b"" if it completes none.
 
         Raises:
             EventTooLong: an event, complete or not, exceeds *max_event_bytes*.
         """
+        # Most reads are whole events, and are returned as they are.
         if (
             self._started
             and not self._rest
@@ -77,7 +79,7 @@ class Splitter:
         ):
             return chunk  # as most reads are
         # The rest ends with one line end at most, so no blank line begins before its last two bytes.
-        seen = max(0, len(self._rest) - 2)
+        start = max(0, len(self._rest) - 2)
         data: bytes | bytearray = chunk
         if self._rest:
             self._rest += chunk
@@ -93,7 +95,7 @@ class Splitter:
             self._cr = True
         if len(data) > self._max and _longest(data) > self._max:
             raise EventTooLong(f"an event of more than {self._max} bytes")
-        end = _last_blank(data, seen) if self._cr else data.rfind(b"\n\n", seen) + 2
+        end = _last_blank(data, start) if self._cr else data.rfind(b"\n\n", start) + 2
         if end <= 1:
             if data is not self._rest:
                 self._rest = bytearray(data)

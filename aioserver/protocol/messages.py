@@ -44,7 +44,7 @@ _FIELDS = frozenset(
 class Chat:
     """A question. Exactly one of *text* and *messages* is set.
 
-    *streaming* None means: as configured.
+    If *streaming* is None, the configuration decides.
     """
 
     request_id: str
@@ -60,10 +60,11 @@ class Chat:
     def digest(self) -> bytes:
         """Return a hash of the question, which tells a repeated request from a conflicting one.
 
-        It is kept as long as the answer; the question itself may have megabytes.
+        The hash is kept as long as the answer, since the question itself may have megabytes.
 
         Raises:
-            InvalidRequest: nested deeper than orjson writes (254 levels; it reads 1,024).
+            InvalidRequest: the question is nested deeper than the 254 levels that orjson writes (it
+                reads 1,024).
         """
         question = [
             self.text,
@@ -83,7 +84,7 @@ class Chat:
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """Stop this answer, for all of its readers."""
+    """Stop the answer to *request_id*, for all of its readers."""
 
     request_id: str
 
@@ -119,7 +120,7 @@ def load(text: bytes | str) -> Any:
     """Parse JSON of any shape.
 
     Raises:
-        InvalidJson: not JSON; this includes NaN, lone surrogates, and nesting beyond 1,024 levels.
+        InvalidJson: *text* is not JSON; this includes NaN, lone surrogates, and nesting beyond 1,024 levels.
     """
     try:
         return orjson.loads(text)
@@ -178,7 +179,7 @@ def event_number(value: object) -> int:
     """Check the number of the last event that a client has; 0 if it has none.
 
     Raises:
-        InvalidRequest: *value* is not a whole number >= 0, or its digits.
+        InvalidRequest: *value* is neither a whole number >= 0 nor a string of at most 18 digits.
     """
     if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= 18:
         value = int(value)

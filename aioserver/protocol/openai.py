@@ -83,7 +83,7 @@ class Reading:
         if error := answer.get("error"):
             raise ErrorEvent(error)
         if (usage := usage_of(answer)) is not None:
-            # Can it be written? The `complete` event nests it two levels deeper.
+            # Raises if orjson cannot write the usage where the `complete` event has it: two levels deeper.
             orjson.dumps([[usage]])
             self.usage = usage
         chunks: list[bytes] = []
@@ -181,7 +181,7 @@ class Shape:
 
 
 def learn(event: bytes, reading: Reading) -> Shape | None:
-    """Return the shape of *event*, part of the answer of *reading*; None if it has more than a text.
+    """Return the shape of *event*, part of the answer of *reading*; None if *event* has more than a text.
 
     The place of the text is proved: *event* with another text in that place must read as that text.
     """
@@ -202,20 +202,20 @@ def learn(event: bytes, reading: Reading) -> Shape | None:
 
 
 def _only_text(data: bytes, reading: Reading) -> str | None:
-    """Return the text of an event that has nothing else, or None."""
-    alone = Reading(reading.choice_index)
+    """Return the text of an event that has nothing else; None for any other event, or for no event."""
+    fresh = Reading(reading.choice_index)
     try:
-        chunks = alone.read(data)
+        chunks = fresh.read(data)
     except (BadEvent, ErrorEvent):
-        return None  # the probe stood in another place
-    more = alone.finish_reason is not None or alone.usage is not None
-    return alone.text[0] if len(chunks) == len(alone.text) == 1 and not more else None
+        return None
+    more = fresh.finish_reason is not None or fresh.usage is not None
+    return fresh.text[0] if len(chunks) == len(fresh.text) == 1 and not more else None
 
 
 def usage_of(answer: object) -> dict[str, Any] | None:
     """Return the usage in a chunk, a whole answer or an event of a response.
 
-    Groq has it in `x_groq`, the Responses API in `response`.
+    Groq's chunks have the usage in `x_groq`, events of the Responses API in `response`.
     """
     if not isinstance(answer, dict):
         return None
@@ -226,7 +226,7 @@ def usage_of(answer: object) -> dict[str, Any] | None:
 
 
 def error_codes(error: object) -> set[int | str]:
-    """Return the code and the type in an error object; three digits become a number."""
+    """Return the code and the type in an error object; one of three digits becomes a number."""
     if not isinstance(error, dict):
         return set()
     codes: set[int | str] = set()
@@ -241,7 +241,7 @@ def error_codes(error: object) -> set[int | str]:
 def final_response(body: bytes) -> str | None:
     """Return the id of a whole `response` object that will not change any more, or None.
 
-    A response that runs in the background is asked for again: its first answer is not kept.
+    A client asks again for a response that runs in the background, so only its final state is kept.
     """
     try:
         response = orjson.loads(body)

@@ -15,6 +15,6 @@ makes events of a stream from it, or collects a body that was not streamed. The 
 status, or an error in the body, as a *fault*, which says whether a retry or another provider may help.
 
 The *registry* has every provider by name, and applies new settings to them while answers run. Where
-they need new connections, the old pool is *retired*: it serves the requests that it has, and closes.
+new settings need new connections, the old pool is *retired*: it serves the requests that it has, and closes.
 The folder `simulator` holds a provider of our own, for demonstrations and tests.
 """

@@ -4,7 +4,7 @@
        └───────────┴───────────┴─────────────┴──▶ a ProviderFault, or cancelled
 
 The router's loop over retries and the provider's loop over dead connections share this object: the
-router makes one for each try, and the provider runs it. What is asked, independently of the provider
+router makes an attempt for each try, and the provider runs it. What is asked, independently of the provider
 that answers, is a `ProviderRequest` (request.py).
 """
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from aioserver.streams.stream import Stream
     from aioserver.telemetry.metrics import ProviderMeter
 
-# Bytes of the body of an answer with another status than 200.
+# Bytes at most of the body of an answer with another status than 200.
 MAX_ERROR_BYTES = 1 << 20
 
 
@@ -56,14 +56,14 @@ class Attempt:
 
     Always: at most one of `answer` and `fault` is set, and neither before `conclude`.
 
-    *stream* is the log to fill; None if nobody keeps the answer. *model* None stands for the
+    *stream* is the log to fill; None if no log keeps the answer. *model* None stands for the
     provider's own. *waited* has the seconds that earlier attempts of this request have spent in the
-    queue of this provider; the wait of this one is added. A *retry* goes to the front of its caller's
+    queue of this provider; the wait of this attempt is added. A *retry* goes to the front of its caller's
     requests in that queue. *fallback* says that another provider can be asked instead.
 
     After the end, `answer` has an answer that was not streamed and is passed on unread; `usage` and
     `events` say what is known of the answer. `fault` says why an answer broke off after its first
-    event. It is not raised, since the client has been shown it.
+    event. It is not raised, since the client has seen it.
     """
 
     __slots__ = (
@@ -136,7 +136,7 @@ class Attempt:
             self.stream.sent = True
 
     def head_received(self, status: int, headers: Mapping[str, str]) -> Sink:
-        """Return the sink for the body that follows this head.
+        """Return the sink for the body that follows the head with *status* and *headers*.
 
         Raises:
             ProviderBadResponse: the body is compressed.

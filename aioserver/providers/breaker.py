@@ -1,11 +1,11 @@
-"""A circuit breaker: a provider that fails is not asked, but for one request at a time as a trial.
+"""A circuit breaker: a provider that fails is not asked, except by one request at a time as a trial.
 
 After Michael T. Nygard, "Release It!", 2007.
 
-    closed    all requests pass. It opens after CONSECUTIVE_FAILURES, or where half of at least
+    closed    all requests pass. The breaker opens after CONSECUTIVE_FAILURES, or if half of at least
               MIN_ATTEMPTS in the last WINDOW seconds have failed
-    open      none passes: for FIRST_WAIT seconds, then twice as long each time, LONGEST_WAIT at most
-    trial     one at a time passes: an answer closes the breaker, a failure opens it again
+    open      no request passes for FIRST_WAIT seconds, twice as long each time, LONGEST_WAIT at most
+    trial     one request at a time passes: an answer closes the breaker, a failure opens it again
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Breaker:
         self._recent_failures = 0
         # None: the breaker is closed.
         self._open_until: float | None = None
-        # Seconds for which it opens next.
+        # Seconds for which the breaker opens next.
         self._next_wait = FIRST_WAIT
         self._trial_under_way = False
 
@@ -77,12 +77,12 @@ class Breaker:
         return True
 
     def attempt_answered(self, *, trial: bool) -> None:
-        """Note that an attempt gets an answer: a *trial* has succeeded then, and need not end first."""
+        """Note that an attempt gets an answer: a *trial* succeeds with that, before its end."""
         if trial and self._open_until is not None:
             self._close()
 
     def attempt_ended(self, *, trial: bool, failed: bool | None) -> None:
-        """Note the end of an attempt that passed; *failed* None: it proves nothing either way."""
+        """Note the end of an attempt that passed; *failed* is None if it proves nothing."""
         if trial and self._trial_under_way:
             self._trial_under_way = False
             if failed:

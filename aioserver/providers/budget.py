@@ -1,4 +1,4 @@
-"""The budget of retries: a fifth of the requests, so that a failing provider causes no wave of them.
+"""The budget of retries: a fifth of the requests, so that a failing provider causes no wave of retries.
 
 After "Handling Overload" in Beyer et al., "Site Reliability Engineering", 2016. A provider with few
 requests may have MIN_RETRIES in each WINDOW all the same.
@@ -29,7 +29,7 @@ class Budget:
         self._clock = clock
         self._requests = [0] * WINDOW
         self._retries = [0] * WINDOW
-        # The second that was counted in last.
+        # The second of the newest count.
         self._second = int(clock())
 
     def add_request(self) -> None:

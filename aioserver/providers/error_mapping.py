@@ -43,7 +43,7 @@ QUOTA = "insufficient_quota"
 # statuses that it would have sent.
 KEY_CODES = KEY_STATUSES | {QUOTA, "invalid_api_key"}
 BUSY_CODES = BUSY_STATUSES | {"rate_limit_exceeded"}
-# What the names of headers begin with that clients may see.
+# Prefixes of the names of the headers that clients may see.
 VISIBLE_HEADERS = ("x-ratelimit-", "openai-processing-ms", "openai-version", "x-generation-id")
 
 
@@ -70,7 +70,7 @@ def check_status(name: str, status: int, headers: Mapping[str, str], body: bytes
     if status >= 500 or status == 408:
         raise ProviderError(f"{name} answered {status}", retry_after=wait)
     if not _parses(body):
-        # It is the page of a proxy, for example, and not for our clients.
+        # The body is a proxy's page, for example, which our clients must not get.
         body = InvalidRequest(f"{name} answered {status}").body()
     raise ProviderRefused(f"{name} answered {status}", status, body)
 
@@ -100,8 +100,13 @@ def error_object_fault(error: object) -> ProviderFault:
     status = next((code for code in codes if isinstance(code, int)), 500)
     if not 400 <= status < 500 or status == 408:
         return ProviderError(message)
-    shown = {"message": text, "type": "invalid_request_error", "param": None, "code": status}
-    return ProviderRefused(message, status, orjson.dumps({"error": shown}))
+    public_error = {
+        "message": text,
+        "type": "invalid_request_error",
+        "param": None,
+        "code": status,
+    }
+    return ProviderRefused(message, status, orjson.dumps({"error": public_error}))
 
 
 def visible_headers(headers: Mapping[str, str]) -> dict[str, str]:
@@ -116,7 +121,7 @@ def visible_headers(headers: Mapping[str, str]) -> dict[str, str]:
 def retry_after(headers: Mapping[str, str]) -> float | None:
     """Return the seconds of `retry-after-ms`, or of `retry-after` (RFC 9110, 10.2.3: seconds or a date).
 
-    None if neither is there, or makes sense: a negative number does not, nor one above a day.
+    None if neither header has a plausible value: a negative number is none, nor is one above a day.
     """
     for name, unit in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
         try:
@@ -151,7 +156,10 @@ def check_uncompressed(headers: Mapping[str, str]) -> None:
 
 
 def _quota_used_up(body: bytes) -> bool:
-    """Return whether the body has this code; a text in it may be the caller's, a model's name say."""
+    """Return whether the error in *body* has the code QUOTA.
+
+    The same text elsewhere in *body* may be the caller's, such as a model's name.
+    """
     if QUOTA.encode() not in body:
         return False
     try:
@@ -173,7 +181,7 @@ def check_json(headers: Mapping[str, str], body: bytes) -> object:
     """Return the content of *body*; None if it has more than MAX_CHECKED_BYTES.
 
     Raises:
-        ProviderBadResponse: it is not JSON, or is an error under a good status.
+        ProviderBadResponse: the body is not JSON, or is an error under a good status.
     """
     if not matches_type(headers, "application/json") or not body:
         raise ProviderBadResponse("the provider's answer is not JSON")

@@ -1,9 +1,9 @@
-"""One request and its answer on a pooled connection: the fast path.
+"""One request and its answer on a pooled connection, without aiohttp's `ClientSession`.
 
-`ClientSession` costs a third of a request and a task switch per read. Here the connection's own
+`ClientSession` costs a third of a request's time, and a task switch per read. Here the connection's own
 protocol parses the answer (http1.py) and pushes the body, as it comes, into a sink, from
-`data_received` itself; the sink appends to the log, and the log pokes the writers. One task per
-request waits for one future, the end; nothing else is scheduled per read.
+`data_received` itself; the sink appends to the log, and the log notifies the writers. One task per
+request waits for one future, the end of the exchange; nothing else is scheduled per read.
 
     Exchange.run: write the request → (1xx)* head → sink = on_head(status, headers)
                   → sink.feed(block)* → sink.end() → the connection is released, or closed
@@ -13,12 +13,12 @@ answer came whole, with a length or in chunks, the provider keeps the connection
 the answer. Any other end aborts it at once, without TLS's closing handshake, which may take 30 s.
 
 Bytes that come while no exchange is under way (a late 408, a close) abort the connection: aiohttp
-would pass them to the next request as its answer. The handshake with a proxy (CONNECT) is the
-connector's and uses aiohttp's parser; it runs before any exchange, and its bytes go to the base class.
+would pass them to the next request as its answer. The connector makes the handshake with
+a proxy (CONNECT), with aiohttp's parser; it runs before any exchange, and its bytes go to the base class.
 
-Timeouts: each read comes within `read_timeout` of the last, which one lazy timer per connection sees
-to, by the time of the last byte; a write makes progress within `write_timeout`, or a WriteWatchdog
-ends it.
+Timeouts: each read must come within `read_timeout` of the last one: one lazy timer per connection checks
+the time of the last byte. A write must make progress within `write_timeout`, or a WriteWatchdog ends the
+exchange.
 
 Private names of aiohttp used here, guarded by `tests/providers/test_pool.py` (answers with and without
 an exchange, and a proxy's to CONNECT): `_loop` and `_parser` of `ResponseHandler`.
@@ -79,7 +79,7 @@ class ConnectionProtocol(ResponseHandler):
         self._deadline_timer: asyncio.TimerHandle | None = None
 
     def data_received(self, data: bytes) -> None:
-        """Push *data* on; abort the connection if nothing was asked for."""
+        """Push *data* to the exchange under way; abort the connection if there is none."""
         fast_path = self.fast_path
         if fast_path is not None and fast_path.forward(data):
             return
@@ -111,14 +111,14 @@ class ConnectionProtocol(ResponseHandler):
     def watch_deadline(self, read_timeout: float) -> None:
         """Enforce the read deadline of the exchange under way.
 
-        There is one timer per connection and not one per request: after an answer nobody cancels it,
-        and it goes on with the request that is under way when it fires.
+        There is one timer per connection and not one per request: it is not cancelled after an answer,
+        and goes on with the request that is under way when it fires.
         """
         timer = self._deadline_timer
         if timer is not None:
             if timer.when() <= self._loop.time() + read_timeout:
                 return
-            # It was set for a request that might wait longer: a reload has changed the timeout.
+            # The timer was set for a request that might wait longer: a reload has changed the timeout.
             timer.cancel()
         self._deadline_timer = self._loop.call_later(read_timeout, self._check_deadline)
 
@@ -198,13 +198,13 @@ class Exchange:
         now, fast_path = self._loop.time(), self._protocol.fast_path
         self._protocol.fast_path = None
         parser = self._parser
-        # With a sink the answer has begun.
+        # Once there is a sink, the answer has begun.
         if parser.sink is not None:
             self.record.silent(self._last_byte if fast_path is None else fast_path.read_at, now)
         self._last_byte = now
         if parser.between_chunks and data.endswith(b"\r\n"):
-            # Most reads of a stream are one whole chunk. The parser need not see it, since it stands
-            # between two chunks before it and after it. Every other form goes to the parser.
+            # Most reads of a stream are one whole chunk. The parser need not see such a read, since
+            # it is between two chunks before and after the read. Every other form goes to the parser.
             start = data.find(b"\r\n") + 2
             size = len(data) - start - 2
             if size > 0 and data.startswith(b"%x\r\n" % size):
@@ -227,7 +227,7 @@ class Exchange:
     def _open_fast_path(self) -> None:
         """Let the fast path take the next read, if the sink has one.
 
-        The parser must stand between two chunks.
+        The parser must be between two chunks.
         """
         sink = self._parser.sink
         if sink is not None and not self._done.done():

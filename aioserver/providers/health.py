@@ -1,6 +1,6 @@
 """Whether a provider is asked: not while it fails, refuses our key, or after it was removed.
 
-A provider that fails is kept from requests by its breaker. A provider that refuses our key is flagged,
+The breaker of a provider that fails keeps requests away from it. A provider that refuses our key is flagged,
 for 5 minutes or until a reload: no client's request would fare better. A 403 may be about the one
 request (a text that moderation does not let through), so it flags the provider only as long as the key
 has never been accepted: otherwise one client could stop the provider for all.
@@ -33,7 +33,7 @@ KEY_FAULTS = (ProviderAuthError, CertificateFault)
 
 
 class Health:
-    """What is known of the provider *name*, from the ends of its attempts.
+    """The health of the provider *name*, known from the ends of its attempts.
 
     Always: a provider that is removed is not asked, whatever its breaker says.
     """
@@ -69,9 +69,9 @@ class Health:
         """Refuse an attempt if the provider is not asked now.
 
         Raises:
-            NoProvider: it was removed from the configuration.
-            ProviderFlagged: it has refused our key.
-            CircuitOpen: its breaker is open, or a trial is under way.
+            NoProvider: the provider was removed from the configuration.
+            ProviderFlagged: the provider has refused our key.
+            CircuitOpen: the breaker is open, or a trial is under way.
         """
         if not self.breaker.allows or self._flagged_until > monotonic():
             raise self.refusal()
@@ -94,7 +94,7 @@ class Health:
         """Learn from an attempt that ended well, or with *exc*.
 
         An *outdated* attempt was sent by former settings, with another key or to another address. It
-        tells nothing of the present ones.
+        proves nothing about the present settings.
 
         Returns whether the provider is not asked from now on.
         """
@@ -118,10 +118,10 @@ class Health:
         return bool(key_refused) or (was_closed and self.breaker.state != CLOSED)
 
     def reset(self, *, new_address: bool, new_key: bool) -> None:
-        """Forget what other settings make doubtful; a key that was refused is tried again."""
+        """Forget what new settings make doubtful; a key that was refused is tried again."""
         self._removed, self._flagged_until = False, 0.0
         if new_address:
-            # What has failed was another address.
+            # The failures were those of another address.
             self.breaker = Breaker()
         if new_address or new_key:
             self._key_accepted = False

@@ -1,7 +1,7 @@
 """HTTP/1.1 with a provider (RFC 9112): requests as bytes, and the bytes of answers parsed.
 
-httptools (llhttp) parses; the `ResponseParser` keeps what it reports. One object lives as long as its
-connection: a parser for each answer would cost as much as the parsing, and leave a reference cycle
+httptools (llhttp) parses; the `ResponseParser` keeps what httptools reports. One such object lives as
+long as its connection: a parser for each answer would cost as much as the parsing, and leave a reference cycle
 behind for the garbage collector, which then takes a seventh of the time of a request.
 """
 
@@ -31,7 +31,7 @@ MAX_HEAD_BYTES = 65_536
 class RequestWriter:
     """Writes the requests to the API at *base_url*.
 
-    *absolute* says that a plain HTTP proxy gets them: the target is then an absolute URL (RFC 9112,
+    *absolute* says that a plain HTTP proxy gets the requests: the target is then an absolute URL (RFC 9112,
     3.2.2), and the proxy wants to see *proxy_headers*.
 
     Always: two requests for one path differ in their body and its length only, so that the head of
@@ -100,7 +100,7 @@ class Sink(Protocol):
         """Note that the body is complete."""
 
     def fast(self) -> Path | None:
-        """Return the path on which the next chunk may pass this sink by, if there is one."""
+        """Return the fast path, by which the next chunk may bypass this sink; None if there is none."""
 
 
 class ResponseParser:
@@ -110,7 +110,7 @@ class ResponseParser:
     that did not end well the connection is closed, and its parser is used no more.
 
     Always: `parts` has the body's bytes that came since they were taken last; nothing that comes after
-    a whole answer is added to it. `between_chunks` is empty unless the parser stands between two chunks.
+    a whole answer is added to it. `between_chunks` is empty unless the parser is between two chunks.
     """
 
     __slots__ = (
@@ -132,8 +132,8 @@ class ResponseParser:
     )
 
     def __init__(self) -> None:
-        # Not empty while the parser stands between two chunks. C functions fill and clear it, since
-        # httptools calls them for every chunk; it looks them up when it is made.
+        # Not empty while the parser is between two chunks. C functions fill and clear it, since
+        # httptools calls them for every chunk; its parser looks them up when it is made.
         self.between_chunks: list[bool] = []
         self.on_chunk_header = self.between_chunks.clear
         self.on_chunk_complete = functools.partial(self.between_chunks.append, True)
@@ -163,7 +163,7 @@ class ResponseParser:
         self.sink: Sink | None = None
 
     def forget(self) -> None:
-        """Drop what belongs to the answer that is over."""
+        """Drop the sink and the callback of the answer that is over."""
         self._on_head = self.sink = None
 
     @property
@@ -186,14 +186,14 @@ class ResponseParser:
             self._parser.feed_data(data)
         except httptools.HttpParserError as exc:
             self.surplus = True
-            # The request has its answer: what follows a whole one is no fault of it.
+            # Bytes that follow a whole answer are no fault of its request.
             if not self.whole:
                 fault = ProviderBadResponse("the provider's answer is not HTTP")
-                # Set where one of the callbacks below has raised.
+                # Set if one of the callbacks below has raised.
                 callback_error = exc.__context__
                 raise callback_error or fault from None
         if not data.endswith(b"\r\n"):
-            # The parser may stand inside the next chunk's first line.
+            # The parser may be inside the next chunk's first line.
             self.between_chunks.clear()
         if self._header_bytes > MAX_HEAD_BYTES or (
             self.sink is None and self._head_bytes > MAX_HEAD_BYTES
@@ -201,9 +201,9 @@ class ResponseParser:
             raise _head_too_long()
 
     def on_message_begin(self) -> None:
-        """Begin a head (httptools calls this and the following from `feed_data`).
+        """Begin a head (httptools calls this and the following methods from `feed_data`).
 
-        After a whole answer it is a head that was not asked for.
+        A head that follows a whole answer was not asked for.
         """
         if self.whole:
             self.surplus = True
@@ -218,7 +218,7 @@ class ResponseParser:
         """Keep a header, the last of those with one name; a trailer is counted and not read."""
         if self.whole:
             return
-        # The four: ": " and the line's end.
+        # The 4 bytes are ": " and the line's end.
         self._header_bytes += len(name) + len(value) + 4
         if self.sink is None:
             self._headers[name.decode("latin-1").lower()] = value.decode("latin-1")

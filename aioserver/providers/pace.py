@@ -3,13 +3,13 @@
 The starts are spaced out by GCRA (limits/gcra.py): in any window no more than its share of
 `requests_per_minute`, and a small burst.
 
-The provider itself can lower the rate. What its headers say of its remaining requests and their reset
-spreads the starts over that time, before it has to answer 429. After a `Retry-After` nothing starts
+The provider itself can lower the rate. Its headers report how many requests remain until their reset:
+the starts are spread over that time, before the provider has to answer 429. After a `Retry-After` nothing starts
 until that time is over; then requests start without a burst, and for as long again at half the rate.
 
 `tokens_per_minute` is a second GCRA whose starts are worth their tokens, with a burst of a sixth of
-the minute: a request is counted with its expected tokens when it starts, and corrected at its end.
-While it has counted too much, nothing starts.
+the minute: a request is counted with its expected tokens when it starts, and the count is corrected
+at its end. While more tokens are counted than the rate allows, nothing starts.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MAX_RESET = 86_400.0
 # Seconds' worth of tokens that may be used at once: a sixth of the minute.
 TOKEN_BURST = 10.0
 LEFT = ("x-ratelimit-remaining-requests", "x-ratelimit-remaining-tokens")
-# The share that is added at random to a wait, of which several instances hear at the same time.
+# The share that is added at random to a wait, which several instances learn of at the same time.
 JITTER = 0.1
 _DURATION = re.compile(
     r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m(?!s))?(?:(\d+(?:\.\d+)?)s)?(?:(\d+(?:\.\d+)?)ms)?"
@@ -61,7 +61,7 @@ class Pace:
 
     def apply(self, per_minute: int, burst: int, *, tokens_per_minute: int = 0) -> None:
         """Use another pace from now on; what has started counts as before."""
-        # As many starts as before, at the new pace if that is faster.
+        # A faster pace keeps the number of starts that are counted, a slower one the seconds until the next.
         scale = min(1.0, self.per_minute / per_minute)
         self._starts.apply(60.0 / per_minute, _tolerance(per_minute, burst), scale=scale)
         self.per_minute = per_minute
@@ -69,7 +69,7 @@ class Pace:
             self._tokens = _token_rate(tokens_per_minute, self._clock)
         else:
             interval = 60.0 / tokens_per_minute
-            # As many tokens as before.
+            # The number of tokens that are counted is kept.
             self._tokens.apply(interval, TOKEN_BURST, scale=interval / self._tokens.interval)
 
     @property
@@ -85,7 +85,7 @@ class Pace:
         return max(0.0, self._closed_until - self._clock())
 
     def delay(self, ahead: int = 0) -> float:
-        """Return the seconds until a request may start that has *ahead* others before it."""
+        """Return the seconds until a request with *ahead* others before it may start."""
         now = self._clock()
         others = ahead * self._interval(now) if ahead else 0.0
         delay = max(self._starts.delay(others), self._closed_until + others - now)
@@ -98,7 +98,7 @@ class Pace:
             self.charge(tokens)
 
     def charge(self, tokens: int) -> None:
-        """Count *tokens* more than were expected; a negative number gives back."""
+        """Count *tokens* more than were expected; a negative number takes some back."""
         if self._tokens is not None:
             self._tokens.take(tokens * self._tokens.interval)
 
@@ -121,7 +121,7 @@ class Pace:
         """
         if LEFT[0] not in headers and LEFT[1] not in headers:
             return False
-        nothing = False
+        exhausted = False
         for kind in ("requests", "tokens"):
             left = _number(headers.get(f"x-ratelimit-remaining-{kind}", ""))
             reset = duration(headers.get(f"x-ratelimit-reset-{kind}", ""))
@@ -129,13 +129,13 @@ class Pace:
                 continue
             if left < 1:
                 self._close(reset)
-                nothing = True
+                exhausted = True
             elif kind == "requests":
                 self._spread(min(reset / left, MAX_COOLING), reset)
-        return nothing
+        return exhausted
 
     def forget(self) -> None:
-        """Forget what the provider has asked for: it was about another account or address."""
+        """Forget what the provider has asked for, which concerns another account or address."""
         self._closed_until = self._slow_until = 0.0
         self._starts.catch_up()
 
@@ -152,7 +152,7 @@ class Pace:
         self._closed_until = max(self._closed_until, self._clock() + min(seconds, MAX_COOLING))
 
     def _interval(self, now: float) -> float:
-        """Return the seconds between two starts, as they are now."""
+        """Return the seconds between two starts at the present rate."""
         interval = self._starts.interval
         return max(interval, self._slow_interval) if now < self._slow_until else interval
 
@@ -184,7 +184,7 @@ def duration(text: str) -> float | None:
 
 
 def _number(text: str) -> float | None:
-    """Parse a number >= 0; None for anything else, such as -1, with which some mean "no limit"."""
+    """Parse a number >= 0; None for anything else, such as -1, by which some mean "no limit"."""
     try:
         number = float(text)
     except ValueError:

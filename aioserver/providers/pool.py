@@ -1,9 +1,9 @@
 """The sockets to one provider: one TCPConnector, with httpx's limits and timeouts.
 
 `max_connections` is the cap on open sockets. With one connector per provider and no redirects it is
-exactly aiohttp's `limit`, which counts the acquired ones only. At most `max_keepalive` idle
+exactly aiohttp's `limit`, which counts only acquired connections. At most `max_keepalive` idle
 connections are kept; but while requests wait for this provider, its connections are handed on instead
-of closed, however many they are. httpx closes them there, and opens 24 sockets for the work of 6.
+of closed, however many they are. httpx closes them then, and opens 24 sockets for the work of 6.
 `keepalive_expiry` is aiohttp's `keepalive_timeout`, which is checked on reuse and by a sweep.
 
 `pool_timeout` is the wait for a connection and nothing else: our gate stands in front, so that the
@@ -138,7 +138,7 @@ class Endpoint(ClientRequest):
 
 @dataclass(frozen=True, slots=True)
 class PoolStats:
-    """A pool at one moment; *open* = *idle* + in use or being opened."""
+    """A snapshot of a pool; *open* = *idle* + in use or being opened."""
 
     open: int
     idle: int
@@ -199,7 +199,7 @@ class Pool:
             limit_per_host=limits.max_connections,
             keepalive_timeout=limits.keepalive_expiry,
             timeout_ceil_threshold=NEVER_CEIL,
-            # Named, since aiohttp would use aiodns where it is installed, which resolves differently.
+            # Set, since aiohttp would use aiodns where that is installed, which resolves differently.
             resolver=aiohttp.ThreadedResolver(),
             ssl=context,
         )
@@ -239,7 +239,7 @@ class Pool:
         Cancelling is safe: no connection is lost.
 
         Raises:
-            PoolTimeout: none became free within `pool_timeout`.
+            PoolTimeout: no connection became free within `pool_timeout`.
             ConnectTimeout: DNS, TCP and TLS took longer than `connect_timeout`.
             ConnectError: the connection was refused, the host is unreachable or unknown, or TLS failed.
             CertificateFault: the provider's certificate is not valid.
@@ -270,7 +270,7 @@ class Pool:
         return place
 
     def trim(self) -> None:
-        """Close idle connections beyond the cap: a request that was counted on did not come."""
+        """Close idle connections beyond the cap: a request that was expected did not come."""
         self._connector.trim()
 
     def drop_idle(self) -> None:
@@ -292,7 +292,7 @@ class Pool:
         return self._connector.exchanges
 
     def retire(self) -> None:
-        """Serve the requests that are here, and keep no connection: another pool takes over."""
+        """Serve the requests that the pool has, and keep no connection: another pool takes over."""
         self._drained = asyncio.Event()
         self._connector.retire(self._check_drained)
         self._check_drained()

@@ -1,6 +1,6 @@
 """The pool that a provider uses, and beside it those of former settings that still have requests.
 
-A pool fits its settings: where one of them changes (the address, the key, a limit of connections, …)
+A pool fits its settings: when one of them changes (the address, the key, a limit of connections, …)
 another pool is built beside it, and the old one is retired. Requests end where they began; the old pool
 keeps no connection that becomes free. All pools count their connections in one gate, so that together
 they have no more than the newest `max_connections`, once the requests above that number have ended.
@@ -109,9 +109,9 @@ class Pools:
             await pool.close()
 
     def _needs_replacement(self, settings: settings.Provider, base_url: str) -> bool:
-        """Return whether the pool does not fit these settings.
+        """Return whether the pool does not fit *settings*.
 
-        It never fits with a certificate file, since the content may have changed under its name.
+        A pool with a certificate file never does: the content may have changed under the file's name.
         """
         old, client, old_client = self._settings, settings.http_client, self._settings.http_client
         return (
@@ -132,7 +132,7 @@ class Pools:
                 gate=self._gate,
             )
         except OSError as exc:
-            # ssl.SSLError is one, too.
+            # ssl.SSLError is an OSError, too.
             fault = (
                 f"llm.providers.{settings.name}.ca_file: {settings.ca_file} holds no certificates"
             )

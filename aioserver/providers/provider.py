@@ -1,4 +1,4 @@
-"""One provider behind its guards: its health, its queue, its pool, and what its answers teach.
+"""One provider behind its guards: its health, its queue, its pool, and what it learns from answers.
 
     healthy? → queue → place taken: `processing` → connection → POST → sinks fill the log
 
@@ -40,13 +40,13 @@ if TYPE_CHECKING:
 
 # Bytes of a request for each of its tokens, as an estimate.
 BYTES_PER_TOKEN = 4
-# Seconds for which a provider may have to be left alone before an attempt that can fail over does so.
+# An attempt that can fail over does so if nothing can start at its provider for more than these seconds.
 FAILOVER_WAIT = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class PaceStats:
-    """A pace at one moment: starts per minute, how many could start now, seconds of cooling down."""
+    """A snapshot of a pace: starts per minute, how many could start now, seconds of cooling down."""
 
     per_minute: int
     left: int
@@ -55,7 +55,7 @@ class PaceStats:
 
 @dataclass(frozen=True, slots=True)
 class ProviderStats:
-    """A provider at one moment."""
+    """A snapshot of a provider."""
 
     name: str
     usable: bool
@@ -110,7 +110,7 @@ class Provider:
         """Return the function that puts *settings* into effect; nothing changes until it is called.
 
         Attempts that run end as they began. The counts of places and pace go on, and those of the
-        breaker do unless the address is another. The provider is asked again if it had refused our key.
+        breaker too, unless the address is another. The provider is asked again if it had refused our key.
         It is also asked before a cooling down is over, if the key or the address is another.
 
         Raises:
@@ -138,7 +138,7 @@ class Provider:
         Cancelling is safe: the connection is closed at once, and the place is free.
 
         Raises:
-            ProviderFault: no good answer came; some of it may be in the log.
+            ProviderFault: no good answer came; a part of one may be in the log.
         """
         record = attempt.request.record
         place: Place | None = None
@@ -160,7 +160,7 @@ class Provider:
             error = exc
             # A connection may have been kept for this request.
             self._pools.pool.trim()
-            # Without an outcome it is our own pace that has refused the attempt, not the provider.
+            # A fault without an outcome is that of our own pace, not of the provider.
             if isinstance(exc, ProviderRateLimited) and exc.attempt_outcome:
                 self._cool_down(attempt, exc)
             raise
@@ -212,7 +212,7 @@ class Provider:
 
     @property
     def busy(self) -> bool:
-        """Whether an attempt has a place here."""
+        """Whether an attempt has a place at this provider."""
         return self._gate.inside > 0
 
     def remove(self) -> None:
@@ -244,7 +244,7 @@ class Provider:
         while True:
             attempt.pool = pool = self._pools.pool
             # The settings may have changed during a wait, so the body is made now, for the present
-            # model. No reference to it is held for as long as the answer takes.
+            # model. No reference to the body is held while the answer comes.
             data = self._pools.writer.write(request.path, request.body(self.settings))
             connection = await pool.connect()
             attempt.sending()
@@ -271,11 +271,11 @@ class Provider:
     async def _wait(self, attempt: Attempt) -> Place:
         """Wait in the queue for a place."""
         if self._gate.inside >= self._gate.limit:
-            # Otherwise a place is free, and only the pace delays the start.
+            # Not called if a place is free and only the pace delays the start.
             self.on_wait(self.name)
         request = attempt.request
         caller, record = request.caller, request.record
-        shown = attempt.stream is not None and not request.whole
+        show_position = attempt.stream is not None and not request.whole
         cost, attempt.expected_tokens = attempt.expected_tokens, 0
         began = monotonic()
         self._pending += 1
@@ -284,7 +284,7 @@ class Provider:
                 caller.flow,
                 caller.subflow,
                 weight=caller.priority,
-                on_position=attempt.queued if shown else None,
+                on_position=attempt.queued if show_position else None,
                 timeout=max(0.0, self.settings.http_client.queue_timeout - attempt.waited),
                 at_front=attempt.retry,
                 may_fail_over=attempt.fallback,
@@ -307,7 +307,7 @@ class Provider:
             attempt.expected_tokens = min(prompt + (self.settings.max_tokens or 0), limit)
 
     def _cool_down(self, attempt: Attempt, fault: ProviderRateLimited) -> None:
-        """Start nothing for as long as the provider wants, which says that we ask too much."""
+        """Start nothing for as long as the provider asks, which has refused *attempt* for its rate."""
         if not self._outdated(attempt):
             self._pace.cool_down(fault.retry_after or 0.0)
             self._gate.refuse_late(FAILOVER_WAIT)
@@ -334,7 +334,7 @@ class Provider:
     def _correct_estimate(self, attempt: Attempt, exc: BaseException | None) -> None:
         """Charge the difference between the estimated tokens of *attempt* and its real ones.
 
-        Where the provider reports none, the prompt counts as estimated, and each event as a token.
+        Where the provider reports no usage, the prompt counts as estimated, and each event as a token.
         """
         if not attempt.expected_tokens:
             return
@@ -349,7 +349,7 @@ class Provider:
         self._gate.serve()
 
     def _outdated(self, attempt: Attempt) -> bool:
-        """Return whether *attempt* was sent by former settings, with another key or address perhaps."""
+        """Return whether *attempt* was sent by former settings, perhaps with another key or address."""
         return attempt.pool is not None and attempt.pool is not self._pools.pool
 
     def _check(self, attempt: Attempt) -> None:
@@ -357,7 +357,8 @@ class Provider:
 
         Raises:
             ProviderFault: the provider is not healthy.
-            ProviderPaced: it is cooling down for longer than *attempt* waits before it fails over.
+            ProviderPaced: the provider is cooling down for longer than *attempt* waits before it fails
+                over.
         """
         self._health.check()
         if attempt.fallback and (wait := self._pace.cooling) > FAILOVER_WAIT:

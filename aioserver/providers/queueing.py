@@ -1,4 +1,4 @@
-"""The queue of a provider: its gate, which opens at the provider's pace, and the faults it refuses with."""
+"""The queue of a provider: its gate, which opens at the provider's pace, and its faults."""
 
 from __future__ import annotations
 

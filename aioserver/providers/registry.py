@@ -1,7 +1,7 @@
 """The registry: the providers of the configuration, by name, and how they change while answers run.
 
 A provider that stays in the configuration is the same object, whatever changes in it. A provider that
-is removed takes no new attempt, ends those that run, and is closed. If it comes back before that, it is
+is removed takes no new attempt, and is closed when the running ones have ended. If it comes back before that, it is
 the same object again, so that its places are counted once.
 """
 
@@ -57,7 +57,7 @@ class ProviderRegistry:
         self._simulator_url = simulator.base_url
 
     def apply(self, llm: settings.Llm, *, max_response_bytes: int) -> None:
-        """Have the providers of *llm* from now on, for which `prepare` was called before.
+        """Use the providers of *llm* from now on, for which `prepare` was called before.
 
         Raises:
             ConfigurationError: a `ca_file` holds no certificate; nothing has changed then.
@@ -108,7 +108,7 @@ class ProviderRegistry:
         await self._stack.aclose()
 
     def _existing(self, name: str) -> Provider | None:
-        """Return the provider of that name that is configured, or was removed and is still busy."""
+        """Return the provider *name* that is configured, or was removed and is still busy."""
         provider = self._providers.get(name)
         if provider is None:
             busy = (removed for removed in self._draining if removed.name == name and removed.busy)

@@ -1,4 +1,4 @@
-"""What is asked of a provider, and an answer that was not streamed.
+"""A request to a provider, and an answer that was not streamed.
 
 A request is made once and may be sent several times: each try of it is an `Attempt` (attempt.py).
 """
@@ -27,8 +27,8 @@ class ProviderRequest:
     Always: nothing in it but its `record` changes from one attempt to the next.
 
     *path* is OpenAI's, below the provider's base URL. *body* makes the JSON for one provider, whose
-    model may differ; it is called for each attempt, and nobody keeps what it returns. *reading* collects
-    the text of an answer whose log has `chunk` objects; None: the log has the provider's bytes. *model* is
+    model may differ; it is called for each attempt, and its result is not kept. *reading* collects
+    the text of an answer whose log has `chunk` objects; None if the log has the provider's bytes. *model* is
     for the provider that is asked first; None stands for the model in its settings.
     """
 

@@ -1,4 +1,4 @@
-"""Sinks: what makes events of a log, or a body, from the bytes of a provider's answer.
+"""Sinks, which make events of a log, or a body, from the bytes of a provider's answer.
 
 `EventSink` keeps the provider's bytes (text/event-stream, WHATWG HTML 9.2), whole events at a time,
 for the OpenAI face. `ChatSink` reads each event and appends `chunk` objects, for the faces that show
@@ -113,8 +113,8 @@ class EventSink:
         """Append the events that are whole now; return False at the end of the answer.
 
         Raises:
-            ProviderFault: the first event is an error object, or a later one that is about our key. Any
-                other later one passes, and ends the log.
+            ProviderFault: the first event is an error object, or a later event is one about our key. Any
+                other error object passes, and ends the log.
             ProviderBadResponse: an event is too long, or is not JSON, as far as `_plausible` can tell.
         """
         self._begun = True
@@ -159,7 +159,7 @@ class EventSink:
                 raise fault
             self._append(event, more=True)
             stream.error = fault
-            # Without data of its own: the provider's event has been passed on.
+            # Without `data`: the provider's own event has been passed on.
             stream.end(entries.ERROR, fault.as_chunk())
             return False
         if ended:
@@ -188,11 +188,11 @@ class EventSink:
 
     def _append(self, block: bytes, *, more: bool) -> None:
         if block:
-            number = eventstream.count(block)
+            count = eventstream.count(block)
             # Comments alone pass, and are not counted.
-            if number:
+            if count:
                 self._stream.mark_answered()
-            self._stream.forward(block, number, more=more)
+            self._stream.forward(block, count, more=more)
 
     def _add_response_id(self, block: bytes) -> None:
         """Let the stream be found by the id that the provider has given to the response, too."""
@@ -207,7 +207,7 @@ class EventSink:
     def _before_error(block: bytes) -> tuple[bytes, tuple[bytes, Any] | None]:
         """Return the events before the first error object, and (that event, its error object).
 
-        What the provider sends after it is dropped, [DONE] too: no good answer has ended.
+        The events after it are dropped, [DONE] too, which would mean a good end.
         """
         events = eventstream.split(block)
         for number, event in enumerate(events):
@@ -321,7 +321,7 @@ def _plausible(block: bytes) -> bool:
     """Return whether the events of a block may be JSON objects: `{…}`, in UTF-8.
 
     The bytes between the braces are not parsed. This finds truncated events and half characters, the
-    faults that happen; parsing each event would take 0.5 µs of the 12 that an event costs in all.
+    faults that occur; parsing each event would take 0.5 µs of the 12 that an event costs in all.
     """
     if (
         block.startswith(b"data: {")
@@ -347,18 +347,18 @@ def _early_end(begun: bool) -> ProviderFault:
 
 def _done_line(block: bytes) -> int:
     """Return the index at which the line `data: [DONE]` begins, -1 if there is none."""
-    at = -1
-    while (at := block.find(b"[DONE]", at + 1)) >= 0:
-        line = block[max(0, at - 8) : at].rstrip(b" ")
+    index = -1
+    while (index := block.find(b"[DONE]", index + 1)) >= 0:
+        line = block[max(0, index - 8) : index].rstrip(b" ")
         if line.endswith((b"\ndata:", b"\rdata:")) or line == b"data:":
-            return block.rindex(b"data:", 0, at)
+            return block.rindex(b"data:", 0, index)
     return -1
 
 
 def _usage_in(block: bytes) -> dict[str, Any] | None:
-    """Return the usage that the last of the events reports which has one.
+    """Return the usage in the last event that has one; None if no event has.
 
-    It is that of a chunk, or of the response in an event.
+    It is the usage of a chunk, or of the response in an event.
     """
     for event in reversed(eventstream.parse(block)):
         try:

@@ -1,7 +1,7 @@
 """The server: one process that listens, runs the faces, and changes and ends in good order.
 
 A *preflight* checks, before anything is opened, that this process can serve. `open_server` then makes
-the *server*: the object that holds everything that lives as long as it does, and its *application*,
+the *server*: the object that holds everything that lives as long as itself, and its *application*,
 aiohttp's object with the routes of the faces.
 
 A *runner* runs the application. It *listens*: the kernel queues connections up to the *backlog*, and
@@ -11,5 +11,5 @@ aiohttp's, with our limits and errors. The *dispatcher* finds the handler of a r
 
 A *reload* puts another configuration in effect, with no connection dropped. At the end the server is
 first not *ready* any more, then *drains*: it refuses new work, and what runs may finish. The
-*notifier* tells all of this to systemd.
+*notifier* reports all of this to systemd.
 """

@@ -58,7 +58,7 @@ WHEEL_GRAIN = 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Server:
-    """A running server. What its faces may use is in *context*, the rest only server/ needs.
+    """A running server. Its faces may use what is in *context*; only server/ needs the rest.
 
     *listening*: the sockets on which it listens; the runner fills the list.
     """
@@ -161,7 +161,7 @@ async def open_server(
         _add_routes(app, context)
         log_limits(chat.websocket.concurrency)
         lifecycle.ready = True
-        # Otherwise `/stats` would deny it for a second.
+        # Otherwise `/stats` would show `ready` as false for a second.
         monitor.tick()
         try:
             yield Server(
@@ -181,18 +181,18 @@ async def open_server(
 def make_app(configuration: Configuration) -> web.Application:
     """Return the whole server as an application, for tests and for programs that embed it.
 
-    It starts and ends with the runner to which it is given, aiohttp's or another:
+    The application starts and ends with the runner that runs it, aiohttp's or another:
 
         web.run_app(make_app(Configuration.load("config.yaml")), port=8000)
 
-    Routes may be added to it before; where keys exist they are for admins. It serves its own host: as
-    a sub-application it has no routes, since they are made when it starts.
+    Routes may be added to it before; where keys exist, those are for admins. The application must be the
+    main one: as a sub-application it has no routes, since they are made when it starts.
 
     An embedded server lacks what `aioserver serve` does around the application:
 
     - the limits of our connections: `keepalive_timeout`, `max_keepalive_requests`, `backlog`, the
-      number of headers, and timeouts in the kernel. The runner's own hold instead, also for the
-      sizes of the request line and the headers where they are lower than the configured ones;
+      number of headers, and timeouts in the kernel. The runner's own limits hold instead, also for
+      the sizes of the request line and the headers, where they are lower than the configured ones;
       requests that aiohttp cannot parse get its own error bodies;
     - host, port, the access log and the log's format, which are the program's business;
     - signals: the configuration is not read again, and at the end there is neither `drain_delay` nor
@@ -204,7 +204,7 @@ def make_app(configuration: Configuration) -> web.Application:
             app.on_shutdown.append(partial(_end_embedded, server))
             yield
 
-    # With it a client that has left gives its place back at once.
+    # With handler cancellation, a client that has left gives its place back at once.
     app = web.Application(middlewares=[_adopt], handler_args={"handler_cancellation": True})
     app.cleanup_ctx.append(lifetime)
     return app

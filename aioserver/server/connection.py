@@ -1,7 +1,7 @@
 """Our connections: aiohttp's, with our error bodies, a count of their requests, and an orderly end.
 
 aiohttp forgives a misspelled option by dropping all of them, with one log line for each connection:
-they are therefore made in one place here, and the tests prove each option over a socket. Errors of
+`__call__` therefore makes each connection with all options, and the tests prove each option over a socket. Errors of
 aiohttp's parser come as text with the request's own bytes in it; `Connection` gives them our body.
 
 Private names of aiohttp used here, guarded by `tests/server/test_runner.py`: `_kwargs`, `_waiter`.
@@ -33,8 +33,8 @@ LAST_CALL = 1.0
 class Connection(RequestHandler):
     """One client's connection.
 
-    *requests*: how many it has brought; the middleware counts, for `max_keepalive_requests`. *last*:
-    it ends with the response under way.
+    *requests*: how many requests have come on it; the middleware counts them, for
+    `max_keepalive_requests`. *last*: whether it ends with the response under way.
     """
 
     __slots__ = ("last", "requests")
@@ -46,7 +46,7 @@ class Connection(RequestHandler):
 
     @property
     def idle(self) -> bool:
-        """Whether it waits for a request."""
+        """Whether the connection waits for a request."""
         return self._waiter is not None and not self._waiter.done()
 
     def close_soon(self) -> None:
@@ -98,8 +98,8 @@ class Connection(RequestHandler):
 class ConnectionServer(web.Server):
     """Makes the connections, and ends them.
 
-    Once it drains, each connection ends with the response under way. One that waits for its next
-    request ends soon; one that has brought no request yet may still bring one.
+    Once it drains, each connection ends with the response under way. A connection that waits for its
+    next request ends soon; a connection without a request so far may still bring one.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -127,7 +127,7 @@ class ConnectionServer(web.Server):
             self._none_awaited.set()
 
     def apply(self, options: Mapping[str, Any]) -> None:
-        """Make connections with these options of `RequestHandler` from now on."""
+        """Make connections with *options* of `RequestHandler` from now on."""
         self._kwargs.update(options)
 
     def drain(self) -> None:
@@ -142,11 +142,11 @@ class ConnectionServer(web.Server):
     async def wait_closed(self, seconds: float, *, silent: bool = False) -> None:
         """Wait until the connections are gone, *seconds* at most.
 
-        Those that have brought no request are waited for only if *silent* is set.
+        Connections that have brought no request are awaited only if *silent* is set.
         """
         self._awaited = {
             connection
-            # Some of them are lost already, and their tasks about to end.
+            # Some connections are lost already, and their tasks about to end.
             for connection in self.connections
             if connection.transport is not None
             and (silent or (isinstance(connection, Connection) and connection.requests))

@@ -1,4 +1,4 @@
-"""Listening with the configured backlog, and a look at what the kernel made of it.
+"""Listening with the configured backlog, and a check of the backlog that the kernel granted.
 
 Private names of aiohttp used here, guarded by `tests/server/test_listener.py`: `_runner`, `_server`, `_sock`,
 `_backlog`.
@@ -83,8 +83,8 @@ async def listen(
 ) -> list[Listening]:
     """Listen on every address of the configured host, with the configured backlog.
 
-    *inherited*: sockets that are bound and listen already. Where there are any, host and port are
-    not used; connections that wait in them are answered, and they are closed at the end.
+    *inherited*: sockets that are bound and listen already. If there are any, host and port are
+    not used; connections that wait in them are answered, and the sockets are closed at the end.
 
     *send_timeout*: the kernel aborts a connection whose client acknowledges nothing for one second
     more than that, also when it only remains to be closed (`TCP_USER_TIMEOUT`, which accepted sockets
@@ -113,8 +113,9 @@ async def listen(
 def _watchers(loop: asyncio.AbstractEventLoop) -> int:
     """Return how often *loop* has to watch one listening socket.
 
-    uvloop accepts one connection for each watcher and turn of the loop. Under load a turn is long,
-    and new clients would starve, unseen by those that are connected. asyncio accepts all that wait.
+    uvloop accepts one connection for each watcher and iteration of the loop. Under load an iteration is
+    long, and new clients would starve, while connected ones notice nothing. asyncio accepts all that
+    wait.
     """
     return UVLOOP_WATCHERS if type(loop).__module__.startswith("uvloop") else 1
 
@@ -138,13 +139,13 @@ async def _bound(loop: asyncio.AbstractEventLoop, host: str, port: int) -> list[
     """Return a bound socket for each address of *host*, all on one port.
 
     Raises:
-        OSError: one of them cannot be bound; none is left open then.
+        OSError: one address cannot be bound; no socket is left open then.
     """
     bound: list[socket.socket] = []
     try:
         for family, address in await _addresses(loop, host, port):
             bound.append(_bind(family, address, port))
-            # Port 0 is any free one, but the same for all addresses.
+            # Port 0 stands for any free port, but for the same one at all addresses.
             port = port or bound[0].getsockname()[1]
     except OSError:
         for sock in bound:
@@ -195,13 +196,13 @@ def address_of(sock: socket.socket) -> tuple[str, int]:
 
 
 def _log(listening: Sequence[Listening]) -> None:
-    for where in listening:
-        limit = "unknown" if where.queue_limit is None else where.queue_limit
-        logger.info("listening on %s backlog=%d kernel=%s", where.url, where.backlog, limit)
-        if where.queue_limit is not None and where.queue_limit < where.backlog:
+    for entry in listening:
+        limit = "unknown" if entry.queue_limit is None else entry.queue_limit
+        logger.info("listening on %s backlog=%d kernel=%s", entry.url, entry.backlog, limit)
+        if entry.queue_limit is not None and entry.queue_limit < entry.backlog:
             logger.warning(
                 "the kernel gave a queue of %d instead of backlog=%d: raise %s",
-                where.queue_limit,
-                where.backlog,
+                entry.queue_limit,
+                entry.backlog,
                 "net.core.somaxconn",
             )

@@ -61,7 +61,7 @@ def make_middleware(
         limits = settings.chat.websocket.concurrency.uvicorn
         max_line, max_head = limits.h11_max_request_line_size, limits.h11_max_header_size
         connection = request.protocol
-        # Another server's, where the application is embedded, has no limit of ours.
+        # Where the application is embedded, the connection is another server's, without our limit.
         if isinstance(connection, Connection):
             connection.requests += 1
             if connection.requests >= limits.max_keepalive_requests:
@@ -82,7 +82,7 @@ def make_middleware(
                 return _preflight(request)
             response = await handler(request)
         except AioserverError as error:
-            # Otherwise the request has a record, which counts its outcome.
+            # An error of a request that has a record is counted with that record.
             if not error.counted and not (isinstance(error, ProviderFault) and error.provider):
                 metrics.count_error(error)
             if isinstance(error, Denied):
@@ -114,7 +114,7 @@ def make_middleware(
             announce_close(request, response)
         elif response.keep_alive:
             connection = request.protocol
-            # Its head is sent already, and did not say that the connection ends.
+            # The head is sent already, and did not say that the connection ends.
             if isinstance(connection, Connection) and connection.last:
                 connection.close_soon()
         return response
@@ -155,9 +155,9 @@ def _preflight(request: web.Request) -> web.Response:
         "Access-Control-Allow-Methods": "GET, POST, DELETE, OPTIONS",
         "Access-Control-Max-Age": "600",
     }
-    wanted = request.headers.get("Access-Control-Request-Headers", "")
-    if wanted.isascii() and wanted.isprintable():
-        headers["Access-Control-Allow-Headers"] = wanted
+    requested = request.headers.get("Access-Control-Request-Headers", "")
+    if requested.isascii() and requested.isprintable():
+        headers["Access-Control-Allow-Headers"] = requested
     return web.Response(headers=headers)
 
 

@@ -1,8 +1,8 @@
 """The conditions under which this process can serve; each that fails is one clear line.
 
-Python runs without `-O`, since asserts state our invariants. aiohttp has its parser in C: the one in
-Python is slow, and has had security holes that the other had not. There are descriptors enough for
-all limits of the configuration together.
+Python runs without `-O`, since asserts state our invariants. aiohttp has its parser in C: the parser
+in Python is slow, and has had security holes that the one in C had not. There are enough descriptors
+for all limits of the configuration together.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def check_interpreter() -> None:
     """Refuse an interpreter that runs without our asserts or without aiohttp's parser in C.
 
     Raises:
-        Unfit: it does; the message says what to do.
+        Unfit: the interpreter is such a one; the message says what to do.
     """
     if sys.flags.optimize:
         raise Unfit(
@@ -79,16 +79,16 @@ def raise_file_limit(settings: Settings) -> str | None:
     Return a warning if that is not enough.
 
     Raises:
-        Unfit: it is not even enough for `max_connections` clients.
+        Unfit: the limit is not even enough for `max_connections` clients.
     """
     wanted = wanted_files(settings)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         # macOS refuses an infinite soft limit. A filter of system calls may refuse any limit.
-        more = wanted if hard == resource.RLIM_INFINITY else hard
+        new_limit = wanted if hard == resource.RLIM_INFINITY else hard
         with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (more, hard))
-            soft = more
+            resource.setrlimit(resource.RLIMIT_NOFILE, (new_limit, hard))
+            soft = new_limit
     if soft == resource.RLIM_INFINITY or soft >= wanted:
         return None
     clients = settings.chat.websocket.concurrency.max_connections

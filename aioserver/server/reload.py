@@ -2,9 +2,10 @@
 
     read and check (in a thread) → prepare what may fail → apply, in one step of the event loop
 
-A configuration with a fault changes nothing, and every fault is in the log. Whoever has a place,
-waits or runs stays, under the limits that are now in effect: a lowered limit admits nobody until it
-is kept again. What only a restart can change is named in the log, and stays as it was.
+A configuration with a fault changes nothing, and every fault is in the log. Connections and
+answers that have a place, wait or run stay, under the limits that are now in effect: a lowered limit
+admits nobody until it is kept again. A setting that only a restart can change is named in the log, and
+stays as it was.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ ONLY_BY_RESTART = (
 class Reload:
     """Reads the file of *configuration* again, with the same environment, whenever it is asked to.
 
-    Always: one reload at a time; a request that comes during one causes another one after it.
+    Always: one reload runs at a time; `ask` during a reload causes another one after it.
 
     *hosts*: the addresses of inherited sockets; None if the server listens on the configured one.
     """
@@ -79,7 +80,7 @@ class Reload:
         self._asked = asyncio.Event()
 
     def ask(self) -> None:
-        """Have a reload done soon."""
+        """Request a reload."""
         self._asked.set()
 
     async def run(self) -> NoReturn:
@@ -103,7 +104,7 @@ class Reload:
             self._apply(settings)
             await apply_auth(self._server, settings.auth)
         except ConfigurationError as exc:
-            # As warnings, since the log keeps one error in ten seconds of each place in the code.
+            # As warnings, since the log writes an error of one place in the code once in ten seconds.
             for fault in exc.faults:
                 logger.warning("not applied: %s", fault)
             number = len(exc.faults)
@@ -136,14 +137,14 @@ class Reload:
         """Return the configuration as it is in the file now.
 
         Raises:
-            ConfigurationError: it cannot be used.
+            ConfigurationError: the configuration cannot be used.
         """
         try:
             regular = stat.S_ISREG(os.stat(self.source).st_mode)  # noqa: PTH116
         except OSError:
             # `load` says why.
             regular = True
-        # A pipe has given what it had, and reading it would wait.
+        # A pipe was read to its end before, and reading it again would wait.
         if not regular:
             raise ConfigurationError([f"{self.source}: is no file that can be read again"])
         configuration = Configuration.load(self.source, environ=self._environ, again=True)
@@ -155,13 +156,13 @@ class Reload:
         return configuration
 
     def _with_fixed_paths(self, settings: Settings) -> Settings:
-        """Return *settings* with the paths of the faces as they are: clients have been told these."""
+        """Return *settings* with the paths of the faces as they are: clients use them."""
         chat, began = settings.chat, self._began.chat
         websocket = replace(chat.websocket, endpoint=began.websocket.endpoint)
         return replace(settings, chat=replace(chat, websocket=websocket, sse=began.sse))
 
     def _apply(self, settings: Settings) -> None:
-        """Put *settings* in effect. It never waits, so that nobody sees a half of them.
+        """Put *settings* in effect. It never waits, so that no request sees only a part of them.
 
         Raises:
             ConfigurationError: a `ca_file` holds no certificate; nothing has changed then.
@@ -201,21 +202,21 @@ def _raise_file_limit(settings: Settings) -> tuple[str, ...]:
 
 
 async def apply_auth(server: Server, auth: Auth | None) -> frozenset[str]:
-    """Put *auth* in effect, and end what is held by callers that may no longer come.
+    """Put *auth* in effect, and end the work of callers that are no longer admitted.
 
     Their answers end with `invalid_api_key`, their WebSockets close with 1008 `key revoked`, and their
     sessions are no longer valid. The limits of the others change in place. Cancelling this may leave
     sockets open that should be closed.
 
-    Return the names of the callers who may no longer come; see `Access.apply`.
+    Return the names of the callers that are no longer admitted; see `Access.apply`.
     """
     context = server.context
-    gone = context.access.apply(auth)
-    await context.gateway.revoke(gone)
+    revoked = context.access.apply(auth)
+    await context.gateway.revoke(revoked)
     for open_socket in tuple(context.sockets):
         caller = context.access.current(open_socket.caller)
         if caller is None:
             open_socket.revoke()
         else:
             open_socket.caller = caller
-    return gone
+    return revoked

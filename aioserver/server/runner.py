@@ -1,8 +1,8 @@
 """Runs the application on our connections, under the HTTP limits of the configuration.
 
-What aiohttp does between a parsed request and its handler (to look for the route, to make its match,
-to build the middlewares around the handler) is a seventh of a request. Where a path has no parameters
-it comes to the same each time, and is done once: see `Dispatcher`.
+aiohttp's work between a parsed request and its handler (finding the route, making its match, building
+the middlewares around the handler) takes a seventh of a request's time. For a path without parameters
+its result is always the same, and is made once: see `Dispatcher`.
 
 Private names of aiohttp used here, guarded by `tests/server/test_runner.py`: `_make_server`, `_kwargs`,
 `_make_request`, `_match_info`.
@@ -42,7 +42,7 @@ access_logger = logging.getLogger("aioserver.access")
 MAX_PATH = 200
 # Header fields of one request.
 MAX_HEADERS = 128
-# Seconds for the last words to clients, once nothing runs any more.
+# Seconds for the last responses and close frames, once nothing runs any more.
 FAREWELL = 2.0
 # Seconds for which the unread body of an answered request is read on, so that the response arrives.
 LINGERING = 1.0
@@ -51,7 +51,7 @@ LINGERING = 1.0
 class AccessLogger(AbstractAccessLogger):
     """Logs a line for each finished request, with the address that a trusted proxy gives.
 
-    The query is left out, and what a client says of itself: both may hold anything.
+    The query and what a client says of itself are left out: both may hold anything.
     """
 
     def log(self, request: web.BaseRequest, response: web.StreamResponse, time: float) -> None:
@@ -93,17 +93,17 @@ class Dispatcher:
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
         """Return the response to *request*."""
         assert isinstance(request, Request)
-        known = self._known.get((request.method, request.raw_path))
+        entry = self._known.get((request.method, request.raw_path))
         if "Expect" in request.headers:
             if request.headers["Expect"].lower() == "100-continue":
                 return await self._router(request)
             match = MatchInfoError(web.HTTPExpectationFailed())
             match.add_app(self._app)
             match.freeze()
-            known = match, match.handler
-        elif known is None:
+            entry = match, match.handler
+        elif entry is None:
             return await self._router(request)
-        request._match_info, handler = known  # noqa: SLF001 - see the head of this file
+        request._match_info, handler = entry  # noqa: SLF001 - see the head of this file
         return await self._middleware(request, handler)
 
 
@@ -138,11 +138,11 @@ class Runner(web.AppRunner):
         listening = await listener.listen(
             self, chat.websocket, send_timeout=chat.streams.send_timeout, inherited=inherited
         )
-        self._owner.listening.extend(where.sock for where in listening)
+        self._owner.listening.extend(entry.sock for entry in listening)
         return listening
 
     def apply(self, chat: Chat) -> None:
-        """Use these limits for connections that are accepted from now on."""
+        """Use the limits of *chat* for connections that are accepted from now on."""
         self._connections().apply(_options(chat.websocket))
         for sock in self._owner.listening:
             listener.limit_kernel(sock, chat.streams.send_timeout)
@@ -150,10 +150,10 @@ class Runner(web.AppRunner):
     async def end(self) -> None:
         """Stop serving in good order; call it before `cleanup`.
 
-        First the server is not ready, but takes work still (`drain_delay`). Then it accepts no more
+        First the server is not ready, but still takes work (`drain_delay`). Then it accepts no more
         connections and refuses new work: requests that wait are refused, idle connections close,
         and answers without a reader end. The other answers have `shutdown_timeout` to finish, and
-        each connection ends with its last response. What is left after that ends with
+        each connection ends with its last response. Answers that are left after that end with
         `server_shutdown`, within FAREWELL seconds.
 
         WebSockets close here, and not in aiohttp's own shutdown: once that begins, aiohttp drops all
@@ -167,7 +167,7 @@ class Runner(web.AppRunner):
             await asyncio.sleep(settings.drain_delay)
         for site in list(self.sites):
             await site.stop()
-        # A connection that was accepted in this turn of the event loop is known after it.
+        # A connection that is accepted in this iteration of the event loop is known after it.
         await asyncio.sleep(0)
         connections.drain()
         self._owner.drain()

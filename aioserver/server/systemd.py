@@ -1,7 +1,7 @@
 """The protocols of systemd, without its library: sd_notify(3), sd_watchdog_enabled(3), sd_listen_fds(3).
 
-systemd passes its part in the environment. It is taken out of it here, since it is meant for this
-process and not for its children. A notification is one datagram, which is sent or lost: nothing waits
+systemd passes its variables in the environment. They are removed from it here, since they are meant for
+this process and not for its children. A notification is one datagram, which is sent or lost: nothing waits
 for it, and a server whose systemd does not listen serves on.
 
 The watchdog is fed from the event loop, so that a blocked loop starves it. A process that systemd
@@ -59,7 +59,7 @@ class Notifier:
 
     @classmethod
     def take(cls, environ: MutableMapping[str, str], status: Callable[[], str] = str) -> Notifier:
-        """Return a notifier for what systemd says in *environ*, and take it out of there."""
+        """Return a notifier by the variables of systemd in *environ*, and remove them from it."""
         address = environ.pop("NOTIFY_SOCKET", "")
         period = environ.pop("WATCHDOG_USEC", "")
         process = environ.pop("WATCHDOG_PID", "")
@@ -70,13 +70,13 @@ class Notifier:
         return cls(address or None, _number(period) / 1e6 if watched else None, status)
 
     def ready(self) -> None:
-        """Tell that the server takes work, at the start and at the end of a reload."""
+        """Report that the server takes work, at the start and at the end of a reload."""
         self._send("READY=1", f"STATUS={self._status()}")
         if self._watchdog is not None and self._timer is None:
             self._feed()
 
     def reloading(self) -> None:
-        """Tell that a reload begins; `ready()` tells its end, whatever came of it."""
+        """Report that a reload begins; `ready()` reports its end, whatever the outcome."""
         # CLOCK_MONOTONIC on Linux: systemd compares it with the moment of its own request.
         self._send(
             "RELOADING=1",
@@ -85,7 +85,7 @@ class Notifier:
         )
 
     def stopping(self) -> None:
-        """Tell that the server stops. The watchdog is still fed, since a stop may hang, too."""
+        """Report that the server stops. The watchdog is still fed, since a stop may hang, too."""
         self._status = lambda: "stopping"
         self._send("STOPPING=1", "STATUS=stopping")
 
@@ -122,12 +122,12 @@ class Notifier:
 
 
 def inherited(environ: MutableMapping[str, str], first: int = FIRST) -> list[socket.socket]:
-    """Return the listening sockets that systemd passed on, and take their names out of *environ*.
+    """Return the listening sockets that systemd passed on, and remove its variables from *environ*.
 
     The caller closes them. *first*: the number of the first descriptor.
 
     Raises:
-        ConfigurationError: one of them is no listening stream socket; none is left open then.
+        ConfigurationError: a descriptor is no listening stream socket; none is left open then.
     """
     count = _number(environ.pop("LISTEN_FDS", ""))
     process = environ.pop("LISTEN_PID", "")
@@ -160,5 +160,5 @@ def inherited(environ: MutableMapping[str, str], first: int = FIRST) -> list[soc
 
 
 def _number(text: str) -> int:
-    """Return *text* as a number, 0 if it is none."""
+    """Return *text* as a number, 0 if it is not one."""
     return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else 0

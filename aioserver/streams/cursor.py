@@ -101,7 +101,7 @@ class Cursor:
     def report_position(self, position: int, eta: float) -> None:
         """Write the position in the provider's queue, if this face shows it.
 
-        A client that is not reading is not sent it: by the time it is read, it would be outdated.
+        A client that is not reading gets none: its position would be outdated when it is read.
         """
         if self._render_position is not None and not self._writer.blocked:
             self._writer.send(self._render_position(position, eta))
@@ -122,7 +122,7 @@ class Cursor:
     def note_delay(self, now: float, blocked_until: float) -> None:
         """Note how long the next event has waited for this server, in the record of the request.
 
-        Until *blocked_until* it waited for the client, which was not reading. An event that was in
+        Until *blocked_until* the event waited for the client, which was not reading. An event that was in
         the log before this reader came has waited since the reader came.
         """
         stream = self.stream

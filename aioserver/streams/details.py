@@ -1,6 +1,6 @@
 """The parts of a stream that no event touches: facts about its answer, and its ties to clients.
 
-An event looks at neither of the two objects, so they cost it nothing.
+The code that runs for each event uses neither of the two objects, so they cost an event nothing.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The entries of a log: each is one event, or several consecutive events that arrived together.
 
-A log keeps for minutes what arrived within microseconds. An entry therefore holds the fewest and
+A log may be kept for minutes, with all of its events. An entry therefore holds the fewest and
 smallest objects from which its events can be made again:
 
     Entry       frames, made once for all readers; or a block of bytes as the provider sent it
@@ -29,8 +29,8 @@ class Entry:
     """Consecutive events of one *status*: *count* of them, from event number *first* on.
 
     *data* is the provider's own bytes, whole events; *frames* are the events as the JSON of
-    frames. Which of the two a log has depends on the face that asked for it; its last entry may
-    have both. *received_at* is the monotonic time at which the last of the entry was read. *size*
+    frames. Which of the two a log has depends on the face that asked for it; the last entry of a log may
+    have both. *received_at* is the monotonic time at which its last event was read. *size*
     is in bytes and includes the overhead.
     """
 
@@ -56,7 +56,7 @@ class Entry:
     def make_frames(self, head: bytes) -> Sequence[bytes]:
         """Return the frames of the provider's bytes, one for each event; each begins with *head*.
 
-        They are made anew each time: kept, they would double the log.
+        The frames are made anew each time: if they were kept, they would double the log.
         """
         events = [event.data for event in eventstream.parse(self.data)]
         if len(events) != self.count:

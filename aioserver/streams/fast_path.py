@@ -8,10 +8,10 @@ the provider's connection, this object, the log, and the client's transport.
     ConnectionProtocol.data_received → forward → (the end of this loop iteration) transport.write
 
 *When it is open.* It is opened after a read that took the slow path, if all of the following
-holds. They are checked one after the other, each by an object that knows it (`Exchange` → the sink
-→ `Stream` → `Writer`):
+holds. The conditions are checked one after the other, each by the object that knows it (`Exchange` →
+the sink → `Stream` → `Writer`):
 
-    the provider's parser stands between two chunks, and the answer goes on
+    the provider's parser is between two chunks, and the answer goes on
     no event is half read, and one has been appended already
     the log has one reader, and that reader has written all there is
     that reader's writer follows nothing else, and the client reads what it is sent
@@ -20,7 +20,7 @@ A read that takes the slow path begins by leaving the fast path. Whatever else c
 these conditions closes the fast path: the log does when a reader comes or goes and when it ends;
 the writer does when it is blocked or closed, and when it follows another stream.
 
-*What it forwards.* One read that is one whole chunk with one whole event, if that is ordinary:
+*What it forwards.* One read that is one whole chunk with one whole event, if the event is ordinary:
 
     FastPath   for the OpenAI face: an event `{…}` without an error or a finish_reason. The chunk's
                framing is what our client gets, too: the bytes pass unchanged. The log is private
@@ -54,7 +54,7 @@ MAX_CHUNK_BYTES = 2048
 MAX_RUN_BYTES = 2048
 # An event with one of these takes the slow path.
 _ERROR, _FINISH, _FINISH_SPACED = b'"error"', b'"finish_reason":"', b'"finish_reason": "'
-# The first line of a read that is one chunk, by the size of the read. At a size that no chunk has
+# The first line of a read that is one chunk, by the size of the read. At a size that no chunk has,
 # it is b"\r\n", with which no chunk begins.
 _FIRST_LINES = [b"\r\n"] * (MAX_CHUNK_BYTES + 12)
 for _size in range(1, MAX_CHUNK_BYTES):
@@ -65,10 +65,10 @@ _PLAIN = re.compile(rb'[^"\\\x00-\x1f]+')
 
 
 class Outbox:
-    """The pending writes of all fast paths of one event loop: one iteration's go out together.
+    """The pending writes of all fast paths of one event loop: those of one iteration go out together.
 
     If the reader of the sockets is on this machine (a proxy in front, say), a write that closely
-    follows another finds that reader still awake: waking it is a third of what a write costs.
+    follows another finds that process still awake: waking it is a third of the cost of a write.
 
     Always: the outbox is flushed before a client is written to by other means, and before a path
     is closed.
@@ -198,8 +198,8 @@ class FastPath:
 class TextPath(FastPath):
     """Forwards events of the answer's shape, which have a text and nothing else.
 
-    The reader gets each at once. The log gets a run of consecutive ones as one entry, which has
-    only their texts, so that an event leaves no object behind.
+    The reader gets each event at once. The log gets a run of consecutive events as one entry, which
+    has only their texts, so that an event leaves no object behind.
 
     Always: `_texts` has the texts of the stream's last events, which are not in its entries yet.
     """
@@ -255,7 +255,7 @@ class TextPath(FastPath):
         return True
 
     def close(self) -> None:
-        """Forward nothing from now on, and append to the log what it does not have yet."""
+        """Forward nothing from now on, and append to the log the texts that it does not have yet."""
         self.open = False
         if self._texts:
             self._append_texts()

@@ -31,8 +31,8 @@ class Format(NamedTuple):
 
     *render* takes a stream, one of its entries, and the number of events to skip at its start.
     *render_text* renders one event that contains only a text. It takes the head of the stream's
-    frames, the event's number, and the text as JSON with its closing quote. None: this format
-    needs the provider's bytes.
+    frames, the event's number, and the text as JSON with its closing quote. It is None for
+    a format that needs the provider's bytes.
     """
 
     name: str

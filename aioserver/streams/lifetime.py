@@ -100,7 +100,7 @@ class Lifetime:
                 return
 
     def close(self) -> None:
-        """Stop the timer; streams kept after their end are forgotten no longer."""
+        """Stop the timer; streams that are kept after their end are then never forgotten."""
         if self._sweeper is not None:
             self._sweeper.cancel()
 
@@ -130,7 +130,7 @@ class Lifetime:
         while self._kept and self._kept[0][0] <= now:
             _, stream = self._kept.popleft()
             if stream.readers:
-                # A slow reader is not at its end yet: keep it for another window, 1 s at least.
+                # A slow reader has not read the end yet: keep the stream for another window, at least 1 s.
                 self._kept.append((now + max(stream.window, 1.0), stream))
             else:
                 self._store.drop(stream)

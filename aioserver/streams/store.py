@@ -1,7 +1,7 @@
 """The bounded store of logs, in which a caller finds its streams.
 
-All logs together keep `max_kept_bytes`. Beyond that the finished ones that nobody reads are
-dropped, the oldest first; if the others alone fill it, new answers are refused.
+All logs together keep `max_kept_bytes`. Beyond that the finished logs that nobody reads are
+dropped, the oldest first; if the other logs alone reach that bound, new answers are refused.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from aioserver.streams.stream import Stream
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator
 
-# The share of max_kept_bytes that an eviction leaves: a little less than it may, or each event
-# would have to search for logs to drop.
+# The share of max_kept_bytes that an eviction leaves. It is below 1, since otherwise each event would
+# have to search for logs to drop.
 EVICTION_TARGET = 0.95
 
 
@@ -91,7 +91,7 @@ class StreamStore:
         return self._by_name.get((caller, request_id))
 
     def add_alias(self, stream: Stream, alias: str) -> None:
-        """Let *stream* be found by *alias*, too, unless another stream is."""
+        """Let *stream* be found by *alias*, too, unless another stream has that name."""
         self._by_name.setdefault((stream.caller, alias), stream)
 
     def owned_by(self, caller: Hashable) -> Iterator[Stream]:

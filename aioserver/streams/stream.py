@@ -50,7 +50,7 @@ class Path(Protocol):
         """Forward *read*; return False, with nothing done, if it must take the slow path."""
 
     def close(self) -> None:
-        """Forward nothing from now on; the log has all that was forwarded."""
+        """Forward nothing from now on; the log has all that was forwarded when this returns."""
 
 
 class Reader(Protocol):
@@ -66,7 +66,7 @@ class Reader(Protocol):
         """Write *data* as the next entry; return False, with nothing done, if it must wait."""
 
     def open_fast_path(self, shape: Shape | None) -> Path | None:
-        """Return its fast path, or None if anything must be written before the next event."""
+        """Return the reader's fast path; None if anything must be written before the next event."""
 
     def notify(self) -> None:
         """Read on: the log has grown or ended."""
@@ -85,7 +85,7 @@ class Store(Protocol):
         """Note that *stream* has its last event."""
 
     def add_alias(self, stream: Stream, alias: str) -> None:
-        """Let *stream* be found by *alias*, too, unless another stream is."""
+        """Let *stream* be found by *alias*, too, unless another stream has that name."""
 
 
 class Stream:
@@ -95,8 +95,9 @@ class Stream:
     `ended`; `bytes` is the sum of the entries' sizes.
 
     *window* is the time, in seconds, that the log lives without a reader, and after its end. A
-    *private* log is read by the client that asked, found by nobody, and has the provider's bytes.
-    The attributes that an event touches are here, the others in `details` and `attachment`.
+    *private* log is read only by the client that asked for it, cannot be found, and has the
+    provider's bytes. The attributes that an event touches are here, the others in `details` and
+    `attachment`.
     """
 
     __slots__ = (
@@ -151,11 +152,11 @@ class Stream:
         self.readers: list[Reader] = []
         # The fast path, from when it is opened until anything else looks at the log.
         self.path: Path | None = None
-        # The newest entry and, by the name of a format, how several readers share it.
+        # The newest entry and, by the name of a format, its rendering that several readers share.
         self.rendered: tuple[Entry, dict[str, bytes]] | None = None
         self.ended = False
         self.end_status = b""
-        # The error with which it ended.
+        # The error with which the stream ended.
         self.error: AioserverError | None = None
         # Whether a request was sent to a provider: from then on the answer costs money.
         self.sent = False
@@ -230,7 +231,7 @@ class Stream:
         if status is CHUNK:
             self.meter.events += self.last + 1 - first
         if not more:
-            # Several are copied: one that leaves while it is notified would hide the next.
+            # Several readers are copied: one that leaves while it is notified would hide the next.
             for reader in self.readers if len(self.readers) < 2 else tuple(self.readers):
                 reader.notify()
             self.trim()
@@ -245,7 +246,7 @@ class Stream:
             path.close()
 
     def append_forwarded(self, entry: Entry) -> None:
-        """Add what the only reader has seen by its fast path; `last` counts it already."""
+        """Add *entry*, which the only reader got by its fast path; `last` counts it already."""
         self.entries.append(entry)
         self._grow(entry.size)
 
@@ -261,8 +262,8 @@ class Stream:
     def forward(self, data: bytes, count: int, *, more: bool = False) -> None:
         """Append the provider's bytes of *count* whole events.
 
-        They are not kept if nobody else can find the log and its only reader writes them at once:
-        that has the same effect as an append after which every reader has passed the entry.
+        The bytes are not kept if nobody else can find the log and its only reader writes them at
+        once: the effect is that of an append after which every reader has passed the entry.
         """
         self.close_fast_path()
         readers = self.readers
@@ -321,17 +322,17 @@ class Stream:
             self._store.note_end(self)
 
     def fail(self, error: AioserverError) -> None:
-        """Append *error* as the last event, as both kinds of face show it: as frame and bytes."""
+        """Append *error* as the last event, for both kinds of face: as a frame, and as bytes."""
         self.error = error
         self.end(ERROR, error.as_chunk(), data=b"data: %b\n\n" % error.body())
 
     def report_position(self, position: int, eta: float) -> None:
-        """Tell the readers the position in the provider's queue, and the seconds it may take."""
+        """Tell the readers the position in the provider's queue, and the estimated wait in seconds."""
         for reader in tuple(self.readers):
             reader.report_position(position, eta)
 
     def locate(self, after: int) -> tuple[int, int]:
-        """Return where to go on after event *after*: an entry's index, the events in it to skip.
+        """Return where a reader goes on after event *after*: an entry's index, and the events to skip.
 
         Raises:
             ResumeGap: events after *after* are no longer kept, or *after* does not exist yet.

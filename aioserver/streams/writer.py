@@ -7,15 +7,15 @@ socket to the client's without a task switch:
 
     Stream.append → Cursor.notify → Writer.notify → transport.write
 
-Most tokens do not come here at all: when nothing else is to be written, the writer opens a fast
-path for its stream (fast_path.py). It closes that path before it stops, and what the path has
-gathered goes out before anything else that the writer writes.
+Most tokens do not pass through the writer: when nothing else is to be written, it opens a fast path
+for its stream (fast_path.py). It closes that path before it stops, and what the path has gathered
+goes out before anything else that the writer writes.
 
-When the transport's buffer is over its mark, the writer is *blocked*: it stops rendering, one task
+When the transport's buffer is over its high-water mark, the writer is *blocked*: it stops rendering, one task
 waits in `drain()`, and a watchdog aborts the transport after `send_timeout` without progress. A
 blocked write is never cancelled. An idle writer has no task and no timer.
 
-A writer with one cursor writes at once; one with several gathers what comes in one iteration of
+A writer with one cursor writes at once; a writer with several gathers the events of one iteration of
 the event loop. The cursors take turns, so that a long replay does not hold up the others.
 """
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from aioserver.streams.stream import Stream
 
 # Bytes rendered for one write, and so for one cursor at its turn; the last entry may exceed it. It
-# is also the mark of a transport's buffer, as in asyncio: `drain()` waits above it.
+# is also the high-water mark of a transport's buffer, as in asyncio: `drain()` waits above it.
 WRITE_BYTES = 1 << 16
 MAX_CONTROL_FRAMES = 64
 # Whether the kernel aborts a connection whose last bytes nobody reads: see listener.py.
@@ -53,7 +53,7 @@ class Writer:
     Always: nothing is written while blocked; a cursor in `_ready` has something to write; once
     closed it follows nothing, so that no later append can reach the connection's next response.
 
-    *head* goes in front of the first write, and *tail* behind the end of a stream, in the same
+    *head* goes in front of the first write, and *tail* after the end of a stream, in the same
     write. *chunked*: each write is one chunk (RFC 9112, 7.1). *on_drop* is called with the reason
     when the client is dropped, *on_unfollow* with each stream that is followed no longer.
     """
@@ -200,12 +200,12 @@ class Writer:
         return FastPath(cursor, destination) if self._chunked else None
 
     def notify(self, cursor: Cursor) -> None:
-        """Write what *cursor* has not rendered, at once or when the writer comes to it."""
+        """Write what *cursor* has not rendered, at once or in a later write."""
         if self._ready or self._draining is not None or self._closed or len(self._cursors) != 1:
             self._ready[cursor] = None
             if self._draining is not None:
                 if cursor.stream.ended:
-                    # Its request is counted now, while the client is still not reading.
+                    # The request is counted now, while the client is still not reading.
                     cursor.note_blocked(self._blocked_at)
             elif not self._closed:
                 self._schedule()
@@ -218,7 +218,8 @@ class Writer:
     def send(self, data: bytes) -> None:
         """Write a control frame or a comment, before every event that is not written yet.
 
-        While blocked it is queued; the client is dropped if MAX_CONTROL_FRAMES are queued already.
+        While the writer is blocked, *data* is queued; if MAX_CONTROL_FRAMES are queued already, the
+        client is dropped.
         """
         if self._closed:
             return
@@ -253,7 +254,7 @@ class Writer:
                     return
                 del ready[cursor]
                 if not caught_up:
-                    # It goes behind the others, whose turn it is.
+                    # The cursor goes behind the others, which are written next.
                     ready[cursor] = None
                 elif cursor.stream.ended:
                     ended.append(cursor)
@@ -319,7 +320,7 @@ class Writer:
             and self._transport.get_write_buffer_size()
             and not _kernel_aborts(self._transport)
         ):
-            # Not left to close(), which waits forever for a peer that does not read.
+            # Not left to the transport's close(), which waits forever for a peer that does not read.
             WriteWatchdog(self._loop, self._transport, self._send_timeout, self._transport.abort)
 
     def _schedule(self) -> None:
@@ -354,7 +355,7 @@ class Writer:
     def _block(self) -> None:
         self._close_path()
         if self._draining is not None:
-            # The path's last bytes, which were flushed just now, have blocked it.
+            # The path's last bytes, which were flushed just now, have blocked the writer.
             return
         self._blocked_at = monotonic()
         self._draining = self._loop.create_task(self._unblock())
@@ -384,6 +385,6 @@ class Writer:
 
 
 def _kernel_aborts(transport: asyncio.Transport) -> bool:
-    """Return whether the kernel aborts a peer that does not read the rest: over TCP it does."""
+    """Return whether the kernel aborts a peer that does not read the rest, as it does over TCP."""
     sock = transport.get_extra_info("socket")
     return KERNEL_ABORTS and (sock is None or sock.family != socket.AF_UNIX)

@@ -25,7 +25,7 @@ RECENT_VALUES = 1000
 
 
 class Counter:
-    """A number that grows; as a gauge, one that is set."""
+    """A number that grows; one that serves as a gauge goes up and down."""
 
     __slots__ = ("value",)
 

@@ -8,20 +8,20 @@ import struct
 from pathlib import Path
 from typing import NamedTuple, TypedDict
 
-# Of `struct tcp_info`: enough of it to hold `tcpi_unacked` and `tcpi_sacked`, and where these are.
+# Bytes to read of `struct tcp_info`, which hold `tcpi_unacked` and `tcpi_sacked`, and their offset.
 TCP_INFO_BYTES = 104
 QUEUE_OFFSET = 24
 
 
 class AcceptQueue(NamedTuple):
-    """Connections that wait to be accepted, and the most that the kernel lets wait."""
+    """Connections that wait to be accepted, and how many the kernel lets wait at most."""
 
     waiting: int
     limit: int
 
 
 class ProcessUsage(TypedDict):
-    """Descriptors and resident memory of this process; None where the system does not tell."""
+    """Descriptors and resident memory of this process; None where the system does not show them."""
 
     open_fds: int | None
     max_fds: int
@@ -31,7 +31,7 @@ class ProcessUsage(TypedDict):
 def accept_queue(sock: socket.socket) -> AcceptQueue | None:
     """Return the accept queue of a listening socket; None for UNIX sockets, and outside Linux.
 
-    TCP_INFO of a listener has it in `tcpi_unacked` and `tcpi_sacked`.
+    TCP_INFO of a listener has the queue's numbers in `tcpi_unacked` and `tcpi_sacked`.
     """
     if not hasattr(socket, "TCP_INFO") or sock.family == socket.AF_UNIX:
         return None
@@ -40,7 +40,7 @@ def accept_queue(sock: socket.socket) -> AcceptQueue | None:
 
 
 def process_usage() -> ProcessUsage:
-    """Return what this process uses now."""
+    """Return the descriptors and the memory that this process uses now."""
     directory = Path("/proc/self/fd")
     open_fds: int | None = None
     rss_bytes: int | None = None

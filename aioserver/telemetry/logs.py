@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 MAX_TEXT = 2000
 # Lines that may wait to be written.
 MAX_LINES = 10_000
-# Kinds of lines that a rate limit tells apart; beyond, it forgets all and begins anew.
+# Kinds of lines that a rate limit tells apart; beyond, it forgets all kinds and begins anew.
 MAX_KINDS = 1000
 # Seconds in which the same error is written once.
 SAME_ERROR = 10.0
@@ -46,7 +46,7 @@ class JsonFormatter(logging.Formatter):
         self._service = {"service": service} | ({"version": version} if version else {})
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the line of *record*; what its `fields` attribute has, if any, is added to it."""
+        """Return the line of *record*; the items of its `fields` attribute, if any, are added to it."""
         moment = datetime.fromtimestamp(record.created, UTC)
         line: dict[str, Any] = {
             "ts": moment.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
@@ -163,12 +163,12 @@ def set_up(settings: Logging) -> None:
     logging.getLogger().handlers[:] = [BackgroundHandler(sys.stderr)]
     apply(settings)
     logging.getLogger("asyncio").setLevel(logging.WARNING)
-    # aiohttp writes a traceback for each malformed request; our answer and log line say it better.
+    # aiohttp writes a traceback for each malformed request; our answer and log line say more.
     logging.getLogger("aiohttp").setLevel(logging.CRITICAL)
 
 
 def apply(settings: Logging) -> None:
-    """Change the format and the level of what `set_up` has set up."""
+    """Change the format and the level of the logs that `set_up` has begun."""
     logging.getLogger().setLevel(settings.level)
     for handler in _handlers():
         if settings.format == "json":

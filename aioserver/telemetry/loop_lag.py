@@ -1,11 +1,11 @@
 """How late the event loop is, and when it was late: the part of a provider's silence that is ours.
 
 A timer that is due every tenth of a second measures how late it is called. While the loop is late
-nothing is read: what a provider has sent lies in the kernel, and the provider seems to be silent for
+nothing is read: the bytes of a provider wait in the kernel, and the provider seems to be silent for
 as much longer as the loop was late. So the late periods are kept, and taken out of the silences in
 which they fall.
 
-Only the time after the timer was due is seen: a block of 150 ms is measured as 50 to 150 ms.
+Only the time after the timer was due is measured: a block of 150 ms is measured as 50 to 150 ms.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # Seconds between two measurements.
 INTERVAL = 0.1
-# Seconds; below this, lateness is how an event loop works, and is not kept.
+# Seconds; a shorter lateness is normal for an event loop, and is not kept.
 THRESHOLD = 0.005
 # Late periods that are kept.
 MAX_PERIODS = 1000
@@ -49,7 +49,7 @@ class LoopLag:
         return mean, maximum
 
     def within(self, since: float, until: float) -> float:
-        """Return for how many seconds between these moments of the loop's time it was late."""
+        """Return the seconds between *since* and *until*, in the loop's time, when the loop was late."""
         total = 0.0
         for due, called in reversed(self._late):
             if called <= since:
@@ -58,7 +58,7 @@ class LoopLag:
         return total
 
     def longest(self, since: float) -> float:
-        """Return the longest late period since then, or the part of it after that moment."""
+        """Return the length of the longest late period; only its part after *since* counts."""
         longest = 0.0
         for due, called in reversed(self._late):
             if called <= since:

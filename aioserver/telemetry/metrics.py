@@ -50,14 +50,14 @@ ErrorClass = TypeVar("ErrorClass", bound=errors.AioserverError)
 
 
 def _subclasses(root: type[ErrorClass]) -> Iterator[type[ErrorClass]]:
-    """Every class that is derived from *root*, at any depth."""
+    """Yield every class that is derived from *root*, at any depth."""
     for subclass in root.__subclasses__():
         yield subclass
         yield from _subclasses(subclass)
 
 
 def _fault_codes(flag: str) -> list[str]:
-    """The codes of the provider faults for which *flag* is true."""
+    """Return the codes of the provider faults for which *flag* is true."""
     faults = _subclasses(provider_errors.ProviderFault)
     return sorted({fault.code for fault in faults if getattr(fault, flag)})
 
@@ -71,7 +71,7 @@ RETRY_CODES, FAILOVER_CODES = _fault_codes("retry"), _fault_codes("failover")
 
 
 class ProviderMeter:
-    """What is counted of one provider; *events* are those of its answers, about one a token."""
+    """The counts of one provider; *events* are those of its answers, about one a token."""
 
     __slots__ = (
         "attempts",
@@ -106,7 +106,7 @@ NO_METER = ProviderMeter()
 
 
 class FaceMeter:
-    """What is counted of one face; *connections* and *waiting* are the numbers at this moment."""
+    """The counts of one face; *connections* and *waiting* are the numbers at this moment."""
 
     __slots__ = (
         "connections",
@@ -159,12 +159,13 @@ class Metrics:
         self.admission_wait = {outcome: Histogram() for outcome in ("entered", "refused")}
         self.delay = {cause: Histogram() for cause in ("ours", "client")}
         self.loop_lag = Histogram(SHORT_BOUNDS)
-        self.recent_first_tokens = RecentValues()  # from admission, on all faces
+        # From admission, on all faces.
+        self.recent_first_tokens = RecentValues()
         self.recent_delays = {cause: RecentValues() for cause in self.delay}
         self.apply(providers)
 
     def apply(self, providers: Mapping[str, settings.Provider]) -> None:
-        """Count these providers from now on, too; those that have gone keep their numbers."""
+        """Count *providers* from now on, too; a provider that is no longer configured keeps its numbers."""
         for name, provider in providers.items():
             self.providers.setdefault(name, ProviderMeter())
             for labels in _request_labels(name):
@@ -191,7 +192,7 @@ class Metrics:
 
     @contextmanager
     def resuming(self) -> Iterator[None]:
-        """Count how the attempt to resume a stream ends, which is the body of the `with`."""
+        """Count how the body of the `with`, an attempt to resume a stream, ends."""
         outcome = "ok"
         try:
             yield
@@ -205,15 +206,15 @@ class Metrics:
             self.resumes[outcome].value += 1
 
     def families(self) -> Iterator[Family]:
-        """Every metric of the three tables below, as it is now."""
+        """Yield every metric of the three tables below, as it is now."""
         yield from (_family(row, {"": self}) for row in SERVER_FAMILIES)
         yield from (_family(row, self.faces, "face") for row in FACE_FAMILIES)
         yield from (_family(row, self.providers, "provider") for row in PROVIDER_FAMILIES)
 
 
 def _counters_for(outcome: str) -> dict[str, Counter]:
-    """A counter for each error code of a request that ends with this outcome."""
-    return {code: Counter() for code, of_code in ERROR_OUTCOMES if of_code == outcome}
+    """Return a counter for each error code of a request that ends with *outcome*."""
+    return {code: Counter() for code, code_outcome in ERROR_OUTCOMES if code_outcome == outcome}
 
 
 def _request_labels(provider: str) -> Iterator[tuple[str, str, str, str]]:
@@ -258,17 +259,17 @@ class Row(NamedTuple, Generic[Owner]):
 
 
 def _family(row: Row[Owner], owners: Mapping[str, Owner], label: str = "") -> Family:
-    """The metric of *row* over all *owners*; the owners' names are the values of *label*, if any."""
+    """Return the metric of *row* over all *owners*; the owners' names are the values of *label*, if any."""
     merged: dict[tuple[str, ...], Child] = {}
     for name, owner in owners.items():
-        first = (name,) if label else ()
+        owner_values = (name,) if label else ()
         children = row.children(owner)
         if isinstance(children, Counter | Histogram):
-            merged[first] = children
+            merged[owner_values] = children
         else:
             for values, child in children.items():
-                rest = (values,) if isinstance(values, str) else values
-                merged[*first, *rest] = child
+                row_values = (values,) if isinstance(values, str) else values
+                merged[*owner_values, *row_values] = child
     labels = (label, *row.labels) if label else row.labels
     return Family(row.name, row.help, labels, merged)
 

@@ -4,8 +4,8 @@ A record is made where the request is understood, and goes along with it: gatewa
 writers note in it what happens. When the request has ended, the request log adds the record to the
 metrics and writes one line. Requests that are refused for now are warnings, and thinned out.
 
-An answer that stutters has its longest gap measured on each of three sides, so that the line says whose
-fault it was: the provider sent nothing, we were late, or the client read nothing.
+The longest gap of an answer is measured for each of three causes, so that the line of an answer that
+stuttered says why: the provider sent nothing, we were late, or the client read nothing.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ logger = logging.getLogger("aioserver.requests")
 
 # Characters of a request id or model name, which come from clients, in a log line.
 MAX_NAME = 200
-# What providers call their numbers of tokens: chat completions, then responses.
+# The keys of the token counts in a usage: of chat completions, then of responses.
 TOKENS_IN = ("prompt_tokens", "input_tokens")
 TOKENS_OUT = ("completion_tokens", "output_tokens")
-# A provider's number of tokens is believed below this bound.
+# A number of tokens from this bound on is ignored.
 MAX_TOKENS = 1 << 40
 
 
 class RequestRecord:
-    """What happened to one request.
+    """The times, counts and gaps of one request.
 
     Times are of the monotonic clock, and 0.0 as long as the event has not happened:
 
         asked         the request was admitted and understood
-        queued        it asked for a place at its provider, for the first time
+        queued        the request asked for a place at its provider, for the first time
         sent          its newest attempt was sent
         first         the first event of its answer was there
 
@@ -104,7 +104,7 @@ class RequestRecord:
         *,
         streamed: bool = False,
     ) -> None:
-        """Note that the request is understood and goes to *provider*; *caller*: its key's name."""
+        """Note that the request is understood and goes to *provider*; *caller* is its key's name."""
         self.face = face
         self.streamed = streamed
         self.caller = caller
@@ -128,7 +128,7 @@ class RequestRecord:
         return self.silence
 
     def tokens(self, *names: str) -> int | None:
-        """Return the first sensible number in the usage under these names; None if there is none."""
+        """Return the first plausible number in the usage under *names*; None if there is none."""
         if self.usage is not None:
             for name in names:
                 number = self.usage.get(name)
@@ -137,7 +137,7 @@ class RequestRecord:
         return None
 
 
-# The record of a stream that no request has begun: what is noted in it is shown nowhere.
+# The record of a stream that no request has begun: its notes are shown nowhere.
 NO_RECORD = RequestRecord()
 
 
@@ -165,10 +165,10 @@ class RequestLog:
         metrics, now = self.metrics, monotonic()
         code, outcome, status = "", OK, 200
         if error is not None:
-            known = error if isinstance(error, AioserverError) else None
-            code = known.code if known else "internal_error"
-            outcome = known.outcome if known else "internal_error"
-            status = known.http_status if known else 500
+            public = error if isinstance(error, AioserverError) else None
+            code = public.code if public else "internal_error"
+            outcome = public.outcome if public else "internal_error"
+            status = public.http_status if public else 500
         elif cancelled:
             outcome, status = (CLIENT_LEFT if record.abandoned else CANCELLED), 499
         metrics.requests[record.face, record.provider, code, outcome].value += 1
