@@ -35,7 +35,7 @@ def sections(cls: type[Any], path: str = "", *, enforced: bool = True) -> Iterat
         if validator.inner is None:
             rows.append(row(field, name, enforced=enforced))
         else:
-            inner_enforced = enforced and field.metadata["enforced"]
+            inner_enforced = enforced and not field.metadata["instead"]
             inner.append((validator.inner, name + validator.suffix, inner_enforced))
     if rows:
         yield f"\n### `{path}`\n\n{inspect.getdoc(cls)}\n\n{HEAD}{''.join(rows)}"
@@ -53,7 +53,7 @@ def row(field: dataclasses.Field[Any], name: str, *, enforced: bool) -> str:
     else:
         default = f"`{json.dumps(default_of(field))}`"
     notes = []
-    if not (enforced and metadata["enforced"]):
+    if metadata["instead"] or not enforced:
         notes.append("no effect yet")
     if any(f"{name}.".startswith(f"{restart}.") for restart in ONLY_BY_RESTART):
         notes.append("changed only by a restart")

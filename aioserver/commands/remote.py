@@ -25,6 +25,10 @@ class Unreachable(Exception):
     """There is no server at the URL, or it refuses us; the message is one line for people."""
 
 
+class KeyNeeded(Unreachable):
+    """The server wants a key, and we have none that it knows."""
+
+
 @dataclass(frozen=True, slots=True)
 class ErrorDetails:
     """An error that the server reported. *retry_after* is in seconds; None: there was none."""

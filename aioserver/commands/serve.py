@@ -157,8 +157,8 @@ async def _run(
     logger.info("configuration: %s", configuration.source)
     for warning in configuration.warnings:
         logger.warning("%s", warning)
-    for key in configuration.not_enforced():
-        logger.warning("%s is valid, but not enforced yet", key)
+    for setting in configuration.not_enforced():
+        logger.warning("not in effect yet: %s", setting)
     stop, hangup = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

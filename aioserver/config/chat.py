@@ -41,7 +41,10 @@ class Uvicorn:
         "connections that the kernel holds until they are accepted; >= connection_queue_size",
     )
     workers: int = setting(
-        count, "processes that serve the port; <= max_connections", enforced=False, neutral=1
+        count,
+        "processes that serve the port; <= max_connections",
+        instead="one process serves alone",
+        neutral=1,
     )
     access_log: bool = setting(boolean, "whether every HTTP request is written to the access log")
     keepalive_timeout: float = setting(
@@ -194,7 +197,7 @@ class Repository:
         one_of("memory", "sql"),
         "storage of conversations: the memory of the process, or an SQLite file",
         "memory",
-        enforced=False,
+        instead="conversations are kept in memory, and a restart forgets them",
     )
     path: str = setting(line, "path of the SQLite file (with `type: sql`)", "events.db")
     persistence: Persistence = group(Persistence)

@@ -144,7 +144,7 @@ class Configuration:
         return data
 
     def not_enforced(self) -> tuple[str, ...]:
-        """Return the names of the settings that ask for something which has no effect yet."""
+        """Return `NAME: what happens instead` for settings that ask for what has no effect yet."""
         return tuple(views.not_enforced(self.settings))
 
     def _unusable_providers(self) -> Iterator[Fault]:
@@ -221,6 +221,13 @@ def _read(source: str, environ: Mapping[str, str]) -> Document:
 def _warnings(settings: Settings, document: Document) -> Iterator[Fault]:
     yield from _ignored(Settings, document.values, (), document)
     auth = settings.auth or Auth()
+    concurrency: KeyPath = ("chat", "websocket", "concurrency")
+    if "queue_timeout" not in _section(document, concurrency):
+        message = (
+            "nobody waits: without queue_timeout a full server refuses at once "
+            "(set queue_timeout: 5.0, or 0 if that is wanted)"
+        )
+        yield document.fault((*concurrency, "connection_queue_size"), message)
     if "*" in settings.chat.websocket.allow_origins and not auth.keys:
         path: KeyPath = ("chat", "websocket", "allow_origins")
         yield document.fault(path, 'with "*" and without keys every page on the web may chat')
@@ -234,6 +241,14 @@ def _warnings(settings: Settings, document: Document) -> Iterator[Fault]:
     if "%(" in str((document.values.get("logging") or {}).get("format")):
         message = "a format string counts as console (the other choice is json)"
         yield document.fault(("logging", "format"), message)
+
+
+def _section(document: Document, path: KeyPath) -> dict[str, Any]:
+    """Return the section at *path* as it is written, in a document without faults."""
+    section = document.values
+    for step in path:
+        section = (section or {}).get(step)
+    return section or {}
 
 
 def _ignored(cls: type[Any], values: Any, path: KeyPath, document: Document) -> Iterator[Fault]:

@@ -6,7 +6,7 @@ from the events of the parser instead, in one walk whose depth and size are boun
 the environment are replaced after parsing, and in scalars only, so that a value from the
 environment can never add structure.
 
-No fault quotes a scalar, which may be a secret in the wrong place.
+No fault of the layout quotes a scalar, which may be a secret in the wrong place.
 """
 
 from __future__ import annotations
@@ -113,7 +113,8 @@ class Document:
             place = Place(mark.line + 1, mark.column + 1, self.source) if mark else None
             # PyYAML quotes its own tokens, such as "<block end>", and parts of the text, which may be secret.
             problem = re.sub(r"'(?!<)[^']{2,}'", "…", str(getattr(exc, "problem", "") or ""))
-            self._refuse((), f"not valid YAML: {problem or 'cannot be parsed'}", place)
+            hint = _layout_hint(text, mark) if mark else ""
+            self._refuse((), f"not valid YAML: {problem or 'cannot be parsed'}{hint}", place)
 
     def override(self, variable: str, value: str) -> None:
         """Set what *variable* names: `AIOSERVER__CHAT__WEBSOCKET__PORT` is chat.websocket.port.
@@ -255,6 +256,20 @@ class Document:
             return FAULTY
         whole = _REFERENCE.fullmatch(text) is not None and not text.startswith("$$")
         return scalar(result) if plain and whole else result
+
+
+def _layout_hint(text: str, mark: Any) -> str:
+    """Return what is probably wrong with the layout of the line at *mark*, where YAML gave up."""
+    lines = text.splitlines()[mark.line : mark.line + 1]
+    line = lines[0] if lines else ""
+    indent = line[: len(line) - len(line.lstrip())]
+    if "\t" in indent or line[mark.column : mark.column + 1] == "\t":
+        return " (a tab: YAML indents with spaces only)"
+    if 0 < len(indent) == mark.column or ":" in line[mark.column :]:
+        return (
+            " (is this line indented as the keys beside it are? a text with a colon needs quotes)"
+        )
+    return ""
 
 
 def scalar(text: str) -> Any:

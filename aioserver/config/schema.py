@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import operator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, TypeVar
@@ -26,6 +27,8 @@ T = TypeVar("T")
 BrokenRule: TypeAlias = tuple[tuple[str | int, ...], str]
 
 REQUIRED: Any = dataclasses.MISSING
+# Characters of a wrong value that a fault shows. Keys are longer: OpenAI's have 51 at least.
+MAX_SHOWN = 15
 
 
 class _Faulty:
@@ -119,7 +122,7 @@ def setting(
     *,
     default_text: str = "",
     secret: bool = False,
-    enforced: bool = True,
+    instead: str = "",
     neutral: Any = REQUIRED,
 ) -> Any:
     """Declare one setting. Without *default* the key is required.
@@ -131,15 +134,15 @@ def setting(
             `__post_init__` derives the value from other settings.
         default_text: the default in words.
         secret: whether every output masks the value.
-        enforced: False means that the value is read and checked, but has no effect yet.
-        neutral: the value that asks for no effect, if *enforced* is False and the default asks for one.
+        instead: what happens instead, where the value is read and checked, but has no effect yet.
+        neutral: the value that asks for nothing, if there is *instead* and the default asks.
     """
     metadata = {
         "validator": validator,
         "meaning": meaning,
         "default_text": default_text,
         "secret": secret,
-        "enforced": enforced,
+        "instead": instead,
         "neutral": default if neutral is REQUIRED else neutral,
     }
     if isinstance(default, dict):
@@ -149,7 +152,7 @@ def setting(
 
 def group(cls: type[Any]) -> Any:
     """Declare a section inside a section. It is required if one of its settings is required."""
-    metadata = {"validator": section(cls), "meaning": "", "secret": False, "enforced": True}
+    metadata = {"validator": section(cls), "meaning": "", "secret": False, "instead": ""}
     if any(required(field) for field in fields(cls)):
         return dataclasses.field(metadata=metadata)
     return dataclasses.field(default_factory=cls, metadata=metadata)
@@ -190,7 +193,7 @@ def section(cls: type[T]) -> Validator:
             values = schema(mapping)
         except vol.MultipleInvalid as exc:
             partial, broken = _partial(cls, mapping)
-            errors = [_reworded(error, [str(key) for key in keys]) for error in exc.errors]
+            errors = [_reworded(error, cls) for error in exc.errors]
             raise Faults([*errors, *broken], partial) from None
         return cls(**values)
 
@@ -214,17 +217,36 @@ def _partial(cls: type[T], mapping: dict[str, Any]) -> tuple[T | Any, list[vol.I
         return getattr(exc, "partial", FAULTY), exc.errors
 
 
-def _reworded(error: vol.Invalid, valid_keys: list[str]) -> vol.Invalid:
-    """Return *error* with voluptuous's message replaced by one of ours."""
+def _reworded(error: vol.Invalid, cls: type[Any]) -> vol.Invalid:
+    """Return *error* with voluptuous's message replaced by ours; it is a fault of a *cls*."""
     if error.error_message == "extra keys not allowed":
         key = str(error.path[-1])
-        nearest = difflib.get_close_matches(key[:64].lower(), valid_keys, n=1, cutoff=0.5)
-        hint = f"did you mean {nearest[0]}?" if nearest else f"known: {', '.join(valid_keys)}"
+        known = [field.name for field in fields(cls)]
+        nearest = difflib.get_close_matches(key[:64].lower(), known, n=1, cutoff=0.5)
+        if (inner := _inside(cls, key)) is not None:
+            hint = f"it belongs into {inner}: indent it further, below that key"
+        elif nearest:
+            hint = f"did you mean {nearest[0]}?"
+        else:
+            hint = f"known: {', '.join(known)}"
         return vol.Invalid(f"unknown key ({hint})", error.path)
     if isinstance(error, vol.RequiredFieldInvalid):
         # The path ends in voluptuous's marker, not in the key.
         return vol.Invalid("required key is missing", [*error.path[:-1], str(error.path[-1])])
     return error
+
+
+def _inside(cls: type[Any], key: str) -> str | None:
+    """Return the path of a section inside *cls* which has *key*; None: there is none."""
+    for field in fields(cls):
+        validator = field.metadata["validator"]
+        if validator.inner is None or validator.suffix:
+            continue
+        if key in {inner.name for inner in fields(validator.inner)}:
+            return field.name
+        if (deeper := _inside(validator.inner, key)) is not None:
+            return f"{field.name}.{deeper}"
+    return None
 
 
 def check_rules(owner: object, *broken: BrokenRule | None) -> None:
@@ -256,7 +278,10 @@ def refuse(message: str) -> NoReturn:
 
 
 def describe(value: object) -> str:
-    """Name the type of *value* in the words of a configuration file, without showing the value."""
+    """Name the type of *value* in the words of a configuration file, without showing the value.
+
+    For a setting that may hold a secret; `show` is for the others.
+    """
     match value:
         case None:
             return "nothing"
@@ -270,3 +295,19 @@ def describe(value: object) -> str:
             return "a list"
         case _:
             return "a section of keys"
+
+
+def show(value: object) -> str:
+    """Describe the wrong *value* of a setting that holds no secret, and quote it if it is short.
+
+    A longer text may be a key that was put into the wrong place.
+    """
+    match value:
+        case bool():
+            return "true" if value else "false"
+        case int() | float():
+            return f"{value}"[:MAX_SHOWN]
+        case str() if len(value) <= MAX_SHOWN:
+            return f"text {json.dumps(value)}"
+        case _:
+            return describe(value)

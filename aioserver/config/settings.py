@@ -139,7 +139,7 @@ class Cluster:
         "URL of the Redis server that instances share; null: this instance is alone",
         None,
         secret=True,
-        enforced=False,
+        instead="this instance serves alone, with limits and streams of its own",
     )
     name: str = setting(
         label,

@@ -1,18 +1,18 @@
 """The validators of single values, by the names that declarations of settings use.
 
-A validator returns the value to keep, or raises `vol.Invalid`. Its message never quotes a text that
-it refuses, which may be a secret in the wrong place; it does quote limits and bounds.
+A validator returns the value to keep, or raises `vol.Invalid`. Its message shows the value that it
+refuses if that is short, and no value of a setting that may hold a secret; it quotes limits and bounds.
 """
 
 from __future__ import annotations
 
-import math
+import difflib
 import re
 from typing import TYPE_CHECKING, Any
 
 import voluptuous as vol
 
-from aioserver.config.schema import FAULTY, Faults, Secret, Validator, describe, refuse
+from aioserver.config.schema import FAULTY, Faults, Secret, Validator, describe, refuse, show
 from aioserver.protocol import addresses
 
 if TYPE_CHECKING:
@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 
 # Seconds: 31 years, which asyncio and the kernel still take for a timeout.
 MAX_NUMBER = 1e9
+# The scheme in an address. What follows it may have a password.
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,9})://")
+_WITH_UNIT = re.compile(
+    r"([0-9.]+) ?(ms|s|secs?|seconds?|m|mins?|h|[kmg]i?b?|b|bytes)", re.IGNORECASE
+)
 
 
 def whole(low: int, high: int, kind: str) -> Validator:
@@ -29,9 +34,9 @@ def whole(low: int, high: int, kind: str) -> Validator:
         if type(value) is not int:
             refuse(f"expected a whole number, not {_describe_number(value)}")
         if value < low:
-            refuse(f"must be at least {low}")
+            refuse(f"must be at least {low}, not {show(value)}")
         if value > high:
-            refuse(f"must be at most {high}")
+            refuse(f"must be at most {high}, not {show(value)}")
         return value
 
     return Validator(kind, test)
@@ -44,9 +49,10 @@ def number(low: float, kind: str, *, above: bool = False) -> Validator:
         if type(value) not in {int, float}:
             refuse(f"expected a number, not {_describe_number(value)}")
         if not -MAX_NUMBER <= value <= MAX_NUMBER:
-            refuse(f"must be finite and at most {MAX_NUMBER:.0f}")
+            refuse(f"must be finite and at most {MAX_NUMBER:.0f}, not {show(value)}")
         if value < low or (above and value == low):
-            refuse(f"must be {'greater than' if above else 'at least'} {low:g}")
+            bound = f"{'greater than' if above else 'at least'} {low:g}"
+            refuse(f"must be {bound}, not {show(value)}")
         return float(value)
 
     return Validator(kind, test)
@@ -54,17 +60,24 @@ def number(low: float, kind: str, *, above: bool = False) -> Validator:
 
 def _describe_number(value: object) -> str:
     """Describe *value*, which is not the expected number; a hint says how to write a number."""
-    if isinstance(value, float):
-        return "a fraction" if math.isfinite(value) else "a number that is not finite"
+    shown = show(value)
     if isinstance(value, str) and re.fullmatch(r"[-+]?[0-9]+(\.[0-9]*)?", value):
-        return "text (write a number without quotes and without leading zeros)"
+        return f"{shown} (write a number without quotes and without leading zeros)"
     if isinstance(value, str) and re.fullmatch(r"[-+]?[0-9.]+[eE][-+]?[0-9]+", value):
-        return "text (YAML requires a point and a sign: 1.0e+3)"
-    return describe(value)
+        return f"{shown} (YAML requires a point and a sign: 1.0e+3)"
+    if isinstance(value, str) and (match := _WITH_UNIT.fullmatch(value)) is not None:
+        unit = "bytes" if match[2].lower().endswith("b") else "seconds"
+        return f"{shown} (write the number alone; it counts {unit})"
+    return shown
 
 
-def text(kind: str, pattern: str | None = None, expected: str = "") -> Validator:
-    """Accept text that matches the whole *pattern*, which *expected* puts into words."""
+def text(
+    kind: str, pattern: str | None = None, expected: str = "", *, shown: bool = False
+) -> Validator:
+    """Accept text that matches the whole *pattern*, which *expected* puts into words.
+
+    *shown*: whether a refused text is shown, because no secret belongs there.
+    """
     compiled = re.compile(pattern) if pattern is not None else None
 
     def test(value: Any) -> str:
@@ -74,7 +87,7 @@ def text(kind: str, pattern: str | None = None, expected: str = "") -> Validator
         if not value.isascii() and re.search(r"[\ud800-\udfff]", value):
             refuse("is not valid Unicode")
         if compiled is not None and compiled.fullmatch(value) is None:
-            refuse(f"expected {expected}")
+            refuse(f"expected {expected}" + (f", not {show(value)}" if shown else ""))
         return value
 
     return Validator(kind, test)
@@ -82,8 +95,27 @@ def text(kind: str, pattern: str | None = None, expected: str = "") -> Validator
 
 def url(*schemes: str, rest: str = r"[^\s\x00-\x1f\x7f?#@]+") -> Validator:
     """Accept the URL of a server with one of *schemes*; the pattern *rest* is what follows `://`."""
-    pattern = rf"(?:{'|'.join(schemes)})://{rest}"
-    return text("URL", pattern, f'an address that starts with "{schemes[0]}://"')
+    plain = text("URL", rf"(?:{'|'.join(schemes)})://{rest}", "a URL")
+    starts = " or ".join(f'"{scheme}://"' for scheme in schemes)
+
+    def test(value: Any) -> Any:
+        match = _SCHEME.match(value) if isinstance(value, str) else None
+        if match is not None and match[1] not in schemes:
+            nearest = difflib.get_close_matches(match[1].lower(), schemes, n=1)
+            hint = f" (did you mean {nearest[0]}://?)" if nearest else ""
+            refuse(f'expected an address that starts with {starts}, not "{match[1]}://"{hint}')
+        try:
+            return plain(value)
+        except vol.Invalid as error:
+            if error.error_message == "expected a URL":
+                refuse(
+                    f"expected an address that starts with {starts}, then a host"
+                    if match is None
+                    else "expected a host and a path behind ://, nothing secret and no space"
+                )
+            raise
+
+    return Validator("URL", test)
 
 
 def one_of(*words: str, fold: Callable[[str], str] = str) -> Validator:
@@ -91,7 +123,7 @@ def one_of(*words: str, fold: Callable[[str], str] = str) -> Validator:
 
     def test(value: Any) -> str:
         if not isinstance(value, str) or fold(value) not in words:
-            refuse(f"expected one of {', '.join(words)}")
+            refuse(f"expected one of {', '.join(words)}, not {show(value)}")
         return fold(value)
 
     return Validator(" \\| ".join(words), test)
@@ -111,7 +143,8 @@ def list_of(validator: Validator) -> Validator:
 
     def test(values: Any) -> tuple[Any, ...]:
         if not isinstance(values, list):
-            refuse(f"expected a list, not {describe(values)}")
+            hint = " (write it as [a, b])" if isinstance(values, str) else ""
+            refuse(f"expected a list, not {describe(values)}{hint}")
         return tuple(_validate_each(validator, dict(enumerate(values))).values())
 
     return Validator(f"list of {validator.kind}", test, validator.inner, "[]")
@@ -162,7 +195,7 @@ def unfit(key: str) -> str | None:
 
 def _boolean(value: Any) -> bool:
     if type(value) is not bool:
-        refuse(f"expected true or false, not {describe(value)}")
+        refuse(f"expected true or false, not {show(value)}")
     return value
 
 
@@ -181,7 +214,9 @@ def _network(value: Any) -> str:
     try:
         return addresses.network(line(value))
     except ValueError:
-        refuse('expected an IP address or network such as "10.0.0.0/8", or "unix"')
+        refuse(
+            f'expected an IP address or network such as "10.0.0.0/8", or "unix", not {show(value)}'
+        )
 
 
 def _log_format(value: Any) -> str:
@@ -205,7 +240,12 @@ prose = text("text")
 line = text("text", r"[^\x00-\x1f\x7f]+", "one line of text, not empty")
 optional_line = text("text", r"[^\x00-\x1f\x7f]*", "one line of text")
 latin = text("text", r"[\x20-\x7e\xa0-\xff]*", "one line of Latin-1 text")
-label = text("name", r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", "a name of letters, digits, - _ and .")
+label = text(
+    "name",
+    r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}",
+    "a name of letters, digits, - _ and .",
+    shown=True,
+)
 header = text("header name", r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", "the name of an HTTP header")
 digest = text("SHA-256 in hex", r"[0-9A-Fa-f]{64}", "64 hexadecimal digits")
 secret = Validator("secret", _secret)
@@ -217,7 +257,12 @@ variable = text(
 
 # Addresses.
 network = Validator("IP address, network or unix", _network)
-origin = text("origin", r"\*|[a-z][a-z0-9+.-]*://[^\s/?#@]+", '"*" or scheme://host[:port]')
+origin = text(
+    "origin",
+    r"\*|[a-z][a-z0-9+.-]*://[^\s/?#@]+",
+    '"*" or scheme://host[:port], without a path or a slash at its end',
+    shown=True,
+)
 proxy = url("http", "https", rest=r"[^\s\x00-\x1f\x7f?#]+")
 redis = url("redis", "rediss", "unix", rest=r"[^\s\x00-\x1f\x7f#]+")
 # A user's name and password in the URL of an API are refused, because there is `api_key`.
@@ -236,6 +281,7 @@ route = text(
     "path",
     rf"(?!(?:{'|'.join(TAKEN)})\Z)/[A-Za-z0-9._~/-]*[A-Za-z0-9._~-]",
     'a path such as "/ws/chat" that no other route has',
+    shown=True,
 )
 
 # Words.

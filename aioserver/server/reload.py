@@ -117,8 +117,8 @@ class Reload:
             return False
         for warning in (*configuration.warnings, *few_files):
             logger.warning("%s", warning)
-        for key in configuration.not_enforced():
-            logger.warning("%s is valid, but not enforced yet", key)
+        for setting in configuration.not_enforced():
+            logger.warning("not in effect yet: %s", setting)
         for key in ONLY_BY_RESTART:
             if attrgetter(key)(configuration.settings) != attrgetter(key)(self._began):
                 logger.warning("%s has changed, and stays as it was until a restart", key)

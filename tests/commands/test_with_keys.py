@@ -13,6 +13,7 @@ from aioserver.commands.bench.clients import Question
 from aioserver.commands.bench.load import Plan, Run
 from aioserver.commands.top.feed import Feed, State
 from tests.support.keys import key_of, keys_of
+from tests.support.process import run_command
 
 if TYPE_CHECKING:
     from tests.support.server import MakeServer, RunningServer
@@ -52,19 +53,28 @@ async def test_a_bench_meets_the_keys_own_limit(make_server: MakeServer, face: s
 
 
 @pytest.mark.parametrize("face", ["websocket", "sse", "openai"])
-@pytest.mark.parametrize("key", [None, "aio-nobody"])
-async def test_a_bench_that_is_not_let_in_is_not_whole(
-    make_server: MakeServer, face: str, key: str | None
+@pytest.mark.parametrize(
+    ("key", "said"), [(None, "wants an API key"), ("aio-nobody", "does not know this key")]
+)
+async def test_a_bench_that_is_not_let_in_says_so_and_asks_nothing(
+    make_server: MakeServer, face: str, key: str | None, said: str
 ) -> None:
     server = await make_server(**keys_of("web"))
     run = Run(plan(server, face, key))
 
-    await run.execute(asyncio.Event())
+    with pytest.raises(remote.KeyNeeded, match=said):
+        await run.execute(asyncio.Event())
 
-    report = run.report()
-    code = "invalid_api_key" if key else "missing_api_key"
-    assert not report["complete"]
-    assert report["incomplete"] == {"http_401" if face == "websocket" else code: 4}
+    assert run.results.begun == 0
+
+
+async def test_a_bench_without_a_key_is_exit_2_and_one_line(make_server: MakeServer) -> None:
+    server = await make_server(**keys_of("web"))
+
+    code, out, err = await run_command("bench", server.base, "--json")
+
+    assert (code, out) == (2, "")
+    assert err == f"{server.base} wants an API key: give it by --key or AIOSERVER_KEY\n"
 
 
 async def test_top_wants_an_admins_key(make_server: MakeServer) -> None:

@@ -151,10 +151,10 @@ loging: {}
 
     assert found == [
         "AIOSERVER__CHAT__SSE__ENDPOINT chat.sse.endpoint: expected text, not a number (put it in quotes)",
-        "F:3:5 chat.websocket.port: expected a whole number, not a boolean",
+        "F:3:5 chat.websocket.port: expected a whole number, not true",
         "F:4:5 chat.websocket.prot: unknown key (did you mean port?)",
-        "F:5:5 chat.websocket.ping_interval: must be finite and at most 1000000000",
-        "F:6:5 chat.websocket.max_message_size: expected a whole number, not text (write a number without quotes and without leading zeros)",
+        "F:5:5 chat.websocket.ping_interval: must be finite and at most 1000000000, not nan",
+        'F:6:5 chat.websocket.max_message_size: expected a whole number, not text "16" (write a number without quotes and without leading zeros)',
         "F:9:7 chat.websocket.concurrency.connection_queue_size: must be >= max_connections (10), not 9",
         "F:10:7 chat.websocket.concurrency.uvicorn.workers: required key is missing",
         "F:11:9 chat.websocket.concurrency.uvicorn.backlog: must be >= connection_queue_size (9), not 5",
@@ -165,7 +165,7 @@ loging: {}
         "F:25:19 llm.providers.mine.models[1]: expected text, not a number (put it in quotes)",
         "F:26:7 llm.providers.mine.http_client.backoff_factor: required key is missing",
         "F:27:30 llm.providers.mine.http_client.max_keepalive: must be <= max_connections (2), not 3",
-        "F:28:44 llm.providers.mine.http_client.pool_timeout: must be greater than 0",
+        "F:28:44 llm.providers.mine.http_client.pool_timeout: must be greater than 0, not 0",
         "F:30:1 loging: unknown key (did you mean logging?)",
     ]
 
@@ -236,7 +236,7 @@ def test_a_variable_overrides_the_file(file: Path) -> None:
     [
         (
             "CHAT__WEBSOCKET__PORT",
-            "canary",
+            "canary-0123456789",
             "chat.websocket.port: expected a whole number, not text",
         ),
         ("CHAT__WEBSOCKET__PROT", "1", "chat.websocket.prot: unknown key (did you mean port?)"),

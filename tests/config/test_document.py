@@ -212,6 +212,23 @@ def test_bad_yaml_has_a_place_and_shows_nothing_of_the_text(text: str, place: st
     assert "canary" not in found[0]
 
 
+@pytest.mark.parametrize(
+    ("text", "place", "hint"),
+    [
+        ("a:\n\tb: 1", "f:2:1", "(a tab: YAML indents with spaces only)"),
+        ("a:\n  \tb: 1\n", "f:2:", "(a tab: YAML indents with spaces only)"),
+        ("a:\n  b: 1\n    c: 2", "f:3:", "indented as the keys beside it are?"),
+        ("a:\n    b: 1\n  c: 2", "f:3:3", "indented as the keys beside it are?"),
+        ("a: b: c", "f:1:5", "a text with a colon needs quotes"),
+    ],
+)
+def test_a_broken_layout_says_what_is_probably_wrong(text: str, place: str, hint: str) -> None:
+    [fault] = faults(text)
+
+    assert fault.startswith(place)
+    assert hint in fault
+
+
 @ANY_MACHINE
 @given(st.text() | st.text(alphabet="ab:-[]{}&*!|>'\"%@`#,? \n\t$", max_size=40))
 @example("!")

@@ -302,18 +302,20 @@ def test_settings_are_values() -> None:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    limit: int = setting(validators.count, "", 1, enforced=False)
+    limit: int = setting(validators.count, "", 1, instead="none")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Whole:
     now: int = setting(validators.count, "", 1)
-    later: int = setting(validators.count, "", enforced=False, neutral=5)
+    later: int = setting(validators.count, "", instead="five", neutral=5)
     part: Part = group(Part)
     parts: dict[str, Part] = setting(
         validators.mapping_of(validators.label, section(Part)), "", {}
     )
-    listed: tuple[str, ...] = setting(validators.list_of(validators.line), "", (), enforced=False)
+    listed: tuple[str, ...] = setting(
+        validators.list_of(validators.line), "", (), instead="nothing"
+    )
 
 
 @pytest.mark.parametrize(
@@ -321,11 +323,11 @@ class Whole:
     [
         ({"later": 5}, []),
         ({"later": 5, "now": 7}, []),
-        ({"later": 4, "listed": ["a"]}, ["later", "listed"]),
-        ({"later": 5, "part": {"limit": 2}}, ["part.limit"]),
+        ({"later": 4, "listed": ["a"]}, ["later: five", "listed: nothing"]),
+        ({"later": 5, "part": {"limit": 2}}, ["part.limit: none"]),
         (
             {"later": 5, "parts": {"a": {}, "b": {"limit": 2}, "c": {"limit": 3}}},
-            ["parts.*.limit"],
+            ["parts.*.limit: none"],
         ),
     ],
 )

@@ -20,6 +20,7 @@ def test_the_original_loads_unchanged_without_a_key() -> None:
     assert configuration.settings.chat.websocket.allow_origins == ("*",)
     assert [warning.split(" ", 1)[1].split(":")[0] for warning in configuration.warnings] == [
         "chat.websocket.allow_origins",
+        "chat.websocket.concurrency.connection_queue_size",
         "chat.service.repository.connection_pool",
         "chat.service.context.conversation_limits",
         "chat.service.context.response_tokens",

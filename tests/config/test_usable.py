@@ -82,3 +82,25 @@ def test_a_missing_guard_and_any_origin_are_warned_of(file: Path) -> None:
         "chat.websocket.allow_origins",
         "auth.open",
     ]
+
+
+def test_a_queue_in_which_nobody_waits_is_warned_of(file: Path) -> None:
+    waits = "      queue_timeout: 5\n"
+    for text, warned in (
+        (small(), False),
+        (small().replace(waits, "      queue_timeout: 0\n"), False),
+        (small().replace(waits, ""), True),
+    ):
+        warnings = load(text, file).warnings
+        assert any("nobody waits" in warning for warning in warnings) is warned, text
+
+    override = {"AIOSERVER__CHAT__WEBSOCKET__CONCURRENCY__QUEUE_TIMEOUT": "5"}
+    assert load(small().replace(waits, ""), file, **override).warnings == ()
+
+
+def test_a_key_that_belongs_into_a_section_inside_says_so(file: Path) -> None:
+    text = small().replace("      model: m\n", "      model: m\n      queue_size: 5\n")
+
+    [fault] = refused(lambda: load(text, file), file)
+
+    assert "(it belongs into http_client: indent it further, below that key)" in fault

@@ -41,9 +41,9 @@ chat:
     concurrency:
       max_connections: 10
       connection_queue_size: 10
-      uvicorn: {backlog: 10, workers: 1, access_log: no, keepalive_timeout: 5,
-        max_keepalive_requests: 10, h11_max_incomplete_event_size: 100,
-        h11_max_request_line_size: 100, h11_max_header_size: 100}
+      queue_timeout: 5
+      uvicorn: {backlog: 10, workers: 1, access_log: no, keepalive_timeout: 5, max_keepalive_requests: 10,
+        h11_max_incomplete_event_size: 100, h11_max_request_line_size: 100, h11_max_header_size: 100}
 llm:
   active: mine
   providers:

@@ -94,7 +94,8 @@ def command(
 
     URL is the server's address, http://127.0.0.1:8000 unless you name another. The report has the
     latencies, how many answers were complete, how many requests were refused, and the limit that
-    was met. Exit code 1: an answer was incomplete, or the server could not be reached.
+    was met. Exit code 1: an answer was incomplete, or the server could not be reached; 2: it wants
+    a key.
     """
     if requests is not None and duration is not None:
         raise click.UsageError("either --requests or --duration")
@@ -111,7 +112,7 @@ def bench(plan: Plan, *, as_json: bool) -> int:
     """Carry out *plan* and print the report on stdout; the progress bar goes to stderr.
 
     Returns the exit code: 0, 1 for an incomplete answer or a server that is not there, 2 where
-    rich is missing or the clients need more open files than this process may have.
+    rich is missing, the server wants another key, or the clients need more open files than this process may have.
     """
     drawing = _drawing()
     if drawing is None and not as_json:
@@ -157,7 +158,7 @@ async def _run(plan: Plan, drawing: ModuleType | None, *, as_json: bool) -> int:
         await run.execute(stop, drawing.show_progress if drawing else None)
     except remote.Unreachable as error:
         print(error, file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, remote.KeyNeeded) else 1
     report = run.report()
     if as_json:
         print(orjson.dumps(report, option=orjson.OPT_INDENT_2).decode())

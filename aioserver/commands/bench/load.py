@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
@@ -73,10 +74,11 @@ class Run:
         cancelled at the end.
 
         Raises:
-            Unreachable: the server did not answer at the start.
+            Unreachable: the server did not answer at the start, or wants another key.
         """
         async with remote.session(self.plan.key) as session:
             url = self.plan.url + (await self._endpoints(session))[self.plan.face]
+            await self._check_key(session)
             self._begun, cpu = time.perf_counter(), time.process_time()
             work = asyncio.create_task(self._run_clients(session, url))
             background = [
@@ -121,6 +123,29 @@ class Run:
             ) from None
         endpoints = overview.get("endpoints") if isinstance(overview, dict) else None
         return {**ENDPOINTS, **endpoints} if isinstance(endpoints, dict) else ENDPOINTS
+
+    async def _check_key(self, session: aiohttp.ClientSession) -> None:
+        """Ask for the models, which needs a key where any request does and costs nothing.
+
+        Raises:
+            KeyNeeded: the server does not know our key, or we have none and it wants one.
+            Unreachable: the server did not answer.
+        """
+        url = self.plan.url
+        try:
+            async with (
+                asyncio.timeout(remote.CONNECT_TIMEOUT),
+                session.get(f"{url}/v1/models") as response,
+            ):
+                refused = response.status == HTTPStatus.UNAUTHORIZED
+        except (aiohttp.ClientError, OSError) as error:
+            raise remote.Unreachable(
+                f"{url} cannot be reached: {remote.describe(error)}"
+            ) from None
+        if refused and self.plan.key:
+            raise remote.KeyNeeded(f"{url} does not know this key: see --key and AIOSERVER_KEY")
+        if refused:
+            raise remote.KeyNeeded(f"{url} wants an API key: give it by --key or AIOSERVER_KEY")
 
     async def _run_clients(self, session: aiohttp.ClientSession, url: str) -> None:
         async with asyncio.TaskGroup() as group:
