@@ -136,7 +136,8 @@ def count(block: bytes) -> int:
         and block.find(b"\n\n") == len(block) - 2
         and block.find(b"\r") < 0
     ):
-        return 1  # as a rule, a read brings one event
+        # As a rule, a read brings one event.
+        return 1
     blanks = block.count(b"\n\n")
     if (
         block.startswith(b"data:")

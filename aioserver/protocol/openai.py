@@ -94,7 +94,8 @@ class Reading:
             if isinstance(text, str) and text:
                 written = orjson.dumps(text)
                 chunks.append(TEXT % written)
-                self.note(text, len(written) - 2)  # without the quotes
+                # The size does not count the quotes.
+                self.note(text, len(written) - 2)
             if tool_calls := delta.get("tool_calls"):
                 chunks.append(TOOL_CALLS % orjson.dumps(tool_calls))
         reason = choice.get("finish_reason")

@@ -9,8 +9,10 @@ from aioserver.commands.remote import printable
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-MAX_LAG = 0.1  # seconds; clients feel an event loop that is later than this
-MAX_FILES = 0.9  # of the open files that are allowed
+# Seconds; clients notice an event loop that is later than this.
+MAX_LAG = 0.1
+# The share of the allowed open files from which on they run out.
+MAX_FILES = 0.9
 
 Level = Literal["ok", "warning", "error"]
 
