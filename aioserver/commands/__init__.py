@@ -12,5 +12,5 @@
   the key, a session, and the errors that a server answers with.
 
 Results go to stdout, explanations and errors to stderr. An error is one line without a
-traceback, and says what to do.
+traceback, and says what to do. A server goes on if its **output** cannot be written.
 """

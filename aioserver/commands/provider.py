@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from aioserver.commands import options
+from aioserver.commands import options, output
 from aioserver.providers.simulator import faults
 from aioserver.providers.simulator.exchange import Behaviour
 from aioserver.providers.simulator.model import BadRequest
@@ -137,7 +137,10 @@ def provider(host: str, port: int, behaviour: Behaviour) -> int:
 
     Returns the exit code: 0, or 1 if it cannot listen on *host* and *port*.
     """
-    return asyncio.run(_run(host, port, behaviour))
+    output.open_closed()
+    code = asyncio.run(_run(host, port, behaviour))
+    output.give_up()
+    return code
 
 
 async def _run(host: str, port: int, behaviour: Behaviour) -> int:
@@ -155,12 +158,11 @@ async def _run(host: str, port: int, behaviour: Behaviour) -> int:
         print(f"cannot listen on {host}:{port}: {reason}", file=sys.stderr)
         return 1
     try:
-        print(f"simulated provider on {base_url} (Ctrl-C stops it)")
-        # Flushed: a program that reads us through a pipe waits for these lines.
-        print(
+        # A program that reads us through a pipe waits for these lines.
+        output.announce(
+            f"simulated provider on {base_url} (Ctrl-C stops it)\n"
             "point aioserver at it: AIOSERVER__LLM__ACTIVE=local"
-            f" AIOSERVER__LLM__PROVIDERS__LOCAL__BASE_URL={base_url} python -m aioserver",
-            flush=True,
+            f" AIOSERVER__LLM__PROVIDERS__LOCAL__BASE_URL={base_url} python -m aioserver"
         )
         await stop.wait()
     finally:

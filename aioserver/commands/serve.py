@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from aioserver.commands import options
+from aioserver.commands import options, output
 from aioserver.config import Configuration
 from aioserver.errors import ConfigurationError
 from aioserver.server import listener, preflight, systemd
@@ -73,6 +73,7 @@ def serve(config: Path | None, *, host: str | None, port: int | None, loop: str)
     *host* and *port* replace the configured ones. Returns the exit code: 0, 2 for a configuration
     or an interpreter that cannot serve, 1 for anything else.
     """
+    output.open_closed()
     # By default SIGHUP kills; it is ignored until there is a server that can reload.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     environ = dict(os.environ)
@@ -108,6 +109,8 @@ def serve(config: Path | None, *, host: str | None, port: int | None, loop: str)
     with asyncio.Runner(loop_factory=factory) as runner:
         code = runner.run(_run(configuration, environ, inherited))
         _leave_soon(code)
+    logging.shutdown()
+    output.give_up()
     return code
 
 
@@ -203,7 +206,7 @@ async def _serve(
         settings = server.context.settings.chat.websocket
         print(preflight.cannot_listen(settings.host, settings.port, exc), file=sys.stderr)
         return 1
-    print(f"aioserver is ready: {listening[0].url}", flush=True)
+    output.announce(f"aioserver is ready: {listening[0].url}")
     gc.collect()
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLDS)

@@ -95,7 +95,7 @@ class WebSocket:
     """The address of the server, and what holds for its clients on every face."""
 
     host: str = setting(
-        line, "address to listen on; any but a loopback address needs `auth`", "localhost"
+        line, "address to listen on; beyond loopback: needs auth.keys or auth.open", "localhost"
     )
     port: int = setting(port_number, "TCP port to listen on; 0: any free port", 8000)
     endpoint: str = setting(route, "path of the WebSocket face", "/ws/chat")
@@ -244,7 +244,9 @@ class Streams:
         30.0,
     )
     max_stream_bytes: int = setting(
-        size, "bytes kept of one answer; beyond: its oldest events are dropped", 2**22
+        size,
+        "bytes kept of one answer; beyond: its oldest events are dropped; an event larger than that: 502",
+        2**22,
     )
     max_kept_bytes: int = setting(
         size,

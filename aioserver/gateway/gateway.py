@@ -86,6 +86,11 @@ class Gateway:
         for provider in self._router.providers.values():
             provider.on_wait = self.lifetime.make_room
 
+    @property
+    def running(self) -> int:
+        """The number of answers under way: asked for, streamed or not, and not ended."""
+        return len(self._producers) + len(self._calls)
+
     def ask(self, caller: Caller, chat: Chat, scope: str | None = None, *, face: str) -> Stream:
         """Return the stream that answers *chat*: that of its request id, or a new one.
 
@@ -148,11 +153,13 @@ class Gateway:
         self.lifetime.reader_added(stream)
         try:
             await reader.reached
+            # Before the reader leaves: a stream whose window is 0 is then forgotten.
+            answer = stream.details.whole
         finally:
             reader.leave()
             self.lifetime.reader_removed(stream)
-        if isinstance(stream.details.whole, Answer):
-            return stream.details.whole
+        if isinstance(answer, Answer):
+            return answer
         raise stream.error or StreamNotFound("this answer was cancelled")
 
     def find(self, caller: Caller, request_id: str, digest: bytes | None = None) -> Stream:
@@ -268,12 +275,12 @@ class Gateway:
             if quota is not None:
                 quota.give_back(unused=True)
             raise
-        stream.record = _begin_record(request)
+        stream.record = self._begin_record(request)
         return stream
 
     async def _call_alone(self, request: Request) -> Answer:
         """Return an answer that no log keeps."""
-        record = _begin_record(request)
+        record = self._begin_record(request)
         task: asyncio.Task[Any] | None = asyncio.current_task()
         assert task is not None
         self._calls.add(task)
@@ -296,6 +303,22 @@ class Gateway:
         record.usage = answer.usage
         self._request_log.finish(record, None)
         return answer
+
+    def _begin_record(self, request: Request) -> RequestRecord:
+        """Begin the record of *request*, which is understood and goes to its first provider now."""
+        asked, route = request.provider_request, request.route
+        record, provider = asked.record, route.provider
+        model = route.model or provider.settings.model
+        record.begin(
+            request.face,
+            request.name,
+            provider.name,
+            model,
+            request.caller.name,
+            streamed=asked.streamed,
+        )
+        record.log = self._request_log
+        return record
 
     def _start_producer(self, stream: Stream, producer: Coroutine[Any, Any, None]) -> None:
         task = self._loop.create_task(producer)
@@ -357,7 +380,6 @@ class Gateway:
             # Otherwise the frames of the traceback would keep the question for the whole window.
             stream.error.__traceback__ = stream.error.__cause__ = stream.error.__context__ = None
         record = stream.record
-        record.first = stream.answered_at
         # Without the two events that open and end the stream.
         record.events = stream.last - 2 if stream.answered_at else 0
         record.usage = stream.details.usage
@@ -377,12 +399,3 @@ def shutdown_error() -> ServerShutdown:
 
 def _ended(stream: Stream) -> bool:
     return stream.ended
-
-
-def _begin_record(request: Request) -> RequestRecord:
-    """Begin and return the record of *request*, which goes to its first provider now."""
-    record, route = request.provider_request.record, request.route
-    provider = route.provider
-    model = route.model or provider.settings.model
-    record.begin(request.face, request.name, provider.name, model, request.caller.name)
-    return record

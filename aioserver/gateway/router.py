@@ -120,6 +120,11 @@ class Router:
         return self._providers[self._active]
 
     @property
+    def fallbacks(self) -> list[str]:
+        """The names of those that are asked where the active provider fails."""
+        return [provider.name for provider in self._usable_others(self.active)]
+
+    @property
     def usable(self) -> bool:
         """Whether the active provider can be asked."""
         return self.active.settings.usable

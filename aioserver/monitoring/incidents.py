@@ -1,17 +1,19 @@
 """Incidents: what has happened that an operator should know, found in the difference of two ticks.
 
-A breaker that opens or closes is an incident at once. Everything else is gathered: the first incident is
-reported at once, and after it a quiet time begins, in which numbers are added up for the next incident
-of the same kind, detail and provider.
+Everything that is counted is gathered: the first is told at once, and after it a quiet time begins, in which numbers are added up for the next one of the
+same kind, detail and provider. A trouble of a provider is an incident when it begins and when it ends;
+one that comes back in its quiet time is told after that, if it still lasts.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 from aioserver.monitoring.interval import (
+    ANSWERED,
     ATTEMPTS,
     DENIED,
     KEY_REFUSED,
@@ -19,7 +21,8 @@ from aioserver.monitoring.interval import (
     SLOW_CLIENTS,
     Total,
 )
-from aioserver.providers.breaker import CLOSED
+from aioserver.monitoring.troubles import DEAD, FAULTS, SICK, SILENT
+from aioserver.telemetry.metrics import OK
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -33,11 +36,6 @@ QUIET = 10.0
 LAG_LIMIT = 0.1
 # Requests denied in so many ticks that are an incident: more than a person mistypes.
 DENIED_BURST, DENIED_TICKS = 10, 10
-# Outcomes of an attempt that are an incident. A 4xx is none: the fault is the request's, or our key's, which
-# has an incident of its own. Nor is a stale connection, which is replaced at once.
-FAULTS = frozenset(
-    ("connect_error", "timeout", "http_429", "http_5xx", "tls", "disconnected", "bad_response")
-)
 # Totals that are gathered, and the kind of incident that they become.
 GATHERED = {
     REJECTIONS: "rejections",
@@ -53,8 +51,20 @@ TEXTS = {
     "provider_faults": "{provider}: {number} x {detail}",
     "loop_lag": "the event loop was {number} ms late",
 }
-# Kinds and details whose severity is "error"; of the others it is "warning".
-SEVERE = frozenset(("connect_error", "tls", "provider_auth", "loop_lag"))
+# Troubles that are incidents of the same kind: the severity, and the text of the end.
+TROUBLES = {
+    DEAD: ("error", "{provider} answers again"),
+    SICK: ("warning", "{provider} is well again"),
+    SILENT: ("error", "{provider} speaks again"),
+}
+# Kinds and details whose severity is always "error".
+SEVERE = frozenset(("tls", "provider_auth", "no_provider"))
+# What is gathered is an error, too, where so many were refused or failed, and nothing went well.
+ALL_REFUSED, ALL_FAILED = 10, 5
+# But these codes are about one caller's limits, or a stop.
+HARMLESS = frozenset(("rate_limit_exceeded", "concurrency_exceeded", "server_shutdown"))
+# Milliseconds by which the loop is late that are an error: clients see that everything stands still.
+SEVERE_LAG = 1000
 
 
 class Incident(TypedDict):
@@ -86,6 +96,14 @@ class Subject(NamedTuple):
     provider: str | None = None
 
 
+@dataclass(slots=True)
+class Gathered:
+    """What was gathered of one subject; *well* is the number of those that went well meanwhile."""
+
+    number: int = 0
+    well: int = 0
+
+
 class Detector:
     """Finds incidents, tick by tick.
 
@@ -93,50 +111,85 @@ class Detector:
     """
 
     def __init__(self) -> None:
-        self._gathered: dict[Subject, int] = {}
+        self._gathered: dict[Subject, Gathered] = {}
         self._quiet_until: dict[Subject, float] = {}
         self._denied: deque[int] = deque(maxlen=DENIED_TICKS)
-        self._breakers: dict[str, str] = {}
+        # The kind of the trouble that was told of each provider, and is not over.
+        self._troubles: dict[str, str] = {}
 
     def detect(
         self, now: float, interval: Interval, providers: Mapping[str, ProviderState]
     ) -> list[Incident]:
         """Return the incidents of the tick at *now*, a monotonic time, which ends *interval*."""
         self._gather(interval)
-        return [*self._breaker_changes(providers), *self._due(now)]
+        return [
+            *self._trouble_changes(now, providers),
+            *self._due(now),
+        ]
 
     def _gather(self, interval: Interval) -> None:
         gathered = self._gathered
         for total, number in interval.growth.items():
             if total.kind in GATHERED and (total.kind != ATTEMPTS or total.detail in FAULTS):
                 subject = Subject(GATHERED[total.kind], total.detail, total.provider)
-                gathered[subject] = gathered.get(subject, 0) + int(number)
+                gathered.setdefault(subject, Gathered()).number += int(number)
         self._denied.append(int(interval.growth.get(Total(DENIED), 0)))
         if (denied := sum(self._denied)) >= DENIED_BURST:
             subject = Subject("auth")
-            gathered[subject] = gathered.get(subject, 0) + denied
+            gathered.setdefault(subject, Gathered()).number += denied
             self._denied.clear()
         if interval.lag_max > LAG_LIMIT:
             subject = Subject("loop_lag")
-            gathered[subject] = max(gathered.get(subject, 0), round(interval.lag_max * 1000))
+            lag = gathered.setdefault(subject, Gathered())
+            lag.number = max(lag.number, round(interval.lag_max * 1000))
+        for subject, of_subject in gathered.items():
+            name = subject.provider
+            total = Total(ANSWERED) if name is None else Total(ATTEMPTS, OK, name)
+            of_subject.well += int(interval.growth.get(total, 0))
 
-    def _breaker_changes(self, providers: Mapping[str, ProviderState]) -> Iterator[Incident]:
-        before = self._breakers
-        self._breakers = {name: provider["breaker"] for name, provider in providers.items()}
-        for name, breaker in self._breakers.items():
-            was_closed = before.get(name, CLOSED) == CLOSED
-            if was_closed and breaker != CLOSED:
-                yield incident("breaker", f"{name} fails: its breaker has opened", "error", name)
-            elif not was_closed and breaker == CLOSED:
-                yield incident("breaker", f"{name} answers again", "info", name)
+    def _trouble_changes(
+        self, now: float, providers: Mapping[str, ProviderState]
+    ) -> Iterator[Incident]:
+        told = self._troubles
+        self._troubles = {name: kind for name, kind in told.items() if name in providers}
+        for name, provider in providers.items():
+            trouble, before = provider["trouble"], told.get(name)
+            kind = trouble["kind"] if trouble is not None else None
+            if kind not in TROUBLES:
+                if before is not None:
+                    del self._troubles[name]
+                    text = TROUBLES[before][1].format(provider=name)
+                    yield incident(before, text, "info", name)
+            elif kind != before:
+                assert trouble is not None, "it has a kind"
+                subject = Subject(trouble["kind"], provider=name)
+                if self._quiet_until.get(subject, 0.0) <= now:
+                    self._quiet_until[subject] = now + QUIET
+                    self._troubles[name] = trouble["kind"]
+                    severity = TROUBLES[trouble["kind"]][0]
+                    yield incident(trouble["kind"], trouble["text"], severity, name)
 
     def _due(self, now: float) -> Iterator[Incident]:
         """Yield an incident for each subject that was gathered and is not in its quiet time."""
         due = [subject for subject in self._gathered if self._quiet_until.get(subject, 0.0) <= now]
         for subject in due:
-            number = self._gathered.pop(subject)
+            gathered = self._gathered.pop(subject)
             self._quiet_until[subject] = now + QUIET
             kind, detail, provider = subject
-            text = TEXTS[kind].format(number=number, detail=detail, provider=provider)
-            severity = "error" if kind in SEVERE or detail in SEVERE else "warning"
-            yield incident(kind, text, severity, provider)
+            text = TEXTS[kind].format(number=gathered.number, detail=detail, provider=provider)
+            yield incident(kind, text, _severity(subject, gathered), provider)
+
+
+def _severity(subject: Subject, gathered: Gathered) -> str:
+    """Return "error" for what people feel, such as that everybody is refused; else "warning"."""
+    kind, detail, _ = subject
+    nothing_went_well = not gathered.well and detail not in HARMLESS
+    if (
+        kind in SEVERE
+        or detail in SEVERE
+        or (kind == "rejections" and nothing_went_well and gathered.number >= ALL_REFUSED)
+        or (kind == "provider_faults" and nothing_went_well and gathered.number >= ALL_FAILED)
+        or (kind == "loop_lag" and gathered.number >= SEVERE_LAG)
+    ):
+        return "error"
+    return "warning"

@@ -12,6 +12,8 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from aioserver.telemetry.metrics import OK
+
 if TYPE_CHECKING:
     from aioserver.telemetry.loop_lag import LoopLag
     from aioserver.telemetry.metrics import Metrics
@@ -29,6 +31,7 @@ SLOW_CLIENTS = "slow_clients"
 EVENTS = "events"
 KEY_REFUSED = "key_refused"
 ATTEMPTS = "attempts"
+ANSWERED = "answered"
 
 
 class Total(NamedTuple):
@@ -98,6 +101,10 @@ def totals(metrics: Metrics) -> dict[Total, float]:
         Total(REJECTIONS, code): counter.value for code, counter in metrics.rejections.items()
     }
     numbers[Total(REQUESTS)] = sum(counter.value for counter in metrics.outcomes.values())
+    # First events count as soon as they come: the answer may take an hour.
+    numbers[Total(ANSWERED)] = metrics.outcomes[OK].value + sum(
+        sum(meter.first_token.counts) for meter in metrics.providers.values()
+    )
     numbers[Total(DENIED)] = sum(counter.value for counter in metrics.auth_failures.values())
     numbers[Total(SLOW_CLIENTS)] = metrics.slow_clients.value
     for provider, meter in metrics.providers.items():

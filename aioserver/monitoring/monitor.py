@@ -7,6 +7,7 @@ snapshot, and so does each watcher of `/events`.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -17,6 +18,7 @@ from aioserver.errors import ServerAtCapacity
 from aioserver.monitoring.incidents import Detector, incident
 from aioserver.monitoring.interval import IntervalMeter
 from aioserver.monitoring.snapshot import Snapshots
+from aioserver.monitoring.troubles import Troubles
 from aioserver.protocol import eventstream
 
 if TYPE_CHECKING:
@@ -25,12 +27,16 @@ if TYPE_CHECKING:
     from aioserver.monitoring.incidents import Incident
     from aioserver.monitoring.snapshot import Percentiles, ProviderState, Snapshot, Sources
 
+logger = logging.getLogger("aioserver.monitoring")
+
 # Seconds.
 TICK = 1.0
 # Ticks that the history keeps: ten minutes.
 HISTORY = 600
 MAX_INCIDENTS = 100
 MAX_WATCHERS = 256
+# The log levels of an incident's severities.
+LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
 # What the history keeps of a snapshot, and of each provider in it.
 SERIES: dict[str, Callable[[Snapshot], float | None]] = {
@@ -81,6 +87,7 @@ class Monitor:
         self._loop = asyncio.get_running_loop()
         self._snapshots = Snapshots(sources)
         self._intervals = IntervalMeter(sources.metrics, sources.lag)
+        self._troubles = Troubles()
         self._detector = Detector()
         self._history: deque[Point] = deque(maxlen=HISTORY)
         self._incidents: deque[Incident] = deque(maxlen=MAX_INCIDENTS)
@@ -110,7 +117,9 @@ class Monitor:
 
     def fresh(self) -> Snapshot:
         """Return the state of this moment; rates and the like are those of the last tick."""
-        return self._snapshots.build(self._interval, watchers=len(self._watchers))
+        return self._snapshots.build(
+            self._interval, self._troubles.now, watchers=len(self._watchers)
+        )
 
     def watch(self, watcher: Watcher, every: int) -> None:
         """Send *watcher* the history, then a snapshot each *every* ticks and incidents as they happen.
@@ -135,19 +144,21 @@ class Monitor:
     def incident(
         self, kind: str, text: str, *, severity: str = "warning", provider: str | None = None
     ) -> None:
-        """Keep an incident that happens now, and send it to all watchers."""
+        """Keep an incident that happens now, and send it to all watchers; the caller logs it."""
         self._publish(incident(kind, text, severity, provider))
 
     def tick(self) -> None:
         """End the interval: build its snapshot, find its incidents, and send both to the watchers."""
         self._interval = self._intervals.measure()
         self._snapshot = self.fresh()
+        self._troubles.look(self._snapshot, self._interval)
         self._snapshot_json = orjson.dumps(self._snapshot)
         self._history.append(_point(self._snapshot))
         self._history_event = b""
         providers = self._snapshot["providers"]
-        for new_incident in self._detector.detect(time.monotonic(), self._interval, providers):
-            self._publish(new_incident)
+        for happened in self._detector.detect(time.monotonic(), self._interval, providers):
+            _log(happened)
+            self._publish(happened)
         if self._watchers:
             stats = eventstream.write(self._snapshot_json, event="stats")
             for watcher, every in tuple(self._watchers.items()):
@@ -186,6 +197,15 @@ class Monitor:
             }
             self._history_event = eventstream.write(orjson.dumps(history), event="history")
         return self._history_event
+
+
+def _log(happened: Incident) -> None:
+    level = LEVELS[happened["severity"]]
+    if logger.isEnabledFor(level):
+        fields = {"kind": happened["kind"], "provider": happened["provider"]}
+        # The detector has thinned them out, each subject by itself.
+        extra = {"fields": fields, "thinned": True}
+        logger.log(level, "%s", happened["text"], extra=extra)
 
 
 def _point(snapshot: Snapshot) -> Point:

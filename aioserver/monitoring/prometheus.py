@@ -27,7 +27,6 @@ from prometheus_client.metrics_core import (
 from prometheus_client.registry import Collector
 
 from aioserver import __version__
-from aioserver.providers.breaker import CLOSED, OPEN, TRIAL
 from aioserver.telemetry.counters import Counter
 from aioserver.telemetry.kernel import accept_queue
 
@@ -41,7 +40,8 @@ if TYPE_CHECKING:
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 PREFIX = "aioserver_"
-BREAKER_STATES = (CLOSED, TRIAL, OPEN)
+# What the numbers of `provider_state` mean.
+STATES = ("well", "sick", "dead")
 
 
 class Gauge(NamedTuple):
@@ -77,7 +77,7 @@ GAUGES = (
         "face",
     ),
     Gauge("connections_limit", lambda s: s["connections"]["limit"], "max_connections"),
-    Gauge("streams", lambda s: s["streams"]["running"], "Answers under way"),
+    Gauge("streams", lambda s: s["requests"]["running"], "Answers under way"),
     Gauge(
         "streams_detached",
         lambda s: s["streams"]["detached"],
@@ -101,9 +101,21 @@ GAUGES = (
         "provider",
     ),
     Gauge(
-        "breaker_state",
-        _each_provider(lambda p: BREAKER_STATES.index(p["breaker"])),
-        "State of the circuit breaker: 0 closed, 1 trial, 2 open",
+        "provider_state",
+        _each_provider(lambda p: STATES.index(p["state"])),
+        "0 well, 1 sick (it fails often, and is asked), 2 dead (it is left alone, but for trials)",
+        "provider",
+    ),
+    Gauge(
+        "provider_silence_seconds",
+        _each_provider(lambda p: p["silent"]["longest"]),
+        "Longest silence of the provider that is going on now in a streamed answer",
+        "provider",
+    ),
+    Gauge(
+        "provider_silent_answers",
+        _each_provider(lambda p: p["silent"]["stalled"] + p["silent"]["unanswered"]),
+        "Streamed answers in which the provider has said nothing for seconds, and says nothing now",
         "provider",
     ),
     Gauge(

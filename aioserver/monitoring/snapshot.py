@@ -1,8 +1,8 @@
 """The state of the server at one moment: what `/stats`, `/events` and the gauges of `/metrics` show.
 
-Everything is read from counters and from `stats()`; requests and clients are never walked. So a
-snapshot costs the same with ten clients and with ten thousand. Values that cannot be read at a moment,
-such as rates, are those of the last interval.
+Everything is read from counters and from `stats()`; clients are never walked, and of requests only
+those that a provider answers now: a silence that goes on is counted nowhere yet. What cannot be read
+at a moment, such as a rate, is that of the last interval.
 
 The meaning of each field is in docs/monitoring.md.
 """
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol, TypedDict
 from aioserver import __version__
 from aioserver.monitoring.interval import ATTEMPTS, EVENTS, REJECTIONS, REQUESTS
 from aioserver.telemetry.kernel import process_usage
+from aioserver.telemetry.metrics import CANCELLED, OK
 
 if TYPE_CHECKING:
     import socket
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from aioserver.telemetry.metrics import Metrics
 
 Percentiles = dict[str, float]
+# Outcomes of an attempt that are no fault of the provider: a client that cancels is none.
+NO_FAULTS = frozenset((OK, CANCELLED))
 
 
 class SettingsInEffect(Protocol):
@@ -47,7 +50,7 @@ class SettingsInEffect(Protocol):
 class Sources:
     """The objects from which the state is read; they live as long as the server.
 
-    *gate* admits connections, *ready* says whether the server takes new work, and *listening* has the
+    *gate* admits connections, *running* counts the answers under way, *ready* says whether the server takes new work, and *listening* has the
     sockets that accept connections, as soon as there are any.
     """
 
@@ -55,6 +58,7 @@ class Sources:
     metrics: Metrics
     gate: Gate
     streams: StreamStore
+    running: Callable[[], int]
     lifetime: Lifetime
     router: Router
     lag: LoopLag
@@ -89,7 +93,6 @@ class RequestsState(TypedDict):
 class StreamsState(TypedDict):
     """The streams that are kept."""
 
-    running: int
     detached: int
     max_detached: int
     finished: int
@@ -114,6 +117,24 @@ class PaceState(TypedDict):
     cooling: float
 
 
+class SilenceState(TypedDict):
+    """What a provider does not say now: see providers/silence.py."""
+
+    longest: float
+    stalled: int
+    unanswered: int
+    under_way: int
+
+
+class Trouble(TypedDict):
+    """What is wrong with a provider: see troubles.py; *since* is Unix time in seconds."""
+
+    kind: str
+    since: float
+    text: str
+    detail: str
+
+
 class ProviderState(TypedDict):
     """One provider."""
 
@@ -127,16 +148,20 @@ class ProviderState(TypedDict):
     oldest_wait: float
     pool: PoolState
     pace: PaceState
-    breaker: str
+    state: str
+    next_try: float | None
     flagged: bool
     retries: int
     failovers: int
     requests: int
+    cancelled: int
     faults: dict[str, int]
     requests_per_second: float
     tokens_per_second: float
     first_token: Percentiles | None
     silence: Percentiles | None
+    silent: SilenceState
+    trouble: Trouble | None
 
 
 class LoopState(TypedDict):
@@ -165,6 +190,7 @@ class Snapshot(TypedDict):
     uptime: float
     ready: bool
     active_provider: str
+    fallbacks: list[str]
     connections: ConnectionsState
     rejections: dict[str, int]
     requests: RequestsState
@@ -188,12 +214,16 @@ class Snapshots:
         self._sources = sources
         self._began = time.monotonic()
 
-    def build(self, interval: Interval, *, watchers: int) -> Snapshot:
-        """Return the state of this moment, with the rates of *interval*."""
+    def build(
+        self, interval: Interval, troubles: Mapping[str, Trouble], *, watchers: int
+    ) -> Snapshot:
+        """Return the state of this moment, with the rates of *interval* and the *troubles* known."""
         sources, metrics, now = self._sources, self._sources.metrics, time.monotonic()
         router, chat = sources.router, sources.settings.chat
         providers = {
-            name: _provider_state(provider, interval, now, active=provider is router.active)
+            name: _provider_state(
+                provider, interval, now, troubles.get(name), active=provider is router.active
+            )
             for name, provider in router.providers.items()
         }
         return {
@@ -203,12 +233,13 @@ class Snapshots:
             "uptime": round(now - self._began, 1),
             "ready": sources.ready(),
             "active_provider": router.active.name,
+            "fallbacks": router.fallbacks,
             "connections": _connections_state(sources, interval),
             "rejections": _values(metrics.rejections),
             "requests": {
                 "total": _sum(metrics.outcomes),
                 "per_second": interval.rate(REQUESTS),
-                "running": sum(provider["in_flight"] for provider in providers.values()),
+                "running": sources.running(),
                 "outcomes": _values(metrics.outcomes),
             },
             "first_token": metrics.recent_first_tokens.percentiles(now),
@@ -250,7 +281,6 @@ def _connections_state(sources: Sources, interval: Interval) -> ConnectionsState
 def _streams_state(sources: Sources) -> StreamsState:
     streams = sources.streams.stats()
     return {
-        "running": streams.running,
         "detached": sources.lifetime.detached,
         "max_detached": sources.settings.chat.streams.max_detached,
         "finished": streams.finished,
@@ -260,10 +290,10 @@ def _streams_state(sources: Sources) -> StreamsState:
 
 
 def _provider_state(
-    provider: Provider, interval: Interval, now: float, *, active: bool
+    provider: Provider, interval: Interval, now: float, trouble: Trouble | None, *, active: bool
 ) -> ProviderState:
     state, meter, name = provider.stats(), provider.meter, provider.name
-    queue, pool, pace = state.queue, state.pool, state.pace
+    queue, pool, pace, silence = state.queue, state.pool, state.pace, state.silence
     attempts = _values(meter.attempts)
     return {
         "usable": state.usable,
@@ -285,16 +315,25 @@ def _provider_state(
             "left": pace.left,
             "cooling": round(pace.cooling, 1),
         },
-        "breaker": state.breaker,
+        "state": state.state,
+        "next_try": None if state.next_try is None else round(state.next_try, 1),
         "flagged": state.flagged,
         "retries": _sum(meter.retries),
         "failovers": _sum(meter.failovers),
         "requests": sum(attempts.values()),
-        "faults": {outcome: number for outcome, number in attempts.items() if outcome != "ok"},
+        "cancelled": attempts[CANCELLED],
+        "faults": {name: number for name, number in attempts.items() if name not in NO_FAULTS},
         "requests_per_second": interval.rate(ATTEMPTS, name),
         "tokens_per_second": interval.rate(EVENTS, name),
         "first_token": meter.recent_first_tokens.percentiles(now),
         "silence": meter.recent_silences.percentiles(now),
+        "silent": {
+            "longest": round(silence.longest, 3),
+            "stalled": silence.stalled,
+            "unanswered": silence.unanswered,
+            "under_way": silence.under_way,
+        },
+        "trouble": trouble,
     }
 
 

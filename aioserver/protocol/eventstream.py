@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-# The bound of an event, and so of a line.
+# The bound of an event, and so of a line, where the reader names no other.
 MAX_EVENT_BYTES = 1 << 20
 BOM = b"\xef\xbb\xbf"
 
@@ -46,7 +46,8 @@ class Splitter:
     __slots__ = ("_cr", "_max", "_rest", "_started")
 
     def __init__(self, max_event_bytes: int = MAX_EVENT_BYTES) -> None:
-        self._rest = b""
+        # Extended in place: an event of megabytes comes in hundreds of reads.
+        self._rest = bytearray()
         self._cr = False
         self._started = False
         self._max = max_event_bytes
@@ -54,7 +55,7 @@ class Splitter:
     @property
     def pending(self) -> bytes:
         """The bytes of an event that is not complete yet."""
-        return self._rest
+        return bytes(self._rest)
 
     @property
     def idle(self) -> bool:
@@ -76,10 +77,13 @@ class Splitter:
             and len(chunk) <= self._max
             and chunk.find(b"\r") < 0
         ):
-            return chunk
-        data = self._rest + chunk if self._rest else chunk
+            return chunk  # as most reads are
         # The rest ends with one line end at most, so no blank line begins before its last two bytes.
         start = max(0, len(self._rest) - 2)
+        data: bytes | bytearray = chunk
+        if self._rest:
+            self._rest += chunk
+            data = self._rest
         if not self._started and data:
             if data[:3] != BOM[: len(data)]:
                 self._started = True
@@ -93,16 +97,15 @@ class Splitter:
             raise EventTooLong(f"an event of more than {self._max} bytes")
         end = _last_blank(data, start) if self._cr else data.rfind(b"\n\n", start) + 2
         if end <= 1:
-            self._rest = data
+            if data is not self._rest:
+                self._rest = bytearray(data)
             return b""
-        if end == len(data):
-            self._rest = b""
-            return data
-        block, self._rest = data[:end], data[end:]
+        block = bytes(data) if end == len(data) else bytes(data[:end])
+        self._rest = bytearray(data[end:])
         return block
 
 
-def _last_blank(data: bytes, start: int) -> int:
+def _last_blank(data: bytes | bytearray, start: int) -> int:
     """Return the offset after the last blank line from *start* on, or 0 if there is none."""
     end = 0
     for match in _BLANK.finditer(data, start):
@@ -110,7 +113,7 @@ def _last_blank(data: bytes, start: int) -> int:
     return end
 
 
-def _longest(data: bytes) -> int:
+def _longest(data: bytes | bytearray) -> int:
     """Return the size of the longest event, complete or not, without the line ends around it."""
     return max(len(part.strip(b"\r\n")) for part in _BLANK.split(data))
 

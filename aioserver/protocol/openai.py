@@ -8,6 +8,8 @@ objects of our frames. They are JSON already, since each is rendered once and sh
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +20,10 @@ TEXT = b'{"type":"text","data":%b,"metadata":{}}'
 TEXT_START = TEXT.partition(b"%b")[0]
 REASONING = b'{"type":"reasoning","data":%b,"metadata":{}}'
 TOOL_CALLS = b'{"type":"tool_calls","data":%b,"metadata":{}}'
+
+
+# A surrogate, escaped in JSON. A pair of them is one character beyond U+FFFF (RFC 8259, 7).
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 class BadEvent(ValueError):
@@ -34,7 +40,11 @@ class ErrorEvent(Exception):
 
 @dataclass(slots=True)
 class Reading:
-    """What has been read of one answer. *text* is for the conversation's history."""
+    """What has been read of one answer. *text* is for the conversation's history.
+
+    Some providers cut a surrogate pair over two events. *half* is the first half of such a pair, by the
+    `delta` field that it came in: it waits there for the second, and U+FFFD stands for it if none comes.
+    """
 
     choice_index: int = 0
     max_text_bytes: int = 1 << 22
@@ -42,6 +52,7 @@ class Reading:
     text_bytes: int = 0
     finish_reason: str | None = None
     usage: dict[str, Any] | None = None
+    half: dict[str, str] = field(default_factory=dict)
 
     def read(self, data: bytes) -> list[bytes]:
         """Return the `chunk` objects of one provider event, or of a whole answer.
@@ -64,9 +75,9 @@ class Reading:
 
     def _read(self, data: bytes) -> list[bytes]:
         try:
-            answer = orjson.loads(data)
+            answer, surrogates = orjson.loads(data), False
         except orjson.JSONDecodeError:
-            raise BadEvent("the provider sent an event that is not JSON") from None
+            answer, surrogates = load_with_surrogates(data), True
         if not isinstance(answer, dict):
             raise BadEvent("the provider sent an event that is not an object")
         if error := answer.get("error"):
@@ -81,8 +92,32 @@ class Reading:
             return chunks
         for choice in choices:
             if isinstance(choice, dict) and choice.get("index", 0) == self.choice_index:
+                if surrogates or self.half:
+                    choice = self._join_halves(choice)  # noqa: PLW2901 - the same choice, mended
                 self._choice(choice, chunks)
         return chunks
+
+    def _join_halves(self, choice: dict[str, Any]) -> dict[str, Any]:
+        """Return *choice* without lone surrogates; a first half at the end of a text waits in `half`.
+
+        What waits goes in front of the next text of its field, or in front of the finish.
+        """
+        name = "delta" if choice.get("delta") else "message"
+        delta = choice.get(name)
+        fields = dict(delta) if isinstance(delta, dict) else {}
+        last = isinstance(choice.get("finish_reason"), str)
+        for key in ("content", "reasoning_content", "reasoning"):
+            text = fields.get(key)
+            if (isinstance(text, str) and text) or (last and key in self.half):
+                text = self.half.pop(key, "") + (text or "")
+                if not last and "\ud800" <= text[-1] <= "\udbff":
+                    self.half[key], text = text[-1], text[:-1]
+                fields[key] = text
+        try:
+            mended: dict[str, Any] = _replace_surrogates({**choice, name: fields})
+        except RecursionError:
+            raise BadEvent("the provider's event is nested too deeply") from None
+        return mended
 
     def _choice(self, choice: dict[str, Any], chunks: list[bytes]) -> None:
         delta = choice.get("delta") or choice.get("message")
@@ -101,6 +136,34 @@ class Reading:
         reason = choice.get("finish_reason")
         if isinstance(reason, str):
             self.finish_reason = reason
+
+
+def load_with_surrogates(data: bytes) -> Any:
+    """Return the JSON in *data*, which orjson has refused: perhaps for lone surrogates alone.
+
+    They are valid JSON (RFC 8259, 8.2), and stay in the texts that are returned.
+
+    Raises:
+        BadEvent: it is not JSON either way.
+    """
+    if _SURROGATE.search(data) is not None:
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.loads(data.decode())
+    raise BadEvent("the provider sent an event that is not JSON")
+
+
+def _replace_surrogates(value: Any) -> Any:
+    """Return *value* with its surrogate pairs joined, and U+FFFD for each lone surrogate."""
+    match value:
+        case str() if not value.isascii():
+            return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        case dict():
+            return {
+                _replace_surrogates(key): _replace_surrogates(item) for key, item in value.items()
+            }
+        case list():
+            return [_replace_surrogates(item) for item in value]
+    return value
 
 
 @dataclass(slots=True)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import orjson
 
 from aioserver.errors import InvalidRequest
-from aioserver.protocol.openai import BadEvent, ErrorEvent, error_codes
+from aioserver.protocol.openai import BadEvent, ErrorEvent, error_codes, load_with_surrogates
 from aioserver.provider_errors import (
     ProviderAuthError,
     ProviderBadResponse,
@@ -190,7 +190,10 @@ def check_json(headers: Mapping[str, str], body: bytes) -> object:
     try:
         answer = orjson.loads(body)
     except orjson.JSONDecodeError:
-        raise ProviderBadResponse("the provider's answer is not JSON") from None
+        try:
+            answer = load_with_surrogates(body)
+        except BadEvent:
+            raise ProviderBadResponse("the provider's answer is not JSON") from None
     # A response that has failed has an `error`, too, but is an answer, with its `object`.
     if isinstance(answer, dict) and answer.get("error") and "object" not in answer:
         raise ProviderBadResponse("the provider reported an error as if it were an answer")

@@ -160,7 +160,7 @@ class Exchange:
         self._done: asyncio.Future[None] = self._loop.create_future()
         self._last_chunk_timer: asyncio.TimerHandle | None = None
         self._last_byte = 0.0
-        self._record = record
+        self.record = record
         self._written = False
         # Whether the sink needs no more, and only the end of the body's framing is to come.
         self._awaiting_last_chunk = False
@@ -200,7 +200,7 @@ class Exchange:
         parser = self._parser
         # Once there is a sink, the answer has begun.
         if parser.sink is not None:
-            self._record.silent(self._last_byte if fast_path is None else fast_path.read_at, now)
+            self.record.silent(self._last_byte if fast_path is None else fast_path.read_at, now)
         self._last_byte = now
         if parser.between_chunks and data.endswith(b"\r\n"):
             # Most reads of a stream are one whole chunk. The parser need not see such a read, since
@@ -313,15 +313,24 @@ class Exchange:
         """
         if not self._written or self._awaiting_last_chunk:
             return None
-        fast_path = self._protocol.fast_path
-        last_byte = self._last_byte
-        if fast_path is not None:
-            last_byte = max(last_byte, fast_path.forwarded_at)
-        seconds = last_byte + self._read_timeout - self._loop.time()
+        seconds = self._last_read() + self._read_timeout - self._loop.time()
         if seconds > 0:
             return seconds
         self._fail(ReadTimeout(f"the provider sent nothing for {self._read_timeout} s"))
         return None
+
+    def silence(self, now: float) -> float | None:
+        """Seconds since the provider's last byte, or since it was asked; None: nothing is awaited."""
+        if not self._written or self._done.done():
+            return None
+        return max(0.0, now - self._last_read())
+
+    def _last_read(self) -> float:
+        """When the last byte came, by either path, in the loop's time."""
+        fast_path = self._protocol.fast_path
+        if fast_path is None:
+            return self._last_byte
+        return max(self._last_byte, fast_path.forwarded_at)
 
     def _finish(self) -> None:
         """End the exchange well: the sink needs no more.
@@ -351,12 +360,16 @@ class Exchange:
         protocol = self._protocol
         if protocol.exchange is not self:
             return
+        done, parser = self._done, self._parser
+        ended_well = done.done() and not done.cancelled() and done.exception() is None
+        # A silence that lasts until the end counts as any other. One before the answer is none where
+        # an answer came.
+        if self._written and not self._awaiting_last_chunk and not ended_well:
+            self.record.silent(self._last_read(), self._loop.time())
         protocol.exchange = protocol.fast_path = None
         if self._last_chunk_timer is not None:
             self._last_chunk_timer.cancel()
-        done, parser = self._done, self._parser
         parser.forget()
-        ended_well = done.done() and not done.cancelled() and done.exception() is None
         if (
             ended_well
             and self._written

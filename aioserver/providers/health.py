@@ -53,6 +53,18 @@ class Health:
         """Whether the provider has refused our key, and is not asked at the moment."""
         return self._flagged_until > monotonic()
 
+    @property
+    def state(self) -> str:
+        """How the provider is: `well`, `sick` (asked, though it fails often) or `dead` (left alone)."""
+        return "well" if self.breaker.state == CLOSED else "dead"
+
+    @property
+    def next_try(self) -> float | None:
+        """Seconds until the provider is asked again; None while it is asked."""
+        if self.flagged:
+            return self._flagged_until - monotonic()
+        return None if self.state != "dead" else self.breaker.wait
+
     def check(self) -> None:
         """Refuse an attempt if the provider is not asked now.
 

@@ -32,13 +32,14 @@ from aioserver.provider_errors import CertificateFault, ConnectError, ConnectTim
 from aioserver.providers.exchange import ConnectionProtocol
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from aiohttp.client_proto import ResponseHandler
     from aiohttp.client_reqrep import ConnectionKey
     from aiohttp.connector import Connection
 
     from aioserver.config.settings import HttpClient
+    from aioserver.providers.exchange import Exchange
 
 # aiohttp rounds timeouts above its threshold, 5 s, up to whole seconds; ours stay as configured.
 NEVER_CEIL = float("inf")
@@ -71,6 +72,13 @@ class CappedConnector(TCPConnector):
     def acquired(self) -> int:
         """How many connections are in use, or being opened."""
         return len(self._acquired)
+
+    @property
+    def exchanges(self) -> Iterator[Exchange]:
+        """The exchanges under way."""
+        for protocol in self._acquired:
+            if isinstance(protocol, ConnectionProtocol) and protocol.exchange is not None:
+                yield protocol.exchange
 
     def _release(
         self, key: ConnectionKey, protocol: ResponseHandler, *, should_close: bool = False
@@ -278,6 +286,10 @@ class Pool:
             limit=self._limits.max_connections,
             waiting=self._gate.waiting,
         )
+
+    def exchanges(self) -> Iterator[Exchange]:
+        """Iterate over the exchanges under way; nothing else may run meanwhile."""
+        return self._connector.exchanges
 
     def retire(self) -> None:
         """Serve the requests that the pool has, and keep no connection: another pool takes over."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from aioserver.errors import ConfigurationError
@@ -17,9 +18,10 @@ from aioserver.providers.http1 import RequestWriter
 from aioserver.providers.pool import UNBOUNDED, Pool, PoolStats, connection_gate
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from aioserver.config import settings
+    from aioserver.providers.exchange import Exchange
 
 # The settings of a provider, and of its `http_client`, that a pool or its requests' heads depend on.
 PROVIDER_SETTINGS = ("api_key", "headers", "proxy", "ca_file")
@@ -84,6 +86,10 @@ class Pools:
         stats = self.pool.stats()
         retired = sum(pool.stats().open for pool in self._retired)
         return replace(stats, open=stats.open + retired)
+
+    def exchanges(self) -> Iterator[Exchange]:
+        """Iterate over the exchanges under way, of all pools."""
+        return chain.from_iterable(pool.exchanges() for pool in (self.pool, *self._retired))
 
     async def drain(self) -> None:
         """Close each pool when its last request has ended. Cancelling leaves all of them as they are."""

@@ -24,6 +24,7 @@ from aioserver.providers.exchange import Exchange
 from aioserver.providers.health import Health
 from aioserver.providers.pools import Pools
 from aioserver.providers.queueing import ProviderGate
+from aioserver.providers.silence import measure
 from aioserver.telemetry.metrics import ProviderMeter
 from aioserver.telemetry.request_log import MAX_TOKENS
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from aioserver.limits.gate import GateStats, Place
     from aioserver.providers.attempt import Attempt
     from aioserver.providers.pool import PoolStats
+    from aioserver.providers.silence import Silence
 
 # Bytes of a request for each of its tokens, as an estimate.
 BYTES_PER_TOKEN = 4
@@ -62,6 +64,9 @@ class ProviderStats:
     pace: PaceStats
     breaker: str
     flagged: bool
+    silence: Silence
+    state: str
+    next_try: float | None
 
 
 class Provider:
@@ -189,6 +194,13 @@ class Provider:
             pace,
             self._health.breaker.state,
             self._health.flagged,
+            measure(
+                self._pools.exchanges(),
+                asyncio.get_running_loop().time(),
+                self.meter.first_token,
+            ),
+            self._health.state,
+            self._health.next_try,
         )
 
     def refuse(self, error: Callable[[], AioserverError] | None = None) -> None:

@@ -101,7 +101,7 @@ class EventSink:
 
     def __init__(self, stream: Stream, *, responses: bool) -> None:
         self._stream = stream
-        self._splitter = eventstream.Splitter()
+        self._splitter = eventstream.Splitter(stream.max_bytes)
         self._responses = responses
         # Whether the provider's id of a response is still to be read, from its first events.
         self._id_wanted = responses
@@ -240,7 +240,7 @@ class ChatSink:
     def __init__(self, stream: Stream, reading: Reading) -> None:
         self._stream = stream
         self._reading = reading
-        self._splitter = eventstream.Splitter()
+        self._splitter = eventstream.Splitter(stream.max_bytes)
         self._begun = False
         self._shape: Shape | None = None
         self._samples_left = MAX_SHAPE_SAMPLES
@@ -292,8 +292,11 @@ class ChatSink:
         complete(self._stream, self._reading)
 
     def fast(self) -> Path | None:
-        """Return the stream's fast path, once the shape of the provider's events is known."""
-        if self._shape is None or not self._splitter.idle:
+        """Return the stream's fast path, once the shape of the provider's events is known.
+
+        There is none while half a character waits for its other half.
+        """
+        if self._shape is None or not self._splitter.idle or self._reading.half:
             return None
         return self._stream.open_fast_path(self._shape)
 

@@ -130,6 +130,7 @@ async def open_server(
             metrics=metrics,
             gate=admission.gate,
             streams=streams,
+            running=lambda: gateway.running,
             lifetime=gateway.lifetime,
             router=router,
             lag=lag,

@@ -101,7 +101,6 @@ class Stream:
     """
 
     __slots__ = (
-        "_max_bytes",
         "_store",
         "answered_at",
         "attachment",
@@ -114,6 +113,7 @@ class Stream:
         "error",
         "head",
         "last",
+        "max_bytes",
         "meter",
         "offset",
         "path",
@@ -167,7 +167,7 @@ class Stream:
         # The record of the request that began this stream.
         self.record = NO_RECORD
         self.head = messages.frame_head(request_id)
-        self._max_bytes = max_bytes
+        self.max_bytes = max_bytes
         self._store = store
 
     @property
@@ -184,9 +184,8 @@ class Stream:
     def mark_answered(self) -> None:
         """Note that an event of a provider has come, before it is appended."""
         if not self.answered_at:
-            self.answered_at = monotonic()
-            # Silences before the answer do not count: in a head, between comments, in a failed attempt.
-            self.record.silence = 0.0
+            self.answered_at = now = monotonic()
+            self.record.answered(now)
 
     def add_alias(self, alias: str) -> None:
         """Let this stream be found by *alias*, too; a private one is not found at all."""
@@ -256,8 +255,8 @@ class Stream:
         self._grow(size)
 
     def trim(self) -> None:
-        """Discard entries beyond `max_stream_bytes`; if no client can come back, those that all passed."""
-        if self.bytes > self._max_bytes or self.window <= 0:
+        """Discard entries beyond `max_stream_bytes`; if no client can come back, those passed."""
+        if self.bytes > self.max_bytes or self.window <= 0:
             self._discard()
 
     def forward(self, data: bytes, count: int, *, more: bool = False) -> None:
@@ -388,7 +387,7 @@ class Stream:
                 passed = min([reader.next_index for reader in self.readers])
         entries, count, freed = self.entries, 0, 0
         while len(entries) - count > 1 or (len(entries) > count and self.offset + count < passed):
-            if self.offset + count >= passed and self.bytes - freed <= self._max_bytes:
+            if self.offset + count >= passed and self.bytes - freed <= self.max_bytes:
                 break
             freed += entries[count].size
             count += 1

@@ -52,6 +52,18 @@ class Histogram:
         self.counts[bisect_left(self.bounds, value)] += 1
         self.sum += value
 
+    def quantile(self, share: float) -> float:
+        """Return the least bound below which *share* of the observations are; 0.0 without any.
+
+        Observations above every bound count as the highest bound.
+        """
+        wanted, seen = share * sum(self.counts), 0
+        for bound, count in zip(self.bounds, self.counts, strict=False):
+            seen += count
+            if seen >= wanted:
+                return bound if seen else 0.0
+        return self.bounds[-1]
+
 
 class RecentValues:
     """The observations of the last minute, the newest thousand at most, for percentiles."""
@@ -66,7 +78,10 @@ class RecentValues:
         self._values.append((now, value))
 
     def percentiles(self, now: float) -> dict[str, float] | None:
-        """Return `p50`, `p95`, `p99` (nearest rank) and `count`; None if there are no values."""
+        """Return `p50`, `p95`, `p99` (nearest rank), `count` and `age`, the seconds since the newest.
+
+        None if there are no values.
+        """
         values = self._values
         while values and values[0][0] < now - RECENT_SECONDS:
             values.popleft()
@@ -75,4 +90,4 @@ class RecentValues:
         ordered = sorted([value for _, value in values])
         last = len(ordered) - 1
         ranks = {f"p{n}": ordered[min(last, len(ordered) * n // 100)] for n in (50, 95, 99)}
-        return {**ranks, "count": len(ordered)}
+        return {**ranks, "count": len(ordered), "age": round(now - values[-1][0], 3)}

@@ -2,7 +2,8 @@
 
 Lines are written by a thread, from a bounded queue: a terminal that is stopped, a pipe that nobody
 reads or a disk that is full never blocks the event loop. Lines for which there is no room are dropped
-and counted. An error that repeats is written once in ten seconds, with the number of those left out.
+and counted. An error that repeats is written once in ten seconds, with the number of those left out,
+unless its record has an attribute `thinned`: then who logs it has seen to that.
 """
 
 from __future__ import annotations
@@ -127,7 +128,7 @@ class BackgroundHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Queue the line of *record*, or drop and count it if the queue is full."""
-        if record.levelno >= logging.ERROR:
+        if record.levelno >= logging.ERROR and not hasattr(record, "thinned"):
             left_out = self._errors.allow(record.name, record.pathname, str(record.lineno))
             if left_out < 0:
                 return

@@ -10,6 +10,7 @@ labels exists from the start, at 0.
 
 from __future__ import annotations
 
+import logging
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from aioserver.config import settings
+
+logger = logging.getLogger("aioserver.requests")
 
 FACES = ("websocket", "sse", "openai")
 OK, CLIENT_LEFT, CANCELLED = "ok", "client_left", "cancelled"
@@ -75,12 +78,12 @@ class ProviderMeter:
         "events",
         "failovers",
         "first_token",
+        "gap",
         "interval",
         "key_refused",
         "recent_first_tokens",
         "recent_silences",
         "retries",
-        "silence",
         "wait",
     )
 
@@ -89,7 +92,7 @@ class ProviderMeter:
         self.wait = Histogram()
         self.first_token = Histogram()
         self.interval = Histogram(SHORT_BOUNDS)
-        self.silence = Histogram()
+        self.gap = Histogram()
         self.attempts = {outcome: Counter() for outcome in ATTEMPTS}
         self.retries = {code: Counter() for code in RETRY_CODES}
         self.failovers = {code: Counter() for code in FAILOVER_CODES}
@@ -149,6 +152,8 @@ class Metrics:
         self.auth_failures = {reason: Counter() for reason in DENIED_REASONS}
         self.resumes = {outcome: Counter() for outcome in ("ok", "gap", "not_found")}
         self.reloads = {outcome: Counter() for outcome in ("applied", "invalid", "failed")}
+        # Of the lines about refused requests, by error code: thousands a second may be refused.
+        self.refusal_lines = logs.RateLimit(1, logs.SAME_ERROR)
         self.slow_clients = Counter()
         self.bugs = Counter()
         self.admission_wait = {outcome: Histogram() for outcome in ("entered", "refused")}
@@ -169,11 +174,19 @@ class Metrics:
                 self.tokens.setdefault(labels, Counter())
 
     def count_error(self, error: errors.AioserverError) -> None:
-        """Count *error*, which was sent to a client before any provider was asked."""
+        """Count *error*, which was sent to a client before any provider was asked.
+
+        A request that is refused for now is logged as well: it has no other line.
+        """
         if isinstance(error, errors.Denied):
             self.auth_failures[error.reason].value += 1
         if error.outcome == "rejected":
             self.rejections[error.code].value += 1
+            if (left_out := self.refusal_lines.allow(error.code)) >= 0:
+                fields: dict[str, object] = {"code": error.code, "reason": str(error)}
+                if left_out:
+                    fields["suppressed"] = left_out
+                logger.warning("request refused", extra={"fields": fields})
         elif error.outcome == "client_error" and error.code in self.bad_requests:
             self.bad_requests[error.code].value += 1
 
@@ -360,8 +373,8 @@ PROVIDER_FAMILIES: tuple[Row[ProviderMeter], ...] = (
         "token_interval_seconds", lambda m: m.interval, "Mean time between two events of an answer"
     ),
     Row(
-        "provider_silence_seconds",
-        lambda m: m.silence,
-        "Longest time between two reads of an answer, less the lag of our event loop",
+        "provider_gap_seconds",
+        lambda m: m.gap,
+        "Longest silence of the provider in an answer, to its end, less the lag of our event loop",
     ),
 )

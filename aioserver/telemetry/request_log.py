@@ -1,8 +1,8 @@
 """One request for an answer, from its admission to its end: its times, its gaps, its log line.
 
-A record is made when the request is understood, and goes along with it: gateway, provider, stream and
-writers note in the record what happens. When the request has ended, the request log adds the record to the
-metrics and writes one line.
+A record is made where the request is understood, and goes along with it: gateway, provider, stream and
+writers note in it what happens. When the request has ended, the request log adds the record to the
+metrics and writes one line. Requests that are refused for now are warnings, and thinned out.
 
 The longest gap of an answer is measured for each of three causes, so that the line of an answer that
 stuttered says why: the provider sent nothing, we were late, or the client read nothing.
@@ -47,8 +47,9 @@ class RequestRecord:
     Durations are in seconds:
 
         waited        spent in queues of providers, over all attempts
-        silence       the longest time between two reads of the provider, from the first event on;
-                      it ended at *silent_until*, in the time of the event loop
+        silence       the longest time between two reads of the provider, or from the last one to the
+                      end: from the first event on, or of an attempt that got none; it ended at
+                      *silent_until*, in the time of the event loop
         delay         the longest time that an event which had been read waited for us
         stuck         the longest time that the client read nothing
     """
@@ -62,6 +63,7 @@ class RequestRecord:
         "events",
         "face",
         "first",
+        "log",
         "model",
         "provider",
         "queued",
@@ -69,6 +71,7 @@ class RequestRecord:
         "sent",
         "silence",
         "silent_until",
+        "streamed",
         "stuck",
         "usage",
         "waited",
@@ -86,17 +89,37 @@ class RequestRecord:
         self.usage: Mapping[str, Any] | None = None
         # Whether the request was cancelled because nobody read its answer any more.
         self.abandoned = False
+        # Whether the answer comes in events, as they are made.
+        self.streamed = False
+        # Counts the first event of the answer when it comes; None: it is counted nowhere.
+        self.log: RequestLog | None = None
 
     def begin(
-        self, face: str, request_id: str, provider: str, model: str, caller: str = ""
+        self,
+        face: str,
+        request_id: str,
+        provider: str,
+        model: str,
+        caller: str = "",
+        *,
+        streamed: bool = False,
     ) -> None:
         """Note that the request is understood and goes to *provider*; *caller* is its key's name."""
         self.face = face
+        self.streamed = streamed
         self.caller = caller
         self.request_id = request_id
         self.provider = provider
         self.model = model
         self.asked = monotonic()
+
+    def answered(self, now: float) -> None:
+        """Note that the first event of the answer has come *now*; it counts at once."""
+        self.first = now
+        # Not counted: silences before the answer, in a head, comments, an attempt that failed.
+        self.silence = 0.0
+        if self.log is not None:
+            self.log.count_first_token(self)
 
     def silent(self, since: float, until: float) -> float:
         """Note a silence of the provider, in the loop's time; return the longest so far."""
@@ -125,6 +148,16 @@ class RequestLog:
         self.metrics = metrics
         self._lag = lag
 
+    def count_first_token(self, record: RequestRecord) -> None:
+        """Count how long the first event of the answer took, from admission and from being sent."""
+        metrics, first = self.metrics, record.first
+        felt, taken = first - record.asked, first - record.sent
+        metrics.faces[record.face].first_token.observe(felt)
+        metrics.recent_first_tokens.add(first, felt)
+        provider = metrics.providers[record.provider]
+        provider.first_token.observe(taken)
+        provider.recent_first_tokens.add(first, taken)
+
     def finish(
         self, record: RequestRecord, error: BaseException | None, *, cancelled: bool = False
     ) -> None:
@@ -149,17 +182,16 @@ class RequestLog:
         if record.queued:
             face.overhead.observe(record.queued - record.asked)
             provider.wait.observe(record.waited)
-        if record.first:
-            first_token = record.first - record.asked
-            face.first_token.observe(first_token)
-            metrics.recent_first_tokens.add(now, first_token)
-            provider.first_token.observe(record.first - record.sent)
-            provider.recent_first_tokens.add(now, record.first - record.sent)
-            if record.events > 1:
-                provider.interval.observe((now - record.first) / (record.events - 1))
-                self._count_gaps(record, now)
+        if record.first and record.events > 1:
+            provider.interval.observe((now - record.first) / (record.events - 1))
+            self._count_gaps(record, now)
+        elif record.silence > THRESHOLD:
+            self._count_gaps(record, now)
         self._count_tokens(record)
-        if logger.isEnabledFor(logging.INFO):
+        if outcome == "rejected":
+            if (left_out := metrics.refusal_lines.allow(code)) >= 0:
+                self._log(record, now, code, outcome, status, left_out=left_out)
+        elif logger.isEnabledFor(logging.INFO):
             self._log(record, now, code, outcome, status)
 
     def _count_gaps(self, record: RequestRecord, now: float) -> None:
@@ -169,10 +201,12 @@ class RequestLog:
             ours = lag.within(end - record.silence, end)
             # Not below 0: the lag is a sum of floats, and may exceed the silence by its rounding.
             record.silence = max(0.0, record.silence - ours)
-        record.delay = max(record.delay, lag.longest(record.first))
         provider = metrics.providers[record.provider]
-        provider.silence.observe(record.silence)
+        provider.gap.observe(record.silence)
         provider.recent_silences.add(now, record.silence)
+        if not record.first:
+            return  # there was no event that anybody else could hold up
+        record.delay = max(record.delay, lag.longest(record.first))
         for cause, gap in (("ours", record.delay), ("client", record.stuck)):
             metrics.delay[cause].observe(gap)
             metrics.recent_delays[cause].add(now, gap)
@@ -191,7 +225,15 @@ class RequestLog:
             counters[provider, model, "output", "estimate"].value += record.events
 
     @staticmethod
-    def _log(record: RequestRecord, now: float, code: str, outcome: str, status: int) -> None:
+    def _log(
+        record: RequestRecord,
+        now: float,
+        code: str,
+        outcome: str,
+        status: int,
+        *,
+        left_out: int = 0,
+    ) -> None:
         fields: dict[str, Any] = {
             "request_id": record.request_id[:MAX_NAME],
             "face": record.face,
@@ -209,15 +251,16 @@ class RequestLog:
             fields["code"] = code
         if record.first:
             fields["first_token_ms"] = round((record.first - record.asked) * 1000, 1)
-            gaps = {"provider": record.silence, "our": record.delay, "client": record.stuck}
-            fields |= {
-                f"{side}_gap_ms": round(gap * 1000, 1)
-                for side, gap in gaps.items()
-                if gap > THRESHOLD
-            }
+        gaps = {"provider": record.silence, "our": record.delay, "client": record.stuck}
+        fields |= {
+            f"{side}_gap_ms": round(gap * 1000, 1) for side, gap in gaps.items() if gap > THRESHOLD
+        }
         tokens = {
             "tokens_in": record.tokens(*TOKENS_IN),
             "tokens_out": record.tokens(*TOKENS_OUT),
         }
         fields |= {name: number for name, number in tokens.items() if number is not None}
-        logger.info("request finished", extra={"fields": fields})
+        if left_out:
+            fields["suppressed"] = left_out
+        level = logging.WARNING if outcome == "rejected" else logging.INFO
+        logger.log(level, "request finished", extra={"fields": fields})

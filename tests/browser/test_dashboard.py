@@ -26,6 +26,18 @@ if TYPE_CHECKING:
 
     from tests.support.server import RunningServer
 
+STALLED = {
+    "kind": "silent",
+    "since": 0.0,
+    "text": "groq has said nothing for 6 s in 25 answers",
+    "detail": "It began 6 s ago",
+}
+DEAD = {
+    "kind": "dead",
+    "since": 0.0,
+    "text": "groq cannot be reached: 57 of 60 attempts failed in the last minute",
+    "detail": "It began 42 s ago; it is tried again in 3 s; no fallback is set",
+}
 DASH = "\u2013"
 
 
@@ -88,7 +100,13 @@ VERDICTS: dict[str, tuple[dict[str, Any], str, str, str]] = {
         "triangle",
     ),
     "a refused key": (
-        {"providers__groq__flagged": True},
+        {
+            "providers__groq__trouble": {
+                **STALLED,
+                "kind": "key_refused",
+                "text": "groq refuses our key",
+            }
+        },
         "Trouble",
         "Room for 100 more, but groq refuses our key",
         "diamond",
@@ -124,15 +142,21 @@ VERDICTS: dict[str, tuple[dict[str, Any], str, str, str]] = {
         "octagon",
     ),
     "a broken provider": (
-        {"providers__groq__requests": 12, "providers__groq__faults__http_5xx": 12},
+        {"providers__groq__trouble": {**STALLED, "kind": "failing", "text": "groq fails"}},
         "Trouble",
-        "Room for 100 more, but groq fails: 12 faults in a minute, most http 5xx",
+        "Room for 100 more, but groq fails",
         "diamond",
     ),
-    "an open breaker": (
-        {"providers__groq__breaker": "open"},
+    "a provider that has stalled, in a full server": (
+        CROWDED | {"providers__groq__trouble": STALLED},
+        "Stalled",
+        "groq has said nothing for 6 s in 25 answers",
+        "diamond",
+    ),
+    "a dead provider": (
+        {"providers__groq__trouble": DEAD},
         "Trouble",
-        "Room for 100 more, but groq is cut off, its breaker is open",
+        "Room for 100 more, but groq cannot be reached: 57 of 60 attempts failed in the last minute",
         "diamond",
     ),
     "a late loop": (
@@ -169,6 +193,24 @@ async def test_the_verdict_says_each_state_by_word_and_shape(
     await verdict(page, word, text)
     await expect(page.locator("#verdict > .mark")).to_have_attribute("data-shape", shape)
     assert word in await page.title()
+
+
+async def test_the_verdict_says_why_and_nothing_about_latency_while_nothing_is_answered(
+    stand: Stand, page: Page
+) -> None:
+    await opened(page, stand)
+    detail = page.locator("#verdict-detail")
+    stand.say(first_token={**TOKEN, "age": 0.4})
+    await expect(detail).to_have_text(re.compile("^Half of the answers begin within 210"))
+
+    stand.say(
+        rejections__provider_queue_full=30,
+        providers__groq__trouble=DEAD,
+        first_token={**TOKEN, "age": 30.0},
+    )
+
+    await verdict(page, "Refusing", "30 turned away in 10 s; groq is the reason")
+    await expect(detail).to_have_text(f"{DEAD['text']}. {DEAD['detail']}.")
 
 
 async def test_another_state_is_spoken_and_another_number_is_not(stand: Stand, page: Page) -> None:
@@ -280,17 +322,17 @@ async def test_an_absent_value_is_not_shown_and_null_is_a_dash(stand: Stand, pag
 
     await expect(shown(page, "process.rss_bytes")).to_have_text(DASH)
     await expect(shown(page, "first_token.p50")).to_have_text(DASH)
-    for late in ("breaker", "pace", "retries"):
+    for late in ("state", "pace", "retries"):
         await expect(card(page, "groq").locator(f"[data-needs={late}]")).to_be_hidden()
 
     stand.say(
-        providers__groq__breaker="closed",
+        providers__groq__state="well",
         providers__groq__retries=3,
         providers__groq__failovers=2,
         providers__groq__pace={"per_minute": 3500, "left": 12, "cooling": 0.0},
     )
     await expect(card(page, "groq").locator("[data-show='pace.per_minute']")).to_have_text("3,500")
-    for late in ("breaker", "pace", "retries"):
+    for late in ("state", "pace", "retries"):
         await expect(card(page, "groq").locator(f"[data-needs={late}]")).to_be_visible()
     await expect(card(page, "groq").locator("[data-needs=retries]")).to_have_text(
         re.compile(r"retries\s*3\s+and 2 went elsewhere")
@@ -315,15 +357,15 @@ async def test_of_many_providers_those_in_trouble_come_first(stand: Stand, page:
     await opened(page, stand)
     many = {f"p{one:02}": provider(requests=10, in_flight=one % 20) for one in range(100)}
     many["p77"].update(waiting=9, oldest_wait=1.5, in_flight=20)
-    many["p88"]["breaker"] = "open"
+    many["p88"]["trouble"] = {**DEAD, "text": "p88 is dead"}
     stand.say(providers=many)
 
     await expect(page.locator(".card")).to_have_count(12)
     await expect(page.locator(".card h3").first).to_have_text("p88")
     await expect(page.locator(".card h3").nth(1)).to_have_text("p77")
-    await verdict(page, "Trouble", "Room for 100 more, but p88 is cut off, its breaker is open")
+    await verdict(page, "Trouble", "Room for 100 more, but p88 is dead")
     await expect(page.locator("#providers-summary")).to_have_text(
-        "1 breaker open, 1 queueing, 93 working, 5 idle"
+        "1 dead, 1 queueing, 93 working, 5 idle"
     )
 
     await page.get_by_role("button", name="Show all 100").click()

@@ -56,7 +56,6 @@ STATS: dict[str, Any] = {
     "first_token": {"p50": 0.21, "p95": 0.5, "p99": 0.9, "count": 57},
     "tokens_per_second": 812.0,
     "streams": {
-        "running": 5,
         "detached": 0,
         "max_detached": 100,
         "finished": 12,
@@ -96,7 +95,7 @@ STATS: dict[str, Any] = {
             "requests_per_second": 0.0,
             "tokens_per_second": 0.0,
             "first_token": None,
-            "breaker": "closed",
+            "state": "sick",
             "pace": {"per_minute": 3500, "left": 1200},
             "retries": 3,
         },
@@ -114,6 +113,20 @@ INCIDENT = {
     "provider": None,
 }
 HISTORY = {"interval": 1.0, "time": [], "series": {}, "providers": {}, "incidents": [INCIDENT]}
+
+
+DEAD = {
+    "kind": "dead",
+    "since": 0.0,
+    "text": "demo cannot be reached",
+    "detail": "No fallback is set",
+}
+SILENT = {
+    "kind": "silent",
+    "since": 1764020994.0,
+    "text": "demo has said nothing for 6 s in 25 answers",
+    "detail": "It began 9 s ago",
+}
 
 
 def changed(**values: Any) -> dict[str, Any]:
@@ -201,7 +214,7 @@ def test_the_picture_has_everything_in_eighty_columns() -> None:
         "200ms",
         "400ms",
         "http_5xx 2",
-        "breaker closed",
+        "sick, pace",
         "pace 3500 a minute, 1200 now",
         "3 retries",
         "server_at_capacity 7",
@@ -261,7 +274,24 @@ def test_a_snapshot_with_nothing_in_it_is_drawn() -> None:
         ({"ready": False}, "error", "not ready"),
         ({"rejections__server_at_capacity": 9}, "error", "refusing: server_at_capacity 2"),
         ({"providers__demo__usable": False}, "error", "the active provider demo is not usable"),
-        ({"providers__demo__breaker": "open"}, "error", "the breaker of demo is open"),
+        (
+            {"providers__demo__trouble": DEAD, "rejections__server_at_capacity": 9},
+            "error",
+            "refusing: server_at_capacity 2; demo cannot be reached. No fallback is set",
+        ),
+        (
+            {
+                "providers__demo__trouble": SILENT,
+                "providers__a-provider-with-a-long-name__trouble": DEAD,
+            },
+            "error",
+            "demo cannot be reached. No fallback is set",
+        ),
+        (
+            {"providers__demo__trouble": SILENT, "connections__waiting": 4},
+            "error",
+            "demo has said nothing for 6 s in 25 answers. It began 9 s ago",
+        ),
         ({"process__max_fds": 41}, "error", "descriptors run out: 40 of 41"),
         ({"connections__waiting": 4}, "warning", "full: 3 of 100 connections, 4 waiting"),
         ({"providers__demo__waiting": 4}, "warning", "demo is full: 4 waiting"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import json
 import shlex
 from fnmatch import fnmatch
@@ -114,6 +115,27 @@ def test_its_address_needs_a_guard(guard: str) -> None:
     else:
         with pytest.raises(Exception, match=r"0\.0\.0\.0 is open to others"):
             configuration.check_usable()
+
+
+def test_its_own_commands_start_it_as_they_stand() -> None:
+    text = "\n".join(
+        line.removeprefix("#") for line in (DEPLOY / "Dockerfile").read_text().splitlines()
+    )
+    joined = text.replace("\\\n", " ")
+    serve, key = (
+        shlex.split(line) for line in joined.splitlines() if line.strip().startswith("docker run")
+    )
+
+    assert key[key.index("aioserver") + 1] in cli.commands
+    assert serve[-1] == "aioserver"
+    options = list(itertools.pairwise(serve))
+    passed = dict(value.split("=", 1) for option, value in options if option == "-e")
+    (mount,) = (value for option, value in options if option == "-v")
+    source, target, _ = mount.split(":")
+    assert target == environment()["AIOSERVER_CONFIG"]
+    Configuration.load(
+        source.replace("$PWD", str(ROOT)), environ=environment() | passed
+    ).check_usable()
 
 
 async def test_the_health_check_asks_what_there_is(

@@ -1,7 +1,8 @@
 """A real server behind nginx, HAProxy and Caddy, each configured by its sample in `deploy/`.
 
 That nothing is buffered is shown without a clock: the provider falls silent in mid-answer, and what
-it has said until then arrives.
+it has said until then arrives. That no event is held back for a moment is shown by order: requests
+that begin after an event, and pass the same proxy, do not overtake it.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ import asyncio
 import contextlib
 import io
 import json
+import re
 import subprocess
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import aiohttp
 import pytest
@@ -19,13 +22,16 @@ from yarl import URL
 
 from aioserver.providers.simulator.exchange import Behaviour
 from tests.support.proxy import KINDS, Proxy, running
+from tests.support.scripted_provider import DONE, EVENT_STREAM, LAST_CHUNK, ScriptedProvider, chunk
 from tests.support.server import QUICK, MakeServer
 from tests.support.tools import DEPLOY, installed
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
     from pathlib import Path
 
+    from tests.support.scripted_provider import Peer
     from tests.support.server import RunningServer
 
     Proxied = Callable[..., Awaitable[tuple[RunningServer, Proxy]]]
@@ -34,7 +40,7 @@ SAID = {"messages": [{"role": "user", "content": "Hello"}]}
 SILENT_AFTER_ONE = Behaviour(ttft=0, interval=0, stall_after=1)
 SILENT = Behaviour(ttft=3600)
 # Of Caddy Debian has 2.6.2, which now and then cuts a body short, also in front of a bare aiohttp server:
-# it is tested where no body is needed.
+# it is tested where no body is needed, or where one may be asked for again.
 STREAMING = ("nginx", "haproxy")
 FULL = {
     "chat.websocket.concurrency.max_connections": 1,
@@ -60,6 +66,14 @@ async def proxied(
             return server, proxy
 
         yield make
+
+
+def test_the_sample_of_nginx_names_the_release_that_knows_its_directives() -> None:
+    text = (DEPLOY / "nginx.conf").read_text()
+    (release,) = re.findall(r"^# aioserver behind nginx (\S+) or later", text)
+
+    # The changes of 1.25.1: "Feature: the "http2" directive".
+    assert ("\n    http2 on;\n" in text) == (tuple(map(int, release.split("."))) >= (1, 25, 1))
 
 
 async def read_until(response: aiohttp.ClientResponse, mark: bytes) -> bytes:
@@ -140,6 +154,99 @@ async def test_a_client_that_leaves_before_its_whole_answer_takes_the_provider_w
 
         await server.simulator.until(lambda stats: stats.aborted == 1)
         await server.nothing_held()
+
+
+# Each event by itself.
+
+
+async def read_websocket(proxy: Proxy, seen: bytearray) -> None:
+    """Chat over a WebSocket; *seen* gets what comes, until the answer ends."""
+    chat = {"action": "chat", "request_id": str(uuid4()), "payload": {"text": "Hello"}}
+    async with proxy.session.ws_connect(f"{proxy.base}/ws/chat") as ws:
+        await ws.send_json(chat)
+        while b'"complete"' not in seen:
+            seen += (await ws.receive_str()).encode()
+
+
+async def read_sse(proxy: Proxy, seen: bytearray) -> None:
+    """Chat over SSE; *seen* gets what comes, until the answer ends."""
+    body = {"request_id": str(uuid4()), "text": "Hello"}
+    async with proxy.session.post(f"{proxy.base}/sse/chat", json=body) as response:
+        async for data in response.content.iter_any():
+            seen += data
+
+
+async def read_openai(proxy: Proxy, seen: bytearray) -> None:
+    """Chat over OpenAI's API; *seen* gets what comes, until the answer ends."""
+    url = f"{proxy.base}/v1/chat/completions"
+    async with proxy.session.post(url, json={**SAID, "stream": True}) as response:
+        async for data in response.content.iter_any():
+            seen += data
+
+
+READERS = {"websocket": read_websocket, "sse": read_sse, "openai": read_openai}
+EVENTS = 8
+# Requests, one after the other, that no event may be overtaken by. One may be answered while the thread of
+# the proxy that has the event waits for a core.
+ROUND_TRIPS = 3
+
+
+def said(text: str, reason: str | None = None) -> bytes:
+    """A chunk of a chat completion that says *text*."""
+    choice = {"index": 0, "delta": {"content": text}, "finish_reason": reason}
+    event = {"object": "chat.completion.chunk", "model": "m", "choices": [choice]}
+    return chunk(b"data: %b\n\n" % json.dumps(event).encode())
+
+
+async def held_back(proxy: Proxy, face: str, peers: asyncio.Queue[Peer]) -> list[int] | None:
+    """Say one event after the other; return those that the round trips overtook.
+
+    None: the proxy ended the answer before its end.
+    """
+    seen = bytearray()
+    late = []
+    async with asyncio.timeout(30), asyncio.TaskGroup() as tasks:
+        reader = tasks.create_task(READERS[face](proxy, seen))
+        peer = await peers.get()
+        for number in range(EVENTS):
+            mark = f"event-{number};".encode()
+            await peer.send(said(mark.decode()))
+            for _ in range(ROUND_TRIPS):
+                async with proxy.session.get(f"{proxy.base}/health") as response:
+                    assert response.status == 200
+            if mark not in seen:
+                late.append(number)
+            await until(lambda mark=mark: mark in seen or reader.done())  # type: ignore[misc]
+            if reader.done():
+                return None
+        await peer.send(said("", "stop"), chunk(DONE), LAST_CHUNK)
+        await reader
+    return late
+
+
+@pytest.mark.parametrize("face", READERS)
+@pytest.mark.parametrize("kind", KINDS)
+async def test_each_event_arrives_by_itself_as_soon_as_it_is_said(
+    kind: str, face: str, tmp_path: Path, make_server: MakeServer
+) -> None:
+    peers: asyncio.Queue[Peer] = asyncio.Queue()
+
+    async def play(peer: Peer) -> None:
+        await peer.request()
+        await peer.send(EVENT_STREAM)
+        peers.put_nowait(peer)
+        await peer.left()
+
+    async with ScriptedProvider(play) as provider:
+        server = await make_server(QUICK, **{"llm.providers.sim.base_url": provider.url})
+        async with running(kind, tmp_path, server.port) as proxy:
+            late = await held_back(proxy, face, peers)
+            if late is None and kind == "caddy":  # see STREAMING; not twice
+                late = await held_back(proxy, face, peers)
+
+    # A proxy that gathers events is late with every one of them; a busy machine may be with one.
+    assert late is not None
+    assert len(late) <= EVENTS // 4, late
 
 
 async def test_an_answer_arrives_whole(proxied: Proxied) -> None:

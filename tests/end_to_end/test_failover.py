@@ -122,13 +122,16 @@ async def test_all_of_it_can_be_watched(make_server: MakeServer) -> None:
         server.context.monitor.tick()
         again = [one["text"] for one in server.incidents()]
 
-    assert "sim fails: its breaker has opened" in incidents
+    text = "sim answers with server errors (5xx): 5 of 5 attempts failed in the last minute; it is left alone"
+    assert text in incidents
+    assert providers["sim"]["trouble"]["text"] == text
+    assert providers["sim"]["trouble"]["detail"].endswith("; its fallback is other")
     assert "sim answers again" in again
-    assert providers["sim"]["breaker"] == "open"
+    assert providers["sim"]["state"] == "dead"
     assert providers["sim"]["faults"]["http_5xx"] == 5
     assert providers["sim"]["failovers"] == 6
     assert providers["other"]["requests"] == 6
-    assert 'aioserver_breaker_state{provider="sim"} 2.0' in metrics
-    assert 'aioserver_breaker_state{provider="other"} 0.0' in metrics
+    assert 'aioserver_provider_state{provider="sim"} 2.0' in metrics
+    assert 'aioserver_provider_state{provider="other"} 0.0' in metrics
     assert 'aioserver_failovers_total{provider="sim",reason="provider_error"} 5.0' in metrics
     assert 'aioserver_failovers_total{provider="sim",reason="circuit_open"} 1.0' in metrics

@@ -20,7 +20,7 @@ OPEN, CLOSED = 2, 0
 
 async def state(server: RunningServer, name: str = "sim") -> int:
     """The breaker of *name*, as /metrics shows it."""
-    return (await server.counted("breaker_state", "provider"))[name,]
+    return (await server.counted("provider_state", "provider"))[name,]
 
 
 def left_alone(server: RunningServer, name: str, seconds: float) -> None:

@@ -52,6 +52,27 @@ async def test_a_repeated_request_with_a_key_is_answered_from_the_first(
     assert server.simulator.stats().requests == 1
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "headers"),
+    [
+        ("chat/completions", CHAT, KEY),
+        ("embeddings", {"model": "sim", "input": "Hello"}, KEY),
+        ("responses", {"model": "sim", "input": "Hello", "store": True}, {}),
+        ("responses", {"model": "sim", "input": "Hello", "store": True}, KEY),
+    ],
+    ids=["key", "embeddings", "store", "store and key"],
+)
+async def test_a_paid_answer_is_given_although_nothing_is_kept(
+    make_server: MakeServer, path: str, body: dict[str, Any], headers: dict[str, str]
+) -> None:
+    server = await make_server(**{"chat.streams.resume_window": 0})
+
+    async with server.session.post(f"{server.v1}/{path}", json=body, headers=headers) as response:
+        assert response.status == 200
+        assert (await response.json())["object"]
+    assert server.simulator.stats().requests == 1
+
+
 @pytest.mark.parametrize("body", [CHAT, STREAMED])
 async def test_requests_with_one_key_at_once_are_one_answer(
     make_server: MakeServer, body: object

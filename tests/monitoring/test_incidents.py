@@ -7,16 +7,19 @@ from typing import Any
 import pytest
 
 from aioserver.monitoring.incidents import (
+    ALL_FAILED,
+    ALL_REFUSED,
     DENIED_BURST,
     DENIED_TICKS,
-    FAULTS,
     GATHERED,
     LAG_LIMIT,
     QUIET,
+    SEVERE_LAG,
     TEXTS,
     Detector,
 )
 from aioserver.monitoring.interval import (
+    ANSWERED,
     ATTEMPTS,
     DENIED,
     EVENTS,
@@ -27,7 +30,7 @@ from aioserver.monitoring.interval import (
     Interval,
     Total,
 )
-from aioserver.providers.breaker import CLOSED, OPEN, TRIAL
+from aioserver.monitoring.troubles import DEAD, FAILING, FAULTS, FLAGGED, SICK, SILENT
 from aioserver.telemetry.metrics import ATTEMPTS as OUTCOMES
 
 
@@ -41,11 +44,9 @@ def texts(
     growth: dict[Total, float] | None = None,
     *,
     lag_max: float = 0.0,
-    breakers: dict[str, str] | None = None,
 ) -> list[str]:
     """The texts of the incidents of one tick."""
-    providers: Any = {name: {"breaker": state} for name, state in (breakers or {}).items()}
-    happened = detector.detect(now, interval(growth or {}, lag_max=lag_max), providers)
+    happened = detector.detect(now, interval(growth or {}, lag_max=lag_max), {})
     return [incident["text"] for incident in happened]
 
 
@@ -94,24 +95,72 @@ def test_ordinary_events_are_no_incident(total: Total) -> None:
     assert texts(Detector(), 100.0, {total: DENIED_BURST - 1}) == []
 
 
-def test_breaker_is_told_when_it_opens_and_when_it_closes() -> None:
+def troubled(
+    detector: Detector, now: float, *providers: str, kind: str = SILENT
+) -> list[tuple[str, str]]:
+    """The severities and texts of the incidents of a tick in which these providers are in trouble."""
+    state: Any = {name: {"trouble": None} for name in ("groq", "other")}
+    for name in providers:
+        state[name]["trouble"] = {"kind": kind, "text": f"{name} is {kind}"}
+    happened = detector.detect(now, interval({}), state)
+    return [(incident["severity"], incident["text"]) for incident in happened]
+
+
+def test_trouble_is_told_when_it_begins_and_when_it_ends() -> None:
     detector = Detector()
 
     told = [
-        texts(detector, float(tick), breakers={"groq": state, "other": CLOSED})
-        for tick, state in enumerate((CLOSED, OPEN, OPEN, TRIAL, OPEN, CLOSED, CLOSED))
+        troubled(detector, float(now), *who)
+        for now, who in enumerate(([], ["groq"], ["groq"], []))
     ]
 
-    opened, closed = ["groq fails: its breaker has opened"], ["groq answers again"]
-    assert told == [[], opened, [], [], [], closed, []]
+    assert told == [[], [("error", "groq is silent")], [], [("info", "groq speaks again")]]
 
 
-def test_provider_that_is_configured_again_begins_with_a_closed_breaker() -> None:
+@pytest.mark.parametrize(
+    ("kind", "severity", "end"),
+    [
+        (DEAD, "error", "groq answers again"),
+        (SICK, "warning", "groq is well again"),
+        (SILENT, "error", "groq speaks again"),
+    ],
+)
+def test_trouble_has_the_severity_of_its_kind(kind: str, severity: str, end: str) -> None:
     detector = Detector()
-    texts(detector, 100.0, breakers={"groq": OPEN})
-    texts(detector, 101.0, breakers={})
 
-    assert texts(detector, 102.0, breakers={"groq": CLOSED}) == []
+    begin = troubled(detector, 1.0, "groq", kind=kind)
+
+    assert begin == [(severity, f"groq is {kind}")]
+    assert troubled(detector, 2.0) == [("info", end)]
+
+
+@pytest.mark.parametrize("kind", [FAILING, FLAGGED])
+def test_trouble_whose_faults_are_told_is_not_told_again(kind: str) -> None:
+    assert troubled(Detector(), 1.0, "groq", kind=kind) == []
+
+
+def test_provider_that_is_configured_again_begins_without_trouble() -> None:
+    detector = Detector()
+    troubled(detector, 100.0, "groq", kind=DEAD)
+    detector.detect(101.0, interval({}), {})
+
+    assert troubled(detector, 102.0) == []
+
+
+def test_trouble_that_comes_and_goes_is_told_once_in_its_quiet_time() -> None:
+    detector = Detector()
+
+    told = [
+        troubled(detector, 100.0 + second, *(["groq"] if second % 2 == 0 else []))
+        for second in range(int(QUIET))
+    ]
+    other = troubled(detector, 100.0 + QUIET - 1, "other")
+    lasting = troubled(detector, 100.0 + QUIET, "groq", "other")
+
+    assert told[:2] == [[("error", "groq is silent")], [("info", "groq speaks again")]]
+    assert not any(told[2:])
+    assert other == [("error", "other is silent")]
+    assert lasting == [("error", "groq is silent")]
 
 
 def test_denied_requests_of_some_ticks_together_are_one_burst() -> None:
@@ -142,7 +191,8 @@ def test_worst_lag_of_the_quiet_time_is_told_and_not_the_sum() -> None:
         (Total(SLOW_CLIENTS), "slow_client", "warning"),
         (Total(KEY_REFUSED, provider="groq"), "provider_auth", "error"),
         (Total(ATTEMPTS, "http_5xx", "groq"), "provider_faults", "warning"),
-        (Total(ATTEMPTS, "connect_error", "groq"), "provider_faults", "error"),
+        (Total(ATTEMPTS, "connect_error", "groq"), "provider_faults", "warning"),
+        (Total(ATTEMPTS, "tls", "groq"), "provider_faults", "error"),
     ],
 )
 def test_incident_says_its_kind_its_severity_and_its_provider(
@@ -153,6 +203,45 @@ def test_incident_says_its_kind_its_severity_and_its_provider(
     assert (incident["kind"], incident["severity"]) == (kind, severity)
     assert incident["provider"] == total.provider
     assert incident["time"] > 1e9
+
+
+FULL, OWN = Total(REJECTIONS, "server_at_capacity"), Total(REJECTIONS, "rate_limit_exceeded")
+BROKEN, WORKS = Total(ATTEMPTS, "http_5xx", "groq"), Total(ATTEMPTS, "ok", "groq")
+
+
+@pytest.mark.parametrize(
+    ("growth", "lag_max", "severity"),
+    [
+        ({FULL: ALL_REFUSED}, 0.0, "error"),
+        ({FULL: ALL_REFUSED - 1}, 0.0, "warning"),
+        ({FULL: 1000, Total(ANSWERED): 1}, 0.0, "warning"),
+        ({OWN: 1000}, 0.0, "warning"),
+        ({BROKEN: ALL_FAILED}, 0.0, "error"),
+        ({BROKEN: 1000, WORKS: 1}, 0.0, "warning"),
+        ({}, LAG_LIMIT + 0.001, "warning"),
+        ({}, SEVERE_LAG / 1000, "error"),
+    ],
+)
+def test_what_everybody_feels_is_an_error_and_what_some_feel_is_a_warning(
+    growth: dict[Total, float], lag_max: float, severity: str
+) -> None:
+    (incident,) = Detector().detect(100.0, interval(growth, lag_max=lag_max), {})
+
+    assert incident["severity"] == severity
+
+
+def test_what_went_well_in_the_quiet_time_counts_for_the_severity() -> None:
+    detector = Detector()
+    detector.detect(100.0, interval({FULL: 1}), {})
+    detector.detect(101.0, interval({FULL: 50}), {})
+    detector.detect(102.0, interval({Total(ANSWERED): 1}), {})
+
+    (incident,) = detector.detect(100.0 + QUIET, interval({FULL: 50}), {})
+
+    assert (incident["severity"], incident["text"]) == (
+        "warning",
+        "100 refused: server_at_capacity",
+    )
 
 
 def test_every_kind_that_is_gathered_has_a_text() -> None:

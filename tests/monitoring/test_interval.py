@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from aioserver.monitoring.interval import (
+    ANSWERED,
     ATTEMPTS,
     EVENTS,
     REJECTIONS,
@@ -52,7 +53,11 @@ async def test_only_what_has_grown_since_the_last_interval_is_in_it(
     second = meter.measure()
     third = meter.measure()
 
-    assert first.growth == {Total(REQUESTS): 3, Total(REJECTIONS, "server_at_capacity"): 2}
+    assert first.growth == {
+        Total(REQUESTS): 3,
+        Total(ANSWERED): 3,
+        Total(REJECTIONS, "server_at_capacity"): 2,
+    }
     assert second.growth == {Total(ATTEMPTS, "timeout", "groq"): 1}
     assert third.growth == {}
     assert (third.lag, third.lag_max) == (0.001, 0.002)

@@ -18,7 +18,8 @@ def snapshot(**process: int | None) -> Any:
         "in_flight": 1,
         "limit": 2,
         "waiting": 3,
-        "breaker": "trial",
+        "state": "sick",
+        "silent": {"longest": 2.5, "stalled": 3, "unanswered": 1, "under_way": 9},
         "pool": {"open": 4, "idle": 5},
     }
     return {
@@ -28,8 +29,9 @@ def snapshot(**process: int | None) -> Any:
             "active_by_face": {"sse": 7, "openai": 8},
             "waiting_by_face": {"sse": 9, "openai": 10},
         },
-        "streams": {"running": 11, "detached": 12, "bytes": 13, "max_bytes": 14},
-        "providers": {"groq": groq, "other": {**groq, "breaker": "open"}},
+        "requests": {"running": 11},
+        "streams": {"detached": 12, "bytes": 13, "max_bytes": 14},
+        "providers": {"groq": groq, "other": {**groq, "state": "dead"}},
         "process": {"open_fds": 15, "max_fds": 16, "tasks": 17, **process},
         "watchers": 18,
     }
@@ -57,7 +59,9 @@ def test_gauge_shows_the_number_of_the_snapshot() -> None:
     assert found["connections_limit"] == 6
     assert found["connections"] == {(("face", "sse"),): 7, (("face", "openai"),): 8}
     assert found["pool_idle"] == {(("provider", "groq"),): 5, (("provider", "other"),): 5}
-    assert found["breaker_state"] == {(("provider", "groq"),): 1, (("provider", "other"),): 2}
+    assert found["provider_silence_seconds"][("provider", "groq"),] == 2.5
+    assert found["provider_silent_answers"][("provider", "groq"),] == 4
+    assert found["provider_state"] == {(("provider", "groq"),): 1, (("provider", "other"),): 2}
     assert (found["listen_queue"], found["listen_queue_limit"]) == (0, 0)
     assert found.keys() == {gauge.name for gauge in GAUGES} | {
         *("build_info", "listen_queue", "listen_queue_limit")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import tracemalloc
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -350,13 +351,125 @@ def test_an_endless_line_is_cut_at_its_bound(frames: bool, size: int) -> None:
     stream = new_stream()
     sink: Sink = ChatSink(stream, Reading()) if frames else EventSink(stream, responses=False)
     assert sink.feed(delta("Hel"))
-    for _ in range(eventstream.MAX_EVENT_BYTES // size):
+    for _ in range(stream.max_bytes // size):
         assert sink.feed(b"x" * size)
 
     with pytest.raises(ProviderBadResponse):
         sink.feed(b"x" * size)
 
     assert stream.last == 2
+
+
+def events(*deltas: str, finish: bool = True) -> bytes:
+    """Events whose delta is JSON as it stands: escapes of surrogates, too."""
+    choices = [f'{{"index":0,"delta":{one}}}' for one in deltas]
+    if finish:
+        choices.append('{"index":0,"delta":{},"finish_reason":"stop"}')
+    return b"".join(f'data: {{"choices":[{choice}]}}\n\n'.encode() for choice in choices) + DONE
+
+
+@pytest.mark.parametrize("key", ["content", "reasoning", "reasoning_content"])
+@pytest.mark.parametrize(
+    ("texts", "shown_texts"),
+    [
+        # The halves of one character, cut over two events, and with text around them.
+        ((r"\ud83d", r"\ude00"), ["😀"]),
+        ((r"a\uD83D", r"\uDE00b"), ["a", "😀b"]),
+        ((r"a\ud83d", "", r"\ude00"), ["a", "😀"]),
+        # A half without its other half.
+        ((r"a\ud83d", "b"), ["a", "\ufffdb"]),
+        ((r"\ude00b",), ["\ufffdb"]),
+        ((r"a\ud83d",), ["a", "\ufffd"]),
+        ((r"\ud83d\ud83d", r"\ude00"), ["\ufffd", "😀"]),
+        # A whole pair stays one.
+        ((r"\ud83d\ude00",), ["😀"]),
+    ],
+)
+def test_halves_of_a_character_are_joined_or_replaced(
+    texts: tuple[str, ...], shown_texts: list[str], key: str
+) -> None:
+    data = events(*(f'{{"{key}":"{text}"}}' for text in texts))
+    for cut in every_cut(data):
+        stream = new_stream()
+
+        assert play(ChatSink(stream, Reading()), data, cut, end=True)
+
+        chunks = [chunk for status, chunk in shown(stream) if status == "chunk"]
+        assert [chunk["data"] for chunk in chunks] == shown_texts
+        assert stream.end_status == entries.COMPLETE
+
+
+def test_half_a_character_keeps_texts_in_their_order() -> None:
+    # These events have one shape, so that the fast path would take the last of them.
+    stream, reading = new_stream(), Reading()
+    sink = ChatSink(stream, reading)
+    for text in ("a", "b", r"\ud83d"):
+        assert sink.feed(events(f'{{"content":"{text}"}}', finish=False).removesuffix(DONE))
+
+    assert sink.fast() is None
+
+    assert not sink.feed(events(r'{"content":"\ude00c"}'))
+    assert "".join(chunk["data"] for _, chunk in shown(stream)[:-1]) == "ab😀c"
+    assert "".join(reading.text) == "ab😀c"
+
+
+@pytest.mark.parametrize(
+    "delta_json",
+    [
+        r'{"tool_calls":[{"index":0,"function":{"arguments":"\ud83d"}}]}',
+        r'{"content":"x","name":"\ude00"}',
+    ],
+)
+def test_a_lone_surrogate_elsewhere_ends_nothing(delta_json: str) -> None:
+    stream = new_stream()
+
+    assert play(ChatSink(stream, Reading()), events(delta_json), (), end=True)
+
+    assert stream.end_status == entries.COMPLETE
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        rb'{"choices":[{"delta":{"content":"\ud83d"}]}',
+        b'{"a":"\\ud83d' + b"[" * 100_000,
+        b'"\xed\xa0\xbd"',
+    ],
+)
+def test_a_surrogate_makes_broken_json_no_better(data: bytes) -> None:
+    with pytest.raises(ProviderBadResponse):
+        play(ChatSink(new_stream(), Reading()), b"data: %b\n\n" % data, (), end=False)
+
+
+@pytest.mark.parametrize("frames", [True, False], ids=["frames", "bytes"])
+@pytest.mark.parametrize("piece", [1000, 65536, 1 << 22])
+def test_an_event_of_megabytes_passes_whole(frames: bool, piece: int) -> None:
+    # A streamed picture is one event of 1 to 5 MB; here one of 3.
+    stream = new_stream()
+    text = "x" * 3_000_000
+    sink: Sink = ChatSink(stream, Reading()) if frames else EventSink(stream, responses=False)
+    data = delta(text) + delta("!", "stop") + DONE
+
+    assert play(sink, data, range(piece, len(data), piece), end=True)
+
+    if frames:
+        assert [chunk["data"] for _, chunk in shown(stream)[:-1]] == [text, "!"]
+    else:
+        assert passed(stream) == data
+    assert stream.end_status == entries.COMPLETE
+
+
+def test_half_an_event_costs_little_more_than_its_bytes() -> None:
+    splitter = eventstream.Splitter(1 << 22)
+    tracemalloc.start()
+    try:
+        for _ in range(3000):
+            assert splitter.feed(b"x" * 1000) == b""
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    assert peak < 2 * 3_000_000
 
 
 def test_a_body_is_bounded_inclusively() -> None:

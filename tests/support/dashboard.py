@@ -98,7 +98,6 @@ def snapshot() -> dict[str, Any]:
         "first_token": None,
         "tokens_per_second": 0.0,
         "streams": {
-            "running": 0,
             "detached": 0,
             "max_detached": 100,
             "finished": 0,
@@ -184,7 +183,7 @@ class Stand:
 
     def happen(self, text: str, severity: str = "warning", name: str | None = None) -> None:
         """Send an incident."""
-        told = {"kind": "breaker", "severity": severity, "text": text, "provider": name}
+        told = {"kind": "dead", "severity": severity, "text": text, "provider": name}
         for queue in self._asked:
             queue.put_nowait(("incident", {"time": time.time(), **told}))
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
+import re
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -13,11 +16,12 @@ import pytest
 from aioserver.providers.simulator.exchange import Behaviour
 from aioserver.telemetry import logs
 from tests.support.chat import CHAT, chat, to_end
+from tests.support.keys import bearer, keys_of
 from tests.support.raw import Raw
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from tests.support.clock import FakeClock
     from tests.support.server import MakeServer, RunningServer
@@ -47,6 +51,14 @@ def record(level: int, text: str, **fields: Any) -> logging.LogRecord:
     return made
 
 
+def wait_until(holds: Callable[[], bool]) -> None:
+    """Wait for another thread."""
+    end = time.monotonic() + 30.0
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
 def test_a_stream_that_takes_nothing_blocks_nobody(
     blocked: tuple[logs.BackgroundHandler, threading.Event, io.StringIO],
 ) -> None:
@@ -71,6 +83,44 @@ def test_a_closed_stream_is_no_fault() -> None:
     assert handler.dropped == 1
 
 
+class Disk(io.RawIOBase):
+    """A file on a disk that is full for as long as `full` says."""
+
+    def __init__(self) -> None:
+        self.full = False
+        self.written = b""
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        if self.full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self.written += bytes(data)
+        return len(data)
+
+
+def test_a_log_on_a_full_disk_goes_on_with_whole_lines_when_there_is_room_again() -> None:
+    disk = Disk()
+    # as Python makes stderr
+    stream = io.TextIOWrapper(io.BufferedWriter(disk), line_buffering=True)
+    handler = logs.BackgroundHandler(stream)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.emit(record(logging.INFO, "before"))
+    wait_until(lambda: disk.written == b"before\n")
+    disk.full = True
+    for number in range(1000):
+        handler.emit(record(logging.INFO, f"lost {number:040}"))
+    wait_until(lambda: handler.dropped >= 1000)
+    disk.full = False
+    handler.emit(record(logging.INFO, "after"))
+    handler.close()
+
+    first, *middle, last = disk.written.decode().splitlines()
+    assert (first, last) == ("before", "after")
+    assert all(re.fullmatch(r"lost \d{40}", line) for line in middle)
+
+
 def test_an_error_that_repeats_is_written_once_and_counted(clock: FakeClock) -> None:
     stream = io.StringIO()
     handler = logs.BackgroundHandler(stream, clock)
@@ -88,6 +138,20 @@ def test_an_error_that_repeats_is_written_once_and_counted(clock: FakeClock) -> 
     assert [line["event"] for line in lines] == ["bug", "another", "bug", *["warning"] * 3]
     assert "suppressed" not in lines[0]
     assert (lines[2]["suppressed"], lines[2]["request_id"]) == (6, "s")
+
+
+def test_an_error_that_is_thinned_out_at_its_source_is_written_each_time(clock: FakeClock) -> None:
+    stream = io.StringIO()
+    handler = logs.BackgroundHandler(stream, clock)
+    handler.setFormatter(logs.JsonFormatter("aioserver", ""))
+    for text in ("groq is silent", "other is silent"):
+        incident = record(logging.ERROR, text)
+        incident.__dict__["thinned"] = True
+        handler.emit(incident)
+    handler.close()
+
+    lines = [orjson.loads(line)["event"] for line in stream.getvalue().splitlines()]
+    assert lines == ["groq is silent", "other is silent"]
 
 
 async def finished(caplog: pytest.LogCaptureFixture, number: int) -> list[dict[str, Any]]:
@@ -158,6 +222,64 @@ async def test_how_a_request_ended_is_told(
     assert [line["outcome"] for line in lines] == ["cancelled", "client_left", "provider_error"]
     assert [line["status"] for line in lines] == [499, 499, 502]
     assert lines[2]["code"] == "provider_error"
+
+
+async def ask(server: RunningServer, face: str, name: str) -> None:
+    """One request of the caller `web`, which may be refused."""
+    if face == "websocket":
+        async with server.connect(headers=bearer("web")) as ws:
+            await ws.send_json(chat(name))
+            await to_end(ws)
+        return
+    url, body = {
+        "sse": (server.sse, {"request_id": name, "text": "Hello"}),
+        "openai": (f"{server.v1}/chat/completions", CHAT),
+    }[face]
+    async with server.session.post(url, json=body, headers=bearer("web")) as response:
+        await response.read()
+
+
+@pytest.mark.parametrize("face", ["websocket", "sse", "openai"])
+@pytest.mark.parametrize(
+    ("cause", "event", "code"),
+    [
+        ("the key's own limit", "request refused", "rate_limit_exceeded"),
+        ("no provider", "request finished", "circuit_open"),
+    ],
+)
+async def test_requests_that_are_refused_for_now_are_warnings_and_thinned_out(
+    make_server: MakeServer,
+    told: pytest.LogCaptureFixture,
+    clock: FakeClock,
+    face: str,
+    cause: str,
+    event: str,
+    code: str,
+) -> None:
+    told.set_level(logging.WARNING, "aioserver")
+    limits = {"requests_per_minute": 1} if cause == "the key's own limit" else {}
+    server = await make_server(**keys_of("web", **limits))
+    server.context.metrics.refusal_lines = logs.RateLimit(1, logs.SAME_ERROR, clock)
+    if limits:
+        await ask(server, face, "first")
+    else:
+        server.simulator.behaviour = Behaviour(fail_rate=1.0, fail_status=500)
+        for number in range(100):
+            await ask(server, face, f"failed{number}")
+            if server.context.metrics.rejections[code].value:
+                break
+
+    for number in range(4):
+        await ask(server, face, f"refused{number}")
+    refused = int(server.context.metrics.rejections[code].value)
+    clock.now += logs.SAME_ERROR
+    await ask(server, face, "last")
+
+    lines: list[Any] = [line for line in told.records if line.getMessage() == event]
+    assert [line.levelno for line in lines] == [logging.WARNING] * 2
+    assert [line.fields["code"] for line in lines] == [code] * 2
+    assert "suppressed" not in lines[0].fields
+    assert lines[1].fields["suppressed"] == refused - 1 >= 3
 
 
 async def test_no_line_has_what_was_said(

@@ -148,7 +148,7 @@ def test_percentiles_are_of_the_last_minute_and_of_a_thousand() -> None:
     assert found["p95"] == pytest.approx(0.97)
     assert found["p99"] == pytest.approx(0.99)
     one.add(500.0, 7.0)
-    assert one.percentiles(500.0) == {"p50": 7.0, "p95": 7.0, "p99": 7.0, "count": 1}
+    assert one.percentiles(502.5) == {"p50": 7.0, "p95": 7.0, "p99": 7.0, "count": 1, "age": 2.5}
     for _ in range(5000):
         one.add(501.0, 1.0)
     assert (one.percentiles(501.0) or {})["count"] == 1000

@@ -175,8 +175,10 @@ def _guards(providers: dict[str, Any]) -> list[Text]:
     lines = []
     for name, provider in providers.items():
         notes = [] if provider.get("usable", True) else ["not usable"]
-        if "breaker" in provider:
-            notes.append(f"breaker {provider['breaker']}")
+        if provider.get("state", "well") != "well":
+            notes.append(str(provider["state"]))
+        if silent := _silent(provider.get("silent") or {}):
+            notes.append(silent)
         if pace := provider.get("pace"):
             notes.append(f"pace {pace.get('per_minute')} a minute, {pace.get('left')} now")
         if provider.get("retries"):
@@ -189,6 +191,14 @@ def _guards(providers: dict[str, Any]) -> list[Text]:
     if unused := ", ".join(name for name, provider in providers.items() if _unused(provider)):
         lines.append(f" not usable: {unused}")
     return [Text(printable(line), style="dim") for line in lines]
+
+
+def _silent(silent: dict[str, int]) -> str:
+    """The silence that is going on, "" where nobody waits for a word."""
+    if not silent.get("under_way"):
+        return ""
+    number = silent.get("stalled", 0) + silent.get("unanswered", 0)
+    return f"silent for {_time(silent.get('longest'))}, {number} of {silent['under_way']} stalled"
 
 
 def _facts(stats: dict[str, Any]) -> Table:
@@ -205,7 +215,7 @@ def _facts(stats: dict[str, Any]) -> Table:
         + "".join(f", {n} {name}" for name, n in requests.get("outcomes", {}).items() if n),
         "answers": f"{stats.get('tokens_per_second', 0.0):.0f} tokens/s; first token p50 "
         f"{_time(first.get('p50'))}, p95 {_time(first.get('p95'))}, p99 {_time(first.get('p99'))}",
-        "streams": f"{streams.get('running', 0)} running, {streams.get('detached', 0)} without a "
+        "streams": f"{streams.get('detached', 0)} without a "
         f"reader, {streams.get('finished', 0)} kept, {_bytes(streams.get('bytes'))} of "
         f"{_bytes(streams.get('max_bytes'))}; {stats.get('slow_clients', 0)} slow clients dropped",
         "rejections": total + codes if rejected else "none",

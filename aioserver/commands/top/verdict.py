@@ -14,6 +14,9 @@ MAX_LAG = 0.1
 # The share of the allowed open files from which on they run out.
 MAX_FILES = 0.9
 
+# Kinds of troubles, the worst first.
+KINDS = ("key_refused", "dead", "silent", "sick", "failing")
+
 Level = Literal["ok", "warning", "error"]
 
 
@@ -33,13 +36,16 @@ def _findings(
         yield "error", "not ready: starting, stopping, or without a usable provider"
     connections = stats.get("connections", {})
     providers = stats.get("providers", {})
+    troubles = [trouble for provider in providers.values() if (trouble := provider.get("trouble"))]
+    troubles.sort(key=_rank)
     if grown := grown_rejections(stats, previous):
-        yield "error", "refusing: " + ", ".join(f"{code} {count}" for code, count in grown.items())
+        refused = "refusing: " + ", ".join(f"{code} {count}" for code, count in grown.items())
+        yield "error", "; ".join((refused, *map(_told, troubles[:1])))
+    for trouble in troubles:
+        yield "error", _told(trouble)
     for name, provider in providers.items():
         if provider.get("active") and not provider.get("usable", True):
             yield "error", f"the active provider {printable(name)} is not usable"
-        if provider.get("breaker", "closed") != "closed":
-            yield "error", f"the breaker of {printable(name)} is {printable(provider['breaker'])}"
     process = stats.get("process", {})
     fds, max_fds = process.get("open_fds"), process.get("max_fds")
     if fds and max_fds and fds > MAX_FILES * max_fds:
@@ -53,6 +59,16 @@ def _findings(
     lag = stats.get("loop", {}).get("lag_max") or 0.0
     if lag > MAX_LAG:
         yield "warning", f"the event loop lags: {lag * 1000:.0f} ms"
+
+
+def _rank(trouble: dict[str, Any]) -> int:
+    kind = trouble.get("kind")
+    return KINDS.index(kind) if kind in KINDS else len(KINDS)
+
+
+def _told(trouble: dict[str, Any]) -> str:
+    """What the server says of a provider's trouble, in one line."""
+    return printable(". ".join(filter(None, (trouble.get("text"), trouble.get("detail")))))
 
 
 def _queue(waiting: int, gate: dict[str, Any]) -> str:

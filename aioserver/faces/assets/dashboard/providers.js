@@ -35,7 +35,7 @@ export class Providers {
   update(stats, recent, history) {
     this.#repeat = () => this.update(stats, recent, history);
     const all = Object.entries(stats.providers);
-    const conditions = new Map(all.map(([name, one]) => [name, condition(name, one, recent.providers?.[name])]));
+    const conditions = new Map(all.map(([name, one]) => [name, condition(name, one)]));
     const awake = all.filter(([, one]) => one.active || one.requests || one.in_flight || one.waiting).map(([name]) => name);
     const wanted = this.#choose(awake, conditions, stats.time);
     for (const [name, card] of this.#cards) if (!wanted.includes(name)) this.#remove(name, card);
@@ -82,12 +82,13 @@ export class Providers {
     const fill = bind(element);
     element.dataset.provider = name;
     const show = (provider, lately, state) => {
-      const { pool, pace } = provider;
+      const { pool, pace, silent } = provider;
       fill({
         ...provider,
         name,
         first_asked: provider.active || null,
         pool: pool && { ...pool, busy: pool.open - pool.idle },
+        silent: silent?.under_way ? { ...silent, number: silent.stalled + silent.unanswered } : null,
         resting: pace?.cooling || null,
       }, lately);
       element.dataset.tone = mark.dataset.tone = state.tone;

@@ -17,7 +17,8 @@ export function judge(stats, conditions, recent) {
   const crowd = `${some(waiting, "waits", "wait")}, oldest ${seconds(oldest)}`;
   const say = (state, word, text, reason = "") => {
     const why = pressed && !text.includes(worst.why) ? `${worst.why}. ` : "";
-    return { state, word, text, detail: why + feeling(stats.first_token), key: `${state} ${reason}` };
+    const more = worst.detail ? `${worst.detail}. ` : "";
+    return { state, word, text, detail: why + more + feeling(stats.first_token), key: `${state} ${reason}` };
   };
 
   if (!stats.ready) {
@@ -28,6 +29,8 @@ export function judge(stats, conditions, recent) {
     const where = active >= limit ? (waiting ? `, ${crowd}; ${cause}` : `; ${cause}`) : pressed ? `; ${name} is the reason` : `: ${refused.code}`;
     return say("refusing", "Refusing", `${count(refused.number)} turned away in ${seconds(LATELY)}${where}`, name);
   }
+  const stalled = [...conditions].find(([, one]) => one.kind === "silent");
+  if (stalled) return say("trouble", "Stalled", stalled[1].why, stalled[0]);
   if (waiting > 0) return say("full", "Full", `Full: ${crowd}; ${cause}`, name);
   if (free === 0) return say("full", "Full", `Full: nobody waits yet; ${cause}`, name);
   if (worst.rank >= 5) return say("trouble", "Trouble", `${room}, but ${worst.brief}`, name);
@@ -58,6 +61,6 @@ function refusals(stats, recent) {
 }
 
 function feeling(token) {
-  if (!token) return "";
+  if (!token || token.age > LATELY) return ""; // nothing is answered now: the past tells nobody how it is
   return `Half of the answers begin within ${seconds(token.p50)}, 95\u00a0% within ${seconds(token.p95)}.`;
 }

@@ -1,0 +1,64 @@
+"""What a server does with stdin, stdout and stderr, which may be closed, on a full disk, or unread.
+
+None of that may keep it from serving, or change its exit code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+from pathlib import Path
+
+logger = logging.getLogger("aioserver.output")
+
+STDIN, STDOUT, STDERR = 0, 1, 2
+
+
+def open_closed() -> None:
+    """Open /dev/null in place of the standard descriptors that are closed.
+
+    Otherwise the next sockets get their numbers: uvloop ends the process when it closes such a
+    socket, and faulthandler writes its stacks to whoever is connected there.
+    """
+    for descriptor in (STDIN, STDOUT, STDERR):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            _silence(descriptor)
+    if sys.stderr is None:
+        # Not `open(STDERR)`, whose buffer would be flushed at the end. It lives as long as the process.
+        sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
+
+
+def announce(text: str) -> None:
+    """Print *text* at once; where stdout takes nothing, the log says so and the server goes on."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        logger.warning("stdout cannot be written: %s; it serves on", error.strerror or error)
+        _silence(STDOUT)
+
+
+def give_up() -> None:
+    """Let what stdout and stderr still hold go, where it cannot be written.
+
+    Python would try it once more at the end of the process, and make 120 of its exit code.
+    """
+    for stream, descriptor in ((sys.stdout, STDOUT), (sys.stderr, STDERR)):
+        if stream is not None:
+            try:
+                stream.flush()
+            except (OSError, ValueError):
+                _silence(descriptor)
+
+
+def _silence(descriptor: int) -> None:
+    # Without a descriptor to spare there is nothing to be done.
+    with contextlib.suppress(OSError):
+        null = os.open(os.devnull, os.O_RDWR)
+        if null != descriptor:
+            os.dup2(null, descriptor)
+            os.close(null)
+        os.set_inheritable(descriptor, True)

@@ -1,0 +1,148 @@
+"""Troubles: what is wrong with a provider and since when, in words that every display shows.
+
+`/stats`, the dashboard, `top` and the log say the same, since each says this. A trouble has a *text*
+that stands alone, "groq has said nothing for 6 s in 25 answers", and a *detail*: when it began, when
+the provider is tried next, and who is asked instead. Of several troubles the worst is told.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, deque
+from typing import TYPE_CHECKING
+
+from aioserver.monitoring.interval import ATTEMPTS
+from aioserver.telemetry.metrics import OK
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from aioserver.monitoring.interval import Interval
+    from aioserver.monitoring.snapshot import ProviderState, SilenceState, Snapshot, Trouble
+
+# Kinds of troubles, the worst first.
+FLAGGED, DEAD, SILENT, SICK, FAILING = "key_refused", "dead", "silent", "sick", "failing"
+# Outcomes of an attempt that are the provider's fault, and how it fails then. A 4xx is none: it is the
+# request's own fault, or our key's. Nor is a stale connection, which is replaced at once.
+FAULTS = {
+    "connect_error": "cannot be reached",
+    "timeout": "does not answer in time",
+    "http_429": "limits our rate",
+    "http_5xx": "answers with server errors (5xx)",
+    "tls": "fails in TLS",
+    "disconnected": "breaks off its answers",
+    "bad_response": "sends what is no answer",
+}
+# A provider fails where so many attempts of the last WINDOW ticks, and such a share of them, failed.
+WINDOW = 60
+FEW, SHARE = 3, 0.1
+
+
+class Troubles:
+    """What is wrong with each provider, snapshot by snapshot.
+
+    Always: a trouble that lasts keeps the time at which it began.
+    """
+
+    def __init__(self) -> None:
+        self._now: dict[str, Trouble] = {}
+        # The attempts of each tick, by provider and outcome.
+        self._attempts: deque[dict[str, Counter[str]]] = deque(maxlen=WINDOW)
+
+    @property
+    def now(self) -> Mapping[str, Trouble]:
+        """What was wrong at the last snapshot, by provider."""
+        return self._now
+
+    def look(self, snapshot: Snapshot, interval: Interval) -> None:
+        """Find what is wrong in *snapshot*, at whose tick *interval* ended, and write it there."""
+        attempts: dict[str, Counter[str]] = {}
+        for total, number in interval.growth.items():
+            if total.kind == ATTEMPTS and total.provider is not None:
+                attempts.setdefault(total.provider, Counter())[total.detail] += int(number)
+        self._attempts.append(attempts)
+        before, self._now = self._now, {}
+        for name, provider in snapshot["providers"].items():
+            trouble = self._trouble(name, provider, snapshot, before.get(name))
+            provider["trouble"] = trouble
+            if trouble is not None:
+                self._now[name] = trouble
+
+    def _trouble(
+        self, name: str, provider: ProviderState, snapshot: Snapshot, before: Trouble | None
+    ) -> Trouble | None:
+        """Return the worst trouble of the provider *name*, which had the trouble *before*."""
+        faults, attempts = self._lately(name)
+        failed = sum(faults.values())
+        began = now = snapshot["time"]
+        text = f"{name} fails"
+        if failed:
+            how = FAULTS[faults.most_common(1)[0][0]]
+            text = f"{name} {how}: {failed} of {attempts} attempts failed in the last minute"
+        if provider["flagged"]:
+            kind, text = FLAGGED, f"{name} refuses our key, or its quota is used up"
+        elif provider["state"] == DEAD:
+            kind, text = DEAD, f"{text}; it is left alone"
+        elif stalled(provider["silent"]):
+            kind, text = SILENT, silence(name, provider["silent"])
+            began = now - provider["silent"]["longest"]
+        elif provider["state"] == SICK:
+            kind = SICK
+        elif failed >= FEW and failed >= SHARE * attempts:
+            kind = FAILING
+        else:
+            return None
+        since = round(began, 3)
+        if before is not None and before["kind"] == kind:
+            since = before["since"]
+        detail = [f"It began {span(now - since)} ago", *_next_try(provider)]
+        if provider["active"] and kind != SILENT:
+            others = snapshot["fallbacks"]
+            detail.append(f"its fallback is {others[0]}" if others else "no fallback is set")
+        return {"kind": kind, "since": since, "text": text, "detail": "; ".join(detail)}
+
+    def _lately(self, name: str) -> tuple[Counter[str], int]:
+        """Return the faults of the last WINDOW ticks, and of how many attempts."""
+        faults: Counter[str] = Counter()
+        well = 0
+        for tick in self._attempts:
+            for outcome, number in tick.get(name, {}).items():
+                if outcome in FAULTS:
+                    faults[outcome] += number
+                elif outcome == OK:
+                    well += number
+        return faults, well + faults.total()
+
+
+def _next_try(provider: ProviderState) -> Iterator[str]:
+    """Say when a provider that is left alone is tried again."""
+    seconds = provider["next_try"]
+    if seconds is not None:
+        yield f"it is tried again in {span(math.ceil(seconds))}" if seconds else "it is tried now"
+
+
+def stalled(silent: SilenceState) -> bool:
+    """Whether the provider itself has stalled: half of the answers under way, or more."""
+    number = silent["stalled"] + silent["unanswered"]
+    return number > 0 and 2 * number >= silent["under_way"]
+
+
+def silence(name: str, silent: SilenceState) -> str:
+    """Say how long the provider *name* has been silent, and where."""
+    in_answers, before = silent["stalled"], silent["unanswered"]
+    where = [f"in {_count(in_answers, 'answer')}"] if in_answers else []
+    if before:
+        where.append(f"to {_count(before, 'request')}")
+    return f"{name} has said nothing for {span(silent['longest'])} {' and '.join(where)}"
+
+
+def span(seconds: float) -> str:
+    """Say a number of seconds as people do: 6 s, 3 min, 2 h."""
+    whole = max(0, int(seconds))
+    if whole < 120:
+        return f"{whole} s"
+    return f"{whole // 60} min" if whole < 7200 else f"{whole // 3600} h"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"

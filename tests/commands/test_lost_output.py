@@ -1,0 +1,87 @@
+"""A server whose stdout or stderr is closed, on a full disk, or read by nobody serves on all the same."""
+
+from __future__ import annotations
+
+import socket
+from typing import TYPE_CHECKING
+
+import aiohttp
+import pytest
+
+from aioserver.providers.simulator.server import Simulator
+from tests.support.chat import CHAT
+from tests.support.process import Process, loop_name
+from tests.support.server import write
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+# Spoils descriptors of this process, and becomes the program.
+SPOILED = """
+import os, sys
+how, descriptors, *program = sys.argv[1:]
+for descriptor in map(int, descriptors.split(",")):
+    os.close(descriptor)
+    if how == "full":
+        other = os.open("/dev/full", os.O_WRONLY)
+    elif how == "unread":
+        reader, other = os.pipe()
+        os.close(reader)
+    else:
+        continue
+    os.dup2(other, descriptor)
+    os.set_inheritable(descriptor, True)
+os.execv(sys.executable, [sys.executable, *program])
+"""
+SPOILS = [
+    *(("closed", some) for some in ("1", "2", "0,1,2")),
+    *((how, some) for how in ("full", "unread") for some in ("1", "2", "1,2")),
+]
+
+
+@pytest.mark.parametrize(("how", "descriptors"), SPOILS)
+async def test_a_server_serves_on_whatever_becomes_of_its_output(
+    tmp_path: Path, how: str, descriptors: str
+) -> None:
+    file = tmp_path / "c.yaml"
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        base = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        async with Simulator(keep=0) as simulator, aiohttp.ClientSession() as session:
+            write(simulator.base_url, {"logging.level": "INFO"}, file)
+            serve = ("-m", "aioserver", "serve", "--config", str(file), "--loop", loop_name())
+            program = ("-c", SPOILED, how, descriptors, *serve)
+            async with await Process.start(*program, sockets=[listening]) as process:
+                for _ in range(3):
+                    async with session.post(f"{base}/v1/chat/completions", json=CHAT) as response:
+                        assert response.status == 200
+                        assert (await response.json())["choices"]
+
+                process.signal()
+                assert await process.ended() == 0
+
+    assert "Traceback" not in process.log
+    if "1" not in descriptors:
+        assert process.out.startswith("aioserver is ready: http://")
+    if "2" not in descriptors:
+        assert "stopped" in process.log
+        assert ("cannot be written" in process.log) == (how != "closed")
+
+
+async def test_the_simulated_provider_serves_on_without_a_reader_of_its_stdout() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    options = ("provider", "--port", str(port))
+    async with await Process.start(
+        "-c", SPOILED, "unread", "1", "-m", "aioserver", *options
+    ) as process:
+        await process.logs("stdout cannot be written")
+        async with (
+            aiohttp.ClientSession() as session,
+            session.get(f"http://127.0.0.1:{port}/v1/models") as response,
+        ):
+            assert response.status == 200
+
+        process.signal()
+        assert await process.ended() == 0
+
+    assert "Traceback" not in process.log
