@@ -88,7 +88,7 @@ class Gateway:
 
     @property
     def running(self) -> int:
-        """The number of answers under way: asked for, streamed or not, and not ended."""
+        """The number of answers that have not ended, streamed or not."""
         return len(self._producers) + len(self._calls)
 
     def ask(self, caller: Caller, chat: Chat, scope: str | None = None, *, face: str) -> Stream:
@@ -153,7 +153,7 @@ class Gateway:
         self.lifetime.reader_added(stream)
         try:
             await reader.reached
-            # Before the reader leaves: a stream whose window is 0 is then forgotten.
+            # Read before the reader leaves: a stream whose window is 0 is forgotten then.
             answer = stream.details.whole
         finally:
             reader.leave()
@@ -306,8 +306,8 @@ class Gateway:
 
     def _begin_record(self, request: Request) -> RequestRecord:
         """Begin the record of *request*, which is understood and goes to its first provider now."""
-        asked, route = request.provider_request, request.route
-        record, provider = asked.record, route.provider
+        provider_request, route = request.provider_request, request.route
+        record, provider = provider_request.record, route.provider
         model = route.model or provider.settings.model
         record.begin(
             request.face,
@@ -315,7 +315,7 @@ class Gateway:
             provider.name,
             model,
             request.caller.name,
-            streamed=asked.streamed,
+            streamed=provider_request.streamed,
         )
         record.log = self._request_log
         return record

@@ -3,7 +3,7 @@
 Lines are written by a thread, from a bounded queue: a terminal that is stopped, a pipe that nobody
 reads or a disk that is full never blocks the event loop. Lines for which there is no room are dropped
 and counted. An error that repeats is written once in ten seconds, with the number of those left out,
-unless its record has an attribute `thinned`: then who logs it has seen to that.
+unless its record has an attribute `thinned`: its logger has left lines out already.
 """
 
 from __future__ import annotations

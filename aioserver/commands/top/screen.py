@@ -194,7 +194,7 @@ def _guards(providers: dict[str, Any]) -> list[Text]:
 
 
 def _silent(silent: dict[str, int]) -> str:
-    """The silence that is going on, "" where nobody waits for a word."""
+    """Return the silence of a provider at the moment; "" if no answer is under way."""
     if not silent.get("under_way"):
         return ""
     number = silent.get("stalled", 0) + silent.get("unanswered", 0)

@@ -40,9 +40,9 @@ def _findings(
     troubles.sort(key=_rank)
     if grown := grown_rejections(stats, previous):
         refused = "refusing: " + ", ".join(f"{code} {count}" for code, count in grown.items())
-        yield "error", "; ".join((refused, *map(_told, troubles[:1])))
+        yield "error", "; ".join((refused, *map(_trouble_line, troubles[:1])))
     for trouble in troubles:
-        yield "error", _told(trouble)
+        yield "error", _trouble_line(trouble)
     for name, provider in providers.items():
         if provider.get("active") and not provider.get("usable", True):
             yield "error", f"the active provider {printable(name)} is not usable"
@@ -66,8 +66,8 @@ def _rank(trouble: dict[str, Any]) -> int:
     return KINDS.index(kind) if kind in KINDS else len(KINDS)
 
 
-def _told(trouble: dict[str, Any]) -> str:
-    """What the server says of a provider's trouble, in one line."""
+def _trouble_line(trouble: dict[str, Any]) -> str:
+    """Return a provider's trouble, in the server's words, as one line."""
     return printable(". ".join(filter(None, (trouble.get("text"), trouble.get("detail")))))
 
 
