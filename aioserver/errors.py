@@ -158,9 +158,14 @@ class InvalidRequest(AioserverError):
 
 
 class Denied(AioserverError):
-    """Access is denied. *reason*: a label of the metric `auth_failures_total`, also logged."""
+    """Access is denied.
+
+    *reason* is a label of the metric `auth_failures_total`, and logged. So is *setting*, the one that
+    would let the request in, if there is one.
+    """
 
     reason: ClassVar[str] = ""
+    setting: ClassVar[str] = ""
 
 
 class MissingApiKey(Denied):
@@ -193,12 +198,14 @@ class OriginNotAllowed(Denied):
     """The browser's page has an origin that is not in `allow_origins`."""
 
     code, status, reason = "origin_not_allowed", 403, "origin"
+    setting = "chat.websocket.allow_origins"
 
 
 class HostNotAllowed(Denied):
     """The Host is not a name of this machine, and no key is required (DNS rebinding)."""
 
     code, status, reason = "host_not_allowed", 403, "host"
+    setting = "auth.allowed_hosts"
 
 
 class NotFound(AioserverError):

@@ -56,7 +56,9 @@ class Origins:
         """
         origin = headers.get("Origin")
         if origin is not None and not self.allows(origin, headers.get("Host")):
-            raise OriginNotAllowed("this page may not connect: see chat.websocket.allow_origins")
+            raise OriginNotAllowed(
+                "this page may not connect: add its origin to chat.websocket.allow_origins"
+            )
 
     def cors(self, headers: Mapping[str, str]) -> dict[str, str]:
         """Return the CORS headers of the response to a request with these *headers*."""

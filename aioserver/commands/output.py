@@ -37,7 +37,9 @@ def announce(text: str) -> None:
     try:
         print(text, flush=True)
     except OSError as error:
-        logger.warning("stdout cannot be written: %s; the server goes on", error.strerror or error)
+        logger.warning(
+            "stdout cannot be written: %s; the server serves on", error.strerror or error
+        )
         _silence(STDOUT)
 
 

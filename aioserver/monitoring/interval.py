@@ -44,7 +44,7 @@ class Total(NamedTuple):
 
 @dataclass(slots=True)
 class Interval:
-    """What was measured during one interval.
+    """The measurements of one interval.
 
     *growth* has only the totals that have grown; *rates* are per second, by kind and provider; *lag* (a
     mean) and *lag_max* are in seconds; *cpu* is the share of one core; *tasks* may be TASK_TICKS old.

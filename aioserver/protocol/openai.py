@@ -40,7 +40,7 @@ class ErrorEvent(Exception):
 
 @dataclass(slots=True)
 class Reading:
-    """What has been read of one answer. *text* is for the conversation's history.
+    """The parts of one answer that were read so far. *text* is for the conversation's history.
 
     Some providers split a surrogate pair over two events. *half* keeps the first half of such a pair, by
     the `delta` field in which it came, until the second half comes. If none comes, U+FFFD replaces it.

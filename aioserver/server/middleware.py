@@ -22,6 +22,7 @@ from aioserver.errors import (
     InvalidRequest,
     MethodNotAllowed,
     NotFound,
+    OriginNotAllowed,
     RequestTooLarge,
     UriTooLong,
 )
@@ -29,6 +30,7 @@ from aioserver.faces.http import SERVER, Request, announce_close, error_response
 from aioserver.provider_errors import ProviderFault
 from aioserver.server.connection import Connection
 from aioserver.telemetry.logs import RateLimit
+from aioserver.telemetry.request_log import MAX_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -79,7 +81,7 @@ def make_middleware(
             check_head(request)
             guard.admit(request)
             if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
-                return _preflight(request)
+                return preflight(request)
             response = await handler(request)
         except AioserverError as error:
             # An error of a request that has a record is counted with that record.
@@ -130,12 +132,24 @@ def make_middleware(
             "request_id": request_id(request),
             "reason": error.reason,
             "code": error.code,
+            "method": request.method,
             "route": resource.canonical if resource is not None else "",
             "address": request.get(ADDRESS, request.remote),
         }
+        if error.setting:
+            header = "Origin" if isinstance(error, OriginNotAllowed) else "Host"
+            fields[header.lower()] = request.headers.get(header, "")[:MAX_NAME]
+            fields["setting"] = error.setting
         if suppressed:
             fields["suppressed"] = suppressed
         refusals_logger.warning("access refused", extra={"fields": fields})
+
+    def preflight(request: web.Request) -> web.Response:
+        """Answer a CORS preflight; a browser takes the missing `Allow-Origin` for a refusal."""
+        origin = request.headers.get("Origin")
+        if origin is not None and not origins.allows(origin, request.headers.get("Host")):
+            log_refusal(request, OriginNotAllowed("a preflight of a page that may not connect"))
+        return _preflight(request)
 
     async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
         assert isinstance(request, Request)

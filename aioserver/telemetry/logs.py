@@ -4,11 +4,16 @@ Lines are written by a thread, from a bounded queue: a terminal that is stopped,
 reads or a disk that is full never blocks the event loop. Lines for which there is no room are dropped
 and counted. An error that repeats is written once in ten seconds, with the number of those left out,
 unless its record has an attribute `thinned`: its logger has left lines out already.
+
+Names and paths in a line come from clients. Characters that are not printable are escaped in both
+formats, so that no client can begin a line of its own, or control the terminal that shows the line
+(CWE-117, CWE-150).
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import queue
 import sys
@@ -58,22 +63,60 @@ class JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
-        return orjson.dumps(line, default=str).decode()
+        try:
+            text = orjson.dumps(line, default=str).decode()
+        # A lone surrogate is no UTF-8.
+        except TypeError:
+            text = json.dumps(line, default=str)
+        # Outside of its strings JSON has nothing that needs an escape.
+        return text if text.isprintable() else "".join(map(_json_escaped, text))
 
 
 class ConsoleFormatter(logging.Formatter):
-    """A line for people: time, level, message, and the fields behind them."""
+    """A line for people: time, level, message, and the fields behind them.
+
+    A traceback follows in lines of its own, which are indented: no record begins with a space.
+    """
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S")
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line of *record*."""
-        text = super().format(record)
+        record.message = record.getMessage()
+        record.asctime = self.formatTime(record, self.datefmt)
+        text = printable(self.formatMessage(record))
         fields = getattr(record, "fields", None)
         if fields:
-            text += "  " + " ".join(f"{name}={value}" for name, value in fields.items())
+            text += "  " + " ".join(f"{name}={_shown(value)}" for name, value in fields.items())
+        if record.exc_info:
+            traceback = self.formatException(record.exc_info).split("\n")
+            text += "".join(f"\n    {printable(line)}" for line in traceback)
         return text
+
+
+def printable(text: str) -> str:
+    r"""Return *text* with `\n`, `\x1b` or `\u202e` in place of characters that are not printable."""
+    if text.isprintable():
+        return text
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+    )
+
+
+def _shown(value: object) -> str:
+    """Return the value of a field, in quotes where it could be taken for several fields."""
+    text = printable(str(value))
+    if " " in text or "=" in text or '"' in text:
+        text = text.replace('"', '\\"')
+        return f'"{text}"'
+    return text
+
+
+def _json_escaped(char: str) -> str:
+    return (
+        char if char.isprintable() else json.dumps(char)[1:-1] if ord(char) != 0x7F else "\\u007f"
+    )
 
 
 class RateLimit:

@@ -565,6 +565,43 @@ async def test_a_refused_client_is_one_line_with_its_address(
     assert "canary" not in str(lines)
 
 
+async def test_a_refused_page_is_logged_with_its_origin_and_the_setting_that_lets_it_in(
+    make_server: MakeServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = await make_server(**PAGES)
+    evil = "http://evil.example" + "x" * 300
+    async with Raw(server) as raw:
+        await raw.get("/ws/chat", f"Origin: {evil}", *UPGRADE)
+        answer = await raw.answer()
+        assert answer.status == 403
+        assert "chat.websocket.allow_origins" in answer.body.decode()
+    async with Raw(server) as raw:
+        for origin in (evil, WEB_PAGE):
+            await raw.send(
+                b"OPTIONS /v1/chat/completions HTTP/1.1\r\nHost: x\r\n"
+                b"Access-Control-Request-Method: POST\r\n"
+                b"Origin: " + origin.encode() + b"\r\n\r\n"
+            )
+            assert (await raw.answer()).status == 200
+
+    lines = [one for one in caplog.records if one.getMessage() == "access refused"]
+    fields: list[Any] = [one.fields for one in lines]  # type: ignore[attr-defined]
+    assert [one["method"] for one in fields] == ["GET", "OPTIONS"]
+    for one in fields:
+        assert (one["reason"], one["origin"]) == ("origin", evil[:200])
+        assert one["setting"] == "chat.websocket.allow_origins"
+
+
+async def test_a_refused_host_is_logged_with_the_setting_that_lets_it_in(
+    server: RunningServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert (await asked(server, "GET", "/health", Host="evil.example"))[0] == 403
+
+    [line] = [one for one in caplog.records if one.getMessage() == "access refused"]
+    fields: Any = line.fields  # type: ignore[attr-defined]
+    assert (fields["host"], fields["setting"]) == ("evil.example", "auth.allowed_hosts")
+
+
 async def test_guessing_keys_fills_no_log(
     make_server: MakeServer, caplog: pytest.LogCaptureFixture
 ) -> None:

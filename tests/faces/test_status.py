@@ -169,12 +169,13 @@ async def test_refusals_of_a_full_server_are_counted_by_code_and_logged_once(
             await ws.receive()
         state = await shown(server)
         await shown(server)
-        await until(lambda: any(kind == "incident" for kind, _ in told))
+        await until(lambda: any(one.get("kind") == "rejections" for _, one in told))
 
         assert state["rejections"]["server_at_capacity"] == 4
         assert state["connections"]["rejected"] == 4
         assert state["connections"]["rejected_per_second"] > 0
-        incidents = [one for kind, one in told if kind == "incident"]
+        # On a busy machine the loop may have been late, which is an incident, too.
+        incidents = [one for kind, one in told if kind == "incident" and one["kind"] != "loop_lag"]
         assert [one["text"] for one in incidents] == ["4 refused: server_at_capacity"]
         assert incidents[0]["kind"] == "rejections"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import logging
 import re
 import threading
@@ -16,6 +17,7 @@ import pytest
 from aioserver.providers.simulator.exchange import Behaviour
 from aioserver.telemetry import logs
 from tests.support.chat import CHAT, chat, to_end
+from tests.support.faces import over_openai
 from tests.support.keys import bearer, keys_of
 from tests.support.raw import Raw
 from tests.support.waiting import until
@@ -298,3 +300,54 @@ async def test_no_line_has_what_was_said(
     assert answer
     assert answer not in written
     assert "x" * 201 not in written
+
+
+# A line feed, a colour, C1's CSI, a reversal of the text, a lone surrogate, and a field of its own.
+HOSTILE = 'x\n00:00:00 ERROR   forged \x1b[31m \x9b2J \u202e \x7f \u2028 \udc80 outcome="ok"'
+
+
+@pytest.mark.parametrize("format_", ["console", "json"])
+def test_what_is_not_printable_is_escaped_in_every_part_of_a_line(format_: str) -> None:
+    formatter = (
+        logs.ConsoleFormatter() if format_ == "console" else logs.JsonFormatter("aioserver", "")
+    )
+    hostile = record(logging.ERROR, HOSTILE, model=HOSTILE)
+    try:
+        raise ValueError(HOSTILE)
+    except ValueError as error:
+        hostile.exc_info = (type(error), error, error.__traceback__)
+
+    first, *others = formatter.format(hostile).split("\n")
+
+    assert all(line.isprintable() for line in (first, *others))
+    assert "forged" in first
+    if format_ == "json":
+        assert not others
+        line = json.loads(first)
+        assert line["event"] == line["model"] == HOSTILE
+        assert HOSTILE in line["traceback"]
+    else:
+        assert r"x\n00:00:00 ERROR   forged \x1b[31m \x9b2J \u202e \x7f \u2028 \udc80" in first
+        assert r'outcome=\"ok\""' in first, "a value is no further field"
+        assert others
+        assert all(line.startswith("    ") for line in others), "a traceback begins no line"
+
+
+async def test_a_model_on_any_face_begins_no_line_and_steers_no_terminal(
+    server: RunningServer, told: pytest.LogCaptureFixture
+) -> None:
+    model = "m\n00:00:00 INFO forged\x1b[2J"
+    async with server.connect() as ws:
+        await ws.send_json(chat("r1", model=model))
+        await to_end(ws)
+    body = {"request_id": "r2", "text": "x", "model": model}
+    async with server.session.post(server.sse, json=body) as response:
+        await response.read()
+    for stream in (True, False):
+        await over_openai(server, model, stream=stream)
+    await finished(told, 4)
+
+    console = logs.ConsoleFormatter()
+    lines = [console.format(one) for one in told.records]
+    assert all(line.isprintable() for line in lines)
+    assert sum(r"m\n00:00:00 INFO forged\x1b[2J" in line for line in lines) == 4
