@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from aioserver.errors import (
@@ -48,6 +49,8 @@ if TYPE_CHECKING:
     from aioserver.telemetry.request_log import RequestLog, RequestRecord
 
 logger = logging.getLogger("aioserver.gateway")
+
+ENDED = attrgetter("ended")
 
 
 class Gateway:
@@ -149,7 +152,7 @@ class Gateway:
         if stream is None:
             stream = self._open(request)
             self._start_producer(stream, self._produce_whole(request, stream))
-        reader = ConditionReader(stream, _ended)
+        reader = ConditionReader(stream, ENDED)
         self.lifetime.reader_added(stream)
         try:
             await reader.reached
@@ -395,7 +398,3 @@ class Gateway:
 def shutdown_error() -> ServerShutdown:
     """Return a new error for a request that cannot be served any more."""
     return ServerShutdown("the server is stopping", retry_after=5.0)
-
-
-def _ended(stream: Stream) -> bool:
-    return stream.ended
