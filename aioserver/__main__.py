@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 DEFAULT = "serve"
 GROUP_OPTIONS = frozenset({"-h", "--help", "--version"})
 
-# name: its module in aioserver.commands, and its line in the list of commands
+# name: (module in aioserver.commands, line in the list of commands)
 COMMANDS = {
     "serve": ("serve", "Serve chat clients; the default."),
     "init": ("init", "Write a commented config.yaml to start from."),
@@ -54,7 +54,7 @@ class CommandGroup(click.Group):
         if args:
             default = args[0].startswith("-") and args[0] not in GROUP_OPTIONS
         else:
-            # a shell that completes the first word may offer any command
+            # A shell that completes the first word may offer any command.
             default = not ctx.resilient_parsing
         if default:
             args = [DEFAULT, *args]

@@ -33,8 +33,8 @@ MAX_KNOWN = 256
 class Hosts:
     """The `Host` values that a server without keys answers.
 
-    These are the loopback names of this machine with any port, and each host in *allowed*: with the
-    port that stands there, or else with any port.
+    These are the loopback names of this machine with any port, and each host in *allowed*: with its
+    own port, or with any port if it has none.
     """
 
     def __init__(self, allowed: Iterable[str] = ()) -> None:

@@ -11,6 +11,6 @@
 - **top** and **bench** are clients of a running server. **remote** is what they share: the URL and
   the key, a session, and the errors that a server answers with.
 
-Output is on stdout; what explains it, and errors, are on stderr. An error is one line without a
-traceback, and says what to do. A server goes on where its **output** cannot be written.
+Results go to stdout, explanations and errors to stderr. An error is one line without a
+traceback, and says what to do. A server goes on if its **output** cannot be written.
 """

@@ -29,7 +29,7 @@ def init(target: Path) -> int:
     Returns the exit code: 0, or 2 where *target* exists or cannot be written.
     """
     try:
-        # x: the kernel refuses a file that exists; a look beforehand could race with its creation
+        # x: the kernel refuses a file that exists; a look beforehand could race with its creation.
         with target.open("xb") as file:
             file.write(SHIPPED.read_bytes())
     except FileExistsError:

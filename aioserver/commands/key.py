@@ -12,7 +12,7 @@ import voluptuous as vol
 from aioserver.commands import options
 from aioserver.config.validators import label
 
-# people, and scanners that look for secrets in repositories, recognize a key by it
+# People, and scanners that look for secrets in repositories, recognize a key by this prefix.
 PREFIX = "aio-"
 RANDOM_BYTES = 32
 

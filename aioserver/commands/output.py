@@ -1,6 +1,6 @@
-"""What a server does with stdin, stdout and stderr, which may be closed, on a full disk, or unread.
+"""The standard streams of a server, which may be closed, on a full disk, or read by nobody.
 
-None of that may keep it from serving, or change its exit code.
+None of that may keep the server from serving, or change its exit code.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def open_closed() -> None:
     """Open /dev/null in place of the standard descriptors that are closed.
 
     Otherwise the next sockets get their numbers: uvloop ends the process when it closes such a
-    socket, and faulthandler writes its stacks to whoever is connected there.
+    socket, and faulthandler writes its stacks to the peer of such a socket.
     """
     for descriptor in (STDIN, STDOUT, STDERR):
         try:
@@ -33,18 +33,20 @@ def open_closed() -> None:
 
 
 def announce(text: str) -> None:
-    """Print *text* at once; where stdout takes nothing, the log says so and the server goes on."""
+    """Print *text* at once; if stdout cannot be written, log that and go on."""
     try:
         print(text, flush=True)
     except OSError as error:
-        logger.warning("stdout cannot be written: %s; it serves on", error.strerror or error)
+        logger.warning(
+            "stdout cannot be written: %s; the server serves on", error.strerror or error
+        )
         _silence(STDOUT)
 
 
 def give_up() -> None:
-    """Let what stdout and stderr still hold go, where it cannot be written.
+    """Discard the buffered output of stdout and stderr that cannot be written.
 
-    Python would try it once more at the end of the process, and make 120 of its exit code.
+    Otherwise Python would try to write it at the end of the process, and exit with code 120.
     """
     for stream, descriptor in ((sys.stdout, STDOUT), (sys.stderr, STDERR)):
         if stream is not None:
@@ -55,7 +57,7 @@ def give_up() -> None:
 
 
 def _silence(descriptor: int) -> None:
-    # Without a descriptor to spare there is nothing to be done.
+    # OSError: no descriptor is free, and nothing can be done.
     with contextlib.suppress(OSError):
         null = os.open(os.devnull, os.O_RDWR)
         if null != descriptor:

@@ -135,7 +135,7 @@ def command(*, host: str, port: int, fail_rate: float | None, **behaviour: Any) 
 def provider(host: str, port: int, behaviour: Behaviour) -> int:
     """Run the simulator until SIGINT or SIGTERM; port 0 is any free one.
 
-    Returns the exit code: 0, or 1 where it cannot listen on *host* and *port*.
+    Returns the exit code: 0, or 1 if it cannot listen on *host* and *port*.
     """
     output.open_closed()
     code = asyncio.run(_run(host, port, behaviour))
@@ -152,13 +152,13 @@ async def _run(host: str, port: int, behaviour: Behaviour) -> int:
     try:
         base_url = await simulator.start(host, port)
     except OSError as error:
-        # asyncio's own text is long; a host name that was not found has no positive number
+        # asyncio's own text is long; a host name that was not found has no positive number.
         code = error.errno
         reason = os.strerror(code) if code and code > 0 else error.strerror
         print(f"cannot listen on {host}:{port}: {reason}", file=sys.stderr)
         return 1
     try:
-        # a program that reads us through a pipe waits for these lines
+        # A program that reads us through a pipe waits for these lines.
         output.announce(
             f"simulated provider on {base_url} (Ctrl-C stops it)\n"
             "point aioserver at it: AIOSERVER__LLM__ACTIVE=local"

@@ -16,9 +16,12 @@ RICH_MISSING = (
     " of aioserver"
 )
 DEFAULT_URL = "http://127.0.0.1:8000"
-CONNECT_TIMEOUT = 10.0  # seconds for DNS, TCP and TLS together
-MAX_TEXT = 300  # characters of a server's message that are shown
-MAX_ERROR_BYTES = 1 << 16  # of an error's body
+# Seconds for DNS, TCP and TLS together.
+CONNECT_TIMEOUT = 10.0
+# Characters of a server's message that are shown.
+MAX_TEXT = 300
+# Bytes that are read of an error's body.
+MAX_ERROR_BYTES = 1 << 16
 
 
 class Unreachable(Exception):
@@ -31,7 +34,7 @@ class KeyNeeded(Unreachable):
 
 @dataclass(frozen=True, slots=True)
 class ErrorDetails:
-    """An error that the server reported. *retry_after* is in seconds; None: there was none."""
+    """An error that the server reported. *retry_after* is in seconds, None if there was none."""
 
     code: str
     message: str
@@ -81,10 +84,10 @@ def session(key: str | None) -> aiohttp.ClientSession:
 
 
 def describe(error: BaseException) -> str:
-    """Say in a few words why the server was not reached; aiohttp's own texts are long."""
+    """Return in a few words why the server was not reached; aiohttp's own texts are long."""
     if isinstance(error, aiohttp.ClientConnectorError):
         number = error.os_error.errno
-        # a host name that was not found has no positive number
+        # A host name that was not found has no positive number.
         text = os.strerror(number) if number and number > 0 else error.os_error.strerror
         return printable(text or error.os_error)
     if isinstance(error, TimeoutError):

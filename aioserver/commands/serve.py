@@ -32,11 +32,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("aioserver.serve")
 
-THREADS_TIMEOUT = 1.0  # seconds for threads to end, once everything else has
+# Seconds for threads to end, once everything else has.
+THREADS_TIMEOUT = 1.0
 
 # Objects that live as long as the server are frozen. The logs of the streams are many young
 # objects without cycles: short passes over these, and few over older objects, halve the p99 gap
-# of WebSocket streams against (50_000, 20, 20).
+# of WebSocket streams, compared with (50_000, 20, 20).
 GC_THRESHOLDS = (10_000, 50, 50)
 
 
@@ -73,7 +74,7 @@ def serve(config: Path | None, *, host: str | None, port: int | None, loop: str)
     or an interpreter that cannot serve, 1 for anything else.
     """
     output.open_closed()
-    # by default SIGHUP kills; it is ignored until there is a server that can reload
+    # By default SIGHUP kills; it is ignored until there is a server that can reload.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     environ = dict(os.environ)
     if host is not None:
@@ -100,7 +101,7 @@ def serve(config: Path | None, *, host: str | None, port: int | None, loop: str)
             file=sys.stderr,
         )
         return 2
-    # after a crash, or the SIGABRT of systemd's watchdog, the stacks of all threads are on stderr
+    # After a crash, or the SIGABRT of systemd's watchdog, the stacks of all threads are on stderr.
     faulthandler.enable(2)
     logs.set_up(configuration.settings.logging)
     if few_files is not None:
@@ -171,7 +172,7 @@ async def _run(
             hosts = listener.hosts(inherited)
             reload = Reload(server, runner, configuration, environ, hosts=hosts, notifier=notifier)
             loop.add_signal_handler(signal.SIGHUP, reload.ask)
-            # A SIGHUP that came while the server was made.
+            # A SIGHUP may have come while the server was made.
             if hangup.is_set():
                 reload.ask()
             try:
@@ -196,7 +197,7 @@ async def _serve(
 ) -> int:
     """Listen, and serve until *stop* is set. Return the exit code."""
     await runner.setup()
-    # A signal came while the server was made.
+    # A signal to stop may have come while the server was made.
     if stop.is_set():
         return 0
     try:

@@ -25,6 +25,7 @@ from aioserver.faces.ready import ReadyResponse, ReadyStream, fits
 from aioserver.faces.streaming import follow
 from aioserver.gateway.router import Request
 from aioserver.protocol.messages import MAX_ID_CHARACTERS
+from aioserver.protocol.responses import ResponseErrors
 from aioserver.providers.request import ProviderRequest
 from aioserver.streams.cursor import ConditionReader
 from aioserver.streams.formats import RAW
@@ -141,7 +142,11 @@ async def serve(context: Context, request: web.Request, prepared: Request) -> we
     """Answer a POST."""
     gateway = context.gateway
     if prepared.provider_request.streamed:
-        return await follow_stream(context, request, gateway.relay(prepared))
+        stream = gateway.relay(prepared)
+        details = stream.details
+        if prepared.provider_request.path == "responses" and details.error_format is None:
+            details.error_format = ResponseErrors()
+        return await follow_stream(context, request, stream)
     return _whole(request, await gateway.call(prepared))
 
 

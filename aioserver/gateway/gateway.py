@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from aioserver.errors import (
@@ -48,6 +49,8 @@ if TYPE_CHECKING:
     from aioserver.telemetry.request_log import RequestLog, RequestRecord
 
 logger = logging.getLogger("aioserver.gateway")
+
+ENDED = attrgetter("ended")
 
 
 class Gateway:
@@ -88,7 +91,7 @@ class Gateway:
 
     @property
     def running(self) -> int:
-        """The number of answers under way: asked for, streamed or not, and not ended."""
+        """The number of answers that have not ended, streamed or not."""
         return len(self._producers) + len(self._calls)
 
     def ask(self, caller: Caller, chat: Chat, scope: str | None = None, *, face: str) -> Stream:
@@ -149,11 +152,11 @@ class Gateway:
         if stream is None:
             stream = self._open(request)
             self._start_producer(stream, self._produce_whole(request, stream))
-        reader = ConditionReader(stream, _ended)
+        reader = ConditionReader(stream, ENDED)
         self.lifetime.reader_added(stream)
         try:
             await reader.reached
-            # Before the reader leaves: a stream whose window is 0 is then forgotten.
+            # Read before the reader leaves: a stream whose window is 0 is forgotten then.
             answer = stream.details.whole
         finally:
             reader.leave()
@@ -306,8 +309,8 @@ class Gateway:
 
     def _begin_record(self, request: Request) -> RequestRecord:
         """Begin the record of *request*, which is understood and goes to its first provider now."""
-        asked, route = request.provider_request, request.route
-        record, provider = asked.record, route.provider
+        provider_request, route = request.provider_request, request.route
+        record, provider = provider_request.record, route.provider
         model = route.model or provider.settings.model
         record.begin(
             request.face,
@@ -315,7 +318,7 @@ class Gateway:
             provider.name,
             model,
             request.caller.name,
-            streamed=asked.streamed,
+            streamed=provider_request.streamed,
         )
         record.log = self._request_log
         return record
@@ -395,7 +398,3 @@ class Gateway:
 def shutdown_error() -> ServerShutdown:
     """Return a new error for a request that cannot be served any more."""
     return ServerShutdown("the server is stopping", retry_after=5.0)
-
-
-def _ended(stream: Stream) -> bool:
-    return stream.ended

@@ -128,7 +128,8 @@ class FairQueue(Generic[T]):
             tag, serial, caller = self._heap[0]
             entry = self._callers.get(caller)
             if entry is None or (entry.tag, entry.serial) != (tag, serial):
-                heappop(self._heap)  # stale
+                # The entry is stale.
+                heappop(self._heap)
                 continue
             flow, items = next(iter(entry.flows.items()))
             item = items.popleft()

@@ -7,7 +7,7 @@ as rates and the lag of the event loop. The *sources* are the objects from which
 `/stats` shows the newest snapshot. The *history* keeps a point of each for ten minutes. A *watcher*
 is a client of `/events`: it is sent the history, then each snapshot as it is made.
 
-A *trouble* is what is wrong with a provider now, in the words that every display shows.
+A *trouble* is a problem that a provider has now, described in a text that every display shows.
 
 An *incident* is something that an operator should know, such as a provider whose breaker has opened.
 The *detector* finds incidents in the difference of two ticks. Repeated incidents are gathered: after one

@@ -1,8 +1,9 @@
 """Incidents: what has happened that an operator should know, found in the difference of two ticks.
 
-Everything that is counted is gathered: the first is told at once, and after it a quiet time begins, in which numbers are added up for the next one of the
-same kind, detail and provider. A trouble of a provider is an incident when it begins and when it ends;
-one that comes back in its quiet time is told after that, if it still lasts.
+Everything that is counted is gathered: the first incident is reported at once, and after it a quiet time
+begins, in which numbers are added up for the next incident of the same kind, detail and provider. A
+trouble of a provider is an incident when it begins and when it ends; a trouble that comes back in its
+quiet time is reported after that, if it still lasts.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ TEXTS = {
     "provider_faults": "{provider}: {number} x {detail}",
     "loop_lag": "the event loop was {number} ms late",
 }
-# Troubles that are incidents of the same kind: the severity, and the text of the end.
+# Kinds of troubles that are kinds of incidents too: the severity, and the text when the trouble ends.
 TROUBLES = {
     DEAD: ("error", "{provider} answers again"),
     SICK: ("warning", "{provider} is well again"),
@@ -59,11 +60,11 @@ TROUBLES = {
 }
 # Kinds and details whose severity is always "error".
 SEVERE = frozenset(("tls", "provider_auth", "no_provider"))
-# What is gathered is an error, too, where so many were refused or failed, and nothing went well.
+# Refusals and faults are an error, too, if there are as many as this and nothing went well meanwhile.
 ALL_REFUSED, ALL_FAILED = 10, 5
-# But these codes are about one caller's limits, or a stop.
+# Refusals with these codes are never an error: they are about one caller's limits, or a stop.
 HARMLESS = frozenset(("rate_limit_exceeded", "concurrency_exceeded", "server_shutdown"))
-# Milliseconds by which the loop is late that are an error: clients see that everything stands still.
+# Milliseconds by which a late loop is an error: clients see that everything stands still.
 SEVERE_LAG = 1000
 
 
@@ -98,7 +99,7 @@ class Subject(NamedTuple):
 
 @dataclass(slots=True)
 class Gathered:
-    """What was gathered of one subject; *well* is the number of those that went well meanwhile."""
+    """The count of one subject; *well* is the number of answers that went well meanwhile."""
 
     number: int = 0
     well: int = 0
@@ -114,7 +115,7 @@ class Detector:
         self._gathered: dict[Subject, Gathered] = {}
         self._quiet_until: dict[Subject, float] = {}
         self._denied: deque[int] = deque(maxlen=DENIED_TICKS)
-        # The kind of the trouble that was told of each provider, and is not over.
+        # By provider: the kind of the trouble that was reported and is not over.
         self._troubles: dict[str, str] = {}
 
     def detect(
@@ -142,18 +143,18 @@ class Detector:
             subject = Subject("loop_lag")
             lag = gathered.setdefault(subject, Gathered())
             lag.number = max(lag.number, round(interval.lag_max * 1000))
-        for subject, of_subject in gathered.items():
+        for subject, count in gathered.items():
             name = subject.provider
             total = Total(ANSWERED) if name is None else Total(ATTEMPTS, OK, name)
-            of_subject.well += int(interval.growth.get(total, 0))
+            count.well += int(interval.growth.get(total, 0))
 
     def _trouble_changes(
         self, now: float, providers: Mapping[str, ProviderState]
     ) -> Iterator[Incident]:
-        told = self._troubles
-        self._troubles = {name: kind for name, kind in told.items() if name in providers}
+        reported = self._troubles
+        self._troubles = {name: kind for name, kind in reported.items() if name in providers}
         for name, provider in providers.items():
-            trouble, before = provider["trouble"], told.get(name)
+            trouble, before = provider["trouble"], reported.get(name)
             kind = trouble["kind"] if trouble is not None else None
             if kind not in TROUBLES:
                 if before is not None:
@@ -181,7 +182,7 @@ class Detector:
 
 
 def _severity(subject: Subject, gathered: Gathered) -> str:
-    """Return "error" for what people feel, such as that everybody is refused; else "warning"."""
+    """Return "error" for what clients notice, such as that all are refused; otherwise "warning"."""
     kind, detail, _ = subject
     nothing_went_well = not gathered.well and detail not in HARMLESS
     if (

@@ -44,7 +44,7 @@ class Total(NamedTuple):
 
 @dataclass(slots=True)
 class Interval:
-    """What was measured during one interval.
+    """The measurements of one interval.
 
     *growth* has only the totals that have grown; *rates* are per second, by kind and provider; *lag* (a
     mean) and *lag_max* are in seconds; *cpu* is the share of one core; *tasks* may be TASK_TICKS old.
@@ -101,7 +101,7 @@ def totals(metrics: Metrics) -> dict[Total, float]:
         Total(REJECTIONS, code): counter.value for code, counter in metrics.rejections.items()
     }
     numbers[Total(REQUESTS)] = sum(counter.value for counter in metrics.outcomes.values())
-    # First events count as soon as they come: the answer may take an hour.
+    # An answer counts as soon as its first event has come: its end may be an hour away.
     numbers[Total(ANSWERED)] = metrics.outcomes[OK].value + sum(
         sum(meter.first_token.counts) for meter in metrics.providers.values()
     )

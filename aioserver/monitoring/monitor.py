@@ -156,9 +156,9 @@ class Monitor:
         self._history.append(_point(self._snapshot))
         self._history_event = b""
         providers = self._snapshot["providers"]
-        for happened in self._detector.detect(time.monotonic(), self._interval, providers):
-            _log(happened)
-            self._publish(happened)
+        for new_incident in self._detector.detect(time.monotonic(), self._interval, providers):
+            _log(new_incident)
+            self._publish(new_incident)
         if self._watchers:
             stats = eventstream.write(self._snapshot_json, event="stats")
             for watcher, every in tuple(self._watchers.items()):
@@ -199,13 +199,13 @@ class Monitor:
         return self._history_event
 
 
-def _log(happened: Incident) -> None:
-    level = LEVELS[happened["severity"]]
+def _log(new_incident: Incident) -> None:
+    level = LEVELS[new_incident["severity"]]
     if logger.isEnabledFor(level):
-        fields = {"kind": happened["kind"], "provider": happened["provider"]}
-        # The detector has thinned them out, each subject by itself.
+        fields = {"kind": new_incident["kind"], "provider": new_incident["provider"]}
+        # The detector has thinned incidents out already, each subject by itself.
         extra = {"fields": fields, "thinned": True}
-        logger.log(level, "%s", happened["text"], extra=extra)
+        logger.log(level, "%s", new_incident["text"], extra=extra)
 
 
 def _point(snapshot: Snapshot) -> Point:

@@ -118,7 +118,7 @@ class PaceState(TypedDict):
 
 
 class SilenceState(TypedDict):
-    """What a provider does not say now: see providers/silence.py."""
+    """The silence of a provider: see providers/silence.py; *longest* in seconds."""
 
     longest: float
     stalled: int
@@ -127,7 +127,7 @@ class SilenceState(TypedDict):
 
 
 class Trouble(TypedDict):
-    """What is wrong with a provider: see troubles.py; *since* is Unix time in seconds."""
+    """The trouble of a provider: see troubles.py; *since* is Unix time in seconds."""
 
     kind: str
     since: float

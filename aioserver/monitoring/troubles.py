@@ -1,8 +1,9 @@
 """Troubles: what is wrong with a provider and since when, in words that every display shows.
 
-`/stats`, the dashboard, `top` and the log say the same, since each says this. A trouble has a *text*
-that stands alone, "groq has said nothing for 6 s in 25 answers", and a *detail*: when it began, when
-the provider is tried next, and who is asked instead. Of several troubles the worst is told.
+`/stats`, the dashboard, `top` and the log show the same texts, which are made here. A trouble has a
+*text* that stands alone, "groq has said nothing for 6 s in 25 answers", and a *detail*: when the trouble
+began, when the provider is tried next, and which fallback is asked instead. Of several troubles of a
+provider, the worst is shown.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 
 # Kinds of troubles, the worst first.
 FLAGGED, DEAD, SILENT, SICK, FAILING = "key_refused", "dead", "silent", "sick", "failing"
-# Outcomes of an attempt that are the provider's fault, and how it fails then. A 4xx is none: it is the
-# request's own fault, or our key's. Nor is a stale connection, which is replaced at once.
+# Outcomes of an attempt that are the provider's fault, and how the provider fails then. A 4xx is none: it
+# is the fault of the request, or of our key. Nor is a stale connection, which is replaced at once.
 FAULTS = {
     "connect_error": "cannot be reached",
     "timeout": "does not answer in time",
@@ -33,13 +34,13 @@ FAULTS = {
     "disconnected": "breaks off its answers",
     "bad_response": "sends what is no answer",
 }
-# A provider fails where so many attempts of the last WINDOW ticks, and such a share of them, failed.
+# A provider fails if at least FEW attempts of the last WINDOW ticks have failed, and this share of them.
 WINDOW = 60
 FEW, SHARE = 3, 0.1
 
 
 class Troubles:
-    """What is wrong with each provider, snapshot by snapshot.
+    """The trouble of each provider, snapshot by snapshot.
 
     Always: a trouble that lasts keeps the time at which it began.
     """
@@ -51,11 +52,11 @@ class Troubles:
 
     @property
     def now(self) -> Mapping[str, Trouble]:
-        """What was wrong at the last snapshot, by provider."""
+        """The troubles at the last snapshot, by provider."""
         return self._now
 
     def look(self, snapshot: Snapshot, interval: Interval) -> None:
-        """Find what is wrong in *snapshot*, at whose tick *interval* ended, and write it there."""
+        """Find the troubles at *snapshot*, at whose tick *interval* ended, and set them there."""
         attempts: dict[str, Counter[str]] = {}
         for total, number in interval.growth.items():
             if total.kind == ATTEMPTS and total.provider is not None:
@@ -71,7 +72,7 @@ class Troubles:
     def _trouble(
         self, name: str, provider: ProviderState, snapshot: Snapshot, before: Trouble | None
     ) -> Trouble | None:
-        """Return the worst trouble of the provider *name*, which had the trouble *before*."""
+        """Return the worst trouble of the provider *name*; *before* is its trouble at the last snapshot."""
         faults, attempts = self._lately(name)
         failed = sum(faults.values())
         began = now = snapshot["time"]
@@ -102,7 +103,7 @@ class Troubles:
         return {"kind": kind, "since": since, "text": text, "detail": "; ".join(detail)}
 
     def _lately(self, name: str) -> tuple[Counter[str], int]:
-        """Return the faults of the last WINDOW ticks, and of how many attempts."""
+        """Return the faults of the last WINDOW ticks by outcome, and the number of attempts."""
         faults: Counter[str] = Counter()
         well = 0
         for tick in self._attempts:
@@ -115,29 +116,29 @@ class Troubles:
 
 
 def _next_try(provider: ProviderState) -> Iterator[str]:
-    """Say when a provider that is left alone is tried again."""
+    """Yield when a provider that is left alone is tried again, if it is one."""
     seconds = provider["next_try"]
     if seconds is not None:
         yield f"it is tried again in {span(math.ceil(seconds))}" if seconds else "it is tried now"
 
 
 def stalled(silent: SilenceState) -> bool:
-    """Whether the provider itself has stalled: half of the answers under way, or more."""
+    """Return whether the provider has stalled: in half of the answers under way, or more."""
     number = silent["stalled"] + silent["unanswered"]
     return number > 0 and 2 * number >= silent["under_way"]
 
 
 def silence(name: str, silent: SilenceState) -> str:
-    """Say how long the provider *name* has been silent, and where."""
-    in_answers, before = silent["stalled"], silent["unanswered"]
-    where = [f"in {_count(in_answers, 'answer')}"] if in_answers else []
-    if before:
-        where.append(f"to {_count(before, 'request')}")
-    return f"{name} has said nothing for {span(silent['longest'])} {' and '.join(where)}"
+    """Return a text: how long the provider *name* has been silent, and in which answers."""
+    answers, requests = silent["stalled"], silent["unanswered"]
+    places = [f"in {_count(answers, 'answer')}"] if answers else []
+    if requests:
+        places.append(f"to {_count(requests, 'request')}")
+    return f"{name} has said nothing for {span(silent['longest'])} {' and '.join(places)}"
 
 
 def span(seconds: float) -> str:
-    """Say a number of seconds as people do: 6 s, 3 min, 2 h."""
+    """Return a number of seconds in a short form: 6 s, 3 min, 2 h."""
     whole = max(0, int(seconds))
     if whole < 120:
         return f"{whole} s"

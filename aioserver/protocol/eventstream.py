@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-# The bound of an event, and so of a line, where the reader names no other.
+# The bound of an event, and so of a line, unless a Splitter is made with another.
 MAX_EVENT_BYTES = 1 << 20
 BOM = b"\xef\xbb\xbf"
 
@@ -46,7 +46,7 @@ class Splitter:
     __slots__ = ("_cr", "_max", "_rest", "_started")
 
     def __init__(self, max_event_bytes: int = MAX_EVENT_BYTES) -> None:
-        # Extended in place: an event of megabytes comes in hundreds of reads.
+        # A bytearray is extended in place: an event of megabytes comes in hundreds of reads.
         self._rest = bytearray()
         self._cr = False
         self._started = False
@@ -77,7 +77,7 @@ class Splitter:
             and len(chunk) <= self._max
             and chunk.find(b"\r") < 0
         ):
-            return chunk  # as most reads are
+            return chunk
         # The rest ends with one line end at most, so no blank line begins before its last two bytes.
         start = max(0, len(self._rest) - 2)
         data: bytes | bytearray = chunk
@@ -139,7 +139,8 @@ def count(block: bytes) -> int:
         and block.find(b"\n\n") == len(block) - 2
         and block.find(b"\r") < 0
     ):
-        return 1  # as a rule, a read brings one event
+        # As a rule, a read brings one event.
+        return 1
     blanks = block.count(b"\n\n")
     if (
         block.startswith(b"data:")

@@ -40,10 +40,10 @@ class ErrorEvent(Exception):
 
 @dataclass(slots=True)
 class Reading:
-    """What has been read of one answer. *text* is for the conversation's history.
+    """The parts of one answer that were read so far. *text* is for the conversation's history.
 
-    Some providers cut a surrogate pair over two events. *half* is the first half of such a pair, by the
-    `delta` field that it came in: it waits there for the second, and U+FFFD stands for it if none comes.
+    Some providers split a surrogate pair over two events. *half* keeps the first half of such a pair, by
+    the `delta` field in which it came, until the second half comes. If none comes, U+FFFD replaces it.
     """
 
     choice_index: int = 0
@@ -93,14 +93,14 @@ class Reading:
         for choice in choices:
             if isinstance(choice, dict) and choice.get("index", 0) == self.choice_index:
                 if surrogates or self.half:
-                    choice = self._join_halves(choice)  # noqa: PLW2901 - the same choice, mended
+                    choice = self._join_halves(choice)  # noqa: PLW2901 - the same choice, repaired
                 self._choice(choice, chunks)
         return chunks
 
     def _join_halves(self, choice: dict[str, Any]) -> dict[str, Any]:
-        """Return *choice* without lone surrogates; a first half at the end of a text waits in `half`.
+        """Return *choice* without lone surrogates; a first half at the end of a text is kept in `half`.
 
-        What waits goes in front of the next text of its field, or in front of the finish.
+        A half that was kept goes in front of the next text of its field, or in front of the finish.
         """
         name = "delta" if choice.get("delta") else "message"
         delta = choice.get(name)
@@ -114,10 +114,10 @@ class Reading:
                     self.half[key], text = text[-1], text[:-1]
                 fields[key] = text
         try:
-            mended: dict[str, Any] = _replace_surrogates({**choice, name: fields})
+            repaired: dict[str, Any] = _replace_surrogates({**choice, name: fields})
         except RecursionError:
             raise BadEvent("the provider's event is nested too deeply") from None
-        return mended
+        return repaired
 
     def _choice(self, choice: dict[str, Any], chunks: list[bytes]) -> None:
         delta = choice.get("delta") or choice.get("message")
@@ -129,7 +129,8 @@ class Reading:
             if isinstance(text, str) and text:
                 written = orjson.dumps(text)
                 chunks.append(TEXT % written)
-                self.note(text, len(written) - 2)  # without the quotes
+                # The size does not count the quotes.
+                self.note(text, len(written) - 2)
             if tool_calls := delta.get("tool_calls"):
                 chunks.append(TOOL_CALLS % orjson.dumps(tool_calls))
         reason = choice.get("finish_reason")
@@ -138,12 +139,12 @@ class Reading:
 
 
 def load_with_surrogates(data: bytes) -> Any:
-    """Return the JSON in *data*, which orjson has refused: perhaps for lone surrogates alone.
+    """Return the JSON in *data*, which orjson has refused, perhaps only because of lone surrogates.
 
-    They are valid JSON (RFC 8259, 8.2), and stay in the texts that are returned.
+    Lone surrogates are valid JSON (RFC 8259, 8.2), and stay in the texts that are returned.
 
     Raises:
-        BadEvent: it is not JSON either way.
+        BadEvent: *data* is not JSON for Python's json module either.
     """
     if _SURROGATE.search(data) is not None:
         with contextlib.suppress(ValueError, RecursionError):

@@ -13,6 +13,7 @@ The attempt that has started takes a connection from the *pool*, the open socket
 request and its answer on this connection are an *exchange*. It pushes the body into a *sink*, which
 makes events of a stream from it, or collects a body that was not streamed. The *error mapping* reads a
 status, or an error in the body, as a *fault*, which says whether a retry or another provider may help.
+The time for which a provider sends nothing, in the answers under way, is its *silence*.
 
 The *registry* has every provider by name, and applies new settings to them while answers run. Where
 new settings need new connections, the old pool is *retired*: it serves the requests that it has, and closes.

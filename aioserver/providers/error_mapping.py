@@ -1,4 +1,4 @@
-"""What a provider's answer means, by its status, its headers and its body (RFC 9110, 15).
+"""The fault that a provider's answer means, by its status, its headers and its body (RFC 9110, 15).
 
 401, 402, insufficient_quota      our key or our account is refused: ProviderAuthError
 403                               our key, or this one request, is refused: ProviderForbidden

@@ -320,13 +320,13 @@ class Exchange:
         return None
 
     def silence(self, now: float) -> float | None:
-        """Seconds since the provider's last byte, or since it was asked; None: nothing is awaited."""
+        """Return the seconds since the last byte, or the request; None if no byte is awaited."""
         if not self._written or self._done.done():
             return None
         return max(0.0, now - self._last_read())
 
     def _last_read(self) -> float:
-        """When the last byte came, by either path, in the loop's time."""
+        """Return when the last byte came, by either path, in the loop's time."""
         fast_path = self._protocol.fast_path
         if fast_path is None:
             return self._last_byte
@@ -362,8 +362,8 @@ class Exchange:
             return
         done, parser = self._done, self._parser
         ended_well = done.done() and not done.cancelled() and done.exception() is None
-        # A silence that lasts until the end counts as any other. One before the answer is none where
-        # an answer came.
+        # A silence that lasts until the end counts as any other. The record drops a silence before the
+        # answer when the answer comes.
         if self._written and not self._awaiting_last_chunk and not ended_well:
             self.record.silent(self._last_read(), self._loop.time())
         protocol.exchange = protocol.fast_path = None

@@ -75,7 +75,7 @@ class CappedConnector(TCPConnector):
 
     @property
     def exchanges(self) -> Iterator[Exchange]:
-        """The exchanges under way."""
+        """Yield the exchanges under way."""
         for protocol in self._acquired:
             if isinstance(protocol, ConnectionProtocol) and protocol.exchange is not None:
                 yield protocol.exchange

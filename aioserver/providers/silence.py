@@ -1,10 +1,10 @@
-"""How long a provider has said nothing, in the answers that are under way now.
+"""Silence: how long a provider has sent nothing, in the answers that are under way now.
 
-An answer that has ended is measured in its record (telemetry/request_log.py). One that has stalled
-has no end yet, so the exchanges under way are looked at, once a second: there are at most
+An answer that has ended is measured in its record (telemetry/request_log.py). An answer that has stalled
+has no end yet, so the exchanges under way are measured once a second: there are at most
 `max_connections` of them, and an event costs nothing.
 
-Only streamed answers count: one that comes whole says nothing until it is done.
+Only streamed answers count: an answer in one piece sends nothing until it is complete.
 """
 
 from __future__ import annotations
@@ -17,19 +17,20 @@ if TYPE_CHECKING:
     from aioserver.providers.exchange import Exchange
     from aioserver.telemetry.counters import Histogram
 
-# Seconds after which a silence is told: within an answer, where a model says a word several times a
-# second, and before its first event, where it may have to load, or to read a long prompt.
+# Seconds after which a silence is reported: within an answer, where a model sends several tokens a second,
+# and before its first event, since the model may have to be loaded, or to read a long prompt.
 IN_ANSWER, BEFORE_ANSWER = 5.0, 10.0
-# Nor is it told before this multiple of the time in which 95 of 100 first events came.
+# A silence before the first event is not reported before this multiple of the time in which 95 of 100
+# first events came.
 USUAL = 2.0
 
 
 class Silence(NamedTuple):
-    """What a provider does not say at one moment.
+    """A provider's silence at one moment.
 
     *longest* is the seconds since the last byte of the answer that has been silent for longest, or
-    since its request was sent. Of the answers *under_way*, *stalled* have begun and say nothing any
-    more, and *unanswered* have not begun, both for so long that it should be told.
+    since its request was sent. Of the answers *under_way*, *stalled* have begun and then stopped, and
+    *unanswered* have not begun, both for so long that the silence should be reported.
     """
 
     longest: float = 0.0
@@ -39,9 +40,9 @@ class Silence(NamedTuple):
 
 
 def measure(exchanges: Iterable[Exchange], now: float, first_tokens: Histogram) -> Silence:
-    """Return what *exchanges* do not say at *now*, the loop's time.
+    """Return the silence in *exchanges* at *now*, the loop's time.
 
-    *first_tokens* are the times to the first event that the provider has needed so far.
+    *first_tokens* has the times to the first event that the provider has needed so far.
     """
     patience = max(BEFORE_ANSWER, USUAL * first_tokens.quantile(0.95))
     longest, stalled, unanswered, under_way = 0.0, 0, 0, 0

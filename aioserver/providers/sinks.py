@@ -134,6 +134,8 @@ class EventSink:
             if self._id_wanted:
                 self._id_wanted = False
                 self._add_response_id(block)
+            if (form := self._stream.details.error_format) is not None:
+                form.note(block)
         else:
             if find(b"[DONE]") >= 0 and (start := _done_line(block)) >= 0:
                 ended = True

@@ -5,7 +5,7 @@ The code that runs for each event uses neither of the two objects, so they cost 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import asyncio
@@ -14,17 +14,29 @@ if TYPE_CHECKING:
     from aioserver.errors import AioserverError
 
 
+class ErrorFormat(Protocol):
+    """The form of the errors of one kind of answer."""
+
+    def note(self, block: bytes) -> None:
+        """Look at a block of the provider's events, for what an error behind them has to repeat."""
+
+    def render(self, error: AioserverError) -> bytes:
+        """Return *error* as the last event of the answer."""
+
+
 class AnswerDetails:
     """Facts about the answer in a log, beside its events.
 
     *attempts* counts the requests sent for it, at all providers. *headers* are those headers of
     the provider's answer that clients may see. *usage* has the token counts, as the provider
     reports them. *whole* is an answer that was not streamed, kept for a client that comes back.
+    *error_format* renders the error that ends an answer, where its events have a form of their own.
     """
 
     __slots__ = (
         "attempts",
         "conversation_id",
+        "error_format",
         "headers",
         "model",
         "provider",
@@ -39,6 +51,7 @@ class AnswerDetails:
         self.headers: Mapping[str, str] = {}
         self.usage: Mapping[str, Any] | None = None
         self.whole: object = None
+        self.error_format: ErrorFormat | None = None
 
 
 class Attachment:

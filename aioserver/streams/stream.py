@@ -324,7 +324,9 @@ class Stream:
     def fail(self, error: AioserverError) -> None:
         """Append *error* as the last event, for both kinds of face: as a frame, and as bytes."""
         self.error = error
-        self.end(ERROR, error.as_chunk(), data=b"data: %b\n\n" % error.body())
+        form = self.details.error_format
+        data = b"data: %b\n\n" % error.body() if form is None else form.render(error)
+        self.end(ERROR, error.as_chunk(), data=data)
 
     def report_position(self, position: int, eta: float) -> None:
         """Tell the readers the position in the provider's queue, and the estimated wait in seconds."""

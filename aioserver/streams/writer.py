@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from aioserver.streams.formats import Format
     from aioserver.streams.stream import Stream
 
-# Bytes rendered for one write, and so for one cursor at its turn; the last entry may exceed it. It
+# Bytes rendered for one write, and so for one cursor before the next; the last entry may exceed it. It
 # is also the high-water mark of a transport's buffer, as in asyncio: `drain()` waits above it.
 WRITE_BYTES = 1 << 16
 MAX_CONTROL_FRAMES = 64

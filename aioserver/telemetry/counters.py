@@ -53,14 +53,14 @@ class Histogram:
         self.sum += value
 
     def quantile(self, share: float) -> float:
-        """Return the least bound below which *share* of the observations are; 0.0 without any.
+        """Return the least bound that *share* of the observations do not exceed; 0.0 without any.
 
         Observations above every bound count as the highest bound.
         """
-        wanted, seen = share * sum(self.counts), 0
+        rank, seen = share * sum(self.counts), 0
         for bound, count in zip(self.bounds, self.counts, strict=False):
             seen += count
-            if seen >= wanted:
+            if seen >= rank:
                 return bound if seen else 0.0
         return self.bounds[-1]
 

@@ -3,10 +3,11 @@
 Lines are written by a thread, from a bounded queue: a terminal that is stopped, a pipe that nobody
 reads or a disk that is full never blocks the event loop. Lines for which there is no room are dropped
 and counted. An error that repeats is written once in ten seconds, with the number of those left out,
-unless its record has an attribute `thinned`: then who logs it has seen to that.
+unless its record has an attribute `thinned`: its logger has left lines out already.
 
-Names and paths in a line come from clients. What is not printable is escaped in both formats, so that
-nobody can begin a line of their own, or steer the terminal that shows it (CWE-117, CWE-150).
+Names and paths in a line come from clients. Characters that are not printable are escaped in both
+formats, so that no client can begin a line of its own, or control the terminal that shows the line
+(CWE-117, CWE-150).
 """
 
 from __future__ import annotations

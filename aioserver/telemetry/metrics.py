@@ -152,7 +152,7 @@ class Metrics:
         self.auth_failures = {reason: Counter() for reason in DENIED_REASONS}
         self.resumes = {outcome: Counter() for outcome in ("ok", "gap", "not_found")}
         self.reloads = {outcome: Counter() for outcome in ("applied", "invalid", "failed")}
-        # Of the lines about refused requests, by error code: thousands a second may be refused.
+        # Limits the log lines about refused requests, by error code: thousands a second may be refused.
         self.refusal_lines = logs.RateLimit(1, logs.SAME_ERROR)
         self.slow_clients = Counter()
         self.bugs = Counter()

@@ -1,7 +1,7 @@
 """One request for an answer, from its admission to its end: its times, its gaps, its log line.
 
-A record is made where the request is understood, and goes along with it: gateway, provider, stream and
-writers note in it what happens. When the request has ended, the request log adds the record to the
+A record is made when the request is understood, and goes along with it: gateway, provider, stream and
+writers note in the record what happens. When the request has ended, the request log adds the record to the
 metrics and writes one line. Requests that are refused for now are warnings, and thinned out.
 
 The longest gap of an answer is measured for each of three causes, so that the line of an answer that
@@ -89,9 +89,9 @@ class RequestRecord:
         self.usage: Mapping[str, Any] | None = None
         # Whether the request was cancelled because nobody read its answer any more.
         self.abandoned = False
-        # Whether the answer comes in events, as they are made.
+        # Whether the answer comes as events, while the model makes them.
         self.streamed = False
-        # Counts the first event of the answer when it comes; None: it is counted nowhere.
+        # The log that counts the first event of the answer when it comes; None if nothing counts it.
         self.log: RequestLog | None = None
 
     def begin(
@@ -116,7 +116,7 @@ class RequestRecord:
     def answered(self, now: float) -> None:
         """Note that the first event of the answer has come *now*; it counts at once."""
         self.first = now
-        # Not counted: silences before the answer, in a head, comments, an attempt that failed.
+        # Silences before the answer do not count: in a head, between comments, in a failed attempt.
         self.silence = 0.0
         if self.log is not None:
             self.log.count_first_token(self)
@@ -151,12 +151,12 @@ class RequestLog:
     def count_first_token(self, record: RequestRecord) -> None:
         """Count how long the first event of the answer took, from admission and from being sent."""
         metrics, first = self.metrics, record.first
-        felt, taken = first - record.asked, first - record.sent
-        metrics.faces[record.face].first_token.observe(felt)
-        metrics.recent_first_tokens.add(first, felt)
+        from_admission, from_sending = first - record.asked, first - record.sent
+        metrics.faces[record.face].first_token.observe(from_admission)
+        metrics.recent_first_tokens.add(first, from_admission)
         provider = metrics.providers[record.provider]
-        provider.first_token.observe(taken)
-        provider.recent_first_tokens.add(first, taken)
+        provider.first_token.observe(from_sending)
+        provider.recent_first_tokens.add(first, from_sending)
 
     def finish(
         self, record: RequestRecord, error: BaseException | None, *, cancelled: bool = False
@@ -205,7 +205,8 @@ class RequestLog:
         provider.gap.observe(record.silence)
         provider.recent_silences.add(now, record.silence)
         if not record.first:
-            return  # there was no event that anybody else could hold up
+            # There was no event that we or the client could hold up.
+            return
         record.delay = max(record.delay, lag.longest(record.first))
         for cause, gap in (("ours", record.delay), ("client", record.stuck)):
             metrics.delay[cause].observe(gap)

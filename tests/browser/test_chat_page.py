@@ -136,6 +136,39 @@ async def test_reasoning_and_tool_calls_are_folded(
         await expect(inside).to_be_visible()
 
 
+@pytest.mark.parametrize(
+    "index", ["__proto__", "length", "constructor", 4294967295, -1, 1.5, True, {}, [0], None]
+)
+async def test_no_index_of_a_tool_call_breaks_the_page(
+    index: object, make_server: MakeServer, told: Told, page: Page
+) -> None:
+    await enter(page, await make_server(**told.changes))
+    await ask(page, "Hello")
+
+    told.delta(tool_calls=[{"index": 3, "function": {"name": "last", "arguments": "{}"}}])
+    told.delta(tool_calls=[{"index": index, "function": {"name": "odd", "arguments": "{}"}}])
+    told.delta(tool_calls=[None, "x", {"index": 1}, {"index": 2, "function": {"name": {}}}])
+    told.delta(tool_calls=[{"index": 1, "function": {"name": "first", "arguments": "{}"}}])
+    told.say("Done.")
+    told.finish("constructor")
+    await shows(page, "Done.")
+    await is_now(page, "complete")
+
+    await expect(status(page)).to_have_text("told · told-model")
+    calls = answer(page).locator(".tools p")
+    await expect(calls).to_contain_text("first({})")
+    await expect(calls).to_contain_text("last({})")
+    assert await page.evaluate("[[].name, [].arguments, ({}).name, [].length]") == [
+        None,
+        None,
+        None,
+        0,
+    ]
+    await page.reload()
+    await shows(page, "Done.")
+    await expect(calls).to_contain_text("last({})")
+
+
 async def test_text_is_text_and_a_fence_makes_code(
     make_server: MakeServer, told: Told, page: Page
 ) -> None:

@@ -8,8 +8,12 @@ import openai
 import orjson
 import pytest
 from openai import AsyncOpenAI
+from openai.types.responses import ResponseFailedEvent
 
+from aioserver.protocol import eventstream
 from aioserver.protocol.openai import final_response
+from aioserver.protocol.responses import ResponseErrors
+from aioserver.provider_errors import ProviderDisconnected
 from aioserver.providers.simulator.exchange import Behaviour
 from tests.support.raw import Raw
 from tests.support.waiting import until
@@ -226,3 +230,70 @@ async def test_head_of_a_response_is_refused_without_a_body(
     assert first.startswith(b"HTTP/1.1 405 ")
     assert second.startswith(b"HTTP/1.1 200 ")
     assert second.endswith(b"}")
+
+
+BREAKS = {
+    "fault-cut-4": "provider_disconnected",
+    "fault-end-4": "provider_disconnected",
+    "fault-bad-chunk-4": "provider_bad_response",
+    "fault-stall-4": "read_timeout",
+}
+
+
+@pytest.mark.parametrize("stored", [True, False], ids=["stored", "not stored"])
+@pytest.mark.parametrize("model", BREAKS)
+async def test_a_response_that_breaks_off_fails_in_its_own_form(
+    make_server: MakeServer, model: str, stored: bool
+) -> None:
+    server = await make_server(**{"llm.providers.sim.http_client.read_timeout": 0.5})
+    body = {"model": model, "input": "Hello", "stream": True, "store": stored}
+
+    async with server.session.post(f"{server.v1}/responses", json=body) as response:
+        raw = await response.read()
+
+    events = [orjson.loads(event.data) for event in eventstream.parse(raw)]
+    *_, previous, failed = events
+    code = BREAKS[model]
+    assert raw.count(b"event: response.failed\n") == 1
+    assert b"[DONE]" not in raw
+    assert failed["type"] == "response.failed"
+    assert failed["sequence_number"] == previous["sequence_number"] + 1
+    first = events[0]["response"]
+    assert failed["response"]["id"] == first["id"]
+    assert failed["response"]["status"] == "failed"
+    assert failed["response"]["error"]["code"] == "server_error"
+    assert failed["error"]["code"] == code
+    assert failed["error"]["type"] == "provider_error"
+    ResponseFailedEvent.model_validate(failed)
+    if stored:
+        async with server.session.get(f"{server.v1}/responses/{first['id']}") as response:
+            assert (await response.json())["status"] == "failed"
+
+
+async def test_the_sdk_raises_the_error_of_a_response_that_breaks_off(sdk: AsyncOpenAI) -> None:
+    with pytest.raises(openai.APIError, match="closed the connection early") as raised:
+        async for _ in await sdk.responses.create(**{**ASK, "model": "fault-cut-4"}):
+            pass
+
+    assert raised.value.code == "provider_disconnected"
+
+
+def test_an_error_without_any_response_before_it_is_whole_all_the_same() -> None:
+    errors = ResponseErrors()
+    errors.note(b'data: {"type":"x","response":"no object","sequence_number":"7"}\n\n')
+
+    (event,) = eventstream.parse(errors.render(ProviderDisconnected("it is gone")))
+
+    failed = orjson.loads(event.data)
+    assert failed["sequence_number"] == 0
+    assert failed["response"]["status"] == "failed"
+    assert failed["error"]["message"] == "it is gone"
+
+
+def test_a_text_that_looks_like_a_sequence_number_is_none() -> None:
+    errors = ResponseErrors()
+    errors.note(b'data: {"sequence_number":3,"delta":"\\"sequence_number\\":9,"}\n\n')
+
+    (event,) = eventstream.parse(errors.render(ProviderDisconnected("it is gone")))
+
+    assert orjson.loads(event.data)["sequence_number"] == 4

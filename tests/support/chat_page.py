@@ -45,9 +45,9 @@ class Told:
         """Send a piece of any kind."""
         self._event({"choices": [{"index": 0, "delta": delta, "finish_reason": None}]})
 
-    def finish(self) -> None:
+    def finish(self, reason: str = "stop") -> None:
         """End the answer."""
-        self._event({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
+        self._event({"choices": [{"index": 0, "delta": {}, "finish_reason": reason}]})
         self._events.put_nowait(b"")
 
     def _event(self, data: dict[str, Any]) -> None:

@@ -29,15 +29,17 @@ REFUSALS = {
 
 
 class Attempt:
-    """Measures one request. The client reports all that comes, and `settle` counts it, once.
+    """Measures one request. The client reports all that comes, and `settle` counts the request, once.
 
-    Always: the numbers of its events were 1, 2, 3 … or it has a fault.
+    Always: the events of the answer had the numbers 1, 2, 3 … or it has a fault.
     """
 
     def __init__(self, results: Results) -> None:
         results.begun += 1
-        self.succeeded = False  # settled, and the answer was complete
-        self.retry_after: float | None = None  # seconds, from the server's refusal
+        # Whether the request is settled, and its answer was complete.
+        self.succeeded = False
+        # Seconds, from the server's refusal.
+        self.retry_after: float | None = None
         self._results = results
         self._begun = time.perf_counter()
         self._ended_at: float | None = None
@@ -45,8 +47,10 @@ class Attempt:
         self._first_token_seen = False
         self._number = 0
         self._fault = ""
-        self._failure: tuple[Counter[str], str, str] | None = None  # counter, code, message
-        self._waiting: tuple[Waits, float] | None = None  # where, and since when
+        # The counter, the code and the message of a failure.
+        self._failure: tuple[Counter[str], str, str] | None = None
+        # The queue in which the request waits, and since when.
+        self._waiting: tuple[Waits, float] | None = None
         self._waited: set[Waits] = set()
 
     @property
@@ -58,7 +62,7 @@ class Attempt:
         """Record an event of the answer, with its *number* on the faces that number events."""
         now = time.perf_counter()
         self._results.events += 1
-        # the wait for the first token is measured by itself
+        # The wait for the first token is measured by itself.
         if self._first_token_seen:
             self._results.gap.add(now - self._last_event)
         self._last_event = now

@@ -24,12 +24,13 @@ if TYPE_CHECKING:
 
     from aioserver.commands.bench.attempt import Attempt
 
-CLOSE_TIMEOUT = 2.0  # seconds for the server to answer a close frame
+# Seconds for the server to answer a close frame.
+CLOSE_TIMEOUT = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """The chat that every request sends. *model* and *max_tokens* None: the server's choice."""
+    """The chat that every request sends. If *model* or *max_tokens* is None, the server chooses."""
 
     prompt: str
     model: str | None = None
@@ -38,8 +39,8 @@ class Question:
 
     @property
     def _messages(self) -> list[dict[str, str]]:
-        # not `text`: the server would keep the conversation, and each request on a socket would be
-        # longer than the one before
+        # Not `text`: the server would keep the conversation, and each request on a socket would be
+        # longer than the one before.
         return [{"role": "user", "content": self.prompt}]
 
     def payload(self) -> dict[str, Any]:
@@ -60,7 +61,7 @@ class UnexpectedAnswer(Exception):
 
 
 class Client(Protocol):
-    """One client. `close` it at the end, and after `request` has raised."""
+    """One client. `close` must be called at the end, and after `request` has raised."""
 
     async def request(self, attempt: Attempt) -> None:
         """Send one request and read its answer to the end.
@@ -105,7 +106,7 @@ class WebSocketClient:
                 continue
             report_frame(attempt, frame, frame.get("event_id"))
             if attempt.ended and frame_id is None:
-                # an error of the whole socket: a close frame follows
+                # An error of the whole socket: a close frame follows.
                 await self.close()
 
     async def close(self) -> None:
@@ -203,7 +204,7 @@ def parse_frame(data: bytes | str) -> dict[str, Any]:
 
 
 def parse_number(event_id: bytes | None) -> int | None:
-    """Return the number of an event from its `id`; None: it has no id.
+    """Return the number of an event from its `id`; None if it has no id.
 
     Raises:
         UnexpectedAnswer: the id is not a number.
@@ -216,7 +217,7 @@ def parse_number(event_id: bytes | None) -> int | None:
 
 
 def report_frame(attempt: Attempt, frame: dict[str, Any], number: int | None) -> None:
-    """Report a frame of the WebSocket or SSE face; *number* None: it is not an event."""
+    """Report a frame of the WebSocket or SSE face; *number* is None if it is no event."""
     if number is not None:
         attempt.event(number)
     chunk = frame["chunk"]

@@ -18,7 +18,8 @@ from aioserver.commands.bench.load import Plan, Run
 if TYPE_CHECKING:
     from types import ModuleType
 
-OWN_FILES = 64  # that this process opens beside the sockets of its clients
+# Files that this process opens beside the sockets of its clients.
+OWN_FILES = 64
 DEFAULT_REQUESTS = 4
 
 
@@ -118,10 +119,10 @@ def bench(plan: Plan, *, as_json: bool) -> int:
     if drawing is None and not as_json:
         print(remote.RICH_MISSING, file=sys.stderr)
         return 2
-    if (possible := raise_file_limit(plan.clients)) < plan.clients:
+    if (allowed := raise_file_limit(plan.clients)) < plan.clients:
         print(
             f"--clients {plan.clients} is too many: the open files that this process may have are"
-            f" enough for {possible} clients (ulimit -Hn raises the limit)",
+            f" enough for {allowed} clients (ulimit -Hn raises the limit)",
             file=sys.stderr,
         )
         return 2
@@ -129,7 +130,7 @@ def bench(plan: Plan, *, as_json: bool) -> int:
 
 
 def _drawing() -> ModuleType | None:
-    """Import what draws with rich, an optional package; None: it is not installed."""
+    """Import the module that draws with rich; None if that optional package is not installed."""
     try:
         from aioserver.commands.bench import table  # noqa: PLC0415 - optional
     except ModuleNotFoundError:

@@ -11,11 +11,15 @@ import aiohttp
 if TYPE_CHECKING:
     from aioserver.commands.bench.results import Results, Waits
 
-# seconds; the server updates its numbers once a second: earlier ones are older than the run
+# Seconds before the first reading: the server updates its numbers once a second, and earlier ones are
+# older than the run.
 FIRST_READING = 1.0
-READING_INTERVAL = 0.5  # seconds
-READING_TIMEOUT = 5.0  # seconds
-PATHS = ("/stats", "/")  # the second has the queues, too, and needs no admin key
+# Seconds between two readings.
+READING_INTERVAL = 0.5
+# Seconds for one reading.
+READING_TIMEOUT = 5.0
+# The second path has the queues, too, and needs no admin key.
+PATHS = ("/stats", "/")
 
 MEANINGS = {
     "server_at_capacity": "the server was full",

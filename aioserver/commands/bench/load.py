@@ -23,16 +23,17 @@ if TYPE_CHECKING:
     from aioserver.commands.bench.clients import Client
 
 ENDPOINTS = {"websocket": "/ws/chat", "sse": "/sse/chat", "openai": "/v1"}
-# seconds; a refused client waits as long as the server asks for, but the run must go on
+# Seconds that a refused client waits at most, even if the server asks for more: the run must go on.
 MAX_PAUSE = 1.0
-# seconds; if the server asks for nothing: a refused client must not spin
+# Seconds that a refused client waits if the server asks for no time: it must not spin.
 DEFAULT_PAUSE = 0.1
-BUSY = 0.9  # of a core; from there on the run measures this process and not the server
+# The share of a core from which on the run measures this process and not the server.
+BUSY = 0.9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What the clients do. Either *requests*, of each client, or *duration* is set.
+    """The work of the clients. Either *requests*, of each client, or *duration* is set.
 
     *duration*, *ramp* (over which the clients start) and *timeout* (of a request) are in seconds.
     """
@@ -58,7 +59,8 @@ class Run:
     stopped: bool = False
     _begun: float = 0.0
     _ended: float = 0.0
-    _cpu: float = 0.0  # seconds of CPU that this process used
+    # Seconds of CPU that this process used.
+    _cpu: float = 0.0
 
     @property
     def seconds(self) -> float:
@@ -98,11 +100,11 @@ class Run:
                 await asyncio.wait(tasks)
             for task in (work, *background):
                 if not task.cancelled():
-                    # an exception that a bug has raised must not be lost
+                    # An exception that a bug has raised must not be lost.
                     task.result()
 
     async def _endpoints(self, session: aiohttp.ClientSession) -> dict[str, str]:
-        """Ask the server for the path of each face; the defaults stand for what it does not name.
+        """Ask the server for the path of each face; the defaults stand for faces that it does not name.
 
         Raises:
             Unreachable: the server did not answer.

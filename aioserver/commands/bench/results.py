@@ -7,8 +7,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-MAX_SAMPLES = 100_000  # of one measure: 2.4 MB, and a thousand samples above p99
-MAX_CODES = 50  # counted by themselves; a provider's own codes come through, and may be many
+# Samples of one measure: 2.4 MB, and a thousand samples above p99.
+MAX_SAMPLES = 100_000
+# Codes that are counted separately; a provider's own codes are passed on, and may be many.
+MAX_CODES = 50
 PERCENTILES = (50, 95, 99)
 
 
@@ -38,7 +40,7 @@ class Samples:
             self._kept[index] = seconds
 
     def summary(self) -> dict[str, float] | None:
-        """Return p50, p95, p99 (nearest rank) and the count; None: there are no values."""
+        """Return p50, p95, p99 (nearest rank) and the count; None if there are no values."""
         if not self._kept:
             return None
         ordered = sorted(self._kept)
@@ -69,7 +71,8 @@ class Results:
     events: int = 0
     refused: Counter[str] = field(default_factory=Counter)
     incomplete: Counter[str] = field(default_factory=Counter)
-    messages: dict[str, str] = field(default_factory=dict)  # the first message of each code
+    # The first message of each code.
+    messages: dict[str, str] = field(default_factory=dict)
     latency: Samples = field(default_factory=Samples)
     first_token: Samples = field(default_factory=Samples)
     gap: Samples = field(default_factory=Samples)

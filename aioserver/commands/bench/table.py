@@ -1,4 +1,4 @@
-"""Draws a run with rich: a progress bar on stderr while it goes on, then a table on stdout."""
+"""Draws a run with rich: a progress bar on stderr during the run, then a table on stdout."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from aioserver.commands.bench.load import Run
 
-# seconds; drawn on the event loop, since a thread of its own would take time from the clients
+# Seconds; drawn on the event loop, since a thread of its own would take time from the clients.
 DRAW_INTERVAL = 0.25
 
 

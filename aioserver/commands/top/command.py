@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
     from aioserver.commands.top.screen import Screen
 
-# seconds; each event draws the screen too, but a lost server sends none, and its clock runs on
+# Seconds. Each event draws the screen too, but a lost server sends none, and its time on the screen
+# goes on.
 DRAW_INTERVAL = 1.0
 
 
@@ -51,8 +52,8 @@ def command(url: str, *, interval: float, once: bool, key: str | None) -> int:
 def top(url: str, *, interval: float, once: bool, key: str | None) -> int:
     """Show the state of the server at *url*, each *interval* seconds, until SIGINT or SIGTERM.
 
-    One snapshot is printed instead with *once*, and where stdout is not a terminal. Returns the
-    exit code: 0, 1 where the server refuses us (or, for one snapshot, is not there), 2 without
+    One snapshot is printed instead with *once*, and if stdout is not a terminal. Returns the
+    exit code: 0, 1 if the server refuses us (or, for one snapshot, is not there), 2 without
     rich.
     """
     try:
@@ -82,11 +83,11 @@ async def _live(state: State, interval: float, key: str | None, screen: ModuleTy
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
-    with screen.Screen(state) as shown:
+    with screen.Screen(state) as live_screen:
         async with remote.session(key) as session:
             tasks = (
-                asyncio.create_task(Feed(session, state, interval, shown.draw).follow()),
-                asyncio.create_task(_tick(shown)),
+                asyncio.create_task(Feed(session, state, interval, live_screen.draw).follow()),
+                asyncio.create_task(_tick(live_screen)),
                 asyncio.create_task(stop.wait()),
             )
             try:
@@ -100,7 +101,7 @@ async def _live(state: State, interval: float, key: str | None, screen: ModuleTy
                     task.result()
 
 
-async def _tick(shown: Screen) -> None:
+async def _tick(live_screen: Screen) -> None:
     while True:
         await asyncio.sleep(DRAW_INTERVAL)
-        shown.draw()
+        live_screen.draw()

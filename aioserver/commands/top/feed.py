@@ -17,10 +17,14 @@ from aioserver.protocol.eventstream import EventTooLong, Splitter, parse
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-MAX_INCIDENTS = 100  # kept; as many as the server keeps
-MAX_EVENT_BYTES = 16 << 20  # ten minutes of history with many providers in one event
-FIRST_PAUSE, MAX_PAUSE = 0.5, 4.0  # seconds between two attempts, doubling
-SILENCE = 10.0  # seconds; the server is lost when no byte comes for the interval and these
+# Incidents that are kept: as many as the server keeps.
+MAX_INCIDENTS = 100
+# Bytes of one event, which may hold ten minutes of history with many providers.
+MAX_EVENT_BYTES = 16 << 20
+# Seconds between two attempts, doubling.
+FIRST_PAUSE, MAX_PAUSE = 0.5, 4.0
+# Seconds beyond the interval after which a server that sends no byte counts as lost.
+SILENCE = 10.0
 
 
 class LostError(Exception):
@@ -33,10 +37,11 @@ class LostError(Exception):
 
 @dataclass
 class State:
-    """What is known of the server.
+    """The known state of the server.
 
-    *problem* says why no events come; "": they do. *previous* is the snapshot before *stats*, for
-    what has grown since. *lost_at*, of the first failure in a row, and *retry_at* are monotonic.
+    *problem* says why no events come; it is empty while they do. *previous* is the snapshot before
+    *stats*, for the numbers that have grown since. *lost_at*, of the first failure in a row, and
+    *retry_at* are monotonic times.
     """
 
     url: str
@@ -48,13 +53,13 @@ class State:
     retry_at: float = 0.0
 
     def take(self, name: bytes, data: Any) -> None:
-        """Take an event of the server into account; one of an unknown form is ignored."""
+        """Take an event of the server into account; an event of unknown form is ignored."""
         if not isinstance(data, dict):
             return
         if name == b"stats":
             self.previous, self.stats = self.stats, data
         elif name == b"history":
-            # the server sends the whole history on every connection
+            # The server sends the whole history on every connection.
             self.incidents.clear()
             self.incidents.extend(
                 incident for incident in data.get("incidents", ()) if isinstance(incident, dict)
@@ -89,7 +94,7 @@ class Feed:
             async with asyncio.timeout(self._interval + SILENCE):
                 await self._listen(until_snapshot=True)
         except TimeoutError:
-            raise LostError("it sent no snapshot in time") from None
+            raise LostError("the server sent no snapshot in time") from None
 
     async def follow(self) -> None:
         """Read for ever; after a loss connect again, with a pause that doubles.
@@ -99,11 +104,11 @@ class Feed:
         """
         state, pause = self._state, FIRST_PAUSE
         while True:
-            before = state.stats
+            last_stats = state.stats
             try:
                 await self._listen()
             except LostError as lost:
-                if state.stats is not before:
+                if state.stats is not last_stats:
                     pause = FIRST_PAUSE
                 now = time.monotonic()
                 if not state.problem:
@@ -118,7 +123,7 @@ class Feed:
     async def _listen(self, *, until_snapshot: bool = False) -> None:
         """Read one connection to its end.
 
-        It returns only with *until_snapshot*.
+        This returns only with *until_snapshot*.
 
         Raises:
             LostError: the connection failed or ended, or its data are not aioserver's events.
@@ -147,8 +152,8 @@ class Feed:
         except (aiohttp.ClientError, OSError) as error:
             raise LostError(remote.describe(error)) from None
         except (EventTooLong, orjson.JSONDecodeError):
-            raise LostError("it sends something else than aioserver's events") from None
-        raise LostError("it closed the connection")
+            raise LostError("the server sends something else than aioserver's events") from None
+        raise LostError("the server closed the connection")
 
     async def _check(self, response: aiohttp.ClientResponse) -> None:
         """Accept the head of a stream of events.

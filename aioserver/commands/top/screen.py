@@ -1,4 +1,4 @@
-"""Draws what is known of a server, with rich; 80 columns are enough.
+"""Draws the state of a server, with rich; 80 columns are enough.
 
 Whatever came from the server is drawn as text: markup has no effect, and there are no control
 characters in it.
@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from aioserver.commands.top.feed import State
 
 STYLES = {"ok": "bold green", "warning": "bold yellow", "error": "bold red", "info": "cyan"}
-MARKS = {"ok": "+", "warning": "!", "error": "x"}  # for readers who see no colours
-BAR_WIDTH = 24  # columns
+# For readers who see no colours.
+MARKS = {"ok": "+", "warning": "!", "error": "x"}
+# Columns of a bar.
+BAR_WIDTH = 24
 NEARLY_FULL = 0.8
 UNKNOWN = "-"
 
@@ -54,7 +56,7 @@ def show(state: State) -> None:
 
 
 def terminal() -> bool:
-    """Whether stdout is a terminal."""
+    """Return whether stdout is a terminal."""
     return Console().is_terminal
 
 
@@ -126,7 +128,7 @@ def _bars(connections: dict[str, Any]) -> Table:
             width=BAR_WIDTH,
             style="dim",
             complete_style=colour,
-            # rich would draw a full bar green
+            # rich would draw a full bar green.
             finished_style=colour,
         )
         text = Text(f"{value} of {limit}")
@@ -164,7 +166,7 @@ def _providers(providers: dict[str, Any]) -> Table:
 
 
 def _unused(provider: dict[str, Any]) -> bool:
-    """Whether *provider* is only configured: most often it has no key."""
+    """Return whether *provider* is only configured: most often it has no key."""
     return not (provider.get("usable", True) or provider.get("active") or provider.get("requests"))
 
 
@@ -192,7 +194,7 @@ def _guards(providers: dict[str, Any]) -> list[Text]:
 
 
 def _silent(silent: dict[str, int]) -> str:
-    """The silence that is going on, "" where nobody waits for a word."""
+    """Return the silence of a provider at the moment; "" if no answer is under way."""
     if not silent.get("under_way"):
         return ""
     number = silent.get("stalled", 0) + silent.get("unanswered", 0)

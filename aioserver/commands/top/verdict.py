@@ -9,8 +9,10 @@ from aioserver.commands.remote import printable
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-MAX_LAG = 0.1  # seconds; clients feel an event loop that is later than this
-MAX_FILES = 0.9  # of the open files that are allowed
+# Seconds; clients notice an event loop that is later than this.
+MAX_LAG = 0.1
+# The share of the allowed open files from which on they run out.
+MAX_FILES = 0.9
 
 # Kinds of troubles, the worst first.
 KINDS = ("key_refused", "dead", "silent", "sick", "failing")
@@ -38,9 +40,9 @@ def _findings(
     troubles.sort(key=_rank)
     if grown := grown_rejections(stats, previous):
         refused = "refusing: " + ", ".join(f"{code} {count}" for code, count in grown.items())
-        yield "error", "; ".join((refused, *map(_told, troubles[:1])))
+        yield "error", "; ".join((refused, *map(_trouble_line, troubles[:1])))
     for trouble in troubles:
-        yield "error", _told(trouble)
+        yield "error", _trouble_line(trouble)
     for name, provider in providers.items():
         if provider.get("active") and not provider.get("usable", True):
             yield "error", f"the active provider {printable(name)} is not usable"
@@ -64,8 +66,8 @@ def _rank(trouble: dict[str, Any]) -> int:
     return KINDS.index(kind) if kind in KINDS else len(KINDS)
 
 
-def _told(trouble: dict[str, Any]) -> str:
-    """What the server says of a provider's trouble, in one line."""
+def _trouble_line(trouble: dict[str, Any]) -> str:
+    """Return a provider's trouble, in the server's words, as one line."""
     return printable(". ".join(filter(None, (trouble.get("text"), trouble.get("detail")))))
 
 

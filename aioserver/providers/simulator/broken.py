@@ -16,9 +16,12 @@ if TYPE_CHECKING:
     from aioserver.providers.simulator.exchange import Exchange, Fault
 
 _COMMENT = b": OPENROUTER PROCESSING\n\n"
-_MIN_COMMENT_INTERVAL = 0.005  # seconds: no provider sends comments as fast as they are read
-_LONG_LINE = 10_000_000  # bytes
-_PIECE = 65536  # bytes of each write of a long line
+# Seconds: no provider sends comments as fast as they are read.
+_MIN_COMMENT_INTERVAL = 0.005
+# Bytes of a long line.
+_LONG_LINE = 10_000_000
+# Bytes of each write of a long line.
+_PIECE = 65536
 
 
 async def _head_only(exchange: Exchange, _n: int) -> web.StreamResponse:

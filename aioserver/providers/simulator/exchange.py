@@ -1,4 +1,4 @@
-"""One request and its answer on a connection of the simulator; the steps faults are made of."""
+"""One request and its answer on a connection of the simulator; the steps that faults are made of."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     Fault = Callable[["Exchange", int], Awaitable[web.StreamResponse]]
 
-# with SO_LINGER on and a linger time of 0, close() sends RST and not FIN: socket(7)
+# With SO_LINGER on and a linger time of 0, close() sends RST and not FIN: socket(7).
 _LINGER_0 = struct.pack("ii", 1, 0)
 
 
@@ -47,7 +47,7 @@ class Behaviour:
 
 
 class RawResponse(web.StreamResponse):
-    """Stands for an answer that was written below HTTP: aiohttp adds nothing, and closes."""
+    """Stands for an answer that was written below HTTP: aiohttp adds nothing, and closes the connection."""
 
     async def prepare(self, request: web.BaseRequest) -> None:
         """Write no head."""
@@ -87,8 +87,10 @@ class Exchange:
         self._count_token = count_token
         self._reset_next = reset_next
         self._flaps = flaps
-        self._due = 0.0  # loop time of the last token
-        self._next = 0  # number of the next token
+        # Loop time of the last token.
+        self._due = 0.0
+        # Number of the next token.
+        self._next = 0
         self._opened = False
 
     def _headers(self, extra: tuple[tuple[str, str], ...]) -> Mapping[str, str]:
@@ -133,11 +135,11 @@ class Exchange:
 
     async def _pace(self) -> None:
         if not self.interval:
-            # without a pause, let other answers go on
+            # There is no pause, but other answers must go on.
             await asyncio.sleep(0)
             return
         now = asyncio.get_running_loop().time()
-        # a delay is not made up for by a burst
+        # A delay is not made up for by a burst.
         self._due = max(self._due + self.interval, now)
         await asyncio.sleep(self._due - now)
 
@@ -180,7 +182,7 @@ class Exchange:
         """Write bytes below HTTP, as they are; the connection is closed afterwards."""
         for data in pieces:
             self.transport.write(data)
-            # each piece is a packet of its own if the client reads fast enough
+            # Each piece is a packet of its own if the client reads fast enough.
             await asyncio.sleep(0)
         return RawResponse()
 

@@ -96,7 +96,7 @@ if TYPE_CHECKING:
     Play = Callable[[Exchange], Awaitable[web.StreamResponse]]
 
 PREFIX = "fault-"
-# the number of a fault that is named without one
+# The number of a fault that is named without one.
 _DEFAULT_NUMBER = 3
 _DEFAULT_NUMBERS = {"status": 500, "error-first": 502, "limits-spent": 17}
 

@@ -19,9 +19,10 @@ CHAT, COMPLETIONS, RESPONSES, EMBEDDINGS = (
     "responses",
     "embeddings",
 )
-# the matches, joined, are the text again
+# The matches, joined, are the text again.
 _TOKEN = re.compile(r"\s?\w+|\s?[^\w\s]+|\s+")
-_MAX_QUOTE = 80  # characters of the user's message that the answer quotes
+# Characters of the user's message that the answer quotes.
+_MAX_QUOTE = 80
 _GREETINGS = (
     "Hello! I am a simulated model: nobody thinks here, but everything around me is real.",
     "Good to hear from you. I am only a simulated model, but I arrive the way a real one would.",
@@ -82,7 +83,7 @@ class ParsedRequest:
 def error(
     status: int, message: str, *, param: str | None = None, code: str | None = None
 ) -> bytes:
-    """An error body as OpenAI writes it."""
+    """Return an error body as OpenAI writes it."""
     kind = "invalid_request_error" if status < 500 else "server_error"
     if code == "insufficient_quota":
         kind = code
@@ -153,8 +154,8 @@ def _messages(endpoint: str, body: Mapping[str, Any]) -> list[dict[str, Any]]:
         if not isinstance(item, dict):
             raise BadRequest(f"Invalid type for '{name}[{index}]'.", param=f"{name}[{index}]")
         if endpoint == CHAT and not isinstance(item.get("role"), str):
-            where = f"{name}[{index}].role"
-            raise BadRequest(f"Missing required parameter: '{where}'.", param=where)
+            path = f"{name}[{index}].role"
+            raise BadRequest(f"Missing required parameter: '{path}'.", param=path)
     return [{**item, "role": item.get("role", "tool")} for item in messages]
 
 
@@ -192,7 +193,7 @@ def _tool(body: Mapping[str, Any]) -> Mapping[str, Any] | None:
 def speech(text: str, turn: int) -> str:
     """Write the answer to *text*: the same for the same message at the same turn."""
     seed = zlib.crc32(text.encode())
-    # the slice bounds the work for a very long message
+    # The slice bounds the work for a very long message.
     quote = " ".join(text[: 10 * _MAX_QUOTE].split())
     if len(quote) > _MAX_QUOTE:
         quote = quote[:_MAX_QUOTE].rstrip() + "…"

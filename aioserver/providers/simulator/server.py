@@ -2,8 +2,8 @@
 
 It speaks HTTP/1.1 over real sockets. Below `/v1` it has POST `chat/completions`, `completions`,
 `responses` (each streamed or not) and `embeddings`, and GET `models` and `models/{id}`. It answers
-for any model, but a model whose name begins with `fault-` fails in the way it names; `faults`
-opens with the table of these names.
+for any model, but a model whose name begins with `fault-` fails in the way that the
+name says; `faults` opens with the table of these names.
 
     async with Simulator(Behaviour(ttft=0, interval=0)) as simulator:
         simulator.base_url                      # http://127.0.0.1:40123/v1
@@ -45,9 +45,12 @@ _ENDPOINTS = {
     )
 }
 _MODELS = "/v1/models"
-_BACKLOG = 2048  # connections; the clients of a load test all connect at once
-_CLOSE_TIMEOUT = 1.0  # seconds for handlers to end after they were cancelled
-_KEEPALIVE_TIMEOUT = 300.0  # seconds; longer than a pool's keepalive_expiry should be
+# Connections; the clients of a load test all connect at once.
+_BACKLOG = 2048
+# Seconds for handlers to end after they were cancelled.
+_CLOSE_TIMEOUT = 1.0
+# Seconds; longer than a pool's keepalive_expiry should be.
+_KEEPALIVE_TIMEOUT = 300.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,17 +58,22 @@ class SimulatorStats:
     """The counters at one moment.
 
     Always: `requests == completed + aborted + active`, until `close()` cuts active requests, which
-    are counted in neither.
+    are then counted in none of the three.
     """
 
-    requests: int = 0  # POST to a known endpoint, also with a faulty body
-    streams: int = 0  # of these, the ones with "stream": true
-    completed: int = 0  # ended by the simulator, also by a fault
-    aborted: int = 0  # the client left before the end
+    # Every POST to a known endpoint, also with a faulty body.
+    requests: int = 0
+    # Those of them with "stream": true.
+    streams: int = 0
+    # Requests that the simulator has ended, also by a fault.
+    completed: int = 0
+    # Requests whose client left before the end.
+    aborted: int = 0
     open_connections: int = 0
     peak_connections: int = 0
     connections_accepted: int = 0
-    active: int = 0  # requests being answered
+    # Requests that are being answered.
+    active: int = 0
     peak_active: int = 0
     tokens_sent: int = 0
 
@@ -89,7 +97,7 @@ class _Server(web.Server):
     ) -> None:
         super().__init__(
             handler,
-            # the handler of a client that leaves is cancelled at once
+            # The handler of a client that leaves is cancelled at once.
             handler_cancellation=True,
             access_log=None,
             keepalive_timeout=_KEEPALIVE_TIMEOUT,
@@ -132,7 +140,8 @@ class Simulator:
         self._connections: set[asyncio.Transport] = set()
         self._reset_next: set[asyncio.Transport] = set()
         self._flaps: dict[int, int] = {}
-        self._changed: asyncio.Event | None = None  # exists while `until()` waits
+        # Exists while `until()` waits.
+        self._changed: asyncio.Event | None = None
         self._runner: web.ServerRunner | None = None
         self._host = ""
         self._port = 0
@@ -169,7 +178,7 @@ class Simulator:
         return self.base_url
 
     async def close(self) -> None:
-        """Stop listening and cut the answers that run. It is prompt, and idempotent."""
+        """Stop listening and cut the answers that run. A second call does nothing."""
         runner, self._runner = self._runner, None
         if runner is None:
             return
@@ -181,13 +190,13 @@ class Simulator:
             await asyncio.wait(self._tasks, timeout=_CLOSE_TIMEOUT)
         await runner.cleanup()
         for transport in list(self._connections):
-            # a plain close would first wait until the client has read the buffer
+            # A plain close would first wait until the client has read the buffer.
             transport.abort()
         await self.until(lambda stats: not stats.open_connections)
 
     @property
     def port(self) -> int:
-        """The port it listens on."""
+        """The port on which the simulator listens."""
         return self._port
 
     @property
@@ -266,7 +275,7 @@ class Simulator:
                 self._count("aborted")
             raise
         except ConnectionError:
-            # the client left while we wrote
+            # The client left while we wrote.
             if self._runner is not None:
                 self._count("aborted")
             return RawResponse()

@@ -36,8 +36,10 @@ if TYPE_CHECKING:
 DONE = b"data: [DONE]\n\n"
 MODELS = ("simulated", "simulated-embedding")
 
-_DIMENSIONS = 8  # of an embedding, unless the request names a number
-_SLICES = 4  # a body without tokens is cut into so many pieces, for faults that count tokens
+# Dimensions of an embedding, unless the request names a number.
+_DIMENSIONS = 8
+# A body without tokens is cut into so many pieces, for faults that count tokens.
+_SLICES = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,7 +213,7 @@ def _completion(request: ParsedRequest, ident: str, words: Sequence[str], *, cut
 
 def _embeddings(request: ParsedRequest) -> dict[str, Any]:
     texts = request.body["input"]
-    # a text may be a list of token numbers
+    # A text may be a list of token numbers.
     inputs = [texts] if isinstance(texts, str) or isinstance(texts[0], int) else texts
     dimensions = request.body.get("dimensions")
     size = _DIMENSIONS if dimensions is None else dimensions
@@ -229,7 +231,7 @@ def _embeddings(request: ParsedRequest) -> dict[str, Any]:
 def _vector(text: str, size: int, packed: bool) -> list[float] | str:
     """Return a vector of length 1, the same for the same text; *packed*: in base64."""
     noise = hashlib.shake_128(text.encode()).digest(2 * size)
-    # + 0.5: a vector of zeros has no direction
+    # + 0.5: a vector of zeros has no direction.
     raw = [number + 0.5 for number in struct.unpack(f"<{size}h", noise)]
     length = math.hypot(*raw)
     vector = [number / length for number in raw]
@@ -237,12 +239,12 @@ def _vector(text: str, size: int, packed: bool) -> list[float] | str:
 
 
 def models() -> dict[str, Any]:
-    """The answer to `GET models`."""
+    """Return the answer to `GET models`."""
     return {"object": "list", "data": [model(name) for name in MODELS]}
 
 
 def model(name: str) -> dict[str, Any]:
-    """The answer to `GET models/{name}`."""
+    """Return the answer to `GET models/{name}`."""
     return {"id": name, "object": "model", "created": 1764000000, "owned_by": "aioserver"}
 
 
@@ -306,7 +308,7 @@ def _response(request: ParsedRequest, ident: str, words: Sequence[str], *, cut: 
         name = f"response.{kind}"
         return event({"type": name, "sequence_number": number, **fields}, name)
 
-    where = {"item_id": item_id, "output_index": 0}
+    position = {"item_id": item_id, "output_index": 0}
     running = whole("in_progress")
     added = item("", "in_progress")
     opening = [
@@ -319,14 +321,16 @@ def _response(request: ParsedRequest, ident: str, words: Sequence[str], *, cut: 
         extra: dict[str, Any] = {}
     else:
         kind, done = "output_text", {"text": text}
-        where["content_index"] = 0
+        position["content_index"] = 0
         extra = {"logprobs": []}
-        opening.append(response_event("content_part.added", 3, **where, part=_part("")))
-    template = response_event(f"{kind}.delta", "\1", **where, delta="\0", **extra)
+        opening.append(response_event("content_part.added", 3, **position, part=_part("")))
+    template = response_event(f"{kind}.delta", "\1", **position, delta="\0", **extra)
     number = len(opening) + len(words)
-    closing = [response_event(f"{kind}.done", number, **where, **done, **extra)]
+    closing = [response_event(f"{kind}.done", number, **position, **done, **extra)]
     if not request.tool:
-        closing.append(response_event("content_part.done", number + 1, **where, part=_part(text)))
+        closing.append(
+            response_event("content_part.done", number + 1, **position, part=_part(text))
+        )
     number += len(closing)
     closing += [
         response_event("output_item.done", number, output_index=0, item=item(text, status)),

@@ -21,12 +21,14 @@ if TYPE_CHECKING:
     from aioserver.providers.simulator.exchange import Exchange, Fault
     from aioserver.providers.simulator.shapes import Answer
 
-_HEADERS_SIZE = 100_000  # bytes
-_SLICED_TOKENS = 8  # tokens of an answer that is sent byte by byte
+# Bytes of headers.
+_HEADERS_SIZE = 100_000
+# Tokens of an answer that is sent byte by byte.
+_SLICED_TOKENS = 8
 
 
 def _several_lines(data: bytes) -> bytes:
-    # once: the text of the answer may contain it, too
+    # Only the first is replaced: the text of the answer may contain the same bytes.
     data = data.replace(b"data: {", b"data: {\ndata: ", 1)
     return data.replace(b"}\n\n", b"\ndata:}\n\n")
 
@@ -84,7 +86,7 @@ async def _early_hints(exchange: Exchange, _n: int) -> web.StreamResponse:
 
 
 async def _gzip(exchange: Exchange, _n: int) -> web.StreamResponse:
-    # wbits 31: gzip, not zlib's own format
+    # wbits 31: gzip, not zlib's own format.
     packer = zlib.compressobj(wbits=31)
 
     def compress(data: bytes) -> bytes:
@@ -173,7 +175,7 @@ def _usage(change: Callable[[dict[str, Any], dict[str, Any]], None]) -> Fault:
 def _without_usage(answer: Answer, change: Callable[[dict[str, Any]], None]) -> Answer:
     if not answer.streamed:
         return dataclasses.replace(answer, whole=orjson.dumps(_changed(answer.whole, change)))
-    # an event without choices has nothing but the usage
+    # An event without choices has nothing but the usage.
     closing = [data for data in answer.closing if b'"choices":[]' not in data]
     head, mark, last = closing[-1].partition(b"data: ")
     closing[-1] = head + mark + orjson.dumps(_changed(last, change)) + b"\n\n"

@@ -5,6 +5,8 @@
 // Always: the answer is what its events 1 to `last` say. So the two are saved together, and the
 // rest is asked for behind `last`: nothing is lost and nothing is doubled.
 
+const MAX_CALLS = 128; // of tools, in one answer: OpenAI's own bound
+
 const ENDS = { complete: "complete", error: "failed", cancelled: "stopped" };
 
 export function newId() {
@@ -27,7 +29,7 @@ export function newTurn(question, choice) {
     by: "", // who answers: provider and model
     text: "",
     reasoning: "",
-    tools: [], // { name, arguments }
+    tools: [], // { index, name, arguments }
     usage: null,
     reason: "", // of the end
     fault: null, // { code, error, retryable, retry_after }
@@ -90,10 +92,20 @@ function addPiece(turn, { type, data }) {
   if (type === "text") turn.text += data;
   if (type === "reasoning") turn.reasoning += data;
   if (type !== "tool_calls" || !Array.isArray(data)) return;
-  for (const piece of data) {
-    // OpenAI sends a call in pieces: its name in the first, its arguments in the others.
-    const call = (turn.tools[piece.index ?? 0] ??= { name: "", arguments: "" });
-    call.name += piece.function?.name ?? "";
-    call.arguments += piece.function?.arguments ?? "";
+  for (const piece of data) addCall(turn.tools, piece?.index ?? 0, piece?.function);
+}
+
+// OpenAI sends a call in pieces: its name in the first, its arguments in the others. Whatever a
+// provider says in `index`, it is compared, and never the name of a property.
+function addCall(calls, index, piece) {
+  if (!Number.isInteger(index) || typeof piece !== "object" || piece === null) return;
+  let call = calls.find((one) => one.index === index);
+  if (call === undefined) {
+    if (calls.length === MAX_CALLS) return;
+    call = { index, name: "", arguments: "" };
+    calls.push(call);
+    calls.sort((one, other) => one.index - other.index);
   }
+  if (typeof piece.name === "string") call.name += piece.name;
+  if (typeof piece.arguments === "string") call.arguments += piece.arguments;
 }

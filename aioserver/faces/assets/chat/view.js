@@ -7,10 +7,10 @@ import { ended } from "./turn.js";
 const SHOWN_COPIED = 2000; // milliseconds
 
 const CUT = "this browser keeps only the beginning";
-const REASONS = {
-  length: "cut at its greatest length",
-  content_filter: "cut by the provider's content filter",
-};
+const REASONS = new Map([
+  ["length", "cut at its greatest length"],
+  ["content_filter", "cut by the provider's content filter"],
+]); // not an object: a provider's reason may be the name of what every object has
 
 export class TurnView {
   // `again()`: the person wants it asked once more.
@@ -71,7 +71,7 @@ function outcome(turn) {
   if (leftAlone(turn)) return "Stopped in another window, or not read for too long";
   if (turn.state === "stopped") return turn.text ? "Stopped" : "Stopped before it began";
   const tokens = turn.usage?.completion_tokens;
-  const parts = [turn.by, tokens && `${tokens} tokens`, REASONS[turn.reason], turn.cut && CUT];
+  const parts = [turn.by, tokens && `${tokens} tokens`, REASONS.get(turn.reason), turn.cut && CUT];
   return parts.filter(Boolean).join(" · ");
 }
 
