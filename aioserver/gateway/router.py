@@ -225,7 +225,7 @@ class Router:
                 retry=number > 0,
                 fallback=fallback,
             )
-            record.provider, record.sent = provider.name, 0.0
+            record.provider, record.sent_at = provider.name, 0.0
             record.model = model or provider.settings.model
             record.attempts += 1
             if stream is not None:

@@ -151,7 +151,7 @@ class Monitor:
         """End the interval: build its snapshot, find its incidents, and send both to the watchers."""
         self._interval = self._intervals.measure()
         self._snapshot = self.fresh()
-        self._troubles.look(self._snapshot, self._interval)
+        self._troubles.observe(self._snapshot, self._interval)
         self._snapshot_json = orjson.dumps(self._snapshot)
         self._history.append(_point(self._snapshot))
         self._history_event = b""

@@ -212,7 +212,7 @@ class Snapshots:
 
     def __init__(self, sources: Sources) -> None:
         self._sources = sources
-        self._began = time.monotonic()
+        self._started_at = time.monotonic()
 
     def build(
         self, interval: Interval, troubles: Mapping[str, Trouble], *, watchers: int
@@ -230,7 +230,7 @@ class Snapshots:
             "time": round(time.time(), 3),
             "name": "aioserver",
             "version": __version__,
-            "uptime": round(now - self._began, 1),
+            "uptime": round(now - self._started_at, 1),
             "ready": sources.ready(),
             "active_provider": router.active.name,
             "fallbacks": router.fallbacks,

@@ -55,7 +55,7 @@ class Troubles:
         """The troubles at the last snapshot, by provider."""
         return self._now
 
-    def look(self, snapshot: Snapshot, interval: Interval) -> None:
+    def observe(self, snapshot: Snapshot, interval: Interval) -> None:
         """Find the troubles at *snapshot*, at whose tick *interval* ended, and set them there."""
         attempts: dict[str, Counter[str]] = {}
         for total, number in interval.growth.items():

@@ -76,6 +76,10 @@ class Breaker:
         self._trial_under_way = True
         return True
 
+    def leave_alone(self, seconds: float) -> None:
+        """Let no attempt pass for *seconds*, and then one as a trial."""
+        self._open_until = self._clock() + seconds
+
     def attempt_answered(self, *, trial: bool) -> None:
         """Note that an attempt gets an answer: a *trial* succeeds with that, before its end."""
         if trial and self._open_until is not None:
@@ -87,7 +91,7 @@ class Breaker:
             self._trial_under_way = False
             if failed:
                 self._next_wait = min(LONGEST_WAIT, 2 * self._next_wait)
-                self._open()
+                self.leave_alone(self._next_wait)
             elif failed is False:
                 self._close()
             return
@@ -99,7 +103,7 @@ class Breaker:
         if self._consecutive_failures >= CONSECUTIVE_FAILURES or (
             len(self._recent) >= MIN_ATTEMPTS and 2 * self._recent_failures >= len(self._recent)
         ):
-            self._open()
+            self.leave_alone(self._next_wait)
 
     def _remember(self, failed: bool) -> None:
         now = self._clock()
@@ -110,9 +114,6 @@ class Breaker:
             self._recent[0][0] <= now - WINDOW or len(self._recent) > MAX_REMEMBERED
         ):
             self._recent_failures -= self._recent.popleft()[1]
-
-    def _open(self) -> None:
-        self._open_until = self._clock() + self._next_wait
 
     def _close(self) -> None:
         self._open_until, self._next_wait, self._trial_under_way = None, FIRST_WAIT, False

@@ -150,7 +150,7 @@ class Exchange:
         assert isinstance(protocol, ConnectionProtocol)
         assert transport is not None
         self._connection = connection
-        self._protocol = protocol
+        self.protocol = protocol
         self._transport = transport
         self._loop = protocol._loop  # noqa: SLF001 - our base class's
         self._read_timeout = read_timeout
@@ -159,7 +159,7 @@ class Exchange:
         self._parser.begin(on_head)
         self._done: asyncio.Future[None] = self._loop.create_future()
         self._last_chunk_timer: asyncio.TimerHandle | None = None
-        self._last_byte = 0.0
+        self.last_byte_at = 0.0
         self.record = record
         self._written = False
         # Whether the sink needs no more, and only the end of the body's framing is to come.
@@ -176,9 +176,9 @@ class Exchange:
             ProviderFault: there is no complete answer for another reason.
             AioserverError: raised by the sink.
         """
-        self._protocol.exchange = self
+        self.protocol.exchange = self
         try:
-            if not self._protocol.is_connected():
+            if not self.protocol.is_connected():
                 self.connection_lost(None)
             else:
                 await self._upload(request)
@@ -186,8 +186,8 @@ class Exchange:
             del request
             if not self._done.done():
                 self._written = True
-                self._last_byte = self._loop.time()
-                self._protocol.watch_deadline(self._read_timeout)
+                self.last_byte_at = self._loop.time()
+                self.protocol.watch_deadline(self._read_timeout)
             await self._done
         finally:
             if not self._awaiting_last_chunk:
@@ -195,13 +195,13 @@ class Exchange:
 
     def feed(self, data: bytes) -> None:
         """Parse bytes from the provider, and push what they bring to the sink."""
-        now, fast_path = self._loop.time(), self._protocol.fast_path
-        self._protocol.fast_path = None
+        now, fast_path = self._loop.time(), self.protocol.fast_path
+        self.protocol.fast_path = None
         parser = self._parser
         # Once there is a sink, the answer has begun.
         if parser.sink is not None:
-            self.record.silent(self._last_byte if fast_path is None else fast_path.read_at, now)
-        self._last_byte = now
+            self.record.silent(self.last_byte_at if fast_path is None else fast_path.read_at, now)
+        self.last_byte_at = now
         if parser.between_chunks and data.endswith(b"\r\n"):
             # Most reads of a stream are one whole chunk. The parser need not see such a read, since
             # it is between two chunks before and after the read. Every other form goes to the parser.
@@ -231,9 +231,9 @@ class Exchange:
         """
         sink = self._parser.sink
         if sink is not None and not self._done.done():
-            self._protocol.fast_path = fast_path = sink.fast()
+            self.protocol.fast_path = fast_path = sink.fast()
             if fast_path is not None:
-                fast_path.read_at = self._last_byte
+                fast_path.read_at = self.last_byte_at
 
     def _push(self) -> None:
         """Push to the sink what has come, and the end of the body."""
@@ -263,7 +263,7 @@ class Exchange:
             # The end of the connection is the end of this body (RFC 9112, 6.3).
             parser.surplus = parser.whole = True
             self._push()
-        elif not parser.begun and self._protocol.reused and self._unprocessed():
+        elif not parser.begun and self.protocol.reused and self._unprocessed():
             self._fail(StaleConnection("the provider had closed the kept connection"))
         else:
             self._fail(ProviderDisconnected("the provider closed the connection early"))
@@ -273,12 +273,12 @@ class Exchange:
 
         If the connection is lost later than that, the request may have cost money.
         """
-        return not self._written or self._loop.time() - self._last_byte < STALE_WITHIN
+        return not self._written or self._loop.time() - self.last_byte_at < STALE_WITHIN
 
     async def _upload(self, request: bytes) -> None:
         if len(request) <= UPLOAD_PIECE:
             self._transport.write(request)
-            if self._protocol.writing_paused:
+            if self.protocol.writing_paused:
                 await self._writable()
             return
         view = memoryview(request)
@@ -287,7 +287,7 @@ class Exchange:
                 # The answer, or a failure, came before everything was sent.
                 return
             self._transport.write(view[start : start + UPLOAD_PIECE])
-            if self._protocol.writing_paused:
+            if self.protocol.writing_paused:
                 await self._writable()
 
     async def _writable(self) -> None:
@@ -296,11 +296,11 @@ class Exchange:
             self._loop, self._transport, self._write_timeout, self._write_timed_out
         )
         try:
-            while self._protocol.writing_paused and not self._done.done():
-                self._protocol.resumed = resumed = self._loop.create_future()
+            while self.protocol.writing_paused and not self._done.done():
+                self.protocol.resumed = resumed = self._loop.create_future()
                 await asyncio.wait((resumed, self._done), return_when=asyncio.FIRST_COMPLETED)
         finally:
-            self._protocol.resumed = None
+            self.protocol.resumed = None
             watchdog.stop()
 
     def _write_timed_out(self) -> None:
@@ -327,10 +327,10 @@ class Exchange:
 
     def _last_read(self) -> float:
         """Return when the last byte came, by either path, in the loop's time."""
-        fast_path = self._protocol.fast_path
+        fast_path = self.protocol.fast_path
         if fast_path is None:
-            return self._last_byte
-        return max(self._last_byte, fast_path.forwarded_at)
+            return self.last_byte_at
+        return max(self.last_byte_at, fast_path.forwarded_at)
 
     def _finish(self) -> None:
         """End the exchange well: the sink needs no more.
@@ -357,7 +357,7 @@ class Exchange:
 
     def _settle(self) -> None:
         """Release or close the connection. Only the first call has an effect."""
-        protocol = self._protocol
+        protocol = self.protocol
         if protocol.exchange is not self:
             return
         done, parser = self._done, self._parser

@@ -114,7 +114,7 @@ class Pace:
             self._closed_until + wait,
         )
 
-    def heed(self, headers: Mapping[str, str]) -> bool:
+    def learn(self, headers: Mapping[str, str]) -> bool:
         """Lower the pace to what the provider's `x-ratelimit-*` headers leave until their reset.
 
         Returns whether nothing is left, so that no request starts before the reset.

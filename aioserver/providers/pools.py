@@ -49,7 +49,7 @@ class Pools:
         self._settings = settings
         self.base_url = base_url
         self._pending = pending
-        self._gate = connection_gate(settings.http_client)
+        self.gate = connection_gate(settings.http_client)
         self._retired: dict[Pool, asyncio.Task[None]] = {}
         self.pool, self.writer = self._build(settings, base_url)
 
@@ -69,7 +69,7 @@ class Pools:
                 return
             old = self.pool
             self.pool, self.writer = replacement
-            self._gate.apply(
+            self.gate.apply(
                 settings.http_client.max_connections,
                 queue_size=UNBOUNDED,
                 queue_timeout=settings.http_client.pool_timeout,
@@ -129,7 +129,7 @@ class Pools:
                 proxy=settings.proxy,
                 ca_file=settings.ca_file,
                 pending=self._pending,
-                gate=self._gate,
+                gate=self.gate,
             )
         except OSError as exc:
             # ssl.SSLError is an OSError, too.

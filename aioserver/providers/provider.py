@@ -97,8 +97,8 @@ class Provider:
         # Attempts that wait for a place, or have got one and have not run since. The gate does not
         # count the latter as waiting.
         self._pending = 0
-        self._pools = Pools(settings, base_url, pending=lambda: self._pending)
-        self._health = Health(settings.name, self.meter)
+        self.pools = Pools(settings, base_url, pending=lambda: self._pending)
+        self.health = Health(settings.name, self.meter)
         # The budget of retries.
         self.budget = Budget()
         # Set when the last attempt has ended; None unless the provider is removed.
@@ -116,16 +116,16 @@ class Provider:
         Raises:
             ConfigurationError: `ca_file` cannot be read, or holds no certificate.
         """
-        new_address = base_url != self._pools.base_url
+        new_address = base_url != self.pools.base_url
         new_key = settings.api_key != self.settings.api_key
-        apply_to_pools = self._pools.prepare(settings, base_url)
+        apply_to_pools = self.pools.prepare(settings, base_url)
 
         def apply() -> None:
             apply_to_pools()
             self.settings = settings
             self.max_response_bytes = max_response_bytes
             self._drained = None
-            self._health.reset(new_address=new_address, new_key=new_key)
+            self.health.reset(new_address=new_address, new_key=new_key)
             if new_address or new_key:
                 self._pace.forget()
             self._gate.apply_limits(settings.http_client)
@@ -145,21 +145,21 @@ class Provider:
         error: BaseException | None = None
         try:
             self._check(attempt)
-            record.queued = record.queued or monotonic()
+            record.queued_at = record.queued_at or monotonic()
             self._estimate_tokens(attempt)
             place = self._gate.try_enter(attempt.expected_tokens)
             if place is None:
                 place = await self._wait(attempt)
                 # The provider may have begun to fail during the wait.
                 self._check(attempt)
-            attempt.trial = self._health.breaker.enter()
+            attempt.trial = self.health.breaker.enter()
             attempt.started()
             await self._exchange(attempt)
             attempt.conclude()
         except BaseException as exc:
             error = exc
             # A connection may have been kept for this request.
-            self._pools.pool.trim()
+            self.pools.pool.trim()
             # A fault without an outcome is that of our own pace, not of the provider.
             if isinstance(exc, ProviderRateLimited) and exc.attempt_outcome:
                 self._cool_down(attempt, exc)
@@ -177,10 +177,10 @@ class Provider:
         """
         if self._outdated(attempt):
             return
-        if self._pace.heed(attempt.headers) and self._gate.waiting:
+        if self._pace.learn(attempt.headers) and self._gate.waiting:
             self._gate.refuse_late(FAILOVER_WAIT)
         if attempt.trial and 200 <= attempt.status < 300:
-            self._health.breaker.attempt_answered(trial=True)
+            self.health.breaker.attempt_answered(trial=True)
             attempt.trial = False
 
     def stats(self) -> ProviderStats:
@@ -190,17 +190,17 @@ class Provider:
             self.name,
             self.settings.usable,
             self._gate.stats(),
-            self._pools.stats(),
+            self.pools.stats(),
             pace,
-            self._health.breaker.state,
-            self._health.flagged,
+            self.health.breaker.state,
+            self.health.flagged,
             measure(
-                self._pools.exchanges(),
+                self.pools.exchanges(),
                 asyncio.get_running_loop().time(),
                 self.meter.first_token,
             ),
-            self._health.state,
-            self._health.next_try,
+            self.health.state,
+            self.health.next_try,
         )
 
     def refuse(self, error: Callable[[], AioserverError] | None = None) -> None:
@@ -221,8 +221,8 @@ class Provider:
         Attempts that have started go on. The function that `prepare` returns brings the provider back.
         """
         self._drained = asyncio.Event()
-        self._health.remove()
-        self._gate.refuse_waiting(self._health.refusal)
+        self.health.remove()
+        self._gate.refuse_waiting(self.health.refusal)
         if not self._gate.inside:
             self._drained.set()
 
@@ -230,25 +230,25 @@ class Provider:
         """Wait until the last attempt has ended after `remove`, then close the connections."""
         assert self._drained is not None, "`remove` was called before"
         await self._drained.wait()
-        await self._pools.drain()
+        await self.pools.drain()
 
     async def close(self) -> None:
         """Refuse every attempt, and close every connection."""
         self.refuse()
-        await self._pools.close()
+        await self.pools.close()
 
     async def _exchange(self, attempt: Attempt) -> None:
         """Send the request on a connection, and push the answer to the sink of *attempt*."""
         request, limits = attempt.request, self.settings.http_client
         record = request.record
         while True:
-            attempt.pool = pool = self._pools.pool
+            attempt.pool = pool = self.pools.pool
             # The settings may have changed during a wait, so the body is made now, for the present
             # model. No reference to the body is held while the answer comes.
-            data = self._pools.writer.write(request.path, request.body(self.settings))
+            data = self.pools.writer.write(request.path, request.body(self.settings))
             connection = await pool.connect()
             attempt.sending()
-            record.sent = monotonic()
+            record.sent_at = monotonic()
             exchange = Exchange(
                 connection,
                 read_timeout=limits.read_timeout,
@@ -295,7 +295,7 @@ class Provider:
             self._pending -= 1
             waited = monotonic() - began
             attempt.waited += waited
-            record.waited += waited
+            record.queue_wait += waited
         attempt.expected_tokens = cost
         return place
 
@@ -326,10 +326,10 @@ class Provider:
         elif isinstance(exc, ProviderFault):
             if exc.attempt_outcome:
                 attempts[exc.attempt_outcome].value += 1
-        elif isinstance(exc, asyncio.CancelledError) and attempt.request.record.sent:
+        elif isinstance(exc, asyncio.CancelledError) and attempt.request.record.sent_at:
             attempts["cancelled"].value += 1
-        if self._health.attempt_ended(exc, trial=trial, outdated=outdated):
-            self._gate.refuse_waiting(self._health.refusal)
+        if self.health.attempt_ended(exc, trial=trial, outdated=outdated):
+            self._gate.refuse_waiting(self.health.refusal)
 
     def _correct_estimate(self, attempt: Attempt, exc: BaseException | None) -> None:
         """Charge the difference between the estimated tokens of *attempt* and its real ones.
@@ -339,7 +339,7 @@ class Provider:
         if not attempt.expected_tokens:
             return
         total = attempt.usage.get("total_tokens") if attempt.usage is not None else None
-        if exc is not None and not attempt.request.record.sent:
+        if exc is not None and not attempt.request.record.sent_at:
             total = 0
         elif not isinstance(total, int) or not 0 <= total < MAX_TOKENS:
             prompt = attempt.expected_tokens - (self.settings.max_tokens or 0)
@@ -350,7 +350,7 @@ class Provider:
 
     def _outdated(self, attempt: Attempt) -> bool:
         """Return whether *attempt* was sent by former settings, perhaps with another key or address."""
-        return attempt.pool is not None and attempt.pool is not self._pools.pool
+        return attempt.pool is not None and attempt.pool is not self.pools.pool
 
     def _check(self, attempt: Attempt) -> None:
         """Refuse *attempt* if the provider is not asked now.
@@ -360,6 +360,6 @@ class Provider:
             ProviderPaced: the provider is cooling down for longer than *attempt* waits before it fails
                 over.
         """
-        self._health.check()
+        self.health.check()
         if attempt.fallback and (wait := self._pace.cooling) > FAILOVER_WAIT:
             raise self._gate.paced_fault(wait)

@@ -53,7 +53,7 @@ def measure(exchanges: Iterable[Exchange], now: float, first_tokens: Histogram) 
             continue
         under_way += 1
         longest = max(longest, seconds)
-        if record.first:
+        if record.first_event_at:
             stalled += seconds >= IN_ANSWER
         else:
             unanswered += seconds >= patience

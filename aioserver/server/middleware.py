@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     OnPrepare = Callable[[web.Request, web.StreamResponse], Awaitable[None]]
 
 logger = logging.getLogger("aioserver.faces.http")
-refusals_logger = logging.getLogger("aioserver.door")
+refusals_logger = logging.getLogger("aioserver.refusals")
 
 # The headers that a page of another origin may read.
 EXPOSED = "x-request-id, x-aioserver-provider, x-aioserver-attempts, retry-after, retry-after-ms"

@@ -75,8 +75,8 @@ class Reload:
         self.source = configuration.source
         self._environ = environ
         # The settings with which sockets and routes were made.
-        self._began = configuration.settings
-        self._now = configuration.settings
+        self._at_start = configuration.settings
+        self._current = configuration.settings
         self._asked = asyncio.Event()
 
     def ask(self) -> None:
@@ -120,10 +120,10 @@ class Reload:
         for setting in configuration.not_enforced():
             logger.warning("not in effect yet: %s", setting)
         for key in ONLY_BY_RESTART:
-            if attrgetter(key)(configuration.settings) != attrgetter(key)(self._began):
+            if attrgetter(key)(configuration.settings) != attrgetter(key)(self._at_start):
                 logger.warning("%s has changed, and stays as it was until a restart", key)
-        changed = ", ".join(changes(self._now, settings)) or "nothing has changed"
-        self._now = settings
+        changed = ", ".join(changes(self._current, settings)) or "nothing has changed"
+        self._current = settings
         logger.info("configuration applied: %s", changed)
         self._report("applied", f"configuration applied: {changed}", "info")
         return True
@@ -151,13 +151,16 @@ class Reload:
         hosts = self._hosts
         # The address on which it listens now, and the one on which it would after a restart.
         if hosts is None:
-            hosts = (self._began.chat.websocket.host, configuration.settings.chat.websocket.host)
+            hosts = (
+                self._at_start.chat.websocket.host,
+                configuration.settings.chat.websocket.host,
+            )
         configuration.check_usable(hosts)
         return configuration
 
     def _with_fixed_paths(self, settings: Settings) -> Settings:
         """Return *settings* with the paths of the faces as they are: clients use them."""
-        chat, began = settings.chat, self._began.chat
+        chat, began = settings.chat, self._at_start.chat
         websocket = replace(chat.websocket, endpoint=began.websocket.endpoint)
         return replace(settings, chat=replace(chat, websocket=websocket, sse=began.sse))
 
@@ -184,7 +187,7 @@ class Reload:
             chat.websocket.allow_origins, credentials=chat.websocket.allow_credentials
         )
         logs.apply(settings.logging)
-        if chat.websocket.concurrency != self._now.chat.websocket.concurrency:
+        if chat.websocket.concurrency != self._current.chat.websocket.concurrency:
             log_limits(chat.websocket.concurrency)
 
 

@@ -134,7 +134,7 @@ class Cursor:
     def note_blocked(self, since: float) -> None:
         """Note that the client has read nothing *since* that monotonic time."""
         record = self.stream.record
-        record.stuck = max(record.stuck, monotonic() - since)
+        record.client_stall = max(record.client_stall, monotonic() - since)
 
     def render(self, parts: list[bytes], room: int) -> bool:
         """Append up to about *room* rendered bytes to *parts*; return whether nothing is left.

@@ -39,49 +39,49 @@ class RequestRecord:
 
     Times are of the monotonic clock, and 0.0 as long as the event has not happened:
 
-        asked         the request was admitted and understood
-        queued        the request asked for a place at its provider, for the first time
-        sent          its newest attempt was sent
-        first         the first event of its answer was there
+        admitted_at     the request was admitted and understood
+        queued_at       the request asked for a place at its provider, for the first time
+        sent_at         its newest attempt was sent
+        first_event_at  the first event of its answer was there
 
     Durations are in seconds:
 
-        waited        spent in queues of providers, over all attempts
-        silence       the longest time between two reads of the provider, or from the last one to the
-                      end: from the first event on, or of an attempt that got none; it ended at
-                      *silent_until*, in the time of the event loop
-        delay         the longest time that an event which had been read waited for us
-        stuck         the longest time that the client read nothing
+        queue_wait      spent in queues of providers, over all attempts
+        silence         the longest time between two reads of the provider, or from the last one to the
+                        end: from the first event on, or of an attempt that got none; it ended at
+                        *silence_end*, in the time of the event loop
+        delay           the longest time that an event which had been read waited for us
+        client_stall    the longest time that the client read nothing
     """
 
     __slots__ = (
         "abandoned",
-        "asked",
+        "admitted_at",
         "attempts",
         "caller",
+        "client_stall",
         "delay",
         "events",
         "face",
-        "first",
+        "first_event_at",
         "log",
         "model",
         "provider",
-        "queued",
+        "queue_wait",
+        "queued_at",
         "request_id",
-        "sent",
+        "sent_at",
         "silence",
-        "silent_until",
+        "silence_end",
         "streamed",
-        "stuck",
         "usage",
-        "waited",
     )
 
     def __init__(self) -> None:
         self.face = self.request_id = self.provider = self.model = self.caller = ""
-        self.asked = 0.0
-        self.queued = self.sent = self.first = self.waited = 0.0
-        self.silence = self.silent_until = self.delay = self.stuck = 0.0
+        self.admitted_at = 0.0
+        self.queued_at = self.sent_at = self.first_event_at = self.queue_wait = 0.0
+        self.silence = self.silence_end = self.delay = self.client_stall = 0.0
         self.attempts = 0
         # Events of the answer, without those that open and end the stream.
         self.events = 0
@@ -111,11 +111,11 @@ class RequestRecord:
         self.request_id = request_id
         self.provider = provider
         self.model = model
-        self.asked = monotonic()
+        self.admitted_at = monotonic()
 
     def answered(self, now: float) -> None:
         """Note that the first event of the answer has come *now*; it counts at once."""
-        self.first = now
+        self.first_event_at = now
         # Silences before the answer do not count: in a head, between comments, in a failed attempt.
         self.silence = 0.0
         if self.log is not None:
@@ -124,7 +124,7 @@ class RequestRecord:
     def silent(self, since: float, until: float) -> float:
         """Note a silence of the provider, in the loop's time; return the longest so far."""
         if until - since > self.silence:
-            self.silence, self.silent_until = until - since, until
+            self.silence, self.silence_end = until - since, until
         return self.silence
 
     def tokens(self, *names: str) -> int | None:
@@ -150,8 +150,8 @@ class RequestLog:
 
     def count_first_token(self, record: RequestRecord) -> None:
         """Count how long the first event of the answer took, from admission and from being sent."""
-        metrics, first = self.metrics, record.first
-        from_admission, from_sending = first - record.asked, first - record.sent
+        metrics, first = self.metrics, record.first_event_at
+        from_admission, from_sending = first - record.admitted_at, first - record.sent_at
         metrics.faces[record.face].first_token.observe(from_admission)
         metrics.recent_first_tokens.add(first, from_admission)
         provider = metrics.providers[record.provider]
@@ -178,12 +178,12 @@ class RequestLog:
             if isinstance(error, AioserverError):
                 error.counted = True
         face, provider = metrics.faces[record.face], metrics.providers[record.provider]
-        face.duration.observe(now - record.asked)
-        if record.queued:
-            face.overhead.observe(record.queued - record.asked)
-            provider.wait.observe(record.waited)
-        if record.first and record.events > 1:
-            provider.interval.observe((now - record.first) / (record.events - 1))
+        face.duration.observe(now - record.admitted_at)
+        if record.queued_at:
+            face.overhead.observe(record.queued_at - record.admitted_at)
+            provider.wait.observe(record.queue_wait)
+        if record.first_event_at and record.events > 1:
+            provider.interval.observe((now - record.first_event_at) / (record.events - 1))
             self._count_gaps(record, now)
         elif record.silence > THRESHOLD:
             self._count_gaps(record, now)
@@ -196,7 +196,7 @@ class RequestLog:
 
     def _count_gaps(self, record: RequestRecord, now: float) -> None:
         """Count the longest gap of each side, after moving our own lag out of the provider's."""
-        metrics, lag, end = self.metrics, self._lag, record.silent_until
+        metrics, lag, end = self.metrics, self._lag, record.silence_end
         if record.silence > THRESHOLD:
             ours = lag.within(end - record.silence, end)
             # Not below 0: the lag is a sum of floats, and may exceed the silence by its rounding.
@@ -204,11 +204,11 @@ class RequestLog:
         provider = metrics.providers[record.provider]
         provider.gap.observe(record.silence)
         provider.recent_silences.add(now, record.silence)
-        if not record.first:
+        if not record.first_event_at:
             # There was no event that we or the client could hold up.
             return
-        record.delay = max(record.delay, lag.longest(record.first))
-        for cause, gap in (("ours", record.delay), ("client", record.stuck)):
+        record.delay = max(record.delay, lag.longest(record.first_event_at))
+        for cause, gap in (("ours", record.delay), ("client", record.client_stall)):
             metrics.delay[cause].observe(gap)
             metrics.recent_delays[cause].add(now, gap)
 
@@ -242,17 +242,19 @@ class RequestLog:
             "model": record.model[:MAX_NAME],
             "status": status,
             "outcome": outcome,
-            "duration_ms": round((now - record.asked) * 1000, 1),
-            "wait_ms": round(record.waited * 1000, 1),
+            "duration_ms": round((now - record.admitted_at) * 1000, 1),
+            "wait_ms": round(record.queue_wait * 1000, 1),
             "attempts": record.attempts,
         }
         if record.caller:
             fields["caller"] = record.caller
         if code:
             fields["code"] = code
-        if record.first:
-            fields["first_token_ms"] = round((record.first - record.asked) * 1000, 1)
-        gaps = {"provider": record.silence, "our": record.delay, "client": record.stuck}
+        if record.first_event_at:
+            fields["first_token_ms"] = round(
+                (record.first_event_at - record.admitted_at) * 1000, 1
+            )
+        gaps = {"provider": record.silence, "our": record.delay, "client": record.client_stall}
         fields |= {
             f"{side}_gap_ms": round(gap * 1000, 1) for side, gap in gaps.items() if gap > THRESHOLD
         }

@@ -31,7 +31,7 @@ def test_the_longest_silence_is_kept() -> None:
     record = RequestRecord()
 
     assert [record.silent(*gap) for gap in ((1.0, 1.5), (1.5, 4.0), (4.0, 5.0))] == [0.5, 2.5, 2.5]
-    assert record.silent_until == 4.0
+    assert record.silence_end == 4.0
 
 
 @pytest.fixture
@@ -114,8 +114,8 @@ async def test_a_client_that_takes_nothing_is_the_clients_gap() -> None:
         one.socket.take()
         await until(lambda: one.rendered == 2)
 
-        assert stream.record.stuck >= 0.05
-        assert stream.record.delay < stream.record.stuck
+        assert stream.record.client_stall >= 0.05
+        assert stream.record.delay < stream.record.client_stall
 
 
 @pytest.mark.parametrize("end", ["dropped", "ended", "left"])
@@ -137,7 +137,7 @@ async def test_a_client_that_takes_nothing_any_more_is_the_clients_gap_as_well(e
             case "left":
                 one.writer.unfollow(cursor)
 
-        assert stream.record.stuck >= 0.05
+        assert stream.record.client_stall >= 0.05
 
 
 async def test_an_event_that_waits_for_its_turn_is_our_delay() -> None:
@@ -153,7 +153,7 @@ async def test_an_event_that_waits_for_its_turn_is_our_delay() -> None:
         await until(lambda: one.rendered == 1)
 
         assert other.record.delay >= 0.05
-        assert other.record.stuck == 0.0
+        assert other.record.client_stall == 0.0
 
 
 async def test_events_from_before_a_reader_came_have_not_waited_for_us() -> None:

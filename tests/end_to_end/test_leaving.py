@@ -160,7 +160,7 @@ async def test_leaving_gives_everything_back(make_server: MakeServer, name: str,
             phase.behaviour, **CHANGES, **phase.changes, **(base if phase.door else {})
         )
         port = door.port if phase.door else server.simulator.port
-        pool = server.provider._pools.pool._gate
+        pool = server.provider.pools.gate
         pool.apply(phase.pool, queue_size=10, queue_timeout=60.0)
         async with contextlib.AsyncExitStack() as holders:
             for number in range(phase.holders):

@@ -25,8 +25,7 @@ async def state(server: RunningServer, name: str = "sim") -> int:
 
 def left_alone(server: RunningServer, name: str, seconds: float) -> None:
     """Let the breaker of *name*, which is open, stay open for *seconds* from now on."""
-    breaker = server.provider_of(name)._health.breaker
-    breaker._open_until = breaker._clock() + seconds
+    server.provider_of(name).health.breaker.leave_alone(seconds)
 
 
 def refused_for(seen: list[Seen], low: float, high: float) -> None:

@@ -60,9 +60,9 @@ async def asking(server: RunningServer, face: str) -> AsyncIterator[None]:
 
 def lengthen_silences(server: RunningServer, seconds: float = LATER) -> None:
     """Let every provider's last word be *seconds* older than it is."""
-    for exchange in server.provider._pools.exchanges():
-        exchange._last_byte -= seconds
-        if (fast := exchange._protocol.fast_path) is not None:
+    for exchange in server.provider.pools.exchanges():
+        exchange.last_byte_at -= seconds
+        if (fast := exchange.protocol.fast_path) is not None:
             fast.forwarded_at -= seconds
 
 

@@ -307,7 +307,7 @@ async def test_a_kept_connection_that_is_lost_late_is_not_stale(
 
 async def test_a_storm_of_faults_makes_no_storm_of_retries(trouble: Trouble) -> None:
     provider = await trouble.add("a", status(503), max_retries=5, queue_size=100)
-    provider._health.breaker.attempt_ended = lambda **_kwargs: None  # type: ignore[method-assign]
+    provider.health.breaker.attempt_ended = lambda **_kwargs: None  # type: ignore[method-assign]
 
     done = await asyncio.gather(*(trouble.fill() for _ in range(30)), return_exceptions=True)
 
@@ -408,8 +408,8 @@ LONGER = status(429, "Retry-After: 90\r\n")
 async def opened(provider: Provider, seconds: float) -> None:
     """Open the breaker of *provider* for *seconds*."""
     for _ in range(breaker.CONSECUTIVE_FAILURES):
-        provider._health.breaker.attempt_ended(trial=False, failed=True)
-    provider._health.breaker._open_until = provider._health.breaker._clock() + seconds
+        provider.health.breaker.attempt_ended(trial=False, failed=True)
+    provider.health.breaker.leave_alone(seconds)
 
 
 @pytest.mark.parametrize("waits", [(40.0, 8.0, 20.0), (8.0, 20.0, 40.0), (40.0, 20.0, 8.0)])
@@ -598,7 +598,7 @@ async def test_one_trial_at_a_time_finds_out_that_it_is_back(trouble: Trouble) -
     for _ in answers:
         with pytest.raises(ProviderError):
             await trouble.fill()
-    provider._health.breaker._open_until = 0.0  # its time is over
+    provider.health.breaker.leave_alone(0.0)  # its time is over
     trouble.gate.clear()
     trial = asyncio.create_task(trouble.fill())
     await until(lambda: trouble.counts()["a"] == breaker.CONSECUTIVE_FAILURES + 1)
@@ -650,9 +650,9 @@ async def test_a_trial_that_answers_and_is_left_says_no_more(trouble: Trouble) -
     for _ in range(breaker.CONSECUTIVE_FAILURES):
         with pytest.raises(ProviderError):
             await trouble.fill()
-    provider._health.breaker._open_until = 0.0
+    provider.health.breaker.leave_alone(0.0)
     attempt = Attempt(provider, ProviderRequest("x", lambda _given: b"", streamed=True), None)
-    attempt.trial = provider._health.breaker.enter()
+    attempt.trial = provider.health.breaker.enter()
 
     attempt.status = 408
     provider.head_received(attempt)

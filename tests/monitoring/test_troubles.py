@@ -32,7 +32,7 @@ def looked(
     interval = Interval(attempts, {}, lag=0.0, lag_max=0.0, cpu=0.0, tasks=0)
     groq = {**WELL, **changes}
     state: Any = {"time": now, "fallbacks": [*fallbacks], "providers": {"groq": groq}}
-    troubles.look(state, interval)
+    troubles.observe(state, interval)
     return groq["trouble"]
 
 

@@ -137,7 +137,7 @@ def test_nothing_starts_in_a_rest_and_no_burst_behind_it(
 def test_starts_that_are_left_are_spread_until_the_reset() -> None:
     clock = FakeClock()
     pace = Pace(6000, 1, clock)
-    pace.heed({"x-ratelimit-remaining-requests": "10", "x-ratelimit-reset-requests": "5s"})
+    pace.learn({"x-ratelimit-remaining-requests": "10", "x-ratelimit-reset-requests": "5s"})
     times = started(pace, clock, [0.0] * 30)
     gaps = [round(b - a, 3) for a, b in pairwise(times)]
     assert gaps[:10] == [0.5] * 10
@@ -148,7 +148,7 @@ def test_starts_that_are_left_are_spread_until_the_reset() -> None:
 def test_nothing_left_is_a_rest_before_the_429(kind: str) -> None:
     clock = FakeClock()
     pace = Pace(6000, 5, clock)
-    pace.heed({f"x-ratelimit-remaining-{kind}": "0", f"x-ratelimit-reset-{kind}": "1m0.5s"})
+    pace.learn({f"x-ratelimit-remaining-{kind}": "0", f"x-ratelimit-reset-{kind}": "1m0.5s"})
     assert pace.delay() == pytest.approx(60.5)
 
 
@@ -172,7 +172,7 @@ def test_nothing_left_is_a_rest_before_the_429(kind: str) -> None:
 def test_headers_that_make_no_sense_change_nothing(left: str, reset: str) -> None:
     clock = FakeClock()
     pace = Pace(600, 1, clock)
-    pace.heed({"x-ratelimit-remaining-requests": left, "x-ratelimit-reset-requests": reset})
+    pace.learn({"x-ratelimit-remaining-requests": left, "x-ratelimit-reset-requests": reset})
     pace.start()
     assert pace.delay() == pytest.approx(0.1)
 
@@ -251,10 +251,10 @@ def test_without_a_limit_tokens_cost_nothing() -> None:
 def test_one_head_cannot_stop_a_provider_for_hours() -> None:
     clock = FakeClock()
     pace = Pace(600, 5, clock)
-    pace.heed({"x-ratelimit-remaining-requests": "2", "x-ratelimit-reset-requests": "23h51m"})
+    pace.learn({"x-ratelimit-remaining-requests": "2", "x-ratelimit-reset-requests": "23h51m"})
     pace.start()
     assert pace.delay() <= MAX_COOLING
 
     clock.now += 1.0
-    pace.heed({"x-ratelimit-remaining-requests": "100000", "x-ratelimit-reset-requests": "1m"})
+    pace.learn({"x-ratelimit-remaining-requests": "100000", "x-ratelimit-reset-requests": "1m"})
     assert pace.delay() <= 0.5 + 1e-6  # there is more left than it said before

@@ -1260,7 +1260,7 @@ async def test_one_task_waits_for_a_client_that_is_full_at_the_end_of_a_turn(
 @pytest.mark.parametrize("face", FACES)
 async def test_a_read_that_was_taken_is_a_read_for_the_read_timeout(face: str) -> None:
     async with under_way(face) as (road, taken):
-        road.exchange._last_byte -= 1000.0  # the last one that went the long way
+        road.exchange.last_byte_at -= 1000.0  # the last one that went the long way
         assert road.exchange.check_deadline() is not None  # w1 counts
         path = road.protocol.fast_path
         assert path is not None
