@@ -68,9 +68,8 @@ async def serve(
     """Serve one socket, made by *make*, from the handshake to the end of its connection.
 
     Raises:
-        OriginNotAllowed, InvalidRequest, ServerAtCapacity: the handshake is refused.
+        InvalidRequest, ServerAtCapacity: the handshake is refused.
     """
-    context.origins.check(request.headers)
     admission = context.admission
     if admission.refused_closing >= MAX_REFUSED_CLOSING:
         raise ServerAtCapacity("too many refused sockets are still closing", retry_after=5.0)
