@@ -19,6 +19,7 @@ from aioserver.provider_errors import (
     ProviderRateLimited,
     StaleConnection,
 )
+from aioserver.providers.backpressure import Backpressure
 from aioserver.providers.budget import Budget
 from aioserver.providers.exchange import Exchange
 from aioserver.providers.health import Health
@@ -94,6 +95,7 @@ class Provider:
         self.max_response_bytes = max_response_bytes
         self._gate = ProviderGate(settings.name, settings.http_client)
         self._pace = self._gate.pace
+        self.backpressure = Backpressure(lambda: self._gate.waiting)
         # Attempts that wait for a place, or have got one and have not run since. The gate does not
         # count the latter as waiting.
         self._pending = 0
@@ -255,7 +257,9 @@ class Provider:
                 write_timeout=limits.write_timeout,
                 on_head=attempt.head_received,
                 record=record,
+                backpressure=self.backpressure,
             )
+            attempt.receiving(exchange)
             running = exchange.run(data)
             del data
             try:
@@ -267,12 +271,15 @@ class Provider:
                 pool.drop_idle()
             else:
                 return
+            finally:
+                attempt.receiving(None)
 
     async def _wait(self, attempt: Attempt) -> Place:
         """Wait in the queue for a place."""
         if self._gate.inside >= self._gate.limit:
             # Not called if a place is free and only the pace delays the start.
             self.on_wait(self.name)
+        self.backpressure.end()
         request = attempt.request
         caller, record = request.caller, request.record
         show_position = attempt.stream is not None and not request.whole

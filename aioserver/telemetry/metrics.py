@@ -33,6 +33,7 @@ OUTCOMES = (
     "rejected",
     "provider_error",
     CLIENT_LEFT,
+    errors.SlowClient.outcome,
     CANCELLED,
     "internal_error",
 )
