@@ -51,11 +51,15 @@ class AttemptedProvider(Protocol):
     def head_received(self, attempt: Attempt) -> None:
         """Learn from the head of an answer: *attempt* knows its status and headers now."""
 
+    def answered(self, attempt: Attempt) -> None:
+        """Learn that the answer of *attempt* has begun."""
+
 
 class Attempt:
     """One try of *request* at *provider*, which `Provider.answer` runs once.
 
-    Always: at most one of `answer` and `fault` is set, and neither before `conclude`.
+    Always: at most one of `answer` and `fault` is set, and neither before `conclude`. `answered` is set by
+    the first event of the answer, or by the end of one that has no events.
 
     *stream* is the log to fill; None if no log keeps the answer. *model* None stands for the
     provider's own. *waited* has the seconds that earlier attempts of this request have spent in the
@@ -69,6 +73,8 @@ class Attempt:
 
     __slots__ = (
         "answer",
+        "answered",
+        "began",
         "events",
         "expected_tokens",
         "fallback",
@@ -105,8 +111,11 @@ class Attempt:
         self.waited = waited
         self.retry = retry
         self.fallback = fallback
-        # Whether this is the breaker's trial.
+        # Whether this is a trial of a dead provider, whose end the breaker does not know yet.
         self.trial = False
+        # When the attempt got its place.
+        self.began = 0.0
+        self.answered = False
         # The pool that the request went through.
         self.pool: object = None
         # The tokens that the pace was charged with.
@@ -130,6 +139,11 @@ class Attempt:
         if stream is not None and not self.request.whole:
             stream.meter = provider.meter
             stream.append_processing(provider.name, self.model or provider.settings.model)
+
+    def first_event(self) -> None:
+        """Note that the answer has begun."""
+        self.answered = True
+        self.provider.answered(self)
 
     def sending(self) -> None:
         """Note that the request goes out: from here on the model may run, and cost money."""
