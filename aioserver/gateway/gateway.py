@@ -261,9 +261,7 @@ class Gateway:
         """
         self._check_running()
         caller, resumable = request.caller, request.resumable
-        name = request.name
-        if resumable:
-            name = request.key or uuid.uuid4().hex
+        name = (request.key or uuid.uuid4().hex) if resumable else request.name
         if (quota := caller.quota) is not None:
             quota.take()
         try:
@@ -279,6 +277,7 @@ class Gateway:
                 quota.give_back(unused=True)
             raise
         stream.record = self._begin_record(request)
+        stream.details.path = request.provider_request.path
         return stream
 
     async def _call_alone(self, request: Request) -> Answer:
