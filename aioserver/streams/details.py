@@ -24,6 +24,13 @@ class ErrorFormat(Protocol):
         """Return *error* as the last event of the answer."""
 
 
+class AskedRequest(Protocol):
+    """The request whose answer is in a log, as the log sees it."""
+
+    def forget_body(self) -> None:
+        """Forget the body: the provider has begun to answer, and no other is asked."""
+
+
 class AnswerDetails:
     """Facts about the answer in a log, beside its events.
 
@@ -69,10 +76,10 @@ class Attachment:
     log is found. *timer* runs while the log is detached, and cancels it when its window is over.
     *abandoned* says that the log was cancelled because nobody read it. *cancel_reason* is the
     error with which a cancelled log ends; None if it ends with the event `cancelled`, as when a
-    reader asked for that.
+    reader asked for that. *request* is told when its answer begins; None once it was.
     """
 
-    __slots__ = ("abandoned", "alias", "cancel_reason", "digest", "timer")
+    __slots__ = ("abandoned", "alias", "cancel_reason", "digest", "request", "timer")
 
     def __init__(self, digest: bytes) -> None:
         self.digest = digest
@@ -80,3 +87,4 @@ class Attachment:
         self.timer: asyncio.TimerHandle | None = None
         self.abandoned = False
         self.cancel_reason: AioserverError | None = None
+        self.request: AskedRequest | None = None

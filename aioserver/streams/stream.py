@@ -152,6 +152,9 @@ class Stream:
         if not self.answered_at:
             self.answered_at = now = monotonic()
             self.record.answered(now)
+            request, self.attachment.request = self.attachment.request, None
+            if request is not None:
+                request.forget_body()
 
     def add_alias(self, alias: str) -> None:
         """Let this stream be found by *alias*, too; a private one is not found at all."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from aioserver.faces import http
+from aioserver.faces import openai
 from aioserver.providers.simulator.exchange import Behaviour
 from tests.support.chat import CHAT
 from tests.support.raw import Answer, Raw
@@ -469,7 +469,7 @@ async def test_a_bug_in_a_handler_is_500_without_details(
     async def broken(*_args: object) -> None:
         raise RuntimeError("S3CR3T")
 
-    monkeypatch.setattr(http, "read_json", broken)
+    monkeypatch.setattr(openai, "read_body", broken)
     server = await make_server()
     async with Raw(server) as raw:
         await raw.post("/v1/chat/completions", CHAT)
