@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from aioserver.providers.provider import Provider
     from aioserver.providers.request import Answer, ProviderRequest
     from aioserver.streams.stream import Stream
+    from aioserver.telemetry.request_log import RequestLog, RequestRecord
 
 # Seconds to which the pauses between retries grow.
 MAX_BACKOFF = 30.0
@@ -92,6 +93,21 @@ class Request:
     def resumable(self) -> bool:
         """Whether the caller can come back for the answer."""
         return self.key is not None or self.stored
+
+    def begin_record(self, request_log: RequestLog) -> RequestRecord:
+        """Begin the record of this request, which is understood and goes to its first provider now."""
+        provider_request, provider = self.provider_request, self.route.provider
+        record = provider_request.record
+        record.begin(
+            self.face,
+            self.name,
+            provider.name,
+            self.route.model or provider.settings.model,
+            self.caller.name,
+            streamed=provider_request.streamed,
+        )
+        record.log = request_log
+        return record
 
 
 class Router:

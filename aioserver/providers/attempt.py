@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from aioserver.config import settings
     from aioserver.providers.http1 import Sink
     from aioserver.providers.request import ProviderRequest
+    from aioserver.streams.contracts import Source
     from aioserver.streams.stream import Stream
     from aioserver.telemetry.metrics import ProviderMeter
 
@@ -152,6 +153,11 @@ class Attempt:
         """Note that the request goes out: from here on the model may run, and cost money."""
         if self.stream is not None:
             self.stream.sent = True
+
+    def receiving(self, exchange: Source | None) -> None:
+        """Note the *exchange* that brings the answer; None: it is over."""
+        if self.stream is not None:
+            self.stream.source = exchange
 
     def head_received(self, status: int, headers: Mapping[str, str]) -> Sink:
         """Return the sink for the body that follows the head with *status* and *headers*.

@@ -20,6 +20,7 @@ from aioserver.provider_errors import (
     StaleConnection,
 )
 from aioserver.providers.absence import Absence
+from aioserver.providers.backpressure import Backpressure
 from aioserver.providers.budget import Budget
 from aioserver.providers.exchange import Exchange
 from aioserver.providers.health import Health
@@ -98,6 +99,7 @@ class Provider:
         self._gate = ProviderGate(settings.name, settings.http_client, self.health, clock)
         self._pace = self._gate.pace
         self.absence = Absence(settings, self.health, self._gate, clock)
+        self.backpressure = Backpressure(lambda: self._gate.waiting)
         # Attempts that wait for a place, or have got one and have not run since. The gate does not
         # count the latter as waiting.
         self._pending = 0
@@ -277,7 +279,9 @@ class Provider:
                 write_timeout=limits.write_timeout,
                 on_head=attempt.head_received,
                 record=record,
+                backpressure=self.backpressure,
             )
+            attempt.receiving(exchange)
             running = exchange.run(data)
             del data
             try:
@@ -289,12 +293,15 @@ class Provider:
                 pool.drop_idle()
             else:
                 return
+            finally:
+                attempt.receiving(None)
 
     async def _wait(self, attempt: Attempt) -> Place:
         """Wait in the queue for a place."""
         if self._gate.inside >= self._gate.limit:
             # Not called if a place is free and only the pace delays the start.
             self.on_wait(self.name)
+        self.backpressure.end()
         request = attempt.request
         caller, record = request.caller, request.record
         show_position = attempt.stream is not None and not request.whole

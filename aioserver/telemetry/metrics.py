@@ -33,6 +33,7 @@ OUTCOMES = (
     "rejected",
     "provider_error",
     CLIENT_LEFT,
+    errors.SlowClient.outcome,
     CANCELLED,
     "internal_error",
 )
@@ -46,27 +47,18 @@ CLOSE_CODES = (
     *("1013", "other"),
 )
 
-ErrorClass = TypeVar("ErrorClass", bound=errors.AioserverError)
-
-
-def _subclasses(root: type[ErrorClass]) -> Iterator[type[ErrorClass]]:
-    """Yield every class that is derived from *root*, at any depth."""
-    for subclass in root.__subclasses__():
-        yield subclass
-        yield from _subclasses(subclass)
-
 
 def _fault_codes(flag: str) -> list[str]:
     """Return the codes of the provider faults for which *flag* is true."""
-    faults = _subclasses(provider_errors.ProviderFault)
+    faults = provider_errors.subclasses(provider_errors.ProviderFault)
     return sorted({fault.code for fault in faults if getattr(fault, flag)})
 
 
 # Every error code with the outcome of a request that ends with it; a code may have several.
 ERROR_OUTCOMES = sorted(
-    {(error.code, error.outcome) for error in _subclasses(errors.AioserverError)}
+    {(error.code, error.outcome) for error in provider_errors.subclasses(errors.AioserverError)}
 )
-DENIED_REASONS = sorted({error.reason for error in _subclasses(errors.Denied)})
+DENIED_REASONS = sorted({error.reason for error in provider_errors.subclasses(errors.Denied)})
 RETRY_CODES, FAILOVER_CODES = _fault_codes("retry"), _fault_codes("failover")
 
 

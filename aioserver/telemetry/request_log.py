@@ -14,7 +14,7 @@ import logging
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from aioserver.errors import AioserverError
+from aioserver.errors import AioserverError, SlowClient
 from aioserver.telemetry.loop_lag import THRESHOLD
 from aioserver.telemetry.metrics import CANCELLED, CLIENT_LEFT, OK, Metrics
 
@@ -74,6 +74,7 @@ class RequestRecord:
         "sent_at",
         "silence",
         "silence_end",
+        "slow_client",
         "streamed",
         "usage",
     )
@@ -90,6 +91,8 @@ class RequestRecord:
         self.usage: Mapping[str, Any] | None = None
         # Whether the request was cancelled because nobody read its answer any more.
         self.abandoned = False
+        # Whether its last reader was dropped, since it read too slowly.
+        self.slow_client = False
         # Whether the answer comes as events, while the model makes them.
         self.streamed = False
         # Called when the first event of the answer has come; None unless an attempt is under way.
@@ -176,6 +179,8 @@ class RequestLog:
             status = public.http_status if public else 500
         elif cancelled:
             outcome, status = (CLIENT_LEFT if record.abandoned else CANCELLED), 499
+            if record.abandoned and record.slow_client:
+                code, outcome = SlowClient.code, SlowClient.outcome
         metrics.requests[record.face, record.provider, code, outcome].value += 1
         metrics.outcomes[outcome].value += 1
         if outcome == "rejected":

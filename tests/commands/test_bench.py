@@ -6,6 +6,8 @@ import asyncio
 import json
 import resource
 import signal
+import subprocess
+import sys
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +24,7 @@ from aioserver.commands.bench.clients import Question
 from aioserver.commands.bench.limits import Peaks, find_limit
 from aioserver.commands.bench.load import Plan, Run
 from aioserver.commands.bench.results import Results, Samples
+from aioserver.provider_errors import CircuitOpen, ProviderQueueFull, ProviderQueueTimeout
 from aioserver.providers.simulator.exchange import Behaviour
 from tests.support.process import WITHOUT_RICH, Process, run_command
 from tests.support.scripted_provider import DONE
@@ -130,6 +133,16 @@ async def test_the_key_goes_with_every_request() -> None:
 
 
 # Limits.
+
+
+def test_every_refusal_is_known_in_a_process_that_has_loaded_nothing_else() -> None:
+    script = "from aioserver.commands.bench.attempt import REFUSALS; print(*REFUSALS)"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert set(done.stdout.split()) >= {
+        error.code for error in (ProviderQueueFull, ProviderQueueTimeout, CircuitOpen)
+    }
 
 
 @pytest.mark.parametrize("face", FACES)
