@@ -62,6 +62,9 @@ TYPES = {
     503: "service_unavailable_error",
     504: "provider_error",
 }
+# Seconds that a client is told to wait at most: SDKs take no more than a minute or two for true, and whatever a
+# client waits for may be over long before.
+MAX_RETRY_AFTER = 120.0
 
 
 class ConfigurationError(Exception):
@@ -75,8 +78,8 @@ class ConfigurationError(Exception):
 class AioserverError(Exception):
     """An error that a client may see.
 
-    *retry_after*: the seconds after which to try again, None if they are unknown. *param*: the
-    faulty field of the request.
+    *retry_after*: the seconds after which to try again, None if they are unknown; a client is told
+    MAX_RETRY_AFTER at most. *param*: the faulty field of the request.
     """
 
     code: ClassVar[str] = "internal_error"
@@ -95,7 +98,7 @@ class AioserverError(Exception):
     ) -> None:
         super().__init__(message)
         self.message = message
-        self.retry_after = retry_after
+        self.retry_after = None if retry_after is None else min(retry_after, MAX_RETRY_AFTER)
         self.param = param
         # True once the request that this error ended has been counted, so that no face counts it again.
         self.counted = False

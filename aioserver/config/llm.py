@@ -23,6 +23,7 @@ from aioserver.config.validators import (
     line,
     list_of,
     mapping_of,
+    one_of,
     optional,
     proxy,
     ratio,
@@ -165,6 +166,12 @@ class Provider:
         optional(line),
         "PEM file of the certificates to trust; null: those of the system",
         None,
+    )
+    when_down: str = setting(
+        one_of("fail", "wait"),
+        "what requests do while the provider cannot be reached and no fallback can answer: fail at once, or "
+        "wait in its queue, for queue_timeout at most, until it is back",
+        "fail",
     )
     http_client: HttpClient = group(HttpClient)
 

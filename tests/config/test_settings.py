@@ -48,6 +48,15 @@ def test_keys_that_the_original_requires_are_required(cls: type[Any]) -> None:
     assert faults(section(cls), {}) == dict.fromkeys(names, "required key is missing")
 
 
+def test_requests_wait_for_a_provider_that_is_away_only_where_it_is_said() -> None:
+    assert SETTINGS(original()).llm.providers["groq"].when_down == "fail"
+    made = SETTINGS(changed(llm__providers__groq__when_down="wait"))
+    assert made.llm.providers["groq"].when_down == "wait"
+    assert list(faults(SETTINGS, changed(llm__providers__groq__when_down="hang"))) == [
+        "llm.providers.groq.when_down"
+    ]
+
+
 def test_keys_that_the_original_lacks_have_the_contracts_defaults() -> None:
     made: Settings = SETTINGS(original())
     websocket = made.chat.websocket
