@@ -18,11 +18,14 @@ from aioserver.errors import (
     UnsupportedMediaType,
 )
 from aioserver.protocol import messages
+from aioserver.protocol.client_headers import collect
 
 if TYPE_CHECKING:
     from aiohttp import StreamReader
 
     from aioserver.faces.admission import BodyHold
+    from aioserver.faces.context import Context
+    from aioserver.protocol.client_headers import ClientHeaders
 
 # Seconds for a whole body: aiohttp has no deadline for it.
 BODY_TIMEOUT = 15.0
@@ -63,6 +66,11 @@ def request_id(request: web.BaseRequest) -> str:
 def last_on_connection(request: web.BaseRequest) -> bool:
     """Return whether the connection ends with this response; false on another server's connections."""
     return getattr(request.protocol, "last", False)
+
+
+def client_headers(context: Context, request: web.Request) -> ClientHeaders:
+    """Return the headers of *request* that go on to a provider: its trace, and those that settings name."""
+    return collect(request.headers, context.router.passed_headers)
 
 
 async def read_json(request: web.Request, hold: BodyHold, max_bytes: int) -> tuple[bytes, Any]:
@@ -116,7 +124,8 @@ def error_response(error: AioserverError) -> web.Response:
     headers = error.headers()
     headers["Content-Type"] = "application/json"
     if error.force_close:
-        headers["Connection"] = "close"
+        # Who sends `Upgrade` must name it in `Connection`, too (RFC 9110, 7.8).
+        headers["Connection"] = "upgrade, close" if "Upgrade" in headers else "close"
     response = web.Response(status=error.http_status, body=error.body(), headers=headers)
     if error.force_close:
         response.force_close()

@@ -96,6 +96,7 @@ def prepare_for(
             streamed=bool(streamed) and path != "embeddings",
             caller=caller,
             model=route.model,
+            client_headers=http.client_headers(context, request),
         )
         stored = path == "responses" and (
             fields.get("store") is True or fields.get("background") is True

@@ -37,6 +37,7 @@ from aioserver.errors import (
     ServerShutdown,
 )
 from aioserver.faces.admission import MAX_REFUSED_CLOSING, SocketPlace
+from aioserver.faces.http import client_headers
 from aioserver.limits.gcra import Gcra
 from aioserver.limits.quota import REVOKED
 from aioserver.streams.formats import WS_CLOSE, WS_PING, WS_PONG, ws_frame
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from aioserver.faces.context import Context
+    from aioserver.protocol.client_headers import ClientHeaders
 
 # The subprotocol that is selected, if the client offers it.
 SUBPROTOCOL = "aioserver"
@@ -85,7 +87,8 @@ async def serve(
     # The headers are sent, and would be kept for hours.
     ws.headers.clear()
     assert request.transport is not None
-    socket = make(context, request[CALLER], ws, request.transport, payload_writer.drain)
+    headers = client_headers(context, request)
+    socket = make(context, request[CALLER], ws, request.transport, payload_writer.drain, headers)
     context.sockets.add(socket)
     try:
         with SocketPlace(
@@ -146,11 +149,14 @@ class Socket(ABC):
         ws: Upgraded,
         transport: asyncio.Transport,
         drain: Callable[[], Awaitable[None]],
+        client_headers: ClientHeaders,
     ) -> None:
         # Set by the timer wheel.
         self.bucket = 0
         # A reload replaces the caller if the limits of its key have changed.
         self.caller = caller
+        # Of the handshake: they go on to the provider with each question.
+        self._client_headers = client_headers
         self._context = context
         self._ws = ws
         self._transport = transport

@@ -8,7 +8,7 @@ writer on the socket.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -93,9 +93,10 @@ async def prepare(context: Context, request: web.Request, hold: BodyHold) -> Que
     request_id = messages.identifier(fields.pop("request_id", None))
     preferences = request.headers.get("Prefer", "").split(",")
     detached = any(value.strip().lower() == "respond-async" for value in preferences)
-    question = Question(
-        request[CALLER], messages.chat(request_id, fields), detached, _last_seen(request)
-    )
+    chat = messages.chat(request_id, fields)
+    if client_headers := http.client_headers(context, request):
+        chat = replace(chat, client_headers=client_headers)
+    question = Question(request[CALLER], chat, detached, _last_seen(request))
     if question.after:
         with context.metrics.resuming():
             # A gap is reported before a place is taken.

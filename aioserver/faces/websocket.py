@@ -7,6 +7,7 @@ socket's writer follows. The code that any WebSocket needs is in socket.py.
 from __future__ import annotations
 
 import uuid
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -93,6 +94,8 @@ class ChatSocket(Socket):
         self._last_request = self._loop.time()
         # This is checked before a provider is asked for anything.
         self._check_room(command.request_id)
+        if self._client_headers:
+            command = replace(command, client_headers=self._client_headers)
         gateway = self._context.gateway
         self._follow(gateway.ask(self.caller, command, self._scope, face=self.face), 0)
 

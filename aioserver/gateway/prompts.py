@@ -96,6 +96,7 @@ class Prompts:
             caller=caller,
             model=route.model,
             reading=reading,
+            client_headers=chat.client_headers,
         )
         return Prompt(self._conversations, chat, request, reading, conversation_id)
 

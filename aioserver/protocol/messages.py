@@ -17,11 +17,15 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
 from aioserver.errors import AioserverError, InvalidJson, InvalidRequest
+from aioserver.protocol.client_headers import NO_HEADERS
+
+if TYPE_CHECKING:
+    from aioserver.protocol.client_headers import ClientHeaders
 
 MAX_ID_CHARACTERS = 256
 RESERVED_OPTIONS = frozenset({"model", "messages", "stream"})
@@ -44,7 +48,8 @@ _FIELDS = frozenset(
 class Chat:
     """A question. Exactly one of *text* and *messages* is set.
 
-    If *streaming* is None, the configuration decides.
+    If *streaming* is None, the configuration decides. The *client_headers* go on to the provider, and are
+    no part of the question: two questions that differ in them alone are the same.
     """
 
     request_id: str
@@ -56,6 +61,7 @@ class Chat:
     model: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
+    client_headers: ClientHeaders = NO_HEADERS
 
     def digest(self) -> bytes:
         """Return a hash of the question, which tells a repeated request from a conflicting one.

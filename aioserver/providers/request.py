@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from aioserver.auth.callers import Caller
+from aioserver.protocol.client_headers import NO_HEADERS
 from aioserver.telemetry.request_log import RequestRecord
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from aioserver.config import settings
+    from aioserver.protocol.client_headers import ClientHeaders
     from aioserver.protocol.openai import Reading
 
 # The caller of a request that comes from no client.
@@ -29,10 +31,20 @@ class ProviderRequest:
     *path* is OpenAI's, below the provider's base URL. *body* makes the JSON for one provider, whose
     model may differ; it is called for each attempt, and its result is not kept. *reading* collects
     the text of an answer whose log has `chunk` objects; None if the log has the provider's bytes. *model* is
-    for the provider that is asked first; None stands for the model in its settings.
+    for the provider that is asked first; None stands for the model in its settings. Of the
+    *client_headers* each provider gets those that its settings name, and the trace.
     """
 
-    __slots__ = ("body", "caller", "model", "path", "reading", "record", "streamed")
+    __slots__ = (
+        "body",
+        "caller",
+        "client_headers",
+        "model",
+        "path",
+        "reading",
+        "record",
+        "streamed",
+    )
 
     def __init__(
         self,
@@ -43,6 +55,7 @@ class ProviderRequest:
         caller: Caller = NO_CALLER,
         model: str | None = None,
         reading: Reading | None = None,
+        client_headers: ClientHeaders = NO_HEADERS,
     ) -> None:
         self.path = path
         self.body = body
@@ -50,7 +63,9 @@ class ProviderRequest:
         self.caller = caller
         self.model = model
         self.reading = reading
+        self.client_headers = client_headers
         self.record = RequestRecord()
+        self.record.trace_id = client_headers.trace_id
 
     @property
     def whole(self) -> bool:
