@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from aioserver.config import settings
     from aioserver.protocol.client_headers import ClientHeaders
-    from aioserver.streams.stream import Path
+    from aioserver.streams.contracts import Path
 
 # Headers that frame a body; a configured header of one of these names is never sent.
 FRAMING_HEADERS = frozenset({"connection", "content-length", "transfer-encoding"})

@@ -55,6 +55,12 @@ class AnswerDetails:
         self.whole: object = None
         self.error_format: ErrorFormat | None = None
 
+    def render_error(self, error: AioserverError) -> bytes:
+        """Return *error* as an event like the provider's own."""
+        if self.error_format is not None:
+            return self.error_format.render(error)
+        return b"data: %b\n\n" % error.body()
+
 
 class Attachment:
     """The state with which clients come back to a log and leave it.
