@@ -33,6 +33,7 @@ from aioserver.auth.callers import ADDRESS, CALLER, Caller, anonymous
 from aioserver.errors import (
     Denied,
     InvalidApiKey,
+    InvalidRequest,
     MissingApiKey,
     OriginNotAllowed,
     PermissionDenied,
@@ -48,6 +49,8 @@ if TYPE_CHECKING:
 
 COOKIE = "aioserver_session"
 KEY_HEADERS = ("x-api-key", "api-key")
+# The subprotocol that is selected, if the client offers it.
+SUBPROTOCOL = "aioserver"
 KEY_PROTOCOL = "aioserver.key."
 # Cookies of this name that are tried: another path or host may have set one as well.
 MAX_SESSIONS = 4
@@ -169,6 +172,20 @@ def offered_protocols(request: web.Request) -> list[str]:
     """Return the subprotocols that a WebSocket handshake offers (RFC 6455, 11.3.4)."""
     headers = request.headers.getall(hdrs.SEC_WEBSOCKET_PROTOCOL, ())
     return [protocol.strip() for header in headers for protocol in header.split(",")]
+
+
+def selectable_protocols(request: web.Request) -> tuple[str, ...]:
+    """Return the subprotocol to select of those that a handshake offers; never the one with its key.
+
+    Raises:
+        InvalidRequest: the client offers a key and no protocol beside it: aiohttp would log the whole offer.
+    """
+    offered = offered_protocols(request)
+    if SUBPROTOCOL in offered:
+        return (SUBPROTOCOL,)
+    if offered_keys(offered):
+        raise InvalidRequest(f"offer the subprotocol {SUBPROTOCOL} beside {KEY_PROTOCOL}…")
+    return ()
 
 
 def offered_keys(protocols: Iterable[str]) -> list[str]:

@@ -17,7 +17,7 @@ from aiohttp import web
 from aiohttp_sse import EventSourceResponse
 
 from aioserver.auth.callers import CALLER, Caller
-from aioserver.errors import InvalidRequest, ServerAtCapacity
+from aioserver.errors import InvalidRequest
 from aioserver.faces import http
 from aioserver.faces.admission import counted
 from aioserver.faces.streaming import follow
@@ -27,6 +27,7 @@ from aioserver.streams.formats import EVENTS, RETRY
 if TYPE_CHECKING:
     from aiohttp.abc import AbstractStreamWriter
 
+    from aioserver.errors import AioserverError
     from aioserver.faces.admission import BodyHold
     from aioserver.faces.context import Context
     from aioserver.protocol.messages import Chat
@@ -172,7 +173,7 @@ async def _head(request: web.Request) -> web.StreamResponse:
 
 
 async def busy(
-    context: Context, request: web.Request, error: ServerAtCapacity
+    context: Context, request: web.Request, error: AioserverError
 ) -> web.StreamResponse:
     """Answer a GET for which there is no place: any status but 200 would stop an EventSource for good."""
     context.metrics.count_error(error)

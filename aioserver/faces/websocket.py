@@ -128,10 +128,12 @@ class ChatSocket(Socket):
         self._context.gateway.lifetime.reader_added(stream)
         if old is not None:
             self._writer.unfollow(old)
+        self._context.admission.idle_sockets.asked(self)
 
     def _ended(self, cursor: Cursor) -> None:
         if self._following.get(cursor.stream.request_id) is cursor:
             del self._following[cursor.stream.request_id]
+            self._context.admission.idle_sockets.asked(self)
         if not self._following and self._context.lifecycle.stopping.is_set():
             self.drain()
 
