@@ -32,6 +32,7 @@ The tree, with HTTP status, code and close code:
         UriTooLong                  414  uri_too_long
         UnsupportedMediaType        415  unsupported_media_type
         ExpectationFailed           417  expectation_failed
+        UpgradeRequired             426  upgrade_required
         RateLimitExceeded           429  rate_limit_exceeded     1008
         ConcurrencyExceeded         429  concurrency_exceeded
         HeadersTooLarge             431  headers_too_large
@@ -284,6 +285,19 @@ class ExpectationFailed(AioserverError):
     """The `Expect` header is not `100-continue`."""
 
     code, status = "expectation_failed", 417
+
+
+class UpgradeRequired(AioserverError):
+    """An upgrade to a WebSocket where there is none: the path is there for plain HTTP only.
+
+    Clients that can do without a WebSocket fall back at once.
+    """
+
+    code, status, force_close = "upgrade_required", 426, True
+
+    def headers(self) -> dict[str, str]:
+        """Return the headers, among them the protocol to use instead (RFC 9110, 15.5.22)."""
+        return {**super().headers(), "Upgrade": "HTTP/1.1"}
 
 
 class RateLimitExceeded(AioserverError):

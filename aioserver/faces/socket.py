@@ -26,17 +26,18 @@ from typing import TYPE_CHECKING, ClassVar
 from aiohttp import WebSocketError, WSCloseCode, WSMsgType, web
 
 from aioserver.auth.callers import CALLER, Caller
-from aioserver.auth.guard import KEY_PROTOCOL, offered_keys, offered_protocols
+from aioserver.auth.guard import selectable_protocols
 from aioserver.errors import (
     AioserverError,
     InvalidApiKey,
-    InvalidRequest,
     RateLimitExceeded,
     RequestTooLarge,
     ServerAtCapacity,
     ServerShutdown,
 )
 from aioserver.faces.admission import MAX_REFUSED_CLOSING, SocketPlace
+from aioserver.faces.http import client_headers
+from aioserver.faces.idle_sockets import IDLE_SECONDS
 from aioserver.limits.gcra import Gcra
 from aioserver.limits.quota import REVOKED
 from aioserver.protocol.top_level import STEP_BYTES
@@ -47,9 +48,8 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from aioserver.faces.context import Context
+    from aioserver.protocol.client_headers import ClientHeaders
 
-# The subprotocol that is selected, if the client offers it.
-SUBPROTOCOL = "aioserver"
 # Messages, and their bytes, that are kept of a socket that waits for its place.
 MAX_WAITING_MESSAGES = 16
 MAX_WAITING_BYTES = 1 << 20
@@ -63,14 +63,21 @@ CLOSE_TIMEOUT = 2.0
 ABNORMAL_CLOSURE = 1006
 
 
-async def serve(
-    context: Context, request: web.Request, make: Callable[..., Socket]
-) -> web.StreamResponse:
+async def serve(context: Context, request: web.Request, make: type[Socket]) -> web.StreamResponse:
     """Serve one socket, made by *make*, from the handshake to the end of its connection.
 
     Raises:
-        InvalidRequest, ServerAtCapacity: the handshake is refused.
+        InvalidRequest, ConcurrencyExceeded, ServerAtCapacity: the handshake is refused.
     """
+    caller = request[CALLER]
+    context.admission.connect(make.face, caller)
+    try:
+        return await _serve(context, request, make)
+    finally:
+        context.admission.disconnect(caller)
+
+
+async def _serve(context: Context, request: web.Request, make: type[Socket]) -> web.StreamResponse:
     admission = context.admission
     if admission.refused_closing >= MAX_REFUSED_CLOSING:
         raise ServerAtCapacity("too many refused sockets are still closing", retry_after=5.0)
@@ -80,7 +87,7 @@ async def serve(
         compress=False,
         # Text of four bytes a character would cost four times its bytes.
         decode_text=False,
-        protocols=subprotocols(request),
+        protocols=selectable_protocols(request),
         # aiohttp refuses a message of exactly `max_msg_size`.
         max_msg_size=context.settings.chat.websocket.max_message_size + 1,
     )
@@ -88,12 +95,14 @@ async def serve(
     # The headers are sent, and would be kept for hours.
     ws.headers.clear()
     assert request.transport is not None
-    socket = make(context, request[CALLER], ws, request.transport, payload_writer.drain)
+    headers = client_headers(context, request)
+    socket = make(context, request[CALLER], ws, request.transport, payload_writer.drain, headers)
     context.sockets.add(socket)
     try:
         with SocketPlace(
             admission,
             socket.face,
+            socket.caller.name,
             on_entered=socket.entered,
             on_refused=socket.refused,
             on_position=socket.show_position,
@@ -103,20 +112,6 @@ async def serve(
         context.sockets.discard(socket)
         await socket.finish()
     return ws
-
-
-def subprotocols(request: web.Request) -> tuple[str, ...]:
-    """Return the subprotocol to select of those that the client offers; never the one with its key.
-
-    Raises:
-        InvalidRequest: the client offers a key and no protocol beside it: aiohttp would log the whole offer.
-    """
-    offered = offered_protocols(request)
-    if SUBPROTOCOL in offered:
-        return (SUBPROTOCOL,)
-    if offered_keys(offered):
-        raise InvalidRequest(f"offer the subprotocol {SUBPROTOCOL} beside {KEY_PROTOCOL}…")
-    return ()
 
 
 class Upgraded(web.WebSocketResponse):
@@ -149,11 +144,14 @@ class Socket(ABC):
         ws: Upgraded,
         transport: asyncio.Transport,
         drain: Callable[[], Awaitable[None]],
+        client_headers: ClientHeaders,
     ) -> None:
         # Set by the timer wheel.
         self.bucket = 0
         # A reload replaces the caller if the limits of its key have changed.
         self.caller = caller
+        # Of the handshake: they go on to the provider with each question.
+        self._client_headers = client_headers
         self._context = context
         self._ws = ws
         self._transport = transport
@@ -221,6 +219,7 @@ class Socket(ABC):
         """Carry out what came while the socket waited: it has its place now."""
         self._inside = True
         self._context.admission.opened(self.face, self.caller.name)
+        self._context.admission.idle_sockets.add(self)
         waiting, self._waiting = self._waiting, []
         for data in waiting:
             # A socket that is closing gets no answers, and nothing is paid for them.
@@ -333,6 +332,13 @@ class Socket(ABC):
         """Tell the client that its key is no longer valid, and close."""
         self.end(InvalidApiKey(REVOKED))
 
+    def give_way(self) -> None:
+        """Tell the client that others need its place, and close with 1013."""
+        admission = self._context.admission
+        admission.gave_way(self.face, self.caller.name)
+        reason = f"nothing was asked for {IDLE_SECONDS:.0f} s, and other keys wait for a place"
+        self.end(ServerAtCapacity(reason, retry_after=admission.gate.retry_after()))
+
     def end(self, error: AioserverError) -> None:
         """Tell the client *error*, and close with the code of the error."""
         if self._closing is None:
@@ -387,6 +393,7 @@ class Socket(ABC):
         """Complete the close after the last read, and leave nothing behind. Call it once, always."""
         self._context.wheel.remove(self)
         admission = self._context.admission
+        admission.idle_sockets.remove(self)
         if self._inside:
             admission.closed(self.face, str(self._close_code), self.caller.name)
         try:

@@ -269,7 +269,9 @@ class Provider:
             attempt.pool = pool = self.pools.pool
             # The settings may have changed during a wait, so the body is made now, for the present
             # model. No reference to the body is held while the answer comes.
-            data = self.pools.writer.write(request.path, request.body(self.settings))
+            body = request.body(self.settings)
+            data = self.pools.writer.write(request.path, body, request.client_headers)
+            del body
             connection = await pool.connect()
             attempt.sending()
             record.sent_at = self._clock()
