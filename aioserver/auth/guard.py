@@ -30,6 +30,7 @@ from aioserver.auth.callers import ADDRESS, CALLER, Caller, anonymous
 from aioserver.errors import (
     Denied,
     InvalidApiKey,
+    InvalidRequest,
     MissingApiKey,
     OriginNotAllowed,
     PermissionDenied,
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
     from aioserver.auth.origins import Origins
 
 COOKIE = "aioserver_session"
+# The subprotocol that is selected, if the client offers it.
+SUBPROTOCOL = "aioserver"
 KEY_PROTOCOL = "aioserver.key."
 # Cookies of this name that are tried: another path or host may have set one as well.
 MAX_SESSIONS = 4
@@ -168,6 +171,20 @@ def offered_keys(protocols: Iterable[str]) -> list[str]:
         for protocol in protocols
         if protocol.startswith(KEY_PROTOCOL)
     ]
+
+
+def subprotocols(request: web.Request) -> tuple[str, ...]:
+    """Return the subprotocol to select of those that the client offers; never the one with its key.
+
+    Raises:
+        InvalidRequest: the client offers a key and no protocol beside it: aiohttp would log the whole offer.
+    """
+    offered = offered_protocols(request)
+    if SUBPROTOCOL in offered:
+        return (SUBPROTOCOL,)
+    if offered_keys(offered):
+        raise InvalidRequest(f"offer the subprotocol {SUBPROTOCOL} beside {KEY_PROTOCOL}…")
+    return ()
 
 
 def _bearers(headers: Iterable[str]) -> list[str]:
