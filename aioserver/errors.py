@@ -25,6 +25,7 @@ The tree, with HTTP status, code and close code:
         StreamNotFound              404  stream_not_found
         MethodNotAllowed            405  method_not_allowed
         RequestTimeout              408  request_timeout         1008
+        SlowClient                  408  slow_client
         ResumeGap                   409  resume_gap
         RequestConflict             409  request_conflict
         RequestTooLarge             413  request_too_large       1009
@@ -238,6 +239,13 @@ class RequestTimeout(AioserverError):
     code, status, retryable, force_close = "request_timeout", 408, True, True
     close = 1008
     close_reason = b"message too slow"
+
+
+class SlowClient(AioserverError):
+    """The client fell behind the events that are kept; it is told within the stream, and may resume."""
+
+    outcome = "slow_client"
+    code, status, retryable = "slow_client", 408, True
 
 
 class ResumeGap(AioserverError):

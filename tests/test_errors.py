@@ -29,7 +29,7 @@ TABLE = {
     403: {"origin_not_allowed", "permission_denied", "host_not_allowed"},
     404: {"not_found", "model_not_found", "stream_not_found"},
     405: {"method_not_allowed"},
-    408: {"request_timeout"},
+    408: {"request_timeout", "slow_client"},
     409: {"resume_gap", "request_conflict"},
     413: {"request_too_large"},
     414: {"uri_too_long"},

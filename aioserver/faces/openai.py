@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from aiohttp import web
 
 from aioserver.auth.callers import CALLER
-from aioserver.errors import InvalidRequest, ModelNotFound, StreamNotFound
+from aioserver.errors import InvalidRequest, StreamNotFound
 from aioserver.faces import http
 from aioserver.faces.admission import counted
 from aioserver.faces.intake import in_turns, read_body
@@ -198,12 +198,15 @@ async def models(context: Context, _request: web.Request) -> web.Response:
 
 
 async def model(context: Context, request: web.Request) -> web.Response:
-    """Answer `GET /v1/models/{id}`."""
+    """Answer `GET /v1/models/{id}`: with the provider that a request for this model goes to.
+
+    A model that names no provider goes to the active one, which alone knows whether it has it.
+
+    Raises:
+        ModelNotFound, NoProvider: a request for this model is refused, too.
+    """
     name = request.match_info["id"]
-    for entry in _models(context):
-        if entry["id"] == name or entry["id"].partition("/")[2] == name:
-            return web.json_response(entry)
-    raise ModelNotFound(f"no model {name[:64]!r} is configured", param="model")
+    return web.json_response(_model(name, context.router.route(name).provider.name))
 
 
 def _models(context: Context) -> Iterator[dict[str, Any]]:

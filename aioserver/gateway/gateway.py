@@ -272,9 +272,7 @@ class Gateway:
         """
         self._check_running()
         caller, resumable = request.caller, request.resumable
-        name = request.name
-        if resumable:
-            name = request.key or uuid.uuid4().hex
+        name = (request.key or uuid.uuid4().hex) if resumable else request.name
         if (quota := caller.quota) is not None:
             quota.take()
         try:
@@ -292,6 +290,7 @@ class Gateway:
         stream.record = request.begin_record(self._request_log)
         stream.attachment.request = request.provider_request
         request.provider_request.outlive_handler()
+        stream.details.path = request.provider_request.path
         return stream
 
     async def _call_alone(self, request: Request) -> Answer:

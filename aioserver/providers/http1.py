@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from aioserver.config import settings
-    from aioserver.streams.stream import Path
+    from aioserver.streams.contracts import Path
 
 # Headers that frame a body; a configured header of one of these names is never sent.
 FRAMING_HEADERS = frozenset({"connection", "content-length", "transfer-encoding"})

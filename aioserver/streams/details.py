@@ -38,6 +38,7 @@ class AnswerDetails:
     the provider's answer that clients may see. *usage* has the token counts, as the provider
     reports them. *whole* is an answer that was not streamed, kept for a client that comes back.
     *error_format* renders the error that ends an answer, where its events have a form of their own.
+    *path* is that of the request to the provider, below its base URL: it says what kind of answer this is.
     """
 
     __slots__ = (
@@ -46,19 +47,26 @@ class AnswerDetails:
         "error_format",
         "headers",
         "model",
+        "path",
         "provider",
         "usage",
         "whole",
     )
 
     def __init__(self) -> None:
-        self.provider = self.model = ""
+        self.provider = self.model = self.path = ""
         self.attempts = 0
         self.conversation_id: str | None = None
         self.headers: Mapping[str, str] = {}
         self.usage: Mapping[str, Any] | None = None
         self.whole: object = None
         self.error_format: ErrorFormat | None = None
+
+    def render_error(self, error: AioserverError) -> bytes:
+        """Return *error* as an event like the provider's own."""
+        if self.error_format is not None:
+            return self.error_format.render(error)
+        return b"data: %b\n\n" % error.body()
 
 
 class Attachment:

@@ -33,6 +33,7 @@ OUTCOMES = (
     "rejected",
     "provider_error",
     CLIENT_LEFT,
+    errors.SlowClient.outcome,
     CANCELLED,
     "internal_error",
 )
@@ -75,6 +76,7 @@ class ProviderMeter:
         "recent_first_tokens",
         "recent_silences",
         "retries",
+        "retries_refused",
         "wait",
     )
 
@@ -86,6 +88,7 @@ class ProviderMeter:
         self.gap = Histogram()
         self.attempts = {outcome: Counter() for outcome in ATTEMPTS}
         self.retries = {code: Counter() for code in RETRY_CODES}
+        self.retries_refused = Counter()
         self.failovers = {code: Counter() for code in FAILOVER_CODES}
         self.key_refused = Counter()
         self.recent_first_tokens = RecentValues()
@@ -352,6 +355,11 @@ PROVIDER_FAMILIES: tuple[Row[ProviderMeter], ...] = (
         lambda m: m.retries,
         "Further attempts at the same provider, by the fault of the one before",
         ("reason",),
+    ),
+    Row(
+        "retries_refused",
+        lambda m: m.retries_refused,
+        "Further attempts that were not made, since the budget of retries was used up",
     ),
     Row("failovers", lambda m: m.failovers, "Requests that went on to a fallback", ("reason",)),
     Row("provider_wait_seconds", lambda m: m.wait, "Time in the provider's queue"),

@@ -7,12 +7,15 @@ import copy
 import json
 import re
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import openai
 import pytest
 from openai import AsyncOpenAI
+from yarl import URL
 
 from aioserver.providers.simulator.exchange import Behaviour
+from aioserver.providers.simulator.server import Simulator
 from tests.support.chat import CHAT, STREAMED
 from tests.support.raw import Raw
 from tests.support.server import HTTP_CLIENT, NOWHERE, QUICK, SILENT, MakeServer, provider_entry
@@ -92,12 +95,6 @@ async def test_models(make_server: MakeServer) -> None:
     server = await make_server(**{"llm.providers.other": other, "llm.providers.keyless": keyless})
     async with AsyncOpenAI(api_key="unused", base_url=server.v1, max_retries=0) as sdk:
         listed = {one.id: one.owned_by async for one in sdk.models.list()}
-        for name in ("sim", "sim/sim-model", "sim-model", "other/org/own", "org/own", "more"):
-            assert (await sdk.models.retrieve(name)).id.endswith(name)
-        for name in ("nobody", "keyless"):
-            with pytest.raises(openai.NotFoundError) as caught:
-                await sdk.models.retrieve(name)
-            assert caught.value.code == "model_not_found"
 
     assert listed == {
         "sim": "sim",
@@ -106,6 +103,49 @@ async def test_models(make_server: MakeServer) -> None:
         "other/org/own": "other",
         "other/more": "other",
     }
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("sim", "sim/sim-model", "sim-model", "sim/", "other", "other/org/own", "other/any"),
+        *(
+            "org/own",
+            "more",
+            "nobody",
+            "nobody/x",
+            "a b",
+            "keyless",
+            "keyless/x",
+            "other/x/keyless",
+        ),
+    ],
+)
+async def test_a_model_is_there_if_a_chat_with_it_is_not_refused(
+    make_server: MakeServer, name: str
+) -> None:
+    async with Simulator(QUICK) as simulator:
+        keyed = {"api_key_env": "NO_SUCH_KEY"}
+        server = await make_server(
+            **{
+                "llm.providers.other": provider_entry(simulator.base_url, "org/own"),
+                "llm.providers.keyless": {**provider_entry(simulator.base_url), **keyed},
+            }
+        )
+        body = {"model": name, "messages": MESSAGES}
+        async with server.session.post(f"{server.v1}/chat/completions", json=body) as response:
+            status, provider = response.status, response.headers.get("x-aioserver-provider")
+            refusal = await response.json()
+        for path in (quote(name), quote(name, safe="")):
+            url = URL(f"{server.v1}/models/{path}", encoded=True)
+            async with server.session.get(url) as response:
+                found = await response.json()
+                assert response.status == status == (404 if name.startswith("keyless") else 200)
+            if status == 200:
+                assert (found["id"], found["owned_by"]) == (name, provider)
+            else:
+                assert found == refusal
+                assert found["error"]["code"] == "model_not_found"
 
 
 async def test_the_sdk_raises_its_own_errors_with_our_codes(sdk: AsyncOpenAI) -> None:
