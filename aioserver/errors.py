@@ -24,7 +24,7 @@ The tree, with HTTP status, code and close code:
         ModelNotFound               404  model_not_found
         StreamNotFound              404  stream_not_found
         MethodNotAllowed            405  method_not_allowed
-        RequestTimeout              408  request_timeout
+        RequestTimeout              408  request_timeout         1008
         SlowClient                  408  slow_client
         ResumeGap                   409  resume_gap
         RequestConflict             409  request_conflict
@@ -238,9 +238,11 @@ class MethodNotAllowed(AioserverError):
 
 
 class RequestTimeout(AioserverError):
-    """The body did not arrive before its deadline."""
+    """The body, or a WebSocket message, did not arrive before its deadline."""
 
     code, status, retryable, force_close = "request_timeout", 408, True, True
+    close = 1008
+    close_reason = b"message too slow"
 
 
 class SlowClient(AioserverError):

@@ -22,6 +22,7 @@ from aioserver.protocol.top_level import NotUtf8
 from aioserver.streams.formats import MESSAGES, WS_TEXT, ws_frame
 
 if TYPE_CHECKING:
+    from aioserver.faces.admission import BodyHold
     from aioserver.faces.context import Context
     from aioserver.protocol.client_frames import Command
     from aioserver.streams.cursor import Cursor
@@ -61,16 +62,16 @@ class ChatSocket(Socket):
         """Whether answers run on this socket."""
         return bool(self._following)
 
-    def receive(self, data: bytes) -> None:
+    def receive(self, data: bytes, hold: BodyHold) -> None:
         """Carry out one command."""
         try:
             command = client_frames.parse(data)
         except BadCommand as fault:
             self._refuse(fault.request_id, fault.error)
         else:
-            self._carry_out(command)
+            self._carry_out(command, hold)
 
-    async def receive_in_turns(self, data: bytes) -> None:
+    async def receive_in_turns(self, data: bytes, hold: BodyHold) -> None:
         """Carry out one command, whose frame is read in several turns of the event loop."""
         try:
             command = await in_turns(client_frames.parsing(data))
@@ -79,9 +80,9 @@ class ChatSocket(Socket):
         else:
             # Meanwhile the socket may have been closed.
             if self.open:
-                self._carry_out(command)
+                self._carry_out(command, hold)
 
-    def _carry_out(self, command: Command) -> None:
+    def _carry_out(self, command: Command, hold: BodyHold) -> None:
         request_id: str | None = None
         try:
             match command:
@@ -89,7 +90,7 @@ class ChatSocket(Socket):
                     self._send(command.request_id, "pong", {})
                 case Chat():
                     request_id = command.request_id
-                    self._chat(command)
+                    self._chat(command, hold)
                 case Cancel():
                     request_id = command.request_id
                     self._cancel(command.request_id)
@@ -109,14 +110,15 @@ class ChatSocket(Socket):
         """Send an `error` frame that belongs to no request."""
         self._send(None, "error", error.as_chunk())
 
-    def _chat(self, command: Chat) -> None:
+    def _chat(self, command: Chat, hold: BodyHold) -> None:
         self._last_request = self._loop.time()
         # This is checked before a provider is asked for anything.
         self._check_room(command.request_id)
         if self._client_headers:
             command = replace(command, client_headers=self._client_headers)
         gateway = self._context.gateway
-        self._follow(gateway.ask(self.caller, command, self._scope, face=self.face), 0)
+        stream = gateway.ask(self.caller, command, self._scope, face=self.face, hold=hold)
+        self._follow(stream, 0)
 
     def _cancel(self, request_id: str) -> None:
         stream = self._context.gateway.cancel(self.caller, request_id)
