@@ -1,6 +1,6 @@
-"""One client's WebSocket (RFC 6455), for any face: handshake, messages, pings, closing.
+"""One client's WebSocket (RFC 6455), for any face: messages, pings, closing.
 
-A face derives its sockets from `Socket`, and has `serve` run one for each handshake. `Socket` owns the
+A face derives its sockets from `Socket`, and upgrade.py runs one for each handshake. `Socket` owns the
 connection and its one writer; the face carries out messages in `receive`, and lets the writer follow
 streams.
 
@@ -26,8 +26,6 @@ from typing import TYPE_CHECKING, ClassVar
 
 from aiohttp import WebSocketError, WSCloseCode, WSMsgType
 
-from aioserver.auth.callers import CALLER, Caller
-from aioserver.auth.guard import selectable_protocols
 from aioserver.errors import (
     AioserverError,
     InvalidApiKey,
@@ -35,9 +33,7 @@ from aioserver.errors import (
     ServerAtCapacity,
     ServerShutdown,
 )
-from aioserver.faces.admission import MAX_REFUSED_CLOSING, SocketPlace
 from aioserver.faces.client_messages import FULL_ROOM, ClientMessages, Upgraded
-from aioserver.faces.http import client_headers
 from aioserver.faces.idle_sockets import IDLE_SECONDS
 from aioserver.limits.quota import REVOKED
 from aioserver.protocol.top_level import STEP_BYTES
@@ -47,8 +43,7 @@ from aioserver.streams.writer import Writer
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from aiohttp import web
-
+    from aioserver.auth.callers import Caller
     from aioserver.faces.admission import BodyHold
     from aioserver.faces.context import Context
     from aioserver.protocol.client_headers import ClientHeaders
@@ -60,64 +55,6 @@ MAX_WAITING_BYTES = 1 << 20
 CLOSE_TIMEOUT = 2.0
 # The close code of a connection that ends without a close frame (RFC 6455, 7.1.5).
 ABNORMAL_CLOSURE = 1006
-
-
-async def serve(context: Context, request: web.Request, make: type[Socket]) -> web.StreamResponse:
-    """Serve one socket, made by *make*, from the handshake to the end of its connection.
-
-    Raises:
-        InvalidRequest, ConcurrencyExceeded, ServerAtCapacity: the handshake is refused.
-    """
-    caller = request[CALLER]
-    context.admission.connect(make.face, caller)
-    try:
-        return await _serve(context, request, make)
-    finally:
-        context.admission.disconnect(caller)
-
-
-async def _serve(context: Context, request: web.Request, make: type[Socket]) -> web.StreamResponse:
-    admission = context.admission
-    if admission.refused_closing >= MAX_REFUSED_CLOSING:
-        raise ServerAtCapacity("too many refused sockets are still closing", retry_after=5.0)
-    limit = context.settings.chat.websocket.max_message_size
-    messages = ClientMessages(admission.hold, limit)
-    messages.room = MAX_WAITING_BYTES
-    ws = Upgraded(
-        messages,
-        autoping=False,
-        autoclose=False,
-        compress=False,
-        # Text of four bytes a character would cost four times its bytes.
-        decode_text=False,
-        protocols=selectable_protocols(request),
-        # aiohttp refuses a message of exactly `max_msg_size`.
-        max_msg_size=limit + 1,
-    )
-    payload_writer = await ws.prepare(request)
-    # The headers are sent, and would be kept for hours.
-    ws.headers.clear()
-    assert request.transport is not None
-    headers = client_headers(context, request)
-    socket = make(
-        context, request[CALLER], ws, messages, request.transport, payload_writer.drain, headers
-    )
-    context.sockets.add(socket)
-    try:
-        messages.start(socket)
-        with SocketPlace(
-            admission,
-            socket.face,
-            socket.caller.name,
-            on_entered=socket.entered,
-            on_refused=socket.refused,
-            on_position=socket.show_position,
-        ):
-            await socket.read()
-    finally:
-        context.sockets.discard(socket)
-        await socket.finish()
-    return ws
 
 
 class Socket(ABC):

@@ -15,7 +15,8 @@ from aiohttp import WSCloseCode, web
 
 from aioserver.errors import AioserverError, ConcurrencyExceeded, ServerShutdown
 from aioserver.faces.intake import in_turns
-from aioserver.faces.socket import Socket, serve
+from aioserver.faces.socket import Socket
+from aioserver.faces.upgrade import serve
 from aioserver.protocol import client_frames, messages
 from aioserver.protocol.client_frames import BadCommand, Cancel, Chat, Ping, Resume
 from aioserver.protocol.top_level import NotUtf8
