@@ -125,16 +125,18 @@ class Router:
         fallbacks: Sequence[str] = (),
         random_number: Callable[[], float] = random.random,
     ) -> None:
-        self._providers = providers
-        self._active = active
-        self._fallbacks = fallbacks
         self._random_number = random_number
+        self.apply(providers, active, fallbacks)
 
     def apply(
         self, providers: Mapping[str, Provider], active: str, fallbacks: Sequence[str]
     ) -> None:
         """Choose among *providers* from now on; requests under way stay where they are."""
         self._providers, self._active, self._fallbacks = providers, active, fallbacks
+        # The client headers that any provider is passed, in lower case.
+        self.passed_headers = frozenset(
+            name for provider in providers.values() for name in provider.settings.pass_headers
+        )
 
     @property
     def providers(self) -> Mapping[str, Provider]:

@@ -98,8 +98,8 @@ class Provider:
         self.health = Health(settings.name, self.meter, clock)
         self._gate = ProviderGate(settings.name, settings.http_client, self.health, clock)
         self._pace = self._gate.pace
-        self.absence = Absence(settings, self.health, self._gate, clock)
         self.backpressure = Backpressure(lambda: self._gate.waiting)
+        self.absence = Absence(settings, self.health, self._gate, clock)
         # Attempts that wait for a place, or have got one and have not run since. The gate does not
         # count the latter as waiting.
         self._pending = 0
@@ -269,7 +269,9 @@ class Provider:
             attempt.pool = pool = self.pools.pool
             # The settings may have changed during a wait, so the body is made now, for the present
             # model. No reference to the body is held while the answer comes.
-            data = self.pools.writer.write(request.path, request.body(self.settings))
+            body = request.body(self.settings)
+            data = self.pools.writer.write(request.path, body, request.client_headers)
+            del body
             connection = await pool.connect()
             attempt.sending()
             record.sent_at = self._clock()
