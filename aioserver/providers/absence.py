@@ -94,7 +94,11 @@ class Absence:
             attempt.stream.sent = False
         if not self._health.breaker.dead:
             began = self._clock()
-            await self._gate.pause(seconds)
+            try:
+                await self._gate.pause(seconds)
+            except CircuitOpen:
+                # It fails in another way now, and has died of it: *fault* says more than that.
+                return False
             paused = self._clock() - began
             attempt.waited += paused
             attempt.request.record.queue_wait += paused

@@ -817,6 +817,23 @@ async def test_a_trial_that_has_waited_and_fails_otherwise_waits_on(trouble: Tro
     assert trouble.counts() == {"a": 3}
 
 
+async def test_a_pause_ends_with_its_own_fault_if_the_provider_dies_of_another(
+    trouble: Trouble,
+) -> None:
+    provider = await trouble.add("a", status(503), status(500), when_down="wait", max_retries=0)
+    filling = asyncio.create_task(trouble.fill())
+    await until(lambda: provider.stats().queue.waiting == 1)
+    # With the 503, all but one of the failures that it dies of.
+    for _ in range(FEW - 2):
+        provider.health.breaker.failed(time.monotonic() - LONG_PATIENCE, trial=False)
+    with pytest.raises(ProviderError, match="500"):
+        await trouble.fill()
+    assert provider.stats().state == "dead"
+
+    with pytest.raises(ProviderError, match="503"):
+        await filling
+
+
 async def test_an_answer_that_may_be_paid_for_is_not_waited_for_again(trouble: Trouble) -> None:
     provider = await trouble.add(
         "a", status(503), EVENT_STREAM, ANSWER, when_down="wait", max_retries=0, read_timeout=0.1
