@@ -163,6 +163,16 @@ def test_a_429_never_says_too_soon(seconds: float, whole: str, milliseconds: str
         assert (headers["Retry-After"], headers["retry-after-ms"]) == (whole, milliseconds)
 
 
+@pytest.mark.parametrize("seconds", [120.0, 132.0, 86_400.0, float("inf")])
+def test_nobody_is_told_to_wait_for_more_than_two_minutes(seconds: float) -> None:
+    error = provider_errors.ProviderRateLimited("slow", retry_after=seconds)
+
+    headers = error.headers()
+
+    assert (headers["Retry-After"], headers["retry-after-ms"]) == ("120", "120000")
+    assert error.as_chunk()["retry_after"] == 120.0
+
+
 @pytest.mark.parametrize("cls", ALL)
 def test_a_401_names_the_scheme_and_nothing_else_does(cls: type[AioserverError]) -> None:
     expected = "Bearer" if cls.status == 401 else None

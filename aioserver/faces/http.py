@@ -10,8 +10,12 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 from aiohttp.http import HttpVersion11
 
+from aioserver.protocol.client_headers import collect
+
 if TYPE_CHECKING:
     from aioserver.errors import AioserverError
+    from aioserver.faces.context import Context
+    from aioserver.protocol.client_headers import ClientHeaders
 
 # The value of the header `Server`.
 SERVER = "aioserver"
@@ -52,12 +56,18 @@ def last_on_connection(request: web.BaseRequest) -> bool:
     return getattr(request.protocol, "last", False)
 
 
+def client_headers(context: Context, request: web.Request) -> ClientHeaders:
+    """Return the headers of *request* that go on to a provider: its trace, and those that settings name."""
+    return collect(request.headers, context.router.passed_headers)
+
+
 def error_response(error: AioserverError) -> web.Response:
     """Return *error* as an HTTP response."""
     headers = error.headers()
     headers["Content-Type"] = "application/json"
     if error.force_close:
-        headers["Connection"] = "close"
+        # Who sends `Upgrade` must name it in `Connection`, too (RFC 9110, 7.8).
+        headers["Connection"] = "upgrade, close" if "Upgrade" in headers else "close"
     response = web.Response(status=error.http_status, body=error.body(), headers=headers)
     if error.force_close:
         response.force_close()

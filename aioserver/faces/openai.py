@@ -91,6 +91,7 @@ def prepare_for(
             caller=caller,
             model=route.model,
             hold=hold,
+            client_headers=http.client_headers(context, request),
         )
         stored = path == "responses" and (body.stored or body.background)
         digest = digest_of(path, data) if key else b""

@@ -1,6 +1,6 @@
-"""One client's WebSocket (RFC 6455), for any face: handshake, messages, pings, closing.
+"""One client's WebSocket (RFC 6455), for any face: messages, pings, closing.
 
-A face derives its sockets from `Socket`, and has `serve` run one for each handshake. `Socket` owns the
+A face derives its sockets from `Socket`, and upgrade.py runs one for each handshake. `Socket` owns the
 connection and its one writer; the face carries out messages in `receive`, and lets the writer follow
 streams.
 
@@ -26,8 +26,6 @@ from typing import TYPE_CHECKING, ClassVar
 
 from aiohttp import WebSocketError, WSCloseCode, WSMsgType
 
-from aioserver.auth.callers import CALLER, Caller
-from aioserver.auth.guard import subprotocols
 from aioserver.errors import (
     AioserverError,
     InvalidApiKey,
@@ -35,8 +33,8 @@ from aioserver.errors import (
     ServerAtCapacity,
     ServerShutdown,
 )
-from aioserver.faces.admission import MAX_REFUSED_CLOSING, SocketPlace
 from aioserver.faces.client_messages import FULL_ROOM, ClientMessages, Upgraded
+from aioserver.faces.idle_sockets import IDLE_SECONDS
 from aioserver.limits.quota import REVOKED
 from aioserver.protocol.top_level import STEP_BYTES
 from aioserver.streams.formats import WS_CLOSE, WS_PING, WS_PONG, ws_frame
@@ -45,10 +43,10 @@ from aioserver.streams.writer import Writer
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from aiohttp import web
-
+    from aioserver.auth.callers import Caller
     from aioserver.faces.admission import BodyHold
     from aioserver.faces.context import Context
+    from aioserver.protocol.client_headers import ClientHeaders
 
 # Messages, and their bytes, that are kept of a socket that waits for its place.
 MAX_WAITING_MESSAGES = 16
@@ -57,53 +55,6 @@ MAX_WAITING_BYTES = 1 << 20
 CLOSE_TIMEOUT = 2.0
 # The close code of a connection that ends without a close frame (RFC 6455, 7.1.5).
 ABNORMAL_CLOSURE = 1006
-
-
-async def serve(
-    context: Context, request: web.Request, make: Callable[..., Socket]
-) -> web.StreamResponse:
-    """Serve one socket, made by *make*, from the handshake to the end of its connection.
-
-    Raises:
-        InvalidRequest, ServerAtCapacity: the handshake is refused.
-    """
-    admission = context.admission
-    if admission.refused_closing >= MAX_REFUSED_CLOSING:
-        raise ServerAtCapacity("too many refused sockets are still closing", retry_after=5.0)
-    limit = context.settings.chat.websocket.max_message_size
-    messages = ClientMessages(admission.hold, limit)
-    messages.room = MAX_WAITING_BYTES
-    ws = Upgraded(
-        messages,
-        autoping=False,
-        autoclose=False,
-        compress=False,
-        # Text of four bytes a character would cost four times its bytes.
-        decode_text=False,
-        protocols=subprotocols(request),
-        # aiohttp refuses a message of exactly `max_msg_size`.
-        max_msg_size=limit + 1,
-    )
-    payload_writer = await ws.prepare(request)
-    # The headers are sent, and would be kept for hours.
-    ws.headers.clear()
-    assert request.transport is not None
-    socket = make(context, request[CALLER], ws, messages, request.transport, payload_writer.drain)
-    context.sockets.add(socket)
-    try:
-        messages.start(socket)
-        with SocketPlace(
-            admission,
-            socket.face,
-            on_entered=socket.entered,
-            on_refused=socket.refused,
-            on_position=socket.show_position,
-        ):
-            await socket.read()
-    finally:
-        context.sockets.discard(socket)
-        await socket.finish()
-    return ws
 
 
 class Socket(ABC):
@@ -123,11 +74,14 @@ class Socket(ABC):
         messages: ClientMessages,
         transport: asyncio.Transport,
         drain: Callable[[], Awaitable[None]],
+        client_headers: ClientHeaders,
     ) -> None:
         # Set by the timer wheel.
         self.bucket = 0
         # A reload replaces the caller if the limits of its key have changed.
         self.caller = caller
+        # Of the handshake: they go on to the provider with each question.
+        self._client_headers = client_headers
         self._context = context
         self._ws = ws
         self._messages = messages
@@ -196,6 +150,7 @@ class Socket(ABC):
         """Carry out what came while the socket waited: it has its place now."""
         self._inside, self._messages.room = True, None
         self._context.admission.opened(self.face, self.caller.name)
+        self._context.admission.idle_sockets.add(self)
         waiting, self._waiting = self._waiting, []
         for data, hold in waiting:
             with hold:
@@ -312,6 +267,13 @@ class Socket(ABC):
         """Tell the client that its key is no longer valid, and close."""
         self.end(InvalidApiKey(REVOKED))
 
+    def give_way(self) -> None:
+        """Tell the client that others need its place, and close with 1013."""
+        admission = self._context.admission
+        admission.gave_way(self.face, self.caller.name)
+        reason = f"nothing was asked for {IDLE_SECONDS:.0f} s, and other keys wait for a place"
+        self.end(ServerAtCapacity(reason, retry_after=admission.gate.retry_after()))
+
     def end(self, error: AioserverError) -> None:
         """Tell the client *error*, and close with the code of the error."""
         if self._closing is None:
@@ -370,6 +332,7 @@ class Socket(ABC):
             hold.release()
         self._waiting.clear()
         admission = self._context.admission
+        admission.idle_sockets.remove(self)
         if self._inside:
             admission.closed(self.face, str(self._close_code), self.caller.name)
         try:

@@ -7,6 +7,7 @@ socket's writer follows. The code that any WebSocket needs is in socket.py.
 from __future__ import annotations
 
 import uuid
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,8 @@ from aiohttp import WSCloseCode, web
 
 from aioserver.errors import AioserverError, ConcurrencyExceeded, ServerShutdown
 from aioserver.faces.intake import in_turns
-from aioserver.faces.socket import Socket, serve
+from aioserver.faces.socket import Socket
+from aioserver.faces.upgrade import serve
 from aioserver.protocol import client_frames, messages
 from aioserver.protocol.client_frames import BadCommand, Cancel, Chat, Ping, Resume
 from aioserver.protocol.top_level import NotUtf8
@@ -113,6 +115,8 @@ class ChatSocket(Socket):
         self._last_request = self._loop.time()
         # This is checked before a provider is asked for anything.
         self._check_room(command.request_id)
+        if self._client_headers:
+            command = replace(command, client_headers=self._client_headers)
         gateway = self._context.gateway
         stream = gateway.ask(self.caller, command, self._scope, face=self.face, hold=hold)
         self._follow(stream, 0)
@@ -146,10 +150,12 @@ class ChatSocket(Socket):
         self._context.gateway.lifetime.reader_added(stream)
         if old is not None:
             self._writer.unfollow(old)
+        self._context.admission.idle_sockets.asked(self)
 
     def _ended(self, cursor: Cursor) -> None:
         if self._following.get(cursor.stream.request_id) is cursor:
             del self._following[cursor.stream.request_id]
+            self._context.admission.idle_sockets.asked(self)
         if not self._following and self._context.lifecycle.stopping.is_set():
             self.drain()
 

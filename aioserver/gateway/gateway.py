@@ -287,10 +287,10 @@ class Gateway:
             if quota is not None:
                 quota.give_back(unused=True)
             raise
+        stream.details.path = request.provider_request.path
         stream.record = request.begin_record(self._request_log)
         stream.attachment.request = request.provider_request
         request.provider_request.outlive_handler()
-        stream.details.path = request.provider_request.path
         return stream
 
     async def _call_alone(self, request: Request) -> Answer:
