@@ -228,10 +228,8 @@ def _models(context: Context) -> Iterator[dict[str, Any]]:
         configured = provider.settings
         if not configured.usable:
             continue
-        yield _model(owner, owner)
-        for name in dict.fromkeys((configured.model, *configured.models)):
-            yield _model(f"{owner}/{name}", owner)
-
-
-def _model(name: str, owner: str) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": 0, "owned_by": owner}
+        models = dict.fromkeys((configured.model, *configured.models))
+        for name in (owner, *(f"{owner}/{model}" for model in models)):
+            entry = {"id": name, "object": "model", "created": 0, "owned_by": owner}
+            # No field of OpenAI's: the chat page says with it that no real model answers.
+            yield {**entry, "simulated": True} if configured.simulated else entry
