@@ -7,7 +7,7 @@ import { ended } from "./turn.js";
 const COPIED_FOR = 2000; // milliseconds that the button says so
 
 const CUT = "this browser has stored only the beginning";
-const STOPPED_ELSEWHERE = "Stopped in another window, or because nobody read it for too long";
+const STOPPED_ELSEWHERE = "Stopped in another window, or by the server, since nobody was reading";
 const REASONS = new Map([
   ["length", "ended at the maximum length"],
   ["content_filter", "ended by the provider's content filter"],
