@@ -55,6 +55,8 @@ class ProviderFault(AioserverError):
     # Nothing was sent, and trying again may help: an SDK may repeat the request, and
     # still pays once.
     unsent: ClassVar[bool] = False
+    # The provider cannot be reached, or says that it is not ready.
+    unreachable: bool = False
     # The provider that was asked last, and the number of attempts at all providers.
     provider: str = ""
     attempts: int = 0
@@ -75,7 +77,7 @@ class ConnectError(ProviderFault):
 
     attempt_outcome = "connect_error"
     code, status, retryable = "connect_error", 502, True
-    retry = failover = unsent = True
+    retry = failover = unsent = unreachable = True
 
 
 class ConnectTimeout(ProviderFault):
@@ -83,7 +85,7 @@ class ConnectTimeout(ProviderFault):
 
     attempt_outcome = "timeout"
     code, status, retryable = "connect_timeout", 504, True
-    retry = failover = unsent = True
+    retry = failover = unsent = unreachable = True
 
 
 class CertificateFault(ProviderFault):
@@ -156,7 +158,7 @@ class ProviderFlagged(ProviderAuthError):
 
 
 class CircuitOpen(ProviderFault):
-    """The provider has failed too often, and is left alone for a while."""
+    """The provider is dead: it has answered nothing lately, and is left alone but for trials."""
 
     outcome = "rejected"
     code, status, retryable = "circuit_open", 503, True

@@ -29,7 +29,7 @@ TABLE = {
     403: {"origin_not_allowed", "permission_denied", "host_not_allowed"},
     404: {"not_found", "model_not_found", "stream_not_found"},
     405: {"method_not_allowed"},
-    408: {"request_timeout"},
+    408: {"request_timeout", "slow_client"},
     409: {"resume_gap", "request_conflict"},
     413: {"request_too_large"},
     414: {"uri_too_long"},
@@ -161,6 +161,16 @@ def test_a_429_never_says_too_soon(seconds: float, whole: str, milliseconds: str
         headers = cls("slow", retry_after=seconds).headers()
 
         assert (headers["Retry-After"], headers["retry-after-ms"]) == (whole, milliseconds)
+
+
+@pytest.mark.parametrize("seconds", [120.0, 132.0, 86_400.0, float("inf")])
+def test_nobody_is_told_to_wait_for_more_than_two_minutes(seconds: float) -> None:
+    error = provider_errors.ProviderRateLimited("slow", retry_after=seconds)
+
+    headers = error.headers()
+
+    assert (headers["Retry-After"], headers["retry-after-ms"]) == ("120", "120000")
+    assert error.as_chunk()["retry_after"] == 120.0
 
 
 @pytest.mark.parametrize("cls", ALL)

@@ -18,7 +18,8 @@ from time import monotonic
 from typing import TYPE_CHECKING, Self, TypeVar
 
 from aioserver.auth.callers import CALLER
-from aioserver.errors import AioserverError, ServerAtCapacity
+from aioserver.errors import AioserverError, ConcurrencyExceeded, ServerAtCapacity
+from aioserver.faces.idle_sockets import IdleSockets
 from aioserver.limits.gate import Gate, Place
 from aioserver.telemetry.logs import RateLimit
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from aiohttp import web
 
+    from aioserver.auth.callers import Caller
     from aioserver.config.settings import Concurrency
     from aioserver.telemetry.metrics import Metrics
 
@@ -39,7 +41,7 @@ MAX_REFUSED_CLOSING = 256
 
 
 class Admission:
-    """The gate in front of the handlers, and the bytes of bodies that are not admitted yet.
+    """The gate in front of the handlers, and the bytes of the bodies that may yet be sent to a provider.
 
     Always: `body_bytes <= max_body_bytes`.
     """
@@ -54,6 +56,11 @@ class Admission:
             full_error=self._refusal,
             timeout_error=self._refusal,
         )
+        self.idle_sockets = IdleSockets(
+            asyncio.get_running_loop(),
+            limit=lambda: self.gate.limit,
+            waiting=lambda: self.gate.waiting,
+        )
         self.refused_closing = 0
         self._limits = limits
         self._body_bytes = 0
@@ -67,14 +74,15 @@ class Admission:
             queue_size=limits.connection_queue_size,
             queue_timeout=limits.queue_timeout,
         )
+        self.idle_sockets.limit_changed()
 
     @property
     def body_bytes(self) -> int:
-        """Bytes of bodies that are being read, or wait for a place."""
+        """Bytes of bodies that are being read, or whose request may yet be sent."""
         return self._body_bytes
 
     def hold(self) -> BodyHold:
-        """Return a hold for one body, whose `with` ends when the body is admitted, or gone."""
+        """Return a hold for one body; the caller has it released, however the request ends."""
         return BodyHold(self)
 
     def grow(self, size: int) -> None:
@@ -91,7 +99,7 @@ class Admission:
         self._body_bytes += size
 
     def shrink(self, size: int) -> None:
-        """Take *size* bytes off the count: their body is admitted, or gone."""
+        """Take *size* bytes off the count: their body was sent for the last time, or is gone."""
         self._body_bytes -= size
 
     def log(self, event: str, face: str, level: int = logging.INFO, *, caller: str = "") -> None:
@@ -117,6 +125,24 @@ class Admission:
                 },
             )
 
+    def connect(self, face: str, caller: Caller) -> None:
+        """Count a connection of the caller's key; call `disconnect` once when it has ended.
+
+        Raises:
+            ConcurrencyExceeded: the key has as many connections as it may have.
+        """
+        if caller.quota is not None:
+            try:
+                caller.quota.connect()
+            except ConcurrencyExceeded:
+                self.log("refused", face, logging.WARNING, caller=caller.name)
+                raise
+
+    def disconnect(self, caller: Caller) -> None:
+        """Count a connection as ended, which `connect` has counted for the same *caller*."""
+        if caller.quota is not None:
+            caller.quota.disconnect()
+
     def try_enter(self) -> Place | None:
         """Return a place, or None if none is free. The caller releases it."""
         if (place := self.gate.try_enter()) is not None:
@@ -124,9 +150,11 @@ class Admission:
         return place
 
     async def wait(
-        self, face: str, on_position: Callable[[int, float], None] | None = None
+        self, face: str, name: str, on_position: Callable[[int, float], None] | None = None
     ) -> Place:
-        """Queue for a place, and return it. The caller releases it; cancelling leaves the queue.
+        """Queue for a place, and return it; *name*: that of the key that waits.
+
+        Whoever calls this releases the place; cancelling leaves the queue.
 
         *on_position* is called with the position in the queue and the seconds until a place is
         expected, whenever either changes.
@@ -138,6 +166,7 @@ class Admission:
         waits, meter = self.metrics.admission_wait, self.metrics.faces[face]
         began = monotonic()
         meter.waiting.value += 1
+        self.idle_sockets.waits(name)
         try:
             place = await self.gate.enter(on_position=on_position)
         except AioserverError:
@@ -146,6 +175,7 @@ class Admission:
             raise
         finally:
             meter.waiting.value -= 1
+            self.idle_sockets.waited(name)
         waits["entered"].observe(monotonic() - began)
         return place
 
@@ -154,14 +184,21 @@ class Admission:
         meter = self.metrics.faces[face]
         meter.connections.value += 1
         meter.opened.value += 1
+        self.idle_sockets.opened(caller)
         self.log("opened", face, caller=caller)
 
     def closed(self, face: str, code: str = "", caller: str = "") -> None:
         """Count that a connection has ended; *code*: the close code of a WebSocket."""
         self.metrics.faces[face].connections.value -= 1
+        self.idle_sockets.closed(caller)
         closed = self.metrics.closed
         (closed.get((face, code)) or closed[face, "other"]).value += 1
         self.log("closed", face, caller=caller)
+
+    def gave_way(self, face: str, caller: str) -> None:
+        """Count an idle client whose place another one gets."""
+        self.metrics.gave_way.value += 1
+        self.log("gave way", face, logging.WARNING, caller=caller)
 
     def dropped(self, face: str, reason: str) -> None:
         """Count a client that was disconnected because it read nothing, or fell behind."""
@@ -176,13 +213,18 @@ class Admission:
 
 
 class BodyHold:
-    """The bytes that one body has taken of `max_body_bytes`; the end of its `with` gives them back."""
+    """The bytes that one body has taken of `max_body_bytes`, from its first byte.
 
-    __slots__ = ("_admission", "_size")
+    The end of its `with` gives them back, unless the hold was `given` to a request that outlives the
+    handler: the end of that request does it then.
+    """
+
+    __slots__ = ("_admission", "given", "size")
 
     def __init__(self, admission: Admission) -> None:
         self._admission = admission
-        self._size = 0
+        self.size = 0
+        self.given = False
 
     def grow(self, size: int) -> None:
         """Count another *size* bytes of this body.
@@ -191,13 +233,24 @@ class BodyHold:
             ServerAtCapacity: see `Admission.grow`.
         """
         self._admission.grow(size)
-        self._size += size
+        self.size += size
+
+    def shrink_to(self, size: int) -> None:
+        """Count no more than *size* bytes of this body from now on."""
+        if self.size > size:
+            self._admission.shrink(self.size - size)
+            self.size = size
+
+    def release(self) -> None:
+        """Count nothing of this body any more; a second call does nothing."""
+        self.shrink_to(0)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_exc: object) -> None:
-        self._admission.shrink(self._size)
+        if not self.given:
+            self.release()
 
 
 def counted(
@@ -205,36 +258,51 @@ def counted(
     face: str,
     prepare: Callable[[web.Request, BodyHold], Awaitable[T]],
     serve: Callable[[web.Request, T], Awaitable[web.StreamResponse]],
-    refuse: Callable[[web.Request, ServerAtCapacity], Awaitable[web.StreamResponse]] | None = None,
+    refuse: Callable[[web.Request, AioserverError], Awaitable[web.StreamResponse]] | None = None,
 ) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
     """Return an HTTP handler that prepares, enters, and serves with what was prepared.
 
-    *refuse* answers a request that got no place; without it the refusal is raised: a plain 503.
+    *refuse* answers a request that got no place, or whose key has too many connections; without it the
+    refusal is raised: a plain 503 or 429.
     """
 
     async def handler(request: web.Request) -> web.StreamResponse:
-        caller = request[CALLER].name
+        caller = request[CALLER]
+        try:
+            admission.connect(face, caller)
+        except ConcurrencyExceeded as error:
+            if refuse is None:
+                raise
+            return await refuse(request, error)
+        try:
+            return await admitted(request, caller.name)
+        finally:
+            admission.disconnect(caller)
+
+    async def admitted(request: web.Request, caller: str) -> web.StreamResponse:
         with admission.hold() as hold:
             prepared = await prepare(request, hold)
             try:
-                place = admission.try_enter() or await admission.wait(face)
+                place = admission.try_enter() or await admission.wait(face, caller)
             except ServerAtCapacity as error:
                 admission.log("refused", face, logging.WARNING, caller=caller)
                 if refuse is None:
                     raise
                 return await refuse(request, error)
-        admission.opened(face, caller)
-        try:
-            with place:
-                return await serve(request, prepared)
-        finally:
-            admission.closed(face, caller=caller)
+            admission.opened(face, caller)
+            try:
+                with place:
+                    return await serve(request, prepared)
+            finally:
+                admission.closed(face, caller=caller)
 
     return handler
 
 
 class SocketPlace:
     """The place of one WebSocket: taken at once, or awaited while the socket's reader goes on.
+
+    *caller*: the name of the key that the socket came with.
 
     Within its `with` either *on_entered* or *on_refused* is called, once; neither is, if the `with`
     ends before. At its end the place is given back, or the wait is cancelled.
@@ -244,6 +312,7 @@ class SocketPlace:
         self,
         admission: Admission,
         face: str,
+        caller: str,
         *,
         on_entered: Callable[[], None],
         on_refused: Callable[[AioserverError], None],
@@ -251,6 +320,7 @@ class SocketPlace:
     ) -> None:
         self._admission = admission
         self._face = face
+        self._caller = caller
         self._on_entered = on_entered
         self._on_refused = on_refused
         self._on_position = on_position
@@ -263,7 +333,8 @@ class SocketPlace:
         if self._place is not None:
             self._on_entered()
         else:
-            self._task = asyncio.ensure_future(self._admission.wait(self._face, self._on_position))
+            wait = self._admission.wait(self._face, self._caller, self._on_position)
+            self._task = asyncio.ensure_future(wait)
             self._task.add_done_callback(self._settle)
         return self
 

@@ -1,31 +1,22 @@
-"""What the HTTP handlers share: the id of a request, reading a body, writing an error."""
+"""What the HTTP handlers share: the id of a request, writing an error, announcing an end."""
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import re
 import secrets
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from aiohttp import web
 from aiohttp.http import HttpVersion11
 
-from aioserver.errors import (
-    AioserverError,
-    RequestTimeout,
-    RequestTooLarge,
-    UnsupportedMediaType,
-)
-from aioserver.protocol import messages
+from aioserver.protocol.client_headers import collect
 
 if TYPE_CHECKING:
-    from aiohttp import StreamReader
+    from aioserver.errors import AioserverError
+    from aioserver.faces.context import Context
+    from aioserver.protocol.client_headers import ClientHeaders
 
-    from aioserver.faces.admission import BodyHold
-
-# Seconds for a whole body: aiohttp has no deadline for it.
-BODY_TIMEOUT = 15.0
 # The value of the header `Server`.
 SERVER = "aioserver"
 _ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -65,50 +56,9 @@ def last_on_connection(request: web.BaseRequest) -> bool:
     return getattr(request.protocol, "last", False)
 
 
-async def read_json(request: web.Request, hold: BodyHold, max_bytes: int) -> tuple[bytes, Any]:
-    """Read the body, and return its bytes and their content as JSON. *hold* counts the bytes.
-
-    Raises:
-        UnsupportedMediaType: the body is not `application/json`, or is compressed.
-        RequestTooLarge: the body has more than *max_bytes*.
-        RequestTimeout: the body was not complete within BODY_TIMEOUT.
-        ServerAtCapacity: see `Admission.grow`.
-        InvalidJson: the body is no JSON.
-    """
-    if "Content-Encoding" in request.headers:
-        raise UnsupportedMediaType("a compressed body is not accepted")
-    header = request.headers.get("Content-Type")
-    # For nearly all clients, comparing the header itself saves parsing it.
-    if header != "application/json" and request.content_type != "application/json":
-        raise UnsupportedMediaType("Content-Type must be application/json")
-    length = request.content_length
-    if length is not None and length > max_bytes:
-        raise RequestTooLarge(f"a body of {length} bytes, at most {max_bytes}")
-    content = request.content
-    if content.is_eof():
-        body = content.read_nowait()
-        hold.grow(len(body))
-    else:
-        try:
-            async with asyncio.timeout(BODY_TIMEOUT):
-                body = await _collect(content, hold, max_bytes)
-        except TimeoutError:
-            raise RequestTimeout(f"the body did not come within {BODY_TIMEOUT} s") from None
-    if len(body) > max_bytes:
-        raise RequestTooLarge(f"a body of {len(body)} bytes, at most {max_bytes}")
-    return body, messages.load(body)
-
-
-async def _collect(content: StreamReader, hold: BodyHold, max_bytes: int) -> bytes:
-    parts: list[bytes] = []
-    size = 0
-    while part := await content.readany():
-        size += len(part)
-        if size > max_bytes:
-            raise RequestTooLarge(f"a body of more than {max_bytes} bytes")
-        hold.grow(len(part))
-        parts.append(part)
-    return b"".join(parts)
+def client_headers(context: Context, request: web.Request) -> ClientHeaders:
+    """Return the headers of *request* that go on to a provider: its trace, and those that settings name."""
+    return collect(request.headers, context.router.passed_headers)
 
 
 def error_response(error: AioserverError) -> web.Response:
@@ -116,7 +66,8 @@ def error_response(error: AioserverError) -> web.Response:
     headers = error.headers()
     headers["Content-Type"] = "application/json"
     if error.force_close:
-        headers["Connection"] = "close"
+        # Who sends `Upgrade` must name it in `Connection`, too (RFC 9110, 7.8).
+        headers["Connection"] = "upgrade, close" if "Upgrade" in headers else "close"
     response = web.Response(status=error.http_status, body=error.body(), headers=headers)
     if error.force_close:
         response.force_close()

@@ -9,6 +9,7 @@ while a write is blocked.
 
 from __future__ import annotations
 
+import socket
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 # Looks at the buffer per timeout: the alarm comes at most a quarter of the timeout late.
 LOOKS = 4
+# Whether the kernel can abort a connection whose last bytes nobody reads: see server/listener.py.
+KERNEL_ABORTS = hasattr(socket, "TCP_USER_TIMEOUT")
 
 
 class WriteWatchdog:
@@ -61,3 +64,9 @@ class WriteWatchdog:
             self._alarm()
         else:
             self._handle = self._loop.call_later(self._period, self._look)
+
+
+def kernel_aborts(transport: asyncio.Transport) -> bool:
+    """Return whether the kernel aborts a peer that does not read the rest, as it does over TCP."""
+    sock = transport.get_extra_info("socket")
+    return KERNEL_ABORTS and (sock is None or sock.family != socket.AF_UNIX)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from aioserver.config import settings
     from aioserver.providers.http1 import Sink
     from aioserver.providers.request import ProviderRequest
+    from aioserver.streams.contracts import Source
     from aioserver.streams.stream import Stream
     from aioserver.telemetry.metrics import ProviderMeter
 
@@ -50,16 +51,21 @@ class AttemptedProvider(Protocol):
     def head_received(self, attempt: Attempt) -> None:
         """Learn from the head of an answer: *attempt* knows its status and headers now."""
 
+    def answered(self, attempt: Attempt) -> None:
+        """Learn that the answer of *attempt* has begun."""
+
 
 class Attempt:
     """One try of *request* at *provider*, which `Provider.answer` runs once.
 
-    Always: at most one of `answer` and `fault` is set, and neither before `conclude`.
+    Always: at most one of `answer` and `fault` is set, and neither before `conclude`. `answered` is set by
+    the first event of the answer, or by the end of one that has no events.
 
     *stream* is the log to fill; None if no log keeps the answer. *model* None stands for the
     provider's own. *waited* has the seconds that earlier attempts of this request have spent in the
     queue of this provider; the wait of this attempt is added. A *retry* goes to the front of its caller's
-    requests in that queue. *fallback* says that another provider can be asked instead.
+    requests in that queue; so does one that may *rejoin* it, because the provider was away, even if the queue
+    is full. *fallback* says that another provider can be asked instead.
 
     After the end, `answer` has an answer that was not streamed and is passed on unread; `usage` and
     `events` say what is known of the answer. `fault` says why an answer broke off after its first
@@ -68,6 +74,8 @@ class Attempt:
 
     __slots__ = (
         "answer",
+        "answered",
+        "began",
         "events",
         "expected_tokens",
         "fallback",
@@ -76,6 +84,7 @@ class Attempt:
         "model",
         "pool",
         "provider",
+        "rejoin",
         "request",
         "retry",
         "sink",
@@ -95,6 +104,7 @@ class Attempt:
         model: str | None = None,
         waited: float = 0.0,
         retry: bool = False,
+        rejoin: bool = False,
         fallback: bool = False,
     ) -> None:
         self.provider = provider
@@ -103,9 +113,13 @@ class Attempt:
         self.model = model
         self.waited = waited
         self.retry = retry
+        self.rejoin = rejoin
         self.fallback = fallback
-        # Whether this is the breaker's trial.
+        # Whether this is a trial of a dead provider, whose end the breaker does not know yet.
         self.trial = False
+        # When the attempt got its place.
+        self.began = 0.0
+        self.answered = False
         # The pool that the request went through.
         self.pool: object = None
         # The tokens that the pace was charged with.
@@ -130,10 +144,20 @@ class Attempt:
             stream.meter = provider.meter
             stream.append_processing(provider.name, self.model or provider.settings.model)
 
+    def first_event(self) -> None:
+        """Note that the answer has begun."""
+        self.answered = True
+        self.provider.answered(self)
+
     def sending(self) -> None:
         """Note that the request goes out: from here on the model may run, and cost money."""
         if self.stream is not None:
             self.stream.sent = True
+
+    def receiving(self, exchange: Source | None) -> None:
+        """Note the *exchange* that brings the answer; None: it is over."""
+        if self.stream is not None:
+            self.stream.source = exchange
 
     def head_received(self, status: int, headers: Mapping[str, str]) -> Sink:
         """Return the sink for the body that follows the head with *status* and *headers*.

@@ -17,7 +17,7 @@ would pass them to the next request as its answer. The connector makes the hands
 a proxy (CONNECT), with aiohttp's parser; it runs before any exchange, and its bytes go to the base class.
 
 Timeouts: each read must come within `read_timeout` of the last one: one lazy timer per connection checks
-the time of the last byte. A write must make progress within `write_timeout`, or a WriteWatchdog ends the
+the time of the last byte; it rests while the log has paused the exchange (streams/flow.py). A write must make progress within `write_timeout`, or a WriteWatchdog ends the
 exchange.
 
 Private names of aiohttp used here, guarded by `tests/providers/test_pool.py` (answers with and without
@@ -26,12 +26,10 @@ an exchange, and a proxy's to CONNECT): `_loop` and `_parser` of `ResponseHandle
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING
 
 from aiohttp.client_proto import ResponseHandler
 
-from aioserver.limits.write_watchdog import WriteWatchdog
 from aioserver.provider_errors import (
     ProviderDisconnected,
     ReadTimeout,
@@ -39,19 +37,20 @@ from aioserver.provider_errors import (
     WriteTimeout,
 )
 from aioserver.providers.http1 import ResponseParser
+from aioserver.providers.upload import upload
 from aioserver.telemetry.request_log import NO_RECORD
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Callable, Mapping
 
     from aiohttp.connector import Connection
 
+    from aioserver.providers.backpressure import Backpressure
     from aioserver.providers.http1 import Sink
-    from aioserver.streams.stream import Path
+    from aioserver.streams.contracts import Path
     from aioserver.telemetry.request_log import RequestRecord
 
-# Bytes that are written before the transport is asked whether it takes more.
-UPLOAD_PIECE = 65_536
 # Seconds after a request was written within which a reused connection may prove dead.
 STALE_WITHIN = 1.0
 # Seconds in which the last chunk may follow a `[DONE]`; after that the connection is closed.
@@ -144,6 +143,7 @@ class Exchange:
         write_timeout: float,
         on_head: Callable[[int, Mapping[str, str]], Sink],
         record: RequestRecord = NO_RECORD,
+        backpressure: Backpressure | None = None,
     ) -> None:
         protocol = connection.protocol
         transport = connection.transport
@@ -164,6 +164,9 @@ class Exchange:
         self._written = False
         # Whether the sink needs no more, and only the end of the body's framing is to come.
         self._awaiting_last_chunk = False
+        self._backpressure = backpressure
+        # Whether nothing is read, since the client reads more slowly than the provider sends.
+        self._paused = False
 
     async def run(self, request: bytes) -> None:
         """Send *request* (head and body) and push the answer to its sink.
@@ -181,7 +184,9 @@ class Exchange:
             if not self.protocol.is_connected():
                 self.connection_lost(None)
             else:
-                await self._upload(request)
+                await upload(
+                    request, self.protocol, self._done, self._write_timeout, self._write_timed_out
+                )
             # The request may be large, and its answer may take long.
             del request
             if not self._done.done():
@@ -275,34 +280,6 @@ class Exchange:
         """
         return not self._written or self._loop.time() - self.last_byte_at < STALE_WITHIN
 
-    async def _upload(self, request: bytes) -> None:
-        if len(request) <= UPLOAD_PIECE:
-            self._transport.write(request)
-            if self.protocol.writing_paused:
-                await self._writable()
-            return
-        view = memoryview(request)
-        for start in range(0, len(request), UPLOAD_PIECE):
-            if self._done.done():
-                # The answer, or a failure, came before everything was sent.
-                return
-            self._transport.write(view[start : start + UPLOAD_PIECE])
-            if self.protocol.writing_paused:
-                await self._writable()
-
-    async def _writable(self) -> None:
-        """Wait until the transport takes more, or the exchange has ended."""
-        watchdog = WriteWatchdog(
-            self._loop, self._transport, self._write_timeout, self._write_timed_out
-        )
-        try:
-            while self.protocol.writing_paused and not self._done.done():
-                self.protocol.resumed = resumed = self._loop.create_future()
-                await asyncio.wait((resumed, self._done), return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            self.protocol.resumed = None
-            watchdog.stop()
-
     def _write_timed_out(self) -> None:
         self._fail(WriteTimeout(f"the provider took nothing for {self._write_timeout} s"))
 
@@ -311,7 +288,7 @@ class Exchange:
 
         Returns the seconds until the deadline; None if there is none at the moment.
         """
-        if not self._written or self._awaiting_last_chunk:
+        if not self._written or self._awaiting_last_chunk or self._paused:
             return None
         seconds = self._last_read() + self._read_timeout - self._loop.time()
         if seconds > 0:
@@ -321,9 +298,39 @@ class Exchange:
 
     def silence(self, now: float) -> float | None:
         """Return the seconds since the last byte, or the request; None if no byte is awaited."""
-        if not self._written or self._done.done():
+        if not self._written or self._paused or self._done.done():
             return None
         return max(0.0, now - self._last_read())
+
+    def pause(self) -> None:
+        """Read nothing from the provider for now; the read deadline rests meanwhile.
+
+        An exchange without backpressure, or at whose provider a request waits, reads on.
+        """
+        if (
+            not self._paused
+            and not self._done.done()
+            and not self._transport.is_closing()
+            and self._backpressure is not None
+            and self._backpressure.add(self)
+        ):
+            self._paused = True
+            self._transport.pause_reading()
+
+    def resume(self) -> None:
+        """Read on after a pause."""
+        if not self._paused:
+            return
+        self._paused = False
+        assert self._backpressure is not None
+        self._backpressure.discard(self)
+        # The pause is no silence of the provider.
+        self.last_byte_at = self._loop.time()
+        if self.protocol.fast_path is not None:
+            self.protocol.fast_path.read_at = self.last_byte_at
+        if not self._transport.is_closing():
+            self._transport.resume_reading()
+            self.protocol.watch_deadline(self._read_timeout)
 
     def _last_read(self) -> float:
         """Return when the last byte came, by either path, in the loop's time."""
@@ -338,6 +345,8 @@ class Exchange:
         The connection is free from here on, and not only when the task runs next.
         """
         if not self._done.done():
+            # Its last chunk may still have to be read.
+            self.resume()
             self._done.set_result(None)
             self._settle_after_last_chunk()
 
@@ -361,6 +370,7 @@ class Exchange:
         if protocol.exchange is not self:
             return
         done, parser = self._done, self._parser
+        self.resume()
         ended_well = done.done() and not done.cancelled() and done.exception() is None
         # A silence that lasts until the end counts as any other. The record drops a silence before the
         # answer when the answer comes.

@@ -9,8 +9,8 @@ is. A provider knows no face: it runs an `Attempt`, which fills a `Stream` or ha
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import dataclass
-from time import monotonic
 from typing import TYPE_CHECKING
 
 from aioserver.provider_errors import (
@@ -19,14 +19,16 @@ from aioserver.provider_errors import (
     ProviderRateLimited,
     StaleConnection,
 )
+from aioserver.providers.absence import Absence
+from aioserver.providers.backpressure import Backpressure
 from aioserver.providers.budget import Budget
 from aioserver.providers.exchange import Exchange
 from aioserver.providers.health import Health
 from aioserver.providers.pools import Pools
-from aioserver.providers.queueing import ProviderGate
+from aioserver.providers.queueing import ProviderGate, TrialPlace
 from aioserver.providers.silence import measure
+from aioserver.providers.token_estimate import expected_tokens, real_tokens
 from aioserver.telemetry.metrics import ProviderMeter
-from aioserver.telemetry.request_log import MAX_TOKENS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,11 +37,10 @@ if TYPE_CHECKING:
     from aioserver.errors import AioserverError
     from aioserver.limits.gate import GateStats, Place
     from aioserver.providers.attempt import Attempt
+    from aioserver.providers.budget import BudgetStats
     from aioserver.providers.pool import PoolStats
     from aioserver.providers.silence import Silence
 
-# Bytes of a request for each of its tokens, as an estimate.
-BYTES_PER_TOKEN = 4
 # An attempt that can fail over does so if nothing can start at its provider for more than these seconds.
 FAILOVER_WAIT = 1.0
 
@@ -62,11 +63,11 @@ class ProviderStats:
     queue: GateStats
     pool: PoolStats
     pace: PaceStats
-    breaker: str
-    flagged: bool
-    silence: Silence
     state: str
+    flagged: bool
     next_try: float | None
+    silence: Silence
+    budget: BudgetStats
 
 
 class Provider:
@@ -85,6 +86,7 @@ class Provider:
         *,
         max_response_bytes: int,
         meter: ProviderMeter | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.name = settings.name
         self.settings = settings
@@ -92,15 +94,18 @@ class Provider:
         # Called with this provider's name when an attempt has to wait for a place.
         self.on_wait: Callable[[str], None] = lambda _name: None
         self.max_response_bytes = max_response_bytes
-        self._gate = ProviderGate(settings.name, settings.http_client)
+        self._clock = clock
+        self.health = Health(settings.name, self.meter, clock)
+        self._gate = ProviderGate(settings.name, settings.http_client, self.health, clock)
         self._pace = self._gate.pace
+        self.backpressure = Backpressure(lambda: self._gate.waiting)
+        self.absence = Absence(settings, self.health, self._gate, clock)
         # Attempts that wait for a place, or have got one and have not run since. The gate does not
         # count the latter as waiting.
         self._pending = 0
         self.pools = Pools(settings, base_url, pending=lambda: self._pending)
-        self.health = Health(settings.name, self.meter)
         # The budget of retries.
-        self.budget = Budget()
+        self.budget = Budget(clock)
         # Set when the last attempt has ended; None unless the provider is removed.
         self._drained: asyncio.Event | None = None
 
@@ -129,6 +134,9 @@ class Provider:
             if new_address or new_key:
                 self._pace.forget()
             self._gate.apply_limits(settings.http_client)
+            self.absence.apply(settings)
+            if new_address:
+                self._gate.resume()
 
         return apply
 
@@ -145,16 +153,23 @@ class Provider:
         error: BaseException | None = None
         try:
             self._check(attempt)
-            record.queued_at = record.queued_at or monotonic()
-            self._estimate_tokens(attempt)
+            record.queued_at = record.queued_at or self._clock()
+            attempt.expected_tokens = expected_tokens(attempt, self.settings)
             place = self._gate.try_enter(attempt.expected_tokens)
             if place is None:
                 place = await self._wait(attempt)
-                # The provider may have begun to fail during the wait.
-                self._check(attempt)
-            attempt.trial = self.health.breaker.enter()
+                if not isinstance(place, TrialPlace):
+                    # The provider may have died, or begun to limit us, during the wait.
+                    if self.health.breaker.dead:
+                        raise self.health.refusal()
+                    self._check(attempt)
+            if isinstance(place, TrialPlace):
+                place.take()
+                attempt.trial = True
+            attempt.began = self._clock()
+            record.on_answer = attempt.first_event
             attempt.started()
-            await self._exchange(attempt)
+            await self.exchange(attempt)
             attempt.conclude()
         except BaseException as exc:
             error = exc
@@ -170,18 +185,21 @@ class Provider:
             self._attempt_ended(attempt, error)
 
     def head_received(self, attempt: Attempt) -> None:
-        """Learn from the head of an answer.
-
-        A provider that answers a trial well fails no more, and its headers tell what is left of its
-        limits.
-        """
+        """Learn from the head of an answer: its headers tell what is left of the provider's limits."""
         if self._outdated(attempt):
             return
         if self._pace.learn(attempt.headers) and self._gate.waiting:
             self._gate.refuse_late(FAILOVER_WAIT)
-        if attempt.trial and 200 <= attempt.status < 300:
-            self.health.breaker.attempt_answered(trial=True)
-            attempt.trial = False
+
+    def answered(self, attempt: Attempt) -> None:
+        """Learn that an answer has begun: the provider is not dead."""
+        trial, attempt.trial = attempt.trial, False
+        if self._outdated(attempt):
+            self.health.breaker.unsure(trial=trial)
+            return
+        seconds = self._clock() - (attempt.request.record.sent_at or attempt.began)
+        if self.health.answered(seconds, trial=trial):
+            self._gate.resume()
 
     def stats(self) -> ProviderStats:
         """Return a snapshot."""
@@ -192,15 +210,15 @@ class Provider:
             self._gate.stats(),
             self.pools.stats(),
             pace,
-            self.health.breaker.state,
+            self.health.state,
             self.health.flagged,
+            self.health.next_try,
             measure(
                 self.pools.exchanges(),
                 asyncio.get_running_loop().time(),
                 self.meter.first_token,
             ),
-            self.health.state,
-            self.health.next_try,
+            self.budget.stats(),
         )
 
     def refuse(self, error: Callable[[], AioserverError] | None = None) -> None:
@@ -237,25 +255,35 @@ class Provider:
         self.refuse()
         await self.pools.close()
 
-    async def _exchange(self, attempt: Attempt) -> None:
-        """Send the request on a connection, and push the answer to the sink of *attempt*."""
+    async def exchange(self, attempt: Attempt) -> None:
+        """Send the request of *attempt* on a connection, and push the answer to its sink.
+
+        `answer` calls this when the attempt has its place.
+
+        Raises:
+            ProviderFault: there was no connection, or the answer was not complete.
+        """
         request, limits = attempt.request, self.settings.http_client
         record = request.record
         while True:
             attempt.pool = pool = self.pools.pool
             # The settings may have changed during a wait, so the body is made now, for the present
             # model. No reference to the body is held while the answer comes.
-            data = self.pools.writer.write(request.path, request.body(self.settings))
+            body = request.body(self.settings)
+            data = self.pools.writer.write(request.path, body, request.client_headers)
+            del body
             connection = await pool.connect()
             attempt.sending()
-            record.sent_at = monotonic()
+            record.sent_at = self._clock()
             exchange = Exchange(
                 connection,
                 read_timeout=limits.read_timeout,
                 write_timeout=limits.write_timeout,
                 on_head=attempt.head_received,
                 record=record,
+                backpressure=self.backpressure,
             )
+            attempt.receiving(exchange)
             running = exchange.run(data)
             del data
             try:
@@ -267,17 +295,20 @@ class Provider:
                 pool.drop_idle()
             else:
                 return
+            finally:
+                attempt.receiving(None)
 
     async def _wait(self, attempt: Attempt) -> Place:
         """Wait in the queue for a place."""
         if self._gate.inside >= self._gate.limit:
             # Not called if a place is free and only the pace delays the start.
             self.on_wait(self.name)
+        self.backpressure.end()
         request = attempt.request
         caller, record = request.caller, request.record
         show_position = attempt.stream is not None and not request.whole
         cost, attempt.expected_tokens = attempt.expected_tokens, 0
-        began = monotonic()
+        began = self._clock()
         self._pending += 1
         try:
             place = await self._gate.enter(
@@ -286,25 +317,19 @@ class Provider:
                 weight=caller.priority,
                 on_position=attempt.queued if show_position else None,
                 timeout=max(0.0, self.settings.http_client.queue_timeout - attempt.waited),
-                at_front=attempt.retry,
+                at_front=attempt.retry or attempt.rejoin,
                 may_fail_over=attempt.fallback,
+                rejoin=attempt.rejoin,
                 cost=cost,
             )
         finally:
             # Nothing else runs before this attempt asks the pool.
             self._pending -= 1
-            waited = monotonic() - began
+            waited = self._clock() - began
             attempt.waited += waited
             record.queue_wait += waited
         attempt.expected_tokens = cost
         return place
-
-    def _estimate_tokens(self, attempt: Attempt) -> None:
-        """Estimate the tokens that *attempt* will cost, if tokens are paced."""
-        if limit := self.settings.http_client.tokens_per_minute:
-            prompt = len(attempt.request.body(self.settings)) // BYTES_PER_TOKEN
-            # At most a minute's worth: a body with a picture has far fewer tokens than its bytes say.
-            attempt.expected_tokens = min(prompt + (self.settings.max_tokens or 0), limit)
 
     def _cool_down(self, attempt: Attempt, fault: ProviderRateLimited) -> None:
         """Start nothing for as long as the provider asks, which has refused *attempt* for its rate."""
@@ -317,34 +342,39 @@ class Provider:
         if self._drained is not None and not self._gate.inside:
             self._drained.set()
         self._correct_estimate(attempt, exc)
+        attempt.request.record.on_answer = None
+        if exc is None and not attempt.answered:
+            # An answer in one piece has no first event.
+            attempt.first_event()
         trial, attempt.trial = attempt.trial, False
         outdated, attempt.pool = self._outdated(attempt), None
         exc = exc or attempt.fault
         attempts = self.meter.attempts
         if exc is None:
             attempts["ok"].value += 1
-        elif isinstance(exc, ProviderFault):
+            return
+        if isinstance(exc, ProviderFault):
             if exc.attempt_outcome:
                 attempts[exc.attempt_outcome].value += 1
         elif isinstance(exc, asyncio.CancelledError) and attempt.request.record.sent_at:
             attempts["cancelled"].value += 1
-        if self.health.attempt_ended(exc, trial=trial, outdated=outdated):
-            self._gate.refuse_waiting(self.health.refusal)
+        if outdated:
+            # Its fault is that of former settings, with another key or address.
+            self.health.breaker.unsure(trial=trial)
+        elif self.health.attempt_failed(
+            exc, attempt.began, trial=trial, answered=attempt.answered
+        ):
+            self.absence.refuse()
+        if trial:
+            # Another trial may start now.
+            self._gate.serve()
 
     def _correct_estimate(self, attempt: Attempt, exc: BaseException | None) -> None:
-        """Charge the difference between the estimated tokens of *attempt* and its real ones.
-
-        Where the provider reports no usage, the prompt counts as estimated, and each event as a token.
-        """
+        """Charge the difference between the estimated tokens of *attempt* and its real ones."""
         if not attempt.expected_tokens:
             return
-        total = attempt.usage.get("total_tokens") if attempt.usage is not None else None
-        if exc is not None and not attempt.request.record.sent_at:
-            total = 0
-        elif not isinstance(total, int) or not 0 <= total < MAX_TOKENS:
-            prompt = attempt.expected_tokens - (self.settings.max_tokens or 0)
-            total = max(0, prompt) + attempt.events
-        self._pace.charge(total - attempt.expected_tokens)
+        tokens = real_tokens(attempt, self.settings, failed=exc is not None)
+        self._pace.charge(tokens - attempt.expected_tokens)
         attempt.expected_tokens = 0
         self._gate.serve()
 
@@ -356,10 +386,15 @@ class Provider:
         """Refuse *attempt* if the provider is not asked now.
 
         Raises:
-            ProviderFault: the provider is not healthy.
+            ProviderFault: the provider is not healthy, and the attempt cannot be its next trial.
             ProviderPaced: the provider is cooling down for longer than *attempt* waits before it fails
                 over.
         """
-        self.health.check()
+        if self.absence.waits(attempt):
+            return
+        self.health.check(alternative=attempt.fallback)
+        if self.health.breaker.dead and self._gate.waiting:
+            # The request that waits longest is the next trial.
+            raise self.health.refusal()
         if attempt.fallback and (wait := self._pace.cooling) > FAILOVER_WAIT:
             raise self._gate.paced_fault(wait)

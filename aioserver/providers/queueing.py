@@ -1,28 +1,79 @@
-"""The queue of a provider: its gate, which opens at the provider's pace, and its faults."""
+"""The queue of a provider: its gate, which opens at the provider's pace, and its faults.
+
+While the provider is dead, the gate opens for trials only. Where requests may wait until it is back
+(`when_down: wait`), they stay in the queue meanwhile. One whose attempt has just failed pauses before it
+comes back to the queue, since the provider may be away and not be known as dead yet.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import time
 from typing import TYPE_CHECKING
 
-from aioserver.limits.gate import Gate
+from aioserver.limits.gate import Gate, Place
 from aioserver.provider_errors import ProviderPaced, ProviderQueueFull, ProviderQueueTimeout
 from aioserver.providers.pace import Pace
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from aioserver.config.settings import HttpClient
+    from aioserver.errors import AioserverError
+    from aioserver.providers.breaker import Breaker
+    from aioserver.providers.health import Health
+
+
+class TrialPlace(Place):
+    """A place whose attempt is a trial of a dead provider.
+
+    Always: the breaker hears of the trial's end, also if the place is given back and nobody has taken
+    the trial over.
+    """
+
+    __slots__ = ("_breaker", "_taken")
+
+    def __init__(self, gate: Gate, breaker: Breaker) -> None:
+        super().__init__(gate)
+        self._breaker = breaker
+        self._taken = False
+
+    def take(self) -> None:
+        """Take the trial over: the caller will tell the breaker how it ends."""
+        self._taken = True
+
+    def release(self) -> None:
+        """Give the place back."""
+        if not self._taken:
+            self._taken = True
+            self._breaker.unsure(trial=True)
+        super().release()
 
 
 class ProviderGate(Gate):
-    """The gate of the provider *name*.
+    """The gate of the provider *name*, which opens as the breaker of its *health* allows.
 
-    Always: places, queue and pace follow the *limits* that were applied last.
+    Always: places, queue and pace follow the *limits* that were applied last; a request that pauses is
+    counted as one that waits, and refused as one.
     """
 
-    def __init__(self, name: str, limits: HttpClient) -> None:
+    def __init__(
+        self,
+        name: str,
+        limits: HttpClient,
+        health: Health,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._name = name
         self._limits = limits
+        self._health = health
+        # The requests that pause, each done when it may come back.
+        self._pausing: set[asyncio.Future[None]] = set()
         self.pace = Pace(
-            limits.requests_per_minute, _burst(limits), tokens_per_minute=limits.tokens_per_minute
+            limits.requests_per_minute,
+            _burst(limits),
+            clock,
+            tokens_per_minute=limits.tokens_per_minute,
         )
         super().__init__(
             limits.concurrent_requests,
@@ -31,11 +82,10 @@ class ProviderGate(Gate):
             full_error=lambda wait: ProviderQueueFull(
                 f"{self._limits.queue_size} requests wait for {name} already", retry_after=wait
             ),
-            timeout_error=lambda wait: ProviderQueueTimeout(
-                f"no place at {name} within {self._limits.queue_timeout} s", retry_after=wait
-            ),
+            timeout_error=self._timeout_fault,
             pace=self.pace,
             pace_error=self.paced_fault,
+            clock=clock,
         )
 
     def paced_fault(self, wait: float) -> ProviderPaced:
@@ -60,6 +110,69 @@ class ProviderGate(Gate):
             queue_size=limits.queue_size,
             queue_timeout=limits.queue_timeout,
         )
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait, those that pause included."""
+        return super().waiting + len(self._pausing)
+
+    async def pause(self, seconds: float) -> None:
+        """Wait for *seconds*, or until `resume`, outside of the queue. Cancelling is safe.
+
+        Raises:
+            AioserverError: made by the argument of `close` or `refuse_waiting`.
+        """
+        if self._closed is not None:
+            raise self._closed()
+        loop = asyncio.get_running_loop()
+        over: asyncio.Future[None] = loop.create_future()
+        timer = loop.call_later(seconds, _settle, over)
+        self._pausing.add(over)
+        try:
+            await over
+        finally:
+            timer.cancel()
+            self._pausing.discard(over)
+
+    def resume(self) -> None:
+        """Let the requests in that wait, since the provider is back."""
+        for over in self._pausing:
+            _settle(over)
+        self.serve()
+
+    def refuse_waiting(
+        self, error: Callable[[], AioserverError], *, fallback_only: bool = False
+    ) -> None:
+        """Refuse every waiter, or with *fallback_only* those that another provider can answer."""
+        if fallback_only:
+            for waiter in self._queue:
+                if waiter.may_fail_over:
+                    self._refuse(waiter, error)
+            return
+        super().refuse_waiting(error)
+        for over in self._pausing:
+            if not over.done():
+                over.set_exception(error())
+
+    def _timeout_fault(self, wait: float) -> ProviderQueueTimeout:
+        seconds = self._limits.queue_timeout
+        text = f"no place at {self._name} within {seconds} s"
+        if self._health.breaker.dead:
+            text = f"{self._name} was not back within {seconds} s"
+        return ProviderQueueTimeout(text, retry_after=wait)
+
+    def _delay(self) -> float:
+        return max(super()._delay(), self._health.breaker.delay())
+
+    def _start(self, cost: int) -> Place:
+        place = super()._start(cost)
+        breaker = self._health.breaker
+        return TrialPlace(self, breaker) if breaker.start() else place
+
+
+def _settle(over: asyncio.Future[None]) -> None:
+    if not over.done():
+        over.set_result(None)
 
 
 def _burst(limits: HttpClient) -> int:

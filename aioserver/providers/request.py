@@ -6,19 +6,36 @@ A request is made once and may be sent several times: each try of it is an `Atte
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from aioserver.auth.callers import Caller
+from aioserver.protocol.client_headers import NO_HEADERS
 from aioserver.telemetry.request_log import RequestRecord
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from aioserver.config import settings
+    from aioserver.protocol.client_headers import ClientHeaders
     from aioserver.protocol.openai import Reading
 
 # The caller of a request that comes from no client.
 NO_CALLER = Caller()
+
+
+class Hold(Protocol):
+    """The bytes of a client's body that count against `max_body_bytes`, as their request sees them.
+
+    *given* says that the request releases them, and not the handler that has read them.
+    """
+
+    given: bool
+
+    def shrink_to(self, size: int) -> None:
+        """Count no more than *size* bytes from now on."""
+
+    def release(self) -> None:
+        """Count nothing any more; a second call does nothing."""
 
 
 class ProviderRequest:
@@ -27,12 +44,25 @@ class ProviderRequest:
     Always: nothing in it but its `record` changes from one attempt to the next.
 
     *path* is OpenAI's, below the provider's base URL. *body* makes the JSON for one provider, whose
-    model may differ; it is called for each attempt, and its result is not kept. *reading* collects
+    model may differ; it is called for each attempt, and its result is not kept. *hold* counts the client's body
+    until `forget_body`, or `release`; of it *kept_bytes* are kept longer. *reading* collects
     the text of an answer whose log has `chunk` objects; None if the log has the provider's bytes. *model* is
-    for the provider that is asked first; None stands for the model in its settings.
+    for the provider that is asked first; None stands for the model in its settings. Of the
+    *client_headers* each provider gets those that its settings name, and the trace.
     """
 
-    __slots__ = ("body", "caller", "model", "path", "reading", "record", "streamed")
+    __slots__ = (
+        "_hold",
+        "_kept_bytes",
+        "body",
+        "caller",
+        "client_headers",
+        "model",
+        "path",
+        "reading",
+        "record",
+        "streamed",
+    )
 
     def __init__(
         self,
@@ -43,6 +73,9 @@ class ProviderRequest:
         caller: Caller = NO_CALLER,
         model: str | None = None,
         reading: Reading | None = None,
+        hold: Hold | None = None,
+        kept_bytes: int = 0,
+        client_headers: ClientHeaders = NO_HEADERS,
     ) -> None:
         self.path = path
         self.body = body
@@ -50,12 +83,38 @@ class ProviderRequest:
         self.caller = caller
         self.model = model
         self.reading = reading
+        self.client_headers = client_headers
         self.record = RequestRecord()
+        self.record.trace_id = client_headers.trace_id
+        self._hold = hold
+        self._kept_bytes = kept_bytes
+
+    def outlive_handler(self) -> None:
+        """Note that the request goes on when the client's handler has ended: `release` is called then."""
+        if self._hold is not None:
+            self._hold.given = True
+
+    def forget_body(self) -> None:
+        """Forget the body: the request was sent for the last time."""
+        self.body = _no_body
+        if self._hold is not None:
+            self._hold.shrink_to(self._kept_bytes)
+
+    def release(self) -> None:
+        """Forget the body and all that was kept of it: the request is over."""
+        self.body = _no_body
+        if self._hold is not None:
+            self._hold.release()
+            self._hold = None
 
     @property
     def whole(self) -> bool:
         """Whether the answer is one body, passed on as the provider sent it."""
         return self.reading is None and not self.streamed
+
+
+def _no_body(_provider: settings.Provider) -> bytes:
+    raise AssertionError("the request was sent for the last time")
 
 
 @dataclass(slots=True)

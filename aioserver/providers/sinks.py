@@ -42,7 +42,8 @@ from aioserver.providers.error_mapping import error_object_fault, event_fault
 from aioserver.streams import entries
 
 if TYPE_CHECKING:
-    from aioserver.streams.stream import Path, Stream
+    from aioserver.streams.contracts import Path
+    from aioserver.streams.stream import Stream
 
 # Events of an answer from which its shape is learned; some providers repeat no shape at all.
 MAX_SHAPE_SAMPLES = 4

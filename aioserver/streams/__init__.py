@@ -16,5 +16,6 @@ The *lifetime* of a stream depends on its readers. A stream that runs without a 
 *detached*: it goes on for its *window*, a number of seconds, and is then cancelled. A client that
 comes back in time can *resume*: it reads on after the last event that it has seen. A stream that
 has ended is kept for its window, too. With a window of 0 nobody can come back, and nothing is
-kept.
+kept; the provider is then *paused* while its client reads too slowly. Anywhere else a reader that
+falls behind what is kept is *dropped*, and told so.
 """

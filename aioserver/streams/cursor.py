@@ -10,14 +10,15 @@ import asyncio
 from time import monotonic
 from typing import TYPE_CHECKING, Protocol
 
-from aioserver.errors import ResumeGap
+from aioserver.errors import ResumeGap, SlowClient
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from aioserver.protocol.openai import Shape
+    from aioserver.streams.contracts import Path
     from aioserver.streams.formats import Format
-    from aioserver.streams.stream import Path, Stream
+    from aioserver.streams.stream import Stream
 
 
 class CursorWriter(Protocol):
@@ -42,19 +43,23 @@ class CursorWriter(Protocol):
     def send(self, data: bytes) -> None:
         """Write a control frame or a comment."""
 
+    def drop(self, cursor: Cursor) -> None:
+        """Unfollow the stream of *cursor*, and write its `farewell` as soon as the client reads."""
+
 
 class Cursor:
     """A client's progress in one stream, and the format in which the client reads it.
 
     *next_index* is the index of the next entry, counted from the start of the log; *skip* is the
     number of events at that entry's start that the client has seen already. *removed* is true once
-    the writer follows the cursor no longer.
+    the writer follows the cursor no longer. *farewell* is what a client that is dropped is told.
     """
 
     __slots__ = (
         "_render_position",
         "_since",
         "_writer",
+        "farewell",
         "format",
         "next_index",
         "on_end",
@@ -76,6 +81,7 @@ class Cursor:
         self.next_index, self.skip = stream.locate(after)
         self.on_end = on_end
         self.removed = False
+        self.farewell = b""
         self._since = monotonic()
         self._writer = writer
         self.format = event_format
@@ -97,6 +103,16 @@ class Cursor:
     def notify(self) -> None:
         """Let the writer write what the log has now."""
         self._writer.notify(self)
+
+    def drop(self) -> None:
+        """Leave the log, and tell the client that it fell behind; a second call does nothing."""
+        if not self.removed:
+            error = SlowClient(
+                "this client reads more slowly than the answer comes, and fell behind"
+            )
+            self.farewell = self.format.render_error(self.stream, error)
+            self.stream.record.slow_client = True
+            self._writer.drop(self)
 
     def report_position(self, position: int, eta: float) -> None:
         """Write the position in the provider's queue, if this face shows it.
@@ -142,6 +158,9 @@ class Cursor:
         Raises:
             ResumeGap: the log has discarded events that this reader has not seen.
         """
+        if self.farewell:
+            parts.append(self.farewell)
+            return True
         stream = self.stream
         entries, event_format = stream.entries, self.format
         index = self.next_index - stream.offset
@@ -188,6 +207,9 @@ class ConditionReader:
         """Check whether the condition is true now."""
         if not self.reached.done() and self._condition(self._stream):
             self.reached.set_result(None)
+
+    def drop(self) -> None:
+        """Do nothing: this reader reads no events, so it misses none."""
 
     def report_position(self, position: int, eta: float) -> None:
         """Do nothing: this reader shows no position."""

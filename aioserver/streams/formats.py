@@ -15,6 +15,7 @@ from aioserver.protocol import eventstream, messages
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from aioserver.errors import AioserverError
     from aioserver.streams.entries import Entry
     from aioserver.streams.stream import Stream
 
@@ -32,12 +33,14 @@ class Format(NamedTuple):
     *render* takes a stream, one of its entries, and the number of events to skip at its start.
     *render_text* renders one event that contains only a text. It takes the head of the stream's
     frames, the event's number, and the text as JSON with its closing quote. It is None for
-    a format that needs the provider's bytes.
+    a format that needs the provider's bytes. *render_error* renders an error that ends the reading,
+    though not the stream.
     """
 
     name: str
     render: Callable[[Stream, Entry, int], bytes]
     render_text: Callable[[bytes, int, bytes], bytes] | None
+    render_error: Callable[[Stream, AioserverError], bytes]
 
     def render_newest(self, stream: Stream, entry: Entry) -> bytes:
         """Render the newest *entry* of *stream*: once for all its readers in this format."""
@@ -67,6 +70,10 @@ def _raw(_stream: Stream, entry: Entry, skip: int) -> bytes:
     return b"".join(eventstream.split(entry.data)[skip:])
 
 
+def _raw_error(stream: Stream, error: AioserverError) -> bytes:
+    return stream.details.render_error(error)
+
+
 def _event(number: int, status: bytes, frame: bytes) -> bytes:
     return b"id: %d\nevent: %b\ndata: %b\n\n" % (number, status, frame)
 
@@ -90,6 +97,12 @@ def _text_event(head: bytes, number: int, text: bytes) -> bytes:
     )
 
 
+def _error_event(stream: Stream, error: AioserverError) -> bytes:
+    # Without an id, so that a client which comes back goes on after the last event that it has.
+    frame = messages.loose_frame(stream.request_id, "error", error.as_chunk())
+    return eventstream.write(frame, event="error")
+
+
 def _messages(stream: Stream, entry: Entry, skip: int) -> bytes:
     frames = stream.frames(entry)
     if len(frames) == 1:
@@ -101,6 +114,10 @@ def _text_message(head: bytes, number: int, text: bytes) -> bytes:
     return ws_frame(WS_TEXT, messages.text_frame(head, number, text))
 
 
-RAW = Format("raw", _raw, None)
-EVENTS = Format("events", _events, _text_event)
-MESSAGES = Format("messages", _messages, _text_message)
+def _error_message(stream: Stream, error: AioserverError) -> bytes:
+    return ws_frame(WS_TEXT, messages.loose_frame(stream.request_id, "error", error.as_chunk()))
+
+
+RAW = Format("raw", _raw, None, _raw_error)
+EVENTS = Format("events", _events, _text_event, _error_event)
+MESSAGES = Format("messages", _messages, _text_message, _error_message)

@@ -64,6 +64,7 @@ class Lifetime:
 
     def reader_added(self, stream: Stream) -> None:
         """Note that *stream* has a reader, or has one again."""
+        stream.record.slow_client = False
         self._leave_detached(stream)
 
     def reader_removed(self, stream: Stream) -> None:

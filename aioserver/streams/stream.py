@@ -1,4 +1,4 @@
-"""The log of one answer, and the contracts of its readers, its fast path and its store.
+"""The log of one answer, and the contract of its store.
 
 A stream is an append-only log of events, numbered 1, 2, 3 … without gaps: `processing`, `chunk`*,
 then one of `complete`, `error` and `cancelled`. One producer appends, at the provider's speed; any
@@ -11,9 +11,9 @@ readers. Events that the fast path forwards are in the log at the latest when th
 see `close_fast_path`.
 
 A log is bounded. Beyond `max_stream_bytes` its oldest entries are discarded, though never its
-newest; a reader that has not seen them yet cannot go on (`ResumeGap`), and skips no event
-silently. Where no client can come back (`window` 0), an entry is discarded once every reader has
-passed it.
+newest; a reader that has not seen them yet is dropped, and skips no event silently. Where no
+client can come back (`window` 0), an entry is discarded once every reader has passed it, and the
+provider is read no faster than the client reads (flow.py).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from aioserver.errors import AioserverError, ResumeGap
 from aioserver.protocol import messages
 from aioserver.streams.details import AnswerDetails, Attachment
 from aioserver.streams.entries import CHUNK, ERROR, PROCESSING, Entry
+from aioserver.streams.flow import regulate, unread_bytes
 from aioserver.telemetry.metrics import NO_METER
 from aioserver.telemetry.request_log import NO_RECORD
 
@@ -34,45 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Hashable, Mapping, Sequence
 
     from aioserver.protocol.openai import Shape
-
-
-class Path(Protocol):
-    """The fast path of a log's only reader (fast_path.py), as the log and the provider see it.
-
-    *forwarded_at* is the loop's time of the last read that it forwarded; *read_at* that of the
-    provider's last read, by either path.
-    """
-
-    forwarded_at: float
-    read_at: float
-
-    def forward(self, read: bytes) -> bool:
-        """Forward *read*; return False, with nothing done, if it must take the slow path."""
-
-    def close(self) -> None:
-        """Forward nothing from now on; the log has all that was forwarded when this returns."""
-
-
-class Reader(Protocol):
-    """A reader of a log. All its methods are called synchronously and must not raise.
-
-    *next_index* is the index of the first entry that it has not passed, counted from the start of
-    the log.
-    """
-
-    next_index: int
-
-    def write_now(self, data: bytes) -> bool:
-        """Write *data* as the next entry; return False, with nothing done, if it must wait."""
-
-    def open_fast_path(self, shape: Shape | None) -> Path | None:
-        """Return the reader's fast path; None if anything must be written before the next event."""
-
-    def notify(self) -> None:
-        """Read on: the log has grown or ended."""
-
-    def report_position(self, position: int, eta: float) -> None:
-        """Show that the request is queued: its position, and the estimated wait in seconds."""
+    from aioserver.streams.contracts import Path, Reader, Source
 
 
 class Store(Protocol):
@@ -123,6 +86,7 @@ class Stream:
         "rendered",
         "request_id",
         "sent",
+        "source",
         "window",
     )
 
@@ -160,6 +124,8 @@ class Stream:
         self.error: AioserverError | None = None
         # Whether a request was sent to a provider: from then on the answer costs money.
         self.sent = False
+        # The exchange that fills the log, while it is under way.
+        self.source: Source | None = None
         # The monotonic time of the provider's first event; no other attempt is made after it.
         self.answered_at = 0.0
         # The provider's meter, which counts the events.
@@ -186,6 +152,9 @@ class Stream:
         if not self.answered_at:
             self.answered_at = now = monotonic()
             self.record.answered(now)
+            request, self.attachment.request = self.attachment.request, None
+            if request is not None:
+                request.forget_body()
 
     def add_alias(self, alias: str) -> None:
         """Let this stream be found by *alias*, too; a private one is not found at all."""
@@ -255,9 +224,20 @@ class Stream:
         self._grow(size)
 
     def trim(self) -> None:
-        """Discard entries beyond `max_stream_bytes`; if no client can come back, those passed."""
+        """Discard entries beyond `max_stream_bytes`; if no client can come back, those passed.
+
+        In the latter case the source pauses, or goes on, as the readers have read.
+        """
         if self.bytes > self.max_bytes or self.window <= 0:
             self._discard()
+            if self.source is not None and self.window <= 0 and not self.ended:
+                unread = unread_bytes(self.entries, self.offset, self.readers)
+                regulate(self.source, unread, self.max_bytes)
+
+    def note_passed(self) -> None:
+        """Note that a reader which was behind has passed entries."""
+        if self.window <= 0:
+            self.trim()
 
     def forward(self, data: bytes, count: int, *, more: bool = False) -> None:
         """Append the provider's bytes of *count* whole events.
@@ -324,9 +304,7 @@ class Stream:
     def fail(self, error: AioserverError) -> None:
         """Append *error* as the last event, for both kinds of face: as a frame, and as bytes."""
         self.error = error
-        form = self.details.error_format
-        data = b"data: %b\n\n" % error.body() if form is None else form.render(error)
-        self.end(ERROR, error.as_chunk(), data=data)
+        self.end(ERROR, error.as_chunk(), data=self.details.render_error(error))
 
     def report_position(self, position: int, eta: float) -> None:
         """Tell the readers the position in the provider's queue, and the estimated wait in seconds."""
@@ -397,3 +375,10 @@ class Stream:
             del entries[:count]
             self.offset += count
             self._grow(-freed)
+            self._drop_late_readers()
+
+    def _drop_late_readers(self) -> None:
+        """Drop the readers that have not seen all of the discarded entries."""
+        for reader in tuple(self.readers):
+            if reader.next_index < self.offset:
+                reader.drop()

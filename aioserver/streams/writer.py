@@ -28,7 +28,7 @@ from time import monotonic
 from typing import TYPE_CHECKING
 
 from aioserver.errors import ResumeGap
-from aioserver.limits.write_watchdog import WriteWatchdog
+from aioserver.limits.write_watchdog import WriteWatchdog, kernel_aborts
 from aioserver.streams.cursor import Cursor
 from aioserver.streams.fast_path import Destination, FastPath, Outbox, TextPath
 
@@ -43,8 +43,8 @@ if TYPE_CHECKING:
 # is also the high-water mark of a transport's buffer, as in asyncio: `drain()` waits above it.
 WRITE_BYTES = 1 << 16
 MAX_CONTROL_FRAMES = 64
-# Whether the kernel aborts a connection whose last bytes nobody reads: see listener.py.
-KERNEL_ABORTS = hasattr(socket, "TCP_USER_TIMEOUT")
+# Why a client is dropped whose stream has discarded what it has not read.
+FELL_BEHIND = "reader fell behind"
 
 
 class Writer:
@@ -149,6 +149,8 @@ class Writer:
     def unfollow(self, cursor: Cursor) -> None:
         """Follow the stream of *cursor* no longer; a second call does nothing."""
         if cursor.removed:
+            # Its farewell may not be written yet.
+            self._ready.pop(cursor, None)
             return
         cursor.removed = True
         self._close_path()
@@ -161,6 +163,15 @@ class Writer:
         if stream.ended:
             stream.trim()
         self._on_unfollow(stream)
+
+    def drop(self, cursor: Cursor) -> None:
+        """Unfollow the stream of *cursor*, and write its `farewell` as soon as the client reads."""
+        self._on_drop(FELL_BEHIND)
+        self.unfollow(cursor)
+        if not self._closed:
+            self._ready[cursor] = None
+            if self._draining is None:
+                self._schedule()
 
     def write_now(self, data: bytes) -> bool:
         """Write *data*, the next bytes of the only cursor.
@@ -250,14 +261,15 @@ class Writer:
                 try:
                     caught_up = cursor.render(parts, room)
                 except ResumeGap:
-                    self.abort("reader fell behind")
-                    return
+                    cursor.drop()
+                    continue
                 del ready[cursor]
                 if not caught_up:
                     # The cursor goes behind the others, which are written next.
                     ready[cursor] = None
-                elif cursor.stream.ended:
+                elif cursor.farewell or cursor.stream.ended:
                     ended.append(cursor)
+                cursor.stream.note_passed()
                 room -= sum(map(len, parts[start:]))
                 if room <= 0:
                     break
@@ -265,7 +277,8 @@ class Writer:
             if data or ended:
                 self._write(data, self._tail if ended else b"")
             for cursor in ended:
-                if not cursor.removed:
+                # A dropped cursor is unfollowed already.
+                if not cursor.removed or (cursor.farewell and not self._closed):
                     self.unfollow(cursor)
                     cursor.on_end(cursor)
 
@@ -284,6 +297,8 @@ class Writer:
         """Drop the client: reset its connection, whatever is still to be written."""
         if not self._closed:
             self._on_drop(reason)
+            for cursor in self._cursors:
+                cursor.stream.record.slow_client = True
         sock = self._transport.get_extra_info("socket")
         if sock is not None and not self._transport.is_closing():
             # A reset: otherwise the kernel would keep its bytes for a peer that reads nothing.
@@ -318,7 +333,7 @@ class Writer:
             self._watchdog is None
             and not self._transport.is_closing()
             and self._transport.get_write_buffer_size()
-            and not _kernel_aborts(self._transport)
+            and not kernel_aborts(self._transport)
         ):
             # Not left to the transport's close(), which waits forever for a peer that does not read.
             WriteWatchdog(self._loop, self._transport, self._send_timeout, self._transport.abort)
@@ -382,9 +397,3 @@ class Writer:
                 cursor.note_blocked(self._blocked_at)
         if not self._closed:
             self.pump()
-
-
-def _kernel_aborts(transport: asyncio.Transport) -> bool:
-    """Return whether the kernel aborts a peer that does not read the rest, as it does over TCP."""
-    sock = transport.get_extra_info("socket")
-    return KERNEL_ABORTS and (sock is None or sock.family != socket.AF_UNIX)

@@ -33,6 +33,7 @@ OUTCOMES = (
     "rejected",
     "provider_error",
     CLIENT_LEFT,
+    errors.SlowClient.outcome,
     CANCELLED,
     "internal_error",
 )
@@ -75,6 +76,7 @@ class ProviderMeter:
         "recent_first_tokens",
         "recent_silences",
         "retries",
+        "retries_refused",
         "wait",
     )
 
@@ -86,6 +88,7 @@ class ProviderMeter:
         self.gap = Histogram()
         self.attempts = {outcome: Counter() for outcome in ATTEMPTS}
         self.retries = {code: Counter() for code in RETRY_CODES}
+        self.retries_refused = Counter()
         self.failovers = {code: Counter() for code in FAILOVER_CODES}
         self.key_refused = Counter()
         self.recent_first_tokens = RecentValues()
@@ -146,6 +149,7 @@ class Metrics:
         # Limits the log lines about refused requests, by error code: thousands a second may be refused.
         self.refusal_lines = logs.RateLimit(1, logs.SAME_ERROR)
         self.slow_clients = Counter()
+        self.gave_way = Counter()
         self.bugs = Counter()
         self.admission_wait = {outcome: Histogram() for outcome in ("entered", "refused")}
         self.delay = {cause: Histogram() for cause in ("ours", "client")}
@@ -291,6 +295,11 @@ SERVER_FAMILIES: tuple[Row[Metrics], ...] = (
         ("code",),
     ),
     Row("resumes", lambda m: m.resumes, "Attempts to resume an answer", ("outcome",)),
+    Row(
+        "connections_gave_way",
+        lambda m: m.gave_way,
+        "Idle WebSockets closed because others waited, and their key had most places",
+    ),
     Row("slow_clients", lambda m: m.slow_clients, "Clients dropped because they read nothing"),
     Row(
         "bad_requests",
@@ -352,6 +361,11 @@ PROVIDER_FAMILIES: tuple[Row[ProviderMeter], ...] = (
         lambda m: m.retries,
         "Further attempts at the same provider, by the fault of the one before",
         ("reason",),
+    ),
+    Row(
+        "retries_refused",
+        lambda m: m.retries_refused,
+        "Further attempts that were not made, since the budget of retries was used up",
     ),
     Row("failovers", lambda m: m.failovers, "Requests that went on to a fallback", ("reason",)),
     Row("provider_wait_seconds", lambda m: m.wait, "Time in the provider's queue"),

@@ -14,12 +14,12 @@ import logging
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from aioserver.errors import AioserverError
+from aioserver.errors import AioserverError, SlowClient
 from aioserver.telemetry.loop_lag import THRESHOLD
 from aioserver.telemetry.metrics import CANCELLED, CLIENT_LEFT, OK, Metrics
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from aioserver.telemetry.loop_lag import LoopLag
 
@@ -66,6 +66,7 @@ class RequestRecord:
         "first_event_at",
         "log",
         "model",
+        "on_answer",
         "provider",
         "queue_wait",
         "queued_at",
@@ -73,12 +74,16 @@ class RequestRecord:
         "sent_at",
         "silence",
         "silence_end",
+        "slow_client",
         "streamed",
+        "trace_id",
         "usage",
     )
 
     def __init__(self) -> None:
         self.face = self.request_id = self.provider = self.model = self.caller = ""
+        # The id of the client's trace (W3C Trace Context), 32 hex digits; "" if it has none.
+        self.trace_id = ""
         self.admitted_at = 0.0
         self.queued_at = self.sent_at = self.first_event_at = self.queue_wait = 0.0
         self.silence = self.silence_end = self.delay = self.client_stall = 0.0
@@ -89,8 +94,12 @@ class RequestRecord:
         self.usage: Mapping[str, Any] | None = None
         # Whether the request was cancelled because nobody read its answer any more.
         self.abandoned = False
+        # Whether its last reader was dropped, since it read too slowly.
+        self.slow_client = False
         # Whether the answer comes as events, while the model makes them.
         self.streamed = False
+        # Called when the first event of the answer has come; None unless an attempt is under way.
+        self.on_answer: Callable[[], None] | None = None
         # The log that counts the first event of the answer when it comes; None if nothing counts it.
         self.log: RequestLog | None = None
 
@@ -120,6 +129,8 @@ class RequestRecord:
         self.silence = 0.0
         if self.log is not None:
             self.log.count_first_token(self)
+        if self.on_answer is not None:
+            self.on_answer()
 
     def silent(self, since: float, until: float) -> float:
         """Note a silence of the provider, in the loop's time; return the longest so far."""
@@ -171,6 +182,8 @@ class RequestLog:
             status = public.http_status if public else 500
         elif cancelled:
             outcome, status = (CLIENT_LEFT if record.abandoned else CANCELLED), 499
+            if record.abandoned and record.slow_client:
+                code, outcome = SlowClient.code, SlowClient.outcome
         metrics.requests[record.face, record.provider, code, outcome].value += 1
         metrics.outcomes[outcome].value += 1
         if outcome == "rejected":
@@ -248,6 +261,8 @@ class RequestLog:
         }
         if record.caller:
             fields["caller"] = record.caller
+        if record.trace_id:
+            fields["trace_id"] = record.trace_id
         if code:
             fields["code"] = code
         if record.first_event_at:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from aioserver.providers.simulator.exchange import Behaviour
-from tests.support.chat import big, chat, numbers, to_end, whole
+from tests.support.chat import big, chat, frames_of, numbers, to_end, whole
 from tests.support.raw import SMALL, TEXT, Raw, masked
 from tests.support.server import SILENT, MakeServer
 from tests.support.waiting import until
@@ -99,21 +99,25 @@ async def test_an_openai_client_that_stops_reading_is_dropped_and_its_answer_can
     assert len(got) < SIZE * COUNT
     assert b"[DONE]" not in got
     await server.nothing_held()
+    assert await server.counted("requests", "code", "outcome") == {
+        ("slow_client", "slow_client"): 1
+    }
 
 
-async def test_a_reader_that_falls_behind_what_is_kept_is_dropped_and_told_of_the_gap(
+async def test_a_reader_that_falls_behind_what_is_kept_is_dropped_and_told_so(
     make_server: MakeServer,
 ) -> None:
     server = await make_server(**{"chat.streams.max_stream_bytes": 200_000})
 
     async with Raw(server, receive_buffer=SMALL) as raw:
-        await stalled_websocket(raw, "r1", big(SIZE, COUNT))
+        await stalled_sse(raw, "r1", big(SIZE, COUNT))
         await server.simulator.until(lambda stats: stats.completed == 1)
         raw.widen()
-        got = await asyncio.wait_for(raw.to_the_end(), 20)
+        got = (await raw.answer()).body
 
     assert len(got) < SIZE * COUNT
     assert b'"complete"' not in got  # never a silent skip
+    assert frames_of(got)[-1]["chunk"]["code"] == "slow_client"
     async with server.session.get(f"{server.sse}/r1?last_event_id=3") as response:
         assert response.status == 409
         assert (await response.json())["error"]["code"] == "resume_gap"

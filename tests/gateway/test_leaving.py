@@ -96,6 +96,9 @@ class Reader:
     def notify(self) -> None:
         self.next_index = self._stream.offset + len(self._stream.entries)
 
+    def drop(self) -> None:
+        pass
+
     def report_position(self, position: int, eta: float) -> None:
         pass
 

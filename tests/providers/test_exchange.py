@@ -20,6 +20,8 @@ from aioserver.provider_errors import (
     WriteTimeout,
 )
 from aioserver.providers import exchange as exchange_module
+from aioserver.providers.backpressure import Backpressure
+from aioserver.providers.exchange import Exchange
 from tests.support.scripted_provider import (
     DONE,
     OK,
@@ -660,3 +662,96 @@ async def test_a_hundred_requests_use_one_connection() -> None:
 
         assert {got.body for got in answers} == {b"ok"}
         assert server.accepted == 1
+
+
+async def test_a_paused_exchange_reads_nothing_and_its_deadline_rests() -> None:
+    waiting = 0
+    backpressure = Backpressure(lambda: waiting)
+    sent = asyncio.Event()
+
+    async def play(peer: Peer) -> None:
+        await peer.request()
+        await peer.send(CHUNKED + chunk(b"first"))
+        await sent.wait()
+        await peer.send(chunk(b"second"), b"0\r\n\r\n")
+        await peer.request()
+        await peer.send(OK)
+        await peer.left()
+
+    async with ScriptedProvider(play) as provider, pooled(provider.url) as pool:
+        loop, got = asyncio.get_running_loop(), Got()
+        paused = Exchange(
+            await pool.connect(),
+            read_timeout=0.1,
+            write_timeout=5.0,
+            on_head=got.on_head,
+            backpressure=backpressure,
+        )
+        running = asyncio.ensure_future(paused.run(request()))
+        await until(lambda: got.body == b"first")
+
+        paused.pause()
+        sent.set()
+        assert backpressure.paused == 1
+        assert paused.check_deadline() is None
+        assert paused.silence(loop.time()) is None
+        await asyncio.sleep(0.3)  # longer than the deadline, which rests
+        assert not running.done()
+        assert got.body == b"first"
+
+        backpressure.end()
+        await running
+        assert got.body == b"firstsecond"
+        assert backpressure.paused == 0
+        assert (await ask(pool)).body == b"ok"
+        assert provider.accepted == 1
+
+
+async def test_an_exchange_is_not_paused_while_a_request_waits() -> None:
+    backpressure = Backpressure(lambda: 1)
+
+    async with (
+        ScriptedProvider(
+            answering((CHUNKED + chunk(b"a"), chunk(b"b"), b"0\r\n\r\n"))
+        ) as provider,
+        pooled(provider.url) as pool,
+    ):
+        got = Got()
+        busy = Exchange(
+            await pool.connect(),
+            read_timeout=5.0,
+            write_timeout=5.0,
+            on_head=got.on_head,
+            backpressure=backpressure,
+        )
+        running = asyncio.ensure_future(busy.run(request()))
+        busy.pause()
+        await running
+
+        assert got.body == b"ab"
+        assert backpressure.paused == 0
+
+
+async def test_leaving_a_paused_exchange_closes_its_connection() -> None:
+    backpressure = Backpressure(lambda: 0)
+
+    async with (
+        ScriptedProvider(answering(CHUNKED + chunk(b"first"))) as provider,
+        pooled(provider.url) as pool,
+    ):
+        got = Got()
+        paused = Exchange(
+            await pool.connect(),
+            read_timeout=5.0,
+            write_timeout=5.0,
+            on_head=got.on_head,
+            backpressure=backpressure,
+        )
+        running = asyncio.ensure_future(paused.run(request()))
+        await until(lambda: got.body == b"first")
+        paused.pause()
+        running.cancel()
+
+        await until(lambda: provider.open == 0)
+        assert backpressure.paused == 0
+        assert pool.stats().open == 0

@@ -73,6 +73,9 @@ class Slow:
     def notify(self) -> None:
         self.pokes += 1
 
+    def drop(self) -> None:
+        """Stay: the next `read` raises."""
+
     def report_position(self, position: int, eta: float) -> None:
         self.positions.append(position)
 

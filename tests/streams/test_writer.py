@@ -90,9 +90,10 @@ async def test_every_write_is_one_chunk() -> None:
     socket, outbox = FakeTransport(slow=True), Outbox(asyncio.get_running_loop())
     writer = Writer(socket, socket.drain, outbox, send_timeout=30.0, chunked=True)
     stream = stream_of()
-    writer.follow(
-        stream, 0, Format("test", lambda _stream, entry, _skip: b"%d" % entry.first, None)
+    numbers = Format(
+        "test", lambda _stream, entry, _skip: b"%d" % entry.first, None, lambda *_: b""
     )
+    writer.follow(stream, 0, numbers)
 
     say(stream, "a")
     writer.send(b"ping")
@@ -275,13 +276,52 @@ async def test_a_reader_that_falls_behind_its_log_is_dropped_and_never_skips() -
             say(stream, f"{number}" * BIG)
         assert stream.first > 2
 
-        one.socket.take()
-        await until(lambda: one.socket.aborted)
-
         assert one.dropped == ["reader fell behind"]
-        assert one.socket.written == b"0" * BIG
-        assert one.ended == []
         assert one.left == [stream]
+        assert stream.readers == []
+
+        one.socket.take()
+        await until(lambda: len(one.socket.writes) == 2)
+
+        assert one.socket.written == b"0" * BIG + b"<slow_client>"
+        assert one.ended == [stream]
+        assert not one.socket.aborted
+
+
+async def test_a_reader_that_is_dropped_takes_no_other_with_it() -> None:
+    async with client(slow=True) as one:
+        late, other = stream_of("late", most=3 * BIG), stream_of("other")
+        one.follow(late)
+        one.follow(other)
+        for number in range(8):
+            say(late, f"{number}" * BIG)
+        await ticks()
+        say(other, "still here")
+
+        while one.socket.held:
+            one.socket.take()
+            await ticks()
+
+        assert one.socket.written.count(b"<slow_client>") == 1
+        assert one.socket.written.endswith(b"still here")
+        assert one.left == one.ended == [late]
+        assert one.writer.following == 1
+
+
+async def test_a_farewell_that_waits_is_not_written_once_the_stream_is_followed_again() -> None:
+    async with client(slow=True) as one:
+        stream = stream_of(most=3 * BIG)
+        cursor = one.follow(stream)
+        for number in range(8):
+            say(stream, f"{number}" * BIG)
+        one.follow(stream, 7)
+        one.writer.unfollow(cursor)
+
+        while one.socket.held:
+            one.socket.take()
+            await ticks()
+
+        assert one.socket.written == b"0" * BIG + b"7" * BIG
 
 
 async def test_a_resume_from_before_the_log_is_a_gap_and_leaves_no_reader() -> None:

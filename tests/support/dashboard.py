@@ -27,6 +27,7 @@ OUTCOMES = (
     "rejected",
     "provider_error",
     "client_left",
+    "slow_client",
     "cancelled",
     "internal_error",
 )

@@ -106,7 +106,9 @@ class FakeClient:
         self.left: list[Stream] = []
         self.ended: list[Stream] = []
         self.rendered = 0
-        self.look = Format("test", self.render, None)
+        self.look = Format(
+            "test", self.render, None, lambda _stream, error: f"<{error.code}>".encode()
+        )
         self.writer = Writer(
             self.socket,
             self.socket.drain,

@@ -156,4 +156,6 @@ def test_percentiles_are_of_the_last_minute_and_of_a_thousand() -> None:
 
 def test_every_kind_of_error_has_an_outcome() -> None:
     outcomes = {outcome for _, outcome in ERROR_OUTCOMES}
-    assert outcomes == {"client_error", "rejected", "provider_error", "internal_error"}
+    assert outcomes == {
+        *("client_error", "rejected", "provider_error", "internal_error", "slow_client"),
+    }

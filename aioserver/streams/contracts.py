@@ -1,0 +1,67 @@
+"""The contracts of a log: its readers, its fast path, and the source of its events.
+
+Each is implemented elsewhere: readers in cursor.py, fast paths in fast_path.py, sources in the
+package `providers`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from aioserver.protocol.openai import Shape
+
+
+class Path(Protocol):
+    """The fast path of a log's only reader (fast_path.py), as the log and the provider see it.
+
+    *forwarded_at* is the loop's time of the last read that it forwarded; *read_at* that of the
+    provider's last read, by either path.
+    """
+
+    forwarded_at: float
+    read_at: float
+
+    def forward(self, read: bytes) -> bool:
+        """Forward *read*; return False, with nothing done, if it must take the slow path."""
+
+    def close(self) -> None:
+        """Forward nothing from now on; the log has all that was forwarded when this returns."""
+
+
+class Reader(Protocol):
+    """A reader of a log. All its methods are called synchronously and must not raise.
+
+    *next_index* is the index of the first entry that it has not passed, counted from the start of
+    the log.
+    """
+
+    next_index: int
+
+    def write_now(self, data: bytes) -> bool:
+        """Write *data* as the next entry; return False, with nothing done, if it must wait."""
+
+    def open_fast_path(self, shape: Shape | None) -> Path | None:
+        """Return the reader's fast path; None if anything must be written before the next event."""
+
+    def notify(self) -> None:
+        """Read on: the log has grown or ended."""
+
+    def drop(self) -> None:
+        """Leave the log, which no longer has the events that come next, and tell the client so."""
+
+    def report_position(self, position: int, eta: float) -> None:
+        """Show that the request is queued: its position, and the estimated wait in seconds."""
+
+
+class Source(Protocol):
+    """Where the events of a log come from: one exchange with a provider.
+
+    Neither method raises, and a second call of it does nothing.
+    """
+
+    def pause(self) -> None:
+        """Read nothing from the provider for now, unless a request waits for a place there."""
+
+    def resume(self) -> None:
+        """Read on."""
