@@ -207,7 +207,7 @@ async def model(context: Context, request: web.Request) -> web.Response:
         ModelNotFound, NoProvider: a request for this model is refused, too.
     """
     name = request.match_info["id"]
-    return web.json_response(_model(name, context.router.route(name).provider.name))
+    return web.json_response(_model(name, context.router.route(name).provider.settings))
 
 
 def _models(context: Context) -> Iterator[dict[str, Any]]:
@@ -215,10 +215,12 @@ def _models(context: Context) -> Iterator[dict[str, Any]]:
         configured = provider.settings
         if not configured.usable:
             continue
-        yield _model(owner, owner)
+        yield _model(owner, configured)
         for name in dict.fromkeys((configured.model, *configured.models)):
-            yield _model(f"{owner}/{name}", owner)
+            yield _model(f"{owner}/{name}", configured)
 
 
-def _model(name: str, owner: str) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": 0, "owned_by": owner}
+def _model(name: str, provider: settings.Provider) -> dict[str, Any]:
+    entry = {"id": name, "object": "model", "created": 0, "owned_by": provider.name}
+    # No field of OpenAI's: with it the chat page says that no real model answers.
+    return {**entry, "simulated": True} if provider.simulated else entry
