@@ -10,6 +10,7 @@ import pytest
 from aioserver.providers.simulator.exchange import Behaviour
 from aioserver.providers.simulator.server import Simulator
 from tests.support.chat import CHAT, chat, read_frames, text_of, to_end
+from tests.support.failing import left_alone
 from tests.support.server import QUICK, MakeServer, provider_entry
 
 if TYPE_CHECKING:
@@ -108,9 +109,13 @@ async def test_a_pinned_provider_has_no_other(make_server: MakeServer) -> None:
 
 async def test_all_of_it_can_be_watched(make_server: MakeServer) -> None:
     async with two(make_server) as (server, _):
-        for _ in range(6):
-            async with server.session.post(f"{server.v1}/chat/completions", json=CHAT) as response:
-                assert response.status == 200
+        for number in range(6):
+            dead = [server.provider.health.breaker] if number == 5 else []
+            with left_alone(*dead):
+                async with server.session.post(
+                    f"{server.v1}/chat/completions", json=CHAT
+                ) as response:
+                    assert response.status == 200
         server.context.monitor.tick()
         async with server.session.get(server.base + "/stats") as response:
             providers = (await response.json())["providers"]

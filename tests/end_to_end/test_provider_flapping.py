@@ -11,7 +11,7 @@ import pytest
 from aioserver.providers.simulator.exchange import Behaviour
 from aioserver.providers.simulator.server import Simulator
 from tests.support.faces import FACES, Seen, ask_every_face, over_openai, over_sse, over_websocket
-from tests.support.failing import kill
+from tests.support.failing import kill, left_alone
 from tests.support.scripted_provider import DONE
 from tests.support.server import HTTP_CLIENT, QUICK, MakeServer, RunningServer, provider_entry
 from tests.support.waiting import until
@@ -57,11 +57,11 @@ async def test_a_flapping_provider_is_left_alone_and_asked_again(make_server: Ma
     for round_ in range(1, 3):
         failed = [await over_openai(server, FLAPPING) for _ in range(FAILURES)]
         assert [one.status for one in failed] == [502] * FAILURES
-        kill(server.provider.health.breaker)
-        assert await state(server) == DEAD
-        asked = server.simulator.stats().requests
-        refused_soon(await ask_every_face(server, "m"))
-        assert server.simulator.stats().requests == asked
+        with left_alone(server.provider.health.breaker):
+            assert await state(server) == DEAD
+            asked = server.simulator.stats().requests
+            refused_soon(await ask_every_face(server, "m"))
+            assert server.simulator.stats().requests == asked
         await trial_due(server)
         good = [await over_openai(server, FLAPPING) for _ in range(FAILURES)]
         assert [one.end for one in good] == ["complete"] * FAILURES
@@ -116,11 +116,10 @@ async def test_where_all_are_dead_each_face_says_so(make_server: MakeServer) -> 
                 "llm.providers.other": provider_entry(other.base_url),
             },
         )
-        for name in ("sim", "other"):
-            kill(server.provider_of(name).health.breaker)
-        assert (await state(server), await state(server, "other")) == (DEAD, DEAD)
-
-        refused_soon(await ask_every_face(server, "m"))
+        breakers = (server.provider_of(name).health.breaker for name in ("sim", "other"))
+        with left_alone(*breakers):
+            assert (await state(server), await state(server, "other")) == (DEAD, DEAD)
+            refused_soon(await ask_every_face(server, "m"))
 
         assert not (await server.counted("provider_attempts", "provider"))
         await server.nothing_held()

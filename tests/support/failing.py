@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from aioserver.providers.breaker import FEW, LONG_PATIENCE, MIN_ATTEMPTS
+from aioserver.providers.breaker import FEW, LONG_PATIENCE, MAX_TRIALS, MIN_ATTEMPTS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from aioserver.providers.breaker import Breaker
 
@@ -24,6 +25,21 @@ def kill(
     for _ in range(FEW):
         breaker.failed(clock() - LONG_PATIENCE, trial=False, unreachable=unreachable)
     assert breaker.dead
+
+
+@contextmanager
+def left_alone(*breakers: Breaker, unreachable: bool = False) -> Iterator[None]:
+    """Kill the providers, and let no trial start until the end of the block, however slow the machine is."""
+    for breaker in breakers:
+        kill(breaker, unreachable=unreachable)
+        for _ in range(MAX_TRIALS):
+            breaker.start()
+    try:
+        yield
+    finally:
+        for breaker in breakers:
+            for _ in range(MAX_TRIALS):
+                breaker.unsure(trial=True)
 
 
 def sicken(breaker: Breaker, clock: Callable[[], float] = time.monotonic) -> None:
