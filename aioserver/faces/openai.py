@@ -25,7 +25,7 @@ from aioserver.faces.ready import ReadyResponse, ReadyStream, fits
 from aioserver.faces.streaming import follow
 from aioserver.gateway.router import Request
 from aioserver.protocol.messages import MAX_ID_CHARACTERS
-from aioserver.protocol.responses import ResponseErrors
+from aioserver.protocol.responses import ResponseEvents
 from aioserver.providers.request import ProviderRequest
 from aioserver.streams.cursor import ConditionReader
 from aioserver.streams.formats import RAW
@@ -145,12 +145,13 @@ async def serve(context: Context, request: web.Request, prepared: Request) -> we
         stream = gateway.relay(prepared)
         details = stream.details
         if prepared.provider_request.path == "responses" and details.error_format is None:
-            details.error_format = ResponseErrors()
+            details.error_format = ResponseEvents()
         return await follow_stream(context, request, stream)
-    return _whole(request, await gateway.call(prepared))
+    return whole(request, await gateway.call(prepared))
 
 
-def _whole(request: web.Request, answer: Answer) -> web.StreamResponse:
+def whole(request: web.Request, answer: Answer) -> web.StreamResponse:
+    """Return *answer*, which was not streamed, as a response."""
     headers = {
         "x-aioserver-provider": answer.provider,
         "x-aioserver-attempts": str(answer.attempts),

@@ -32,7 +32,7 @@ from aioserver.protocol.openai import final_response
 from aioserver.provider_errors import ProviderDisconnected
 from aioserver.providers.request import Answer
 from aioserver.streams.cursor import ConditionReader
-from aioserver.streams.entries import CANCELLED, CHUNK, COMPLETE, ERROR
+from aioserver.streams.entries import CANCELLED, COMPLETE, ERROR
 from aioserver.streams.lifetime import Lifetime
 
 if TYPE_CHECKING:
@@ -344,15 +344,11 @@ class Gateway:
     async def _produce_whole(self, request: Request, stream: Stream) -> None:
         """Produce an answer that is not streamed, and keep it in *stream*."""
         answer = await self._router.call(request, stream)
-        stream.details.whole = answer
-        stream.details.usage = answer.usage
-        if len(answer.body) > self._bounds.max_stream_bytes:
-            # The log drops the entry, which is too large for it, but `whole` stays.
-            stream.count_extra_bytes(len(answer.body))
+        stream.details.usage, answer.usage = answer.usage, None
         stream.details.provider = answer.provider
         if request.stored and (response_id := final_response(answer.body)) is not None:
             stream.add_alias(response_id)
-        stream.append(CHUNK, data=answer.body)
+        stream.append_whole(answer, answer.body)
         stream.end(COMPLETE, {"metadata": {"provider": answer.provider}})
 
     def _settle(self, task: asyncio.Task[None]) -> None:
@@ -388,6 +384,8 @@ class Gateway:
         record.usage = stream.details.usage
         record.abandoned = stream.attachment.abandoned
         self._request_log.finish(record, stream.error, cancelled=stream.end_status == CANCELLED)
+        # The stream is kept for its window; the provider's objects are needed no longer.
+        record.usage = stream.details.usage = None
 
     def _cancel_producer(self, stream: Stream) -> None:
         task = self._tasks.get(stream)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
-from aioserver.protocol.openai import BadEvent, ErrorEvent, usage_of
+from aioserver.protocol.openai import BadEvent, ErrorEvent, bounded, usage_of
 from aioserver.provider_errors import ProviderBadResponse, ProviderFault
 from aioserver.providers.error_mapping import (
     check_json,
@@ -153,6 +153,7 @@ class Attempt:
         good = status == 200
         if stream is not None and not request.whole:
             stream.details.headers = visible_headers(headers)
+            stream.recount()
         sink: Sink
         if good and request.streamed and matches_type(headers, "text/event-stream"):
             assert stream is not None, "a streamed answer has a log"
@@ -185,7 +186,8 @@ class Attempt:
         content = check_json(headers, body)
         reading = request.reading
         if reading is None:
-            self.usage = usage_of(content)
+            usage = usage_of(content)
+            self.usage = usage and bounded(usage)
             self.answer = Answer(
                 self.status,
                 visible_headers(headers),

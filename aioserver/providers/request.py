@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from aioserver.auth.callers import Caller
+from aioserver.streams.details import headers_size
 from aioserver.telemetry.request_log import RequestRecord
 
 if TYPE_CHECKING:
@@ -73,3 +74,8 @@ class Answer:
     provider: str
     usage: Mapping[str, Any] | None = None
     attempts: int = 1
+
+    @property
+    def size(self) -> int:
+        """The bytes that it takes in memory; its usage, which is not kept for long, is not among them."""
+        return len(self.body) + headers_size(self.headers)

@@ -14,14 +14,35 @@ if TYPE_CHECKING:
     from aioserver.errors import AioserverError
 
 
+# Bytes of Python objects per header.
+HEADER_OVERHEAD = 200
+
+
+def headers_size(headers: Mapping[str, str]) -> int:
+    """Return the bytes that *headers* take in memory."""
+    return sum([len(name) + len(text) + HEADER_OVERHEAD for name, text in headers.items()])
+
+
 class ErrorFormat(Protocol):
     """The form of the errors of one kind of answer."""
 
-    def note(self, block: bytes) -> None:
-        """Look at a block of the provider's events, for what an error behind them has to repeat."""
+    @property
+    def size(self) -> int:
+        """The bytes that this object keeps."""
+
+    def note(self, block: bytes, first: int) -> None:
+        """Look at a block of the provider's events, of which *first* is the first one's number."""
 
     def render(self, error: AioserverError) -> bytes:
         """Return *error* as the last event of the answer."""
+
+
+class WholeAnswer(Protocol):
+    """An answer that was not streamed."""
+
+    @property
+    def size(self) -> int:
+        """The bytes that this object keeps."""
 
 
 class AnswerDetails:
@@ -31,6 +52,7 @@ class AnswerDetails:
     the provider's answer that clients may see. *usage* has the token counts, as the provider
     reports them. *whole* is an answer that was not streamed, kept for a client that comes back.
     *error_format* renders the error that ends an answer, where its events have a form of their own.
+    *text_bytes* counts the text that its producer keeps beside the log while the answer runs.
     """
 
     __slots__ = (
@@ -40,18 +62,38 @@ class AnswerDetails:
         "headers",
         "model",
         "provider",
+        "text_bytes",
         "usage",
         "whole",
     )
 
     def __init__(self) -> None:
         self.provider = self.model = ""
-        self.attempts = 0
+        self.attempts = self.text_bytes = 0
         self.conversation_id: str | None = None
         self.headers: Mapping[str, str] = {}
         self.usage: Mapping[str, Any] | None = None
-        self.whole: object = None
+        self.whole: WholeAnswer | None = None
         self.error_format: ErrorFormat | None = None
+
+    @property
+    def size(self) -> int:
+        """The bytes that are kept beside the events."""
+        size = len(self.model) + self.text_bytes
+        if self.headers:
+            size += headers_size(self.headers)
+        if self.whole is not None:
+            size += self.whole.size
+        if self.error_format is not None:
+            size += self.error_format.size
+        return size
+
+    def final_error(self, error: AioserverError, number: int) -> bytes:
+        """Return *error* as the last event of the log, whose number is *number*."""
+        data = self.render_error(error)
+        if self.error_format is not None:
+            self.error_format.note(data, number)
+        return data
 
     def render_error(self, error: AioserverError) -> bytes:
         """Return *error* as an event like the provider's own."""
