@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import re
 import secrets
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from aiohttp import web
 from aiohttp.http import HttpVersion11
@@ -22,7 +22,6 @@ from aioserver.protocol import messages
 if TYPE_CHECKING:
     from aiohttp import StreamReader
 
-    from aioserver.faces.admission import BodyHold
 
 # Seconds for a whole body: aiohttp has no deadline for it.
 BODY_TIMEOUT = 15.0
@@ -31,6 +30,13 @@ SERVER = "aioserver"
 _ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _prefix = secrets.token_hex(6)
 _numbers = itertools.count(1)
+
+
+class Hold(Protocol):
+    """Counts the bytes of one body (admission.py)."""
+
+    def grow(self, size: int) -> None:
+        """Count another *size* bytes, or raise `ServerAtCapacity`."""
 
 
 class Request(web.Request):
@@ -65,7 +71,7 @@ def last_on_connection(request: web.BaseRequest) -> bool:
     return getattr(request.protocol, "last", False)
 
 
-async def read_json(request: web.Request, hold: BodyHold, max_bytes: int) -> tuple[bytes, Any]:
+async def read_json(request: web.Request, hold: Hold, max_bytes: int) -> tuple[bytes, Any]:
     """Read the body, and return its bytes and their content as JSON. *hold* counts the bytes.
 
     Raises:
@@ -99,7 +105,7 @@ async def read_json(request: web.Request, hold: BodyHold, max_bytes: int) -> tup
     return body, messages.load(body)
 
 
-async def _collect(content: StreamReader, hold: BodyHold, max_bytes: int) -> bytes:
+async def _collect(content: StreamReader, hold: Hold, max_bytes: int) -> bytes:
     parts: list[bytes] = []
     size = 0
     while part := await content.readany():

@@ -23,6 +23,7 @@ from aioserver.faces import http
 from aioserver.faces.admission import counted
 from aioserver.faces.ready import ReadyResponse, ReadyStream, fits
 from aioserver.faces.streaming import follow
+from aioserver.faces.whole import write
 from aioserver.gateway.router import Request
 from aioserver.protocol.messages import MAX_ID_CHARACTERS
 from aioserver.protocol.responses import ResponseEvents
@@ -147,7 +148,17 @@ async def serve(context: Context, request: web.Request, prepared: Request) -> we
         if prepared.provider_request.path == "responses" and details.error_format is None:
             details.error_format = ResponseEvents()
         return await follow_stream(context, request, stream)
-    return whole(request, await gateway.call(prepared))
+    with gateway.hold() as held:
+        prepared.provider_request.held = held
+        response = whole(request, await gateway.call(prepared))
+        # Within the `with`: a client that reads slowly keeps the answer in memory.
+        await write(
+            request,
+            response,
+            context.settings.chat.streams.send_timeout,
+            partial(context.admission.dropped, "openai"),
+        )
+        return response
 
 
 def whole(request: web.Request, answer: Answer) -> web.StreamResponse:

@@ -21,10 +21,10 @@ from aioserver.errors import (
     AioserverError,
     InvalidApiKey,
     RequestConflict,
-    ServerShutdown,
     StreamNotFound,
     public,
 )
+from aioserver.gateway.calls import Calls, begin_record, shutdown_error
 from aioserver.gateway.prompts import Prompts
 from aioserver.gateway.router import Request
 from aioserver.limits.quota import REVOKED
@@ -44,9 +44,9 @@ if TYPE_CHECKING:
     from aioserver.gateway.prompts import Prompt
     from aioserver.gateway.router import Router
     from aioserver.protocol.messages import Chat
-    from aioserver.streams.store import StreamStore
+    from aioserver.streams.store import HeldBytes, StreamStore
     from aioserver.streams.stream import Stream
-    from aioserver.telemetry.request_log import RequestLog, RequestRecord
+    from aioserver.telemetry.request_log import RequestLog
 
 logger = logging.getLogger("aioserver.gateway")
 
@@ -75,8 +75,8 @@ class Gateway:
         self._loop = asyncio.get_running_loop()
         self._producers: dict[asyncio.Task[None], Stream] = {}
         self._tasks: dict[Stream, asyncio.Task[None]] = {}
-        # The tasks of handlers that wait for an answer without a log.
-        self._calls: set[asyncio.Task[Any]] = set()
+        # Answers without a log.
+        self._calls = Calls(router, request_log)
         self._stopping = False
         self.lifetime = Lifetime(streams, bounds, self._cancel_producer)
         self.apply(service, bounds)
@@ -92,7 +92,7 @@ class Gateway:
     @property
     def running(self) -> int:
         """The number of answers that have not ended, streamed or not."""
-        return len(self._producers) + len(self._calls)
+        return len(self._producers) + self._calls.running
 
     def ask(self, caller: Caller, chat: Chat, scope: str | None = None, *, face: str) -> Stream:
         """Return the stream that answers *chat*: that of its request id, or a new one.
@@ -131,6 +131,10 @@ class Gateway:
         self._start_producer(stream, self._router.fill(request, stream))
         return stream
 
+    def hold(self) -> HeldBytes:
+        """Return a count of the bytes of an answer that no log keeps, for `call`."""
+        return self._streams.hold()
+
     async def call(self, request: Request) -> Answer:
         """Return the answer to a *request* that is not streamed.
 
@@ -145,9 +149,9 @@ class Gateway:
         self._check_running()
         if not request.resumable:
             if request.caller.quota is None:
-                return await self._call_alone(request)
+                return await self._calls.answer(request)
             with request.caller.quota.used():
-                return await self._call_alone(request)
+                return await self._calls.answer(request)
         stream = self._existing(request)
         if stream is None:
             stream = self._open(request)
@@ -220,10 +224,7 @@ class Gateway:
         for task in tasks:
             self._producers[task].attachment.cancel_reason = shutdown_error()
             task.cancel()
-        calls, self._calls = self._calls, set()
-        for call in calls:
-            # `_call_alone` raises `ServerShutdown` for this cancellation.
-            call.cancel()
+        self._calls.close()
         if tasks:
             await asyncio.wait(tasks)
             # One iteration of the loop, in which the tasks' done callbacks run.
@@ -278,50 +279,9 @@ class Gateway:
             if quota is not None:
                 quota.give_back(unused=True)
             raise
-        stream.record = self._begin_record(request)
+        stream.record = begin_record(request, self._request_log)
+        stream.attachment.held = request.provider_request.held = self._streams.hold()
         return stream
-
-    async def _call_alone(self, request: Request) -> Answer:
-        """Return an answer that no log keeps."""
-        record = self._begin_record(request)
-        task: asyncio.Task[Any] | None = asyncio.current_task()
-        assert task is not None
-        self._calls.add(task)
-        try:
-            answer = await self._router.call(request)
-        except asyncio.CancelledError:
-            if task not in self._calls and not task.uncancel():
-                # Only `close` has cancelled this task.
-                shutdown = shutdown_error()
-                self._request_log.finish(record, shutdown)
-                raise shutdown from None
-            record.abandoned = True
-            self._request_log.finish(record, None, cancelled=True)
-            raise
-        except Exception as exc:
-            self._request_log.finish(record, exc)
-            raise
-        finally:
-            self._calls.discard(task)
-        record.usage = answer.usage
-        self._request_log.finish(record, None)
-        return answer
-
-    def _begin_record(self, request: Request) -> RequestRecord:
-        """Begin the record of *request*, which is understood and goes to its first provider now."""
-        provider_request, route = request.provider_request, request.route
-        record, provider = provider_request.record, route.provider
-        model = route.model or provider.settings.model
-        record.begin(
-            request.face,
-            request.name,
-            provider.name,
-            model,
-            request.caller.name,
-            streamed=provider_request.streamed,
-        )
-        record.log = self._request_log
-        return record
 
     def _start_producer(self, stream: Stream, producer: Coroutine[Any, Any, None]) -> None:
         task = self._loop.create_task(producer)
@@ -348,6 +308,9 @@ class Gateway:
         stream.details.provider = answer.provider
         if request.stored and (response_id := final_response(answer.body)) is not None:
             stream.add_alias(response_id)
+        if stream.attachment.held is not None:
+            # From here on the stream counts it.
+            stream.attachment.held.release()
         stream.append_whole(answer, answer.body)
         stream.end(COMPLETE, {"metadata": {"provider": answer.provider}})
 
@@ -362,6 +325,8 @@ class Gateway:
         owner: Any = stream.caller
         if owner.quota is not None:
             owner.quota.give_back()
+        if stream.attachment.held is not None:
+            stream.attachment.held.release()
         fault = None if task.cancelled() else task.exception()
         if stream.ended:
             pass
@@ -391,8 +356,3 @@ class Gateway:
         task = self._tasks.get(stream)
         if task is not None and not stream.ended:
             task.cancel()
-
-
-def shutdown_error() -> ServerShutdown:
-    """Return a new error for a request that cannot be served any more."""
-    return ServerShutdown("the server is stopping", retry_after=5.0)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from aioserver.protocol.openai import BadEvent, ErrorEvent, bounded, usage_of
 from aioserver.provider_errors import ProviderBadResponse, ProviderFault
+from aioserver.providers.body_sink import BodySink
 from aioserver.providers.error_mapping import (
     check_json,
     check_status,
@@ -23,7 +24,7 @@ from aioserver.providers.error_mapping import (
     visible_headers,
 )
 from aioserver.providers.request import Answer
-from aioserver.providers.sinks import BodySink, ChatSink, EventSink, complete
+from aioserver.providers.sinks import ChatSink, EventSink, complete
 from aioserver.streams import entries
 
 if TYPE_CHECKING:
@@ -162,7 +163,8 @@ class Attempt:
             else:
                 sink = EventSink(stream, responses=request.path.endswith("responses"))
         else:
-            sink = BodySink(self.provider.max_response_bytes if good else MAX_ERROR_BYTES)
+            limit = self.provider.max_response_bytes if good else MAX_ERROR_BYTES
+            sink = BodySink(limit, request.held)
         self.sink = sink
         check_uncompressed(headers)
         return sink

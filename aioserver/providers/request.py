@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from aioserver.config import settings
     from aioserver.protocol.openai import Reading
+    from aioserver.streams.store import HeldBytes
 
 # The caller of a request that comes from no client.
 NO_CALLER = Caller()
@@ -25,7 +26,7 @@ NO_CALLER = Caller()
 class ProviderRequest:
     """A request for one answer, the same for every provider that is asked.
 
-    Always: nothing in it but its `record` changes from one attempt to the next.
+    Always: nothing in it but its `record` and what is `held` changes from one attempt to the next.
 
     *path* is OpenAI's, below the provider's base URL. *body* makes the JSON for one provider, whose
     model may differ; it is called for each attempt, and its result is not kept. *reading* collects
@@ -33,7 +34,7 @@ class ProviderRequest:
     for the provider that is asked first; None stands for the model in its settings.
     """
 
-    __slots__ = ("body", "caller", "model", "path", "reading", "record", "streamed")
+    __slots__ = ("body", "caller", "held", "model", "path", "reading", "record", "streamed")
 
     def __init__(
         self,
@@ -52,6 +53,8 @@ class ProviderRequest:
         self.model = model
         self.reading = reading
         self.record = RequestRecord()
+        # Counts the bytes of an answer that is collected.
+        self.held: HeldBytes | None = None
 
     @property
     def whole(self) -> bool:

@@ -2,7 +2,7 @@
 
 `EventSink` keeps the provider's bytes (text/event-stream, WHATWG HTML 9.2), whole events at a time,
 for the OpenAI face. `ChatSink` reads each event and appends `chunk` objects, for the faces that show
-frames. `BodySink` keeps a body that is not streamed, up to a bound. How an answer may end:
+frames. Bodies that are not streamed go elsewhere (body_sink.py). How an answer may end:
 
     [DONE], or response.completed / incomplete / failed      well
     the body ends after a finish_reason                      well; a [DONE] is added
@@ -58,41 +58,6 @@ _ERROR = b'"error"'
 _USAGE = b'"usage"'
 _RESPONSE_END = re.compile(rb'"type" ?: ?"response\.(?:completed|incomplete|failed)"')
 NO_END_MESSAGE = "the provider's stream ended without a finish_reason and without its end mark"
-
-
-class BodySink:
-    """Collects a body.
-
-    Always: it holds at most *max_bytes*.
-    """
-
-    def __init__(self, max_bytes: int) -> None:
-        self._parts: list[bytes] = []
-        self._size = 0
-        self._max_bytes = max_bytes
-
-    @property
-    def body(self) -> bytes:
-        """The bytes that have come so far."""
-        return b"".join(self._parts)
-
-    def feed(self, data: bytes) -> bool:
-        """Keep a part of the body.
-
-        Raises:
-            ProviderBadResponse: the body has more than *max_bytes*.
-        """
-        self._size += len(data)
-        if self._size > self._max_bytes:
-            raise ProviderBadResponse(f"an answer of more than {self._max_bytes} bytes")
-        self._parts.append(data)
-        return True
-
-    def end(self) -> None:
-        """Do nothing: the body is complete."""
-
-    def fast(self) -> None:
-        """Return None: every part is collected."""
 
 
 class EventSink:

@@ -23,6 +23,13 @@ def headers_size(headers: Mapping[str, str]) -> int:
     return sum([len(name) + len(text) + HEADER_OVERHEAD for name, text in headers.items()])
 
 
+class Held(Protocol):
+    """Bytes that are counted (store.py)."""
+
+    def release(self) -> None:
+        """Give them back; a second call does nothing."""
+
+
 class ErrorFormat(Protocol):
     """The form of the errors of one kind of answer."""
 
@@ -109,10 +116,10 @@ class Attachment:
     log is found. *timer* runs while the log is detached, and cancels it when its window is over.
     *abandoned* says that the log was cancelled because nobody read it. *cancel_reason* is the
     error with which a cancelled log ends; None if it ends with the event `cancelled`, as when a
-    reader asked for that.
+    reader asked for that. *held* counts a body that is collected for the log.
     """
 
-    __slots__ = ("abandoned", "alias", "cancel_reason", "digest", "timer")
+    __slots__ = ("abandoned", "alias", "cancel_reason", "digest", "held", "timer")
 
     def __init__(self, digest: bytes) -> None:
         self.digest = digest
@@ -120,3 +127,4 @@ class Attachment:
         self.timer: asyncio.TimerHandle | None = None
         self.abandoned = False
         self.cancel_reason: AioserverError | None = None
+        self.held: Held | None = None

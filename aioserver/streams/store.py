@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from aioserver.auth.callers import Caller
 from aioserver.errors import ServerAtCapacity
@@ -40,8 +40,8 @@ class StoreStats:
 class StreamStore:
     """Every log that a caller can find: running, or finished and kept for its window.
 
-    Always: the bytes counted are the sum over these logs and over the private ones, which are
-    never found, while they run; a log is found by its caller only.
+    Always: the bytes counted are the sum over these logs, over the private ones, which are never
+    found, while they run, and over bodies that no log has; a log is found by its caller only.
     """
 
     def __init__(self, *, max_stream_bytes: int, max_kept_bytes: int) -> None:
@@ -144,6 +144,28 @@ class StreamStore:
         if self._bytes > self._max_kept_bytes:
             self._evict()
 
+    def hold(self) -> HeldBytes:
+        """Return a count, at 0, of the bytes of a body that no log has."""
+        return HeldBytes(self)
+
+    def take(self, size: int) -> None:
+        """Count *size* bytes of a body that no log has.
+
+        Raises:
+            ServerAtCapacity: there is no room for them.
+        """
+        self._bytes += size
+        if self._bytes > self._max_kept_bytes and not self._evict():
+            self._bytes -= size
+            raise ServerAtCapacity(
+                f"chat.streams.max_kept_bytes={self._max_kept_bytes} reached by answers",
+                retry_after=5.0,
+            )
+
+    def give_back(self, size: int) -> None:
+        """Count *size* bytes no longer, which `take` has counted."""
+        self._bytes -= size
+
     def stats(self) -> StoreStats:
         """Return a snapshot."""
         return StoreStats(
@@ -184,6 +206,46 @@ class StreamStore:
                 freed += stream.kept_bytes
         for stream in evicted:
             self.drop(stream)
+
+
+class HeldBytes:
+    """The bytes of one body that is collected or written, and that no log has.
+
+    `release` gives them back, also in a `with`; nothing is counted after it.
+    """
+
+    __slots__ = ("_released", "_size", "_store")
+
+    def __init__(self, store: StreamStore) -> None:
+        self._store = store
+        self._size = 0
+        self._released = False
+
+    def grow(self, size: int) -> None:
+        """Count another *size* bytes.
+
+        Raises:
+            ServerAtCapacity: all that is kept would be more than `max_kept_bytes`.
+        """
+        if not self._released:
+            self._store.take(size)
+            self._size += size
+
+    def reset(self) -> None:
+        """Give the bytes back: another attempt begins anew."""
+        size, self._size = self._size, 0
+        self._store.give_back(size)
+
+    def release(self) -> None:
+        """Give the bytes back for good; a second call does nothing."""
+        self._released = True
+        self.reset()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.release()
 
 
 def _owner(caller: Hashable) -> Hashable:
