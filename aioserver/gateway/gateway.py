@@ -78,7 +78,7 @@ class Gateway:
         # Answers without a log.
         self._calls = Calls(router, request_log)
         self._stopping = False
-        self.lifetime = Lifetime(streams, bounds, self._cancel_producer)
+        self.lifetime = Lifetime(streams, bounds, self._cancel_producer, router.waiting)
         self.apply(service, bounds)
 
     def apply(self, service: settings.Service, bounds: settings.Streams) -> None:

@@ -128,9 +128,21 @@ class Attempt:
     def started(self) -> None:
         """Note that a place is taken."""
         stream, provider = self.stream, self.provider
+        if stream is not None:
+            stream.details.place_at = provider.name
         if stream is not None and not self.request.whole:
             stream.meter = provider.meter
             stream.append_processing(provider.name, self.model or provider.settings.model)
+
+    @property
+    def unread(self) -> bool:
+        """Whether it goes on with an answer that has lost its readers."""
+        return self.stream is not None and self.stream.sent and not self.stream.readers
+
+    def ended(self) -> None:
+        """Note that the place, if there was one, is given back."""
+        if self.stream is not None:
+            self.stream.details.place_at = ""
 
     def sending(self) -> None:
         """Note that the request goes out: from here on the model may run, and cost money."""

@@ -55,7 +55,8 @@ class WholeAnswer(Protocol):
 class AnswerDetails:
     """Facts about the answer in a log, beside its events.
 
-    *attempts* counts the requests sent for it, at all providers. *headers* are those headers of
+    *place_at* is the provider at which it holds a place now; empty while it waits, for a place or for a
+    retry. *attempts* counts the requests sent for it, at all providers. *headers* are those headers of
     the provider's answer that clients may see. *usage* has the token counts, as the provider
     reports them. *whole* is an answer that was not streamed, kept for a client that comes back.
     *error_format* renders the error that ends an answer, where its events have a form of their own.
@@ -68,6 +69,7 @@ class AnswerDetails:
         "error_format",
         "headers",
         "model",
+        "place_at",
         "provider",
         "text_bytes",
         "usage",
@@ -75,7 +77,7 @@ class AnswerDetails:
     )
 
     def __init__(self) -> None:
-        self.provider = self.model = ""
+        self.provider = self.model = self.place_at = ""
         self.attempts = self.text_bytes = 0
         self.conversation_id: str | None = None
         self.headers: Mapping[str, str] = {}
