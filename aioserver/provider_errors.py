@@ -30,9 +30,14 @@ Once an event is in the log of the answer, neither a retry nor a failover happen
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from aioserver.errors import AioserverError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ErrorClass = TypeVar("ErrorClass", bound=AioserverError)
 
 
 class ProviderFault(AioserverError):
@@ -50,6 +55,8 @@ class ProviderFault(AioserverError):
     # Nothing was sent, and trying again may help: an SDK may repeat the request, and
     # still pays once.
     unsent: ClassVar[bool] = False
+    # The provider cannot be reached, or says that it is not ready.
+    unreachable: bool = False
     # The provider that was asked last, and the number of attempts at all providers.
     provider: str = ""
     attempts: int = 0
@@ -70,7 +77,7 @@ class ConnectError(ProviderFault):
 
     attempt_outcome = "connect_error"
     code, status, retryable = "connect_error", 502, True
-    retry = failover = unsent = True
+    retry = failover = unsent = unreachable = True
 
 
 class ConnectTimeout(ProviderFault):
@@ -78,7 +85,7 @@ class ConnectTimeout(ProviderFault):
 
     attempt_outcome = "timeout"
     code, status, retryable = "connect_timeout", 504, True
-    retry = failover = unsent = True
+    retry = failover = unsent = unreachable = True
 
 
 class CertificateFault(ProviderFault):
@@ -151,7 +158,7 @@ class ProviderFlagged(ProviderAuthError):
 
 
 class CircuitOpen(ProviderFault):
-    """The provider has failed too often, and is left alone for a while."""
+    """The provider is dead: it has answered nothing lately, and is left alone but for trials."""
 
     outcome = "rejected"
     code, status, retryable = "circuit_open", 503, True
@@ -225,3 +232,13 @@ class NoProvider(ProviderFault):
     outcome = "rejected"
     code, status, retryable = "no_provider", 503, True
     failover, breaker_failure = True, False
+
+
+def subclasses(root: type[ErrorClass]) -> Iterator[type[ErrorClass]]:
+    """Yield every class that is derived from *root*, at any depth.
+
+    This stands in the file that is loaded last of the two with error classes, so that no class is missing.
+    """
+    for subclass in root.__subclasses__():
+        yield subclass
+        yield from subclasses(subclass)

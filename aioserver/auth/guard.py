@@ -13,6 +13,10 @@ decision rests on the route that was matched and on nothing else: neither on the
                                              `allow_origins` names
 
 The value of such a header may be a guess: it is compared, and never shown or logged.
+
+A key alone does not protect a server that needs none, and a page may send some requests without asking
+(Fetch, 4.10), such as a POST without a body. So a request with a method that may change something,
+and one for an upgrade, is checked for its `Origin` on every route, before its key.
 """
 
 from __future__ import annotations
@@ -43,6 +47,8 @@ COOKIE = "aioserver_session"
 KEY_PROTOCOL = "aioserver.key."
 # Cookies of this name that are tried: another path or host may have set one as well.
 MAX_SESSIONS = 4
+# Methods that change nothing (RFC 9110, 9.2.1).
+SAFE_METHODS = frozenset({hdrs.METH_GET, hdrs.METH_HEAD, hdrs.METH_OPTIONS, hdrs.METH_TRACE})
 KEY_NEEDED = "this server wants an API key: Authorization: Bearer, or log in on its page"
 
 
@@ -57,9 +63,9 @@ class Policy(Enum):
 class Guard:
     """Checks each request before its handler.
 
-    Always: a route that is not in *policies* needs an admin key. A key is looked for only where
-    keys exist, and a forwarded address only where proxies are trusted: otherwise a request costs two
-    look-ups.
+    Always: a route that is not in *policies* needs an admin key, and no foreign page changes
+    anything by any route. A key is looked for only where keys exist, and a forwarded address only where
+    proxies are trusted: otherwise a request costs a few look-ups.
     """
 
     def __init__(self, access: Access, origins: Origins) -> None:
@@ -76,9 +82,11 @@ class Guard:
         access, address = self._access, request.remote
         if access.proxies:
             request[ADDRESS] = address = access.proxies.address(address, request.headers)
+        if not access.keyed and access.hosts is not None:
+            access.hosts.check(request.headers.get("Host"))
+        if request.method not in SAFE_METHODS or hdrs.UPGRADE in request.headers:
+            self._origins.check(request.headers)
         if not access.keyed:
-            if access.hosts is not None:
-                access.hosts.check(request.headers.get("Host"))
             request[CALLER] = anonymous(address)
             return
         match = request.match_info

@@ -1,4 +1,4 @@
-"""Origins (RFC 6454): the web pages that may open a WebSocket and read our answers (Fetch: CORS)."""
+"""Origins (RFC 6454): the web pages that may connect, change something, and read our answers (Fetch: CORS)."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 class Origins:
     """The pages of `allow_origins`, and our own.
 
-    CORS never guards a WebSocket, which a browser opens to any host: `check` refuses the handshake of
-    other pages, before the upgrade.
+    CORS guards neither a WebSocket, which a browser opens to any host, nor a request that a page may
+    send without asking, whose answer it only cannot read: `check` refuses both if another page sends
+    them, before anything is done.
     """
 
     def __init__(self, allowed: tuple[str, ...], *, credentials: bool) -> None:
@@ -47,9 +48,11 @@ class Origins:
         return bool(netloc) and host is not None and netloc == host.lower()
 
     def check(self, headers: Mapping[str, str]) -> None:
-        """Refuse the handshake of a page that may not connect, before the upgrade.
+        """Refuse a handshake, or a request that changes something, of a page that may not connect.
 
-        A handshake without `Origin` comes from no browser, and passes.
+        A request without `Origin` comes from no page, and passes: browsers send the header with each
+        handshake and with each method but GET and HEAD. The origin `null` (a sandboxed frame, a file) is
+        another page's.
 
         Raises:
             OriginNotAllowed: the page is neither ours nor allowed.

@@ -80,7 +80,9 @@ class Concurrency:
         0.0,
     )
     max_body_bytes: int = setting(
-        size, "bytes of all request bodies in memory together; beyond: 503", 2**28
+        size,
+        "bytes of all request bodies together, until each was sent for the last time; beyond: 503",
+        2**28,
     )
     uvicorn: Uvicorn = group(Uvicorn)
 

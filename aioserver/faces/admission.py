@@ -43,7 +43,7 @@ MAX_REFUSED_CLOSING = 256
 
 
 class Admission:
-    """The gate in front of the handlers, and the bytes of bodies that are not admitted yet.
+    """The gate in front of the handlers, and the bytes of the bodies that may yet be sent to a provider.
 
     Always: `body_bytes <= max_body_bytes`.
     """
@@ -76,11 +76,11 @@ class Admission:
 
     @property
     def body_bytes(self) -> int:
-        """Bytes of bodies that are being read, or wait for a place."""
+        """Bytes of bodies that are being read, or whose request may yet be sent."""
         return self._body_bytes
 
     def hold(self) -> BodyHold:
-        """Return a hold for one body, whose `with` ends when the body is admitted, or gone."""
+        """Return a hold for one body; the caller has it released, however the request ends."""
         return BodyHold(self)
 
     def grow(self, size: int) -> None:
@@ -97,7 +97,7 @@ class Admission:
         self._body_bytes += size
 
     def shrink(self, size: int) -> None:
-        """Take *size* bytes off the count: their body is admitted, or gone."""
+        """Take *size* bytes off the count: their body was sent for the last time, or is gone."""
         self._body_bytes -= size
 
     def log(self, event: str, face: str, level: int = logging.INFO, *, caller: str = "") -> None:
@@ -182,13 +182,18 @@ class Admission:
 
 
 class BodyHold:
-    """The bytes that one body has taken of `max_body_bytes`; the end of its `with` gives them back."""
+    """The bytes that one body has taken of `max_body_bytes`, from its first byte.
 
-    __slots__ = ("_admission", "_size")
+    The end of its `with` gives them back, unless the hold was `given` to a request that outlives the
+    handler: the end of that request does it then.
+    """
+
+    __slots__ = ("_admission", "given", "size")
 
     def __init__(self, admission: Admission) -> None:
         self._admission = admission
-        self._size = 0
+        self.size = 0
+        self.given = False
 
     def grow(self, size: int) -> None:
         """Count another *size* bytes of this body.
@@ -197,13 +202,24 @@ class BodyHold:
             ServerAtCapacity: see `Admission.grow`.
         """
         self._admission.grow(size)
-        self._size += size
+        self.size += size
+
+    def shrink_to(self, size: int) -> None:
+        """Count no more than *size* bytes of this body from now on."""
+        if self.size > size:
+            self._admission.shrink(self.size - size)
+            self.size = size
+
+    def release(self) -> None:
+        """Count nothing of this body any more; a second call does nothing."""
+        self.shrink_to(0)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_exc: object) -> None:
-        self._admission.shrink(self._size)
+        if not self.given:
+            self.release()
 
 
 def counted(
@@ -229,22 +245,23 @@ def counted(
                 if refuse is None:
                     raise
                 return await refuse(request, error)
-        admission.opened(face, caller)
-        try:
-            with place:
-                try:
-                    response = await serve(request, prepared)
-                except ProviderFault as fault:
-                    if not fault.provider or (isinstance(request, Request) and request.started):
-                        raise
-                    # Counted with its record, and as large as the provider likes.
-                    response = error_response(fault)
-                if not response.prepared:
-                    drop = partial(admission.dropped, face)
-                    await whole.write(request, response, admission.send_timeout, drop)
-                return response
-        finally:
-            admission.closed(face, caller=caller)
+            admission.opened(face, caller)
+            try:
+                with place:
+                    try:
+                        response = await serve(request, prepared)
+                    except ProviderFault as fault:
+                        started = isinstance(request, Request) and request.started
+                        if not fault.provider or started:
+                            raise
+                        # Counted with its record, and as large as the provider likes.
+                        response = error_response(fault)
+                    if not response.prepared:
+                        drop = partial(admission.dropped, face)
+                        await whole.write(request, response, admission.send_timeout, drop)
+                    return response
+            finally:
+                admission.closed(face, caller=caller)
 
     return handler
 

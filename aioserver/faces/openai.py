@@ -14,18 +14,19 @@ import hashlib
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import orjson
 from aiohttp import web
 
 from aioserver.auth.callers import CALLER
-from aioserver.errors import InvalidRequest, ModelNotFound, StreamNotFound
+from aioserver.errors import InvalidRequest, StreamNotFound
 from aioserver.faces import http
 from aioserver.faces.admission import counted
+from aioserver.faces.intake import in_turns, read_body
 from aioserver.faces.ready import ReadyResponse, ReadyStream, fits
 from aioserver.faces.streaming import follow
 from aioserver.faces.whole import write
 from aioserver.gateway.router import Request
-from aioserver.protocol.messages import MAX_ID_CHARACTERS
+from aioserver.protocol import model_body
+from aioserver.protocol.client_frames import MAX_ID_CHARACTERS
 from aioserver.protocol.responses import ResponseEvents
 from aioserver.providers.request import ProviderRequest
 from aioserver.streams.cursor import ConditionReader
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from aioserver.faces.admission import BodyHold
     from aioserver.faces.context import Context
     from aioserver.gateway.router import Route
+    from aioserver.protocol.model_body import ModelBody
     from aioserver.providers.request import Answer
     from aioserver.streams.stream import Stream
 
@@ -71,37 +73,28 @@ def prepare_for(
     """Return the function that prepares a POST to *path*, below `/v1`."""
 
     async def prepare(request: web.Request, hold: BodyHold) -> Request:
-        body, fields = await http.read_json(
-            request, hold, context.settings.chat.websocket.max_message_size
-        )
-        if not isinstance(fields, dict):
-            raise InvalidRequest("the body must be a JSON object")
-        model, streamed = fields.get("model"), fields.get("stream")
-        if model is not None and (not isinstance(model, str) or not model):
-            raise InvalidRequest("model must be a string", param="model")
-        if streamed is not None and not isinstance(streamed, bool):
-            raise InvalidRequest("stream must be true or false", param="stream")
+        data = await read_body(request, hold, context.settings.chat.websocket.max_message_size)
+        body = await in_turns(model_body.reading(data))
         key = request.headers.get("Idempotency-Key")
         if key is not None and (len(key) > MAX_ID_CHARACTERS or not key.isprintable() or not key):
             raise InvalidRequest(
                 f"Idempotency-Key must have 1 to {MAX_ID_CHARACTERS} printable characters"
             )
-        route = context.router.route(model)
+        route = context.router.route(body.model)
         if path == "embeddings":
             # The vectors of a fallback's model mean nothing beside those of the model that was asked for.
             route.pinned = True
-        caller = request[CALLER].on_behalf_of(fields.get("user"))
+        caller = request[CALLER].on_behalf_of(body.user)
         provider_request = ProviderRequest(
             path,
-            body_maker(body, fields, route),
-            streamed=bool(streamed) and path != "embeddings",
+            body_maker(body, route),
+            streamed=body.streamed and path != "embeddings",
             caller=caller,
             model=route.model,
+            hold=hold,
         )
-        stored = path == "responses" and (
-            fields.get("store") is True or fields.get("background") is True
-        )
-        digest = digest_of(path, body) if key else b""
+        stored = path == "responses" and (body.stored or body.background)
+        digest = digest_of(path, data) if key else b""
         name = http.request_id(request)
         return Request(route, provider_request, "openai", name, key, digest, stored)
 
@@ -113,28 +106,18 @@ def digest_of(path: str, body: bytes) -> bytes:
     return hashlib.sha256(path.encode() + b"\0" + body).digest()
 
 
-def body_maker(
-    body: bytes, fields: dict[str, Any], route: Route
-) -> Callable[[settings.Provider], bytes]:
+def body_maker(body: ModelBody, route: Route) -> Callable[[settings.Provider], bytes]:
     """Return a function that makes the body for a provider.
 
-    That body is the client's, or the same with the model of the route or of the provider. Either the
-    bytes or the fields are kept for as long as the answer runs, not both: images make them large.
+    That body is the client's, or the same with the model of the route or of the provider.
     """
-    content = fields if route.renamed else body
 
     def body_for(provider: settings.Provider) -> bytes:
         first = provider.name == route.provider.name
-        if first and isinstance(content, bytes):
-            return content
+        if first and not route.renamed:
+            return body.data
         # A fallback uses its own model.
-        model = (first and route.model) or provider.model
-        values = orjson.loads(content) if isinstance(content, bytes) else content
-        try:
-            return orjson.dumps({**values, "model": model})
-        # orjson reads 1,024 levels, but writes 254.
-        except TypeError:
-            raise InvalidRequest("the body is nested too deeply") from None
+        return body.with_model((first and route.model) or provider.model)
 
     return body_for
 
@@ -149,7 +132,7 @@ async def serve(context: Context, request: web.Request, prepared: Request) -> we
             details.error_format = ResponseEvents()
         return await follow_stream(context, request, stream)
     with gateway.hold() as held:
-        prepared.provider_request.held = held
+        prepared.provider_request.answer_bytes = held
         response = whole(request, await gateway.call(prepared))
         # Within the `with`: a client that reads slowly keeps the answer in memory.
         await write(
@@ -227,12 +210,15 @@ async def models(context: Context, _request: web.Request) -> web.Response:
 
 
 async def model(context: Context, request: web.Request) -> web.Response:
-    """Answer `GET /v1/models/{id}`."""
+    """Answer `GET /v1/models/{id}`: with the provider that a request for this model goes to.
+
+    A model that names no provider goes to the active one, which alone knows whether it has it.
+
+    Raises:
+        ModelNotFound, NoProvider: a request for this model is refused, too.
+    """
     name = request.match_info["id"]
-    for entry in _models(context):
-        if entry["id"] == name or entry["id"].partition("/")[2] == name:
-            return web.json_response(entry)
-    raise ModelNotFound(f"no model {name[:64]!r} is configured", param="model")
+    return web.json_response(_model(name, context.router.route(name).provider.name))
 
 
 def _models(context: Context) -> Iterator[dict[str, Any]]:

@@ -28,6 +28,11 @@ if TYPE_CHECKING:
     from aioserver.streams.stream import Stream
 
 
+# The path of a request for a response, below the base URL of its provider.
+PATH = "responses"
+NOT_FOUND = "no such response: never seen, or kept no longer"
+
+
 def routes(context: Context) -> list[web.RouteDef]:
     """Return the routes of this part of OpenAI's API."""
     return [
@@ -50,7 +55,7 @@ async def prepare(
 
     None instead of an event means that the response is not to be streamed.
     """
-    stream = context.gateway.find(request[CALLER], request.match_info["id"])
+    stream = find(context, request)
     if request.query.get("stream", "false") != "true":
         return stream, None
     if stream.details.whole is not None:
@@ -77,13 +82,26 @@ async def retrieve(
 
 async def cancel(context: Context, request: web.Request) -> web.StreamResponse:
     """Answer `POST /v1/responses/{id}/cancel`. A response that has ended stays as it is."""
-    stream = context.gateway.cancel(request[CALLER], request.match_info["id"])
+    stream = context.gateway.cancel(request[CALLER], find(context, request).request_id)
     if (answer := _whole(stream)) is not None:
         return openai.whole(request, answer)
     response = newest(stream)
     if stream.end_status != COMPLETE:
         response["status"] = "cancelled"
     return web.json_response(response, dumps=_text)
+
+
+def find(context: Context, request: web.Request) -> Stream:
+    """Return the response of the caller that the path of *request* names.
+
+    Raises:
+        StreamNotFound: there is no such stream, or it is an answer of another kind, such as one of
+            another face.
+    """
+    stream = context.gateway.find(request[CALLER], request.match_info["id"])
+    if stream.details.path != PATH:
+        raise StreamNotFound(NOT_FOUND)
+    return stream
 
 
 def event_of(stream: Stream, sequence: int) -> int:
@@ -110,7 +128,7 @@ def newest(stream: Stream) -> dict[str, Any]:
     events = _remembered(stream)
     response = None if events is None else events.response
     if response is None:
-        raise StreamNotFound("no such response: never seen, or kept no longer")
+        raise StreamNotFound(NOT_FOUND)
     return response
 
 

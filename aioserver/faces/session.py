@@ -6,12 +6,16 @@ import contextlib
 from functools import partial
 from typing import TYPE_CHECKING
 
+import msgspec
 from aiohttp import web
+from msgspec import Raw
 
 from aioserver.auth.guard import COOKIE, KEY_NEEDED
 from aioserver.auth.keys import SESSION_SECONDS
 from aioserver.errors import Denied, InvalidRequest, MissingApiKey
-from aioserver.faces import http
+from aioserver.faces.intake import read_body
+from aioserver.protocol import top_level
+from aioserver.protocol.top_level import ABSENT
 
 if TYPE_CHECKING:
     from aioserver.auth.callers import Caller
@@ -19,6 +23,13 @@ if TYPE_CHECKING:
 
 MAX_LOGIN_BYTES = 1 << 14
 NO_STORE = {"Cache-Control": "no-store"}
+
+
+class _Login(msgspec.Struct, gc=False):
+    key: Raw = ABSENT
+
+
+_LOGIN = msgspec.json.Decoder(_Login)
 
 
 def routes(context: Context) -> list[web.RouteDef]:
@@ -49,7 +60,7 @@ async def log_in(context: Context, request: web.Request) -> web.Response:
         MissingApiKey: the request has no key.
         InvalidApiKey: no caller has the key, or the request has several keys.
         OriginNotAllowed: the page that sent the request may not use a session.
-        InvalidRequest: the body is not `{"key": …}`. Otherwise as `http.read_json`.
+        InvalidRequest: the body is not `{"key": …}`. Otherwise as `read_body`.
     """
     access, guard = context.access, context.guard
     # No other page may log a browser in, with a key of its own.
@@ -99,9 +110,9 @@ async def _key_in_body(context: Context, request: web.Request) -> bytes:
     if not request.body_exists:
         raise MissingApiKey(KEY_NEEDED)
     with context.admission.hold() as hold:
-        _, fields = await http.read_json(request, hold, MAX_LOGIN_BYTES)
-    key = fields.get("key") if isinstance(fields, dict) else None
-    if not isinstance(key, str):
+        body = top_level.at_once(top_level.sound(await read_body(request, hold, MAX_LOGIN_BYTES)))
+    key = top_level.text(top_level.decode(_LOGIN, body, "the body").key)
+    if key is None:
         raise InvalidRequest('the body must be {"key": "…"}', param="key")
     if not key.strip():
         raise MissingApiKey(KEY_NEEDED)

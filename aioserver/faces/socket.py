@@ -39,6 +39,7 @@ from aioserver.errors import (
 from aioserver.faces.admission import MAX_REFUSED_CLOSING, SocketPlace
 from aioserver.limits.gcra import Gcra
 from aioserver.limits.quota import REVOKED
+from aioserver.protocol.top_level import STEP_BYTES
 from aioserver.streams.formats import WS_CLOSE, WS_PING, WS_PONG, ws_frame
 from aioserver.streams.writer import Writer
 
@@ -68,9 +69,8 @@ async def serve(
     """Serve one socket, made by *make*, from the handshake to the end of its connection.
 
     Raises:
-        OriginNotAllowed, InvalidRequest, ServerAtCapacity: the handshake is refused.
+        InvalidRequest, ServerAtCapacity: the handshake is refused.
     """
-    context.origins.check(request.headers)
     admission = context.admission
     if admission.refused_closing >= MAX_REFUSED_CLOSING:
         raise ServerAtCapacity("too many refused sockets are still closing", retry_after=5.0)
@@ -78,6 +78,8 @@ async def serve(
         autoping=False,
         autoclose=False,
         compress=False,
+        # Text of four bytes a character would cost four times its bytes.
+        decode_text=False,
         protocols=subprotocols(request),
         # aiohttp refuses a message of exactly `max_msg_size`.
         max_msg_size=context.settings.chat.websocket.max_message_size + 1,
@@ -167,7 +169,7 @@ class Socket(ABC):
             on_unfollow=context.gateway.lifetime.reader_removed,
         )
         self._inside = False
-        self._waiting: list[str] = []
+        self._waiting: list[bytes] = []
         self._waiting_bytes = 0
         self._frames = Gcra(FRAME_INTERVAL, FRAME_TOLERANCE)
         self._pings = itertools.count(1)
@@ -193,8 +195,12 @@ class Socket(ABC):
         """Whether answers run on this socket: it is then neither idle nor drained."""
 
     @abstractmethod
-    def receive(self, text: str) -> None:
-        """Carry out one message of the client; never waits, and raises nothing."""
+    def receive(self, data: bytes) -> None:
+        """Carry out one message of the client, in UTF-8; never waits, and raises nothing."""
+
+    @abstractmethod
+    async def receive_in_turns(self, data: bytes) -> None:
+        """Carry out one large message of the client, as `receive`, in several turns of the event loop."""
 
     @abstractmethod
     def show_position(self, position: int, eta: float) -> None:
@@ -204,6 +210,11 @@ class Socket(ABC):
     def show_error(self, error: AioserverError) -> None:
         """Tell the client *error*, which belongs to no request; the socket closes after it."""
 
+    @property
+    def open(self) -> bool:
+        """Whether the socket has its place, and has not begun to close."""
+        return self._inside and self._closing is None and not self._transport.is_closing()
+
     # Admission.
 
     def entered(self) -> None:
@@ -211,10 +222,10 @@ class Socket(ABC):
         self._inside = True
         self._context.admission.opened(self.face, self.caller.name)
         waiting, self._waiting = self._waiting, []
-        for text in waiting:
+        for data in waiting:
             # A socket that is closing gets no answers, and nothing is paid for them.
             if self._closing is None:
-                self.receive(text)
+                self.receive(data)
 
     def refused(self, error: AioserverError) -> None:
         """Tell the client that it gets no place, and close."""
@@ -235,8 +246,13 @@ class Socket(ABC):
             message = await ws.receive()
             match message.type:
                 case WSMsgType.TEXT:
+                    data = message.data
+                    # The next message may be long in coming.
+                    del message
                     if self._closing is None:
-                        self._take(message.data)
+                        await self._take(data)
+                    del data
+                    continue
                 case WSMsgType.PONG:
                     if bytes(message.data) == self._ping:
                         self._ping = None
@@ -253,22 +269,23 @@ class Socket(ABC):
                         self.close(message.data.code, b"")
                     return
 
-    def _take(self, text: str) -> None:
+    async def _take(self, data: bytes) -> None:
         limit = self._max_message_bytes
-        if len(text) > limit or (not text.isascii() and len(text.encode()) > limit):
+        if len(data) > limit:
             self.end(RequestTooLarge(f"a message of more than {limit} bytes"))
-        elif not self._count_frame():
-            pass
-        elif self._inside:
-            self.receive(text)
-        else:
-            self._waiting.append(text)
-            self._waiting_bytes += len(text)
-            if (
-                len(self._waiting) > MAX_WAITING_MESSAGES
-                or self._waiting_bytes > MAX_WAITING_BYTES
-            ):
-                self.end(RateLimitExceeded("too many messages before a place was free"))
+            return
+        if not self._count_frame():
+            return
+        if self._inside:
+            if len(data) > STEP_BYTES:
+                await self.receive_in_turns(data)
+            else:
+                self.receive(data)
+            return
+        self._waiting.append(data)
+        self._waiting_bytes += len(data)
+        if len(self._waiting) > MAX_WAITING_MESSAGES or self._waiting_bytes > MAX_WAITING_BYTES:
+            self.end(RateLimitExceeded("too many messages before a place was free"))
 
     def _count_frame(self) -> bool:
         """Count a frame, and close the socket if it is one of a flood. Return whether it is not."""

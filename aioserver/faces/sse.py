@@ -17,19 +17,20 @@ from aiohttp import web
 from aiohttp_sse import EventSourceResponse
 
 from aioserver.auth.callers import CALLER, Caller
-from aioserver.errors import InvalidRequest, ServerAtCapacity
 from aioserver.faces import http
 from aioserver.faces.admission import counted
+from aioserver.faces.intake import in_turns, read_body
 from aioserver.faces.streaming import follow
-from aioserver.protocol import eventstream, messages
+from aioserver.protocol import client_frames, eventstream, messages
 from aioserver.streams.formats import EVENTS, RETRY
 
 if TYPE_CHECKING:
     from aiohttp.abc import AbstractStreamWriter
 
+    from aioserver.errors import ServerAtCapacity
     from aioserver.faces.admission import BodyHold
     from aioserver.faces.context import Context
-    from aioserver.protocol.messages import Chat
+    from aioserver.protocol.client_frames import Chat
     from aioserver.streams.stream import Stream
 
 
@@ -79,27 +80,30 @@ class Question:
     """
 
     caller: Caller
-    chat: Chat
+    chat: Chat | None
+    hold: BodyHold
     detached: bool
     after: int
+
+    def take_chat(self) -> Chat:
+        """Return the chat, which is not kept here any more: it may have megabytes."""
+        chat, self.chat = self.chat, None
+        assert chat is not None, "a chat is taken once"
+        return chat
 
 
 async def prepare(context: Context, request: web.Request, hold: BodyHold) -> Question:
     """Prepare a POST."""
     limit = context.settings.chat.websocket.max_message_size
-    _, fields = await http.read_json(request, hold, limit)
-    if not isinstance(fields, dict):
-        raise InvalidRequest("the body must be a JSON object")
-    request_id = messages.identifier(fields.pop("request_id", None))
+    data = await read_body(request, hold, limit)
+    chat = await in_turns(client_frames.reading_question(data))
     preferences = request.headers.get("Prefer", "").split(",")
     detached = any(value.strip().lower() == "respond-async" for value in preferences)
-    question = Question(
-        request[CALLER], messages.chat(request_id, fields), detached, _last_seen(request)
-    )
+    question = Question(request[CALLER], chat, hold, detached, _last_seen(request))
     if question.after:
         with context.metrics.resuming():
             # A gap is reported before a place is taken.
-            _known(context, question).locate(question.after)
+            _known(context, question.caller, chat).locate(question.after)
     return question
 
 
@@ -109,10 +113,13 @@ async def start(context: Context, request: web.Request, question: Question) -> w
     A client that has seen some of the events gets the rest, exactly as by GET: libraries that can
     send a body repeat their POST when they reconnect.
     """
+    caller, chat, hold = question.caller, question.take_chat(), question.hold
     if question.after:
-        stream = _known(context, question)
+        stream = _known(context, caller, chat)
+        hold.release()
     else:
-        stream = context.gateway.ask(question.caller, question.chat, face="sse")
+        stream = context.gateway.ask(caller, chat, face="sse", hold=hold)
+    del chat
     if not question.detached:
         return await resume(context, request, (stream, question.after))
     if not stream.readers:
@@ -128,19 +135,18 @@ async def start(context: Context, request: web.Request, question: Question) -> w
 def _last_seen(request: web.Request) -> int:
     """Return the number of the last event that the client has seen, 0 for none."""
     number = request.headers.get("Last-Event-ID") or request.query.get("last_event_id") or "0"
-    return messages.event_number(number)
+    return client_frames.event_number(number)
 
 
-def _known(context: Context, question: Question) -> Stream:
-    chat = question.chat
-    return context.gateway.find(question.caller, chat.request_id, chat.digest())
+def _known(context: Context, caller: Caller, chat: Chat) -> Stream:
+    return context.gateway.find(caller, chat.request_id, chat.digest())
 
 
 async def prepare_resume(
     context: Context, request: web.Request, _hold: BodyHold
 ) -> tuple[Stream, int]:
     """Prepare a GET: find the stream, and the event after which to follow it."""
-    name = messages.identifier(request.match_info["request_id"])
+    name = client_frames.identifier(request.match_info["request_id"])
     after = _last_seen(request)
     with context.metrics.resuming():
         stream = context.gateway.find(request[CALLER], name)
@@ -205,7 +211,7 @@ async def listing(context: Context, request: web.Request) -> web.Response:
 
 async def cancel(context: Context, request: web.Request) -> web.Response:
     """Answer a DELETE: end the stream for all its readers; no error if it has ended already."""
-    request_id = messages.identifier(request.match_info["request_id"])
+    request_id = client_frames.identifier(request.match_info["request_id"])
     context.gateway.cancel(request[CALLER], request_id)
     return web.Response(status=204)
 

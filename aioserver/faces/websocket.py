@@ -1,6 +1,6 @@
 """The WebSocket face: many questions at once on one socket, each resumable.
 
-The commands of protocol/messages.py come as text messages. Their answers are streams, which the
+The commands of protocol/client_frames.py come as text messages. Their answers are streams, which the
 socket's writer follows. The code that any WebSocket needs is in socket.py.
 """
 
@@ -10,16 +10,19 @@ import uuid
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from aiohttp import web
+from aiohttp import WSCloseCode, web
 
 from aioserver.errors import AioserverError, ConcurrencyExceeded, ServerShutdown
+from aioserver.faces.intake import in_turns
 from aioserver.faces.socket import Socket, serve
-from aioserver.protocol import messages
-from aioserver.protocol.messages import BadCommand, Cancel, Chat, Ping, Resume
+from aioserver.protocol import client_frames, messages
+from aioserver.protocol.client_frames import BadCommand, Cancel, Chat, Ping, Resume
+from aioserver.protocol.top_level import NotUtf8
 from aioserver.streams.formats import MESSAGES, WS_TEXT, ws_frame
 
 if TYPE_CHECKING:
     from aioserver.faces.context import Context
+    from aioserver.protocol.client_frames import Command
     from aioserver.streams.cursor import Cursor
     from aioserver.streams.stream import Stream
 
@@ -57,11 +60,29 @@ class ChatSocket(Socket):
         """Whether answers run on this socket."""
         return bool(self._following)
 
-    def receive(self, text: str) -> None:
+    def receive(self, data: bytes) -> None:
         """Carry out one command."""
+        try:
+            command = client_frames.parse(data)
+        except BadCommand as fault:
+            self._refuse(fault.request_id, fault.error)
+        else:
+            self._carry_out(command)
+
+    async def receive_in_turns(self, data: bytes) -> None:
+        """Carry out one command, whose frame is read in several turns of the event loop."""
+        try:
+            command = await in_turns(client_frames.parsing(data))
+        except BadCommand as fault:
+            self._refuse(fault.request_id, fault.error)
+        else:
+            # Meanwhile the socket may have been closed.
+            if self.open:
+                self._carry_out(command)
+
+    def _carry_out(self, command: Command) -> None:
         request_id: str | None = None
         try:
-            command = messages.parse(text)
             match command:
                 case Ping():
                     self._send(command.request_id, "pong", {})
@@ -76,8 +97,6 @@ class ChatSocket(Socket):
                     with self._context.metrics.resuming():
                         stream = self._context.gateway.find(self.caller, command.request_id)
                         self._follow(stream, command.last_event_id)
-        except BadCommand as fault:
-            self._refuse(fault.request_id, fault.error)
         except AioserverError as error:
             self._refuse(request_id, error)
 
@@ -137,6 +156,9 @@ class ChatSocket(Socket):
 
     def _refuse(self, request_id: str | None, error: AioserverError) -> None:
         self._context.metrics.count_error(error)
+        if isinstance(error, NotUtf8):
+            self.close(WSCloseCode.INVALID_TEXT, b"")
+            return
         # While answers run the socket stays open for them, and closes after the last one.
         if isinstance(error, ServerShutdown) and not self._following:
             self.end(error)

@@ -13,7 +13,7 @@ from aioserver.errors import ServerShutdown
 if TYPE_CHECKING:
     from aioserver.gateway.router import Request, Router
     from aioserver.providers.request import Answer
-    from aioserver.telemetry.request_log import RequestLog, RequestRecord
+    from aioserver.telemetry.request_log import RequestLog
 
 
 class Calls:
@@ -40,7 +40,7 @@ class Calls:
             ServerShutdown: `close` was called meanwhile.
             AioserverError: as `Router.call`.
         """
-        record = begin_record(request, self._request_log)
+        record = request.begin_record(self._request_log)
         task: asyncio.Task[Any] | None = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
@@ -70,23 +70,6 @@ class Calls:
         for task in tasks:
             # `answer` raises `ServerShutdown` for this cancellation.
             task.cancel()
-
-
-def begin_record(request: Request, log: RequestLog) -> RequestRecord:
-    """Begin the record of *request*, which is understood and goes to its first provider now."""
-    provider_request, route = request.provider_request, request.route
-    record, provider = provider_request.record, route.provider
-    model = route.model or provider.settings.model
-    record.begin(
-        request.face,
-        request.name,
-        provider.name,
-        model,
-        request.caller.name,
-        streamed=provider_request.streamed,
-    )
-    record.log = log
-    return record
 
 
 def shutdown_error() -> ServerShutdown:

@@ -24,7 +24,7 @@ from aioserver.errors import (
     StreamNotFound,
     public,
 )
-from aioserver.gateway.calls import Calls, begin_record, shutdown_error
+from aioserver.gateway.calls import Calls, shutdown_error
 from aioserver.gateway.prompts import Prompts
 from aioserver.gateway.router import Request
 from aioserver.limits.quota import REVOKED
@@ -43,7 +43,8 @@ if TYPE_CHECKING:
     from aioserver.gateway.conversations import Conversations
     from aioserver.gateway.prompts import Prompt
     from aioserver.gateway.router import Router
-    from aioserver.protocol.messages import Chat
+    from aioserver.protocol.client_frames import Chat
+    from aioserver.providers.request import Hold
     from aioserver.streams.store import HeldBytes, StreamStore
     from aioserver.streams.stream import Stream
     from aioserver.telemetry.request_log import RequestLog
@@ -94,15 +95,22 @@ class Gateway:
         """The number of answers that have not ended, streamed or not."""
         return len(self._producers) + self._calls.running
 
-    def ask(self, caller: Caller, chat: Chat, scope: str | None = None, *, face: str) -> Stream:
+    def ask(
+        self,
+        caller: Caller,
+        chat: Chat,
+        scope: str | None = None,
+        *,
+        face: str,
+        hold: Hold | None = None,
+    ) -> Stream:
         """Return the stream that answers *chat*: that of its request id, or a new one.
 
         *scope* is the conversation if the chat names none. A new stream is cancelled if it gets no
-        reader before its window is over.
+        reader before its window is over. *hold* is released here, unless this raises.
 
         Raises:
             RequestConflict: the request id is known with another payload.
-            InvalidRequest: the chat is nested too deeply to be passed on.
             ModelNotFound, NoProvider: no provider can be asked.
             ConcurrencyExceeded, RateLimitExceeded: the key has reached a limit of its own.
             ServerAtCapacity: there is no room for another answer.
@@ -110,13 +118,15 @@ class Gateway:
         """
         key, digest = chat.request_id, chat.digest()
         if (existing := self._known(caller, key, digest)) is not None:
+            if hold is not None:
+                hold.release()
             return existing
         route = self._router.route(chat.model, chat.provider)
-        prompt = self._prompts.make(caller, chat, scope, route)
+        prompt = self._prompts.make(caller, chat, scope, route, hold)
         request = Request(route, prompt.request, face, key, key, digest)
         stream = self._open(request)
         stream.details.conversation_id = prompt.conversation_id
-        self._start_producer(stream, self._produce_chat(request, stream, prompt))
+        self._start_producer(stream, request, self._produce_chat(request, stream, prompt))
         return stream
 
     def relay(self, request: Request) -> Stream:
@@ -128,7 +138,7 @@ class Gateway:
         if (existing := self._existing(request)) is not None:
             return existing
         stream = self._open(request)
-        self._start_producer(stream, self._router.fill(request, stream))
+        self._start_producer(stream, request, self._router.fill(request, stream))
         return stream
 
     def hold(self) -> HeldBytes:
@@ -155,7 +165,7 @@ class Gateway:
         stream = self._existing(request)
         if stream is None:
             stream = self._open(request)
-            self._start_producer(stream, self._produce_whole(request, stream))
+            self._start_producer(stream, request, self._produce_whole(request, stream))
         reader = ConditionReader(stream, ENDED)
         self.lifetime.reader_added(stream)
         try:
@@ -207,8 +217,7 @@ class Gateway:
                 task.cancel()
                 cancelled.append(task)
         await asyncio.gather(*cancelled, return_exceptions=True)
-        # One iteration of the loop, in which the tasks' done callbacks run.
-        await asyncio.sleep(0)
+        await asyncio.sleep(0)  # the tasks' done callbacks run
 
     def drain(self) -> None:
         """Refuse new requests and those that wait for a provider, and end streams without a reader."""
@@ -227,8 +236,7 @@ class Gateway:
         self._calls.close()
         if tasks:
             await asyncio.wait(tasks)
-            # One iteration of the loop, in which the tasks' done callbacks run.
-            await asyncio.sleep(0)
+            await asyncio.sleep(0)  # the tasks' done callbacks run
         self.lifetime.close()
 
     def _check_running(self) -> None:
@@ -240,7 +248,10 @@ class Gateway:
         if request.key is None:
             self._check_running()
             return None
-        return self._known(request.caller, request.key, request.digest)
+        stream = self._known(request.caller, request.key, request.digest)
+        if stream is not None:
+            request.provider_request.release()
+        return stream
 
     def _known(self, caller: Caller, key: str, digest: bytes) -> Stream | None:
         self._check_running()
@@ -262,9 +273,7 @@ class Gateway:
         """
         self._check_running()
         caller, resumable = request.caller, request.resumable
-        name = request.name
-        if resumable:
-            name = request.key or uuid.uuid4().hex
+        name = (request.key or uuid.uuid4().hex) if resumable else request.name
         if (quota := caller.quota) is not None:
             quota.take()
         try:
@@ -279,12 +288,18 @@ class Gateway:
             if quota is not None:
                 quota.give_back(unused=True)
             raise
-        stream.record = begin_record(request, self._request_log)
-        stream.attachment.held = request.provider_request.held = self._streams.hold()
+        stream.details.path = request.provider_request.path
+        stream.record = request.begin_record(self._request_log)
+        stream.attachment.request = request.provider_request
+        stream.attachment.held = request.provider_request.answer_bytes = self._streams.hold()
+        request.provider_request.outlive_handler()
         return stream
 
-    def _start_producer(self, stream: Stream, producer: Coroutine[Any, Any, None]) -> None:
+    def _start_producer(
+        self, stream: Stream, request: Request, producer: Coroutine[Any, Any, None]
+    ) -> None:
         task = self._loop.create_task(producer)
+        task.add_done_callback(lambda _task: request.provider_request.release())
         self._producers[task] = stream
         self._tasks[stream] = task
         task.add_done_callback(self._settle)

@@ -2,17 +2,18 @@
 
 A chat with a `text` belongs to a conversation: the history so far is sent before the text, and the
 text and its answer are appended to it, as far as the answer came, unless it failed. A chat with
-`messages` brings its own history, and none is kept.
+`messages` brings its own history, and none is kept. What the client has written stays as it is: a body
+is joined of its bytes, our defaults, and the history.
 """
 
 from __future__ import annotations
 
+import re
 import uuid
 from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from aioserver.errors import InvalidRequest
 from aioserver.protocol.openai import Reading
 from aioserver.providers.request import ProviderRequest
 
@@ -21,7 +22,10 @@ if TYPE_CHECKING:
     from aioserver.config import settings
     from aioserver.gateway.conversations import Conversations
     from aioserver.gateway.router import Route
-    from aioserver.protocol.messages import Chat
+    from aioserver.protocol.client_frames import Chat
+    from aioserver.providers.request import Hold
+
+_EMPTY = re.compile(rb"\{[ \t\r\n]*\}")
 
 
 class Prompt:
@@ -49,8 +53,8 @@ class Prompt:
     def keep(self) -> None:
         """Append the client's text, and the answer so far, to the conversation, if there is one."""
         if self.conversation_id is not None and self._text is not None:
-            answer = "".join(self.reading.text)
-            self._conversations.keep(self.request.caller, self.conversation_id, self._text, answer)
+            text, answer = orjson.loads(self._text), "".join(self.reading.text)
+            self._conversations.keep(self.request.caller, self.conversation_id, text, answer)
 
 
 class Prompts:
@@ -66,10 +70,18 @@ class Prompts:
         """Use these settings from now on; prompts that were made stay as they are."""
         self._service, self._bounds = service, bounds
 
-    def make(self, caller: Caller, chat: Chat, scope: str | None, route: Route) -> Prompt:
+    def make(
+        self,
+        caller: Caller,
+        chat: Chat,
+        scope: str | None,
+        route: Route,
+        hold: Hold | None = None,
+    ) -> Prompt:
         """Return the prompt of *chat*; *scope* is its conversation if it names none.
 
-        The `body` of the prompt's request may raise InvalidRequest: see `chat_body`.
+        *hold* counts the bytes of *chat*. A text counts until its answer has ended, since it is then
+        kept in the conversation.
         """
         streamed = self._service.streaming.enabled if chat.streaming is None else chat.streaming
         conversation_id = None
@@ -77,14 +89,17 @@ class Prompts:
         if messages is None:
             assert chat.text is not None
             conversation_id = chat.conversation_id or scope or uuid.uuid4().hex
-            messages = self._conversations.history(caller, conversation_id, chat.text)
+            history = self._conversations.history(
+                caller, conversation_id, orjson.loads(chat.text)
+            )[:-1]
             if self._service.system_prompt:
-                system_prompt = {"role": "system", "content": self._service.system_prompt}
-                messages = [system_prompt, *messages]
+                history.insert(0, {"role": "system", "content": self._service.system_prompt})
+            messages = _messages(history, chat.text)
+        options, option_names = chat.options, chat.option_names
 
         def body(provider: settings.Provider) -> bytes:
             model = route.model if provider.name == route.provider.name else None
-            return chat_body(provider, model, messages, chat.options, streamed)
+            return chat_body(provider, model, messages, options, option_names, streamed)
 
         reading = Reading(
             route.provider.settings.choice_index, max_text_bytes=self._bounds.max_stream_bytes
@@ -96,34 +111,47 @@ class Prompts:
             caller=caller,
             model=route.model,
             reading=reading,
+            hold=hold,
+            kept_bytes=len(chat.text or b""),
         )
         return Prompt(self._conversations, chat, request, reading, conversation_id)
+
+
+def _messages(history: list[dict[str, Any]], text: bytes) -> bytes:
+    """Return, as JSON, the messages of *history* and one with *text* after them."""
+    before = orjson.dumps(history)[:-1]
+    comma = b"," if history else b""
+    return b'%b%b{"role":"user","content":%b}]' % (before, comma, text)
 
 
 def chat_body(
     provider: settings.Provider,
     model: str | None,
-    messages: list[dict[str, Any]],
-    options: dict[str, Any],
+    messages: bytes,
+    options: bytes,
+    option_names: frozenset[str],
     streamed: bool,
 ) -> bytes:
     """Return the body of a chat completion: *options* replace the provider's defaults.
 
-    Raises:
-        InvalidRequest: the options cannot be written as JSON.
+    *messages* and *options* are JSON, a list and an object; *option_names* are the keys of *options* for
+    which there is a default.
     """
-    body: dict[str, Any] = {"model": model or provider.model, "messages": messages}
     defaults: dict[str, Any] = {
+        "model": model or provider.model,
         "temperature": provider.temperature,
-        "max_tokens": None if "max_completion_tokens" in options else provider.max_tokens,
+        "max_tokens": None if "max_completion_tokens" in option_names else provider.max_tokens,
         "top_p": provider.top_p,
     }
-    body |= {name: value for name, value in defaults.items() if value is not None}
     if streamed:
-        body |= {"stream": True, "stream_options": {"include_usage": True}}
-    try:
-        return orjson.dumps(body | options)
-    except orjson.JSONEncodeError as exc:
-        raise InvalidRequest(
-            f"the options cannot be written as JSON: {exc}", param="options"
-        ) from None
+        defaults |= {"stream": True, "stream_options": {"include_usage": True}}
+    fields = {
+        name: value
+        for name, value in defaults.items()
+        if value is not None and name not in option_names
+    }
+    # The braces between the objects are left out.
+    parts: list[bytes | memoryview] = [orjson.dumps(fields)[:-1], b',"messages":', messages]
+    if not _EMPTY.fullmatch(options):
+        parts += (b",", memoryview(options)[1:-1])
+    return b"".join((*parts, b"}"))

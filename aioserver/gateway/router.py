@@ -11,6 +11,8 @@ A fault that came before the first event of an answer may be tried again at the 
 `max_retries` times, with `backoff_factor`, within the budget), or at another (`failover`:
 `llm.fallbacks` in their order, each with its own model; never for a pinned provider). Place and
 connection are free meanwhile. provider_errors.py says which fault allows what.
+
+Where there is another provider, one that is sick comes last, and one that is dead is passed over (providers/breaker.py).
 """
 
 from __future__ import annotations
@@ -18,11 +20,18 @@ from __future__ import annotations
 import asyncio
 import random
 from dataclasses import dataclass
+from math import inf
 from typing import TYPE_CHECKING
 
 from aioserver.errors import ModelNotFound
-from aioserver.provider_errors import NoProvider, ProviderFault, ProviderRateLimited
+from aioserver.provider_errors import (
+    CircuitOpen,
+    NoProvider,
+    ProviderFault,
+    ProviderRateLimited,
+)
 from aioserver.providers.attempt import Attempt
+from aioserver.providers.breaker import SICK
 from aioserver.providers.health import KEY_FAULTS
 
 if TYPE_CHECKING:
@@ -32,6 +41,7 @@ if TYPE_CHECKING:
     from aioserver.providers.provider import Provider
     from aioserver.providers.request import Answer, ProviderRequest
     from aioserver.streams.stream import Stream
+    from aioserver.telemetry.request_log import RequestLog, RequestRecord
 
 # Seconds to which the pauses between retries grow.
 MAX_BACKOFF = 30.0
@@ -81,6 +91,21 @@ class Request:
     def resumable(self) -> bool:
         """Whether the caller can come back for the answer."""
         return self.key is not None or self.stored
+
+    def begin_record(self, request_log: RequestLog) -> RequestRecord:
+        """Begin the record of this request, which is understood and goes to its first provider now."""
+        provider_request, provider = self.provider_request, self.route.provider
+        record = provider_request.record
+        record.begin(
+            self.face,
+            self.name,
+            provider.name,
+            self.route.model or provider.settings.model,
+            self.caller.name,
+            streamed=provider_request.streamed,
+        )
+        record.log = request_log
+        return record
 
 
 class Router:
@@ -181,25 +206,30 @@ class Router:
             ProviderFault: no provider answered.
         """
         route, provider_request = request.route, request.provider_request
-        provider, model = route.provider, provider_request.model
-        fallbacks = [] if route.pinned or not self._fallbacks else self._usable_others(provider)
+        providers = [route.provider]
+        if self._fallbacks and not route.pinned:
+            providers = _sick_last([route.provider, *self._usable_others(route.provider)])
         faults: list[ProviderFault] = []
         while True:
+            provider = providers.pop(0)
             try:
                 return await self._ask_provider(
-                    provider, provider_request, stream, model, fallback=bool(fallbacks)
+                    provider,
+                    provider_request,
+                    stream,
+                    # A fallback uses its own model.
+                    provider_request.model if provider is route.provider else None,
+                    fallback=any(other.health.available for other in providers),
                 )
             except ProviderFault as fault:
                 faults.append(fault)
                 if _begun(stream) or not fault.failover:
                     raise
-                if not fallbacks:
+                if not providers:
                     final_fault = _final_fault(faults)
                     final_fault.attempts = fault.attempts
                     raise final_fault from None
                 provider.meter.failovers[fault.code].value += 1
-            # A fallback uses its own model.
-            provider, model = fallbacks.pop(0), None
 
     async def _ask_provider(
         self,
@@ -215,11 +245,12 @@ class Router:
         *fallback* says that another provider can be asked instead.
 
         Raises:
-            ProviderFault: of the last attempt.
+            ProviderFault: of the last attempt that was made, or of the first if none was.
         """
         record, limits = request.record, provider.settings.http_client
         provider.budget.add_request()
         number, waited = 0, 0.0
+        last_fault: ProviderFault | None = None
         while True:
             attempt = Attempt(
                 provider,
@@ -241,19 +272,28 @@ class Router:
                 if not fault.attempt_outcome:
                     # Nothing was sent.
                     record.attempts -= 1
+                if last_fault is not None and isinstance(fault, CircuitOpen):
+                    # What killed the provider says more than that it is dead.
+                    raise last_fault from None
                 fault.provider, fault.attempts = provider.name, record.attempts
+                last_fault = fault
                 number, waited = number + 1, attempt.waited
                 pause = self._pause(number, limits.backoff_factor, fault.retry_after)
-                limited = isinstance(fault, ProviderRateLimited)
+                breaker, limited = provider.health.breaker, isinstance(fault, ProviderRateLimited)
+                if not fallback and pause < (trial := breaker.delay()) < inf:
+                    # The retry of a lone client would come shortly before the next trial may start.
+                    pause = trial
                 if (
                     _begun(stream)
                     or not fault.retry
                     or number > limits.max_retries
                     or pause > MAX_PAUSE
-                    # The provider asks us to pause, and the next one may not.
-                    or (limited and fallback)
-                    or not provider.budget.take_retry()
+                    # The provider asks us to pause, or is dead, and the next one may not be.
+                    or (fallback and (limited or breaker.dead))
                 ):
+                    raise
+                if not provider.budget.take_retry():
+                    provider.meter.retries_refused.value += 1
                     raise
                 provider.meter.retries[fault.code].value += 1
             else:
@@ -308,6 +348,19 @@ class Router:
 def _begun(stream: Stream | None) -> bool:
     """Return whether an answer has begun in the log, so that no other may follow."""
     return stream is not None and (stream.answered or stream.ended)
+
+
+def _sick_last(providers: list[Provider]) -> list[Provider]:
+    """Return *providers* in the order in which they are asked: their own, but sick ones last.
+
+    Each twentieth request meets a sick provider in its place, so that it can get well.
+    """
+    sick = [
+        provider
+        for provider in providers
+        if provider.health.state == SICK and not provider.health.breaker.first_in_turn()
+    ]
+    return [provider for provider in providers if provider not in sick] + sick
 
 
 def _final_fault(faults: Sequence[ProviderFault]) -> ProviderFault:

@@ -19,9 +19,11 @@ import asyncio
 import random
 import time
 from dataclasses import dataclass
+from math import inf
 from typing import TYPE_CHECKING, Protocol, Self
 
 from aioserver.limits.fair_queue import FairQueue
+from aioserver.limits.waiter import Waiter, settled
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
@@ -83,48 +85,6 @@ class Place:
         self.release()
 
 
-class _Waiter:
-    """A request in the queue; *place* is done once it has a place or an error."""
-
-    __slots__ = (
-        *("arrived", "caller", "cost", "deadline", "flow"),
-        *("may_fail_over", "on_position", "place", "reported"),
-    )
-
-    def __init__(
-        self,
-        place: asyncio.Future[Place],
-        caller: Hashable,
-        flow: Hashable,
-        arrived: float,
-        deadline: float,
-        on_position: Callable[[int, float], None] | None,
-        cost: int,
-        *,
-        may_fail_over: bool,
-    ) -> None:
-        self.place = place
-        self.caller = caller
-        self.flow = flow
-        self.arrived = arrived
-        self.deadline = deadline
-        self.on_position = on_position
-        self.cost = cost
-        self.may_fail_over = may_fail_over
-        self.reported: tuple[int, float] | None = None
-
-    def report(self, position: int, eta: float) -> None:
-        """Tell *on_position* what has changed since the last report."""
-        if self.on_position is not None and self.reported != (position, eta):
-            self.reported = position, eta
-            self.on_position(position, eta)
-
-
-def _settled(waiter: _Waiter) -> bool:
-    """Return whether *waiter* has a place or an error, or has given up."""
-    return waiter.place.done()
-
-
 class Gate:
     """Bounded in places, in waiters and in their wait; fair between callers.
 
@@ -156,7 +116,7 @@ class Gate:
         self._pace = pace
         self._pace_error = pace_error or timeout_error
         self._clock = clock
-        self._queue: FairQueue[_Waiter] = FairQueue()
+        self._queue: FairQueue[Waiter[Place]] = FairQueue()
         self._inside = 0
         self._entered = 0
         self._refused = 0
@@ -165,8 +125,8 @@ class Gate:
         # The smoothed seconds between two freed places of a full gate.
         self._interval = 1.0
         self._position_timer: asyncio.TimerHandle | None = None
-        # Fires when the pace allows the next start.
-        self._pace_timer: asyncio.TimerHandle | None = None
+        # Fires when the next start may be allowed.
+        self._start_timer: asyncio.TimerHandle | None = None
         self._closed: Callable[[], AioserverError] | None = None
 
     @property
@@ -193,10 +153,13 @@ class Gate:
     def serve(self) -> None:
         """Let in the waiters that may start now; called when a place or the pace has changed."""
         while self._queue and self._inside < self._limit:
-            if self._pace is not None and (delay := self._pace.delay()) > 0:
-                if self._pace_timer is not None:
-                    self._pace_timer.cancel()
-                self._pace_timer = asyncio.get_running_loop().call_later(delay, self.serve)
+            if (delay := self._delay()) > 0:
+                if self._start_timer is not None:
+                    self._start_timer.cancel()
+                    self._start_timer = None
+                if delay < inf:
+                    loop = asyncio.get_running_loop()
+                    self._start_timer = loop.call_later(delay, self.serve)
                 return
             self._enter()
             self._hand_over()
@@ -204,13 +167,11 @@ class Gate:
     def try_enter(self, cost: int = 0) -> Place | None:
         """Return a place if one is free and nobody waits for it; *cost* counts for the pace."""
         if self._inside < self._limit and not self._queue and self._closed is None:
-            if self._pace is not None:
-                if self._pace.delay() > 0:
-                    return None
-                self._pace.start(cost)
+            if self._delay() > 0:
+                return None
             self._enter()
             self._entered += 1
-            return Place(self)
+            return self._start(cost)
         return None
 
     async def enter(
@@ -254,7 +215,7 @@ class Gate:
                 self._refused += 1
                 raise self._pace_error(delay)
         now = self._clock()
-        waiter = _Waiter(
+        waiter = Waiter(
             asyncio.get_running_loop().create_future(),
             caller,
             flow,
@@ -267,7 +228,7 @@ class Gate:
         self._queue.add(waiter, caller, flow, weight, at_front=at_front)
         return await self._wait(waiter, seconds, at_front=at_front)
 
-    async def _wait(self, waiter: _Waiter, seconds: float, *, at_front: bool) -> Place:
+    async def _wait(self, waiter: Waiter[Place], seconds: float, *, at_front: bool) -> Place:
         place = waiter.place
         try:
             # Sets the timer of the pace if only the pace keeps the waiter from starting.
@@ -313,8 +274,8 @@ class Gate:
         """Refuse every waiter and every newcomer, each with an error of its own."""
         self._closed = error
         self.refuse_waiting(error)
-        if self._pace_timer is not None:
-            self._pace_timer.cancel()
+        if self._start_timer is not None:
+            self._start_timer.cancel()
 
     def retry_after(self) -> float:
         """Return the seconds until one more request may find a place.
@@ -338,6 +299,16 @@ class Gate:
             refused=self._refused,
         )
 
+    def _delay(self) -> float:
+        """Return the seconds until the next start; 0.0 if nothing but places limits it, inf until `serve`."""
+        return 0.0 if self._pace is None else self._pace.delay()
+
+    def _start(self, cost: int) -> Place:
+        """Count a start, for which there is a place."""
+        if self._pace is not None:
+            self._pace.start(cost)
+        return Place(self)
+
     def _enter(self) -> None:
         self._inside += 1
         if self._inside == self._limit:
@@ -354,16 +325,14 @@ class Gate:
 
     def _hand_over(self) -> None:
         """Hand a place, which is counted already, to the next waiter; free it if there is none."""
-        waiter = self._queue.pop(_settled)
+        waiter = self._queue.pop(settled)
         if waiter is None:
             self._inside -= 1
             return
         self._entered += 1
-        if self._pace is not None:
-            self._pace.start(waiter.cost)
-        waiter.place.set_result(Place(self))
+        waiter.place.set_result(self._start(waiter.cost))
 
-    def _refuse(self, waiter: _Waiter, error: Callable[[], AioserverError]) -> None:
+    def _refuse(self, waiter: Waiter[Place], error: Callable[[], AioserverError]) -> None:
         if not waiter.place.done():
             self._refused += 1
             waiter.place.set_exception(error())
@@ -373,7 +342,7 @@ class Gate:
         wait = position * self._interval if self._inside >= self._limit else 0.0
         return wait if self._pace is None else max(wait, self._pace.delay(position - 1))
 
-    def _report_first(self, waiter: _Waiter, *, at_front: bool) -> None:
+    def _report_first(self, waiter: Waiter[Place], *, at_front: bool) -> None:
         """Report the position of a new *waiter*, and start the reports to all."""
         caller, flow = waiter.caller, waiter.flow
         number = 1 if at_front else self._queue.count(caller, flow)

@@ -9,7 +9,7 @@ is a client of `/events`: it is sent the history, then each snapshot as it is ma
 
 A *trouble* is a problem that a provider has now, described in a text that every display shows.
 
-An *incident* is something that an operator should know, such as a provider whose breaker has opened.
+An *incident* is something that an operator should know, such as the death of a provider.
 The *detector* finds incidents in the difference of two ticks. Repeated incidents are gathered: after one
 incident of a kind comes a *quiet time*, and the next one says how much has happened meanwhile.
 

@@ -107,6 +107,18 @@ GAUGES = (
         "provider",
     ),
     Gauge(
+        "retry_budget_used",
+        _each_provider(lambda p: p["retry_budget"]["used"]),
+        "Retries in the last ten seconds",
+        "provider",
+    ),
+    Gauge(
+        "retry_budget_limit",
+        _each_provider(lambda p: p["retry_budget"]["limit"]),
+        "Retries that the budget allows in ten seconds: a fifth of the requests, or ten",
+        "provider",
+    ),
+    Gauge(
         "provider_silence_seconds",
         _each_provider(lambda p: p["silent"]["longest"]),
         "Longest silence of the provider that is going on now in a streamed answer",

@@ -117,6 +117,14 @@ class PaceState(TypedDict):
     cooling: float
 
 
+class RetryBudgetState(TypedDict):
+    """The budget of retries: *used* of *limit* in the last ten seconds; *refused* since the start."""
+
+    used: int
+    limit: int
+    refused: int
+
+
 class SilenceState(TypedDict):
     """The silence of a provider: see providers/silence.py; *longest* in seconds."""
 
@@ -152,6 +160,7 @@ class ProviderState(TypedDict):
     next_try: float | None
     flagged: bool
     retries: int
+    retry_budget: RetryBudgetState
     failovers: int
     requests: int
     cancelled: int
@@ -319,6 +328,11 @@ def _provider_state(
         "next_try": None if state.next_try is None else round(state.next_try, 1),
         "flagged": state.flagged,
         "retries": _sum(meter.retries),
+        "retry_budget": {
+            "used": state.budget.used,
+            "limit": state.budget.limit,
+            "refused": int(meter.retries_refused.value),
+        },
         "failovers": _sum(meter.failovers),
         "requests": sum(attempts.values()),
         "cancelled": attempts[CANCELLED],

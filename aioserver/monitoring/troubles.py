@@ -89,6 +89,8 @@ class Troubles:
             began = now - provider["silent"]["longest"]
         elif provider["state"] == SICK:
             kind = SICK
+            if not failed:
+                text = f"{name} failed often, and has had few requests since"
         elif failed >= FEW and failed >= SHARE * attempts:
             kind = FAILING
         else:

@@ -4,8 +4,9 @@ A *request* says what is asked, whichever provider answers it. One try of it at 
 *attempt*. An attempt waits in the provider's *queue* until a *place* is free, one of
 `concurrent_requests`, and until the *pace* allows it to start: so many requests per minute.
 
-A provider that is known to fail is not asked. Its *breaker* opens when it fails too often, and after a
-while lets one *trial* at a time pass. Its *health* is this breaker and two facts more: whether the
+A provider is *well*; or it is *sick*: many attempts fail and some succeed, so that it is asked, but after
+a provider that is well; or it is *dead*: nothing succeeds any more, so that it is left alone but for *trials*.
+Its *breaker* knows which. Its *health* is this breaker and two facts more: whether the
 provider has refused our key (it is *flagged*), and whether it was removed from the configuration. Its
 *budget* bounds the retries, so that a failing provider does not get a multiple of the requests.
 

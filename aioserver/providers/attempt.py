@@ -52,11 +52,15 @@ class AttemptedProvider(Protocol):
     def head_received(self, attempt: Attempt) -> None:
         """Learn from the head of an answer: *attempt* knows its status and headers now."""
 
+    def answered(self, attempt: Attempt) -> None:
+        """Learn that the answer of *attempt* has begun."""
+
 
 class Attempt:
     """One try of *request* at *provider*, which `Provider.answer` runs once.
 
-    Always: at most one of `answer` and `fault` is set, and neither before `conclude`.
+    Always: at most one of `answer` and `fault` is set, and neither before `conclude`. `answered` is set by
+    the first event of the answer, or by the end of one that has no events.
 
     *stream* is the log to fill; None if no log keeps the answer. *model* None stands for the
     provider's own. *waited* has the seconds that earlier attempts of this request have spent in the
@@ -70,6 +74,8 @@ class Attempt:
 
     __slots__ = (
         "answer",
+        "answered",
+        "began",
         "events",
         "expected_tokens",
         "fallback",
@@ -106,8 +112,11 @@ class Attempt:
         self.waited = waited
         self.retry = retry
         self.fallback = fallback
-        # Whether this is the breaker's trial.
+        # Whether this is a trial of a dead provider, whose end the breaker does not know yet.
         self.trial = False
+        # When the attempt got its place.
+        self.began = 0.0
+        self.answered = False
         # The pool that the request went through.
         self.pool: object = None
         # The tokens that the pace was charged with.
@@ -144,6 +153,11 @@ class Attempt:
         if self.stream is not None:
             self.stream.details.place_at = ""
 
+    def first_event(self) -> None:
+        """Note that the answer has begun."""
+        self.answered = True
+        self.provider.answered(self)
+
     def sending(self) -> None:
         """Note that the request goes out: from here on the model may run, and cost money."""
         if self.stream is not None:
@@ -176,7 +190,7 @@ class Attempt:
                 sink = EventSink(stream, responses=request.path.endswith("responses"))
         else:
             limit = self.provider.max_response_bytes if good else MAX_ERROR_BYTES
-            sink = BodySink(limit, request.held)
+            sink = BodySink(limit, request.answer_bytes)
         self.sink = sink
         check_uncompressed(headers)
         return sink

@@ -1,121 +1,210 @@
-"""A circuit breaker: a provider that fails is not asked, except by one request at a time as a trial.
+"""A circuit breaker that costs no more than the fault: a provider that answers anything is asked.
 
-After Michael T. Nygard, "Release It!", 2007.
+After Michael T. Nygard, "Release It!", 2007, but dead is another thing than sick:
 
-    closed    all requests pass. The breaker opens after CONSECUTIVE_FAILURES, or if half of at least
-              MIN_ATTEMPTS in the last WINDOW seconds have failed
-    open      no request passes for FIRST_WAIT seconds, twice as long each time, LONGEST_WAIT at most
-    trial     one request at a time passes: an answer closes the breaker, a failure opens it again
+    well    every request is sent
+    sick    many attempts fail, and some succeed: every request is sent, to a provider that is well first
+    dead    nothing succeeds: no request is sent but for trials, and the first success ends it
+
+                 more than half fail             nothing succeeds any more
+        well ◀──────────────────────▶ sick ──────────────────────────────▶ dead
+          ▲    fewer than a quarter fail                                     │
+          └──────────────────────── any success ─────────────────────────────┘
+
+A success counts at the first event of an answer, and a failure at its end. A breaker that opens at a share
+of failures takes away the requests that would have been answered, and retries multiply that: where half of
+all attempts fail, a request with three retries is answered 15 times out of 16.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
+from math import inf
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-CONSECUTIVE_FAILURES = 5
-# Fewer attempts in the last WINDOW seconds are too few for a share of failures to mean anything.
-MIN_ATTEMPTS, WINDOW = 20, 30.0
-# Attempts of the window that are remembered.
+WELL, SICK, DEAD = "well", "sick", "dead"
+# A provider is dead if for PATIENCE seconds nothing has succeeded and at least MANY attempts failed: of a
+# provider that answers one attempt in twenty, so many fail in a row once in 400 attempts.
+PATIENCE, MANY = 5.0, 60
+# So it is if nothing has succeeded for LONG_PATIENCE seconds and at least FEW attempts failed, but at most
+# MAX_RATE of them a second: then there can be as many trials, and nobody loses anything by them.
+LONG_PATIENCE, FEW, MAX_RATE = 15.0, 5, 1.0
+# Those seconds are at least this multiple of the median time to the first event: slow is not dead.
+USUAL = 2.0
+# Times to a first event that the median is taken of.
+FIRST_EVENTS = 100
+# A provider is sick if more than SICK_ABOVE of at least MIN_ATTEMPTS in the last WINDOW seconds failed, and
+# well again if fewer than WELL_BELOW of at least MIN_ATTEMPTS did: between the two it stays what it is.
+WINDOW, MIN_ATTEMPTS = 30.0, 20
+SICK_ABOVE, WELL_BELOW = 0.5, 0.25
+# Attempts that are remembered for these shares.
 MAX_REMEMBERED = 1000
-# Seconds.
-FIRST_WAIT, LONGEST_WAIT = 5.0, 60.0
-CLOSED, TRIAL, OPEN = "closed", "trial", "open"
+# Of the requests that a sick provider would get first, one of so many does ask it first.
+TURN = 20
+# Seconds between two trials, and how many may be under way. A request that another provider can
+# answer is a trial only if none is under way, and these seconds double up to LONGEST_INTERVAL.
+TRIAL_INTERVAL, MAX_TRIALS = 0.5, 3
+LONGEST_INTERVAL = 30.0
 
 
 class Breaker:
-    """Decides which attempts pass, by how earlier ones have ended.
+    """Decides which attempts may start, by how earlier ones have ended.
 
-    Always: while the breaker is not closed, it lets at most one attempt at a time pass.
+    Always: while the provider is dead, trials start TRIAL_INTERVAL apart or more, and at most MAX_TRIALS
+    are under way; every attempt that `start` has let pass has one verdict: `succeeded`, `failed`, or
+    `unsure` if it proves nothing. A failure may follow a success: the answer has broken off.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._consecutive_failures = 0
-        # When each of the recent attempts ended, and whether it failed.
-        self._recent: deque[tuple[float, bool]] = deque()
-        self._recent_failures = 0
-        # None: the breaker is closed.
-        self._open_until: float | None = None
-        # Seconds for which the breaker opens next.
-        self._next_wait = FIRST_WAIT
-        self._trial_under_way = False
+        self.dead = self.sick = False
+        # Whether the provider could not be reached, or is not ready yet, at its newest failure; of a dead
+        # one, at any failure since it died, or at that by which it died.
+        self.unreachable = False
+        self._first_events: deque[float] = deque(maxlen=FIRST_EVENTS)
+        self._last_success = -inf
+        # Since the last success: the failures, and the time at which the first of them began.
+        self._failures = 0
+        self._failing_since = 0.0
+        # The recent attempts: when they ended, how many began to count then, and how many failed.
+        self._recent: deque[tuple[float, int, int]] = deque()
+        self._recent_attempts = self._recent_failures = 0
+        self._requests_while_sick = 0
+        self._trials = 0
+        # The times from which on the next trial may start: at all, and where there is another provider.
+        self._next_trial = self._next_spared_trial = 0.0
+        self._interval = TRIAL_INTERVAL
 
     @property
     def state(self) -> str:
-        """`closed`, `open`, or `trial`: an attempt may pass as a trial, or one is under way."""
-        if self._open_until is None:
-            return CLOSED
-        return OPEN if self._clock() < self._open_until else TRIAL
+        """`well`, `sick` or `dead`."""
+        if self.dead:
+            return DEAD
+        return SICK if self.sick else WELL
 
-    @property
-    def allows(self) -> bool:
-        """Whether an attempt would pass now."""
-        return self._open_until is None or (
-            not self._trial_under_way and self._clock() >= self._open_until
-        )
+    def delay(self, *, alternative: bool = False) -> float:
+        """Return the seconds until an attempt may start: 0.0 now, inf once a trial has ended.
 
-    @property
-    def wait(self) -> float:
-        """The seconds after which it is worth asking again: 0.0 while closed, else at least 1.0."""
-        if self._open_until is None:
-            return 0.0
-        return max(1.0, self._open_until - self._clock())
-
-    def enter(self) -> bool:
-        """Let an attempt pass, which `allows` must have permitted; return whether it is a trial.
-
-        `attempt_ended` must be called for it.
+        *alternative* says that another provider can answer the request.
         """
-        if self._open_until is None:
+        if not self.dead:
+            return 0.0
+        if self._trials >= (1 if alternative else MAX_TRIALS):
+            return inf
+        due = self._next_spared_trial if alternative else 0.0
+        return max(0.0, max(due, self._next_trial) - self._clock())
+
+    @property
+    def next_trial(self) -> float:
+        """The seconds until the next trial may start at the earliest; 0.0 also while one is under way."""
+        return 0.0 if self._trials else self.delay()
+
+    def first_in_turn(self) -> bool:
+        """Count a request that would ask the provider first; return whether it does, though it is sick."""
+        self._requests_while_sick += 1
+        return self._requests_while_sick % TURN == 0
+
+    def start(self) -> bool:
+        """Note that an attempt starts, which `delay` must have permitted; return whether it is a trial."""
+        if not self.dead:
             return False
-        self._trial_under_way = True
+        self._trials += 1
+        self._next_trial = self._clock() + TRIAL_INTERVAL
         return True
 
-    def leave_alone(self, seconds: float) -> None:
-        """Let no attempt pass for *seconds*, and then one as a trial."""
-        self._open_until = self._clock() + seconds
+    def succeeded(self, seconds: float, *, trial: bool) -> bool:
+        """Note the first event of an answer, after *seconds*; return whether the provider was dead."""
+        self._trials -= trial
+        was_dead = self.dead
+        if was_dead:
+            self._forget()
+        self._last_success = self._clock()
+        self._failures = 0
+        self.unreachable = False
+        self._first_events.append(seconds)
+        self._remember(1, 0)
+        return was_dead
 
-    def attempt_answered(self, *, trial: bool) -> None:
-        """Note that an attempt gets an answer: a *trial* succeeds with that, before its end."""
-        if trial and self._open_until is not None:
-            self._close()
+    def failed(
+        self, began: float, *, trial: bool, answered: bool = False, unreachable: bool = False
+    ) -> bool:
+        """Note the failure of an attempt that *began* then; return whether the provider is dead by it.
 
-    def attempt_ended(self, *, trial: bool, failed: bool | None) -> None:
-        """Note the end of an attempt that passed; *failed* is None if it proves nothing."""
-        if trial and self._trial_under_way:
-            self._trial_under_way = False
-            if failed:
-                self._next_wait = min(LONGEST_WAIT, 2 * self._next_wait)
-                self.leave_alone(self._next_wait)
-            elif failed is False:
-                self._close()
-            return
-        if failed is None or self._open_until is not None:
-            # An attempt that began before the breaker opened brings no news.
-            return
-        self._consecutive_failures = self._consecutive_failures + 1 if failed else 0
-        self._remember(failed)
-        if self._consecutive_failures >= CONSECUTIVE_FAILURES or (
-            len(self._recent) >= MIN_ATTEMPTS and 2 * self._recent_failures >= len(self._recent)
+        *answered*: the attempt has succeeded before, and its answer broke off. *unreachable*: there was no
+        connection, or the provider said that it is not ready.
+        """
+        self._trials -= trial
+        if self.dead:
+            self.unreachable = self.unreachable or unreachable
+            if trial:
+                self._interval = min(LONGEST_INTERVAL, 2 * self._interval)
+                self._next_spared_trial = self._clock() + self._interval
+            return False
+        self.unreachable = unreachable
+        self._remember(0 if answered else 1, 1)
+        began = max(began, self._last_success)
+        self._failing_since = min(self._failing_since, began) if self._failures else began
+        self._failures += 1
+        if not self._lifeless():
+            return False
+        self.dead = True
+        self._interval = TRIAL_INTERVAL
+        self._next_trial = self._next_spared_trial = self._clock() + TRIAL_INTERVAL
+        return True
+
+    def unsure(self, *, trial: bool) -> None:
+        """Note the end of an attempt that proves nothing: its client left, or the fault is not ours."""
+        self._trials -= trial
+
+    def reset(self) -> None:
+        """Forget everything but the trials under way: the address is another."""
+        self._forget()
+        self._first_events.clear()
+        self._last_success = -inf
+
+    def _lifeless(self) -> bool:
+        """Return whether nothing has succeeded for so long, and so often, that the provider is dead."""
+        seconds, failures = self._clock() - self._failing_since, self._failures
+        if not (
+            (failures >= MANY and seconds >= PATIENCE)
+            or (failures >= FEW and seconds >= max(LONG_PATIENCE, failures / MAX_RATE))
         ):
-            self.leave_alone(self._next_wait)
+            return False
+        ordered = sorted(self._first_events)
+        return not ordered or seconds >= USUAL * ordered[len(ordered) // 2]
 
-    def _remember(self, failed: bool) -> None:
-        now = self._clock()
-        if failed:
-            self._recent_failures += 1
-        self._recent.append((now, failed))
-        while self._recent and (
-            self._recent[0][0] <= now - WINDOW or len(self._recent) > MAX_REMEMBERED
+    def _remember(self, attempts: int, failures: int) -> None:
+        """Count for the share of failures, and see whether the provider is sick by it."""
+        now, recent = self._clock(), self._recent
+        recent.append((now, attempts, failures))
+        self._recent_attempts += attempts
+        self._recent_failures += failures
+        # A sick provider with few requests gets well by the newest of them, however old they are.
+        fewest = MIN_ATTEMPTS if self.sick else 0
+        while len(recent) > MAX_REMEMBERED or (
+            len(recent) > fewest and recent[0][0] <= now - WINDOW
         ):
-            self._recent_failures -= self._recent.popleft()[1]
+            _, attempts, failures = recent.popleft()
+            self._recent_attempts -= attempts
+            self._recent_failures -= failures
+        if self._recent_attempts < MIN_ATTEMPTS:
+            return
+        share = self._recent_failures / self._recent_attempts
+        if self.sick:
+            self.sick = share >= WELL_BELOW
+        elif share > SICK_ABOVE:
+            self.sick = True
+            self._clear_recent()
 
-    def _close(self) -> None:
-        self._open_until, self._next_wait, self._trial_under_way = None, FIRST_WAIT, False
-        self._consecutive_failures = self._recent_failures = 0
+    def _forget(self) -> None:
+        self.dead = self.sick = self.unreachable = False
+        self._failures = 0
+        self._clear_recent()
+
+    def _clear_recent(self) -> None:
         self._recent.clear()
+        self._recent_attempts = self._recent_failures = 0

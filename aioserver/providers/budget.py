@@ -6,8 +6,9 @@ requests may have MIN_RETRIES in each WINDOW all the same.
 
 from __future__ import annotations
 
+import math
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -17,6 +18,13 @@ WINDOW = 10
 # Retries for each request.
 SHARE = 0.2
 MIN_RETRIES = 10
+
+
+class BudgetStats(NamedTuple):
+    """A snapshot of a budget: the retries of the last WINDOW seconds, and how many it allows in them."""
+
+    used: int
+    limit: int
 
 
 class Budget:
@@ -39,11 +47,17 @@ class Budget:
 
     def take_retry(self) -> bool:
         """Count a retry, if the budget has room for it; return whether it has."""
-        self._forget_old()
-        if sum(self._retries) >= max(MIN_RETRIES, SHARE * sum(self._requests)):
+        used, limit = self.stats()
+        if used >= limit:
             return False
         self._retries[self._second % WINDOW] += 1
         return True
+
+    def stats(self) -> BudgetStats:
+        """Return a snapshot."""
+        self._forget_old()
+        limit = max(MIN_RETRIES, math.ceil(SHARE * sum(self._requests)))
+        return BudgetStats(sum(self._retries), limit)
 
     def _forget_old(self) -> None:
         second = int(self._clock())

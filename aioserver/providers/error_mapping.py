@@ -68,7 +68,10 @@ def check_status(name: str, status: int, headers: Mapping[str, str], body: bytes
         wait = 1.0 if wait is None else wait
         raise ProviderRateLimited(f"{name} limits our rate", retry_after=wait)
     if status >= 500 or status == 408:
-        raise ProviderError(f"{name} answered {status}", retry_after=wait)
+        fault = ProviderError(f"{name} answered {status}", retry_after=wait)
+        # An engine that loads its model says so, and a proxy in front of one that is away.
+        fault.unreachable = status == 503
+        raise fault
     if not _parses(body):
         # The body is a proxy's page, for example, which our clients must not get.
         body = InvalidRequest(f"{name} answered {status}").body()

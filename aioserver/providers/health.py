@@ -1,6 +1,6 @@
-"""Whether a provider is asked: not while it fails, refuses our key, or after it was removed.
+"""Whether a provider is asked: not while it is dead, refuses our key, or after it was removed.
 
-The breaker of a provider that fails keeps requests away from it. A provider that refuses our key is flagged,
+The breaker of a dead provider keeps requests away from it, but for trials. A provider that refuses our key is flagged,
 for 5 minutes or until a reload: no client's request would fare better. A 403 may be about the one
 request (a text that moderation does not let through), so it flags the provider only as long as the key
 has never been accepted: otherwise one client could stop the provider for all.
@@ -9,8 +9,8 @@ has never been accepted: otherwise one client could stop the provider for all.
 from __future__ import annotations
 
 import random
+import time
 from math import inf
-from time import monotonic
 from typing import TYPE_CHECKING
 
 from aioserver.provider_errors import (
@@ -22,9 +22,11 @@ from aioserver.provider_errors import (
     ProviderFlagged,
     ProviderForbidden,
 )
-from aioserver.providers.breaker import CLOSED, Breaker
+from aioserver.providers.breaker import Breaker
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from aioserver.telemetry.metrics import ProviderMeter
 
 # Seconds for which a provider that refuses our key is not asked.
@@ -38,11 +40,13 @@ class Health:
     Always: a provider that is removed is not asked, whatever its breaker says.
     """
 
-    def __init__(self, name: str, meter: ProviderMeter) -> None:
+    def __init__(
+        self, name: str, meter: ProviderMeter, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._name = name
         self._meter = meter
-        self.breaker = Breaker()
-        # On the monotonic clock.
+        self._clock = clock
+        self.breaker = Breaker(clock)
         self._flagged_until = 0.0
         # Whether the provider has answered well with the key of its present settings.
         self._key_accepted = False
@@ -51,29 +55,36 @@ class Health:
     @property
     def flagged(self) -> bool:
         """Whether the provider has refused our key, and is not asked at the moment."""
-        return self._flagged_until > monotonic()
+        return self._flagged_until > self._clock()
+
+    @property
+    def available(self) -> bool:
+        """Whether the provider is asked like any other: it is not dead, flagged or removed."""
+        return not (self.breaker.dead or self.flagged)
 
     @property
     def state(self) -> str:
         """How the provider is: `well`, `sick` (asked, though it fails often) or `dead` (left alone)."""
-        return "well" if self.breaker.state == CLOSED else "dead"
+        return self.breaker.state
 
     @property
     def next_try(self) -> float | None:
         """Seconds until the provider is asked again; None while it is asked."""
         if self.flagged:
-            return self._flagged_until - monotonic()
-        return None if self.state != "dead" else self.breaker.wait
+            return self._flagged_until - self._clock()
+        return self.breaker.next_trial if self.breaker.dead else None
 
-    def check(self) -> None:
+    def check(self, *, alternative: bool = False) -> None:
         """Refuse an attempt if the provider is not asked now.
+
+        *alternative* says that another provider can answer the request.
 
         Raises:
             NoProvider: the provider was removed from the configuration.
             ProviderFlagged: the provider has refused our key.
-            CircuitOpen: the breaker is open, or a trial is under way.
+            CircuitOpen: the provider is dead, and no trial may start now.
         """
-        if not self.breaker.allows or self._flagged_until > monotonic():
+        if self.flagged or self.breaker.delay(alternative=alternative) > 0:
             raise self.refusal()
 
     def refusal(self) -> ProviderFault:
@@ -83,46 +94,46 @@ class Health:
         if self.flagged:
             return ProviderFlagged(f"{self._name} has refused our key")
         # With jitter, so that not all clients come back at once.
-        wait = self.breaker.wait * random.uniform(1.0, 1.1)  # noqa: S311
+        wait = max(1.0, self.breaker.next_trial) * random.uniform(1.0, 1.1)  # noqa: S311
         return CircuitOpen(
-            f"{self._name} has failed too often and is not asked for now", retry_after=wait
+            f"{self._name} has answered nothing lately and is not asked for now", retry_after=wait
         )
 
-    def attempt_ended(
-        self, exc: BaseException | None, *, trial: bool, outdated: bool = False
+    def answered(self, seconds: float, *, trial: bool) -> bool:
+        """Learn that an attempt has its first event, after *seconds*; return whether that ends a death."""
+        self._key_accepted = True
+        return self.breaker.succeeded(seconds, trial=trial)
+
+    def attempt_failed(
+        self, exc: BaseException, began: float, *, trial: bool, answered: bool
     ) -> bool:
-        """Learn from an attempt that ended well, or with *exc*.
+        """Learn from an attempt that *began* then and ended with *exc*; return whether none starts now.
 
-        An *outdated* attempt was sent by former settings, with another key or to another address. It
-        proves nothing about the present settings.
-
-        Returns whether the provider is not asked from now on.
+        *answered*: it had its first event before.
         """
-        if outdated:
-            self.breaker.attempt_ended(trial=trial, failed=None)
+        if not isinstance(exc, ProviderFault) or not exc.attempt_outcome:
+            self.breaker.unsure(trial=trial)
             return False
-        if exc is None:
-            self._key_accepted = True
-            self.breaker.attempt_ended(trial=trial, failed=False)
-            return False
-        failed = key_refused = None
-        if isinstance(exc, ProviderFault) and exc.attempt_outcome:
-            failed = True if exc.breaker_failure else None
-            about_request = isinstance(exc, ProviderForbidden) and self._key_accepted
-            key_refused = isinstance(exc, KEY_FAULTS) and not about_request
-        if key_refused:
+        if isinstance(exc, KEY_FAULTS) and not (
+            isinstance(exc, ProviderForbidden) and self._key_accepted
+        ):
             self._meter.key_refused.value += 1
-            self._flagged_until = max(self._flagged_until, monotonic() + FLAGGED_FOR)
-        was_closed = self.breaker.state == CLOSED
-        self.breaker.attempt_ended(trial=trial, failed=failed)
-        return bool(key_refused) or (was_closed and self.breaker.state != CLOSED)
+            self._flagged_until = max(self._flagged_until, self._clock() + FLAGGED_FOR)
+            self.breaker.unsure(trial=trial)
+            return True
+        if not exc.breaker_failure:
+            self.breaker.unsure(trial=trial)
+            return False
+        return self.breaker.failed(
+            began, trial=trial, answered=answered, unreachable=exc.unreachable
+        )
 
     def reset(self, *, new_address: bool, new_key: bool) -> None:
         """Forget what new settings make doubtful; a key that was refused is tried again."""
         self._removed, self._flagged_until = False, 0.0
         if new_address:
             # The failures were those of another address.
-            self.breaker = Breaker()
+            self.breaker.reset()
         if new_address or new_key:
             self._key_accepted = False
 

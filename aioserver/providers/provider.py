@@ -9,8 +9,8 @@ is. A provider knows no face: it runs an `Attempt`, which fills a `Stream` or ha
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import dataclass
-from time import monotonic
 from typing import TYPE_CHECKING
 
 from aioserver.provider_errors import (
@@ -24,7 +24,7 @@ from aioserver.providers.budget import Budget
 from aioserver.providers.exchange import Exchange
 from aioserver.providers.health import Health
 from aioserver.providers.pools import Pools
-from aioserver.providers.queueing import ProviderGate
+from aioserver.providers.queueing import ProviderGate, TrialPlace
 from aioserver.providers.silence import measure
 from aioserver.telemetry.metrics import ProviderMeter
 from aioserver.telemetry.request_log import MAX_TOKENS
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from aioserver.errors import AioserverError
     from aioserver.limits.gate import GateStats, Place
     from aioserver.providers.attempt import Attempt
+    from aioserver.providers.budget import BudgetStats
     from aioserver.providers.pool import PoolStats
     from aioserver.providers.silence import Silence
 
@@ -63,11 +64,11 @@ class ProviderStats:
     queue: GateStats
     pool: PoolStats
     pace: PaceStats
-    breaker: str
-    flagged: bool
-    silence: Silence
     state: str
+    flagged: bool
     next_try: float | None
+    silence: Silence
+    budget: BudgetStats
 
 
 class Provider:
@@ -86,6 +87,7 @@ class Provider:
         *,
         max_response_bytes: int,
         meter: ProviderMeter | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.name = settings.name
         self.settings = settings
@@ -94,16 +96,17 @@ class Provider:
         # that nobody reads takes one for which others wait.
         self.on_wait: Callable[[str], None] = lambda _name: None
         self.max_response_bytes = max_response_bytes
-        self._gate = ProviderGate(settings.name, settings.http_client)
+        self._clock = clock
+        self.health = Health(settings.name, self.meter, clock)
+        self._gate = ProviderGate(settings.name, settings.http_client, self.health, clock)
         self._pace = self._gate.pace
         self.backpressure = Backpressure(lambda: self._gate.waiting)
         # Attempts that wait for a place, or have got one and have not run since. The gate does not
         # count the latter as waiting.
         self._pending = 0
         self.pools = Pools(settings, base_url, pending=lambda: self._pending)
-        self.health = Health(settings.name, self.meter)
         # The budget of retries.
-        self.budget = Budget()
+        self.budget = Budget(clock)
         # Set when the last attempt has ended; None unless the provider is removed.
         self._drained: asyncio.Event | None = None
 
@@ -148,19 +151,24 @@ class Provider:
         error: BaseException | None = None
         try:
             self._check(attempt)
-            record.queued_at = record.queued_at or monotonic()
+            record.queued_at = record.queued_at or self._clock()
             self._estimate_tokens(attempt)
             place = self._gate.try_enter(attempt.expected_tokens)
             if place is None:
                 place = await self._wait(attempt)
-                # The provider may have begun to fail during the wait.
-                self._check(attempt)
-            attempt.trial = self.health.breaker.enter()
+                if not isinstance(place, TrialPlace):
+                    # The provider may have begun to fail during the wait.
+                    self._check(attempt)
+            if isinstance(place, TrialPlace):
+                place.take()
+                attempt.trial = True
+            attempt.began = self._clock()
+            record.on_answer = attempt.first_event
             attempt.started()
             if attempt.unread and self.waiting:
                 # A retry or a failover of an answer that nobody reads: somebody else wants the place.
                 self.on_wait(self.name)
-            await self._exchange(attempt)
+            await self.exchange(attempt)
             attempt.conclude()
         except BaseException as exc:
             error = exc
@@ -177,18 +185,21 @@ class Provider:
             self._attempt_ended(attempt, error)
 
     def head_received(self, attempt: Attempt) -> None:
-        """Learn from the head of an answer.
-
-        A provider that answers a trial well fails no more, and its headers tell what is left of its
-        limits.
-        """
+        """Learn from the head of an answer: its headers tell what is left of the provider's limits."""
         if self._outdated(attempt):
             return
         if self._pace.learn(attempt.headers) and self._gate.waiting:
             self._gate.refuse_late(FAILOVER_WAIT)
-        if attempt.trial and 200 <= attempt.status < 300:
-            self.health.breaker.attempt_answered(trial=True)
-            attempt.trial = False
+
+    def answered(self, attempt: Attempt) -> None:
+        """Learn that an answer has begun: the provider is not dead."""
+        trial, attempt.trial = attempt.trial, False
+        if self._outdated(attempt):
+            self.health.breaker.unsure(trial=trial)
+            return
+        seconds = self._clock() - (attempt.request.record.sent_at or attempt.began)
+        if self.health.answered(seconds, trial=trial):
+            self._gate.serve()
 
     def stats(self) -> ProviderStats:
         """Return a snapshot."""
@@ -199,15 +210,15 @@ class Provider:
             self._gate.stats(),
             self.pools.stats(),
             pace,
-            self.health.breaker.state,
+            self.health.state,
             self.health.flagged,
+            self.health.next_try,
             measure(
                 self.pools.exchanges(),
                 asyncio.get_running_loop().time(),
                 self.meter.first_token,
             ),
-            self.health.state,
-            self.health.next_try,
+            self.budget.stats(),
         )
 
     def refuse(self, error: Callable[[], AioserverError] | None = None) -> None:
@@ -249,8 +260,14 @@ class Provider:
         self.refuse()
         await self.pools.close()
 
-    async def _exchange(self, attempt: Attempt) -> None:
-        """Send the request on a connection, and push the answer to the sink of *attempt*."""
+    async def exchange(self, attempt: Attempt) -> None:
+        """Send the request of *attempt* on a connection, and push the answer to its sink.
+
+        `answer` calls this when the attempt has its place.
+
+        Raises:
+            ProviderFault: there was no connection, or the answer was not complete.
+        """
         request, limits = attempt.request, self.settings.http_client
         record = request.record
         while True:
@@ -260,7 +277,7 @@ class Provider:
             data = self.pools.writer.write(request.path, request.body(self.settings))
             connection = await pool.connect()
             attempt.sending()
-            record.sent_at = monotonic()
+            record.sent_at = self._clock()
             exchange = Exchange(
                 connection,
                 read_timeout=limits.read_timeout,
@@ -295,7 +312,7 @@ class Provider:
         caller, record = request.caller, request.record
         show_position = attempt.stream is not None and not request.whole
         cost, attempt.expected_tokens = attempt.expected_tokens, 0
-        began = monotonic()
+        began = self._clock()
         self._pending += 1
         try:
             place = await self._gate.enter(
@@ -311,7 +328,7 @@ class Provider:
         finally:
             # Nothing else runs before this attempt asks the pool.
             self._pending -= 1
-            waited = monotonic() - began
+            waited = self._clock() - began
             attempt.waited += waited
             record.queue_wait += waited
         attempt.expected_tokens = cost
@@ -335,19 +352,32 @@ class Provider:
         if self._drained is not None and not self._gate.inside:
             self._drained.set()
         self._correct_estimate(attempt, exc)
+        attempt.request.record.on_answer = None
+        if exc is None and not attempt.answered:
+            # An answer in one piece has no first event.
+            attempt.first_event()
         trial, attempt.trial = attempt.trial, False
         outdated, attempt.pool = self._outdated(attempt), None
         exc = exc or attempt.fault
         attempts = self.meter.attempts
         if exc is None:
             attempts["ok"].value += 1
-        elif isinstance(exc, ProviderFault):
+            return
+        if isinstance(exc, ProviderFault):
             if exc.attempt_outcome:
                 attempts[exc.attempt_outcome].value += 1
         elif isinstance(exc, asyncio.CancelledError) and attempt.request.record.sent_at:
             attempts["cancelled"].value += 1
-        if self.health.attempt_ended(exc, trial=trial, outdated=outdated):
+        if outdated:
+            # Its fault is that of former settings, with another key or address.
+            self.health.breaker.unsure(trial=trial)
+        elif self.health.attempt_failed(
+            exc, attempt.began, trial=trial, answered=attempt.answered
+        ):
             self._gate.refuse_waiting(self.health.refusal)
+        if trial:
+            # Another trial may start now.
+            self._gate.serve()
 
     def _correct_estimate(self, attempt: Attempt, exc: BaseException | None) -> None:
         """Charge the difference between the estimated tokens of *attempt* and its real ones.
@@ -374,10 +404,13 @@ class Provider:
         """Refuse *attempt* if the provider is not asked now.
 
         Raises:
-            ProviderFault: the provider is not healthy.
+            ProviderFault: the provider is not healthy, and the attempt cannot be its next trial.
             ProviderPaced: the provider is cooling down for longer than *attempt* waits before it fails
                 over.
         """
-        self.health.check()
+        self.health.check(alternative=attempt.fallback)
+        if self.health.breaker.dead and self._gate.waiting:
+            # The request that waits longest is the next trial.
+            raise self.health.refusal()
         if attempt.fallback and (wait := self._pace.cooling) > FAILOVER_WAIT:
             raise self._gate.paced_fault(wait)

@@ -6,7 +6,7 @@ A request is made once and may be sent several times: each try of it is an `Atte
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from aioserver.auth.callers import Caller
 from aioserver.streams.details import headers_size
@@ -23,18 +23,45 @@ if TYPE_CHECKING:
 NO_CALLER = Caller()
 
 
+class Hold(Protocol):
+    """The bytes of a client's body that count against `max_body_bytes`, as their request sees them.
+
+    *given* says that the request releases them, and not the handler that has read them.
+    """
+
+    given: bool
+
+    def shrink_to(self, size: int) -> None:
+        """Count no more than *size* bytes from now on."""
+
+    def release(self) -> None:
+        """Count nothing any more; a second call does nothing."""
+
+
 class ProviderRequest:
     """A request for one answer, the same for every provider that is asked.
 
-    Always: nothing in it but its `record` and what is `held` changes from one attempt to the next.
+    Always: nothing in it but its `record` and `answer_bytes` change from one attempt to the next.
 
     *path* is OpenAI's, below the provider's base URL. *body* makes the JSON for one provider, whose
-    model may differ; it is called for each attempt, and its result is not kept. *reading* collects
+    model may differ; it is called for each attempt, and its result is not kept. *hold* counts the client's body
+    until `forget_body`, or `release`; of it *kept_bytes* are kept longer. *reading* collects
     the text of an answer whose log has `chunk` objects; None if the log has the provider's bytes. *model* is
     for the provider that is asked first; None stands for the model in its settings.
     """
 
-    __slots__ = ("body", "caller", "held", "model", "path", "reading", "record", "streamed")
+    __slots__ = (
+        "_hold",
+        "_kept_bytes",
+        "answer_bytes",
+        "body",
+        "caller",
+        "model",
+        "path",
+        "reading",
+        "record",
+        "streamed",
+    )
 
     def __init__(
         self,
@@ -45,6 +72,8 @@ class ProviderRequest:
         caller: Caller = NO_CALLER,
         model: str | None = None,
         reading: Reading | None = None,
+        hold: Hold | None = None,
+        kept_bytes: int = 0,
     ) -> None:
         self.path = path
         self.body = body
@@ -54,12 +83,36 @@ class ProviderRequest:
         self.reading = reading
         self.record = RequestRecord()
         # Counts the bytes of an answer that is collected.
-        self.held: HeldBytes | None = None
+        self.answer_bytes: HeldBytes | None = None
+        self._hold = hold
+        self._kept_bytes = kept_bytes
+
+    def outlive_handler(self) -> None:
+        """Note that the request goes on when the client's handler has ended: `release` is called then."""
+        if self._hold is not None:
+            self._hold.given = True
+
+    def forget_body(self) -> None:
+        """Forget the body: the request was sent for the last time."""
+        self.body = _no_body
+        if self._hold is not None:
+            self._hold.shrink_to(self._kept_bytes)
+
+    def release(self) -> None:
+        """Forget the body and all that was kept of it: the request is over."""
+        self.body = _no_body
+        if self._hold is not None:
+            self._hold.release()
+            self._hold = None
 
     @property
     def whole(self) -> bool:
         """Whether the answer is one body, passed on as the provider sent it."""
         return self.reading is None and not self.streamed
+
+
+def _no_body(_provider: settings.Provider) -> bytes:
+    raise AssertionError("the request was sent for the last time")
 
 
 @dataclass(slots=True)

@@ -21,13 +21,14 @@ from aioserver.errors import (
     InternalError,
     InvalidRequest,
     MethodNotAllowed,
-    NotFound,
     OriginNotAllowed,
     RequestTooLarge,
     UriTooLong,
 )
 from aioserver.faces.http import SERVER, Request, announce_close, error_response, request_id
 from aioserver.provider_errors import ProviderFault
+from aioserver.providers.error_mapping import VISIBLE_HEADERS
+from aioserver.server import paths
 from aioserver.server.connection import Connection
 from aioserver.telemetry.logs import RateLimit
 from aioserver.telemetry.request_log import MAX_NAME
@@ -47,8 +48,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger("aioserver.faces.http")
 refusals_logger = logging.getLogger("aioserver.refusals")
 
-# The headers that a page of another origin may read.
-EXPOSED = "x-request-id, x-aioserver-provider, x-aioserver-attempts, retry-after, retry-after-ms"
+# The headers that a page of another origin may read, beside those of the provider.
+EXPOSED = (
+    *("x-request-id", "x-aioserver-provider", "x-aioserver-attempts", "location"),
+    *("retry-after", "retry-after-ms", "x-should-retry"),
+)
 # Log lines about refused requests, for each reason: guessing keys must not flood the log.
 REFUSALS_PER_SECOND = 5
 
@@ -94,7 +98,7 @@ def make_middleware(
             fault = _translated(exc, request)
             metrics.count_error(fault)
             response = error_response(fault)
-            if isinstance(exc, web.HTTPMethodNotAllowed):
+            if isinstance(exc, web.HTTPMethodNotAllowed) and fault.status == exc.status:
                 response.headers["Allow"] = ", ".join(sorted(exc.allowed_methods))
         except ConnectionError:
             # The client left while its response began: aiohttp ends the connection.
@@ -159,7 +163,9 @@ def make_middleware(
         headers["x-request-id"] = request_id(request)
         if "Origin" in request.headers:
             headers.update(origins.cors(request.headers))
-            headers["Access-Control-Expose-Headers"] = EXPOSED
+            # By name: with credentials, CORS takes "*" for a header of that name.
+            passed = (name.lower() for name in headers if name.lower().startswith(VISIBLE_HEADERS))
+            headers["Access-Control-Expose-Headers"] = ", ".join((*EXPOSED, *passed))
 
     return middleware, add_headers
 
@@ -179,8 +185,10 @@ def _translated(exc: web.HTTPException, request: web.Request) -> AioserverError:
     """Return the error of ours that says the same as aiohttp's *exc*."""
     match exc.status:
         case 404:
-            return NotFound(f"no such path: {request.path[:200]}")
+            return paths.not_found(request)
         case 405:
+            if not paths.known(request):
+                return paths.not_found(request)
             return MethodNotAllowed(f"{request.method} is not for this path")
         case 413:
             return RequestTooLarge("the body is too large")

@@ -52,6 +52,13 @@ class WholeAnswer(Protocol):
         """The bytes that this object keeps."""
 
 
+class AskedRequest(Protocol):
+    """The request whose answer is in a log, as the log sees it."""
+
+    def forget_body(self) -> None:
+        """Forget the body: the provider has begun to answer, and no other is asked."""
+
+
 class AnswerDetails:
     """Facts about the answer in a log, beside its events.
 
@@ -61,6 +68,7 @@ class AnswerDetails:
     reports them. *whole* is an answer that was not streamed, kept for a client that comes back.
     *error_format* renders the error that ends an answer, where its events have a form of their own.
     *text_bytes* counts the text that its producer keeps beside the log while the answer runs.
+    *path* is that of the request to the provider, below its base URL: it says what kind of answer this is.
     """
 
     __slots__ = (
@@ -69,6 +77,7 @@ class AnswerDetails:
         "error_format",
         "headers",
         "model",
+        "path",
         "place_at",
         "provider",
         "text_bytes",
@@ -77,7 +86,7 @@ class AnswerDetails:
     )
 
     def __init__(self) -> None:
-        self.provider = self.model = self.place_at = ""
+        self.provider = self.model = self.path = self.place_at = ""
         self.attempts = self.text_bytes = 0
         self.conversation_id: str | None = None
         self.headers: Mapping[str, str] = {}
@@ -118,10 +127,11 @@ class Attachment:
     log is found. *timer* runs while the log is detached, and cancels it when its window is over.
     *abandoned* says that the log was cancelled because nobody read it. *cancel_reason* is the
     error with which a cancelled log ends; None if it ends with the event `cancelled`, as when a
-    reader asked for that. *held* counts a body that is collected for the log.
+    reader asked for that. *held* counts a body that is collected for the log. *request* is told when its
+    answer begins; None once it was.
     """
 
-    __slots__ = ("abandoned", "alias", "cancel_reason", "digest", "held", "timer")
+    __slots__ = ("abandoned", "alias", "cancel_reason", "digest", "held", "request", "timer")
 
     def __init__(self, digest: bytes) -> None:
         self.digest = digest
@@ -130,3 +140,4 @@ class Attachment:
         self.abandoned = False
         self.cancel_reason: AioserverError | None = None
         self.held: Held | None = None
+        self.request: AskedRequest | None = None

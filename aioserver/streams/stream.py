@@ -156,6 +156,9 @@ class Stream:
         if not self.answered_at:
             self.answered_at = now = monotonic()
             self.record.answered(now)
+            request, self.attachment.request = self.attachment.request, None
+            if request is not None:
+                request.forget_body()
 
     def add_alias(self, alias: str) -> None:
         """Let this stream be found by *alias*, too; a private one is not found at all."""
@@ -239,10 +242,7 @@ class Stream:
         return self.bytes + self.extra_bytes
 
     def shed(self) -> bool:
-        """Discard what only late readers still need, and drop these; return whether there were any.
-
-        That is everything but the newest entry: a client that comes back finds a gap.
-        """
+        """Discard all but the newest entry, and drop late readers; return whether there were any."""
         self.close_fast_path()
         if not any(late(self.entries, self.offset, reader) for reader in self.readers):
             return False
@@ -385,7 +385,7 @@ class Stream:
             self._store.count_bytes(self, size)
 
     def _discard(self, count: int = 0) -> None:
-        """Discard the oldest *count* entries, what is beyond `max_stream_bytes`, and what is passed."""
+        """Discard the oldest *count* entries, those passed, and what is beyond `max_stream_bytes`."""
         passed = self.offset + count
         if self.window <= 0 and self.readers:
             passed = max(passed, min([reader.next_index for reader in self.readers]))

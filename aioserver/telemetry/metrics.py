@@ -47,27 +47,18 @@ CLOSE_CODES = (
     *("1013", "other"),
 )
 
-ErrorClass = TypeVar("ErrorClass", bound=errors.AioserverError)
-
-
-def _subclasses(root: type[ErrorClass]) -> Iterator[type[ErrorClass]]:
-    """Yield every class that is derived from *root*, at any depth."""
-    for subclass in root.__subclasses__():
-        yield subclass
-        yield from _subclasses(subclass)
-
 
 def _fault_codes(flag: str) -> list[str]:
     """Return the codes of the provider faults for which *flag* is true."""
-    faults = _subclasses(provider_errors.ProviderFault)
+    faults = provider_errors.subclasses(provider_errors.ProviderFault)
     return sorted({fault.code for fault in faults if getattr(fault, flag)})
 
 
 # Every error code with the outcome of a request that ends with it; a code may have several.
 ERROR_OUTCOMES = sorted(
-    {(error.code, error.outcome) for error in _subclasses(errors.AioserverError)}
+    {(error.code, error.outcome) for error in provider_errors.subclasses(errors.AioserverError)}
 )
-DENIED_REASONS = sorted({error.reason for error in _subclasses(errors.Denied)})
+DENIED_REASONS = sorted({error.reason for error in provider_errors.subclasses(errors.Denied)})
 RETRY_CODES, FAILOVER_CODES = _fault_codes("retry"), _fault_codes("failover")
 
 
@@ -85,6 +76,7 @@ class ProviderMeter:
         "recent_first_tokens",
         "recent_silences",
         "retries",
+        "retries_refused",
         "wait",
     )
 
@@ -96,6 +88,7 @@ class ProviderMeter:
         self.gap = Histogram()
         self.attempts = {outcome: Counter() for outcome in ATTEMPTS}
         self.retries = {code: Counter() for code in RETRY_CODES}
+        self.retries_refused = Counter()
         self.failovers = {code: Counter() for code in FAILOVER_CODES}
         self.key_refused = Counter()
         self.recent_first_tokens = RecentValues()
@@ -362,6 +355,11 @@ PROVIDER_FAMILIES: tuple[Row[ProviderMeter], ...] = (
         lambda m: m.retries,
         "Further attempts at the same provider, by the fault of the one before",
         ("reason",),
+    ),
+    Row(
+        "retries_refused",
+        lambda m: m.retries_refused,
+        "Further attempts that were not made, since the budget of retries was used up",
     ),
     Row("failovers", lambda m: m.failovers, "Requests that went on to a fallback", ("reason",)),
     Row("provider_wait_seconds", lambda m: m.wait, "Time in the provider's queue"),

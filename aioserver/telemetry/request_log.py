@@ -19,7 +19,7 @@ from aioserver.telemetry.loop_lag import THRESHOLD
 from aioserver.telemetry.metrics import CANCELLED, CLIENT_LEFT, OK, Metrics
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from aioserver.telemetry.loop_lag import LoopLag
 
@@ -66,6 +66,7 @@ class RequestRecord:
         "first_event_at",
         "log",
         "model",
+        "on_answer",
         "provider",
         "queue_wait",
         "queued_at",
@@ -94,6 +95,8 @@ class RequestRecord:
         self.slow_client = False
         # Whether the answer comes as events, while the model makes them.
         self.streamed = False
+        # Called when the first event of the answer has come; None unless an attempt is under way.
+        self.on_answer: Callable[[], None] | None = None
         # The log that counts the first event of the answer when it comes; None if nothing counts it.
         self.log: RequestLog | None = None
 
@@ -123,6 +126,8 @@ class RequestRecord:
         self.silence = 0.0
         if self.log is not None:
             self.log.count_first_token(self)
+        if self.on_answer is not None:
+            self.on_answer()
 
     def silent(self, since: float, until: float) -> float:
         """Note a silence of the provider, in the loop's time; return the longest so far."""

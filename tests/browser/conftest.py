@@ -58,10 +58,10 @@ async def page() -> AsyncIterator[Page]:
         yield await context.new_page()
         await browser.close()
     # A server that is gone on purpose is no fault of the page: Chromium reports it by itself.
-    told = [
+    unexpected = [
         one for one in faults if "net::ERR_" not in one and "WebSocket connection to" not in one
     ]
-    assert not told
+    assert not unexpected
 
 
 @pytest.fixture

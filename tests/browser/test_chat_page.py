@@ -15,7 +15,7 @@ from aioserver.errors import ServerShutdown
 from aioserver.providers.simulator.exchange import Behaviour
 from tests.support.chat import cancel, chat, to_end
 from tests.support.chat_page import (
-    Told,
+    ManualProvider,
     answer,
     ask,
     box,
@@ -53,8 +53,8 @@ def choosing(*models: str, **changes: Any) -> dict[str, Any]:
 
 
 @pytest.fixture
-async def told() -> AsyncIterator[Told]:
-    async with Told() as provider:
+async def provider() -> AsyncIterator[ManualProvider]:
+    async with ManualProvider() as provider:
         yield provider
 
 
@@ -62,23 +62,23 @@ async def told() -> AsyncIterator[Told]:
 
 
 async def test_an_answer_is_shown_as_it_comes(
-    make_server: MakeServer, told: Told, page: Page
+    make_server: MakeServer, provider: ManualProvider, page: Page
 ) -> None:
-    await enter(page, await make_server(**told.changes))
+    await enter(page, await make_server(**provider.changes))
 
     await ask(page, "Hello")
-    told.say("One", " two,\n\n")
+    provider.say("One", " two,\n\n")
     await shows(page, "One two,\n\n")
     await is_now(page, "running")
-    told.say("  three")
-    told.finish()
+    provider.say("  three")
+    provider.finish()
 
     await is_now(page, "complete")
     await shows(page, "One two,\n\n  three")
-    await expect(status(page)).to_have_text("told · told-model")
+    await expect(status(page)).to_have_text("manual · manual-model")
     await expect(page.get_by_text("Hello", exact=True).last).to_be_visible()
     assert await page.title() == "aioserver chat"
-    assert told.requests == 1
+    assert provider.requests == 1
 
 
 async def test_chat_is_written_and_stopped_by_keys(make_server: MakeServer, page: Page) -> None:
@@ -115,18 +115,20 @@ async def test_stop_ends_the_answer_at_the_provider(make_server: MakeServer, pag
 
 
 async def test_reasoning_and_tool_calls_are_folded(
-    make_server: MakeServer, told: Told, page: Page
+    make_server: MakeServer, provider: ManualProvider, page: Page
 ) -> None:
-    await enter(page, await make_server(**told.changes))
+    await enter(page, await make_server(**provider.changes))
     await ask(page, "Hello")
 
-    told.delta(reasoning_content="Let me ")
-    told.delta(reasoning_content="think.")
-    told.delta(tool_calls=[{"index": 0, "id": "c", "function": {"name": "f", "arguments": ""}}])
-    told.delta(tool_calls=[{"index": 0, "function": {"arguments": '{"a":'}}])
-    told.delta(tool_calls=[{"index": 0, "function": {"arguments": " 1}"}}])
-    told.say("Done.")
-    told.finish()
+    provider.delta(reasoning_content="Let me ")
+    provider.delta(reasoning_content="think.")
+    provider.delta(
+        tool_calls=[{"index": 0, "id": "c", "function": {"name": "f", "arguments": ""}}]
+    )
+    provider.delta(tool_calls=[{"index": 0, "function": {"arguments": '{"a":'}}])
+    provider.delta(tool_calls=[{"index": 0, "function": {"arguments": " 1}"}}])
+    provider.say("Done.")
+    provider.finish()
 
     await shows(page, "Done.")
     for name, text in (("Reasoning", "Let me think."), ("Tool calls", 'f({"a": 1})')):
@@ -140,21 +142,21 @@ async def test_reasoning_and_tool_calls_are_folded(
     "index", ["__proto__", "length", "constructor", 4294967295, -1, 1.5, True, {}, [0], None]
 )
 async def test_no_index_of_a_tool_call_breaks_the_page(
-    index: object, make_server: MakeServer, told: Told, page: Page
+    index: object, make_server: MakeServer, provider: ManualProvider, page: Page
 ) -> None:
-    await enter(page, await make_server(**told.changes))
+    await enter(page, await make_server(**provider.changes))
     await ask(page, "Hello")
 
-    told.delta(tool_calls=[{"index": 3, "function": {"name": "last", "arguments": "{}"}}])
-    told.delta(tool_calls=[{"index": index, "function": {"name": "odd", "arguments": "{}"}}])
-    told.delta(tool_calls=[None, "x", {"index": 1}, {"index": 2, "function": {"name": {}}}])
-    told.delta(tool_calls=[{"index": 1, "function": {"name": "first", "arguments": "{}"}}])
-    told.say("Done.")
-    told.finish("constructor")
+    provider.delta(tool_calls=[{"index": 3, "function": {"name": "last", "arguments": "{}"}}])
+    provider.delta(tool_calls=[{"index": index, "function": {"name": "odd", "arguments": "{}"}}])
+    provider.delta(tool_calls=[None, "x", {"index": 1}, {"index": 2, "function": {"name": {}}}])
+    provider.delta(tool_calls=[{"index": 1, "function": {"name": "first", "arguments": "{}"}}])
+    provider.say("Done.")
+    provider.finish("constructor")
     await shows(page, "Done.")
     await is_now(page, "complete")
 
-    await expect(status(page)).to_have_text("told · told-model")
+    await expect(status(page)).to_have_text("manual · manual-model")
     calls = answer(page).locator(".tools p")
     await expect(calls).to_contain_text("first({})")
     await expect(calls).to_contain_text("last({})")
@@ -170,13 +172,13 @@ async def test_no_index_of_a_tool_call_breaks_the_page(
 
 
 async def test_text_is_text_and_a_fence_makes_code(
-    make_server: MakeServer, told: Told, page: Page
+    make_server: MakeServer, provider: ManualProvider, page: Page
 ) -> None:
-    await enter(page, await make_server(**told.changes))
+    await enter(page, await make_server(**provider.changes))
     await ask(page, "<b>bold</b>")
 
-    told.say("<img src=x onerror=alert(1)>\n\n``", "`py\nif a <", " b:\n    c\n``", "`\n\nSo.")
-    told.finish()
+    provider.say("<img src=x onerror=alert(1)>\n\n``", "`py\nif a <", " b:\n    c\n``", "`\n\nSo.")
+    provider.finish()
 
     await is_now(page, "complete")
     assert await answer(page).locator(".text > p").all_text_contents() == [
@@ -184,17 +186,17 @@ async def test_text_is_text_and_a_fence_makes_code(
         "So.",
     ]
     assert await answer(page).locator("pre").text_content() == "if a < b:\n    c"
-    await expect(page.locator("#log img, #log b")).to_have_count(0)
+    await expect(page.locator("#turns img, #turns b")).to_have_count(0)
 
 
 async def test_an_answer_is_copied_as_the_model_wrote_it(
-    make_server: MakeServer, told: Told, page: Page
+    make_server: MakeServer, provider: ManualProvider, page: Page
 ) -> None:
     await page.context.grant_permissions(["clipboard-read", "clipboard-write"])
-    await enter(page, await make_server(**told.changes))
+    await enter(page, await make_server(**provider.changes))
     await ask(page, "Hello")
-    told.say("a\n```\nb\n```")
-    told.finish()
+    provider.say("a\n```\nb\n```")
+    provider.finish()
 
     await answer(page).get_by_role("button", name="Copy").click()
 
@@ -203,18 +205,18 @@ async def test_an_answer_is_copied_as_the_model_wrote_it(
 
 
 async def test_a_screen_reader_hears_the_whole_and_not_each_piece(
-    make_server: MakeServer, told: Told, page: Page
+    make_server: MakeServer, provider: ManualProvider, page: Page
 ) -> None:
-    await enter(page, await make_server(**told.changes))
-    voice = page.locator("#voice")
+    await enter(page, await make_server(**provider.changes))
+    voice = page.locator("#announcer")
     await expect(voice).to_have_attribute("aria-live", "polite")
     await ask(page, "Hello")
 
-    told.say("One", " two")
+    provider.say("One", " two")
     await shows(page, "One two")
-    await expect(voice).to_have_text("The answer begins.")
+    await expect(voice).to_have_text("The answer starts.")
     await expect(answer(page)).to_have_attribute("aria-busy", "true")
-    told.finish()
+    provider.finish()
 
     await expect(voice).to_have_text("One two")
     await expect(answer(page)).to_have_attribute("aria-busy", "false")
@@ -224,47 +226,47 @@ async def test_a_screen_reader_hears_the_whole_and_not_each_piece(
 
 
 async def test_a_cut_connection_loses_and_doubles_nothing(
-    make_server: MakeServer, told: Told, page: Page
+    make_server: MakeServer, provider: ManualProvider, page: Page
 ) -> None:
-    server = await make_server(**told.changes)
+    server = await make_server(**provider.changes)
     await enter(page, server)
     await ask(page, "Hello")
-    told.say("One", " two")
+    provider.say("One", " two")
     await shows(page, "One two")
 
     for number in range(3):
         cut(server)
-        told.say(f" {number}", f" and {number}")
+        provider.say(f" {number}", f" and {number}")
         await shows(page, "One two" + "".join(f" {n} and {n}" for n in range(number + 1)))
-    told.finish()
+    provider.finish()
 
     await is_now(page, "complete")
     await shows(page, "One two 0 and 0 1 and 1 2 and 2")
-    assert told.requests == 1
+    assert provider.requests == 1
 
 
 async def test_a_reload_loses_and_doubles_nothing(
-    make_server: MakeServer, told: Told, page: Page
+    make_server: MakeServer, provider: ManualProvider, page: Page
 ) -> None:
-    await enter(page, await make_server(**told.changes))
+    await enter(page, await make_server(**provider.changes))
     await ask(page, "Hello")
-    told.delta(reasoning_content="Let me think.")
-    told.say("One", " two")
+    provider.delta(reasoning_content="Let me think.")
+    provider.say("One", " two")
     await shows(page, "One two")
 
     for number in range(2):
-        told.say(f" {number}")  # on its way, seen before the reload or after it
+        provider.say(f" {number}")  # on its way, seen before the reload or after it
         await page.reload()
         await shows(page, "One two" + "".join(f" {n}" for n in range(number + 1)))
-    told.say(" end")
-    told.finish()
+    provider.say(" end")
+    provider.finish()
 
     await is_now(page, "complete")
     await shows(page, "One two 0 1 end")
     assert await answer(page).locator(".reasoning p").text_content() == "Let me think."
     await page.reload()
     await shows(page, "One two 0 1 end")
-    assert told.requests == 1
+    assert provider.requests == 1
 
 
 async def test_a_long_answer_survives_cuts_and_reloads(
@@ -291,20 +293,20 @@ async def test_a_long_answer_survives_cuts_and_reloads(
 
 
 async def test_a_reload_before_the_first_word_asks_nobody_again(
-    make_server: MakeServer, told: Told, page: Page
+    make_server: MakeServer, provider: ManualProvider, page: Page
 ) -> None:
-    await enter(page, await make_server(**told.changes))
+    await enter(page, await make_server(**provider.changes))
     await ask(page, "Hello")
-    await until(lambda: told.requests == 1)
+    await until(lambda: provider.requests == 1)
 
     await page.reload()
     await connected(page)
-    told.say("One")
-    told.finish()
+    provider.say("One")
+    provider.finish()
 
     await is_now(page, "complete")
     await shows(page, "One")
-    assert told.requests == 1
+    assert provider.requests == 1
 
 
 async def test_a_message_written_without_a_connection_is_sent_later(
@@ -316,7 +318,7 @@ async def test_a_message_written_without_a_connection_is_sent_later(
     await expect(page.get_by_text("The connection to the server is lost.")).to_be_visible()
 
     await ask(page, "Hello")
-    await expect(status(page)).to_have_text("Is sent as soon as the server is there")
+    await expect(status(page)).to_have_text("It is sent when the connection is back")
     assert server.simulator.stats().requests == 0
     await page.context.set_offline(False)
 
@@ -326,33 +328,33 @@ async def test_a_message_written_without_a_connection_is_sent_later(
 
 
 async def test_a_restart_is_told_and_survived(
-    make_server: MakeServer, told: Told, page: Page
+    make_server: MakeServer, provider: ManualProvider, page: Page
 ) -> None:
-    server = await make_server(**told.changes)
+    server = await make_server(**provider.changes)
     await page.add_init_script("Math.random = () => 0.99")  # the next try is in 10 s
     await enter(page, server)
     await ask(page, "Hello")
-    told.say("One")
+    provider.say("One")
     await shows(page, "One")
 
     sockets: list[Any] = [*server.context.sockets]
     for socket in sockets:
         socket.end(ServerShutdown("the server is stopping"))
     await expect(page.get_by_text("The server restarts.")).to_be_visible()
-    await expect(status(page)).to_have_text("Goes on when the connection is back")
+    await expect(status(page)).to_have_text("It continues when the connection is back")
     await page.get_by_role("button", name="Try now").click()
-    told.say(" two")
-    told.finish()
+    provider.say(" two")
+    provider.finish()
 
     await is_now(page, "complete")
     await shows(page, "One two")
-    assert told.requests == 1
+    assert provider.requests == 1
 
 
 async def test_a_connection_that_died_in_silence_is_found_out(
-    make_server: MakeServer, told: Told, page: Page
+    make_server: MakeServer, provider: ManualProvider, page: Page
 ) -> None:
-    server = await make_server(**told.changes)
+    server = await make_server(**provider.changes)
     dead = False
 
     def between(here: WebSocketRoute) -> None:
@@ -364,7 +366,7 @@ async def test_a_connection_that_died_in_silence_is_found_out(
     await page.clock.install()
     await enter(page, server)
     await ask(page, "Hello")
-    told.say("One")
+    provider.say("One")
     await shows(page, "One")
 
     dead = True
@@ -372,14 +374,14 @@ async def test_a_connection_that_died_in_silence_is_found_out(
         await page.clock.fast_forward(15_000)  # milliseconds
     await expect(page.get_by_text("The connection to the server is lost.")).to_be_visible()
     dead = False
-    told.say(" two")
-    told.finish()
+    provider.say(" two")
+    provider.finish()
     await page.clock.fast_forward(16_000)  # the try that began in between is given up
     await page.clock.fast_forward(2_000)
 
     await is_now(page, "complete")
     await shows(page, "One two")
-    assert told.requests == 1
+    assert provider.requests == 1
 
 
 async def test_an_answer_that_is_gone_says_so_and_is_asked_again(
@@ -416,12 +418,12 @@ async def test_a_full_server_is_shown_and_tried_again(make_server: MakeServer, p
     await page.clock.install()
     async with server.connect() as inside:
         await page.goto(server.base + "/")
-        await expect(page.get_by_text("The server is full")).to_be_visible()
+        await expect(page.get_by_text("The server is at capacity")).to_be_visible()
         await expect(page.get_by_text("max_connections=1 reached")).to_be_visible()
-        await expect(page.get_by_text("Next try in")).to_be_visible()
+        await expect(page.get_by_text("The next attempt is in")).to_be_visible()
         await expect(page.get_by_role("button", name="Try now")).to_be_in_viewport(ratio=1)
         await ask(page, "Hello")
-        await expect(status(page)).to_have_text("Is sent as soon as the server is there")
+        await expect(status(page)).to_have_text("It is sent when the connection is back")
         await inside.close()
     await until(lambda: server.held()["places"] == 0)
 
@@ -438,9 +440,11 @@ async def test_the_position_in_the_queue_of_the_server_is_shown(
     server = await make_server(**ONE_PLACE, **{"chat.websocket.concurrency.queue_timeout": 50})
     async with server.connect():
         await page.goto(server.base + "/")
-        await expect(page.get_by_text("You are number 1 in line, about 1 s")).to_be_visible()
+        await expect(
+            page.get_by_text("In the connection queue: position 1, about 1 s")
+        ).to_be_visible()
         await ask(page, "Hello")
-        await expect(status(page)).to_have_text("Waiting for a place: number 1 in line, about 1 s")
+        await expect(status(page)).to_have_text("In the connection queue: position 1, about 1 s")
 
     await is_now(page, "complete")
     assert server.simulator.stats().requests == 1
@@ -464,9 +468,7 @@ async def test_the_position_in_the_queue_of_the_provider_is_shown(
     async with busy_provider(make_server) as (server, other):
         await enter(page, server)
         await ask(page, "Hello")
-        await expect(status(page)).to_have_text(
-            "Waiting for the provider: number 1 in line, about 1 s"
-        )
+        await expect(status(page)).to_have_text("In the provider's queue: position 1, about 1 s")
         server.simulator.behaviour = QUICK
         await other.send_json(cancel("r1"))
 
@@ -480,10 +482,10 @@ async def test_a_reloaded_page_goes_on_waiting_for_the_provider(
     async with busy_provider(make_server) as (server, other):
         await enter(page, server)
         await ask(page, "Hello")
-        await expect(status(page)).to_contain_text("number 1 in line")
+        await expect(status(page)).to_contain_text("queue: position 1")
         await page.reload()
         await connected(page)
-        await expect(status(page)).to_contain_text("number 1 in line")
+        await expect(status(page)).to_contain_text("queue: position 1")
         server.simulator.behaviour = QUICK
         await other.send_json(cancel("r1"))
 
@@ -498,11 +500,11 @@ async def test_a_waiting_message_is_stopped_before_it_is_sent(
     async with busy_provider(make_server) as (server, other):
         await enter(page, server)
         await ask(page, "Hello")
-        await expect(status(page)).to_contain_text("number 1 in line")
+        await expect(status(page)).to_contain_text("queue: position 1")
 
         await page.keyboard.press("Escape")
 
-        await expect(status(page)).to_have_text("Stopped before it began")
+        await expect(status(page)).to_have_text("Stopped before it started")
         await other.send_json(cancel("r1"))
     assert server.simulator.stats().requests == 1
 
@@ -513,10 +515,10 @@ async def test_a_waiting_message_is_stopped_before_it_is_sent(
 @pytest.mark.parametrize(
     ("model", "advice"),
     [
-        ("fault-status-401", "Whoever runs this server has to see to it"),
+        ("fault-status-401", "The operator of this server has to correct this"),
         ("fault-retry-after-7", "Wait 7 s, then ask again"),
         ("fault-status-400", "Change it, or choose another model above."),
-        ("fault-status-500", "Ask again; if it stays like this"),
+        ("fault-status-500", "Ask again; if the error persists"),
     ],
 )
 async def test_a_fault_says_what_to_do(
@@ -553,24 +555,24 @@ async def test_text_from_before_a_fault_stays(make_server: MakeServer, page: Pag
 
 
 async def test_a_gap_is_told_and_not_skipped(
-    make_server: MakeServer, told: Told, page: Page
+    make_server: MakeServer, provider: ManualProvider, page: Page
 ) -> None:
-    server = await make_server(**told.changes, **{"chat.streams.max_stream_bytes": 4096})
+    server = await make_server(**provider.changes, **{"chat.streams.max_stream_bytes": 4096})
     await enter(page, server)
     await ask(page, "Hello")
-    told.say("One")
+    provider.say("One")
     await shows(page, "One")
     await page.context.set_offline(True)
     cut(server)
     await expect(page.get_by_text("The connection to the server is lost.")).to_be_visible()
 
-    told.say(*(f" {number:0100}" for number in range(200)))
-    told.finish()
+    provider.say(*(f" {number:0100}" for number in range(200)))
+    provider.finish()
     await until(lambda: server.owners.streams.stats().running == 0)
     await page.context.set_offline(False)
 
     await is_now(page, "failed")
-    await expect(answer(page).locator(".fault")).to_contain_text("a hole in the answer")
+    await expect(answer(page).locator(".fault")).to_contain_text("is no longer kept")
     await shows(page, "One")
 
 
@@ -592,7 +594,7 @@ async def test_a_number_that_is_taken_is_asked_under_another(
 
     await page.context.set_offline(False)
     await is_now(page, "failed")
-    await expect(answer(page).locator(".fault")).to_contain_text("under a new one")
+    await expect(answer(page).locator(".fault")).to_contain_text("under a new id")
     await answer(page).get_by_role("button", name="Ask again").click()
 
     await is_now(page, "complete")
@@ -600,24 +602,24 @@ async def test_a_number_that_is_taken_is_asked_under_another(
 
 
 async def test_a_question_that_found_no_room_is_asked_again_by_itself(
-    make_server: MakeServer, told: Told, page: Page
+    make_server: MakeServer, provider: ManualProvider, page: Page
 ) -> None:
-    server = await make_server(**told.changes, **{"chat.streams.max_kept_bytes": 4096})
+    server = await make_server(**provider.changes, **{"chat.streams.max_kept_bytes": 4096})
     await enter(page, server)
     await ask(page, "apples")
-    told.say("a" * 8192)
+    provider.say("a" * 8192)
     await shows(page, "a" * 8192)
 
     await page.get_by_role("button", name="New conversation").click()
     await ask(page, "pears")
-    await expect(status(page)).to_contain_text("The server is full. Asked again by itself in")
-    told.finish()
-    told.say("Pears.")
-    told.finish()
+    await expect(status(page)).to_contain_text("The server is at capacity. The next attempt is in")
+    provider.finish()
+    provider.say("Pears.")
+    provider.finish()
 
     await is_now(page, "complete")
     await shows(page, "Pears.")
-    assert told.requests == 2
+    assert provider.requests == 2
 
 
 async def test_a_connection_that_was_closed_unused_is_opened_by_a_question(
@@ -755,21 +757,23 @@ async def test_the_chosen_model_is_asked_and_remembered(
     assert server.simulator.bodies[-1]["model"] == "sim-model"
 
 
-async def test_two_windows_show_the_same(make_server: MakeServer, told: Told, page: Page) -> None:
-    server = await make_server(**told.changes)
+async def test_two_windows_show_the_same(
+    make_server: MakeServer, provider: ManualProvider, page: Page
+) -> None:
+    server = await make_server(**provider.changes)
     await enter(page, server)
     other = await page.context.new_page()
     await enter(other, server)
 
     await ask(page, "Hello")
     await other.get_by_role("button", name="Hello").first.click()
-    told.say("One")
+    provider.say("One")
     await shows(page, "One")
     await shows(other, "One")
-    told.finish()
+    provider.finish()
     await is_now(page, "complete")
     await is_now(other, "complete")
-    assert told.requests == 1
+    assert provider.requests == 1
     await other.get_by_role("button", name="Delete: Hello").click()
     await other.get_by_role("button", name="Really delete: Hello").click()
 
@@ -790,12 +794,12 @@ async def test_old_conversations_make_room(server: RunningServer, page: Page) ->
     )
     await page.reload()
     await connected(page)
-    await expect(page.locator("#list li")).to_have_count(50)
+    await expect(page.locator("#conversations li")).to_have_count(50)
 
     await ask(page, "Hello")
 
     await is_now(page, "complete")
-    await expect(page.locator("#list li")).to_have_count(50)
+    await expect(page.locator("#conversations li")).to_have_count(50)
     await expect(page.get_by_text("old 0", exact=True)).to_have_count(0)
     await expect(page.get_by_text("old 49", exact=True)).to_have_count(1)
 
@@ -825,33 +829,33 @@ async def test_a_long_conversation_keeps_its_newest_turns(
 
 
 async def test_a_long_answer_does_not_drive_out_the_others(
-    make_server: MakeServer, told: Told, page: Page
+    make_server: MakeServer, provider: ManualProvider, page: Page
 ) -> None:
-    await enter(page, await make_server(**told.changes))
+    await enter(page, await make_server(**provider.changes))
     for name in ("apples", "pears"):
         await page.get_by_role("button", name="New conversation").click()
         await ask(page, name)
-        told.say(name)
-        told.finish()
+        provider.say(name)
+        provider.finish()
         await is_now(page, "complete")
     long = "0123456789" * 60_000
 
     await ask(page, "Hello")
     for start in range(0, len(long), 10_000):
-        told.say(long[start : start + 10_000])
+        provider.say(long[start : start + 10_000])
     await shows(page, long)
     await page.reload()
     await shows(page, long)  # read again from its start
-    told.finish()
+    provider.finish()
     await is_now(page, "complete")
     await page.reload()
 
-    await expect(status(page)).to_contain_text("keeps only the beginning")
+    await expect(status(page)).to_contain_text("stored only the beginning")
     kept = await answer(page).locator(".text").text_content()
     assert kept
     assert long.startswith(kept)
-    await expect(page.locator("#list li")).to_have_count(2)
-    assert told.requests == 3
+    await expect(page.locator("#conversations li")).to_have_count(2)
+    assert provider.requests == 3
 
 
 async def test_a_full_storage_is_told_and_stops_nothing(server: RunningServer, page: Page) -> None:
@@ -884,13 +888,13 @@ async def test_a_full_storage_is_told_and_stops_nothing(server: RunningServer, p
 
 @pytest.mark.parametrize("width", [320, 390, 1280, 2560])
 async def test_nothing_is_wider_than_the_window(
-    make_server: MakeServer, told: Told, page: Page, width: int
+    make_server: MakeServer, provider: ManualProvider, page: Page, width: int
 ) -> None:
     await page.set_viewport_size({"width": width, "height": 844})
-    await enter(page, await make_server(**told.changes))
+    await enter(page, await make_server(**provider.changes))
     await ask(page, "x" * 500)
-    told.say("y" * 500, "\n```\n", "z" * 500, "\n```\n")
-    told.finish()
+    provider.say("y" * 500, "\n```\n", "z" * 500, "\n```\n")
+    provider.finish()
     await is_now(page, "complete")
 
     menu = page.get_by_role("button", name="Conversations")
@@ -900,7 +904,7 @@ async def test_nothing_is_wider_than_the_window(
         await expect(page.get_by_role("button", name="New conversation")).to_be_visible()
         await page.keyboard.press("Escape")
         await expect(menu).to_be_focused()
-    for element in ("document.documentElement", "document.getElementById('room')"):
+    for element in ("document.documentElement", "document.getElementById('conversation')"):
         assert await page.evaluate(f"{element}.scrollWidth <= {element}.clientWidth")
 
 
@@ -930,13 +934,13 @@ async def test_the_pause_before_a_try(server: RunningServer, page: Page) -> None
 
     pauses = await page.evaluate(
         """async () => {
-            const { pause } = await import("/assets/chat/link.js");
+            const { retryDelay } = await import("/assets/chat/connection.js");
             const most = (...given) =>
-                Math.max(...Array.from({ length: 1000 }, () => pause(...given)));
+                Math.max(...Array.from({ length: 1000 }, () => retryDelay(...given)));
             const least = (...given) =>
-                Math.min(...Array.from({ length: 1000 }, () => pause(...given)));
+                Math.min(...Array.from({ length: 1000 }, () => retryDelay(...given)));
             return {
-                ends: [1000, 1002, 1003, 1007, 1008, 1009].map((code) => pause(code, 0)),
+                ends: [1000, 1002, 1003, 1007, 1008, 1009].map((code) => retryDelay(code, 0)),
                 first: most(1006, 0),
                 fourth: most(1006, 3),
                 late: [least(1006, 20), most(1006, 20)],

@@ -65,10 +65,10 @@ async def test_the_numbers_move_with_the_events(stand: Stand, page: Page) -> Non
     await expect(shown(page, "first_token.p50")).to_have_text("210 ms")
     await expect(shown(page, "tokens_per_second")).to_have_text("812")
     await expect(
-        page.locator("[data-tally=rejections] tr[data-code=server_at_capacity]")
+        page.locator("[data-counters=rejections] tr[data-code=server_at_capacity]")
     ).to_have_text("server at capacity77")
     await expect(
-        page.locator("[data-tally='requests.outcomes'] tr[data-code=ok] td").last
+        page.locator("[data-counters='requests.outcomes'] tr[data-code=ok] td").last
     ).to_have_text("1,990")
     await expect(shown(page, "streams.bytes")).to_have_text("128 MiB")
     await expect(shown(page, "process.rss_bytes")).to_have_text("50 MiB")
@@ -114,7 +114,7 @@ VERDICTS: dict[str, tuple[dict[str, Any], str, str, str]] = {
     "a provider that rests": (
         {"providers__groq__pace": {"per_minute": 3500, "left": 0, "cooling": 12.0}},
         "Busy",
-        "Room for 100 more, but groq asked for rest, 12 s more",
+        "Room for 100 more, but groq cools down for 12 s more, as it asked",
         "triangle",
     ),
     "full by a provider": (
@@ -131,14 +131,14 @@ VERDICTS: dict[str, tuple[dict[str, Any], str, str, str]] = {
     ),
     "refusing": (
         CROWDED | QUEUEING | {"connections__waiting": 500, "connections__rejected": 57},
-        "Refusing",
-        "57 turned away in 10 s, 500 wait, oldest 2.1 s; groq is the reason",
+        "Rejecting",
+        "57 rejected in 10 s, 500 wait, oldest 2.1 s; groq is the reason",
         "octagon",
     ),
     "refusing with room": (
         {"rejections__rate_limit_exceeded": 5},
-        "Refusing",
-        "5 turned away in 10 s: rate limit exceeded",
+        "Rejecting",
+        "5 rejected in 10 s: rate limit exceeded",
         "octagon",
     ),
     "a broken provider": (
@@ -162,13 +162,13 @@ VERDICTS: dict[str, tuple[dict[str, Any], str, str, str]] = {
     "a late loop": (
         {"loop__lag_max": 0.8},
         "Slow",
-        "Room for 100 more, but the server itself stood still for 800 ms",
+        "Room for 100 more, but the event loop was delayed by 800 ms",
         "triangle",
     ),
     "not ready": (
         {"ready": False},
         "Not ready",
-        "Starting or stopping: new work is not taken",
+        "Starting or stopping: new requests are rejected",
         "square",
     ),
     "nobody usable": (
@@ -209,13 +209,13 @@ async def test_the_verdict_says_why_and_nothing_about_latency_while_nothing_is_a
         first_token={**TOKEN, "age": 30.0},
     )
 
-    await verdict(page, "Refusing", "30 turned away in 10 s; groq is the reason")
+    await verdict(page, "Rejecting", "30 rejected in 10 s; groq is the reason")
     await expect(detail).to_have_text(f"{DEAD['text']}. {DEAD['detail']}.")
 
 
 async def test_another_state_is_spoken_and_another_number_is_not(stand: Stand, page: Page) -> None:
     await opened(page, stand)
-    spoken = page.locator("#spoken")
+    spoken = page.locator("#announcer")
     await expect(spoken).to_have_text("Open. Room for 100 more")
 
     stand.say(connections__active=3)
@@ -302,7 +302,7 @@ async def test_the_charts_follow_the_pointer_and_the_scheme(stand: Stand, page: 
 async def test_an_incident_is_put_on_top(stand: Stand, page: Page) -> None:
     await opened(page, stand)
     await expect(page.locator("#incident-list li")).to_have_text(
-        ["Nothing happened in the last ten minutes."]
+        ["There was no incident in the last ten minutes."]
     )
 
     stand.happen("12 connections refused in 1 s")
@@ -335,9 +335,9 @@ async def test_an_absent_value_is_not_shown_and_null_is_a_dash(stand: Stand, pag
     for late in ("state", "pace", "retries"):
         await expect(card(page, "groq").locator(f"[data-needs={late}]")).to_be_visible()
     await expect(card(page, "groq").locator("[data-needs=retries]")).to_have_text(
-        re.compile(r"retries\s*3\s+and 2 went elsewhere")
+        re.compile(r"retries\s*3\s+and 2 failovers")
     )
-    await expect(card(page, "groq").locator("[data-needs=resting]")).to_be_hidden()
+    await expect(card(page, "groq").locator("[data-needs=cooling]")).to_be_hidden()
 
 
 async def test_providers_come_and_go(stand: Stand, page: Page) -> None:
@@ -345,12 +345,14 @@ async def test_providers_come_and_go(stand: Stand, page: Page) -> None:
     stand.say(providers__other=provider(requests=5), providers__spare=provider(usable=False))
 
     await expect(card(page, "other")).to_be_visible()
-    await expect(page.locator("#asleep")).to_have_text("Not asked so far: spare (not usable)")
+    await expect(page.locator("#unused")).to_have_text(
+        "Without a request so far: spare (not usable)"
+    )
 
     del stand.stats["providers"]["other"], stand.stats["providers"]["spare"]
     stand.say()
     await expect(card(page, "other")).to_have_count(0)
-    await expect(page.locator("#asleep")).to_be_hidden()
+    await expect(page.locator("#unused")).to_be_hidden()
 
 
 async def test_of_many_providers_those_in_trouble_come_first(stand: Stand, page: Page) -> None:
@@ -387,7 +389,7 @@ async def test_text_of_the_server_stays_text(stand: Stand, page: Page) -> None:
         "<script>document.title='run'</script>"
     )
     await expect(page.locator(".card h3")).to_have_text(name)
-    await expect(page.locator("[data-tally=rejections] tbody th")).to_have_text("<i>code</i>")
+    await expect(page.locator("[data-counters=rejections] tbody th")).to_have_text("<i>code</i>")
     assert "run" not in (await page.title()).split()
 
 

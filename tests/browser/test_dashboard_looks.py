@@ -98,14 +98,22 @@ def test_the_colours_stand_out(dark: bool) -> None:
     blocks = re.findall(r":root \{(.*?)\}", sheet, re.DOTALL)
     colours = dict(re.findall(r"--([a-z-]+): (#[0-9a-f]{6})", blocks[dark]))
 
-    for ground in ("ground", "panel"):
-        for ink in ("ink", "muted", "flow-ink", "good-ink", "wait-ink", "bad-ink", "gone-ink"):
-            assert _contrast(colours[ink], colours[ground]) >= 4.5, (ink, ground)
-        for mark in ("flow", "good", "wait", "bad", "gone"):
-            assert _contrast(colours[mark], colours[ground]) >= 3, (mark, ground)
-    for tone in ("good", "wait", "bad", "gone"):
-        for ink in ("ink", "muted", f"{tone}-ink"):
-            assert _contrast(colours[ink], colours[f"{tone}-soft"]) >= 4.5, (ink, tone)
+    for background in ("background", "panel"):
+        for text in (
+            "text",
+            "muted",
+            "accent-text",
+            "good-text",
+            "warning-text",
+            "bad-text",
+            "neutral-text",
+        ):
+            assert _contrast(colours[text], colours[background]) >= 4.5, (text, background)
+        for mark in ("accent", "good", "warning", "bad", "neutral"):
+            assert _contrast(colours[mark], colours[background]) >= 3, (mark, background)
+    for tone in ("good", "warning", "bad", "neutral"):
+        for text in ("text", "muted", f"{tone}-text"):
+            assert _contrast(colours[text], colours[f"{tone}-soft"]) >= 4.5, (text, tone)
         assert _contrast(colours[tone], colours[f"{tone}-soft"]) >= 3, tone
 
 

@@ -22,10 +22,12 @@ async def test_a_server_that_is_gone_is_said_and_found_again(stand: Stand, page:
 
     await stand.close()
     await verdict(
-        page, "No contact", re.compile(r"Server not reachable since \d+\ss, trying again")
+        page,
+        "Disconnected",
+        re.compile(r"The server has been unreachable for \d+\ss, next attempt in"),
     )
     await expect(page.locator("body")).to_have_class("stale")
-    await expect(page.locator("#seen")).to_have_text(re.compile(r"\d+\ss old"))
+    await expect(page.locator("#updated")).to_have_text(re.compile(r"\d+\ss old"))
     await expect(shown(page, "connections.active")).to_have_text("3")  # the last that is known
 
     stand.say(connections__active=5)
@@ -33,7 +35,7 @@ async def test_a_server_that_is_gone_is_said_and_found_again(stand: Stand, page:
     await verdict(page, "Open", "Room for 95 more")
     await expect(page.locator("body")).not_to_have_class("stale")
     await expect(page.locator("#incident-list p").first).to_have_text(
-        re.compile(r"this page heard nothing for \d+\ss")
+        re.compile(r"this page received no data for \d+\ss")
     )
 
 
@@ -42,7 +44,7 @@ async def test_a_server_that_only_keeps_the_line_is_lost_too(stand: Stand, page:
     await opened(page, stand)
 
     stand.silent = True
-    await verdict(page, "No contact", re.compile(r"Server silent since \d+\ss"))
+    await verdict(page, "Disconnected", re.compile(r"The server has sent no data for \d+\ss"))
     await expect(page.locator("body")).to_have_class("stale")
 
     stand.silent = False
@@ -52,7 +54,7 @@ async def test_a_server_that_only_keeps_the_line_is_lost_too(stand: Stand, page:
 async def test_a_server_that_was_never_there_is_said_too(stand: Stand, page: Page) -> None:
     await page.route("**/events", lambda route: route.abort())
     await page.goto(stand.base + "/dashboard")
-    await verdict(page, "No contact", re.compile("Server not reachable since"))
+    await verdict(page, "Disconnected", re.compile("The server has been unreachable for"))
     await expect(page.locator("#board")).to_be_hidden()
 
     await page.unroute("**/events")
@@ -68,8 +70,10 @@ async def test_a_refused_page_says_why_and_asks_again(stand: Stand, page: Page) 
     context = await page.context.browser.new_context()
     mine = await context.new_page()
     await mine.goto(stand.base + "/dashboard")
-    await verdict(mine, "No contact", re.compile("Server refuses this page, trying again"))
-    await expect(mine.locator("#verdict-detail")).to_have_text("It says: 256 watchers at most")
+    await verdict(
+        mine, "Disconnected", re.compile("The server rejects this page, next attempt in")
+    )
+    await expect(mine.locator("#verdict-detail")).to_have_text("Its message: 256 watchers at most")
 
     stand.refusal = None
     await verdict(mine, "Open", "Room for 100 more")

@@ -12,7 +12,7 @@ from aiohttp import web
 from aiohttp.test_utils import RawTestServer
 
 from aioserver.providers.simulator.exchange import Behaviour
-from tests.support.chat_page import Told, cut
+from tests.support.chat_page import ManualProvider, cut
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -55,21 +55,21 @@ TAKE = "(piece) => { heard += piece; }, (frame) => { ended.push(frame); }"
 async def test_an_example_loses_nothing_of_an_answer_whose_connection_breaks(
     example: str, make_server: MakeServer, page: Page
 ) -> None:
-    async with Told() as told:
-        server = await make_server(**told.changes)
+    async with ManualProvider() as provider:
+        server = await make_server(**provider.changes)
         source, url = {"ask": (ASK, server.ws), "listen": (LISTEN, server.base)}[example]
         async with begun(page, source, f"{example}('{url}', 'Hello', {TAKE})"):
-            told.say("One", " two")
+            provider.say("One", " two")
             await page.wait_for_function("heard === 'One two'", timeout=20_000)
             cut(server)
-            told.say(" three")
-            told.finish()
+            provider.say(" three")
+            provider.finish()
 
             text, ended = await outcome(page)
 
     assert text == "One two three"
     assert [frame["status"] for frame in ended] == ["complete"]
-    assert told.requests == 1
+    assert provider.requests == 1
 
 
 async def test_the_eventsource_example_tells_our_error_from_the_browser_s(

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from tests.support.server import MakeServer, RunningServer
 
 
-LOST = re.compile("Connecting|No contact")
+LOST = re.compile("Connecting|Disconnected")
 ENDLESS = Behaviour(ttft=0, interval=0.02, tokens=100_000)
 
 
@@ -114,13 +114,13 @@ async def test_a_wrong_key_says_so_and_there_is_no_way_around(
         await mine.goto(server.base + "/")
         await enter_key(mine, "nobody")
 
-        await expect(fault(mine)).to_have_text("This key is not known here.")
+        await expect(fault(mine)).to_have_text("The server does not know this key.")
         await expect(key(mine)).to_be_focused()
         for _ in range(3):
             await mine.keyboard.press("Escape")
         await expect(form(mine)).to_be_visible()
-        await form(mine).get_by_role("button", name="Enter").click()
-        await expect(fault(mine)).to_have_text("This key is not known here.")
+        await form(mine).get_by_role("button", name="Log in").click()
+        await expect(fault(mine)).to_have_text("The server does not know this key.")
         assert not server.context.sockets
         await enter_key(mine, "web")
         await connected(mine)
@@ -131,7 +131,7 @@ async def test_an_empty_key_is_not_sent(make_server: MakeServer, page: Page) -> 
     await page.goto(server.base + "/")
     await expect(form(page)).to_be_visible()
 
-    await form(page).get_by_role("button", name="Enter").click()
+    await form(page).get_by_role("button", name="Log in").click()
 
     await expect(form(page)).to_be_visible()
     assert server.context.metrics.auth_failures["missing_key"].value == 0
@@ -141,14 +141,14 @@ async def test_the_dashboard_wants_an_admins_key(make_server: MakeServer, page: 
     server = await make_server(**keys_of("web", "root"))
     await page.goto(server.base + "/dashboard")
     await expect(form(page)).to_be_visible()
-    await expect(page).to_have_title("Key wanted · aioserver dashboard")
+    await expect(page).to_have_title("Key required · aioserver dashboard")
 
     await enter_key(page, "web")
     await expect(fault(page)).to_have_text(
-        "This key may chat, but not watch: this page wants an admin key."
+        "This key may chat, but this page requires an admin key."
     )
     await page.reload()  # the session of `web` is there, and is not enough
-    await expect(fault(page)).to_contain_text("wants an admin key")
+    await expect(fault(page)).to_contain_text("requires an admin key")
     await enter_key(page, "root")
 
     await expect(form(page)).to_have_count(0)
@@ -223,7 +223,7 @@ async def test_the_form_hides_what_is_behind_it_and_fits_a_phone(
     assert box["x"] >= 0
     assert box["x"] + box["width"] <= 360
     backdrop = await page.evaluate(
-        "getComputedStyle(document.getElementById('door'), '::backdrop').backgroundColor"
+        "getComputedStyle(document.getElementById('login'), '::backdrop').backgroundColor"
     )
     assert re.fullmatch(r"rgb\(\d+, \d+, \d+\)", backdrop), "opaque"
     contrast = await page.evaluate(
@@ -235,8 +235,8 @@ async def test_the_form_hides_what_is_behind_it_and_fits_a_phone(
             });
             return 0.2126 * r + 0.7152 * g + 0.0722 * b;
           };
-          const dialog = document.getElementById("door");
-          const pairs = [[dialog, "h2"], [dialog, "#door-hint"], [dialog, "label"], [dialog, "#door-fault"]];
+          const dialog = document.getElementById("login");
+          const pairs = [[dialog, "h2"], [dialog, "#login-hint"], [dialog, "label"], [dialog, "#login-error"]];
           const ratio = (over, under) => {
             const [a, b] = [light(getComputedStyle(over).color), light(getComputedStyle(under).backgroundColor)];
             return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);

@@ -190,20 +190,22 @@ PROVIDER: dict[str, dict[str, tuple[str, ...]]] = {
             "test_a_stuck_upload_ends_with_the_write_timeout",
         ),
     },
-    "flapping: breaker opens, one trial at a time; all open: 503 with the soonest Retry-After; "
+    "flapping: dead, and tried again; all dead: 503 with Retry-After; sick: answers what it can; "
     "running streams untouched": {
         "end_to_end/test_provider_flapping.py": (
             "test_a_flapping_provider_is_left_alone_and_asked_again",
-            "test_where_all_breakers_are_open_each_face_shows_the_soonest",
+            "test_where_half_of_all_fail_the_other_half_is_answered",
+            "test_where_all_are_dead_each_face_says_so",
         ),
         "gateway/test_provider_trouble.py": (
-            "test_one_trial_at_a_time_finds_out_that_it_is_back",
-            "test_where_all_are_left_alone_the_soonest_counts",
-            "test_waiters_are_refused_when_their_provider_begins_to_fail",
+            "test_a_trial_finds_out_that_it_is_back",
+            "test_where_all_are_dead_a_client_comes_back_soon",
+            "test_waiters_are_refused_when_their_provider_dies",
         ),
         "providers/test_breaker.py": (
-            "test_never_more_than_one_passes_while_it_is_not_closed",
-            "test_attempts_from_before_it_opened_neither_close_nor_prolong_it",
+            "test_trials_are_bounded_whatever_happens",
+            "test_an_attempt_from_before_its_death_ends_it_too",
+            "test_failures_from_before_its_death_prolong_nothing",
         ),
     },
     "provider faster than the client: memory bounded, slot given back at the provider's end": {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +14,8 @@ from aiohttp import WSCloseCode
 
 from aioserver import errors, provider_errors
 from aioserver.errors import InvalidRequest
-from aioserver.protocol import messages
-from aioserver.protocol.messages import BadCommand, Chat
+from aioserver.protocol import client_frames
+from aioserver.protocol.client_frames import BadCommand, Chat
 from aioserver.streams import entries
 from tests.support.chat import chat, read_frames, resume, to_end, until_status
 from tests.support.server import QUICK, SLOW, MakeServer
@@ -63,9 +64,14 @@ def strings_passed(function: str) -> Iterator[str]:
                     yield str(status.value)
 
 
+def question(payload: dict[str, object]) -> client_frames.Command:
+    frame = {"action": "chat", "request_id": "r1", "payload": payload}
+    return client_frames.parse(json.dumps(frame).encode())
+
+
 def test_every_command_has_its_row_and_no_other() -> None:
     with pytest.raises(BadCommand) as refused:
-        messages.parse(b'{"action": "none"}')
+        client_frames.parse(b'{"action": "none"}')
 
     known = re.search(r"one of ([\w, ]+) is expected", refused.value.error.message)
     assert known is not None
@@ -77,15 +83,14 @@ def test_every_command_has_its_row_and_no_other() -> None:
 def test_every_field_of_a_question_has_its_row_and_its_type() -> None:
     rows = {named(row[0])[0]: row[1] for row in table("What you send", "field")}
 
-    assert sorted(rows) == sorted(
-        {field.name for field in dataclasses.fields(Chat)} - {"request_id"}
-    )
+    assert sorted(rows) == sorted(client_frames.PAYLOAD_FIELDS)
     for name, kind in rows.items():
         sample = SAMPLES.get(name, {} if name in OBJECTS else "x")
         other = {} if name in ("text", "messages") else {"text": "x"}
-        messages.chat("r1", {name: sample, **other})
-        with pytest.raises(InvalidRequest):
-            messages.chat("r1", {name: 1, **other})
+        assert isinstance(question({name: sample, **other}), Chat)
+        with pytest.raises(BadCommand) as refused:
+            question({name: 1, **other})
+        assert isinstance(refused.value.error, InvalidRequest)
         assert (
             kind.split()[0]
             == {str: "text", bool: "true", list: "list", dict: "object"}[type(sample)]

@@ -4,41 +4,46 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from typing import TYPE_CHECKING
 
-from aioserver.providers.breaker import CONSECUTIVE_FAILURES, FIRST_WAIT
 from aioserver.providers.simulator.exchange import Behaviour
 from aioserver.providers.simulator.server import Simulator
 from tests.support.faces import FACES, Seen, ask_every_face, over_openai, over_sse, over_websocket
+from tests.support.failing import kill
 from tests.support.scripted_provider import DONE
 from tests.support.server import HTTP_CLIENT, QUICK, MakeServer, RunningServer, provider_entry
 from tests.support.waiting import until
 
-FLAPPING = f"fault-flap-{CONSECUTIVE_FAILURES}"
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+FAILURES = 5
+FLAPPING = f"fault-flap-{FAILURES}"
 FAILING = Behaviour(fail_rate=1.0, fault="status-500")
-OPEN, CLOSED = 2, 0
+WELL, SICK, DEAD = 0, 1, 2
 
 
 async def state(server: RunningServer, name: str = "sim") -> int:
-    """The breaker of *name*, as /metrics shows it."""
+    """The state of the provider *name*, as /metrics shows it."""
     return (await server.counted("provider_state", "provider"))[name,]
 
 
-def left_alone(server: RunningServer, name: str, seconds: float) -> None:
-    """Let the breaker of *name*, which is open, stay open for *seconds* from now on."""
-    server.provider_of(name).health.breaker.leave_alone(seconds)
+async def trial_due(server: RunningServer) -> None:
+    """Wait until the next request may be a trial."""
+    await until(lambda: server.provider.health.breaker.delay() <= 0)
 
 
-def refused_for(seen: list[Seen], low: float, high: float) -> None:
+def refused_soon(seen: list[Seen]) -> None:
     """Each face says `circuit_open` and when to come back."""
     ws, sse, *openai = seen
     assert [one.code for one in seen] == ["circuit_open"] * 4
     for one in (ws, sse):
-        assert low <= one.error["retry_after"] <= high
+        assert 1.0 <= one.error["retry_after"] <= 1.1
         assert one.error["retryable"]
     for one in openai:
         assert (one.status, one.headers.get("x-should-retry")) == (503, None)
         assert one.headers["x-aioserver-attempts"] == "0"
-        assert low <= int(one.headers["retry-after"]) < high + 1
+        assert one.headers["retry-after"] in {"1", "2"}
 
 
 async def test_a_flapping_provider_is_left_alone_and_asked_again(make_server: MakeServer) -> None:
@@ -48,32 +53,59 @@ async def test_a_flapping_provider_is_left_alone_and_asked_again(make_server: Ma
     server.simulator.behaviour = QUICK
 
     for round_ in range(1, 3):
-        failed = [await over_openai(server, FLAPPING) for _ in range(CONSECUTIVE_FAILURES)]
-        assert [one.status for one in failed] == [502] * CONSECUTIVE_FAILURES
-        assert await state(server) == OPEN
+        failed = [await over_openai(server, FLAPPING) for _ in range(FAILURES)]
+        assert [one.status for one in failed] == [502] * FAILURES
+        kill(server.provider.health.breaker)
+        assert await state(server) == DEAD
         asked = server.simulator.stats().requests
-        refused_for(await ask_every_face(server, "m"), 1.0, 1.1 * FIRST_WAIT)
+        refused_soon(await ask_every_face(server, "m"))
         assert server.simulator.stats().requests == asked
-        left_alone(server, "sim", 0.0)
-        good = [await over_openai(server, FLAPPING) for _ in range(CONSECUTIVE_FAILURES)]
-        assert [one.end for one in good] == ["complete"] * CONSECUTIVE_FAILURES
-        assert await state(server) == CLOSED
+        await trial_due(server)
+        good = [await over_openai(server, FLAPPING) for _ in range(FAILURES)]
+        assert [one.end for one in good] == ["complete"] * FAILURES
+        assert await state(server) == WELL
         tries = await server.counted("provider_attempts", "outcome")
-        assert tries["http_5xx",] == round_ * CONSECUTIVE_FAILURES
+        assert tries["http_5xx",] == round_ * FAILURES
 
     assert (await running).end == "complete", "what runs is not touched"
     tries = await server.counted("provider_attempts", "outcome")
-    assert tries == {
-        ("http_5xx",): 2 * CONSECUTIVE_FAILURES,
-        ("ok",): 2 * CONSECUTIVE_FAILURES + 1,
-    }
+    assert tries == {("http_5xx",): 2 * FAILURES, ("ok",): 2 * FAILURES + 1}
     assert (await server.counted("rejections", "code"))["circuit_open",] == 2 * FACES.total()
     await server.nothing_held()
 
 
-async def test_where_all_breakers_are_open_each_face_shows_the_soonest(
+async def test_a_dead_provider_is_back_with_the_first_event_on_every_face(
     make_server: MakeServer,
 ) -> None:
+    server = await make_server()
+    faces: tuple[Callable[[], Awaitable[Seen]], ...] = (
+        lambda: over_websocket(server, "m"),
+        lambda: over_sse(server, "m"),
+        lambda: over_openai(server, "m"),
+        lambda: over_openai(server, "m", stream=False),
+    )
+    for ask in faces:
+        kill(server.provider.health.breaker)
+        await trial_due(server)
+        assert (await ask()).end == "complete"
+        assert await state(server) == WELL
+    await server.nothing_held()
+
+
+async def test_where_half_of_all_fail_the_other_half_is_answered(
+    make_server: MakeServer,
+) -> None:
+    server = await make_server()
+    # Five fail, five are answered, and so on: as many as would be without a breaker.
+    seen = [await over_openai(server, FLAPPING) for _ in range(6 * FAILURES)]
+    assert sum(one.end == "complete" for one in seen) == 3 * FAILURES
+    assert not (await server.counted("rejections", "code"))
+    assert await state(server) == SICK
+    assert [one.end for one in await ask_every_face(server, "m")] == ["complete"] * 4
+    await server.nothing_held()
+
+
+async def test_where_all_are_dead_each_face_says_so(make_server: MakeServer) -> None:
     async with Simulator(FAILING) as other:
         server = await make_server(
             FAILING,
@@ -82,21 +114,13 @@ async def test_where_all_breakers_are_open_each_face_shows_the_soonest(
                 "llm.providers.other": provider_entry(other.base_url),
             },
         )
-        for _ in range(CONSECUTIVE_FAILURES):
-            seen = await over_openai(server, "m")
-            assert (seen.status, seen.headers["x-should-retry"]) == (502, "false")
-        assert (await state(server), await state(server, "other")) == (OPEN, OPEN)
+        for name in ("sim", "other"):
+            kill(server.provider_of(name).health.breaker)
+        assert (await state(server), await state(server, "other")) == (DEAD, DEAD)
 
-        for first, second in ((40.0, 20.0), (20.0, 40.0)):
-            left_alone(server, "sim", first)
-            left_alone(server, "other", second)
-            refused_for(await ask_every_face(server, f"m{first}"), 10.0, 22.0)
+        refused_soon(await ask_every_face(server, "m"))
 
-        tries = await server.counted("provider_attempts", "provider", "outcome")
-        assert tries == {
-            ("sim", "http_5xx"): CONSECUTIVE_FAILURES,
-            ("other", "http_5xx"): CONSECUTIVE_FAILURES,
-        }
+        assert not (await server.counted("provider_attempts", "provider"))
         await server.nothing_held()
 
 

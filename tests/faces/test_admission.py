@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from aiohttp import WSMsgType
 
-from aioserver.faces import admission, http
+from aioserver.faces import admission, intake
 from aioserver.faces import socket as sockets
 from aioserver.providers.simulator.exchange import Behaviour
 from tests.support.chat import CHAT, chat, frames_of, to_end, until_status
@@ -351,7 +351,7 @@ async def test_a_faulty_request_is_400_though_the_server_is_full(
 async def test_a_slow_body_holds_no_place_and_gets_408(
     make_server: MakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(http, "BODY_TIMEOUT", 0.5)
+    monkeypatch.setattr(intake, "BODY_TIMEOUT", 0.5)
     server = await make_server(**limits(places=1))
     loop = asyncio.get_running_loop()
     async with Raw(server) as raw:
@@ -392,17 +392,17 @@ async def test_bodies_beyond_their_bound_all_together_are_503(make_server: MakeS
     await server.nothing_held()
 
 
-async def test_the_body_of_a_waiter_counts_and_that_of_a_served_request_does_not(
+async def test_the_body_of_a_waiter_counts_and_that_of_a_request_not_answered_yet(
     make_server: MakeServer,
 ) -> None:
     server = await make_server(SILENT, **limits(places=1, line=1, timeout=30.0))
     async with Raw(server) as first, Raw(server) as second:
         await first.post("/v1/chat/completions", CHAT)
         await server.simulator.until(lambda stats: stats.active == 1)
-        assert server.held()["body_bytes"] == 0
+        assert server.held()["body_bytes"] == len(json.dumps(CHAT))
         await second.post("/v1/chat/completions", CHAT)
         await until(lambda: waiting(server) == 1)
-        assert server.held()["body_bytes"] == len(json.dumps(CHAT))
+        assert server.held()["body_bytes"] == 2 * len(json.dumps(CHAT))
     await server.nothing_held()
 
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from aioserver.faces import http
+from aioserver.faces import openai
+from aioserver.providers.simulator.exchange import Behaviour
 from tests.support.chat import CHAT
 from tests.support.raw import Answer, Raw
 from tests.support.server import UVICORN, MakeServer
@@ -402,6 +403,34 @@ async def test_a_page_may_read_every_answer_errors_too(server: RunningServer) ->
         assert "access-control-allow-origin" not in (await raw.answer()).headers
 
 
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_page_may_read_the_headers_of_the_provider_and_a_location(
+    make_server: MakeServer, stream: bool
+) -> None:
+    limits = (("X-RateLimit-Limit-Tokens", "9"), ("x-ratelimit-reset-requests", "1s"))
+    server = await make_server(Behaviour(ttft=0, interval=0, headers=(*limits, ("x-other", "1"))))
+    headers = {"Origin": "http://page.example"}
+    async with server.session.post(
+        f"{server.v1}/chat/completions", json={**CHAT, "stream": stream}, headers=headers
+    ) as response:
+        await response.read()
+        limited = response.headers
+    async with server.session.post(
+        server.sse,
+        json={"request_id": "r", **CHAT},
+        headers={**headers, "Prefer": "respond-async"},
+    ) as response:
+        located = response.headers
+
+    exposed = limited["Access-Control-Expose-Headers"].split(", ")
+    assert {name.lower() for name, _ in limits} < set(exposed)
+    assert len(exposed) == len(set(exposed))
+    assert limited["x-ratelimit-limit-tokens"] == "9"
+    assert "x-other" not in exposed
+    assert located["Location"] == "/sse/chat/r"
+    assert "location" in located["Access-Control-Expose-Headers"].split(", ")
+
+
 async def test_a_preflight_is_answered(server: RunningServer) -> None:
     async with Raw(server) as raw:
         await raw.send(
@@ -440,7 +469,7 @@ async def test_a_bug_in_a_handler_is_500_without_details(
     async def broken(*_args: object) -> None:
         raise RuntimeError("S3CR3T")
 
-    monkeypatch.setattr(http, "read_json", broken)
+    monkeypatch.setattr(openai, "read_body", broken)
     server = await make_server()
     async with Raw(server) as raw:
         await raw.post("/v1/chat/completions", CHAT)

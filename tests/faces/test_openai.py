@@ -7,12 +7,15 @@ import copy
 import json
 import re
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import openai
 import pytest
 from openai import AsyncOpenAI
+from yarl import URL
 
 from aioserver.providers.simulator.exchange import Behaviour
+from aioserver.providers.simulator.server import Simulator
 from tests.support.chat import CHAT, STREAMED
 from tests.support.raw import Raw
 from tests.support.server import HTTP_CLIENT, NOWHERE, QUICK, SILENT, MakeServer, provider_entry
@@ -92,12 +95,6 @@ async def test_models(make_server: MakeServer) -> None:
     server = await make_server(**{"llm.providers.other": other, "llm.providers.keyless": keyless})
     async with AsyncOpenAI(api_key="unused", base_url=server.v1, max_retries=0) as sdk:
         listed = {one.id: one.owned_by async for one in sdk.models.list()}
-        for name in ("sim", "sim/sim-model", "sim-model", "other/org/own", "org/own", "more"):
-            assert (await sdk.models.retrieve(name)).id.endswith(name)
-        for name in ("nobody", "keyless"):
-            with pytest.raises(openai.NotFoundError) as caught:
-                await sdk.models.retrieve(name)
-            assert caught.value.code == "model_not_found"
 
     assert listed == {
         "sim": "sim",
@@ -106,6 +103,49 @@ async def test_models(make_server: MakeServer) -> None:
         "other/org/own": "other",
         "other/more": "other",
     }
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("sim", "sim/sim-model", "sim-model", "sim/", "other", "other/org/own", "other/any"),
+        *(
+            "org/own",
+            "more",
+            "nobody",
+            "nobody/x",
+            "a b",
+            "keyless",
+            "keyless/x",
+            "other/x/keyless",
+        ),
+    ],
+)
+async def test_a_model_is_there_if_a_chat_with_it_is_not_refused(
+    make_server: MakeServer, name: str
+) -> None:
+    async with Simulator(QUICK) as simulator:
+        keyed = {"api_key_env": "NO_SUCH_KEY"}
+        server = await make_server(
+            **{
+                "llm.providers.other": provider_entry(simulator.base_url, "org/own"),
+                "llm.providers.keyless": {**provider_entry(simulator.base_url), **keyed},
+            }
+        )
+        body = {"model": name, "messages": MESSAGES}
+        async with server.session.post(f"{server.v1}/chat/completions", json=body) as response:
+            status, provider = response.status, response.headers.get("x-aioserver-provider")
+            refusal = await response.json()
+        for path in (quote(name), quote(name, safe="")):
+            url = URL(f"{server.v1}/models/{path}", encoded=True)
+            async with server.session.get(url) as response:
+                found = await response.json()
+                assert response.status == status == (404 if name.startswith("keyless") else 200)
+            if status == 200:
+                assert (found["id"], found["owned_by"]) == (name, provider)
+            else:
+                assert found == refusal
+                assert found["error"]["code"] == "model_not_found"
 
 
 async def test_the_sdk_raises_its_own_errors_with_our_codes(sdk: AsyncOpenAI) -> None:
@@ -300,13 +340,16 @@ FAULTY: list[tuple[bytes, str, str | None]] = [
     (b"", "invalid_json", None),
     (b"{", "invalid_json", None),
     (b'{"x": NaN}', "invalid_json", None),
-    (b'{"x": "\\ud800"}', "invalid_json", None),
+    (b'{"x": "\\ud800}', "invalid_json", None),
     (b"\xef\xbb\xbf{}", "invalid_json", None),
     (b"\xff", "invalid_json", None),
     (b"[" * 100_000, "invalid_json", None),
     (b"[]", "invalid_request", None),
     (b'{"model": 7}', "invalid_request", "model"),
     (b'{"model": ""}', "invalid_request", "model"),
+    (b'{"model": 1e999}', "invalid_request", "model"),
+    (b'{"model": "' + b"x" * 5000 + b'"}', "invalid_request", "model"),
+    (b'{"x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "invalid_json", None),
     (b'{"stream": "yes"}', "invalid_request", "stream"),
 ]
 
@@ -323,6 +366,13 @@ async def test_a_faulty_body_is_400_and_asks_nobody(server: RunningServer) -> No
     assert server.simulator.stats().requests == 0
 
 
+async def test_a_lone_surrogate_becomes_the_replacement_character(server: RunningServer) -> None:
+    before = rb'{"model": "m", "messages": [{"role": "user", "content": "\ud83d \ud83d\ude00 \\ud83d"}]}'
+    after = rb'{"model": "m", "messages": [{"role": "user", "content": "\ufffd \ud83d\ude00 \\ud83d"}]}'
+
+    assert await sent(server, before) == after
+
+
 @pytest.mark.parametrize("streamed", [True, False])
 @pytest.mark.parametrize("model", ["", "any"])
 async def test_a_deeply_nested_body_is_no_bug(
@@ -337,7 +387,7 @@ async def test_a_deeply_nested_body_is_no_bug(
     ) as response:
         await response.read()
 
-    assert response.status == (200 if model else 400)
+    assert response.status == 200
 
 
 @pytest.mark.parametrize("key", ["", "x" * 257])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,9 @@ from aioserver.protocol.openai import final_response
 from aioserver.protocol.responses import ResponseEvents
 from aioserver.provider_errors import ProviderDisconnected
 from aioserver.providers.simulator.exchange import Behaviour
+from tests.support.chat import CHAT, chat, until_status
 from tests.support.raw import Raw
+from tests.support.server import ENDLESS, QUICK
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
@@ -167,6 +170,46 @@ async def test_cancel_leaves_what_has_ended_as_it_is(sdk: AsyncOpenAI) -> None:
     events = [event async for event in await sdk.responses.create(**ASK)]
 
     assert (await sdk.responses.cancel(events[-1].response.id)).status == "completed"
+
+
+@pytest.mark.parametrize("face", ["websocket", "sse", "chat/completions", "chat streamed"])
+async def test_an_answer_of_another_kind_is_no_response(
+    make_server: MakeServer, face: str
+) -> None:
+    server = await make_server(SLOW)
+    async with contextlib.AsyncExitStack() as stack:
+        if face == "websocket":
+            ws = await stack.enter_async_context(server.connect())
+            await ws.send_json(chat("mine"))
+            await until_status(ws, "chunk")
+        elif face == "sse":
+            body = {"request_id": "mine", "text": "Hello"}
+            await stack.enter_async_context(server.session.post(server.sse, json=body))
+        else:
+            server.simulator.behaviour = ENDLESS if face == "chat streamed" else QUICK
+            response = await stack.enter_async_context(
+                server.session.post(
+                    f"{server.v1}/chat/completions",
+                    json={**CHAT, "stream": face == "chat streamed"},
+                    headers={"Idempotency-Key": "mine"},
+                )
+            )
+            if face == "chat/completions":
+                await response.read()
+        running = server.held()["running"]
+        for method, path in (
+            *(("GET", "mine"), ("GET", "mine?stream=true"), ("POST", "mine/cancel")),
+            ("GET", "mine?stream=true&starting_after=1"),
+        ):
+            async with server.session.request(method, f"{server.v1}/responses/{path}") as found:
+                assert found.status == 404, path
+                assert (await found.json())["error"]["code"] == "stream_not_found"
+
+        # Nobody has cancelled it, and its own face still has it.
+        assert server.held()["running"] == running
+        async with server.session.delete(f"{server.sse}/mine") as gone:
+            assert gone.status == 204
+    await server.nothing_held()
 
 
 async def test_without_store_nothing_is_kept_and_leaving_ends_it(

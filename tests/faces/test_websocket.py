@@ -233,7 +233,7 @@ NO_COMMANDS: list[tuple[str, str, str | None]] = [
     ("{", "invalid_json", None),
     ("", "invalid_json", None),
     ("NaN", "invalid_json", None),
-    ('{"action":"chat","request_id":"\\ud800"}', "invalid_json", None),
+    ('{"action":"chat","request_id":"\\ud800"}', "invalid_request", "\ufffd"),
     ("[" * 100_000, "invalid_json", None),
     ("[]", "invalid_request", None),
     ("7", "invalid_request", None),

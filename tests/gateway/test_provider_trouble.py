@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import time
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -26,13 +27,21 @@ from aioserver.provider_errors import (
     ProviderRefused,
     ReadTimeout,
 )
-from aioserver.providers import breaker, exchange
-from aioserver.providers.attempt import Attempt
+from aioserver.providers import exchange
+from aioserver.providers.breaker import (
+    FEW,
+    LONG_PATIENCE,
+    MAX_TRIALS,
+    MIN_ATTEMPTS,
+    TRIAL_INTERVAL,
+    TURN,
+)
 from aioserver.providers.budget import MIN_RETRIES
 from aioserver.providers.provider import Provider
 from aioserver.providers.request import ProviderRequest
 from aioserver.streams.entries import COMPLETE
 from aioserver.streams.stream import Stream
+from tests.support.failing import kill, sicken
 from tests.support.scripted_provider import (
     EVENT_STREAM,
     LAST_CHUNK,
@@ -307,12 +316,13 @@ async def test_a_kept_connection_that_is_lost_late_is_not_stale(
 
 async def test_a_storm_of_faults_makes_no_storm_of_retries(trouble: Trouble) -> None:
     provider = await trouble.add("a", status(503), max_retries=5, queue_size=100)
-    provider.health.breaker.attempt_ended = lambda **_kwargs: None  # type: ignore[method-assign]
 
     done = await asyncio.gather(*(trouble.fill() for _ in range(30)), return_exceptions=True)
 
     assert all(isinstance(one, ProviderError) for one in done)
     assert trouble.counts()["a"] <= 30 + MIN_RETRIES
+    assert provider.meter.retries_refused.value > 0
+    assert provider.stats().budget == (MIN_RETRIES, MIN_RETRIES)
 
 
 # Another provider.
@@ -405,24 +415,14 @@ PACED = status(429, "Retry-After: 30\r\n")
 LONGER = status(429, "Retry-After: 90\r\n")
 
 
-async def opened(provider: Provider, seconds: float) -> None:
-    """Open the breaker of *provider* for *seconds*."""
-    for _ in range(breaker.CONSECUTIVE_FAILURES):
-        provider.health.breaker.attempt_ended(trial=False, failed=True)
-    provider.health.breaker.leave_alone(seconds)
-
-
-@pytest.mark.parametrize("waits", [(40.0, 8.0, 20.0), (8.0, 20.0, 40.0), (40.0, 20.0, 8.0)])
-async def test_where_all_are_left_alone_the_soonest_counts(
-    trouble: Trouble, waits: tuple[float, ...]
-) -> None:
-    for name, seconds in zip("abc", waits, strict=True):
-        await opened(await trouble.add(name, ANSWER), seconds)
+async def test_where_all_are_dead_a_client_comes_back_soon(trouble: Trouble) -> None:
+    for name in "abc":
+        kill((await trouble.add(name, ANSWER)).health.breaker)
 
     with pytest.raises(CircuitOpen) as told:
         await trouble.fill()
 
-    assert 7 < (told.value.retry_after or 0) <= 8.8
+    assert 1 <= (told.value.retry_after or 0) <= 1.1
     assert trouble.counts() == {"a": 0, "b": 0, "c": 0}
     headers = told.value.headers()
     assert int(headers["Retry-After"]) >= (told.value.retry_after or 0), "never too early"
@@ -443,14 +443,14 @@ async def test_where_all_limit_us_the_soonest_counts(trouble: Trouble, names: st
 
 
 async def test_a_429_is_told_only_where_every_usable_one_says_it(trouble: Trouble) -> None:
-    await opened(await trouble.add("a", ANSWER), 10.0)
+    kill((await trouble.add("a", ANSWER)).health.breaker)
     await trouble.add("b", PACED, max_retries=0)
 
     with pytest.raises(CircuitOpen) as told:
         await trouble.fill()
 
     assert told.value.http_status == 503
-    assert 9 < (told.value.retry_after or 0) <= 11
+    assert 1 <= (told.value.retry_after or 0) <= 1.1
     assert (told.value.provider, told.value.attempts) == ("a", 1)
 
 
@@ -475,7 +475,7 @@ async def test_where_every_one_refuses_our_key_that_is_told(trouble: Trouble) ->
 async def test_an_answer_that_may_have_been_paid_is_told_whatever_was_before(
     trouble: Trouble,
 ) -> None:
-    await opened(await trouble.add("a", ANSWER), 10.0)
+    kill((await trouble.add("a", ANSWER)).health.breaker)
     await trouble.add("b", EVENT_STREAM, read_timeout=0.1)
     with pytest.raises(ReadTimeout):
         await trouble.fill()
@@ -553,7 +553,7 @@ async def test_a_storm_of_429_makes_no_wave_of_retries(trouble: Trouble) -> None
     assert {type(one) for one in done} <= {ProviderRateLimited, ProviderPaced}
     assert trouble.counts()["a"] <= 30 + MIN_RETRIES
     assert provider.meter.attempts["http_429"].value == trouble.counts()["a"]
-    assert provider.stats().breaker == "closed"
+    assert provider.stats().state == "well"
 
 
 async def test_a_limit_that_is_told_within_a_stream_is_a_rest_as_well(trouble: Trouble) -> None:
@@ -564,7 +564,7 @@ async def test_a_limit_that_is_told_within_a_stream_is_a_rest_as_well(trouble: T
         await trouble.fill()
 
     assert provider.stats().pace.cooling > 0
-    assert provider.stats().breaker == "closed"
+    assert provider.stats().state == "well"
     assert provider.meter.attempts["http_429"].value == 1
 
 
@@ -575,53 +575,204 @@ async def test_credits_that_are_used_up_are_told_within_a_stream(trouble: Troubl
     assert (provider.stats().flagged, trouble.counts()) == (True, {"a": 1})
 
 
-# Left alone.
+# Dead, and sick.
 
 
-async def test_a_provider_that_fails_is_left_alone(trouble: Trouble) -> None:
-    provider = await trouble.add("a", status(500), max_retries=0)
-    for _ in range(breaker.CONSECUTIVE_FAILURES):
-        with pytest.raises(ProviderError):
-            await trouble.fill()
+async def died(
+    trouble: Trouble, name: str, *answers: bytes | tuple[bytes, ...], **limits: Any
+) -> Provider:
+    """Add a provider that is dead, and whose next trial may start."""
+    provider = await trouble.add(name, *answers, **{"max_retries": 0, **limits})
+    kill(provider.health.breaker)
+    await until(lambda: provider.health.breaker.delay(alternative=True) <= 0)
+    return provider
+
+
+async def test_a_dead_provider_is_left_alone(trouble: Trouble) -> None:
+    provider = await trouble.add("a", ANSWER)
+    kill(provider.health.breaker)
 
     with pytest.raises(CircuitOpen) as told:
         await trouble.fill()
 
-    assert 1 <= (told.value.retry_after or 0) <= 1.1 * breaker.FIRST_WAIT
-    assert provider.stats().breaker == "open"
-    assert trouble.counts() == {"a": breaker.CONSECUTIVE_FAILURES}
+    assert 1 <= (told.value.retry_after or 0) <= 1.1
+    assert provider.stats().state == "dead"
+    assert 0 < (provider.stats().next_try or 0) <= TRIAL_INTERVAL
+    assert trouble.counts() == {"a": 0}
 
 
-async def test_one_trial_at_a_time_finds_out_that_it_is_back(trouble: Trouble) -> None:
-    answers = [status(500)] * breaker.CONSECUTIVE_FAILURES
-    provider = await trouble.add("a", *answers, ANSWER, max_retries=0)
-    for _ in answers:
-        with pytest.raises(ProviderError):
-            await trouble.fill()
-    provider.health.breaker.leave_alone(0.0)  # its time is over
+async def test_a_trial_finds_out_that_it_is_back(trouble: Trouble) -> None:
+    provider = await died(trouble, "a", ANSWER)
     trouble.gate.clear()
     trial = asyncio.create_task(trouble.fill())
-    await until(lambda: trouble.counts()["a"] == breaker.CONSECUTIVE_FAILURES + 1)
+    await until(lambda: trouble.counts()["a"] == 1)
 
     with pytest.raises(CircuitOpen):
         await trouble.fill()
-    assert provider.stats().breaker == "trial"
+    assert (provider.stats().state, provider.stats().next_try) == ("dead", 0.0)
     trouble.gate.set()
 
     assert (await trial)[0].end_status == COMPLETE
-    assert provider.stats().breaker == "closed"
+    assert (provider.stats().state, provider.stats().next_try) == ("well", None)
     assert (await trouble.fill())[0].end_status == COMPLETE
 
 
-async def test_waiters_are_refused_when_their_provider_begins_to_fail(trouble: Trouble) -> None:
-    await trouble.add("a", status(500), max_retries=0, concurrent_requests=1, queue_size=50)
-    await trouble.add("b", ANSWER)
-    done = await asyncio.gather(*(trouble.fill("a") for _ in range(12)), return_exceptions=True)
-    kinds = [type(one) for one in done]
-    assert kinds == [ProviderError] * breaker.CONSECUTIVE_FAILURES + [CircuitOpen] * (
-        12 - breaker.CONSECUTIVE_FAILURES
+async def test_the_first_event_of_a_trial_brings_the_provider_back(trouble: Trouble) -> None:
+    begun = events(said("hel"))[: -len(LAST_CHUNK)]
+    provider = await died(trouble, "a", begun, ANSWER)
+    trial = asyncio.create_task(trouble.fill())
+
+    await until(lambda: provider.stats().state == "well")
+
+    assert not trial.done()
+    assert (await trouble.fill())[0].end_status == COMPLETE
+    trial.cancel()
+    await asyncio.wait((trial,))
+
+
+async def test_a_head_and_comments_bring_nobody_back(trouble: Trouble) -> None:
+    provider = await died(trouble, "a", EVENT_STREAM + chunk(b": soon\n\n"), read_timeout=0.1)
+    with pytest.raises(ReadTimeout):
+        await trouble.fill()
+    assert provider.stats().state == "dead"
+
+
+async def test_a_trial_whose_client_leaves_proves_nothing(trouble: Trouble) -> None:
+    provider = await died(trouble, "a", ANSWER)
+    trouble.gate.clear()
+    for number in range(1, 2 * MAX_TRIALS):
+        trial = asyncio.create_task(trouble.fill())
+        await until(lambda number=number: trouble.counts()["a"] == number)  # type: ignore[misc]
+        trial.cancel()
+        await asyncio.wait((trial,))
+        assert provider.stats().state == "dead"
+        await until(lambda: provider.health.breaker.delay() <= 0)
+
+
+async def test_a_trial_that_must_wait_for_a_place_is_the_only_one(trouble: Trouble) -> None:
+    provider = await trouble.add("a", ANSWER, concurrent_requests=1)
+    trouble.gate.clear()
+    stuck = asyncio.create_task(trouble.fill())
+    await until(lambda: trouble.counts()["a"] == 1)
+    kill(provider.health.breaker)
+    await until(lambda: provider.health.breaker.delay() <= 0)
+
+    trial = asyncio.create_task(trouble.fill())
+    await until(lambda: provider.stats().queue.waiting == 1)
+    with pytest.raises(CircuitOpen):
+        await trouble.fill()
+    stuck.cancel()
+    await until(lambda: trouble.counts()["a"] == 2)
+    trouble.gate.set()
+
+    assert (await trial)[0].end_status == COMPLETE
+    assert provider.stats().state == "well"
+    await asyncio.wait((stuck,))
+
+
+async def test_waiters_are_refused_when_their_provider_dies(trouble: Trouble) -> None:
+    provider = await trouble.add(
+        "a", status(500), max_retries=0, concurrent_requests=1, queue_size=50
     )
-    assert trouble.counts()["a"] == breaker.CONSECUTIVE_FAILURES
+    trouble.gate.clear()
+    tasks = [asyncio.create_task(trouble.fill("a")) for _ in range(12)]
+    await until(lambda: provider.stats().queue.waiting == 11)
+    # All but one of the failures that it dies of.
+    for _ in range(FEW - 1):
+        provider.health.breaker.failed(time.monotonic() - LONG_PATIENCE, trial=False)
+
+    trouble.gate.set()
+    done = await asyncio.gather(*tasks, return_exceptions=True)
+
+    kinds = [type(one) for one in done]
+    assert kinds == [ProviderError, *[CircuitOpen] * 11]
+    assert trouble.counts()["a"] == 1
+
+
+async def test_a_retry_that_meets_a_dead_provider_ends_with_what_killed_it(
+    trouble: Trouble,
+) -> None:
+    provider = await trouble.add("a", status(500), max_retries=2, backoff_factor=0.01)
+    trouble.gate.clear()
+    tasks = [asyncio.create_task(trouble.fill()) for _ in range(5)]
+    await until(lambda: trouble.counts()["a"] == 5)
+    kill(provider.health.breaker)
+    trouble.gate.set()
+
+    done = await asyncio.gather(*tasks, return_exceptions=True)
+
+    assert {type(one) for one in done} == {ProviderError}
+    # Each pauses until the next trial may start; the first to come is that trial.
+    assert 5 < trouble.counts()["a"] < 15
+
+
+async def test_where_another_provider_is_there_nobody_is_tried_again_at_a_dead_one(
+    trouble: Trouble,
+) -> None:
+    first = await died(trouble, "a", status(500), max_retries=2)
+    await trouble.add("b", ANSWER)
+
+    for _ in range(5):
+        assert (await trouble.fill())[0].details.provider == "b"
+
+    assert trouble.counts() == {"a": 1, "b": 5}
+    assert first.meter.retries["provider_error"].value == 0
+    assert 0.5 < first.health.breaker.delay(alternative=True) <= 1.0
+
+
+async def test_a_pinned_request_tries_a_dead_provider_though_there_is_another(
+    trouble: Trouble,
+) -> None:
+    provider = await died(trouble, "a", status(500), ANSWER)
+    await trouble.add("b", ANSWER)
+    await trouble.fill()
+    await until(lambda: provider.health.breaker.delay() <= 0)
+    assert provider.health.breaker.delay(alternative=True) > 0
+
+    assert (await trouble.fill("a"))[0].details.provider == "a"
+
+
+async def test_a_dead_fallback_is_no_reason_to_try_rarely(trouble: Trouble) -> None:
+    provider = await died(trouble, "a", status(500), ANSWER)
+    await died(trouble, "b", status(500))
+    with pytest.raises(ProviderError):
+        await trouble.fill()
+    await until(lambda: provider.health.breaker.delay() <= 0)
+    assert provider.health.breaker.delay(alternative=True) > 0
+
+    assert (await trouble.fill())[0].details.provider == "a"
+
+
+async def test_a_sick_provider_comes_last_and_every_twentieth_request_asks_it_first(
+    trouble: Trouble,
+) -> None:
+    provider = await trouble.add("a", ANSWER)
+    await trouble.add("b", ANSWER)
+    sicken(provider.health.breaker)
+
+    asked = [(await trouble.fill())[0].details.provider for _ in range(2 * TURN)]
+
+    assert asked == (["b"] * (TURN - 1) + ["a"]) * 2
+    assert (await trouble.fill("a"))[0].details.provider == "a", "pinned"
+
+
+async def test_a_sick_provider_answers_where_the_fallback_does_not(trouble: Trouble) -> None:
+    provider = await trouble.add("a", ANSWER)
+    await trouble.add("b", status(500), max_retries=0)
+    sicken(provider.health.breaker)
+
+    stream, _ = await trouble.fill()
+
+    assert (stream.details.provider, stream.details.model) == ("a", "a-model")
+    assert trouble.counts() == {"a": 1, "b": 1}
+
+
+async def test_a_sick_provider_without_a_fallback_is_asked_by_all(trouble: Trouble) -> None:
+    provider = await trouble.add("a", ANSWER)
+    sicken(provider.health.breaker)
+    for _ in range(TURN):
+        assert (await trouble.fill())[0].details.provider == "a"
+    assert provider.stats().state == "well", "they were all answered"
 
 
 @pytest.mark.parametrize(
@@ -634,41 +785,31 @@ async def test_waiters_are_refused_when_their_provider_begins_to_fail(trouble: T
         status(413, body=b"<html>nginx</html>"),
     ],
 )
-async def test_faults_that_prove_nothing_do_not_open_it(trouble: Trouble, answer: bytes) -> None:
+async def test_faults_that_prove_nothing_count_neither_way(
+    trouble: Trouble, answer: bytes
+) -> None:
     provider = await trouble.add("a", answer, max_retries=0)
-    for _ in range(breaker.CONSECUTIVE_FAILURES + 1):
+    for _ in range(MIN_ATTEMPTS + 1):
         trouble.renew("a")
         with pytest.raises(ProviderFault):
             await trouble.fill()
-    assert provider.stats().breaker == "closed"
+    assert provider.stats().state == "well"
 
+    kill(provider.health.breaker)
+    await until(lambda: provider.health.breaker.delay() <= 0)
+    trouble.renew("a")
+    with pytest.raises(ProviderFault):
+        await trouble.fill()
 
-async def test_a_trial_that_answers_and_is_left_says_no_more(trouble: Trouble) -> None:
-    provider = await trouble.add(
-        "a", *[status(500)] * breaker.CONSECUTIVE_FAILURES, ANSWER, max_retries=0
-    )
-    for _ in range(breaker.CONSECUTIVE_FAILURES):
-        with pytest.raises(ProviderError):
-            await trouble.fill()
-    provider.health.breaker.leave_alone(0.0)
-    attempt = Attempt(provider, ProviderRequest("x", lambda _given: b"", streamed=True), None)
-    attempt.trial = provider.health.breaker.enter()
-
-    attempt.status = 408
-    provider.head_received(attempt)
-    assert provider.stats().breaker == "trial"
-    attempt.status = 200
-    provider.head_received(attempt)
-
-    assert (provider.stats().breaker, attempt.trial) == ("closed", False)
+    assert provider.stats().state == "dead"
 
 
 async def test_answers_that_break_off_are_failures_on_every_face(trouble: Trouble) -> None:
     broken = events(said("hel"), '{"error":{"code":502,"message":"overloaded"}}')
     provider = await trouble.add("a", broken)
-    for _ in range(breaker.CONSECUTIVE_FAILURES):
+    for _ in range(MIN_ATTEMPTS + 1):
         await trouble.fill(frames=False)  # the OpenAI face: the error event passes as it is
-    assert provider.stats().breaker == "open"
+    assert provider.stats().state == "sick", "it answers, but never to the end"
     assert provider.meter.attempts["ok"].value == 0
 
 

@@ -19,6 +19,7 @@ def snapshot(**process: int | None) -> Any:
         "limit": 2,
         "waiting": 3,
         "state": "sick",
+        "retry_budget": {"used": 7, "limit": 10, "refused": 0},
         "silent": {"longest": 2.5, "stalled": 3, "unanswered": 1, "under_way": 9},
         "pool": {"open": 4, "idle": 5},
     }
@@ -61,6 +62,8 @@ def test_gauge_shows_the_number_of_the_snapshot() -> None:
     assert found["pool_idle"] == {(("provider", "groq"),): 5, (("provider", "other"),): 5}
     assert found["provider_silence_seconds"][("provider", "groq"),] == 2.5
     assert found["provider_silent_answers"][("provider", "groq"),] == 4
+    assert found["retry_budget_used"][("provider", "groq"),] == 7
+    assert found["retry_budget_limit"][("provider", "groq"),] == 10
     assert found["provider_state"] == {(("provider", "groq"),): 1, (("provider", "other"),): 2}
     assert (found["listen_queue"], found["listen_queue_limit"]) == (0, 0)
     assert found.keys() == {gauge.name for gauge in GAUGES} | {

@@ -26,4 +26,4 @@ def test_protocol_knows_no_sockets_no_clock_and_nothing_of_ours_but_errors(path:
 
     assert not {name.partition(".")[0] for name in imported} & IMPURE
     ours = {name for name in imported if name.startswith("aioserver")}
-    assert all(name.startswith(("aioserver.errors", "aioserver.protocol.")) for name in ours)
+    assert all(name.startswith(("aioserver.errors", "aioserver.protocol")) for name in ours)

@@ -1,151 +1,315 @@
-"""The breaker: when it opens, for how long, and one trial at a time."""
+"""The breaker: who is sick, who is dead, and how trials find out that it is over."""
 
 from __future__ import annotations
 
 import random
+from itertools import pairwise
+from math import inf
 from typing import TYPE_CHECKING
 
 import pytest
 
 from aioserver.providers.breaker import (
-    CLOSED,
-    CONSECUTIVE_FAILURES,
-    FIRST_WAIT,
-    LONGEST_WAIT,
+    DEAD,
+    FEW,
+    LONG_PATIENCE,
+    LONGEST_INTERVAL,
+    MANY,
+    MAX_TRIALS,
     MIN_ATTEMPTS,
-    OPEN,
-    TRIAL,
+    PATIENCE,
+    SICK,
+    TRIAL_INTERVAL,
+    TURN,
+    WELL,
+    WINDOW,
     Breaker,
 )
+from tests.support.failing import kill, sicken
 
 if TYPE_CHECKING:
     from tests.support.clock import FakeClock
 
 
-def ask(breaker: Breaker, *, failed: bool | None) -> None:
-    assert breaker.allows
-    breaker.attempt_ended(trial=breaker.enter(), failed=failed)
+def fail(breaker: Breaker, clock: FakeClock, count: int, every: float) -> None:
+    """Let *count* attempts fail at once, one each *every* seconds; the first fails now."""
+    for number in range(count):
+        if number:
+            clock.now += every
+        trial = breaker.start()
+        breaker.failed(clock.now, trial=trial)
 
 
-def opened(clock: FakeClock) -> Breaker:
+# Dead.
+
+
+def test_many_failures_without_a_success_are_death(clock: FakeClock) -> None:
     breaker = Breaker(clock)
-    for _ in range(CONSECUTIVE_FAILURES):
-        ask(breaker, failed=True)
-    return breaker
+    fail(breaker, clock, MANY, PATIENCE / (MANY - 1) * 0.99)
+    assert not breaker.dead, "all failed, but in less than the time"
+
+    clock.now += 0.1
+    fail(breaker, clock, 1, 0)
+
+    assert (breaker.state, breaker.delay()) == (DEAD, TRIAL_INTERVAL)
 
 
-def test_failures_in_a_row_open_it(clock: FakeClock) -> None:
+def test_a_few_failures_are_death_after_a_longer_time(clock: FakeClock) -> None:
     breaker = Breaker(clock)
-    for _ in range(CONSECUTIVE_FAILURES - 1):
-        ask(breaker, failed=True)
-    ask(breaker, failed=False)
-    for _ in range(CONSECUTIVE_FAILURES - 1):
-        ask(breaker, failed=True)
-    assert breaker.state == CLOSED
+    fail(breaker, clock, FEW, LONG_PATIENCE / FEW)
+    assert not breaker.dead
 
-    ask(breaker, failed=True)
+    clock.now += LONG_PATIENCE / FEW
+    fail(breaker, clock, 1, 0)
 
-    assert (breaker.state, breaker.allows, breaker.wait) == (OPEN, False, FIRST_WAIT)
+    assert breaker.dead
 
 
-def test_half_of_many_open_it(clock: FakeClock) -> None:
+def test_failures_that_are_more_than_trials_would_be_are_no_death_yet(clock: FakeClock) -> None:
     breaker = Breaker(clock)
-    for number in range(MIN_ATTEMPTS):
-        assert breaker.state == CLOSED
-        ask(breaker, failed=number % 2 == 0)
-    assert breaker.state == OPEN
+    fail(breaker, clock, MANY - 1, LONG_PATIENCE / (MANY - 2))
+    assert not breaker.dead
+    fail(breaker, clock, 1, 0)
+    assert breaker.dead
 
 
-def test_old_failures_are_forgotten(clock: FakeClock) -> None:
+def test_one_success_begins_the_count_anew(clock: FakeClock) -> None:
     breaker = Breaker(clock)
-    for number in range(10 * MIN_ATTEMPTS):
-        ask(breaker, failed=number % 2 == 0)
-        clock.now += 3.0  # ten in thirty seconds
-    assert breaker.state == CLOSED
+    for _ in range(10):
+        fail(breaker, clock, MANY - 1, 1.0)
+        breaker.succeeded(0.1, trial=False)
+    assert not breaker.dead
+
+
+def test_a_failure_counts_from_the_beginning_of_its_attempt(clock: FakeClock) -> None:
+    breaker = Breaker(clock)
+    breaker.succeeded(0.1, trial=False)
+    clock.now += 1.0
+    began = clock.now
+    clock.now += LONG_PATIENCE
+    for _ in range(FEW - 1):
+        breaker.failed(began, trial=False)
+    assert not breaker.dead
+
+    assert breaker.failed(began, trial=False), "they all said nothing for as long as that"
+
+
+def test_a_rest_before_the_first_failure_is_no_silence(clock: FakeClock) -> None:
+    breaker = Breaker(clock)
+    breaker.succeeded(0.1, trial=False)
+    clock.now += 3600.0
+    fail(breaker, clock, MANY, 0)
+    assert not breaker.dead
+
+
+def test_a_provider_that_is_slow_has_longer(clock: FakeClock) -> None:
+    breaker = Breaker(clock)
+    for _ in range(9):
+        breaker.succeeded(20.0, trial=False)
+    fail(breaker, clock, 36, 1.1)
+    assert not breaker.dead, (
+        "an answer takes twenty seconds, and those who asked may still get one"
+    )
+
+    clock.now += 2.0
+    fail(breaker, clock, 1, 0)
+
+    assert breaker.dead
 
 
 def test_attempts_that_prove_nothing_change_nothing(clock: FakeClock) -> None:
     breaker = Breaker(clock)
-    for _ in range(CONSECUTIVE_FAILURES - 1):
-        ask(breaker, failed=True)
+    fail(breaker, clock, FEW - 1, 5.0)
     for _ in range(100):
-        ask(breaker, failed=None)
-    assert breaker.state == CLOSED
-    ask(breaker, failed=True)
-    assert breaker.state == OPEN
+        breaker.unsure(trial=breaker.start())
+    assert not breaker.dead
+    fail(breaker, clock, 1, 0)
+    assert breaker.dead
 
 
-def test_one_trial_at_a_time_and_an_answer_closes_it(clock: FakeClock) -> None:
-    breaker = opened(clock)
-    clock.now += FIRST_WAIT
-
-    assert (breaker.state, breaker.allows) == (TRIAL, True)
-    trial = breaker.enter()
-    assert trial
-    assert not breaker.allows
-    breaker.attempt_ended(trial=trial, failed=False)
-
-    assert (breaker.state, breaker.allows, breaker.wait) == (CLOSED, True, 0.0)
+# Trials.
 
 
-def test_the_first_event_of_a_trial_closes_it(clock: FakeClock) -> None:
-    breaker = opened(clock)
-    clock.now += FIRST_WAIT
-    trial = breaker.enter()
-
-    breaker.attempt_answered(trial=trial)
-
-    assert breaker.allows
-    breaker.attempt_ended(trial=trial, failed=True)  # it broke off later: one failure
-    assert breaker.state == CLOSED
-
-
-def test_a_failed_trial_opens_it_for_twice_as_long(clock: FakeClock) -> None:
-    breaker = opened(clock)
-    waits = []
-    for _ in range(6):
-        waits.append(breaker.wait)
-        clock.now += breaker.wait
-        ask(breaker, failed=True)
-    assert waits == [5.0, 10.0, 20.0, 40.0, LONGEST_WAIT, LONGEST_WAIT]
-
-
-def test_a_trial_that_says_nothing_lets_another_try(clock: FakeClock) -> None:
-    breaker = opened(clock)
-    clock.now += FIRST_WAIT
-    ask(breaker, failed=None)  # its client left, or it was told 429
-    assert (breaker.state, breaker.allows) == (TRIAL, True)
-    ask(breaker, failed=False)
-    assert breaker.state == CLOSED
-
-
-def test_attempts_from_before_it_opened_neither_close_nor_prolong_it(clock: FakeClock) -> None:
+def test_trials_come_one_each_half_second_and_three_at_once(clock: FakeClock) -> None:
     breaker = Breaker(clock)
-    running = [breaker.enter() for _ in range(3)]
-    for _ in range(CONSECUTIVE_FAILURES):
-        ask(breaker, failed=True)
-    clock.now += 1.0
-    for trial, failed in zip(running, (True, False, None), strict=True):
-        breaker.attempt_ended(trial=trial, failed=failed)
-    assert (breaker.state, breaker.wait) == (OPEN, FIRST_WAIT - 1.0)
+    kill(breaker, clock=clock)
+    started = []
+    for _ in range(100):
+        clock.now += TRIAL_INTERVAL / 10
+        if breaker.delay() <= 0:
+            assert breaker.start()
+            started.append(clock.now)
+
+    assert len(started) == MAX_TRIALS
+    assert min(b - a for a, b in pairwise(started)) >= TRIAL_INTERVAL - 1e-9
+    assert (breaker.delay(), breaker.next_trial) == (inf, 0.0)
+    breaker.failed(clock.now, trial=True)
+    assert breaker.delay() == 0.0
+
+
+def test_the_first_success_ends_it_and_empties_the_counts(clock: FakeClock) -> None:
+    breaker = Breaker(clock)
+    sicken(breaker, clock)
+    kill(breaker, clock=clock)
+    clock.now += TRIAL_INTERVAL
+    assert breaker.start()
+
+    assert breaker.succeeded(0.1, trial=True)
+
+    assert (breaker.state, breaker.delay()) == (WELL, 0.0)
+    assert breaker.failed(clock.now, trial=False, answered=True) is False, "it broke off later"
+    assert not breaker.start()
+
+
+def test_an_attempt_from_before_its_death_ends_it_too(clock: FakeClock) -> None:
+    breaker = Breaker(clock)
+    assert not breaker.start()
+    kill(breaker, clock=clock)
+    assert breaker.succeeded(30.0, trial=False)
+    assert breaker.state == WELL
+
+
+def test_where_there_is_another_provider_trials_are_rare(clock: FakeClock) -> None:
+    breaker = Breaker(clock)
+    kill(breaker, clock=clock)
+    intervals = []
+    for _ in range(8):
+        intervals.append(delay := breaker.delay(alternative=True))
+        clock.now += delay
+        assert breaker.start()
+        assert breaker.delay(alternative=True) == inf, "one at a time"
+        breaker.failed(clock.now, trial=True)
+    assert intervals == [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, LONGEST_INTERVAL, LONGEST_INTERVAL]
+    assert breaker.delay() == TRIAL_INTERVAL, (
+        "a request that has nobody else need not wait as long"
+    )
+
+
+def test_a_trial_that_proves_nothing_lets_another_try(clock: FakeClock) -> None:
+    breaker = Breaker(clock)
+    kill(breaker, clock=clock)
+    for _ in range(10):
+        clock.now += TRIAL_INTERVAL
+        assert breaker.start()
+        breaker.unsure(trial=True)
+    assert breaker.dead
+    assert breaker.delay() == TRIAL_INTERVAL
+
+
+def test_failures_from_before_its_death_prolong_nothing(clock: FakeClock) -> None:
+    breaker = Breaker(clock)
+    kill(breaker, clock=clock)
+    clock.now += TRIAL_INTERVAL
+    breaker.failed(clock.now - 9.0, trial=False)
+    assert (breaker.delay(), breaker.delay(alternative=True)) == (0.0, 0.0)
+
+
+def test_another_address_is_another_provider(clock: FakeClock) -> None:
+    breaker = Breaker(clock)
+    kill(breaker, clock=clock)
+    clock.now += TRIAL_INTERVAL
+    assert breaker.start()
+
+    breaker.reset()
+
+    assert (breaker.state, breaker.delay()) == (WELL, 0.0)
+    breaker.unsure(trial=True)
+    kill(breaker, clock=clock)
+    clock.now += TRIAL_INTERVAL
+    assert [breaker.start() for _ in range(MAX_TRIALS)] == [True] * MAX_TRIALS
+    assert breaker.delay() == inf
+
+
+# Sick.
+
+
+def test_more_than_half_of_many_is_sick(clock: FakeClock) -> None:
+    breaker = Breaker(clock)
+    for number in range(10 * MIN_ATTEMPTS):
+        if number % 2:
+            breaker.failed(clock.now, trial=False)
+        else:
+            breaker.succeeded(0.1, trial=False)
+    assert breaker.state == WELL, "half is not more than half"
+
+    fail(breaker, clock, MIN_ATTEMPTS, 0.1)
+    breaker.succeeded(0.1, trial=False)
+
+    assert (breaker.state, breaker.delay()) == (SICK, 0.0)
+
+
+def test_failures_that_are_long_past_make_nobody_sick(clock: FakeClock) -> None:
+    breaker = Breaker(clock)
+    for number in range(10 * MIN_ATTEMPTS):
+        clock.now += WINDOW / MIN_ATTEMPTS * 1.1
+        if number % 5:
+            breaker.failed(clock.now, trial=False)
+        else:
+            breaker.succeeded(0.1, trial=False)
+    assert breaker.state == WELL
+
+
+def test_fewer_than_a_quarter_of_many_is_well_again(clock: FakeClock) -> None:
+    breaker = Breaker(clock)
+    sicken(breaker, clock)
+    for number in range(10 * MIN_ATTEMPTS):
+        clock.now += 10.0  # they are few, and each counts however old it is
+        if number % 4:
+            breaker.succeeded(0.1, trial=False)
+        else:
+            breaker.failed(clock.now, trial=False)
+    assert breaker.state == SICK, "a quarter is not fewer than a quarter"
+
+    for _ in range(MIN_ATTEMPTS):
+        breaker.succeeded(0.1, trial=False)
+
+    assert breaker.state == WELL
+
+
+def test_answers_that_break_off_are_failures_once(clock: FakeClock) -> None:
+    breaker = Breaker(clock)
+    for _ in range(MIN_ATTEMPTS):
+        breaker.succeeded(0.1, trial=False)
+        breaker.failed(clock.now, trial=False, answered=True)
+    assert breaker.state == SICK
+    for _ in range(3 * MIN_ATTEMPTS):
+        clock.now += 1.0
+        breaker.succeeded(0.1, trial=False)
+    assert breaker.state == WELL
+
+
+def test_a_sick_provider_has_its_turn(clock: FakeClock) -> None:
+    breaker = Breaker(clock)
+    turns = [breaker.first_in_turn() for _ in range(3 * TURN)]
+    assert turns == ([False] * (TURN - 1) + [True]) * 3
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_never_more_than_one_passes_while_it_is_not_closed(seed: int, clock: FakeClock) -> None:
+def test_trials_are_bounded_whatever_happens(seed: int, clock: FakeClock) -> None:
     dice, breaker = random.Random(seed), Breaker(clock)
     running: list[bool] = []
-    for _ in range(500):
-        clock.now += dice.choice((0, 0, 0.5, 6.0))
-        if dice.random() < 0.5 and breaker.allows:
-            running.append(breaker.enter())
+    last_trial = -inf
+    deaths = 0
+    for _ in range(3000):
+        clock.now += dice.choice((0, 0, 0.1, 0.7))
+        if dice.random() < 0.5 and breaker.delay(alternative=dice.random() < 0.3) <= 0:
+            running.append(trial := breaker.start())
+            assert trial == breaker.dead
+            if trial:
+                assert clock.now - last_trial >= TRIAL_INTERVAL
+                last_trial = clock.now
         elif running:
             trial = running.pop(dice.randrange(len(running)))
-            if dice.random() < 0.3:
-                breaker.attempt_answered(trial=trial)
-            breaker.attempt_ended(trial=trial, failed=dice.choice((True, True, False, None)))
-        if breaker.state != CLOSED:
-            assert sum(running) <= 1 or breaker.state == CLOSED
+            verdict = dice.random()
+            if verdict < 0.01:
+                breaker.succeeded(0.1, trial=trial)
+            elif verdict < 0.2:
+                breaker.unsure(trial=trial)
+            else:
+                deaths += breaker.failed(clock.now - 1.0, trial=trial)
+        assert sum(running) <= MAX_TRIALS
     for trial in running:
-        breaker.attempt_ended(trial=trial, failed=None)
-    clock.now += LONGEST_WAIT
-    assert breaker.allows
+        breaker.unsure(trial=trial)
+    clock.now += LONGEST_INTERVAL
+    assert breaker.delay(alternative=True) == 0.0
+    assert deaths > 0

@@ -36,6 +36,7 @@ async def embedded(
     async with Simulator(behaviour) as simulator:
         app = make_app(configured(simulator.base_url, changes, path / "config.yaml"))
         app.router.add_get("/mine", mine)
+        app.router.add_route("*", "/change", mine)
         async with TestServer(app) as server, ClientSession(str(server.make_url("/"))) as session:
             yield server, session
 
@@ -63,6 +64,17 @@ async def test_every_face_answers(tmp_path: Path) -> None:
         'aioserver_requests_total{code="",face="websocket",outcome="ok",provider="sim"} 1.0'
         in metrics
     )
+
+
+async def test_a_route_of_the_program_is_closed_to_foreign_pages_as_well(tmp_path: Path) -> None:
+    foreign = {"Origin": "https://evil.example"}
+    changes: dict[str, Any] = {"chat.websocket.allow_origins": []}
+    async with embedded(tmp_path, **changes) as (_, session):
+        for method, status in (("GET", 200), ("POST", 403), ("PUT", 403), ("DELETE", 403)):
+            async with session.request(method, "/change", headers=foreign) as response:
+                assert response.status == status
+            async with session.request(method, "/change") as response:
+                assert response.status == 200
 
 
 async def test_responses_have_our_ids_and_errors(tmp_path: Path) -> None:

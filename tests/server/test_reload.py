@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import resource
+import time
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,11 +18,12 @@ import trustme
 
 from aioserver.config import Configuration
 from aioserver.protocol import eventstream
-from aioserver.providers import breaker
+from aioserver.providers.breaker import FEW, LONG_PATIENCE
 from aioserver.providers.simulator.exchange import Behaviour
 from aioserver.providers.simulator.server import Simulator
 from aioserver.server import preflight
 from tests.support.chat import CHAT, STREAMED, chat, numbers, read_frames, to_end, until_status
+from tests.support.failing import kill
 from tests.support.raw import CLOSE, TEXT, Raw, closing
 from tests.support.scripted_provider import ScriptedProvider
 from tests.support.server import (
@@ -537,14 +539,14 @@ async def test_a_rest_is_over_for_another_key(make_server: MakeServer) -> None:
     assert (await ask(server))["status"] == 200
 
 
-async def test_the_breaker_stays_open_at_the_same_address_only(make_server: MakeServer) -> None:
+async def test_a_dead_provider_stays_dead_at_the_same_address_only(
+    make_server: MakeServer,
+) -> None:
     server = await make_server(Behaviour(fail_rate=1.0, fail_status=500))
-    for _ in range(5):
-        await ask(server)
-    assert server.provider.stats().breaker == "open"
+    kill(server.provider.health.breaker)
 
     assert await server.change(**{f"{SIM_HTTP_CLIENT}.max_keepalive": 9})
-    assert server.provider.stats().breaker == "open"
+    assert server.provider.stats().state == "dead"
 
     async with Simulator(QUICK) as elsewhere:
         assert await server.change(**{"llm.providers.sim.base_url": elsewhere.base_url})
@@ -573,17 +575,20 @@ async def test_attempts_with_the_old_settings_prove_nothing_about_the_new(
     async with ScriptedProvider(play) as played:
         before = {"llm.providers.sim.base_url": played.url, "llm.providers.sim.api_key": "old"}
         assert await server.change(**before)
-        asked = [asyncio.ensure_future(ask(server)) for _ in range(breaker.CONSECUTIVE_FAILURES)]
+        asked = [asyncio.ensure_future(ask(server)) for _ in range(5)]
         await until(lambda: len(came) == len(asked))
 
         now = {**before, "llm.providers.sim.api_key": "new"} if status else {}
         assert await server.change(**now)
+        for _ in range(FEW - 1):
+            # With one failure more the provider would be dead.
+            server.provider.health.breaker.failed(time.monotonic() - LONG_PATIENCE, trial=False)
         answers.set()
 
         told = 429 if status == 429 else 502
         assert [one["status"] for one in await asyncio.gather(*asked)] == [told] * len(asked)
         stats = server.provider.stats()
-        assert (stats.flagged, stats.breaker, stats.pace.cooling) == (False, "closed", 0.0)
+        assert (stats.flagged, stats.state, stats.pace.cooling) == (False, "well", 0.0)
 
 
 @pytest.mark.parametrize(

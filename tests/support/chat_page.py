@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 expect.set_options(timeout=20_000)  # milliseconds; a busy machine is no fault
 
 
-class Told:
-    """The provider `told`: it answers what the test says, when the test says it."""
+class ManualProvider:
+    """The provider `manual`: it answers what the test says, when the test says it."""
 
     def __init__(self) -> None:
         self.requests = 0
@@ -33,8 +33,8 @@ class Told:
     @property
     def changes(self) -> dict[str, Any]:
         """The changes that make a server ask it."""
-        entry = provider_entry(self._played.url, "told-model")
-        return {"llm.active": "told", "llm.providers.told": entry}
+        entry = provider_entry(self._played.url, "manual-model")
+        return {"llm.active": "manual", "llm.providers.manual": entry}
 
     def say(self, *words: str) -> None:
         """Send *words* as pieces of the text."""

@@ -184,9 +184,9 @@ class Stand:
 
     def happen(self, text: str, severity: str = "warning", name: str | None = None) -> None:
         """Send an incident."""
-        told = {"kind": "dead", "severity": severity, "text": text, "provider": name}
+        incident = {"kind": "dead", "severity": severity, "text": text, "provider": name}
         for queue in self._asked:
-            queue.put_nowait(("incident", {"time": time.time(), **told}))
+            queue.put_nowait(("incident", {"time": time.time(), **incident}))
 
     async def _events(self, request: web.Request) -> web.StreamResponse:
         if self.refusal:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import itertools
 import json
 import logging
 import re
@@ -18,6 +19,7 @@ from aioserver.providers.simulator.exchange import Behaviour
 from aioserver.telemetry import logs
 from tests.support.chat import CHAT, chat, to_end
 from tests.support.faces import over_openai
+from tests.support.failing import kill
 from tests.support.keys import bearer, keys_of
 from tests.support.raw import Raw
 from tests.support.waiting import until
@@ -266,16 +268,19 @@ async def test_requests_that_are_refused_for_now_are_warnings_and_thinned_out(
         await ask(server, face, "first")
     else:
         server.simulator.behaviour = Behaviour(fail_rate=1.0, fail_status=500)
-        for number in range(100):
-            await ask(server, face, f"failed{number}")
-            if server.context.metrics.rejections[code].value:
-                break
+        kill(server.provider.health.breaker)
+    counter = server.context.metrics.rejections[code]
+    names = itertools.count()
 
-    for number in range(4):
-        await ask(server, face, f"refused{number}")
-    refused = int(server.context.metrics.rejections[code].value)
+    async def ask_until(refused: int) -> None:
+        # A request that is a trial is not refused.
+        while counter.value < refused:
+            await ask(server, face, f"r{next(names)}")
+
+    await ask_until(5)
+    refused = int(counter.value)
     clock.now += logs.SAME_ERROR
-    await ask(server, face, "last")
+    await ask_until(refused + 1)
 
     lines: list[Any] = [line for line in told.records if line.getMessage() == event]
     assert [line.levelno for line in lines] == [logging.WARNING] * 2

@@ -6,25 +6,19 @@ import time
 from typing import TYPE_CHECKING
 
 from aioserver.errors import AioserverError
+from aioserver.provider_errors import subclasses
 
 if TYPE_CHECKING:
     from collections import Counter
-    from collections.abc import Iterator
 
     from aioserver.commands.bench.results import Results, Waits
     from aioserver.commands.remote import ErrorDetails
 
 
-def _subclasses(cls: type[AioserverError]) -> Iterator[type[AioserverError]]:
-    for subclass in cls.__subclasses__():
-        yield subclass
-        yield from _subclasses(subclass)
-
-
 # These statuses say "not now". An answer that fails in any other way is incomplete.
 REFUSING_STATUSES = frozenset({429, 503})
 REFUSALS = {
-    error.code for error in _subclasses(AioserverError) if error.status in REFUSING_STATUSES
+    error.code for error in subclasses(AioserverError) if error.status in REFUSING_STATUSES
 } | {f"http_{status}" for status in REFUSING_STATUSES}
 
 

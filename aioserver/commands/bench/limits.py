@@ -31,7 +31,7 @@ MEANINGS = {
     "provider_queue_timeout": "requests waited too long at the provider",
     "provider_rate_limited": "the provider's rate limit was met",
     "pool_timeout": "the provider's connection pool was full",
-    "circuit_open": "the provider's breaker was open",
+    "circuit_open": "the provider was dead",
     "no_provider": "no provider was usable",
 }
 

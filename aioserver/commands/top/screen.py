@@ -183,6 +183,10 @@ def _guards(providers: dict[str, Any]) -> list[Text]:
             notes.append(f"pace {pace.get('per_minute')} a minute, {pace.get('left')} now")
         if provider.get("retries"):
             notes.append(f"{provider['retries']} retries")
+        if (budget := provider.get("retry_budget") or {}).get("used"):
+            notes.append(f"{budget['used']} of {budget.get('limit')} affordable retries in 10 s")
+        if budget.get("refused"):
+            notes.append(f"{budget['refused']} retries not affordable")
         notes += [
             f"{fault} {count}" for fault, count in provider.get("faults", {}).items() if count
         ]

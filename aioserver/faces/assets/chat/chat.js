@@ -1,57 +1,58 @@
-// The chat page over the WebSocket face: one socket for all conversations, one of them shown.
+// The chat page over the WebSocket face. One connection serves all conversations; one of them is
+// shown.
 
-import { Asking, running } from "./asking.js";
-import { closure } from "./faults.js";
-import { Link } from "./link.js";
-import { List } from "./list.js";
+import { closeReason } from "./errors.js";
+import { Connection } from "./connection.js";
+import { ConversationList } from "./conversation_list.js";
 import { Models } from "./models.js";
+import { Requests, runningTurn } from "./requests.js";
 import { newConversation, Store } from "./store.js";
 import { ended } from "./turn.js";
-import { position, seconds, TurnView } from "./view.js";
-import { Door } from "../door.js";
+import { position, seconds, TurnView } from "./turn_view.js";
+import { Login } from "../login.js";
 
-const NEAR = 80; // pixels from the end: who reads there wants to see what comes
-const READ_OUT = 2000; // characters of an answer
+const NEAR_END = 80; // pixels: a reader so near to the end wants to see the text that comes
+const MAX_ANNOUNCED = 2000; // characters of an answer that a screen reader reads
 const STATES = {
   connecting: "Connecting",
-  waiting: "Waiting",
-  inside: "Connected",
+  queued: "Waiting",
+  open: "Connected",
   lost: "Not connected",
   closed: "Not connected",
 };
-const WHEN = {
-  connecting: () => "Trying now.",
-  waiting: (state) => `You are ${position(state)}.`,
-  lost: ({ until }) => `Next try in ${seconds(until)}.`,
+const NEXT_STEPS = {
+  connecting: () => "Connecting now.",
+  queued: (state) => `In the connection queue: ${position(state)}.`,
+  lost: ({ until }) => `The next attempt is in ${seconds(until)}.`,
 };
 
-const at = (id) => document.getElementById(id);
-const room = at("room");
-const text = at("text");
-const views = new Map(); // turn → its TurnView, of the conversation that is shown
-const dirty = new Set(); // turns to draw
-let drawing = 0;
-let ticking = 0;
-let following = true; // the person reads at the end, so what comes is kept in sight
+const byId = (id) => document.getElementById(id);
+const conversationBox = byId("conversation");
+const message = byId("message");
+const views = new Map(); // turn → TurnView, for each turn of the conversation that is shown
+const changedTurns = new Set(); // turns to draw in the next frame
+let frameRequest = 0;
+let countdown = 0;
+let atEnd = true; // whether the end of the conversation is kept in sight
 
-const busy = (conversation) => running(conversation) !== undefined;
-const store = new Store({ busy, changed: changedElsewhere, full: notice });
-const models = new Models(at("model"), store);
-const door = new Door({ changed: drawDoor });
-const asking = new Asking(store, { changed: drawTurn, begun, over });
-const link = new Link(locate, {
-  changed: drawLink,
-  entered: () => asking.joinAll(),
-  frame: (frame) => asking.receive(frame),
-  tooLarge: () => asking.tooLarge(),
-  wanted: () => asking.turns.length > 0,
+const busy = (conversation) => runningTurn(conversation) !== undefined;
+const store = new Store({ busy, changed: changedElsewhere, warn: showNotice });
+const models = new Models(byId("model"), store);
+const login = new Login({ changed: drawLogin });
+const requests = new Requests(store, { changed: drawTurn, started, finished });
+const connection = new Connection(locate, {
+  changed: drawConnection,
+  opened: () => requests.attachAll(),
+  frame: (frame) => requests.receive(frame),
+  tooLarge: () => requests.tooLarge(),
+  wanted: () => requests.turns.length > 0,
 });
-asking.link = link;
-const list = new List(at("list"), { open: choose, remove });
+requests.connection = connection;
+const list = new ConversationList(byId("conversations"), { open: choose, remove });
 let current = newConversation();
 
 async function locate() {
-  await door.pass();
+  await login.ensure();
   const { endpoints } = await models.load();
   return location.origin.replace(/^http/, "ws") + endpoints.websocket;
 }
@@ -59,105 +60,105 @@ async function locate() {
 // The conversation that is shown.
 
 function show(conversation) {
-  current.draft = text.value;
+  current.draft = message.value;
   if (current !== conversation) store.saveSoon(current);
   current = conversation;
-  text.value = conversation.draft;
-  history.replaceState({ open: conversation.id }, ""); // a reload of this window shows the same
+  message.value = conversation.draft;
+  history.replaceState({ open: conversation.id }, ""); // a reload of this window shows it again
   drawAll();
 }
 
 function choose(conversation) {
   show(conversation);
-  closeSide();
-  text.focus();
+  closeSidebar();
+  message.focus();
 }
 
 function send() {
-  const question = text.value.trim();
+  const question = message.value.trim();
   if (!question) return;
   if (busy(current)) {
-    announce("An answer is still coming. Escape stops it.");
+    announce("An answer is still running. Escape stops it.");
     return;
   }
-  text.value = "";
-  asking.ask(current, question, models.choice);
+  message.value = "";
+  requests.ask(current, question, models.choice);
   drawAll();
 }
 
 function remove(conversation) {
-  asking.stop(conversation);
-  asking.forget(conversation);
+  requests.stop(conversation);
+  requests.forget(conversation);
   store.remove(conversation);
   if (conversation === current) show(newConversation());
   drawList();
-  (at("list").querySelector("button") ?? at("new")).focus();
+  (byId("conversations").querySelector("button") ?? byId("new")).focus();
 }
 
 function changedElsewhere(id, before) {
-  if (before) asking.forget(before);
+  if (before) requests.forget(before);
   const now = store.conversations.get(id);
-  if (now) asking.goOn(now);
+  if (now) requests.restore(now);
   if (current.id === id) {
     const next = now ?? newConversation();
-    next.draft = text.value; // what is being written here stays
+    next.draft = message.value; // the draft of this window stays
     show(next);
   }
   drawList();
 }
 
-// What is told of answers. Read out is that one begins, and the whole of it: not each token.
+// Announcements for screen readers: the start of an answer, and its whole text, but not each token.
 
-function begun(conversation) {
-  if (conversation === current) announce("The answer begins.");
+function started(conversation) {
+  if (conversation === current) announce("The answer starts.");
 }
 
-function over(conversation, turn) {
+function finished(conversation, turn) {
   drawList();
   if (conversation !== current) return;
-  const said = { failed: turn.fault?.error, stopped: "Stopped." }[turn.state] ?? turn.text;
-  announce(said.slice(0, READ_OUT));
+  const text = { failed: turn.fault?.error, stopped: "Stopped." }[turn.state] ?? turn.text;
+  announce(text.slice(0, MAX_ANNOUNCED));
 }
 
-function announce(said) {
-  at("voice").textContent = said;
+function announce(text) {
+  byId("announcer").textContent = text;
 }
 
-function notice(said) {
-  at("notice").textContent = said;
-  at("notice").hidden = false;
+function showNotice(text) {
+  byId("notice").textContent = text;
+  byId("notice").hidden = false;
 }
 
-// Drawing. An answer's pieces come faster than a screen shows them: all of a frame at once.
+// Drawing. Events come faster than a screen shows frames, so those of one frame are drawn together.
 
 function drawAll() {
   const conversation = current;
   views.clear();
-  at("empty").hidden = conversation.turns.length > 0;
+  byId("empty").hidden = conversation.turns.length > 0;
   for (const turn of conversation.turns) {
-    const again = () => asking.again(conversation, turn, models.choice);
-    views.set(turn, new TurnView(turn, again));
-    dirty.add(turn);
+    const repeat = () => requests.repeat(conversation, turn, models.choice);
+    views.set(turn, new TurnView(turn, repeat));
+    changedTurns.add(turn);
   }
-  at("log").replaceChildren(...[...views.values()].map((view) => view.element));
-  following = true;
+  byId("turns").replaceChildren(...[...views.values()].map((view) => view.element));
+  atEnd = true;
   draw();
   drawList();
   drawComposer();
 }
 
 function drawTurn(conversation, turn) {
-  dirty.add(turn);
-  drawing ||= requestAnimationFrame(draw);
+  changedTurns.add(turn);
+  frameRequest ||= requestAnimationFrame(draw);
   if (conversation === current) drawComposer();
 }
 
 function draw() {
-  cancelAnimationFrame(drawing);
-  drawing = 0;
-  for (const turn of dirty) views.get(turn)?.draw(link.state);
-  dirty.clear();
-  if (following) room.scrollTop = room.scrollHeight;
+  cancelAnimationFrame(frameRequest);
+  frameRequest = 0;
+  for (const turn of changedTurns) views.get(turn)?.draw(connection.state);
+  changedTurns.clear();
+  if (atEnd) conversationBox.scrollTop = conversationBox.scrollHeight;
 }
 
 function drawList() {
@@ -165,116 +166,118 @@ function drawList() {
 }
 
 function drawComposer() {
-  const turn = running(current);
-  at("send").hidden = turn !== undefined;
-  at("stop").hidden = turn === undefined;
-  at("stop").disabled = Boolean(turn?.stopping);
+  const turn = runningTurn(current);
+  byId("send").hidden = turn !== undefined;
+  byId("stop").hidden = turn === undefined;
+  byId("stop").disabled = Boolean(turn?.stopping);
 }
 
-function drawLink() {
-  const { state } = link;
-  at("state").dataset.state = state.name;
+function drawConnection() {
+  const { state } = connection;
+  byId("state").dataset.state = state.name;
   setText("state", STATES[state.name]);
-  const why = trouble(state);
-  if (why === "" && at("trouble").contains(document.activeElement)) text.focus();
-  at("trouble").hidden = why === "";
-  setText("why", why);
-  setText("when", WHEN[state.name]?.(state) ?? "");
-  at("connect").hidden = state.name === "waiting";
+  const problem = describe(state);
+  if (problem === "" && byId("problem").contains(document.activeElement)) message.focus();
+  byId("problem").hidden = problem === "";
+  setText("problem-text", problem);
+  setText("problem-next", NEXT_STEPS[state.name]?.(state) ?? "");
+  byId("connect").hidden = state.name === "queued";
   setText("connect", state.name === "closed" ? "Connect" : "Try now");
-  tick();
+  drawWaiting();
 }
 
-function trouble(state) {
-  if (state.name === "connecting") return state.after ? trouble(state.after) : "";
-  if (state.name === "waiting") return "The server is full, and lets you in as soon as it can.";
-  if (state.name === "closed") return closure(state);
+// The problem of the connection in a sentence; "" if there is none.
+function describe(state) {
+  if (state.name === "connecting") return state.after ? describe(state.after) : "";
+  if (state.name === "queued") return "The server is at capacity.";
+  if (state.name === "closed") return closeReason(state);
   if (state.name !== "lost") return "";
   if (state.code === 1013)
-    return `The server is full${detail(state.fault)}. This page tries again by itself.`;
-  if (state.code === 1012) return "The server restarts. This page connects again by itself.";
-  return "The connection to the server is lost. What you write is sent when it is back.";
+    return `The server is at capacity${detail(state.fault)}. This page tries again automatically.`;
+  if (state.code === 1012) return "The server restarts. This page reconnects automatically.";
+  return "The connection to the server is lost. New messages are sent when it is back.";
 }
 
 function detail(fault) {
   return fault ? ` (${fault.error})` : "";
 }
 
-function drawDoor() {
-  const { name } = door.session;
-  at("leave").hidden = name === null;
-  at("leave").title = name === null ? "" : `You are in with the key “${name}”`;
+function drawLogin() {
+  const { name } = login.session;
+  byId("logout").hidden = name === null;
+  byId("logout").title = name === null ? "" : `Logged in with the key “${name}”`;
 }
 
-// Only where it differs: what is read out is read out once.
-function setText(id, said) {
-  if (at(id).textContent !== said) at(id).textContent = said;
+// An equal text is not set again: a screen reader would read it again.
+function setText(id, text) {
+  if (byId(id).textContent !== text) byId(id).textContent = text;
 }
 
-// The answers wait with the connection, and time is counted down while there is something to count.
-function tick() {
-  const waiting = asking.turns.filter((turn) => !ended(turn));
-  for (const turn of waiting) dirty.add(turn);
-  drawing ||= requestAnimationFrame(draw);
-  clearTimeout(ticking);
-  if (link.state.name === "lost" || waiting.some((turn) => turn.notBefore > Date.now()))
-    ticking = setTimeout(drawLink, 1000);
+// Draw the turns that wait for the connection, and each second while a countdown is shown.
+function drawWaiting() {
+  const waiting = requests.turns.filter((turn) => !ended(turn));
+  for (const turn of waiting) changedTurns.add(turn);
+  frameRequest ||= requestAnimationFrame(draw);
+  clearTimeout(countdown);
+  if (connection.state.name === "lost" || waiting.some((turn) => turn.notBefore > Date.now()))
+    countdown = setTimeout(drawConnection, 1000);
 }
 
-// What the person does.
+// Input.
 
-at("form").addEventListener("submit", (event) => {
+byId("composer").addEventListener("submit", (event) => {
   event.preventDefault();
   send();
 });
 
-text.addEventListener("keydown", (event) => {
+message.addEventListener("keydown", (event) => {
   if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
   event.preventDefault();
   send();
 });
 
 document.addEventListener("keydown", (event) => {
-  if (event.key !== "Escape" || event.isComposing || event.target === at("model")) return;
-  if (document.body.classList.contains("side-open")) {
-    closeSide();
-    at("menu").focus();
+  if (event.key !== "Escape" || event.isComposing || event.target === byId("model")) return;
+  if (document.body.classList.contains("sidebar-open")) {
+    closeSidebar();
+    byId("menu").focus();
   } else {
-    asking.stop(current);
+    requests.stop(current);
   }
 });
 
-room.addEventListener("scroll", () => {
-  following = room.scrollHeight - room.scrollTop - room.clientHeight < NEAR;
+conversationBox.addEventListener("scroll", () => {
+  const { scrollHeight, scrollTop, clientHeight } = conversationBox;
+  atEnd = scrollHeight - scrollTop - clientHeight < NEAR_END;
 });
 new ResizeObserver(() => {
-  if (following) room.scrollTop = room.scrollHeight; // the message grew, or a trouble is told
-}).observe(room);
+  if (atEnd) conversationBox.scrollTop = conversationBox.scrollHeight; // the footer has grown
+}).observe(conversationBox);
 
-at("stop").addEventListener("click", () => {
-  asking.stop(current);
-  text.focus(); // the button goes away
+byId("stop").addEventListener("click", () => {
+  requests.stop(current);
+  message.focus(); // the button is hidden now
 });
-at("connect").addEventListener("click", () => link.connect());
-at("leave").addEventListener("click", async () => {
-  await door.leave().catch(() => notice("The server does not answer: you are still logged in."));
-  if (door.session.name === null) link.connect(); // which asks for a key first
+byId("connect").addEventListener("click", () => connection.connect());
+byId("logout").addEventListener("click", async () => {
+  await login.logOut().catch(() => showNotice("The server does not answer: you are still logged in."));
+  if (login.session.name === null) connection.connect(); // the login asks for a key first
 });
-at("new").addEventListener("click", () => choose(newConversation()));
-at("menu").addEventListener("click", () => {
-  const open = document.body.classList.toggle("side-open");
-  at("menu").setAttribute("aria-expanded", String(open));
-  if (open) at("new").focus();
+byId("new").addEventListener("click", () => choose(newConversation()));
+byId("menu").addEventListener("click", () => {
+  const open = document.body.classList.toggle("sidebar-open");
+  byId("menu").setAttribute("aria-expanded", String(open));
+  if (open) byId("new").focus();
 });
-at("shade").addEventListener("click", closeSide);
+byId("backdrop").addEventListener("click", closeSidebar);
 
-function closeSide() {
-  document.body.classList.remove("side-open");
-  at("menu").setAttribute("aria-expanded", "false");
+function closeSidebar() {
+  document.body.classList.remove("sidebar-open");
+  byId("menu").setAttribute("aria-expanded", "false");
 }
 
 // The start.
 
-for (const conversation of store.list) asking.goOn(conversation);
+for (const conversation of store.list) requests.restore(conversation);
 show(store.conversations.get(history.state?.open) ?? current);
-link.connect();
+connection.connect();

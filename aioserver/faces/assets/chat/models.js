@@ -1,9 +1,9 @@
-// Which provider and model is asked: the server's list as a <select>, and the choice remembered.
+// The choice of a provider and a model: a <select> with the server's list; the choice is stored.
 
-export const SERVERS_CHOICE = { provider: null, model: null };
+export const DEFAULT_CHOICE = { provider: null, model: null };
 
 async function getJson(path) {
-  // no-store: `/` is this page as well, and a stored answer would be shown in its place
+  // no-store: `/` is also the address of this page, and the cache would return the page
   const options = { headers: { Accept: "application/json" }, cache: "no-store" };
   const response = await fetch(path, { ...options, signal: AbortSignal.timeout(10_000) });
   if (!response.ok) throw new Error(`${path}: ${response.status}`);
@@ -13,25 +13,25 @@ async function getJson(path) {
 export class Models {
   constructor(select, store) {
     this.select = select;
-    this.choice = { ...SERVERS_CHOICE, ...store.setting("choice", SERVERS_CHOICE) };
+    this.choice = { ...DEFAULT_CHOICE, ...store.getSetting("choice", DEFAULT_CHOICE) };
     this.choices = new Map(); // an option's value → the choice
-    this.filled = ""; // with what
+    this.filled = ""; // the data that the <select> was filled with
     select.addEventListener("change", () => {
       this.choice = this.choices.get(select.value);
-      store.set("choice", this.choice);
+      store.setSetting("choice", this.choice);
     });
   }
 
-  // Ask the server what it has; gives what `/` said.
+  // Read the list from the server. Returns the answer of `/`.
   async load() {
     const [overview, models] = await Promise.all([getJson("/"), getJson("/v1/models")]);
-    // A server that wants keys says here only where its faces are.
+    // Where keys are required, `/` has only the addresses of the faces.
     const { active_provider: active = "", providers = {} } = overview;
     const owners = models.data.map((model) => model.owned_by);
     const names = [...new Set([...Object.keys(providers), ...owners])];
-    const filling = JSON.stringify([active, names, models]);
-    if (this.filled !== filling) this.fill(active, names, models.data);
-    this.filled = filling; // the same again: a list that is open stays open
+    const filled = JSON.stringify([active, names, models]);
+    if (this.filled !== filled) this.fill(active, names, models.data);
+    this.filled = filled; // the same list is not filled again, so that an open one stays open
     return overview;
   }
 
@@ -40,7 +40,7 @@ export class Models {
     for (const { id, owned_by: owner } of models) {
       if (id !== owner) byProvider.get(owner)?.push(id.slice(owner.length + 1));
     }
-    this.choices = new Map([["", SERVERS_CHOICE]]);
+    this.choices = new Map([["", DEFAULT_CHOICE]]);
     const groups = [...byProvider].map(([provider, names]) => {
       const group = document.createElement("optgroup");
       group.label = names.length ? provider : `${provider} (not set up)`;
@@ -51,7 +51,7 @@ export class Models {
     this.select.replaceChildren(new Option(active ? `Default (${active})` : "Default", ""), ...groups);
     this.select.value = value(this.choice);
     if (this.select.selectedIndex < 0) {
-      this.choice = SERVERS_CHOICE; // what was chosen is gone
+      this.choice = DEFAULT_CHOICE; // the chosen model is no longer there
       this.select.value = "";
     }
   }

@@ -1,5 +1,5 @@
-// Conversations and choices in the browser's storage, bounded. One entry for each conversation, so
-// that two windows do not write over each other's.
+// Conversations and settings in the browser's storage, with bounds. Each conversation has its own
+// entry, so that two windows do not overwrite each other's conversations.
 
 import { ended, newId, newTurn } from "./turn.js";
 
@@ -7,8 +7,8 @@ const PREFIX = "aioserver.chat.";
 const CONVERSATION = `${PREFIX}conversation.`;
 const MAX_CONVERSATIONS = 50;
 const MAX_TURNS = 100; // of one conversation: 200 messages
-const MAX_STORED = 1 << 20; // characters of one conversation: it shall not drive out the others
-const MAX_PART = 1 << 18; // of one question, or one answer
+const MAX_STORED = 1 << 20; // characters of one conversation, so that it leaves room for others
+const MAX_PART = 1 << 18; // characters of one question or one answer
 const SAVE_EVERY = 500; // milliseconds, while an answer comes
 
 export function newConversation() {
@@ -16,29 +16,30 @@ export function newConversation() {
 }
 
 export class Store {
-  // `busy(conversation)`: whether an answer runs in it; such a one is never given up.
-  // `changed(id)`: another window changed it. `full(text)`: something could not be kept.
-  constructor({ busy, changed, full }) {
+  // `busy(conversation)` returns whether an answer runs in it; such a conversation is never
+  // removed. `changed(id, before)` is called when another window changed it, and `warn(text)` when
+  // something could not be stored.
+  constructor({ busy, changed, warn }) {
     this.conversations = new Map();
     this.busy = busy;
-    this.full = full;
+    this.warn = warn;
     this.unsaved = new Set();
     this.timer = null;
     try {
       this.storage = window.localStorage;
       this.load();
     } catch {
-      this.storage = null; // the person has switched it off
-      full("This browser keeps nothing for this page: a reload loses the conversations.");
+      this.storage = null; // the storage is switched off in this browser
+      warn("This browser stores nothing for this page: a reload loses the conversations.");
     }
     window.addEventListener("storage", (event) => {
-      if (event.key === null || event.key.startsWith(CONVERSATION)) this.reread(event, changed);
+      if (event.key === null || event.key.startsWith(CONVERSATION)) this.reload(event, changed);
     });
     window.addEventListener("pagehide", () => this.flush());
     document.addEventListener("visibilitychange", () => this.flush());
   }
 
-  // The last used first.
+  // The conversations; the one that was used last comes first.
   get list() {
     return [...this.conversations.values()].sort((a, b) => b.used - a.used);
   }
@@ -46,8 +47,8 @@ export class Store {
   load() {
     for (const key of Object.keys(this.storage)) {
       if (!key.startsWith(CONVERSATION)) continue;
-      const found = read(this.storage.getItem(key));
-      if (found) this.conversations.set(found.id, found);
+      const conversation = parse(this.storage.getItem(key));
+      if (conversation) this.conversations.set(conversation.id, conversation);
     }
   }
 
@@ -56,24 +57,24 @@ export class Store {
     conversation.turns.splice(0, conversation.turns.length - MAX_TURNS);
     conversation.used = Date.now();
     this.conversations.set(conversation.id, conversation);
-    while (this.conversations.size > MAX_CONVERSATIONS && this.giveUpOldest(conversation));
+    while (this.conversations.size > MAX_CONVERSATIONS && this.removeOldest(conversation));
     this.save(conversation);
   }
 
   save(conversation) {
     this.unsaved.delete(conversation);
     if (this.storage === null || !this.conversations.has(conversation.id)) return;
-    const written = entry(conversation);
-    while (!this.write(CONVERSATION + conversation.id, written)) {
-      if (!this.giveUpOldest(conversation)) {
-        this.full("The browser's storage is full: a reload loses what is new here.");
+    const entry = serialize(conversation);
+    while (!this.write(CONVERSATION + conversation.id, entry)) {
+      if (!this.removeOldest(conversation)) {
+        this.warn("The browser's storage is full: a reload loses the new messages.");
         return;
       }
-      this.full("The browser's storage is full: the oldest conversation was removed.");
+      this.warn("The browser's storage is full: the oldest conversation was removed.");
     }
   }
 
-  // Within SAVE_EVERY: an answer has many events, and each writing writes the whole conversation.
+  // Save within SAVE_EVERY: an answer has many events, and each save writes the conversation whole.
   saveSoon(conversation) {
     this.unsaved.add(conversation);
     this.timer ??= setTimeout(() => this.flush(), SAVE_EVERY);
@@ -91,15 +92,15 @@ export class Store {
     this.storage?.removeItem(CONVERSATION + conversation.id);
   }
 
-  setting(name, otherwise) {
+  getSetting(name, fallback) {
     try {
-      return JSON.parse(this.storage.getItem(PREFIX + name)) ?? otherwise;
+      return JSON.parse(this.storage.getItem(PREFIX + name)) ?? fallback;
     } catch {
-      return otherwise;
+      return fallback;
     }
   }
 
-  set(name, value) {
+  setSetting(name, value) {
     if (this.storage !== null) this.write(PREFIX + name, JSON.stringify(value));
   }
 
@@ -112,33 +113,35 @@ export class Store {
     }
   }
 
-  giveUpOldest(but) {
-    const free = this.list.filter((one) => one !== but && !this.busy(one));
-    if (free.length) this.remove(free.at(-1));
-    return free.length > 0;
+  // Remove the oldest conversation that is not *kept* and has no running answer; return whether
+  // there was one.
+  removeOldest(kept) {
+    const removable = this.list.filter((other) => other !== kept && !this.busy(other));
+    if (removable.length) this.remove(removable.at(-1));
+    return removable.length > 0;
   }
 
-  // Another window wrote. A conversation in which an answer runs is followed here as well, and
-  // what is known here is as new.
-  reread({ key, newValue }, changed) {
-    if (key === null) return; // all was cleared: what is here is written again when it changes
+  // Another window has written. A conversation in which an answer runs is followed in this window
+  // as well, and its state here is as new.
+  reload({ key, newValue }, changed) {
+    if (key === null) return; // all was cleared: a conversation is stored again when it changes
     const id = key.slice(CONVERSATION.length);
-    const mine = this.conversations.get(id);
-    if (mine && this.busy(mine) && newValue !== null) return;
-    const theirs = read(newValue);
-    if (theirs) this.conversations.set(id, theirs);
+    const before = this.conversations.get(id);
+    if (before && this.busy(before) && newValue !== null) return;
+    const after = parse(newValue);
+    if (after) this.conversations.set(id, after);
     else this.conversations.delete(id);
-    changed(id, mine);
+    changed(id, before);
   }
 }
 
-// What is stored of a conversation: its newest turns, within the bounds.
-function entry(conversation) {
+// The entry of a conversation: its newest turns, within the bounds.
+function serialize(conversation) {
   const turns = [];
   let size = 0;
   for (const turn of conversation.turns.toReversed()) {
-    const unheard = turn.state === "unsent" || turn.state === "sent";
-    if (unheard && turn.question.length > MAX_PART) continue; // cut, it would be another question
+    const pending = turn.state === "unsent" || turn.state === "sent";
+    if (pending && turn.question.length > MAX_PART) continue; // a part is another question
     const stored = bounded(turn);
     size += JSON.stringify(stored).length;
     if (size > MAX_STORED) break;
@@ -147,8 +150,9 @@ function entry(conversation) {
   return JSON.stringify({ ...conversation, turns });
 }
 
-// A long answer that comes is read again from its start after a reload; of one that is over, the
-// beginning is kept.
+// The turn with at most MAX_PART of its question and its answer. A long answer that still runs is
+// stored empty: after a reload it is read again from its start. Of a long answer that has ended
+// the beginning is stored.
 function bounded(turn) {
   const question = turn.question.slice(0, MAX_PART);
   const size = turn.text.length + turn.reasoning.length + JSON.stringify(turn.tools).length;
@@ -158,14 +162,14 @@ function bounded(turn) {
   return { ...short, text: turn.text.slice(0, MAX_PART), cut: true };
 }
 
-// A conversation out of its entry; null: it is none.
-function read(entry) {
+// The conversation of an entry; null if the entry is not valid.
+function parse(entry) {
   try {
-    const found = JSON.parse(entry);
-    if (typeof found.id !== "string" || !found.turns.length) return null;
+    const stored = JSON.parse(entry);
+    if (typeof stored.id !== "string" || !stored.turns.length) return null;
     const blank = newTurn("", { provider: null, model: null });
-    const turns = found.turns.map((turn) => ({ ...blank, ...turn, place: null }));
-    return { ...newConversation(), ...found, turns };
+    const turns = stored.turns.map((turn) => ({ ...blank, ...turn, place: null }));
+    return { ...newConversation(), ...stored, turns };
   } catch {
     return null;
   }

@@ -1,16 +1,16 @@
-// A turn of a conversation: a question, and what is known of its answer. No page, no socket.
+// A turn of a conversation: a question and the answer so far. This file has no I/O.
 //
 //     unsent → sent → running → complete | failed | stopped
 //
-// Always: the answer is what its events 1 to `last` say. So the two are saved together, and the
-// rest is asked for behind `last`: nothing is lost and nothing is doubled.
+// Always: the answer consists of its events 1 to `last`. The two are stored together, and a resume
+// asks for the events after `last`, so that no text is lost and none is doubled.
 
-const MAX_CALLS = 128; // of tools, in one answer: OpenAI's own bound
+const MAX_CALLS = 128; // tool calls of one answer; OpenAI allows as many tools
 
 const ENDS = { complete: "complete", error: "failed", cancelled: "stopped" };
 
 export function newId() {
-  // not crypto.randomUUID: it is missing where the page is not served from localhost or by TLS
+  // not crypto.randomUUID: browsers offer it only on localhost and over TLS
   const bytes = crypto.getRandomValues(new Uint8Array(16));
   return Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
 }
@@ -19,27 +19,27 @@ export function newTurn(question, choice) {
   return {
     id: newId(),
     question,
-    provider: choice.provider, // null: the server chooses
+    provider: choice.provider, // null: the server's default
     model: choice.model,
     asked: Date.now(),
     state: "unsent",
-    notBefore: 0, // the server was full: when to send it
-    stopping: false, // the person pressed stop
+    notBefore: 0, // earliest time to send it, after the server was at capacity
+    stopping: false, // the stop button was pressed
     last: 0,
-    by: "", // who answers: provider and model
+    by: "", // the provider and the model that answer
     text: "",
     reasoning: "",
     tools: [], // { index, name, arguments }
     usage: null,
-    reason: "", // of the end
+    reason: "", // the finish reason
     fault: null, // { code, error, retryable, retry_after }
-    cut: false, // of a long answer the beginning was stored
-    place: null, // in the provider's line: { position, eta }
+    cut: false, // only the beginning of a long answer was stored
+    place: null, // in the provider's queue: { position, eta }
   };
 }
 
-// Ask the same once more, as a new request.
-export function askAgain(turn, choice) {
+// Turn it into a new request with the same question.
+export function resetTurn(turn, choice) {
   Object.assign(turn, newTurn(turn.question, choice));
 }
 
@@ -47,7 +47,7 @@ export function ended(turn) {
   return turn.state === "complete" || turn.state === "failed" || turn.state === "stopped";
 }
 
-// The frame that asks. The same turn always makes the same one: sent twice it is answered once.
+// The frame that asks. It is the same for the same turn: the server answers it once.
 export function chatFrame(turn, conversationId) {
   const payload = { text: turn.question, conversation_id: conversationId };
   if (turn.provider !== null) payload.provider = turn.provider;
@@ -63,7 +63,7 @@ export function cancelFrame(turn) {
   return { action: "cancel", request_id: turn.id };
 }
 
-// Take a frame of this turn's answer; false: it was seen before.
+// Apply a frame of this turn's answer. Returns false if the event was applied before.
 export function take(turn, frame) {
   if (frame.event_id !== undefined) {
     if (frame.event_id <= turn.last) return false;
@@ -80,7 +80,7 @@ export function take(turn, frame) {
   }
   if (status === "error") turn.fault = chunk;
   turn.state = ENDS[status] ?? (turn.last > 0 ? "running" : "sent");
-  if (turn.stopping && status === "error") turn.state = "stopped"; // nobody waits for it any more
+  if (turn.stopping && status === "error") turn.state = "stopped"; // the error does not matter any more
   return true;
 }
 
@@ -95,16 +95,16 @@ function addPiece(turn, { type, data }) {
   for (const piece of data) addCall(turn.tools, piece?.index ?? 0, piece?.function);
 }
 
-// OpenAI sends a call in pieces: its name in the first, its arguments in the others. Whatever a
-// provider says in `index`, it is compared, and never the name of a property.
+// OpenAI sends a call in pieces: the first has its name, the others have its arguments. The value
+// of `index` may be anything: it is only compared, and never used as the name of a property.
 function addCall(calls, index, piece) {
   if (!Number.isInteger(index) || typeof piece !== "object" || piece === null) return;
-  let call = calls.find((one) => one.index === index);
+  let call = calls.find((other) => other.index === index);
   if (call === undefined) {
     if (calls.length === MAX_CALLS) return;
     call = { index, name: "", arguments: "" };
     calls.push(call);
-    calls.sort((one, other) => one.index - other.index);
+    calls.sort((a, b) => a.index - b.index);
   }
   if (typeof piece.name === "string") call.name += piece.name;
   if (typeof piece.arguments === "string") call.arguments += piece.arguments;

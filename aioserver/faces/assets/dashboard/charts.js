@@ -1,16 +1,16 @@
-// The charts of the last minutes: uPlot's lines, our headings, values and colours.
-import { say } from "/assets/dashboard/binding.js";
+// The charts of the last minutes. uPlot draws the lines; the headings, values and colours are of this page.
+import { setText } from "/assets/dashboard/binding.js";
 import { count, rate, seconds } from "/assets/dashboard/numbers.js";
 
 const CHARTS = [
   { title: "Connections", format: count, floor: 4, limit: (stats) => stats.connections.limit,
-    lines: [["active", "active", "flow"], ["waiting", "waiting", "wait"]] },
+    lines: [["active", "active", "accent"], ["waiting", "waiting", "warning"]] },
   { title: "First token", format: seconds, floor: 0.1,
-    lines: [["first_token_p50", "p50", "flow"], ["first_token_p95", "p95", "flow"]] },
-  { title: "Turned away a second", format: rate, floor: 2, lines: [["rejected_per_second", "rejected", "bad"]] },
-  { title: "Tokens a second", format: count, floor: 10, lines: [["tokens_per_second", "tokens", "flow"]] },
-  { title: "Requests a second", format: rate, floor: 2, lines: [["requests_per_second", "requests", "flow"]] },
-  { title: "Event loop late", format: seconds, floor: 0.02, lines: [["lag_max", "worst", "gone"]] },
+    lines: [["first_token_p50", "p50", "accent"], ["first_token_p95", "p95", "accent"]] },
+  { title: "Rejections a second", format: rate, floor: 2, lines: [["rejected_per_second", "rejected", "bad"]] },
+  { title: "Tokens a second", format: count, floor: 10, lines: [["tokens_per_second", "tokens", "accent"]] },
+  { title: "Requests a second", format: rate, floor: 2, lines: [["requests_per_second", "requests", "accent"]] },
+  { title: "Event loop delay", format: seconds, floor: 0.02, lines: [["lag_max", "highest", "neutral"]] },
 ];
 const clock = new Intl.DateTimeFormat("en", { hour: "2-digit", minute: "2-digit", hourCycle: "h23" });
 const exact = new Intl.DateTimeFormat("en", { timeStyle: "medium", hourCycle: "h23" });
@@ -21,34 +21,34 @@ export class Charts {
 
   constructor(box, history) {
     this.#history = history;
-    this.#charts = CHARTS.map((one) => new Chart(box, one, history));
+    this.#charts = CHARTS.map((definition) => new Chart(box, definition, history));
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.#charts.forEach((chart) => chart.build()));
     new ResizeObserver(() => this.#charts.forEach((chart) => chart.fit())).observe(box);
   }
 
   update(stats) {
-    say(document.getElementById("history-title"), `The last ${this.#history.span / 60} minutes`);
+    setText(document.getElementById("history-title"), `The last ${this.#history.span / 60} minutes`);
     for (const chart of this.#charts) chart.update(stats);
   }
 }
 
 class Chart {
-  #what;
+  #definition;
   #history;
   #place;
   #values;
   #plot;
   #end = 0;
   #limit = 0;
-  #rem = 0; // the root's font size, which every length in a chart comes from
+  #rem = 0; // pixels; every length in a chart is a multiple of the root's font size
 
-  constructor(box, what, history) {
-    this.#what = what;
+  constructor(box, definition, history) {
+    this.#definition = definition;
     this.#history = history;
     const figure = box.appendChild(document.createElement("figure"));
     const head = figure.appendChild(document.createElement("figcaption"));
-    head.appendChild(document.createElement("h3")).textContent = what.title;
-    this.#values = what.lines.map(([, label, colour], nth) => legend(head, label, colour, nth));
+    head.appendChild(document.createElement("h3")).textContent = definition.title;
+    this.#values = definition.lines.map(([, label, colour], nth) => legend(head, label, colour, nth));
     this.#place = figure.appendChild(document.createElement("div"));
     this.#place.setAttribute("role", "img");
     this.build();
@@ -59,8 +59,8 @@ class Chart {
     const colour = (name) => style.getPropertyValue(`--${name}`).trim();
     const rem = (this.#rem = parseFloat(style.fontSize));
     const font = `${Math.round(rem * 0.75)}px ${getComputedStyle(document.body).fontFamily}`;
-    const axis = { stroke: colour("muted"), font, ticks: { show: false }, grid: { stroke: colour("line"), width: 1 } };
-    const { lines, format } = this.#what;
+    const axis = { stroke: colour("muted"), font, ticks: { show: false }, grid: { stroke: colour("border"), width: 1 } };
+    const { lines, format } = this.#definition;
     this.#plot?.destroy();
     this.#plot = new uPlot({
       ...this.#size(),
@@ -76,16 +76,16 @@ class Chart {
         stroke: colour(tone),
         width: rem / 9,
         dash: nth ? [rem / 3, rem / 4] : undefined,
-        fill: nth === 0 && tone === "flow" ? colour("flow-soft") : undefined,
+        fill: nth === 0 && tone === "accent" ? colour("accent-soft") : undefined,
         points: { show: false },
       }))],
-      hooks: { draw: [(plot) => this.#drawLimit(plot, colour("muted"), font)], setCursor: [() => this.#tell()] },
+      hooks: { draw: [(plot) => this.#drawLimit(plot, colour("muted"), font)], setCursor: [() => this.#showValues()] },
     }, this.#data(), this.#place);
   }
 
-  /** None at the left end: it would touch the zero of the other axis. */
+  /** The labels of the time axis. There is none at the left end, where it would touch the other axis. */
   #clock(times) {
-    return times.map((one) => (one < this.#end - 0.95 * this.#history.span ? "" : clock.format(one * 1000)));
+    return times.map((time) => (time < this.#end - 0.95 * this.#history.span ? "" : clock.format(time * 1000)));
   }
 
   fit() {
@@ -96,9 +96,9 @@ class Chart {
 
   update(stats) {
     this.#end = this.#history.times.at(-1) ?? stats.time;
-    this.#limit = this.#what.limit?.(stats) ?? 0;
+    this.#limit = this.#definition.limit?.(stats) ?? 0;
     this.#plot.setData(this.#data());
-    this.#tell();
+    this.#showValues();
     this.#describe();
   }
 
@@ -108,12 +108,12 @@ class Chart {
   }
 
   #data() {
-    return [this.#history.times, ...this.#what.lines.map(([name]) => this.#history.house[name])];
+    return [this.#history.times, ...this.#definition.lines.map(([name]) => this.#history.server[name])];
   }
 
-  /** From zero always; the limit comes into sight once half of it is used. */
+  /** The range of the axis: it starts at zero, and includes the limit once half of it is used. */
   #range(high) {
-    const top = Math.max(this.#what.floor, (high ?? 0) * 1.1);
+    const top = Math.max(this.#definition.floor, (high ?? 0) * 1.1);
     return [0, this.#limit && top >= this.#limit / 2 ? Math.max(top, this.#limit * 1.1) : top];
   }
 
@@ -137,21 +137,21 @@ class Chart {
     ctx.restore();
   }
 
-  /** The values under the pointer, else the newest. */
-  #tell() {
+  /** Show the values under the pointer, otherwise the newest. */
+  #showValues() {
     const at = this.#plot?.cursor.idx ?? this.#history.times.length - 1;
     const time = this.#plot?.cursor.idx == null ? "" : exact.format(this.#history.times[at] * 1000);
     this.#place.dataset.time = time;
-    this.#what.lines.forEach(([name], nth) => say(this.#values[nth], this.#what.format(this.#history.house[name][at])));
+    this.#definition.lines.forEach(([name], nth) => setText(this.#values[nth], this.#definition.format(this.#history.server[name][at])));
   }
 
   #describe() {
-    const parts = this.#what.lines.map(([name, label]) => {
-      const column = this.#history.house[name];
+    const parts = this.#definition.lines.map(([name, label]) => {
+      const column = this.#history.server[name];
       const highest = column.reduce((a, b) => (b > a ? b : a), 0);
-      return `${label} now ${this.#what.format(column.at(-1))}, highest ${this.#what.format(highest)}`;
+      return `${label} now ${this.#definition.format(column.at(-1))}, highest ${this.#definition.format(highest)}`;
     });
-    this.#place.setAttribute("aria-label", `${this.#what.title} over ${this.#history.span / 60} minutes: ${parts.join("; ")}`);
+    this.#place.setAttribute("aria-label", `${this.#definition.title} over ${this.#history.span / 60} minutes: ${parts.join("; ")}`);
   }
 }
 

@@ -1,31 +1,34 @@
-// The server's events over fetch and not EventSource, which tells neither a status nor a reason and never comes back
-// from a 503. Silence is a loss, too: the server speaks every second.
-const SILENCE = 5000;
-const LONGEST = 10; // seconds between tries: short, because a wall has nobody to press reload
-const GOOD = 60000; // after so long a connection the next tries are quick again
+// The server's event stream, read with fetch: EventSource reports neither status nor reason, and does not reconnect after
+// a 503. The server sends an event each second, so a silence is a lost connection as well.
+const SILENCE = 5000; // milliseconds without data after which the connection is lost
+const MAX_DELAY = 10; // seconds between attempts; short, since nobody reloads the page of a wall screen
+const GOOD_AFTER = 60000; // milliseconds after which a connection resets the count of attempts
 
 export class Feed {
   #url;
-  #pass;
-  #on;
-  #tries = 0;
+  #authorize;
+  #listener;
+  #attempts = 0;
   #timer;
   #abort;
 
-  /** *pass()* is awaited before each try: whether this page may ask. *on* takes (event, data) for each event, and ("link", {up, reason, retryAt}) for each change. */
-  constructor(url, pass, on) {
+  /**
+   * *authorize()* is awaited before each attempt. *listener* is called with (event, data) for each event, and with
+   * ("link", {up, reason, retryAt}) for each change of the connection.
+   */
+  constructor(url, authorize, listener) {
     this.#url = url;
-    this.#pass = pass;
-    this.#on = on;
-    addEventListener("online", () => this.#again(0));
-    // A page nobody sees takes no place among the watchers and none of the browser's six connections to this server.
-    document.addEventListener("visibilitychange", () => (document.hidden ? this.#stop() : this.#again(0)));
+    this.#authorize = authorize;
+    this.#listener = listener;
+    addEventListener("online", () => this.#connectIn(0));
+    // A hidden page takes no place among the watchers, and none of the browser's six connections to this server.
+    document.addEventListener("visibilitychange", () => (document.hidden ? this.#stop() : this.#connectIn(0)));
     if (!document.hidden) this.#connect();
   }
 
-  /** Leave, and come back at once. */
-  hurry() {
-    this.#again(0);
+  /** Close the connection and connect again at once. */
+  reconnect() {
+    this.#connectIn(0);
   }
 
   #stop() {
@@ -34,60 +37,60 @@ export class Feed {
     this.#abort = undefined;
   }
 
-  #again(wait) {
+  #connectIn(seconds) {
     this.#stop();
-    this.#timer = setTimeout(() => this.#connect(), wait * 1000);
+    this.#timer = setTimeout(() => this.#connect(), seconds * 1000);
   }
 
   async #connect() {
     const abort = new AbortController();
     this.#abort = abort;
     const started = performance.now();
-    const failure = await this.#pass()
-      .then(() => this.#listen(abort))
-      .catch((error) => ({ reason: error.said ?? "" }));
-    if (this.#abort !== abort) return; // stopped, or another one listens already
-    if (performance.now() - started > GOOD) this.#tries = 0;
-    const jitter = Math.random() * Math.min(LONGEST, 0.5 * 2 ** this.#tries++);
-    const wait = Math.max(0.3 + jitter, failure.after ?? 0);
-    this.#again(wait);
-    this.#on("link", { up: false, reason: failure.reason, retryAt: Date.now() + wait * 1000 });
+    const failure = await this.#authorize()
+      .then(() => this.#read(abort))
+      .catch((error) => ({ reason: error.reason ?? "" }));
+    if (this.#abort !== abort) return; // it was stopped, or another attempt has begun
+    if (performance.now() - started > GOOD_AFTER) this.#attempts = 0;
+    const jitter = Math.random() * Math.min(MAX_DELAY, 0.5 * 2 ** this.#attempts++);
+    const delay = Math.max(0.3 + jitter, failure.after ?? 0);
+    this.#connectIn(delay);
+    this.#listener("link", { up: false, reason: failure.reason, retryAt: Date.now() + delay * 1000 });
   }
 
-  /** Listen until it ends; the answer is why, where the server said it, and how long it wants to be left alone. */
-  async #listen(abort) {
-    let dog;
-    const heard = () => {
-      clearTimeout(dog);
-      dog = setTimeout(() => abort.abort(), SILENCE);
+  /** Read events until the end. Returns the server's reason, if it gave one, and its Retry-After in seconds. */
+  async #read(abort) {
+    let watchdog;
+    const restart = () => {
+      clearTimeout(watchdog);
+      watchdog = setTimeout(() => abort.abort(), SILENCE);
     };
     try {
-      heard();
+      restart();
       const response = await fetch(this.#url, { signal: abort.signal, cache: "no-store" });
-      if (!response.ok) return await refusal(response);
-      this.#on("link", { up: true });
-      const parse = parser(this.#on);
+      if (!response.ok) return await rejection(response);
+      this.#listener("link", { up: true });
+      const parse = parser(this.#listener);
       const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
       for (;;) {
-        heard();
+        restart();
         const { done, value } = await reader.read();
         if (done) return { reason: "" };
         parse(value);
       }
     } finally {
-      clearTimeout(dog);
+      clearTimeout(watchdog);
     }
   }
 }
 
-async function refusal(response) {
+async function rejection(response) {
   const after = Math.min(60, Number(response.headers.get("Retry-After")) || 0);
   const body = await response.json().catch(() => null);
   return { reason: body?.error?.message ?? `HTTP ${response.status}`, after };
 }
 
-/** text/event-stream as the server writes it: lines end with LF or CRLF, data is JSON on one line or more. */
-function parser(on) {
+/** A parser of text/event-stream as the server writes it: lines end with LF or CRLF, the data of an event is JSON. */
+function parser(listener) {
   let rest = "";
   let event = "";
   let data = [];
@@ -98,7 +101,7 @@ function parser(on) {
       if (line.startsWith("event:")) event = line.slice(6).trim();
       else if (line.startsWith("data:")) data.push(line.slice(5));
       else if (line === "") {
-        if (data.length) deliver(on, event, data.join("\n"));
+        if (data.length) deliver(listener, event, data.join("\n"));
         event = "";
         data = [];
       }
@@ -106,10 +109,10 @@ function parser(on) {
   };
 }
 
-/** What cannot be shown is an error of this page and no reason to leave the server. */
-function deliver(on, event, data) {
+/** An exception in the listener is an error of this page; it does not end the connection. */
+function deliver(listener, event, data) {
   try {
-    on(event, JSON.parse(data));
+    listener(event, JSON.parse(data));
   } catch (error) {
     reportError(error);
   }

@@ -1,4 +1,4 @@
-// How numbers are said: short, with their unit behind a space that does not break. What is not known is a dash.
+// Numbers as short texts, with the unit behind a no-break space. An unknown number is a dash.
 const DASH = "–";
 const whole = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
 const short = new Intl.NumberFormat("en", { notation: "compact", minimumSignificantDigits: 3, maximumSignificantDigits: 3 });
@@ -44,8 +44,8 @@ export const share = (value) => (known(value) ? `${Math.round(value * 100)}\u00a
 
 export const text = (value) => (value === null || value === undefined || value === "" ? DASH : String(value));
 
-/** A code of the server as words: `server_at_capacity` is "server at capacity". */
+/** Return a code of the server as words: `server_at_capacity` is "server at capacity". */
 export const words = (code) => FACES[code] ?? code.replaceAll("_", " ");
 
-/** "1 waits", "2 wait". */
-export const some = (value, one, many) => `${count(value)}\u00a0${value === 1 ? one : many}`;
+/** Return "1 waits" or "2 wait". */
+export const some = (value, singular, plural) => `${count(value)}\u00a0${value === 1 ? singular : plural}`;

@@ -1,7 +1,7 @@
-// What happened lately: the server counts since its start, so the snapshots of a minute are kept and subtracted.
-const KEPT = 60;
+// The growth of counters: the server counts since its start, so this keeps the snapshots of a minute and subtracts.
+const KEPT = 60; // seconds
 
-/** Every number of *now* less what it was in *then*; what was not there then counts from zero. */
+/** Return every number of *now* minus that of *then*; a number that *then* lacks counts from zero. */
 function difference(now, then) {
   const result = {};
   for (const [name, value] of Object.entries(now)) {
@@ -12,24 +12,25 @@ function difference(now, then) {
 }
 
 export class Recent {
-  #kept = [];
+  #snapshots = [];
 
   add(stats) {
-    const last = this.#kept.at(-1);
-    if (last && (stats.uptime < last.uptime || stats.time < last.time)) this.#kept = []; // another process, another clock
-    this.#kept.push(stats);
-    while (this.#kept[0].time < stats.time - KEPT) this.#kept.shift();
+    const last = this.#snapshots.at(-1);
+    // The counters of another process, or the times of another clock, cannot be compared.
+    if (last && (stats.uptime < last.uptime || stats.time < last.time)) this.#snapshots = [];
+    this.#snapshots.push(stats);
+    while (this.#snapshots[0].time < stats.time - KEPT) this.#snapshots.shift();
   }
 
-  /** The counters' growth over the last *seconds*, or since the page was opened. */
-  over(seconds) {
-    const now = this.#kept.at(-1);
-    return difference(now, this.#kept.find((one) => one.time >= now.time - seconds));
+  /** Return the growth of the counters over the last *seconds*, or since the page was opened. */
+  growth(seconds) {
+    const now = this.#snapshots.at(-1);
+    return difference(now, this.#snapshots.find((snapshot) => snapshot.time >= now.time - seconds));
   }
 
-  /** The highest of what *pick* finds in the snapshots of the last *seconds*. */
-  worst(seconds, pick) {
-    const from = this.#kept.at(-1).time - seconds;
-    return Math.max(0, ...this.#kept.filter((one) => one.time >= from).map((one) => pick(one) ?? 0));
+  /** Return the highest value of *pick* in the snapshots of the last *seconds*. */
+  highest(seconds, pick) {
+    const from = this.#snapshots.at(-1).time - seconds;
+    return Math.max(0, ...this.#snapshots.filter((snapshot) => snapshot.time >= from).map((snapshot) => pick(snapshot) ?? 0));
   }
 }

@@ -1,6 +1,6 @@
-// A provider's last minutes in the height of two lines: places taken as an area, its queue as a line above.
+// A small chart of a provider's last minutes: the places taken are an area, the queue is a line.
 
-/** Draw on *canvas*; the top is the limit or the highest, whichever is more. */
+/** Draw on *canvas*; the top is the limit or the highest value, whichever is greater. */
 export function sparkline(canvas, times, { in_flight: taken, waiting }, span, limit) {
   const ratio = devicePixelRatio;
   const width = Math.round(canvas.clientWidth * ratio);
@@ -17,8 +17,8 @@ export function sparkline(canvas, times, { in_flight: taken, waiting }, span, li
   context.clearRect(0, 0, width, height);
   context.lineWidth = 1.5 * ratio;
   context.lineJoin = "round";
-  for (const [column, tone, soft] of [[taken, "flow", "flow-soft"], [waiting, "wait", ""]]) {
-    if (!soft && highest(column) === 0) continue; // a queue that was never used is no line
+  for (const [column, tone, soft] of [[taken, "accent", "accent-soft"], [waiting, "warning", ""]]) {
+    if (!soft && highest(column) === 0) continue; // a queue that was never used has no line
     for (const [from, to] of runs(column)) {
       context.beginPath();
       for (let at = from; at < to; at++) context.lineTo(x(at), y(column[at]));
@@ -35,7 +35,7 @@ export function sparkline(canvas, times, { in_flight: taken, waiting }, span, li
 
 const highest = (column) => column.reduce((a, b) => (b > a ? b : a), 0);
 
-/** [from, to) of each run without null. */
+/** Yield [from, to) of each run of values that are not null. */
 function* runs(column) {
   let from = -1;
   for (let at = 0; at <= column.length; at++) {

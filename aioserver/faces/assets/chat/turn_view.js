@@ -1,33 +1,34 @@
-// How a turn looks: its question, its answer, and one quiet line that says where the answer is.
+// The elements of a turn: its question, its answer, and a line with the state of the answer.
 
-import { advice, hopeful, sentence } from "./faults.js";
+import { advice, repeatable, sentence } from "./errors.js";
 import { grow, showText } from "./text.js";
 import { ended } from "./turn.js";
 
-const SHOWN_COPIED = 2000; // milliseconds
+const COPIED_FOR = 2000; // milliseconds that the button says so
 
-const CUT = "this browser keeps only the beginning";
+const CUT = "this browser has stored only the beginning";
+const STOPPED_ELSEWHERE = "Stopped in another window, or because nobody read it for too long";
 const REASONS = new Map([
-  ["length", "cut at its greatest length"],
-  ["content_filter", "cut by the provider's content filter"],
-]); // not an object: a provider's reason may be the name of what every object has
+  ["length", "ended at the maximum length"],
+  ["content_filter", "ended by the provider's content filter"],
+]); // not an object: a reason such as "constructor" is a property of every object
 
 export class TurnView {
-  // `again()`: the person wants it asked once more.
-  constructor(turn, again) {
+  // `repeat()` is called when the button "Ask again" is pressed.
+  constructor(turn, repeat) {
     this.turn = turn;
     this.element = document.getElementById("turn").content.firstElementChild.cloneNode(true);
     for (const name of ["question", "answer", "reasoning", "text", "tools", "fault", "status"])
       this[name] = this.element.querySelector(`.${name}`);
     this.copy = this.element.querySelector(".copy");
-    this.again = this.element.querySelector(".again");
+    this.repeat = this.element.querySelector(".repeat");
     this.copy.addEventListener("click", () => this.copyText());
-    this.again.addEventListener("click", again);
+    this.repeat.addEventListener("click", repeat);
     this.question.querySelector("p").textContent = turn.question;
   }
 
-  // `link`: the state of the connection, which may hold up the answer.
-  draw(link) {
+  // *connection* is the state of the connection.
+  draw(connection) {
     const { turn } = this;
     const over = ended(turn);
     this.answer.setAttribute("aria-busy", String(!over));
@@ -39,10 +40,12 @@ export class TurnView {
     const fault = turn.state === "failed" ? turn.fault : null;
     this.fault.hidden = fault === null;
     if (fault) this.fault.textContent = `Failed: ${sentence(fault.error)} ${advice(fault)}`;
-    const status = over ? outcome(turn) : progress(turn, link);
+    const status = over ? outcome(turn) : progress(turn, connection);
     if (this.status.textContent !== status) this.status.textContent = status;
     this.copy.hidden = !over || turn.text === "";
-    this.again.hidden = !(fault ? hopeful(fault) : turn.state === "stopped" && tellsNothing(turn));
+    this.repeat.hidden = !(fault
+      ? repeatable(fault)
+      : turn.state === "stopped" && worthRepeating(turn));
   }
 
   drawHidden(details, text) {
@@ -52,46 +55,47 @@ export class TurnView {
 
   async copyText() {
     const done = await copied(this.turn.text, this.copy);
-    this.copy.textContent = done ? "Copied" : "Not copied: the browser forbids it";
-    setTimeout(() => (this.copy.textContent = "Copy"), SHOWN_COPIED);
+    this.copy.textContent = done ? "Copied" : "The browser does not allow it";
+    setTimeout(() => (this.copy.textContent = "Copy"), COPIED_FOR);
   }
 }
 
-// Cancelled, and not by the person: in another window, or since nobody read for too long.
-function leftAlone(turn) {
+// Cancelled, but not by the stop button of this window.
+function cancelledElsewhere(turn) {
   return turn.state === "stopped" && !turn.stopping;
 }
 
-// Of what the person stopped, the text so far is part of the conversation: it goes on from there.
-function tellsNothing(turn) {
-  return leftAlone(turn) || turn.text === "";
+// A text that was stopped in this window stays part of the conversation; such a turn is not repeated.
+function worthRepeating(turn) {
+  return cancelledElsewhere(turn) || turn.text === "";
 }
 
 function outcome(turn) {
-  if (leftAlone(turn)) return "Stopped in another window, or not read for too long";
-  if (turn.state === "stopped") return turn.text ? "Stopped" : "Stopped before it began";
+  if (cancelledElsewhere(turn)) return STOPPED_ELSEWHERE;
+  if (turn.state === "stopped") return turn.text ? "Stopped" : "Stopped before it started";
   const tokens = turn.usage?.completion_tokens;
   const parts = [turn.by, tokens && `${tokens} tokens`, REASONS.get(turn.reason), turn.cut && CUT];
   return parts.filter(Boolean).join(" · ");
 }
 
-function progress(turn, link) {
+function progress(turn, connection) {
   if (turn.stopping) return "Stopping …";
   if (turn.notBefore > Date.now())
-    return `The server is full. Asked again by itself in ${seconds(turn.notBefore)}`;
-  if (link.name === "waiting") return `Waiting for a place: ${position(link)}`;
-  if (turn.state === "unsent") return "Is sent as soon as the server is there";
-  if (link.name !== "inside") return "Goes on when the connection is back";
-  if (turn.place) return `Waiting for the provider: ${position(turn.place)}`;
+    return `The server is at capacity. The next attempt is in ${seconds(turn.notBefore)}`;
+  if (connection.name === "queued")
+    return `In the connection queue: ${position(connection)}`;
+  if (turn.state === "unsent") return "It is sent when the connection is back";
+  if (connection.name !== "open") return "It continues when the connection is back";
+  if (turn.place) return `In the provider's queue: ${position(turn.place)}`;
   if (turn.last === 0) return "Sent";
   return turn.text || turn.reasoning ? `Answering · ${turn.by}` : `Thinking · ${turn.by}`;
 }
 
 export function position({ position: number, eta }) {
-  return `number ${number} in line, about ${Math.max(1, Math.round(eta))} s`;
+  return `position ${number}, about ${Math.max(1, Math.round(eta))} s`;
 }
 
-// What is left until a moment, for people.
+// The time until *moment*, as text.
 export function seconds(moment) {
   return `${Math.max(1, Math.ceil((moment - Date.now()) / 1000))} s`;
 }
@@ -101,7 +105,7 @@ async function copied(text, button) {
     await navigator.clipboard.writeText(text);
     return true;
   } catch {
-    // not localhost and no TLS: there is only the old way
+    // Without TLS, and not on localhost, browsers offer only execCommand.
     const area = document.createElement("textarea");
     area.className = "hidden";
     area.value = text;

@@ -1,0 +1,80 @@
+"""Taking in what clients send: the bytes of a body, bounded and under a deadline, read in turns.
+
+The bytes count against `max_body_bytes` from the first one. What is read of them comes in steps
+(protocol/top_level.py), and the event loop runs between two steps of a large body, so that nobody waits
+for another client's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, TypeVar
+
+from aioserver.errors import RequestTimeout, RequestTooLarge, UnsupportedMediaType
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from aiohttp import StreamReader, web
+
+    from aioserver.faces.admission import BodyHold
+
+T = TypeVar("T")
+# Seconds for a whole body, or a whole WebSocket message: aiohttp has no deadline for either.
+BODY_TIMEOUT = 15.0
+
+
+async def in_turns(steps: Generator[None, None, T]) -> T:
+    """Take *steps*, each in a turn of the event loop of its own, and return their result."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as stop:
+            result: T = stop.value
+            return result
+        await asyncio.sleep(0)
+
+
+async def read_body(request: web.Request, hold: BodyHold, max_bytes: int) -> bytes:
+    """Read the body, and return its bytes, which *hold* counts.
+
+    Raises:
+        UnsupportedMediaType: the body is not `application/json`, or is compressed.
+        RequestTooLarge: the body has more than *max_bytes*.
+        RequestTimeout: the body was not complete within BODY_TIMEOUT.
+        ServerAtCapacity: see `Admission.grow`.
+    """
+    if "Content-Encoding" in request.headers:
+        raise UnsupportedMediaType("a compressed body is not accepted")
+    header = request.headers.get("Content-Type")
+    # For nearly all clients, comparing the header itself saves parsing it.
+    if header != "application/json" and request.content_type != "application/json":
+        raise UnsupportedMediaType("Content-Type must be application/json")
+    length = request.content_length
+    if length is not None and length > max_bytes:
+        raise RequestTooLarge(f"a body of {length} bytes, at most {max_bytes}")
+    content = request.content
+    if content.is_eof():
+        body = content.read_nowait()
+        hold.grow(len(body))
+    else:
+        try:
+            async with asyncio.timeout(BODY_TIMEOUT):
+                body = await _collect(content, hold, max_bytes)
+        except TimeoutError:
+            raise RequestTimeout(f"the body did not come within {BODY_TIMEOUT} s") from None
+    if len(body) > max_bytes:
+        raise RequestTooLarge(f"a body of {len(body)} bytes, at most {max_bytes}")
+    return body
+
+
+async def _collect(content: StreamReader, hold: BodyHold, max_bytes: int) -> bytes:
+    parts: list[bytes] = []
+    size = 0
+    while part := await content.readany():
+        size += len(part)
+        if size > max_bytes:
+            raise RequestTooLarge(f"a body of more than {max_bytes} bytes")
+        hold.grow(len(part))
+        parts.append(part)
+    return b"".join(parts)

@@ -1,0 +1,361 @@
+"""The frames of the WebSocket and SSE faces that come from clients: one JSON object each.
+
+    {"action": "chat", "request_id": "6f0c", "payload": {"text": "Hello", "streaming": true}}
+    {"action": "cancel", "request_id": "6f0c"}
+    {"action": "resume", "request_id": "6f0c", "payload": {"last_event_id": 17}}
+    {"action": "ping"}
+
+The body of an SSE request has the payload's fields and the `request_id`. Of a question only the fields
+are looked at: `text`, `messages` and `options` stay the bytes that the client has written, and go to the
+provider as they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import msgspec
+import orjson
+from msgspec import Raw
+
+from aioserver.errors import AioserverError, InvalidJson, InvalidRequest
+from aioserver.protocol import top_level
+from aioserver.protocol.top_level import ABSENT, UnknownField, at_once
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+MAX_ID_CHARACTERS = 256
+# A character of an id may be written as an escape, and one beyond U+FFFF as two of six bytes.
+MAX_ID_BYTES = 12 * MAX_ID_CHARACTERS + 2
+MAX_EVENT_NUMBER_BYTES = 32
+# Messages of a chat are looked at one by one if they cannot be more than this. The provider judges larger
+# chats: an object for each of a million messages would stop the event loop.
+MAX_CHECKED_MESSAGES = 100_000
+_ACTIONS = "chat, cancel, resume, ping"
+_EMPTY = Raw(b"{}")
+
+
+class _Frame(msgspec.Struct, gc=False):
+    action: Raw = ABSENT
+    request_id: Raw = ABSENT
+    payload: Raw = _EMPTY
+
+
+class _Payload(msgspec.Struct, gc=False, forbid_unknown_fields=True):
+    text: Raw = ABSENT
+    messages: Raw = ABSENT
+    streaming: Raw = ABSENT
+    conversation_id: Raw = ABSENT
+    provider: Raw = ABSENT
+    model: Raw = ABSENT
+    options: Raw = _EMPTY
+    metadata: Raw = _EMPTY
+
+
+class _Question(_Payload, gc=False, forbid_unknown_fields=True):
+    request_id: Raw = ABSENT
+
+
+class _Position(msgspec.Struct, gc=False):
+    last_event_id: Raw = Raw(b"0")
+
+
+class _Message(msgspec.Struct, gc=False):
+    role: str
+
+
+class _Options(msgspec.Struct, gc=False):
+    """The options that are not the client's to set, and those for which there is a default."""
+
+    model: Raw = ABSENT
+    messages: Raw = ABSENT
+    stream: Raw = ABSENT
+    temperature: Raw = ABSENT
+    top_p: Raw = ABSENT
+    max_tokens: Raw = ABSENT
+    max_completion_tokens: Raw = ABSENT
+    stream_options: Raw = ABSENT
+
+
+_FRAME = msgspec.json.Decoder(_Frame)
+_PAYLOAD = msgspec.json.Decoder(_Payload)
+_QUESTION = msgspec.json.Decoder(_Question)
+_POSITION = msgspec.json.Decoder(_Position)
+_MESSAGES = msgspec.json.Decoder(list[_Message])
+_OPTIONS = msgspec.json.Decoder(_Options)
+PAYLOAD_FIELDS = _Payload.__struct_fields__
+RESERVED_OPTIONS = ("model", "messages", "stream")
+_DEFAULTED = tuple(name for name in _Options.__struct_fields__ if name not in RESERVED_OPTIONS)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chat:
+    """A question. Exactly one of *text* and *messages* is set; both are JSON, as the client wrote it.
+
+    *options* is the JSON of an object, and *option_names* says which of its keys replace a default.
+    If *streaming* is None, the configuration decides. *original* is empty, unless something in the
+    question was replaced: it is then a hash of what the client has sent.
+    """
+
+    request_id: str
+    text: bytes | None = None
+    messages: bytes | None = None
+    streaming: bool | None = None
+    conversation_id: str | None = None
+    provider: str | None = None
+    model: str | None = None
+    options: bytes = b"{}"
+    option_names: frozenset[str] = frozenset()
+    original: bytes = b""
+
+    def digest(self) -> bytes:
+        """Return a hash of the question, which tells a repeated request from a conflicting one.
+
+        It is a hash of the bytes as they came: another order of keys is another question. The hash is
+        kept as long as the answer, since the question itself may have megabytes.
+        """
+        names = (self.conversation_id, self.provider, self.model, self.streaming)
+        digest = hashlib.sha256(self.original)
+        for part in (orjson.dumps(names), self.text or b"", self.messages or b"", self.options):
+            digest.update(b"%d:" % len(part))
+            digest.update(part)
+        return digest.digest()
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Stop the answer to *request_id*, for all of its readers."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """Continue after the event *last_event_id*."""
+
+    request_id: str
+    last_event_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ping:
+    """Answer with a pong."""
+
+    request_id: str | None
+
+
+Command = Chat | Cancel | Resume | Ping
+
+
+class BadCommand(Exception):
+    """The frame is no valid command. *request_id* is None if it could not be read."""
+
+    def __init__(self, error: AioserverError, request_id: str | None) -> None:
+        super().__init__(error.message)
+        self.error = error
+        self.request_id = request_id
+
+
+def parse(frame: bytes) -> Command:
+    """Parse the command of one WebSocket text frame.
+
+    Raises:
+        BadCommand: the frame is no command; its `error` is an `InvalidJson` or `InvalidRequest`.
+    """
+    return at_once(parsing(frame))
+
+
+def parsing(data: bytes) -> Generator[None, None, Command]:
+    """Parse as `parse` does, in steps: those of a frame of 16 MiB take 0.05 s each at most."""
+    request_id: str | None = None
+    large = len(data) > top_level.STEP_BYTES
+    try:
+        body = yield from top_level.sound(data)
+        if large:
+            yield
+        frame = top_level.decode(_FRAME, body, "a frame")
+        written_id = top_level.text(frame.request_id, MAX_ID_BYTES)
+        if written_id is not None and len(written_id) <= MAX_ID_CHARACTERS:
+            request_id = written_id
+        payload = memoryview(frame.payload)
+        if payload[0] != ord("{"):
+            raise InvalidRequest("payload must be an object", param="payload")
+        match top_level.text(frame.action, MAX_ID_BYTES):
+            case "ping":
+                return Ping(request_id)
+            case "chat":
+                name = identifier(written_id)
+                if large:
+                    yield
+                fields = top_level.decode(_PAYLOAD, payload, "payload")
+                if large:
+                    yield
+                return _chat(name, fields, _original(data, body))
+            case "cancel":
+                return Cancel(identifier(written_id))
+            case "resume":
+                name = identifier(written_id)
+                position = top_level.decode(_POSITION, payload, "payload")
+                return Resume(name, _event_number(position.last_event_id))
+        raise InvalidRequest(f"unknown action; one of {_ACTIONS} is expected", param="action")
+    except AioserverError as error:
+        raise BadCommand(error, request_id) from None
+
+
+def reading_question(data: bytes) -> Generator[None, None, Chat]:
+    """Parse the body of an SSE request, in steps as `parsing`.
+
+    Raises:
+        InvalidJson: *data* is not JSON.
+        InvalidRequest: a field is missing, unknown or of the wrong type.
+    """
+    body = yield from top_level.sound(data)
+    large = len(data) > top_level.STEP_BYTES
+    if large:
+        yield
+    try:
+        fields = top_level.decode(_QUESTION, body, "the body")
+    except UnknownField as error:
+        # A missing id is told first.
+        identifier(top_level.text(top_level.decode(_FRAME, body, "").request_id, MAX_ID_BYTES))
+        raise InvalidRequest(
+            f"unknown field in payload: {error.param}", param=error.param
+        ) from None
+    if large:
+        yield
+    name = identifier(top_level.text(fields.request_id, MAX_ID_BYTES))
+    return _chat(name, fields, _original(data, body))
+
+
+def _original(data: bytes, body: bytes) -> bytes:
+    return b"" if body is data else hashlib.sha256(data).digest()
+
+
+def identifier(value: object) -> str:
+    """Check a request id: 1 to 256 printable characters.
+
+    Raises:
+        InvalidRequest: *value* is anything else.
+    """
+    if not isinstance(value, str) or not value:
+        raise InvalidRequest("request_id is required, a string", param="request_id")
+    if len(value) > MAX_ID_CHARACTERS or not value.isprintable():
+        raise InvalidRequest(
+            f"request_id must have at most {MAX_ID_CHARACTERS} printable characters",
+            param="request_id",
+        )
+    return value
+
+
+def event_number(value: object) -> int:
+    """Check the number of the last event that a client has; 0 if it has none.
+
+    Raises:
+        InvalidRequest: *value* is neither a whole number >= 0 nor a string of at most 18 digits.
+    """
+    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= 18:
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise InvalidRequest("last_event_id must be a number >= 0", param="last_event_id")
+    return value
+
+
+def _event_number(raw: Raw) -> int:
+    written = bytes(raw)
+    if len(written) > MAX_EVENT_NUMBER_BYTES:
+        return event_number(None)
+    try:
+        return event_number(orjson.loads(written))
+    except orjson.JSONDecodeError:
+        # A number that no float can hold.
+        return event_number(None)
+
+
+def _chat(request_id: str, fields: _Payload, original: bytes) -> Chat:
+    """Check the fields of a question.
+
+    Raises:
+        InvalidRequest: a field is missing, or of the wrong type.
+    """
+    text = None if top_level.null(fields.text) else bytes(fields.text)
+    messages = None if top_level.null(fields.messages) else bytes(fields.messages)
+    if (text is None) == (messages is None):
+        raise InvalidRequest("exactly one of text and messages is required", param="text")
+    if text is not None:
+        _expect(text.startswith(b'"'), "text must be a string", "text")
+        _expect(text != b'""', "text must not be empty", "text")
+    if messages is not None:
+        _expect(
+            _valid_messages(messages), "messages must be a list of objects with a role", "messages"
+        )
+    streaming = top_level.flag(fields.streaming)
+    _expect(
+        streaming is not None or top_level.null(fields.streaming),
+        "streaming must be true or false",
+        "streaming",
+    )
+    options = bytes(fields.options)
+    _expect(options.startswith(b"{"), "options must be an object", "options")
+    _expect(
+        bytes(memoryview(fields.metadata)[:1]) == b"{", "metadata must be an object", "metadata"
+    )
+    return Chat(
+        request_id=request_id,
+        text=text,
+        messages=messages,
+        streaming=streaming,
+        conversation_id=_name(fields.conversation_id, "conversation_id"),
+        provider=_name(fields.provider, "provider"),
+        model=_name(fields.model, "model"),
+        options=options,
+        option_names=_option_names(options),
+        original=original,
+    )
+
+
+def _valid_messages(messages: bytes) -> bool:
+    if not messages.startswith(b"["):
+        return False
+    if messages.count(b"{") > MAX_CHECKED_MESSAGES:
+        return True
+    try:
+        return bool(_MESSAGES.decode(messages))
+    except msgspec.ValidationError:
+        return False
+    except RecursionError:
+        raise InvalidJson("not JSON: nested too deeply") from None
+
+
+def _name(raw: Raw, name: str) -> str | None:
+    if top_level.null(raw):
+        return None
+    value = top_level.text(raw, MAX_ID_BYTES)
+    _expect(
+        value is not None and 0 < len(value) <= MAX_ID_CHARACTERS,
+        f"{name} must be a string of 1 to {MAX_ID_CHARACTERS} characters",
+        name,
+    )
+    return value
+
+
+def _option_names(options: bytes) -> frozenset[str]:
+    """Return which of the options with a default are set.
+
+    Raises:
+        InvalidRequest: the options have a key that is not the client's to set.
+    """
+    if options == b"{}":
+        return frozenset()
+    fields = top_level.decode(_OPTIONS, options, "options")
+    for name in RESERVED_OPTIONS:
+        if getattr(fields, name) is not ABSENT:
+            raise InvalidRequest(f"{name} cannot be set in options", param="options")
+    return frozenset(name for name in _DEFAULTED if getattr(fields, name) is not ABSENT)
+
+
+def _expect(holds: bool, message: str, param: str) -> None:
+    if not holds:
+        raise InvalidRequest(message, param=param)

@@ -1,0 +1,112 @@
+"""Web pages: what a page of another origin may not do, on any route."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.support.chat import until_status
+from tests.support.keys import bearer, code_of, keys_of
+from tests.support.raw import Raw
+from tests.support.server import ENDLESS
+from tests.support.waiting import until
+
+if TYPE_CHECKING:
+    from tests.support.server import MakeServer, RunningServer
+
+SAFE = {"GET", "HEAD", "OPTIONS", "TRACE"}
+WEB_PAGE = "https://page.example"
+PAGES = {"chat.websocket.allow_origins": [WEB_PAGE]}
+# A page elsewhere; a sandboxed frame or a file; a page on another port of this machine; no origins.
+FOREIGN = ("https://evil.example", "null", "http://127.0.0.1:1", "file://", "http://[", "x")
+
+
+def unsafe_routes(server: RunningServer) -> list[tuple[str, str]]:
+    """Method and path of each route that may change something."""
+    found = []
+    for route in server.app.router.routes():
+        assert route.resource is not None
+        if route.method not in SAFE:
+            method = "POST" if route.method == "*" else route.method
+            found.append((method, re.sub(r"\{[^}]+\}", "x", route.resource.canonical)))
+    return found
+
+
+async def status_of(
+    server: RunningServer, method: str, path: str, headers: dict[str, str]
+) -> tuple[int, str]:
+    """Status, and the code of our error body."""
+    async with server.session.request(method, server.base + path, headers=headers) as response:
+        return response.status, await code_of(response) if response.status >= 400 else ""
+
+
+@pytest.mark.parametrize("changes", [{}, keys_of("web", "root")])
+async def test_no_route_lets_a_foreign_page_change_anything(
+    make_server: MakeServer, changes: dict[str, Any]
+) -> None:
+    server = await make_server(**PAGES, **changes)
+    table = unsafe_routes(server)
+    key = bearer("root") if changes else {}
+
+    assert {("POST", "/v1/responses/x/cancel"), ("DELETE", "/session")} < set(table)
+    for method, path in table:
+        for origin in FOREIGN:
+            refused = await status_of(server, method, path, {"Origin": origin, **key})
+            assert refused == (403, "origin_not_allowed"), f"{method} {path} from {origin}"
+        for page in ({}, {"Origin": server.base}, {"Origin": WEB_PAGE}):
+            assert (await status_of(server, method, path, {**page, **key}))[0] != 403, path
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "PATCH", "DELETE", "MOVE"])
+async def test_a_foreign_page_is_refused_on_paths_that_are_not_there(
+    make_server: MakeServer, method: str
+) -> None:
+    server = await make_server(**PAGES)
+
+    for path in ("/nothing", "/v1/nothing", "/stats"):
+        refused = await status_of(server, method, path, {"Origin": FOREIGN[0]})
+        assert refused == (403, "origin_not_allowed")
+        assert (await status_of(server, method, path, {"Origin": WEB_PAGE}))[0] in {404, 405}
+
+
+async def test_every_page_may_change_something_where_every_page_may_connect(
+    make_server: MakeServer,
+) -> None:
+    server = await make_server(**{"chat.websocket.allow_origins": ["*"]})
+
+    for origin in FOREIGN:
+        found = await status_of(server, "DELETE", "/sse/chat/x", {"Origin": origin})
+        assert found == (404, "stream_not_found")
+
+
+@pytest.mark.parametrize("method", ["POST", "DELETE"])
+async def test_a_foreign_page_ends_no_answer(make_server: MakeServer, method: str) -> None:
+    server = await make_server(ENDLESS, **PAGES)
+    path = "/sse/chat/r" if method == "DELETE" else "/v1/responses/r/cancel"
+    async with server.connect() as ws:
+        await ws.send_json({"action": "chat", "request_id": "r", "payload": {"text": "Hello"}})
+        await until_status(ws, "chunk")
+        refused = await status_of(server, method, path, {"Origin": FOREIGN[0]})
+        await until_status(ws, "chunk")
+        running = server.held()["running"]
+
+        await ws.send_json({"action": "cancel", "request_id": "r"})
+        await until_status(ws, "cancelled")
+
+    assert refused == (403, "origin_not_allowed")
+    assert running == 1
+    await until(lambda: server.held()["running"] == 0)
+
+
+async def test_a_handshake_of_a_foreign_page_is_refused_before_its_key(
+    make_server: MakeServer,
+) -> None:
+    server = await make_server(**keys_of("web"), **PAGES)
+
+    for origin in (*FOREIGN, "https://page.example.evil.example"):
+        async with Raw(server) as raw:
+            assert (await raw.upgrade(f"Origin: {origin}")).status == 403
+    async with Raw(server) as raw:
+        assert (await raw.upgrade(f"Origin: {WEB_PAGE}")).status == 401

@@ -1,0 +1,154 @@
+"""A body with a model: what is read of it, and that nothing but the value of `model` is ever replaced."""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import Any
+
+import pytest
+
+from aioserver.errors import InvalidRequest
+from aioserver.protocol import model_body
+from aioserver.protocol.model_body import ModelBody
+
+
+def body(text: str) -> ModelBody:
+    return ModelBody(text.encode())
+
+
+def test_what_is_read() -> None:
+    parsed = body(
+        '{"model":"m","stream":true,"user":"u","store":true,"background":false,"x":[{"model":1}]}'
+    )
+
+    assert (parsed.model, parsed.streamed, parsed.user) == ("m", True, "u")
+    assert (parsed.stored, parsed.background) == (True, False)
+
+
+def test_what_is_absent_or_null_is_not_set() -> None:
+    for text in (
+        "{}",
+        '{"model":null,"stream":null,"user":null,"store":null}',
+        '{"user":{"a":1}}',
+    ):
+        parsed = body(text)
+
+        assert (parsed.model, parsed.streamed, parsed.user) == (None, False, None)
+        assert not parsed.stored
+
+
+@pytest.mark.parametrize(
+    ("text", "param"),
+    [
+        *(('{"model":7}', "model"), ('{"model":""}', "model"), ('{"model":["a"]}', "model")),
+        *(
+            ('{"stream":1}', "stream"),
+            ('{"stream":"true"}', "stream"),
+            ('{"stream":[]}', "stream"),
+        ),
+        (f'{{"model":"{"x" * 4095}"}}', "model"),
+        ("[]", None),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_a_wrong_field_is_named(text: str, param: str | None) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        body(text)
+    assert caught.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("{}", '{"model":"new"}'),
+        (" { } ", ' { "model":"new"} '),
+        ('{ "a" : 1 }', '{ "model":"new","a" : 1 }'),
+        ('{"model":null}', '{"model":"new"}'),
+        ('{"a":1, "model" :\t"groq" , "b":2.50}', '{"a":1, "model" :\t"new" , "b":2.50}'),
+        (r'{"model":"gr\u006fq"}', '{"model":"new"}'),
+        # The last of several keys is the one that is read, however it is written.
+        ('{"model":"x","model":"groq"}', '{"model":"x","model":"new"}'),
+        ('{"model":"groq","model":"groq"}', '{"model":"groq","model":"new"}'),
+        (r'{"model":"groq","mod\u0065l":"groq"}', r'{"model":"groq","mod\u0065l":"new"}'),
+        (
+            r'{"\u006dod\u0065l":"groq","model":"groq"}',
+            r'{"\u006dod\u0065l":"groq","model":"new"}',
+        ),
+        (r'{"\u006Dodel":"groq"}', r'{"\u006Dodel":"new"}'),
+        # The same on other levels, and in texts.
+        ('{"a":{"model":"groq"},"model":"groq"}', '{"a":{"model":"groq"},"model":"new"}'),
+        ('{"model":"groq","a":[{"model":"groq"}]}', '{"model":"new","a":[{"model":"groq"}]}'),
+        (
+            r'{"a":"\"model\":\"groq\"","model":"groq"}',
+            r'{"a":"\"model\":\"groq\"","model":"new"}',
+        ),
+        ('{"a":"model","model":"groq"}', '{"a":"model","model":"new"}'),
+        ('{"a":{"model":"b"},"model":"groq"}', '{"a":{"model":"b"},"model":"new"}'),
+        (
+            r'{"mod\u0065l":"groq","a":{"model":"groq"}}',
+            r'{"mod\u0065l":"new","a":{"model":"groq"}}',
+        ),
+        (r'{"mod\u0065l":"groq","a":"model"}', r'{"mod\u0065l":"new","a":"model"}'),
+    ],
+)
+def test_only_the_value_of_the_model_that_was_read_is_replaced(text: str, expected: str) -> None:
+    parsed = body(text)
+
+    assert parsed.with_model("new") == expected.encode()
+    # And again for the next provider.
+    assert parsed.with_model('n"é') == expected.replace('"new"', r'"n\"é"').encode()
+    assert parsed.data == text.encode()
+
+
+def random_body(dice: random.Random, depth: int) -> str:
+    """Write an object with keys and values that are easily mistaken for the model."""
+    keys = ['"model"', r'"mod\u0065l"', '"a"', r'"\"model"']
+
+    def value() -> str:
+        choice = dice.randrange(8)
+        if choice == 0 and depth:
+            return random_body(dice, depth - 1)
+        if choice == 1 and depth:
+            return f"[{random_body(dice, depth - 1)}, 1]"
+        return dice.choice(['"groq"', r'"gr\u006fq"', '"model"', r'"\"model\":\"groq\""'])
+
+    space = dice.choice(["", " ", "\n\t"])
+    fields = [f"{dice.choice(keys)}{space}:{space}{value()}" for _ in range(dice.randrange(5))]
+    return f"{space}{{{space}{f'{space},{space}'.join(fields)}}}"
+
+
+def test_any_body_is_read_afterwards_as_with_another_model() -> None:
+    dice = random.Random(14)
+    seen = 0
+    for _ in range(4000):
+        text = random_body(dice, 2)
+        expected: dict[str, Any] = json.loads(text)
+        if not isinstance(expected.get("model", ""), str):
+            continue
+        seen += 1
+
+        replaced = body(text).with_model("new").decode()
+
+        assert json.loads(replaced) == expected | {"model": "new"}, text
+        if "model" in expected:
+            written = json.JSONDecoder(object_pairs_hook=list).decode
+            before, after = written(text), written(replaced)
+            changed = [index for index, pair in enumerate(before) if pair != after[index]]
+            last = max(index for index, pair in enumerate(before) if pair[0] == "model")
+            assert changed == [last], text
+    assert seen > 1000
+
+
+@pytest.mark.parametrize("surplus", [0, 1])
+def test_more_keys_than_can_be_told_apart_are_refused(surplus: int) -> None:
+    nested = '{"model":"groq"},' * (model_body.MAX_MODEL_KEYS - 1 + surplus)
+    parsed = body(f'{{"x":[{nested}1],"model":"groq"}}')
+
+    if surplus:
+        with pytest.raises(InvalidRequest, match="more than 10000"):
+            parsed.with_model("new")
+        # Where nothing is replaced, nothing is refused.
+        assert parsed.data.endswith(b'"groq"}')
+    else:
+        assert parsed.with_model("new") == parsed.data[:-7] + b'"new"}'

@@ -1,0 +1,176 @@
+"""The top level of a body: what is refused, what is replaced, and how much is done in one step."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import tracemalloc
+from typing import TYPE_CHECKING
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from msgspec import Raw
+
+from aioserver.errors import InvalidJson, InvalidRequest
+from aioserver.protocol import client_frames, model_body, top_level
+from aioserver.protocol.top_level import ABSENT, NotUtf8, UnknownField, at_once
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+
+MIB = 1 << 20
+
+
+class Thing(msgspec.Struct, forbid_unknown_fields=True):
+    a: Raw = ABSENT
+
+
+THING = msgspec.json.Decoder(Thing)
+# What a body may have in one string, and cuts of it.
+TOKENS = (
+    *(rb"\ud83d", rb"\ude00", rb"\uD83D", rb"\uDE00", rb"\\", rb"\n", b"a", b"ud83d"),
+    *("é".encode(), rb"\u0041", rb"\"", rb"\ufffd"),
+)
+
+
+def by_one(body: bytes) -> bytes:
+    """Replace lone surrogates escape by escape."""
+
+    def replaced(match: re.Match[bytes]) -> bytes:
+        escape = match[0]
+        lone = len(escape) == 6 and escape[2:3] in b"dD" and escape[3:4] in b"89abABcdefCDEF"
+        return rb"\ufffd" if lone else escape
+
+    pair = rb"\\u[dD][89abAB]..\\u[dD][c-fC-F].."
+    return re.sub(pair + rb"|\\u....|\\.", replaced, body, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("piece", [32, 33, 40, 1 << 18])
+def test_only_lone_surrogates_are_replaced_wherever_a_piece_ends(
+    piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(top_level, "PIECE_BYTES", piece)
+    dice = random.Random(piece)
+    for _ in range(3000):
+        body = b"".join(dice.choices(TOKENS, k=dice.randrange(1, 40)))
+
+        assert at_once(top_level.sound(body)) == by_one(body), body
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.text(st.characters(codec=None), max_size=30))
+def test_what_is_passed_on_is_what_any_reader_reads(text: str) -> None:
+    body = json.dumps([text]).encode()
+
+    read = json.loads(at_once(top_level.sound(body)))[0]
+
+    # `json` joins halves that stand side by side, and leaves lone ones.
+    expected = json.loads(body)[0]
+    assert read == re.sub("[\ud800-\udfff]", "\ufffd", expected)
+
+
+def test_a_body_without_lone_surrogates_is_itself() -> None:
+    for body in (b"{}", "é😀".encode(), rb'"\ud83d\ude00"', rb'"\\ud83d"'):
+        assert at_once(top_level.sound(body)) is body
+
+
+@pytest.mark.parametrize("step", [4, 5, 7, MIB])
+def test_utf8_is_checked_across_steps(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(top_level, "STEP_BYTES", step)
+    good = "aé€😀".encode() * 5
+
+    assert at_once(top_level.sound(good)) is good
+    for bad in (good + b"\xff", good[:-1], b"\xed\xa0\x80", b"\xc0\x80" + good):
+        with pytest.raises(NotUtf8):
+            at_once(top_level.sound(bad))
+
+
+def test_a_nul_is_no_json() -> None:
+    with pytest.raises(InvalidJson):
+        at_once(top_level.sound(b'"\\ud800\0"'))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        *(b"", b"{", b"nul", b'{"a":NaN}', b'{"x":Infinity}', b'{"a":-Infinity}', b'{"a":01}'),
+        *(b'{"a":1,}', b'{"a":[1,]}', b'{"a":1}}', b'{"a":"\n"}', b'{"a":"\\x"}', b"[1"),
+        *(b'\xef\xbb\xbf{"a":1}', b"[" * 100_000, b'{"x":' * 100_000, b'{"x":1, "b":tru}'),
+        b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        b'{"x":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    ],
+    ids=lambda body: repr(body[:20]),
+)
+def test_what_is_no_json_is_refused_wherever_it_is(body: bytes) -> None:
+    with pytest.raises(InvalidJson, match="not JSON"):
+        top_level.decode(THING, body, "the body")
+
+
+def test_json_of_another_shape_is_an_invalid_request() -> None:
+    for body in (b"[]", b"1", b'"a"', b"null", b"1e999", b"1" * 5000):
+        with pytest.raises(InvalidRequest, match="the body must be a JSON object"):
+            top_level.decode(THING, body, "the body")
+    with pytest.raises(UnknownField, match="unknown field in the body: b") as caught:
+        top_level.decode(THING, b'{"a":1,"b":2}', "the body")
+    assert caught.value.param == "b"
+    with pytest.raises(UnknownField) as caught:
+        top_level.decode(THING, b'{"%b":2}' % (b"x" * 100_000), "the body")
+    assert caught.value.param == "x" * 64
+
+
+def test_the_last_of_several_keys_counts_however_it_is_written() -> None:
+    fields = top_level.decode(THING, rb'{"a":1,"\u0061":2,"a":3,"\u0061":4}', "the body")
+
+    assert bytes(fields.a) == b"4"
+
+
+# Work and memory.
+
+
+HOSTILE = {
+    "objects": b"{}," * (MIB * 16 // 3),
+    "lists": b"[]," * (MIB * 16 // 3),
+    "numbers": b"1," * (MIB * 16 // 2),
+    "keys": b'{"a":1},' * (MIB * 16 // 8),
+    "lone surrogates": b'"' + rb"\ud83d" * (MIB * 16 // 6) + b'",',
+    "text": b'"' + "😀é".encode() * (MIB * 16 // 6) + b'",',
+}
+
+
+def model_of(filling: bytes) -> Generator[None, None, object]:
+    return model_body.reading(b'{"model":"m","x":[' + filling + b"0]}")
+
+
+def chat_of(filling: bytes) -> Generator[None, None, object]:
+    return client_frames.parsing(
+        b'{"action":"chat","request_id":"r","payload":{"messages":[{"role":"user","x":['
+        + filling
+        + b"0]}]}}"
+    )
+
+
+@pytest.mark.parametrize("steps_of", [model_of, chat_of])
+@pytest.mark.parametrize("filling", HOSTILE)
+def test_a_body_of_16_mib_costs_less_than_ten_times_its_bytes(
+    steps_of: Callable[[bytes], Generator[None, None, object]], filling: str
+) -> None:
+    steps = steps_of(HOSTILE[filling])
+    tracemalloc.start()
+    try:
+        at_once(steps)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    # The body itself is there already.
+    assert peak < 5 * 16 * MIB
+
+
+@pytest.mark.parametrize("filling", ["lone surrogates", "text"])
+def test_a_large_body_is_checked_in_steps(filling: str) -> None:
+    steps = top_level.sound(HOSTILE[filling])
+
+    assert sum(1 for _ in steps) >= 15
