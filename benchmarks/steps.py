@@ -204,7 +204,8 @@ def large(bench: Bench, server: Server, load: Load) -> Result:
     found = faults(alone) + faults(result)
     if not seen["answered"] or seen["answered"] < seen["sent"]:
         found.append(f"{seen['answered']} of {seen['sent']} large bodies were answered")
-    waits = {name: result[name] for name in ("gap_p99_ms", "gap_max_ms")}
+    names = ("gap_p99_ms", "gap_max_ms", "foreign_share", "provider_late_p99_ms")
+    waits = {name: result[name] for name in names}
     note = (
         f"the longest gap was {alone['gap_max_ms']:.0f} ms without the large bodies; the slowest of "
         f"{seen['sent']} of them took {seen['slowest']:.1f} s"

@@ -35,6 +35,7 @@ TABLE = {
     414: {"uri_too_long"},
     415: {"unsupported_media_type"},
     417: {"expectation_failed"},
+    426: {"upgrade_required"},
     429: {"rate_limit_exceeded", "concurrency_exceeded", "provider_rate_limited"},
     431: {"headers_too_large"},
     500: {"internal_error"},

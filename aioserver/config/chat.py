@@ -255,8 +255,8 @@ class Streams:
     )
     max_kept_bytes: int = setting(
         size,
-        "bytes kept of all answers together; beyond: the oldest finished answers are dropped, "
-        "then new requests get 503",
+        "bytes kept of all answers together, all that belongs to them counted; beyond: the oldest "
+        "finished answers are dropped, then readers that are behind, then new requests get 503",
         2**28,
     )
     max_detached: int = setting(

@@ -4,7 +4,7 @@ Admission has two steps. *Prepare*: the handshake is done, or the body is read u
 found valid, so that a slow upload holds no place. *Enter*: a request gets a place at once below
 `max_connections`, and at the limit in the order of arrival. At most `connection_queue_size` wait, and
 none longer than `queue_timeout`; past either bound the face refuses in its own way. Every way out of a handler gives
-the place back, once.
+the place back, once, and not before its response is in the kernel.
 
 An HTTP handler waits in its own task, which is cancelled when the client leaves (`counted`). A
 WebSocket has to go on reading while it waits, so it waits in a task of its own (`SocketPlace`).
@@ -14,13 +14,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Self, TypeVar
 
 from aioserver.auth.callers import CALLER
 from aioserver.errors import AioserverError, ConcurrencyExceeded, ServerAtCapacity
+from aioserver.faces import whole
+from aioserver.faces.http import Request, error_response
 from aioserver.faces.idle_sockets import IdleSockets
 from aioserver.limits.gate import Gate, Place
+from aioserver.provider_errors import ProviderFault
 from aioserver.telemetry.logs import RateLimit
 
 if TYPE_CHECKING:
@@ -46,7 +50,7 @@ class Admission:
     Always: `body_bytes <= max_body_bytes`.
     """
 
-    def __init__(self, limits: Concurrency, metrics: Metrics) -> None:
+    def __init__(self, limits: Concurrency, metrics: Metrics, send_timeout: float) -> None:
         self.metrics = metrics
         self._entered = metrics.admission_wait["entered"]
         self.gate = Gate(
@@ -62,13 +66,15 @@ class Admission:
             waiting=lambda: self.gate.waiting,
         )
         self.refused_closing = 0
+        # Seconds without progress after which a client is dropped that does not read its response.
+        self.send_timeout = send_timeout
         self._limits = limits
         self._body_bytes = 0
         self._lines = RateLimit(LINES_PER_SECOND)
 
-    def apply(self, limits: Concurrency) -> None:
+    def apply(self, limits: Concurrency, send_timeout: float) -> None:
         """Use new limits. Connections that have a place keep it; those that wait keep their deadline."""
-        self._limits = limits
+        self._limits, self.send_timeout = limits, send_timeout
         self.gate.apply(
             limits.max_connections,
             queue_size=limits.connection_queue_size,
@@ -292,7 +298,18 @@ def counted(
             admission.opened(face, caller)
             try:
                 with place:
-                    return await serve(request, prepared)
+                    try:
+                        response = await serve(request, prepared)
+                    except ProviderFault as fault:
+                        started = isinstance(request, Request) and request.started
+                        if not fault.provider or started:
+                            raise
+                        # Counted with its record, and as large as the provider likes.
+                        response = error_response(fault)
+                    if not response.prepared:
+                        drop = partial(admission.dropped, face)
+                        await whole.write(request, response, admission.send_timeout, drop)
+                    return response
             finally:
                 admission.closed(face, caller=caller)
 

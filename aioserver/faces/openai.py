@@ -23,10 +23,11 @@ from aioserver.faces.admission import counted
 from aioserver.faces.intake import in_turns, read_body
 from aioserver.faces.ready import ReadyResponse, ReadyStream, fits
 from aioserver.faces.streaming import follow
+from aioserver.faces.whole import write
 from aioserver.gateway.router import Request
 from aioserver.protocol import model_body
 from aioserver.protocol.client_frames import MAX_ID_CHARACTERS
-from aioserver.protocol.responses import ResponseErrors
+from aioserver.protocol.responses import ResponseEvents
 from aioserver.providers.request import ProviderRequest
 from aioserver.streams.cursor import ConditionReader
 from aioserver.streams.formats import RAW
@@ -129,12 +130,23 @@ async def serve(context: Context, request: web.Request, prepared: Request) -> we
         stream = gateway.relay(prepared)
         details = stream.details
         if prepared.provider_request.path == "responses" and details.error_format is None:
-            details.error_format = ResponseErrors()
+            details.error_format = ResponseEvents()
         return await follow_stream(context, request, stream)
-    return _whole(request, await gateway.call(prepared))
+    with gateway.hold() as held:
+        prepared.provider_request.answer_bytes = held
+        response = whole(request, await gateway.call(prepared))
+        # Within the `with`: a client that reads slowly keeps the answer in memory.
+        await write(
+            request,
+            response,
+            context.settings.chat.streams.send_timeout,
+            partial(context.admission.dropped, "openai"),
+        )
+        return response
 
 
-def _whole(request: web.Request, answer: Answer) -> web.StreamResponse:
+def whole(request: web.Request, answer: Answer) -> web.StreamResponse:
+    """Return *answer*, which was not streamed, as a response."""
     headers = {
         "x-aioserver-provider": answer.provider,
         "x-aioserver-attempts": str(answer.attempts),
@@ -207,7 +219,7 @@ async def model(context: Context, request: web.Request) -> web.Response:
         ModelNotFound, NoProvider: a request for this model is refused, too.
     """
     name = request.match_info["id"]
-    return web.json_response(_model(name, context.router.route(name).provider.name))
+    return web.json_response(_model(name, context.router.route(name).provider.settings))
 
 
 def _models(context: Context) -> Iterator[dict[str, Any]]:
@@ -215,10 +227,12 @@ def _models(context: Context) -> Iterator[dict[str, Any]]:
         configured = provider.settings
         if not configured.usable:
             continue
-        yield _model(owner, owner)
+        yield _model(owner, configured)
         for name in dict.fromkeys((configured.model, *configured.models)):
-            yield _model(f"{owner}/{name}", owner)
+            yield _model(f"{owner}/{name}", configured)
 
 
-def _model(name: str, owner: str) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": 0, "owned_by": owner}
+def _model(name: str, provider: settings.Provider) -> dict[str, Any]:
+    entry = {"id": name, "object": "model", "created": 0, "owned_by": provider.name}
+    # No field of OpenAI's: with it the chat page says that no real model answers.
+    return {**entry, "simulated": True} if provider.simulated else entry

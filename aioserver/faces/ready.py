@@ -18,7 +18,7 @@ from aiohttp.http import HttpVersion11
 from aioserver.faces.http import SERVER, last_on_connection, request_id
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from aiohttp.abc import AbstractStreamWriter
 
@@ -63,22 +63,36 @@ class ReadyResponse(web.StreamResponse):
         self._ready = body, headers
 
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
-        """Write the whole response.
+        """Write the whole response, unless `pieces` were written.
 
         Raises:
             ConnectionResetError: the client has left.
         """
+        if self._eof_sent:
+            return None
         transport = request.transport
         if transport is None or transport.is_closing():
             raise ConnectionResetError("the client has left")
-        body, headers = self._ready
-        transport.write(_head(request, headers, "Content-Length", len(body)) + body)
-        self._keep_alive = True
-        self._eof_sent = True
-        self._body_length = len(body)
+        for piece in self.pieces(request):
+            transport.write(piece)
         if transport.get_write_buffer_size() > HIGH_WATER:
             await request.writer.drain()
         return None
+
+    def pieces(self, request: web.BaseRequest) -> Iterator[bytes | memoryview]:
+        """Yield the bytes of the response, HIGH_WATER of the body at most in each piece."""
+        body, headers = self._ready
+        self._keep_alive = True
+        self._eof_sent = True
+        self._body_length = len(body)
+        head = _head(request, headers, "Content-Length", len(body))
+        if len(body) <= HIGH_WATER:
+            yield head + body
+            return
+        view = memoryview(body)
+        yield head + view[:HIGH_WATER]
+        for start in range(HIGH_WATER, len(body), HIGH_WATER):
+            yield view[start : start + HIGH_WATER]
 
     async def write_eof(self, data: bytes = b"") -> None:
         """Do nothing: `prepare` has written the whole response."""

@@ -18,13 +18,11 @@ from aioserver.auth.callers import CALLER
 from aioserver.errors import InvalidRequest, ResumeGap, StreamNotFound
 from aioserver.faces import openai
 from aioserver.faces.admission import counted
-from aioserver.protocol import eventstream
+from aioserver.protocol.responses import ResponseEvents
 from aioserver.providers.request import Answer
 from aioserver.streams.entries import COMPLETE
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from aioserver.faces.admission import BodyHold
     from aioserver.faces.context import Context
     from aioserver.streams.stream import Stream
@@ -77,12 +75,16 @@ async def retrieve(
     stream, after = position
     if after is not None:
         return await openai.follow_stream(context, request, stream, after)
+    if (answer := _whole(stream)) is not None:
+        return openai.whole(request, answer)
     return web.json_response(newest(stream), dumps=_text)
 
 
-async def cancel(context: Context, request: web.Request) -> web.Response:
+async def cancel(context: Context, request: web.Request) -> web.StreamResponse:
     """Answer `POST /v1/responses/{id}/cancel`. A response that has ended stays as it is."""
     stream = context.gateway.cancel(request[CALLER], find(context, request).request_id)
+    if (answer := _whole(stream)) is not None:
+        return openai.whole(request, answer)
     response = newest(stream)
     if stream.end_status != COMPLETE:
         response["status"] = "cancelled"
@@ -108,48 +110,37 @@ def event_of(stream: Stream, sequence: int) -> int:
     Raises:
         ResumeGap: events after *sequence* are no longer kept, or it does not exist yet.
     """
-    previous: int | None = None
-    for number, event in _events(stream):
-        current = event.get("sequence_number")
-        if not isinstance(current, int):
-            continue
-        if current > sequence:
-            if previous is None and current > sequence + 1 and stream.offset:
-                raise ResumeGap(f"events behind {sequence} are no longer kept")
-            return number - 1
-        previous = current
-    if previous is None or previous < sequence:
+    events = _remembered(stream)
+    number = None if events is None else events.event_before(sequence, stream.last)
+    if number is None:
         raise ResumeGap(f"event {sequence} does not exist yet")
-    return stream.last
+    # Raises if the events after it are no longer kept.
+    stream.locate(number)
+    return number
 
 
 def newest(stream: Stream) -> dict[str, Any]:
     """Return the response object that the provider sent last.
 
     Raises:
-        StreamNotFound: no event with a response is kept, or *stream* is no response.
+        StreamNotFound: no event had a response, or *stream* is no response.
     """
-    response: dict[str, Any] | None = None
-    if isinstance(stream.details.whole, Answer):
-        response = orjson.loads(stream.details.whole.body)
-    for _, event in _events(stream):
-        if isinstance(event.get("response"), dict):
-            response = event["response"]
+    events = _remembered(stream)
+    response = None if events is None else events.response
     if response is None:
         raise StreamNotFound(NOT_FOUND)
     return response
 
 
-def _events(stream: Stream) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the provider's events that are kept, each with its number in the log."""
-    for entry in stream.entries:
-        for number, event in enumerate(eventstream.parse(entry.data), entry.first):
-            try:
-                fields = orjson.loads(event.data)
-            except orjson.JSONDecodeError:
-                continue
-            if isinstance(fields, dict):
-                yield number, fields
+def _whole(stream: Stream) -> Answer | None:
+    """Return the response if it was not streamed."""
+    whole = stream.details.whole
+    return whole if isinstance(whole, Answer) else None
+
+
+def _remembered(stream: Stream) -> ResponseEvents | None:
+    events = stream.details.error_format
+    return events if isinstance(events, ResponseEvents) else None
 
 
 def _text(value: object) -> str:

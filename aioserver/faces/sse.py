@@ -207,14 +207,8 @@ async def listing(context: Context, request: web.Request) -> web.Response:
             "readers": len(stream.readers),
         }
         for stream in context.gateway.streams_of(caller)
-        if _same_flow(stream, caller)
     ]
     return web.json_response({"streams": own})
-
-
-def _same_flow(stream: Stream, caller: Caller) -> bool:
-    owner: Any = stream.caller
-    return bool(owner.flow == caller.flow)
 
 
 async def cancel(context: Context, request: web.Request) -> web.Response:

@@ -21,10 +21,10 @@ from aioserver.errors import (
     AioserverError,
     InvalidApiKey,
     RequestConflict,
-    ServerShutdown,
     StreamNotFound,
     public,
 )
+from aioserver.gateway.calls import Calls, shutdown_error
 from aioserver.gateway.prompts import Prompts
 from aioserver.gateway.router import Request
 from aioserver.limits.quota import REVOKED
@@ -32,7 +32,7 @@ from aioserver.protocol.openai import final_response
 from aioserver.provider_errors import ProviderDisconnected
 from aioserver.providers.request import Answer
 from aioserver.streams.cursor import ConditionReader
-from aioserver.streams.entries import CANCELLED, CHUNK, COMPLETE, ERROR
+from aioserver.streams.entries import CANCELLED, COMPLETE, ERROR
 from aioserver.streams.lifetime import Lifetime
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from aioserver.gateway.router import Router
     from aioserver.protocol.client_frames import Chat
     from aioserver.providers.request import Hold
-    from aioserver.streams.store import StreamStore
+    from aioserver.streams.store import HeldBytes, StreamStore
     from aioserver.streams.stream import Stream
     from aioserver.telemetry.request_log import RequestLog
 
@@ -76,10 +76,10 @@ class Gateway:
         self._loop = asyncio.get_running_loop()
         self._producers: dict[asyncio.Task[None], Stream] = {}
         self._tasks: dict[Stream, asyncio.Task[None]] = {}
-        # The tasks of handlers that wait for an answer without a log.
-        self._calls: set[asyncio.Task[Any]] = set()
+        # Answers without a log.
+        self._calls = Calls(router, request_log)
         self._stopping = False
-        self.lifetime = Lifetime(streams, bounds, self._cancel_producer)
+        self.lifetime = Lifetime(streams, bounds, self._cancel_producer, router.waiting)
         self.apply(service, bounds)
 
     def apply(self, service: settings.Service, bounds: settings.Streams) -> None:
@@ -93,7 +93,7 @@ class Gateway:
     @property
     def running(self) -> int:
         """The number of answers that have not ended, streamed or not."""
-        return len(self._producers) + len(self._calls)
+        return len(self._producers) + self._calls.running
 
     def ask(
         self,
@@ -141,6 +141,10 @@ class Gateway:
         self._start_producer(stream, request, self._router.fill(request, stream))
         return stream
 
+    def hold(self) -> HeldBytes:
+        """Return a count of the bytes of an answer that no log keeps, for `call`."""
+        return self._streams.hold()
+
     async def call(self, request: Request) -> Answer:
         """Return the answer to a *request* that is not streamed.
 
@@ -155,9 +159,9 @@ class Gateway:
         self._check_running()
         if not request.resumable:
             if request.caller.quota is None:
-                return await self._call_alone(request)
+                return await self._calls.answer(request)
             with request.caller.quota.used():
-                return await self._call_alone(request)
+                return await self._calls.answer(request)
         stream = self._existing(request)
         if stream is None:
             stream = self._open(request)
@@ -229,10 +233,7 @@ class Gateway:
         for task in tasks:
             self._producers[task].attachment.cancel_reason = shutdown_error()
             task.cancel()
-        calls, self._calls = self._calls, set()
-        for call in calls:
-            # `_call_alone` raises `ServerShutdown` for this cancellation.
-            call.cancel()
+        self._calls.close()
         if tasks:
             await asyncio.wait(tasks)
             await asyncio.sleep(0)  # the tasks' done callbacks run
@@ -290,34 +291,9 @@ class Gateway:
         stream.details.path = request.provider_request.path
         stream.record = request.begin_record(self._request_log)
         stream.attachment.request = request.provider_request
+        stream.attachment.held = request.provider_request.answer_bytes = self._streams.hold()
         request.provider_request.outlive_handler()
         return stream
-
-    async def _call_alone(self, request: Request) -> Answer:
-        """Return an answer that no log keeps."""
-        record = request.begin_record(self._request_log)
-        task: asyncio.Task[Any] | None = asyncio.current_task()
-        assert task is not None
-        self._calls.add(task)
-        try:
-            answer = await self._router.call(request)
-        except asyncio.CancelledError:
-            if task not in self._calls and not task.uncancel():
-                # Only `close` has cancelled this task.
-                shutdown = shutdown_error()
-                self._request_log.finish(record, shutdown)
-                raise shutdown from None
-            record.abandoned = True
-            self._request_log.finish(record, None, cancelled=True)
-            raise
-        except Exception as exc:
-            self._request_log.finish(record, exc)
-            raise
-        finally:
-            self._calls.discard(task)
-        record.usage = answer.usage
-        self._request_log.finish(record, None)
-        return answer
 
     def _start_producer(
         self, stream: Stream, request: Request, producer: Coroutine[Any, Any, None]
@@ -343,15 +319,14 @@ class Gateway:
     async def _produce_whole(self, request: Request, stream: Stream) -> None:
         """Produce an answer that is not streamed, and keep it in *stream*."""
         answer = await self._router.call(request, stream)
-        stream.details.whole = answer
-        stream.details.usage = answer.usage
-        if len(answer.body) > self._bounds.max_stream_bytes:
-            # The log drops the entry, which is too large for it, but `whole` stays.
-            stream.count_extra_bytes(len(answer.body))
+        stream.details.usage, answer.usage = answer.usage, None
         stream.details.provider = answer.provider
         if request.stored and (response_id := final_response(answer.body)) is not None:
             stream.add_alias(response_id)
-        stream.append(CHUNK, data=answer.body)
+        if stream.attachment.held is not None:
+            # From here on the stream counts it.
+            stream.attachment.held.release()
+        stream.append_whole(answer, answer.body)
         stream.end(COMPLETE, {"metadata": {"provider": answer.provider}})
 
     def _settle(self, task: asyncio.Task[None]) -> None:
@@ -365,6 +340,8 @@ class Gateway:
         owner: Any = stream.caller
         if owner.quota is not None:
             owner.quota.give_back()
+        if stream.attachment.held is not None:
+            stream.attachment.held.release()
         fault = None if task.cancelled() else task.exception()
         if stream.ended:
             pass
@@ -387,13 +364,10 @@ class Gateway:
         record.usage = stream.details.usage
         record.abandoned = stream.attachment.abandoned
         self._request_log.finish(record, stream.error, cancelled=stream.end_status == CANCELLED)
+        # The stream is kept for its window; the provider's objects are needed no longer.
+        record.usage = stream.details.usage = None
 
     def _cancel_producer(self, stream: Stream) -> None:
         task = self._tasks.get(stream)
         if task is not None and not stream.ended:
             task.cancel()
-
-
-def shutdown_error() -> ServerShutdown:
-    """Return a new error for a request that cannot be served any more."""
-    return ServerShutdown("the server is stopping", retry_after=5.0)

@@ -176,6 +176,11 @@ class Router:
             return Route(self._named(prefix), rest, renamed=True, pinned=True)
         return Route(self._usable_active(), model, renamed=False, pinned=False)
 
+    def waiting(self, provider: str) -> int:
+        """Return how many requests wait at *provider* for a place that others hold."""
+        asked = self._providers.get(provider)
+        return 0 if asked is None else asked.waiting
+
     async def fill(self, request: Request, stream: Stream) -> None:
         """Fill *stream* from the first provider that starts to answer.
 

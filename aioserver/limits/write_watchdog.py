@@ -10,6 +10,7 @@ while a write is blocked.
 from __future__ import annotations
 
 import socket
+import struct
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -64,6 +65,15 @@ class WriteWatchdog:
             self._alarm()
         else:
             self._handle = self._loop.call_later(self._period, self._look)
+
+
+def reset(transport: asyncio.Transport) -> None:
+    """Reset the connection, whatever is still to be written."""
+    sock = transport.get_extra_info("socket")
+    if sock is not None and not transport.is_closing():
+        # A reset: otherwise the kernel would keep its bytes for a peer that reads nothing.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    transport.abort()
 
 
 def kernel_aborts(transport: asyncio.Transport) -> bool:

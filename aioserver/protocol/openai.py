@@ -22,6 +22,14 @@ REASONING = b'{"type":"reasoning","data":%b,"metadata":{}}'
 TOOL_CALLS = b'{"type":"tool_calls","data":%b,"metadata":{}}'
 
 
+# Bytes of a text's Python object, and of its place in a list.
+TEXT_OVERHEAD = 64
+# Bytes of a usage as JSON; of a larger one only the counts are kept.
+MAX_USAGE_BYTES = 16_384
+TOKEN_COUNTS = (
+    *("prompt_tokens", "completion_tokens", "total_tokens"),
+    *("input_tokens", "output_tokens"),
+)
 # A surrogate, escaped in JSON. A pair of them is one character beyond U+FFFF (RFC 8259, 7).
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
@@ -67,6 +75,11 @@ class Reading:
             # orjson reads 1,024 levels, but writes 254.
             raise BadEvent("the provider's event is nested too deeply") from None
 
+    @property
+    def size(self) -> int:
+        """The bytes that the texts take in memory, about."""
+        return self.text_bytes + TEXT_OVERHEAD * len(self.text)
+
     def note(self, text: str, size: int) -> None:
         """Keep *text*, which has *size* bytes as JSON, unless `max_text_bytes` are kept already."""
         if self.text_bytes < self.max_text_bytes:
@@ -84,8 +97,8 @@ class Reading:
             raise ErrorEvent(error)
         if (usage := usage_of(answer)) is not None:
             # Raises if orjson cannot write the usage where the `complete` event has it: two levels deeper.
-            orjson.dumps([[usage]])
-            self.usage = usage
+            written = orjson.dumps([[usage]])
+            self.usage = usage if len(written) <= MAX_USAGE_BYTES else bounded(usage)
         chunks: list[bytes] = []
         choices = answer.get("choices")
         if not isinstance(choices, list):
@@ -224,6 +237,17 @@ def usage_of(answer: object) -> dict[str, Any] | None:
         if isinstance(holder, dict) and isinstance(usage := holder.get("usage"), dict):
             return usage
     return None
+
+
+def bounded(usage: dict[str, Any]) -> dict[str, Any]:
+    """Return *usage*, or only its counts if it has more than MAX_USAGE_BYTES as JSON."""
+    try:
+        if len(orjson.dumps(usage)) <= MAX_USAGE_BYTES:
+            return usage
+    except orjson.JSONEncodeError:
+        # orjson reads 1,024 levels, but writes 254.
+        pass
+    return {name: usage[name] for name in TOKEN_COUNTS if isinstance(usage.get(name), int)}
 
 
 def error_codes(error: object) -> set[int | str]:

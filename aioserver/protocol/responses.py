@@ -1,15 +1,19 @@
-"""OpenAI's Responses API: how an answer that breaks off is told in its own events.
+"""OpenAI's Responses API: what is remembered of a response's events, and its error in their form.
 
 An error between the events of a response is a `response.failed` event with the response object that came
 last, its status `failed`, and the next `sequence_number`; our error object, with our code, stands beside
 it. Of the forms that were tried, this one alone is understood by openai for Python and Node, the AI SDK
 and Codex.
+
+Clients name an event by its `sequence_number`, and the log by a number of its own. Which is which is
+remembered as the events come, so that neither a resume nor a look at the response reads the log.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
 
@@ -20,41 +24,92 @@ if TYPE_CHECKING:
 
 # Of the codes that OpenAI has for the error in a response object, those that fit: clients check them.
 SERVER_ERROR, RATE_LIMITED = "server_error", "rate_limit_exceeded"
+# Bytes of a run of sequence numbers, in Python's objects.
+RUN_OVERHEAD = 200
 _RESPONSE = b'"response"'
+_SEQUENCE = b'"sequence_number"'
 _SEQUENCE_NUMBER = re.compile(rb'"sequence_number" ?: ?([0-9]{1,18})[,}]')
 
 
-class ResponseErrors:
-    """The errors of one response that is streamed.
+class _Run(NamedTuple):
+    """Consecutive events with consecutive sequence numbers: those of the first and the last event."""
 
-    Always: at most one of its events is kept, as bytes: the last that has a response object.
+    number: int
+    sequence: int
+    last_sequence: int
+
+
+class ResponseEvents:
+    """What is remembered of the events of one response that is streamed, for as long as its log.
+
+    Always: at most one of its events is kept, as bytes: the last that has a response object; the
+    sequence numbers are kept as runs, of which there is one if the provider counts as it should.
     """
 
-    __slots__ = ("_last_response", "_sequence_number")
+    __slots__ = ("_last_response", "_runs")
 
     def __init__(self) -> None:
         self._last_response = b""
-        self._sequence_number = -1
+        self._runs: list[_Run] = []
 
-    def note(self, block: bytes) -> None:
-        """Remember the newest sequence number and response object of a block of whole events."""
-        # The last number in the block: a number in a text has its quotes escaped.
-        if (start := block.rfind(b'"sequence_number"')) >= 0:
-            match = _SEQUENCE_NUMBER.match(block, start)
-            if match is not None:
-                self._sequence_number = int(match[1])
-        if block.find(_RESPONSE) >= 0:
-            for event in parse(block):
-                if _response_in(event.data) is not None:
-                    self._last_response = event.data
+    @property
+    def size(self) -> int:
+        """The bytes that this object keeps."""
+        return len(self._last_response) + RUN_OVERHEAD * (1 + len(self._runs))
+
+    @property
+    def response(self) -> dict[str, Any] | None:
+        """The response object that came last."""
+        return _response_in(self._last_response)
+
+    @property
+    def last_sequence(self) -> int:
+        """The newest sequence number; -1 if there is none."""
+        return self._runs[-1].last_sequence if self._runs else -1
+
+    def note(self, block: bytes, first: int) -> None:
+        """Remember the sequence numbers, and the newest response object, of a block of whole events.
+
+        *first* is the number of its first event in the log.
+        """
+        if block.find(_SEQUENCE) < 0 and block.find(_RESPONSE) < 0:
+            return
+        for number, event in enumerate(parse(block), first):
+            data = event.data
+            if (sequence := _sequence_in(data)) is not None:
+                self._add(number, sequence)
+            if data.find(_RESPONSE) >= 0 and _response_in(data) is not None:
+                self._last_response = data
+
+    def event_before(self, sequence: int, last: int) -> int | None:
+        """Return the number of the event after which the first one above *sequence* comes.
+
+        It is *last*, the newest event's number, if *sequence* is the newest; None if *sequence* has
+        not come yet.
+        """
+        for run in self._runs:
+            if run.last_sequence > sequence:
+                return run.number + max(0, sequence + 1 - run.sequence) - 1
+        return last if self._runs and sequence == self.last_sequence else None
+
+    def _add(self, number: int, sequence: int) -> None:
+        if self._runs:
+            run = self._runs[-1]
+            if (
+                sequence == run.last_sequence + 1
+                and sequence - run.sequence == number - run.number
+            ):
+                self._runs[-1] = _Run(run.number, run.sequence, sequence)
+                return
+        self._runs.append(_Run(number, sequence, sequence))
 
     def render(self, error: AioserverError) -> bytes:
         """Return *error* as a `response.failed` event."""
         failed: dict[str, Any] = {
             "type": "response.failed",
-            "sequence_number": self._sequence_number + 1,
+            "sequence_number": self.last_sequence + 1,
             "response": {
-                **(_response_in(self._last_response) or {"object": "response", "output": []}),
+                **(self.response or {"object": "response", "output": []}),
                 "status": "failed",
                 "error": {
                     "code": RATE_LIMITED if error.http_status == 429 else SERVER_ERROR,
@@ -64,6 +119,18 @@ class ResponseErrors:
             "error": error.as_object(),
         }
         return write(orjson.dumps(failed), event="response.failed")
+
+
+def _sequence_in(event: bytes) -> int | None:
+    """Return the sequence number of *event*, None if it has none."""
+    numbers = _SEQUENCE_NUMBER.findall(event)
+    if len(numbers) == 1:
+        return int(numbers[0])
+    if numbers:
+        # Another object in the event has such a key, too.
+        with contextlib.suppress(orjson.JSONDecodeError, KeyError, TypeError, ValueError):
+            return int(orjson.loads(event)["sequence_number"])
+    return None
 
 
 def _response_in(event: bytes) -> dict[str, Any] | None:

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
-from aioserver.protocol.openai import BadEvent, ErrorEvent, usage_of
+from aioserver.protocol.openai import BadEvent, ErrorEvent, bounded, usage_of
 from aioserver.provider_errors import ProviderBadResponse, ProviderFault
+from aioserver.providers.body_sink import BodySink
 from aioserver.providers.error_mapping import (
     check_json,
     check_status,
@@ -23,7 +24,7 @@ from aioserver.providers.error_mapping import (
     visible_headers,
 )
 from aioserver.providers.request import Answer
-from aioserver.providers.sinks import BodySink, ChatSink, EventSink, complete
+from aioserver.providers.sinks import ChatSink, EventSink, complete
 from aioserver.streams import entries
 
 if TYPE_CHECKING:
@@ -140,9 +141,21 @@ class Attempt:
     def started(self) -> None:
         """Note that a place is taken."""
         stream, provider = self.stream, self.provider
+        if stream is not None:
+            stream.details.place_at = provider.name
         if stream is not None and not self.request.whole:
             stream.meter = provider.meter
             stream.append_processing(provider.name, self.model or provider.settings.model)
+
+    @property
+    def unread(self) -> bool:
+        """Whether it goes on with an answer that has lost its readers."""
+        return self.stream is not None and self.stream.sent and not self.stream.readers
+
+    def ended(self) -> None:
+        """Note that the place, if there was one, is given back."""
+        if self.stream is not None:
+            self.stream.details.place_at = ""
 
     def first_event(self) -> None:
         """Note that the answer has begun."""
@@ -171,6 +184,7 @@ class Attempt:
         good = status == 200
         if stream is not None and not request.whole:
             stream.details.headers = visible_headers(headers)
+            stream.recount()
         sink: Sink
         if good and request.streamed and matches_type(headers, "text/event-stream"):
             assert stream is not None, "a streamed answer has a log"
@@ -179,7 +193,8 @@ class Attempt:
             else:
                 sink = EventSink(stream, responses=request.path.endswith("responses"))
         else:
-            sink = BodySink(self.provider.max_response_bytes if good else MAX_ERROR_BYTES)
+            limit = self.provider.max_response_bytes if good else MAX_ERROR_BYTES
+            sink = BodySink(limit, request.answer_bytes)
         self.sink = sink
         check_uncompressed(headers)
         return sink
@@ -203,7 +218,8 @@ class Attempt:
         content = check_json(headers, body)
         reading = request.reading
         if reading is None:
-            self.usage = usage_of(content)
+            usage = usage_of(content)
+            self.usage = usage and bounded(usage)
             self.answer = Answer(
                 self.status,
                 visible_headers(headers),

@@ -91,7 +91,8 @@ class Provider:
         self.name = settings.name
         self.settings = settings
         self.meter = ProviderMeter() if meter is None else meter
-        # Called with this provider's name when an attempt has to wait for a place.
+        # Called with this provider's name when an attempt has to wait for a place, and when an answer
+        # that nobody reads takes one for which others wait.
         self.on_wait: Callable[[str], None] = lambda _name: None
         self.max_response_bytes = max_response_bytes
         self._clock = clock
@@ -169,6 +170,9 @@ class Provider:
             attempt.began = self._clock()
             record.on_answer = attempt.first_event
             attempt.started()
+            if attempt.unread and self.waiting:
+                # A retry or a failover of an answer that nobody reads: somebody else wants the place.
+                self.on_wait(self.name)
             await self.exchange(attempt)
             attempt.conclude()
         except BaseException as exc:
@@ -180,6 +184,7 @@ class Provider:
                 self._cool_down(attempt, exc)
             raise
         finally:
+            attempt.ended()
             if place is not None:
                 place.release()
             self._attempt_ended(attempt, error)
@@ -227,6 +232,11 @@ class Provider:
         Attempts that have started go on. The default error is `NoProvider`.
         """
         self._gate.close(error or (lambda: NoProvider(f"{self.name} is closing")))
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait for a place that other requests hold."""
+        return self._gate.waiting if self._gate.inside >= self._gate.limit else 0
 
     @property
     def busy(self) -> bool:
@@ -300,8 +310,9 @@ class Provider:
 
     async def _wait(self, attempt: Attempt) -> Place:
         """Wait in the queue for a place."""
-        if self._gate.inside >= self._gate.limit:
-            # Not called if a place is free and only the pace delays the start.
+        full = self._gate.waiting >= self.settings.http_client.queue_size
+        if self._gate.inside >= self._gate.limit and not full:
+            # Not called if a place is free and only the pace delays the start, nor for a refusal.
             self.on_wait(self.name)
         self.backpressure.end()
         request = attempt.request

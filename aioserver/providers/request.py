@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from aioserver.auth.callers import Caller
 from aioserver.protocol.client_headers import NO_HEADERS
+from aioserver.streams.details import headers_size
 from aioserver.telemetry.request_log import RequestRecord
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from aioserver.config import settings
     from aioserver.protocol.client_headers import ClientHeaders
     from aioserver.protocol.openai import Reading
+    from aioserver.streams.store import HeldBytes
 
 # The caller of a request that comes from no client.
 NO_CALLER = Caller()
@@ -41,7 +43,7 @@ class Hold(Protocol):
 class ProviderRequest:
     """A request for one answer, the same for every provider that is asked.
 
-    Always: nothing in it but its `record` changes from one attempt to the next.
+    Always: nothing in it but its `record` and `answer_bytes` change from one attempt to the next.
 
     *path* is OpenAI's, below the provider's base URL. *body* makes the JSON for one provider, whose
     model may differ; it is called for each attempt, and its result is not kept. *hold* counts the client's body
@@ -54,6 +56,7 @@ class ProviderRequest:
     __slots__ = (
         "_hold",
         "_kept_bytes",
+        "answer_bytes",
         "body",
         "caller",
         "client_headers",
@@ -86,6 +89,8 @@ class ProviderRequest:
         self.client_headers = client_headers
         self.record = RequestRecord()
         self.record.trace_id = client_headers.trace_id
+        # Counts the bytes of an answer that is collected.
+        self.answer_bytes: HeldBytes | None = None
         self._hold = hold
         self._kept_bytes = kept_bytes
 
@@ -132,3 +137,8 @@ class Answer:
     provider: str
     usage: Mapping[str, Any] | None = None
     attempts: int = 1
+
+    @property
+    def size(self) -> int:
+        """The bytes that it takes in memory; its usage, which is not kept for long, is not among them."""
+        return len(self.body) + headers_size(self.headers)

@@ -2,7 +2,7 @@
 
 `EventSink` keeps the provider's bytes (text/event-stream, WHATWG HTML 9.2), whole events at a time,
 for the OpenAI face. `ChatSink` reads each event and appends `chunk` objects, for the faces that show
-frames. `BodySink` keeps a body that is not streamed, up to a bound. How an answer may end:
+frames. Bodies that are not streamed go elsewhere (body_sink.py). How an answer may end:
 
     [DONE], or response.completed / incomplete / failed      well
     the body ends after a finish_reason                      well; a [DONE] is added
@@ -29,6 +29,7 @@ from aioserver.protocol.openai import (
     ErrorEvent,
     Reading,
     Shape,
+    bounded,
     learn,
     usage_of,
 )
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
 
 # Events of an answer from which its shape is learned; some providers repeat no shape at all.
 MAX_SHAPE_SAMPLES = 4
+# Bytes of an answer's text that are not counted yet, at most.
+TEXT_STEP = 4096
 DONE = b"data: [DONE]\n\n"
 # A quote inside a JSON string is escaped, so these are never text that a model has written. They are
 # looked for with `find` and not with a regular expression, since every byte that passes is searched.
@@ -55,41 +58,6 @@ _ERROR = b'"error"'
 _USAGE = b'"usage"'
 _RESPONSE_END = re.compile(rb'"type" ?: ?"response\.(?:completed|incomplete|failed)"')
 NO_END_MESSAGE = "the provider's stream ended without a finish_reason and without its end mark"
-
-
-class BodySink:
-    """Collects a body.
-
-    Always: it holds at most *max_bytes*.
-    """
-
-    def __init__(self, max_bytes: int) -> None:
-        self._parts: list[bytes] = []
-        self._size = 0
-        self._max_bytes = max_bytes
-
-    @property
-    def body(self) -> bytes:
-        """The bytes that have come so far."""
-        return b"".join(self._parts)
-
-    def feed(self, data: bytes) -> bool:
-        """Keep a part of the body.
-
-        Raises:
-            ProviderBadResponse: the body has more than *max_bytes*.
-        """
-        self._size += len(data)
-        if self._size > self._max_bytes:
-            raise ProviderBadResponse(f"an answer of more than {self._max_bytes} bytes")
-        self._parts.append(data)
-        return True
-
-    def end(self) -> None:
-        """Do nothing: the body is complete."""
-
-    def fast(self) -> None:
-        """Return None: every part is collected."""
 
 
 class EventSink:
@@ -136,7 +104,10 @@ class EventSink:
                 self._id_wanted = False
                 self._add_response_id(block)
             if (form := self._stream.details.error_format) is not None:
-                form.note(block)
+                size = form.size
+                form.note(block, self._stream.last + 1)
+                if form.size != size:
+                    self._stream.recount()
         else:
             if find(b"[DONE]") >= 0 and (start := _done_line(block)) >= 0:
                 ended = True
@@ -276,6 +247,7 @@ class ChatSink:
         finally:
             if chunks:
                 self._stream.append(entries.CHUNK, chunks, more=ended)
+                count_text(self._stream, self._reading)
         if ended:
             complete(self._stream, self._reading)
         elif self._samples_left and len(chunks) == 1 and chunks[0].startswith(TEXT_START):
@@ -302,6 +274,14 @@ class ChatSink:
         if self._shape is None or not self._splitter.idle or self._reading.half:
             return None
         return self._stream.open_fast_path(self._shape)
+
+
+def count_text(stream: Stream, reading: Reading) -> None:
+    """Count the text of *reading* for *stream*, which both keep, once it has grown by a step."""
+    size = reading.size
+    if size - stream.details.text_bytes > TEXT_STEP:
+        stream.details.text_bytes = size
+        stream.recount()
 
 
 def complete(stream: Stream, reading: Reading) -> None:
@@ -369,7 +349,7 @@ def _usage_in(block: bytes) -> dict[str, Any] | None:
         except orjson.JSONDecodeError:
             continue
         if (usage := usage_of(content)) is not None:
-            return usage
+            return bounded(usage)
     return None
 
 

@@ -26,8 +26,9 @@ from aioserver.faces import openai, pages, responses, session, sse, status, webs
 from aioserver.faces.admission import Admission
 from aioserver.faces.context import Context, CurrentSettings, Lifecycle
 from aioserver.faces.http import Request
+from aioserver.gateway.calls import shutdown_error
 from aioserver.gateway.conversations import Conversations
-from aioserver.gateway.gateway import Gateway, shutdown_error
+from aioserver.gateway.gateway import Gateway
 from aioserver.gateway.router import Router
 from aioserver.limits.timer_wheel import TimerWheel
 from aioserver.monitoring import prometheus
@@ -104,7 +105,7 @@ async def open_server(
     access = Access(settings.auth, pepper_of(llm))
     origins = Origins(chat.websocket.allow_origins, credentials=chat.websocket.allow_credentials)
     guard = Guard(access, origins)
-    admission = Admission(chat.websocket.concurrency, metrics)
+    admission = Admission(chat.websocket.concurrency, metrics, chat.streams.send_timeout)
     async with AsyncExitStack() as stack:
         provider_registry = ProviderRegistry(metrics)
         stack.push_async_callback(provider_registry.close)

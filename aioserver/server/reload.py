@@ -175,7 +175,7 @@ class Reload:
         server.provider_registry.apply(llm, max_response_bytes=chat.streams.max_response_bytes)
         context.router.apply(server.provider_registry.providers, llm.active, llm.fallbacks)
         context.settings.apply(settings)
-        context.admission.apply(chat.websocket.concurrency)
+        context.admission.apply(chat.websocket.concurrency, chat.streams.send_timeout)
         server.streams.apply(
             max_stream_bytes=chat.streams.max_stream_bytes,
             max_kept_bytes=chat.streams.max_kept_bytes,

@@ -1,12 +1,12 @@
-"""The contracts of a log: its readers, its fast path, and the source of its events.
+"""The contracts of a log: its readers, its fast path, the source of its events, and its store.
 
-Each is implemented elsewhere: readers in cursor.py, fast paths in fast_path.py, sources in the
-package `providers`.
+Each is implemented elsewhere: readers in cursor.py, fast paths in fast_path.py, the store in store.py,
+sources in the package `providers`.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from aioserver.protocol.openai import Shape
@@ -65,3 +65,16 @@ class Source(Protocol):
 
     def resume(self) -> None:
         """Read on."""
+
+
+class Store(Protocol):
+    """The store of a log (store.py), as the log sees it; each *stream* is the `Stream` that calls."""
+
+    def count_bytes(self, stream: Any, size: int) -> None:
+        """Note that *stream* has grown by *size* bytes; negative: it has shrunk."""
+
+    def note_end(self, stream: Any) -> None:
+        """Note that *stream* has its last event."""
+
+    def add_alias(self, stream: Any, alias: str) -> None:
+        """Let *stream* be found by *alias*, too, unless another stream has that name."""

@@ -14,14 +14,42 @@ if TYPE_CHECKING:
     from aioserver.errors import AioserverError
 
 
+# Bytes of Python objects per header.
+HEADER_OVERHEAD = 200
+
+
+def headers_size(headers: Mapping[str, str]) -> int:
+    """Return the bytes that *headers* take in memory."""
+    return sum([len(name) + len(text) + HEADER_OVERHEAD for name, text in headers.items()])
+
+
+class Held(Protocol):
+    """Bytes that are counted (store.py)."""
+
+    def release(self) -> None:
+        """Give them back; a second call does nothing."""
+
+
 class ErrorFormat(Protocol):
     """The form of the errors of one kind of answer."""
 
-    def note(self, block: bytes) -> None:
-        """Look at a block of the provider's events, for what an error behind them has to repeat."""
+    @property
+    def size(self) -> int:
+        """The bytes that this object keeps."""
+
+    def note(self, block: bytes, first: int) -> None:
+        """Look at a block of the provider's events, of which *first* is the first one's number."""
 
     def render(self, error: AioserverError) -> bytes:
         """Return *error* as the last event of the answer."""
+
+
+class WholeAnswer(Protocol):
+    """An answer that was not streamed."""
+
+    @property
+    def size(self) -> int:
+        """The bytes that this object keeps."""
 
 
 class AskedRequest(Protocol):
@@ -34,10 +62,12 @@ class AskedRequest(Protocol):
 class AnswerDetails:
     """Facts about the answer in a log, beside its events.
 
-    *attempts* counts the requests sent for it, at all providers. *headers* are those headers of
+    *place_at* is the provider at which it holds a place now; empty while it waits, for a place or for a
+    retry. *attempts* counts the requests sent for it, at all providers. *headers* are those headers of
     the provider's answer that clients may see. *usage* has the token counts, as the provider
     reports them. *whole* is an answer that was not streamed, kept for a client that comes back.
     *error_format* renders the error that ends an answer, where its events have a form of their own.
+    *text_bytes* counts the text that its producer keeps beside the log while the answer runs.
     *path* is that of the request to the provider, below its base URL: it says what kind of answer this is.
     """
 
@@ -48,19 +78,40 @@ class AnswerDetails:
         "headers",
         "model",
         "path",
+        "place_at",
         "provider",
+        "text_bytes",
         "usage",
         "whole",
     )
 
     def __init__(self) -> None:
-        self.provider = self.model = self.path = ""
-        self.attempts = 0
+        self.provider = self.model = self.path = self.place_at = ""
+        self.attempts = self.text_bytes = 0
         self.conversation_id: str | None = None
         self.headers: Mapping[str, str] = {}
         self.usage: Mapping[str, Any] | None = None
-        self.whole: object = None
+        self.whole: WholeAnswer | None = None
         self.error_format: ErrorFormat | None = None
+
+    @property
+    def size(self) -> int:
+        """The bytes that are kept beside the events."""
+        size = len(self.model) + self.text_bytes
+        if self.headers:
+            size += headers_size(self.headers)
+        if self.whole is not None:
+            size += self.whole.size
+        if self.error_format is not None:
+            size += self.error_format.size
+        return size
+
+    def final_error(self, error: AioserverError, number: int) -> bytes:
+        """Return *error* as the last event of the log, whose number is *number*."""
+        data = self.render_error(error)
+        if self.error_format is not None:
+            self.error_format.note(data, number)
+        return data
 
     def render_error(self, error: AioserverError) -> bytes:
         """Return *error* as an event like the provider's own."""
@@ -76,10 +127,11 @@ class Attachment:
     log is found. *timer* runs while the log is detached, and cancels it when its window is over.
     *abandoned* says that the log was cancelled because nobody read it. *cancel_reason* is the
     error with which a cancelled log ends; None if it ends with the event `cancelled`, as when a
-    reader asked for that. *request* is told when its answer begins; None once it was.
+    reader asked for that. *held* counts a body that is collected for the log. *request* is told when its
+    answer begins; None once it was.
     """
 
-    __slots__ = ("abandoned", "alias", "cancel_reason", "digest", "request", "timer")
+    __slots__ = ("abandoned", "alias", "cancel_reason", "digest", "held", "request", "timer")
 
     def __init__(self, digest: bytes) -> None:
         self.digest = digest
@@ -87,4 +139,5 @@ class Attachment:
         self.timer: asyncio.TimerHandle | None = None
         self.abandoned = False
         self.cancel_reason: AioserverError | None = None
+        self.held: Held | None = None
         self.request: AskedRequest | None = None

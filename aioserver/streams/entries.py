@@ -68,6 +68,19 @@ class Entry:
         ]
 
 
+class WholeEntry(Entry):
+    """An answer that was not streamed, as one event: its bytes are counted where they are kept.
+
+    The log therefore never discards it for its size.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, first: int, data: bytes, received_at: float) -> None:
+        super().__init__(first, 1, CHUNK, data, None, received_at)
+        self.size = ENTRY_OVERHEAD
+
+
 class TextEntry(Entry):
     """`chunk` events that contain one text each.
 
@@ -89,6 +102,41 @@ class TextEntry(Entry):
             messages.text_frame(head, number, text + b'"')
             for number, text in enumerate(texts, self.first)
         ]
+
+
+def find_event(entries: Sequence[Entry], number: int) -> int:
+    """Return the index of the first entry that ends with event *number* or later."""
+    low, high = 0, len(entries)
+    while low < high:
+        middle = (low + high) // 2
+        entry = entries[middle]
+        if entry.first + entry.count <= number:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+def discardable(entries: Sequence[Entry], passed: int, excess: int) -> tuple[int, int]:
+    """Return how many of the oldest *entries* to discard, and their bytes.
+
+    The first *passed* of them go, and more until *excess* bytes are freed, though never the newest.
+    """
+    count, freed = 0, 0
+    while len(entries) - count > 1 or (len(entries) > count and count < passed):
+        if count >= passed and freed >= excess:
+            break
+        freed += entries[count].size
+        count += 1
+    return count, freed
+
+
+def processing(provider: str, model: str, conversation_id: str | None) -> bytes:
+    """Return the `chunk` of event 1."""
+    metadata: dict[str, object] = {"processing": True, "provider": provider, "model": model}
+    if conversation_id is not None:
+        metadata["conversation_id"] = conversation_id
+    return orjson.dumps({"metadata": metadata})
 
 
 def _chunk_of(data: bytes) -> bytes:

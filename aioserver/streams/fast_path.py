@@ -265,6 +265,9 @@ class TextPath(FastPath):
         stream, count = self._stream, texts.count(b'"')
         assert self.shape is not None
         self.shape.reading.note(texts.replace(b'"', b"").decode(), len(texts) - count)
+        # The reading keeps the texts as well, for the conversation.
+        stream.details.text_bytes = self.shape.reading.size
+        stream.recount()
         self.cursor.next_index += 1
         stream.append_forwarded(TextEntry(stream.last - count + 1, count, texts, monotonic()))
         stream.trim()

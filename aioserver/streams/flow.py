@@ -32,6 +32,15 @@ def regulate(source: Source, unread: int, max_bytes: int) -> None:
         source.resume()
 
 
+def late(entries: Sequence[Entry], offset: int, reader: Reader) -> bool:
+    """Return whether *reader* is far behind: by more than it gets in one write, the newest entry aside."""
+    size, index = 0, len(entries) - 1
+    while index > max(reader.next_index - offset, 0) and size <= RESUME_BYTES:
+        index -= 1
+        size += entries[index].size
+    return size > RESUME_BYTES
+
+
 def unread_bytes(entries: Sequence[Entry], offset: int, readers: Sequence[Reader]) -> int:
     """Return about how many bytes of *entries*, at most PAUSE_BYTES and one entry, no reader has passed.
 

@@ -3,8 +3,9 @@
 A stream that loses its last reader ends at once if its request has not been sent to a provider, or
 if its window is 0. Otherwise it is detached: it runs on for its window and is then cancelled. At
 most `max_detached` streams are detached; beyond that the oldest is cancelled. When a request has
-to wait for a provider, the oldest detached stream there is cancelled, too: an answer that nobody
-reads never costs a client that waits. A stream that has ended is kept for its window.
+to wait for a provider, the oldest detached stream that holds a place there is cancelled, too, and a
+stream that loses its last reader while others wait gives way at once: an answer that nobody reads
+never costs a client that waits. A stream that has ended is kept for its window.
 """
 
 from __future__ import annotations
@@ -32,11 +33,19 @@ class Lifetime:
     """
 
     def __init__(
-        self, store: StreamStore, bounds: settings.Streams, cancel: Callable[[Stream], None]
+        self,
+        store: StreamStore,
+        bounds: settings.Streams,
+        cancel: Callable[[Stream], None],
+        waiting: Callable[[str], int],
     ) -> None:
         self._store = store
         self._bounds = bounds
         self._cancel = cancel
+        # Counts the requests that wait for a place at a provider.
+        self._waiting = waiting
+        # Streams that were cancelled for a request that waits, and have not given their place back.
+        self._giving_way: set[Stream] = set()
         self._loop = asyncio.get_running_loop()
         self._detached: OrderedDict[Stream, None] = OrderedDict()
         # Ended streams with the loop's time at which to forget each, the next one in front.
@@ -86,6 +95,9 @@ class Lifetime:
         self._detached[stream] = None
         stream.attachment.timer = self._loop.call_later(stream.window, self.end, stream)
         self._enforce_max_detached()
+        provider = stream.details.place_at
+        if provider and self._waiting(provider) > self._freed_soon(provider):
+            self.make_room(provider)
 
     def end(self, stream: Stream, *, abandoned: bool = True) -> None:
         """Cancel *stream*, with readers or without; *abandoned*: because nobody reads it."""
@@ -94,11 +106,17 @@ class Lifetime:
         self._cancel(stream)
 
     def make_room(self, provider: str) -> None:
-        """Cancel the oldest detached stream at *provider*, for which a request has to wait now."""
+        """Cancel the oldest detached stream that has a place at *provider*, where a request waits."""
         for stream in self._detached:
-            if stream.details.provider == provider:
+            if stream.details.place_at == provider:
+                self._giving_way.add(stream)
                 self.end(stream)
                 return
+
+    def _freed_soon(self, provider: str) -> int:
+        """Return how many places at *provider* are about to be free."""
+        self._giving_way = {stream for stream in self._giving_way if stream.details.place_at}
+        return sum(stream.details.place_at == provider for stream in self._giving_way)
 
     def close(self) -> None:
         """Stop the timer; streams that are kept after their end are then never forgotten."""
@@ -117,6 +135,7 @@ class Lifetime:
 
     def _finished(self, stream: Stream) -> None:
         self._leave_detached(stream)
+        self._giving_way.discard(stream)
         if stream.window > 0:
             self._kept.append((self._loop.time() + stream.window, stream))
             if self._sweeper is None:

@@ -1,15 +1,19 @@
 """The bounded store of logs, in which a caller finds its streams.
 
-All logs together keep `max_kept_bytes`. Beyond that the finished logs that nobody reads are
-dropped, the oldest first; if the other logs alone reach that bound, new answers are refused.
+All logs together keep `max_kept_bytes`, in everything that they keep. Beyond that
+
+    1. the finished logs that nobody reads are dropped, the oldest first
+    2. readers that are far behind are dropped, with what only they still need
+    3. new answers are refused
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
+from aioserver.auth.callers import Caller
 from aioserver.errors import ServerAtCapacity
 from aioserver.streams.stream import Stream
 
@@ -19,6 +23,8 @@ if TYPE_CHECKING:
 # The share of max_kept_bytes that an eviction leaves. It is below 1, since otherwise each event would
 # have to search for logs to drop.
 EVICTION_TARGET = 0.95
+# The share of max_kept_bytes by which the logs must grow before late readers are looked for again.
+SEARCH_STEP = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,18 +40,22 @@ class StoreStats:
 class StreamStore:
     """Every log that a caller can find: running, or finished and kept for its window.
 
-    Always: the bytes counted are the sum over these logs and over the private ones, which are
-    never found, while they run; a log is found by its caller only.
+    Always: the bytes counted are the sum over these logs, over the private ones, which are never
+    found, while they run, and over bodies that no log has; a log is found by its caller only.
     """
 
     def __init__(self, *, max_stream_bytes: int, max_kept_bytes: int) -> None:
         self._max_stream_bytes = max_stream_bytes
         self._max_kept_bytes = max_kept_bytes
         self._by_name: dict[tuple[Hashable, str], Stream] = {}
+        # The streams of each owner, the oldest first.
+        self._owned: dict[Hashable, dict[Stream, None]] = {}
         # The oldest first.
         self._finished: OrderedDict[Stream, None] = OrderedDict()
         self._running: set[Stream] = set()
         self._bytes = 0
+        # The bytes from which on late readers are looked for.
+        self._search_at = 0.0
         # Called with each stream that has its last event.
         self.on_finished: Callable[[Stream], None] = lambda _stream: None
 
@@ -65,7 +75,7 @@ class StreamStore:
         """Return a new log; a *private* one cannot be found.
 
         Raises:
-            ServerAtCapacity: the logs that are running or read fill `max_kept_bytes`.
+            ServerAtCapacity: the logs that are running fill `max_kept_bytes`.
         """
         if self._bytes >= self._max_kept_bytes and not self._evict():
             raise ServerAtCapacity(
@@ -84,6 +94,7 @@ class StreamStore:
         self._running.add(stream)
         if not private:
             self._by_name[caller, request_id] = stream
+            self._owned.setdefault(_owner(caller), {})[stream] = None
         return stream
 
     def find(self, caller: Hashable, request_id: str) -> Stream | None:
@@ -95,12 +106,11 @@ class StreamStore:
         self._by_name.setdefault((stream.caller, alias), stream)
 
     def owned_by(self, caller: Hashable) -> Iterator[Stream]:
-        """Iterate over the caller's logs, the oldest first."""
-        return (
-            stream
-            for (owner, name), stream in self._by_name.items()
-            if owner == caller and name == stream.request_id
-        )
+        """Iterate over the caller's logs, the oldest first.
+
+        Without keys all clients are one caller; the logs are those of the caller's address then.
+        """
+        return iter(tuple(self._owned.get(_owner(caller), ())))
 
     def running(self) -> tuple[Stream, ...]:
         """Return the logs that have not ended, private ones included."""
@@ -113,6 +123,11 @@ class StreamStore:
         for name in (stream.request_id, stream.attachment.alias):
             if name is not None and self._by_name.get((stream.caller, name)) is stream:
                 del self._by_name[stream.caller, name]
+        owner = _owner(stream.caller)
+        if (owned := self._owned.get(owner)) is not None:
+            owned.pop(stream, None)
+            if not owned:
+                del self._owned[owner]
         self._bytes -= stream.forget()
 
     def count_bytes(self, _stream: Stream, size: int) -> None:
@@ -129,6 +144,28 @@ class StreamStore:
         if self._bytes > self._max_kept_bytes:
             self._evict()
 
+    def hold(self) -> HeldBytes:
+        """Return a count, at 0, of the bytes of a body that no log has."""
+        return HeldBytes(self)
+
+    def take(self, size: int) -> None:
+        """Count *size* bytes of a body that no log has.
+
+        Raises:
+            ServerAtCapacity: there is no room for them.
+        """
+        self._bytes += size
+        if self._bytes > self._max_kept_bytes and not self._evict():
+            self._bytes -= size
+            raise ServerAtCapacity(
+                f"chat.streams.max_kept_bytes={self._max_kept_bytes} reached by answers",
+                retry_after=5.0,
+            )
+
+    def give_back(self, size: int) -> None:
+        """Count *size* bytes no longer, which `take` has counted."""
+        self._bytes -= size
+
     def stats(self) -> StoreStats:
         """Return a snapshot."""
         return StoreStats(
@@ -139,14 +176,78 @@ class StreamStore:
         )
 
     def _evict(self) -> bool:
-        """Drop finished logs that nobody reads, oldest first; return whether there is room now."""
+        """Make room, as the head of this file says; return whether there is room now."""
+        self._drop_unread()
+        if self._bytes >= max(self._max_kept_bytes, self._search_at):
+            self._drop_late_readers()
+            # If that was not enough, it is not tried again for each event.
+            self._search_at = self._bytes + SEARCH_STEP * self._max_kept_bytes
+        elif self._bytes < self._max_kept_bytes:
+            self._search_at = 0.0
+        return self._bytes < self._max_kept_bytes
+
+    def _drop_late_readers(self) -> None:
+        """Drop readers that are far behind: of finished logs first, then of the largest others."""
+        running = sorted(self._running, key=lambda stream: stream.bytes, reverse=True)
+        for stream in (*self._finished, *running):
+            if self._bytes < self._max_kept_bytes:
+                return
+            if stream.readers and stream.shed():
+                self._drop_unread()
+
+    def _drop_unread(self) -> None:
+        """Drop finished logs that nobody reads, the oldest first."""
         target, evicted, freed = self._max_kept_bytes * EVICTION_TARGET, [], 0
         for stream in self._finished:
             if self._bytes - freed < target:
                 break
             if not stream.readers:
                 evicted.append(stream)
-                freed += stream.bytes
+                freed += stream.kept_bytes
         for stream in evicted:
             self.drop(stream)
-        return self._bytes < self._max_kept_bytes
+
+
+class HeldBytes:
+    """The bytes of one body that is collected or written, and that no log has.
+
+    `release` gives them back, also in a `with`; nothing is counted after it.
+    """
+
+    __slots__ = ("_released", "_size", "_store")
+
+    def __init__(self, store: StreamStore) -> None:
+        self._store = store
+        self._size = 0
+        self._released = False
+
+    def grow(self, size: int) -> None:
+        """Count another *size* bytes.
+
+        Raises:
+            ServerAtCapacity: all that is kept would be more than `max_kept_bytes`.
+        """
+        if not self._released:
+            self._store.take(size)
+            self._size += size
+
+    def reset(self) -> None:
+        """Give the bytes back: another attempt begins anew."""
+        size, self._size = self._size, 0
+        self._store.give_back(size)
+
+    def release(self) -> None:
+        """Give the bytes back for good; a second call does nothing."""
+        self._released = True
+        self.reset()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.release()
+
+
+def _owner(caller: Hashable) -> Hashable:
+    """Return the owner of the streams that *caller* is shown: its key, or its address without keys."""
+    return (caller, caller.flow) if isinstance(caller, Caller) else caller

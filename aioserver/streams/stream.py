@@ -1,4 +1,4 @@
-"""The log of one answer, and the contract of its store.
+"""The log of one answer.
 
 A stream is an append-only log of events, numbered 1, 2, 3 … without gaps: `processing`, `chunk`*,
 then one of `complete`, `error` and `cancelled`. One producer appends, at the provider's speed; any
@@ -19,15 +19,24 @@ provider is read no faster than the client reads (flow.py).
 from __future__ import annotations
 
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Final
 
 import orjson
 
 from aioserver.errors import AioserverError, ResumeGap
 from aioserver.protocol import messages
 from aioserver.streams.details import AnswerDetails, Attachment
-from aioserver.streams.entries import CHUNK, ERROR, PROCESSING, Entry
-from aioserver.streams.flow import regulate, unread_bytes
+from aioserver.streams.entries import (
+    CHUNK,
+    ERROR,
+    PROCESSING,
+    Entry,
+    WholeEntry,
+    discardable,
+    find_event,
+    processing,
+)
+from aioserver.streams.flow import late, regulate, unread_bytes
 from aioserver.telemetry.metrics import NO_METER
 from aioserver.telemetry.request_log import NO_RECORD
 
@@ -35,27 +44,19 @@ if TYPE_CHECKING:
     from collections.abc import Hashable, Mapping, Sequence
 
     from aioserver.protocol.openai import Shape
-    from aioserver.streams.contracts import Path, Reader, Source
+    from aioserver.streams.contracts import Path, Reader, Source, Store
+    from aioserver.streams.details import WholeAnswer
 
 
-class Store(Protocol):
-    """The store of a log (store.py), as the log sees it."""
-
-    def count_bytes(self, stream: Stream, size: int) -> None:
-        """Note that *stream* has grown by *size* bytes; negative: it has shrunk."""
-
-    def note_end(self, stream: Stream) -> None:
-        """Note that *stream* has its last event."""
-
-    def add_alias(self, stream: Stream, alias: str) -> None:
-        """Let *stream* be found by *alias*, too, unless another stream has that name."""
+# Bytes of the Python objects of one stream: the log itself, its parts, the record of its request.
+STREAM_OVERHEAD: Final = 4096
 
 
 class Stream:
     """The log of one answer.
 
     Always: `entries` have no gaps, from event `first` to event `last`; nothing is appended once
-    `ended`; `bytes` is the sum of the entries' sizes.
+    `ended`; `bytes` is the sum of the entries' sizes, and `extra_bytes` what is kept beside them.
 
     *window* is the time, in seconds, that the log lives without a reader, and after its end. A
     *private* log is read only by the client that asked for it, cannot be found, and has the
@@ -74,6 +75,7 @@ class Stream:
         "ended",
         "entries",
         "error",
+        "extra_bytes",
         "head",
         "last",
         "max_bytes",
@@ -134,7 +136,9 @@ class Stream:
         self.record = NO_RECORD
         self.head = messages.frame_head(request_id)
         self.max_bytes = max_bytes
+        self.extra_bytes = 0
         self._store = store
+        self.recount()
 
     @property
     def first(self) -> int:
@@ -200,10 +204,14 @@ class Stream:
         if status is CHUNK:
             self.meter.events += self.last + 1 - first
         if not more:
-            # Several readers are copied: one that leaves while it is notified would hide the next.
-            for reader in self.readers if len(self.readers) < 2 else tuple(self.readers):
-                reader.notify()
-            self.trim()
+            self._notify()
+
+    def append_whole(self, answer: WholeAnswer, body: bytes) -> None:
+        """Append *answer*, which was not streamed, as one event with its *body*, and keep it."""
+        self.details.whole = answer
+        self.recount()
+        self._add(WholeEntry(self.last + 1, body, monotonic()))
+        self._notify()
 
     def close_fast_path(self) -> None:
         """Close the fast path, so that the log has all that was forwarded.
@@ -219,9 +227,27 @@ class Stream:
         self.entries.append(entry)
         self._grow(entry.size)
 
-    def count_extra_bytes(self, size: int) -> None:
-        """Count *size* bytes that are kept outside the entries, until `forget`."""
-        self._grow(size)
+    def recount(self) -> None:
+        """Count what is kept beside the entries: to be called when it has changed."""
+        size = STREAM_OVERHEAD + 3 * len(self.head) + self.details.size
+        if self.error is not None:
+            size += len(self.error.body())
+        grown, self.extra_bytes = size - self.extra_bytes, size
+        if grown and self._store is not None:
+            self._store.count_bytes(self, grown)
+
+    @property
+    def kept_bytes(self) -> int:
+        """The bytes that count for `max_kept_bytes`: the entries, and what is kept beside them."""
+        return self.bytes + self.extra_bytes
+
+    def shed(self) -> bool:
+        """Discard all but the newest entry, and drop late readers; return whether there were any."""
+        self.close_fast_path()
+        if not any(late(self.entries, self.offset, reader) for reader in self.readers):
+            return False
+        self._discard(len(self.entries) - 1)
+        return True
 
     def trim(self) -> None:
         """Discard entries beyond `max_stream_bytes`; if no client can come back, those passed.
@@ -278,10 +304,8 @@ class Stream:
         self.details.provider, self.details.model = provider, model
         if self.last:
             return
-        metadata: dict[str, Any] = {"processing": True, "provider": provider, "model": model}
-        if self.details.conversation_id is not None:
-            metadata["conversation_id"] = self.details.conversation_id
-        self.append(PROCESSING, [orjson.dumps({"metadata": metadata})])
+        self.recount()
+        self.append(PROCESSING, [processing(provider, model, self.details.conversation_id)])
 
     def end(self, status: bytes, chunk: Mapping[str, Any], *, data: bytes = b"") -> None:
         """Append the last event, and notify the readers and the store."""
@@ -295,6 +319,9 @@ class Stream:
         self._add(Entry(number, 1, status, data, frames, monotonic()))
         self.ended = True
         self.end_status = status
+        # The producer is done with its text.
+        self.details.text_bytes = 0
+        self.recount()
         for reader in tuple(self.readers):
             reader.notify()
         self.trim()
@@ -304,7 +331,7 @@ class Stream:
     def fail(self, error: AioserverError) -> None:
         """Append *error* as the last event, for both kinds of face: as a frame, and as bytes."""
         self.error = error
-        self.end(ERROR, error.as_chunk(), data=self.details.render_error(error))
+        self.end(ERROR, error.as_chunk(), data=self.details.final_error(error, self.last + 1))
 
     def report_position(self, position: int, eta: float) -> None:
         """Tell the readers the position in the provider's queue, and the estimated wait in seconds."""
@@ -322,17 +349,9 @@ class Stream:
             raise ResumeGap(f"event {after} does not exist yet; the newest is {self.last}")
         if after + 1 < self.first:
             raise ResumeGap(f"events after {after} are no longer kept; the oldest is {self.first}")
-        # Bisect to the first entry that ends after event *after*.
-        low, high = 0, len(self.entries)
-        while low < high:
-            middle = (low + high) // 2
-            entry = self.entries[middle]
-            if entry.first + entry.count - 1 <= after:
-                low = middle + 1
-            else:
-                high = middle
-        skip = after - self.entries[low].first + 1 if low < len(self.entries) else 0
-        return self.offset + low, skip
+        index = find_event(self.entries, after + 1)
+        skip = after - self.entries[index].first + 1 if index < len(self.entries) else 0
+        return self.offset + index, skip
 
     def frames(self, entry: Entry) -> Sequence[bytes]:
         """Return the frames of *entry*, one for each event."""
@@ -341,11 +360,18 @@ class Stream:
     def forget(self) -> int:
         """Drop all entries and the whole answer; return the bytes that were counted."""
         self.close_fast_path()
-        freed, self.bytes = self.bytes, 0
+        freed, self.bytes, self.extra_bytes = self.kept_bytes, 0, 0
         self.offset += len(self.entries)
         self.entries.clear()
         self.details.whole = self.rendered = None
         return freed
+
+    def _notify(self) -> None:
+        """Notify the readers of what was added."""
+        # Several readers are copied: one that leaves while it is notified would hide the next.
+        for reader in self.readers if len(self.readers) < 2 else tuple(self.readers):
+            reader.notify()
+        self.trim()
 
     def _add(self, entry: Entry) -> None:
         assert not self.ended, "nothing follows the end of a stream"
@@ -358,27 +384,17 @@ class Stream:
         if self._store is not None:
             self._store.count_bytes(self, size)
 
-    def _discard(self) -> None:
-        # Entries before this index are needed no more, whatever the bytes.
-        passed = self.offset
+    def _discard(self, count: int = 0) -> None:
+        """Discard the oldest *count* entries, those passed, and what is beyond `max_stream_bytes`."""
+        passed = self.offset + count
         if self.window <= 0 and self.readers:
-            passed = self.readers[0].next_index
-            if len(self.readers) > 1:
-                passed = min([reader.next_index for reader in self.readers])
-        entries, count, freed = self.entries, 0, 0
-        while len(entries) - count > 1 or (len(entries) > count and self.offset + count < passed):
-            if self.offset + count >= passed and self.bytes - freed <= self.max_bytes:
-                break
-            freed += entries[count].size
-            count += 1
+            passed = max(passed, min([reader.next_index for reader in self.readers]))
+        entries = self.entries
+        count, freed = discardable(entries, passed - self.offset, self.bytes - self.max_bytes)
         if count:
             del entries[:count]
             self.offset += count
             self._grow(-freed)
-            self._drop_late_readers()
-
-    def _drop_late_readers(self) -> None:
-        """Drop the readers that have not seen all of the discarded entries."""
-        for reader in tuple(self.readers):
-            if reader.next_index < self.offset:
-                reader.drop()
+            for reader in tuple(self.readers):
+                if reader.next_index < self.offset:
+                    reader.drop()

@@ -22,13 +22,11 @@ the event loop. The cursors take turns, so that a long replay does not hold up t
 from __future__ import annotations
 
 import asyncio
-import socket
-import struct
 from time import monotonic
 from typing import TYPE_CHECKING
 
 from aioserver.errors import ResumeGap
-from aioserver.limits.write_watchdog import WriteWatchdog, kernel_aborts
+from aioserver.limits.write_watchdog import WriteWatchdog, kernel_aborts, reset
 from aioserver.streams.cursor import Cursor
 from aioserver.streams.fast_path import Destination, FastPath, Outbox, TextPath
 
@@ -299,11 +297,7 @@ class Writer:
             self._on_drop(reason)
             for cursor in self._cursors:
                 cursor.stream.record.slow_client = True
-        sock = self._transport.get_extra_info("socket")
-        if sock is not None and not self._transport.is_closing():
-            # A reset: otherwise the kernel would keep its bytes for a peer that reads nothing.
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self._transport.abort()
+        reset(self._transport)
         self.close()
 
     def end(self, data: bytes) -> None:

@@ -180,6 +180,24 @@ async def test_the_body_of_a_whole_answer_counts_until_it_is_there(
         await until(lambda: server.held()["body_bytes"] == 0)
 
 
+async def test_a_body_counts_on_when_its_client_has_left(make_server: MakeServer) -> None:
+    provider = Staged()
+    body = sse_body()
+    async with ScriptedProvider(provider.play) as scripted:
+        server = await make_server(**{"llm.providers.sim.base_url": scripted.url})
+        headers = {"Content-Type": "application/json", "Prefer": "respond-async"}
+        async with server.session.post(server.sse, data=body, headers=headers) as response:
+            assert response.status == 202
+        await until(lambda: len(provider.bodies) == 1)
+        assert server.held()["places"] == 0
+        assert server.held()["body_bytes"] == len(body)
+
+        provider.began.set()
+        await until(lambda: server.held()["body_bytes"] == 0)
+        provider.ended.set()
+        await server.nothing_held()
+
+
 async def test_a_body_does_not_count_for_a_reader_of_an_answer_that_is_known(
     make_server: MakeServer,
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 from typing import TYPE_CHECKING, Any
 
 import openai
@@ -13,7 +14,7 @@ from openai.types.responses import ResponseFailedEvent
 
 from aioserver.protocol import eventstream
 from aioserver.protocol.openai import final_response
-from aioserver.protocol.responses import ResponseErrors
+from aioserver.protocol.responses import ResponseEvents
 from aioserver.provider_errors import ProviderDisconnected
 from aioserver.providers.simulator.exchange import Behaviour
 from tests.support.chat import CHAT, chat, until_status
@@ -322,8 +323,8 @@ async def test_the_sdk_raises_the_error_of_a_response_that_breaks_off(sdk: Async
 
 
 def test_an_error_without_any_response_before_it_is_whole_all_the_same() -> None:
-    errors = ResponseErrors()
-    errors.note(b'data: {"type":"x","response":"no object","sequence_number":"7"}\n\n')
+    errors = ResponseEvents()
+    errors.note(b'data: {"type":"x","response":"no object","sequence_number":"7"}\n\n', 2)
 
     (event,) = eventstream.parse(errors.render(ProviderDisconnected("it is gone")))
 
@@ -334,9 +335,53 @@ def test_an_error_without_any_response_before_it_is_whole_all_the_same() -> None
 
 
 def test_a_text_that_looks_like_a_sequence_number_is_none() -> None:
-    errors = ResponseErrors()
-    errors.note(b'data: {"sequence_number":3,"delta":"\\"sequence_number\\":9,"}\n\n')
+    errors = ResponseEvents()
+    errors.note(b'data: {"sequence_number":3,"delta":"\\"sequence_number\\":9,"}\n\n', 2)
 
     (event,) = eventstream.parse(errors.render(ProviderDisconnected("it is gone")))
 
     assert orjson.loads(event.data)["sequence_number"] == 4
+
+
+async def test_a_response_is_found_whose_first_events_are_kept_no_longer(
+    make_server: MakeServer,
+) -> None:
+    server = await make_server(**{"chat.streams.max_stream_bytes": 65536})
+    server.simulator.behaviour = Behaviour(ttft=0, interval=0.0005, tokens=100_000)
+    async with AsyncOpenAI(api_key="unused", base_url=server.v1, max_retries=0) as sdk:
+        seen = await cut(sdk, 600)
+        found = await sdk.responses.retrieve(seen[0].response.id)
+        cancelled = await sdk.responses.cancel(seen[0].response.id)
+
+    assert (found.id, found.status) == (seen[0].response.id, "in_progress")
+    assert cancelled.status == "cancelled"
+    await server.nothing_held()
+
+
+@pytest.mark.parametrize("run", range(5))
+def test_every_sequence_number_is_found_in_its_place(run: int) -> None:
+    dice = random.Random(run)
+    events = ResponseEvents()
+    places: list[int | None] = []  # the sequence number of each event, from event 2 on
+    sequence = 0
+    for _ in range(200):
+        block, first = b"", 2 + len(places)
+        for _ in range(dice.randint(1, 3)):
+            if dice.random() < 0.05:
+                places.append(None)
+                block += b'data: {"type":"odd","metadata":{}}\n\n'
+                continue
+            sequence += 1 if dice.random() < 0.95 else 3
+            places.append(sequence)
+            nested = b'"metadata":{"sequence_number":7},' if dice.random() < 0.1 else b""
+            block += b'data: {%b"sequence_number":%d}\n\n' % (nested, sequence)
+        events.note(block, first)
+    last = 1 + len(places)
+
+    for wanted in range(-1, sequence):
+        later = [
+            at for at, number in enumerate(places, 2) if number is not None and number > wanted
+        ]
+        assert events.event_before(wanted, last) == later[0] - 1
+    assert events.event_before(sequence, last) == last
+    assert events.event_before(sequence + 1, last) is None

@@ -54,31 +54,42 @@ class Fake:
         )
         self._dice = dice
 
+    @property
+    def waiting(self) -> int:
+        return self.gate.waiting
+
     async def turns(self) -> None:
         await ticks(self._dice.randrange(5))
 
     async def answer(self, attempt: Attempt) -> None:
-        request, stream = attempt.request, attempt.stream
+        request = attempt.request
         if (place := self.gate.try_enter()) is None:
             self.on_wait(self.name)
             place = await self.gate.enter(
                 request.caller.name, request.caller.subflow, on_position=attempt.queued
             )
         with place:
-            assert self.gate.inside <= PLACES
-            attempt.started()
+            try:
+                await self._answer(attempt)
+            finally:
+                attempt.ended()
+
+    async def _answer(self, attempt: Attempt) -> None:
+        request, stream = attempt.request, attempt.stream
+        assert self.gate.inside <= PLACES
+        attempt.started()
+        await self.turns()
+        attempt.sending()
+        if request.whole:
             await self.turns()
-            attempt.sending()
-            if request.whole:
-                await self.turns()
-                attempt.answer = Answer(200, {}, b"{}", "application/json", self.name)
-                return
-            assert stream is not None
-            stream.mark_answered()
-            for _ in range(self._dice.randrange(4)):
-                await self.turns()
-                stream.append(entries.CHUNK, data=b"data: {}\n\n")
-            stream.end(entries.COMPLETE, {})
+            attempt.answer = Answer(200, {}, b"{}", "application/json", self.name)
+            return
+        assert stream is not None
+        stream.mark_answered()
+        for _ in range(self._dice.randrange(4)):
+            await self.turns()
+            stream.append(entries.CHUNK, data=b"data: {}\n\n")
+        stream.end(entries.COMPLETE, {})
 
 
 class Reader:

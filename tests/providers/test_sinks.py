@@ -18,7 +18,8 @@ from aioserver.provider_errors import (
     ProviderDisconnected,
     ProviderError,
 )
-from aioserver.providers.sinks import DONE, BodySink, ChatSink, EventSink
+from aioserver.providers.body_sink import BodySink
+from aioserver.providers.sinks import DONE, ChatSink, EventSink
 from aioserver.streams import entries
 from aioserver.streams.stream import Stream
 

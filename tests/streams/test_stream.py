@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING, Any, cast
 import orjson
 import pytest
 
+from aioserver.auth.callers import anonymous
 from aioserver.errors import ResumeGap, ServerAtCapacity
 from aioserver.protocol import eventstream
 from aioserver.protocol.openai import Reading, Shape
-from aioserver.provider_errors import ProviderDisconnected
+from aioserver.provider_errors import ProviderDisconnected, ProviderRefused
+from aioserver.providers.request import Answer
 from aioserver.streams.entries import CANCELLED, CHUNK, COMPLETE, ERROR, PROCESSING
 from aioserver.streams.fast_path import Destination, TextPath
 from aioserver.streams.store import StreamStore
+from aioserver.streams.stream import STREAM_OVERHEAD
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -61,6 +64,7 @@ class Slow:
         self.next_index, self.skip = stream.locate(after)
         self.seen: list[tuple[int, str]] = []
         self.pokes = 0
+        self.dropped = False
         self.positions: list[int] = []
         stream.add_reader(self)
 
@@ -74,7 +78,9 @@ class Slow:
         self.pokes += 1
 
     def drop(self) -> None:
-        """Stay: the next `read` raises."""
+        assert self.next_index < self.stream.offset
+        self.dropped = True
+        self.stream.remove_reader(self)
 
     def report_position(self, position: int, eta: float) -> None:
         self.positions.append(position)
@@ -272,7 +278,8 @@ def test_with_window_0_what_every_reader_has_passed_is_let_go() -> None:
     slow.read(3)
     assert stream.first == 4
     slow.read()
-    assert streams.stats().bytes == stream.bytes == 0
+    assert stream.bytes == 0
+    assert streams.stats().bytes == stream.kept_bytes
 
 
 def test_with_a_window_what_everybody_has_read_is_kept() -> None:
@@ -305,7 +312,7 @@ def test_the_end_of_an_answer_is_within_the_bound_too() -> None:
 
     assert stream.bytes <= 2000
     assert (stream.first, stream.last) == (2, 2)
-    assert streams.stats().bytes == stream.bytes
+    assert streams.stats().bytes == stream.kept_bytes
 
 
 def test_a_log_of_frames_and_bytes_counts_both() -> None:
@@ -389,6 +396,22 @@ def test_a_log_is_found_by_its_caller_only() -> None:
     assert len(streams.running()) == 3
 
 
+def test_without_keys_the_logs_of_other_addresses_are_not_listed() -> None:
+    streams = streams_of()
+    here, there = anonymous("10.0.0.1"), anonymous("10.0.0.2")
+    stream = streams.open("r1", here, window=30)
+    other = streams.open("r2", there.on_behalf_of("somebody"), window=30)
+    stream.add_alias("resp_1")
+
+    assert list(streams.owned_by(here)) == [stream]
+    assert list(streams.owned_by(there)) == [other]
+    assert streams.find(there, "r1") is stream  # an id is enough to read its answer
+    for one in (stream, other):
+        one.end(COMPLETE, {})
+        streams.drop(one)
+    assert list(streams.owned_by(here)) == list(streams.owned_by(there)) == []
+
+
 def test_a_dropped_log_gives_its_bytes_back_once() -> None:
     streams = streams_of()
     stream, other = streams.open("r1", DEMO, window=30), streams.open("r2", DEMO, window=30)
@@ -400,7 +423,7 @@ def test_a_dropped_log_gives_its_bytes_back_once() -> None:
     streams.drop(stream)
 
     assert streams.find(DEMO, "r1") is None
-    assert streams.stats().bytes == other.bytes > 0
+    assert streams.stats().bytes == other.kept_bytes > 0
     assert streams.stats().finished == 1
     with pytest.raises(ResumeGap):
         stream.locate(0)
@@ -437,13 +460,13 @@ def finished(streams: StreamStore, name: str, size: int = 1000) -> Stream:
 
 
 def test_over_max_kept_bytes_the_oldest_finished_go_first() -> None:
-    streams = streams_of(max_kept_bytes=10_000)
+    streams = streams_of(max_kept_bytes=60_000)
     running = streams.open("running", DEMO, window=30)
     running.append(CHUNK, [chunk("x" * 1000)])
 
     for number in range(20):
         finished(streams, f"r{number}")
-        assert streams.stats().bytes <= 10_000
+        assert streams.stats().bytes <= 60_000
 
     kept = [stream.request_id for stream in streams.owned_by(DEMO)]
     assert kept == ["running", *(f"r{number}" for number in range(20 - len(kept) + 1, 20))]
@@ -451,7 +474,7 @@ def test_over_max_kept_bytes_the_oldest_finished_go_first() -> None:
 
 
 def test_a_finished_log_that_is_still_read_is_not_dropped() -> None:
-    streams = streams_of(max_kept_bytes=10_000)
+    streams = streams_of(max_kept_bytes=60_000)
     read = finished(streams, "read")
     reader = Slow(read)
     unread = finished(streams, "unread")
@@ -467,26 +490,88 @@ def test_a_finished_log_that_is_still_read_is_not_dropped() -> None:
 
 
 def test_a_new_answer_is_refused_when_running_ones_fill_the_server() -> None:
-    streams = streams_of(max_kept_bytes=10_000)
+    streams = streams_of(max_kept_bytes=60_000)
     old = finished(streams, "old")
     running = streams.open("running", DEMO, window=30)
 
-    running.append(CHUNK, [chunk("x" * 12_000)])
+    running.append(CHUNK, [chunk("x" * 62_000)])
 
     assert streams.find(DEMO, "old") is None  # it made room, as far as it could
     assert not old.entries
-    with pytest.raises(ServerAtCapacity, match="max_kept_bytes=10000") as caught:
+    with pytest.raises(ServerAtCapacity, match="max_kept_bytes=60000") as caught:
         streams.open("more", DEMO, window=30)
     assert caught.value.retry_after == 5.0
     assert streams.find(DEMO, "more") is None
     assert len(streams.running()) == 1
 
 
+def test_past_the_bound_late_readers_are_dropped_and_nobody_is_refused() -> None:
+    streams = streams_of(max_kept_bytes=1_000_000)
+    ended, running = (streams.open(name, DEMO, window=30) for name in ("ended", "running"))
+    readers = [Slow(ended), Slow(running)]
+    for stream in (ended, running):
+        for _ in range(8):
+            stream.append(CHUNK, [chunk("x" * 50_000)])
+    ended.end(COMPLETE, {})
+    prompt = streams.open("prompt", DEMO, window=30)
+    reader = Slow(prompt)
+
+    for _ in range(8):
+        prompt.append(CHUNK, [chunk("x" * 50_000)])
+        reader.read()
+
+    assert readers[0].dropped
+    assert len(ended.entries) == 1
+    assert not readers[1].dropped  # what one finished log kept was enough
+    assert not reader.dropped
+    more = streams.open("more", DEMO, window=30)
+    for _ in range(8):
+        more.append(CHUNK, [chunk("x" * 50_000)])
+    assert readers[1].dropped
+    assert streams.find(DEMO, "running") is running
+    assert len(running.entries) == 1
+    assert streams.stats().bytes < 1_000_000
+    streams.open("another", DEMO, window=30)
+
+
+def test_everything_that_a_stream_keeps_is_counted() -> None:
+    streams = streams_of()
+    stream = streams.open("r1", DEMO, window=30)
+    empty = streams.stats().bytes
+    assert empty >= STREAM_OVERHEAD
+
+    stream.details.headers = {"x-ratelimit-remaining": "9" * 10_000}
+    stream.recount()
+    assert streams.stats().bytes >= empty + 10_000
+    stream.details.text_bytes = 50_000
+    stream.recount()
+    assert streams.stats().bytes >= empty + 60_000
+    stream.append_whole(Answer(200, {"a": "b" * 5000}, b"x" * 70_000, "", "sim"), b"x" * 70_000)
+    assert streams.stats().bytes >= empty + 135_000
+    stream.fail(ProviderRefused("no", 400, b"y" * 30_000))
+    # The text belongs to the producer, which is done; the body is in the error, and in its event.
+    assert empty + 145_000 <= streams.stats().bytes < empty + 150_000
+    streams.drop(stream)
+    assert streams.stats().bytes == 0
+
+
+def test_a_whole_answer_near_the_bound_of_a_log_is_counted_once_and_stays_counted() -> None:
+    streams = streams_of(max_stream_bytes=100_000)
+    stream = streams.open("r1", DEMO, window=30)
+    body = b"x" * 99_990
+
+    stream.append_whole(Answer(200, {}, body, "", "sim"), body)
+    stream.end(COMPLETE, {})
+
+    assert len(body) < streams.stats().bytes < len(body) + 2 * STREAM_OVERHEAD
+    assert (stream.first, stream.last) == (1, 2)
+
+
 def test_an_answer_that_ends_over_the_bound_is_not_kept() -> None:
-    streams = streams_of(max_kept_bytes=10_000)
+    streams = streams_of(max_kept_bytes=60_000)
     stream = streams.open("long", DEMO, window=30)
-    stream.append(CHUNK, [chunk("x" * 12_000)])
-    assert streams.stats().bytes > 10_000
+    stream.append(CHUNK, [chunk("x" * 62_000)])
+    assert streams.stats().bytes > 60_000
 
     stream.end(COMPLETE, {})
 
@@ -497,7 +582,7 @@ def test_an_answer_that_ends_over_the_bound_is_not_kept() -> None:
 
 def test_new_bounds_are_used_by_logs_to_come() -> None:
     streams = streams_of()
-    streams.apply(max_stream_bytes=1000, max_kept_bytes=5000)
+    streams.apply(max_stream_bytes=1000, max_kept_bytes=30_000)
 
     for number in range(9):
         finished(streams, f"r{number}", 200)
@@ -505,7 +590,7 @@ def test_new_bounds_are_used_by_logs_to_come() -> None:
     for _ in range(9):
         stream.append(CHUNK, [chunk("x" * 200)])
 
-    assert streams.stats().bytes <= streams.stats().max_bytes == 5000
+    assert streams.stats().bytes <= streams.stats().max_bytes == 30_000
     assert stream.bytes <= 1000
 
 
@@ -637,7 +722,7 @@ def test_random_steps_agree_with_the_model(run: int) -> None:
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     dice = random.Random(seed)
-    max_stream, max_kept = dice.choice((1500, 6000, MUCH)), dice.choice((8000, 40_000, MUCH))
+    max_stream, max_kept = dice.choice((1500, 6000, MUCH)), dice.choice((40_000, 200_000, MUCH))
     streams = streams_of(max_stream, max_kept)
     logs: list[Known] = []
     order: list[Known] = []  # of their ends
@@ -679,6 +764,10 @@ def test_random_steps_agree_with_the_model(run: int) -> None:
                 log.dropped = True
                 streams.drop(log.stream)
 
+        for one in logs:
+            for reader in [reader for reader in one.readers if reader.dropped]:
+                one.readers.remove(reader)
+                one.resumed.pop(reader)
         stats = streams.stats()
         unread = False  # an older finished log is kept, and nobody reads it
         for one in order:
@@ -692,7 +781,7 @@ def test_random_steps_agree_with_the_model(run: int) -> None:
             assert not unread
         for one in logs:
             one.check(max_stream)
-        assert stats.bytes == sum(one.stream.bytes for one in logs)
+        assert stats.bytes == sum(one.stream.kept_bytes for one in logs)
         assert stats.running == sum(not one.stream.ended for one in logs)
 
     for log in logs:

@@ -1,0 +1,90 @@
+"""Writes a response that is not streamed, for as long as its client needs to read it.
+
+aiohttp writes a response after its handler has returned, when the connection's place is given back: any
+number of clients that read nothing could then hold an answer each. Here the response is in the
+kernel, whole, before the handler returns, and a client that takes nothing for `send_timeout` is
+dropped, also on a UNIX socket, where no kernel would do so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from aioserver.faces.http import announce_close
+from aioserver.faces.ready import HIGH_WATER, ReadyResponse
+from aioserver.limits.write_watchdog import WriteWatchdog, reset
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from aiohttp import web
+
+
+async def write(
+    request: web.Request,
+    response: web.StreamResponse,
+    send_timeout: float,
+    on_drop: Callable[[str], None],
+) -> None:
+    """Write the whole *response*, unless it was written before, and wait until the kernel has it.
+
+    *on_drop* is called with the reason when the client takes nothing for *send_timeout* seconds and is
+    dropped.
+
+    Raises:
+        ConnectionError: the client has left, or is dropped.
+    """
+    transport = request.transport
+    if response.prepared or transport is None or transport.is_closing():
+        return
+    drain = request.writer.drain
+    if isinstance(response, ReadyResponse):
+        for piece in response.pieces(request):
+            transport.write(piece)
+            if transport.get_write_buffer_size() > HIGH_WATER:
+                await _watched(transport, drain, send_timeout, on_drop)
+    else:
+        announce_close(request, response)
+        await response.prepare(request)
+        await response.write_eof()
+    await flush(transport, drain, send_timeout, on_drop)
+
+
+async def flush(
+    transport: asyncio.Transport,
+    drain: Callable[[], Awaitable[None]],
+    send_timeout: float,
+    on_drop: Callable[[str], None],
+) -> None:
+    """Wait until *transport* has nothing left to write; *drain* waits for its low-water mark.
+
+    Raises:
+        ConnectionError: as `write`.
+    """
+    if not transport.get_write_buffer_size() or transport.is_closing():
+        return
+    transport.set_write_buffer_limits(high=0)
+    try:
+        await _watched(transport, drain, send_timeout, on_drop)
+    finally:
+        if not transport.is_closing():
+            # asyncio's own limits, which the writers of streams count on.
+            transport.set_write_buffer_limits()
+
+
+async def _watched(
+    transport: asyncio.Transport,
+    drain: Callable[[], Awaitable[None]],
+    send_timeout: float,
+    on_drop: Callable[[str], None],
+) -> None:
+    def drop() -> None:
+        on_drop(f"nothing taken for {send_timeout} s")
+        reset(transport)
+
+    watchdog = WriteWatchdog(asyncio.get_running_loop(), transport, send_timeout, drop)
+    try:
+        await drain()
+    finally:
+        watchdog.stop()

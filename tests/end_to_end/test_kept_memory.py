@@ -1,0 +1,162 @@
+"""What the logs keep in memory, as Python counts it, against what `max_kept_bytes` counts."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import tracemalloc
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from aioserver.providers.simulator.exchange import Behaviour
+from tests.support.chat import STREAMED, big, chat, frames_of, to_end
+from tests.support.raw import SMALL, Raw
+from tests.support.scripted_provider import EVENT_STREAM, LAST_CHUNK, Peer, ScriptedProvider, chunk
+from tests.support.server import SIM_HTTP_CLIENT
+from tests.support.waiting import until
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from tests.support.server import MakeServer, RunningServer
+
+COUNT = 50
+# Real memory at most, in counted bytes: allocators round up, and dictionaries keep room.
+MULTIPLE = 1.5
+# Headers that pass, and a usage that is large: neither was counted.
+HEADERS = tuple((f"x-ratelimit-{number}", "9" * 200) for number in range(40))
+
+
+async def frames(server: RunningServer, number: int) -> None:
+    async with server.connect() as ws:
+        await ws.send_json(chat(f"r{number}", "word " * 20))
+        await to_end(ws)
+
+
+async def passed_on(server: RunningServer, number: int) -> None:
+    key = {"Idempotency-Key": f"k{number}"}
+    url = f"{server.v1}/chat/completions"
+    async with server.session.post(url, json=STREAMED, headers=key) as response:
+        assert (await response.read()).endswith(b"[DONE]\n\n")
+
+
+async def whole(server: RunningServer, number: int) -> None:
+    body: dict[str, Any] = {"model": "sim", "input": "Hello", "store": True}
+    async with server.session.post(f"{server.v1}/responses", json=body) as response:
+        assert response.status == 200, number
+        await response.read()
+
+
+async def response(server: RunningServer, number: int) -> None:
+    body: dict[str, Any] = {"model": "sim", "input": "Hello", "store": True, "stream": True}
+    async with server.session.post(f"{server.v1}/responses", json=body) as answer:
+        assert b"response.completed" in await answer.read(), number
+
+
+@pytest.mark.parametrize("headers", [(), HEADERS], ids=["plain", "headers"])
+@pytest.mark.parametrize("ask", [frames, passed_on, whole, response])
+async def test_many_small_answers_cost_little_more_than_is_counted(
+    make_server: MakeServer,
+    ask: Callable[[RunningServer, int], Awaitable[None]],
+    headers: tuple[tuple[str, str], ...],
+) -> None:
+    server = await make_server(Behaviour(ttft=0, interval=0, headers=headers))
+    store = server.owners.streams
+    for number in range(10):
+        await ask(server, -1 - number)
+    before = store.stats()
+    gc.collect()
+    tracemalloc.start()
+    try:
+        for number in range(COUNT):
+            await ask(server, number)
+        await until(lambda: store.stats().finished == before.finished + COUNT)
+        gc.collect()
+        real = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+
+    counted = store.stats().bytes - before.bytes
+    assert real < MULTIPLE * counted
+
+
+def completed(server: RunningServer, count: int) -> bool:
+    return server.simulator.stats().completed == count
+
+
+async def test_stalled_readers_of_kept_logs_are_dropped_before_anybody_is_refused(
+    make_server: MakeServer,
+) -> None:
+    most = 2 << 20
+    server = await make_server(
+        **{
+            "chat.streams.max_kept_bytes": most,
+            "chat.streams.max_stream_bytes": 1 << 20,
+            "chat.streams.send_timeout": 60.0,
+            f"{SIM_HTTP_CLIENT}.concurrent_requests": 4,
+        }
+    )
+    store = server.owners.streams
+    async with contextlib.AsyncExitStack() as stack:
+        raws = [
+            await stack.enter_async_context(Raw(server, receive_buffer=SMALL)) for _ in range(8)
+        ]
+        for number, raw in enumerate(raws):
+            await raw.ask_sse(f"r{number}", **big(30_000, 30))  # 0.9 MB
+            await until(partial(completed, server, number + 1))
+            await until(lambda: store.stats().running == 0)
+            assert store.stats().bytes < most + (1 << 18)
+        async with server.connect() as ws:
+            await ws.send_json(chat("mine"))
+            assert (await to_end(ws))[-1]["status"] == "complete"
+
+        bodies = []
+        for raw in raws:
+            raw.widen()
+            bodies.append((await raw.answer()).body)
+
+    ends = [frames_of(body)[-1] for body in bodies]
+    told = [end for end in ends if end["status"] == "error"]
+    assert {end["chunk"]["code"] for end in told} == {"slow_client"}
+    assert len(told) >= 8 - most // 900_000
+    assert server.context.metrics.slow_clients.value == len(told)
+
+
+async def test_a_usage_of_any_size_costs_little(make_server: MakeServer) -> None:
+    usage = {"total_tokens": 3, "details": [{"a": number} for number in range(40_000)]}
+    event = json.dumps(
+        {"choices": [{"delta": {"content": "Hi"}, "finish_reason": "stop"}], "usage": usage}
+    )
+
+    async def play(peer: Peer) -> None:
+        while True:
+            await peer.request()
+            answer = chunk(b"data: %b\n\ndata: [DONE]\n\n" % event.encode())
+            await peer.send(EVENT_STREAM + answer + LAST_CHUNK)
+
+    async with ScriptedProvider(play) as provider:
+        server = await make_server(**{"llm.providers.sim.base_url": provider.url})
+        async with server.connect() as ws:
+            await ws.send_json(chat("first"))
+            await to_end(ws)
+            before = server.owners.streams.stats().bytes
+            ends = []
+            gc.collect()
+            tracemalloc.start()
+            try:
+                for number in range(10):
+                    await ws.send_json(chat(f"r{number}"))
+                    ends.append((await to_end(ws))[-1])
+                gc.collect()
+                real = tracemalloc.get_traced_memory()[0]
+            finally:
+                tracemalloc.stop()
+        counted = server.owners.streams.stats().bytes - before
+
+    for end in ends:
+        assert end["chunk"]["metadata"]["usage"] == {"total_tokens": 3}
+    assert counted < 200_000  # ten logs of a few events, and not ten usages of 600 KB
+    assert real < 4_000_000  # ten usages are a hundred million bytes as objects

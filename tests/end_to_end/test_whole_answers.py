@@ -1,0 +1,150 @@
+"""Whole answers and clients that read nothing: they hold a place, and a bounded memory."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+from typing import TYPE_CHECKING, Any
+
+from aioserver.faces import whole
+from tests.support.chat import CHAT
+from tests.support.raw import SMALL, Raw
+from tests.support.scripted_provider import Peer, ScriptedProvider
+from tests.support.server import CONCURRENCY, SIM_HTTP_CLIENT
+from tests.support.waiting import until
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+    from tests.support.server import MakeServer, RunningServer
+
+SIZE = 4 << 20
+PATH = "/v1/chat/completions"
+
+
+@contextlib.asynccontextmanager
+async def provider() -> AsyncIterator[ScriptedProvider]:
+    """A provider whose every answer has SIZE bytes and a little."""
+    choice = {"message": {"content": "x" * SIZE}, "finish_reason": "stop", "index": 0}
+    body = json.dumps({"choices": [choice]}).encode()
+    head = f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+
+    async def play(peer: Peer) -> None:
+        while True:
+            await peer.request()
+            await peer.send(head.encode() + b"\r\n\r\n" + body)
+
+    async with ScriptedProvider(play) as scripted:
+        yield scripted
+
+
+def unsent(server: RunningServer) -> int:
+    """Bytes that wait in our transports."""
+    transports = [connection.transport for connection in server.http_server.connections]
+    return sum(one.get_write_buffer_size() for one in transports if one is not None)
+
+
+async def test_clients_that_do_not_read_whole_answers_hold_places_until_they_are_dropped(
+    make_server: MakeServer,
+) -> None:
+    clients, places = 40, 5
+    async with provider() as scripted, contextlib.AsyncExitStack() as stack:
+        server = await make_server(
+            **{
+                "llm.providers.sim.base_url": scripted.url,
+                "chat.streams.send_timeout": 0.3,
+                f"{CONCURRENCY}.max_connections": places,
+                f"{CONCURRENCY}.queue_timeout": 60.0,
+            }
+        )
+        for _ in range(clients):
+            raw = await stack.enter_async_context(Raw(server, receive_buffer=SMALL))
+            await raw.post(PATH, CHAT)
+        most = 0
+
+        def dropped() -> bool:
+            nonlocal most
+            most = max(most, unsent(server))
+            assert server.held()["places"] <= places
+            return server.context.metrics.slow_clients.value == clients
+
+        await until(dropped, 30, server.held)
+        await server.nothing_held()
+        assert most > 0
+        # For each a piece, and what was in the transport before it.
+        assert most <= places * 3 * 65536
+        assert server.owners.streams.stats().bytes == 0
+        async with server.session.post(f"{server.base}{PATH}", json=CHAT) as response:
+            assert len(await response.read()) > SIZE
+
+
+async def test_whole_answers_are_bounded_together(make_server: MakeServer) -> None:
+    async with provider() as scripted, contextlib.AsyncExitStack() as stack:
+        server = await make_server(
+            **{
+                "llm.providers.sim.base_url": scripted.url,
+                "chat.streams.send_timeout": 60.0,
+                "chat.streams.max_kept_bytes": 10 << 20,
+                f"{SIM_HTTP_CLIENT}.concurrent_requests": 20,
+            }
+        )
+        for _ in range(2):
+            raw = await stack.enter_async_context(Raw(server, receive_buffer=SMALL))
+            await raw.post(PATH, CHAT)
+        kept = server.owners.streams.stats
+        await until(lambda: kept().bytes > 2 * SIZE and not server.held()["sim places"])
+
+        async with server.session.post(f"{server.base}{PATH}", json=CHAT) as response:
+            assert response.status == 503
+            assert (await response.json())["error"]["code"] == "server_at_capacity"
+        assert kept().bytes <= 10 << 20
+    await until(lambda: kept().bytes == 0)
+    await server.nothing_held()
+
+
+async def test_a_slow_reader_of_a_whole_answer_gets_all_of_it(make_server: MakeServer) -> None:
+    async with provider() as scripted:
+        server = await make_server(
+            **{"llm.providers.sim.base_url": scripted.url, "chat.streams.send_timeout": 1.0}
+        )
+        loop = asyncio.get_running_loop()
+        async with Raw(server, receive_buffer=SMALL) as raw:
+            await raw.post(PATH, CHAT)
+            head = await raw.head()
+            begun, seen = loop.time(), 0
+            while loop.time() < begun + 2.5:
+                seen += len(await raw.exactly(20_000))
+                await asyncio.sleep(0.02)  # the client's own slowness
+            assert server.held()["places"] == 1
+            raw.widen()
+            rest = await raw.exactly(int(head.headers["content-length"]) - seen)
+            assert rest.endswith(b"}]}")
+            # The connection is kept, and its next answer is whole, too.
+            await raw.post(PATH, CHAT)
+            assert len((await raw.answer()).body) > SIZE
+
+
+async def test_a_client_of_a_unix_socket_that_reads_nothing_is_dropped(tmp_path: Path) -> None:
+    loop = asyncio.get_running_loop()
+    path = str(tmp_path / "socket")
+    drops: list[str] = []
+    accepted: asyncio.Future[Any] = loop.create_future()
+
+    async def serve(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"x" * SIZE)
+        transport: Any = writer.transport
+        with contextlib.suppress(ConnectionError):
+            await whole.flush(transport, writer.drain, 0.2, drops.append)
+        accepted.set_result(transport.is_closing())
+        writer.close()
+
+    async with await asyncio.start_unix_server(serve, path):
+        with socket.socket(socket.AF_UNIX) as client:
+            client.setblocking(False)
+            await loop.sock_connect(client, path)
+            assert await asyncio.wait_for(accepted, 10)
+
+    assert drops == ["nothing taken for 0.2 s"]
