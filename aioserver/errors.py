@@ -24,7 +24,7 @@ The tree, with HTTP status, code and close code:
         ModelNotFound               404  model_not_found
         StreamNotFound              404  stream_not_found
         MethodNotAllowed            405  method_not_allowed
-        RequestTimeout              408  request_timeout
+        RequestTimeout              408  request_timeout         1008
         SlowClient                  408  slow_client
         ResumeGap                   409  resume_gap
         RequestConflict             409  request_conflict
@@ -32,6 +32,7 @@ The tree, with HTTP status, code and close code:
         UriTooLong                  414  uri_too_long
         UnsupportedMediaType        415  unsupported_media_type
         ExpectationFailed           417  expectation_failed
+        UpgradeRequired             426  upgrade_required
         RateLimitExceeded           429  rate_limit_exceeded     1008
         ConcurrencyExceeded         429  concurrency_exceeded
         HeadersTooLarge             431  headers_too_large
@@ -62,6 +63,9 @@ TYPES = {
     503: "service_unavailable_error",
     504: "provider_error",
 }
+# Seconds that a client is told to wait at most: SDKs take no more than a minute or two for true, and whatever a
+# client waits for may be over long before.
+MAX_RETRY_AFTER = 120.0
 
 
 class ConfigurationError(Exception):
@@ -75,8 +79,8 @@ class ConfigurationError(Exception):
 class AioserverError(Exception):
     """An error that a client may see.
 
-    *retry_after*: the seconds after which to try again, None if they are unknown. *param*: the
-    faulty field of the request.
+    *retry_after*: the seconds after which to try again, None if they are unknown; a client is told
+    MAX_RETRY_AFTER at most. *param*: the faulty field of the request.
     """
 
     code: ClassVar[str] = "internal_error"
@@ -95,7 +99,7 @@ class AioserverError(Exception):
     ) -> None:
         super().__init__(message)
         self.message = message
-        self.retry_after = retry_after
+        self.retry_after = None if retry_after is None else min(retry_after, MAX_RETRY_AFTER)
         self.param = param
         # True once the request that this error ended has been counted, so that no face counts it again.
         self.counted = False
@@ -234,9 +238,11 @@ class MethodNotAllowed(AioserverError):
 
 
 class RequestTimeout(AioserverError):
-    """The body did not arrive before its deadline."""
+    """The body, or a WebSocket message, did not arrive before its deadline."""
 
     code, status, retryable, force_close = "request_timeout", 408, True, True
+    close = 1008
+    close_reason = b"message too slow"
 
 
 class SlowClient(AioserverError):
@@ -281,6 +287,19 @@ class ExpectationFailed(AioserverError):
     """The `Expect` header is not `100-continue`."""
 
     code, status = "expectation_failed", 417
+
+
+class UpgradeRequired(AioserverError):
+    """An upgrade to a WebSocket where there is none: the path is there for plain HTTP only.
+
+    Clients that can do without a WebSocket fall back at once.
+    """
+
+    code, status, force_close = "upgrade_required", 426, True
+
+    def headers(self) -> dict[str, str]:
+        """Return the headers, among them the protocol to use instead (RFC 9110, 15.5.22)."""
+        return {**super().headers(), "Upgrade": "HTTP/1.1"}
 
 
 class RateLimitExceeded(AioserverError):

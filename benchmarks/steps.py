@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 
+from large import sending
 from loads import Load, paced, stalled
 from measure import Bench, Result, Server, StepFailed, faults, most_sockets
 from peers import Peer
@@ -193,6 +194,25 @@ def refuse(bench: Bench, server: Server, load: Load) -> Result:
     return result
 
 
+def large(bench: Bench, server: Server, load: Load) -> Result:
+    """How long others wait beside a client that sends the largest body each second."""
+    alone = bench.measure(server, load)
+    seen: Result = {}
+    result = bench.measure(
+        server, load, during=lambda: sending(server.port, server.peer.path, seen)
+    )
+    found = faults(alone) + faults(result)
+    if not seen["answered"] or seen["answered"] < seen["sent"]:
+        found.append(f"{seen['answered']} of {seen['sent']} large bodies were answered")
+    names = ("gap_p99_ms", "gap_max_ms", "foreign_share", "provider_late_p99_ms")
+    waits = {name: result[name] for name in names}
+    note = (
+        f"the longest gap was {alone['gap_max_ms']:.0f} ms without the large bodies; the slowest of "
+        f"{seen['sent']} of them took {seen['slowest']:.1f} s"
+    )
+    return waits | {"alone": alone, "beside": result, "notes": [note], "faults": found}
+
+
 def restart(bench: Bench, server: Server, load: Load) -> Result:
     """What clients lose when the server is told to stop and another starts on its port at once."""
     peer = server.peer
@@ -256,6 +276,12 @@ STEPS = {
     ),
     "crowded": Step(load=HTTP, do=crowded, once=True, needs=websocket),
     "watched": Step(load=HTTP, do=watched, once=True, quick=True, needs=lambda peer: peer.events),
+    "large": Step(
+        load=paced("sse", 50, ramp=1.0, warmup=0.5, duration=5.0, drain=5.0),
+        do=large,
+        once=True,
+        needs=lambda peer: peer.tight,
+    ),
     "restart": Step(
         load=Load(
             mode="sse",

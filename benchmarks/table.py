@@ -74,6 +74,14 @@ ROWS = (
     ),
     Row("leave", "sent_after", "events still sent to each of 100 that left", "less", ratio=False),
     Row("leave", "to_the_end", "of these 100, how many were sent to the end", "less", ratio=False),
+    Row(
+        "large",
+        "gap_p99_ms",
+        "p99 gap, ms, 50 SSE streams, beside a body of 16 MiB each second",
+        "less",
+        1,
+    ),
+    Row("large", "gap_max_ms", "longest gap, ms, of these", "less", 1),
     Row("refuse", "sse_p50_ms", "p50 to a 503, ms, 1,000 come to 200 places", "less", 1),
     Row("refuse", "sse_p99_ms", "p99 to a 503, ms, 1,000 come to 200 places", "less", 1),
     Row(

@@ -35,6 +35,7 @@ TABLE = {
     414: {"uri_too_long"},
     415: {"unsupported_media_type"},
     417: {"expectation_failed"},
+    426: {"upgrade_required"},
     429: {"rate_limit_exceeded", "concurrency_exceeded", "provider_rate_limited"},
     431: {"headers_too_large"},
     500: {"internal_error"},
@@ -161,6 +162,16 @@ def test_a_429_never_says_too_soon(seconds: float, whole: str, milliseconds: str
         headers = cls("slow", retry_after=seconds).headers()
 
         assert (headers["Retry-After"], headers["retry-after-ms"]) == (whole, milliseconds)
+
+
+@pytest.mark.parametrize("seconds", [120.0, 132.0, 86_400.0, float("inf")])
+def test_nobody_is_told_to_wait_for_more_than_two_minutes(seconds: float) -> None:
+    error = provider_errors.ProviderRateLimited("slow", retry_after=seconds)
+
+    headers = error.headers()
+
+    assert (headers["Retry-After"], headers["retry-after-ms"]) == ("120", "120000")
+    assert error.as_chunk()["retry_after"] == 120.0
 
 
 @pytest.mark.parametrize("cls", ALL)

@@ -2,9 +2,10 @@
 
 Every route has a policy in the table that server/app.py fills; a route without one is for admins. The
 decision rests on the route that was matched and on nothing else: neither on the path nor on the
-`Host`. A request presents its key in one of three ways:
+`Host`. A request presents its key in one of these ways:
 
     Authorization: Bearer <key>              RFC 6750
+    x-api-key: <key>, api-key: <key>         as the SDKs of Anthropic and Azure do
     Sec-WebSocket-Protocol: aioserver, aioserver.key.<key>
                                              a browser can set no other header of a WebSocket;
                                              `aioserver` is the protocol that is then selected
@@ -12,7 +13,9 @@ decision rests on the route that was matched and on nothing else: neither on the
                                              in a request of our own page, or of one that
                                              `allow_origins` names
 
-The value of such a header may be a guess: it is compared, and never shown or logged.
+The value of such a header may be a guess: it is compared, and never shown or logged. A key may come in
+several of them, but a request with two keys is refused: whichever of them counted, the other one
+would mean another caller.
 
 A key alone does not protect a server that needs none, and a page may send some requests without asking
 (Fetch, 4.10), such as a POST without a body. So a request with a method that may change something,
@@ -30,6 +33,7 @@ from aioserver.auth.callers import ADDRESS, CALLER, Caller, anonymous
 from aioserver.errors import (
     Denied,
     InvalidApiKey,
+    InvalidRequest,
     MissingApiKey,
     OriginNotAllowed,
     PermissionDenied,
@@ -44,12 +48,17 @@ if TYPE_CHECKING:
     from aioserver.auth.origins import Origins
 
 COOKIE = "aioserver_session"
+KEY_HEADERS = ("x-api-key", "api-key")
+# The subprotocol that is selected, if the client offers it.
+SUBPROTOCOL = "aioserver"
 KEY_PROTOCOL = "aioserver.key."
 # Cookies of this name that are tried: another path or host may have set one as well.
 MAX_SESSIONS = 4
 # Methods that change nothing (RFC 9110, 9.2.1).
 SAFE_METHODS = frozenset({hdrs.METH_GET, hdrs.METH_HEAD, hdrs.METH_OPTIONS, hdrs.METH_TRACE})
-KEY_NEEDED = "this server wants an API key: Authorization: Bearer, or log in on its page"
+KEY_NEEDED = (
+    "this server wants an API key: Authorization: Bearer, x-api-key, or log in on its page"
+)
 
 
 class Policy(Enum):
@@ -70,6 +79,8 @@ class Guard:
 
     def __init__(self, access: Access, origins: Origins) -> None:
         self.policies: dict[AbstractRoute, Policy] = {}
+        # Those of the routes above that are WebSockets.
+        self.websockets: set[AbstractRoute] = set()
         self._access = access
         self._origins = origins
 
@@ -135,14 +146,16 @@ class Guard:
             InvalidApiKey: no caller has the key, or the request has several keys.
         """
         headers = request.headers
-        keys = _bearers(headers.getall(hdrs.AUTHORIZATION, ()))
-        if not keys and hdrs.SEC_WEBSOCKET_PROTOCOL in headers:
-            keys = offered_keys(offered_protocols(request))
-        if len(keys) > 1:
+        sources = [_bearers(headers.getall(hdrs.AUTHORIZATION, ()))]
+        sources += [_keys(headers.getall(name, ())) for name in KEY_HEADERS]
+        if hdrs.SEC_WEBSOCKET_PROTOCOL in headers:
+            sources.append(offered_keys(offered_protocols(request)))
+        found = {key for keys in sources for key in keys}
+        if len(found) > 1 or any(len(keys) > 1 for keys in sources):
             raise InvalidApiKey("more than one API key")
-        if not keys:
+        if not found:
             return None
-        return self._access.keys.caller(keys[0].encode("utf-8", "surrogatepass"))
+        return self._access.keys.caller(found.pop().encode("utf-8", "surrogatepass"))
 
     def check_page(self, request: web.Request) -> None:
         """Refuse a request that another page makes a browser send, cookie included (CSRF).
@@ -161,6 +174,20 @@ def offered_protocols(request: web.Request) -> list[str]:
     return [protocol.strip() for header in headers for protocol in header.split(",")]
 
 
+def selectable_protocols(request: web.Request) -> tuple[str, ...]:
+    """Return the subprotocol to select of those that a handshake offers; never the one with its key.
+
+    Raises:
+        InvalidRequest: the client offers a key and no protocol beside it: aiohttp would log the whole offer.
+    """
+    offered = offered_protocols(request)
+    if SUBPROTOCOL in offered:
+        return (SUBPROTOCOL,)
+    if offered_keys(offered):
+        raise InvalidRequest(f"offer the subprotocol {SUBPROTOCOL} beside {KEY_PROTOCOL}…")
+    return ()
+
+
 def offered_keys(protocols: Iterable[str]) -> list[str]:
     """Return the API keys among the subprotocols that a WebSocket handshake offers."""
     return [
@@ -168,6 +195,20 @@ def offered_keys(protocols: Iterable[str]) -> list[str]:
         for protocol in protocols
         if protocol.startswith(KEY_PROTOCOL)
     ]
+
+
+def subprotocols(request: web.Request) -> tuple[str, ...]:
+    """Return the subprotocol to select of those that the client offers; never the one with its key.
+
+    Raises:
+        InvalidRequest: the client offers a key and no protocol beside it: aiohttp would log the whole offer.
+    """
+    offered = offered_protocols(request)
+    if SUBPROTOCOL in offered:
+        return (SUBPROTOCOL,)
+    if offered_keys(offered):
+        raise InvalidRequest(f"offer the subprotocol {SUBPROTOCOL} beside {KEY_PROTOCOL}…")
+    return ()
 
 
 def _bearers(headers: Iterable[str]) -> list[str]:
@@ -178,6 +219,11 @@ def _bearers(headers: Iterable[str]) -> list[str]:
         if scheme.lower() == "bearer":
             keys.append(key.strip())
     return keys
+
+
+def _keys(headers: Iterable[str]) -> list[str]:
+    """Return the keys in headers that hold nothing else; an empty one holds none."""
+    return [key for header in headers if (key := header.strip())]
 
 
 def _sessions(headers: Iterable[str]) -> list[str]:

@@ -65,11 +65,19 @@ class Keys:
             digest, old_key = bytes.fromhex(settings.sha256), old.get(settings.name)
             if old_key is not None and old_key.digest == digest:
                 quota = old_key.quota
-                quota.apply(settings.max_concurrent, settings.requests_per_minute)
+                quota.apply(
+                    settings.max_concurrent,
+                    settings.requests_per_minute,
+                    settings.max_connections,
+                )
                 if old_key.caller.admin and not settings.admin:
                     quota.demote()
             else:
-                quota = Quota(settings.max_concurrent, settings.requests_per_minute)
+                quota = Quota(
+                    settings.max_concurrent,
+                    settings.requests_per_minute,
+                    max_connections=settings.max_connections,
+                )
             caller = Caller(
                 settings.name,
                 priority=settings.priority,

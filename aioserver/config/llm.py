@@ -23,7 +23,9 @@ from aioserver.config.validators import (
     line,
     list_of,
     mapping_of,
+    one_of,
     optional,
+    passed_header,
     proxy,
     ratio,
     seconds,
@@ -158,6 +160,11 @@ class Provider:
         {},
         secret=True,
     )
+    pass_headers: tuple[str, ...] = setting(
+        list_of(passed_header),
+        "names of client headers that are passed on to the provider, beside traceparent and tracestate",
+        (),
+    )
     proxy: str | None = setting(
         optional(proxy), "URL of the HTTP proxy to the provider; null: none", None, secret=True
     )
@@ -166,9 +173,24 @@ class Provider:
         "PEM file of the certificates to trust; null: those of the system",
         None,
     )
+    when_down: str = setting(
+        one_of("fail", "wait"),
+        "what requests do while the provider cannot be reached and no fallback can answer: fail at once, or "
+        "wait in its queue, for queue_timeout at most, until it is back",
+        "fail",
+    )
     http_client: HttpClient = group(HttpClient)
 
     def __post_init__(self) -> None:
+        configured = {name.lower() for name in self.headers}
+        check_rules(
+            self,
+            *(
+                (("pass_headers", index), f"{name} is set by `headers` already")
+                for index, name in enumerate(self.pass_headers)
+                if name in configured
+            ),
+        )
         if not self.base_url and not self.simulated:
             check_rules(self, (("base_url",), "required key is missing"))
         if self.base_url and self.simulated is True:

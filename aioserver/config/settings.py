@@ -30,6 +30,7 @@ from aioserver.config.schema import BrokenRule, check_rules, group, section, set
 from aioserver.config.validators import (
     boolean,
     count,
+    count_or_0,
     digest,
     label,
     line,
@@ -86,6 +87,11 @@ class ClientKey:
     )
     max_concurrent: int = setting(
         count, "answers that this key may have queued or running at once; beyond: 429", 20
+    )
+    max_connections: int = setting(
+        count_or_0,
+        "connections that this key may have open or waiting at once; beyond: 429; 0: no bound of its own",
+        0,
     )
     requests_per_minute: int = setting(
         count, "answers that this key may begin per minute; beyond: 429", 300

@@ -14,6 +14,7 @@ import voluptuous as vol
 
 from aioserver.config.schema import FAULTY, Faults, Secret, Validator, describe, refuse, show
 from aioserver.protocol import addresses
+from aioserver.protocol.client_headers import CREDENTIALS, NEVER_PASSED, TRACE_HEADERS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -207,6 +208,18 @@ def _secret(value: Any) -> Secret:
     return Secret(value)
 
 
+def _passed_header(value: Any) -> str:
+    """Accept the name of a client's header that may go on to a provider, and return it in lower case."""
+    name: str = header(value).lower()
+    if name in TRACE_HEADERS:
+        refuse(f"{name} is passed on in any case, if it is valid")
+    if name in CREDENTIALS:
+        refuse(f"{name} may hold a key of this server, and is never passed on")
+    if name in NEVER_PASSED:
+        refuse(f"{name} belongs to one connection or body, and is never passed on")
+    return name
+
+
 def _network(value: Any) -> str:
     """Accept an IP address or network, in any spelling, or the word for UNIX sockets."""
     if value == addresses.UNIX:
@@ -247,6 +260,7 @@ label = text(
     shown=True,
 )
 header = text("header name", r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", "the name of an HTTP header")
+passed_header = Validator("header name", _passed_header)
 digest = text("SHA-256 in hex", r"[0-9A-Fa-f]{64}", "64 hexadecimal digits")
 secret = Validator("secret", _secret)
 variable = text(

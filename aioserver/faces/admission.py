@@ -19,9 +19,10 @@ from time import monotonic
 from typing import TYPE_CHECKING, Self, TypeVar
 
 from aioserver.auth.callers import CALLER
-from aioserver.errors import AioserverError, ServerAtCapacity
+from aioserver.errors import AioserverError, ConcurrencyExceeded, ServerAtCapacity
 from aioserver.faces import whole
 from aioserver.faces.http import Request, error_response
+from aioserver.faces.idle_sockets import IdleSockets
 from aioserver.limits.gate import Gate, Place
 from aioserver.provider_errors import ProviderFault
 from aioserver.telemetry.logs import RateLimit
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
     from aiohttp import web
 
+    from aioserver.auth.callers import Caller
     from aioserver.config.settings import Concurrency
     from aioserver.telemetry.metrics import Metrics
 
@@ -58,6 +60,11 @@ class Admission:
             full_error=self._refusal,
             timeout_error=self._refusal,
         )
+        self.idle_sockets = IdleSockets(
+            asyncio.get_running_loop(),
+            limit=lambda: self.gate.limit,
+            waiting=lambda: self.gate.waiting,
+        )
         self.refused_closing = 0
         # Seconds without progress after which a client is dropped that does not read its response.
         self.send_timeout = send_timeout
@@ -73,6 +80,7 @@ class Admission:
             queue_size=limits.connection_queue_size,
             queue_timeout=limits.queue_timeout,
         )
+        self.idle_sockets.limit_changed()
 
     @property
     def body_bytes(self) -> int:
@@ -123,6 +131,24 @@ class Admission:
                 },
             )
 
+    def connect(self, face: str, caller: Caller) -> None:
+        """Count a connection of the caller's key; call `disconnect` once when it has ended.
+
+        Raises:
+            ConcurrencyExceeded: the key has as many connections as it may have.
+        """
+        if caller.quota is not None:
+            try:
+                caller.quota.connect()
+            except ConcurrencyExceeded:
+                self.log("refused", face, logging.WARNING, caller=caller.name)
+                raise
+
+    def disconnect(self, caller: Caller) -> None:
+        """Count a connection as ended, which `connect` has counted for the same *caller*."""
+        if caller.quota is not None:
+            caller.quota.disconnect()
+
     def try_enter(self) -> Place | None:
         """Return a place, or None if none is free. The caller releases it."""
         if (place := self.gate.try_enter()) is not None:
@@ -130,9 +156,11 @@ class Admission:
         return place
 
     async def wait(
-        self, face: str, on_position: Callable[[int, float], None] | None = None
+        self, face: str, name: str, on_position: Callable[[int, float], None] | None = None
     ) -> Place:
-        """Queue for a place, and return it. The caller releases it; cancelling leaves the queue.
+        """Queue for a place, and return it; *name*: that of the key that waits.
+
+        Whoever calls this releases the place; cancelling leaves the queue.
 
         *on_position* is called with the position in the queue and the seconds until a place is
         expected, whenever either changes.
@@ -144,6 +172,7 @@ class Admission:
         waits, meter = self.metrics.admission_wait, self.metrics.faces[face]
         began = monotonic()
         meter.waiting.value += 1
+        self.idle_sockets.waits(name)
         try:
             place = await self.gate.enter(on_position=on_position)
         except AioserverError:
@@ -152,6 +181,7 @@ class Admission:
             raise
         finally:
             meter.waiting.value -= 1
+            self.idle_sockets.waited(name)
         waits["entered"].observe(monotonic() - began)
         return place
 
@@ -160,14 +190,21 @@ class Admission:
         meter = self.metrics.faces[face]
         meter.connections.value += 1
         meter.opened.value += 1
+        self.idle_sockets.opened(caller)
         self.log("opened", face, caller=caller)
 
     def closed(self, face: str, code: str = "", caller: str = "") -> None:
         """Count that a connection has ended; *code*: the close code of a WebSocket."""
         self.metrics.faces[face].connections.value -= 1
+        self.idle_sockets.closed(caller)
         closed = self.metrics.closed
         (closed.get((face, code)) or closed[face, "other"]).value += 1
         self.log("closed", face, caller=caller)
+
+    def gave_way(self, face: str, caller: str) -> None:
+        """Count an idle client whose place another one gets."""
+        self.metrics.gave_way.value += 1
+        self.log("gave way", face, logging.WARNING, caller=caller)
 
     def dropped(self, face: str, reason: str) -> None:
         """Count a client that was disconnected because it read nothing, or fell behind."""
@@ -227,19 +264,32 @@ def counted(
     face: str,
     prepare: Callable[[web.Request, BodyHold], Awaitable[T]],
     serve: Callable[[web.Request, T], Awaitable[web.StreamResponse]],
-    refuse: Callable[[web.Request, ServerAtCapacity], Awaitable[web.StreamResponse]] | None = None,
+    refuse: Callable[[web.Request, AioserverError], Awaitable[web.StreamResponse]] | None = None,
 ) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
     """Return an HTTP handler that prepares, enters, and serves with what was prepared.
 
-    *refuse* answers a request that got no place; without it the refusal is raised: a plain 503.
+    *refuse* answers a request that got no place, or whose key has too many connections; without it the
+    refusal is raised: a plain 503 or 429.
     """
 
     async def handler(request: web.Request) -> web.StreamResponse:
-        caller = request[CALLER].name
+        caller = request[CALLER]
+        try:
+            admission.connect(face, caller)
+        except ConcurrencyExceeded as error:
+            if refuse is None:
+                raise
+            return await refuse(request, error)
+        try:
+            return await admitted(request, caller.name)
+        finally:
+            admission.disconnect(caller)
+
+    async def admitted(request: web.Request, caller: str) -> web.StreamResponse:
         with admission.hold() as hold:
             prepared = await prepare(request, hold)
             try:
-                place = admission.try_enter() or await admission.wait(face)
+                place = admission.try_enter() or await admission.wait(face, caller)
             except ServerAtCapacity as error:
                 admission.log("refused", face, logging.WARNING, caller=caller)
                 if refuse is None:
@@ -269,6 +319,8 @@ def counted(
 class SocketPlace:
     """The place of one WebSocket: taken at once, or awaited while the socket's reader goes on.
 
+    *caller*: the name of the key that the socket came with.
+
     Within its `with` either *on_entered* or *on_refused* is called, once; neither is, if the `with`
     ends before. At its end the place is given back, or the wait is cancelled.
     """
@@ -277,6 +329,7 @@ class SocketPlace:
         self,
         admission: Admission,
         face: str,
+        caller: str,
         *,
         on_entered: Callable[[], None],
         on_refused: Callable[[AioserverError], None],
@@ -284,6 +337,7 @@ class SocketPlace:
     ) -> None:
         self._admission = admission
         self._face = face
+        self._caller = caller
         self._on_entered = on_entered
         self._on_refused = on_refused
         self._on_position = on_position
@@ -296,7 +350,8 @@ class SocketPlace:
         if self._place is not None:
             self._on_entered()
         else:
-            self._task = asyncio.ensure_future(self._admission.wait(self._face, self._on_position))
+            wait = self._admission.wait(self._face, self._caller, self._on_position)
+            self._task = asyncio.ensure_future(wait)
             self._task.add_done_callback(self._settle)
         return self
 

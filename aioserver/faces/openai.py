@@ -20,7 +20,7 @@ from aioserver.auth.callers import CALLER
 from aioserver.errors import InvalidRequest, StreamNotFound
 from aioserver.faces import http
 from aioserver.faces.admission import counted
-from aioserver.faces.intake import in_turns, read_body
+from aioserver.faces.intake import client_headers, in_turns, read_body
 from aioserver.faces.ready import ReadyResponse, ReadyStream, fits
 from aioserver.faces.streaming import follow
 from aioserver.faces.whole import write
@@ -92,6 +92,7 @@ def prepare_for(
             caller=caller,
             model=route.model,
             hold=hold,
+            client_headers=client_headers(context, request),
         )
         stored = path == "responses" and (body.stored or body.background)
         digest = digest_of(path, data) if key else b""
@@ -218,7 +219,7 @@ async def model(context: Context, request: web.Request) -> web.Response:
         ModelNotFound, NoProvider: a request for this model is refused, too.
     """
     name = request.match_info["id"]
-    return web.json_response(_model(name, context.router.route(name).provider.name))
+    return web.json_response(_model(name, context.router.route(name).provider.settings))
 
 
 def _models(context: Context) -> Iterator[dict[str, Any]]:
@@ -226,10 +227,12 @@ def _models(context: Context) -> Iterator[dict[str, Any]]:
         configured = provider.settings
         if not configured.usable:
             continue
-        yield _model(owner, owner)
+        yield _model(owner, configured)
         for name in dict.fromkeys((configured.model, *configured.models)):
-            yield _model(f"{owner}/{name}", owner)
+            yield _model(f"{owner}/{name}", configured)
 
 
-def _model(name: str, owner: str) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": 0, "owned_by": owner}
+def _model(name: str, provider: settings.Provider) -> dict[str, Any]:
+    entry = {"id": name, "object": "model", "created": 0, "owned_by": provider.name}
+    # No field of OpenAI's: with it the chat page says that no real model answers.
+    return {**entry, "simulated": True} if provider.simulated else entry

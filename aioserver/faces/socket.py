@@ -1,11 +1,12 @@
-"""One client's WebSocket (RFC 6455), for any face: handshake, pings, floods, closing.
+"""One client's WebSocket (RFC 6455), for any face: messages, pings, closing.
 
-A face derives its sockets from `Socket`, and has `serve` run one for each handshake. `Socket` owns the
+A face derives its sockets from `Socket`, and upgrade.py runs one for each handshake. `Socket` owns the
 connection and its one writer; the face carries out messages in `receive`, and lets the writer follow
 streams.
 
 One task always reads, since only a reader sees that its client leaves. Messages are carried out in
-that task, without waiting for anything. Frames go straight to the transport, ready-made: no
+that task, without waiting for anything but the next step of a large one. What comes is counted first
+(client_messages.py). Frames go straight to the transport, ready-made: no
 compression, and no masking from a server.
 
 Pings are made here: aiohttp's heartbeat waits for a fixed time, and closes without a close frame. So is
@@ -23,21 +24,17 @@ import struct
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, ClassVar
 
-from aiohttp import WebSocketError, WSCloseCode, WSMsgType, web
+from aiohttp import WebSocketError, WSCloseCode, WSMsgType
 
-from aioserver.auth.callers import CALLER, Caller
-from aioserver.auth.guard import KEY_PROTOCOL, offered_keys, offered_protocols
 from aioserver.errors import (
     AioserverError,
     InvalidApiKey,
-    InvalidRequest,
     RateLimitExceeded,
-    RequestTooLarge,
     ServerAtCapacity,
     ServerShutdown,
 )
-from aioserver.faces.admission import MAX_REFUSED_CLOSING, SocketPlace
-from aioserver.limits.gcra import Gcra
+from aioserver.faces.client_messages import FULL_ROOM, ClientMessages, Upgraded
+from aioserver.faces.idle_sockets import IDLE_SECONDS
 from aioserver.limits.quota import REVOKED
 from aioserver.protocol.top_level import STEP_BYTES
 from aioserver.streams.formats import WS_CLOSE, WS_PING, WS_PONG, ws_frame
@@ -46,91 +43,18 @@ from aioserver.streams.writer import Writer
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from aioserver.auth.callers import Caller
+    from aioserver.faces.admission import BodyHold
     from aioserver.faces.context import Context
+    from aioserver.protocol.client_headers import ClientHeaders
 
-# The subprotocol that is selected, if the client offers it.
-SUBPROTOCOL = "aioserver"
 # Messages, and their bytes, that are kept of a socket that waits for its place.
 MAX_WAITING_MESSAGES = 16
 MAX_WAITING_BYTES = 1 << 20
-# More frames than these are a flood.
-FRAMES_PER_SECOND, FRAMES_BURST = 100, 200
-FRAME_INTERVAL = 1 / FRAMES_PER_SECOND
-FRAME_TOLERANCE = (FRAMES_BURST - 1) * FRAME_INTERVAL
 # Seconds for a client to read what is left, and again to answer a close frame.
 CLOSE_TIMEOUT = 2.0
 # The close code of a connection that ends without a close frame (RFC 6455, 7.1.5).
 ABNORMAL_CLOSURE = 1006
-
-
-async def serve(
-    context: Context, request: web.Request, make: Callable[..., Socket]
-) -> web.StreamResponse:
-    """Serve one socket, made by *make*, from the handshake to the end of its connection.
-
-    Raises:
-        InvalidRequest, ServerAtCapacity: the handshake is refused.
-    """
-    admission = context.admission
-    if admission.refused_closing >= MAX_REFUSED_CLOSING:
-        raise ServerAtCapacity("too many refused sockets are still closing", retry_after=5.0)
-    ws = Upgraded(
-        autoping=False,
-        autoclose=False,
-        compress=False,
-        # Text of four bytes a character would cost four times its bytes.
-        decode_text=False,
-        protocols=subprotocols(request),
-        # aiohttp refuses a message of exactly `max_msg_size`.
-        max_msg_size=context.settings.chat.websocket.max_message_size + 1,
-    )
-    payload_writer = await ws.prepare(request)
-    # The headers are sent, and would be kept for hours.
-    ws.headers.clear()
-    assert request.transport is not None
-    socket = make(context, request[CALLER], ws, request.transport, payload_writer.drain)
-    context.sockets.add(socket)
-    try:
-        with SocketPlace(
-            admission,
-            socket.face,
-            on_entered=socket.entered,
-            on_refused=socket.refused,
-            on_position=socket.show_position,
-        ):
-            await socket.read()
-    finally:
-        context.sockets.discard(socket)
-        await socket.finish()
-    return ws
-
-
-def subprotocols(request: web.Request) -> tuple[str, ...]:
-    """Return the subprotocol to select of those that the client offers; never the one with its key.
-
-    Raises:
-        InvalidRequest: the client offers a key and no protocol beside it: aiohttp would log the whole offer.
-    """
-    offered = offered_protocols(request)
-    if SUBPROTOCOL in offered:
-        return (SUBPROTOCOL,)
-    if offered_keys(offered):
-        raise InvalidRequest(f"offer the subprotocol {SUBPROTOCOL} beside {KEY_PROTOCOL}…")
-    return ()
-
-
-class Upgraded(web.WebSocketResponse):
-    """aiohttp's handshake and parser. It closes nothing by itself: `Socket` does."""
-
-    async def close(
-        self,
-        *,
-        code: int = WSCloseCode.OK,  # noqa: ARG002 - aiohttp's signature
-        message: bytes = b"",  # noqa: ARG002
-        drain: bool = True,  # noqa: ARG002
-    ) -> bool:
-        """Do nothing: `Socket` closes the connection."""
-        return False
 
 
 class Socket(ABC):
@@ -147,19 +71,23 @@ class Socket(ABC):
         context: Context,
         caller: Caller,
         ws: Upgraded,
+        messages: ClientMessages,
         transport: asyncio.Transport,
         drain: Callable[[], Awaitable[None]],
+        client_headers: ClientHeaders,
     ) -> None:
         # Set by the timer wheel.
         self.bucket = 0
         # A reload replaces the caller if the limits of its key have changed.
         self.caller = caller
+        # Of the handshake: they go on to the provider with each question.
+        self._client_headers = client_headers
         self._context = context
         self._ws = ws
+        self._messages = messages
         self._transport = transport
         self._loop = asyncio.get_running_loop()
         settings = context.settings.chat
-        self._max_message_bytes = settings.websocket.max_message_size
         self._writer = Writer(
             transport,
             drain,
@@ -169,9 +97,7 @@ class Socket(ABC):
             on_unfollow=context.gateway.lifetime.reader_removed,
         )
         self._inside = False
-        self._waiting: list[bytes] = []
-        self._waiting_bytes = 0
-        self._frames = Gcra(FRAME_INTERVAL, FRAME_TOLERANCE)
+        self._waiting: list[tuple[bytes, BodyHold]] = []
         self._pings = itertools.count(1)
         # The payload of a ping whose pong has not come.
         self._ping: bytes | None = None
@@ -195,11 +121,14 @@ class Socket(ABC):
         """Whether answers run on this socket: it is then neither idle nor drained."""
 
     @abstractmethod
-    def receive(self, data: bytes) -> None:
-        """Carry out one message of the client, in UTF-8; never waits, and raises nothing."""
+    def receive(self, data: bytes, hold: BodyHold) -> None:
+        """Carry out one message of the client; never waits, and raises nothing.
+
+        *hold* counts its bytes. It is released afterwards, unless it was given to a request.
+        """
 
     @abstractmethod
-    async def receive_in_turns(self, data: bytes) -> None:
+    async def receive_in_turns(self, data: bytes, hold: BodyHold) -> None:
         """Carry out one large message of the client, as `receive`, in several turns of the event loop."""
 
     @abstractmethod
@@ -219,13 +148,15 @@ class Socket(ABC):
 
     def entered(self) -> None:
         """Carry out what came while the socket waited: it has its place now."""
-        self._inside = True
+        self._inside, self._messages.room = True, None
         self._context.admission.opened(self.face, self.caller.name)
+        self._context.admission.idle_sockets.add(self)
         waiting, self._waiting = self._waiting, []
-        for data in waiting:
-            # A socket that is closing gets no answers, and nothing is paid for them.
-            if self._closing is None:
-                self.receive(data)
+        for data, hold in waiting:
+            with hold:
+                # A socket that is closing gets no answers, and nothing is paid for them.
+                if self._closing is None:
+                    self.receive(data, hold)
 
     def refused(self, error: AioserverError) -> None:
         """Tell the client that it gets no place, and close."""
@@ -249,50 +180,53 @@ class Socket(ABC):
                     data = message.data
                     # The next message may be long in coming.
                     del message
-                    if self._closing is None:
-                        await self._take(data)
+                    await self._take(data)
                     del data
                     continue
                 case WSMsgType.PONG:
                     if bytes(message.data) == self._ping:
                         self._ping = None
                 case WSMsgType.PING:
-                    if self._count_frame():
-                        self._writer.send(ws_frame(WS_PONG, bytes(message.data)))
+                    self._writer.send(ws_frame(WS_PONG, bytes(message.data)))
                 case WSMsgType.BINARY:
+                    self._messages.take_hold().release()
                     self.close(WSCloseCode.UNSUPPORTED_DATA, b"text frames only")
                 case _:
                     if message.type is WSMsgType.CLOSE and self._closing is None:
                         self._close_code = message.data
                     if isinstance(message.data, WebSocketError):
                         self._unreadable = True
+                        if self._messages.fault is not None:
+                            self.end(self._messages.fault)
                         self.close(message.data.code, b"")
                     return
 
     async def _take(self, data: bytes) -> None:
-        limit = self._max_message_bytes
-        if len(data) > limit:
-            self.end(RequestTooLarge(f"a message of more than {limit} bytes"))
+        hold = self._messages.take_hold()
+        if not self._inside and self._closing is None:
+            self._waiting.append((data, hold))
+            room = MAX_WAITING_BYTES - sum(hold.size for _, hold in self._waiting)
+            self._messages.room = max(0, room)
+            if len(self._waiting) > MAX_WAITING_MESSAGES or room < 0:
+                self.end(RateLimitExceeded(FULL_ROOM))
             return
-        if not self._count_frame():
-            return
-        if self._inside:
-            if len(data) > STEP_BYTES:
-                await self.receive_in_turns(data)
+        with hold:
+            if self._closing is not None:
+                pass
+            elif len(data) > STEP_BYTES:
+                await self.receive_in_turns(data, hold)
             else:
-                self.receive(data)
-            return
-        self._waiting.append(data)
-        self._waiting_bytes += len(data)
-        if len(self._waiting) > MAX_WAITING_MESSAGES or self._waiting_bytes > MAX_WAITING_BYTES:
-            self.end(RateLimitExceeded("too many messages before a place was free"))
+                self.receive(data, hold)
 
-    def _count_frame(self) -> bool:
-        """Count a frame, and close the socket if it is one of a flood. Return whether it is not."""
-        if not self._frames.try_take():
-            return True
-        self.end(RateLimitExceeded(f"more than {FRAMES_PER_SECOND} frames a second"))
-        return False
+    def break_off(self, error: AioserverError) -> None:
+        """Close with *error*; nothing more is read."""
+        self._unreadable = True
+        self.end(error)
+
+    def client_gone(self) -> None:
+        """Note that the connection is lost, so that no close frame is awaited."""
+        if self._client_done is not None:
+            self._client_done.set()
 
     # Pings.
 
@@ -332,6 +266,13 @@ class Socket(ABC):
     def revoke(self) -> None:
         """Tell the client that its key is no longer valid, and close."""
         self.end(InvalidApiKey(REVOKED))
+
+    def give_way(self) -> None:
+        """Tell the client that others need its place, and close with 1013."""
+        admission = self._context.admission
+        admission.gave_way(self.face, self.caller.name)
+        reason = f"nothing was asked for {IDLE_SECONDS:.0f} s, and other keys wait for a place"
+        self.end(ServerAtCapacity(reason, retry_after=admission.gate.retry_after()))
 
     def end(self, error: AioserverError) -> None:
         """Tell the client *error*, and close with the code of the error."""
@@ -386,7 +327,12 @@ class Socket(ABC):
     async def finish(self) -> None:
         """Complete the close after the last read, and leave nothing behind. Call it once, always."""
         self._context.wheel.remove(self)
+        self._messages.close()
+        for _, hold in self._waiting:
+            hold.release()
+        self._waiting.clear()
         admission = self._context.admission
+        admission.idle_sockets.remove(self)
         if self._inside:
             admission.closed(self.face, str(self._close_code), self.caller.name)
         try:

@@ -8,7 +8,7 @@ writer on the socket.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -19,7 +19,7 @@ from aiohttp_sse import EventSourceResponse
 from aioserver.auth.callers import CALLER, Caller
 from aioserver.faces import http
 from aioserver.faces.admission import counted
-from aioserver.faces.intake import in_turns, read_body
+from aioserver.faces.intake import client_headers, in_turns, read_body
 from aioserver.faces.streaming import follow
 from aioserver.protocol import client_frames, eventstream, messages
 from aioserver.streams.formats import EVENTS, RETRY
@@ -27,7 +27,7 @@ from aioserver.streams.formats import EVENTS, RETRY
 if TYPE_CHECKING:
     from aiohttp.abc import AbstractStreamWriter
 
-    from aioserver.errors import ServerAtCapacity
+    from aioserver.errors import AioserverError
     from aioserver.faces.admission import BodyHold
     from aioserver.faces.context import Context
     from aioserver.protocol.client_frames import Chat
@@ -99,6 +99,8 @@ async def prepare(context: Context, request: web.Request, hold: BodyHold) -> Que
     chat = await in_turns(client_frames.reading_question(data))
     preferences = request.headers.get("Prefer", "").split(",")
     detached = any(value.strip().lower() == "respond-async" for value in preferences)
+    if headers := client_headers(context, request):
+        chat = replace(chat, client_headers=headers)
     question = Question(request[CALLER], chat, hold, detached, _last_seen(request))
     if question.after:
         with context.metrics.resuming():
@@ -177,7 +179,7 @@ async def _head(request: web.Request) -> web.StreamResponse:
 
 
 async def busy(
-    context: Context, request: web.Request, error: ServerAtCapacity
+    context: Context, request: web.Request, error: AioserverError
 ) -> web.StreamResponse:
     """Answer a GET for which there is no place: any status but 200 would stop an EventSource for good."""
     context.metrics.count_error(error)

@@ -7,6 +7,7 @@ socket's writer follows. The code that any WebSocket needs is in socket.py.
 from __future__ import annotations
 
 import uuid
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +15,15 @@ from aiohttp import WSCloseCode, web
 
 from aioserver.errors import AioserverError, ConcurrencyExceeded, ServerShutdown
 from aioserver.faces.intake import in_turns
-from aioserver.faces.socket import Socket, serve
+from aioserver.faces.socket import Socket
+from aioserver.faces.upgrade import serve
 from aioserver.protocol import client_frames, messages
 from aioserver.protocol.client_frames import BadCommand, Cancel, Chat, Ping, Resume
 from aioserver.protocol.top_level import NotUtf8
 from aioserver.streams.formats import MESSAGES, WS_TEXT, ws_frame
 
 if TYPE_CHECKING:
+    from aioserver.faces.admission import BodyHold
     from aioserver.faces.context import Context
     from aioserver.protocol.client_frames import Command
     from aioserver.streams.cursor import Cursor
@@ -60,16 +63,16 @@ class ChatSocket(Socket):
         """Whether answers run on this socket."""
         return bool(self._following)
 
-    def receive(self, data: bytes) -> None:
+    def receive(self, data: bytes, hold: BodyHold) -> None:
         """Carry out one command."""
         try:
             command = client_frames.parse(data)
         except BadCommand as fault:
             self._refuse(fault.request_id, fault.error)
         else:
-            self._carry_out(command)
+            self._carry_out(command, hold)
 
-    async def receive_in_turns(self, data: bytes) -> None:
+    async def receive_in_turns(self, data: bytes, hold: BodyHold) -> None:
         """Carry out one command, whose frame is read in several turns of the event loop."""
         try:
             command = await in_turns(client_frames.parsing(data))
@@ -78,9 +81,9 @@ class ChatSocket(Socket):
         else:
             # Meanwhile the socket may have been closed.
             if self.open:
-                self._carry_out(command)
+                self._carry_out(command, hold)
 
-    def _carry_out(self, command: Command) -> None:
+    def _carry_out(self, command: Command, hold: BodyHold) -> None:
         request_id: str | None = None
         try:
             match command:
@@ -88,7 +91,7 @@ class ChatSocket(Socket):
                     self._send(command.request_id, "pong", {})
                 case Chat():
                     request_id = command.request_id
-                    self._chat(command)
+                    self._chat(command, hold)
                 case Cancel():
                     request_id = command.request_id
                     self._cancel(command.request_id)
@@ -108,12 +111,15 @@ class ChatSocket(Socket):
         """Send an `error` frame that belongs to no request."""
         self._send(None, "error", error.as_chunk())
 
-    def _chat(self, command: Chat) -> None:
+    def _chat(self, command: Chat, hold: BodyHold) -> None:
         self._last_request = self._loop.time()
         # This is checked before a provider is asked for anything.
         self._check_room(command.request_id)
+        if self._client_headers:
+            command = replace(command, client_headers=self._client_headers)
         gateway = self._context.gateway
-        self._follow(gateway.ask(self.caller, command, self._scope, face=self.face), 0)
+        stream = gateway.ask(self.caller, command, self._scope, face=self.face, hold=hold)
+        self._follow(stream, 0)
 
     def _cancel(self, request_id: str) -> None:
         stream = self._context.gateway.cancel(self.caller, request_id)
@@ -144,10 +150,12 @@ class ChatSocket(Socket):
         self._context.gateway.lifetime.reader_added(stream)
         if old is not None:
             self._writer.unfollow(old)
+        self._context.admission.idle_sockets.asked(self)
 
     def _ended(self, cursor: Cursor) -> None:
         if self._following.get(cursor.stream.request_id) is cursor:
             del self._following[cursor.stream.request_id]
+            self._context.admission.idle_sockets.asked(self)
         if not self._following and self._context.lifecycle.stopping.is_set():
             self.drain()
 

@@ -113,6 +113,7 @@ class Prompts:
             reading=reading,
             hold=hold,
             kept_bytes=len(chat.text or b""),
+            client_headers=chat.client_headers,
         )
         return Prompt(self._conversations, chat, request, reading, conversation_id)
 

@@ -47,6 +47,8 @@ if TYPE_CHECKING:
 MAX_BACKOFF = 30.0
 # Seconds of a pause; if a provider asks for more, its fault is raised instead.
 MAX_PAUSE = 60.0
+# Seconds of a pause of a request that waits until its provider is back.
+MAX_ABSENT_PAUSE = 2.0
 
 
 # Not frozen: that triples the cost of making one.
@@ -123,16 +125,18 @@ class Router:
         fallbacks: Sequence[str] = (),
         random_number: Callable[[], float] = random.random,
     ) -> None:
-        self._providers = providers
-        self._active = active
-        self._fallbacks = fallbacks
         self._random_number = random_number
+        self.apply(providers, active, fallbacks)
 
     def apply(
         self, providers: Mapping[str, Provider], active: str, fallbacks: Sequence[str]
     ) -> None:
         """Choose among *providers* from now on; requests under way stay where they are."""
         self._providers, self._active, self._fallbacks = providers, active, fallbacks
+        # The client headers that any provider is passed, in lower case.
+        self.passed_headers = frozenset(
+            name for provider in providers.values() for name in provider.settings.pass_headers
+        )
 
     @property
     def providers(self) -> Mapping[str, Provider]:
@@ -249,7 +253,7 @@ class Router:
         """
         record, limits = request.record, provider.settings.http_client
         provider.budget.add_request()
-        number, waited = 0, 0.0
+        number, waited, rejoin = 0, 0.0, False
         last_fault: ProviderFault | None = None
         while True:
             attempt = Attempt(
@@ -259,6 +263,7 @@ class Router:
                 model=model,
                 waited=waited,
                 retry=number > 0,
+                rejoin=rejoin,
                 fallback=fallback,
             )
             record.provider, record.sent_at = provider.name, 0.0
@@ -272,12 +277,18 @@ class Router:
                 if not fault.attempt_outcome:
                     # Nothing was sent.
                     record.attempts -= 1
+                if not _begun(stream):
+                    pause = min(MAX_ABSENT_PAUSE, self._pause(1, limits.backoff_factor, None))
+                    if await provider.absence.wait(attempt, fault, pause):
+                        waited, rejoin = attempt.waited, True
+                        continue
+                waited = attempt.waited
                 if last_fault is not None and isinstance(fault, CircuitOpen):
                     # What killed the provider says more than that it is dead.
                     raise last_fault from None
                 fault.provider, fault.attempts = provider.name, record.attempts
                 last_fault = fault
-                number, waited = number + 1, attempt.waited
+                number += 1
                 pause = self._pause(number, limits.backoff_factor, fault.retry_after)
                 breaker, limited = provider.health.breaker, isinstance(fault, ProviderRateLimited)
                 if not fallback and pause < (trial := breaker.delay()) < inf:

@@ -184,6 +184,7 @@ class Gate:
         timeout: float | None = None,  # noqa: ASYNC109 - its expiry is an error of ours
         at_front: bool = False,
         may_fail_over: bool = False,
+        rejoin: bool = False,
         cost: int = 0,
     ) -> Place:
         """Wait for a place. Cancelling is safe at any time: no place is lost.
@@ -192,7 +193,8 @@ class Gate:
         *on_position* is called with `(position, eta in seconds)` when the wait begins, and again each
         second if they have changed. *timeout* in seconds replaces `queue_timeout`. A request that has
         waited before is put *at_front* of its caller's other requests. `refuse_late` may also refuse a request
-        that *may_fail_over* to another gate. *cost* counts for the pace.
+        that *may_fail_over* to another gate. A request that was in the queue before may *rejoin* it, though it
+        is full. *cost* counts for the pace.
 
         Raises:
             AioserverError: made by *full_error* or *pace_error* at once, by *timeout_error* at the
@@ -203,7 +205,7 @@ class Gate:
         if self._closed is not None:
             raise self._closed()
         seconds = self._queue_timeout if timeout is None else timeout
-        if len(self._queue) >= self._queue_size or seconds <= 0:
+        if (self.waiting >= self._queue_size and not rejoin) or seconds <= 0:
             self._refused += 1
             # A request without time left has waited already, at another gate or in an earlier attempt.
             timed_out = seconds <= 0 < self._queue_timeout
@@ -292,7 +294,7 @@ class Gate:
         return GateStats(
             inside=self._inside,
             limit=self._limit,
-            waiting=len(self._queue),
+            waiting=self.waiting,
             queue_size=self._queue_size,
             oldest_wait=0.0 if oldest is None else self._clock() - oldest,
             entered=self._entered,

@@ -1,7 +1,8 @@
-"""The limits of one key (`auth.keys`): answers at the same time, and new answers per minute.
+"""The limits of one key (`auth.keys`): connections and answers at once, and new answers per minute.
 
 An answer counts from its beginning to its end, on whatever face, and however it ends; a request that
-attaches to an answer under way begins none. The limit per minute is a GCRA (limits/gcra.py) with a
+attaches to an answer under way begins none. A connection counts from its request or handshake to its end,
+also while it waits for its place; a `max_connections` of 0 bounds nothing. The limit per minute is a GCRA (limits/gcra.py) with a
 burst of a whole minute: after a rest `requests_per_minute` answers may begin at once, then one each
 60 / `requests_per_minute` seconds. A request over a limit is refused and does not wait: only the
 providers' queues, which are fair, make requests wait.
@@ -33,7 +34,7 @@ REVOKED = "this API key is no longer valid"
 class Quota:
     """The counts of one key; they outlive a change of its limits.
 
-    Always: `running` answers were taken and not given back; in any span of t seconds at most
+    Always: `running` answers were taken and not given back, and `connections` counted and not ended; in any span of t seconds at most
     `(t / 60 + 1) * requests_per_minute` are taken. Once `revoked`, none is taken any more.
     """
 
@@ -42,8 +43,12 @@ class Quota:
         max_concurrent: int,
         requests_per_minute: int,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        max_connections: int = 0,
     ) -> None:
         self.running = 0
+        self.connections = 0
+        self._max_connections = max_connections
         self.revoked = False
         self._max_concurrent = max_concurrent
         self._per_minute = requests_per_minute
@@ -53,9 +58,12 @@ class Quota:
         # Those of them that were cancelled, and the error that each of them raises instead.
         self._denials: dict[asyncio.Task[object], Denied] = {}
 
-    def apply(self, max_concurrent: int, requests_per_minute: int) -> None:
-        """Use other limits from now on. Answers that run or have begun count as before."""
+    def apply(
+        self, max_concurrent: int, requests_per_minute: int, max_connections: int = 0
+    ) -> None:
+        """Use other limits from now on. Answers that run or have begun, and connections, count as before."""
         self._max_concurrent = max_concurrent
+        self._max_connections = max_connections
         self._per_minute = requests_per_minute
         self._rate.apply(*_minute(requests_per_minute))
 
@@ -80,6 +88,24 @@ class Quota:
                 f"requests_per_minute={self._per_minute} of this key reached", retry_after=delay
             )
         self.running += 1
+
+    def connect(self) -> None:
+        """Count a connection; call `disconnect` once when it has ended.
+
+        Raises:
+            ConcurrencyExceeded: `max_connections` of the key are open or wait; nothing is counted.
+        """
+        if 0 < self._max_connections <= self.connections:
+            raise ConcurrencyExceeded(
+                f"{self.connections} connections of this key are open or wait,"
+                f" at most max_connections={self._max_connections}",
+                retry_after=1.0,  # nobody knows when one of them ends
+            )
+        self.connections += 1
+
+    def disconnect(self) -> None:
+        """Count a connection as ended."""
+        self.connections -= 1
 
     def give_back(self, *, unused: bool = False) -> None:
         """Count an answer as ended; an *unused* one never began, and does not count at all."""

@@ -22,10 +22,13 @@ from msgspec import Raw
 
 from aioserver.errors import AioserverError, InvalidJson, InvalidRequest
 from aioserver.protocol import top_level
+from aioserver.protocol.client_headers import NO_HEADERS
 from aioserver.protocol.top_level import ABSENT, UnknownField, at_once
 
 if TYPE_CHECKING:
     from collections.abc import Generator
+
+    from aioserver.protocol.client_headers import ClientHeaders
 
 MAX_ID_CHARACTERS = 256
 # A character of an id may be written as an escape, and one beyond U+FFFF as two of six bytes.
@@ -97,7 +100,8 @@ class Chat:
 
     *options* is the JSON of an object, and *option_names* says which of its keys replace a default.
     If *streaming* is None, the configuration decides. *original* is empty, unless something in the
-    question was replaced: it is then a hash of what the client has sent.
+    question was replaced: it is then a hash of what the client has sent. The *client_headers* go on to
+    the provider, and are no part of the question: two questions that differ in them alone are the same.
     """
 
     request_id: str
@@ -110,6 +114,7 @@ class Chat:
     options: bytes = b"{}"
     option_names: frozenset[str] = frozenset()
     original: bytes = b""
+    client_headers: ClientHeaders = NO_HEADERS
 
     def digest(self) -> bytes:
         """Return a hash of the question, which tells a repeated request from a conflicting one.

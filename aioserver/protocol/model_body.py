@@ -65,13 +65,11 @@ class ModelBody:
         """
         fields = top_level.decode(_DECODER, data, "the body")
         self.data = data
-        self.model: str | None = None
-        if not top_level.null(fields.model):
-            self.model = top_level.text(fields.model, MAX_MODEL_BYTES)
-            if not self.model:
-                raise InvalidRequest(
-                    f"model must be a string of 1 to {MAX_MODEL_BYTES} bytes", param="model"
-                )
+        self.model = top_level.text(fields.model, MAX_MODEL_BYTES)
+        if not self.model and not top_level.null(fields.model):
+            raise InvalidRequest(
+                f"model must be a string of 1 to {MAX_MODEL_BYTES} bytes", param="model"
+            )
         streamed = top_level.flag(fields.stream)
         if streamed is None and not top_level.null(fields.stream):
             raise InvalidRequest("stream must be true or false", param="stream")

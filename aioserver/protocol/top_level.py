@@ -172,6 +172,8 @@ def null(raw: Raw) -> bool:
 
 def flag(raw: Raw) -> bool | None:
     """Return the boolean that *raw* is; None if it is none."""
+    if raw is ABSENT:
+        return None
     word = _word(raw)
     return True if word == b"true" else False if word == b"false" else None
 

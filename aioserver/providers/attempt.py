@@ -65,7 +65,8 @@ class Attempt:
     *stream* is the log to fill; None if no log keeps the answer. *model* None stands for the
     provider's own. *waited* has the seconds that earlier attempts of this request have spent in the
     queue of this provider; the wait of this attempt is added. A *retry* goes to the front of its caller's
-    requests in that queue. *fallback* says that another provider can be asked instead.
+    requests in that queue; so does one that may *rejoin* it, because the provider was away, even if the queue
+    is full. *fallback* says that another provider can be asked instead.
 
     After the end, `answer` has an answer that was not streamed and is passed on unread; `usage` and
     `events` say what is known of the answer. `fault` says why an answer broke off after its first
@@ -84,6 +85,7 @@ class Attempt:
         "model",
         "pool",
         "provider",
+        "rejoin",
         "request",
         "retry",
         "sink",
@@ -103,6 +105,7 @@ class Attempt:
         model: str | None = None,
         waited: float = 0.0,
         retry: bool = False,
+        rejoin: bool = False,
         fallback: bool = False,
     ) -> None:
         self.provider = provider
@@ -111,6 +114,7 @@ class Attempt:
         self.model = model
         self.waited = waited
         self.retry = retry
+        self.rejoin = rejoin
         self.fallback = fallback
         # Whether this is a trial of a dead provider, whose end the breaker does not know yet.
         self.trial = False

@@ -11,6 +11,7 @@ a redirect, not JSON, compressed  ProviderBadResponse
 from __future__ import annotations
 
 from email.utils import parsedate_to_datetime
+from math import inf
 from time import time
 from typing import TYPE_CHECKING
 
@@ -62,8 +63,6 @@ def check_status(name: str, status: int, headers: Mapping[str, str], body: bytes
     if status == 403:
         raise ProviderForbidden(f"{name} does not allow this")
     wait = retry_after(headers)
-    if wait is not None:
-        wait = min(wait, MAX_COOLING)
     if status in BUSY_STATUSES:
         wait = 1.0 if wait is None else wait
         raise ProviderRateLimited(f"{name} limits our rate", retry_after=wait)
@@ -124,22 +123,23 @@ def visible_headers(headers: Mapping[str, str]) -> dict[str, str]:
 def retry_after(headers: Mapping[str, str]) -> float | None:
     """Return the seconds of `retry-after-ms`, or of `retry-after` (RFC 9110, 10.2.3: seconds or a date).
 
-    None if neither header has a plausible value: a negative number is none, nor is one above a day.
+    More than MAX_COOLING is that. None if neither header has a plausible value: a negative number is
+    none, nor is a date that is past for more than a day.
     """
     for name, unit in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
         try:
             seconds = float(headers.get(name, "")) / unit
         except ValueError:
             continue
-        if 0 <= seconds < 86_400:
-            return seconds
+        if 0 <= seconds < inf:
+            return min(seconds, MAX_COOLING)
     try:
         date = parsedate_to_datetime(headers.get("retry-after", ""))
         seconds = date.timestamp() - time()
     except (ValueError, OverflowError):
         # OverflowError: no calendar has this year, or this zone.
         return None
-    return max(0.0, seconds) if abs(seconds) < 86_400 else None
+    return min(max(0.0, seconds), MAX_COOLING) if seconds > -86_400 else None
 
 
 def matches_type(headers: Mapping[str, str], content_type: str) -> bool:

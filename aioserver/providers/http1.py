@@ -14,12 +14,14 @@ import httptools
 from yarl import URL
 
 from aioserver import __version__
+from aioserver.protocol.client_headers import NO_HEADERS, TRACE_HEADERS
 from aioserver.provider_errors import ProviderBadResponse
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from aioserver.config import settings
+    from aioserver.protocol.client_headers import ClientHeaders
     from aioserver.streams.contracts import Path
 
 # Headers that frame a body; a configured header of one of these names is never sent.
@@ -34,8 +36,9 @@ class RequestWriter:
     *absolute* says that a plain HTTP proxy gets the requests: the target is then an absolute URL (RFC 9112,
     3.2.2), and the proxy wants to see *proxy_headers*.
 
-    Always: two requests for one path differ in their body and its length only, so that the head of
-    each path is made once.
+    Always: two requests for one path differ in their body, its length, and the headers of their client,
+    which stand behind that length, so that the head of each path is made once. A header that the
+    settings add is never the client's.
     """
 
     def __init__(
@@ -51,13 +54,20 @@ class RequestWriter:
         self._absolute = absolute
         self._proxy_headers = proxy_headers
         self._heads: dict[str, bytes] = {}
+        self.apply(settings)
 
-    def write(self, path: str, body: bytes) -> bytes:
+    def apply(self, settings: settings.Provider) -> None:
+        """Pass on the headers of clients that *settings* name; the other headers stay as they are."""
+        configured = {name.lower() for name in self._settings.headers}
+        self._passed = TRACE_HEADERS.union(settings.pass_headers) - configured
+
+    def write(self, path: str, body: bytes, client_headers: ClientHeaders = NO_HEADERS) -> bytes:
         """Return the bytes of a POST of *body* (JSON) to *path*, below the base URL."""
         head = self._heads.get(path)
         if head is None:
             head = self._heads[path] = self._head(path)
-        return b"%b%d\r\n\r\n%b" % (head, len(body), body)
+        passed = client_headers.written(self._passed) if client_headers else b""
+        return b"%b%d\r\n%b\r\n%b" % (head, len(body), passed, body)
 
     def _head(self, path: str) -> bytes:
         """Return the head of every request for *path*, up to the number after Content-Length."""

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 # Seconds for which a provider can stop the starts.
 MAX_COOLING = 120.0
-# Seconds; a longer duration in a header is taken for a mistake.
+# Seconds over which what is left is spread; over a longer time, or a date, it would be next to nothing.
 MAX_RESET = 86_400.0
 # Seconds' worth of tokens that may be used at once: a sixth of the minute.
 TOKEN_BURST = 10.0
@@ -130,7 +130,7 @@ class Pace:
             if left < 1:
                 self._close(reset)
                 exhausted = True
-            elif kind == "requests":
+            elif kind == "requests" and reset <= MAX_RESET:
                 self._spread(min(reset / left, MAX_COOLING), reset)
         return exhausted
 
@@ -168,7 +168,7 @@ def _token_rate(per_minute: int, clock: Callable[[], float]) -> Gcra | None:
 def duration(text: str) -> float | None:
     """Parse a duration as OpenAI and Groq write it ("1m30.5s", "17ms"), or a number of seconds.
 
-    Returns seconds, or None if *text* is no duration or a longer one than `MAX_RESET`.
+    Returns seconds, or None if *text* is no duration.
     """
     text = text.strip()
     match = _DURATION.fullmatch(text)
@@ -180,7 +180,7 @@ def duration(text: str) -> float | None:
         if number is None:
             return None
         seconds = number
-    return seconds if 0 <= seconds <= MAX_RESET else None
+    return seconds
 
 
 def _number(text: str) -> float | None:

@@ -66,6 +66,7 @@ class Pools:
         def apply() -> None:
             self._settings, self.base_url = settings, base_url
             if replacement is None:
+                self.writer.apply(settings)
                 return
             old = self.pool
             self.pool, self.writer = replacement

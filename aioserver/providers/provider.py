@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from aioserver.provider_errors import (
@@ -19,56 +18,28 @@ from aioserver.provider_errors import (
     ProviderRateLimited,
     StaleConnection,
 )
+from aioserver.providers.absence import Absence
 from aioserver.providers.backpressure import Backpressure
 from aioserver.providers.budget import Budget
 from aioserver.providers.exchange import Exchange
 from aioserver.providers.health import Health
 from aioserver.providers.pools import Pools
+from aioserver.providers.provider_stats import PaceStats, ProviderStats
 from aioserver.providers.queueing import ProviderGate, TrialPlace
 from aioserver.providers.silence import measure
+from aioserver.providers.token_estimate import expected_tokens, real_tokens
 from aioserver.telemetry.metrics import ProviderMeter
-from aioserver.telemetry.request_log import MAX_TOKENS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from aioserver.config import settings
     from aioserver.errors import AioserverError
-    from aioserver.limits.gate import GateStats, Place
+    from aioserver.limits.gate import Place
     from aioserver.providers.attempt import Attempt
-    from aioserver.providers.budget import BudgetStats
-    from aioserver.providers.pool import PoolStats
-    from aioserver.providers.silence import Silence
 
-# Bytes of a request for each of its tokens, as an estimate.
-BYTES_PER_TOKEN = 4
 # An attempt that can fail over does so if nothing can start at its provider for more than these seconds.
 FAILOVER_WAIT = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class PaceStats:
-    """A snapshot of a pace: starts per minute, how many could start now, seconds of cooling down."""
-
-    per_minute: int
-    left: int
-    cooling: float
-
-
-@dataclass(frozen=True, slots=True)
-class ProviderStats:
-    """A snapshot of a provider."""
-
-    name: str
-    usable: bool
-    queue: GateStats
-    pool: PoolStats
-    pace: PaceStats
-    state: str
-    flagged: bool
-    next_try: float | None
-    silence: Silence
-    budget: BudgetStats
 
 
 class Provider:
@@ -101,6 +72,7 @@ class Provider:
         self._gate = ProviderGate(settings.name, settings.http_client, self.health, clock)
         self._pace = self._gate.pace
         self.backpressure = Backpressure(lambda: self._gate.waiting)
+        self.absence = Absence(settings, self.health, self._gate, clock)
         # Attempts that wait for a place, or have got one and have not run since. The gate does not
         # count the latter as waiting.
         self._pending = 0
@@ -135,6 +107,9 @@ class Provider:
             if new_address or new_key:
                 self._pace.forget()
             self._gate.apply_limits(settings.http_client)
+            self.absence.apply(settings)
+            if new_address:
+                self._gate.resume()
 
         return apply
 
@@ -152,12 +127,14 @@ class Provider:
         try:
             self._check(attempt)
             record.queued_at = record.queued_at or self._clock()
-            self._estimate_tokens(attempt)
+            attempt.expected_tokens = expected_tokens(attempt, self.settings)
             place = self._gate.try_enter(attempt.expected_tokens)
             if place is None:
                 place = await self._wait(attempt)
                 if not isinstance(place, TrialPlace):
-                    # The provider may have begun to fail during the wait.
+                    # The provider may have died, or begun to limit us, during the wait.
+                    if self.health.breaker.dead:
+                        raise self.health.refusal()
                     self._check(attempt)
             if isinstance(place, TrialPlace):
                 place.take()
@@ -199,7 +176,7 @@ class Provider:
             return
         seconds = self._clock() - (attempt.request.record.sent_at or attempt.began)
         if self.health.answered(seconds, trial=trial):
-            self._gate.serve()
+            self._gate.resume()
 
     def stats(self) -> ProviderStats:
         """Return a snapshot."""
@@ -274,7 +251,9 @@ class Provider:
             attempt.pool = pool = self.pools.pool
             # The settings may have changed during a wait, so the body is made now, for the present
             # model. No reference to the body is held while the answer comes.
-            data = self.pools.writer.write(request.path, request.body(self.settings))
+            body = request.body(self.settings)
+            data = self.pools.writer.write(request.path, body, request.client_headers)
+            del body
             connection = await pool.connect()
             attempt.sending()
             record.sent_at = self._clock()
@@ -321,8 +300,9 @@ class Provider:
                 weight=caller.priority,
                 on_position=attempt.queued if show_position else None,
                 timeout=max(0.0, self.settings.http_client.queue_timeout - attempt.waited),
-                at_front=attempt.retry,
+                at_front=attempt.retry or attempt.rejoin,
                 may_fail_over=attempt.fallback,
+                rejoin=attempt.rejoin,
                 cost=cost,
             )
         finally:
@@ -333,13 +313,6 @@ class Provider:
             record.queue_wait += waited
         attempt.expected_tokens = cost
         return place
-
-    def _estimate_tokens(self, attempt: Attempt) -> None:
-        """Estimate the tokens that *attempt* will cost, if tokens are paced."""
-        if limit := self.settings.http_client.tokens_per_minute:
-            prompt = len(attempt.request.body(self.settings)) // BYTES_PER_TOKEN
-            # At most a minute's worth: a body with a picture has far fewer tokens than its bytes say.
-            attempt.expected_tokens = min(prompt + (self.settings.max_tokens or 0), limit)
 
     def _cool_down(self, attempt: Attempt, fault: ProviderRateLimited) -> None:
         """Start nothing for as long as the provider asks, which has refused *attempt* for its rate."""
@@ -374,25 +347,17 @@ class Provider:
         elif self.health.attempt_failed(
             exc, attempt.began, trial=trial, answered=attempt.answered
         ):
-            self._gate.refuse_waiting(self.health.refusal)
+            self.absence.refuse()
         if trial:
             # Another trial may start now.
             self._gate.serve()
 
     def _correct_estimate(self, attempt: Attempt, exc: BaseException | None) -> None:
-        """Charge the difference between the estimated tokens of *attempt* and its real ones.
-
-        Where the provider reports no usage, the prompt counts as estimated, and each event as a token.
-        """
+        """Charge the difference between the estimated tokens of *attempt* and its real ones."""
         if not attempt.expected_tokens:
             return
-        total = attempt.usage.get("total_tokens") if attempt.usage is not None else None
-        if exc is not None and not attempt.request.record.sent_at:
-            total = 0
-        elif not isinstance(total, int) or not 0 <= total < MAX_TOKENS:
-            prompt = attempt.expected_tokens - (self.settings.max_tokens or 0)
-            total = max(0, prompt) + attempt.events
-        self._pace.charge(total - attempt.expected_tokens)
+        tokens = real_tokens(attempt, self.settings, failed=exc is not None)
+        self._pace.charge(tokens - attempt.expected_tokens)
         attempt.expected_tokens = 0
         self._gate.serve()
 
@@ -408,6 +373,8 @@ class Provider:
             ProviderPaced: the provider is cooling down for longer than *attempt* waits before it fails
                 over.
         """
+        if self.absence.waits(attempt):
+            return
         self.health.check(alternative=attempt.fallback)
         if self.health.breaker.dead and self._gate.waiting:
             # The request that waits longest is the next trial.

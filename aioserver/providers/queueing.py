@@ -1,10 +1,13 @@
 """The queue of a provider: its gate, which opens at the provider's pace, and its faults.
 
-While the provider is dead, the gate opens for trials only.
+While the provider is dead, the gate opens for trials only. Where requests may wait until it is back
+(`when_down: wait`), they stay in the queue meanwhile. One whose attempt has just failed pauses before it
+comes back to the queue, since the provider may be away and not be known as dead yet.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import TYPE_CHECKING
 
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from aioserver.config.settings import HttpClient
+    from aioserver.errors import AioserverError
     from aioserver.providers.breaker import Breaker
     from aioserver.providers.health import Health
 
@@ -49,7 +53,8 @@ class TrialPlace(Place):
 class ProviderGate(Gate):
     """The gate of the provider *name*, which opens as the breaker of its *health* allows.
 
-    Always: places, queue and pace follow the *limits* that were applied last.
+    Always: places, queue and pace follow the *limits* that were applied last; a request that pauses is
+    counted as one that waits, and refused as one.
     """
 
     def __init__(
@@ -62,6 +67,8 @@ class ProviderGate(Gate):
         self._name = name
         self._limits = limits
         self._health = health
+        # The requests that pause, each done when it may come back.
+        self._pausing: set[asyncio.Future[None]] = set()
         self.pace = Pace(
             limits.requests_per_minute,
             _burst(limits),
@@ -75,9 +82,7 @@ class ProviderGate(Gate):
             full_error=lambda wait: ProviderQueueFull(
                 f"{self._limits.queue_size} requests wait for {name} already", retry_after=wait
             ),
-            timeout_error=lambda wait: ProviderQueueTimeout(
-                f"no place at {name} within {self._limits.queue_timeout} s", retry_after=wait
-            ),
+            timeout_error=self._timeout_fault,
             pace=self.pace,
             pace_error=self.paced_fault,
             clock=clock,
@@ -106,6 +111,56 @@ class ProviderGate(Gate):
             queue_timeout=limits.queue_timeout,
         )
 
+    @property
+    def waiting(self) -> int:
+        """How many requests wait, those that pause included."""
+        return super().waiting + len(self._pausing)
+
+    async def pause(self, seconds: float) -> None:
+        """Wait for *seconds*, or until `resume`, outside of the queue. Cancelling is safe.
+
+        Raises:
+            AioserverError: made by the argument of `close` or `refuse_waiting`.
+        """
+        if self._closed is not None:
+            raise self._closed()
+        loop = asyncio.get_running_loop()
+        over: asyncio.Future[None] = loop.create_future()
+        timer = loop.call_later(seconds, _settle, over)
+        self._pausing.add(over)
+        try:
+            await over
+        finally:
+            timer.cancel()
+            self._pausing.discard(over)
+
+    def resume(self) -> None:
+        """Let the requests in that wait, since the provider is back."""
+        for over in self._pausing:
+            _settle(over)
+        self.serve()
+
+    def refuse_waiting(
+        self, error: Callable[[], AioserverError], *, fallback_only: bool = False
+    ) -> None:
+        """Refuse every waiter, or with *fallback_only* those that another provider can answer."""
+        if fallback_only:
+            for waiter in self._queue:
+                if waiter.may_fail_over:
+                    self._refuse(waiter, error)
+            return
+        super().refuse_waiting(error)
+        for over in self._pausing:
+            if not over.done():
+                over.set_exception(error())
+
+    def _timeout_fault(self, wait: float) -> ProviderQueueTimeout:
+        seconds = self._limits.queue_timeout
+        text = f"no place at {self._name} within {seconds} s"
+        if self._health.breaker.dead:
+            text = f"{self._name} was not back within {seconds} s"
+        return ProviderQueueTimeout(text, retry_after=wait)
+
     def _delay(self) -> float:
         return max(super()._delay(), self._health.breaker.delay())
 
@@ -113,6 +168,11 @@ class ProviderGate(Gate):
         place = super()._start(cost)
         breaker = self._health.breaker
         return TrialPlace(self, breaker) if breaker.start() else place
+
+
+def _settle(over: asyncio.Future[None]) -> None:
+    if not over.done():
+        over.set_result(None)
 
 
 def _burst(limits: HttpClient) -> int:

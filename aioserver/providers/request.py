@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from aioserver.auth.callers import Caller
+from aioserver.protocol.client_headers import NO_HEADERS
 from aioserver.streams.details import headers_size
 from aioserver.telemetry.request_log import RequestRecord
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from aioserver.config import settings
+    from aioserver.protocol.client_headers import ClientHeaders
     from aioserver.protocol.openai import Reading
     from aioserver.streams.store import HeldBytes
 
@@ -47,7 +49,8 @@ class ProviderRequest:
     model may differ; it is called for each attempt, and its result is not kept. *hold* counts the client's body
     until `forget_body`, or `release`; of it *kept_bytes* are kept longer. *reading* collects
     the text of an answer whose log has `chunk` objects; None if the log has the provider's bytes. *model* is
-    for the provider that is asked first; None stands for the model in its settings.
+    for the provider that is asked first; None stands for the model in its settings. Of the
+    *client_headers* each provider gets those that its settings name, and the trace.
     """
 
     __slots__ = (
@@ -56,6 +59,7 @@ class ProviderRequest:
         "answer_bytes",
         "body",
         "caller",
+        "client_headers",
         "model",
         "path",
         "reading",
@@ -74,6 +78,7 @@ class ProviderRequest:
         reading: Reading | None = None,
         hold: Hold | None = None,
         kept_bytes: int = 0,
+        client_headers: ClientHeaders = NO_HEADERS,
     ) -> None:
         self.path = path
         self.body = body
@@ -81,9 +86,11 @@ class ProviderRequest:
         self.caller = caller
         self.model = model
         self.reading = reading
+        self.client_headers = client_headers
         self.record = RequestRecord()
         # Counts the bytes of an answer that is collected.
         self.answer_bytes: HeldBytes | None = None
+        self.record.trace_id = client_headers.trace_id
         self._hold = hold
         self._kept_bytes = kept_bytes
 

@@ -225,9 +225,10 @@ async def _end_embedded(server: Server, _app: web.Application) -> None:
 
 
 def _add_routes(app: web.Application, context: Context) -> None:
+    websockets = websocket.routes(context)
     table: dict[Policy, list[web.RouteDef]] = {
         Policy.KEY: [
-            *websocket.routes(context),
+            *websockets,
             *sse.routes(context),
             *openai.routes(context),
             *responses.routes(context),
@@ -244,6 +245,8 @@ def _add_routes(app: web.Application, context: Context) -> None:
             assert route.resource is not None
             # HEAD, which comes with a GET, is another route of the same resource.
             context.guard.policies.update(dict.fromkeys(route.resource, policy))
+            if any(route.resource.canonical == socket.path for socket in websockets):
+                context.guard.websockets.update(route.resource)
 
 
 def log_limits(limits: Concurrency) -> None:

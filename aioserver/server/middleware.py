@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from aiohttp import web
+from aiohttp import hdrs, web
 
 from aioserver.auth.callers import ADDRESS
 from aioserver.errors import (
@@ -23,6 +23,7 @@ from aioserver.errors import (
     MethodNotAllowed,
     OriginNotAllowed,
     RequestTooLarge,
+    UpgradeRequired,
     UriTooLong,
 )
 from aioserver.faces.http import SERVER, Request, announce_close, error_response, request_id
@@ -79,11 +80,25 @@ def make_middleware(
         if head > max_head:
             raise HeadersTooLarge(f"{head} bytes of headers, at most {max_head}")
 
+    def check_upgrade(request: web.Request) -> None:
+        """Refuse a handshake where there is no WebSocket; other upgrades are ignored (RFC 9110, 7.8)."""
+        protocols = ",".join(request.headers.getall(hdrs.UPGRADE)).split(",")
+        if all(protocol.strip().lower() != "websocket" for protocol in protocols):
+            return
+        match = request.match_info
+        # Where the application is embedded, the program's own routes decide for themselves.
+        ours = match.http_exception is not None or match.route in guard.policies
+        if ours and match.route not in guard.websockets:
+            endpoint = settings.chat.websocket.endpoint
+            raise UpgradeRequired(f"there is no WebSocket at this path: it is at {endpoint}")
+
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
             check_head(request)
             guard.admit(request)
+            if hdrs.UPGRADE in request.headers:
+                check_upgrade(request)
             if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
                 return preflight(request)
             response = await handler(request)

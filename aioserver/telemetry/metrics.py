@@ -149,6 +149,7 @@ class Metrics:
         # Limits the log lines about refused requests, by error code: thousands a second may be refused.
         self.refusal_lines = logs.RateLimit(1, logs.SAME_ERROR)
         self.slow_clients = Counter()
+        self.gave_way = Counter()
         self.bugs = Counter()
         self.admission_wait = {outcome: Histogram() for outcome in ("entered", "refused")}
         self.delay = {cause: Histogram() for cause in ("ours", "client")}
@@ -294,6 +295,11 @@ SERVER_FAMILIES: tuple[Row[Metrics], ...] = (
         ("code",),
     ),
     Row("resumes", lambda m: m.resumes, "Attempts to resume an answer", ("outcome",)),
+    Row(
+        "connections_gave_way",
+        lambda m: m.gave_way,
+        "Idle WebSockets closed because others waited, and their key had most places",
+    ),
     Row("slow_clients", lambda m: m.slow_clients, "Clients dropped because they read nothing"),
     Row(
         "bad_requests",

@@ -76,11 +76,14 @@ class RequestRecord:
         "silence_end",
         "slow_client",
         "streamed",
+        "trace_id",
         "usage",
     )
 
     def __init__(self) -> None:
         self.face = self.request_id = self.provider = self.model = self.caller = ""
+        # The id of the client's trace (W3C Trace Context), 32 hex digits; "" if it has none.
+        self.trace_id = ""
         self.admitted_at = 0.0
         self.queued_at = self.sent_at = self.first_event_at = self.queue_wait = 0.0
         self.silence = self.silence_end = self.delay = self.client_stall = 0.0
@@ -258,6 +261,8 @@ class RequestLog:
         }
         if record.caller:
             fields["caller"] = record.caller
+        if record.trace_id:
+            fields["trace_id"] = record.trace_id
         if code:
             fields["code"] = code
         if record.first_event_at:

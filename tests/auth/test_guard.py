@@ -247,6 +247,69 @@ async def test_a_hostile_header_is_a_401_and_in_no_log(
     assert "xxxx" not in caplog.text
 
 
+HEADERS = ("x-api-key", "api-key", "X-API-Key")
+
+
+@pytest.mark.parametrize("name", HEADERS)
+async def test_a_key_may_come_in_a_header_of_its_own(make_server: MakeServer, name: str) -> None:
+    server = await make_server(**keys_of("web", "root"))
+    headers = {name: f" {key_of('web')}\t"}
+
+    assert (await asked(server, "GET", "/v1/models", **headers))[0] == 200
+    assert (await asked(server, "POST", "/session", **headers))[0] == 200
+    server.session.cookie_jar.clear()
+    assert (await asked(server, "GET", "/stats", **headers))[:2] == (403, "permission_denied")
+    assert (await asked(server, "GET", "/stats", **{name: key_of("root")}))[0] == 200
+    async with server.session.post(
+        server.sse, json={"request_id": "r", **CHAT}, headers=headers
+    ) as response:
+        assert response.status == 200
+    async with server.connect(headers=headers) as ws:
+        await ws.send_json(chat("w"))
+        assert text_of(await to_end(ws))
+
+
+@pytest.mark.parametrize("name", HEADERS[:2])
+@pytest.mark.parametrize(
+    "value", [*HOSTILE[5:], f"Bearer {key_of('web')}", f"{key_of('web')},", "x" * 16000]
+)
+async def test_a_hostile_key_is_a_401_and_in_no_log(
+    make_server: MakeServer, name: str, value: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    server = await make_server(**keys_of("web"))
+    value = "aio-nobody" if value == key_of("web") else value
+    async with Raw(server) as raw:
+        for path in ("/v1/models", "/ws/chat", "/stats"):
+            await raw.get(path, f"{name}: {value}", *UPGRADE[2:])
+            answer = await raw.answer()
+            assert answer.status == 401
+            assert answer.code in {"missing_api_key", "invalid_api_key"}
+            assert len(value) < 8 or value.encode("latin-1") not in answer.body
+
+    assert len(value) < 8 or value not in caplog.text
+    assert "xxxx" not in caplog.text
+
+
+async def test_one_key_may_come_twice_and_two_keys_may_not(make_server: MakeServer) -> None:
+    server = await make_server(**keys_of("web", "other"))
+    bearing, own = f"Authorization: Bearer {key_of('web')}", f"x-api-key: {key_of('web')}"
+    azure, foreign = f"api-key: {key_of('web')}", f"api-key: {key_of('other')}"
+    offer = f"Sec-WebSocket-Protocol: aioserver, aioserver.key.{key_of('web')}"
+    wrong = "x-api-key: aio-nobody"
+    async with Raw(server) as raw:
+        for lines in ((bearing, own), (own, azure), (bearing, "x-api-key: "), (offer, own)):
+            await raw.get("/v1/models", *lines)
+            assert (await raw.answer()).status == 200, lines
+        for lines in (
+            *((bearing, foreign), (own, foreign), (bearing, wrong), (wrong, azure), (own, own)),
+            *((offer, foreign), (offer, "Authorization: Bearer x"), (foreign, offer)),
+        ):
+            await raw.get("/v1/models", *lines)
+            answer = await raw.answer()
+            assert (answer.status, answer.code) == (401, "invalid_api_key"), lines
+
+
 async def test_several_keys_are_none(make_server: MakeServer) -> None:
     server = await make_server(**keys_of("web"))
     good = f"Authorization: Bearer {key_of('web')}"

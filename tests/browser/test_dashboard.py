@@ -340,6 +340,29 @@ async def test_an_absent_value_is_not_shown_and_null_is_a_dash(stand: Stand, pag
     await expect(card(page, "groq").locator("[data-needs=cooling]")).to_be_hidden()
 
 
+async def test_a_card_shows_state_silence_next_try_and_the_retry_budget(
+    stand: Stand, page: Page
+) -> None:
+    await opened(page, stand)
+    budget = card(page, "groq").locator("[data-needs=retry_budget]")
+    await expect(budget).to_be_hidden()
+
+    stand.say(
+        providers__groq__state="dead",
+        providers__groq__next_try=2.5,
+        providers__groq__retry_budget={"used": 4, "limit": 10, "refused": 7},
+        providers__groq__silent={"longest": 6.2, "stalled": 3, "unanswered": 1, "under_way": 5},
+    )
+
+    await expect(budget).to_have_text(re.compile(r"retry budget\s*4\s+of 10 in 10 s, 7 refused"))
+    await expect(card(page, "groq").locator("[data-needs=state]")).to_have_text(
+        re.compile(r"state\s*dead\s+next try in 2\.5\ss")
+    )
+    await expect(card(page, "groq").locator("[data-needs=silent]")).to_have_text(
+        re.compile(r"silent for\s*6\.2\ss\s+now, 4 of\s+5 answers stalled")
+    )
+
+
 async def test_providers_come_and_go(stand: Stand, page: Page) -> None:
     await opened(page, stand)
     stand.say(providers__other=provider(requests=5), providers__spare=provider(usable=False))

@@ -43,6 +43,20 @@ async def test_a_phone_needs_no_sideways_scrolling(stand: Stand, page: Page) -> 
     assert await page.evaluate("document.documentElement.scrollWidth") <= 390
 
 
+@pytest.mark.parametrize("width", [390, 600])
+async def test_on_a_phone_incidents_come_before_charts(
+    stand: Stand, page: Page, width: int
+) -> None:
+    await page.set_viewport_size({"width": width, "height": 844})
+    await opened(page, stand)
+
+    tops = await page.evaluate(
+        """() => ["now", "providers", "incidents", "history", "details"]
+          .map(id => document.getElementById(id).getBoundingClientRect().top)"""
+    )
+    assert tops == sorted(tops)
+
+
 async def test_dashboard_can_be_read_without_eyes_or_mouse(stand: Stand, page: Page) -> None:
     stand.say(providers__other=provider(requests=5))
     await opened(page, stand)

@@ -48,6 +48,15 @@ def test_keys_that_the_original_requires_are_required(cls: type[Any]) -> None:
     assert faults(section(cls), {}) == dict.fromkeys(names, "required key is missing")
 
 
+def test_requests_wait_for_a_provider_that_is_away_only_where_it_is_said() -> None:
+    assert SETTINGS(original()).llm.providers["groq"].when_down == "fail"
+    made = SETTINGS(changed(llm__providers__groq__when_down="wait"))
+    assert made.llm.providers["groq"].when_down == "wait"
+    assert list(faults(SETTINGS, changed(llm__providers__groq__when_down="hang"))) == [
+        "llm.providers.groq.when_down"
+    ]
+
+
 def test_keys_that_the_original_lacks_have_the_contracts_defaults() -> None:
     made: Settings = SETTINGS(original())
     websocket = made.chat.websocket
@@ -237,6 +246,50 @@ def test_names_of_providers_and_headers_are_checked_with_their_values() -> None:
     assert "llm.providers.a/b" in found
     assert "llm.providers.a/b.model" in found
     assert "llm.providers.a/b.headers.a b" in found
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "Authorization",
+            "x-api-key",
+            "API-KEY",
+            "Cookie",
+            "Host",
+            "Content-Length",
+            "Connection",
+        ),
+        *("transfer-encoding", "upgrade", "TE", "trailer", "keep-alive", "proxy-authorization"),
+        *("content-type", "Accept-Encoding", "expect", "sec-websocket-protocol", "traceparent"),
+        *("tracestate", "a b", "a:", "", "x\r\ny", "x\n", 7, None),
+    ],
+)
+def test_a_header_that_must_stay_here_is_not_passed_on(name: Any) -> None:
+    names = ["x-tenant", name]
+    found = faults(SETTINGS, changed(llm__providers__openai__pass_headers=names))
+
+    assert list(found) == ["llm.providers.openai.pass_headers.1"]
+
+
+def test_headers_that_are_passed_on_are_kept_in_lower_case() -> None:
+    names = ["X-Tenant", "user-agent"]
+    made: Settings = SETTINGS(changed(llm__providers__openai__pass_headers=names))
+
+    assert made.llm.providers["openai"].pass_headers == ("x-tenant", "user-agent")
+    assert made.llm.providers["groq"].pass_headers == ()
+
+
+def test_a_header_that_the_settings_add_is_not_a_clients() -> None:
+    found = faults(
+        SETTINGS,
+        changed(
+            llm__providers__openai__pass_headers=["x-a", "X-b"],
+            llm__providers__openai__headers={"X-B": "1"},
+        ),
+    )
+
+    assert found == {"llm.providers.openai.pass_headers.1": "x-b is set by `headers` already"}
 
 
 def test_both_faces_need_a_path_of_their_own() -> None:

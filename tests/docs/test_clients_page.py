@@ -166,7 +166,8 @@ def test_every_close_code_has_its_row_and_no_other() -> None:
 
 def test_our_own_page_comes_back_after_the_codes_that_the_table_says() -> None:
     ends = re.search(
-        r"ENDS = new Set\(\[([\d, ]+)\]\)", (FACES / "assets/chat/link.js").read_text()
+        r"FINAL_CODES = new Set\(\[([\d, ]+)\]\)",
+        (FACES / "assets/chat/connection.js").read_text(),
     )
     assert ends is not None
     never = {row[0] for row in table("Close codes", "code") if row[2].startswith("no")}

@@ -49,7 +49,10 @@ async def tried_out(server: RunningServer, heard: Heard, session: str, secret: s
     """Questions on every face, well and badly; the answers themselves are the caller's own."""
     mine, prompt = {"Authorization": f"Bearer {secret}"}, {"role": "user", "content": PROMPT}
     offer = ("aioserver", f"aioserver.key.{secret}")
-    for given in ({"headers": mine}, {"headers": cookie(session)}, {"protocols": offer}):
+    for given in (
+        *({"headers": mine}, {"headers": cookie(session)}, {"protocols": offer}),
+        *({"headers": {"x-api-key": secret}}, {"headers": {"api-key": secret}}),
+    ):
         async with server.connect(**given) as ws:
             await ws.send_json(chat("r", PROMPT, conversation_id="c"))
             await until_status(ws, "processing")
@@ -90,6 +93,8 @@ async def turned_away(server: RunningServer, heard: Heard, session: str) -> None
         {"Authorization": f"Bearer {KEY}"},
         {"Authorization": f"Basic {KEY}"},
         {"Authorization": KEY},
+        {"x-api-key": KEY},
+        {"api-key": KEY, **bearer("root")},
         {"Cookie": f"{COOKIE}={KEY}.1.{KEY}"},
         {"Cookie": f"{COOKIE}={session}x"},
         {"Sec-WebSocket-Protocol": f"aioserver, aioserver.key.{KEY}"},

@@ -6,6 +6,8 @@ import asyncio
 from collections import Counter
 from typing import TYPE_CHECKING
 
+import pytest
+
 from aioserver.providers.simulator.exchange import Behaviour
 from aioserver.providers.simulator.server import Simulator
 from tests.support.faces import FACES, Seen, ask_every_face, over_openai, over_sse, over_websocket
@@ -149,6 +151,27 @@ async def test_where_all_limit_us_each_face_shows_the_soonest(make_server: MakeS
         ends = await server.counted("requests", "code")
         assert ends == {("provider_rate_limited",): 1 + FACES.total()}
         await server.nothing_held()
+
+
+@pytest.mark.parametrize("fault", ["retry-after-86400", "retry-after-absurd"])
+async def test_a_day_to_retry_after_is_two_minutes_on_every_face(
+    fault: str, make_server: MakeServer
+) -> None:
+    server = await make_server(Behaviour(fail_rate=1.0, fault=fault))
+
+    first = await over_openai(server, "m")
+    later = await ask_every_face(server, "m")
+
+    assert server.provider.stats().pace.cooling > 100
+    assert server.simulator.stats().requests == 1, "it is left alone"
+    for one in (first, *later):
+        assert one.code == "provider_rate_limited"
+    for one in (first, *later[2:]):
+        assert 100 < int(one.headers["retry-after"]) <= 120
+        assert 100_000 < int(one.headers["retry-after-ms"]) <= 120_000
+    for one in later[:2]:
+        assert 100 < one.error["retry_after"] <= 120
+    await server.nothing_held()
 
 
 async def test_a_provider_faster_than_its_clients_is_done_with_before_them(

@@ -208,7 +208,7 @@ async def test_a_refused_websocket_that_never_answers_its_close_is_let_go(
 async def test_when_too_many_refused_sockets_are_closing_the_answer_is_a_plain_503(
     make_server: MakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("aioserver.faces.socket.MAX_REFUSED_CLOSING", 2)
+    monkeypatch.setattr("aioserver.faces.upgrade.MAX_REFUSED_CLOSING", 2)
     server = await make_server(**limits(timeout=0))
     async with full(server), Raw(server) as first, Raw(server) as second, Raw(server) as third:
         for raw in (first, second):

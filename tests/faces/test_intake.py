@@ -10,6 +10,7 @@ import tracemalloc
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from aiohttp import WSMsgType
 
 from aioserver.faces import intake
 from aioserver.protocol import model_body
@@ -88,6 +89,15 @@ async def over_sse(server: RunningServer, body: bytes) -> bytes:
         return await response.read()
 
 
+async def over_websocket(server: RunningServer, body: bytes) -> bytes:
+    async with server.connect() as ws:
+        await ws.send_frame(body, WSMsgType.TEXT)
+        frames = b""
+        while b'"status":"complete"' not in frames:
+            frames += (await ws.receive_str()).encode()
+        return frames
+
+
 def openai_body(*, stream: bool, model: str = "m", x: str = "") -> bytes:
     return json.dumps({**CHAT, "model": model, "x": x, "stream": stream}).encode()
 
@@ -97,14 +107,20 @@ def sse_body(x: str = "") -> bytes:
     return json.dumps({"request_id": "r1", "messages": messages, "options": {"x": x}}).encode()
 
 
+def frame_body(**payload: Any) -> bytes:
+    frame = {"action": "chat", "request_id": "r1", "payload": payload}
+    return json.dumps(frame).encode()
+
+
 @pytest.mark.parametrize(
     ("ask", "body"),
     [
         (over_openai, openai_body(stream=True)),
         (over_openai, openai_body(stream=True, model="sim")),
         (over_sse, sse_body()),
+        (over_websocket, frame_body(messages=[{"role": "user", "content": "Hello"}])),
     ],
-    ids=["openai", "renamed", "sse"],
+    ids=["openai", "renamed", "sse", "websocket"],
 )
 async def test_a_body_counts_until_the_answer_begins(
     make_server: MakeServer, ask: Callable[[RunningServer, bytes], Awaitable[bytes]], body: bytes
@@ -128,6 +144,25 @@ async def test_a_body_counts_until_the_answer_begins(
         await server.nothing_held()
 
 
+async def test_a_text_counts_until_its_answer_is_in_the_conversation(
+    make_server: MakeServer,
+) -> None:
+    provider = Staged()
+    body = frame_body(text="Hello" * 100, options={"x": "x" * 500})
+    async with ScriptedProvider(provider.play) as scripted:
+        server = await make_server(**{"llm.providers.sim.base_url": scripted.url})
+        asked = asyncio.ensure_future(over_websocket(server, body))
+        await until(lambda: len(provider.bodies) == 1)
+        assert server.held()["body_bytes"] == len(body)
+
+        provider.began.set()
+        await until(lambda: server.held()["body_bytes"] == len('"Hello"') - 5 + 500)
+
+        provider.ended.set()
+        assert b"Hi" in await asked
+        await server.nothing_held()
+
+
 async def test_the_body_of_a_whole_answer_counts_until_it_is_there(
     make_server: MakeServer,
 ) -> None:
@@ -143,6 +178,24 @@ async def test_the_body_of_a_whole_answer_counts_until_it_is_there(
         provider.ended.set()
         assert b"Hi" in await asked
         await until(lambda: server.held()["body_bytes"] == 0)
+
+
+async def test_a_body_counts_on_when_its_client_has_left(make_server: MakeServer) -> None:
+    provider = Staged()
+    body = sse_body()
+    async with ScriptedProvider(provider.play) as scripted:
+        server = await make_server(**{"llm.providers.sim.base_url": scripted.url})
+        headers = {"Content-Type": "application/json", "Prefer": "respond-async"}
+        async with server.session.post(server.sse, data=body, headers=headers) as response:
+            assert response.status == 202
+        await until(lambda: len(provider.bodies) == 1)
+        assert server.held()["places"] == 0
+        assert server.held()["body_bytes"] == len(body)
+
+        provider.began.set()
+        await until(lambda: server.held()["body_bytes"] == 0)
+        provider.ended.set()
+        await server.nothing_held()
 
 
 async def test_a_body_does_not_count_for_a_reader_of_an_answer_that_is_known(
@@ -210,7 +263,7 @@ async def test_others_are_served_between_the_steps_of_a_large_body() -> None:
     assert turns > 15
 
 
-@pytest.mark.parametrize("face", ["openai", "renamed", "sse"])
+@pytest.mark.parametrize("face", ["openai", "renamed", "sse", "websocket"])
 async def test_admitted_bodies_cost_less_than_ten_times_their_bytes(
     make_server: MakeServer, face: str
 ) -> None:
@@ -223,13 +276,19 @@ async def test_admitted_bodies_cost_less_than_ten_times_their_bytes(
             % (number, filling)
             for number in range(count)
         ]
+    elif face == "websocket":
+        bodies = [
+            b'{"action":"chat","request_id":"r%d","payload":'
+            b'{"messages":[{"role":"user","x":[%b0]}],"streaming":true}}' % (number, filling)
+            for number in range(count)
+        ]
     else:
         model = b"m" if face == "openai" else b"sim"
         bodies = [
             b'{"model":"%b","messages":[{"role":"user","x":[%b0]}],"stream":true}'
             % (model, filling)
         ] * count
-    ask = over_sse if face == "sse" else over_openai
+    ask = {"sse": over_sse, "websocket": over_websocket}.get(face, over_openai)
     provider = Staged()
     async with ScriptedProvider(provider.play) as scripted:
         server = await make_server(**{"llm.providers.sim.base_url": scripted.url})

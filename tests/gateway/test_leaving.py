@@ -39,7 +39,9 @@ class Fake:
 
     def __init__(self, dice: random.Random) -> None:
         self.name = "sim"
-        self.settings = SimpleNamespace(usable=True, model="m", http_client=LIMITS)
+        self.settings = SimpleNamespace(
+            usable=True, model="m", http_client=LIMITS, pass_headers=()
+        )
         self.budget = Budget()
         self.meter = ProviderMeter()
         self.on_wait: Callable[[Any], None] = lambda _name: None

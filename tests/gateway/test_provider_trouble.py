@@ -90,7 +90,13 @@ class Trouble:
         self.gate.set()
         self._keys = 0
 
-    async def add(self, name: str, *answers: bytes | tuple[bytes, ...], **limits: Any) -> Provider:
+    async def add(
+        self,
+        name: str,
+        *answers: bytes | tuple[bytes, ...],
+        when_down: str = "fail",
+        **limits: Any,
+    ) -> Provider:
         script = list(answers)
         self.asked[name] = []
 
@@ -111,7 +117,11 @@ class Trouble:
             LIMITS, **{"max_retries": 2, "queue_size": None, **limits}
         )
         given = settings.Provider(
-            name=name, base_url=server.url, model=f"{name}-model", http_client=http_client
+            name=name,
+            base_url=server.url,
+            model=f"{name}-model",
+            when_down=when_down,
+            http_client=http_client,
         )
         provider = Provider(given, server.url, max_response_bytes=1 << 20)
         self._stack.push_async_callback(provider.close)
@@ -773,6 +783,42 @@ async def test_a_sick_provider_without_a_fallback_is_asked_by_all(trouble: Troub
     for _ in range(TURN):
         assert (await trouble.fill())[0].details.provider == "a"
     assert provider.stats().state == "well", "they were all answered"
+
+
+async def test_a_wait_for_a_provider_that_is_away_costs_no_retry(trouble: Trouble) -> None:
+    provider = await trouble.add(
+        "a", status(503), status(503), ANSWER, when_down="wait", max_retries=0, backoff_factor=0.0
+    )
+
+    stream, ask = await trouble.fill()
+
+    assert (stream.end_status, ask.record.attempts) == (COMPLETE, 3)
+    assert ask.record.queue_wait > 0
+    assert provider.stats().budget.used == 0
+
+
+async def test_a_trial_that_has_waited_and_fails_otherwise_waits_on(trouble: Trouble) -> None:
+    provider = await trouble.add(
+        "a", status(503), status(500), ANSWER, when_down="wait", max_retries=0
+    )
+    filling = asyncio.create_task(trouble.fill())
+    await until(lambda: trouble.counts()["a"] == 1)
+    kill(provider.health.breaker, unreachable=True)
+
+    assert (await filling)[0].end_status == COMPLETE
+    assert trouble.counts() == {"a": 3}
+
+
+async def test_an_answer_that_may_be_paid_for_is_not_waited_for_again(trouble: Trouble) -> None:
+    provider = await trouble.add(
+        "a", status(503), EVENT_STREAM, ANSWER, when_down="wait", max_retries=0, read_timeout=0.1
+    )
+    filling = asyncio.create_task(trouble.fill())
+    await until(lambda: trouble.counts()["a"] == 1)
+    kill(provider.health.breaker, unreachable=True)
+
+    with pytest.raises(ReadTimeout):
+        await filling
 
 
 @pytest.mark.parametrize(

@@ -205,3 +205,34 @@ async def test_places_of_cancelled_and_failed_answers_are_given_back() -> None:
         await answer(ZeroDivisionError())
 
     assert one.running == 0
+
+
+# Connections.
+
+
+def test_connections_are_bounded_and_counted_through_a_change(clock: FakeClock) -> None:
+    one = Quota(5, 5, clock, max_connections=2)
+    one.connect()
+    one.connect()
+    with pytest.raises(ConcurrencyExceeded, match="max_connections=2") as caught:
+        one.connect()
+    assert (one.connections, one.running, caught.value.retry_after) == (2, 0, 1.0)
+
+    one.apply(5, 5, 3)
+    one.connect()
+    one.apply(5, 5, 1)
+    one.disconnect()
+    one.disconnect()
+    with pytest.raises(ConcurrencyExceeded):
+        one.connect()
+    one.disconnect()
+    one.connect()
+    assert one.connections == 1
+
+
+def test_without_a_bound_connections_are_only_counted(clock: FakeClock) -> None:
+    one = Quota(1, 1, clock)
+    for _ in range(1000):
+        one.connect()
+
+    assert one.connections == 1000

@@ -165,7 +165,9 @@ def test_nothing_left_is_a_rest_before_the_429(kind: str) -> None:
         ("0", "soon"),
         ("0", ""),
         ("0", "0s"),
-        ("0", "99999h"),
+        ("0", "1e400"),
+        ("10", "99999h"),
+        ("10", "1800000000"),  # a date
         ("1", "nan"),
     ],
 )
@@ -177,9 +179,19 @@ def test_headers_that_make_no_sense_change_nothing(left: str, reset: str) -> Non
     assert pace.delay() == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize("reset", ["24h", "24h0m1s", "99999h", "86401", "1800000000"])
+@pytest.mark.parametrize("kind", ["requests", "tokens"])
+def test_nothing_left_for_days_is_a_rest_as_long_as_any(kind: str, reset: str) -> None:
+    clock = FakeClock()
+    pace = Pace(6000, 5, clock)
+    assert pace.learn({f"x-ratelimit-remaining-{kind}": "0", f"x-ratelimit-reset-{kind}": reset})
+    assert pace.delay() == pytest.approx(MAX_COOLING)
+
+
 @pytest.mark.parametrize(
     ("text", "seconds"),
     [
+        ("48h", 172_800.0),
         ("1s", 1.0),
         ("6m0s", 360.0),
         ("17ms", 0.017),

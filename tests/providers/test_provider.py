@@ -34,6 +34,7 @@ from aioserver.provider_errors import (
 )
 from aioserver.providers.attempt import Attempt
 from aioserver.providers.error_mapping import retry_after
+from aioserver.providers.pace import MAX_COOLING
 from aioserver.providers.provider import Provider
 from aioserver.providers.request import NO_CALLER, Answer, ProviderRequest
 from aioserver.providers.simulator.exchange import Behaviour
@@ -305,7 +306,8 @@ async def test_a_wrong_length_is_told_where_something_is_missing(simulator: Simu
         ("fault-status-503", 1.0),
         ("fault-retry-after-7", 7.0),
         ("fault-retry-after-ms", 0.7),
-        ("fault-retry-after-absurd", 1.0),
+        ("fault-retry-after-absurd", 120.0),
+        ("fault-retry-after-86400", 120.0),
         ("fault-retry-after-3000", 120.0),
         ("fault-day-over", 2.0),
         ("fault-capacity", 1.0),
@@ -323,7 +325,7 @@ async def test_retry_after_is_told(model: str, seconds: float, simulator: Simula
 @pytest.mark.parametrize(
     "value",
     [
-        *("", "soon", "-1", "nan", "inf", "1e400", "86400"),
+        *("", "soon", "-1", "nan", "inf", "1e400"),
         "Tue, 01 Jan 2030 00:00:00 +99999999999999999999",
         "Mon, 01 Jan 0001 00:00:00 -0000",
         "Tue, 99 Xyz 99999 99:99:99 GMT",
@@ -662,7 +664,7 @@ async def test_the_providers_remaining_requests_lower_the_pace(headers: bytes) -
     [
         (b"Retry-After: 30", (30, 34)),
         (b"retry-after-ms: 20000\r\nRetry-After: 99", (20, 23)),
-        (b"Retry-After: 99999", (1, 2)),  # absurd: as if it had said nothing
+        (b"Retry-After: 99999", (120, 133)),
         (b"Retry-After: 3000", (120, 133)),  # bounded
         (b"Retry-After: soon", (1, 2)),
         (b"X: y", (1, 2)),
@@ -770,4 +772,14 @@ def test_a_date_to_retry_after() -> None:
     earlier = format_datetime(datetime.now(UTC) - timedelta(seconds=90), usegmt=True)
     assert 85 <= (retry_after({"retry-after": later}) or 0) <= 90
     assert retry_after({"retry-after": earlier}) == 0.0
-    assert retry_after({"retry-after": "Tue, 01 Jan 2999 00:00:00 GMT"}) is None
+    assert retry_after({"retry-after": "Tue, 01 Jan 2999 00:00:00 GMT"}) == MAX_COOLING
+    assert retry_after({"retry-after": "Tue, 01 Jan 2019 00:00:00 GMT"}) is None
+
+
+@pytest.mark.parametrize("seconds", [120, 121, 86_399, 86_400, 31_536_000, 10**30])
+def test_a_long_retry_after_is_as_long_as_any_in_every_form(seconds: int) -> None:
+    assert retry_after({"retry-after": str(seconds)}) == MAX_COOLING
+    assert retry_after({"retry-after-ms": str(1000 * seconds)}) == MAX_COOLING
+    if seconds < 10**10:
+        later = format_datetime(datetime.now(UTC) + timedelta(seconds=seconds + 5), usegmt=True)
+        assert retry_after({"retry-after": later}) == MAX_COOLING

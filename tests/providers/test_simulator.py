@@ -119,6 +119,16 @@ def test_tokens_joined_are_the_text() -> None:
     assert "".join(tokens(text)) == text
 
 
+def test_speech_has_markdown_for_who_asks_and_now_and_then() -> None:
+    whole = speech("Show me Markdown", 1)
+    for part in ("## ", "1. The **", "| --- |", "```sh", "> ", "<https://"):
+        assert part in whole
+    assert len(whole) < 2000
+    answers = [speech(f"message {n}", 1) for n in range(200)]
+    some = [one for one in answers if "\n## " in one or "\n| " in one or "```" in one]
+    assert 20 < len(some) < 60
+
+
 def test_speech_quotes_and_differs_with_the_message() -> None:
     assert "“What is this?”" in speech("What is this?", 1)
     assert "simulated" in speech("What is this?", 1)

@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 from typing import TYPE_CHECKING, Any
 
-from aiohttp import ClientSession, WSMsgType, web
+import pytest
+from aiohttp import ClientSession, WSMsgType, WSServerHandshakeError, web
 from aiohttp.test_utils import BaseTestServer, TestServer
 
 from aioserver.providers.simulator.server import Simulator
@@ -16,7 +17,7 @@ from tests.support.keys import bearer, keys_of
 from tests.support.server import ENDLESS, QUICK, configured
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Sequence
     from pathlib import Path
 
     from aioserver.providers.simulator.exchange import Behaviour
@@ -30,12 +31,16 @@ async def mine(_request: web.Request) -> web.Response:
 
 @contextlib.asynccontextmanager
 async def embedded(
-    path: Path, behaviour: Behaviour = QUICK, **changes: Any
+    path: Path,
+    behaviour: Behaviour = QUICK,
+    routes: Sequence[web.RouteDef] = (),
+    **changes: Any,
 ) -> AsyncIterator[tuple[BaseTestServer, ClientSession]]:
     """Run the application, with a route of the program's own, as a program would."""
     async with Simulator(behaviour) as simulator:
         app = make_app(configured(simulator.base_url, changes, path / "config.yaml"))
         app.router.add_get("/mine", mine)
+        app.add_routes(routes)
         app.router.add_route("*", "/change", mine)
         async with TestServer(app) as server, ClientSession(str(server.make_url("/"))) as session:
             yield server, session
@@ -75,6 +80,23 @@ async def test_a_route_of_the_program_is_closed_to_foreign_pages_as_well(tmp_pat
                 assert response.status == status
             async with session.request(method, "/change") as response:
                 assert response.status == 200
+
+
+async def test_a_websocket_of_the_program_is_left_to_it(tmp_path: Path) -> None:
+    async def echo(request: web.Request) -> web.StreamResponse:
+        ws = web.WebSocketResponse()
+        await ws.prepare(request)
+        await ws.send_str(await ws.receive_str())
+        return ws
+
+    async with embedded(tmp_path, routes=[web.get("/echo", echo)]) as (_, session):
+        async with session.ws_connect("/echo") as ws:
+            await ws.send_str("Hello")
+            assert await ws.receive_str() == "Hello"
+        with pytest.raises(WSServerHandshakeError) as refused:
+            await session.ws_connect("/health")
+
+    assert refused.value.status == 426
 
 
 async def test_responses_have_our_ids_and_errors(tmp_path: Path) -> None:

@@ -101,9 +101,15 @@ def answer(page: Page) -> Locator:
 
 
 async def shows(page: Page, text: str) -> None:
-    """Wait until the last answer is exactly *text*, white space included."""
+    """Wait until the last answer looks as the whole of *text* does, which is Markdown."""
     await page.wait_for_function(
-        """(text) => [...document.querySelectorAll(".answer .text")].at(-1)?.textContent === text""",
+        """async (text) => {
+            const { MarkdownView } = await import("/assets/chat/markdown.js");
+            const whole = document.createElement("div");
+            new MarkdownView(whole).update(text);
+            const shown = [...document.querySelectorAll(".answer .text")].at(-1);
+            return shown?.innerHTML === whole.innerHTML;
+        }""",
         arg=text,
         timeout=20_000,
     )

@@ -44,6 +44,27 @@ _FACTS = (
     to whoever waits next.""",
     """You can watch connections, queues and latencies live on the page /dashboard.""",
 )
+# Markdown, which some answers end with: a client can be tried with it.
+_SAMPLES = (
+    """## What stands between you and a model
+
+1. The **connection gate** counts clients; beyond its limit they wait in a queue.
+2. The *provider's queue* is fair between callers.
+3. The **pool** keeps its connections open, so that a request finds one ready.""",
+    """| code | meaning | what to do |
+| --- | --- | --- |
+| `server_at_capacity` | no place is free | come back after `Retry-After` |
+| `provider_queue_full` | the provider's queue is full | choose another model |
+| `resume_gap` | the events are no longer kept | ask again |""",
+    """Any program that speaks OpenAI's API can ask me, too:
+
+```sh
+curl -N localhost:8000/v1/chat/completions \\
+  -d '{"model": "demo", "stream": true, "messages": [{"role": "user", "content": "Hello"}]}'
+```
+
+> An answer like this one is an *event stream*: see <https://html.spec.whatwg.org/multipage/server-sent-events.html>.""",
+)
 _ADVICE = (
     "To talk to a real model, set llm.active in config.yaml to openai, groq, openrouter or local."
 )
@@ -207,7 +228,14 @@ def speech(text: str, turn: int) -> str:
     second = (first + 1 + seed // 101 % (len(_FACTS) - 1)) % len(_FACTS)
     greeting = _GREETINGS[seed % len(_GREETINGS)]
     facts = " ".join(f"{_FACTS[first]} {_FACTS[second]}".split())
-    return f"{greeting} {echo}\n\n{facts}\n\n{_ADVICE}"
+    return "\n\n".join((f"{greeting} {echo}", facts, *_samples(text, seed), _ADVICE))
+
+
+def _samples(text: str, seed: int) -> tuple[str, ...]:
+    """Return the Markdown of the answer: all samples for who asks for it, else one now and then."""
+    if "markdown" in text[:_MAX_QUOTE].lower():
+        return _SAMPLES
+    return (_SAMPLES[seed // 7 % len(_SAMPLES)],) if seed % 5 == 0 else ()
 
 
 def arguments(tool: Mapping[str, Any], text: str) -> str:

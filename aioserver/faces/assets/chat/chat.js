@@ -37,7 +37,7 @@ let atEnd = true; // whether the end of the conversation is kept in sight
 
 const busy = (conversation) => runningTurn(conversation) !== undefined;
 const store = new Store({ busy, changed: changedElsewhere, warn: showNotice });
-const models = new Models(byId("model"), store);
+const models = new Models(byId("model"), { store, changed: drawModel });
 const login = new Login({ changed: drawLogin });
 const requests = new Requests(store, { changed: drawTurn, started, finished });
 const connection = new Connection(locate, {
@@ -82,6 +82,10 @@ function send() {
     return;
   }
   message.value = "";
+  ask(question);
+}
+
+function ask(question) {
   requests.ask(current, question, models.choice);
   drawAll();
 }
@@ -116,8 +120,8 @@ function started(conversation) {
 function finished(conversation, turn) {
   drawList();
   if (conversation !== current) return;
-  const text = { failed: turn.fault?.error, stopped: "Stopped." }[turn.state] ?? turn.text;
-  announce(text.slice(0, MAX_ANNOUNCED));
+  const text = { failed: turn.fault?.error, stopped: "Stopped." }[turn.state];
+  announce((text ?? views.get(turn).readableText()).slice(0, MAX_ANNOUNCED));
 }
 
 function announce(text) {
@@ -202,6 +206,10 @@ function detail(fault) {
   return fault ? ` (${fault.error})` : "";
 }
 
+function drawModel() {
+  byId("simulated").hidden = !models.simulated;
+}
+
 function drawLogin() {
   const { name } = login.session;
   byId("logout").hidden = name === null;
@@ -254,6 +262,11 @@ new ResizeObserver(() => {
   if (atEnd) conversationBox.scrollTop = conversationBox.scrollHeight; // the footer has grown
 }).observe(conversationBox);
 
+for (const prompt of byId("prompts").children)
+  prompt.addEventListener("click", () => {
+    ask(prompt.textContent);
+    message.focus(); // the prompts are hidden now
+  });
 byId("stop").addEventListener("click", () => {
   requests.stop(current);
   message.focus(); // the button is hidden now

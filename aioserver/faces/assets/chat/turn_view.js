@@ -1,13 +1,13 @@
 // The elements of a turn: its question, its answer, and a line with the state of the answer.
 
 import { advice, repeatable, sentence } from "./errors.js";
-import { grow, showText } from "./text.js";
+import { MarkdownView } from "./markdown.js";
 import { ended } from "./turn.js";
 
 const COPIED_FOR = 2000; // milliseconds that the button says so
 
 const CUT = "this browser has stored only the beginning";
-const STOPPED_ELSEWHERE = "Stopped in another window, or because nobody read it for too long";
+const STOPPED_ELSEWHERE = "Stopped in another window, or by the server, since nobody was reading";
 const REASONS = new Map([
   ["length", "ended at the maximum length"],
   ["content_filter", "ended by the provider's content filter"],
@@ -25,6 +25,7 @@ export class TurnView {
     this.copy.addEventListener("click", () => this.copyText());
     this.repeat.addEventListener("click", repeat);
     this.question.querySelector("p").textContent = turn.question;
+    this.markdown = new MarkdownView(this.text);
   }
 
   // *connection* is the state of the connection.
@@ -33,7 +34,7 @@ export class TurnView {
     const over = ended(turn);
     this.answer.setAttribute("aria-busy", String(!over));
     this.answer.dataset.state = turn.state;
-    showText(this.text, turn.text);
+    this.markdown.update(turn.text);
     this.drawHidden(this.reasoning, turn.reasoning);
     const calls = turn.tools.map((call) => `${call.name}(${call.arguments})`);
     this.drawHidden(this.tools, calls.join("\n\n"));
@@ -41,16 +42,22 @@ export class TurnView {
     this.fault.hidden = fault === null;
     if (fault) this.fault.textContent = `Failed: ${sentence(fault.error)} ${advice(fault)}`;
     const status = over ? outcome(turn) : progress(turn, connection);
-    if (this.status.textContent !== status) this.status.textContent = status;
+    setText(this.status, status);
     this.copy.hidden = !over || turn.text === "";
     this.repeat.hidden = !(fault
       ? repeatable(fault)
       : turn.state === "stopped" && worthRepeating(turn));
   }
 
+  // The answer without the characters of its markup, for a screen reader.
+  readableText() {
+    this.markdown.update(this.turn.text);
+    return this.text.innerText;
+  }
+
   drawHidden(details, text) {
     details.hidden = text === "";
-    if (text) grow(details.lastElementChild, text);
+    setText(details.lastElementChild, text);
   }
 
   async copyText() {
@@ -58,6 +65,14 @@ export class TurnView {
     this.copy.textContent = done ? "Copied" : "The browser does not allow it";
     setTimeout(() => (this.copy.textContent = "Copy"), COPIED_FOR);
   }
+}
+
+// A text that has only grown is extended, so that a selection in it survives.
+function setText(element, text) {
+  const node = element.firstChild;
+  if (node === null) element.append(text);
+  else if (text.startsWith(node.data)) node.appendData(text.slice(node.length));
+  else node.data = text;
 }
 
 // Cancelled, but not by the stop button of this window.

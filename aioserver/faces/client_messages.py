@@ -1,0 +1,346 @@
+"""What comes on a WebSocket (RFC 6455, 5.2), counted frame by frame before aiohttp reads it.
+
+aiohttp shows a message when it is whole, and what it does not show it does not count: half a message, and
+the frames that it refuses nothing of. `ClientMessages` stands between the connection and aiohttp's reader.
+It reads the heads of the frames only, and passes everything on unchanged. Always:
+
+- at most FRAMES_PER_SECOND frames come, after a burst; control frames count, and parts of a message that
+  are too small to be sent for their size;
+- at most `max_message_size` bytes a second come, after a burst of twice that;
+- the bytes of an unfinished message count against `max_body_bytes`. While the socket waits for its place
+  they are at most `room`;
+- a message is whole within BODY_TIMEOUT after its first byte;
+- every frame is masked, and a close frame has a code that may be sent (RFC 6455, 5.1 and 7.4).
+
+A fault between two frames takes effect after the messages before it: the reader gets a frame instead that
+it refuses. Any other fault takes effect at once.
+
+Private names of aiohttp used here, guarded by `tests/faces/test_client_messages.py`: `_post_start` of
+`WebSocketResponse`, in which the reader is given to the connection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import TYPE_CHECKING, Any, Protocol
+
+from aiohttp import WSCloseCode, web
+
+from aioserver.errors import AioserverError, RateLimitExceeded, RequestTimeout
+from aioserver.faces import intake
+from aioserver.limits.gcra import ROUNDING, Gcra
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from aiohttp.http_websocket import WebSocketReader, WebSocketWriter
+
+    from aioserver.faces.admission import BodyHold
+
+# More frames than these are a flood.
+FRAMES_PER_SECOND, FRAMES_BURST = 100, 200
+FRAME_INTERVAL = 1 / FRAMES_PER_SECOND
+FRAME_TOLERANCE = (FRAMES_BURST - 1) * FRAME_INTERVAL
+# Seconds' worth of bytes that may come at once.
+BYTES_BURST = 2.0
+# A part of a message of at least so many bytes is no frame of a flood: browsers send a large message in
+# parts of 128 KiB, and its bytes count anyway.
+MIN_PART_BYTES = 1024
+# Why nothing more may come before the socket has its place.
+FULL_ROOM = "too many messages before a place was free"
+CONTINUATION, CLOSE = 0, 8
+# Bytes of a frame's head with its mask, for a length of 7, 16 and 64 bits.
+HEAD, HEAD_16, HEAD_64 = 6, 8, 14
+# aiohttp's reader refuses a frame with reserved bits, with 1002.
+REFUSED_FRAME = b"\xf0\x80\0\0\0\0"
+
+
+def sendable(code: int) -> bool:
+    """Return whether a close frame may have *code* (RFC 6455, 7.4; IANA's registry for 1012 to 1014)."""
+    return 3000 <= code < 5000 or (1000 <= code < 1015 and code not in {1004, 1005, 1006})
+
+
+class Receiver(Protocol):
+    """The socket that gets the messages."""
+
+    def break_off(self, error: AioserverError) -> None:
+        """Close with *error*; nothing more can be read."""
+
+    def client_gone(self) -> None:
+        """Note that the connection is lost."""
+
+
+class ClientMessages:
+    """Counts what a client sends on one socket; aiohttp's connection takes it for its reader.
+
+    Always: the reader gets whole heads, never a part of one; a whole message of the client has its hold in
+    `_holds`, in the order of the messages. `close` must be called at the end of the socket.
+    """
+
+    __slots__ = (
+        "_bytes",
+        "_data",
+        "_final",
+        "_frames",
+        "_head",
+        "_hold",
+        "_holds",
+        "_left",
+        "_loop",
+        "_make_hold",
+        "_max_bytes",
+        "_over",
+        "_reader",
+        "_receiver",
+        "_timer",
+        "fault",
+        "room",
+    )
+
+    def __init__(self, make_hold: Callable[[], BodyHold], max_message_bytes: int) -> None:
+        self._make_hold = make_hold
+        self._max_bytes = max_message_bytes
+        self._loop = asyncio.get_running_loop()
+        self._reader: WebSocketReader | None = None
+        self._receiver: Receiver | None = None
+        self._frames = Gcra(FRAME_INTERVAL, FRAME_TOLERANCE)
+        self._bytes = Gcra(1 / max_message_bytes, BYTES_BURST)
+        # A part of a frame's head, or of a close frame; before there is a receiver, all that came.
+        self._head = b""
+        # Bytes of the frame's payload that are still to come.
+        self._left = 0
+        # Whether the frame is a part of a message.
+        self._data = False
+        # Whether it is the last part.
+        self._final = False
+        # Counts the message that is not finished.
+        self._hold: BodyHold | None = None
+        self._holds: deque[BodyHold] = deque()
+        self._timer: asyncio.TimerHandle | None = None
+        # Whether nothing more is read.
+        self._over = False
+        # Bytes that an unfinished message may have; None: as many as any.
+        self.room: int | None = None
+        # The error of the frame that the reader refuses; None if it is aiohttp's own.
+        self.fault: AioserverError | None = None
+
+    def wrap(self, reader: WebSocketReader) -> ClientMessages:
+        """Pass everything to *reader* from now on, and stand in its place."""
+        self._reader = reader
+        return self
+
+    def start(self, receiver: Receiver) -> None:
+        """Read what has come so far, and tell *receiver* of faults."""
+        self._receiver = receiver
+        early, self._head = self._head, b""
+        if early:
+            self.feed_data(early)
+
+    def take_hold(self) -> BodyHold:
+        """Return the hold of the next whole message, which the caller releases."""
+        return self._holds.popleft()
+
+    def close(self) -> None:
+        """Count nothing any more."""
+        self._over = True
+        self._stop_timer()
+        if self._hold is not None:
+            self._hold.release()
+        for hold in self._holds:
+            hold.release()
+        self._holds.clear()
+
+    # The interface of aiohttp's reader.
+
+    def feed_eof(self) -> None:
+        """Note that the connection is lost."""
+        assert self._reader is not None
+        self._reader.feed_eof()
+        if self._receiver is not None:
+            self._receiver.client_gone()
+
+    def feed_data(self, data: bytes) -> tuple[bool, bytes]:
+        """Count *data*, and pass it on; the first value says that nothing more is read."""
+        if self._receiver is None:
+            self._head += data
+            return False, b""
+        if self._over:
+            return True, b""
+        if self._head:
+            data, self._head = self._head + data, b""
+        size, place, start = len(data), 0, -1
+        while place < size:
+            if not self._left:
+                start = place
+                place = self._read_head(data, start)
+                if place < 0:
+                    return self._refuse(data[:start])
+                if not place:
+                    self._head, data = data[start:], data[:start]
+                    break
+            step = min(self._left, size - place)
+            place += step
+            self._left -= step
+            self._bytes.take(step / self._max_bytes)
+            if self._bytes.delay() > ROUNDING:
+                error = RateLimitExceeded(f"more than {self._max_bytes} bytes a second")
+                if start < 0:
+                    # The reader is within this frame.
+                    self._break_off(error)
+                    return True, b""
+                self.fault = error
+                return self._refuse(data[:start])
+            if self._data and not self._count(step):
+                return True, b""
+        self._watch()
+        assert self._reader is not None
+        over, rest = self._reader.feed_data(data) if data else (False, b"")
+        if over:
+            self._end()
+        return over, rest
+
+    def _read_head(self, data: bytes, start: int) -> int:
+        """Read the head of the frame at *start*, and return where its payload begins.
+
+        Returns 0 if it is not complete, and -1 if the frame is refused. A close frame is complete with
+        its payload only.
+        """
+        have = len(data) - start
+        if have < 2:
+            return 0
+        opcode, flag = data[start] & 0x0F, data[start + 1] & 0x7F
+        if not data[start + 1] & 0x80:
+            return -1
+        need = HEAD if flag < 126 else HEAD_16 if flag == 126 else HEAD_64
+        if opcode == CLOSE and flag < 126:
+            need += flag
+        if have < need:
+            return 0
+        length = flag if flag < 126 else int.from_bytes(data[start + 2 : start + need - 4])
+        if opcode == CLOSE and flag >= 2:
+            code = int.from_bytes(data[start + 6 : start + 8]) ^ int.from_bytes(
+                data[start + 2 : start + 4]
+            )
+            if not sendable(code):
+                return -1
+        if (opcode or length < MIN_PART_BYTES) and self._frames.try_take():
+            self.fault = RateLimitExceeded(f"more than {FRAMES_PER_SECOND} frames a second")
+            return -1
+        self._data = opcode < CLOSE
+        if opcode == CLOSE:
+            return start + need
+        self._left = length
+        if self._data:
+            have = 0 if self._hold is None else self._hold.size
+            if have + length > self._max_bytes:
+                # The reader refuses it, and reads none of it.
+                self._left, self._data = 0, False
+                return len(data)
+            self._final = data[start] >= 0x80
+            if self._hold is None:
+                self._hold = self._make_hold()
+        return start + need
+
+    def _count(self, size: int) -> bool:
+        """Count *size* bytes of the message under way; return whether there is room for them."""
+        hold = self._hold
+        assert hold is not None
+        try:
+            hold.grow(size)
+        except AioserverError as error:
+            self._break_off(error)
+            return False
+        if self.room is not None and hold.size > self.room:
+            self._break_off(RateLimitExceeded(FULL_ROOM))
+            return False
+        if self._final and not self._left:
+            self._holds.append(hold)
+            self._hold = None
+        return True
+
+    def _watch(self) -> None:
+        """Set the deadline of what has begun, or end it if everything is whole."""
+        if self._hold is None and not self._head and not self._left:
+            self._stop_timer()
+        elif self._timer is None:
+            self._timer = self._loop.call_later(intake.BODY_TIMEOUT, self._late)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _late(self) -> None:
+        self._timer = None
+        self._break_off(
+            RequestTimeout(f"the message was not whole within {intake.BODY_TIMEOUT} s")
+        )
+
+    def _refuse(self, before: bytes) -> tuple[bool, bytes]:
+        """Let the reader read *before*, and then a frame that it refuses."""
+        assert self._reader is not None
+        self._end()
+        self._reader.feed_data(before + REFUSED_FRAME)
+        return True, b""
+
+    def _break_off(self, error: AioserverError) -> None:
+        """Close with *error* at once: the messages that were not taken are dropped."""
+        assert self._receiver is not None
+        assert self._reader is not None
+        self._end()
+        self._receiver.break_off(error)
+        self._reader.feed_eof()
+
+    def _end(self) -> None:
+        self._over = True
+        self._stop_timer()
+
+
+class Upgraded(web.WebSocketResponse):
+    """aiohttp's handshake and parser, with *messages* between them. It closes nothing: the socket does."""
+
+    def __init__(self, messages: ClientMessages, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._messages = messages
+
+    def _post_start(
+        self, request: web.BaseRequest, protocol: str | None, writer: WebSocketWriter
+    ) -> None:
+        counted: Any = _CountedRequest(request, self._messages)
+        super()._post_start(counted, protocol, writer)
+
+    async def close(
+        self,
+        *,
+        code: int = WSCloseCode.OK,  # noqa: ARG002 - aiohttp's signature
+        message: bytes = b"",  # noqa: ARG002
+        drain: bool = True,  # noqa: ARG002
+    ) -> bool:
+        """Do nothing: the socket closes the connection."""
+        return False
+
+
+class _CountedRequest:
+    """A request whose connection gets a counted reader."""
+
+    def __init__(self, request: web.BaseRequest, messages: ClientMessages) -> None:
+        self._request = request
+        self._messages = messages
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._request, name)
+
+    @property
+    def protocol(self) -> _CountedRequest:
+        """The connection, as far as it is needed: this object, too."""
+        return self
+
+    def set_parser(self, reader: WebSocketReader, **kwargs: Any) -> None:
+        """Give the connection the reader that counts."""
+        connection: Any = self._request.protocol
+        connection.set_parser(self._messages.wrap(reader), **kwargs)
+
+    def keep_alive(self, value: bool) -> None:
+        """Pass *value* to the connection."""
+        self._request.protocol.keep_alive(value)

@@ -1,0 +1,160 @@
+"""Which idle WebSocket gives way, where one key holds most places and others wait for one.
+
+An idle socket holds a place, and a key may open as many as there are places, whatever else its limits
+are. While a client of another key waits for a place, the socket of that key which has asked nothing
+for longest closes: at most one for each client that waits, none that has an answer under way or has
+asked within the last IDLE_SECONDS, and none once the key has no more than half of the places.
+
+A socket asks by a chat, a resume or a cancel that is carried out, and by its handshake. Pings ask nothing, so
+they keep no place.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable
+
+    from aioserver.auth.callers import Caller
+
+# Seconds without a question after which a socket is idle: a person who types an answer may take them.
+IDLE_SECONDS = 30.0
+
+
+class IdleSocket(Protocol):
+    """A WebSocket that has a place."""
+
+    caller: Caller
+
+    @property
+    def busy(self) -> bool:
+        """Whether answers run on this socket."""
+
+    def give_way(self) -> None:
+        """Close, since others wait for a place; `remove` follows."""
+
+
+class IdleSockets:
+    """The places of each key, its waiting clients, and its sockets, those that asked longest ago first.
+
+    Always: a socket is told to give way at most once. Clients without a key are one caller, and not
+    counted. Each change takes the same time, however many sockets there are.
+
+    *limit* returns how many places there are, and *waiting* how many clients wait for one.
+    """
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        limit: Callable[[], int],
+        waiting: Callable[[], int],
+    ) -> None:
+        self._loop = loop
+        self._limit = limit
+        self._waiting = waiting
+        self._places: Counter[str] = Counter()
+        self._waiters: Counter[str] = Counter()
+        # Of each key: its sockets, with the time at which each has asked last.
+        self._sockets: dict[str, OrderedDict[IdleSocket, float]] = {}
+        # The sockets that were told to give way, and still have their places.
+        self._leaving: set[IdleSocket] = set()
+        # The key with the most places. It may be outdated, but not while a key has more than half of them.
+        self._largest = ""
+        self._timer: asyncio.TimerHandle | None = None
+
+    def opened(self, name: str) -> None:
+        """Count a place that a client of the key *name* has got."""
+        if name:
+            self._places[name] += 1
+            if self._places[name] > self._places[self._largest]:
+                self._largest = name
+            if self._waiters:
+                self._look_in(0.0)
+
+    def closed(self, name: str) -> None:
+        """Count a place that a client of the key *name* has given back."""
+        if name:
+            _take_one(self._places, name)
+
+    def waits(self, name: str) -> None:
+        """Count a client of the key *name* that begins to wait for a place in this turn of the loop."""
+        if name:
+            self._waiters[name] += 1
+            self._look_in(0.0)
+
+    def waited(self, name: str) -> None:
+        """Count a client of the key *name* that waits no more."""
+        if name:
+            _take_one(self._waiters, name)
+            if not self._waiters and self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+
+    def limit_changed(self) -> None:
+        """Look again which key has the most places, since their number has changed."""
+        self._largest = max(self._places, key=self._places.__getitem__, default="")
+        if self._waiters:
+            self._look_in(0.0)
+
+    def add(self, socket: IdleSocket) -> None:
+        """Note that *socket* has got its place."""
+        if name := socket.caller.name:
+            self._sockets.setdefault(name, OrderedDict())[socket] = self._loop.time()
+
+    def asked(self, socket: IdleSocket) -> None:
+        """Note that *socket* has asked something now, or that an answer has ended on it."""
+        sockets = self._sockets.get(socket.caller.name)
+        if sockets is not None and socket in sockets:
+            sockets[socket] = self._loop.time()
+            sockets.move_to_end(socket)
+
+    def remove(self, socket: IdleSocket) -> None:
+        """Forget *socket*, whose connection has ended. It need not have been added."""
+        self._leaving.discard(socket)
+        name = socket.caller.name
+        sockets = self._sockets.get(name)
+        if sockets is not None:
+            sockets.pop(socket, None)
+            if not sockets:
+                del self._sockets[name]
+
+    def _look_in(self, delay: float) -> None:
+        """Look in *delay* seconds, or earlier, whether a socket has to give way."""
+        if self._timer is not None:
+            if self._timer.when() <= self._loop.time() + delay:
+                return
+            self._timer.cancel()
+        self._timer = self._loop.call_later(delay, self._make_room)
+
+    def _make_room(self) -> None:
+        """Let a socket give way for each client that waits, as far as the rule goes."""
+        self._timer = None
+        name, now = self._largest, self._loop.time()
+        # A client that was handed its place in this turn of the loop waits no more for the gate.
+        others = min(self._waiters.total() - self._waiters[name], self._waiting())
+        while (
+            others > len(self._leaving)
+            and 2 * (self._places[name] - len(self._leaving)) > self._limit()
+            and (sockets := self._sockets.get(name))
+        ):
+            socket, since = next(iter(sockets.items()))
+            if (left := since + IDLE_SECONDS - now) > 0:
+                self._look_in(left)
+                return
+            if socket.busy:
+                # It asks until its answers have ended.
+                self.asked(socket)
+                continue
+            del sockets[socket]
+            self._leaving.add(socket)
+            socket.give_way()
+
+
+def _take_one(counts: Counter[str], name: str) -> None:
+    counts[name] -= 1
+    if not counts[name]:
+        del counts[name]

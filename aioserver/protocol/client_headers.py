@@ -1,0 +1,162 @@
+"""The headers of a client that go on to the provider: its trace, and those that the configuration names.
+
+A trace is W3C's Trace Context, Level 1 (https://www.w3.org/TR/trace-context/):
+
+    traceparent: 00-<32 hex digits: trace>-<16: span>-<2: flags>
+    tracestate: <name>=<value>,…                what tracing systems add to it
+
+An invalid `traceparent` does not go on, nor the `tracestate` beside it; an invalid `tracestate` does not go
+on alone. What goes on is as the client sent it: this server is no span of the trace.
+
+No value can end its line, so a client cannot add a header or a body to the request: values are
+compared as bytes with what HTTP allows in one (RFC 9110, 5.5).
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
+    from multidict import MultiMapping
+
+TRACEPARENT, TRACESTATE = "traceparent", "tracestate"
+TRACE_HEADERS = frozenset({TRACEPARENT, TRACESTATE})
+# Headers that never go on. Those between two neighbours (RFC 9110, 7.6.1):
+HOP_BY_HOP = frozenset(
+    {
+        *("connection", "keep-alive", "proxy-authenticate", "proxy-authorization"),
+        *("proxy-connection", "te", "trailer", "transfer-encoding", "upgrade"),
+    }
+)
+# Those that hold our own keys and sessions, or may:
+CREDENTIALS = frozenset(
+    {
+        *("authorization", "x-api-key", "api-key", "cookie", "set-cookie"),
+        *("sec-websocket-protocol", "sec-websocket-key", "sec-websocket-accept"),
+        *("sec-websocket-extensions", "sec-websocket-version"),
+    }
+)
+# And those that say what we send, and what we can read:
+OURS = frozenset(
+    {
+        *("host", "content-length", "content-type", "content-encoding", "expect"),
+        *("accept", "accept-encoding"),
+    }
+)
+NEVER_PASSED = HOP_BY_HOP | CREDENTIALS | OURS
+
+# Version ff is invalid. A later version than 00 may have more parts.
+_TRACEPARENT = re.compile(
+    r"(?!ff)([0-9a-f]{2})-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?"
+)
+# The longest `traceparent` of a later version that goes on.
+MAX_TRACEPARENT = 256
+_MEMBER = re.compile(
+    r"[a-z0-9][a-z0-9_*/@-]{0,255}=[\x20-\x2b\x2d-\x3c\x3e-\x7e]{0,255}[\x21-\x2b\x2d-\x3c\x3e-\x7e]"
+)
+MAX_MEMBERS = 32
+# Characters of a `tracestate`: the standard asks for no more. Whole members go, from the end.
+MAX_TRACESTATE = 512
+_VALUE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
+
+
+class ClientHeaders:
+    """Some headers of one client's request, or of its handshake.
+
+    Always: no line of them has a character that could end it. *trace_id* is "" without a trace.
+    """
+
+    __slots__ = ("_lines", "trace_id")
+
+    def __init__(self, lines: Sequence[tuple[str, bytes]] = (), trace_id: str = "") -> None:
+        self._lines = tuple(lines)
+        self.trace_id = trace_id
+
+    def __bool__(self) -> bool:
+        return bool(self._lines)
+
+    def written(self, names: Collection[str]) -> bytes:
+        """Return those headers whose name, in lower case, is in *names*, as lines of a request."""
+        return b"".join(
+            [
+                b"%b: %b\r\n" % (name.encode(), value)
+                for name, value in self._lines
+                if name in names
+            ]
+        )
+
+
+NO_HEADERS = ClientHeaders()
+
+
+def collect(headers: MultiMapping[str], names: Collection[str] = ()) -> ClientHeaders:
+    """Return the headers that go on: the trace, and those in *names*, which are in lower case.
+
+    A header of NEVER_PASSED does not go on, nor one that the client's `Connection` names.
+    """
+    if not names and TRACEPARENT not in headers:
+        return NO_HEADERS
+    lines: list[tuple[str, bytes]] = []
+    if names:
+        own = NEVER_PASSED | TRACE_HEADERS | set(_connection_options(headers))
+        for name in sorted(names):
+            if name not in own:
+                lines += [
+                    (name, value)
+                    for text in headers.getall(name, ())
+                    if (value := _bytes(text)) is not None
+                ]
+    trace_id, trace = _trace(headers)
+    return ClientHeaders([*lines, *trace], trace_id)
+
+
+def _trace(headers: MultiMapping[str]) -> tuple[str, list[tuple[str, bytes]]]:
+    """Return the id of the trace, "" if there is none, and the headers that tell of it."""
+    parents = headers.getall(TRACEPARENT, ())
+    parent = parents[0].strip(" \t") if len(parents) == 1 else ""
+    match = _TRACEPARENT.fullmatch(parent)
+    if (
+        match is None
+        or (match[1] == "00" and match[3] is not None)
+        or len(parent) > MAX_TRACEPARENT
+        or not (parent.isascii() and parent.isprintable())
+    ):
+        return "", []
+    lines = [(TRACEPARENT, parent.encode())]
+    if state := _state(headers.getall(TRACESTATE, ())):
+        lines.append((TRACESTATE, state.encode()))
+    return match[2], lines
+
+
+def _state(values: Sequence[str]) -> str:
+    """Return the `tracestate` of a request with these *values*, "" if there is none, or it is invalid."""
+    members = [
+        member.strip(" \t") for value in values for member in value.split(",", MAX_TRACESTATE)
+    ]
+    members = [member for member in members if member]
+    names = {member.partition("=")[0] for member in members}
+    if len(members) > MAX_MEMBERS or len(names) < len(members):
+        return ""
+    if not all(_MEMBER.fullmatch(member) for member in members):
+        return ""
+    while len(state := ",".join(members)) > MAX_TRACESTATE:
+        members.pop()
+    return state
+
+
+def _connection_options(headers: MultiMapping[str]) -> list[str]:
+    options = ",".join(headers.getall("connection", ()))
+    return [option.strip().lower() for option in options.split(",")]
+
+
+def _bytes(text: str) -> bytes | None:
+    """Return the bytes of a header's value as the client sent them; None if HTTP forbids one of them."""
+    try:
+        # As aiohttp decodes them.
+        value = text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return None
+    return value if _VALUE.fullmatch(value) else None

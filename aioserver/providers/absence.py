@@ -1,0 +1,101 @@
+"""What requests do while their provider is away: it cannot be reached, or says that it is not ready.
+
+A model server that restarts is away for minutes. With `when_down: wait` a request that no other provider can
+answer waits in the provider's queue until it is back, for `queue_timeout` at most, all its waits
+together. A trial finds out that it is back, and the requests that wait are the trials.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from aioserver.provider_errors import CircuitOpen
+from aioserver.providers.breaker import TRIAL_INTERVAL
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from aioserver.config import settings
+    from aioserver.provider_errors import ProviderFault
+    from aioserver.providers.attempt import Attempt
+    from aioserver.providers.health import Health
+    from aioserver.providers.queueing import ProviderGate
+
+# The value of `when_down` by which requests wait.
+WAIT = "wait"
+
+
+class Absence:
+    """Keeps requests in the queue of a provider while it is away.
+
+    Always: a request waits only while its provider is away and nothing of it runs there.
+    """
+
+    def __init__(
+        self,
+        provider: settings.Provider,
+        health: Health,
+        gate: ProviderGate,
+        clock: Callable[[], float],
+    ) -> None:
+        self._settings = provider
+        self._health = health
+        self._gate = gate
+        self._clock = clock
+
+    def apply(self, provider: settings.Provider) -> None:
+        """Use new settings; if requests wait no longer, those that do are refused."""
+        self._settings = provider
+        if self._health.breaker.dead and provider.when_down != WAIT:
+            self._gate.refuse_waiting(self._health.refusal)
+
+    def waits(self, attempt: Attempt) -> bool:
+        """Return whether the request of *attempt* waits, since its provider is dead and away."""
+        breaker = self._health.breaker
+        return (
+            breaker.dead
+            and breaker.unreachable
+            and self._settings.when_down == WAIT
+            and not attempt.fallback
+            and not self._health.flagged
+        )
+
+    def refuse(self) -> None:
+        """Refuse the requests that do not wait, since no attempt may start now."""
+        waits = self._settings.when_down == WAIT and self._health.breaker.unreachable
+        self._gate.refuse_waiting(
+            self._health.refusal, fallback_only=waits and not self._health.flagged
+        )
+
+    async def wait(self, attempt: Attempt, fault: ProviderFault, seconds: float) -> bool:
+        """Return whether the request of *attempt*, which ended with *fault*, is to ask again and wait.
+
+        If the provider is not known as dead yet, the request pauses before, for *seconds* or more. Cancelling
+        is safe.
+
+        Raises:
+            AioserverError: the request is refused while it pauses.
+        """
+        if self._settings.when_down != WAIT or attempt.fallback:
+            return False
+        if isinstance(fault, CircuitOpen):
+            again = self._health.breaker.unreachable
+        else:
+            # A trial that has waited fails at no cost, if nothing can have been paid for.
+            again = fault.unreachable or (
+                fault.retry and attempt.rejoin and self._health.breaker.unreachable
+            )
+        seconds = max(seconds, TRIAL_INTERVAL)
+        timeout = self._settings.http_client.queue_timeout
+        if not again or attempt.waited + seconds >= timeout:
+            return False
+        if attempt.stream is not None:
+            # Nothing runs there: a client that leaves ends the wait.
+            attempt.stream.sent = False
+        if not self._health.breaker.dead:
+            began = self._clock()
+            await self._gate.pause(seconds)
+            paused = self._clock() - began
+            attempt.waited += paused
+            attempt.request.record.queue_wait += paused
+        return True

@@ -1,0 +1,38 @@
+"""The tokens that a request is expected to cost, where tokens are paced, and what it did cost."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from aioserver.telemetry.request_log import MAX_TOKENS
+
+if TYPE_CHECKING:
+    from aioserver.config import settings
+    from aioserver.providers.attempt import Attempt
+
+# Bytes of a request for each of its tokens, as an estimate.
+BYTES_PER_TOKEN = 4
+
+
+def expected_tokens(attempt: Attempt, provider: settings.Provider) -> int:
+    """Return the tokens that *attempt* will cost, by an estimate; 0 if tokens are not paced."""
+    limit = provider.http_client.tokens_per_minute
+    if not limit:
+        return 0
+    prompt = len(attempt.request.body(provider)) // BYTES_PER_TOKEN
+    # At most a minute's worth: a body with a picture has far fewer tokens than its bytes say.
+    return min(prompt + (provider.max_tokens or 0), limit)
+
+
+def real_tokens(attempt: Attempt, provider: settings.Provider, *, failed: bool) -> int:
+    """Return the tokens that *attempt*, which has ended, did cost.
+
+    Where the provider reports no usage, the prompt counts as estimated, and each event as a token.
+    """
+    if failed and not attempt.request.record.sent_at:
+        return 0
+    total = attempt.usage.get("total_tokens") if attempt.usage is not None else None
+    if isinstance(total, int) and 0 <= total < MAX_TOKENS:
+        return total
+    prompt = attempt.expected_tokens - (provider.max_tokens or 0)
+    return max(0, prompt) + attempt.events

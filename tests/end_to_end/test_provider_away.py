@@ -1,0 +1,207 @@
+"""A provider that is away for a while, as a model server that restarts: `when_down: wait` and `fail`."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from aioserver.providers.simulator.exchange import Behaviour
+from tests.support.absent import AbsentProvider
+from tests.support.faces import Seen, ask_every_face, over_openai, over_sse, over_websocket
+from tests.support.failing import kill
+from tests.support.server import QUICK, MakeServer, RunningServer, provider_entry
+from tests.support.waiting import until
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+LOADING = Behaviour(fail_rate=1.0, fail_status=503)
+
+
+@pytest.fixture
+async def away() -> AsyncIterator[AbsentProvider]:
+    async with AbsentProvider() as provider:
+        yield provider
+
+
+def behind(away: AbsentProvider, when_down: str = "wait", **limits: Any) -> dict[str, Any]:
+    """The changes that make the provider that is *away* the one that is asked first."""
+    entry = provider_entry(away.url, "far-model", **limits) | {"when_down": when_down}
+    return {"llm.active": "far", "llm.providers.far": entry}
+
+
+def waiting(server: RunningServer) -> int:
+    """How many requests wait for the provider `far`."""
+    return int(server.provider_of("far").stats().queue.waiting)
+
+
+async def waiters(server: RunningServer, *, known: bool) -> asyncio.Task[list[Seen]]:
+    """Ask on every face, and return when all wait; with *known* the provider is known as dead before."""
+    if known:
+        kill(server.provider_of("far").health.breaker, unreachable=True)
+    asking = asyncio.create_task(ask_every_face(server, "far"))
+    await until(lambda: waiting(server) == 4)
+    return asking
+
+
+@pytest.mark.parametrize("known", [False, True])
+async def test_requests_wait_until_it_is_back_on_every_face(
+    make_server: MakeServer, away: AbsentProvider, *, known: bool
+) -> None:
+    server = await make_server(**behind(away))
+    asking = await waiters(server, known=known)
+
+    await away.come(server.simulator.port)
+
+    assert [one.end for one in await asking] == ["complete"] * 4
+    far = server.provider_of("far").stats()
+    assert (far.state, far.budget.used) == ("well", 0)
+    assert not await server.counted("retries", "reason"), "they cost no retry"
+    assert not await server.counted("rejections", "code")
+    await server.nothing_held()
+
+
+async def test_requests_wait_for_an_engine_that_loads_its_model(
+    make_server: MakeServer, away: AbsentProvider
+) -> None:
+    server = await make_server(LOADING, **behind(away))
+    await away.come(server.simulator.port)
+    asking = await waiters(server, known=False)
+    await server.simulator.until(lambda stats: stats.requests > 4)
+
+    server.simulator.behaviour = QUICK
+
+    assert [one.end for one in await asking] == ["complete"] * 4
+    await server.nothing_held()
+
+
+async def test_by_default_nobody_waits(make_server: MakeServer, away: AbsentProvider) -> None:
+    server = await make_server(**behind(away, "fail"))
+    assert {one.code for one in await ask_every_face(server, "m")} == {"connect_error"}
+    kill(server.provider_of("far").health.breaker, unreachable=True)
+    assert {one.code for one in await ask_every_face(server, "n")} == {"circuit_open"}
+    await server.nothing_held()
+
+
+async def test_a_provider_that_fails_otherwise_is_not_waited_for(
+    make_server: MakeServer, away: AbsentProvider
+) -> None:
+    server = await make_server(Behaviour(fail_rate=1.0, fail_status=500), **behind(away))
+    await away.come(server.simulator.port)
+    assert {one.code for one in await ask_every_face(server, "m")} == {"provider_error"}
+    kill(server.provider_of("far").health.breaker)
+    assert {one.code for one in await ask_every_face(server, "n")} == {"circuit_open"}
+    await server.nothing_held()
+
+
+async def test_the_queue_timeout_ends_the_wait(
+    make_server: MakeServer, away: AbsentProvider
+) -> None:
+    server = await make_server(**behind(away, queue_timeout=0.3))
+    kill(server.provider_of("far").health.breaker, unreachable=True)
+
+    seen = await ask_every_face(server, "far")
+
+    assert {one.code for one in seen} == {"provider_queue_timeout"}
+    assert [one.status for one in seen[2:]] == [503, 503]
+    assert "was not back within 0.3 s" in seen[0].error["error"]
+    await server.nothing_held()
+
+
+@pytest.mark.parametrize("known", [False, True])
+async def test_clients_that_leave_leave_the_queue(
+    make_server: MakeServer, away: AbsentProvider, *, known: bool
+) -> None:
+    server = await make_server(**behind(away))
+    asking = await waiters(server, known=known)
+
+    asking.cancel()
+    await asyncio.wait((asking,))
+
+    await server.nothing_held()
+    assert waiting(server) == 0
+
+
+@pytest.mark.parametrize("known", [False, True])
+async def test_a_stop_of_the_server_ends_the_wait(
+    make_server: MakeServer, away: AbsentProvider, *, known: bool
+) -> None:
+    server = await make_server(**behind(away))
+    asking = await waiters(server, known=known)
+
+    server.context.gateway.drain()
+
+    assert {one.code for one in await asking} == {"server_shutdown"}
+    await server.nothing_held()
+
+
+@pytest.mark.parametrize("known", [False, True])
+async def test_the_queue_is_bounded_for_them_as_well(
+    make_server: MakeServer, away: AbsentProvider, *, known: bool
+) -> None:
+    server = await make_server(**behind(away, queue_size=4))
+    asking = await waiters(server, known=known)
+
+    if known:
+        seen = await over_openai(server, "far")
+        assert (seen.status, seen.code) == (503, "provider_queue_full")
+        assert waiting(server) == 4
+    await away.come(server.simulator.port)
+
+    assert [one.end for one in await asking] == ["complete"] * 4
+
+
+async def test_a_reload_ends_the_wait_or_begins_it(
+    make_server: MakeServer, away: AbsentProvider
+) -> None:
+    server = await make_server(**behind(away))
+    asking = await waiters(server, known=True)
+
+    assert await server.change(**behind(away, "fail"))
+    assert {one.code for one in await asking} == {"circuit_open"}
+
+    assert await server.change(**behind(away, "wait"))
+    asking = asyncio.create_task(ask_every_face(server, "n"))
+    await until(lambda: waiting(server) == 4)
+    moved = behind(away)
+    moved["llm.providers.far"]["base_url"] = server.simulator.base_url
+    assert await server.change(**moved)
+    assert [one.end for one in await asking] == ["complete"] * 4
+    await server.nothing_held()
+
+
+async def test_a_fallback_answers_instead_of_a_wait(
+    make_server: MakeServer, away: AbsentProvider
+) -> None:
+    server = await make_server(**behind(away), **{"llm.fallbacks": ["sim"]})
+    for known in (False, True):
+        if known:
+            kill(server.provider_of("far").health.breaker, unreachable=True)
+        seen = await ask_every_face(server, f"m{known}")
+        assert [one.end for one in seen] == ["complete"] * 4
+        assert seen[2].headers["x-aioserver-provider"] == "sim"
+    # A request that is pinned has no fallback.
+    pinned = asyncio.create_task(over_openai(server, "far"))
+    await until(lambda: waiting(server) == 1)
+    await away.come(server.simulator.port)
+    assert (await pinned).headers["x-aioserver-provider"] == "far"
+    await server.nothing_held()
+
+
+async def test_while_it_is_away_it_gets_only_trials(
+    make_server: MakeServer, away: AbsentProvider
+) -> None:
+    server = await make_server(**behind(away))
+    asking = await waiters(server, known=True)
+    far = server.provider_of("far")
+
+    await until(lambda: far.meter.attempts["connect_error"].value >= 2)
+
+    assert far.meter.attempts["connect_error"].value <= 3, "one each half second, for all of them"
+    assert waiting(server) + far.stats().queue.inside == 4, "the one that tried waits on"
+    await away.come(server.simulator.port)
+    assert [one.end for one in await asking] == ["complete"] * 4
+    late = [over_websocket(server, "m", "late"), over_sse(server, "late")]
+    assert [one.end for one in await asyncio.gather(*late)] == ["complete"] * 2
