@@ -10,12 +10,8 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 from aiohttp.http import HttpVersion11
 
-from aioserver.protocol.client_headers import collect
-
 if TYPE_CHECKING:
     from aioserver.errors import AioserverError
-    from aioserver.faces.context import Context
-    from aioserver.protocol.client_headers import ClientHeaders
 
 # The value of the header `Server`.
 SERVER = "aioserver"
@@ -54,11 +50,6 @@ def request_id(request: web.BaseRequest) -> str:
 def last_on_connection(request: web.BaseRequest) -> bool:
     """Return whether the connection ends with this response; false on another server's connections."""
     return getattr(request.protocol, "last", False)
-
-
-def client_headers(context: Context, request: web.Request) -> ClientHeaders:
-    """Return the headers of *request* that go on to a provider: its trace, and those that settings name."""
-    return collect(request.headers, context.router.passed_headers)
 
 
 def error_response(error: AioserverError) -> web.Response:

@@ -11,6 +11,7 @@ import asyncio
 from typing import TYPE_CHECKING, TypeVar
 
 from aioserver.errors import RequestTimeout, RequestTooLarge, UnsupportedMediaType
+from aioserver.protocol.client_headers import collect
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from aiohttp import StreamReader, web
 
     from aioserver.faces.admission import BodyHold
+    from aioserver.faces.context import Context
+    from aioserver.protocol.client_headers import ClientHeaders
 
 T = TypeVar("T")
 # Seconds for a whole body, or a whole WebSocket message: aiohttp has no deadline for either.
@@ -78,3 +81,8 @@ async def _collect(content: StreamReader, hold: BodyHold, max_bytes: int) -> byt
         hold.grow(len(part))
         parts.append(part)
     return b"".join(parts)
+
+
+def client_headers(context: Context, request: web.Request) -> ClientHeaders:
+    """Return the headers of *request* that go on to a provider: its trace, and those that settings name."""
+    return collect(request.headers, context.router.passed_headers)

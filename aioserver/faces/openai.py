@@ -20,7 +20,7 @@ from aioserver.auth.callers import CALLER
 from aioserver.errors import InvalidRequest, StreamNotFound
 from aioserver.faces import http
 from aioserver.faces.admission import counted
-from aioserver.faces.intake import in_turns, read_body
+from aioserver.faces.intake import client_headers, in_turns, read_body
 from aioserver.faces.ready import ReadyResponse, ReadyStream, fits
 from aioserver.faces.streaming import follow
 from aioserver.faces.whole import write
@@ -92,7 +92,7 @@ def prepare_for(
             caller=caller,
             model=route.model,
             hold=hold,
-            client_headers=http.client_headers(context, request),
+            client_headers=client_headers(context, request),
         )
         stored = path == "responses" and (body.stored or body.background)
         digest = digest_of(path, data) if key else b""

@@ -19,7 +19,7 @@ from aiohttp_sse import EventSourceResponse
 from aioserver.auth.callers import CALLER, Caller
 from aioserver.faces import http
 from aioserver.faces.admission import counted
-from aioserver.faces.intake import in_turns, read_body
+from aioserver.faces.intake import client_headers, in_turns, read_body
 from aioserver.faces.streaming import follow
 from aioserver.protocol import client_frames, eventstream, messages
 from aioserver.streams.formats import EVENTS, RETRY
@@ -99,8 +99,8 @@ async def prepare(context: Context, request: web.Request, hold: BodyHold) -> Que
     chat = await in_turns(client_frames.reading_question(data))
     preferences = request.headers.get("Prefer", "").split(",")
     detached = any(value.strip().lower() == "respond-async" for value in preferences)
-    if client_headers := http.client_headers(context, request):
-        chat = replace(chat, client_headers=client_headers)
+    if headers := client_headers(context, request):
+        chat = replace(chat, client_headers=headers)
     question = Question(request[CALLER], chat, hold, detached, _last_seen(request))
     if question.after:
         with context.metrics.resuming():

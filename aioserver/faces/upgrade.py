@@ -9,7 +9,7 @@ from aioserver.auth.guard import selectable_protocols
 from aioserver.errors import ServerAtCapacity
 from aioserver.faces.admission import MAX_REFUSED_CLOSING, SocketPlace
 from aioserver.faces.client_messages import ClientMessages, Upgraded
-from aioserver.faces.http import client_headers
+from aioserver.faces.intake import client_headers
 from aioserver.faces.socket import MAX_WAITING_BYTES
 
 if TYPE_CHECKING:

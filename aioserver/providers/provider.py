@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from aioserver.provider_errors import (
@@ -25,6 +24,7 @@ from aioserver.providers.budget import Budget
 from aioserver.providers.exchange import Exchange
 from aioserver.providers.health import Health
 from aioserver.providers.pools import Pools
+from aioserver.providers.provider_stats import PaceStats, ProviderStats
 from aioserver.providers.queueing import ProviderGate, TrialPlace
 from aioserver.providers.silence import measure
 from aioserver.providers.token_estimate import expected_tokens, real_tokens
@@ -35,39 +35,11 @@ if TYPE_CHECKING:
 
     from aioserver.config import settings
     from aioserver.errors import AioserverError
-    from aioserver.limits.gate import GateStats, Place
+    from aioserver.limits.gate import Place
     from aioserver.providers.attempt import Attempt
-    from aioserver.providers.budget import BudgetStats
-    from aioserver.providers.pool import PoolStats
-    from aioserver.providers.silence import Silence
 
 # An attempt that can fail over does so if nothing can start at its provider for more than these seconds.
 FAILOVER_WAIT = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class PaceStats:
-    """A snapshot of a pace: starts per minute, how many could start now, seconds of cooling down."""
-
-    per_minute: int
-    left: int
-    cooling: float
-
-
-@dataclass(frozen=True, slots=True)
-class ProviderStats:
-    """A snapshot of a provider."""
-
-    name: str
-    usable: bool
-    queue: GateStats
-    pool: PoolStats
-    pace: PaceStats
-    state: str
-    flagged: bool
-    next_try: float | None
-    silence: Silence
-    budget: BudgetStats
 
 
 class Provider:
