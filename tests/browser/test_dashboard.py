@@ -438,6 +438,24 @@ async def test_numbers_are_short_and_carry_their_unit(stand: Stand, page: Page) 
     ]
 
 
+async def test_all_counts_of_a_young_server_are_of_the_last_minute(
+    stand: Stand, page: Page
+) -> None:
+    await opened(page, stand)
+    grown = await page.evaluate("""async () => {
+      const { Recent } = await import("/assets/dashboard/recent.js");
+      return [[12, 10], [100, 99]].map(([uptime, before]) => {
+        const recent = new Recent();
+        recent.add({ time: before, uptime: before, rejections: { code: 70 } });
+        recent.add({ time: uptime, uptime, rejections: { code: 75 } });
+        return recent.growth(60).rejections.code;
+      });
+    }""")
+
+    # What an older server counted before the page was opened is not known to be recent.
+    assert grown == [75, 5]
+
+
 async def test_a_real_server_feeds_it(server: RunningServer, page: Page) -> None:
     # On a busy machine the server's loop may have been late: then the verdict says that, too.
     word = re.compile("Open|Slow")

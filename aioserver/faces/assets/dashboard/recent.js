@@ -22,9 +22,10 @@ export class Recent {
     while (this.#snapshots[0].time < stats.time - KEPT) this.#snapshots.shift();
   }
 
-  /** Return the growth of the counters over the last *seconds*, or since the page was opened. */
+  /** Return the growth over the last *seconds*, or since the page was opened, if the server is older than both. */
   growth(seconds) {
     const now = this.#snapshots.at(-1);
+    if (now.uptime <= seconds) return difference(now, undefined);
     return difference(now, this.#snapshots.find((snapshot) => snapshot.time >= now.time - seconds));
   }
 
