@@ -135,6 +135,7 @@ async def serve(context: Context, request: web.Request, prepared: Request) -> we
     with gateway.hold() as held:
         prepared.provider_request.answer_bytes = held
         response = whole(request, await gateway.call(prepared))
+        prepared.provider_request.release()
         # Within the `with`: a client that reads slowly keeps the answer in memory.
         await write(
             request,

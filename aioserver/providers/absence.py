@@ -86,6 +86,9 @@ class Absence:
                 fault.retry and attempt.rejoin and self._health.breaker.unreachable
             )
         seconds = max(seconds, TRIAL_INTERVAL)
+        if attempt.began:
+            # A trial that fails slowly is a part of the wait.
+            attempt.waited += self._clock() - attempt.began
         timeout = self._settings.http_client.queue_timeout
         if not again or attempt.waited + seconds >= timeout:
             return False

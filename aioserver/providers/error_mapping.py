@@ -98,6 +98,8 @@ def error_object_fault(error: object) -> ProviderFault:
         return ProviderRateLimited("the provider limits our rate", retry_after=1.0)
     text = error.get("message") if isinstance(error, dict) else error
     text = text[:200] if isinstance(text, str) else "the provider reported an error"
+    # A lone surrogate cannot be written as UTF-8.
+    text = text.encode("utf-8", "replace").decode()
     message = f"the provider reported an error: {text}"
     status = next((code for code in codes if isinstance(code, int)), 500)
     if not 400 <= status < 500 or status == 408:

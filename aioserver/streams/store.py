@@ -56,6 +56,8 @@ class StreamStore:
         self._bytes = 0
         # The bytes from which on late readers are looked for.
         self._search_at = 0.0
+        # Whether late readers are being dropped.
+        self._dropping = False
         # Called with each stream that has its last event.
         self.on_finished: Callable[[Stream], None] = lambda _stream: None
 
@@ -177,9 +179,16 @@ class StreamStore:
 
     def _evict(self) -> bool:
         """Make room, as the head of this file says; return whether there is room now."""
+        if self._dropping:
+            # A log that is made smaller counts what its fast path had not counted yet.
+            return self._bytes < self._max_kept_bytes
         self._drop_unread()
         if self._bytes >= max(self._max_kept_bytes, self._search_at):
-            self._drop_late_readers()
+            self._dropping = True
+            try:
+                self._drop_late_readers()
+            finally:
+                self._dropping = False
             # If that was not enough, it is not tried again for each event.
             self._search_at = self._bytes + SEARCH_STEP * self._max_kept_bytes
         elif self._bytes < self._max_kept_bytes:

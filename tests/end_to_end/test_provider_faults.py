@@ -442,7 +442,9 @@ async def test_an_endless_answer_keeps_a_bounded_part_of_itself(make_server: Mak
     server = await make_server(**{"chat.streams.max_stream_bytes": most})
     store, kept, size = server.owners.streams, 0, 0
     async with server.connect() as ws:
-        payload = {"text": "Hello", "model": "fault-endless"}
+        # A question with `messages` has no history, for which the text would be kept as well.
+        messages = [{"role": "user", "content": "Hello"}]
+        payload = {"messages": messages, "model": "fault-endless"}
         await ws.send_json({"action": "chat", "request_id": "r1", "payload": payload})
         while size < 6 * most:
             size += len(await ws.receive_str())
