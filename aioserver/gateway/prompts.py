@@ -101,9 +101,9 @@ class Prompts:
             model = route.model if provider.name == route.provider.name else None
             return chat_body(provider, model, messages, options, option_names, streamed)
 
-        reading = Reading(
-            route.provider.settings.choice_index, max_text_bytes=self._bounds.max_stream_bytes
-        )
+        # A question with `messages` has no history that needs the answer's text.
+        kept = self._bounds.max_stream_bytes if chat.messages is None else 0
+        reading = Reading(route.provider.settings.choice_index, max_text_bytes=kept)
         request = ProviderRequest(
             "chat/completions",
             body,
