@@ -197,20 +197,6 @@ def offered_keys(protocols: Iterable[str]) -> list[str]:
     ]
 
 
-def subprotocols(request: web.Request) -> tuple[str, ...]:
-    """Return the subprotocol to select of those that the client offers; never the one with its key.
-
-    Raises:
-        InvalidRequest: the client offers a key and no protocol beside it: aiohttp would log the whole offer.
-    """
-    offered = offered_protocols(request)
-    if SUBPROTOCOL in offered:
-        return (SUBPROTOCOL,)
-    if offered_keys(offered):
-        raise InvalidRequest(f"offer the subprotocol {SUBPROTOCOL} beside {KEY_PROTOCOL}…")
-    return ()
-
-
 def _bearers(headers: Iterable[str]) -> list[str]:
     """Return the keys in the Authorization headers; a header of another scheme is ignored."""
     keys = []

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 SERVER_ERROR, RATE_LIMITED = "server_error", "rate_limit_exceeded"
 # Bytes of a run of sequence numbers, in Python's objects.
 RUN_OVERHEAD = 200
+# What stands for a response object, where there is none.
+_NO_RESPONSE: dict[str, Any] = {"object": "response", "output": []}
 _RESPONSE = b'"response"'
 _SEQUENCE = b'"sequence_number"'
 _SEQUENCE_NUMBER = re.compile(rb'"sequence_number" ?: ?([0-9]{1,18})[,}]')
@@ -104,12 +106,21 @@ class ResponseEvents:
         self._runs.append(_Run(number, sequence, sequence))
 
     def render(self, error: AioserverError) -> bytes:
-        """Return *error* as a `response.failed` event."""
+        """Return *error* as a `response.failed` event.
+
+        It has no more of a response object than its frame, if that is nested deeper than orjson writes.
+        """
+        try:
+            return self._render(self.response or _NO_RESPONSE, error)
+        except orjson.JSONEncodeError:
+            return self._render(_NO_RESPONSE, error)
+
+    def _render(self, response: dict[str, Any], error: AioserverError) -> bytes:
         failed: dict[str, Any] = {
             "type": "response.failed",
             "sequence_number": self.last_sequence + 1,
             "response": {
-                **(self.response or {"object": "response", "output": []}),
+                **response,
                 "status": "failed",
                 "error": {
                     "code": RATE_LIMITED if error.http_status == 429 else SERVER_ERROR,

@@ -54,6 +54,10 @@ class RequestWriter:
         self._absolute = absolute
         self._proxy_headers = proxy_headers
         self._heads: dict[str, bytes] = {}
+        # Sent where the client's own is not passed on.
+        self._user_agent = f"User-Agent: aioserver/{__version__}\r\n".encode()
+        if "user-agent" in {name.lower() for name in (*settings.headers, *proxy_headers)}:
+            self._user_agent = b""
         self.apply(settings)
 
     def apply(self, settings: settings.Provider) -> None:
@@ -67,6 +71,8 @@ class RequestWriter:
         if head is None:
             head = self._heads[path] = self._head(path)
         passed = client_headers.written(self._passed) if client_headers else b""
+        if b"user-agent: " not in passed:
+            passed += self._user_agent
         return b"%b%d\r\n%b\r\n%b" % (head, len(body), passed, body)
 
     def _head(self, path: str) -> bytes:
@@ -74,7 +80,6 @@ class RequestWriter:
         url = self._base.with_path(f"{self._base.path.rstrip('/')}/{path}")
         headers = {
             "Host": url.authority.rpartition("@")[2],
-            "User-Agent": f"aioserver/{__version__}",
             "Accept": "application/json, text/event-stream",
             "Accept-Encoding": "identity",
             "Content-Type": "application/json",

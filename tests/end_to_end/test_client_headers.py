@@ -143,6 +143,15 @@ async def test_without_a_trace_none_is_made_up(
     assert "trace_id" not in line.fields  # type: ignore[attr-defined]
 
 
+async def test_the_clients_user_agent_replaces_ours(make_server: MakeServer) -> None:
+    async with listening() as (listener, url):
+        server = await make_server(
+            **{"llm.providers.own": at(url, "user-agent"), "llm.active": "own"}
+        )
+        await ask(server, "openai", {"User-Agent": "theirs"})
+        assert listener.headers("user-agent") == ["theirs"]
+
+
 async def test_each_provider_gets_its_own_headers(make_server: MakeServer) -> None:
     async with listening(failing=True) as (first, url), listening() as (second, other):
         server = await make_server(

@@ -119,6 +119,7 @@ async def test_a_slow_reader_of_a_whole_answer_gets_all_of_it(make_server: MakeS
                 seen += len(await raw.exactly(20_000))
                 await asyncio.sleep(0.02)  # the client's own slowness
             assert server.held()["places"] == 1
+            assert server.held()["body_bytes"] == 0, "its question is not held meanwhile"
             raw.widen()
             rest = await raw.exactly(int(head.headers["content-length"]) - seen)
             assert rest.endswith(b"}]}")

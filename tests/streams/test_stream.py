@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 import orjson
@@ -18,12 +19,11 @@ from aioserver.providers.request import Answer
 from aioserver.streams.entries import CANCELLED, CHUNK, COMPLETE, ERROR, PROCESSING
 from aioserver.streams.fast_path import Destination, TextPath
 from aioserver.streams.store import StreamStore
-from aioserver.streams.stream import STREAM_OVERHEAD
+from aioserver.streams.stream import STREAM_OVERHEAD, Stream
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from aioserver.streams.stream import Stream
 
 MUCH = 1 << 30
 DEMO = "demo"
@@ -806,3 +806,23 @@ def test_a_status_is_in_its_frame() -> None:
     statuses = [orjson.loads(stream.frames(entry)[0])["status"] for entry in stream.entries]
 
     assert statuses == ["processing", "chunk", "cancelled"]
+
+
+def test_room_is_looked_for_once_however_many_fast_paths_count_late(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = StreamStore(max_stream_bytes=1 << 20, max_kept_bytes=1 << 22)
+    closed = []
+
+    def count_late(stream: Stream) -> None:
+        closed.append(stream)
+        store.count_bytes(stream, 10)  # as a fast path does that appends its texts
+
+    monkeypatch.setattr(Stream, "close_fast_path", count_late)
+    for number in range(500):
+        stream = store.open(str(number), "anybody", window=30.0)
+        stream.readers.append(cast("Any", SimpleNamespace(next_index=0)))
+
+    with pytest.raises(ServerAtCapacity):
+        store.take(1 << 23)
+    assert len(closed) == 500

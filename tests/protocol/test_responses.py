@@ -1,0 +1,24 @@
+"""A response that breaks off, in its own events."""
+
+from __future__ import annotations
+
+import orjson
+
+from aioserver.errors import InternalError
+from aioserver.protocol.eventstream import parse
+from aioserver.protocol.responses import ResponseEvents
+
+
+def test_a_response_nested_deeper_than_can_be_written_breaks_off_without_it() -> None:
+    deep = b'{"id":"r1","output":[],"metadata":' + b'{"a":' * 300 + b"1" + b"}" * 301
+    event = b'{"type":"response.created","sequence_number":0,"response":' + deep + b"}"
+    errors = ResponseEvents()
+    errors.note(b"data: " + event + b"\n\n", 1)
+    assert errors.response is not None
+
+    (failed,) = parse(errors.render(InternalError("what happened")))
+
+    content = orjson.loads(failed.data)
+    assert content["sequence_number"] == 1
+    assert content["response"]["status"] == "failed"
+    assert content["error"]["code"] == "internal_error"
