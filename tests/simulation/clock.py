@@ -1,0 +1,43 @@
+"""Virtual time for a whole process: `install` comes before anything that reads a clock is imported.
+
+The seconds of `time.monotonic` are those of the loop, which jumps from timer to timer. What is random is
+drawn from the seed of the run, ids included, so that the same seed gives the same run.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+import uuid
+
+# When a run begins.
+START = 1000.0
+
+
+class Clock:
+    """The one clock of the process."""
+
+    now = START
+
+
+def _monotonic() -> float:
+    return Clock.now
+
+
+def _wall_clock() -> float:
+    # A day in 2026, and as many seconds later as have passed.
+    return 1_780_000_000.0 + Clock.now
+
+
+def install() -> None:
+    """Put the virtual clock in place of the machine's, for this process and for good."""
+    time.monotonic = _monotonic
+    time.time = _wall_clock
+
+
+def seed(number: int) -> None:
+    """Begin a run: the clock is at START, and everything random follows from *number*."""
+    Clock.now = START
+    random.seed(number)
+    ids = random.Random(number)  # noqa: S311 - no secret comes from it
+    uuid.uuid4 = lambda: uuid.UUID(int=ids.getrandbits(128), version=4)

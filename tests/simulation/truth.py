@@ -1,0 +1,82 @@
+"""What an answer must be: the text that the simulated model writes, and how it may end."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+from aioserver.providers.simulator import model
+from tests.simulation.plan import NEVER_WHOLE
+
+
+class Violation(AssertionError):
+    """The server has broken a promise."""
+
+
+@dataclass(slots=True)
+class Question:
+    """A question of client *number*: *text*, for at most *tokens* tokens, to a model that fails by *fault*."""
+
+    number: int
+    text: str
+    tokens: int
+    fault: str = ""
+    # The calls of the provider for it, and those of them that sent anything of an answer.
+    calls: int = 0
+
+    @property
+    def model(self) -> str | None:
+        """The model to ask for; None is the provider's own."""
+        return f"fault-{self.fault}" if self.fault else None
+
+    @property
+    def answer(self) -> str:
+        """The whole text of the answer."""
+        return "".join(model.tokens(model.speech(self.text, 1))[: self.tokens])
+
+    @property
+    def may_be_whole(self) -> bool:
+        """Whether the answer may end well."""
+        return re.sub(r"-<?\d+>?$", "", self.fault) not in NEVER_WHOLE
+
+
+@dataclass(slots=True)
+class Reading:
+    """What a client has read of the answer to *question*, on one or more connections.
+
+    Always, or `Violation` is raised: events are numbered without a gap, and the text is a part of the truth, whole
+    where it is said to be.
+    """
+
+    question: Question
+    last: int = 0
+    text: str = ""
+    # How the answer ended; empty while it has not.
+    end: str = ""
+    pieces: list[str] = field(default_factory=list)
+
+    def number(self, event_id: int) -> None:
+        """Note the number of an event."""
+        if event_id != self.last + 1:
+            raise Violation(f"event {event_id} follows event {self.last}")
+        self.last = event_id
+
+    def add(self, text: str) -> None:
+        """Note a piece of the text."""
+        self.text += text
+        if not self.question.answer.startswith(self.text):
+            raise Violation(
+                f"read {self.text[-40:]!r}, which is not in the answer {self.question.answer[-40:]!r}"
+            )
+
+    def finish(self, status: str) -> None:
+        """Note the end: `complete`, or another status."""
+        if self.end:
+            raise Violation(f"the answer ends twice: {self.end}, {status}")
+        self.end = status
+        if status != "complete":
+            return
+        if not self.question.may_be_whole:
+            raise Violation(f"complete, though the provider failed by {self.question.fault}")
+        if self.text != self.question.answer and not self.question.fault.startswith("early-done"):
+            raise Violation(f"complete with {len(self.text)} characters of {len(self.question.answer)}")
