@@ -65,8 +65,8 @@ class Attempt:
     *stream* is the log to fill; None if no log keeps the answer. *model* None stands for the
     provider's own. *waited* has the seconds that earlier attempts of this request have spent in the
     queue of this provider; the wait of this attempt is added. A *retry* goes to the front of its caller's
-    requests in that queue; so does one that may *rejoin* it, because the provider was away, even if the queue
-    is full. *fallback* says that another provider can be asked instead.
+    requests in that queue; so does one that may *rejoin* it, because it has waited there while the provider
+    was away, even if the queue is full. *fallback* says that another provider can be asked instead.
 
     After the end, `answer` has an answer that was not streamed and is passed on unread; `usage` and
     `events` say what is known of the answer. `fault` says why an answer broke off after its first
@@ -150,7 +150,8 @@ class Attempt:
     @property
     def unread(self) -> bool:
         """Whether it goes on with an answer that has lost its readers."""
-        return self.stream is not None and self.stream.sent and not self.stream.readers
+        stream = self.stream
+        return stream is not None and (stream.sent or self.rejoin) and not stream.readers
 
     def ended(self) -> None:
         """Note that the place, if there was one, is given back."""
