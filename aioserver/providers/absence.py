@@ -44,9 +44,6 @@ class Absence:
         self._health = health
         self._gate = gate
         self._clock = clock
-        # Called with a log whose request waits as one that was not sent; returns whether the request ends,
-        # since its client has left.
-        self.on_unsent: Callable[[Stream], bool] = _unsent
 
     def apply(self, provider: settings.Provider) -> None:
         """Use new settings; if requests wait no longer, those that do are refused."""
@@ -120,7 +117,7 @@ class Absence:
         nobody reads does not stand in front of others. Cancelling is safe.
         """
         stream = attempt.stream
-        if stream is not None and stream.sent and self.on_unsent(stream):
+        if stream is not None and stream.sent and attempt.provider.on_unsent(stream):
             # The cancellation of this very task arrives.
             await asyncio.sleep(0)
 
@@ -132,6 +129,7 @@ class Absence:
         attempt.request.record.queue_wait += paused
 
 
-def _unsent(stream: Stream) -> bool:
+def unsent(stream: Stream) -> bool:
+    """Note that the request of *stream* waits as one that was not sent; return whether that ends it."""
     stream.sent = False
     return False

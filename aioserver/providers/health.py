@@ -97,7 +97,7 @@ class Health:
             ProviderFlagged: the provider has refused our key.
             CircuitOpen: the provider is dead, and no trial may start now.
         """
-        if self.flagged:
+        if self._flagged_until and self.flagged:
             raise self.refusal()
         if self.breaker.dead:
             self._alternative = alternative

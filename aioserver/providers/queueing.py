@@ -202,7 +202,8 @@ class ProviderGate(Gate):
         return ProviderQueueTimeout(text, retry_after=wait)
 
     def _delay(self) -> float:
-        return max(super()._delay(), self._health.breaker.delay())
+        breaker, delay = self._health.breaker, self.pace.delay()
+        return max(delay, breaker.delay()) if breaker.dead else delay
 
     def _eta(self, position: int) -> float:
         eta, breaker = super()._eta(position), self._health.breaker
@@ -214,9 +215,11 @@ class ProviderGate(Gate):
         return max(eta, self._health.retry_after if position > 1 or trial == inf else trial)
 
     def _start(self, cost: int) -> Place:
-        place = super()._start(cost)
         breaker = self._health.breaker
-        return TrialPlace(self, breaker) if breaker.start() else place
+        if breaker.dead and breaker.start():
+            self.pace.start(cost)
+            return TrialPlace(self, breaker)
+        return super()._start(cost)
 
 
 def _settle(over: asyncio.Future[None]) -> None:
