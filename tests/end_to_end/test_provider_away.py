@@ -151,10 +151,14 @@ async def test_the_queue_is_bounded_for_them_as_well(
     server = await make_server(**behind(away, queue_size=4))
     asking = await waiters(server, known=known)
 
-    if known:
-        seen = await over_openai(server, "far")
-        assert (seen.status, seen.code) == (503, "provider_queue_full")
-        assert waiting(server) == 4
+    seen = await over_openai(server, "far")
+
+    assert (seen.status, seen.code) == (503, "provider_queue_full")
+    assert seen.headers["retry-after"] in {"1", "2"}
+    # An SDK may ask again.
+    assert "x-should-retry" not in seen.headers
+    queue = server.provider_of("far").stats().queue
+    assert queue.waiting + queue.inside == 4
     await away.come(server.simulator.port)
 
     assert [one.end for one in await asking] == ["complete"] * 4

@@ -77,10 +77,13 @@ async def test_trials_that_fail_slowly_use_up_the_queue_timeout() -> None:
     assert trials == QUEUE_TIMEOUT // ATTEMPT
 
 
-def test_those_that_pause_queue_and_try_again_share_the_bound_of_the_queue() -> None:
+@pytest.mark.parametrize("known", [False, True])
+def test_those_that_pause_queue_and_try_again_share_the_bound_of_the_queue(*, known: bool) -> None:
     async def outage() -> None:
         loop = asyncio.get_running_loop()
         far, router = away(queue_size=QUEUE_SIZE, concurrent_requests=25, max_connections=25)
+        if known:
+            kill(far.health.breaker, unreachable=True, clock=loop.time)
         refused: list[ProviderQueueFull] = []
 
         async def answered() -> bool:
@@ -109,10 +112,25 @@ def test_those_that_pause_queue_and_try_again_share_the_bound_of_the_queue() -> 
         assert most == QUEUE_SIZE
         assert far.stats().queue.refused == len(refused) > 0
         assert all((refusal.retry_after or 0.0) >= 1.0 for refusal in refused)
-        assert {(refusal.provider, refusal.attempts) for refusal in refused} == {
-            ("far", 0),
-            ("far", 1),
-        }
+        attempts = {0} if known else {0, 1}
+        assert {refusal.attempts for refusal in refused} == attempts
+        assert {refusal.provider for refusal in refused} == {"far"}
+        await far.close()
+
+    run_virtually(outage())
+
+
+def test_a_trial_that_came_from_the_queue_and_fails_otherwise_waits_on() -> None:
+    async def outage() -> None:
+        far, router = away(max_retries=0)
+        kill(far.health.breaker, unreachable=True, clock=asyncio.get_running_loop().time)
+        far.unreachable = False
+        asking = asyncio.create_task(ask(router))
+        await until(lambda: len(far.attempts) == 3)
+        far.rate = 0.0
+
+        assert (await asking).attempts == 4
+        assert far.stats().budget.used == 0
         await far.close()
 
     run_virtually(outage())
