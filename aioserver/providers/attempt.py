@@ -150,7 +150,7 @@ class Attempt:
 
     @property
     def unread(self) -> bool:
-        """Whether it goes on with an answer that has lost its readers."""
+        """Whether it goes on, after earlier attempts or a wait, with an answer that nobody reads."""
         stream = self.stream
         return stream is not None and (stream.sent or self.rejoin) and not stream.readers
 
