@@ -94,7 +94,12 @@ class Client:
                         twin.session, twin.question = self.session, self.question
                         twin.reading = Reading(self.question)
                         twin._habits = {}  # noqa: SLF001 - a client of the same class
-                        await asyncio.gather(asks(), getattr(twin, asks.__name__)())
+                        both = asyncio.gather(
+                            asks(), getattr(twin, asks.__name__)(), return_exceptions=True
+                        )
+                        for result in await both:
+                            if isinstance(result, BaseException):
+                                raise result
                     else:
                         await asks()
             except Violation:
@@ -284,6 +289,7 @@ class Client:
             "input": self.question.text,
             "max_output_tokens": self.question.tokens,
             "stream": True,
+            "store": False,
         }
         text, last, end = "", -1, ""
         async with self.session.post(f"{self._base}/v1/responses", json=body) as response:

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import aiohttp.connector
 from aiohttp import web_app
 
+from aioserver.config import Configuration
+from aioserver.errors import ConfigurationError
 from aioserver.providers.simulator.exchange import Behaviour
 from aioserver.providers.simulator.server import Simulator
 from aioserver.server.app import open_server
@@ -138,14 +140,16 @@ class World:
         if name == "reload limits":
             changes["chat.websocket.concurrency.max_connections"] = 7
             changes["llm.providers.sim.http_client.concurrent_requests"] = 3
-            changes["llm.providers.sim.http_client.max_connections"] = 50
         else:
-            changes["llm.providers.sim.http_client.max_connections"] = 51
+            changes["llm.providers.sim.http_client.max_connections"] = 201
             changes["llm.providers.sim.http_client.keepalive_expiry"] = 1.0
             changes["llm.providers.sim.headers"] = {"X-New": "1"}
         write(base, changes, Path(reload.source))
         if not await reload.once():
-            self.broken("the configuration was not applied")
+            try:
+                Configuration.load(Path(reload.source), environ={})
+            except ConfigurationError as error:
+                self.broken(f"the configuration was not applied: {error}")
 
 
 # What may be kept beyond the bound for a moment: one piece from a provider for each answer under way.
