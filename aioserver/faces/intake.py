@@ -72,15 +72,14 @@ async def read_body(request: web.Request, hold: BodyHold, max_bytes: int) -> byt
 
 
 async def _collect(content: StreamReader, hold: BodyHold, max_bytes: int) -> bytes:
-    parts: list[bytes] = []
-    size = 0
+    # Not a list: a body that comes byte by byte would cost many times its size.
+    body = bytearray()
     while part := await content.readany():
-        size += len(part)
-        if size > max_bytes:
+        if len(body) + len(part) > max_bytes:
             raise RequestTooLarge(f"a body of more than {max_bytes} bytes")
         hold.grow(len(part))
-        parts.append(part)
-    return b"".join(parts)
+        body += part
+    return bytes(body)
 
 
 def client_headers(context: Context, request: web.Request) -> ClientHeaders:

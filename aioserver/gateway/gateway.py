@@ -310,7 +310,7 @@ class Gateway:
             await self._router.fill(request, stream)
         except asyncio.CancelledError:
             stream.close_fast_path()
-            if prompt.reading.text:
+            if prompt.reading.size:
                 prompt.keep()
             raise
         if stream.end_status == COMPLETE:

@@ -264,7 +264,7 @@ class TextPath(FastPath):
         texts, self._texts = bytes(self._texts), bytearray()
         stream, count = self._stream, texts.count(b'"')
         assert self.shape is not None
-        self.shape.reading.note(texts.replace(b'"', b"").decode(), len(texts) - count)
+        self.shape.reading.note(texts.replace(b'"', b""))
         # The reading keeps the texts as well, for the conversation.
         stream.details.text_bytes = self.shape.reading.size
         stream.recount()
