@@ -36,7 +36,7 @@ from aioserver.streams.entries import (
     find_event,
     processing,
 )
-from aioserver.streams.flow import late, regulate, unread_bytes
+from aioserver.streams.flow import due, late, regulate
 from aioserver.telemetry.metrics import NO_METER
 from aioserver.telemetry.request_log import NO_RECORD
 
@@ -256,14 +256,18 @@ class Stream:
         """
         if self.bytes > self.max_bytes or self.window <= 0:
             self._discard()
-            if self.source is not None and self.window <= 0 and not self.ended:
-                unread = unread_bytes(self.entries, self.offset, self.readers)
-                regulate(self.source, unread, self.max_bytes)
+            if due(self):
+                self._regulate()
 
     def note_passed(self) -> None:
         """Note that a reader which was behind has passed entries."""
         if self.window <= 0:
-            self.trim()
+            self._discard()
+            self._regulate()
+
+    def _regulate(self) -> None:
+        if self.source is not None and self.window <= 0 and not self.ended:
+            regulate(self.source, self)
 
     def forward(self, data: bytes, count: int, *, more: bool = False) -> None:
         """Append the provider's bytes of *count* whole events.
