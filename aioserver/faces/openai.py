@@ -30,6 +30,7 @@ from aioserver.protocol.client_frames import MAX_ID_CHARACTERS
 from aioserver.protocol.responses import ResponseEvents
 from aioserver.providers.request import ProviderRequest
 from aioserver.streams.cursor import ConditionReader
+from aioserver.streams.ending import run_all
 from aioserver.streams.formats import RAW
 
 if TYPE_CHECKING:
@@ -184,9 +185,7 @@ async def follow_stream(
         await follow(context, request, response, stream, after, RAW, on_follow=opening.leave)
         return response
     finally:
-        opening.leave()
-        if not stream.readers:
-            gateway.lifetime.reader_removed(stream)
+        run_all((opening.leave, partial(gateway.lifetime.reader_removed, stream)))
 
 
 def _begun(stream: Stream) -> bool:

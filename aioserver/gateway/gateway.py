@@ -14,11 +14,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
+from functools import partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from aioserver.errors import (
     AioserverError,
+    InternalError,
     InvalidApiKey,
     RequestConflict,
     StreamNotFound,
@@ -32,6 +34,7 @@ from aioserver.protocol.openai import final_response
 from aioserver.provider_errors import ProviderDisconnected
 from aioserver.providers.request import Answer
 from aioserver.streams.cursor import ConditionReader
+from aioserver.streams.ending import run_all
 from aioserver.streams.entries import CANCELLED, COMPLETE, ERROR
 from aioserver.streams.lifetime import Lifetime
 
@@ -173,8 +176,7 @@ class Gateway:
             # Read before the reader leaves: a stream whose window is 0 is forgotten then.
             answer = stream.details.whole
         finally:
-            reader.leave()
-            self.lifetime.reader_removed(stream)
+            run_all((reader.leave, partial(self.lifetime.reader_removed, stream)))
         if isinstance(answer, Answer):
             return answer
         raise stream.error or StreamNotFound("this answer was cancelled")
@@ -333,28 +335,49 @@ class Gateway:
         """End the log whose producer *task* is done, and the record of its request.
 
         A callback and not a `finally`: a task cancelled before its first step never enters its
-        `try`, and its readers would wait for ever.
+        `try`, and its readers would wait for ever. For the same reason each step is done whatever
+        another raises.
         """
         stream = self._producers.pop(task)
         del self._tasks[stream]
-        owner: Any = stream.caller
-        if owner.quota is not None:
-            owner.quota.give_back()
-        if stream.attachment.held is not None:
-            stream.attachment.held.release()
         fault = None if task.cancelled() else task.exception()
+        bugs = [] if fault is None or isinstance(fault, AioserverError) else [fault]
+        owner: Any = stream.caller
+        for step in (
+            owner.quota and owner.quota.give_back,
+            stream.attachment.held and stream.attachment.held.release,
+            partial(self._end, stream, task, fault),
+            partial(self._finish_record, stream),
+        ):
+            try:
+                if step:
+                    step()
+            except Exception as exc:  # noqa: BLE001 - logged below
+                bugs.append(exc)
+        for bug in bugs:
+            logger.error("bug in an answer", exc_info=bug)
+            self._request_log.metrics.bugs.value += 1
+
+    def _end(self, stream: Stream, task: asyncio.Task[None], fault: BaseException | None) -> None:
+        """End the log of *stream*, unless it has ended, as its producer *task* has: with *fault*, if any."""
         if stream.ended:
-            pass
-        elif task.cancelled():
-            if stream.attachment.cancel_reason is None:
+            return
+        reason = stream.attachment.cancel_reason
+        try:
+            if not task.cancelled():
+                stream.fail(public(fault or ProviderDisconnected("the answer has no end")))
+            elif reason is None:
                 stream.end(CANCELLED, {})
             else:
-                stream.fail(stream.attachment.cancel_reason)
-        else:
-            stream.fail(public(fault or ProviderDisconnected("the answer has no end")))
-        if fault is not None and not isinstance(fault, AioserverError):
-            logger.error("bug in an answer", exc_info=fault)
-            self._request_log.metrics.bugs.value += 1
+                stream.fail(reason)
+        finally:
+            if not stream.ended:
+                # The error could not be written in the form of this answer's events.
+                stream.details.error_format = None
+                stream.fail(InternalError("internal error"))
+
+    def _finish_record(self, stream: Stream) -> None:
+        """Count and log the request of *stream*, which has ended."""
         if stream.error is not None:
             # Otherwise the frames of the traceback would keep the question for the whole window.
             stream.error.__traceback__ = stream.error.__cause__ = stream.error.__context__ = None

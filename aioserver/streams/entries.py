@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import orjson
 
+from aioserver.errors import ResumeGap
 from aioserver.protocol import eventstream, messages
 
 if TYPE_CHECKING:
@@ -115,6 +116,30 @@ def find_event(entries: Sequence[Entry], number: int) -> int:
         else:
             high = middle
     return low
+
+
+def locate(entries: Sequence[Entry], last: int, after: int) -> tuple[int, int]:
+    """Return where a reader goes on after event *after*: an index in *entries*, and the events to skip there.
+
+    *last* is the newest event, kept or not.
+
+    Raises:
+        ResumeGap: events after *after* are no longer kept, or *after* does not exist yet.
+    """
+    if after > last:
+        raise ResumeGap(f"event {after} does not exist yet; the newest is {last}")
+    oldest = entries[0].first if entries else last + 1
+    if after + 1 < oldest:
+        raise ResumeGap(f"events after {after} are no longer kept; the oldest is {oldest}")
+    index = find_event(entries, after + 1)
+    return index, after - entries[index].first + 1 if index < len(entries) else 0
+
+
+def frames_of(head: bytes, first: int, status: bytes, chunks: Sequence[bytes]) -> list[bytes]:
+    """Return the frames of events with these *chunks*, of which *first* is the first one's number."""
+    return [
+        messages.frame(head, number, status, chunk) for number, chunk in enumerate(chunks, first)
+    ]
 
 
 def discardable(entries: Sequence[Entry], passed: int, excess: int) -> tuple[int, int]:

@@ -271,3 +271,11 @@ class TextPath(FastPath):
         self.cursor.next_index += 1
         stream.append_forwarded(TextEntry(stream.last - count + 1, count, texts, monotonic()))
         stream.trim()
+
+
+def new_path(cursor: Cursor, destination: Destination, shape: Shape | None) -> FastPath | None:
+    """Return a path for *cursor*: for texts if there is a *shape*; None if its format has none."""
+    if shape is None:
+        return FastPath(cursor, destination) if destination.chunked else None
+    render_text = cursor.format.render_text
+    return None if render_text is None else TextPath(cursor, destination, shape, render_text)

@@ -18,14 +18,15 @@ provider is read no faster than the client reads (flow.py).
 
 from __future__ import annotations
 
+from functools import partial
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from aioserver.errors import AioserverError, ResumeGap
 from aioserver.protocol import messages
-from aioserver.streams.details import AnswerDetails, Attachment
+from aioserver.streams.details import STREAM_OVERHEAD, AnswerDetails, Attachment
+from aioserver.streams.ending import run_all
 from aioserver.streams.entries import (
     CHUNK,
     ERROR,
@@ -33,7 +34,8 @@ from aioserver.streams.entries import (
     Entry,
     WholeEntry,
     discardable,
-    find_event,
+    frames_of,
+    locate,
     processing,
 )
 from aioserver.streams.flow import due, late, regulate
@@ -43,13 +45,10 @@ from aioserver.telemetry.request_log import NO_RECORD
 if TYPE_CHECKING:
     from collections.abc import Hashable, Mapping, Sequence
 
+    from aioserver.errors import AioserverError
     from aioserver.protocol.openai import Shape
     from aioserver.streams.contracts import Path, Reader, Source, Store
     from aioserver.streams.details import WholeAnswer
-
-
-# Bytes of the Python objects of one stream: the log itself, its parts, the record of its request.
-STREAM_OVERHEAD: Final = 4096
 
 
 class Stream:
@@ -191,16 +190,10 @@ class Stream:
         provider's own bytes of *count* whole events.
         """
         self.close_fast_path()
-        first = self.last + 1
+        first, frames = self.last + 1, None
         if chunks:
-            head = self.head
-            frames = [
-                messages.frame(head, number, status, chunk)
-                for number, chunk in enumerate(chunks, first)
-            ]
-            self._add(Entry(first, len(frames), status, data, frames, monotonic()))
-        else:
-            self._add(Entry(first, count, status, data, None, monotonic()))
+            frames, count = frames_of(self.head, first, status, chunks), len(chunks)
+        self._add(Entry(first, count, status, data, frames, monotonic()))
         if status is CHUNK:
             self.meter.events += self.last + 1 - first
         if not more:
@@ -316,21 +309,23 @@ class Stream:
         self.append_end(status, orjson.dumps(chunk), data)
 
     def append_end(self, status: bytes, chunk: bytes, data: bytes = b"") -> None:
-        """Append the last event as `end` does, its *chunk* already JSON."""
+        """Append the last event as `end` does, its *chunk* already JSON.
+
+        If this raises after the event is in the log, all has been done nevertheless: each reader is notified.
+        """
         self.close_fast_path()
         number = self.last + 1
         frames = [messages.frame(self.head, number, status, chunk)]
-        self._add(Entry(number, 1, status, data, frames, monotonic()))
+        entry = Entry(number, 1, status, data, frames, monotonic())
+        self._extend(entry)
         self.ended = True
         self.end_status = status
         # The producer is done with its text.
         self.details.text_bytes = 0
-        self.recount()
-        for reader in tuple(self.readers):
-            reader.notify()
-        self.trim()
-        if self._store is not None:
-            self._store.note_end(self)
+        notices = [reader.notify for reader in self.readers]
+        run_all(
+            (partial(self._grow, entry.size), self.recount, *notices, self.trim, self._tell_end)
+        )
 
     def fail(self, error: AioserverError) -> None:
         """Append *error* as the last event, for both kinds of face: as a frame, and as bytes."""
@@ -349,12 +344,7 @@ class Stream:
             ResumeGap: events after *after* are no longer kept, or *after* does not exist yet.
         """
         self.close_fast_path()
-        if after > self.last:
-            raise ResumeGap(f"event {after} does not exist yet; the newest is {self.last}")
-        if after + 1 < self.first:
-            raise ResumeGap(f"events after {after} are no longer kept; the oldest is {self.first}")
-        index = find_event(self.entries, after + 1)
-        skip = after - self.entries[index].first + 1 if index < len(self.entries) else 0
+        index, skip = locate(self.entries, self.last, after)
         return self.offset + index, skip
 
     def frames(self, entry: Entry) -> Sequence[bytes]:
@@ -377,11 +367,18 @@ class Stream:
             reader.notify()
         self.trim()
 
+    def _tell_end(self) -> None:
+        if self._store is not None:
+            self._store.note_end(self)
+
     def _add(self, entry: Entry) -> None:
+        self._extend(entry)
+        self._grow(entry.size)
+
+    def _extend(self, entry: Entry) -> None:
         assert not self.ended, "nothing follows the end of a stream"
         self.last += entry.count
         self.entries.append(entry)
-        self._grow(entry.size)
 
     def _grow(self, size: int) -> None:
         self.bytes += size

@@ -22,13 +22,16 @@ the event loop. The cursors take turns, so that a long replay does not hold up t
 from __future__ import annotations
 
 import asyncio
+import logging
+from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING
 
 from aioserver.errors import ResumeGap
-from aioserver.limits.write_watchdog import WriteWatchdog, kernel_aborts, reset
+from aioserver.limits.write_watchdog import WriteWatchdog, reset, watch_rest
 from aioserver.streams.cursor import Cursor
-from aioserver.streams.fast_path import Destination, FastPath, Outbox, TextPath
+from aioserver.streams.ending import run_all
+from aioserver.streams.fast_path import Destination, FastPath, Outbox, new_path
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -36,6 +39,8 @@ if TYPE_CHECKING:
     from aioserver.protocol.openai import Shape
     from aioserver.streams.formats import Format
     from aioserver.streams.stream import Stream
+
+logger = logging.getLogger("aioserver.streams")
 
 # Bytes rendered for one write, and so for one cursor before the next; the last entry may exceed it. It
 # is also the high-water mark of a transport's buffer, as in asyncio: `drain()` waits above it.
@@ -187,26 +192,18 @@ class Writer:
             return None
         path = self._path
         if path is None or path.cursor is not cursor or path.shape is not shape:
-            path = self._path = self._new_path(cursor, shape)
+            destination = Destination(
+                self._transport,
+                self._outbox,
+                self._loop.time,
+                WRITE_BYTES,
+                self._block,
+                self._chunked,
+            )
+            path = self._path = new_path(cursor, destination, shape)
         if path is not None:
             path.open = True
         return path
-
-    def _new_path(self, cursor: Cursor, shape: Shape | None) -> FastPath | None:
-        destination = Destination(
-            self._transport,
-            self._outbox,
-            self._loop.time,
-            WRITE_BYTES,
-            self._block,
-            self._chunked,
-        )
-        if shape is not None:
-            render_text = cursor.format.render_text
-            if render_text is None:
-                return None
-            return TextPath(cursor, destination, shape, render_text)
-        return FastPath(cursor, destination) if self._chunked else None
 
     def notify(self, cursor: Cursor) -> None:
         """Write what *cursor* has not rendered, at once or in a later write."""
@@ -218,11 +215,16 @@ class Writer:
                     cursor.note_blocked(self._blocked_at)
             elif not self._closed:
                 self._schedule()
-        elif data := cursor.render_newest():
-            self._write(data)
-        else:
-            self._ready[cursor] = None
-            self.pump()
+            return
+        try:
+            if data := cursor.render_newest():
+                self._write(data)
+                return
+        except Exception as bug:  # noqa: BLE001 - whatever it is, it is this client's alone
+            self._give_up(bug)
+            return
+        self._ready[cursor] = None
+        self.pump()
 
     def send(self, data: bytes) -> None:
         """Write a control frame or a comment, before every event that is not written yet.
@@ -248,6 +250,12 @@ class Writer:
     def pump(self) -> None:
         """Write what is ready, until all is written or the transport's buffer is full."""
         self._scheduled = None
+        try:
+            self._write_ready()
+        except Exception as bug:  # noqa: BLE001 - as above
+            self._give_up(bug)
+
+    def _write_ready(self) -> None:
         ready, now = self._ready, monotonic()
         while (ready or self._control) and self._draining is None and not self._closed:
             parts, self._control = self._control, []
@@ -316,21 +324,24 @@ class Writer:
         if self._closed:
             return
         self._closed = True
-        for cursor in list(self._cursors):
-            self.unfollow(cursor)
+        run_all([partial(self.unfollow, cursor) for cursor in self._cursors] + [self._stop])
+
+    def _stop(self) -> None:
         self._ready.clear()
         self._control.clear()
         if self._scheduled is not None:
             self._scheduled.cancel()
             self._scheduled = None
-        if (
-            self._watchdog is None
-            and not self._transport.is_closing()
-            and self._transport.get_write_buffer_size()
-            and not kernel_aborts(self._transport)
-        ):
-            # Not left to the transport's close(), which waits forever for a peer that does not read.
-            WriteWatchdog(self._loop, self._transport, self._send_timeout, self._transport.abort)
+        if self._watchdog is None:
+            watch_rest(self._transport, self._send_timeout)
+
+    def _give_up(self, bug: Exception) -> None:
+        """Reset the connection: its client would wait for ever for what cannot be written."""
+        logger.error("bug in a writer", exc_info=bug)
+        for cursor in list(self._cursors)[:1]:
+            cursor.stream.record.note_bug()
+        reset(self._transport)
+        self.close()
 
     def _schedule(self) -> None:
         if self._scheduled is None:

@@ -138,6 +138,11 @@ class RequestRecord:
             self.silence, self.silence_end = until - since, until
         return self.silence
 
+    def note_bug(self) -> None:
+        """Count a bug of ours that the log has: it befell one client of this request."""
+        if self.log is not None:
+            self.log.metrics.bugs.value += 1
+
     def tokens(self, *names: str) -> int | None:
         """Return the first plausible number in the usage under *names*; None if there is none."""
         if self.usage is not None:

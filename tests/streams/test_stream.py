@@ -16,10 +16,12 @@ from aioserver.protocol import eventstream
 from aioserver.protocol.openai import Reading, Shape
 from aioserver.provider_errors import ProviderDisconnected, ProviderRefused
 from aioserver.providers.request import Answer
+from aioserver.streams.cursor import ConditionReader
+from aioserver.streams.details import STREAM_OVERHEAD
 from aioserver.streams.entries import CANCELLED, CHUNK, COMPLETE, ERROR, PROCESSING
 from aioserver.streams.fast_path import Destination, TextPath
 from aioserver.streams.store import StreamStore
-from aioserver.streams.stream import STREAM_OVERHEAD, Stream
+from aioserver.streams.stream import Stream
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -826,3 +828,35 @@ def test_room_is_looked_for_once_however_many_fast_paths_count_late(
     with pytest.raises(ServerAtCapacity):
         store.take(1 << 23)
     assert len(closed) == 500
+
+
+class Told(ConditionReader):
+    """A reader that counts what it is told; a *broken* one has a bug."""
+
+    def __init__(self, stream: Stream, *, broken: bool) -> None:
+        self.told, self._broken = 0, False
+        super().__init__(stream, lambda _stream: False)
+        self._broken = broken
+
+    def notify(self) -> None:
+        if self._broken:
+            raise RuntimeError("a bug")
+        self.told += 1
+
+
+async def test_an_end_is_told_to_all_whatever_one_reader_raises() -> None:
+    streams = StreamStore(max_stream_bytes=1 << 20, max_kept_bytes=1 << 20)
+    finished: list[Stream] = []
+    streams.on_finished = finished.append
+    stream = streams.open("r1", DEMO, window=30)
+    readers = [Told(stream, broken=broken) for broken in (True, False, True, False)]
+    before = [reader.told for reader in readers]
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        stream.end(COMPLETE, {})
+
+    assert stream.ended
+    told = [reader.told - count for reader, count in zip(readers, before, strict=True)]
+    assert told == [0, 1, 0, 1]
+    assert finished == [stream]
+    assert (streams.stats().running, streams.stats().finished) == (0, 1)
