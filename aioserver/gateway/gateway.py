@@ -161,9 +161,10 @@ class Gateway:
         """
         self._check_running()
         if not request.resumable:
-            if request.caller.quota is None:
+            quota = request.caller.quota
+            if quota is None:
                 return await self._calls.answer(request)
-            with request.caller.quota.used():
+            with quota.used():
                 return await self._calls.answer(request)
         stream = self._existing(request)
         if stream is None:

@@ -167,11 +167,12 @@ class Gate:
     def try_enter(self, cost: int = 0) -> Place | None:
         """Return a place if one is free and nobody waits for it; *cost* counts for the pace."""
         if self._inside < self._limit and not self._queue and self._closed is None:
-            if self._delay() > 0:
+            paced = self._pace is not None
+            if paced and self._delay() > 0:
                 return None
             self._enter()
             self._entered += 1
-            return self._start(cost)
+            return self._start(cost) if paced else Place(self)
         return None
 
     async def enter(

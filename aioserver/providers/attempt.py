@@ -162,15 +162,18 @@ class Attempt:
         self.answered = True
         self.provider.answered(self)
 
-    def sending(self) -> None:
-        """Note that the request goes out: from here on the model may run, and cost money."""
-        if self.stream is not None:
-            self.stream.sent = True
+    def sending(self, exchange: Source | None = None) -> None:
+        """Note that the request goes out: from here on the model may run, and cost money.
 
-    def receiving(self, exchange: Source | None) -> None:
-        """Note the *exchange* that brings the answer; None: it is over."""
+        *exchange* brings the answer.
+        """
         if self.stream is not None:
-            self.stream.source = exchange
+            self.stream.sent, self.stream.source = True, exchange
+
+    def received(self) -> None:
+        """Note that nothing more comes by the exchange."""
+        if self.stream is not None:
+            self.stream.source = None
 
     def head_received(self, status: int, headers: Mapping[str, str]) -> Sink:
         """Return the sink for the body that follows the head with *status* and *headers*.

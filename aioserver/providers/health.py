@@ -84,7 +84,9 @@ class Health:
             ProviderFlagged: the provider has refused our key.
             CircuitOpen: the provider is dead, and no trial may start now.
         """
-        if self.flagged or self.breaker.delay(alternative=alternative) > 0:
+        if (self._flagged_until and self.flagged) or (
+            self.breaker.dead and self.breaker.delay(alternative=alternative) > 0
+        ):
             raise self.refusal()
 
     def refusal(self) -> ProviderFault:

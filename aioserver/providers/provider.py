@@ -127,7 +127,8 @@ class Provider:
         try:
             self._check(attempt)
             record.queued_at = record.queued_at or self._clock()
-            attempt.expected_tokens = expected_tokens(attempt, self.settings)
+            if self.settings.http_client.tokens_per_minute:
+                attempt.expected_tokens = expected_tokens(attempt, self.settings)
             place = self._gate.try_enter(attempt.expected_tokens)
             if place is None:
                 place = await self._wait(attempt)
@@ -258,7 +259,6 @@ class Provider:
             data = self.pools.writer.write(request.path, body, request.client_headers)
             del body
             connection = await pool.connect()
-            attempt.sending()
             record.sent_at = self._clock()
             exchange = Exchange(
                 connection,
@@ -268,7 +268,7 @@ class Provider:
                 record=record,
                 backpressure=self.backpressure,
             )
-            attempt.receiving(exchange)
+            attempt.sending(exchange)
             running = exchange.run(data)
             del data
             try:
@@ -281,7 +281,7 @@ class Provider:
             else:
                 return
             finally:
-                attempt.receiving(None)
+                attempt.received()
 
     async def _wait(self, attempt: Attempt) -> Place:
         """Wait in the queue for a place."""
@@ -327,7 +327,8 @@ class Provider:
         """Count an attempt that has ended, well or with *exc*, and learn from it."""
         if self._drained is not None and not self._gate.inside:
             self._drained.set()
-        self._correct_estimate(attempt, exc)
+        if attempt.expected_tokens:
+            self._correct_estimate(attempt, exc)
         attempt.request.record.on_answer = None
         if exc is None and not attempt.answered:
             # An answer in one piece has no first event.
@@ -357,8 +358,6 @@ class Provider:
 
     def _correct_estimate(self, attempt: Attempt, exc: BaseException | None) -> None:
         """Charge the difference between the estimated tokens of *attempt* and its real ones."""
-        if not attempt.expected_tokens:
-            return
         tokens = real_tokens(attempt, self.settings, failed=exc is not None)
         self._pace.charge(tokens - attempt.expected_tokens)
         attempt.expected_tokens = 0
@@ -376,10 +375,11 @@ class Provider:
             ProviderPaced: the provider is cooling down for longer than *attempt* waits before it fails
                 over.
         """
-        if self.absence.waits(attempt):
+        dead = self.health.breaker.dead
+        if dead and self.absence.waits(attempt):
             return
         self.health.check(alternative=attempt.fallback)
-        if self.health.breaker.dead and self._gate.waiting:
+        if dead and self._gate.waiting:
             # The request that waits longest is the next trial.
             raise self.health.refusal()
         if attempt.fallback and (wait := self._pace.cooling) > FAILOVER_WAIT:

@@ -162,12 +162,15 @@ class ProviderGate(Gate):
         return ProviderQueueTimeout(text, retry_after=wait)
 
     def _delay(self) -> float:
-        return max(super()._delay(), self._health.breaker.delay())
+        breaker, delay = self._health.breaker, self.pace.delay()
+        return max(delay, breaker.delay()) if breaker.dead else delay
 
     def _start(self, cost: int) -> Place:
-        place = super()._start(cost)
         breaker = self._health.breaker
-        return TrialPlace(self, breaker) if breaker.start() else place
+        if breaker.dead and breaker.start():
+            self.pace.start(cost)
+            return TrialPlace(self, breaker)
+        return super()._start(cost)
 
 
 def _settle(over: asyncio.Future[None]) -> None:
