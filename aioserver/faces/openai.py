@@ -20,11 +20,12 @@ from aioserver.auth.callers import CALLER
 from aioserver.errors import InvalidRequest, StreamNotFound
 from aioserver.faces import http
 from aioserver.faces.admission import counted
-from aioserver.faces.intake import client_headers, in_turns, read_body
+from aioserver.faces.intake import client_headers, read_body
 from aioserver.faces.ready import ReadyResponse, ReadyStream, fits
 from aioserver.faces.streaming import follow
 from aioserver.faces.whole import write
 from aioserver.gateway.router import Request
+from aioserver.limits.turns import in_turns
 from aioserver.protocol import model_body
 from aioserver.protocol.client_frames import MAX_ID_CHARACTERS
 from aioserver.protocol.model_body import ModelBody

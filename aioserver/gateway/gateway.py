@@ -30,7 +30,8 @@ from aioserver.gateway.calls import Calls, shutdown_error
 from aioserver.gateway.prompts import Prompts
 from aioserver.gateway.router import Request
 from aioserver.limits.quota import REVOKED
-from aioserver.protocol.openai import final_response
+from aioserver.limits.turns import in_turns
+from aioserver.protocol.whole_answer import final_response, text_pieces
 from aioserver.provider_errors import ProviderDisconnected
 from aioserver.providers.request import Answer
 from aioserver.streams.cursor import ConditionReader
@@ -322,14 +323,16 @@ class Gateway:
     async def _produce_whole(self, request: Request, stream: Stream) -> None:
         """Produce an answer that is not streamed, and keep it in *stream*."""
         answer = await self._router.call(request, stream)
+        body = answer.body
         stream.details.usage, answer.usage = answer.usage, None
         stream.details.provider = answer.provider
-        if request.stored and (response_id := final_response(answer.body)) is not None:
+        if request.stored and (response_id := await in_turns(final_response(body))) is not None:
             stream.add_alias(response_id)
+        pieces = await in_turns(text_pieces(body))
         if stream.attachment.held is not None:
             # From here on the stream counts it.
             stream.attachment.held.release()
-        stream.append_whole(answer, answer.body)
+        stream.append_whole(answer, body, pieces)
         stream.end(COMPLETE, {"metadata": {"provider": answer.provider}})
 
     def _settle(self, task: asyncio.Task[None]) -> None:

@@ -266,17 +266,3 @@ def error_codes(error: object) -> set[int | str]:
         elif isinstance(code, str):
             codes.add(code)
     return codes
-
-
-def final_response(body: bytes) -> str | None:
-    """Return the id of a whole `response` object that will not change any more, or None.
-
-    A client asks again for a response that runs in the background, so only its final state is kept.
-    """
-    try:
-        response = orjson.loads(body)
-        name, status = response["id"], response["status"]
-    except (orjson.JSONDecodeError, KeyError, TypeError):
-        return None
-    final = status in ("completed", "incomplete", "failed", "cancelled")
-    return name if final and isinstance(name, str) and name else None

@@ -30,6 +30,7 @@ from aioserver.streams.ending import run_all
 from aioserver.streams.entries import (
     CHUNK,
     ERROR,
+    NO_TEXT,
     PROCESSING,
     Entry,
     WholeEntry,
@@ -199,11 +200,12 @@ class Stream:
         if not more:
             self._notify()
 
-    def append_whole(self, answer: WholeAnswer, body: bytes) -> None:
-        """Append *answer*, which was not streamed, as one event with its *body*, and keep it."""
+    def append_whole(self, answer: WholeAnswer, body: bytes, pieces: Sequence[slice] = ()) -> None:
+        """Append *answer*, which was not streamed, as events with the *pieces* of its text, and keep it."""
         self.details.whole = answer
         self.recount()
-        self._add(WholeEntry(self.last + 1, body, monotonic()))
+        for piece in pieces or (NO_TEXT,):
+            self._add(WholeEntry(self.last + 1, body, piece, monotonic()))
         self._notify()
 
     def close_fast_path(self) -> None:
@@ -316,10 +318,10 @@ class Stream:
         self.close_fast_path()
         number = self.last + 1
         frames = [messages.frame(self.head, number, status, chunk)]
+        assert not self.ended, "nothing follows the end of a stream"
         entry = Entry(number, 1, status, data, frames, monotonic())
-        self._extend(entry)
-        self.ended = True
-        self.end_status = status
+        self.entries.append(entry)
+        self.last, self.ended, self.end_status = number, True, status
         # The producer is done with its text.
         self.details.text_bytes = 0
         notices = [reader.notify for reader in self.readers]
@@ -372,13 +374,10 @@ class Stream:
             self._store.note_end(self)
 
     def _add(self, entry: Entry) -> None:
-        self._extend(entry)
-        self._grow(entry.size)
-
-    def _extend(self, entry: Entry) -> None:
         assert not self.ended, "nothing follows the end of a stream"
         self.last += entry.count
         self.entries.append(entry)
+        self._grow(entry.size)
 
     def _grow(self, size: int) -> None:
         self.bytes += size

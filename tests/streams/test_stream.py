@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -14,6 +15,8 @@ from aioserver.auth.callers import anonymous
 from aioserver.errors import ResumeGap, ServerAtCapacity
 from aioserver.protocol import eventstream
 from aioserver.protocol.openai import Reading, Shape
+from aioserver.protocol.top_level import at_once
+from aioserver.protocol.whole_answer import STEP_BYTES, text_pieces
 from aioserver.provider_errors import ProviderDisconnected, ProviderRefused
 from aioserver.providers.request import Answer
 from aioserver.streams.cursor import ConditionReader
@@ -343,13 +346,32 @@ def test_frames_of_the_providers_bytes_cost_no_memory_that_is_not_counted() -> N
 def test_frames_of_a_whole_answer_leave_no_hole_in_the_numbers() -> None:
     stream = streams_of().open("r1", DEMO, window=30)
     whole = orjson.dumps({"choices": [{"message": {"role": "assistant", "content": "Hello"}}]})
-    stream.append(CHUNK, data=whole)
+    pieces = at_once(text_pieces(whole))
+    stream.append_whole(Answer(200, {}, whole, "", "sim"), whole, pieces)
     stream.end(COMPLETE, {})
     reader = Slow(stream)
 
     reader.read()
 
     assert reader.seen == [(1, "Hello"), (2, "")]
+
+
+def test_a_large_whole_answer_is_shown_in_small_events_by_what_was_found_in_it() -> None:
+    stream = streams_of().open("r1", DEMO, window=30)
+    text = "Hell\u00f6 \U0001f600\n" * 100_000
+    whole = json.dumps({"choices": [{"message": {"content": text}}]}).encode()
+    pieces = at_once(text_pieces(whole))
+    stream.append_whole(Answer(200, {}, whole, "", "sim"), whole, pieces)
+    stream.end(COMPLETE, {})
+    reader, later = Slow(stream), Slow(stream, 7)
+
+    reader.read()
+    later.read()
+
+    assert len(pieces) > 20
+    assert "".join(said for _, said in reader.seen) == text
+    assert later.seen == reader.seen[7:]
+    assert max(len(stream.frames(entry)[0]) for entry in stream.entries) < 2 * STEP_BYTES
 
 
 @pytest.mark.parametrize(

@@ -519,6 +519,8 @@ async def test_a_long_replay_does_not_hold_up_the_others() -> None:
         say(small, "!")
         one.follow(small)
         await ticks()
+        assert len(one.socket.writes) <= 4, "one write in each iteration"
+        await until(lambda: one.writer.following == 0 or len(one.socket.written) > 200 * 16384)
 
         assert b"!" in b"".join(one.socket.writes[:3])  # one turn of each of the others
         assert max(map(len, one.socket.writes)) < 2 * WRITE_BYTES
