@@ -15,7 +15,6 @@ import asyncio
 import logging
 import uuid
 from functools import partial
-from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from aioserver.errors import (
@@ -33,9 +32,6 @@ from aioserver.limits.quota import REVOKED
 from aioserver.limits.turns import in_turns
 from aioserver.protocol.whole_answer import final_response, text_pieces
 from aioserver.provider_errors import ProviderDisconnected
-from aioserver.providers.request import Answer
-from aioserver.streams.cursor import ConditionReader
-from aioserver.streams.ending import run_all
 from aioserver.streams.entries import CANCELLED, COMPLETE, ERROR
 from aioserver.streams.lifetime import Lifetime
 
@@ -48,14 +44,12 @@ if TYPE_CHECKING:
     from aioserver.gateway.prompts import Prompt
     from aioserver.gateway.router import Router
     from aioserver.protocol.client_frames import Chat
-    from aioserver.providers.request import Hold
+    from aioserver.providers.request import Answer, Hold
     from aioserver.streams.store import HeldBytes, StreamStore
     from aioserver.streams.stream import Stream
     from aioserver.telemetry.request_log import RequestLog
 
 logger = logging.getLogger("aioserver.gateway")
-
-ENDED = attrgetter("ended")
 
 
 class Gateway:
@@ -150,38 +144,31 @@ class Gateway:
         return self._streams.hold()
 
     async def call(self, request: Request) -> Answer:
-        """Return the answer to a *request* that is not streamed.
-
-        Cancelling ends the request, unless it is `resumable`: then a stream keeps the answer, as for
-        `relay`.
+        """Return the answer to a *request* that is neither streamed nor resumable. Cancelling ends it.
 
         Raises:
             ProviderFault: no provider answered.
-            StreamNotFound: the answer was cancelled meanwhile, by another request of the caller.
             AioserverError: as `ask`.
         """
         self._check_running()
-        if not request.resumable:
-            quota = request.caller.quota
-            if quota is None:
-                return await self._calls.answer(request)
-            with quota.used():
-                return await self._calls.answer(request)
+        if request.caller.quota is None:
+            return await self._calls.answer(request)
+        with request.caller.quota.used():
+            return await self._calls.answer(request)
+
+    def keep(self, request: Request) -> Stream:
+        """Return the stream that keeps the answer to a resumable *request* that is not streamed, as `relay`.
+
+        calls.py has `kept_answer`, which waits for the answer.
+
+        Raises:
+            AioserverError: as `ask`.
+        """
         stream = self._existing(request)
         if stream is None:
             stream = self._open(request)
             self._start_producer(stream, request, self._produce_whole(request, stream))
-        reader = ConditionReader(stream, ENDED)
-        self.lifetime.reader_added(stream)
-        try:
-            await reader.reached
-            # Read before the reader leaves: a stream whose window is 0 is forgotten then.
-            answer = stream.details.whole
-        finally:
-            run_all((reader.leave, partial(self.lifetime.reader_removed, stream)))
-        if isinstance(answer, Answer):
-            return answer
-        raise stream.error or StreamNotFound("this answer was cancelled")
+        return stream
 
     def find(self, caller: Caller, request_id: str, digest: bytes | None = None) -> Stream:
         """Return the caller's stream of *request_id*; with a *digest*, only that of the same request.
@@ -369,7 +356,9 @@ class Gateway:
         reason = stream.attachment.cancel_reason
         try:
             if not task.cancelled():
-                stream.fail(public(fault or ProviderDisconnected("the answer has no end")))
+                error = public(fault or ProviderDisconnected("the answer has no end"))
+                error.paid = error.paid or (stream.sent and isinstance(error, InternalError))
+                stream.fail(error)
             elif reason is None:
                 stream.end(CANCELLED, {})
             else:
@@ -378,7 +367,9 @@ class Gateway:
             if not stream.ended:
                 # The error could not be written in the form of this answer's events.
                 stream.details.error_format = None
-                stream.fail(InternalError("internal error"))
+                bug = InternalError("internal error")
+                bug.paid = stream.sent
+                stream.fail(bug)
 
     def _finish_record(self, stream: Stream) -> None:
         """Count and log the request of *stream*, which has ended."""

@@ -8,6 +8,8 @@ import json
 import socket
 from typing import TYPE_CHECKING, Any
 
+import pytest
+
 from aioserver.auth.callers import anonymous
 from aioserver.faces import whole
 from aioserver.streams.formats import EVENTS
@@ -30,10 +32,10 @@ PATH = "/v1/chat/completions"
 
 
 @contextlib.asynccontextmanager
-async def provider() -> AsyncIterator[ScriptedProvider]:
-    """A provider whose every answer has SIZE bytes and a little."""
+async def provider(**fields: Any) -> AsyncIterator[ScriptedProvider]:
+    """A provider whose every answer has SIZE bytes and a little, and *fields*."""
     choice = {"message": {"content": "x" * SIZE}, "finish_reason": "stop", "index": 0}
-    body = json.dumps({"choices": [choice]}).encode()
+    body = json.dumps({**fields, "choices": [choice]}).encode()
     head = f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
 
     async def play(peer: Peer) -> None:
@@ -92,6 +94,7 @@ async def test_whole_answers_are_bounded_together(make_server: MakeServer) -> No
                 "llm.providers.sim.base_url": scripted.url,
                 "chat.streams.send_timeout": 60.0,
                 "chat.streams.max_kept_bytes": 10 << 20,
+                "chat.streams.max_stream_bytes": 8 << 20,
                 f"{SIM_HTTP_CLIENT}.concurrent_requests": 20,
             }
         )
@@ -104,8 +107,50 @@ async def test_whole_answers_are_bounded_together(make_server: MakeServer) -> No
         async with server.session.post(f"{server.base}{PATH}", json=CHAT) as response:
             assert response.status == 503
             assert (await response.json())["error"]["code"] == "server_at_capacity"
+            assert response.headers["x-should-retry"] == "false", "the model has answered"
+        asked = {"request_id": "r1", "text": "Hello", "streaming": False}
+        async with server.session.post(server.sse, json=asked) as response:
+            error = frames_of(await response.read())[-1]["chunk"]
+            assert (error["code"], error["retryable"]) == ("server_at_capacity", False)
         assert kept().bytes <= 10 << 20
-    await until(lambda: kept().bytes == 0)
+    # The refused chat is kept for its window.
+    await until(lambda: kept().bytes < 1 << 14)
+    await server.nothing_held()
+
+
+@pytest.mark.parametrize("window", [0, 30.0])
+@pytest.mark.parametrize("again", ["repeated", "found"])
+async def test_a_kept_answer_counts_until_it_is_written(
+    make_server: MakeServer, window: float, again: str
+) -> None:
+    """Whatever is kept for a window may be dropped, but not while a client is still reading it."""
+    async with provider(id="resp_1", status="completed") as scripted:
+        server = await make_server(
+            **{
+                "llm.providers.sim.base_url": scripted.url,
+                "chat.streams.send_timeout": 60.0,
+                "chat.streams.resume_window": window,
+                "chat.streams.max_kept_bytes": 10 << 20,
+            }
+        )
+        kept = server.owners.streams.stats
+        async with Raw(server, receive_buffer=SMALL) as slow, Raw(server) as raw:
+            body = {"input": "Hello", "store": True}
+            await (slow if again == "repeated" or not window else raw).post("/v1/responses", body)
+            if window and again == "found":
+                assert (await raw.answer()).status == 200
+                await slow.send(b"GET /v1/responses/resp_1 HTTP/1.1\r\nHost: x\r\n\r\n")
+            await until(lambda: unsent(server) > 0)
+            async with Raw(server, receive_buffer=SMALL) as other:
+                await other.post(PATH, CHAT)
+                await until(lambda: kept().bytes > 2 * SIZE and not server.held()["sim places"])
+                async with server.session.post(f"{server.base}{PATH}", json=CHAT) as response:
+                    assert response.status == 503
+            assert kept().bytes > SIZE
+            slow.widen()
+            assert len((await slow.answer()).body) > SIZE
+        if not window:
+            await until(lambda: kept().bytes == 0)
     await server.nothing_held()
 
 

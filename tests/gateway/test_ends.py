@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from aioserver.errors import ServerShutdown
+import pytest
+
+from aioserver.errors import InternalError, ServerShutdown
+from aioserver.gateway.calls import Calls
+from aioserver.gateway.router import Request, Route
+from aioserver.providers.request import ProviderRequest
+from aioserver.telemetry.loop_lag import LoopLag
+from aioserver.telemetry.metrics import Metrics
+from aioserver.telemetry.request_log import RequestLog
 from tests.support.chat import read_frames
 from tests.support.keys import bearer, keys_of
 from tests.support.server import SLOW
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
-    import pytest
-
     from aioserver.errors import AioserverError
     from aioserver.streams.stream import Stream
     from tests.support.server import MakeServer, RunningServer
@@ -118,4 +125,29 @@ async def test_an_answer_whose_error_cannot_be_written_ends_with_another(
     assert frames[-1]["status"] == "error"
     assert frames[-1]["chunk"]["code"] == "internal_error"
     await settled(server, {("internal_error",): 1})
+    assert [one.getMessage() for one in caplog.records] == ["bug in an answer"]
+
+
+@pytest.mark.parametrize("sent", [False, True])
+async def test_a_bug_after_the_provider_was_asked_is_not_to_be_repeated(
+    sent: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An SDK repeats a 500, and each time the model's answer is paid for."""
+    provider: Any = SimpleNamespace(name="sim", settings=SimpleNamespace(model="m", models=()))
+    metrics = Metrics({"sim": provider.settings})
+    request_log = RequestLog(metrics, LoopLag(asyncio.get_running_loop(), metrics.loop_lag))
+    asked = ProviderRequest("x", lambda _provider: b"", streamed=False)
+    route = Route(provider, None, renamed=True, pinned=True)
+
+    async def call(request: Request) -> None:
+        request.provider_request.record.sent_at = 1.0 if sent else 0.0
+        raise RuntimeError("a bug")
+
+    router: Any = SimpleNamespace(call=call)
+    with pytest.raises(InternalError) as caught:
+        await Calls(router, request_log).answer(Request(route, asked, "openai", "r1"))
+
+    assert caught.value.headers().get("x-should-retry") == ("false" if sent else None)
+    assert metrics.bugs.value == 1
+    assert metrics.outcomes["internal_error"].value == 1
     assert [one.getMessage() for one in caplog.records] == ["bug in an answer"]
