@@ -87,6 +87,7 @@ class Gateway:
         self.lifetime.apply(bounds)
         for provider in self._router.providers.values():
             provider.on_wait = self.lifetime.make_room
+            provider.on_unsent = self.lifetime.unsent
 
     @property
     def running(self) -> int:

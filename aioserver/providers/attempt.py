@@ -28,7 +28,7 @@ from aioserver.providers.sinks import ChatSink, EventSink, complete
 from aioserver.streams import entries
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from aioserver.config import settings
     from aioserver.providers.http1 import Sink
@@ -48,6 +48,7 @@ class AttemptedProvider(Protocol):
     meter: ProviderMeter
     settings: settings.Provider
     max_response_bytes: int
+    on_unsent: Callable[[Stream], bool]
 
     def head_received(self, attempt: Attempt) -> None:
         """Learn from the head of an answer: *attempt* knows its status and headers now."""
@@ -65,8 +66,8 @@ class Attempt:
     *stream* is the log to fill; None if no log keeps the answer. *model* None stands for the
     provider's own. *waited* has the seconds that earlier attempts of this request have spent in the
     queue of this provider; the wait of this attempt is added. A *retry* goes to the front of its caller's
-    requests in that queue; so does one that may *rejoin* it, because the provider was away, even if the queue
-    is full. *fallback* says that another provider can be asked instead.
+    requests in that queue; so does one that may *rejoin* it, because it has waited there while the provider
+    was away, even if the queue is full. *fallback* says that another provider can be asked instead.
 
     After the end, `answer` has an answer that was not streamed and is passed on unread; `usage` and
     `events` say what is known of the answer. `fault` says why an answer broke off after its first
@@ -149,8 +150,9 @@ class Attempt:
 
     @property
     def unread(self) -> bool:
-        """Whether it goes on with an answer that has lost its readers."""
-        return self.stream is not None and self.stream.sent and not self.stream.readers
+        """Whether it goes on, after earlier attempts or a wait, with an answer that nobody reads."""
+        stream = self.stream
+        return stream is not None and (stream.sent or self.rejoin) and not stream.readers
 
     def ended(self) -> None:
         """Note that the place, if there was one, is given back."""

@@ -98,10 +98,12 @@ class Breaker:
         due = self._next_spared_trial if alternative else 0.0
         return max(0.0, max(due, self._next_trial) - self._clock())
 
-    @property
-    def next_trial(self) -> float:
-        """The seconds until the next trial may start at the earliest; 0.0 also while one is under way."""
-        return 0.0 if self._trials else self.delay()
+    def next_trial(self, *, alternative: bool = False) -> float:
+        """Return the seconds until the next trial may start; 0.0 also while one is under way.
+
+        *alternative* says that another provider can answer the requests that come.
+        """
+        return 0.0 if self._trials else self.delay(alternative=alternative)
 
     def first_in_turn(self) -> bool:
         """Count a request that would ask the provider first; return whether it does, though it is sick."""

@@ -18,7 +18,7 @@ from aioserver.provider_errors import (
     ProviderRateLimited,
     StaleConnection,
 )
-from aioserver.providers.absence import Absence
+from aioserver.providers.absence import Absence, unsent
 from aioserver.providers.backpressure import Backpressure
 from aioserver.providers.budget import Budget
 from aioserver.providers.exchange import Exchange
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from aioserver.errors import AioserverError
     from aioserver.limits.gate import Place
     from aioserver.providers.attempt import Attempt
+    from aioserver.streams.stream import Stream
 
 # An attempt that can fail over does so if nothing can start at its provider for more than these seconds.
 FAILOVER_WAIT = 1.0
@@ -66,6 +67,8 @@ class Provider:
         # Called with this provider's name when an attempt has to wait for a place, and when an answer
         # that nobody reads takes one for which others wait.
         self.on_wait: Callable[[str], None] = lambda _name: None
+        # Called with the log of a request that waits as one that was not sent (absence.py).
+        self.on_unsent: Callable[[Stream], bool] = unsent
         self.max_response_bytes = max_response_bytes
         self._clock = clock
         self.health = Health(settings.name, self.meter, clock)
@@ -140,6 +143,8 @@ class Provider:
             if isinstance(place, TrialPlace):
                 place.take()
                 attempt.trial = True
+            if attempt.rejoin:
+                self._gate.keep_room(attempt)
             attempt.began = self._clock()
             record.on_answer = attempt.first_event
             attempt.started()
@@ -150,6 +155,7 @@ class Provider:
             attempt.conclude()
         except BaseException as exc:
             error = exc
+            self._gate.free_room(attempt)
             # A connection may have been kept for this request.
             self.pools.pool.trim()
             # A fault without an outcome is that of our own pace, not of the provider.
@@ -175,8 +181,12 @@ class Provider:
     def answered(self, attempt: Attempt) -> None:
         """Learn that an answer has begun: the provider is not dead."""
         trial, attempt.trial = attempt.trial, False
+        if attempt.rejoin:
+            self._gate.free_room(attempt)
         if self._outdated(attempt):
             self.health.breaker.unsure(trial=trial)
+            # Another trial may start now.
+            self._gate.serve()
             return
         seconds = self._clock() - (attempt.request.record.sent_at or attempt.began)
         if self.health.answered(seconds, trial=trial):
@@ -193,7 +203,7 @@ class Provider:
             pace,
             self.health.state,
             self.health.flagged,
-            self.health.next_try,
+            self.health.next_try(waited_for=self._gate.waiting > 0),
             measure(
                 self.pools.exchanges(),
                 asyncio.get_running_loop().time(),
@@ -285,8 +295,9 @@ class Provider:
 
     async def _wait(self, attempt: Attempt) -> Place:
         """Wait in the queue for a place."""
-        full = self._gate.waiting >= self.settings.http_client.queue_size
-        if self._gate.inside >= self._gate.limit and not full:
+        if self.absence.waits(attempt):
+            await self.absence.begin(attempt)
+        if self._gate.inside >= self._gate.limit and not self._gate.full:
             # Not called if a place is free and only the pace delays the start, nor for a refusal.
             self.on_wait(self.name)
         self.backpressure.end()
@@ -302,7 +313,7 @@ class Provider:
                 caller.subflow,
                 weight=caller.priority,
                 on_position=attempt.queued if show_position else None,
-                timeout=max(0.0, self.settings.http_client.queue_timeout - attempt.waited),
+                waited=attempt.waited,
                 at_front=attempt.retry or attempt.rejoin,
                 may_fail_over=attempt.fallback,
                 rejoin=attempt.rejoin,
@@ -315,6 +326,8 @@ class Provider:
             attempt.waited += waited
             record.queue_wait += waited
         attempt.expected_tokens = cost
+        # It may have to come back.
+        attempt.rejoin = attempt.rejoin or self.health.breaker.dead
         return place
 
     def _cool_down(self, attempt: Attempt, fault: ProviderRateLimited) -> None:
