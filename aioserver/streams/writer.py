@@ -12,9 +12,8 @@ When the transport's buffer is over its high-water mark, the writer is *blocked*
 waits in `drain()`, and a watchdog aborts the transport after `send_timeout` without progress. A
 blocked write is never cancelled. An idle writer has no task and no timer.
 
-A writer with one cursor writes at once; a writer with several gathers the events of one iteration of
-the event loop. The cursors take turns, and there is one write in each iteration, so that a long replay
-holds up nobody.
+A writer with one cursor writes at once; one with several gathers the events of one iteration of the event
+loop. Cursors take turns, with one write in each iteration, so that a long replay holds up nobody.
 """
 
 from __future__ import annotations
@@ -220,8 +219,7 @@ class Writer:
     def send(self, data: bytes) -> None:
         """Write a control frame or a comment, before every event that is not written yet.
 
-        While the writer is blocked, *data* is queued; if MAX_CONTROL_FRAMES are queued already, the
-        client is dropped.
+        While the writer is blocked, *data* is queued; beyond MAX_CONTROL_FRAMES the client is dropped.
         """
         if self._closed:
             return
