@@ -629,3 +629,23 @@ async def test_a_writer_with_a_bug_resets_its_client_and_no_other(
         assert other.socket.written == b"ab"
         assert len(stream.readers) == 1
     assert [record.getMessage() for record in caplog.records] == ["bug in a writer"]
+
+
+async def test_a_writer_leaves_all_of_its_streams_whatever_one_of_them_raises() -> None:
+    def unfollowed(_stream: Stream) -> None:
+        raise RuntimeError("a bug")
+
+    async with client() as one:
+        outbox = Outbox(asyncio.get_running_loop())
+        writer = Writer(
+            one.socket, one.socket.drain, outbox, send_timeout=1.0, on_unfollow=unfollowed
+        )
+        streams = [stream_of(name) for name in "abc"]
+        for stream in streams:
+            writer.follow(stream, 0, one.look)
+
+        with pytest.raises(RuntimeError, match="a bug"):
+            writer.close()
+
+        assert [stream.readers for stream in streams] == [[], [], []]
+        assert writer.following == 0
