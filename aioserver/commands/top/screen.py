@@ -16,7 +16,6 @@ from rich.table import Table
 from rich.text import Text
 
 from aioserver.commands.remote import printable
-from aioserver.commands.top.verdict import verdict
 
 if TYPE_CHECKING:
     from aioserver.commands.top.feed import State
@@ -28,6 +27,7 @@ MARKS = {"ok": "+", "warning": "!", "error": "x"}
 BAR_WIDTH = 24
 NEARLY_FULL = 0.8
 UNKNOWN = "-"
+UNKNOWN_VERDICT = {"level": "warning", "word": "Unknown", "text": "the server sends no verdict"}
 
 
 class Screen:
@@ -101,8 +101,16 @@ def _verdict(state: State) -> Text:
         return Text(f"x {text}", style=STYLES["error"])
     if state.stats is None:
         return Text("connecting", style=STYLES["info"])
-    level, text = verdict(state.stats, state.previous)
-    return Text(f"{MARKS[level]} {text}", style=STYLES[level])
+    verdict = state.stats.get("verdict") or UNKNOWN_VERDICT
+    level = verdict.get("level", "warning")
+    lines = Text(
+        printable(f"{MARKS.get(level, '!')} {verdict.get('word')}: {verdict.get('text')}"),
+        style=STYLES.get(level, "none"),
+    )
+    for key, label in (("detail", ""), ("advice", "To do: ")):
+        if verdict.get(key):
+            lines.append(f"\n  {label}{printable(verdict[key])}", style="not bold default")
+    return lines
 
 
 def _bars(connections: dict[str, Any]) -> Table:
