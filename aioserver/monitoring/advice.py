@@ -8,13 +8,13 @@ from __future__ import annotations
 
 # By outcome of a failed attempt.
 OF_FAULTS = {
-    "connect_error": "Check that {name} runs, and that llm.providers.{name}.base_url leads to it.",
+    "connect_error": "Check that {name} runs, and that its base_url leads to it.",
     "timeout": "Look at the load of {name}; if it is only slow, raise read_timeout in its http_client.",
     "http_429": "Lower requests_per_minute of {name}, or have its limits raised.",
     "http_5xx": "Look at the log of {name}, or at its status page.",
     "tls": "Check the certificate of {name}, and its base_url and ca_file.",
     "disconnected": "Look at the log of {name}, and at proxies in between that cut long answers.",
-    "bad_response": "Check that llm.providers.{name}.base_url leads to an API of OpenAI's form.",
+    "bad_response": "Check that the base_url of {name} leads to an API of OpenAI's form.",
 }
 OF_A_REFUSED_KEY = "Check the key of {name}, and the quota of its account."
 OF_SILENCE = (
@@ -27,10 +27,18 @@ _MORE_PLACES = (
     "If the provider can answer more at once, raise its concurrent_requests;"
     " else name another one in llm.fallbacks."
 )
+# Where connections wait for the server, and requests of those inside for a provider.
+OF_A_FULL_PROVIDER = (
+    "If {name} can answer more at once, raise its concurrent_requests;"
+    " more connections would only wait for it."
+)
 _OWN_LIMITS = "The log names the caller; its limits stand in auth.keys."
 # By error code of a rejection: why requests were rejected, and what to do.
 OF_REJECTIONS = {
-    "circuit_open": ("a provider is dead, and is left alone", OF_OLD_FAULTS.format(name="it")),
+    "circuit_open": (
+        "a provider is dead, and is left alone",
+        "Look at its log, or at its status page.",
+    ),
     "concurrency_exceeded": ("a client has as many answers as it may", _OWN_LIMITS),
     "no_provider": (
         "no provider can be asked",
@@ -49,7 +57,7 @@ OF_REJECTIONS = {
     "rate_limit_exceeded": ("a client asks more often than it may", _OWN_LIMITS),
     "server_at_capacity": (
         "the server is full",
-        "If the machine has room, raise chat.websocket.concurrency.max_connections.",
+        "If the machine has room, raise max_connections in chat.websocket.concurrency.",
     ),
     "server_shutdown": ("the server stops", ""),
 }

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections import Counter, deque
 from typing import TYPE_CHECKING
 
-from aioserver.monitoring.advice import of_rejections
+from aioserver.errors import ServerAtCapacity
+from aioserver.monitoring.advice import OF_A_FULL_PROVIDER, of_rejections
 from aioserver.monitoring.incidents import HARMLESS, MANY_REJECTED
 from aioserver.monitoring.interval import ANSWERED, FAILED, REJECTIONS, Total
 from aioserver.monitoring.troubles import WORDS, count, most, span, were
@@ -154,7 +155,7 @@ class _Judge:
                 "Rejecting",
                 rejections[0],
                 detail=_sentences(self._places(), *others),
-                advice=of_rejections(code)[1],
+                advice=self._advice(code),
                 about=code,
             )
 
@@ -186,7 +187,7 @@ class _Judge:
         elif active >= limit:
             text = f"All {limit:,} places are taken, and nobody waits yet"
         if text:
-            advice = of_rejections("server_at_capacity")[1]
+            advice = self._advice(ServerAtCapacity.code)
             detail = _sentences(*self._busiest(), self._latency())
             yield _finding("warning", "full", "Full", text, detail=detail, advice=advice)
 
@@ -220,11 +221,20 @@ class _Judge:
             if 0 < provider["limit"] <= provider["in_flight"]:
                 yield f"all {provider['limit']:,} places of {name} are taken", name
 
+    def _advice(self, code: str) -> str:
+        """Return what to do about rejections with *code*, or about connections that wait."""
+        name, provider = self._busiest_provider()
+        if code == ServerAtCapacity.code and provider["waiting"]:
+            return OF_A_FULL_PROVIDER.format(name=name)
+        return of_rejections(code)[1]
+
+    def _busiest_provider(self) -> tuple[str, ProviderState]:
+        providers = self._snapshot["providers"].items()
+        return max(providers, key=lambda item: item[1]["waiting"])
+
     def _busiest(self) -> Iterator[str]:
         """Yield how full the provider is for which most requests wait; nothing if none wait."""
-        name, provider = max(
-            self._snapshot["providers"].items(), key=lambda item: item[1]["waiting"]
-        )
+        name, provider = self._busiest_provider()
         if provider["waiting"]:
             queue = _queue(provider["waiting"], "request", name, provider["oldest_wait"])
             if provider["pace"]["left"] == 0 and provider["in_flight"] < provider["limit"]:

@@ -274,6 +274,16 @@ async def test_a_card_shows_state_silence_next_try_and_the_retry_budget(
     )
 
 
+async def test_old_first_tokens_are_told_as_old(stand: Stand, page: Page) -> None:
+    stand.say(first_token={**TOKEN, "age": 0.4})
+    await opened(page, stand)
+    under = page.locator("[data-needs=first_token].under")
+    await expect(page.locator("[data-needs=stale]")).to_be_hidden()
+
+    stand.say(first_token={**TOKEN, "age": 13.2})
+    await expect(under).to_have_text("57 answers in the last minute, the newest 13 s ago")
+
+
 async def test_a_card_says_what_is_wrong_and_when_its_provider_is_asked(
     stand: Stand, page: Page
 ) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from aioserver.monitoring.advice import OF_REJECTIONS
+from aioserver.monitoring.advice import OF_A_FULL_PROVIDER, OF_REJECTIONS
 from aioserver.monitoring.interval import ANSWERED, ATTEMPTS, FAILED, REJECTIONS, Interval, Total
 from aioserver.monitoring.troubles import WORDS, Troubles
 from aioserver.monitoring.verdict import RECENT, Verdicts
@@ -271,7 +271,16 @@ def test_rejections_come_with_where_it_is_crowded_and_what_to_do() -> None:
         " 35 requests wait for groq, the longest for 3.2 s; 20 of its 20 places are taken."
         " other fails in TLS: 9 of 9 attempts failed in the last minute."
     )
-    assert verdict["advice"] == OF_REJECTIONS["server_at_capacity"][1]
+    assert verdict["advice"] == OF_A_FULL_PROVIDER.format(name="groq")
+
+
+def test_more_places_are_advised_where_no_provider_is_the_limit() -> None:
+    more_places = OF_REJECTIONS["server_at_capacity"][1]
+
+    assert judged(CROWDED, {PLACES: 57.0})["advice"] == more_places
+    assert judged(CROWDED)["advice"] == more_places
+    assert judged({**CROWDED, **QUEUEING})["advice"] == OF_A_FULL_PROVIDER.format(name="groq")
+    assert judged(QUEUEING, {OWN: 57.0})["advice"] == OF_REJECTIONS["rate_limit_exceeded"][1]
 
 
 def test_queue_that_the_pace_makes_is_told_as_such() -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.padding import Padding
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -89,7 +90,7 @@ def _title(state: State) -> Text:
     return text
 
 
-def _verdict(state: State) -> Text:
+def _verdict(state: State) -> RenderableType:
     if state.problem:
         now = time.monotonic()
         text = (
@@ -103,14 +104,12 @@ def _verdict(state: State) -> Text:
         return Text("connecting", style=STYLES["info"])
     verdict = state.stats.get("verdict") or UNKNOWN_VERDICT
     level = verdict.get("level", "warning")
-    lines = Text(
-        printable(f"{MARKS.get(level, '!')} {verdict.get('word')}: {verdict.get('text')}"),
-        style=STYLES.get(level, "none"),
-    )
+    head = printable(f"{MARKS.get(level, '!')} {verdict.get('word')}: {verdict.get('text')}")
+    lines: list[RenderableType] = [Text(head, style=STYLES.get(level, "none"))]
     for key, label in (("detail", ""), ("advice", "To do: ")):
         if verdict.get(key):
-            lines.append(f"\n  {label}{printable(verdict[key])}", style="not bold default")
-    return lines
+            lines.append(Padding(Text(label + printable(verdict[key])), (0, 0, 0, 2)))
+    return Group(*lines)
 
 
 def _bars(connections: dict[str, Any]) -> Table:

@@ -12,6 +12,7 @@ import { Login } from "/assets/login.js";
 
 const MAX_SILENCE = 3000; // milliseconds without data from a connected server, which sends a snapshot each second
 const MAX_GAP = 1000; // the same after the connection was lost: a change of the network takes less
+const STALE = 10; // seconds after which the first tokens of the last minute are no news
 const SHAPES = { open: "circle", busy: "triangle", full: "square", rejecting: "octagon", trouble: "diamond", closed: "square", lost: "cross" };
 
 const verdictBox = document.getElementById("verdict");
@@ -46,7 +47,8 @@ const handlers = {
     board.hidden = document.getElementById("server").hidden = false;
     charts ??= new Charts(document.getElementById("charts"), history);
     const rejected = Object.values(stats.rejections).reduce((sum, number) => sum + number, 0);
-    showNumbers({ ...stats, rejected }, lastMinute);
+    const age = stats.first_token?.age;
+    showNumbers({ ...stats, rejected, stale: age > STALE ? age : null }, lastMinute);
     providers.update(stats, lastMinute, history);
     verdict = stats.verdict;
     charts.update(stats);
