@@ -53,14 +53,15 @@ async def read_body(request: web.Request, hold: BodyHold, max_bytes: int) -> byt
     # For nearly all clients, comparing the header itself saves parsing it.
     if header != "application/json" and request.content_type != "application/json":
         raise UnsupportedMediaType("Content-Type must be application/json")
-    length = request.content_length
-    if length is not None and length > max_bytes:
-        raise RequestTooLarge(f"a body of {length} bytes, at most {max_bytes}")
     content = request.content
     if content.is_eof():
         body = content.read_nowait()
-        hold.grow(len(body))
+        if len(body) <= max_bytes:
+            hold.grow(len(body))
     else:
+        length = request.content_length
+        if length is not None and length > max_bytes:
+            raise RequestTooLarge(f"a body of {length} bytes, at most {max_bytes}")
         try:
             async with asyncio.timeout(BODY_TIMEOUT):
                 body = await _collect(content, hold, max_bytes)

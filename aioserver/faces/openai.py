@@ -27,7 +27,9 @@ from aioserver.faces.whole import write
 from aioserver.gateway.router import Request
 from aioserver.protocol import model_body
 from aioserver.protocol.client_frames import MAX_ID_CHARACTERS
+from aioserver.protocol.model_body import ModelBody
 from aioserver.protocol.responses import ResponseEvents
+from aioserver.protocol.top_level import simple
 from aioserver.providers.request import ProviderRequest
 from aioserver.streams.cursor import ConditionReader
 from aioserver.streams.formats import RAW
@@ -39,7 +41,6 @@ if TYPE_CHECKING:
     from aioserver.faces.admission import BodyHold
     from aioserver.faces.context import Context
     from aioserver.gateway.router import Route
-    from aioserver.protocol.model_body import ModelBody
     from aioserver.providers.request import Answer
     from aioserver.streams.stream import Stream
 
@@ -74,7 +75,8 @@ def prepare_for(
 
     async def prepare(request: web.Request, hold: BodyHold) -> Request:
         data = await read_body(request, hold, context.settings.chat.websocket.max_message_size)
-        body = await in_turns(model_body.reading(data))
+        # Steps, for which nearly no body has a use, would cost each request a coroutine.
+        body = ModelBody(data) if simple(data) else await in_turns(model_body.reading(data))
         key = request.headers.get("Idempotency-Key")
         if key is not None and (len(key) > MAX_ID_CHARACTERS or not key.isprintable() or not key):
             raise InvalidRequest(
@@ -141,7 +143,8 @@ async def serve(context: Context, request: web.Request, prepared: Request) -> we
             request,
             response,
             context.settings.chat.streams.send_timeout,
-            partial(context.admission.dropped, "openai"),
+            context.admission.dropped,
+            "openai",
         )
         return response
 

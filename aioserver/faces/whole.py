@@ -9,6 +9,7 @@ dropped, also on a UNIX socket, where no kernel would do so.
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import TYPE_CHECKING
 
 from aioserver.faces.http import announce_close
@@ -25,12 +26,13 @@ async def write(
     request: web.Request,
     response: web.StreamResponse,
     send_timeout: float,
-    on_drop: Callable[[str], None],
+    on_drop: Callable[[str, str], None],
+    face: str,
 ) -> None:
     """Write the whole *response*, unless it was written before, and wait until the kernel has it.
 
-    *on_drop* is called with the reason when the client takes nothing for *send_timeout* seconds and is
-    dropped.
+    *on_drop* is called with *face* and the reason when the client takes nothing for *send_timeout* seconds
+    and is dropped.
 
     Raises:
         ConnectionError: the client has left, or is dropped.
@@ -38,17 +40,20 @@ async def write(
     transport = request.transport
     if response.prepared or transport is None or transport.is_closing():
         return
-    drain = request.writer.drain
-    if isinstance(response, ReadyResponse):
-        for piece in response.pieces(request):
-            transport.write(piece)
-            if transport.get_write_buffer_size() > HIGH_WATER:
-                await _watched(transport, drain, send_timeout, on_drop)
-    else:
+    if not isinstance(response, ReadyResponse):
         announce_close(request, response)
         await response.prepare(request)
         await response.write_eof()
-    await flush(transport, drain, send_timeout, on_drop)
+    else:
+        transport.write(response.first_piece(request))
+        if not transport.get_write_buffer_size() and response.fits_one_piece:
+            return
+        drain = request.writer.drain
+        for piece in response.more_pieces():
+            if transport.get_write_buffer_size() > HIGH_WATER:
+                await _watched(transport, drain, send_timeout, partial(on_drop, face))
+            transport.write(piece)
+    await flush(transport, request.writer.drain, send_timeout, partial(on_drop, face))
 
 
 async def flush(

@@ -89,6 +89,7 @@ class Gateway:
         self.lifetime.apply(bounds)
         for provider in self._router.providers.values():
             provider.on_wait = self.lifetime.make_room
+            provider.on_unsent = self.lifetime.unsent
 
     @property
     def running(self) -> int:
@@ -158,9 +159,10 @@ class Gateway:
         """
         self._check_running()
         if not request.resumable:
-            if request.caller.quota is None:
+            quota = request.caller.quota
+            if quota is None:
                 return await self._calls.answer(request)
-            with request.caller.quota.used():
+            with quota.used():
                 return await self._calls.answer(request)
         stream = self._existing(request)
         if stream is None:

@@ -223,7 +223,7 @@ class Router:
                     stream,
                     # A fallback uses its own model.
                     provider_request.model if provider is route.provider else None,
-                    fallback=any(other.health.available for other in providers),
+                    fallback=bool(providers) and any(p.health.available for p in providers),
                 )
             except ProviderFault as fault:
                 faults.append(fault)

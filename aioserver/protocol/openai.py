@@ -233,7 +233,9 @@ def usage_of(answer: object) -> dict[str, Any] | None:
     """
     if not isinstance(answer, dict):
         return None
-    for holder in (answer, answer.get("x_groq"), answer.get("response")):
+    if isinstance(usage := answer.get("usage"), dict):
+        return usage
+    for holder in (answer.get("x_groq"), answer.get("response")):
         if isinstance(holder, dict) and isinstance(usage := holder.get("usage"), dict):
             return usage
     return None

@@ -17,7 +17,7 @@ class BodySink:
     """
 
     def __init__(self, max_bytes: int, held: HeldBytes | None = None) -> None:
-        if held is not None:
+        if held is not None and held.size:
             held.reset()
         self._held = held
         self._parts: list[bytes] = []

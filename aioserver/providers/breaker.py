@@ -98,10 +98,12 @@ class Breaker:
         due = self._next_spared_trial if alternative else 0.0
         return max(0.0, max(due, self._next_trial) - self._clock())
 
-    @property
-    def next_trial(self) -> float:
-        """The seconds until the next trial may start at the earliest; 0.0 also while one is under way."""
-        return 0.0 if self._trials else self.delay()
+    def next_trial(self, *, alternative: bool = False) -> float:
+        """Return the seconds until the next trial may start; 0.0 also while one is under way.
+
+        *alternative* says that another provider can answer the requests that come.
+        """
+        return 0.0 if self._trials else self.delay(alternative=alternative)
 
     def first_in_turn(self) -> bool:
         """Count a request that would ask the provider first; return whether it does, though it is sick."""
@@ -122,11 +124,11 @@ class Breaker:
         was_dead = self.dead
         if was_dead:
             self._forget()
-        self._last_success = self._clock()
+        self._last_success = now = self._clock()
         self._failures = 0
         self.unreachable = False
         self._first_events.append(seconds)
-        self._remember(1, 0)
+        self._remember(now, 1, 0)
         return was_dead
 
     def failed(
@@ -145,7 +147,7 @@ class Breaker:
                 self._next_spared_trial = self._clock() + self._interval
             return False
         self.unreachable = unreachable
-        self._remember(0 if answered else 1, 1)
+        self._remember(self._clock(), 0 if answered else 1, 1)
         began = max(began, self._last_success)
         self._failing_since = min(self._failing_since, began) if self._failures else began
         self._failures += 1
@@ -177,9 +179,9 @@ class Breaker:
         ordered = sorted(self._first_events)
         return not ordered or seconds >= USUAL * ordered[len(ordered) // 2]
 
-    def _remember(self, attempts: int, failures: int) -> None:
+    def _remember(self, now: float, attempts: int, failures: int) -> None:
         """Count for the share of failures, and see whether the provider is sick by it."""
-        now, recent = self._clock(), self._recent
+        recent = self._recent
         recent.append((now, attempts, failures))
         self._recent_attempts += attempts
         self._recent_failures += failures

@@ -346,7 +346,8 @@ class Exchange:
         """
         if not self._done.done():
             # Its last chunk may still have to be read.
-            self.resume()
+            if self._paused:
+                self.resume()
             self._done.set_result(None)
             self._settle_after_last_chunk()
 
@@ -370,7 +371,8 @@ class Exchange:
         if protocol.exchange is not self:
             return
         done, parser = self._done, self._parser
-        self.resume()
+        if self._paused:
+            self.resume()
         ended_well = done.done() and not done.cancelled() and done.exception() is None
         # A silence that lasts until the end counts as any other. The record drops a silence before the
         # answer when the answer comes.

@@ -220,14 +220,14 @@ class StreamStore:
 class HeldBytes:
     """The bytes of one body that is collected or written, and that no log has.
 
-    `release` gives them back, also in a `with`; nothing is counted after it.
+    `release` gives them back, also in a `with`; nothing is counted after it. *size* is how many they are.
     """
 
-    __slots__ = ("_released", "_size", "_store")
+    __slots__ = ("_released", "_store", "size")
 
     def __init__(self, store: StreamStore) -> None:
         self._store = store
-        self._size = 0
+        self.size = 0
         self._released = False
 
     def grow(self, size: int) -> None:
@@ -238,17 +238,18 @@ class HeldBytes:
         """
         if not self._released:
             self._store.take(size)
-            self._size += size
+            self.size += size
 
     def reset(self) -> None:
         """Give the bytes back: another attempt begins anew."""
-        size, self._size = self._size, 0
+        size, self.size = self.size, 0
         self._store.give_back(size)
 
     def release(self) -> None:
         """Give the bytes back for good; a second call does nothing."""
         self._released = True
-        self.reset()
+        if self.size:
+            self.reset()
 
     def __enter__(self) -> Self:
         return self

@@ -142,7 +142,7 @@ def test_trials_come_one_each_half_second_and_three_at_once(clock: FakeClock) ->
 
     assert len(started) == MAX_TRIALS
     assert min(b - a for a, b in pairwise(started)) >= TRIAL_INTERVAL - 1e-9
-    assert (breaker.delay(), breaker.next_trial) == (inf, 0.0)
+    assert (breaker.delay(), breaker.next_trial()) == (inf, 0.0)
     breaker.failed(clock.now, trial=True)
     assert breaker.delay() == 0.0
 
