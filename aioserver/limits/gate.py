@@ -23,6 +23,7 @@ from math import inf
 from typing import TYPE_CHECKING, Protocol, Self
 
 from aioserver.limits.fair_queue import FairQueue
+from aioserver.limits.gcra import ROUNDING
 from aioserver.limits.waiter import Waiter, settled
 
 if TYPE_CHECKING:
@@ -158,7 +159,7 @@ class Gate:
     def serve(self) -> None:
         """Let in the waiters that may start now; called when a place or the pace has changed."""
         while self._queue and self._inside < self._limit:
-            if (delay := self._delay()) > 0:
+            if (delay := self._delay()) > ROUNDING:
                 if self._start_timer is not None:
                     self._start_timer.cancel()
                     self._start_timer = None
@@ -173,7 +174,7 @@ class Gate:
         """Return a place if one is free and nobody waits for it; *cost* counts for the pace."""
         if self._inside < self._limit and not self._queue and self._closed is None:
             paced = self._pace is not None
-            if paced and self._delay() > 0:
+            if paced and self._delay() > ROUNDING:
                 return None
             self._enter()
             self._entered += 1

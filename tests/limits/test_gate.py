@@ -755,6 +755,19 @@ async def test_a_free_place_is_not_enough_where_the_pace_is_slow() -> None:
     assert gate.inside == 0
 
 
+async def test_a_wait_that_only_rounding_has_made_is_none() -> None:
+    # A timer may come so much too early. Another one would be due at once, over and over.
+    pace = Steps(step=60.0)
+    gate = paced_gate(pace, queue_timeout=90.0)
+    waiter = await waiting(gate)
+    pace.free, pace.delay = 1, lambda ahead=0: 1e-13  # type: ignore[method-assign]
+
+    gate.serve()
+
+    (await waiter).release()
+    assert pace.started == 1
+
+
 async def test_nobody_overtakes_a_waiter_for_the_pace() -> None:
     pace = Steps()
     gate = paced_gate(pace)
