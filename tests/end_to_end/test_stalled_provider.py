@@ -8,8 +8,10 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from rich.console import Console
 
-from aioserver.commands.top.verdict import verdict
+from aioserver.commands.top.feed import State
+from aioserver.commands.top.screen import render
 from aioserver.providers.simulator.exchange import Behaviour
 from tests.support.chat import STREAMED, chat, until_status
 from tests.support.server import SILENT, SIM_HTTP_CLIENT
@@ -84,6 +86,16 @@ async def stalled(server: RunningServer, events: int) -> None:
     )
 
 
+def drawn(stats: Any) -> str:
+    """The screen of `top` for this snapshot."""
+    state = State("")
+    state.take(b"stats", stats)
+    console = Console(width=300)
+    with console.capture() as capture:
+        console.print(render(state))
+    return "".join(f"{line.rstrip()}\n" for line in capture.get().splitlines())
+
+
 def fields_of(caplog: pytest.LogCaptureFixture, event: str) -> list[dict[str, Any]]:
     lines: list[Any] = [line for line in caplog.records if line.getMessage() == event]
     return [line.fields for line in lines]
@@ -103,7 +115,7 @@ async def test_a_silence_that_goes_on_is_shown_everywhere(
         sim = stats["providers"]["sim"]
         silence = (await metric(server, "provider_silence_seconds"))["sim"]
         answers = (await metric(server, "provider_silent_answers"))["sim"]
-        level, line = verdict(stats, None)
+        kind = (await metric(server, "provider_trouble"))["sim"]
 
     text = f"sim has said nothing for 6 min in {CLIENTS} answers"
     assert before["trouble"] is None
@@ -118,11 +130,17 @@ async def test_a_silence_that_goes_on_is_shown_everywhere(
     assert (sim["trouble"]["kind"], sim["trouble"]["text"]) == ("silent", text)
     assert sim["trouble"]["since"] <= stats["time"] - LATER
     assert (silence >= LATER, answers) == (True, CLIENTS)
-    assert (level, line.startswith(text)) == ("error", True)
+    assert kind == 3  # silent
+    assert (stats["verdict"]["level"], stats["verdict"]["word"]) == ("error", "Stalled")
+    assert stats["verdict"]["text"] == text
+    assert f"x Stalled: {text}\n" in drawn(stats)
+    assert f"To do: {sim['trouble']['advice']}\n" in drawn(stats)
     incident = server.incidents()[-1]
     assert (incident["kind"], incident["severity"], incident["text"]) == ("silent", "error", text)
     logged = [line for line in caplog.records if line.getMessage() == text]
     assert [line.levelno for line in logged] == [logging.ERROR]
+    (fields,) = fields_of(caplog, text)
+    assert fields["advice"] == sim["trouble"]["advice"]
 
 
 @pytest.mark.parametrize("face", FACES)
@@ -202,13 +220,16 @@ async def test_answers_under_way_are_one_number_everywhere(
         await server.simulator.until(lambda stats: stats.active == places)
         await until(lambda: server.held()["sim waiting"] == CLIENTS - places)
         stats = shown(server)
-        level, line = verdict({**stats, "providers": {}, "loop": {}}, None)
         async with server.session.get(f"{server.base}/metrics") as response:
             metrics = await response.text()
 
     assert stats["requests"]["running"] == CLIENTS
     assert "running" not in stats["streams"]
-    assert (level, line.rpartition(", ")[2]) == ("ok", f"{CLIENTS} requests running")
+    assert (
+        f"places are taken, {CLIENTS} answer{'s' * (CLIENTS > 1)} under way."
+        in (stats["verdict"]["detail"])
+    )
+    assert f" {CLIENTS} running" in drawn(stats)
     assert f"aioserver_streams {CLIENTS}.0\n" in metrics
 
 
