@@ -19,7 +19,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Self, TypeVar
 
 from aioserver.auth.callers import CALLER
-from aioserver.errors import AioserverError, ConcurrencyExceeded, ServerAtCapacity
+from aioserver.errors import AioserverError, ConcurrencyExceeded, ServerAtCapacity, public
 from aioserver.faces import whole
 from aioserver.faces.http import Request, error_response
 from aioserver.faces.idle_sockets import IdleSockets
@@ -373,5 +373,7 @@ class SocketPlace:
             else:
                 self._on_entered()
         elif not self._over:
-            assert isinstance(error, AioserverError)
-            self._on_refused(error)
+            if not isinstance(error, AioserverError):
+                logger.error("bug in a socket's wait", exc_info=error)
+                self._admission.metrics.bugs.value += 1
+            self._on_refused(public(error))

@@ -19,7 +19,6 @@ from aioserver.errors import InvalidRequest, ResumeGap, StreamNotFound
 from aioserver.faces import openai
 from aioserver.faces.admission import counted
 from aioserver.protocol.responses import ResponseEvents
-from aioserver.providers.request import Answer
 from aioserver.streams.entries import COMPLETE
 
 if TYPE_CHECKING:
@@ -75,16 +74,16 @@ async def retrieve(
     stream, after = position
     if after is not None:
         return await openai.follow_stream(context, request, stream, after)
-    if (answer := _whole(stream)) is not None:
-        return openai.whole(request, answer)
+    if stream.details.whole is not None:
+        return await openai.write_kept(context, request, stream)
     return web.json_response(newest(stream), dumps=_text)
 
 
 async def cancel(context: Context, request: web.Request) -> web.StreamResponse:
     """Answer `POST /v1/responses/{id}/cancel`. A response that has ended stays as it is."""
     stream = context.gateway.cancel(request[CALLER], find(context, request).request_id)
-    if (answer := _whole(stream)) is not None:
-        return openai.whole(request, answer)
+    if stream.details.whole is not None:
+        return await openai.write_kept(context, request, stream)
     response = newest(stream)
     if stream.end_status != COMPLETE:
         response["status"] = "cancelled"
@@ -130,12 +129,6 @@ def newest(stream: Stream) -> dict[str, Any]:
     if response is None:
         raise StreamNotFound(NOT_FOUND)
     return response
-
-
-def _whole(stream: Stream) -> Answer | None:
-    """Return the response if it was not streamed."""
-    whole = stream.details.whole
-    return whole if isinstance(whole, Answer) else None
 
 
 def _remembered(stream: Stream) -> ResponseEvents | None:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import TYPE_CHECKING
 
-from aioserver.errors import ModelNotFound
+from aioserver.errors import AioserverError, ModelNotFound
 from aioserver.provider_errors import (
     CircuitOpen,
     NoProvider,
@@ -307,6 +307,10 @@ class Router:
                     provider.meter.retries_refused.value += 1
                     raise
                 provider.meter.retries[fault.code].value += 1
+            except AioserverError as error:
+                # Raised by us, perhaps since there is no room for the answer that comes.
+                error.paid = record.sent_at > 0
+                raise
             else:
                 return attempt
             await asyncio.sleep(pause)

@@ -199,6 +199,9 @@ class Attempt:
                 sink = EventSink(stream, responses=request.path.endswith("responses"))
         else:
             limit = self.provider.max_response_bytes if good else MAX_ERROR_BYTES
+            if stream is not None and request.reading is not None:
+                # It is parsed at once, and becomes one event of the log.
+                limit = min(limit, stream.max_bytes)
             sink = BodySink(limit, request.answer_bytes)
         self.sink = sink
         check_uncompressed(headers)

@@ -164,9 +164,12 @@ class Provider:
             raise
         finally:
             attempt.ended()
-            if place is not None:
-                place.release()
-            self._attempt_ended(attempt, error)
+            try:
+                if place is not None:
+                    # The next request may start at once, and tell its client.
+                    place.release()
+            finally:
+                self._attempt_ended(attempt, error)
 
     def head_received(self, attempt: Attempt) -> None:
         """Learn from the head of an answer: its headers tell what is left of the provider's limits."""

@@ -760,7 +760,7 @@ async def test_a_wait_that_only_rounding_has_made_is_none() -> None:
     pace = Steps(step=60.0)
     gate = paced_gate(pace, queue_timeout=90.0)
     waiter = await waiting(gate)
-    pace.free, pace.delay = 1, lambda ahead=0: 1e-13  # type: ignore[method-assign,misc]
+    pace.free, pace.delay = 1, lambda ahead=0: 1e-13  # type: ignore[method-assign]
 
     gate.serve()
 
