@@ -127,6 +127,9 @@ class World:
             counts[f"{name} places"] = stats.queue.inside
             counts[f"{name} waiting"] = stats.queue.waiting
             counts[f"{name} busy"] = stats.pool.open - stats.pool.idle
+        if self._plan.drains:
+            # A server that has stopped forgets no answer: its process ends.
+            del counts["kept"], counts["kept bytes"]
         return {name: count for name, count in counts.items() if count}
 
     async def operate(self, name: str, moment: float, server: Server, runner: Runner, reload: Reload, base: str) -> None:
@@ -139,7 +142,7 @@ class World:
         changes = dict(self._plan.changes)
         if name == "reload limits":
             changes["chat.websocket.concurrency.max_connections"] = 7
-            changes["llm.providers.sim.http_client.concurrent_requests"] = 3
+            changes["llm.providers.sim.http_client.concurrent_requests"] = 2
         else:
             changes["llm.providers.sim.http_client.max_connections"] = 201
             changes["llm.providers.sim.http_client.keepalive_expiry"] = 1.0
