@@ -141,7 +141,7 @@ class World:
         self._reloaded = True
         changes = dict(self._plan.changes)
         if name == "reload limits":
-            changes["chat.websocket.concurrency.max_connections"] = 7
+            changes["chat.websocket.concurrency.max_connections"] = 5
             changes["llm.providers.sim.http_client.concurrent_requests"] = 2
         else:
             changes["llm.providers.sim.http_client.max_connections"] = 201
