@@ -42,7 +42,7 @@ class Client:
         self._number = number
         self._base = base
         # Of its own, so that it does the same in a run without the others.
-        self._dice = random.Random(f"client {plan.seed} {number}")  # noqa: S311
+        self._dice = random.Random(f"client {plan.seed} {number}")
         dice = self._dice
         self.face = dice.choice(plan.faces)
         thrown, fault = dice.random(), dice.choice(plan.provider_faults)
@@ -63,6 +63,11 @@ class Client:
         self.outcome = ""
         self.begins = dice.uniform(0.0, plan.spread)
         self.session: aiohttp.ClientSession
+
+    @property
+    def has_id(self) -> bool:
+        """Whether the question has an id, by which it is known when it is sent again."""
+        return self.face in {"websocket", "sse", "keyed stream", "keyed whole"}
 
     def dial(self) -> Dial:
         """Draw the next connection of this client."""
@@ -93,7 +98,7 @@ class Client:
                         twin = Client(self._plan, self._number, self._base)
                         twin.session, twin.question = self.session, self.question
                         twin.reading = Reading(self.question)
-                        twin._habits = {}  # noqa: SLF001 - a client of the same class
+                        twin._habits = {}
                         both = asyncio.gather(
                             asks(), getattr(twin, asks.__name__)(), return_exceptions=True
                         )
@@ -233,7 +238,9 @@ class Client:
     async def _stream(self) -> None:
         reading = Reading(self.question)
         async with self.session.post(
-            f"{self._base}/v1/chat/completions", json=self._body(stream=True), headers=self._headers()
+            f"{self._base}/v1/chat/completions",
+            json=self._body(stream=True),
+            headers=self._headers(),
         ) as response:
             if response.status != 200:
                 await self._refused(response)
@@ -270,7 +277,9 @@ class Client:
 
     async def _whole(self) -> None:
         async with self.session.post(
-            f"{self._base}/v1/chat/completions", json=self._body(stream=False), headers=self._headers()
+            f"{self._base}/v1/chat/completions",
+            json=self._body(stream=False),
+            headers=self._headers(),
         ) as response:
             if response.status != 200:
                 await self._refused(response)
@@ -318,16 +327,18 @@ class Client:
             if not end:
                 raise Violation("a response without an end")
         if end == "complete" and text != self.question.answer:
-            raise Violation(f"completed with {len(text)} of {len(self.question.answer)} characters")
+            raise Violation(
+                f"completed with {len(text)} of {len(self.question.answer)} characters"
+            )
         self.outcome = end
 
     async def _refused(self, response: aiohttp.ClientResponse) -> None:
         """Note a refusal, which must say what it is, and when to come back if that is soon."""
         body = json.loads(await response.read())
         code = body["error"]["code"]
-        if response.status == 503 and code in {"server_at_capacity", "provider_queue_full"}:
-            if not 1 <= float(response.headers.get("Retry-After", "0")) <= 120:
-                raise Violation(f"{code} without a plausible Retry-After")
+        seconds = float(response.headers.get("Retry-After", "0"))
+        if code in {"server_at_capacity", "provider_queue_full"} and not 1 <= seconds <= 120:
+            raise Violation(f"{code} without a plausible Retry-After")
         if response.status == 500:
             raise Violation(f"500: {code}")
         self.outcome = f"refused: {code}"

@@ -6,10 +6,11 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 
 from tests.simulation.clock import Clock
-from tests.simulation.network import FakeSocket, Listener, Network
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from tests.simulation.network import FakeSocket, Network
 
     Factory = Callable[[], asyncio.Protocol]
 
@@ -54,7 +55,9 @@ class SimulatedLoop(asyncio.BaseEventLoop):
     def _write_to_self(self) -> None:
         """Do nothing: there is no other thread that could wait for the loop."""
 
-    def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> Any:
+    def run_in_executor(  # type: ignore[override]
+        self, executor: Any, func: Callable[..., Any], *args: Any
+    ) -> Any:
         """Run *func* at once: a thread would have a time of its own."""
         future = self.create_future()
         try:
@@ -63,7 +66,9 @@ class SimulatedLoop(asyncio.BaseEventLoop):
             future.set_exception(exc)
         return future
 
-    async def create_server(self, protocol_factory: Factory, *_args: Any, **_kwargs: Any) -> Any:
+    async def create_server(  # type: ignore[override]
+        self, protocol_factory: Factory, *_args: Any, **_kwargs: Any
+    ) -> Any:
         """Listen on a free port of the network."""
         return self.network.listen(protocol_factory)
 
@@ -72,6 +77,3 @@ class SimulatedLoop(asyncio.BaseEventLoop):
     ) -> tuple[asyncio.Transport, asyncio.Protocol]:
         """Connect to the listener at the address of *sock*."""
         return await self.network.connect(protocol_factory, sock)
-
-
-__all__ = ["Deadlock", "Listener", "SimulatedLoop"]

@@ -140,7 +140,7 @@ class Network:
         Raises:
             ConnectionRefusedError: nobody listens there, or the dial is refused.
         """
-        dial = sock.dial or Dial(random.Random(self._dice.random()))  # noqa: S311 - no secret
+        dial = sock.dial or Dial(random.Random(self._dice.random()))
         await asyncio.sleep(dial.there.latency + dial.accept_after)
         listener = self.listeners.get(sock.address[1])
         if listener is None or dial.refused:

@@ -13,12 +13,29 @@ from typing import Any
 from tests.simulation.network import GOOD, Dial, Faults
 
 # What may go wrong on a connection.
-NETWORK_FAULTS = ("reset", "stall", "black hole", "slow link", "full accept queue", "refused", "small kernel")
+NETWORK_FAULTS = (
+    "reset",
+    "stall",
+    "black hole",
+    "slow link",
+    "full accept queue",
+    "refused",
+    "small kernel",
+)
 # What clients do beside asking and reading.
 HABITS = ("leave", "return", "cancel", "ask twice", "read slowly", "half close")
 # Faults of the simulated provider; `<n>` is a number of tokens.
 PROVIDER_FAULTS = (
-    *("status-500", "status-503", "slow-down", "capacity", "retry-after-ms", "drop", "not-http", "html"),
+    *(
+        "status-500",
+        "status-503",
+        "slow-down",
+        "capacity",
+        "retry-after-ms",
+        "drop",
+        "not-http",
+        "html",
+    ),
     *("cut-<n>", "cut-mid-<n>", "bad-chunk-<n>", "end-<n>", "error-event-<n>", "error-chunk-<n>"),
     *("stall-<n>", "half-line-<n>", "comments-stall-<n>", "head-only", "silent"),
     *("bad-json-<n>", "bad-utf8-<n>", "no-done", "early-done-<n>", "after-done", "flap-<n>"),
@@ -26,8 +43,26 @@ PROVIDER_FAULTS = (
 # Those after which no answer may end well.
 NEVER_WHOLE = frozenset(
     {
-        *("cut", "cut-mid", "bad-chunk", "end", "error-event", "error-chunk", "stall", "half-line"),
-        *("comments-stall", "head-only", "silent", "drop", "not-http", "html", "status-500", "capacity"),
+        *(
+            "cut",
+            "cut-mid",
+            "bad-chunk",
+            "end",
+            "error-event",
+            "error-chunk",
+            "stall",
+            "half-line",
+        ),
+        *(
+            "comments-stall",
+            "head-only",
+            "silent",
+            "drop",
+            "not-http",
+            "html",
+            "status-500",
+            "capacity",
+        ),
     }
 )
 FACES = ("websocket", "sse", "stream", "whole", "keyed stream", "keyed whole", "responses")
@@ -66,7 +101,7 @@ class Plan:
 
 def draw(seed: int, clients: int) -> Plan:
     """Return the plan of *seed*, for *clients* clients."""
-    dice = random.Random(f"plan {seed}")  # noqa: S311 - no secret comes from it
+    dice = random.Random(f"plan {seed}")
     http, gate, streams = (
         "llm.providers.sim.http_client",
         "chat.websocket.concurrency",
@@ -111,9 +146,7 @@ def draw(seed: int, clients: int) -> Plan:
         habits=_some(dice, HABITS),
         provider_fault_share=dice.choice((0.0, 0.0, 0.1, 0.5)),
         provider_faults=tuple(dice.sample(PROVIDER_FAULTS, dice.randrange(1, 6))),
-        operations={
-            name: dice.uniform(1.0, 40.0) for name in OPERATIONS if dice.random() < 0.25
-        },
+        operations={name: dice.uniform(1.0, 40.0) for name in OPERATIONS if dice.random() < 0.25},
         changes=changes,
     )
 
@@ -126,7 +159,7 @@ def dial(plan: Plan, dice: random.Random) -> Dial:
     """Draw how a connection of *plan* is made, by the *dice* of its client."""
     accept_after = dice.uniform(0.5, 5.0) if _happens(plan, "full accept queue", dice) else 0.0
     return Dial(
-        random.Random(dice.random()),  # noqa: S311
+        random.Random(dice.random()),
         there=_direction(plan, dice),
         back=_direction(plan, dice),
         accept_after=accept_after,

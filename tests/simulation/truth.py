@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from aioserver.providers.simulator import model
 from tests.simulation.plan import NEVER_WHOLE
@@ -21,8 +21,11 @@ class Question:
     text: str
     tokens: int
     fault: str = ""
-    # The calls of the provider for it, and those of them that sent anything of an answer.
-    calls: int = 0
+
+    @property
+    def name(self) -> str:
+        """The first word of the text, which no other question has."""
+        return self.text.partition(" ")[0]
 
     @property
     def model(self) -> str | None:
@@ -53,7 +56,6 @@ class Reading:
     text: str = ""
     # How the answer ended; empty while it has not.
     end: str = ""
-    pieces: list[str] = field(default_factory=list)
 
     def number(self, event_id: int) -> None:
         """Note the number of an event."""
@@ -79,4 +81,6 @@ class Reading:
         if not self.question.may_be_whole:
             raise Violation(f"complete, though the provider failed by {self.question.fault}")
         if self.text != self.question.answer and not self.question.fault.startswith("early-done"):
-            raise Violation(f"complete with {len(self.text)} characters of {len(self.question.answer)}")
+            raise Violation(
+                f"complete with {len(self.text)} characters of {len(self.question.answer)}"
+            )

@@ -9,19 +9,23 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import re
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict, deque
+from contextvars import ContextVar
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
-import aiohttp.connector
+import aiohappyeyeballs
 from aiohttp import web_app
 
 from aioserver.config import Configuration
 from aioserver.errors import ConfigurationError
 from aioserver.providers.simulator.exchange import Behaviour
-from aioserver.providers.simulator.server import Simulator
+from aioserver.providers.simulator.server import ReceivedRequest, Simulator
 from aioserver.server.app import open_server
 from aioserver.server.reload import Reload
 from aioserver.server.runner import Runner
@@ -29,7 +33,6 @@ from tests.simulation import clock
 from tests.simulation.clients import Client
 from tests.simulation.loop import SimulatedLoop
 from tests.simulation.network import FakeSocket, Network
-from tests.simulation.truth import Violation
 from tests.support.server import configured, write
 
 if TYPE_CHECKING:
@@ -38,9 +41,9 @@ if TYPE_CHECKING:
     from aiohttp import web
 
     from aioserver.server.app import Server
-    from tests.simulation.network import Dial
     from tests.simulation.plan import Plan
 
+_QUESTION = re.compile(rb"q[0-9]+(?= word)")
 # Seconds after the last client until everything must be given back: the longest window, and some more.
 AFTERWARDS = 120.0
 
@@ -56,16 +59,43 @@ class Outcome:
     connections: int = 0
 
 
-class CountingSimulator(Simulator):
-    """The simulated provider, which notes the calls for each question."""
+@dataclass(slots=True)
+class Call:
+    """One request to the provider: the first word of its question, and whether an answer has begun."""
+
+    question: str = ""
+    begun: bool = False
+
+
+CALL: ContextVar[Call] = ContextVar("CALL")
+
+
+class _Received(deque[ReceivedRequest]):
+    """The requests of a provider, each of which names its question in the call of its task."""
+
+    def append(self, received: ReceivedRequest) -> None:
+        match = _QUESTION.search(received.body)
+        CALL.get().question = match[0].decode() if match else ""
+
+
+class NotingSimulator(Simulator):
+    """The simulated provider, which notes when it has begun to answer each question."""
 
     def __init__(self, behaviour: Behaviour, seed: int) -> None:
-        super().__init__(behaviour, seed=seed, keep=0)
-        # By the first word of the question: the calls that began to answer.
-        self.answered: Counter[str] = Counter()
+        super().__init__(behaviour, seed=seed)
+        self.requests = _Received()
+        self.begun: dict[str, list[float]] = defaultdict(list)
 
     async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
+        CALL.set(Call())
         return await super()._answer(request)
+
+    def _count_token(self) -> None:
+        super()._count_token()
+        call = CALL.get()
+        if not call.begun:
+            call.begun = True
+            self.begun[call.question].append(clock.Clock.now)
 
 
 class World:
@@ -99,7 +129,9 @@ class World:
             if not self._reloaded and one.inside > one.limit:
                 self.broken(f"{one.inside} of {one.limit} places are taken: {name}")
         if gate.waiting and gate.inside < gate.limit:
-            self.broken(f"{gate.waiting} clients wait while {gate.limit - gate.inside} places are free")
+            self.broken(
+                f"{gate.waiting} clients wait while {gate.limit - gate.inside} places are free"
+            )
         stats = server.streams.stats()
         if stats.bytes > stats.max_bytes + SLACK:
             self.broken(f"{stats.bytes} of {stats.max_bytes} bytes are kept")
@@ -132,7 +164,18 @@ class World:
             del counts["kept"], counts["kept bytes"]
         return {name: count for name, count in counts.items() if count}
 
-    async def operate(self, name: str, moment: float, server: Server, runner: Runner, reload: Reload, base: str) -> None:
+    def check_calls(self, client: Client, begun: list[float]) -> None:
+        """Check that no answer of an id was asked for twice while it was kept."""
+        window = self._plan.changes["chat.streams.resume_window"]
+        if not client.has_id or client.question.fault:
+            return
+        for first, second in pairwise(begun):
+            if second - first < window:
+                self.broken(f"client {client.question.number} ({client.face}) was answered twice")
+
+    async def operate(
+        self, name: str, moment: float, server: Server, runner: Runner, reload: Reload, base: str
+    ) -> None:
         """Do *name* at *moment*, as an operator would."""
         await asyncio.sleep(moment)
         if name == "drain":
@@ -163,7 +206,7 @@ def play(plan: Plan, only: Collection[int] | None = None) -> Outcome:
     """Run *plan*, or its clients *only*, and return what happened."""
     clock.seed(plan.seed)
     outcome = Outcome(plan)
-    network = Network(random.Random(f"network {plan.seed}"))  # noqa: S311 - no secret comes from it
+    network = Network(random.Random(f"network {plan.seed}"))
     loop = SimulatedLoop(network)
     asyncio.set_event_loop(loop)
     faults: list[dict[str, Any]] = []
@@ -197,21 +240,31 @@ async def _run(
     dialers: dict[asyncio.Task[Any], Client] = {}
 
     async def start_connection(addr_infos: Any, **_kwargs: Any) -> FakeSocket:
-        address = addr_infos[0][4]
         client = dialers.get(_current())
-        dial: Dial | None = client.dial() if client is not None else provider_dial()
-        return FakeSocket(address, dial)
+        # The server's own connections to its provider are good: the provider has faults of its own.
+        return FakeSocket(addr_infos[0][4], None if client is None else client.dial())
 
-    dice = random.Random(f"provider {plan.seed}")  # noqa: S311 - no secret comes from it
+    with mock.patch.object(aiohappyeyeballs, "start_connection", start_connection):
+        await _play(plan, world, outcome, network, only, dialers)
 
-    def provider_dial() -> Dial | None:
-        return None
 
-    aiohttp.connector.aiohappyeyeballs.start_connection = start_connection
-    behaviour = Behaviour(ttft=dice.choice((0.0, 0.2, 2.0)), interval=dice.choice((0.0, 0.03, 0.2)))
+async def _play(
+    plan: Plan,
+    world: World,
+    outcome: Outcome,
+    network: Network,
+    only: Collection[int] | None,
+    dialers: dict[asyncio.Task[Any], Client],
+) -> None:
+    dice = random.Random(f"provider {plan.seed}")
+    behaviour = Behaviour(
+        ttft=dice.choice((0.0, 0.2, 2.0)), interval=dice.choice((0.0, 0.03, 0.2))
+    )
     with tempfile.TemporaryDirectory() as folder:
-        async with CountingSimulator(behaviour, plan.seed) as simulator:
-            configuration = configured(simulator.base_url, plan.changes, Path(folder) / "config.yaml")
+        async with NotingSimulator(behaviour, plan.seed) as simulator:
+            configuration = configured(
+                simulator.base_url, plan.changes, Path(folder) / "config.yaml"
+            )
             async with open_server(configuration.settings) as server:
                 runner = Runner(server)
                 await runner.setup()
@@ -242,6 +295,8 @@ async def _run(
                         outcome.ends["violation"] += 1
                     else:
                         outcome.ends[client.outcome] += 1
+                for client in clients:
+                    world.check_calls(client, simulator.begun[client.question.name])
                 if operations:
                     await asyncio.gather(*operations)
                 await asyncio.sleep(AFTERWARDS)
