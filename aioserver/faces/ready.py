@@ -55,6 +55,13 @@ def _head(
     return _HEAD.format(date(), request_id(request), lines, framing, value).encode("latin-1")
 
 
+def pieces_of(body: bytes) -> Iterator[memoryview]:
+    """Yield *body* in pieces of HIGH_WATER bytes at most, without a copy."""
+    view = memoryview(body)
+    for start in range(0, len(body), HIGH_WATER):
+        yield view[start : start + HIGH_WATER]
+
+
 class ReadyResponse(web.StreamResponse):
     """A 200 with a whole *body*, for a request that `fits`."""
 
@@ -89,10 +96,9 @@ class ReadyResponse(web.StreamResponse):
         if len(body) <= HIGH_WATER:
             yield head + body
             return
-        view = memoryview(body)
-        yield head + view[:HIGH_WATER]
-        for start in range(HIGH_WATER, len(body), HIGH_WATER):
-            yield view[start : start + HIGH_WATER]
+        first, *others = pieces_of(body)
+        yield head + first
+        yield from others
 
     async def write_eof(self, data: bytes = b"") -> None:
         """Do nothing: `prepare` has written the whole response."""

@@ -8,16 +8,17 @@ the log's own numbers have no part in it.
 
 from __future__ import annotations
 
+import contextlib
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import orjson
 from aiohttp import web
 
 from aioserver.auth.callers import CALLER
 from aioserver.errors import InvalidRequest, ResumeGap, StreamNotFound
 from aioserver.faces import openai
 from aioserver.faces.admission import counted
+from aioserver.faces.whole import write
 from aioserver.protocol.responses import ResponseEvents
 from aioserver.providers.request import Answer
 from aioserver.streams.entries import COMPLETE
@@ -75,20 +76,38 @@ async def retrieve(
     stream, after = position
     if after is not None:
         return await openai.follow_stream(context, request, stream, after)
-    if (answer := _whole(stream)) is not None:
-        return openai.whole(request, answer)
-    return web.json_response(newest(stream), dumps=_text)
+    return await _write(context, request, stream)
 
 
 async def cancel(context: Context, request: web.Request) -> web.StreamResponse:
     """Answer `POST /v1/responses/{id}/cancel`. A response that has ended stays as it is."""
     stream = context.gateway.cancel(request[CALLER], find(context, request).request_id)
-    if (answer := _whole(stream)) is not None:
-        return openai.whole(request, answer)
-    response = newest(stream)
-    if stream.end_status != COMPLETE:
-        response["status"] = "cancelled"
-    return web.json_response(response, dumps=_text)
+    return await _write(context, request, stream, cancelled=stream.end_status != COMPLETE)
+
+
+async def _write(
+    context: Context, request: web.Request, stream: Stream, *, cancelled: bool = False
+) -> web.StreamResponse:
+    """Write the response of *stream* as it is now; its bytes count until the client has taken them.
+
+    Raises:
+        StreamNotFound: see `newest`.
+        ServerAtCapacity: there is no room for a response that is not whole in the log.
+        ConnectionError: the client has left, or is dropped.
+    """
+    gateway, admission = context.gateway, context.admission
+    response: web.StreamResponse
+    with contextlib.ExitStack() as stack:
+        if (answer := _whole(stream)) is not None:
+            stack.enter_context(gateway.reading(stream))
+            response = openai.whole(request, answer)
+        else:
+            body = newest(stream, "cancelled" if cancelled else "")
+            stack.enter_context(gateway.hold()).grow(len(body))
+            response = web.Response(body=body, content_type="application/json", charset="utf-8")
+        drop = partial(admission.dropped, "openai")
+        await write(request, response, admission.send_timeout, drop)
+    return response
 
 
 def find(context: Context, request: web.Request) -> Stream:
@@ -119,14 +138,14 @@ def event_of(stream: Stream, sequence: int) -> int:
     return number
 
 
-def newest(stream: Stream) -> dict[str, Any]:
-    """Return the response object that the provider sent last.
+def newest(stream: Stream, status: str = "") -> bytes:
+    """Return the JSON of the response object that the provider sent last, with another *status* if one is passed.
 
     Raises:
         StreamNotFound: no event had a response, or *stream* is no response.
     """
     events = _remembered(stream)
-    response = None if events is None else events.response
+    response = None if events is None else events.newest(status)
     if response is None:
         raise StreamNotFound(NOT_FOUND)
     return response
@@ -141,7 +160,3 @@ def _whole(stream: Stream) -> Answer | None:
 def _remembered(stream: Stream) -> ResponseEvents | None:
     events = stream.details.error_format
     return events if isinstance(events, ResponseEvents) else None
-
-
-def _text(value: object) -> str:
-    return orjson.dumps(value).decode()

@@ -4,6 +4,8 @@ aiohttp writes a response after its handler has returned, when the connection's 
 number of clients that read nothing could then hold an answer each. Here the response is in the
 kernel, whole, before the handler returns, and a client that takes nothing for `send_timeout` is
 dropped, also on a UNIX socket, where no kernel would do so.
+
+The transport gets a body in pieces of HIGH_WATER bytes, so that it never holds a second copy of it.
 """
 
 from __future__ import annotations
@@ -11,14 +13,15 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
+from aiohttp import web
+from aiohttp.http import StreamWriter
+
 from aioserver.faces.http import announce_close
-from aioserver.faces.ready import HIGH_WATER, ReadyResponse
+from aioserver.faces.ready import HIGH_WATER, ReadyResponse, pieces_of
 from aioserver.limits.write_watchdog import WriteWatchdog, reset
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
-
-    from aiohttp import web
 
 
 async def write(
@@ -44,9 +47,22 @@ async def write(
             transport.write(piece)
             if transport.get_write_buffer_size() > HIGH_WATER:
                 await _watched(transport, drain, send_timeout, on_drop)
+                _check_connected(request)
     else:
         announce_close(request, response)
-        await response.prepare(request)
+        writer = await response.prepare(request)
+        body = response.body if isinstance(response, web.Response) else None
+        if isinstance(body, bytes) and request.method != "HEAD":
+            assert isinstance(writer, StreamWriter)
+            for piece in pieces_of(body):
+                # Without aiohttp's own wait for the client, which nothing bounds.
+                await writer.write(piece, drain=False)
+                if transport.get_write_buffer_size() > HIGH_WATER:
+                    await _watched(transport, drain, send_timeout, on_drop)
+                    _check_connected(request)
+            assert isinstance(response, web.Response)
+            # Otherwise aiohttp would write it again.
+            response.body = None
         await response.write_eof()
     await flush(transport, drain, send_timeout, on_drop)
 
@@ -71,6 +87,11 @@ async def flush(
         if not transport.is_closing():
             # asyncio's own limits, which the writers of streams count on.
             transport.set_write_buffer_limits()
+
+
+def _check_connected(request: web.Request) -> None:
+    if request.transport is None:
+        raise ConnectionResetError("the client has left")
 
 
 async def _watched(

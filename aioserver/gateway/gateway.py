@@ -12,6 +12,7 @@ streams/lifetime.py decides how long an answer lives that nobody reads.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import uuid
 from operator import attrgetter
@@ -142,7 +143,10 @@ class Gateway:
         return stream
 
     def hold(self) -> HeldBytes:
-        """Return a count of the bytes of an answer that no log keeps, for `call`."""
+        """Return a count of the bytes of an answer that no log keeps, for `call`.
+
+        It is released once the answer is written. Until then a log that keeps the answer is not dropped.
+        """
         return self._streams.hold()
 
     async def call(self, request: Request) -> Answer:
@@ -157,6 +161,8 @@ class Gateway:
             AioserverError: as `ask`.
         """
         self._check_running()
+        # The count of whoever writes the answer, if it is counted there.
+        writing = request.provider_request.answer_bytes
         if not request.resumable:
             if request.caller.quota is None:
                 return await self._calls.answer(request)
@@ -166,18 +172,30 @@ class Gateway:
         if stream is None:
             stream = self._open(request)
             self._start_producer(stream, request, self._produce_whole(request, stream))
-        reader = ConditionReader(stream, ENDED)
-        self.lifetime.reader_added(stream)
-        try:
+        with contextlib.ExitStack() as until_written:
+            reader = until_written.enter_context(self.reading(stream))
             await reader.reached
             # Read before the reader leaves: a stream whose window is 0 is forgotten then.
             answer = stream.details.whole
+            if isinstance(answer, Answer):
+                if writing is not None:
+                    writing.on_release = until_written.pop_all().close
+                return answer
+        raise stream.error or StreamNotFound("this answer was cancelled")
+
+    @contextlib.contextmanager
+    def reading(self, stream: Stream) -> Iterator[ConditionReader]:
+        """Let *stream* have a reader in the `with`, whose *reached* is done once the stream has ended.
+
+        A stream with a reader is not dropped, so that what it keeps stays counted.
+        """
+        reader = ConditionReader(stream, ENDED)
+        self.lifetime.reader_added(stream)
+        try:
+            yield reader
         finally:
             reader.leave()
             self.lifetime.reader_removed(stream)
-        if isinstance(answer, Answer):
-            return answer
-        raise stream.error or StreamNotFound("this answer was cancelled")
 
     def find(self, caller: Caller, request_id: str, digest: bytes | None = None) -> Stream:
         """Return the caller's stream of *request_id*; with a *digest*, only that of the same request.
@@ -364,8 +382,8 @@ class Gateway:
         record.usage = stream.details.usage
         record.abandoned = stream.attachment.abandoned
         self._request_log.finish(record, stream.error, cancelled=stream.end_status == CANCELLED)
-        # The stream is kept for its window; the provider's objects are needed no longer.
-        record.usage = stream.details.usage = None
+        # The stream is kept for its window; the provider's objects and the request are needed no longer.
+        record.usage = stream.details.usage = stream.attachment.request = None
 
     def _cancel_producer(self, stream: Stream) -> None:
         task = self._tasks.get(stream)

@@ -60,6 +60,8 @@ class StreamStore:
         self._dropping = False
         # Called with each stream that has its last event.
         self.on_finished: Callable[[Stream], None] = lambda _stream: None
+        # Called with each stream that is dropped.
+        self.on_dropped: Callable[[Stream], object] = lambda _stream: None
 
     def apply(self, *, max_stream_bytes: int, max_kept_bytes: int) -> None:
         """Use new bounds; a log keeps the `max_stream_bytes` that it began with."""
@@ -131,6 +133,7 @@ class StreamStore:
             if not owned:
                 del self._owned[owner]
         self._bytes -= stream.forget()
+        self.on_dropped(stream)
 
     def count_bytes(self, _stream: Stream, size: int) -> None:
         """Note that a log has grown by *size* bytes; negative: it has shrunk."""
@@ -220,15 +223,17 @@ class StreamStore:
 class HeldBytes:
     """The bytes of one body that is collected or written, and that no log has.
 
-    `release` gives them back, also in a `with`; nothing is counted after it.
+    `release` gives them back, also in a `with`; nothing is counted after it. Then *on_release* is
+    called, once.
     """
 
-    __slots__ = ("_released", "_size", "_store")
+    __slots__ = ("_released", "_size", "_store", "on_release")
 
     def __init__(self, store: StreamStore) -> None:
         self._store = store
         self._size = 0
         self._released = False
+        self.on_release: Callable[[], None] | None = None
 
     def grow(self, size: int) -> None:
         """Count another *size* bytes.
@@ -249,6 +254,9 @@ class HeldBytes:
         """Give the bytes back for good; a second call does nothing."""
         self._released = True
         self.reset()
+        on_release, self.on_release = self.on_release, None
+        if on_release is not None:
+            on_release()
 
     def __enter__(self) -> Self:
         return self

@@ -324,6 +324,8 @@ class Stream:
         self.recount()
         for reader in tuple(self.readers):
             reader.notify()
+        # The rendering of an event may be as large as the log, and is not counted.
+        self.rendered = None
         self.trim()
         if self._store is not None:
             self._store.note_end(self)

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from aioserver.auth.callers import anonymous
 from aioserver.providers.simulator.exchange import Behaviour
+from aioserver.streams.stream import Stream
 from tests.support.chat import STREAMED, big, chat, frames_of, to_end
 from tests.support.raw import SMALL, Raw
 from tests.support.scripted_provider import EVENT_STREAM, LAST_CHUNK, Peer, ScriptedProvider, chunk
-from tests.support.server import SIM_HTTP_CLIENT
+from tests.support.server import NOWHERE, SIM_HTTP_CLIENT
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
@@ -32,7 +34,9 @@ HEADERS = tuple((f"x-ratelimit-{number}", "9" * 200) for number in range(40))
 
 async def frames(server: RunningServer, number: int) -> None:
     async with server.connect() as ws:
-        await ws.send_json(chat(f"r{number}", "word " * 20))
+        # Not a text, which the history of its conversation would keep as well.
+        messages = [{"role": "user", "content": "word " * 20}]
+        await ws.send_json(chat(f"r{number}", messages=messages))
         await to_end(ws)
 
 
@@ -81,6 +85,37 @@ async def test_many_small_answers_cost_little_more_than_is_counted(
 
     counted = store.stats().bytes - before.bytes
     assert real < MULTIPLE * counted
+
+
+@pytest.mark.parametrize("ask", [frames, response])
+async def test_answers_that_made_room_for_others_are_forgotten_at_once(
+    make_server: MakeServer, ask: Callable[[RunningServer, int], Awaitable[None]]
+) -> None:
+    def alive() -> int:
+        gc.collect()
+        return sum(isinstance(one, Stream) for one in gc.get_objects())
+
+    others = alive()
+    server = await make_server(**{"chat.streams.max_kept_bytes": 100_000})
+    for number in range(40):
+        await ask(server, number)
+    await until(lambda: not server.held()["running"])
+
+    kept = server.owners.streams.stats().finished
+    assert 0 < kept < 30
+    assert alive() - others == kept
+
+
+async def test_an_answer_that_never_began_keeps_nothing_of_its_request(
+    make_server: MakeServer,
+) -> None:
+    server = await make_server(**{"llm.providers.sim.base_url": NOWHERE})
+    async with server.connect() as ws:
+        await ws.send_json(chat("r"))
+        assert (await to_end(ws))[-1]["status"] == "error"
+
+    (stream,) = server.owners.streams.owned_by(anonymous("127.0.0.1"))
+    assert stream.attachment.request is None
 
 
 def completed(server: RunningServer, count: int) -> bool:

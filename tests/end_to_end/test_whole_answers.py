@@ -6,12 +6,21 @@ import asyncio
 import contextlib
 import json
 import socket
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from aioserver.faces import whole
+import pytest
+
+from aioserver.server import listener
 from tests.support.chat import CHAT
 from tests.support.raw import SMALL, Raw
-from tests.support.scripted_provider import Peer, ScriptedProvider
+from tests.support.scripted_provider import (
+    EVENT_STREAM,
+    LAST_CHUNK,
+    Peer,
+    ScriptedProvider,
+    chunk,
+)
 from tests.support.server import CONCURRENCY, SIM_HTTP_CLIENT
 from tests.support.waiting import until
 
@@ -25,17 +34,27 @@ SIZE = 4 << 20
 PATH = "/v1/chat/completions"
 
 
+# Lines of a request: the first one's response is made here, that of the others by aiohttp.
+HEADS = {"plain": (), "page": ("Origin: http://x",), "last": ("Connection: close",)}
+
+
 @contextlib.asynccontextmanager
-async def provider() -> AsyncIterator[ScriptedProvider]:
-    """A provider whose every answer has SIZE bytes and a little."""
-    choice = {"message": {"content": "x" * SIZE}, "finish_reason": "stop", "index": 0}
-    body = json.dumps({"choices": [choice]}).encode()
+async def provider(size: int = SIZE) -> AsyncIterator[ScriptedProvider]:
+    """A provider whose every answer has *size* bytes and a little; its last event, if it is streamed."""
+    choice = {"message": {"content": "x" * size}, "finish_reason": "stop", "index": 0}
+    response = {"id": "resp_1", "status": "completed", "object": "response", "output": []}
+    body = json.dumps({**response, "choices": [choice]}).encode()
     head = f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    event = b'data: {"type":"response.completed","sequence_number":0,"response":%b}\n\n' % body
 
     async def play(peer: Peer) -> None:
         while True:
-            await peer.request()
-            await peer.send(head.encode() + b"\r\n\r\n" + body)
+            request = await peer.request()
+            scripted.requests.append(request)
+            if b'"stream": true' in request:
+                await peer.send(EVENT_STREAM, chunk(event), LAST_CHUNK)
+            else:
+                await peer.send(head.encode() + b"\r\n\r\n" + body)
 
     async with ScriptedProvider(play) as scripted:
         yield scripted
@@ -47,10 +66,11 @@ def unsent(server: RunningServer) -> int:
     return sum(one.get_write_buffer_size() for one in transports if one is not None)
 
 
+@pytest.mark.parametrize("lines", HEADS.values(), ids=HEADS)
 async def test_clients_that_do_not_read_whole_answers_hold_places_until_they_are_dropped(
-    make_server: MakeServer,
+    make_server: MakeServer, lines: tuple[str, ...], caplog: pytest.LogCaptureFixture
 ) -> None:
-    clients, places = 40, 5
+    clients, places = 40 if not lines else 10, 5
     async with provider() as scripted, contextlib.AsyncExitStack() as stack:
         server = await make_server(
             **{
@@ -62,7 +82,7 @@ async def test_clients_that_do_not_read_whole_answers_hold_places_until_they_are
         )
         for _ in range(clients):
             raw = await stack.enter_async_context(Raw(server, receive_buffer=SMALL))
-            await raw.post(PATH, CHAT)
+            await raw.post(PATH, CHAT, *lines)
         most = 0
 
         def dropped() -> bool:
@@ -79,30 +99,101 @@ async def test_clients_that_do_not_read_whole_answers_hold_places_until_they_are
         assert server.owners.streams.stats().bytes == 0
         async with server.session.post(f"{server.base}{PATH}", json=CHAT) as response:
             assert len(await response.read()) > SIZE
+    # Nothing is written to a connection that is gone.
+    assert not [one for one in caplog.records if one.name == "asyncio"]
 
 
-async def test_whole_answers_are_bounded_together(make_server: MakeServer) -> None:
-    async with provider() as scripted, contextlib.AsyncExitStack() as stack:
+@pytest.mark.parametrize(
+    ("path", "lines", "fields"),
+    [
+        (PATH, (), {}),
+        (PATH, ("Origin: http://x",), {}),
+        (PATH, ("Idempotency-Key: %d",), {}),
+        ("/v1/responses", (), {"store": True}),
+    ],
+    ids=["once", "page", "keyed", "stored"],
+)
+@pytest.mark.parametrize("window", [0, 30])
+async def test_whole_answers_are_bounded_together(
+    make_server: MakeServer,
+    path: str,
+    lines: tuple[str, ...],
+    fields: dict[str, Any],
+    window: int,
+) -> None:
+    async with provider() as scripted:
         server = await make_server(
             **{
                 "llm.providers.sim.base_url": scripted.url,
                 "chat.streams.send_timeout": 60.0,
                 "chat.streams.max_kept_bytes": 10 << 20,
+                "chat.streams.resume_window": window,
                 f"{SIM_HTTP_CLIENT}.concurrent_requests": 20,
             }
         )
-        for _ in range(2):
-            raw = await stack.enter_async_context(Raw(server, receive_buffer=SMALL))
-            await raw.post(PATH, CHAT)
         kept = server.owners.streams.stats
-        await until(lambda: kept().bytes > 2 * SIZE and not server.held()["sim places"])
+        async with contextlib.AsyncExitStack() as stack:
+            for number in range(2):
+                raw = await stack.enter_async_context(Raw(server, receive_buffer=SMALL))
+                asked = [line.replace("%d", f"{number}") for line in lines]
+                await raw.post(path, {**CHAT, **fields}, *asked)
+            await until(lambda: kept().bytes > 2 * SIZE and not server.held()["sim places"])
 
+            async with server.session.post(f"{server.base}{PATH}", json=CHAT) as response:
+                assert response.status == 503
+                assert (await response.json())["error"]["code"] == "server_at_capacity"
+            assert 2 * SIZE < kept().bytes <= 10 << 20
+        await server.nothing_held()
         async with server.session.post(f"{server.base}{PATH}", json=CHAT) as response:
-            assert response.status == 503
-            assert (await response.json())["error"]["code"] == "server_at_capacity"
-        assert kept().bytes <= 10 << 20
-    await until(lambda: kept().bytes == 0)
-    await server.nothing_held()
+            assert response.status == 200, await response.text()
+            assert len(await response.read()) > SIZE
+        if not window:
+            await until(lambda: kept().bytes == 0, state=kept)
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("lines", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("way", ["GET", "cancel"])
+async def test_clients_that_do_not_read_a_stored_response_are_dropped(
+    make_server: MakeServer, way: str, lines: tuple[str, ...], streamed: bool
+) -> None:
+    clients, places = 6, 2
+    async with provider() as scripted, contextlib.AsyncExitStack() as stack:
+        server = await make_server(
+            **{
+                "llm.providers.sim.base_url": scripted.url,
+                "chat.streams.send_timeout": 0.3,
+                "chat.streams.max_stream_bytes": 3 * SIZE,
+                f"{CONCURRENCY}.max_connections": places,
+                f"{CONCURRENCY}.queue_timeout": 60.0,
+            }
+        )
+        kept = server.owners.streams.stats
+        body = {"model": "sim", "input": "Hello", "store": True, "stream": streamed}
+        async with server.session.post(f"{server.v1}/responses", json=body) as response:
+            assert response.status == 200
+            await response.read()
+        await server.nothing_held()
+        before = kept().bytes
+        for _ in range(clients):
+            raw = await stack.enter_async_context(Raw(server, receive_buffer=SMALL))
+            if way == "GET":
+                await raw.get("/v1/responses/resp_1", *lines)
+            else:
+                await raw.post("/v1/responses/resp_1/cancel", b"", *lines)
+        most = counted = 0
+
+        def dropped() -> bool:
+            nonlocal most, counted
+            most, counted = max(most, unsent(server)), max(counted, kept().bytes - before)
+            return server.context.metrics.slow_clients.value == clients
+
+        await until(dropped, 30, server.held)
+        at_once = places if way == "GET" else clients
+        assert 0 < most <= at_once * 3 * 65536
+        # What is not in the log already is counted while it is sent.
+        assert (counted >= at_once * SIZE) if streamed else counted == 0
+        await until(lambda: kept().bytes == before, state=kept)
 
 
 async def test_a_slow_reader_of_a_whole_answer_gets_all_of_it(make_server: MakeServer) -> None:
@@ -114,6 +205,9 @@ async def test_a_slow_reader_of_a_whole_answer_gets_all_of_it(make_server: MakeS
         async with Raw(server, receive_buffer=SMALL) as raw:
             await raw.post(PATH, CHAT)
             head = await raw.head()
+            (connection,) = server.http_server.connections
+            assert connection.transport is not None
+            limits = connection.transport.get_write_buffer_limits()
             begun, seen = loop.time(), 0
             while loop.time() < begun + 2.5:
                 seen += len(await raw.exactly(20_000))
@@ -123,29 +217,58 @@ async def test_a_slow_reader_of_a_whole_answer_gets_all_of_it(make_server: MakeS
             raw.widen()
             rest = await raw.exactly(int(head.headers["content-length"]) - seen)
             assert rest.endswith(b"}]}")
+            (connection,) = server.http_server.connections
+            # As before: a stream that follows on this connection counts on them.
+            assert connection.transport is not None
+            assert connection.transport.get_write_buffer_limits() == limits
             # The connection is kept, and its next answer is whole, too.
             await raw.post(PATH, CHAT)
             assert len((await raw.answer()).body) > SIZE
 
 
-async def test_a_client_of_a_unix_socket_that_reads_nothing_is_dropped(tmp_path: Path) -> None:
+async def test_a_place_is_held_until_the_kernel_has_the_last_byte(make_server: MakeServer) -> None:
+    """Of small answers, each within what a transport takes without a wait."""
+    async with provider(60_000) as scripted:
+        server = await make_server(
+            **{"llm.providers.sim.base_url": scripted.url, "chat.streams.send_timeout": 1.0}
+        )
+
+        def stuck_or_answered(count: int) -> bool:
+            answered = len(scripted.requests) == count and not any(server.held().values())
+            return answered or unsent(server) > 0
+
+        async with Raw(server, receive_buffer=SMALL) as raw:
+            count = 0
+            while not unsent(server):
+                count += 1
+                await raw.post(PATH, CHAT)
+                await until(partial(stuck_or_answered, count))
+            assert unsent(server) < 1 << 16
+
+            await until(lambda: server.context.metrics.slow_clients.value == 1)
+        await server.nothing_held()
+
+
+@pytest.mark.parametrize("lines", HEADS.values(), ids=HEADS)
+async def test_a_client_of_a_unix_socket_that_reads_nothing_is_dropped(
+    make_server: MakeServer, tmp_path: Path, lines: tuple[str, ...]
+) -> None:
     loop = asyncio.get_running_loop()
-    path = str(tmp_path / "socket")
-    drops: list[str] = []
-    accepted: asyncio.Future[Any] = loop.create_future()
-
-    async def serve(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(b"x" * SIZE)
-        transport: Any = writer.transport
-        with contextlib.suppress(ConnectionError):
-            await whole.flush(transport, writer.drain, 0.2, drops.append)
-        accepted.set_result(transport.is_closing())
-        writer.close()
-
-    async with await asyncio.start_unix_server(serve, path):
+    data = json.dumps(CHAT).encode()
+    given = (f"POST {PATH} HTTP/1.1", "Host: x", "Content-Type: application/json", *lines)
+    head = "".join(f"{line}\r\n" for line in (*given, f"Content-Length: {len(data)}", ""))
+    async with provider() as scripted:
+        server = await make_server(
+            **{"llm.providers.sim.base_url": scripted.url, "chat.streams.send_timeout": 0.3}
+        )
+        unix = socket.socket(socket.AF_UNIX)
+        unix.bind(str(tmp_path / "socket"))
+        unix.listen()
+        await listener.listen(server.runner, server.settings.chat.websocket, inherited=[unix])
         with socket.socket(socket.AF_UNIX) as client:
             client.setblocking(False)
-            await loop.sock_connect(client, path)
-            assert await asyncio.wait_for(accepted, 10)
+            await loop.sock_connect(client, str(tmp_path / "socket"))
+            await loop.sock_sendall(client, head.encode() + data)
 
-    assert drops == ["nothing taken for 0.2 s"]
+            await until(lambda: server.context.metrics.slow_clients.value == 1)
+            await server.nothing_held()

@@ -12,6 +12,7 @@ import pytest
 from openai import AsyncOpenAI
 from openai.types.responses import ResponseFailedEvent
 
+from aioserver.auth.callers import anonymous
 from aioserver.protocol import eventstream
 from aioserver.protocol.openai import final_response
 from aioserver.protocol.responses import ResponseEvents
@@ -93,6 +94,26 @@ async def test_a_stream_that_ended_is_kept(server: RunningServer, sdk: AsyncOpen
     assert found.model_dump() == last.response.model_dump()
     assert [event async for event in rest] == []
     assert server.held()["running"] == 0
+
+
+async def test_neither_a_look_nor_a_resume_reads_the_log(
+    server: RunningServer, sdk: AsyncOpenAI
+) -> None:
+    events = [event async for event in await sdk.responses.create(**ASK)]
+    whole = events[-1].response
+    (stream,) = server.owners.streams.owned_by(anonymous("127.0.0.1"))
+    for entry in stream.entries:
+        if entry.data:
+            entry.data = b"data: {}\n\n" * entry.count
+
+    assert (await sdk.responses.retrieve(whole.id)).model_dump() == whole.model_dump()
+    assert (await sdk.responses.cancel(whole.id)).model_dump() == whole.model_dump()
+    for number, event in enumerate(events, 1):
+        url = (
+            f"{server.v1}/responses/{whole.id}?stream=true&starting_after={event.sequence_number}"
+        )
+        async with server.session.get(url) as response:
+            assert (await response.read()).count(b"{}") == len(events) - number
 
 
 async def test_an_answer_not_streamed_is_kept_whole(

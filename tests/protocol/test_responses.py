@@ -22,3 +22,23 @@ def test_a_response_nested_deeper_than_can_be_written_breaks_off_without_it() ->
     assert content["sequence_number"] == 1
     assert content["response"]["status"] == "failed"
     assert content["error"]["code"] == "internal_error"
+
+
+def test_a_response_of_any_depth_is_shown_as_it_came_and_its_status_can_be_another() -> None:
+    for depth in (1, 300, 900):
+        deep = b'{"a": ' * depth + b"1.50" + b"}" * depth
+        response = b'{"id":"r1", "status": "in_progress","metadata":%b}' % deep
+        events = ResponseEvents()
+        events.note(b'data: {"sequence_number":0,"response":%b}\n\n' % response, 1)
+
+        assert events.newest() == response
+        assert events.newest("cancelled") == (
+            b'{"id":"r1","status":"cancelled","metadata":%b}' % deep
+        )
+
+
+def test_without_a_response_there_is_none_to_show() -> None:
+    events = ResponseEvents()
+    assert events.newest() is None
+    events.note(b'data: {"sequence_number":0,"response":null}\n\n', 1)
+    assert events.newest() is events.newest("cancelled") is None

@@ -18,6 +18,7 @@ from aioserver.provider_errors import ProviderDisconnected, ProviderRefused
 from aioserver.providers.request import Answer
 from aioserver.streams.entries import CANCELLED, CHUNK, COMPLETE, ERROR, PROCESSING
 from aioserver.streams.fast_path import Destination, TextPath
+from aioserver.streams.formats import EVENTS
 from aioserver.streams.store import StreamStore
 from aioserver.streams.stream import STREAM_OVERHEAD, Stream
 
@@ -412,6 +413,36 @@ def test_without_keys_the_logs_of_other_addresses_are_not_listed() -> None:
     assert list(streams.owned_by(here)) == list(streams.owned_by(there)) == []
 
 
+class Counted:
+    """A caller that counts how often one is looked at."""
+
+    looks = 0
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __hash__(self) -> int:
+        Counted.looks += 1
+        return self.number
+
+    def __eq__(self, other: object) -> bool:
+        Counted.looks += 1
+        return self is other
+
+
+def test_the_logs_of_a_caller_are_listed_without_a_look_at_those_of_others() -> None:
+    streams = streams_of()
+    callers = [Counted(number) for number in range(1000)]
+    for caller in callers:
+        streams.open("r1", caller, window=30)
+
+    Counted.looks = 0
+    (stream,) = streams.owned_by(callers[500])
+
+    assert stream.caller is callers[500]
+    assert Counted.looks < 10
+
+
 def test_a_dropped_log_gives_its_bytes_back_once() -> None:
     streams = streams_of()
     stream, other = streams.open("r1", DEMO, window=30), streams.open("r2", DEMO, window=30)
@@ -532,6 +563,19 @@ def test_past_the_bound_late_readers_are_dropped_and_nobody_is_refused() -> None
     assert len(running.entries) == 1
     assert streams.stats().bytes < 1_000_000
     streams.open("another", DEMO, window=30)
+
+
+def test_no_rendering_outlives_its_answer() -> None:
+    stream = streams_of().open("r1", DEMO, window=30)
+    readers = [Slow(stream), Slow(stream)]
+    stream.append(CHUNK, [chunk("x" * 10_000)])
+    EVENTS.render_newest(stream, stream.entries[-1])
+    assert stream.rendered is not None  # the readers share it, and nothing counts it
+
+    readers[0].leave()
+    stream.end(COMPLETE, {})
+
+    assert stream.rendered is None
 
 
 def test_everything_that_a_stream_keeps_is_counted() -> None:
