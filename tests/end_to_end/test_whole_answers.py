@@ -19,6 +19,7 @@ from tests.support.scripted_provider import (
     LAST_CHUNK,
     Peer,
     ScriptedProvider,
+    answering,
     chunk,
 )
 from tests.support.server import CONCURRENCY, SIM_HTTP_CLIENT
@@ -101,6 +102,38 @@ async def test_clients_that_do_not_read_whole_answers_hold_places_until_they_are
             assert len(await response.read()) > SIZE
     # Nothing is written to a connection that is gone.
     assert not [one for one in caplog.records if one.name == "asyncio"]
+
+
+async def test_clients_that_do_not_read_a_large_refusal_hold_places_until_they_are_dropped(
+    make_server: MakeServer,
+) -> None:
+    clients, places, size = 6, 2, 900_000
+    body = json.dumps({"error": {"message": "x" * size}}).encode()
+    head = (
+        b"HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    )
+    play = answering(*[head % len(body) + body] * clients)
+    async with ScriptedProvider(play) as scripted, contextlib.AsyncExitStack() as stack:
+        server = await make_server(
+            **{
+                "llm.providers.sim.base_url": scripted.url,
+                "chat.streams.send_timeout": 0.3,
+                f"{CONCURRENCY}.max_connections": places,
+                f"{CONCURRENCY}.queue_timeout": 60.0,
+            }
+        )
+        for _ in range(clients):
+            raw = await stack.enter_async_context(Raw(server, receive_buffer=SMALL))
+            await raw.post(PATH, CHAT)
+        most = 0
+
+        def dropped() -> bool:
+            nonlocal most
+            most = max(most, unsent(server))
+            return server.context.metrics.slow_clients.value == clients
+
+        await until(dropped, 30, server.held)
+        assert 0 < most <= places * 3 * 65536
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 import pytest
 
+from aioserver.errors import ServerAtCapacity
 from aioserver.protocol import eventstream
 from aioserver.protocol.openai import Reading
 from aioserver.provider_errors import (
@@ -21,6 +22,7 @@ from aioserver.provider_errors import (
 from aioserver.providers.body_sink import BodySink
 from aioserver.providers.sinks import DONE, ChatSink, EventSink
 from aioserver.streams import entries
+from aioserver.streams.store import StreamStore
 from aioserver.streams.stream import Stream
 
 if TYPE_CHECKING:
@@ -502,3 +504,22 @@ def test_usage_and_the_finish_reason_are_told_at_the_end() -> None:
             }
         },
     )
+
+
+def test_the_bytes_of_a_body_count_from_the_first_to_the_release_and_each_attempt_anew() -> None:
+    store = StreamStore(max_stream_bytes=100, max_kept_bytes=100)
+    with store.hold() as held:
+        first = BodySink(1000, held)
+        first.feed(b"x" * 60)
+        assert store.stats().bytes == 60
+
+        second = BodySink(1000, held)
+        second.feed(b"y" * 30)
+        assert store.stats().bytes == 30
+        with pytest.raises(ServerAtCapacity):
+            second.feed(b"y" * 80)
+        assert store.stats().bytes == 30
+
+    assert store.stats().bytes == 0
+    second.feed(b"late")
+    assert store.stats().bytes == 0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
@@ -441,6 +443,21 @@ def test_the_logs_of_a_caller_are_listed_without_a_look_at_those_of_others() -> 
 
     assert stream.caller is callers[500]
     assert Counted.looks < 10
+
+
+def test_a_caller_whose_logs_are_all_dropped_is_forgotten() -> None:
+    streams = streams_of()
+    caller = Counted(1)
+    stream = streams.open("r1", caller, window=30)
+    stream.add_alias("resp_1")
+    stream.end(COMPLETE, {})
+    alive = weakref.ref(caller)
+
+    streams.drop(stream)
+    del caller, stream
+    gc.collect()
+
+    assert alive() is None
 
 
 def test_a_dropped_log_gives_its_bytes_back_once() -> None:
