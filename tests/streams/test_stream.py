@@ -16,6 +16,7 @@ from aioserver.auth.callers import anonymous
 from aioserver.errors import ResumeGap, ServerAtCapacity
 from aioserver.protocol import eventstream
 from aioserver.protocol.openai import Reading, Shape
+from aioserver.protocol.responses import ResponseEvents
 from aioserver.provider_errors import ProviderDisconnected, ProviderRefused
 from aioserver.providers.request import Answer
 from aioserver.streams.entries import CANCELLED, CHUNK, COMPLETE, ERROR, PROCESSING
@@ -609,6 +610,12 @@ def test_everything_that_a_stream_keeps_is_counted() -> None:
     assert streams.stats().bytes >= empty + 60_000
     stream.append_whole(Answer(200, {"a": "b" * 5000}, b"x" * 70_000, "", "sim"), b"x" * 70_000)
     assert streams.stats().bytes >= empty + 135_000
+    events = ResponseEvents()
+    events.note(b'data: {"response":{"id":"%b"}}\n\n' % (b"z" * 20_000), 1)
+    stream.details.error_format = events
+    stream.recount()
+    assert streams.stats().bytes >= empty + 155_000
+    stream.details.error_format = None
     stream.fail(ProviderRefused("no", 400, b"y" * 30_000))
     # The text belongs to the producer, which is done; the body is in the error, and in its event.
     assert empty + 145_000 <= streams.stats().bytes < empty + 150_000
