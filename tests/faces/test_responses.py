@@ -20,7 +20,7 @@ from aioserver.provider_errors import ProviderDisconnected
 from aioserver.providers.simulator.exchange import Behaviour
 from tests.support.chat import CHAT, chat, until_status
 from tests.support.raw import Raw
-from tests.support.server import ENDLESS, QUICK
+from tests.support.server import CONCURRENCY, ENDLESS, QUICK
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
@@ -262,13 +262,17 @@ async def test_a_number_that_cannot_be(
 
 
 async def test_events_that_are_kept_no_longer_are_a_gap(make_server: MakeServer) -> None:
-    server = await make_server(**{"chat.streams.max_stream_bytes": 65536})
+    server = await make_server(
+        **{"chat.streams.max_stream_bytes": 65536, f"{CONCURRENCY}.max_connections": 1}
+    )
     server.simulator.behaviour = Behaviour(ttft=0, interval=0, tokens=2000)
     async with AsyncOpenAI(api_key="unused", base_url=server.v1, max_retries=0) as sdk:
         events = [event async for event in await sdk.responses.create(**ASK)]
         name = events[-1].response.id
-        with pytest.raises(openai.ConflictError) as caught:
-            await sdk.responses.retrieve(name, stream=True, starting_after=0)
+        # It is told so before it waits for a place.
+        async with server.connect():
+            with pytest.raises(openai.ConflictError) as caught:
+                await sdk.responses.retrieve(name, stream=True, starting_after=0)
         near = await sdk.responses.retrieve(
             name, stream=True, starting_after=events[-4].sequence_number
         )

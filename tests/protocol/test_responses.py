@@ -47,6 +47,14 @@ def test_what_is_remembered_of_events_that_follow_each_other_does_not_grow() -> 
     assert events.event_before(7_000, 10_001) == 7_002
 
 
+def test_an_event_without_a_number_among_others_is_not_sent_again() -> None:
+    events = ResponseEvents()
+    events.note(b'data: {"sequence_number":1}\n\ndata: {}\n\ndata: {"sequence_number":3}\n\n', 2)
+
+    assert events.event_before(1, 4) == 3
+    assert events.event_before(2, 4) == 3
+
+
 def test_what_is_remembered_is_counted() -> None:
     events = ResponseEvents()
     response = b'{"id":"r1","text":"%b"}' % (b"x" * 10_000)

@@ -13,6 +13,7 @@ import pytest
 from aioserver.errors import ServerAtCapacity
 from aioserver.protocol import eventstream
 from aioserver.protocol.openai import Reading
+from aioserver.protocol.responses import ResponseEvents
 from aioserver.provider_errors import (
     ProviderAuthError,
     ProviderBadResponse,
@@ -523,3 +524,20 @@ def test_the_bytes_of_a_body_count_from_the_first_to_the_release_and_each_attemp
     assert store.stats().bytes == 0
     second.feed(b"late")
     assert store.stats().bytes == 0
+
+
+def test_what_a_running_answer_keeps_beside_its_events_is_counted_as_it_grows() -> None:
+    text = orjson.dumps({"choices": [{"index": 0, "delta": {"content": "x" * 1000}}]})
+    stream = new_stream()
+    chat = ChatSink(stream, Reading(max_text_bytes=1 << 20))
+    before = stream.extra_bytes
+    for _ in range(100):
+        chat.feed(b"data: %b\n\n" % text)
+    assert stream.extra_bytes - before >= 90_000
+
+    stream = new_stream()
+    stream.details.error_format = ResponseEvents()
+    response = EventSink(stream, responses=True)
+    before = stream.extra_bytes
+    response.feed(b'data: {"type":"x","response":{"id":"r1","text":"%b"}}\n\n' % (b"x" * 20_000))
+    assert stream.extra_bytes - before >= 20_000

@@ -662,6 +662,27 @@ def test_new_bounds_are_used_by_logs_to_come() -> None:
     assert stream.bytes <= 1000
 
 
+def test_new_bounds_make_room_for_a_new_answer() -> None:
+    streams = streams_of()
+    for number in range(9):
+        finished(streams, f"r{number}")
+    streams.apply(max_stream_bytes=MUCH, max_kept_bytes=20_000)
+
+    streams.open("r", DEMO, window=30)
+
+    assert streams.stats().bytes <= 20_000 + STREAM_OVERHEAD
+
+
+def test_a_long_id_is_counted_as_often_as_it_is_kept() -> None:
+    streams = streams_of()
+    streams.open("r", DEMO, window=30)
+    short = streams.stats().bytes
+    streams.open("r" * 101, DEMO, window=30)
+
+    # As the name of the log, in the index, and in the head of its frames.
+    assert streams.stats().bytes - short >= short + 300
+
+
 def test_the_store_hears_of_each_end_once() -> None:
     streams = streams_of()
     ends: list[Stream] = []
