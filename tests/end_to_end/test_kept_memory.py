@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from aioserver.auth.callers import anonymous
+from aioserver.providers.request import Answer
 from aioserver.providers.simulator.exchange import Behaviour
 from aioserver.streams.stream import Stream
 from tests.support.chat import STREAMED, big, chat, frames_of, to_end
@@ -108,6 +109,21 @@ async def test_answers_that_made_room_for_others_are_forgotten_at_once(
     kept = server.owners.streams.stats().finished
     assert 0 < kept < 30
     assert alive() - others == kept
+
+
+@pytest.mark.parametrize("ask", [frames, passed_on, whole, response])
+async def test_no_usage_is_kept_after_the_end(
+    server: RunningServer, ask: Callable[[RunningServer, int], Awaitable[None]]
+) -> None:
+    await ask(server, 1)
+    await until(lambda: not server.held()["running"])
+
+    (stream,) = server.owners.streams.owned_by(anonymous("127.0.0.1"))
+    assert stream.details.usage is stream.record.usage is None
+    if isinstance(stream.details.whole, Answer):
+        assert stream.details.whole.usage is None
+    counted = await server.counted("tokens", "type")
+    assert sum(counted.values()) > 0, "it was counted before"
 
 
 async def test_an_answer_that_never_began_keeps_nothing_of_its_request(

@@ -235,6 +235,38 @@ async def test_clients_that_do_not_read_a_stored_response_are_dropped(
         await until(lambda: kept().bytes == before, state=kept)
 
 
+@pytest.mark.parametrize("way", ["GET", "cancel"])
+async def test_a_stored_response_that_is_being_read_makes_no_room(
+    make_server: MakeServer, way: str
+) -> None:
+    async with provider() as scripted, contextlib.AsyncExitStack() as stack:
+        server = await make_server(
+            **{
+                "llm.providers.sim.base_url": scripted.url,
+                "chat.streams.send_timeout": 60.0,
+                "chat.streams.max_kept_bytes": 10 << 20,
+            }
+        )
+        kept = server.owners.streams.stats
+        body = {"model": "sim", "input": "Hello", "store": True}
+        async with server.session.post(f"{server.v1}/responses", json=body) as response:
+            await response.read()
+        readers = [
+            await stack.enter_async_context(Raw(server, receive_buffer=SMALL)) for _ in range(2)
+        ]
+        if way == "GET":
+            await readers[0].get("/v1/responses/resp_1")
+        else:
+            await readers[0].post("/v1/responses/resp_1/cancel", b"")
+        await until(lambda: unsent(server) > 0)
+        await readers[1].post(PATH, CHAT)
+        await until(lambda: kept().bytes > 2 * SIZE and not server.held()["sim places"])
+
+        async with server.session.post(f"{server.base}{PATH}", json=CHAT) as response:
+            assert response.status == 503
+        assert kept().finished == 1
+
+
 async def test_a_slow_reader_of_a_whole_answer_gets_all_of_it(make_server: MakeServer) -> None:
     async with provider() as scripted:
         server = await make_server(

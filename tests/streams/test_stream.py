@@ -583,6 +583,30 @@ def test_past_the_bound_late_readers_are_dropped_and_nobody_is_refused() -> None
     streams.open("another", DEMO, window=30)
 
 
+def test_of_running_logs_the_largest_drops_its_late_reader_first() -> None:
+    streams = streams_of(max_kept_bytes=1_000_000)
+    readers = []
+    for name, count in (("small", 4), ("large", 12)):
+        stream = streams.open(name, DEMO, window=30)
+        readers.append(Slow(stream))
+        for _ in range(count):
+            stream.append(CHUNK, [chunk("x" * 50_000)])
+    prompt = streams.open("prompt", DEMO, window=30)
+
+    for _ in range(5):
+        prompt.append(CHUNK, [chunk("x" * 50_000)])
+
+    assert [reader.dropped for reader in readers] == [False, True]
+
+
+def test_the_objects_of_tiny_events_are_counted() -> None:
+    stream = streams_of(max_stream_bytes=20_000).open("r", DEMO, window=30)
+    for _ in range(1000):
+        stream.append(CHUNK, data=b":\n\n", count=0)
+
+    assert len(stream.entries) <= 100
+
+
 def test_no_rendering_outlives_its_answer() -> None:
     stream = streams_of().open("r1", DEMO, window=30)
     readers = [Slow(stream), Slow(stream)]
