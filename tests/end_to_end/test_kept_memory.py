@@ -15,7 +15,7 @@ from aioserver.auth.callers import anonymous
 from aioserver.providers.request import Answer
 from aioserver.providers.simulator.exchange import Behaviour
 from aioserver.streams.stream import Stream
-from tests.support.chat import STREAMED, big, chat, frames_of, to_end
+from tests.support.chat import STREAMED, big, cancel, chat, frames_of, to_end, until_status
 from tests.support.raw import SMALL, Raw
 from tests.support.scripted_provider import EVENT_STREAM, LAST_CHUNK, Peer, ScriptedProvider, chunk
 from tests.support.server import NOWHERE, SIM_HTTP_CLIENT
@@ -109,6 +109,16 @@ async def test_answers_that_made_room_for_others_are_forgotten_at_once(
     kept = server.owners.streams.stats().finished
     assert 0 < kept < 30
     assert alive() - others == kept
+
+
+async def test_headers_of_a_running_answer_are_counted(make_server: MakeServer) -> None:
+    server = await make_server(Behaviour(ttft=0, interval=1.0, headers=HEADERS))
+    async with server.connect() as ws:
+        await ws.send_json(chat("r"))
+        await until_status(ws, "chunk")
+        assert server.owners.streams.stats().bytes > len(HEADERS) * 400
+        await ws.send_json(cancel("r"))
+        await to_end(ws)
 
 
 @pytest.mark.parametrize("ask", [frames, passed_on, whole, response])

@@ -235,6 +235,33 @@ async def test_clients_that_do_not_read_a_stored_response_are_dropped(
         await until(lambda: kept().bytes == before, state=kept)
 
 
+@pytest.mark.parametrize(
+    ("lines", "window"),
+    [((), 0), (("Idempotency-Key: k",), 0), (("Idempotency-Key: k",), 30)],
+    ids=["once", "keyed", "kept"],
+)
+async def test_half_a_whole_answer_counts_until_its_request_ends(
+    make_server: MakeServer, lines: tuple[str, ...], window: int
+) -> None:
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    play = answering(head % (2 * SIZE) + b"[" * SIZE)
+    async with ScriptedProvider(play) as scripted:
+        server = await make_server(
+            **{"llm.providers.sim.base_url": scripted.url, "chat.streams.resume_window": window}
+        )
+        kept = server.owners.streams.stats
+        async with Raw(server) as raw:
+            await raw.post(PATH, CHAT, *lines)
+            await until(lambda: kept().bytes >= SIZE, state=kept)
+        if window:
+            await until(lambda: server.held()["detached"] == 1)
+            assert kept().bytes >= SIZE
+            async with server.session.delete(f"{server.sse}/k") as response:
+                assert response.status == 204
+        await until(lambda: kept().bytes < SIZE, state=kept)
+        assert window or kept().bytes == 0
+
+
 @pytest.mark.parametrize("way", ["GET", "cancel"])
 async def test_a_stored_response_that_is_being_read_makes_no_room(
     make_server: MakeServer, way: str
