@@ -103,6 +103,8 @@ class AioserverError(Exception):
         self.param = param
         # True once the request that this error ended has been counted, so that no face counts it again.
         self.counted = False
+        # True if a provider has worked on the request: a client that repeats it pays again.
+        self.paid = False
 
     @property
     def http_status(self) -> int:
@@ -121,7 +123,7 @@ class AioserverError(Exception):
                 headers["retry-after-ms"] = str(max(1, math.ceil(1000 * self.retry_after)))
         elif self.http_status == 503:
             headers["Retry-After"] = "1"
-        if self.http_status == 409:
+        if self.http_status == 409 or self.paid:
             headers["x-should-retry"] = "false"
         return headers
 
@@ -143,7 +145,7 @@ class AioserverError(Exception):
         chunk: dict[str, object] = {
             "error": self.message,
             "code": self.code,
-            "retryable": self.retryable,
+            "retryable": self.retryable and not self.paid,
         }
         if self.retry_after is not None:
             chunk["retry_after"] = round(self.retry_after, 3)

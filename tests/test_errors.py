@@ -191,6 +191,10 @@ def test_sdks_are_told_not_to_repeat_what_was_sent_to_a_provider() -> None:
         assert error.headers()["x-should-retry"] == "false"
     for other in (ServerAtCapacity("full"), InternalError("bug"), RateLimitExceeded("slow")):
         assert "x-should-retry" not in other.headers()
+        # A provider has answered, and what came then is no fault of the provider.
+        other.paid = True
+        assert other.headers()["x-should-retry"] == "false"
+        assert other.as_chunk()["retryable"] is False
 
 
 def test_a_providers_refusal_passes_body_and_all() -> None:

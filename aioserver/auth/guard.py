@@ -91,13 +91,14 @@ class Guard:
             Denied: the request may not call its route; no handler may see it.
         """
         access, address = self._access, request.remote
+        keyed = access.keyed
         if access.proxies:
             request[ADDRESS] = address = access.proxies.address(address, request.headers)
-        if not access.keyed and access.hosts is not None:
+        if not keyed and access.hosts is not None:
             access.hosts.check(request.headers.get("Host"))
         if request.method not in SAFE_METHODS or hdrs.UPGRADE in request.headers:
             self._origins.check(request.headers)
-        if not access.keyed:
+        if not keyed:
             request[CALLER] = anonymous(address)
             return
         match = request.match_info

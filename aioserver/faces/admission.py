@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from functools import partial
+from contextlib import ExitStack, nullcontext
 from time import monotonic
 from typing import TYPE_CHECKING, Self, TypeVar
 
 from aioserver.auth.callers import CALLER
-from aioserver.errors import AioserverError, ConcurrencyExceeded, ServerAtCapacity
+from aioserver.errors import AioserverError, ConcurrencyExceeded, ServerAtCapacity, public
 from aioserver.faces import whole
 from aioserver.faces.http import Request, error_response
 from aioserver.faces.idle_sockets import IdleSockets
@@ -29,6 +29,7 @@ from aioserver.telemetry.logs import RateLimit
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+    from contextlib import AbstractContextManager
 
     from aiohttp import web
 
@@ -40,6 +41,8 @@ T = TypeVar("T")
 logger = logging.getLogger("aioserver.connections")
 
 LINES_PER_SECOND = 20
+# The connection of a client without a key.
+NOT_COUNTED = nullcontext()
 # Refused WebSockets whose close handshake is not over; beyond: a handshake gets a plain 503.
 MAX_REFUSED_CLOSING = 256
 
@@ -131,23 +134,23 @@ class Admission:
                 },
             )
 
-    def connect(self, face: str, caller: Caller) -> None:
-        """Count a connection of the caller's key; call `disconnect` once when it has ended.
+    def connect(self, face: str, caller: Caller) -> AbstractContextManager[object]:
+        """Count a connection of the caller's key, until the `with` of the result ends.
 
         Raises:
             ConcurrencyExceeded: the key has as many connections as it may have.
         """
-        if caller.quota is not None:
-            try:
-                caller.quota.connect()
-            except ConcurrencyExceeded:
-                self.log("refused", face, logging.WARNING, caller=caller.name)
-                raise
-
-    def disconnect(self, caller: Caller) -> None:
-        """Count a connection as ended, which `connect` has counted for the same *caller*."""
-        if caller.quota is not None:
-            caller.quota.disconnect()
+        quota = caller.quota
+        if quota is None:
+            return NOT_COUNTED
+        try:
+            quota.connect()
+        except ConcurrencyExceeded:
+            self.log("refused", face, logging.WARNING, caller=caller.name)
+            raise
+        counted_one = ExitStack()
+        counted_one.callback(quota.disconnect)
+        return counted_one
 
     def try_enter(self) -> Place | None:
         """Return a place, or None if none is free. The caller releases it."""
@@ -249,13 +252,15 @@ class BodyHold:
 
     def release(self) -> None:
         """Count nothing of this body any more; a second call does nothing."""
-        self.shrink_to(0)
+        if self.size:
+            self._admission.shrink(self.size)
+            self.size = 0
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_exc: object) -> None:
-        if not self.given:
+        if self.size and not self.given:
             self.release()
 
 
@@ -274,28 +279,23 @@ def counted(
 
     async def handler(request: web.Request) -> web.StreamResponse:
         caller = request[CALLER]
+        name = caller.name
         try:
-            admission.connect(face, caller)
+            connection = admission.connect(face, caller)
         except ConcurrencyExceeded as error:
             if refuse is None:
                 raise
             return await refuse(request, error)
-        try:
-            return await admitted(request, caller.name)
-        finally:
-            admission.disconnect(caller)
-
-    async def admitted(request: web.Request, caller: str) -> web.StreamResponse:
-        with admission.hold() as hold:
+        with connection, admission.hold() as hold:
             prepared = await prepare(request, hold)
             try:
-                place = admission.try_enter() or await admission.wait(face, caller)
+                place = admission.try_enter() or await admission.wait(face, name)
             except ServerAtCapacity as error:
-                admission.log("refused", face, logging.WARNING, caller=caller)
+                admission.log("refused", face, logging.WARNING, caller=name)
                 if refuse is None:
                     raise
                 return await refuse(request, error)
-            admission.opened(face, caller)
+            admission.opened(face, name)
             try:
                 with place:
                     try:
@@ -307,11 +307,11 @@ def counted(
                         # Counted with its record, and as large as the provider likes.
                         response = error_response(fault)
                     if not response.prepared:
-                        drop = partial(admission.dropped, face)
-                        await whole.write(request, response, admission.send_timeout, drop)
+                        timeout, drop = admission.send_timeout, admission.dropped
+                        await whole.write(request, response, timeout, drop, face)
                     return response
             finally:
-                admission.closed(face, caller=caller)
+                admission.closed(face, caller=name)
 
     return handler
 
@@ -373,5 +373,7 @@ class SocketPlace:
             else:
                 self._on_entered()
         elif not self._over:
-            assert isinstance(error, AioserverError)
-            self._on_refused(error)
+            if not isinstance(error, AioserverError):
+                logger.error("bug in a socket's wait", exc_info=error)
+                self._admission.metrics.bugs.value += 1
+            self._on_refused(public(error))

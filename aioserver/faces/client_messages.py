@@ -22,7 +22,6 @@ Private names of aiohttp used here, guarded by `tests/faces/test_client_messages
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from typing import TYPE_CHECKING, Any, Protocol
 
 from aiohttp import WSCloseCode, web
@@ -116,7 +115,8 @@ class ClientMessages:
         self._final = False
         # Counts the message that is not finished.
         self._hold: BodyHold | None = None
-        self._holds: deque[BodyHold] = deque()
+        # A list, since an empty deque has the size of all the rest, for each idle client.
+        self._holds: list[BodyHold] = []
         self._timer: asyncio.TimerHandle | None = None
         # Whether nothing more is read.
         self._over = False
@@ -139,7 +139,7 @@ class ClientMessages:
 
     def take_hold(self) -> BodyHold:
         """Return the hold of the next whole message, which the caller releases."""
-        return self._holds.popleft()
+        return self._holds.pop(0)
 
     def close(self) -> None:
         """Count nothing any more."""

@@ -1,41 +1,26 @@
-"""Taking in what clients send: the bytes of a body, bounded and under a deadline, read in turns.
+"""Taking in what clients send: the bytes of a body, bounded and under a deadline.
 
 The bytes count against `max_body_bytes` from the first one. What is read of them comes in steps
-(protocol/top_level.py), and the event loop runs between two steps of a large body, so that nobody waits
-for another client's.
+(protocol/top_level.py, limits/turns.py).
 """
 
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from aioserver.errors import RequestTimeout, RequestTooLarge, UnsupportedMediaType
 from aioserver.protocol.client_headers import collect
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
-
     from aiohttp import StreamReader, web
 
     from aioserver.faces.admission import BodyHold
     from aioserver.faces.context import Context
     from aioserver.protocol.client_headers import ClientHeaders
 
-T = TypeVar("T")
 # Seconds for a whole body, or a whole WebSocket message: aiohttp has no deadline for either.
 BODY_TIMEOUT = 15.0
-
-
-async def in_turns(steps: Generator[None, None, T]) -> T:
-    """Take *steps*, each in a turn of the event loop of its own, and return their result."""
-    while True:
-        try:
-            next(steps)
-        except StopIteration as stop:
-            result: T = stop.value
-            return result
-        await asyncio.sleep(0)
 
 
 async def read_body(request: web.Request, hold: BodyHold, max_bytes: int) -> bytes:
@@ -53,14 +38,15 @@ async def read_body(request: web.Request, hold: BodyHold, max_bytes: int) -> byt
     # For nearly all clients, comparing the header itself saves parsing it.
     if header != "application/json" and request.content_type != "application/json":
         raise UnsupportedMediaType("Content-Type must be application/json")
-    length = request.content_length
-    if length is not None and length > max_bytes:
-        raise RequestTooLarge(f"a body of {length} bytes, at most {max_bytes}")
     content = request.content
     if content.is_eof():
         body = content.read_nowait()
-        hold.grow(len(body))
+        if len(body) <= max_bytes:
+            hold.grow(len(body))
     else:
+        length = request.content_length
+        if length is not None and length > max_bytes:
+            raise RequestTooLarge(f"a body of {length} bytes, at most {max_bytes}")
         try:
             async with asyncio.timeout(BODY_TIMEOUT):
                 body = await _collect(content, hold, max_bytes)
@@ -72,15 +58,14 @@ async def read_body(request: web.Request, hold: BodyHold, max_bytes: int) -> byt
 
 
 async def _collect(content: StreamReader, hold: BodyHold, max_bytes: int) -> bytes:
-    parts: list[bytes] = []
-    size = 0
+    # Not a list: a body that comes byte by byte would cost many times its size.
+    body = bytearray()
     while part := await content.readany():
-        size += len(part)
-        if size > max_bytes:
+        if len(body) + len(part) > max_bytes:
             raise RequestTooLarge(f"a body of more than {max_bytes} bytes")
         hold.grow(len(part))
-        parts.append(part)
-    return b"".join(parts)
+        body += part
+    return bytes(body)
 
 
 def client_headers(context: Context, request: web.Request) -> ClientHeaders:

@@ -20,16 +20,21 @@ from aioserver.auth.callers import CALLER
 from aioserver.errors import InvalidRequest, StreamNotFound
 from aioserver.faces import http
 from aioserver.faces.admission import counted
-from aioserver.faces.intake import client_headers, in_turns, read_body
+from aioserver.faces.intake import client_headers, read_body
 from aioserver.faces.ready import ReadyResponse, ReadyStream, fits
 from aioserver.faces.streaming import follow
 from aioserver.faces.whole import write
+from aioserver.gateway.calls import kept_answer
 from aioserver.gateway.router import Request
+from aioserver.limits.turns import in_turns
 from aioserver.protocol import model_body
 from aioserver.protocol.client_frames import MAX_ID_CHARACTERS
+from aioserver.protocol.model_body import ModelBody
 from aioserver.protocol.responses import ResponseEvents
+from aioserver.protocol.top_level import simple
 from aioserver.providers.request import ProviderRequest
 from aioserver.streams.cursor import ConditionReader
+from aioserver.streams.ending import run_all
 from aioserver.streams.formats import RAW
 
 if TYPE_CHECKING:
@@ -39,7 +44,6 @@ if TYPE_CHECKING:
     from aioserver.faces.admission import BodyHold
     from aioserver.faces.context import Context
     from aioserver.gateway.router import Route
-    from aioserver.protocol.model_body import ModelBody
     from aioserver.providers.request import Answer
     from aioserver.streams.stream import Stream
 
@@ -74,7 +78,8 @@ def prepare_for(
 
     async def prepare(request: web.Request, hold: BodyHold) -> Request:
         data = await read_body(request, hold, context.settings.chat.websocket.max_message_size)
-        body = await in_turns(model_body.reading(data))
+        # Steps, for which nearly no body has a use, would cost each request a coroutine.
+        body = ModelBody(data) if simple(data) else await in_turns(model_body.reading(data))
         key = request.headers.get("Idempotency-Key")
         if key is not None and (len(key) > MAX_ID_CHARACTERS or not key.isprintable() or not key):
             raise InvalidRequest(
@@ -132,18 +137,33 @@ async def serve(context: Context, request: web.Request, prepared: Request) -> we
         if prepared.provider_request.path == "responses" and details.error_format is None:
             details.error_format = ResponseEvents()
         return await follow_stream(context, request, stream)
+    if prepared.resumable:
+        return await write_kept(context, request, gateway.keep(prepared))
     with gateway.hold() as held:
         prepared.provider_request.answer_bytes = held
-        response = whole(request, await gateway.call(prepared))
+        answer = await gateway.call(prepared)
         prepared.provider_request.release()
         # Within the `with`: a client that reads slowly keeps the answer in memory.
-        await write(
-            request,
-            response,
-            context.settings.chat.streams.send_timeout,
-            partial(context.admission.dropped, "openai"),
-        )
-        return response
+        return await _write_whole(context, request, answer)
+
+
+async def write_kept(context: Context, request: web.Request, stream: Stream) -> web.StreamResponse:
+    """Answer with the whole answer that *stream* keeps, or will keep, and write it.
+
+    Raises:
+        AioserverError: as `kept_answer`.
+    """
+    async with kept_answer(stream, context.gateway.lifetime) as answer:
+        return await _write_whole(context, request, answer)
+
+
+async def _write_whole(
+    context: Context, request: web.Request, answer: Answer
+) -> web.StreamResponse:
+    response = whole(request, answer)
+    timeout = context.settings.chat.streams.send_timeout
+    await write(request, response, timeout, context.admission.dropped, "openai")
+    return response
 
 
 def whole(request: web.Request, answer: Answer) -> web.StreamResponse:
@@ -184,9 +204,7 @@ async def follow_stream(
         await follow(context, request, response, stream, after, RAW, on_follow=opening.leave)
         return response
     finally:
-        opening.leave()
-        if not stream.readers:
-            gateway.lifetime.reader_removed(stream)
+        run_all((opening.leave, partial(gateway.lifetime.reader_removed, stream)))
 
 
 def _begun(stream: Stream) -> bool:

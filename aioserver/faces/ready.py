@@ -25,17 +25,17 @@ if TYPE_CHECKING:
 # Bytes in the transport's buffer above which the handler waits until the client has read.
 HIGH_WATER = 1 << 16
 LAST_CHUNK = b"0\r\n\r\n"
-_HEAD = f"HTTP/1.1 200 OK\r\nDate: {{}}\r\nServer: {SERVER}\r\nx-request-id: {{}}\r\n{{}}{{}}: {{}}\r\n\r\n"
-_date = (0, "")
+_first_lines = (0, "")
 
 
-def date() -> str:
-    """Return the value of the header `Date` (RFC 9110, 6.6.1); it is made once a second."""
-    global _date  # noqa: PLW0603 - a cache of one value
+def _begun_head() -> str:
+    """Return the first lines of a head, which are made once a second for `Date` (RFC 9110, 6.6.1)."""
+    global _first_lines  # noqa: PLW0603 - a cache of one value
     now = int(time.time())
-    if _date[0] != now:
-        _date = now, formatdate(now, usegmt=True)
-    return _date[1]
+    if _first_lines[0] != now:
+        date = formatdate(now, usegmt=True)
+        _first_lines = now, f"HTTP/1.1 200 OK\r\nDate: {date}\r\nServer: {SERVER}\r\n"
+    return _first_lines[1]
 
 
 def fits(request: web.Request) -> bool:
@@ -52,14 +52,9 @@ def _head(
     request: web.BaseRequest, headers: Mapping[str, str], framing: str, value: object
 ) -> bytes:
     lines = "".join([f"{name}: {text}\r\n" for name, text in headers.items()])
-    return _HEAD.format(date(), request_id(request), lines, framing, value).encode("latin-1")
-
-
-def pieces_of(body: bytes) -> Iterator[memoryview]:
-    """Yield *body* in pieces of HIGH_WATER bytes at most, without a copy."""
-    view = memoryview(body)
-    for start in range(0, len(body), HIGH_WATER):
-        yield view[start : start + HIGH_WATER]
+    log_id = request_id(request)
+    head = f"{_begun_head()}x-request-id: {log_id}\r\n{lines}{framing}: {value}\r\n\r\n"
+    return head.encode("latin-1")
 
 
 class ReadyResponse(web.StreamResponse):
@@ -70,7 +65,7 @@ class ReadyResponse(web.StreamResponse):
         self._ready = body, headers
 
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
-        """Write the whole response, unless `pieces` were written.
+        """Write the whole response, unless its pieces were written.
 
         Raises:
             ConnectionResetError: the client has left.
@@ -80,25 +75,32 @@ class ReadyResponse(web.StreamResponse):
         transport = request.transport
         if transport is None or transport.is_closing():
             raise ConnectionResetError("the client has left")
-        for piece in self.pieces(request):
+        transport.write(self.first_piece(request))
+        for piece in self.more_pieces():
             transport.write(piece)
         if transport.get_write_buffer_size() > HIGH_WATER:
             await request.writer.drain()
         return None
 
-    def pieces(self, request: web.BaseRequest) -> Iterator[bytes | memoryview]:
-        """Yield the bytes of the response, HIGH_WATER of the body at most in each piece."""
+    @property
+    def fits_one_piece(self) -> bool:
+        """Whether the first piece is the whole response."""
+        return len(self._ready[0]) <= HIGH_WATER
+
+    def first_piece(self, request: web.BaseRequest) -> bytes:
+        """Return the head with the first HIGH_WATER bytes of the body; who calls this writes the response."""
         body, headers = self._ready
         self._keep_alive = True
         self._eof_sent = True
         self._body_length = len(body)
         head = _head(request, headers, "Content-Length", len(body))
-        if len(body) <= HIGH_WATER:
-            yield head + body
-            return
-        first, *others = pieces_of(body)
-        yield head + first
-        yield from others
+        return head + (body if len(body) <= HIGH_WATER else memoryview(body)[:HIGH_WATER])
+
+    def more_pieces(self) -> Iterator[memoryview]:
+        """Yield the rest of the body, HIGH_WATER bytes at most in each piece."""
+        view = memoryview(self._ready[0])
+        for start in range(HIGH_WATER, len(view), HIGH_WATER):
+            yield view[start : start + HIGH_WATER]
 
     async def write_eof(self, data: bytes = b"") -> None:
         """Do nothing: `prepare` has written the whole response."""

@@ -8,7 +8,6 @@ the log's own numbers have no part in it.
 
 from __future__ import annotations
 
-import contextlib
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -20,7 +19,6 @@ from aioserver.faces import openai
 from aioserver.faces.admission import counted
 from aioserver.faces.whole import write
 from aioserver.protocol.responses import ResponseEvents
-from aioserver.providers.request import Answer
 from aioserver.streams.entries import COMPLETE
 
 if TYPE_CHECKING:
@@ -76,37 +74,30 @@ async def retrieve(
     stream, after = position
     if after is not None:
         return await openai.follow_stream(context, request, stream, after)
-    return await _write(context, request, stream)
+    if stream.details.whole is not None:
+        return await openai.write_kept(context, request, stream)
+    return await _write_newest(context, request, stream)
 
 
 async def cancel(context: Context, request: web.Request) -> web.StreamResponse:
     """Answer `POST /v1/responses/{id}/cancel`. A response that has ended stays as it is."""
     stream = context.gateway.cancel(request[CALLER], find(context, request).request_id)
-    return await _write(context, request, stream, cancelled=stream.end_status != COMPLETE)
+    if stream.details.whole is not None:
+        return await openai.write_kept(context, request, stream)
+    status = "" if stream.end_status == COMPLETE else "cancelled"
+    return await _write_newest(context, request, stream, status)
 
 
-async def _write(
-    context: Context, request: web.Request, stream: Stream, *, cancelled: bool = False
+async def _write_newest(
+    context: Context, request: web.Request, stream: Stream, status: str = ""
 ) -> web.StreamResponse:
-    """Write the response of *stream* as it is now; its bytes count until the client has taken them.
-
-    Raises:
-        StreamNotFound: see `newest`.
-        ServerAtCapacity: there is no room for a response that is not whole in the log.
-        ConnectionError: the client has left, or is dropped.
-    """
-    gateway, admission = context.gateway, context.admission
-    response: web.StreamResponse
-    with contextlib.ExitStack() as stack:
-        if (answer := _whole(stream)) is not None:
-            stack.enter_context(gateway.reading(stream))
-            response = openai.whole(request, answer)
-        else:
-            body = newest(stream, "cancelled" if cancelled else "")
-            stack.enter_context(gateway.hold()).grow(len(body))
-            response = web.Response(body=body, content_type="application/json", charset="utf-8")
-        drop = partial(admission.dropped, "openai")
-        await write(request, response, admission.send_timeout, drop)
+    """Write the response that came last; its bytes count until the client has taken them."""
+    admission = context.admission
+    body = newest(stream, status)
+    with context.gateway.hold() as held:
+        held.grow(len(body))
+        response = web.Response(body=body, content_type="application/json", charset="utf-8")
+        await write(request, response, admission.send_timeout, admission.dropped, "openai")
     return response
 
 
@@ -149,12 +140,6 @@ def newest(stream: Stream, status: str = "") -> bytes:
     if response is None:
         raise StreamNotFound(NOT_FOUND)
     return response
-
-
-def _whole(stream: Stream) -> Answer | None:
-    """Return the response if it was not streamed."""
-    whole = stream.details.whole
-    return whole if isinstance(whole, Answer) else None
 
 
 def _remembered(stream: Stream) -> ResponseEvents | None:

@@ -22,6 +22,7 @@ import itertools
 import logging
 import struct
 from abc import ABC, abstractmethod
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 from aiohttp import WebSocketError, WSCloseCode, WSMsgType
@@ -37,6 +38,7 @@ from aioserver.faces.client_messages import FULL_ROOM, ClientMessages, Upgraded
 from aioserver.faces.idle_sockets import IDLE_SECONDS
 from aioserver.limits.quota import REVOKED
 from aioserver.protocol.top_level import STEP_BYTES
+from aioserver.streams.ending import run_all
 from aioserver.streams.formats import WS_CLOSE, WS_PING, WS_PONG, ws_frame
 from aioserver.streams.writer import Writer
 
@@ -326,16 +328,19 @@ class Socket(ABC):
 
     async def finish(self) -> None:
         """Complete the close after the last read, and leave nothing behind. Call it once, always."""
-        self._context.wheel.remove(self)
-        self._messages.close()
-        for _, hold in self._waiting:
-            hold.release()
-        self._waiting.clear()
         admission = self._context.admission
-        admission.idle_sockets.remove(self)
+        holds, self._waiting = [hold for _, hold in self._waiting], []
+        steps: list[Callable[[], object]] = [
+            partial(self._context.wheel.remove, self),
+            self._messages.close,
+            *[hold.release for hold in holds],
+            partial(admission.idle_sockets.remove, self),
+        ]
         if self._inside:
-            admission.closed(self.face, str(self._close_code), self.caller.name)
+            code, name = str(self._close_code), self.caller.name
+            steps.append(partial(admission.closed, self.face, code, name))
         try:
+            run_all(steps)
             if self._closing is None:
                 self._send_close(WSCloseCode.OK, b"")
                 self._transport.close()
@@ -344,9 +349,9 @@ class Socket(ABC):
                 self._client_done.set()
             await self._closing
         finally:
-            self._writer.close()
             if self._refused_closing:
                 admission.refused_closing -= 1
+            self._writer.close()
 
     def _dropped(self, reason: str) -> None:
         self._context.admission.dropped(self.face, reason)

@@ -19,8 +19,9 @@ from aiohttp_sse import EventSourceResponse
 from aioserver.auth.callers import CALLER, Caller
 from aioserver.faces import http
 from aioserver.faces.admission import counted
-from aioserver.faces.intake import client_headers, in_turns, read_body
+from aioserver.faces.intake import client_headers, read_body
 from aioserver.faces.streaming import follow
+from aioserver.limits.turns import in_turns
 from aioserver.protocol import client_frames, eventstream, messages
 from aioserver.streams.formats import EVENTS, RETRY
 

@@ -15,6 +15,7 @@ from aioserver.errors import Denied, InvalidRequest, ServerAtCapacity
 from aioserver.faces.sse import Events
 from aioserver.monitoring import prometheus
 from aioserver.protocol import eventstream
+from aioserver.streams.ending import run_all
 from aioserver.streams.formats import RETRY
 from aioserver.streams.writer import Writer
 
@@ -132,8 +133,7 @@ async def events(context: Context, request: web.Request) -> web.StreamResponse:
         writer.send(eventstream.write(orjson.dumps(error.as_chunk()), event="error"))
         await writer.flush()
     finally:
-        monitor.leave(writer)
-        writer.close()
+        run_all((partial(monitor.leave, writer), writer.close))
     return response
 
 

@@ -8,6 +8,7 @@ aiohttp writes those of any other response.
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import TYPE_CHECKING
 
 from aiohttp.http import HttpVersion11
@@ -15,6 +16,7 @@ from aiohttp.http import HttpVersion11
 from aioserver.faces.http import Request
 from aioserver.faces.ready import LAST_CHUNK, ReadyStream
 from aioserver.protocol import eventstream
+from aioserver.streams.ending import run_all
 from aioserver.streams.writer import Writer
 
 if TYPE_CHECKING:
@@ -97,8 +99,7 @@ async def follow(
             await ended
         await writer.flush()
     finally:
-        context.wheel.remove(heartbeat)
-        writer.close()
+        run_all((partial(context.wheel.remove, heartbeat), writer.close))
 
 
 class Heartbeat:

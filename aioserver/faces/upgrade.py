@@ -25,12 +25,8 @@ async def serve(context: Context, request: web.Request, make: type[Socket]) -> w
     Raises:
         InvalidRequest, ConcurrencyExceeded, ServerAtCapacity: the handshake is refused.
     """
-    caller = request[CALLER]
-    context.admission.connect(make.face, caller)
-    try:
+    with context.admission.connect(make.face, request[CALLER]):
         return await _serve(context, request, make)
-    finally:
-        context.admission.disconnect(caller)
 
 
 async def _serve(context: Context, request: web.Request, make: type[Socket]) -> web.StreamResponse:

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 from aiohttp import WSCloseCode, web
 
 from aioserver.errors import AioserverError, ConcurrencyExceeded, ServerShutdown
-from aioserver.faces.intake import in_turns
 from aioserver.faces.socket import Socket
 from aioserver.faces.upgrade import serve
+from aioserver.limits.turns import in_turns
 from aioserver.protocol import client_frames, messages
 from aioserver.protocol.client_frames import BadCommand, Cancel, Chat, Ping, Resume
 from aioserver.protocol.top_level import NotUtf8

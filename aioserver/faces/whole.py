@@ -4,20 +4,19 @@ aiohttp writes a response after its handler has returned, when the connection's 
 number of clients that read nothing could then hold an answer each. Here the response is in the
 kernel, whole, before the handler returns, and a client that takes nothing for `send_timeout` is
 dropped, also on a UNIX socket, where no kernel would do so.
-
-The transport gets a body in pieces of HIGH_WATER bytes, so that it never holds a second copy of it.
 """
 
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import TYPE_CHECKING
 
 from aiohttp import web
 from aiohttp.http import StreamWriter
 
 from aioserver.faces.http import announce_close
-from aioserver.faces.ready import HIGH_WATER, ReadyResponse, pieces_of
+from aioserver.faces.ready import HIGH_WATER, ReadyResponse
 from aioserver.limits.write_watchdog import WriteWatchdog, reset
 
 if TYPE_CHECKING:
@@ -28,12 +27,13 @@ async def write(
     request: web.Request,
     response: web.StreamResponse,
     send_timeout: float,
-    on_drop: Callable[[str], None],
+    on_drop: Callable[[str, str], None],
+    face: str,
 ) -> None:
     """Write the whole *response*, unless it was written before, and wait until the kernel has it.
 
-    *on_drop* is called with the reason when the client takes nothing for *send_timeout* seconds and is
-    dropped.
+    *on_drop* is called with *face* and the reason when the client takes nothing for *send_timeout* seconds
+    and is dropped.
 
     Raises:
         ConnectionError: the client has left, or is dropped.
@@ -41,30 +41,33 @@ async def write(
     transport = request.transport
     if response.prepared or transport is None or transport.is_closing():
         return
-    drain = request.writer.drain
-    if isinstance(response, ReadyResponse):
-        for piece in response.pieces(request):
-            transport.write(piece)
-            if transport.get_write_buffer_size() > HIGH_WATER:
-                await _watched(transport, drain, send_timeout, on_drop)
-                _check_connected(request)
-    else:
+    if not isinstance(response, ReadyResponse):
         announce_close(request, response)
         writer = await response.prepare(request)
         body = response.body if isinstance(response, web.Response) else None
         if isinstance(body, bytes) and request.method != "HEAD":
             assert isinstance(writer, StreamWriter)
-            for piece in pieces_of(body):
+            for start in range(0, len(body), HIGH_WATER):
                 # Without aiohttp's own wait for the client, which nothing bounds.
-                await writer.write(piece, drain=False)
+                await writer.write(memoryview(body)[start : start + HIGH_WATER], drain=False)
                 if transport.get_write_buffer_size() > HIGH_WATER:
-                    await _watched(transport, drain, send_timeout, on_drop)
-                    _check_connected(request)
+                    await _watched(
+                        transport, request.writer.drain, send_timeout, partial(on_drop, face)
+                    )
             assert isinstance(response, web.Response)
             # Otherwise aiohttp would write it again.
             response.body = None
         await response.write_eof()
-    await flush(transport, drain, send_timeout, on_drop)
+    else:
+        transport.write(response.first_piece(request))
+        if not transport.get_write_buffer_size() and response.fits_one_piece:
+            return
+        drain = request.writer.drain
+        for piece in response.more_pieces():
+            if transport.get_write_buffer_size() > HIGH_WATER:
+                await _watched(transport, drain, send_timeout, partial(on_drop, face))
+            transport.write(piece)
+    await flush(transport, request.writer.drain, send_timeout, partial(on_drop, face))
 
 
 async def flush(
@@ -87,11 +90,6 @@ async def flush(
         if not transport.is_closing():
             # asyncio's own limits, which the writers of streams count on.
             transport.set_write_buffer_limits()
-
-
-def _check_connected(request: web.Request) -> None:
-    if request.transport is None:
-        raise ConnectionResetError("the client has left")
 
 
 async def _watched(

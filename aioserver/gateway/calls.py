@@ -1,19 +1,35 @@
-"""Answers without a log: not streamed, and nobody can come back for them.
+"""Answers that are not streamed: those that nobody can come back for, and the wait for the others.
 
-A call runs in the task of the handler that waits for it, and ends with it.
+A call has no log: it runs in the task of the handler that waits for it, and ends with it. The other
+answers are kept in a stream.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
+from contextlib import asynccontextmanager
+from functools import partial
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
-from aioserver.errors import ServerShutdown
+from aioserver.errors import AioserverError, InternalError, ServerShutdown, StreamNotFound
+from aioserver.providers.request import Answer
+from aioserver.streams.cursor import ConditionReader
+from aioserver.streams.ending import run_all
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
     from aioserver.gateway.router import Request, Router
-    from aioserver.providers.request import Answer
+    from aioserver.streams.lifetime import Lifetime
+    from aioserver.streams.stream import Stream
     from aioserver.telemetry.request_log import RequestLog
+
+
+logger = logging.getLogger("aioserver.gateway")
+
+ENDED = attrgetter("ended")
 
 
 class Calls:
@@ -38,6 +54,7 @@ class Calls:
 
         Raises:
             ServerShutdown: `close` was called meanwhile.
+            InternalError: there was a bug, which is logged.
             AioserverError: as `Router.call`.
         """
         record = request.begin_record(self._request_log)
@@ -55,9 +72,16 @@ class Calls:
             record.abandoned = True
             self._request_log.finish(record, None, cancelled=True)
             raise
+        except AioserverError as error:
+            self._request_log.finish(record, error)
+            raise
         except Exception as exc:
             self._request_log.finish(record, exc)
-            raise
+            logger.exception("bug in an answer")
+            self._request_log.metrics.bugs.value += 1
+            bug = InternalError("internal error")
+            bug.counted, bug.paid = True, record.sent_at > 0
+            raise bug from exc
         finally:
             self._tasks.discard(task)
         record.usage = answer.usage
@@ -70,6 +94,31 @@ class Calls:
         for task in tasks:
             # `answer` raises `ServerShutdown` for this cancellation.
             task.cancel()
+
+
+@asynccontextmanager
+async def kept_answer(stream: Stream, lifetime: Lifetime) -> AsyncIterator[Answer]:
+    """Wait for the whole answer that *stream* keeps; cancelling leaves it.
+
+    Within the `async with` the stream has a reader, and so is not dropped: its answer counts for
+    `max_kept_bytes` until it is written.
+
+    Raises:
+        ProviderFault: no provider answered.
+        StreamNotFound: the answer was cancelled meanwhile, by another request of the caller.
+    """
+    reader = ConditionReader(stream, ENDED)
+    lifetime.reader_added(stream)
+    try:
+        await reader.reached
+        # It has all of it, and is not late.
+        reader.next_index = stream.offset + len(stream.entries)
+        answer = stream.details.whole
+        if not isinstance(answer, Answer):
+            raise stream.error or StreamNotFound("this answer was cancelled")
+        yield answer
+    finally:
+        run_all((reader.leave, partial(lifetime.reader_removed, stream)))
 
 
 def shutdown_error() -> ServerShutdown:

@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from aioserver.config.settings import Context, Persistence
 
 MAX_CONVERSATIONS = 10_000
-# Tokens of all conversations together: 256 MiB of text.
+# Tokens of all conversations together, the overhead of their messages included: 256 MiB.
 MAX_KEPT_TOKENS = 1 << 26
+# A message's Python objects, as tokens of 4 bytes: otherwise short messages would be unbounded, nearly.
+MESSAGE_OVERHEAD = 64
 # Bytes of one conversation, if the retention policy sets no bound.
 MAX_UNLIMITED_BYTES = 1 << 20
 SECONDS_PER_DAY = 86_400
@@ -44,7 +46,7 @@ class _Conversation:
 class Conversations:
     """Histories, by caller and conversation id.
 
-    Always: all histories together have at most `MAX_KEPT_TOKENS`; a history alternates between `user`
+    Always: all histories together have at most `MAX_KEPT_TOKENS`, overhead counted; a history alternates between `user`
     and `assistant`, and begins with `user`.
     """
 
@@ -99,7 +101,8 @@ class Conversations:
         for role, text in (("user", question), ("assistant", answer)):
             conversation.messages.append(_Message(now, role, text, estimated_tokens(text)))
         self._trim(conversation)
-        tokens = sum(map(_tokens, conversation.messages))
+        messages = conversation.messages
+        tokens = sum(map(_tokens, messages)) + MESSAGE_OVERHEAD * len(messages)
         self._tokens += tokens - conversation.tokens
         conversation.tokens = tokens
         while len(self._kept) > MAX_CONVERSATIONS or self._tokens > MAX_KEPT_TOKENS:

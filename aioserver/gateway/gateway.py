@@ -12,14 +12,14 @@ streams/lifetime.py decides how long an answer lives that nobody reads.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import uuid
-from operator import attrgetter
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from aioserver.errors import (
     AioserverError,
+    InternalError,
     InvalidApiKey,
     RequestConflict,
     StreamNotFound,
@@ -29,10 +29,9 @@ from aioserver.gateway.calls import Calls, shutdown_error
 from aioserver.gateway.prompts import Prompts
 from aioserver.gateway.router import Request
 from aioserver.limits.quota import REVOKED
-from aioserver.protocol.openai import final_response
+from aioserver.limits.turns import in_turns
+from aioserver.protocol.whole_answer import final_response, text_pieces
 from aioserver.provider_errors import ProviderDisconnected
-from aioserver.providers.request import Answer
-from aioserver.streams.cursor import ConditionReader
 from aioserver.streams.entries import CANCELLED, COMPLETE, ERROR
 from aioserver.streams.lifetime import Lifetime
 
@@ -45,14 +44,12 @@ if TYPE_CHECKING:
     from aioserver.gateway.prompts import Prompt
     from aioserver.gateway.router import Router
     from aioserver.protocol.client_frames import Chat
-    from aioserver.providers.request import Hold
+    from aioserver.providers.request import Answer, Hold
     from aioserver.streams.store import HeldBytes, StreamStore
     from aioserver.streams.stream import Stream
     from aioserver.telemetry.request_log import RequestLog
 
 logger = logging.getLogger("aioserver.gateway")
-
-ENDED = attrgetter("ended")
 
 
 class Gateway:
@@ -90,6 +87,7 @@ class Gateway:
         self.lifetime.apply(bounds)
         for provider in self._router.providers.values():
             provider.on_wait = self.lifetime.make_room
+            provider.on_unsent = self.lifetime.unsent
 
     @property
     def running(self) -> int:
@@ -143,59 +141,35 @@ class Gateway:
         return stream
 
     def hold(self) -> HeldBytes:
-        """Return a count of the bytes of an answer that no log keeps, for `call`.
-
-        It is released once the answer is written. Until then a log that keeps the answer is not dropped.
-        """
+        """Return a count of the bytes of an answer that no log keeps, for `call`."""
         return self._streams.hold()
 
     async def call(self, request: Request) -> Answer:
-        """Return the answer to a *request* that is not streamed.
-
-        Cancelling ends the request, unless it is `resumable`: then a stream keeps the answer, as for
-        `relay`.
+        """Return the answer to a *request* that is neither streamed nor resumable. Cancelling ends it.
 
         Raises:
             ProviderFault: no provider answered.
-            StreamNotFound: the answer was cancelled meanwhile, by another request of the caller.
             AioserverError: as `ask`.
         """
         self._check_running()
-        # The count of whoever writes the answer, if it is counted there.
-        writing = request.provider_request.answer_bytes
-        if not request.resumable:
-            if request.caller.quota is None:
-                return await self._calls.answer(request)
-            with request.caller.quota.used():
-                return await self._calls.answer(request)
+        if request.caller.quota is None:
+            return await self._calls.answer(request)
+        with request.caller.quota.used():
+            return await self._calls.answer(request)
+
+    def keep(self, request: Request) -> Stream:
+        """Return the stream that keeps the answer to a resumable *request* that is not streamed, as `relay`.
+
+        calls.py has `kept_answer`, which waits for the answer.
+
+        Raises:
+            AioserverError: as `ask`.
+        """
         stream = self._existing(request)
         if stream is None:
             stream = self._open(request)
             self._start_producer(stream, request, self._produce_whole(request, stream))
-        with contextlib.ExitStack() as until_written:
-            reader = until_written.enter_context(self.reading(stream))
-            await reader.reached
-            # Read before the reader leaves: a stream whose window is 0 is forgotten then.
-            answer = stream.details.whole
-            if isinstance(answer, Answer):
-                if writing is not None:
-                    writing.on_release = until_written.pop_all().close
-                return answer
-        raise stream.error or StreamNotFound("this answer was cancelled")
-
-    @contextlib.contextmanager
-    def reading(self, stream: Stream) -> Iterator[ConditionReader]:
-        """Let *stream* have a reader in the `with`, whose *reached* is done once the stream has ended.
-
-        A stream with a reader is not dropped, so that what it keeps stays counted.
-        """
-        reader = ConditionReader(stream, ENDED)
-        self.lifetime.reader_added(stream)
-        try:
-            yield reader
-        finally:
-            reader.leave()
-            self.lifetime.reader_removed(stream)
+        return stream
 
     def find(self, caller: Caller, request_id: str, digest: bytes | None = None) -> Stream:
         """Return the caller's stream of *request_id*; with a *digest*, only that of the same request.
@@ -328,7 +302,7 @@ class Gateway:
             await self._router.fill(request, stream)
         except asyncio.CancelledError:
             stream.close_fast_path()
-            if prompt.reading.text:
+            if prompt.reading.size:
                 prompt.keep()
             raise
         if stream.end_status == COMPLETE:
@@ -337,42 +311,69 @@ class Gateway:
     async def _produce_whole(self, request: Request, stream: Stream) -> None:
         """Produce an answer that is not streamed, and keep it in *stream*."""
         answer = await self._router.call(request, stream)
+        body = answer.body
         stream.details.usage, answer.usage = answer.usage, None
         stream.details.provider = answer.provider
-        if request.stored and (response_id := final_response(answer.body)) is not None:
+        if request.stored and (response_id := await in_turns(final_response(body))) is not None:
             stream.add_alias(response_id)
+        pieces = await in_turns(text_pieces(body))
         if stream.attachment.held is not None:
             # From here on the stream counts it.
             stream.attachment.held.release()
-        stream.append_whole(answer, answer.body)
+        stream.append_whole(answer, body, pieces)
         stream.end(COMPLETE, {"metadata": {"provider": answer.provider}})
 
     def _settle(self, task: asyncio.Task[None]) -> None:
         """End the log whose producer *task* is done, and the record of its request.
 
         A callback and not a `finally`: a task cancelled before its first step never enters its
-        `try`, and its readers would wait for ever.
+        `try`, and its readers would wait for ever. For the same reason each step is done whatever
+        another raises.
         """
         stream = self._producers.pop(task)
         del self._tasks[stream]
-        owner: Any = stream.caller
-        if owner.quota is not None:
-            owner.quota.give_back()
-        if stream.attachment.held is not None:
-            stream.attachment.held.release()
         fault = None if task.cancelled() else task.exception()
+        bugs = [] if fault is None or isinstance(fault, AioserverError) else [fault]
+        owner: Any = stream.caller
+        for step in (
+            owner.quota and owner.quota.give_back,
+            stream.attachment.held and stream.attachment.held.release,
+            partial(self._end, stream, task, fault),
+            partial(self._finish_record, stream),
+        ):
+            try:
+                if step:
+                    step()
+            except Exception as exc:  # noqa: BLE001 - logged below
+                bugs.append(exc)
+        for bug in bugs:
+            logger.error("bug in an answer", exc_info=bug)
+            self._request_log.metrics.bugs.value += 1
+
+    def _end(self, stream: Stream, task: asyncio.Task[None], fault: BaseException | None) -> None:
+        """End the log of *stream*, unless it has ended, as its producer *task* has: with *fault*, if any."""
         if stream.ended:
-            pass
-        elif task.cancelled():
-            if stream.attachment.cancel_reason is None:
+            return
+        reason = stream.attachment.cancel_reason
+        try:
+            if not task.cancelled():
+                error = public(fault or ProviderDisconnected("the answer has no end"))
+                error.paid = error.paid or (stream.sent and isinstance(error, InternalError))
+                stream.fail(error)
+            elif reason is None:
                 stream.end(CANCELLED, {})
             else:
-                stream.fail(stream.attachment.cancel_reason)
-        else:
-            stream.fail(public(fault or ProviderDisconnected("the answer has no end")))
-        if fault is not None and not isinstance(fault, AioserverError):
-            logger.error("bug in an answer", exc_info=fault)
-            self._request_log.metrics.bugs.value += 1
+                stream.fail(reason)
+        finally:
+            if not stream.ended:
+                # The error could not be written in the form of this answer's events.
+                stream.details.error_format = None
+                bug = InternalError("internal error")
+                bug.paid = stream.sent
+                stream.fail(bug)
+
+    def _finish_record(self, stream: Stream) -> None:
+        """Count and log the request of *stream*, which has ended."""
         if stream.error is not None:
             # Otherwise the frames of the traceback would keep the question for the whole window.
             stream.error.__traceback__ = stream.error.__cause__ = stream.error.__context__ = None
@@ -382,7 +383,7 @@ class Gateway:
         record.usage = stream.details.usage
         record.abandoned = stream.attachment.abandoned
         self._request_log.finish(record, stream.error, cancelled=stream.end_status == CANCELLED)
-        # The stream is kept for its window; the provider's objects and the request are needed no longer.
+        # The stream is kept for its window; the provider's objects are needed no longer.
         record.usage = stream.details.usage = stream.attachment.request = None
 
     def _cancel_producer(self, stream: Stream) -> None:

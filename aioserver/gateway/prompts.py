@@ -53,8 +53,10 @@ class Prompt:
     def keep(self) -> None:
         """Append the client's text, and the answer so far, to the conversation, if there is one."""
         if self.conversation_id is not None and self._text is not None:
-            text, answer = orjson.loads(self._text), "".join(self.reading.text)
-            self._conversations.keep(self.request.caller, self.conversation_id, text, answer)
+            text = orjson.loads(self._text)
+            self._conversations.keep(
+                self.request.caller, self.conversation_id, text, self.reading.text
+            )
 
 
 class Prompts:

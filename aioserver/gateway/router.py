@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import TYPE_CHECKING
 
-from aioserver.errors import ModelNotFound
+from aioserver.errors import AioserverError, ModelNotFound
 from aioserver.provider_errors import (
     CircuitOpen,
     NoProvider,
@@ -223,7 +223,7 @@ class Router:
                     stream,
                     # A fallback uses its own model.
                     provider_request.model if provider is route.provider else None,
-                    fallback=any(other.health.available for other in providers),
+                    fallback=bool(providers) and any(p.health.available for p in providers),
                 )
             except ProviderFault as fault:
                 faults.append(fault)
@@ -307,6 +307,10 @@ class Router:
                     provider.meter.retries_refused.value += 1
                     raise
                 provider.meter.retries[fault.code].value += 1
+            except AioserverError as error:
+                # Raised by us, perhaps since there is no room for the answer that comes.
+                error.paid = record.sent_at > 0
+                raise
             else:
                 return attempt
             await asyncio.sleep(pause)

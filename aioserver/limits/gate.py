@@ -23,6 +23,7 @@ from math import inf
 from typing import TYPE_CHECKING, Protocol, Self
 
 from aioserver.limits.fair_queue import FairQueue
+from aioserver.limits.gcra import ROUNDING
 from aioserver.limits.waiter import Waiter, settled
 
 if TYPE_CHECKING:
@@ -135,6 +136,11 @@ class Gate:
         return len(self._queue)
 
     @property
+    def full(self) -> bool:
+        """Whether the queue has no room for one more request."""
+        return self.waiting >= self._queue_size
+
+    @property
     def inside(self) -> int:
         """How many places are taken."""
         return self._inside
@@ -153,7 +159,7 @@ class Gate:
     def serve(self) -> None:
         """Let in the waiters that may start now; called when a place or the pace has changed."""
         while self._queue and self._inside < self._limit:
-            if (delay := self._delay()) > 0:
+            if (delay := self._delay()) > ROUNDING:
                 if self._start_timer is not None:
                     self._start_timer.cancel()
                     self._start_timer = None
@@ -167,11 +173,12 @@ class Gate:
     def try_enter(self, cost: int = 0) -> Place | None:
         """Return a place if one is free and nobody waits for it; *cost* counts for the pace."""
         if self._inside < self._limit and not self._queue and self._closed is None:
-            if self._delay() > 0:
+            paced = self._pace is not None
+            if paced and self._delay() > ROUNDING:
                 return None
             self._enter()
             self._entered += 1
-            return self._start(cost)
+            return self._start(cost) if paced else Place(self)
         return None
 
     async def enter(
@@ -181,7 +188,7 @@ class Gate:
         *,
         weight: int = 1,
         on_position: Callable[[int, float], None] | None = None,
-        timeout: float | None = None,  # noqa: ASYNC109 - its expiry is an error of ours
+        waited: float = 0.0,
         at_front: bool = False,
         may_fail_over: bool = False,
         rejoin: bool = False,
@@ -191,10 +198,10 @@ class Gate:
 
         Callers share the places by their *weight* (1 to 10); the flows of one caller share evenly.
         *on_position* is called with `(position, eta in seconds)` when the wait begins, and again each
-        second if they have changed. *timeout* in seconds replaces `queue_timeout`. A request that has
-        waited before is put *at_front* of its caller's other requests. `refuse_late` may also refuse a request
-        that *may_fail_over* to another gate. A request that was in the queue before may *rejoin* it, though it
-        is full. *cost* counts for the pace.
+        second if they have changed. The seconds that the request has *waited* before are a part of its
+        `queue_timeout`. A request that has waited before is put *at_front* of its caller's other requests.
+        `refuse_late` may also refuse a request that *may_fail_over* to another gate. A request that was in the
+        queue before may *rejoin* it, though it is full. *cost* counts for the pace.
 
         Raises:
             AioserverError: made by *full_error* or *pace_error* at once, by *timeout_error* at the
@@ -204,8 +211,8 @@ class Gate:
             return place
         if self._closed is not None:
             raise self._closed()
-        seconds = self._queue_timeout if timeout is None else timeout
-        if (self.waiting >= self._queue_size and not rejoin) or seconds <= 0:
+        seconds = max(0.0, self._queue_timeout - waited)
+        if (self.full and not rejoin) or seconds <= 0:
             self._refused += 1
             # A request without time left has waited already, at another gate or in an earlier attempt.
             timed_out = seconds <= 0 < self._queue_timeout
@@ -221,7 +228,7 @@ class Gate:
             asyncio.get_running_loop().create_future(),
             caller,
             flow,
-            now,
+            now - waited,
             now + seconds,
             on_position,
             cost,
@@ -285,7 +292,7 @@ class Gate:
         The result has jitter, so that the refused clients do not all come back at once.
         """
         low, high = RETRY_AFTER
-        estimate = self._eta(len(self._queue) + 1)
+        estimate = self._eta(self.waiting + 1)
         return min(high, max(low, estimate) * random.uniform(1.0, 1.5))  # noqa: S311 - jitter
 
     def stats(self) -> GateStats:

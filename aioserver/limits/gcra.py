@@ -43,7 +43,10 @@ class Gcra:
 
     def delay(self, ahead: float = 0.0) -> float:
         """Return the seconds until a start is allowed after others that are worth *ahead* seconds."""
-        return max(0.0, max(0.0, self._tat - self._clock()) + ahead - self._tolerance)
+        wait = ahead - self._tolerance
+        if (counted := self._tat - self._clock()) > 0:
+            wait += counted
+        return wait if wait > 0 else 0.0
 
     def take(self, seconds: float) -> None:
         """Count a start that is worth *seconds*, whether it is allowed or not.

@@ -14,7 +14,8 @@ Place = TypeVar("Place")
 class Waiter(Generic[Place]):
     """A request in the queue; *place* is done once it has a place or an error.
 
-    *arrived* and *deadline* are times of the gate's clock.
+    *arrived* and *deadline* are times of the gate's clock. A request that has waited before counts as one
+    that arrived so much earlier.
     """
 
     __slots__ = (

@@ -9,12 +9,12 @@ while a write is blocked.
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import struct
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import asyncio
     from collections.abc import Callable
 
 # Looks at the buffer per timeout: the alarm comes at most a quarter of the timeout late.
@@ -76,7 +76,13 @@ def reset(transport: asyncio.Transport) -> None:
     transport.abort()
 
 
-def kernel_aborts(transport: asyncio.Transport) -> bool:
-    """Return whether the kernel aborts a peer that does not read the rest, as it does over TCP."""
+def watch_rest(transport: asyncio.Transport, timeout: float) -> None:
+    """Abort *transport*, to which nothing is written any more, if its peer does not read the rest.
+
+    Its close() would wait for that peer for ever. Over TCP the kernel aborts the connection itself.
+    """
+    if transport.is_closing() or not transport.get_write_buffer_size():
+        return
     sock = transport.get_extra_info("socket")
-    return KERNEL_ABORTS and (sock is None or sock.family != socket.AF_UNIX)
+    if not KERNEL_ABORTS or (sock is not None and sock.family == socket.AF_UNIX):
+        WriteWatchdog(asyncio.get_running_loop(), transport, timeout, transport.abort)

@@ -3,7 +3,8 @@
 Everything that is counted is gathered: the first incident is reported at once, and after it a quiet time
 begins, in which numbers are added up for the next incident of the same kind, detail and provider. A
 trouble of a provider is an incident when it begins and when it ends; a trouble that comes back in its
-quiet time is reported after that, if it still lasts.
+quiet time is reported after that, if it still lasts. The words are those of troubles.py and advice.py,
+so that the log and the verdict say the same.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
+from aioserver.monitoring import advice
 from aioserver.monitoring.interval import (
     ANSWERED,
     ATTEMPTS,
@@ -20,9 +22,10 @@ from aioserver.monitoring.interval import (
     KEY_REFUSED,
     REJECTIONS,
     SLOW_CLIENTS,
+    TICK,
     Total,
 )
-from aioserver.monitoring.troubles import DEAD, FAULTS, SICK, SILENT
+from aioserver.monitoring.troubles import DEAD, FAULTS, SICK, SILENT, count, most, span, were
 from aioserver.telemetry.metrics import OK
 
 if TYPE_CHECKING:
@@ -45,40 +48,43 @@ GATHERED = {
     ATTEMPTS: "provider_faults",
 }
 TEXTS = {
-    "rejections": "{number} refused: {detail}",
-    "auth": "{number} requests denied: a missing or wrong key, or a host or origin not allowed",
+    "rejections": "{rejected} in {span}: {detail}",
+    "auth": "{denied}: a missing or wrong key, or a host or origin not allowed",
     "slow_client": "slow clients dropped, which did not read what was sent: {number}",
     "provider_auth": "{provider} refuses our key, or its quota is used up ({number})",
-    "provider_faults": "{provider}: {number} x {detail}",
+    "provider_faults": "{provider} {detail}: {attempts} failed in {span}",
     "loop_lag": "the event loop was {number} ms late",
 }
-# Kinds of troubles that are kinds of incidents too: the severity, and the text when the trouble ends.
+# Kinds of troubles that are kinds of incidents too, and the text when the trouble ends.
 TROUBLES = {
-    DEAD: ("error", "{provider} answers again"),
-    SICK: ("warning", "{provider} is well again"),
-    SILENT: ("error", "{provider} speaks again"),
+    DEAD: "{provider} answers again",
+    SICK: "{provider} is well again",
+    SILENT: "{provider} speaks again",
 }
 # Kinds and details whose severity is always "error".
 SEVERE = frozenset(("tls", "provider_auth", "no_provider"))
-# Refusals and faults are an error, too, if there are as many as this and nothing went well meanwhile.
-ALL_REFUSED, ALL_FAILED = 10, 5
-# Refusals with these codes are never an error: they are about one caller's limits, or a stop.
+# Rejections and faults are an error, too, if there are as many as this, and more than what went well meanwhile.
+MANY_REJECTED, MANY_FAILED = 10, 5
+# Rejections with these codes are never an error: they are about one caller's limits, or a stop.
 HARMLESS = frozenset(("rate_limit_exceeded", "concurrency_exceeded", "server_shutdown"))
 # Milliseconds by which a late loop is an error: clients see that everything stands still.
 SEVERE_LAG = 1000
 
 
 class Incident(TypedDict):
-    """The data of an `incident` event; *time* is Unix time in seconds."""
+    """The data of an `incident` event; *time* is Unix time in seconds, *advice* may be empty."""
 
     time: float
     kind: str
     severity: str
     text: str
     provider: str | None
+    advice: str
 
 
-def incident(kind: str, text: str, severity: str, provider: str | None = None) -> Incident:
+def incident(
+    kind: str, text: str, severity: str, provider: str | None = None, remedy: str = ""
+) -> Incident:
     """Return an incident that happens now; *severity*: `info`, `warning` or `error`."""
     return {
         "time": round(time.time(), 3),
@@ -86,6 +92,7 @@ def incident(kind: str, text: str, severity: str, provider: str | None = None) -
         "severity": severity,
         "text": text,
         "provider": provider,
+        "advice": remedy,
     }
 
 
@@ -99,8 +106,9 @@ class Subject(NamedTuple):
 
 @dataclass(slots=True)
 class Gathered:
-    """The count of one subject; *well* is the number of answers that went well meanwhile."""
+    """The count of one subject since the tick *since*; *well* is what went well meanwhile."""
 
+    since: float
     number: int = 0
     well: int = 0
 
@@ -122,31 +130,31 @@ class Detector:
         self, now: float, interval: Interval, providers: Mapping[str, ProviderState]
     ) -> list[Incident]:
         """Return the incidents of the tick at *now*, a monotonic time, which ends *interval*."""
-        self._gather(interval)
+        self._gather(now, interval)
         return [
             *self._trouble_changes(now, providers),
             *self._due(now),
         ]
 
-    def _gather(self, interval: Interval) -> None:
+    def _gather(self, now: float, interval: Interval) -> None:
         gathered = self._gathered
         for total, number in interval.growth.items():
             if total.kind in GATHERED and (total.kind != ATTEMPTS or total.detail in FAULTS):
                 subject = Subject(GATHERED[total.kind], total.detail, total.provider)
-                gathered.setdefault(subject, Gathered()).number += int(number)
+                gathered.setdefault(subject, Gathered(now)).number += int(number)
         self._denied.append(int(interval.growth.get(Total(DENIED), 0)))
         if (denied := sum(self._denied)) >= DENIED_BURST:
             subject = Subject("auth")
-            gathered.setdefault(subject, Gathered()).number += denied
+            gathered.setdefault(subject, Gathered(now)).number += denied
             self._denied.clear()
         if interval.lag_max > LAG_LIMIT:
             subject = Subject("loop_lag")
-            lag = gathered.setdefault(subject, Gathered())
+            lag = gathered.setdefault(subject, Gathered(now))
             lag.number = max(lag.number, round(interval.lag_max * 1000))
-        for subject, count in gathered.items():
+        for subject, counted in gathered.items():
             name = subject.provider
             total = Total(ANSWERED) if name is None else Total(ATTEMPTS, OK, name)
-            count.well += int(interval.growth.get(total, 0))
+            counted.well += int(interval.growth.get(total, 0))
 
     def _trouble_changes(
         self, now: float, providers: Mapping[str, ProviderState]
@@ -159,7 +167,7 @@ class Detector:
             if kind not in TROUBLES:
                 if before is not None:
                     del self._troubles[name]
-                    text = TROUBLES[before][1].format(provider=name)
+                    text = TROUBLES[before].format(provider=name)
                     yield incident(before, text, "info", name)
             elif kind != before:
                 assert trouble is not None, "it has a kind"
@@ -167,8 +175,13 @@ class Detector:
                 if self._quiet_until.get(subject, 0.0) <= now:
                     self._quiet_until[subject] = now + QUIET
                     self._troubles[name] = trouble["kind"]
-                    severity = TROUBLES[trouble["kind"]][0]
-                    yield incident(trouble["kind"], trouble["text"], severity, name)
+                    yield incident(
+                        trouble["kind"],
+                        trouble["text"],
+                        trouble["severity"],
+                        name,
+                        trouble["advice"],
+                    )
 
     def _due(self, now: float) -> Iterator[Incident]:
         """Yield an incident for each subject that was gathered and is not in its quiet time."""
@@ -176,20 +189,42 @@ class Detector:
         for subject in due:
             gathered = self._gathered.pop(subject)
             self._quiet_until[subject] = now + QUIET
-            kind, detail, provider = subject
-            text = TEXTS[kind].format(number=gathered.number, detail=detail, provider=provider)
-            yield incident(kind, text, _severity(subject, gathered), provider)
+            detail, remedy = _words(subject)
+            text = TEXTS[subject.kind].format(
+                number=gathered.number,
+                rejected=were(gathered.number, "rejected"),
+                denied=were(gathered.number, "denied"),
+                attempts=count(gathered.number, "attempt"),
+                span=span(round(now - gathered.since + TICK)),
+                detail=detail,
+                provider=subject.provider,
+            )
+            severity = _severity(subject, gathered)
+            yield incident(subject.kind, text, severity, subject.provider, remedy)
+
+
+def _words(subject: Subject) -> tuple[str, str]:
+    """Return the detail of *subject* in words, and what to do about it."""
+    kind, detail, provider = subject
+    if kind == "rejections":
+        return advice.of_rejections(detail)
+    if kind == "provider_faults":
+        return FAULTS[detail], advice.OF_FAULTS[detail].format(name=provider)
+    if kind == "provider_auth":
+        return detail, advice.OF_A_REFUSED_KEY.format(name=provider)
+    return detail, ""
 
 
 def _severity(subject: Subject, gathered: Gathered) -> str:
-    """Return "error" for what clients notice, such as that all are refused; otherwise "warning"."""
+    """Return "error" for what most clients notice, such as that they are rejected; else "warning"."""
     kind, detail, _ = subject
-    nothing_went_well = not gathered.well and detail not in HARMLESS
+    total = gathered.number + gathered.well
+    worst = detail not in HARMLESS and most(gathered.number, total) == "error"
     if (
         kind in SEVERE
         or detail in SEVERE
-        or (kind == "rejections" and nothing_went_well and gathered.number >= ALL_REFUSED)
-        or (kind == "provider_faults" and nothing_went_well and gathered.number >= ALL_FAILED)
+        or (kind == "rejections" and worst and gathered.number >= MANY_REJECTED)
+        or (kind == "provider_faults" and worst and gathered.number >= MANY_FAILED)
         or (kind == "loop_lag" and gathered.number >= SEVERE_LAG)
     ):
         return "error"

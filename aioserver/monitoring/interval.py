@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from aioserver.telemetry.loop_lag import LoopLag
     from aioserver.telemetry.metrics import Metrics
 
+# Seconds between two ticks.
+TICK = 1.0
 # Ticks between two counts of the event loop's tasks, whose cost grows with their number.
 TASK_TICKS = 10
 # Seconds; rates of a shorter interval are those of this one.
@@ -32,6 +34,7 @@ EVENTS = "events"
 KEY_REFUSED = "key_refused"
 ATTEMPTS = "attempts"
 ANSWERED = "answered"
+FAILED = "failed"
 
 
 class Total(NamedTuple):
@@ -105,6 +108,7 @@ def totals(metrics: Metrics) -> dict[Total, float]:
     numbers[Total(ANSWERED)] = metrics.outcomes[OK].value + sum(
         sum(meter.first_token.counts) for meter in metrics.providers.values()
     )
+    numbers[Total(FAILED)] = metrics.outcomes["provider_error"].value
     numbers[Total(DENIED)] = sum(counter.value for counter in metrics.auth_failures.values())
     numbers[Total(SLOW_CLIENTS)] = metrics.slow_clients.value
     for provider, meter in metrics.providers.items():

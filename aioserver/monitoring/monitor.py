@@ -16,9 +16,10 @@ import orjson
 
 from aioserver.errors import ServerAtCapacity
 from aioserver.monitoring.incidents import Detector, incident
-from aioserver.monitoring.interval import IntervalMeter
+from aioserver.monitoring.interval import TICK, IntervalMeter
 from aioserver.monitoring.snapshot import Snapshots
 from aioserver.monitoring.troubles import Troubles
+from aioserver.monitoring.verdict import Verdicts, unknown
 from aioserver.protocol import eventstream
 
 if TYPE_CHECKING:
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("aioserver.monitoring")
 
-# Seconds.
-TICK = 1.0
 # Ticks that the history keeps: ten minutes.
 HISTORY = 600
 MAX_INCIDENTS = 100
@@ -88,6 +87,8 @@ class Monitor:
         self._snapshots = Snapshots(sources)
         self._intervals = IntervalMeter(sources.metrics, sources.lag)
         self._troubles = Troubles()
+        self._verdicts = Verdicts()
+        self._verdict = unknown()
         self._detector = Detector()
         self._history: deque[Point] = deque(maxlen=HISTORY)
         self._incidents: deque[Incident] = deque(maxlen=MAX_INCIDENTS)
@@ -118,7 +119,7 @@ class Monitor:
     def fresh(self) -> Snapshot:
         """Return the state of this moment; rates and the like are those of the last tick."""
         return self._snapshots.build(
-            self._interval, self._troubles.now, watchers=len(self._watchers)
+            self._interval, self._troubles.now, self._verdict, watchers=len(self._watchers)
         )
 
     def watch(self, watcher: Watcher, every: int) -> None:
@@ -152,6 +153,8 @@ class Monitor:
         self._interval = self._intervals.measure()
         self._snapshot = self.fresh()
         self._troubles.observe(self._snapshot, self._interval)
+        self._verdict = self._verdicts.observe(self._snapshot, self._interval)
+        self._snapshot["verdict"] = self._verdict
         self._snapshot_json = orjson.dumps(self._snapshot)
         self._history.append(_point(self._snapshot))
         self._history_event = b""
@@ -203,6 +206,8 @@ def _log(new_incident: Incident) -> None:
     level = LEVELS[new_incident["severity"]]
     if logger.isEnabledFor(level):
         fields = {"kind": new_incident["kind"], "provider": new_incident["provider"]}
+        if new_incident["advice"]:
+            fields["advice"] = new_incident["advice"]
         # The detector has thinned incidents out already, each subject by itself.
         extra = {"fields": fields, "thinned": True}
         logger.log(level, "%s", new_incident["text"], extra=extra)

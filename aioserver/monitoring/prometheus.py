@@ -27,6 +27,7 @@ from prometheus_client.metrics_core import (
 from prometheus_client.registry import Collector
 
 from aioserver import __version__
+from aioserver.monitoring.troubles import WORDS
 from aioserver.telemetry.counters import Counter
 from aioserver.telemetry.kernel import accept_queue
 
@@ -42,6 +43,8 @@ CONTENT_TYPE = CONTENT_TYPE_LATEST
 PREFIX = "aioserver_"
 # What the numbers of `provider_state` mean.
 STATES = ("well", "sick", "dead")
+# What the numbers of `provider_trouble` mean; 0 is none.
+TROUBLES = tuple(reversed(WORDS))
 
 
 class Gauge(NamedTuple):
@@ -104,6 +107,14 @@ GAUGES = (
         "provider_state",
         _each_provider(lambda p: STATES.index(p["state"])),
         "0 well, 1 sick (it fails often, and is asked), 2 dead (it is left alone, but for trials)",
+        "provider",
+    ),
+    Gauge(
+        "provider_trouble",
+        _each_provider(
+            lambda p: 0 if p["trouble"] is None else 1 + TROUBLES.index(p["trouble"]["kind"])
+        ),
+        "0 none, 1 failing, 2 sick, 3 silent (it has stalled), 4 dead, 5 key_refused",
         "provider",
     ),
     Gauge(

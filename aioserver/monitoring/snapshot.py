@@ -138,9 +138,24 @@ class Trouble(TypedDict):
     """The trouble of a provider: see troubles.py; *since* is Unix time in seconds."""
 
     kind: str
+    word: str
     since: float
     text: str
     detail: str
+    advice: str
+    severity: str
+
+
+class Verdict(TypedDict):
+    """The state of the whole server in words: see verdict.py."""
+
+    level: str
+    state: str
+    word: str
+    text: str
+    detail: str
+    advice: str
+    about: str
 
 
 class ProviderState(TypedDict):
@@ -198,6 +213,7 @@ class Snapshot(TypedDict):
     version: str
     uptime: float
     ready: bool
+    verdict: Verdict
     active_provider: str
     fallbacks: list[str]
     connections: ConnectionsState
@@ -224,9 +240,14 @@ class Snapshots:
         self._started_at = time.monotonic()
 
     def build(
-        self, interval: Interval, troubles: Mapping[str, Trouble], *, watchers: int
+        self,
+        interval: Interval,
+        troubles: Mapping[str, Trouble],
+        verdict: Verdict,
+        *,
+        watchers: int,
     ) -> Snapshot:
-        """Return the state of this moment, with the rates of *interval* and the *troubles* known."""
+        """Return the state of this moment; *interval*, *troubles* and *verdict* are those known."""
         sources, metrics, now = self._sources, self._sources.metrics, time.monotonic()
         router, chat = sources.router, sources.settings.chat
         providers = {
@@ -241,6 +262,7 @@ class Snapshots:
             "version": __version__,
             "uptime": round(now - self._started_at, 1),
             "ready": sources.ready(),
+            "verdict": verdict,
             "active_provider": router.active.name,
             "fallbacks": router.fallbacks,
             "connections": _connections_state(sources, interval),

@@ -3,7 +3,8 @@
 `/stats`, the dashboard, `top` and the log show the same texts, which are made here. A trouble has a
 *text* that stands alone, "groq has said nothing for 6 s in 25 answers", and a *detail*: when the trouble
 began, when the provider is tried next, and which fallback is asked instead. Of several troubles of a
-provider, the worst is shown.
+provider, the worst is shown. The *advice* says what an operator can do, and the *severity* how the log,
+the dashboard and `top` show the trouble: as an `error`, or as a `warning`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import math
 from collections import Counter, deque
 from typing import TYPE_CHECKING
 
+from aioserver.monitoring import advice
 from aioserver.monitoring.interval import ATTEMPTS
 from aioserver.telemetry.metrics import OK
 
@@ -23,6 +25,16 @@ if TYPE_CHECKING:
 
 # Kinds of troubles, the worst first.
 FLAGGED, DEAD, SILENT, SICK, FAILING = "key_refused", "dead", "silent", "sick", "failing"
+# The word for each.
+WORDS = {
+    FLAGGED: "Key refused",
+    DEAD: "Dead",
+    SILENT: "Stalled",
+    SICK: "Sick",
+    FAILING: "Failing",
+}
+# One of these may become another, without an end of the trouble between them.
+OF_FAULTS = frozenset((DEAD, SICK, FAILING))
 # Outcomes of an attempt that are the provider's fault, and how the provider fails then. A 4xx is none: it
 # is the fault of the request, or of our key. Nor is a stale connection, which is replaced at once.
 FAULTS = {
@@ -76,33 +88,47 @@ class Troubles:
         faults, attempts = self._lately(name)
         failed = sum(faults.values())
         began = now = snapshot["time"]
-        text = f"{name} fails"
+        text, remedy, severity = f"{name} fails", advice.OF_OLD_FAULTS, "error"
         if failed:
-            how = FAULTS[faults.most_common(1)[0][0]]
-            text = f"{name} {how}: {failed} of {attempts} attempts failed in the last minute"
+            outcome = faults.most_common(1)[0][0]
+            remedy = advice.OF_FAULTS[outcome]
+            text = f"{name} {FAULTS[outcome]}: {failed} of {attempts} attempts failed in the last minute"
         if provider["flagged"]:
             kind, text = FLAGGED, f"{name} refuses our key, or its quota is used up"
+            remedy = advice.OF_A_REFUSED_KEY
         elif provider["state"] == DEAD:
             kind, text = DEAD, f"{text}; it is left alone"
         elif stalled(provider["silent"]):
             kind, text = SILENT, silence(name, provider["silent"])
+            remedy = advice.OF_SILENCE
             began = now - provider["silent"]["longest"]
         elif provider["state"] == SICK:
-            kind = SICK
+            kind, severity = SICK, most(failed, attempts)
             if not failed:
                 text = f"{name} failed often, and has had few requests since"
         elif failed >= FEW and failed >= SHARE * attempts:
-            kind = FAILING
+            kind, severity = FAILING, most(failed, attempts)
         else:
             return None
         since = round(began, 3)
-        if before is not None and before["kind"] == kind:
+        if before is not None and (before["kind"] == kind or {before["kind"], kind} <= OF_FAULTS):
             since = before["since"]
+        others = snapshot["fallbacks"]
+        remedies = [remedy.format(name=name)]
+        if provider["active"] and not others:
+            remedies.append(advice.INSTEAD)
         detail = [f"It began {span(now - since)} ago", *_next_try(provider)]
         if provider["active"] and kind != SILENT:
-            others = snapshot["fallbacks"]
             detail.append(f"its fallback is {others[0]}" if others else "no fallback is set")
-        return {"kind": kind, "since": since, "text": text, "detail": "; ".join(detail)}
+        return {
+            "kind": kind,
+            "word": WORDS[kind],
+            "since": since,
+            "text": text,
+            "detail": "; ".join(detail),
+            "advice": " ".join(remedies),
+            "severity": severity,
+        }
 
     def _lately(self, name: str) -> tuple[Counter[str], int]:
         """Return the faults of the last WINDOW ticks by outcome, and the number of attempts."""
@@ -124,6 +150,11 @@ def _next_try(provider: ProviderState) -> Iterator[str]:
         yield f"it is tried again in {span(math.ceil(seconds))}" if seconds else "it is tried now"
 
 
+def most(failed: int, total: int) -> str:
+    """Return the severity of *failed* of *total*: "error" for more than half, otherwise "warning"."""
+    return "error" if 2 * failed > total else "warning"
+
+
 def stalled(silent: SilenceState) -> bool:
     """Return whether the provider has stalled: in half of the answers under way, or more."""
     number = silent["stalled"] + silent["unanswered"]
@@ -133,9 +164,9 @@ def stalled(silent: SilenceState) -> bool:
 def silence(name: str, silent: SilenceState) -> str:
     """Return a text: how long the provider *name* has been silent, and in which answers."""
     answers, requests = silent["stalled"], silent["unanswered"]
-    places = [f"in {_count(answers, 'answer')}"] if answers else []
+    places = [f"in {count(answers, 'answer')}"] if answers else []
     if requests:
-        places.append(f"to {_count(requests, 'request')}")
+        places.append(f"to {count(requests, 'request')}")
     return f"{name} has said nothing for {span(silent['longest'])} {' and '.join(places)}"
 
 
@@ -147,5 +178,11 @@ def span(seconds: float) -> str:
     return f"{whole // 60} min" if whole < 7200 else f"{whole // 3600} h"
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'s' * (number != 1)}"
+def count(number: int, noun: str) -> str:
+    """Return a number of things: 1 answer, 1,200 answers."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
+def were(number: int, participle: str) -> str:
+    """Return what happened to requests: 1 request was rejected, 1,200 requests were rejected."""
+    return f"{count(number, 'request')} {'was' if number == 1 else 'were'} {participle}"

@@ -29,6 +29,18 @@ MAX_MODEL_KEYS = 10_000
 
 
 class _Fields(msgspec.Struct, gc=False):
+    """The fields as nearly all clients send them."""
+
+    model: str | None = None
+    stream: bool | None = None
+    user: str | None = None
+    store: bool | None = None
+    background: bool | None = None
+
+
+class _RawFields(msgspec.Struct, gc=False):
+    """The same fields, whatever their types are."""
+
     model: Raw = ABSENT
     stream: Raw = ABSENT
     user: Raw = ABSENT
@@ -37,6 +49,12 @@ class _Fields(msgspec.Struct, gc=False):
 
 
 _DECODER = msgspec.json.Decoder(_Fields)
+_RAW_DECODER = msgspec.json.Decoder(_RawFields)
+# The longest body that may be read twice: first as nearly all clients send it, then whatever it has.
+MAX_READ_TWICE = 1 << 16
+# Characters of a name that has MAX_MODEL_BYTES at most, whichever way it is written: 12 bytes stand for an
+# escaped pair of surrogates.
+MAX_SURE_CHARACTERS = MAX_MODEL_BYTES // 12
 _START = re.compile(rb"[ \t\r\n]*\{[ \t\r\n]*")
 _COLON = re.compile(rb"[ \t\r\n]*:[ \t\r\n]*")
 _KEY = b'"model"'
@@ -63,8 +81,30 @@ class ModelBody:
             InvalidJson: *data* is not JSON.
             InvalidRequest: *data* is no object, or a field has a wrong type.
         """
-        fields = top_level.decode(_DECODER, data, "the body")
         self.data = data
+        # The value of `model`, as it is written, empty if there is none; None until it is needed.
+        self._value: bytes | None = None
+        # Where that value begins, once it was looked for.
+        self._place: int | None = None
+        if len(data) > MAX_READ_TWICE or not self._read():
+            self._read_any()
+
+    def _read(self) -> bool:
+        """Read a body whose fields have the types that they should have; return whether it is one."""
+        try:
+            fields = _DECODER.decode(self.data)
+        except (msgspec.DecodeError, RecursionError):
+            return False
+        self.model = model = fields.model
+        self.streamed = fields.stream is True
+        self.user = fields.user
+        self.stored = fields.store is True
+        self.background = fields.background is True
+        return model is None or 0 < len(model) <= MAX_SURE_CHARACTERS
+
+    def _read_any(self) -> None:
+        """Read a body whatever its fields are, and refuse those that mean nothing."""
+        fields = top_level.decode(_RAW_DECODER, self.data, "the body")
         self.model = top_level.text(fields.model, MAX_MODEL_BYTES)
         if not self.model and not top_level.null(fields.model):
             raise InvalidRequest(
@@ -77,10 +117,7 @@ class ModelBody:
         self.user = top_level.text(fields.user)
         self.stored = top_level.flag(fields.store) is True
         self.background = top_level.flag(fields.background) is True
-        # The value of `model`, as it is written; empty if there is none.
         self._value = bytes(fields.model)
-        # Where that value begins, once it was looked for.
-        self._place: int | None = None
 
     def with_model(self, model: str) -> bytes:
         """Return the body with *model* in place of the client's.
@@ -89,6 +126,8 @@ class ModelBody:
             InvalidRequest: the body has more than MAX_MODEL_KEYS keys that may be its model's.
         """
         data, value = self.data, self._value
+        if value is None:
+            self._value = value = _model(data)
         written = orjson.dumps(model)
         if not value:
             match = _START.match(data)
@@ -97,39 +136,44 @@ class ModelBody:
             comma = b"" if data.startswith(b"}", start) else b","
             return b"".join((data[:start], _KEY, b":", written, comma, memoryview(data)[start:]))
         if self._place is None:
-            self._place = self._find()
+            self._place = _find(data, value)
         view = memoryview(data)
         return b"".join((view[: self._place], written, view[self._place + len(value) :]))
 
-    def _find(self) -> int:
-        """Return where the value of the last `model` on the top level begins."""
-        data, value = self.data, self._value
-        escaped = b"\\u006" in data
-        if not escaped and (start := data.find(_KEY)) == data.rfind(_KEY):
-            # The body has no other place where the key is, in whatever depth.
-            colon = _COLON.match(data, start + len(_KEY))
-            assert colon is not None, "a key, since the body has it on its top level"
-            return colon.end()
-        key = _ESCAPED_KEY if escaped else _KEY
-        # A quote inside a string is escaped, so what matches is a key, though perhaps a nested one.
-        pattern = key + _COLON.pattern + b"(?=%b)" % re.escape(value)
-        places: list[int] = []
-        for match in re.finditer(pattern, data):
-            places.append(match.end())
-            if len(places) > MAX_MODEL_KEYS:
-                raise InvalidRequest(
-                    f"more than {MAX_MODEL_KEYS} keys model in one body", param="model"
-                )
-        if len(places) == 1:
-            return places[0]
-        # Each of them gets its number as its value; the decoder then says which one it reads.
-        parts: list[bytes | memoryview] = []
-        end, view = 0, memoryview(data)
-        for number, place in enumerate(places):
-            parts += (view[end:place], b"%d" % number)
-            end = place + len(value)
-        numbered = b"".join((*parts, view[end:]))
-        return places[int(bytes(top_level.decode(_DECODER, numbered, "the body").model))]
+
+def _model(data: bytes) -> bytes:
+    """Return the value of `model` in a body that was read, as it is written; empty if there is none."""
+    return bytes(top_level.decode(_RAW_DECODER, data, "the body").model)
+
+
+def _find(data: bytes, value: bytes) -> int:
+    """Return where *value*, that of the last `model` on the top level, begins in *data*."""
+    escaped = b"\\u006" in data
+    if not escaped and (start := data.find(_KEY)) == data.rfind(_KEY):
+        # The body has no other place where the key is, in whatever depth.
+        colon = _COLON.match(data, start + len(_KEY))
+        assert colon is not None, "a key, since the body has it on its top level"
+        return colon.end()
+    key = _ESCAPED_KEY if escaped else _KEY
+    # A quote inside a string is escaped, so what matches is a key, though perhaps a nested one.
+    pattern = key + _COLON.pattern + b"(?=%b)" % re.escape(value)
+    places: list[int] = []
+    for match in re.finditer(pattern, data):
+        places.append(match.end())
+        if len(places) > MAX_MODEL_KEYS:
+            raise InvalidRequest(
+                f"more than {MAX_MODEL_KEYS} keys model in one body", param="model"
+            )
+    if len(places) == 1:
+        return places[0]
+    # Each of them gets its number as its value; the decoder then says which one it reads.
+    parts: list[bytes | memoryview] = []
+    end, view = 0, memoryview(data)
+    for number, place in enumerate(places):
+        parts += (view[end:place], b"%d" % number)
+        end = place + len(value)
+    numbered = b"".join((*parts, view[end:]))
+    return places[int(_model(numbered))]
 
 
 def reading(data: bytes) -> Generator[None, None, ModelBody]:

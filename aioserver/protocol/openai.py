@@ -22,8 +22,6 @@ REASONING = b'{"type":"reasoning","data":%b,"metadata":{}}'
 TOOL_CALLS = b'{"type":"tool_calls","data":%b,"metadata":{}}'
 
 
-# Bytes of a text's Python object, and of its place in a list.
-TEXT_OVERHEAD = 64
 # Bytes of a usage as JSON; of a larger one only the counts are kept.
 MAX_USAGE_BYTES = 16_384
 TOKEN_COUNTS = (
@@ -48,7 +46,10 @@ class ErrorEvent(Exception):
 
 @dataclass(slots=True)
 class Reading:
-    """The parts of one answer that were read so far. *text* is for the conversation's history.
+    """The parts of one answer that were read so far. `text` is for the conversation's history.
+
+    Always: the text costs its bytes in memory, in however many events it came; it is kept in one
+    buffer and not as a list of pieces, each of which would be an object.
 
     Some providers split a surrogate pair over two events. *half* keeps the first half of such a pair, by
     the `delta` field in which it came, until the second half comes. If none comes, U+FFFD replaces it.
@@ -56,11 +57,11 @@ class Reading:
 
     choice_index: int = 0
     max_text_bytes: int = 1 << 22
-    text: list[str] = field(default_factory=list)
-    text_bytes: int = 0
     finish_reason: str | None = None
     usage: dict[str, Any] | None = None
     half: dict[str, str] = field(default_factory=dict)
+    # UTF-8.
+    _text: bytearray = field(default_factory=bytearray, init=False, repr=False)
 
     def read(self, data: bytes) -> list[bytes]:
         """Return the `chunk` objects of one provider event, or of a whole answer.
@@ -76,15 +77,19 @@ class Reading:
             raise BadEvent("the provider's event is nested too deeply") from None
 
     @property
-    def size(self) -> int:
-        """The bytes that the texts take in memory, about."""
-        return self.text_bytes + TEXT_OVERHEAD * len(self.text)
+    def text(self) -> str:
+        """The text that has come so far."""
+        return self._text.decode()
 
-    def note(self, text: str, size: int) -> None:
-        """Keep *text*, which has *size* bytes as JSON, unless `max_text_bytes` are kept already."""
-        if self.text_bytes < self.max_text_bytes:
-            self.text.append(text)
-            self.text_bytes += size
+    @property
+    def size(self) -> int:
+        """The bytes of the text in UTF-8, which it takes in memory, about."""
+        return len(self._text)
+
+    def note(self, text: bytes) -> None:
+        """Keep *text*, whole characters in UTF-8, unless `max_text_bytes` are kept already."""
+        if len(self._text) < self.max_text_bytes:
+            self._text += text
 
     def _read(self, data: bytes) -> list[bytes]:
         try:
@@ -140,10 +145,8 @@ class Reading:
                 chunks.append(REASONING % orjson.dumps(reasoning))
             text = delta.get("content")
             if isinstance(text, str) and text:
-                written = orjson.dumps(text)
-                chunks.append(TEXT % written)
-                # The size does not count the quotes.
-                self.note(text, len(written) - 2)
+                chunks.append(TEXT % orjson.dumps(text))
+                self.note(text.encode())
             if tool_calls := delta.get("tool_calls"):
                 chunks.append(TOOL_CALLS % orjson.dumps(tool_calls))
         reason = choice.get("finish_reason")
@@ -223,7 +226,7 @@ def _only_text(data: bytes, reading: Reading) -> str | None:
     except (BadEvent, ErrorEvent):
         return None
     more = fresh.finish_reason is not None or fresh.usage is not None
-    return fresh.text[0] if len(chunks) == len(fresh.text) == 1 and not more else None
+    return fresh.text if len(chunks) == 1 and fresh.size and not more else None
 
 
 def usage_of(answer: object) -> dict[str, Any] | None:
@@ -233,7 +236,9 @@ def usage_of(answer: object) -> dict[str, Any] | None:
     """
     if not isinstance(answer, dict):
         return None
-    for holder in (answer, answer.get("x_groq"), answer.get("response")):
+    if isinstance(usage := answer.get("usage"), dict):
+        return usage
+    for holder in (answer.get("x_groq"), answer.get("response")):
         if isinstance(holder, dict) and isinstance(usage := holder.get("usage"), dict):
             return usage
     return None
@@ -261,17 +266,3 @@ def error_codes(error: object) -> set[int | str]:
         elif isinstance(code, str):
             codes.add(code)
     return codes
-
-
-def final_response(body: bytes) -> str | None:
-    """Return the id of a whole `response` object that will not change any more, or None.
-
-    A client asks again for a response that runs in the background, so only its final state is kept.
-    """
-    try:
-        response = orjson.loads(body)
-        name, status = response["id"], response["status"]
-    except (orjson.JSONDecodeError, KeyError, TypeError):
-        return None
-    final = status in ("completed", "incomplete", "failed", "cancelled")
-    return name if final and isinstance(name, str) and name else None

@@ -62,6 +62,14 @@ def at_once(steps: Generator[None, None, T]) -> T:
             return result
 
 
+def simple(body: bytes) -> bool:
+    """Return whether *body* is short, and `sound` returns it as it is."""
+    if len(body) > STEP_BYTES or not body.isascii():
+        return False
+    # Most bodies have no escaped character at all.
+    return b"\\u" not in body or (b"\\ud" not in body and b"\\uD" not in body)
+
+
 def sound(body: bytes) -> Generator[None, None, bytes]:
     """Return *body*, or a copy in which each lone surrogate escape is that of U+FFFD.
 

@@ -7,19 +7,20 @@ together. A trial finds out that it is back, and the requests that wait are the 
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING
 
-from aioserver.provider_errors import CircuitOpen
+from aioserver.provider_errors import CircuitOpen, ProviderFault
 from aioserver.providers.breaker import TRIAL_INTERVAL
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from aioserver.config import settings
-    from aioserver.provider_errors import ProviderFault
     from aioserver.providers.attempt import Attempt
     from aioserver.providers.health import Health
     from aioserver.providers.queueing import ProviderGate
+    from aioserver.streams.stream import Stream
 
 # The value of `when_down` by which requests wait.
 WAIT = "wait"
@@ -28,7 +29,8 @@ WAIT = "wait"
 class Absence:
     """Keeps requests in the queue of a provider while it is away.
 
-    Always: a request waits only while its provider is away and nothing of it runs there.
+    Always: a request waits only while its provider is away and nothing of it runs there. It waits for a
+    client, or for one that has begun it and not read it yet.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class Absence:
         is safe.
 
         Raises:
+            ProviderQueueFull: too many requests wait already.
             AioserverError: the request is refused while it pauses.
         """
         if self._settings.when_down != WAIT or attempt.fallback:
@@ -92,17 +95,41 @@ class Absence:
         timeout = self._settings.http_client.queue_timeout
         if not again or attempt.waited + seconds >= timeout:
             return False
-        if attempt.stream is not None:
-            # Nothing runs there: a client that leaves ends the wait.
-            attempt.stream.sent = False
-        if not self._health.breaker.dead:
-            began = self._clock()
-            try:
-                await self._gate.pause(seconds)
-            except CircuitOpen:
-                # It fails in another way now, and has died of it: *fault* says more than that.
-                return False
-            paused = self._clock() - began
-            attempt.waited += paused
-            attempt.request.record.queue_wait += paused
+        await self.begin(attempt)
+        try:
+            if not attempt.rejoin:
+                self._gate.check_room()
+            if not self._health.breaker.dead:
+                await self._pause(attempt, seconds)
+        except CircuitOpen:
+            # It fails in another way now, and has died of it: *fault* says more than that.
+            return False
+        except ProviderFault as refusal:
+            refusal.provider = attempt.provider.name
+            refusal.attempts = attempt.request.record.attempts
+            raise
         return True
+
+    async def begin(self, attempt: Attempt) -> None:
+        """Note that the request of *attempt* waits, and that nothing of it runs any more.
+
+        A client that leaves ends the wait from now on, and one that has left ends it here: an answer that
+        nobody reads does not stand in front of others. Cancelling is safe.
+        """
+        stream = attempt.stream
+        if stream is not None and stream.sent and attempt.provider.on_unsent(stream):
+            # The cancellation of this very task arrives.
+            await asyncio.sleep(0)
+
+    async def _pause(self, attempt: Attempt, seconds: float) -> None:
+        began = self._clock()
+        await self._gate.pause(seconds, waited=attempt.waited)
+        paused = self._clock() - began
+        attempt.waited += paused
+        attempt.request.record.queue_wait += paused
+
+
+def unsent(stream: Stream) -> bool:
+    """Note that the request of *stream* waits as one that was not sent; return whether that ends it."""
+    stream.sent = False
+    return False

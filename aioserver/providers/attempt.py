@@ -28,7 +28,7 @@ from aioserver.providers.sinks import ChatSink, EventSink, complete
 from aioserver.streams import entries
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from aioserver.config import settings
     from aioserver.providers.http1 import Sink
@@ -48,6 +48,7 @@ class AttemptedProvider(Protocol):
     meter: ProviderMeter
     settings: settings.Provider
     max_response_bytes: int
+    on_unsent: Callable[[Stream], bool]
 
     def head_received(self, attempt: Attempt) -> None:
         """Learn from the head of an answer: *attempt* knows its status and headers now."""
@@ -65,8 +66,8 @@ class Attempt:
     *stream* is the log to fill; None if no log keeps the answer. *model* None stands for the
     provider's own. *waited* has the seconds that earlier attempts of this request have spent in the
     queue of this provider; the wait of this attempt is added. A *retry* goes to the front of its caller's
-    requests in that queue; so does one that may *rejoin* it, because the provider was away, even if the queue
-    is full. *fallback* says that another provider can be asked instead.
+    requests in that queue; so does one that may *rejoin* it, because it has waited there while the provider
+    was away, even if the queue is full. *fallback* says that another provider can be asked instead.
 
     After the end, `answer` has an answer that was not streamed and is passed on unread; `usage` and
     `events` say what is known of the answer. `fault` says why an answer broke off after its first
@@ -149,8 +150,9 @@ class Attempt:
 
     @property
     def unread(self) -> bool:
-        """Whether it goes on with an answer that has lost its readers."""
-        return self.stream is not None and self.stream.sent and not self.stream.readers
+        """Whether it goes on, after earlier attempts or a wait, with an answer that nobody reads."""
+        stream = self.stream
+        return stream is not None and (stream.sent or self.rejoin) and not stream.readers
 
     def ended(self) -> None:
         """Note that the place, if there was one, is given back."""
@@ -162,15 +164,18 @@ class Attempt:
         self.answered = True
         self.provider.answered(self)
 
-    def sending(self) -> None:
-        """Note that the request goes out: from here on the model may run, and cost money."""
-        if self.stream is not None:
-            self.stream.sent = True
+    def sending(self, exchange: Source | None = None) -> None:
+        """Note that the request goes out: from here on the model may run, and cost money.
 
-    def receiving(self, exchange: Source | None) -> None:
-        """Note the *exchange* that brings the answer; None: it is over."""
+        *exchange* brings the answer.
+        """
         if self.stream is not None:
-            self.stream.source = exchange
+            self.stream.sent, self.stream.source = True, exchange
+
+    def received(self) -> None:
+        """Note that nothing more comes by the exchange."""
+        if self.stream is not None:
+            self.stream.source = None
 
     def head_received(self, status: int, headers: Mapping[str, str]) -> Sink:
         """Return the sink for the body that follows the head with *status* and *headers*.
@@ -194,6 +199,9 @@ class Attempt:
                 sink = EventSink(stream, responses=request.path.endswith("responses"))
         else:
             limit = self.provider.max_response_bytes if good else MAX_ERROR_BYTES
+            if stream is not None and request.reading is not None:
+                # It is parsed at once, and becomes one event of the log.
+                limit = min(limit, stream.max_bytes)
             sink = BodySink(limit, request.answer_bytes)
         self.sink = sink
         check_uncompressed(headers)

@@ -10,19 +10,29 @@ if TYPE_CHECKING:
     from aioserver.streams.store import HeldBytes
 
 
+# Parts below this size are put together as they come: each by itself would cost more than its bytes.
+SMALL_PART_BYTES = 1024
+
+
 class BodySink:
     """Collects a body.
 
-    Always: it holds at most *max_bytes*, which *held* counts.
+    Always: it holds at most *max_bytes*, which *held* counts; they cost little more in memory, in
+    however many parts they come.
     """
 
     def __init__(self, max_bytes: int, held: HeldBytes | None = None) -> None:
-        if held is not None:
+        if held is not None and held.size:
             held.reset()
         self._held = held
-        self._parts: list[bytes] = []
+        self._parts: list[bytes | bytearray] = []
         self._size = 0
         self._max_bytes = max_bytes
+
+    @property
+    def progress(self) -> int:
+        """The bytes that have come so far."""
+        return self._size
 
     @property
     def body(self) -> bytes:
@@ -41,7 +51,16 @@ class BodySink:
         self._size += len(data)
         if self._size > self._max_bytes:
             raise ProviderBadResponse(f"an answer of more than {self._max_bytes} bytes")
-        self._parts.append(data)
+        parts = self._parts
+        if parts and len(data) < SMALL_PART_BYTES:
+            last = parts[-1]
+            if isinstance(last, bytearray):
+                last += data
+            else:
+                parts.append(bytearray(data))
+        else:
+            # As a rule a body comes in one part, which is never copied.
+            parts.append(data)
         return True
 
     def end(self) -> None:

@@ -11,7 +11,9 @@ After Michael T. Nygard, "Release It!", 2007, but dead is another thing than sic
           ▲    fewer than a quarter fail                                     │
           └──────────────────────── any success ─────────────────────────────┘
 
-A success counts at the first event of an answer, and a failure at its end. A breaker that opens at a share
+A success counts at the first event of an answer, and a failure at its end. An answer that has begun and
+breaks off is a failure for the share of a sick provider, and says nothing of a dead one: where all places are
+taken by long answers, nothing begins for minutes. A breaker that opens at a share
 of failures takes away the requests that would have been answered, and retries multiply that: where half of
 all attempts fail, a request with three retries is answered 15 times out of 16.
 """
@@ -98,10 +100,12 @@ class Breaker:
         due = self._next_spared_trial if alternative else 0.0
         return max(0.0, max(due, self._next_trial) - self._clock())
 
-    @property
-    def next_trial(self) -> float:
-        """The seconds until the next trial may start at the earliest; 0.0 also while one is under way."""
-        return 0.0 if self._trials else self.delay()
+    def next_trial(self, *, alternative: bool = False) -> float:
+        """Return the seconds until the next trial may start; 0.0 also while one is under way.
+
+        *alternative* says that another provider can answer the requests that come.
+        """
+        return 0.0 if self._trials else self.delay(alternative=alternative)
 
     def first_in_turn(self) -> bool:
         """Count a request that would ask the provider first; return whether it does, though it is sick."""
@@ -122,11 +126,11 @@ class Breaker:
         was_dead = self.dead
         if was_dead:
             self._forget()
-        self._last_success = self._clock()
+        self._last_success = now = self._clock()
         self._failures = 0
         self.unreachable = False
         self._first_events.append(seconds)
-        self._remember(1, 0)
+        self._remember(now, 1, 0)
         return was_dead
 
     def failed(
@@ -144,8 +148,13 @@ class Breaker:
                 self._interval = min(LONGEST_INTERVAL, 2 * self._interval)
                 self._next_spared_trial = self._clock() + self._interval
             return False
+        # An answer was counted as an attempt when it began, if that is remembered.
+        now = self._clock()
+        self._remember(now, 0 if answered and began > now - WINDOW else 1, 1)
+        if answered:
+            # The provider may be sick. That it is dead no answer says which has begun, however it ends.
+            return False
         self.unreachable = unreachable
-        self._remember(0 if answered else 1, 1)
         began = max(began, self._last_success)
         self._failing_since = min(self._failing_since, began) if self._failures else began
         self._failures += 1
@@ -177,9 +186,9 @@ class Breaker:
         ordered = sorted(self._first_events)
         return not ordered or seconds >= USUAL * ordered[len(ordered) // 2]
 
-    def _remember(self, attempts: int, failures: int) -> None:
+    def _remember(self, now: float, attempts: int, failures: int) -> None:
         """Count for the share of failures, and see whether the provider is sick by it."""
-        now, recent = self._clock(), self._recent
+        recent = self._recent
         recent.append((now, attempts, failures))
         self._recent_attempts += attempts
         self._recent_failures += failures

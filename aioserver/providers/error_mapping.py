@@ -40,6 +40,8 @@ MAX_CHECKED_BYTES = 1 << 20
 KEY_STATUSES = frozenset({401, 402})
 BUSY_STATUSES = frozenset({429, 498})
 QUOTA = "insufficient_quota"
+# The values of Content-Encoding of a body that is not compressed.
+IDENTITY = frozenset({"", "identity"})
 # The codes in an error object that mean the same as these statuses. OpenRouter's codes are the
 # statuses that it would have sent.
 KEY_CODES = KEY_STATUSES | {QUOTA, "invalid_api_key"}
@@ -156,7 +158,7 @@ def check_uncompressed(headers: Mapping[str, str]) -> None:
     Raises:
         ProviderBadResponse: the body is compressed.
     """
-    if headers.get("content-encoding", "identity").lower() not in {"", "identity"}:
+    if "content-encoding" in headers and headers["content-encoding"].lower() not in IDENTITY:
         raise ProviderBadResponse("the provider compressed its answer, which was not asked for")
 
 

@@ -51,6 +51,8 @@ class Health:
         # Whether the provider has answered well with the key of its present settings.
         self._key_accepted = False
         self._removed = False
+        # Whether another provider could answer the newest request that met this one dead.
+        self._alternative = False
 
     @property
     def flagged(self) -> bool:
@@ -67,12 +69,23 @@ class Health:
         """How the provider is: `well`, `sick` (asked, though it fails often) or `dead` (left alone)."""
         return self.breaker.state
 
-    @property
-    def next_try(self) -> float | None:
-        """Seconds until the provider is asked again; None while it is asked."""
+    def next_try(self, *, waited_for: bool) -> float | None:
+        """Return the seconds until the provider is asked again; None while it is asked.
+
+        *waited_for* says that requests wait until it is back: they are its next trials. Otherwise the next
+        request that comes is the next trial, and is taken to be like the newest: another provider can answer
+        it, so that trials are rare, or none can.
+        """
         if self.flagged:
             return self._flagged_until - self._clock()
-        return self.breaker.next_trial if self.breaker.dead else None
+        if not self.breaker.dead:
+            return None
+        return self.breaker.next_trial(alternative=self._alternative and not waited_for)
+
+    @property
+    def retry_after(self) -> float:
+        """The seconds after which a request may fare better, while the provider is dead."""
+        return max(1.0, self.breaker.next_trial())
 
     def check(self, *, alternative: bool = False) -> None:
         """Refuse an attempt if the provider is not asked now.
@@ -84,8 +97,12 @@ class Health:
             ProviderFlagged: the provider has refused our key.
             CircuitOpen: the provider is dead, and no trial may start now.
         """
-        if self.flagged or self.breaker.delay(alternative=alternative) > 0:
+        if self._flagged_until and self.flagged:
             raise self.refusal()
+        if self.breaker.dead:
+            self._alternative = alternative
+            if self.breaker.delay(alternative=alternative) > 0:
+                raise self.refusal()
 
     def refusal(self) -> ProviderFault:
         """Return the fault that says why the provider is not asked."""
@@ -94,7 +111,7 @@ class Health:
         if self.flagged:
             return ProviderFlagged(f"{self._name} has refused our key")
         # With jitter, so that not all clients come back at once.
-        wait = max(1.0, self.breaker.next_trial) * random.uniform(1.0, 1.1)  # noqa: S311
+        wait = self.retry_after * random.uniform(1.0, 1.1)  # noqa: S311
         return CircuitOpen(
             f"{self._name} has answered nothing lately and is not asked for now", retry_after=wait
         )

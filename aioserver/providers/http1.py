@@ -70,9 +70,11 @@ class RequestWriter:
         head = self._heads.get(path)
         if head is None:
             head = self._heads[path] = self._head(path)
-        passed = client_headers.written(self._passed) if client_headers else b""
-        if b"user-agent: " not in passed:
-            passed += self._user_agent
+        passed = self._user_agent
+        if client_headers:
+            passed = client_headers.written(self._passed)
+            if b"user-agent: " not in passed:
+                passed += self._user_agent
         return b"%b%d\r\n%b\r\n%b" % (head, len(body), passed, body)
 
     def _head(self, path: str) -> bytes:
@@ -107,6 +109,10 @@ class Sink(Protocol):
 
     Called from `data_received`. An `AioserverError` that it raises ends the exchange with this error.
     """
+
+    @property
+    def progress(self) -> int:
+        """A number that grows with what the provider says; comments, which keep a connection alive, say nothing."""
 
     def feed(self, data: bytes) -> bool:
         """Take a part of the body, never empty; return False if the answer needs no more."""

@@ -88,7 +88,9 @@ class Pace:
         """Return the seconds until a request with *ahead* others before it may start."""
         now = self._clock()
         others = ahead * self._interval(now) if ahead else 0.0
-        delay = max(self._starts.delay(others), self._closed_until + others - now)
+        delay = self._starts.delay(others)
+        if (opens := self._closed_until + others) > now:
+            delay = max(delay, opens - now)
         return delay if self._tokens is None else max(delay, self._tokens.delay())
 
     def start(self, tokens: int = 0) -> None:

@@ -18,7 +18,7 @@ from aioserver.provider_errors import (
     ProviderRateLimited,
     StaleConnection,
 )
-from aioserver.providers.absence import Absence
+from aioserver.providers.absence import Absence, unsent
 from aioserver.providers.backpressure import Backpressure
 from aioserver.providers.budget import Budget
 from aioserver.providers.exchange import Exchange
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from aioserver.errors import AioserverError
     from aioserver.limits.gate import Place
     from aioserver.providers.attempt import Attempt
+    from aioserver.streams.stream import Stream
 
 # An attempt that can fail over does so if nothing can start at its provider for more than these seconds.
 FAILOVER_WAIT = 1.0
@@ -66,6 +67,8 @@ class Provider:
         # Called with this provider's name when an attempt has to wait for a place, and when an answer
         # that nobody reads takes one for which others wait.
         self.on_wait: Callable[[str], None] = lambda _name: None
+        # Called with the log of a request that waits as one that was not sent (absence.py).
+        self.on_unsent: Callable[[Stream], bool] = unsent
         self.max_response_bytes = max_response_bytes
         self._clock = clock
         self.health = Health(settings.name, self.meter, clock)
@@ -127,7 +130,8 @@ class Provider:
         try:
             self._check(attempt)
             record.queued_at = record.queued_at or self._clock()
-            attempt.expected_tokens = expected_tokens(attempt, self.settings)
+            if self.settings.http_client.tokens_per_minute:
+                attempt.expected_tokens = expected_tokens(attempt, self.settings)
             place = self._gate.try_enter(attempt.expected_tokens)
             if place is None:
                 place = await self._wait(attempt)
@@ -139,6 +143,8 @@ class Provider:
             if isinstance(place, TrialPlace):
                 place.take()
                 attempt.trial = True
+            if attempt.rejoin:
+                self._gate.keep_room(attempt)
             attempt.began = self._clock()
             record.on_answer = attempt.first_event
             attempt.started()
@@ -149,6 +155,7 @@ class Provider:
             attempt.conclude()
         except BaseException as exc:
             error = exc
+            self._gate.free_room(attempt)
             # A connection may have been kept for this request.
             self.pools.pool.trim()
             # A fault without an outcome is that of our own pace, not of the provider.
@@ -157,9 +164,12 @@ class Provider:
             raise
         finally:
             attempt.ended()
-            if place is not None:
-                place.release()
-            self._attempt_ended(attempt, error)
+            try:
+                if place is not None:
+                    # The next request may start at once, and tell its client.
+                    place.release()
+            finally:
+                self._attempt_ended(attempt, error)
 
     def head_received(self, attempt: Attempt) -> None:
         """Learn from the head of an answer: its headers tell what is left of the provider's limits."""
@@ -171,8 +181,12 @@ class Provider:
     def answered(self, attempt: Attempt) -> None:
         """Learn that an answer has begun: the provider is not dead."""
         trial, attempt.trial = attempt.trial, False
+        if attempt.rejoin:
+            self._gate.free_room(attempt)
         if self._outdated(attempt):
             self.health.breaker.unsure(trial=trial)
+            # Another trial may start now.
+            self._gate.serve()
             return
         seconds = self._clock() - (attempt.request.record.sent_at or attempt.began)
         if self.health.answered(seconds, trial=trial):
@@ -189,7 +203,7 @@ class Provider:
             pace,
             self.health.state,
             self.health.flagged,
-            self.health.next_try,
+            self.health.next_try(waited_for=self._gate.waiting > 0),
             measure(
                 self.pools.exchanges(),
                 asyncio.get_running_loop().time(),
@@ -255,7 +269,6 @@ class Provider:
             data = self.pools.writer.write(request.path, body, request.client_headers)
             del body
             connection = await pool.connect()
-            attempt.sending()
             record.sent_at = self._clock()
             exchange = Exchange(
                 connection,
@@ -265,7 +278,7 @@ class Provider:
                 record=record,
                 backpressure=self.backpressure,
             )
-            attempt.receiving(exchange)
+            attempt.sending(exchange)
             running = exchange.run(data)
             del data
             try:
@@ -278,12 +291,13 @@ class Provider:
             else:
                 return
             finally:
-                attempt.receiving(None)
+                attempt.received()
 
     async def _wait(self, attempt: Attempt) -> Place:
         """Wait in the queue for a place."""
-        full = self._gate.waiting >= self.settings.http_client.queue_size
-        if self._gate.inside >= self._gate.limit and not full:
+        if self.absence.waits(attempt):
+            await self.absence.begin(attempt)
+        if self._gate.inside >= self._gate.limit and not self._gate.full:
             # Not called if a place is free and only the pace delays the start, nor for a refusal.
             self.on_wait(self.name)
         self.backpressure.end()
@@ -299,7 +313,7 @@ class Provider:
                 caller.subflow,
                 weight=caller.priority,
                 on_position=attempt.queued if show_position else None,
-                timeout=max(0.0, self.settings.http_client.queue_timeout - attempt.waited),
+                waited=attempt.waited,
                 at_front=attempt.retry or attempt.rejoin,
                 may_fail_over=attempt.fallback,
                 rejoin=attempt.rejoin,
@@ -312,6 +326,8 @@ class Provider:
             attempt.waited += waited
             record.queue_wait += waited
         attempt.expected_tokens = cost
+        # It may have to come back.
+        attempt.rejoin = attempt.rejoin or self.health.breaker.dead
         return place
 
     def _cool_down(self, attempt: Attempt, fault: ProviderRateLimited) -> None:
@@ -324,7 +340,8 @@ class Provider:
         """Count an attempt that has ended, well or with *exc*, and learn from it."""
         if self._drained is not None and not self._gate.inside:
             self._drained.set()
-        self._correct_estimate(attempt, exc)
+        if attempt.expected_tokens:
+            self._correct_estimate(attempt, exc)
         attempt.request.record.on_answer = None
         if exc is None and not attempt.answered:
             # An answer in one piece has no first event.
@@ -354,8 +371,6 @@ class Provider:
 
     def _correct_estimate(self, attempt: Attempt, exc: BaseException | None) -> None:
         """Charge the difference between the estimated tokens of *attempt* and its real ones."""
-        if not attempt.expected_tokens:
-            return
         tokens = real_tokens(attempt, self.settings, failed=exc is not None)
         self._pace.charge(tokens - attempt.expected_tokens)
         attempt.expected_tokens = 0
@@ -373,10 +388,11 @@ class Provider:
             ProviderPaced: the provider is cooling down for longer than *attempt* waits before it fails
                 over.
         """
-        if self.absence.waits(attempt):
+        dead = self.health.breaker.dead
+        if dead and self.absence.waits(attempt):
             return
         self.health.check(alternative=attempt.fallback)
-        if self.health.breaker.dead and self._gate.waiting:
+        if dead and self._gate.waiting:
             # The request that waits longest is the next trial.
             raise self.health.refusal()
         if attempt.fallback and (wait := self._pace.cooling) > FAILOVER_WAIT:

@@ -2,21 +2,24 @@
 
 While the provider is dead, the gate opens for trials only. Where requests may wait until it is back
 (`when_down: wait`), they stay in the queue meanwhile. One whose attempt has just failed pauses before it
-comes back to the queue, since the provider may be away and not be known as dead yet.
+comes back to the queue, since the provider may be away and not be known as dead yet. One whose attempt is
+under way may come back as well, so its room in the queue is kept.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import replace
+from math import inf
 from typing import TYPE_CHECKING
 
-from aioserver.limits.gate import Gate, Place
+from aioserver.limits.gate import Gate, GateStats, Place
 from aioserver.provider_errors import ProviderPaced, ProviderQueueFull, ProviderQueueTimeout
 from aioserver.providers.pace import Pace
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Hashable
 
     from aioserver.config.settings import HttpClient
     from aioserver.errors import AioserverError
@@ -54,7 +57,8 @@ class ProviderGate(Gate):
     """The gate of the provider *name*, which opens as the breaker of its *health* allows.
 
     Always: places, queue and pace follow the *limits* that were applied last; a request that pauses is
-    counted as one that waits, and refused as one.
+    counted as one that waits, and refused as one. Those that queue, that pause and that may come back are
+    `queue_size` together, unless new limits have lowered that number since.
     """
 
     def __init__(
@@ -67,8 +71,10 @@ class ProviderGate(Gate):
         self._name = name
         self._limits = limits
         self._health = health
-        # The requests that pause, each done when it may come back.
-        self._pausing: set[asyncio.Future[None]] = set()
+        # The requests that pause, each done when it may come back, with the time at which its wait began.
+        self._pausing: dict[asyncio.Future[None], float] = {}
+        # The attempts under way whose requests have waited, and come back if the provider is still away.
+        self._returning: set[Hashable] = set()
         self.pace = Pace(
             limits.requests_per_minute,
             _burst(limits),
@@ -116,8 +122,33 @@ class ProviderGate(Gate):
         """How many requests wait, those that pause included."""
         return super().waiting + len(self._pausing)
 
-    async def pause(self, seconds: float) -> None:
+    @property
+    def full(self) -> bool:
+        """Whether no more requests may wait."""
+        return self.waiting + len(self._returning) >= self._limits.queue_size
+
+    def check_room(self) -> None:
+        """Refuse one more request that would wait, if the queue is full.
+
+        Raises:
+            ProviderQueueFull: it is.
+        """
+        if self.full:
+            self._refused += 1
+            raise self._full_error(self.retry_after())
+
+    def keep_room(self, attempt: Hashable) -> None:
+        """Keep room in the queue for the request of *attempt*, which has waited and starts now."""
+        self._returning.add(attempt)
+
+    def free_room(self, attempt: Hashable) -> None:
+        """Give away what `keep_room` has kept, if it has."""
+        self._returning.discard(attempt)
+
+    async def pause(self, seconds: float, *, waited: float = 0.0) -> None:
         """Wait for *seconds*, or until `resume`, outside of the queue. Cancelling is safe.
+
+        The request has *waited* for so many seconds before.
 
         Raises:
             AioserverError: made by the argument of `close` or `refuse_waiting`.
@@ -127,12 +158,12 @@ class ProviderGate(Gate):
         loop = asyncio.get_running_loop()
         over: asyncio.Future[None] = loop.create_future()
         timer = loop.call_later(seconds, _settle, over)
-        self._pausing.add(over)
+        self._pausing[over] = self._clock() - waited
         try:
             await over
         finally:
             timer.cancel()
-            self._pausing.discard(over)
+            del self._pausing[over]
 
     def resume(self) -> None:
         """Let the requests in that wait, since the provider is back."""
@@ -152,7 +183,16 @@ class ProviderGate(Gate):
         super().refuse_waiting(error)
         for over in self._pausing:
             if not over.done():
+                self._refused += 1
                 over.set_exception(error())
+
+    def stats(self) -> GateStats:
+        """Return a snapshot."""
+        stats = super().stats()
+        if not self._pausing:
+            return stats
+        longest = self._clock() - min(self._pausing.values())
+        return replace(stats, oldest_wait=max(stats.oldest_wait, longest))
 
     def _timeout_fault(self, wait: float) -> ProviderQueueTimeout:
         seconds = self._limits.queue_timeout
@@ -162,12 +202,24 @@ class ProviderGate(Gate):
         return ProviderQueueTimeout(text, retry_after=wait)
 
     def _delay(self) -> float:
-        return max(super()._delay(), self._health.breaker.delay())
+        breaker, delay = self._health.breaker, self.pace.delay()
+        return max(delay, breaker.delay()) if breaker.dead else delay
+
+    def _eta(self, position: int) -> float:
+        eta, breaker = super()._eta(position), self._health.breaker
+        if not breaker.dead:
+            return eta
+        # Nobody knows when the provider is back. The first in the queue waits for the next trial, and the
+        # others wait for one that succeeds: they are told what a request that does not wait is told.
+        trial = breaker.delay()
+        return max(eta, self._health.retry_after if position > 1 or trial == inf else trial)
 
     def _start(self, cost: int) -> Place:
-        place = super()._start(cost)
         breaker = self._health.breaker
-        return TrialPlace(self, breaker) if breaker.start() else place
+        if breaker.dead and breaker.start():
+            self.pace.start(cost)
+            return TrialPlace(self, breaker)
+        return super()._start(cost)
 
 
 def _settle(over: asyncio.Future[None]) -> None:

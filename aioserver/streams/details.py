@@ -5,7 +5,7 @@ The code that runs for each event uses neither of the two objects, so they cost 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 if TYPE_CHECKING:
     import asyncio
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from aioserver.errors import AioserverError
 
 
+# Bytes of the Python objects of one stream: the log itself, its parts, the record of its request.
+STREAM_OVERHEAD: Final = 4096
 # Bytes of Python objects per header.
 HEADER_OVERHEAD = 200
 

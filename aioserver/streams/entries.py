@@ -5,6 +5,7 @@ smallest objects from which its events can be made again:
 
     Entry       frames, made once for all readers; or a block of bytes as the provider sent it
     TextEntry   only the texts of consecutive events that contain nothing else
+    WholeEntry  a part of an answer that was not streamed, by its place in the answer
 """
 
 from __future__ import annotations
@@ -13,13 +14,17 @@ from typing import TYPE_CHECKING
 
 import orjson
 
+from aioserver.errors import ResumeGap
 from aioserver.protocol import eventstream, messages
+from aioserver.protocol.top_level import at_once, sound
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 # Bytes of Python objects per entry. They are counted so that a log of tiny events is bounded, too.
 ENTRY_OVERHEAD = 200
+# The piece of a whole answer that has no text.
+NO_TEXT = slice(0)
 # The statuses of events: the first two while an answer runs, the others at its end.
 PROCESSING, CHUNK = b"processing", b"chunk"
 COMPLETE, ERROR, CANCELLED = b"complete", b"error", b"cancelled"
@@ -59,9 +64,6 @@ class Entry:
         The frames are made anew each time: if they were kept, they would double the log.
         """
         events = [event.data for event in eventstream.parse(self.data)]
-        if len(events) != self.count:
-            # A whole answer, which is no event stream.
-            events = [self.data]
         return [
             messages.frame(head, number, self.status, _chunk_of(data))
             for number, data in enumerate(events, self.first)
@@ -69,16 +71,26 @@ class Entry:
 
 
 class WholeEntry(Entry):
-    """An answer that was not streamed, as one event: its bytes are counted where they are kept.
+    """A *piece* of the text of an answer that was not streamed, as one event: where it stands in *body*.
 
-    The log therefore never discards it for its size.
+    The body is counted where it is kept, and the log never discards it for its size. Nothing is parsed,
+    neither here nor for a reader: the piece is the inside of a JSON string, and goes on as it is written.
     """
 
-    __slots__ = ()
+    __slots__ = ("_body", "_piece")
 
-    def __init__(self, first: int, data: bytes, received_at: float) -> None:
+    def __init__(self, first: int, body: bytes, piece: slice, received_at: float) -> None:
+        # The body as the provider sent it is there once.
+        data = body if first == 1 else b""
         super().__init__(first, 1, CHUNK, data, None, received_at)
         self.size = ENTRY_OVERHEAD
+        self._body = body
+        self._piece = piece
+
+    def make_frames(self, head: bytes) -> Sequence[bytes]:
+        """Return the frame of the piece, made anew each time."""
+        text = at_once(sound(self._body[self._piece]))
+        return [messages.text_frame(head, self.first, text + b'"')]
 
 
 class TextEntry(Entry):
@@ -115,6 +127,30 @@ def find_event(entries: Sequence[Entry], number: int) -> int:
         else:
             high = middle
     return low
+
+
+def locate(entries: Sequence[Entry], last: int, after: int) -> tuple[int, int]:
+    """Return where a reader goes on after event *after*: an index in *entries*, and the events to skip there.
+
+    *last* is the newest event, kept or not.
+
+    Raises:
+        ResumeGap: events after *after* are no longer kept, or *after* does not exist yet.
+    """
+    if after > last:
+        raise ResumeGap(f"event {after} does not exist yet; the newest is {last}")
+    oldest = entries[0].first if entries else last + 1
+    if after + 1 < oldest:
+        raise ResumeGap(f"events after {after} are no longer kept; the oldest is {oldest}")
+    index = find_event(entries, after + 1)
+    return index, after - entries[index].first + 1 if index < len(entries) else 0
+
+
+def frames_of(head: bytes, first: int, status: bytes, chunks: Sequence[bytes]) -> list[bytes]:
+    """Return the frames of events with these *chunks*, of which *first* is the first one's number."""
+    return [
+        messages.frame(head, number, status, chunk) for number, chunk in enumerate(chunks, first)
+    ]
 
 
 def discardable(entries: Sequence[Entry], passed: int, excess: int) -> tuple[int, int]:

@@ -111,8 +111,8 @@ class Destination(NamedTuple):
 class FastPath:
     """Forwards the provider's bytes unchanged.
 
-    *forwarded_at* is the loop's time of the last read that it forwarded, *read_at* that of the
-    provider's last read, by either path. *_silence* is the longest silence noted so far, in
+    *forwarded_at* is the loop's time of the last read that it forwarded, *read_at* when the
+    provider said something last, by either path. *_silence* is the longest silence noted so far, in
     seconds: only a longer one is noted.
     """
 
@@ -264,10 +264,18 @@ class TextPath(FastPath):
         texts, self._texts = bytes(self._texts), bytearray()
         stream, count = self._stream, texts.count(b'"')
         assert self.shape is not None
-        self.shape.reading.note(texts.replace(b'"', b"").decode(), len(texts) - count)
+        self.shape.reading.note(texts.replace(b'"', b""))
         # The reading keeps the texts as well, for the conversation.
         stream.details.text_bytes = self.shape.reading.size
         stream.recount()
         self.cursor.next_index += 1
         stream.append_forwarded(TextEntry(stream.last - count + 1, count, texts, monotonic()))
         stream.trim()
+
+
+def new_path(cursor: Cursor, destination: Destination, shape: Shape | None) -> FastPath | None:
+    """Return a path for *cursor*: for texts if there is a *shape*; None if its format has none."""
+    if shape is None:
+        return FastPath(cursor, destination) if destination.chunked else None
+    render_text = cursor.format.render_text
+    return None if render_text is None else TextPath(cursor, destination, shape, render_text)

@@ -10,7 +10,7 @@ A pause costs the provider's place, so that there is none while a request waits 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,15 +21,40 @@ if TYPE_CHECKING:
 # Unread bytes of a log at which reading pauses, and at which it goes on: as much as a socket's buffers
 # hold, and what a writer writes at once.
 PAUSE_BYTES, RESUME_BYTES = 1 << 18, 1 << 16
+# With several readers: entries between two counts of what is unread, and bytes of one that is counted at once.
+CHECK_EVERY, CHECK_BYTES = 16, 1 << 12
 
 
-def regulate(source: Source, unread: int, max_bytes: int) -> None:
-    """Pause *source*, or let it go on, for a log with *unread* bytes, of which it keeps *max_bytes*."""
+class Log(Protocol):
+    """A log (stream.py), as far as it is seen here; *offset* is the index of its first entry."""
+
+    bytes: int
+    entries: list[Entry]
+    max_bytes: int
+    offset: int
+    readers: list[Reader]
+
+
+def regulate(source: Source, log: Log) -> None:
+    """Pause *source*, or let it go on, as *log*, where passed entries are discarded, is read."""
+    unread, max_bytes = unread_bytes(log), log.max_bytes
     # A small log pauses well before its bound, which would drop the client.
     if unread > min(PAUSE_BYTES, max_bytes // 2):
         source.pause()
     elif unread <= min(RESUME_BYTES, max_bytes // 8):
         source.resume()
+
+
+def due(log: Log) -> bool:
+    """Return whether the unread bytes are counted for the newest entry.
+
+    With several readers they are for each CHECK_EVERY-th entry and for each large one, since it takes
+    longer the more of them are unread. The count is then late by 64 KiB at most.
+    """
+    if len(log.readers) < 2 or not log.entries:
+        return True
+    number = log.offset + len(log.entries)
+    return not number % CHECK_EVERY or log.entries[-1].size > CHECK_BYTES
 
 
 def late(entries: Sequence[Entry], offset: int, reader: Reader) -> bool:
@@ -41,13 +66,16 @@ def late(entries: Sequence[Entry], offset: int, reader: Reader) -> bool:
     return size > RESUME_BYTES
 
 
-def unread_bytes(entries: Sequence[Entry], offset: int, readers: Sequence[Reader]) -> int:
-    """Return about how many bytes of *entries*, at most PAUSE_BYTES and one entry, no reader has passed.
+def unread_bytes(log: Log) -> int:
+    """Return about how many bytes no reader has passed; with several, PAUSE_BYTES and one entry at most.
 
-    The reader that is ahead counts: a slow reader costs the others nothing. *offset* is the index
-    of the first entry.
+    The reader that is ahead counts: a slow reader costs the others nothing.
     """
-    ahead = max([reader.next_index for reader in readers], default=offset) - offset
+    entries = log.entries
+    if len(log.readers) < 2:
+        # What the only reader has passed is discarded already.
+        return log.bytes
+    ahead = max([reader.next_index for reader in log.readers]) - log.offset
     size, index = 0, len(entries)
     while index > max(ahead, 0) and size <= PAUSE_BYTES:
         index -= 1

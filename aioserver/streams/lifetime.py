@@ -5,7 +5,8 @@ if its window is 0. Otherwise it is detached: it runs on for its window and is t
 most `max_detached` streams are detached; beyond that the oldest is cancelled. When a request has
 to wait for a provider, the oldest detached stream that holds a place there is cancelled, too, and a
 stream that loses its last reader while others wait gives way at once: an answer that nobody reads
-never costs a client that waits. A stream that has ended is kept for its window.
+never costs a client that waits. A request that has to wait until its provider is back counts as not sent
+again, so it ends if its client has left. A stream that has ended is kept for its window.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ class Lifetime:
         # Streams that were cancelled for a request that waits, and have not given their place back.
         self._giving_way: set[Stream] = set()
         self._loop = asyncio.get_running_loop()
-        self._detached: OrderedDict[Stream, None] = OrderedDict()
+        # The streams that run without a reader: whether the last one has left, or none has come yet.
+        self._detached: OrderedDict[Stream, bool] = OrderedDict()
         # Ended streams with the loop's time at which to forget each, the next one in front.
         self._kept: OrderedDict[Stream, float] = OrderedDict()
         self._sweeper: asyncio.TimerHandle | None = None
@@ -88,13 +90,21 @@ class Lifetime:
         elif not stream.sent or stream.window <= 0 or self._draining:
             self.end(stream)
         else:
-            self.detach(stream)
+            self.detach(stream, left=True)
 
-    def detach(self, stream: Stream) -> None:
-        """Let *stream* run without a reader, for its window."""
+    def unsent(self, stream: Stream) -> bool:
+        """Note that the request of *stream* waits as one that was not sent; return whether that ends it."""
+        stream.sent = False
+        left = self._detached.get(stream, False)
+        if left:
+            self.end(stream)
+        return left
+
+    def detach(self, stream: Stream, *, left: bool = False) -> None:
+        """Let *stream* run without a reader, for its window; *left* says that the last one has left."""
         if stream.ended or stream in self._detached:
             return
-        self._detached[stream] = None
+        self._detached[stream] = left
         stream.attachment.timer = self._loop.call_later(stream.window, self.end, stream)
         self._enforce_max_detached()
         provider = stream.details.place_at

@@ -145,6 +145,8 @@ class StreamStore:
         """Note that *stream* has its last event."""
         self._running.discard(stream)
         self._finished[stream] = None
+        # The rendering of an event may be as large as the log, and is not counted.
+        stream.rendered = None
         self.on_finished(stream)
         if self._bytes > self._max_kept_bytes:
             self._evict()
@@ -223,17 +225,15 @@ class StreamStore:
 class HeldBytes:
     """The bytes of one body that is collected or written, and that no log has.
 
-    `release` gives them back, also in a `with`; nothing is counted after it. Then *on_release* is
-    called, once.
+    `release` gives them back, also in a `with`; nothing is counted after it. *size* is how many they are.
     """
 
-    __slots__ = ("_released", "_size", "_store", "on_release")
+    __slots__ = ("_released", "_store", "size")
 
     def __init__(self, store: StreamStore) -> None:
         self._store = store
-        self._size = 0
+        self.size = 0
         self._released = False
-        self.on_release: Callable[[], None] | None = None
 
     def grow(self, size: int) -> None:
         """Count another *size* bytes.
@@ -243,20 +243,18 @@ class HeldBytes:
         """
         if not self._released:
             self._store.take(size)
-            self._size += size
+            self.size += size
 
     def reset(self) -> None:
         """Give the bytes back: another attempt begins anew."""
-        size, self._size = self._size, 0
+        size, self.size = self.size, 0
         self._store.give_back(size)
 
     def release(self) -> None:
         """Give the bytes back for good; a second call does nothing."""
         self._released = True
-        self.reset()
-        on_release, self.on_release = self.on_release, None
-        if on_release is not None:
-            on_release()
+        if self.size:
+            self.reset()
 
     def __enter__(self) -> Self:
         return self

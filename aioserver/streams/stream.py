@@ -18,38 +18,38 @@ provider is read no faster than the client reads (flow.py).
 
 from __future__ import annotations
 
+from functools import partial
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from aioserver.errors import AioserverError, ResumeGap
 from aioserver.protocol import messages
-from aioserver.streams.details import AnswerDetails, Attachment
+from aioserver.streams.details import STREAM_OVERHEAD, AnswerDetails, Attachment
+from aioserver.streams.ending import run_all
 from aioserver.streams.entries import (
     CHUNK,
     ERROR,
+    NO_TEXT,
     PROCESSING,
     Entry,
     WholeEntry,
     discardable,
-    find_event,
+    frames_of,
+    locate,
     processing,
 )
-from aioserver.streams.flow import late, regulate, unread_bytes
+from aioserver.streams.flow import due, late, regulate
 from aioserver.telemetry.metrics import NO_METER
 from aioserver.telemetry.request_log import NO_RECORD
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Mapping, Sequence
 
+    from aioserver.errors import AioserverError
     from aioserver.protocol.openai import Shape
     from aioserver.streams.contracts import Path, Reader, Source, Store
     from aioserver.streams.details import WholeAnswer
-
-
-# Bytes of the Python objects of one stream: the log itself, its parts, the record of its request.
-STREAM_OVERHEAD: Final = 4096
 
 
 class Stream:
@@ -191,26 +191,21 @@ class Stream:
         provider's own bytes of *count* whole events.
         """
         self.close_fast_path()
-        first = self.last + 1
+        first, frames = self.last + 1, None
         if chunks:
-            head = self.head
-            frames = [
-                messages.frame(head, number, status, chunk)
-                for number, chunk in enumerate(chunks, first)
-            ]
-            self._add(Entry(first, len(frames), status, data, frames, monotonic()))
-        else:
-            self._add(Entry(first, count, status, data, None, monotonic()))
+            frames, count = frames_of(self.head, first, status, chunks), len(chunks)
+        self._add(Entry(first, count, status, data, frames, monotonic()))
         if status is CHUNK:
             self.meter.events += self.last + 1 - first
         if not more:
             self._notify()
 
-    def append_whole(self, answer: WholeAnswer, body: bytes) -> None:
-        """Append *answer*, which was not streamed, as one event with its *body*, and keep it."""
+    def append_whole(self, answer: WholeAnswer, body: bytes, pieces: Sequence[slice] = ()) -> None:
+        """Append *answer*, which was not streamed, as events with the *pieces* of its text, and keep it."""
         self.details.whole = answer
         self.recount()
-        self._add(WholeEntry(self.last + 1, body, monotonic()))
+        for piece in pieces or (NO_TEXT,):
+            self._add(WholeEntry(self.last + 1, body, piece, monotonic()))
         self._notify()
 
     def close_fast_path(self) -> None:
@@ -256,14 +251,18 @@ class Stream:
         """
         if self.bytes > self.max_bytes or self.window <= 0:
             self._discard()
-            if self.source is not None and self.window <= 0 and not self.ended:
-                unread = unread_bytes(self.entries, self.offset, self.readers)
-                regulate(self.source, unread, self.max_bytes)
+            if due(self):
+                self._regulate()
 
     def note_passed(self) -> None:
         """Note that a reader which was behind has passed entries."""
         if self.window <= 0:
-            self.trim()
+            self._discard()
+            self._regulate()
+
+    def _regulate(self) -> None:
+        if self.source is not None and self.window <= 0 and not self.ended:
+            regulate(self.source, self)
 
     def forward(self, data: bytes, count: int, *, more: bool = False) -> None:
         """Append the provider's bytes of *count* whole events.
@@ -312,23 +311,23 @@ class Stream:
         self.append_end(status, orjson.dumps(chunk), data)
 
     def append_end(self, status: bytes, chunk: bytes, data: bytes = b"") -> None:
-        """Append the last event as `end` does, its *chunk* already JSON."""
+        """Append the last event as `end` does, its *chunk* already JSON.
+
+        If this raises after the event is in the log, all has been done nevertheless: each reader is notified.
+        """
         self.close_fast_path()
         number = self.last + 1
         frames = [messages.frame(self.head, number, status, chunk)]
-        self._add(Entry(number, 1, status, data, frames, monotonic()))
-        self.ended = True
-        self.end_status = status
+        assert not self.ended, "nothing follows the end of a stream"
+        entry = Entry(number, 1, status, data, frames, monotonic())
+        self.entries.append(entry)
+        self.last, self.ended, self.end_status = number, True, status
         # The producer is done with its text.
         self.details.text_bytes = 0
-        self.recount()
-        for reader in tuple(self.readers):
-            reader.notify()
-        # The rendering of an event may be as large as the log, and is not counted.
-        self.rendered = None
-        self.trim()
-        if self._store is not None:
-            self._store.note_end(self)
+        notices = [reader.notify for reader in self.readers]
+        run_all(
+            (partial(self._grow, entry.size), self.recount, *notices, self.trim, self._tell_end)
+        )
 
     def fail(self, error: AioserverError) -> None:
         """Append *error* as the last event, for both kinds of face: as a frame, and as bytes."""
@@ -347,12 +346,7 @@ class Stream:
             ResumeGap: events after *after* are no longer kept, or *after* does not exist yet.
         """
         self.close_fast_path()
-        if after > self.last:
-            raise ResumeGap(f"event {after} does not exist yet; the newest is {self.last}")
-        if after + 1 < self.first:
-            raise ResumeGap(f"events after {after} are no longer kept; the oldest is {self.first}")
-        index = find_event(self.entries, after + 1)
-        skip = after - self.entries[index].first + 1 if index < len(self.entries) else 0
+        index, skip = locate(self.entries, self.last, after)
         return self.offset + index, skip
 
     def frames(self, entry: Entry) -> Sequence[bytes]:
@@ -374,6 +368,10 @@ class Stream:
         for reader in self.readers if len(self.readers) < 2 else tuple(self.readers):
             reader.notify()
         self.trim()
+
+    def _tell_end(self) -> None:
+        if self._store is not None:
+            self._store.note_end(self)
 
     def _add(self, entry: Entry) -> None:
         assert not self.ended, "nothing follows the end of a stream"

@@ -2,33 +2,33 @@
 
 Every byte to a client goes through its writer: events, heartbeats, pings, pongs, close frames. A
 writer keeps cursors into logs, not events; only control frames are queued, at most 64. Writing is
-synchronous and happens within `Stream.append` itself, so that a token goes from the provider's
-socket to the client's without a task switch:
-
-    Stream.append → Cursor.notify → Writer.notify → transport.write
+synchronous and happens within `Stream.append` itself, which notifies its cursors, so that a token goes
+from the provider's socket to the client's without a task switch.
 
 Most tokens do not pass through the writer: when nothing else is to be written, it opens a fast path
-for its stream (fast_path.py). It closes that path before it stops, and what the path has gathered
-goes out before anything else that the writer writes.
+for its stream (fast_path.py), whose bytes go out before anything else that the writer writes.
 
 When the transport's buffer is over its high-water mark, the writer is *blocked*: it stops rendering, one task
 waits in `drain()`, and a watchdog aborts the transport after `send_timeout` without progress. A
 blocked write is never cancelled. An idle writer has no task and no timer.
 
-A writer with one cursor writes at once; a writer with several gathers the events of one iteration of
-the event loop. The cursors take turns, so that a long replay does not hold up the others.
+A writer with one cursor writes at once; one with several gathers the events of one iteration of the event
+loop. Cursors take turns, with one write in each iteration, so that a long replay holds up nobody.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
+from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING
 
 from aioserver.errors import ResumeGap
-from aioserver.limits.write_watchdog import WriteWatchdog, kernel_aborts, reset
+from aioserver.limits.write_watchdog import WriteWatchdog, reset, watch_rest
 from aioserver.streams.cursor import Cursor
-from aioserver.streams.fast_path import Destination, FastPath, Outbox, TextPath
+from aioserver.streams.ending import run_all
+from aioserver.streams.fast_path import Destination, FastPath, Outbox, new_path
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -37,12 +37,12 @@ if TYPE_CHECKING:
     from aioserver.streams.formats import Format
     from aioserver.streams.stream import Stream
 
+logger = logging.getLogger("aioserver.streams")
+
 # Bytes rendered for one write, and so for one cursor before the next; the last entry may exceed it. It
 # is also the high-water mark of a transport's buffer, as in asyncio: `drain()` waits above it.
 WRITE_BYTES = 1 << 16
 MAX_CONTROL_FRAMES = 64
-# Why a client is dropped whose stream has discarded what it has not read.
-FELL_BEHIND = "reader fell behind"
 
 
 class Writer:
@@ -164,7 +164,7 @@ class Writer:
 
     def drop(self, cursor: Cursor) -> None:
         """Unfollow the stream of *cursor*, and write its `farewell` as soon as the client reads."""
-        self._on_drop(FELL_BEHIND)
+        self._on_drop("reader fell behind")
         self.unfollow(cursor)
         if not self._closed:
             self._ready[cursor] = None
@@ -187,26 +187,14 @@ class Writer:
             return None
         path = self._path
         if path is None or path.cursor is not cursor or path.shape is not shape:
-            path = self._path = self._new_path(cursor, shape)
+            socket, clock, full = self._transport, self._loop.time, self._block
+            destination = Destination(
+                socket, self._outbox, clock, WRITE_BYTES, full, self._chunked
+            )
+            path = self._path = new_path(cursor, destination, shape)
         if path is not None:
             path.open = True
         return path
-
-    def _new_path(self, cursor: Cursor, shape: Shape | None) -> FastPath | None:
-        destination = Destination(
-            self._transport,
-            self._outbox,
-            self._loop.time,
-            WRITE_BYTES,
-            self._block,
-            self._chunked,
-        )
-        if shape is not None:
-            render_text = cursor.format.render_text
-            if render_text is None:
-                return None
-            return TextPath(cursor, destination, shape, render_text)
-        return FastPath(cursor, destination) if self._chunked else None
 
     def notify(self, cursor: Cursor) -> None:
         """Write what *cursor* has not rendered, at once or in a later write."""
@@ -218,17 +206,20 @@ class Writer:
                     cursor.note_blocked(self._blocked_at)
             elif not self._closed:
                 self._schedule()
-        elif data := cursor.render_newest():
-            self._write(data)
-        else:
-            self._ready[cursor] = None
-            self.pump()
+            return
+        try:
+            if data := cursor.render_newest():
+                self._write(data)
+            else:
+                self._ready[cursor] = None
+                self.pump()
+        except Exception as bug:  # noqa: BLE001 - whatever it is, it is this client's alone
+            self._give_up(bug)
 
     def send(self, data: bytes) -> None:
         """Write a control frame or a comment, before every event that is not written yet.
 
-        While the writer is blocked, *data* is queued; if MAX_CONTROL_FRAMES are queued already, the
-        client is dropped.
+        While the writer is blocked, *data* is queued; beyond MAX_CONTROL_FRAMES the client is dropped.
         """
         if self._closed:
             return
@@ -246,39 +237,50 @@ class Writer:
             self._write(b"")
 
     def pump(self) -> None:
-        """Write what is ready, until all is written or the transport's buffer is full."""
-        self._scheduled = None
+        """Write what is ready, about WRITE_BYTES in one turn of the loop, until the transport's buffer is full."""
+        if self._scheduled is not None:
+            self._scheduled.cancel()
+            self._scheduled = None
+        try:
+            self._write_ready()
+        except Exception as bug:  # noqa: BLE001 - as above
+            self._give_up(bug)
+
+    def _write_ready(self) -> None:
+        """Write once; what is left then is written in the next iteration of the event loop."""
         ready, now = self._ready, monotonic()
-        while (ready or self._control) and self._draining is None and not self._closed:
-            parts, self._control = self._control, []
-            room = WRITE_BYTES
-            ended: list[Cursor] = []
-            for cursor in list(ready):
-                start = len(parts)
-                cursor.note_delay(now, self._blocked_until)
-                try:
-                    caught_up = cursor.render(parts, room)
-                except ResumeGap:
-                    cursor.drop()
-                    continue
-                del ready[cursor]
-                if not caught_up:
-                    # The cursor goes behind the others, which are written next.
-                    ready[cursor] = None
-                elif cursor.farewell or cursor.stream.ended:
-                    ended.append(cursor)
-                cursor.stream.note_passed()
-                room -= sum(map(len, parts[start:]))
-                if room <= 0:
-                    break
-            data = parts[0] if len(parts) == 1 else b"".join(parts)
-            if data or ended:
-                self._write(data, self._tail if ended else b"")
-            for cursor in ended:
-                # A dropped cursor is unfollowed already.
-                if not cursor.removed or (cursor.farewell and not self._closed):
-                    self.unfollow(cursor)
-                    cursor.on_end(cursor)
+        if self._draining is not None or self._closed or not (ready or self._control):
+            return
+        parts, self._control = self._control, []
+        room, ended = WRITE_BYTES, list[Cursor]()
+        for cursor in list(ready):
+            start = len(parts)
+            cursor.note_delay(now, self._blocked_until)
+            try:
+                caught_up = cursor.render(parts, room)
+            except ResumeGap:
+                cursor.drop()
+                continue
+            del ready[cursor]
+            if not caught_up:
+                # The cursor goes behind the others, which are written next.
+                ready[cursor] = None
+            elif cursor.farewell or cursor.stream.ended:
+                ended.append(cursor)
+            cursor.stream.note_passed()
+            room -= sum(map(len, parts[start:]))
+            if room <= 0:
+                break
+        data = parts[0] if len(parts) == 1 else b"".join(parts)
+        if data or ended:
+            self._write(data, self._tail if ended else b"")
+        for cursor in ended:
+            # A dropped cursor is unfollowed already.
+            if not cursor.removed or (cursor.farewell and not self._closed):
+                self.unfollow(cursor)
+                cursor.on_end(cursor)
+        if ready and not (self.blocked or self._closed):
+            self._schedule()
 
     async def flush(self) -> None:
         """Wait until all that is ready is in the transport, or the writer is closed.
@@ -286,10 +288,12 @@ class Writer:
         Cancelling is safe: it does not cancel a blocked write.
         """
         while not self._closed and (self._ready or self._control or self._draining is not None):
-            if self._draining is None:
-                self.pump()
             if self._draining is not None:
                 await asyncio.wait((self._draining,))
+            else:
+                if self._scheduled is None:
+                    self.pump()
+                await asyncio.sleep(0)
 
     def abort(self, reason: str) -> None:
         """Drop the client: reset its connection, whatever is still to be written."""
@@ -316,21 +320,24 @@ class Writer:
         if self._closed:
             return
         self._closed = True
-        for cursor in list(self._cursors):
-            self.unfollow(cursor)
+        run_all([partial(self.unfollow, cursor) for cursor in self._cursors] + [self._stop])
+
+    def _stop(self) -> None:
         self._ready.clear()
         self._control.clear()
         if self._scheduled is not None:
             self._scheduled.cancel()
             self._scheduled = None
-        if (
-            self._watchdog is None
-            and not self._transport.is_closing()
-            and self._transport.get_write_buffer_size()
-            and not kernel_aborts(self._transport)
-        ):
-            # Not left to the transport's close(), which waits forever for a peer that does not read.
-            WriteWatchdog(self._loop, self._transport, self._send_timeout, self._transport.abort)
+        if self._watchdog is None:
+            watch_rest(self._transport, self._send_timeout)
+
+    def _give_up(self, bug: Exception) -> None:
+        """Reset the connection: its client would wait for ever for what cannot be written."""
+        logger.error("bug in a writer", exc_info=bug)
+        for cursor in list(self._cursors)[:1]:
+            cursor.stream.record.note_bug()
+        reset(self._transport)
+        self.close()
 
     def _schedule(self) -> None:
         if self._scheduled is None:

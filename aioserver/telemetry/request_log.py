@@ -138,6 +138,11 @@ class RequestRecord:
             self.silence, self.silence_end = until - since, until
         return self.silence
 
+    def note_bug(self) -> None:
+        """Count a bug of ours that the log has: it befell one client of this request."""
+        if self.log is not None:
+            self.log.metrics.bugs.value += 1
+
     def tokens(self, *names: str) -> int | None:
         """Return the first plausible number in the usage under *names*; None if there is none."""
         if self.usage is not None:
@@ -211,7 +216,7 @@ class RequestLog:
         """Count the longest gap of each side, after moving our own lag out of the provider's."""
         metrics, lag, end = self.metrics, self._lag, record.silence_end
         if record.silence > THRESHOLD:
-            ours = lag.within(end - record.silence, end)
+            ours = lag.before(end, end - record.silence)
             # Not below 0: the lag is a sum of floats, and may exceed the silence by its rounding.
             record.silence = max(0.0, record.silence - ours)
         provider = metrics.providers[record.provider]

@@ -516,7 +516,6 @@ async def test_a_waiting_message_is_stopped_before_it_is_sent(
     ("model", "advice"),
     [
         ("fault-status-401", "The operator of this server has to correct this"),
-        ("fault-retry-after-7", "Wait 7 s, then ask again"),
         ("fault-status-400", "Change it, or choose another model above."),
         ("fault-status-500", "Ask again; if the error persists"),
     ],

@@ -10,8 +10,7 @@ import pytest
 from playwright.async_api import expect
 
 from tests.support.dashboard import (
-    CROWDED,
-    QUEUEING,
+    OPEN,
     TOKEN,
     Stand,
     card,
@@ -26,17 +25,23 @@ if TYPE_CHECKING:
 
     from tests.support.server import RunningServer
 
-STALLED = {
-    "kind": "silent",
-    "since": 0.0,
-    "text": "groq has said nothing for 6 s in 25 answers",
-    "detail": "It began 6 s ago",
-}
-DEAD = {
+DEAD: dict[str, Any] = {
     "kind": "dead",
+    "word": "Dead",
     "since": 0.0,
     "text": "groq cannot be reached: 57 of 60 attempts failed in the last minute",
     "detail": "It began 42 s ago; it is tried again in 3 s; no fallback is set",
+    "advice": "Check that groq runs.",
+    "severity": "error",
+}
+VERDICT: dict[str, Any] = {
+    "level": "error",
+    "state": "trouble",
+    "word": "Dead",
+    "text": DEAD["text"],
+    "detail": "It began 42 s ago. 250 requests wait for groq, the longest for 8.2 s.",
+    "advice": "Check that groq runs.",
+    "about": "groq",
 }
 DASH = "\u2013"
 
@@ -84,133 +89,41 @@ async def test_the_numbers_move_with_the_events(stand: Stand, page: Page) -> Non
     assert await fill.evaluate(width) == 42
 
 
-VERDICTS: dict[str, tuple[dict[str, Any], str, str, str]] = {
-    "open": ({"connections__active": 3}, "Open", "Room for 97 more", "circle"),
-    "nearly full": ({"connections__active": 97}, "Nearly full", "Room for 3 more", "triangle"),
-    "a queue": (
-        {"connections__active": 40, **QUEUEING},
-        "Busy",
-        "Room for 60 more, but 35 wait for groq",
-        "triangle",
-    ),
-    "a full provider": (
-        {"connections__active": 40, "providers__groq__in_flight": 20},
-        "Busy",
-        "Room for 60 more, but all 20 places of groq are taken",
-        "triangle",
-    ),
-    "a refused key": (
-        {
-            "providers__groq__trouble": {
-                **STALLED,
-                "kind": "key_refused",
-                "text": "groq refuses our key",
-            }
-        },
-        "Trouble",
-        "Room for 100 more, but groq refuses our key",
-        "diamond",
-    ),
-    "a provider that rests": (
-        {"providers__groq__pace": {"per_minute": 3500, "left": 0, "cooling": 12.0}},
-        "Busy",
-        "Room for 100 more, but groq cools down for 12 s more, as it asked",
-        "triangle",
-    ),
-    "full by a provider": (
-        CROWDED | QUEUEING,
-        "Full",
-        "Full: 40 wait, oldest 2.1 s; groq is the reason",
-        "square",
-    ),
-    "full by the limit": (
-        CROWDED,
-        "Full",
-        "Full: 40 wait, oldest 2.1 s; the limit of 100 is the reason",
-        "square",
-    ),
-    "refusing": (
-        CROWDED | QUEUEING | {"connections__waiting": 500, "connections__rejected": 57},
-        "Rejecting",
-        "57 rejected in 10 s, 500 wait, oldest 2.1 s; groq is the reason",
-        "octagon",
-    ),
-    "refusing with room": (
-        {"rejections__rate_limit_exceeded": 5},
-        "Rejecting",
-        "5 rejected in 10 s: rate limit exceeded",
-        "octagon",
-    ),
-    "a broken provider": (
-        {"providers__groq__trouble": {**STALLED, "kind": "failing", "text": "groq fails"}},
-        "Trouble",
-        "Room for 100 more, but groq fails",
-        "diamond",
-    ),
-    "a provider that has stalled, in a full server": (
-        CROWDED | {"providers__groq__trouble": STALLED},
-        "Stalled",
-        "groq has said nothing for 6 s in 25 answers",
-        "diamond",
-    ),
-    "a dead provider": (
-        {"providers__groq__trouble": DEAD},
-        "Trouble",
-        "Room for 100 more, but groq cannot be reached: 57 of 60 attempts failed in the last minute",
-        "diamond",
-    ),
-    "a late loop": (
-        {"loop__lag_max": 0.8},
-        "Slow",
-        "Room for 100 more, but the event loop was delayed by 800 ms",
-        "triangle",
-    ),
-    "not ready": (
-        {"ready": False},
-        "Not ready",
-        "Starting or stopping: new requests are rejected",
-        "square",
-    ),
-    "nobody usable": (
-        {"ready": False, "providers__groq__usable": False},
-        "Not ready",
-        "No provider is usable: nobody gets an answer",
-        "square",
-    ),
+VERDICTS = {
+    "open": ("ok", "circle", "good"),
+    "busy": ("warning", "triangle", "warning"),
+    "full": ("warning", "square", "warning"),
+    "rejecting": ("error", "octagon", "bad"),
+    "trouble": ("error", "diamond", "bad"),
+    "closed": ("error", "square", "bad"),
 }
 
 
 @pytest.mark.parametrize("state", VERDICTS)
-async def test_the_verdict_says_each_state_by_word_and_shape(
+async def test_the_verdict_is_the_servers_by_word_shape_and_colour(
     stand: Stand, page: Page, state: str
 ) -> None:
-    changes, word, text, shape = VERDICTS[state]
+    level, shape, tone = VERDICTS[state]
     await opened(page, stand)
     await verdict(page, "Open", "Room for 100 more")
+    await expect(page.locator("#verdict-advice")).to_be_hidden()
 
-    stand.say(**changes)
+    stand.say(verdict={**VERDICT, "state": state, "level": level})
 
-    await verdict(page, word, text)
+    await verdict(page, VERDICT["word"], VERDICT["text"])
+    await expect(page.locator("#verdict-detail")).to_have_text(VERDICT["detail"])
+    await expect(page.locator("#verdict-advice")).to_have_text(f"To do {VERDICT['advice']}")
     await expect(page.locator("#verdict > .mark")).to_have_attribute("data-shape", shape)
-    assert word in await page.title()
-
-
-async def test_the_verdict_says_why_and_nothing_about_latency_while_nothing_is_answered(
-    stand: Stand, page: Page
-) -> None:
-    await opened(page, stand)
-    detail = page.locator("#verdict-detail")
-    stand.say(first_token={**TOKEN, "age": 0.4})
-    await expect(detail).to_have_text(re.compile("^Half of the answers begin within 210"))
-
-    stand.say(
-        rejections__provider_queue_full=30,
-        providers__groq__trouble=DEAD,
-        first_token={**TOKEN, "age": 30.0},
+    assert VERDICT["word"] in await page.title()
+    colours = await page.evaluate(
+        """tone => {
+      const root = getComputedStyle(document.documentElement);
+      const mine = getComputedStyle(document.getElementById("verdict"));
+      return [mine.getPropertyValue("--tone"), root.getPropertyValue(`--${tone}`)];
+    }""",
+        tone,
     )
-
-    await verdict(page, "Rejecting", "30 rejected in 10 s; groq is the reason")
-    await expect(detail).to_have_text(f"{DEAD['text']}. {DEAD['detail']}.")
+    assert colours[0] == colours[1]
 
 
 async def test_another_state_is_spoken_and_another_number_is_not(stand: Stand, page: Page) -> None:
@@ -218,14 +131,12 @@ async def test_another_state_is_spoken_and_another_number_is_not(stand: Stand, p
     spoken = page.locator("#announcer")
     await expect(spoken).to_have_text("Open. Room for 100 more")
 
-    stand.say(connections__active=3)
+    stand.say(verdict={**OPEN, "text": "Room for 97 more"})
     await verdict(page, "Open", "Room for 97 more")
     await expect(spoken).to_have_text("Open. Room for 100 more")
 
-    stand.say(**CROWDED)
-    await expect(spoken).to_have_text(
-        "Full. Full: 40 wait, oldest 2.1 s; the limit of 100 is the reason"
-    )
+    stand.say(verdict=VERDICT)
+    await expect(spoken).to_have_text(f"{VERDICT['word']}. {VERDICT['text']}")
     assert await page.locator("[aria-live], [role=status], [role=alert]").count() == 1
 
 
@@ -322,11 +233,10 @@ async def test_an_absent_value_is_not_shown_and_null_is_a_dash(stand: Stand, pag
 
     await expect(shown(page, "process.rss_bytes")).to_have_text(DASH)
     await expect(shown(page, "first_token.p50")).to_have_text(DASH)
-    for late in ("state", "pace", "retries"):
+    for late in ("trouble", "cooling", "retries"):
         await expect(card(page, "groq").locator(f"[data-needs={late}]")).to_be_hidden()
 
     stand.say(
-        providers__groq__state="well",
         providers__groq__retries=3,
         providers__groq__failovers=2,
         providers__groq__pace={"per_minute": 3500, "left": 12, "cooling": 0.0},
@@ -355,12 +265,48 @@ async def test_a_card_shows_state_silence_next_try_and_the_retry_budget(
     )
 
     await expect(budget).to_have_text(re.compile(r"retry budget\s*4\s+of 10 in 10 s, 7 refused"))
-    await expect(card(page, "groq").locator("[data-needs=state]")).to_have_text(
-        re.compile(r"state\s*dead\s+next try in 2\.5\ss")
+    asked = card(page, "groq").locator("[data-needs=state]")
+    await expect(asked).to_have_text(
+        re.compile(r"is asked\s*for trials only\s+next try in 2\.5\ss")
     )
     await expect(card(page, "groq").locator("[data-needs=silent]")).to_have_text(
         re.compile(r"silent for\s*6\.2\ss\s+now, 4 of\s+5 answers stalled")
     )
+
+
+async def test_old_first_tokens_are_told_as_old(stand: Stand, page: Page) -> None:
+    stand.say(first_token={**TOKEN, "age": 0.4})
+    await opened(page, stand)
+    under = page.locator("[data-needs=first_token].under")
+    await expect(page.locator("[data-needs=stale]")).to_be_hidden()
+
+    stand.say(first_token={**TOKEN, "age": 13.2})
+    await expect(under).to_have_text("57 answers in the last minute, the newest 13 s ago")
+
+
+async def test_a_card_says_what_is_wrong_and_when_its_provider_is_asked(
+    stand: Stand, page: Page
+) -> None:
+    await opened(page, stand)
+    asked = card(page, "groq").locator("[data-show=asked]")
+    mark = card(page, "groq").locator(".mark")
+    await expect(asked).to_have_text("as usual")
+
+    stand.say(providers__groq__trouble={**DEAD, "kind": "silent", "word": "Stalled"})
+    await expect(card(page, "groq").locator(".trouble")).to_have_text(DEAD["text"])
+    await expect(card(page, "groq").locator(".condition b")).to_have_text("Stalled")
+    await expect(mark).to_have_attribute("data-tone", "bad")
+    await expect(asked).to_have_text("as usual")
+
+    stand.say(
+        providers__groq__state="sick",
+        providers__groq__trouble={**DEAD, "kind": "sick", "word": "Sick", "severity": "warning"},
+    )
+    await expect(mark).to_have_attribute("data-tone", "warning")
+    await expect(asked).to_have_text("as usual")  # there is no other
+
+    stand.say(fallbacks=["other"])
+    await expect(asked).to_have_text("after the others")
 
 
 async def test_providers_come_and_go(stand: Stand, page: Page) -> None:
@@ -388,7 +334,6 @@ async def test_of_many_providers_those_in_trouble_come_first(stand: Stand, page:
     await expect(page.locator(".card")).to_have_count(12)
     await expect(page.locator(".card h3").first).to_have_text("p88")
     await expect(page.locator(".card h3").nth(1)).to_have_text("p77")
-    await verdict(page, "Trouble", "Room for 100 more, but p88 is dead")
     await expect(page.locator("#providers-summary")).to_have_text(
         "1 dead, 1 queueing, 93 working, 5 idle"
     )
@@ -414,46 +359,6 @@ async def test_text_of_the_server_stays_text(stand: Stand, page: Page) -> None:
     await expect(page.locator(".card h3")).to_have_text(name)
     await expect(page.locator("[data-counters=rejections] tbody th")).to_have_text("<i>code</i>")
     assert "run" not in (await page.title()).split()
-
-
-async def test_numbers_are_short_and_carry_their_unit(stand: Stand, page: Page) -> None:
-    await opened(page, stand)
-    said = await page.evaluate("""async () => {
-      const { count, rate, seconds, bytes, share } = await import("/assets/dashboard/numbers.js");
-      return [
-        [0, 1990, 99999, 100000, 1234567, 9e15, null, NaN].map(count),
-        [0, 0.01, 0.25, 3, 12.7, 123456].map(rate),
-        [0, 0.0001, 0.21, 0.99994, 2.14, 9.97, 119, 121, 7300, 200000, undefined].map(seconds),
-        [0, 999, 1024, 268435456, 5e12, 5e18, null].map(bytes),
-        [0, 0.126, 2].map(share),
-      ].map(said => said.map(one => one.replace("\\u00a0", " ")));
-    }""")
-
-    assert said == [
-        ["0", "1,990", "99,999", "100K", "1.23M", "9000T", DASH, DASH],
-        ["0", "<0.1", "0.3", "3", "13", "123K"],
-        ["0 s", "<1 ms", "210 ms", "1.0 s", "2.1 s", "10 s", "119 s", "2 min", "2 h", "2 d", DASH],
-        ["0 B", "999 B", "1.0 KiB", "256 MiB", "4.5 TiB", "4.55M TiB", DASH],
-        ["0 %", "13 %", "200 %"],
-    ]
-
-
-async def test_all_counts_of_a_young_server_are_of_the_last_minute(
-    stand: Stand, page: Page
-) -> None:
-    await opened(page, stand)
-    grown = await page.evaluate("""async () => {
-      const { Recent } = await import("/assets/dashboard/recent.js");
-      return [[12, 10], [100, 99]].map(([uptime, before]) => {
-        const recent = new Recent();
-        recent.add({ time: before, uptime: before, rejections: { code: 70 } });
-        recent.add({ time: uptime, uptime, rejections: { code: 75 } });
-        return recent.growth(60).rejections.code;
-      });
-    }""")
-
-    # What an older server counted before the page was opened is not known to be recent.
-    assert grown == [75, 5]
 
 
 async def test_a_real_server_feeds_it(server: RunningServer, page: Page) -> None:

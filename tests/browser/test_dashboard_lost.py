@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 from playwright.async_api import expect
 
-from tests.support.dashboard import Stand, opened, shown, verdict
+from tests.support.dashboard import OPEN, Stand, opened, shown, verdict
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ async def test_a_server_that_is_gone_is_said_and_found_again(stand: Stand, page:
     await expect(page.locator("#updated")).to_have_text(re.compile(r"\d+\ss old"))
     await expect(shown(page, "connections.active")).to_have_text("3")  # the last that is known
 
-    stand.say(connections__active=5)
+    stand.say(verdict={**OPEN, "text": "Room for 95 more"})
     await stand.open()
     await verdict(page, "Open", "Room for 95 more")
     await expect(page.locator("body")).not_to_have_class("stale")

@@ -262,3 +262,62 @@ async def test_deep_nesting_has_a_bound(blank: Page) -> None:
     )
 
     assert max(depth) <= 24
+
+
+# By the bound: a text at the bound, a text one past it, and what is counted in both.
+BOUNDED = {
+    "headings of 400 characters": ("# " + "a" * 398, "# " + "a" * 399, "h3", 1, 0),
+    "6 quotes in each other": ("> " * 6 + "a", "> " * 7 + "a", "blockquote", 6, 6),
+    "6 lists in each other": ("- " * 6 + "a", "- " * 7 + "a", "ul", 6, 6),
+    "tables of 64 columns": (
+        "|a" * 64 + "|\n" + "|-" * 64 + "|",
+        "|a" * 65 + "|\n" + "|-" * 65 + "|",
+        "th",
+        64,
+        0,
+    ),
+    "16 inline elements in each other": (
+        "*a " * 16 + "b" + "* c" * 16,
+        "*a " * 17 + "b" + "* c" * 17,
+        "em",
+        16,
+        16,
+    ),
+    "addresses of 2048 characters": (
+        f"[a](http://b/{'c' * 2039})",
+        f"[a](http://b/{'c' * 2040})",
+        "a",
+        1,
+        0,
+    ),
+    "titles of 511 characters": (
+        f'[a](http://b/ "{"c" * 511}")',
+        f'[a](http://b/ "{"c" * 512}")',
+        "a",
+        1,
+        0,
+    ),
+    "32 brackets in an address": (
+        f"[a](http://b/{'(' * 32}{')' * 32})",
+        f"[a](http://b/{'(' * 33}{')' * 33})",
+        "a",
+        1,
+        0,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+async def test_what_a_model_can_nest_or_lengthen_has_a_bound(blank: Page, name: str) -> None:
+    at, past, selector, within, beyond = BOUNDED[name]
+    count = """async ([text, selector]) => {
+      const { MarkdownView } = await import("/assets/chat/markdown.js");
+      const box = document.createElement("div");
+      new MarkdownView(box).update(text);
+      const found = Array.from(box.querySelectorAll(selector));
+      // A bare address beyond the bound may be a link; that of the text is not.
+      return found.filter((element) => selector !== "a" || element.textContent === "a").length;
+    }"""
+
+    assert await blank.evaluate(count, [at, selector]) == within
+    assert await blank.evaluate(count, [past, selector]) == beyond

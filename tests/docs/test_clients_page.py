@@ -176,6 +176,19 @@ def test_our_own_page_comes_back_after_the_codes_that_the_table_says() -> None:
     assert never == set(ends[1].split(", ")) - {"1000", "1009"}
 
 
+def test_our_own_page_asks_again_after_the_codes_that_the_table_says() -> None:
+    page = (FACES / "assets/chat/errors.js").read_text()
+    passing = page.partition("PASSING = new Map([")[2].partition("]);")[0]
+    tries = dict(re.findall(r'\["(\w+)", \[.*, (\d+)\]\]', passing))
+    rows = {row[1]: named(row[0]) for row in table("What to do after an error", "code")}
+
+    later = [code for do, codes in rows.items() if do.startswith("wait for") for code in codes]
+    twice = [code for do, codes in rows.items() if "at most twice" in do for code in codes]
+
+    assert {code for code, most in tries.items() if int(most) > 2} == {*later}
+    assert {code for code, most in tries.items() if int(most) == 2} == {*twice}
+
+
 # The rules, on real sockets.
 
 

@@ -10,15 +10,22 @@ import pytest
 from aioserver.providers.breaker import TRIAL_INTERVAL
 from aioserver.providers.simulator.exchange import Behaviour
 from tests.support.absent import AbsentProvider
+from tests.support.chat import STREAMED, chat
 from tests.support.faces import Seen, ask_every_face, over_openai, over_sse, over_websocket
 from tests.support.failing import kill, left_alone
-from tests.support.server import QUICK, MakeServer, RunningServer, provider_entry
+from tests.support.raw import Raw
+from tests.support.scripted_provider import Peer, ScriptedProvider
+from tests.support.server import QUICK, SILENT, MakeServer, RunningServer, provider_entry
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
 LOADING = Behaviour(fail_rate=1.0, fail_status=503)
+NOT_READY = (
+    b"HTTP/1.1 503 Service Unavailable\r\n"
+    b"Content-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
+)
 
 
 @pytest.fixture
@@ -144,10 +151,14 @@ async def test_the_queue_is_bounded_for_them_as_well(
     server = await make_server(**behind(away, queue_size=4))
     asking = await waiters(server, known=known)
 
-    if known:
-        seen = await over_openai(server, "far")
-        assert (seen.status, seen.code) == (503, "provider_queue_full")
-        assert waiting(server) == 4
+    seen = await over_openai(server, "far")
+
+    assert (seen.status, seen.code) == (503, "provider_queue_full")
+    assert seen.headers["retry-after"] in {"1", "2"}
+    # An SDK may ask again.
+    assert "x-should-retry" not in seen.headers
+    queue = server.provider_of("far").stats().queue
+    assert queue.waiting + queue.inside == 4
     await away.come(server.simulator.port)
 
     assert [one.end for one in await asking] == ["complete"] * 4
@@ -208,3 +219,85 @@ async def test_while_it_is_away_it_gets_only_trials(
     assert [one.end for one in await asking] == ["complete"] * 4
     late = [over_websocket(server, "m", "late"), over_sse(server, "late")]
     assert [one.end for one in await asyncio.gather(*late)] == ["complete"] * 2
+
+
+async def ask_for_later(server: RunningServer, name: str) -> None:
+    """Ask on SSE for an answer that is read later, or never."""
+    body, headers = {"request_id": name, "text": "Hello"}, {"Prefer": "respond-async"}
+    async with server.session.post(server.sse, json=body, headers=headers) as response:
+        assert response.status == 202
+
+
+async def test_a_client_that_has_left_does_not_wait_for_an_engine_that_loads(
+    make_server: MakeServer,
+) -> None:
+    asked, answer = asyncio.Event(), asyncio.Event()
+
+    async def play(peer: Peer) -> None:
+        while True:
+            await peer.request()
+            asked.set()
+            await answer.wait()
+            await peer.send(NOT_READY)
+
+    async with ScriptedProvider(play) as engine:
+        entry = provider_entry(engine.url, "far-model", queue_timeout=60.0) | {"when_down": "wait"}
+        server = await make_server(
+            **{"llm.active": "far", "llm.providers.far": entry, "chat.streams.resume_window": 60.0}
+        )
+        async with Raw(server) as raw:
+            await raw.ask_sse("r1", text="Hello")
+            await asked.wait()
+        await until(lambda: server.held()["detached"] == 1)
+
+        answer.set()
+
+        # As one that leaves while it waits.
+        await server.nothing_held()
+
+
+async def test_an_answer_that_is_to_be_fetched_later_waits_for_an_engine_that_loads(
+    make_server: MakeServer, away: AbsentProvider
+) -> None:
+    server = await make_server(LOADING, **behind(away))
+    await away.come(server.simulator.port)
+    await ask_for_later(server, "r1")
+    await server.simulator.until(lambda stats: stats.requests > 1)
+    assert server.held()["detached"] == 1
+
+    server.simulator.behaviour = QUICK
+
+    async with server.session.get(f"{server.sse}/r1") as response:
+        assert b"event: complete" in await response.read()
+    await server.nothing_held()
+
+
+async def test_an_answer_that_nobody_reads_gives_way_when_it_has_waited(
+    make_server: MakeServer, away: AbsentProvider
+) -> None:
+    # It pauses for 2 s, so that the others come before it is back.
+    limits: dict[str, Any] = {"backoff_factor": 30.0, "concurrent_requests": 1}
+    server = await make_server(LOADING, **behind(away, **limits))
+    await away.come(server.simulator.port)
+    await ask_for_later(server, "nobody reads it")
+    await until(lambda: waiting(server) == 1)
+    server.simulator.behaviour = SILENT
+    async with Raw(server) as raw, server.connect() as ws:
+        await raw.post("/v1/chat/completions", STREAMED)
+        await server.simulator.until(lambda stats: stats.active == 1)
+        await ws.send_json(chat("somebody reads it"))
+        frame = await ws.receive_json()
+        while frame["chunk"].get("position") != 2:
+            # The other one pauses. Then it is in front.
+            assert frame["status"] == "queued"
+            frame = await ws.receive_json()
+
+        # The place is free.
+        raw.close()
+
+        while frame["status"] == "queued":
+            frame = await ws.receive_json()
+        assert frame["status"] == "processing"
+        assert not server.held()["detached"]
+        await ws.send_json({"action": "cancel", "request_id": "somebody reads it"})
+    await server.nothing_held()

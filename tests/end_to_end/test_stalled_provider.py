@@ -8,8 +8,10 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from rich.console import Console
 
-from aioserver.commands.top.verdict import verdict
+from aioserver.commands.top.feed import State
+from aioserver.commands.top.screen import render
 from aioserver.providers.simulator.exchange import Behaviour
 from tests.support.chat import STREAMED, chat, until_status
 from tests.support.server import SILENT, SIM_HTTP_CLIENT
@@ -61,7 +63,7 @@ async def asking(server: RunningServer, face: str) -> AsyncIterator[None]:
 def lengthen_silences(server: RunningServer, seconds: float = LATER) -> None:
     """Let every provider's last word be *seconds* older than it is."""
     for exchange in server.provider.pools.exchanges():
-        exchange.last_byte_at -= seconds
+        exchange.spoke_at -= seconds
         if (fast := exchange.protocol.fast_path) is not None:
             fast.forwarded_at -= seconds
 
@@ -84,6 +86,16 @@ async def stalled(server: RunningServer, events: int) -> None:
     )
 
 
+def drawn(stats: Any) -> str:
+    """The screen of `top` for this snapshot."""
+    state = State("")
+    state.take(b"stats", stats)
+    console = Console(width=300)
+    with console.capture() as capture:
+        console.print(render(state))
+    return "".join(f"{line.rstrip()}\n" for line in capture.get().splitlines())
+
+
 def fields_of(caplog: pytest.LogCaptureFixture, event: str) -> list[dict[str, Any]]:
     lines: list[Any] = [line for line in caplog.records if line.getMessage() == event]
     return [line.fields for line in lines]
@@ -103,7 +115,7 @@ async def test_a_silence_that_goes_on_is_shown_everywhere(
         sim = stats["providers"]["sim"]
         silence = (await metric(server, "provider_silence_seconds"))["sim"]
         answers = (await metric(server, "provider_silent_answers"))["sim"]
-        level, line = verdict(stats, None)
+        kind = (await metric(server, "provider_trouble"))["sim"]
 
     text = f"sim has said nothing for 6 min in {CLIENTS} answers"
     assert before["trouble"] is None
@@ -118,11 +130,17 @@ async def test_a_silence_that_goes_on_is_shown_everywhere(
     assert (sim["trouble"]["kind"], sim["trouble"]["text"]) == ("silent", text)
     assert sim["trouble"]["since"] <= stats["time"] - LATER
     assert (silence >= LATER, answers) == (True, CLIENTS)
-    assert (level, line.startswith(text)) == ("error", True)
+    assert kind == 3  # silent
+    assert (stats["verdict"]["level"], stats["verdict"]["word"]) == ("error", "Stalled")
+    assert stats["verdict"]["text"] == text
+    assert f"x Stalled: {text}\n" in drawn(stats)
+    assert f"To do: {sim['trouble']['advice']}\n" in drawn(stats)
     incident = server.incidents()[-1]
     assert (incident["kind"], incident["severity"], incident["text"]) == ("silent", "error", text)
     logged = [line for line in caplog.records if line.getMessage() == text]
     assert [line.levelno for line in logged] == [logging.ERROR]
+    (fields,) = fields_of(caplog, text)
+    assert fields["advice"] == sim["trouble"]["advice"]
 
 
 @pytest.mark.parametrize("face", FACES)
@@ -141,6 +159,33 @@ async def test_a_silence_counts_until_the_answer_ends(
     assert all(fields.get("our_gap_ms", 0.0) < LATER * 1000 * 0.1 for fields in finished)
     assert shown(server)["providers"]["sim"]["silence"]["p50"] >= LATER * 0.9
     assert server.provider.meter.gap.sum >= CLIENTS * LATER * 0.9
+
+
+@pytest.mark.parametrize("face", FACES)
+@pytest.mark.parametrize("fault", ["comments-endless", "thinking-100000"])
+async def test_who_only_keeps_the_connection_alive_says_nothing(
+    face: str, fault: str, make_server: MakeServer
+) -> None:
+    server = await make_server(
+        Behaviour(ttft=0, interval=0.01, fault=fault, fail_rate=1.0), **PATIENT
+    )
+
+    def heard() -> list[float]:
+        return [exchange.last_byte_at for exchange in server.provider.pools.exchanges()]
+
+    async with asking(server, face):
+        await until(lambda: server.provider.stats().silence.under_way == CLIENTS)
+        await until(lambda: len(heard()) == CLIENTS and all(heard()))
+        begun = max(heard())
+        await until(lambda: min(heard()) > begun)
+        lengthen_silences(server)
+        lengthened = max(heard())
+        await until(lambda: min(heard()) > lengthened)
+        sim = shown(server)["providers"]["sim"]
+
+    assert sim["silent"]["longest"] >= LATER
+    assert sim["silent"]["unanswered"] == CLIENTS
+    assert sim["trouble"]["kind"] == "silent"
 
 
 @pytest.mark.parametrize("face", FACES)
@@ -202,13 +247,16 @@ async def test_answers_under_way_are_one_number_everywhere(
         await server.simulator.until(lambda stats: stats.active == places)
         await until(lambda: server.held()["sim waiting"] == CLIENTS - places)
         stats = shown(server)
-        level, line = verdict({**stats, "providers": {}, "loop": {}}, None)
         async with server.session.get(f"{server.base}/metrics") as response:
             metrics = await response.text()
 
     assert stats["requests"]["running"] == CLIENTS
     assert "running" not in stats["streams"]
-    assert (level, line.rpartition(", ")[2]) == ("ok", f"{CLIENTS} requests running")
+    assert (
+        f"places are taken, {CLIENTS} answer{'s' * (CLIENTS > 1)} under way."
+        in (stats["verdict"]["detail"])
+    )
+    assert f" {CLIENTS} running" in drawn(stats)
     assert f"aioserver_streams {CLIENTS}.0\n" in metrics
 
 

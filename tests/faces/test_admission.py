@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import random
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -21,6 +22,7 @@ from tests.support.server import CONCURRENCY, SILENT, MakeServer
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
+    from aioserver.errors import AioserverError
     from tests.support.server import RunningServer
 
 
@@ -483,3 +485,27 @@ async def test_frames_that_came_before_a_socket_was_sent_away_are_not_carried_ou
 
     await server.nothing_held()
     assert server.simulator.stats().requests == 0
+
+
+async def test_a_socket_whose_wait_has_a_bug_is_refused(
+    server: RunningServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def wait(*_args: object) -> Any:
+        raise RuntimeError("a bug")
+
+    metrics = server.context.metrics
+    fake: Any = SimpleNamespace(try_enter=lambda: None, wait=wait, metrics=metrics)
+    refused: list[AioserverError] = []
+    with admission.SocketPlace(
+        fake,
+        "websocket",
+        "",
+        on_entered=lambda: None,
+        on_refused=refused.append,
+        on_position=lambda _position, _eta: None,
+    ):
+        await until(lambda: bool(refused))
+
+    assert [error.code for error in refused] == ["internal_error"]
+    assert metrics.bugs.value == 1
+    assert [one.getMessage() for one in caplog.records] == ["bug in a socket's wait"]

@@ -10,9 +10,12 @@ import tracemalloc
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from aiohttp import WSMsgType
+from aiohttp import StreamReader, WSMsgType
+from aiohttp.base_protocol import BaseProtocol
+from aiohttp.test_utils import make_mocked_request
 
 from aioserver.faces import intake
+from aioserver.limits.turns import in_turns
 from aioserver.protocol import model_body
 from tests.support.chat import CHAT
 from tests.support.scripted_provider import (
@@ -256,7 +259,7 @@ async def test_others_are_served_between_the_steps_of_a_large_body() -> None:
     await asyncio.sleep(0)
     surrogates = rb"\ud83d" * (4 * MIB // 6)
     body = b'{"model":"m","x":"%b"}' % surrogates
-    parsed = await intake.in_turns(model_body.reading(body))
+    parsed = await in_turns(model_body.reading(body))
     task.cancel()
 
     assert parsed.data == body.replace(rb"\ud83d", rb"\ufffd")
@@ -313,3 +316,36 @@ async def test_admitted_bodies_cost_less_than_ten_times_their_bytes(
     assert peak < 10 * count * size
     assert held < 5 * count * size
     assert kept < 1.5 * count * size
+
+
+class Connected(BaseProtocol):
+    """The protocol of a connection that is there."""
+
+    connected = True
+
+
+async def test_a_body_costs_its_bytes_in_however_many_parts_it_comes(
+    server: RunningServer,
+) -> None:
+    count = 20_000
+    parts = StreamReader(Connected(asyncio.get_running_loop()), 1 << 16)
+    headers = {"Content-Type": "application/json"}
+    request = make_mocked_request("POST", "/", headers=headers, payload=parts)
+    tracemalloc.start()
+    try:
+        with server.context.admission.hold() as hold:
+            reading = asyncio.ensure_future(intake.read_body(request, hold, MIB))
+            for number in range(count):
+                parts.feed_data(b"%02d" % (number % 100))
+                await asyncio.sleep(0)
+            assert hold.size >= 2 * (count - 2)
+            gc.collect()
+            taken = tracemalloc.get_traced_memory()[0]
+            parts.feed_eof()
+            body = await reading
+    finally:
+        tracemalloc.stop()
+
+    assert len(body) == 2 * count
+    # Beside the bytes there are the request, the reader, and the task.
+    assert taken < 2 * count + 100_000

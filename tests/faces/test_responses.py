@@ -14,8 +14,9 @@ from openai.types.responses import ResponseFailedEvent
 
 from aioserver.auth.callers import anonymous
 from aioserver.protocol import eventstream
-from aioserver.protocol.openai import final_response
 from aioserver.protocol.responses import ResponseEvents
+from aioserver.protocol.top_level import at_once
+from aioserver.protocol.whole_answer import final_response
 from aioserver.provider_errors import ProviderDisconnected
 from aioserver.providers.simulator.exchange import Behaviour
 from tests.support.chat import CHAT, chat, until_status
@@ -157,7 +158,7 @@ async def test_an_answer_not_streamed_and_not_stored_is_not_kept(sdk: AsyncOpenA
 def test_only_a_response_that_will_not_change_is_found_by_its_id(
     body: bytes, name: str | None
 ) -> None:
-    assert final_response(body) == name
+    assert at_once(final_response(body)) == name
 
 
 async def test_a_running_response_is_shown_in_progress(

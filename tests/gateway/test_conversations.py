@@ -242,6 +242,7 @@ def test_random_turns_stay_within_every_bound(name: str, run: int) -> None:
 
 
 def test_all_conversations_together_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aioserver.gateway.conversations.MESSAGE_OVERHEAD", 0)
     monkeypatch.setattr("aioserver.gateway.conversations.MAX_KEPT_TOKENS", 100)
     kept = Conversations(Context(), Persistence())
 
@@ -251,3 +252,16 @@ def test_all_conversations_together_are_bounded(monkeypatch: pytest.MonkeyPatch)
     assert len(kept) == 5
     assert len(kept.history("caller", "c19", "?")) == 3
     assert len(kept.history("caller", "c14", "?")) == 1
+
+
+def test_short_messages_count_with_what_they_cost_in_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("aioserver.gateway.conversations.MAX_KEPT_TOKENS", 1 << 14)
+    kept = Conversations(Context(), Persistence())
+
+    for number in range(2000):
+        kept.keep("caller", f"c{number}", "?", "!")
+
+    # 64 KiB have no room for more, at 256 bytes a message and more.
+    assert 1 <= len(kept) <= 128

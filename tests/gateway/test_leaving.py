@@ -12,6 +12,7 @@ import pytest
 from aioserver.auth.callers import anonymous
 from aioserver.config import settings
 from aioserver.errors import AioserverError
+from aioserver.gateway.calls import kept_answer
 from aioserver.gateway.gateway import Gateway
 from aioserver.gateway.router import Request, Router
 from aioserver.limits.gate import Gate
@@ -155,6 +156,12 @@ async def test_random_leavings_in_memory_give_everything_back(count: int) -> Non
             stream.remove_reader(reader)
             gateway.lifetime.reader_removed(stream)
 
+    async def whole(request: Request) -> None:
+        if request.resumable:
+            async with kept_answer(gateway.keep(request), gateway.lifetime):
+                return
+        await gateway.call(request)
+
     async def live(number: int) -> None:
         key = f"{dice.randrange(count)}" if dice.random() < 0.5 else None
         streamed = dice.random() < 0.5
@@ -166,7 +173,7 @@ async def test_random_leavings_in_memory_give_everything_back(count: int) -> Non
             living = asyncio.ensure_future(follow(request, key))
         else:
             request = Request(route, asked, "openai", "r", key and f"whole {key}")
-            living = asyncio.ensure_future(gateway.call(request))
+            living = asyncio.ensure_future(whole(request))
         for _ in range(2):
             await fake.turns()
         if dice.random() < 0.5:

@@ -6,13 +6,19 @@ from typing import Any
 
 import pytest
 
+from aioserver.monitoring.advice import (
+    OF_A_REFUSED_KEY,
+    OF_FAULTS,
+    OF_REJECTIONS,
+    of_rejections,
+)
 from aioserver.monitoring.incidents import (
-    ALL_FAILED,
-    ALL_REFUSED,
     DENIED_BURST,
     DENIED_TICKS,
     GATHERED,
     LAG_LIMIT,
+    MANY_FAILED,
+    MANY_REJECTED,
     QUIET,
     SEVERE_LAG,
     TEXTS,
@@ -32,6 +38,7 @@ from aioserver.monitoring.interval import (
 )
 from aioserver.monitoring.troubles import DEAD, FAILING, FAULTS, FLAGGED, SICK, SILENT
 from aioserver.telemetry.metrics import ATTEMPTS as OUTCOMES
+from aioserver.telemetry.metrics import Metrics
 
 
 def interval(growth: dict[Total, float], *, lag_max: float = 0.0) -> Interval:
@@ -58,9 +65,9 @@ def test_first_incident_is_told_at_once_and_what_follows_is_added_up() -> None:
     after = texts(detector, 100.0 + QUIET)
     never = texts(detector, 1000.0)
 
-    assert first == ["2 refused: server_at_capacity"]
+    assert first == ["2 requests were rejected in 1 s: the server is full (server_at_capacity)"]
     assert quiet == [[]] * 9
-    assert after == ["27 refused: server_at_capacity"]
+    assert after == ["27 requests were rejected in 10 s: the server is full (server_at_capacity)"]
     assert never == []
 
 
@@ -78,7 +85,10 @@ def test_quiet_time_of_one_subject_does_not_silence_another() -> None:
         },
     )
 
-    assert told == ["groq: 1 x tls", "other: 1 x timeout"]
+    assert told == [
+        "groq fails in TLS: 1 attempt failed in 1 s",
+        "other does not answer in time: 1 attempt failed in 1 s",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -96,12 +106,21 @@ def test_ordinary_events_are_no_incident(total: Total) -> None:
 
 
 def troubled(
-    detector: Detector, now: float, *providers: str, kind: str = SILENT
+    detector: Detector,
+    now: float,
+    *providers: str,
+    kind: str = SILENT,
+    severity: str = "error",
 ) -> list[tuple[str, str]]:
     """The severities and texts of the incidents of a tick in which these providers are in trouble."""
     state: Any = {name: {"trouble": None} for name in ("groq", "other")}
     for name in providers:
-        state[name]["trouble"] = {"kind": kind, "text": f"{name} is {kind}"}
+        state[name]["trouble"] = {
+            "kind": kind,
+            "text": f"{name} is {kind}",
+            "severity": severity,
+            "advice": "Look.",
+        }
     happened = detector.detect(now, interval({}), state)
     return [(incident["severity"], incident["text"]) for incident in happened]
 
@@ -121,14 +140,15 @@ def test_trouble_is_told_when_it_begins_and_when_it_ends() -> None:
     ("kind", "severity", "end"),
     [
         (DEAD, "error", "groq answers again"),
+        (SICK, "error", "groq is well again"),
         (SICK, "warning", "groq is well again"),
         (SILENT, "error", "groq speaks again"),
     ],
 )
-def test_trouble_has_the_severity_of_its_kind(kind: str, severity: str, end: str) -> None:
+def test_trouble_is_told_as_severe_as_it_is(kind: str, severity: str, end: str) -> None:
     detector = Detector()
 
-    begin = troubled(detector, 1.0, "groq", kind=kind)
+    begin = troubled(detector, 1.0, "groq", kind=kind, severity=severity)
 
     assert begin == [(severity, f"groq is {kind}")]
     assert troubled(detector, 2.0) == [("info", end)]
@@ -169,7 +189,7 @@ def test_denied_requests_of_some_ticks_together_are_one_burst() -> None:
     told = [texts(detector, float(tick), {Total(DENIED): 1}) for tick in range(DENIED_TICKS)]
 
     assert told[:-1] == [[]] * (DENIED_TICKS - 1)
-    assert told[-1][0].startswith(f"{DENIED_BURST} requests denied")
+    assert told[-1][0].startswith(f"{DENIED_BURST} requests were denied")
 
 
 def test_worst_lag_of_the_quiet_time_is_told_and_not_the_sum() -> None:
@@ -212,17 +232,20 @@ BROKEN, WORKS = Total(ATTEMPTS, "http_5xx", "groq"), Total(ATTEMPTS, "ok", "groq
 @pytest.mark.parametrize(
     ("growth", "lag_max", "severity"),
     [
-        ({FULL: ALL_REFUSED}, 0.0, "error"),
-        ({FULL: ALL_REFUSED - 1}, 0.0, "warning"),
-        ({FULL: 1000, Total(ANSWERED): 1}, 0.0, "warning"),
+        ({FULL: MANY_REJECTED}, 0.0, "error"),
+        ({FULL: MANY_REJECTED - 1}, 0.0, "warning"),
+        ({FULL: 1000, Total(ANSWERED): 999}, 0.0, "error"),
+        ({FULL: 1000, Total(ANSWERED): 1000}, 0.0, "warning"),
         ({OWN: 1000}, 0.0, "warning"),
-        ({BROKEN: ALL_FAILED}, 0.0, "error"),
-        ({BROKEN: 1000, WORKS: 1}, 0.0, "warning"),
+        ({BROKEN: MANY_FAILED}, 0.0, "error"),
+        ({BROKEN: MANY_FAILED - 1}, 0.0, "warning"),
+        ({BROKEN: 1000, WORKS: 999}, 0.0, "error"),
+        ({BROKEN: 1000, WORKS: 1000}, 0.0, "warning"),
         ({}, LAG_LIMIT + 0.001, "warning"),
         ({}, SEVERE_LAG / 1000, "error"),
     ],
 )
-def test_what_everybody_feels_is_an_error_and_what_some_feel_is_a_warning(
+def test_what_most_feel_is_an_error_and_what_some_feel_is_a_warning(
     growth: dict[Total, float], lag_max: float, severity: str
 ) -> None:
     (incident,) = Detector().detect(100.0, interval(growth, lag_max=lag_max), {})
@@ -234,15 +257,36 @@ def test_what_went_well_in_the_quiet_time_counts_for_the_severity() -> None:
     detector = Detector()
     detector.detect(100.0, interval({FULL: 1}), {})
     detector.detect(101.0, interval({FULL: 50}), {})
-    detector.detect(102.0, interval({Total(ANSWERED): 1}), {})
+    detector.detect(102.0, interval({Total(ANSWERED): 100}), {})
 
     (incident,) = detector.detect(100.0 + QUIET, interval({FULL: 50}), {})
 
     assert (incident["severity"], incident["text"]) == (
         "warning",
-        "100 refused: server_at_capacity",
+        "100 requests were rejected in 10 s: the server is full (server_at_capacity)",
     )
 
 
 def test_every_kind_that_is_gathered_has_a_text() -> None:
     assert TEXTS.keys() == {*GATHERED.values(), "auth", "loop_lag"}
+
+
+@pytest.mark.parametrize(
+    ("total", "remedy"),
+    [
+        (BROKEN, OF_FAULTS["http_5xx"].format(name="groq")),
+        (FULL, OF_REJECTIONS["server_at_capacity"][1]),
+        (Total(KEY_REFUSED, provider="groq"), OF_A_REFUSED_KEY.format(name="groq")),
+        (Total(SLOW_CLIENTS), ""),
+    ],
+)
+def test_incident_says_what_can_be_done(total: Total, remedy: str) -> None:
+    (incident,) = Detector().detect(100.0, interval({total: 1}), {})
+
+    assert incident["advice"] == remedy
+
+
+def test_every_rejection_and_every_fault_has_its_advice() -> None:
+    assert OF_REJECTIONS.keys() == Metrics({}).rejections.keys()
+    assert OF_FAULTS.keys() == FAULTS.keys()
+    assert of_rejections("another_code") == ("another_code", "")

@@ -22,6 +22,7 @@ def snapshot(**process: int | None) -> Any:
         "retry_budget": {"used": 7, "limit": 10, "refused": 0},
         "silent": {"longest": 2.5, "stalled": 3, "unanswered": 1, "under_way": 9},
         "pool": {"open": 4, "idle": 5},
+        "trouble": None,
     }
     return {
         "ready": True,
@@ -32,7 +33,10 @@ def snapshot(**process: int | None) -> Any:
         },
         "requests": {"running": 11},
         "streams": {"detached": 12, "bytes": 13, "max_bytes": 14},
-        "providers": {"groq": groq, "other": {**groq, "state": "dead"}},
+        "providers": {
+            "groq": groq,
+            "other": {**groq, "state": "dead", "trouble": {"kind": "dead"}},
+        },
         "process": {"open_fds": 15, "max_fds": 16, "tasks": 17, **process},
         "watchers": 18,
     }
@@ -65,6 +69,7 @@ def test_gauge_shows_the_number_of_the_snapshot() -> None:
     assert found["retry_budget_used"][("provider", "groq"),] == 7
     assert found["retry_budget_limit"][("provider", "groq"),] == 10
     assert found["provider_state"] == {(("provider", "groq"),): 1, (("provider", "other"),): 2}
+    assert found["provider_trouble"] == {(("provider", "groq"),): 0, (("provider", "other"),): 4}
     assert (found["listen_queue"], found["listen_queue_limit"]) == (0, 0)
     assert found.keys() == {gauge.name for gauge in GAUGES} | {
         *("build_info", "listen_queue", "listen_queue_limit")

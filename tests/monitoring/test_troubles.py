@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from aioserver.monitoring.advice import INSTEAD, OF_A_REFUSED_KEY, OF_FAULTS, OF_SILENCE
 from aioserver.monitoring.interval import ATTEMPTS, Interval, Total
 from aioserver.monitoring.troubles import FAULTS, WINDOW, Troubles, span
 
@@ -138,6 +139,59 @@ def test_provider_that_is_left_alone_is_told_with_its_next_try_and_its_fallback(
 )
 def test_worst_trouble_is_told(changes: dict[str, Any], kind: str) -> None:
     assert looked(Troubles(), 1000.0, {"timeout": 9}, **changes)["kind"] == kind
+
+
+def test_trouble_that_becomes_another_one_of_the_same_faults_began_with_the_first() -> None:
+    troubles = Troubles()
+    kinds = ("failing", "sick", "dead", "sick")
+
+    told = [
+        looked(
+            troubles, 1000.0 + 10 * nth, {"timeout": 5}, state={"failing": "well"}.get(kind, kind)
+        )
+        for nth, kind in enumerate(kinds)
+    ]
+    silent = looked(troubles, 1040.0, **silent_for(5.0, stalled=1, under_way=1))
+
+    assert [trouble["kind"] for trouble in told] == [*kinds]
+    assert [trouble["since"] for trouble in told] == [1000.0] * 4
+    assert silent["since"] == 1035.0
+
+
+@pytest.mark.parametrize(
+    ("growth", "state", "severity"),
+    [
+        ({"http_5xx": 5, "ok": 5}, "well", "warning"),
+        ({"http_5xx": 6, "ok": 5}, "well", "error"),
+        ({"http_5xx": 5, "ok": 5}, "sick", "warning"),
+        ({"http_5xx": 6, "ok": 5}, "sick", "error"),
+        ({"http_5xx": 5, "ok": 5}, "dead", "error"),
+    ],
+)
+def test_trouble_is_an_error_where_most_attempts_fail(
+    growth: dict[str, int], state: str, severity: str
+) -> None:
+    assert looked(Troubles(), 1000.0, growth, state=state)["severity"] == severity
+
+
+@pytest.mark.parametrize(
+    ("changes", "advice"),
+    [
+        ({"flagged": True}, OF_A_REFUSED_KEY),
+        (silent_for(9.0, stalled=1, under_way=1), OF_SILENCE),
+        ({}, OF_FAULTS["timeout"]),
+        ({"state": "dead", "next_try": 1.0}, OF_FAULTS["timeout"]),
+    ],
+)
+def test_trouble_says_what_can_be_done(changes: dict[str, Any], advice: str) -> None:
+    growth, remedy = {"timeout": 9}, advice.format(name="groq")
+
+    lonely = looked(Troubles(), 1000.0, growth, **changes)
+    helped = looked(Troubles(), 1000.0, growth, fallbacks=("other",), **changes)
+    other = looked(Troubles(), 1000.0, growth, active=False, **changes)
+
+    assert lonely["advice"] == f"{remedy} {INSTEAD}"
+    assert [helped["advice"], other["advice"]] == [remedy, remedy]
 
 
 def test_spans_are_said_as_people_say_them() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from typing import Any
 
 import orjson
@@ -66,7 +67,7 @@ def test_text_is_a_chunk_and_is_kept_for_the_history() -> None:
         b'{"type":"text","data":"He\\"l","metadata":{}}'
     ]
     assert said(reading.read(event({"content": "lo 😀"}))) == [("text", "lo 😀")]
-    assert "".join(reading.text) == 'He"llo 😀'
+    assert reading.text == 'He"llo 😀'
 
 
 def test_the_first_and_the_last_event_say_nothing() -> None:
@@ -76,7 +77,7 @@ def test_the_first_and_the_last_event_say_nothing() -> None:
     assert reading.read(event({"role": "assistant", "content": None})) == []
     assert reading.read(event({}, finish_reason="stop")) == []
     assert reading.finish_reason == "stop"
-    assert reading.text == []
+    assert reading.text == ""
 
 
 @pytest.mark.parametrize("name", ["reasoning", "reasoning_content"])
@@ -87,7 +88,7 @@ def test_reasoning_has_its_own_type_and_is_not_kept(name: str) -> None:
         ("reasoning", "hm"),
         ("text", "so"),
     ]
-    assert reading.text == ["so"]
+    assert reading.text == "so"
 
 
 def test_tool_calls_pass_as_they_are() -> None:
@@ -143,7 +144,23 @@ def test_the_text_kept_for_the_history_is_bounded_and_the_answer_is_not() -> Non
     for _ in range(50):
         assert len(reading.read(event({"content": "€€€€"}))) == 1
 
-    assert 100 <= len("".join(reading.text).encode()) <= 112
+    assert 100 <= len(reading.text.encode()) <= 112
+
+
+def test_the_text_kept_for_the_history_costs_its_bytes_in_however_many_events_it_comes() -> None:
+    reading, count = Reading(), 30_000
+    one = event({"content": "€"})
+    tracemalloc.start()
+    try:
+        for _ in range(count):
+            reading.read(one)
+        taken = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+
+    assert reading.text == "€" * count
+    assert reading.size == 3 * count
+    assert taken < 1.5 * reading.size
 
 
 @pytest.mark.parametrize(

@@ -142,7 +142,7 @@ def test_trials_come_one_each_half_second_and_three_at_once(clock: FakeClock) ->
 
     assert len(started) == MAX_TRIALS
     assert min(b - a for a, b in pairwise(started)) >= TRIAL_INTERVAL - 1e-9
-    assert (breaker.delay(), breaker.next_trial) == (inf, 0.0)
+    assert (breaker.delay(), breaker.next_trial()) == (inf, 0.0)
     breaker.failed(clock.now, trial=True)
     assert breaker.delay() == 0.0
 
@@ -276,6 +276,22 @@ def test_answers_that_break_off_are_failures_once(clock: FakeClock) -> None:
         clock.now += 1.0
         breaker.succeeded(0.1, trial=False)
     assert breaker.state == WELL
+
+
+def test_answers_that_break_off_never_make_it_dead(clock: FakeClock) -> None:
+    breaker = Breaker(clock)
+    began = clock.now
+    for _ in range(MANY):
+        breaker.succeeded(0.1, trial=False)
+    # All places have long answers, so nothing else begins; then the network takes all of them.
+    clock.now += 10 * LONG_PATIENCE
+    assert not any(breaker.failed(began, trial=False, answered=True) for _ in range(2 * MANY))
+    assert breaker.state == SICK
+    # Whoever comes next finds out whether it is there.
+    clock.now += 2 * PATIENCE
+    for _ in range(MANY - 1):
+        assert not breaker.failed(clock.now - 2 * PATIENCE, trial=False)
+    assert breaker.failed(clock.now, trial=False)
 
 
 def test_a_sick_provider_has_its_turn(clock: FakeClock) -> None:

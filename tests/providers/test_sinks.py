@@ -103,7 +103,7 @@ def test_every_framing_and_every_cut_gives_the_same_text(name: str) -> None:
         assert "".join(chunk["data"] for _, chunk in chunks) == text
         assert (status, end["metadata"]["finish_reason"]) == ("complete", "stop")
         assert ended == (name not in {"no [DONE]", "[DONE] without its blank line"})
-        assert "".join(reading.text) == text
+        assert reading.text == text
 
 
 @pytest.mark.parametrize("name", FRAMINGS)
@@ -414,7 +414,7 @@ def test_half_a_character_keeps_texts_in_their_order() -> None:
 
     assert not sink.feed(events(r'{"content":"\ude00c"}'))
     assert "".join(chunk["data"] for _, chunk in shown(stream)[:-1]) == "ab😀c"
-    assert "".join(reading.text) == "ab😀c"
+    assert reading.text == "ab😀c"
 
 
 @pytest.mark.parametrize(
@@ -485,6 +485,32 @@ def test_a_body_is_bounded_inclusively() -> None:
 
     with pytest.raises(ProviderBadResponse, match="10 bytes"):
         sink.feed(b"x")
+
+
+@pytest.mark.parametrize("size", [2, 1000])
+def test_a_body_costs_its_bytes_in_however_many_parts_it_comes(size: int) -> None:
+    count = 200_000 // size
+    sink = BodySink(1 << 20)
+    tracemalloc.start()
+    try:
+        for number in range(count):
+            sink.feed(b"%0*d" % (size, number % 100))
+        taken = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+
+    assert sink.body == b"".join(b"%0*d" % (size, number % 100) for number in range(count))
+    assert taken < 1.5 * count * size
+
+
+def test_large_and_small_parts_of_a_body_stay_in_their_order() -> None:
+    rng, sink, body = random.Random(7), BodySink(1 << 20), b""
+    for number in range(200):
+        part = b"%d," % number * rng.choice((1, 2, 400, 2000))
+        sink.feed(part)
+        body += part
+
+    assert sink.body == body
 
 
 def test_usage_and_the_finish_reason_are_told_at_the_end() -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from aioserver.streams.entries import CHUNK, COMPLETE
+from aioserver.streams.entries import CHUNK, COMPLETE, Entry
 from aioserver.streams.flow import PAUSE_BYTES, RESUME_BYTES
 from aioserver.streams.store import StreamStore
 from tests.support.transport import client, say
@@ -115,3 +116,60 @@ async def test_an_end_pauses_nothing() -> None:
         stream.end(COMPLETE, {})
 
         assert not provider.paused
+
+
+class Deaf(Provider):
+    """A source that reads on, whatever it is told: a request waits for its place."""
+
+    def pause(self) -> None:
+        """Go on."""
+
+
+class Looked(list[Entry]):
+    """Entries that count how often one of them is looked at."""
+
+    looks = 0
+
+    def __getitem__(self, index: Any) -> Any:
+        self.looks += 1
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("readers", [1, 2, 3])
+async def test_an_event_costs_the_same_however_much_is_unread(readers: int) -> None:
+    """A pause may be refused: the log of a slow reader then goes on growing."""
+    async with AsyncExitStack() as stack:
+        stream = store().open("r1", "me", window=0)
+        stream.entries = entries = Looked()
+        stream.source = Deaf()
+        for _ in range(readers):
+            one = await stack.enter_async_context(client(slow=True))
+            one.follow(stream)
+        say(stream, TEXT * 20)
+
+        looks = []
+        for number in range(2000):
+            before = entries.looks
+            say(stream, f"w{number}")
+            looks.append(entries.looks - before)
+
+        assert stream.bytes > 2 * PAUSE_BYTES
+        # On the average of the events: the first ones find little unread, the last ones much.
+        assert sum(looks[-160:]) / 160 < 100
+        if readers == 1:
+            assert max(looks) < 10
+
+
+async def test_the_reader_that_is_ahead_lets_a_provider_go_on_when_it_has_read() -> None:
+    async with client(slow=True) as slow, client(slow=True) as other:
+        stream = store().open("r1", "me", window=0)
+        stream.source = provider = Provider()
+        slow.follow(stream)
+        other.follow(stream)
+
+        fill(stream, provider)
+        while provider.paused:
+            other.socket.take()
+            await ticks()
+
+        assert stream.bytes > PAUSE_BYTES, "the other reader still needs all of it"

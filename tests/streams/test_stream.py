@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import random
 import weakref
 from dataclasses import dataclass, field
@@ -17,13 +18,17 @@ from aioserver.errors import ResumeGap, ServerAtCapacity
 from aioserver.protocol import eventstream
 from aioserver.protocol.openai import Reading, Shape
 from aioserver.protocol.responses import ResponseEvents
+from aioserver.protocol.top_level import at_once
+from aioserver.protocol.whole_answer import STEP_BYTES, text_pieces
 from aioserver.provider_errors import ProviderDisconnected, ProviderRefused
 from aioserver.providers.request import Answer
+from aioserver.streams.cursor import ConditionReader
+from aioserver.streams.details import STREAM_OVERHEAD
 from aioserver.streams.entries import CANCELLED, CHUNK, COMPLETE, ERROR, PROCESSING
 from aioserver.streams.fast_path import Destination, TextPath
 from aioserver.streams.formats import EVENTS
 from aioserver.streams.store import StreamStore
-from aioserver.streams.stream import STREAM_OVERHEAD, Stream
+from aioserver.streams.stream import Stream
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -345,13 +350,32 @@ def test_frames_of_the_providers_bytes_cost_no_memory_that_is_not_counted() -> N
 def test_frames_of_a_whole_answer_leave_no_hole_in_the_numbers() -> None:
     stream = streams_of().open("r1", DEMO, window=30)
     whole = orjson.dumps({"choices": [{"message": {"role": "assistant", "content": "Hello"}}]})
-    stream.append(CHUNK, data=whole)
+    pieces = at_once(text_pieces(whole))
+    stream.append_whole(Answer(200, {}, whole, "", "sim"), whole, pieces)
     stream.end(COMPLETE, {})
     reader = Slow(stream)
 
     reader.read()
 
     assert reader.seen == [(1, "Hello"), (2, "")]
+
+
+def test_a_large_whole_answer_is_shown_in_small_events_by_what_was_found_in_it() -> None:
+    stream = streams_of().open("r1", DEMO, window=30)
+    text = "Hell\u00f6 \U0001f600\n" * 100_000
+    whole = json.dumps({"choices": [{"message": {"content": text}}]}).encode()
+    pieces = at_once(text_pieces(whole))
+    stream.append_whole(Answer(200, {}, whole, "", "sim"), whole, pieces)
+    stream.end(COMPLETE, {})
+    reader, later = Slow(stream), Slow(stream, 7)
+
+    reader.read()
+    later.read()
+
+    assert len(pieces) > 20
+    assert "".join(said for _, said in reader.seen) == text
+    assert later.seen == reader.seen[7:]
+    assert max(len(stream.frames(entry)[0]) for entry in stream.entries) < 2 * STEP_BYTES
 
 
 @pytest.mark.parametrize(
@@ -939,3 +963,35 @@ def test_room_is_looked_for_once_however_many_fast_paths_count_late(
     with pytest.raises(ServerAtCapacity):
         store.take(1 << 23)
     assert len(closed) == 500
+
+
+class Told(ConditionReader):
+    """A reader that counts what it is told; a *broken* one has a bug."""
+
+    def __init__(self, stream: Stream, *, broken: bool) -> None:
+        self.told, self._broken = 0, False
+        super().__init__(stream, lambda _stream: False)
+        self._broken = broken
+
+    def notify(self) -> None:
+        if self._broken:
+            raise RuntimeError("a bug")
+        self.told += 1
+
+
+async def test_an_end_is_told_to_all_whatever_one_reader_raises() -> None:
+    streams = StreamStore(max_stream_bytes=1 << 20, max_kept_bytes=1 << 20)
+    finished: list[Stream] = []
+    streams.on_finished = finished.append
+    stream = streams.open("r1", DEMO, window=30)
+    readers = [Told(stream, broken=broken) for broken in (True, False, True, False)]
+    before = [reader.told for reader in readers]
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        stream.end(COMPLETE, {})
+
+    assert stream.ended
+    told = [reader.told - count for reader, count in zip(readers, before, strict=True)]
+    assert told == [0, 1, 0, 1]
+    assert finished == [stream]
+    assert (streams.stats().running, streams.stats().finished) == (0, 1)

@@ -19,6 +19,7 @@ from tests.support.waiting import ticks, until
 
 if TYPE_CHECKING:
     from aioserver.streams.cursor import Cursor
+    from aioserver.streams.entries import Entry
     from aioserver.streams.stream import Stream
 
 
@@ -518,6 +519,8 @@ async def test_a_long_replay_does_not_hold_up_the_others() -> None:
         say(small, "!")
         one.follow(small)
         await ticks()
+        assert len(one.socket.writes) <= 4, "one write in each iteration"
+        await until(lambda: one.writer.following == 0 or len(one.socket.written) > 200 * 16384)
 
         assert b"!" in b"".join(one.socket.writes[:3])  # one turn of each of the others
         assert max(map(len, one.socket.writes)) < 2 * WRITE_BYTES
@@ -597,3 +600,52 @@ async def test_every_client_reads_every_answer_whole_in_order_or_is_dropped(run:
         assert one.socket.written.count(b".") == 4
         assert {stream.request_id for stream in one.ended} == set("abcd")
         assert all(stream.readers == [] for stream in streams)
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["at once", "later"])
+async def test_a_writer_with_a_bug_resets_its_client_and_no_other(
+    late: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(_stream: Stream, _entry: Entry, _skip: int) -> bytes:
+        raise RuntimeError("a bug")
+
+    async with client() as one, client() as other:
+        stream = stream_of()
+        if late:
+            say(stream, "a")
+        other.follow(stream)
+        one.look = one.look._replace(name="broken", render=broken)
+        one.follow(stream)
+        if not late:
+            say(stream, "a")
+        await ticks()
+        say(stream, "b")
+        await ticks()
+
+        assert one.socket.aborted
+        assert one.writer.closed
+        assert one.left == [stream]
+        assert one.dropped == [], "it is no slow client"
+        assert other.socket.written == b"ab"
+        assert len(stream.readers) == 1
+    assert [record.getMessage() for record in caplog.records] == ["bug in a writer"]
+
+
+async def test_a_writer_leaves_all_of_its_streams_whatever_one_of_them_raises() -> None:
+    def unfollowed(_stream: Stream) -> None:
+        raise RuntimeError("a bug")
+
+    async with client() as one:
+        outbox = Outbox(asyncio.get_running_loop())
+        writer = Writer(
+            one.socket, one.socket.drain, outbox, send_timeout=1.0, on_unfollow=unfollowed
+        )
+        streams = [stream_of(name) for name in "abc"]
+        for stream in streams:
+            writer.follow(stream, 0, one.look)
+
+        with pytest.raises(RuntimeError, match="a bug"):
+            writer.close()
+
+        assert [stream.readers for stream in streams] == [[], [], []]
+        assert writer.following == 0

@@ -34,7 +34,16 @@ OUTCOMES = (
 FAULTS = ("connect_error", "timeout", "http_429", "http_4xx", "http_5xx", "tls", "cancelled")
 # What the face would use of a server: its pages need nothing of it.
 NO_CONTEXT: Any = None
-TOKEN = {"p50": 0.21, "p95": 0.5, "p99": 0.9, "count": 57}
+TOKEN = {"p50": 0.21, "p95": 0.5, "p99": 0.9, "count": 57, "age": 0.4}
+OPEN = {
+    "level": "ok",
+    "state": "open",
+    "word": "Open",
+    "text": "Room for 100 more",
+    "detail": "0 of 100 places are taken, 0 answers under way.",
+    "advice": "",
+    "about": "",
+}
 QUEUEING = {
     "providers__groq__in_flight": 20,
     "providers__groq__waiting": 35,
@@ -62,6 +71,12 @@ def provider(**changes: Any) -> dict[str, Any]:
         "pool": {"open": 0, "idle": 0, "limit": 25, "waiting": 0},
         "requests": 0,
         "faults": dict.fromkeys(FAULTS, 0),
+        "pace": {"per_minute": 3500, "left": 25, "cooling": 0.0},
+        "state": "well",
+        "next_try": None,
+        "flagged": False,
+        "silent": {"longest": 0.0, "stalled": 0, "unanswered": 0, "under_way": 0},
+        "trouble": None,
         "requests_per_second": 0.0,
         "tokens_per_second": 0.0,
         "first_token": None,
@@ -77,7 +92,9 @@ def snapshot() -> dict[str, Any]:
         "version": "0.1.0",
         "uptime": 0.0,
         "ready": True,
+        "verdict": OPEN,
         "active_provider": "groq",
+        "fallbacks": [],
         "connections": {
             "active": 0,
             "limit": 100,

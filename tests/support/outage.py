@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Coroutine
 
     from aioserver.providers.attempt import Attempt
+    from aioserver.providers.request import Answer
 
 T = TypeVar("T")
 RATES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
@@ -81,6 +82,16 @@ def run_virtually(main: Coroutine[Any, Any, T]) -> T:
         loop.close()
 
 
+async def ask(router: Router, provider: str | None = None) -> Answer:
+    """Ask for an answer that is not streamed; with *provider* at that one only.
+
+    Raises:
+        ProviderFault: no provider answered.
+    """
+    request = ProviderRequest("embeddings", lambda _settings: b"", streamed=False)
+    return await router.call(Request(router.route(None, provider), request, "openai", "r"))
+
+
 class NeverOpen(Breaker):
     """A breaker that never opens."""
 
@@ -92,10 +103,20 @@ class ScriptedExchange(Provider):
     """A provider whose exchange with the network is a throw of *dice*: *rate* of the attempts fail."""
 
     def __init__(
-        self, name: str, limits: settings.HttpClient, dice: random.Random, *, breaker: bool = True
+        self,
+        name: str,
+        limits: settings.HttpClient,
+        dice: random.Random,
+        *,
+        breaker: bool = True,
+        when_down: str = "fail",
     ) -> None:
         entry = settings.Provider(
-            name=name, base_url="http://127.0.0.1:9/v1", model="m", http_client=limits
+            name=name,
+            base_url="http://127.0.0.1:9/v1",
+            model="m",
+            http_client=limits,
+            when_down=when_down,
         )
         self._time = asyncio.get_running_loop().time
         super().__init__(entry, entry.base_url, max_response_bytes=1000, clock=self._time)
@@ -108,14 +129,19 @@ class ScriptedExchange(Provider):
         self.attempts: list[float] = []
 
     async def exchange(self, attempt: Attempt) -> None:
-        self.attempts.append(self._time())
-        attempt.sending()
-        attempt.request.record.sent_at = self._time()
+        self.sent(attempt)
         failed = self._dice.random() < self.rate
         await asyncio.sleep((FAILURE if failed else ANSWER) * self._dice.uniform(0.5, 1.5))
         if failed:
             raise (ConnectError if self.unreachable else ProviderError)("it fails")
         attempt.head_received(200, JSON).feed(b"{}")
+
+    def sent(self, attempt: Attempt) -> None:
+        """Note that the request of *attempt* goes out now, through the present pool."""
+        self.attempts.append(self._time())
+        attempt.pool = self.pools.pool
+        attempt.sending()
+        attempt.request.record.sent_at = self._time()
 
 
 @dataclass(frozen=True)
@@ -174,10 +200,9 @@ async def _run(case: Case) -> Outcome:
         await asyncio.sleep(dice.uniform(0, THINKING))
         while asked < case.requests:
             asked += 1
-            request = ProviderRequest("embeddings", lambda _settings: b"", streamed=False)
             wait = 0.0
             try:
-                await router.call(Request(router.route(None), request, "openai", "r"))
+                await ask(router)
             except ProviderFault as fault:
                 wait = fault.retry_after or 0.0
             else:

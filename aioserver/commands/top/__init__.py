@@ -3,10 +3,9 @@
 - `command` is the command line: the screen until Ctrl-C, or one snapshot.
 - `feed` follows the server's `/events`, where a **snapshot** of all its numbers comes every
   second, and an **incident** whenever something happened. It connects again after a loss, and
-  keeps what is known in a **state**: the last two snapshots, the last incidents, and why no more
-  of them come.
-- `verdict` sums a snapshot up in one line, the most serious finding first: all is well, a gate is
-  full, the server refuses requests.
-- `screen` draws the state with rich, an optional package. Whatever came from the server is drawn
+  keeps what is known in a **state**: the last snapshot, the last incidents, and why no more of them
+  come.
+- `screen` draws the state with rich, an optional package, and on top the **verdict**, by which the server
+  sums its state up: what is wrong, what clients feel of it, and what to do. Whatever came from the server is drawn
   as text, without control characters: a hostile server cannot write to the terminal.
 """

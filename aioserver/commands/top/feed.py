@@ -39,14 +39,12 @@ class LostError(Exception):
 class State:
     """The known state of the server.
 
-    *problem* says why no events come; it is empty while they do. *previous* is the snapshot before
-    *stats*, for the numbers that have grown since. *lost_at*, of the first failure in a row, and
-    *retry_at* are monotonic times.
+    *problem* says why no events come; it is empty while they do. *lost_at*, of the first failure in
+    a row, and *retry_at* are monotonic times.
     """
 
     url: str
     stats: dict[str, Any] | None = None
-    previous: dict[str, Any] | None = None
     incidents: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=MAX_INCIDENTS))
     problem: str = ""
     lost_at: float = 0.0
@@ -57,7 +55,7 @@ class State:
         if not isinstance(data, dict):
             return
         if name == b"stats":
-            self.previous, self.stats = self.stats, data
+            self.stats = data
         elif name == b"history":
             # The server sends the whole history on every connection.
             self.incidents.clear()

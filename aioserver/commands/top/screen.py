@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.padding import Padding
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 from aioserver.commands.remote import printable
-from aioserver.commands.top.verdict import verdict
 
 if TYPE_CHECKING:
     from aioserver.commands.top.feed import State
@@ -28,6 +28,7 @@ MARKS = {"ok": "+", "warning": "!", "error": "x"}
 BAR_WIDTH = 24
 NEARLY_FULL = 0.8
 UNKNOWN = "-"
+UNKNOWN_VERDICT = {"level": "warning", "word": "Unknown", "text": "the server sends no verdict"}
 
 
 class Screen:
@@ -89,7 +90,7 @@ def _title(state: State) -> Text:
     return text
 
 
-def _verdict(state: State) -> Text:
+def _verdict(state: State) -> RenderableType:
     if state.problem:
         now = time.monotonic()
         text = (
@@ -101,8 +102,14 @@ def _verdict(state: State) -> Text:
         return Text(f"x {text}", style=STYLES["error"])
     if state.stats is None:
         return Text("connecting", style=STYLES["info"])
-    level, text = verdict(state.stats, state.previous)
-    return Text(f"{MARKS[level]} {text}", style=STYLES[level])
+    verdict = state.stats.get("verdict") or UNKNOWN_VERDICT
+    level = verdict.get("level", "warning")
+    head = printable(f"{MARKS.get(level, '!')} {verdict.get('word')}: {verdict.get('text')}")
+    lines: list[RenderableType] = [Text(head, style=STYLES.get(level, "none"))]
+    for key, label in (("detail", ""), ("advice", "To do: ")):
+        if verdict.get(key):
+            lines.append(Padding(Text(label + printable(verdict[key])), (0, 0, 0, 2)))
+    return Group(*lines)
 
 
 def _bars(connections: dict[str, Any]) -> Table:

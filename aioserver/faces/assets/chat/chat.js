@@ -155,6 +155,7 @@ function drawTurn(conversation, turn) {
   changedTurns.add(turn);
   frameRequest ||= requestAnimationFrame(draw);
   if (conversation === current) drawComposer();
+  if (turn.notBefore > Date.now()) drawWaiting();
 }
 
 function draw() {

@@ -4,6 +4,7 @@
 // that it has. What the store has of a turn is enough for that, so a reload of the page is handled
 // as a lost connection.
 
+import { waitBefore, waitingFor } from "./errors.js";
 import { ended, newTurn, resetTurn, take } from "./turn.js";
 import { cancelFrame, chatFrame, resumeFrame } from "./turn.js";
 
@@ -135,16 +136,34 @@ export class Requests {
     this.changed(request);
   }
 
-  // The server rejected a question, since it is at capacity or stops: it is sent again later.
+  // An error before any word of the answer that passes by itself: the question is asked again later, under its id where the
+  // server has not taken that (the error has no number), otherwise under a new one. This reader was dropped since it was
+  // slow: the answer goes on, and the rest is asked for, unless nothing came since the last time.
   rejected(request, { status, event_id: number, chunk }) {
-    const { turn } = request;
-    if (status !== "error" || number !== undefined || turn.last > 0 || turn.stopping) return false;
-    const full = chunk.code === "server_at_capacity";
-    if (!full && chunk.code !== "server_shutdown") return false;
-    turn.state = "unsent";
-    turn.notBefore = full ? Date.now() + 1000 * (chunk.retry_after ?? 1) : 0;
-    if (full) this.attach(request);
-    this.changed(request);
+    const { conversation, turn } = request;
+    if (status !== "error" || turn.stopping) return false;
+    if (chunk.code === "slow_client" && number === undefined && request.dropped !== turn.last) {
+      request.dropped = turn.last;
+      this.connection.send(resumeFrame(turn));
+      return true;
+    }
+    if (turn.text || turn.reasoning || turn.tools.length) return false;
+    if (chunk.code === "server_shutdown" && number === undefined && turn.last === 0) {
+      turn.state = "unsent"; // it is sent over the next connection
+      this.changed(request);
+      return true;
+    }
+    const text = waitingFor(chunk, turn.tries);
+    if (!text || (number === undefined && turn.last > 0)) return false;
+    const tries = turn.tries + 1;
+    this.active.delete(turn.id);
+    const { id } = turn;
+    resetTurn(turn, turn);
+    if (number === undefined) turn.id = id;
+    const notBefore = Date.now() + waitBefore(chunk, tries - 1);
+    Object.assign(turn, { tries, notBefore, waitingFor: text });
+    this.store.save(conversation);
+    this.follow(conversation, turn);
     return true;
   }
 

@@ -23,7 +23,9 @@ export function newTurn(question, choice) {
     model: choice.model,
     asked: Date.now(),
     state: "unsent",
-    notBefore: 0, // earliest time to send it, after the server was at capacity
+    notBefore: 0, // earliest time to send it, after an error that passes by itself
+    waitingFor: "", // what it waits for until then
+    tries: 0, // how often it was asked again for such an error
     stopping: false, // the stop button was pressed
     last: 0,
     by: "", // the provider and the model that answer

@@ -96,7 +96,7 @@ function outcome(turn) {
 function progress(turn, connection) {
   if (turn.stopping) return "Stopping …";
   if (turn.notBefore > Date.now())
-    return `The server is at capacity. The next attempt is in ${seconds(turn.notBefore)}`;
+    return `${turn.waitingFor} The next attempt is in ${seconds(turn.notBefore)}`;
   if (connection.name === "queued")
     return `In the connection queue: ${position(connection)}`;
   if (turn.state === "unsent") return "It is sent when the connection is back";

@@ -7,11 +7,12 @@ import { Incidents } from "/assets/dashboard/incidents.js";
 import { seconds } from "/assets/dashboard/numbers.js";
 import { Providers } from "/assets/dashboard/providers.js";
 import { Recent } from "/assets/dashboard/recent.js";
-import { disconnected, verdictOf } from "/assets/dashboard/verdict.js";
+import { disconnected } from "/assets/dashboard/verdict.js";
 import { Login } from "/assets/login.js";
 
 const MAX_SILENCE = 3000; // milliseconds without data from a connected server, which sends a snapshot each second
 const MAX_GAP = 1000; // the same after the connection was lost: a change of the network takes less
+const STALE = 10; // seconds after which the first tokens of the last minute are no news
 const SHAPES = { open: "circle", busy: "triangle", full: "square", rejecting: "octagon", trouble: "diamond", closed: "square", lost: "cross" };
 
 const verdictBox = document.getElementById("verdict");
@@ -46,8 +47,10 @@ const handlers = {
     board.hidden = document.getElementById("server").hidden = false;
     charts ??= new Charts(document.getElementById("charts"), history);
     const rejected = Object.values(stats.rejections).reduce((sum, number) => sum + number, 0);
-    showNumbers({ ...stats, rejected }, lastMinute);
-    verdict = verdictOf(stats, providers.update(stats, lastMinute, history), recent);
+    const age = stats.first_token?.age;
+    showNumbers({ ...stats, rejected, stale: age > STALE ? age : null }, lastMinute);
+    providers.update(stats, lastMinute, history);
+    verdict = stats.verdict;
     charts.update(stats);
     setText(updated, `as of ${clock.format(stats.time * 1000)}`);
     show();
@@ -71,13 +74,17 @@ function show() {
   if (lost && verdict) setText(updated, `${seconds(Math.floor(silence / 1000))} old`);
 }
 
-function showVerdict({ state, word, text, detail, key }) {
+function showVerdict({ level, state, word, text, detail, advice, about }) {
   verdictBox.dataset.state = state;
-  verdictBox.querySelector(".mark").dataset.shape = SHAPES[state];
+  verdictBox.dataset.level = level;
+  verdictBox.querySelector(".mark").dataset.shape = SHAPES[state] ?? "diamond";
   setText(document.getElementById("verdict-word"), word);
   setText(document.getElementById("verdict-text"), text);
   setText(document.getElementById("verdict-detail"), detail);
+  setText(document.querySelector("#verdict-advice span"), advice);
+  document.getElementById("verdict-advice").hidden = !advice;
   document.title = `${word} · aioserver dashboard`;
+  const key = `${word} ${about}`;
   if (announcer.dataset.key === key) return; // a screen reader reads a new state, but not each new number
   announcer.dataset.key = key;
   setText(announcer, `${word}. ${text}`);

@@ -31,17 +31,17 @@ export class Providers {
     });
   }
 
-  /** Show the providers. Returns a map of provider → condition. */
+  /** Show the providers. */
   update(stats, recent, history) {
     this.#repeat = () => this.update(stats, recent, history);
     const all = Object.entries(stats.providers);
-    const conditions = new Map(all.map(([name, provider]) => [name, conditionOf(name, provider)]));
+    const conditions = new Map(all.map(([name, provider]) => [name, conditionOf(provider)]));
     const used = all.filter(([, provider]) => provider.active || provider.requests || provider.in_flight || provider.waiting).map(([name]) => name);
     const shown = this.#choose(used, conditions, stats.time);
     for (const [name, card] of this.#cards) if (!shown.includes(name)) this.#remove(name, card);
     shown.forEach((name, at) => {
       const { element, show } = this.#cards.get(name) ?? this.#make(name);
-      show(stats.providers[name], recent.providers?.[name], conditions.get(name));
+      show(stats.providers[name], recent.providers?.[name], conditions.get(name), stats.fallbacks);
       if (this.#box.children[at] !== element) this.#box.insertBefore(element, this.#box.children[at]);
     });
     this.#more.hidden = used.length <= MAX_CARDS;
@@ -54,7 +54,6 @@ export class Providers {
       if (columns) sparkline(canvas, history.times, columns, history.span, stats.providers[name].limit);
     };
     this.#draw();
-    return conditions;
   }
 
   /** Return the names of the providers with a card, in their order. */
@@ -81,7 +80,7 @@ export class Providers {
     const word = element.querySelector(".condition b");
     const fill = bind(element);
     element.dataset.provider = name;
-    const show = (provider, lastMinute, state) => {
+    const show = (provider, lastMinute, state, fallbacks) => {
       const { pool, pace, silent } = provider;
       fill({
         ...provider,
@@ -90,6 +89,7 @@ export class Providers {
         pool: pool && { ...pool, busy: pool.open - pool.idle },
         silent: silent?.under_way ? { ...silent, number: silent.stalled + silent.unanswered } : null,
         cooling: pace?.cooling || null,
+        asked: asked(provider, fallbacks?.some((other) => other !== name)),
       }, lastMinute);
       element.dataset.tone = mark.dataset.tone = state.tone;
       mark.dataset.shape = state.shape;
@@ -115,6 +115,13 @@ export class Providers {
     this.#unused.hidden = rest.length === 0;
     setText(this.#unused, `Without a request so far: ${rest.slice(0, 30).map(label).join(", ")}${more}`);
   }
+}
+
+/** Return when a provider is asked, which its breaker decides; *others* is whether another one can be asked instead. */
+function asked({ state }, others) {
+  if (state === "dead") return "for trials only";
+  if (state === "sick" && others) return "after the others";
+  return state && "as usual";
 }
 
 /** Return how many providers are in which condition, the worst first: "1 failing, 3 queueing, 96 working". */

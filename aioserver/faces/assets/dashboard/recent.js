@@ -28,10 +28,4 @@ export class Recent {
     if (now.uptime <= seconds) return difference(now, undefined);
     return difference(now, this.#snapshots.find((snapshot) => snapshot.time >= now.time - seconds));
   }
-
-  /** Return the highest value of *pick* in the snapshots of the last *seconds*. */
-  highest(seconds, pick) {
-    const from = this.#snapshots.at(-1).time - seconds;
-    return Math.max(0, ...this.#snapshots.filter((snapshot) => snapshot.time >= from).map((snapshot) => pick(snapshot) ?? 0));
-  }
 }

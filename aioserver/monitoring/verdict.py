@@ -1,0 +1,310 @@
+"""The verdict: the state of the whole server in one word, one sentence, what more is known, and what to do.
+
+It is made once a tick and is part of the snapshot, so that the dashboard, `top` and `/stats` say the same.
+Of several findings the worst is the verdict. Every number in its texts is one of the snapshot, or has been
+counted in the last RECENT ticks.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from typing import TYPE_CHECKING
+
+from aioserver.errors import ServerAtCapacity
+from aioserver.monitoring.advice import OF_A_FULL_PROVIDER, of_rejections
+from aioserver.monitoring.incidents import HARMLESS, MANY_REJECTED
+from aioserver.monitoring.interval import ANSWERED, FAILED, REJECTIONS, Total
+from aioserver.monitoring.troubles import WORDS, count, most, span, were
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from aioserver.monitoring.interval import Interval
+    from aioserver.monitoring.snapshot import (
+        Percentiles,
+        ProviderState,
+        Snapshot,
+        Verdict,
+    )
+
+# Ticks for which rejections, failed answers and a late event loop stay in the verdict.
+RECENT = 10
+# Seconds of lag of the event loop that clients notice.
+NOTICEABLE_LAG = 0.25
+# Shares: of the allowed open files, from which on they run out; of the places, from which on they do.
+FEW_FILES, FEW_PLACES = 0.9, 0.9
+
+
+class Verdicts:
+    """Judges snapshot by snapshot; the snapshots must have their troubles."""
+
+    def __init__(self) -> None:
+        # What happened in each tick: rejections by code, answers begun, answers failed.
+        self._ticks: deque[Counter[str]] = deque(maxlen=RECENT)
+        self._lags: deque[float] = deque(maxlen=RECENT)
+
+    def observe(self, snapshot: Snapshot, interval: Interval) -> Verdict:
+        """Return the verdict on *snapshot*, at whose tick *interval* ended."""
+        tick: Counter[str] = Counter()
+        for total, number in interval.growth.items():
+            if total.kind == REJECTIONS:
+                tick[total.detail] += int(number)
+        tick[ANSWERED] = int(interval.growth.get(Total(ANSWERED), 0))
+        tick[FAILED] = int(interval.growth.get(Total(FAILED), 0))
+        self._ticks.append(tick)
+        self._lags.append(interval.lag_max)
+        lately: Counter[str] = sum(self._ticks, Counter())
+        answered, failed = lately.pop(ANSWERED, 0), lately.pop(FAILED, 0)
+        return _Judge(snapshot, lately, answered, failed, max(self._lags)).verdict()
+
+
+class _Judge:
+    """Finds the worst that is true of one snapshot; *rejected* has its numbers by error code."""
+
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        rejected: Counter[str],
+        answered: int,
+        failed: int,
+        lag: float,
+    ) -> None:
+        self._snapshot = snapshot
+        self._rejected = rejected
+        self._answered = answered
+        self._failed = failed
+        self._lag = lag
+
+    def verdict(self) -> Verdict:
+        """Return the worst finding."""
+        return next(self._findings())
+
+    def _findings(self) -> Iterator[Verdict]:
+        """Yield every finding, the worst first; the last one is always true."""
+        yield from self._not_ready()
+        yield from self._trouble(active=True)
+        yield from self._rejecting()
+        yield from self._trouble(active=False)
+        yield from self._resources()
+        yield from self._waiting()
+        yield from self._busy()
+        yield self._calm("open", "Open", self._room())
+
+    def _not_ready(self) -> Iterator[Verdict]:
+        snapshot = self._snapshot
+        if not snapshot["ready"]:
+            if any(provider["usable"] for provider in snapshot["providers"].values()):
+                text, advice = "Starting or stopping: new requests are rejected", ""
+            else:
+                text = "No provider is usable: nobody gets an answer"
+                advice = "`aioserver check` says what is missing."
+            yield _finding("error", "closed", "Not ready", text, advice=advice)
+
+    def _trouble(self, *, active: bool) -> Iterator[Verdict]:
+        """Yield the worst trouble of the active provider, or of the others."""
+        troubles = [
+            (name, provider, trouble)
+            for name, provider in self._snapshot["providers"].items()
+            if provider["active"] == active and (trouble := provider["trouble"]) is not None
+        ]
+        troubles.sort(key=lambda one: [*WORDS].index(one[2]["kind"]))
+        for name, provider, trouble in troubles[:1]:
+            rejected = self._rejections()
+            level = trouble["severity"]
+            if active and rejected and self._rejected_most():
+                level = "error"
+            yield _finding(
+                level,
+                "rejecting" if rejected else "trouble",
+                trouble["word"],
+                trouble["text"],
+                detail=_sentences(trouble["detail"], "; ".join(self._effects(name, provider))),
+                advice=trouble["advice"],
+                about=name,
+            )
+
+    def _effects(self, name: str, provider: ProviderState) -> Iterator[str]:
+        """Yield what clients feel of the trouble of the provider *name*."""
+        if provider["waiting"]:
+            yield _queue(provider["waiting"], "request", name, provider["oldest_wait"])
+        if self._failed:
+            yield f"{count(self._failed, 'answer')} failed in {RECENT} s"
+        yield from self._rejections()
+
+    def _rejections(self) -> list[str]:
+        """Return what was rejected and why, as one phrase; none where nothing was."""
+        number = self._rejected.total()
+        if not number:
+            return []
+        code, most_often = self._rejected.most_common(1)[0]
+        part = f", {most_often:,} of them since" if most_often < number else ":"
+        return [f"{were(number, 'rejected')} in {RECENT} s{part} {of_rejections(code)[0]}"]
+
+    def _rejected_most(self) -> bool:
+        """Return whether more was rejected than was answered, as the severity of an incident says."""
+        number = sum(n for code, n in self._rejected.items() if code not in HARMLESS)
+        return number >= MANY_REJECTED and most(number, number + self._answered) == "error"
+
+    def _rejecting(self) -> Iterator[Verdict]:
+        if rejections := self._rejections():
+            code = self._rejected.most_common(1)[0][0]
+            others = [*self._busiest(), *self._other_troubles()]
+            yield _finding(
+                "error" if self._rejected_most() else "warning",
+                "rejecting",
+                "Rejecting",
+                rejections[0],
+                detail=_sentences(self._places(), *others),
+                advice=self._advice(code),
+                about=code,
+            )
+
+    def _other_troubles(self) -> Iterator[str]:
+        for provider in self._snapshot["providers"].values():
+            if provider["trouble"] is not None:
+                yield provider["trouble"]["text"]
+
+    def _resources(self) -> Iterator[Verdict]:
+        for name, provider in self._snapshot["providers"].items():
+            if provider["active"] and not provider["usable"]:
+                text = f"The active provider {name} is not usable"
+                advice = "`aioserver check` says what is missing."
+                yield _finding("error", "trouble", "Not usable", text, advice=advice, about=name)
+        process = self._snapshot["process"]
+        files, max_files = process["open_fds"], process["max_fds"]
+        if files and max_files and files > FEW_FILES * max_files:
+            text = f"{files:,} of {max_files:,} file descriptors are open"
+            advice = "Raise LimitNOFILE of the unit, or `ulimit -n`, and restart."
+            yield _finding("error", "trouble", "Out of files", text, advice=advice)
+
+    def _waiting(self) -> Iterator[Verdict]:
+        connections = self._snapshot["connections"]
+        limit, active = connections["limit"], connections["active"]
+        text = ""
+        if waiting := connections["waiting"]:
+            text = _queue(waiting, "connection", "a place", connections["oldest_wait"])
+            text = f"{text}; all {limit:,} are taken"
+        elif active >= limit:
+            text = f"All {limit:,} places are taken, and nobody waits yet"
+        if text:
+            advice = self._advice(ServerAtCapacity.code)
+            detail = _sentences(*self._busiest(), self._latency())
+            yield _finding("warning", "full", "Full", text, detail=detail, advice=advice)
+
+    def _busy(self) -> Iterator[Verdict]:
+        room = self._room()
+        for name, provider in self._snapshot["providers"].items():
+            if cooling := provider["pace"]["cooling"]:
+                text = f"{room}, but {name} cools down for {span(cooling)} more, as it asked"
+                yield self._calm("busy", "Busy", text, about=name)
+        if self._lag >= NOTICEABLE_LAG:
+            text = f"{room}, but the event loop was {round(self._lag * 1000):,} ms late"
+            yield self._calm("busy", "Slow", text, about="loop")
+        for reason, name in self._limits():
+            yield self._calm("busy", "Busy", f"{room}, but {reason}", about=name)
+        connections = self._snapshot["connections"]
+        if connections["active"] >= FEW_PLACES * connections["limit"]:
+            yield self._calm("busy", "Nearly full", room)
+
+    def _limits(self) -> Iterator[tuple[str, str]]:
+        """Yield how providers limit the server, with their names, the most serious first."""
+        providers = self._snapshot["providers"]
+        for name in sorted(providers, key=lambda name: -providers[name]["waiting"]):
+            provider = providers[name]
+            if provider["waiting"]:
+                reason = _queue(provider["waiting"], "request", name, provider["oldest_wait"])
+                yield reason, name
+            elif number := provider["pool"]["waiting"]:
+                verb = "waits" if number == 1 else "wait"
+                yield f"{count(number, 'request')} {verb} for a connection to {name}", name
+        for name, provider in providers.items():
+            if 0 < provider["limit"] <= provider["in_flight"]:
+                yield f"all {provider['limit']:,} places of {name} are taken", name
+
+    def _advice(self, code: str) -> str:
+        """Return what to do about rejections with *code*, or about connections that wait."""
+        name, provider = self._busiest_provider()
+        if code == ServerAtCapacity.code and provider["waiting"]:
+            return OF_A_FULL_PROVIDER.format(name=name)
+        return of_rejections(code)[1]
+
+    def _busiest_provider(self) -> tuple[str, ProviderState]:
+        providers = self._snapshot["providers"].items()
+        return max(providers, key=lambda item: item[1]["waiting"])
+
+    def _busiest(self) -> Iterator[str]:
+        """Yield how full the provider is for which most requests wait; nothing if none wait."""
+        name, provider = self._busiest_provider()
+        if provider["waiting"]:
+            queue = _queue(provider["waiting"], "request", name, provider["oldest_wait"])
+            if provider["pace"]["left"] == 0 and provider["in_flight"] < provider["limit"]:
+                why = f"its pace of {provider['pace']['per_minute']:,} a minute is used up"
+            else:
+                why = f"{provider['in_flight']:,} of its {provider['limit']:,} places are taken"
+            yield f"{queue}; {why}"
+
+    def _calm(self, state: str, word: str, text: str, about: str = "") -> Verdict:
+        level = "ok" if state == "open" else "warning"
+        detail = _sentences(self._places(), self._latency())
+        return _finding(level, state, word, text, detail=detail, about=about)
+
+    def _room(self) -> str:
+        connections = self._snapshot["connections"]
+        free = max(0, connections["limit"] - connections["active"])
+        return f"Room for {free:,} more" if free else "No room left"
+
+    def _places(self) -> str:
+        connections, running = self._snapshot["connections"], self._snapshot["requests"]["running"]
+        places = f"{connections['active']:,} of {connections['limit']:,} places are taken"
+        return f"{places}, {count(running, 'answer')} under way"
+
+    def _latency(self) -> str:
+        """Return how soon answers begin; "" if none has begun recently."""
+        first: Percentiles | None = self._snapshot["first_token"]
+        if first is None or first["age"] > RECENT:
+            return ""
+        return (
+            f"Half of the answers begin within {_time(first['p50'])},"
+            f" 95 % within {_time(first['p95'])}"
+        )
+
+
+def unknown() -> Verdict:
+    """Return the verdict before the first tick."""
+    return _finding("warning", "busy", "Starting", "Nothing is known yet")
+
+
+def _finding(
+    level: str,
+    state: str,
+    word: str,
+    text: str,
+    *,
+    detail: str = "",
+    advice: str = "",
+    about: str = "",
+) -> Verdict:
+    return {
+        "level": level,
+        "state": state,
+        "word": word,
+        "text": text,
+        "detail": detail,
+        "advice": advice,
+        "about": about,
+    }
+
+
+def _sentences(*texts: str) -> str:
+    return " ".join(f"{text}." for text in texts if text)
+
+
+def _queue(waiting: int, noun: str, for_what: str, oldest: float) -> str:
+    verb = "waits" if waiting == 1 else "wait"
+    return f"{count(waiting, noun)} {verb} for {for_what}, the longest for {_time(oldest)}"
+
+
+def _time(seconds: float) -> str:
+    if seconds < 1:
+        return f"{round(seconds * 1000)} ms"
+    return f"{seconds:.1f} s" if seconds < 10 else span(seconds)

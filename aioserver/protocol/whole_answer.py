@@ -1,0 +1,235 @@
+"""What is looked up in the body of a whole answer: the model's text, and whether a response is final.
+
+Such a body may have many megabytes, and parsing it would stop the event loop for a second. Here it is
+walked through in steps (limits/turns.py) along a path, without building anything: what is not on
+the path is skipped. A body is what a provider has sent, and need not be JSON.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from typing import TYPE_CHECKING
+
+import orjson
+
+from aioserver.errors import InvalidJson
+from aioserver.protocol.top_level import at_once, sound
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+# Bytes that are walked through in one step, which takes a few milliseconds at most. It is also about the
+# size of a piece of text.
+STEP_BYTES = 1 << 15
+# Bytes of a value that is read: an id, or a status.
+MAX_VALUE_BYTES = 1024
+FINAL_STATUSES = ("completed", "incomplete", "failed", "cancelled")
+# The patterns are possessive, and so take a time that is proportional to what they match.
+_SPACE = re.compile(rb"[ \t\r\n]*+")
+_INSIDE = rb'(?:[^"\\]++|\\.)*+'
+_STRING = re.compile(_INSIDE, re.DOTALL)
+_SCALAR = re.compile(rb'[^,"\[\]{} \t\r\n]*+')
+_OPENING, _CLOSING = re.compile(rb"[\[{]*+"), re.compile(rb"[\]}]*+")
+# An object or an array that has no other in it, and no string.
+_LEAF = rb'\{[^"\[\]{}]*+\}|\[[^"\[\]{}]*+\]'
+# What is between the brackets of an object or an array, as far as it is simple.
+_CONTENT = re.compile(rb'(?:[^"\[\]{}]++|"%b"|%b)*+' % (_INSIDE, _LEAF), re.DOTALL)
+_QUOTE, _BRACE, _BRACKET, _END_BRACE, _END_BRACKET = b'"{[}]'
+# What may stand in a JSON string (RFC 8259, 7), as far as it is whole.
+_TEXT = re.compile(rb'(?:[^"\\\x00-\x1f]++|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*+')
+_LOW_HALF = re.compile(rb"\\u[dD][c-fC-F][0-9a-fA-F]{2}")
+
+
+class _Missing(ValueError):
+    """There is nothing at this path, or the body is not JSON."""
+
+
+class _Walk:
+    """A walk through *body*; each method moves `place`, and yields after about STEP_BYTES of it."""
+
+    __slots__ = ("_pause_at", "body", "place")
+
+    def __init__(self, body: bytes) -> None:
+        self.body = body
+        self.place = 0
+        self._pause_at = STEP_BYTES
+
+    def find(self, *path: str | int) -> Generator[None, None, None]:
+        """Go to the value at *path*: the names of members, and indices of elements.
+
+        Raises:
+            _Missing: there is none.
+        """
+        yield from self._past(_SPACE)
+        for part in path:
+            if isinstance(part, str):
+                yield from self._member(part)
+            else:
+                yield from self._element(part)
+
+    def text(self) -> Generator[None, None, list[slice]]:
+        """Return the pieces of the string at this place, without its quotes; no piece ends within a character.
+
+        Raises:
+            _Missing: there is no string, or it is not valid.
+        """
+        self._expect(b'"')
+        body, pieces = self.body, []
+        while True:
+            start = self.place
+            stop = self._match(_TEXT)
+            if stop == start:
+                break
+            # A piece has the whole of a pair of surrogates, and of a character in UTF-8.
+            if _LOW_HALF.match(body, stop):
+                stop += 6
+            while stop < len(body) and body[stop] & 0xC0 == 0x80:
+                stop += 1
+            piece = slice(start, stop)
+            try:
+                at_once(sound(body[piece]))
+            except InvalidJson:
+                raise _Missing from None
+            pieces.append(piece)
+            self.place = stop
+            yield from self._pause()
+        self._expect(b'"')
+        return pieces
+
+    def value(self) -> Generator[None, None, object]:
+        """Return the scalar or the short string at this place.
+
+        Raises:
+            _Missing: it is another value.
+        """
+        start = self.place
+        yield from self._skip()
+        if self.place - start > MAX_VALUE_BYTES:
+            raise _Missing
+        try:
+            return orjson.loads(self.body[start : self.place])
+        except orjson.JSONDecodeError:
+            raise _Missing from None
+
+    def _member(self, name: str) -> Generator[None, None, None]:
+        """Go from the start of an object to the value of its first member *name*."""
+        self._expect(b"{")
+        yield from self._past(_SPACE)
+        key, others = b'"%b"' % name.encode(), _others(name)
+        while True:
+            # Simple members are many, or they are the large ones: no loop is needed for them.
+            yield from self._past(others)
+            start = self.place
+            self._expect(b'"')
+            yield from self._past(_STRING)
+            self._expect(b'"')
+            found = self.place - start == len(key) and self.body.startswith(key, start)
+            yield from self._past(_SPACE)
+            self._expect(b":")
+            yield from self._past(_SPACE)
+            if found:
+                return
+            yield from self._skip()
+            yield from self._past(_SPACE)
+            self._expect(b",")
+            yield from self._past(_SPACE)
+
+    def _element(self, index: int) -> Generator[None, None, None]:
+        """Go from the start of an array to its element *index*."""
+        self._expect(b"[")
+        yield from self._past(_SPACE)
+        for _ in range(index):
+            yield from self._skip()
+            yield from self._past(_SPACE)
+            self._expect(b",")
+            yield from self._past(_SPACE)
+
+    def _skip(self) -> Generator[None, None, None]:
+        """Go past the value at this place."""
+        body, depth = self.body, 0
+        while True:
+            start = self.place
+            byte = body[start] if start < len(body) else -1
+            if byte == _QUOTE:
+                self.place += 1
+                yield from self._past(_STRING)
+                self._expect(b'"')
+            elif byte in (_BRACE, _BRACKET):
+                self.place = self._match(_OPENING)
+                depth += self.place - start
+            elif depth and byte in (_END_BRACE, _END_BRACKET):
+                self.place = min(self._match(_CLOSING), start + depth)
+                depth -= self.place - start
+            elif depth:
+                self.place = self._match(_CONTENT)
+            else:
+                yield from self._past(_SCALAR)
+            if self.place == start:
+                raise _Missing
+            if not depth:
+                return
+            if self.place >= self._pause_at:
+                yield from self._pause()
+
+    def _past(self, pattern: re.Pattern[bytes]) -> Generator[None, None, None]:
+        """Go past what *pattern* matches, however long it is."""
+        while (stop := self._match(pattern)) > self.place:
+            self.place = stop
+            yield from self._pause()
+
+    def _match(self, pattern: re.Pattern[bytes]) -> int:
+        match = pattern.match(self.body, self.place, self.place + STEP_BYTES)
+        return self.place if match is None else match.end()
+
+    def _expect(self, character: bytes) -> None:
+        if not self.body.startswith(character, self.place):
+            raise _Missing
+        self.place += 1
+
+    def _pause(self) -> Generator[None, None, None]:
+        if self.place >= self._pause_at:
+            self._pause_at = self.place + STEP_BYTES // 2
+            yield
+
+
+@cache
+def _others(name: str) -> re.Pattern[bytes]:
+    """Return the pattern of members that are simple, and have another name than *name*."""
+    space = _SPACE.pattern
+    value = rb'"%b"|[^,"\[\]{} \t\r\n]++|%b' % (_INSIDE, _LEAF)
+    member = rb'(?!"%b")"%b"%b:%b(?:%b)%b,%b'
+    parts = (re.escape(name).encode(), _INSIDE, space, space, value, space, space)
+    return re.compile(rb"(?:%b)*+" % (member % parts), re.DOTALL)
+
+
+def text_pieces(body: bytes) -> Generator[None, None, list[slice]]:
+    """Return where the text of a whole chat completion stands in *body*, in pieces of STEP_BYTES about.
+
+    A piece is the inside of a JSON string, as it is written; lone surrogates may be in it. There is none
+    if the body has no text, or is no chat completion.
+    """
+    walk = _Walk(body)
+    try:
+        yield from walk.find("choices", 0, "message", "content")
+        return (yield from walk.text())
+    except _Missing:
+        return []
+
+
+def final_response(body: bytes) -> Generator[None, None, str | None]:
+    """Return the id of a whole `response` object that will not change any more, or None.
+
+    A client asks again for a response that runs in the background, so only its final state is kept.
+    """
+    try:
+        walk = _Walk(body)
+        yield from walk.find("status")
+        if (yield from walk.value()) not in FINAL_STATUSES:
+            return None
+        walk = _Walk(body)
+        yield from walk.find("id")
+        name = yield from walk.value()
+    except _Missing:
+        return None
+    return name if isinstance(name, str) and name else None

@@ -1,0 +1,224 @@
+"""What the chat page does by itself after an error: it waits and asks again, or reads on, and says so."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from playwright.async_api import expect
+
+from aioserver.providers.simulator.exchange import Behaviour
+from tests.support.chat import cancel, chat
+from tests.support.chat_page import (
+    ManualProvider,
+    answer,
+    ask,
+    connected,
+    enter,
+    is_now,
+    said,
+    shows,
+    status,
+)
+from tests.support.server import HTTP_CLIENT, QUICK, MakeServer
+from tests.support.waiting import until
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from playwright.async_api import Page, WebSocketRoute
+
+STALLED = Behaviour(ttft=0, interval=0, stall_after=5)
+ONE_OF_EACH = {
+    "llm.providers.sim.http_client": {
+        **HTTP_CLIENT,
+        "concurrent_requests": 1,
+        "queue_size": 1,
+    }
+}
+LATER = re.compile(r"^The provider has too much to do\. The next attempt is in \d+ s$")
+
+
+@pytest.fixture
+async def provider() -> AsyncIterator[ManualProvider]:
+    async with ManualProvider() as provider:
+        yield provider
+
+
+async def test_a_question_that_found_a_full_queue_is_asked_again_by_itself(
+    make_server: MakeServer, page: Page
+) -> None:
+    server = await make_server(STALLED, **ONE_OF_EACH)
+    await page.clock.install()
+    async with server.connect() as other:
+        for name in ("r1", "r2"):
+            await other.send_json(chat(name))
+        await until(lambda: server.held()["sim waiting"] == 1)
+        await enter(page, server)
+        await ask(page, "Hello")
+        await expect(status(page)).to_have_text(LATER)
+        await is_now(page, "unsent")
+
+        server.simulator.behaviour = QUICK
+        for name in ("r1", "r2"):
+            await other.send_json(cancel(name))
+        await until(lambda: server.held()["sim waiting"] == server.held()["sim places"] == 0)
+        await page.clock.fast_forward(91_000)  # milliseconds
+
+        await is_now(page, "complete")
+    await shows(page, await said(server, "Hello"))
+
+
+async def test_it_is_asked_again_a_few_times_and_can_be_stopped(
+    make_server: MakeServer, page: Page
+) -> None:
+    server = await make_server(STALLED, **ONE_OF_EACH)
+    await page.clock.install()
+    async with server.connect() as other:
+        for name in ("r1", "r2"):
+            await other.send_json(chat(name))
+        await until(lambda: server.held()["sim waiting"] == 1)
+        await enter(page, server)
+        rejections = server.context.metrics.rejections["provider_queue_full"]
+        await ask(page, "Hello")
+        for tries in range(1, 6):
+            await until(lambda tries=tries: rejections.value == tries)  # type: ignore[misc]
+            await expect(status(page)).to_have_text(LATER)
+            await page.clock.fast_forward(91_000)  # milliseconds
+
+        await is_now(page, "failed")
+        await expect(answer(page).locator(".fault")).to_contain_text("then ask again, or choose")
+        assert rejections.value == 6
+
+        await answer(page).get_by_role("button", name="Ask again").click()
+        await expect(status(page)).to_have_text(LATER)
+        await page.keyboard.press("Escape")
+        await expect(status(page)).to_have_text("Stopped before it started")
+        await page.clock.fast_forward(91_000)
+        assert rejections.value == 7
+
+
+async def test_waits_become_longer_and_keep_to_what_the_server_says(
+    make_server: MakeServer, page: Page
+) -> None:
+    await enter(page, await make_server())
+
+    waits = await page.evaluate(
+        """async () => {
+          const { waitBefore, waitingFor } = await import("/assets/chat/errors.js");
+          const range = (...given) => {
+            const all = Array.from({ length: 1000 }, () => waitBefore(...given) / 1000);
+            return [Math.min(...all), Math.max(...all)];
+          };
+          const times = (code) => [0, 1, 2, 3, 4, 5].filter((tries) => waitingFor({ code }, tries)).length;
+          return {
+            first: range({}, 0),
+            fifth: range({}, 4),
+            late: range({}, 20),
+            told: range({ retry_after: 40 }, 0),
+            times: ["circuit_open", "connect_error", "read_timeout", "constructor"].map(times),
+          };
+        }"""
+    )
+
+    bounds = {"first": (1, 2), "fifth": (16, 32), "late": (30, 60), "told": (40, 41)}
+    for name, (least, most) in bounds.items():
+        shortest, longest = waits[name]
+        quarter = (most - least) / 4
+        assert least <= shortest < least + quarter, name
+        assert most - quarter < longest <= most, name
+    assert waits["times"] == [5, 2, 0, 0]
+
+
+class Dropping:
+    """Stands between the page and the server: it drops the page as a slow reader when it is told."""
+
+    def __init__(self) -> None:
+        self.dropped = False
+        self.resumes: list[int] = []
+
+    async def install(self, page: Page) -> None:
+        await page.route_web_socket(re.compile("/ws/"), self._between)
+
+    def _between(self, here: WebSocketRoute) -> None:
+        self._here = here
+        there = here.connect_to_server()
+
+        def to_server(message: str | bytes) -> None:
+            frame = json.loads(message)
+            self._id = frame.get("request_id")
+            if frame["action"] == "resume":
+                self.resumes.append(frame["payload"]["last_event_id"])
+                self.dropped = self.dropped and len(self.resumes) < self.until
+            there.send(message)
+
+        here.on_message(to_server)
+        there.on_message(lambda message: None if self.dropped else here.send(message))
+
+    def drop(self, until: int = 1) -> None:
+        """Send `slow_client`, and no event more until the resume with this number."""
+        self.dropped, self.until = True, until
+        fault: dict[str, Any] = {"error": "too slow", "code": "slow_client", "retryable": True}
+        frame = {"request_id": self._id, "status": "error", "chunk": fault}
+        self._here.send(json.dumps(frame))
+
+
+async def test_a_page_that_was_dropped_as_slow_reads_on(
+    make_server: MakeServer, provider: ManualProvider, page: Page
+) -> None:
+    between = Dropping()
+    await between.install(page)
+    await enter(page, await make_server(**provider.changes))
+    await ask(page, "Hello")
+    provider.say("One", " two")
+    await shows(page, "One two")
+
+    between.drop()
+    await until(lambda: len(between.resumes) == 1)
+    provider.say(" three")
+    provider.finish()
+
+    await is_now(page, "complete")
+    await shows(page, "One two three")
+    assert (provider.requests, len(between.resumes)) == (1, 1)
+
+
+async def test_a_page_that_is_dropped_again_with_nothing_read_says_so(
+    make_server: MakeServer, provider: ManualProvider, page: Page
+) -> None:
+    between = Dropping()
+    await between.install(page)
+    await enter(page, await make_server(**provider.changes))
+    await ask(page, "Hello")
+    provider.say("One")
+    await shows(page, "One")
+
+    between.drop(until=2)
+    await until(lambda: len(between.resumes) == 1)
+    between.drop(until=2)
+
+    await is_now(page, "failed")
+    await expect(answer(page).locator(".fault")).to_contain_text("could not read as fast")
+    await shows(page, "One")
+    assert len(between.resumes) == 1
+    await connected(page)
+
+
+async def test_tool_calls_of_an_answer_are_bounded(
+    make_server: MakeServer, provider: ManualProvider, page: Page
+) -> None:
+    await enter(page, await make_server(**provider.changes))
+    await ask(page, "Hello")
+
+    for index in range(130):
+        name = {"name": f"f{index}", "arguments": "{}"}
+        provider.delta(tool_calls=[{"index": index, "function": name}])
+    provider.say("Done.")
+    provider.finish()
+    await shows(page, "Done.")
+
+    calls = answer(page).locator(".tools p")
+    await expect(calls).to_contain_text("f127({})")
+    await expect(calls).not_to_contain_text("f128")

@@ -1,0 +1,159 @@
+"""What is looked up in a whole answer: the same as by parsing it, and in steps."""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import TYPE_CHECKING, Any
+
+import orjson
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aioserver.protocol.top_level import at_once, sound
+from aioserver.protocol.whole_answer import STEP_BYTES, final_response, text_pieces
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+BIG = 10 * STEP_BYTES
+ALPHABET = 'ab "\\/\n\t\x00\x1f\x7f{}[],:é€\u2028\ud7ff\ue000😀𝄞'
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["choices", "message", "content", "id", "status", "{", '"', "\\"]),
+            inner,
+            max_size=4,
+        )
+    ),
+    max_leaves=15,
+)
+
+
+def whole(content: object, **more: Any) -> dict[str, Any]:
+    choice = {"index": 0, "message": {"role": "assistant", "content": content}}
+    return {"id": "c1", "object": "chat.completion", **more, "choices": [choice]}
+
+
+def text_in(body: bytes) -> str:
+    """The text of *body*; every piece of it is a string by itself."""
+    pieces = [body[piece] for piece in at_once(text_pieces(body))]
+    assert all(0 < len(piece) <= STEP_BYTES + 9 for piece in pieces)
+    return "".join(orjson.loads(b'"%b"' % at_once(sound(piece))) for piece in pieces)
+
+
+def parsed(body: bytes) -> object:
+    """The same by parsing *body*."""
+    try:
+        text = json.loads(body)["choices"][0]["message"]["content"]
+    except (ValueError, LookupError, TypeError):
+        return ""
+    return text if isinstance(text, str) else ""
+
+
+@pytest.mark.parametrize("ascii_only", [False, True])
+@pytest.mark.parametrize("indent", [None, 2])
+def test_the_text_is_found_piece_by_piece(ascii_only: bool, indent: int | None) -> None:
+    rng = random.Random(17)
+    for size in (0, 1, 100, STEP_BYTES, 3 * STEP_BYTES):
+        text = "".join(rng.choices(ALPHABET, k=size))
+        body = json.dumps(
+            whole(text, before=[{"content": text}, '"]}', 1.5e10, None]),
+            ensure_ascii=ascii_only,
+            indent=indent,
+        ).encode()
+
+        assert text_in(body) == text, "seed 17"
+
+
+@pytest.mark.parametrize("at", range(-13, 14))
+@pytest.mark.parametrize("character", ["é", "€", "😀", "\n", r"\ud83d\ude00", r"\\ud83d\\ude00"])
+def test_no_piece_ends_within_a_character(character: str, at: int) -> None:
+    filling = STEP_BYTES + at
+    body = orjson.dumps(whole("@")).replace(
+        b"@",
+        b"x" * filling
+        + (character if "\\" in character else orjson.dumps(character)[1:-1].decode()).encode()
+        * 5,
+    )
+
+    assert text_in(body) == parsed(body)
+
+
+def test_lone_surrogates_become_replacement_characters() -> None:
+    body = orjson.dumps(whole("@")).replace(b"@", rb"a\ud83d\ud83d\ude00\ude00b" * STEP_BYTES)
+
+    assert text_in(body) == "a\ufffd😀\ufffdb" * STEP_BYTES
+
+
+@given(anything)
+@settings(max_examples=300)
+def test_any_json_has_the_text_that_parsing_finds(value: object) -> None:
+    for body in (
+        json.dumps(value).encode(),
+        json.dumps({"choices": [{"message": {"content": value}}]}).encode(),
+    ):
+        assert text_in(body) == parsed(body)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"\xff",
+        b'{"choices"',
+        b'{"choices":[',
+        b'{"choices":[]}',
+        b'{"choices":[{"message":{"content":"unended',
+        b'{"choices":[{"message":{"content":"\\x"}}]}',
+        b'{"choices":[{"message":{"content":"\\u12"}}]}',
+        b'{"choices":[{"message":{"content":"a\nb"}}]}',
+        b'{"choices":[{"message":{"content":"\xff"}}]}',
+        b'{"choices":[{"message":{"content":"\xe2\x82"}}]}',
+        b'{"x":"\\',
+        b'{"x":[[[',
+        b'{"x":]}',
+        b'{"x":,"choices":[{"message":{"content":"a"}}]}',
+        b'{,"choices":[{"message":{"content":"a"}}]}',
+    ],
+)
+def test_what_is_no_answer_has_no_text(body: bytes) -> None:
+    assert at_once(text_pieces(body)) == []
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        b"[" * BIG + b"]" * BIG,
+        b"[%b1]" % (b"{}," * (BIG // 3)),
+        b"1" * BIG,
+        b'"%b"' % (b"x" * BIG),
+        b'"%b"' % (rb"\n" * (BIG // 2)),
+        b" " * BIG + b"1",
+        b"1" + b',"":1' * (BIG // 5),
+    ],
+    ids=["brackets", "objects", "digits", "text", "escapes", "spaces", "keys"],
+)
+def test_a_step_is_short_whatever_the_body_is(before: bytes) -> None:
+    body = (
+        b'{"before":%b,"id":"r1","choices":[{"message":{"content":"%b"}}],"status":"completed"}'
+        % (
+            before,
+            b"y" * BIG,
+        )
+    )
+
+    assert steps(text_pieces(body)) >= (len(body) // STEP_BYTES) - 2
+    assert text_in(body) == "y" * BIG
+    assert steps(final_response(body)) >= (len(body) // STEP_BYTES) - 2
+    assert at_once(final_response(body)) == "r1"
+
+
+def steps(generator: Generator[None, None, object]) -> int:
+    return sum(1 for _ in generator)

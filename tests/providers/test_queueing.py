@@ -1,0 +1,113 @@
+"""The queue of a provider that is away: what those who wait are told, and how they are counted."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from aioserver.provider_errors import CircuitOpen
+from aioserver.providers.breaker import MAX_TRIALS, TRIAL_INTERVAL
+from aioserver.providers.health import Health
+from aioserver.providers.queueing import ProviderGate
+from aioserver.telemetry.metrics import ProviderMeter
+from tests.support.clock import FakeClock
+from tests.support.failing import kill
+from tests.support.scripted_provider import LIMITS
+from tests.support.waiting import until
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine, Sequence
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()
+
+
+@pytest.fixture
+def health(clock: FakeClock) -> Health:
+    """The health of a provider that is dead, since it cannot be reached."""
+    health = Health("far", ProviderMeter(), clock)
+    kill(health.breaker, unreachable=True, clock=clock)
+    return health
+
+
+@pytest.fixture
+def gate(health: Health, clock: FakeClock) -> ProviderGate:
+    return ProviderGate("far", LIMITS, health, clock)
+
+
+async def waiting(
+    gate: ProviderGate, *requests: Coroutine[None, None, object]
+) -> list[asyncio.Task[object]]:
+    """Start *requests*, and return when all wait."""
+    tasks = [asyncio.create_task(request) for request in requests]
+    await until(lambda: gate.waiting == len(tasks))
+    return tasks
+
+
+async def given_up(tasks: Sequence[asyncio.Task[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
+
+
+async def test_positions_say_when_the_next_trial_is_and_no_less_than_a_refusal_beyond(
+    gate: ProviderGate,
+) -> None:
+    told: list[tuple[int, float]] = []
+
+    def on_position(position: int, eta: float) -> None:
+        told.append((position, eta))
+
+    tasks = await waiting(
+        gate, gate.enter(on_position=on_position), gate.enter(on_position=on_position)
+    )
+    await given_up(tasks)
+
+    assert told == [(1, TRIAL_INTERVAL), (2, 1.0)]
+    assert 1.0 <= gate.retry_after() <= 1.5
+
+
+async def test_a_position_while_no_trial_may_start_is_no_promise(
+    gate: ProviderGate, health: Health
+) -> None:
+    told: list[float] = []
+    for _ in range(MAX_TRIALS):
+        health.breaker.start()
+
+    tasks = await waiting(gate, gate.enter(on_position=lambda _position, eta: told.append(eta)))
+    await given_up(tasks)
+
+    assert told == [1.0]
+
+
+async def test_the_oldest_wait_is_told_while_requests_pause(
+    gate: ProviderGate, health: Health, clock: FakeClock
+) -> None:
+    for _ in range(MAX_TRIALS):
+        health.breaker.start()  # so that nobody starts
+    pausing = await waiting(gate, gate.pause(60.0), gate.pause(60.0, waited=2.0))
+    queueing = [asyncio.create_task(gate.enter(waited=1.0))]
+    await until(lambda: gate.waiting == 3)
+
+    clock.now += 3.0
+
+    assert gate.stats().oldest_wait == 5.0
+    await given_up(pausing)
+    assert gate.stats().oldest_wait == 4.0
+    await given_up(queueing)
+
+
+async def test_requests_that_are_refused_while_they_pause_are_counted(
+    gate: ProviderGate, health: Health
+) -> None:
+    tasks = await waiting(gate, gate.pause(60.0), gate.enter(), gate.pause(60.0))
+
+    gate.refuse_waiting(health.refusal)
+
+    refused = await asyncio.gather(*tasks, return_exceptions=True)
+    assert {type(refusal) for refusal in refused} == {CircuitOpen}
+    assert gate.stats().refused == 3
