@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import logging
-import multiprocessing
 import os
+import subprocess
 import sys
-from collections import Counter
+from dataclasses import dataclass, field
 from time import perf_counter
 from typing import TYPE_CHECKING
 
@@ -22,16 +23,37 @@ if TYPE_CHECKING:
     from tests.simulation.world import Outcome
 
 
+@dataclass(slots=True)
+class Total:
+    """What came of some seeds; *ends* has how many clients ended in which way."""
+
+    seeds: int = 0
+    failed: int = 0
+    clients: int = 0
+    connections: int = 0
+    ends: dict[str, int] = field(default_factory=dict)
+
+    def add(self, other: Total) -> None:
+        """Add what came of other seeds."""
+        self.seeds += other.seeds
+        self.failed += other.failed
+        self.clients += other.clients
+        self.connections += other.connections
+        for end, count in other.ends.items():
+            self.ends[end] = self.ends.get(end, 0) + count
+
+
 def main() -> None:
     """Run the seeds that the command line names; exit with 1 if one of them fails."""
     parser = argparse.ArgumentParser(prog="python -m tests.simulation")
     parser.add_argument("--seeds", default="0-19", help="A-B or A")
     parser.add_argument("--clients", type=int, default=200)
-    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=1, help="processes at once")
     parser.add_argument("--without", default="", help="faults, habits and operations to leave out")
     parser.add_argument("--only", default="", help="numbers of the clients that take part")
     parser.add_argument("--shrink", action="store_true", help="look for the smallest failing part")
     parser.add_argument("--verbose", action="store_true")
+    parser.add_argument("--json", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if os.environ.get("PYTHONHASHSEED") != "0":
         # The order of sets of texts is a part of a run.
@@ -40,38 +62,68 @@ def main() -> None:
     logging.disable(logging.CRITICAL)
     first, _, last = args.seeds.partition("-")
     seeds = range(int(first), int(last or first) + 1)
+    began = perf_counter()
+    total = _in_processes(seeds, args.jobs) if args.jobs > 1 else _run(seeds, args)
+    if args.json:
+        print(json.dumps(dataclasses.asdict(total)))
+    else:
+        print(
+            f"{total.seeds} seeds, {total.clients:,} clients, {total.connections:,} connections: "
+            f"{total.failed} seeds failed, {perf_counter() - began:.0f} s"
+        )
+        ends = sorted(total.ends.items(), key=lambda end: -end[1])
+        print(", ".join(f"{end} {count:,}" for end, count in ends))
+    sys.exit(total.failed > 0)
+
+
+def _in_processes(seeds: range, jobs: int) -> Total:
+    """Run *seeds* in *jobs* processes, each of which takes its share."""
+    options = [option for option in sys.argv[1:] if not option.startswith("--jobs")]
+    size = -(-len(seeds) // jobs)
+    workers = [
+        subprocess.Popen(
+            # The last of an option counts.
+            [
+                *(sys.executable, "-m", "tests.simulation", *options, "--json", "--jobs", "1"),
+                *("--seeds", f"{share[0]}-{share[-1]}"),
+            ],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(jobs)
+        if (share := seeds[number * size : (number + 1) * size])
+    ]
+    total = Total()
+    for worker in workers:
+        assert worker.stdout is not None
+        *lines, last = worker.stdout.read().splitlines()
+        worker.wait()
+        for line in lines:
+            print(line)
+        total.add(Total(**json.loads(last)))
+    return total
+
+
+def _run(seeds: range, args: argparse.Namespace) -> Total:
+    """Run *seeds* one after another."""
     without = [name for name in args.without.split(",") if name]
     only = [int(number) for number in args.only.split(",") if number] or None
-    began, failed, ends, connections = perf_counter(), 0, Counter[str](), 0
-    jobs = [(seed, args.clients, without, only) for seed in seeds]
-    with multiprocessing.get_context("fork").Pool(args.jobs) as pool:
-        results = pool.imap(_one, jobs) if args.jobs > 1 else map(_one, jobs)
-        for outcome, seconds in results:
-            ends += outcome.ends
-            connections += outcome.connections
-            if outcome.violations:
-                failed += 1
-                _report(outcome, args.clients, without, only, shrink=args.shrink)
-            if args.verbose:
-                print(
-                    f"seed {outcome.plan.seed}: {seconds:.1f} s for {outcome.virtual_seconds:.0f} s, "
-                    f"{outcome.connections} connections, {dict(outcome.ends.most_common(8))}",
-                    flush=True,
-                )
-    total = len(jobs) * args.clients if only is None else len(jobs) * len(only)
-    print(
-        f"{len(jobs)} seeds, {total:,} clients, {connections:,} connections: {failed} seeds failed, "
-        f"{perf_counter() - began:.0f} s"
-    )
-    print(", ".join(f"{end} {count:,}" for end, count in ends.most_common(30)))
-    sys.exit(failed > 0)
-
-
-def _one(job: tuple[int, int, Sequence[str], Sequence[int] | None]) -> tuple[Outcome, float]:
-    seed, clients, without, only = job
-    began = perf_counter()
-    outcome = play(_reduced(plans.draw(seed, clients), without), only)
-    return outcome, perf_counter() - began
+    total = Total()
+    for seed in seeds:
+        began = perf_counter()
+        outcome = play(_reduced(plans.draw(seed, args.clients), without), only)
+        taken = args.clients if only is None else len(only)
+        failed = bool(outcome.violations)
+        total.add(Total(1, failed, taken, outcome.connections, outcome.ends))
+        if failed:
+            _report(outcome, args.clients, without, only, shrink=args.shrink)
+        if args.verbose:
+            print(
+                f"seed {seed}: {perf_counter() - began:.1f} s for {outcome.virtual_seconds:.0f} s, "
+                f"{outcome.connections} connections, {dict(outcome.ends.most_common(8))}",
+                flush=True,
+            )
+    return total
 
 
 def _reduced(plan: Plan, without: Collection[str]) -> Plan:
