@@ -78,13 +78,20 @@ def main() -> None:
 
 def _in_processes(seeds: range, jobs: int) -> Total:
     """Run *seeds* in *jobs* processes, each of which takes its share."""
-    options = [option for option in sys.argv[1:] if not option.startswith("--jobs")]
     size = -(-len(seeds) // jobs)
     workers = [
         subprocess.Popen(
             # The last of an option counts.
             [
-                *(sys.executable, "-m", "tests.simulation", *options, "--json", "--jobs", "1"),
+                *(
+                    sys.executable,
+                    "-m",
+                    "tests.simulation",
+                    *sys.argv[1:],
+                    "--json",
+                    "--jobs",
+                    "1",
+                ),
                 *("--seeds", f"{share[0]}-{share[-1]}"),
             ],
             stdout=subprocess.PIPE,
