@@ -250,6 +250,8 @@ class Client:
             async for data in _events(response):
                 count += 1
                 if data == "[DONE]":
+                    if not finish and not self.question.fault.startswith("early-done"):
+                        raise Violation("[DONE] without a finish_reason")
                     reading.finish("complete" if finish else "done")
                     continue
                 if reading.end:
