@@ -126,7 +126,9 @@ class Auth:
         names: set[str] = set()
         for index, key in enumerate(self.keys):
             if key.name in names:
-                broken.append((("keys", index, "name"), "another key has this name"))
+                broken.append(
+                    (("keys", index, "name"), f"another key is named {key.name} as well")
+                )
             if [key.key_env, key.key_file, key.sha256].count(None) != 2:
                 message = "needs exactly one of key_env, key_file, sha256"
                 broken.append((("keys", index), message))
@@ -180,13 +182,16 @@ class Settings:
 
     def __post_init__(self) -> None:
         workers = self.chat.websocket.concurrency.uvicorn.workers
-        message = f"must be >= uvicorn.workers ({workers}), which share it out"
+        message = f"must be >= uvicorn.workers ({workers}), which share it out, not "
         check_rules(
             self,
             *(
-                (("llm", "providers", name, "http_client", "concurrent_requests"), message)
+                (
+                    ("llm", "providers", name, "http_client", "concurrent_requests"),
+                    f"{message}{places}",
+                )
                 for name, provider in self.llm.providers.items()
-                if provider.http_client.concurrent_requests < workers
+                if (places := provider.http_client.concurrent_requests) < workers
             ),
         )
 
