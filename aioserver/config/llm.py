@@ -72,7 +72,7 @@ class HttpClient:
         count_or_0, "retries of one request; none after the first event of its answer"
     )
     backoff_factor: float = setting(
-        ratio, "seconds of pause before the first retry; doubled for each later one"
+        ratio, "seconds of backoff before the first retry; doubled for each later one"
     )
     queue_size: int = setting(
         count,

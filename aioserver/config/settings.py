@@ -140,19 +140,20 @@ class Auth:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cluster:
-    """The limits and streams that several instances share."""
+    """The instances that are to share limits and streams. None do yet: each serves alone."""
 
     redis_url: str | None = setting(
         optional(redis),
-        "URL of the Redis server that instances share; null: this instance is alone",
+        "URL of the Redis server that the instances of a cluster share; null: no cluster",
         None,
         secret=True,
         instead="this instance serves alone, with limits and streams of its own",
     )
     name: str = setting(
         label,
-        "name of the cluster; instances with the same name share limits and streams",
+        "name of the cluster that this instance belongs to",
         "aioserver",
+        instead="this instance belongs to no cluster",
     )
 
 
