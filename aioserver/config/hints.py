@@ -12,7 +12,6 @@ import re
 from typing import TYPE_CHECKING
 
 from aioserver.config.schema import MAX_SHOWN
-from aioserver.protocol import addresses
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -49,6 +48,7 @@ _ADDRESS = re.compile(
     r"(\[[0-9a-fA-F:]+\]|[A-Za-z0-9-]{1,15}(?:\.[A-Za-z0-9-]{1,15}){0,5})"
     r"(:[0-9]{1,5})?((?:/[A-Za-z0-9._-]{0,20}){0,4})"
 )
+_IPV4 = re.compile(r"[0-9]{1,3}(?:\.[0-9]{1,3}){3}")
 _PLAIN = re.compile(r"[A-Za-z0-9/.][A-Za-z0-9._/-]*")
 
 
@@ -78,7 +78,7 @@ def number(value: object, kind: str) -> str:
     parts = [(float(amount), name.lower()) for amount, name in _PART.findall(text)]
     if any(name not in units for _, name in parts):
         return f" (write the number alone; it counts {unit})"
-    total = round(sum(amount * units[name] for amount, name in parts), 6)
+    total = round(sum(amount * units[name] for amount, name in parts), 0 if unit == "bytes" else 6)
     return f" (write {total:.15g}; it counts {unit})"
 
 
@@ -104,10 +104,11 @@ def address(value: object) -> str | None:
     if match is None:
         return None
     host, port, path = match.groups()
-    local = "." not in host or re.fullmatch(r"[0-9.]+", host) or addresses.loopback(host)
+    number = _IPV4.fullmatch(host) is not None or host.startswith("[")
     # Words alone, with dots or without, may be a key.
-    if not port and not (path and "." in host) and not re.fullmatch(r"localhost|[0-9.]+", host):
+    if not port and not (path and "." in host) and not number and host != "localhost":
         return None
+    local = number or "." not in host
     return f"{'http' if local else 'https'}://{host}{port or ''}{path}"
 
 

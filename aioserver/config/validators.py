@@ -100,7 +100,8 @@ def url(*schemes: str, rest: str = r"[^\s\x00-\x1f\x7f?#@]+", shown: bool = Fals
 
     *shown*: whether an address without a scheme is shown, because it is no secret.
     """
-    plain = text("URL", rf"(?:{'|'.join(schemes)})://{rest}", "a URL")
+    pattern = rf"(?:{'|'.join(schemes)})://{rest}"
+    plain = text("URL", pattern, "a URL", masked=not shown)
     starts = " or ".join(f'"{scheme}://"' for scheme in schemes)
 
     def test(value: Any) -> Any:
@@ -217,11 +218,13 @@ def _boolean(value: Any) -> bool:
 
 
 def _secret(value: Any) -> Secret:
-    if not isinstance(value, str):
-        refuse(f"expected text, not {describe(value)} (put it in quotes)")
+    value = _secret_text(value)
     if (reason := unfit(value)) is not None:
         refuse(reason)
     return Secret(value)
+
+
+_secret_text = text("secret", masked=True)
 
 
 def _passed_header(value: Any) -> str:
@@ -266,8 +269,14 @@ ratio = number(0, "number")
 
 # Text.
 prose = text("text")
-line = text("text", r"[^\x00-\x1f\x7f]+", "one line of text, not empty")
-optional_line = text("text", r"[^\x00-\x1f\x7f]*", "one line of text")
+line = text(
+    "text",
+    r"[^\x00-\x1f\x7f]+",
+    "one line of text that is not empty and has no tab or other control character",
+)
+optional_line = text(
+    "text", r"[^\x00-\x1f\x7f]*", "one line of text without a tab or other control character"
+)
 latin = text("text", r"[\x20-\x7e\xa0-\xff]*", "one line of Latin-1 text", masked=True)
 label = text(
     "name",

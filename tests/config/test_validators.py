@@ -128,6 +128,7 @@ SECRET = "canary"
         (validators.api, f"me:{SECRET}@host.example"),
         (validators.proxy, f"{SECRET}.example:3128"),
         (validators.latin, 1234),
+        (validators.proxy, 1234),
         (validators.secret, 1234),
         *(
             (check, f"{SECRET}-0123456789")
@@ -186,6 +187,10 @@ def test_a_refused_value_that_may_be_a_secret_is_not_shown(
             "127.0.0.1:11434/v1",
             'not "127.0.0.1:11434/v1" (write http://127.0.0.1:11434/v1)',
         ),
+        (validators.size, "0.3KiB", "(write 307; it counts bytes)"),
+        (validators.line, "a\tb", "no tab or other control character"),
+        (validators.api, "10", 'starts with "http://" or "https://", then a host'),
+        (validators.api, "127.0.0.1", "(write http://127.0.0.1)"),
         (validators.api, "localhost/v1", "(write http://localhost/v1)"),
         (validators.api, "[::1]:8000/v1", "(write http://[::1]:8000/v1)"),
         (validators.api, "vllm:8000/v1", "(write http://vllm:8000/v1)"),
@@ -228,6 +233,7 @@ def test_a_number_where_text_is_wanted_asks_for_quotes() -> None:
     assert "put it in quotes" in refusal(validators.line, 1.1)
     assert "put it in quotes" in refusal(validators.secret, 1234)
     assert refusal(validators.line, None) == "expected text, not nothing"
+    assert refusal(validators.secret, ["a"]) == "expected text, not a list"
 
 
 def test_log_level_may_be_written_small() -> None:
