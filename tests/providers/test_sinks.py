@@ -12,6 +12,7 @@ import pytest
 
 from aioserver.protocol import eventstream
 from aioserver.protocol.openai import Reading
+from aioserver.protocol.responses import ResponseEvents
 from aioserver.provider_errors import (
     ProviderAuthError,
     ProviderBadResponse,
@@ -270,6 +271,69 @@ def test_a_response_has_its_own_end(kind: str) -> None:
 
         assert passed(stream) == data, "and no [DONE]"
         assert stream.end_status == entries.COMPLETE
+
+
+FLAT = (
+    b'event: error\ndata: {"type":"error","sequence_number":2,"code":"server_error",'
+    b'"message":"the model has crashed"}\n\n'
+)
+NESTED = (
+    b'event: error\ndata: {"type":"error","sequence_number":2,'
+    b'"error":{"type":"server_error","message":"the model has crashed"}}\n\n'
+)
+LATER = response_event("output_text.delta", delta="x", sequence_number=9)
+
+
+@pytest.mark.parametrize("behind", [b"", DONE, LATER, response_event("completed")])
+@pytest.mark.parametrize(
+    ("error", "seen"), [(ERROR, b""), (FLAT, FLAT), (NESTED, NESTED)], ids=["", "flat", "nested"]
+)
+def test_an_error_within_a_response_is_a_failed_response(
+    error: bytes, seen: bytes, behind: bytes
+) -> None:
+    before = response_event("created", sequence_number=0, response={"id": "resp_1", "error": None})
+    before += response_event("output_text.delta", sequence_number=1, delta="Hello")
+    data = before + error + behind
+    for cut in every_cut(data):
+        stream = new_stream()
+        stream.details.error_format = form = ResponseEvents()
+        assert play(EventSink(stream, responses=True), data, cut, end=True)
+
+        assert passed(stream).startswith(before + seen + b"event: response.failed\n")
+        failed = orjson.loads(eventstream.parse(passed(stream))[-1].data)
+        assert failed["sequence_number"] == (3 if seen else 2)
+        assert failed["response"]["id"] == "resp_1"
+        assert failed["response"]["status"] == "failed"
+        assert "the model has crashed" in failed["error"]["message"]
+        assert form.response == failed["response"]
+        assert form.event_before(failed["sequence_number"] - 1, stream.last) == stream.last - 1
+        assert (stream.end_status, stream.answered) == (entries.ERROR, True)
+        assert isinstance(stream.error, ProviderError)
+
+
+def test_a_failed_response_with_our_error_beside_it_passes_as_it_is() -> None:
+    # Another aioserver is the provider.
+    data = response_event("created", sequence_number=0, response={"error": None})
+    data += response_event("failed", sequence_number=1, response={}, error={"message": "gone"})
+    for cut in every_cut(data):
+        stream = new_stream()
+        stream.details.error_format = ResponseEvents()
+        assert play(EventSink(stream, responses=True), data, cut, end=True)
+
+        assert passed(stream) == data
+        assert (stream.end_status, stream.answered) == (entries.ERROR, True)
+        assert isinstance(stream.error, ProviderError)
+
+
+@pytest.mark.parametrize("error", [FLAT, NESTED], ids=["flat", "nested"])
+def test_an_error_about_our_key_within_a_response_is_not_shown(error: bytes) -> None:
+    error = error.replace(b"server_error", b"invalid_api_key")
+    stream = new_stream()
+    with pytest.raises(ProviderAuthError):
+        play(EventSink(stream, responses=True), response_event("created") + error, (), end=True)
+
+    assert passed(stream) == response_event("created")
+    assert not stream.ended
 
 
 def test_a_response_without_its_end_is_no_answer() -> None:
