@@ -9,15 +9,15 @@ the log's own numbers have no part in it.
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import orjson
 from aiohttp import web
 
 from aioserver.auth.callers import CALLER
 from aioserver.errors import InvalidRequest, ResumeGap, StreamNotFound
 from aioserver.faces import openai
 from aioserver.faces.admission import counted
+from aioserver.faces.whole import write
 from aioserver.protocol.responses import ResponseEvents
 from aioserver.streams.entries import COMPLETE
 
@@ -76,7 +76,7 @@ async def retrieve(
         return await openai.follow_stream(context, request, stream, after)
     if stream.details.whole is not None:
         return await openai.write_kept(context, request, stream)
-    return web.json_response(newest(stream), dumps=_text)
+    return await _write_newest(context, request, stream)
 
 
 async def cancel(context: Context, request: web.Request) -> web.StreamResponse:
@@ -84,10 +84,21 @@ async def cancel(context: Context, request: web.Request) -> web.StreamResponse:
     stream = context.gateway.cancel(request[CALLER], find(context, request).request_id)
     if stream.details.whole is not None:
         return await openai.write_kept(context, request, stream)
-    response = newest(stream)
-    if stream.end_status != COMPLETE:
-        response["status"] = "cancelled"
-    return web.json_response(response, dumps=_text)
+    status = "" if stream.end_status == COMPLETE else "cancelled"
+    return await _write_newest(context, request, stream, status)
+
+
+async def _write_newest(
+    context: Context, request: web.Request, stream: Stream, status: str = ""
+) -> web.StreamResponse:
+    """Write the response that came last; its bytes count until the client has taken them."""
+    admission = context.admission
+    body = newest(stream, status)
+    with context.gateway.hold() as held:
+        held.grow(len(body))
+        response = web.Response(body=body, content_type="application/json", charset="utf-8")
+        await write(request, response, admission.send_timeout, admission.dropped, "openai")
+    return response
 
 
 def find(context: Context, request: web.Request) -> Stream:
@@ -118,14 +129,14 @@ def event_of(stream: Stream, sequence: int) -> int:
     return number
 
 
-def newest(stream: Stream) -> dict[str, Any]:
-    """Return the response object that the provider sent last.
+def newest(stream: Stream, status: str = "") -> bytes:
+    """Return the JSON of the response object that the provider sent last, with another *status* if one is passed.
 
     Raises:
         StreamNotFound: no event had a response, or *stream* is no response.
     """
     events = _remembered(stream)
-    response = None if events is None else events.response
+    response = None if events is None else events.newest(status)
     if response is None:
         raise StreamNotFound(NOT_FOUND)
     return response
@@ -134,7 +145,3 @@ def newest(stream: Stream) -> dict[str, Any]:
 def _remembered(stream: Stream) -> ResponseEvents | None:
     events = stream.details.error_format
     return events if isinstance(events, ResponseEvents) else None
-
-
-def _text(value: object) -> str:
-    return orjson.dumps(value).decode()

@@ -12,14 +12,15 @@ import asyncio
 from functools import partial
 from typing import TYPE_CHECKING
 
+from aiohttp import web
+from aiohttp.http import StreamWriter
+
 from aioserver.faces.http import announce_close
 from aioserver.faces.ready import HIGH_WATER, ReadyResponse
 from aioserver.limits.write_watchdog import WriteWatchdog, reset
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
-
-    from aiohttp import web
 
 
 async def write(
@@ -42,7 +43,20 @@ async def write(
         return
     if not isinstance(response, ReadyResponse):
         announce_close(request, response)
-        await response.prepare(request)
+        writer = await response.prepare(request)
+        body = response.body if isinstance(response, web.Response) else None
+        if isinstance(body, bytes) and request.method != "HEAD":
+            assert isinstance(writer, StreamWriter)
+            for start in range(0, len(body), HIGH_WATER):
+                # Without aiohttp's own wait for the client, which nothing bounds.
+                await writer.write(memoryview(body)[start : start + HIGH_WATER], drain=False)
+                if transport.get_write_buffer_size() > HIGH_WATER:
+                    await _watched(
+                        transport, request.writer.drain, send_timeout, partial(on_drop, face)
+                    )
+            assert isinstance(response, web.Response)
+            # Otherwise aiohttp would write it again.
+            response.body = None
         await response.write_eof()
     else:
         transport.write(response.first_piece(request))

@@ -80,6 +80,11 @@ class EventSink:
         self._finished = False
         self._begun = False
 
+    @property
+    def progress(self) -> int:
+        """The number of the newest event in the log."""
+        return self._stream.last
+
     def feed(self, data: bytes) -> bool:
         """Append the events that are whole now; return False at the end of the answer.
 
@@ -158,8 +163,8 @@ class EventSink:
     def _end_with_error(self, event: bytes, kind: object, fault: ProviderFault) -> None:
         """End the log with *fault*, which the provider has reported in *event*, whose type is *kind*.
 
-        Clients of the Responses API understand an error without a type hardly, and none but
-        `response.failed` as an end: it stands for an *event* without a type, and follows any other.
+        The one error that all clients of the Responses API take for an end is `response.failed`. It
+        replaces an *event* without a type, and follows any other.
         """
         stream = self._stream
         end = not self._responses or kind in RESPONSE_ENDS
@@ -235,6 +240,11 @@ class ChatSink:
         self._begun = False
         self._shape: Shape | None = None
         self._samples_left = MAX_SHAPE_SAMPLES
+
+    @property
+    def progress(self) -> int:
+        """The number of the newest event in the log."""
+        return self._stream.last
 
     def feed(self, data: bytes) -> bool:
         """Append the chunks of the events that are whole now; return False at the end of the answer.
