@@ -32,6 +32,7 @@ from aioserver.provider_errors import (
 )
 from aioserver.providers.attempt import Attempt
 from aioserver.providers.breaker import SICK
+from aioserver.providers.error_mapping import visible_headers
 from aioserver.providers.health import KEY_FAULTS
 
 if TYPE_CHECKING:
@@ -287,6 +288,7 @@ class Router:
                     # What killed the provider says more than that it is dead.
                     raise last_fault from None
                 fault.provider, fault.attempts = provider.name, record.attempts
+                fault.provider_headers = visible_headers(attempt.headers)
                 last_fault = fault
                 number += 1
                 backoff = self._backoff(number, limits.backoff_factor, fault.retry_after)
