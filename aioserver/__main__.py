@@ -2,11 +2,16 @@
 
 A new command is one line in COMMANDS and one module. The module's `command` is a click command with
 its options and its help; the function behind it returns the exit code: 0 done, 2 bad configuration
-or usage, 1 anything else.
+or usage, 1 anything else. Where its results cannot be written, one line on stderr says so.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import io
+import os
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +20,7 @@ import click
 from aioserver import __version__
 
 if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
     from click.shell_completion import CompletionItem
 
 DEFAULT = "serve"
@@ -98,9 +104,63 @@ def cli() -> None:
     """
 
 
+class OutputError(OSError):
+    """Stdout cannot be written: its disk is full, for example, or its reader has gone."""
+
+
+class Output(io.FileIO):
+    """The descriptor of stdout, whose errors can be told from those of other files."""
+
+    def write(self, data: ReadableBuffer, /) -> int:
+        """Write *data*, and return how much of it was written.
+
+        Raises:
+            OutputError: nothing could be written.
+        """
+        try:
+            written = super().write(data)
+        except OSError as error:
+            raise OutputError(*error.args) from error
+        if written is None:
+            # A pipe that does not block, and is full.
+            raise OutputError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        return written
+
+
+def watch_stdout() -> None:
+    """Put a stream that raises `OutputError` in place of stdout, unless that is closed, or not Python's own."""
+    stdout = sys.stdout
+    if isinstance(stdout, io.TextIOWrapper) and stdout is sys.__stdout__:
+        raw = Output(stdout.fileno(), "w", closefd=False)
+        sys.stdout = io.TextIOWrapper(
+            # `python -u` has no buffer.
+            raw if stdout.write_through else io.BufferedWriter(raw),
+            encoding=stdout.encoding,
+            errors=stdout.errors,
+            line_buffering=stdout.line_buffering,
+            write_through=stdout.write_through,
+        )
+
+
 def main() -> None:
     """Run the command of the command line, and exit."""
-    cli(prog_name="aioserver")
+    watch_stdout()
+    try:
+        try:
+            cli(prog_name="aioserver")
+        finally:
+            # Small results reach the descriptor only now.
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except OutputError as error:
+        # Python would try again at its end to write what is still in the buffer.
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        # A reader that has gone, such as `head`, wants to hear no more.
+        if error.errno != errno.EPIPE:
+            with contextlib.suppress(OSError):
+                click.echo(f"aioserver: stdout cannot be written: {error.strerror}", err=True)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

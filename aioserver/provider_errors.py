@@ -30,12 +30,13 @@ Once an event is in the log of the answer, neither a retry nor a failover happen
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from aioserver.errors import AioserverError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
 ErrorClass = TypeVar("ErrorClass", bound=AioserverError)
 
@@ -60,10 +61,12 @@ class ProviderFault(AioserverError):
     # The provider that was asked last, and the number of attempts at all providers.
     provider: str = ""
     attempts: int = 0
+    # Those headers of the provider's response that clients may see; none if no head has come.
+    provider_headers: Mapping[str, str] = MappingProxyType({})
 
     def headers(self) -> dict[str, str]:
-        """Return the error's headers, with the provider, the attempts, and whether an SDK may retry."""
-        headers = super().headers()
+        """Return the error's headers, with the provider's, the attempts, and whether an SDK may retry."""
+        headers = {**self.provider_headers, **super().headers()}
         if self.provider:
             headers["x-aioserver-provider"] = self.provider
             headers["x-aioserver-attempts"] = str(self.attempts)

@@ -57,7 +57,8 @@ MAX_SESSIONS = 4
 # Methods that change nothing (RFC 9110, 9.2.1).
 SAFE_METHODS = frozenset({hdrs.METH_GET, hdrs.METH_HEAD, hdrs.METH_OPTIONS, hdrs.METH_TRACE})
 KEY_NEEDED = (
-    "this server wants an API key: Authorization: Bearer, x-api-key, or log in on its page"
+    "this server wants an API key: "
+    f"Authorization: Bearer, {', '.join(KEY_HEADERS)}, or log in on its page"
 )
 
 

@@ -70,9 +70,15 @@ def announce_close(
 ) -> None:
     """Announce in the head of *response* that the connection ends with it, if it does.
 
-    The connection of an HTTP/1.0 client ends with a *streamed* body in any case: the body has neither
-    chunks nor a length, and only the close ends it.
+    The client may have asked for that (RFC 9112, 9.6). The connection of an HTTP/1.0 client ends with a
+    *streamed* body in any case: the body has neither chunks nor a length, and only the close ends it.
     """
-    if last_on_connection(request) or (streamed and request.version < HttpVersion11):
-        response.headers["Connection"] = "close"
+    if (
+        last_on_connection(request)
+        or not request.keep_alive
+        or (streamed and request.version < HttpVersion11)
+    ):
+        # A refused upgrade names its header there, too.
+        if "close" not in response.headers.get("Connection", ""):
+            response.headers["Connection"] = "close"
         response.force_close()

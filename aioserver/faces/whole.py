@@ -1,9 +1,9 @@
 """Writes a response that is not streamed, for as long as its client needs to read it.
 
-aiohttp writes a response after its handler has returned, when the connection's place is given back: any
-number of clients that read nothing could then hold an answer each. Here the response is in the
-kernel, whole, before the handler returns, and a client that takes nothing for `send_timeout` is
-dropped, also on a UNIX socket, where no kernel would do so.
+aiohttp writes a response after its handler has returned. The connection's place is given back by then, so
+that any number of clients that read nothing could hold an answer each. This module writes the whole
+response before the handler returns, and waits until the kernel has it. A client that takes nothing for
+`send_timeout` is dropped, also on a UNIX socket, where no kernel would drop it.
 """
 
 from __future__ import annotations

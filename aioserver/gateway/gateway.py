@@ -31,7 +31,7 @@ from aioserver.gateway.router import Request
 from aioserver.limits.quota import REVOKED
 from aioserver.limits.turns import in_turns
 from aioserver.protocol.whole_answer import final_response, text_pieces
-from aioserver.provider_errors import ProviderDisconnected
+from aioserver.provider_errors import ProviderDisconnected, ProviderFault
 from aioserver.streams.entries import CANCELLED, COMPLETE, ERROR
 from aioserver.streams.lifetime import Lifetime
 
@@ -359,6 +359,9 @@ class Gateway:
             if not task.cancelled():
                 error = public(fault or ProviderDisconnected("the answer has no end"))
                 error.paid = error.paid or (stream.sent and isinstance(error, InternalError))
+                if isinstance(error, ProviderFault) and error.provider_headers:
+                    # The log keeps them, and so must count them.
+                    stream.details.headers = error.provider_headers
                 stream.fail(error)
             elif reason is None:
                 stream.end(CANCELLED, {})

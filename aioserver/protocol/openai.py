@@ -12,7 +12,7 @@ import contextlib
 import json
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import orjson
 
@@ -30,6 +30,14 @@ TOKEN_COUNTS = (
 )
 # A surrogate, escaped in JSON. A pair of them is one character beyond U+FFFF (RFC 8259, 7).
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+# A text that comes in pieces: a field of the delta, or (index, holder, field) in a tool call.
+TextPlace: TypeAlias = str | tuple[int, str, str]
+TEXTS = ("content", "reasoning_content", "reasoning")
+TOOL_TEXTS = (("function", "arguments"), ("custom", "input"))
+# Halves that are kept at most, which is more than the tool calls that a model makes at once.
+MAX_HALVES = 256
 
 
 class BadEvent(ValueError):
@@ -52,14 +60,14 @@ class Reading:
     buffer and not as a list of pieces, each of which would be an object.
 
     Some providers split a surrogate pair over two events. *half* keeps the first half of such a pair, by
-    the `delta` field in which it came, until the second half comes. If none comes, U+FFFD replaces it.
+    the text of the `delta` in which it came, until the second half comes. If none comes, U+FFFD replaces it.
     """
 
     choice_index: int = 0
     max_text_bytes: int = 1 << 22
     finish_reason: str | None = None
     usage: dict[str, Any] | None = None
-    half: dict[str, str] = field(default_factory=dict)
+    half: dict[TextPlace, str] = field(default_factory=dict)
     # UTF-8.
     _text: bytearray = field(default_factory=bytearray, init=False, repr=False)
 
@@ -124,18 +132,59 @@ class Reading:
         delta = choice.get(name)
         fields = dict(delta) if isinstance(delta, dict) else {}
         last = isinstance(choice.get("finish_reason"), str)
-        for key in ("content", "reasoning_content", "reasoning"):
+        for key in TEXTS:
             text = fields.get(key)
-            if (isinstance(text, str) and text) or (last and key in self.half):
-                text = self.half.pop(key, "") + (text or "")
-                if not last and "\ud800" <= text[-1] <= "\udbff":
-                    self.half[key], text = text[-1], text[:-1]
-                fields[key] = text
+            text = text if isinstance(text, str) else ""
+            if text or (last and key in self.half):
+                fields[key] = self._join(key, text, last)
+        calls = fields.get("tool_calls")
+        joined = [
+            self._join_call(call, number, last)
+            for number, call in enumerate(calls if isinstance(calls, list) else ())
+        ]
+        if last:
+            # Nothing follows for these.
+            joined += self._lone_halves()
+        if joined:
+            fields["tool_calls"] = joined
         try:
             repaired: dict[str, Any] = _replace_surrogates({**choice, name: fields})
         except RecursionError:
             raise BadEvent("the provider's event is nested too deeply") from None
         return repaired
+
+    def _join(self, place: TextPlace, text: str, last: bool) -> str:
+        """Return *text* with the half that came before it; a half at its end is kept, unless it is the *last*."""
+        text = self.half.pop(place, "") + text
+        if not last and len(self.half) < MAX_HALVES and "\ud800" <= text[-1] <= "\udbff":
+            self.half[place], text = text[-1], text[:-1]
+        return text
+
+    def _join_call(self, call: Any, number: int, last: bool) -> Any:
+        """Return *call*, a piece of a tool call, with the halves in its texts joined.
+
+        *number* is its index, if it has none of its own.
+        """
+        if not isinstance(call, dict) or not isinstance(index := call.get("index", number), int):
+            return call
+        joined = dict(call)
+        for holder, key in TOOL_TEXTS:
+            part = call.get(holder)
+            if isinstance(part, dict) and isinstance(text := part.get(key), str) and text:
+                joined[holder] = {**part, key: self._join((index, holder, key), text, last)}
+        return joined
+
+    def _lone_halves(self) -> list[dict[str, Any]]:
+        """Return the halves that are left, each as a piece of its tool call."""
+        pieces: list[dict[str, Any]] = []
+        for place, half in self.half.items():
+            assert not isinstance(place, str), (
+                "the halves in the delta's own texts have been joined"
+            )
+            index, holder, key = place
+            pieces.append({"index": index, holder: {key: half}})
+        self.half.clear()
+        return pieces
 
     def _choice(self, choice: dict[str, Any], chunks: list[bytes]) -> None:
         delta = choice.get("delta") or choice.get("message")

@@ -11,7 +11,6 @@ a redirect, not JSON, compressed  ProviderBadResponse
 from __future__ import annotations
 
 from email.utils import parsedate_to_datetime
-from math import inf
 from time import time
 from typing import TYPE_CHECKING
 
@@ -28,7 +27,7 @@ from aioserver.provider_errors import (
     ProviderRateLimited,
     ProviderRefused,
 )
-from aioserver.providers.pace import MAX_COOLING
+from aioserver.providers.pace import MAX_COOLING, number
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -127,16 +126,13 @@ def visible_headers(headers: Mapping[str, str]) -> dict[str, str]:
 def retry_after(headers: Mapping[str, str]) -> float | None:
     """Return the seconds of `retry-after-ms`, or of `retry-after` (RFC 9110, 10.2.3: seconds or a date).
 
-    More than MAX_COOLING is that. None if neither header has a plausible value: a negative number is
-    none, nor is a date that is past for more than a day.
+    More than MAX_COOLING is that, however much it is. None if neither header has a plausible value: a
+    negative number is none, nor is a date that is past for more than a day.
     """
     for name, unit in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
-        try:
-            seconds = float(headers.get(name, "")) / unit
-        except ValueError:
-            continue
-        if 0 <= seconds < inf:
-            return min(seconds, MAX_COOLING)
+        seconds = number(headers.get(name, ""))
+        if seconds is not None:
+            return min(seconds / unit, MAX_COOLING)
     try:
         date = parsedate_to_datetime(headers.get("retry-after", ""))
         seconds = date.timestamp() - time()

@@ -17,6 +17,7 @@ from __future__ import annotations
 import random
 import re
 import time
+from math import inf
 from typing import TYPE_CHECKING
 
 from aioserver.limits.gcra import Gcra
@@ -125,9 +126,9 @@ class Pace:
             return False
         exhausted = False
         for kind in ("requests", "tokens"):
-            left = _number(headers.get(f"x-ratelimit-remaining-{kind}", ""))
+            left = number(headers.get(f"x-ratelimit-remaining-{kind}", ""))
             reset = duration(headers.get(f"x-ratelimit-reset-{kind}", ""))
-            if left is None or reset is None or reset <= 0:
+            if left is None or left == inf or reset is None or reset <= 0:
                 continue
             if left < 1:
                 self._close(reset)
@@ -178,17 +179,18 @@ def duration(text: str) -> float | None:
         hours, minutes, whole, milliseconds = (float(part or 0) for part in match.groups())
         seconds = hours * 3600 + minutes * 60 + whole + milliseconds / 1000
     else:
-        number = _number(text)
-        if number is None:
-            return None
-        seconds = number
+        return number(text)
     return seconds
 
 
-def _number(text: str) -> float | None:
-    """Parse a number >= 0; None for anything else, such as -1, by which some mean "no limit"."""
+def number(text: str) -> float | None:
+    """Parse a number >= 0; None for anything else, such as -1, by which some mean "no limit".
+
+    More digits than a float can hold are infinite; the words "inf" and "nan", which Python reads, too, are no
+    numbers.
+    """
     try:
-        number = float(text)
+        value = float(text)
     except ValueError:
         return None
-    return number if 0 <= number < float("inf") else None
+    return value if value >= 0 and "n" not in text.lower() else None

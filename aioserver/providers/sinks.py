@@ -8,7 +8,8 @@ frames. Bodies that are not streamed go elsewhere (body_sink.py). How an answer 
     the body ends after a finish_reason                      well; a [DONE] is added
     an event that is not JSON                                ProviderBadResponse
     an error object                                          ProviderError, or the fault that its code
-                                                             means; nothing after it passes
+                                                             means; nothing after it passes, and an answer
+                                                             of the Responses API gets a response.failed
     the body ends otherwise                                  ProviderDisconnected
     there is no body                                         ProviderBadResponse
 """
@@ -56,6 +57,7 @@ DONE = b"data: [DONE]\n\n"
 _FINISH, _FINISH_SPACED = b'"finish_reason":"', b'"finish_reason": "'
 _ERROR = b'"error"'
 _USAGE = b'"usage"'
+RESPONSE_ENDS = ("response.completed", "response.incomplete", "response.failed")
 _RESPONSE_END = re.compile(rb'"type" ?: ?"response\.(?:completed|incomplete|failed)"')
 NO_END_MESSAGE = "the provider's stream ended without a finish_reason and without its end mark"
 
@@ -88,7 +90,7 @@ class EventSink:
 
         Raises:
             ProviderFault: the first event is an error object, or a later event is one about our key. Any
-                other error object passes, and ends the log.
+                other error object ends the log.
             ProviderBadResponse: an event is too long, or is not JSON, as far as `_plausible` can tell.
         """
         self._begun = True
@@ -108,11 +110,6 @@ class EventSink:
             if self._id_wanted:
                 self._id_wanted = False
                 self._add_response_id(block)
-            if (form := self._stream.details.error_format) is not None:
-                size = form.size
-                form.note(block, self._stream.last + 1)
-                if form.size != size:
-                    self._stream.recount()
         else:
             if find(b"[DONE]") >= 0 and (start := _done_line(block)) >= 0:
                 ended = True
@@ -131,15 +128,13 @@ class EventSink:
         if broken:
             raise ProviderBadResponse("the provider sent an event that is not JSON")
         if error_event is not None:
-            event, error_object = error_event
-            stream, fault = self._stream, error_object_fault(error_object)
-            if not stream.answered or isinstance(fault, ProviderAuthError):
+            event, content = error_event
+            # OpenAI's Responses API has events that are error objects themselves.
+            fault = error_object_fault(content.get("error") or content)
+            if not self._stream.answered or isinstance(fault, ProviderAuthError):
                 # An error about our key is never shown.
                 raise fault
-            self._append(event, more=True)
-            stream.error = fault
-            # Without `data`: the provider's own event has been passed on.
-            stream.end(entries.ERROR, fault.as_chunk())
+            self._end_with_error(event, content.get("type"), fault)
             return False
         if ended:
             self._complete(done)
@@ -165,13 +160,36 @@ class EventSink:
             return None
         return self._stream.open_fast_path()
 
+    def _end_with_error(self, event: bytes, kind: object, fault: ProviderFault) -> None:
+        """End the log with *fault*, which the provider has reported in *event*, whose type is *kind*.
+
+        The one error that all clients of the Responses API take for an end is `response.failed`. It
+        replaces an *event* without a type, and follows any other.
+        """
+        stream = self._stream
+        end = not self._responses or kind in RESPONSE_ENDS
+        if end or isinstance(kind, str):
+            self._append(event, more=True)
+        if not end:
+            stream.fail(fault)
+            return
+        stream.error = fault
+        # Without `data`: the provider's own event has been passed on.
+        stream.end(entries.ERROR, fault.as_chunk())
+
     def _append(self, block: bytes, *, more: bool) -> None:
         if block:
+            stream = self._stream
+            if self._responses and (form := stream.details.error_format) is not None:
+                size = form.size
+                form.note(block, stream.last + 1)
+                if form.size != size:
+                    stream.recount()
             count = eventstream.count(block)
             # Comments alone pass, and are not counted.
             if count:
-                self._stream.mark_answered()
-            self._stream.forward(block, count, more=more)
+                stream.mark_answered()
+            stream.forward(block, count, more=more)
 
     def _add_response_id(self, block: bytes) -> None:
         """Let the stream be found by the id that the provider has given to the response, too."""
@@ -182,16 +200,15 @@ class EventSink:
                     self._stream.add_alias(response_id)
                     return
 
-    @staticmethod
-    def _before_error(block: bytes) -> tuple[bytes, tuple[bytes, Any] | None]:
-        """Return the events before the first error object, and (that event, its error object).
+    def _before_error(self, block: bytes) -> tuple[bytes, tuple[bytes, dict[str, Any]] | None]:
+        """Return the events before the first that reports an error, and (that event, its content).
 
         The events after it are dropped, [DONE] too, which would mean a good end.
         """
         events = eventstream.split(block)
         for number, event in enumerate(events):
-            if (error := _error_in(event)) is not None:
-                return b"".join(events[:number]), (event, error)
+            if (content := _reporting(event, responses=self._responses)) is not None:
+                return b"".join(events[:number]), (event, content)
         return block, None
 
     @staticmethod
@@ -363,13 +380,18 @@ def _usage_in(block: bytes) -> dict[str, Any] | None:
     return None
 
 
-def _error_in(block: bytes) -> Any:
-    """Return the error object of the first event that has one; None if there is none."""
-    for event in eventstream.parse(block):
+def _reporting(event: bytes, *, responses: bool) -> dict[str, Any] | None:
+    """Return the content of *event* if it reports an error; otherwise None.
+
+    It has an error object, or is one: an event of the type `error`, among the events of *responses*.
+    """
+    for part in eventstream.parse(event):
         try:
-            content = orjson.loads(event.data)
+            content = orjson.loads(part.data)
         except orjson.JSONDecodeError:
             continue
-        if isinstance(content, dict) and content.get("error"):
-            return content["error"]
+        if isinstance(content, dict) and (
+            content.get("error") or (responses and content.get("type") == "error")
+        ):
+            return content
     return None

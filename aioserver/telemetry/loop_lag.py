@@ -49,16 +49,16 @@ class LoopLag:
         return mean, maximum
 
     def before(self, until: float, since: float) -> float:
-        """Return for how many seconds before *until*, a time of the loop, the loop was late without a break.
+        """Return for how many seconds the loop was late just before *until*, a time of the loop.
 
-        What comes meanwhile is read at *until*. A late period that was over earlier has hidden nothing until
-        then. The part before *since* does not count.
+        What came meanwhile was read at *until*. A late period that was over INTERVAL earlier has hidden
+        nothing until then. The part before *since* does not count.
         """
         for due, called in reversed(self._late):
-            if called < until:
+            if called < until - INTERVAL:
                 break
-            if due < until:
-                return until - max(due, since)
+            if due < until and called > since:
+                return min(called, until) - max(due, since)
         return 0.0
 
     def longest(self, since: float) -> float:

@@ -49,6 +49,21 @@ async def asked(
 # The table.
 
 
+async def test_who_comes_without_a_key_is_told_each_header_for_one(
+    make_server: MakeServer,
+) -> None:
+    server = await make_server(**keys_of("web"))
+    async with server.session.get(f"{server.v1}/models") as response:
+        message = (await response.json())["error"]["message"]
+
+    headers = {"Authorization: Bearer": "Bearer ", "x-api-key": "", "api-key": ""}
+    for name, prefix in headers.items():
+        assert re.search(rf"(?<![\w-]){name},", message), name
+        header = {name.partition(":")[0]: f"{prefix}{key_of('web')}"}
+        async with server.session.get(f"{server.v1}/models", headers=header) as response:
+            assert response.status == 200
+
+
 async def test_every_route_has_a_policy_and_keeps_to_it(make_server: MakeServer) -> None:
     server = await make_server(**keys_of("web", "root"))
     table = routes(server)

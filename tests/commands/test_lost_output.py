@@ -1,8 +1,15 @@
-"""A server whose stdout or stderr is closed, on a full disk, or read by nobody serves on all the same."""
+"""Stdout or stderr is closed, on a full disk, or read by nobody.
+
+A server serves on all the same. Any other command says in one line that it could not write its results.
+"""
 
 from __future__ import annotations
 
+import errno
+import os
 import socket
+import subprocess
+import sys
 from typing import TYPE_CHECKING
 
 import aiohttp
@@ -85,3 +92,53 @@ async def test_the_simulated_provider_serves_on_without_a_reader_of_its_stdout()
         assert await process.ended() == 0
 
     assert "Traceback" not in process.log
+
+
+RESULTS = {
+    "check": ["check"],
+    "init": ["init", "new.yaml"],
+    "key": ["key", "web"],
+    "list-faults": ["provider", "--list-faults"],
+    "help": ["--help"],
+    "version": ["--version"],
+    "help of a command": ["bench", "--help"],
+    "version of a command": ["check", "--version"],
+}
+
+
+@pytest.mark.parametrize("environ", [{}, {"PYTHONUNBUFFERED": "1"}, {"PYTHONIOENCODING": "ascii"}])
+@pytest.mark.parametrize("how", ["full", "unread"])
+@pytest.mark.parametrize("name", RESULTS)
+def test_results_that_cannot_be_written_are_one_clear_line(
+    tmp_path: Path, name: str, how: str, environ: dict[str, str]
+) -> None:
+    program = ["-c", SPOILED, how, "1", "-m", "aioserver", *RESULTS[name]]
+
+    done = subprocess.run(
+        [sys.executable, *program],
+        cwd=tmp_path,
+        env={**os.environ, **environ},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+    assert done.returncode == 1
+    lines = [line for line in done.stderr.splitlines() if "cannot be written" in line]
+    reason = os.strerror(errno.ENOSPC)
+    # A reader that has gone is told nothing: it wanted no more.
+    expected = [f"aioserver: stdout cannot be written: {reason}"] if how == "full" else []
+    assert lines == expected
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+    if name == "init":
+        assert (tmp_path / "new.yaml").exists()
+
+
+def test_both_lost_end_a_command_with_the_same_exit_code(tmp_path: Path) -> None:
+    program = ["-c", SPOILED, "full", "1,2", "-m", "aioserver", "--version"]
+
+    done = subprocess.run([sys.executable, *program], cwd=tmp_path, timeout=60, check=False)
+
+    assert done.returncode == 1

@@ -12,9 +12,9 @@ import pytest
 
 from aioserver.faces import openai
 from aioserver.providers.simulator.exchange import Behaviour
-from tests.support.chat import CHAT
+from tests.support.chat import CHAT, STREAMED
 from tests.support.raw import Answer, Raw
-from tests.support.server import UVICORN, MakeServer
+from tests.support.server import CONCURRENCY, ENDLESS, UVICORN, MakeServer
 
 if TYPE_CHECKING:
     from tests.support.server import RunningServer
@@ -48,6 +48,76 @@ async def test_a_connection_is_closed_when_idle_after_an_answer(make_server: Mak
         assert await raw.to_the_end() == b""
 
     assert 0.3 < loop.time() - begun < 4
+
+
+@pytest.mark.parametrize("line", ["Connection: close", "Connection: TE, Close"])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/sse/chat", {"request_id": "r1", "text": "Hello"}),
+        ("/sse/chat", {"request_id": "r1", "text": 7}),
+        ("/sse/chat/kept", None),
+        ("/sse/chat/unknown", None),
+        ("/v1/chat/completions", STREAMED),
+        ("/v1/chat/completions", CHAT),
+        ("/v1/responses", {"input": "Hello", "stream": True}),
+        ("/v1/models", None),
+        ("/ws/chat", None),
+        ("/health", None),
+        ("/nowhere", None),
+    ],
+)
+async def test_a_client_that_closes_after_a_response_is_told_the_same(
+    server: RunningServer, path: str, body: object, line: str
+) -> None:
+    async with Raw(server) as raw:
+        await raw.ask_sse("kept", text="Hello")
+        await raw.answer()
+        await (raw.get(path, line) if body is None else raw.post(path, body, line))
+        answer = await raw.answer()
+
+        assert answer.headers["connection"] == "close"
+        assert await raw.to_the_end() == b""
+
+
+async def test_a_watcher_and_a_busy_answer_close_as_they_are_asked(
+    make_server: MakeServer,
+) -> None:
+    server = await make_server(
+        ENDLESS,
+        **{
+            f"{CONCURRENCY}.max_connections": 1,
+            f"{CONCURRENCY}.connection_queue_size": 1,
+            f"{CONCURRENCY}.queue_timeout": 0,
+        },
+    )
+    async with Raw(server) as first, Raw(server) as second, Raw(server) as watcher:
+        await first.ask_sse("r1", text="Hello")
+        await first.head()
+        await second.get("/sse/chat/r1", "Connection: close")
+        busy = await second.answer()
+        await watcher.get("/events", "Connection: close")
+        head = await watcher.head()
+
+        assert b"event: busy" in busy.body
+        assert busy.headers["connection"] == "close"
+        assert await second.to_the_end() == b""
+        assert head.headers["connection"] == "close"
+
+        async with server.session.delete(f"{server.sse}/r1") as response:
+            assert response.status == 204
+
+
+async def test_a_refused_upgrade_names_both_of_its_connection_options(
+    server: RunningServer,
+) -> None:
+    lines = ("Upgrade: websocket", "Connection: Upgrade, close", "Sec-WebSocket-Version: 13")
+    async with Raw(server) as raw:
+        await raw.get("/v1/models", *lines)
+        answer = await raw.answer()
+
+    assert (answer.status, answer.headers["upgrade"]) == (426, "HTTP/1.1")
+    assert answer.headers["connection"] == "upgrade, close"
 
 
 @pytest.mark.parametrize("data", [b"", b"GET /health HTTP/1.1\r\nHost: x\r\nX: "])

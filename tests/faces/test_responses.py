@@ -21,6 +21,14 @@ from aioserver.provider_errors import ProviderDisconnected
 from aioserver.providers.simulator.exchange import Behaviour
 from tests.support.chat import CHAT, chat, until_status
 from tests.support.raw import Raw
+from tests.support.scripted_provider import (
+    DONE,
+    EVENT_STREAM,
+    LAST_CHUNK,
+    Peer,
+    ScriptedProvider,
+    chunk,
+)
 from tests.support.server import CONCURRENCY, ENDLESS, QUICK
 from tests.support.waiting import until
 
@@ -338,6 +346,39 @@ async def test_a_response_that_breaks_off_fails_in_its_own_form(
     if stored:
         async with server.session.get(f"{server.v1}/responses/{first['id']}") as response:
             assert (await response.json())["status"] == "failed"
+
+
+async def test_an_error_object_within_a_response_is_its_failure(
+    make_server: MakeServer,
+) -> None:
+    created = (
+        b'data: {"type":"response.created","sequence_number":0,'
+        b'"response":{"id":"resp_x","object":"response","status":"in_progress"}}\n\n'
+    )
+    error = b'data: {"error":{"message":"the model has crashed","code":500}}\n\n'
+
+    async def play(peer: Peer) -> None:
+        await peer.request()
+        await peer.send(EVENT_STREAM, chunk(created), chunk(error + DONE) + LAST_CHUNK)
+
+    async with ScriptedProvider(play) as provider:
+        server = await make_server(**{"llm.providers.sim.base_url": provider.url})
+        async with server.session.post(f"{server.v1}/responses", json=ASK) as response:
+            raw = await response.read()
+        async with server.session.get(f"{server.v1}/responses/resp_x") as response:
+            kept = await response.json()
+        after = f"{server.v1}/responses/resp_x?stream=true&starting_after=0"
+        async with server.session.get(after) as response:
+            rest = await response.read()
+
+    assert raw == created + rest
+    (event,) = eventstream.parse(rest)
+    failed = orjson.loads(event.data)
+    assert (failed["type"], failed["sequence_number"]) == ("response.failed", 1)
+    assert failed["error"]["code"] == "provider_error"
+    assert "the model has crashed" in failed["error"]["message"]
+    assert kept == failed["response"]
+    assert (kept["id"], kept["status"]) == ("resp_x", "failed")
 
 
 async def test_the_sdk_raises_the_error_of_a_response_that_breaks_off(sdk: AsyncOpenAI) -> None:

@@ -325,7 +325,7 @@ async def test_retry_after_is_told(model: str, seconds: float, simulator: Simula
 @pytest.mark.parametrize(
     "value",
     [
-        *("", "soon", "-1", "nan", "inf", "1e400"),
+        *("", "soon", "-1", "-1e400", "-" + "9" * 5000, "nan", "inf", "Infinity"),
         "Tue, 01 Jan 2030 00:00:00 +99999999999999999999",
         "Mon, 01 Jan 0001 00:00:00 -0000",
         "Tue, 99 Xyz 99999 99:99:99 GMT",
@@ -333,6 +333,14 @@ async def test_retry_after_is_told(model: str, seconds: float, simulator: Simula
 )
 def test_a_retry_after_that_is_not_sane_is_none(value: str) -> None:
     assert retry_after({"retry-after": value}) is None
+    assert retry_after({"retry-after-ms": value}) is None
+    assert retry_after({"retry-after-ms": value, "retry-after": "7"}) == 7.0
+
+
+@pytest.mark.parametrize("value", ["9" * 5000, "1e400", "9" * 400 + ".5"])
+def test_a_retry_after_of_more_digits_than_any_number_is_as_long_as_any(value: str) -> None:
+    assert retry_after({"retry-after": value}) == MAX_COOLING
+    assert retry_after({"retry-after-ms": value}) == MAX_COOLING
 
 
 async def test_how_long_a_5xx_wants_is_bounded_as_well() -> None:
@@ -666,6 +674,8 @@ async def test_the_providers_remaining_requests_lower_the_pace(headers: bytes) -
         (b"retry-after-ms: 20000\r\nRetry-After: 99", (20, 23)),
         (b"Retry-After: 99999", (120, 133)),
         (b"Retry-After: 3000", (120, 133)),  # bounded
+        (b"Retry-After: " + b"9" * 5000, (120, 133)),
+        (b"retry-after-ms: 1e400", (120, 133)),
         (b"Retry-After: soon", (1, 2)),
         (b"X: y", (1, 2)),
     ],

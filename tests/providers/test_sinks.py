@@ -12,7 +12,7 @@ import pytest
 
 from aioserver.errors import ServerAtCapacity
 from aioserver.protocol import eventstream
-from aioserver.protocol.openai import Reading
+from aioserver.protocol.openai import MAX_HALVES, Reading
 from aioserver.protocol.responses import ResponseEvents
 from aioserver.provider_errors import (
     ProviderAuthError,
@@ -275,6 +275,69 @@ def test_a_response_has_its_own_end(kind: str) -> None:
         assert stream.end_status == entries.COMPLETE
 
 
+FLAT = (
+    b'event: error\ndata: {"type":"error","sequence_number":2,"code":"server_error",'
+    b'"message":"the model has crashed"}\n\n'
+)
+NESTED = (
+    b'event: error\ndata: {"type":"error","sequence_number":2,'
+    b'"error":{"type":"server_error","message":"the model has crashed"}}\n\n'
+)
+LATER = response_event("output_text.delta", delta="x", sequence_number=9)
+
+
+@pytest.mark.parametrize("behind", [b"", DONE, LATER, response_event("completed")])
+@pytest.mark.parametrize(
+    ("error", "seen"), [(ERROR, b""), (FLAT, FLAT), (NESTED, NESTED)], ids=["", "flat", "nested"]
+)
+def test_an_error_within_a_response_is_a_failed_response(
+    error: bytes, seen: bytes, behind: bytes
+) -> None:
+    before = response_event("created", sequence_number=0, response={"id": "resp_1", "error": None})
+    before += response_event("output_text.delta", sequence_number=1, delta="Hello")
+    data = before + error + behind
+    for cut in every_cut(data):
+        stream = new_stream()
+        stream.details.error_format = form = ResponseEvents()
+        assert play(EventSink(stream, responses=True), data, cut, end=True)
+
+        assert passed(stream).startswith(before + seen + b"event: response.failed\n")
+        failed = orjson.loads(eventstream.parse(passed(stream))[-1].data)
+        assert failed["sequence_number"] == (3 if seen else 2)
+        assert failed["response"]["id"] == "resp_1"
+        assert failed["response"]["status"] == "failed"
+        assert "the model has crashed" in failed["error"]["message"]
+        assert form.response == failed["response"]
+        assert form.event_before(failed["sequence_number"] - 1, stream.last) == stream.last - 1
+        assert (stream.end_status, stream.answered) == (entries.ERROR, True)
+        assert isinstance(stream.error, ProviderError)
+
+
+def test_a_failed_response_with_our_error_beside_it_passes_as_it_is() -> None:
+    # Another aioserver is the provider.
+    data = response_event("created", sequence_number=0, response={"error": None})
+    data += response_event("failed", sequence_number=1, response={}, error={"message": "gone"})
+    for cut in every_cut(data):
+        stream = new_stream()
+        stream.details.error_format = ResponseEvents()
+        assert play(EventSink(stream, responses=True), data, cut, end=True)
+
+        assert passed(stream) == data
+        assert (stream.end_status, stream.answered) == (entries.ERROR, True)
+        assert isinstance(stream.error, ProviderError)
+
+
+@pytest.mark.parametrize("error", [FLAT, NESTED], ids=["flat", "nested"])
+def test_an_error_about_our_key_within_a_response_is_not_shown(error: bytes) -> None:
+    error = error.replace(b"server_error", b"invalid_api_key")
+    stream = new_stream()
+    with pytest.raises(ProviderAuthError):
+        play(EventSink(stream, responses=True), response_event("created") + error, (), end=True)
+
+    assert passed(stream) == response_event("created")
+    assert not stream.ended
+
+
 def test_a_response_without_its_end_is_no_answer() -> None:
     data = response_event("created") + response_event("output_text.delta", delta="x") + DONE
     stream = new_stream()
@@ -401,6 +464,82 @@ def test_halves_of_a_character_are_joined_or_replaced(
         chunks = [chunk for status, chunk in shown(stream) if status == "chunk"]
         assert [chunk["data"] for chunk in chunks] == shown_texts
         assert stream.end_status == entries.COMPLETE
+
+
+def tool_call(text: str, index: int = 0, *, custom: bool = False) -> str:
+    """A delta with one piece of a tool call."""
+    field = f'"custom":{{"input":"{text}"}}' if custom else f'"function":{{"arguments":"{text}"}}'
+    return f'{{"tool_calls":[{{"index":{index},{field}}}]}}'
+
+
+def arguments_of(stream: Stream) -> dict[int, str]:
+    """The texts of the tool calls that the frames show, by their index."""
+    texts: dict[int, str] = {}
+    for _, chunk in shown(stream)[:-1]:
+        for call in chunk["data"] if chunk["type"] == "tool_calls" else ():
+            text = call["function"]["arguments"] if "function" in call else call["custom"]["input"]
+            texts[call["index"]] = texts.get(call["index"], "") + text
+    return texts
+
+
+@pytest.mark.parametrize("custom", [False, True], ids=["function", "custom"])
+@pytest.mark.parametrize(
+    ("texts", "joined"),
+    [
+        ([(0, r"a\ud83d"), (0, r"\ude00b")], {0: "a😀b"}),
+        # The pieces of two calls, and their halves, may come by turns.
+        ([(0, r"\ud83d"), (1, r"\ud83c"), (0, r"\ude00"), (1, r"\udf89")], {0: "😀", 1: "🎉"}),
+        ([(0, r"a\ud83d"), (1, "b"), (0, "c")], {0: "a\ufffdc", 1: "b"}),
+        ([(0, r"a\ud83d"), (1, r"\ude00")], {0: "a\ufffd", 1: "\ufffd"}),
+        ([(3, r"\ud83d"), (3, ""), (3, r"\ud83d\ude00")], {3: "\ufffd😀"}),
+        ([(0, r"\ud83d\ude00")], {0: "😀"}),
+    ],
+)
+def test_halves_of_a_character_in_a_tool_call_are_joined_or_replaced(
+    texts: list[tuple[int, str]], joined: dict[int, str], custom: bool
+) -> None:
+    data = events(*(tool_call(text, index, custom=custom) for index, text in texts))
+    for cut in every_cut(data):
+        stream = new_stream()
+
+        assert play(ChatSink(stream, Reading()), data, cut, end=True)
+
+        assert arguments_of(stream) == joined
+        assert stream.end_status == entries.COMPLETE
+
+
+def test_half_a_character_in_a_tool_call_is_no_half_of_a_text() -> None:
+    data = events(
+        tool_call(r"\ud83d"),
+        r'{"content":"\ud83c"}',
+        tool_call(r"\ude00"),
+        r'{"content":"\udf89"}',
+    )
+    stream = new_stream()
+
+    assert play(ChatSink(stream, Reading()), data, (), end=True)
+
+    assert arguments_of(stream) == {0: "😀"}
+    assert "".join(c["data"] for _, c in shown(stream)[:-1] if c["type"] == "text") == "🎉"
+
+
+def test_halves_in_endless_tool_calls_cost_a_bounded_memory() -> None:
+    reading = Reading()
+    for index in range(10 * MAX_HALVES):
+        delta_json = tool_call(r"\ud83d", index)
+        reading.read(b'{"choices":[{"delta":%b}]}' % delta_json.encode())
+
+    assert len(reading.half) == MAX_HALVES
+
+
+def test_the_calls_of_a_whole_answer_have_no_halves_of_each_other() -> None:
+    calls = r'[{"function":{"arguments":"a\ud83d"}},{"function":{"arguments":"\ude00b"}}]'
+    answer = f'{{"choices":[{{"message":{{"tool_calls":{calls}}},"finish_reason":"stop"}}]}}'
+
+    (chunk,) = Reading().read(answer.encode())
+
+    texts = [call["function"]["arguments"] for call in orjson.loads(chunk)["data"]]
+    assert texts == ["a\ufffd", "\ufffdb"]
 
 
 def test_half_a_character_keeps_texts_in_their_order() -> None:
