@@ -73,6 +73,20 @@ def test_nothing_is_lost_whatever_goes_wrong() -> None:
     assert "complete" in result.stdout, "some answers are whole"
 
 
+# Seeds that found a fault, with their clients.
+FOUND = {
+    "a timer that is due over and over": (4, 200),
+    "an error in a response passes without its type": (216, 100),
+}
+
+
+@pytest.mark.parametrize("fault", FOUND)
+def test_what_was_found_once_is_not_found_again(fault: str) -> None:
+    seed, clients = FOUND[fault]
+    result = run("-m", "tests.simulation", "--seeds", str(seed), "--clients", str(clients))
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
 def test_the_same_seed_gives_the_same_run() -> None:
     runs = {
         run("-m", "tests.simulation", "--seeds", "3-4", "--clients", CLIENTS, "--json").stdout
