@@ -142,7 +142,6 @@ async def serve(context: Context, request: web.Request, prepared: Request) -> we
     with gateway.hold() as held:
         prepared.provider_request.answer_bytes = held
         answer = await gateway.call(prepared)
-        prepared.provider_request.release()
         # Within the `with`: a client that reads slowly keeps the answer in memory.
         return await _write_whole(context, request, answer)
 

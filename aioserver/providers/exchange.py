@@ -158,6 +158,8 @@ class Exchange:
         self._parser = protocol.response_parser
         self._parser.begin(on_head)
         self._done: asyncio.Future[None] = self._loop.create_future()
+        # Why the exchange has failed. It is not kept in the future: its traceback leads to this object.
+        self._fault: Exception | None = None
         self._last_chunk_timer: asyncio.TimerHandle | None = None
         self.last_byte_at = 0.0
         self.record = record
@@ -194,7 +196,11 @@ class Exchange:
                 self.last_byte_at = self._loop.time()
                 self.protocol.watch_deadline(self._read_timeout)
             await self._done
+            fault, self._fault = self._fault, None
+            if fault is not None:
+                raise fault
         finally:
+            fault = None
             if not self._awaiting_last_chunk:
                 self._settle()
 
@@ -360,9 +366,10 @@ class Exchange:
             self._awaiting_last_chunk = True
             self._last_chunk_timer = self._loop.call_later(LAST_CHUNK_TIMEOUT, self._settle)
 
-    def _fail(self, error: BaseException) -> None:
+    def _fail(self, fault: Exception) -> None:
         if not self._done.done():
-            self._done.set_exception(error)
+            self._fault = fault
+            self._done.set_result(None)
         self._settle()
 
     def _settle(self) -> None:
@@ -373,7 +380,7 @@ class Exchange:
         done, parser = self._done, self._parser
         if self._paused:
             self.resume()
-        ended_well = done.done() and not done.cancelled() and done.exception() is None
+        ended_well = done.done() and not done.cancelled() and self._fault is None
         # A silence that lasts until the end counts as any other. The record drops a silence before the
         # answer when the answer comes.
         if self._written and not self._awaiting_last_chunk and not ended_well:

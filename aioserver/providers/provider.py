@@ -170,6 +170,8 @@ class Provider:
                     place.release()
             finally:
                 self._attempt_ended(attempt, error)
+                # Its traceback leads to this frame.
+                error = None
 
     def head_received(self, attempt: Attempt) -> None:
         """Learn from the head of an answer: its headers tell what is left of the provider's limits."""
@@ -268,7 +270,12 @@ class Provider:
             body = request.body(self.settings)
             data = self.pools.writer.write(request.path, body, request.client_headers)
             del body
-            connection = await pool.connect()
+            try:
+                connection = await pool.connect()
+            except BaseException:
+                # What connecting has raised may lead to this frame.
+                del data
+                raise
             record.sent_at = self._clock()
             exchange = Exchange(
                 connection,

@@ -7,6 +7,7 @@ aiohttp's adds the headers that every response has.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from aioserver.errors import (
     RequestTooLarge,
     UpgradeRequired,
     UriTooLong,
+    forget_frames,
 )
 from aioserver.faces.http import SERVER, Request, announce_close, error_response, request_id
 from aioserver.provider_errors import ProviderFault
@@ -109,14 +111,16 @@ def make_middleware(
             if isinstance(error, Denied):
                 log_refusal(request, error)
             response = error_response(error)
+            forget_frames(error)
         except web.HTTPException as exc:
             fault = _translated(exc, request)
             metrics.count_error(fault)
             response = error_response(fault)
             if isinstance(exc, web.HTTPMethodNotAllowed) and fault.status == exc.status:
                 response.headers["Allow"] = ", ".join(sorted(exc.allowed_methods))
-        except ConnectionError:
-            # The client left while its response began: aiohttp ends the connection.
+        except (ConnectionError, asyncio.CancelledError):
+            # The client left, perhaps while its response began: aiohttp ends the connection.
+            _forget_response(request)
             raise
         except Exception:
             logger.exception(
@@ -124,8 +128,7 @@ def make_middleware(
             )
             metrics.bugs.value += 1
             response = error_response(InternalError("internal error"))
-        assert isinstance(request, Request)
-        started = request.started
+        started = _forget_response(request)
         if started is not None and started is not response:
             if request.transport is not None:
                 # A second head would be taken for a part of the first one's body.
@@ -183,6 +186,16 @@ def make_middleware(
             headers["Access-Control-Expose-Headers"] = ", ".join((*EXPOSED, *passed))
 
     return middleware, add_headers
+
+
+def _forget_response(request: web.Request) -> web.StreamResponse | None:
+    """Return the response that *request* has begun, which it does not know any more.
+
+    aiohttp's responses know their request until they are written; the two would hold each other.
+    """
+    assert isinstance(request, Request)
+    started, request.started = request.started, None
+    return started
 
 
 def _preflight(request: web.Request) -> web.Response:
