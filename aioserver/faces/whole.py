@@ -42,8 +42,9 @@ async def write(
         return
     if not isinstance(response, ReadyResponse):
         announce_close(request, response)
-        await response.prepare(request)
-        await response.write_eof()
+        await _written_by_aiohttp(
+            request, response, transport, send_timeout, partial(on_drop, face)
+        )
     else:
         transport.write(response.first_piece(request))
         if not transport.get_write_buffer_size() and response.fits_one_piece:
@@ -78,18 +79,48 @@ async def flush(
             transport.set_write_buffer_limits()
 
 
+async def _written_by_aiohttp(
+    request: web.Request,
+    response: web.StreamResponse,
+    transport: asyncio.Transport,
+    send_timeout: float,
+    on_drop: Callable[[str], None],
+) -> None:
+    """Let aiohttp write *response*: it gives the transport all of it, and waits for the client to read."""
+    watchdogs: list[WriteWatchdog] = []
+
+    def watch() -> None:
+        watchdogs.append(_watchdog(transport, send_timeout, on_drop))
+
+    # It begins once aiohttp waits: until then the buffer grows.
+    beginning = asyncio.get_running_loop().call_soon(watch)
+    try:
+        await response.prepare(request)
+        await response.write_eof()
+    finally:
+        beginning.cancel()
+        for watchdog in watchdogs:
+            watchdog.stop()
+
+
 async def _watched(
     transport: asyncio.Transport,
     drain: Callable[[], Awaitable[None]],
     send_timeout: float,
     on_drop: Callable[[str], None],
 ) -> None:
-    def drop() -> None:
-        on_drop(f"nothing taken for {send_timeout} s")
-        reset(transport)
-
-    watchdog = WriteWatchdog(asyncio.get_running_loop(), transport, send_timeout, drop)
+    watchdog = _watchdog(transport, send_timeout, on_drop)
     try:
         await drain()
     finally:
         watchdog.stop()
+
+
+def _watchdog(
+    transport: asyncio.Transport, send_timeout: float, on_drop: Callable[[str], None]
+) -> WriteWatchdog:
+    def drop() -> None:
+        on_drop(f"nothing taken for {send_timeout} s")
+        reset(transport)
+
+    return WriteWatchdog(asyncio.get_running_loop(), transport, send_timeout, drop)
