@@ -28,7 +28,9 @@ from aioserver.errors import (
     UriTooLong,
     forget_frames,
 )
+from aioserver.faces import whole
 from aioserver.faces.http import SERVER, Request, announce_close, error_response, request_id
+from aioserver.faces.ready import HIGH_WATER
 from aioserver.provider_errors import ProviderFault
 from aioserver.providers.error_mapping import VISIBLE_HEADERS
 from aioserver.server import paths
@@ -43,8 +45,8 @@ if TYPE_CHECKING:
 
     from aioserver.auth.guard import Guard
     from aioserver.auth.origins import Origins
+    from aioserver.faces.admission import Admission
     from aioserver.faces.context import CurrentSettings
-    from aioserver.telemetry.metrics import Metrics
 
     OnPrepare = Callable[[web.Request, web.StreamResponse], Awaitable[None]]
 
@@ -61,10 +63,10 @@ REFUSALS_PER_SECOND = 5
 
 
 def make_middleware(
-    settings: CurrentSettings, guard: Guard, origins: Origins, metrics: Metrics
+    settings: CurrentSettings, guard: Guard, origins: Origins, admission: Admission
 ) -> tuple[Middleware, OnPrepare]:
     """Return the middleware, and the handler of the signal `on_response_prepare`."""
-    refusals = RateLimit(REFUSALS_PER_SECOND)
+    refusals, metrics = RateLimit(REFUSALS_PER_SECOND), admission.metrics
 
     def check_head(request: web.Request) -> None:
         limits = settings.chat.websocket.concurrency.uvicorn
@@ -136,6 +138,12 @@ def make_middleware(
             return started
         if not response.prepared:
             announce_close(request, response)
+            if isinstance(response, web.Response) and _large(response):
+                timeout, drop = admission.send_timeout, admission.dropped
+                try:
+                    await whole.write(request, response, timeout, drop, "http")
+                finally:
+                    _forget_response(request)
         elif response.keep_alive:
             connection = request.protocol
             # The head is sent already, and did not say that the connection ends.
@@ -196,6 +204,12 @@ def _forget_response(request: web.Request) -> web.StreamResponse | None:
     assert isinstance(request, Request)
     started, request.started = request.started, None
     return started
+
+
+def _large(response: web.Response) -> bool:
+    """Return whether aiohttp would have to wait for the client before the kernel has all of *response*."""
+    body = response.body
+    return isinstance(body, bytes | bytearray) and len(body) > HIGH_WATER
 
 
 def _preflight(request: web.Request) -> web.Response:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import socket
 from typing import TYPE_CHECKING, Any
 
@@ -16,43 +15,15 @@ from aioserver.streams.formats import EVENTS
 from aioserver.streams.writer import Writer
 from tests.support.chat import CHAT, frames_of, numbers, resume, text_of, to_end
 from tests.support.raw import SMALL, Raw
-from tests.support.scripted_provider import Peer, ScriptedProvider
 from tests.support.server import CONCURRENCY, SIM_HTTP_CLIENT
 from tests.support.transport import FakeTransport
 from tests.support.waiting import until
+from tests.support.whole_answers import PATH, SIZE, provider, unsent
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
     from pathlib import Path
 
-    from tests.support.server import MakeServer, RunningServer
-
-SIZE = 4 << 20
-PATH = "/v1/chat/completions"
-
-
-@contextlib.asynccontextmanager
-async def provider(
-    *, http_status: int = 200, size: int = SIZE, **fields: Any
-) -> AsyncIterator[ScriptedProvider]:
-    """A provider whose every answer has *size* bytes and a little, and *fields*."""
-    choice = {"message": {"content": "x" * size}, "finish_reason": "stop", "index": 0}
-    body = json.dumps({**fields, "choices": [choice]}).encode()
-    head = f"HTTP/1.1 {http_status} X\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-
-    async def play(peer: Peer) -> None:
-        while True:
-            await peer.request()
-            await peer.send(head.encode() + b"\r\n\r\n" + body)
-
-    async with ScriptedProvider(play) as scripted:
-        yield scripted
-
-
-def unsent(server: RunningServer) -> int:
-    """Bytes that wait in our transports."""
-    transports = [connection.transport for connection in server.http_server.connections]
-    return sum(one.get_write_buffer_size() for one in transports if one is not None)
+    from tests.support.server import MakeServer
 
 
 async def test_clients_that_do_not_read_whole_answers_hold_places_until_they_are_dropped(
@@ -200,84 +171,6 @@ async def test_a_client_of_a_unix_socket_that_reads_nothing_is_dropped(tmp_path:
             assert await asyncio.wait_for(accepted, 10)
 
     assert drops == ["nothing taken for 0.2 s"]
-
-
-@contextlib.asynccontextmanager
-async def silent_client(
-    server: RunningServer, tmp_path: Path, kind: str
-) -> AsyncIterator[socket.socket]:
-    """A client that reads nothing, over TCP or a UNIX socket."""
-    loop = asyncio.get_running_loop()
-    path = str(tmp_path / "socket")
-    unix = kind == "unix"
-    family = socket.AF_UNIX if unix else socket.AF_INET
-    listening = await loop.create_unix_server(server.http_server, path)
-    async with listening:
-        with socket.socket(family) as client:
-            if not unix:
-                client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SMALL)
-            client.setblocking(False)
-            await loop.sock_connect(client, path if unix else ("127.0.0.1", server.port))
-            yield client
-        await until(lambda: not server.held()["places"])
-
-
-def posted(path: str, *lines: str, version: str = "1.1") -> bytes:
-    body = json.dumps({**CHAT, "input": "Hello", "store": True}).encode()
-    head = (
-        *(f"POST {path} HTTP/{version}", "Host: x", "Content-Type: application/json"),
-        *(f"Content-Length: {len(body)}", *lines),
-    )
-    return "\r\n".join(head).encode() + b"\r\n\r\n" + body
-
-
-# Requests whose answers are written by aiohttp, but for the first.
-POSTS = {
-    "ordinary": posted(PATH),
-    "last": posted(PATH, "Connection: close"),
-    "page": posted(PATH, "Origin: http://x"),
-    "old": posted(PATH, version="1.0"),
-    "keyed": posted(PATH, "Connection: close", "Idempotency-Key: k"),
-    "stored": posted("/v1/responses", "Connection: close"),
-}
-
-
-@pytest.mark.parametrize("kind", ["tcp", "unix"])
-@pytest.mark.parametrize("name", POSTS)
-async def test_a_client_that_reads_nothing_of_a_whole_answer_is_dropped(
-    make_server: MakeServer, tmp_path: Path, name: str, kind: str
-) -> None:
-    async with provider(id="resp_1", status="completed") as scripted:
-        server = await make_server(
-            **{
-                "llm.providers.sim.base_url": scripted.url,
-                "chat.streams.send_timeout": 0.2,
-                "chat.streams.resume_window": 0,
-            }
-        )
-        async with silent_client(server, tmp_path, kind) as client:
-            await asyncio.get_running_loop().sock_sendall(client, POSTS[name])
-            await until(lambda: server.held()["places"] == 1)
-            await until(lambda: server.held()["places"] == 0, 5.0)
-
-            assert server.context.metrics.slow_clients.value == 1
-            assert server.owners.streams.stats().bytes == 0
-
-
-@pytest.mark.parametrize("name", ["ordinary", "last"])
-async def test_a_client_that_reads_nothing_of_a_large_error_is_dropped(
-    make_server: MakeServer, tmp_path: Path, name: str
-) -> None:
-    async with provider(http_status=400, size=1_000_000) as scripted:
-        server = await make_server(
-            **{"llm.providers.sim.base_url": scripted.url, "chat.streams.send_timeout": 0.2}
-        )
-        async with silent_client(server, tmp_path, "unix") as client:
-            await asyncio.get_running_loop().sock_sendall(client, POSTS[name])
-            await until(lambda: server.held()["places"] == 1)
-            await until(lambda: server.held()["places"] == 0, 5.0)
-
-            assert server.context.metrics.slow_clients.value == 1
 
 
 async def test_a_large_whole_answer_is_read_on_every_face_in_small_events(
