@@ -53,7 +53,9 @@ def row(field: dataclasses.Field[Any], name: str, *, enforced: bool) -> str:
     else:
         default = f"`{json.dumps(default_of(field))}`"
     notes = []
-    if metadata["instead"] or not enforced:
+    if metadata["instead"]:
+        notes.append(f"no effect yet: {metadata['instead']}")
+    elif not enforced:
         notes.append("no effect yet")
     if any(f"{name}.".startswith(f"{restart}.") for restart in ONLY_BY_RESTART):
         notes.append("changed only by a restart")

@@ -1,4 +1,7 @@
-"""Access for clients: the valid keys, the hosts that are answered, the proxies that are trusted."""
+"""The section `auth` as it is in use: the valid keys, the hosts that are answered, the proxies that are trusted.
+
+Whether a request may pass is decided in guard.py, which reads it here.
+"""
 
 from __future__ import annotations
 

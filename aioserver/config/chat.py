@@ -283,4 +283,5 @@ class Chat:
 
     def __post_init__(self) -> None:
         if self.sse.endpoint == self.websocket.endpoint:
-            check_rules(self, (("sse", "endpoint"), "must differ from chat.websocket.endpoint"))
+            message = f"must differ from chat.websocket.endpoint ({self.websocket.endpoint})"
+            check_rules(self, (("sse", "endpoint"), message))

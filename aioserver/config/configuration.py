@@ -19,13 +19,15 @@ from typing import TYPE_CHECKING, Any
 from aioserver.config import schema, views
 from aioserver.config.credentials import Credentials, reason
 from aioserver.config.document import PREFIX, Document, Fault, KeyPath, Place
-from aioserver.config.schema import FAULTY, Faults
+from aioserver.config.schema import FAULTY, Faults, WrongShape
 from aioserver.config.settings import SETTINGS, Auth, Provider, Settings
 from aioserver.errors import ConfigurationError
 from aioserver.protocol.addresses import loopback
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    import voluptuous as vol
 
 # The packaged copy of the file in the repository: it is used if there is no other file.
 SHIPPED = Path(__file__).parent.with_name("config.yaml")
@@ -75,7 +77,7 @@ class Configuration:
         except Faults as exc:
             settings = exc.partial
             document.faults += [
-                document.fault(error.path, error.error_message) for error in exc.errors
+                document.fault(error.path, _message(error, document)) for error in exc.errors
             ]
         credentials = Credentials(document, environ, again=again)
         provider_keys = {
@@ -216,6 +218,22 @@ def _read(source: str, environ: Mapping[str, str]) -> Document:
             document.faults.append(document.fault((), message))
         raise ConfigurationError(_lines(document.faults))
     return document
+
+
+def _message(error: vol.Invalid, document: Document) -> str:
+    """Return the message of *error*, with how to write the list or section that it expects."""
+    message = str(error.error_message)
+    if not isinstance(error, WrongShape):
+        return message
+    path: KeyPath = tuple(error.path)  # type: ignore[arg-type]  # keys and indexes, always
+    variable = document.variable(path)
+    setting = f"{variable}='{error.written}'" if variable else None
+    if path not in document.referenced:
+        return f"{message} (write it as {error.written})"
+    if setting and document.place(path).source == variable:
+        return f"{message} (write {setting})"
+    hint = f"a ${{…}} reference is always one value: write {error.written} in the file"
+    return f"{message} ({hint}{f', or set {setting}' if setting else ''})"
 
 
 def _warnings(settings: Settings, document: Document) -> Iterator[Fault]:

@@ -35,6 +35,8 @@ PREFIX = "AIOSERVER__"
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _UNPRINTABLE = yaml.reader.Reader.NON_PRINTABLE
 _REFERENCE = re.compile(r"\$\$\{|\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^{}]*))?\}|\$\{")
+# A part of the name of a variable that a shell can set.
+_WORD = re.compile(r"[A-Za-z0-9]+(?:_[A-Za-z0-9]+)*", re.ASCII)
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,39}", re.ASCII)
 
 # The scalars of YAML 1.1 that are not text, without its octal and sexagesimal numbers and dates.
@@ -99,6 +101,11 @@ class Document:
         """Return a fault of the value at *path*; *place* defaults to the place of its key."""
         path = tuple(path)
         return Fault(place or self.place(path), dotted(path), message)
+
+    def variable(self, path: KeyPath) -> str | None:
+        """Return the variable that overrides the value at *path*; None: no variable can."""
+        steps = [step for step in path if isinstance(step, str) and _WORD.fullmatch(step)]
+        return PREFIX + "__".join(steps).upper() if steps and len(steps) == len(path) else None
 
     def read(self, text: str, environ: Mapping[str, str] | None) -> None:
         """Set `values` from *text*. With None for *environ*, `${NAME}` is not replaced."""

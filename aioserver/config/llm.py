@@ -11,7 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from aioserver.config.schema import Secret, check_rules, compare, group, section, setting
+from aioserver.config.hints import nearest
+from aioserver.config.schema import Secret, check_rules, compare, group, section, setting, show
 from aioserver.config.validators import (
     api,
     boolean,
@@ -71,7 +72,7 @@ class HttpClient:
         count_or_0, "retries of one request; none after the first event of its answer"
     )
     backoff_factor: float = setting(
-        ratio, "seconds of pause before the first retry; doubled for each later one"
+        ratio, "seconds of backoff before the first retry; doubled for each later one"
     )
     queue_size: int = setting(
         count,
@@ -228,10 +229,14 @@ class Llm:
     providers: Mapping[str, Provider] = setting(mapping_of(label, section(Provider)), "")
 
     def __post_init__(self) -> None:
-        message = f"is not among llm.providers ({', '.join(self.providers)})"
+        known = f"is not among llm.providers ({', '.join(self.providers)})"
         names: dict[tuple[str | int, ...], str] = {("active",): self.active}
         names |= {("fallbacks", index): name for index, name in enumerate(self.fallbacks)}
         check_rules(
             self,
-            *((path, message) for path, name in names.items() if name not in self.providers),
+            *(
+                (path, f"{show(name)} {known}{nearest(name, self.providers)}")
+                for path, name in names.items()
+                if name not in self.providers
+            ),
         )

@@ -70,6 +70,14 @@ class Faults(vol.MultipleInvalid):
         self.partial = partial
 
 
+class WrongShape(vol.Invalid):
+    """Another value where a list or a section of keys belongs; *written* is how to write that in one line."""
+
+    def __init__(self, message: str, written: str) -> None:
+        super().__init__(message)
+        self.written = written
+
+
 class Secret:
     """A secret text: `repr` and `str` give `***`, and only `reveal()` gives the text."""
 
@@ -187,7 +195,8 @@ def section(cls: type[T]) -> Validator:
         if mapping is None:
             mapping = {}
         if not isinstance(mapping, dict):
-            refuse(f"expected a section of keys, not {describe(mapping)}")
+            message = f"expected a section of keys, not {describe(mapping)}"
+            raise WrongShape(message, "{a: …, b: …}")
         mapping = {key: value for key, value in mapping.items() if key not in ignored}
         try:
             values = schema(mapping)

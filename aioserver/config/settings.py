@@ -126,7 +126,9 @@ class Auth:
         names: set[str] = set()
         for index, key in enumerate(self.keys):
             if key.name in names:
-                broken.append((("keys", index, "name"), "another key has this name"))
+                broken.append(
+                    (("keys", index, "name"), f"another key is named {key.name} as well")
+                )
             if [key.key_env, key.key_file, key.sha256].count(None) != 2:
                 message = "needs exactly one of key_env, key_file, sha256"
                 broken.append((("keys", index), message))
@@ -138,19 +140,20 @@ class Auth:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cluster:
-    """The limits and streams that several instances share."""
+    """The instances that are to share limits and streams. None do yet: each serves alone."""
 
     redis_url: str | None = setting(
         optional(redis),
-        "URL of the Redis server that instances share; null: this instance is alone",
+        "URL of the Redis server that the instances of a cluster share; null: no cluster",
         None,
         secret=True,
         instead="this instance serves alone, with limits and streams of its own",
     )
     name: str = setting(
         label,
-        "name of the cluster; instances with the same name share limits and streams",
+        "name of the cluster that this instance belongs to",
         "aioserver",
+        instead="this instance belongs to no cluster",
     )
 
 
@@ -180,13 +183,16 @@ class Settings:
 
     def __post_init__(self) -> None:
         workers = self.chat.websocket.concurrency.uvicorn.workers
-        message = f"must be >= uvicorn.workers ({workers}), which share it out"
+        message = f"must be >= uvicorn.workers ({workers}), which share it out, not "
         check_rules(
             self,
             *(
-                (("llm", "providers", name, "http_client", "concurrent_requests"), message)
+                (
+                    ("llm", "providers", name, "http_client", "concurrent_requests"),
+                    f"{message}{places}",
+                )
                 for name, provider in self.llm.providers.items()
-                if provider.http_client.concurrent_requests < workers
+                if (places := provider.http_client.concurrent_requests) < workers
             ),
         )
 

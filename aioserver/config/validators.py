@@ -1,7 +1,8 @@
 """The validators of single values, by the names that declarations of settings use.
 
 A validator returns the value to keep, or raises `vol.Invalid`. Its message shows the value that it
-refuses if that is short, and no value of a setting that may hold a secret; it quotes limits and bounds.
+refuses if that is short, and no value of a setting that may hold a secret; it quotes limits and bounds,
+and says what to write instead (hints.py).
 """
 
 from __future__ import annotations
@@ -12,7 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 import voluptuous as vol
 
-from aioserver.config.schema import FAULTY, Faults, Secret, Validator, describe, refuse, show
+from aioserver.config import hints
+from aioserver.config.schema import (
+    FAULTY,
+    Faults,
+    Secret,
+    Validator,
+    WrongShape,
+    describe,
+    refuse,
+    show,
+)
 from aioserver.protocol import addresses
 from aioserver.protocol.client_headers import CREDENTIALS, NEVER_PASSED, TRACE_HEADERS
 
@@ -23,9 +34,6 @@ if TYPE_CHECKING:
 MAX_NUMBER = 1e9
 # The scheme in an address. What follows it may have a password.
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,9})://")
-_WITH_UNIT = re.compile(
-    r"([0-9.]+) ?(ms|s|secs?|seconds?|m|mins?|h|[kmg]i?b?|b|bytes)", re.IGNORECASE
-)
 
 
 def whole(low: int, high: int, kind: str) -> Validator:
@@ -33,7 +41,7 @@ def whole(low: int, high: int, kind: str) -> Validator:
 
     def test(value: Any) -> int:
         if type(value) is not int:
-            refuse(f"expected a whole number, not {_describe_number(value)}")
+            refuse(f"expected a whole number, not {show(value)}{hints.number(value, kind)}")
         if value < low:
             refuse(f"must be at least {low}, not {show(value)}")
         if value > high:
@@ -48,7 +56,7 @@ def number(low: float, kind: str, *, above: bool = False) -> Validator:
 
     def test(value: Any) -> float:
         if type(value) not in {int, float}:
-            refuse(f"expected a number, not {_describe_number(value)}")
+            refuse(f"expected a number, not {show(value)}{hints.number(value, kind)}")
         if not -MAX_NUMBER <= value <= MAX_NUMBER:
             refuse(f"must be finite and at most {MAX_NUMBER:.0f}, not {show(value)}")
         if value < low or (above and value == low):
@@ -59,32 +67,25 @@ def number(low: float, kind: str, *, above: bool = False) -> Validator:
     return Validator(kind, test)
 
 
-def _describe_number(value: object) -> str:
-    """Describe *value*, which is not the expected number; a hint says how to write a number."""
-    shown = show(value)
-    if isinstance(value, str) and re.fullmatch(r"[-+]?[0-9]+(\.[0-9]*)?", value):
-        return f"{shown} (write a number without quotes and without leading zeros)"
-    if isinstance(value, str) and re.fullmatch(r"[-+]?[0-9.]+[eE][-+]?[0-9]+", value):
-        return f"{shown} (YAML requires a point and a sign: 1.0e+3)"
-    if isinstance(value, str) and (match := _WITH_UNIT.fullmatch(value)) is not None:
-        unit = "bytes" if match[2].lower().endswith("b") else "seconds"
-        return f"{shown} (write the number alone; it counts {unit})"
-    return shown
-
-
 def text(
-    kind: str, pattern: str | None = None, expected: str = "", *, shown: bool = False
+    kind: str,
+    pattern: str | None = None,
+    expected: str = "",
+    *,
+    shown: bool = False,
+    masked: bool = False,
 ) -> Validator:
     """Accept text that matches the whole *pattern*, which *expected* puts into words.
 
-    *shown*: whether a refused text is shown, because no secret belongs there.
+    *shown*: whether a refused text is shown, because no secret belongs there. A refused number or
+    boolean is shown unless the setting is *masked*.
     """
     compiled = re.compile(pattern) if pattern is not None else None
 
     def test(value: Any) -> str:
         if not isinstance(value, str):
             hint = "" if isinstance(value, list | dict | None) else " (put it in quotes)"
-            refuse(f"expected text, not {describe(value)}{hint}")
+            refuse(f"expected text, not {describe(value) if masked else show(value)}{hint}")
         if not value.isascii() and re.search(r"[\ud800-\udfff]", value):
             refuse("is not valid Unicode")
         if compiled is not None and compiled.fullmatch(value) is None:
@@ -94,17 +95,26 @@ def text(
     return Validator(kind, test)
 
 
-def url(*schemes: str, rest: str = r"[^\s\x00-\x1f\x7f?#@]+") -> Validator:
-    """Accept the URL of a server with one of *schemes*; the pattern *rest* is what follows `://`."""
-    plain = text("URL", rf"(?:{'|'.join(schemes)})://{rest}", "a URL")
+def url(*schemes: str, rest: str = r"[^\s\x00-\x1f\x7f?#@]+", shown: bool = False) -> Validator:
+    """Accept the URL of a server with one of *schemes*; the pattern *rest* is what follows `://`.
+
+    *shown*: whether an address without a scheme is shown, because it is no secret.
+    """
+    pattern = rf"(?:{'|'.join(schemes)})://{rest}"
+    plain = text("URL", pattern, "a URL", masked=not shown)
     starts = " or ".join(f'"{scheme}://"' for scheme in schemes)
 
     def test(value: Any) -> Any:
         match = _SCHEME.match(value) if isinstance(value, str) else None
         if match is not None and match[1] not in schemes:
-            nearest = difflib.get_close_matches(match[1].lower(), schemes, n=1)
-            hint = f" (did you mean {nearest[0]}://?)" if nearest else ""
+            near = difflib.get_close_matches(match[1].lower(), schemes, n=1)
+            hint = f" (did you mean {near[0]}://?)" if near else ""
             refuse(f'expected an address that starts with {starts}, not "{match[1]}://"{hint}')
+        written = hints.address(value) if shown else None
+        if written is not None:
+            refuse(
+                f'expected an address that starts with {starts}, not "{value}" (write {written})'
+            )
         try:
             return plain(value)
         except vol.Invalid as error:
@@ -124,7 +134,8 @@ def one_of(*words: str, fold: Callable[[str], str] = str) -> Validator:
 
     def test(value: Any) -> str:
         if not isinstance(value, str) or fold(value) not in words:
-            refuse(f"expected one of {', '.join(words)}, not {show(value)}")
+            hint = hints.nearest(value, words)
+            refuse(f"expected one of {', '.join(words)}, not {show(value)}{hint}")
         return fold(value)
 
     return Validator(" \\| ".join(words), test)
@@ -144,8 +155,12 @@ def list_of(validator: Validator) -> Validator:
 
     def test(values: Any) -> tuple[Any, ...]:
         if not isinstance(values, list):
-            hint = " (write it as [a, b])" if isinstance(values, str) else ""
-            refuse(f"expected a list, not {describe(values)}{hint}")
+            # A section has keys of its own, some of which hold secrets.
+            simple = validator.inner is None
+            raise WrongShape(
+                f"expected a list, not {show(values) if simple else describe(values)}",
+                hints.items(values) if simple else "[{…}, {…}]",
+            )
         return tuple(_validate_each(validator, dict(enumerate(values))).values())
 
     return Validator(f"list of {validator.kind}", test, validator.inner, "[]")
@@ -156,7 +171,7 @@ def mapping_of(name: Validator, validator: Validator) -> Validator:
 
     def test(values: Any) -> dict[str, Any]:
         if not isinstance(values, dict):
-            refuse(f"expected a section of keys, not {describe(values)}")
+            raise WrongShape(f"expected a section of keys, not {describe(values)}", "{a: …, b: …}")
         return _validate_each(validator, values, name)
 
     return Validator(f"{name.kind}: {validator.kind}", test, validator.inner, ".<name>")
@@ -196,16 +211,20 @@ def unfit(key: str) -> str | None:
 
 def _boolean(value: Any) -> bool:
     if type(value) is not bool:
-        refuse(f"expected true or false, not {show(value)}")
+        quoted = isinstance(value, str) and value.lower() in {"true", "false"}
+        hint = " (write it without quotes)" if quoted else ""
+        refuse(f"expected true or false, not {show(value)}{hint}")
     return value
 
 
 def _secret(value: Any) -> Secret:
-    if not isinstance(value, str):
-        refuse(f"expected text, not {describe(value)} (put it in quotes)")
+    value = _secret_text(value)
     if (reason := unfit(value)) is not None:
         refuse(reason)
     return Secret(value)
+
+
+_secret_text = text("secret", masked=True)
 
 
 def _passed_header(value: Any) -> str:
@@ -250,9 +269,15 @@ ratio = number(0, "number")
 
 # Text.
 prose = text("text")
-line = text("text", r"[^\x00-\x1f\x7f]+", "one line of text, not empty")
-optional_line = text("text", r"[^\x00-\x1f\x7f]*", "one line of text")
-latin = text("text", r"[\x20-\x7e\xa0-\xff]*", "one line of Latin-1 text")
+line = text(
+    "text",
+    r"[^\x00-\x1f\x7f]+",
+    "one line of text that is not empty and has no tab or other control character",
+)
+optional_line = text(
+    "text", r"[^\x00-\x1f\x7f]*", "one line of text without a tab or other control character"
+)
+latin = text("text", r"[\x20-\x7e\xa0-\xff]*", "one line of Latin-1 text", masked=True)
 label = text(
     "name",
     r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}",
@@ -261,12 +286,13 @@ label = text(
 )
 header = text("header name", r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", "the name of an HTTP header")
 passed_header = Validator("header name", _passed_header)
-digest = text("SHA-256 in hex", r"[0-9A-Fa-f]{64}", "64 hexadecimal digits")
+digest = text("SHA-256 in hex", r"[0-9A-Fa-f]{64}", "64 hexadecimal digits", masked=True)
 secret = Validator("secret", _secret)
 variable = text(
     "variable name",
     r"[A-Z_][A-Z0-9_]*",
     "the name of an environment variable in capitals, not the key itself",
+    masked=True,
 )
 
 # Addresses.
@@ -280,7 +306,7 @@ origin = text(
 proxy = url("http", "https", rest=r"[^\s\x00-\x1f\x7f?#]+")
 redis = url("redis", "rediss", "unix", rest=r"[^\s\x00-\x1f\x7f#]+")
 # A user's name and password in the URL of an API are refused, because there is `api_key`.
-api = url("http", "https")
+api = url("http", "https", shown=True)
 
 # Paths that no face can have: the other routes without a parameter, except the pages' assets.
 TAKEN = frozenset(

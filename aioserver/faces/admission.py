@@ -47,6 +47,8 @@ T = TypeVar("T")
 logger = logging.getLogger("aioserver.connections")
 
 LINES_PER_SECOND = 20
+# Of the lines about refusals: a full server refuses thousands, and an incident counts them.
+REFUSAL_LINES_PER_SECOND = 1
 # The connection of a client without a key.
 NOT_COUNTED = nullcontext()
 # Refused WebSockets whose close handshake is not over; beyond: a handshake gets a plain 503.
@@ -80,6 +82,7 @@ class Admission:
         self._limits = limits
         self._body_bytes = 0
         self._lines = RateLimit(LINES_PER_SECOND)
+        self.refusal_lines = RateLimit(REFUSAL_LINES_PER_SECOND)
 
     def apply(self, limits: Concurrency, send_timeout: float) -> None:
         """Use new limits. Connections that have a place keep it; those that wait keep their deadline."""
@@ -120,9 +123,11 @@ class Admission:
     def log(self, event: str, face: str, level: int = logging.INFO, *, caller: str = "") -> None:
         """Log that a connection was opened, closed or refused, and how full the gate is.
 
-        At most `LINES_PER_SECOND` lines of one event and face are written; the rest is counted.
+        At most `LINES_PER_SECOND` lines of one event and face are written, and of refusals at most
+        `REFUSAL_LINES_PER_SECOND` of one face; the rest is counted.
         """
-        if logger.isEnabledFor(level) and (suppressed := self._lines.allow(event, face)) >= 0:
+        lines = self.refusal_lines if event == "refused" else self._lines
+        if logger.isEnabledFor(level) and (suppressed := lines.allow(event, face)) >= 0:
             gate = self.gate
             logger.log(
                 level,

@@ -1,10 +1,11 @@
 """OpenAI's API: the official SDKs work unchanged with their `base_url` set to our `/v1`.
 
-The body is passed on as it came; only `model` is replaced where it names a provider. The provider's
-events come back byte for byte, each as soon as it arrives. The head of a streamed answer is sent with
-the provider's first bytes, so that a fault before them has its HTTP status; after `ping_interval` of
-silence it is sent alone, and heartbeat comments follow. A fault after the head is one error event,
-then the end: an answer never ends silently, and never with a false `[DONE]`.
+The body is passed on as it came, but for two things: `model` is replaced where it names a provider, and
+a lone surrogate by U+FFFD. The provider's events come back byte for byte, each as soon as it arrives.
+The head of a streamed answer is sent with the provider's first bytes, so that a fault before them has
+its HTTP status; after `ping_interval` of silence it is sent alone, and heartbeat comments follow. A
+fault after the head is one error event, then the end: an answer never ends silently, and never with a
+false `[DONE]`.
 """
 
 from __future__ import annotations

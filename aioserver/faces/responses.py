@@ -9,9 +9,8 @@ the log's own numbers have no part in it.
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import orjson
 from aiohttp import web
 
 from aioserver.auth.callers import CALLER
@@ -98,7 +97,7 @@ async def cancel(
     """
     stream = context.gateway.cancel(request[CALLER], find(context, request).request_id)
     answer = stream.details.whole
-    size = len(orjson.dumps(newest(stream))) if answer is None else answer.size
+    size = len(newest(stream)) if answer is None else answer.size
     if size > HIGH_WATER:
         return await writing(request)
     return await write_cancelled(context, request, stream)
@@ -113,12 +112,12 @@ async def write_cancelled(
     context: Context, request: web.Request, stream: Stream
 ) -> web.StreamResponse:
     """Answer as `write`, with the status that the response has now, or will have."""
-    status = None if stream.end_status == COMPLETE else "cancelled"
+    status = "" if stream.end_status == COMPLETE else "cancelled"
     return await write(context, request, stream, status)
 
 
 async def write(
-    context: Context, request: web.Request, stream: Stream, status: str | None = None
+    context: Context, request: web.Request, stream: Stream, status: str = ""
 ) -> web.StreamResponse:
     """Answer with the response that *stream* keeps, as it is now, and write it.
 
@@ -129,10 +128,7 @@ async def write(
     """
     if stream.details.whole is not None:
         return await openai.write_kept(context, request, stream)
-    newest_response = newest(stream)
-    if status is not None:
-        newest_response["status"] = status
-    body = orjson.dumps(newest_response)
+    body = newest(stream, status)
     response = web.Response(body=body, content_type="application/json", charset="utf-8")
     with context.gateway.hold() as held:
         held.grow(len(body))
@@ -168,14 +164,14 @@ def event_of(stream: Stream, sequence: int) -> int:
     return number
 
 
-def newest(stream: Stream) -> dict[str, Any]:
-    """Return the response object that the provider sent last.
+def newest(stream: Stream, status: str = "") -> bytes:
+    """Return the JSON of the response object that the provider sent last, with another *status* if one is passed.
 
     Raises:
         StreamNotFound: no event had a response, or *stream* is no response.
     """
     events = _remembered(stream)
-    response = None if events is None else events.response
+    response = None if events is None else events.newest(status)
     if response is None:
         raise StreamNotFound(NOT_FOUND)
     return response

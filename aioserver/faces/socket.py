@@ -247,9 +247,9 @@ class Socket(ABC):
             return None
         if self._pinged:
             self._pinged = False
-            pause = limits.ping_interval - limits.ping_timeout
-            if pause > 0:
-                return pause
+            delay = limits.ping_interval - limits.ping_timeout
+            if delay > 0:
+                return delay
         self._ping = struct.pack("!I", next(self._pings))
         self._pinged = True
         self._writer.send(ws_frame(WS_PING, self._ping))

@@ -1,9 +1,9 @@
 """Writes a response that is not streamed, for as long as its client needs to read it.
 
-aiohttp writes a response after its handler has returned, when the connection's place is given back: any
-number of clients that read nothing could then hold an answer each. Here the response is in the
-kernel, whole, before the handler returns, and a client that takes nothing for `send_timeout` is
-dropped, also on a UNIX socket, where no kernel would do so.
+aiohttp writes a response after its handler has returned. The connection's place is given back by then, so
+that any number of clients that read nothing could hold an answer each. This module writes the whole
+response before the handler returns, and waits until the kernel has it. A client that takes nothing for
+`send_timeout` is dropped, also on a UNIX socket, where no kernel would drop it.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ import asyncio
 from functools import partial
 from typing import TYPE_CHECKING
 
+from aiohttp import web
+from aiohttp.http import StreamWriter
+
 from aioserver.faces.http import announce_close
 from aioserver.faces.ready import HIGH_WATER, ReadyResponse
 from aioserver.limits.write_watchdog import WriteWatchdog, reset
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
-
-    from aiohttp import web
 
 
 async def write(
@@ -42,9 +43,21 @@ async def write(
         return
     if not isinstance(response, ReadyResponse):
         announce_close(request, response)
-        await _written_by_aiohttp(
-            request, response, transport, send_timeout, partial(on_drop, face)
-        )
+        writer = await response.prepare(request)
+        body = response.body if isinstance(response, web.Response) else None
+        if isinstance(body, bytes) and request.method != "HEAD":
+            assert isinstance(writer, StreamWriter)
+            for start in range(0, len(body), HIGH_WATER):
+                # Without aiohttp's own wait for the client, which nothing bounds.
+                await writer.write(memoryview(body)[start : start + HIGH_WATER], drain=False)
+                if transport.get_write_buffer_size() > HIGH_WATER:
+                    await _watched(
+                        transport, request.writer.drain, send_timeout, partial(on_drop, face)
+                    )
+            assert isinstance(response, web.Response)
+            # Otherwise aiohttp would write it again.
+            response.body = None
+        await response.write_eof()
     else:
         transport.write(response.first_piece(request))
         if not transport.get_write_buffer_size() and response.fits_one_piece:
@@ -79,48 +92,18 @@ async def flush(
             transport.set_write_buffer_limits()
 
 
-async def _written_by_aiohttp(
-    request: web.Request,
-    response: web.StreamResponse,
-    transport: asyncio.Transport,
-    send_timeout: float,
-    on_drop: Callable[[str], None],
-) -> None:
-    """Let aiohttp write *response*: it gives the transport all of it, and waits for the client to read."""
-    watchdogs: list[WriteWatchdog] = []
-
-    def watch() -> None:
-        watchdogs.append(_watchdog(transport, send_timeout, on_drop))
-
-    # It begins once aiohttp waits: until then the buffer grows.
-    beginning = asyncio.get_running_loop().call_soon(watch)
-    try:
-        await response.prepare(request)
-        await response.write_eof()
-    finally:
-        beginning.cancel()
-        for watchdog in watchdogs:
-            watchdog.stop()
-
-
 async def _watched(
     transport: asyncio.Transport,
     drain: Callable[[], Awaitable[None]],
     send_timeout: float,
     on_drop: Callable[[str], None],
 ) -> None:
-    watchdog = _watchdog(transport, send_timeout, on_drop)
-    try:
-        await drain()
-    finally:
-        watchdog.stop()
-
-
-def _watchdog(
-    transport: asyncio.Transport, send_timeout: float, on_drop: Callable[[str], None]
-) -> WriteWatchdog:
     def drop() -> None:
         on_drop(f"nothing taken for {send_timeout} s")
         reset(transport)
 
-    return WriteWatchdog(asyncio.get_running_loop(), transport, send_timeout, drop)
+    watchdog = WriteWatchdog(asyncio.get_running_loop(), transport, send_timeout, drop)
+    try:
+        await drain()
+    finally:
+        watchdog.stop()

@@ -13,7 +13,7 @@ and if nobody can come back for the answer, there is neither of the two: the han
 answer.
 
 The producer has the router make attempts at the provider. After a fault that allows it, the same provider
-is asked again after a *pause* (a *retry*), or the next of the *fallbacks* is asked (a *failover*). Once
+is asked again after a *backoff* (a *retry*), or the next of the *fallbacks* is asked (a *failover*). Once
 an event is in the log neither happens: the client would read two answers. However the producer ends,
 its log then gets its last event, and its request a line in the request log.
 """

@@ -385,7 +385,7 @@ class Gateway:
         record.abandoned = stream.attachment.abandoned
         self._request_log.finish(record, stream.error, cancelled=stream.end_status == CANCELLED)
         # The stream is kept for its window; the provider's objects are needed no longer.
-        record.usage = stream.details.usage = None
+        record.usage = stream.details.usage = stream.attachment.request = None
 
     def _cancel_producer(self, stream: Stream) -> None:
         task = self._tasks.get(stream)

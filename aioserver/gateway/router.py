@@ -43,12 +43,12 @@ if TYPE_CHECKING:
     from aioserver.streams.stream import Stream
     from aioserver.telemetry.request_log import RequestLog, RequestRecord
 
-# Seconds to which the pauses between retries grow.
+# Seconds to which the backoff before a retry grows.
 MAX_BACKOFF = 30.0
-# Seconds of a pause; if a provider asks for more, its fault is raised instead.
-MAX_PAUSE = 60.0
-# Seconds of a pause of a request that waits until its provider is back.
-MAX_ABSENT_PAUSE = 2.0
+# Seconds of a backoff that a provider asks for; if it asks for more, its fault is raised instead.
+MAX_ASKED_BACKOFF = 60.0
+# Seconds for which a request is parked whose provider may be away, before it is tried again.
+MAX_PARKED = 2.0
 
 
 # Not frozen: that triples the cost of making one.
@@ -115,7 +115,7 @@ class Router:
 
     Always: once an event of an answer is in a log, no further attempt is made for it.
 
-    *random_number* returns numbers from 0.0 to 1.0, for the jitter of pauses.
+    *random_number* returns numbers from 0.0 to 1.0, for the jitter of backoffs.
     """
 
     def __init__(
@@ -278,8 +278,8 @@ class Router:
                     # Nothing was sent.
                     record.attempts -= 1
                 if not _begun(stream):
-                    pause = min(MAX_ABSENT_PAUSE, self._pause(1, limits.backoff_factor, None))
-                    if await provider.absence.wait(attempt, fault, pause):
+                    parked = min(MAX_PARKED, self._backoff(1, limits.backoff_factor, None))
+                    if await provider.absence.wait(attempt, fault, parked):
                         waited, rejoin = attempt.waited, True
                         continue
                 waited = attempt.waited
@@ -294,17 +294,17 @@ class Router:
                 forget_frames(fault)
                 last_fault = fault
                 number += 1
-                pause = self._pause(number, limits.backoff_factor, fault.retry_after)
+                backoff = self._backoff(number, limits.backoff_factor, fault.retry_after)
                 breaker, limited = provider.health.breaker, isinstance(fault, ProviderRateLimited)
-                if not fallback and pause < (trial := breaker.delay()) < inf:
+                if not fallback and backoff < (trial := breaker.delay()) < inf:
                     # The retry of a lone client would come shortly before the next trial may start.
-                    pause = trial
+                    backoff = trial
                 if (
                     _begun(stream)
                     or not fault.retry
                     or number > limits.max_retries
-                    or pause > MAX_PAUSE
-                    # The provider asks us to pause, or is dead, and the next one may not be.
+                    or backoff > MAX_ASKED_BACKOFF
+                    # The provider asks us to wait, or is dead, and the next one may not be.
                     or (fallback and (limited or breaker.dead))
                 ):
                     raise
@@ -318,16 +318,16 @@ class Router:
                 raise
             else:
                 return attempt
-            await asyncio.sleep(pause)
+            await asyncio.sleep(backoff)
 
-    def _pause(self, number: int, factor: float, retry_after: float | None) -> float:
-        """Return the seconds before retry *number*, at least *retry_after*.
+    def _backoff(self, number: int, factor: float, retry_after: float | None) -> float:
+        """Return the seconds of the backoff before retry *number*, at least *retry_after*.
 
-        The pauses double, and half of each is random ("equal jitter": Marc Brooker, "Exponential
+        Backoffs double, and half of each is random ("equal jitter": Marc Brooker, "Exponential
         Backoff And Jitter", 2015).
         """
-        backoff = min(MAX_BACKOFF, factor * 2.0 ** min(number - 1, 30))
-        return max(backoff * (0.5 + self._random_number() / 2), retry_after or 0.0)
+        seconds = min(MAX_BACKOFF, factor * 2.0 ** min(number - 1, 30))
+        return max(seconds * (0.5 + self._random_number() / 2), retry_after or 0.0)
 
     def _usable_others(self, first: Provider) -> list[Provider]:
         """Return the fallbacks that may be asked instead of *first*, in their order."""

@@ -15,7 +15,9 @@ import contextlib
 import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import msgspec
 import orjson
+from msgspec import Raw
 
 from aioserver.protocol.eventstream import parse, write
 
@@ -31,6 +33,14 @@ _NO_RESPONSE: dict[str, Any] = {"object": "response", "output": []}
 _RESPONSE = b'"response"'
 _SEQUENCE = b'"sequence_number"'
 _SEQUENCE_NUMBER = re.compile(rb'"sequence_number" ?: ?([0-9]{1,18})[,}]')
+
+
+class _Event(msgspec.Struct, gc=False):
+    response: Raw
+
+
+_EVENT = msgspec.json.Decoder(_Event)
+_OBJECT = msgspec.json.Decoder(dict[str, Raw])
 
 
 class _Run(NamedTuple):
@@ -63,6 +73,21 @@ class ResponseEvents:
     def response(self) -> dict[str, Any] | None:
         """The response object that came last."""
         return _response_in(self._last_response)
+
+    def newest(self, status: str = "") -> bytes | None:
+        """Return the JSON of the response object that came last, with another *status* if one is passed.
+
+        None if there is no such object. Nothing below its top level is built, and it is no deeper than it came.
+        """
+        try:
+            response = _EVENT.decode(self._last_response).response
+            if status:
+                fields = _OBJECT.decode(response)
+                fields["status"] = Raw(orjson.dumps(status))
+                return msgspec.json.encode(fields)
+            return bytes(response)
+        except (msgspec.DecodeError, RecursionError):
+            return None
 
     @property
     def last_sequence(self) -> int:

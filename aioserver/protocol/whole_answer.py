@@ -48,12 +48,12 @@ class _Missing(ValueError):
 class _Walk:
     """A walk through *body*; each method moves `place`, and yields after about STEP_BYTES of it."""
 
-    __slots__ = ("_pause_at", "body", "place")
+    __slots__ = ("_yield_at", "body", "place")
 
     def __init__(self, body: bytes) -> None:
         self.body = body
         self.place = 0
-        self._pause_at = STEP_BYTES
+        self._yield_at = STEP_BYTES
 
     def find(self, *path: str | int) -> Generator[None, None, None]:
         """Go to the value at *path*: the names of members, and indices of elements.
@@ -93,7 +93,7 @@ class _Walk:
                 raise _Missing from None
             pieces.append(piece)
             self.place = stop
-            yield from self._pause()
+            yield from self._yield_if_due()
         self._expect(b'"')
         return pieces
 
@@ -169,14 +169,14 @@ class _Walk:
                 raise _Missing
             if not depth:
                 return
-            if self.place >= self._pause_at:
-                yield from self._pause()
+            if self.place >= self._yield_at:
+                yield from self._yield_if_due()
 
     def _past(self, pattern: re.Pattern[bytes]) -> Generator[None, None, None]:
         """Go past what *pattern* matches, however long it is."""
         while (stop := self._match(pattern)) > self.place:
             self.place = stop
-            yield from self._pause()
+            yield from self._yield_if_due()
 
     def _match(self, pattern: re.Pattern[bytes]) -> int:
         match = pattern.match(self.body, self.place, self.place + STEP_BYTES)
@@ -187,9 +187,9 @@ class _Walk:
             raise _Missing
         self.place += 1
 
-    def _pause(self) -> Generator[None, None, None]:
-        if self.place >= self._pause_at:
-            self._pause_at = self.place + STEP_BYTES // 2
+    def _yield_if_due(self) -> Generator[None, None, None]:
+        if self.place >= self._yield_at:
+            self._yield_at = self.place + STEP_BYTES // 2
             yield
 
 

@@ -7,7 +7,8 @@ A *request* says what is asked, whichever provider answers it. One try of it at 
 A provider is *well*; or it is *sick*: many attempts fail and some succeed, so that it is asked, but after
 a provider that is well; or it is *dead*: nothing succeeds any more, so that it is left alone but for *trials*.
 Its *breaker* knows which. A provider that cannot be reached, or says that it is not ready, is *away*: requests may
-wait in its queue until it is back. Its *health* is this breaker and two facts more: whether the
+wait in its queue until it is back. A request whose attempt has just failed is *parked* outside of the queue
+before it queues again. Its *health* is this breaker and two facts more: whether the
 provider has refused our key (it is *flagged*), and whether it was removed from the configuration. Its
 *budget* bounds the retries, so that a failing provider does not get a multiple of the requests.
 

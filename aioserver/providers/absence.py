@@ -29,7 +29,7 @@ WAIT = "wait"
 class Absence:
     """Keeps requests in the queue of a provider while it is away.
 
-    Always: a request waits only while its provider is away and nothing of it runs there. It waits for a
+    Always: a request waits only while its provider is away and no attempt of it is under way. It waits for a
     client, or for one that has begun it and not read it yet.
     """
 
@@ -72,12 +72,12 @@ class Absence:
     async def wait(self, attempt: Attempt, fault: ProviderFault, seconds: float) -> bool:
         """Return whether the request of *attempt*, which ended with *fault*, is to ask again and wait.
 
-        If the provider is not known as dead yet, the request pauses before, for *seconds* or more. Cancelling
-        is safe.
+        If the provider is not known as dead yet, the request is parked before, outside of the queue, for
+        *seconds* or more. Cancelling is safe.
 
         Raises:
             ProviderQueueFull: too many requests wait already.
-            AioserverError: the request is refused while it pauses.
+            AioserverError: the request is refused while it is parked.
         """
         if self._settings.when_down != WAIT or attempt.fallback:
             return False
@@ -100,7 +100,7 @@ class Absence:
             if not attempt.rejoin:
                 self._gate.check_room()
             if not self._health.breaker.dead:
-                await self._pause(attempt, seconds)
+                await self._park(attempt, seconds)
         except CircuitOpen:
             # It fails in another way now, and has died of it: *fault* says more than that.
             return False
@@ -111,7 +111,7 @@ class Absence:
         return True
 
     async def begin(self, attempt: Attempt) -> None:
-        """Note that the request of *attempt* waits, and that nothing of it runs any more.
+        """Note that the request of *attempt* waits, and that no attempt of it is under way any more.
 
         A client that leaves ends the wait from now on, and one that has left ends it here: an answer that
         nobody reads does not stand in front of others. Cancelling is safe.
@@ -121,12 +121,12 @@ class Absence:
             # The cancellation of this very task arrives.
             await asyncio.sleep(0)
 
-    async def _pause(self, attempt: Attempt, seconds: float) -> None:
+    async def _park(self, attempt: Attempt, seconds: float) -> None:
         began = self._clock()
-        await self._gate.pause(seconds, waited=attempt.waited)
-        paused = self._clock() - began
-        attempt.waited += paused
-        attempt.request.record.queue_wait += paused
+        await self._gate.park(seconds, waited=attempt.waited)
+        parked = self._clock() - began
+        attempt.waited += parked
+        attempt.request.record.queue_wait += parked
 
 
 def unsent(stream: Stream) -> bool:

@@ -30,6 +30,11 @@ class BodySink:
         self._max_bytes = max_bytes
 
     @property
+    def progress(self) -> int:
+        """The bytes that have come so far."""
+        return self._size
+
+    @property
     def body(self) -> bytes:
         """The bytes that have come so far."""
         return b"".join(self._parts)

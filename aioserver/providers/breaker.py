@@ -11,7 +11,9 @@ After Michael T. Nygard, "Release It!", 2007, but dead is another thing than sic
           ▲    fewer than a quarter fail                                     │
           └──────────────────────── any success ─────────────────────────────┘
 
-A success counts at the first event of an answer, and a failure at its end. A breaker that opens at a share
+A success counts at the first event of an answer, and a failure at its end. An answer that has begun and
+breaks off is a failure for the share of a sick provider, and says nothing of a dead one: where all places are
+taken by long answers, nothing begins for minutes. A breaker that opens at a share
 of failures takes away the requests that would have been answered, and retries multiply that: where half of
 all attempts fail, a request with three retries is answered 15 times out of 16.
 """
@@ -146,8 +148,13 @@ class Breaker:
                 self._interval = min(LONGEST_INTERVAL, 2 * self._interval)
                 self._next_spared_trial = self._clock() + self._interval
             return False
+        # An answer was counted as an attempt when it began, if that is remembered.
+        now = self._clock()
+        self._remember(now, 0 if answered and began > now - WINDOW else 1, 1)
+        if answered:
+            # The provider may be sick. That it is dead no answer says which has begun, however it ends.
+            return False
         self.unreachable = unreachable
-        self._remember(self._clock(), 0 if answered else 1, 1)
         began = max(began, self._last_success)
         self._failing_since = min(self._failing_since, began) if self._failures else began
         self._failures += 1

@@ -162,6 +162,9 @@ class Exchange:
         self._fault: Exception | None = None
         self._last_chunk_timer: asyncio.TimerHandle | None = None
         self.last_byte_at = 0.0
+        # When the provider said something last, or the request was sent, and the progress of the sink then.
+        self.spoke_at = 0.0
+        self._progress = 0
         self.record = record
         self._written = False
         # Whether the sink needs no more, and only the end of the body's framing is to come.
@@ -193,7 +196,7 @@ class Exchange:
             del request
             if not self._done.done():
                 self._written = True
-                self.last_byte_at = self._loop.time()
+                self.last_byte_at = self.spoke_at = self._loop.time()
                 self.protocol.watch_deadline(self._read_timeout)
             await self._done
             fault, self._fault = self._fault, None
@@ -206,12 +209,12 @@ class Exchange:
 
     def feed(self, data: bytes) -> None:
         """Parse bytes from the provider, and push what they bring to the sink."""
-        now, fast_path = self._loop.time(), self.protocol.fast_path
+        now, self.spoke_at = self._loop.time(), self._last(self.spoke_at)
         self.protocol.fast_path = None
         parser = self._parser
         # Once there is a sink, the answer has begun.
         if parser.sink is not None:
-            self.record.silent(self.last_byte_at if fast_path is None else fast_path.read_at, now)
+            self.record.silent(self.spoke_at, now)
         self.last_byte_at = now
         if parser.between_chunks and data.endswith(b"\r\n"):
             # Most reads of a stream are one whole chunk. The parser need not see such a read, since
@@ -236,15 +239,12 @@ class Exchange:
             self._open_fast_path()
 
     def _open_fast_path(self) -> None:
-        """Let the fast path take the next read, if the sink has one.
-
-        The parser must be between two chunks.
-        """
+        """Let the fast path take the next read, if the sink has one; the parser is between two chunks."""
         sink = self._parser.sink
         if sink is not None and not self._done.done():
             self.protocol.fast_path = fast_path = sink.fast()
             if fast_path is not None:
-                fast_path.read_at = self.last_byte_at
+                fast_path.read_at = self.spoke_at
 
     def _push(self) -> None:
         """Push to the sink what has come, and the end of the body."""
@@ -256,7 +256,10 @@ class Exchange:
             try:
                 if parts := parser.parts:
                     parser.parts = []
-                    if not sink.feed(parts[0] if len(parts) == 1 else b"".join(parts)):
+                    more = sink.feed(parts[0] if len(parts) == 1 else b"".join(parts))
+                    if sink.progress != self._progress:
+                        self._progress, self.spoke_at = sink.progress, self.last_byte_at
+                    if not more:
                         self._finish()
                         return
                 if parser.whole:
@@ -296,17 +299,17 @@ class Exchange:
         """
         if not self._written or self._awaiting_last_chunk or self._paused:
             return None
-        seconds = self._last_read() + self._read_timeout - self._loop.time()
+        seconds = self._last(self.last_byte_at) + self._read_timeout - self._loop.time()
         if seconds > 0:
             return seconds
         self._fail(ReadTimeout(f"the provider sent nothing for {self._read_timeout} s"))
         return None
 
     def silence(self, now: float) -> float | None:
-        """Return the seconds since the last byte, or the request; None if no byte is awaited."""
+        """Return the seconds since the provider said something, or the request; None if nothing is awaited."""
         if not self._written or self._paused or self._done.done():
             return None
-        return max(0.0, now - self._last_read())
+        return max(0.0, now - self._last(self.spoke_at))
 
     def pause(self) -> None:
         """Read nothing from the provider for now; the read deadline rests meanwhile.
@@ -331,19 +334,17 @@ class Exchange:
         assert self._backpressure is not None
         self._backpressure.discard(self)
         # The pause is no silence of the provider.
-        self.last_byte_at = self._loop.time()
+        self.last_byte_at = self.spoke_at = self._loop.time()
         if self.protocol.fast_path is not None:
             self.protocol.fast_path.read_at = self.last_byte_at
         if not self._transport.is_closing():
             self._transport.resume_reading()
             self.protocol.watch_deadline(self._read_timeout)
 
-    def _last_read(self) -> float:
-        """Return when the last byte came, by either path, in the loop's time."""
+    def _last(self, moment: float) -> float:
+        """Return *moment*, in the loop's time, or when the fast path has forwarded something since."""
         fast_path = self.protocol.fast_path
-        if fast_path is None:
-            return self.last_byte_at
-        return max(self.last_byte_at, fast_path.forwarded_at)
+        return moment if fast_path is None else max(moment, fast_path.forwarded_at)
 
     def _finish(self) -> None:
         """End the exchange well: the sink needs no more.
@@ -384,7 +385,7 @@ class Exchange:
         # A silence that lasts until the end counts as any other. The record drops a silence before the
         # answer when the answer comes.
         if self._written and not self._awaiting_last_chunk and not ended_well:
-            self.record.silent(self._last_read(), self._loop.time())
+            self.record.silent(self._last(self.spoke_at), self._loop.time())
         protocol.exchange = protocol.fast_path = None
         if self._last_chunk_timer is not None:
             self._last_chunk_timer.cancel()

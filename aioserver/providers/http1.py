@@ -110,6 +110,10 @@ class Sink(Protocol):
     Called from `data_received`. An `AioserverError` that it raises ends the exchange with this error.
     """
 
+    @property
+    def progress(self) -> int:
+        """A number that grows with what the provider says; comments, which keep a connection alive, say nothing."""
+
     def feed(self, data: bytes) -> bool:
         """Take a part of the body, never empty; return False if the answer needs no more."""
 

@@ -1,9 +1,9 @@
 """The queue of a provider: its gate, which opens at the provider's pace, and its faults.
 
 While the provider is dead, the gate opens for trials only. Where requests may wait until it is back
-(`when_down: wait`), they stay in the queue meanwhile. One whose attempt has just failed pauses before it
-comes back to the queue, since the provider may be away and not be known as dead yet. One whose attempt is
-under way may come back as well, so its room in the queue is kept.
+(`when_down: wait`), they stay in the queue meanwhile. A request whose attempt has just failed is *parked*
+outside of the queue before it comes back to it, since the provider may be away and not be known as dead
+yet. A request whose attempt is under way may come back as well, so its room in the queue is kept.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class TrialPlace(Place):
 class ProviderGate(Gate):
     """The gate of the provider *name*, which opens as the breaker of its *health* allows.
 
-    Always: places, queue and pace follow the *limits* that were applied last; a request that pauses is
-    counted as one that waits, and refused as one. Those that queue, that pause and that may come back are
+    Always: places, queue and pace follow the *limits* that were applied last; a parked request is
+    counted as one that waits, and refused as one. Those that queue, are parked, or may come back are
     `queue_size` together, unless new limits have lowered that number since.
     """
 
@@ -71,8 +71,8 @@ class ProviderGate(Gate):
         self._name = name
         self._limits = limits
         self._health = health
-        # The requests that pause, each done when it may come back, with the time at which its wait began.
-        self._pausing: dict[asyncio.Future[None], float] = {}
+        # The parked requests, each done when it may come back, with the time at which its wait began.
+        self._parked: dict[asyncio.Future[None], float] = {}
         # The attempts under way whose requests have waited, and come back if the provider is still away.
         self._returning: set[Hashable] = set()
         self.pace = Pace(
@@ -119,8 +119,8 @@ class ProviderGate(Gate):
 
     @property
     def waiting(self) -> int:
-        """How many requests wait, those that pause included."""
-        return super().waiting + len(self._pausing)
+        """How many requests wait, parked ones included."""
+        return super().waiting + len(self._parked)
 
     @property
     def full(self) -> bool:
@@ -145,7 +145,7 @@ class ProviderGate(Gate):
         """Give away what `keep_room` has kept, if it has."""
         self._returning.discard(attempt)
 
-    async def pause(self, seconds: float, *, waited: float = 0.0) -> None:
+    async def park(self, seconds: float, *, waited: float = 0.0) -> None:
         """Wait for *seconds*, or until `resume`, outside of the queue. Cancelling is safe.
 
         The request has *waited* for so many seconds before.
@@ -158,18 +158,18 @@ class ProviderGate(Gate):
         loop = asyncio.get_running_loop()
         over: asyncio.Future[None] = loop.create_future()
         timer = loop.call_later(seconds, _settle, over)
-        self._pausing[over] = self._clock() - waited
+        self._parked[over] = self._clock() - waited
         try:
             await over
         finally:
             timer.cancel()
-            del self._pausing[over]
+            del self._parked[over]
             # A refusal is in this future, and its traceback leads to this frame.
             del over
 
     def resume(self) -> None:
         """Let the requests in that wait, since the provider is back."""
-        for over in self._pausing:
+        for over in self._parked:
             _settle(over)
         self.serve()
 
@@ -183,7 +183,7 @@ class ProviderGate(Gate):
                     self._refuse(waiter, error)
             return
         super().refuse_waiting(error)
-        for over in self._pausing:
+        for over in self._parked:
             if not over.done():
                 self._refused += 1
                 over.set_exception(error())
@@ -191,9 +191,9 @@ class ProviderGate(Gate):
     def stats(self) -> GateStats:
         """Return a snapshot."""
         stats = super().stats()
-        if not self._pausing:
+        if not self._parked:
             return stats
-        longest = self._clock() - min(self._pausing.values())
+        longest = self._clock() - min(self._parked.values())
         return replace(stats, oldest_wait=max(stats.oldest_wait, longest))
 
     def _timeout_fault(self, wait: float) -> ProviderQueueTimeout:

@@ -78,6 +78,11 @@ class EventSink:
         self._finished = False
         self._begun = False
 
+    @property
+    def progress(self) -> int:
+        """The number of the newest event in the log."""
+        return self._stream.last
+
     def feed(self, data: bytes) -> bool:
         """Append the events that are whole now; return False at the end of the answer.
 
@@ -218,6 +223,11 @@ class ChatSink:
         self._begun = False
         self._shape: Shape | None = None
         self._samples_left = MAX_SHAPE_SAMPLES
+
+    @property
+    def progress(self) -> int:
+        """The number of the newest event in the log."""
+        return self._stream.last
 
     def feed(self, data: bytes) -> bool:
         """Append the chunks of the events that are whole now; return False at the end of the answer.

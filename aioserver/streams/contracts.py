@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 class Path(Protocol):
     """The fast path of a log's only reader (fast_path.py), as the log and the provider see it.
 
-    *forwarded_at* is the loop's time of the last read that it forwarded; *read_at* that of the
-    provider's last read, by either path.
+    *forwarded_at* is the loop's time of the last read that it forwarded; *read_at* when the
+    provider said something last, by either path.
     """
 
     forwarded_at: float

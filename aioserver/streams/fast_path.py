@@ -111,8 +111,8 @@ class Destination(NamedTuple):
 class FastPath:
     """Forwards the provider's bytes unchanged.
 
-    *forwarded_at* is the loop's time of the last read that it forwarded, *read_at* that of the
-    provider's last read, by either path. *_silence* is the longest silence noted so far, in
+    *forwarded_at* is the loop's time of the last read that it forwarded, *read_at* when the
+    provider said something last, by either path. *_silence* is the longest silence noted so far, in
     seconds: only a longer one is noted.
     """
 

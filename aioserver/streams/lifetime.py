@@ -12,7 +12,7 @@ again, so it ends if its client has left. A stream that has ended is kept for it
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -51,10 +51,12 @@ class Lifetime:
         # The streams that run without a reader: whether the last one has left, or none has come yet.
         self._detached: OrderedDict[Stream, bool] = OrderedDict()
         # Ended streams with the loop's time at which to forget each, the next one in front.
-        self._kept: deque[tuple[float, Stream]] = deque()
+        self._kept: OrderedDict[Stream, float] = OrderedDict()
         self._sweeper: asyncio.TimerHandle | None = None
         self._draining = False
         store.on_finished = self._finished
+        # A stream that is dropped for want of room takes none here either.
+        store.on_dropped = lambda stream: self._kept.pop(stream, None)
 
     @property
     def detached(self) -> int:
@@ -147,7 +149,7 @@ class Lifetime:
         self._leave_detached(stream)
         self._giving_way.discard(stream)
         if stream.window > 0:
-            self._kept.append((self._loop.time() + stream.window, stream))
+            self._kept[stream] = self._loop.time() + stream.window
             if self._sweeper is None:
                 self._sweeper = self._loop.call_later(stream.window, self._sweep)
         elif not stream.readers:
@@ -157,13 +159,13 @@ class Lifetime:
         """Forget the streams that were kept for their windows. One timer serves all of them."""
         self._sweeper = None
         now = self._loop.time()
-        while self._kept and self._kept[0][0] <= now:
-            _, stream = self._kept.popleft()
+        while self._kept and next(iter(self._kept.values())) <= now:
+            stream, _ = self._kept.popitem(last=False)
             if stream.readers:
                 # A slow reader has not read the end yet: keep the stream for another window, at least 1 s.
-                self._kept.append((now + max(stream.window, 1.0), stream))
+                self._kept[stream] = now + max(stream.window, 1.0)
             else:
                 self._store.drop(stream)
         if self._kept:
-            delay = max(MIN_SWEEP_INTERVAL, self._kept[0][0] - now)
+            delay = max(MIN_SWEEP_INTERVAL, next(iter(self._kept.values())) - now)
             self._sweeper = self._loop.call_later(delay, self._sweep)

@@ -60,6 +60,8 @@ class StreamStore:
         self._dropping = False
         # Called with each stream that has its last event.
         self.on_finished: Callable[[Stream], None] = lambda _stream: None
+        # Called with each stream that is dropped.
+        self.on_dropped: Callable[[Stream], object] = lambda _stream: None
 
     def apply(self, *, max_stream_bytes: int, max_kept_bytes: int) -> None:
         """Use new bounds; a log keeps the `max_stream_bytes` that it began with."""
@@ -131,6 +133,7 @@ class StreamStore:
             if not owned:
                 del self._owned[owner]
         self._bytes -= stream.forget()
+        self.on_dropped(stream)
 
     def count_bytes(self, _stream: Stream, size: int) -> None:
         """Note that a log has grown by *size* bytes; negative: it has shrunk."""
@@ -142,6 +145,8 @@ class StreamStore:
         """Note that *stream* has its last event."""
         self._running.discard(stream)
         self._finished[stream] = None
+        # The rendering of an event may be as large as the log, and is not counted.
+        stream.rendered = None
         self.on_finished(stream)
         if self._bytes > self._max_kept_bytes:
             self._evict()

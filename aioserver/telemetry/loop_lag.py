@@ -2,8 +2,8 @@
 
 A timer that is due every tenth of a second measures how late it is called. While the loop is late
 nothing is read: the bytes of a provider wait in the kernel, and the provider seems to be silent for
-as much longer as the loop was late. So the late periods are kept, and taken out of the silences in
-which they fall.
+as much longer as the loop was late. So the late periods are kept, and taken out of the silences that
+they end.
 
 Only the time after the timer was due is measured: a block of 150 ms is measured as 50 to 150 ms.
 """
@@ -48,14 +48,18 @@ class LoopLag:
         self._count = 0
         return mean, maximum
 
-    def within(self, since: float, until: float) -> float:
-        """Return the seconds between *since* and *until*, in the loop's time, when the loop was late."""
-        total = 0.0
+    def before(self, until: float, since: float) -> float:
+        """Return for how many seconds the loop was late just before *until*, a time of the loop.
+
+        What came meanwhile was read at *until*. A late period that was over INTERVAL earlier has hidden
+        nothing until then. The part before *since* does not count.
+        """
         for due, called in reversed(self._late):
-            if called <= since:
+            if called < until - INTERVAL:
                 break
-            total += max(0.0, min(called, until) - max(due, since))
-        return total
+            if due < until and called > since:
+                return min(called, until) - max(due, since)
+        return 0.0
 
     def longest(self, since: float) -> float:
         """Return the length of the longest late period; only its part after *since* counts."""

@@ -216,7 +216,7 @@ class RequestLog:
         """Count the longest gap of each side, after moving our own lag out of the provider's."""
         metrics, lag, end = self.metrics, self._lag, record.silence_end
         if record.silence > THRESHOLD:
-            ours = lag.within(end - record.silence, end)
+            ours = lag.before(end, end - record.silence)
             # Not below 0: the lag is a sum of floats, and may exceed the silence by its rounding.
             record.silence = max(0.0, record.silence - ours)
         provider = metrics.providers[record.provider]

@@ -928,10 +928,10 @@ async def test_the_page_is_light_or_dark_as_the_system_is(
 # How it comes back.
 
 
-async def test_the_pause_before_a_try(server: RunningServer, page: Page) -> None:
+async def test_the_delay_before_a_try(server: RunningServer, page: Page) -> None:
     await enter(page, server)
 
-    pauses = await page.evaluate(
+    delays = await page.evaluate(
         """async () => {
             const { retryDelay } = await import("/assets/chat/connection.js");
             const most = (...given) =>
@@ -949,15 +949,15 @@ async def test_the_pause_before_a_try(server: RunningServer, page: Page) -> None
         }"""
     )
 
-    assert pauses["ends"] == [None] * 6
-    assert 0.4 < pauses["first"] < 0.5
-    assert 3.5 < pauses["fourth"] < 4
-    assert 0 < pauses["late"][0] < 3
-    assert 27 < pauses["late"][1] < 30
-    assert 1 <= pauses["restart"][0] < 2
-    assert 9 < pauses["restart"][1] < 10
-    assert 5 <= pauses["full"][0] <= pauses["full"][1] < 5.5
-    assert pauses["full"][2] >= 20
+    assert delays["ends"] == [None] * 6
+    assert 0.4 < delays["first"] < 0.5
+    assert 3.5 < delays["fourth"] < 4
+    assert 0 < delays["late"][0] < 3
+    assert 27 < delays["late"][1] < 30
+    assert 1 <= delays["restart"][0] < 2
+    assert 9 < delays["restart"][1] < 10
+    assert 5 <= delays["full"][0] <= delays["full"][1] < 5.5
+    assert delays["full"][2] >= 20
 
 
 def test_no_script_writes_markup_or_the_title() -> None:

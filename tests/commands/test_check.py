@@ -65,7 +65,7 @@ def test_all_faults_go_to_stderr_and_nothing_to_stdout(
     out, err = capsys.readouterr()
     assert (code, out) == (2, "")
     assert f"{file}:{line}:5 chat.websocket.prot: unknown key (did you mean port?)\n" in err
-    assert "llm.active: is not among llm.providers" in err
+    assert "is not among llm.providers" in err
     assert "Traceback" not in err
 
 

@@ -150,7 +150,7 @@ loging: {}
     found = refused(lambda: load(text, file, AIOSERVER__CHAT__SSE__ENDPOINT="1"), file)
 
     assert found == [
-        "AIOSERVER__CHAT__SSE__ENDPOINT chat.sse.endpoint: expected text, not a number (put it in quotes)",
+        "AIOSERVER__CHAT__SSE__ENDPOINT chat.sse.endpoint: expected text, not 1 (put it in quotes)",
         "F:3:5 chat.websocket.port: expected a whole number, not true",
         "F:4:5 chat.websocket.prot: unknown key (did you mean port?)",
         "F:5:5 chat.websocket.ping_interval: must be finite and at most 1000000000, not nan",
@@ -160,9 +160,9 @@ loging: {}
         "F:11:9 chat.websocket.concurrency.uvicorn.backlog: must be >= connection_queue_size (9), not 5",
         "F:13:9 chat.websocket.concurrency.uvicorn.keepalive_timeout: KEEPALIVE is not set (set it, or write ${KEEPALIVE:-default})",
         "F:18:9 chat.websocket.concurrency.uvicorn.backlog: this key appears twice (first on line 11)",
-        "F:20:3 llm.active: is not among llm.providers (mine)",
+        'F:20:3 llm.active: text "x" is not among llm.providers (mine)',
         "F:24:14 llm.providers.mine.model: aliases are refused (write the value out)",
-        "F:25:19 llm.providers.mine.models[1]: expected text, not a number (put it in quotes)",
+        "F:25:19 llm.providers.mine.models[1]: expected text, not 1 (put it in quotes)",
         "F:26:7 llm.providers.mine.http_client.backoff_factor: required key is missing",
         "F:27:30 llm.providers.mine.http_client.max_keepalive: must be <= max_connections (2), not 3",
         "F:28:44 llm.providers.mine.http_client.pool_timeout: must be greater than 0, not 0",
@@ -253,6 +253,75 @@ def test_a_fault_of_an_override_names_the_variable(
 
     assert found[0].startswith(f"AIOSERVER__{name} {fault}")
     assert "canary" not in found[0]
+
+
+LIST = "a ${…} reference is always one value: write "
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "fault"),
+    [
+        (
+            "fallbacks",
+            "[local, groq]",
+            (
+                f'F:11:3 llm.fallbacks: expected a list, not text "[local, groq]" ({LIST}[local, groq] '
+                "in the file, or set AIOSERVER__LLM__FALLBACKS='[local, groq]')"
+            ),
+        ),
+        (
+            "fallbacks",
+            "canary-0123456789",
+            (
+                f"F:11:3 llm.fallbacks: expected a list, not text ({LIST}[a, b] "
+                "in the file, or set AIOSERVER__LLM__FALLBACKS='[a, b]')"
+            ),
+        ),
+        (
+            "providers",
+            "{a: canary}",
+            (
+                f"F:11:3 llm.providers: expected a section of keys, not text ({LIST}{{a: …, b: …}} "
+                "in the file, or set AIOSERVER__LLM__PROVIDERS='{a: …, b: …}')"
+            ),
+        ),
+    ],
+)
+def test_a_reference_where_a_list_or_a_section_belongs_is_told_what_works(
+    setting: str, value: str, fault: str, file: Path
+) -> None:
+    text = small()[: small().index("  active: ")] + f"  active: a\n  {setting}: ${{IT}}\n"
+
+    assert fault in refused(lambda: load(text, file, IT=value), file)
+
+
+def test_what_the_message_about_a_reference_names_works(file: Path) -> None:
+    text = small().replace("active: mine", "active: mine\n  fallbacks: ${FB}")
+
+    configuration = load(text, file, FB="x", AIOSERVER__LLM__FALLBACKS="[mine, mine]")
+
+    assert configuration.settings.llm.fallbacks == ("mine", "mine")
+
+
+def test_a_list_in_a_variable_without_brackets_is_told_of_them(file: Path) -> None:
+    variables = {"AIOSERVER__LLM__FALLBACKS": "local,groq", "AIOSERVER__AUTH": "canary"}
+
+    assert refused(lambda: load(small(), file, **variables), file) == [
+        "AIOSERVER__AUTH auth: expected a section of keys, not text (write AIOSERVER__AUTH='{a: …, b: …}')",
+        (
+            'AIOSERVER__LLM__FALLBACKS llm.fallbacks: expected a list, not text "local,groq" '
+            "(write AIOSERVER__LLM__FALLBACKS='[local, groq]')"
+        ),
+    ]
+
+
+def test_a_list_that_no_variable_can_set_belongs_in_the_file(file: Path) -> None:
+    text = small().replace("    mine:", "    my-own:").replace("active: mine", "active: my-own")
+    text = text.replace("model: m", "model: m\n      models: ${IT}")
+
+    (fault,) = refused(lambda: load(text, file, IT="a,b"), file)
+
+    assert fault.endswith(f'expected a list, not text "a,b" ({LIST}[a, b] in the file)')
 
 
 def test_a_reference_is_typed_and_a_secret_may_be_one(file: Path) -> None:

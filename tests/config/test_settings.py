@@ -230,7 +230,9 @@ def test_a_known_name_brings_its_variable(
 def test_fallbacks_are_providers() -> None:
     found = faults(SETTINGS, changed(llm__fallbacks=["groq", "x"]))
 
-    assert found == {"llm.fallbacks.1": "is not among llm.providers (openai, groq, openrouter)"}
+    assert found == {
+        "llm.fallbacks.1": 'text "x" is not among llm.providers (openai, groq, openrouter)'
+    }
 
 
 def test_names_of_providers_and_headers_are_checked_with_their_values() -> None:
@@ -314,7 +316,7 @@ def test_keys_of_callers_are_named_once_and_come_from_one_place() -> None:
     found = faults(SETTINGS, changed(auth={"keys": keys, "open": True}))
 
     assert found == {
-        "auth.keys.1.name": "another key has this name",
+        "auth.keys.1.name": "another key is named web as well",
         "auth.keys.2": "needs exactly one of key_env, key_file, sha256",
         "auth.keys.3": "needs exactly one of key_env, key_file, sha256",
         "auth.open": "cannot be open and have keys",

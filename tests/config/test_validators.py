@@ -6,7 +6,8 @@ import pytest
 import voluptuous as vol
 
 from aioserver.config import validators
-from aioserver.config.schema import Secret
+from aioserver.config.schema import Secret, WrongShape, section
+from aioserver.config.settings import ClientKey
 
 if TYPE_CHECKING:
     from aioserver.config.schema import Validator
@@ -118,7 +119,17 @@ SECRET = "canary"
         (validators.api, f"https://me:{SECRET}@host"),
         (validators.proxy, f"htps://me:{SECRET}@host"),
         (validators.redis, f"redi://:{SECRET}@host"),
-        (validators.list_of(validators.line), SECRET),
+        (validators.list_of(section(ClientKey)), SECRET),
+        (validators.mapping_of(validators.header, validators.latin), SECRET),
+        (validators.list_of(validators.line), f"{SECRET}-0123456789"),
+        (validators.list_of(validators.line), f"a, {SECRET}-0123456789"),
+        (validators.api, f"{SECRET}-0123456789.{SECRET}-0123456789"),
+        (validators.api, f"{SECRET}.{SECRET}.{SECRET}"),
+        (validators.api, f"me:{SECRET}@host.example"),
+        (validators.proxy, f"{SECRET}.example:3128"),
+        (validators.latin, 1234),
+        (validators.proxy, 1234),
+        (validators.secret, 1234),
         *(
             (check, f"{SECRET}-0123456789")
             for check in (validators.boolean, validators.count, validators.seconds)
@@ -132,7 +143,10 @@ SECRET = "canary"
 def test_a_refused_value_that_may_be_a_secret_is_not_shown(
     check: Validator, value: object
 ) -> None:
-    assert SECRET not in refusal(check, value)
+    message = refusal(check, value)
+
+    assert SECRET not in message
+    assert "1234" not in message
 
 
 @pytest.mark.parametrize(
@@ -143,18 +157,47 @@ def test_a_refused_value_that_may_be_a_secret_is_not_shown(
         (validators.port_number, 80000, "must be at most 65535, not 80000"),
         (validators.seconds, -1.5, "must be greater than 0, not -1.5"),
         (validators.seconds, True, "expected a number, not true"),
-        (validators.seconds, "5s", 'not text "5s" (write the number alone; it counts seconds)'),
-        (validators.seconds, "20 min", "(write the number alone; it counts seconds)"),
-        (validators.size, "16MiB", 'not text "16MiB" (write the number alone; it counts bytes)'),
+        (validators.seconds, "5s", 'not text "5s" (write 5; it counts seconds)'),
+        (validators.seconds, "1m30s", 'not text "1m30s" (write 90; it counts seconds)'),
+        (validators.seconds, "1h 30m 5s", "(write 5405; it counts seconds)"),
+        (validators.seconds, "20 min", "(write 1200; it counts seconds)"),
+        (validators.seconds, "250ms", "(write 0.25; it counts seconds)"),
+        (validators.seconds, "5kb", "(write the number alone; it counts seconds)"),
+        (validators.seconds, "1.5.2s", 'not text "1.5.2s"'),
+        (validators.days, "4 weeks", "(write 28; it counts days)"),
+        (validators.size, "16MiB", 'not text "16MiB" (write 16777216; it counts bytes)'),
+        (validators.size, "16M", "(write 16777216; it counts bytes)"),
+        (validators.size, "4MB", "(write 4000000; it counts bytes)"),
+        (validators.size, "16,777,216", "(write 16777216)"),
+        (validators.count, 8000.0, "not 8000.0 (write 8000)"),
+        (validators.count, "5s", "(write the number alone: this setting has no unit)"),
+        (validators.count, "8000 ", 'not text "8000 " (write the number without a space around'),
+        (validators.boolean, "true", 'not text "true" (write it without quotes)'),
         (validators.boolean, "ja", 'expected true or false, not text "ja"'),
         (validators.boolean, 1, "expected true or false, not 1"),
         (validators.log_level, "LOUD", 'CRITICAL, not text "LOUD"'),
+        (validators.log_level, "debugg", 'not text "debugg" (did you mean DEBUG?)'),
         (validators.route, "ws", 'not text "ws"'),
         (validators.network, "10.0.0.0/33", 'not text "10.0.0.0/33"'),
         (validators.label, "a\x1b", 'not text "a\\u001b"'),
         (validators.api, "htps://host/v1", 'not "htps://" (did you mean https://?)'),
         (validators.api, "host/v1", 'starts with "http://" or "https://", then a host'),
-        (validators.list_of(validators.line), "a,b", "expected a list, not text (write it as ["),
+        (
+            validators.api,
+            "127.0.0.1:11434/v1",
+            'not "127.0.0.1:11434/v1" (write http://127.0.0.1:11434/v1)',
+        ),
+        (validators.size, "0.3KiB", "(write 307; it counts bytes)"),
+        (validators.line, "a\tb", "no tab or other control character"),
+        (validators.api, "10", 'starts with "http://" or "https://", then a host'),
+        (validators.api, "127.0.0.1", "(write http://127.0.0.1)"),
+        (validators.api, "localhost/v1", "(write http://localhost/v1)"),
+        (validators.api, "[::1]:8000/v1", "(write http://[::1]:8000/v1)"),
+        (validators.api, "vllm:8000/v1", "(write http://vllm:8000/v1)"),
+        (validators.api, "api.openai.com/v1", "(write https://api.openai.com/v1)"),
+        (validators.line, 1.5, "expected text, not 1.5 (put it in quotes)"),
+        (validators.prose, True, "expected text, not true (put it in quotes)"),
+        (validators.list_of(validators.line), "a,b", 'expected a list, not text "a,b"'),
     ],
 )
 def test_a_wrong_value_is_shown_with_what_to_write_instead(
@@ -163,10 +206,34 @@ def test_a_wrong_value_is_shown_with_what_to_write_instead(
     assert message in refusal(check, value)
 
 
+@pytest.mark.parametrize(
+    ("value", "written"),
+    [
+        ("local", "[local]"),
+        ("local,groq", "[local, groq]"),
+        ("[local, groq, openrouter]", "[local, groq, openrouter]"),
+        ("*", '["*"]'),
+        ("a, it's", "[a, b]"),
+        ("", "[a, b]"),
+        ("a,,b", "[a, b]"),
+        (5, "[5]"),
+        (None, "[]"),
+        ({"a": 1}, "[a, b]"),
+        (f"{SECRET}-0123456789", "[a, b]"),
+    ],
+)
+def test_a_value_where_a_list_belongs_is_written_as_one(value: object, written: str) -> None:
+    with pytest.raises(WrongShape) as caught:
+        validators.list_of(validators.line)(value)
+
+    assert caught.value.written == written
+
+
 def test_a_number_where_text_is_wanted_asks_for_quotes() -> None:
     assert "put it in quotes" in refusal(validators.line, 1.1)
     assert "put it in quotes" in refusal(validators.secret, 1234)
     assert refusal(validators.line, None) == "expected text, not nothing"
+    assert refusal(validators.secret, ["a"]) == "expected text, not a list"
 
 
 def test_log_level_may_be_written_small() -> None:

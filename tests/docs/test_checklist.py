@@ -50,7 +50,7 @@ PROVIDER: dict[str, dict[str, tuple[str, ...]]] = {
             "test_a_429_under_load_lets_nobody_in_before_its_time",
         ),
         "gateway/test_provider_trouble.py": (
-            "test_a_429_goes_to_the_fallback_without_a_pause",
+            "test_a_429_goes_to_the_fallback_without_a_backoff",
             "test_while_a_provider_rests_its_fallback_is_asked_at_once",
             "test_waiters_of_a_provider_that_begins_to_rest_go_elsewhere",
             "test_a_storm_of_429_makes_no_wave_of_retries",

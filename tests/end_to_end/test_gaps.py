@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from tests.support.server import MakeServer, RunningServer
 
 
-PAUSE = 0.25  # seconds between two tokens of the provider
+GAP = 0.25  # seconds between two tokens of the provider
 BLOCK = 0.6  # that the loop is blocked
 
 
@@ -62,23 +62,23 @@ async def ask(server: RunningServer, face: str) -> None:
 
 
 @pytest.mark.parametrize("face", ["websocket", "sse", "openai"])
-async def test_a_provider_that_pauses_is_told_as_its_gap(
+async def test_a_provider_that_falls_silent_is_told_as_its_gap(
     face: str, make_server: MakeServer, finished: Callable[[], list[dict[str, Any]]]
 ) -> None:
-    # Takes a second: the pauses are what is measured.
-    server = await make_server(Behaviour(ttft=0, interval=PAUSE, tokens=4))
+    # Takes a second: the gaps are what is measured.
+    server = await make_server(Behaviour(ttft=0, interval=GAP, tokens=4))
 
     await ask(server, face)
     await until(lambda: len(finished()) == 1)
 
     (fields,) = finished()
     # What this loop was late meanwhile, on a busy machine, is taken out of it.
-    assert fields["provider_gap_ms"] + fields.get("our_gap_ms", 0.0) >= PAUSE * 900
-    assert fields["provider_gap_ms"] >= PAUSE * 300
+    assert fields["provider_gap_ms"] + fields.get("our_gap_ms", 0.0) >= GAP * 900
+    assert fields["provider_gap_ms"] >= GAP * 300
     assert "client_gap_ms" not in fields
     server.context.monitor.tick()
     stats: Any = server.context.monitor.snapshot
-    assert stats["providers"]["sim"]["silence"]["p99"] >= PAUSE * 0.3
+    assert stats["providers"]["sim"]["silence"]["p99"] >= GAP * 0.3
     assert stats["delay"]["ours"]["count"] == stats["delay"]["client"]["count"] == 1
 
 

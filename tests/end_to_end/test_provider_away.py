@@ -275,7 +275,7 @@ async def test_an_answer_that_is_to_be_fetched_later_waits_for_an_engine_that_lo
 async def test_an_answer_that_nobody_reads_gives_way_when_it_has_waited(
     make_server: MakeServer, away: AbsentProvider
 ) -> None:
-    # It pauses for 2 s, so that the others come before it is back.
+    # It is parked for 2 s, so that the others come before it is back.
     limits: dict[str, Any] = {"backoff_factor": 30.0, "concurrent_requests": 1}
     server = await make_server(LOADING, **behind(away, **limits))
     await away.come(server.simulator.port)
@@ -288,7 +288,7 @@ async def test_an_answer_that_nobody_reads_gives_way_when_it_has_waited(
         await ws.send_json(chat("somebody reads it"))
         frame = await ws.receive_json()
         while frame["chunk"].get("position") != 2:
-            # The other one pauses. Then it is in front.
+            # The other one is parked. Then it is in front.
             assert frame["status"] == "queued"
             frame = await ws.receive_json()
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from aioserver.server import listener
 from tests.support.chat import CHAT
 from tests.support.raw import SMALL, Raw
 from tests.support.server import CONCURRENCY
@@ -21,6 +22,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.support.server import MakeServer, RunningServer
+
+
+@pytest.fixture(autouse=True)
+def patient_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the kernel abort nobody: on a machine that is a second late it would be first."""
+    monkeypatch.setattr(listener, "KERNEL_PATIENCE", 60.0)
 
 
 @contextlib.asynccontextmanager

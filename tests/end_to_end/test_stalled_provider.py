@@ -63,7 +63,7 @@ async def asking(server: RunningServer, face: str) -> AsyncIterator[None]:
 def lengthen_silences(server: RunningServer, seconds: float = LATER) -> None:
     """Let every provider's last word be *seconds* older than it is."""
     for exchange in server.provider.pools.exchanges():
-        exchange.last_byte_at -= seconds
+        exchange.spoke_at -= seconds
         if (fast := exchange.protocol.fast_path) is not None:
             fast.forwarded_at -= seconds
 
@@ -159,6 +159,33 @@ async def test_a_silence_counts_until_the_answer_ends(
     assert all(fields.get("our_gap_ms", 0.0) < LATER * 1000 * 0.1 for fields in finished)
     assert shown(server)["providers"]["sim"]["silence"]["p50"] >= LATER * 0.9
     assert server.provider.meter.gap.sum >= CLIENTS * LATER * 0.9
+
+
+@pytest.mark.parametrize("face", FACES)
+@pytest.mark.parametrize("fault", ["comments-endless", "thinking-100000"])
+async def test_who_only_keeps_the_connection_alive_says_nothing(
+    face: str, fault: str, make_server: MakeServer
+) -> None:
+    server = await make_server(
+        Behaviour(ttft=0, interval=0.01, fault=fault, fail_rate=1.0), **PATIENT
+    )
+
+    def heard() -> list[float]:
+        return [exchange.last_byte_at for exchange in server.provider.pools.exchanges()]
+
+    async with asking(server, face):
+        await until(lambda: server.provider.stats().silence.under_way == CLIENTS)
+        await until(lambda: len(heard()) == CLIENTS and all(heard()))
+        begun = max(heard())
+        await until(lambda: min(heard()) > begun)
+        lengthen_silences(server)
+        lengthened = max(heard())
+        await until(lambda: min(heard()) > lengthened)
+        sim = shown(server)["providers"]["sim"]
+
+    assert sim["silent"]["longest"] >= LATER
+    assert sim["silent"]["unanswered"] == CLIENTS
+    assert sim["trouble"]["kind"] == "silent"
 
 
 @pytest.mark.parametrize("face", FACES)

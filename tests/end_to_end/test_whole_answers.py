@@ -4,32 +4,80 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import socket
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from aioserver.auth.callers import anonymous
-from aioserver.faces import whole
-from aioserver.streams.formats import EVENTS
-from aioserver.streams.writer import Writer
-from tests.support.chat import CHAT, frames_of, numbers, resume, text_of, to_end
+from aioserver.server import listener
+from tests.support.chat import CHAT
 from tests.support.raw import SMALL, Raw
+from tests.support.scripted_provider import (
+    EVENT_STREAM,
+    LAST_CHUNK,
+    Peer,
+    ScriptedProvider,
+    answering,
+    chunk,
+)
 from tests.support.server import CONCURRENCY, SIM_HTTP_CLIENT
-from tests.support.transport import FakeTransport
 from tests.support.waiting import until
-from tests.support.whole_answers import PATH, SIZE, provider, unsent
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
     from pathlib import Path
 
-    from tests.support.server import MakeServer
+    from tests.support.server import MakeServer, RunningServer
+
+SIZE = 4 << 20
+PATH = "/v1/chat/completions"
 
 
+@pytest.fixture(autouse=True)
+def patient_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the kernel abort nobody: on a machine that is a second late it would be first."""
+    monkeypatch.setattr(listener, "KERNEL_PATIENCE", 60.0)
+
+
+# Lines of a request: the first one's response is made here, that of the others by aiohttp.
+HEADS = {"plain": (), "page": ("Origin: http://x",), "last": ("Connection: close",)}
+
+
+@contextlib.asynccontextmanager
+async def provider(size: int = SIZE) -> AsyncIterator[ScriptedProvider]:
+    """A provider whose every answer has *size* bytes and a little; its last event, if it is streamed."""
+    choice = {"message": {"content": "x" * size}, "finish_reason": "stop", "index": 0}
+    response = {"id": "resp_1", "status": "completed", "object": "response", "output": []}
+    body = json.dumps({**response, "choices": [choice]}).encode()
+    head = f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    event = b'data: {"type":"response.completed","sequence_number":0,"response":%b}\n\n' % body
+
+    async def play(peer: Peer) -> None:
+        while True:
+            request = await peer.request()
+            scripted.requests.append(request)
+            if b'"stream": true' in request:
+                await peer.send(EVENT_STREAM, chunk(event), LAST_CHUNK)
+            else:
+                await peer.send(head.encode() + b"\r\n\r\n" + body)
+
+    async with ScriptedProvider(play) as scripted:
+        yield scripted
+
+
+def unsent(server: RunningServer) -> int:
+    """Bytes that wait in our transports."""
+    transports = [connection.transport for connection in server.http_server.connections]
+    return sum(one.get_write_buffer_size() for one in transports if one is not None)
+
+
+@pytest.mark.parametrize("lines", HEADS.values(), ids=HEADS)
 async def test_clients_that_do_not_read_whole_answers_hold_places_until_they_are_dropped(
-    make_server: MakeServer,
+    make_server: MakeServer, lines: tuple[str, ...], caplog: pytest.LogCaptureFixture
 ) -> None:
-    clients, places = 40, 5
+    clients, places = 40 if not lines else 10, 5
     async with provider() as scripted, contextlib.AsyncExitStack() as stack:
         server = await make_server(
             **{
@@ -41,7 +89,7 @@ async def test_clients_that_do_not_read_whole_answers_hold_places_until_they_are
         )
         for _ in range(clients):
             raw = await stack.enter_async_context(Raw(server, receive_buffer=SMALL))
-            await raw.post(PATH, CHAT)
+            await raw.post(PATH, CHAT, *lines)
         most = 0
 
         def dropped() -> bool:
@@ -58,73 +106,192 @@ async def test_clients_that_do_not_read_whole_answers_hold_places_until_they_are
         assert server.owners.streams.stats().bytes == 0
         async with server.session.post(f"{server.base}{PATH}", json=CHAT) as response:
             assert len(await response.read()) > SIZE
+    # Nothing is written to a connection that is gone.
+    assert not [one for one in caplog.records if one.name == "asyncio"]
 
 
-async def test_whole_answers_are_bounded_together(make_server: MakeServer) -> None:
+async def test_clients_that_do_not_read_a_large_refusal_hold_places_until_they_are_dropped(
+    make_server: MakeServer,
+) -> None:
+    clients, places, size = 6, 2, 900_000
+    body = json.dumps({"error": {"message": "x" * size}}).encode()
+    head = (
+        b"HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    )
+    play = answering(*[head % len(body) + body] * clients)
+    async with ScriptedProvider(play) as scripted, contextlib.AsyncExitStack() as stack:
+        server = await make_server(
+            **{
+                "llm.providers.sim.base_url": scripted.url,
+                "chat.streams.send_timeout": 0.3,
+                f"{CONCURRENCY}.max_connections": places,
+                f"{CONCURRENCY}.queue_timeout": 60.0,
+            }
+        )
+        for _ in range(clients):
+            raw = await stack.enter_async_context(Raw(server, receive_buffer=SMALL))
+            await raw.post(PATH, CHAT)
+        most = 0
+
+        def dropped() -> bool:
+            nonlocal most
+            most = max(most, unsent(server))
+            return server.context.metrics.slow_clients.value == clients
+
+        await until(dropped, 30, server.held)
+        assert 0 < most <= places * 3 * 65536
+
+
+@pytest.mark.parametrize(
+    ("path", "lines", "fields"),
+    [
+        (PATH, (), {}),
+        (PATH, ("Origin: http://x",), {}),
+        (PATH, ("Idempotency-Key: %d",), {}),
+        ("/v1/responses", (), {"store": True}),
+    ],
+    ids=["once", "page", "keyed", "stored"],
+)
+@pytest.mark.parametrize("window", [0, 30])
+async def test_whole_answers_are_bounded_together(
+    make_server: MakeServer,
+    path: str,
+    lines: tuple[str, ...],
+    fields: dict[str, Any],
+    window: int,
+) -> None:
+    async with provider() as scripted:
+        server = await make_server(
+            **{
+                "llm.providers.sim.base_url": scripted.url,
+                "chat.streams.send_timeout": 60.0,
+                "chat.streams.max_kept_bytes": 10 << 20,
+                "chat.streams.resume_window": window,
+                f"{SIM_HTTP_CLIENT}.concurrent_requests": 20,
+            }
+        )
+        kept = server.owners.streams.stats
+        async with contextlib.AsyncExitStack() as stack:
+            for number in range(2):
+                raw = await stack.enter_async_context(Raw(server, receive_buffer=SMALL))
+                asked = [line.replace("%d", f"{number}") for line in lines]
+                await raw.post(path, {**CHAT, **fields}, *asked)
+            await until(lambda: kept().bytes > 2 * SIZE and not server.held()["sim places"])
+
+            async with server.session.post(f"{server.base}{PATH}", json=CHAT) as response:
+                assert response.status == 503
+                assert (await response.json())["error"]["code"] == "server_at_capacity"
+            assert 2 * SIZE < kept().bytes <= 10 << 20
+        await server.nothing_held()
+        async with server.session.post(f"{server.base}{PATH}", json=CHAT) as response:
+            assert response.status == 200, await response.text()
+            assert len(await response.read()) > SIZE
+        if not window:
+            await until(lambda: kept().bytes == 0, state=kept)
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("lines", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("way", ["GET", "cancel"])
+async def test_clients_that_do_not_read_a_stored_response_are_dropped(
+    make_server: MakeServer, way: str, lines: tuple[str, ...], streamed: bool
+) -> None:
+    clients, places = 6, 2
+    async with provider() as scripted, contextlib.AsyncExitStack() as stack:
+        server = await make_server(
+            **{
+                "llm.providers.sim.base_url": scripted.url,
+                "chat.streams.send_timeout": 0.3,
+                "chat.streams.max_stream_bytes": 3 * SIZE,
+                f"{CONCURRENCY}.max_connections": places,
+                f"{CONCURRENCY}.queue_timeout": 60.0,
+            }
+        )
+        kept = server.owners.streams.stats
+        body = {"model": "sim", "input": "Hello", "store": True, "stream": streamed}
+        async with server.session.post(f"{server.v1}/responses", json=body) as response:
+            assert response.status == 200
+            await response.read()
+        await server.nothing_held()
+        before = kept().bytes
+        for _ in range(clients):
+            raw = await stack.enter_async_context(Raw(server, receive_buffer=SMALL))
+            if way == "GET":
+                await raw.get("/v1/responses/resp_1", *lines)
+            else:
+                await raw.post("/v1/responses/resp_1/cancel", b"", *lines)
+        most = counted = 0
+
+        def dropped() -> bool:
+            nonlocal most, counted
+            most, counted = max(most, unsent(server)), max(counted, kept().bytes - before)
+            return server.context.metrics.slow_clients.value == clients
+
+        await until(dropped, 30, server.held)
+        at_once = places if way == "GET" else clients
+        assert 0 < most <= at_once * 3 * 65536
+        # What is not in the log already is counted while it is sent.
+        assert (counted >= SIZE) if streamed else counted == 0
+        await until(lambda: kept().bytes == before, state=kept)
+
+
+@pytest.mark.parametrize(
+    ("lines", "window"),
+    [((), 0), (("Idempotency-Key: k",), 0), (("Idempotency-Key: k",), 30)],
+    ids=["once", "keyed", "kept"],
+)
+async def test_half_a_whole_answer_counts_until_its_request_ends(
+    make_server: MakeServer, lines: tuple[str, ...], window: int
+) -> None:
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    play = answering(head % (2 * SIZE) + b"[" * SIZE)
+    async with ScriptedProvider(play) as scripted:
+        server = await make_server(
+            **{"llm.providers.sim.base_url": scripted.url, "chat.streams.resume_window": window}
+        )
+        kept = server.owners.streams.stats
+        async with Raw(server) as raw:
+            await raw.post(PATH, CHAT, *lines)
+            await until(lambda: kept().bytes >= SIZE, state=kept)
+        if window:
+            await until(lambda: server.held()["detached"] == 1)
+            assert kept().bytes >= SIZE
+            async with server.session.delete(f"{server.sse}/k") as response:
+                assert response.status == 204
+        await until(lambda: kept().bytes < SIZE, state=kept)
+        assert window or kept().bytes == 0
+
+
+@pytest.mark.parametrize("way", ["GET", "cancel"])
+async def test_a_stored_response_that_is_being_read_makes_no_room(
+    make_server: MakeServer, way: str
+) -> None:
     async with provider() as scripted, contextlib.AsyncExitStack() as stack:
         server = await make_server(
             **{
                 "llm.providers.sim.base_url": scripted.url,
                 "chat.streams.send_timeout": 60.0,
                 "chat.streams.max_kept_bytes": 10 << 20,
-                "chat.streams.max_stream_bytes": 8 << 20,
-                f"{SIM_HTTP_CLIENT}.concurrent_requests": 20,
             }
         )
-        for _ in range(2):
-            raw = await stack.enter_async_context(Raw(server, receive_buffer=SMALL))
-            await raw.post(PATH, CHAT)
         kept = server.owners.streams.stats
+        body = {"model": "sim", "input": "Hello", "store": True}
+        async with server.session.post(f"{server.v1}/responses", json=body) as response:
+            await response.read()
+        readers = [
+            await stack.enter_async_context(Raw(server, receive_buffer=SMALL)) for _ in range(2)
+        ]
+        if way == "GET":
+            await readers[0].get("/v1/responses/resp_1")
+        else:
+            await readers[0].post("/v1/responses/resp_1/cancel", b"")
+        await until(lambda: unsent(server) > 0)
+        await readers[1].post(PATH, CHAT)
         await until(lambda: kept().bytes > 2 * SIZE and not server.held()["sim places"])
 
         async with server.session.post(f"{server.base}{PATH}", json=CHAT) as response:
             assert response.status == 503
-            assert (await response.json())["error"]["code"] == "server_at_capacity"
-            assert response.headers["x-should-retry"] == "false", "the model has answered"
-        asked = {"request_id": "r1", "text": "Hello", "streaming": False}
-        async with server.session.post(server.sse, json=asked) as response:
-            error = frames_of(await response.read())[-1]["chunk"]
-            assert (error["code"], error["retryable"]) == ("server_at_capacity", False)
-        assert kept().bytes <= 10 << 20
-    # The refused chat is kept for its window.
-    await until(lambda: kept().bytes < 1 << 14)
-    await server.nothing_held()
-
-
-@pytest.mark.parametrize("window", [0, 30.0])
-@pytest.mark.parametrize("again", ["repeated", "found"])
-async def test_a_kept_answer_counts_until_it_is_written(
-    make_server: MakeServer, window: float, again: str
-) -> None:
-    """Whatever is kept for a window may be dropped, but not while a client is still reading it."""
-    async with provider(id="resp_1", status="completed") as scripted:
-        server = await make_server(
-            **{
-                "llm.providers.sim.base_url": scripted.url,
-                "chat.streams.send_timeout": 60.0,
-                "chat.streams.resume_window": window,
-                "chat.streams.max_kept_bytes": 10 << 20,
-            }
-        )
-        kept = server.owners.streams.stats
-        async with Raw(server, receive_buffer=SMALL) as slow, Raw(server) as raw:
-            body = {"input": "Hello", "store": True}
-            await (slow if again == "repeated" or not window else raw).post("/v1/responses", body)
-            if window and again == "found":
-                assert (await raw.answer()).status == 200
-                await slow.send(b"GET /v1/responses/resp_1 HTTP/1.1\r\nHost: x\r\n\r\n")
-            await until(lambda: unsent(server) > 0)
-            async with Raw(server, receive_buffer=SMALL) as other:
-                await other.post(PATH, CHAT)
-                await until(lambda: kept().bytes > 2 * SIZE and not server.held()["sim places"])
-                async with server.session.post(f"{server.base}{PATH}", json=CHAT) as response:
-                    assert response.status == 503
-            assert kept().bytes > SIZE
-            slow.widen()
-            assert len((await slow.answer()).body) > SIZE
-        if not window:
-            await until(lambda: kept().bytes == 0)
-    await server.nothing_held()
+        assert kept().finished == 1
 
 
 async def test_a_slow_reader_of_a_whole_answer_gets_all_of_it(make_server: MakeServer) -> None:
@@ -136,6 +303,9 @@ async def test_a_slow_reader_of_a_whole_answer_gets_all_of_it(make_server: MakeS
         async with Raw(server, receive_buffer=SMALL) as raw:
             await raw.post(PATH, CHAT)
             head = await raw.head()
+            (connection,) = server.http_server.connections
+            assert connection.transport is not None
+            limits = connection.transport.get_write_buffer_limits()
             begun, seen = loop.time(), 0
             while loop.time() < begun + 2.5:
                 seen += len(await raw.exactly(20_000))
@@ -145,102 +315,58 @@ async def test_a_slow_reader_of_a_whole_answer_gets_all_of_it(make_server: MakeS
             raw.widen()
             rest = await raw.exactly(int(head.headers["content-length"]) - seen)
             assert rest.endswith(b"}]}")
+            (connection,) = server.http_server.connections
+            # As before: a stream that follows on this connection counts on them.
+            assert connection.transport is not None
+            assert connection.transport.get_write_buffer_limits() == limits
             # The connection is kept, and its next answer is whole, too.
             await raw.post(PATH, CHAT)
             assert len((await raw.answer()).body) > SIZE
 
 
-async def test_a_client_of_a_unix_socket_that_reads_nothing_is_dropped(tmp_path: Path) -> None:
+async def test_a_place_is_held_until_the_kernel_has_the_last_byte(make_server: MakeServer) -> None:
+    """Of small answers, each within what a transport takes without a wait."""
+    async with provider(60_000) as scripted:
+        server = await make_server(
+            **{"llm.providers.sim.base_url": scripted.url, "chat.streams.send_timeout": 1.0}
+        )
+
+        def stuck_or_answered(count: int) -> bool:
+            answered = len(scripted.requests) == count and not any(server.held().values())
+            return answered or unsent(server) > 0
+
+        async with Raw(server, receive_buffer=SMALL) as raw:
+            count = 0
+            while not unsent(server):
+                count += 1
+                await raw.post(PATH, CHAT)
+                await until(partial(stuck_or_answered, count))
+            assert unsent(server) < 1 << 16
+
+            await until(lambda: server.context.metrics.slow_clients.value == 1)
+        await server.nothing_held()
+
+
+@pytest.mark.parametrize("lines", HEADS.values(), ids=HEADS)
+async def test_a_client_of_a_unix_socket_that_reads_nothing_is_dropped(
+    make_server: MakeServer, tmp_path: Path, lines: tuple[str, ...]
+) -> None:
     loop = asyncio.get_running_loop()
-    path = str(tmp_path / "socket")
-    drops: list[str] = []
-    accepted: asyncio.Future[Any] = loop.create_future()
-
-    async def serve(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(b"x" * SIZE)
-        transport: Any = writer.transport
-        with contextlib.suppress(ConnectionError):
-            await whole.flush(transport, writer.drain, 0.2, drops.append)
-        accepted.set_result(transport.is_closing())
-        writer.close()
-
-    async with await asyncio.start_unix_server(serve, path):
-        with socket.socket(socket.AF_UNIX) as client:
-            client.setblocking(False)
-            await loop.sock_connect(client, path)
-            assert await asyncio.wait_for(accepted, 10)
-
-    assert drops == ["nothing taken for 0.2 s"]
-
-
-async def test_a_large_whole_answer_is_read_on_every_face_in_small_events(
-    make_server: MakeServer,
-) -> None:
-    """Nothing of it is parsed for a reader, who gets it as fast as it is read."""
-    async with provider() as scripted:
-        server = await make_server(**{"llm.providers.sim.base_url": scripted.url})
-        key = {"Idempotency-Key": "k1"}
-        async with server.session.post(f"{server.base}{PATH}", json=CHAT, headers=key) as response:
-            assert len(await response.read()) > SIZE
-
-        async with server.session.get(f"{server.sse}/k1") as response:
-            by_sse = frames_of(await response.read())
-        async with server.connect(max_msg_size=0) as ws:
-            await ws.send_json(resume("k1", 0))
-            by_websocket = await to_end(ws)
-
-    assert by_sse == by_websocket
-    assert numbers(by_sse) == list(range(1, len(by_sse) + 1))
-    assert by_sse[-1]["status"] == "complete"
-    assert text_of(by_sse) == "x" * SIZE
-    assert max(len(frame["chunk"].get("data", "")) for frame in by_sse) < 1 << 17
-
-
-async def test_others_are_served_while_a_large_whole_answer_is_read(
-    make_server: MakeServer,
-) -> None:
-    turns = 0
-
-    async def other() -> None:
-        nonlocal turns
-        while True:
-            turns += 1
-            await asyncio.sleep(0)
-
-    async with provider() as scripted:
-        server = await make_server(**{"llm.providers.sim.base_url": scripted.url})
-        key = {"Idempotency-Key": "k1"}
-        async with server.session.post(f"{server.base}{PATH}", json=CHAT, headers=key) as response:
-            await response.read()
-        stream = server.context.gateway.find(anonymous("127.0.0.1"), "k1")
-        transport = FakeTransport()
-        writer = Writer(transport, transport.drain, server.context.outbox, send_timeout=30.0)
-        writer.follow(stream, 0, EVENTS)
-        task = asyncio.ensure_future(other())
-        await writer.flush()
-        task.cancel()
-        writer.close()
-
-    assert text_of(frames_of(transport.written)) == "x" * SIZE
-    # A client that takes all at once gets 64 KiB in a turn, and one piece more.
-    assert turns >= SIZE // (1 << 17)
-    assert max(map(len, transport.writes)) < 1 << 17
-
-
-async def test_a_whole_answer_that_becomes_an_event_is_bounded_as_one(
-    make_server: MakeServer,
-) -> None:
+    data = json.dumps(CHAT).encode()
+    given = (f"POST {PATH} HTTP/1.1", "Host: x", "Content-Type: application/json", *lines)
+    head = "".join(f"{line}\r\n" for line in (*given, f"Content-Length: {len(data)}", ""))
     async with provider() as scripted:
         server = await make_server(
-            **{
-                "llm.providers.sim.base_url": scripted.url,
-                "chat.streams.max_stream_bytes": 1 << 20,
-            }
+            **{"llm.providers.sim.base_url": scripted.url, "chat.streams.send_timeout": 0.3}
         )
-        body = {"request_id": "r1", "text": "Hello", "streaming": False}
-        async with server.session.post(server.sse, json=body) as response:
-            frames = frames_of(await response.read())
-        async with server.session.post(f"{server.base}{PATH}", json=CHAT) as response:
-            assert len(await response.read()) > SIZE
+        unix = socket.socket(socket.AF_UNIX)
+        unix.bind(str(tmp_path / "socket"))
+        unix.listen()
+        await listener.listen(server.runner, server.settings.chat.websocket, inherited=[unix])
+        with socket.socket(socket.AF_UNIX) as client:
+            client.setblocking(False)
+            await loop.sock_connect(client, str(tmp_path / "socket"))
+            await loop.sock_sendall(client, head.encode() + data)
 
-    assert frames[-1]["chunk"]["code"] == "provider_bad_response"
+            await until(lambda: server.context.metrics.slow_clients.value == 1)
+            await server.nothing_held()

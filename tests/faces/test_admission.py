@@ -16,6 +16,7 @@ from aiohttp import WSMsgType
 from aioserver.faces import admission, intake
 from aioserver.faces import socket as sockets
 from aioserver.providers.simulator.exchange import Behaviour
+from aioserver.telemetry.logs import RateLimit
 from tests.support.chat import CHAT, chat, frames_of, to_end, until_status
 from tests.support.raw import CLOSE, TEXT, Raw, closing
 from tests.support.server import CONCURRENCY, SILENT, MakeServer
@@ -23,6 +24,7 @@ from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from aioserver.errors import AioserverError
+    from tests.support.clock import FakeClock
     from tests.support.server import RunningServer
 
 
@@ -509,3 +511,42 @@ async def test_a_socket_whose_wait_has_a_bug_is_refused(
     assert [error.code for error in refused] == ["internal_error"]
     assert metrics.bugs.value == 1
     assert [one.getMessage() for one in caplog.records] == ["bug in a socket's wait"]
+
+
+# Log lines.
+
+
+async def refused_once(server: RunningServer, face: str, number: int) -> None:
+    """Let *face* refuse one connection of a full server."""
+    if face == "websocket":
+        async with server.connect() as ws:
+            assert (await ws.receive_json())["chunk"]["code"] == "server_at_capacity"
+        return
+    url, body = {
+        "sse": (server.sse, {"request_id": f"r{number}", **CHAT}),
+        "openai": (f"{server.v1}/chat/completions", CHAT),
+    }[face]
+    async with server.session.post(url, json=body) as response:
+        assert response.status == 503
+
+
+@pytest.mark.parametrize("face", ["websocket", "sse", "openai"])
+async def test_refusals_are_one_line_a_second_and_face_and_the_others_are_counted(
+    face: str, make_server: MakeServer, clock: FakeClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = await make_server(**limits(1, 1, 0))
+    server.context.admission.refusal_lines = RateLimit(
+        admission.REFUSAL_LINES_PER_SECOND, clock=clock
+    )
+
+    async with full(server):
+        for number in range(7):
+            await refused_once(server, face, number)
+        clock.now += 1
+        for number in range(7, 9):
+            await refused_once(server, face, number)
+
+    lines: list[Any] = [one for one in caplog.records if one.getMessage() == "connection refused"]
+    assert [(one.levelno, one.fields["face"]) for one in lines] == [(logging.WARNING, face)] * 2
+    assert "suppressed" not in lines[0].fields
+    assert lines[1].fields["suppressed"] == 6

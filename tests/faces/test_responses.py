@@ -12,6 +12,7 @@ import pytest
 from openai import AsyncOpenAI
 from openai.types.responses import ResponseFailedEvent
 
+from aioserver.auth.callers import anonymous
 from aioserver.protocol import eventstream
 from aioserver.protocol.responses import ResponseEvents
 from aioserver.protocol.top_level import at_once
@@ -20,7 +21,7 @@ from aioserver.provider_errors import ProviderDisconnected
 from aioserver.providers.simulator.exchange import Behaviour
 from tests.support.chat import CHAT, chat, until_status
 from tests.support.raw import Raw
-from tests.support.server import ENDLESS, QUICK
+from tests.support.server import CONCURRENCY, ENDLESS, QUICK
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
@@ -94,6 +95,26 @@ async def test_a_stream_that_ended_is_kept(server: RunningServer, sdk: AsyncOpen
     assert found.model_dump() == last.response.model_dump()
     assert [event async for event in rest] == []
     assert server.held()["running"] == 0
+
+
+async def test_neither_a_look_nor_a_resume_reads_the_log(
+    server: RunningServer, sdk: AsyncOpenAI
+) -> None:
+    events = [event async for event in await sdk.responses.create(**ASK)]
+    whole = events[-1].response
+    (stream,) = server.owners.streams.owned_by(anonymous("127.0.0.1"))
+    for entry in stream.entries:
+        if entry.data:
+            entry.data = b"data: {}\n\n" * entry.count
+
+    assert (await sdk.responses.retrieve(whole.id)).model_dump() == whole.model_dump()
+    assert (await sdk.responses.cancel(whole.id)).model_dump() == whole.model_dump()
+    for number, event in enumerate(events, 1):
+        url = (
+            f"{server.v1}/responses/{whole.id}?stream=true&starting_after={event.sequence_number}"
+        )
+        async with server.session.get(url) as response:
+            assert (await response.read()).count(b"{}") == len(events) - number
 
 
 async def test_an_answer_not_streamed_is_kept_whole(
@@ -242,13 +263,17 @@ async def test_a_number_that_cannot_be(
 
 
 async def test_events_that_are_kept_no_longer_are_a_gap(make_server: MakeServer) -> None:
-    server = await make_server(**{"chat.streams.max_stream_bytes": 65536})
+    server = await make_server(
+        **{"chat.streams.max_stream_bytes": 65536, f"{CONCURRENCY}.max_connections": 1}
+    )
     server.simulator.behaviour = Behaviour(ttft=0, interval=0, tokens=2000)
     async with AsyncOpenAI(api_key="unused", base_url=server.v1, max_retries=0) as sdk:
         events = [event async for event in await sdk.responses.create(**ASK)]
         name = events[-1].response.id
-        with pytest.raises(openai.ConflictError) as caught:
-            await sdk.responses.retrieve(name, stream=True, starting_after=0)
+        # It is told so before it waits for a place.
+        async with server.connect():
+            with pytest.raises(openai.ConflictError) as caught:
+                await sdk.responses.retrieve(name, stream=True, starting_after=0)
         near = await sdk.responses.retrieve(
             name, stream=True, starting_after=events[-4].sequence_number
         )

@@ -289,7 +289,7 @@ async def test_a_provider_that_asks_for_too_long_a_rest_is_passed_over(trouble: 
     assert trouble.counts() == {"a": 1}
 
 
-async def test_the_place_is_free_between_two_tries_and_a_client_who_leaves_ends_the_pause(
+async def test_the_place_is_free_between_two_tries_and_a_client_who_leaves_ends_the_backoff(
     trouble: Trouble,
 ) -> None:
     provider = await trouble.add("a", status(500), ANSWER, backoff_factor=30.0)
@@ -364,7 +364,7 @@ async def test_a_provider_that_is_not_there_is_tried_and_then_replaced(trouble: 
     assert provider.meter.failovers["connect_error"].value == 1
 
 
-async def test_a_429_goes_to_the_fallback_without_a_pause(trouble: Trouble) -> None:
+async def test_a_429_goes_to_the_fallback_without_a_backoff(trouble: Trouble) -> None:
     await trouble.add("a", status(429, "Retry-After: 50\r\n"))
     await trouble.add("b", ANSWER)
     stream, _ = await trouble.fill()
@@ -718,7 +718,7 @@ async def test_a_retry_that_meets_a_dead_provider_ends_with_what_killed_it(
     done = await asyncio.gather(*tasks, return_exceptions=True)
 
     assert {type(one) for one in done} == {ProviderError}
-    # Each pauses until the next trial may start; the first to come is that trial.
+    # Each is parked until the next trial may start; the first to come is that trial.
     assert 5 < trouble.counts()["a"] < 15
 
 
@@ -817,7 +817,7 @@ async def test_a_trial_that_has_waited_and_fails_otherwise_waits_on(trouble: Tro
     assert trouble.counts() == {"a": 3}
 
 
-async def test_a_pause_ends_with_its_own_fault_if_the_provider_dies_of_another(
+async def test_a_parked_request_ends_with_its_own_fault_if_the_provider_dies_of_another(
     trouble: Trouble,
 ) -> None:
     provider = await trouble.add("a", status(503), status(500), when_down="wait", max_retries=0)

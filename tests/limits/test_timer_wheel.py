@@ -73,7 +73,7 @@ def test_a_member_comes_again_as_often_as_it_asks(clock: FakeClock, wheel: Timer
     assert clock.pending == 0
 
 
-def test_a_member_that_asks_for_no_pause_gets_one(clock: FakeClock, wheel: TimerWheel) -> None:
+def test_a_member_that_asks_for_no_delay_gets_one(clock: FakeClock, wheel: TimerWheel) -> None:
     member = Visited(0.0)
     wheel.add(member, 0.0)
 

@@ -60,7 +60,7 @@ async def test_trials_that_fail_slowly_use_up_the_queue_timeout() -> None:
         when_down="wait", http_client=SimpleNamespace(queue_timeout=QUEUE_TIMEOUT)
     )
     health: Any = SimpleNamespace(breaker=SimpleNamespace(dead=True, unreachable=True))
-    # There is room, and a request that meets a dead provider does not pause.
+    # There is room, and a request that meets a dead provider is not parked.
     gate: Any = SimpleNamespace(check_room=lambda: None)
     absence = Absence(provider, health, gate, clock)
     attempt: Any = SimpleNamespace(
@@ -78,7 +78,9 @@ async def test_trials_that_fail_slowly_use_up_the_queue_timeout() -> None:
 
 
 @pytest.mark.parametrize("known", [False, True])
-def test_those_that_pause_queue_and_try_again_share_the_bound_of_the_queue(*, known: bool) -> None:
+def test_requests_parked_queued_and_tried_again_share_the_bound_of_the_queue(
+    *, known: bool
+) -> None:
     async def outage() -> None:
         loop = asyncio.get_running_loop()
         far, router = away(queue_size=QUEUE_SIZE, concurrent_requests=25, max_connections=25)
@@ -136,7 +138,7 @@ def test_a_trial_that_came_from_the_queue_and_fails_otherwise_waits_on() -> None
     run_virtually(outage())
 
 
-def test_the_oldest_wait_goes_on_while_a_request_pauses_and_is_tried_again() -> None:
+def test_the_oldest_wait_goes_on_while_a_request_is_parked_and_is_tried_again() -> None:
     async def outage() -> None:
         far, router = away()
         asking = asyncio.create_task(ask(router))

@@ -278,6 +278,22 @@ def test_answers_that_break_off_are_failures_once(clock: FakeClock) -> None:
     assert breaker.state == WELL
 
 
+def test_answers_that_break_off_never_make_it_dead(clock: FakeClock) -> None:
+    breaker = Breaker(clock)
+    began = clock.now
+    for _ in range(MANY):
+        breaker.succeeded(0.1, trial=False)
+    # All places have long answers, so nothing else begins; then the network takes all of them.
+    clock.now += 10 * LONG_PATIENCE
+    assert not any(breaker.failed(began, trial=False, answered=True) for _ in range(2 * MANY))
+    assert breaker.state == SICK
+    # Whoever comes next finds out whether it is there.
+    clock.now += 2 * PATIENCE
+    for _ in range(MANY - 1):
+        assert not breaker.failed(clock.now - 2 * PATIENCE, trial=False)
+    assert breaker.failed(clock.now, trial=False)
+
+
 def test_a_sick_provider_has_its_turn(clock: FakeClock) -> None:
     breaker = Breaker(clock)
     turns = [breaker.first_in_turn() for _ in range(3 * TURN)]

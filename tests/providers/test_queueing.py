@@ -84,27 +84,27 @@ async def test_a_position_while_no_trial_may_start_is_no_promise(
     assert told == [1.0]
 
 
-async def test_the_oldest_wait_is_told_while_requests_pause(
+async def test_the_oldest_wait_is_told_while_requests_are_parked(
     gate: ProviderGate, health: Health, clock: FakeClock
 ) -> None:
     for _ in range(MAX_TRIALS):
         health.breaker.start()  # so that nobody starts
-    pausing = await waiting(gate, gate.pause(60.0), gate.pause(60.0, waited=2.0))
+    parked = await waiting(gate, gate.park(60.0), gate.park(60.0, waited=2.0))
     queueing = [asyncio.create_task(gate.enter(waited=1.0))]
     await until(lambda: gate.waiting == 3)
 
     clock.now += 3.0
 
     assert gate.stats().oldest_wait == 5.0
-    await given_up(pausing)
+    await given_up(parked)
     assert gate.stats().oldest_wait == 4.0
     await given_up(queueing)
 
 
-async def test_requests_that_are_refused_while_they_pause_are_counted(
+async def test_requests_that_are_refused_while_they_are_parked_are_counted(
     gate: ProviderGate, health: Health
 ) -> None:
-    tasks = await waiting(gate, gate.pause(60.0), gate.enter(), gate.pause(60.0))
+    tasks = await waiting(gate, gate.park(60.0), gate.enter(), gate.park(60.0))
 
     gate.refuse_waiting(health.refusal)
 

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import orjson
 import pytest
 
+from aioserver.errors import ServerAtCapacity
 from aioserver.protocol import eventstream
 from aioserver.protocol.openai import Reading
+from aioserver.protocol.responses import ResponseEvents
 from aioserver.provider_errors import (
     ProviderAuthError,
     ProviderBadResponse,
@@ -21,6 +23,7 @@ from aioserver.provider_errors import (
 from aioserver.providers.body_sink import BodySink
 from aioserver.providers.sinks import DONE, ChatSink, EventSink
 from aioserver.streams import entries
+from aioserver.streams.store import StreamStore
 from aioserver.streams.stream import Stream
 
 if TYPE_CHECKING:
@@ -528,3 +531,39 @@ def test_usage_and_the_finish_reason_are_told_at_the_end() -> None:
             }
         },
     )
+
+
+def test_the_bytes_of_a_body_count_from_the_first_to_the_release_and_each_attempt_anew() -> None:
+    store = StreamStore(max_stream_bytes=100, max_kept_bytes=100)
+    with store.hold() as held:
+        first = BodySink(1000, held)
+        first.feed(b"x" * 60)
+        assert store.stats().bytes == 60
+
+        second = BodySink(1000, held)
+        second.feed(b"y" * 30)
+        assert store.stats().bytes == 30
+        with pytest.raises(ServerAtCapacity):
+            second.feed(b"y" * 80)
+        assert store.stats().bytes == 30
+
+    assert store.stats().bytes == 0
+    second.feed(b"late")
+    assert store.stats().bytes == 0
+
+
+def test_what_a_running_answer_keeps_beside_its_events_is_counted_as_it_grows() -> None:
+    text = orjson.dumps({"choices": [{"index": 0, "delta": {"content": "x" * 1000}}]})
+    stream = new_stream()
+    chat = ChatSink(stream, Reading(max_text_bytes=1 << 20))
+    before = stream.extra_bytes
+    for _ in range(100):
+        chat.feed(b"data: %b\n\n" % text)
+    assert stream.extra_bytes - before >= 90_000
+
+    stream = new_stream()
+    stream.details.error_format = ResponseEvents()
+    response = EventSink(stream, responses=True)
+    before = stream.extra_bytes
+    response.feed(b'data: {"type":"x","response":{"id":"r1","text":"%b"}}\n\n' % (b"x" * 20_000))
+    assert stream.extra_bytes - before >= 20_000

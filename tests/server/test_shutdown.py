@@ -406,10 +406,10 @@ async def test_new_work_is_taken_until_the_delay_is_over(
 
 async def test_a_signal_while_it_starts_ends_it(tmp_path: Path, simulator: Simulator) -> None:
     codes = set()
-    for pause in (0.0, 0.1, 0.2, 0.3, 0.4, 0.6):
+    for delay in (0.0, 0.1, 0.2, 0.3, 0.4, 0.6):
         async with serving(tmp_path / "c.yaml", simulator.base_url) as process:
             # Wherever it is by then: still importing, reading its file, or listening.
-            await asyncio.sleep(pause)
+            await asyncio.sleep(delay)
             process.signal()
 
             codes.add(await process.ended())

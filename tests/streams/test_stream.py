@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
+import weakref
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
@@ -15,6 +17,7 @@ from aioserver.auth.callers import anonymous
 from aioserver.errors import ResumeGap, ServerAtCapacity
 from aioserver.protocol import eventstream
 from aioserver.protocol.openai import Reading, Shape
+from aioserver.protocol.responses import ResponseEvents
 from aioserver.protocol.top_level import at_once
 from aioserver.protocol.whole_answer import STEP_BYTES, text_pieces
 from aioserver.provider_errors import ProviderDisconnected, ProviderRefused
@@ -23,6 +26,7 @@ from aioserver.streams.cursor import ConditionReader
 from aioserver.streams.details import STREAM_OVERHEAD
 from aioserver.streams.entries import CANCELLED, CHUNK, COMPLETE, ERROR, PROCESSING
 from aioserver.streams.fast_path import Destination, TextPath
+from aioserver.streams.formats import EVENTS
 from aioserver.streams.store import StreamStore
 from aioserver.streams.stream import Stream
 
@@ -436,6 +440,51 @@ def test_without_keys_the_logs_of_other_addresses_are_not_listed() -> None:
     assert list(streams.owned_by(here)) == list(streams.owned_by(there)) == []
 
 
+class Counted:
+    """A caller that counts how often one is looked at."""
+
+    looks = 0
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __hash__(self) -> int:
+        Counted.looks += 1
+        return self.number
+
+    def __eq__(self, other: object) -> bool:
+        Counted.looks += 1
+        return self is other
+
+
+def test_the_logs_of_a_caller_are_listed_without_a_look_at_those_of_others() -> None:
+    streams = streams_of()
+    callers = [Counted(number) for number in range(1000)]
+    for caller in callers:
+        streams.open("r1", caller, window=30)
+
+    Counted.looks = 0
+    (stream,) = streams.owned_by(callers[500])
+
+    assert stream.caller is callers[500]
+    assert Counted.looks < 10
+
+
+def test_a_caller_whose_logs_are_all_dropped_is_forgotten() -> None:
+    streams = streams_of()
+    caller = Counted(1)
+    stream = streams.open("r1", caller, window=30)
+    stream.add_alias("resp_1")
+    stream.end(COMPLETE, {})
+    alive = weakref.ref(caller)
+
+    streams.drop(stream)
+    del caller, stream
+    gc.collect()
+
+    assert alive() is None
+
+
 def test_a_dropped_log_gives_its_bytes_back_once() -> None:
     streams = streams_of()
     stream, other = streams.open("r1", DEMO, window=30), streams.open("r2", DEMO, window=30)
@@ -558,6 +607,43 @@ def test_past_the_bound_late_readers_are_dropped_and_nobody_is_refused() -> None
     streams.open("another", DEMO, window=30)
 
 
+def test_of_running_logs_the_largest_drops_its_late_reader_first() -> None:
+    streams = streams_of(max_kept_bytes=1_000_000)
+    readers = []
+    for name, count in (("small", 4), ("large", 12)):
+        stream = streams.open(name, DEMO, window=30)
+        readers.append(Slow(stream))
+        for _ in range(count):
+            stream.append(CHUNK, [chunk("x" * 50_000)])
+    prompt = streams.open("prompt", DEMO, window=30)
+
+    for _ in range(5):
+        prompt.append(CHUNK, [chunk("x" * 50_000)])
+
+    assert [reader.dropped for reader in readers] == [False, True]
+
+
+def test_the_objects_of_tiny_events_are_counted() -> None:
+    stream = streams_of(max_stream_bytes=20_000).open("r", DEMO, window=30)
+    for _ in range(1000):
+        stream.append(CHUNK, data=b":\n\n", count=0)
+
+    assert len(stream.entries) <= 100
+
+
+def test_no_rendering_outlives_its_answer() -> None:
+    stream = streams_of().open("r1", DEMO, window=30)
+    readers = [Slow(stream), Slow(stream)]
+    stream.append(CHUNK, [chunk("x" * 10_000)])
+    EVENTS.render_newest(stream, stream.entries[-1])
+    assert stream.rendered is not None  # the readers share it, and nothing counts it
+
+    readers[0].leave()
+    stream.end(COMPLETE, {})
+
+    assert stream.rendered is None
+
+
 def test_everything_that_a_stream_keeps_is_counted() -> None:
     streams = streams_of()
     stream = streams.open("r1", DEMO, window=30)
@@ -572,6 +658,12 @@ def test_everything_that_a_stream_keeps_is_counted() -> None:
     assert streams.stats().bytes >= empty + 60_000
     stream.append_whole(Answer(200, {"a": "b" * 5000}, b"x" * 70_000, "", "sim"), b"x" * 70_000)
     assert streams.stats().bytes >= empty + 135_000
+    events = ResponseEvents()
+    events.note(b'data: {"response":{"id":"%b"}}\n\n' % (b"z" * 20_000), 1)
+    stream.details.error_format = events
+    stream.recount()
+    assert streams.stats().bytes >= empty + 155_000
+    stream.details.error_format = None
     stream.fail(ProviderRefused("no", 400, b"y" * 30_000))
     # The text belongs to the producer, which is done; the body is in the error, and in its event.
     assert empty + 145_000 <= streams.stats().bytes < empty + 150_000
@@ -616,6 +708,27 @@ def test_new_bounds_are_used_by_logs_to_come() -> None:
 
     assert streams.stats().bytes <= streams.stats().max_bytes == 30_000
     assert stream.bytes <= 1000
+
+
+def test_new_bounds_make_room_for_a_new_answer() -> None:
+    streams = streams_of()
+    for number in range(9):
+        finished(streams, f"r{number}")
+    streams.apply(max_stream_bytes=MUCH, max_kept_bytes=20_000)
+
+    streams.open("r", DEMO, window=30)
+
+    assert streams.stats().bytes <= 20_000 + STREAM_OVERHEAD
+
+
+def test_a_long_id_is_counted_as_often_as_it_is_kept() -> None:
+    streams = streams_of()
+    streams.open("r", DEMO, window=30)
+    short = streams.stats().bytes
+    streams.open("r" * 101, DEMO, window=30)
+
+    # As the name of the log, in the index, and in the head of its frames.
+    assert streams.stats().bytes - short >= short + 300
 
 
 def test_the_store_hears_of_each_end_once() -> None:

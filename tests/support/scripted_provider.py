@@ -195,6 +195,10 @@ class Got:
         self.status, self.headers = status, dict(headers)
         return self
 
+    @property
+    def progress(self) -> int:
+        return len(self.parts)
+
     def feed(self, data: bytes) -> bool:
         assert data, "a part is never empty"
         assert not self.ended

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 ENDPOINTS = {"websocket": "/ws/chat", "sse": "/sse/chat", "openai": "/v1"}
 # Seconds that a refused client waits at most, even if the server asks for more: the run must go on.
-MAX_PAUSE = 1.0
+MAX_DELAY = 1.0
 # Seconds that a refused client waits if the server asks for no time: it must not spin.
-DEFAULT_PAUSE = 0.1
+DEFAULT_DELAY = 0.1
 # The share of a core from which on the run measures this process and not the server.
 BUSY = 0.9
 
@@ -164,17 +164,17 @@ class Run:
                 attempt = Attempt(self.results)
                 await self._request(client, attempt)
                 finished += 1
-                wait = min(attempt.retry_after or DEFAULT_PAUSE, MAX_PAUSE)
-                pause = 0.0 if attempt.succeeded else wait
-                if self._last(finished, pause):
+                wait = min(attempt.retry_after or DEFAULT_DELAY, MAX_DELAY)
+                delay = 0.0 if attempt.succeeded else wait
+                if self._last(finished, delay):
                     return
-                await asyncio.sleep(pause)
+                await asyncio.sleep(delay)
         finally:
             await client.close()
 
-    def _last(self, finished: int, pause: float) -> bool:
+    def _last(self, finished: int, delay: float) -> bool:
         if self.plan.duration is not None:
-            return self.seconds + pause >= self.plan.duration
+            return self.seconds + delay >= self.plan.duration
         return finished == self.plan.requests
 
     async def _request(self, client: Client, attempt: Attempt) -> None:

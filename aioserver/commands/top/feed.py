@@ -22,7 +22,7 @@ MAX_INCIDENTS = 100
 # Bytes of one event, which may hold ten minutes of history with many providers.
 MAX_EVENT_BYTES = 16 << 20
 # Seconds between two attempts, doubling.
-FIRST_PAUSE, MAX_PAUSE = 0.5, 4.0
+FIRST_DELAY, MAX_DELAY = 0.5, 4.0
 # Seconds beyond the interval after which a server that sends no byte counts as lost.
 SILENCE = 10.0
 
@@ -95,28 +95,28 @@ class Feed:
             raise LostError("the server sent no snapshot in time") from None
 
     async def follow(self) -> None:
-        """Read for ever; after a loss connect again, with a pause that doubles.
+        """Read for ever; after a loss connect again, with a delay that doubles.
 
         Raises:
             Unreachable: the server answers, and refuses us.
         """
-        state, pause = self._state, FIRST_PAUSE
+        state, delay = self._state, FIRST_DELAY
         while True:
             last_stats = state.stats
             try:
                 await self._listen()
             except LostError as lost:
                 if state.stats is not last_stats:
-                    pause = FIRST_PAUSE
+                    delay = FIRST_DELAY
                 now = time.monotonic()
                 if not state.problem:
                     state.lost_at = now
                 state.problem = str(lost)
-                wait = max(pause, min(lost.retry_after, MAX_PAUSE))
+                wait = max(delay, min(lost.retry_after, MAX_DELAY))
                 state.retry_at = now + wait
                 self._changed()
                 await asyncio.sleep(wait)
-                pause = min(2 * pause, MAX_PAUSE)
+                delay = min(2 * delay, MAX_DELAY)
 
     async def _listen(self, *, until_snapshot: bool = False) -> None:
         """Read one connection to its end.
