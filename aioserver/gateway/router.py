@@ -254,7 +254,7 @@ class Router:
         record, limits = request.record, provider.settings.http_client
         provider.budget.add_request()
         number, waited, rejoin = 0, 0.0, False
-        last_fault: ProviderFault | None = None
+        previous: list[ProviderFault] = []
         while True:
             attempt = Attempt(
                 provider,
@@ -283,16 +283,12 @@ class Router:
                         waited, rejoin = attempt.waited, True
                         continue
                 waited = attempt.waited
-                if last_fault is not None and isinstance(fault, CircuitOpen):
-                    try:
-                        # What killed the provider says more than that it is dead.
-                        raise last_fault from None
-                    finally:
-                        last_fault = None
+                if previous and isinstance(fault, CircuitOpen):
+                    # What killed the provider says more than that it is dead.
+                    raise previous.pop() from None
                 fault.provider, fault.attempts = provider.name, record.attempts
-                # As in `_ask`.
-                forget_frames(fault)
-                last_fault = fault
+                forget_frames(fault)  # as in `_ask`
+                previous[:] = (fault,)
                 number += 1
                 backoff = self._backoff(number, limits.backoff_factor, fault.retry_after)
                 breaker, limited = provider.health.breaker, isinstance(fault, ProviderRateLimited)
@@ -386,9 +382,7 @@ def _sick_last(providers: list[Provider]) -> list[Provider]:
 def _final_fault(faults: list[ProviderFault], attempts: int) -> ProviderFault:
     """Return the fault to raise when all providers have failed: the last of *faults*, as a rule.
 
-    It gets the number of *attempts*, and *faults* is empty afterwards.
-
-    A provider that refuses our key is not usable: its fault is returned only if all of them refuse it.
+    It gets the number of *attempts*, and *faults* is empty afterwards. A provider that refuses our key is not usable: its fault is returned only if all of them refuse it.
     A fault of too many requests is returned only if every usable provider has raised one. The
     `retry_after` is that of the provider that may answer first.
     """

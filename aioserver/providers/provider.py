@@ -170,8 +170,7 @@ class Provider:
                     place.release()
             finally:
                 self._attempt_ended(attempt, error)
-                # Its traceback leads to this frame.
-                error = None
+                error = None  # its traceback leads here
 
     def head_received(self, attempt: Attempt) -> None:
         """Learn from the head of an answer: its headers tell what is left of the provider's limits."""
@@ -270,12 +269,7 @@ class Provider:
             body = request.body(self.settings)
             data = self.pools.writer.write(request.path, body, request.client_headers)
             del body
-            try:
-                connection = await pool.connect()
-            except BaseException:
-                # What connecting has raised may lead to this frame.
-                del data
-                raise
+            connection = await pool.connect()
             record.sent_at = self._clock()
             exchange = Exchange(
                 connection,
