@@ -157,8 +157,7 @@ class Exchange:
         self._parser = protocol.response_parser
         self._parser.begin(on_head)
         self._done: asyncio.Future[None] = self._loop.create_future()
-        # Why it has failed, until that is raised: the traceback leads to this object.
-        self._faults: list[Exception] = []
+        self._faults: list[Exception] = []  # until raised: their tracebacks lead to this object
         self._last_chunk_timer: asyncio.TimerHandle | None = None
         self.last_byte_at = 0.0
         # When the provider said something last, or the request was sent, and the progress of the sink then.
@@ -191,8 +190,7 @@ class Exchange:
                 await upload(
                     request, self.protocol, self._done, self._write_timeout, self._write_timed_out
                 )
-            # The request may be large, and its answer may take long.
-            del request
+            del request  # it may be large, and its answer may take long
             if not self._done.done():
                 self._written = True
                 self.last_byte_at = self.spoke_at = self._loop.time()
