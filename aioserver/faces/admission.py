@@ -19,7 +19,13 @@ from time import monotonic
 from typing import TYPE_CHECKING, Self, TypeVar
 
 from aioserver.auth.callers import CALLER
-from aioserver.errors import AioserverError, ConcurrencyExceeded, ServerAtCapacity, public
+from aioserver.errors import (
+    AioserverError,
+    ConcurrencyExceeded,
+    ServerAtCapacity,
+    forget_frames,
+    public,
+)
 from aioserver.faces import whole
 from aioserver.faces.http import Request, error_response
 from aioserver.faces.idle_sockets import IdleSockets
@@ -311,6 +317,7 @@ def counted(
                             raise
                         # Counted with its record, and as large as the provider likes.
                         response = error_response(fault)
+                        forget_frames(fault)
                     if not response.prepared:
                         timeout, drop = admission.send_timeout, admission.dropped
                         await whole.write(request, response, timeout, drop, face)

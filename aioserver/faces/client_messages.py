@@ -142,31 +142,38 @@ class ClientMessages:
         return self._holds.pop(0)
 
     def close(self) -> None:
-        """Count nothing any more."""
+        """Count nothing any more, and read nothing."""
         self._over = True
         self._stop_timer()
+        # It may have megabytes of a message that has no end.
+        self._reader = None
+        self._head = b""
         if self._hold is not None:
             self._hold.release()
         for hold in self._holds:
             hold.release()
         self._holds.clear()
 
+    def forget_receiver(self) -> None:
+        """Tell nobody any more when the connection is lost."""
+        self._receiver = None
+
     # The interface of aiohttp's reader.
 
     def feed_eof(self) -> None:
         """Note that the connection is lost."""
-        assert self._reader is not None
-        self._reader.feed_eof()
+        if self._reader is not None:
+            self._reader.feed_eof()
         if self._receiver is not None:
             self._receiver.client_gone()
 
     def feed_data(self, data: bytes) -> tuple[bool, bytes]:
         """Count *data*, and pass it on; the first value says that nothing more is read."""
+        if self._over:
+            return True, b""
         if self._receiver is None:
             self._head += data
             return False, b""
-        if self._over:
-            return True, b""
         if self._head:
             data, self._head = self._head + data, b""
         size, place, start = len(data), 0, -1

@@ -19,12 +19,11 @@ from aiohttp import web
 
 from aioserver.auth.callers import CALLER
 from aioserver.errors import InvalidRequest, StreamNotFound
-from aioserver.faces import http
+from aioserver.faces import http, whole
 from aioserver.faces.admission import counted
 from aioserver.faces.intake import client_headers, read_body
 from aioserver.faces.ready import ReadyResponse, ReadyStream, fits
 from aioserver.faces.streaming import follow
-from aioserver.faces.whole import write
 from aioserver.gateway.calls import kept_answer
 from aioserver.gateway.router import Request
 from aioserver.limits.turns import in_turns
@@ -143,7 +142,6 @@ async def serve(context: Context, request: web.Request, prepared: Request) -> we
     with gateway.hold() as held:
         prepared.provider_request.answer_bytes = held
         answer = await gateway.call(prepared)
-        prepared.provider_request.release()
         # Within the `with`: a client that reads slowly keeps the answer in memory.
         return await _write_whole(context, request, answer)
 
@@ -161,13 +159,22 @@ async def write_kept(context: Context, request: web.Request, stream: Stream) -> 
 async def _write_whole(
     context: Context, request: web.Request, answer: Answer
 ) -> web.StreamResponse:
-    response = whole(request, answer)
-    timeout = context.settings.chat.streams.send_timeout
-    await write(request, response, timeout, context.admission.dropped, "openai")
+    response = response_of(request, answer)
+    await write(context, request, response)
     return response
 
 
-def whole(request: web.Request, answer: Answer) -> web.StreamResponse:
+async def write(context: Context, request: web.Request, response: web.StreamResponse) -> None:
+    """Write the whole *response*, for as long as its client needs to read it.
+
+    Raises:
+        ConnectionError: as `whole.write`.
+    """
+    timeout = context.settings.chat.streams.send_timeout
+    await whole.write(request, response, timeout, context.admission.dropped, "openai")
+
+
+def response_of(request: web.Request, answer: Answer) -> web.StreamResponse:
     """Return *answer*, which was not streamed, as a response."""
     headers = {
         "x-aioserver-provider": answer.provider,

@@ -17,11 +17,13 @@ from aioserver.auth.callers import CALLER
 from aioserver.errors import InvalidRequest, ResumeGap, StreamNotFound
 from aioserver.faces import openai
 from aioserver.faces.admission import counted
-from aioserver.faces.whole import write
+from aioserver.faces.ready import HIGH_WATER
 from aioserver.protocol.responses import ResponseEvents
 from aioserver.streams.entries import COMPLETE
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from aioserver.faces.admission import BodyHold
     from aioserver.faces.context import Context
     from aioserver.streams.stream import Stream
@@ -34,6 +36,12 @@ NOT_FOUND = "no such response: never seen, or kept no longer"
 
 def routes(context: Context) -> list[web.RouteDef]:
     """Return the routes of this part of OpenAI's API."""
+    writing = counted(
+        context.admission,
+        "openai",
+        partial(prepare_kept, context),
+        partial(write_cancelled, context),
+    )
     return [
         web.get(
             "/v1/responses/{id}",
@@ -43,7 +51,7 @@ def routes(context: Context) -> list[web.RouteDef]:
             # The body is not written by aiohttp, which would leave it out for HEAD.
             allow_head=False,
         ),
-        web.post("/v1/responses/{id}/cancel", partial(cancel, context)),
+        web.post("/v1/responses/{id}/cancel", partial(cancel, context, writing)),
     ]
 
 
@@ -74,30 +82,57 @@ async def retrieve(
     stream, after = position
     if after is not None:
         return await openai.follow_stream(context, request, stream, after)
-    if stream.details.whole is not None:
-        return await openai.write_kept(context, request, stream)
-    return await _write_newest(context, request, stream)
+    return await write(context, request, stream)
 
 
-async def cancel(context: Context, request: web.Request) -> web.StreamResponse:
-    """Answer `POST /v1/responses/{id}/cancel`. A response that has ended stays as it is."""
+async def cancel(
+    context: Context,
+    writing: Callable[[web.Request], Awaitable[web.StreamResponse]],
+    request: web.Request,
+) -> web.StreamResponse:
+    """Answer `POST /v1/responses/{id}/cancel`. A response that has ended stays as it is.
+
+    This works in a full server, too: only a large response needs a place, by *writing*, until its client has
+    read it.
+    """
     stream = context.gateway.cancel(request[CALLER], find(context, request).request_id)
-    if stream.details.whole is not None:
-        return await openai.write_kept(context, request, stream)
+    answer = stream.details.whole
+    size = len(newest(stream)) if answer is None else answer.size
+    if size > HIGH_WATER:
+        return await writing(request)
+    return await write_cancelled(context, request, stream)
+
+
+async def prepare_kept(context: Context, request: web.Request, _hold: BodyHold) -> Stream:
+    """Prepare the writing of a response that has been cancelled, or has ended before."""
+    return find(context, request)
+
+
+async def write_cancelled(
+    context: Context, request: web.Request, stream: Stream
+) -> web.StreamResponse:
+    """Answer as `write`, with the status that the response has now, or will have."""
     status = "" if stream.end_status == COMPLETE else "cancelled"
-    return await _write_newest(context, request, stream, status)
+    return await write(context, request, stream, status)
 
 
-async def _write_newest(
+async def write(
     context: Context, request: web.Request, stream: Stream, status: str = ""
 ) -> web.StreamResponse:
-    """Write the response that came last; its bytes count until the client has taken them."""
-    admission = context.admission
+    """Answer with the response that *stream* keeps, as it is now, and write it.
+
+    A *status* replaces that of a response that was streamed.
+
+    Raises:
+        ServerAtCapacity: all that is kept would be more than `max_kept_bytes`.
+    """
+    if stream.details.whole is not None:
+        return await openai.write_kept(context, request, stream)
     body = newest(stream, status)
+    response = web.Response(body=body, content_type="application/json", charset="utf-8")
     with context.gateway.hold() as held:
         held.grow(len(body))
-        response = web.Response(body=body, content_type="application/json", charset="utf-8")
-        await write(request, response, admission.send_timeout, admission.dropped, "openai")
+        await openai.write(context, request, response)
     return response
 
 

@@ -351,7 +351,10 @@ class Socket(ABC):
         finally:
             if self._refused_closing:
                 admission.refused_closing -= 1
+            self._messages.forget_receiver()
             self._writer.close()
+            # It has what came and was not read, and this socket and its writer hold each other.
+            del self._ws
 
     def _dropped(self, reason: str) -> None:
         self._context.admission.dropped(self.face, reason)

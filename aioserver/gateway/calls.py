@@ -50,7 +50,7 @@ class Calls:
         return len(self._tasks)
 
     async def answer(self, request: Request) -> Answer:
-        """Return the answer to *request*. Cancelling ends the request.
+        """Return the answer to *request*, whose body is let go. Cancelling ends the request.
 
         Raises:
             ServerShutdown: `close` was called meanwhile.
@@ -84,6 +84,7 @@ class Calls:
             raise bug from exc
         finally:
             self._tasks.discard(task)
+            request.provider_request.release()
         record.usage = answer.usage
         self._request_log.finish(record, None)
         return answer

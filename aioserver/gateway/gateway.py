@@ -23,6 +23,7 @@ from aioserver.errors import (
     InvalidApiKey,
     RequestConflict,
     StreamNotFound,
+    forget_frames,
     public,
 )
 from aioserver.gateway.calls import Calls, shutdown_error
@@ -378,8 +379,8 @@ class Gateway:
     def _finish_record(self, stream: Stream) -> None:
         """Count and log the request of *stream*, which has ended."""
         if stream.error is not None:
-            # Otherwise the frames of the traceback would keep the question for the whole window.
-            stream.error.__traceback__ = stream.error.__cause__ = stream.error.__context__ = None
+            # Otherwise the question would be kept for the whole window.
+            forget_frames(stream.error)
         record = stream.record
         # Without the two events that open and end the stream.
         record.events = stream.last - 2 if stream.answered_at else 0

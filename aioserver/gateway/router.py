@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import TYPE_CHECKING
 
-from aioserver.errors import AioserverError, ModelNotFound
+from aioserver.errors import AioserverError, ModelNotFound, forget_frames
 from aioserver.provider_errors import (
     CircuitOpen,
     NoProvider,
@@ -227,13 +227,13 @@ class Router:
                     fallback=bool(providers) and any(p.health.available for p in providers),
                 )
             except ProviderFault as fault:
-                faults.append(fault)
                 if _begun(stream) or not fault.failover:
                     raise
+                # A fault that is kept here must not lead back to this frame, which leads to the body.
+                forget_frames(fault)
+                faults.append(fault)
                 if not providers:
-                    final_fault = _final_fault(faults)
-                    final_fault.attempts = fault.attempts
-                    raise final_fault from None
+                    raise _final_fault(faults, fault.attempts) from None
                 provider.meter.failovers[fault.code].value += 1
 
     async def _ask_provider(
@@ -255,7 +255,7 @@ class Router:
         record, limits = request.record, provider.settings.http_client
         provider.budget.add_request()
         number, waited, rejoin = 0, 0.0, False
-        last_fault: ProviderFault | None = None
+        previous: list[ProviderFault] = []
         while True:
             attempt = Attempt(
                 provider,
@@ -284,12 +284,13 @@ class Router:
                         waited, rejoin = attempt.waited, True
                         continue
                 waited = attempt.waited
-                if last_fault is not None and isinstance(fault, CircuitOpen):
+                if previous and isinstance(fault, CircuitOpen):
                     # What killed the provider says more than that it is dead.
-                    raise last_fault from None
+                    raise previous.pop() from None
                 fault.provider, fault.attempts = provider.name, record.attempts
                 fault.provider_headers = visible_headers(attempt.headers)
-                last_fault = fault
+                forget_frames(fault)  # as in `_ask`
+                previous[:] = (fault,)
                 number += 1
                 backoff = self._backoff(number, limits.backoff_factor, fault.retry_after)
                 breaker, limited = provider.health.breaker, isinstance(fault, ProviderRateLimited)
@@ -380,10 +381,10 @@ def _sick_last(providers: list[Provider]) -> list[Provider]:
     return [provider for provider in providers if provider not in sick] + sick
 
 
-def _final_fault(faults: Sequence[ProviderFault]) -> ProviderFault:
+def _final_fault(faults: list[ProviderFault], attempts: int) -> ProviderFault:
     """Return the fault to raise when all providers have failed: the last of *faults*, as a rule.
 
-    A provider that refuses our key is not usable: its fault is returned only if all of them refuse it.
+    It gets the number of *attempts*, and *faults* is empty afterwards. A provider that refuses our key is not usable: its fault is returned only if all of them refuse it.
     A fault of too many requests is returned only if every usable provider has raised one. The
     `retry_after` is that of the provider that may answer first.
     """
@@ -394,4 +395,6 @@ def _final_fault(faults: Sequence[ProviderFault]) -> ProviderFault:
         final.retry_after = min(
             fault.retry_after for fault in of_usable if fault.retry_after is not None
         )
+    final.attempts = attempts
+    faults.clear()
     return final

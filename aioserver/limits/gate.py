@@ -235,7 +235,10 @@ class Gate:
             may_fail_over=may_fail_over,
         )
         self._queue.add(waiter, caller, flow, weight, at_front=at_front)
-        return await self._wait(waiter, seconds, at_front=at_front)
+        waiting = self._wait(waiter, seconds, at_front=at_front)
+        # A refusal is in the waiter's future, and its traceback leads to this frame.
+        del waiter
+        return await waiting
 
     async def _wait(self, waiter: Waiter[Place], seconds: float, *, at_front: bool) -> Place:
         place = waiter.place
@@ -258,6 +261,9 @@ class Gate:
                 self._refused += 1
                 raise self._timeout_error(self.retry_after()) from None
             raise
+        finally:
+            # As in `enter`.
+            del place, waiter
 
     def refuse_waiting(self, error: Callable[[], AioserverError]) -> None:
         """Refuse every waiter, each with an error of its own."""

@@ -130,9 +130,8 @@ class ConnectionProtocol(ResponseHandler):
 class Exchange:
     """One request and its answer. `run` may be called once.
 
-    Always: after `run`, however it ended, the connection is released or closed and the protocol
-    holds no exchange; after a good answer whose last chunk is still to come, LAST_CHUNK_TIMEOUT later at
-    most.
+    Always: after `run`, however it ended, the connection is released or closed and the protocol holds no
+    exchange; after a good answer whose last chunk is still to come, LAST_CHUNK_TIMEOUT later at most.
     """
 
     def __init__(
@@ -158,6 +157,7 @@ class Exchange:
         self._parser = protocol.response_parser
         self._parser.begin(on_head)
         self._done: asyncio.Future[None] = self._loop.create_future()
+        self._faults: list[Exception] = []  # until raised: their tracebacks lead to this object
         self._last_chunk_timer: asyncio.TimerHandle | None = None
         self.last_byte_at = 0.0
         # When the provider said something last, or the request was sent, and the progress of the sink then.
@@ -190,13 +190,14 @@ class Exchange:
                 await upload(
                     request, self.protocol, self._done, self._write_timeout, self._write_timed_out
                 )
-            # The request may be large, and its answer may take long.
-            del request
+            del request  # it may be large, and its answer may take long
             if not self._done.done():
                 self._written = True
                 self.last_byte_at = self.spoke_at = self._loop.time()
                 self.protocol.watch_deadline(self._read_timeout)
             await self._done
+            if self._faults:
+                raise self._faults.pop()
         finally:
             if not self._awaiting_last_chunk:
                 self._settle()
@@ -211,8 +212,7 @@ class Exchange:
             self.record.silent(self.spoke_at, now)
         self.last_byte_at = now
         if parser.between_chunks and data.endswith(b"\r\n"):
-            # Most reads of a stream are one whole chunk. The parser need not see such a read, since
-            # it is between two chunks before and after the read. Every other form goes to the parser.
+            # Most reads of a stream are one whole chunk, which the parser, between two chunks, need not see.
             start = data.find(b"\r\n") + 2
             size = len(data) - start - 2
             if size > 0 and data.startswith(b"%x\r\n" % size):
@@ -361,9 +361,10 @@ class Exchange:
             self._awaiting_last_chunk = True
             self._last_chunk_timer = self._loop.call_later(LAST_CHUNK_TIMEOUT, self._settle)
 
-    def _fail(self, error: BaseException) -> None:
+    def _fail(self, fault: Exception) -> None:
         if not self._done.done():
-            self._done.set_exception(error)
+            self._faults.append(fault)
+            self._done.set_result(None)
         self._settle()
 
     def _settle(self) -> None:
@@ -374,7 +375,7 @@ class Exchange:
         done, parser = self._done, self._parser
         if self._paused:
             self.resume()
-        ended_well = done.done() and not done.cancelled() and done.exception() is None
+        ended_well = done.done() and not done.cancelled() and not self._faults
         # A silence that lasts until the end counts as any other. The record drops a silence before the
         # answer when the answer comes.
         if self._written and not self._awaiting_last_chunk and not ended_well:

@@ -26,7 +26,7 @@ import aiohttp
 from aiohttp import ClientRequest, ClientTimeout, TCPConnector
 from yarl import URL
 
-from aioserver.errors import AioserverError
+from aioserver.errors import AioserverError, forget_frames
 from aioserver.limits.gate import Gate, Place
 from aioserver.provider_errors import CertificateFault, ConnectError, ConnectTimeout, PoolTimeout
 from aioserver.providers.exchange import ConnectionProtocol
@@ -251,7 +251,11 @@ class Pool:
             place.release()
             self._check_drained()
             if isinstance(exc, Exception):
-                raise self._translated(exc) from exc
+                fault = self._translated(exc)
+                # What aiohttp raises is in cycles with its frames, which lead to ours and to the request.
+                if fault is not exc:
+                    forget_frames(exc)
+                raise fault from exc
             raise
         connection.add_callback(place.release)
         return connection

@@ -170,6 +170,7 @@ class Provider:
                     place.release()
             finally:
                 self._attempt_ended(attempt, error)
+                error = None  # its traceback leads here
 
     def head_received(self, attempt: Attempt) -> None:
         """Learn from the head of an answer: its headers tell what is left of the provider's limits."""

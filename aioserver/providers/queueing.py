@@ -164,6 +164,8 @@ class ProviderGate(Gate):
         finally:
             timer.cancel()
             del self._parked[over]
+            # A refusal is in this future, and its traceback leads to this frame.
+            del over
 
     def resume(self) -> None:
         """Let the requests in that wait, since the provider is back."""

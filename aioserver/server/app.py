@@ -156,7 +156,7 @@ async def open_server(
             monitor=monitor,
             registry=prometheus.registry(sources, monitor.fresh),
         )
-        middleware, add_headers = make_middleware(current, guard, origins, metrics)
+        middleware, add_headers = make_middleware(current, guard, origins, context.admission)
         app.middlewares.append(middleware)
         app.on_response_prepare.append(add_headers)
         _add_routes(app, context)

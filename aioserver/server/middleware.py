@@ -7,6 +7,7 @@ aiohttp's adds the headers that every response has.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +26,11 @@ from aioserver.errors import (
     RequestTooLarge,
     UpgradeRequired,
     UriTooLong,
+    forget_frames,
 )
+from aioserver.faces import whole
 from aioserver.faces.http import SERVER, Request, announce_close, error_response, request_id
+from aioserver.faces.ready import HIGH_WATER
 from aioserver.provider_errors import ProviderFault
 from aioserver.providers.error_mapping import VISIBLE_HEADERS
 from aioserver.server import paths
@@ -41,8 +45,8 @@ if TYPE_CHECKING:
 
     from aioserver.auth.guard import Guard
     from aioserver.auth.origins import Origins
+    from aioserver.faces.admission import Admission
     from aioserver.faces.context import CurrentSettings
-    from aioserver.telemetry.metrics import Metrics
 
     OnPrepare = Callable[[web.Request, web.StreamResponse], Awaitable[None]]
 
@@ -59,10 +63,10 @@ REFUSALS_PER_SECOND = 5
 
 
 def make_middleware(
-    settings: CurrentSettings, guard: Guard, origins: Origins, metrics: Metrics
+    settings: CurrentSettings, guard: Guard, origins: Origins, admission: Admission
 ) -> tuple[Middleware, OnPrepare]:
     """Return the middleware, and the handler of the signal `on_response_prepare`."""
-    refusals = RateLimit(REFUSALS_PER_SECOND)
+    refusals, metrics = RateLimit(REFUSALS_PER_SECOND), admission.metrics
 
     def check_head(request: web.Request) -> None:
         limits = settings.chat.websocket.concurrency.uvicorn
@@ -109,14 +113,16 @@ def make_middleware(
             if isinstance(error, Denied):
                 log_refusal(request, error)
             response = error_response(error)
+            forget_frames(error)
         except web.HTTPException as exc:
             fault = _translated(exc, request)
             metrics.count_error(fault)
             response = error_response(fault)
             if isinstance(exc, web.HTTPMethodNotAllowed) and fault.status == exc.status:
                 response.headers["Allow"] = ", ".join(sorted(exc.allowed_methods))
-        except ConnectionError:
-            # The client left while its response began: aiohttp ends the connection.
+        except (ConnectionError, asyncio.CancelledError):
+            # The client left, perhaps while its response began: aiohttp ends the connection.
+            _forget_response(request)
             raise
         except Exception:
             logger.exception(
@@ -124,8 +130,7 @@ def make_middleware(
             )
             metrics.bugs.value += 1
             response = error_response(InternalError("internal error"))
-        assert isinstance(request, Request)
-        started = request.started
+        started = _forget_response(request)
         if started is not None and started is not response:
             if request.transport is not None:
                 # A second head would be taken for a part of the first one's body.
@@ -133,6 +138,12 @@ def make_middleware(
             return started
         if not response.prepared:
             announce_close(request, response)
+            if isinstance(response, web.Response) and _large(response):
+                timeout, drop = admission.send_timeout, admission.dropped
+                try:
+                    await whole.write(request, response, timeout, drop, "http")
+                finally:
+                    _forget_response(request)
         elif response.keep_alive:
             connection = request.protocol
             # The head is sent already, and did not say that the connection ends.
@@ -183,6 +194,22 @@ def make_middleware(
             headers["Access-Control-Expose-Headers"] = ", ".join((*EXPOSED, *passed))
 
     return middleware, add_headers
+
+
+def _forget_response(request: web.Request) -> web.StreamResponse | None:
+    """Return the response that *request* has begun, which it does not know any more.
+
+    aiohttp's responses know their request until they are written; the two would hold each other.
+    """
+    assert isinstance(request, Request)
+    started, request.started = request.started, None
+    return started
+
+
+def _large(response: web.Response) -> bool:
+    """Return whether aiohttp would have to wait for the client before the kernel has all of *response*."""
+    body = response.body
+    return isinstance(body, bytes | bytearray) and len(body) > HIGH_WATER
 
 
 def _preflight(request: web.Request) -> web.Response:
