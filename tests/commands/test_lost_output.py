@@ -18,7 +18,7 @@ import pytest
 from aioserver.providers.simulator.server import Simulator
 from tests.support.chat import CHAT
 from tests.support.process import Process, loop_name
-from tests.support.server import write
+from tests.support.server import QUICK, write
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -53,7 +53,7 @@ async def test_a_server_serves_on_whatever_becomes_of_its_output(
     file = tmp_path / "c.yaml"
     with socket.create_server(("127.0.0.1", 0)) as listening:
         base = f"http://127.0.0.1:{listening.getsockname()[1]}"
-        async with Simulator(keep=0) as simulator, aiohttp.ClientSession() as session:
+        async with Simulator(QUICK, keep=0) as simulator, aiohttp.ClientSession() as session:
             write(simulator.base_url, {"logging.level": "INFO"}, file)
             serve = ("-m", "aioserver", "serve", "--config", str(file), "--loop", loop_name())
             program = ("-c", SPOILED, how, descriptors, *serve)

@@ -43,7 +43,13 @@ def answer(status: int, body: bytes, content_type: str = "application/json") -> 
 
 
 LARGE = answer(200, b'{"a":"%b"}' % (b"z" * SIZE))
-ONE = {f"{SIM_HTTP_CLIENT}.concurrent_requests": 1, f"{SIM_HTTP_CLIENT}.queue_size": 1}
+# The requests that fill a server stay as long as the test takes.
+PATIENT = {f"{SIM_HTTP_CLIENT}.read_timeout": 120.0}
+ONE = {
+    **PATIENT,
+    f"{SIM_HTTP_CLIENT}.concurrent_requests": 1,
+    f"{SIM_HTTP_CLIENT}.queue_size": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -107,7 +113,11 @@ ENDS = {
         others=1,
     ),
     "server full": End(
-        changes={f"{CONCURRENCY}.max_connections": 1, f"{CONCURRENCY}.queue_timeout": 0.1},
+        changes={
+            **PATIENT,
+            f"{CONCURRENCY}.max_connections": 1,
+            f"{CONCURRENCY}.queue_timeout": 0.1,
+        },
         others=1,
     ),
 }
