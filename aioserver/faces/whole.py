@@ -41,33 +41,40 @@ async def write(
     transport = request.transport
     if response.prepared or transport is None or transport.is_closing():
         return
-    if not isinstance(response, ReadyResponse):
-        announce_close(request, response)
-        writer = await response.prepare(request)
-        body = response.body if isinstance(response, web.Response) else None
-        if isinstance(body, bytes) and request.method != "HEAD":
-            assert isinstance(writer, StreamWriter)
-            for start in range(0, len(body), HIGH_WATER):
-                # Without aiohttp's own wait for the client, which nothing bounds.
-                await writer.write(memoryview(body)[start : start + HIGH_WATER], drain=False)
-                if transport.get_write_buffer_size() > HIGH_WATER:
-                    await _watched(
-                        transport, request.writer.drain, send_timeout, partial(on_drop, face)
-                    )
-            assert isinstance(response, web.Response)
-            # Otherwise aiohttp would write it again.
-            response.body = None
-        await response.write_eof()
-    else:
+    if isinstance(response, ReadyResponse):
         transport.write(response.first_piece(request))
         if not transport.get_write_buffer_size() and response.fits_one_piece:
             return
-        drain = request.writer.drain
+    drain, drop = request.writer.drain, partial(on_drop, face)
+    watched = partial(_watched, transport, drain, send_timeout, drop)
+    if isinstance(response, ReadyResponse):
         for piece in response.more_pieces():
             if transport.get_write_buffer_size() > HIGH_WATER:
-                await _watched(transport, drain, send_timeout, partial(on_drop, face))
+                await watched()
             transport.write(piece)
-    await flush(transport, request.writer.drain, send_timeout, partial(on_drop, face))
+    else:
+        await _write_by_aiohttp(request, response, transport, watched)
+    await flush(transport, drain, send_timeout, drop)
+
+
+async def _write_by_aiohttp(
+    request: web.Request,
+    response: web.StreamResponse,
+    transport: asyncio.Transport,
+    watched: Callable[[], Awaitable[None]],
+) -> None:
+    """Have aiohttp write *response*, but without its own wait for the client, which nothing bounds."""
+    announce_close(request, response)
+    writer = await response.prepare(request)
+    if isinstance(response, web.Response) and isinstance(response.body, bytes):
+        # Otherwise aiohttp would write it again.
+        body, response.body = response.body, None
+        assert isinstance(writer, StreamWriter)
+        for start in range(0, len(body) if request.method != "HEAD" else 0, HIGH_WATER):
+            await writer.write(memoryview(body)[start : start + HIGH_WATER], drain=False)
+            if transport.get_write_buffer_size() > HIGH_WATER:
+                await watched()
+    await response.write_eof()
 
 
 async def flush(

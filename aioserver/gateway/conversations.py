@@ -46,8 +46,8 @@ class _Conversation:
 class Conversations:
     """Histories, by caller and conversation id.
 
-    Always: all histories together have at most `MAX_KEPT_TOKENS`, overhead counted; a history alternates between `user`
-    and `assistant`, and begins with `user`.
+    Always: all histories together have at most `MAX_KEPT_TOKENS`, overhead counted; a history alternates
+    between `user` and `assistant`, and begins with `user`.
     """
 
     def __init__(

@@ -384,9 +384,9 @@ def _sick_last(providers: list[Provider]) -> list[Provider]:
 def _final_fault(faults: list[ProviderFault], attempts: int) -> ProviderFault:
     """Return the fault to raise when all providers have failed: the last of *faults*, as a rule.
 
-    It gets the number of *attempts*, and *faults* is empty afterwards. A provider that refuses our key is not usable: its fault is returned only if all of them refuse it.
-    A fault of too many requests is returned only if every usable provider has raised one. The
-    `retry_after` is that of the provider that may answer first.
+    A provider that refuses our key is not usable: its fault is returned only if all of them refuse it.
+    A fault of too many requests is returned only if every usable provider has raised one. The `retry_after`
+    is that of the provider that may answer first, and *attempts* that of all. *faults* is empty afterwards.
     """
     of_usable = [fault for fault in faults if not isinstance(fault, KEY_FAULTS)] or faults
     others = [fault for fault in of_usable if not isinstance(fault, ProviderRateLimited)]

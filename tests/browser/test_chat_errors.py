@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,10 @@ from tests.support.waiting import until
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from aiohttp import ClientWebSocketResponse
     from playwright.async_api import Page, WebSocketRoute
+
+    from tests.support.server import RunningServer
 
 STALLED = Behaviour(ttft=0, interval=0, stall_after=5)
 ONE_OF_EACH = {
@@ -47,15 +51,22 @@ async def provider() -> AsyncIterator[ManualProvider]:
         yield provider
 
 
+@contextlib.asynccontextmanager
+async def full(server: RunningServer) -> AsyncIterator[ClientWebSocketResponse]:
+    """The only place of the provider and of its queue are taken, by the questions r1 and r2 on this socket."""
+    async with server.connect() as other:
+        for name in ("r1", "r2"):
+            await other.send_json(chat(name))
+        await until(lambda: server.held()["sim waiting"] == 1)
+        yield other
+
+
 async def test_a_question_that_found_a_full_queue_is_asked_again_by_itself(
     make_server: MakeServer, page: Page
 ) -> None:
     server = await make_server(STALLED, **ONE_OF_EACH)
     await page.clock.install()
-    async with server.connect() as other:
-        for name in ("r1", "r2"):
-            await other.send_json(chat(name))
-        await until(lambda: server.held()["sim waiting"] == 1)
+    async with full(server) as other:
         await enter(page, server)
         await ask(page, "Hello")
         await expect(status(page)).to_have_text(LATER)
@@ -76,10 +87,7 @@ async def test_it_is_asked_again_a_few_times_and_can_be_stopped(
 ) -> None:
     server = await make_server(STALLED, **ONE_OF_EACH)
     await page.clock.install()
-    async with server.connect() as other:
-        for name in ("r1", "r2"):
-            await other.send_json(chat(name))
-        await until(lambda: server.held()["sim waiting"] == 1)
+    async with full(server):
         await enter(page, server)
         rejections = server.context.metrics.rejections["provider_queue_full"]
         await ask(page, "Hello")

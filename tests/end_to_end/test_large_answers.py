@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -14,39 +12,12 @@ from aioserver.streams.formats import EVENTS
 from aioserver.streams.writer import Writer
 from tests.support.chat import CHAT, frames_of, numbers, resume, text_of, to_end
 from tests.support.raw import SMALL, Raw
-from tests.support.scripted_provider import Peer, ScriptedProvider
 from tests.support.transport import FakeTransport
 from tests.support.waiting import until
+from tests.support.whole_answers import PATH, SIZE, provider, unsent
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
-    from tests.support.server import MakeServer, RunningServer
-
-SIZE = 4 << 20
-PATH = "/v1/chat/completions"
-
-
-@contextlib.asynccontextmanager
-async def provider(**fields: Any) -> AsyncIterator[ScriptedProvider]:
-    """A provider whose every answer has SIZE bytes and a little, and *fields*."""
-    choice = {"message": {"content": "x" * SIZE}, "finish_reason": "stop", "index": 0}
-    body = json.dumps({**fields, "choices": [choice]}).encode()
-    head = f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-
-    async def play(peer: Peer) -> None:
-        while True:
-            await peer.request()
-            await peer.send(head.encode() + b"\r\n\r\n" + body)
-
-    async with ScriptedProvider(play) as scripted:
-        yield scripted
-
-
-def unsent(server: RunningServer) -> int:
-    """Bytes that wait in our transports."""
-    transports = [connection.transport for connection in server.http_server.connections]
-    return sum(one.get_write_buffer_size() for one in transports if one is not None)
+    from tests.support.server import MakeServer
 
 
 @pytest.mark.parametrize("window", [0, 30.0])
@@ -55,7 +26,7 @@ async def test_a_kept_answer_counts_until_it_is_written(
     make_server: MakeServer, window: float, again: str
 ) -> None:
     """Whatever is kept for a window may be dropped, but not while a client is still reading it."""
-    async with provider(id="resp_1", status="completed") as scripted:
+    async with provider() as scripted:
         server = await make_server(
             **{
                 "llm.providers.sim.base_url": scripted.url,

@@ -75,7 +75,7 @@ POSTS = {
 async def test_a_client_that_reads_nothing_of_a_whole_answer_is_dropped(
     make_server: MakeServer, tmp_path: Path, name: str, kind: str
 ) -> None:
-    async with provider(id="resp_1", status="completed") as scripted:
+    async with provider() as scripted:
         server = await make_server(
             **{
                 "llm.providers.sim.base_url": scripted.url,
@@ -129,7 +129,7 @@ async def test_cancelling_holds_a_place_while_a_large_response_is_read(
     make_server: MakeServer,
 ) -> None:
     places = 2
-    async with provider(id="resp_1", status="completed") as scripted:
+    async with provider() as scripted:
         server = await make_server(
             **{
                 "llm.providers.sim.base_url": scripted.url,
@@ -157,7 +157,7 @@ async def test_cancelling_holds_a_place_while_a_large_response_is_read(
 
 
 async def test_cancelling_works_in_a_full_server(make_server: MakeServer) -> None:
-    async with provider(size=100, id="resp_1", status="completed") as scripted:
+    async with provider(size=100) as scripted:
         server = await make_server(
             **{
                 "llm.providers.sim.base_url": scripted.url,

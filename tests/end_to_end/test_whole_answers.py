@@ -15,24 +15,17 @@ from aioserver.server import listener
 from tests.support.chat import CHAT
 from tests.support.raw import SMALL, Raw
 from tests.support.scripted_provider import (
-    EVENT_STREAM,
-    LAST_CHUNK,
-    Peer,
     ScriptedProvider,
     answering,
-    chunk,
 )
 from tests.support.server import CONCURRENCY, SIM_HTTP_CLIENT
 from tests.support.waiting import until
+from tests.support.whole_answers import PATH, SIZE, provider, unsent
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
     from pathlib import Path
 
-    from tests.support.server import MakeServer, RunningServer
-
-SIZE = 4 << 20
-PATH = "/v1/chat/completions"
+    from tests.support.server import MakeServer
 
 
 @pytest.fixture(autouse=True)
@@ -43,34 +36,6 @@ def patient_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # Lines of a request: the first one's response is made here, that of the others by aiohttp.
 HEADS = {"plain": (), "page": ("Origin: http://x",), "last": ("Connection: close",)}
-
-
-@contextlib.asynccontextmanager
-async def provider(size: int = SIZE) -> AsyncIterator[ScriptedProvider]:
-    """A provider whose every answer has *size* bytes and a little; its last event, if it is streamed."""
-    choice = {"message": {"content": "x" * size}, "finish_reason": "stop", "index": 0}
-    response = {"id": "resp_1", "status": "completed", "object": "response", "output": []}
-    body = json.dumps({**response, "choices": [choice]}).encode()
-    head = f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-    event = b'data: {"type":"response.completed","sequence_number":0,"response":%b}\n\n' % body
-
-    async def play(peer: Peer) -> None:
-        while True:
-            request = await peer.request()
-            scripted.requests.append(request)
-            if b'"stream": true' in request:
-                await peer.send(EVENT_STREAM, chunk(event), LAST_CHUNK)
-            else:
-                await peer.send(head.encode() + b"\r\n\r\n" + body)
-
-    async with ScriptedProvider(play) as scripted:
-        yield scripted
-
-
-def unsent(server: RunningServer) -> int:
-    """Bytes that wait in our transports."""
-    transports = [connection.transport for connection in server.http_server.connections]
-    return sum(one.get_write_buffer_size() for one in transports if one is not None)
 
 
 @pytest.mark.parametrize("lines", HEADS.values(), ids=HEADS)

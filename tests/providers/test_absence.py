@@ -17,8 +17,9 @@ from aioserver.providers.absence import Absence
 from aioserver.providers.breaker import MAX_TRIALS, TRIAL_INTERVAL
 from tests.support.clock import FakeClock
 from tests.support.failing import kill
-from tests.support.outage import FAILURE, JSON, ScriptedExchange, ask, run_virtually
+from tests.support.outage import FAILURE, JSON, ScriptedExchange, ask
 from tests.support.scripted_provider import LIMITS
+from tests.support.virtual_loop import run_virtually
 from tests.support.waiting import until
 
 if TYPE_CHECKING:

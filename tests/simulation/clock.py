@@ -10,8 +10,7 @@ import random
 import time
 import uuid
 
-# When a run begins.
-START = 1000.0
+from tests.support.virtual_loop import START
 
 
 class Clock:

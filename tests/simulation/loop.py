@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING, Any
 
 from tests.simulation.clock import Clock
+from tests.support.virtual_loop import VirtualLoop
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Callable
 
     from tests.simulation.network import FakeSocket, Network
@@ -15,12 +16,8 @@ if TYPE_CHECKING:
     Factory = Callable[[], asyncio.Protocol]
 
 
-class Deadlock(RuntimeError):
-    """Every task waits, and there is no timer: nothing would ever happen again."""
-
-
-class SimulatedLoop(asyncio.BaseEventLoop):
-    """The loop of one run; *network* makes its connections.
+class SimulatedLoop(VirtualLoop):
+    """The loop of one run, whose time is that of the process; *network* makes its connections.
 
     *on_pause* is called whenever nothing is ready to run and time is about to pass.
     """
@@ -29,28 +26,21 @@ class SimulatedLoop(asyncio.BaseEventLoop):
         super().__init__()
         self.network = network
         self.on_pause: Callable[[], None] = lambda: None
-        self._clock_resolution = 1e-9
-        self._selector: Any = self
         network.loop = self
 
-    def time(self) -> float:
+    @property
+    def now(self) -> float:
+        """The time of the process (clock.py)."""
         return Clock.now
 
+    @now.setter
+    def now(self, now: float) -> None:
+        Clock.now = now
+
     def select(self, timeout: float | None) -> list[Any]:
-        """Be the loop's selector: let *timeout* seconds pass."""
-        if timeout is None:
-            raise Deadlock("every task waits, and there is no timer")
-        if timeout > 0:
+        if timeout:
             self.on_pause()
-            Clock.now += timeout
-        return []
-
-    def get_map(self) -> dict[Any, Any]:
-        """Be the loop's selector, which watches no file."""
-        return {}
-
-    def _process_events(self, event_list: list[Any]) -> None:
-        assert not event_list
+        return super().select(timeout)
 
     def _write_to_self(self) -> None:
         """Do nothing: there is no other thread that could wait for the loop."""

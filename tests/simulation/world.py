@@ -34,6 +34,7 @@ from tests.simulation.clients import Client
 from tests.simulation.loop import SimulatedLoop
 from tests.simulation.network import FakeSocket, Network
 from tests.support.server import configured, write
+from tests.support.virtual_loop import START
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -110,7 +111,7 @@ class World:
     def broken(self, what: str) -> None:
         """Note that a promise was broken at this moment."""
         if len(self._outcome.violations) < 20:
-            self._outcome.violations.append(f"at {clock.Clock.now - clock.START:.3f} s: {what}")
+            self._outcome.violations.append(f"at {clock.Clock.now - START:.3f} s: {what}")
 
     def watch(self, server: Server) -> None:
         """Look at *server* from now on."""
@@ -226,7 +227,7 @@ def play(plan: Plan, only: Collection[int] | None = None) -> Outcome:
     finally:
         for context in faults:
             world.broken(f"{context.get('message')}: {context.get('exception')!r}")
-        outcome.virtual_seconds = clock.Clock.now - clock.START
+        outcome.virtual_seconds = clock.Clock.now - START
         outcome.connections = network.made
         asyncio.set_event_loop(None)
         loop.close()

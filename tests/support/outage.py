@@ -13,7 +13,7 @@ import asyncio
 import random
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from aioserver.config import settings
 from aioserver.gateway.router import Request, Router
@@ -22,10 +22,9 @@ from aioserver.providers.breaker import Breaker
 from aioserver.providers.provider import Provider
 from aioserver.providers.request import ProviderRequest
 from tests.support.scripted_provider import LIMITS
+from tests.support.virtual_loop import run_virtually
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
-
     from aioserver.providers.attempt import Attempt
     from aioserver.providers.request import Answer
 
@@ -38,48 +37,6 @@ RETRIES = (0, 3)
 JSON = {"content-type": "application/json"}
 # Seconds that an answer, a failure, and a client between two requests take: means of what is drawn.
 ANSWER, FAILURE, THINKING = 1.0, 0.2, 1.0
-
-
-class VirtualLoop(asyncio.BaseEventLoop):
-    """An event loop without sockets, whose clock jumps to the next timer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = 1000.0
-        self._clock_resolution = 1e-9
-        self._selector: Any = self
-
-    def time(self) -> float:
-        return self.now
-
-    def select(self, timeout: float | None) -> list[Any]:
-        """Be the loop's selector: let *timeout* seconds pass."""
-        if timeout is None:
-            raise RuntimeError("every task waits, and there is no timer")
-        self.now += max(0.0, timeout)
-        return []
-
-    def get_map(self) -> dict[Any, Any]:
-        """Be the loop's selector, which watches no file."""
-        return {}
-
-    def _process_events(self, event_list: list[Any]) -> None:
-        assert not event_list
-
-    def _write_to_self(self) -> None:
-        raise RuntimeError("there is no other thread")
-
-
-def run_virtually(main: Coroutine[Any, Any, T]) -> T:
-    """Run *main* in a loop of its own, in virtual time."""
-    loop = VirtualLoop()
-    asyncio.set_event_loop(loop)
-    try:
-        return loop.run_until_complete(main)
-    finally:
-        loop.run_until_complete(loop.shutdown_asyncgens())
-        asyncio.set_event_loop(None)
-        loop.close()
 
 
 async def ask(router: Router, provider: str | None = None) -> Answer:

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from tests.support.scripted_provider import Peer, ScriptedProvider
+from tests.support.scripted_provider import (
+    EVENT_STREAM,
+    LAST_CHUNK,
+    Peer,
+    ScriptedProvider,
+    chunk,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -17,19 +23,26 @@ SIZE = 4 << 20
 PATH = "/v1/chat/completions"
 
 
+# What makes a response of the Responses API of a body.
+RESPONSE = {"id": "resp_1", "status": "completed", "object": "response", "output": []}
+
+
 @contextlib.asynccontextmanager
-async def provider(
-    *, http_status: int = 200, size: int = SIZE, **fields: Any
-) -> AsyncIterator[ScriptedProvider]:
-    """A provider whose every answer has *size* bytes and a little, and *fields*."""
+async def provider(size: int = SIZE, *, http_status: int = 200) -> AsyncIterator[ScriptedProvider]:
+    """A provider whose every answer has *size* bytes and a little; its last event, if it is streamed."""
     choice = {"message": {"content": "x" * size}, "finish_reason": "stop", "index": 0}
-    body = json.dumps({**fields, "choices": [choice]}).encode()
+    body = json.dumps({**RESPONSE, "choices": [choice]}).encode()
     head = f"HTTP/1.1 {http_status} X\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    event = b'data: {"type":"response.completed","sequence_number":0,"response":%b}\n\n' % body
 
     async def play(peer: Peer) -> None:
         while True:
-            await peer.request()
-            await peer.send(head.encode() + b"\r\n\r\n" + body)
+            request = await peer.request()
+            scripted.requests.append(request)
+            if b'"stream": true' in request:
+                await peer.send(EVENT_STREAM, chunk(event), LAST_CHUNK)
+            else:
+                await peer.send(head.encode() + b"\r\n\r\n" + body)
 
     async with ScriptedProvider(play) as scripted:
         yield scripted
