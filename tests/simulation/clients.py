@@ -95,10 +95,7 @@ class Client:
             try:
                 async with asyncio.timeout(10 * PATIENCE):
                     if self.has("ask twice") and self.face != "stream":
-                        twin = Client(self._plan, self._number, self._base)
-                        twin.session, twin.question = self.session, self.question
-                        twin.reading = Reading(self.question)
-                        twin._habits = {}
+                        twin = self._twin()
                         both = asyncio.gather(
                             asks(), getattr(twin, asks.__name__)(), return_exceptions=True
                         )
@@ -114,6 +111,17 @@ class Client:
             except GONE as exc:
                 self.outcome = f"gone: {type(exc).__name__}"
             self.outcome = self.outcome or "?"
+
+    def _twin(self) -> Client:
+        """Return a client that asks the same at the same time, and then only reads."""
+        twin = Client(self._plan, self._number, self._base)
+        twin.session, twin.question, twin.reading = (
+            self.session,
+            self.question,
+            Reading(self.question),
+        )
+        twin._habits = {}
+        return twin
 
     # Our own faces.
 

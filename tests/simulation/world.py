@@ -123,12 +123,13 @@ class World:
         if server is None:
             return
         gate = server.context.admission.gate
-        gates = {"connections": gate}
+        taken = {"connections": (gate.inside, gate.limit)}
         for name, provider in server.context.router.providers.items():
-            gates[name] = provider._gate  # noqa: SLF001 - `stats` would cost more than the run
-        for name, one in gates.items():
-            if not self._reloaded and one.inside > one.limit:
-                self.broken(f"{one.inside} of {one.limit} places are taken: {name}")
+            queue = provider.stats().queue
+            taken[name] = queue.inside, queue.limit
+        for name, (inside, limit) in taken.items():
+            if not self._reloaded and inside > limit:
+                self.broken(f"{inside} of {limit} places are taken: {name}")
         if gate.waiting and gate.inside < gate.limit:
             self.broken(
                 f"{gate.waiting} clients wait while {gate.limit - gate.inside} places are free"
