@@ -33,6 +33,8 @@ PACED = Behaviour(ttft=0, interval=0.01, tokens=40)
 SLOW = Behaviour(ttft=0, interval=0.05, tokens=2000)
 ENDLESS = Behaviour(ttft=0, interval=0.01, tokens=100_000)
 SILENT = Behaviour(ttft=60)
+# As PyYAML has it, which depends on how it was built.
+_DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 # Nothing listens here.
 NOWHERE = "http://127.0.0.1:9/v1"
 # Sections of the configuration, for changes by dotted path.
@@ -234,7 +236,7 @@ def write(base_url: str, changes: dict[str, Any], path: Path) -> None:
         for name in path_to:
             section = section.setdefault(name, {})
         section[key] = value
-    path.write_text(yaml.safe_dump(data))
+    path.write_text(yaml.dump(data, Dumper=_DUMPER))
 
 
 def configured(base_url: str, changes: dict[str, Any], path: Path) -> Configuration:
