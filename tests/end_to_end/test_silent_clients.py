@@ -114,7 +114,11 @@ async def test_a_client_that_reads_nothing_of_a_long_list_is_dropped(
     """What needs no place is watched, too: the metrics, the pages, and the answers of a face."""
     server = await make_server(**{"chat.streams.send_timeout": 0.2})
     for number in range(600):
-        body = {"request_id": f"{number:04}" + "€" * 200, "text": "Hello"}
+        body = {
+            "request_id": f"{number:04}" + "€" * 200,
+            "text": "Hi",
+            "options": {"max_tokens": 1},
+        }
         async with server.session.post(server.sse, json=body) as response:
             assert response.status == 200
             await response.read()

@@ -191,9 +191,7 @@ async def test_a_providers_faults_are_told(make_server: MakeServer) -> None:
 
     assert state["providers"]["sim"]["faults"]["http_5xx"] == 1
     assert state["requests"]["outcomes"]["provider_error"] == 1
-    async with watching(server) as told:
-        await until(lambda: bool(told))
-        (incident,) = told[0][1]["incidents"]
+    (incident,) = server.incidents()
     assert (incident["kind"], incident["provider"]) == ("provider_faults", "sim")
     text = "sim answers with server errors (5xx): 1 attempt failed in "
     assert incident["text"].startswith(text)
