@@ -13,6 +13,7 @@ import pytest
 import uvloop
 
 from tests.support.clock import FakeClock
+from tests.support.jumping_loop import JumpingLoop
 from tests.support.server import QUICK, MakeServer, RunningServer, running
 from tests.support.waiting import until
 
@@ -24,7 +25,14 @@ if TYPE_CHECKING:
 
 
 def _debugging() -> asyncio.AbstractEventLoop:
-    loop = asyncio.new_event_loop()
+    return _debugged(asyncio.new_event_loop())
+
+
+def _jumping() -> asyncio.AbstractEventLoop:
+    return _debugged(JumpingLoop())
+
+
+def _debugged(loop: asyncio.AbstractEventLoop) -> asyncio.AbstractEventLoop:
     loop.set_debug(True)
     loop.slow_callback_duration = 10.0  # a busy machine is no fault
     return loop
@@ -34,8 +42,13 @@ def pytest_asyncio_loop_factories(
     config: pytest.Config,
     item: pytest.Item,
 ) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
-    """Every async test runs on both loops; asyncio's in debug mode."""
-    return {"asyncio": _debugging, "uvloop": uvloop.new_event_loop}
+    """Every async test runs on both loops; asyncio's in debug mode.
+
+    Time jumps on asyncio's where nothing but the test's process takes part.
+    """
+    real = {"commands", "deploy", "docs", "browser"} & set(item.path.parts)
+    other = real or item.get_closest_marker("real_time")
+    return {"asyncio": _debugging if other else _jumping, "uvloop": uvloop.new_event_loop}
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

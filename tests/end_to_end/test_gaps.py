@@ -14,8 +14,9 @@ from aioserver.streams.entries import COMPLETE
 from aioserver.telemetry.loop_lag import INTERVAL
 from aioserver.telemetry.request_log import RequestRecord
 from tests.support.chat import CHAT
+from tests.support.jumping_loop import block
 from tests.support.transport import BIG, client, say, stream_of
-from tests.support.waiting import block, ticks, until
+from tests.support.waiting import ticks, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -18,6 +18,9 @@ from tests.support.raw import SMALL, Raw
 from tests.support.server import QUICK, MakeServer
 from tests.support.waiting import until
 
+# The kernel has clocks of its own for what nobody reads.
+pytestmark = pytest.mark.real_time
+
 SIZE, COUNT = 30_000, 14  # 420 KB an answer
 MAX_STREAM_BYTES = 1 << 20
 EVENT = SIZE + 1000  # bytes: a write goes out whole, and so may be that much over a bound

@@ -233,7 +233,7 @@ def limits(places: int, waiting: int = 50, timeout: float = 30.0) -> dict[str, A
 @pytest.fixture
 def no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every socket that has no answer under way is idle at once."""
-    monkeypatch.setattr(idle_sockets, "IDLE_SECONDS", 0.0)
+    monkeypatch.setattr(idle_sockets, "IDLE_SECONDS", 0.001)
 
 
 @contextlib.asynccontextmanager

@@ -16,10 +16,11 @@ from aioserver.monitoring import incidents, monitor
 from aioserver.protocol import eventstream
 from aioserver.providers.simulator.exchange import Behaviour
 from tests.support.chat import CHAT, chat, to_end
+from tests.support.jumping_loop import block
 from tests.support.keys import bearer, keys_of
 from tests.support.raw import SMALL, Raw
 from tests.support.server import CONCURRENCY, SILENT, MakeServer
-from tests.support.waiting import block, until
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

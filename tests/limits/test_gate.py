@@ -13,6 +13,7 @@ import pytest
 from aioserver.errors import AioserverError, ServerAtCapacity, ServerShutdown
 from aioserver.limits.gate import POSITION_INTERVAL, Gate, Place
 from tests.support.clock import FakeClock
+from tests.support.jumping_loop import block
 from tests.support.waiting import ticks, until
 
 if TYPE_CHECKING:
@@ -344,9 +345,7 @@ async def test_place_handed_over_in_the_tick_of_the_deadline_is_not_lost(
     waiter = await waiting(gate)
     if not freed_first:
         loop.call_later(0.012, place.release)
-    end = loop.time() + 0.02
-    while loop.time() < end:  # both timers become due in one turn of the loop
-        pass
+    block(0.02)  # both timers become due in one turn of the loop
 
     (outcome,) = await asyncio.gather(waiter, return_exceptions=True)
 

@@ -10,6 +10,8 @@ import sys
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
+import uvloop
+
 from aioserver.config import Configuration
 from tests.support.server import write
 from tests.support.waiting import until
@@ -191,7 +193,7 @@ class ServerProcess(Process):
 
 def loop_name() -> str:
     """The name of the test's kind of event loop, for `--loop`."""
-    return type(asyncio.get_running_loop()).__module__.partition(".")[0]
+    return "uvloop" if isinstance(asyncio.get_running_loop(), uvloop.Loop) else "asyncio"
 
 
 @asynccontextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -30,8 +29,3 @@ async def ticks(count: int = 4) -> None:
     """Let the event loop turn *count* times: what is ready runs, and so does what it makes ready."""
     for _ in range(count):
         await asyncio.sleep(0)
-
-
-def block(seconds: float) -> None:
-    """Block the event loop."""
-    time.sleep(seconds)

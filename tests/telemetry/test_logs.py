@@ -175,8 +175,9 @@ def told(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
 
 
 async def test_each_finished_request_is_one_line(
-    server: RunningServer, told: pytest.LogCaptureFixture
+    make_server: MakeServer, told: pytest.LogCaptureFixture
 ) -> None:
+    server = await make_server(Behaviour(ttft=0.01, interval=0))
     async with server.connect() as ws:
         await ws.send_json(chat("r1"))
         await to_end(ws)
