@@ -76,13 +76,21 @@ def watched(request: pytest.FixtureRequest) -> None:
 
 
 @pytest.fixture
-async def nothing_left() -> AsyncIterator[None]:
+def lasting_tasks() -> Callable[[], set[asyncio.Task[Any]]]:
+    """The tasks that may go on after a test: none."""
+    return set
+
+
+@pytest.fixture
+async def nothing_left(
+    lasting_tasks: Callable[[], set[asyncio.Task[Any]]],
+) -> AsyncIterator[None]:
     """Fail the test that leaves a task behind; an unclosed socket is a warning, so a failure."""
     yield
     mine = asyncio.current_task()
 
     def others() -> set[asyncio.Task[Any]]:
-        return {task for task in asyncio.all_tasks() if task is not mine}
+        return {task for task in asyncio.all_tasks() if task is not mine} - lasting_tasks()
 
     await until(lambda: not others(), 5.0, others)
     gc.collect()

@@ -1,0 +1,96 @@
+"""The browser that all pages of a process share: nothing goes from page to page, and a dead one is replaced."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from playwright.async_api import Error
+
+from tests.support.chromium import Chromium
+from tests.support.waiting import until
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from playwright.async_api import Page
+
+    from tests.support.dashboard import Stand
+
+STORED = """() => {
+  const stored = [document.cookie, { ...localStorage }, { ...sessionStorage }];
+  document.cookie = "left=behind";
+  localStorage.left = sessionStorage.left = "behind";
+  return JSON.stringify(stored);
+}"""
+
+
+@pytest.fixture
+async def other(page: Page) -> AsyncIterator[Chromium]:
+    """Another Chromium than the one of all tests. Where there is none, *page* skips the test."""
+    other = Chromium()
+    yield other
+    await other.close()
+
+
+def _children(process: int | str = "self") -> set[int]:
+    """The process numbers of the children of *process*."""
+    lists = Path(f"/proc/{process}/task").glob("*/children")
+    return {int(child) for one in lists for child in one.read_text().split()}
+
+
+def _runs(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.mark.parametrize("time", ["first", "second"])
+async def test_a_page_sees_nothing_of_another_test(page: Page, time: str) -> None:
+    """Each of the two would see what the other has left behind, whichever comes first."""
+    await page.route(
+        "http://localhost/", lambda route: route.fulfill(body="<p>", content_type="text/html")
+    )
+    await page.goto("http://localhost/")
+
+    assert await page.evaluate(STORED) == '["",{},{}]'
+    assert page.context.browser
+    assert page.context.browser.contexts == [page.context]
+
+
+async def test_all_tests_run_on_the_loop_of_the_browser(
+    one_runner: asyncio.Runner, stand: Stand
+) -> None:
+    """Else the private name of pytest-asyncio that the conftest replaces has another meaning now."""
+    assert asyncio.get_running_loop() is one_runner.get_loop()
+
+
+@pytest.mark.parametrize("which", ["driver", "browser"])
+async def test_a_dead_browser_fails_its_test_and_the_next_page_starts_another(
+    other: Chromium, which: str
+) -> None:
+    before = _children()
+    mine: set[int] = set()
+
+    async def test() -> None:
+        async with other.page() as page:
+            (driver,) = _children() - before
+            (browser,) = _children(driver)
+            mine.update([driver, browser, *_children(browser)])
+            os.kill(driver if which == "driver" else browser, signal.SIGKILL)
+            with pytest.raises(Error):
+                await page.wait_for_function("false")
+
+    with pytest.raises(AssertionError, match="Chromium has died"):
+        await test()
+
+    async with other.page() as page:
+        assert await page.evaluate("1 + 1") == 2
+    await until(lambda: not any(map(_runs, mine)))
+    await other.close()
+    assert _children() == before
