@@ -104,11 +104,14 @@ async def shows(page: Page, text: str) -> None:
     """Wait until the last answer looks as the whole of *text* does, which is Markdown."""
     await page.wait_for_function(
         """async (text) => {
-            const { MarkdownView } = await import("/assets/chat/markdown.js");
-            const whole = document.createElement("div");
-            new MarkdownView(whole).update(text);
+            if (window.expected?.text !== text) {
+                const { MarkdownView } = await import("/assets/chat/markdown.js");
+                const whole = document.createElement("div");
+                new MarkdownView(whole).update(text);
+                window.expected = { text, html: whole.innerHTML };
+            }
             const shown = [...document.querySelectorAll(".answer .text")].at(-1);
-            return shown?.innerHTML === whole.innerHTML;
+            return shown?.innerHTML === window.expected.html;
         }""",
         arg=text,
         timeout=20_000,

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from playwright.async_api import Browser, Page, Playwright
 
-# Debian's, or None. The shell has the same engine and no window around it: a page takes a quarter of the CPU time.
+# Debian's, or None. The shell has the same engine and no window around it: a page takes less than half the CPU time.
 PROGRAM = (
     shutil.which("chromium-headless-shell")
     or shutil.which("chromium")
@@ -85,7 +85,7 @@ class Chromium:
             for fault in faults
             if "net::ERR_" not in fault and "WebSocket connection to" not in fault
         ]
-        assert not unexpected
+        assert not unexpected, unexpected
 
     @contextlib.asynccontextmanager
     async def _alive(self) -> AsyncIterator[None]:
