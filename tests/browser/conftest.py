@@ -59,8 +59,10 @@ def lasting_tasks(chromium: Chromium) -> Callable[[], set[asyncio.Task[Any]]]:
 
 
 @pytest.fixture
-async def page(chromium: Chromium) -> AsyncIterator[Page]:
+async def page(one_runner: asyncio.Runner, chromium: Chromium) -> AsyncIterator[Page]:
     """A page in which nothing of another test is seen; it may report no error."""
+    mine = asyncio.get_running_loop() is one_runner.get_loop()
+    assert mine, "`_function_scoped_runner` means nothing to this pytest-asyncio"
     if PROGRAM is None:
         why = "no Chromium is installed"
         if os.environ.get("CI") == "true":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import signal
 from pathlib import Path
@@ -18,8 +17,6 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from playwright.async_api import Page
-
-    from tests.support.dashboard import Stand
 
 STORED = """() => {
   const stored = [document.cookie, { ...localStorage }, { ...sessionStorage }];
@@ -61,13 +58,6 @@ async def test_a_page_sees_nothing_of_another_test(page: Page, time: str) -> Non
     assert await page.evaluate(STORED) == '["",{},{}]'
     assert page.context.browser
     assert page.context.browser.contexts == [page.context]
-
-
-async def test_all_tests_run_on_the_loop_of_the_browser(
-    one_runner: asyncio.Runner, stand: Stand
-) -> None:
-    """Else the private name of pytest-asyncio that the conftest replaces has another meaning now."""
-    assert asyncio.get_running_loop() is one_runner.get_loop()
 
 
 @pytest.mark.parametrize("which", ["driver", "browser"])
