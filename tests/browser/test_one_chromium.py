@@ -27,8 +27,11 @@ STORED = """() => {
 
 
 @pytest.fixture
-async def other(page: Page) -> AsyncIterator[Chromium]:
+async def other(
+    page: Page, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Chromium]:
     """Another Chromium than the one of all tests. Where there is none, *page* skips the test."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # a driver that is killed leaves a profile behind
     other = Chromium()
     yield other
     await other.close()
