@@ -46,7 +46,8 @@ def pytest_asyncio_loop_factories(
 
     Time jumps on asyncio's where nothing but the test's process takes part.
     """
-    real = {"commands", "deploy", "docs", "browser"} & set(item.path.parts)
+    folders = set(item.path.relative_to(config.rootpath).parts)
+    real = {"commands", "deploy", "docs", "browser"} & folders
     other = real or item.get_closest_marker("real_time")
     return {"asyncio": _debugging if other else _jumping, "uvloop": uvloop.new_event_loop}
 
@@ -89,7 +90,15 @@ def watched(request: pytest.FixtureRequest) -> None:
 
 
 @pytest.fixture
-async def nothing_left() -> AsyncIterator[None]:
+def lasting_tasks() -> Callable[[], set[asyncio.Task[Any]]]:
+    """The tasks that may go on after a test: none."""
+    return set
+
+
+@pytest.fixture
+async def nothing_left(
+    lasting_tasks: Callable[[], set[asyncio.Task[Any]]],
+) -> AsyncIterator[None]:
     """Fail the test that leaves a task behind; an unclosed socket is a warning, so a failure.
 
     What lives when the test begins is taken out of the collector's sight: to look at it again after
@@ -101,7 +110,7 @@ async def nothing_left() -> AsyncIterator[None]:
     mine = asyncio.current_task()
 
     def others() -> set[asyncio.Task[Any]]:
-        return {task for task in asyncio.all_tasks() if task is not mine}
+        return {task for task in asyncio.all_tasks() if task is not mine} - lasting_tasks()
 
     await until(lambda: not others(), 5.0, others)
     gc.collect()

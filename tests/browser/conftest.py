@@ -1,67 +1,75 @@
-"""Pages in a headless Chromium, Debian's: no page may report an error or ask anything but its server."""
+"""Pages in a headless Chromium: one for all tests of a process, on the event loop of production.
+
+What a page does is not changed by the loop of its server, whose faces are tested on both loops elsewhere.
+All tests and fixtures of this folder run on one loop, since a connection to a browser belongs to its loop.
+Private name of pytest-asyncio: the fixture `_function_scoped_runner`.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import os
-import shutil
-from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any
 
 import pytest
+import uvloop
 
+from tests.support.chromium import PROGRAM, Chromium
 from tests.support.dashboard import Stand, standing
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 
     from playwright.async_api import Page
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-LOCAL = {"127.0.0.1", "localhost"}
+
+def pytest_asyncio_loop_factories(
+    config: pytest.Config,
+    item: pytest.Item,
+) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """Run every test once."""
+    return {"uvloop": uvloop.new_event_loop}
+
+
+@pytest.fixture(scope="session")
+def one_runner() -> Iterator[asyncio.Runner]:
+    """The event loop of all tests of this folder."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        yield runner
 
 
 @pytest.fixture
-async def page() -> AsyncIterator[Page]:
-    """A page of 1280 x 800; `page.context` makes more of them, watched as well."""
-    if CHROMIUM is None:
+def _function_scoped_runner(one_runner: asyncio.Runner) -> asyncio.Runner:
+    """What pytest-asyncio runs each test and each fixture with."""
+    return one_runner
+
+
+@pytest.fixture(scope="session")
+def chromium(one_runner: asyncio.Runner) -> Iterator[Chromium]:
+    """The browser, which starts with the first page."""
+    chromium = Chromium()
+    yield chromium
+    one_runner.run(chromium.close())
+
+
+@pytest.fixture
+def lasting_tasks(chromium: Chromium) -> Callable[[], set[asyncio.Task[Any]]]:
+    """The tasks of the browser's connection go on from test to test."""
+    return lambda: chromium.tasks
+
+
+@pytest.fixture
+async def page(one_runner: asyncio.Runner, chromium: Chromium) -> AsyncIterator[Page]:
+    """A page in which nothing of another test is seen; it may report no error."""
+    mine = asyncio.get_running_loop() is one_runner.get_loop()
+    assert mine, "`_function_scoped_runner` means nothing to this pytest-asyncio"
+    if PROGRAM is None:
         why = "no Chromium is installed"
         if os.environ.get("CI") == "true":
             pytest.fail(why)
         pytest.skip(why)
-    from playwright.async_api import async_playwright
-
-    faults: list[str] = []
-    async with async_playwright() as playwright:
-        browser = await playwright.chromium.launch(
-            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"]
-        )
-        context = await browser.new_context(viewport={"width": 1280, "height": 800})
-
-        def watch(one: Page) -> None:
-            one.on("pageerror", lambda error: faults.append(f"error: {error}"))
-            one.on(
-                "console",
-                lambda line: (
-                    faults.append(line.text) if line.type in ("error", "warning") else None
-                ),
-            )
-            one.on(
-                "request",
-                lambda asked: (
-                    None
-                    if urlsplit(asked.url).hostname in LOCAL or asked.url.startswith("data:")
-                    else faults.append(f"asks {asked.url}")
-                ),
-            )
-
-        context.on("page", watch)
-        yield await context.new_page()
-        await browser.close()
-    # A server that is gone on purpose is no fault of the page: Chromium reports it by itself.
-    unexpected = [
-        one for one in faults if "net::ERR_" not in one and "WebSocket connection to" not in one
-    ]
-    assert not unexpected
+    async with chromium.page() as page:
+        yield page
 
 
 @pytest.fixture

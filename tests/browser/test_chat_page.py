@@ -272,17 +272,18 @@ async def test_a_reload_loses_and_doubles_nothing(
 async def test_a_long_answer_survives_cuts_and_reloads(
     make_server: MakeServer, page: Page
 ) -> None:
-    server = await make_server(Behaviour(ttft=0, interval=0.002, tokens=1500))
+    server = await make_server(Behaviour(ttft=0, interval=0, tokens=1000))
     whole = await said(server, "Hello")
+    server.simulator.behaviour = Behaviour(ttft=0, interval=0.002, tokens=1000)
     await enter(page, server)
     await ask(page, "Hello")
 
-    for size in range(1000, 6000, 1000):
+    for size in range(600, 3600, 600):
         await page.wait_for_function(
             "(size) => document.querySelector('.answer .text')?.textContent.length > size",
             arg=size,
         )
-        if size % 2000:
+        if size % 1200:
             cut(server)
         else:
             await page.reload()
@@ -604,6 +605,7 @@ async def test_a_question_that_found_no_room_is_asked_again_by_itself(
     make_server: MakeServer, provider: ManualProvider, page: Page
 ) -> None:
     server = await make_server(**provider.changes, **{"chat.streams.max_kept_bytes": 4096})
+    await page.clock.install()
     await enter(page, server)
     await ask(page, "apples")
     provider.say("a" * 8192)
@@ -615,6 +617,8 @@ async def test_a_question_that_found_no_room_is_asked_again_by_itself(
     provider.finish()
     provider.say("Pears.")
     provider.finish()
+    await until(lambda: server.owners.streams.stats().running == 0)
+    await page.clock.fast_forward(91_000)  # milliseconds
 
     await is_now(page, "complete")
     await shows(page, "Pears.")

@@ -14,13 +14,24 @@ from tests.support.waiting import until
 if TYPE_CHECKING:
     from playwright.async_api import Page
 
+# Milliseconds without data after which the page says so: after the connection was lost, and with it.
+LOST_AFTER, SILENT_AFTER = 1_000, 3_000
+
+
+async def later(page: Page, milliseconds: int) -> None:
+    """Let the page's clock show a later time from now on; its timers run as before."""
+    await page.evaluate(
+        "more => { const now = Date.now; Date.now = () => now.call(Date) + more; }", milliseconds
+    )
+
 
 async def test_a_server_that_is_gone_is_said_and_found_again(stand: Stand, page: Page) -> None:
-    """Takes seconds: a loss is said only when it is one, and tries are seconds apart."""
     stand.say(connections__active=3)
+    await page.add_init_script("Math.random = () => 0")  # the shortest time between two attempts
     await opened(page, stand)
 
     await stand.close()
+    await later(page, LOST_AFTER)
     await verdict(
         page,
         "Disconnected",
@@ -40,10 +51,10 @@ async def test_a_server_that_is_gone_is_said_and_found_again(stand: Stand, page:
 
 
 async def test_a_server_that_only_keeps_the_line_is_lost_too(stand: Stand, page: Page) -> None:
-    """Takes seconds: so long may a busy server be silent."""
     await opened(page, stand)
 
     stand.silent = True
+    await later(page, SILENT_AFTER)
     await verdict(page, "Disconnected", re.compile(r"The server has sent no data for \d+\ss"))
     await expect(page.locator("body")).to_have_class("stale")
 

@@ -222,8 +222,9 @@ FURTHER = (
 @pytest.mark.parametrize(
     "units", [HOSTILE, pytest.param(FURTHER, marks=pytest.mark.stress)], ids=["some", "all"]
 )
+@pytest.mark.timeout(240)
 async def test_a_mebibyte_of_hostile_text_is_shown(blank: Page, units: tuple[str, ...]) -> None:
-    """Takes seconds. Quadratic time would take hours: 2**20 characters, squared."""
+    """Takes seconds, on a busy machine a minute. Quadratic time would take hours: 2**20 characters, squared."""
     for unit in units:
         whole, grown = await blank.evaluate(
             """async ([unit, size]) => {
