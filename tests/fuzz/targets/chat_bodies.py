@@ -92,7 +92,7 @@ def _no_constant(name: str) -> None:
 
 def _plain_chat(body: bytes) -> bool:
     try:
-        loaded = json.loads(body.decode("ascii"), parse_int=str, parse_constant=_no_constant)
+        loaded = json.loads(body.decode("ascii"), parse_constant=_no_constant)
     except (ValueError, AssertionError, RecursionError):
         return False
     return (
