@@ -21,11 +21,16 @@ class Input(NamedTuple):
         """A number that chooses between the variants of a target."""
         return self.control[0]
 
-    def pieces(self) -> list[bytes]:
-        """Return the content in four pieces at most, cut at the places that the control says."""
+    def reads(self) -> tuple[list[bytes], list[bytes], list[bytes]]:
+        """Return the content as reads, none of which is empty: one, a few, and one for each byte.
+
+        The few are cut at the places that the control says.
+        """
         content = self.content
         places = {byte * len(content) >> 8 for byte in self.control[1:]}
-        return [content[a:b] for a, b in pairwise(sorted({0, len(content), *places}))]
+        few = [content[a:b] for a, b in pairwise(sorted({0, len(content), *places}))]
+        single = [content[at : at + 1] for at in range(len(content))]
+        return [content] if content else [], few, single
 
 
 def parts(data: bytes) -> Input:

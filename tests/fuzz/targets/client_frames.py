@@ -82,12 +82,10 @@ class Socket:
 def run(data: bytes) -> None:
     """Read frames in any pieces, or take the content for the text of one message."""
     given = parts(data)
-    content = given.content
     if given.choice % 2:
-        survives(content)
+        survives(given.content)
         return
-    single = [content[at : at + 1] for at in range(len(content))]
-    whole, *others = (run_virtually(_read(reads)) for reads in ([content], given.pieces(), single))
+    whole, *others = (run_virtually(_read(reads)) for reads in given.reads())
     for other in others:
         # How much of a flood is read is a matter of time.
         if RateLimitExceeded.code not in {whole[1], other[1]}:

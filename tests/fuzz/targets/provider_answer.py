@@ -117,12 +117,8 @@ class Outcome(NamedTuple):
 def run(data: bytes) -> None:
     """Answer a request with the content in pieces, at once, and byte for byte."""
     given = parts(data)
-    content = given.content
     kind, lost = given.choice % len(KINDS), given.choice // 16 % 3
-    single = [content[at : at + 1] for at in range(len(content))]
-    whole, *others = (
-        run_virtually(_answer(kind, lost, reads)) for reads in ([content], given.pieces(), single)
-    )
+    whole, *others = (run_virtually(_answer(kind, lost, reads)) for reads in given.reads())
     for other in others:
         assert other == whole, f"what is read depends on the reads: {other} {whole}"
 

@@ -38,10 +38,7 @@ WORDS = (
 
 def run(data: bytes) -> None:
     """Take the content for the events of a response: in pieces, at once, and byte for byte."""
-    given = parts(data)
-    content = given.content
-    single = [content[at : at + 1] for at in range(len(content))]
-    whole, *others = (_play(reads) for reads in ([content], given.pieces(), single))
+    whole, *others = map(_play, parts(data).reads())
     for other in others:
         assert other == whole, f"what is read depends on the reads: {other} {whole}"
 
