@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 
 from tests.soak.load import PROVIDERS, Load, probe
-from tests.support.process import Process, ServerProcess, serving
+from tests.support.process import Process, ServerProcess
 from tests.support.server import SIM_HTTP_CLIENT, provider_entry
+from tests.support.server import write as write_configuration
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
@@ -38,8 +39,16 @@ LIMITS: dict[str, Any] = {
     "read_timeout": 3.0,
     "max_retries": 1,
 }
+# A server that keeps few conversations: thousands would take longer than a run.
+PROGRAM = """
+from aioserver.__main__ import main
+from aioserver.gateway import conversations
+conversations.MAX_CONVERSATIONS = 200
+main()
+"""
 # Bounds that are met within the first minutes. If bodies were not let go, `max_body_bytes` would refuse the probes.
 CHANGES: dict[str, Any] = {
+    "logging.level": "INFO",
     "chat.websocket.concurrency.max_connections": 300,
     "chat.websocket.concurrency.connection_queue_size": 300,
     "chat.websocket.concurrency.uvicorn.backlog": 2048,
@@ -73,7 +82,9 @@ async def soak(minutes: float, path: Path, seed: int = 1) -> list[Line]:
                 f"llm.providers.{name}": provider_entry(url, name, **LIMITS) for name in PROVIDERS
             }
             config = Path(folder) / "config.yaml"
-            async with serving(config, url, "--loop", "auto", changes=changes) as server:
+            write_configuration(url, changes, config)
+            program = ("-c", PROGRAM, "serve", "--config", config)
+            async with await ServerProcess.start(*program) as server:
                 await server.ready()
                 target = url.removesuffix("/v1")
                 await _load(server, target, minutes * 60, seed, write)
