@@ -1,4 +1,4 @@
-"""The clients of a soak test: those of the simulation, on real sockets, and probes."""
+"""The clients of a soak test, which come and go, and the probes beside them."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ class Load:
                             raise Left
             except Left:
                 outcome = "left"
-            except GONE:
+            except (TimeoutError, *GONE):
                 outcome = "gone"
             self.outcomes[outcome] += 1
             await asyncio.sleep(1.0)
