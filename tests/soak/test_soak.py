@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.soak import claims
+from tests.soak.clients import Answer, Violation
 from tests.soak.plot import draw
 from tests.soak.run import soak
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 MINUTES = float(os.environ.get("SOAK_MINUTES", "30"))
@@ -83,6 +85,36 @@ def test_a_claim_that_does_not_hold_is_told(changes: dict[str, Any], words: str)
 
     assert len(faults) == 1
     assert words in faults[0]
+
+
+@pytest.mark.parametrize(
+    ("fault", "does", "words"),
+    [
+        ("", lambda answer: answer.number(2), "event 2 follows event 0"),
+        ("", lambda answer: answer.add("Hex"), "not in the answer"),
+        ("", lambda answer: answer.finish("complete"), "complete with 0 of 5 characters"),
+        ("cut-3", lambda answer: answer.finish("complete"), "though the provider failed by cut-3"),
+        ("cut-3", lambda answer: [answer.finish("error"), answer.finish("error")], "ends twice"),
+    ],
+    ids=["a gap", "another text", "half an answer", "a good end of a bad answer", "two ends"],
+)
+def test_a_client_notices_what_is_wrong(
+    fault: str, does: Callable[[Answer], object], words: str
+) -> None:
+    with pytest.raises(Violation, match=words):
+        does(Answer("Hello", fault))
+
+
+def test_a_client_takes_what_is_right() -> None:
+    answer = Answer("Hello", "")
+
+    answer.number(1)
+    answer.add("Hel")
+    answer.number(2)
+    answer.add("lo")
+    answer.finish("complete")
+
+    assert answer.end == "complete"
 
 
 def test_a_picture_has_every_curve() -> None:
