@@ -47,7 +47,7 @@ def draw(run: Sequence[Line]) -> str:
             },
         ),
         (
-            f"{end['asked']:,} other questions, a second",
+            f"{end['asked']:,} other questions: asked a second, and running at once",
             {"asked": rates, "running": _curve(samples, "running", 1.0)},
         ),
     ]
