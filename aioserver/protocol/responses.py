@@ -1,4 +1,4 @@
-"""OpenAI's Responses API: what is remembered of a response's events, and its error in their form.
+"""OpenAI's Responses API: where a response ends, what is remembered of its events, and its error in their form.
 
 An error between the events of a response is a `response.failed` event with the response object that came
 last, its status `failed`, and the next `sequence_number`; our error object, with our code, stands beside
@@ -19,18 +19,21 @@ import msgspec
 import orjson
 from msgspec import Raw
 
-from aioserver.protocol.eventstream import parse, write
+from aioserver.protocol.eventstream import parse, split, write
 
 if TYPE_CHECKING:
     from aioserver.errors import AioserverError
 
 # Of the codes that OpenAI has for the error in a response object, those that fit: clients check them.
 SERVER_ERROR, RATE_LIMITED = "server_error", "rate_limit_exceeded"
+# The types of the events that end a response, unless an error does.
+ENDS = ("response.completed", "response.incomplete", "response.failed")
 # Bytes of a run of sequence numbers, in Python's objects.
 RUN_OVERHEAD = 200
 # What stands for a response object, where there is none.
 _NO_RESPONSE: dict[str, Any] = {"object": "response", "output": []}
 _RESPONSE = b'"response"'
+_END = re.compile(rb'"type" ?: ?"response\.(?:completed|incomplete|failed)"')
 _SEQUENCE = b'"sequence_number"'
 _SEQUENCE_NUMBER = re.compile(rb'"sequence_number" ?: ?([0-9]{1,18})[,}]')
 
@@ -155,6 +158,20 @@ class ResponseEvents:
             "error": error.as_object(),
         }
         return write(orjson.dumps(failed), event="response.failed")
+
+
+def up_to_end(block: bytes) -> tuple[bytes, bool]:
+    """Return *block*, whole events, up to the one that ends a response, and whether there is one.
+
+    A comment that looks like it is none.
+    """
+    if _END.search(block) is None:
+        return block, False
+    events = split(block)
+    for number, event in enumerate(events, 1):
+        if _END.search(event) is not None:
+            return (b"".join(events[:number]) if number < len(events) else block), True
+    return block, False
 
 
 def _sequence_in(event: bytes) -> int | None:

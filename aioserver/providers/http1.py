@@ -266,7 +266,12 @@ class ResponseParser:
         self.sink = self._on_head(status, headers)
 
     def on_body(self, body: bytes) -> None:
-        """Keep a part of the body, without the framing of its chunks."""
+        """Keep a part of the body, without the framing of its chunks.
+
+        An interim answer has none (RFC 9112, 6.3), but llhttp reads it where it does not know the status.
+        """
+        if self._interim:
+            raise ProviderBadResponse("the provider's interim answer has a body")
         if not self.whole:
             self.parts.append(body)
 

@@ -17,7 +17,6 @@ frames. Bodies that are not streamed go elsewhere (body_sink.py). How an answer 
 from __future__ import annotations
 
 import contextlib
-import re
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -34,6 +33,7 @@ from aioserver.protocol.openai import (
     learn,
     usage_of,
 )
+from aioserver.protocol.responses import ENDS, up_to_end
 from aioserver.provider_errors import (
     ProviderAuthError,
     ProviderBadResponse,
@@ -49,6 +49,8 @@ if TYPE_CHECKING:
 
 # Events of an answer from which its shape is learned; some providers repeat no shape at all.
 MAX_SHAPE_SAMPLES = 4
+# Events of a response in which its id is looked for; as a rule the first one has it.
+MAX_ID_SAMPLES = 4
 # Bytes of an answer's text that are not counted yet, at most.
 TEXT_STEP = 4096
 DONE = b"data: [DONE]\n\n"
@@ -57,8 +59,6 @@ DONE = b"data: [DONE]\n\n"
 _FINISH, _FINISH_SPACED = b'"finish_reason":"', b'"finish_reason": "'
 _ERROR = b'"error"'
 _USAGE = b'"usage"'
-RESPONSE_ENDS = ("response.completed", "response.incomplete", "response.failed")
-_RESPONSE_END = re.compile(rb'"type" ?: ?"response\.(?:completed|incomplete|failed)"')
 NO_END_MESSAGE = "the provider's stream ended without a finish_reason and without its end mark"
 
 
@@ -74,8 +74,8 @@ class EventSink:
         self._stream = stream
         self._splitter = eventstream.Splitter(stream.max_bytes)
         self._responses = responses
-        # Whether the provider's id of a response is still to be read, from its first events.
-        self._id_wanted = responses
+        # Events in which the provider's id of a response is still looked for.
+        self._id_samples_left = MAX_ID_SAMPLES if responses else 0
         # Whether a finish_reason has come.
         self._finished = False
         self._begun = False
@@ -104,12 +104,9 @@ class EventSink:
         find = block.find
         done, ended, error_event = b"", False, None
         if self._responses:
-            ended = _RESPONSE_END.search(block) is not None
+            block, ended = up_to_end(block)
             if ended:
                 self._stream.details.usage = _usage_in(block)
-            if self._id_wanted:
-                self._id_wanted = False
-                self._add_response_id(block)
         else:
             if find(b"[DONE]") >= 0 and (start := _done_line(block)) >= 0:
                 ended = True
@@ -167,7 +164,7 @@ class EventSink:
         replaces an *event* without a type, and follows any other.
         """
         stream = self._stream
-        end = not self._responses or kind in RESPONSE_ENDS
+        end = not self._responses or kind in ENDS
         if end or isinstance(kind, str):
             self._append(event, more=True)
         if not end:
@@ -180,6 +177,8 @@ class EventSink:
     def _append(self, block: bytes, *, more: bool) -> None:
         if block:
             stream = self._stream
+            if self._id_samples_left:
+                self._add_response_id(block)
             if self._responses and (form := stream.details.error_format) is not None:
                 size = form.size
                 form.note(block, stream.last + 1)
@@ -193,11 +192,13 @@ class EventSink:
 
     def _add_response_id(self, block: bytes) -> None:
         """Let the stream be found by the id that the provider has given to the response, too."""
-        for event in eventstream.parse(block):
+        for event in eventstream.parse(block)[: self._id_samples_left]:
+            self._id_samples_left -= 1
             with contextlib.suppress(orjson.JSONDecodeError, KeyError, TypeError):
                 response_id = orjson.loads(event.data)["response"]["id"]
                 if isinstance(response_id, str) and response_id:
                     self._stream.add_alias(response_id)
+                    self._id_samples_left = 0
                     return
 
     def _before_error(self, block: bytes) -> tuple[bytes, tuple[bytes, dict[str, Any]] | None]:

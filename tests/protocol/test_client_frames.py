@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aioserver.errors import InvalidJson, InvalidRequest
-from aioserver.protocol import client_frames, messages
+from aioserver.protocol import client_frames
 from aioserver.protocol.client_frames import BadCommand, Cancel, Chat, Ping, Resume
 from aioserver.protocol.top_level import at_once
+from tests.support.commands import encoded, survives
 
 unhurried = settings(deadline=None, max_examples=150)
 
@@ -53,28 +54,11 @@ def chat(**payload: Any) -> Chat:
     return parsed
 
 
-def encoded(text: bytes | str) -> bytes:
-    return text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass")
-
-
 def refused(text: bytes | str) -> BadCommand:
     with pytest.raises(BadCommand) as caught:
         client_frames.parse(encoded(text))
     assert isinstance(caught.value.error, InvalidJson | InvalidRequest)
     return caught.value
-
-
-def survives(text: bytes | str) -> None:
-    """Assert that *text* is a command whose digest can be made, or is refused."""
-    try:
-        parsed = client_frames.parse(encoded(text))
-    except BadCommand as bad:
-        assert isinstance(bad.error, InvalidJson | InvalidRequest)  # noqa: PT017 - either is right
-        # The refusal can be written.
-        messages.loose_frame(bad.request_id, "error", bad.error.as_chunk())
-    else:
-        if isinstance(parsed, Chat):
-            assert len(parsed.digest()) == 32
 
 
 # Commands.

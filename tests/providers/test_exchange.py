@@ -88,6 +88,12 @@ BROKEN = {
     "a chunk size that is none": CHUNKED + chunk(b"hello") + b"zz\r\nhello\r\n",
     "a chunk longer than it says": CHUNKED + chunk(b"hello") + b"2\r\nhello\r\n0\r\n\r\n",
     "a blank before the colon": b"HTTP/1.1 200 OK\r\nContent-Length : 2\r\n\r\nok",
+    # llhttp knows the interim statuses up to 103, and reads the body of another.
+    "an interim answer with a body": b"HTTP/1.1 199 Wait\r\nContent-Length: 5\r\n\r\nhello" + OK,
+    "an interim answer in chunks": b"HTTP/1.1 104 Wait\r\nTransfer-Encoding: chunked\r\n\r\n"
+    + chunk(b"hello")
+    + b"0\r\n\r\n"
+    + OK,
     "another protocol": b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\n"
     b"Connection: Upgrade\r\n\r\n",
 }

@@ -275,6 +275,49 @@ def test_a_response_has_its_own_end(kind: str) -> None:
         assert stream.end_status == entries.COMPLETE
 
 
+@pytest.mark.parametrize("kind", ["completed", "incomplete", "failed"])
+@pytest.mark.parametrize(
+    "behind",
+    [
+        response_event("output_text.delta", delta="more"),
+        response_event("completed"),
+        b'data: {"type":"error","message":"late"}\n\n',
+        b"data: nonsense\n\n",
+    ],
+    ids=["a text", "an end", "an error", "no JSON"],
+)
+def test_nothing_behind_the_end_of_a_response_is_passed_on(kind: str, behind: bytes) -> None:
+    data = response_event("created", response={"id": "resp_1"}) + response_event(kind)
+    for cut in every_cut(data + behind):
+        stream = new_stream()
+        assert play(EventSink(stream, responses=True), data + behind, cut, end=True)
+
+        assert passed(stream) == data, cut
+        assert stream.end_status == entries.COMPLETE
+
+
+def test_a_comment_that_looks_like_the_end_of_a_response_is_none() -> None:
+    data = b': "type":"response.completed"\n\n' + response_event("created")
+    for cut in every_cut(data):
+        with pytest.raises(ProviderDisconnected):
+            play(EventSink(new_stream(), responses=True), data, cut, end=True)
+
+
+@pytest.mark.parametrize(
+    "before",
+    [b": OPENROUTER PROCESSING\n\n", response_event("ping"), b""],
+    ids=["a comment", "another event", "nothing"],
+)
+def test_a_response_is_found_by_its_id_however_it_comes(before: bytes) -> None:
+    data = before + response_event("created", response={"id": "resp_1"})
+    for cut in every_cut(data):
+        store = StreamStore(max_stream_bytes=1 << 20, max_kept_bytes=1 << 20)
+        stream = store.open("r1", "me", window=30.0)
+        play(EventSink(stream, responses=True), data, cut, end=False)
+
+        assert store.find("me", "resp_1") is stream, cut
+
+
 FLAT = (
     b'event: error\ndata: {"type":"error","sequence_number":2,"code":"server_error",'
     b'"message":"the model has crashed"}\n\n'

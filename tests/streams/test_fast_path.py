@@ -12,25 +12,20 @@ import contextlib
 import json
 import os
 import random
-from dataclasses import dataclass
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import orjson
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aioserver.errors import AioserverError, ResumeGap
+from aioserver.errors import ResumeGap
 from aioserver.protocol import eventstream, messages
 from aioserver.protocol.openai import TEXT, BadEvent, ErrorEvent, Reading, learn
-from aioserver.providers.exchange import ConnectionProtocol, Exchange
-from aioserver.providers.sinks import ChatSink, EventSink
 from aioserver.streams.entries import CANCELLED
-from aioserver.streams.fast_path import MAX_CHUNK_BYTES, FastPath, Outbox, TextPath
-from aioserver.streams.formats import EVENTS, MESSAGES, RAW
-from aioserver.streams.store import StreamStore
-from aioserver.streams.writer import WRITE_BYTES, Writer
+from aioserver.streams.fast_path import MAX_CHUNK_BYTES
+from aioserver.streams.formats import EVENTS
+from aioserver.streams.writer import WRITE_BYTES
 from tests.support.chat import (
     CHAT,
     STREAMED,
@@ -44,6 +39,23 @@ from tests.support.chat import (
     until_status,
 )
 from tests.support.raw import CLOSE, PONG, Raw
+from tests.support.road import (
+    END,
+    FACES,
+    Road,
+    Wire,
+    assert_same,
+    choice,
+    cut,
+    event,
+    joined,
+    play,
+    play_bytes,
+    raw,
+    said,
+    taking,
+    word,
+)
 from tests.support.scripted_provider import (
     DONE,
     EVENT_STREAM,
@@ -60,265 +72,14 @@ from tests.support.transport import HIGH, FakeTransport
 from tests.support.waiting import ticks, until
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-    from types import TracebackType
+    from collections.abc import AsyncIterator, Callable, Iterator
 
     from aiohttp.connector import Connection
 
     from tests.support.server import RunningServer
 
 
-FACES = ("openai", "sse", "websocket")
 EXAMPLES = int(os.environ.get("EXAMPLES", "30"))  # more by hand
-
-
-# What a provider says.
-
-
-def event(answer: object) -> bytes:
-    return b"data: %b\n\n" % orjson.dumps(answer)
-
-
-def choice(delta: dict[str, Any], finish: str | None = None, index: int = 0) -> dict[str, Any]:
-    return {"index": index, "delta": delta, "finish_reason": finish}
-
-
-def said(text: str | None, finish: str | None = None, **more: Any) -> bytes:
-    """An event that says *text*."""
-    return event(
-        {"id": "c1", "model": "m", "choices": [choice({"content": text}, finish)], **more}
-    )
-
-
-def raw(text: bytes) -> bytes:
-    """An event with *text* between its quotes as it is."""
-    return said("?").replace(b"?", text)
-
-
-END = said(None, "stop")
-
-
-def word(number: int) -> bytes:
-    return chunk(said(f"w{number} "))
-
-
-# The road.
-
-
-class Wire:
-    """The part of aiohttp's connection that an exchange uses, around a transport in memory."""
-
-    def __init__(self) -> None:
-        self.protocol = ConnectionProtocol(asyncio.get_running_loop())
-        self.transport = FakeTransport()
-        self.protocol.connection_made(self.transport)
-        self.kept = self.closed = 0
-
-    def release(self) -> None:
-        self.kept += 1
-
-    def close(self) -> None:
-        self.closed += 1
-
-
-@dataclass(frozen=True)
-class Seen:
-    """All the effects of an answer."""
-
-    body: bytes
-    last: int
-    status: bytes
-    error: str
-    text: str
-    finish: str | None
-    usage: object
-    kept: bool
-
-
-class Road:
-    """One answer from a provider to a client: `async with Road("sse") as road: await road.say(EVENT_STREAM, word(1))`."""
-
-    def __init__(
-        self,
-        face: str,
-        *,
-        wire: Wire | None = None,
-        window: float = 30.0,
-        most: int = 1 << 30,
-        slow: bool = False,
-    ) -> None:
-        self.wire = wire or Wire()
-        self.protocol = self.wire.protocol
-        private = face == "openai"
-        self.streams = StreamStore(max_stream_bytes=most, max_kept_bytes=1 << 30)
-        self.stream = self.streams.open(
-            "r1", "me", window=0.0 if private else window, private=private
-        )
-        self.stream.append_processing("sim", "m")
-        self.reading = Reading()
-        self.sink = (
-            EventSink(self.stream, responses=False)
-            if private
-            else ChatSink(self.stream, self.reading)
-        )
-        self.outbox = Outbox(asyncio.get_running_loop())
-        self.dropped: list[str] = []
-        self.look = {"openai": RAW, "sse": EVENTS, "websocket": MESSAGES}[face]
-        self.chunked = face != "websocket"
-        self.socket = FakeTransport(slow=slow)
-        self.writer = self.another(self.socket)
-        self.cursor = self.writer.follow(self.stream, 0, self.look)
-        self.exchange = Exchange(
-            cast("Connection", self.wire),
-            read_timeout=30.0,
-            write_timeout=30.0,
-            on_head=lambda _status, _headers: self.sink,
-        )
-        self.task = asyncio.create_task(self._produce())
-
-    async def __aenter__(self) -> Self:
-        await ticks()
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        exc: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.protocol.connection_lost(None)
-        await self.task
-        await ticks()
-        self.writer.close()
-        self.socket.lose()
-        await ticks()
-
-    def another(self, socket: FakeTransport) -> Writer:
-        """A writer to *socket*, of the same face."""
-        return Writer(
-            socket,
-            socket.drain,
-            self.outbox,
-            send_timeout=30.0,
-            chunked=self.chunked,
-            on_drop=self.dropped.append,
-        )
-
-    async def _produce(self) -> None:
-        try:
-            await self.exchange.run(b"")
-        except AioserverError as error:
-            if not self.stream.ended:
-                self.stream.fail(error)
-        except asyncio.CancelledError:
-            self.stream.end(CANCELLED, {})
-
-    def hear(self, *reads: bytes) -> None:
-        """Let *reads* come in this turn of the loop."""
-        for read in reads:
-            self.protocol.data_received(read)
-
-    async def say(self, *reads: bytes) -> None:
-        """Let *reads* come, each in a turn of its own."""
-        for read in reads:
-            self.protocol.data_received(read)
-            await ticks(2)
-
-    async def over(self) -> None:
-        """End the provider's connection if the answer has no end, and let the client read everything."""
-        if not self.task.done():
-            await ticks()
-        if not self.task.done():
-            self.protocol.connection_lost(None)
-        await self.task
-        await ticks()
-
-    @property
-    def body(self) -> bytes:
-        """The bytes that the client has got, without the framing of chunks."""
-        return joined(self.socket.written) if self.chunked else self.socket.written
-
-    @property
-    def seen(self) -> Seen:
-        error = self.stream.error
-        return Seen(
-            self.body,
-            self.stream.last,
-            self.stream.end_status,
-            error.message if error else "",
-            self.reading.text,
-            self.reading.finish_reason,
-            self.reading.usage,
-            bool(self.wire.kept) and not self.wire.closed,
-        )
-
-
-def joined(chunks: bytes) -> bytes:
-    """The body that *chunks* are; they must be whole."""
-    parts = []
-    while chunks:
-        size, line_end, rest = chunks.partition(b"\r\n")
-        length = int(size, 16)
-        assert line_end
-        assert length
-        assert rest[length : length + 2] == b"\r\n"
-        parts.append(rest[:length])
-        chunks = rest[length + 2 :]
-    return b"".join(parts)
-
-
-@contextlib.contextmanager
-def taking() -> Iterator[list[bytes]]:
-    """The reads that fast paths take meanwhile."""
-    taken: list[bytes] = []
-
-    def watched(take: Callable[[Any, bytes], bool]) -> Callable[[Any, bytes], bool]:
-        def asked(path: FastPath, read: bytes) -> bool:
-            took = take(path, read)
-            if took:
-                taken.append(read)
-            return took
-
-        return asked
-
-    with pytest.MonkeyPatch.context() as patch:
-        for kind in (FastPath, TextPath):
-            patch.setattr(kind, "forward", watched(kind.forward))
-        yield taken
-
-
-async def play(face: str, reads: Iterable[bytes], **given: Any) -> Seen:
-    """The effects of *reads*, each of which comes in a turn of its own."""
-    async with Road(face, **given) as road:
-        await road.say(*reads)
-        await road.over()
-        return road.seen
-
-
-async def play_bytes(face: str, data: bytes) -> Seen:
-    """The effects of *data* byte for byte, all of which goes the long way."""
-    with taking() as taken:
-        async with Road(face) as road:
-            road.hear(*(data[at : at + 1] for at in range(len(data))))
-            await road.over()
-            assert not taken
-            return road.seen
-
-
-def cut(data: bytes, places: Iterable[int]) -> list[bytes]:
-    return [data[a:b] for a, b in pairwise([0, *sorted(set(places)), len(data)]) if a < b]
-
-
-def assert_same(face: str, one: Seen, other: Seen) -> None:
-    bodies = [one.body, other.body]
-    if face == "openai" and (b'"error"' in one.body or b"\r" in one.body):
-        # A block with an error object loses its comments; of CRLF the last LF may never come.
-        assert eventstream.parse(bodies[0]) == eventstream.parse(bodies[1])
-    else:
-        assert bodies[0] == bodies[1]
-    assert (one.last, one.status, one.error) == (other.last, other.status, other.error)
-    assert (one.text, one.finish, one.usage) == (other.text, other.finish, other.usage)
-    # Not `kept`: what comes behind an end is part of it, or closes the connection, by when it comes.
 
 
 # What is taken.

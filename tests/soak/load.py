@@ -1,0 +1,153 @@
+"""The clients of a soak test, which come and go, and the probes beside them."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+
+from aioserver.commands.bench.clients import Question as Probe
+from aioserver.commands.bench.load import Plan, Run
+from aioserver.commands.bench.results import Results
+from aioserver.providers.simulator.faults import FAULTS
+from tests.soak.clients import GONE, Client, Left, Violation
+
+# Clients at once.
+CLIENTS = 24
+# The share of questions that fail.
+FAULT_SHARE = 0.3
+# Seconds after which a client gives up, as somebody does before whom nothing happens.
+PATIENCE = 20.0
+PROBED = ("websocket", "sse", "openai")
+# Faults after which a provider is asked nothing for a while: each kind has a provider of its own, so that the others
+# go on. The rest is the active provider's.
+REFUSING = frozenset({"quota", "credits", "status-401"})
+LIMITED = frozenset(
+    {
+        *("retry-after", "retry-after-ms", "retry-after-date", "retry-after-absurd", "day-over"),
+        *("capacity", "slow-down", "limits-spent", "limits-day", "status-429", "status-503"),
+    }
+)
+PROVIDERS = ("refusing", "limited", "steady")
+# An endless answer has no text that could be checked, and `status` needs a number that is one.
+FAULT_NAMES = sorted(
+    {*FAULTS, "status-401", "status-404", "status-429", "status-500", "status-503"}
+    - {"endless", "status"}
+)
+ENDLESS_EVENTS = 300
+
+
+def model_of(fault: str) -> str | None:
+    """Return the model that fails by *fault*, with its provider if that is not the active one."""
+    if not fault:
+        return None
+    prefix = "refusing/" if fault in REFUSING else "limited/" if fault in LIMITED else ""
+    return f"{prefix}fault-{fault}"
+
+
+@dataclass
+class Load:
+    """The clients of a run, and what has become of them: *outcomes* are counted, *violations* are told."""
+
+    base: str
+    seed: int
+    outcomes: Counter[str] = field(default_factory=Counter)
+    violations: list[str] = field(default_factory=list)
+    asked: int = 0
+
+    def __post_init__(self) -> None:
+        self._numbers = itertools.count()
+        self._dice = random.Random(self.seed)
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Let clients come, one after the other in each of CLIENTS places, until *stop* is set."""
+        async with asyncio.TaskGroup() as group:
+            for place in range(CLIENTS):
+                group.create_task(self._endless(stop) if not place else self._clients(stop))
+
+    async def _clients(self, stop: asyncio.Event) -> None:
+        while not stop.is_set():
+            name = f"soak-{self.seed}-{next(self._numbers)}"
+            fault = self._dice.choice(FAULT_NAMES) if self._dice.random() < FAULT_SHARE else ""
+            self.asked += 1
+            outcome = "violation"
+            connector = aiohttp.TCPConnector(limit=0, force_close=True)
+            async with aiohttp.ClientSession(connector=connector) as session:
+                client = Client(self.base, name, model_of(fault), fault, session)
+                try:
+                    async with asyncio.timeout(PATIENCE):
+                        await client.run()
+                    outcome = client.outcome
+                except TimeoutError:
+                    outcome = "gave up"
+                except Violation as violation:
+                    self.violations.append(
+                        f"{client.face}, {fault or 'no fault'}, {name}: {violation}"
+                    )
+            self.outcomes[outcome.partition(":")[0]] += 1
+
+    async def _endless(self, stop: asyncio.Event) -> None:
+        """Begin to read answers without an end, and leave."""
+        body = {
+            "model": "fault-endless",
+            "messages": [{"role": "user", "content": "go on"}],
+            "stream": True,
+        }
+        url = f"{self.base}/v1/chat/completions"
+        while not stop.is_set():
+            self.asked += 1
+            outcome = "refused"
+            try:
+                async with (
+                    asyncio.timeout(PATIENCE),
+                    aiohttp.ClientSession() as session,
+                    session.post(url, json=body) as response,
+                ):
+                    lines = 0
+                    async for _ in response.content:
+                        lines += 1
+                        if lines > ENDLESS_EVENTS:
+                            raise Left
+            except Left:
+                outcome = "left"
+            except (TimeoutError, *GONE):
+                outcome = "gone"
+            self.outcomes[outcome] += 1
+            await asyncio.sleep(1.0)
+
+
+async def probe(base: str, provider: str, seconds: float) -> dict[str, Any]:
+    """Ask the steady provider for *seconds*, on each face and directly; return the numbers of the window.
+
+    The direct answers show what the machine and this program add themselves: only the difference is the server's.
+    """
+    question = Probe(prompt="Why are you called a gateway?", model="steady", max_tokens=20)
+    plans = [
+        *(
+            Plan(url=base, face=face, clients=2, question=question, duration=seconds)
+            for face in PROBED
+        ),
+        Plan(url=provider, face="openai", clients=3, question=question, duration=seconds),
+    ]
+    # The faces share their results, whose samples are then those of all of them.
+    results = Results()
+    *runs, direct = (Run(plan, results if plan.url == base else Results()) for plan in plans)
+    await asyncio.gather(*(run.execute(asyncio.Event()) for run in (*runs, direct)))
+    return {
+        "requests": results.begun,
+        "ok": results.ok,
+        "failed": results.refused + results.incomplete,
+        **_percentiles("first_token", results),
+        **_percentiles("direct", direct.results),
+    }
+
+
+def _percentiles(name: str, results: Results) -> dict[str, float]:
+    summary = results.first_token.summary()
+    assert summary is not None, "a window without an answer"
+    return {f"{name}_p50": summary["p50"], f"{name}_p99": summary["p99"]}

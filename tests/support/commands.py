@@ -1,0 +1,24 @@
+"""Whether bytes that a client sends are a command, or are refused as they should be."""
+
+from __future__ import annotations
+
+from aioserver.errors import InvalidJson, InvalidRequest
+from aioserver.protocol import client_frames, messages
+from aioserver.protocol.client_frames import BadCommand, Chat
+
+
+def encoded(text: bytes | str) -> bytes:
+    return text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass")
+
+
+def survives(text: bytes | str) -> None:
+    """Assert that *text* is a command whose digest can be made, or is refused."""
+    try:
+        parsed = client_frames.parse(encoded(text))
+    except BadCommand as bad:
+        assert isinstance(bad.error, InvalidJson | InvalidRequest)  # noqa: PT017 - either is right
+        # The refusal can be written.
+        messages.loose_frame(bad.request_id, "error", bad.error.as_chunk())
+    else:
+        if isinstance(parsed, Chat):
+            assert len(parsed.digest()) == 32
