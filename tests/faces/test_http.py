@@ -15,6 +15,7 @@ from aioserver.providers.simulator.exchange import Behaviour
 from tests.support.chat import CHAT, STREAMED
 from tests.support.raw import Answer, Raw
 from tests.support.server import CONCURRENCY, ENDLESS, UVICORN, MakeServer
+from tests.support.smuggling import INVALID, LAST, LOGGED, VALID, accesses, answers_with_ids
 
 if TYPE_CHECKING:
     from tests.support.server import RunningServer
@@ -353,47 +354,6 @@ async def test_a_charset_behind_the_type_is_no_other_type(server: RunningServer)
         assert response.status == 200
 
 
-SECRET = b"S3CR3T"
-SMUGGLED = b"GET /smuggled HTTP/1.1\r\nHost: x\r\n\r\n"
-
-
-INVALID = [
-    POST + b"Content-Length: 6\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
-    POST + b"Transfer-Encoding: chunked\r\nContent-Length: 6\r\n\r\n0\r\n\r\n" + SMUGGLED,
-    POST + b"Content-Length: 0\r\nContent-Length: 38\r\n\r\n" + SMUGGLED,
-    POST + b"Content-Length: +5\r\n\r\nhello" + SMUGGLED,
-    POST + b"Content-Length: 0x5\r\n\r\nhello" + SMUGGLED,
-    POST + b"Content-Length: -1\r\n\r\n" + SMUGGLED,
-    POST + b"Content-Length: 1_0\r\n\r\n" + SMUGGLED,
-    POST + b"Content-Length: 5 5\r\n\r\n" + SMUGGLED,
-    POST + b"Content-Length : 5\r\n\r\nhello" + SMUGGLED,
-    POST + b"Transfer-Encoding : chunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
-    POST + b"Transfer-Encoding: chunked, identity\r\n\r\n0\r\n\r\n" + SMUGGLED,
-    POST + b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
-    POST + b"Transfer-Encoding: chunked\r\n\r\n+0\r\n\r\n" + SMUGGLED,
-    POST + b"Transfer-Encoding: chunked\r\n\r\n0x0\r\n\r\n" + SMUGGLED,
-    POST + b"Transfer-Encoding: chunked\r\n\r\n5\nhello\r\n0\r\n\r\n" + SMUGGLED,
-    POST + b"Transfer-Encoding: chunked\r\n\r\n1\r\nhello\r\n0\r\n\r\n" + SMUGGLED,
-    GET + b"X: " + SECRET + b"\r\n folded\r\n\r\n" + SMUGGLED,
-    GET + b"X: " + SECRET + b"\0\r\n\r\n" + SMUGGLED,
-    GET + b"X\0: " + SECRET + b"\r\n\r\n" + SMUGGLED,
-    GET + b"X: " + SECRET + b"\rY: z\r\n\r\n" + SMUGGLED,
-    GET + b": " + SECRET + b"\r\n\r\n" + SMUGGLED,
-    GET + SECRET + b"\r\n\r\n" + SMUGGLED,
-    b"GET /health HTTP/1.1\nHost: x\n\n" + SMUGGLED,
-    b"GET /health HTTP/1.1\r\nHost: x\nX: " + SECRET + b"\r\n\r\n" + SMUGGLED,
-    b"GET /health HTTP/1.1\r\nHost: x\r\nHost: " + SECRET + b"\r\n\r\n" + SMUGGLED,
-    b"GET /" + SECRET + b" HTTP/3.7\r\nHost: x\r\n\r\n" + SMUGGLED,
-    b"GET /" + SECRET + b" x HTTP/1.1\r\nHost: x\r\n\r\n" + SMUGGLED,
-    b"GET /" + SECRET + b"\r\n\r\n" + SMUGGLED,
-    b"GET http://[" + SECRET + b" HTTP/1.1\r\nHost: x\r\n\r\n" + SMUGGLED,
-    b"G\0T /" + SECRET + b" HTTP/1.1\r\nHost: x\r\n\r\n" + SMUGGLED,
-    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
-    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc" + SECRET + b"\r\n\r\n",
-    b"\r\n\r\n" * 3 + SECRET + b"\r\n\r\n",
-]
-
-
 async def test_an_invalid_request_gets_one_answer_with_our_error(
     server: RunningServer, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -415,6 +375,22 @@ async def test_an_invalid_request_gets_one_answer_with_our_error(
 
     assert server.simulator.stats().requests == 0
     assert [one for one in caplog.records if one.levelno >= logging.ERROR] == []
+
+
+async def test_a_body_is_never_taken_for_a_request(
+    make_server: MakeServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = await make_server(**LOGGED)
+    caplog.set_level(logging.INFO, "aioserver.access")
+    for data, followed in VALID:
+        caplog.clear()
+        async with Raw(server) as raw:
+            await raw.send(data + LAST)
+            said = await asyncio.wait_for(raw.to_the_end(), 10)
+
+        seen = [one.fields["path"] for one in accesses(caplog)]
+        assert len(seen) == answers_with_ids(said), data
+        assert seen.count("/smuggled") <= followed, data
 
 
 async def test_many_pipelined_requests_get_one_answer_each(server: RunningServer) -> None:
