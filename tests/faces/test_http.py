@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gzip
 import json
 import logging
+import tracemalloc
 from typing import TYPE_CHECKING
 
 import pytest
 
-from aioserver.faces import openai
+from aioserver.faces import intake, openai
 from aioserver.providers.simulator.exchange import Behaviour
 from tests.support.chat import CHAT, STREAMED
 from tests.support.raw import Answer, Raw
@@ -400,6 +402,47 @@ async def test_many_pipelined_requests_get_one_answer_each(server: RunningServer
             assert (await raw.answer()).status == 200
 
 
+async def test_each_refused_request_is_counted_by_its_code(
+    make_server: MakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(intake, "BODY_TIMEOUT", 0.1)
+    server = await make_server()
+    requests = {
+        "invalid_request": GET + b": x\r\n\r\n",
+        "uri_too_long": b"GET /" + b"x" * 9000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+        "headers_too_large": GET + b"X: " + b"x" * 20_000 + b"\r\n\r\n",
+        "request_too_large": POST + b"Content-Length: 100000000\r\n\r\n",
+        "request_timeout": POST + b"Content-Length: 10\r\n\r\n{",
+        "unsupported_media_type": POST + b"Content-Encoding: gzip\r\nContent-Length: 2\r\n\r\n{}",
+        "invalid_json": POST + b"Content-Length: 1\r\n\r\n{",
+        "not_found": b"GET /nowhere HTTP/1.1\r\nHost: x\r\n\r\n",
+        "method_not_allowed": b"PUT /health HTTP/1.1\r\nHost: x\r\n\r\n",
+        "expectation_failed": GET + b"Expect: a miracle\r\n\r\n",
+        "upgrade_required": GET + b"Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n",
+    }
+    for code, data in requests.items():
+        async with Raw(server) as raw:
+            await raw.send(data)
+            assert (await raw.answer()).code == code
+
+    assert await server.counted("bad_requests", "code") == {(code,): 1 for code in requests}
+    assert server.simulator.stats().requests == 0
+    await server.nothing_held()
+
+
+async def test_a_bomb_of_gzip_is_refused_unread(server: RunningServer) -> None:
+    bomb = gzip.compress(bytes(1 << 24))
+    async with Raw(server) as raw:
+        tracemalloc.start()
+        await raw.post("/v1/chat/completions", bomb, "Content-Encoding: gzip")
+        answer = await raw.answer()
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+
+    assert answer.code == "unsupported_media_type"
+    assert most < 1 << 20
+
+
 async def test_an_unknown_expectation_is_417(server: RunningServer) -> None:
     async with Raw(server) as raw:
         await raw.get("/health", "Expect: a miracle")
@@ -523,5 +566,10 @@ async def test_a_bug_in_a_handler_is_500_without_details(
 
     assert (answer.status, answer.code) == (500, "internal_error")
     assert "S3CR3T" not in str(answer)
-    assert [one.levelname for one in caplog.records] == ["ERROR"]
+    assert answer.headers["x-request-id"]
+    (line,) = caplog.records
+    assert line.levelname == "ERROR"
+    assert line.exc_info
+    assert vars(line)["fields"] == {"request_id": answer.headers["x-request-id"]}
+    assert await server.counted("errors") == {(): 1}
     await server.nothing_held()
