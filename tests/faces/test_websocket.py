@@ -688,8 +688,13 @@ async def test_resume_from_any_event_gives_exactly_the_rest(server: RunningServe
             assert await to_end(ws) == frames[after:]
         await ws.send_json(resume("r1", len(frames) + 1))
         gap = await ws.receive_json()
+        await ws.send_json(resume("nobody"))
+        unknown = await ws.receive_json()
 
     assert gap["chunk"]["code"] == "resume_gap"
+    assert unknown["chunk"]["code"] == "stream_not_found"
+    counted = await server.counted("resumes", "outcome")
+    assert counted == {("ok",): len(frames), ("gap",): 1, ("not_found",): 1}
 
 
 @pytest.mark.parametrize("after", [0, 1, 7])
@@ -968,6 +973,8 @@ async def test_a_client_that_does_not_pong_is_closed_with_1011(make_server: Make
         assert await raw.frames() == []
         assert 0.4 < loop.time() - begun < 5
         await until(lambda: server.held()["sockets"] == 0)
+    counted = await server.counted("connections_closed", "face", "code")
+    assert counted == {("websocket", "1011"): 1}
     async with server.connect() as ws:
         await ws.send_json(cancel("r1"))
         await to_end(ws)
