@@ -71,7 +71,7 @@ async def test_without_descriptors_what_is_served_goes_on_and_new_clients_are_se
         Simulator(ENDLESS) as simulator,
         serving(
             tmp_path / "c.yaml",
-            simulator.base_url,
+            simulator.base_url.replace("127.0.0.1", "localhost"),
             changes=places(4),
             environ=limited(tmp_path, files),
         ) as process,

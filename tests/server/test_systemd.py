@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import logging
 import os
+import resource
 import select
 import signal
 import socket
@@ -68,6 +69,7 @@ async def test_systemd_hears_of_the_start_and_of_the_end(manager: Systemd) -> No
 
     notifier.ready()
     notifier.stopping()
+    notifier.close()
 
     assert await manager.message() == {"READY": "1", "STATUS": "3 of 9"}
     assert await manager.message() == {"STOPPING": "1", "STATUS": "stopping"}
@@ -81,6 +83,7 @@ async def test_a_reload_has_a_beginning_on_the_clock_of_systemd_and_an_end(
 
     notifier.reloading()
     notifier.ready()
+    notifier.close()
 
     told = await manager.message()
     after = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
@@ -147,6 +150,7 @@ async def test_a_systemd_that_does_not_read_is_not_waited_for(
     assert watching.unread()
     notifier.ready()
     assert (await watching.message())["READY"] == "1"
+    notifier.close()
 
 
 # The watchdog.
@@ -178,6 +182,7 @@ async def test_the_watchdog_of_another_process_is_not_fed(watching: Systemd) -> 
     notifier = taken(watching, WATCHDOG_USEC="1000", WATCHDOG_PID=str(os.getppid()))
 
     notifier.ready()
+    notifier.close()
 
     assert [b"READY=1" in message for message in watching.unread()] == [True]
 
@@ -187,6 +192,7 @@ async def test_a_watchdog_without_a_time_is_none(watching: Systemd, period: str)
     notifier = taken(watching, WATCHDOG_USEC=period)
 
     notifier.ready()
+    notifier.close()
 
     assert [b"READY=1" in message for message in watching.unread()] == [True]
 
@@ -201,6 +207,24 @@ async def test_a_blocked_loop_starves_the_watchdog(watching: Systemd) -> None:
 
     assert not came
     await watching.message_with("WATCHDOG")
+    notifier.close()
+
+
+async def test_a_watchdog_is_fed_where_no_descriptor_is_free(watching: Systemd) -> None:
+    notifier = Notifier(watching.address, 0.05)
+    notifier.ready()
+    await watching.message_with("WATCHDOG")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            socket.socket()
+        watching.unread()
+        for _ in range(2):
+            await asyncio.wait_for(watching.message_with("WATCHDOG"), 10)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     notifier.close()
 
 
