@@ -104,8 +104,9 @@ class Notifier:
 
     def _feed(self) -> None:
         assert self._watchdog is not None
-        self._send("WATCHDOG=1", f"STATUS={self._status()}")
+        # In this order: whoever has got the keep-alive knows that stacks will be dumped.
         faulthandler.dump_traceback_later(self._watchdog * STACKS_AT, file=STDERR)
+        self._send("WATCHDOG=1", f"STATUS={self._status()}")
         self._timer = asyncio.get_running_loop().call_later(self._watchdog / 2, self._feed)
 
     def _send(self, *lines: str) -> None:

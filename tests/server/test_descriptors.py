@@ -124,9 +124,10 @@ async def test_without_descriptors_what_is_served_goes_on_and_new_clients_are_se
             pass
         assert frame["status"] == "chunk"
         assert process.log.count("no file descriptor is free for a connection to") == 1
-        # asyncio reports each connection that it cannot accept, of which one is logged; uvloop none.
+        # asyncio reports each connection that it cannot accept, of which few are logged; uvloop none.
         reports = process.log.count("out of system resource")
-        assert reports == (1 if loop_name() == "asyncio" else 0)
+        assert (reports > 0) == (loop_name() == "asyncio")
+        assert reports < 5
 
 
 async def test_where_the_limit_is_as_large_as_asked_for_all_caps_can_be_reached(

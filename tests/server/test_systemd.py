@@ -535,6 +535,41 @@ async def test_a_service_feeds_its_watchdog_and_says_how_full_it_is(
         assert await process.ended() == 0
 
 
+# Python runs a module of this name at its start. A signal's handler runs in the thread of the event loop.
+BLOCKABLE = """
+import signal, time
+seconds = iter((0.6, 1000))
+def blocked(number, frame):
+    time.sleep(next(seconds))
+signal.signal(signal.SIGUSR1, blocked)
+"""
+
+
+async def test_a_service_whose_loop_is_blocked_shows_it_and_leaves_its_stacks_if_it_lasts(
+    tmp_path: Path, watching: Systemd, port: socket.socket
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(BLOCKABLE)
+    environ = {"PYTHONPATH": str(tmp_path), "WATCHDOG_USEC": "1000000"}
+    metrics = f"http://127.0.0.1:{port.getsockname()[1]}/metrics"
+    async with serving_for(watching, tmp_path, NOWHERE, [port], **environ) as process:
+        await watching.message_with("WATCHDOG")
+
+        process.signal(signal.SIGUSR1)
+        await watching.message_with("WATCHDOG")
+        async with aiohttp.ClientSession() as session, session.get(metrics) as response:
+            found = dict(line.rsplit(" ", 1) for line in (await response.text()).splitlines())
+
+        before = process.log.count("in blocked")
+        process.signal(signal.SIGUSR1)
+        await until(lambda: process.log.count("in blocked") > before, 30.0)
+        process.signal(signal.SIGABRT)  # as systemd does when the time is over
+        assert await process.ended() == -signal.SIGABRT
+
+    most = 'aioserver_loop_lag_seconds_bucket{le="0.5"}'
+    assert float(found["aioserver_loop_lag_seconds_count"]) > float(found[most])
+    assert process.log.count("in blocked") == before + 2
+
+
 async def test_a_passed_socket_that_others_can_reach_needs_a_guard_as_a_host_does(
     tmp_path: Path,
 ) -> None:
