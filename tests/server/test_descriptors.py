@@ -155,9 +155,9 @@ async def test_where_the_limit_is_as_large_as_asked_for_all_caps_can_be_reached(
     ):
         await process.ready()
         clients = [await stack.enter_async_context(Raw(process)) for _ in range(2 * number)]
-        for raw in clients:
+        for name, raw in enumerate(clients):
             await raw.upgrade()
-            await raw.send_json(chat(f"r{id(raw)}"))
+            await raw.send_json(chat(f"r{name}"))
         await simulator.until(lambda stats: stats.active == number)
         for _ in range(MAX_WATCHERS):
             raw = await stack.enter_async_context(Raw(process))

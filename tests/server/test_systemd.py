@@ -567,7 +567,7 @@ async def test_a_service_whose_loop_is_blocked_shows_it_and_leaves_its_stacks_if
 
     most = 'aioserver_loop_lag_seconds_bucket{le="0.5"}'
     assert float(found["aioserver_loop_lag_seconds_count"]) > float(found[most])
-    assert process.log.count("in blocked") == before + 2
+    assert process.log.count("in blocked") >= before + 2
 
 
 async def test_a_passed_socket_that_others_can_reach_needs_a_guard_as_a_host_does(
