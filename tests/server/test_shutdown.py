@@ -129,8 +129,7 @@ async def stop_with_many(tmp_path: Path, simulator: Simulator, each: int, grace:
                 for number in range(each)
             ]
             expected = before + each * len(FACES)
-            async with asyncio.timeout(60):
-                await simulator.until(lambda stats, n=expected: stats.requests == n)  # type: ignore[misc]
+            await simulator.until(lambda stats, n=expected: stats.requests == n, 60.0)  # type: ignore[misc]
 
         asked = asyncio.get_running_loop().time()
         process.signal()
