@@ -100,7 +100,7 @@ class CertificateFault(ProviderFault):
 
 
 class PoolTimeout(ProviderFault):
-    """No pooled connection became free within `pool_timeout`."""
+    """No pooled connection became free within `pool_timeout`, or no descriptor was free for a new one."""
 
     outcome = "rejected"
     code, status, retryable = "pool_timeout", 503, True

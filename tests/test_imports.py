@@ -30,6 +30,10 @@ INSIDE_FUNCTIONS = {
     "commands.top.command": {"aioserver.commands.top.screen"},
 }
 
+# Codecs that need no import, and modules that use another one before they serve.
+BUILT_IN_CODECS = {"ascii", "latin-1", "utf-8", "utf-16"}
+OTHER_CODECS = {("config.configuration", "utf-8-sig")}
+
 
 def imports(node: ast.AST, late: bool = False) -> Iterator[tuple[str, bool]]:
     """Yield each imported module, also those for the type checker, and whether inside a function."""
@@ -95,6 +99,24 @@ def test_only_what_is_optional_or_slow_is_imported_inside_a_function(module: str
     late_imports = {imported for imported, late in imports(MODULES[module]) if late}
 
     assert late_imports <= allowed
+
+
+def test_no_codec_is_imported_at_its_first_use() -> None:
+    """Such an import needs a file descriptor, and a busy server may have none left."""
+    used = {
+        (module, str(call.args[0].value).lower())
+        for module, tree in MODULES.items()
+        for call in ast.walk(tree)
+        if isinstance(call, ast.Call)
+        and isinstance(call.func, ast.Attribute)
+        and call.func.attr in {"encode", "decode"}
+        and call.args
+        and isinstance(call.args[0], ast.Constant)
+    }
+
+    late = {(module, codec) for module, codec in used if codec not in BUILT_IN_CODECS}
+
+    assert late == OTHER_CODECS
 
 
 @pytest.mark.parametrize("package", sorted(PACKAGES - {"config"}))

@@ -32,6 +32,10 @@ OF_A_FULL_PROVIDER = (
     "If {name} can answer more at once, raise its concurrent_requests;"
     " more connections would only wait for it."
 )
+_MORE_CONNECTIONS = (
+    "If the log says that no file descriptor is free, raise the limit of open files;"
+    " else raise max_connections in the http_client of the provider."
+)
 _OWN_LIMITS = "The log names the caller; its limits stand in auth.keys."
 # By error code of a rejection: why requests were rejected, and what to do.
 OF_REJECTIONS = {
@@ -46,7 +50,7 @@ OF_REJECTIONS = {
     ),
     "pool_timeout": (
         "no connection of a provider was free in time",
-        "Raise max_connections in the http_client of the provider.",
+        _MORE_CONNECTIONS,
     ),
     "provider_queue_full": ("the queue of a provider is full", _MORE_PLACES),
     "provider_queue_timeout": ("requests waited too long for a provider", _MORE_PLACES),

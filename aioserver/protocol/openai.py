@@ -221,7 +221,8 @@ def _replace_surrogates(value: Any) -> Any:
     """Return *value* with its surrogate pairs joined, and U+FFFD for each lone surrogate."""
     match value:
         case str() if not value.isascii():
-            return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+            # Not `utf-16-le`: its first use imports it, which fails where no descriptor is free.
+            return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         case dict():
             return {
                 _replace_surrogates(key): _replace_surrogates(item) for key, item in value.items()

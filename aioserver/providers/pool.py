@@ -16,7 +16,9 @@ Private names of aiohttp used here, guarded by `tests/providers/test_pool.py`: `
 from __future__ import annotations
 
 import asyncio
+import errno
 import functools
+import logging
 import ssl
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -41,6 +43,10 @@ if TYPE_CHECKING:
     from aioserver.config.settings import HttpClient
     from aioserver.providers.exchange import Exchange
 
+logger = logging.getLogger("aioserver.pool")
+
+# This process, or the machine, has no file descriptor left. That is no fault of a provider.
+NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE)
 # aiohttp rounds timeouts above its threshold, 5 s, up to whole seconds; ours stay as configured.
 NEVER_CEIL = float("inf")
 # The size of the queue for connections: the provider's queue in front of it is bounded already.
@@ -239,7 +245,7 @@ class Pool:
         Cancelling is safe: no connection is lost.
 
         Raises:
-            PoolTimeout: no connection became free within `pool_timeout`.
+            PoolTimeout: no connection became free within `pool_timeout`, or no descriptor is free for one.
             ConnectTimeout: DNS, TCP and TLS took longer than `connect_timeout`.
             ConnectError: the connection was refused, the host is unreachable or unknown, or TLS failed.
             CertificateFault: the provider's certificate is not valid.
@@ -326,6 +332,12 @@ class Pool:
                 return ConnectTimeout(
                     f"no connection to {self._address} in {self._limits.connect_timeout} s"
                 )
+            case OSError(errno=code) if code in NO_DESCRIPTOR:
+                logger.error(
+                    "no file descriptor is free for a connection to %s: raise the limit of open files",
+                    self._address,
+                )
+                return PoolTimeout("no file descriptor is free for a connection", retry_after=1.0)
             # UnicodeError: the text cannot be a host name at all.
             case aiohttp.ClientError() | OSError() | UnicodeError():
                 return ConnectError(f"cannot connect to {self._address}")

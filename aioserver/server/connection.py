@@ -24,6 +24,8 @@ from aioserver.faces.http import SERVER, error_response, request_id
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from aioserver.telemetry.metrics import Metrics
+
 logger = logging.getLogger("aioserver.runner")
 
 # Seconds for which a connection that ends is still read: a request may be on its way.
@@ -31,16 +33,17 @@ LAST_CALL = 1.0
 
 
 class Connection(RequestHandler):
-    """One client's connection.
+    """One client's connection. *metrics* counts the requests that the parser refuses.
 
     *requests*: how many requests have come on it; the middleware counts them, for
     `max_keepalive_requests`. *last*: whether it ends with the response under way.
     """
 
-    __slots__ = ("last", "requests")
+    __slots__ = ("last", "metrics", "requests")
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, metrics: Metrics, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.metrics = metrics
         self.requests = 0
         self.last = False
 
@@ -74,6 +77,7 @@ class Connection(RequestHandler):
             # A ConnectionError is a client that left.
             if not isinstance(exc, ConnectionError):
                 logger.error("bug in a handler", exc_info=exc)
+                self.metrics.bugs.value += 1
             error: Any = InternalError("internal error")
         elif isinstance(exc, LineTooLong):
             line, limit = exc.args[:2]
@@ -87,6 +91,7 @@ class Connection(RequestHandler):
             error = HeadersTooLarge(f"more than {self.max_headers} headers")
         else:
             error = InvalidRequest("this is no valid HTTP request")
+        self.metrics.count_error(error)
         response = error_response(error)
         response.headers["Server"] = SERVER
         response.headers["x-request-id"] = request_id(request)
@@ -102,8 +107,9 @@ class ConnectionServer(web.Server):
     next request ends soon; a connection without a request so far may still bring one.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, metrics: Metrics, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._metrics = metrics
         self._draining = False
         self._awaited: set[web.RequestHandler] = set()
         # Set while no connection is awaited.
@@ -115,7 +121,7 @@ class ConnectionServer(web.Server):
         Raises:
             TypeError: aiohttp does not know an option. Its own server would drop all options then.
         """
-        connection = Connection(self, loop=self._loop, **self._kwargs)
+        connection = Connection(self, metrics=self._metrics, loop=self._loop, **self._kwargs)
         connection.last = self._draining
         return connection
 

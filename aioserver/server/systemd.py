@@ -54,6 +54,9 @@ class Notifier:
         self._watchdog = watchdog
         self._status = status
         self._timer: asyncio.TimerHandle | None = None
+        # Open from the first datagram to `close`: later no descriptor may be free for another one, and a
+        # server that still serves must not be killed for that.
+        self._socket: socket.socket | None = None
         # The last datagram could not be sent: that is logged once.
         self._failing = False
 
@@ -90,16 +93,20 @@ class Notifier:
         self._send("STOPPING=1", "STATUS=stopping")
 
     def close(self) -> None:
-        """Feed the watchdog no more, and dump no stacks."""
+        """Feed the watchdog no more, and dump no stacks. Nothing is sent afterwards."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
             faulthandler.cancel_dump_traceback_later()
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
 
     def _feed(self) -> None:
         assert self._watchdog is not None
-        self._send("WATCHDOG=1", f"STATUS={self._status()}")
+        # In this order: whoever has got the keep-alive knows that stacks will be dumped.
         faulthandler.dump_traceback_later(self._watchdog * STACKS_AT, file=STDERR)
+        self._send("WATCHDOG=1", f"STATUS={self._status()}")
         self._timer = asyncio.get_running_loop().call_later(self._watchdog / 2, self._feed)
 
     def _send(self, *lines: str) -> None:
@@ -109,9 +116,10 @@ class Notifier:
         if address.startswith("@"):
             address = f"\0{address[1:]}"
         try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-                sock.setblocking(False)
-                sock.sendto("\n".join(lines).encode(), address)
+            if self._socket is None:
+                self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+                self._socket.setblocking(False)
+            self._socket.sendto("\n".join(lines).encode(), address)
         # ValueError: the address is not possible.
         except (OSError, ValueError) as exc:
             if not self._failing:

@@ -99,9 +99,8 @@ def printable(text: str) -> str:
     r"""Return *text* with `\n`, `\x1b` or `\u202e` in place of characters that are not printable."""
     if text.isprintable():
         return text
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
-    )
+    # Not the codec `unicode_escape`: its first use imports it, which fails where no descriptor is free.
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 def _shown(value: object) -> str:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
+import signal
 from typing import TYPE_CHECKING, Any
 
+import aiohttp
 import pytest
 
 from aioserver.providers.simulator.exchange import Behaviour
@@ -13,11 +16,15 @@ from aioserver.server import reload
 from aioserver.telemetry.logs import ConsoleFormatter, JsonFormatter
 from tests.support.chat import cancel, chat, resume, to_end, until_status
 from tests.support.keys import COOKIE, auth_of, bearer, cookie, keys_of, log_in
+from tests.support.process import serving
 from tests.support.raw import Raw
+from tests.support.scripted_provider import ScriptedProvider
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
+    from tests.support.scripted_provider import Peer
     from tests.support.server import MakeServer, RunningServer
 
 
@@ -77,6 +84,10 @@ async def tried_out(server: RunningServer, heard: Heard, session: str, secret: s
             text = await response.text()
             if response.status != 200:
                 heard.texts.append(text)
+    async with server.session.post(
+        server.sse, json={"request_id": "s", "text": PROMPT}, headers=mine
+    ) as response:
+        await response.read()
     for data in (f'{{"messages": "{PROMPT}', f"[{PROMPT}]"):
         await heard.take(
             server,
@@ -155,3 +166,56 @@ async def test_a_key_and_a_prompt_are_heard_by_nobody_else(
     for canary in (KEY, PROMPT):
         assert canary not in log.replace(NAME, "")
         assert canary not in everything.replace(NAME, "")
+
+
+# After the last of them a provider is not asked again.
+ECHOED = (b"500 Oops", b"404 Not Found", b"200 OK", b"401 Unauthorized")
+
+
+async def test_a_process_shows_neither_key_nor_prompt_not_even_when_it_is_aborted(
+    tmp_path: Path,
+) -> None:
+    """The provider's key as well, although this provider repeats all that it is sent in its answers."""
+    statuses = iter(ECHOED)
+
+    async def play(peer: Peer) -> None:
+        request = await peer.request()
+        assert KEY.encode() in request
+        assert PROMPT.encode() in request
+        head = b"HTTP/1.1 %b\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+        echo = b'{"error": {"message": %b}}' % json.dumps(request.decode()).encode()
+        await peer.send(head % (next(statuses), len(echo)) + echo)
+
+    said = ""
+    async with (
+        ScriptedProvider(play) as provider,
+        serving(
+            tmp_path / "c.yaml",
+            provider.url,
+            changes={"llm.providers.sim.api_key_env": "CANARY", "logging.format": "json"},
+            environ={"CANARY": KEY},
+        ) as process,
+        aiohttp.ClientSession() as session,
+    ):
+        await process.ready()
+        for status in ECHOED:
+            body = {"messages": [{"role": "user", "content": PROMPT}]}
+            url = f"{process.base}/v1/chat/completions"
+            async with session.post(url, json=body) as response:
+                # The caller's own fault passes as the provider has told it.
+                if not status.startswith(b"404"):
+                    said += f"{response.headers} {await response.text()}"
+        for path in ("/stats", "/metrics", "/health", "/", "/dashboard"):
+            async with session.get(process.base + path) as response:
+                said += f"{response.headers} {await response.text()}"
+
+        process.signal(signal.SIGABRT)
+        await process.ended()
+
+    assert next(statuses, None) is None, "all of it was asked for"
+    assert "request finished" in process.log
+    assert "Current thread" in process.log
+    for canary in (KEY, PROMPT):
+        assert canary not in process.log
+        assert canary not in process.out
+        assert canary not in said

@@ -183,6 +183,10 @@ async def test_leaving_gives_everything_back(make_server: MakeServer, name: str,
                 assert (stats.requests, stats.active) == (phase.holders, phase.holders)
 
         await server.nothing_held()
+        ends = await server.counted("requests", "outcome")
+        assert set(ends) <= {("client_left",), ("cancelled",)}
+        tries = await server.counted("provider_attempts", "outcome")
+        assert set(tries) <= {("cancelled",)}
         if not phase.behaviour.ignore_body:  # else it does not notice
             stats = await server.simulator.until(lambda stats: stats.active == 0)
             assert stats.aborted == stats.requests

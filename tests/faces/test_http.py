@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gzip
 import json
 import logging
+import tracemalloc
 from typing import TYPE_CHECKING
 
 import pytest
 
-from aioserver.faces import openai
+from aioserver.faces import intake, openai
 from aioserver.providers.simulator.exchange import Behaviour
 from tests.support.chat import CHAT, STREAMED
 from tests.support.raw import Answer, Raw
 from tests.support.server import CONCURRENCY, ENDLESS, UVICORN, MakeServer
+from tests.support.smuggling import INVALID, LAST, LOGGED, VALID, accesses, answers_with_ids
 
 if TYPE_CHECKING:
     from tests.support.server import RunningServer
@@ -353,47 +356,6 @@ async def test_a_charset_behind_the_type_is_no_other_type(server: RunningServer)
         assert response.status == 200
 
 
-SECRET = b"S3CR3T"
-SMUGGLED = b"GET /smuggled HTTP/1.1\r\nHost: x\r\n\r\n"
-
-
-INVALID = [
-    POST + b"Content-Length: 6\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
-    POST + b"Transfer-Encoding: chunked\r\nContent-Length: 6\r\n\r\n0\r\n\r\n" + SMUGGLED,
-    POST + b"Content-Length: 0\r\nContent-Length: 38\r\n\r\n" + SMUGGLED,
-    POST + b"Content-Length: +5\r\n\r\nhello" + SMUGGLED,
-    POST + b"Content-Length: 0x5\r\n\r\nhello" + SMUGGLED,
-    POST + b"Content-Length: -1\r\n\r\n" + SMUGGLED,
-    POST + b"Content-Length: 1_0\r\n\r\n" + SMUGGLED,
-    POST + b"Content-Length: 5 5\r\n\r\n" + SMUGGLED,
-    POST + b"Content-Length : 5\r\n\r\nhello" + SMUGGLED,
-    POST + b"Transfer-Encoding : chunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
-    POST + b"Transfer-Encoding: chunked, identity\r\n\r\n0\r\n\r\n" + SMUGGLED,
-    POST + b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
-    POST + b"Transfer-Encoding: chunked\r\n\r\n+0\r\n\r\n" + SMUGGLED,
-    POST + b"Transfer-Encoding: chunked\r\n\r\n0x0\r\n\r\n" + SMUGGLED,
-    POST + b"Transfer-Encoding: chunked\r\n\r\n5\nhello\r\n0\r\n\r\n" + SMUGGLED,
-    POST + b"Transfer-Encoding: chunked\r\n\r\n1\r\nhello\r\n0\r\n\r\n" + SMUGGLED,
-    GET + b"X: " + SECRET + b"\r\n folded\r\n\r\n" + SMUGGLED,
-    GET + b"X: " + SECRET + b"\0\r\n\r\n" + SMUGGLED,
-    GET + b"X\0: " + SECRET + b"\r\n\r\n" + SMUGGLED,
-    GET + b"X: " + SECRET + b"\rY: z\r\n\r\n" + SMUGGLED,
-    GET + b": " + SECRET + b"\r\n\r\n" + SMUGGLED,
-    GET + SECRET + b"\r\n\r\n" + SMUGGLED,
-    b"GET /health HTTP/1.1\nHost: x\n\n" + SMUGGLED,
-    b"GET /health HTTP/1.1\r\nHost: x\nX: " + SECRET + b"\r\n\r\n" + SMUGGLED,
-    b"GET /health HTTP/1.1\r\nHost: x\r\nHost: " + SECRET + b"\r\n\r\n" + SMUGGLED,
-    b"GET /" + SECRET + b" HTTP/3.7\r\nHost: x\r\n\r\n" + SMUGGLED,
-    b"GET /" + SECRET + b" x HTTP/1.1\r\nHost: x\r\n\r\n" + SMUGGLED,
-    b"GET /" + SECRET + b"\r\n\r\n" + SMUGGLED,
-    b"GET http://[" + SECRET + b" HTTP/1.1\r\nHost: x\r\n\r\n" + SMUGGLED,
-    b"G\0T /" + SECRET + b" HTTP/1.1\r\nHost: x\r\n\r\n" + SMUGGLED,
-    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
-    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc" + SECRET + b"\r\n\r\n",
-    b"\r\n\r\n" * 3 + SECRET + b"\r\n\r\n",
-]
-
-
 async def test_an_invalid_request_gets_one_answer_with_our_error(
     server: RunningServer, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -417,11 +379,68 @@ async def test_an_invalid_request_gets_one_answer_with_our_error(
     assert [one for one in caplog.records if one.levelno >= logging.ERROR] == []
 
 
+async def test_a_body_is_never_taken_for_a_request(
+    make_server: MakeServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = await make_server(**LOGGED)
+    caplog.set_level(logging.INFO, "aioserver.access")
+    for data, followed in VALID:
+        caplog.clear()
+        async with Raw(server) as raw:
+            await raw.send(data + LAST)
+            said = await asyncio.wait_for(raw.to_the_end(), 10)
+
+        seen = [one.fields["path"] for one in accesses(caplog)]
+        assert len(seen) == answers_with_ids(said), data
+        assert seen.count("/smuggled") <= followed, data
+
+
 async def test_many_pipelined_requests_get_one_answer_each(server: RunningServer) -> None:
     async with Raw(server) as raw:
         await raw.send((GET + b"\r\n") * 500)
         for _ in range(500):
             assert (await raw.answer()).status == 200
+
+
+async def test_each_refused_request_is_counted_by_its_code(
+    make_server: MakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(intake, "BODY_TIMEOUT", 0.1)
+    server = await make_server()
+    requests = {
+        "invalid_request": GET + b": x\r\n\r\n",
+        "uri_too_long": b"GET /" + b"x" * 9000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+        "headers_too_large": GET + b"X: " + b"x" * 20_000 + b"\r\n\r\n",
+        "request_too_large": POST + b"Content-Length: 100000000\r\n\r\n",
+        "request_timeout": POST + b"Content-Length: 10\r\n\r\n{",
+        "unsupported_media_type": POST + b"Content-Encoding: gzip\r\nContent-Length: 2\r\n\r\n{}",
+        "invalid_json": POST + b"Content-Length: 1\r\n\r\n{",
+        "not_found": b"GET /nowhere HTTP/1.1\r\nHost: x\r\n\r\n",
+        "method_not_allowed": b"PUT /health HTTP/1.1\r\nHost: x\r\n\r\n",
+        "expectation_failed": GET + b"Expect: a miracle\r\n\r\n",
+        "upgrade_required": GET + b"Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n",
+    }
+    for code, data in requests.items():
+        async with Raw(server) as raw:
+            await raw.send(data)
+            assert (await raw.answer()).code == code
+
+    assert await server.counted("bad_requests", "code") == {(code,): 1 for code in requests}
+    assert server.simulator.stats().requests == 0
+    await server.nothing_held()
+
+
+async def test_a_bomb_of_gzip_is_refused_unread(server: RunningServer) -> None:
+    bomb = gzip.compress(bytes(1 << 24))
+    async with Raw(server) as raw:
+        tracemalloc.start()
+        await raw.post("/v1/chat/completions", bomb, "Content-Encoding: gzip")
+        answer = await raw.answer()
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+
+    assert answer.code == "unsupported_media_type"
+    assert most < 1 << 20
 
 
 async def test_an_unknown_expectation_is_417(server: RunningServer) -> None:
@@ -547,5 +566,10 @@ async def test_a_bug_in_a_handler_is_500_without_details(
 
     assert (answer.status, answer.code) == (500, "internal_error")
     assert "S3CR3T" not in str(answer)
-    assert [one.levelname for one in caplog.records] == ["ERROR"]
+    assert answer.headers["x-request-id"]
+    (line,) = caplog.records
+    assert line.levelname == "ERROR"
+    assert line.exc_info
+    assert vars(line)["fields"] == {"request_id": answer.headers["x-request-id"]}
+    assert await server.counted("errors") == {(): 1}
     await server.nothing_held()

@@ -404,6 +404,9 @@ async def test_a_loop_that_is_late_is_told(server: RunningServer) -> None:
     (incident,) = [one for kind, one in told if kind == "incident"]
     assert (incident["kind"], incident["severity"]) == ("loop_lag", "warning")
     assert worst >= 0.2
+    found = samples(await scrape(server))
+    late = found["aioserver_loop_lag_seconds_count",]
+    assert late > found["aioserver_loop_lag_seconds_bucket", ("le", "0.1")]
 
 
 # The metrics.

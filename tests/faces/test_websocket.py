@@ -379,6 +379,57 @@ async def test_a_protocol_error_closes_with_1002(server: RunningServer, data: by
     assert closing(payload)[0] == 1002
 
 
+async def test_each_close_is_counted_by_its_code(server: RunningServer) -> None:
+    closes = {
+        "1002": b"\x83\x80\0\0\0\0",
+        "1003": masked(BINARY, b"x"),
+        "1007": masked(TEXT, b"\xff"),
+        "1009": b"\x81\xff" + (2**62).to_bytes(8, "big") + b"\0\0\0\0",
+    }
+    for data in closes.values():
+        async with Raw(server) as raw:
+            await raw.upgrade()
+            await raw.send(data)
+            await raw.frames()
+    await server.nothing_held()
+
+    counted = await server.counted("connections_closed", "face", "code")
+    assert counted == {("websocket", code): 1 for code in closes}
+
+
+async def test_compression_that_a_client_offers_is_not_taken(server: RunningServer) -> None:
+    async with Raw(server) as raw:
+        head = await raw.upgrade("Sec-WebSocket-Extensions: permessage-deflate")
+        await raw.send(b"\xc1\x80\0\0\0\0")  # a message that is marked as compressed
+        opcode, payload = await raw.frame()
+
+    assert (head.status, "sec-websocket-extensions" in head.headers) == (101, False)
+    assert (opcode, closing(payload)[0]) == (CLOSE, 1002)
+
+
+@pytest.mark.parametrize(
+    "count", [150, pytest.param(1000, marks=[pytest.mark.stress, pytest.mark.timeout(120)])]
+)
+async def test_many_requests_one_after_the_other_on_one_socket_leave_nothing(
+    make_server: MakeServer, count: int
+) -> None:
+    server = await make_server(
+        Behaviour(ttft=0, interval=0, tokens=2), **{"chat.streams.resume_window": 0}
+    )
+    async with server.connect() as ws:
+        for number in range(count):
+            await ws.send_json(chat(f"r{number}"))
+            assert (await to_end(ws))[-1]["status"] == "complete"
+            if number >= 150:  # below the bound of a flood
+                await asyncio.sleep(0.01)
+        kept = server.owners.streams.stats()
+        assert (kept.running, kept.finished) == (0, 0)
+
+    assert await server.counted("requests", "outcome") == {("ok",): count}
+    assert server.provider.stats().pool.open == 1
+    await server.nothing_held()
+
+
 @pytest.mark.parametrize("cut", [False, True])
 async def test_the_limit_of_a_message_is_inclusive_and_counts_bytes(
     make_server: MakeServer, cut: bool
@@ -637,8 +688,13 @@ async def test_resume_from_any_event_gives_exactly_the_rest(server: RunningServe
             assert await to_end(ws) == frames[after:]
         await ws.send_json(resume("r1", len(frames) + 1))
         gap = await ws.receive_json()
+        await ws.send_json(resume("nobody"))
+        unknown = await ws.receive_json()
 
     assert gap["chunk"]["code"] == "resume_gap"
+    assert unknown["chunk"]["code"] == "stream_not_found"
+    counted = await server.counted("resumes", "outcome")
+    assert counted == {("ok",): len(frames), ("gap",): 1, ("not_found",): 1}
 
 
 @pytest.mark.parametrize("after", [0, 1, 7])
@@ -917,6 +973,8 @@ async def test_a_client_that_does_not_pong_is_closed_with_1011(make_server: Make
         assert await raw.frames() == []
         assert 0.4 < loop.time() - begun < 5
         await until(lambda: server.held()["sockets"] == 0)
+    counted = await server.counted("connections_closed", "face", "code")
+    assert counted == {("websocket", "1011"): 1}
     async with server.connect() as ws:
         await ws.send_json(cancel("r1"))
         await to_end(ws)

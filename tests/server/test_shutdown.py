@@ -14,7 +14,7 @@ import pytest
 from aioserver.providers.simulator.exchange import Behaviour
 from aioserver.providers.simulator.server import Simulator
 from aioserver.server.runner import FAREWELL
-from tests.support.chat import CHAT, STREAMED, big, chat, frames_of, to_end
+from tests.support.chat import CHAT, STREAMED, big, chat, frames_of, resume, to_end
 from tests.support.process import serving
 from tests.support.raw import CLOSE, SMALL, TEXT, Raw, closing
 from tests.support.server import CONCURRENCY, QUICK, SIM_HTTP_CLIENT
@@ -129,8 +129,7 @@ async def stop_with_many(tmp_path: Path, simulator: Simulator, each: int, grace:
                 for number in range(each)
             ]
             expected = before + each * len(FACES)
-            async with asyncio.timeout(60):
-                await simulator.until(lambda stats, n=expected: stats.requests == n)  # type: ignore[misc]
+            await simulator.until(lambda stats, n=expected: stats.requests == n, 60.0)  # type: ignore[misc]
 
         asked = asyncio.get_running_loop().time()
         process.signal()
@@ -288,6 +287,34 @@ async def test_waiters_for_a_provider_get_server_shutdown_at_once(
             assert not running.done()
             assert closing((await waiting.frame())[1])[0] == 1012
         assert await running == "server_shutdown"
+        assert await process.ended() == 0
+        assert clean(process)
+
+
+async def test_an_answer_can_be_resumed_while_the_server_stops(
+    tmp_path: Path, simulator: Simulator
+) -> None:
+    async with (
+        serving(tmp_path / "c.yaml", simulator.base_url, changes={GRACE: 1.0}) as process,
+        Raw(await process.ready()) as lost,
+        Raw(process) as other,
+    ):
+        await lost.upgrade()
+        await lost.send_json(chat("lost"))
+        await other.upgrade()
+        await other.send_json(chat("other"))
+        await simulator.until(lambda stats: stats.tokens_sent > 4)
+
+        process.signal()
+        await process.logs("stopping")
+
+        await other.send_json(resume("lost", 1))
+        frames = [await other.json_frame()]
+        while frames[-1]["request_id"] != "lost" or frames[-1]["status"] != "error":
+            frames.append(await other.json_frame())
+        resumed = [one["event_id"] for one in frames if one["request_id"] == "lost"]
+        assert resumed == [*range(2, len(resumed) + 2)]
+        assert frames[-1]["chunk"]["code"] == "server_shutdown"
         assert await process.ended() == 0
         assert clean(process)
 

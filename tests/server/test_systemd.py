@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import logging
 import os
+import resource
 import select
 import signal
 import socket
@@ -68,6 +69,7 @@ async def test_systemd_hears_of_the_start_and_of_the_end(manager: Systemd) -> No
 
     notifier.ready()
     notifier.stopping()
+    notifier.close()
 
     assert await manager.message() == {"READY": "1", "STATUS": "3 of 9"}
     assert await manager.message() == {"STOPPING": "1", "STATUS": "stopping"}
@@ -81,6 +83,7 @@ async def test_a_reload_has_a_beginning_on_the_clock_of_systemd_and_an_end(
 
     notifier.reloading()
     notifier.ready()
+    notifier.close()
 
     told = await manager.message()
     after = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
@@ -147,6 +150,7 @@ async def test_a_systemd_that_does_not_read_is_not_waited_for(
     assert watching.unread()
     notifier.ready()
     assert (await watching.message())["READY"] == "1"
+    notifier.close()
 
 
 # The watchdog.
@@ -178,6 +182,7 @@ async def test_the_watchdog_of_another_process_is_not_fed(watching: Systemd) -> 
     notifier = taken(watching, WATCHDOG_USEC="1000", WATCHDOG_PID=str(os.getppid()))
 
     notifier.ready()
+    notifier.close()
 
     assert [b"READY=1" in message for message in watching.unread()] == [True]
 
@@ -187,6 +192,7 @@ async def test_a_watchdog_without_a_time_is_none(watching: Systemd, period: str)
     notifier = taken(watching, WATCHDOG_USEC=period)
 
     notifier.ready()
+    notifier.close()
 
     assert [b"READY=1" in message for message in watching.unread()] == [True]
 
@@ -201,6 +207,24 @@ async def test_a_blocked_loop_starves_the_watchdog(watching: Systemd) -> None:
 
     assert not came
     await watching.message_with("WATCHDOG")
+    notifier.close()
+
+
+async def test_a_watchdog_is_fed_where_no_descriptor_is_free(watching: Systemd) -> None:
+    notifier = Notifier(watching.address, 0.05)
+    notifier.ready()
+    await watching.message_with("WATCHDOG")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            socket.socket()
+        watching.unread()
+        for _ in range(2):
+            await asyncio.wait_for(watching.message_with("WATCHDOG"), 10)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     notifier.close()
 
 
@@ -509,6 +533,41 @@ async def test_a_service_feeds_its_watchdog_and_says_how_full_it_is(
                     pass
         process.signal()
         assert await process.ended() == 0
+
+
+# Python runs a module of this name at its start. A signal's handler runs in the thread of the event loop.
+BLOCKABLE = """
+import signal, time
+seconds = iter((0.6, 1000))
+def blocked(number, frame):
+    time.sleep(next(seconds))
+signal.signal(signal.SIGUSR1, blocked)
+"""
+
+
+async def test_a_service_whose_loop_is_blocked_shows_it_and_leaves_its_stacks_if_it_lasts(
+    tmp_path: Path, watching: Systemd, port: socket.socket
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(BLOCKABLE)
+    environ = {"PYTHONPATH": str(tmp_path), "WATCHDOG_USEC": "1000000"}
+    metrics = f"http://127.0.0.1:{port.getsockname()[1]}/metrics"
+    async with serving_for(watching, tmp_path, NOWHERE, [port], **environ) as process:
+        await watching.message_with("WATCHDOG")
+
+        process.signal(signal.SIGUSR1)
+        await watching.message_with("WATCHDOG")
+        async with aiohttp.ClientSession() as session, session.get(metrics) as response:
+            found = dict(line.rsplit(" ", 1) for line in (await response.text()).splitlines())
+
+        before = process.log.count("in blocked")
+        process.signal(signal.SIGUSR1)
+        await until(lambda: process.log.count("in blocked") > before, 30.0)
+        process.signal(signal.SIGABRT)  # as systemd does when the time is over
+        assert await process.ended() == -signal.SIGABRT
+
+    most = 'aioserver_loop_lag_seconds_bucket{le="0.5"}'
+    assert float(found["aioserver_loop_lag_seconds_count"]) > float(found[most])
+    assert process.log.count("in blocked") >= before + 2
 
 
 async def test_a_passed_socket_that_others_can_reach_needs_a_guard_as_a_host_does(

@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import uvloop
@@ -19,7 +20,6 @@ from tests.support.waiting import until
 if TYPE_CHECKING:
     import socket
     from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
-    from pathlib import Path
     from types import TracebackType
 
 T = TypeVar("T")
@@ -99,6 +99,11 @@ class Process:
     async def _read(self, stream: asyncio.StreamReader, into: bytearray) -> None:
         while data := await stream.read(65536):
             into += data
+
+    @property
+    def open_files(self) -> int:
+        """The number of its open file descriptors now."""
+        return len(list(Path(f"/proc/{self._process.pid}/fd").iterdir()))
 
     @property
     def out(self) -> str:

@@ -1,0 +1,178 @@
+"""No file descriptor is left: what is served goes on, nobody else is blamed, and the server recovers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import signal
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+
+from aioserver.faces.admission import MAX_REFUSED_CLOSING
+from aioserver.monitoring.monitor import MAX_WATCHERS
+from aioserver.providers.simulator.server import Simulator
+from aioserver.server.preflight import wanted_files
+from tests.support.chat import CHAT, chat
+from tests.support.process import loop_name, serving
+from tests.support.raw import Raw
+from tests.support.server import CONCURRENCY, ENDLESS, SIM_HTTP_CLIENT, UVICORN, configured
+from tests.support.waiting import until
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.support.process import ServerProcess
+
+# Python runs a module of this name at its start.
+LIMITED = "import resource\nresource.setrlimit(resource.RLIMIT_NOFILE, ({0}, {0}))\n"
+
+
+def limited(folder: Path, files: int) -> dict[str, str]:
+    """The environment of a process that may have *files* open at once."""
+    (folder / "sitecustomize.py").write_text(LIMITED.format(files))
+    return {"PYTHONPATH": str(folder)}
+
+
+def places(number: int, queue_timeout: float = 0.0) -> dict[str, Any]:
+    return {
+        f"{CONCURRENCY}.max_connections": number,
+        f"{CONCURRENCY}.connection_queue_size": number,
+        f"{CONCURRENCY}.queue_timeout": queue_timeout,
+    }
+
+
+async def metrics(process: ServerProcess) -> dict[str, float]:
+    """Every sample of /metrics, over a connection of its own."""
+    async with (
+        aiohttp.ClientSession() as session,
+        session.get(f"{process.base}/metrics") as response,
+    ):
+        found = re.findall(r"^(\w+(?:\{.*\})?) (\S+)$", await response.text(), re.MULTILINE)
+    return {name: float(value) for name, value in found}
+
+
+async def serves(process: ServerProcess) -> dict[str, float]:
+    """The metrics, once a new client is answered."""
+    async with asyncio.timeout(20):
+        while True:
+            # uvloop closes what it cannot accept; asyncio lets it wait for a second.
+            with contextlib.suppress(aiohttp.ClientError):
+                return await metrics(process)
+            await asyncio.sleep(0.05)
+
+
+async def test_without_descriptors_what_is_served_goes_on_and_new_clients_are_served_later(
+    tmp_path: Path,
+) -> None:
+    files = 90
+    async with (
+        Simulator(ENDLESS) as simulator,
+        serving(
+            tmp_path / "c.yaml",
+            simulator.base_url.replace("127.0.0.1", "localhost"),
+            changes=places(4),
+            environ=limited(tmp_path, files),
+        ) as process,
+        Raw(await process.ready()) as ws,
+        Raw(process) as operator,
+        contextlib.AsyncExitStack() as silent,
+    ):
+        await ws.upgrade()
+        await ws.send_json(chat("runs"))
+        assert (await ws.json_frame())["status"] == "processing"
+        await operator.get("/health")
+        await operator.answer()
+        for _ in range(files + 10):
+            await silent.enter_async_context(Raw(process))
+        await until(lambda: process.open_files >= files - 1, 10.0, lambda: process.open_files)
+
+        # The running answer needs no descriptor, another one a connection to the provider.
+        await ws.send_json(chat("another"))
+        frames = [await ws.json_frame()]
+        while frames[-1]["status"] != "error":
+            frames.append(await ws.json_frame())
+        frames += [await ws.json_frame() for _ in range(20)]
+
+        running = [one["event_id"] for one in frames if one["request_id"] == "runs"]
+        assert running == [*range(2, len(running) + 2)]
+        (error,) = [one["chunk"] for one in frames if one["status"] == "error"]
+        assert (error["code"], error["retryable"]) == ("pool_timeout", True)
+        assert "descriptor" in error["error"]
+
+        for path in ("/metrics", "/stats", "/ready", "/dashboard", "/v1/models"):
+            await operator.get(path)
+            assert (await operator.answer()).status == 200, path
+        process.signal(signal.SIGHUP)
+        await process.logs("not applied: ")
+
+        await silent.aclose()
+        found = await serves(process)
+        assert found["aioserver_max_fds"] == files
+        assert found['aioserver_reloads_total{outcome="invalid"}'] == 1
+        assert found["aioserver_open_fds"] <= files
+        assert found['aioserver_rejections_total{code="pool_timeout"}'] == 1
+        assert found['aioserver_connections{face="websocket"}'] == 1
+        failed = 'aioserver_provider_attempts_total{outcome="connect_error",provider="sim"}'
+        assert found[failed] == 0, "the provider is not to blame"
+        await ws.send_json(chat("again"))
+        while (frame := await ws.json_frame())["request_id"] != "again":
+            pass
+        assert frame["status"] == "processing"
+        while (frame := await ws.json_frame())["request_id"] != "again":
+            pass
+        assert frame["status"] == "chunk"
+        assert process.log.count("no file descriptor is free for a connection to") == 1
+        # asyncio reports each connection that it cannot accept, of which few are logged; uvloop none.
+        reports = process.log.count("out of system resource")
+        assert (reports > 0) == (loop_name() == "asyncio")
+        assert reports < 5
+
+
+async def test_where_the_limit_is_as_large_as_asked_for_all_caps_can_be_reached(
+    tmp_path: Path,
+) -> None:
+    """Everything that has a cap is there as often as it may be, and the next client is refused in words."""
+    number = 4
+    changes = {
+        **places(number, 60.0),
+        **{f"{SIM_HTTP_CLIENT}.{name}": number for name in ("max_connections", "max_keepalive")},
+        f"{SIM_HTTP_CLIENT}.concurrent_requests": number,
+        f"{UVICORN}.backlog": 1024,
+    }
+    settings = configured("http://127.0.0.1/v1", changes, tmp_path / "c.yaml").settings
+    files = wanted_files(settings)
+    async with (
+        Simulator(ENDLESS) as simulator,
+        serving(
+            tmp_path / "c.yaml",
+            simulator.base_url,
+            changes=changes,
+            environ=limited(tmp_path, files),
+        ) as process,
+        contextlib.AsyncExitStack() as stack,
+    ):
+        await process.ready()
+        clients = [await stack.enter_async_context(Raw(process)) for _ in range(2 * number)]
+        for name, raw in enumerate(clients):
+            await raw.upgrade()
+            await raw.send_json(chat(f"r{name}"))
+        await simulator.until(lambda stats: stats.active == number)
+        for _ in range(MAX_WATCHERS):
+            raw = await stack.enter_async_context(Raw(process))
+            await raw.get("/events")
+            assert (await raw.head()).status == 200
+        for _ in range(MAX_REFUSED_CLOSING):
+            raw = await stack.enter_async_context(Raw(process))
+            assert (await raw.upgrade()).status == 101
+
+        async with Raw(process) as raw:
+            await raw.post("/v1/chat/completions", CHAT)
+            answer = await raw.answer()
+        found = await metrics(process)
+
+        assert (answer.status, answer.code) == (503, "server_at_capacity")
+        assert found["aioserver_open_fds"] <= found["aioserver_max_fds"] == files
+        assert "open files" not in process.log
+        assert "descriptor" not in process.log
