@@ -365,7 +365,9 @@ class Gateway:
                     stream.details.headers = error.provider_headers
                 stream.fail(error)
             elif reason is None:
-                stream.end(CANCELLED, {})
+                # On the OpenAI face nothing but an error tells a cut from an end.
+                cut = StreamNotFound("this answer was cancelled")
+                stream.end(CANCELLED, {}, data=stream.details.render_error(cut))
             else:
                 stream.fail(reason)
         finally:

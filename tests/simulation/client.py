@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 # Numbers of second questions, on a connection that was kept, begin here.
 SECOND = 1_000_000
+# Seconds without a word after which a client gives up whose network is bad.
+GIVE_UP = 90.0
 # Whoever dials in this task; unset: a server.
 DIALLER: ContextVar[Client] = ContextVar("DIALLER")
 ASK = {
@@ -87,7 +89,7 @@ class Client:
         # Whether a connection of it has suffered anything.
         self.network_was_bad = False
         self.second: Client | None = None
-        self.patience = Patience(plan.patience)
+        self.patience = Patience(lambda: GIVE_UP if self.network_was_bad else plan.patience)
         self.session: aiohttp.ClientSession
 
     def _draw_key(self) -> Key | None:

@@ -37,8 +37,8 @@ class Key:
             "name": self.name,
             "sha256": hashlib.sha256(self.secret.encode()).hexdigest(),
             "priority": self.weight,
-            "max_concurrent": dice.choice((3, 200, 200)),
-            "max_connections": dice.choice((0, 0, 20)),
+            "max_concurrent": dice.choice((10, 1000, 1000)),
+            "max_connections": dice.choice((0, 0, 0, 50)),
             "requests_per_minute": dice.choice((100, 100_000)),
         }
 

@@ -10,10 +10,14 @@ import aiohttp
 from tests.simulation.clock import Clock
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
 
 # What is raised where a connection breaks.
 GONE = (aiohttp.ClientError, ConnectionError, TimeoutError, EOFError)
+
+# Seconds between two looks at most.
+MOST_UNSEEN = 60.0
 
 
 class Left(Exception):
@@ -21,12 +25,12 @@ class Left(Exception):
 
 
 class Patience:
-    """Raises TimeoutError in its `with`, once nothing was `heard` for so many *seconds*.
+    """Raises TimeoutError in its `with`, once nothing was `heard` for so many *seconds* as are asked for now.
 
     Not asyncio.timeout: it would set a timer for each event that is heard.
     """
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: Callable[[], float]) -> None:
         self._seconds = seconds
         self._heard_at = 0.0
         self._over = False
@@ -54,11 +58,13 @@ class Patience:
         self._timer.cancel()
         if self._over and kind is asyncio.CancelledError:
             self._task.uncancel()
-            raise TimeoutError(f"nothing was heard for {self._seconds} s") from exc
+            raise TimeoutError(f"nothing was heard for {self._seconds()} s") from exc
 
     def _look(self) -> None:
-        rest = self._heard_at + self._seconds - Clock.now
+        rest = self._heard_at + self._seconds() - Clock.now
         if rest > 0:
+            # It may be asked for less meanwhile.
+            rest = min(rest, MOST_UNSEEN)
             self._timer = asyncio.get_running_loop().call_later(rest, self._look)
         else:
             self._over = True

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import dataclass
-from time import process_time
 from typing import TYPE_CHECKING
 
 from tests.simulation import plan as plans
+from tests.simulation.clock import processor_time
 from tests.simulation.world import play
 
 if TYPE_CHECKING:
@@ -63,11 +63,11 @@ class Run:
 
 def shrunk(run: Run, outcome: Outcome) -> tuple[Run, Outcome]:
     """Leave out what the first violation of *outcome* does not need."""
-    wanted, until = _kind(outcome.violations[0]), process_time() + ENOUGH
+    wanted, until = _kind(outcome.violations[0]), processor_time() + ENOUGH
 
     def fails(smaller: Run) -> bool:
         nonlocal run, outcome
-        if process_time() > until:
+        if processor_time() > until:
             return False
         result = smaller.play()
         if wanted not in map(_kind, result.violations):

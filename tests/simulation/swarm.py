@@ -11,8 +11,9 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
-from time import perf_counter, process_time
+from time import perf_counter
 
+from tests.simulation.clock import processor_time
 from tests.simulation.shrink import Run, shrunk
 
 # Violations of a run that are shown.
@@ -115,10 +116,10 @@ def _run(seeds: range, args: argparse.Namespace) -> Total:
     only = tuple(int(number) for number in args.only.split(",") if number) or None
     total = Total()
     for seed in seeds:
-        began = process_time()
+        began = processor_time()
         run = Run(seed, args.clients, args.instances, without, only)
         outcome = run.play()
-        seconds = process_time() - began
+        seconds = processor_time() - began
         taken = args.clients if only is None else len(only)
         failed = bool(outcome.violations)
         counted = 0.0 if args.json else seconds

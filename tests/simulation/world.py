@@ -21,6 +21,7 @@ from unittest import mock
 import aiohappyeyeballs
 from aiohttp import web_app
 
+from aioserver.monitoring import snapshot
 from aioserver.providers.simulator.exchange import Behaviour
 from tests.simulation import clock
 from tests.simulation.client import DIALLER, Client
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 BALANCER = ("127.0.0.1", 80)
 # Seconds after the last client until everything must be given back: the longest window, and some more.
 AFTERWARDS = 120.0
+NO_USAGE = {"open_fds": None, "max_fds": 1024, "rss_bytes": None}
 # Violations that are noted of a run.
 MOST = 20
 
@@ -165,7 +167,11 @@ def play(plan: Plan, only: Collection[int] | None = None) -> Outcome:
     # What is garbage is collected at the end, when it may still complain of errors that nobody has seen.
     gc.disable()
     try:
-        with mock.patch.object(aiohappyeyeballs, "start_connection", world.start_connection):
+        with (
+            mock.patch.object(aiohappyeyeballs, "start_connection", world.start_connection),
+            # The machine is no part of a run.
+            mock.patch.object(snapshot, "process_usage", return_value=NO_USAGE),
+        ):
             loop.run_until_complete(_run(world, outcome, only))
             left = [task for task in asyncio.all_tasks(loop) if not task.done()]
             for task in left:
