@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 # Numbers of second questions, on a connection that was kept, begin here.
 SECOND = 1_000_000
+# The share of questions with long answers.
+LONG = 0.03
 # Seconds without a word after which a client gives up whose network is bad.
 GIVE_UP = 90.0
 # Whoever dials in this task; unset: a server.
@@ -62,10 +64,13 @@ class Client:
         thrown, fault = dice.random(), dice.choice(plan.provider_faults)
         fault = fault.replace("<n>", str(dice.randrange(1, 6)))
         words = " ".join(["word"] * dice.choice((1, 5, 50)))
+        # Some answers are longer than what a transport buffers.
+        if long := dice.random() < LONG:
+            words = f"word markdown {words}"
         self.question = Question(
             number,
             f"q{number} {words}",
-            dice.choice((1, 5, 40, 200)),
+            2000 if long else dice.choice((1, 5, 40, 200)),
             fault if thrown < plan.provider_fault_share else "",
             fails_over=plan.fails_over,
         )

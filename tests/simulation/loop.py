@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # Timers that are due within so many seconds of each other are due in the same turn.
 RESOLUTION = 1e-9
+# Turns in which no time passes, after which none ever will.
+ENDLESS = 100_000
 
 
 class SimulatedLoop(VirtualLoop):
@@ -40,6 +42,8 @@ class SimulatedLoop(VirtualLoop):
         self.on_pause: Callable[[], None] = lambda: None
         self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
         self._numbers = count()
+        # Turns since time has passed.
+        self._turns = 0
         network.loop = self
 
     @property
@@ -82,7 +86,12 @@ class SimulatedLoop(VirtualLoop):
             if not timers:
                 raise RuntimeError("every task waits, and there is no timer")
             self.on_pause()
-            Clock.now = max(Clock.now, timers[0][0])
+            if timers[0][0] > Clock.now:
+                Clock.now = timers[0][0]
+                self._turns = 0
+        self._turns += 1
+        if self._turns > ENDLESS:
+            raise RuntimeError("time does not pass: something is done over and over")
         due = Clock.now + RESOLUTION
         while timers and timers[0][0] < due:
             ready.append(heapq.heappop(timers)[2])

@@ -25,13 +25,14 @@ from aioserver.monitoring import snapshot
 from aioserver.providers.simulator.exchange import Behaviour
 from tests.simulation import clock
 from tests.simulation.client import DIALLER, Client
-from tests.simulation.configuration import HTTP, STREAMS, with_spare
+from tests.simulation.configuration import with_spare
 from tests.simulation.instance import Instance, running
 from tests.simulation.loop import SimulatedLoop
-from tests.simulation.network import INSTANCE, Listener, Network
+from tests.simulation.network import INSTANCE, Network
 from tests.simulation.plan import provider_dial
 from tests.simulation.provider import Calls, NotingSimulator
 from tests.simulation.silence import be_silent
+from tests.simulation.sums import Sums
 from tests.simulation.transport import USER_TIMEOUT, FakeSocket, Transport
 from tests.simulation.watch import Watch
 from tests.support.virtual_loop import START
@@ -59,12 +60,14 @@ class Outcome:
     ends: Counter[str] = field(default_factory=Counter)
     virtual_seconds: float = 0.0
     connections: int = 0
+    # Clients that had a place at once, at all instances together; 0 where there is one.
+    most_inside: int = 0
 
 
 class World:
     """All that a run consists of: *instances* of the server, their providers, and their clients.
 
-    What holds of each instance is looked at by its watch; what holds of all together is looked at here.
+    What holds of each instance is looked at by its watch (watch.py), and what holds of all together by *sums*.
     """
 
     def __init__(self, plan: Plan, outcome: Outcome, network: Network) -> None:
@@ -75,7 +78,8 @@ class World:
         self._outcome = outcome
         self._watches: list[Watch] = []
         self._links = random.Random(f"links {plan.seed}")
-        network.on_made = self._made
+        self.sums = Sums(plan, self.instances, self.calls, self.broken)
+        network.on_made = self.sums.made
         network.on_late = lambda seconds: self.broken(f"a dial took {seconds:.2f} s")
 
     def broken(self, what: str) -> None:
@@ -92,6 +96,8 @@ class World:
         """Check what must hold whenever nothing is about to happen in this moment."""
         for watch in self._watches:
             watch.look()
+        if len(self._watches) > 1:
+            self.sums.look()
 
     def stop_looking(self) -> None:
         """Look at nothing any more: the servers are being closed."""
@@ -120,37 +126,6 @@ class World:
         for instance in self.instances:
             held.update(instance.held())
         return dict(held)
-
-    def _made(self, listener: Listener, near: Transport) -> None:
-        """Check what the network shows of all instances together: the connections to a provider."""
-        if near.owner < 0:
-            return
-        limit = 0
-        for instance in self.instances:
-            for provider in instance.server.context.router.providers.values():
-                if provider.pools.base_url.endswith(f":{listener.port}/v1"):
-                    client = provider.settings.http_client
-                    limit += client.max_connections
-        # A reload lowers the number for those to come only.
-        limit = max(limit, len(self.instances) * self.plan.changes[f"{HTTP}.max_connections"])
-        used = sum(not end.is_closing() for end in listener.dialled)
-        if used > limit:
-            self.broken(f"{used} connections to a provider, at most {limit}")
-
-    def check_calls(self, client: Client) -> None:
-        """Check that no answer of an id was asked for twice while it was kept."""
-        changes = self.plan.changes
-        if not client.has_id or client.question.fault:
-            return
-        if changes[f"{STREAMS}.max_kept_bytes"] < 1 << 28:
-            # It may have been dropped for want of room.
-            return
-        window = changes[f"{STREAMS}.resume_window"]
-        for first, second in self.calls.repeated(client.question.name, window):
-            self.broken(
-                f"client {client.number} ({client.face}) was answered twice, "
-                f"{second.begun_at - first.begun_at:.3f} s apart"
-            )
 
 
 def play(plan: Plan, only: Collection[int] | None = None) -> Outcome:
@@ -192,6 +167,7 @@ def play(plan: Plan, only: Collection[int] | None = None) -> Outcome:
             world.broken(f"{context.get('message')}: {context.get('exception')!r}")
         outcome.virtual_seconds = clock.Clock.now - START
         outcome.connections = network.made
+        outcome.most_inside = world.sums.most_inside
         asyncio.set_event_loop(None)
         loop.close()
         web_app._cached_build_middleware.cache_clear()  # noqa: SLF001 - it keeps each application alive
@@ -258,7 +234,7 @@ async def _serve(world: World, outcome: Outcome, only: Collection[int] | None) -
         for asked in (client, client.second):
             if asked is not None:
                 outcome.ends[asked.outcome] += 1
-                world.check_calls(asked)
+                world.sums.check_calls(asked)
     if operations:
         await asyncio.gather(*operations)
     for _ in range(int(AFTERWARDS)):
