@@ -48,6 +48,20 @@ Stream.fail = lambda self, error: self.end(COMPLETE, {}, data=b"data: [DONE]\\n\
 from aioserver.streams.details import AnswerDetails
 AnswerDetails.final_error = AnswerDetails.render_error = lambda self, error, number=0: b""
 """,
+    "that a provider's connection was cut": """
+from aioserver.providers.exchange import Exchange
+from aioserver.providers.sinks import DONE, ChatSink, EventSink, complete
+lost = Exchange.connection_lost
+def whole(self, exc):
+    if self._parser.sink is None or self._done.done():
+        lost(self, exc)
+    else:
+        self._parser.surplus = self._parser.whole = True
+        self._push()
+Exchange.connection_lost = whole
+EventSink.end = lambda self: self._complete(DONE)
+ChatSink.end = lambda self: complete(self._stream, self._reading)
+""",
     "a pooled connection": """
 from aioserver.providers.pool import CappedConnector
 release, count = CappedConnector._release, [0]
@@ -233,6 +247,7 @@ Stream.end = silent
 }
 # What a run must try, so that few seeds are enough to notice some of them.
 NEEDS: dict[str, dict[str, Any]] = {
+    "that a provider's connection was cut": {"provider_links": {"reset": 0.5}},
     "the deadline of a client's reading": {
         "faces": ("whole",),
         "faults": {"small kernel": 0.5, "black hole": 0.5},
@@ -286,6 +301,7 @@ def noticed(name: str) -> str:
 
 def main() -> None:
     """Break each server in a process of its own, and print what was noticed."""
+    clock.fix_hashes("tests.simulation.breakages")
     clock.install()
     from tests.simulation.swarm import prepare
 

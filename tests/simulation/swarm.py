@@ -7,13 +7,12 @@ import dataclasses
 import gc
 import json
 import logging
-import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
 from time import perf_counter
 
-from tests.simulation.clock import processor_time
+from tests.simulation.clock import fix_hashes, processor_time
 from tests.simulation.shrink import Run, shrunk
 
 # Violations of a run that are shown.
@@ -56,10 +55,7 @@ def main() -> None:
     parser.add_argument("--verbose", action="store_true")
     parser.add_argument("--json", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if os.environ.get("PYTHONHASHSEED") != "0":
-        # The order of sets of texts is a part of a run.
-        os.environ["PYTHONHASHSEED"] = "0"
-        os.execv(sys.executable, [sys.executable, "-m", "tests.simulation", *sys.argv[1:]])
+    fix_hashes("tests.simulation")
     prepare()
     first, _, last = args.seeds.partition("-")
     seeds = range(int(first), int(last or first) + 1)
