@@ -90,18 +90,20 @@ class _Followed:
 
 
 class Fairness:
-    """Follows the queues of a server, and calls *broken* where one is not fair."""
+    """Follows the queues of a server, and calls *broken* where one is not fair.
+
+    *followed* has the gates of the queues that are followed.
+    """
 
     def __init__(self, broken: Callable[[str], None]) -> None:
         self._broken = broken
-        self._followed: dict[Gate, _Followed] = {}
+        self.followed: dict[Gate, _Followed] = {}
 
     def follow(self, gate: Gate) -> None:
-        """Follow the queue of *gate*, unless it is followed already."""
-        if gate not in self._followed:
-            self._followed[gate] = _Followed(gate._queue, self._broken)
+        """Follow the queue of *gate*, which is not among those *followed*."""
+        self.followed[gate] = _Followed(gate._queue, self._broken)
 
     def forget(self) -> None:
         """Forget what was counted: weights may change."""
-        for followed in self._followed.values():
+        for followed in self.followed.values():
             followed.pairs.clear()

@@ -271,7 +271,7 @@ class Transport(asyncio.Transport):
     def taken(self, size: int) -> None:
         """Note that the other end has read *size* bytes."""
         self._under_way -= size
-        if not self.dead:
+        if self._buffer and not self.dead:
             self._send()
             self._look_at_buffer()
 

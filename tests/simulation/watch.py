@@ -83,7 +83,8 @@ class Watch:
 
     def _look_at_provider(self, provider: Provider) -> None:
         gate, sockets = provider._gate, provider.pools.gate
-        self._fairness.follow(gate)
+        if gate not in self._fairness.followed:
+            self._fairness.follow(gate)
         inside, limit = gate._inside, gate._limit
         if inside > limit:
             self._look_at_excess(gate, provider.name)

@@ -87,8 +87,8 @@ class World:
         if len(self._outcome.violations) < MOST:
             self._outcome.violations.append(f"at {clock.Clock.now - START:.3f} s: {what}")
 
-    def watch(self, instance: Instance) -> None:
-        """Look at *instance* from now on."""
+    def add(self, instance: Instance) -> None:
+        """Add *instance*, and a watch that looks at it."""
         self.instances.append(instance)
         self._watches.append(Watch(instance, self.network, self.broken))
 
@@ -96,12 +96,17 @@ class World:
         """Check what must hold whenever nothing is about to happen in this moment."""
         for watch in self._watches:
             watch.look()
-        if len(self._watches) > 1:
-            self.sums.look()
+        self.sums.look()
+
+    def start_looking(self) -> None:
+        """Look at the servers from now on, whenever time is about to pass."""
+        # Of a single server there are no sums.
+        one = len(self._watches) == 1
+        self.network.loop.on_pause = self._watches[0].look if one else self.look
 
     def stop_looking(self) -> None:
         """Look at nothing any more: the servers are being closed."""
-        self._watches.clear()
+        self.network.loop.on_pause = lambda: None
 
     async def start_connection(self, addr_infos: Any, **_kwargs: Any) -> FakeSocket:
         """Stand for the function that connects a socket, in aiohttp's connectors."""
@@ -138,7 +143,6 @@ def play(plan: Plan, only: Collection[int] | None = None) -> Outcome:
     faults: list[dict[str, Any]] = []
     loop.set_exception_handler(lambda _loop, context: faults.append(context))
     world = World(plan, outcome, network)
-    loop.on_pause = world.look
     # What is garbage is collected at the end, when it may still complain of errors that nobody has seen.
     gc.disable()
     try:
@@ -203,7 +207,8 @@ async def _run(world: World, outcome: Outcome, only: Collection[int] | None) -> 
                 server = running(
                     number, world.network, changes, simulator.base_url, Path(path), world.broken
                 )
-                world.watch(await stack.enter_async_context(server))
+                world.add(await stack.enter_async_context(server))
+            world.start_looking()
             await _serve(world, outcome, only)
             world.stop_looking()
     # What was written last is still under way.
