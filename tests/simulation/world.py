@@ -192,25 +192,23 @@ async def _run(world: World, outcome: Outcome, only: Collection[int] | None) -> 
     behaviour = Behaviour(
         ttft=dice.choice((0.0, 0.2, 2.0)), interval=dice.choice((0.0, 0.03, 0.2))
     )
-    folder = tempfile.TemporaryDirectory()
-    stack = AsyncExitStack()
-    with folder as path:
-        async with stack:
-            simulator = NotingSimulator(behaviour, plan.seed, world.calls)
-            await stack.enter_async_context(simulator)
-            changes = plan.changes
-            if plan.spare:
-                spare = NotingSimulator(behaviour, plan.seed, world.calls)
-                await stack.enter_async_context(spare)
-                changes = with_spare(changes, spare.base_url)
-            for number in range(plan.instances):
-                server = running(
-                    number, world.network, changes, simulator.base_url, Path(path), world.broken
-                )
-                world.add(await stack.enter_async_context(server))
-            world.start_looking()
-            await _serve(world, outcome, only)
-            world.stop_looking()
+    async with AsyncExitStack() as stack:
+        path = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        simulator = NotingSimulator(behaviour, plan.seed, world.calls)
+        await stack.enter_async_context(simulator)
+        changes = plan.changes
+        if plan.spare:
+            spare = NotingSimulator(behaviour, plan.seed, world.calls)
+            await stack.enter_async_context(spare)
+            changes = with_spare(changes, spare.base_url)
+        for number in range(plan.instances):
+            server = running(
+                number, world.network, changes, simulator.base_url, path, world.broken
+            )
+            world.add(await stack.enter_async_context(server))
+        world.start_looking()
+        await _serve(world, outcome, only)
+        world.stop_looking()
     # What was written last is still under way.
     await asyncio.sleep(2 * USER_TIMEOUT)
 
