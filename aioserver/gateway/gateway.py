@@ -367,7 +367,8 @@ class Gateway:
             elif reason is None:
                 # On the OpenAI face nothing but an error tells a cut from an end.
                 cut = StreamNotFound("this answer was cancelled")
-                stream.end(CANCELLED, {}, data=stream.details.render_error(cut))
+                data = stream.details.final_error(cut, stream.last + 1)
+                stream.end(CANCELLED, {}, data=data)
             else:
                 stream.fail(reason)
         finally:

@@ -244,6 +244,10 @@ def silent(self, status, chunk, *, data=b""):
     end(self, status, chunk, data=b"" if status == CANCELLED else data)
 Stream.end = silent
 """,
+    "the sequence number of an error": """
+from aioserver.streams.details import AnswerDetails
+AnswerDetails.final_error = lambda self, error, number: self.render_error(error)
+""",
 }
 # What a run must try, so that few seeds are enough to notice some of them.
 NEEDS: dict[str, dict[str, Any]] = {
@@ -261,6 +265,10 @@ NEEDS: dict[str, dict[str, Any]] = {
         "faces": ("stored responses", "keyed stream"),
         "faults": {"reset": 0.3},
         "habits": {"return": 0.9, "leave": 0.5},
+    },
+    "the sequence number of an error": {
+        "faces": ("stored responses",),
+        "habits": {"return": 0.9, "leave": 0.9},
     },
     "that rounding holds nobody back": {"spread": 30.0},
 }
@@ -282,6 +290,7 @@ FIRST = {
     "that rounding holds nobody back": 20,
     "that what was read makes room": 23,
     "the error of a cancelled answer": 8,
+    "the sequence number of an error": 8,
 }
 
 
