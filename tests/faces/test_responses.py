@@ -13,6 +13,7 @@ from openai import AsyncOpenAI
 from openai.types.responses import ResponseFailedEvent
 
 from aioserver.auth.callers import anonymous
+from aioserver.errors import SlowClient
 from aioserver.protocol import eventstream
 from aioserver.protocol.responses import ResponseEvents
 from aioserver.protocol.top_level import at_once
@@ -180,6 +181,19 @@ async def test_a_running_response_is_shown_in_progress(
     found = await sdk.responses.retrieve(seen[0].response.id)
 
     assert (found.id, found.status) == (seen[0].response.id, "in_progress")
+
+
+def test_the_error_of_a_late_reader_leads_nobody_past_what_was_missed() -> None:
+    remembered = ResponseEvents()
+    for sequence in range(5):
+        data = orjson.dumps({"type": "response.x", "sequence_number": sequence})
+        remembered.note(eventstream.write(data), sequence + 2)
+
+    (late,) = eventstream.parse(remembered.render(SlowClient("late"), 4))
+    (last,) = eventstream.parse(remembered.render(SlowClient("late")))
+
+    assert orjson.loads(late.data)["sequence_number"] == 2
+    assert orjson.loads(last.data)["sequence_number"] == 5
 
 
 async def read_into(events: list[Any], reader: AsyncIterator[Any]) -> None:

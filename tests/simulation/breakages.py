@@ -248,6 +248,11 @@ Stream.end = silent
 from aioserver.streams.details import AnswerDetails
 AnswerDetails.final_error = lambda self, error, number: self.render_error(error)
 """,
+    "what a late reader has missed": """
+from aioserver.protocol.responses import ResponseEvents
+render = ResponseEvents.render
+ResponseEvents.render = lambda self, error, seen=None: render(self, error)
+""",
 }
 # What a run must try, so that few seeds are enough to notice some of them.
 NEEDS: dict[str, dict[str, Any]] = {
@@ -270,6 +275,7 @@ NEEDS: dict[str, dict[str, Any]] = {
         "faces": ("stored responses",),
         "habits": {"return": 0.9, "leave": 0.9},
     },
+    "what a late reader has missed": {"clients": 200},
     "that rounding holds nobody back": {"spread": 30.0},
 }
 # The seed that is tried first, where an earlier one is known to notice nothing: for speed alone.
@@ -291,6 +297,7 @@ FIRST = {
     "that what was read makes room": 23,
     "the error of a cancelled answer": 8,
     "the sequence number of an error": 8,
+    "what a late reader has missed": 6034,
 }
 
 

@@ -110,7 +110,11 @@ class _Response:
     def take(self, event: dict[str, Any]) -> None:
         """Take one event."""
         kind = event["type"]
-        if "sequence_number" in event:
+        if (event.get("error") or {}).get("code") == "slow_client":
+            # An error of this reader alone, which leads nobody past what was missed.
+            if event["sequence_number"] > self.last:
+                raise Violation(f"{event['sequence_number']}, after which {self.last} is lost")
+        elif "sequence_number" in event:
             if event["sequence_number"] != self.last + 1:
                 raise Violation(f"{event['sequence_number']} follows {self.last}")
             self.last += 1

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     from aioserver.limits.gate import Gate
     from aioserver.providers.provider import Provider
-    from aioserver.streams.stream import Stream
     from tests.simulation.instance import Instance
     from tests.simulation.network import Network
 
@@ -51,15 +50,12 @@ class Watch:
         # The places that were taken at the last look, of each gate that has more inside than its limit.
         self._taken: dict[Gate, int] = {}
         self._closer_at = 0.0
-        # The answers that ran at the last look, if too much was kept then.
-        self._running_then: set[Stream] | None = None
         instance.before_reload = self.forget
 
     def forget(self) -> None:
         """Forget the last look: a reload changes limits."""
         self._reloaded = True
         self._taken.clear()
-        self._running_then = None
         self._fairness.forget()
         self._deadlines.reloaded()
 
@@ -75,8 +71,6 @@ class Watch:
             self._look_at_provider(provider)
         if self._streams._bytes > self._streams._max_kept_bytes:
             self._look_at_kept()
-        elif self._running_then is not None:
-            self._running_then = None
         if Clock.now >= self._closer_at:
             self._closer_at = Clock.now + CLOSER
             self._look_closer()
@@ -111,10 +105,6 @@ class Watch:
         store = self._streams
         if any(not stream.readers for stream in store._finished):
             self._broken(f"{store._bytes} of {store._max_kept_bytes} bytes are kept")
-        running = set(store._running)
-        if self._running_then is not None and running - self._running_then:
-            self._broken("an answer began, though more is kept than may be")
-        self._running_then = running
         if store._bytes > store._max_kept_bytes + SLACK:
             self._broken(f"{store._bytes} of {store._max_kept_bytes} bytes are kept")
 
