@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
+from operator import is_not
 from typing import TYPE_CHECKING, Any
 
 from aioserver.limits.fair_queue import LENGTH
@@ -27,66 +28,55 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class _Pair:
-    """Two callers that both wait: how far the first is ahead, and how far it was at most and at least."""
+    """Two callers that both wait: how far the first is ahead, and how far it was at most and at least.
 
+    *entries* are theirs in the queue: a caller that has waited for nothing in between has another one.
+    """
+
+    entries: tuple[object, object]
     ahead: Fraction = Fraction(0)
     most: Fraction = Fraction(0)
     least: Fraction = Fraction(0)
 
 
 class _Followed:
-    """A queue whose starts are followed. Always: there is a pair for any two callers that both wait."""
+    """A queue whose starts are followed."""
 
     def __init__(self, queue: FairQueue[Any], broken: Callable[[str], None]) -> None:
         self._queue = queue
         self._pop = queue.pop
-        self._removed = queue._removed
         self._broken = broken
         self.pairs: dict[tuple[Hashable, Hashable], _Pair] = {}
-        self._popping = False
         queue.pop = self.pop  # type: ignore[method-assign]
-        queue._removed = self.removed  # type: ignore[method-assign]
 
     def pop(self, gone: Callable[[Any], bool]) -> Any:
         """Note which caller is served."""
-        callers = {name: entry.length for name, entry in self._queue._callers.items()}
-        self._popping = True
-        try:
-            item = self._pop(gone)
-        finally:
-            self._popping = False
+        callers = dict(self._queue._callers)
+        item = self._pop(gone)
         if item is None or len(callers) < 2:
             return item
         served = item.caller
-        for other, length in callers.items():
-            if other == served:
+        step = Fraction(callers[served].length, LENGTH)
+        for other, entry in callers.items():
+            # Whoever is not in the queue any more had only requests that were given up.
+            if other == served or other not in self._queue._callers:
                 continue
             names = (served, other) if repr(served) < repr(other) else (other, served)
-            pair = self.pairs.setdefault(names, _Pair())
-            step = Fraction(callers[served], LENGTH)
+            entries = callers[names[0]], callers[names[1]]
+            pair = self.pairs.get(names)
+            if pair is None or any(map(is_not, pair.entries, entries)):
+                pair = self.pairs[names] = _Pair(entries)
             pair.ahead += step if names[0] == served else -step
             pair.most = max(pair.most, pair.ahead)
             pair.least = min(pair.least, pair.ahead)
-            bound = step + Fraction(length, LENGTH)
+            bound = step + Fraction(entry.length, LENGTH)
             if pair.most - pair.least > bound:
                 apart = float(pair.most - pair.least)
                 self._broken(
                     f"{names[0]!r} and {names[1]!r} are {apart:.2f} apart, at most {bound}"
                 )
                 pair.most = pair.least = pair.ahead
-        self._forget_idle()
         return item
-
-    def removed(self, caller: Hashable, entry: Any, flow: Hashable) -> None:
-        """Note a request that was taken out of the queue."""
-        self._removed(caller, entry, flow)
-        if not self._popping and caller not in self._queue._callers:
-            self._forget_idle()
-
-    def _forget_idle(self) -> None:
-        callers = self._queue._callers
-        for names in [pair for pair in self.pairs if not callers.keys() >= set(pair)]:
-            del self.pairs[names]
 
 
 class Fairness:
