@@ -89,7 +89,7 @@ class Deadlines:
                 if transport.is_reading() and quiet > limits.read_timeout + LATE:
                     self._broken(f"{provider.name} has been silent for {quiet:.2f} s")
             elif transport.writing_paused:
-                stuck = Clock.now - transport.stuck_since
+                stuck = Clock.now - max(transport.stuck_since, transport.paused_at)
                 if stuck > limits.write_timeout * (1 + 1 / LOOKS) + LATE:
                     self._broken(f"a request has been stuck for {stuck:.2f} s")
 
@@ -99,7 +99,8 @@ class Deadlines:
         for end in self._network.open:
             if end.owner != self._instance.number or end.listener is not None or not end._buffer:
                 continue
-            stuck = Clock.now - end.stuck_since
+            # A write is watched from when it blocks.
+            stuck = Clock.now - max(end.stuck_since, end.paused_at)
             # A connection that is closed is the kernel's business.
             if end.writing_paused and stuck > (USER_TIMEOUT + LATE if end._closing else longest):
                 self._broken(f"{len(end._buffer)} bytes have been stuck for {stuck:.2f} s")

@@ -111,8 +111,8 @@ class Transport(asyncio.Transport):
         self.written = self.received = 0
         # When the protocol got something last, when something was written, and when reading went on.
         self.heard_at = self.spoke_at = self.resumed_at = Clock.now
-        # Since when the buffer has not shrunk, if there is anything in it.
-        self.stuck_since = Clock.now
+        # Since when the buffer has not shrunk, if there is anything in it; when it became too large last.
+        self.stuck_since = self.paused_at = Clock.now
 
     # What the transport is asked.
 
@@ -215,6 +215,7 @@ class Transport(asyncio.Transport):
         size = len(self._buffer)
         if size > self._high and not self._writing_paused:
             self._writing_paused = True
+            self.paused_at = Clock.now
             self.protocol.pause_writing()
         elif size <= self._low and self._writing_paused:
             self._writing_paused = False
