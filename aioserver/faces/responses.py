@@ -19,7 +19,7 @@ from aioserver.faces import openai
 from aioserver.faces.admission import counted
 from aioserver.faces.ready import HIGH_WATER
 from aioserver.protocol.responses import ResponseEvents
-from aioserver.streams.entries import COMPLETE
+from aioserver.streams.entries import CANCELLED, COMPLETE
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -121,14 +121,14 @@ async def write(
 ) -> web.StreamResponse:
     """Answer with the response that *stream* keeps, as it is now, and write it.
 
-    A *status* replaces that of a response that was streamed.
+    A *status* replaces that of a response that was streamed, and so does that of one that was cancelled.
 
     Raises:
         ServerAtCapacity: all that is kept would be more than `max_kept_bytes`.
     """
     if stream.details.whole is not None:
         return await openai.write_kept(context, request, stream)
-    body = newest(stream, status)
+    body = newest(stream, status or ("cancelled" if stream.end_status == CANCELLED else ""))
     response = web.Response(body=body, content_type="application/json", charset="utf-8")
     with context.gateway.hold() as held:
         held.grow(len(body))

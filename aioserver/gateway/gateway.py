@@ -365,7 +365,10 @@ class Gateway:
                     stream.details.headers = error.provider_headers
                 stream.fail(error)
             elif reason is None:
-                stream.end(CANCELLED, {})
+                # On the OpenAI face nothing but an error tells a cut from an end.
+                cut = StreamNotFound("this answer was cancelled")
+                data = stream.details.final_error(cut, stream.last + 1)
+                stream.end(CANCELLED, {}, data=data)
             else:
                 stream.fail(reason)
         finally:

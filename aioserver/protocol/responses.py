@@ -133,20 +133,33 @@ class ResponseEvents:
                 return
         self._runs.append(_Run(number, sequence, sequence))
 
-    def render(self, error: AioserverError) -> bytes:
+    def render(self, error: AioserverError, seen: int | None = None) -> bytes:
         """Return *error* as a `response.failed` event.
+
+        It has the next sequence number. For a reader that fell behind, and has *seen* the event of that
+        number in the log, it has that event's: whoever comes back after it is not led past what was missed.
 
         It has no more of a response object than its frame, if that is nested deeper than orjson writes.
         """
+        sequence = self.last_sequence + 1 if seen is None else self._sequence_at(seen)
         try:
-            return self._render(self.response or _NO_RESPONSE, error)
+            return self._render(self.response or _NO_RESPONSE, error, sequence)
         except orjson.JSONEncodeError:
-            return self._render(_NO_RESPONSE, error)
+            return self._render(_NO_RESPONSE, error, sequence)
 
-    def _render(self, response: dict[str, Any], error: AioserverError) -> bytes:
+    def _sequence_at(self, number: int) -> int:
+        """Return the sequence number of the event *number* of the log, or of the one before that has any."""
+        sequence = 0
+        for run in self._runs:
+            if run.number > number:
+                break
+            sequence = min(run.last_sequence, run.sequence + number - run.number)
+        return sequence
+
+    def _render(self, response: dict[str, Any], error: AioserverError, sequence: int) -> bytes:
         failed: dict[str, Any] = {
             "type": "response.failed",
-            "sequence_number": self.last_sequence + 1,
+            "sequence_number": sequence,
             "response": {
                 **response,
                 "status": "failed",

@@ -110,7 +110,8 @@ class Cursor:
             error = SlowClient(
                 "this client reads more slowly than the answer comes, and fell behind"
             )
-            self.farewell = self.format.render_error(self.stream, error)
+            # Each entry that was read has an event at least.
+            self.farewell = self.format.render_error(self.stream, error, self.next_index)
             self.stream.record.slow_client = True
             self._writer.drop(self)
 

@@ -42,8 +42,8 @@ class ErrorFormat(Protocol):
     def note(self, block: bytes, first: int) -> None:
         """Look at a block of the provider's events, of which *first* is the first one's number."""
 
-    def render(self, error: AioserverError) -> bytes:
-        """Return *error* as the last event of the answer."""
+    def render(self, error: AioserverError, seen: int | None = None) -> bytes:
+        """Return *error* as the last event of the answer, or of a reader that has *seen* the event of that number."""
 
 
 class WholeAnswer(Protocol):
@@ -115,10 +115,10 @@ class AnswerDetails:
             self.error_format.note(data, number)
         return data
 
-    def render_error(self, error: AioserverError) -> bytes:
-        """Return *error* as an event like the provider's own."""
+    def render_error(self, error: AioserverError, seen: int | None = None) -> bytes:
+        """Return *error* as an event like the provider's own; *seen*: as `ErrorFormat.render`."""
         if self.error_format is not None:
-            return self.error_format.render(error)
+            return self.error_format.render(error, seen)
         return b"data: %b\n\n" % error.body()
 
 

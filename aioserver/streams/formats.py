@@ -33,14 +33,15 @@ class Format(NamedTuple):
     *render* takes a stream, one of its entries, and the number of events to skip at its start.
     *render_text* renders one event that contains only a text. It takes the head of the stream's
     frames, the event's number, and the text as JSON with its closing quote. It is None for
-    a format that needs the provider's bytes. *render_error* renders an error that ends the reading,
+    a format that needs the provider's bytes. *render_error* renders an error that ends the reading after
+    the event of a number, or a later one,
     though not the stream.
     """
 
     name: str
     render: Callable[[Stream, Entry, int], bytes]
     render_text: Callable[[bytes, int, bytes], bytes] | None
-    render_error: Callable[[Stream, AioserverError], bytes]
+    render_error: Callable[[Stream, AioserverError, int], bytes]
 
     def render_newest(self, stream: Stream, entry: Entry) -> bytes:
         """Render the newest *entry* of *stream*: once for all its readers in this format."""
@@ -70,8 +71,8 @@ def _raw(_stream: Stream, entry: Entry, skip: int) -> bytes:
     return b"".join(eventstream.split(entry.data)[skip:])
 
 
-def _raw_error(stream: Stream, error: AioserverError) -> bytes:
-    return stream.details.render_error(error)
+def _raw_error(stream: Stream, error: AioserverError, seen: int) -> bytes:
+    return stream.details.render_error(error, seen)
 
 
 def _event(number: int, status: bytes, frame: bytes) -> bytes:
@@ -97,7 +98,7 @@ def _text_event(head: bytes, number: int, text: bytes) -> bytes:
     )
 
 
-def _error_event(stream: Stream, error: AioserverError) -> bytes:
+def _error_event(stream: Stream, error: AioserverError, _seen: int) -> bytes:
     # Without an id, so that a client which comes back goes on after the last event that it has.
     frame = messages.loose_frame(stream.request_id, "error", error.as_chunk())
     return eventstream.write(frame, event="error")
@@ -114,7 +115,7 @@ def _text_message(head: bytes, number: int, text: bytes) -> bytes:
     return ws_frame(WS_TEXT, messages.text_frame(head, number, text))
 
 
-def _error_message(stream: Stream, error: AioserverError) -> bytes:
+def _error_message(stream: Stream, error: AioserverError, _seen: int) -> bytes:
     return ws_frame(WS_TEXT, messages.loose_frame(stream.request_id, "error", error.as_chunk()))
 
 

@@ -87,6 +87,8 @@ class Lifetime:
         if stream.ended:
             if stream.window <= 0:
                 self._store.drop(stream)
+            else:
+                self._store.note_unread()
         elif not stream.sent or stream.window <= 0 or self._draining:
             self.end(stream)
         else:

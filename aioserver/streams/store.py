@@ -66,6 +66,8 @@ class StreamStore:
     def apply(self, *, max_stream_bytes: int, max_kept_bytes: int) -> None:
         """Use new bounds; a log keeps the `max_stream_bytes` that it began with."""
         self._max_stream_bytes, self._max_kept_bytes = max_stream_bytes, max_kept_bytes
+        if self._bytes > max_kept_bytes:
+            self._evict()
 
     def open(
         self,
@@ -148,6 +150,11 @@ class StreamStore:
         # The rendering of an event may be as large as the log, and is not counted.
         stream.rendered = None
         self.on_finished(stream)
+        if self._bytes > self._max_kept_bytes:
+            self._evict()
+
+    def note_unread(self) -> None:
+        """Note that a log that has ended lost its last reader: it may be dropped to make room."""
         if self._bytes > self._max_kept_bytes:
             self._evict()
 

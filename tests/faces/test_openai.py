@@ -523,6 +523,27 @@ async def test_a_client_that_leaves_cancels_its_answer_at_once(
     assert server.provider.stats().pool.open == 0
 
 
+async def test_an_answer_that_is_cancelled_ends_with_an_error_for_its_readers(
+    make_server: MakeServer,
+) -> None:
+    server = await make_server(Behaviour(ttft=0, interval=0.05, tokens=1000))
+    url, headers = f"{server.v1}/chat/completions", {"Idempotency-Key": "mine"}
+    async with server.session.post(url, json=STREAMED, headers=headers) as response:
+        while b"content" not in await response.content.readline():
+            pass
+        async with server.session.delete(f"{server.sse}/mine") as cancelled:
+            assert cancelled.status < 300
+        body = await response.content.read()
+    # Whoever comes back for it learns of it as well.
+    async with server.session.post(url, json=STREAMED, headers=headers) as again:
+        repeated = await again.read()
+
+    for text in (body, repeated):
+        last = text.strip().rpartition(b"data: ")[2]
+        assert json.loads(last)["error"]["code"] == "stream_not_found"
+        assert b"[DONE]" not in text
+
+
 async def test_a_client_that_leaves_while_waiting_for_the_provider_asks_nothing(
     make_server: MakeServer,
 ) -> None:

@@ -13,6 +13,7 @@ from openai import AsyncOpenAI
 from openai.types.responses import ResponseFailedEvent
 
 from aioserver.auth.callers import anonymous
+from aioserver.errors import SlowClient
 from aioserver.protocol import eventstream
 from aioserver.protocol.responses import ResponseEvents
 from aioserver.protocol.top_level import at_once
@@ -33,6 +34,8 @@ from tests.support.server import CONCURRENCY, ENDLESS, QUICK
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
     from tests.support.server import MakeServer, RunningServer
 
 
@@ -180,6 +183,24 @@ async def test_a_running_response_is_shown_in_progress(
     assert (found.id, found.status) == (seen[0].response.id, "in_progress")
 
 
+def test_the_error_of_a_late_reader_leads_nobody_past_what_was_missed() -> None:
+    remembered = ResponseEvents()
+    for sequence in range(5):
+        data = orjson.dumps({"type": "response.x", "sequence_number": sequence})
+        remembered.note(eventstream.write(data), sequence + 2)
+
+    (late,) = eventstream.parse(remembered.render(SlowClient("late"), 4))
+    (last,) = eventstream.parse(remembered.render(SlowClient("late")))
+
+    assert orjson.loads(late.data)["sequence_number"] == 2
+    assert orjson.loads(last.data)["sequence_number"] == 5
+
+
+async def read_into(events: list[Any], reader: AsyncIterator[Any]) -> None:
+    async for event in reader:
+        events.append(event)  # noqa: PERF401 - those before an error count
+
+
 async def test_cancel_ends_it_for_all(server: RunningServer, sdk: AsyncOpenAI) -> None:
     server.simulator.behaviour = SLOW
     seen = await cut(sdk, 3)
@@ -187,10 +208,18 @@ async def test_cancel_ends_it_for_all(server: RunningServer, sdk: AsyncOpenAI) -
     reader = await sdk.responses.retrieve(name, stream=True)
 
     cancelled = await sdk.responses.cancel(name)
-    kinds = [event.type async for event in reader]
+    events: list[Any] = []
+    with pytest.raises(openai.APIError, match="this answer was cancelled"):
+        await read_into(events, reader)
+    # Whoever has all but the end is told as well.
+    last = events[-1].sequence_number
+    rest = await sdk.responses.retrieve(name, stream=True, starting_after=last)
+    with pytest.raises(openai.APIError, match="this answer was cancelled"):
+        await read_into(events, rest)
 
+    assert events[-1].sequence_number == last
     assert (cancelled.id, cancelled.status) == (name, "cancelled")
-    assert "response.completed" not in kinds
+    assert (await sdk.responses.retrieve(name)).status == "cancelled"
     assert (await sdk.responses.cancel(name)).status == "cancelled"
     await server.nothing_held()
     await until(lambda: server.simulator.stats().aborted == 1)

@@ -63,7 +63,7 @@ class BrokenFormat:
     def note(self, block: bytes, first: int) -> None:
         """Do nothing."""
 
-    def render(self, error: AioserverError) -> bytes:
+    def render(self, error: AioserverError, seen: int | None = None) -> bytes:
         raise RuntimeError("a bug")
 
 

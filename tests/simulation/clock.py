@@ -6,7 +6,9 @@ drawn from the seed of the run, ids included, so that the same seed gives the sa
 
 from __future__ import annotations
 
+import os
 import random
+import sys
 import time
 import uuid
 
@@ -28,10 +30,21 @@ def _wall_clock() -> float:
     return 1_780_000_000.0 + Clock.now
 
 
+# The seconds in which a processor was busy with this process: what a run really costs.
+processor_time = time.process_time
+
+
 def install() -> None:
     """Put the virtual clock in place of the machine's, for this process and for good."""
-    time.monotonic = _monotonic
+    time.monotonic = time.process_time = _monotonic
     time.time = _wall_clock
+
+
+def fix_hashes(module: str) -> None:
+    """Start *module* anew if the order of sets of texts, which is a part of a run, differs from process to process."""
+    if os.environ.get("PYTHONHASHSEED") != "0":
+        os.environ["PYTHONHASHSEED"] = "0"
+        os.execv(sys.executable, [sys.executable, "-m", module, *sys.argv[1:]])
 
 
 def seed(number: int) -> None:

@@ -1,26 +1,22 @@
-"""The command: many seeds, in several processes, and the smallest part of a run that still fails."""
+"""The command: many seeds, in several processes; what fails is shown with the command that repeats it."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import json
 import logging
-import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import TYPE_CHECKING
 
-from tests.simulation import plan as plans
-from tests.simulation.world import play
+from tests.simulation.clock import fix_hashes, processor_time
+from tests.simulation.shrink import Run, shrunk
 
-if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
-
-    from tests.simulation.plan import Plan
-    from tests.simulation.world import Outcome
+# Violations of a run that are shown.
+SHOWN = 8
 
 
 @dataclass(slots=True)
@@ -31,6 +27,8 @@ class Total:
     failed: int = 0
     clients: int = 0
     connections: int = 0
+    # Seconds in which a processor was busy with them; not a part of what the same seed repeats.
+    seconds: float = 0.0
     ends: dict[str, int] = field(default_factory=dict)
 
     def add(self, other: Total) -> None:
@@ -39,6 +37,7 @@ class Total:
         self.failed += other.failed
         self.clients += other.clients
         self.connections += other.connections
+        self.seconds += other.seconds
         for end, count in other.ends.items():
             self.ends[end] = self.ends.get(end, 0) + count
 
@@ -48,6 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.simulation")
     parser.add_argument("--seeds", default="0-19", help="A-B or A")
     parser.add_argument("--clients", type=int, default=200)
+    parser.add_argument("--instances", type=int, default=1, help="servers behind one balancer")
     parser.add_argument("--jobs", type=int, default=1, help="processes at once")
     parser.add_argument("--without", default="", help="faults, habits and operations to leave out")
     parser.add_argument("--only", default="", help="numbers of the clients that take part")
@@ -55,11 +55,8 @@ def main() -> None:
     parser.add_argument("--verbose", action="store_true")
     parser.add_argument("--json", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if os.environ.get("PYTHONHASHSEED") != "0":
-        # The order of sets of texts is a part of a run.
-        os.environ["PYTHONHASHSEED"] = "0"
-        os.execv(sys.executable, [sys.executable, "-m", "tests.simulation", *sys.argv[1:]])
-    logging.disable(logging.CRITICAL)
+    fix_hashes("tests.simulation")
+    prepare()
     first, _, last = args.seeds.partition("-")
     seeds = range(int(first), int(last or first) + 1)
     began = perf_counter()
@@ -69,31 +66,29 @@ def main() -> None:
     else:
         print(
             f"{total.seeds} seeds, {total.clients:,} clients, {total.connections:,} connections: "
-            f"{total.failed} seeds failed, {perf_counter() - began:.0f} s"
+            f"{total.failed} seeds failed, {perf_counter() - began:.0f} s "
+            f"({1000 * total.seconds / max(1, total.clients):.2f} s of a processor for 1,000 clients)"
         )
         ends = sorted(total.ends.items(), key=lambda end: -end[1])
         print(", ".join(f"{end} {count:,}" for end, count in ends))
     sys.exit(total.failed > 0)
 
 
+def prepare() -> None:
+    """Make the process ready for runs: nothing is logged, and what is loaded is never garbage."""
+    logging.disable(logging.CRITICAL)
+    gc.collect()
+    gc.freeze()
+
+
 def _in_processes(seeds: range, jobs: int) -> Total:
     """Run *seeds* in *jobs* processes, each of which takes its share."""
     size = -(-len(seeds) // jobs)
+    command = [sys.executable, "-m", "tests.simulation", *sys.argv[1:], "--json", "--jobs", "1"]
     workers = [
         subprocess.Popen(
             # The last of an option counts.
-            [
-                *(
-                    sys.executable,
-                    "-m",
-                    "tests.simulation",
-                    *sys.argv[1:],
-                    "--json",
-                    "--jobs",
-                    "1",
-                ),
-                *("--seeds", f"{share[0]}-{share[-1]}"),
-            ],
+            [*command, "--seeds", f"{share[0]}-{share[-1]}"],
             stdout=subprocess.PIPE,
             text=True,
         )
@@ -113,87 +108,29 @@ def _in_processes(seeds: range, jobs: int) -> Total:
 
 def _run(seeds: range, args: argparse.Namespace) -> Total:
     """Run *seeds* one after another."""
-    without = [name for name in args.without.split(",") if name]
-    only = [int(number) for number in args.only.split(",") if number] or None
+    without = tuple(name for name in args.without.split(",") if name)
+    only = tuple(int(number) for number in args.only.split(",") if number) or None
     total = Total()
     for seed in seeds:
-        began = perf_counter()
-        outcome = play(_reduced(plans.draw(seed, args.clients), without), only)
+        began = processor_time()
+        run = Run(seed, args.clients, args.instances, without, only)
+        outcome = run.play()
+        seconds = processor_time() - began
         taken = args.clients if only is None else len(only)
         failed = bool(outcome.violations)
-        total.add(Total(1, failed, taken, outcome.connections, outcome.ends))
+        counted = 0.0 if args.json else seconds
+        total.add(Total(1, failed, taken, outcome.connections, counted, dict(outcome.ends)))
         if failed:
-            _report(outcome, args.clients, without, only, shrink=args.shrink)
+            if args.shrink:
+                run, outcome = shrunk(run, outcome)
+            print(f"FAILED: {run.command()}")
+            for violation in outcome.violations[:SHOWN]:
+                print(f"  {violation}")
+            sys.stdout.flush()
         if args.verbose:
             print(
-                f"seed {seed}: {perf_counter() - began:.1f} s for {outcome.virtual_seconds:.0f} s, "
+                f"seed {seed}: {seconds:.1f} s for {outcome.virtual_seconds:.0f} s, "
                 f"{outcome.connections} connections, {dict(outcome.ends.most_common(8))}",
                 flush=True,
             )
     return total
-
-
-def _reduced(plan: Plan, without: Collection[str]) -> Plan:
-    """Return *plan* without some faults, habits and operations."""
-    return dataclasses.replace(
-        plan,
-        faults={name: share for name, share in plan.faults.items() if name not in without},
-        habits={name: share for name, share in plan.habits.items() if name not in without},
-        operations={name: at for name, at in plan.operations.items() if name not in without},
-        provider_fault_share=0.0 if "provider" in without else plan.provider_fault_share,
-    )
-
-
-def _report(
-    outcome: Outcome,
-    clients: int,
-    without: Sequence[str],
-    only: Sequence[int] | None,
-    *,
-    shrink: bool,
-) -> None:
-    seed = outcome.plan.seed
-    if shrink:
-        without, only, outcome = _shrunk(seed, clients, without, only, outcome)
-    command = f"python -m tests.simulation --seeds {seed} --clients {clients}"
-    if without:
-        command += f" --without '{','.join(without)}'"
-    if only is not None:
-        command += f" --only {','.join(map(str, only))}"
-    print(f"FAILED: {command}")
-    for violation in outcome.violations[:8]:
-        print(f"  {violation}")
-    sys.stdout.flush()
-
-
-def _shrunk(
-    seed: int,
-    clients: int,
-    without: Sequence[str],
-    only: Sequence[int] | None,
-    outcome: Outcome,
-) -> tuple[list[str], list[int] | None, Outcome]:
-    """Leave out what the failure does not need: first faults, then clients (Zeller's ddmin, 2002)."""
-    plan = plans.draw(seed, clients)
-    left_out = list(without)
-    members = list(range(clients)) if only is None else list(only)
-
-    def fails(absent: Sequence[str], present: Sequence[int]) -> Outcome | None:
-        result = play(_reduced(plan, absent), present)
-        return result if result.violations else None
-
-    for name in (*plan.faults, *plan.habits, *plan.operations, "provider"):
-        if name not in left_out and (found := fails([*left_out, name], members)):
-            left_out.append(name)
-            outcome = found
-    size = len(members) // 2
-    while size:
-        start = 0
-        while start < len(members) and len(members) > 1:
-            rest = members[:start] + members[start + size :]
-            if rest and (found := fails(left_out, rest)):
-                members, outcome = rest, found
-            else:
-                start += size
-        size //= 2
-    return left_out, members, outcome

@@ -11,79 +11,71 @@ import sys
 
 import pytest
 
+from tests.simulation.breakages import BREAKAGES
+
+# On a machine that does much else, processes take their time.
+pytestmark = pytest.mark.timeout(600)
 # As many as take some seconds. More: `python -m tests.simulation --seeds 0-999 --jobs 2`.
-SEEDS, CLIENTS = "0-11", "40"
-BREAKAGES = {
-    # Each loses one thing now and then.
-    "an event": """
-from aioserver.streams.stream import Stream
-add, count = Stream._add, [0]
-def lossy(self, entry):
-    count[0] += 1
-    if count[0] % 40 or entry.status != b"chunk":
-        return add(self, entry)
-    self.last += entry.count
-Stream._add = lossy
-""",
-    "a place": """
-from aioserver.limits.gate import Place
-release, count = Place.release, [0]
-def lossy(self):
-    count[0] += 1
-    if count[0] % 100:
-        release(self)
-Place.release = lossy
-""",
-    "a fault": """
-from aioserver.streams.entries import COMPLETE
-from aioserver.streams.stream import Stream
-Stream.fail = lambda self, error: self.end(COMPLETE, {}, data=b"data: [DONE]\\n\\n")
-""",
-}
-PROGRAM = """
+SEEDS, CLIENTS = "0-19", "40"
+TWO_INSTANCES = """
 from tests.simulation import clock
 clock.install()
-import logging
-logging.disable(logging.CRITICAL)
-{breakage}
+from dataclasses import replace
+from tests.simulation.swarm import prepare
+prepare()
+from tests.simulation.configuration import GATE, HTTP
 from tests.simulation.plan import draw
 from tests.simulation.world import play
-for seed in range(12):
-    if violations := play(draw(seed, 40)).violations:
-        raise SystemExit(violations[0])
+plan = draw(0, 60, 2)
+changes = dict(plan.changes)
+changes.pop("auth.keys", None)
+changes |= {
+    f"{GATE}.max_connections": 5,
+    f"{GATE}.connection_queue_size": 100,
+    f"{GATE}.queue_timeout": 30.0,
+    f"{HTTP}.queue_size": 1000,
+    f"{HTTP}.queue_timeout": 30.0,
+    "chat.streams.resume_window": 30.0,
+}
+for balancer in ("sticky", "random"):
+    outcome = play(
+        replace(
+            plan, balancer=balancer, changes=changes, keys=(), faces=("sse",), faults={"reset": 0.3},
+            habits={"return": 1.0}, operations={}, spread=5.0, silent=0.0, provider_links={},
+            provider_fault_share=0.0,
+        )
+    )
+    assert not outcome.violations, outcome.violations
+    print(balancer, outcome.most_inside, dict(outcome.ends))
 """
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, timeout: float = 500.0) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONHASHSEED": "0"}
     return subprocess.run(
         [sys.executable, *arguments],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=timeout,
         env=environment,
         check=False,
     )
 
 
 def test_nothing_is_lost_whatever_goes_wrong() -> None:
-    result = run("-m", "tests.simulation", "--seeds", SEEDS, "--clients", CLIENTS)
+    # A seed that fails is shrunk, and its command is a part of the message.
+    result = run("-m", "tests.simulation", "--seeds", SEEDS, "--clients", CLIENTS, "--shrink")
     assert result.returncode == 0, result.stdout + result.stderr
     assert " 0 seeds failed" in result.stdout
     assert "complete" in result.stdout, "some answers are whole"
 
 
-# Seeds that found a fault, with their clients.
-FOUND = {
-    "a timer that is due over and over": (4, 200),
-    "an error in a response passes without its type": (216, 100),
-}
-
-
-@pytest.mark.parametrize("fault", FOUND)
-def test_what_was_found_once_is_not_found_again(fault: str) -> None:
-    seed, clients = FOUND[fault]
-    result = run("-m", "tests.simulation", "--seeds", str(seed), "--clients", str(clients))
+@pytest.mark.stress
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("first", range(10_000, 11_000, 50))
+def test_nothing_is_lost_in_a_thousand_seeds(first: int) -> None:
+    seeds = f"{first}-{first + 49}"
+    result = run("-m", "tests.simulation", "--seeds", seeds, "--shrink", timeout=3500.0)
     assert result.returncode == 0, result.stdout + result.stderr
 
 
@@ -95,8 +87,20 @@ def test_the_same_seed_gives_the_same_run() -> None:
     assert len(runs) == 1
 
 
-@pytest.mark.parametrize("what", BREAKAGES)
-def test_a_server_that_loses_something_is_noticed(what: str) -> None:
-    result = run("-c", PROGRAM.format(breakage=BREAKAGES[what]))
-    assert result.returncode == 1, result.stdout
-    assert result.stderr.startswith("at "), result.stderr
+def test_two_instances_share_nothing() -> None:
+    result = run("-c", TWO_INSTANCES)
+    assert result.returncode == 0, result.stderr
+    sticky, scattered = result.stdout.splitlines()
+    # Each has places of its own, and knows the answers that it has begun.
+    assert sticky.startswith("sticky 10 ")
+    assert "stream_not_found" not in sticky
+    assert "stream_not_found" in scattered
+
+
+def test_each_server_that_forgets_something_is_noticed() -> None:
+    # One test for all: a process of its own for each would spend its time on imports.
+    result = run("-m", "tests.simulation.breakages")
+
+    lines = (line.partition("\t") for line in result.stdout.splitlines())
+    noticed = {name for name, _, violation in lines if " s: " in violation}
+    assert noticed == BREAKAGES.keys(), result.stdout + result.stderr

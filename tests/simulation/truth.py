@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ class Violation(AssertionError):
     """The server has broken a promise."""
 
 
-@dataclass(slots=True)
+@dataclass
 class Question:
     """A question of client *number*: *text*, for at most *tokens* tokens, to a model that fails by *fault*."""
 
@@ -21,6 +22,8 @@ class Question:
     text: str
     tokens: int
     fault: str = ""
+    # Whether a provider without that fault may answer instead.
+    fails_over: bool = False
 
     @property
     def name(self) -> str:
@@ -32,7 +35,7 @@ class Question:
         """The model to ask for; None is the provider's own."""
         return f"fault-{self.fault}" if self.fault else None
 
-    @property
+    @functools.cached_property
     def answer(self) -> str:
         """The whole text of the answer."""
         return "".join(model.tokens(model.speech(self.text, 1))[: self.tokens])
@@ -40,7 +43,9 @@ class Question:
     @property
     def may_be_whole(self) -> bool:
         """Whether the answer may end well."""
-        return re.sub(r"-<?\d+>?$", "", self.fault) not in NEVER_WHOLE
+        kind = re.sub(r"-<?\d+>?$", "", self.fault)
+        # `status-500` is a kind by itself.
+        return self.fails_over or not {kind, self.fault} & NEVER_WHOLE
 
 
 @dataclass(slots=True)

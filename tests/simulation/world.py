@@ -1,20 +1,19 @@
-"""One run: the whole real server, its provider and its clients in one loop, in virtual time.
+"""One run: the whole real server, or several of them, their provider and their clients in one loop, in virtual time.
 
-`play` returns what happened. It looks at the server whenever time is about to pass, and at the end, when
-nothing may be held any more.
+`play` returns what happened. The servers are looked at whenever time is about to pass (watch.py), and at the end,
+when nothing may be held any more.
 """
 
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import random
-import re
 import tempfile
-from collections import Counter, defaultdict, deque
-from contextvars import ContextVar
+from collections import Counter
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -22,31 +21,34 @@ from unittest import mock
 import aiohappyeyeballs
 from aiohttp import web_app
 
-from aioserver.config import Configuration
-from aioserver.errors import ConfigurationError
+from aioserver.monitoring import snapshot
 from aioserver.providers.simulator.exchange import Behaviour
-from aioserver.providers.simulator.server import ReceivedRequest, Simulator
-from aioserver.server.app import open_server
-from aioserver.server.reload import Reload
-from aioserver.server.runner import Runner
 from tests.simulation import clock
-from tests.simulation.clients import Client
+from tests.simulation.client import DIALLER, Client
+from tests.simulation.configuration import with_spare
+from tests.simulation.instance import Instance, running
 from tests.simulation.loop import SimulatedLoop
-from tests.simulation.network import FakeSocket, Network
-from tests.support.server import configured, write
+from tests.simulation.network import INSTANCE, Network
+from tests.simulation.plan import provider_dial
+from tests.simulation.provider import Calls, NotingSimulator
+from tests.simulation.silence import be_silent
+from tests.simulation.sums import Sums
+from tests.simulation.transport import USER_TIMEOUT, FakeSocket, Transport
+from tests.simulation.watch import Watch
 from tests.support.virtual_loop import START
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Iterator
 
-    from aiohttp import web
-
-    from aioserver.server.app import Server
     from tests.simulation.plan import Plan
 
-_QUESTION = re.compile(rb"q[0-9]+(?= word)")
+# The address of the balancer in front of the instances, at which nobody listens.
+BALANCER = ("127.0.0.1", 80)
 # Seconds after the last client until everything must be given back: the longest window, and some more.
 AFTERWARDS = 120.0
+NO_USAGE = {"open_fds": None, "max_fds": 1024, "rss_bytes": None}
+# Violations that are noted of a run.
+MOST = 20
 
 
 @dataclass(slots=True)
@@ -58,150 +60,77 @@ class Outcome:
     ends: Counter[str] = field(default_factory=Counter)
     virtual_seconds: float = 0.0
     connections: int = 0
-
-
-@dataclass(slots=True)
-class Call:
-    """One request to the provider: the first word of its question, and whether an answer has begun."""
-
-    question: str = ""
-    begun: bool = False
-
-
-CALL: ContextVar[Call] = ContextVar("CALL")
-
-
-class _Received(deque[ReceivedRequest]):
-    """The requests of a provider, each of which names its question in the call of its task."""
-
-    def append(self, received: ReceivedRequest) -> None:
-        match = _QUESTION.search(received.body)
-        CALL.get().question = match[0].decode() if match else ""
-
-
-class NotingSimulator(Simulator):
-    """The simulated provider, which notes when it has begun to answer each question."""
-
-    def __init__(self, behaviour: Behaviour, seed: int) -> None:
-        super().__init__(behaviour, seed=seed)
-        self.requests = _Received()
-        self.begun: dict[str, list[float]] = defaultdict(list)
-
-    async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
-        CALL.set(Call())
-        return await super()._answer(request)
-
-    def _count_token(self) -> None:
-        super()._count_token()
-        call = CALL.get()
-        if not call.begun:
-            call.begun = True
-            self.begun[call.question].append(clock.Clock.now)
+    # Clients that had a place at once, at all instances together; 0 where there is one.
+    most_inside: int = 0
 
 
 class World:
-    """The server, and what must always hold of it."""
+    """All that a run consists of: *instances* of the server, their providers, and their clients.
 
-    def __init__(self, plan: Plan, outcome: Outcome) -> None:
-        self._plan = plan
+    What holds of each instance is looked at by its watch (watch.py), and what holds of all together by *sums*.
+    """
+
+    def __init__(self, plan: Plan, outcome: Outcome, network: Network) -> None:
+        self.plan = plan
+        self.network = network
+        self.instances: list[Instance] = []
+        self.calls = Calls()
         self._outcome = outcome
-        self._server: Server | None = None
-        self._reloaded = False
+        self._watches: list[Watch] = []
+        self._links = random.Random(f"links {plan.seed}")
+        self.sums = Sums(plan, self.instances, self.calls, self.broken)
+        network.on_made = self.sums.made
+        network.on_late = lambda seconds: self.broken(f"a dial took {seconds:.2f} s")
 
     def broken(self, what: str) -> None:
         """Note that a promise was broken at this moment."""
-        if len(self._outcome.violations) < 20:
+        if len(self._outcome.violations) < MOST:
             self._outcome.violations.append(f"at {clock.Clock.now - START:.3f} s: {what}")
 
-    def watch(self, server: Server) -> None:
-        """Look at *server* from now on."""
-        self._server = server
+    def add(self, instance: Instance) -> None:
+        """Add *instance*, and a watch that looks at it."""
+        self.instances.append(instance)
+        self._watches.append(Watch(instance, self.network, self.broken))
 
     def look(self) -> None:
         """Check what must hold whenever nothing is about to happen in this moment."""
-        server = self._server
-        if server is None:
-            return
-        gate = server.context.admission.gate
-        taken = {"connections": (gate.inside, gate.limit)}
-        for name, provider in server.context.router.providers.items():
-            queue = provider.stats().queue
-            taken[name] = queue.inside, queue.limit
-        for name, (inside, limit) in taken.items():
-            if not self._reloaded and inside > limit:
-                self.broken(f"{inside} of {limit} places are taken: {name}")
-        if gate.waiting and gate.inside < gate.limit:
-            self.broken(
-                f"{gate.waiting} clients wait while {gate.limit - gate.inside} places are free"
-            )
-        stats = server.streams.stats()
-        if stats.bytes > stats.max_bytes + SLACK:
-            self.broken(f"{stats.bytes} of {stats.max_bytes} bytes are kept")
-        bodies = server.context.settings.chat.websocket.concurrency.max_body_bytes
-        if server.context.admission.body_bytes > bodies and not self._reloaded:
-            self.broken(f"{server.context.admission.body_bytes} of {bodies} bytes of bodies")
+        for watch in self._watches:
+            watch.look()
+        self.sums.look()
+
+    def start_looking(self) -> None:
+        """Look at the servers from now on, whenever time is about to pass."""
+        # Of a single server there are no sums.
+        one = len(self._watches) == 1
+        self.network.loop.on_pause = self._watches[0].look if one else self.look
+
+    def stop_looking(self) -> None:
+        """Look at nothing any more: the servers are being closed."""
+        self.network.loop.on_pause = lambda: None
+
+    async def start_connection(self, addr_infos: Any, **_kwargs: Any) -> FakeSocket:
+        """Stand for the function that connects a socket, in aiohttp's connectors."""
+        address = addr_infos[0][4]
+        client = DIALLER.get(None)
+        if client is None:
+            return FakeSocket(address, provider_dial(self.plan, self._links, INSTANCE.get()))
+        if address == BALANCER:
+            address = "127.0.0.1", self.balance(client).listener.port
+        return FakeSocket(address, client.dial())
+
+    def balance(self, client: Client) -> Instance:
+        """Choose the instance for a connection of *client*, as a balancer in front of all would."""
+        if len(self.instances) == 1:
+            return self.instances[0]
+        chosen = client.home if self.plan.balancer == "sticky" else client.dice.randrange(1 << 16)
+        return self.instances[chosen % len(self.instances)]
 
     def held(self) -> dict[str, int]:
-        """Return what requests hold, without zeros."""
-        assert self._server is not None
-        context = self._server.context
-        counts = {
-            "places": context.admission.gate.inside,
-            "waiting": context.admission.gate.waiting,
-            "body bytes": context.admission.body_bytes,
-            "running": self._server.streams.stats().running,
-            "kept": self._server.streams.stats().finished,
-            "kept bytes": self._server.streams.stats().bytes,
-            "sockets": len(context.sockets),
-            "detached": context.gateway.lifetime.detached,
-            "answers": context.gateway.running,
-        }
-        for name, provider in context.router.providers.items():
-            stats = provider.stats()
-            counts[f"{name} places"] = stats.queue.inside
-            counts[f"{name} waiting"] = stats.queue.waiting
-            counts[f"{name} busy"] = stats.pool.open - stats.pool.idle
-        if self._plan.drains:
-            # A server that has stopped forgets no answer: its process ends.
-            del counts["kept"], counts["kept bytes"]
-        return {name: count for name, count in counts.items() if count}
-
-    def check_calls(self, client: Client, begun: list[float]) -> None:
-        """Check that no answer of an id was asked for twice while it was kept."""
-        window = self._plan.changes["chat.streams.resume_window"]
-        if not client.has_id or client.question.fault:
-            return
-        for first, second in pairwise(begun):
-            if second - first < window:
-                self.broken(f"client {client.question.number} ({client.face}) was answered twice")
-
-    async def operate(
-        self, name: str, moment: float, server: Server, runner: Runner, reload: Reload, base: str
-    ) -> None:
-        """Do *name* at *moment*, as an operator would."""
-        await asyncio.sleep(moment)
-        if name == "drain":
-            await runner.end()
-            return
-        self._reloaded = True
-        changes = dict(self._plan.changes)
-        if name == "reload limits":
-            changes["chat.websocket.concurrency.max_connections"] = 5
-            changes["llm.providers.sim.http_client.concurrent_requests"] = 2
-        else:
-            changes["llm.providers.sim.http_client.max_connections"] = 201
-            changes["llm.providers.sim.http_client.keepalive_expiry"] = 1.0
-            changes["llm.providers.sim.headers"] = {"X-New": "1"}
-        write(base, changes, Path(reload.source))
-        if not await reload.once():
-            try:
-                Configuration.load(Path(reload.source), environ={})
-            except ConfigurationError as error:
-                self.broken(f"the configuration was not applied: {error}")
-
-
-# What may be kept beyond the bound for a moment: one piece from a provider for each answer under way.
-SLACK = 1 << 20
+        """Return what is held by all instances together, without zeros."""
+        held: Counter[str] = Counter()
+        for instance in self.instances:
+            held.update(instance.held())
+        return dict(held)
 
 
 def play(plan: Plan, only: Collection[int] | None = None) -> Outcome:
@@ -213,104 +142,124 @@ def play(plan: Plan, only: Collection[int] | None = None) -> Outcome:
     asyncio.set_event_loop(loop)
     faults: list[dict[str, Any]] = []
     loop.set_exception_handler(lambda _loop, context: faults.append(context))
-    world = World(plan, outcome)
-    loop.on_pause = world.look
+    world = World(plan, outcome, network)
+    # What is garbage is collected at the end, when it may still complain of errors that nobody has seen.
+    gc.disable()
     try:
-        loop.run_until_complete(_run(plan, world, outcome, network, only))
-        left = [task for task in asyncio.all_tasks(loop) if not task.done()]
-        for task in left:
-            world.broken(f"a task is left: {task.get_coro()}")
-            task.cancel()
-        if left:
-            loop.run_until_complete(asyncio.wait(left))
+        with (
+            mock.patch.object(aiohappyeyeballs, "start_connection", world.start_connection),
+            # The machine is no part of a run.
+            mock.patch.object(snapshot, "process_usage", return_value=NO_USAGE),
+        ):
+            loop.run_until_complete(_run(world, outcome, only))
+            left = [task for task in asyncio.all_tasks(loop) if not task.done()]
+            for task in left:
+                world.broken(f"a task is left: {task.get_coro()}")
+                task.cancel()
+            if left:
+                loop.run_until_complete(asyncio.wait(left))
+            for timer in _own_timers(loop):
+                world.broken(f"a timer is left: {timer!r}")
+            for end in network.open:
+                world.broken(f"a connection is open: {end.protocol!r}")
     except Exception as exc:  # noqa: BLE001 - whatever it is, it is a finding
         world.broken(f"the run failed: {exc!r}")
     finally:
+        gc.collect()
+        gc.enable()
         for context in faults:
             world.broken(f"{context.get('message')}: {context.get('exception')!r}")
         outcome.virtual_seconds = clock.Clock.now - START
         outcome.connections = network.made
+        outcome.most_inside = world.sums.most_inside
         asyncio.set_event_loop(None)
         loop.close()
         web_app._cached_build_middleware.cache_clear()  # noqa: SLF001 - it keeps each application alive
     return outcome
 
 
-async def _run(
-    plan: Plan, world: World, outcome: Outcome, network: Network, only: Collection[int] | None
-) -> None:
-    dialers: dict[asyncio.Task[Any], Client] = {}
-
-    async def start_connection(addr_infos: Any, **_kwargs: Any) -> FakeSocket:
-        client = dialers.get(_current())
-        # The server's own connections to its provider are good: the provider has faults of its own.
-        return FakeSocket(addr_infos[0][4], None if client is None else client.dial())
-
-    with mock.patch.object(aiohappyeyeballs, "start_connection", start_connection):
-        await _play(plan, world, outcome, network, only, dialers)
+def _own_timers(loop: SimulatedLoop) -> Iterator[asyncio.TimerHandle]:
+    """Iterate over the timers that are not of the network."""
+    for timer in loop.timers():
+        callback = timer._callback  # type: ignore[attr-defined]  # noqa: SLF001 - its repr says it as well
+        if not isinstance(getattr(callback, "__self__", None), Transport):
+            yield timer
 
 
-async def _play(
-    plan: Plan,
-    world: World,
-    outcome: Outcome,
-    network: Network,
-    only: Collection[int] | None,
-    dialers: dict[asyncio.Task[Any], Client],
-) -> None:
+async def _run(world: World, outcome: Outcome, only: Collection[int] | None) -> None:
+    plan = world.plan
     dice = random.Random(f"provider {plan.seed}")
     behaviour = Behaviour(
         ttft=dice.choice((0.0, 0.2, 2.0)), interval=dice.choice((0.0, 0.03, 0.2))
     )
-    with tempfile.TemporaryDirectory() as folder:
-        async with NotingSimulator(behaviour, plan.seed) as simulator:
-            configuration = configured(
-                simulator.base_url, plan.changes, Path(folder) / "config.yaml"
+    async with AsyncExitStack() as stack:
+        path = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        simulator = NotingSimulator(behaviour, plan.seed, world.calls)
+        await stack.enter_async_context(simulator)
+        changes = plan.changes
+        if plan.spare:
+            spare = NotingSimulator(behaviour, plan.seed, world.calls)
+            await stack.enter_async_context(spare)
+            changes = with_spare(changes, spare.base_url)
+        for number in range(plan.instances):
+            server = running(
+                number, world.network, changes, simulator.base_url, path, world.broken
             )
-            async with open_server(configuration.settings) as server:
-                runner = Runner(server)
-                await runner.setup()
-                assert runner.server is not None
-                listener = network.listen(runner.server)
-                world.watch(server)
-                base = f"http://127.0.0.1:{listener.port}"
-                reload = Reload(server, runner, configuration, {})
-                clients = [
-                    Client(plan, number, base)
-                    for number in range(plan.clients)
-                    if only is None or number in only
-                ]
-                tasks = {}
-                for client in clients:
-                    task = asyncio.ensure_future(client.run())
-                    tasks[task] = dialers[task] = client
-                operations = [
-                    asyncio.ensure_future(
-                        world.operate(name, moment, server, runner, reload, simulator.base_url)
-                    )
-                    for name, moment in plan.operations.items()
-                ]
-                await asyncio.wait(tasks)
-                for task, client in tasks.items():
-                    if (exc := task.exception()) is not None:
-                        world.broken(f"client {client.question.number} ({client.face}): {exc!r}")
-                        outcome.ends["violation"] += 1
-                    else:
-                        outcome.ends[client.outcome] += 1
-                for client in clients:
-                    world.check_calls(client, simulator.begun[client.question.name])
-                if operations:
-                    await asyncio.gather(*operations)
-                await asyncio.sleep(AFTERWARDS)
-                if held := world.held():
-                    world.broken(f"still held: {json.dumps(held)}")
-                if not plan.drains:
-                    await runner.end()
-                await runner.cleanup()
-            world.watch(None)  # type: ignore[arg-type]
+            world.add(await stack.enter_async_context(server))
+        world.start_looking()
+        await _serve(world, outcome, only)
+        world.stop_looking()
+    # What was written last is still under way.
+    await asyncio.sleep(2 * USER_TIMEOUT)
 
 
-def _current() -> asyncio.Task[Any]:
-    task = asyncio.current_task()
-    assert task is not None
-    return task
+async def _serve(world: World, outcome: Outcome, only: Collection[int] | None) -> None:
+    """Let all clients do what they do, and the operator; then everything must be given back."""
+    plan = world.plan
+    base = f"http://{BALANCER[0]}"
+    clients = [
+        Client(plan, number, base)
+        for number in range(plan.clients)
+        if only is None or number in only
+    ]
+    tasks = {asyncio.ensure_future(_be(world, client)): client for client in clients}
+    chosen = random.Random(f"operator {plan.seed}")
+    operations = [
+        asyncio.ensure_future(_operate(world.instances, name, moment, chosen.random()))
+        for name, moment in plan.operations.items()
+    ]
+    await asyncio.wait(tasks)
+    for task, client in tasks.items():
+        if (exc := task.exception()) is not None:
+            world.broken(f"client {client.number} ({client.face}): {exc!r}")
+            outcome.ends["violation"] += 1
+            continue
+        for asked in (client, client.second):
+            if asked is not None:
+                outcome.ends[asked.outcome] += 1
+                world.sums.check_calls(asked)
+    if operations:
+        await asyncio.gather(*operations)
+    for _ in range(int(AFTERWARDS)):
+        if not world.held():
+            break
+        await asyncio.sleep(1.0)
+    if held := world.held():
+        world.broken(f"still held: {json.dumps(held)}")
+
+
+async def _be(world: World, client: Client) -> None:
+    if not client.silent:
+        await client.run()
+        return
+    await asyncio.sleep(client.begins)
+    try:
+        await be_silent(client, world.balance(client).listener.port)
+    except ConnectionError as exc:
+        client.outcome = f"gone: {type(exc).__name__}"
+
+
+async def _operate(instances: list[Instance], name: str, moment: float, chosen: float) -> None:
+    """Do *name* at *moment* to one of *instances*, as an operator would."""
+    await asyncio.sleep(moment)
+    await instances[int(chosen * len(instances))].operate(name)

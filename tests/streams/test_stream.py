@@ -14,6 +14,7 @@ import orjson
 import pytest
 
 from aioserver.auth.callers import anonymous
+from aioserver.config.settings import Streams
 from aioserver.errors import ResumeGap, ServerAtCapacity
 from aioserver.protocol import eventstream
 from aioserver.protocol.openai import Reading, Shape
@@ -27,6 +28,7 @@ from aioserver.streams.details import STREAM_OVERHEAD
 from aioserver.streams.entries import CANCELLED, CHUNK, COMPLETE, ERROR, PROCESSING
 from aioserver.streams.fast_path import Destination, TextPath
 from aioserver.streams.formats import EVENTS
+from aioserver.streams.lifetime import Lifetime
 from aioserver.streams.store import StreamStore
 from aioserver.streams.stream import Stream
 
@@ -562,6 +564,23 @@ def test_a_finished_log_that_is_still_read_is_not_dropped() -> None:
     assert len(reader.seen) == 2
 
 
+async def test_an_ended_log_goes_with_its_last_reader_if_too_much_is_kept() -> None:
+    streams = streams_of(max_kept_bytes=60_000)
+    lifetime = Lifetime(streams, Streams(), lambda _stream: None, lambda _provider: 0)
+    ended = streams.open("ended", DEMO, window=30)
+    reader = ConditionReader(ended, lambda _stream: False)
+    ended.append(CHUNK, [chunk("x" * 62_000)])
+    ended.end(COMPLETE, {})
+    assert streams.stats().bytes > 60_000
+
+    reader.leave()
+    lifetime.reader_removed(ended)
+
+    assert streams.find(DEMO, "ended") is None
+    assert streams.stats().bytes == 0
+    lifetime.close()
+
+
 def test_a_new_answer_is_refused_when_running_ones_fill_the_server() -> None:
     streams = streams_of(max_kept_bytes=60_000)
     old = finished(streams, "old")
@@ -715,6 +734,7 @@ def test_new_bounds_make_room_for_a_new_answer() -> None:
     for number in range(9):
         finished(streams, f"r{number}")
     streams.apply(max_stream_bytes=MUCH, max_kept_bytes=20_000)
+    assert streams.stats().bytes <= 20_000
 
     streams.open("r", DEMO, window=30)
 

@@ -107,7 +107,7 @@ class FakeClient:
         self.ended: list[Stream] = []
         self.rendered = 0
         self.look = Format(
-            "test", self.render, None, lambda _stream, error: f"<{error.code}>".encode()
+            "test", self.render, None, lambda _stream, error, _seen: f"<{error.code}>".encode()
         )
         self.writer = Writer(
             self.socket,

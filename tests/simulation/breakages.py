@@ -1,0 +1,339 @@
+"""Servers that break one promise each, as proof that the simulation would notice: `python -m tests.simulation.breakages`.
+
+Each is broken by a piece of code in a process of its own, which is forked once all is imported. It prints a line
+for each: its name, and what was noticed, which is nothing if all seeds pass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import sys
+from typing import Any
+
+from tests.simulation import clock
+
+# Seeds that are tried, each with so many clients.
+SEEDS, CLIENTS = 30, 40
+# Seconds for one of them.
+LONGEST = 120
+BREAKAGES = {
+    # Each loses one thing now and then.
+    "an event": """
+from aioserver.streams.stream import Stream
+add, count = Stream._add, [0]
+def lossy(self, entry):
+    count[0] += 1
+    if count[0] % 40 or entry.status != b"chunk":
+        return add(self, entry)
+    self.last += entry.count
+Stream._add = lossy
+""",
+    "a place": """
+from aioserver.limits.gate import Place
+release, count = Place.release, [0]
+def lossy(self):
+    count[0] += 1
+    if count[0] % 100:
+        release(self)
+Place.release = lossy
+""",
+    "a fault": """
+from aioserver.streams.entries import COMPLETE
+from aioserver.streams.stream import Stream
+Stream.fail = lambda self, error: self.end(COMPLETE, {}, data=b"data: [DONE]\\n\\n")
+""",
+    "the error of a cut": """
+from aioserver.streams.details import AnswerDetails
+AnswerDetails.final_error = AnswerDetails.render_error = lambda self, error, number=0: b""
+""",
+    "that a provider's connection was cut": """
+from aioserver.providers.exchange import Exchange
+from aioserver.providers.sinks import DONE, ChatSink, EventSink, complete
+lost = Exchange.connection_lost
+def whole(self, exc):
+    if self._parser.sink is None or self._done.done():
+        lost(self, exc)
+    else:
+        self._parser.surplus = self._parser.whole = True
+        self._push()
+Exchange.connection_lost = whole
+EventSink.end = lambda self: self._complete(DONE)
+ChatSink.end = lambda self: complete(self._stream, self._reading)
+""",
+    "a pooled connection": """
+from aioserver.providers.pool import CappedConnector
+release, count = CappedConnector._release, [0]
+def lossy(self, *args, **kwargs):
+    count[0] += 1
+    if count[0] % 20:
+        release(self, *args, **kwargs)
+CappedConnector._release = lossy
+""",
+    "bytes of a body": """
+from aioserver.faces.admission import BodyHold
+release, count = BodyHold.release, [0]
+def lossy(self):
+    count[0] += 1
+    if count[0] % 50:
+        release(self)
+BodyHold.release = lossy
+""",
+    "a task": """
+import asyncio
+from aioserver.limits.gate import Gate
+leave, kept = Gate._leave, []
+def lossy(self):
+    leave(self)
+    if len(kept) < 1:
+        kept.append(asyncio.ensure_future(asyncio.Event().wait()))
+Gate._leave = lossy
+""",
+    "a timer": """
+import asyncio
+from aioserver.limits.timer_wheel import TimerWheel
+close = TimerWheel.close
+def lossy(self):
+    close(self)
+    asyncio.get_running_loop().call_later(3600.0, print)
+TimerWheel.close = lossy
+""",
+    # The others forget a bound, or a deadline.
+    "the limit of a pool": """
+from aioserver.limits.gate import Gate
+from aioserver.providers import pool, pools
+from aioserver.providers.queueing import ProviderGate
+gate, connector, init = (
+    pool.connection_gate, pool.CappedConnector.__init__, ProviderGate.__init__
+)
+def wide_gate(limits):
+    made = gate(limits)
+    made._limit = 1000
+    return made
+def wide_connector(self, **kwargs):
+    connector(self, **{**kwargs, "limit": 0, "limit_per_host": 0})
+def wide_queue(self, *args, **kwargs):
+    init(self, *args, **kwargs)
+    self._limit = 1000
+pool.connection_gate = pools.connection_gate = wide_gate
+pool.CappedConnector.__init__ = wide_connector
+ProviderGate.__init__ = wide_queue
+""",
+    "the bound of what is kept": """
+from aioserver.streams.store import StreamStore
+StreamStore._drop_unread = lambda self: None
+""",
+    "that kept answers are dropped": """
+from aioserver.streams.lifetime import Lifetime
+Lifetime._sweep = lambda self: None
+""",
+    "the deadline of a place": """
+from aioserver.faces.admission import Admission
+init = Admission.__init__
+def patient(self, *args, **kwargs):
+    init(self, *args, **kwargs)
+    self.gate._queue_timeout = max(1.0, 4 * self.gate._queue_timeout)
+Admission.__init__ = patient
+""",
+    "the deadline of a provider's queue": """
+from aioserver.providers.queueing import ProviderGate
+init = ProviderGate.__init__
+def patient(self, *args, **kwargs):
+    init(self, *args, **kwargs)
+    self._queue_timeout *= 4
+ProviderGate.__init__ = patient
+""",
+    "the deadline of silence": """
+from aioserver.providers.exchange import Exchange
+Exchange.check_deadline = lambda self: 1.0
+""",
+    "the deadline of a connection": """
+from aioserver.providers import pool
+from aiohttp import ClientTimeout
+init = pool.Pool.__init__
+def patient(self, *args, **kwargs):
+    init(self, *args, **kwargs)
+    self._timeout = ClientTimeout(total=None, connect=60.0)
+pool.Pool.__init__ = patient
+""",
+    "the deadline of a client's reading": """
+from aioserver.limits.write_watchdog import WriteWatchdog
+WriteWatchdog._look = lambda self: None
+""",
+    "the deadline of a body": """
+from aioserver.faces import intake
+intake.BODY_TIMEOUT = 600.0
+from tests.simulation import silence
+silence.BODY_TIMEOUT = 15.0
+""",
+    "the deadline of an idle connection": """
+from aioserver.server import runner
+options = runner._options
+runner._options = lambda settings: {**options(settings), "keepalive_timeout": 600.0}
+""",
+    "the deadline of a pong": """
+from aioserver.faces.socket import Socket
+visit = Socket.visit
+def forgiving(self, now):
+    self._ping = None
+    return visit(self, now)
+Socket.visit = forgiving
+""",
+    "the deadline of a stop": """
+from aioserver.server.connection import ConnectionServer
+wait = ConnectionServer.wait_closed
+async def patient(self, seconds, *, silent=False):
+    await wait(self, 20 * seconds, silent=silent)
+ConnectionServer.wait_closed = patient
+""",
+    "the weights of a fair queue": """
+from aioserver.limits.fair_queue import FairQueue
+push = FairQueue._push
+def unfair(self, caller, entry):
+    if caller == "key0":
+        entry.tag = self._virtual
+    push(self, caller, entry)
+FairQueue._push = unfair
+""",
+    "who waits while a place is free": """
+from aioserver.limits.gate import Gate
+serve, count = Gate.serve, [0]
+def idle(self):
+    count[0] += 1
+    if count[0] % 3:
+        serve(self)
+Gate.serve = idle
+""",
+    "who waits at a provider": """
+from aioserver.providers.queueing import ProviderGate
+serve, count = ProviderGate.serve, [0]
+def idle(self):
+    count[0] += 1
+    if count[0] % 3:
+        serve(self)
+ProviderGate.serve = idle
+""",
+    "that an id is known": """
+from aioserver.gateway.gateway import Gateway
+Gateway._existing = lambda self, request: None
+""",
+    # Faults that were found once, put back.
+    "that rounding holds nobody back": """
+from aioserver.limits import gate, gcra
+gate.ROUNDING = gcra.ROUNDING = 0.0
+""",
+    "the type of an error in a response": """
+from aioserver.providers.sinks import EventSink
+from aioserver.streams.entries import ERROR
+def untyped(self, event, kind, fault):
+    self._append(event, more=True)
+    self._stream.error = fault
+    self._stream.end(ERROR, fault.as_chunk())
+EventSink._end_with_error = untyped
+""",
+    "that what was read makes room": """
+from aioserver.streams.store import StreamStore
+StreamStore.note_unread = lambda self: None
+""",
+    "the error of a cancelled answer": """
+from aioserver.streams.entries import CANCELLED
+from aioserver.streams.stream import Stream
+end = Stream.end
+def silent(self, status, chunk, *, data=b""):
+    end(self, status, chunk, data=b"" if status == CANCELLED else data)
+Stream.end = silent
+""",
+    "the sequence number of an error": """
+from aioserver.streams.details import AnswerDetails
+AnswerDetails.final_error = lambda self, error, number: self.render_error(error)
+""",
+    "what a late reader has missed": """
+from aioserver.protocol.responses import ResponseEvents
+render = ResponseEvents.render
+ResponseEvents.render = lambda self, error, seen=None: render(self, error)
+""",
+}
+# What a run must try, so that few seeds are enough to notice some of them.
+NEEDS: dict[str, dict[str, Any]] = {
+    "that a provider's connection was cut": {"provider_links": {"reset": 0.5}},
+    "the deadline of a client's reading": {
+        "faces": ("whole",),
+        "faults": {"small kernel": 0.5, "black hole": 0.5},
+    },
+    "the type of an error in a response": {
+        "faces": ("responses",),
+        "provider_fault_share": 0.5,
+        "provider_faults": ("error-event-3",),
+    },
+    "the error of a cancelled answer": {
+        "faces": ("stored responses", "keyed stream"),
+        "faults": {"reset": 0.3},
+        "habits": {"return": 0.9, "leave": 0.5},
+    },
+    "the sequence number of an error": {
+        "faces": ("stored responses",),
+        "habits": {"return": 0.9, "leave": 0.9},
+    },
+    "what a late reader has missed": {"clients": 200},
+    "that rounding holds nobody back": {"spread": 30.0},
+}
+# The seed that is tried first, where an earlier one is known to notice nothing: for speed alone.
+FIRST = {
+    "bytes of a body": 2,
+    "the limit of a pool": 4,
+    "the bound of what is kept": 21,
+    "the deadline of a place": 7,
+    "the deadline of a provider's queue": 4,
+    "the deadline of silence": 1,
+    "the deadline of a connection": 17,
+    "the deadline of a client's reading": 1,
+    "the deadline of a body": 7,
+    "the deadline of an idle connection": 11,
+    "the deadline of a pong": 16,
+    "the deadline of a stop": 4,
+    "that an id is known": 8,
+    "that rounding holds nobody back": 20,
+    "that what was read makes room": 23,
+    "the error of a cancelled answer": 8,
+    "the sequence number of an error": 8,
+    "what a late reader has missed": 6034,
+}
+
+
+def noticed(name: str) -> str:
+    """Return what is noticed of the server that has forgotten *name*."""
+    from tests.simulation.plan import draw
+    from tests.simulation.world import play
+
+    exec(BREAKAGES[name], {})
+    first = FIRST.get(name, 0)
+    for seed in range(first, first + SEEDS):
+        plan = dataclasses.replace(draw(seed, CLIENTS), **NEEDS.get(name, {}))
+        if violations := play(plan).violations:
+            return f"seed {seed}: {violations[0]}"
+    return ""
+
+
+def main() -> None:
+    """Break each server in a process of its own, and print what was noticed."""
+    clock.fix_hashes("tests.simulation.breakages")
+    clock.install()
+    from tests.simulation.swarm import prepare
+
+    prepare()
+    for name in sys.argv[1:] or BREAKAGES:
+        sys.stdout.flush()
+        if child := os.fork():
+            os.waitpid(child, 0)
+        else:
+            # An end, if the broken server goes on for ever.
+            signal.alarm(LONGEST)
+            try:
+                print(f"{name}\t{noticed(name)}", flush=True)
+            finally:
+                os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,209 @@
+"""A client of a run: it asks one question, on one face, and does what its dice say.
+
+A client keeps what it read (`truth.Reading`), comes back where its connection broke, if it has that habit, and
+notes its outcome. Whatever its network does to it, it never accepts a wrong answer. How it asks is in
+own_faces.py and openai_faces.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+import orjson
+
+from tests.simulation import openai_faces, own_faces
+from tests.simulation.dials import draw_dial
+from tests.simulation.patience import GONE, Left, Patience
+from tests.simulation.truth import Question, Reading, Violation
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from tests.simulation.configuration import Key
+    from tests.simulation.dials import Dial
+    from tests.simulation.plan import Plan
+
+# Numbers of second questions, on a connection that was kept, begin here.
+SECOND = 1_000_000
+# The share of questions with long answers.
+LONG = 0.03
+# Seconds without a word after which a client gives up whose network is bad.
+GIVE_UP = 90.0
+# Whoever dials in this task; unset: a server.
+DIALLER: ContextVar[Client] = ContextVar("DIALLER")
+ASK = {
+    "websocket": own_faces.ask,
+    "sse": own_faces.ask,
+    "stream": openai_faces.stream,
+    "whole": openai_faces.whole,
+    "keyed stream": openai_faces.stream,
+    "keyed whole": openai_faces.whole,
+    "responses": openai_faces.responses,
+    "stored responses": openai_faces.stored_responses,
+}
+# The codes of refusals that must say when to come back.
+COME_BACK = {
+    *("server_at_capacity", "provider_queue_full", "rate_limit_exceeded", "concurrency_exceeded")
+}
+
+
+class Client:
+    """Client *number* of *plan*, which talks to the server at *base*."""
+
+    def __init__(self, plan: Plan, number: int, base: str, like: Client | None = None) -> None:
+        self.plan = plan
+        self.number = number
+        self.base = base
+        # Of its own, so that it does the same in a run without the others.
+        self.dice = dice = random.Random(f"client {plan.seed} {number}")
+        self.face = dice.choice(plan.faces)
+        thrown, fault = dice.random(), dice.choice(plan.provider_faults)
+        fault = fault.replace("<n>", str(dice.randrange(1, 6)))
+        words = " ".join(["word"] * dice.choice((1, 5, 50)))
+        # Some answers are longer than what a transport buffers.
+        if long := dice.random() < LONG:
+            words = f"word markdown {words}"
+        self.question = Question(
+            number,
+            f"q{number} {words}",
+            2000 if long else dice.choice((1, 5, 40, 200)),
+            fault if thrown < plan.provider_fault_share else "",
+            fails_over=plan.fails_over,
+        )
+        self.reading = Reading(self.question)
+        self.name = f"r{number}"
+        self._habits = {habit: dice.random() < often for habit, often in plan.habits.items()}
+        # The events after which the client does what it has a habit of.
+        self._moment = dice.choice((0, 1, 2, 5, 20))
+        self._read_pause = dice.choice((0.05, 0.5))
+        self.outcome = ""
+        self.begins = dice.uniform(0.0, plan.spread)
+        self.key = self._draw_key()
+        self.silent = dice.random() < plan.silent
+        # Those without keys have the address of this machine, since only they are served.
+        self.address = f"10.0.0.{dice.randrange(1, 4)}" if self.key else "127.0.0.1"
+        if like is not None:
+            # A second question of the same client.
+            self.face, self.key, self.address = like.face, like.key, like.address
+        # The instance that all its connections lead to, where the balancer is sticky.
+        self.home = dice.randrange(1 << 16)
+        # Whether a connection of it has suffered anything.
+        self.network_was_bad = False
+        self.second: Client | None = None
+        self.patience = Patience(lambda: GIVE_UP if self.network_was_bad else plan.patience)
+        self.session: aiohttp.ClientSession
+
+    def _draw_key(self) -> Key | None:
+        thrown = self.dice.random()
+        for key in self.plan.keys:
+            thrown -= key.load
+            if thrown < 0:
+                return key
+        return self.plan.keys[-1] if self.plan.keys else None
+
+    @property
+    def has_id(self) -> bool:
+        """Whether the question has an id, by which it is known when it is sent again."""
+        return self.face in {"websocket", "sse", "keyed stream", "keyed whole", "stored responses"}
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The headers of each request."""
+        return {"Authorization": f"Bearer {self.key.secret}"} if self.key else {}
+
+    def dial(self) -> Dial:
+        """Draw the next connection of this client."""
+        dial = draw_dial(self.plan.faults, self.dice, address=self.address)
+        self.network_was_bad |= not dial.good
+        return dial
+
+    def has(self, habit: str) -> bool:
+        """Return whether this client has a *habit*."""
+        return self._habits.get(habit, False)
+
+    def now(self, habit: str, events: int) -> bool:
+        """Return whether this client has a *habit*, and does it now that it has read so many *events*."""
+        return events >= self._moment and self.has(habit)
+
+    async def pause(self) -> None:
+        """Wait a moment, as a client that reads slowly does after each event."""
+        if self.has("read slowly"):
+            await asyncio.sleep(self._read_pause)
+
+    def body(self, payload: dict[str, Any]) -> dict[str, Any]:
+        """Return the arguments of a request with *payload* as its body."""
+        data = orjson.dumps(payload)
+        headers = {**self.headers, "Content-Type": "application/json"}
+        if self.has("upload slowly"):
+            return {"data": self._slowly(data), "headers": headers}
+        return {"data": data, "headers": headers}
+
+    async def _slowly(self, data: bytes) -> AsyncIterator[bytes]:
+        size = max(1, len(data) // 10)
+        for start in range(0, len(data), size):
+            yield data[start : start + size]
+            # Some are slower than the server allows.
+            await asyncio.sleep(4 * self._read_pause)
+
+    async def run(self) -> None:
+        """Do all that this client does."""
+        DIALLER.set(self)
+        await asyncio.sleep(self.begins)
+        patience = self.plan.patience
+        connector = aiohttp.TCPConnector(limit=0, force_close=not self.has("keep alive"))
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=20.0)
+        async with aiohttp.ClientSession(connector=connector, timeout=timeout) as self.session:
+            try:
+                with self.patience:
+                    async with asyncio.timeout(10 * patience):
+                        await self._ask()
+            except Left:
+                self.outcome = "left"
+            except GONE as exc:
+                if type(exc) is TimeoutError and not self.network_was_bad:
+                    raise Violation(f"waited in vain, for {patience} s or more") from exc
+                self.outcome = f"gone: {type(exc).__name__}"
+            self.outcome = self.outcome or "?"
+            if self.outcome == "complete" and self.has("keep alive"):
+                await self._ask_again()
+
+    async def _ask(self) -> None:
+        ask = ASK[self.face]
+        if not self.has("ask twice") or self.face in {"stream", "responses"}:
+            await ask(self)
+            return
+        both = asyncio.gather(ask(self), ask(self._twin()), return_exceptions=True)
+        for result in await both:
+            if isinstance(result, BaseException):
+                raise result
+
+    def _twin(self) -> Client:
+        """Return a client that asks the same at the same time, and then only reads."""
+        twin = Client(self.plan, self.number, self.base)
+        twin.session, twin.patience, twin._habits = self.session, self.patience, {}
+        return twin
+
+    async def _ask_again(self) -> None:
+        """Ask another question on the connection that was kept."""
+        self.second = second = Client(self.plan, SECOND + self.number, self.base, like=self)
+        second.session, second._habits = self.session, {}
+        try:
+            with second.patience:
+                await ASK[second.face](second)
+        except GONE as exc:
+            second.outcome = f"gone: {type(exc).__name__}"
+
+    async def refused(self, response: aiohttp.ClientResponse) -> None:
+        """Note a refusal, which must say what it is, and when to come back if that is soon."""
+        body = orjson.loads(await response.read())
+        code = body["error"]["code"]
+        seconds = float(response.headers.get("Retry-After", "0"))
+        if code in COME_BACK and not 1 <= seconds <= 120:
+            raise Violation(f"{code} without a plausible Retry-After")
+        if response.status == 500:
+            raise Violation(f"500: {code}")
+        self.outcome = f"refused: {code}"

@@ -1,0 +1,135 @@
+"""The configuration of a run, drawn from its dice: limits, times, keys, and whether there is a second provider."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tests.support.server import HTTP_CLIENT
+
+if TYPE_CHECKING:
+    import random
+
+HTTP = "llm.providers.sim.http_client"
+GATE = "chat.websocket.concurrency"
+HTTP_SERVER = f"{GATE}.uvicorn"
+STREAMS = "chat.streams"
+SPARE = "llm.providers.spare"
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """A key of a client; *load* is the share of the clients that have it."""
+
+    name: str
+    load: float
+    weight: int
+
+    @property
+    def secret(self) -> str:
+        """The key itself."""
+        return f"aio-{self.name}"
+
+    def entry(self, dice: random.Random) -> dict[str, Any]:
+        """Return the entry of `auth.keys`."""
+        return {
+            "name": self.name,
+            "sha256": hashlib.sha256(self.secret.encode()).hexdigest(),
+            "priority": self.weight,
+            "max_concurrent": dice.choice((10, 1000, 1000)),
+            "max_connections": dice.choice((0, 0, 0, 50)),
+            "requests_per_minute": dice.choice((100, 100_000)),
+        }
+
+
+def draw_keys(dice: random.Random) -> tuple[Key, ...]:
+    """Draw the keys, whose loads are far from equal; none is a server without keys."""
+    loads = dice.choice(((), (), (0.8, 0.15, 0.05), (0.4, 0.3, 0.2, 0.1), (1.0,)))
+    return tuple(
+        Key(f"key{number}", load, dice.choice((1, 1, 2, 5))) for number, load in enumerate(loads)
+    )
+
+
+def draw_changes(dice: random.Random, keys: tuple[Key, ...]) -> dict[str, Any]:
+    """Draw what differs from the configuration of the other tests, by dotted path."""
+    places = dice.choice((2, 5, 20, 100))
+    connections = dice.choice((5, 20, 50, 300))
+    changes: dict[str, Any] = {
+        f"{GATE}.max_connections": connections,
+        f"{GATE}.connection_queue_size": dice.choice((connections, 2 * connections, 500)),
+        f"{GATE}.queue_timeout": dice.choice((0, 0.5, 5.0, 30.0)),
+        f"{HTTP_SERVER}.backlog": 2048,
+        f"{GATE}.max_body_bytes": dice.choice((20_000, 268_435_456)),
+        f"{STREAMS}.resume_window": dice.choice((0, 2.0, 30.0)),
+        f"{STREAMS}.max_detached": dice.choice((1, 5, 100)),
+        f"{STREAMS}.max_stream_bytes": dice.choice((4096, 65_536, 4_194_304)),
+        f"{STREAMS}.max_kept_bytes": dice.choice((65_536, 1 << 20, 268_435_456)),
+        f"{STREAMS}.send_timeout": dice.choice((1.0, 10.0)),
+        f"{HTTP}.concurrent_requests": places,
+        f"{HTTP}.max_connections": dice.choice((places, 2 * places)),
+        f"{HTTP}.max_keepalive": dice.choice((1, places)),
+        f"{HTTP}.queue_size": dice.choice((1, 10, 1000)),
+        f"{HTTP}.queue_timeout": dice.choice((1.0, 30.0)),
+        f"{HTTP}.read_timeout": dice.choice((2.0, 10.0)),
+        f"{HTTP}.requests_per_minute": dice.choice((600, 1_000_000)),
+        f"{HTTP}.max_retries": dice.choice((0, 2)),
+        "llm.providers.sim.when_down": dice.choice(("fail", "wait")),
+        "chat.websocket.ping_interval": dice.choice((2, 20)),
+        "chat.websocket.ping_timeout": dice.choice((2, 10)),
+        f"{HTTP}.connect_timeout": dice.choice((1.0, 5.0)),
+        f"{HTTP}.write_timeout": dice.choice((1.0, 5.0)),
+        f"{HTTP}.pool_timeout": dice.choice((1.0, 5.0)),
+        f"{HTTP}.keepalive_expiry": dice.choice((0.5, 30.0)),
+        f"{HTTP}.tokens_per_minute": dice.choice((0, 0, 0, 20_000)),
+        f"{HTTP_SERVER}.keepalive_timeout": dice.choice((2, 30)),
+        f"{HTTP_SERVER}.max_keepalive_requests": dice.choice((1, 2, 10_000)),
+        "chat.websocket.idle_timeout": dice.choice((0, 0, 3.0)),
+        "chat.websocket.shutdown_timeout": dice.choice((1.0, 30.0)),
+        "chat.websocket.drain_delay": dice.choice((0, 2.0)),
+    }
+    if dice.random() < 0.5:
+        changes[f"{STREAMS}.max_kept_bytes"] = 268_435_456
+    changes[f"{STREAMS}.max_kept_bytes"] = max(
+        changes[f"{STREAMS}.max_kept_bytes"], changes[f"{STREAMS}.max_stream_bytes"]
+    )
+    if keys:
+        changes["auth.keys"] = [key.entry(dice) for key in keys]
+    return changes
+
+
+def with_spare(changes: dict[str, Any], base_url: str) -> dict[str, Any]:
+    """Return *changes* with a second provider at *base_url*, which is asked where the first one fails."""
+    client = {
+        name: changes.get(f"{HTTP}.{name}", value)
+        for name, value in HTTP_CLIENT.items()
+        if name != "max_retries"
+    }
+    spare = {
+        "base_url": base_url,
+        "model": "spare-model",
+        "http_client": {**client, "max_retries": 0, "queue_size": 10},
+    }
+    return {**changes, "llm.fallbacks": ["spare"], SPARE: spare}
+
+
+def longest_wait(changes: dict[str, Any], providers: int) -> float:
+    """Return the seconds in which a client whose connection is good hears something at last.
+
+    It is the sum of all deadlines that a request may meet, one after another, and of the longest answer.
+    """
+    retries = 1 + changes[f"{HTTP}.max_retries"]
+    attempt = sum(
+        changes[f"{HTTP}.{name}"]
+        for name in ("connect_timeout", "write_timeout", "read_timeout", "pool_timeout")
+    )
+    provider = changes[f"{HTTP}.queue_timeout"] + retries * (attempt + BACKOFF)
+    return float(
+        BODY + changes[f"{GATE}.queue_timeout"] + providers * provider + LONGEST_ANSWER + MARGIN
+    )
+
+
+# Seconds for a body to come (faces/intake.py), and at most between two attempts (gateway/router.py).
+BODY, BACKOFF = 15.0, 60.0
+# Seconds for 200 tokens, one each 0.2 s, on a slow link; and some more.
+LONGEST_ANSWER, MARGIN = 80.0, 30.0

@@ -1,0 +1,114 @@
+"""Every wait is ended by its deadline: looked at twice a second, from inside and from the network.
+
+The deadlines are taken from the settings, and the time of a wait from its beginning, not from the server's own
+timers. After a reload old waits may keep old deadlines: it is looked at again once they must be over.
+"""
+
+# ruff: noqa: SLF001 - no snapshot shows the waits
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from aioserver.limits.write_watchdog import LOOKS
+from tests.simulation.clock import Clock
+from tests.simulation.transport import USER_TIMEOUT, Transport
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from aioserver.limits.gate import Gate
+    from aioserver.providers.provider import Provider
+    from tests.simulation.instance import Instance
+    from tests.simulation.network import Network
+
+# Seconds by which the end of a wait may be late: its timer fires at once, and its task runs then.
+LATE = 0.01
+# Longer than any deadline that a reload changes.
+OLD_DEADLINES = 60.0
+
+
+class Deadlines:
+    """Calls *broken* with each wait of *instance* that lasts longer than the settings allow."""
+
+    def __init__(
+        self, instance: Instance, network: Network, broken: Callable[[str], None]
+    ) -> None:
+        self._instance = instance
+        self._server = instance.server
+        self._network = network
+        self._broken = broken
+        # From when on all that waits has the deadlines of the settings.
+        self.settled_at = 0.0
+
+    def reloaded(self) -> None:
+        """Note that the settings are about to change."""
+        self.settled_at = Clock.now + OLD_DEADLINES
+
+    def look(self) -> None:
+        """Look at all waits."""
+        if Clock.now < self.settled_at:
+            return
+        context = self._server.context
+        settings = context.settings
+        gate = context.admission.gate
+        self._look_at_queue(gate, settings.chat.websocket.concurrency.queue_timeout, "a place")
+        for provider in context.router._providers.values():
+            self._look_at_provider(provider)
+        self._look_at_writes(settings.chat.streams.send_timeout)
+        if not self._instance.ended:
+            self._look_at_kept()
+
+    def _look_at_queue(self, gate: Gate, seconds: float, what: str) -> None:
+        # The first of each flow has waited longest, but for those that came back.
+        for waiter in gate._queue.heads():
+            if Clock.now - waiter.arrived > seconds + LATE:
+                waited = Clock.now - waiter.arrived
+                self._broken(f"a wait of {waited:.2f} s for {what}, at most {seconds} s")
+
+    def _look_at_provider(self, provider: Provider) -> None:
+        limits, gate = provider.settings.http_client, provider._gate
+        if gate._queue:
+            self._look_at_queue(gate, limits.queue_timeout, provider.name)
+        for began in gate._parked.values():
+            if Clock.now - began > limits.queue_timeout + LATE:
+                self._broken(f"parked for {Clock.now - began:.2f} s at {provider.name}")
+        if provider.pools.gate._queue:
+            what = f"a connection to {provider.name}"
+            self._look_at_queue(provider.pools.gate, limits.pool_timeout, what)
+        for exchange in provider.pools.exchanges():
+            transport = exchange._transport
+            assert isinstance(transport, Transport)
+            if exchange._done.done():
+                continue
+            if exchange._written:
+                quiet = Clock.now - max(
+                    transport.heard_at, transport.spoke_at, transport.resumed_at
+                )
+                # Bytes that the kernel has taken may be sent much later than they were written.
+                if transport.is_reading() and quiet > limits.read_timeout + LATE:
+                    self._broken(f"{provider.name} has been silent for {quiet:.2f} s")
+            elif transport.writing_paused:
+                stuck = Clock.now - max(transport.stuck_since, transport.paused_at)
+                if stuck > limits.write_timeout * (1 + 1 / LOOKS) + LATE:
+                    self._broken(f"a request has been stuck for {stuck:.2f} s")
+
+    def _look_at_writes(self, send_timeout: float) -> None:
+        """Look at what clients do not read."""
+        longest = send_timeout * (1 + 1 / LOOKS) + LATE
+        for end in self._network.open:
+            if end.owner != self._instance.number or end.listener is not None or not end._buffer:
+                continue
+            # A write is watched from when it blocks.
+            stuck = Clock.now - max(end.stuck_since, end.paused_at)
+            # A connection that is closed is the kernel's business.
+            if end.writing_paused and stuck > (USER_TIMEOUT + LATE if end._closing else longest):
+                self._broken(f"{len(end._buffer)} bytes have been stuck for {stuck:.2f} s")
+
+    def _look_at_kept(self) -> None:
+        """Look at the ended answers, which are forgotten after their windows unless somebody reads them."""
+        lifetime = self._server.context.gateway.lifetime
+        for stream, due in lifetime._kept.items():
+            if not stream.readers and Clock.now > due + max(stream.window, 1.0) + LATE:
+                self._broken(f"an answer is kept for {Clock.now - due:.2f} s too long")
+            return

@@ -1,0 +1,153 @@
+"""One server of a run, with its runner, its listener and its configuration file."""
+
+from __future__ import annotations
+
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from aioserver.config import Configuration
+from aioserver.errors import ConfigurationError
+from aioserver.server.app import open_server
+from aioserver.server.reload import Reload
+from aioserver.server.runner import FAREWELL, Runner
+from tests.simulation.clock import Clock
+from tests.simulation.configuration import GATE, HTTP
+from tests.simulation.network import INSTANCE
+from tests.support.server import configured, write
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    from aioserver.server.app import Server
+    from tests.simulation.network import Listener, Network
+
+# Seconds by which a stop may be late: connections that end are read for a second, and aborted after another.
+LATE = 3.0
+
+
+class Instance:
+    """Server *number* of a run. Nothing of it is shared with another one.
+
+    *ended*: whether it was told to stop. *broken* is called with each promise that it breaks.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        server: Server,
+        runner: Runner,
+        reload: Reload,
+        listener: Listener,
+        changes: dict[str, Any],
+        base_url: str,
+        broken: Callable[[str], None],
+    ) -> None:
+        self.number = number
+        self.server = server
+        self.runner = runner
+        self.listener = listener
+        self.ended = False
+        self.before_reload: Callable[[], None] = lambda: None
+        self._reload = reload
+        self._changes = changes
+        self._base_url = base_url
+        self._broken = broken
+
+    def held(self) -> dict[str, int]:
+        """Return what requests hold, without zeros."""
+        context = self.server.context
+        streams = self.server.streams.stats()
+        counts = {
+            "places": context.admission.gate.inside,
+            "waiting": context.admission.gate.waiting,
+            "body bytes": context.admission.body_bytes,
+            "running": streams.running,
+            "kept": streams.finished,
+            "kept bytes": streams.bytes,
+            "sockets": len(context.sockets),
+            "detached": context.gateway.lifetime.detached,
+            "answers": context.gateway.running,
+        }
+        for name, provider in context.router.providers.items():
+            stats = provider.stats()
+            counts[f"{name} places"] = stats.queue.inside
+            counts[f"{name} waiting"] = stats.queue.waiting
+            counts[f"{name} busy"] = stats.pool.open - stats.pool.idle
+            counts[f"{name} connections"] = provider.pools.gate.inside
+        for name, key in context.access.keys._by_name.items():  # noqa: SLF001 - no snapshot has it
+            counts[f"{name} answers"] = key.quota.running
+            counts[f"{name} connections"] = key.quota.connections
+        if self.ended:
+            # A server that has stopped forgets no answer: its process ends.
+            del counts["kept"], counts["kept bytes"]
+        return {name: count for name, count in counts.items() if count}
+
+    async def operate(self, name: str) -> None:
+        """Do *name*, as an operator would."""
+        if name == "drain":
+            await self.end()
+        if self.ended:
+            return
+        changes = self._changes
+        if name == "reload limits":
+            changes[f"{GATE}.max_connections"] = 5
+            changes[f"{HTTP}.concurrent_requests"] = 2
+        elif name == "reload keys":
+            # The last one is no longer valid.
+            if len(changes.get("auth.keys", ())) > 1:
+                changes["auth.keys"] = changes["auth.keys"][:-1]
+        else:
+            changes[f"{HTTP}.max_connections"] = 201
+            changes[f"{HTTP}.keepalive_expiry"] = 1.0
+            changes["llm.providers.sim.headers"] = {"X-New": "1"}
+        write(self._base_url, changes, Path(self._reload.source))
+        self.before_reload()
+        if not await self._reload.once():
+            try:
+                Configuration.load(Path(self._reload.source), environ={})
+            except ConfigurationError as error:
+                self._broken(f"the configuration was not applied: {error}")
+
+    async def end(self) -> None:
+        """Stop, as on a signal."""
+        if self.ended:
+            return
+        self.ended = True
+        settings = self.server.context.settings.chat.websocket
+        promised = settings.drain_delay + settings.shutdown_timeout + FAREWELL
+        began = Clock.now
+        await self.runner.end()
+        if Clock.now - began > promised + LATE:
+            self._broken(f"the stop took {Clock.now - began:.1f} s instead of {promised} s")
+
+
+@asynccontextmanager
+async def running(
+    number: int,
+    network: Network,
+    changes: dict[str, Any],
+    base_url: str,
+    folder: Path,
+    broken: Callable[[str], None],
+) -> AsyncIterator[Instance]:
+    """Run server *number*, whose provider is at *base_url*, until the end of the block."""
+    token = INSTANCE.set(number)
+    try:
+        configuration = configured(base_url, changes, folder / f"config-{number}.yaml")
+        async with open_server(configuration.settings) as server:
+            runner = Runner(server)
+            await runner.setup()
+            assert runner.server is not None
+            listener = network.listen(runner.server, number)
+            reload = Reload(server, runner, configuration, {})
+            instance = Instance(
+                number, server, runner, reload, listener, dict(changes), base_url, broken
+            )
+            try:
+                yield instance
+            finally:
+                await instance.end()
+                await runner.cleanup()
+    finally:
+        INSTANCE.reset(token)

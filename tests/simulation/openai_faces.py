@@ -1,0 +1,199 @@
+"""How a client asks on the faces that OpenAI's clients know: chat completions and responses."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from tests.simulation.events import events
+from tests.simulation.own_faces import RETURNS
+from tests.simulation.patience import GONE, Left
+from tests.simulation.truth import Reading, Violation
+
+if TYPE_CHECKING:
+    import aiohttp
+
+    from tests.simulation.client import Client
+
+
+def _model(client: Client) -> str:
+    """Return the model to ask for: with the provider's name in front no other one is asked."""
+    model = client.question.model
+    if client.plan.pinned:
+        return f"sim/{model}" if model else "sim"
+    return model or "sim-model"
+
+
+def _chat(client: Client, *, stream: bool) -> dict[str, Any]:
+    arguments = client.body(
+        {
+            "model": _model(client),
+            "messages": [{"role": "user", "content": client.question.text}],
+            "max_tokens": client.question.tokens,
+            "stream": stream,
+        }
+    )
+    if client.face.startswith("keyed"):
+        arguments["headers"]["Idempotency-Key"] = client.name
+    return arguments
+
+
+async def _post(client: Client, path: str, arguments: dict[str, Any]) -> aiohttp.ClientResponse:
+    return await client.session.post(f"{client.base}/v1/{path}", **arguments)
+
+
+async def stream(client: Client) -> None:
+    """Ask for a chat completion as a stream."""
+    reading = Reading(client.question)
+    arguments = _chat(client, stream=True)
+    async with await _post(client, "chat/completions", arguments) as response:
+        if response.status != 200:
+            await client.refused(response)
+            return
+        count, finish = 0, ""
+        async for data in events(response, client.patience):
+            count += 1
+            if data == b"[DONE]":
+                if not finish and not client.question.fault.startswith("early-done"):
+                    raise Violation("[DONE] without a finish_reason")
+                reading.finish("complete" if finish else "done")
+                continue
+            if reading.end:
+                if client.question.fault == "after-done":
+                    continue
+                raise Violation("an event after [DONE]")
+            event = orjson.loads(data)
+            if "error" in event:
+                reading.end = f"error: {event['error'].get('code')}"
+                continue
+            for choice in event["choices"]:
+                reading.add(choice["delta"].get("content") or "")
+                finish = choice.get("finish_reason") or finish
+            if client.now("leave", count):
+                raise Left
+            if client.now("half close", count) and response.connection:
+                transport = response.connection.transport
+                if transport is not None and transport.can_write_eof():
+                    transport.write_eof()
+            await client.pause()
+        if not reading.end and client.question.fault != "no-done":
+            raise Violation("the answer ends without [DONE] and without an error")
+    client.outcome = reading.end or "no [DONE]"
+
+
+async def whole(client: Client) -> None:
+    """Ask for a chat completion in one piece."""
+    arguments = _chat(client, stream=False)
+    async with await _post(client, "chat/completions", arguments) as response:
+        if response.status != 200:
+            await client.refused(response)
+            return
+        await client.pause()
+        answer = orjson.loads(await response.read())
+    text = answer["choices"][0]["message"]["content"]
+    if text != client.question.answer:
+        raise Violation(f"a whole answer that is wrong: {text[-40:]!r}")
+    client.outcome = "complete"
+
+
+class _Response:
+    """What a client has read of a response, on one or more connections."""
+
+    def __init__(self, client: Client) -> None:
+        self.reading = Reading(client.question)
+        self.last = -1
+        self.id = ""
+        self.end = ""
+
+    def take(self, event: dict[str, Any]) -> None:
+        """Take one event."""
+        kind = event["type"]
+        if (event.get("error") or {}).get("code") == "slow_client":
+            # An error of this reader alone, which leads nobody past what was missed.
+            if event["sequence_number"] > self.last:
+                raise Violation(f"{event['sequence_number']}, after which {self.last} is lost")
+        elif "sequence_number" in event:
+            if event["sequence_number"] != self.last + 1:
+                raise Violation(f"{event['sequence_number']} follows {self.last}")
+            self.last += 1
+        if kind == "response.created":
+            self.id = event["response"]["id"]
+        elif kind == "response.output_text.delta":
+            self.reading.add(event["delta"])
+        elif kind in {"response.completed", "response.incomplete"}:
+            self.end = "complete"
+            self.reading.finish("complete")
+        elif kind in {"response.failed", "error"}:
+            self.end = "error"
+
+
+def _responses_body(client: Client, *, store: bool) -> dict[str, Any]:
+    return client.body(
+        {
+            "model": _model(client),
+            "input": client.question.text,
+            "max_output_tokens": client.question.tokens,
+            "stream": True,
+            "store": store,
+        }
+    )
+
+
+async def responses(client: Client) -> None:
+    """Ask for a response as a stream."""
+    read = _Response(client)
+    arguments = _responses_body(client, store=False)
+    async with await _post(client, "responses", arguments) as response:
+        await _read(client, response, read)
+
+
+async def _read(client: Client, response: aiohttp.ClientResponse, read: _Response) -> None:
+    """Read the events of *response*."""
+    if response.status != 200:
+        await client.refused(response)
+        return
+    async for data in events(response, client.patience):
+        read.take(orjson.loads(data) if data != b"[DONE]" else {"type": "[DONE]"})
+        if client.now("leave", read.last):
+            raise Left
+        await client.pause()
+    if not read.end:
+        raise Violation("a response without an end")
+    client.outcome = read.end
+
+
+async def stored_responses(client: Client) -> None:
+    """Ask for a response that is kept, and come back for the rest of it: by its id, or by the key."""
+    read = _Response(client)
+    for attempt in range(RETURNS + 1):
+        try:
+            if read.id and client.dice.random() < 0.5:
+                await _resume(client, read)
+            else:
+                # The same request gets the same answer, from its beginning.
+                read = _Response(client)
+                await _ask_to_store(client, read)
+        except Left:
+            if not client.has("return"):
+                raise
+        except GONE:
+            if not client.has("return") or attempt == RETURNS:
+                raise
+        if client.outcome:
+            return
+        await asyncio.sleep(client.dice.uniform(0.0, 3.0))
+
+
+async def _ask_to_store(client: Client, read: _Response) -> None:
+    arguments = _responses_body(client, store=True)
+    arguments["headers"]["Idempotency-Key"] = client.name
+    async with await _post(client, "responses", arguments) as response:
+        await _read(client, response, read)
+
+
+async def _resume(client: Client, read: _Response) -> None:
+    url = f"{client.base}/v1/responses/{read.id}?stream=true&starting_after={read.last}"
+    async with client.session.get(url, headers=client.headers) as response:
+        await _read(client, response, read)

@@ -1,0 +1,101 @@
+"""The provider of a run: the simulator, which notes each call, and what reached the server of its answer."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict, deque
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from aioserver.providers.simulator.server import ReceivedRequest, Simulator
+from tests.simulation.clock import Clock
+from tests.simulation.transport import Transport
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from aiohttp import web
+
+    from aioserver.providers.simulator.exchange import Behaviour
+
+_QUESTION = re.compile(rb"q[0-9]+(?= word)")
+
+
+@dataclass(slots=True)
+class Call:
+    """One request to the provider, on the *transport* of its own end of the connection.
+
+    *question* is the first word of what was asked. *begun_at* is when the answer has begun, 0.0 if it has not;
+    *instance* is the server that has asked.
+    """
+
+    transport: Transport
+    instance: int
+    question: str = ""
+    begun_at: float = 0.0
+    # The bytes that were written on the connection when the answer had begun, and when it had ended.
+    begun: int = 0
+    whole: int = 0
+
+    @property
+    def arrived(self) -> bool:
+        """Whether the answer has arrived, or still may."""
+        received = self.transport.peer.received
+        lost = self.transport.dead or self.transport.peer.dead
+        return received >= self.whole > 0 or (not lost and received >= self.begun > 0)
+
+
+CALL: ContextVar[Call] = ContextVar("CALL")
+
+
+@dataclass(slots=True)
+class Calls:
+    """All calls of a run, by the instance that has asked and the first word of the question."""
+
+    by_question: defaultdict[tuple[int, str], list[Call]] = field(
+        default_factory=lambda: defaultdict(list)
+    )
+
+    def repeated(self, question: str, window: float) -> Iterator[tuple[Call, Call]]:
+        """Iterate over calls for one *question* that began within *window* seconds after one that arrived."""
+        for (_, name), calls in list(self.by_question.items()):
+            if name == question:
+                for first, second in pairwise(calls):
+                    if second.begun_at - first.begun_at < window and first.arrived:
+                        yield first, second
+
+
+class _Received(deque[ReceivedRequest]):
+    """The requests of a provider, each of which names its question in the call of its task."""
+
+    def append(self, received: ReceivedRequest) -> None:
+        match = _QUESTION.search(received.body)
+        CALL.get().question = match[0].decode() if match else ""
+
+
+class NotingSimulator(Simulator):
+    """The simulated provider, which adds each answer that it begins to *calls*."""
+
+    def __init__(self, behaviour: Behaviour, seed: int, calls: Calls) -> None:
+        super().__init__(behaviour, seed=seed)
+        self.requests = _Received()
+        self._calls = calls
+
+    async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
+        transport = request.transport
+        assert isinstance(transport, Transport)
+        call = Call(transport, transport.peer.owner)
+        CALL.set(call)
+        response = await super()._answer(request)
+        call.whole = transport.written
+        return response
+
+    def _count_token(self) -> None:
+        super()._count_token()
+        call = CALL.get()
+        if not call.begun_at:
+            call.begun_at = Clock.now
+            call.begun = call.transport.written
+            self._calls.by_question[call.instance, call.question].append(call)

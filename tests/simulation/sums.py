@@ -1,0 +1,84 @@
+"""What holds of all instances together: sums over them, and what the provider sees of all.
+
+The instances share nothing, so each has limits of its own, and a sum is bounded by the sum of the limits. Where
+instances come to share their limits, it is this file that changes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tests.simulation.configuration import HTTP, STREAMS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from tests.simulation.client import Client
+    from tests.simulation.instance import Instance
+    from tests.simulation.network import Listener
+    from tests.simulation.plan import Plan
+    from tests.simulation.provider import Calls
+    from tests.simulation.transport import Transport
+
+# Kept answers are dropped for want of room where there is less room than this.
+ROOM = 1 << 28
+
+
+class Sums:
+    """Looks at all *instances* of *plan*, and calls *broken* with what they have broken together.
+
+    *most_inside* is how many clients had a place at once, at all instances together.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        instances: Sequence[Instance],
+        calls: Calls,
+        broken: Callable[[str], None],
+    ) -> None:
+        self._plan = plan
+        self._instances = instances
+        self._calls = calls
+        self._broken = broken
+        self.most_inside = 0
+
+    def look(self) -> None:
+        """Look at the places that are taken; what holds of each instance is looked at by its watch."""
+        inside = limit = 0
+        for instance in self._instances:
+            gate = instance.server.context.admission.gate
+            inside += gate.inside
+            # Those that have entered before a reload stay inside.
+            limit += max(gate.limit, gate.inside)
+        if inside > limit:
+            self._broken(f"{inside} of {limit} places are taken in all")
+        self.most_inside = max(self.most_inside, inside)
+
+    def made(self, listener: Listener, near: Transport) -> None:
+        """Look at the connections to a provider, as the network shows them, since one more was made."""
+        if near.owner < 0:
+            return
+        limit = 0
+        for instance in self._instances:
+            for provider in instance.server.context.router.providers.values():
+                if provider.pools.base_url.endswith(f":{listener.port}/v1"):
+                    limit += provider.settings.http_client.max_connections
+        # Those that were made before a reload are not cut.
+        limit = max(limit, len(self._instances) * self._plan.changes[f"{HTTP}.max_connections"])
+        used = sum(not end.is_closing() for end in listener.dialled)
+        if used > limit:
+            self._broken(f"{used} connections to a provider, at most {limit}")
+
+    def check_calls(self, client: Client) -> None:
+        """Check that no answer to *client* was asked for twice by one instance while it was kept."""
+        changes = self._plan.changes
+        # What has failed may be asked for again, and so may what was dropped for want of room.
+        if not client.has_id or client.question.fault:
+            return
+        if changes[f"{STREAMS}.max_kept_bytes"] < ROOM:
+            return
+        window = changes[f"{STREAMS}.resume_window"]
+        for first, second in self._calls.repeated(client.question.name, window):
+            apart = second.begun_at - first.begun_at
+            self._broken(f"client {client.number} ({client.face}) was answered twice in {apart} s")

@@ -1,0 +1,133 @@
+"""What must hold of one server, looked at from inside whenever time is about to pass.
+
+It runs hundreds of thousands of times in a run, so it reads a few numbers and makes no snapshots. What costs
+more is looked at twice a second (deadlines.py).
+
+Private names used here: those of the gates, of the store and of the pools, which no snapshot shows cheaply.
+"""
+
+# ruff: noqa: SLF001 - see above
+
+from __future__ import annotations
+
+from math import inf
+from typing import TYPE_CHECKING
+
+from aioserver.limits.gcra import ROUNDING
+from tests.simulation.clock import Clock
+from tests.simulation.deadlines import Deadlines
+from tests.simulation.fairness import Fairness
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable
+
+    from aioserver.limits.gate import Gate
+    from aioserver.providers.provider import Provider
+    from tests.simulation.instance import Instance
+    from tests.simulation.network import Network
+
+# Seconds between two closer looks.
+CLOSER = 0.5
+# What may be kept beyond the bound for a moment: one piece from a provider for each answer under way.
+SLACK = 1 << 20
+
+
+class Watch:
+    """Looks at *instance*, and calls *broken* with what it has broken."""
+
+    def __init__(
+        self, instance: Instance, network: Network, broken: Callable[[str], None]
+    ) -> None:
+        self._instance = instance
+        self._server = server = instance.server
+        self._gate = server.context.admission.gate
+        self._streams = server.streams
+        self._broken = broken
+        self._deadlines = Deadlines(instance, network, broken)
+        self._fairness = Fairness(broken)
+        self._reloaded = False
+        # The places that were taken at the last look, of each gate that has more inside than its limit.
+        self._taken: dict[Gate, int] = {}
+        self._closer_at = 0.0
+        instance.before_reload = self.forget
+
+    def forget(self) -> None:
+        """Forget the last look: a reload changes limits."""
+        self._reloaded = True
+        self._taken.clear()
+        self._fairness.forget()
+        self._deadlines.reloaded()
+
+    def look(self) -> None:
+        """Check what must hold whenever nothing is about to happen in this moment."""
+        gate, broken = self._gate, self._broken
+        inside, limit = gate._inside, gate._limit
+        if inside > limit:
+            self._look_at_excess(gate, "of the server")
+        elif inside < limit and gate.waiting:
+            broken(f"{gate.waiting} clients wait while {limit - inside} places are free")
+        for provider in self._server.context.router._providers.values():
+            self._look_at_provider(provider)
+        if self._streams._bytes > self._streams._max_kept_bytes:
+            self._look_at_kept()
+        if Clock.now >= self._closer_at:
+            self._closer_at = Clock.now + CLOSER
+            self._look_closer()
+
+    def _look_at_provider(self, provider: Provider) -> None:
+        gate, sockets = provider._gate, provider.pools.gate
+        if gate not in self._fairness.followed:
+            self._fairness.follow(gate)
+        inside, limit = gate._inside, gate._limit
+        if inside > limit:
+            self._look_at_excess(gate, provider.name)
+        elif inside < limit and gate._queue:
+            # Only its pace, or its breaker, may keep the next request from starting.
+            if gate._delay() <= ROUNDING:
+                self._broken(f"requests wait at {provider.name} while {limit - inside} may start")
+            elif _stopped(gate._start_timer) and gate._delay() < inf:
+                self._broken(f"requests wait at {provider.name}, and no timer lets them in")
+        if sockets._inside > sockets._limit:
+            self._look_at_excess(sockets, f"connections to {provider.name}")
+        elif sockets._queue and sockets._inside < sockets._limit:
+            self._broken(f"requests wait for connections to {provider.name}, and some are free")
+
+    def _look_at_excess(self, gate: Gate, what: str) -> None:
+        """Look at a gate that has more inside than its limit: it was lowered, and nobody may enter."""
+        inside = gate._inside
+        if not self._reloaded or inside > self._taken.get(gate, inside):
+            self._broken(f"{inside} of {gate._limit} places are taken: {what}")
+        self._taken[gate] = inside
+
+    def _look_at_kept(self) -> None:
+        """Look at a store that keeps too much: only answers under way, or being read, may do that."""
+        store = self._streams
+        if any(not stream.readers for stream in store._finished):
+            self._broken(f"{store._bytes} of {store._max_kept_bytes} bytes are kept")
+        if store._bytes > store._max_kept_bytes + SLACK:
+            self._broken(f"{store._bytes} of {store._max_kept_bytes} bytes are kept")
+
+    def _look_closer(self) -> None:
+        admission = self._server.context.admission
+        bodies = admission._limits.max_body_bytes
+        if admission.body_bytes > bodies:
+            self._broken(f"{admission.body_bytes} of {bodies} bytes of bodies")
+        if self._gate.waiting > self._gate._queue_size:
+            self._broken(f"{self._gate.waiting} clients wait, at most {self._gate._queue_size}")
+        lifetime = self._server.context.gateway.lifetime
+        if lifetime.detached > lifetime._bounds.max_detached:
+            self._broken(f"{lifetime.detached} answers without a reader")
+        for provider in self._server.context.router._providers.values():
+            pool = provider.pools.stats()
+            if pool.open > pool.limit and Clock.now > self._deadlines.settled_at:
+                self._broken(f"{pool.open} of {pool.limit} connections to {provider.name}")
+            queue = provider._gate
+            if queue.waiting > queue._queue_size:
+                self._broken(f"{queue.waiting} requests wait, at most {queue._queue_size}")
+        self._deadlines.look()
+
+
+def _stopped(timer: asyncio.TimerHandle | None) -> bool:
+    """Return whether *timer* will not fire."""
+    return timer is None or timer.cancelled()
