@@ -54,6 +54,8 @@ async def slow_reader(server: RunningServer, name: str, readers: int) -> bytes:
         return await raw.to_the_end()
 
 
+# The other clients never let the loop be idle.
+@pytest.mark.real_time
 @pytest.mark.parametrize(
     "each", [10, pytest.param(50, marks=[pytest.mark.stress, pytest.mark.timeout(300)])]
 )

@@ -2,7 +2,8 @@
 
 Time stands still while anything runs, so a busy machine makes no timeout come early. When no socket is ready
 the next timer is due at once. What a thread or another process does takes real time, though: while one of
-them works, the clock does not jump, but goes as the machine's does.
+them works, the clock does not jump, but goes as the machine's does. A test that is never idle until a deadline
+has passed needs the mark `real_time`, and so does one that waits for a clock of the kernel.
 
 This is the "autojump clock" of the library trio, with asyncio's loop and sockets of the machine.
 """
