@@ -33,5 +33,5 @@ fi
 .venv/bin/ruff format --check .
 .venv/bin/ruff check .
 .venv/bin/mypy
-# The tests mostly wait: four processes are quicker than one, also on two cores.
-exec .venv/bin/python -m pytest -n "${TEST_PROCESSES:-4}" --dist worksteal "$@"
+# The tests mostly wait: six processes are quicker than two, also on two cores.
+exec .venv/bin/python -m pytest -n "${TEST_PROCESSES:-6}" --dist worksteal "$@"

@@ -98,8 +98,9 @@ def _in_processes(seeds: range, jobs: int) -> Total:
     total = Total()
     for worker in workers:
         assert worker.stdout is not None
-        *lines, last = worker.stdout.read().splitlines()
-        worker.wait()
+        *lines, last = worker.stdout.read().splitlines() or [""]
+        if worker.wait() not in (0, 1):
+            raise SystemExit(f"a process of the run has died: {worker.returncode}")
         for line in lines:
             print(line)
         total.add(Total(**json.loads(last)))
@@ -118,8 +119,7 @@ def _run(seeds: range, args: argparse.Namespace) -> Total:
         seconds = processor_time() - began
         taken = args.clients if only is None else len(only)
         failed = bool(outcome.violations)
-        counted = 0.0 if args.json else seconds
-        total.add(Total(1, failed, taken, outcome.connections, counted, dict(outcome.ends)))
+        total.add(Total(1, failed, taken, outcome.connections, seconds, dict(outcome.ends)))
         if failed:
             if args.shrink:
                 run, outcome = shrunk(run, outcome)
