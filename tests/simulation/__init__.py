@@ -4,7 +4,7 @@ seed: decides all that a run draws (clock.py). plan: what a run tries (plan.py, 
 their providers and their clients, and one run of them (world.py). instance: one server. balancer: chooses the instance
 for each connection of a client. dial: how one connection is made, with its faults (dials.py); link: a connection of the
 server to a provider. listener, transport: the network (network.py, transport.py). client: who asks, and reads (client.py,
-own_faces.py, openai_faces.py); silent: who says nothing (silence.py). habit: what a client does beside asking and reading.
+own_faces.py, openai_faces.py, returning.py); silent: who says nothing (silence.py). habit: what a client does beside asking and reading.
 
 violation: a promise of the server that was broken. What a client may read is in truth.py; what a server may hold in
 watch.py, how long it may wait in deadlines.py, whom it serves next in fairness.py, and what holds of all servers together in

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING, Any
 
 import orjson
 
 from tests.simulation.events import events
-from tests.simulation.own_faces import RETURNS
-from tests.simulation.patience import GONE, Left
+from tests.simulation.patience import Left
+from tests.simulation.returning import come_back
 from tests.simulation.truth import Reading, Violation
 
 if TYPE_CHECKING:
@@ -167,23 +166,17 @@ async def _read(client: Client, response: aiohttp.ClientResponse, read: _Respons
 async def stored_responses(client: Client) -> None:
     """Ask for a response that is kept, and come back for the rest of it: by its id, or by the key."""
     read = _Response(client)
-    for attempt in range(RETURNS + 1):
-        try:
-            if read.id and client.dice.random() < 0.5:
-                await _resume(client, read)
-            else:
-                # The same request gets the same answer, from its beginning.
-                read = _Response(client)
-                await _ask_to_store(client, read)
-        except Left:
-            if not client.has("return"):
-                raise
-        except GONE:
-            if not client.has("return") or attempt == RETURNS:
-                raise
-        if client.outcome:
-            return
-        await asyncio.sleep(client.dice.uniform(0.0, 3.0))
+
+    async def ask_or_resume(_attempt: int) -> None:
+        nonlocal read
+        if read.id and client.dice.random() < 0.5:
+            await _resume(client, read)
+        else:
+            # The same request gets the same answer, from its beginning.
+            read = _Response(client)
+            await _ask_to_store(client, read)
+
+    await come_back(client, ask_or_resume, lambda: "")
 
 
 async def _ask_to_store(client: Client, read: _Response) -> None:

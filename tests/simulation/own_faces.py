@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
+import functools
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
@@ -11,31 +11,17 @@ import orjson
 
 from tests.simulation.events import events
 from tests.simulation.patience import GONE, Left
+from tests.simulation.returning import come_back
 from tests.simulation.truth import Violation
 
 if TYPE_CHECKING:
     from tests.simulation.client import Client
 
-# Times that a client comes back.
-RETURNS = 5
-
 
 async def ask(client: Client) -> None:
     """Ask, and come back until the answer has ended."""
     read = _websocket if client.face == "websocket" else _sse
-    for attempt in range(RETURNS + 1):
-        try:
-            await read(client, attempt)
-        except Left:
-            if not client.has("return"):
-                raise
-        except GONE:
-            if not client.has("return") or attempt == RETURNS:
-                raise
-        if client.reading.end or client.outcome:
-            client.outcome = client.outcome or client.reading.end
-            return
-        await asyncio.sleep(client.dice.uniform(0.0, 3.0))
+    await come_back(client, functools.partial(read, client), lambda: client.reading.end)
 
 
 def _payload(client: Client) -> dict[str, Any]:
