@@ -120,14 +120,16 @@ class Admission:
         """Take *size* bytes off the count: their body was sent for the last time, or is gone."""
         self._body_bytes -= size
 
-    def log(self, event: str, face: str, level: int = logging.INFO, *, caller: str = "") -> None:
+    def log(
+        self, event: str, face: str, level: int = logging.INFO, *, caller: str = "", code: str = ""
+    ) -> None:
         """Log that a connection was opened, closed or refused, and how full the gate is.
 
         At most `LINES_PER_SECOND` lines of one event and face are written, and of refusals at most
-        `REFUSAL_LINES_PER_SECOND` of one face; the rest is counted.
+        `REFUSAL_LINES_PER_SECOND` of one face and error *code*; the rest is counted.
         """
         lines = self.refusal_lines if event == "refused" else self._lines
-        if logger.isEnabledFor(level) and (suppressed := lines.allow(event, face)) >= 0:
+        if logger.isEnabledFor(level) and (suppressed := lines.allow(event, face, code)) >= 0:
             gate = self.gate
             logger.log(
                 level,
@@ -136,6 +138,7 @@ class Admission:
                 extra={
                     "fields": {
                         "face": face,
+                        **({"code": code} if code else {}),
                         **({"caller": caller} if caller else {}),
                         "active": gate.inside,
                         "limit": gate.limit,
@@ -156,8 +159,8 @@ class Admission:
             return NOT_COUNTED
         try:
             quota.connect()
-        except ConcurrencyExceeded:
-            self.log("refused", face, logging.WARNING, caller=caller.name)
+        except ConcurrencyExceeded as error:
+            self.log("refused", face, logging.WARNING, caller=caller.name, code=error.code)
             raise
         counted_one = ExitStack()
         counted_one.callback(quota.disconnect)
@@ -302,7 +305,7 @@ def counted(
             try:
                 place = admission.try_enter() or await admission.wait(face, name)
             except ServerAtCapacity as error:
-                admission.log("refused", face, logging.WARNING, caller=name)
+                admission.log("refused", face, logging.WARNING, caller=name, code=error.code)
                 if refuse is None:
                     raise
                 return await refuse(request, error)

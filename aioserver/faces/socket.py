@@ -163,7 +163,9 @@ class Socket(ABC):
     def refused(self, error: AioserverError) -> None:
         """Tell the client that it gets no place, and close."""
         admission = self._context.admission
-        admission.log("refused", self.face, logging.WARNING, caller=self.caller.name)
+        admission.log(
+            "refused", self.face, logging.WARNING, caller=self.caller.name, code=error.code
+        )
         self._context.metrics.count_error(error)
         if not self._refused_closing:
             self._refused_closing = True

@@ -548,5 +548,6 @@ async def test_refusals_are_one_line_a_second_and_face_and_the_others_are_counte
 
     lines: list[Any] = [one for one in caplog.records if one.getMessage() == "connection refused"]
     assert [(one.levelno, one.fields["face"]) for one in lines] == [(logging.WARNING, face)] * 2
+    assert {one.fields["code"] for one in lines} == {"server_at_capacity"}
     assert "suppressed" not in lines[0].fields
     assert lines[1].fields["suppressed"] == 6

@@ -411,3 +411,20 @@ async def test_a_reload_changes_the_bound_and_keeps_the_count(make_server: MakeS
                 assert response.status == status
                 await response.read()
     assert auth_of(MINE).keys[0].max_connections == 0
+
+
+async def test_a_key_at_its_bound_does_not_hide_in_the_log_that_the_server_is_full(
+    make_server: MakeServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    keys = [entry(MINE, max_connections=1), entry(OTHER)]
+    server = await make_server(**limits(1, timeout=0), **{"auth.keys": keys})
+    url = f"{server.v1}/chat/completions"
+    async with server.connect(headers=bearer(MINE)):
+        await until(lambda: server.held()["places"] == 1)
+
+        for name, status in ((MINE, 429), (OTHER, 503)):
+            async with server.session.post(url, json=CHAT, headers=bearer(name)) as response:
+                assert response.status == status
+
+    lines: list[Any] = [one for one in caplog.records if one.getMessage() == "connection refused"]
+    assert [one.fields["code"] for one in lines] == ["concurrency_exceeded", "server_at_capacity"]
