@@ -283,7 +283,7 @@ class Router:
                     if await provider.absence.wait(attempt, fault, parked):
                         waited, rejoin = attempt.waited, True
                         continue
-                waited = attempt.waited
+                waited, rejoin = attempt.waited, False  # a rest keeps no room in the queue
                 if previous and isinstance(fault, CircuitOpen):
                     # What killed the provider says more than that it is dead.
                     raise previous.pop() from None

@@ -233,6 +233,7 @@ class Gate:
             on_position,
             cost,
             may_fail_over=may_fail_over,
+            rejoined=rejoin,
         )
         self._queue.add(waiter, caller, flow, weight, at_front=at_front)
         waiting = self._wait(waiter, seconds, at_front=at_front)
@@ -262,6 +263,7 @@ class Gate:
                 raise self._timeout_error(self.retry_after()) from None
             raise
         finally:
+            self._resumed(waiter)
             # As in `enter`.
             del place, waiter
 
@@ -345,7 +347,14 @@ class Gate:
             self._inside -= 1
             return
         self._entered += 1
+        self._handed_over(waiter)
         waiter.place.set_result(self._start(waiter.cost))
+
+    def _handed_over(self, waiter: Waiter[Place]) -> None:
+        """Note that *waiter* gets a place, of which its task hears in the next turn of the loop."""
+
+    def _resumed(self, waiter: Waiter[Place]) -> None:
+        """Note that the task of *waiter* goes on, with a place or without one."""
 
     def _refuse(self, waiter: Waiter[Place], error: Callable[[], AioserverError]) -> None:
         if not waiter.place.done():

@@ -20,7 +20,7 @@ class Waiter(Generic[Place]):
 
     __slots__ = (
         *("arrived", "caller", "cost", "deadline", "flow"),
-        *("may_fail_over", "on_position", "place", "reported"),
+        *("may_fail_over", "on_position", "place", "rejoined", "reported"),
     )
 
     def __init__(
@@ -34,6 +34,7 @@ class Waiter(Generic[Place]):
         cost: int,
         *,
         may_fail_over: bool,
+        rejoined: bool = False,
     ) -> None:
         self.place = place
         self.caller = caller
@@ -43,6 +44,7 @@ class Waiter(Generic[Place]):
         self.on_position = on_position
         self.cost = cost
         self.may_fail_over = may_fail_over
+        self.rejoined = rejoined
         self.reported: tuple[int, float] | None = None
 
     def report(self, position: int, eta: float) -> None:

@@ -327,8 +327,8 @@ class Provider:
             attempt.waited += waited
             record.queue_wait += waited
         attempt.expected_tokens = cost
-        # It may have to come back.
-        attempt.rejoin = attempt.rejoin or self.health.breaker.dead
+        # A trial may have to come back.
+        attempt.rejoin = attempt.rejoin or isinstance(place, TrialPlace)
         return place
 
     def _cool_down(self, attempt: Attempt, fault: ProviderRateLimited) -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from aioserver.config.settings import HttpClient
     from aioserver.errors import AioserverError
+    from aioserver.limits.waiter import Waiter
     from aioserver.providers.breaker import Breaker
     from aioserver.providers.health import Health
 
@@ -73,7 +74,8 @@ class ProviderGate(Gate):
         self._health = health
         # The parked requests, each done when it may come back, with the time at which its wait began.
         self._parked: dict[asyncio.Future[None], float] = {}
-        # The attempts under way whose requests have waited, and come back if the provider is still away.
+        # The attempts under way whose requests have waited, and come back if the provider is still away;
+        # and the waiters that such attempts begin with, until their tasks go on.
         self._returning: set[Hashable] = set()
         self.pace = Pace(
             limits.requests_per_minute,
@@ -195,6 +197,13 @@ class ProviderGate(Gate):
             return stats
         longest = self._clock() - min(self._parked.values())
         return replace(stats, oldest_wait=max(stats.oldest_wait, longest))
+
+    def _handed_over(self, waiter: Waiter[Place]) -> None:
+        if waiter.rejoined or self._health.breaker.dead:
+            self._returning.add(waiter)
+
+    def _resumed(self, waiter: Waiter[Place]) -> None:
+        self._returning.discard(waiter)
 
     def _timeout_fault(self, wait: float) -> ProviderQueueTimeout:
         seconds = self._limits.queue_timeout

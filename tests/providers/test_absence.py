@@ -78,6 +78,27 @@ async def test_trials_that_fail_slowly_use_up_the_queue_timeout() -> None:
     assert trials == QUEUE_TIMEOUT // ATTEMPT
 
 
+def test_requests_that_rest_before_a_retry_have_no_room_in_the_queue() -> None:
+    async def outage() -> int:
+        loop = asyncio.get_running_loop()
+        far, router = away(queue_size=1, concurrent_requests=2, max_connections=2, max_retries=2)
+        asked, most = [], 0
+        end = loop.time() + 60.0
+        while loop.time() < end:
+            # Away, or failing, or well: each for a moment.
+            far.unreachable, far.rate = random_number() < 0.5, random_number()
+            asked.append(asyncio.create_task(ask(router)))
+            for _ in range(10):
+                await asyncio.sleep(0.005)
+                most = max(most, far.stats().queue.waiting)
+        await asyncio.gather(*asked, return_exceptions=True)
+        await far.close()
+        return most
+
+    random_number = random.Random(1).random
+    assert run_virtually(outage()) == 1
+
+
 @pytest.mark.parametrize("known", [False, True])
 def test_requests_parked_queued_and_tried_again_share_the_bound_of_the_queue(
     *, known: bool

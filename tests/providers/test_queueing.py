@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -111,3 +112,22 @@ async def test_requests_that_are_refused_while_they_are_parked_are_counted(
     refused = await asyncio.gather(*tasks, return_exceptions=True)
     assert {type(refusal) for refusal in refused} == {CircuitOpen}
     assert gate.stats().refused == 3
+
+
+async def test_a_waiter_keeps_its_room_until_its_task_hears_of_its_trial(
+    health: Health, clock: FakeClock
+) -> None:
+    gate = ProviderGate("far", replace(LIMITS, queue_size=1), health, clock)
+    for _ in range(MAX_TRIALS):
+        health.breaker.start()  # so that nobody starts
+    (task,) = await waiting(gate, gate.enter())
+    assert gate.full
+
+    health.breaker.unsure(trial=True)
+    clock.now += TRIAL_INTERVAL
+    gate.serve()
+
+    assert (gate.waiting, gate.full) == (0, True)
+    place: Any = await task
+    assert not gate.full, "from now on its attempt keeps the room"
+    place.release()
