@@ -49,6 +49,27 @@ for balancer in ("sticky", "random"):
     assert not outcome.violations, outcome.violations
     print(balancer, outcome.most_inside, dict(outcome.ends))
 """
+# Heads that stall longer than the server waits for them, of clients that are still sending their bodies then.
+SLOW_UPLOADS = """
+from tests.simulation import clock
+clock.install()
+from dataclasses import replace
+from tests.simulation.swarm import prepare
+prepare()
+from tests.simulation.configuration import HTTP_SERVER
+from tests.simulation.plan import draw
+from tests.simulation.world import play
+plan = draw(0, 200)
+outcome = play(
+    replace(
+        plan, faces=("sse", "responses"), faults={"small kernel": 1.0, "stall": 1.0}, operations={},
+        habits={"upload slowly": 1.0}, silent=0.0, provider_links={}, provider_fault_share=0.0,
+        changes={**plan.changes, f"{HTTP_SERVER}.keepalive_timeout": 2.0},
+    )
+)
+assert not outcome.violations, outcome.violations
+print(dict(outcome.ends))
+"""
 
 
 def run(*arguments: str, timeout: float = 500.0) -> subprocess.CompletedProcess[str]:
@@ -95,6 +116,12 @@ def test_two_instances_share_nothing() -> None:
     assert sticky.startswith("sticky 10 ")
     assert "stream_not_found" not in sticky
     assert "stream_not_found" in scattered
+
+
+def test_a_connection_that_is_lost_at_the_end_of_an_upload_is_no_violation() -> None:
+    result = run("-c", SLOW_UPLOADS)
+    assert result.returncode == 0, result.stderr
+    assert "gone: " in result.stdout, "some connections are lost"
 
 
 def test_each_server_that_forgets_something_is_noticed() -> None:
