@@ -37,6 +37,8 @@ SECOND = 1_000_000
 LONG = 0.03
 # Seconds without a word after which a client gives up whose network is bad.
 GIVE_UP = 90.0
+# The longest answer, with all that a client may do meanwhile, in the patience of a client that hears nothing.
+LONGEST = 10
 # Whoever dials in this task; unset: a server.
 DIALLER: ContextVar[Client] = ContextVar("DIALLER")
 ASK = {
@@ -180,14 +182,17 @@ class Client:
             connector=connector, timeout=timeout, request_class=Request
         )
         async with session as self.session:
+            whole = asyncio.timeout(LONGEST * patience)
             try:
                 with self.patience:
-                    async with asyncio.timeout(10 * patience):
+                    async with whole:
                         await self._ask()
             except Left:
                 self.outcome = "left"
             except GONE as exc:
                 if type(exc) is TimeoutError and not self.network_was_bad:
+                    if whole.expired():
+                        raise Violation(f"heard no end within {LONGEST * patience} s") from exc
                     raise Violation(f"waited in vain, for {patience} s or more") from exc
                 self.outcome = f"gone: {type(exc).__name__}"
             self.outcome = self.outcome or "?"

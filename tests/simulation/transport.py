@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 HIGH_WATER = 64 * 1024
 # Seconds after which a kernel gives up what nobody takes, once the program has closed (TCP_USER_TIMEOUT).
 USER_TIMEOUT = 15.0
+# Bytes of a full segment on Ethernet.
+SEGMENT = 1460
 
 
 class FakeSocket:
@@ -195,8 +197,17 @@ class Transport(asyncio.Transport):
         self._loop.call_soon(self._reset, context=self.context)
 
     def _send(self) -> None:
-        """Give the kernel what it has room for."""
-        while self._buffer and (room := self._faults.kernel - self._under_way) > 0:
+        """Give the kernel what it has room for.
+
+        As kernels do, it waits until there is room for a segment, for half of what it can hold, or for all that
+        is left (RFC 1122, 4.2.3.4). Otherwise pieces that were cut would never grow again: a long answer would
+        end as single bytes, each of which takes the latency of the link.
+        """
+        kernel = self._faults.kernel
+        while self._buffer:
+            room = kernel - self._under_way
+            if room < min(len(self._buffer), SEGMENT, kernel // 2):
+                break
             piece = bytes(self._buffer[:room])
             del self._buffer[:room]
             self.stuck_since = Clock.now

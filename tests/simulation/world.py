@@ -198,7 +198,8 @@ async def _run(world: World, outcome: Outcome, only: Collection[int] | None) -> 
         await stack.enter_async_context(simulator)
         changes = plan.changes
         if plan.spare:
-            spare = NotingSimulator(behaviour, plan.seed, world.calls)
+            # Another seed: from the same one both would draw the same ids of responses.
+            spare = NotingSimulator(behaviour, plan.seed + 1, world.calls)
             await stack.enter_async_context(spare)
             changes = with_spare(changes, spare.base_url)
         for number in range(plan.instances):
