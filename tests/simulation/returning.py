@@ -28,10 +28,7 @@ async def come_back(
     for attempt in range(RETURNS + 1):
         try:
             await read(attempt)
-        except Left:
-            if not client.has("return"):
-                raise
-        except GONE:
+        except (Left, *GONE):
             if not client.has("return") or attempt == RETURNS:
                 raise
         if client.outcome or end():

@@ -30,7 +30,6 @@ from tests.support.waiting import ticks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
-    from types import TracebackType
 
     from aiohttp.connector import Connection
 
@@ -144,12 +143,7 @@ class Road:
         await ticks()
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        exc: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_exc: object) -> None:
         self.protocol.connection_lost(None)
         await self.task
         await ticks()
