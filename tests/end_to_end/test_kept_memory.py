@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from tests.support.server import MakeServer, RunningServer
 
-COUNT = 50
+COUNT = 25
 # Real memory at most, in counted bytes: allocators round up, and dictionaries keep room.
 MULTIPLE = 1.5
 # Headers that pass, and a usage that is large: neither was counted.
