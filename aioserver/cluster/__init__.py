@@ -1,0 +1,1 @@
+"""Several instances of the server as one."""
