@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from aioserver.monitoring.interval import Interval
-    from aioserver.monitoring.snapshot import ProviderState
+    from aioserver.monitoring.state import ProviderState
 
 # Seconds after an incident in which more of the same is gathered.
 QUIET = 10.0

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from aioserver.monitoring.incidents import Incident
-    from aioserver.monitoring.snapshot import Percentiles, ProviderState, Snapshot, Sources
+    from aioserver.monitoring.snapshot import Sources
+    from aioserver.monitoring.state import Percentiles, ProviderState, Snapshot
 
 logger = logging.getLogger("aioserver.monitoring")
 

@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Iterator, Sequence
 
-    from aioserver.monitoring.snapshot import ProviderState, Snapshot, Sources
+    from aioserver.monitoring.snapshot import Sources
+    from aioserver.monitoring.state import ProviderState, Snapshot
     from aioserver.telemetry.counters import Histogram
     from aioserver.telemetry.metrics import Family
 

@@ -20,12 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from aioserver.monitoring.interval import Interval
-    from aioserver.monitoring.snapshot import (
-        Percentiles,
-        ProviderState,
-        Snapshot,
-        Verdict,
-    )
+    from aioserver.monitoring.state import Percentiles, ProviderState, Snapshot, Verdict
 
 # Ticks for which rejections, failed answers and a late event loop stay in the verdict.
 RECENT = 10

@@ -1,1 +1,0 @@
-"""Several instances of the server as one."""
