@@ -1,0 +1,16 @@
+"""The cluster: what several processes and machines share, through one Redis or Valkey server.
+
+An *instance* is one process of the cluster; a process that is started again is another instance. It is a *member* while
+its *lease* lasts, which each of its calls renews. All that it has to say, it says in one call, *settle*: a script in Lua
+that the server runs in one piece, and whose *twin* in Python is the model of the server in tests.
+
+What is shared are *limits*: the places of a provider, the concurrent answers of a key. An instance *holds* so many places of
+each. Those of its places that it may use now are *in hand*: a request that finds one in hand starts at once, and asks nobody.
+An instance whose requests wait *wants* places; the others *give* what they do not use, and while others *starve*, each place
+that ends as well. A rate is shared in the same way: its *slots* are moments at which a request may start.
+
+An instance that hears of the server is *joined*. One whose call failed is *unheard*, and goes on with what it has in
+hand until its lease is over. Then it is *alone*, and each limit is its *fixed share* of the whole. A server that has lost
+its state, or did not run for a while, is *blind* for some seconds: it gives nothing until all who live have
+said what they have.
+"""
