@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from aioserver.providers.breaker import Breaker
     from aioserver.providers.health import Health
 
+    # Called as `ProviderGate` is.
+    GateFactory = Callable[[str, HttpClient, Health, Callable[[], float]], "ProviderGate"]
+
 
 class TrialPlace(Place):
     """A place whose attempt is a trial of a dead provider.
@@ -168,6 +171,14 @@ class ProviderGate(Gate):
             del self._parked[over]
             # A refusal is in this future, and its traceback leads to this frame.
             del over
+
+    def told_cooling(self, seconds: float, failover_wait: float) -> None:
+        """Start nothing for *seconds*, since the provider has asked another instance to be left alone.
+
+        Waiters that may fail over are refused as by `refuse_late`.
+        """
+        self.pace.told_cooling(seconds)
+        self.refuse_late(failover_wait)
 
     def resume(self) -> None:
         """Let the requests in that wait, since the provider is back."""
