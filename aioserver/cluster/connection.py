@@ -119,6 +119,18 @@ class Connection:
             self._task.cancel()
             await asyncio.wait([self._task])
 
+    async def ready(self) -> None:
+        """Wait until calls are sent at once.
+
+        Raises:
+            CallFailed: there is no connection within the bound; the reason is that of the last attempt.
+        """
+        try:
+            async with asyncio.timeout(self._bound):
+                await self._opened.wait()
+        except TimeoutError:
+            raise self._failure from None
+
     async def execute(self, *command: bytes | str | float, bound: float | None = None) -> Reply:
         """Return the server's reply to *command*.
 
@@ -275,54 +287,73 @@ class ScriptConnection(Connection):
     _script = (files("aioserver") / "cluster/settle.lua").read_text()
     _digest = hashlib.sha1(_script.encode()).hexdigest()  # noqa: S324 - the protocol's name for a script
 
-    async def settle(self, prefix: str, request: bytes) -> bytes:
-        """Return the answer to *request* (cluster/messages.py).
+    async def settle(self, prefix: str, request: bytes, run: str) -> bytes:
+        """Return the answer to *request* (cluster/messages.py), which is meant for the server's process *run*.
 
         Raises:
             CallFailed: as `execute`.
         """
         try:
-            return await self._settle(prefix, request)
+            return await self._settle(prefix, request, run)
         except CallFailed as failure:
             if not isinstance(failure.__cause__, NoScriptError):
                 raise
         await self.execute("SCRIPT", "LOAD", self._script)
-        return await self._settle(prefix, request)
+        return await self._settle(prefix, request, run)
 
-    async def _settle(self, prefix: str, request: bytes) -> bytes:
+    async def _settle(self, prefix: str, request: bytes, run: str) -> bytes:
+        await self.ready()
+        if self.run != run:
+            raise CallFailed(f"{self.address}: it is another server now")
         answer: bytes = await self.execute("EVALSHA", self._digest, 1, prefix, request)
         return answer
 
 
 class Subscription(Connection):
-    """A connection for messages: `on_message(channel, data)` is called with each.
+    """A connection for messages: each of *handlers* is called with what comes on its channel.
 
-    It subscribes to *channels* whenever it connects; `execute("SUBSCRIBE", channel)` adds one for the present connection.
     A message that comes while there is no connection is lost, so *on_open* has to look for what was missed.
     """
 
     def __init__(
         self,
         url: str,
-        channels: tuple[str, ...],
-        on_message: Callable[[str, bytes], None],
+        handlers: dict[str, Callable[[bytes], None]],
         *,
         bound: float = BOUND,
         on_open: Callable[[], None] | None = None,
         on_loss: Callable[[CallFailed], None] | None = None,
     ) -> None:
         super().__init__(url, bound=bound, on_open=on_open, on_loss=on_loss)
-        self._channels = channels
-        self._on_message = on_message
+        self._handlers = {channel.encode(): handler for channel, handler in handlers.items()}
+
+    async def subscribe(self, channel: str, handler: Callable[[bytes], None]) -> None:
+        """Call *handler* with what comes on *channel*, also on later connections.
+
+        Raises:
+            CallFailed: the server does not answer; the channel is subscribed with the next connection.
+        """
+        self._handlers[channel.encode()] = handler
+        await self.execute("SUBSCRIBE", channel)
+
+    async def unsubscribe(self, channel: str) -> None:
+        """Listen to *channel* no more.
+
+        Raises:
+            CallFailed: the server does not answer.
+        """
+        del self._handlers[channel.encode()]
+        await self.execute("UNSUBSCRIBE", channel)
 
     async def _greet(self, connection: AbstractConnection) -> None:
-        for channel in self._channels:
+        for channel in list(self._handlers):
             await connection.send_command("SUBSCRIBE", channel, check_health=False)
             await connection.read_response()
 
     def _take(self, reply: Reply) -> None:
         if isinstance(reply, list) and reply[0] == b"message":
-            self._on_message(reply[1].decode(), reply[2])
+            if (handler := self._handlers.get(reply[1])) is not None:
+                handler(reply[2])
         elif self._calls:
             super()._take(reply)
 

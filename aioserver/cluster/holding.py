@@ -112,6 +112,18 @@ class Holding:
         """The fixed share of the limit."""
         return min(self.limit, self._standing.share(self.limit, self._least))
 
+    @property
+    def elsewhere(self) -> int:
+        """How many places may be free elsewhere, as far as is known: none while others starve, or a want is not met."""
+        standing = self._standing
+        if standing.state is not State.JOINED or standing.blind or self.starving:
+            return 0
+        return (
+            max(0, self.limit - max(self.hand, self.user.inside))
+            if standing.busy or not self._wanted
+            else 0
+        )
+
     def apply(self, limit: int) -> None:
         """Use another limit for all instances, which they are told with the next call."""
         if limit != self.limit:

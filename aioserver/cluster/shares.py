@@ -103,6 +103,11 @@ class Shares:
         return self.standing.state
 
     @property
+    def now(self) -> float:
+        """The time of its clock."""
+        return self._clock()
+
+    @property
     def busy(self) -> bool:
         """Whether a call is under way."""
         return self.standing.busy
@@ -252,6 +257,7 @@ class Shares:
             holding.answered(op, result, use=joined and not standing.blind)
         for user, slots in zip(self._pace_ops, answer.slots, strict=True):
             user.answered(slots, self._sent)
+        self._pace_ops = []
         self._ended.difference_update(self._ended_said)
         self.told.answered(answer)
         self._asking.update(holding for holding, _op in self._ops)
@@ -275,7 +281,7 @@ class Shares:
         for user in self._pace_ops:
             user.answered(None, self._sent)
         self.told.failed()
-        self._ops = []
+        self._ops, self._pace_ops = [], []
         self.check()
         now = self._clock()
         if standing.state is State.JOINED:

@@ -79,5 +79,6 @@ class Told:
 
     def _answer_trials(self, results: list[bool]) -> None:
         asked, self._trials = self._trials[: self._said[1]], self._trials[self._said[1] :]
+        self._said = 0, 0
         for (_op, answer), given in zip(asked, results, strict=True):
             answer(given)
