@@ -34,12 +34,12 @@ from aioserver.streams.entries import (
     PROCESSING,
     Entry,
     WholeEntry,
-    discardable,
     frames_of,
     locate,
     processing,
 )
-from aioserver.streams.flow import due, late, regulate
+from aioserver.streams.flow import due, regulate
+from aioserver.streams.retention import discard, late
 from aioserver.telemetry.metrics import NO_METER
 from aioserver.telemetry.request_log import NO_RECORD
 
@@ -386,14 +386,7 @@ class Stream:
 
     def _discard(self, count: int = 0) -> None:
         """Discard the oldest *count* entries, those passed, and what is beyond `max_stream_bytes`."""
-        passed = self.offset + count
-        if self.window <= 0 and self.readers:
-            passed = max(passed, min([reader.next_index for reader in self.readers]))
-        entries = self.entries
-        count, freed = discardable(entries, passed - self.offset, self.bytes - self.max_bytes)
-        if count:
-            del entries[:count]
-            self.offset += count
+        if freed := discard(self, count):
             self._grow(-freed)
             for reader in tuple(self.readers):
                 if reader.next_index < self.offset:
