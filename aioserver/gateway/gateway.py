@@ -21,6 +21,7 @@ from aioserver.errors import (
     StreamNotFound,
 )
 from aioserver.gateway.calls import Calls, shutdown_error
+from aioserver.gateway.elsewhere import NOT_FOUND, Elsewhere, Start, describe
 from aioserver.gateway.producers import Producers
 from aioserver.gateway.prompts import Prompts
 from aioserver.gateway.router import Request
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from aioserver.auth.callers import Caller
     from aioserver.config import settings
     from aioserver.gateway.conversations import Conversations
+    from aioserver.gateway.elsewhere import Instances
     from aioserver.gateway.prompts import Prompt
     from aioserver.gateway.router import Router
     from aioserver.protocol.client_frames import Chat
@@ -56,6 +58,7 @@ class Gateway:
         service: settings.Service,
         bounds: settings.Streams,
         request_log: RequestLog,
+        instances: Instances | None = None,
     ) -> None:
         self._router = router
         self._streams = streams
@@ -66,6 +69,12 @@ class Gateway:
         self._calls = Calls(router, request_log)
         self._stopping = False
         self.lifetime = Lifetime(streams, bounds, self._producers.cancel, router.waiting)
+        # The streams of other instances; None where this one is alone.
+        self.elsewhere = (
+            None
+            if instances is None
+            else Elsewhere(instances, streams, self._producers, self.lifetime)
+        )
         self.apply(service, bounds)
 
     def apply(self, service: settings.Service, bounds: settings.Streams) -> None:
@@ -109,11 +118,12 @@ class Gateway:
                 hold.release()
             return existing
         route = self._router.route(chat.model, chat.provider)
-        prompt = self._prompts.make(caller, chat, scope, route, hold)
+        late = self.elsewhere is not None
+        prompt = self._prompts.make(caller, chat, scope, route, hold, late=late)
         request = Request(route, prompt.request, face, key, key, digest)
         stream = self._open(request)
         stream.details.conversation_id = prompt.conversation_id
-        self._start(stream, request, self._produce_chat(request, stream, prompt))
+        self._start(stream, request, self._produce_chat(request, stream, prompt), prompt)
         return stream
 
     def relay(self, request: Request) -> Stream:
@@ -168,10 +178,42 @@ class Gateway:
         """
         stream = self._streams.find(caller, request_id)
         if stream is None:
-            raise StreamNotFound("no such stream: it never existed, or is no longer kept")
+            raise StreamNotFound(NOT_FOUND)
         if digest is not None and stream.attachment.digest != digest:
             raise RequestConflict("this request id is known, with another payload")
         return stream
+
+    async def reach(self, caller: Caller, request_id: str, start: Start = Start()) -> Stream:  # noqa: B008 - immutable
+        """Return the caller's stream of *request_id*, as `find`, or a mirror of another instance's.
+
+        Raises:
+            StreamNotFound, RequestConflict: as `find`.
+            ResumeGap: another instance has the stream, but not the events after *start*.
+        """
+        try:
+            return self.find(caller, request_id, start.digest)
+        except StreamNotFound:
+            if self.elsewhere is None:
+                raise
+        return await self.elsewhere.reach(caller, request_id, start)
+
+    async def cancel_anywhere(self, caller: Caller, request_id: str) -> None:
+        """Cancel a stream for all its readers, as `cancel`, wherever it is.
+
+        Raises:
+            StreamNotFound: as `find`.
+        """
+        try:
+            self.cancel(caller, request_id)
+        except StreamNotFound:
+            if self.elsewhere is None:
+                raise
+            await self.elsewhere.cancel(caller, request_id)
+
+    async def listing(self, caller: Caller) -> list[dict[str, Any]]:
+        """Return what `describe` says of the caller's own streams that are kept, wherever they are."""
+        own = [describe(stream) for stream in self.streams_of(caller)]
+        return own if self.elsewhere is None else [*own, *await self.elsewhere.listing(caller)]
 
     def streams_of(self, caller: Caller) -> Iterator[Stream]:
         """Return the caller's own streams that are kept."""
@@ -262,9 +304,17 @@ class Gateway:
         return stream
 
     def _start(
-        self, stream: Stream, request: Request, producer: Coroutine[Any, Any, None]
+        self,
+        stream: Stream,
+        request: Request,
+        producer: Coroutine[Any, Any, None],
+        prompt: Prompt | None = None,
     ) -> None:
-        self._producers.start(stream, producer, request.provider_request.release)
+        release = request.provider_request.release
+        # An answer that nobody can name is asked of no other instance.
+        if self.elsewhere is not None and request.key is not None:
+            producer, release = self.elsewhere.claiming(stream, request, producer, prompt)
+        self._producers.start(stream, producer, release)
 
     async def _produce_chat(self, request: Request, stream: Stream, prompt: Prompt) -> None:
         """Produce the answer to a chat, and keep both in its conversation."""
@@ -273,10 +323,15 @@ class Gateway:
         except asyncio.CancelledError:
             stream.close_fast_path()
             if prompt.reading.size:
-                prompt.keep()
+                self._keep(prompt)
             raise
         if stream.end_status == COMPLETE:
-            prompt.keep()
+            self._keep(prompt)
+
+    def _keep(self, prompt: Prompt) -> None:
+        prompt.keep()
+        if self.elsewhere is not None:
+            self.elsewhere.keep(prompt)
 
     async def _produce_whole(self, request: Request, stream: Stream) -> None:
         """Produce an answer that is not streamed, and keep it in *stream*."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from aioserver.errors import AioserverError, InternalError, StreamNotFound, forget_frames, public
 from aioserver.provider_errors import ProviderDisconnected, ProviderFault
+from aioserver.streams import mirror
 from aioserver.streams.entries import CANCELLED
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ class Producers:
         self._loop = asyncio.get_running_loop()
         self._streams: dict[asyncio.Task[None], Stream] = {}
         self._tasks: dict[Stream, asyncio.Task[None]] = {}
+        # Called with each stream whose producer has ended; None if nobody has to know.
+        self.on_end: Callable[[Stream], None] | None = None
 
     def __len__(self) -> int:
         return len(self._streams)
@@ -82,11 +85,14 @@ class Producers:
         fault = None if task.cancelled() else task.exception()
         bugs = [] if fault is None or isinstance(fault, AioserverError) else [fault]
         owner: Any = stream.caller
+        mirrored = stream.attachment.mirrored
+        # A mirror counts for no quota, and the answer is in the request log of its owner.
         for step in (
-            owner.quota and owner.quota.give_back,
+            None if mirrored else owner.quota and owner.quota.give_back,
             stream.attachment.held and stream.attachment.held.release,
             partial(self._end, stream, task, fault),
-            partial(self._finish_record, stream),
+            None if mirrored else partial(self._finish_record, stream),
+            self.on_end and partial(self.on_end, stream),
         ):
             try:
                 if step:
@@ -103,7 +109,11 @@ class Producers:
             return
         reason = stream.attachment.cancel_reason
         try:
-            if not task.cancelled():
+            if stream.attachment.mirrored:
+                gone = ProviderDisconnected("the answer has no end")
+                cut = reason or StreamNotFound("this answer was cancelled")
+                mirror.stop(stream, error=cut if task.cancelled() else public(fault or gone))
+            elif not task.cancelled():
                 error = public(fault or ProviderDisconnected("the answer has no end"))
                 error.paid = error.paid or (stream.sent and isinstance(error, InternalError))
                 if isinstance(error, ProviderFault) and error.provider_headers:
