@@ -77,7 +77,7 @@ class Lifetime:
 
     def reader_added(self, stream: Stream) -> None:
         """Note that *stream* has a reader, or has one again."""
-        stream.record.slow_client = False
+        stream.record.slow_client = stream.attachment.expected = False
         self._leave_detached(stream)
 
     def reader_removed(self, stream: Stream) -> None:
@@ -93,6 +93,12 @@ class Lifetime:
             self.end(stream)
         else:
             self.detach(stream, left=True)
+
+    def let_go(self, stream: Stream) -> None:
+        """Note that nobody is going to read *stream*, if it is a mirror that has no reader."""
+        if stream.attachment.mirrored and not stream.readers:
+            stream.attachment.expected = False
+            self.reader_removed(stream)
 
     def unsent(self, stream: Stream) -> bool:
         """Note that the request of *stream* waits as one that was not sent; return whether that ends it."""
@@ -154,7 +160,7 @@ class Lifetime:
             self._kept[stream] = self._loop.time() + stream.window
             if self._sweeper is None:
                 self._sweeper = self._loop.call_later(stream.window, self._sweep)
-        elif not stream.readers:
+        elif not (stream.readers or stream.attachment.expected):
             self._store.drop(stream)
 
     def _sweep(self) -> None:
