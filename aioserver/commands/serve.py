@@ -249,6 +249,8 @@ async def _run(
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.by_signal)
     loop.add_signal_handler(signal.SIGHUP, hangup.set)
+    # By default it kills.
+    loop.add_signal_handler(signal.SIGUSR2, _ignore)
     settings, pepper = configuration.settings, None
     if worker is not None:
         settings, pepper = worker.settings(settings), worker.pepper()
@@ -328,6 +330,10 @@ async def _serve(
     finally:
         reloading.cancel()
     return 0
+
+
+def _ignore() -> None:
+    logger.warning("SIGUSR2 is ignored: it replaces workers, and is for the parent of several")
 
 
 def _status(server: Server) -> str:

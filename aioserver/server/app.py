@@ -73,6 +73,13 @@ class Server:
     lag: LoopLag
     listening: list[socket.socket]
 
+    @property
+    def waiting(self) -> int:
+        """How many connections and requests wait for a place, here or at a provider."""
+        providers = self.provider_registry.providers.values()
+        queues = sum(provider.stats().queue.waiting for provider in providers)
+        return self.context.admission.gate.waiting + queues
+
     def drain(self) -> None:
         """Refuse new work: requests that wait, idle sockets and answers without a reader end."""
         context = self.context

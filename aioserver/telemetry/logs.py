@@ -130,8 +130,8 @@ def _shorten(line: dict[str, Any], excess: int) -> None:
     """Take *excess* bytes or more out of *line*, if that can be: the beginning of a traceback, else of all texts."""
     traceback = line.get("traceback", "")
     if len(traceback) > MAX_FIELD:
-        # A character may have become six bytes; what is left out too little now goes in the next turn.
-        line["traceback"] = "…" + traceback[max(2, excess // 6) :]
+        # A character may have become six bytes; what was not enough is made up for in the next turn.
+        line["traceback"] = "…" + traceback[max(16, excess // 6) :]
         return
     longest = max(line, key=lambda name: len(str(line[name])))
     value = str(line[longest])
