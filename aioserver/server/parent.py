@@ -115,7 +115,7 @@ class Parent:
         self._contents = {0: as_file("configuration", configuration.content)}
         self._number = 0
         self._pepper = as_file("pepper", pepper_of(self._at_start.llm))
-        self._page = make_page(self._supervisor.slots)
+        self._page = make_page(2 * self._workers)
         # The other end is open here and nowhere else, until this process ends.
         self._lifeline, self._held = os.pipe()
         self._ear = _ear()

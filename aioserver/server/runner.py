@@ -201,7 +201,7 @@ class Runner(web.AppRunner):
         loop = asyncio.get_running_loop()
         began = loop.time()
         # No queue says when it is empty, and this happens once in the life of a process.
-        while self._owner.waiting and loop.time() - began < most:
+        while self._owner.waiting and loop.time() - began < most:  # noqa: ASYNC110
             await asyncio.sleep(LOOK)
         return loop.time() - began
 

@@ -113,11 +113,6 @@ class Supervisor:
         return len(self._seats)
 
     @property
-    def slots(self) -> int:
-        """The number of slots."""
-        return sum(len(seat.slots) for seat in self._seats)
-
-    @property
     def configurations(self) -> set[int]:
         """The numbers of the configurations that a process may yet start with."""
         return {self._configuration, self._former, self._wanted}
@@ -156,18 +151,19 @@ class Supervisor:
         seat, process = self._by_pid.pop(pid)
         seat.processes.discard(process)
         how = how_ended(code)
-        if process.asked:
-            if code not in {0, -signal.SIGTERM} and not self._stopping:
-                logger.warning("worker %d %s", process.slot, how)
-            elif process.phase is Phase.ENDING and not self._stopping:
-                logger.info("worker %d has ended", process.slot)
-        else:
+        if not process.asked:
             logger.warning("worker %d %s (process %d)", process.slot, how, pid)
+        elif code not in {0, -signal.SIGTERM} and not self._stopping:
+            logger.warning("worker %d %s", process.slot, how)
+        elif not self._stopping:
+            logger.info("worker %d has ended", process.slot)
         if process is seat.successor:
             seat.successor = None
             self._give_up(f"worker {process.slot} {how} before it served")
         elif process is seat.current:
             seat.current = None
+            if process.phase is Phase.STARTING and self._queue and self._queue[0] is seat:
+                self._give_up(f"worker {process.slot} {how} before it served")
             self._follow(seat, process, code)
 
     def reload(self, configuration: int) -> None:
@@ -210,7 +206,7 @@ class Supervisor:
         now = self._clock()
         if self._wake_at is not None and now - self._wake_at > OVERSLEPT:
             for process in self._each():
-                process.heard += now - self._wake_at
+                process.heard = now
         for process in self._each():
             self._watch(process, now)
         for seat in self._seats:
@@ -236,9 +232,8 @@ class Supervisor:
         ]
         if self._reload_until is not None:
             times.append(self._reload_until)
-        deadlines = (process.deadline(self._period) for process in self._each())
-        times.extend(deadline for deadline in deadlines if deadline is not None)
-        return min(times, default=None)
+        deadlines = [process.deadline(self._period) for process in self._each()]
+        return min((*times, *filter(None, deadlines)), default=None)
 
     # Steps.
 
@@ -364,21 +359,24 @@ class Supervisor:
         while self._queue:
             seat = self._queue[0]
             current = seat.current
-            if seat.successor is not None:
-                return
-            if current is None or current.generation == self._generation:
-                # Without a worker: the next one is of this generation anyway.
-                self._queue.popleft()
-                if not self._queue:
-                    self._replaced()
-                continue
-            if seat.free_slot() is None:
-                # A former worker is still ending.
-                return
+            # A seat without a worker gets one of this generation anyway.
+            if current is not None:
+                if current.generation != self._generation:
+                    self._replace_one(seat)
+                    return
+                if current.phase is Phase.STARTING:
+                    # The former one has died meanwhile.
+                    return
+            self._queue.popleft()
+            if not self._queue:
+                self._replaced()
+
+    def _replace_one(self, seat: Seat) -> None:
+        # Where no slot is free, a former worker is still ending.
+        if seat.successor is None and seat.free_slot() is not None:
             seat.successor = self._start(seat)
             if seat.successor is None:
                 self._give_up("no process can be started")
-            return
 
     def _replaced(self) -> None:
         if self._again:
