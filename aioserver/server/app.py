@@ -73,6 +73,13 @@ class Server:
     lag: LoopLag
     listening: list[socket.socket]
 
+    @property
+    def waiting(self) -> int:
+        """How many connections and requests wait for a place, here or at a provider."""
+        providers = self.provider_registry.providers.values()
+        queues = sum(provider.stats().queue.waiting for provider in providers)
+        return self.context.admission.gate.waiting + queues
+
     def drain(self) -> None:
         """Refuse new work: requests that wait, idle sockets and answers without a reader end."""
         context = self.context
@@ -86,11 +93,11 @@ class Server:
 
 @asynccontextmanager
 async def open_server(
-    settings: Settings, app: web.Application | None = None
+    settings: Settings, app: web.Application | None = None, *, pepper: bytes | None = None
 ) -> AsyncIterator[Server]:
     """Make the server, and add its routes to *app*, or to a new application. Close it at the end.
 
-    *app* must not be frozen yet.
+    *app* must not be frozen yet. *pepper* is the secret of browser sessions; see `pepper_of`.
 
     Raises:
         ConfigurationError: a provider cannot be used as it is configured.
@@ -102,7 +109,7 @@ async def open_server(
     current = CurrentSettings(settings)
     lifecycle = Lifecycle()
     listening: list[socket.socket] = []
-    access = Access(settings.auth, pepper_of(llm))
+    access = Access(settings.auth, pepper_of(llm) if pepper is None else pepper)
     origins = Origins(chat.websocket.allow_origins, credentials=chat.websocket.allow_credentials)
     guard = Guard(access, origins)
     admission = Admission(chat.websocket.concurrency, metrics, chat.streams.send_timeout)

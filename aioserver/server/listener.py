@@ -19,7 +19,7 @@ from aiohttp import web
 from aioserver.telemetry.kernel import accept_queue
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from aioserver.config.settings import WebSocket
 
@@ -32,6 +32,8 @@ KERNEL_PATIENCE = 1.0
 MAX_PATIENCE = 2**31 - 1
 # Unsent bytes that the kernel keeps for a client that reads nothing; by itself it keeps 4 MiB.
 MAX_NOT_SENT = 1 << 17
+# How the configured host is looked up.
+LOOK_UP: dict[str, Any] = {"type": socket.SOCK_STREAM, "flags": socket.AI_PASSIVE}
 SOMAXCONN = Path("/proc/sys/net/core/somaxconn")
 
 
@@ -65,13 +67,7 @@ class Listening:
     @property
     def url(self) -> str:
         """The address for a browser."""
-        if not self.port:
-            return f"unix:{self.host}"
-        return (
-            f"http://[{self.host}]:{self.port}"
-            if ":" in self.host
-            else f"http://{self.host}:{self.port}"
-        )
+        return url_of(self.host, self.port)
 
 
 async def listen(
@@ -95,7 +91,11 @@ async def listen(
     """
     backlog = settings.concurrency.uvicorn.backlog
     loop = asyncio.get_running_loop()
-    bound = list(inherited) or await _bound(loop, settings.host, settings.port)
+    if inherited:
+        bound = list(inherited)
+    else:
+        infos = await loop.getaddrinfo(settings.host, settings.port, **LOOK_UP)
+        bound = bind(settings.host, settings.port, infos)
     listening = []
     for sock in bound:
         site = UnixSite if sock.family == socket.AF_UNIX else web.SockSite
@@ -110,6 +110,21 @@ async def listen(
     return listening
 
 
+async def pause(listening: Iterable[socket.socket]) -> None:
+    """Accept nothing more from the sockets *listening*, so that their sites can be stopped.
+
+    asyncio makes the transport of an accepted connection one iteration later, and loses the connection if
+    its server was closed in between. uvloop makes it at once.
+    """
+    loop = asyncio.get_running_loop()
+    if _watchers(loop) == 1:
+        for sock in listening:
+            if sock.fileno() >= 0:
+                loop.remove_reader(sock)
+        for _ in range(2):
+            await asyncio.sleep(0)
+
+
 def _watchers(loop: asyncio.AbstractEventLoop) -> int:
     """Return how often *loop* has to watch one listening socket.
 
@@ -120,13 +135,8 @@ def _watchers(loop: asyncio.AbstractEventLoop) -> int:
     return UVLOOP_WATCHERS if type(loop).__module__.startswith("uvloop") else 1
 
 
-async def _addresses(
-    loop: asyncio.AbstractEventLoop, host: str, port: int
-) -> Sequence[tuple[int, str]]:
-    addresses = await loop.getaddrinfo(
-        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )
-    unique = dict.fromkeys((family, str(address[0])) for family, *_, address in addresses)
+def _addresses(host: str, infos: Iterable[tuple[Any, ...]]) -> Sequence[tuple[int, str]]:
+    unique = dict.fromkeys((family, str(address[0])) for family, *_, address in infos)
     # A machine may have no IPv6, although its hosts file has such an address for localhost.
     if host == "localhost":
         unique = {
@@ -135,15 +145,17 @@ async def _addresses(
     return list(unique)
 
 
-async def _bound(loop: asyncio.AbstractEventLoop, host: str, port: int) -> list[socket.socket]:
+def bind(host: str, port: int, infos: Iterable[tuple[Any, ...]]) -> list[socket.socket]:
     """Return a bound socket for each address of *host*, all on one port.
+
+    *infos*: what getaddrinfo(3) says of the host, looked up as LOOK_UP says.
 
     Raises:
         OSError: one address cannot be bound; no socket is left open then.
     """
     bound: list[socket.socket] = []
     try:
-        for family, address in await _addresses(loop, host, port):
+        for family, address in _addresses(host, infos):
             bound.append(_bind(family, address, port))
             # Port 0 stands for any free port, but for the same one at all addresses.
             port = port or bound[0].getsockname()[1]
@@ -193,6 +205,13 @@ def address_of(sock: socket.socket) -> tuple[str, int]:
     if isinstance(name, bytes):
         return f"@{name[1:].decode(errors='replace')}", 0
     return name, 0
+
+
+def url_of(host: str, port: int) -> str:
+    """Return the address for a browser of a listening socket that `address_of` names."""
+    if not port:
+        return f"unix:{host}"
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _log(listening: Sequence[Listening]) -> None:

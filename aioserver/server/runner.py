@@ -22,7 +22,7 @@ from aiohttp.web_urldispatcher import MatchInfoError
 from aioserver.auth.callers import ADDRESS
 from aioserver.faces.http import Request, request_id
 from aioserver.server import listener
-from aioserver.server.connection import ConnectionServer
+from aioserver.server.connection import LAST_CALL, ConnectionServer
 
 if TYPE_CHECKING:
     import socket
@@ -46,6 +46,10 @@ MAX_HEADERS = 128
 FAREWELL = 2.0
 # Seconds for which the unread body of an answered request is read on, so that the response arrives.
 LINGERING = 1.0
+# Seconds beside LAST_CALL in which the requests are served that a connection's last call has brought.
+LAST_REQUESTS = 0.3
+# Seconds between two looks at the queues of a process that hands over.
+LOOK = 0.05
 
 
 class AccessLogger(AbstractAccessLogger):
@@ -147,8 +151,12 @@ class Runner(web.AppRunner):
         for sock in self._owner.listening:
             listener.limit_kernel(sock, chat.streams.send_timeout)
 
-    async def end(self) -> None:
+    async def end(self, *, hand_over: bool = False) -> None:
         """Stop serving in good order; call it before `cleanup`.
+
+        *hand_over*: other processes go on to accept connections from the same sockets. Before this one
+        refuses anything, its connections end, each with an answer; what comes on them meanwhile is
+        served, and what waits gets its turn, for half of `shutdown_timeout`.
 
         First the server is not ready, but still takes work (`drain_delay`). Then it accepts no more
         connections and refuses new work: requests that wait are refused, idle connections close,
@@ -161,19 +169,41 @@ class Runner(web.AppRunner):
         """
         context, connections = self._owner.context, self._connections()
         settings = context.settings.chat.websocket
-        context.lifecycle.ready = False
-        context.monitor.incident("shutdown", "the server is stopping", severity="info")
-        if settings.drain_delay:
+        grace = settings.shutdown_timeout
+        if hand_over:
+            text = "this process is replaced by another one"
+        else:
+            context.lifecycle.ready = False
+            text = "the server is stopping"
+        context.monitor.incident("shutdown", text, severity="info")
+        if settings.drain_delay and not hand_over:
             await asyncio.sleep(settings.drain_delay)
+        await self.stop_accepting()
+        connections.drain(silent=hand_over)
+        if hand_over:
+            await asyncio.sleep(LAST_CALL + LAST_REQUESTS)
+            grace -= await self._queues_empty(grace / 2)
+        self._owner.drain()
+        await connections.wait_closed(grace)
+        await context.gateway.close()
+        await connections.disconnect(FAREWELL)
+
+    async def stop_accepting(self) -> None:
+        """Close the listening sockets; connections that were accepted are known afterwards."""
+        await listener.pause(self._owner.listening)
         for site in list(self.sites):
             await site.stop()
         # A connection that is accepted in this iteration of the event loop is known after it.
         await asyncio.sleep(0)
-        connections.drain()
-        self._owner.drain()
-        await connections.wait_closed(settings.shutdown_timeout)
-        await context.gateway.close()
-        await connections.disconnect(FAREWELL)
+
+    async def _queues_empty(self, most: float) -> float:
+        """Wait until nothing waits for a place, for *most* seconds. Return how long that took."""
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        # No queue says when it is empty, and this happens once in the life of a process.
+        while self._owner.waiting and loop.time() - began < most:  # noqa: ASYNC110
+            await asyncio.sleep(LOOK)
+        return loop.time() - began
 
     def _connections(self) -> ConnectionServer:
         assert isinstance(self.server, ConnectionServer), "`setup` makes it"

@@ -63,14 +63,7 @@ class Notifier:
     @classmethod
     def take(cls, environ: MutableMapping[str, str], status: Callable[[], str] = str) -> Notifier:
         """Return a notifier by the variables of systemd in *environ*, and remove them from it."""
-        address = environ.pop("NOTIFY_SOCKET", "")
-        period = environ.pop("WATCHDOG_USEC", "")
-        process = environ.pop("WATCHDOG_PID", "")
-        if address and address[0] not in "/@":
-            logger.warning("NOTIFY_SOCKET is neither a path nor an abstract name: not used")
-            address = ""
-        watched = address and _number(period) and process in {"", str(os.getpid())}
-        return cls(address or None, _number(period) / 1e6 if watched else None, status)
+        return cls(*manager(environ), status)
 
     def ready(self) -> None:
         """Report that the server takes work, at the start and at the end of a reload."""
@@ -86,6 +79,10 @@ class Notifier:
             f"MONOTONIC_USEC={time.monotonic_ns() // 1000}",
             "STATUS=reading the configuration",
         )
+
+    def alive(self) -> None:
+        """Feed the watchdog once, for a process that has no event loop."""
+        self._send("WATCHDOG=1", f"STATUS={self._status()}")
 
     def stopping(self) -> None:
         """Report that the server stops. The watchdog is still fed, since a stop may hang, too."""
@@ -127,6 +124,21 @@ class Notifier:
             self._failing = True
         else:
             self._failing = False
+
+
+def manager(environ: MutableMapping[str, str]) -> tuple[str | None, float | None]:
+    """Return the address of systemd and the seconds of its watchdog, and remove its variables from *environ*.
+
+    Each is None if there is none.
+    """
+    address = environ.pop("NOTIFY_SOCKET", "")
+    period = environ.pop("WATCHDOG_USEC", "")
+    process = environ.pop("WATCHDOG_PID", "")
+    if address and address[0] not in "/@":
+        logger.warning("NOTIFY_SOCKET is neither a path nor an abstract name: not used")
+        address = ""
+    watched = address and _number(period) and process in {"", str(os.getpid())}
+    return address or None, _number(period) / 1e6 if watched else None
 
 
 def inherited(environ: MutableMapping[str, str], first: int = FIRST) -> list[socket.socket]:

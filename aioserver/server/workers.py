@@ -1,0 +1,99 @@
+"""A worker: one of several processes that serve the same port, as its parent has started it.
+
+The parent passes its listening sockets, and hears from the worker, by the protocols of systemd. What
+systemd has no words for comes in two variables: `AIOSERVER_WORKER=SLOT/WORKERS`, and
+`AIOSERVER_FDS=NAME=NUMBER,…`, descriptors by name.
+
+| name | what it is |
+| --- | --- |
+| lifeline | a pipe that ends with the parent |
+| configuration | the content of the configuration file that is in effect |
+| pepper | the secret of browser sessions, the same in each worker |
+| page | shared memory |
+
+A worker that is replaced, and its successor, have different slots of the same rank: there are twice as
+many slots as workers.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+from aioserver.server.fixed_shares import share_out
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, MutableMapping
+
+    from aioserver.config.settings import Settings
+
+WORKER = "AIOSERVER_WORKER"
+DESCRIPTORS = "AIOSERVER_FDS"
+NAMES = frozenset({"lifeline", "configuration", "pepper", "page"})
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """What this process is among *workers* processes. *slot*: from 0 to `2 * workers - 1`."""
+
+    slot: int
+    workers: int
+    descriptors: Mapping[str, int]
+
+    @classmethod
+    def take(cls, environ: MutableMapping[str, str]) -> Self | None:
+        """Return the worker that *environ* describes, and remove its variables; None if there is no parent."""
+        slot, _, workers = environ.pop(WORKER, "").partition("/")
+        descriptors = {}
+        for item in environ.pop(DESCRIPTORS, "").split(","):
+            name, _, number = item.partition("=")
+            if name in NAMES and number.isdigit():
+                descriptors[name] = int(number)
+        if not (slot.isdigit() and workers.isdigit() and descriptors.keys() == NAMES):
+            return None
+        for descriptor in descriptors.values():
+            # Not for the children of this process.
+            os.set_inheritable(descriptor, False)
+        return cls(int(slot), int(workers), descriptors)
+
+    def variables(self) -> dict[str, str]:
+        """Return the variables from which `take` makes this worker."""
+        descriptors = ",".join(f"{name}={number}" for name, number in self.descriptors.items())
+        return {WORKER: f"{self.slot}/{self.workers}", DESCRIPTORS: descriptors}
+
+    @property
+    def slots(self) -> int:
+        """The number of slots."""
+        return 2 * self.workers
+
+    @property
+    def rank(self) -> int:
+        """The number, from 0, of this worker's share of each limit."""
+        return self.slot % self.workers
+
+    def content(self) -> bytes:
+        """Return the content of the configuration file that was in effect when the worker was started."""
+        return read(self.descriptors["configuration"])
+
+    def pepper(self) -> bytes:
+        """Return the secret of browser sessions."""
+        return read(self.descriptors["pepper"])
+
+    def settings(self, whole: Settings) -> Settings:
+        """Return *whole* with this worker's share of each limit."""
+        return share_out(whole, self.rank, self.workers)
+
+
+def as_file(name: str, content: bytes) -> int:
+    """Return the descriptor of a file in memory with *content*, which processes can share."""
+    descriptor = os.memfd_create(f"aioserver {name}")
+    written = 0
+    while written < len(content):
+        written += os.pwrite(descriptor, content[written:], written)
+    return descriptor
+
+
+def read(descriptor: int) -> bytes:
+    """Return the content of the file *descriptor*, whose position several processes share."""
+    return os.pread(descriptor, os.fstat(descriptor).st_size, 0)
