@@ -34,21 +34,77 @@ MAX_PATIENCE = 2**31 - 1
 MAX_NOT_SENT = 1 << 17
 # How the configured host is looked up.
 LOOK_UP: dict[str, Any] = {"type": socket.SOCK_STREAM, "flags": socket.AI_PASSIVE}
+# Iterations of the loop in which asyncio has made a connection of what it has accepted: it takes one.
+MAX_TURNS = 10
 SOMAXCONN = Path("/proc/sys/net/core/somaxconn")
 
 
-class UnixSite(web.SockSite):
-    """A site on a UNIX socket that was passed on: its file is not removed at the end."""
+class ListeningSocket(socket.socket):
+    """A socket that counts what is accepted, and accepts nothing while it is *paused*.
+
+    For asyncio's loop alone, which accepts by this class; libuv does not.
+    """
+
+    accepted = 0
+    paused = False
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        """Return the next connection, and its address.
+
+        Raises:
+            BlockingIOError: there is none, or the socket is paused.
+        """
+        if self.paused:
+            raise BlockingIOError
+        connection = super().accept()
+        self.accepted += 1
+        return connection
+
+
+class Site(web.SockSite):
+    """A site on a TCP socket, or on a UNIX socket whose file is not removed at the end.
+
+    Always: each connection that it has accepted becomes one of the runner's.
+    """
+
+    _sock: ListeningSocket
+
+    def __init__(self, runner: web.AppRunner, sock: ListeningSocket, *, backlog: int) -> None:
+        super().__init__(runner, sock, backlog=backlog)
+        # How many connections were made of those that the socket has accepted.
+        self._made = 0
 
     async def start(self) -> None:
         """Accept connections. aiohttp's own sites know TCP only, or remove the file at the end."""
         await web.BaseSite.start(self)
-        assert self._runner.server is not None
         loop = asyncio.get_running_loop()
-        keep: dict[str, Any] = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
-        self._server = await loop.create_unix_server(
-            self._runner.server, sock=self._sock, backlog=self._backlog, **keep
-        )
+        if self._sock.family == socket.AF_UNIX:
+            keep: dict[str, Any] = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
+            self._server = await loop.create_unix_server(
+                self._make, sock=self._sock, backlog=self._backlog, **keep
+            )
+        else:
+            self._server = await loop.create_server(
+                self._make, sock=self._sock, backlog=self._backlog
+            )
+
+    async def stop(self) -> None:
+        """Accept no more connections, and close the socket.
+
+        asyncio makes a connection of an accepted socket in the next iteration of the loop, and if its server
+        is closed by then, it drops the socket without a word: the client would wait for ever.
+        """
+        self._sock.paused = True
+        for _ in range(MAX_TURNS):
+            if self._made >= self._sock.accepted:
+                break
+            await asyncio.sleep(0)
+        await super().stop()
+
+    def _make(self) -> asyncio.Protocol:
+        self._made += 1
+        assert self._runner.server is not None
+        return self._runner.server()
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,12 +153,12 @@ async def listen(
         infos = await loop.getaddrinfo(settings.host, settings.port, **LOOK_UP)
         bound = bind(settings.host, settings.port, infos)
     listening = []
-    for sock in bound:
-        site = UnixSite if sock.family == socket.AF_UNIX else web.SockSite
+    for plain in bound:
+        sock = ListeningSocket(plain.family, plain.type, plain.proto, fileno=plain.detach())
         limit_kernel(sock, send_timeout)
         sock.setblocking(False)
         for watched in (sock, *(sock.dup() for _ in range(_watchers(loop) - 1))):
-            await site(runner, watched, backlog=backlog).start()
+            await Site(runner, watched, backlog=backlog).start()
         host, port = address_of(sock)
         queue = accept_queue(sock)
         listening.append(Listening(host, port, backlog, queue.limit if queue else None, sock))
