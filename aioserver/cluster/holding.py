@@ -188,7 +188,7 @@ class Holding:
         if standing.state is not State.ALONE or standing.leaving:
             self.resize(min(self.hand, have))
         self._wanted = max(0, min(wanting - (have - inside), self.limit - have))
-        spare = max(0, inside + wanting + target - have - self._wanted)
+        spare = max(0, target - max(0, have - inside - wanting))
         self._poked = False
         if not (have or self.held or self._wanted or spare):
             return None

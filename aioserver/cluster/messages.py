@@ -137,12 +137,14 @@ class Slots(NamedTuple):
 class Answer(msgspec.Struct, array_like=True, frozen=True):
     """The answer, with results in the order of the request.
 
+    *anew*: the server knew nothing of the instance, and knows of no limit now that the request did not mention.
     The server gives nothing for *blind* microseconds more. *number* counts the changes among the members. *count*
     instances may live, and *rank* of them come before this one; it is *known_to_all* once they have all heard of it.
     *members* are in the order in which they joined; empty if the instance knows them. *told* is empty unless *version* has changed.
     """
 
     epoch: str
+    anew: bool
     blind: float
     number: int
     rank: int

@@ -121,6 +121,7 @@ class _Call:
             names = sorted(world.members, key=lambda name: world.members[name].number)
         return Answer(
             epoch=world.epoch,
+            anew=self.anew,
             blind=max(0, world.blind - self.now),
             number=world.number,
             rank=rank,

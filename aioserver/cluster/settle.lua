@@ -326,6 +326,6 @@ for instance, words in pairs(wakes) do
   redis.call('PUBLISH', PREFIX .. 'wake:' .. instance, cmsgpack.pack(words))
 end
 return cmsgpack.pack({
-  world.epoch, math.max(0, world.blind - now), world.number, rank, count, known_to_all, names, world.version, told,
+  world.epoch, anew, math.max(0, world.blind - now), world.number, rank, count, known_to_all, names, world.version, told,
   results, slots, taken,
 })

@@ -26,13 +26,13 @@ class Settler:
         self.shares = shares
         self.prefix = f"aio:{{{name}}}:"
         bound = shares.times.bound
-        self.connection = ScriptConnection(url, bound=bound, on_open=shares.call_soon)
+        self.connection = ScriptConnection(url, bound=bound, on_open=self._tell_all)
         self.subscription = Subscription(
             url,
             {f"{self.prefix}wake:{shares.instance}": self._woken},
             bound=bound,
             # What was said while nobody listened is lost.
-            on_open=lambda: shares.woken([""]),
+            on_open=self._tell_all,
         )
         self._task: asyncio.Task[None] | None = None
         self._due = asyncio.Event()
@@ -111,6 +111,9 @@ class Settler:
         self._due.clear()
         if wait < self.shares.times.lease * 2:
             self._timer = loop.call_later(wait, self._due.set)
+
+    def _tell_all(self) -> None:
+        self.shares.woken([""])
 
     def _woken(self, data: bytes) -> None:
         self.shares.woken(decode_words(data))

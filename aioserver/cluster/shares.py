@@ -85,6 +85,8 @@ class Shares:
         # Alone: when the hand may be raised to the share, since all other leases are over by then.
         self._raise_at = clock() + times.lease
         self._next_whole = -inf
+        # Whether the call under way mentions all limits.
+        self._whole = True
         self.due = -inf
         self._sent = 0.0
         self._ops: list[tuple[Holding, Op]] = []
@@ -192,12 +194,12 @@ class Shares:
         standing = self.standing
         assert not standing.busy
         self._sent = self._clock()
-        whole = standing.state is not State.JOINED or standing.blind
-        whole = whole or standing.leaving or self._sent >= self._next_whole
-        holdings = list(self._holdings.values() if whole else self._dirty | self._asking)
+        self._whole = standing.state is not State.JOINED or standing.blind or standing.leaving
+        self._whole = self._whole or self._sent >= self._next_whole
+        holdings = list(self._holdings.values() if self._whole else self._dirty | self._asking)
         self._dirty.clear()
         self._asking.clear()
-        if whole:
+        if self._whole:
             self._next_whole = self._sent + self.times.beat
         self._ops = [(holding, op) for holding in holdings if (op := holding.op()) is not None]
         self._bye = standing.leaving and not any(
@@ -242,12 +244,16 @@ class Shares:
             self.failed("the answer came too late")
             return
         answer = decode_answer(data)
+        if answer.anew and not self._whole:
+            # The server has lost its state: it is told everything, before anybody else is given it.
+            self.failed("the server has lost its state")
+            return
         standing = self.standing
         standing.busy, standing.blind = False, answer.blind > 0
         self.epoch, self.lease_end = answer.epoch, lease_end
         self.members = answer.members or self.members
         joined = standing.state is not State.ALONE or not standing.blind
-        if not standing.blind:
+        if not standing.blind and not self._bye:
             self._adopt(answer)
         if joined:
             self._change(State.JOINED, "the server answers")

@@ -325,7 +325,8 @@ class Simulation:
 
     def _connected(self) -> None:
         for each in self.instances:
-            self.later(self.chance.uniform(0.0, 0.5), each.shares.call_soon, each)
+            wake = functools.partial(each.shares.woken, [""])
+            self.later(self.chance.uniform(0.0, 0.5), wake, each)
 
     # What has to hold.
 
