@@ -274,6 +274,9 @@ class Connection:
     def _translated(self, error: Exception) -> CallFailed:
         if isinstance(error, CallFailed):
             return error
+        if isinstance(error.__cause__, RedisError):
+            # What a UNIX socket's `connect` raises is wrapped once more.
+            error = error.__cause__
         denied = isinstance(error, AuthenticationError | NoPermissionError)
         denied = denied or "ACL failure" in str(error)
         code = getattr(error, "status_code", None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
@@ -38,7 +39,7 @@ def any_faults(seed: int, steps: int) -> None:
         fixed=chance.choice((0, 0, 3)),
     )
     simulation.on_step = simulation.check
-    rates = (0.5, 5.0, 50.0, 200.0)
+    rates = (0.5, 5.0, 20.0, 60.0)
     lengths = (0.05, 0.3, 2.0, 10.0)
     for _ in range(3):
         simulation.add(Load(chance.choice(rates), chance.choice(lengths)))
@@ -47,7 +48,7 @@ def any_faults(seed: int, steps: int) -> None:
         simulation.advance(chance.choice(pauses) * chance.random())
         living = [each for each in simulation.instances if each.alive]
         one = chance.choice(living)
-        actions: list[Callable[[], None]] = [
+        actions: list[Callable[[], object]] = [
             simulation.empty,
             simulation.pause,
             simulation.go_on,
@@ -57,14 +58,14 @@ def any_faults(seed: int, steps: int) -> None:
             simulation.roll_back,
             one.stop,
             one.go_on,
-            lambda: simulation.cut_off.add(one.number),
+            partial(simulation.cut_off.add, one.number),
             simulation.cut_off.clear,
             one.shares.leave,
         ]
         if len(living) > 1:
             actions.append(one.kill)
         if len(living) < 5 and not simulation.fixed:
-            actions.append(lambda: simulation.add(Load(chance.choice(rates), 0.3)))
+            actions.append(partial(simulation.add, Load(chance.choice(rates), 0.3)))
         chance.choice(actions)()
     recover(simulation)
 
@@ -80,7 +81,7 @@ def recover(simulation: Simulation) -> None:
         if each.alive and each.stopped:
             each.go_on()
     simulation.add(Load(50.0, 0.2))
-    simulation.advance(60.0)
+    simulation.advance(40.0)
     assert simulation.in_flight <= simulation.limit
     for each in simulation.instances:
         if each.alive:

@@ -110,6 +110,7 @@ class Instance:
                 continue
             self.longest_wait = max(self.longest_wait, now - arrived)
             self.inside += 1
+            self.simulation.in_flight += 1
             self.starts += 1
             chance = self.simulation.chance
             seconds = self.load.seconds * chance.uniform(0.5, 1.5)
@@ -118,6 +119,7 @@ class Instance:
     def end(self) -> None:
         self.holding.place_ends()
         self.inside -= 1
+        self.simulation.in_flight -= 1
         self.left_over = min(self.left_over, self.inside)
         self.serve()
 
@@ -161,6 +163,7 @@ class Instance:
 
     def kill(self) -> None:
         self.alive = False
+        self.simulation.in_flight -= self.inside
         self.inside = 0
 
     def stop(self) -> None:
@@ -202,7 +205,7 @@ class Simulation:
         # Instances whose messages do not get through.
         self.cut_off: set[int] = set()
         self.calls = self.messages = 0
-        self.peak = 0
+        self.in_flight = self.peak = 0
         # When the server was last put back.
         self.rolled_back = -1e9
         self.area = 0.0
@@ -243,10 +246,6 @@ class Simulation:
             self.on_step()
         self.area += (end - self._since) * self.in_flight
         self.now = self._since = end
-
-    @property
-    def in_flight(self) -> int:
-        return sum(each.inside for each in self.instances)
 
     def mean(self, seconds: float) -> float:
         """Advance, and return how many requests were in flight on average."""

@@ -56,10 +56,14 @@ class RedisServer:
             stdout=subprocess.DEVNULL,
         )
         deadline = time.perf_counter() + 10
-        while not self.path.exists():
+        while not self._listens():
             assert self._process.poll() is None, "it has ended"
             assert time.perf_counter() < deadline, "it does not start"
             time.sleep(0.002)
+
+    def _listens(self) -> bool:
+        with socket.socket(socket.AF_UNIX) as probe:
+            return probe.connect_ex(str(self.path)) == 0
 
     def kill(self) -> None:
         """Kill it, if it lives; what it held is lost."""
