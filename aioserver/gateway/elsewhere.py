@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from aioserver.auth.callers import Caller
     from aioserver.gateway.producers import Producers
     from aioserver.gateway.prompts import Prompt
-    from aioserver.gateway.router import Request
+    from aioserver.gateway.request import Request
     from aioserver.streams.lifetime import Lifetime
     from aioserver.streams.store import StreamStore
     from aioserver.streams.stream import Stream
@@ -203,6 +203,7 @@ class Elsewhere:
         self._streams.hide(stream)
         if (quota := request.caller.quota) is not None:
             quota.give_back(unused=True)
+        request.forget_undecided()
         request.provider_request.forget_body()
         self._loop.call_later(MAX_UNREAD, self._lifetime.let_go, stream)
 

@@ -24,7 +24,7 @@ from aioserver.gateway.calls import Calls, shutdown_error
 from aioserver.gateway.elsewhere import NOT_FOUND, Elsewhere, Start, describe
 from aioserver.gateway.producers import Producers
 from aioserver.gateway.prompts import Prompts
-from aioserver.gateway.router import Request
+from aioserver.gateway.request import Request
 from aioserver.limits.quota import REVOKED
 from aioserver.limits.turns import in_turns
 from aioserver.protocol.whole_answer import final_response, text_pieces
@@ -32,7 +32,7 @@ from aioserver.streams.entries import COMPLETE, ERROR
 from aioserver.streams.lifetime import Lifetime
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Coroutine, Iterator
+    from collections.abc import Callable, Collection, Coroutine, Iterator
 
     from aioserver.auth.callers import Caller
     from aioserver.config import settings
@@ -152,7 +152,7 @@ class Gateway:
         self._check_running()
         if request.caller.quota is None:
             return await self._calls.answer(request)
-        with request.caller.quota.used():
+        async with request.caller.quota.used():
             return await self._calls.answer(request)
 
     def keep(self, request: Request) -> Stream:
@@ -283,7 +283,7 @@ class Gateway:
         caller, resumable = request.caller, request.resumable
         name = (request.key or uuid.uuid4().hex) if resumable else request.name
         if (quota := caller.quota) is not None:
-            quota.take()
+            request.undecided = quota.take()
         try:
             stream = self._streams.open(
                 name,
@@ -295,6 +295,7 @@ class Gateway:
         except AioserverError:
             if quota is not None:
                 quota.give_back(unused=True)
+                request.forget_undecided()
             raise
         stream.details.path = request.provider_request.path
         stream.record = request.begin_record(self._request_log)
@@ -311,6 +312,8 @@ class Gateway:
         prompt: Prompt | None = None,
     ) -> None:
         release = request.provider_request.release
+        if request.undecided is not None:
+            producer, release = _once_decided(request, producer)
         # An answer that nobody can name is asked of no other instance.
         if self.elsewhere is not None and request.key is not None:
             producer, release = self.elsewhere.claiming(stream, request, producer, prompt)
@@ -347,3 +350,21 @@ class Gateway:
             stream.attachment.held.release()
         stream.append_whole(answer, body, pieces)
         stream.end(COMPLETE, {"metadata": {"provider": answer.provider}})
+
+
+def _once_decided(
+    request: Request, producer: Coroutine[Any, Any, None]
+) -> tuple[Coroutine[Any, Any, None], Callable[[], None]]:
+    """Return a producer that runs *producer* if *request* is within its caller's limits, and its release."""
+
+    async def decide() -> None:
+        await request.decided()
+        await producer
+
+    def release() -> None:
+        # It may never have begun.
+        producer.close()
+        request.forget_undecided()
+        request.provider_request.release()
+
+    return decide(), release

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from aioserver.auth.callers import Caller
     from aioserver.config import settings
     from aioserver.gateway.conversations import Conversations
-    from aioserver.gateway.router import Route
+    from aioserver.gateway.request import Route
     from aioserver.protocol.client_frames import Chat
     from aioserver.providers.request import Hold
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING
 
 from aioserver.errors import (
@@ -25,7 +25,7 @@ from aioserver.errors import (
 from aioserver.limits.gcra import Gcra
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import AsyncIterator, Callable, Iterator
 
 MINUTE = 60.0
 REVOKED = "this API key is no longer valid"
@@ -67,8 +67,12 @@ class Quota:
         self._per_minute = requests_per_minute
         self._rate.apply(*_minute(requests_per_minute))
 
-    def take(self) -> None:
+    def take(self) -> asyncio.Future[None] | None:
         """Count an answer that begins; call `give_back` once when it has ended.
+
+        Where other instances share the limits it may not be known yet whether the answer is within them. Then the
+        result is a future, to be awaited before a provider is asked: it raises one of the first two errors if the answer is
+        not. The answer is counted meanwhile; if it ends before that is known, the future is to be cancelled.
 
         Raises:
             ConcurrencyExceeded: `max_concurrent` answers run; nothing is counted.
@@ -88,6 +92,7 @@ class Quota:
                 f"requests_per_minute={self._per_minute} of this key reached", retry_after=delay
             )
         self.running += 1
+        return None
 
     def connect(self) -> None:
         """Count a connection; call `disconnect` once when it has ended.
@@ -113,16 +118,18 @@ class Quota:
         if unused:
             self._rate.take(-self._rate.interval)
 
-    @contextmanager
-    def used(self) -> Iterator[None]:
-        """Count an answer for the length of the `with`, and bind this task to the key.
+    @asynccontextmanager
+    async def used(self) -> AsyncIterator[None]:
+        """Count an answer for the length of the `async with`, and bind this task to the key.
 
         Raises:
             AioserverError: as `take` and `held`.
         """
-        self.take()
+        undecided = self.take()
         try:
             with self.held():
+                if undecided is not None:
+                    await undecided
                 yield
         finally:
             self.give_back()

@@ -139,7 +139,7 @@ async def test_a_revocation_ends_what_is_held_for_the_key() -> None:
     one, never = Quota(5, 5), asyncio.Event()
 
     async def answer() -> None:
-        with one.used():
+        async with one.used():
             await never.wait()
 
     task = asyncio.ensure_future(answer())
@@ -174,7 +174,7 @@ async def test_a_client_that_leaves_in_the_same_moment_has_left() -> None:
     one, never = Quota(5, 5), asyncio.Event()
 
     async def answer() -> None:
-        with one.used():
+        async with one.used():
             await never.wait()
 
     task = asyncio.ensure_future(answer())
@@ -191,7 +191,7 @@ async def test_places_of_cancelled_and_failed_answers_are_given_back() -> None:
     one, never = Quota(5, 50), asyncio.Event()
 
     async def answer(fault: Exception | None) -> None:
-        with one.used():
+        async with one.used():
             if fault is not None:
                 raise fault
             await never.wait()
