@@ -137,7 +137,7 @@ class Shares:
     def pace(self, user: PaceUser) -> None:
         """Share the pace of *user*."""
         self._paces[user.name] = user
-        user.stand(self.standing.state, self._instances)
+        user.stand(self.standing.state, self._of)
 
     def drop_pace(self, user: PaceUser) -> None:
         """Share a pace no more."""
@@ -174,6 +174,16 @@ class Shares:
                 holding.poke()
             else:
                 self._call_soon_for(holding)
+
+    @property
+    def instances(self) -> int:
+        """How many instances are members."""
+        return self.standing.members
+
+    def call_by(self, moment: float) -> None:
+        """Make the next call at *moment* at the latest."""
+        if moment < self.due and not self.standing.busy and not self.left:
+            self._set_due(moment)
 
     def call_soon(self) -> None:
         """Let the next call be due at once."""
@@ -311,7 +321,9 @@ class Shares:
         self._set_due(inf)
 
     def _set_due(self, due: float) -> None:
-        self.due = due
+        self.due = (
+            min(due, *(pace.ask_at for pace in self._paces.values())) if self._paces else due
+        )
         self.on_due()
 
     def _call_soon_for(self, holding: Holding) -> None:
@@ -327,7 +339,7 @@ class Shares:
         if old is not state:
             self.on_state(old, state, why)
         for pace in self._paces.values():
-            pace.stand(state, self._instances)
+            pace.stand(state, self._of)
 
     def _lapse(self) -> None:
         standing = self.standing
@@ -366,7 +378,7 @@ class Shares:
         return max(least, limit // count + (rank < limit % count))
 
     @property
-    def _instances(self) -> int:
+    def _of(self) -> int:
         """Of how many instances this one is, if it is alone; 0: of an unknown number."""
         view = self._fixed or self._view
         return 0 if view is None else view[1]
