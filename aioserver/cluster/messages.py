@@ -68,7 +68,7 @@ class PaceOp(NamedTuple):
     """Asks for *slots* of a pace; a negative number gives some back.
 
     Slots are *step* microseconds apart; after a rest `slack / step` more follow each other at once. Only those that
-    begin within *horizon* are given.
+    begin within *horizon* are given. A pace of which nothing is known has rested for *rested*.
     """
 
     name: str
@@ -76,6 +76,7 @@ class PaceOp(NamedTuple):
     step: float
     slack: float
     horizon: float
+    rested: float
 
 
 class Tell(NamedTuple):

@@ -278,9 +278,9 @@ class _Call:
                 limits.pop(name, None)
 
     def pace(self, op: PaceOp) -> Slots:
-        """GCRA (limits/gcra.py). A pace of which nothing is known begins without a burst."""
+        """GCRA (limits/gcra.py)."""
         now, name = self.now, op.name
-        due = max(self.world.paces.get(name, now), now - op.slack)
+        due = max(self.world.paces.get(name, now - op.rested), now - op.slack)
         if op.slots < 0:
             due = max(due + op.slots * op.step, now - op.slack)
         delays: list[float] = []

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
     from aioserver.cluster.messages import Slots
 
-# Slots that are kept in hand at most.
-MOST_KEPT = 32
+# Slots that are kept in hand at most; of the burst, all instances together keep this share.
+MOST_KEPT, SHARE_KEPT = 32, 0.5
 # Seconds after which a request looks again whether a slot has come; an answer lets it look at once.
 LOOK_AGAIN = 0.05
 # Seconds that an instance waits which does not know how many others there are.
@@ -69,12 +69,24 @@ class SharedRate(Gcra):
 
     Always: a start is counted on a slot in hand while the server is heard, and else on a part of the rate.
 
-    *waiting* tells how many requests wait for a start; *on_slots* is called when more may start than before.
+    *waiting* tells how many requests wait for a start; *on_slots* is called when more may start than before. *rested*: a
+    server that knows nothing of the rate allows the whole burst at once, and not one start after another. Of the burst,
+    all instances together keep *share_kept* in hand: the others can start so much less at once.
     """
 
     __slots__ = (
         *("_caller", "_local", "_next_at", "_no_burst", "_not_before", "_on_slots", "_slots"),
-        *("_state", "_step", "_waiting", "_instances", "_horizon", "ask_at", "name"),
+        *(
+            "_rested",
+            "_share_kept",
+            "_state",
+            "_step",
+            "_waiting",
+            "_instances",
+            "_horizon",
+            "ask_at",
+            "name",
+        ),
     )
 
     def __init__(
@@ -88,6 +100,8 @@ class SharedRate(Gcra):
         horizon: float = 0.1,
         waiting: Callable[[], int] = lambda: 1,
         on_slots: Callable[[], None] = lambda: None,
+        rested: bool = False,
+        share_kept: float = SHARE_KEPT,
     ) -> None:
         super().__init__(interval, tolerance, clock)
         self.name = name
@@ -95,6 +109,8 @@ class SharedRate(Gcra):
         self._caller = caller
         self._waiting = waiting
         self._on_slots = on_slots
+        self._rested = rested
+        self._share_kept = share_kept
         self._horizon = horizon
         # When each slot begins and ends, in this order; one that is kept does not end.
         self._slots: list[tuple[float, float]] = []
@@ -197,7 +213,12 @@ class SharedRate(Gcra):
         if not self._no_burst:
             slack = max(0.0, self._tolerance - self._horizon - kept * members * self.interval)
         return PaceOp(
-            self.name, count, self._step * SECOND, slack * SECOND, self._horizon * SECOND
+            self.name,
+            count,
+            self._step * SECOND,
+            slack * SECOND,
+            self._horizon * SECOND,
+            slack * SECOND if self._rested else 0.0,
         )
 
     def answered(self, slots: Slots | None, sent: float) -> None:
@@ -245,6 +266,8 @@ class SharedRate(Gcra):
         return self._slots
 
     def _kept(self) -> int:
-        """Return how many slots of the burst are kept in hand: with all instances half of the burst at most."""
+        """Return how many slots of the burst are kept in hand."""
         burst = (self._tolerance - self._horizon) / self.interval
-        return max(0, min(MOST_KEPT, int(burst / (2 * max(1, self._caller.instances)))))
+        return max(
+            0, min(MOST_KEPT, int(burst * self._share_kept / max(1, self._caller.instances)))
+        )

@@ -239,11 +239,12 @@ for _, name in ipairs(touched) do
   end
 end
 
--- Paces: GCRA. A pace of which nothing is known begins without a burst.
+-- Paces: GCRA.
 local slots = {}
 for _, pace in ipairs(paces) do
-  local name, count, step, slack, horizon = unpack(pace)
-  local due = math.max(tonumber(redis.call('GET', PREFIX .. 'pace:' .. name)) or now, now - slack)
+  local name, count, step, slack, horizon, rested = unpack(pace)
+  local due = tonumber(redis.call('GET', PREFIX .. 'pace:' .. name)) or now - rested
+  due = math.max(due, now - slack)
   local delays = {}
   if count < 0 then due = math.max(due + count * step, now - slack) end
   while #delays < count and due <= now + horizon do

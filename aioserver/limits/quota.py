@@ -52,7 +52,7 @@ class Quota:
         self.revoked = False
         self._max_concurrent = max_concurrent
         self._per_minute = requests_per_minute
-        self._rate = Gcra(*_minute(requests_per_minute), clock)
+        self._rate = Gcra(*minute(requests_per_minute), clock)
         # The tasks that are bound to the key, and whether they need an admin key.
         self._held: dict[asyncio.Task[object], bool] = {}
         # Those of them that were cancelled, and the error that each of them raises instead.
@@ -65,7 +65,7 @@ class Quota:
         self._max_concurrent = max_concurrent
         self._max_connections = max_connections
         self._per_minute = requests_per_minute
-        self._rate.apply(*_minute(requests_per_minute))
+        self._rate.apply(*minute(requests_per_minute))
 
     def take(self) -> asyncio.Future[None] | None:
         """Count an answer that begins; call `give_back` once when it has ended.
@@ -177,7 +177,7 @@ class Quota:
             task.cancel()
 
 
-def _minute(requests: int) -> tuple[float, float]:
+def minute(requests: int) -> tuple[float, float]:
     """Return the interval and the tolerance of *requests* a minute; after a rest all may start at once."""
     interval = MINUTE / requests
     return interval, (requests - 1) * interval

@@ -130,7 +130,14 @@ class Caller:
             if chance.random() < 0.6
         ]
         paces = [
-            PaceOp("P:one", chance.choice((1, 2, 5, -1)), 100_000.5, 250_000.0, 100_000.0)
+            PaceOp(
+                "P:one",
+                chance.choice((1, 2, 5, -1)),
+                100_000.5,
+                250_000.0,
+                100_000.0,
+                chance.choice((0.0, 250_000.0)),
+            )
             for _ in range(chance.choice((0, 0, 1)))
         ]
         tells = [

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from aioserver.cluster.shared_quota import KEPT, PATIENCE, SharedQuota
+from aioserver.cluster.shared_quota import PATIENCE, SharedQuota
 from aioserver.errors import ConcurrencyExceeded, InvalidApiKey, RateLimitExceeded
 from tests.support.twin import Twin
 from tests.support.waiting import until
+
+pytestmark = pytest.mark.virtual_time
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -130,7 +132,8 @@ async def test_the_rate_holds_over_all_instances_and_is_had_by_any(twin: Twin) -
                 one.give_back()
 
     assert began <= 31
-    assert began >= 30
+    # A slot that is used later than it begins is as much of the burst: 0.1 s, or one start here.
+    assert began >= 29
 
 
 async def test_a_refusal_by_rate_says_when_to_come_back(twin: Twin) -> None:
@@ -140,15 +143,12 @@ async def test_a_refusal_by_rate_says_when_to_come_back(twin: Twin) -> None:
     while await take(only):
         pass
 
-    undecided = only.take()
-    assert undecided is not None
     with pytest.raises(RateLimitExceeded, match=r"requests_per_minute=10 ") as refusal:
-        await undecided
-    only.give_back()
+        only.take()
 
     assert refusal.value.retry_after is not None
     assert 0 < refusal.value.retry_after <= 6.0
-    await asyncio.sleep(refusal.value.retry_after + 2 * KEPT)
+    await asyncio.sleep(refusal.value.retry_after)
     assert await take(only)
 
 
@@ -162,12 +162,15 @@ async def test_without_the_server_each_instance_has_its_fixed_share(twin: Twin) 
     assert taken == [2, 2]
 
 
-async def test_a_burst_over_a_slot_asks_for_some_more_and_then_asks_nothing(twin: Twin) -> None:
+async def test_a_burst_has_its_slots_and_what_comes_later_asks_nobody(twin: Twin) -> None:
     (shares,) = await joined(twin, 1)
     only = quota(shares, most=100, per_minute=6000)
     await asyncio.sleep(5)
-    taken = await asyncio.gather(*(take(only) for _ in range(20)))
+    taken = await asyncio.gather(*(take(only) for _ in range(100)))
     assert all(taken)
+    for _ in range(100):
+        only.give_back()
+    await asyncio.sleep(5)
 
     assert only.take() is None
 
