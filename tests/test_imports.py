@@ -19,7 +19,7 @@ LINE = (
 )
 ORDER = LINE.split()
 # Packages that do not exist yet.
-TO_COME = {"client", "cluster"}
+TO_COME = {"client"}
 # Folders of tests that are no package's: of pages, of deploy/ and docs/, of the whole server, and for all tests.
 OTHER_TESTS = {"browser", "deploy", "docs", "end_to_end", "fuzz", "simulation", "soak", "support"}
 # Modules, and what they may import inside a function, for start-up time or as an option.

@@ -144,6 +144,10 @@ class StreamStore:
         """Return the logs that have not ended, private ones included."""
         return tuple(self._running)
 
+    def finished(self) -> tuple[Stream, ...]:
+        """Return the logs that have ended and are kept, the oldest first."""
+        return tuple(self._finished)
+
     def drop(self, stream: Stream) -> None:
         """Forget *stream*, which has ended; a second call does nothing."""
         self._finished.pop(stream, None)
