@@ -31,7 +31,7 @@ from aioserver.cluster.claims import (
 )
 from aioserver.cluster.histories import Histories
 from aioserver.cluster.peers import Peers
-from aioserver.errors import RequestConflict, ServerShutdown, StreamNotFound
+from aioserver.errors import RequestConflict, ResumeGap, ServerShutdown, StreamNotFound
 from aioserver.gateway.elsewhere import NOT_FOUND, Start
 from aioserver.streams.entries import ERROR
 from aioserver.telemetry.counters import Counter
@@ -194,7 +194,11 @@ class ClusterStreams:
                 await handover.fill(stream, log, start, lambda: None)
                 stream.attachment.settle_claim()
                 return
-        if verdict.state in {NONE, KEPT} or verdict.owner == self._me:
+        if verdict.owner == self._me:
+            # Only one that was claimed a moment ago is looked for here.
+            self.peers.gateway.find(_caller(stream), stream.request_id, start.digest)
+            raise ResumeGap(f"event {start.after} does not exist yet")
+        if verdict.state in {NONE, KEPT}:
             raise StreamNotFound(NOT_FOUND)
         mirror = self.peers.attach(stream, verdict.owner, start, lambda: None)
         try:
@@ -279,6 +283,7 @@ class ClusterStreams:
         if stream.attachment.claimed is None:
             # It has no other name: its end is noted as that of a claimed one.
             stream.attachment.claimed = self._loop.create_future()
+            stream.attachment.settle_claim()
         self._watch()
         self._start(self._store.renew([claim]))
 

@@ -133,6 +133,26 @@ async def test_a_request_that_runs_elsewhere_is_attached_to(make: Make) -> None:
     assert b.cluster.stats().mirrors == c.cluster.stats().mirrors == 0
 
 
+async def test_a_client_that_leaves_while_its_id_is_claimed_finds_the_answer_again(
+    make: Make,
+) -> None:
+    a, b = await make()
+    async with a.server.connect() as first:
+        await first.send_json(chat("r1"))
+        seen = await until_status(first, "chunk")
+        async with b.server.connect() as second:
+            await second.send_json(chat("r1"))
+            # This takes the place of the first reader, before it is known who answers.
+            await second.send_json(resume("r1", 1))
+            rest = await to_end(second)
+        whole = seen + await to_end(first)
+
+    assert rest == whole[1:]
+    assert await answered(b) == whole
+    async with b.server.session.get(b.server.sse) as response:
+        assert len((await response.json())["streams"]) == 1
+
+
 async def test_of_two_that_ask_at_once_one_asks_the_provider(make: Make) -> None:
     every = await make(3)
 
