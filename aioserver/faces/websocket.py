@@ -125,7 +125,7 @@ class ChatSocket(Socket):
         request_id, after = command.request_id, command.last_event_id
         gateway = self._context.gateway
         try:
-            stream = gateway.find(self.caller, request_id)
+            stream = gateway.find(self.caller, request_id, after=after)
         except StreamNotFound:
             if gateway.elsewhere is None:
                 raise

@@ -210,6 +210,9 @@ class Elsewhere:
     def _note_end(self, stream: Stream) -> None:
         attachment = stream.attachment
         if attachment.claimed is not None:
+            if attachment.undecided and attachment.abandoned:
+                # Its client has left before it was known whether another instance has the answer.
+                self._streams.unname(stream)
             attachment.settle_claim(stream.error or StreamNotFound("this answer was cancelled"))
             if not attachment.mirrored:
                 self._instances.note_end(stream)

@@ -169,15 +169,20 @@ class Gateway:
             self._start(stream, request, self._produce_whole(request, stream))
         return stream
 
-    def find(self, caller: Caller, request_id: str, digest: bytes | None = None) -> Stream:
+    def find(
+        self, caller: Caller, request_id: str, digest: bytes | None = None, after: int | None = 0
+    ) -> Stream:
         """Return the caller's stream of *request_id*; with a *digest*, only that of the same request.
+
+        A stream of which is not known yet whether another instance has it is found to be read from its
+        start only: if events come after event *after*, they are there.
 
         Raises:
             StreamNotFound: there was never such a stream, it is no longer kept, or it is another caller's.
             RequestConflict: the id is known with another payload.
         """
         stream = self._streams.find(caller, request_id)
-        if stream is None:
+        if stream is None or (after != 0 and stream.attachment.undecided):
             raise StreamNotFound(NOT_FOUND)
         if digest is not None and stream.attachment.digest != digest:
             raise RequestConflict("this request id is known, with another payload")
@@ -191,7 +196,8 @@ class Gateway:
             ResumeGap: another instance has the stream, but not the events after *start*.
         """
         try:
-            return self.find(caller, request_id, start.digest)
+            after = start.after if start.sequence is None else None
+            return self.find(caller, request_id, start.digest, after)
         except StreamNotFound:
             if self.elsewhere is None:
                 raise

@@ -14,7 +14,7 @@ import logging
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from aiohttp import web
 
@@ -28,6 +28,7 @@ from aioserver.faces.context import Context, CurrentSettings, Lifecycle
 from aioserver.faces.http import Request
 from aioserver.gateway.calls import shutdown_error
 from aioserver.gateway.conversations import Conversations
+from aioserver.gateway.elsewhere import Instances
 from aioserver.gateway.gateway import Gateway
 from aioserver.gateway.router import Router
 from aioserver.limits.timer_wheel import TimerWheel
@@ -44,7 +45,7 @@ from aioserver.telemetry.request_log import RequestLog
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
 
     from aiohttp.typedefs import Handler, Middleware
 
@@ -91,13 +92,28 @@ class Server:
             open_socket.drain()
 
 
+class OtherInstances(Instances, Protocol):
+    """The streams of other instances, as the server opens and closes them."""
+
+    def serve(self, gateway: Gateway) -> None:
+        """Let other instances read the streams of *gateway*."""
+
+    async def close(self) -> None:
+        """Give others what has ended here, and leave them; the gateway was closed before."""
+
+
 @asynccontextmanager
 async def open_server(
-    settings: Settings, app: web.Application | None = None, *, pepper: bytes | None = None
+    settings: Settings,
+    app: web.Application | None = None,
+    *,
+    pepper: bytes | None = None,
+    others: Callable[[StreamStore, Conversations], OtherInstances] | None = None,
 ) -> AsyncIterator[Server]:
     """Make the server, and add its routes to *app*, or to a new application. Close it at the end.
 
-    *app* must not be frozen yet. *pepper* is the secret of browser sessions; see `pepper_of`.
+    *app* must not be frozen yet. *pepper* is the secret of browser sessions; see `pepper_of`. *others* makes what knows
+    the streams of other instances; None if there are none.
 
     Raises:
         ConfigurationError: a provider cannot be used as it is configured.
@@ -127,10 +143,16 @@ async def open_server(
         conversations = Conversations(service.context, service.repository.persistence)
         lag = LoopLag(loop, metrics.loop_lag)
         stack.callback(lag.close)
+        instances = None if others is None else others(streams, conversations)
+        if instances is not None:
+            stack.push_async_callback(instances.close)
+        request_log = RequestLog(metrics, lag)
         gateway = Gateway(
-            router, streams, conversations, service, chat.streams, RequestLog(metrics, lag)
+            router, streams, conversations, service, chat.streams, request_log, instances
         )
         stack.push_async_callback(gateway.close)
+        if instances is not None:
+            instances.serve(gateway)
         wheel = TimerWheel(loop, min(1.0, chat.websocket.ping_interval / WHEEL_GRAIN))
         stack.callback(wheel.close)
         sources = Sources(

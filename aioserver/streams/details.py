@@ -164,6 +164,11 @@ class Attachment:
         self.mirrored = self.expected = False
         self.broken: AioserverError | None = None
 
+    @property
+    def undecided(self) -> bool:
+        """Whether it is not known yet which instance fills the log."""
+        return self.claimed is not None and not self.claimed.done()
+
     def settle_claim(self, error: AioserverError | None = None) -> None:
         """Note that it is known which instance fills the log, or that the answer is refused with *error*."""
         if self.claimed is not None and not self.claimed.done():

@@ -121,7 +121,7 @@ class StreamStore:
         stream.private, stream.window = True, 0.0
         stream.attachment.mirrored = True
         stream.attachment.expected = not stream.readers
-        self._unname(stream)
+        self.unname(stream)
 
     def find(self, caller: Hashable, request_id: str) -> Stream | None:
         """Return the caller's log of this request id or alias; None if there is none."""
@@ -144,15 +144,20 @@ class StreamStore:
         """Return the logs that have not ended, private ones included."""
         return tuple(self._running)
 
+    def finished(self) -> tuple[Stream, ...]:
+        """Return the logs that have ended and are kept, the oldest first."""
+        return tuple(self._finished)
+
     def drop(self, stream: Stream) -> None:
         """Forget *stream*, which has ended; a second call does nothing."""
         self._finished.pop(stream, None)
         self._running.discard(stream)
-        self._unname(stream)
+        self.unname(stream)
         self._bytes -= stream.forget()
         self.on_dropped(stream)
 
-    def _unname(self, stream: Stream) -> None:
+    def unname(self, stream: Stream) -> None:
+        """Let *stream* be found by no name any more; a second call does nothing."""
         for name in (stream.request_id, stream.attachment.alias):
             if name is not None and self._by_name.get((stream.caller, name)) is stream:
                 del self._by_name[stream.caller, name]

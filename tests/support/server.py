@@ -249,12 +249,18 @@ def configured(base_url: str, changes: dict[str, Any], path: Path) -> Configurat
 
 @contextlib.asynccontextmanager
 async def running(
-    path: Path, behaviour: Behaviour = QUICK, changes: dict[str, Any] | None = None
+    path: Path,
+    behaviour: Behaviour = QUICK,
+    changes: dict[str, Any] | None = None,
+    others: Any = None,
 ) -> AsyncIterator[RunningServer]:
-    """Run a server until the end of the block; then no request may hold anything any more."""
+    """Run a server until the end of the block; then no request may hold anything any more.
+
+    *others*: as that of `open_server`.
+    """
     async with Simulator(behaviour) as simulator:
         configuration = configured(simulator.base_url, changes or {}, path)
-        async with open_server(configuration.settings) as owners:
+        async with open_server(configuration.settings, others=others) as owners:
             runner = Runner(owners)
             await runner.setup()
             try:
