@@ -207,12 +207,13 @@ def loop_factory(name: str) -> Callable[[], asyncio.AbstractEventLoop]:
 class _Stop:
     """Whether this process was asked to end, and how.
 
-    *hand_over*: whether other processes go on to serve the same sockets.
+    *hand_over*: whether other processes go on to serve the same sockets. *orphaned*: whether the parent is gone.
     """
 
     def __init__(self) -> None:
         self.asked = asyncio.Event()
         self.hand_over = False
+        self.orphaned = False
         self._signalled = False
 
     def by_signal(self) -> None:
@@ -230,8 +231,8 @@ class _Stop:
     def by_lifeline(self, lifeline: int) -> None:
         """End, since the parent is gone."""
         asyncio.get_running_loop().remove_reader(lifeline)
-        if not self.asked.is_set():
-            logger.warning("the parent process is gone")
+        logger.warning("the parent process is gone")
+        self.orphaned = True
         self.asked.set()
 
 
@@ -324,7 +325,11 @@ async def _serve(
     try:
         await stop.asked.wait()
         logger.info("stopping")
-        notifier.stopping()
+        if stop.orphaned:
+            # Nobody is left who could be told.
+            notifier.close()
+        else:
+            notifier.stopping()
         reloading.cancel()
         await runner.end(hand_over=stop.hand_over)
     finally:
