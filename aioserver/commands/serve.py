@@ -145,6 +145,7 @@ def _serve_with_workers(
         ConfigurationError: a worker could not read what this process has read.
         Unfit: this system lacks what a parent needs.
     """
+    preflight.check_workers()
     from aioserver.server.parent import Parent  # noqa: PLC0415 - one process needs none of it
 
     # As each worker does.
@@ -157,11 +158,12 @@ def _serve_with_workers(
     log_remarks(configuration)
     parent = Parent(configuration, environ, inherited, sys.orig_argv, output.announce)
     try:
-        code = parent.run()
+        parent.listen()
     except OSError as exc:
         websocket = configuration.settings.chat.websocket
         print(preflight.cannot_listen(websocket.host, websocket.port, exc), file=sys.stderr)
-        code = 1
+        return 1
+    code = parent.run()
     output.give_up()
     return code
 
