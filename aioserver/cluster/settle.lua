@@ -8,6 +8,7 @@
 --   PREFIX world       the members and the time          PREFIX names       the names of all limits
 --   PREFIX limit:NAME  who holds and wants how much      PREFIX pace:NAME   when its next slot begins
 --   PREFIX told        what is known of providers        PREFIX wake:INSTANCE  a channel that wakes an instance
+--   PREFIX m           the names of all members
 --
 -- Lua iterates over a table in no order, and compares strings by the server's locale: so whoever comes first
 -- is decided by numbers. Numbers are passed to commands as they are: `..` would keep 14 digits of them.
@@ -45,6 +46,7 @@ if not world then
     number = 0, version = 0, members = {}, gone = {}, awaited = {},
   }
 end
+local former_number = world.number
 local members, gone, awaited = world.members, world.gone, world.awaited
 local former = members[me] or gone[me]
 if former and seq <= former[SEQ] then return redis.error_reply('STALE the call was given up') end
@@ -323,6 +325,12 @@ if not bye then
 end
 
 write('world', world)
+-- The members by themselves, for the scripts of claims (cluster/claims.py).
+if world.number ~= former_number or redis.call('EXISTS', PREFIX .. 'm') == 0 then
+  redis.call('DEL', PREFIX .. 'm')
+  for instance, member in pairs(members) do redis.call('ZADD', PREFIX .. 'm', member[NUMBER], instance) end
+end
+redis.call('EXPIRE', PREFIX .. 'm', DAY)
 for instance, words in pairs(wakes) do
   redis.call('PUBLISH', PREFIX .. 'wake:' .. instance, cmsgpack.pack(words))
 end

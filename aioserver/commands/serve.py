@@ -145,6 +145,7 @@ def _serve_with_workers(
         ConfigurationError: a worker could not read what this process has read.
         Unfit: this system lacks what a parent needs.
     """
+    preflight.check_workers()
     from aioserver.server.parent import Parent  # noqa: PLC0415 - one process needs none of it
 
     # As each worker does.
@@ -157,11 +158,12 @@ def _serve_with_workers(
     log_remarks(configuration)
     parent = Parent(configuration, environ, inherited, sys.orig_argv, output.announce)
     try:
-        code = parent.run()
+        parent.listen()
     except OSError as exc:
         websocket = configuration.settings.chat.websocket
         print(preflight.cannot_listen(websocket.host, websocket.port, exc), file=sys.stderr)
-        code = 1
+        return 1
+    code = parent.run()
     output.give_up()
     return code
 
@@ -207,12 +209,13 @@ def loop_factory(name: str) -> Callable[[], asyncio.AbstractEventLoop]:
 class _Stop:
     """Whether this process was asked to end, and how.
 
-    *hand_over*: whether other processes go on to serve the same sockets.
+    *hand_over*: whether other processes go on to serve the same sockets. *orphaned*: whether the parent is gone.
     """
 
     def __init__(self) -> None:
         self.asked = asyncio.Event()
         self.hand_over = False
+        self.orphaned = False
         self._signalled = False
 
     def by_signal(self) -> None:
@@ -230,8 +233,8 @@ class _Stop:
     def by_lifeline(self, lifeline: int) -> None:
         """End, since the parent is gone."""
         asyncio.get_running_loop().remove_reader(lifeline)
-        if not self.asked.is_set():
-            logger.warning("the parent process is gone")
+        logger.warning("the parent process is gone")
+        self.orphaned = True
         self.asked.set()
 
 
@@ -324,7 +327,11 @@ async def _serve(
     try:
         await stop.asked.wait()
         logger.info("stopping")
-        notifier.stopping()
+        if stop.orphaned:
+            # Nobody is left who could be told.
+            notifier.close()
+        else:
+            notifier.stopping()
         reloading.cancel()
         await runner.end(hand_over=stop.hand_over)
     finally:

@@ -121,15 +121,12 @@ class Parent:
         self._ear = _ear()
         self._mask: set[Any] = set()
 
-    def run(self) -> int:
-        """Serve until SIGTERM or SIGINT. Return the exit code.
+    def listen(self) -> None:
+        """Open the port, unless it was inherited; connections wait in it until workers accept them.
 
         Raises:
             OSError: the address is in use, or is not one of this machine.
         """
-        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        # If it is ignored, the kernel keeps no exit codes.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         settings = self._at_start.chat.websocket
         if not self._sockets:
             infos = socket.getaddrinfo(settings.host, settings.port, **listener.LOOK_UP)
@@ -137,6 +134,12 @@ class Parent:
             for sock in self._sockets:
                 sock.listen(settings.concurrency.uvicorn.backlog)
         self._url = listener.url_of(*listener.address_of(self._sockets[0]))
+
+    def run(self) -> int:
+        """Serve until SIGTERM or SIGINT, after `listen`. Return the exit code."""
+        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        # If it is ignored, the kernel keeps no exit codes.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         logger.info("workers: %d, %s", self._workers, _shares(self._at_start))
         self._supervisor.start()
         while (code := self._supervisor.code) is None:
