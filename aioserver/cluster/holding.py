@@ -87,7 +87,7 @@ class Holding:
         "_poked",
         "_standing",
         "_wanted",
-        *("hand", "held", "limit", "name"),
+        *("hand", "dropped", "held", "limit", "name"),
         *("starving", "user"),
     )
 
@@ -100,6 +100,8 @@ class Holding:
         self.hand = 0
         self.held = 0
         self.starving = False
+        # Whether the limit is shared no more: all of it is given back.
+        self.dropped = False
         self._least = least
         self._standing = standing
         # The want of which the server knows, as far as it was not answered.
@@ -163,6 +165,8 @@ class Holding:
 
     def wants_call(self) -> bool:
         """Return whether something is to be said that does not wait for the next beat."""
+        if self.dropped:
+            return False
         if self._standing.state is not State.JOINED or self._standing.blind:
             return False
         inside, wanting = self.user.inside, self.user.wanting
@@ -175,6 +179,9 @@ class Holding:
     def op(self) -> Op | None:
         """Say what this instance has and wants, and lower the hand to it; None if there is nothing to say."""
         standing, inside, wanting = self._standing, self.user.inside, self.user.wanting
+        if self.dropped:
+            self.resize(0)
+            return Op(self.name, 0, self.held, 0, 1, self.limit, 0)
         target = 0 if self.starving or standing.leaving else self._to_spare()
         if standing.leaving:
             have, wanting = inside, 0
@@ -197,6 +204,8 @@ class Holding:
 
     def answered(self, op: Op, result: Result, *, use: bool) -> None:
         """Take in the server's *result*; without *use* nothing more is taken in hand for it."""
+        if self.dropped:
+            return
         self.held = result.held
         self._wanted = max(0, op.want - max(0, result.held - op.have))
         self.starving = use and (result.starving > 0 or self._poked)

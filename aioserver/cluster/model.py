@@ -215,17 +215,20 @@ class _Call:
         limit.unheard.pop(me, None)
         self.spare[op.name] = op.spare
         held = limit.holds.get(me, Hold(0)).held - op.give
-        # What I have is what I say, unless more is known here: it was given since.
-        limit.holds[me] = Hold(op.have if anew or held < op.have else held)
-        if op.want <= 0:
+        # What I have is what I say, unless more is known here: it was given since, and answers a part of what I want.
+        if anew or held < op.have:
+            held = op.have
+        limit.holds[me] = Hold(held)
+        want = op.want - (held - op.have)
+        if want <= 0:
             limit.wants.pop(me, None)
         elif me in limit.wants:
-            limit.wants[me].need, limit.wants[me].weight = op.want, op.weight
+            limit.wants[me].need, limit.wants[me].weight = want, op.weight
         else:
             limit.orders += 1
             # At virtual time, or where its last turn has ended.
             tag = max(limit.virtual, limit.turns.get(me, 0))
-            limit.wants[me] = Want(tag, limit.orders, op.want, op.weight)
+            limit.wants[me] = Want(tag, limit.orders, want, op.weight)
             self.newly.add(op.name)
 
     def share_out(self, name: str, limit: Limit, reserve: float, *, blind: bool) -> int:

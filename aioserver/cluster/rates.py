@@ -84,9 +84,9 @@ class SharedRate(Gcra):
             "_waiting",
             "_instances",
             "_horizon",
-            "ask_at",
-            "name",
+            "_served",
         ),
+        *("ask_at", "name"),
     )
 
     def __init__(
@@ -118,6 +118,8 @@ class SharedRate(Gcra):
         self._next_at = 0.0
         # What a start is worth now, in seconds: more than the interval while the provider wants it.
         self._step = interval
+        # Whether the last answer brought slots.
+        self._served = False
         self._not_before = -inf
         self._no_burst = False
         self._state = State.ALONE
@@ -238,6 +240,7 @@ class SharedRate(Gcra):
             self._slots.append((begins, ends))
         self._slots.sort()
         self._next_at = now + slots.next / SECOND
+        self._served = bool(slots.delays)
         self._on_slots()
 
     def stand(self, state: State, instances: int) -> None:
@@ -254,8 +257,12 @@ class SharedRate(Gcra):
         self._on_slots()
 
     def _ask(self, now: float) -> None:
-        """Ask for slots once the next ones are well within the horizon: for several of a fast pace in one call."""
-        moment = max(now, self._next_at - self._horizon / 2, self._not_before)
+        """Ask for slots once the next ones are well within the horizon: for several of a fast pace in one call.
+
+        An instance that was given some at last asks later than those that were not.
+        """
+        before = self._horizon / (4 if self._served else 2)
+        moment = max(now, self._next_at - before, self._not_before)
         if moment < self.ask_at:
             self.ask_at = moment
             self._caller.call_by(moment)

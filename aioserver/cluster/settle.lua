@@ -149,6 +149,7 @@ if not bye then
     local held = (limit.holds[me] or { 0, 0 })[HELD] - give
     if anew or held < have then held = have end
     limit.holds[me] = { held, 0 }
+    want = want - (held - have)
     if want <= 0 then
       limit.wants[me] = nil
     elseif limit.wants[me] then

@@ -129,10 +129,9 @@ class Shares:
         """Share a limit no more. What is inside goes on, and is not counted."""
         if self._holdings.get(holding.name) is holding:
             del self._holdings[holding.name]
-            self._dirty.discard(holding)
             self._asking.discard(holding)
-            self._next_whole = -inf
-            self.call_soon()
+            holding.dropped = True
+            self._call_soon_for(holding)
 
     def pace(self, user: PaceUser) -> None:
         """Share the pace of *user*."""
@@ -206,12 +205,15 @@ class Shares:
         self._sent = self._clock()
         self._whole = standing.state is not State.JOINED or standing.blind or standing.leaving
         self._whole = self._whole or self._sent >= self._next_whole
-        holdings = list(self._holdings.values() if self._whole else self._dirty | self._asking)
+        holdings = self._dirty | self._asking
+        if self._whole:
+            holdings.update(self._holdings.values())
         self._dirty.clear()
         self._asking.clear()
         if self._whole:
             self._next_whole = self._sent + self.times.beat
-        self._ops = [(holding, op) for holding in holdings if (op := holding.op()) is not None]
+        in_order = sorted(holdings, key=lambda holding: holding.name)
+        self._ops = [(holding, op) for holding in in_order if (op := holding.op()) is not None]
         self._bye = standing.leaving and not any(
             each.user.inside for each in self._holdings.values()
         )
@@ -297,6 +299,7 @@ class Shares:
         for user in self._pace_ops:
             user.answered(None, self._sent)
         self.told.failed()
+        self._dirty.update(holding for holding, _op in self._ops if holding.dropped)
         self._ops, self._pace_ops = [], []
         self.check()
         now = self._clock()

@@ -52,6 +52,8 @@ def state_of(server: RedisServer) -> dict[str, Any]:
         name = key.decode().removeprefix(PREFIX)
         if name == "names":
             state[name] = sorted(server.call("SMEMBERS", key))
+        elif name == "m":
+            state[name] = server.call("ZRANGE", key, 0, -1)
         elif name.startswith("pace:"):
             state[name] = float(server.call("GET", key))
         else:
@@ -92,6 +94,10 @@ def state_of_twin(model: Model) -> dict[str, Any]:
     if limits:
         state["names"] = sorted(name.encode() for name in world.limits)
     state["told"] = world.told
+    state["m"] = sorted(
+        (name.encode() for name in world.members),
+        key=lambda name: world.members[name.decode()].number,
+    )
     return {key: value for key, value in plain(state).items() if value}
 
 
