@@ -40,6 +40,11 @@ class _Key:
     quota: Quota
 
 
+def quota_of(key: ClientKey) -> Quota:
+    """Return the quota of *key*, where this instance is the only one."""
+    return Quota(key.max_concurrent, key.requests_per_minute, max_connections=key.max_connections)
+
+
 class Keys:
     """The valid keys, and the sessions made of them.
 
@@ -47,8 +52,14 @@ class Keys:
     and a comparison; a name keeps its counts for as long as its key stays the same.
     """
 
-    def __init__(self, pepper: bytes = b"", clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        pepper: bytes = b"",
+        clock: Callable[[], float] = time.time,
+        make_quota: Callable[[ClientKey], Quota] = quota_of,
+    ) -> None:
         self._pepper = pepper
+        self._make_quota = make_quota
         # Wall time: a session may be older than the process.
         self._clock = clock
         self._by_name: dict[str, _Key] = {}
@@ -73,11 +84,7 @@ class Keys:
                 if old_key.caller.admin and not settings.admin:
                     quota.demote()
             else:
-                quota = Quota(
-                    settings.max_concurrent,
-                    settings.requests_per_minute,
-                    max_connections=settings.max_connections,
-                )
+                quota = self._make_quota(settings)
             caller = Caller(
                 settings.name,
                 priority=settings.priority,

@@ -15,16 +15,12 @@ import contextlib
 import logging
 from typing import TYPE_CHECKING, Any, Protocol
 
-from redis.asyncio import ConnectionPool
-from redis.exceptions import RedisError
-
+from aioserver.cluster.connection import CallFailed, Connection, Subscription
 from aioserver.cluster.peer_messages import Malformed, decode, encode
 from aioserver.telemetry.counters import Counter
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from redis.asyncio.connection import AbstractConnection
 
     from aioserver.cluster.peer_messages import Message
 
@@ -32,16 +28,10 @@ logger = logging.getLogger("aioserver.cluster")
 
 # Seconds in which Redis answers: more, and its connection is made again.
 TIMEOUT = 1.0
-# Seconds before a broken connection is made again, doubling up to the second number.
-MIN_PAUSE, MAX_PAUSE = 0.05, 1.0
 # Bytes that wait to be published; beyond, messages are lost, which their readers notice.
 MAX_WAITING = 1 << 25
 # Commands that wait for Redis.
 MAX_COMMANDS = 10_000
-
-
-class Unreachable(Exception):
-    """Redis does not answer."""
 
 
 class Commands(Protocol):
@@ -102,87 +92,54 @@ class Outbox:
 
 
 class RedisCommands:
-    """One connection to Redis: what is asked within a turn goes out together.
+    """A connection for commands that may be given up: their answers are then not awaited, and may come.
 
     Always: commands are carried out in the order in which they were asked, each at most once.
     """
 
-    def __init__(self, pool: ConnectionPool) -> None:
-        self._pool = pool
+    def __init__(self, url: str) -> None:
+        self._connection = Connection(url, bound=TIMEOUT)
         self._loop = asyncio.get_running_loop()
-        self._asked: list[tuple[tuple[Any, ...], asyncio.Future[Any]]] = []
-        self._wake = asyncio.Event()
-        self._task = self._loop.create_task(self._run())
-        self.connected = False
+        self._asked: set[asyncio.Task[Any]] = set()
+        self._opening = self._loop.create_task(_open(self._connection))
+
+    @property
+    def connected(self) -> bool:
+        """Whether commands are carried out."""
+        return self._connection.connected
 
     def ask(self, *args: bytes | str | float) -> asyncio.Future[Any]:
         """Return the future answer to a command."""
-        answer: asyncio.Future[Any] = self._loop.create_future()
-        if len(self._asked) >= MAX_COMMANDS or self._task.done():
-            answer.set_exception(Unreachable("too many commands wait for Redis"))
-        else:
-            self._asked.append((args, answer))
-            self._wake.set()
+        if len(self._asked) >= MAX_COMMANDS:
+            refused: asyncio.Future[Any] = self._loop.create_future()
+            refused.set_exception(CallFailed("too many commands wait for the server"))
+            return refused
+        answer = self._loop.create_task(self._connection.execute(*args))
+        self._asked.add(answer)
+        answer.add_done_callback(self._answered)
         return answer
 
     async def execute(self, *args: bytes | str | float) -> Any:
-        """Return the answer to a command.
+        """Return the answer to a command. Cancelling it only ends the wait.
 
         Raises:
-            Unreachable: Redis does not answer.
-            RedisError: it refuses the command.
+            CallFailed: there is no answer within TIMEOUT, or an error.
         """
-        return await self.ask(*args)
+        return await asyncio.shield(self.ask(*args))
 
     async def close(self) -> None:
         """End the connection; what waits for an answer gets none."""
-        self._task.cancel()
-        await asyncio.wait((self._task,))
-        self._fail(self._asked, Unreachable("the connection is closed"))
+        self._opening.cancel()
+        for asked in tuple(self._asked):
+            asked.cancel()
+        await asyncio.wait((self._opening, *self._asked))
+        await self._connection.close()
 
-    async def _run(self) -> None:
-        pause = MIN_PAUSE
-        while True:
-            connection = self._pool.make_connection()  # type: ignore[no-untyped-call]
-            try:
-                async with asyncio.timeout(TIMEOUT):
-                    await connection.connect()
-                self.connected, pause = True, MIN_PAUSE
-                while True:
-                    await self._wake.wait()
-                    self._wake.clear()
-                    await self._exchange(connection)
-            except (OSError, RedisError, TimeoutError) as exc:
-                asked, self._asked = self._asked, []
-                self._fail(asked, Unreachable(f"Redis does not answer: {exc!r}"))
-            finally:
-                self.connected = False
-                await _disconnect(connection)
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, MAX_PAUSE)
-
-    async def _exchange(self, connection: AbstractConnection) -> None:
-        asked, self._asked = self._asked, []
-        try:
-            async with asyncio.timeout(TIMEOUT):
-                commands = connection.pack_commands([args for args, _answer in asked])
-                await connection.send_packed_command(b"".join(commands))
-                for _args, answer in asked:
-                    reply = await connection.read_response(push_request=False)
-                    if not answer.done():
-                        if isinstance(reply, Exception):
-                            answer.set_exception(reply)
-                        else:
-                            answer.set_result(reply)
-        except BaseException as exc:
-            self._fail(asked, Unreachable(f"Redis does not answer: {exc!r}"))
-            raise
-
-    @staticmethod
-    def _fail(asked: list[tuple[tuple[Any, ...], asyncio.Future[Any]]], error: Exception) -> None:
-        for _args, answer in asked:
-            if not answer.done():
-                answer.set_exception(error)
+    def _answered(self, answer: asyncio.Task[Any]) -> None:
+        self._asked.discard(answer)
+        if not answer.cancelled():
+            # Whoever asked may not wait any more.
+            answer.exception()
 
 
 class RedisBus:
@@ -195,19 +152,23 @@ class RedisBus:
         # Publications that were none, and messages that were lost since too many waited.
         self.malformed, self.lost = Counter(), Counter()
         self._prefix = prefix
-        self._pool: ConnectionPool = ConnectionPool.from_url(
-            url, protocol=2, socket_timeout=None, health_check_interval=0
+        self.commands = RedisCommands(url)
+        self._subscription = Subscription(
+            url,
+            {channel_of(prefix, name): self._receive},
+            bound=TIMEOUT,
+            on_loss=lambda failure: logger.warning(
+                "messages of other instances are not heard: %s", failure
+            ),
         )
-        self.commands = RedisCommands(self._pool)
         self._outbox = Outbox(name, self._publish)
         self._waiting = 0
-        self._subscribed = False
-        self._listener = asyncio.get_running_loop().create_task(self._listen())
+        self._opening = asyncio.get_running_loop().create_task(_open(self._subscription))
 
     @property
     def connected(self) -> bool:
         """Whether messages come and go."""
-        return self._subscribed and self.commands.connected
+        return self._subscription.connected and self.commands.connected
 
     def send(self, target: str, message: Message) -> None:
         """Send *message* to the instance *target*, with all others of this turn of the event loop."""
@@ -215,8 +176,9 @@ class RedisBus:
 
     async def close(self) -> None:
         """Hear and say nothing any more."""
-        self._listener.cancel()
-        await asyncio.wait((self._listener,))
+        self._opening.cancel()
+        await asyncio.wait((self._opening,))
+        await self._subscription.close()
         await self.commands.close()
 
     def _publish(self, target: str, data: bytes) -> None:
@@ -234,31 +196,9 @@ class RedisBus:
         answer = self.commands.ask("PUBLISH", channel_of(self._prefix, target), data)
         answer.add_done_callback(published)
 
-    async def _listen(self) -> None:
-        pause = MIN_PAUSE
-        while True:
-            connection = self._pool.make_connection()  # type: ignore[no-untyped-call]
-            try:
-                async with asyncio.timeout(TIMEOUT):
-                    await connection.connect()
-                    await connection.send_command("SUBSCRIBE", channel_of(self._prefix, self.name))
-                    await connection.read_response()
-                self._subscribed, pause = True, MIN_PAUSE
-                while True:
-                    reply = await connection.read_response(timeout=None)
-                    if isinstance(reply, list) and len(reply) == 3 and reply[0] == b"message":
-                        self._receive(reply[2])
-            except (OSError, RedisError, TimeoutError) as exc:
-                logger.warning("messages of other instances are not heard: %r", exc)
-            finally:
-                self._subscribed = False
-                await _disconnect(connection)
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, MAX_PAUSE)
-
-    def _receive(self, data: object) -> None:
+    def _receive(self, data: bytes) -> None:
         try:
-            publication = decode(data if isinstance(data, bytes) else b"")
+            publication = decode(data)
         except Malformed:
             self.malformed.value += 1
             return
@@ -266,6 +206,7 @@ class RedisBus:
             self.on_message(publication.sender, message)
 
 
-async def _disconnect(connection: AbstractConnection) -> None:
-    with contextlib.suppress(OSError, RedisError):
-        await connection.disconnect(nowait=True)
+async def _open(connection: Connection) -> None:
+    # A server that is not there is looked for in the background.
+    with contextlib.suppress(CallFailed):
+        await connection.open()

@@ -52,9 +52,11 @@ class Pace:
         clock: Callable[[], float] = time.monotonic,
         *,
         tokens_per_minute: int = 0,
+        make_rate: Callable[[float, float], Gcra] | None = None,
     ) -> None:
         self._clock = clock
-        self._starts = Gcra(60.0 / per_minute, _tolerance(per_minute, burst), clock)
+        rate = 60.0 / per_minute, _tolerance(per_minute, burst)
+        self._starts = Gcra(*rate, clock) if make_rate is None else make_rate(*rate)
         self._tokens = _token_rate(tokens_per_minute, clock)
         self._closed_until = 0.0
         # Called with the seconds for which the provider wants to be left alone.

@@ -15,6 +15,7 @@ from math import inf
 from typing import TYPE_CHECKING
 
 from aioserver.limits.gate import Gate, GateStats, Place
+from aioserver.limits.gcra import Gcra
 from aioserver.provider_errors import ProviderPaced, ProviderQueueFull, ProviderQueueTimeout
 from aioserver.providers.pace import Pace
 
@@ -75,6 +76,7 @@ class ProviderGate(Gate):
         self._name = name
         self._limits = limits
         self._health = health
+        self._clock = clock
         # The parked requests, each done when it may come back, with the time at which its wait began.
         self._parked: dict[asyncio.Future[None], float] = {}
         # The attempts under way whose requests have waited, and come back if the provider is still away;
@@ -85,6 +87,7 @@ class ProviderGate(Gate):
             _burst(limits),
             clock,
             tokens_per_minute=limits.tokens_per_minute,
+            make_rate=self._make_rate,
         )
         super().__init__(
             limits.concurrent_requests,
@@ -208,6 +211,9 @@ class ProviderGate(Gate):
             return stats
         longest = self._clock() - min(self._parked.values())
         return replace(stats, oldest_wait=max(stats.oldest_wait, longest))
+
+    def _make_rate(self, interval: float, tolerance: float) -> Gcra:
+        return Gcra(interval, tolerance, self._clock)
 
     def _handed_over(self, waiter: Waiter[Place]) -> None:
         if waiter.rejoined or self._health.breaker.dead:

@@ -9,8 +9,9 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from aioserver.cluster.bus import Outbox, Unreachable
+from aioserver.cluster.bus import Outbox
 from aioserver.cluster.claims import CONFLICT, KEPT, NONE, OURS, THEIRS, Verdict
+from aioserver.cluster.connection import CallFailed
 from aioserver.cluster.instances import ClusterStreams
 from aioserver.cluster.peer_messages import decode
 from tests.support.server import QUICK, RunningServer, running
@@ -162,7 +163,7 @@ class MemoryClaims:
         self._world.calls += 1
         await asyncio.sleep(0)
         if self._world.away:
-            raise Unreachable("away")
+            raise CallFailed("away")
         return asyncio.get_running_loop().time()
 
     def _claim(self, name: str, now: float) -> Claim | None:
