@@ -67,6 +67,8 @@ class Shares:
         self.instance = instance
         self.times = times
         self.on_due, self.on_state = on_due, on_state
+        # Called when another number of instances is known.
+        self.on_members: Callable[[], None] = lambda: None
         self._clock = clock
         self._fixed = fixed
         # The rank and the number of instances, as they were last told and adopted.
@@ -366,7 +368,9 @@ class Shares:
         Until all others know of this instance, its share is within both its former one and the one to come.
         """
         self._heard = answer.number
-        self.standing.members = max(1, len(self.members))
+        before, self.standing.members = self.standing.members, max(1, len(self.members))
+        if self.standing.members != before:
+            self.on_members()
         if answer.known_to_all:
             self._view = answer.rank, answer.count
         elif self._view is not None:

@@ -20,7 +20,7 @@ from aiohttp import web
 
 from aioserver.auth.access import Access
 from aioserver.auth.guard import Guard, Policy
-from aioserver.auth.keys import pepper_of
+from aioserver.auth.keys import pepper_of, quota_of
 from aioserver.auth.origins import Origins
 from aioserver.faces import openai, pages, responses, session, sse, status, websocket
 from aioserver.faces.admission import Admission
@@ -35,6 +35,7 @@ from aioserver.limits.timer_wheel import TimerWheel
 from aioserver.monitoring import prometheus
 from aioserver.monitoring.monitor import Monitor
 from aioserver.monitoring.snapshot import Sources
+from aioserver.providers.queueing import ProviderGate
 from aioserver.providers.registry import ProviderRegistry
 from aioserver.server.middleware import make_middleware
 from aioserver.streams.fast_path import Outbox
@@ -45,12 +46,15 @@ from aioserver.telemetry.request_log import RequestLog
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Mapping
 
     from aiohttp.typedefs import Handler, Middleware
 
     from aioserver.config import Configuration
-    from aioserver.config.settings import Concurrency, Settings
+    from aioserver.config.settings import ClientKey, Concurrency, HttpClient, Settings
+    from aioserver.limits.quota import Quota
+    from aioserver.providers.health import Health
+    from aioserver.providers.provider import Provider
 
 logger = logging.getLogger("aioserver.app")
 
@@ -102,18 +106,36 @@ class OtherInstances(Instances, Protocol):
         """Give others what has ended here, and leave them; the gateway was closed before."""
 
 
+class Cluster(Protocol):
+    """What several instances share: see `cluster.membership.Membership`."""
+
+    def make_gate(
+        self, name: str, limits: HttpClient, health: Health, clock: Callable[[], float]
+    ) -> ProviderGate:
+        """Return the gate of a provider."""
+
+    def make_quota(self, key: ClientKey) -> Quota:
+        """Return the quota of a key."""
+
+    def streams(self, store: StreamStore, conversations: Conversations) -> OtherInstances:
+        """Return what knows the streams of other instances."""
+
+    def serve(self, providers: Callable[[], Mapping[str, Provider]], monitor: Monitor) -> None:
+        """Let what others tell reach *providers*, and operators read in *monitor* how the cluster is."""
+
+
 @asynccontextmanager
 async def open_server(
     settings: Settings,
     app: web.Application | None = None,
     *,
     pepper: bytes | None = None,
-    others: Callable[[StreamStore, Conversations], OtherInstances] | None = None,
+    cluster: Cluster | None = None,
 ) -> AsyncIterator[Server]:
     """Make the server, and add its routes to *app*, or to a new application. Close it at the end.
 
-    *app* must not be frozen yet. *pepper* is the secret of browser sessions; see `pepper_of`. *others* makes what knows
-    the streams of other instances; None if there are none.
+    *app* must not be frozen yet. *pepper* is the secret of browser sessions; see `pepper_of`. *cluster*: what this instance
+    shares with others; None if it is the only one.
 
     Raises:
         ConfigurationError: a provider cannot be used as it is configured.
@@ -125,12 +147,14 @@ async def open_server(
     current = CurrentSettings(settings)
     lifecycle = Lifecycle()
     listening: list[socket.socket] = []
-    access = Access(settings.auth, pepper_of(llm) if pepper is None else pepper)
+    make_quota = quota_of if cluster is None else cluster.make_quota
+    access = Access(settings.auth, pepper_of(llm) if pepper is None else pepper, make_quota)
     origins = Origins(chat.websocket.allow_origins, credentials=chat.websocket.allow_credentials)
     guard = Guard(access, origins)
     admission = Admission(chat.websocket.concurrency, metrics, chat.streams.send_timeout)
     async with AsyncExitStack() as stack:
-        provider_registry = ProviderRegistry(metrics)
+        make_gate = ProviderGate if cluster is None else cluster.make_gate
+        provider_registry = ProviderRegistry(metrics, make_gate)
         stack.push_async_callback(provider_registry.close)
         await provider_registry.prepare(llm)
         provider_registry.apply(llm, max_response_bytes=chat.streams.max_response_bytes)
@@ -143,7 +167,7 @@ async def open_server(
         conversations = Conversations(service.context, service.repository.persistence)
         lag = LoopLag(loop, metrics.loop_lag)
         stack.callback(lag.close)
-        instances = None if others is None else others(streams, conversations)
+        instances = None if cluster is None else cluster.streams(streams, conversations)
         if instances is not None:
             stack.push_async_callback(instances.close)
         request_log = RequestLog(metrics, lag)
@@ -169,6 +193,8 @@ async def open_server(
         )
         monitor = Monitor(sources)
         stack.callback(monitor.close)
+        if cluster is not None:
+            cluster.serve(lambda: provider_registry.providers, monitor)
         context = Context(
             settings=current,
             lifecycle=lifecycle,

@@ -9,11 +9,13 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from aioserver.auth.keys import quota_of
 from aioserver.cluster.bus import Outbox
 from aioserver.cluster.claims import CONFLICT, KEPT, NONE, OURS, THEIRS, Verdict
 from aioserver.cluster.connection import CallFailed
 from aioserver.cluster.instances import ClusterStreams
 from aioserver.cluster.peer_messages import decode
+from aioserver.providers.queueing import ProviderGate
 from tests.support.server import QUICK, RunningServer, running
 
 if TYPE_CHECKING:
@@ -186,6 +188,19 @@ class Instance:
         return self.server.simulator.stats().requests
 
 
+class StreamsOnly:
+    """A cluster whose instances share nothing but streams; *make* makes what knows those of the others."""
+
+    make_gate = staticmethod(ProviderGate)
+    make_quota = staticmethod(quota_of)
+
+    def __init__(self, make: Callable[[StreamStore, Conversations], ClusterStreams]) -> None:
+        self.streams = make
+
+    def serve(self, *_owners: object) -> None:
+        """Tell nothing."""
+
+
 async def instance_of(
     world: World,
     stack: AsyncExitStack,
@@ -208,7 +223,7 @@ async def instance_of(
 
     own = AsyncExitStack()
     server = await own.enter_async_context(
-        running(path / f"{name}.yaml", behaviour, changes, others)
+        running(path / f"{name}.yaml", behaviour, changes, StreamsOnly(others))
     )
 
     async def leave() -> None:

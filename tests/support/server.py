@@ -252,15 +252,15 @@ async def running(
     path: Path,
     behaviour: Behaviour = QUICK,
     changes: dict[str, Any] | None = None,
-    others: Any = None,
+    cluster: Any = None,
 ) -> AsyncIterator[RunningServer]:
     """Run a server until the end of the block; then no request may hold anything any more.
 
-    *others*: as that of `open_server`.
+    *cluster*: as that of `open_server`.
     """
     async with Simulator(behaviour) as simulator:
         configuration = configured(simulator.base_url, changes or {}, path)
-        async with open_server(configuration.settings, others=others) as owners:
+        async with open_server(configuration.settings, cluster=cluster) as owners:
             runner = Runner(owners)
             await runner.setup()
             try:
