@@ -30,6 +30,7 @@ from aioserver.gateway.calls import shutdown_error
 from aioserver.gateway.conversations import Conversations
 from aioserver.gateway.gateway import Gateway
 from aioserver.gateway.router import Router
+from aioserver.limits.gate import Gate
 from aioserver.limits.timer_wheel import TimerWheel
 from aioserver.monitoring import prometheus
 from aioserver.monitoring.monitor import Monitor
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 
     from aioserver.config import Configuration
     from aioserver.config.settings import Concurrency, Settings
+    from aioserver.server.slot import Slot
 
 logger = logging.getLogger("aioserver.app")
 
@@ -61,7 +63,8 @@ WHEEL_GRAIN = 20
 class Server:
     """A running server. Its faces may use what is in *context*; only server/ needs the rest.
 
-    *listening*: the sockets on which it listens; the runner fills the list.
+    *listening*: the sockets on which it listens; the runner fills the list. *slot*: that of this process, where
+    several serve.
     """
 
     app: web.Application
@@ -72,6 +75,7 @@ class Server:
     conversations: Conversations
     lag: LoopLag
     listening: list[socket.socket]
+    slot: Slot | None = None
 
     def drain(self) -> None:
         """Refuse new work: requests that wait, idle sockets and answers without a reader end."""
@@ -86,17 +90,19 @@ class Server:
 
 @asynccontextmanager
 async def open_server(
-    settings: Settings, app: web.Application | None = None
+    settings: Settings, app: web.Application | None = None, *, slot: Slot | None = None
 ) -> AsyncIterator[Server]:
     """Make the server, and add its routes to *app*, or to a new application. Close it at the end.
 
-    *app* must not be frozen yet.
+    *app* must not be frozen yet. *slot*: that of this process, where several serve together.
 
     Raises:
         ConfigurationError: a provider cannot be used as it is configured.
     """
     app = web.Application() if app is None else app
     loop = asyncio.get_running_loop()
+    if slot is not None:
+        settings = slot.shares(settings)
     chat, llm = settings.chat, settings.llm
     metrics = Metrics(llm.providers)
     current = CurrentSettings(settings)
@@ -105,8 +111,15 @@ async def open_server(
     access = Access(settings.auth, pepper_of(llm))
     origins = Origins(chat.websocket.allow_origins, credentials=chat.websocket.allow_credentials)
     guard = Guard(access, origins)
-    admission = Admission(chat.websocket.concurrency, metrics, chat.streams.send_timeout)
+    admission = Admission(
+        chat.websocket.concurrency,
+        metrics,
+        chat.streams.send_timeout,
+        gate=Gate if slot is None else slot.gate,
+    )
     async with AsyncExitStack() as stack:
+        if slot is not None:
+            stack.callback(slot.close)
         provider_registry = ProviderRegistry(metrics)
         stack.push_async_callback(provider_registry.close)
         await provider_registry.prepare(llm)
@@ -174,6 +187,7 @@ async def open_server(
                 conversations=conversations,
                 lag=lag,
                 listening=listening,
+                slot=slot,
             )
         finally:
             lifecycle.ready = False

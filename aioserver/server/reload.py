@@ -76,7 +76,7 @@ class Reload:
         self._environ = environ
         # The settings with which sockets and routes were made.
         self._at_start = configuration.settings
-        self._current = configuration.settings
+        self._current = self._shared(configuration.settings)
         self._asked = asyncio.Event()
 
     def ask(self) -> None:
@@ -98,7 +98,7 @@ class Reload:
         """Read the configuration and apply it now. Return whether it is in effect."""
         try:
             configuration = await asyncio.to_thread(self._read)
-            settings = self._with_fixed_paths(configuration.settings)
+            settings = self._shared(self._with_fixed_paths(configuration.settings))
             few_files = _raise_file_limit(settings)
             await self._server.provider_registry.prepare(settings.llm)
             self._apply(settings)
@@ -163,6 +163,11 @@ class Reload:
         chat, began = settings.chat, self._at_start.chat
         websocket = replace(chat.websocket, endpoint=began.websocket.endpoint)
         return replace(settings, chat=replace(chat, websocket=websocket, sse=began.sse))
+
+    def _shared(self, settings: Settings) -> Settings:
+        """Return *settings* with the shares of this process, where several serve."""
+        slot = self._server.slot
+        return settings if slot is None else slot.shares(settings)
 
     def _apply(self, settings: Settings) -> None:
         """Put *settings* in effect. It never waits, so that no request sees only a part of them.
