@@ -16,7 +16,6 @@ import importlib.util
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import tempfile
@@ -59,10 +58,18 @@ class PrivateServer:
     it. *url* is where it is reached.
     """
 
-    def __init__(self, program: str, folder: Path, process: subprocess.Popen[bytes]) -> None:
+    def __init__(
+        self,
+        program: str,
+        folder: Path,
+        before_exec: Callable[[], None] | None = None,
+        ready_timeout: float = READY_TIMEOUT,
+    ) -> None:
         self.program = program
         self._folder = folder
-        self._process = process
+        self._before_exec = before_exec
+        self._ready_timeout = ready_timeout
+        self._process: subprocess.Popen[bytes] | None = None
 
     @classmethod
     def start(
@@ -83,28 +90,35 @@ class PrivateServer:
             PrivateServerFailed: the program cannot be run, ended at once, or was not ready within *ready_timeout*
                 seconds.
         """
-        folder = _folder(environ)
-        address = folder / "valkey.sock"
+        server = cls(program, _folder(environ), before_exec, ready_timeout)
         try:
-            with (folder / LOG).open("wb") as log:
-                process = subprocess.Popen(  # noqa: S603 - a program of PATH, without a shell
-                    [program, *_arguments(address)],
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    start_new_session=True,
-                    preexec_fn=before_exec,  # noqa: PLW1509 - see above: no threads
-                )
-        except OSError as exc:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise PrivateServerFailed(f"{program} cannot be run: {exc.strerror}") from exc
-        server = cls(program, folder, process)
-        try:
-            server._await_ready(address, ready_timeout)
+            server.start_again()
         except BaseException:
             server.stop()
             raise
         return server
+
+    def start_again(self) -> None:
+        """Start the program, which has ended, at the same URL, and return when it accepts connections.
+
+        Raises:
+            PrivateServerFailed: as `start`; it may be called again.
+        """
+        address = self._folder / "valkey.sock"
+        address.unlink(missing_ok=True)
+        try:
+            with (self._folder / LOG).open("wb") as log:
+                self._process = subprocess.Popen(  # noqa: S603 - a program of PATH, without a shell
+                    [self.program, *_arguments(address)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                    preexec_fn=self._before_exec,  # noqa: PLW1509 - see `start`: no threads
+                )
+        except OSError as exc:
+            raise PrivateServerFailed(f"{self.program} cannot be run: {exc.strerror}") from exc
+        self._await_ready(self._process, address)
 
     @property
     def url(self) -> str:
@@ -113,35 +127,34 @@ class PrivateServer:
 
     @property
     def pid(self) -> int:
-        """The process of the server."""
-        return self._process.pid
-
-    def kill(self) -> None:
-        """End the process at once, if it has not ended; `stop` must still be called."""
-        # ESRCH: the parent's own wait may have reaped it.
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGKILL)
+        """The newest process of the server; 0 if none could be run."""
+        return 0 if self._process is None else self._process.pid
 
     def stop(self) -> None:
         """End the process, if it has not ended, and remove its folder. A second call does nothing."""
-        with contextlib.suppress(ProcessLookupError):
-            self._process.terminate()
-        try:
-            self._process.wait(STOP_TIMEOUT)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        if self._process is not None:
+            self._end(self._process)
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _await_ready(self, address: Path, timeout: float) -> None:
-        deadline = time.monotonic() + timeout
+    @staticmethod
+    def _end(process: subprocess.Popen[bytes]) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            process.terminate()
+        try:
+            process.wait(STOP_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+    def _await_ready(self, process: subprocess.Popen[bytes], address: Path) -> None:
+        deadline = time.monotonic() + self._ready_timeout
         while time.monotonic() < deadline:
-            if (code := self._process.poll()) is not None:
+            if (code := process.poll()) is not None:
                 lines = (self._folder / LOG).read_text(errors="replace").strip().splitlines()
                 why = f": {lines[-1]}" if lines else ""
                 raise PrivateServerFailed(f"{self.program} ended with code {code}{why}")
             with socket.socket(socket.AF_UNIX) as sock:
-                sock.settimeout(timeout)
+                sock.settimeout(self._ready_timeout)
                 # OSError: it does not listen yet.
                 with contextlib.suppress(OSError):
                     sock.connect(os.fspath(address))
@@ -149,7 +162,8 @@ class PrivateServer:
                     if sock.recv(64).startswith(b"+PONG"):
                         return
             time.sleep(LOOK_INTERVAL)
-        raise PrivateServerFailed(f"{self.program} was not ready within {timeout} s")
+        self._end(process)
+        raise PrivateServerFailed(f"{self.program} was not ready within {self._ready_timeout} s")
 
 
 def find_program(environ: Mapping[str, str], package: str = PACKAGE) -> str | None:

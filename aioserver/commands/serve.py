@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import click
@@ -26,8 +27,10 @@ from aioserver.telemetry import logs
 if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Mapping, Sequence
+    from contextlib import AbstractAsyncContextManager
     from pathlib import Path
 
+    from aioserver.cluster.membership import Membership
     from aioserver.server.app import Server
     from aioserver.server.workers import Worker
 
@@ -254,14 +257,21 @@ async def _run(
     loop.add_signal_handler(signal.SIGHUP, hangup.set)
     # By default it kills.
     loop.add_signal_handler(signal.SIGUSR2, _ignore)
-    settings, pepper = configuration.settings, None
+    settings, pepper, slot = configuration.settings, None, None
+    url, fixed = settings.cluster.redis_url, None
     if worker is not None:
-        settings, pepper = worker.settings(settings), worker.pepper()
+        settings, pepper, slot = worker.settings(settings), worker.pepper(), worker.make_slot()
+        if url is None:
+            # Nobody else uses it, so the number of instances is known.
+            url, fixed = worker.server_url, (worker.rank, worker.workers)
         loop.add_signal_handler(signal.SIGUSR1, stop.by_parent)
         lifeline = worker.descriptors["lifeline"]
         loop.add_reader(lifeline, stop.by_lifeline, lifeline)
     try:
-        async with open_server(settings, pepper=pepper) as server:
+        async with (
+            _joined(url, settings.cluster.name, fixed) as cluster,
+            open_server(settings, pepper=pepper, slot=slot, cluster=cluster) as server,
+        ):
             runner = Runner(server)
             notifier = systemd.Notifier.take(os.environ, lambda: _status(server))
             hosts = listener.hosts(inherited)
@@ -290,6 +300,26 @@ async def _run(
     if code == 0:
         logger.info("stopped")
     return code
+
+
+def _joined(
+    url: str | None, name: str, fixed: tuple[int, int] | None
+) -> AbstractAsyncContextManager[Membership | None]:
+    """Return the membership in the cluster *name*, for the length of an `async with`; None without an *url*.
+
+    Raises:
+        ConfigurationError: *url* cannot be used; or, from the `async with`, its server refuses us.
+    """
+    if url is None:
+        return nullcontext()
+    try:
+        from aioserver.cluster.membership import join  # noqa: PLC0415 - one instance needs none of it
+    except ModuleNotFoundError as error:
+        if error.name != "redis":
+            raise
+        fault = "cluster.redis_url: redis is not installed (pip install '.[cluster]' in the clone)"
+        raise ConfigurationError([fault]) from None
+    return join(url, name, fixed=fixed)
 
 
 async def _serve(

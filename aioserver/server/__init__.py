@@ -12,4 +12,7 @@ aiohttp's, with our limits and errors. The *dispatcher* finds the handler of a r
 A *reload* puts another configuration in effect, with no connection dropped. At the end the server is
 first not *ready* any more, then *drains*: it refuses new work, and what runs may finish. The
 *notifier* reports all of this to systemd.
+
+Where several *workers* serve, each has a *slot* on the *shared page*: its places move between the slots, and the
+*balance* decides which worker accepts the next connection.
 """

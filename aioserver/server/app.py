@@ -31,6 +31,7 @@ from aioserver.gateway.conversations import Conversations
 from aioserver.gateway.elsewhere import Instances
 from aioserver.gateway.gateway import Gateway
 from aioserver.gateway.router import Router
+from aioserver.limits.gate import Gate
 from aioserver.limits.timer_wheel import TimerWheel
 from aioserver.monitoring import prometheus
 from aioserver.monitoring.monitor import Monitor
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from aioserver.limits.quota import Quota
     from aioserver.providers.health import Health
     from aioserver.providers.provider import Provider
+    from aioserver.server.slot import Slot
 
 logger = logging.getLogger("aioserver.app")
 
@@ -66,7 +68,8 @@ WHEEL_GRAIN = 20
 class Server:
     """A running server. Its faces may use what is in *context*; only server/ needs the rest.
 
-    *listening*: the sockets on which it listens; the runner fills the list.
+    *listening*: the sockets on which it listens; the runner fills the list. *slot*: that of this process, where
+    several serve.
     """
 
     app: web.Application
@@ -77,6 +80,7 @@ class Server:
     conversations: Conversations
     lag: LoopLag
     listening: list[socket.socket]
+    slot: Slot | None = None
 
     @property
     def waiting(self) -> int:
@@ -130,12 +134,14 @@ async def open_server(
     app: web.Application | None = None,
     *,
     pepper: bytes | None = None,
+    slot: Slot | None = None,
     cluster: Cluster | None = None,
 ) -> AsyncIterator[Server]:
     """Make the server, and add its routes to *app*, or to a new application. Close it at the end.
 
-    *app* must not be frozen yet. *pepper* is the secret of browser sessions; see `pepper_of`. *cluster*: what this instance
-    shares with others; None if it is the only one.
+    *app* must not be frozen yet. *pepper* is the secret of browser sessions; see `pepper_of`. *slot*: that of this
+    process, where several serve the same sockets. *cluster*: what this instance shares with others; None if it is the only
+    one.
 
     Raises:
         ConfigurationError: a provider cannot be used as it is configured.
@@ -151,8 +157,15 @@ async def open_server(
     access = Access(settings.auth, pepper_of(llm) if pepper is None else pepper, make_quota)
     origins = Origins(chat.websocket.allow_origins, credentials=chat.websocket.allow_credentials)
     guard = Guard(access, origins)
-    admission = Admission(chat.websocket.concurrency, metrics, chat.streams.send_timeout)
+    admission = Admission(
+        chat.websocket.concurrency,
+        metrics,
+        chat.streams.send_timeout,
+        gate=Gate if slot is None else slot.gate,
+    )
     async with AsyncExitStack() as stack:
+        if slot is not None:
+            stack.callback(slot.close)
         make_gate = ProviderGate if cluster is None else cluster.make_gate
         provider_registry = ProviderRegistry(metrics, make_gate)
         stack.push_async_callback(provider_registry.close)
@@ -229,6 +242,7 @@ async def open_server(
                 conversations=conversations,
                 lag=lag,
                 listening=listening,
+                slot=slot,
             )
         finally:
             lifecycle.ready = False

@@ -1,7 +1,10 @@
 """Fixed shares: what one worker process may use of each limit that the configuration sets for all of them.
 
-The shares of all workers together are the limit, and never more, but for a limit that is lower than
-the number of workers: a share is at least 1. While a worker is replaced, its successor has the same share.
+The shares of all workers together are the limit, and never more, but for a limit that is lower than the number of workers: a
+share is at least 1. While a worker is replaced, its successor has the same share.
+
+Not shared out are `max_connections` and its queue, whose places move between the workers (places.py), and, where the workers
+belong to a cluster, what they share through its server (cluster/limits.py).
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from aioserver.config.settings import Auth, Chat, Llm, Provider, Settings
+    from aioserver.config.settings import Auth, Chat, ClientKey, Llm, Provider, Settings
 
 
 def share(limit: int, rank: int, workers: int) -> int:
@@ -20,44 +23,54 @@ def share(limit: int, rank: int, workers: int) -> int:
     return max(1, limit // workers + (rank < limit % workers))
 
 
-def share_out(settings: Settings, rank: int, workers: int) -> Settings:
+def share_out(settings: Settings, rank: int, workers: int, *, clustered: bool = False) -> Settings:
     """Return *settings* with the share of the worker *rank* in place of each limit that is for all of them.
 
-    A provider's `max_connections` stays as it is: its `concurrent_requests` bounds the connections in use.
+    *clustered*: the workers share the limits of providers and keys through a server. A provider's `max_connections` stays as
+    it is: its `concurrent_requests` bounds the connections in use.
+
+    Each worker may keep one whole body, answer or log, however many workers there are: where that is more than its share, all
+    together may keep more than is configured.
     """
 
     def part(limit: int) -> int:
         return share(limit, rank, workers)
 
+    def memory(limit: int, least: int) -> int:
+        return max(part(limit), min(limit, least))
+
     def chat(whole: Chat) -> Chat:
-        concurrency = whole.websocket.concurrency
+        websocket, streams = whole.websocket, whole.streams
         concurrency = replace(
-            concurrency,
-            max_connections=part(concurrency.max_connections),
-            connection_queue_size=part(concurrency.connection_queue_size),
-            max_body_bytes=part(concurrency.max_body_bytes),
+            websocket.concurrency,
+            max_body_bytes=memory(
+                websocket.concurrency.max_body_bytes, websocket.max_message_size
+            ),
             # Nothing is left to be shared out.
-            uvicorn=replace(concurrency.uvicorn, workers=1),
+            uvicorn=replace(websocket.concurrency.uvicorn, workers=1),
         )
+        kept = max(streams.max_stream_bytes, streams.max_response_bytes)
         streams = replace(
-            whole.streams,
-            max_kept_bytes=part(whole.streams.max_kept_bytes),
-            max_detached=part(whole.streams.max_detached),
+            streams,
+            max_kept_bytes=memory(streams.max_kept_bytes, kept),
+            max_detached=part(streams.max_detached),
         )
         return replace(
-            whole, websocket=replace(whole.websocket, concurrency=concurrency), streams=streams
+            whole, websocket=replace(websocket, concurrency=concurrency), streams=streams
         )
 
     def provider(whole: Provider) -> Provider:
         client = whole.http_client
         client = replace(
-            client,
-            max_keepalive=part(client.max_keepalive),
-            concurrent_requests=part(client.concurrent_requests),
-            requests_per_minute=part(client.requests_per_minute),
-            queue_size=part(client.queue_size),
-            tokens_per_minute=part(client.tokens_per_minute),
+            client, max_keepalive=part(client.max_keepalive), queue_size=part(client.queue_size)
         )
+        if not clustered:
+            client = replace(
+                client,
+                concurrent_requests=part(client.concurrent_requests),
+                requests_per_minute=part(client.requests_per_minute),
+                tokens_per_minute=part(client.tokens_per_minute),
+            )
         return replace(whole, http_client=client)
 
     def llm(whole: Llm) -> Llm:
@@ -66,17 +79,18 @@ def share_out(settings: Settings, rank: int, workers: int) -> Settings:
             providers={name: provider(settings) for name, settings in whole.providers.items()},
         )
 
-    def auth(whole: Auth) -> Auth:
-        keys = tuple(
-            replace(
-                key,
-                max_concurrent=part(key.max_concurrent),
-                max_connections=part(key.max_connections),
-                requests_per_minute=part(key.requests_per_minute),
-            )
-            for key in whole.keys
+    def key(whole: ClientKey) -> ClientKey:
+        whole = replace(whole, max_connections=part(whole.max_connections))
+        if clustered:
+            return whole
+        return replace(
+            whole,
+            max_concurrent=part(whole.max_concurrent),
+            requests_per_minute=part(whole.requests_per_minute),
         )
-        return replace(whole, keys=keys)
+
+    def auth(whole: Auth) -> Auth:
+        return replace(whole, keys=tuple(key(each) for each in whole.keys))
 
     return replace(
         settings,

@@ -12,7 +12,7 @@ import socket
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from aiohttp import web
 
@@ -88,13 +88,17 @@ class Site(web.SockSite):
                 self._make, sock=self._sock, backlog=self._backlog
             )
 
+    def pause(self) -> None:
+        """Accept nothing more on asyncio's loop, which tries again and again until `stop` is called."""
+        self._sock.paused = True
+
     async def stop(self) -> None:
         """Accept no more connections, and close the socket.
 
         asyncio makes a connection of an accepted socket in the next iteration of the loop, and if its server
         is closed by then, it drops the socket without a word: the client would wait for ever.
         """
-        self._sock.paused = True
+        self.pause()
         for _ in range(MAX_TURNS):
             if self._made >= self._sock.accepted:
                 break
@@ -105,6 +109,13 @@ class Site(web.SockSite):
         self._made += 1
         assert self._runner.server is not None
         return self._runner.server()
+
+
+class Balance(Protocol):
+    """Decides when this process accepts connections, where several do."""
+
+    async def accept_on(self, runner: web.AppRunner, sock: ListeningSocket, backlog: int) -> None:
+        """Accept for *runner* what comes on *sock*, which listens already, and close it at the end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,11 +143,14 @@ async def listen(
     *,
     send_timeout: float = 10.0,
     inherited: Sequence[socket.socket] = (),
+    balance: Balance | None = None,
 ) -> list[Listening]:
     """Listen on every address of the configured host, with the configured backlog.
 
     *inherited*: sockets that are bound and listen already. If there are any, host and port are
     not used; connections that wait in them are answered, and the sockets are closed at the end.
+
+    *balance* decides when this process accepts; the sockets listen already then, and other processes accept as well.
 
     *send_timeout*: the kernel aborts a connection whose client acknowledges nothing for one second
     more than that, also when it only remains to be closed (`TCP_USER_TIMEOUT`, which accepted sockets
@@ -157,8 +171,11 @@ async def listen(
         sock = ListeningSocket(plain.family, plain.type, plain.proto, fileno=plain.detach())
         limit_kernel(sock, send_timeout)
         sock.setblocking(False)
-        for watched in (sock, *(sock.dup() for _ in range(_watchers(loop) - 1))):
-            await Site(runner, watched, backlog=backlog).start()
+        if balance is not None:
+            await balance.accept_on(runner, sock, backlog)
+        else:
+            for watched in (sock, *(sock.dup() for _ in range(watchers(loop) - 1))):
+                await Site(runner, watched, backlog=backlog).start()
         host, port = address_of(sock)
         queue = accept_queue(sock)
         listening.append(Listening(host, port, backlog, queue.limit if queue else None, sock))
@@ -166,22 +183,7 @@ async def listen(
     return listening
 
 
-async def pause(listening: Iterable[socket.socket]) -> None:
-    """Accept nothing more from the sockets *listening*, so that their sites can be stopped.
-
-    asyncio makes the transport of an accepted connection one iteration later, and loses the connection if
-    its server was closed in between. uvloop makes it at once.
-    """
-    loop = asyncio.get_running_loop()
-    if _watchers(loop) == 1:
-        for sock in listening:
-            if sock.fileno() >= 0:
-                loop.remove_reader(sock)
-        for _ in range(2):
-            await asyncio.sleep(0)
-
-
-def _watchers(loop: asyncio.AbstractEventLoop) -> int:
+def watchers(loop: asyncio.AbstractEventLoop) -> int:
     """Return how often *loop* has to watch one listening socket.
 
     uvloop accepts one connection for each watcher and iteration of the loop. Under load an iteration is

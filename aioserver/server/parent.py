@@ -13,6 +13,7 @@ Linux only, as the descriptors in memory and the sender's process id of a datagr
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import logging
 import os
@@ -27,6 +28,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from aioserver.auth.keys import pepper_of
 from aioserver.errors import ConfigurationError
 from aioserver.server import listener, reload, systemd
+from aioserver.server.shared_page import SharedPage
+from aioserver.server.shared_server import SharedServer
 from aioserver.server.supervisor import Supervisor
 from aioserver.server.workers import Worker, as_file
 from aioserver.telemetry import logs
@@ -54,8 +57,10 @@ SIGNALS = (
 PERIOD = 20.0
 # Seconds for a worker to end beside `drain_delay` and `shutdown_timeout`.
 END = 5.0
-# Bytes of the shared page.
-PAGE_BYTES = 1 << 16
+# Seconds until a raised `max_connections` is tried again for which workers have to give places first.
+RESIZE_AGAIN = 0.1
+# Lets the kernel send a signal to this process when its parent ends; prctl(2).
+PR_SET_PDEATHSIG = 1
 MAX_DATAGRAM = 4096
 # pid, uid and gid of a sender; unix(7).
 CREDENTIALS = struct.Struct("3i")
@@ -115,7 +120,13 @@ class Parent:
         self._contents = {0: as_file("configuration", configuration.content)}
         self._number = 0
         self._pepper = as_file("pepper", pepper_of(self._at_start.llm))
-        self._page = make_page(2 * self._workers)
+        self._total = self._at_start.chat.websocket.concurrency.max_connections
+        self._page = SharedPage.create(self._workers, self._total)
+        # The slots of the workers that have not been reaped, by their processes.
+        self._slots: dict[int, int] = {}
+        # When the page is to be given a total again for which it had no room; None if it has the one of the configuration.
+        self._resize_at: float | None = None
+        self._shared_server = SharedServer()
         # The other end is open here and nowhere else, until this process ends.
         self._lifeline, self._held = os.pipe()
         self._ear = _ear()
@@ -140,7 +151,8 @@ class Parent:
         self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         # If it is ignored, the kernel keeps no exit codes.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        logger.info("workers: %d, %s", self._workers, _shares(self._at_start))
+        logger.info("workers: %d, %s", self._workers, _limits(self._at_start))
+        self._shared_server = SharedServer.open(self._at_start, self._enter_child)
         self._supervisor.start()
         while (code := self._supervisor.code) is None:
             self._wait()
@@ -151,7 +163,11 @@ class Parent:
                     self._read(number)
                 self._asked.clear()
             self._supervisor.turn()
+            self._shared_server.turn()
+            if self._resize_at is not None and time.monotonic() >= self._resize_at:
+                self._resize()
             self._report()
+        self._shared_server.stop()
         if code == 0:
             logger.info("stopped")
         return code
@@ -160,20 +176,40 @@ class Parent:
 
     def start(self, slot: int, configuration: int) -> int:
         """Start the worker *slot*; see `Processes`."""
+        sibling = self._sibling(slot)
+        if sibling not in self._slots.values():
+            # The places of a former worker of this rank.
+            self._page.retire(sibling, slot)
         pid = os.fork()
         if pid == 0:
             self._become(slot, configuration)
+        self._slots[pid] = slot
         return pid
 
     def send(self, pid: int, number: signal.Signals) -> None:
         """Send a signal to a process that has not been reaped."""
         os.kill(pid, number)
 
+    def _sibling(self, slot: int) -> int:
+        """Return the other slot of the same rank: that of a worker which *slot* replaces, or which replaces it."""
+        return (slot + self._workers) % (2 * self._workers)
+
+    def _resize(self) -> None:
+        """Give the page the total of the configuration, now or a little later."""
+        slots = sorted(self._slots.values())
+        done = bool(slots) and self._page.resize(self._total, slots)
+        self._resize_at = None if done else time.monotonic() + RESIZE_AGAIN
+
     # Steps of `run`.
 
     def _wait(self) -> None:
         """Wait for a signal, and do what it asks; return as well when something is due."""
-        times = (self._supervisor.wake_at(), self._feed_at)
+        times = (
+            self._supervisor.wake_at(),
+            self._feed_at,
+            self._resize_at,
+            self._shared_server.start_at,
+        )
         due = min((moment for moment in times if moment is not None), default=None)
         info: signal.struct_siginfo | None
         if due is None:
@@ -209,7 +245,12 @@ class Parent:
                 return
             if pid == 0:
                 return
+            if (slot := self._slots.pop(pid, None)) is not None:
+                self._page.reaped(slot)
+                if (sibling := self._sibling(slot)) in self._slots.values():
+                    self._page.retire(slot, sibling)
             self._supervisor.ended(pid, os.waitstatus_to_exitcode(status))
+            self._shared_server.ended(pid)
 
     def _report(self) -> None:
         """Tell systemd, and whoever reads stdout, what has changed."""
@@ -266,13 +307,15 @@ class Parent:
                     logger.warning("%s has changed, and stays as it was until SIGUSR2", key)
         logs.apply(settings.logging)
         self._supervisor.end_timeout = _end_timeout(settings)
+        self._total = settings.chat.websocket.concurrency.max_connections
+        self._resize()
         self._number += 1
         self._contents[self._number] = as_file("configuration", configuration.content)
         if replaced:
             self._began = settings
             self._supervisor.replace(self._number)
         else:
-            logger.info("reloading %d workers, %s", self._workers, _shares(settings))
+            logger.info("reloading %d workers, %s", self._workers, _limits(settings))
             self._supervisor.reload(self._number)
         for old in self._contents.keys() - self._supervisor.configurations:
             os.close(self._contents.pop(old))
@@ -291,6 +334,11 @@ class Parent:
             text += ", being replaced"
         return f"{text}: {inside} of {limit} connections, {waiting} waiting"
 
+    def _enter_child(self) -> None:
+        """Prepare a process of ours that is no worker, before it becomes another program: it ends with the parent."""
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
     def _become(self, slot: int, configuration: int) -> NoReturn:
         """Become the worker *slot*: a new program, in the process that was just forked."""
         try:
@@ -300,7 +348,7 @@ class Parent:
                 "lifeline": self._lifeline,
                 "configuration": self._contents[configuration],
                 "pepper": self._pepper,
-                "page": self._page,
+                "page": self._page.fd,
             }
             passed = [*(sock.fileno() for sock in self._sockets), *named.values()]
             first, count = systemd.FIRST, len(self._sockets)
@@ -312,7 +360,7 @@ class Parent:
             numbers = {name: first + count + at for at, name in enumerate(named)}
             environ = {
                 **os.environ,
-                **Worker(slot, self._workers, numbers).variables(),
+                **Worker(slot, self._workers, numbers, self._shared_server.url).variables(),
                 "LISTEN_FDS": str(count),
                 "LISTEN_PID": str(os.getpid()),
                 "NOTIFY_SOCKET": "@" + self._ear.getsockname()[1:].decode(),
@@ -324,13 +372,6 @@ class Parent:
             os.write(2, f"aioserver: worker {slot} cannot be started: {exc}\n".encode())
         finally:
             os._exit(1)
-
-
-def make_page(_slots: int) -> int:
-    """Return the descriptor of the page that the workers share."""
-    descriptor = os.memfd_create("aioserver page")
-    os.ftruncate(descriptor, PAGE_BYTES)
-    return descriptor
 
 
 def _ear() -> socket.socket:
@@ -345,11 +386,11 @@ def _ear() -> socket.socket:
     return ear
 
 
-def _shares(settings: Settings) -> str:
+def _limits(settings: Settings) -> str:
     limits = settings.chat.websocket.concurrency
     return (
-        "with fixed shares of all limits: of "
-        f"max_connections={limits.max_connections} connection_queue_size={limits.connection_queue_size}"
+        f"together max_connections={limits.max_connections} "
+        f"connection_queue_size={limits.connection_queue_size}"
     )
 
 

@@ -138,11 +138,17 @@ class Runner(web.AppRunner):
         Raises:
             OSError: the address is in use, or is not one of this machine.
         """
-        chat = self._owner.context.settings.chat
+        chat, slot = self._owner.context.settings.chat, self._owner.slot
         listening = await listener.listen(
-            self, chat.websocket, send_timeout=chat.streams.send_timeout, inherited=inherited
+            self,
+            chat.websocket,
+            send_timeout=chat.streams.send_timeout,
+            inherited=inherited,
+            balance=None if slot is None else slot.balance,
         )
         self._owner.listening.extend(entry.sock for entry in listening)
+        if slot is not None:
+            slot.start()
         return listening
 
     def apply(self, chat: Chat) -> None:
@@ -178,7 +184,9 @@ class Runner(web.AppRunner):
         context.monitor.incident("shutdown", text, severity="info")
         if settings.drain_delay and not hand_over:
             await asyncio.sleep(settings.drain_delay)
-        await self.stop_accepting()
+        await self._stop_accepting()
+        # A connection that is accepted in this iteration of the event loop is known after it.
+        await asyncio.sleep(0)
         connections.drain(silent=hand_over)
         if hand_over:
             await asyncio.sleep(LAST_CALL + LAST_REQUESTS)
@@ -187,14 +195,6 @@ class Runner(web.AppRunner):
         await connections.wait_closed(grace)
         await context.gateway.close()
         await connections.disconnect(FAREWELL)
-
-    async def stop_accepting(self) -> None:
-        """Close the listening sockets; connections that were accepted are known afterwards."""
-        await listener.pause(self._owner.listening)
-        for site in list(self.sites):
-            await site.stop()
-        # A connection that is accepted in this iteration of the event loop is known after it.
-        await asyncio.sleep(0)
 
     async def _queues_empty(self, most: float) -> float:
         """Wait until nothing waits for a place, for *most* seconds. Return how long that took."""
@@ -205,6 +205,17 @@ class Runner(web.AppRunner):
             await asyncio.sleep(LOOK)
         return loop.time() - began
 
+    async def cleanup(self) -> None:
+        """Release everything; call `end` before."""
+        await self._stop_accepting()
+        await super().cleanup()
+
+    async def _stop_accepting(self) -> None:
+        if self._owner.slot is not None:
+            await self._owner.slot.balance.end()
+        for site in list(self.sites):
+            await site.stop()
+
     def _connections(self) -> ConnectionServer:
         assert isinstance(self.server, ConnectionServer), "`setup` makes it"
         return self.server
@@ -212,8 +223,9 @@ class Runner(web.AppRunner):
     async def _make_server(self) -> ConnectionServer:
         # aiohttp's server, with its router and all options.
         plain = await super()._make_server()
-        app = self.app
-        return ConnectionServer(
+        app, slot = self.app, self._owner.slot
+        connection_server = ConnectionServer if slot is None else slot.balance.server
+        return connection_server(
             Dispatcher(app, self._owner.middleware, plain.request_handler),
             metrics=self._owner.context.metrics,
             request_factory=functools.partial(app._make_request, _cls=Request),  # noqa: SLF001

@@ -56,6 +56,8 @@ if TYPE_CHECKING:
 SLOTS_PER_WORKER = 2
 # Seconds. A worker whose beat is older is blocked, or gone: it counts for no mean, and is given nothing.
 FRESH = 0.1
+# Seconds. A worker whose beat is older will not give a place soon, though it may have one.
+BUSY = 1.0
 # Reads that `collect` tries. Two of them are equal unless places move all the time.
 MAX_COLLECTIONS = 1000
 
@@ -64,11 +66,16 @@ _NANOSECONDS = 1_000_000_000
 
 
 class State(IntEnum):
-    """What the worker of a slot does. *LEAVING*: it takes no more work, and gives its places away."""
+    """What the worker of a slot does.
+
+    *DRAINING*: it accepts no more connections, but still serves those that it has. *LEAVING*: it lets in nobody
+    any more, and gives its places away.
+    """
 
     ABSENT = 0
     SERVING = 1
-    LEAVING = 2
+    DRAINING = 2
+    LEAVING = 3
 
 
 class _Column(IntEnum):
@@ -162,19 +169,39 @@ class SharedPage:
         """Return how many more clients *slot* could let in; below 0: it has let in too many for a lowered total."""
         return self.places(slot) - self.inside(slot) - self.owed(slot)
 
-    def serving(self) -> list[int]:
-        """Return the slots whose workers serve, and turn their loop."""
-        oldest = int((self._clock() - FRESH) * _NANOSECONDS)
-        states, beats = self._all(_Column.STATE), self._all(_Column.BEAT)
+    def turning(self, *states: State, within: float = FRESH) -> list[int]:
+        """Return the slots whose workers are in one of *states*, and have beaten *within* so many seconds."""
+        oldest = int((self._clock() - within) * _NANOSECONDS)
+        beats = self._all(_Column.BEAT)
         return [
             slot
-            for slot in range(self.slots)
-            if states[slot] == State.SERVING and beats[slot] >= oldest
+            for slot, state in enumerate(self._all(_Column.STATE))
+            if state in states and beats[slot] >= oldest
         ]
+
+    def siblings(self, within: float = FRESH) -> list[int]:
+        """Return the slots of the other workers that let clients in, and have beaten *within* so many seconds."""
+        slots = self.turning(State.SERVING, State.DRAINING, within=within)
+        return [slot for slot in slots if slot != self._slot]
 
     def connections(self) -> list[int]:
         """Return the connections of each slot."""
         return self._all(_Column.CONNECTIONS)
+
+    def room(self) -> int:
+        """Return how many more clients the siblings of this worker could let in, or a busy one among them soon."""
+        return sum(max(0, self.free(slot)) for slot in self.siblings(within=BUSY))
+
+    def wanted(self, reserve: int) -> bool:
+        """Return whether some sibling has fewer than *reserve* places free, or clients that wait: roughly, but quickly."""
+        limits, insides = self._all(_Column.LIMIT), self._all(_Column.INSIDE)
+        waiting, states = self._all(_Column.WAITING), self._all(_Column.STATE)
+        return any(
+            State.ABSENT < states[slot] < State.LEAVING
+            and slot != self._slot
+            and limits[slot] - insides[slot] - waiting[slot] < reserve
+            for slot in range(self.slots)
+        )
 
     @property
     def bound(self) -> int:

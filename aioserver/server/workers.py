@@ -1,15 +1,16 @@
 """A worker: one of several processes that serve the same port, as its parent has started it.
 
 The parent passes its listening sockets, and hears from the worker, by the protocols of systemd. What
-systemd has no words for comes in two variables: `AIOSERVER_WORKER=SLOT/WORKERS`, and
-`AIOSERVER_FDS=NAME=NUMBER,…`, descriptors by name.
+systemd has no words for comes in three variables: `AIOSERVER_WORKER=SLOT/WORKERS`;
+`AIOSERVER_FDS=NAME=NUMBER,…`, descriptors by name; and `AIOSERVER_PRIVATE_SERVER`, the URL of the parent's own
+Valkey or Redis server, if it has one (cluster/private_server.py).
 
 | name | what it is |
 | --- | --- |
 | lifeline | a pipe that ends with the parent |
 | configuration | the content of the configuration file that is in effect |
 | pepper | the secret of browser sessions, the same in each worker |
-| page | shared memory |
+| page | shared memory, by which places of `max_connections` move between workers (shared_page.py) |
 
 A worker that is replaced, and its successor, have different slots of the same rank: there are twice as
 many slots as workers.
@@ -22,6 +23,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 from aioserver.server.fixed_shares import share_out
+from aioserver.server.shared_page import SharedPage
+from aioserver.server.slot import Slot
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, MutableMapping
@@ -30,21 +33,27 @@ if TYPE_CHECKING:
 
 WORKER = "AIOSERVER_WORKER"
 DESCRIPTORS = "AIOSERVER_FDS"
+SERVER = "AIOSERVER_PRIVATE_SERVER"
 NAMES = frozenset({"lifeline", "configuration", "pepper", "page"})
 
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """What this process is among *workers* processes. *slot*: from 0 to `2 * workers - 1`."""
+    """What this process is among *workers* processes. *slot*: from 0 to `2 * workers - 1`.
+
+    *server_url*: the parent's private server, through which the workers share limits and streams; None if it has none.
+    """
 
     slot: int
     workers: int
     descriptors: Mapping[str, int]
+    server_url: str | None = None
 
     @classmethod
     def take(cls, environ: MutableMapping[str, str]) -> Self | None:
         """Return the worker that *environ* describes, and remove its variables; None if there is no parent."""
         slot, _, workers = environ.pop(WORKER, "").partition("/")
+        server_url = environ.pop(SERVER, "") or None
         descriptors = {}
         for item in environ.pop(DESCRIPTORS, "").split(","):
             name, _, number = item.partition("=")
@@ -55,12 +64,16 @@ class Worker:
         for descriptor in descriptors.values():
             # Not for the children of this process.
             os.set_inheritable(descriptor, False)
-        return cls(int(slot), int(workers), descriptors)
+        return cls(int(slot), int(workers), descriptors, server_url)
 
     def variables(self) -> dict[str, str]:
         """Return the variables from which `take` makes this worker."""
         descriptors = ",".join(f"{name}={number}" for name, number in self.descriptors.items())
-        return {WORKER: f"{self.slot}/{self.workers}", DESCRIPTORS: descriptors}
+        return {
+            WORKER: f"{self.slot}/{self.workers}",
+            DESCRIPTORS: descriptors,
+            **({} if self.server_url is None else {SERVER: self.server_url}),
+        }
 
     @property
     def slots(self) -> int:
@@ -80,9 +93,14 @@ class Worker:
         """Return the secret of browser sessions."""
         return read(self.descriptors["pepper"])
 
+    def make_slot(self) -> Slot:
+        """Return this worker's slot on the page, in the event loop that runs."""
+        return Slot(SharedPage(self.descriptors["page"], self.slot), self.workers)
+
     def settings(self, whole: Settings) -> Settings:
         """Return *whole* with this worker's share of each limit."""
-        return share_out(whole, self.rank, self.workers)
+        clustered = self.server_url is not None or whole.cluster.redis_url is not None
+        return share_out(whole, self.rank, self.workers, clustered=clustered)
 
 
 def as_file(name: str, content: bytes) -> int:

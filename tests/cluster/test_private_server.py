@@ -81,10 +81,25 @@ def test_a_stopped_server_that_was_killed_before_is_no_error(valkey: str, tmp_pa
     os.kill(server.pid, signal.SIGKILL)
     os.waitpid(server.pid, 0)  # as the parent does, which reaps whatever ends
 
-    server.kill()
     server.stop()
 
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_server_that_has_ended_is_started_again_at_its_url(valkey: str, tmp_path: Path) -> None:
+    server = PrivateServer.start(valkey, environ={"RUNTIME_DIRECTORY": str(tmp_path)})
+    url, pid = server.url, server.pid
+    assert ask(server, b"SET key 1\r\n") == b"+OK\r\n"
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+    server.start_again()
+    try:
+        assert server.url == url
+        assert server.pid != pid
+        assert ask(server, b"GET key\r\n") == b"$-1\r\n"
+    finally:
+        server.stop()
 
 
 def test_a_program_that_ends_at_once_is_named_with_its_last_line(tmp_path: Path) -> None:

@@ -170,22 +170,3 @@ def test_the_private_names_of_aiohttp_are_what_we_take_them_for() -> None:
     for name in ("_runner", "_server", "_backlog"):
         assert name in web.BaseSite.__slots__
     assert "_sock" in web.SockSite.__slots__
-
-
-async def test_a_connection_accepted_in_the_turn_before_a_stop_is_kept(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """asyncio makes its transport a turn later, and loses it if the server is closed by then."""
-    loop = asyncio.get_running_loop()
-    async with runner_of(tmp_path) as (runner, _given):
-        (one,) = await runner.listen()
-        assert runner.server is not None
-        with socket.create_connection((one.host, one.port)):
-            begun = loop.create_future()
-            # In the turn in which the loop finds the connection, and before it accepts that.
-            loop.call_soon(lambda: begun.set_result(loop.create_task(runner.stop_accepting())))
-
-            await (await begun)
-
-            assert len(runner.server.connections) == 1
-    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []

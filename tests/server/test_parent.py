@@ -21,7 +21,7 @@ from tests.support.raw import CLOSE, Raw, closing
 from tests.support.server import CONCURRENCY, NOWHERE, QUICK, UVICORN, write
 from tests.support.systemd import Systemd
 from tests.support.waiting import until
-from tests.support.workers import alone, gone, workers
+from tests.support.worker_processes import alone, gone, workers
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

@@ -223,7 +223,7 @@ async def instance_of(
 
     own = AsyncExitStack()
     server = await own.enter_async_context(
-        running(path / f"{name}.yaml", behaviour, changes, StreamsOnly(others))
+        running(path / f"{name}.yaml", behaviour, changes, cluster=StreamsOnly(others))
     )
 
     async def leave() -> None:
