@@ -25,7 +25,12 @@ OTHER_TESTS = {"browser", "deploy", "docs", "end_to_end", "fuzz", "simulation", 
 # Modules, and what they may import inside a function, for start-up time or as an option.
 INSIDE_FUNCTIONS = {
     "providers.registry": {"aioserver.providers.simulator.server"},
-    "commands.serve": {"uvloop", "aioserver.server.parent", "aioserver.server.workers"},
+    "commands.serve": {
+        "uvloop",
+        "aioserver.cluster.membership",
+        "aioserver.server.parent",
+        "aioserver.server.workers",
+    },
     "commands.bench.command": {"aioserver.commands.bench.table"},
     "commands.top.command": {"aioserver.commands.top.screen"},
 }

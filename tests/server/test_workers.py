@@ -51,6 +51,11 @@ def numbers(settings: Any, path: str = "") -> Iterator[tuple[str, float]]:
         yield path, settings
 
 
+# Places that move between workers, and what a cluster has in hand.
+MOVED = ("concurrency.max_connections", "concurrency.connection_queue_size")
+IN_HAND = {"concurrent_requests", "requests_per_minute", "tokens_per_minute", "max_concurrent"}
+
+
 @pytest.mark.parametrize("workers", [1, 2, 3, 7, 64])
 @pytest.mark.parametrize("limit", [0, 1, 2, 63, 64, 65, 1000, 2**28])
 def test_shares_sum_up_to_the_limit_and_differ_by_one(limit: int, workers: int) -> None:
@@ -63,15 +68,18 @@ def test_shares_sum_up_to_the_limit_and_differ_by_one(limit: int, workers: int) 
         assert shares == [1] * workers, "a share of 0 would be no worker at all"
 
 
+@pytest.mark.parametrize("clustered", [False, True])
 @pytest.mark.parametrize("workers", [2, 3, 4])
-def test_no_limit_of_the_configuration_is_multiplied(tmp_path: Path, workers: int) -> None:
+def test_no_limit_of_the_configuration_is_multiplied(
+    tmp_path: Path, workers: int, *, clustered: bool
+) -> None:
     changes = {
         "chat.websocket.concurrency.uvicorn.workers": workers,
         "auth.keys": KEYS,
         "auth.allowed_hosts": [],
     }
     whole = configured(NOWHERE, changes, tmp_path / "c.yaml").settings
-    shares = [share_out(whole, rank, workers) for rank in range(workers)]
+    shares = [share_out(whole, rank, workers, clustered=clustered) for rank in range(workers)]
 
     for (path, limit), *parts in zip(
         numbers(whole), *(numbers(part) for part in shares), strict=True
@@ -80,8 +88,10 @@ def test_no_limit_of_the_configuration_is_multiplied(tmp_path: Path, workers: in
         assert len(values) == workers
         name = path.rpartition(".")[2]
         if values == [limit] * workers:
-            # A pool may be as large as all places, which bound its use.
-            assert name not in SHARED or not limit or "http_client.max_connections" in path, path
+            # A pool may be as large as all places, which bound its use. The places of the admission move.
+            whole_in_each = "http_client.max_connections" in path or path.endswith(MOVED)
+            in_hand = clustered and name in IN_HAND
+            assert name not in SHARED or not limit or whole_in_each or in_hand, path
         else:
             assert name in SHARED, path
             assert sum(values) == limit or name == "workers", path

@@ -19,7 +19,15 @@ if TYPE_CHECKING:
 def workers(process: ServerProcess) -> list[int]:
     """The process ids of the workers that live, in the order of their start."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    return [pid for pid in map(int, children) if not gone(pid)]
+    return [pid for pid in map(int, children) if not gone(pid) and b"aioserver" in command(pid)]
+
+
+def command(pid: int) -> bytes:
+    """The command line of a process: that of the workers' server names no `-m aioserver`."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"/tmp/aioserver-", b"")
+    except (FileNotFoundError, ProcessLookupError):
+        return b""
 
 
 def state(pid: int) -> str:
