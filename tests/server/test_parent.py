@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import socket
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ import pytest
 
 from aioserver.providers.simulator.server import Simulator
 from tests.support.chat import CHAT, STREAMED
+from tests.support.keys import COOKIE, bearer, cookie, key_of, keys_of
 from tests.support.process import loop_name, run_command, serving
 from tests.support.raw import CLOSE, Raw, closing
 from tests.support.server import CONCURRENCY, NOWHERE, QUICK, UVICORN, write
@@ -51,11 +53,24 @@ async def limits_of(process: ServerProcess) -> list[int]:
     for worker in workers(process):
         async with (
             alone(process, worker),
-            aiohttp.ClientSession() as session,
-            session.get(f"{process.base}/health") as response,
+            aiohttp.ClientSession(headers=bearer("root")) as session,
+            session.get(f"{process.base}/metrics") as response,
         ):
-            limits.append((await response.json())["connections"]["limit"])
+            match = re.search(r"^aioserver_connections_limit (.+)$", await response.text(), re.MULTILINE)
+            assert match is not None
+            limits.append(int(float(match[1])))
     return limits
+
+
+async def caller_of(process: ServerProcess, worker: int, session: str) -> str | None:
+    """Whose browser session *session* is, as the *worker* knows it."""
+    async with (
+        alone(process, worker),
+        aiohttp.ClientSession(headers=cookie(session)) as client,
+        client.get(f"{process.base}/session") as response,
+    ):
+        name: str | None = (await response.json())["name"]
+        return name
 
 
 class Load:
@@ -123,7 +138,7 @@ async def test_a_killed_worker_is_followed_and_a_reload_reaches_all(
     tmp_path: Path, simulator: Simulator
 ) -> None:
     only_on("uvloop")
-    changes = {**TWO, LIMIT: 9, "logging.level": "INFO"}
+    changes = {**TWO, **keys_of("root"), LIMIT: 9, "logging.level": "INFO"}
     with Systemd(str(tmp_path / "notify")) as systemd:
         environ = {"NOTIFY_SOCKET": systemd.address, "WATCHDOG_USEC": "60000000"}
         async with serving(
@@ -136,15 +151,21 @@ async def test_a_killed_worker_is_followed_and_a_reload_reaches_all(
             assert await limits_of(process) == [5, 4], "shares whose sum is the limit"
 
             first, second = workers(process)
+            async with aiohttp.ClientSession() as client:
+                body = {"key": key_of("root")}
+                async with client.post(f"{process.base}/session", json=body) as response:
+                    session = response.cookies[COOKIE].value
             os.kill(first, signal.SIGKILL)
             await until(lambda: gone(first))
             async with Raw(process) as raw:
-                await raw.post("/v1/chat/completions", CHAT)
+                await raw.post("/v1/chat/completions", CHAT, f"x-api-key: {key_of('root')}")
                 assert (await raw.answer()).status == 200, "its sibling goes on"
             await process.logs("worker 0 serves")
             assert "worker 0 was ended by SIGKILL" in process.log
             assert second in workers(process)
             assert len(workers(process)) == 2
+            for worker in workers(process):
+                assert await caller_of(process, worker, session) == "root"
 
             process.change({**changes, LIMIT: 7, f"{UVICORN}.workers": 3})
             process.signal(signal.SIGHUP)
