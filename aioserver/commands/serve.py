@@ -263,7 +263,10 @@ async def _run(
     try:
         async with open_server(settings, pepper=pepper) as server:
             runner = Runner(server)
-            notifier = systemd.Notifier.take(os.environ, lambda: _status(server))
+            if worker is None:
+                notifier = systemd.Notifier.take(os.environ, lambda: _status(server))
+            else:
+                notifier = worker.notifier(lambda: _status(server))
             hosts = listener.hosts(inherited)
             reload = Reload(
                 server,

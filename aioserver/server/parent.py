@@ -3,23 +3,23 @@
     signals, ends of processes, what workers say → supervisor → processes, signals, what systemd hears
 
 It has no event loop, no threads and no application: it waits for one signal after the other, with all of
-them blocked (sigtimedwait(2)); a datagram of a worker is a signal, too (O_ASYNC; fcntl(2)). A worker is
-today's `serve`: another program image, started by fork and exec, so that nothing of the parent is left
-in it, and so that a replacement runs the code that is installed then. The worker hears the protocols
-of systemd from its parent, which speaks them to systemd itself.
+them blocked (sigtimedwait(2)); that a worker has said something is a signal, too (O_ASYNC; fcntl(2)). A
+worker is `serve` in another program image, started by fork and exec, so that nothing of the parent is left
+in it, and so that a replacement runs the code that is installed then. A worker tells its parent what a
+service tells systemd, over a socket of its own, and the parent tells systemd what becomes of all.
 
-Linux only, as the descriptors in memory and the sender's process id of a datagram are.
+Linux only, as the files in memory are.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
 import os
 import re
 import signal
 import socket
-import struct
 import sys
 import time
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -56,9 +56,7 @@ PERIOD = 20.0
 END = 5.0
 # Bytes of the shared page.
 PAGE_BYTES = 1 << 16
-MAX_DATAGRAM = 4096
-# pid, uid and gid of a sender; unix(7).
-CREDENTIALS = struct.Struct("3i")
+MAX_MESSAGE = 4096
 # What only a new parent changes; its workers, when they are replaced, take over the rest.
 HELD = (
     "chat.websocket.host",
@@ -118,7 +116,8 @@ class Parent:
         self._page = make_page(2 * self._workers)
         # The other end is open here and nowhere else, until this process ends.
         self._lifeline, self._held = os.pipe()
-        self._ear = _ear()
+        # The sockets on which workers are heard, by process id.
+        self._ears: dict[int, socket.socket] = {}
         self._mask: set[Any] = set()
 
     def listen(self) -> None:
@@ -160,9 +159,20 @@ class Parent:
 
     def start(self, slot: int, configuration: int) -> int:
         """Start the worker *slot*; see `Processes`."""
-        pid = os.fork()
-        if pid == 0:
-            self._become(slot, configuration)
+        ear, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ear.setblocking(False)
+        # Whatever comes is a SIGIO.
+        fcntl.fcntl(ear, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(ear, fcntl.F_SETFL, fcntl.fcntl(ear, fcntl.F_GETFL) | os.O_ASYNC)
+        with theirs:
+            try:
+                pid = os.fork()
+            except OSError:
+                ear.close()
+                raise
+            if pid == 0:
+                self._become(slot, configuration, theirs)
+        self._ears[pid] = ear
         return pid
 
     def send(self, pid: int, number: signal.Signals) -> None:
@@ -187,16 +197,10 @@ class Parent:
                 self._asked.add(signal.Signals(number))
 
     def _hear(self) -> None:
-        while True:
-            try:
-                data, ancillary, _, _ = self._ear.recvmsg(
-                    MAX_DATAGRAM, socket.CMSG_SPACE(CREDENTIALS.size)
-                )
-            except BlockingIOError:
-                return
-            for level, kind, value in ancillary:
-                if (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS):
-                    pid, _, _ = CREDENTIALS.unpack(value)
+        for pid, ear in self._ears.items():
+            with contextlib.suppress(BlockingIOError, ConnectionResetError):
+                # Nothing: the worker has closed its end.
+                while data := ear.recv(MAX_MESSAGE):
                     lines = data.decode(errors="replace").split("\n")
                     message = dict(line.partition("=")[::2] for line in lines)
                     self._supervisor.heard(pid, message)
@@ -210,6 +214,8 @@ class Parent:
             if pid == 0:
                 return
             self._supervisor.ended(pid, os.waitstatus_to_exitcode(status))
+            if (ear := self._ears.pop(pid, None)) is not None:
+                ear.close()
 
     def _report(self) -> None:
         """Tell systemd, and whoever reads stdout, what has changed."""
@@ -291,12 +297,13 @@ class Parent:
             text += ", being replaced"
         return f"{text}: {inside} of {limit} connections, {waiting} waiting"
 
-    def _become(self, slot: int, configuration: int) -> NoReturn:
+    def _become(self, slot: int, configuration: int, ear: socket.socket) -> NoReturn:
         """Become the worker *slot*: a new program, in the process that was just forked."""
         try:
             # The terminal's Ctrl-C is the parent's, which passes it on.
             os.setsid()
             named = {
+                "ear": ear.fileno(),
                 "lifeline": self._lifeline,
                 "configuration": self._contents[configuration],
                 "pepper": self._pepper,
@@ -312,11 +319,9 @@ class Parent:
             numbers = {name: first + count + at for at, name in enumerate(named)}
             environ = {
                 **os.environ,
-                **Worker(slot, self._workers, numbers).variables(),
+                **Worker(slot, self._workers, self._period, numbers).variables(),
                 "LISTEN_FDS": str(count),
                 "LISTEN_PID": str(os.getpid()),
-                "NOTIFY_SOCKET": "@" + self._ear.getsockname()[1:].decode(),
-                "WATCHDOG_USEC": str(int(self._period * 1e6)),
             }
             signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
             os.execve(sys.executable, self._program, environ)  # noqa: S606 - no shell is meant
@@ -331,18 +336,6 @@ def make_page(_slots: int) -> int:
     descriptor = os.memfd_create("aioserver page")
     os.ftruncate(descriptor, PAGE_BYTES)
     return descriptor
-
-
-def _ear() -> socket.socket:
-    """Return the socket on which workers are heard: each datagram is a SIGIO, and names its sender."""
-    ear = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    ear.setblocking(False)
-    ear.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-    # The kernel chooses an abstract name; unix(7).
-    ear.bind("")
-    fcntl.fcntl(ear, fcntl.F_SETOWN, os.getpid())
-    fcntl.fcntl(ear, fcntl.F_SETFL, fcntl.fcntl(ear, fcntl.F_GETFL) | os.O_ASYNC)
-    return ear
 
 
 def _shares(settings: Settings) -> str:

@@ -1,11 +1,11 @@
 """A worker: one of several processes that serve the same port, as its parent has started it.
 
-The parent passes its listening sockets, and hears from the worker, by the protocols of systemd. What
-systemd has no words for comes in two variables: `AIOSERVER_WORKER=SLOT/WORKERS`, and
-`AIOSERVER_FDS=NAME=NUMBER,…`, descriptors by name.
+The parent passes its listening sockets by the protocol of systemd. What systemd has no words for comes in
+two variables: `AIOSERVER_WORKER=SLOT/WORKERS`, and `AIOSERVER_FDS=NAME=NUMBER,…`, descriptors by name.
 
 | name | what it is |
 | --- | --- |
+| ear | a socket on which the parent hears from this worker, and from nobody else, what systemd hears from a service |
 | lifeline | a pipe that ends with the parent |
 | configuration | the content of the configuration file that is in effect |
 | pepper | the secret of browser sessions, the same in each worker |
@@ -18,27 +18,35 @@ many slots as workers.
 from __future__ import annotations
 
 import os
+import socket
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 from aioserver.server.fixed_shares import share_out
+from aioserver.server.systemd import Notifier
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, MutableMapping
+    from collections.abc import Callable, Mapping, MutableMapping
 
     from aioserver.config.settings import Settings
 
 WORKER = "AIOSERVER_WORKER"
 DESCRIPTORS = "AIOSERVER_FDS"
-NAMES = frozenset({"lifeline", "configuration", "pepper", "page"})
+# The seconds within which the parent wants to hear from the worker.
+PERIOD = "AIOSERVER_PERIOD"
+NAMES = frozenset({"ear", "lifeline", "configuration", "pepper", "page"})
 
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """What this process is among *workers* processes. *slot*: from 0 to `2 * workers - 1`."""
+    """What this process is among *workers* processes. *slot*: from 0 to `2 * workers - 1`.
+
+    *period*: the seconds within which its parent wants to hear from it.
+    """
 
     slot: int
     workers: int
+    period: float
     descriptors: Mapping[str, int]
 
     @classmethod
@@ -50,17 +58,27 @@ class Worker:
             name, _, number = item.partition("=")
             if name in NAMES and number.isdigit():
                 descriptors[name] = int(number)
-        if not (slot.isdigit() and workers.isdigit() and descriptors.keys() == NAMES):
+        period = environ.pop(PERIOD, "")
+        if not (
+            slot.isdigit()
+            and workers.isdigit()
+            and period.isdigit()
+            and descriptors.keys() == NAMES
+        ):
             return None
         for descriptor in descriptors.values():
             # Not for the children of this process.
             os.set_inheritable(descriptor, False)
-        return cls(int(slot), int(workers), descriptors)
+        return cls(int(slot), int(workers), int(period) / 1e6, descriptors)
 
     def variables(self) -> dict[str, str]:
         """Return the variables from which `take` makes this worker."""
         descriptors = ",".join(f"{name}={number}" for name, number in self.descriptors.items())
-        return {WORKER: f"{self.slot}/{self.workers}", DESCRIPTORS: descriptors}
+        return {
+            WORKER: f"{self.slot}/{self.workers}",
+            PERIOD: str(int(self.period * 1e6)),
+            DESCRIPTORS: descriptors,
+        }
 
     @property
     def slots(self) -> int:
@@ -79,6 +97,12 @@ class Worker:
     def pepper(self) -> bytes:
         """Return the secret of browser sessions."""
         return read(self.descriptors["pepper"])
+
+    def notifier(self, status: Callable[[], str]) -> Notifier:
+        """Return what tells the parent how this worker is."""
+        ear = socket.socket(fileno=self.descriptors["ear"])
+        ear.setblocking(False)
+        return Notifier(None, self.period, status, ear)
 
     def settings(self, whole: Settings) -> Settings:
         """Return *whole* with this worker's share of each limit."""

@@ -56,7 +56,9 @@ async def limits_of(process: ServerProcess) -> list[int]:
             aiohttp.ClientSession(headers=bearer("root")) as session,
             session.get(f"{process.base}/metrics") as response,
         ):
-            match = re.search(r"^aioserver_connections_limit (.+)$", await response.text(), re.MULTILINE)
+            match = re.search(
+                r"^aioserver_connections_limit (.+)$", await response.text(), re.MULTILINE
+            )
             assert match is not None
             limits.append(int(float(match[1])))
     return limits
