@@ -63,7 +63,7 @@ def command(config: Path | None, *, host: str | None, port: int | None, loop: st
 
     SIGTERM and Ctrl-C stop the server: answers that are running have the seconds of
     chat.websocket.shutdown_timeout to finish; a second signal ends the process at once. SIGHUP
-    reloads the configuration.
+    reloads the configuration. SIGUSR2 replaces the processes, if there are several workers.
     """
     return serve(config, host=host, port=port, loop=loop)
 

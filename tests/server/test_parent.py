@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from tests.support.process import ServerProcess
 
 TWO = {f"{UVICORN}.workers": 2}
+REPLACED = "all workers are replaced"
 LIMIT = f"{CONCURRENCY}.max_connections"
 
 
@@ -120,7 +121,7 @@ async def test_a_replacement_loses_and_refuses_nothing(
             opcode, payload = await idle.frame()
             assert (opcode, closing(payload)[0]) == (CLOSE, 1012)
             await idle.send_frame(CLOSE, payload)
-        await process.logs("all workers are replaced")
+        await process.logs(REPLACED)
         await until(lambda: all(map(gone, former)), 20.0, lambda: process.log)
         served = load.served
         await until(lambda: load.served > served + 20)
@@ -286,3 +287,32 @@ async def test_what_keeps_it_from_starting_is_said_once(tmp_path: Path) -> None:
     assert (code, out) == (1, "")
     assert log.count("cannot listen on") == 1
     assert "Traceback" not in log
+
+
+@pytest.mark.stress
+@pytest.mark.timeout(300)
+async def test_nothing_is_lost_while_workers_are_replaced_and_reloaded_all_the_time(
+    tmp_path: Path, simulator: Simulator
+) -> None:
+    # With room for all clients in each worker, since the shares are fixed.
+    room = {LIMIT: 300, f"{CONCURRENCY}.connection_queue_size": 300, f"{UVICORN}.backlog": 512}
+    changes = {f"{UVICORN}.workers": 3, "logging.level": "WARNING", **room}
+    async with serving(tmp_path / "c.yaml", simulator.base_url, changes=changes) as process:
+        await process.ready()
+        load = Load(process, 40)
+        for _ in range(6):
+            former = workers(process)
+            process.signal(signal.SIGUSR2)
+            for limit in range(3):
+                process.change({**changes, LIMIT: 290 - limit})
+                process.signal(signal.SIGHUP)
+                await asyncio.sleep(0.3)
+            await until(lambda gone_by=former: not {*gone_by} & {*workers(process)}, 60.0)  # type: ignore[misc]
+            assert len(workers(process)) == 3
+        await load.end()
+
+        assert load.faults == []
+        assert load.served > 1000
+        process.signal()
+        assert await process.ended() == 0
+    assert "Traceback" not in process.log
