@@ -131,9 +131,12 @@ class Membership:
 
 @asynccontextmanager
 async def join(
-    url: str, name: str, *, fixed: tuple[int, int] | None = None
+    url: str, name: str, *, fixed: tuple[int, int] | None = None, first: bool = False
 ) -> AsyncIterator[Membership]:
     """Join the cluster *name* for the length of the block; the server within the block has ended before its end.
+
+    *fixed*: see `Membership`. *first*: no other instance can have places of a former life of the cluster, so that the
+    fixed share may be used at once.
 
     Raises:
         ConfigurationError: *url* cannot be used, or its server refuses us.
@@ -142,6 +145,8 @@ async def join(
         membership = Membership(url, name, instance_name(), fixed)
     except ValueError as error:
         raise ConfigurationError([f"cluster.redis_url: {error}"]) from None
+    if first:
+        membership.shares.use_fixed()
     try:
         await membership.open()
         yield membership

@@ -151,7 +151,7 @@ class Shares:
         self.call_soon()
 
     def use_fixed(self) -> None:
-        """Have the fixed shares in hand now: there is no server, and nobody else has more than that."""
+        """Have the fixed shares in hand now: nobody else has more than that, since none was there before."""
         self._raise_at = -inf
         self._use_share()
 
@@ -271,7 +271,7 @@ class Shares:
             self._adopt(answer)
         if joined:
             self._change(State.JOINED, "the server answers")
-        else:
+        elif self._raise_at > -inf:
             self._raise_at = now + self.times.lease
         for (holding, op), result in zip(self._ops, answer.results, strict=False):
             holding.answered(op, result, use=joined and not standing.blind)

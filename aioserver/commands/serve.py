@@ -66,7 +66,7 @@ def command(config: Path | None, *, host: str | None, port: int | None, loop: st
 
     SIGTERM and Ctrl-C stop the server: answers that are running have the seconds of
     chat.websocket.shutdown_timeout to finish; a second signal ends the process at once. SIGHUP
-    reloads the configuration.
+    reloads the configuration. SIGUSR2 replaces the processes, if there are several workers.
     """
     return serve(config, host=host, port=port, loop=loop)
 
@@ -258,22 +258,26 @@ async def _run(
     # By default it kills.
     loop.add_signal_handler(signal.SIGUSR2, _ignore)
     settings, pepper, slot = configuration.settings, None, None
-    url, fixed = settings.cluster.redis_url, None
+    url, fixed, first = settings.cluster.redis_url, None, False
     if worker is not None:
         settings, pepper, slot = worker.settings(settings), worker.pepper(), worker.make_slot()
         if url is None:
             # Nobody else uses it, so the number of instances is known.
             url, fixed = worker.server_url, (worker.rank, worker.workers)
+            first = worker.first
         loop.add_signal_handler(signal.SIGUSR1, stop.by_parent)
         lifeline = worker.descriptors["lifeline"]
         loop.add_reader(lifeline, stop.by_lifeline, lifeline)
     try:
         async with (
-            _joined(url, settings.cluster.name, fixed) as cluster,
+            _joined(url, settings.cluster.name, fixed, first=first) as cluster,
             open_server(settings, pepper=pepper, slot=slot, cluster=cluster) as server,
         ):
             runner = Runner(server)
-            notifier = systemd.Notifier.take(os.environ, lambda: _status(server))
+            if worker is None:
+                notifier = systemd.Notifier.take(os.environ, lambda: _status(server))
+            else:
+                notifier = worker.notifier(lambda: _status(server))
             hosts = listener.hosts(inherited)
             reload = Reload(
                 server,
@@ -303,7 +307,7 @@ async def _run(
 
 
 def _joined(
-    url: str | None, name: str, fixed: tuple[int, int] | None
+    url: str | None, name: str, fixed: tuple[int, int] | None, *, first: bool
 ) -> AbstractAsyncContextManager[Membership | None]:
     """Return the membership in the cluster *name*, for the length of an `async with`; None without an *url*.
 
@@ -319,7 +323,7 @@ def _joined(
             raise
         fault = "cluster.redis_url: redis is not installed (pip install '.[cluster]' in the clone)"
         raise ConfigurationError([fault]) from None
-    return join(url, name, fixed=fixed)
+    return join(url, name, fixed=fixed, first=first)
 
 
 async def _serve(

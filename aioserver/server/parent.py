@@ -3,16 +3,17 @@
     signals, ends of processes, what workers say → supervisor → processes, signals, what systemd hears
 
 It has no event loop, no threads and no application: it waits for one signal after the other, with all of
-them blocked (sigtimedwait(2)); a datagram of a worker is a signal, too (O_ASYNC; fcntl(2)). A worker is
-today's `serve`: another program image, started by fork and exec, so that nothing of the parent is left
-in it, and so that a replacement runs the code that is installed then. The worker hears the protocols
-of systemd from its parent, which speaks them to systemd itself.
+them blocked (sigtimedwait(2)); that a worker has said something is a signal, too (O_ASYNC; fcntl(2)). A
+worker is `serve` in another program image, started by fork and exec, so that nothing of the parent is left
+in it, and so that a replacement runs the code that is installed then. A worker tells its parent what a
+service tells systemd, over a socket of its own, and the parent tells systemd what becomes of all.
 
-Linux only, as the descriptors in memory and the sender's process id of a datagram are.
+Linux only, as the files in memory are.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import logging
@@ -20,7 +21,6 @@ import os
 import re
 import signal
 import socket
-import struct
 import sys
 import time
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from aioserver.auth.keys import pepper_of
 from aioserver.errors import ConfigurationError
 from aioserver.server import listener, reload, systemd
-from aioserver.server.shared_page import SharedPage
+from aioserver.server.page_keeper import PageKeeper
 from aioserver.server.shared_server import SharedServer
 from aioserver.server.supervisor import Supervisor
 from aioserver.server.workers import Worker, as_file
@@ -57,13 +57,9 @@ SIGNALS = (
 PERIOD = 20.0
 # Seconds for a worker to end beside `drain_delay` and `shutdown_timeout`.
 END = 5.0
-# Seconds until a raised `max_connections` is tried again for which workers have to give places first.
-RESIZE_AGAIN = 0.1
 # Lets the kernel send a signal to this process when its parent ends; prctl(2).
 PR_SET_PDEATHSIG = 1
-MAX_DATAGRAM = 4096
-# pid, uid and gid of a sender; unix(7).
-CREDENTIALS = struct.Struct("3i")
+MAX_MESSAGE = 4096
 # What only a new parent changes; its workers, when they are replaced, take over the rest.
 HELD = (
     "chat.websocket.host",
@@ -120,16 +116,13 @@ class Parent:
         self._contents = {0: as_file("configuration", configuration.content)}
         self._number = 0
         self._pepper = as_file("pepper", pepper_of(self._at_start.llm))
-        self._total = self._at_start.chat.websocket.concurrency.max_connections
-        self._page = SharedPage.create(self._workers, self._total)
-        # The slots of the workers that have not been reaped, by their processes.
-        self._slots: dict[int, int] = {}
-        # When the page is to be given a total again for which it had no room; None if it has the one of the configuration.
-        self._resize_at: float | None = None
+        max_connections = self._at_start.chat.websocket.concurrency.max_connections
+        self._page = PageKeeper(self._workers, max_connections)
         self._shared_server = SharedServer()
         # The other end is open here and nowhere else, until this process ends.
         self._lifeline, self._held = os.pipe()
-        self._ear = _ear()
+        # The sockets on which workers are heard, by process id.
+        self._ears: dict[int, socket.socket] = {}
         self._mask: set[Any] = set()
 
     def listen(self) -> None:
@@ -164,8 +157,7 @@ class Parent:
                 self._asked.clear()
             self._supervisor.turn()
             self._shared_server.turn()
-            if self._resize_at is not None and time.monotonic() >= self._resize_at:
-                self._resize()
+            self._page.turn()
             self._report()
         self._shared_server.stop()
         if code == 0:
@@ -176,29 +168,38 @@ class Parent:
 
     def start(self, slot: int, configuration: int) -> int:
         """Start the worker *slot*; see `Processes`."""
-        sibling = self._sibling(slot)
-        if sibling not in self._slots.values():
-            # The places of a former worker of this rank.
-            self._page.retire(sibling, slot)
-        pid = os.fork()
-        if pid == 0:
-            self._become(slot, configuration)
-        self._slots[pid] = slot
+        self._page.starting(slot)
+        ear, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ear.setblocking(False)
+        # Whatever comes is a SIGIO.
+        fcntl.fcntl(ear, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(ear, fcntl.F_SETFL, fcntl.fcntl(ear, fcntl.F_GETFL) | os.O_ASYNC)
+        with theirs:
+            try:
+                pid = os.fork()
+            except OSError:
+                ear.close()
+                raise
+            if pid == 0:
+                self._become(slot, configuration, theirs)
+        self._ears[pid] = ear
+        self._page.started(slot, pid)
         return pid
 
     def send(self, pid: int, number: signal.Signals) -> None:
         """Send a signal to a process that has not been reaped."""
         os.kill(pid, number)
 
-    def _sibling(self, slot: int) -> int:
-        """Return the other slot of the same rank: that of a worker which *slot* replaces, or which replaces it."""
-        return (slot + self._workers) % (2 * self._workers)
-
-    def _resize(self) -> None:
-        """Give the page the total of the configuration, now or a little later."""
-        slots = sorted(self._slots.values())
-        done = bool(slots) and self._page.resize(self._total, slots)
-        self._resize_at = None if done else time.monotonic() + RESIZE_AGAIN
+    def _worker(self, slot: int, descriptors: Mapping[str, int]) -> Worker:
+        """Return what the worker *slot* is told of itself."""
+        return Worker(
+            slot,
+            self._workers,
+            self._period,
+            descriptors,
+            self._shared_server.url,
+            first=not self._announced,
+        )
 
     # Steps of `run`.
 
@@ -207,7 +208,7 @@ class Parent:
         times = (
             self._supervisor.wake_at(),
             self._feed_at,
-            self._resize_at,
+            self._page.resize_at,
             self._shared_server.start_at,
         )
         due = min((moment for moment in times if moment is not None), default=None)
@@ -223,16 +224,10 @@ class Parent:
                 self._asked.add(signal.Signals(number))
 
     def _hear(self) -> None:
-        while True:
-            try:
-                data, ancillary, _, _ = self._ear.recvmsg(
-                    MAX_DATAGRAM, socket.CMSG_SPACE(CREDENTIALS.size)
-                )
-            except BlockingIOError:
-                return
-            for level, kind, value in ancillary:
-                if (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS):
-                    pid, _, _ = CREDENTIALS.unpack(value)
+        for pid, ear in self._ears.items():
+            with contextlib.suppress(BlockingIOError, ConnectionResetError):
+                # Nothing: the worker has closed its end.
+                while data := ear.recv(MAX_MESSAGE):
                     lines = data.decode(errors="replace").split("\n")
                     message = dict(line.partition("=")[::2] for line in lines)
                     self._supervisor.heard(pid, message)
@@ -245,12 +240,11 @@ class Parent:
                 return
             if pid == 0:
                 return
-            if (slot := self._slots.pop(pid, None)) is not None:
-                self._page.reaped(slot)
-                if (sibling := self._sibling(slot)) in self._slots.values():
-                    self._page.retire(slot, sibling)
+            self._page.reaped(pid)
             self._supervisor.ended(pid, os.waitstatus_to_exitcode(status))
             self._shared_server.ended(pid)
+            if (ear := self._ears.pop(pid, None)) is not None:
+                ear.close()
 
     def _report(self) -> None:
         """Tell systemd, and whoever reads stdout, what has changed."""
@@ -307,8 +301,7 @@ class Parent:
                     logger.warning("%s has changed, and stays as it was until SIGUSR2", key)
         logs.apply(settings.logging)
         self._supervisor.end_timeout = _end_timeout(settings)
-        self._total = settings.chat.websocket.concurrency.max_connections
-        self._resize()
+        self._page.resize(settings.chat.websocket.concurrency.max_connections)
         self._number += 1
         self._contents[self._number] = as_file("configuration", configuration.content)
         if replaced:
@@ -339,12 +332,13 @@ class Parent:
         signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
-    def _become(self, slot: int, configuration: int) -> NoReturn:
+    def _become(self, slot: int, configuration: int, ear: socket.socket) -> NoReturn:
         """Become the worker *slot*: a new program, in the process that was just forked."""
         try:
             # The terminal's Ctrl-C is the parent's, which passes it on.
             os.setsid()
             named = {
+                "ear": ear.fileno(),
                 "lifeline": self._lifeline,
                 "configuration": self._contents[configuration],
                 "pepper": self._pepper,
@@ -360,11 +354,9 @@ class Parent:
             numbers = {name: first + count + at for at, name in enumerate(named)}
             environ = {
                 **os.environ,
-                **Worker(slot, self._workers, numbers, self._shared_server.url).variables(),
+                **self._worker(slot, numbers).variables(),
                 "LISTEN_FDS": str(count),
                 "LISTEN_PID": str(os.getpid()),
-                "NOTIFY_SOCKET": "@" + self._ear.getsockname()[1:].decode(),
-                "WATCHDOG_USEC": str(int(self._period * 1e6)),
             }
             signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
             os.execve(sys.executable, self._program, environ)  # noqa: S606 - no shell is meant
@@ -372,18 +364,6 @@ class Parent:
             os.write(2, f"aioserver: worker {slot} cannot be started: {exc}\n".encode())
         finally:
             os._exit(1)
-
-
-def _ear() -> socket.socket:
-    """Return the socket on which workers are heard: each datagram is a SIGIO, and names its sender."""
-    ear = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    ear.setblocking(False)
-    ear.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-    # The kernel chooses an abstract name; unix(7).
-    ear.bind("")
-    fcntl.fcntl(ear, fcntl.F_SETOWN, os.getpid())
-    fcntl.fcntl(ear, fcntl.F_SETFL, fcntl.fcntl(ear, fcntl.F_GETFL) | os.O_ASYNC)
-    return ear
 
 
 def _limits(settings: Settings) -> str:

@@ -117,8 +117,6 @@ class Supervisor:
         """The numbers of the configurations that a process may yet start with."""
         return {self._configuration, self._former, self._wanted}
 
-    # What happens.
-
     def start(self) -> None:
         """Start all workers."""
         for seat in self._seats:
@@ -188,8 +186,11 @@ class Supervisor:
         self._queue.extend(self._seats)
 
     def stop(self) -> None:
-        """Ask every worker to end; a second call lets each end at once."""
+        """Ask every worker to end; a second call lets each end at once, and a third one kills."""
+        number = signal.SIGTERM
         if self._stopping:
+            # Not SIGTERM again: of one kind the kernel keeps one.
+            number = signal.SIGKILL if self._code else signal.SIGINT
             self._code = 1
         self._stopping = True
         self._queue.clear()
@@ -199,7 +200,7 @@ class Supervisor:
             seat.due = None
         for process in self._each():
             process.end_by(deadline)
-            self._processes.send(process.pid, signal.SIGTERM)
+            self._processes.send(process.pid, number)
 
     def turn(self) -> None:
         """Do what is due now."""

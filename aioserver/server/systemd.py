@@ -39,7 +39,8 @@ class Notifier:
 
     *address*: a path, or `@` and an abstract name; None without systemd. *watchdog*: the seconds
     after which systemd takes silence for a hang. From the first `ready()` to `close()` a keep-alive
-    is sent after each half of them, with the line that *status* returns.
+    is sent after each half of them, with the line that *status* returns. *channel*: a connected socket to a
+    parent process that hears the same messages, in place of an address; it is closed at the end.
 
     Always: no method raises or waits. Called on the event loop.
     """
@@ -49,8 +50,10 @@ class Notifier:
         address: str | None = None,
         watchdog: float | None = None,
         status: Callable[[], str] = str,
+        channel: socket.socket | None = None,
     ) -> None:
         self._address = address
+        self._channel = channel
         self._watchdog = watchdog
         self._status = status
         self._timer: asyncio.TimerHandle | None = None
@@ -95,9 +98,10 @@ class Notifier:
             self._timer.cancel()
             self._timer = None
             faulthandler.cancel_dump_traceback_later()
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
+        for sock in (self._socket, self._channel):
+            if sock is not None:
+                sock.close()
+        self._socket = self._channel = None
 
     def _feed(self) -> None:
         assert self._watchdog is not None
@@ -107,16 +111,12 @@ class Notifier:
         self._timer = asyncio.get_running_loop().call_later(self._watchdog / 2, self._feed)
 
     def _send(self, *lines: str) -> None:
-        if self._address is None:
-            return
-        address = self._address
-        if address.startswith("@"):
-            address = f"\0{address[1:]}"
+        data = "\n".join(lines).encode()
         try:
-            if self._socket is None:
-                self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-                self._socket.setblocking(False)
-            self._socket.sendto("\n".join(lines).encode(), address)
+            if self._channel is not None:
+                self._channel.send(data)
+            elif self._address is not None:
+                self._send_to(self._address, data)
         # ValueError: the address is not possible.
         except (OSError, ValueError) as exc:
             if not self._failing:
@@ -124,6 +124,14 @@ class Notifier:
             self._failing = True
         else:
             self._failing = False
+
+    def _send_to(self, address: str, data: bytes) -> None:
+        if address.startswith("@"):
+            address = f"\0{address[1:]}"
+        if self._socket is None:
+            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            self._socket.setblocking(False)
+        self._socket.sendto(data, address)
 
 
 def manager(environ: MutableMapping[str, str]) -> tuple[str | None, float | None]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import socket
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ import pytest
 
 from aioserver.providers.simulator.server import Simulator
 from tests.support.chat import CHAT, STREAMED
+from tests.support.keys import COOKIE, bearer, cookie, key_of, keys_of
 from tests.support.process import loop_name, run_command, serving
 from tests.support.raw import CLOSE, Raw, closing
 from tests.support.server import CONCURRENCY, NOWHERE, QUICK, UVICORN, write
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from tests.support.process import ServerProcess
 
 TWO = {f"{UVICORN}.workers": 2}
+REPLACED = "all workers are replaced"
 LIMIT = f"{CONCURRENCY}.max_connections"
 
 
@@ -51,11 +54,26 @@ async def limits_of(process: ServerProcess) -> list[int]:
     for worker in workers(process):
         async with (
             alone(process, worker),
-            aiohttp.ClientSession() as session,
-            session.get(f"{process.base}/health") as response,
+            aiohttp.ClientSession(headers=bearer("root")) as session,
+            session.get(f"{process.base}/metrics") as response,
         ):
-            limits.append((await response.json())["connections"]["limit"])
+            match = re.search(
+                r"^aioserver_connections_limit (.+)$", await response.text(), re.MULTILINE
+            )
+            assert match is not None
+            limits.append(int(float(match[1])))
     return limits
+
+
+async def caller_of(process: ServerProcess, worker: int, session: str) -> str | None:
+    """Whose browser session *session* is, as the *worker* knows it."""
+    async with (
+        alone(process, worker),
+        aiohttp.ClientSession(headers=cookie(session)) as client,
+        client.get(f"{process.base}/session") as response,
+    ):
+        name: str | None = (await response.json())["name"]
+        return name
 
 
 class Load:
@@ -103,7 +121,7 @@ async def test_a_replacement_loses_and_refuses_nothing(
             opcode, payload = await idle.frame()
             assert (opcode, closing(payload)[0]) == (CLOSE, 1012)
             await idle.send_frame(CLOSE, payload)
-        await process.logs("all workers are replaced")
+        await process.logs(REPLACED)
         await until(lambda: all(map(gone, former)), 20.0, lambda: process.log)
         served = load.served
         await until(lambda: load.served > served + 20)
@@ -123,7 +141,7 @@ async def test_a_killed_worker_is_followed_and_a_reload_reaches_all(
     tmp_path: Path, simulator: Simulator
 ) -> None:
     only_on("uvloop")
-    changes = {**TWO, LIMIT: 9, "logging.level": "INFO"}
+    changes = {**TWO, **keys_of("root"), LIMIT: 9, "logging.level": "INFO"}
     with Systemd(str(tmp_path / "notify")) as systemd:
         environ = {"NOTIFY_SOCKET": systemd.address, "WATCHDOG_USEC": "60000000"}
         async with serving(
@@ -136,15 +154,21 @@ async def test_a_killed_worker_is_followed_and_a_reload_reaches_all(
             assert await limits_of(process) == [5, 4], "shares whose sum is the limit"
 
             first, second = workers(process)
+            async with aiohttp.ClientSession() as client:
+                body = {"key": key_of("root")}
+                async with client.post(f"{process.base}/session", json=body) as response:
+                    session = response.cookies[COOKIE].value
             os.kill(first, signal.SIGKILL)
             await until(lambda: gone(first))
             async with Raw(process) as raw:
-                await raw.post("/v1/chat/completions", CHAT)
+                await raw.post("/v1/chat/completions", CHAT, f"x-api-key: {key_of('root')}")
                 assert (await raw.answer()).status == 200, "its sibling goes on"
             await process.logs("worker 0 serves")
             assert "worker 0 was ended by SIGKILL" in process.log
             assert second in workers(process)
             assert len(workers(process)) == 2
+            for worker in workers(process):
+                assert await caller_of(process, worker, session) == "root"
 
             process.change({**changes, LIMIT: 7, f"{UVICORN}.workers": 3})
             process.signal(signal.SIGHUP)
@@ -263,3 +287,32 @@ async def test_what_keeps_it_from_starting_is_said_once(tmp_path: Path) -> None:
     assert (code, out) == (1, "")
     assert log.count("cannot listen on") == 1
     assert "Traceback" not in log
+
+
+@pytest.mark.stress
+@pytest.mark.timeout(300)
+async def test_nothing_is_lost_while_workers_are_replaced_and_reloaded_all_the_time(
+    tmp_path: Path, simulator: Simulator
+) -> None:
+    # With room for all clients in each worker, since the shares are fixed.
+    room = {LIMIT: 300, f"{CONCURRENCY}.connection_queue_size": 300, f"{UVICORN}.backlog": 512}
+    changes = {f"{UVICORN}.workers": 3, "logging.level": "WARNING", **room}
+    async with serving(tmp_path / "c.yaml", simulator.base_url, changes=changes) as process:
+        await process.ready()
+        load = Load(process, 40)
+        for _ in range(6):
+            former = workers(process)
+            process.signal(signal.SIGUSR2)
+            for limit in range(3):
+                process.change({**changes, LIMIT: 290 - limit})
+                process.signal(signal.SIGHUP)
+                await asyncio.sleep(0.3)
+            await until(lambda gone_by=former: not {*gone_by} & {*workers(process)}, 60.0)  # type: ignore[misc]
+            assert len(workers(process)) == 3
+        await load.end()
+
+        assert load.faults == []
+        assert load.served > 1000
+        process.signal()
+        assert await process.ended() == 0
+    assert "Traceback" not in process.log

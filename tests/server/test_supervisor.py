@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import signal
-from signal import SIGABRT, SIGHUP, SIGKILL, SIGTERM
+from signal import SIGABRT, SIGHUP, SIGINT, SIGKILL, SIGTERM
 
 import pytest
 
@@ -431,7 +431,9 @@ def test_a_stop_reaches_everybody_and_ends_with_0(world: World) -> None:
 def test_a_second_stop_is_passed_on_and_ends_with_1(world: World) -> None:
     world.supervisor.stop()
     world.supervisor.stop()
-    assert world.sent == [(0, SIGTERM), (1, SIGTERM)] * 2
+    assert world.sent == [(0, SIGTERM), (1, SIGTERM), (0, SIGINT), (1, SIGINT)]
+    world.supervisor.stop()
+    assert world.sent == [(0, SIGKILL), (1, SIGKILL)]
 
     world.die(0, 1)
     world.die(1, 1)

@@ -109,12 +109,13 @@ def test_a_worker_is_what_its_parent_has_written() -> None:
     try:
         for number in descriptors.values():
             os.set_inheritable(number, True)
-        environ = {**Worker(5, 3, descriptors).variables(), "HOME": "/"}
+        environ = {**Worker(5, 3, 20.0, descriptors).variables(), "HOME": "/"}
 
         worker = Worker.take(environ)
 
         assert worker is not None
         assert (worker.slot, worker.workers, worker.slots, worker.rank) == (5, 3, 6, 2)
+        assert worker.period == 20.0
         assert worker.descriptors == descriptors
         assert worker.content() == b"configuration"
         assert worker.pepper() == worker.pepper() == b"pepper"
