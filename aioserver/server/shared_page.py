@@ -54,9 +54,9 @@ if TYPE_CHECKING:
 
 # Each worker has two slots: a rolling restart starts the new process before the old one ends.
 SLOTS_PER_WORKER = 2
-# Seconds. A worker whose beat is older is blocked, or gone: it counts for no mean, and is given nothing.
-FRESH = 0.1
-# Seconds. A worker whose beat is older will not give a place soon, though it may have one.
+# Seconds. A worker whose beat is later than that is blocked, or gone: it counts for no mean, and is given nothing.
+LATE = 0.075
+# Seconds. A worker whose beat is later than that will not give a place soon, though it may have one.
 BUSY = 1.0
 # Reads that `collect` tries. Two of them are equal unless places move all the time.
 MAX_COLLECTIONS = 1000
@@ -169,9 +169,9 @@ class SharedPage:
         """Return how many more clients *slot* could let in; below 0: it has let in too many for a lowered total."""
         return self.places(slot) - self.inside(slot) - self.owed(slot)
 
-    def turning(self, *states: State, within: float = FRESH) -> list[int]:
-        """Return the slots whose workers are in one of *states*, and have beaten *within* so many seconds."""
-        oldest = int((self._clock() - within) * _NANOSECONDS)
+    def turning(self, *states: State, late: float = LATE) -> list[int]:
+        """Return the slots whose workers are in one of *states*, with a beat that is at most *late* seconds late."""
+        oldest = int((self._clock() - late) * _NANOSECONDS)
         beats = self._all(_Column.BEAT)
         return [
             slot
@@ -179,9 +179,9 @@ class SharedPage:
             if state in states and beats[slot] >= oldest
         ]
 
-    def siblings(self, within: float = FRESH) -> list[int]:
-        """Return the slots of the other workers that let clients in, and have beaten *within* so many seconds."""
-        slots = self.turning(State.SERVING, State.DRAINING, within=within)
+    def siblings(self, late: float = LATE) -> list[int]:
+        """Return the slots of the other workers that let clients in; *late*: see `turning`."""
+        slots = self.turning(State.SERVING, State.DRAINING, late=late)
         return [slot for slot in slots if slot != self._slot]
 
     def connections(self) -> list[int]:
@@ -190,7 +190,7 @@ class SharedPage:
 
     def room(self) -> int:
         """Return how many more clients the siblings of this worker could let in, or a busy one among them soon."""
-        return sum(max(0, self.free(slot)) for slot in self.siblings(within=BUSY))
+        return sum(max(0, self.free(slot)) for slot in self.siblings(late=BUSY))
 
     def wanted(self, reserve: int) -> bool:
         """Return whether some sibling has fewer than *reserve* places free, or clients that wait: roughly, but quickly."""
@@ -231,10 +231,10 @@ class SharedPage:
 
     # What the worker of this slot does.
 
-    def beat(self, state: State) -> None:
-        """Say that this worker's loop turns, and what it does."""
+    def beat(self, state: State, after: float) -> None:
+        """Say that this worker's loop turns, what it does, and that the next beat is *after* so many seconds."""
         self._put(_Column.STATE, self.slot, state)
-        self._put(_Column.BEAT, self.slot, int(self._clock() * _NANOSECONDS))
+        self._put(_Column.BEAT, self.slot, int((self._clock() + after) * _NANOSECONDS))
 
     def tell(self, *, inside: int, waiting: int) -> None:
         """Say how many places are taken here, and how many clients wait."""
