@@ -12,6 +12,8 @@ from aioserver.auth.keys import Keys
 from aioserver.limits.quota import Quota
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from aioserver.auth.callers import Caller
     from aioserver.config.settings import Auth
 
@@ -29,8 +31,13 @@ class Access:
     *keyless* limits nothing: revoking it ends the work of clients without a key, once they need one.
     """
 
-    def __init__(self, auth: Auth | None = None, pepper: bytes = b"") -> None:
-        self.keys = Keys(pepper)
+    def __init__(
+        self,
+        auth: Auth | None = None,
+        pepper: bytes = b"",
+        connection_counter: Callable[[str], Callable[[int], int]] | None = None,
+    ) -> None:
+        self.keys = Keys(pepper, connection_counter=connection_counter)
         self.keyless = Quota(*NO_LIMITS)
         self.apply(auth)
 

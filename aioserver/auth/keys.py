@@ -45,10 +45,19 @@ class Keys:
 
     Always: there is one `Caller` for each key, made once, so that a request costs a hash, a look-up
     and a comparison; a name keeps its counts for as long as its key stays the same.
+
+    *connection_counter* makes the `elsewhere` of a key's `Quota`, where several processes serve.
     """
 
-    def __init__(self, pepper: bytes = b"", clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        pepper: bytes = b"",
+        clock: Callable[[], float] = time.time,
+        *,
+        connection_counter: Callable[[str], Callable[[int], int]] | None = None,
+    ) -> None:
         self._pepper = pepper
+        self._connection_counter = connection_counter
         # Wall time: a session may be older than the process.
         self._clock = clock
         self._by_name: dict[str, _Key] = {}
@@ -60,6 +69,7 @@ class Keys:
     def apply(self, keys: Iterable[ClientKey]) -> frozenset[str]:
         """Accept *keys* and no others. Return the names whose key was removed or replaced."""
         old, new = self._by_name, {}
+        counter = self._connection_counter
         for settings in keys:
             assert settings.sha256 is not None, "config/ makes sha256 of key_env and key_file"
             digest, old_key = bytes.fromhex(settings.sha256), old.get(settings.name)
@@ -77,6 +87,7 @@ class Keys:
                     settings.max_concurrent,
                     settings.requests_per_minute,
                     max_connections=settings.max_connections,
+                    elsewhere=counter(settings.name) if counter is not None else None,
                 )
             caller = Caller(
                 settings.name,

@@ -108,7 +108,9 @@ async def open_server(
     current = CurrentSettings(settings)
     lifecycle = Lifecycle()
     listening: list[socket.socket] = []
-    access = Access(settings.auth, pepper_of(llm))
+    access = Access(
+        settings.auth, pepper_of(llm), None if slot is None else slot.key_counts.counter
+    )
     origins = Origins(chat.websocket.allow_origins, credentials=chat.websocket.allow_credentials)
     guard = Guard(access, origins)
     admission = Admission(

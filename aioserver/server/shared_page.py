@@ -61,7 +61,13 @@ BUSY = 1.0
 # Reads that `collect` tries. Two of them are equal unless places move all the time.
 MAX_COLLECTIONS = 1000
 
+# Keys with a `max_connections` of their own that each slot's table has room for.
+MAX_KEYS = 1024
+
 _WORD: Final = 8
+# Words: a digest and a count for each key.
+_TABLE: Final = 2 * MAX_KEYS
+_NO_KEYS: Final = memoryview(bytes(_WORD * _TABLE)).cast("q")
 _NANOSECONDS = 1_000_000_000
 
 
@@ -108,6 +114,9 @@ class SharedPage:
         #: The number of slots.
         self.slots = self._cells[0]
         self._given = 1 + len(_Column) * self.slots
+        self._tables = self._given + self.slots * self.slots
+        starts = (self._tables + slot * _TABLE for slot in range(self.slots))
+        self._key_tables = [self._cells[start : start + _TABLE] for start in starts]
         self._slot = slot
         if slot is not None:
             self.reaped(slot)
@@ -120,7 +129,7 @@ class SharedPage:
             OSError: there is no memory for it.
         """
         slots = SLOTS_PER_WORKER * workers
-        size = _WORD * (1 + len(_Column) * slots + slots * slots)
+        size = _WORD * (1 + len(_Column) * slots + slots * slots + slots * _TABLE)
         if hasattr(os, "memfd_create"):
             fd = os.memfd_create("aioserver-page")
         else:
@@ -137,7 +146,8 @@ class SharedPage:
 
     def close(self) -> None:
         """Let go of the memory; *fd* stays open. Nothing may be called after it."""
-        self._cells.release()
+        for view in (*self._key_tables, self._cells):
+            view.release()
         self._map.close()
 
     @property
@@ -203,6 +213,10 @@ class SharedPage:
             for slot in range(self.slots)
         )
 
+    def key_table(self, slot: int) -> memoryview[int]:
+        """Return the table of *slot* for key_counts.py; only its worker writes it."""
+        return self._key_tables[slot]
+
     @property
     def bound(self) -> int:
         """What the limits of all gates can add up to, at most."""
@@ -215,10 +229,9 @@ class SharedPage:
         Raises:
             TimeoutError: places move so often that no such moment was met.
         """
-        end = self._given + self.slots * self.slots
         before: list[int] = []
         for _ in range(MAX_COLLECTIONS):
-            cells = self._cells[:end].tolist()
+            cells = self._cells[: self._tables].tolist()
             moving = cells[: 1 + _Column.STATE * self.slots] + cells[self._given :]
             if moving == before:
                 targets, bases, limits = (
@@ -297,6 +310,7 @@ class SharedPage:
         self._put(_Column.STATE, slot, State.ABSENT)
         for column in (_Column.LIMIT, _Column.INSIDE, _Column.WAITING, _Column.CONNECTIONS):
             self._put(column, slot, 0)
+        self.key_table(slot)[:] = _NO_KEYS
 
     def retire(self, slot: int, heir: int) -> None:
         """Note that the process of *slot* is gone, and move all its places to the slot *heir*.
@@ -331,7 +345,7 @@ class SharedPage:
         """Return how many places *slot* has ever received, and how many it has given."""
         row = self._given + slot * self.slots
         given = self._cells[row : row + self.slots].tolist()
-        received = self._cells[self._given + slot :: self.slots].tolist()
+        received = self._cells[self._given + slot : self._tables : self.slots].tolist()
         return sum(received), sum(given)
 
     def _add_given(self, slot: int, to: int, count: int) -> None:

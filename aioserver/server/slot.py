@@ -12,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from aioserver.server.balance import Balance
+from aioserver.server.key_counts import KeyCounts
 from aioserver.server.places import SharedGate
 from aioserver.server.shared_page import State
 from aioserver.server.shares_of import share_of, shares_of
@@ -41,6 +42,7 @@ class Slot:
         self._workers = workers
         self._rank = page.slot % workers
         self.balance = Balance(page, self._hurry)
+        self.key_counts = KeyCounts(page)
         self._gate: SharedGate | None = None
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
