@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from aioserver.auth.callers import Caller
-    from aioserver.config.settings import Auth, ClientKey
+    from aioserver.auth.keys import MakeQuota
+    from aioserver.config.settings import Auth
 
 # Limits that are never reached: answers at once, and answers a minute, of clients without a key.
 NO_LIMITS = 1 << 31, 1 << 31
@@ -35,9 +36,10 @@ class Access:
         self,
         auth: Auth | None = None,
         pepper: bytes = b"",
-        make_quota: Callable[[ClientKey], Quota] = quota_of,
+        make_quota: MakeQuota = quota_of,
+        connection_counter: Callable[[str], Callable[[int], int]] | None = None,
     ) -> None:
-        self.keys = Keys(pepper, make_quota=make_quota)
+        self.keys = Keys(pepper, make_quota=make_quota, connection_counter=connection_counter)
         self.keyless = Quota(*NO_LIMITS)
         self.apply(auth)
 

@@ -115,12 +115,13 @@ class SharedLimits:
         gate = self._gates[name] = SharedProviderGate(self._shares, name, limits, health, clock)
         return gate
 
-    def make_quota(self, key: ClientKey) -> Quota:
-        """Return the quota of *key*."""
+    def make_quota(self, key: ClientKey, elsewhere: Callable[[int], int] | None) -> Quota:
+        """Return the quota of *key*; *elsewhere*: see `Quota`."""
         return SharedQuota(
             key.max_concurrent,
             key.requests_per_minute,
             max_connections=key.max_connections,
+            elsewhere=elsewhere,
             shares=self._shares,
             name=key.name,
         )

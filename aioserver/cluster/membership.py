@@ -81,9 +81,9 @@ class Membership:
         """Return the gate of the provider *name*, whose places and starts all instances share."""
         return self.limits.make_gate(name, limits, health, clock)
 
-    def make_quota(self, key: ClientKey) -> Quota:
-        """Return the quota of *key*, which all instances share."""
-        return self.limits.make_quota(key)
+    def make_quota(self, key: ClientKey, elsewhere: Callable[[int], int] | None) -> Quota:
+        """Return the quota of *key*, which all instances share; *elsewhere*: see `Quota`."""
+        return self.limits.make_quota(key, elsewhere)
 
     def streams(self, store: StreamStore, conversations: Conversations) -> ClusterStreams:
         """Return what knows the streams of other instances."""

@@ -41,11 +41,16 @@ class SharedQuota(Quota):
         clock: Callable[[], float] = time.monotonic,
         *,
         max_connections: int = 0,
+        elsewhere: Callable[[int], int] | None = None,
         shares: Shares,
         name: str,
     ) -> None:
         super().__init__(
-            max_concurrent, requests_per_minute, clock, max_connections=max_connections
+            max_concurrent,
+            requests_per_minute,
+            clock,
+            max_connections=max_connections,
+            elsewhere=elsewhere,
         )
         self._shares = shares
         self._hand = 0

@@ -118,7 +118,7 @@ class Cluster(Protocol):
     ) -> ProviderGate:
         """Return the gate of a provider."""
 
-    def make_quota(self, key: ClientKey) -> Quota:
+    def make_quota(self, key: ClientKey, elsewhere: Callable[[int], int] | None) -> Quota:
         """Return the quota of a key."""
 
     def streams(self, store: StreamStore, conversations: Conversations) -> OtherInstances:
@@ -153,8 +153,12 @@ async def open_server(
     current = CurrentSettings(settings)
     lifecycle = Lifecycle()
     listening: list[socket.socket] = []
-    make_quota = quota_of if cluster is None else cluster.make_quota
-    access = Access(settings.auth, pepper_of(llm) if pepper is None else pepper, make_quota)
+    access = Access(
+        settings.auth,
+        pepper_of(llm) if pepper is None else pepper,
+        quota_of if cluster is None else cluster.make_quota,
+        None if slot is None else slot.key_counts.counter,
+    )
     origins = Origins(chat.websocket.allow_origins, credentials=chat.websocket.allow_credentials)
     guard = Guard(access, origins)
     admission = Admission(

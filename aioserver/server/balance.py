@@ -58,6 +58,8 @@ class Balance:
         self._page = page
         self._on_stop = on_stop
         self.connections = 0
+        # How often a connection has come or gone.
+        self.events = 0
         self._sites: list[Site] = []
         self._sockets: list[tuple[web.AppRunner, ListeningSocket, int]] = []
         # What is wanted; the task makes it so.
@@ -94,6 +96,7 @@ class Balance:
     def made(self) -> None:
         """Count a connection; stop accepting if this worker has its share."""
         self.connections += 1
+        self.events += 1
         self._page.tell_connections(self.connections)
         if self._accepts and self.connections > self._bound(*STOP):
             self._accepts = False
@@ -105,6 +108,7 @@ class Balance:
     def lost(self) -> None:
         """Count a connection that has ended."""
         self.connections -= 1
+        self.events += 1
         self._page.tell_connections(self.connections)
 
     def beat(self) -> bool:

@@ -3,7 +3,8 @@
 The shares of all workers together are the limit, and never more, but for a limit that is lower than the number of workers: a
 share is at least 1. While a worker is replaced, its successor has the same share.
 
-Not shared out are `max_connections` and its queue, whose places move between the workers (places.py), and, where the workers
+Not shared out are `max_connections` and its queue, whose places move between the workers (places.py), the `max_connections`
+of keys, which are counted over all workers (key_counts.py), and, where the workers
 belong to a cluster, what they share through its server (cluster/limits.py).
 """
 
@@ -80,7 +81,6 @@ def share_out(settings: Settings, rank: int, workers: int, *, clustered: bool = 
         )
 
     def key(whole: ClientKey) -> ClientKey:
-        whole = replace(whole, max_connections=part(whole.max_connections))
         if clustered:
             return whole
         return replace(

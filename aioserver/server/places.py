@@ -64,6 +64,16 @@ class SharedGate(Gate):
         """Whether it takes nobody in any more."""
         return self._closed is not None
 
+    @property
+    def entered(self) -> int:
+        """How many have ever entered."""
+        return self._entered
+
+    @property
+    def free(self) -> int:
+        """How many more may enter now."""
+        return self._limit - self._inside
+
     def apply(self, limit: int, *, queue_size: int, queue_timeout: float) -> None:  # noqa: ARG002
         """Use new bounds, but for *limit*: the page knows it."""
         self._page.settle(self._set_limit)

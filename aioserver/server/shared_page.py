@@ -54,14 +54,20 @@ if TYPE_CHECKING:
 
 # Each worker has two slots: a rolling restart starts the new process before the old one ends.
 SLOTS_PER_WORKER = 2
-# Seconds. A worker whose beat is older is blocked, or gone: it counts for no mean, and is given nothing.
-FRESH = 0.1
-# Seconds. A worker whose beat is older will not give a place soon, though it may have one.
+# Seconds. A worker whose beat is later than that is blocked, or gone: it counts for no mean, and is given nothing.
+LATE = 0.075
+# Seconds. A worker whose beat is later than that will not give a place soon, though it may have one.
 BUSY = 1.0
 # Reads that `collect` tries. Two of them are equal unless places move all the time.
 MAX_COLLECTIONS = 1000
 
+# Keys with a `max_connections` of their own that each slot's table has room for.
+MAX_KEYS = 1024
+
 _WORD: Final = 8
+# Words: a digest and a count for each key.
+_TABLE: Final = 2 * MAX_KEYS
+_NO_KEYS: Final = memoryview(bytes(_WORD * _TABLE)).cast("q")
 _NANOSECONDS = 1_000_000_000
 
 
@@ -108,6 +114,9 @@ class SharedPage:
         #: The number of slots.
         self.slots = self._cells[0]
         self._given = 1 + len(_Column) * self.slots
+        self._tables = self._given + self.slots * self.slots
+        starts = (self._tables + slot * _TABLE for slot in range(self.slots))
+        self._key_tables = [self._cells[start : start + _TABLE] for start in starts]
         self._slot = slot
         if slot is not None:
             self.reaped(slot)
@@ -120,7 +129,7 @@ class SharedPage:
             OSError: there is no memory for it.
         """
         slots = SLOTS_PER_WORKER * workers
-        size = _WORD * (1 + len(_Column) * slots + slots * slots)
+        size = _WORD * (1 + len(_Column) * slots + slots * slots + slots * _TABLE)
         if hasattr(os, "memfd_create"):
             fd = os.memfd_create("aioserver-page")
         else:
@@ -137,7 +146,8 @@ class SharedPage:
 
     def close(self) -> None:
         """Let go of the memory; *fd* stays open. Nothing may be called after it."""
-        self._cells.release()
+        for view in (*self._key_tables, self._cells):
+            view.release()
         self._map.close()
 
     @property
@@ -169,9 +179,9 @@ class SharedPage:
         """Return how many more clients *slot* could let in; below 0: it has let in too many for a lowered total."""
         return self.places(slot) - self.inside(slot) - self.owed(slot)
 
-    def turning(self, *states: State, within: float = FRESH) -> list[int]:
-        """Return the slots whose workers are in one of *states*, and have beaten *within* so many seconds."""
-        oldest = int((self._clock() - within) * _NANOSECONDS)
+    def turning(self, *states: State, late: float = LATE) -> list[int]:
+        """Return the slots whose workers are in one of *states*, with a beat that is at most *late* seconds late."""
+        oldest = int((self._clock() - late) * _NANOSECONDS)
         beats = self._all(_Column.BEAT)
         return [
             slot
@@ -179,9 +189,9 @@ class SharedPage:
             if state in states and beats[slot] >= oldest
         ]
 
-    def siblings(self, within: float = FRESH) -> list[int]:
-        """Return the slots of the other workers that let clients in, and have beaten *within* so many seconds."""
-        slots = self.turning(State.SERVING, State.DRAINING, within=within)
+    def siblings(self, late: float = LATE) -> list[int]:
+        """Return the slots of the other workers that let clients in; *late*: see `turning`."""
+        slots = self.turning(State.SERVING, State.DRAINING, late=late)
         return [slot for slot in slots if slot != self._slot]
 
     def connections(self) -> list[int]:
@@ -190,7 +200,7 @@ class SharedPage:
 
     def room(self) -> int:
         """Return how many more clients the siblings of this worker could let in, or a busy one among them soon."""
-        return sum(max(0, self.free(slot)) for slot in self.siblings(within=BUSY))
+        return sum(max(0, self.free(slot)) for slot in self.siblings(late=BUSY))
 
     def wanted(self, reserve: int) -> bool:
         """Return whether some sibling has fewer than *reserve* places free, or clients that wait: roughly, but quickly."""
@@ -202,6 +212,10 @@ class SharedPage:
             and limits[slot] - insides[slot] - waiting[slot] < reserve
             for slot in range(self.slots)
         )
+
+    def key_table(self, slot: int) -> memoryview[int]:
+        """Return the table of *slot* for key_counts.py; only its worker writes it."""
+        return self._key_tables[slot]
 
     @property
     def bound(self) -> int:
@@ -215,10 +229,9 @@ class SharedPage:
         Raises:
             TimeoutError: places move so often that no such moment was met.
         """
-        end = self._given + self.slots * self.slots
         before: list[int] = []
         for _ in range(MAX_COLLECTIONS):
-            cells = self._cells[:end].tolist()
+            cells = self._cells[: self._tables].tolist()
             moving = cells[: 1 + _Column.STATE * self.slots] + cells[self._given :]
             if moving == before:
                 targets, bases, limits = (
@@ -231,10 +244,10 @@ class SharedPage:
 
     # What the worker of this slot does.
 
-    def beat(self, state: State) -> None:
-        """Say that this worker's loop turns, and what it does."""
+    def beat(self, state: State, after: float) -> None:
+        """Say that this worker's loop turns, what it does, and that the next beat is *after* so many seconds."""
         self._put(_Column.STATE, self.slot, state)
-        self._put(_Column.BEAT, self.slot, int(self._clock() * _NANOSECONDS))
+        self._put(_Column.BEAT, self.slot, int((self._clock() + after) * _NANOSECONDS))
 
     def tell(self, *, inside: int, waiting: int) -> None:
         """Say how many places are taken here, and how many clients wait."""
@@ -297,6 +310,7 @@ class SharedPage:
         self._put(_Column.STATE, slot, State.ABSENT)
         for column in (_Column.LIMIT, _Column.INSIDE, _Column.WAITING, _Column.CONNECTIONS):
             self._put(column, slot, 0)
+        self.key_table(slot)[:] = _NO_KEYS
 
     def retire(self, slot: int, heir: int) -> None:
         """Note that the process of *slot* is gone, and move all its places to the slot *heir*.
@@ -331,7 +345,7 @@ class SharedPage:
         """Return how many places *slot* has ever received, and how many it has given."""
         row = self._given + slot * self.slots
         given = self._cells[row : row + self.slots].tolist()
-        received = self._cells[self._given + slot :: self.slots].tolist()
+        received = self._cells[self._given + slot : self._tables : self.slots].tolist()
         return sum(received), sum(given)
 
     def _add_given(self, slot: int, to: int, count: int) -> None:

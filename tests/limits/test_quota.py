@@ -230,6 +230,33 @@ def test_connections_are_bounded_and_counted_through_a_change(clock: FakeClock) 
     assert one.connections == 1
 
 
+def test_connections_elsewhere_count_while_the_number_is_bounded(clock: FakeClock) -> None:
+    elsewhere, told = 2, 0
+
+    def tell(change: int) -> int:
+        nonlocal told
+        told += change
+        return elsewhere
+
+    one = Quota(5, 5, clock, max_connections=3, elsewhere=tell)
+    one.connect()
+    with pytest.raises(ConcurrencyExceeded, match="3 connections of this key"):
+        one.connect()
+    assert one.connections == told == 1
+
+    elsewhere = 0
+    one.connect()
+    one.apply(5, 5, 0)
+    assert told == 0
+    one.connect()
+    one.apply(5, 5, 4)
+    one.connect()
+    assert one.connections == told == 4
+    for _ in range(4):
+        one.disconnect()
+    assert told == 0
+
+
 def test_without_a_bound_connections_are_only_counted(clock: FakeClock) -> None:
     one = Quota(1, 1, clock)
     for _ in range(1000):

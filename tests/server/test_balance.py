@@ -43,7 +43,7 @@ async def test_a_worker_with_too_many_connections_stops_until_the_others_have_ca
 async def test_a_worker_whose_loop_does_not_turn_holds_back_nobody(tmp_path: Path) -> None:
     async with workers_of(tmp_path, 2, 100) as workers:
         blocked = SharedPage(workers.page.fd, 2)
-        blocked.beat(State.SERVING)
+        blocked.beat(State.SERVING, 0)
 
         # With it they would have more than their share from 16 connections on, and nobody would accept.
         await workers.open(60)
@@ -95,3 +95,16 @@ async def test_a_worker_that_has_no_descriptor_left_leaves_it_to_the_others(
         await workers.open(30)
 
         assert (balance.connections, balance_of(workers, 1).connections) == (9, 37)
+
+
+async def test_an_idle_worker_rests_between_its_beats_and_a_full_one_does_not(
+    tmp_path: Path,
+) -> None:
+    async with workers_of(tmp_path, 2, 100) as workers:
+        # Whose next beat is more than 0.1 s away, though nobody's is late.
+        await until(lambda: workers.page.turning(State.SERVING, late=-0.1) == [0, 1])
+        assert workers.page.turning(State.SERVING) == [0, 1]
+
+        await workers.open(90)
+
+        await until(lambda: workers.page.turning(State.SERVING, late=-0.1) == [])

@@ -244,7 +244,7 @@ class Model:
 
     def beat(self) -> None:
         at = self.rng.randrange(len(self.gates))
-        self.pages[at].beat(State.SERVING)
+        self.pages[at].beat(State.SERVING, 0)
         self.gates[at].move()
 
     def check(self, total: int) -> None:
@@ -271,7 +271,7 @@ async def test_nobody_waits_for_long_while_a_place_is_free(seed: int) -> None:
         # Two beats of each worker: one gives, the other one takes.
         for _ in range(2):
             for worker, gate in zip(model.pages, model.gates, strict=True):
-                worker.beat(State.SERVING)
+                worker.beat(State.SERVING, 0)
                 gate.move()
         await ticks()
         model.check(20)

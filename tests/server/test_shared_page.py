@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from aioserver.server.shared_page import FRESH, SharedPage, State
+from aioserver.server.shared_page import LATE, SharedPage, State
 from tests.support.clock import FakeClock
 
 if TYPE_CHECKING:
@@ -256,15 +256,15 @@ def test_a_worker_serves_while_its_beat_is_fresh(page: SharedPage) -> None:
     clock = FakeClock()
     workers = [SharedPage(page.fd, slot, clock) for slot in range(2)]
     for worker in workers:
-        worker.beat(State.SERVING)
+        worker.beat(State.SERVING, 0)
     observer = SharedPage(page.fd, clock=clock)
     assert observer.turning(State.SERVING) == [0, 1]
 
-    clock.advance(FRESH * 0.9)
-    workers[1].beat(State.SERVING)
-    clock.advance(FRESH * 0.2)
+    clock.advance(LATE * 0.9)
+    workers[1].beat(State.SERVING, 0)
+    clock.advance(LATE * 0.2)
     assert observer.turning(State.SERVING) == [1]
-    workers[1].beat(State.LEAVING)
+    workers[1].beat(State.LEAVING, 0)
     assert observer.turning(State.SERVING) == []
     for one in (*workers, observer):
         one.close()

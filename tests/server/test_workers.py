@@ -51,8 +51,8 @@ def numbers(settings: Any, path: str = "") -> Iterator[tuple[str, float]]:
         yield path, settings
 
 
-# Places that move between workers, and what a cluster has in hand.
-MOVED = ("concurrency.max_connections", "concurrency.connection_queue_size")
+# What workers know of each other by the page, and what a cluster has in hand.
+MOVED = {"max_connections", "connection_queue_size"}
 IN_HAND = {"concurrent_requests", "requests_per_minute", "tokens_per_minute", "max_concurrent"}
 
 
@@ -88,10 +88,9 @@ def test_no_limit_of_the_configuration_is_multiplied(
         assert len(values) == workers
         name = path.rpartition(".")[2]
         if values == [limit] * workers:
-            # A pool may be as large as all places, which bound its use. The places of the admission move.
-            whole_in_each = "http_client.max_connections" in path or path.endswith(MOVED)
-            in_hand = clustered and name in IN_HAND
-            assert name not in SHARED or not limit or whole_in_each or in_hand, path
+            # A pool may be as large as all places, which bound its use.
+            known_to_all = name in MOVED or (clustered and name in IN_HAND)
+            assert name not in SHARED or not limit or known_to_all, path
         else:
             assert name in SHARED, path
             assert sum(values) == limit or name == "workers", path

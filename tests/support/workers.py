@@ -114,13 +114,15 @@ class Workers:
         return [self.gate(slot).inside for slot in self.servers]
 
     async def open(
-        self, number: int, slot: int | None = None
+        self, number: int, slot: int | None = None, headers: dict[str, str] | None = None
     ) -> list[aiohttp.ClientWebSocketResponse]:
         """Open *number* WebSockets at once, all of them at the worker in *slot* if that is given."""
         server = next(iter(self.servers.values()))
         port = self.socket.getsockname()[1] if slot is None else self.ports[slot]
         address = server.ws.replace(f":{server.port}/", f":{port}/")
-        clients = await asyncio.gather(*(self.session.ws_connect(address) for _ in range(number)))
+        clients = await asyncio.gather(
+            *(self.session.ws_connect(address, headers=headers) for _ in range(number))
+        )
         self.clients += clients
         return clients
 
