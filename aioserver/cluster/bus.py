@@ -15,8 +15,9 @@ import contextlib
 import logging
 from typing import TYPE_CHECKING, Any, Protocol
 
-from aioserver.cluster.connection import CallFailed, Connection, Subscription
+from aioserver.cluster.connection import CallFailed, Connection
 from aioserver.cluster.peer_messages import Malformed, decode, encode
+from aioserver.cluster.subscription import Subscription
 from aioserver.telemetry.counters import Counter
 
 if TYPE_CHECKING:

@@ -38,12 +38,12 @@ if TYPE_CHECKING:
 
     Reply = Any
 
-# Seconds that a call may take, and the making of a connection with TLS and authentication.
+# Seconds that a call may take.
 BOUND = 1.0
-CONNECT_BOUND = 2.0
-# Seconds between two attempts to connect: the first pause and the longest. Together with the bounds it has to be less than
-# the time for which a server that comes back gives nothing (`Times.blind`).
-PAUSES = (0.05, 0.5)
+# How many times as long the making of a connection may take, with TLS and authentication; and the pauses between two
+# attempts, the first and the longest. A longest pause, a connection and a call together have to be within the time for which a
+# server that comes back gives nothing (`Times.blind`).
+CONNECT, PAUSES = 2.0, (0.05, 0.5)
 # What makes the server's own address wrong, or the server useless for now: another connection may find a better one.
 USELESS = ("READONLY", "LOADING", "MASTERDOWN", "CLUSTERDOWN", "NOAUTH")
 
@@ -84,9 +84,11 @@ class Connection:
         # The calls under way, in their order.
         self._calls: deque[asyncio.Future[Reply]] = deque()
         self._opened: asyncio.Event = asyncio.Event()
+        # Whether the present session had a connection, of whose loss has to be told.
+        self._was_open = False
         self._task: asyncio.Task[None] | None = None
         self._session: asyncio.Task[None] | None = None
-        self._pause = PAUSES[0]
+        self._pause = PAUSES[0] * self._bound
         self._failure = CallFailed(f"{self.address}: not connected yet")
         # The server's process, as far as it is told: another one may have an older state.
         self.run = ""
@@ -155,6 +157,9 @@ class Connection:
     async def _call(self, command: tuple[bytes | str | float, ...]) -> Reply:
         while (connection := self._connection) is None:
             await self._opened.wait()
+        if not connection.is_connected:
+            # redis-py would connect again by itself.
+            raise CallFailed(f"{self.address}: the connection is lost")
         reply: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self._calls.append(reply)
         try:
@@ -204,7 +209,7 @@ class Connection:
                 await asyncio.wait([self._session])
                 raise
             finally:
-                lost = self._opened.is_set() or self._connection is not None
+                lost, self._was_open = self._was_open, False
                 self._opened.clear()
                 self._connection = None
                 self._fail_calls()
@@ -215,13 +220,14 @@ class Connection:
             if lost and self._on_loss is not None:
                 self._on_loss(self._failure)
             await asyncio.sleep(self._pause * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
-            self._pause = min(2 * self._pause, PAUSES[1])
+            self._pause = min(2 * self._pause, PAUSES[1] * self._bound)
 
     async def _serve(self, connection: AbstractConnection | None) -> None:
         """Connect, if there is no *connection* yet, and pass its replies on until it is lost."""
         if connection is None:
             connection = await self._connect()
         self._connection = connection
+        self._was_open = True
         self._opened.set()
         try:
             if self._on_open is not None:
@@ -231,9 +237,12 @@ class Connection:
                     reply = await connection.read_response()
                 except ResponseError as error:
                     reply = error
-                self._pause = PAUSES[0]
+                self._pause = PAUSES[0] * self._bound
                 self._take(reply)
         finally:
+            if self._connection is connection:
+                self._connection = None
+                self._opened.clear()
             await connection.disconnect(nowait=True)
 
     def _take(self, reply: Reply) -> None:
@@ -248,12 +257,13 @@ class Connection:
     async def _connect(self) -> AbstractConnection:
         connection = self._kind(**self._options)
         try:
-            async with asyncio.timeout(CONNECT_BOUND):
+            async with asyncio.timeout(CONNECT * self._bound):
                 await connection.connect()  # type: ignore[no-untyped-call]
                 await self._greet(connection)
         except TimeoutError:
             await connection.disconnect(nowait=True)
-            raise CallFailed(f"{self.address}: no connection in {CONNECT_BOUND} s") from None
+            seconds = CONNECT * self._bound
+            raise CallFailed(f"{self.address}: no connection in {seconds} s") from None
         except (RedisError, OSError) as error:
             await connection.disconnect(nowait=True)
             raise self._translated(error) from error
@@ -312,55 +322,6 @@ class ScriptConnection(Connection):
         return answer
 
 
-class Subscription(Connection):
-    """A connection for messages: each of *handlers* is called with what comes on its channel.
-
-    A message that comes while there is no connection is lost, so *on_open* has to look for what was missed.
-    """
-
-    def __init__(
-        self,
-        url: str,
-        handlers: dict[str, Callable[[bytes], None]],
-        *,
-        bound: float = BOUND,
-        on_open: Callable[[], None] | None = None,
-        on_loss: Callable[[CallFailed], None] | None = None,
-    ) -> None:
-        super().__init__(url, bound=bound, on_open=on_open, on_loss=on_loss)
-        self._handlers = {channel.encode(): handler for channel, handler in handlers.items()}
-
-    async def subscribe(self, channel: str, handler: Callable[[bytes], None]) -> None:
-        """Call *handler* with what comes on *channel*, also on later connections.
-
-        Raises:
-            CallFailed: the server does not answer; the channel is subscribed with the next connection.
-        """
-        self._handlers[channel.encode()] = handler
-        await self.execute("SUBSCRIBE", channel)
-
-    async def unsubscribe(self, channel: str) -> None:
-        """Listen to *channel* no more.
-
-        Raises:
-            CallFailed: the server does not answer.
-        """
-        del self._handlers[channel.encode()]
-        await self.execute("UNSUBSCRIBE", channel)
-
-    async def _greet(self, connection: AbstractConnection) -> None:
-        for channel in list(self._handlers):
-            await connection.send_command("SUBSCRIBE", channel, check_health=False)
-            await connection.read_response()
-
-    def _take(self, reply: Reply) -> None:
-        if isinstance(reply, list) and reply[0] == b"message":
-            if (handler := self._handlers.get(reply[1])) is not None:
-                handler(reply[2])
-        elif self._calls:
-            super()._take(reply)
-
-
 def _useless(error: ResponseError) -> bool:
     kind = isinstance(error, ReadOnlyError | BusyLoadingError)
     return kind or (getattr(error, "status_code", None) or str(error)).startswith(USELESS)
@@ -386,7 +347,7 @@ def _parse(url: str) -> tuple[type[AbstractConnection], dict[str, Any], str]:
         "retry": None,
         # All waits are bounded here.
         "socket_timeout": None,
-        "socket_connect_timeout": CONNECT_BOUND,
+        "socket_connect_timeout": CONNECT * BOUND,
     }
     try:
         kind(**options)

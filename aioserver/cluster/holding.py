@@ -13,7 +13,8 @@ nobody wants, and nobody waits for it, or two idle instances would pass a place 
 
 While others starve, a place that ends is not taken by the next request here: it goes back with the own want, in the same
 call, and turns decide. But never two gives in doubt: while a call is under way, or after one that failed, a place
-that ends is used at once, or a paused server would drain all places within moments.
+that ends is used at once, or a paused server would drain all places within moments. The same goes for a while after each call, some
+times as long as the call took: a place that changes hands is idle for that long, and a far server would keep many of them idle.
 """
 
 from __future__ import annotations
@@ -49,6 +50,9 @@ class Standing:
     call_soon: Callable[[Holding], None]
     # As `call_soon`, if it is still to be said when a call can be made.
     ask: Callable[[Holding], None]
+    clock: Callable[[], float]
+    # Until then a place that ends is used at once, though others starve.
+    keeps_until: float = 0.0
     state: State = State.ALONE
     busy: bool = False
     blind: bool = True
@@ -149,7 +153,7 @@ class Holding:
             return
         elif inside > self.hand:
             pass
-        elif self.starving:
+        elif self.starving and standing.clock() >= standing.keeps_until:
             self.resize(self.hand - 1)
         else:
             return

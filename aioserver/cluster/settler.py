@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from aioserver.cluster.connection import AccessDenied, CallFailed, ScriptConnection, Subscription
+from aioserver.cluster.connection import AccessDenied, CallFailed, ScriptConnection
 from aioserver.cluster.messages import decode_words
+from aioserver.cluster.subscription import Subscription
 
 if TYPE_CHECKING:
     from aioserver.cluster.shares import Shares

@@ -13,9 +13,9 @@ from aioserver.cluster.connection import (
     CallFailed,
     Connection,
     ScriptConnection,
-    Subscription,
 )
 from aioserver.cluster.messages import TIMES, Request, decode_answer, encode
+from aioserver.cluster.subscription import Subscription
 from tests.support.redis_server import RedisServer
 from tests.support.waiting import until
 

@@ -255,6 +255,10 @@ class Simulation:
 
     # The server.
 
+    def reaches(self, instance: Instance) -> bool:
+        """Whether the calls of *instance* get through."""
+        return not (self.loss or instance.stopped or instance.number in self.cut_off)
+
     def send(self, instance: Instance, call: int, request: bytes) -> None:
         chance = self.chance
         if chance.random() < self.loss or instance.number in self.cut_off:
@@ -309,6 +313,8 @@ class Simulation:
     def go_on(self) -> None:
         self.paused = False
         inbox, self.inbox = self.inbox, []
+        # They came on several connections.
+        self.chance.shuffle(inbox)
         for each in inbox:
             each()
 
@@ -340,12 +346,18 @@ class Simulation:
             assert 0 <= holding.hand <= self.limit
             # `_standing`: the property would look at the clock.
             standing = each.shares.standing
+            if world and each.shares.epoch != world.epoch and not self.reaches(each):
+                # It uses what it had in a world that is gone, and the server cannot know.
+                each.left_over = max(each.left_over, each.inside)
             valid = standing.state is not State.ALONE and self.now < each.shares.lease_end
             if valid and world and each.shares.epoch == world.epoch:
                 hold = holds.get(each.shares.instance)
                 known = hold.held if hold else 0
                 answered = each.shares.lease_end - self.times.lease + self.times.margin
-                if self.rolled_back < answered:
+                if self.rolled_back < answered and holding.hand:
+                    member = world.members.get(each.shares.instance)
+                    assert member is not None
+                    assert member.ends / SECOND >= each.shares.lease_end
                     assert known >= holding.hand, (each.number, known, holding.hand)
         # Those whose lease was over while they ran may still have so many, or their share.
         excess = 0
