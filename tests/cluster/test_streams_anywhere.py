@@ -403,14 +403,14 @@ async def test_a_slow_reader_elsewhere_does_not_fill_memory(make: Make) -> None:
     assert frames[-1]["status"] == "complete"
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(2))
 async def test_what_is_lost_or_doubled_or_late_is_made_good(
     make: Make, world: World, seed: int
 ) -> None:
-    a, b = await make(2, Behaviour(ttft=0, interval=0.02, tokens=150))
+    a, b = await make(2, Behaviour(ttft=0, interval=0.01, tokens=60))
     whole = await answered(a)
     world.random = random.Random(seed)
-    world.lost, world.doubled, world.late = 0.1, 0.2, 0.2
+    world.lost, world.doubled, world.late = 0.05, 0.2, 0.2
     started = asyncio.get_running_loop().time()
     running = asyncio.create_task(answered(a, "r2"))
     await asyncio.sleep(0.1)
