@@ -262,6 +262,8 @@ class ClusterStreams:
                         self._store.put_log(name_of(_caller(stream).name, name), log, seconds),
                         CALL_TIMEOUT,
                     )
+                    if self._away:
+                        return
 
     async def close(self) -> None:
         """Hand over what has ended, and be no instance any more. The gateway was closed before."""

@@ -16,7 +16,7 @@ import orjson
 
 from aioserver.auth.callers import Caller
 from aioserver.cluster import faults
-from aioserver.cluster.links import Link
+from aioserver.cluster.links import CREDIT, Link
 from aioserver.cluster.messages import (
     Answer,
     Ask,
@@ -29,7 +29,7 @@ from aioserver.cluster.messages import (
     Position,
     Refused,
 )
-from aioserver.cluster.mirrors import CREDIT, Mirror
+from aioserver.cluster.mirrors import Mirror
 from aioserver.errors import AioserverError, ResumeGap, StreamNotFound
 from aioserver.gateway.elsewhere import describe
 from aioserver.protocol.responses import ResponseEvents
@@ -52,6 +52,9 @@ PING = 0.5
 MAX_SILENCE, MAX_IDLE = 2.0, 6.0
 # Seconds after which an instance that heard nothing is tried again: its subscription may have been broken.
 DEAF_AGAIN = 0.5
+# Bytes that may be on their way to all mirrors of this instance, but for MIN_CREDIT to each. Redis' default for
+# a subscriber is 32 MiB, and 8 MiB for a minute.
+ALL_CREDIT, MIN_CREDIT = 1 << 23, 1 << 14
 # Seconds for which answers of other instances are awaited.
 ANSWER_TIMEOUT = 0.1
 # Links of one instance, and streams in one list.
@@ -103,6 +106,7 @@ class Peers:
             start,
             lambda message: self._bus.send(owner, message),
             self._number,
+            self._credit,
             on_accept,
         )
         mirror.done.add_done_callback(lambda _done: self._mirrors.pop(mirror.number, None))
@@ -148,6 +152,10 @@ class Peers:
             self._close_link(link)
         for mirror in tuple(self._mirrors.values()):
             mirror.close()
+
+    def _credit(self) -> int:
+        """Return the bytes that may be on their way to one mirror: Redis drops a subscriber to which many wait."""
+        return max(MIN_CREDIT, min(CREDIT, ALL_CREDIT // max(1, len(self._mirrors))))
 
     def _number(self, mirror: Mirror) -> int:
         self._mirrors.pop(mirror.number, None)
