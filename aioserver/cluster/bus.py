@@ -112,6 +112,8 @@ class RedisCommands:
         self._loop = asyncio.get_running_loop()
         self._asked: list[tuple[tuple[Any, ...], asyncio.Future[Any]]] = []
         self._wake = asyncio.Event()
+        # Whether the connection is likely to be broken: it is made again before anything is asked.
+        self._stale = False
         self._task = self._loop.create_task(self._run())
         self.connected = False
 
@@ -134,6 +136,11 @@ class RedisCommands:
         """
         return await self.ask(*args)
 
+    def distrust(self) -> None:
+        """Make the connection again: another one to the same server broke just now."""
+        self._stale = True
+        self._wake.set()
+
     async def close(self) -> None:
         """End the connection; what waits for an answer gets none."""
         self._task.cancel()
@@ -147,9 +154,11 @@ class RedisCommands:
             try:
                 async with asyncio.timeout(TIMEOUT):
                     await connection.connect()
-                self.connected, pause = True, MIN_PAUSE
+                self.connected, self._stale, pause = True, False, MIN_PAUSE
                 while True:
                     await self._wake.wait()
+                    if self._stale:
+                        break
                     self._wake.clear()
                     await self._exchange(connection)
             except (OSError, RedisError, TimeoutError) as exc:
@@ -158,6 +167,9 @@ class RedisCommands:
             finally:
                 self.connected = False
                 await _disconnect(connection)
+            if self._stale:
+                self._stale = False
+                continue
             await asyncio.sleep(pause)
             pause = min(2 * pause, MAX_PAUSE)
 
@@ -249,6 +261,7 @@ class RedisBus:
                     if isinstance(reply, list) and len(reply) == 3 and reply[0] == b"message":
                         self._receive(reply[2])
             except (OSError, RedisError, TimeoutError) as exc:
+                self.commands.distrust()
                 logger.warning("messages of other instances are not heard: %r", exc)
             finally:
                 self._subscribed = False

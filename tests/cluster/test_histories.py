@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
 
 from aioserver.auth.callers import Caller
 from aioserver.cluster import handover
+from aioserver.cluster.claims import answer_of
 from aioserver.cluster.histories import Histories
 from aioserver.config.chat import Context, Persistence
 from aioserver.errors import ResumeGap, ServerShutdown, StreamNotFound
@@ -15,6 +17,7 @@ from aioserver.gateway.conversations import Conversations
 from aioserver.gateway.elsewhere import Start
 from aioserver.streams.entries import CHUNK, COMPLETE
 from aioserver.streams.stream import Stream
+from tests.support.jumping_loop import block
 from tests.support.memory_bus import MemoryClaims, World
 
 CALLER = Caller("somebody")
@@ -87,6 +90,23 @@ async def test_an_unknown_conversation_leaves_what_is_known_here() -> None:
     await Histories(MemoryClaims(World(), "a"), kept).load(CALLER, "c")
 
     assert contents(kept) == ["q1", "a1", "now"]
+
+
+async def test_time_for_which_our_loop_was_late_does_not_count() -> None:
+    async def call() -> int:
+        # A reply that is there passes through some turns of the event loop.
+        for _ in range(5):
+            await asyncio.sleep(0)
+        return 1
+
+    asyncio.get_running_loop().call_soon(block, 0.2)
+
+    assert await answer_of(call(), 0.05) == 1
+
+
+async def test_an_answer_that_does_not_come_is_not_waited_for() -> None:
+    with pytest.raises(TimeoutError):
+        await answer_of(asyncio.sleep(60), 0.05)
 
 
 def finished(request_id: str, size: int = 10, window: float = 30.0) -> Stream:
