@@ -172,6 +172,9 @@ class ClusterStreams:
             try:
                 await mirror.accepted
             except (StreamNotFound, ServerShutdown):
+                if stream.attachment.mirrored:
+                    # The owner had it, and was lost before all of it was here.
+                    raise
                 return None
             except BaseException:
                 mirror.close()

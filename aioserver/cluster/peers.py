@@ -50,6 +50,8 @@ logger = logging.getLogger("aioserver.cluster")
 PING = 0.5
 # Seconds without a sign of an owner, after which it is gone, and of a mirror, after which its link ends.
 MAX_SILENCE, MAX_IDLE = 2.0, 6.0
+# Seconds for which mirrors wait for our own connection to Redis.
+MAX_AWAY = 10.0
 # Seconds after which an instance that heard nothing is tried again: its subscription may have been broken.
 DEAF_AGAIN = 0.5
 # Bytes that may be on their way to all mirrors of this instance, but for MIN_CREDIT to each. Redis' default for
@@ -82,7 +84,7 @@ class Peers:
         # Since when what was sent to an instance has reached no one.
         self._deaf_since: dict[str, float] = {}
         self._timer: asyncio.TimerHandle | None = None
-        self._due = 0.0
+        self._due = self._connected_at = 0.0
         # Messages that made no sense.
         self.refused = Counter()
 
@@ -295,7 +297,11 @@ class Peers:
     def _deaf(self, target: str) -> None:
         """Note that what was sent to *target* has reached no one: called by the bus."""
         now = self._loop.time()
-        since = self._deaf_since.setdefault(target, now)
+        since = self._deaf_since.get(target, now)
+        if now - since > MAX_SILENCE:
+            # That was another time.
+            since = now
+        self._deaf_since[target] = since
         if now - since >= DEAF_AGAIN * 0.9:
             del self._deaf_since[target]
             for mirror in tuple(self._mirrors.values()):
@@ -309,15 +315,20 @@ class Peers:
 
     def _watch(self) -> None:
         if self._timer is None:
+            if self._bus.connected:
+                self._connected_at = self._loop.time()
             self._due = self._loop.time() + PING
             self._timer = self._loop.call_later(PING, self._tick)
 
     def _tick(self) -> None:
         self._timer = None
         now, late = self._loop.time(), self._loop.time() - self._due > PING
+        if self._bus.connected:
+            self._connected_at = now
+        away = not self._bus.connected and now - self._connected_at < MAX_AWAY
         owners: dict[str, list[tuple[int, int, int]]] = {}
         for number, mirror in tuple(self._mirrors.items()):
-            if late or not self._bus.connected:
+            if late or (away and mirror.accepted.done()):
                 # It is us who have not listened.
                 mirror.heard_at = max(mirror.heard_at, now - PING)
             elif now - mirror.heard_at >= MAX_SILENCE:
@@ -328,7 +339,7 @@ class Peers:
         for owner, places in owners.items():
             self._bus.send(owner, Ping(places))
         for link in tuple(self._links.values()):
-            if late or not self._bus.connected:
+            if late or away:
                 link.heard_at = max(link.heard_at, now - PING)
             elif now - link.heard_at >= MAX_IDLE:
                 self._close_link(link)

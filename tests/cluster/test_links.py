@@ -12,7 +12,7 @@ import pytest
 from aioserver.auth.callers import Caller
 from aioserver.cluster.links import CREDIT
 from aioserver.cluster.messages import BLOCK_BYTES, Attach, Block, Credit, Detach, Refused
-from aioserver.cluster.peers import MAX_IDLE, Peers
+from aioserver.cluster.peers import MAX_AWAY, MAX_IDLE, Peers
 from aioserver.errors import (
     AioserverError,
     RequestConflict,
@@ -423,6 +423,58 @@ async def test_credit_that_is_lost_is_given_again(a: Node, b: Node) -> None:
         stream.append(CHUNK, [b'"%b"' % (b"x" * (CREDIT // 8))])
     stream.end(COMPLETE, {})
 
+    await reading.end()
+
+    assert reading.frames == frames_of(stream)
+
+
+@world_test
+async def test_a_mirror_waits_for_our_own_connection_though_not_for_ever(a: Node, b: Node) -> None:
+    stream = a.open()
+    reading = b.mirror(a)
+    await settled()
+    started = asyncio.get_running_loop().time()
+    b.bus.connected, b.bus.dead, a.bus.dead = False, True, True
+    await asyncio.sleep(MAX_AWAY - 3)
+    assert not reading.filling.done.done()
+
+    with pytest.raises(ServerShutdown):
+        await reading.end()
+
+    assert asyncio.get_running_loop().time() - started < MAX_AWAY + 3
+    a.bus.dead = b.bus.dead = False
+    b.bus.connected = True
+    await asyncio.sleep(MAX_IDLE + 2)
+    assert not stream.readers
+
+
+@world_test
+async def test_what_cannot_be_asked_of_its_owner_is_given_up_soon(a: Node, b: Node) -> None:
+    b.bus.connected, b.bus.dead = False, True
+    a.open()
+    started = asyncio.get_running_loop().time()
+
+    with pytest.raises(ServerShutdown):
+        await b.mirror(a).filling.accepted
+
+    assert asyncio.get_running_loop().time() - started < 3
+
+
+@world_test
+async def test_an_owner_without_ears_for_a_moment_is_not_gone(a: Node, b: Node) -> None:
+    stream = a.open()
+    reading = b.mirror(a)
+    await settled()
+    ears = a.world.ears.pop("a")
+    await asyncio.sleep(0.51)
+    a.world.ears["a"] = ears
+    await asyncio.sleep(30)
+    assert not reading.filling.done.done()
+    a.world.ears.pop("a")
+    await asyncio.sleep(0.6)
+    a.world.ears["a"] = ears
+
+    stream.end(COMPLETE, {})
     await reading.end()
 
     assert reading.frames == frames_of(stream)
