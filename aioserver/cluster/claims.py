@@ -18,12 +18,13 @@ alone, and an id may then be answered twice.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Coroutine, Sequence
 
     from aioserver.cluster.bus import Commands
 
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 TIMEOUT = 0.05
 # Seconds for which a claim lives that is not renewed, beyond the stream's window, and between two renewals.
 LEASE, RENEWAL = 60.0, 20.0
+# Seconds by which a timer is late where the event loop is, and for which an answer is awaited at most then.
+LATE, MAX_TIMEOUT = 0.01, 1.0
 OURS, THEIRS, CONFLICT, KEPT, NONE = 1, 2, 3, 4, 5
 
 # KEYS: the claim, the handed-over log, the members. ARGV: my name, the request's digest, milliseconds to live,
@@ -137,6 +140,34 @@ class ClaimStore(Protocol):
 
     async def turns(self, name: str) -> list[bytes]:
         """Return the turns of a conversation."""
+
+
+T = TypeVar("T")
+
+
+async def answer_of(call: Coroutine[Any, Any, T], seconds: float = TIMEOUT) -> T:
+    """Return the result of *call*, a question to Redis, which has *seconds* to answer.
+
+    Time for which our own event loop was late does not count: a busy instance would otherwise take Redis for
+    away when its answer is there already. Cancelling is safe.
+
+    Raises:
+        TimeoutError: there is no answer in time.
+    """
+    loop = asyncio.get_running_loop()
+    task = loop.create_task(call)
+    end = loop.time() + max(seconds, MAX_TIMEOUT)
+    try:
+        while True:
+            due = loop.time() + seconds
+            done, _ = await asyncio.wait((task,), timeout=seconds)
+            if done:
+                return task.result()
+            now = loop.time()
+            if now - due < LATE or now >= end:
+                raise TimeoutError(f"no answer within {seconds} s")
+    finally:
+        task.cancel()
 
 
 def name_of(caller: str, request_id: str) -> str:

@@ -75,7 +75,7 @@ async def fill(stream: Stream, log: bytes, start: Start, on_accept: Callable[[],
     except Malformed as exc:
         raise StreamNotFound("this answer is not kept any more") from exc
     heads = [head for head, _body in items]
-    if len(items) < 2 or not isinstance(heads[0], pipe.Facts):
+    if not heads or not isinstance(heads[0], pipe.Facts) or not isinstance(heads[-1], pipe.End):
         raise StreamNotFound("this answer is not kept any more")
     (facts, newest), items = (heads[0], items[0][1]), items[1:]
     pipe.take_facts(stream, facts, newest)
@@ -98,7 +98,6 @@ async def fill(stream: Stream, log: bytes, start: Start, on_accept: Callable[[],
             case pipe.End():
                 _end(stream, after, entries, head, body)
                 return
-    raise StreamNotFound("this answer is not kept any more")
 
 
 def _after(stream: Stream, facts: pipe.Facts, start: Start) -> int:

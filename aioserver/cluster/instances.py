@@ -27,6 +27,7 @@ from aioserver.cluster.claims import (
     THEIRS,
     TIMEOUT,
     Renewal,
+    answer_of,
     name_of,
 )
 from aioserver.cluster.histories import Histories
@@ -37,7 +38,7 @@ from aioserver.streams.entries import ERROR
 from aioserver.telemetry.counters import Counter
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine
+    from collections.abc import Callable, Coroutine
 
     from aioserver.cluster.bus import Bus
     from aioserver.cluster.claims import ClaimStore, Verdict
@@ -115,18 +116,10 @@ class ClusterStreams:
         renewal = Renewal(name, digest, LEASE + stream.window)
         self._claimed[stream] = [renewal]
         self._watch()
-        steps: list[Awaitable[Any]] = [self._store.take(name, digest, renewal.seconds)]
-        if conversation_id is not None:
-            steps.append(self._histories.load(_caller(stream), conversation_id))
-        verdict: Verdict
-        try:
-            async with asyncio.timeout(TIMEOUT):
-                verdict, *_ = await asyncio.gather(*steps)
-        except Exception as exc:  # noqa: BLE001 - whatever Redis says, the request is answered
+        verdict: Verdict | None = await self._redis(self._take(stream, renewal, conversation_id))
+        if verdict is None:
             self._unclaimed.value += 1
-            self._note_away(exc)
             return None
-        self._away = False
         for _ in range(MAX_OWNERS):
             filled = await self._filled(stream, verdict, accept)
             if filled is not None:
@@ -141,6 +134,14 @@ class ClusterStreams:
                 return None
             verdict = found
         return None
+
+    async def _take(self, stream: Stream, claim: Renewal, conversation_id: str | None) -> Verdict:
+        take = self._store.take(claim.name, claim.digest, claim.seconds)
+        if conversation_id is None:
+            return await take
+        load = self._histories.load(_caller(stream), conversation_id)
+        verdict, _loaded = await asyncio.gather(take, load)
+        return verdict
 
     async def _filled(
         self, stream: Stream, verdict: Verdict, accept: Callable[[], None]
@@ -171,6 +172,9 @@ class ClusterStreams:
             try:
                 await mirror.accepted
             except (StreamNotFound, ServerShutdown):
+                if stream.attachment.mirrored:
+                    # The owner had it, and was lost before all of it was here.
+                    raise
                 return None
             except BaseException:
                 mirror.close()
@@ -181,7 +185,8 @@ class ClusterStreams:
     async def follow(self, stream: Stream, start: Start) -> None:
         """Fill the mirror *stream*: see `Instances.follow`."""
         name = _name(stream)
-        verdict = await self._redis(self._store.find(name))
+        # Nobody else can answer, so this is worth waiting for.
+        verdict = await self._redis(self._store.find(name), CALL_TIMEOUT)
         if verdict is None:
             raise ServerShutdown(
                 "whether another process has this answer is unknown", retry_after=1.0
@@ -262,6 +267,8 @@ class ClusterStreams:
                         self._store.put_log(name_of(_caller(stream).name, name), log, seconds),
                         CALL_TIMEOUT,
                     )
+                    if self._away:
+                        return
 
     async def close(self) -> None:
         """Hand over what has ended, and be no instance any more. The gateway was closed before."""
@@ -310,8 +317,7 @@ class ClusterStreams:
     async def _redis(self, call: Coroutine[Any, Any, Any], seconds: float = TIMEOUT) -> Any:
         """Return the result of *call*; None if Redis does not answer in time."""
         try:
-            async with asyncio.timeout(seconds):
-                result = await call
+            result = await answer_of(call, seconds)
         except Exception as exc:  # noqa: BLE001 - whatever Redis says, this instance goes on
             self._note_away(exc)
             return None

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from aioserver.cluster.peer_messages import Message
     from aioserver.streams.stream import Stream
 
+# Bytes that may be on their way to one mirror, at most.
+CREDIT = 1 << 18
+
 
 class Link:
     """A reader of *stream* at another instance, which has the events up to *after*.
@@ -107,7 +110,8 @@ class Link:
             self.sent += len(data)
 
     def extend(self, limit: int) -> None:
-        """Send up to byte *limit*."""
+        """Send up to byte *limit*, though no more at once than CREDIT."""
+        limit = min(limit, self.sent + CREDIT)
         if limit > self.limit:
             self.limit = limit
             self.notify()

@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from aioserver.streams.entries import Entry
     from aioserver.streams.stream import Stream
 
-# Bytes that may be on their way to one mirror.
-CREDIT = 1 << 18
 # Attempts to attach without a single event between them.
 MAX_ATTEMPTS = 20
 
@@ -44,7 +42,8 @@ class Mirror:
     Always: the owner may send up to `limit`, at most CREDIT beyond what was `received`; the stream's events
     are those of the owner, without a gap.
 
-    *send* sends a message to the owner, and *number* names the link; *renumber* returns a new number. The
+    *send* sends a message to the owner, and *number* names the link; *renumber* returns a new number, *credit*
+    the bytes that may be on their way to one mirror now, at most CREDIT. The
     future *accepted* is done once the owner has said that it has the log, after *on_accept* was called, and
     *done* when the log has ended here. Both raise what the owner says, if it has no such log.
     """
@@ -56,6 +55,7 @@ class Mirror:
         start: Start,
         send: Callable[[Message], None],
         renumber: Callable[[Mirror], int],
+        credit: Callable[[], int],
         on_accept: Callable[[], None],
     ) -> None:
         self._loop = asyncio.get_running_loop()
@@ -69,6 +69,7 @@ class Mirror:
         self._start = start
         self._send = send
         self._renumber = renumber
+        self._credit = credit
         self._on_accept = on_accept
         self._assembler = pipe.Assembler()
         self._paused = self._agreed = False
@@ -92,14 +93,16 @@ class Mirror:
             self.fail(ServerShutdown("the log of this answer cannot be read", retry_after=1.0))
             return
         self.number = self._renumber(self)
-        self.received, self.limit = 0, CREDIT
+        self.received, self.limit = 0, self._credit()
         self._assembler = pipe.Assembler()
         caller, start = getattr(self.stream.caller, "name", ""), self._start
         after, sequence, digest, cancel = start
         if self.accepted.done():
             after, sequence, digest, cancel = self.stream.last, None, None, False
         self._send(
-            Attach(self.number, caller, self.request_id, after, sequence, digest, cancel, CREDIT)
+            Attach(
+                self.number, caller, self.request_id, after, sequence, digest, cancel, self.limit
+            )
         )
 
     def pause(self) -> None:
@@ -186,8 +189,9 @@ class Mirror:
         self.attach()
 
     def _give_credit(self) -> None:
-        if not self._paused and self.limit - self.received <= CREDIT // 2:
-            self.limit = self.received + CREDIT
+        credit = self._credit()
+        if not self._paused and self.limit - self.received <= credit // 2:
+            self.limit = self.received + credit
             self._send(Credit(self.number, self.limit))
 
     def _take(self, head: pipe.Head, body: bytes, entries: list[Entry]) -> None:

@@ -16,8 +16,8 @@ import orjson
 
 from aioserver.auth.callers import Caller
 from aioserver.cluster import faults
-from aioserver.cluster.links import Link
-from aioserver.cluster.mirrors import CREDIT, Mirror
+from aioserver.cluster.links import CREDIT, Link
+from aioserver.cluster.mirrors import Mirror
 from aioserver.cluster.peer_messages import (
     Answer,
     Ask,
@@ -50,8 +50,13 @@ logger = logging.getLogger("aioserver.cluster")
 PING = 0.5
 # Seconds without a sign of an owner, after which it is gone, and of a mirror, after which its link ends.
 MAX_SILENCE, MAX_IDLE = 2.0, 6.0
+# Seconds for which mirrors wait for our own connection to Redis.
+MAX_AWAY = 10.0
 # Seconds after which an instance that heard nothing is tried again: its subscription may have been broken.
 DEAF_AGAIN = 0.5
+# Bytes that may be on their way to all mirrors of this instance, but for MIN_CREDIT to each. Redis' default for
+# a subscriber is 32 MiB, and 8 MiB for a minute.
+ALL_CREDIT, MIN_CREDIT = 1 << 23, 1 << 14
 # Seconds for which answers of other instances are awaited.
 ANSWER_TIMEOUT = 0.1
 # Links of one instance, and streams in one list.
@@ -79,7 +84,7 @@ class Peers:
         # Since when what was sent to an instance has reached no one.
         self._deaf_since: dict[str, float] = {}
         self._timer: asyncio.TimerHandle | None = None
-        self._due = 0.0
+        self._due = self._connected_at = 0.0
         # Messages that made no sense.
         self.refused = Counter()
 
@@ -103,6 +108,7 @@ class Peers:
             start,
             lambda message: self._bus.send(owner, message),
             self._number,
+            self._credit,
             on_accept,
         )
         mirror.done.add_done_callback(lambda _done: self._mirrors.pop(mirror.number, None))
@@ -148,6 +154,10 @@ class Peers:
             self._close_link(link)
         for mirror in tuple(self._mirrors.values()):
             mirror.close()
+
+    def _credit(self) -> int:
+        """Return the bytes that may be on their way to one mirror: Redis drops a subscriber to which many wait."""
+        return max(MIN_CREDIT, min(CREDIT, ALL_CREDIT // max(1, len(self._mirrors))))
 
     def _number(self, mirror: Mirror) -> int:
         self._mirrors.pop(mirror.number, None)
@@ -287,7 +297,11 @@ class Peers:
     def _deaf(self, target: str) -> None:
         """Note that what was sent to *target* has reached no one: called by the bus."""
         now = self._loop.time()
-        since = self._deaf_since.setdefault(target, now)
+        since = self._deaf_since.get(target, now)
+        if now - since > MAX_SILENCE:
+            # That was another time.
+            since = now
+        self._deaf_since[target] = since
         if now - since >= DEAF_AGAIN * 0.9:
             del self._deaf_since[target]
             for mirror in tuple(self._mirrors.values()):
@@ -301,15 +315,20 @@ class Peers:
 
     def _watch(self) -> None:
         if self._timer is None:
+            if self._bus.connected:
+                self._connected_at = self._loop.time()
             self._due = self._loop.time() + PING
             self._timer = self._loop.call_later(PING, self._tick)
 
     def _tick(self) -> None:
         self._timer = None
         now, late = self._loop.time(), self._loop.time() - self._due > PING
+        if self._bus.connected:
+            self._connected_at = now
+        away = not self._bus.connected and now - self._connected_at < MAX_AWAY
         owners: dict[str, list[tuple[int, int, int]]] = {}
         for number, mirror in tuple(self._mirrors.items()):
-            if late or not self._bus.connected:
+            if late or (away and mirror.accepted.done()):
                 # It is us who have not listened.
                 mirror.heard_at = max(mirror.heard_at, now - PING)
             elif now - mirror.heard_at >= MAX_SILENCE:
@@ -320,7 +339,7 @@ class Peers:
         for owner, places in owners.items():
             self._bus.send(owner, Ping(places))
         for link in tuple(self._links.values()):
-            if late or not self._bus.connected:
+            if late or away:
                 link.heard_at = max(link.heard_at, now - PING)
             elif now - link.heard_at >= MAX_IDLE:
                 self._close_link(link)

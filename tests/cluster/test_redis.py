@@ -273,6 +273,19 @@ async def publications(bus: RedisBus) -> int:
     return 0
 
 
+async def test_a_command_after_a_restart_of_the_server_is_carried_out(
+    make_bus: Any, valkey: ValkeyServer
+) -> None:
+    a = await make_bus("a")
+    valkey.kill()
+    valkey.start()
+    # It is heard that the server has gone, although nothing is asked.
+    await until(lambda: not a.connected)
+    await until(lambda: a.connected)
+
+    assert await a.commands.execute("PING") == b"PONG"
+
+
 async def test_commands_that_wait_for_a_server_that_is_away_fail(
     make_bus: Any, valkey: ValkeyServer
 ) -> None:

@@ -45,6 +45,8 @@ class World:
     lost: float = 0.0
     late: float = 0.0
     doubled: float = 0.0
+    # Types of messages, of which the next one is lost.
+    lose: list[type] = field(default_factory=list)
     # Whether the server of claims does not answer.
     away: bool = False
     members: list[str] = field(default_factory=list)
@@ -77,6 +79,9 @@ class MemoryBus:
         world.ears[name] = self
 
     def send(self, target: str, message: Message) -> None:
+        if type(message) in self._world.lose:
+            self._world.lose.remove(type(message))
+            return
         self._outbox.put(target, message)
 
     def _publish(self, target: str, data: bytes) -> None:
