@@ -24,6 +24,7 @@ from tests.support.chat import (
     to_end,
     until_status,
 )
+from tests.support.keys import bearer, keys_of
 from tests.support.memory_bus import World, instances
 from tests.support.server import ENDLESS, PACED, QUICK
 from tests.support.waiting import until
@@ -238,16 +239,52 @@ async def test_another_payload_of_a_known_id_is_a_conflict(
     assert asked_once(a, b)
 
 
-async def test_a_caller_reaches_only_its_own_streams(make: Make) -> None:
-    a, b = await make()
-    await answered(a)
+async def test_a_stream_of_another_key_is_not_found_elsewhere(make: Make) -> None:
+    a, b = await make(2, PACED, **keys_of("one", "two"))
+    async with a.server.connect(headers=bearer("one")) as ws:
+        await ws.send_json(chat("r1", conversation_id="c1"))
+        whole = await to_end(ws)
 
-    async with b.server.connect() as ws:
-        await ws.send_json(resume("r2"))
-        frames = await to_end(ws)
+    for name, found in (("one", True), ("two", False)):
+        headers = bearer(name)
+        async with b.server.session.get(f"{b.server.sse}/r1", headers=headers) as response:
+            assert response.status == (200 if found else 404)
+        async with b.server.session.get(b.server.sse, headers=headers) as response:
+            assert len((await response.json())["streams"]) == found
+        async with b.server.session.delete(f"{b.server.sse}/r1", headers=headers) as response:
+            assert response.status == (204 if found else 404)
+        async with b.server.connect(headers=headers) as ws:
+            await ws.send_json(resume("r1", 1))
+            rest = await to_end(ws)
+        assert rest == whole[1:] if found else rest[-1]["chunk"]["code"] == "stream_not_found"
+        assert found or "event_id" not in rest[-1]
+        async with b.server.connect(headers=headers) as ws:
+            await ws.send_json(chat(f"of-{name}", "again", conversation_id="c1"))
+            await to_end(ws)
+        sent = b.server.simulator.bodies[-1]["messages"]
+        assert len(sent) == (3 if found else 1)
+    # The id of another key is free.
+    async with b.server.connect(headers=bearer("two")) as ws:
+        await ws.send_json(chat("r1"))
+        await to_end(ws)
+    assert (a.requests, b.requests) == (1, 3)
 
-    assert frames[-1]["chunk"]["code"] == "stream_not_found"
-    assert "event_id" not in frames[-1]
+
+async def test_an_answer_elsewhere_counts_for_no_limit_of_its_key_here(make: Make) -> None:
+    limits = {"max_concurrent": 1, "requests_per_minute": 2}
+    a, b = await make(2, PACED, **keys_of("one", **limits))
+    headers = bearer("one")
+    async with a.server.connect(headers=headers) as first:
+        await first.send_json(chat("r1"))
+        await until_status(first, "chunk")
+        for _ in range(3):
+            async with b.server.connect(headers=headers) as ws:
+                await ws.send_json(chat("r1"))
+                await until_status(ws, "chunk")
+        await to_end(first)
+    async with b.server.connect(headers=headers) as ws:
+        await ws.send_json(chat("r2"))
+        assert (await to_end(ws))[-1]["status"] == "complete"
 
 
 @pytest.mark.parametrize("face", ["websocket", "sse"])
