@@ -130,9 +130,13 @@ async def start(context: Context, request: web.Request, question: Question) -> w
     else:
         chat = question.take_chat()
         stream = gateway.ask(question.caller, chat, face="sse", hold=question.hold)
-        del chat
         if gateway.elsewhere is not None:
             await gateway.elsewhere.claimed(stream)
+            if stream.attachment.mirrored and stream.first > question.after + 1:
+                # Requests with one id have waited for its claim together, and others began to read the mirror already.
+                start = Start(question.after, digest=chat.digest())
+                stream = await gateway.reach(question.caller, chat.request_id, start)
+        del chat
     if not question.detached:
         return await resume(context, request, (stream, question.after))
     if not stream.readers:

@@ -120,6 +120,23 @@ async def test_a_running_stream_is_resumed_elsewhere_without_a_gap(make: Make, a
     assert asked_once(a, b)
 
 
+async def test_many_sse_requests_with_one_id_read_all_of_it_at_any_instance(make: Make) -> None:
+    a, b = await make()
+
+    async def read(instance: Instance) -> list[Any]:
+        body = {"request_id": "r1", "text": "Hello"}
+        url = f"{instance.server.base}/sse/chat"
+        async with instance.server.session.post(url, json=body) as response:
+            assert response.status == 200, await response.text()
+            return list(await read_frames(response))
+
+    answers = await asyncio.gather(*(read(instance) for instance in (a, b, b, a, b, b)))
+
+    assert numbers(answers[0]) == list(range(1, len(answers[0]) + 1))
+    assert all(answer == answers[0] for answer in answers)
+    assert asked_once(a, b)
+
+
 async def test_a_request_that_runs_elsewhere_is_attached_to(make: Make) -> None:
     a, b, c = await make(3)
     async with a.server.connect() as first:
