@@ -131,12 +131,24 @@ def serve(config: Path | None, *, host: str | None, port: int | None, loop: str)
 
 
 def _worker() -> Worker | None:
-    """Return what this process is among several, as its parent says; None if it has no such parent."""
+    """Return what this process is among several, as its parent says; None if it has no such parent.
+
+    Raises:
+        Unfit: the parent does not give what a worker needs.
+    """
     if "AIOSERVER_WORKER" not in os.environ:
         return None
     from aioserver.server.workers import Worker  # noqa: PLC0415 - one process needs none of it
 
-    return Worker.take(os.environ)
+    worker = Worker.take(os.environ)
+    if worker is None:
+        # As a process on its own it would serve the same sockets, with limits that others have already.
+        raise preflight.Unfit(
+            "AIOSERVER_WORKER is set, but not all that belongs to it: "
+            "the parent process is of another version; restart it",
+            1,
+        )
+    return worker
 
 
 def _serve_with_workers(

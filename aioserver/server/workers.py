@@ -62,20 +62,23 @@ class Worker:
 
     @classmethod
     def take(cls, environ: MutableMapping[str, str]) -> Self | None:
-        """Return the worker that *environ* describes, and remove its variables; None if there is no parent."""
+        """Return the worker that *environ* describes, and remove its variables; None if it describes none.
+
+        There may be descriptors with other names, of a parent of another version.
+        """
         slot, _, workers = environ.pop(WORKER, "").partition("/")
         server_url, first = environ.pop(SERVER, "") or None, bool(environ.pop(FIRST, ""))
         descriptors = {}
         for item in environ.pop(DESCRIPTORS, "").split(","):
             name, _, number = item.partition("=")
-            if name in NAMES and number.isdigit():
+            if name and number.isdigit():
                 descriptors[name] = int(number)
         period = environ.pop(PERIOD, "")
         if not (
             slot.isdigit()
             and workers.isdigit()
             and period.isdigit()
-            and descriptors.keys() == NAMES
+            and descriptors.keys() >= NAMES
         ):
             return None
         for descriptor in descriptors.values():

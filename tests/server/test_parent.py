@@ -18,7 +18,7 @@ import pytest
 from aioserver.providers.simulator.server import Simulator
 from tests.support.chat import CHAT, STREAMED
 from tests.support.keys import COOKIE, bearer, cookie, key_of, keys_of
-from tests.support.process import loop_name, run_command, serving
+from tests.support.process import Process, loop_name, run_command, serving
 from tests.support.raw import CLOSE, Raw, closing
 from tests.support.server import CONCURRENCY, NOWHERE, QUICK, UVICORN, write
 from tests.support.systemd import Systemd
@@ -287,6 +287,18 @@ async def test_what_keeps_it_from_starting_is_said_once(tmp_path: Path) -> None:
     assert (code, out) == (1, "")
     assert log.count("cannot listen on") == 1
     assert "Traceback" not in log
+
+    # A successor of a version that needs more than its parent gives.
+    environ = {"AIOSERVER_WORKER": "2/2", "AIOSERVER_FDS": "lifeline=0"}
+    async with await Process.start(
+        "-m", "aioserver", "serve", *options, environ=environ
+    ) as process:
+        assert await process.ended() == 1
+    assert (
+        process.log.count("\n")
+        == process.log.count("the parent process is of another version")
+        == 1
+    )
 
 
 @pytest.mark.stress

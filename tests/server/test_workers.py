@@ -104,7 +104,8 @@ def test_the_shipped_configuration_can_be_shared_out() -> None:
 
 
 def test_a_worker_is_what_its_parent_has_written() -> None:
-    descriptors = {name: as_file("test", name.encode()) for name in sorted(NAMES)}
+    names = sorted({*NAMES, "later"})
+    descriptors = {name: as_file("test", name.encode()) for name in names}
     try:
         for number in descriptors.values():
             os.set_inheritable(number, True)
@@ -115,7 +116,7 @@ def test_a_worker_is_what_its_parent_has_written() -> None:
         assert worker is not None
         assert (worker.slot, worker.workers, worker.slots, worker.rank) == (5, 3, 6, 2)
         assert worker.period == 20.0
-        assert worker.descriptors == descriptors
+        assert worker.descriptors == descriptors, "also what a newer parent gives"
         assert worker.content() == b"configuration"
         assert worker.pepper() == worker.pepper() == b"pepper"
         assert environ == {"HOME": "/"}
