@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 QUEUE_TIMEOUT = f"{CONCURRENCY}.queue_timeout"
 QUEUE_SIZE = f"{CONCURRENCY}.connection_queue_size"
+WORKERS = 3
+FREQUENT = ("enter", "enter", "leave", "leave", "beat", "beat", "give up")
+SELDOM = ("beat", "resize", "replace", "kill")
 
 
 async def answer(socket: aiohttp.ClientWebSocketResponse) -> str:
@@ -201,31 +204,27 @@ async def test_a_worker_whose_loop_does_not_turn_is_given_nothing(tmp_path: Path
         blocked.close()
 
 
-class Model:
-    """Gates of several workers, without sockets: a place is held until it is given back at random."""
+class Worker:
+    """A worker without sockets: places are held until they are given back."""
 
-    def __init__(self, page: SharedPage, rng: random.Random, clock: FakeClock) -> None:
-        self.page, self.rng, self.clock = page, rng, clock
-        self.pages = [SharedPage(page.fd, slot, clock) for slot in range(3)]
-        self.gates = [
-            SharedGate(
-                one,
-                lambda total: total // 3,
-                lambda: None,
-                0,
-                queue_size=30,
-                queue_timeout=30.0,
-                full_error=refused,
-                timeout_error=refused,
-                clock=clock,
-            )
-            for one in self.pages
-        ]
+    def __init__(self, page: SharedPage, slot: int, clock: FakeClock) -> None:
+        self.slot, self.page = slot, SharedPage(page.fd, slot, clock)
+        self.gate = SharedGate(
+            self.page,
+            lambda total: total // WORKERS,
+            lambda: None,
+            0,
+            queue_size=30,
+            queue_timeout=30.0,
+            full_error=refused,
+            timeout_error=refused,
+            clock=clock,
+        )
         self.held: list[Place] = []
         self.tasks: list[asyncio.Task[Place]] = []
 
     def enter(self) -> None:
-        task = asyncio.create_task(self.rng.choice(self.gates).enter())
+        task = asyncio.create_task(self.gate.enter())
         task.add_done_callback(self.entered)
         self.tasks.append(task)
 
@@ -234,58 +233,113 @@ class Model:
         if not task.cancelled() and task.exception() is None:
             self.held.append(task.result())
 
-    def leave(self) -> None:
-        if self.held:
-            self.held.pop(self.rng.randrange(len(self.held))).release()
-
-    def give_up(self) -> None:
-        if self.tasks:
-            self.rng.choice(self.tasks).cancel()
-
     def beat(self) -> None:
-        at = self.rng.randrange(len(self.gates))
-        self.pages[at].beat(State.SERVING, 0)
-        self.gates[at].move()
+        self.gate.move()
+        self.page.beat(State.LEAVING if self.gate.closed else State.SERVING, 0)
 
-    def check(self, total: int) -> None:
-        assert sum(gate.inside for gate in self.gates) <= total
-        assert sum(gate.limit for gate in self.gates) <= total
-        for slot, gate in enumerate(self.gates):
-            assert gate.inside <= gate.limit
-            assert (self.page.inside(slot), self.page.waiting(slot)) == (gate.inside, gate.waiting)
+    async def leave(self) -> None:
+        """Let all clients leave, waiting ones first."""
+        for task in self.tasks:
+            task.cancel()
+        await ticks()
+        for place in self.held:
+            place.release()
+        self.held.clear()
+
+
+class Model:
+    """The parent and its workers, under random steps."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng, self.clock = random.Random(seed), FakeClock()
+        self.total = self.highest = self.rng.randint(WORKERS, 40)
+        self.page = SharedPage.create(WORKERS, self.total)
+        self.workers: dict[int, Worker] = {}
+        for slot in range(WORKERS):
+            self.start(slot)
+
+    def start(self, slot: int) -> None:
+        self.workers[slot] = Worker(self.page, slot, self.clock)
+        self.workers[slot].beat()
+
+    async def step(self) -> None:
+        worker = self.rng.choice(list(self.workers.values()))
+        match self.rng.choice(FREQUENT if self.rng.random() < 0.9 else SELDOM):
+            case "enter" if not worker.gate.closed:
+                worker.enter()
+            case "leave" if worker.held:
+                worker.held.pop(self.rng.randrange(len(worker.held))).release()
+            case "give up" if worker.tasks:
+                self.rng.choice(worker.tasks).cancel()
+            case "beat":
+                worker.beat()
+                self.clock.advance(self.rng.random() * 0.01)
+            case "resize":
+                self.total = self.rng.randint(WORKERS, 40)
+                self.highest = max(self.highest, self.total)
+            case "replace" if len(self.workers) == WORKERS:
+                self.start((worker.slot + WORKERS) % self.page.slots)
+                worker.gate.close(shutdown_error)
+            case "kill" if not worker.gate.closed:
+                await self.end(worker)
+                self.start(worker.slot)
+        self.page.resize(self.total, list(self.workers))
+        for leaving in [one for one in self.workers.values() if one.gate.closed and not one.held]:
+            await self.end(leaving)
+            self.page.retire(leaving.slot, self.rng.choice(list(self.workers)))
+        await asyncio.sleep(0)
+
+    async def end(self, worker: Worker) -> None:
+        del self.workers[worker.slot]
+        # Nobody sees what a process that is gone does.
+        places = self.page.places(worker.slot)
+        elsewhere = SharedPage.create(WORKERS, 9)
+        worker.gate._page = SharedPage(elsewhere.fd, worker.slot)  # noqa: SLF001
+        await worker.leave()
+        os.close(elsewhere.fd)
+        self.page.reaped(worker.slot)
+        assert self.page.places(worker.slot) == places
+
+    def check(self) -> None:
+        assert sum(worker.gate.limit for worker in self.workers.values()) <= self.page.bound
+        assert self.page.bound <= self.highest
+        assert min(map(self.page.places, range(self.page.slots))) >= 0
+
+    async def beats(self, number: int) -> None:
+        for _ in range(number):
+            self.page.resize(self.total, list(self.workers))
+            for worker in self.workers.values():
+                worker.beat()
+            await ticks()
+
+    @property
+    def limits(self) -> list[int]:
+        return [worker.gate.limit for worker in self.workers.values()]
 
 
 def refused(wait: float) -> ServerAtCapacity:
     return ServerAtCapacity("full", retry_after=wait)
 
 
-@pytest.mark.parametrize("seed", range(5))
-async def test_nobody_waits_for_long_while_a_place_is_free(seed: int) -> None:
-    page, clock = SharedPage.create(3, 20), FakeClock()
-    model = Model(page, random.Random(seed), clock)
-    for _ in range(150):
-        for _ in range(10):
-            model.rng.choice([model.enter, model.enter, model.leave, model.give_up, model.beat])()
-            model.check(20)
-            await asyncio.sleep(0)
-        # Two beats of each worker: one gives, the other one takes.
-        for _ in range(2):
-            for worker, gate in zip(model.pages, model.gates, strict=True):
-                worker.beat(State.SERVING, 0)
-                gate.move()
-        await ticks()
-        model.check(20)
-        waiting = sum(gate.waiting for gate in model.gates)
-        assert not waiting or sum(gate.inside for gate in model.gates) == 20
-        for _ in range(model.rng.randrange(30)):
-            model.leave()
+@pytest.mark.parametrize("seed", range(6))
+async def test_places_are_never_too_many_and_nobody_waits_while_one_is_free(seed: int) -> None:
+    model = Model(seed)
+    for _ in range(600):
+        await model.step()
+        model.check()
 
-    for task in model.tasks:
-        task.cancel()
-    await asyncio.gather(*model.tasks, return_exceptions=True)
-    for place in model.held:
-        place.release()
-    assert sum(page.places(slot) for slot in range(page.slots)) == 20
-    for one in (*model.pages, page):
-        one.close()
-    os.close(page.fd)
+    await model.beats(10)
+    assert model.page.bound == model.total
+    gates = [worker.gate for worker in model.workers.values()]
+    waiting = sum(gate.waiting for gate in gates if not gate.closed)
+    assert not waiting or sum(gate.inside for gate in gates) >= model.total
+
+    # Where nothing happens, no place moves.
+    for worker in model.workers.values():
+        await worker.leave()
+    await model.beats(10)
+    before = model.limits
+    assert sum(before) == model.total
+    await model.beats(3)
+    assert model.limits == before
+    os.close(model.page.fd)
