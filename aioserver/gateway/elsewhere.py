@@ -123,7 +123,7 @@ class Elsewhere:
         stream = self._streams.open_mirror(request_id, caller, after=start.after or 0)
         stream.attachment.claimed = self._loop.create_future()
         self._producers.start(stream, self._instances.follow(stream, start), _nothing)
-        self._loop.call_later(MAX_UNREAD, self._lifetime.let_go, stream)
+        self._lifetime.expect(stream, MAX_UNREAD)
         return stream
 
     async def reach(self, caller: Caller, request_id: str, start: Start) -> Stream:
@@ -147,8 +147,9 @@ class Elsewhere:
         try:
             await asyncio.wait((claimed,))
         except asyncio.CancelledError:
-            if not stream.readers:
-                stream.attachment.expected = False
+            if stream.attachment.mirrored:
+                self._lifetime.let_go(stream)
+            elif not stream.readers:
                 self._lifetime.reader_removed(stream)
             raise
         if (error := claimed.result()) is not None:
@@ -188,7 +189,7 @@ class Elsewhere:
         except RequestConflict:
             # The id stays free for a request with the payload that it is known with.
             self._streams.hide(stream)
-            stream.attachment.mirrored = stream.attachment.expected = False
+            stream.attachment.mirrored = False
             raise
         stream.attachment.settle_claim()
         if filled is not None:
@@ -205,7 +206,7 @@ class Elsewhere:
             quota.give_back(unused=True)
         request.forget_undecided()
         request.provider_request.forget_body()
-        self._loop.call_later(MAX_UNREAD, self._lifetime.let_go, stream)
+        self._lifetime.expect(stream, MAX_UNREAD)
 
     def _note_end(self, stream: Stream) -> None:
         attachment = stream.attachment
@@ -213,7 +214,11 @@ class Elsewhere:
             if attachment.undecided and attachment.abandoned:
                 # Its client has left before it was known whether another instance has the answer.
                 self._streams.unname(stream)
+            refused = attachment.undecided
             attachment.settle_claim(stream.error or StreamNotFound("this answer was cancelled"))
+            if refused:
+                # There is no such log: the answer is an error, and nobody reads it.
+                self._lifetime.let_go(stream)
             if not attachment.mirrored:
                 self._instances.note_end(stream)
 

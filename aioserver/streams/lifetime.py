@@ -94,10 +94,17 @@ class Lifetime:
         else:
             self.detach(stream, left=True)
 
+    def expect(self, stream: Stream, seconds: float) -> None:
+        """Keep *stream*, a mirror, for *seconds* if it has no reader yet, even if it ends before."""
+        if not stream.readers:
+            stream.attachment.expected = True
+            stream.attachment.timer = self._loop.call_later(seconds, self.let_go, stream)
+
     def let_go(self, stream: Stream) -> None:
         """Note that nobody is going to read *stream*, if it is a mirror that has no reader."""
         if stream.attachment.mirrored and not stream.readers:
             stream.attachment.expected = False
+            self._leave_detached(stream)
             self.reader_removed(stream)
 
     def unsent(self, stream: Stream) -> bool:
@@ -154,7 +161,8 @@ class Lifetime:
             stream.attachment.timer = None
 
     def _finished(self, stream: Stream) -> None:
-        self._leave_detached(stream)
+        if not stream.attachment.expected:
+            self._leave_detached(stream)
         self._giving_way.discard(stream)
         if stream.window > 0:
             self._kept[stream] = self._loop.time() + stream.window

@@ -113,14 +113,13 @@ class StreamStore:
         """
         stream = self.open(request_id, caller, window=0.0, private=True)
         stream.last = after
-        stream.attachment.mirrored = stream.attachment.expected = True
+        stream.attachment.mirrored = True
         return stream
 
     def hide(self, stream: Stream) -> None:
         """Let *stream* be found no longer, and kept only for the readers that it has: it is a mirror now."""
         stream.private, stream.window = True, 0.0
         stream.attachment.mirrored = True
-        stream.attachment.expected = not stream.readers
         self.unname(stream)
 
     def find(self, caller: Hashable, request_id: str) -> Stream | None:

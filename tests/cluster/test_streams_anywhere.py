@@ -344,6 +344,38 @@ async def test_a_cancel_of_a_followed_mirror_ends_it_with_all_its_events(make: M
     await until(lambda: b.cluster.stats().mirrors == 0)
 
 
+async def test_looking_for_what_nobody_has_leaves_nothing_behind(make: Make) -> None:
+    _a, b = await make()
+    before = b.server.owners.streams.stats()
+    for number in range(20):
+        async with b.server.session.get(f"{b.server.sse}/unknown-{number}") as response:
+            assert response.status == 404
+        async with b.server.session.get(f"{b.server.v1}/responses/{number}") as response:
+            assert response.status == 404
+
+    assert b.server.owners.streams.stats() == before
+    async with b.server.connect() as ws:
+        for frame in (resume("r1", 3), cancel("r1")):
+            await ws.send_json(frame)
+            (error,) = await to_end(ws)
+            assert error["chunk"]["code"] == "stream_not_found"
+            assert "event_id" not in error
+    await until(lambda: b.server.owners.streams.stats() == before)
+
+
+async def test_what_is_reached_and_not_read_is_let_go(make: Make) -> None:
+    a, b = await make()
+    await answered(a)
+    async with b.server.session.head(f"{b.server.sse}/r1") as response:
+        assert response.status == 200
+    headers = {"Last-Event-ID": "41"}
+    async with b.server.session.get(f"{b.server.sse}/r1", headers=headers) as response:
+        assert response.status in {200, 204}
+
+    await until(lambda: b.server.owners.streams.stats().bytes == 0)
+    await until(lambda: a.cluster.stats().links == 0)
+
+
 async def test_cancelling_what_nobody_has_is_not_found(make: Make) -> None:
     (_a, b) = await make()
 
