@@ -13,7 +13,7 @@ import re
 import secrets
 import socket
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from aioserver.cluster.bus import RedisBus
 from aioserver.cluster.claims import RedisClaims
@@ -23,14 +23,17 @@ from aioserver.cluster.instances import ClusterStreams
 from aioserver.cluster.limits import SharedLimits
 from aioserver.cluster.settler import Settler
 from aioserver.cluster.shares import Shares
+from aioserver.cluster.totals import Totals
 from aioserver.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping
 
+    from aioserver.cluster.peers import Peers
     from aioserver.config.settings import ClientKey, HttpClient
     from aioserver.gateway.conversations import Conversations
     from aioserver.limits.quota import Quota
+    from aioserver.monitoring.monitor import Monitor
     from aioserver.providers.health import Health
     from aioserver.providers.provider import Provider
     from aioserver.providers.queueing import ProviderGate
@@ -43,15 +46,6 @@ LEAVE_TIMEOUT = 1.0
 # Characters of a host's name in the name of an instance.
 MAX_HOST = 32
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9.]+")
-
-
-class Incidents(Protocol):
-    """Where operators read what has happened: see `monitoring.monitor.Monitor`."""
-
-    def incident(
-        self, kind: str, text: str, *, severity: str = "warning", provider: str | None = None
-    ) -> None:
-        """Keep an incident that happens now."""
 
 
 class Membership:
@@ -73,7 +67,8 @@ class Membership:
         self.settler = Settler(self.shares, url, name)
         self.bus = RedisBus(url, self.settler.prefix, instance)
         self.address = self.settler.connection.address
-        self._incidents: Incidents | None = None
+        self._incidents: Monitor | None = None
+        self._peers: Peers | None = None
 
     def make_gate(
         self, name: str, limits: HttpClient, health: Health, clock: Callable[[], float]
@@ -88,12 +83,16 @@ class Membership:
     def streams(self, store: StreamStore, conversations: Conversations) -> ClusterStreams:
         """Return what knows the streams of other instances."""
         claims = RedisClaims(self.bus.commands, self.settler.prefix, self.instance)
-        return ClusterStreams(self.bus, claims, store, conversations)
+        streams = ClusterStreams(self.bus, claims, store, conversations)
+        self._peers = streams.peers
+        return streams
 
-    def serve(self, providers: Callable[[], Mapping[str, Provider]], incidents: Incidents) -> None:
-        """Let what others tell reach *providers*, and operators read in *incidents* what becomes of the server."""
+    def serve(self, providers: Callable[[], Mapping[str, Provider]], monitor: Monitor) -> None:
+        """Let what others tell reach *providers*, and *monitor* show the state of all instances."""
         self.limits.providers = providers
-        self._incidents = incidents
+        self._incidents = monitor
+        assert self._peers is not None, "`streams` was called before"
+        monitor.others = Totals(self.instance, self._peers, lambda: self.shares.members, monitor)
 
     async def open(self) -> None:
         """Connect, and share. A server that is not there is looked for in the background.

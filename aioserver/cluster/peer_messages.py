@@ -11,7 +11,7 @@ checked against its shape, and bounded in size.
     Ping(links)*                →
                                  ←       Pong(links, gone)
     Detach(link)                 →
-    Ask(number, …)               →
+    Ask(number, …), Look(number, …)  →
                                  ←       Answer(number, data)
 """
 
@@ -113,14 +113,21 @@ class Ask(msgspec.Struct, array_like=True, tag=9):
     request_id: str | None
 
 
+class Look(msgspec.Struct, array_like=True, tag=11):
+    """A question of the operating pages (totals.py): how are you?"""
+
+    number: int
+    what: str
+
+
 class Answer(msgspec.Struct, array_like=True, tag=10):
-    """The answer to a question, as JSON."""
+    """The answer to a question: JSON for an `Ask`, msgpack for a `Look`."""
 
     number: int
     data: bytes
 
 
-Message = Attach | Refused | Block | Credit | Detach | Ping | Pong | Position | Ask | Answer
+Message = Attach | Refused | Block | Credit | Detach | Ping | Pong | Position | Ask | Look | Answer
 
 
 class Publication(msgspec.Struct, array_like=True):

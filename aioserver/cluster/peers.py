@@ -25,6 +25,7 @@ from aioserver.cluster.peer_messages import (
     Block,
     Credit,
     Detach,
+    Look,
     Ping,
     Pong,
     Position,
@@ -85,6 +86,8 @@ class Peers:
         self._deaf_since: dict[str, float] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._due = self._connected_at = 0.0
+        # Called with what another instance wants to know for its operating pages.
+        self.on_look: Callable[[str], bytes] = lambda _what: b""
         # Messages that made no sense.
         self.refused = Counter()
 
@@ -120,31 +123,46 @@ class Peers:
         self, targets: Iterable[str], caller: Caller, request_id: str | None
     ) -> list[Any]:
         """Return the answers of those instances that answer in time to a question: see `Ask`."""
-        asked = []
-        for target in targets:
-            self._numbers += 1
-            number = self._numbers
-            answer: asyncio.Future[bytes] = self._loop.create_future()
-            self._asked[number] = answer
-            asked.append((number, answer))
-            self._bus.send(target, Ask(number, caller.name, caller.subflow, request_id))
-        if not asked:
-            return []
-        try:
-            done, _late = await asyncio.wait(
-                [answer for _number, answer in asked], timeout=ANSWER_TIMEOUT
-            )
-        finally:
-            for number, answer in asked:
-                del self._asked[number]
-                answer.cancel()
         answers = []
-        for answer in done:
+        asked = await self._question(
+            targets, lambda number: Ask(number, caller.name, caller.subflow, request_id)
+        )
+        for answer in asked.values():
             try:
-                answers.append(orjson.loads(answer.result()))
+                answers.append(orjson.loads(answer))
             except orjson.JSONDecodeError:
                 self.refused.value += 1
         return answers
+
+    async def look(self, targets: Iterable[str], what: str) -> dict[str, bytes]:
+        """Return what those instances say of *what* that answer in time: see `Look`."""
+        return await self._question(targets, lambda number: Look(number, what))
+
+    async def _question(
+        self, targets: Iterable[str], make: Callable[[int], Message]
+    ) -> dict[str, bytes]:
+        asked: dict[str, tuple[int, asyncio.Future[bytes]]] = {}
+        for target in targets:
+            self._numbers += 1
+            answer: asyncio.Future[bytes] = self._loop.create_future()
+            self._asked[self._numbers] = answer
+            asked[target] = self._numbers, answer
+            self._bus.send(target, make(self._numbers))
+        if not asked:
+            return {}
+        try:
+            await asyncio.wait(
+                [answer for _number, answer in asked.values()], timeout=ANSWER_TIMEOUT
+            )
+            return {
+                target: answer.result()
+                for target, (_number, answer) in asked.items()
+                if answer.done()
+            }
+        finally:
+            for number, answer in asked.values():
+                del self._asked[number]
+                answer.cancel()
 
     def close(self) -> None:
         """Send and fill nothing any more."""
@@ -192,6 +210,8 @@ class Peers:
                 self._check_links(sender, message)
             case Ask():
                 self._answer(sender, message)
+            case Look():
+                self._bus.send(sender, Answer(message.number, self.on_look(message.what)))
             case Answer():
                 asked = self._asked.get(message.number)
                 if asked is not None and not asked.done():

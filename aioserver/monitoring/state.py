@@ -198,3 +198,28 @@ class Snapshot(TypedDict):
     watchers: int
     endpoints: dict[str, str]
     instances: NotRequired[dict[str, InstanceState | None]]
+
+
+class Incident(TypedDict):
+    """The data of an `incident` event; *time* is Unix time in seconds, *advice* may be empty.
+
+    *instance* is there if another instance of a cluster has reported it.
+    """
+
+    time: float
+    kind: str
+    severity: str
+    text: str
+    provider: str | None
+    advice: str
+    instance: NotRequired[str]
+
+
+class History(TypedDict):
+    """The `history` event: the values of each series at each *time*, and incidents."""
+
+    interval: float
+    time: list[float]
+    series: dict[str, list[float | None]]
+    providers: dict[str, dict[str, list[float | None]]]
+    incidents: list[Incident]

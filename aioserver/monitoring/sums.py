@@ -15,10 +15,11 @@ from aioserver.monitoring.troubles import WORDS
 from aioserver.telemetry.counters import RecentBuckets, percentiles_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from aioserver.monitoring.state import (
         ConnectionsState,
+        History,
         InstanceState,
         Percentiles,
         ProviderState,
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
     )
     from aioserver.telemetry.metrics import Metrics
 
+# Series of a history that are no numbers of things: of several instances the largest counts.
+LARGEST = frozenset(("first_token_p50", "first_token_p95", "lag_max"))
+# Incidents of all instances together that a history has.
+MAX_INCIDENTS = 100
 # The levels of a verdict, the worst first.
 LEVELS = ("error", "warning", "ok")
 # The states of a provider, the worst first.
@@ -63,10 +68,16 @@ def recent_values(metrics: Metrics, now: float) -> dict[tuple[str, str], RecentB
     return {key: buckets for key, buckets in found.items() if buckets is not None}
 
 
-def add(own: str, reports: Mapping[str, Report], unheard: Iterable[str] = ()) -> Snapshot:
+def add(
+    own: str,
+    reports: Mapping[str, Report],
+    places: Mapping[str, int],
+    unheard: Iterable[str] = (),
+) -> Snapshot:
     """Return the snapshot of all instances in *reports* together, that of *own* among them.
 
-    *unheard* are the instances that have not answered; they are named in it.
+    *places* has what all have together at each provider. *unheard* are the instances that have not answered; they are
+    named in it.
     """
     first = reports[own].snapshot
     snapshots = [report.snapshot for report in reports.values()]
@@ -93,7 +104,9 @@ def add(own: str, reports: Mapping[str, Report], unheard: Iterable[str] = ()) ->
         "streams": _streams([snapshot["streams"] for snapshot in snapshots]),
         "slow_clients": sum(snapshot["slow_clients"] for snapshot in snapshots),
         "auth_failures": _added(snapshot["auth_failures"] for snapshot in snapshots),
-        "providers": {name: _provider(name, own, reports, recent) for name in first["providers"]},
+        "providers": {
+            name: _provider(name, own, reports, recent, places) for name in first["providers"]
+        },
         "loop": {
             "lag": max(snapshot["loop"]["lag"] for snapshot in snapshots),
             "lag_max": max(snapshot["loop"]["lag_max"] for snapshot in snapshots),
@@ -174,7 +187,11 @@ def _streams(states: list[StreamsState]) -> StreamsState:
 
 
 def _provider(
-    name: str, own: str, reports: Mapping[str, Report], recent: _Recent
+    name: str,
+    own: str,
+    reports: Mapping[str, Report],
+    recent: _Recent,
+    places: Mapping[str, int],
 ) -> ProviderState:
     """Return the state of the provider *name*; an instance whose reload is not over may lack it."""
     known = {
@@ -188,6 +205,7 @@ def _provider(
         **first,
         "usable": any(state["usable"] for state in states),
         "in_flight": sum(state["in_flight"] for state in states),
+        "limit": places.get(name, first["limit"]),
         "waiting": sum(state["waiting"] for state in states),
         "queue_size": sum(state["queue_size"] for state in states),
         "oldest_wait": max(state["oldest_wait"] for state in states),
@@ -274,3 +292,53 @@ def _rate(rates: Iterable[float]) -> float:
 def _sum_of_known(values: Iterable[int | None]) -> int | None:
     known = [value for value in values if value is not None]
     return sum(known) if known else None
+
+
+def add_histories(histories: Sequence[History]) -> History:
+    """Return the history of all *histories* together, at the times of the first.
+
+    The instances tick at different moments: a point is added to the one of the first that is less than a tick away. What is
+    no number of things is the largest: percentiles of the past are not known in buckets.
+    """
+    first = histories[0]
+    times = first["time"]
+    moments = {round(time): index for index, time in enumerate(times)}
+    series = {name: list(values) for name, values in first["series"].items()}
+    providers = {
+        provider: {name: list(values) for name, values in each.items()}
+        for provider, each in first["providers"].items()
+    }
+    incidents = list(first["incidents"])
+    for history in histories[1:]:
+        places = [moments.get(round(time)) for time in history["time"]]
+        for name, values in history["series"].items():
+            if name in series:
+                _merge(series[name], values, places, largest=name in LARGEST)
+        for provider, each in history["providers"].items():
+            for name, values in each.items():
+                if name in providers.get(provider, {}):
+                    _merge(providers[provider][name], values, places, largest=False)
+        incidents += history["incidents"]
+    incidents.sort(key=lambda incident: incident["time"])
+    return {
+        **first,
+        "series": series,
+        "providers": providers,
+        "incidents": incidents[-MAX_INCIDENTS:],
+    }
+
+
+def _merge(
+    own: list[float | None],
+    values: Sequence[float | None],
+    places: Sequence[int | None],
+    *,
+    largest: bool,
+) -> None:
+    for value, place in zip(values, places, strict=True):
+        if value is not None and place is not None:
+            before = own[place]
+            if before is None:
+                own[place] = value
+            else:
+                own[place] = max(before, value) if largest else round(before + value, 3)

@@ -226,7 +226,7 @@ async def open_server(
             sockets=set(),
             metrics=metrics,
             monitor=monitor,
-            registry=prometheus.registry(sources, monitor.fresh),
+            registry=prometheus.registry(metrics.families, monitor.fresh, listening),
         )
         middleware, add_headers = make_middleware(current, guard, origins, context.admission)
         app.middlewares.append(middleware)

@@ -14,6 +14,8 @@ from aioserver.telemetry.counters import RecentValues, percentiles_of
 from tests.support.chat import STREAMED
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from aioserver.monitoring.state import Snapshot
     from tests.support.server import RunningServer
 
@@ -40,6 +42,12 @@ def report(snapshot: Snapshot, **changes: Any) -> Report:
     return Report(changed, {})
 
 
+def total_of(own: str, reports: dict[str, Report], unheard: Sequence[str] = ()) -> Snapshot:
+    """The sum of *reports*; at each provider all have together what the first has."""
+    places = {name: each["limit"] for name, each in reports[own].snapshot["providers"].items()}
+    return add(own, reports, places, unheard)
+
+
 def provider_of(snapshot: Snapshot) -> str:
     return snapshot["active_provider"]
 
@@ -52,7 +60,7 @@ def test_numbers_of_things_are_added_and_of_waits_the_longest_counts(snapshot: S
         snapshot, connections__active=4, connections__limit=50, connections__oldest_wait=2.0
     )
 
-    total = add("a", {"a": a, "b": b})["connections"]
+    total = total_of("a", {"a": a, "b": b})["connections"]
 
     assert (total["active"], total["limit"], total["oldest_wait"]) == (7, 100, 2.0)
 
@@ -63,7 +71,10 @@ def test_every_counter_of_a_provider_is_added_and_its_shared_limits_are_not(
     one = report(snapshot)
     name = provider_of(snapshot)
 
-    state, single = add("a", {"a": one, "b": one})["providers"][name], snapshot["providers"][name]
+    state, single = (
+        total_of("a", {"a": one, "b": one})["providers"][name],
+        snapshot["providers"][name],
+    )
 
     assert state["requests"] == 2 * single["requests"] > 0
     assert state["pool"]["open"] == 2 * single["pool"]["open"]
@@ -76,7 +87,7 @@ def test_the_sum_of_one_instance_is_its_own_state(
 ) -> None:
     recent = recent_values(server.owners.context.metrics, time.monotonic())
 
-    total = add("a", {"a": Report(snapshot, recent)})
+    total = total_of("a", {"a": Report(snapshot, recent)})
     del total["instances"]
 
     single: Any = copy.deepcopy(snapshot)
@@ -88,7 +99,7 @@ def test_the_sum_of_one_instance_is_its_own_state(
 
 
 def test_an_instance_that_has_not_answered_is_named(snapshot: Snapshot) -> None:
-    total = add("a", {"a": report(snapshot)}, unheard=["b"])
+    total = total_of("a", {"a": report(snapshot)}, unheard=["b"])
 
     assert list(total["instances"]) == ["a", "b"]
     assert total["instances"]["b"] is None
@@ -100,7 +111,7 @@ def test_each_instance_shows_its_share(snapshot: Snapshot) -> None:
     b.snapshot["providers"][name]["limit"] = 3
     b.snapshot["providers"][name]["in_flight"] = 2
 
-    instances = add("a", {"a": report(snapshot), "b": b})["instances"]
+    instances = total_of("a", {"a": report(snapshot), "b": b})["instances"]
 
     assert instances["b"] is not None
     assert instances["b"]["connections"] == 9
@@ -112,8 +123,12 @@ def test_the_worst_verdict_is_shown_with_its_instance(snapshot: Snapshot) -> Non
     worse = {**snapshot["verdict"], "level": "error", "text": "no place is free"}
     fine = {**snapshot["verdict"], "level": "ok", "text": "all is well"}
 
-    total = add("a", {"a": report(snapshot, verdict=fine), "b": report(snapshot, verdict=worse)})
-    own = add("a", {"a": report(snapshot, verdict=worse), "b": report(snapshot, verdict=worse)})
+    total = total_of(
+        "a", {"a": report(snapshot, verdict=fine), "b": report(snapshot, verdict=worse)}
+    )
+    own = total_of(
+        "a", {"a": report(snapshot, verdict=worse), "b": report(snapshot, verdict=worse)}
+    )
 
     assert total["verdict"]["text"] == "no place is free (at b)"
     assert own["verdict"]["text"] == "no place is free"
@@ -129,7 +144,7 @@ def test_the_worst_trouble_and_state_of_a_provider_count(snapshot: Snapshot) -> 
         "next_try": 2.5,
     }
 
-    state = add("a", {"a": a, "b": b})["providers"][name]
+    state = total_of("a", {"a": a, "b": b})["providers"][name]
 
     assert state["state"] == "dead"
     assert state["next_try"] == 2.5
@@ -142,8 +157,8 @@ def test_a_provider_that_only_one_instance_knows_yet_is_no_fault(snapshot: Snaps
     b.snapshot["providers"].clear()
     cast("Any", a.snapshot)["providers"]["new"] = a.snapshot["providers"][provider_of(snapshot)]
 
-    assert set(add("a", {"a": a, "b": b})["providers"]) == {provider_of(snapshot), "new"}
-    assert add("b", {"a": a, "b": b})["providers"] == {}
+    assert set(total_of("a", {"a": a, "b": b})["providers"]) == {provider_of(snapshot), "new"}
+    assert total_of("b", {"a": a, "b": b})["providers"] == {}
 
 
 def test_percentiles_are_those_of_all_values_and_not_of_percentiles() -> None:
