@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from aioserver.monitoring.sums import Report, add, add_histories
+from aioserver.monitoring.verdict import Lately
 from aioserver.telemetry.counters import Counter, Histogram, RecentBuckets
 
 if TYPE_CHECKING:
@@ -112,9 +113,9 @@ class Totals:
         monitor = self._monitor
         answer: Any
         if what == STATE:
-            snapshot, recent = monitor.report()
+            snapshot, recent, lately = monitor.report()
             values = [[*key, *buckets] for key, buckets in recent.items()]
-            answer = [snapshot, values, *monitor.newest_incidents()]
+            answer = [snapshot, values, lately, *monitor.newest_incidents()]
         elif what == HISTORY:
             answer = monitor.history()
         elif what == METRICS:
@@ -125,12 +126,12 @@ class Totals:
 
 
 def _unpack_state(answer: bytes) -> tuple[Report, int, list[Incident]]:
-    snapshot, values, number, newest = msgspec.msgpack.decode(answer, strict=False)
+    snapshot, values, lately, number, newest = msgspec.msgpack.decode(answer, strict=False)
     recent = {
         (name, detail): RecentBuckets({int(bucket): int(n) for bucket, n in counts.items()}, age)
         for name, detail, counts, age in values
     }
-    return Report(snapshot, recent), number, newest
+    return Report(snapshot, recent, Lately(*lately)), number, newest
 
 
 def _copy(family: Family) -> Family:

@@ -150,7 +150,8 @@ class Monitor:
 
     def report(self) -> Report:
         """Return what this instance says of itself to others: the state at the last tick."""
-        return Report(self._snapshot, recent_values(self._metrics, time.monotonic()))
+        recent = recent_values(self._metrics, time.monotonic())
+        return Report(self._snapshot, recent, self._verdicts.lately())
 
     def places(self) -> dict[str, int]:
         """Return how many places all instances have together at each provider."""

@@ -2,8 +2,8 @@
 
 Each instance makes a `Report` of itself, and the one that is asked adds them up. Numbers of things are added;
 of waits, silences and ages the longest counts; percentiles are made of all values, in buckets. What is the same in all
-(names, models, the limit of a provider, which is shared) is that of the instance that is asked. The verdict,
-and the trouble of a provider, are the worst of any instance, and say whose they are.
+(names, models, the limit of a provider, which is shared) is that of the instance that is asked. The trouble of a provider
+is the worst of any instance, and says whose it is; the verdict is made of the sums.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple
 
 from aioserver.monitoring.troubles import WORDS
+from aioserver.monitoring.verdict import Lately, judge
 from aioserver.telemetry.counters import RecentBuckets, percentiles_of
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
         Snapshot,
         StreamsState,
         Trouble,
-        Verdict,
     )
     from aioserver.telemetry.metrics import Metrics
 
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 LARGEST = frozenset(("first_token_p50", "first_token_p95", "lag_max"))
 # Incidents of all instances together that a history has.
 MAX_INCIDENTS = 100
-# The levels of a verdict, the worst first.
-LEVELS = ("error", "warning", "ok")
 # The states of a provider, the worst first.
 STATES = ("dead", "sick", "well")
 # How a value that percentiles are made of is named in a report.
@@ -48,13 +46,14 @@ FIRST_TOKEN, DELAY, PROVIDER_FIRST_TOKEN, PROVIDER_SILENCE = (
 
 
 class Report(NamedTuple):
-    """What an instance says of itself: its *snapshot*, and the values of which percentiles are made.
+    """What an instance says of itself: its *snapshot*, and what the verdict and the percentiles are made of.
 
-    *recent* has the values by their name and detail: `(PROVIDER_SILENCE, "groq")`.
+    *recent* has values by their name and detail: `(PROVIDER_SILENCE, "groq")`.
     """
 
     snapshot: Snapshot
     recent: Mapping[tuple[str, str], RecentBuckets]
+    lately: Lately
 
 
 def recent_values(metrics: Metrics, now: float) -> dict[tuple[str, str], RecentBuckets]:
@@ -85,11 +84,10 @@ def add(
     instances: dict[str, InstanceState | None] = {
         name: _instance(report.snapshot) for name, report in reports.items()
     }
-    return {
+    total: Snapshot = {
         **first,
         "uptime": max(snapshot["uptime"] for snapshot in snapshots),
         "ready": any(snapshot["ready"] for snapshot in snapshots),
-        "verdict": _worst_verdict(own, reports),
         "connections": _connections([snapshot["connections"] for snapshot in snapshots]),
         "rejections": _added(snapshot["rejections"] for snapshot in snapshots),
         "requests": {
@@ -121,6 +119,8 @@ def add(
         "watchers": sum(snapshot["watchers"] for snapshot in snapshots),
         "instances": dict(sorted((instances | dict.fromkeys(unheard)).items())),
     }
+    total["verdict"] = judge(total, _lately([report.lately for report in reports.values()]))
+    return total
 
 
 class _Recent:
@@ -247,15 +247,13 @@ def _provider(
     }
 
 
-def _worst_verdict(own: str, reports: Mapping[str, Report]) -> Verdict:
-    """Return the worst verdict; of two that are as bad that of *own*."""
-
-    def badness(instance: str) -> tuple[int, bool]:
-        return LEVELS.index(reports[instance].snapshot["verdict"]["level"]), instance != own
-
-    worst = min(reports, key=badness)
-    verdict = reports[worst].snapshot["verdict"]
-    return _of_instance(verdict, worst) if worst != own else verdict
+def _lately(all_lately: Sequence[Lately]) -> Lately:
+    return Lately(
+        _added(lately.rejected for lately in all_lately),
+        sum(lately.answered for lately in all_lately),
+        sum(lately.failed for lately in all_lately),
+        max(lately.lag for lately in all_lately),
+    )
 
 
 def _worst_trouble(own: str, states: Mapping[str, ProviderState]) -> Trouble | None:
@@ -271,10 +269,6 @@ def _worst_trouble(own: str, states: Mapping[str, ProviderState]) -> Trouble | N
     worst = min(troubles, key=lambda name: (kinds.index(troubles[name]["kind"]), name != own))
     trouble = troubles[worst]
     return trouble if worst == own else {**trouble, "text": f"{trouble['text']} (at {worst})"}
-
-
-def _of_instance(verdict: Verdict, instance: str) -> Verdict:
-    return {**verdict, "text": f"{verdict['text']} (at {instance})"}
 
 
 def _added(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 
 from aioserver.monitoring.sums import Report, add, recent_values
+from aioserver.monitoring.verdict import Lately
 from aioserver.telemetry.counters import RecentValues, percentiles_of
 from tests.support.chat import STREAMED
 
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 
     from aioserver.monitoring.state import Snapshot
     from tests.support.server import RunningServer
+
+
+NOTHING = Lately({}, 0, 0, 0.0)
 
 
 @pytest.fixture
@@ -39,7 +43,7 @@ def report(snapshot: Snapshot, **changes: Any) -> Report:
         for parent in parents:
             target = target[parent]
         target[name] = value
-    return Report(changed, {})
+    return Report(changed, {}, NOTHING)
 
 
 def total_of(own: str, reports: dict[str, Report], unheard: Sequence[str] = ()) -> Snapshot:
@@ -87,7 +91,7 @@ def test_the_sum_of_one_instance_is_its_own_state(
 ) -> None:
     recent = recent_values(server.owners.context.metrics, time.monotonic())
 
-    total = total_of("a", {"a": Report(snapshot, recent)})
+    total = total_of("a", {"a": Report(snapshot, recent, NOTHING)})
     del total["instances"]
 
     single: Any = copy.deepcopy(snapshot)
@@ -119,24 +123,23 @@ def test_each_instance_shows_its_share(snapshot: Snapshot) -> None:
     assert instances["b"]["in_flight"][name] == 2
 
 
-def test_the_worst_verdict_is_shown_with_its_instance(snapshot: Snapshot) -> None:
-    worse = {**snapshot["verdict"], "level": "error", "text": "no place is free"}
-    fine = {**snapshot["verdict"], "level": "ok", "text": "all is well"}
+def test_the_verdict_is_made_of_the_sums(snapshot: Snapshot) -> None:
+    a, b = report(snapshot), report(snapshot, connections__active=20)
+    shut = Report(b.snapshot, {}, Lately({"server_at_capacity": 30}, 2, 0, 0.0))
 
-    total = total_of(
-        "a", {"a": report(snapshot, verdict=fine), "b": report(snapshot, verdict=worse)}
-    )
-    own = total_of(
-        "a", {"a": report(snapshot, verdict=worse), "b": report(snapshot, verdict=worse)}
-    )
+    calm = total_of("a", {"a": a, "b": b})["verdict"]
+    refusing = total_of("a", {"a": a, "b": shut})["verdict"]
 
-    assert total["verdict"]["text"] == "no place is free (at b)"
-    assert own["verdict"]["text"] == "no place is free"
+    limit = snapshot["connections"]["limit"]
+    assert calm["text"] == f"Room for {2 * limit - 20} more"
+    assert refusing["level"] == "error"
+    assert "30" in refusing["text"] + refusing["detail"]
 
 
 def test_the_worst_trouble_and_state_of_a_provider_count(snapshot: Snapshot) -> None:
     name = provider_of(snapshot)
-    trouble = {"kind": "dead", "text": f"{name} cannot be reached", "severity": "error"}
+    words = {"word": "Dead", "detail": "", "advice": "", "severity": "error", "since": 0.0}
+    trouble = {"kind": "dead", "text": f"{name} cannot be reached", **words}
     a, b = report(snapshot), report(snapshot)
     cast("Any", b.snapshot)["providers"][name] |= {
         "state": "dead",
