@@ -379,7 +379,7 @@ async def _serve(
         else:
             notifier.stopping()
         reloading.cancel()
-        await runner.end(hand_over=stop.hand_over)
+        await runner.end(hand_over=stop.hand_over, at_once=stop.orphaned)
     finally:
         reloading.cancel()
     return 0

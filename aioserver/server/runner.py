@@ -157,12 +157,14 @@ class Runner(web.AppRunner):
         for sock in self._owner.listening:
             listener.limit_kernel(sock, chat.streams.send_timeout)
 
-    async def end(self, *, hand_over: bool = False) -> None:
+    async def end(self, *, hand_over: bool = False, at_once: bool = False) -> None:
         """Stop serving in good order; call it before `cleanup`.
 
         *hand_over*: other processes go on to accept connections from the same sockets. Before this one
         refuses anything, its connections end, each with an answer; what comes on them meanwhile is
         served, and what waits gets its turn, for half of `shutdown_timeout`.
+
+        *at_once*: the port is given up without `drain_delay`, since another server may be waiting for it.
 
         First the server is not ready, but still takes work (`drain_delay`). Then it accepts no more
         connections and refuses new work: requests that wait are refused, idle connections close,
@@ -182,7 +184,7 @@ class Runner(web.AppRunner):
             context.lifecycle.ready = False
             text = "the server is stopping"
         context.monitor.incident("shutdown", text, severity="info")
-        if settings.drain_delay and not hand_over:
+        if settings.drain_delay and not (hand_over or at_once):
             await asyncio.sleep(settings.drain_delay)
         await self._stop_accepting()
         # A connection that is accepted in this iteration of the event loop is known after it.

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
 from aioserver.providers.simulator.exchange import Behaviour
 from tests.support.chat import CHAT, STREAMED, chat
 from tests.support.raw import CLOSE, TEXT, Raw, closing
-from tests.support.server import CONCURRENCY, SIM_HTTP_CLIENT
+from tests.support.server import CONCURRENCY, SIM_HTTP_CLIENT, runner_of
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from tests.support.server import MakeServer, RunningServer
 
 GRACE = "chat.websocket.shutdown_timeout"
@@ -118,3 +121,15 @@ async def test_sockets_close_when_no_answer_runs_on_them(make_server: MakeServer
         assert closing(got[1])[0] == 1012
         await busy.send_frame(CLOSE, got[1])
         await end
+
+
+async def test_a_process_without_its_parent_gives_up_the_port_at_once(tmp_path: Path) -> None:
+    async with runner_of(tmp_path, **{"chat.websocket.drain_delay": 600.0}) as (runner, _given):
+        (listening,) = await runner.listen()
+
+        async with asyncio.timeout(5.0):
+            await runner.end(at_once=True)
+
+        # A new parent may have it.
+        with socket.create_server((listening.host, listening.port)):
+            pass
