@@ -95,9 +95,12 @@ class SharedGate(Gate):
         needs = self._needs()
         self._starving = bool(needs) and needs[0][0] > 0
         spare = 0 if self._queue else self._limit - self._inside - page.owed(page.slot)
-        for need, slot in needs:
-            if leaving or need > 0:
-                count = min(spare, max(need, 0) + RESERVE)
+        for at, (need, slot) in enumerate(needs):
+            if leaving:
+                # All of it, evenly; the last one goes to the neediest.
+                count = -(-spare // (len(needs) - at))
+            elif need > 0:
+                count = min(spare, need + RESERVE)
             elif need + RESERVE > 0:
                 count = (spare - RESERVE) // 2
             else:
@@ -105,8 +108,6 @@ class SharedGate(Gate):
             if count > 0:
                 page.give(slot, count, self._set_limit)
                 spare -= count
-        if leaving and spare > 0 and needs:
-            page.give(needs[0][1], spare, self._set_limit)
         self._pay([slot for _need, slot in needs])
         return self._starving
 
