@@ -127,6 +127,8 @@ class Connection:
         Raises:
             CallFailed: there is no connection within the bound; the reason is that of the last attempt.
         """
+        if self._opened.is_set():
+            return
         try:
             async with asyncio.timeout(self._bound):
                 await self._opened.wait()
