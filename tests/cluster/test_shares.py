@@ -281,6 +281,20 @@ def test_what_one_instance_tells_all_others_hear_and_newcomers_too() -> None:
     assert heard[3:].count(("openai", "cooling", 0)) >= 2
 
 
+def test_server_that_has_lost_its_state_ends_nothing_that_was_told() -> None:
+    simulation, (one, other, _) = cluster()
+    heard: list[float] = []
+    other.shares.told._on_told = lambda _name, _word, seconds: heard.append(seconds)
+    one.shares.told.tell("openai", "cooling", 30.0)
+    simulation.advance(0.1)
+
+    simulation.empty()
+    simulation.advance(10.0)
+
+    assert len(heard) == 1
+    assert heard[0] > 29.0
+
+
 def test_trials_are_those_of_all_instances_together() -> None:
     simulation, instances = cluster()
     results: list[bool] = []
