@@ -15,7 +15,6 @@ import asyncio
 import hashlib
 import random
 from collections import deque
-from contextlib import suppress
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +43,8 @@ BOUND = 1.0
 # attempts, the first and the longest. A longest pause, a connection and a call together have to be within the time for which a
 # server that comes back gives nothing (`Times.blind`).
 CONNECT, PAUSES = 2.0, (0.05, 0.5)
+# The first Redis whose scripts say before they run that they write; each Valkey says that it is a later one.
+OLDEST = 7
 # What makes the server's own address wrong, or the server useless for now: another connection may find a better one.
 USELESS = ("READONLY", "LOADING", "MASTERDOWN", "CLUSTERDOWN", "NOAUTH")
 
@@ -53,7 +54,7 @@ class CallFailed(Exception):
 
 
 class AccessDenied(CallFailed):
-    """The server refuses the password, or the user may not do what is needed: trying again does not help."""
+    """The server refuses the password, is too old, or the user may not do what is needed: trying again does not help."""
 
 
 class Connection:
@@ -127,6 +128,8 @@ class Connection:
         Raises:
             CallFailed: there is no connection within the bound; the reason is that of the last attempt.
         """
+        if self._opened.is_set():
+            return
         try:
             async with asyncio.timeout(self._bound):
                 await self._opened.wait()
@@ -274,12 +277,19 @@ class Connection:
 
     async def _greet(self, connection: AbstractConnection) -> None:
         await connection.send_command("INFO", "server", check_health=False)
-        self.run = ""
-        # Whoever may not ask it goes without.
-        with suppress(ResponseError):
-            for line in (await connection.read_response()).decode().splitlines():
-                if line.startswith("run_id:"):
-                    self.run = line.removeprefix("run_id:")
+        try:
+            text = (await connection.read_response()).decode()
+        except ResponseError:
+            # Whoever may not ask it goes without.
+            text = ""
+        facts = dict(line.partition(":")[::2] for line in text.splitlines())
+        self.run = facts.get("run_id", "")
+        version = facts.get("redis_version", "")
+        major = version.partition(".")[0]
+        if major.isdigit() and int(major) < OLDEST:
+            raise AccessDenied(
+                f"{self.address}: it is Redis {version}, and {OLDEST} or later is needed"
+            )
 
     def _translated(self, error: Exception) -> CallFailed:
         if isinstance(error, CallFailed):

@@ -153,7 +153,7 @@ class Holding:
             return
         elif inside > self.hand:
             pass
-        elif self.starving and standing.clock() >= standing.keeps_until:
+        elif self.starving and (standing.clock() >= standing.keeps_until or not self.user.wanting):
             self.resize(self.hand - 1)
         else:
             return

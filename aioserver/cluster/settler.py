@@ -40,8 +40,10 @@ class Settler:
         self._timer: asyncio.TimerHandle | None = None
         shares.on_due = self._arm
 
-    async def open(self) -> None:
+    async def open(self) -> CallFailed | None:
         """Connect, make the first call, and go on in the background. A server that is not there is looked for.
+
+        Returns why the first call failed, if it has.
 
         Raises:
             AccessDenied: the server refuses the password, or the user may not do what is needed.
@@ -53,9 +55,11 @@ class Settler:
                 raise
             except CallFailed:
                 pass
-        if (failure := await self._settle()) is not None and isinstance(failure, AccessDenied):
+        failure = await self._settle()
+        if isinstance(failure, AccessDenied):
             raise failure
         self._task = asyncio.create_task(self._run())
+        return failure
 
     async def leave(self, within: float) -> None:
         """Take no more places, and tell the others once nothing is inside; wait *within* seconds for that at most."""

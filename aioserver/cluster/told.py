@@ -67,7 +67,8 @@ class Told:
             return
         self.version = answer.version
         told = {(name, word): length / SECOND for name, word, length in answer.told}
-        for name, word in self._heard - told.keys():
+        # A server that has lost its state does not say that anything has ended.
+        for name, word in () if answer.anew else self._heard - told.keys():
             self._on_told(name, word, 0.0)
         self._heard = set(told)
         for (name, word), seconds in told.items():

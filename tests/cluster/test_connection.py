@@ -152,6 +152,23 @@ async def test_password_and_database_of_the_url_are_used(redis: RedisServer) -> 
     await connection.close()
 
 
+async def test_server_that_is_too_old_is_refused(tmp_path: Path) -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"server\r\n")
+        info = b"# Server\r\nredis_version:6.2.14\r\nrun_id:1\r\n"
+        writer.write(b"$%d\r\n%s\r\n" % (len(info), info))
+        await reader.read()
+        writer.close()
+
+    async with await asyncio.start_unix_server(answer, tmp_path / "old.sock"):
+        connection = Connection(f"unix://{tmp_path}/old.sock")
+
+        with pytest.raises(AccessDenied, match=r"Redis 6\.2\.14"):
+            await connection.open()
+
+        await connection.close()
+
+
 async def test_missing_permission_is_denied_access(redis: RedisServer) -> None:
     redis.call("ACL", "SETUSER", "little", "on", f">{SECRET}", "~*", "&*", "+info", "+echo")
     connection = ScriptConnection(f"unix://little:{SECRET}@{redis.path}")

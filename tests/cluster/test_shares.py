@@ -249,10 +249,10 @@ def test_lone_request_beside_two_floods_has_its_turn() -> None:
     for _ in range(2):
         simulation.add(Load(100.0, 0.1, patience=1000.0))
     lone = simulation.add(Load(2.0, 0.1))
-    simulation.advance(15.0)
+    simulation.advance(10.0)
     lone.longest_wait = 0.0
 
-    simulation.advance(60.0)
+    simulation.advance(25.0)
 
     # A turn is 0.1 s / 8 places; one of each of the others may come before it.
     assert lone.longest_wait < 0.1
@@ -279,6 +279,20 @@ def test_what_one_instance_tells_all_others_hear_and_newcomers_too() -> None:
     instances[1].shares.told.tell("openai", "cooling", 0.0)
     simulation.advance(0.1)
     assert heard[3:].count(("openai", "cooling", 0)) >= 2
+
+
+def test_server_that_has_lost_its_state_ends_nothing_that_was_told() -> None:
+    simulation, (one, other, _) = cluster()
+    heard: list[float] = []
+    other.shares.told._on_told = lambda _name, _word, seconds: heard.append(seconds)
+    one.shares.told.tell("openai", "cooling", 30.0)
+    simulation.advance(0.1)
+
+    simulation.empty()
+    simulation.advance(10.0)
+
+    assert len(heard) == 1
+    assert heard[0] > 29.0
 
 
 def test_trials_are_those_of_all_instances_together() -> None:
