@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from aioserver.cluster.links import CREDIT
-from aioserver.cluster.messages import Block
+from aioserver.cluster.peer_messages import Block
 from aioserver.providers.simulator.exchange import Behaviour
 from tests.support.chat import (
     CHAT,
