@@ -145,7 +145,7 @@ class Parent:
         # If it is ignored, the kernel keeps no exit codes.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         logger.info("workers: %d, %s", self._workers, _limits(self._at_start))
-        self._shared_server = SharedServer.open(self._at_start, self._enter_child)
+        self._shared_server = SharedServer.open(self._at_start, os.environ, self._enter_child)
         self._supervisor.start()
         while (code := self._supervisor.code) is None:
             self._wait()

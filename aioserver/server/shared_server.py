@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import os
 import time
 from typing import TYPE_CHECKING
 
 from aioserver.cluster.private_server import PrivateServer, PrivateServerFailed, find_program
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from aioserver.config.settings import Settings
 
@@ -34,13 +33,20 @@ class SharedServer:
     Always: the server of *url* runs, or is started again at `start_at`, a monotonic time.
     """
 
-    def __init__(self, server: PrivateServer | None = None) -> None:
+    def __init__(
+        self,
+        server: PrivateServer | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._server = server
-        self._started = time.monotonic()
+        self._clock = clock
+        self._started = clock()
         self.start_at: float | None = None
 
     @classmethod
-    def open(cls, settings: Settings, before_exec: Callable[[], None]) -> SharedServer:
+    def open(
+        cls, settings: Settings, environ: Mapping[str, str], before_exec: Callable[[], None]
+    ) -> SharedServer:
         """Start the server if *settings* name no other one, and say what the workers share. `stop` must be called.
 
         *before_exec*: see `PrivateServer.start`.
@@ -48,7 +54,7 @@ class SharedServer:
         if settings.cluster.redis_url is not None:
             logger.info("the workers share limits and streams through cluster.redis_url")
             return cls()
-        program = find_program(os.environ) if importlib.util.find_spec("redis") else None
+        program = find_program(environ) if importlib.util.find_spec("redis") else None
         if program is None:
             logger.warning(
                 "each worker has a fixed share of every limit, and streams of its own: "
@@ -56,7 +62,7 @@ class SharedServer:
             )
             return cls()
         try:
-            server = PrivateServer.start(program, environ=os.environ, before_exec=before_exec)
+            server = PrivateServer.start(program, environ=environ, before_exec=before_exec)
         except PrivateServerFailed as exc:
             logger.warning(
                 "each worker has a fixed share of every limit, and streams of its own: %s", exc
@@ -75,21 +81,21 @@ class SharedServer:
     def ended(self, pid: int) -> None:
         """Note that the process *pid* was reaped, which may be the server's."""
         if self._server is not None and pid == self._server.pid and self.start_at is None:
-            now = time.monotonic()
+            now = self._clock()
             self.start_at = now if now - self._started >= LIVED else now + PAUSE
             logger.warning("the workers' server has ended, and is started again")
 
     def turn(self) -> None:
         """Start the server again, if that is due."""
-        if self._server is None or self.start_at is None or time.monotonic() < self.start_at:
+        if self._server is None or self.start_at is None or self._clock() < self.start_at:
             return
         self.start_at = None
-        self._started = time.monotonic()
+        self._started = self._clock()
         try:
             self._server.start_again()
         except PrivateServerFailed as exc:
             logger.warning("the workers' server cannot be started: %s", exc)
-            self.start_at = time.monotonic() + PAUSE
+            self.start_at = self._clock() + PAUSE
 
     def stop(self) -> None:
         """End the server: no worker is left."""
