@@ -7,8 +7,6 @@ import signal
 import sys
 from typing import TYPE_CHECKING
 
-import pytest
-
 from aioserver.cluster.private_server import PrivateServer
 from aioserver.server.shared_server import LIVED, PAUSE, SharedServer
 from tests.support.server import NOWHERE, configured
@@ -16,6 +14,8 @@ from tests.support.tools import installed
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    import pytest
 
     from tests.support.clock import FakeClock
 
