@@ -26,10 +26,11 @@ if TYPE_CHECKING:
     from aioserver.providers.health import Health
     from aioserver.providers.provider import Provider
 
-# What is told of a provider: it is dead; it is dead and cannot be reached; it wants to be left alone.
-DEAD, AWAY, COOLING = "dead", "away", "cooling"
-# Seconds for which a death holds that is not told again. The instance that has found it tells its end.
-DEATH = 60.0
+# What is told of a provider: it is dead; it is dead and cannot be reached; it has answered again; it wants to be left alone.
+DEAD, AWAY, ALIVE, COOLING = "dead", "away", "alive", "cooling"
+# Seconds for which instances that come later hear of a death, and for which its end is told. An instance that was told of a
+# death tries the provider by itself, and does not take it for alive because nobody tells of it any more.
+DEATH, RETURN = 60.0, 10.0
 # As in providers/provider.py: a request that can fail over does so if nothing can start for longer.
 FAILOVER_WAIT = 1.0
 
@@ -90,13 +91,14 @@ class SharedProviderGate(SharedGate, ProviderGate):
             self.serve()
 
     def _tell_death(self, health: Health, dead: bool) -> None:
-        word = AWAY if health.breaker.unreachable else DEAD
         tell = self._all_shares.told.tell
         if dead:
-            tell(self._name, word, DEATH)
+            tell(self._name, ALIVE, 0.0)
+            tell(self._name, AWAY if health.breaker.unreachable else DEAD, DEATH)
         else:
             tell(self._name, DEAD, 0.0)
             tell(self._name, AWAY, 0.0)
+            tell(self._name, ALIVE, RETURN)
 
 
 class SharedLimits:
@@ -129,15 +131,14 @@ class SharedLimits:
     def told(self, name: str, word: str, seconds: float) -> None:
         """Take in that *word* holds of the provider *name* for *seconds*; 0.0: no more."""
         provider = self.providers().get(name)
-        if provider is None:
+        if provider is None or not seconds:
             return
         if word == COOLING:
-            if seconds:
-                self._gates[name].told_cooling(seconds, FAILOVER_WAIT)
-        elif seconds:
-            provider.absence.told_dead(unreachable=word == AWAY)
-        else:
+            self._gates[name].told_cooling(seconds, FAILOVER_WAIT)
+        elif word == ALIVE:
             provider.absence.told_alive()
+        elif word in {DEAD, AWAY}:
+            provider.absence.told_dead(unreachable=word == AWAY)
 
     def instances_changed(self) -> None:
         """Take in how many instances there are now."""

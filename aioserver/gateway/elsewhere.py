@@ -43,6 +43,10 @@ class Start(NamedTuple):
     cancel: bool = False
 
 
+# Where a client begins that has seen nothing.
+FROM_START = Start()
+
+
 class Instances(Protocol):
     """The other instances, as the gateway sees them."""
 

@@ -21,7 +21,7 @@ from aioserver.errors import (
     StreamNotFound,
 )
 from aioserver.gateway.calls import Calls, shutdown_error
-from aioserver.gateway.elsewhere import NOT_FOUND, Elsewhere, Start, describe
+from aioserver.gateway.elsewhere import FROM_START, NOT_FOUND, Elsewhere, describe
 from aioserver.gateway.producers import Producers
 from aioserver.gateway.prompts import Prompts
 from aioserver.gateway.request import Request
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from aioserver.auth.callers import Caller
     from aioserver.config import settings
     from aioserver.gateway.conversations import Conversations
-    from aioserver.gateway.elsewhere import Instances
+    from aioserver.gateway.elsewhere import Instances, Start
     from aioserver.gateway.prompts import Prompt
     from aioserver.gateway.router import Router
     from aioserver.protocol.client_frames import Chat
@@ -188,7 +188,7 @@ class Gateway:
             raise RequestConflict("this request id is known, with another payload")
         return stream
 
-    async def reach(self, caller: Caller, request_id: str, start: Start = Start()) -> Stream:  # noqa: B008 - immutable
+    async def reach(self, caller: Caller, request_id: str, start: Start = FROM_START) -> Stream:
         """Return the caller's stream of *request_id*, as `find`, or a mirror of another instance's.
 
         Raises:

@@ -20,7 +20,7 @@ from aioserver.errors import (
     ServerShutdown,
     StreamNotFound,
 )
-from aioserver.gateway.elsewhere import Start
+from aioserver.gateway.elsewhere import FROM_START, Start
 from aioserver.provider_errors import ProviderRateLimited
 from aioserver.streams.entries import CANCELLED, CHUNK, COMPLETE, TextEntry
 from aioserver.streams.lifetime import Lifetime
@@ -67,7 +67,7 @@ class Node:
         stream.mark_answered()
         return stream
 
-    def mirror(self, owner: Node, start: Start = Start(), request_id: str = "r1") -> Reading:  # noqa: B008 - immutable
+    def mirror(self, owner: Node, start: Start = FROM_START, request_id: str = "r1") -> Reading:
         stream = self.store.open_mirror(request_id, CALLER, after=start.after or 0)
         return Reading(stream, self.peers.attach(stream, owner.name, start, lambda: None))
 
