@@ -121,6 +121,16 @@ def test_answer_that_was_read_after_a_stop_gives_nothing() -> None:
     assert one.holding.hand == 0
 
 
+def test_answer_that_cannot_be_read_is_a_failed_call() -> None:
+    simulation, (one, *_) = cluster()
+    one.timer += 1
+    one.shares.request(simulation.run)
+
+    one.shares.answered(b"\x90")
+
+    assert one.shares.state is State.UNHEARD
+
+
 def test_hand_is_raised_to_the_share_only_when_all_other_leases_are_over() -> None:
     simulation, (one, other, _) = cluster()
     ask(other, 15, seconds=5.0)
