@@ -253,6 +253,23 @@ def test_instance_that_leaves_says_so_when_nothing_is_inside() -> None:
     assert other.inside == LIMIT
 
 
+def test_instance_that_leaves_starts_nothing_in_a_place_that_ended_during_a_call() -> None:
+    simulation, (leaving, *_) = cluster()
+    ask(leaving, 1)
+    leaving.shares.leave()
+    simulation.advance(0.1)
+    leaving.timer += 1
+    answer, _ = simulation.model.settle(
+        leaving.shares.request(simulation.run), round(simulation.now * SECOND)
+    )
+    leaving.waiting.append(simulation.now)
+    leaving.end()
+
+    leaving.shares.answered(answer)
+
+    assert leaving.inside == 0
+
+
 def test_lone_request_beside_two_floods_has_its_turn() -> None:
     simulation = Simulation(5, limit=8)
     simulation.on_step = simulation.check
