@@ -213,7 +213,8 @@ class Holding:
         self.held = result.held
         self._wanted = max(0, op.want - max(0, result.held - op.have))
         self.starving = use and (result.starving > 0 or self._poked)
-        self.resize(result.allowed if use else min(self.hand, result.allowed))
+        raised = use and not self._standing.leaving
+        self.resize(result.allowed if raised else min(self.hand, result.allowed))
 
     def failed(self) -> None:
         """Take in that the call was not answered: what is in hand stays, and nothing is given."""

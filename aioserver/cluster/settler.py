@@ -72,6 +72,7 @@ class Settler:
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
+        self.shares.on_due = lambda: None
         if self._timer is not None:
             self._timer.cancel()
         await self.connection.close()

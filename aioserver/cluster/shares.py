@@ -7,7 +7,7 @@
               └────────────────────────────────┴───────────────────────────────────┘
 
 Joined, an instance uses what it has in hand (cluster/holding.py) and asks nobody. Unheard, it goes on with that until its
-lease is over. Alone, it has its fixed share of each limit. The lease is counted from the moment of *sending* the last
+lease is over. Alone, it has its fixed share of each limit (cluster/fixed_share.py). The lease is counted from the moment of *sending* the last
 call that was answered, and is shorter here than at the server by a margin. Nothing starts on a lease that is over: whoever
 starts something calls `check` before. A timer alone would come too late, since a process that was stopped reads its sockets
 first when it goes on.
@@ -17,9 +17,6 @@ so much until it is answered. If others were given that meanwhile, the sum is ab
 
 When a lease ends the others' leases end within a beat and a bound: until then an instance has no more in hand than
 before, though its share may be more.
-
-An instance that was never told who else lives has no share at all: two strangers must not both think that they are alone. It
-may be given a *fixed* share, where the number of instances is known otherwise: a parent and its workers.
 
 One call is under way at most, and what comes meanwhile goes with the next one. A call is due when a request begins to wait
 that could be served, a place ends while others starve, a message came, a limit has changed; else after a beat.
@@ -31,6 +28,9 @@ import time
 from math import inf
 from typing import TYPE_CHECKING
 
+import msgspec
+
+from aioserver.cluster.fixed_share import FixedShare
 from aioserver.cluster.holding import Holding, Standing, State
 from aioserver.cluster.messages import SECOND, TIMES, Request, Times, decode_answer, encode
 from aioserver.cluster.told import Told
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from aioserver.cluster.holding import User
-    from aioserver.cluster.messages import Answer, Op
+    from aioserver.cluster.messages import Op
     from aioserver.cluster.rates import PaceUser
 
 # For so many times the length of the last call, and so many seconds at most, a place that ends is used at once, though
@@ -74,10 +74,8 @@ class Shares:
         # Called when another number of instances is known.
         self.on_members: Callable[[], None] = lambda: None
         self._clock = clock
-        self._fixed = fixed
-        # The rank and the number of instances, as they were last told and adopted.
-        self._view: tuple[int, int] | None = None
-        self.standing = Standing(self._share, self._call_soon_for, self._asked, clock)
+        self._fixed = FixedShare(fixed)
+        self.standing = Standing(self._fixed.of, self._call_soon_for, self._asked, clock)
         self._holdings: dict[str, Holding] = {}
         self._paces: dict[str, PaceUser] = {}
         # What is to be said at once, and what only if it still is to be said then.
@@ -142,7 +140,7 @@ class Shares:
     def pace(self, user: PaceUser) -> None:
         """Share the pace of *user*."""
         self._paces[user.name] = user
-        user.stand(self.standing.state, self._of)
+        user.stand(self.standing.state, self._fixed.instances)
 
     def drop_pace(self, user: PaceUser) -> None:
         """Share a pace no more."""
@@ -155,7 +153,10 @@ class Shares:
         self.call_soon()
 
     def use_fixed(self) -> None:
-        """Have the fixed shares in hand now: nobody else has more than that, since none was there before."""
+        """Have the fixed shares in hand now: nobody else has more than that.
+
+        For instances without a server, and for those that all start together with a server of their own.
+        """
         self._raise_at = -inf
         self._use_share()
 
@@ -261,7 +262,11 @@ class Shares:
             # The process was stopped meanwhile: what the answer gives is others' by now.
             self.failed("the answer came too late")
             return
-        answer = decode_answer(data)
+        try:
+            answer = decode_answer(data)
+        except msgspec.MsgspecError as error:
+            self.failed(f"not an answer of settle: {error}")
+            return
         if answer.anew and not self._whole:
             # The server has lost its state: it is told everything, before anybody else is given it.
             self.failed("the server has lost its state")
@@ -273,7 +278,11 @@ class Shares:
         self.members = answer.members or self.members
         joined = standing.state is not State.ALONE or not standing.blind
         if not standing.blind and not self._bye:
-            self._adopt(answer)
+            self._heard = answer.number
+            self._fixed.adopt(answer)
+            before, standing.members = standing.members, max(1, len(self.members))
+            if standing.members != before:
+                self.on_members()
         if joined:
             self._change(State.JOINED, "the server answers")
         elif self._raise_at > -inf:
@@ -349,7 +358,7 @@ class Shares:
         if old is not state:
             self.on_state(old, state, why)
         for pace in self._paces.values():
-            pace.stand(state, self._of)
+            pace.stand(state, self._fixed.instances)
 
     def _lapse(self) -> None:
         standing = self.standing
@@ -366,31 +375,3 @@ class Shares:
     def _use_share(self) -> None:
         for holding in self._holdings.values():
             holding.alone(holding.share)
-
-    def _adopt(self, answer: Answer) -> None:
-        """Take in who else lives, for the fixed share.
-
-        Until all others know of this instance, its share is within both its former one and the one to come.
-        """
-        self._heard = answer.number
-        before, self.standing.members = self.standing.members, max(1, len(self.members))
-        if self.standing.members != before:
-            self.on_members()
-        if answer.known_to_all:
-            self._view = answer.rank, answer.count
-        elif self._view is not None:
-            rank, count = self._view
-            self._view = max(rank, answer.rank), max(count, answer.count)
-
-    def _share(self, limit: int, least: int) -> int:
-        view = self._fixed or self._view
-        if view is None:
-            return 0
-        rank, count = view
-        return max(least, limit // count + (rank < limit % count))
-
-    @property
-    def _of(self) -> int:
-        """Of how many instances this one is, if it is alone; 0: of an unknown number."""
-        view = self._fixed or self._view
-        return 0 if view is None else view[1]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import signal
+import sys
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -208,6 +210,61 @@ async def test_instances_go_on_alone_while_the_server_is_away_and_come_back(
             await work_again(instances)
 
         assert referee.peak == LIMIT
+
+
+async def test_stopped_process_costs_what_it_had_and_starts_nothing_when_it_goes_on(
+    redis: RedisServer,
+) -> None:
+    referee = Referee()
+    here = Instance(redis.url, 1, referee)
+    process = await asyncio.create_subprocess_exec(
+        *(
+            sys.executable,
+            "-m",
+            "tests.support.cluster_instance",
+            redis.url,
+            str(LIMIT),
+            str(LIMIT),
+        ),
+        *map(str, TIMES),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    counts: list[int] = []
+    inside = 0
+
+    async def follow() -> None:
+        nonlocal inside
+        assert process.stdout is not None
+        assert process.stdin is not None
+        while line := await process.stdout.readline():
+            change = 1 if line == b"+\n" else -1
+            inside += change
+            referee.inside += change
+            referee.peak = max(referee.peak, referee.inside)
+            if change > 0:
+                counts.append(referee.inside)
+            process.stdin.write(b"\n")
+
+    following = asyncio.create_task(follow())
+    await here.open()
+    await until(lambda: len(counts) > 5 and working(here))
+    assert referee.peak == LIMIT
+
+    process.send_signal(signal.SIGSTOP)
+    await until(lambda: here.gate.inside == LIMIT)
+    stopped = inside
+    assert referee.peak <= LIMIT + stopped
+    counts.clear()
+    process.send_signal(signal.SIGCONT)
+    await until(lambda: len(counts) > 5)
+
+    # Each start after that was within the limit.
+    assert max(counts) <= LIMIT
+    process.kill()
+    await process.wait()
+    await following
+    await here.close()
 
 
 async def test_stranger_starts_nothing_before_the_server_has_answered(tmp_path: Path) -> None:

@@ -173,7 +173,7 @@ async def test_a_death_and_its_end_reach_all(twin: Twin, tmp_path: Path) -> None
     await asyncio.sleep(30)
     assert not a.breaker.dead
     assert not b.breaker.dead
-    a.provider.health.on_death(True)  # noqa: FBT003
+    a.provider.health.on_death(True)
     await until(lambda: b.breaker.dead)
     await close(a, b)
 

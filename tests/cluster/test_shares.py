@@ -121,6 +121,16 @@ def test_answer_that_was_read_after_a_stop_gives_nothing() -> None:
     assert one.holding.hand == 0
 
 
+def test_answer_that_cannot_be_read_is_a_failed_call() -> None:
+    simulation, (one, *_) = cluster()
+    one.timer += 1
+    one.shares.request(simulation.run)
+
+    one.shares.answered(b"\x90")
+
+    assert one.shares.state is State.UNHEARD
+
+
 def test_hand_is_raised_to_the_share_only_when_all_other_leases_are_over() -> None:
     simulation, (one, other, _) = cluster()
     ask(other, 15, seconds=5.0)
@@ -241,6 +251,23 @@ def test_instance_that_leaves_says_so_when_nothing_is_inside() -> None:
 
     assert leaving.shares.left
     assert other.inside == LIMIT
+
+
+def test_instance_that_leaves_starts_nothing_in_a_place_that_ended_during_a_call() -> None:
+    simulation, (leaving, *_) = cluster()
+    ask(leaving, 1)
+    leaving.shares.leave()
+    simulation.advance(0.1)
+    leaving.timer += 1
+    answer, _ = simulation.model.settle(
+        leaving.shares.request(simulation.run), round(simulation.now * SECOND)
+    )
+    leaving.waiting.append(simulation.now)
+    leaving.end()
+
+    leaving.shares.answered(answer)
+
+    assert leaving.inside == 0
 
 
 def test_lone_request_beside_two_floods_has_its_turn() -> None:
