@@ -87,15 +87,6 @@ class Tell(NamedTuple):
     length: int
 
 
-class TrialOp(NamedTuple):
-    """Asks for a trial of a dead provider: *most* at once, each *interval*, for *length* at most; 0: one has ended."""
-
-    name: str
-    most: int
-    interval: int
-    length: int
-
-
 class Request(msgspec.Struct, array_like=True, frozen=True):
     """All that an instance has to say.
 
@@ -117,7 +108,6 @@ class Request(msgspec.Struct, array_like=True, frozen=True):
     ops: list[Op] = []
     paces: list[PaceOp] = []
     tells: list[Tell] = []
-    trials: list[TrialOp] = []
 
 
 class Result(NamedTuple):
@@ -156,7 +146,6 @@ class Answer(msgspec.Struct, array_like=True, frozen=True):
     told: list[Tell]
     results: list[Result]
     slots: list[Slots]
-    trials: list[bool]
 
 
 encode = msgspec.msgpack.Encoder().encode

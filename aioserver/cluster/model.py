@@ -46,7 +46,7 @@ from aioserver.cluster.messages import (
 from aioserver.cluster.world import Hold, Limit, Member, Want, World
 
 if TYPE_CHECKING:
-    from aioserver.cluster.messages import PaceOp, TrialOp
+    from aioserver.cluster.messages import PaceOp
 
 
 class Stale(Exception):
@@ -114,7 +114,7 @@ class _Call:
         results = [self.result(op.name, over[op.name]) for op in request.ops if mine is not None]
         self.keep()
         slots = [self.pace(op) for op in request.paces]
-        told, trials = self.tell_states()
+        told = self.tell_states()
         rank, count, known_to_all = self.place_of(mine, missing)
         names = []
         if mine is not None and (request.heard, request.epoch) != (world.number, world.epoch):
@@ -132,7 +132,6 @@ class _Call:
             told=told,
             results=results,
             slots=slots,
-            trials=trials,
         )
 
     def tell(self, instance: str, word: str) -> None:
@@ -293,7 +292,7 @@ class _Call:
         self.world.paces[name] = due
         return Slots(delays, max(0, due - now))
 
-    def tell_states(self) -> tuple[list[Tell], list[bool]]:
+    def tell_states(self) -> list[Tell]:
         world, request, now = self.world, self.request, self.now
         states = world.told
         for name, word, length in request.tells:
@@ -306,7 +305,6 @@ class _Call:
             for instance in world.members:
                 if instance != request.instance:
                     self.tell(instance, "")
-        taken = [self.trial(op) for op in request.trials]
         if request.tells:
             for name, words in list(states.items()):
                 states[name] = {word: ends for word, ends in words.items() if ends >= now}
@@ -320,19 +318,7 @@ class _Call:
                 for word, ends in words.items()
                 if ends >= now
             ]
-        return told, taken
-
-    def trial(self, op: TrialOp) -> bool:
-        last, running = self.world.trials.get(op.name, (0, []))
-        running = [ends for ends in running if ends > self.now]
-        free = op.most > 0 and len(running) < op.most and self.now - last >= op.interval
-        if free:
-            last = self.now
-            running.append(self.now + op.length)
-        elif not op.most:
-            running = running[1:]
-        self.world.trials[op.name] = last, running
-        return free
+        return told
 
     def place_of(self, mine: Member | None, missing: int) -> tuple[int, int, bool]:
         """Return the rank and the number of all that may live, and whether all of them know of me."""

@@ -32,7 +32,7 @@ local function size(items)
   return count
 end
 
-local me, epoch, run, seq, heard, version, times, known, ended, bye, ops, paces, tells, trials =
+local me, epoch, run, seq, heard, version, times, known, ended, bye, ops, paces, tells =
   unpack(cmsgpack.unpack(ARGV[1]))
 local LEASE, PAUSE, BLIND, UNHEARD, GONE = unpack(times)
 
@@ -259,8 +259,8 @@ for _, pace in ipairs(paces) do
 end
 
 -- What is known of providers, for as long as it was said to hold.
-local taken, told = {}, {}
-if #tells > 0 or #trials > 0 or version ~= world.version then
+local told = {}
+if #tells > 0 or version ~= world.version then
   local states = read('told') or {}
   for _, item in ipairs(tells) do
     local name, word, length = unpack(item)
@@ -272,24 +272,6 @@ if #tells > 0 or #trials > 0 or version ~= world.version then
     for instance in pairs(members) do
       if instance ~= me then tell(instance, '') end
     end
-  end
-  for _, item in ipairs(trials) do
-    local name, most, interval, length = unpack(item)
-    local key = 'trial:' .. name
-    local running = read(key) or { 0, {} }
-    local still = {}
-    for _, ends in ipairs(running[2]) do
-      if ends > now then table.insert(still, ends) end
-    end
-    local free = most > 0 and #still < most and now - running[1] >= interval
-    if free then
-      running[1] = now
-      table.insert(still, now + length)
-    elseif most == 0 then
-      table.remove(still, 1)
-    end
-    write(key, { running[1], still })
-    table.insert(taken, free)
   end
   if #tells > 0 then
     for name, words in pairs(states) do
@@ -337,5 +319,5 @@ for instance, words in pairs(wakes) do
 end
 return cmsgpack.pack({
   world.epoch, anew, math.max(0, world.blind - now), world.number, rank, count, known_to_all, names, world.version, told,
-  results, slots, taken,
+  results, slots,
 })

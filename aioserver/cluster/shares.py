@@ -229,7 +229,7 @@ class Shares:
         ]
         self._pace_ops = [user for user, _slots in asked]
         self._ended_said = sorted(self._ended)
-        tells, trials = self.told.say()
+        tells = self.told.say()
         standing.busy = True
         self.due = inf
         self._seq += 1
@@ -249,7 +249,6 @@ class Shares:
                 ops=[op for _holding, op in self._ops],
                 paces=[slots for _user, slots in asked],
                 tells=tells,
-                trials=trials,
             )
         )
 
@@ -314,7 +313,6 @@ class Shares:
             holding.failed()
         for user in self._pace_ops:
             user.answered(None, self._sent)
-        self.told.failed()
         self._dirty.update(holding for holding, _op in self._ops if holding.dropped)
         self._ops, self._pace_ops = [], []
         self.check()

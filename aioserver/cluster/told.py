@@ -1,4 +1,4 @@
-"""What instances tell each other of providers: that one is dead, or cools down, for so many seconds; and the trials of a dead one.
+"""What instances tell each other of providers: that one is dead, answers again, or cools down, for so many seconds.
 
 It is told and not counted: each instance applies it to its own breaker and pace. The server keeps it for those that come
 later, and an answer brings all of it whenever it has changed.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from aioserver.cluster.messages import SECOND, Answer, Tell, TrialOp
+from aioserver.cluster.messages import SECOND, Answer, Tell
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,43 +26,29 @@ class Told:
         self._call_soon = call_soon
         self._on_told = on_told
         self._tells: list[Tell] = []
-        self._trials: list[tuple[TrialOp, Callable[[bool], None]]] = []
-        # How many of each are in the call under way.
-        self._said = 0, 0
+        # How many of them are in the call under way; if it fails they are told again.
+        self._said = 0
         self._heard: set[tuple[str, str]] = set()
         self.version = 0
 
     @property
     def pending(self) -> bool:
         """Whether something is to be said."""
-        return bool(self._tells or self._trials)
+        return bool(self._tells)
 
     def tell(self, name: str, word: str, seconds: float) -> None:
         """Tell all instances that *word* holds of the provider *name* for *seconds*; 0: no more."""
         self._tells.append(Tell(name, word, round(seconds * SECOND)))
         self._call_soon()
 
-    def try_trial(
-        self, name: str, most: int, interval: float, length: float, answer: Callable[[bool], None]
-    ) -> None:
-        """Ask for one of the trials of a dead provider, of which all instances together have *most* at once.
-
-        One begins each *interval* seconds, and counts for at most *length*. A *most* of 0 says that one has ended. *answer* is
-        called with whether it was given; with False when the call failed.
-        """
-        op = TrialOp(name, most, round(interval * SECOND), round(length * SECOND))
-        self._trials.append((op, answer))
-        self._call_soon()
-
-    def say(self) -> tuple[list[Tell], list[TrialOp]]:
+    def say(self) -> list[Tell]:
         """Return what goes with a call that is sent now."""
-        self._said = len(self._tells), len(self._trials)
-        return self._tells[:], [op for op, _answer in self._trials]
+        self._said = len(self._tells)
+        return self._tells[:]
 
     def answered(self, answer: Answer) -> None:
         """Take in the answer to that call."""
-        del self._tells[: self._said[0]]
-        self._answer_trials(answer.trials)
+        del self._tells[: self._said]
         if answer.version == self.version:
             return
         self.version = answer.version
@@ -73,13 +59,3 @@ class Told:
         self._heard = set(told)
         for (name, word), seconds in told.items():
             self._on_told(name, word, seconds)
-
-    def failed(self) -> None:
-        """Take in that the call failed: what was told is told again, and no trial was given."""
-        self._answer_trials([False] * self._said[1])
-
-    def _answer_trials(self, results: list[bool]) -> None:
-        asked, self._trials = self._trials[: self._said[1]], self._trials[self._said[1] :]
-        self._said = 0, 0
-        for (_op, answer), given in zip(asked, results, strict=True):
-            answer(given)

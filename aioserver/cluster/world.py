@@ -68,4 +68,3 @@ class World:
     limits: dict[str, Limit] = field(default_factory=dict)
     paces: dict[str, float] = field(default_factory=dict)
     told: dict[str, dict[str, float]] = field(default_factory=dict)
-    trials: dict[str, tuple[float, list[float]]] = field(default_factory=dict)

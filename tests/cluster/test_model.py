@@ -17,7 +17,6 @@ from aioserver.cluster.messages import (
     PaceOp,
     Request,
     Tell,
-    TrialOp,
     decode_answer,
     encode,
 )
@@ -90,7 +89,6 @@ def state_of_twin(model: Model) -> dict[str, Any]:
     }
     state: dict[str, Any] = {"world": {**numbers, "members": members, "gone": gone}, **limits}
     state |= {f"pace:{name}": due for name, due in world.paces.items()}
-    state |= {f"trial:{name}": list(trial) for name, trial in world.trials.items()}
     if limits:
         state["names"] = sorted(name.encode() for name in world.limits)
     state["told"] = world.told
@@ -150,10 +148,6 @@ class Caller:
             Tell(chance.choice("ab"), chance.choice(("dead", "cooling")), length * SECOND)
             for length in chance.choice(((), (), (), (0,), (1, 5)))
         ]
-        trials = [
-            TrialOp("a", most, SECOND // 2, 5 * SECOND)
-            for most in chance.choice(((), (), (3,), (0,)))
-        ]
         return Request(
             self.name,
             chance.choice((self.epoch, self.epoch, self.epoch, "")),
@@ -168,7 +162,6 @@ class Caller:
             ops,
             paces,
             tells,
-            trials,
         )
 
 

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pytest
 
 from aioserver.cluster.holding import State
 from aioserver.cluster.messages import SECOND, TIMES, decode_answer, decode_request
 from aioserver.cluster.model import Stale
 from tests.support.cluster_simulation import NAME, Instance, Load, Simulation
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 IDLE = Load(rate=0.0)
 LIMIT = 20
@@ -320,29 +315,6 @@ def test_server_that_has_lost_its_state_ends_nothing_that_was_told() -> None:
 
     assert len(heard) == 1
     assert heard[0] > 29.0
-
-
-def test_trials_are_those_of_all_instances_together() -> None:
-    simulation, instances = cluster()
-    results: list[bool] = []
-    answer: Callable[[bool], None] = results.append
-    for _ in range(2):
-        for each in instances:
-            each.shares.told.try_trial("openai", 3, 0.5, 10.0, answer)
-        simulation.advance(0.3)
-    assert results.count(True) == 1
-
-    for _ in range(4):
-        simulation.advance(0.6)
-        instances[0].shares.told.try_trial("openai", 3, 0.5, 10.0, answer)
-        simulation.advance(0.1)
-    assert results.count(True) == 3
-
-    instances[1].shares.told.try_trial("openai", 0, 0.0, 0.0, answer)
-    simulation.advance(0.6)
-    instances[2].shares.told.try_trial("openai", 3, 0.5, 10.0, answer)
-    simulation.advance(0.1)
-    assert results.count(True) == 4
 
 
 def test_answer_names_the_members_only_when_they_have_changed() -> None:
