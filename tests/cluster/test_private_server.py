@@ -9,11 +9,17 @@ import signal
 import socket
 import stat
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from aioserver.cluster.private_server import PrivateServer, PrivateServerFailed, find_program
+from aioserver.cluster.private_server import (
+    PREFIX,
+    PrivateServer,
+    PrivateServerFailed,
+    find_program,
+)
 from tests.support.tools import installed
 
 
@@ -187,3 +193,22 @@ def test_the_program_of_the_package_is_found_where_path_has_none(tmp_path: Path)
     finally:
         server.stop()
     assert shutil.which(found) == found
+
+
+def test_the_folder_of_a_parent_that_was_killed_is_removed_by_the_next_one(
+    valkey: str, tmp_path: Path
+) -> None:
+    environ = {"RUNTIME_DIRECTORY": str(tmp_path)}
+    left = Path(tempfile.mkdtemp(prefix=PREFIX, dir=tmp_path))
+    (left / "valkey.sock").touch()
+    other = tmp_path / "aioserver-other"
+    other.mkdir()
+    first = PrivateServer.start(valkey, environ=environ)
+    second = PrivateServer.start(valkey, environ=environ)
+    try:
+        assert not left.exists()
+        assert ask(first, b"PING\r\n") == ask(second, b"PING\r\n") == b"+PONG\r\n"
+    finally:
+        first.stop()
+        second.stop()
+    assert list(tmp_path.iterdir()) == [other]
