@@ -55,17 +55,15 @@ class SharedServer:
             logger.info("the workers share limits and streams through cluster.redis_url")
             return cls()
         program = find_program(environ) if importlib.util.find_spec("redis") else None
-        if program is None:
+        why, server = "none is installed (pip install '.[cluster]')", None
+        if program is not None:
+            try:
+                server = PrivateServer.start(program, environ=environ, before_exec=before_exec)
+            except PrivateServerFailed as exc:
+                why = str(exc)
+        if server is None:
             logger.warning(
-                "each worker has a fixed share of every limit, and streams of its own: "
-                "pip install '.[cluster]' brings a server through which they share both"
-            )
-            return cls()
-        try:
-            server = PrivateServer.start(program, environ=environ, before_exec=before_exec)
-        except PrivateServerFailed as exc:
-            logger.warning(
-                "each worker has a fixed share of every limit, and streams of its own: %s", exc
+                "each worker has a fixed share of every limit, and streams of its own: %s", why
             )
             return cls()
         logger.info(
