@@ -19,13 +19,18 @@ LINE = (
 )
 ORDER = LINE.split()
 # Packages that do not exist yet.
-TO_COME = {"client", "cluster"}
+TO_COME = {"client"}
 # Folders of tests that are no package's: of pages, of deploy/ and docs/, of the whole server, and for all tests.
 OTHER_TESTS = {"browser", "deploy", "docs", "end_to_end", "fuzz", "simulation", "soak", "support"}
 # Modules, and what they may import inside a function, for start-up time or as an option.
 INSIDE_FUNCTIONS = {
     "providers.registry": {"aioserver.providers.simulator.server"},
-    "commands.serve": {"uvloop"},
+    "commands.serve": {
+        "uvloop",
+        "aioserver.cluster.membership",
+        "aioserver.server.parent",
+        "aioserver.server.workers",
+    },
     "commands.bench.command": {"aioserver.commands.bench.table"},
     "commands.top.command": {"aioserver.commands.top.screen"},
 }

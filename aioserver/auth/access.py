@@ -8,11 +8,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from aioserver.auth.hosts import Hosts, Proxies
-from aioserver.auth.keys import Keys
+from aioserver.auth.keys import Keys, quota_of
 from aioserver.limits.quota import Quota
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from aioserver.auth.callers import Caller
+    from aioserver.auth.keys import MakeQuota
     from aioserver.config.settings import Auth
 
 # Limits that are never reached: answers at once, and answers a minute, of clients without a key.
@@ -29,8 +32,14 @@ class Access:
     *keyless* limits nothing: revoking it ends the work of clients without a key, once they need one.
     """
 
-    def __init__(self, auth: Auth | None = None, pepper: bytes = b"") -> None:
-        self.keys = Keys(pepper)
+    def __init__(
+        self,
+        auth: Auth | None = None,
+        pepper: bytes = b"",
+        make_quota: MakeQuota = quota_of,
+        connection_counter: Callable[[str], Callable[[int], int]] | None = None,
+    ) -> None:
+        self.keys = Keys(pepper, make_quota=make_quota, connection_counter=connection_counter)
         self.keyless = Quota(*NO_LIMITS)
         self.apply(auth)
 

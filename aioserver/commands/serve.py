@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import click
@@ -19,16 +20,19 @@ from aioserver.config import Configuration
 from aioserver.errors import ConfigurationError
 from aioserver.server import listener, preflight, systemd
 from aioserver.server.app import open_server
-from aioserver.server.reload import Reload
+from aioserver.server.reload import Reload, log_remarks
 from aioserver.server.runner import Runner
 from aioserver.telemetry import logs
 
 if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Mapping, Sequence
+    from contextlib import AbstractAsyncContextManager
     from pathlib import Path
 
+    from aioserver.cluster.membership import Membership
     from aioserver.server.app import Server
+    from aioserver.server.workers import Worker
 
 logger = logging.getLogger("aioserver.serve")
 
@@ -62,7 +66,7 @@ def command(config: Path | None, *, host: str | None, port: int | None, loop: st
 
     SIGTERM and Ctrl-C stop the server: answers that are running have the seconds of
     chat.websocket.shutdown_timeout to finish; a second signal ends the process at once. SIGHUP
-    reloads the configuration.
+    reloads the configuration. SIGUSR2 replaces the processes, if there are several workers.
     """
     return serve(config, host=host, port=port, loop=loop)
 
@@ -84,9 +88,21 @@ def serve(config: Path | None, *, host: str | None, port: int | None, loop: str)
     try:
         preflight.check_interpreter()
         inherited = systemd.inherited(os.environ)
-        configuration = Configuration.load(config, environ=environ)
+        worker = _worker()
+        if worker is None:
+            configuration = Configuration.load(config, environ=environ)
+        else:
+            content = worker.content()
+            configuration = Configuration.load(
+                config, environ=environ, again=True, content=content
+            )
         configuration.check_usable(listener.hosts(inherited))
-        few_files = preflight.raise_file_limit(configuration.settings)
+        settings = configuration.settings
+        if worker is not None:
+            settings = worker.settings(settings)
+        elif settings.chat.websocket.concurrency.uvicorn.workers > 1:
+            return _serve_with_workers(configuration, environ, inherited)
+        few_files = preflight.raise_file_limit(settings)
     except ConfigurationError as exc:
         return _refuse(exc)
     except preflight.Unfit as unfit:
@@ -103,13 +119,66 @@ def serve(config: Path | None, *, host: str | None, port: int | None, loop: str)
         return 2
     # After a crash, or the SIGABRT of systemd's watchdog, the stacks of all threads are on stderr.
     faulthandler.enable(2)
-    logs.set_up(configuration.settings.logging)
+    logs.set_up(settings.logging, None if worker is None else worker.slot)
     if few_files is not None:
         logger.warning("%s", few_files)
     with asyncio.Runner(loop_factory=factory) as runner:
-        code = runner.run(_run(configuration, environ, inherited))
+        code = runner.run(_run(configuration, environ, inherited, worker))
         _leave_soon(code)
     logging.shutdown()
+    output.give_up()
+    return code
+
+
+def _worker() -> Worker | None:
+    """Return what this process is among several, as its parent says; None if it has no such parent.
+
+    Raises:
+        Unfit: the parent does not give what a worker needs.
+    """
+    if "AIOSERVER_WORKER" not in os.environ:
+        return None
+    from aioserver.server.workers import Worker  # noqa: PLC0415 - one process needs none of it
+
+    worker = Worker.take(os.environ)
+    if worker is None:
+        # As a process on its own it would serve the same sockets, with limits that others have already.
+        raise preflight.Unfit(
+            "AIOSERVER_WORKER is set, but not all that belongs to it: "
+            "the parent process is of another version; restart it",
+            1,
+        )
+    return worker
+
+
+def _serve_with_workers(
+    configuration: Configuration, environ: Mapping[str, str], inherited: Sequence[socket.socket]
+) -> int:
+    """Serve with several processes: see `aioserver.server.parent`. Return the exit code.
+
+    Raises:
+        ConfigurationError: a worker could not read what this process has read.
+        Unfit: this system lacks what a parent needs.
+    """
+    preflight.check_workers()
+    from aioserver.server.parent import Parent  # noqa: PLC0415 - one process needs none of it
+
+    # As each worker does.
+    Configuration.load(
+        configuration.source, environ=environ, again=True, content=configuration.content
+    )
+    faulthandler.enable(2)
+    logs.set_up_without_thread(configuration.settings.logging)
+    logger.info("configuration: %s", configuration.source)
+    log_remarks(configuration)
+    parent = Parent(configuration, environ, inherited, sys.orig_argv, output.announce)
+    try:
+        parent.listen()
+    except OSError as exc:
+        websocket = configuration.settings.chat.websocket
+        print(preflight.cannot_listen(websocket.host, websocket.port, exc), file=sys.stderr)
+        return 1
+    code = parent.run()
     output.give_up()
     return code
 
@@ -152,31 +221,93 @@ def loop_factory(name: str) -> Callable[[], asyncio.AbstractEventLoop]:
     return asyncio.new_event_loop
 
 
+class _Stop:
+    """Whether this process was asked to end, and how.
+
+    *hand_over*: whether other processes go on to serve the same sockets. *orphaned*: whether the parent is gone.
+    """
+
+    def __init__(self) -> None:
+        self.asked = asyncio.Event()
+        self.hand_over = False
+        self.orphaned = False
+        self._signalled = False
+
+    def by_signal(self) -> None:
+        """End; a second signal ends the process at once."""
+        if self._signalled:
+            os._exit(1)
+        self._signalled = True
+        self.asked.set()
+
+    def by_parent(self) -> None:
+        """End, since others take over."""
+        self.hand_over = not self.asked.is_set()
+        self.asked.set()
+
+    def by_lifeline(self, lifeline: int) -> None:
+        """End, since the parent is gone."""
+        asyncio.get_running_loop().remove_reader(lifeline)
+        logger.warning("the parent process is gone")
+        self.orphaned = True
+        self.asked.set()
+
+
 async def _run(
-    configuration: Configuration, environ: Mapping[str, str], inherited: Sequence[socket.socket]
+    configuration: Configuration,
+    environ: Mapping[str, str],
+    inherited: Sequence[socket.socket],
+    worker: Worker | None,
 ) -> int:
-    logger.info("configuration: %s", configuration.source)
-    for warning in configuration.warnings:
-        logger.warning("%s", warning)
-    for setting in configuration.not_enforced():
-        logger.warning("not in effect yet: %s", setting)
-    stop, hangup = asyncio.Event(), asyncio.Event()
+    if worker is None:
+        logger.info("configuration: %s", configuration.source)
+        log_remarks(configuration)
+    stop, hangup = _Stop(), asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, _stop, stop)
+        loop.add_signal_handler(number, stop.by_signal)
     loop.add_signal_handler(signal.SIGHUP, hangup.set)
+    # By default it kills.
+    loop.add_signal_handler(signal.SIGUSR2, _ignore)
+    settings, pepper, slot = configuration.settings, None, None
+    url, fixed, first = settings.cluster.redis_url, None, False
+    if worker is not None:
+        settings, pepper, slot = worker.settings(settings), worker.pepper(), worker.make_slot()
+        if url is None:
+            # Nobody else uses it, so the number of instances is known.
+            url, fixed = worker.server_url, (worker.rank, worker.workers)
+            first = worker.first
+        loop.add_signal_handler(signal.SIGUSR1, stop.by_parent)
+        lifeline = worker.descriptors["lifeline"]
+        loop.add_reader(lifeline, stop.by_lifeline, lifeline)
     try:
-        async with open_server(configuration.settings) as server:
+        async with (
+            _joined(url, settings.cluster.name, fixed, first=first) as cluster,
+            open_server(settings, pepper=pepper, slot=slot, cluster=cluster) as server,
+        ):
             runner = Runner(server)
-            notifier = systemd.Notifier.take(os.environ, lambda: _status(server))
+            if worker is None:
+                notifier = systemd.Notifier.take(os.environ, lambda: _status(server))
+            else:
+                notifier = worker.notifier(lambda: _status(server))
             hosts = listener.hosts(inherited)
-            reload = Reload(server, runner, configuration, environ, hosts=hosts, notifier=notifier)
+            reload = Reload(
+                server,
+                runner,
+                configuration,
+                environ,
+                hosts=hosts,
+                notifier=notifier,
+                worker=worker,
+            )
             loop.add_signal_handler(signal.SIGHUP, reload.ask)
             # A SIGHUP may have come while the server was made.
             if hangup.is_set():
                 reload.ask()
             try:
-                code = await _serve(server, runner, reload, notifier, inherited, stop)
+                code = await _serve(
+                    server, runner, reload, notifier, inherited, stop, announced=worker is None
+                )
             finally:
                 await runner.cleanup()
                 notifier.close()
@@ -187,18 +318,43 @@ async def _run(
     return code
 
 
+def _joined(
+    url: str | None, name: str, fixed: tuple[int, int] | None, *, first: bool
+) -> AbstractAsyncContextManager[Membership | None]:
+    """Return the membership in the cluster *name*, for the length of an `async with`; None without an *url*.
+
+    Raises:
+        ConfigurationError: *url* cannot be used; or, from the `async with`, its server refuses us.
+    """
+    if url is None:
+        return nullcontext()
+    try:
+        from aioserver.cluster.membership import join  # noqa: PLC0415 - one instance needs none of it
+    except ModuleNotFoundError as error:
+        if error.name != "redis":
+            raise
+        fault = "cluster.redis_url: redis is not installed (pip install '.[cluster]' in the clone)"
+        raise ConfigurationError([fault]) from None
+    return join(url, name, fixed=fixed, first=first)
+
+
 async def _serve(
     server: Server,
     runner: Runner,
     reload: Reload,
     notifier: systemd.Notifier,
     inherited: Sequence[socket.socket],
-    stop: asyncio.Event,
+    stop: _Stop,
+    *,
+    announced: bool,
 ) -> int:
-    """Listen, and serve until *stop* is set. Return the exit code."""
+    """Listen, and serve until *stop* is asked for. Return the exit code.
+
+    *announced*: whether stdout gets the line that the server is ready.
+    """
     await runner.setup()
     # A signal to stop may have come while the server was made.
-    if stop.is_set():
+    if stop.asked.is_set():
         return 0
     try:
         listening = await runner.listen(inherited)
@@ -206,7 +362,8 @@ async def _serve(
         settings = server.context.settings.chat.websocket
         print(preflight.cannot_listen(settings.host, settings.port, exc), file=sys.stderr)
         return 1
-    output.announce(f"aioserver is ready: {listening[0].url}")
+    if announced:
+        output.announce(f"aioserver is ready: {listening[0].url}")
     gc.collect()
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLDS)
@@ -214,24 +371,25 @@ async def _serve(
     # Not before `ready`: the end of a reload says READY=1, too.
     reloading = asyncio.create_task(reload.run())
     try:
-        await stop.wait()
+        await stop.asked.wait()
         logger.info("stopping")
-        notifier.stopping()
+        if stop.orphaned:
+            # Nobody is left who could be told.
+            notifier.close()
+        else:
+            notifier.stopping()
         reloading.cancel()
-        await runner.end()
+        await runner.end(hand_over=stop.hand_over, at_once=stop.orphaned)
     finally:
         reloading.cancel()
     return 0
+
+
+def _ignore() -> None:
+    logger.warning("SIGUSR2 is ignored: it replaces workers, and is for the parent of several")
 
 
 def _status(server: Server) -> str:
     """Return the line that `systemctl status` shows."""
     gate = server.context.admission.gate
     return f"{gate.inside} of {gate.limit} connections, {gate.waiting} waiting"
-
-
-def _stop(stop: asyncio.Event) -> None:
-    """Ask the server to stop; a second signal ends the process at once."""
-    if stop.is_set():
-        os._exit(1)
-    stop.set()

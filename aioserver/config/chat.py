@@ -42,9 +42,7 @@ class Uvicorn:
     )
     workers: int = setting(
         count,
-        "processes that serve the port; <= max_connections",
-        instead="one process serves alone",
-        neutral=1,
+        "processes that serve the port together, and share all limits; <= max_connections",
     )
     access_log: bool = setting(boolean, "whether every HTTP request is written to the access log")
     keepalive_timeout: float = setting(

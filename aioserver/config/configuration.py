@@ -39,12 +39,15 @@ MAX_FILE_BYTES = 2**20
 class Configuration:
     """Valid settings, the file they come from, and warnings for the author of that file.
 
+    *content* is what was read of that file.
+
     Always: every value has passed its validator, and no rule between the settings is broken.
     """
 
     settings: Settings
     source: str
     warnings: tuple[str, ...]
+    content: bytes = field(repr=False, compare=False)
     _document: Document = field(repr=False, compare=False)
 
     @classmethod
@@ -54,6 +57,7 @@ class Configuration:
         *,
         environ: Mapping[str, str] | None = None,
         again: bool = False,
+        content: bytes | None = None,
     ) -> Configuration:
         """Read *path*, else `$AIOSERVER_CONFIG`, else `./config.yaml`, else the shipped file.
 
@@ -62,13 +66,17 @@ class Configuration:
             environ: the environment; None stands for that of the process.
             again: whether the file was loaded before. A pipe with a key is refused then, because
                 its content is gone and reading it would never end.
+            content: what was read of that file before, if the file itself is not to be read.
 
         Raises:
             ConfigurationError: with every fault of the file, of the variables that override it,
                 and of the keys that it names.
         """
         environ = os.environ if environ is None else environ
-        document = _read(_find(path, environ), environ)
+        source = _find(path, environ)
+        if content is None:
+            content = _content(source)
+        document = _read(source, content, environ)
         for name in sorted(environ):
             if name.startswith(PREFIX):
                 document.override(name, environ[name])
@@ -104,6 +112,7 @@ class Configuration:
             settings=settings,
             source=document.source,
             warnings=tuple(_lines(_warnings(settings, document))),
+            content=content,
             _document=document,
         )
 
@@ -190,25 +199,35 @@ def _find(path: str | os.PathLike[str] | None, environ: Mapping[str, str]) -> st
     return "config.yaml" if os.path.lexists("config.yaml") else str(SHIPPED)
 
 
-def _read(source: str, environ: Mapping[str, str]) -> Document:
-    """Return the document in the file *source*. Its values are a mapping; it may have faults.
+def _content(source: str) -> bytes:
+    """Return the content of the file *source*.
 
     Raises:
-        ConfigurationError: the file cannot be read, or its values are no mapping.
+        ConfigurationError: the file cannot be read, or is too large.
+    """
+    try:
+        with Path(source).open("rb") as file:
+            content = file.read(MAX_FILE_BYTES + 1)
+    except (OSError, ValueError) as exc:
+        raise ConfigurationError([f"{source}: cannot be read: {reason(exc)}"]) from None
+    if len(content) > MAX_FILE_BYTES:
+        raise ConfigurationError([f"{source}: larger than {MAX_FILE_BYTES} bytes"])
+    return content
+
+
+def _read(source: str, content: bytes, environ: Mapping[str, str]) -> Document:
+    """Return the document with *content* of the file *source*. Its values are a mapping; it may have faults.
+
+    Raises:
+        ConfigurationError: the content is no UTF-8, or its values are no mapping.
     """
     document = Document(source)
     try:
-        with Path(source).open("rb") as file:
-            data = file.read(MAX_FILE_BYTES + 1)
-        if len(data) > MAX_FILE_BYTES:
-            raise ConfigurationError([f"{source}: larger than {MAX_FILE_BYTES} bytes"])
-        text = data.decode("utf-8-sig")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as exc:
         line = exc.object.count(b"\n", 0, exc.start) + 1
         column = exc.start - exc.object.rfind(b"\n", 0, exc.start)
         raise ConfigurationError([f"{Place(line, column, source)}: not UTF-8"]) from None
-    except (OSError, ValueError) as exc:
-        raise ConfigurationError([f"{source}: cannot be read: {reason(exc)}"]) from None
     document.read(text, environ)
     if not isinstance(document.values, dict):
         if document.values is None:

@@ -140,20 +140,19 @@ class Auth:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cluster:
-    """The instances that are to share limits and streams. None do yet: each serves alone."""
+    """What several processes or machines share, as instances of one cluster."""
 
     redis_url: str | None = setting(
         optional(redis),
-        "URL of the Redis server that the instances of a cluster share; null: no cluster",
+        "URL of the Redis or Valkey server through which instances share limits and streams; "
+        "null: workers of one parent have a server of their own, and one process needs none",
         None,
         secret=True,
-        instead="this instance serves alone, with limits and streams of its own",
     )
     name: str = setting(
         label,
-        "name of the cluster that this instance belongs to",
+        "name of the cluster: instances with the same name at the same server share",
         "aioserver",
-        instead="this instance belongs to no cluster",
     )
 
 
@@ -183,7 +182,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         workers = self.chat.websocket.concurrency.uvicorn.workers
-        message = f"must be >= uvicorn.workers ({workers}), which share it out, not "
+        message = f"must be >= uvicorn.workers ({workers}), each of which needs one when it is alone, not "
         check_rules(
             self,
             *(

@@ -61,10 +61,16 @@ class Admission:
     Always: `body_bytes <= max_body_bytes`.
     """
 
-    def __init__(self, limits: Concurrency, metrics: Metrics, send_timeout: float) -> None:
+    def __init__(
+        self,
+        limits: Concurrency,
+        metrics: Metrics,
+        send_timeout: float,
+        gate: Callable[..., Gate] = Gate,
+    ) -> None:
         self.metrics = metrics
         self._entered = metrics.admission_wait["entered"]
-        self.gate = Gate(
+        self.gate = gate(
             limits.max_connections,
             queue_size=limits.connection_queue_size,
             queue_timeout=limits.queue_timeout,

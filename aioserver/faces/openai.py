@@ -25,7 +25,7 @@ from aioserver.faces.intake import client_headers, read_body
 from aioserver.faces.ready import ReadyResponse, ReadyStream, fits
 from aioserver.faces.streaming import follow
 from aioserver.gateway.calls import kept_answer
-from aioserver.gateway.router import Request
+from aioserver.gateway.request import Request
 from aioserver.limits.turns import in_turns
 from aioserver.protocol import model_body
 from aioserver.protocol.client_frames import MAX_ID_CHARACTERS
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from aioserver.config import settings
     from aioserver.faces.admission import BodyHold
     from aioserver.faces.context import Context
-    from aioserver.gateway.router import Route
+    from aioserver.gateway.request import Route
     from aioserver.providers.request import Answer
     from aioserver.streams.stream import Stream
 

@@ -18,6 +18,7 @@ from aioserver.errors import InvalidRequest, ResumeGap, StreamNotFound
 from aioserver.faces import openai
 from aioserver.faces.admission import counted
 from aioserver.faces.ready import HIGH_WATER
+from aioserver.gateway.elsewhere import Start
 from aioserver.protocol.responses import ResponseEvents
 from aioserver.streams.entries import CANCELLED, COMPLETE
 
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 # The path of a request for a response, below the base URL of its provider.
 PATH = "responses"
+# Where a mirror begins of whose events none is read.
+LATEST = Start(after=None)
 NOT_FOUND = "no such response: never seen, or kept no longer"
 
 
@@ -62,17 +65,20 @@ async def prepare(
 
     None instead of an event means that the response is not to be streamed.
     """
-    stream = find(context, request)
     if request.query.get("stream", "false") != "true":
-        return stream, None
-    if stream.details.whole is not None:
-        raise InvalidRequest("this response was not streamed", param="stream")
+        return await find(context, request), None
     number = request.query.get("starting_after")
     if number is None:
-        return stream, 0
-    if not (number.isascii() and number.isdigit() and len(number) < 19):
+        start = Start()
+    elif number.isascii() and number.isdigit() and len(number) < 19:
+        start = Start(sequence=int(number))
+    else:
+        await find(context, request)
         raise InvalidRequest("starting_after must be a sequence_number", param="starting_after")
-    return stream, event_of(stream, int(number))
+    stream = await find(context, request, start)
+    if stream.details.whole is not None:
+        raise InvalidRequest("this response was not streamed", param="stream")
+    return stream, 0 if start.sequence is None else event_of(stream, start.sequence)
 
 
 async def retrieve(
@@ -95,7 +101,8 @@ async def cancel(
     This works in a full server, too: only a large response needs a place, by *writing*, until its client has
     read it.
     """
-    stream = context.gateway.cancel(request[CALLER], find(context, request).request_id)
+    stream = await find(context, request)
+    await context.gateway.cancel_anywhere(request[CALLER], stream.request_id)
     answer = stream.details.whole
     size = len(newest(stream)) if answer is None else answer.size
     if size > HIGH_WATER:
@@ -105,7 +112,7 @@ async def cancel(
 
 async def prepare_kept(context: Context, request: web.Request, _hold: BodyHold) -> Stream:
     """Prepare the writing of a response that has been cancelled, or has ended before."""
-    return find(context, request)
+    return await find(context, request)
 
 
 async def write_cancelled(
@@ -128,6 +135,7 @@ async def write(
     """
     if stream.details.whole is not None:
         return await openai.write_kept(context, request, stream)
+    context.gateway.lifetime.let_go(stream)
     body = newest(stream, status or ("cancelled" if stream.end_status == CANCELLED else ""))
     response = web.Response(body=body, content_type="application/json", charset="utf-8")
     with context.gateway.hold() as held:
@@ -136,14 +144,14 @@ async def write(
     return response
 
 
-def find(context: Context, request: web.Request) -> Stream:
-    """Return the response of the caller that the path of *request* names.
+async def find(context: Context, request: web.Request, start: Start = LATEST) -> Stream:
+    """Return the response of the caller that the path of *request* names, to be read from *start* on.
 
     Raises:
         StreamNotFound: there is no such stream, or it is an answer of another kind, such as one of
             another face.
     """
-    stream = context.gateway.find(request[CALLER], request.match_info["id"])
+    stream = await context.gateway.reach(request[CALLER], request.match_info["id"], start)
     if stream.details.path != PATH:
         raise StreamNotFound(NOT_FOUND)
     return stream

@@ -21,6 +21,7 @@ from aioserver.faces import http
 from aioserver.faces.admission import counted
 from aioserver.faces.intake import client_headers, read_body
 from aioserver.faces.streaming import follow
+from aioserver.gateway.elsewhere import Start
 from aioserver.limits.turns import in_turns
 from aioserver.protocol import client_frames, eventstream, messages
 from aioserver.streams.formats import EVENTS, RETRY
@@ -85,6 +86,8 @@ class Question:
     hold: BodyHold
     detached: bool
     after: int
+    # The answer that the client comes back for.
+    stream: Stream | None = None
 
     def take_chat(self) -> Chat:
         """Return the chat, which is not kept here any more: it may have megabytes."""
@@ -106,7 +109,9 @@ async def prepare(context: Context, request: web.Request, hold: BodyHold) -> Que
     if question.after:
         with context.metrics.resuming():
             # A gap is reported before a place is taken.
-            _known(context, question.caller, chat).locate(question.after)
+            stream = await _known(context, question)
+            stream.locate(question.after)
+            question.stream = stream
     return question
 
 
@@ -116,13 +121,22 @@ async def start(context: Context, request: web.Request, question: Question) -> w
     A client that has seen some of the events gets the rest, exactly as by GET: libraries that can
     send a body repeat their POST when they reconnect.
     """
-    caller, chat, hold = question.caller, question.take_chat(), question.hold
-    if question.after:
-        stream = _known(context, caller, chat)
-        hold.release()
+    gateway, stream = context.gateway, question.stream
+    if stream is not None:
+        # A mirror is this request's own; a log that is kept here may have gone meanwhile.
+        stream = stream if stream.attachment.mirrored else await _known(context, question)
+        question.chat = None
+        question.hold.release()
     else:
-        stream = context.gateway.ask(caller, chat, face="sse", hold=hold)
-    del chat
+        chat = question.take_chat()
+        stream = gateway.ask(question.caller, chat, face="sse", hold=question.hold)
+        if gateway.elsewhere is not None:
+            await gateway.elsewhere.claimed(stream)
+            if stream.attachment.mirrored and stream.first > question.after + 1:
+                # Requests with one id have waited for its claim together, and others began to read the mirror already.
+                start = Start(question.after, digest=chat.digest())
+                stream = await gateway.reach(question.caller, chat.request_id, start)
+        del chat
     if not question.detached:
         return await resume(context, request, (stream, question.after))
     if not stream.readers:
@@ -141,8 +155,11 @@ def _last_seen(request: web.Request) -> int:
     return client_frames.event_number(number)
 
 
-def _known(context: Context, caller: Caller, chat: Chat) -> Stream:
-    return context.gateway.find(caller, chat.request_id, chat.digest())
+async def _known(context: Context, question: Question) -> Stream:
+    chat = question.chat
+    assert chat is not None, "the chat was not taken yet"
+    start = Start(question.after, digest=chat.digest())
+    return await context.gateway.reach(question.caller, chat.request_id, start)
 
 
 async def prepare_resume(
@@ -152,7 +169,7 @@ async def prepare_resume(
     name = client_frames.identifier(request.match_info["request_id"])
     after = _last_seen(request)
     with context.metrics.resuming():
-        stream = context.gateway.find(request[CALLER], name)
+        stream = await context.gateway.reach(request[CALLER], name, Start(after))
         # A gap is reported before a place is taken.
         stream.locate(after)
     return stream, after
@@ -167,8 +184,12 @@ async def resume(
     """
     stream, after = position
     if stream.ended and after >= stream.last:
+        if stream.attachment.broken is not None:
+            raise stream.attachment.broken
+        context.gateway.lifetime.let_go(stream)
         return web.Response(status=204)
     if request.method == "HEAD":
+        context.gateway.lifetime.let_go(stream)
         return await _head(request)
     return await _follow(context, request, stream, after)
 
@@ -198,24 +219,13 @@ async def listing(context: Context, request: web.Request) -> web.Response:
     Without keys all clients are one caller, and an id is enough to read its answer: a client is
     therefore shown the streams of its own address only.
     """
-    caller = request[CALLER]
-    own = [
-        {
-            "request_id": stream.request_id,
-            "status": stream.end_status.decode() or "running",
-            "last_event_id": stream.last,
-            "first_event_id": stream.first,
-            "readers": len(stream.readers),
-        }
-        for stream in context.gateway.streams_of(caller)
-    ]
-    return web.json_response({"streams": own})
+    return web.json_response({"streams": await context.gateway.listing(request[CALLER])})
 
 
 async def cancel(context: Context, request: web.Request) -> web.Response:
     """Answer a DELETE: end the stream for all its readers; no error if it has ended already."""
     request_id = client_frames.identifier(request.match_info["request_id"])
-    context.gateway.cancel(request[CALLER], request_id)
+    await context.gateway.cancel_anywhere(request[CALLER], request_id)
     return web.Response(status=204)
 
 

@@ -85,14 +85,20 @@ def overview(context: Context) -> Mapping[str, object]:
 
 async def stats(context: Context, _request: web.Request) -> web.Response:
     """Answer with the newest snapshot as JSON."""
-    body = context.monitor.snapshot_json
+    body = await context.monitor.state_of_all()
     return web.Response(body=body, content_type="application/json", headers=NO_STORE)
 
 
 async def metrics(context: Context, _request: web.Request) -> web.Response:
     """Answer with Prometheus text."""
     headers = {"Content-Type": prometheus.CONTENT_TYPE, **NO_STORE}
-    return web.Response(body=await prometheus.text(context.registry), headers=headers)
+    registry, others = context.registry, context.monitor.others
+    if others is not None:
+        families, snapshot = await others.families(), await others.state()
+        listening = context.monitor.listening
+        registry = prometheus.registry(lambda: families, lambda: snapshot, listening)
+    text = await prometheus.text(registry)
+    return web.Response(body=text, headers=headers)
 
 
 async def events(context: Context, request: web.Request) -> web.StreamResponse:
@@ -125,7 +131,7 @@ async def events(context: Context, request: web.Request) -> web.StreamResponse:
     try:
         # This line begins the block of the first event, which `watch` sends.
         writer.send(RETRY)
-        monitor.watch(writer, every)
+        await monitor.watch_all(writer, every)
         with quota.held(admin=True):
             await context.lifecycle.stopping.wait()
         await writer.flush()

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from aiohttp import WSCloseCode, web
 
-from aioserver.errors import AioserverError, ConcurrencyExceeded, ServerShutdown
+from aioserver.errors import AioserverError, ConcurrencyExceeded, ServerShutdown, StreamNotFound
 from aioserver.faces.socket import Socket
 from aioserver.faces.upgrade import serve
+from aioserver.gateway.elsewhere import Start
 from aioserver.limits.turns import in_turns
 from aioserver.protocol import client_frames, messages
 from aioserver.protocol.client_frames import BadCommand, Cancel, Chat, Ping, Resume
@@ -98,8 +99,7 @@ class ChatSocket(Socket):
                 case Resume():
                     request_id = command.request_id
                     with self._context.metrics.resuming():
-                        stream = self._context.gateway.find(self.caller, command.request_id)
-                        self._follow(stream, command.last_event_id)
+                        self._resume(command)
         except AioserverError as error:
             self._refuse(request_id, error)
 
@@ -121,8 +121,34 @@ class ChatSocket(Socket):
         stream = gateway.ask(self.caller, command, self._scope, face=self.face, hold=hold)
         self._follow(stream, 0)
 
+    def _resume(self, command: Resume) -> None:
+        request_id, after = command.request_id, command.last_event_id
+        gateway = self._context.gateway
+        try:
+            stream = gateway.find(self.caller, request_id, after=after)
+        except StreamNotFound:
+            if gateway.elsewhere is None:
+                raise
+            self._check_room(request_id)
+            stream = gateway.elsewhere.mirror(self.caller, request_id, Start(after))
+        self._follow(stream, after)
+
     def _cancel(self, request_id: str) -> None:
-        stream = self._context.gateway.cancel(self.caller, request_id)
+        gateway = self._context.gateway
+        try:
+            stream = gateway.cancel(self.caller, request_id)
+        except StreamNotFound:
+            if gateway.elsewhere is None:
+                raise
+            self._check_room(request_id)
+            start = Start(None, cancel=True)
+            stream = gateway.elsewhere.mirror(self.caller, request_id, start)
+            if request_id in self._following:
+                # Its end comes by the mirror that is followed already.
+                stream.attachment.expected = False
+            else:
+                self._follow(stream, 0)
+            return
         # The end of the stream is the answer, also to a second `cancel`.
         if request_id not in self._following:
             self._follow(stream, stream.last - 1 if stream.ended else stream.last)

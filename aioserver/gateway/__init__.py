@@ -12,6 +12,8 @@ client reads it. A request whose id is known gets the stream that is there alrea
 and if nobody can come back for the answer, there is neither of the two: the handler's task waits for the
 answer.
 
+Where other instances serve, too, a producer first *claims* the id of its request: the answer may be theirs.
+
 The producer has the router make attempts at the provider. After a fault that allows it, the same provider
 is asked again after a *backoff* (a *retry*), or the next of the *fallbacks* is asked (a *failover*). Once
 an event is in the log neither happens: the client would read two answers. However the producer ends,

@@ -21,7 +21,8 @@ from aioserver.streams.ending import run_all
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from aioserver.gateway.router import Request, Router
+    from aioserver.gateway.request import Request
+    from aioserver.gateway.router import Router
     from aioserver.streams.lifetime import Lifetime
     from aioserver.streams.stream import Stream
     from aioserver.telemetry.request_log import RequestLog

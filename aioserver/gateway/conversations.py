@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable
+    from collections.abc import Callable, Hashable, Iterable
 
     from aioserver.config.settings import Context, Persistence
 
@@ -26,6 +26,8 @@ MAX_KEPT_TOKENS = 1 << 26
 MESSAGE_OVERHEAD = 64
 # Bytes of one conversation, if the retention policy sets no bound.
 MAX_UNLIMITED_BYTES = 1 << 20
+# Turns of one conversation that several instances share.
+MAX_TURNS = 10_000
 SECONDS_PER_DAY = 86_400
 
 
@@ -92,6 +94,30 @@ class Conversations:
         messages = [{"role": message.role, "content": message.text} for message in kept[first:]]
         return [*messages, {"role": "user", "content": text}]
 
+    def replace(
+        self, caller: Hashable, conversation_id: str, turns: Iterable[tuple[float, str, str]]
+    ) -> None:
+        """Let the history consist of *turns*: how many seconds ago each ended, its question and its answer."""
+        key, now = (caller, conversation_id), self._clock()
+        conversation = self._kept.setdefault(key, _Conversation())
+        self._kept.move_to_end(key)
+        conversation.messages = [
+            _Message(now - age, role, text, estimated_tokens(text))
+            for age, question, answer in turns
+            for role, text in (("user", question), ("assistant", answer))
+        ]
+        self._bound(conversation)
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """About how many bytes, and how many turns, of one conversation are kept at most."""
+        policy, size, turns = self._persistence.retention_policy, MAX_UNLIMITED_BYTES, MAX_TURNS
+        if policy == "message_count":
+            turns = min(turns, (self._persistence.max_messages_per_conversation + 1) // 2)
+        elif policy == "token_limit":
+            size = 4 * self._persistence.max_tokens_per_conversation
+        return size, max(1, turns)
+
     def keep(self, caller: Hashable, conversation_id: str, question: str, answer: str) -> None:
         """Append a question and its answer to the history."""
         key = (caller, conversation_id)
@@ -100,6 +126,10 @@ class Conversations:
         now = self._clock()
         for role, text in (("user", question), ("assistant", answer)):
             conversation.messages.append(_Message(now, role, text, estimated_tokens(text)))
+        self._bound(conversation)
+
+    def _bound(self, conversation: _Conversation) -> None:
+        """Keep *conversation*, which has changed, and all of them together within their bounds."""
         self._trim(conversation)
         messages = conversation.messages
         tokens = sum(map(_tokens, messages)) + MESSAGE_OVERHEAD * len(messages)

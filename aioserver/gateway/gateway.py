@@ -4,44 +4,40 @@
     relay    a streamed request whose events are passed on as they come → its stream
     call     a request that is not streamed → the answer
 
-A new stream gets one producer task, which is owned here and goes on whatever the client does. The
-task's done callback ends the log, so that no way of ending leaves readers waiting for ever.
+A new stream gets one producer task (producers.py), which goes on whatever the client does.
 streams/lifetime.py decides how long an answer lives that nobody reads.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import uuid
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from aioserver.errors import (
     AioserverError,
-    InternalError,
     InvalidApiKey,
     RequestConflict,
     StreamNotFound,
-    forget_frames,
-    public,
 )
 from aioserver.gateway.calls import Calls, shutdown_error
+from aioserver.gateway.elsewhere import FROM_START, NOT_FOUND, Elsewhere, describe
+from aioserver.gateway.producers import Producers
 from aioserver.gateway.prompts import Prompts
-from aioserver.gateway.router import Request
+from aioserver.gateway.request import Request
 from aioserver.limits.quota import REVOKED
 from aioserver.limits.turns import in_turns
 from aioserver.protocol.whole_answer import final_response, text_pieces
-from aioserver.provider_errors import ProviderDisconnected, ProviderFault
-from aioserver.streams.entries import CANCELLED, COMPLETE, ERROR
+from aioserver.streams.entries import COMPLETE, ERROR
 from aioserver.streams.lifetime import Lifetime
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Coroutine, Iterator
+    from collections.abc import Callable, Collection, Coroutine, Iterator
 
     from aioserver.auth.callers import Caller
     from aioserver.config import settings
     from aioserver.gateway.conversations import Conversations
+    from aioserver.gateway.elsewhere import Instances, Start
     from aioserver.gateway.prompts import Prompt
     from aioserver.gateway.router import Router
     from aioserver.protocol.client_frames import Chat
@@ -50,14 +46,9 @@ if TYPE_CHECKING:
     from aioserver.streams.stream import Stream
     from aioserver.telemetry.request_log import RequestLog
 
-logger = logging.getLogger("aioserver.gateway")
-
 
 class Gateway:
-    """Answers requests, and owns the producers.
-
-    Always: a stream has one producer task, or the last event in its log.
-    """
+    """Answers requests: finds the stream of a known one, and has a producer fill that of a new one."""
 
     def __init__(
         self,
@@ -67,18 +58,23 @@ class Gateway:
         service: settings.Service,
         bounds: settings.Streams,
         request_log: RequestLog,
+        instances: Instances | None = None,
     ) -> None:
         self._router = router
         self._streams = streams
         self._prompts = Prompts(conversations, service, bounds)
         self._request_log = request_log
-        self._loop = asyncio.get_running_loop()
-        self._producers: dict[asyncio.Task[None], Stream] = {}
-        self._tasks: dict[Stream, asyncio.Task[None]] = {}
+        self._producers = Producers(request_log)
         # Answers without a log.
         self._calls = Calls(router, request_log)
         self._stopping = False
-        self.lifetime = Lifetime(streams, bounds, self._cancel_producer, router.waiting)
+        self.lifetime = Lifetime(streams, bounds, self._producers.cancel, router.waiting)
+        # The streams of other instances; None where this one is alone.
+        self.elsewhere = (
+            None
+            if instances is None
+            else Elsewhere(instances, streams, self._producers, self.lifetime)
+        )
         self.apply(service, bounds)
 
     def apply(self, service: settings.Service, bounds: settings.Streams) -> None:
@@ -122,11 +118,12 @@ class Gateway:
                 hold.release()
             return existing
         route = self._router.route(chat.model, chat.provider)
-        prompt = self._prompts.make(caller, chat, scope, route, hold)
+        late = self.elsewhere is not None
+        prompt = self._prompts.make(caller, chat, scope, route, hold, late=late)
         request = Request(route, prompt.request, face, key, key, digest)
         stream = self._open(request)
         stream.details.conversation_id = prompt.conversation_id
-        self._start_producer(stream, request, self._produce_chat(request, stream, prompt))
+        self._start(stream, request, self._produce_chat(request, stream, prompt), prompt)
         return stream
 
     def relay(self, request: Request) -> Stream:
@@ -138,7 +135,7 @@ class Gateway:
         if (existing := self._existing(request)) is not None:
             return existing
         stream = self._open(request)
-        self._start_producer(stream, request, self._router.fill(request, stream))
+        self._start(stream, request, self._router.fill(request, stream))
         return stream
 
     def hold(self) -> HeldBytes:
@@ -155,7 +152,7 @@ class Gateway:
         self._check_running()
         if request.caller.quota is None:
             return await self._calls.answer(request)
-        with request.caller.quota.used():
+        async with request.caller.quota.used():
             return await self._calls.answer(request)
 
     def keep(self, request: Request) -> Stream:
@@ -169,22 +166,60 @@ class Gateway:
         stream = self._existing(request)
         if stream is None:
             stream = self._open(request)
-            self._start_producer(stream, request, self._produce_whole(request, stream))
+            self._start(stream, request, self._produce_whole(request, stream))
         return stream
 
-    def find(self, caller: Caller, request_id: str, digest: bytes | None = None) -> Stream:
+    def find(
+        self, caller: Caller, request_id: str, digest: bytes | None = None, after: int | None = 0
+    ) -> Stream:
         """Return the caller's stream of *request_id*; with a *digest*, only that of the same request.
+
+        A stream of which is not known yet whether another instance has it is found to be read from its
+        start only: if events come after event *after*, they are there.
 
         Raises:
             StreamNotFound: there was never such a stream, it is no longer kept, or it is another caller's.
             RequestConflict: the id is known with another payload.
         """
         stream = self._streams.find(caller, request_id)
-        if stream is None:
-            raise StreamNotFound("no such stream: it never existed, or is no longer kept")
+        if stream is None or (after != 0 and stream.attachment.undecided):
+            raise StreamNotFound(NOT_FOUND)
         if digest is not None and stream.attachment.digest != digest:
             raise RequestConflict("this request id is known, with another payload")
         return stream
+
+    async def reach(self, caller: Caller, request_id: str, start: Start = FROM_START) -> Stream:
+        """Return the caller's stream of *request_id*, as `find`, or a mirror of another instance's.
+
+        Raises:
+            StreamNotFound, RequestConflict: as `find`.
+            ResumeGap: another instance has the stream, but not the events after *start*.
+        """
+        try:
+            after = start.after if start.sequence is None else None
+            return self.find(caller, request_id, start.digest, after)
+        except StreamNotFound:
+            if self.elsewhere is None:
+                raise
+        return await self.elsewhere.reach(caller, request_id, start)
+
+    async def cancel_anywhere(self, caller: Caller, request_id: str) -> None:
+        """Cancel a stream for all its readers, as `cancel`, wherever it is.
+
+        Raises:
+            StreamNotFound: as `find`.
+        """
+        try:
+            self.cancel(caller, request_id)
+        except StreamNotFound:
+            if self.elsewhere is None:
+                raise
+            await self.elsewhere.cancel(caller, request_id)
+
+    async def listing(self, caller: Caller) -> list[dict[str, Any]]:
+        """Return what `describe` says of the caller's own streams that are kept, wherever they are."""
+        own = [describe(stream) for stream in self.streams_of(caller)]
+        return own if self.elsewhere is None else [*own, *await self.elsewhere.listing(caller)]
 
     def streams_of(self, caller: Caller) -> Iterator[Stream]:
         """Return the caller's own streams that are kept."""
@@ -202,15 +237,7 @@ class Gateway:
 
     async def revoke(self, callers: Collection[str]) -> None:
         """End every answer of *callers* with `invalid_api_key`, since their keys are no longer valid."""
-        cancelled = []
-        for task, stream in self._producers.items():
-            owner: Any = stream.caller
-            if owner.name in callers:
-                stream.attachment.cancel_reason = InvalidApiKey(REVOKED)
-                task.cancel()
-                cancelled.append(task)
-        await asyncio.gather(*cancelled, return_exceptions=True)
-        await asyncio.sleep(0)  # the tasks' done callbacks run
+        await self._producers.end(lambda: InvalidApiKey(REVOKED), callers)
 
     def drain(self) -> None:
         """Refuse new requests and those that wait for a provider, and end streams without a reader."""
@@ -222,14 +249,8 @@ class Gateway:
     async def close(self) -> None:
         """End every answer with `ServerShutdown`, and wait for their producers."""
         self._stopping = True
-        tasks = list(self._producers)
-        for task in tasks:
-            self._producers[task].attachment.cancel_reason = shutdown_error()
-            task.cancel()
         self._calls.close()
-        if tasks:
-            await asyncio.wait(tasks)
-            await asyncio.sleep(0)  # the tasks' done callbacks run
+        await self._producers.end(shutdown_error)
         self.lifetime.close()
 
     def _check_running(self) -> None:
@@ -268,7 +289,7 @@ class Gateway:
         caller, resumable = request.caller, request.resumable
         name = (request.key or uuid.uuid4().hex) if resumable else request.name
         if (quota := caller.quota) is not None:
-            quota.take()
+            request.undecided = quota.take()
         try:
             stream = self._streams.open(
                 name,
@@ -280,6 +301,7 @@ class Gateway:
         except AioserverError:
             if quota is not None:
                 quota.give_back(unused=True)
+                request.forget_undecided()
             raise
         stream.details.path = request.provider_request.path
         stream.record = request.begin_record(self._request_log)
@@ -288,14 +310,20 @@ class Gateway:
         request.provider_request.outlive_handler()
         return stream
 
-    def _start_producer(
-        self, stream: Stream, request: Request, producer: Coroutine[Any, Any, None]
+    def _start(
+        self,
+        stream: Stream,
+        request: Request,
+        producer: Coroutine[Any, Any, None],
+        prompt: Prompt | None = None,
     ) -> None:
-        task = self._loop.create_task(producer)
-        task.add_done_callback(lambda _task: request.provider_request.release())
-        self._producers[task] = stream
-        self._tasks[stream] = task
-        task.add_done_callback(self._settle)
+        release = request.provider_request.release
+        if request.undecided is not None:
+            producer, release = _once_decided(request, producer)
+        # An answer that nobody can name is asked of no other instance.
+        if self.elsewhere is not None and request.key is not None:
+            producer, release = self.elsewhere.claiming(stream, request, producer, prompt)
+        self._producers.start(stream, producer, release)
 
     async def _produce_chat(self, request: Request, stream: Stream, prompt: Prompt) -> None:
         """Produce the answer to a chat, and keep both in its conversation."""
@@ -304,10 +332,15 @@ class Gateway:
         except asyncio.CancelledError:
             stream.close_fast_path()
             if prompt.reading.size:
-                prompt.keep()
+                self._keep(prompt)
             raise
         if stream.end_status == COMPLETE:
-            prompt.keep()
+            self._keep(prompt)
+
+    def _keep(self, prompt: Prompt) -> None:
+        prompt.keep()
+        if self.elsewhere is not None:
+            self.elsewhere.keep(prompt)
 
     async def _produce_whole(self, request: Request, stream: Stream) -> None:
         """Produce an answer that is not streamed, and keep it in *stream*."""
@@ -324,76 +357,20 @@ class Gateway:
         stream.append_whole(answer, body, pieces)
         stream.end(COMPLETE, {"metadata": {"provider": answer.provider}})
 
-    def _settle(self, task: asyncio.Task[None]) -> None:
-        """End the log whose producer *task* is done, and the record of its request.
 
-        A callback and not a `finally`: a task cancelled before its first step never enters its
-        `try`, and its readers would wait for ever. For the same reason each step is done whatever
-        another raises.
-        """
-        stream = self._producers.pop(task)
-        del self._tasks[stream]
-        fault = None if task.cancelled() else task.exception()
-        bugs = [] if fault is None or isinstance(fault, AioserverError) else [fault]
-        owner: Any = stream.caller
-        for step in (
-            owner.quota and owner.quota.give_back,
-            stream.attachment.held and stream.attachment.held.release,
-            partial(self._end, stream, task, fault),
-            partial(self._finish_record, stream),
-        ):
-            try:
-                if step:
-                    step()
-            except Exception as exc:  # noqa: BLE001 - logged below
-                bugs.append(exc)
-        for bug in bugs:
-            logger.error("bug in an answer", exc_info=bug)
-            self._request_log.metrics.bugs.value += 1
+def _once_decided(
+    request: Request, producer: Coroutine[Any, Any, None]
+) -> tuple[Coroutine[Any, Any, None], Callable[[], None]]:
+    """Return a producer that runs *producer* if *request* is within its caller's limits, and its release."""
 
-    def _end(self, stream: Stream, task: asyncio.Task[None], fault: BaseException | None) -> None:
-        """End the log of *stream*, unless it has ended, as its producer *task* has: with *fault*, if any."""
-        if stream.ended:
-            return
-        reason = stream.attachment.cancel_reason
-        try:
-            if not task.cancelled():
-                error = public(fault or ProviderDisconnected("the answer has no end"))
-                error.paid = error.paid or (stream.sent and isinstance(error, InternalError))
-                if isinstance(error, ProviderFault) and error.provider_headers:
-                    # The log keeps them, and so must count them.
-                    stream.details.headers = error.provider_headers
-                stream.fail(error)
-            elif reason is None:
-                # On the OpenAI face nothing but an error tells a cut from an end.
-                cut = StreamNotFound("this answer was cancelled")
-                data = stream.details.final_error(cut, stream.last + 1)
-                stream.end(CANCELLED, {}, data=data)
-            else:
-                stream.fail(reason)
-        finally:
-            if not stream.ended:
-                # The error could not be written in the form of this answer's events.
-                stream.details.error_format = None
-                bug = InternalError("internal error")
-                bug.paid = stream.sent
-                stream.fail(bug)
+    async def decide() -> None:
+        await request.decided()
+        await producer
 
-    def _finish_record(self, stream: Stream) -> None:
-        """Count and log the request of *stream*, which has ended."""
-        if stream.error is not None:
-            # Otherwise the question would be kept for the whole window.
-            forget_frames(stream.error)
-        record = stream.record
-        # Without the two events that open and end the stream.
-        record.events = stream.last - 2 if stream.answered_at else 0
-        record.usage = stream.details.usage
-        record.abandoned = stream.attachment.abandoned
-        self._request_log.finish(record, stream.error, cancelled=stream.end_status == CANCELLED)
-        # The stream is kept for its window; the provider's objects are needed no longer.
-        record.usage = stream.details.usage = stream.attachment.request = None
+    def release() -> None:
+        # It may never have begun.
+        producer.close()
+        request.forget_undecided()
+        request.provider_request.release()
 
-    def _cancel_producer(self, stream: Stream) -> None:
-        task = self._tasks.get(stream)
-        if task is not None and not stream.ended:
-            task.cancel()
+    return decide(), release

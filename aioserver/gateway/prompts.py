@@ -18,10 +18,12 @@ from aioserver.protocol.openai import Reading
 from aioserver.providers.request import ProviderRequest
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from aioserver.auth.callers import Caller
     from aioserver.config import settings
     from aioserver.gateway.conversations import Conversations
-    from aioserver.gateway.router import Route
+    from aioserver.gateway.request import Route
     from aioserver.protocol.client_frames import Chat
     from aioserver.providers.request import Hold
 
@@ -32,9 +34,19 @@ class Prompt:
     """One chat, ready to be sent. *conversation_id* is None if it belongs to no conversation.
 
     Always: *reading* is that of *request*, and so has the text that came so far.
+
+    *named*: the client has named the conversation. *late* takes the history, if that was not done yet.
     """
 
-    __slots__ = ("_conversations", "_text", "conversation_id", "reading", "request")
+    __slots__ = (
+        "_conversations",
+        "_late",
+        "_text",
+        "conversation_id",
+        "named",
+        "reading",
+        "request",
+    )
 
     def __init__(
         self,
@@ -43,20 +55,33 @@ class Prompt:
         request: ProviderRequest,
         reading: Reading,
         conversation_id: str | None,
+        late: Callable[[], None] | None = None,
     ) -> None:
+        self._late = late
+        self.named = conversation_id is not None and conversation_id == chat.conversation_id
         self._conversations = conversations
         self._text = chat.text
         self.request = request
         self.reading = reading
         self.conversation_id = conversation_id
 
+    def take_history(self) -> None:
+        """Take the history as it is now, if it was not taken when the prompt was made."""
+        late, self._late = self._late, None
+        if late is not None:
+            late()
+
+    def turn(self) -> tuple[str, str] | None:
+        """Return the client's text, and the answer so far; None if they belong to no conversation."""
+        if self.conversation_id is None or self._text is None:
+            return None
+        return orjson.loads(self._text), self.reading.text
+
     def keep(self) -> None:
         """Append the client's text, and the answer so far, to the conversation, if there is one."""
-        if self.conversation_id is not None and self._text is not None:
-            text = orjson.loads(self._text)
-            self._conversations.keep(
-                self.request.caller, self.conversation_id, text, self.reading.text
-            )
+        if (turn := self.turn()) is not None:
+            assert self.conversation_id is not None
+            self._conversations.keep(self.request.caller, self.conversation_id, *turn)
 
 
 class Prompts:
@@ -79,29 +104,37 @@ class Prompts:
         scope: str | None,
         route: Route,
         hold: Hold | None = None,
+        *,
+        late: bool = False,
     ) -> Prompt:
         """Return the prompt of *chat*; *scope* is its conversation if it names none.
 
+        *late*: the history of a conversation that the client names is taken by `Prompt.take_history`.
         *hold* counts the bytes of *chat*. A text counts until its answer has ended, since it is then
         kept in the conversation.
         """
         streamed = self._service.streaming.enabled if chat.streaming is None else chat.streaming
-        conversation_id = None
+        conversation_id, text = None, b""
         messages = chat.messages
+        late = late and messages is None
         if messages is None:
             assert chat.text is not None
             conversation_id = chat.conversation_id or scope or uuid.uuid4().hex
-            history = self._conversations.history(
-                caller, conversation_id, orjson.loads(chat.text)
-            )[:-1]
-            if self._service.system_prompt:
-                history.insert(0, {"role": "system", "content": self._service.system_prompt})
-            messages = _messages(history, chat.text)
+            late = late and chat.conversation_id is not None
+            text = chat.text
+            messages = b"" if late else self._messages(caller, conversation_id, text)
+        # In a list of its own, so that the prompt, which lives longer, does not keep them.
+        held = [messages]
+
+        def take_history() -> None:
+            assert conversation_id is not None
+            held[0] = self._messages(caller, conversation_id, text)
+
         options, option_names = chat.options, chat.option_names
 
         def body(provider: settings.Provider) -> bytes:
             model = route.model if provider.name == route.provider.name else None
-            return chat_body(provider, model, messages, options, option_names, streamed)
+            return chat_body(provider, model, held[0], options, option_names, streamed)
 
         # A question with `messages` has no history that needs the answer's text.
         kept = self._bounds.max_stream_bytes if chat.messages is None else 0
@@ -117,7 +150,15 @@ class Prompts:
             kept_bytes=len(chat.text or b""),
             client_headers=chat.client_headers,
         )
-        return Prompt(self._conversations, chat, request, reading, conversation_id)
+        history = take_history if late else None
+        return Prompt(self._conversations, chat, request, reading, conversation_id, history)
+
+    def _messages(self, caller: Caller, conversation_id: str, text: bytes) -> bytes:
+        """Return, as JSON, the messages of a conversation as it is now, and *text* after them."""
+        history = self._conversations.history(caller, conversation_id, orjson.loads(text))[:-1]
+        if self._service.system_prompt:
+            history.insert(0, {"role": "system", "content": self._service.system_prompt})
+        return _messages(history, text)
 
 
 def _messages(history: list[dict[str, Any]], text: bytes) -> bytes:

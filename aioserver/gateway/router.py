@@ -19,11 +19,11 @@ from __future__ import annotations
 
 import asyncio
 import random
-from dataclasses import dataclass
 from math import inf
 from typing import TYPE_CHECKING
 
 from aioserver.errors import AioserverError, ModelNotFound, forget_frames
+from aioserver.gateway.request import Route
 from aioserver.provider_errors import (
     CircuitOpen,
     NoProvider,
@@ -38,11 +38,10 @@ from aioserver.providers.health import KEY_FAULTS
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from aioserver.auth.callers import Caller
+    from aioserver.gateway.request import Request
     from aioserver.providers.provider import Provider
     from aioserver.providers.request import Answer, ProviderRequest
     from aioserver.streams.stream import Stream
-    from aioserver.telemetry.request_log import RequestLog, RequestRecord
 
 # Seconds to which the backoff before a retry grows.
 MAX_BACKOFF = 30.0
@@ -50,65 +49,6 @@ MAX_BACKOFF = 30.0
 MAX_ASKED_BACKOFF = 60.0
 # Seconds for which a request is parked whose provider may be away, before it is tried again.
 MAX_PARKED = 2.0
-
-
-# Not frozen: that triples the cost of making one.
-@dataclass(slots=True)
-class Route:
-    """The way of a request: the provider that is asked first, and the model.
-
-    *model* None stands for the provider's own. *renamed* says that `model` in a body is replaced,
-    *pinned* that no other provider may be asked.
-    """
-
-    provider: Provider
-    model: str | None
-    renamed: bool
-    pinned: bool
-
-
-# Not frozen, as above.
-@dataclass(slots=True)
-class Request:
-    """One request of a client for an answer; *face* is the name of the face that it came through.
-
-    *name* is the id by which log lines name it. *key* is the id by which the caller finds its stream
-    again, and *digest* tells a repeated request from a conflicting one. *key* is None if nobody can come
-    back for the answer by an id of the client's. A *stored* answer is also found by the provider's id.
-    """
-
-    route: Route
-    provider_request: ProviderRequest
-    face: str
-    name: str
-    key: str | None = None
-    digest: bytes = b""
-    stored: bool = False
-
-    @property
-    def caller(self) -> Caller:
-        """The caller that owns the stream, and whose limits count."""
-        return self.provider_request.caller
-
-    @property
-    def resumable(self) -> bool:
-        """Whether the caller can come back for the answer."""
-        return self.key is not None or self.stored
-
-    def begin_record(self, request_log: RequestLog) -> RequestRecord:
-        """Begin the record of this request, which is understood and goes to its first provider now."""
-        provider_request, provider = self.provider_request, self.route.provider
-        record = provider_request.record
-        record.begin(
-            self.face,
-            self.name,
-            provider.name,
-            self.route.model or provider.settings.model,
-            self.caller.name,
-            streamed=provider_request.streamed,
-        )
-        record.log = request_log
-        return record
 
 
 class Router:

@@ -169,6 +169,11 @@ class FairQueue(Generic[T]):
             for items in entry.flows.values():
                 yield items[0]
 
+    @property
+    def weight(self) -> int:
+        """The weights of the callers with an item, together. O(callers)."""
+        return sum(LENGTH // entry.length for entry in self._callers.values())
+
     def count(self, caller: Hashable, flow: Hashable) -> int:
         """Return how many items *flow* of *caller* has."""
         entry = self._callers.get(caller)

@@ -212,10 +212,10 @@ class Gate:
         if self._closed is not None:
             raise self._closed()
         seconds = max(0.0, self._queue_timeout - waited)
-        if (self.full and not rejoin) or seconds <= 0:
+        if ((self.full and not rejoin) or seconds <= 0) and (seconds := self._grace()) <= 0:
             self._refused += 1
             # A request without time left has waited already, at another gate or in an earlier attempt.
-            timed_out = seconds <= 0 < self._queue_timeout
+            timed_out = waited >= self._queue_timeout > 0
             raise (self._timeout_error if timed_out else self._full_error)(self.retry_after())
         if self._pace is not None:
             number = self._queue.count(caller, flow) + 1
@@ -315,6 +315,10 @@ class Gate:
             entered=self._entered,
             refused=self._refused,
         )
+
+    def _grace(self) -> float:
+        """Return for how many seconds a request may wait that would be refused at once."""
+        return 0.0
 
     def _delay(self) -> float:
         """Return the seconds until the next start; 0.0 if nothing but places limits it, inf until `serve`."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING
 
 from aioserver.errors import (
@@ -25,7 +25,7 @@ from aioserver.errors import (
 from aioserver.limits.gcra import Gcra
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import AsyncIterator, Callable, Iterator
 
 MINUTE = 60.0
 REVOKED = "this API key is no longer valid"
@@ -36,6 +36,9 @@ class Quota:
 
     Always: `running` answers were taken and not given back, and `connections` counted and not ended; in any span of t seconds at most
     `(t / 60 + 1) * requests_per_minute` are taken. Once `revoked`, none is taken any more.
+
+    *elsewhere* is called with each change of the number of connections, while they are bounded, and returns how many
+    the other processes have of this key; None: there are no others.
     """
 
     def __init__(
@@ -45,14 +48,16 @@ class Quota:
         clock: Callable[[], float] = time.monotonic,
         *,
         max_connections: int = 0,
+        elsewhere: Callable[[int], int] | None = None,
     ) -> None:
         self.running = 0
         self.connections = 0
         self._max_connections = max_connections
+        self._elsewhere = elsewhere
         self.revoked = False
         self._max_concurrent = max_concurrent
         self._per_minute = requests_per_minute
-        self._rate = Gcra(*_minute(requests_per_minute), clock)
+        self._rate = Gcra(*minute(requests_per_minute), clock)
         # The tasks that are bound to the key, and whether they need an admin key.
         self._held: dict[asyncio.Task[object], bool] = {}
         # Those of them that were cancelled, and the error that each of them raises instead.
@@ -63,12 +68,18 @@ class Quota:
     ) -> None:
         """Use other limits from now on. Answers that run or have begun, and connections, count as before."""
         self._max_concurrent = max_concurrent
+        if bool(max_connections) != bool(self._max_connections) and self._elsewhere is not None:
+            self._elsewhere(self.connections if max_connections else -self.connections)
         self._max_connections = max_connections
         self._per_minute = requests_per_minute
-        self._rate.apply(*_minute(requests_per_minute))
+        self._rate.apply(*minute(requests_per_minute))
 
-    def take(self) -> None:
+    def take(self) -> asyncio.Future[None] | None:
         """Count an answer that begins; call `give_back` once when it has ended.
+
+        Where other instances share the limits it may not be known yet whether the answer is within them. Then the
+        result is a future, to be awaited before a provider is asked: it raises one of the first two errors if the answer is
+        not. The answer is counted meanwhile; if it ends before that is known, the future is to be cancelled.
 
         Raises:
             ConcurrencyExceeded: `max_concurrent` answers run; nothing is counted.
@@ -88,6 +99,7 @@ class Quota:
                 f"requests_per_minute={self._per_minute} of this key reached", retry_after=delay
             )
         self.running += 1
+        return None
 
     def connect(self) -> None:
         """Count a connection; call `disconnect` once when it has ended.
@@ -95,9 +107,11 @@ class Quota:
         Raises:
             ConcurrencyExceeded: `max_connections` of the key are open or wait; nothing is counted.
         """
-        if 0 < self._max_connections <= self.connections:
+        connections = self.connections + self._count(1)
+        if 0 < self._max_connections <= connections:
+            self._count(-1)
             raise ConcurrencyExceeded(
-                f"{self.connections} connections of this key are open or wait,"
+                f"{connections} connections of this key are open or wait,"
                 f" at most max_connections={self._max_connections}",
                 retry_after=1.0,  # nobody knows when one of them ends
             )
@@ -105,7 +119,12 @@ class Quota:
 
     def disconnect(self) -> None:
         """Count a connection as ended."""
+        self._count(-1)
         self.connections -= 1
+
+    def _count(self, change: int) -> int:
+        """Tell the other processes of *change*, and return how many connections they have."""
+        return self._elsewhere(change) if self._max_connections and self._elsewhere else 0
 
     def give_back(self, *, unused: bool = False) -> None:
         """Count an answer as ended; an *unused* one never began, and does not count at all."""
@@ -113,16 +132,18 @@ class Quota:
         if unused:
             self._rate.take(-self._rate.interval)
 
-    @contextmanager
-    def used(self) -> Iterator[None]:
-        """Count an answer for the length of the `with`, and bind this task to the key.
+    @asynccontextmanager
+    async def used(self) -> AsyncIterator[None]:
+        """Count an answer for the length of the `async with`, and bind this task to the key.
 
         Raises:
             AioserverError: as `take` and `held`.
         """
-        self.take()
+        undecided = self.take()
         try:
             with self.held():
+                if undecided is not None:
+                    await undecided
                 yield
         finally:
             self.give_back()
@@ -170,7 +191,7 @@ class Quota:
             task.cancel()
 
 
-def _minute(requests: int) -> tuple[float, float]:
+def minute(requests: int) -> tuple[float, float]:
     """Return the interval and the tolerance of *requests* a minute; after a rest all may start at once."""
     interval = MINUTE / requests
     return interval, (requests - 1) * interval

@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, NamedTuple
 
 from aioserver.monitoring import advice
 from aioserver.monitoring.interval import (
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from aioserver.monitoring.interval import Interval
-    from aioserver.monitoring.snapshot import ProviderState
+    from aioserver.monitoring.state import Incident, ProviderState
 
 # Seconds after an incident in which more of the same is gathered.
 QUIET = 10.0
@@ -69,17 +69,6 @@ MANY_REJECTED, MANY_FAILED = 10, 5
 HARMLESS = frozenset(("rate_limit_exceeded", "concurrency_exceeded", "server_shutdown"))
 # Milliseconds by which a late loop is an error: clients see that everything stands still.
 SEVERE_LAG = 1000
-
-
-class Incident(TypedDict):
-    """The data of an `incident` event; *time* is Unix time in seconds, *advice* may be empty."""
-
-    time: float
-    kind: str
-    severity: str
-    text: str
-    provider: str | None
-    advice: str
 
 
 def incident(

@@ -18,21 +18,25 @@ from aioserver.errors import ServerAtCapacity
 from aioserver.monitoring.incidents import Detector, incident
 from aioserver.monitoring.interval import TICK, IntervalMeter
 from aioserver.monitoring.snapshot import Snapshots
+from aioserver.monitoring.sums import Report, recent_values
 from aioserver.monitoring.troubles import Troubles
 from aioserver.monitoring.verdict import Verdicts, unknown
 from aioserver.protocol import eventstream
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
-    from aioserver.monitoring.incidents import Incident
-    from aioserver.monitoring.snapshot import Percentiles, ProviderState, Snapshot, Sources
+    from aioserver.monitoring.snapshot import Sources
+    from aioserver.monitoring.state import History, Incident, Percentiles, ProviderState, Snapshot
+    from aioserver.telemetry.metrics import Family
 
 logger = logging.getLogger("aioserver.monitoring")
 
 # Ticks that the history keeps: ten minutes.
 HISTORY = 600
 MAX_INCIDENTS = 100
+# Of these the newest that an instance tells another one.
+NEWEST = 20
 MAX_WATCHERS = 256
 # The log levels of an incident's severities.
 LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
@@ -68,6 +72,22 @@ class Watcher(Protocol):
         """Write *data* without waiting."""
 
 
+class Others(Protocol):
+    """All instances of a cluster, this one among them: see cluster/totals.py."""
+
+    async def state(self) -> Snapshot:
+        """Return the state of all together."""
+
+    async def news(self) -> tuple[Snapshot, list[Incident]]:
+        """Return the state of all together, and what has happened in the others since the last call."""
+
+    async def history(self) -> History:
+        """Return the history of all together."""
+
+    async def families(self) -> list[Family]:
+        """Return all metrics that are counted, over all instances."""
+
+
 class Point(NamedTuple):
     """What the history keeps of one snapshot: the values of SERIES and of PROVIDER_SERIES, by name."""
 
@@ -84,6 +104,12 @@ class Monitor:
 
     def __init__(self, sources: Sources) -> None:
         self._loop = asyncio.get_running_loop()
+        self._metrics, self._router = sources.metrics, sources.router
+        # The other instances of a cluster; None if there are none.
+        self.others: Others | None = None
+        self.listening = sources.listening
+        self._asking: asyncio.Task[None] | None = None
+        self._incident_count = 0
         self._snapshots = Snapshots(sources)
         self._intervals = IntervalMeter(sources.metrics, sources.lag)
         self._troubles = Troubles()
@@ -122,6 +148,49 @@ class Monitor:
             self._interval, self._troubles.now, self._verdict, watchers=len(self._watchers)
         )
 
+    def report(self) -> Report:
+        """Return what this instance says of itself to others: the state at the last tick."""
+        recent = recent_values(self._metrics, time.monotonic())
+        return Report(self._snapshot, recent, self._verdicts.lately())
+
+    def places(self) -> dict[str, int]:
+        """Return how many places all instances have together at each provider."""
+        return {
+            name: provider.settings.http_client.concurrent_requests
+            for name, provider in self._router.providers.items()
+        }
+
+    def families(self) -> Iterator[Family]:
+        """Yield every metric that is counted, as it is now."""
+        return self._metrics.families()
+
+    def newest_incidents(self) -> tuple[int, list[Incident]]:
+        """Return how many incidents there were, and the newest of them."""
+        return self._incident_count, list(self._incidents)[-NEWEST:]
+
+    async def state_of_all(self) -> bytes:
+        """Return the state of all instances together as JSON: of this one at its last tick, if it is the only one."""
+        if self.others is None:
+            return self._snapshot_json
+        return orjson.dumps(await self.others.state())
+
+    async def watch_all(self, watcher: Watcher, every: int) -> None:
+        """Do what `watch` does, for all instances together.
+
+        Raises:
+            ServerAtCapacity: as `watch`.
+        """
+        if self.others is None:
+            self.watch(watcher, every)
+            return
+        history = await self.others.history()
+        state = await self.state_of_all()
+        self._admit(watcher, every)
+        watcher.send(
+            eventstream.write(orjson.dumps(history), event="history")
+            + eventstream.write(state, event="stats")
+        )
+
     def watch(self, watcher: Watcher, every: int) -> None:
         """Send *watcher* the history, then a snapshot each *every* ticks and incidents as they happen.
 
@@ -130,13 +199,16 @@ class Monitor:
         Raises:
             ServerAtCapacity: there are MAX_WATCHERS watchers already.
         """
+        self._admit(watcher, every)
+        stats = eventstream.write(self._snapshot_json, event="stats")
+        watcher.send(self._write_history() + stats)
+
+    def _admit(self, watcher: Watcher, every: int) -> None:
         if self.full:
             raise ServerAtCapacity(
                 f"{MAX_WATCHERS} clients watch already, which is the limit", retry_after=10.0
             )
         self._watchers[watcher] = every
-        stats = eventstream.write(self._snapshot_json, event="stats")
-        watcher.send(self._write_history() + stats)
 
     def leave(self, watcher: Watcher) -> None:
         """Send *watcher* nothing more, if it watches."""
@@ -163,42 +235,63 @@ class Monitor:
             _log(new_incident)
             self._publish(new_incident)
         if self._watchers:
-            stats = eventstream.write(self._snapshot_json, event="stats")
-            for watcher, every in tuple(self._watchers.items()):
-                if self._ticks % every == 0:
-                    watcher.send(stats)
+            if self.others is None:
+                self._send_state(self._snapshot_json)
+            elif self._asking is None or self._asking.done():
+                self._asking = self._loop.create_task(self._send_state_of_all(self.others))
         self._ticks += 1
 
     def close(self) -> None:
         """Stop ticking."""
         self._timer.cancel()
+        if self._asking is not None:
+            self._asking.cancel()
 
     def _next_tick(self) -> None:
         self._timer = self._loop.call_later(TICK, self._next_tick)
         self.tick()
 
+    def _send_state(self, state: bytes) -> None:
+        stats = eventstream.write(state, event="stats")
+        for watcher, every in tuple(self._watchers.items()):
+            if self._ticks % every == 0:
+                watcher.send(stats)
+
+    async def _send_state_of_all(self, others: Others) -> None:
+        snapshot, incidents = await others.news()
+        self._send_state(orjson.dumps(snapshot))
+        for new_incident in incidents:
+            self._send_incident(new_incident)
+
     def _publish(self, new_incident: Incident) -> None:
         self._incidents.append(new_incident)
+        self._incident_count += 1
         self._history_event = b""
+        self._send_incident(new_incident)
+
+    def _send_incident(self, new_incident: Incident) -> None:
         data = eventstream.write(orjson.dumps(new_incident), event="incident")
         for watcher in tuple(self._watchers):
             watcher.send(data)
 
+    def history(self) -> History:
+        """Return the points of the last ten minutes as series; only providers that are configured now are in it."""
+        points = self._history
+        return {
+            "interval": TICK,
+            "time": [point.time for point in points],
+            "series": {name: [point.values[name] for point in points] for name in SERIES},
+            "providers": {
+                provider: _provider_series(provider, points)
+                for provider in self._snapshot["providers"]
+            },
+            "incidents": list(self._incidents),
+        }
+
     def _write_history(self) -> bytes:
-        """Return the `history` event; only providers that are configured now are in it."""
+        """Return the `history` event."""
         if not self._history_event:
-            points = self._history
-            history = {
-                "interval": TICK,
-                "time": [point.time for point in points],
-                "series": {name: [point.values[name] for point in points] for name in SERIES},
-                "providers": {
-                    provider: _provider_series(provider, points)
-                    for provider in self._snapshot["providers"]
-                },
-                "incidents": list(self._incidents),
-            }
-            self._history_event = eventstream.write(orjson.dumps(history), event="history")
+            self._history_event = eventstream.write(orjson.dumps(self.history()), event="history")
         return self._history_event
 
 

@@ -33,9 +33,9 @@ from aioserver.telemetry.kernel import accept_queue
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    from aioserver.monitoring.snapshot import ProviderState, Snapshot, Sources
+    from aioserver.monitoring.state import ProviderState, Snapshot
     from aioserver.telemetry.counters import Histogram
     from aioserver.telemetry.metrics import Family
 
@@ -63,6 +63,12 @@ def _each_provider(
     read: Callable[[ProviderState], float],
 ) -> Callable[[Snapshot], dict[str, float]]:
     return lambda s: {name: read(provider) for name, provider in s["providers"].items()}
+
+
+def _instances(snapshot: Snapshot) -> dict[str, float]:
+    instances: Mapping[str, object] = snapshot.get("instances", {"": {}})
+    heard = sum(instance is not None for instance in instances.values())
+    return {"heard": heard, "unheard": len(instances) - heard}
 
 
 GAUGES = (
@@ -154,32 +160,48 @@ GAUGES = (
     Gauge("max_fds", lambda s: s["process"]["max_fds"], "Limit of open file descriptors"),
     Gauge("tasks", lambda s: s["process"]["tasks"], "Tasks of the event loop, some seconds ago"),
     Gauge("watchers", lambda s: s["watchers"], "Clients of /events"),
+    Gauge(
+        "instances",
+        _instances,
+        "Instances of the cluster, by whether they have answered; 1 where there is none",
+        "state",
+    ),
 )
 
 
 class ServerCollector(Collector):
     """Gives prometheus-client what the server has counted, and its state at this moment."""
 
-    def __init__(self, sources: Sources, snapshot: Callable[[], Snapshot]) -> None:
-        self._sources = sources
+    def __init__(
+        self,
+        families: Callable[[], Iterable[Family]],
+        snapshot: Callable[[], Snapshot],
+        listening: Sequence[socket.socket],
+    ) -> None:
+        self._families = families
         self._snapshot = snapshot
+        self._listening = listening
 
     def collect(self) -> Iterator[Metric]:
         """Yield every metric of the server, each as it is when it is yielded."""
-        for family in self._sources.metrics.families():
+        for family in self._families():
             yield _counted(family)
         yield _build_info()
         snapshot = self._snapshot()
         for name, read, about, label in GAUGES:
             if (value := read(snapshot)) is not None:
                 yield _gauge(name, about, value, label)
-        yield from _accept_queues(self._sources.listening)
+        yield from _accept_queues(self._listening)
 
 
-def registry(sources: Sources, snapshot: Callable[[], Snapshot]) -> CollectorRegistry:
+def registry(
+    families: Callable[[], Iterable[Family]],
+    snapshot: Callable[[], Snapshot],
+    listening: Sequence[socket.socket],
+) -> CollectorRegistry:
     """Return a registry of the server's and the process's metrics; *snapshot* makes a fresh one."""
     collectors = CollectorRegistry(auto_describe=False)
-    collectors.register(ServerCollector(sources, snapshot))
+    collectors.register(ServerCollector(families, snapshot, listening))
     ProcessCollector(registry=collectors)
     return collectors
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypedDict
+from typing import TYPE_CHECKING, Protocol
 
 from aioserver import __version__
 from aioserver.monitoring.interval import ATTEMPTS, EVENTS, REJECTIONS, REQUESTS
@@ -26,6 +26,14 @@ if TYPE_CHECKING:
     from aioserver.gateway.router import Router
     from aioserver.limits.gate import Gate
     from aioserver.monitoring.interval import Interval
+    from aioserver.monitoring.state import (
+        ConnectionsState,
+        ProviderState,
+        Snapshot,
+        StreamsState,
+        Trouble,
+        Verdict,
+    )
     from aioserver.providers.provider import Provider
     from aioserver.streams.lifetime import Lifetime
     from aioserver.streams.store import StreamStore
@@ -33,7 +41,6 @@ if TYPE_CHECKING:
     from aioserver.telemetry.loop_lag import LoopLag
     from aioserver.telemetry.metrics import Metrics
 
-Percentiles = dict[str, float]
 # Outcomes of an attempt that are no fault of the provider: a client that cancels is none.
 NO_FAULTS = frozenset((OK, CANCELLED))
 
@@ -64,172 +71,6 @@ class Sources:
     lag: LoopLag
     ready: Callable[[], bool]
     listening: Sequence[socket.socket]
-
-
-class ConnectionsState(TypedDict):
-    """The connections that are admitted, or wait to be."""
-
-    active: int
-    limit: int
-    waiting: int
-    queue_size: int
-    oldest_wait: float
-    active_by_face: dict[str, int]
-    waiting_by_face: dict[str, int]
-    opened: int
-    rejected: int
-    rejected_per_second: float
-
-
-class RequestsState(TypedDict):
-    """The requests for an answer."""
-
-    total: int
-    per_second: float
-    running: int
-    outcomes: dict[str, int]
-
-
-class StreamsState(TypedDict):
-    """The streams that are kept."""
-
-    detached: int
-    max_detached: int
-    finished: int
-    bytes: int
-    max_bytes: int
-
-
-class PoolState(TypedDict):
-    """The connections to one provider."""
-
-    open: int
-    idle: int
-    limit: int
-    waiting: int
-
-
-class PaceState(TypedDict):
-    """The pace of one provider; *cooling* in seconds."""
-
-    per_minute: int
-    left: int
-    cooling: float
-
-
-class RetryBudgetState(TypedDict):
-    """The budget of retries: *used* of *limit* in the last ten seconds; *refused* since the start."""
-
-    used: int
-    limit: int
-    refused: int
-
-
-class SilenceState(TypedDict):
-    """The silence of a provider: see providers/silence.py; *longest* in seconds."""
-
-    longest: float
-    stalled: int
-    unanswered: int
-    under_way: int
-
-
-class Trouble(TypedDict):
-    """The trouble of a provider: see troubles.py; *since* is Unix time in seconds."""
-
-    kind: str
-    word: str
-    since: float
-    text: str
-    detail: str
-    advice: str
-    severity: str
-
-
-class Verdict(TypedDict):
-    """The state of the whole server in words: see verdict.py."""
-
-    level: str
-    state: str
-    word: str
-    text: str
-    detail: str
-    advice: str
-    about: str
-
-
-class ProviderState(TypedDict):
-    """One provider."""
-
-    usable: bool
-    active: bool
-    model: str
-    in_flight: int
-    limit: int
-    waiting: int
-    queue_size: int
-    oldest_wait: float
-    pool: PoolState
-    pace: PaceState
-    state: str
-    next_try: float | None
-    flagged: bool
-    retries: int
-    retry_budget: RetryBudgetState
-    failovers: int
-    requests: int
-    cancelled: int
-    faults: dict[str, int]
-    requests_per_second: float
-    tokens_per_second: float
-    first_token: Percentiles | None
-    silence: Percentiles | None
-    silent: SilenceState
-    trouble: Trouble | None
-
-
-class LoopState(TypedDict):
-    """How late the event loop was in the last interval, in seconds."""
-
-    lag: float
-    lag_max: float
-
-
-class ProcessState(TypedDict):
-    """The resources that the process uses; *cpu* is the share of one core."""
-
-    open_fds: int | None
-    max_fds: int
-    rss_bytes: int | None
-    tasks: int
-    cpu: float
-
-
-class Snapshot(TypedDict):
-    """The whole state: the JSON object of `/stats`."""
-
-    time: float
-    name: str
-    version: str
-    uptime: float
-    ready: bool
-    verdict: Verdict
-    active_provider: str
-    fallbacks: list[str]
-    connections: ConnectionsState
-    rejections: dict[str, int]
-    requests: RequestsState
-    first_token: Percentiles | None
-    tokens_per_second: float
-    delay: dict[str, Percentiles | None]
-    streams: StreamsState
-    slow_clients: int
-    auth_failures: dict[str, int]
-    providers: dict[str, ProviderState]
-    loop: LoopState
-    process: ProcessState
-    watchers: int
-    endpoints: dict[str, str]
 
 
 class Snapshots:

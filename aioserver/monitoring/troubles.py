@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from aioserver.monitoring.interval import Interval
-    from aioserver.monitoring.snapshot import ProviderState, SilenceState, Snapshot, Trouble
+    from aioserver.monitoring.state import ProviderState, SilenceState, Snapshot, Trouble
 
 # Kinds of troubles, the worst first.
 FLAGGED, DEAD, SILENT, SICK, FAILING = "key_refused", "dead", "silent", "sick", "failing"

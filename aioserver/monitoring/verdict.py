@@ -8,7 +8,7 @@ counted in the last RECENT ticks.
 from __future__ import annotations
 
 from collections import Counter, deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from aioserver.errors import ServerAtCapacity
 from aioserver.monitoring.advice import OF_A_FULL_PROVIDER, of_rejections
@@ -17,15 +17,10 @@ from aioserver.monitoring.interval import ANSWERED, FAILED, REJECTIONS, Total
 from aioserver.monitoring.troubles import WORDS, count, most, span, were
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from aioserver.monitoring.interval import Interval
-    from aioserver.monitoring.snapshot import (
-        Percentiles,
-        ProviderState,
-        Snapshot,
-        Verdict,
-    )
+    from aioserver.monitoring.state import Percentiles, ProviderState, Snapshot, Verdict
 
 # Ticks for which rejections, failed answers and a late event loop stay in the verdict.
 RECENT = 10
@@ -33,6 +28,15 @@ RECENT = 10
 NOTICEABLE_LAG = 0.25
 # Shares: of the allowed open files, from which on they run out; of the places, from which on they do.
 FEW_FILES, FEW_PLACES = 0.9, 0.9
+
+
+class Lately(NamedTuple):
+    """What happened in the last RECENT ticks: rejections by code, answers begun and failed; the largest lag in seconds."""
+
+    rejected: Mapping[str, int]
+    answered: int
+    failed: int
+    lag: float
 
 
 class Verdicts:
@@ -53,27 +57,29 @@ class Verdicts:
         tick[FAILED] = int(interval.growth.get(Total(FAILED), 0))
         self._ticks.append(tick)
         self._lags.append(interval.lag_max)
-        lately: Counter[str] = sum(self._ticks, Counter())
-        answered, failed = lately.pop(ANSWERED, 0), lately.pop(FAILED, 0)
-        return _Judge(snapshot, lately, answered, failed, max(self._lags)).verdict()
+        return judge(snapshot, self.lately())
+
+    def lately(self) -> Lately:
+        """Return what happened in the last ticks."""
+        counts: Counter[str] = sum(self._ticks, Counter())
+        answered, failed = counts.pop(ANSWERED, 0), counts.pop(FAILED, 0)
+        return Lately(counts, answered, failed, max(self._lags, default=0.0))
+
+
+def judge(snapshot: Snapshot, lately: Lately) -> Verdict:
+    """Return the verdict on *snapshot*, before which *lately* happened."""
+    return _Judge(snapshot, lately).verdict()
 
 
 class _Judge:
-    """Finds the worst that is true of one snapshot; *rejected* has its numbers by error code."""
+    """Finds the worst that is true of one snapshot, before which *lately* happened."""
 
-    def __init__(
-        self,
-        snapshot: Snapshot,
-        rejected: Counter[str],
-        answered: int,
-        failed: int,
-        lag: float,
-    ) -> None:
+    def __init__(self, snapshot: Snapshot, lately: Lately) -> None:
         self._snapshot = snapshot
-        self._rejected = rejected
-        self._answered = answered
-        self._failed = failed
-        self._lag = lag
+        self._rejected = Counter(lately.rejected)
+        self._answered = lately.answered
+        self._failed = lately.failed
+        self._lag = lately.lag
 
     def verdict(self) -> Verdict:
         """Return the worst finding."""

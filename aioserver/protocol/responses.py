@@ -22,6 +22,8 @@ from msgspec import Raw
 from aioserver.protocol.eventstream import parse, split, write
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from aioserver.errors import AioserverError
 
 # Of the codes that OpenAI has for the error in a response object, those that fit: clients check them.
@@ -76,6 +78,17 @@ class ResponseEvents:
     def response(self) -> dict[str, Any] | None:
         """The response object that came last."""
         return _response_in(self._last_response)
+
+    def state(self) -> tuple[list[tuple[int, int, int]], bytes]:
+        """Return all that is remembered, for `restore`."""
+        return [
+            (run.number, run.sequence, run.last_sequence) for run in self._runs
+        ], self._last_response
+
+    def restore(self, runs: Sequence[tuple[int, int, int]], last_response: bytes) -> None:
+        """Remember what the `state` of another object was, instead."""
+        self._runs = [_Run(*run) for run in runs]
+        self._last_response = last_response
 
     def newest(self, status: str = "") -> bytes | None:
         """Return the JSON of the response object that came last, with another *status* if one is passed.

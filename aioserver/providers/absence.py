@@ -69,6 +69,16 @@ class Absence:
             self._health.refusal, fallback_only=waits and not self._health.flagged
         )
 
+    def told_dead(self, *, unreachable: bool) -> None:
+        """Learn that another instance has found the provider dead."""
+        if self._health.breaker.told_dead(unreachable=unreachable):
+            self.refuse()
+
+    def told_alive(self) -> None:
+        """Learn that the provider has answered another instance."""
+        if self._health.breaker.told_alive():
+            self._gate.resume()
+
     async def wait(self, attempt: Attempt, fault: ProviderFault, seconds: float) -> bool:
         """Return whether the request of *attempt*, which ended with *fault*, is to ask again and wait.
 

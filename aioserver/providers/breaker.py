@@ -20,6 +20,7 @@ all attempts fail, a request with three retries is answered 15 times out of 16.
 
 from __future__ import annotations
 
+import random
 import time
 from collections import deque
 from math import inf
@@ -67,6 +68,8 @@ class Breaker:
         # Whether the provider could not be reached, or is not ready yet, at its newest failure; of a dead
         # one, at any failure since it died, or at that by which it died.
         self.unreachable = False
+        # How many instances ask the provider, and have a breaker of their own: they share the trials.
+        self.instances = 1
         self._first_events: deque[float] = deque(maxlen=FIRST_EVENTS)
         self._last_success = -inf
         # Since the last success: the failures, and the time at which the first of them began.
@@ -95,7 +98,7 @@ class Breaker:
         """
         if not self.dead:
             return 0.0
-        if self._trials >= (1 if alternative else MAX_TRIALS):
+        if self._trials >= (1 if alternative else max(1, MAX_TRIALS // self.instances)):
             return inf
         due = self._next_spared_trial if alternative else 0.0
         return max(0.0, max(due, self._next_trial) - self._clock())
@@ -117,7 +120,7 @@ class Breaker:
         if not self.dead:
             return False
         self._trials += 1
-        self._next_trial = self._clock() + TRIAL_INTERVAL
+        self._next_trial = self._clock() + TRIAL_INTERVAL * self.instances
         return True
 
     def succeeded(self, seconds: float, *, trial: bool) -> bool:
@@ -160,10 +163,24 @@ class Breaker:
         self._failures += 1
         if not self._lifeless():
             return False
-        self.dead = True
-        self._interval = TRIAL_INTERVAL
-        self._next_trial = self._next_spared_trial = self._clock() + TRIAL_INTERVAL
+        self._die()
         return True
+
+    def told_dead(self, *, unreachable: bool) -> bool:
+        """Learn that another instance has found the provider dead; return whether that is news."""
+        if self.dead:
+            return False
+        self.unreachable = unreachable
+        self._die()
+        return True
+
+    def told_alive(self) -> bool:
+        """Learn that the provider has answered another instance; return whether it was dead."""
+        was_dead = self.dead
+        if was_dead:
+            self._forget()
+        self._failures = 0
+        return was_dead
 
     def unsure(self, *, trial: bool) -> None:
         """Note the end of an attempt that proves nothing: its client left, or the fault is not ours."""
@@ -174,6 +191,13 @@ class Breaker:
         self._forget()
         self._first_events.clear()
         self._last_success = -inf
+
+    def _die(self) -> None:
+        self.dead = True
+        self._interval = TRIAL_INTERVAL
+        # Instances that hear of it at the same time do not all try at the same time.
+        first = TRIAL_INTERVAL * random.uniform(1, self.instances)  # noqa: S311 - jitter
+        self._next_trial = self._next_spared_trial = self._clock() + first
 
     def _lifeless(self) -> bool:
         """Return whether nothing has succeeded for so long, and so often, that the provider is dead."""

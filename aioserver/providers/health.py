@@ -47,6 +47,8 @@ class Health:
         self._meter = meter
         self._clock = clock
         self.breaker = Breaker(clock)
+        # Called when the provider is found dead, and with False when it has answered again.
+        self.on_death: Callable[[bool], None] = _nobody_else
         self._flagged_until = 0.0
         # Whether the provider has answered well with the key of its present settings.
         self._key_accepted = False
@@ -119,7 +121,10 @@ class Health:
     def answered(self, seconds: float, *, trial: bool) -> bool:
         """Learn that an attempt has its first event, after *seconds*; return whether that ends a death."""
         self._key_accepted = True
-        return self.breaker.succeeded(seconds, trial=trial)
+        revived = self.breaker.succeeded(seconds, trial=trial)
+        if revived:
+            self.on_death(False)
+        return revived
 
     def attempt_failed(
         self, exc: BaseException, began: float, *, trial: bool, answered: bool
@@ -141,9 +146,12 @@ class Health:
         if not exc.breaker_failure:
             self.breaker.unsure(trial=trial)
             return False
-        return self.breaker.failed(
+        died = self.breaker.failed(
             began, trial=trial, answered=answered, unreachable=exc.unreachable
         )
+        if died:
+            self.on_death(True)
+        return died
 
     def reset(self, *, new_address: bool, new_key: bool) -> None:
         """Forget what new settings make doubtful; a key that was refused is tried again."""
@@ -157,3 +165,7 @@ class Health:
     def remove(self) -> None:
         """Note that the provider was removed from the configuration: it is asked no more."""
         self._removed, self._flagged_until = True, inf
+
+
+def _nobody_else(_dead: bool) -> None:
+    """Tell nobody: this instance alone asks the provider."""

@@ -52,11 +52,15 @@ class Pace:
         clock: Callable[[], float] = time.monotonic,
         *,
         tokens_per_minute: int = 0,
+        make_rate: Callable[[float, float], Gcra] | None = None,
     ) -> None:
         self._clock = clock
-        self._starts = Gcra(60.0 / per_minute, _tolerance(per_minute, burst), clock)
+        rate = 60.0 / per_minute, _tolerance(per_minute, burst)
+        self._starts = Gcra(*rate, clock) if make_rate is None else make_rate(*rate)
         self._tokens = _token_rate(tokens_per_minute, clock)
         self._closed_until = 0.0
+        # Called with the seconds for which the provider wants to be left alone.
+        self.on_cooling: Callable[[float], None] = _nobody_else
         self._slow_interval, self._slow_until = 0.0, 0.0
         self.per_minute = per_minute
 
@@ -107,6 +111,12 @@ class Pace:
 
     def cool_down(self, seconds: float) -> None:
         """Start nothing for *seconds*, as the provider asks, then at half the pace for as long."""
+        self.told_cooling(seconds)
+        if seconds > 0:
+            self.on_cooling(min(seconds, MAX_COOLING))
+
+    def told_cooling(self, seconds: float) -> None:
+        """Do what `cool_down` does, since the provider has asked another instance for it."""
         now = self._clock()
         wait = min(max(0.0, seconds), MAX_COOLING) * (1 + JITTER * random.random())  # noqa: S311
         self._closed_until = max(self._closed_until, now + wait)
@@ -158,6 +168,10 @@ class Pace:
         """Return the seconds between two starts at the present rate."""
         interval = self._starts.interval
         return max(interval, self._slow_interval) if now < self._slow_until else interval
+
+
+def _nobody_else(_seconds: float) -> None:
+    """Tell nobody: this instance alone asks the provider."""
 
 
 def _tolerance(per_minute: int, burst: int) -> float:

@@ -27,7 +27,7 @@ from aioserver.providers.pools import Pools
 from aioserver.providers.provider_stats import PaceStats, ProviderStats
 from aioserver.providers.queueing import ProviderGate, TrialPlace
 from aioserver.providers.silence import measure
-from aioserver.providers.token_estimate import expected_tokens, real_tokens
+from aioserver.providers.token_estimate import charge_difference, expected_tokens
 from aioserver.telemetry.metrics import ProviderMeter
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from aioserver.errors import AioserverError
     from aioserver.limits.gate import Place
     from aioserver.providers.attempt import Attempt
+    from aioserver.providers.queueing import GateFactory
     from aioserver.streams.stream import Stream
 
 # An attempt that can fail over does so if nothing can start at its provider for more than these seconds.
@@ -60,6 +61,7 @@ class Provider:
         max_response_bytes: int,
         meter: ProviderMeter | None = None,
         clock: Callable[[], float] = time.monotonic,
+        make_gate: GateFactory = ProviderGate,
     ) -> None:
         self.name = settings.name
         self.settings = settings
@@ -72,7 +74,7 @@ class Provider:
         self.max_response_bytes = max_response_bytes
         self._clock = clock
         self.health = Health(settings.name, self.meter, clock)
-        self._gate = ProviderGate(settings.name, settings.http_client, self.health, clock)
+        self._gate = make_gate(settings.name, settings.http_client, self.health, clock)
         self._pace = self._gate.pace
         self.backpressure = Backpressure(lambda: self._gate.waiting)
         self.absence = Absence(settings, self.health, self._gate, clock)
@@ -342,7 +344,8 @@ class Provider:
         if self._drained is not None and not self._gate.inside:
             self._drained.set()
         if attempt.expected_tokens:
-            self._correct_estimate(attempt, exc)
+            charge_difference(attempt, self.settings, self._pace, failed=exc is not None)
+            self._gate.serve()
         attempt.request.record.on_answer = None
         if exc is None and not attempt.answered:
             # An answer in one piece has no first event.
@@ -369,13 +372,6 @@ class Provider:
         if trial:
             # Another trial may start now.
             self._gate.serve()
-
-    def _correct_estimate(self, attempt: Attempt, exc: BaseException | None) -> None:
-        """Charge the difference between the estimated tokens of *attempt* and its real ones."""
-        tokens = real_tokens(attempt, self.settings, failed=exc is not None)
-        self._pace.charge(tokens - attempt.expected_tokens)
-        attempt.expected_tokens = 0
-        self._gate.serve()
 
     def _outdated(self, attempt: Attempt) -> bool:
         """Return whether *attempt* was sent by former settings, perhaps with another key or address."""

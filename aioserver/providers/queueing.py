@@ -15,6 +15,7 @@ from math import inf
 from typing import TYPE_CHECKING
 
 from aioserver.limits.gate import Gate, GateStats, Place
+from aioserver.limits.gcra import Gcra
 from aioserver.provider_errors import ProviderPaced, ProviderQueueFull, ProviderQueueTimeout
 from aioserver.providers.pace import Pace
 
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from aioserver.limits.waiter import Waiter
     from aioserver.providers.breaker import Breaker
     from aioserver.providers.health import Health
+
+    # Called as `ProviderGate` is.
+    GateFactory = Callable[[str, HttpClient, Health, Callable[[], float]], "ProviderGate"]
 
 
 class TrialPlace(Place):
@@ -72,6 +76,7 @@ class ProviderGate(Gate):
         self._name = name
         self._limits = limits
         self._health = health
+        self._clock = clock
         # The parked requests, each done when it may come back, with the time at which its wait began.
         self._parked: dict[asyncio.Future[None], float] = {}
         # The attempts under way whose requests have waited, and come back if the provider is still away;
@@ -82,6 +87,7 @@ class ProviderGate(Gate):
             _burst(limits),
             clock,
             tokens_per_minute=limits.tokens_per_minute,
+            make_rate=self._make_rate,
         )
         super().__init__(
             limits.concurrent_requests,
@@ -169,6 +175,14 @@ class ProviderGate(Gate):
             # A refusal is in this future, and its traceback leads to this frame.
             del over
 
+    def told_cooling(self, seconds: float, failover_wait: float) -> None:
+        """Start nothing for *seconds*, since the provider has asked another instance to be left alone.
+
+        Waiters that may fail over are refused as by `refuse_late`.
+        """
+        self.pace.told_cooling(seconds)
+        self.refuse_late(failover_wait)
+
     def resume(self) -> None:
         """Let the requests in that wait, since the provider is back."""
         for over in self._parked:
@@ -197,6 +211,9 @@ class ProviderGate(Gate):
             return stats
         longest = self._clock() - min(self._parked.values())
         return replace(stats, oldest_wait=max(stats.oldest_wait, longest))
+
+    def _make_rate(self, interval: float, tolerance: float) -> Gcra:
+        return Gcra(interval, tolerance, self._clock)
 
     def _handed_over(self, waiter: Waiter[Place]) -> None:
         if waiter.rejoined or self._health.breaker.dead:

@@ -13,11 +13,13 @@ from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
 from aioserver.providers.provider import Provider
+from aioserver.providers.queueing import ProviderGate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from aioserver.config import settings
+    from aioserver.providers.queueing import GateFactory
     from aioserver.telemetry.metrics import Metrics
 
 logger = logging.getLogger("aioserver.providers")
@@ -30,8 +32,9 @@ class ProviderRegistry:
     provider has a task, which closes it when its last attempt has ended. `close` closes all of them.
     """
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Metrics, make_gate: GateFactory = ProviderGate) -> None:
         self._metrics = metrics
+        self._make_gate = make_gate
         self._providers: dict[str, Provider] = {}
         # The providers that were removed, each with the task that closes it.
         self._draining: dict[Provider, asyncio.Task[None]] = {}
@@ -81,6 +84,7 @@ class ProviderRegistry:
                     base_url,
                     max_response_bytes=max_response_bytes,
                     meter=self._metrics.providers[name],
+                    make_gate=self._make_gate,
                 )
                 changed.append(provider)
             providers[name] = provider

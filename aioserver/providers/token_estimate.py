@@ -9,6 +9,7 @@ from aioserver.telemetry.request_log import MAX_TOKENS
 if TYPE_CHECKING:
     from aioserver.config import settings
     from aioserver.providers.attempt import Attempt
+    from aioserver.providers.pace import Pace
 
 # Bytes of a request for each of its tokens, as an estimate.
 BYTES_PER_TOKEN = 4
@@ -22,6 +23,14 @@ def expected_tokens(attempt: Attempt, provider: settings.Provider) -> int:
     prompt = len(attempt.request.body(provider)) // BYTES_PER_TOKEN
     # At most a minute's worth: a body with a picture has far fewer tokens than its bytes say.
     return min(prompt + (provider.max_tokens or 0), limit)
+
+
+def charge_difference(
+    attempt: Attempt, provider: settings.Provider, pace: Pace, *, failed: bool
+) -> None:
+    """Charge *pace* with the difference between the estimated tokens of *attempt* and its real ones."""
+    pace.charge(real_tokens(attempt, provider, failed=failed) - attempt.expected_tokens)
+    attempt.expected_tokens = 0
 
 
 def real_tokens(attempt: Attempt, provider: settings.Provider, *, failed: bool) -> int:

@@ -14,13 +14,13 @@ import logging
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from aiohttp import web
 
 from aioserver.auth.access import Access
 from aioserver.auth.guard import Guard, Policy
-from aioserver.auth.keys import pepper_of
+from aioserver.auth.keys import pepper_of, quota_of
 from aioserver.auth.origins import Origins
 from aioserver.faces import openai, pages, responses, session, sse, status, websocket
 from aioserver.faces.admission import Admission
@@ -28,12 +28,15 @@ from aioserver.faces.context import Context, CurrentSettings, Lifecycle
 from aioserver.faces.http import Request
 from aioserver.gateway.calls import shutdown_error
 from aioserver.gateway.conversations import Conversations
+from aioserver.gateway.elsewhere import Instances
 from aioserver.gateway.gateway import Gateway
 from aioserver.gateway.router import Router
+from aioserver.limits.gate import Gate
 from aioserver.limits.timer_wheel import TimerWheel
 from aioserver.monitoring import prometheus
 from aioserver.monitoring.monitor import Monitor
 from aioserver.monitoring.snapshot import Sources
+from aioserver.providers.queueing import ProviderGate
 from aioserver.providers.registry import ProviderRegistry
 from aioserver.server.middleware import make_middleware
 from aioserver.streams.fast_path import Outbox
@@ -44,12 +47,16 @@ from aioserver.telemetry.request_log import RequestLog
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable, Mapping
 
     from aiohttp.typedefs import Handler, Middleware
 
     from aioserver.config import Configuration
-    from aioserver.config.settings import Concurrency, Settings
+    from aioserver.config.settings import ClientKey, Concurrency, HttpClient, Settings
+    from aioserver.limits.quota import Quota
+    from aioserver.providers.health import Health
+    from aioserver.providers.provider import Provider
+    from aioserver.server.slot import Slot
 
 logger = logging.getLogger("aioserver.app")
 
@@ -61,7 +68,8 @@ WHEEL_GRAIN = 20
 class Server:
     """A running server. Its faces may use what is in *context*; only server/ needs the rest.
 
-    *listening*: the sockets on which it listens; the runner fills the list.
+    *listening*: the sockets on which it listens; the runner fills the list. *slot*: that of this process, where
+    several serve.
     """
 
     app: web.Application
@@ -72,6 +80,14 @@ class Server:
     conversations: Conversations
     lag: LoopLag
     listening: list[socket.socket]
+    slot: Slot | None = None
+
+    @property
+    def waiting(self) -> int:
+        """How many connections and requests wait for a place, here or at a provider."""
+        providers = self.provider_registry.providers.values()
+        queues = sum(provider.stats().queue.waiting for provider in providers)
+        return self.context.admission.gate.waiting + queues
 
     def drain(self) -> None:
         """Refuse new work: requests that wait, idle sockets and answers without a reader end."""
@@ -84,13 +100,48 @@ class Server:
             open_socket.drain()
 
 
+class OtherInstances(Instances, Protocol):
+    """The streams of other instances, as the server opens and closes them."""
+
+    def serve(self, gateway: Gateway) -> None:
+        """Let other instances read the streams of *gateway*."""
+
+    async def close(self) -> None:
+        """Give others what has ended here, and leave them; the gateway was closed before."""
+
+
+class Cluster(Protocol):
+    """What several instances share: see `cluster.membership.Membership`."""
+
+    def make_gate(
+        self, name: str, limits: HttpClient, health: Health, clock: Callable[[], float]
+    ) -> ProviderGate:
+        """Return the gate of a provider."""
+
+    def make_quota(self, key: ClientKey, elsewhere: Callable[[int], int] | None) -> Quota:
+        """Return the quota of a key."""
+
+    def streams(self, store: StreamStore, conversations: Conversations) -> OtherInstances:
+        """Return what knows the streams of other instances."""
+
+    def serve(self, providers: Callable[[], Mapping[str, Provider]], monitor: Monitor) -> None:
+        """Let what others tell reach *providers*, and operators read in *monitor* how the cluster is."""
+
+
 @asynccontextmanager
 async def open_server(
-    settings: Settings, app: web.Application | None = None
+    settings: Settings,
+    app: web.Application | None = None,
+    *,
+    pepper: bytes | None = None,
+    slot: Slot | None = None,
+    cluster: Cluster | None = None,
 ) -> AsyncIterator[Server]:
     """Make the server, and add its routes to *app*, or to a new application. Close it at the end.
 
-    *app* must not be frozen yet.
+    *app* must not be frozen yet. *pepper* is the secret of browser sessions; see `pepper_of`. *slot*: that of this
+    process, where several serve the same sockets. *cluster*: what this instance shares with others; None if it is the only
+    one.
 
     Raises:
         ConfigurationError: a provider cannot be used as it is configured.
@@ -102,12 +153,25 @@ async def open_server(
     current = CurrentSettings(settings)
     lifecycle = Lifecycle()
     listening: list[socket.socket] = []
-    access = Access(settings.auth, pepper_of(llm))
+    access = Access(
+        settings.auth,
+        pepper_of(llm) if pepper is None else pepper,
+        quota_of if cluster is None else cluster.make_quota,
+        None if slot is None else slot.key_counts.counter,
+    )
     origins = Origins(chat.websocket.allow_origins, credentials=chat.websocket.allow_credentials)
     guard = Guard(access, origins)
-    admission = Admission(chat.websocket.concurrency, metrics, chat.streams.send_timeout)
+    admission = Admission(
+        chat.websocket.concurrency,
+        metrics,
+        chat.streams.send_timeout,
+        gate=Gate if slot is None else slot.gate,
+    )
     async with AsyncExitStack() as stack:
-        provider_registry = ProviderRegistry(metrics)
+        if slot is not None:
+            stack.callback(slot.close)
+        make_gate = ProviderGate if cluster is None else cluster.make_gate
+        provider_registry = ProviderRegistry(metrics, make_gate)
         stack.push_async_callback(provider_registry.close)
         await provider_registry.prepare(llm)
         provider_registry.apply(llm, max_response_bytes=chat.streams.max_response_bytes)
@@ -120,10 +184,16 @@ async def open_server(
         conversations = Conversations(service.context, service.repository.persistence)
         lag = LoopLag(loop, metrics.loop_lag)
         stack.callback(lag.close)
+        instances = None if cluster is None else cluster.streams(streams, conversations)
+        if instances is not None:
+            stack.push_async_callback(instances.close)
+        request_log = RequestLog(metrics, lag)
         gateway = Gateway(
-            router, streams, conversations, service, chat.streams, RequestLog(metrics, lag)
+            router, streams, conversations, service, chat.streams, request_log, instances
         )
         stack.push_async_callback(gateway.close)
+        if instances is not None:
+            instances.serve(gateway)
         wheel = TimerWheel(loop, min(1.0, chat.websocket.ping_interval / WHEEL_GRAIN))
         stack.callback(wheel.close)
         sources = Sources(
@@ -140,6 +210,8 @@ async def open_server(
         )
         monitor = Monitor(sources)
         stack.callback(monitor.close)
+        if cluster is not None:
+            cluster.serve(lambda: provider_registry.providers, monitor)
         context = Context(
             settings=current,
             lifecycle=lifecycle,
@@ -154,7 +226,7 @@ async def open_server(
             sockets=set(),
             metrics=metrics,
             monitor=monitor,
-            registry=prometheus.registry(sources, monitor.fresh),
+            registry=prometheus.registry(metrics.families, monitor.fresh, listening),
         )
         middleware, add_headers = make_middleware(current, guard, origins, context.admission)
         app.middlewares.append(middleware)
@@ -174,6 +246,7 @@ async def open_server(
                 conversations=conversations,
                 lag=lag,
                 listening=listening,
+                slot=slot,
             )
         finally:
             lifecycle.ready = False

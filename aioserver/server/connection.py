@@ -136,13 +136,16 @@ class ConnectionServer(web.Server):
         """Make connections with *options* of `RequestHandler` from now on."""
         self._kwargs.update(options)
 
-    def drain(self) -> None:
-        """Let no connection live longer than the response under way on it."""
+    def drain(self, *, silent: bool = False) -> None:
+        """Let no connection live longer than the response under way on it.
+
+        *silent*: connections that have brought no request end as soon as those that wait for their next.
+        """
         self._draining = True
         for connection in self.connections:
             assert isinstance(connection, Connection)
             connection.last = True
-            if connection.requests and connection.idle:
+            if (connection.requests or silent) and connection.idle:
                 connection.close_soon()
 
     async def wait_closed(self, seconds: float, *, silent: bool = False) -> None:

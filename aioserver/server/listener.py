@@ -12,14 +12,14 @@ import socket
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from aiohttp import web
 
 from aioserver.telemetry.kernel import accept_queue
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from aioserver.config.settings import WebSocket
 
@@ -32,21 +32,90 @@ KERNEL_PATIENCE = 1.0
 MAX_PATIENCE = 2**31 - 1
 # Unsent bytes that the kernel keeps for a client that reads nothing; by itself it keeps 4 MiB.
 MAX_NOT_SENT = 1 << 17
+# How the configured host is looked up.
+LOOK_UP: dict[str, Any] = {"type": socket.SOCK_STREAM, "flags": socket.AI_PASSIVE}
+# Iterations of the loop in which asyncio has made a connection of what it has accepted: it takes one.
+MAX_TURNS = 10
 SOMAXCONN = Path("/proc/sys/net/core/somaxconn")
 
 
-class UnixSite(web.SockSite):
-    """A site on a UNIX socket that was passed on: its file is not removed at the end."""
+class ListeningSocket(socket.socket):
+    """A socket that counts what is accepted, and accepts nothing while it is *paused*.
+
+    For asyncio's loop alone, which accepts by this class; libuv does not.
+    """
+
+    accepted = 0
+    paused = False
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        """Return the next connection, and its address.
+
+        Raises:
+            BlockingIOError: there is none, or the socket is paused.
+        """
+        if self.paused:
+            raise BlockingIOError
+        connection = super().accept()
+        self.accepted += 1
+        return connection
+
+
+class Site(web.SockSite):
+    """A site on a TCP socket, or on a UNIX socket whose file is not removed at the end.
+
+    Always: each connection that it has accepted becomes one of the runner's.
+    """
+
+    _sock: ListeningSocket
+
+    def __init__(self, runner: web.AppRunner, sock: ListeningSocket, *, backlog: int) -> None:
+        super().__init__(runner, sock, backlog=backlog)
+        # How many connections were made of those that the socket has accepted.
+        self._made = 0
 
     async def start(self) -> None:
         """Accept connections. aiohttp's own sites know TCP only, or remove the file at the end."""
         await web.BaseSite.start(self)
-        assert self._runner.server is not None
         loop = asyncio.get_running_loop()
-        keep: dict[str, Any] = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
-        self._server = await loop.create_unix_server(
-            self._runner.server, sock=self._sock, backlog=self._backlog, **keep
-        )
+        if self._sock.family == socket.AF_UNIX:
+            keep: dict[str, Any] = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
+            self._server = await loop.create_unix_server(
+                self._make, sock=self._sock, backlog=self._backlog, **keep
+            )
+        else:
+            self._server = await loop.create_server(
+                self._make, sock=self._sock, backlog=self._backlog
+            )
+
+    def pause(self) -> None:
+        """Accept nothing more on asyncio's loop, which tries again and again until `stop` is called."""
+        self._sock.paused = True
+
+    async def stop(self) -> None:
+        """Accept no more connections, and close the socket.
+
+        asyncio makes a connection of an accepted socket in the next iteration of the loop, and if its server
+        is closed by then, it drops the socket without a word: the client would wait for ever.
+        """
+        self.pause()
+        for _ in range(MAX_TURNS):
+            if self._made >= self._sock.accepted:
+                break
+            await asyncio.sleep(0)
+        await super().stop()
+
+    def _make(self) -> asyncio.Protocol:
+        self._made += 1
+        assert self._runner.server is not None
+        return self._runner.server()
+
+
+class Balance(Protocol):
+    """Decides when this process accepts connections, where several do."""
+
+    async def accept_on(self, runner: web.AppRunner, sock: ListeningSocket, backlog: int) -> None:
+        """Accept for *runner* what comes on *sock*, which listens already, and close it at the end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +134,7 @@ class Listening:
     @property
     def url(self) -> str:
         """The address for a browser."""
-        if not self.port:
-            return f"unix:{self.host}"
-        return (
-            f"http://[{self.host}]:{self.port}"
-            if ":" in self.host
-            else f"http://{self.host}:{self.port}"
-        )
+        return url_of(self.host, self.port)
 
 
 async def listen(
@@ -80,11 +143,14 @@ async def listen(
     *,
     send_timeout: float = 10.0,
     inherited: Sequence[socket.socket] = (),
+    balance: Balance | None = None,
 ) -> list[Listening]:
     """Listen on every address of the configured host, with the configured backlog.
 
     *inherited*: sockets that are bound and listen already. If there are any, host and port are
     not used; connections that wait in them are answered, and the sockets are closed at the end.
+
+    *balance* decides when this process accepts; the sockets listen already then, and other processes accept as well.
 
     *send_timeout*: the kernel aborts a connection whose client acknowledges nothing for one second
     more than that, also when it only remains to be closed (`TCP_USER_TIMEOUT`, which accepted sockets
@@ -95,14 +161,21 @@ async def listen(
     """
     backlog = settings.concurrency.uvicorn.backlog
     loop = asyncio.get_running_loop()
-    bound = list(inherited) or await _bound(loop, settings.host, settings.port)
+    if inherited:
+        bound = list(inherited)
+    else:
+        infos = await loop.getaddrinfo(settings.host, settings.port, **LOOK_UP)
+        bound = bind(settings.host, settings.port, infos)
     listening = []
-    for sock in bound:
-        site = UnixSite if sock.family == socket.AF_UNIX else web.SockSite
+    for plain in bound:
+        sock = ListeningSocket(plain.family, plain.type, plain.proto, fileno=plain.detach())
         limit_kernel(sock, send_timeout)
         sock.setblocking(False)
-        for watched in (sock, *(sock.dup() for _ in range(_watchers(loop) - 1))):
-            await site(runner, watched, backlog=backlog).start()
+        if balance is not None:
+            await balance.accept_on(runner, sock, backlog)
+        else:
+            for watched in (sock, *(sock.dup() for _ in range(watchers(loop) - 1))):
+                await Site(runner, watched, backlog=backlog).start()
         host, port = address_of(sock)
         queue = accept_queue(sock)
         listening.append(Listening(host, port, backlog, queue.limit if queue else None, sock))
@@ -110,7 +183,7 @@ async def listen(
     return listening
 
 
-def _watchers(loop: asyncio.AbstractEventLoop) -> int:
+def watchers(loop: asyncio.AbstractEventLoop) -> int:
     """Return how often *loop* has to watch one listening socket.
 
     uvloop accepts one connection for each watcher and iteration of the loop. Under load an iteration is
@@ -120,13 +193,8 @@ def _watchers(loop: asyncio.AbstractEventLoop) -> int:
     return UVLOOP_WATCHERS if type(loop).__module__.startswith("uvloop") else 1
 
 
-async def _addresses(
-    loop: asyncio.AbstractEventLoop, host: str, port: int
-) -> Sequence[tuple[int, str]]:
-    addresses = await loop.getaddrinfo(
-        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )
-    unique = dict.fromkeys((family, str(address[0])) for family, *_, address in addresses)
+def _addresses(host: str, infos: Iterable[tuple[Any, ...]]) -> Sequence[tuple[int, str]]:
+    unique = dict.fromkeys((family, str(address[0])) for family, *_, address in infos)
     # A machine may have no IPv6, although its hosts file has such an address for localhost.
     if host == "localhost":
         unique = {
@@ -135,15 +203,17 @@ async def _addresses(
     return list(unique)
 
 
-async def _bound(loop: asyncio.AbstractEventLoop, host: str, port: int) -> list[socket.socket]:
+def bind(host: str, port: int, infos: Iterable[tuple[Any, ...]]) -> list[socket.socket]:
     """Return a bound socket for each address of *host*, all on one port.
+
+    *infos*: what getaddrinfo(3) says of the host, looked up as LOOK_UP says.
 
     Raises:
         OSError: one address cannot be bound; no socket is left open then.
     """
     bound: list[socket.socket] = []
     try:
-        for family, address in await _addresses(loop, host, port):
+        for family, address in _addresses(host, infos):
             bound.append(_bind(family, address, port))
             # Port 0 stands for any free port, but for the same one at all addresses.
             port = port or bound[0].getsockname()[1]
@@ -193,6 +263,13 @@ def address_of(sock: socket.socket) -> tuple[str, int]:
     if isinstance(name, bytes):
         return f"@{name[1:].decode(errors='replace')}", 0
     return name, 0
+
+
+def url_of(host: str, port: int) -> str:
+    """Return the address for a browser of a listening socket that `address_of` names."""
+    if not port:
+        return f"unix:{host}"
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _log(listening: Sequence[Listening]) -> None:

@@ -54,6 +54,18 @@ def check_interpreter() -> None:
         )
 
 
+def check_workers() -> None:
+    """Refuse several workers where the system lacks what their parent needs.
+
+    Raises:
+        Unfit: this is no Linux.
+    """
+    if not hasattr(os, "memfd_create"):
+        raise Unfit(
+            "several workers need Linux: set chat.websocket.concurrency.uvicorn.workers to 1", 2
+        )
+
+
 def wanted_files(settings: Settings) -> int:
     """Return the number of descriptors that all limits of *settings* together may need."""
     limits = settings.chat.websocket.concurrency

@@ -26,13 +26,14 @@ from aioserver.server.app import log_limits
 from aioserver.telemetry import logs
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from typing import NoReturn
 
     from aioserver.config.settings import Auth, Settings
     from aioserver.server.app import Server
     from aioserver.server.runner import Runner
     from aioserver.server.systemd import Notifier
+    from aioserver.server.workers import Worker
 
 logger = logging.getLogger("aioserver.reload")
 
@@ -56,6 +57,7 @@ class Reload:
     Always: one reload runs at a time; `ask` during a reload causes another one after it.
 
     *hosts*: the addresses of inherited sockets; None if the server listens on the configured one.
+    *worker*: what this process is among several; None if it serves alone.
     """
 
     def __init__(
@@ -67,16 +69,20 @@ class Reload:
         *,
         hosts: Sequence[str] | None = None,
         notifier: Notifier | None = None,
+        worker: Worker | None = None,
     ) -> None:
         self._server = server
         self._runner = runner
         self._hosts = hosts
         self._notifier = notifier
+        self._worker = worker
         self.source = configuration.source
         self._environ = environ
         # The settings with which sockets and routes were made.
         self._at_start = configuration.settings
         self._current = configuration.settings
+        if worker is not None:
+            self._current = worker.settings(self._current)
         self._asked = asyncio.Event()
 
     def ask(self) -> None:
@@ -97,8 +103,12 @@ class Reload:
     async def once(self) -> bool:
         """Read the configuration and apply it now. Return whether it is in effect."""
         try:
-            configuration = await asyncio.to_thread(self._read)
+            configuration = await asyncio.to_thread(
+                read_again, self.source, self._environ, self._hosts, self._at_start
+            )
             settings = self._with_fixed_paths(configuration.settings)
+            if self._worker is not None:
+                settings = self._worker.settings(settings)
             few_files = _raise_file_limit(settings)
             await self._server.provider_registry.prepare(settings.llm)
             self._apply(settings)
@@ -115,12 +125,12 @@ class Reload:
             logger.exception("the configuration was not applied")
             self._report("failed", "the configuration was not applied: see the log", "error")
             return False
-        for warning in (*configuration.warnings, *few_files):
+        for warning in few_files:
             logger.warning("%s", warning)
-        for setting in configuration.not_enforced():
-            logger.warning("not in effect yet: %s", setting)
-        for key in ONLY_BY_RESTART:
-            if attrgetter(key)(configuration.settings) != attrgetter(key)(self._at_start):
+        # A parent says the rest once for all.
+        if self._worker is None:
+            log_remarks(configuration)
+            for key in only_by_restart(configuration.settings, self._at_start):
                 logger.warning("%s has changed, and stays as it was until a restart", key)
         changed = ", ".join(changes(self._current, settings)) or "nothing has changed"
         self._current = settings
@@ -132,31 +142,6 @@ class Reload:
         context = self._server.context
         context.metrics.reloads[outcome].value += 1
         context.monitor.incident("reload", text, severity=severity)
-
-    def _read(self) -> Configuration:
-        """Return the configuration as it is in the file now.
-
-        Raises:
-            ConfigurationError: the configuration cannot be used.
-        """
-        try:
-            regular = stat.S_ISREG(os.stat(self.source).st_mode)  # noqa: PTH116
-        except OSError:
-            # `load` says why.
-            regular = True
-        # A pipe was read to its end before, and reading it again would wait.
-        if not regular:
-            raise ConfigurationError([f"{self.source}: is no file that can be read again"])
-        configuration = Configuration.load(self.source, environ=self._environ, again=True)
-        hosts = self._hosts
-        # The address on which it listens now, and the one on which it would after a restart.
-        if hosts is None:
-            hosts = (
-                self._at_start.chat.websocket.host,
-                configuration.settings.chat.websocket.host,
-            )
-        configuration.check_usable(hosts)
-        return configuration
 
     def _with_fixed_paths(self, settings: Settings) -> Settings:
         """Return *settings* with the paths of the faces as they are: clients use them."""
@@ -189,6 +174,47 @@ class Reload:
         logs.apply(settings.logging)
         if chat.websocket.concurrency != self._current.chat.websocket.concurrency:
             log_limits(chat.websocket.concurrency)
+
+
+def read_again(
+    source: str, environ: Mapping[str, str], hosts: Sequence[str] | None, at_start: Settings
+) -> Configuration:
+    """Return the configuration as it is in the file *source* now.
+
+    *hosts*: the addresses of inherited sockets; None if the server listens on the one of *at_start*.
+
+    Raises:
+        ConfigurationError: the configuration cannot be used.
+    """
+    try:
+        regular = stat.S_ISREG(os.stat(source).st_mode)  # noqa: PTH116
+    except OSError:
+        # `load` says why.
+        regular = True
+    # A pipe was read to its end before, and reading it again would wait.
+    if not regular:
+        raise ConfigurationError([f"{source}: is no file that can be read again"])
+    configuration = Configuration.load(source, environ=environ, again=True)
+    # The address on which it listens now, and the one on which it would after a restart.
+    if hosts is None:
+        hosts = (at_start.chat.websocket.host, configuration.settings.chat.websocket.host)
+    configuration.check_usable(hosts)
+    return configuration
+
+
+def log_remarks(configuration: Configuration) -> None:
+    """Log what the author of *configuration* should know."""
+    for warning in configuration.warnings:
+        logger.warning("%s", warning)
+    for setting in configuration.not_enforced():
+        logger.warning("not in effect yet: %s", setting)
+
+
+def only_by_restart(
+    settings: Settings, began: Settings, keys: Sequence[str] = ONLY_BY_RESTART
+) -> Iterator[str]:
+    """Yield those of *keys* that differ from the settings with which the server *began*."""
+    return (key for key in keys if attrgetter(key)(settings) != attrgetter(key)(began))
 
 
 def _raise_file_limit(settings: Settings) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from aiohttp.web_urldispatcher import MatchInfoError
 from aioserver.auth.callers import ADDRESS
 from aioserver.faces.http import Request, request_id
 from aioserver.server import listener
-from aioserver.server.connection import ConnectionServer
+from aioserver.server.connection import LAST_CALL, ConnectionServer
 
 if TYPE_CHECKING:
     import socket
@@ -46,6 +46,10 @@ MAX_HEADERS = 128
 FAREWELL = 2.0
 # Seconds for which the unread body of an answered request is read on, so that the response arrives.
 LINGERING = 1.0
+# Seconds beside LAST_CALL in which the requests are served that a connection's last call has brought.
+LAST_REQUESTS = 0.3
+# Seconds between two looks at the queues of a process that hands over.
+LOOK = 0.05
 
 
 class AccessLogger(AbstractAccessLogger):
@@ -134,11 +138,17 @@ class Runner(web.AppRunner):
         Raises:
             OSError: the address is in use, or is not one of this machine.
         """
-        chat = self._owner.context.settings.chat
+        chat, slot = self._owner.context.settings.chat, self._owner.slot
         listening = await listener.listen(
-            self, chat.websocket, send_timeout=chat.streams.send_timeout, inherited=inherited
+            self,
+            chat.websocket,
+            send_timeout=chat.streams.send_timeout,
+            inherited=inherited,
+            balance=None if slot is None else slot.balance,
         )
         self._owner.listening.extend(entry.sock for entry in listening)
+        if slot is not None:
+            slot.start()
         return listening
 
     def apply(self, chat: Chat) -> None:
@@ -147,8 +157,14 @@ class Runner(web.AppRunner):
         for sock in self._owner.listening:
             listener.limit_kernel(sock, chat.streams.send_timeout)
 
-    async def end(self) -> None:
+    async def end(self, *, hand_over: bool = False, at_once: bool = False) -> None:
         """Stop serving in good order; call it before `cleanup`.
+
+        *hand_over*: other processes go on to accept connections from the same sockets. Before this one
+        refuses anything, its connections end, each with an answer; what comes on them meanwhile is
+        served, and what waits gets its turn, for half of `shutdown_timeout`.
+
+        *at_once*: the port is given up without `drain_delay`, since another server may be waiting for it.
 
         First the server is not ready, but still takes work (`drain_delay`). Then it accepts no more
         connections and refuses new work: requests that wait are refused, idle connections close,
@@ -161,19 +177,46 @@ class Runner(web.AppRunner):
         """
         context, connections = self._owner.context, self._connections()
         settings = context.settings.chat.websocket
-        context.lifecycle.ready = False
-        context.monitor.incident("shutdown", "the server is stopping", severity="info")
-        if settings.drain_delay:
+        grace = settings.shutdown_timeout
+        if hand_over:
+            text = "this process is replaced by another one"
+        else:
+            context.lifecycle.ready = False
+            text = "the server is stopping"
+        context.monitor.incident("shutdown", text, severity="info")
+        if settings.drain_delay and not (hand_over or at_once):
             await asyncio.sleep(settings.drain_delay)
-        for site in list(self.sites):
-            await site.stop()
+        await self._stop_accepting()
         # A connection that is accepted in this iteration of the event loop is known after it.
         await asyncio.sleep(0)
-        connections.drain()
+        connections.drain(silent=hand_over)
+        if hand_over:
+            await asyncio.sleep(LAST_CALL + LAST_REQUESTS)
+            grace -= await self._queues_empty(grace / 2)
         self._owner.drain()
-        await connections.wait_closed(settings.shutdown_timeout)
+        await connections.wait_closed(grace)
         await context.gateway.close()
         await connections.disconnect(FAREWELL)
+
+    async def _queues_empty(self, most: float) -> float:
+        """Wait until nothing waits for a place, for *most* seconds. Return how long that took."""
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        # No queue says when it is empty, and this happens once in the life of a process.
+        while self._owner.waiting and loop.time() - began < most:  # noqa: ASYNC110
+            await asyncio.sleep(LOOK)
+        return loop.time() - began
+
+    async def cleanup(self) -> None:
+        """Release everything; call `end` before."""
+        await self._stop_accepting()
+        await super().cleanup()
+
+    async def _stop_accepting(self) -> None:
+        if self._owner.slot is not None:
+            await self._owner.slot.balance.end()
+        for site in list(self.sites):
+            await site.stop()
 
     def _connections(self) -> ConnectionServer:
         assert isinstance(self.server, ConnectionServer), "`setup` makes it"
@@ -182,8 +225,9 @@ class Runner(web.AppRunner):
     async def _make_server(self) -> ConnectionServer:
         # aiohttp's server, with its router and all options.
         plain = await super()._make_server()
-        app = self.app
-        return ConnectionServer(
+        app, slot = self.app, self._owner.slot
+        connection_server = ConnectionServer if slot is None else slot.balance.server
+        return connection_server(
             Dispatcher(app, self._owner.middleware, plain.request_handler),
             metrics=self._owner.context.metrics,
             request_factory=functools.partial(app._make_request, _cls=Request),  # noqa: SLF001

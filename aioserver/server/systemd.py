@@ -39,7 +39,8 @@ class Notifier:
 
     *address*: a path, or `@` and an abstract name; None without systemd. *watchdog*: the seconds
     after which systemd takes silence for a hang. From the first `ready()` to `close()` a keep-alive
-    is sent after each half of them, with the line that *status* returns.
+    is sent after each half of them, with the line that *status* returns. *channel*: a connected socket to a
+    parent process that hears the same messages, in place of an address; it is closed at the end.
 
     Always: no method raises or waits. Called on the event loop.
     """
@@ -49,8 +50,10 @@ class Notifier:
         address: str | None = None,
         watchdog: float | None = None,
         status: Callable[[], str] = str,
+        channel: socket.socket | None = None,
     ) -> None:
         self._address = address
+        self._channel = channel
         self._watchdog = watchdog
         self._status = status
         self._timer: asyncio.TimerHandle | None = None
@@ -63,14 +66,7 @@ class Notifier:
     @classmethod
     def take(cls, environ: MutableMapping[str, str], status: Callable[[], str] = str) -> Notifier:
         """Return a notifier by the variables of systemd in *environ*, and remove them from it."""
-        address = environ.pop("NOTIFY_SOCKET", "")
-        period = environ.pop("WATCHDOG_USEC", "")
-        process = environ.pop("WATCHDOG_PID", "")
-        if address and address[0] not in "/@":
-            logger.warning("NOTIFY_SOCKET is neither a path nor an abstract name: not used")
-            address = ""
-        watched = address and _number(period) and process in {"", str(os.getpid())}
-        return cls(address or None, _number(period) / 1e6 if watched else None, status)
+        return cls(*manager(environ), status)
 
     def ready(self) -> None:
         """Report that the server takes work, at the start and at the end of a reload."""
@@ -87,6 +83,10 @@ class Notifier:
             "STATUS=reading the configuration",
         )
 
+    def alive(self) -> None:
+        """Feed the watchdog once, for a process that has no event loop."""
+        self._send("WATCHDOG=1", f"STATUS={self._status()}")
+
     def stopping(self) -> None:
         """Report that the server stops. The watchdog is still fed, since a stop may hang, too."""
         self._status = lambda: "stopping"
@@ -98,9 +98,10 @@ class Notifier:
             self._timer.cancel()
             self._timer = None
             faulthandler.cancel_dump_traceback_later()
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
+        for sock in (self._socket, self._channel):
+            if sock is not None:
+                sock.close()
+        self._socket = self._channel = None
 
     def _feed(self) -> None:
         assert self._watchdog is not None
@@ -110,16 +111,12 @@ class Notifier:
         self._timer = asyncio.get_running_loop().call_later(self._watchdog / 2, self._feed)
 
     def _send(self, *lines: str) -> None:
-        if self._address is None:
-            return
-        address = self._address
-        if address.startswith("@"):
-            address = f"\0{address[1:]}"
+        data = "\n".join(lines).encode()
         try:
-            if self._socket is None:
-                self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-                self._socket.setblocking(False)
-            self._socket.sendto("\n".join(lines).encode(), address)
+            if self._channel is not None:
+                self._channel.send(data)
+            elif self._address is not None:
+                self._send_to(self._address, data)
         # ValueError: the address is not possible.
         except (OSError, ValueError) as exc:
             if not self._failing:
@@ -127,6 +124,29 @@ class Notifier:
             self._failing = True
         else:
             self._failing = False
+
+    def _send_to(self, address: str, data: bytes) -> None:
+        if address.startswith("@"):
+            address = f"\0{address[1:]}"
+        if self._socket is None:
+            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            self._socket.setblocking(False)
+        self._socket.sendto(data, address)
+
+
+def manager(environ: MutableMapping[str, str]) -> tuple[str | None, float | None]:
+    """Return the address of systemd and the seconds of its watchdog, and remove its variables from *environ*.
+
+    Each is None if there is none.
+    """
+    address = environ.pop("NOTIFY_SOCKET", "")
+    period = environ.pop("WATCHDOG_USEC", "")
+    process = environ.pop("WATCHDOG_PID", "")
+    if address and address[0] not in "/@":
+        logger.warning("NOTIFY_SOCKET is neither a path nor an abstract name: not used")
+        address = ""
+    watched = address and _number(period) and process in {"", str(os.getpid())}
+    return address or None, _number(period) / 1e6 if watched else None
 
 
 def inherited(environ: MutableMapping[str, str], first: int = FIRST) -> list[socket.socket]:

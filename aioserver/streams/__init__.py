@@ -18,4 +18,7 @@ comes back in time can *resume*: it reads on after the last event that it has se
 has ended is kept for its window, too. With a window of 0 nobody can come back, and nothing is
 kept; the provider is then *paused* while its client reads too slowly. Anywhere else a reader that
 falls behind what is kept is *dropped*, and told so.
+
+Where several processes serve together, a client may read a stream of another one: it then has a
+*mirror* of its log, which that process, its *owner*, fills.
 """

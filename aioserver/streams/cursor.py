@@ -179,7 +179,11 @@ class Cursor:
             parts.append(part)
             room -= len(part)
         self.next_index = stream.offset + index
-        return index >= end
+        if index < end:
+            return False
+        if stream.ended and (error := stream.attachment.broken) is not None:
+            parts.append(event_format.render_error(stream, error, stream.last))
+        return True
 
 
 class ConditionReader:

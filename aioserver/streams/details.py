@@ -131,9 +131,26 @@ class Attachment:
     error with which a cancelled log ends; None if it ends with the event `cancelled`, as when a
     reader asked for that. *held* counts a body that is collected for the log. *request* is told when its
     answer begins; None once it was.
+
+    Where there are other instances: *claimed* is done once it is known which of them fills the log; its
+    result is the error, if the answer is refused. *mirrored*: another one does, and this log is its mirror.
+    *expected*: the log waits for its first reader. *broken* is the error with which a mirror ended where its
+    owner's log goes on.
     """
 
-    __slots__ = ("abandoned", "alias", "cancel_reason", "digest", "held", "request", "timer")
+    __slots__ = (
+        "abandoned",
+        "alias",
+        "broken",
+        "cancel_reason",
+        "claimed",
+        "digest",
+        "expected",
+        "held",
+        "mirrored",
+        "request",
+        "timer",
+    )
 
     def __init__(self, digest: bytes) -> None:
         self.digest = digest
@@ -143,3 +160,16 @@ class Attachment:
         self.cancel_reason: AioserverError | None = None
         self.held: Held | None = None
         self.request: AskedRequest | None = None
+        self.claimed: asyncio.Future[AioserverError | None] | None = None
+        self.mirrored = self.expected = False
+        self.broken: AioserverError | None = None
+
+    @property
+    def undecided(self) -> bool:
+        """Whether it is not known yet which instance fills the log."""
+        return self.claimed is not None and not self.claimed.done()
+
+    def settle_claim(self, error: AioserverError | None = None) -> None:
+        """Note that it is known which instance fills the log, or that the answer is refused with *error*."""
+        if self.claimed is not None and not self.claimed.done():
+            self.claimed.set_result(error)

@@ -153,20 +153,6 @@ def frames_of(head: bytes, first: int, status: bytes, chunks: Sequence[bytes]) -
     ]
 
 
-def discardable(entries: Sequence[Entry], passed: int, excess: int) -> tuple[int, int]:
-    """Return how many of the oldest *entries* to discard, and their bytes.
-
-    The first *passed* of them go, and more until *excess* bytes are freed, though never the newest.
-    """
-    count, freed = 0, 0
-    while len(entries) - count > 1 or (len(entries) > count and count < passed):
-        if count >= passed and freed >= excess:
-            break
-        freed += entries[count].size
-        count += 1
-    return count, freed
-
-
 def processing(provider: str, model: str, conversation_id: str | None) -> bytes:
     """Return the `chunk` of event 1."""
     metadata: dict[str, object] = {"processing": True, "provider": provider, "model": model}

@@ -13,8 +13,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from aioserver.streams.contracts import Reader, Source
     from aioserver.streams.entries import Entry
 
@@ -33,6 +31,7 @@ class Log(Protocol):
     max_bytes: int
     offset: int
     readers: list[Reader]
+    window: float
 
 
 def regulate(source: Source, log: Log) -> None:
@@ -55,15 +54,6 @@ def due(log: Log) -> bool:
         return True
     number = log.offset + len(log.entries)
     return not number % CHECK_EVERY or log.entries[-1].size > CHECK_BYTES
-
-
-def late(entries: Sequence[Entry], offset: int, reader: Reader) -> bool:
-    """Return whether *reader* is far behind: by more than it gets in one write, the newest entry aside."""
-    size, index = 0, len(entries) - 1
-    while index > max(reader.next_index - offset, 0) and size <= RESUME_BYTES:
-        index -= 1
-        size += entries[index].size
-    return size > RESUME_BYTES
 
 
 def unread_bytes(log: Log) -> int:

@@ -77,7 +77,7 @@ class Lifetime:
 
     def reader_added(self, stream: Stream) -> None:
         """Note that *stream* has a reader, or has one again."""
-        stream.record.slow_client = False
+        stream.record.slow_client = stream.attachment.expected = False
         self._leave_detached(stream)
 
     def reader_removed(self, stream: Stream) -> None:
@@ -93,6 +93,19 @@ class Lifetime:
             self.end(stream)
         else:
             self.detach(stream, left=True)
+
+    def expect(self, stream: Stream, seconds: float) -> None:
+        """Keep *stream*, a mirror, for *seconds* if it has no reader yet, even if it ends before."""
+        if not stream.readers:
+            stream.attachment.expected = True
+            stream.attachment.timer = self._loop.call_later(seconds, self.let_go, stream)
+
+    def let_go(self, stream: Stream) -> None:
+        """Note that nobody is going to read *stream*, if it is a mirror that has no reader."""
+        if stream.attachment.mirrored and not stream.readers:
+            stream.attachment.expected = False
+            self._leave_detached(stream)
+            self.reader_removed(stream)
 
     def unsent(self, stream: Stream) -> bool:
         """Note that the request of *stream* waits as one that was not sent; return whether that ends it."""
@@ -148,13 +161,14 @@ class Lifetime:
             stream.attachment.timer = None
 
     def _finished(self, stream: Stream) -> None:
-        self._leave_detached(stream)
+        if not stream.attachment.expected:
+            self._leave_detached(stream)
         self._giving_way.discard(stream)
         if stream.window > 0:
             self._kept[stream] = self._loop.time() + stream.window
             if self._sweeper is None:
                 self._sweeper = self._loop.call_later(stream.window, self._sweep)
-        elif not stream.readers:
+        elif not (stream.readers or stream.attachment.expected):
             self._store.drop(stream)
 
     def _sweep(self) -> None:

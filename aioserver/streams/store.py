@@ -60,6 +60,8 @@ class StreamStore:
         self._dropping = False
         # Called with each stream that has its last event.
         self.on_finished: Callable[[Stream], None] = lambda _stream: None
+        # Called with each stream that is found by another name, too; None if nobody has to know.
+        self.on_alias: Callable[[Stream, str], None] | None = None
         # Called with each stream that is dropped.
         self.on_dropped: Callable[[Stream], object] = lambda _stream: None
 
@@ -103,6 +105,23 @@ class StreamStore:
             self._owned.setdefault(_owner(caller), {})[stream] = None
         return stream
 
+    def open_mirror(self, request_id: str, caller: Hashable, *, after: int) -> Stream:
+        """Return the mirror, after event *after*, of a log that another instance has (mirror.py).
+
+        Raises:
+            ServerAtCapacity: as `open`.
+        """
+        stream = self.open(request_id, caller, window=0.0, private=True)
+        stream.last = after
+        stream.attachment.mirrored = True
+        return stream
+
+    def hide(self, stream: Stream) -> None:
+        """Let *stream* be found no longer, and kept only for the readers that it has: it is a mirror now."""
+        stream.private, stream.window = True, 0.0
+        stream.attachment.mirrored = True
+        self.unname(stream)
+
     def find(self, caller: Hashable, request_id: str) -> Stream | None:
         """Return the caller's log of this request id or alias; None if there is none."""
         return self._by_name.get((caller, request_id))
@@ -110,6 +129,8 @@ class StreamStore:
     def add_alias(self, stream: Stream, alias: str) -> None:
         """Let *stream* be found by *alias*, too, unless another stream has that name."""
         self._by_name.setdefault((stream.caller, alias), stream)
+        if self.on_alias is not None:
+            self.on_alias(stream, alias)
 
     def owned_by(self, caller: Hashable) -> Iterator[Stream]:
         """Iterate over the caller's logs, the oldest first.
@@ -122,10 +143,20 @@ class StreamStore:
         """Return the logs that have not ended, private ones included."""
         return tuple(self._running)
 
+    def finished(self) -> tuple[Stream, ...]:
+        """Return the logs that have ended and are kept, the oldest first."""
+        return tuple(self._finished)
+
     def drop(self, stream: Stream) -> None:
         """Forget *stream*, which has ended; a second call does nothing."""
         self._finished.pop(stream, None)
         self._running.discard(stream)
+        self.unname(stream)
+        self._bytes -= stream.forget()
+        self.on_dropped(stream)
+
+    def unname(self, stream: Stream) -> None:
+        """Let *stream* be found by no name any more; a second call does nothing."""
         for name in (stream.request_id, stream.attachment.alias):
             if name is not None and self._by_name.get((stream.caller, name)) is stream:
                 del self._by_name[stream.caller, name]
@@ -134,8 +165,6 @@ class StreamStore:
             owned.pop(stream, None)
             if not owned:
                 del self._owned[owner]
-        self._bytes -= stream.forget()
-        self.on_dropped(stream)
 
     def count_bytes(self, _stream: Stream, size: int) -> None:
         """Note that a log has grown by *size* bytes; negative: it has shrunk."""

@@ -34,12 +34,12 @@ from aioserver.streams.entries import (
     PROCESSING,
     Entry,
     WholeEntry,
-    discardable,
     frames_of,
     locate,
     processing,
 )
-from aioserver.streams.flow import due, late, regulate
+from aioserver.streams.flow import due, regulate
+from aioserver.streams.retention import discard, late
 from aioserver.telemetry.metrics import NO_METER
 from aioserver.telemetry.request_log import NO_RECORD
 
@@ -59,8 +59,8 @@ class Stream:
     `ended`; `bytes` is the sum of the entries' sizes, and `extra_bytes` what is kept beside them.
 
     *window* is the time, in seconds, that the log lives without a reader, and after its end. A
-    *private* log is read only by the client that asked for it, cannot be found, and has the
-    provider's bytes. The attributes that an event touches are here, the others in `details` and
+    *private* log is read only by the client that asked for it, and cannot be found; unless it is a
+    mirror (mirror.py) it has the provider's bytes. The attributes that an event touches are here, the others in `details` and
     `attachment`.
     """
 
@@ -194,19 +194,19 @@ class Stream:
         first, frames = self.last + 1, None
         if chunks:
             frames, count = frames_of(self.head, first, status, chunks), len(chunks)
-        self._add(Entry(first, count, status, data, frames, monotonic()))
+        self.add_entry(Entry(first, count, status, data, frames, monotonic()))
         if status is CHUNK:
             self.meter.events += self.last + 1 - first
         if not more:
-            self._notify()
+            self.notify()
 
     def append_whole(self, answer: WholeAnswer, body: bytes, pieces: Sequence[slice] = ()) -> None:
         """Append *answer*, which was not streamed, as events with the *pieces* of its text, and keep it."""
         self.details.whole = answer
         self.recount()
         for piece in pieces or (NO_TEXT,):
-            self._add(WholeEntry(self.last + 1, body, piece, monotonic()))
-        self._notify()
+            self.add_entry(WholeEntry(self.last + 1, body, piece, monotonic()))
+        self.notify()
 
     def close_fast_path(self) -> None:
         """Close the fast path, so that the log has all that was forwarded.
@@ -318,15 +318,18 @@ class Stream:
         self.close_fast_path()
         number = self.last + 1
         frames = [messages.frame(self.head, number, status, chunk)]
+        self.end_with(Entry(number, 1, status, data, frames, monotonic()))
+
+    def end_with(self, entry: Entry) -> None:
+        """Append *entry*, the last event, as `append_end` does."""
         assert not self.ended, "nothing follows the end of a stream"
-        entry = Entry(number, 1, status, data, frames, monotonic())
         self.entries.append(entry)
-        self.last, self.ended, self.end_status = number, True, status
+        self.last, self.ended, self.end_status = entry.first, True, entry.status
         # The producer is done with its text.
         self.details.text_bytes = 0
         notices = [reader.notify for reader in self.readers]
         run_all(
-            (partial(self._grow, entry.size), self.recount, *notices, self.trim, self._tell_end)
+            (partial(self._grow, entry.size), self.recount, *notices, self.trim, self.tell_end)
         )
 
     def fail(self, error: AioserverError) -> None:
@@ -362,18 +365,20 @@ class Stream:
         self.details.whole = self.rendered = None
         return freed
 
-    def _notify(self) -> None:
+    def notify(self) -> None:
         """Notify the readers of what was added."""
         # Several readers are copied: one that leaves while it is notified would hide the next.
         for reader in self.readers if len(self.readers) < 2 else tuple(self.readers):
             reader.notify()
         self.trim()
 
-    def _tell_end(self) -> None:
+    def tell_end(self) -> None:
+        """Tell the store that the log has ended."""
         if self._store is not None:
             self._store.note_end(self)
 
-    def _add(self, entry: Entry) -> None:
+    def add_entry(self, entry: Entry) -> None:
+        """Add *entry*, of which the readers are still to be notified."""
         assert not self.ended, "nothing follows the end of a stream"
         self.last += entry.count
         self.entries.append(entry)
@@ -386,14 +391,7 @@ class Stream:
 
     def _discard(self, count: int = 0) -> None:
         """Discard the oldest *count* entries, those passed, and what is beyond `max_stream_bytes`."""
-        passed = self.offset + count
-        if self.window <= 0 and self.readers:
-            passed = max(passed, min([reader.next_index for reader in self.readers]))
-        entries = self.entries
-        count, freed = discardable(entries, passed - self.offset, self.bytes - self.max_bytes)
-        if count:
-            del entries[:count]
-            self.offset += count
+        if freed := discard(self, count):
             self._grow(-freed)
             for reader in tuple(self.readers):
                 if reader.next_index < self.offset:

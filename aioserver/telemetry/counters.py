@@ -6,12 +6,14 @@ microsecond each; here a count is one attribute. One event loop owns them.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
+from collections import Counter as Tally
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
 # Upper bounds of histograms, in seconds: for latencies, and for times that are short by nature, such
 # as our own work or the time between two events.
@@ -22,6 +24,10 @@ LATENCY_BOUNDS = (
 SHORT_BOUNDS = (0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 RECENT_SECONDS = 60.0
 RECENT_VALUES = 1000
+# Buckets of recent values in each doubling: the middle of a bucket is within 2.2 % of its values.
+PER_DOUBLING = 16
+# Seconds that the first bucket begins with; shorter values are in it, too.
+SHORTEST = 1e-6
 
 
 class Counter:
@@ -91,3 +97,44 @@ class RecentValues:
         last = len(ordered) - 1
         ranks = {f"p{n}": ordered[min(last, len(ordered) * n // 100)] for n in (50, 95, 99)}
         return {**ranks, "count": len(ordered), "age": round(now - values[-1][0], 3)}
+
+    def buckets(self, now: float) -> RecentBuckets | None:
+        """Return the values as counts in buckets, which can be added to those of others; None without any."""
+        percentiles = self.percentiles(now)
+        if percentiles is None:
+            return None
+        counts: Tally[int] = Tally()
+        for _, value in self._values:
+            counts[round(math.log2(max(value, SHORTEST) / SHORTEST) * PER_DOUBLING)] += 1
+        return RecentBuckets(dict(counts), percentiles["age"])
+
+
+class RecentBuckets(NamedTuple):
+    """Recent values of one source: *counts* by bucket, and the *age* of the newest in seconds."""
+
+    counts: Mapping[int, int]
+    age: float
+
+
+def percentiles_of(sources: Iterable[RecentBuckets]) -> dict[str, float] | None:
+    """Return what `RecentValues.percentiles` returns, of the values of all *sources* together.
+
+    They are never made of percentiles, whose mean is none. A percentile is the middle of its bucket.
+    """
+    counts: Tally[int] = Tally()
+    age = math.inf
+    for source in sources:
+        counts.update(source.counts)
+        age = min(age, source.age)
+    total = counts.total()
+    if not total:
+        return None
+    result: dict[str, float] = {}
+    for percent in (50, 95, 99):
+        rank, seen = min(total - 1, total * percent // 100), 0
+        for bucket in sorted(counts):
+            seen += counts[bucket]
+            if seen > rank:
+                result[f"p{percent}"] = round(SHORTEST * 2 ** (bucket / PER_DOUBLING), 7)
+                break
+    return {**result, "count": total, "age": age}

@@ -15,7 +15,9 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import queue
+import select
 import sys
 import threading
 import time
@@ -41,14 +43,25 @@ MAX_KINDS = 1000
 SAME_ERROR = 10.0
 # Seconds for the lines that still wait when the handler is closed.
 CLOSE_TIMEOUT = 1.0
+# Bytes that a pipe takes from one of several writers in one piece (PIPE_BUF; pipe(7)).
+MAX_WHOLE = 4096
+# Characters that stay of a field where a line has to become shorter.
+MAX_FIELD = 100
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line."""
+    """One JSON object a line.
 
-    def __init__(self, service: str, version: str) -> None:
+    *worker*: the slot of this process among those that share the log; None if it has the log alone.
+    """
+
+    def __init__(self, service: str, version: str, worker: int | None = None) -> None:
         super().__init__()
-        self._service = {"service": service} | ({"version": version} if version else {})
+        self._service: dict[str, Any] = {"service": service}
+        if version:
+            self._service["version"] = version
+        if worker is not None:
+            self._service["worker"] = worker
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line of *record*; the items of its `fields` attribute, if any, are added to it."""
@@ -63,23 +76,26 @@ class JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
-        try:
-            text = orjson.dumps(line, default=str).decode()
-        # A lone surrogate is no UTF-8.
-        except TypeError:
-            text = json.dumps(line, default=str)
-        # Outside of its strings JSON has nothing that needs an escape.
-        return text if text.isprintable() else "".join(map(_json_escaped, text))
+        text = _as_json(line)
+        if "worker" in self._service:
+            while (excess := len(text.encode()) + 1 - MAX_WHOLE) > 0:
+                _shorten(line, excess)
+                text = _as_json(line)
+        return text
 
 
 class ConsoleFormatter(logging.Formatter):
     """A line for people: time, level, message, and the fields behind them.
 
     A traceback follows in lines of its own, which are indented: no record begins with a space.
+
+    *worker*: the slot of this process among those that share the log; None if it has the log alone.
     """
 
-    def __init__(self) -> None:
-        super().__init__("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S")
+    def __init__(self, worker: int | None = None) -> None:
+        name = "" if worker is None else f"worker {worker}: "
+        super().__init__(f"%(asctime)s %(levelname)-7s {name}%(message)s", "%H:%M:%S")
+        self._shared = worker is not None
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line of *record*."""
@@ -91,8 +107,43 @@ class ConsoleFormatter(logging.Formatter):
             text += "  " + " ".join(f"{name}={_shown(value)}" for name, value in fields.items())
         if record.exc_info:
             traceback = self.formatException(record.exc_info).split("\n")
-            text += "".join(f"\n    {printable(line)}" for line in traceback)
+            lines = [f"\n    {printable(line)}" for line in traceback]
+            if self._shared:
+                room = MAX_WHOLE - 1 - len(text.encode())
+                while len(lines) > 1 and sum(len(line.encode()) for line in lines) > room:
+                    del lines[0]
+            text += "".join(lines)
+        return whole(text) if self._shared else text
+
+
+def _as_json(line: dict[str, Any]) -> str:
+    try:
+        text = orjson.dumps(line, default=str).decode()
+    # A lone surrogate is no UTF-8.
+    except TypeError:
+        text = json.dumps(line, default=str)
+    # Outside of its strings JSON has nothing that needs an escape.
+    return text if text.isprintable() else "".join(map(_json_escaped, text))
+
+
+def _shorten(line: dict[str, Any], excess: int) -> None:
+    """Take *excess* bytes or more out of *line*, if that can be: the beginning of a traceback, else of all texts."""
+    traceback = line.get("traceback", "")
+    if len(traceback) > MAX_FIELD:
+        # A character may have become six bytes; what was not enough is made up for in the next turn.
+        line["traceback"] = "…" + traceback[max(16, excess // 6) :]
+        return
+    longest = max(line, key=lambda name: len(str(line[name])))
+    value = str(line[longest])
+    line[longest] = f"{value[: len(value) // 2]}…" if len(value) > MAX_FIELD else "…"
+
+
+def whole(text: str) -> str:
+    """Return *text*, or as much of it as several processes can write to one pipe in one piece with a line end."""
+    data = text.encode(errors="backslashreplace")
+    if len(data) < MAX_WHOLE:
         return text
+    return data[: MAX_WHOLE - 4].decode(errors="ignore") + "…"
 
 
 def printable(text: str) -> str:
@@ -156,7 +207,11 @@ class BackgroundHandler(logging.Handler):
     """Writes lines to *stream* in a thread; logging a line never waits for the stream.
 
     The thread ends with `close`, and does not keep the process alive.
+
+    *worker*: the slot of this process among those that write to the stream, which its lines say.
     """
+
+    worker: int | None = None
 
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
@@ -200,9 +255,50 @@ class BackgroundHandler(logging.Handler):
                 self.dropped += 1
 
 
-def set_up(settings: Logging) -> None:
-    """Send all logs of the process to stderr in the configured format."""
-    logging.getLogger().handlers[:] = [BackgroundHandler(sys.stderr)]
+class DirectHandler(logging.Handler):
+    """Writes lines to *descriptor* at once, for a process that may have no thread because it forks.
+
+    Always: a line is at most MAX_WHOLE bytes, and is dropped where it would have to wait.
+    """
+
+    worker = None
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__()
+        self.dropped = 0
+        self._descriptor = descriptor
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write the line of *record*, or drop and count it."""
+        try:
+            data = whole(self.format(record)).encode(errors="backslashreplace") + b"\n"
+            if select.select([], [self._descriptor], [], 0)[1]:
+                os.write(self._descriptor, data)
+            else:
+                self.dropped += 1
+        # The stream is closed, nobody reads it, or the record cannot be formatted.
+        except Exception:  # noqa: BLE001
+            self.dropped += 1
+
+
+def set_up(settings: Logging, worker: int | None = None) -> None:
+    """Send all logs of the process to stderr in the configured format.
+
+    *worker*: the slot of this process among those that share stderr. Its lines say it, and are at most
+    MAX_WHOLE bytes.
+    """
+    handler = BackgroundHandler(sys.stderr)
+    handler.worker = worker
+    _set_up(handler, settings)
+
+
+def set_up_without_thread(settings: Logging) -> None:
+    """Do as `set_up` for a process that forks, and has no event loop."""
+    _set_up(DirectHandler(sys.stderr.fileno()), settings)
+
+
+def _set_up(handler: BackgroundHandler | DirectHandler, settings: Logging) -> None:
+    logging.getLogger().handlers[:] = [handler]
     apply(settings)
     logging.getLogger("asyncio").setLevel(logging.WARNING)
     # aiohttp writes a traceback for each malformed request; our answer and log line say more.
@@ -215,9 +311,9 @@ def apply(settings: Logging) -> None:
     for handler in _handlers():
         if settings.format == "json":
             service, version = settings.service_name, settings.service_version
-            handler.setFormatter(JsonFormatter(service, version))
+            handler.setFormatter(JsonFormatter(service, version, handler.worker))
         else:
-            handler.setFormatter(ConsoleFormatter())
+            handler.setFormatter(ConsoleFormatter(handler.worker))
 
 
 def dropped() -> Counter:
@@ -227,6 +323,8 @@ def dropped() -> Counter:
     return counter
 
 
-def _handlers() -> list[BackgroundHandler]:
+def _handlers() -> list[BackgroundHandler | DirectHandler]:
     handlers = logging.getLogger().handlers
-    return [handler for handler in handlers if isinstance(handler, BackgroundHandler)]
+    return [
+        handler for handler in handlers if isinstance(handler, BackgroundHandler | DirectHandler)
+    ]

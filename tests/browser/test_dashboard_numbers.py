@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from playwright.async_api import expect
+
 from tests.support.dashboard import Stand, opened
 
 if TYPE_CHECKING:
@@ -50,3 +52,36 @@ async def test_all_counts_of_a_young_server_are_of_the_last_minute(
 
     # What an older server counted before the page was opened is not known to be recent.
     assert grown == [75, 5]
+
+
+async def test_each_instance_has_a_row_with_its_share(stand: Stand, page: Page) -> None:
+    share = {
+        "connections": 30,
+        "connections_limit": 55,
+        "running": 12,
+        "tokens_per_second": 400.2,
+        "lag_max": 0.004,
+        "cpu": 0.63,
+        "rss_bytes": 1 << 26,
+        "uptime": 90.0,
+    }
+    await opened(page, stand)
+    section = page.locator("#instances")
+    await expect(section).to_be_hidden()
+
+    stand.say(instances={"host-1-a": share, "host-2-b": None})
+    rows = section.locator("tbody tr")
+    await expect(rows).to_have_count(2)
+    cells = [
+        text.replace("\u00a0", " ")
+        for text in await rows.nth(0).locator("th, td").all_text_contents()
+    ]
+    assert cells == ["host-1-a", "30 of 55", "12", "400", "4 ms", "63 %", "64 MiB", "90 s"]
+    await expect(rows.nth(1)).to_contain_text("does not answer")
+    await expect(page.locator("#instances-summary")).to_have_text(
+        "2 together, of which 1 does not answer"
+    )
+
+    stand.say(instances={"host-2-b": share})
+    await expect(rows).to_have_count(1)
+    await expect(rows.nth(0)).to_contain_text("host-2-b")

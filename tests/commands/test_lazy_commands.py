@@ -44,6 +44,18 @@ def test_listing_and_completing_commands_imports_none_of_them() -> None:
     assert set(done.stdout.split()) == {"aioserver.__main__"}
 
 
+def test_one_process_imports_nothing_of_several() -> None:
+    program = "import sys, aioserver.commands.serve; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=True
+    )
+    imported = set(done.stdout.split())
+
+    assert "aioserver.server.reload" in imported
+    several = {"parent", "supervisor", "seats", "workers", "fixed_shares"}
+    assert not {f"aioserver.server.{name}" for name in several} & imported
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_command_has_its_name_and_the_help_of_the_table(name: str) -> None:
     command = load(name)

@@ -444,3 +444,20 @@ def _read(file: int) -> bytes:
         return os.read(file, 65536)
     except OSError:  # the other side is closed: EIO on Linux
         return b""
+
+
+def test_each_instance_has_a_line_with_its_share() -> None:
+    share = {
+        "connections": 30,
+        "connections_limit": 55,
+        "running": 12,
+        "tokens_per_second": 400.2,
+        "cpu": 0.63,
+    }
+    state = State("http://x")
+    state.take(b"stats", changed(instances={"host-1-a": share, "host-2-b": None}))
+
+    text = drawn(state, width=120)
+
+    assert "host-1-a: 30 of 55 connections, 12 answers, 400 tokens/s, CPU 63 %" in text
+    assert "host-2-b: does not answer" in text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import configparser
+import re
 import shlex
 import socket
 import subprocess
@@ -46,32 +47,38 @@ def run(*command: str) -> str:
     return done.stdout
 
 
-def test_the_service_is_hardened() -> None:
+SERVICES = ["aioserver.service", "aioserver@.service"]
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_the_service_is_hardened(name: str) -> None:
     run(
         installed("systemd-analyze"),
         "security",
         "--offline=yes",
         "--no-pager",
         "--threshold=20",  # 2.0 of 10; without a threshold nothing is a failure
-        str(DEPLOY / "aioserver.service"),
+        str(DEPLOY / name),
     )
 
 
-def test_systemd_understands_every_line(tmp_path: Path) -> None:
-    (tmp_path / "aioserver.service").write_text(
-        edited("aioserver.service", {f"ExecStart={PYTHON}": f"ExecStart={sys.executable}"})
+@pytest.mark.parametrize("name", SERVICES)
+def test_systemd_understands_every_line(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text(
+        edited(name, {f"ExecStart={PYTHON}": f"ExecStart={sys.executable}"})
     )
-    (tmp_path / "aioserver.socket").write_text((DEPLOY / "aioserver.socket").read_text())
+    changes = {} if name == "aioserver.service" else {"#Service=": "Service="}
+    (tmp_path / "aioserver.socket").write_text(edited("aioserver.socket", changes))
 
     said = run(
         installed("systemd-analyze"),
         "verify",
         "--man=no",
-        str(tmp_path / "aioserver.service"),
+        str(tmp_path / name.replace("@", "@1")),
         str(tmp_path / "aioserver.socket"),
     )
 
-    ours = [line for line in said.splitlines() if "aioserver." in line]
+    ours = [line for line in said.splitlines() if re.search(r"aioserver(@1?)?\.", line)]
     assert ours == []
 
 
@@ -96,6 +103,14 @@ def test_the_units_are_in_step_with_the_shipped_configuration() -> None:
     assert int(SOCKET["Backlog"]) == limits.uvicorn.backlog
     assert SOCKET["ListenStream"] == f"127.0.0.1:{given.port}"
     assert SOCKET["Accept"] == "no"
+
+
+def test_the_services_differ_in_nothing_but_their_number() -> None:
+    template = unit("aioserver@.service")["Service"]
+
+    assert template.pop("Sockets") == "aioserver.socket"
+    assert template.pop("User") == "aioserver", "one directory needs one user"
+    assert template == SERVICE
 
 
 async def test_the_command_of_the_service_serves_the_socket_of_the_socket_unit(
@@ -135,3 +150,31 @@ async def test_the_command_of_the_service_serves_the_socket_of_the_socket_unit(
 @pytest.mark.parametrize("word", ["key", "secret", "token", "password"])
 def test_no_secret_is_in_the_environment_of_the_unit(word: str) -> None:
     assert word not in SERVICE["Environment"].lower()
+
+
+async def test_two_services_serve_one_socket_and_either_may_end(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    configured(NOWHERE, {}, config)
+    _, *arguments = shlex.split(unit("aioserver@.service")["Service"]["ExecStart"])
+    arguments = [str(config) if one == CONFIG else one for one in arguments]
+
+    async def status(port: socket.socket) -> bytes:
+        reader, writer = await asyncio.open_connection(*port.getsockname())
+        writer.write(b"GET /ready HTTP/1.0\r\nHost: localhost\r\n\r\n")
+        line = await reader.readline()
+        writer.close()
+        await writer.wait_closed()
+        return line.split()[1]
+
+    with socket.create_server(("127.0.0.1", 0)) as port:
+        async with (
+            await Process.start(*arguments, sockets=[port]) as first,
+            await Process.start(*arguments, sockets=[port]) as second,
+        ):
+            for process in (first, second):
+                await process.prints(re.compile("aioserver is ready"))
+            first.signal()
+            assert await first.ended() == 0
+            assert await status(port) == b"200"
+            second.signal()
+            assert await second.ended() == 0

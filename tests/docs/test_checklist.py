@@ -31,7 +31,7 @@ def named_in(file: str) -> frozenset[str]:
 def test_the_page_has_its_lines() -> None:
     assert len(ROWS) >= 49
     assert {len(row) for row in ROWS} == {4}
-    assert sum(row[3].startswith(LATER) for row in ROWS) == 2
+    assert not any(row[3].startswith(LATER) for row in ROWS)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0][:40])

@@ -11,7 +11,7 @@ import pytest
 
 from aioserver.errors import InternalError, ServerShutdown
 from aioserver.gateway.calls import Calls
-from aioserver.gateway.router import Request, Route
+from aioserver.gateway.request import Request, Route
 from aioserver.providers.request import ProviderRequest
 from aioserver.telemetry.loop_lag import LoopLag
 from aioserver.telemetry.metrics import Metrics

@@ -14,7 +14,8 @@ from aioserver.config import settings
 from aioserver.errors import AioserverError
 from aioserver.gateway.calls import kept_answer
 from aioserver.gateway.gateway import Gateway
-from aioserver.gateway.router import Request, Router
+from aioserver.gateway.request import Request
+from aioserver.gateway.router import Router
 from aioserver.limits.gate import Gate
 from aioserver.provider_errors import ProviderQueueFull, ProviderQueueTimeout
 from aioserver.providers.budget import Budget

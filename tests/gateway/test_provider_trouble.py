@@ -13,7 +13,8 @@ import pytest
 
 from aioserver.config import settings
 from aioserver.config.schema import Secret
-from aioserver.gateway.router import Request, Router
+from aioserver.gateway.request import Request
+from aioserver.gateway.router import Router
 from aioserver.protocol.openai import Reading
 from aioserver.provider_errors import (
     CircuitOpen,

@@ -139,7 +139,7 @@ async def test_a_revocation_ends_what_is_held_for_the_key() -> None:
     one, never = Quota(5, 5), asyncio.Event()
 
     async def answer() -> None:
-        with one.used():
+        async with one.used():
             await never.wait()
 
     task = asyncio.ensure_future(answer())
@@ -174,7 +174,7 @@ async def test_a_client_that_leaves_in_the_same_moment_has_left() -> None:
     one, never = Quota(5, 5), asyncio.Event()
 
     async def answer() -> None:
-        with one.used():
+        async with one.used():
             await never.wait()
 
     task = asyncio.ensure_future(answer())
@@ -191,7 +191,7 @@ async def test_places_of_cancelled_and_failed_answers_are_given_back() -> None:
     one, never = Quota(5, 50), asyncio.Event()
 
     async def answer(fault: Exception | None) -> None:
-        with one.used():
+        async with one.used():
             if fault is not None:
                 raise fault
             await never.wait()
@@ -228,6 +228,33 @@ def test_connections_are_bounded_and_counted_through_a_change(clock: FakeClock) 
     one.disconnect()
     one.connect()
     assert one.connections == 1
+
+
+def test_connections_elsewhere_count_while_the_number_is_bounded(clock: FakeClock) -> None:
+    elsewhere, told = 2, 0
+
+    def tell(change: int) -> int:
+        nonlocal told
+        told += change
+        return elsewhere
+
+    one = Quota(5, 5, clock, max_connections=3, elsewhere=tell)
+    one.connect()
+    with pytest.raises(ConcurrencyExceeded, match="3 connections of this key"):
+        one.connect()
+    assert one.connections == told == 1
+
+    elsewhere = 0
+    one.connect()
+    one.apply(5, 5, 0)
+    assert told == 0
+    one.connect()
+    one.apply(5, 5, 4)
+    one.connect()
+    assert one.connections == told == 4
+    for _ in range(4):
+        one.disconnect()
+    assert told == 0
 
 
 def test_without_a_bound_connections_are_only_counted(clock: FakeClock) -> None:

@@ -44,7 +44,9 @@ def snapshot(**process: int | None) -> Any:
 
 def collector(**process: int | None) -> ServerCollector:
     sources: Any = SimpleNamespace(metrics=Metrics(CONFIGURED), listening=())
-    return ServerCollector(sources, lambda: snapshot(**process))
+    return ServerCollector(
+        sources.metrics.families, lambda: snapshot(**process), sources.listening
+    )
 
 
 def gauges(collected: ServerCollector) -> dict[str, Any]:
@@ -91,7 +93,9 @@ def test_every_metric_has_one_row_and_a_help_text() -> None:
 
 async def test_text_is_that_of_prometheus_client() -> None:
     sources: Any = SimpleNamespace(metrics=Metrics(CONFIGURED), listening=())
-    text = await prometheus.text(prometheus.registry(sources, snapshot))
+    text = await prometheus.text(
+        prometheus.registry(sources.metrics.families, snapshot, sources.listening)
+    )
 
     assert b'aioserver_connections{face="sse"} 7.0\n' in text
     assert b'aioserver_admission_wait_seconds_bucket{le="+Inf",outcome="entered"} 0.0\n' in text

@@ -329,3 +329,49 @@ def test_trials_are_bounded_whatever_happens(seed: int, clock: FakeClock) -> Non
     clock.now += LONGEST_INTERVAL
     assert breaker.delay(alternative=True) == 0.0
     assert deaths > 0
+
+
+# Several instances, each with a breaker of its own.
+
+
+def test_a_death_that_is_told_is_news_once_and_ends_by_being_told(clock: FakeClock) -> None:
+    breaker = Breaker(clock)
+
+    assert breaker.told_dead(unreachable=True)
+    assert not breaker.told_dead(unreachable=False)
+    assert (breaker.state, breaker.unreachable, breaker.delay()) == (DEAD, True, TRIAL_INTERVAL)
+
+    assert breaker.told_alive()
+    assert not breaker.told_alive()
+    assert (breaker.state, breaker.delay()) == (WELL, 0.0)
+
+
+def test_failures_before_another_instance_was_answered_do_not_count(clock: FakeClock) -> None:
+    breaker = Breaker(clock)
+    fail(breaker, clock, MANY - 1, PATIENCE / MANY * 1.2)
+    breaker.told_alive()
+
+    fail(breaker, clock, 1, 0)
+
+    assert not breaker.dead
+
+
+@pytest.mark.parametrize("instances", [1, 2, 4, 8])
+def test_instances_together_try_as_often_as_one(clock: FakeClock, instances: int) -> None:
+    breakers = [Breaker(clock) for _ in range(instances)]
+    for breaker in breakers:
+        breaker.instances = instances
+        breaker.told_dead(unreachable=True)
+
+    trials = under_way = 0
+    for _ in range(1000):
+        clock.now += TRIAL_INTERVAL / 10
+        for breaker in breakers:
+            if breaker.delay() == 0:
+                trials += breaker.start()
+                under_way = sum(each.delay() == inf for each in breakers)
+                breaker.failed(clock.now, trial=True)
+
+    assert trials <= 1000 / 10 + instances
+    assert trials >= 1000 / 10 * 0.8
+    assert under_way <= max(MAX_TRIALS, instances)

@@ -276,3 +276,19 @@ def test_one_head_cannot_stop_a_provider_for_hours() -> None:
     clock.now += 1.0
     pace.learn({"x-ratelimit-remaining-requests": "100000", "x-ratelimit-reset-requests": "1m"})
     assert pace.delay() <= 0.5 + 1e-6  # there is more left than it said before
+
+
+def test_a_rest_that_another_instance_was_asked_for_is_kept_and_not_told_again() -> None:
+    clock = FakeClock()
+    pace = Pace(600, 5, clock)
+    told: list[float] = []
+    pace.on_cooling = told.append
+
+    pace.told_cooling(7.0)
+    rested = pace.cooling
+    pace.cool_down(9.0)
+    pace.cool_down(2 * MAX_COOLING)
+    pace.cool_down(0.0)
+
+    assert 7.0 <= rested <= 7.0 * (1 + JITTER)
+    assert told == [9.0, MAX_COOLING]

@@ -127,6 +127,44 @@ async def test_localhost_is_every_loopback_address_with_one_port(tmp_path: Path)
     assert len({one.port for one in listening}) == 1
 
 
+@pytest.mark.parametrize("turns", range(6))
+async def test_a_client_that_connects_as_the_server_stops_is_answered_or_refused(
+    tmp_path: Path, turns: int
+) -> None:
+    async with runner_of(tmp_path) as (runner, given):
+        (one,) = await listener.listen(runner, given)
+        with socket.create_connection((one.host, one.port)) as client:
+            client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            client.setblocking(False)
+            # asyncio accepts in one turn, and makes a connection of it in the next one.
+            for _ in range(turns):
+                await asyncio.sleep(0)
+
+            await runner.end()
+
+            loop = asyncio.get_running_loop()
+            try:
+                answer = await loop.sock_recv(client, 1000)
+            except ConnectionResetError:
+                answer = b""
+    assert answer[:15] in {b"", b"HTTP/1.1 200 OK"}
+    assert answer or turns < 4
+
+
+async def test_a_socket_that_is_paused_accepts_nothing() -> None:
+    with listener.ListeningSocket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.listen()
+        sock.setblocking(False)
+        with socket.create_connection(sock.getsockname()):
+            sock.paused = True
+            with pytest.raises(BlockingIOError):
+                sock.accept()
+            sock.paused = False
+            sock.accept()[0].close()
+    assert sock.accepted == 1
+
+
 def test_the_private_names_of_aiohttp_are_what_we_take_them_for() -> None:
     """See the head of `listener.py`."""
     for name in ("_runner", "_server", "_backlog"):

@@ -22,13 +22,13 @@ BREAKAGES = {
     # Each loses one thing now and then.
     "an event": """
 from aioserver.streams.stream import Stream
-add, count = Stream._add, [0]
+add, count = Stream.add_entry, [0]
 def lossy(self, entry):
     count[0] += 1
     if count[0] % 40 or entry.status != b"chunk":
         return add(self, entry)
     self.last += entry.count
-Stream._add = lossy
+Stream.add_entry = lossy
 """,
     "a place": """
 from aioserver.limits.gate import Place

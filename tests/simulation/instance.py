@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import asynccontextmanager
+from contextvars import copy_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +19,10 @@ from tests.simulation.network import INSTANCE
 from tests.support.server import configured, write
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Coroutine
 
     from aioserver.server.app import Server
+    from tests.simulation.membership import Member
     from tests.simulation.network import Listener, Network
 
 # Seconds by which a stop may be late: connections that end are read for a second, and aborted after another.
@@ -27,9 +30,10 @@ LATE = 3.0
 
 
 class Instance:
-    """Server *number* of a run. Nothing of it is shared with another one.
+    """Server *number* of a run; *member*: what it shares with the others, None if nothing.
 
-    *ended*: whether it was told to stop. *broken* is called with each promise that it breaks.
+    *ended*: whether it was told to stop; *killed*: whether nothing of it runs any more; *closed*: whether its process has
+    ended. *broken* is called with each promise that it breaks.
     """
 
     def __init__(
@@ -42,7 +46,18 @@ class Instance:
         changes: dict[str, Any],
         base_url: str,
         broken: Callable[[str], None],
+        member: Member | None = None,
     ) -> None:
+        self.member = member
+        self.killed = self.closed = self.stopped = False
+        # Its place among those that know how many they are.
+        self.rank = number
+        # Seconds for which it was stopped.
+        self.stopped_for = 0.0
+        self.context = copy_context()
+        # Done when its process is to end, and when nothing of it runs any more.
+        self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.number = number
         self.server = server
         self.runner = runner
@@ -78,10 +93,19 @@ class Instance:
         for name, key in context.access.keys._by_name.items():  # noqa: SLF001 - no snapshot has it
             counts[f"{name} answers"] = key.quota.running
             counts[f"{name} connections"] = key.quota.connections
+        if self.member is not None:
+            counts |= self.member.held()
         if self.ended:
             # A server that has stopped forgets no answer: its process ends.
             del counts["kept"], counts["kept bytes"]
         return {name: count for name, count in counts.items() if count}
+
+    async def do(self, work: Coroutine[Any, Any, None]) -> None:
+        """Let the process itself do *work*; return if it is killed meanwhile."""
+        task = asyncio.get_running_loop().create_task(work, context=self.context.copy())
+        await asyncio.wait({task, self.gone}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            task.result()
 
     async def operate(self, name: str) -> None:
         """Do *name*, as an operator would."""
@@ -118,7 +142,7 @@ class Instance:
         promised = settings.drain_delay + settings.shutdown_timeout + FAREWELL
         began = Clock.now
         await self.runner.end()
-        if Clock.now - began > promised + LATE:
+        if Clock.now - began > promised + LATE + self.stopped_for:
             self._broken(f"the stop took {Clock.now - began:.1f} s instead of {promised} s")
 
 
@@ -130,19 +154,20 @@ async def running(
     base_url: str,
     folder: Path,
     broken: Callable[[str], None],
+    member: Member | None = None,
 ) -> AsyncIterator[Instance]:
-    """Run server *number*, whose provider is at *base_url*, until the end of the block."""
+    """Run server *number*, whose provider is at *base_url*, until the end of the block; *member*: see `Instance`."""
     token = INSTANCE.set(number)
     try:
         configuration = configured(base_url, changes, folder / f"config-{number}.yaml")
-        async with open_server(configuration.settings) as server:
+        async with open_server(configuration.settings, cluster=member) as server:
             runner = Runner(server)
             await runner.setup()
             assert runner.server is not None
             listener = network.listen(runner.server, number)
             reload = Reload(server, runner, configuration, {})
             instance = Instance(
-                number, server, runner, reload, listener, dict(changes), base_url, broken
+                number, server, runner, reload, listener, dict(changes), base_url, broken, member
             )
             try:
                 yield instance

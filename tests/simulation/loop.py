@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import weakref
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from tests.simulation.clock import Clock
+from tests.simulation.network import INSTANCE
 from tests.support.virtual_loop import VirtualLoop
 
 if TYPE_CHECKING:
@@ -42,6 +44,10 @@ class SimulatedLoop(VirtualLoop):
         self.on_pause: Callable[[], None] = lambda: None
         self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
         self._numbers = count()
+        # The instances of which nothing runs: what a stopped one has missed; None, if it was killed.
+        self.absent: dict[int, list[asyncio.Handle] | None] = {}
+        # The instance of each task that is one's.
+        self.owners: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         # Turns since time has passed.
         self._turns = 0
         network.loop = self
@@ -72,6 +78,42 @@ class SimulatedLoop(VirtualLoop):
         """Call *callback* in *delay* seconds."""
         return self.call_at(Clock.now + delay, callback, *args, context=context)
 
+    def follow_tasks(self) -> None:
+        """Note from now on of which instance each task is."""
+        self.set_task_factory(self._make_task)
+
+    def _make_task(self, _loop: Any, coro: Any, **options: Any) -> asyncio.Task[Any]:
+        task = asyncio.Task(coro, loop=self, **options)
+        context = options.get("context")
+        self.owners[task] = INSTANCE.get() if context is None else context.get(INSTANCE, -1)
+        return task
+
+    def owner_of(self, task: Any) -> int:
+        """Return the instance whose *task* that is."""
+        if hasattr(task, "get_context"):
+            # Some tasks are made without the factory, and begin at once; only Python 3.12 and later have them.
+            return int(task.get_context().get(INSTANCE, -1))
+        return self.owners.get(task, -1)
+
+    def go_on(self, instance: int) -> None:
+        """Let *instance*, which was stopped, run again: all that it has missed comes at once."""
+        missed = self.absent.pop(instance)
+        assert missed is not None
+        self._ready.extend(missed)  # type: ignore[attr-defined]
+
+    def _misses(self, handle: Any) -> bool:
+        """Return whether *handle* is one of an instance of which nothing runs."""
+        instance = handle._context.get(INSTANCE, -1)  # noqa: SLF001
+        if instance not in self.absent:
+            return False
+        if (missed := self.absent[instance]) is not None:
+            missed.append(handle)
+        return True
+
+    def is_absent(self, handle: Any) -> bool:
+        """Return whether *handle* is one of an instance of which nothing runs."""
+        return handle._context.get(INSTANCE, -1) in self.absent  # noqa: SLF001
+
     def timers(self) -> Iterator[asyncio.TimerHandle]:
         """Iterate over the timers that have not fired, and were not cancelled."""
         return (timer for _, _, timer in self._timers if not timer.cancelled())
@@ -98,6 +140,8 @@ class SimulatedLoop(VirtualLoop):
         for _ in range(len(ready)):
             handle = ready.popleft()
             if not handle._cancelled:  # noqa: SLF001 - as asyncio's own loop
+                if self.absent and self._misses(handle):
+                    continue
                 try:
                     # What the method `_run` does, without its cost.
                     handle._context.run(handle._callback, *handle._args)  # noqa: SLF001

@@ -51,6 +51,33 @@ FACES = (
 OPERATIONS = ("reload limits", "reload provider", "reload keys", "drain")
 # Who chooses the instance of a client: the same for all its connections, or another one for each.
 BALANCERS = ("sticky", "random")
+# Seconds that an answer may take more which another instance has: its owner is asked, and found to be gone.
+ELSEWHERE = 30.0
+
+
+# What happens to the server that instances share, and to an instance.
+SERVER_EVENTS = ("pause", "kill", "empty", "roll back")
+INSTANCE_EVENTS = ("kill instance", "stop instance", "cut off")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shared:
+    """What goes wrong between instances: the shares of messages that are *lost*, *late* and *doubled*.
+
+    *events* happen at a moment, and last for some seconds. *fixed*: the instances know how many they are, as workers
+    of a parent do.
+    """
+
+    lost: float = 0.0
+    late: float = 0.0
+    doubled: float = 0.0
+    events: tuple[tuple[float, str, float], ...] = ()
+    fixed: bool = False
+
+    @property
+    def lossy(self) -> bool:
+        """Whether a message may be lost or late."""
+        return self.lost > 0 or self.late > 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +109,8 @@ class Plan:
     silent: float = 0.0
     instances: int = 1
     balancer: str = "sticky"
+    # What goes wrong between the instances; None: they share nothing.
+    shared: Shared | None = None
 
     @property
     def drains(self) -> bool:
@@ -96,7 +125,8 @@ class Plan:
     @property
     def patience(self) -> float:
         """Seconds in which a client hears something, or gives up: longer than any wait that is promised."""
-        return configuration.longest_wait(self.changes, 2 if self.spare else 1)
+        wait = configuration.longest_wait(self.changes, 2 if self.spare else 1)
+        return wait if self.shared is None else wait + ELSEWHERE
 
 
 def draw(seed: int, clients: int, instances: int = 1) -> Plan:
@@ -122,6 +152,22 @@ def draw(seed: int, clients: int, instances: int = 1) -> Plan:
         silent=dice.choice((0.0, 0.0, 0.05)),
         instances=instances,
         balancer=dice.choice(BALANCERS),
+        shared=_draw_shared(seed) if instances > 1 else None,
+    )
+
+
+def _draw_shared(seed: int) -> Shared:
+    # Dice of its own: a seed tries the same otherwise, whether there is one instance or several.
+    dice = random.Random(f"shared {seed}")
+    shares = [dice.choice((0.0, 0.0, 0.01, 0.1)) if dice.random() < 0.5 else 0.0 for _ in range(3)]
+    names = (*SERVER_EVENTS, *INSTANCE_EVENTS)
+    chosen = [name for name in names if dice.random() < 0.2]
+    events = [
+        (dice.uniform(0.5, 40.0), name, dice.choice((0.3, 3.0, 12.0, 20.0))) for name in chosen
+    ]
+    lost, late, doubled = shares
+    return Shared(
+        lost=lost, late=late, doubled=doubled, events=tuple(events), fixed=dice.random() < 0.5
     )
 
 

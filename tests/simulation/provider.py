@@ -58,6 +58,16 @@ class Calls:
         default_factory=lambda: defaultdict(list)
     )
 
+    def of(self, question: str) -> list[Call]:
+        """Return the calls of all instances for one *question*, in the order in which their answers began."""
+        found = [
+            call
+            for (_, name), calls in self.by_question.items()
+            if name == question
+            for call in calls
+        ]
+        return sorted(found, key=lambda call: call.begun_at)
+
     def repeated(self, question: str, window: float) -> Iterator[tuple[Call, Call]]:
         """Iterate over calls for one *question* that began within *window* seconds after one that arrived."""
         for (_, name), calls in list(self.by_question.items()):

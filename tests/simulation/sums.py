@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tests.simulation.network import Listener
     from tests.simulation.plan import Plan
     from tests.simulation.provider import Calls
+    from tests.simulation.together import Together
     from tests.simulation.transport import Transport
 
 # Kept answers are dropped for want of room where there is less room than this.
@@ -42,11 +43,15 @@ class Sums:
         self._calls = calls
         self._broken = broken
         self.most_inside = 0
+        # Looks at what instances share; None if nothing.
+        self.together: Together | None = None
 
     def look(self) -> None:
         """Look at the places that are taken; what holds of each instance is looked at by its watch."""
         inside = limit = 0
         for instance in self._instances:
+            if instance.killed:
+                continue
             gate = instance.server.context.admission.gate
             inside += gate.inside
             # Those that have entered before a reload stay inside.
@@ -79,6 +84,9 @@ class Sums:
         if changes[f"{STREAMS}.max_kept_bytes"] < ROOM:
             return
         window = changes[f"{STREAMS}.resume_window"]
+        if self.together is not None:
+            name = client.question.name
+            self.together.check_calls(client, self._calls.of(name), window)
         for first, second in self._calls.repeated(client.question.name, window):
             apart = second.begun_at - first.begun_at
             self._broken(f"client {client.number} ({client.face}) was answered twice in {apart} s")

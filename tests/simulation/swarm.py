@@ -30,6 +30,8 @@ class Total:
     # Seconds in which a processor was busy with them; not a part of what the same seed repeats.
     seconds: float = 0.0
     ends: dict[str, int] = field(default_factory=dict)
+    # How often something happened between instances that a fault explains.
+    counts: dict[str, int] = field(default_factory=dict)
 
     def add(self, other: Total) -> None:
         """Add what came of other seeds."""
@@ -38,8 +40,9 @@ class Total:
         self.clients += other.clients
         self.connections += other.connections
         self.seconds += other.seconds
-        for end, count in other.ends.items():
-            self.ends[end] = self.ends.get(end, 0) + count
+        for mine, others in ((self.ends, other.ends), (self.counts, other.counts)):
+            for name, count in others.items():
+                mine[name] = mine.get(name, 0) + count
 
 
 def main() -> None:
@@ -71,6 +74,8 @@ def main() -> None:
         )
         ends = sorted(total.ends.items(), key=lambda end: -end[1])
         print(", ".join(f"{end} {count:,}" for end, count in ends))
+        if total.counts:
+            print(", ".join(f"{name}: {count:,}" for name, count in sorted(total.counts.items())))
     sys.exit(total.failed > 0)
 
 
@@ -119,7 +124,8 @@ def _run(seeds: range, args: argparse.Namespace) -> Total:
         seconds = processor_time() - began
         taken = args.clients if only is None else len(only)
         failed = bool(outcome.violations)
-        total.add(Total(1, failed, taken, outcome.connections, seconds, dict(outcome.ends)))
+        ends, counts = dict(outcome.ends), dict(outcome.counts)
+        total.add(Total(1, failed, taken, outcome.connections, seconds, ends, counts))
         if failed:
             if args.shrink:
                 run, outcome = shrunk(run, outcome)

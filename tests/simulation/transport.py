@@ -312,13 +312,23 @@ class Transport(asyncio.Transport):
         latency = self.peer._faults.latency  # noqa: SLF001
         self._loop.call_later(latency, self.lose, error, context=self.context)
 
+    def vanish(self) -> None:
+        """Be closed by the kernel, as the process has been killed: its protocol hears nothing of it."""
+        if not self.dead:
+            self._forget()
+            if not self._lost_in_black_hole:
+                self.peer.lose_soon()
+
     def lose(self, error: Exception | None) -> None:
         """Be lost."""
         if not self.dead:
-            self.dead = self._closing = True
-            self._buffer.clear()
-            self._inbox.clear()
-            self._network.open.discard(self)
-            if self.listener is not None:
-                self.listener.dialled.discard(self)
+            self._forget()
             self.protocol.connection_lost(error)
+
+    def _forget(self) -> None:
+        self.dead = self._closing = True
+        self._buffer.clear()
+        self._inbox.clear()
+        self._network.open.discard(self)
+        if self.listener is not None:
+            self.listener.dialled.discard(self)

@@ -10,9 +10,12 @@ Private names used here: those of the gates, of the store and of the pools, whic
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import inf
 from typing import TYPE_CHECKING
 
+from aioserver.cluster.rates import SharedRate
+from aioserver.cluster.shared_gate import SharedGate
 from aioserver.limits.gcra import ROUNDING
 from tests.simulation.clock import Clock
 from tests.simulation.deadlines import Deadlines
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 
     from aioserver.limits.gate import Gate
     from aioserver.providers.provider import Provider
+    from aioserver.providers.queueing import ProviderGate
     from tests.simulation.instance import Instance
     from tests.simulation.network import Network
 
@@ -61,6 +65,8 @@ class Watch:
 
     def look(self) -> None:
         """Check what must hold whenever nothing is about to happen in this moment."""
+        if self._instance.killed or self._instance.closed or self._instance.stopped:
+            return
         gate, broken = self._gate, self._broken
         inside, limit = gate._inside, gate._limit
         if inside > limit:
@@ -84,9 +90,9 @@ class Watch:
             self._look_at_excess(gate, provider.name)
         elif inside < limit and gate._queue:
             # Only its pace, or its breaker, may keep the next request from starting.
-            if gate._delay() <= ROUNDING:
+            if (delay := delay_of(gate)) <= ROUNDING:
                 self._broken(f"requests wait at {provider.name} while {limit - inside} may start")
-            elif _stopped(gate._start_timer) and gate._delay() < inf:
+            elif _stopped(gate._start_timer) and delay < inf:
                 self._broken(f"requests wait at {provider.name}, and no timer lets them in")
         if sockets._inside > sockets._limit:
             self._look_at_excess(sockets, f"connections to {provider.name}")
@@ -96,6 +102,9 @@ class Watch:
     def _look_at_excess(self, gate: Gate, what: str) -> None:
         """Look at a gate that has more inside than its limit: it was lowered, and nobody may enter."""
         inside = gate._inside
+        if isinstance(gate, SharedGate):
+            # What is in hand may be lowered at any time; together.py looks at each start.
+            return
         if not self._reloaded or inside > self._taken.get(gate, inside):
             self._broken(f"{inside} of {gate._limit} places are taken: {what}")
         self._taken[gate] = inside
@@ -123,9 +132,39 @@ class Watch:
             if pool.open > pool.limit and Clock.now > self._deadlines.settled_at:
                 self._broken(f"{pool.open} of {pool.limit} connections to {provider.name}")
             queue = provider._gate
-            if queue.waiting > queue._queue_size:
-                self._broken(f"{queue.waiting} requests wait, at most {queue._queue_size}")
+            most = queue._queue_size
+            if isinstance(queue, SharedGate):
+                # As many more as others may have had places for.
+                most += queue.shared_limit
+            if queue.waiting > most:
+                self._broken(f"{queue.waiting} requests wait, at most {most}")
         self._deadlines.look()
+
+
+def delay_of(gate: ProviderGate) -> float:
+    """Return the seconds until the next start at *gate*; a shared rate asks for no slots meanwhile."""
+    rate = gate.pace._starts
+    if not isinstance(rate, SharedRate):
+        return gate._delay()
+    caller, ask_at = rate._caller, rate.ask_at
+    rate._caller = _Silence(caller.instances)
+    try:
+        return gate._delay()
+    finally:
+        rate._caller, rate.ask_at = caller, ask_at
+
+
+@dataclass
+class _Silence:
+    """Carries no calls."""
+
+    instances: int
+
+    def pace(self, _user: object) -> None:
+        """Do nothing."""
+
+    def call_by(self, _moment: float) -> None:
+        """Do nothing."""
 
 
 def _stopped(timer: asyncio.TimerHandle | None) -> bool:

@@ -7,12 +7,13 @@ when nothing may be held any more.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import json
 import random
 import tempfile
 from collections import Counter
-from contextlib import AsyncExitStack
+from contextlib import AbstractContextManager, AsyncExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ from aioserver.monitoring import snapshot
 from aioserver.providers.simulator.exchange import Behaviour
 from tests.simulation import clock
 from tests.simulation.client import DIALLER, Client
+from tests.simulation.cluster import Cluster
 from tests.simulation.configuration import with_spare
 from tests.simulation.instance import Instance, running
 from tests.simulation.loop import SimulatedLoop
@@ -34,12 +36,14 @@ from tests.simulation.provider import Calls, NotingSimulator
 from tests.simulation.silence import be_silent
 from tests.simulation.sums import Sums
 from tests.simulation.transport import USER_TIMEOUT, FakeSocket, Transport
+from tests.simulation.truth import Violation
 from tests.simulation.watch import Watch
 from tests.support.virtual_loop import START
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
 
+    from tests.simulation.membership import Member
     from tests.simulation.plan import Plan
 
 # The address of the balancer in front of the instances, at which nobody listens.
@@ -49,6 +53,8 @@ AFTERWARDS = 120.0
 NO_USAGE = {"open_fds": None, "max_fds": 1024, "rss_bytes": None}
 # Violations that are noted of a run.
 MOST = 20
+# Steps in which a task that was killed is over.
+MOST_ENDS = 20
 
 
 @dataclass(slots=True)
@@ -62,6 +68,8 @@ class Outcome:
     connections: int = 0
     # Clients that had a place at once, at all instances together; 0 where there is one.
     most_inside: int = 0
+    # How often something happened that a fault of the shared server, or of an instance, explains.
+    counts: Counter[str] = field(default_factory=Counter)
 
 
 class World:
@@ -74,6 +82,8 @@ class World:
         self.plan = plan
         self.network = network
         self.instances: list[Instance] = []
+        # What the instances share; None if nothing.
+        self.cluster: Cluster | None = None
         self.calls = Calls()
         self._outcome = outcome
         self._watches: list[Watch] = []
@@ -97,6 +107,16 @@ class World:
         for watch in self._watches:
             watch.look()
         self.sums.look()
+        if self.cluster is not None:
+            self.cluster.together.look()
+
+    def patches(self) -> AbstractContextManager[object]:
+        """Let the starts of instances that share their limits be noted, in the block."""
+        return nullcontext() if self.cluster is None else self.cluster.together.patches()
+
+    def is_dead(self, task: asyncio.Task[object]) -> bool:
+        """Return whether *task* is one of an instance that was killed."""
+        return self.cluster is not None and self.cluster.is_dead(task)
 
     def start_looking(self) -> None:
         """Look at the servers from now on, whenever time is about to pass."""
@@ -123,13 +143,20 @@ class World:
         if len(self.instances) == 1:
             return self.instances[0]
         chosen = client.home if self.plan.balancer == "sticky" else client.dice.randrange(1 << 16)
-        return self.instances[chosen % len(self.instances)]
+        instances = self.instances
+        if self.cluster is not None:
+            # A balancer sends nobody to an instance that is not there.
+            instances = [
+                each for each in instances if not (each.killed or each.ended)
+            ] or instances
+        return instances[chosen % len(instances)]
 
     def held(self) -> dict[str, int]:
         """Return what is held by all instances together, without zeros."""
         held: Counter[str] = Counter()
         for instance in self.instances:
-            held.update(instance.held())
+            if not (instance.killed or instance.closed):
+                held.update(instance.held())
         return dict(held)
 
 
@@ -141,8 +168,13 @@ def play(plan: Plan, only: Collection[int] | None = None) -> Outcome:
     loop = SimulatedLoop(network)
     asyncio.set_event_loop(loop)
     faults: list[dict[str, Any]] = []
+    dead: list[asyncio.Task[object]] = []
     loop.set_exception_handler(lambda _loop, context: faults.append(context))
     world = World(plan, outcome, network)
+    if plan.shared is not None:
+        loop.follow_tasks()
+        world.cluster = Cluster(world, loop)
+        world.sums.together = world.cluster.together
     # What is garbage is collected at the end, when it may still complain of errors that nobody has seen.
     gc.disable()
     try:
@@ -150,29 +182,41 @@ def play(plan: Plan, only: Collection[int] | None = None) -> Outcome:
             mock.patch.object(aiohappyeyeballs, "start_connection", world.start_connection),
             # The machine is no part of a run.
             mock.patch.object(snapshot, "process_usage", return_value=NO_USAGE),
+            world.patches(),
         ):
             loop.run_until_complete(_run(world, outcome, only))
-            left = [task for task in asyncio.all_tasks(loop) if not task.done()]
+            dead = [task for task in asyncio.all_tasks(loop) if world.is_dead(task)]
+            left = [
+                task for task in asyncio.all_tasks(loop) if task not in dead and not task.done()
+            ]
             for task in left:
                 world.broken(f"a task is left: {task.get_coro()}")
                 task.cancel()
             if left:
                 loop.run_until_complete(asyncio.wait(left))
             for timer in _own_timers(loop):
+                if world.cluster is not None and loop.is_absent(timer):
+                    continue
                 world.broken(f"a timer is left: {timer!r}")
             for end in network.open:
                 world.broken(f"a connection is open: {end.protocol!r}")
     except Exception as exc:  # noqa: BLE001 - whatever it is, it is a finding
         world.broken(f"the run failed: {exc!r}")
     finally:
-        gc.collect()
+        if not dead:
+            gc.collect()
         gc.enable()
         for context in faults:
             world.broken(f"{context.get('message')}: {context.get('exception')!r}")
         outcome.virtual_seconds = clock.Clock.now - START
         outcome.connections = network.made
         outcome.most_inside = world.sums.most_inside
+        if world.cluster is not None:
+            outcome.counts = world.cluster.together.counts
         asyncio.set_event_loop(None)
+        # Whatever it does, it is none of this run.
+        loop.set_exception_handler(lambda _loop, _context: None)
+        _forget(dead)
         loop.close()
         web_app._cached_build_middleware.cache_clear()  # noqa: SLF001 - it keeps each application alive
     return outcome
@@ -202,14 +246,25 @@ async def _run(world: World, outcome: Outcome, only: Collection[int] | None) -> 
             spare = NotingSimulator(behaviour, plan.seed + 1, world.calls)
             await stack.enter_async_context(spare)
             changes = with_spare(changes, spare.base_url)
+
+        def make(number: int, member: Member | None = None) -> Any:
+            """Run a server."""
+            url = simulator.base_url
+            return running(number, world.network, changes, url, path, world.broken, member)
+
         for number in range(plan.instances):
-            server = running(
-                number, world.network, changes, simulator.base_url, path, world.broken
-            )
-            world.add(await stack.enter_async_context(server))
+            if world.cluster is None:
+                world.add(await stack.enter_async_context(make(number)))
+            else:
+                world.cluster.make = make
+                await world.cluster.start(number)
         world.start_looking()
+        if world.cluster is not None:
+            await world.cluster.settle()
         await _serve(world, outcome, only)
         world.stop_looking()
+        if world.cluster is not None:
+            await world.cluster.end()
     # What was written last is still under way.
     await asyncio.sleep(2 * USER_TIMEOUT)
 
@@ -226,9 +281,12 @@ async def _serve(world: World, outcome: Outcome, only: Collection[int] | None) -
     tasks = {asyncio.ensure_future(_be(world, client)): client for client in clients}
     chosen = random.Random(f"operator {plan.seed}")
     operations = [
-        asyncio.ensure_future(_operate(world.instances, name, moment, chosen.random()))
+        asyncio.ensure_future(_operate(world, name, moment, chosen.random()))
         for name, moment in plan.operations.items()
     ]
+    if plan.shared is not None and world.cluster is not None:
+        events = plan.shared.events
+        operations += [asyncio.ensure_future(world.cluster.happen(*event)) for event in events]
     await asyncio.wait(tasks)
     for task, client in tasks.items():
         if (exc := task.exception()) is not None:
@@ -254,13 +312,34 @@ async def _be(world: World, client: Client) -> None:
         await client.run()
         return
     await asyncio.sleep(client.begins)
+    instance = world.balance(client)
     try:
-        await be_silent(client, world.balance(client).listener.port)
+        await be_silent(client, instance.listener.port)
     except ConnectionError as exc:
         client.outcome = f"gone: {type(exc).__name__}"
+    except Violation:
+        # A process that is stopped ends nothing.
+        if not (instance.stopped or instance.stopped_for):
+            raise
+        client.outcome = "silent"
 
 
-async def _operate(instances: list[Instance], name: str, moment: float, chosen: float) -> None:
-    """Do *name* at *moment* to one of *instances*, as an operator would."""
+async def _operate(world: World, name: str, moment: float, chosen: float) -> None:
+    """Do *name* at *moment* to one of the instances, as an operator would, or to all that share their limits."""
     await asyncio.sleep(moment)
-    await instances[int(chosen * len(instances))].operate(name)
+    instances = world.instances
+    if world.cluster is None:
+        await instances[int(chosen * len(instances))].operate(name)
+    else:
+        await world.cluster.operate(name, chosen)
+
+
+def _forget(dead: list[asyncio.Task[Any]]) -> None:
+    """Let tasks that were killed vanish: what they would do at their end has no loop any more."""
+    for task in dead:
+        task._log_destroy_pending = False  # type: ignore[attr-defined]  # noqa: SLF001
+        for _ in range(MOST_ENDS):
+            # It may wait for something at its end, and then for something else.
+            with contextlib.suppress(Exception):
+                task.get_coro().close()
+                break

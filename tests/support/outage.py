@@ -16,7 +16,8 @@ from itertools import product
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from aioserver.config import settings
-from aioserver.gateway.router import Request, Router
+from aioserver.gateway.request import Request
+from aioserver.gateway.router import Router
 from aioserver.provider_errors import ConnectError, ProviderError, ProviderFault
 from aioserver.providers.breaker import Breaker
 from aioserver.providers.provider import Provider

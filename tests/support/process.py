@@ -101,6 +101,11 @@ class Process:
             into += data
 
     @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    @property
     def open_files(self) -> int:
         """The number of its open file descriptors now."""
         return len(list(Path(f"/proc/{self._process.pid}/fd").iterdir()))

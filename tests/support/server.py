@@ -25,7 +25,10 @@ from aioserver.server.runner import Runner
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    import socket
+    from collections.abc import AsyncIterator, Sequence
+
+    from aioserver.server.slot import Slot
 
 # How the simulated provider answers: at once; 40 tokens in 0.4 s; for 100 s; for 1000 s; not at all.
 QUICK = Behaviour(ttft=0, interval=0)
@@ -249,16 +252,26 @@ def configured(base_url: str, changes: dict[str, Any], path: Path) -> Configurat
 
 @contextlib.asynccontextmanager
 async def running(
-    path: Path, behaviour: Behaviour = QUICK, changes: dict[str, Any] | None = None
+    path: Path,
+    behaviour: Behaviour = QUICK,
+    changes: dict[str, Any] | None = None,
+    *,
+    slot: Slot | None = None,
+    cluster: Any = None,
+    inherited: Sequence[socket.socket] = (),
 ) -> AsyncIterator[RunningServer]:
-    """Run a server until the end of the block; then no request may hold anything any more."""
+    """Run a server until the end of the block; then no request may hold anything any more.
+
+    *slot* and the socket that it has *inherited*: those of a server that shares them with others. *cluster*: as
+    that of `open_server`.
+    """
     async with Simulator(behaviour) as simulator:
         configuration = configured(simulator.base_url, changes or {}, path)
-        async with open_server(configuration.settings) as owners:
+        async with open_server(configuration.settings, slot=slot, cluster=cluster) as owners:
             runner = Runner(owners)
             await runner.setup()
             try:
-                listening = await runner.listen()
+                listening = await runner.listen(inherited)
                 base = f"http://127.0.0.1:{listening[0].port}"
                 async with aiohttp.ClientSession() as session:
                     reload = Reload(owners, runner, configuration, {})

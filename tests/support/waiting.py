@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
+
+T = TypeVar("T")
 
 
 async def until(
@@ -23,6 +25,23 @@ async def until(
         if loop.time() > end:
             raise AssertionError(f"it did not come true: {state() if state else holds}")
         await asyncio.sleep(0.002)
+
+
+async def until_result(
+    ask: Callable[[], Awaitable[T]], holds: Callable[[T], bool], within: float = 10.0
+) -> T:
+    """Ask until *holds* is true of the result, and return that.
+
+    Raises:
+        AssertionError: *within* seconds have passed; the message shows the last result.
+    """
+    loop = asyncio.get_running_loop()
+    end = loop.time() + within
+    while not holds(result := await ask()):
+        if loop.time() > end:
+            raise AssertionError(f"it did not come true: {result}")
+        await asyncio.sleep(0.002)
+    return result
 
 
 async def ticks(count: int = 4) -> None:

@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import logging
+import os
 import re
 import threading
 import time
@@ -26,6 +27,7 @@ from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from types import TracebackType
 
     from tests.support.clock import FakeClock
     from tests.support.server import MakeServer, RunningServer
@@ -357,3 +359,87 @@ async def test_a_model_on_any_face_begins_no_line_and_steers_no_terminal(
     lines = [console.format(one) for one in told.records]
     assert all(line.isprintable() for line in lines)
     assert sum(r"m\n00:00:00 INFO forged\x1b[2J" in line for line in lines) == 4
+
+
+def failed(
+    depth: int, word: str
+) -> tuple[type[BaseException], BaseException, TracebackType | None]:
+    """An exception with *word*, and a traceback of *depth* different lines or more."""
+
+    def fail(left: int) -> None:
+        if left:
+            fail_otherwise(left - 1)
+        raise ValueError(word)
+
+    def fail_otherwise(left: int) -> None:
+        if left:
+            fail(left - 1)
+        raise ValueError(word)
+
+    try:
+        fail(depth)
+    except ValueError as exc:
+        return ValueError, exc, exc.__traceback__
+    raise AssertionError
+
+
+@pytest.mark.parametrize("format_", ["json", "console"])
+@pytest.mark.parametrize("word", ["x", "x" * 9000, "\u202e" * 3000, "ä\ud800" * 2000])
+def test_of_several_processes_each_says_which_it_is_in_lines_that_no_pipe_tears(
+    format_: str, word: str
+) -> None:
+    formatter: logging.Formatter
+    if format_ == "json":
+        formatter = logs.JsonFormatter("aioserver", "", worker=3)
+    else:
+        formatter = logs.ConsoleFormatter(worker=3)
+    plain, broken, wide = (record(logging.INFO, f"said {word}") for _ in range(3))
+    broken.exc_info = failed(60, word)
+    wide.fields = {f"field{number}": word for number in range(20)}
+
+    texts = [formatter.format(one) for one in (plain, broken, wide)]
+
+    for text in texts:
+        assert len(text.encode(errors="backslashreplace")) < logs.MAX_WHOLE
+        if format_ == "json":
+            assert json.loads(text)["worker"] == 3
+        else:
+            assert " worker 3: said" in text
+    if len(word) == 1:
+        assert texts[1].rstrip('"}').endswith("ValueError: x"), "the end of a traceback says most"
+
+
+def test_a_line_of_one_process_has_no_worker_and_its_whole_traceback() -> None:
+    broken = record(logging.INFO, "said")
+    broken.exc_info = failed(60, "x")
+
+    json_line = logs.JsonFormatter("aioserver", "").format(broken)
+    console_line = logs.ConsoleFormatter().format(broken)
+
+    assert "worker" not in orjson.loads(json_line)
+    assert "worker" not in console_line
+    for text in (json_line, console_line):
+        assert len(text) > logs.MAX_WHOLE
+
+
+def test_a_process_without_threads_drops_what_would_have_to_wait() -> None:
+    reading, writing = os.pipe()
+    try:
+        handler = logs.DirectHandler(writing)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.emit(record(logging.INFO, "x" * 9000))
+        line = os.read(reading, 9000)
+        assert len(line) <= logs.MAX_WHOLE
+        assert line.endswith(b"\n")
+
+        while not handler.dropped:
+            handler.emit(record(logging.INFO, "y" * 4000))
+        os.read(reading, 1 << 20)
+        handler.emit(record(logging.INFO, "z"))
+
+        assert os.read(reading, 9000) == b"z\n"
+    finally:
+        os.close(writing)
+        os.close(reading)
+    handler.emit(record(logging.INFO, "closed"))
+    assert handler.dropped == 2

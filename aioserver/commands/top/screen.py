@@ -71,6 +71,7 @@ def render(state: State) -> RenderableType:
             "",
             _providers(stats.get("providers", {})),
             *_guards(stats.get("providers", {})),
+            *_instances(stats.get("instances") or {}),
             "",
             _facts(stats),
             "",
@@ -170,6 +171,24 @@ def _providers(providers: dict[str, Any]) -> Table:
             style=style,
         )
     return table
+
+
+def _instances(instances: dict[str, Any]) -> list[Text]:
+    """Return a line for each instance of a cluster, with its share of the numbers above."""
+    lines = []
+    for name, instance in instances.items():
+        if instance is None:
+            lines.append(Text(f"{printable(name)}: does not answer", style=STYLES["warning"]))
+            continue
+        text = Text(f"{printable(name)}: ")
+        text.append(
+            f"{instance.get('connections', 0)} of {instance.get('connections_limit', 0)} connections, "
+            f"{instance.get('running', 0)} answers, {instance.get('tokens_per_second', 0.0):.0f} tokens/s, "
+            f"CPU {100 * instance.get('cpu', 0.0):.0f} %",
+            style="dim",
+        )
+        lines.append(text)
+    return [Text(""), *lines] if lines else []
 
 
 def _unused(provider: dict[str, Any]) -> bool:

@@ -4,6 +4,7 @@ import { Charts } from "/assets/dashboard/charts.js";
 import { Feed } from "/assets/dashboard/feed.js";
 import { History } from "/assets/dashboard/history.js";
 import { Incidents } from "/assets/dashboard/incidents.js";
+import { Instances } from "/assets/dashboard/instances.js";
 import { seconds } from "/assets/dashboard/numbers.js";
 import { Providers } from "/assets/dashboard/providers.js";
 import { Recent } from "/assets/dashboard/recent.js";
@@ -25,6 +26,7 @@ const recent = new Recent();
 const history = new History();
 const incidents = new Incidents();
 const providers = new Providers();
+const instances = new Instances();
 let charts;
 let link = { up: false, reason: "", retryAt: 0 };
 let lastData = Date.now(); // the time of the last snapshot, or of the first attempt
@@ -50,6 +52,7 @@ const handlers = {
     const age = stats.first_token?.age;
     showNumbers({ ...stats, rejected, stale: age > STALE ? age : null }, lastMinute);
     providers.update(stats, lastMinute, history);
+    instances.update(stats);
     verdict = stats.verdict;
     charts.update(stats);
     setText(updated, `as of ${clock.format(stats.time * 1000)}`);

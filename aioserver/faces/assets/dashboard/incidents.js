@@ -32,7 +32,7 @@ export class Incidents {
   }
 }
 
-function newItem({ time: at, severity, text, provider }) {
+function newItem({ time: at, severity, text, provider, instance }) {
   const item = document.createElement("li");
   item.dataset.severity = severity;
   const mark = item.appendChild(document.createElement("span"));
@@ -45,6 +45,7 @@ function newItem({ time: at, severity, text, provider }) {
   when.dateTime = date.toISOString();
   when.textContent = (Date.now() - date > 43200000 ? `${day.format(date)} ` : "") + time.format(date);
   const what = item.appendChild(document.createElement("p"));
-  what.textContent = provider && !text.includes(provider) ? `${provider}: ${text}` : text;
+  const whole = provider && !text.includes(provider) ? `${provider}: ${text}` : text;
+  what.textContent = instance ? `${whole} (at ${instance})` : whole;
   return item;
 }

@@ -1,0 +1,159 @@
+"""This process as an instance of a cluster: all of this package that lives as long as a server, and its end.
+
+join       connections are made, and limits are shared from the first provider on
+serve      the server exists: its streams can be read elsewhere, and what others tell reaches its providers
+leave      the server has ended: nothing is inside any more, and the others are told
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import secrets
+import socket
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+from aioserver.cluster.bus import RedisBus
+from aioserver.cluster.claims import RedisClaims
+from aioserver.cluster.connection import AccessDenied
+from aioserver.cluster.holding import State
+from aioserver.cluster.instances import ClusterStreams
+from aioserver.cluster.limits import SharedLimits
+from aioserver.cluster.settler import Settler
+from aioserver.cluster.shares import Shares
+from aioserver.cluster.totals import Totals
+from aioserver.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Mapping
+
+    from aioserver.cluster.peers import Peers
+    from aioserver.config.settings import ClientKey, HttpClient
+    from aioserver.gateway.conversations import Conversations
+    from aioserver.limits.quota import Quota
+    from aioserver.monitoring.monitor import Monitor
+    from aioserver.providers.health import Health
+    from aioserver.providers.provider import Provider
+    from aioserver.providers.queueing import ProviderGate
+    from aioserver.streams.store import StreamStore
+
+logger = logging.getLogger("aioserver.cluster")
+
+# Seconds in which the others are told that this instance is no more; a server that is away hears nothing.
+LEAVE_TIMEOUT = 1.0
+# Characters of a host's name in the name of an instance.
+MAX_HOST = 32
+_NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9.]+")
+
+
+class Membership:
+    """One instance of the cluster *name*, whose server is at *url*. Made by `join`.
+
+    *fixed*: the rank of this instance and the number of all, where a parent knows them.
+    """
+
+    def __init__(self, url: str, name: str, instance: str, fixed: tuple[int, int] | None) -> None:
+        self.instance = instance
+        self.shares = Shares(
+            instance,
+            fixed=fixed,
+            on_state=self._state_changed,
+            on_told=lambda *told: self.limits.told(*told),
+        )
+        self.limits = SharedLimits(self.shares)
+        self.shares.on_members = self.limits.instances_changed
+        self.settler = Settler(self.shares, url, name)
+        self.bus = RedisBus(url, self.settler.prefix, instance)
+        self.address = self.settler.connection.address
+        self._incidents: Monitor | None = None
+        self._peers: Peers | None = None
+
+    def make_gate(
+        self, name: str, limits: HttpClient, health: Health, clock: Callable[[], float]
+    ) -> ProviderGate:
+        """Return the gate of the provider *name*, whose places and starts all instances share."""
+        return self.limits.make_gate(name, limits, health, clock)
+
+    def make_quota(self, key: ClientKey, elsewhere: Callable[[int], int] | None) -> Quota:
+        """Return the quota of *key*, which all instances share; *elsewhere*: see `Quota`."""
+        return self.limits.make_quota(key, elsewhere)
+
+    def streams(self, store: StreamStore, conversations: Conversations) -> ClusterStreams:
+        """Return what knows the streams of other instances."""
+        claims = RedisClaims(self.bus.commands, self.settler.prefix, self.instance)
+        streams = ClusterStreams(self.bus, claims, store, conversations)
+        self._peers = streams.peers
+        return streams
+
+    def serve(self, providers: Callable[[], Mapping[str, Provider]], monitor: Monitor) -> None:
+        """Let what others tell reach *providers*, and *monitor* show the state of all instances."""
+        self.limits.providers = providers
+        self._incidents = monitor
+        assert self._peers is not None, "`streams` was called before"
+        monitor.others = Totals(self.instance, self._peers, lambda: self.shares.members, monitor)
+
+    async def open(self) -> None:
+        """Connect, and share. A server that is not there is looked for in the background.
+
+        Raises:
+            ConfigurationError: the server refuses the password, or the user may not do what is needed.
+        """
+        try:
+            await self.settler.open()
+        except AccessDenied as error:
+            raise ConfigurationError([f"cluster.redis_url: {error}"]) from None
+        state = self.shares.state
+        logger.info("cluster: instance %s, %s (%s)", self.instance, state.value, self.address)
+
+    async def close(self) -> None:
+        """Tell the others that nothing is inside any more, and end the connections."""
+        await self.settler.leave(LEAVE_TIMEOUT)
+        await self.settler.close()
+        await self.bus.close()
+
+    def _state_changed(self, _old: State, new: State, why: str) -> None:
+        if new is State.JOINED:
+            text = "the instances share their limits exactly"
+        elif new is State.UNHEARD:
+            text = f"the cluster's server does not answer: {why}"
+        else:
+            text = "the cluster's server is away: this instance goes on with its fixed share of each limit"
+        level = logging.INFO if new is State.JOINED else logging.WARNING
+        logger.log(level, "cluster: %s: %s", new.value, text)
+        # The first contact is none to talk about.
+        if self._incidents is not None:
+            severity = "info" if new is State.JOINED else "warning"
+            self._incidents.incident("cluster", text, severity=severity)
+
+
+@asynccontextmanager
+async def join(
+    url: str, name: str, *, fixed: tuple[int, int] | None = None, first: bool = False
+) -> AsyncIterator[Membership]:
+    """Join the cluster *name* for the length of the block; the server within the block has ended before its end.
+
+    *fixed*: see `Membership`. *first*: no other instance can have places of a former life of the cluster, so that the
+    fixed share may be used at once.
+
+    Raises:
+        ConfigurationError: *url* cannot be used, or its server refuses us.
+    """
+    try:
+        membership = Membership(url, name, instance_name(), fixed)
+    except ValueError as error:
+        raise ConfigurationError([f"cluster.redis_url: {error}"]) from None
+    if first:
+        membership.shares.use_fixed()
+    try:
+        await membership.open()
+        yield membership
+    finally:
+        await membership.close()
+
+
+def instance_name() -> str:
+    """Return a name that no other instance ever has: the host, the process, and something random."""
+    host = _NOT_IN_NAMES.sub("-", socket.gethostname())[:MAX_HOST]
+    return f"{host}-{os.getpid()}-{secrets.token_hex(4)}"

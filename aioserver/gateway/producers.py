@@ -1,0 +1,150 @@
+"""The producers: one task for each log, which fills it, and its end.
+
+A producer goes on whatever its clients do. Its done callback ends the log, so that no way of ending leaves
+readers waiting for ever.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from aioserver.errors import AioserverError, InternalError, StreamNotFound, forget_frames, public
+from aioserver.provider_errors import ProviderDisconnected, ProviderFault
+from aioserver.streams import mirror
+from aioserver.streams.entries import CANCELLED
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Coroutine
+
+    from aioserver.streams.stream import Stream
+    from aioserver.telemetry.request_log import RequestLog
+
+logger = logging.getLogger("aioserver.gateway")
+
+
+class Producers:
+    """The tasks that fill logs.
+
+    Always: a stream that was started has one producer task, or the last event in its log.
+    """
+
+    def __init__(self, request_log: RequestLog) -> None:
+        self._request_log = request_log
+        self._loop = asyncio.get_running_loop()
+        self._streams: dict[asyncio.Task[None], Stream] = {}
+        self._tasks: dict[Stream, asyncio.Task[None]] = {}
+        # Called with each stream whose producer has ended; None if nobody has to know.
+        self.on_end: Callable[[Stream], None] | None = None
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    def start(
+        self, stream: Stream, producer: Coroutine[Any, Any, None], release: Callable[[], None]
+    ) -> None:
+        """Let *producer* fill *stream*; *release* is called when it has ended, however it ends."""
+        task = self._loop.create_task(producer)
+        task.add_done_callback(lambda _task: release())
+        self._streams[task] = stream
+        self._tasks[stream] = task
+        task.add_done_callback(self._settle)
+
+    def cancel(self, stream: Stream) -> None:
+        """Cancel the producer of *stream*, unless it has ended."""
+        task = self._tasks.get(stream)
+        if task is not None and not stream.ended:
+            task.cancel()
+
+    async def end(
+        self, reason: Callable[[], AioserverError], callers: Collection[str] | None = None
+    ) -> None:
+        """End every log with *reason*, or those of *callers*, and wait for their producers."""
+        ended = []
+        for task, stream in self._streams.items():
+            owner: Any = stream.caller
+            if callers is None or owner.name in callers:
+                stream.attachment.cancel_reason = reason()
+                task.cancel()
+                ended.append(task)
+        if ended:
+            await asyncio.wait(ended)
+            await asyncio.sleep(0)  # the tasks' done callbacks run
+
+    def _settle(self, task: asyncio.Task[None]) -> None:
+        """End the log whose producer *task* is done, and the record of its request.
+
+        A callback and not a `finally`: a task cancelled before its first step never enters its
+        `try`, and its readers would wait for ever. For the same reason each step is done whatever
+        another raises.
+        """
+        stream = self._streams.pop(task)
+        del self._tasks[stream]
+        fault = None if task.cancelled() else task.exception()
+        bugs = [] if fault is None or isinstance(fault, AioserverError) else [fault]
+        owner: Any = stream.caller
+        mirrored = stream.attachment.mirrored
+        # A mirror counts for no quota, and the answer is in the request log of its owner.
+        for step in (
+            None if mirrored else owner.quota and owner.quota.give_back,
+            stream.attachment.held and stream.attachment.held.release,
+            partial(self._end, stream, task, fault),
+            None if mirrored else partial(self._finish_record, stream),
+            self.on_end and partial(self.on_end, stream),
+        ):
+            try:
+                if step:
+                    step()
+            except Exception as exc:  # noqa: BLE001 - logged below
+                bugs.append(exc)
+        for bug in bugs:
+            logger.error("bug in an answer", exc_info=bug)
+            self._request_log.metrics.bugs.value += 1
+
+    def _end(self, stream: Stream, task: asyncio.Task[None], fault: BaseException | None) -> None:
+        """End the log of *stream*, unless it has ended, as its producer *task* has: with *fault*, if any."""
+        if stream.ended:
+            return
+        reason = stream.attachment.cancel_reason
+        try:
+            if stream.attachment.mirrored:
+                gone = ProviderDisconnected("the answer has no end")
+                cut = reason or StreamNotFound("this answer was cancelled")
+                mirror.stop(stream, error=cut if task.cancelled() else public(fault or gone))
+            elif not task.cancelled():
+                error = public(fault or ProviderDisconnected("the answer has no end"))
+                error.paid = error.paid or (stream.sent and isinstance(error, InternalError))
+                if isinstance(error, ProviderFault) and error.provider_headers:
+                    # The log keeps them, and so must count them.
+                    stream.details.headers = error.provider_headers
+                stream.fail(error)
+            elif reason is None:
+                # On the OpenAI face nothing but an error tells a cut from an end.
+                cut = StreamNotFound("this answer was cancelled")
+                data = stream.details.final_error(cut, stream.last + 1)
+                stream.end(CANCELLED, {}, data=data)
+            else:
+                stream.fail(reason)
+        finally:
+            if not stream.ended:
+                # The error could not be written in the form of this answer's events.
+                stream.details.error_format = None
+                bug = InternalError("internal error")
+                bug.paid = stream.sent
+                stream.fail(bug)
+
+    def _finish_record(self, stream: Stream) -> None:
+        """Count and log the request of *stream*, which has ended."""
+        if stream.error is not None:
+            # Otherwise the question would be kept for the whole window.
+            forget_frames(stream.error)
+        record = stream.record
+        # Without the two events that open and end the stream.
+        record.events = stream.last - 2 if stream.answered_at else 0
+        record.usage = stream.details.usage
+        record.abandoned = stream.attachment.abandoned
+        self._request_log.finish(record, stream.error, cancelled=stream.end_status == CANCELLED)
+        # The stream is kept for its window; the provider's objects are needed no longer.
+        record.usage = stream.details.usage = stream.attachment.request = None

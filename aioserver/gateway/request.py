@@ -1,0 +1,89 @@
+"""A request of a client on its way to a provider: which one is asked, for whom, and by which names it is known."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from aioserver.auth.callers import Caller
+    from aioserver.providers.provider import Provider
+    from aioserver.providers.request import ProviderRequest
+    from aioserver.telemetry.request_log import RequestLog, RequestRecord
+
+
+# Not frozen: that triples the cost of making one.
+@dataclass(slots=True)
+class Route:
+    """The way of a request: the provider that is asked first, and the model.
+
+    *model* None stands for the provider's own. *renamed* says that `model` in a body is replaced,
+    *pinned* that no other provider may be asked.
+    """
+
+    provider: Provider
+    model: str | None
+    renamed: bool
+    pinned: bool
+
+
+# Not frozen, as above.
+@dataclass(slots=True)
+class Request:
+    """One request of a client for an answer; *face* is the name of the face that it came through.
+
+    *name* is the id by which log lines name it. *key* is the id by which the caller finds its stream
+    again, and *digest* tells a repeated request from a conflicting one. *key* is None if nobody can come
+    back for the answer by an id of the client's. A *stored* answer is also found by the provider's id.
+    """
+
+    route: Route
+    provider_request: ProviderRequest
+    face: str
+    name: str
+    key: str | None = None
+    digest: bytes = b""
+    stored: bool = False
+    # What `Quota.take` has returned for it.
+    undecided: asyncio.Future[None] | None = None
+
+    async def decided(self) -> None:
+        """Wait until it is known whether the request is within its caller's limits.
+
+        Raises:
+            ConcurrencyExceeded, RateLimitExceeded: it is not.
+        """
+        if self.undecided is not None:
+            await self.undecided
+
+    def forget_undecided(self) -> None:
+        """Take the question back: the request needs no limit of its caller any more."""
+        if self.undecided is not None:
+            self.undecided.cancel()
+
+    @property
+    def caller(self) -> Caller:
+        """The caller that owns the stream, and whose limits count."""
+        return self.provider_request.caller
+
+    @property
+    def resumable(self) -> bool:
+        """Whether the caller can come back for the answer."""
+        return self.key is not None or self.stored
+
+    def begin_record(self, request_log: RequestLog) -> RequestRecord:
+        """Begin the record of this request, which is understood and goes to its first provider now."""
+        provider_request, provider = self.provider_request, self.route.provider
+        record = provider_request.record
+        record.begin(
+            self.face,
+            self.name,
+            provider.name,
+            self.route.model or provider.settings.model,
+            self.caller.name,
+            streamed=provider_request.streamed,
+        )
+        record.log = request_log
+        return record

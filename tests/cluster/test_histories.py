@@ -1,0 +1,164 @@
+"""Conversations and finished logs in Redis: what is kept, for how long, and how much."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from aioserver.auth.callers import Caller
+from aioserver.cluster import handover
+from aioserver.cluster.claims import answer_of
+from aioserver.cluster.histories import Histories
+from aioserver.config.chat import Context, Persistence
+from aioserver.errors import ResumeGap, ServerShutdown, StreamNotFound
+from aioserver.gateway.conversations import Conversations
+from aioserver.gateway.elsewhere import Start
+from aioserver.streams.entries import CHUNK, COMPLETE
+from aioserver.streams.stream import Stream
+from tests.support.jumping_loop import block
+from tests.support.memory_bus import MemoryClaims, World
+
+CALLER = Caller("somebody")
+
+
+def conversations(**persistence: Any) -> Conversations:
+    context = Context(max_tokens=100_000, reserve_tokens=0, preserve_recent=2)
+    return Conversations(context, Persistence(**persistence))
+
+
+def contents(kept: Conversations) -> list[str]:
+    return [message["content"] for message in kept.history(CALLER, "c", "now")]
+
+
+async def test_what_one_instance_keeps_another_loads() -> None:
+    world = World()
+    here, there = conversations(), conversations()
+    a = Histories(MemoryClaims(world, "a"), here)
+    b = Histories(MemoryClaims(world, "b"), there)
+    await a.keep(CALLER, "c", "q1", "a1")
+    await a.keep(CALLER, "c", "q2", "a2")
+    await a.keep(Caller("other"), "c", "q3", "a3")
+
+    await b.load(CALLER, "c")
+
+    assert contents(there) == ["q1", "a1", "q2", "a2", "now"]
+
+
+async def test_turns_that_are_too_old_are_not_sent() -> None:
+    world, now = World(), 1_000_000.0
+    kept = conversations(retention_policy="time_based", retention_days=1)
+    store = MemoryClaims(world, "a")
+    await Histories(store, kept, clock=lambda: now - 90_000).keep(CALLER, "c", "q1", "a1")
+    await Histories(store, kept, clock=lambda: now - 60).keep(CALLER, "c", "q2", "a2")
+
+    await Histories(store, kept, clock=lambda: now).load(CALLER, "c")
+
+    assert contents(kept) == ["q2", "a2", "now"]
+
+
+async def test_the_policy_bounds_what_is_loaded() -> None:
+    world = World()
+    kept = conversations(retention_policy="message_count", max_messages_per_conversation=4)
+    histories = Histories(MemoryClaims(world, "a"), kept)
+    for number in range(5):
+        await histories.keep(CALLER, "c", f"q{number}", f"a{number}")
+
+    await histories.load(CALLER, "c")
+
+    assert contents(kept) == ["q3", "a3", "q4", "a4", "now"]
+    assert sum(map(len, world.conversations.values())) == 2
+
+
+async def test_what_is_no_turn_is_left_out() -> None:
+    world, kept = World(), conversations()
+    histories = Histories(MemoryClaims(world, "a"), kept)
+    await histories.keep(CALLER, "c", "q1", "a1")
+    (turns,) = world.conversations.values()
+    turns[:0] = [b"", b"\xc1", b"\x93\x01\x02\x03"]
+
+    await histories.load(CALLER, "c")
+
+    assert contents(kept) == ["q1", "a1", "now"]
+
+
+async def test_an_unknown_conversation_leaves_what_is_known_here() -> None:
+    kept = conversations()
+    kept.keep(CALLER, "c", "q1", "a1")
+
+    await Histories(MemoryClaims(World(), "a"), kept).load(CALLER, "c")
+
+    assert contents(kept) == ["q1", "a1", "now"]
+
+
+async def test_time_for_which_our_loop_was_late_does_not_count() -> None:
+    async def call() -> int:
+        # A reply that is there passes through some turns of the event loop.
+        for _ in range(5):
+            await asyncio.sleep(0)
+        return 1
+
+    asyncio.get_running_loop().call_soon(block, 0.2)
+
+    assert await answer_of(call(), 0.05) == 1
+
+
+async def test_an_answer_that_does_not_come_is_not_waited_for() -> None:
+    with pytest.raises(TimeoutError):
+        await answer_of(asyncio.sleep(60), 0.05)
+
+
+def finished(request_id: str, size: int = 10, window: float = 30.0) -> Stream:
+    stream = Stream(request_id, CALLER, window=window, max_bytes=1 << 30)
+    for _ in range(3):
+        stream.append(CHUNK, [b'"%b"' % (b"x" * size)])
+    stream.end(COMPLETE, {})
+    return stream
+
+
+def test_the_newest_logs_are_handed_over_up_to_a_bound() -> None:
+    newest, large, old = finished("1"), finished("2", handover.MAX_BYTES // 3), finished("3")
+
+    assert [s.request_id for s, _seconds, _log in handover.chosen([newest, old])] == ["1", "3"]
+    assert [s.request_id for s, _seconds, _log in handover.chosen([newest, large, old])] == ["1"]
+
+
+def test_what_has_no_window_left_or_was_cut_is_not_handed_over() -> None:
+    cut = Stream("1", CALLER, window=30.0, max_bytes=1 << 20)
+    cut.fail(ServerShutdown("the server is stopping"))
+    running = Stream("2", CALLER, window=30.0, max_bytes=1 << 20)
+    running.append(CHUNK, [b'"x"'])
+    over = finished("3", window=-1.0)
+
+    assert list(handover.chosen([cut, running, over])) == []
+
+
+@pytest.mark.parametrize("after", [0, 1, 2, 3])
+async def test_a_log_is_filled_in_from_any_event_on(after: int) -> None:
+    stream = finished("1")
+    mirror = Stream("1", CALLER, window=0.0, max_bytes=1 << 20, private=True)
+    accepted: list[bool] = []
+
+    await handover.fill(
+        mirror, handover.log_of(stream), Start(after), lambda: accepted.append(True)
+    )
+
+    frames = [frame for entry in stream.entries for frame in stream.frames(entry)]
+    filled = [frame for entry in mirror.entries for frame in mirror.frames(entry)]
+    assert filled == frames[after:]
+    assert mirror.ended
+    assert accepted == [True]
+
+
+async def test_a_log_has_no_events_beyond_its_end() -> None:
+    log = handover.log_of(finished("1"))
+    mirror = Stream("1", CALLER, window=0.0, max_bytes=1 << 20, private=True)
+
+    with pytest.raises(ResumeGap):
+        await handover.fill(mirror, log, Start(9), lambda: None)
+    with pytest.raises(StreamNotFound):
+        await handover.fill(mirror, log[:-10], Start(), lambda: None)
+    with pytest.raises(StreamNotFound):
+        await handover.fill(mirror, b"\xff" * 50, Start(), lambda: None)
+    assert not mirror.ended

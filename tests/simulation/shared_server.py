@@ -1,0 +1,431 @@
+"""The Redis or Valkey server of a run, which all instances share: the twin of its script, claims and messages, with faults.
+
+What an instance says takes a moment each way, comes in the order in which it was said on one *line*, and may be lost,
+late, or never answered. What the server says to an instance by itself may be lost, late or doubled. The server may be
+gone and come back empty, be emptied, be paused, or be put back to an earlier state.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+from contextvars import Context, copy_context
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from aioserver.cluster.connection import CallFailed
+from aioserver.cluster.messages import SECOND
+from aioserver.cluster.model import Model, Stale
+from aioserver.cluster.peer_messages import decode
+from tests.simulation.clock import Clock
+from tests.support.memory_bus import MemoryBus, MemoryClaims, World
+
+if TYPE_CHECKING:
+    import random
+    from collections.abc import Callable, Coroutine, Sequence
+
+    from aioserver.cluster.claims import Renewal, Verdict
+    from aioserver.cluster.shares import Shares
+    from tests.simulation.loop import SimulatedLoop
+    from tests.simulation.plan import Shared
+
+T = TypeVar("T")
+# Seconds for a way, at most; the longest that is late; until instances hear again a server that is back.
+WAY, LATEST, BACK = 0.001, 2.0, 0.5
+
+
+class _World(World):
+    """Claims, logs and messages; the members are those of the twin."""
+
+    def __init__(self, server: SharedServer, dice: random.Random) -> None:
+        self._server = server
+        super().__init__(random=dice)
+
+    @property
+    def members(self) -> list[str]:
+        """The names of all members."""
+        state = self._server.model.world
+        return [] if state is None else list(state.members)
+
+    @members.setter
+    def members(self, _names: list[str]) -> None:
+        """Do nothing: calls make members."""
+
+
+class SharedServer:
+    """The server; *faults* has the share of each fault of a message.
+
+    *troubled* has the names of which some claim may not have come through, and *disturbed* when all of them were
+    forgotten.
+    """
+
+    def __init__(self, loop: SimulatedLoop, dice: random.Random, faults: Shared) -> None:
+        self.loop = loop
+        self.dice = dice
+        self.faults = faults
+        self.model = Model()
+        self.world = _World(self, dice)
+        self.up, self.paused = True, False
+        self.run = "run0"
+        # The instances whose messages do not get through.
+        self.cut_off: set[int] = set()
+        self.shares: dict[str, tuple[int, Shares, Context]] = {}
+        self.buses: dict[str, SimulatedBus] = {}
+        self.troubled: set[str] = set()
+        self.disturbed: list[float] = []
+        self._inbox: list[Callable[[], None]] = []
+
+    def reaches(self, number: int) -> bool:
+        """Return whether calls of instance *number* get through for certain."""
+        return self.up and not self.paused and not self.faults.lossy and number not in self.cut_off
+
+    def join(self, number: int, shares: Shares) -> None:
+        """Let the instance *number* be woken."""
+        self.shares[shares.instance] = number, shares, copy_context()
+
+    def forget(self, name: str) -> None:
+        """Let the instance *name* hear nothing any more."""
+        self.shares.pop(name, None)
+        self.buses.pop(name, None)
+        self.world.ears.pop(name, None)
+
+    # What it is asked.
+
+    def settle(self, request: bytes) -> bytes:
+        """Answer a call, and wake others.
+
+        Raises:
+            CallFailed: a later call was answered.
+        """
+        try:
+            answer, wakes = self.model.settle(request, round(Clock.now * SECOND))
+        except Stale as error:
+            raise CallFailed(str(error)) from error
+        for name, words in wakes.items():
+            self._wake(name, words)
+        return answer
+
+    def publish(self, target: str, data: bytes) -> int:
+        """Send *data* to *target*; return how many hear it."""
+        bus = self.world.ears.get(target)
+        if bus is None:
+            return 0
+        assert isinstance(bus, SimulatedBus)
+        for _ in range(2 if self.dice.random() < self.faults.doubled else 1):
+            self._say(bus.number, partial(self._heard, target, data), bus.context)
+        return 1
+
+    def after(self, moment: float, action: Callable[[], None], context: Context) -> None:
+        """Do *action* at *moment*, in *context*."""
+        self.loop.call_at(moment, action, context=context)
+
+    def arrive(self, run: str, carry: Callable[[], None], refuse: Callable[[], None]) -> None:
+        """Take a call that was meant for the process *run*."""
+        if not self.up or run != self.run:
+            refuse()
+        elif self.paused:
+            self._inbox.append(partial(self.arrive, run, carry, refuse))
+        else:
+            carry()
+
+    def _wake(self, name: str, words: Sequence[str]) -> None:
+        if (entry := self.shares.get(name)) is not None:
+            number, shares, context = entry
+            self._say(number, partial(shares.woken, words), context)
+
+    def _say(self, number: int, action: Callable[[], None], context: Context) -> None:
+        """Let *action* happen at instance *number*, unless the message is lost."""
+        dice, faults = self.dice, self.faults
+        lost, late = dice.random() < faults.lost, dice.random() < faults.late
+        way = dice.uniform(0.1, 1.0) * WAY + (dice.uniform(0.0, LATEST) if late else 0.0)
+        if not lost and number not in self.cut_off:
+            self.after(Clock.now + way, action, context)
+
+    def _heard(self, target: str, data: bytes) -> None:
+        bus = self.world.ears.get(target)
+        if bus is not None:
+            publication = decode(data)
+            for message in publication.messages:
+                bus.on_message(publication.sender, message)
+
+    # Its own faults.
+
+    async def suffer(self, name: str, seconds: float) -> None:
+        """Suffer the fault *name*; some last for *seconds*."""
+        if name == "pause":
+            self.paused = True
+            await asyncio.sleep(seconds)
+            self.paused = False
+            inbox, self._inbox = self._inbox, []
+            # They came on several lines.
+            self.dice.shuffle(inbox)
+            for each in inbox:
+                each()
+        elif name == "kill":
+            self.up = False
+            self._inbox.clear()
+            self._empty()
+            self.world.ears.clear()
+            await asyncio.sleep(seconds)
+            self._start()
+        elif name == "empty":
+            self._empty()
+        else:
+            world = self.world
+            kept = (self.model.world, world.claims, world.logs, world.conversations)
+            former = copy.deepcopy(kept)
+            await asyncio.sleep(seconds)
+            self.model.world, world.claims, world.logs, world.conversations = former
+            self.disturbed.append(Clock.now)
+            self._start()
+
+    def reconnect(self, number: int) -> None:
+        """Let instance *number* hear again, which was cut off."""
+        for other, shares, context in list(self.shares.values()):
+            if other == number:
+                moment = Clock.now + self.dice.uniform(0.0, BACK)
+                self.after(moment, partial(self._connected, shares), context)
+
+    def _empty(self) -> None:
+        self.model = Model()
+        for kept in (self.world.claims, self.world.logs, self.world.conversations):
+            kept.clear()
+        self.disturbed.append(Clock.now)
+
+    def _start(self) -> None:
+        """Run as another process, to which all instances connect again."""
+        self.up = True
+        self.run = f"run{int(self.run[3:]) + 1}"
+        self.world.ears.clear()
+        for number, shares, context in list(self.shares.values()):
+            if number not in self.cut_off:
+                moment = Clock.now + self.dice.uniform(0.0, BACK)
+                self.after(moment, partial(self._connected, shares), context)
+
+    def _connected(self, shares: Shares) -> None:
+        if (bus := self.buses.get(shares.instance)) is not None:
+            self.world.ears[bus.name] = bus
+            shares.woken([""])
+
+
+class Line:
+    """A connection of instance *number* to *server*: what is asked on it arrives in its order, if at all."""
+
+    def __init__(self, server: SharedServer, number: int) -> None:
+        self._server = server
+        self._number = number
+        self._there = self._back = 0.0
+        # The server's process that it leads to.
+        self.run = server.run
+
+    @property
+    def connected(self) -> bool:
+        """Whether what is asked is sent."""
+        server = self._server
+        return server.up and self._number not in server.cut_off
+
+    def ask(
+        self, action: Callable[[], T], lost: Callable[[], None] = lambda: None
+    ) -> asyncio.Future[T]:
+        """Let the server do *action*; return the future result. *lost* is called if it may never come."""
+        server, dice, faults = self._server, self._server.dice, self._server.faults
+        answer: asyncio.Future[T] = server.loop.create_future()
+        answer.add_done_callback(_retrieve)
+        context = copy_context()
+        fates = [dice.random() < share for share in (faults.lost, faults.lost, faults.late)]
+        ways = [dice.uniform(0.1, 1.0) * WAY for _ in range(2)]
+        if fates[2]:
+            ways[dice.randrange(2)] += dice.uniform(0.0, LATEST)
+            lost()
+        if any(fates[:2]) or self._number in server.cut_off or server.paused or not server.up:
+            lost()
+        if not server.up:
+            server.after(Clock.now + WAY, partial(_refuse, answer), context)
+            return answer
+        if fates[0] or self._number in server.cut_off:
+            return answer
+        self.run = server.run
+        self._there = max(self._there, Clock.now + ways[0])
+
+        def reply(tell: Callable[[], None]) -> None:
+            if not fates[1] and self._number not in server.cut_off:
+                self._back = max(self._back, Clock.now + ways[1])
+                server.after(self._back, tell, context)
+            else:
+                lost()
+
+        def carry() -> None:
+            try:
+                result = action()
+            except CallFailed as failure:
+                reply(partial(_refuse, answer, failure))
+            else:
+                reply(partial(_settle, answer, result))
+
+        def refuse() -> None:
+            lost()
+            reply(partial(_refuse, answer))
+
+        arrive = partial(server.arrive, self.run, carry, refuse)
+        # It is on its way, whatever becomes of whoever has asked.
+        server.after(self._there, arrive, Context())
+        return answer
+
+
+class SimulatedBus(MemoryBus):
+    """The bus of instance *number*: see `Bus`."""
+
+    def __init__(self, server: SharedServer, number: int, name: str) -> None:
+        self.number = number
+        self.context = copy_context()
+        self._server = server
+        self._line = Line(server, number)
+        super().__init__(server.world, name)
+        server.buses[name] = self
+
+    @property
+    def connected(self) -> bool:
+        """Whether messages come and go."""
+        return self._line.connected and self.name in self._server.world.ears
+
+    @connected.setter
+    def connected(self, _connected: bool) -> None:
+        """Do nothing: the server decides it."""
+
+    def _publish(self, target: str, data: bytes) -> None:
+        def published(answer: asyncio.Future[int]) -> None:
+            if not answer.cancelled() and answer.exception() is None and answer.result() == 0:
+                self.on_deaf(target)
+
+        answer = self._line.ask(partial(self._server.publish, target, data))
+        answer.add_done_callback(published)
+
+
+class SimulatedClaims(MemoryClaims):
+    """The claims of instance *number*, named *me*."""
+
+    def __init__(self, server: SharedServer, number: int, me: str) -> None:
+        super().__init__(server.world, me)
+        self._server = server
+        self._line = Line(server, number)
+
+    async def take(self, name: str, digest: bytes, seconds: float, lost: str = "") -> Verdict:
+        return await self._ask(
+            lambda: super(SimulatedClaims, self).take(name, digest, seconds, lost), name
+        )
+
+    async def find(self, name: str) -> Verdict:
+        return await self._ask(lambda: super(SimulatedClaims, self).find(name))
+
+    async def renew(self, claims: Sequence[Renewal]) -> None:
+        names = [claim.name for claim in claims]
+        await self._ask(lambda: super(SimulatedClaims, self).renew(claims), *names)
+
+    async def members(self) -> list[str]:
+        return await self._ask(super().members)
+
+    async def put_log(self, name: str, log: bytes, seconds: float) -> None:
+        await self._ask(lambda: super(SimulatedClaims, self).put_log(name, log, seconds), name)
+
+    async def get_log(self, name: str) -> bytes | None:
+        return await self._ask(lambda: super(SimulatedClaims, self).get_log(name), name)
+
+    async def keep_turn(self, name: str, turn: bytes, bounds: tuple[int, int, float]) -> None:
+        await self._ask(lambda: super(SimulatedClaims, self).keep_turn(name, turn, bounds))
+
+    async def turns(self, name: str) -> list[bytes]:
+        return await self._ask(lambda: super(SimulatedClaims, self).turns(name))
+
+    async def _ask(self, make: Callable[[], Coroutine[Any, Any, T]], *names: str) -> T:
+        def do() -> T:
+            # Its steps never wait, so that it is over with the first one.
+            try:
+                make().send(None)
+            except StopIteration as end:
+                result: T = end.value
+                return result
+            raise AssertionError("it waits")
+
+        return await self._line.ask(do, lambda: self._server.troubled.update(names))
+
+    async def _asked(self) -> float:
+        return Clock.now
+
+
+class SimulatedConnection:
+    """What carries the calls of `Shares`: as `ScriptConnection`, with the same bound."""
+
+    def __init__(self, server: SharedServer, number: int, bound: float) -> None:
+        self._server = server
+        self._number = number
+        self._bound = bound
+        self._line = Line(server, number)
+        self._open = False
+        self.run = ""
+
+    async def ready(self) -> None:
+        """Wait until calls are sent at once.
+
+        Raises:
+            CallFailed: there is no connection within the bound.
+        """
+        server = self._server
+        if self._open and self.run == server.run:
+            return
+        if not self._line.connected or server.paused:
+            await asyncio.sleep(self._bound)
+        if not self._line.connected or server.paused:
+            raise CallFailed("no connection")
+        self._open, self.run = True, server.run
+
+    async def open(self) -> None:
+        """Connect.
+
+        Raises:
+            CallFailed: the server is not there.
+        """
+        await self.ready()
+
+    async def settle(self, _prefix: str, request: bytes, run: str) -> bytes:
+        """Return the answer to *request*, which is meant for the process *run*.
+
+        Raises:
+            CallFailed: there is none within the bound, or it is an error.
+        """
+        if run != self._server.run:
+            self._open = False
+            raise CallFailed("it is another server now")
+        try:
+            async with asyncio.timeout(self._bound):
+                return await self._line.ask(partial(self._server.settle, request))
+        except TimeoutError:
+            self._open = False
+            raise CallFailed("no answer") from None
+
+    async def close(self) -> None:
+        """Do nothing: there is nothing to close."""
+
+
+class SimulatedSubscription:
+    """Stands for the connection on which `Shares` is woken: see `SharedServer.join`."""
+
+    async def open(self) -> None:
+        """Do nothing."""
+
+    async def close(self) -> None:
+        """Do nothing."""
+
+
+def _refuse(answer: asyncio.Future[Any], failure: CallFailed | None = None) -> None:
+    if not answer.done():
+        answer.set_exception(CallFailed("refused") if failure is None else failure)
+
+
+def _settle(answer: asyncio.Future[T], result: T) -> None:
+    if not answer.done():
+        answer.set_result(result)
+
+
+def _retrieve(answer: asyncio.Future[Any]) -> None:
+    if not answer.cancelled():
+        answer.exception()

@@ -1,0 +1,265 @@
+"""What holds of all instances that share a server, looked at from inside whenever time is about to pass.
+
+    limits      over all instances no more is inside than the limit, but for what those have that were cut off for
+                longer than their lease, or whose server has forgotten them
+    leases      nothing starts on a lease that is over, or beyond what is in hand
+    rates       in any window of t seconds at most `t * rate + burst` requests start
+    idleness    nobody waits for a place while one is free, once all are joined and nothing goes wrong
+    mirrors     who reads an answer of an instance that was killed is told so
+
+Private names used here: those of `Shares`, of its holdings and of rates, which no snapshot shows.
+"""
+
+# ruff: noqa: SLF001 - see above
+
+from __future__ import annotations
+
+from collections import Counter
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+from aioserver.cluster.claims import name_of
+from aioserver.cluster.holding import State
+from aioserver.cluster.rates import SharedRate
+from aioserver.cluster.shared_gate import SharedGate
+from tests.simulation.clock import Clock
+from tests.simulation.watch import delay_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from aioserver.cluster.holding import Holding
+    from tests.simulation.client import Client
+    from tests.simulation.instance import Instance
+    from tests.simulation.loop import SimulatedLoop
+    from tests.simulation.membership import Member
+    from tests.simulation.provider import Call
+    from tests.simulation.shared_server import SharedServer
+
+# Seconds after which all have heard of a reload, and after which nothing is left of a fault: a lease, and what is blind.
+SETTLED = 20.0
+# Seconds for which a place may be free while somebody waits: a beat, and some calls.
+IDLE = 3.0
+# Seconds after which a reader knows that the owner of its answer was killed; with a server that does not answer either.
+TOLD, TOLD_LATE = 4.0, 16.0
+# Starts beyond the bound of a rate, for what is rounded.
+ROUNDED = 1e-3
+CLOSER = 0.5
+# Seconds before an answer begins in which it may have been claimed: its request waits, and is tried again.
+CLAIMED = 120.0
+
+
+class _Rate:
+    """The starts of a rate, as a bucket that leaks: its level is never above the burst."""
+
+    def __init__(self) -> None:
+        self.level = 0.0
+        self.at = Clock.now
+
+
+class Together:
+    """Looks at all *instances*, which share *server*, and calls *broken* with what they have broken together.
+
+    *counts* says how often something happened that a fault explains.
+    """
+
+    def __init__(
+        self,
+        server: SharedServer,
+        loop: SimulatedLoop,
+        instances: Sequence[Instance],
+        broken: Callable[[str], None],
+    ) -> None:
+        self.server = server
+        self.counts: Counter[str] = Counter()
+        # When each instance was killed; when something began that all have to get over.
+        self.killed: dict[str, float] = {}
+        self.troubled_at = Clock.now
+        # When an instance was killed, stopped, cut off or ended.
+        self.absences: list[tuple[int, float]] = []
+        self._loop = loop
+        self._instances = instances
+        self._broken = broken
+        self._limits: dict[str, int] = {}
+        self._totals: dict[str, int] = {}
+        self._idle_since: dict[str, float] = {}
+        self._reloaded_at = float("-inf")
+        self._closer_at = 0.0
+        self._rates: dict[str, _Rate] = {}
+
+    def reloaded(self) -> None:
+        """Note that limits are about to change."""
+        self._reloaded_at = Clock.now
+
+    def trouble(self) -> None:
+        """Note that something goes wrong now, or has done so until now."""
+        self.troubled_at = Clock.now
+
+    def look(self) -> None:
+        """Check what must hold whenever nothing is about to happen in this moment."""
+        totals: dict[str, list[int]] = {}
+        for instance in self._instances:
+            member = instance.member
+            if instance.killed or instance.closed or member is None:
+                continue
+            alone = self._alone(instance, member)
+            for name, holding in member.shares._holdings.items():
+                inside = holding.user.inside
+                left = member.left_over[name] = min(member.left_over[name], inside)
+                excess = max(left, inside, holding.share) if alone else left
+                if (total := totals.get(name)) is None:
+                    totals[name] = [inside, holding.limit, excess]
+                else:
+                    total[0] += inside
+                    total[1] = max(total[1], holding.limit)
+                    total[2] += excess
+        for name, (inside, limit, excess) in totals.items():
+            if inside > limit:
+                self._look_at_excess(name, inside, limit, excess)
+            self._totals[name] = inside
+            if Clock.now > self._reloaded_at + SETTLED:
+                self._limits[name] = limit
+        if Clock.now >= self._closer_at:
+            self._closer_at = Clock.now + CLOSER
+            self._look_closer(totals)
+
+    def _alone(self, instance: Instance, member: Member) -> bool:
+        """Return whether the instance uses what the server does not know of."""
+        shares, world = member.shares, self.server.model.world
+        if instance.number in self._loop.absent or shares.standing.state is State.ALONE:
+            return True
+        if Clock.now >= shares.lease_end:
+            return True
+        if (world is None or shares.epoch != world.epoch) and not self.server.reaches(
+            member.number
+        ):
+            # It uses what it had in a world that is gone, and the server cannot know.
+            for name, holding in shares._holdings.items():
+                member.left_over[name] = max(member.left_over[name], holding.user.inside)
+        return False
+
+    def _look_at_excess(self, name: str, inside: int, limit: int, excess: int) -> None:
+        if self._reloaded_at > float("-inf"):
+            settling = Clock.now < self._reloaded_at + SETTLED
+            limit = max(limit, (self._limits if settling else self._totals).get(name, 0))
+        self.counts["moments above a limit"] += inside > limit
+        if inside > limit + excess:
+            self._broken(
+                f"{inside} of {limit} places of {name} are taken in all, at most {excess} more"
+            )
+
+    def _look_closer(self, totals: dict[str, list[int]]) -> None:
+        living = [each for each in self._instances if not (each.killed or each.closed)]
+        members = [each.member for each in living if each.member is not None]
+        for member in members:
+            if member.known is not None and member.number not in self._loop.absent:
+                self._look_at_mirrors(member)
+        calm = Clock.now > self.troubled_at + SETTLED and not self.server.faults.lossy
+        for member in members:
+            standing = member.shares.standing
+            calm = calm and standing.state is State.JOINED and not standing.blind
+        for name, (inside, limit, _excess) in totals.items():
+            if not calm or inside >= limit or not any(_waits(each, name) for each in members):
+                self._idle_since.pop(name, None)
+            elif Clock.now - self._idle_since.setdefault(name, Clock.now) > IDLE:
+                self._broken(
+                    f"requests wait for {name}, of which {limit - inside} places are free"
+                )
+
+    def _look_at_mirrors(self, member: Member) -> None:
+        assert member.known is not None
+        for mirror in member.known.peers._mirrors.values():
+            killed = self.killed.get(mirror.owner)
+            if killed is None:
+                continue
+            bound = TOLD if self.troubled_at <= killed else TOLD_LATE
+            since = max(killed, mirror.heard_at, self.troubled_at if bound == TOLD_LATE else 0.0)
+            if Clock.now - since > bound:
+                self._broken(f"an answer of {mirror.owner} is awaited, which was killed")
+
+    def started(self, rate: SharedRate, seconds: float) -> None:
+        """Note that a start was counted, or with negative *seconds* that it never happened."""
+        name, interval = rate.name, rate.interval
+        bucket = self._rates.get(name)
+        if bucket is None:
+            bucket = self._rates[name] = _Rate()
+        bucket.level = max(0.0, bucket.level - (Clock.now - bucket.at) / interval)
+        bucket.at = Clock.now
+        bucket.level += 1 if seconds > 0 else -1
+        # GCRA allows the burst and one that is due.
+        burst = 1 + rate._tolerance / interval
+        # Who loses the server may have started what it had in hand, and then its part of the rate.
+        burst += sum(each.member.alone for each in self._instances if each.member is not None)
+        if bucket.level > burst + ROUNDED:
+            self._broken(f"{bucket.level:.2f} starts of {name} at once, at most {burst:.2f}")
+
+    def entered(self, gate: Any) -> None:
+        """Look at a start."""
+        shares = gate._shares
+        if gate._inside > gate._limit:
+            self._broken(f"{gate._inside} are inside of {gate._limit} places in hand")
+        if shares.standing.state is not State.ALONE and Clock.now >= shares.lease_end:
+            self._broken(f"{shares.instance} starts on a lease that is over")
+
+    def check_calls(self, client: Client, calls: Sequence[Call], window: float) -> None:
+        """Check that two instances have not asked for one answer, unless the claim could not be made.
+
+        *calls* are all calls for its question that have arrived, in their order.
+        """
+        caller = client.key.name if client.key else ""
+        for first, second in _pairs(calls):
+            if second.begun_at - first.begun_at >= window:
+                continue
+            self.counts["answered twice"] += 1
+            since = first.begun_at - CLAIMED
+            forgotten = any(since <= moment <= second.begun_at for moment in self.server.disturbed)
+            absent = any(
+                number == first.instance and since <= moment <= second.begun_at
+                for number, moment in self.absences
+            )
+            names = self.server.troubled
+            unclaimed = client.has_id and (
+                name_of(caller, client.name) in names or self.server.faults.lossy
+            )
+            if not (forgotten or absent or unclaimed):
+                apart = second.begun_at - first.begun_at
+                self._broken(
+                    f"client {client.number} ({client.face}) was answered by instances "
+                    f"{first.instance} and {second.instance}, {apart:.3f} s apart"
+                )
+
+    def patches(self) -> ExitStack:
+        """Let starts be noted, in the block."""
+        stack = ExitStack()
+        take = SharedRate.take
+
+        def noting_take(rate: SharedRate, seconds: float) -> None:
+            take(rate, seconds)
+            self.started(rate, seconds)
+
+        def noting_enter(gate: SharedGate) -> None:
+            super(SharedGate, gate)._enter()
+            self.entered(gate)
+
+        stack.enter_context(mock.patch.object(SharedRate, "take", noting_take))
+        stack.enter_context(mock.patch.object(SharedGate, "_enter", noting_enter, create=True))
+        return stack
+
+
+def _waits(member: Member, name: str) -> bool:
+    """Return whether a request waits for a place of the limit *name* alone."""
+    holding: Holding | None = member.shares._holdings.get(name)
+    if holding is None or not isinstance(holding.user, SharedGate):
+        return False
+    gate: Any = holding.user
+    return bool(gate._queue) and delay_of(gate) <= 0
+
+
+def _pairs(calls: Sequence[Call]) -> Iterator[tuple[Call, Call]]:
+    """Iterate over calls of two instances, the second after one that arrived."""
+    for number, second in enumerate(calls):
+        for first in calls[:number]:
+            if first.instance != second.instance and first.arrived:
+                yield first, second
+                break

@@ -1,0 +1,369 @@
+"""A cluster in virtual time: instances (`Shares`), the twin of `settle` between them, and every fault that there is.
+
+Nothing of it is asynchronous: an instance is a state machine, and the simulation carries its calls. A call may arrive, be lost, be
+answered late or never. An instance may be killed, or stopped: then nothing of it runs, its requests keep their places, and what came
+meanwhile comes in any order when it goes on. The server may be killed, emptied, paused, or put back to an earlier state.
+
+After each step `check` asserts the invariants of cluster/holding.py and cluster/shares.py.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import heapq
+import itertools
+import random
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from aioserver.cluster.holding import State
+from aioserver.cluster.messages import SECOND, TIMES, Times, decode_request
+from aioserver.cluster.model import Model, Stale
+from aioserver.cluster.shares import Shares
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+NAME = "p:provider"
+
+
+@dataclass
+class Load:
+    """Requests of an instance: so many each second, each for so many seconds."""
+
+    rate: float = 100.0
+    seconds: float = 0.2
+    patience: float = 30.0
+
+
+class Instance:
+    """One instance, which uses places of one limit."""
+
+    def __init__(self, simulation: Simulation, number: int, load: Load) -> None:
+        self.simulation = simulation
+        self.number = number
+        self.load = load
+        self.inside = 0
+        self.waiting: deque[float] = deque()
+        self.starts = 0
+        self.longest_wait = 0.0
+        self.alive, self.stopped = True, False
+        # What came while the process was stopped.
+        self.missed: list[Callable[[], None]] = []
+        # Its places when its last lease was over, as far as they did not end since, and its share.
+        self.left_over = 0
+        self.call = 0
+        self.timer = 0
+        self.shares = Shares(
+            f"i{number}",
+            fixed=simulation.fixed_share(number),
+            times=simulation.times,
+            clock=lambda: simulation.now,
+            on_due=self.arm,
+            on_state=self.changed,
+        )
+        self.holding = self.shares.hold(NAME, simulation.limit, self)
+        self.arm()
+        if load.rate:
+            self.arrive_later()
+
+    # What `Shares` asks.
+
+    @property
+    def wanting(self) -> int:
+        return len(self.waiting)
+
+    @property
+    def weight(self) -> int:
+        return 1
+
+    def resize(self, places: int) -> None:
+        if hasattr(self, "holding"):
+            self.serve()
+
+    def changed(self, old: State, new: State, _why: str) -> None:
+        if State.ALONE in (old, new):
+            self.left_over = self.inside
+        self.simulation.states.append((self.simulation.now, self.number, new))
+
+    # Requests.
+
+    def arrive_later(self) -> None:
+        chance = self.simulation.chance
+        self.simulation.later(chance.expovariate(self.load.rate), self.arrive, self)
+
+    def arrive(self) -> None:
+        self.arrive_later()
+        self.waiting.append(self.simulation.now)
+        self.serve()
+        if self.waiting:
+            self.holding.wait_begins()
+
+    def serve(self) -> None:
+        self.shares.check()
+        now = self.simulation.now
+        while self.waiting and self.inside < self.holding.hand:
+            arrived = self.waiting.popleft()
+            if now - arrived > self.load.patience:
+                continue
+            self.longest_wait = max(self.longest_wait, now - arrived)
+            self.inside += 1
+            self.simulation.in_flight += 1
+            self.starts += 1
+            chance = self.simulation.chance
+            seconds = self.load.seconds * chance.uniform(0.5, 1.5)
+            self.simulation.later(seconds, self.end, self)
+
+    def end(self) -> None:
+        self.holding.place_ends()
+        self.inside -= 1
+        self.simulation.in_flight -= 1
+        self.left_over = min(self.left_over, self.inside)
+        self.serve()
+
+    # Calls.
+
+    def arm(self) -> None:
+        self.timer += 1
+        timer = self.timer
+        if hasattr(self, "shares"):
+            wait = max(0.0, self.shares.due - self.simulation.now)
+            if wait < 1e9:
+                self.simulation.later(wait, lambda: self.due(timer), self)
+
+    def due(self, timer: int) -> None:
+        if timer != self.timer or self.shares.busy or self.shares.left:
+            return
+        self.call += 1
+        call = self.call
+        simulation = self.simulation
+        request = self.shares.request(simulation.run)
+        simulation.calls += 1
+        simulation.later(self.shares.times.bound, lambda: self.give_up(call), self)
+        simulation.send(self, call, request)
+
+    def give_up(self, call: int) -> None:
+        if call == self.call and self.shares.busy:
+            self.call += 1
+            self.shares.failed("no answer")
+
+    def answered(self, call: int, answer: bytes) -> None:
+        if call == self.call and self.shares.busy:
+            self.call += 1
+            self.shares.answered(answer)
+
+    def refused(self, call: int) -> None:
+        if call == self.call and self.shares.busy:
+            self.call += 1
+            self.shares.failed("refused")
+
+    # Faults.
+
+    def kill(self) -> None:
+        self.alive = False
+        self.simulation.in_flight -= self.inside
+        self.inside = 0
+
+    def stop(self) -> None:
+        self.stopped = True
+
+    def go_on(self) -> None:
+        self.stopped = False
+        missed, self.missed = self.missed, []
+        self.simulation.chance.shuffle(missed)
+        for each in missed:
+            each()
+
+
+@dataclass
+class Simulation:
+    """The cluster. *delay* is that of a message; *loss* the share of those that are lost."""
+
+    seed: int
+    limit: int = 20
+    delay: float = 0.0005
+    loss: float = 0.0
+    times: Times = TIMES
+    fixed: int = 0
+    now: float = 1000.0
+    instances: list[Instance] = field(default_factory=list)
+    states: list[tuple[float, int, State]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.chance = random.Random(self.seed)
+        self._events: list[tuple[float, int, Callable[[], None]]] = []
+        self._order = itertools.count()
+        self._numbers = itertools.count()
+        self.model = Model()
+        self.snapshot = copy.deepcopy(self.model.world)
+        self.up, self.paused = True, False
+        self.runs = itertools.count(1)
+        self.run = "run0"
+        self.inbox: list[Callable[[], None]] = []
+        # Instances whose messages do not get through.
+        self.cut_off: set[int] = set()
+        self.calls = self.messages = 0
+        self.in_flight = self.peak = 0
+        # When the server was last put back.
+        self.rolled_back = -1e9
+        self.area = 0.0
+        self._since = self.now
+        self.on_step: Callable[[], None] = lambda: None
+
+    def fixed_share(self, number: int) -> tuple[int, int] | None:
+        return (number % self.fixed, self.fixed) if self.fixed else None
+
+    def add(self, load: Load) -> Instance:
+        instance = Instance(self, next(self._numbers), load)
+        self.instances.append(instance)
+        return instance
+
+    # Time.
+
+    def later(
+        self, seconds: float, action: Callable[[], None], instance: Instance | None = None
+    ) -> None:
+        """Do *action* in *seconds*, as a part of *instance*: not if it is dead, and later if it is stopped."""
+
+        def act() -> None:
+            if instance is None or (instance.alive and not instance.stopped):
+                action()
+            elif instance.alive:
+                instance.missed.append(act)
+
+        heapq.heappush(self._events, (self.now + seconds, next(self._order), act))
+
+    def advance(self, seconds: float) -> None:
+        end = self.now + seconds
+        while self._events and self._events[0][0] <= end:
+            when, _, action = heapq.heappop(self._events)
+            self.area += (when - self._since) * self.in_flight
+            self.now = self._since = max(self.now, when)
+            action()
+            self.peak = max(self.peak, self.in_flight)
+            self.on_step()
+        self.area += (end - self._since) * self.in_flight
+        self.now = self._since = end
+
+    def mean(self, seconds: float) -> float:
+        """Advance, and return how many requests were in flight on average."""
+        before, self.peak = self.area, 0
+        self.advance(seconds)
+        return (self.area - before) / seconds
+
+    # The server.
+
+    def reaches(self, instance: Instance) -> bool:
+        """Whether the calls of *instance* get through."""
+        return not (self.loss or instance.stopped or instance.number in self.cut_off)
+
+    def send(self, instance: Instance, call: int, request: bytes) -> None:
+        chance = self.chance
+        if chance.random() < self.loss or instance.number in self.cut_off:
+            return
+        run = self.run
+
+        def arrive() -> None:
+            if not self.up or run != self.run:
+                # The connection was that of another process.
+                self.later(self.delay, lambda: instance.refused(call), instance)
+            elif self.paused:
+                self.inbox.append(arrive)
+            else:
+                self._settle(instance, call, request)
+
+        self.later(self.delay * chance.uniform(0.5, 1.5), arrive)
+
+    def _settle(self, instance: Instance, call: int, request: bytes) -> None:
+        delay = self.delay * self.chance.uniform(0.5, 1.5)
+        try:
+            answer, wakes = self.model.settle(request, round(self.now * SECOND))
+        except Stale:
+            self.later(delay, lambda: instance.refused(call), instance)
+            return
+        if decode_request(request).bye:
+            assert not instance.inside, "it has left with requests inside"
+        for name, words in wakes.items():
+            other = next(each for each in self.instances if each.shares.instance == name)
+            self.messages += 1
+            if self.chance.random() >= self.loss and other.number not in self.cut_off:
+                self.later(delay, functools.partial(other.shares.woken, words), other)
+        if self.chance.random() >= self.loss and instance.number not in self.cut_off:
+            self.later(delay, lambda: instance.answered(call, answer), instance)
+
+    def kill_server(self) -> None:
+        self.up = False
+        self.inbox.clear()
+        self.model = Model()
+        self.paused = False
+
+    def start_server(self) -> None:
+        self.up = True
+        self.run = f"run{next(self.runs)}"
+        self._connected()
+
+    def empty(self) -> None:
+        self.model = Model()
+
+    def pause(self) -> None:
+        self.paused = True
+
+    def go_on(self) -> None:
+        self.paused = False
+        inbox, self.inbox = self.inbox, []
+        # They came on several connections.
+        self.chance.shuffle(inbox)
+        for each in inbox:
+            each()
+
+    def keep(self) -> None:
+        """Keep the state, to come back to it."""
+        self.snapshot = copy.deepcopy(self.model.world)
+
+    def roll_back(self) -> None:
+        """Go on with the state that was kept, in another process: what a replica that lags does."""
+        self.model.world = copy.deepcopy(self.snapshot)
+        self.rolled_back = self.now
+        self.start_server()
+
+    def _connected(self) -> None:
+        for each in self.instances:
+            wake = functools.partial(each.shares.woken, [""])
+            self.later(self.chance.uniform(0.0, 0.5), wake, each)
+
+    # What has to hold.
+
+    def check(self) -> None:
+        """Raise an AssertionError if an invariant is broken."""
+        living = [each for each in self.instances if each.alive]
+        world = self.model.world
+        holds = world.limits[NAME].holds if world and NAME in world.limits else {}
+        for each in living:
+            assert each.inside >= 0
+            holding = each.holding
+            assert 0 <= holding.hand <= self.limit
+            # `_standing`: the property would look at the clock.
+            standing = each.shares.standing
+            if world and each.shares.epoch != world.epoch and not self.reaches(each):
+                # It uses what it had in a world that is gone, and the server cannot know.
+                each.left_over = max(each.left_over, each.inside)
+            valid = standing.state is not State.ALONE and self.now < each.shares.lease_end
+            if valid and world and each.shares.epoch == world.epoch:
+                hold = holds.get(each.shares.instance)
+                known = hold.held if hold else 0
+                answered = each.shares.lease_end - self.times.lease + self.times.margin
+                if self.rolled_back < answered and holding.hand:
+                    member = world.members.get(each.shares.instance)
+                    assert member is not None
+                    assert member.ends / SECOND >= each.shares.lease_end
+                    assert known >= holding.hand, (each.number, known, holding.hand)
+        # Those whose lease was over while they ran may still have so many, or their share.
+        excess = 0
+        for each in living:
+            if each.shares.standing.state is State.ALONE or each.stopped:
+                excess += max(each.left_over, each.inside, each.holding.share)
+            else:
+                excess += each.left_over
+        assert self.in_flight <= self.limit + excess, (self.in_flight, excess)

@@ -1,0 +1,259 @@
+"""Several instances in one process: a bus and a store of claims in memory, with the faults of a network."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from aioserver.auth.keys import quota_of
+from aioserver.cluster.bus import Outbox
+from aioserver.cluster.claims import CONFLICT, KEPT, NONE, OURS, THEIRS, Verdict
+from aioserver.cluster.connection import CallFailed
+from aioserver.cluster.instances import ClusterStreams
+from aioserver.cluster.peer_messages import decode
+from aioserver.providers.queueing import ProviderGate
+from tests.support.server import QUICK, RunningServer, running
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Sequence
+    from pathlib import Path
+
+    from aioserver.cluster.claims import Renewal
+    from aioserver.cluster.peer_messages import Message
+    from aioserver.gateway.conversations import Conversations
+    from aioserver.providers.simulator.exchange import Behaviour
+    from aioserver.streams.store import StreamStore
+
+
+@dataclass
+class Claim:
+    owner: str
+    digest: bytes
+    until: float
+    done: bool = False
+
+
+@dataclass
+class World:
+    """What the instances share. *lost*, *late*, *doubled*: the shares of publications with such a fault."""
+
+    random: random.Random = field(default_factory=lambda: random.Random(1))
+    lost: float = 0.0
+    late: float = 0.0
+    doubled: float = 0.0
+    # Types of messages, of which the next one is lost.
+    lose: list[type] = field(default_factory=list)
+    # Whether the server of claims does not answer.
+    away: bool = False
+    members: list[str] = field(default_factory=list)
+    ears: dict[str, MemoryBus] = field(default_factory=dict)
+    claims: dict[str, Claim] = field(default_factory=dict)
+    logs: dict[str, tuple[bytes, float]] = field(default_factory=dict)
+    conversations: dict[str, list[bytes]] = field(default_factory=dict)
+    # How often the store was asked for anything, and the bytes that were published.
+    calls: int = 0
+    published: int = 0
+
+    def kill(self, name: str) -> None:
+        """Let the instance *name* hear and say nothing any more."""
+        self.ears.pop(name).dead = True
+
+
+class MemoryBus:
+    """The bus of one instance: see `Bus`."""
+
+    def __init__(self, world: World, name: str) -> None:
+        self.name = name
+        self.on_message: Callable[[str, Message], None] = lambda _sender, _message: None
+        self.on_deaf: Callable[[str], None] = lambda _target: None
+        self.dead = False
+        self.connected = True
+        self._world = world
+        self._loop = asyncio.get_running_loop()
+        self._outbox = Outbox(name, self._publish)
+        world.members.append(name)
+        world.ears[name] = self
+
+    def send(self, target: str, message: Message) -> None:
+        if type(message) in self._world.lose:
+            self._world.lose.remove(type(message))
+            return
+        self._outbox.put(target, message)
+
+    def _publish(self, target: str, data: bytes) -> None:
+        world = self._world
+        world.published += len(data)
+        if self.dead or world.random.random() < world.lost:
+            return
+        if target not in world.ears:
+            self._loop.call_soon(self.on_deaf, target)
+            return
+        for _ in range(2 if world.random.random() < world.doubled else 1):
+            delay = world.random.random() * 0.3 if world.random.random() < world.late else 0.0
+            self._loop.call_later(delay, self._deliver, target, data)
+
+    def _deliver(self, target: str, data: bytes) -> None:
+        bus = self._world.ears.get(target)
+        if bus is not None:
+            publication = decode(data)
+            for message in publication.messages:
+                bus.on_message(publication.sender, message)
+
+
+class MemoryClaims:
+    """The claims of one instance: see `ClaimStore`."""
+
+    def __init__(self, world: World, me: str) -> None:
+        self._world = world
+        self._me = me
+
+    async def take(self, name: str, digest: bytes, seconds: float, lost: str = "") -> Verdict:
+        now = await self._asked()
+        world, claim = self._world, self._claim(name, now)
+        if claim is not None and claim.owner != self._me:
+            kept = claim.done and name in world.logs
+            theirs = claim.owner != lost and claim.owner in world.members
+            if kept or theirs:
+                state = KEPT if kept else THEIRS
+                return Verdict(state if claim.digest == digest else CONFLICT, claim.owner)
+        world.claims[name] = Claim(self._me, digest, now + seconds)
+        return Verdict(OURS, self._me)
+
+    async def find(self, name: str) -> Verdict:
+        claim = self._claim(name, await self._asked())
+        if claim is None:
+            return Verdict(NONE, "")
+        if claim.done and name in self._world.logs:
+            return Verdict(KEPT, claim.owner, claim.digest)
+        known = claim.owner in self._world.members
+        return Verdict(THEIRS, claim.owner, claim.digest) if known else Verdict(NONE, "")
+
+    async def renew(self, claims: Sequence[Renewal]) -> None:
+        now = await self._asked()
+        for claim in claims:
+            kept = self._claim(claim.name, now)
+            if kept is None or kept.owner == self._me:
+                if claim.seconds <= 0:
+                    self._world.claims.pop(claim.name, None)
+                else:
+                    done = claim.done or (kept is not None and kept.done)
+                    new = Claim(self._me, claim.digest, now + claim.seconds, done)
+                    self._world.claims[claim.name] = new
+
+    async def members(self) -> list[str]:
+        await self._asked()
+        return list(self._world.members)
+
+    async def put_log(self, name: str, log: bytes, seconds: float) -> None:
+        self._world.logs[name] = log, await self._asked() + seconds
+
+    async def get_log(self, name: str) -> bytes | None:
+        now = await self._asked()
+        log, until = self._world.logs.get(name, (None, 0.0))
+        return log if until > now else None
+
+    async def keep_turn(self, name: str, turn: bytes, bounds: tuple[int, int, float]) -> None:
+        await self._asked()
+        turns = self._world.conversations.setdefault(name, [])
+        turns.append(turn)
+        del turns[: -bounds[1]]
+
+    async def turns(self, name: str) -> list[bytes]:
+        await self._asked()
+        return list(self._world.conversations.get(name, ()))
+
+    async def _asked(self) -> float:
+        self._world.calls += 1
+        await asyncio.sleep(0)
+        if self._world.away:
+            raise CallFailed("away")
+        return asyncio.get_running_loop().time()
+
+    def _claim(self, name: str, now: float) -> Claim | None:
+        claim = self._world.claims.get(name)
+        return claim if claim is not None and claim.until > now else None
+
+
+@dataclass
+class Instance:
+    """One of several servers in this process, and what it knows of the others."""
+
+    name: str
+    server: RunningServer
+    cluster: ClusterStreams
+    leave: Callable[[], Any]
+
+    @property
+    def requests(self) -> int:
+        """How many requests its provider has got."""
+        return self.server.simulator.stats().requests
+
+
+class StreamsOnly:
+    """A cluster whose instances share nothing but streams; *make* makes what knows those of the others."""
+
+    make_gate = staticmethod(ProviderGate)
+    make_quota = staticmethod(quota_of)
+
+    def __init__(self, make: Callable[[StreamStore, Conversations], ClusterStreams]) -> None:
+        self.streams = make
+
+    def serve(self, *_owners: object) -> None:
+        """Tell nothing."""
+
+
+async def instance_of(
+    world: World,
+    stack: AsyncExitStack,
+    path: Path,
+    name: str,
+    behaviour: Behaviour = QUICK,
+    changes: dict[str, Any] | None = None,
+    make: Callable[[StreamStore, Conversations], ClusterStreams] | None = None,
+) -> Instance:
+    """Start one more instance; it ends with *stack*, or by its `leave`."""
+    made: list[ClusterStreams] = []
+
+    def others(streams: StreamStore, conversations: Conversations) -> ClusterStreams:
+        if make is not None:
+            made.append(make(streams, conversations))
+        else:
+            bus, claims = MemoryBus(world, name), MemoryClaims(world, name)
+            made.append(ClusterStreams(bus, claims, streams, conversations))
+        return made[0]
+
+    own = AsyncExitStack()
+    server = await own.enter_async_context(
+        running(path / f"{name}.yaml", behaviour, changes, cluster=StreamsOnly(others))
+    )
+
+    async def leave() -> None:
+        """Stop the server in good order."""
+        await own.aclose()
+        world.ears.pop(name, None)
+        with contextlib.suppress(ValueError):
+            world.members.remove(name)
+
+    stack.push_async_callback(leave)
+    return Instance(name, server, made[0], leave)
+
+
+@contextlib.asynccontextmanager
+async def instances(
+    path: Path,
+    count: int = 2,
+    behaviour: Behaviour = QUICK,
+    world: World | None = None,
+    **changes: Any,
+) -> AsyncIterator[list[Instance]]:
+    """Run *count* servers that know of each other, a, b, c …; *changes* as those of `make_server`."""
+    world = World() if world is None else world
+    async with AsyncExitStack() as stack:
+        yield [
+            await instance_of(world, stack, path, name, behaviour, changes)
+            for name in "abcdefgh"[:count]
+        ]

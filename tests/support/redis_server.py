@@ -1,0 +1,100 @@
+"""A Redis or Valkey server of a test's own, on a UNIX socket in a temporary folder."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from typing import TYPE_CHECKING, Any, Self
+
+import hiredis
+
+from tests.support.tools import installed
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+Reply = Any
+
+
+class RedisServer:
+    """The server. Without the program the test skips, or fails with CI=true.
+
+    `with RedisServer(tmp_path) as server: …`; *options* are those of its command line.
+    """
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        self.path = folder / "redis.sock"
+        self._options = options
+        self._process: subprocess.Popen[bytes] | None = None
+        self._socket: socket.socket | None = None
+
+    @property
+    def url(self) -> str:
+        """The address for `cluster.redis_url`."""
+        return f"unix://{self.path}"
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.kill()
+
+    def start(self, *more: str) -> None:
+        """Start it, empty, and wait until it answers."""
+        program = shutil.which("valkey-server") or installed("redis-server")
+        self.path.unlink(missing_ok=True)
+        self._process = subprocess.Popen(
+            [
+                *(program, "--port", "0", "--unixsocket", str(self.path), "--save", ""),
+                *("--appendonly", "no", "--dir", str(self.path.parent), "--io-threads", "1"),
+                *(*self._options, *more),
+            ],
+            stdout=subprocess.DEVNULL,
+        )
+        deadline = time.perf_counter() + 10
+        while not self._listens():
+            assert self._process.poll() is None, "it has ended"
+            assert time.perf_counter() < deadline, "it does not start"
+            time.sleep(0.002)
+
+    def _listens(self) -> bool:
+        with socket.socket(socket.AF_UNIX) as probe:
+            return probe.connect_ex(str(self.path)) == 0
+
+    def kill(self) -> None:
+        """Kill it, if it lives; what it held is lost."""
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def pause(self) -> None:
+        """Stop the process; it keeps its connections, and reads nothing."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        """Let it go on after `pause`."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGCONT)
+
+    def call(self, *command: str | bytes | float) -> Reply:
+        """Return its reply to *command*; an error reply is a `hiredis.ReplyError`."""
+        if self._socket is None:
+            self._socket = socket.socket(socket.AF_UNIX)
+            self._socket.settimeout(10)
+            self._socket.connect(str(self.path))
+            self._reader = hiredis.Reader()
+        self._socket.sendall(hiredis.pack_command(command))  # type: ignore[arg-type]
+        while (reply := self._reader.gets()) is False:
+            data = self._socket.recv(65536)
+            assert data, "it has closed the connection"
+            self._reader.feed(data)
+        return reply
