@@ -47,6 +47,8 @@ def pytest_asyncio_loop_factories(
     Time jumps on asyncio's where nothing but the test's process takes part.
     """
     folders = set(item.path.relative_to(config.rootpath).parts)
+    if item.get_closest_marker("one_loop"):
+        return {"uvloop": uvloop.new_event_loop}
     if item.get_closest_marker("virtual_time"):
         return {"asyncio": _jumping}
     real = {"commands", "deploy", "docs", "browser"} & folders

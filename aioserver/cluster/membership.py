@@ -21,6 +21,7 @@ from aioserver.cluster.connection import AccessDenied
 from aioserver.cluster.holding import State
 from aioserver.cluster.instances import ClusterStreams
 from aioserver.cluster.limits import SharedLimits
+from aioserver.cluster.messages import TIMES
 from aioserver.cluster.settler import Settler
 from aioserver.cluster.shares import Shares
 from aioserver.cluster.totals import Totals
@@ -29,6 +30,7 @@ from aioserver.errors import ConfigurationError
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping
 
+    from aioserver.cluster.messages import Times
     from aioserver.cluster.peers import Peers
     from aioserver.config.settings import ClientKey, HttpClient
     from aioserver.gateway.conversations import Conversations
@@ -51,14 +53,22 @@ _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9.]+")
 class Membership:
     """One instance of the cluster *name*, whose server is at *url*. Made by `join`.
 
-    *fixed*: the rank of this instance and the number of all, where a parent knows them.
+    *fixed*: the rank of this instance and the number of all, where a parent knows them. *times*: those of the cluster.
     """
 
-    def __init__(self, url: str, name: str, instance: str, fixed: tuple[int, int] | None) -> None:
+    def __init__(
+        self,
+        url: str,
+        name: str,
+        instance: str,
+        fixed: tuple[int, int] | None,
+        times: Times = TIMES,
+    ) -> None:
         self.instance = instance
         self.shares = Shares(
             instance,
             fixed=fixed,
+            times=times,
             on_state=self._state_changed,
             on_told=lambda *told: self.limits.told(*told),
         )
@@ -130,18 +140,23 @@ class Membership:
 
 @asynccontextmanager
 async def join(
-    url: str, name: str, *, fixed: tuple[int, int] | None = None, first: bool = False
+    url: str,
+    name: str,
+    *,
+    fixed: tuple[int, int] | None = None,
+    first: bool = False,
+    times: Times = TIMES,
 ) -> AsyncIterator[Membership]:
     """Join the cluster *name* for the length of the block; the server within the block has ended before its end.
 
-    *fixed*: see `Membership`. *first*: no other instance can have places of a former life of the cluster, so that the
+    *fixed*, *times*: see `Membership`. *first*: no other instance can have places of a former life of the cluster, so that the
     fixed share may be used at once.
 
     Raises:
         ConfigurationError: *url* cannot be used, or its server refuses us.
     """
     try:
-        membership = Membership(url, name, instance_name(), fixed)
+        membership = Membership(url, name, instance_name(), fixed, times)
     except ValueError as error:
         raise ConfigurationError([f"cluster.redis_url: {error}"]) from None
     if first:

@@ -27,7 +27,9 @@ class Settler:
         self.shares = shares
         self.prefix = f"aio:{{{name}}}:"
         bound = shares.times.bound
-        self.connection = ScriptConnection(url, bound=bound, on_open=self._tell_all)
+        self.connection = ScriptConnection(
+            url, bound=bound, on_open=self._tell_all, on_loss=self._lost
+        )
         self.subscription = Subscription(
             url,
             {f"{self.prefix}wake:{shares.instance}": self._woken},
@@ -117,6 +119,11 @@ class Settler:
         self._due.clear()
         if wait < self.shares.times.lease * 2:
             self._timer = loop.call_later(wait, self._due.set)
+
+    def _lost(self, failure: CallFailed) -> None:
+        # A call that is under way fails by itself.
+        if not self.shares.busy and not self.shares.left:
+            self.shares.failed(str(failure))
 
     def _tell_all(self) -> None:
         self.shares.woken([""])

@@ -18,7 +18,7 @@ from aioserver.cluster.shared_gate import SharedGate
 from aioserver.cluster.shares import Shares
 from aioserver.errors import ServerAtCapacity
 from tests.support.redis_server import RedisServer
-from tests.support.waiting import until
+from tests.support.waiting import ticks, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
@@ -156,6 +156,19 @@ async def test_instances_work_through_whatever_happens_to_the_server(redis: Redi
         redis.start()
         await work_again(instances)
 
+        assert referee.peak == LIMIT
+
+
+async def test_nothing_is_given_away_while_there_is_no_connection(redis: RedisServer) -> None:
+    async with three(redis.url) as (referee, instances):
+        redis.kill()
+        await until(lambda: not any(each.settler.connection.connected for each in instances))
+        await ticks()
+
+        # A place that ends is used at once: nobody can be given it.
+        assert not any(each.shares.state is State.JOINED for each in instances)
+        redis.start()
+        await work_again(instances)
         assert referee.peak == LIMIT
 
 

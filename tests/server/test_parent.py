@@ -143,6 +143,7 @@ async def test_a_replacement_loses_and_refuses_nothing(
         assert sign not in process.log
 
 
+@pytest.mark.one_loop
 async def test_a_killed_worker_is_followed_and_a_reload_reaches_all(
     tmp_path: Path, simulator: Simulator
 ) -> None:
@@ -277,6 +278,7 @@ async def test_a_second_signal_ends_all_at_once(tmp_path: Path, simulator: Simul
         assert all(map(gone, children))
 
 
+@pytest.mark.one_loop
 async def test_what_keeps_it_from_starting_is_said_once(tmp_path: Path) -> None:
     only_on("asyncio")
     file = tmp_path / "c.yaml"
