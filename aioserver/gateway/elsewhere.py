@@ -106,17 +106,21 @@ class Elsewhere:
         stream: Stream,
         request: Request,
         producer: Coroutine[Any, Any, None],
+        release: Callable[[], None],
         prompt: Prompt | None,
     ) -> tuple[Coroutine[Any, Any, None], Callable[[], None]]:
-        """Return the producer that claims the id of *stream* and then runs *producer*, and its release."""
+        """Return the producer that claims the id of *stream* and then runs *producer*, and its release.
+
+        *release* is that of *producer*.
+        """
         stream.attachment.claimed = self._loop.create_future()
 
-        def release() -> None:
+        def release_all() -> None:
             # It may never have begun.
             producer.close()
-            request.provider_request.release()
+            release()
 
-        return self._claim(stream, request, producer, prompt), release
+        return self._claim(stream, request, producer, prompt), release_all
 
     def mirror(self, caller: Caller, request_id: str, start: Start) -> Stream:
         """Return a mirror of the caller's stream *request_id*, which ends soon if there is none.

@@ -322,7 +322,7 @@ class Gateway:
             producer, release = _once_decided(request, producer)
         # An answer that nobody can name is asked of no other instance.
         if self.elsewhere is not None and request.key is not None:
-            producer, release = self.elsewhere.claiming(stream, request, producer, prompt)
+            producer, release = self.elsewhere.claiming(stream, request, producer, release, prompt)
         self._producers.start(stream, producer, release)
 
     async def _produce_chat(self, request: Request, stream: Stream, prompt: Prompt) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from aioserver.cluster.links import CREDIT
 from aioserver.cluster.peer_messages import Block
+from aioserver.limits.quota import Quota
 from aioserver.providers.simulator.exchange import Behaviour
 from tests.support.chat import (
     CHAT,
@@ -26,7 +27,7 @@ from tests.support.chat import (
     until_status,
 )
 from tests.support.keys import bearer, keys_of
-from tests.support.memory_bus import World, instances
+from tests.support.memory_bus import World, instance_of, instances
 from tests.support.server import ENDLESS, PACED, QUICK
 from tests.support.waiting import until
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
     from pathlib import Path
 
+    from aioserver.config.settings import ClientKey
     from tests.support.memory_bus import Instance
 
     Make = Callable[..., Awaitable[list[Instance]]]
@@ -255,6 +257,36 @@ async def test_another_payload_of_a_known_id_is_a_conflict(
     assert [one["chunk"]["code"] for one in refused] == ["request_conflict"]
     assert same[-1]["status"] == "cancelled"
     assert asked_once(a, b)
+
+
+async def test_a_conflict_takes_the_question_for_a_place_of_its_key_back(
+    world: World, tmp_path: Path
+) -> None:
+    asked: list[asyncio.Future[None]] = []
+
+    class Asking(Quota):
+        def take(self) -> asyncio.Future[None]:
+            super().take()
+            asked.append(asyncio.get_running_loop().create_future())
+            return asked[-1]
+
+    def make_quota(key: ClientKey, _elsewhere: object) -> Quota:
+        return Asking(key.max_concurrent, key.requests_per_minute)
+
+    async with AsyncExitStack() as stack:
+        changes = keys_of("web")
+        a = await instance_of(world, stack, tmp_path, "a", changes=changes)
+        b = await instance_of(world, stack, tmp_path, "b", changes=changes, make_quota=make_quota)
+        for at, text, status in ((a, "Hello", 200), (b, "Other", 409)):
+            body = {"request_id": "r1", "text": text}
+            async with at.server.session.post(
+                at.server.sse, json=body, headers=bearer("web")
+            ) as response:
+                await response.read()
+                assert response.status == status
+
+        # Otherwise it would be counted as an answer that waits for its place, and never ends.
+        assert [question.cancelled() for question in asked] == [True]
 
 
 async def test_a_stream_of_another_key_is_not_found_elsewhere(make: Make) -> None:

@@ -253,7 +253,58 @@ from aioserver.protocol.responses import ResponseEvents
 render = ResponseEvents.render
 ResponseEvents.render = lambda self, error, seen=None: render(self, error)
 """,
+    # What instances promise each other.
+    "the end of a lease": """
+from aioserver.cluster.shares import Shares
+Shares.check = lambda self: None
+""",
+    "whose an id is": """
+from aioserver.cluster.claims import OURS
+from aioserver.cluster.instances import ClusterStreams
+take = ClusterStreams._take
+async def ours(self, stream, claim, conversation_id):
+    verdict = await take(self, stream, claim, conversation_id)
+    return verdict._replace(state=OURS)
+ClusterStreams._take = ours
+""",
+    "an event of a mirror": """
+from aioserver.cluster.mirrors import Mirror
+append, count = Mirror._append, [0]
+def lossy(self, entries):
+    count[0] += 1
+    if entries and not count[0] % 10:
+        self.stream.last += entries.pop(0).count
+    append(self, entries)
+Mirror._append = lossy
+""",
+    "that an owner was killed": """
+from aioserver.cluster.mirrors import Mirror
+Mirror.lose = lambda self: None
+""",
+    "what it has when it comes back": """
+from aioserver.cluster.holding import Holding
+op = Holding.op
+def forgetful(self):
+    said = op(self)
+    return said and said._replace(have=0)
+Holding.op = forgetful
+""",
+    "that a slot is used": """
+from aioserver.cluster.rates import SharedRate
+SharedRate.take = lambda self, seconds: None
+""",
 }
+# A cluster in which everything goes well, but for what a breakage needs.
+GOOD: dict[str, Any] = {"instances": 3, "shared": {}, "balancer": "random", "operations": {}}
+CROWDED = {
+    "llm.providers.sim.http_client.concurrent_requests": 5,
+    "llm.providers.sim.http_client.max_connections": 5,
+    "llm.providers.sim.http_client.max_keepalive": 5,
+    "llm.providers.sim.http_client.requests_per_minute": 1_000_000,
+    "llm.providers.sim.http_client.queue_size": 1000,
+    "llm.providers.sim.http_client.queue_timeout": 30.0,
+}
+KEPT = {"chat.streams.resume_window": 30.0, "chat.streams.max_kept_bytes": 268_435_456}
 # What a run must try, so that few seeds are enough to notice some of them.
 NEEDS: dict[str, dict[str, Any]] = {
     "that a provider's connection was cut": {"provider_links": {"reset": 0.5}},
@@ -282,6 +333,43 @@ NEEDS: dict[str, dict[str, Any]] = {
         "habits": {"return": 0.9},
     },
     "that rounding holds nobody back": {"spread": 30.0},
+    "the end of a lease": {
+        **GOOD,
+        "clients": 100,
+        "spread": 30.0,
+        "changes": CROWDED,
+        "shared": {"events": ((10.0, "stop instance", 12.0),)},
+    },
+    "whose an id is": {
+        **GOOD,
+        "faces": ("sse", "keyed stream"),
+        "habits": {"ask twice": 1.0},
+        "changes": KEPT,
+    },
+    "an event of a mirror": {
+        **GOOD,
+        "faces": ("websocket", "sse"),
+        "habits": {"ask twice": 1.0},
+    },
+    "that an owner was killed": {
+        **GOOD,
+        "faces": ("websocket", "sse"),
+        "habits": {"ask twice": 1.0, "read slowly": 0.5},
+        "shared": {"events": ((5.0, "kill instance", 3.0),)},
+    },
+    "what it has when it comes back": {
+        **GOOD,
+        "clients": 100,
+        "spread": 5.0,
+        "changes": CROWDED,
+        "shared": {"events": ((2.0, "kill", 3.0), (8.0, "empty", 0.0))},
+    },
+    "that a slot is used": {
+        **GOOD,
+        "clients": 100,
+        "spread": 0.1,
+        "changes": {"llm.providers.sim.http_client.requests_per_minute": 600},
+    },
 }
 # The seed that is tried first, where an earlier one is known to notice nothing: for speed alone.
 FIRST = {
@@ -308,13 +396,18 @@ FIRST = {
 
 def noticed(name: str) -> str:
     """Return what is noticed of the server that has forgotten *name*."""
-    from tests.simulation.plan import draw
+    from tests.simulation.plan import Shared, draw
     from tests.simulation.world import play
 
     exec(BREAKAGES[name], {})
     first = FIRST.get(name, 0)
     for seed in range(first, first + SEEDS):
-        plan = dataclasses.replace(draw(seed, CLIENTS), **NEEDS.get(name, {}))
+        needs = dict(NEEDS.get(name, {}))
+        if "shared" in needs:
+            needs["shared"] = Shared(**needs["shared"])
+        plan = draw(seed, CLIENTS, needs.get("instances", 1))
+        changes = plan.changes | needs.get("changes", {})
+        plan = dataclasses.replace(plan, **{**needs, "changes": changes})
         if violations := play(plan).violations:
             return f"seed {seed}: {violations[0]}"
     return ""

@@ -3,7 +3,8 @@
     limits      over all instances no more is inside than the limit, but for what those have that were cut off for
                 longer than their lease, or whose server has forgotten them
     leases      nothing starts on a lease that is over, or beyond what is in hand
-    rates       in any window of t seconds at most `t * rate + burst` requests start
+    rates       in any window of t seconds at most `t * rate + burst` requests start; and where an instance is not
+                heard, its part of that
     idleness    nobody waits for a place while one is free, once all are joined and nothing goes wrong
     mirrors     who reads an answer of an instance that was killed is told so
 
@@ -21,6 +22,7 @@ from unittest import mock
 
 from aioserver.cluster.claims import name_of
 from aioserver.cluster.holding import State
+from aioserver.cluster.messages import SECOND
 from aioserver.cluster.rates import SharedRate
 from aioserver.cluster.shared_gate import SharedGate
 from tests.simulation.clock import Clock
@@ -86,7 +88,7 @@ class Together:
         self._idle_since: dict[str, float] = {}
         self._reloaded_at = float("-inf")
         self._closer_at = 0.0
-        self._rates: dict[str, _Rate] = {}
+        self._rates: dict[tuple[str, str], _Rate] = {}
 
     def reloaded(self) -> None:
         """Note that limits are about to change."""
@@ -131,9 +133,9 @@ class Together:
             return True
         if Clock.now >= shares.lease_end:
             return True
-        if (world is None or shares.epoch != world.epoch) and not self.server.reaches(
-            member.number
-        ):
+        if world is None or shares.epoch == world.epoch or self.server.reaches(member.number):
+            return False
+        if Clock.now * SECOND + world.offset >= world.blind:
             # It uses what it had in a world that is gone, and the server cannot know.
             for name, holding in shares._holdings.items():
                 member.left_over[name] = max(member.left_over[name], holding.user.inside)
@@ -180,19 +182,24 @@ class Together:
 
     def started(self, rate: SharedRate, seconds: float) -> None:
         """Note that a start was counted, or with negative *seconds* that it never happened."""
-        name, interval = rate.name, rate.interval
-        bucket = self._rates.get(name)
+        name, key = rate.name, (rate.name, "")
+        interval, tolerance = rate.interval, rate._tolerance
+        if rate._state is not State.JOINED:
+            # Its part of the rate, of which the server does not know.
+            local = rate._local
+            interval, tolerance = local.interval, max(tolerance, local._tolerance)
+            key = name, rate._caller.instance  # type: ignore[attr-defined]
+        bucket = self._rates.get(key)
         if bucket is None:
-            bucket = self._rates[name] = _Rate()
+            bucket = self._rates[key] = _Rate()
         bucket.level = max(0.0, bucket.level - (Clock.now - bucket.at) / interval)
         bucket.at = Clock.now
         bucket.level += 1 if seconds > 0 else -1
-        # GCRA allows the burst and one that is due.
-        burst = 1 + rate._tolerance / interval
-        # Who loses the server may have started what it had in hand, and then its part of the rate.
-        burst += sum(each.member.alone for each in self._instances if each.member is not None)
-        if bucket.level > burst + ROUNDED:
-            self._broken(f"{bucket.level:.2f} starts of {name} at once, at most {burst:.2f}")
+        # GCRA allows the burst and one that is due. A server that has forgotten it allows a key its burst again.
+        burst = 1 + tolerance / interval
+        burst *= 1 + len(self.server.disturbed) * name.startswith("K:")
+        if bucket.level > burst + len(self.server.disturbed) + ROUNDED:
+            self._broken(f"{bucket.level:.2f} starts of {key} at once, at most {burst:.2f}")
 
     def entered(self, gate: Any) -> None:
         """Look at a start."""

@@ -136,7 +136,8 @@ class Watch:
             if isinstance(queue, SharedGate):
                 # As many more as others may have had places for.
                 most += queue.shared_limit
-            if queue.waiting > most:
+            # After a reload, as many as there were.
+            if queue.waiting > most and Clock.now > self._deadlines.settled_at:
                 self._broken(f"{queue.waiting} requests wait, at most {most}")
         self._deadlines.look()
 

@@ -215,6 +215,7 @@ def play(plan: Plan, only: Collection[int] | None = None) -> Outcome:
             outcome.counts = world.cluster.together.counts
         asyncio.set_event_loop(None)
         # Whatever it does, it is none of this run.
+        network.on_late = lambda _seconds: None
         loop.set_exception_handler(lambda _loop, _context: None)
         _forget(dead)
         loop.close()

@@ -24,9 +24,13 @@ if TYPE_CHECKING:
 
     from aioserver.cluster.claims import Renewal
     from aioserver.cluster.peer_messages import Message
+    from aioserver.config.settings import ClientKey
     from aioserver.gateway.conversations import Conversations
+    from aioserver.limits.quota import Quota
     from aioserver.providers.simulator.exchange import Behaviour
     from aioserver.streams.store import StreamStore
+
+    MakeQuota = Callable[[ClientKey, Callable[[int], int] | None], Quota]
 
 
 @dataclass
@@ -197,10 +201,14 @@ class StreamsOnly:
     """A cluster whose instances share nothing but streams; *make* makes what knows those of the others."""
 
     make_gate = staticmethod(ProviderGate)
-    make_quota = staticmethod(quota_of)
 
-    def __init__(self, make: Callable[[StreamStore, Conversations], ClusterStreams]) -> None:
+    def __init__(
+        self,
+        make: Callable[[StreamStore, Conversations], ClusterStreams],
+        make_quota: MakeQuota = quota_of,
+    ) -> None:
         self.streams = make
+        self.make_quota = make_quota
 
     def serve(self, *_owners: object) -> None:
         """Tell nothing."""
@@ -214,6 +222,7 @@ async def instance_of(
     behaviour: Behaviour = QUICK,
     changes: dict[str, Any] | None = None,
     make: Callable[[StreamStore, Conversations], ClusterStreams] | None = None,
+    make_quota: MakeQuota = quota_of,
 ) -> Instance:
     """Start one more instance; it ends with *stack*, or by its `leave`."""
     made: list[ClusterStreams] = []
@@ -228,7 +237,7 @@ async def instance_of(
 
     own = AsyncExitStack()
     server = await own.enter_async_context(
-        running(path / f"{name}.yaml", behaviour, changes, cluster=StreamsOnly(others))
+        running(path / f"{name}.yaml", behaviour, changes, cluster=StreamsOnly(others, make_quota))
     )
 
     async def leave() -> None:
