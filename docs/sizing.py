@@ -27,7 +27,7 @@ PATIENCE, RESUME_WINDOW = 20.0, 30.0
 
 # What it costs, from benchmarks/README.md, where nothing else says so: CPU of a worker in seconds for an event, for what is around
 # an answer, and for an idle WebSocket in each second.
-EVENT, ANSWER, IDLE = 30e-6, 400e-6, 2.5e-6
+EVENT, ANSWER, IDLE = 40e-6, 400e-6, 2.5e-6
 # A core is full at this load on average, so that the event loop is not late.
 FULL = 0.5
 # Bytes of an idle WebSocket, of a running stream beside its log, of a worker; docs/limits.md.

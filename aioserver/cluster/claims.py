@@ -80,8 +80,42 @@ for number, key in ipairs(KEYS) do
 end
 return 1
 """
-# KEYS: the conversation. ARGV: the turn, bytes and turns that are kept, milliseconds to live.
-_KEEP_TURN = """
+# Begins the scripts that keep what may also be forgotten. Beyond its `maxmemory` a server refuses whatever writes,
+# `settle` as well, so the last quarter is not for them.
+_FULL = """
+local function full(more)
+  local memory = redis.call('INFO', 'memory')
+  local most = tonumber(memory:match('maxmemory:(%d+)'))
+  return most > 0 and tonumber(memory:match('used_memory:(%d+)')) + more > most * 0.75
+end
+"""
+# KEYS: the log. ARGV: the log, milliseconds to live.
+_PUT_LOG = (
+    _FULL
+    + """
+if full(#ARGV[1]) then return 0 end
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+return 1
+"""
+)
+# KEYS: the conversation, all conversations by their last turn. ARGV: the turn, bytes and turns that are kept, milliseconds
+# to live. Where there is no room, the conversations that rested for longest go, some with each turn. One that lacks its
+# newest turn goes as a whole: the instances then use what they know of it themselves.
+_KEEP_TURN = (
+    _FULL
+    + """
+local now, kept = tonumber(redis.call('TIME')[1]), tonumber(ARGV[4])
+redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', now - kept / 1000)
+for _ = 1, 100 do
+  if not full(#ARGV[1]) then break end
+  local oldest = redis.call('ZPOPMIN', KEYS[2])[1]
+  if not oldest then break end
+  redis.call('DEL', oldest)
+end
+if full(#ARGV[1]) then
+  redis.call('DEL', KEYS[1])
+  return 0
+end
 redis.call('RPUSH', KEYS[1], ARGV[1])
 local turns, size = redis.call('LRANGE', KEYS[1], 0, -1), 0
 local first = #turns + 1
@@ -91,9 +125,12 @@ while first > 1 and #turns - first + 1 < tonumber(ARGV[3]) do
   first = first - 1
 end
 if first > 1 then redis.call('LTRIM', KEYS[1], first - 1, -1) end
-redis.call('PEXPIRE', KEYS[1], ARGV[4])
+redis.call('PEXPIRE', KEYS[1], kept)
+redis.call('ZADD', KEYS[2], now, KEYS[1])
+redis.call('PEXPIRE', KEYS[2], kept)
 return 1
 """
+)
 
 
 class Verdict(NamedTuple):
@@ -130,7 +167,7 @@ class ClaimStore(Protocol):
         """Return the names of all instances."""
 
     async def put_log(self, name: str, log: bytes, seconds: float) -> None:
-        """Keep a log that has ended for *seconds*."""
+        """Keep a log that has ended for *seconds*, if there is room."""
 
     async def get_log(self, name: str) -> bytes | None:
         """Return a log that was kept."""
@@ -207,8 +244,8 @@ class RedisClaims:
         return [member.decode() for member in members]
 
     async def put_log(self, name: str, log: bytes, seconds: float) -> None:
-        """Keep a log that has ended."""
-        await self._commands.execute("SET", self._keys(name)[1], log, "PX", int(1000 * seconds))
+        """Keep a log that has ended, if there is room."""
+        await self._eval(_PUT_LOG, [self._keys(name)[1]], log, int(1000 * seconds))
 
     async def get_log(self, name: str) -> bytes | None:
         """Return a log that was kept."""
@@ -218,8 +255,8 @@ class RedisClaims:
     async def keep_turn(self, name: str, turn: bytes, bounds: tuple[int, int, float]) -> None:
         """Append *turn* to a conversation."""
         size, count, seconds = bounds
-        key = f"{self._prefix}c:{name}"
-        await self._eval(_KEEP_TURN, [key], turn, size, count, int(1000 * seconds))
+        keys = [f"{self._prefix}c:{name}", f"{self._prefix}talks"]
+        await self._eval(_KEEP_TURN, keys, turn, size, count, int(1000 * seconds))
 
     async def turns(self, name: str) -> list[bytes]:
         """Return the turns of a conversation."""
