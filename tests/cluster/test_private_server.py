@@ -21,7 +21,7 @@ from aioserver.cluster.private_server import (
     PrivateServerFailed,
     find_program,
 )
-from tests.support.tools import installed
+from tests.support.redis_server import program_of_server
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -52,7 +52,7 @@ def runtime() -> Iterator[Path]:
 
 @pytest.fixture
 def valkey() -> str:
-    return installed("valkey-server")
+    return program_of_server()
 
 
 def test_a_server_is_ready_when_it_was_started_and_leaves_nothing_when_it_stops(

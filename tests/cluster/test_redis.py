@@ -23,8 +23,8 @@ from aioserver.cluster.instances import ClusterStreams
 from aioserver.cluster.peer_messages import MAX_READ, Credit, Detach
 from tests.support.chat import chat, resume, to_end, until_status
 from tests.support.memory_bus import Instance, World, instance_of
+from tests.support.redis_server import RedisServer
 from tests.support.server import ENDLESS, PACED
-from tests.support.valkey_server import ValkeyServer
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
@@ -42,13 +42,13 @@ ONE, TWO = b"\1" * 32, b"\2" * 32
 
 
 @pytest.fixture
-def valkey(tmp_path: Path) -> Iterator[ValkeyServer]:
-    with ValkeyServer(tmp_path) as server:
+def valkey(tmp_path: Path) -> Iterator[RedisServer]:
+    with RedisServer(tmp_path) as server:
         yield server
 
 
 @pytest.fixture
-async def make_bus(valkey: ValkeyServer) -> AsyncIterator[Callable[[str], Any]]:
+async def make_bus(valkey: RedisServer) -> AsyncIterator[Callable[[str], Any]]:
     """Make a bus that is connected: `await make_bus("a")`. It is a member, too."""
     async with AsyncExitStack() as stack:
 
@@ -177,7 +177,7 @@ async def test_what_makes_no_sense_is_counted_and_left_out(make_bus: Any) -> Non
 
 
 async def test_a_bus_is_connected_again_to_a_server_that_comes_back(
-    make_bus: Any, valkey: ValkeyServer
+    make_bus: Any, valkey: RedisServer
 ) -> None:
     a, b = await make_bus("a"), await make_bus("b")
     got: list[Any] = []
@@ -185,7 +185,7 @@ async def test_a_bus_is_connected_again_to_a_server_that_comes_back(
 
     valkey.kill()
     await until(lambda: not b.connected)
-    with pytest.raises(Exception, match=r"valkey\.sock"):
+    with pytest.raises(Exception, match=r"redis\.sock"):
         await a.commands.execute("PING")
     valkey.start()
     await until(lambda: a.connected and b.connected)
@@ -244,7 +244,7 @@ async def test_streams_go_on_anywhere_over_a_real_server(make_bus: Any, tmp_path
 
 
 async def test_a_mirror_outlives_a_pause_of_the_server(
-    make_bus: Any, tmp_path: Path, valkey: ValkeyServer
+    make_bus: Any, tmp_path: Path, valkey: RedisServer
 ) -> None:
     async with running_over(make_bus, tmp_path, ENDLESS) as (a, b):  # noqa: SIM117 - it is clearer
         async with a.server.connect() as first, b.server.connect() as second:
@@ -253,7 +253,7 @@ async def test_a_mirror_outlives_a_pause_of_the_server(
             await second.send_json(resume("r1"))
             seen = await until_status(second, "chunk")
 
-            valkey.stop_running()
+            valkey.pause()
             await until(lambda: not b.cluster.peers._bus.connected)  # noqa: SLF001
             valkey.go_on()
             seen += [await second.receive_json(timeout=20) for _ in range(300)]
@@ -274,7 +274,7 @@ async def publications(bus: RedisBus) -> int:
 
 
 async def test_a_command_after_a_restart_of_the_server_is_carried_out(
-    make_bus: Any, valkey: ValkeyServer
+    make_bus: Any, valkey: RedisServer
 ) -> None:
     a = await make_bus("a")
     valkey.kill()
@@ -287,10 +287,10 @@ async def test_a_command_after_a_restart_of_the_server_is_carried_out(
 
 
 async def test_commands_that_wait_for_a_server_that_is_away_fail(
-    make_bus: Any, valkey: ValkeyServer
+    make_bus: Any, valkey: RedisServer
 ) -> None:
     a = await make_bus("a")
-    valkey.stop_running()
+    valkey.pause()
 
     answers = await asyncio.gather(
         *(a.commands.execute("PING") for _ in range(3)), return_exceptions=True

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from aioserver.cluster.private_server import PrivateServer
 from aioserver.server.shared_server import LIVED, PAUSE, SharedServer
+from tests.support.redis_server import program_of_server
 from tests.support.server import NOWHERE, configured
-from tests.support.tools import installed
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,7 +28,7 @@ def test_a_server_that_was_killed_is_started_again_at_once_or_after_a_pause(
     tmp_path: Path, clock: FakeClock
 ) -> None:
     private = PrivateServer.start(
-        installed("valkey-server"), environ={"RUNTIME_DIRECTORY": str(tmp_path)}
+        program_of_server(), environ={"RUNTIME_DIRECTORY": str(tmp_path)}
     )
     server = SharedServer(private, clock)
 
@@ -65,7 +65,7 @@ def test_a_server_that_cannot_be_started_again_is_tried_again(
     tmp_path: Path, clock: FakeClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     program = tmp_path / "valkey-server"
-    program.symlink_to(installed("valkey-server"))
+    program.symlink_to(program_of_server())
     private = PrivateServer.start(str(program), environ={"RUNTIME_DIRECTORY": str(tmp_path)})
     server = SharedServer(private, clock)
     try:

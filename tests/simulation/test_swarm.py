@@ -43,7 +43,7 @@ for balancer in ("sticky", "random"):
         replace(
             plan, balancer=balancer, changes=changes, keys=(), faces=("sse",), faults={"reset": 0.3},
             habits={"return": 1.0}, operations={}, spread=5.0, silent=0.0, provider_links={},
-            provider_fault_share=0.0,
+            provider_fault_share=0.0, shared=None,
         )
     )
     assert not outcome.violations, outcome.violations
