@@ -31,11 +31,11 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping
 
     from aioserver.cluster.messages import Times
-    from aioserver.cluster.peers import Peers
     from aioserver.config.settings import ClientKey, HttpClient
     from aioserver.gateway.conversations import Conversations
     from aioserver.limits.quota import Quota
     from aioserver.monitoring.monitor import Monitor
+    from aioserver.monitoring.state import ClusterState
     from aioserver.providers.health import Health
     from aioserver.providers.provider import Provider
     from aioserver.providers.queueing import ProviderGate
@@ -78,7 +78,7 @@ class Membership:
         self.bus = RedisBus(url, self.settler.prefix, instance)
         self.address = self.settler.connection.address
         self._incidents: Monitor | None = None
-        self._peers: Peers | None = None
+        self._streams: ClusterStreams | None = None
 
     def make_gate(
         self, name: str, limits: HttpClient, health: Health, clock: Callable[[], float]
@@ -93,16 +93,37 @@ class Membership:
     def streams(self, store: StreamStore, conversations: Conversations) -> ClusterStreams:
         """Return what knows the streams of other instances."""
         claims = RedisClaims(self.bus.commands, self.settler.prefix, self.instance)
-        streams = ClusterStreams(self.bus, claims, store, conversations)
-        self._peers = streams.peers
-        return streams
+        self._streams = ClusterStreams(self.bus, claims, store, conversations)
+        return self._streams
 
     def serve(self, providers: Callable[[], Mapping[str, Provider]], monitor: Monitor) -> None:
         """Let what others tell reach *providers*, and *monitor* show the state of all instances."""
         self.limits.providers = providers
         self._incidents = monitor
-        assert self._peers is not None, "`streams` was called before"
-        monitor.others = Totals(self.instance, self._peers, lambda: self.shares.members, monitor)
+        assert self._streams is not None, "`streams` was called before"
+        monitor.share(
+            Totals(
+                self.instance,
+                self._streams.peers,
+                lambda: self.shares.members,
+                monitor,
+                self.standing,
+            )
+        )
+
+    def standing(self) -> ClusterState:
+        """Return how this instance stands with the others."""
+        assert self._streams is not None, "`streams` was called before"
+        streams = self._streams.stats()
+        return {
+            "state": self.shares.state.value,
+            "calls": self.shares.calls,
+            "failed_calls": self.shares.failures,
+            "links": streams.links,
+            "mirrors": streams.mirrors,
+            "unclaimed": streams.unclaimed,
+            "lost": int(self.bus.lost.value),
+        }
 
     async def open(self) -> None:
         """Connect, and share. A server that is not there is looked for in the background.

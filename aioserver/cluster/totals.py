@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from aioserver.cluster.peers import Peers
     from aioserver.monitoring.monitor import Monitor
-    from aioserver.monitoring.state import History, Incident, Snapshot
+    from aioserver.monitoring.state import ClusterState, History, Incident, Snapshot
     from aioserver.telemetry.metrics import Family
 
 # What an instance is asked for.
@@ -29,12 +29,21 @@ NOT_UNDERSTOOD = (msgspec.DecodeError, KeyError, TypeError, ValueError, Attribut
 
 
 class Totals:
-    """Asks all *members* of a cluster for what *monitor*, that of the instance *me*, shows."""
+    """Asks all *members* of a cluster for what *monitor*, that of the instance *me*, shows.
+
+    *standing* tells how the instance stands with the cluster's server.
+    """
 
     def __init__(
-        self, me: str, peers: Peers, members: Callable[[], Sequence[str]], monitor: Monitor
+        self,
+        me: str,
+        peers: Peers,
+        members: Callable[[], Sequence[str]],
+        monitor: Monitor,
+        standing: Callable[[], ClusterState],
     ) -> None:
         self._me = me
+        self.standing = standing
         self._peers = peers
         self._members = members
         self._monitor = monitor

@@ -27,7 +27,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from aioserver.monitoring.snapshot import Sources
-    from aioserver.monitoring.state import History, Incident, Percentiles, ProviderState, Snapshot
+    from aioserver.monitoring.state import (
+        ClusterState,
+        History,
+        Incident,
+        Percentiles,
+        ProviderState,
+        Snapshot,
+    )
     from aioserver.telemetry.metrics import Family
 
 logger = logging.getLogger("aioserver.monitoring")
@@ -74,6 +81,9 @@ class Watcher(Protocol):
 
 class Others(Protocol):
     """All instances of a cluster, this one among them: see cluster/totals.py."""
+
+    def standing(self) -> ClusterState:
+        """Return how this instance stands with the others."""
 
     async def state(self) -> Snapshot:
         """Return the state of all together."""
@@ -147,6 +157,11 @@ class Monitor:
         return self._snapshots.build(
             self._interval, self._troubles.now, self._verdict, watchers=len(self._watchers)
         )
+
+    def share(self, others: Others) -> None:
+        """Show the state of all instances together from now on."""
+        self.others = others
+        self._snapshot["cluster"] = others.standing()
 
     def report(self) -> Report:
         """Return what this instance says of itself to others: the state at the last tick."""
@@ -227,6 +242,8 @@ class Monitor:
         self._troubles.observe(self._snapshot, self._interval)
         self._verdict = self._verdicts.observe(self._snapshot, self._interval)
         self._snapshot["verdict"] = self._verdict
+        if self.others is not None:
+            self._snapshot["cluster"] = self.others.standing()
         self._snapshot_json = orjson.dumps(self._snapshot)
         self._history.append(_point(self._snapshot))
         self._history_event = b""

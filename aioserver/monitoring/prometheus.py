@@ -27,6 +27,7 @@ from prometheus_client.metrics_core import (
 from prometheus_client.registry import Collector
 
 from aioserver import __version__
+from aioserver.monitoring.sums import STANDINGS
 from aioserver.monitoring.troubles import WORDS
 from aioserver.telemetry.counters import Counter
 from aioserver.telemetry.kernel import accept_queue
@@ -69,6 +70,14 @@ def _instances(snapshot: Snapshot) -> dict[str, float]:
     instances: Mapping[str, object] = snapshot.get("instances", {"": {}})
     heard = sum(instance is not None for instance in instances.values())
     return {"heard": heard, "unheard": len(instances) - heard}
+
+
+def _standings(snapshot: Snapshot) -> dict[str, float]:
+    instances = snapshot.get("instances", {}).values()
+    return {
+        standing: sum(each is not None and each["cluster"] == standing for each in instances)
+        for standing in STANDINGS
+    }
 
 
 GAUGES = (
@@ -165,6 +174,17 @@ GAUGES = (
         _instances,
         "Instances of the cluster, by whether they have answered; 1 where there is none",
         "state",
+    ),
+    Gauge(
+        "cluster_instances",
+        _standings,
+        "Instances by how they stand with the cluster's server: all 0 where there is no cluster",
+        "state",
+    ),
+    Gauge(
+        "cluster_mirrors",
+        lambda s: s["cluster"]["mirrors"] if "cluster" in s else 0,
+        "Answers of other instances that are read at another one",
     ),
 )
 

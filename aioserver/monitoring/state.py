@@ -149,6 +149,24 @@ class ProcessState(TypedDict):
     cpu: float
 
 
+class ClusterState(TypedDict):
+    """How an instance, or the worst of several, stands with the cluster's server, and what went to and fro.
+
+    *state*: `joined`, `unheard` or `alone` (cluster/shares.py). *calls* and *failed_calls* are those about limits. *links* are
+    logs of this instance that are read elsewhere, *mirrors* those of others that are read here. *unclaimed* requests with an
+    id were answered though the server did not say in time whether another instance has it. *lost* messages found too many
+    others waiting.
+    """
+
+    state: str
+    calls: int
+    failed_calls: int
+    links: int
+    mirrors: int
+    unclaimed: int
+    lost: int
+
+
 class InstanceState(TypedDict):
     """One instance of a cluster by itself; *places* are those of each provider that it has in hand."""
 
@@ -167,12 +185,13 @@ class InstanceState(TypedDict):
     lag_max: float
     cpu: float
     rss_bytes: int | None
+    cluster: str
 
 
 class Snapshot(TypedDict):
     """The whole state: the JSON object of `/stats`.
 
-    *instances* is there in a cluster only; the value of an instance that has not answered is None.
+    *cluster* and *instances* are there in a cluster only; the value of an instance that has not answered is None.
     """
 
     time: float
@@ -197,6 +216,7 @@ class Snapshot(TypedDict):
     process: ProcessState
     watchers: int
     endpoints: dict[str, str]
+    cluster: NotRequired[ClusterState]
     instances: NotRequired[dict[str, InstanceState | None]]
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from aioserver.monitoring.state import (
+        ClusterState,
         ConnectionsState,
         History,
         InstanceState,
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 LARGEST = frozenset(("first_token_p50", "first_token_p95", "lag_max"))
 # Incidents of all instances together that a history has.
 MAX_INCIDENTS = 100
+# How an instance stands with the cluster's server, the worst first.
+STANDINGS = ("alone", "unheard", "joined")
 # The states of a provider, the worst first.
 STATES = ("dead", "sick", "well")
 # How a value that percentiles are made of is named in a report.
@@ -117,6 +120,7 @@ def add(
             "cpu": round(sum(snapshot["process"]["cpu"] for snapshot in snapshots), 3),
         },
         "watchers": sum(snapshot["watchers"] for snapshot in snapshots),
+        "cluster": _cluster([snapshot["cluster"] for snapshot in snapshots]),
         "instances": dict(sorted((instances | dict.fromkeys(unheard)).items())),
     }
     total["verdict"] = judge(total, _lately([report.lately for report in reports.values()]))
@@ -158,6 +162,7 @@ def _instance(snapshot: Snapshot) -> InstanceState:
         "lag_max": snapshot["loop"]["lag_max"],
         "cpu": process["cpu"],
         "rss_bytes": process["rss_bytes"],
+        "cluster": snapshot["cluster"]["state"],
     }
 
 
@@ -244,6 +249,18 @@ def _provider(
             "under_way": sum(state["silent"]["under_way"] for state in states),
         },
         "trouble": _worst_trouble(own, known),
+    }
+
+
+def _cluster(states: Sequence[ClusterState]) -> ClusterState:
+    return {
+        "state": min((state["state"] for state in states), key=STANDINGS.index),
+        "calls": sum(state["calls"] for state in states),
+        "failed_calls": sum(state["failed_calls"] for state in states),
+        "links": sum(state["links"] for state in states),
+        "mirrors": sum(state["mirrors"] for state in states),
+        "unclaimed": sum(state["unclaimed"] for state in states),
+        "lost": sum(state["lost"] for state in states),
     }
 
 

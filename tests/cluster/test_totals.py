@@ -18,7 +18,21 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
+    from aioserver.monitoring.state import ClusterState
     from tests.support.memory_bus import Instance
+
+
+def standing() -> ClusterState:
+    """How an instance stands that has joined."""
+    return {
+        "state": "joined",
+        "calls": 3,
+        "failed_calls": 1,
+        "links": 0,
+        "mirrors": 2,
+        "unclaimed": 0,
+        "lost": 0,
+    }
 
 
 @pytest.fixture
@@ -27,8 +41,14 @@ async def pair(tmp_path: Path) -> AsyncIterator[tuple[Instance, Instance]]:
     async with instances(tmp_path) as (a, b):
         for instance in (a, b):
             monitor = instance.server.context.monitor
-            monitor.others = Totals(
-                instance.name, instance.cluster.peers, lambda: [a.name, b.name], monitor
+            monitor.share(
+                Totals(
+                    instance.name,
+                    instance.cluster.peers,
+                    lambda: [a.name, b.name],
+                    monitor,
+                    standing,
+                )
             )
         yield a, b
 
@@ -71,6 +91,8 @@ async def test_each_instance_shows_the_sum_and_each_share(
         assert state["first_token"]["count"] == 5
         assert state["connections"]["opened"] == 5
         assert set(state["instances"]) == {a.name, b.name}
+        assert state["cluster"]["calls"] == 6
+        assert state["cluster"]["state"] == "joined"
 
 
 async def test_metrics_are_added_up_but_limits_that_are_shared_are_not(
@@ -86,6 +108,8 @@ async def test_metrics_are_added_up_but_limits_that_are_shared_are_not(
     assert await metric(b, "aioserver_provider_first_token_seconds_count") == 5
     assert await metric(b, 'aioserver_provider_limit{provider="sim"}') == single
     assert await metric(b, 'aioserver_instances{state="heard"}') == 2
+    assert await metric(b, 'aioserver_cluster_instances{state="joined"}') == 2
+    assert await metric(b, "aioserver_cluster_mirrors") == 4
 
 
 async def test_a_watcher_sees_all_instances_and_their_incidents(
@@ -133,7 +157,9 @@ async def test_an_instance_that_does_not_answer_is_named_and_delays_little(
     a, b = pair
     await answer(a, 1)
     monitor = a.server.context.monitor
-    monitor.others = Totals(a.name, a.cluster.peers, lambda: [a.name, b.name, "gone"], monitor)
+    monitor.share(
+        Totals(a.name, a.cluster.peers, lambda: [a.name, b.name, "gone"], monitor, standing)
+    )
 
     state = await stats(a)
 

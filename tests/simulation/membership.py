@@ -62,14 +62,14 @@ class Member(Membership):
         self.known: ClusterStreams | None = None
         self.address = "simulation"
         self._incidents = None
-        self._peers = None
+        self._streams = None
         server.join(number, self.shares)
 
     def streams(self, store: StreamStore, conversations: Conversations) -> ClusterStreams:
         """Return what knows the streams of other instances."""
         claims = SimulatedClaims(self.server, self.number, self.instance)
         self.known = ClusterStreams(self.bus, claims, store, conversations)
-        self._peers = self.known.peers
+        self._streams = self.known
         return self.known
 
     async def close(self) -> None:

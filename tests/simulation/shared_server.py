@@ -17,6 +17,7 @@ from aioserver.cluster.connection import CallFailed
 from aioserver.cluster.messages import SECOND
 from aioserver.cluster.model import Model, Stale
 from aioserver.cluster.peer_messages import decode
+from aioserver.telemetry.counters import Counter
 from tests.simulation.clock import Clock
 from tests.support.memory_bus import MemoryBus, MemoryClaims, World
 
@@ -276,6 +277,7 @@ class SimulatedBus(MemoryBus):
     """The bus of instance *number*: see `Bus`."""
 
     def __init__(self, server: SharedServer, number: int, name: str) -> None:
+        self.lost = Counter()
         self.number = number
         self.context = copy_context()
         self._server = server
