@@ -291,3 +291,23 @@ async def test_the_limit_of_a_key_holds_for_both_together(
         refused = [text for status, text in answers if status == 429]
         assert len(refused) == 9
         assert all("concurrency_exceeded" in text for text in refused)
+
+
+async def test_the_first_instance_deletes_the_conversations_if_it_is_told_to(
+    redis: RedisServer,
+) -> None:
+    # The name has what is a pattern of keys elsewhere.
+    name, other = "a*[b]", "a*[b]2"
+    for each in (name, other):
+        redis.call("RPUSH", f"aio:{{{each}}}:c:1", "turn")
+
+    async with (
+        join(redis.url, name, times=TIMES),
+        join(redis.url, name, times=TIMES, clear=True),
+    ):
+        assert redis.call("EXISTS", f"aio:{{{name}}}:c:1") == 1
+    async with join(redis.url, name, times=TIMES):
+        assert redis.call("EXISTS", f"aio:{{{name}}}:c:1") == 1
+    async with join(redis.url, name, times=TIMES, clear=True):
+        assert redis.call("EXISTS", f"aio:{{{name}}}:c:1") == 0
+        assert redis.call("EXISTS", f"aio:{{{other}}}:c:1") == 1
