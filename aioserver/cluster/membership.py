@@ -108,6 +108,17 @@ class Membership:
         assert self._peers is not None, "`streams` was called before"
         monitor.others = Totals(self.instance, self._peers, lambda: self.shares.members, monitor)
 
+    @property
+    def token(self) -> int:
+        """The number at the end of this instance's name."""
+        return int(self.instance.rpartition("-")[2], 16)
+
+    def ended(self, token: int) -> None:
+        """Note that the instance with *token* has ended for certain: its places are free now, and not after its lease."""
+        for name in self.shares.members:
+            if name.endswith(f"-{token:08x}"):
+                self.shares.ended(name)
+
     async def open(self, *, clear: bool = False) -> None:
         """Connect, and share. A server that is not there is looked for in the background.
 
