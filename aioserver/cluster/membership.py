@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from aioserver.cluster.bus import RedisBus
 from aioserver.cluster.claims import RedisClaims
-from aioserver.cluster.connection import AccessDenied
+from aioserver.cluster.connection import AccessDenied, CallFailed
 from aioserver.cluster.holding import State
 from aioserver.cluster.instances import ClusterStreams
 from aioserver.cluster.limits import SharedLimits
@@ -47,6 +47,10 @@ logger = logging.getLogger("aioserver.cluster")
 LEAVE_TIMEOUT = 1.0
 # Characters of a host's name in the name of an instance.
 MAX_HOST = 32
+# Keys that the server looks at in one step.
+SCANNED = 1000
+# What has a meaning of its own in a pattern of keys.
+_GLOB = re.compile(r"[*?\[\]\\^-]")
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9.]+")
 
 
@@ -125,8 +129,21 @@ class Membership:
             "lost": int(self.bus.lost.value),
         }
 
-    async def open(self) -> None:
+    @property
+    def token(self) -> int:
+        """The number at the end of this instance's name."""
+        return int(self.instance.rpartition("-")[2], 16)
+
+    def ended(self, token: int) -> None:
+        """Note that the instance with *token* has ended for certain: its places are free now, and not after its lease."""
+        for name in self.shares.members:
+            if name.endswith(f"-{token:08x}"):
+                self.shares.ended(name)
+
+    async def open(self, *, clear: bool = False) -> None:
         """Connect, and share. A server that is not there is looked for in the background.
+
+        *clear*: delete the conversations that are there, if this is the first instance: others may use them.
 
         Raises:
             ConfigurationError: the server refuses the password, or the user may not do what is needed.
@@ -135,6 +152,8 @@ class Membership:
             await self.settler.open()
         except AccessDenied as error:
             raise ConfigurationError([f"cluster.redis_url: {error}"]) from None
+        if clear and self.shares.members == [self.instance]:
+            await self._clear_conversations()
         state = self.shares.state
         logger.info("cluster: instance %s, %s (%s)", self.instance, state.value, self.address)
 
@@ -143,6 +162,23 @@ class Membership:
         await self.settler.leave(LEAVE_TIMEOUT)
         await self.settler.close()
         await self.bus.close()
+
+    async def _clear_conversations(self) -> None:
+        prefix = _GLOB.sub(r"\\\g<0>", self.settler.prefix)
+        connection, cursor, count = self.settler.connection, b"0", 0
+        try:
+            while True:
+                cursor, keys = await connection.execute(
+                    *("SCAN", cursor, "MATCH", f"{prefix}c:*", "COUNT", SCANNED)
+                )
+                if keys:
+                    count += await connection.execute("UNLINK", *keys)
+                if int(cursor) == 0:
+                    break
+        except CallFailed as failure:
+            logger.warning("not all conversations are deleted at the start: %s", failure)
+        else:
+            logger.info("conversations deleted at the start: %d", count)
 
     def _state_changed(self, _old: State, new: State, why: str) -> None:
         if new is State.JOINED:
@@ -166,12 +202,13 @@ async def join(
     *,
     fixed: tuple[int, int] | None = None,
     first: bool = False,
+    clear: bool = False,
     times: Times = TIMES,
 ) -> AsyncIterator[Membership]:
     """Join the cluster *name* for the length of the block; the server within the block has ended before its end.
 
     *fixed*, *times*: see `Membership`. *first*: no other instance can have places of a former life of the cluster, so that the
-    fixed share may be used at once.
+    fixed share may be used at once. *clear*: see `Membership.open`.
 
     Raises:
         ConfigurationError: *url* cannot be used, or its server refuses us.
@@ -183,7 +220,7 @@ async def join(
     if first:
         membership.shares.use_fixed()
     try:
-        await membership.open()
+        await membership.open(clear=clear)
         yield membership
     finally:
         await membership.close()

@@ -271,18 +271,21 @@ async def _run(
     loop.add_signal_handler(signal.SIGUSR2, _ignore)
     settings, pepper, slot = configuration.settings, None, None
     url, fixed, first = settings.cluster.redis_url, None, False
+    clear = settings.chat.service.repository.persistence.clear_on_startup
     if worker is not None:
         settings, pepper, slot = worker.settings(settings), worker.pepper(), worker.make_slot()
         if url is None:
             # Nobody else uses it, so the number of instances is known.
             url, fixed = worker.server_url, (worker.rank, worker.workers)
             first = worker.first
+        # One that is started in place of another is no start of the server.
+        clear = clear and worker.first
         loop.add_signal_handler(signal.SIGUSR1, stop.by_parent)
         lifeline = worker.descriptors["lifeline"]
         loop.add_reader(lifeline, stop.by_lifeline, lifeline)
     try:
         async with (
-            _joined(url, settings.cluster.name, fixed, first=first) as cluster,
+            _joined(url, settings.cluster.name, fixed, first=first, clear=clear) as cluster,
             open_server(settings, pepper=pepper, slot=slot, cluster=cluster) as server,
         ):
             runner = Runner(server)
@@ -319,7 +322,7 @@ async def _run(
 
 
 def _joined(
-    url: str | None, name: str, fixed: tuple[int, int] | None, *, first: bool
+    url: str | None, name: str, fixed: tuple[int, int] | None, *, first: bool, clear: bool
 ) -> AbstractAsyncContextManager[Membership | None]:
     """Return the membership in the cluster *name*, for the length of an `async with`; None without an *url*.
 
@@ -335,7 +338,7 @@ def _joined(
             raise
         fault = "cluster.redis_url: redis is not installed (pip install '.[cluster]' in the clone)"
         raise ConfigurationError([fault]) from None
-    return join(url, name, fixed=fixed, first=first)
+    return join(url, name, fixed=fixed, first=first, clear=clear)
 
 
 async def _serve(

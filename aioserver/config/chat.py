@@ -184,7 +184,11 @@ class Persistence:
     retention_days: float = setting(
         days, "days that a message is kept under `time_based`; beyond: it is deleted", 30.0
     )
-    clear_on_startup: bool = setting(boolean, "whether a start deletes all conversations", False)
+    clear_on_startup: bool = setting(
+        boolean,
+        "whether a start deletes all conversations; of a cluster: that of its first instance",
+        False,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

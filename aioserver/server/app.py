@@ -113,6 +113,13 @@ class OtherInstances(Instances, Protocol):
 class Cluster(Protocol):
     """What several instances share: see `cluster.membership.Membership`."""
 
+    @property
+    def token(self) -> int:
+        """The number of this instance, which no other one ever has."""
+
+    def ended(self, token: int) -> None:
+        """Note that the process of another instance has ended for certain."""
+
     def make_gate(
         self, name: str, limits: HttpClient, health: Health, clock: Callable[[], float]
     ) -> ProviderGate:
@@ -170,6 +177,9 @@ async def open_server(
     async with AsyncExitStack() as stack:
         if slot is not None:
             stack.callback(slot.close)
+            if cluster is not None:
+                slot.page.tell_instance(cluster.token)
+                slot.on_gone = cluster.ended
         make_gate = ProviderGate if cluster is None else cluster.make_gate
         provider_registry = ProviderRegistry(metrics, make_gate)
         stack.push_async_callback(provider_registry.close)

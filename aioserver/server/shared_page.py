@@ -12,6 +12,7 @@ parent, for a slot whose process it has reaped. Anybody may read. Each slot has
     given[i][j]   places that slot i has ever given to slot j; only grows
     limit         the limit of its gate; for observers
     state, beat, inside, waiting, connections     what its siblings and the pages know of it
+    instance, gone   which instance of the cluster its worker is, and which one that ended last was
 
 **Places.** A slot *i* has `places(i) = base(i) + Σj given[j][i] - Σj given[i][j]`.
 
@@ -93,6 +94,8 @@ class _Column(IntEnum):
     INSIDE = 5
     WAITING = 6
     CONNECTIONS = 7
+    INSTANCE = 8
+    GONE = 9
 
 
 class SharedPage:
@@ -213,6 +216,10 @@ class SharedPage:
             for slot in range(self.slots)
         )
 
+    def gone(self) -> list[int]:
+        """Return of each slot the instance whose process has ended last there; 0: none."""
+        return self._all(_Column.GONE)
+
     def key_table(self, slot: int) -> memoryview[int]:
         """Return the table of *slot* for key_counts.py; only its worker writes it."""
         return self._key_tables[slot]
@@ -253,6 +260,10 @@ class SharedPage:
         """Say how many places are taken here, and how many clients wait."""
         self._put(_Column.INSIDE, self.slot, inside)
         self._put(_Column.WAITING, self.slot, waiting)
+
+    def tell_instance(self, token: int) -> None:
+        """Say which instance of the cluster this worker is; *token* is not 0, and no other one ever has it."""
+        self._put(_Column.INSTANCE, self.slot, token)
 
     def tell_connections(self, connections: int) -> None:
         """Say how many connections there are here."""
@@ -308,6 +319,9 @@ class SharedPage:
     def reaped(self, slot: int) -> None:
         """Note that the process of *slot* is gone. Its places stay there for the next one."""
         self._put(_Column.STATE, slot, State.ABSENT)
+        if instance := self._get(_Column.INSTANCE, slot):
+            self._put(_Column.GONE, slot, instance)
+            self._put(_Column.INSTANCE, slot, 0)
         for column in (_Column.LIMIT, _Column.INSIDE, _Column.WAITING, _Column.CONNECTIONS):
             self._put(column, slot, 0)
         self.key_table(slot)[:] = _NO_KEYS

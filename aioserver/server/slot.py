@@ -18,6 +18,8 @@ from aioserver.server.places import SharedGate
 from aioserver.server.shared_page import State
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from aioserver.limits.gate import Gate
     from aioserver.server.shared_page import SharedPage
 
@@ -46,6 +48,9 @@ class Slot:
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
         self.beats = 0
+        # Called with each instance of the cluster whose process has ended; see `SharedPage.gone`.
+        self.on_gone: Callable[[int], None] = lambda _instance: None
+        self._gone = page.gone()
         # What had happened here at the last beat.
         self._events = -1
 
@@ -73,6 +78,10 @@ class Slot:
         else:
             state = State.SERVING if self.balance.able else State.DRAINING
         self.beats += 1
+        if (gone := self.page.gone()) != self._gone:
+            for instance in set(gone).difference(self._gone):
+                self.on_gone(instance)
+            self._gone = gone
         starving = gate.move()
         waits = self.balance.beat()
         events = gate.entered + self.balance.events

@@ -14,7 +14,10 @@ import pytest
 
 from aioserver.cluster.holding import State
 from aioserver.cluster.membership import join
+from aioserver.cluster.messages import TIMES as REAL_TIMES
 from aioserver.cluster.messages import Times
+from aioserver.server.shared_page import SharedPage
+from aioserver.server.slot import Slot
 from tests.support.keys import bearer, keys_of
 from tests.support.redis_server import RedisServer
 from tests.support.referee import Referee
@@ -291,3 +294,48 @@ async def test_the_limit_of_a_key_holds_for_both_together(
         refused = [text for status, text in answers if status == 429]
         assert len(refused) == 9
         assert all("concurrency_exceeded" in text for text in refused)
+
+
+async def test_the_first_instance_deletes_the_conversations_if_it_is_told_to(
+    redis: RedisServer,
+) -> None:
+    # The name has what is a pattern of keys elsewhere.
+    name, other = "a*[b]", "a*[b]2"
+    for each in (name, other):
+        redis.call("RPUSH", f"aio:{{{each}}}:c:1", "turn")
+
+    async with (
+        join(redis.url, name, times=TIMES),
+        join(redis.url, name, times=TIMES, clear=True),
+    ):
+        assert redis.call("EXISTS", f"aio:{{{name}}}:c:1") == 1
+    async with join(redis.url, name, times=TIMES):
+        assert redis.call("EXISTS", f"aio:{{{name}}}:c:1") == 1
+    async with join(redis.url, name, times=TIMES, clear=True):
+        assert redis.call("EXISTS", f"aio:{{{name}}}:c:1") == 0
+        assert redis.call("EXISTS", f"aio:{{{other}}}:c:1") == 1
+
+
+async def test_a_worker_that_was_reaped_gives_its_places_back_at_once(
+    redis: RedisServer, tmp_path: Path
+) -> None:
+    """Its sibling learns of its end from the page of shared memory."""
+    page = SharedPage.create(2, 100)
+    async with AsyncExitStack() as stack:
+        stack.callback(os.close, page.fd)
+        stack.callback(page.close)
+        mine, dead = SharedPage(page.fd, 0), SharedPage(page.fd, 1)
+        stack.callback(mine.close)
+        stack.callback(dead.close)
+        first = await stack.enter_async_context(join(redis.url, "test", times=REAL_TIMES))
+        second = await stack.enter_async_context(join(redis.url, "test", times=REAL_TIMES))
+        server = running(tmp_path / "0.yaml", slot=Slot(mine, 2), cluster=first)
+        await stack.enter_async_context(server)
+        dead.tell_instance(second.token)
+        await until(lambda: len(first.shares.members) == 2)
+
+        # As a killed process ends: it says nothing.
+        await second.settler.close()
+        page.reaped(1)
+
+        await until(lambda: first.shares.members == [first.instance], REAL_TIMES.lease / 2)
