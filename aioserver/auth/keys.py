@@ -7,7 +7,7 @@ worker, and needs no setting.
 
 The pepper is made of the providers' keys, which are in the environment and not in the file: otherwise
 anybody who can read the hashes in the file could make sessions of them. If no provider has a key,
-the pepper is random, and a restart ends all sessions.
+the pepper is random, and a restart ends all sessions; instances of a cluster agree on one through its server.
 """
 
 from __future__ import annotations
@@ -176,11 +176,16 @@ class Keys:
 
 def pepper_of(llm: Llm) -> bytes:
     """Return a secret made of the providers' keys, or a random one if no provider has a key."""
+    return known_pepper(llm) or secrets.token_bytes(32)
+
+
+def known_pepper(llm: Llm) -> bytes | None:
+    """Return the secret that every instance makes of the same providers' keys; None if no provider has a key."""
     provider_keys = sorted(
         provider.api_key.reveal()
         for provider in llm.providers.values()
         if provider.api_key is not None
     )
     if not provider_keys:
-        return secrets.token_bytes(32)
+        return None
     return hashlib.sha256("\0".join(provider_keys).encode()).digest()

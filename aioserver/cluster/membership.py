@@ -7,6 +7,7 @@ leave      the server has ended: nothing is inside any more, and the others are 
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import re
@@ -45,6 +46,10 @@ logger = logging.getLogger("aioserver.cluster")
 
 # Seconds in which the others are told that this instance is no more; a server that is away hears nothing.
 LEAVE_TIMEOUT = 1.0
+# Seconds for the instances' agreement on a secret, at a start.
+AGREE_TIMEOUT = 1.0
+# Seconds for which it is kept while no instance starts: longer than a browser session lasts.
+PEPPER_SECONDS = 30 * 86_400
 # Characters of a host's name in the name of an instance.
 MAX_HOST = 32
 # Keys that the server looks at in one step.
@@ -114,6 +119,22 @@ class Membership:
                 self.standing,
             )
         )
+
+    async def agree_on_pepper(self, own: bytes) -> bytes:
+        """Return the secret of browser sessions on which the instances agree: *own*, if none was there before.
+
+        Without an answer it is *own*, and a session holds only where it was made.
+        """
+        key = f"{self.settler.prefix}pepper"
+        execute = self.bus.commands.execute
+        try:
+            async with asyncio.timeout(AGREE_TIMEOUT):
+                await execute("SET", key, own, "NX", "EX", PEPPER_SECONDS)
+                agreed = await execute("GET", key)
+                await execute("EXPIRE", key, PEPPER_SECONDS)
+        except (CallFailed, TimeoutError):
+            return own
+        return agreed if isinstance(agreed, bytes) and agreed else own
 
     def standing(self) -> ClusterState:
         """Return how this instance stands with the others."""

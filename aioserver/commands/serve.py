@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from aioserver.auth.keys import known_pepper, pepper_of
 from aioserver.commands import options, output
 from aioserver.config import Configuration
 from aioserver.errors import ConfigurationError
@@ -284,36 +285,37 @@ async def _run(
         lifeline = worker.descriptors["lifeline"]
         loop.add_reader(lifeline, stop.by_lifeline, lifeline)
     try:
-        async with (
-            _joined(url, settings.cluster.name, fixed, first=first, clear=clear) as cluster,
-            open_server(settings, pepper=pepper, slot=slot, cluster=cluster) as server,
-        ):
-            runner = Runner(server)
-            if worker is None:
-                notifier = systemd.Notifier.take(os.environ, lambda: _status(server))
-            else:
-                notifier = worker.notifier(lambda: _status(server))
-            hosts = listener.hosts(inherited)
-            reload = Reload(
-                server,
-                runner,
-                configuration,
-                environ,
-                hosts=hosts,
-                notifier=notifier,
-                worker=worker,
-            )
-            loop.add_signal_handler(signal.SIGHUP, reload.ask)
-            # A SIGHUP may have come while the server was made.
-            if hangup.is_set():
-                reload.ask()
-            try:
-                code = await _serve(
-                    server, runner, reload, notifier, inherited, stop, announced=worker is None
+        async with _joined(url, settings.cluster.name, fixed, first=first, clear=clear) as cluster:
+            if cluster is not None and fixed is None and known_pepper(settings.llm) is None:
+                # The workers of one parent have its secret; machines have to agree on one.
+                pepper = await cluster.agree_on_pepper(pepper or pepper_of(settings.llm))
+            async with open_server(settings, pepper=pepper, slot=slot, cluster=cluster) as server:
+                runner = Runner(server)
+                if worker is None:
+                    notifier = systemd.Notifier.take(os.environ, lambda: _status(server))
+                else:
+                    notifier = worker.notifier(lambda: _status(server))
+                hosts = listener.hosts(inherited)
+                reload = Reload(
+                    server,
+                    runner,
+                    configuration,
+                    environ,
+                    hosts=hosts,
+                    notifier=notifier,
+                    worker=worker,
                 )
-            finally:
-                await runner.cleanup()
-                notifier.close()
+                loop.add_signal_handler(signal.SIGHUP, reload.ask)
+                # A SIGHUP may have come while the server was made.
+                if hangup.is_set():
+                    reload.ask()
+                try:
+                    code = await _serve(
+                        server, runner, reload, notifier, inherited, stop, announced=worker is None
+                    )
+                finally:
+                    await runner.cleanup()
+                    notifier.close()
     except ConfigurationError as exc:
         return _refuse(exc)
     if code == 0:
