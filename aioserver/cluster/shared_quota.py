@@ -106,13 +106,15 @@ class SharedQuota(Quota):
 
     def give_back(self, *, unused: bool = False) -> None:
         """Count an answer as ended; an *unused* one never began."""
-        undecided = [decision for decision in self._undecided if not decision.done()]
-        if len(undecided) == len(self._undecided):
+        refused = next((decision for decision in self._undecided if decision.done()), None)
+        if refused is None:
             self._holding.place_ends()
             if unused:
                 self._rate.take(-self._rate.interval)
-        # Otherwise this was an answer that had neither a place nor a slot.
-        self._undecided = deque(undecided)
+        else:
+            # One that has neither a place nor a slot. If it is not this one, it counts as this one until its own end:
+            # no more than one at a time.
+            self._undecided.remove(refused)
         self.running -= 1
         self._decide()
 

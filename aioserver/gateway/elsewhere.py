@@ -210,9 +210,10 @@ class Elsewhere:
     def _become_mirror(self, stream: Stream, request: Request) -> None:
         """Note that another instance has the answer: *stream* is its mirror, and no answer of ours."""
         self._streams.hide(stream)
+        # First, or it would be given back as one that has a place.
+        request.forget_undecided()
         if (quota := request.caller.quota) is not None:
             quota.give_back(unused=True)
-        request.forget_undecided()
         request.provider_request.forget_body()
         self._lifetime.expect(stream, MAX_UNREAD)
 

@@ -119,6 +119,24 @@ async def test_an_answer_whose_client_leaves_undecided_takes_nothing(twin: Twin)
     assert await take(second)
 
 
+async def test_answers_that_are_refused_together_leave_no_place_of_another_one(twin: Twin) -> None:
+    instances = await joined(twin, 2)
+    here, there = (quota(shares) for shares in instances)
+    for one in (here, here, there, there):
+        assert await take(one)
+    # Neither finds a place, and nobody has given them back yet.
+    refused = [here.take() for _ in range(2)]
+    await until(lambda: all(each is not None and each.done() for each in refused))
+
+    here.give_back()
+
+    # One of the refused may count as the answer that has ended, until its own end, but no more than one.
+    assert here.inside <= 2
+    for _ in range(3):
+        here.give_back()
+    assert here.inside == here.running == 0
+
+
 async def test_the_rate_holds_over_all_instances_and_is_had_by_any(twin: Twin) -> None:
     quotas = [quota(shares, most=100, per_minute=30) for shares in await joined(twin, 3)]
     await asyncio.sleep(5)

@@ -289,6 +289,41 @@ async def test_a_conflict_takes_the_question_for_a_place_of_its_key_back(
         assert [question.cancelled() for question in asked] == [True]
 
 
+async def test_a_mirror_takes_its_question_back_before_it_gives_its_answer_back(
+    world: World, tmp_path: Path
+) -> None:
+    asked: list[asyncio.Future[None]] = []
+    taken_back: list[bool] = []
+
+    class Asking(Quota):
+        def take(self) -> asyncio.Future[None]:
+            super().take()
+            asked.append(asyncio.get_running_loop().create_future())
+            return asked[-1]
+
+        def give_back(self, *, unused: bool = False) -> None:
+            taken_back.append(asked[-1].cancelled())
+            super().give_back(unused=unused)
+
+    def make_quota(key: ClientKey, _elsewhere: object) -> Quota:
+        return Asking(key.max_concurrent, key.requests_per_minute)
+
+    async with AsyncExitStack() as stack:
+        changes = keys_of("web")
+        a = await instance_of(world, stack, tmp_path, "a", changes=changes)
+        b = await instance_of(world, stack, tmp_path, "b", changes=changes, make_quota=make_quota)
+        for at in (a, b):
+            body = {"request_id": "r1", "text": "Hello"}
+            async with at.server.session.post(
+                at.server.sse, json=body, headers=bearer("web")
+            ) as response:
+                await response.read()
+                assert response.status == 200
+
+        # Otherwise it would be counted as an answer that had a place.
+        assert taken_back == [True]
+
+
 async def test_a_stream_of_another_key_is_not_found_elsewhere(make: Make) -> None:
     a, b = await make(2, PACED, **keys_of("one", "two"))
     async with a.server.connect(headers=bearer("one")) as ws:

@@ -342,12 +342,14 @@ NEEDS: dict[str, dict[str, Any]] = {
     },
     "whose an id is": {
         **GOOD,
+        "clients": 15,
         "faces": ("sse", "keyed stream"),
         "habits": {"ask twice": 1.0},
         "changes": KEPT,
     },
     "an event of a mirror": {
         **GOOD,
+        "clients": 15,
         "faces": ("websocket", "sse"),
         "habits": {"ask twice": 1.0},
     },
@@ -359,14 +361,13 @@ NEEDS: dict[str, dict[str, Any]] = {
     },
     "what it has when it comes back": {
         **GOOD,
-        "clients": 100,
         "spread": 5.0,
         "changes": CROWDED,
         "shared": {"events": ((2.0, "kill", 3.0), (8.0, "empty", 0.0))},
     },
     "that a slot is used": {
         **GOOD,
-        "clients": 100,
+        "clients": 15,
         "spread": 0.1,
         "changes": {"llm.providers.sim.http_client.requests_per_minute": 600},
     },
@@ -391,6 +392,9 @@ FIRST = {
     "the error of a cancelled answer": 8,
     "the sequence number of an error": 8,
     "what a late reader has missed": 19,
+    "the end of a lease": 4,
+    "an event of a mirror": 1,
+    "what it has when it comes back": 7,
 }
 
 

@@ -109,7 +109,10 @@ class _Response:
     def take(self, event: dict[str, Any]) -> None:
         """Take one event."""
         kind = event["type"]
-        if (event.get("error") or {}).get("code") == "slow_client":
+        code = (event.get("error") or {}).get("code")
+        # An owner that is out of reach is an error of the mirror's readers; one of the answer comes next in its order.
+        lost = code == "server_shutdown" and event["sequence_number"] <= self.last
+        if code == "slow_client" or lost:
             # An error of this reader alone, which leads nobody past what was missed.
             if event["sequence_number"] > self.last:
                 raise Violation(f"{event['sequence_number']}, after which {self.last} is lost")

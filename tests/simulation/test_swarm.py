@@ -18,6 +18,8 @@ from tests.simulation.breakages import BREAKAGES
 pytestmark = pytest.mark.timeout(600)
 # As many as take some seconds. More: `python -m tests.simulation --seeds 0-999 --jobs 2`.
 SEEDS, CLIENTS = "0-19", "40"
+# With three instances that share a server.
+SHARED_SEEDS = "0-3"
 TWO_INSTANCES = """
 from tests.simulation import clock
 clock.install()
@@ -25,7 +27,7 @@ from dataclasses import replace
 from tests.simulation.swarm import prepare
 prepare()
 from tests.simulation.configuration import GATE, HTTP
-from tests.simulation.plan import draw
+from tests.simulation.plan import Shared, draw
 from tests.simulation.world import play
 plan = draw(0, 60, 2)
 changes = dict(plan.changes)
@@ -38,10 +40,10 @@ changes |= {
     f"{HTTP}.queue_timeout": 30.0,
     "chat.streams.resume_window": 30.0,
 }
-for balancer in ("sticky", "random"):
+for balancer, shared in (("sticky", None), ("random", None), ("random", Shared())):
     outcome = play(
         replace(
-            plan, balancer=balancer, changes=changes, keys=(), faces=("sse",), faults={"reset": 0.3},
+            plan, balancer=balancer, shared=shared, changes=changes, keys=(), faces=("sse",), faults={"reset": 0.3},
             habits={"return": 1.0}, operations={}, spread=5.0, silent=0.0, provider_links={},
             provider_fault_share=0.0, shared=None,
         )
@@ -92,6 +94,23 @@ def test_nothing_is_lost_whatever_goes_wrong() -> None:
     assert "complete" in result.stdout, "some answers are whole"
 
 
+def test_nothing_is_lost_between_instances() -> None:
+    command = ("-m", "tests.simulation", "--instances", "3")
+    result = run(*command, "--seeds", SHARED_SEEDS, "--clients", CLIENTS, "--shrink")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "complete" in result.stdout, "some answers are whole"
+    assert "kill instance" in result.stdout, "something goes wrong"
+
+
+@pytest.mark.stress
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("first", range(20_000, 20_500, 50))
+def test_nothing_is_lost_between_instances_in_many_seeds(first: int) -> None:
+    command = ("-m", "tests.simulation", "--instances", "3", "--clients", "100", "--shrink")
+    result = run(*command, "--seeds", f"{first}-{first + 49}", timeout=3500.0)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
 @pytest.mark.stress
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("first", range(10_000, 11_000, 50))
@@ -102,20 +121,31 @@ def test_nothing_is_lost_in_a_thousand_seeds(first: int) -> None:
 
 
 def test_the_same_seed_gives_the_same_run() -> None:
-    command = ("-m", "tests.simulation", "--seeds", "3-4", "--clients", CLIENTS, "--json")
+    several = ("--instances", "3")
+    command = (
+        "-m",
+        "tests.simulation",
+        "--seeds",
+        "3-4",
+        "--clients",
+        CLIENTS,
+        "--json",
+        *several,
+    )
     first, second = (json.loads(run(*command).stdout) for _ in range(2))
     del first["seconds"], second["seconds"]
     assert first == second
 
 
-def test_two_instances_share_nothing() -> None:
+def test_two_instances_lead_to_all_answers_only_if_they_share_a_server() -> None:
     result = run("-c", TWO_INSTANCES)
     assert result.returncode == 0, result.stderr
-    sticky, scattered = result.stdout.splitlines()
+    sticky, scattered, together = result.stdout.splitlines()
     # Each has places of its own, and knows the answers that it has begun.
     assert sticky.startswith("sticky 10 ")
     assert "stream_not_found" not in sticky
     assert "stream_not_found" in scattered
+    assert "stream_not_found" not in together
 
 
 def test_a_connection_that_is_lost_at_the_end_of_an_upload_is_no_violation() -> None:
