@@ -43,7 +43,7 @@ WHOLE = Load(mode="http", connections=64)
 SPACED = Load(mode="sse", connections=300, chunks=100, interval_ms=20, ramp=2.0, duration=5.0)
 SOCKETS = 600
 # Places of the provider where the commands of the server are counted, and how many of them are in use.
-PLACES, PARTS = 100, (0.3, 0.9)
+PLACES, PARTS, RATE = 100, (0.3, 0.9), 24_000
 # Half a second each.
 ANSWERS = Load(mode="sse", connections=0, chunks=25, interval_ms=20, ramp=0.5, duration=5.0)
 # Streams that are read at their own instance, twice, and at the other one; and events of each.
@@ -54,6 +54,9 @@ def peer(workers: int, redis_url: str | None = None, places: int = 4000) -> Peer
     """Return aioserver with so many workers; its private server is in the folder of the benchmark."""
     config = AIOSERVER.replace("workers: 1", f"workers: {workers}")
     config = config.replace("concurrent_requests: 4000", f"concurrent_requests: {places}")
+    if places < 4000:
+        # Twice what so many places can start in a minute.
+        config = config.replace("requests_per_minute: 100000000", f"requests_per_minute: {RATE}")
     if redis_url is not None:
         config += f"cluster: {{redis_url: {redis_url}}}\n"
     return Peer(
