@@ -10,6 +10,7 @@ import pytest
 from aioserver.cluster.shared_quota import PATIENCE, SharedQuota
 from aioserver.errors import ConcurrencyExceeded, InvalidApiKey, RateLimitExceeded
 from tests.support.twin import Twin
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.virtual_time
 
