@@ -202,6 +202,9 @@ class Membership:
             logger.info("conversations deleted at the start: %d", count)
 
     def _state_changed(self, _old: State, new: State, why: str) -> None:
+        if self.shares.standing.leaving:
+            # It has said good-bye.
+            return
         if new is State.JOINED:
             text = "the instances share their limits exactly"
         elif new is State.UNHEARD:

@@ -60,3 +60,12 @@ async def test_an_url_that_cannot_be_used_is_a_fault_of_the_configuration(url: s
             raise AssertionError("it was joined")
 
     assert str(error.value.faults[0]).startswith("cluster.redis_url: ")
+
+
+async def test_an_end_in_good_order_is_no_trouble(
+    redis: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with join(redis.url, "house"):
+        pass
+
+    assert [record for record in caplog.records if record.levelname != "INFO"] == []
