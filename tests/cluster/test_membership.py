@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from aioserver.cluster.holding import State
 from aioserver.cluster.membership import instance_name, join
+from aioserver.cluster.messages import Times
 from aioserver.errors import ConfigurationError
 from tests.support.redis_server import RedisServer
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -65,7 +68,8 @@ async def test_an_url_that_cannot_be_used_is_a_fault_of_the_configuration(url: s
 async def test_an_end_in_good_order_is_no_trouble(
     redis: RedisServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with join(redis.url, "house"):
-        pass
+    times = Times(lease=0.9, margin=0.1, beat=0.15, bound=0.2, pause=0.4, blind=0.4, gone=3.0)
+    async with join(redis.url, "house", times=times) as one:
+        await until(lambda: one.shares.state is State.JOINED)
 
     assert [record for record in caplog.records if record.levelname != "INFO"] == []
