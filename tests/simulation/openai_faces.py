@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tests.simulation.client import Client
 
 # Errors of the readers of a mirror; those of the answer itself come next in its order.
-MIRROR_LOST = {"server_shutdown", "stream_not_found"}
+MIRROR_LOST = {"server_shutdown", "stream_not_found", "resume_gap"}
 
 
 def _model(client: Client) -> str:
