@@ -6,6 +6,9 @@ for each connection of a client. dial: how one connection is made, with its faul
 server to a provider. listener, transport: the network (network.py, transport.py). client: who asks, and reads (client.py,
 own_faces.py, openai_faces.py, returning.py); silent: who says nothing (silence.py). habit: what a client does beside asking and reading.
 
+cluster: instances that share a server, and what happens to them (cluster.py). member: one of them (membership.py). shared
+server: the Redis or Valkey of a run, with its faults (shared_server.py). What holds of all of them is in together.py.
+
 violation: a promise of the server that was broken. What a client may read is in truth.py; what a server may hold in
 watch.py, how long it may wait in deadlines.py, whom it serves next in fairness.py, and what holds of all servers together in
 sums.py. breakage: a server that breaks a promise, as proof that it is noticed (breakages.py).

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
     from tests.simulation.client import Client
 
+# Errors of the readers of a mirror; those of the answer itself come next in its order.
+MIRROR_LOST = {"server_shutdown", "stream_not_found", "resume_gap"}
+
 
 def _model(client: Client) -> str:
     """Return the model to ask for: with the provider's name in front no other one is asked."""
@@ -110,8 +113,8 @@ class _Response:
         """Take one event."""
         kind = event["type"]
         code = (event.get("error") or {}).get("code")
-        # An owner that is out of reach is an error of the mirror's readers; one of the answer comes next in its order.
-        lost = code == "server_shutdown" and event["sequence_number"] <= self.last
+        # An owner that is out of reach, or has lost the answer, is an error of the mirror's readers.
+        lost = code in MIRROR_LOST and event["sequence_number"] <= self.last
         if code == "slow_client" or lost:
             # An error of this reader alone, which leads nobody past what was missed.
             if event["sequence_number"] > self.last:

@@ -1,7 +1,7 @@
 """What holds of all instances together: sums over them, and what the provider sees of all.
 
-The instances share nothing, so each has limits of its own, and a sum is bounded by the sum of the limits. Where
-instances come to share their limits, it is this file that changes.
+Each instance has connections of its own, to clients and to providers, so a sum is bounded by the sum of the limits. What
+instances share through a server is looked at in together.py.
 """
 
 from __future__ import annotations

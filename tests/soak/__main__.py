@@ -24,6 +24,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__)
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=1, help="processes of the server")
     parser.add_argument("--lines", type=Path, default=Path("soak.jsonl"))
     parser.add_argument("--plot", type=Path, help="the picture, an SVG file")
     parser.add_argument("--draw", action="store_true", help="run nothing: take --lines as it is")
@@ -31,7 +32,7 @@ def main() -> int:
     if options.draw:
         run = [json.loads(line) for line in options.lines.read_text().splitlines()]
     else:
-        run = asyncio.run(soak(options.minutes, options.lines, options.seed))
+        run = asyncio.run(soak(options.minutes, options.lines, options.seed, options.workers))
     if options.plot is not None:
         options.plot.write_text(draw(run))
     print("\n".join(summary(run)))

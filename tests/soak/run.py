@@ -46,6 +46,7 @@ from aioserver.gateway import conversations
 conversations.MAX_CONVERSATIONS = 200
 main()
 """
+WORKERS = "chat.websocket.concurrency.uvicorn.workers"
 # Bounds that are met within the first minutes. If bodies were not let go, `max_body_bytes` would refuse the probes.
 CHANGES: dict[str, Any] = {
     "logging.level": "INFO",
@@ -63,8 +64,8 @@ CHANGES: dict[str, Any] = {
 }
 
 
-async def soak(minutes: float, path: Path, seed: int = 1) -> list[Line]:
-    """Run for *minutes*; return the lines, which are written to *path* as they come."""
+async def soak(minutes: float, path: Path, seed: int = 1, workers: int = 1) -> list[Line]:
+    """Run *workers* processes for *minutes*; return the lines, which are written to *path* as they come."""
     run: list[Line] = []
     began = perf_counter()
 
@@ -78,9 +79,14 @@ async def soak(minutes: float, path: Path, seed: int = 1) -> list[Line]:
 
         async with await Process.start("-m", "aioserver", "provider", *PROVIDER) as provider:
             url = (await provider.prints(ADDRESS))[1]
-            changes = CHANGES | {
-                f"llm.providers.{name}": provider_entry(url, name, **LIMITS) for name in PROVIDERS
-            }
+            changes = (
+                CHANGES
+                | {WORKERS: workers}
+                | {
+                    f"llm.providers.{name}": provider_entry(url, name, **LIMITS)
+                    for name in PROVIDERS
+                }
+            )
             config = Path(folder) / "config.yaml"
             write_configuration(url, changes, config)
             program = ("-c", PROGRAM, "serve", "--config", config)
