@@ -8,6 +8,7 @@ leave      the server has ended: nothing is inside any more, and the others are 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import re
@@ -87,6 +88,8 @@ class Membership:
         self.bus = RedisBus(url, self.settler.prefix, instance)
         self.address = self.settler.connection.address
         self._incidents: Monitor | None = None
+        self._fixed = fixed is not None
+        self._joined = asyncio.Event()
         self._streams: ClusterStreams | None = None
 
     def make_gate(
@@ -175,6 +178,12 @@ class Membership:
             raise ConfigurationError([f"cluster.redis_url: {error}"]) from None
         if clear and self.shares.members == [self.instance]:
             await self._clear_conversations()
+        if self.shares.epoch and not self._fixed:
+            # A server that is new gives nothing yet, and without a fixed share nothing could start until then.
+            times = self.shares.times
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(times.blind + times.beat + times.bound):
+                    await self._joined.wait()
         state = self.shares.state
         logger.info("cluster: instance %s, %s (%s)", self.instance, state.value, self.address)
 
@@ -202,6 +211,8 @@ class Membership:
             logger.info("conversations deleted at the start: %d", count)
 
     def _state_changed(self, _old: State, new: State, why: str) -> None:
+        if new is State.JOINED:
+            self._joined.set()
         if self.shares.standing.leaving:
             # It has said good-bye.
             return

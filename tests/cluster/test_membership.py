@@ -12,7 +12,6 @@ from aioserver.cluster.membership import instance_name, join
 from aioserver.cluster.messages import Times
 from aioserver.errors import ConfigurationError
 from tests.support.redis_server import RedisServer
-from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -70,6 +69,6 @@ async def test_an_end_in_good_order_is_no_trouble(
 ) -> None:
     times = Times(lease=0.9, margin=0.1, beat=0.15, bound=0.2, pause=0.4, blind=0.4, gone=3.0)
     async with join(redis.url, "house", times=times) as one:
-        await until(lambda: one.shares.state is State.JOINED)
+        assert one.shares.state is State.JOINED, "it waits for that, having no fixed share"
 
     assert [record for record in caplog.records if record.levelname != "INFO"] == []

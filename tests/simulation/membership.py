@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import defaultdict
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
@@ -62,6 +63,9 @@ class Member(Membership):
         self.known: ClusterStreams | None = None
         self.address = "simulation"
         self._incidents = None
+        self._joined = asyncio.Event()
+        # It does not wait until the server gives something: what begins before is a part of the simulation.
+        self._fixed = True
         self._streams = None
         server.join(number, self.shares)
 

@@ -45,7 +45,7 @@ for balancer, shared in (("sticky", None), ("random", None), ("random", Shared()
         replace(
             plan, balancer=balancer, shared=shared, changes=changes, keys=(), faces=("sse",), faults={"reset": 0.3},
             habits={"return": 1.0}, operations={}, spread=5.0, silent=0.0, provider_links={},
-            provider_fault_share=0.0, shared=None,
+            provider_fault_share=0.0,
         )
     )
     assert not outcome.violations, outcome.violations
