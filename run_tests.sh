@@ -13,6 +13,8 @@ if ! command -v chromium-headless-shell >/dev/null; then
   missing+=(chromium-headless-shell)  # a page takes less than half the CPU time that it takes in chromium
   command -v chromium >/dev/null || missing+=(chromium)
 fi
+command -v valkey-server >/dev/null || command -v redis-server >/dev/null ||
+  [ -d /run/systemd/system ] || missing+=(valkey-server)  # as below; the one of the extra `cluster` has no TLS
 command -v systemd-analyze >/dev/null || missing+=(systemd)
 if [ ! -d /run/systemd/system ]; then  # else the installation would start them
   for name in nginx haproxy caddy; do

@@ -12,9 +12,10 @@ import trustme
 from aioserver.cluster.bus import RedisBus
 from aioserver.cluster.claims import OURS, RedisClaims, Renewal
 from aioserver.cluster.connection import CallFailed, Connection
+from aioserver.cluster.private_server import find_program
 from aioserver.cluster.settler import Settler
 from aioserver.cluster.shares import Shares
-from tests.support.redis_server import RedisServer
+from tests.support.redis_server import RedisServer, program_of_server
 from tests.support.tools import free_port
 
 if TYPE_CHECKING:
@@ -32,6 +33,10 @@ def authority() -> trustme.CA:
 @pytest.fixture
 def tls_port(tmp_path: Path, authority: trustme.CA) -> Iterator[int]:
     """The port of a server whose certificate *authority* has signed, in `tmp_path/ca.pem`."""
+    if program_of_server() == find_program({"PATH": "/nowhere"}):
+        pytest.skip(
+            "the server of the extra `cluster` has no TLS; install valkey-server or redis-server"
+        )
     certificate, port = authority.issue_cert("localhost"), free_port()
     authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
     certificate.private_key_and_cert_chain_pem.write_to_path(str(tmp_path / "server.pem"))

@@ -9,6 +9,7 @@ import signal
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
+import pytest
 
 from aioserver.faces.admission import MAX_REFUSED_CLOSING
 from aioserver.monitoring.monitor import MAX_WATCHERS
@@ -130,6 +131,7 @@ async def test_without_descriptors_what_is_served_goes_on_and_new_clients_are_se
         assert reports < 5
 
 
+@pytest.mark.one_loop
 async def test_where_the_limit_is_as_large_as_asked_for_all_caps_can_be_reached(
     tmp_path: Path,
 ) -> None:

@@ -259,6 +259,7 @@ async def test_every_limit_of_http_reaches_each_worker(
         assert process.log.count("the parent process is gone") == 2
 
 
+@pytest.mark.one_loop
 async def test_a_second_signal_ends_all_at_once(tmp_path: Path, simulator: Simulator) -> None:
     only_on("uvloop")
     changes = {**TWO, "chat.websocket.shutdown_timeout": 600.0}
