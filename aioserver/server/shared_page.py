@@ -167,8 +167,12 @@ class SharedPage:
         return self._get(_Column.BASE, slot) + received - given
 
     def owed(self, slot: int) -> int:
-        """Return how many places of a lowered total *slot* has still to pay."""
-        return max(0, self._get(_Column.BASE, slot) - self._get(_Column.TARGET, slot))
+        """Return how many places of a lowered total *slot* has still to pay.
+
+        What it was given and has not seen yet is on its way: it will pay with that, and must not be given it twice.
+        """
+        unseen = max(0, self.places(slot) - self._get(_Column.LIMIT, slot))
+        return max(0, self._get(_Column.BASE, slot) - self._get(_Column.TARGET, slot) - unseen)
 
     def inside(self, slot: int) -> int:
         """Return how many places of *slot* are taken."""

@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -337,3 +338,30 @@ def test_a_number_is_never_torn(page: SharedPage) -> None:
 
 def ignore(_limit: int) -> None:
     """Set the limit of no gate."""
+
+
+def test_a_debt_is_paid_once_however_late_the_debtor_looks() -> None:
+    page = SharedPage.create(2, 20)
+    limits = {0: 0, 1: 0}
+    slots = {number: SharedPage(page.fd, number) for number in (0, 1)}
+    setters = {number: partial(limits.__setitem__, number) for number in (0, 1)}
+    for number, slot in slots.items():
+        slot.settle(setters[number])
+    slots[1].give(0, 10, setters[1])
+    slots[0].settle(setters[0])
+    assert limits == {0: 20, 1: 0}
+
+    page.resize(12, [0, 1])
+    slots[0].settle(setters[0])
+    assert slots[0].owed(1) == 4
+    slots[0].give(1, 4, setters[0])
+
+    # The debtor has not looked yet.
+    assert slots[0].owed(1) == 0
+    slots[1].settle(setters[1])
+    assert limits == {0: 12, 1: 0}
+    assert slots[0].owed(1) == 0
+    for slot in slots.values():
+        slot.close()
+    page.close()
+    os.close(page.fd)
