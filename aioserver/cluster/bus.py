@@ -71,7 +71,7 @@ def channel_of(prefix: str, name: str) -> str:
 
 
 class Outbox:
-    """What is to be sent, by target, until the turn of the event loop ends."""
+    """Messages that wait, by target, until the turn of the event loop ends."""
 
     def __init__(self, name: str, publish: Callable[[str, bytes], None]) -> None:
         self._name = name
@@ -139,7 +139,7 @@ class RedisCommands:
     def _answered(self, answer: asyncio.Task[Any]) -> None:
         self._asked.discard(answer)
         if not answer.cancelled():
-            # Whoever asked may not wait any more.
+            # The asking task may not wait any more.
             answer.exception()
 
 

@@ -64,7 +64,7 @@ if redis.call('ZSCORE', KEYS[3], owner) then return {2, owner, digest} end
 return {5, '', ''}
 """
 # KEYS: claims. ARGV: my name, then for each the digest, milliseconds to live, and "1" if the answer has ended.
-# What is another's by now stays so. Nothing to live for: the claim is given up.
+# A claim that is another's by now stays so. One that has no time left to live is given up.
 _RENEW = """
 for number, key in ipairs(KEYS) do
   local digest, ttl, done = ARGV[3 * number - 1], ARGV[3 * number], ARGV[3 * number + 1]
@@ -134,7 +134,7 @@ return 1
 
 
 class Verdict(NamedTuple):
-    """Whose an id is: OURS, THEIRS, CONFLICT, KEPT, or NONE; the owner's name, and the request's digest, if it is known."""
+    """The state of an id: OURS, THEIRS, CONFLICT, KEPT, or NONE; the owner's name, and the request's digest, if it is known."""
 
     state: int
     owner: str

@@ -178,7 +178,7 @@ class Connection:
             self.kill(failure)
             raise failure from error
         except asyncio.CancelledError:
-            # What is not awaited any more must not be answered either.
+            # A call that is not awaited any more must not be answered either.
             if connection is self._connection and not reply.done():
                 self.kill(CallFailed(f"{self.address}: a call was given up"))
             raise
@@ -280,7 +280,7 @@ class Connection:
         try:
             text = (await connection.read_response()).decode()
         except ResponseError:
-            # Whoever may not ask it goes without.
+            # A user who may not ask it goes without.
             text = ""
         facts = dict(line.partition(":")[::2] for line in text.splitlines())
         self.run = facts.get("run_id", "")

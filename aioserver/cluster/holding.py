@@ -61,7 +61,7 @@ class Standing:
 
 
 class User(Protocol):
-    """Whoever takes the places of a holding."""
+    """The gate or quota that takes the places of a holding."""
 
     @property
     def inside(self) -> int:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from aioserver.providers.health import Health
     from aioserver.providers.provider import Provider
 
-# What is told of a provider: it is dead; it is dead and cannot be reached; it has answered again; it wants to be left alone.
+# The words that are told of a provider: it is dead; it is dead and cannot be reached; it has answered again; it wants to be left alone.
 DEAD, AWAY, ALIVE, COOLING = "dead", "away", "alive", "cooling"
 # Seconds for which instances that come later hear of a death, and for which its end is told. An instance that was told of a
 # death tries the provider by itself, and does not take it for alive because nobody tells of it any more.

@@ -182,7 +182,7 @@ class _Call:
     def renew(self, *, blind: bool) -> Member | None:
         world, request, me = self.world, self.request, self.request.instance
         mine = world.members.get(me)
-        # Whoever comes anew says what it has, and whom it knew.
+        # An instance that comes anew says what it has, and whom it knew.
         self.anew = mine is None or mine.ends < self.now or request.epoch != world.epoch
         if request.bye:
             self.leave(me)

@@ -35,7 +35,7 @@ _LENGTHS = struct.Struct(">II")
 
 
 class Facts(msgspec.Struct, array_like=True, tag=1):
-    """What is known of an answer beside its events.
+    """The facts of an answer beside its events.
 
     *after* is the event after which this reader gets the log, *last* the newest event now. *runs* are those
     of `ResponseEvents`, whose newest response is the item's body; None if the answer is no response.

@@ -110,7 +110,7 @@ class PrivateServer:
             PrivateServerFailed: as `start`; it may be called again.
         """
         if self._process is not None:
-            # Whoever has reaped it, the object has to know.
+            # The parent may have reaped it, and the object has to know.
             self._process.poll()
         address = self._folder / "valkey.sock"
         address.unlink(missing_ok=True)

@@ -35,7 +35,7 @@ UNKNOWN = 1.0
 
 
 class PaceUser(Protocol):
-    """Whoever takes slots of a pace; its *name* is that of the pace. It asks for some at *ask_at*; inf: for none."""
+    """The user of a pace, which takes its slots; its *name* is that of the pace. It asks for some at *ask_at*; inf: for none."""
 
     name: str
     ask_at: float
@@ -51,7 +51,7 @@ class PaceUser(Protocol):
 
 
 class Caller(Protocol):
-    """Whoever carries the calls: `Shares`."""
+    """The object that carries the calls: `Shares`."""
 
     def pace(self, user: PaceUser) -> None:
         """Share the pace of *user*."""

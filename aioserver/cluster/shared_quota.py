@@ -175,5 +175,5 @@ def _settle(decision: asyncio.Future[None], error: Exception | None = None) -> N
         decision.set_result(None)
     else:
         decision.set_exception(error)
-        # Whoever asked may have left.
+        # The client may have left.
         decision.exception()

@@ -78,7 +78,7 @@ class Shares:
         self.standing = Standing(self._fixed.of, self._call_soon_for, self._asked, clock)
         self._holdings: dict[str, Holding] = {}
         self._paces: dict[str, PaceUser] = {}
-        # What is to be said at once, and what only if it still is to be said then.
+        # Holdings of which something is to be said at once, and those that may have nothing to say by then.
         self._dirty: set[Holding] = set()
         self._asking: set[Holding] = set()
         self.members: list[str] = []

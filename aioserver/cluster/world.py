@@ -35,7 +35,7 @@ class Want:
 
 @dataclass(slots=True)
 class Limit:
-    """Who holds and wants how much of a limit; *turns* is where the last turn of each has ended."""
+    """The holders of a limit and those who want more of it, each with a number; *turns* is where the last turn of each has ended."""
 
     limit: int = 0
     virtual: float = 0

@@ -57,7 +57,7 @@ def error_response(error: AioserverError) -> web.Response:
     headers = error.headers()
     headers["Content-Type"] = "application/json"
     if error.force_close:
-        # Who sends `Upgrade` must name it in `Connection`, too (RFC 9110, 7.8).
+        # A client that sends `Upgrade` must name it in `Connection`, too (RFC 9110, 7.8).
         headers["Connection"] = "upgrade, close" if "Upgrade" in headers else "close"
     response = web.Response(status=error.http_status, body=error.body(), headers=headers)
     if error.force_close:

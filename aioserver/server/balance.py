@@ -1,4 +1,4 @@
-"""Who accepts: workers that share a listening socket stop accepting in turn, so that connections spread evenly.
+"""The balance: workers that share a listening socket stop accepting in turn, so that connections spread evenly.
 
 The kernel wakes all workers for a new connection, and the one that comes first gets it. Left alone, 600 idle
 WebSockets may all go to one worker. A worker therefore stops accepting, with a new connection, where it has more than
@@ -62,7 +62,7 @@ class Balance:
         self.events = 0
         self._sites: list[Site] = []
         self._sockets: list[tuple[web.AppRunner, ListeningSocket, int]] = []
-        # What is wanted; the task makes it so.
+        # The wanted state; the task makes it so.
         self._accepts = True
         self._ended = False
         self._switching: asyncio.Task[None] | None = None

@@ -17,11 +17,11 @@ from aioserver.cluster.settler import Settler
 from aioserver.cluster.shared_gate import SharedGate
 from aioserver.cluster.shares import Shares
 from aioserver.errors import ServerAtCapacity
-from tests.support.redis_server import RedisServer
+from tests.support.redis_server import RedisServer, away, full, paused, replica
 from tests.support.waiting import ticks, until
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator
+    from collections.abc import AsyncIterator, Iterator
     from pathlib import Path
 
 pytestmark = pytest.mark.real_time
@@ -170,26 +170,6 @@ async def test_nothing_is_given_away_while_there_is_no_connection(redis: RedisSe
         redis.start()
         await work_again(instances)
         assert referee.peak == LIMIT
-
-
-def away(redis: RedisServer) -> Callable[[], None]:
-    redis.kill()
-    return redis.start
-
-
-def paused(redis: RedisServer) -> Callable[[], None]:
-    redis.pause()
-    return redis.go_on
-
-
-def full(redis: RedisServer) -> Callable[[], None]:
-    redis.call("CONFIG", "SET", "maxmemory", "1")
-    return lambda: redis.call("CONFIG", "SET", "maxmemory", "0")
-
-
-def replica(redis: RedisServer) -> Callable[[], None]:
-    redis.call("REPLICAOF", "127.0.0.1", "1")
-    return lambda: redis.call("REPLICAOF", "NO", "ONE")
 
 
 async def test_instances_go_on_with_what_they_have_while_calls_fail(redis: RedisServer) -> None:

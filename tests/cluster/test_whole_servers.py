@@ -19,13 +19,13 @@ from aioserver.cluster.messages import Times
 from aioserver.server.shared_page import SharedPage
 from aioserver.server.slot import Slot
 from tests.support.keys import bearer, keys_of
-from tests.support.redis_server import RedisServer
+from tests.support.redis_server import RedisServer, away, full, paused, replica
 from tests.support.referee import Referee
 from tests.support.server import CONCURRENCY, QUICK, SIM_HTTP_CLIENT, UVICORN, running
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator
+    from collections.abc import AsyncIterator, Iterator
     from pathlib import Path
     from typing import Any
 
@@ -177,26 +177,6 @@ async def two(url: str, path: Path, **changes: Any) -> AsyncIterator[World]:
             yield world
         finally:
             await world.rest()
-
-
-def away(redis: RedisServer) -> Callable[[], None]:
-    redis.kill()
-    return redis.start
-
-
-def paused(redis: RedisServer) -> Callable[[], None]:
-    redis.pause()
-    return redis.go_on
-
-
-def full(redis: RedisServer) -> Callable[[], None]:
-    redis.call("CONFIG", "SET", "maxmemory", "1")
-    return lambda: redis.call("CONFIG", "SET", "maxmemory", "0")
-
-
-def replica(redis: RedisServer) -> Callable[[], None]:
-    redis.call("REPLICAOF", "127.0.0.1", "1")
-    return lambda: redis.call("REPLICAOF", "NO", "ONE")
 
 
 async def test_clients_are_answered_whatever_happens_to_the_server(

@@ -15,6 +15,7 @@ from aioserver.cluster.private_server import find_program
 from tests.support.tools import installed
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 Reply = Any
@@ -104,3 +105,27 @@ class RedisServer:
             assert data, "it has closed the connection"
             self._reader.feed(data)
         return reply
+
+
+def away(server: RedisServer) -> Callable[[], None]:
+    """Kill the server; it comes back empty. Return what ends it."""
+    server.kill()
+    return server.start
+
+
+def paused(server: RedisServer) -> Callable[[], None]:
+    """Stop its process. Return what ends it."""
+    server.pause()
+    return server.go_on
+
+
+def full(server: RedisServer) -> Callable[[], None]:
+    """Let every writing call fail for memory. Return what ends it."""
+    server.call("CONFIG", "SET", "maxmemory", "1")
+    return lambda: server.call("CONFIG", "SET", "maxmemory", "0")
+
+
+def replica(server: RedisServer) -> Callable[[], None]:
+    """Let every writing call fail, as at a replica. Return what ends it."""
+    server.call("REPLICAOF", "127.0.0.1", "1")
+    return lambda: server.call("REPLICAOF", "NO", "ONE")
