@@ -4,7 +4,8 @@ A slot is a moment at which a request may start. The server gives slots by GCRA 
 within the *horizon*, so that an instance that vanishes takes little with it. A slot is used at its time, or later by at most
 the horizon; else it is let go. As a start may be late by the horizon, the burst that the server allows is smaller by as much.
 
-Where the burst is large, an instance keeps some slots of it in hand for as long as it likes, so that a request after a rest
+An instance asks for as many slots as it used within the last horizon, so that of a busy one few requests wait for an answer,
+but for no more than its part of the horizon. Where the burst is large, an instance keeps some slots of it in hand for as long as it likes, so that a request after a rest
 asks nobody. They are a part of the burst as well: all that instances may keep is taken off what the server allows. So in any
 window of t seconds at most `t * rate + burst` requests start, by all instances together.
 
@@ -13,12 +14,14 @@ An instance that the server does not answer has its part of the rate, without a 
 
 from __future__ import annotations
 
+import math
 import time
 from math import inf
 from typing import TYPE_CHECKING, Protocol
 
 from aioserver.cluster.holding import State
 from aioserver.cluster.messages import SECOND, PaceOp
+from aioserver.cluster.slots import SlotsInHand
 from aioserver.limits.gcra import ROUNDING, Gcra
 
 if TYPE_CHECKING:
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
 
     from aioserver.cluster.messages import Slots
 
+# More slots are asked for once those in hand are no more than this part of what a horizon uses.
+ASK_BELOW = 0.25
 # Slots that are kept in hand at most; of the burst, all instances together keep this share.
 MOST_KEPT, SHARE_KEPT = 32, 0.5
 # Seconds after which a request looks again whether a slot has come; an answer lets it look at once.
@@ -85,6 +90,7 @@ class SharedRate(Gcra):
             "_instances",
             "_horizon",
             "_served",
+            *("_starts", "_starts_before", "_starts_since", "_too_few"),
         ),
         *("ask_at", "name"),
     )
@@ -112,14 +118,18 @@ class SharedRate(Gcra):
         self._rested = rested
         self._share_kept = share_kept
         self._horizon = horizon
-        # When each slot begins and ends, in this order; one that is kept does not end.
-        self._slots: list[tuple[float, float]] = []
+        # Those that are kept last; all others pass.
+        self._slots = SlotsInHand()
         # When the next slot begins, as far as is known.
         self._next_at = 0.0
         # What a start is worth now, in seconds: more than the interval while the provider wants it.
         self._step = interval
         # Whether the last answer brought slots.
         self._served = False
+        # The starts since a moment, and those of a horizon before it.
+        self._starts, self._starts_since, self._starts_before = 0, -inf, 0.0
+        # More slots are asked for once there are no more than these.
+        self._too_few = 0
         self._not_before = -inf
         self._no_burst = False
         self._state = State.ALONE
@@ -136,16 +146,15 @@ class SharedRate(Gcra):
         if self._state is not State.JOINED:
             count = self._instances
             return max(wait, self._local.delay(ahead * count) if count else UNKNOWN + ahead)
-        slots = self._usable(now)
+        count = self._slots.count(now)
         others = int(ahead / self._step + ROUNDING) if ahead else 0
-        if len(slots) <= self._kept() // 2:
+        if count <= others or count <= self._too_few:
             self._ask(now)
-        if others < len(slots):
-            return max(wait, slots[others][0] - now, 0.0)
-        self._ask(now)
+        if others < count:
+            return max(wait, self._slots.begins(others) - now, 0.0)
         # Nobody knows how many others wait elsewhere.
         next_at = max(self._next_at - now, LOOK_AGAIN)
-        return max(wait, next_at + (others - len(slots)) * self._step)
+        return max(wait, next_at + (others - count) * self._step)
 
     def take(self, seconds: float) -> None:
         """Count a start that is worth *seconds*, whether it is allowed or not; a negative number takes one back."""
@@ -153,14 +162,12 @@ class SharedRate(Gcra):
         if self._state is not State.JOINED:
             self._local.take(seconds * max(1, self._instances))
         elif seconds < 0:
-            self._slots.insert(0, (now, now + self._horizon))
+            self._starts -= 1
+            self._slots.put_back(now, now + self._horizon)
         else:
             self._step = seconds
-            slots = self._usable(now)
-            begun = [slot for slot in slots if slot[0] <= now + ROUNDING]
-            if begun or slots:
-                # Of those that have begun the one that ends first.
-                self._slots.remove(min(begun, key=lambda slot: slot[1]) if begun else slots[0])
+            self._starts += 1
+            self._slots.take(now)
 
     def try_take(self) -> float:
         """Count a start if it is allowed, and return 0; otherwise return the seconds until it is."""
@@ -177,7 +184,7 @@ class SharedRate(Gcra):
             return 0
         if self._state is not State.JOINED:
             return self._local.available if self._instances else 0
-        return sum(begins <= now for begins, _ends in self._usable(now))
+        return self._slots.begun(now)
 
     def apply(self, interval: float, tolerance: float, *, scale: float = 1.0) -> None:
         """Use another rate from now on; what is counted locally ahead of now is multiplied by *scale*."""
@@ -208,9 +215,9 @@ class SharedRate(Gcra):
         self.ask_at = inf
         members = max(1, self._caller.instances)
         chunk = max(1, int(self._horizon / self._step / members))
-        slots = self._usable(now)
-        kept = self._kept()
-        count = max(min(self._waiting() - len(slots), chunk), kept - len(slots), 1)
+        there, kept = self._slots.count(now), self._kept()
+        wanted = max(self._waiting(), math.ceil(self._used(now)))
+        count = max(min(wanted - there, chunk), kept - there, 1)
         slack = 0.0
         if not self._no_burst:
             slack = max(0.0, self._tolerance - self._horizon - kept * members * self.interval)
@@ -229,18 +236,21 @@ class SharedRate(Gcra):
             return
         now = self._clock()
         self._no_burst = False
-        kept, endless = self._kept(), sum(ends == inf for _begins, ends in self._slots)
+        held, kept = self._slots, self._kept()
+        self._too_few = max(kept // 2, int(self._used(now) * ASK_BELOW))
         for delay in slots.delays:
             begins = now + delay / SECOND
             # The server counted from a moment between the two.
             ends = max(sent + delay / SECOND + self._horizon, begins + self._horizon / 4)
-            if endless < kept:
-                ends = inf
-                endless += 1
-            self._slots.append((begins, ends))
-        self._slots.sort()
+            if held.lasting < kept:
+                held.add_lasting(begins)
+            else:
+                held.add(begins, ends)
         self._next_at = now + slots.next / SECOND
         self._served = bool(slots.delays)
+        if held.count(now) > max(self._too_few, self._waiting()):
+            # They were asked for while this call was under way.
+            self.ask_at = inf
         self._on_slots()
 
     def stand(self, state: State, instances: int) -> None:
@@ -267,10 +277,13 @@ class SharedRate(Gcra):
             self.ask_at = moment
             self._caller.call_by(moment)
 
-    def _usable(self, now: float) -> list[tuple[float, float]]:
-        if any(ends < now for _begins, ends in self._slots):
-            self._slots = [slot for slot in self._slots if slot[1] >= now]
-        return self._slots
+    def _used(self, now: float) -> float:
+        """Return the starts of a horizon, as they are now."""
+        elapsed = now - self._starts_since
+        if elapsed >= self._horizon:
+            self._starts_before = max(0, self._starts) * self._horizon / elapsed
+            self._starts, self._starts_since = 0, now
+        return max(self._starts_before, self._starts)
 
     def _kept(self) -> int:
         """Return how many slots of the burst are kept in hand."""

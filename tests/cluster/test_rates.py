@@ -106,6 +106,28 @@ def starts_of(all_paced: list[Paced]) -> list[float]:
     return [start for each in all_paced for start in each.starts]
 
 
+@pytest.mark.parametrize("per_minute", [30_000, 100_000_000])
+def test_of_a_pace_that_nobody_reaches_an_instance_asks_for_a_horizon_at_once(
+    per_minute: int,
+) -> None:
+    simulation = Simulation(3, delay=0.0005)
+    each_second = 100.0
+    all_paced = [
+        Paced(simulation, simulation.add(IDLE), per_minute, 1, each_second) for _ in range(2)
+    ]
+    simulation.advance(10.0)
+    calls = simulation.calls
+    for each in all_paced:
+        each.starts.clear()
+
+    simulation.advance(10.0)
+
+    starts = len(starts_of(all_paced))
+    assert starts >= 0.8 * 2 * each_second * 10
+    # A call for each horizon of 0.1 s, and some where more came than before.
+    assert simulation.calls - calls < 2 * 10 * 10 * 2.5
+
+
 @pytest.mark.parametrize(("per_minute", "burst"), [(600, 10), (600, 600)])
 def test_burst_after_a_rest_is_that_of_all_together(per_minute: int, burst: int) -> None:
     simulation, all_paced = paced(2, per_minute, burst)
