@@ -45,8 +45,10 @@ from __future__ import annotations
 
 import mmap
 import os
+import sys
 import tempfile
 import time
+import zlib
 from enum import IntEnum
 from typing import TYPE_CHECKING, Final
 
@@ -98,6 +100,16 @@ class _Column(IntEnum):
     GONE = 9
 
 
+# Cells in front of the columns: the layout, and the number of slots.
+_HEAD: Final = 2
+# What a worker of another version than its parent's must not misread. Count up the number where cells get another meaning.
+_LAYOUT: Final = zlib.crc32(repr((1, list(_Column), SLOTS_PER_WORKER, MAX_KEYS)).encode())
+
+
+class OtherLayout(Exception):
+    """The page was made by another version of aioserver, whose cells mean something else."""
+
+
 class SharedPage:
     """The page, as one process sees it.
 
@@ -105,6 +117,9 @@ class SharedPage:
 
     *fd*: the descriptor of the page, which stays open. *slot*: that of this worker; None in the parent and in
     observers. A worker's constructor takes its slot over: whatever the last process left there is put in order.
+
+    Raises:
+        OtherLayout: another version of aioserver has made the page; nothing on it was touched.
     """
 
     def __init__(
@@ -112,11 +127,13 @@ class SharedPage:
     ) -> None:
         self.fd = fd
         self._clock = clock
+        if os.pread(fd, _WORD, 0) != _LAYOUT.to_bytes(_WORD, sys.byteorder):
+            raise OtherLayout("the page of this host's workers has another layout")
         self._map = mmap.mmap(fd, os.fstat(fd).st_size)
         self._cells = memoryview(self._map).cast("q")
         #: The number of slots.
-        self.slots = self._cells[0]
-        self._given = 1 + len(_Column) * self.slots
+        self.slots = self._cells[1]
+        self._given = _HEAD + len(_Column) * self.slots
         self._tables = self._given + self.slots * self.slots
         starts = (self._tables + slot * _TABLE for slot in range(self.slots))
         self._key_tables = [self._cells[start : start + _TABLE] for start in starts]
@@ -132,7 +149,7 @@ class SharedPage:
             OSError: there is no memory for it.
         """
         slots = SLOTS_PER_WORKER * workers
-        size = _WORD * (1 + len(_Column) * slots + slots * slots + slots * _TABLE)
+        size = _WORD * (_HEAD + len(_Column) * slots + slots * slots + slots * _TABLE)
         if hasattr(os, "memfd_create"):
             fd = os.memfd_create("aioserver-page")
         else:
@@ -140,7 +157,7 @@ class SharedPage:
                 fd = os.dup(file.fileno())
         os.ftruncate(fd, size)
         with mmap.mmap(fd, size) as memory, memoryview(memory).cast("q") as cells:
-            cells[0] = slots
+            cells[0], cells[1] = _LAYOUT, slots
         page = cls(fd)
         page.resize(max_connections, range(workers))
         for slot in range(workers):
@@ -243,7 +260,7 @@ class SharedPage:
         before: list[int] = []
         for _ in range(MAX_COLLECTIONS):
             cells = self._cells[: self._tables].tolist()
-            moving = cells[: 1 + _Column.STATE * self.slots] + cells[self._given :]
+            moving = cells[: _HEAD + _Column.STATE * self.slots] + cells[self._given :]
             if moving == before:
                 targets, bases, limits = (
                     cells[self._at(column, 0) : self._at(column, self.slots)]
@@ -347,16 +364,16 @@ class SharedPage:
     # The cells.
 
     def _at(self, column: _Column, slot: int) -> int:
-        return 1 + column * self.slots + slot
+        return _HEAD + column * self.slots + slot
 
     def _get(self, column: _Column, slot: int) -> int:
-        return self._cells[1 + column * self.slots + slot]
+        return self._cells[_HEAD + column * self.slots + slot]
 
     def _put(self, column: _Column, slot: int, value: int) -> None:
-        self._cells[1 + column * self.slots + slot] = value
+        self._cells[_HEAD + column * self.slots + slot] = value
 
     def _all(self, column: _Column) -> list[int]:
-        start = 1 + column * self.slots
+        start = _HEAD + column * self.slots
         return self._cells[start : start + self.slots].tolist()
 
     def _moved(self, slot: int) -> tuple[int, int]:

@@ -25,7 +25,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 from aioserver.server.fixed_shares import share_out
-from aioserver.server.shared_page import SharedPage
+from aioserver.server.preflight import Unfit
+from aioserver.server.shared_page import OtherLayout, SharedPage
 from aioserver.server.slot import Slot
 from aioserver.server.systemd import Notifier
 
@@ -65,6 +66,9 @@ class Worker:
         """Return the worker that *environ* describes, and remove its variables; None if it describes none.
 
         There may be descriptors with other names, of a parent of another version.
+
+        Raises:
+            Unfit: the version of the parent is one whose shared memory this process cannot use.
         """
         slot, _, workers = environ.pop(WORKER, "").partition("/")
         server_url, first = environ.pop(SERVER, "") or None, bool(environ.pop(FIRST, ""))
@@ -84,6 +88,14 @@ class Worker:
         for descriptor in descriptors.values():
             # Not for the children of this process.
             os.set_inheritable(descriptor, False)
+        try:
+            SharedPage(descriptors["page"]).close()
+        except OtherLayout:
+            raise Unfit(
+                "the parent process is of a version of aioserver whose workers share their places in another way: "
+                "restart the service, SIGUSR2 is not enough",
+                1,
+            ) from None
         return cls(int(slot), int(workers), int(period) / 1e6, descriptors, server_url, first)
 
     def variables(self) -> dict[str, str]:

@@ -11,6 +11,8 @@ import pytest
 from aioserver.config import Configuration
 from aioserver.config.configuration import SHIPPED
 from aioserver.server.fixed_shares import share, share_out
+from aioserver.server.preflight import Unfit
+from aioserver.server.shared_page import SharedPage
 from aioserver.server.workers import NAMES, Worker, as_file, read
 from tests.support.server import NOWHERE, configured
 
@@ -106,6 +108,7 @@ def test_the_shipped_configuration_can_be_shared_out() -> None:
 def test_a_worker_is_what_its_parent_has_written() -> None:
     names = sorted({*NAMES, "later"})
     descriptors = {name: as_file("test", name.encode()) for name in names}
+    descriptors["page"] = SharedPage.create(3, 20).fd
     try:
         for number in descriptors.values():
             os.set_inheritable(number, True)
@@ -121,6 +124,19 @@ def test_a_worker_is_what_its_parent_has_written() -> None:
         assert worker.pepper() == worker.pepper() == b"pepper"
         assert environ == {"HOME": "/"}
         assert not any(map(os.get_inheritable, descriptors.values()))
+    finally:
+        for number in descriptors.values():
+            os.close(number)
+
+
+@pytest.mark.parametrize("page", [b"", b"\1\0\0\0\0\0\0\0", bytes(4096)])
+def test_a_worker_of_another_version_than_its_parent_does_not_start(page: bytes) -> None:
+    descriptors = {name: as_file("test", page) for name in NAMES}
+    try:
+        with pytest.raises(Unfit, match="restart the service") as refusal:
+            Worker.take(Worker(0, 2, 20.0, descriptors).variables())
+        assert refusal.value.code == 1
+        assert os.pread(descriptors["page"], 4096, 0) == page, "it has touched nothing"
     finally:
         for number in descriptors.values():
             os.close(number)
