@@ -131,11 +131,16 @@ class Holding:
         )
 
     def apply(self, limit: int) -> None:
-        """Use another limit for all instances, which they are told with the next call."""
+        """Use another limit for all instances, which they are told with the next call.
+
+        After a lower one nothing starts before the server has answered, since others may have all of its places.
+        """
         if limit != self.limit:
-            self.limit = limit
+            lowered, self.limit = limit < self.limit, limit
             if self._standing.state is State.ALONE:
                 self.resize(min(self.hand, self.share))
+            elif lowered and self._standing.state is State.JOINED and not self._standing.blind:
+                self.resize(0)
             self.resize(min(self.hand, limit))
             self._standing.call_soon(self)
 

@@ -1,7 +1,8 @@
 """An instance in a process of its own: `python -m tests.support.cluster_instance URL LIMIT CLIENTS TIMES…`.
 
-It writes a line for each start and each end, and waits for a line after each: the referee sees an end before the place is given
-back, so that it never counts more than there are.
+It writes a line for each start and each end, and waits for a line after each end: the referee sees an end before the place is given
+back, so that it never counts more than there are. The line of a start is written in the step that takes the place: a process that
+is stopped can be between the two with one start at most.
 """
 
 from __future__ import annotations
@@ -16,10 +17,24 @@ from aioserver.cluster.shares import Shares
 from aioserver.errors import ServerAtCapacity
 
 
+class Reported(SharedGate):
+    """A gate that writes a line for each start."""
+
+    def _enter(self) -> None:
+        write("+")
+        super()._enter()
+
+
+def write(word: str) -> None:
+    """Write a line."""
+    sys.stdout.write(word + "\n")
+    sys.stdout.flush()
+
+
 async def main(url: str, limit: str, clients: str, *times: str) -> None:
     """Be the instance until stdin ends."""
     shares = Shares("process", times=Times(*map(float, times)))
-    gate = SharedGate(
+    gate = Reported(
         int(limit),
         queue_size=100,
         queue_timeout=30.0,
@@ -35,19 +50,17 @@ async def main(url: str, limit: str, clients: str, *times: str) -> None:
     )
     acknowledged: list[asyncio.Future[None]] = []
 
-    async def say(word: str) -> None:
+    async def end() -> None:
         future = asyncio.get_running_loop().create_future()
         acknowledged.append(future)
-        sys.stdout.write(word + "\n")
-        sys.stdout.flush()
+        write("-")
         await future
 
     async def client() -> None:
         while True:
             with await gate.enter():
-                await say("+")
                 await asyncio.sleep(0.02)
-                await say("-")
+                await end()
 
     tasks = [asyncio.create_task(client()) for _ in range(int(clients))]
     while await reader.readline():
