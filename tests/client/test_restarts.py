@@ -23,6 +23,7 @@ Transport = Literal["websocket", "sse"]
 
 # An answer of 0.3 s, so that some run whenever a process begins to drain.
 PACED = Behaviour(ttft=0, interval=0.01, tokens=30)
+REPLACING = "replacing 2 workers"
 TWO = {f"{UVICORN}.workers": 2, "logging.level": "INFO"}
 
 
@@ -144,8 +145,10 @@ async def test_minute_of_reloads_replacements_and_drains(tmp_path: Path) -> None
         chats = Chats(process.base, whole, 30)
         limit, end = 299, loop.time() + 60.0
         while loop.time() < end:
-            former = workers(process)
+            former, begun = workers(process), process.log.count(REPLACING)
             process.signal(signal.SIGUSR2)
+            # It has read the file, which is written anew now.
+            await until(lambda count=begun: process.log.count(REPLACING) > count)  # type: ignore[misc]
             for _ in range(4):
                 limit -= 1
                 process.change({**changes, f"{CONCURRENCY}.max_connections": limit})
