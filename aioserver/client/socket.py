@@ -21,7 +21,7 @@ from aiohttp import WSMsgType
 
 from aioserver.client.errors import Broken, Fault, Interrupted, Lost, Refused, protocol_error
 from aioserver.client.reading import MAX_FRAME_BYTES, Reading, fault_of
-from aioserver.client.refusals import MAX_ERROR_BYTES, lost_fault, refusal
+from aioserver.client.refusals import MAX_ERROR_BYTES, closed_fault, refusal, unreachable_fault
 from aioserver.client.retries import FINAL_CLOSE_CODES, QUIET_CLOSE_CODES, Reconnection
 from aioserver.protocol import server_frames
 
@@ -346,7 +346,7 @@ class Connection:
             return protocol_error(f"the server closed the socket with close code {code}")
         if code == aiohttp.WSCloseCode.POLICY_VIOLATION and remark and not remark.retryable:
             return Broken(remark)
-        fault = remark or lost_fault(code)
+        fault = remark or closed_fault(code)
         reconnection = self._transport.reconnection
         if code in QUIET_CLOSE_CODES:
             code = None
@@ -494,11 +494,13 @@ class SocketTransport:
             self.reconnection.reached = True
             delay = self.reconnection.after_loss(None, fault.retry_after)
             raise self.lost(fault, delay) from None
-        except (aiohttp.TooManyRedirects, aiohttp.InvalidURL) as error:
-            raise protocol_error(f"the handshake leads nowhere: {type(error).__name__}") from None
+        except aiohttp.TooManyRedirects:
+            raise protocol_error(f"{self._url} redirects for ever") from None
+        except aiohttp.InvalidURL as error:
+            raise Broken(unreachable_fault(self._url, error)) from None
         except (OSError, aiohttp.ClientError) as error:
             delay = self.reconnection.after_loss()
-            raise self.lost(lost_fault(None, error), delay) from None
+            raise self.lost(unreachable_fault(self._url, error), delay) from None
         connection = Connection(self, ws)
         self._connections.append(connection)
         now = asyncio.get_running_loop().time()
