@@ -173,8 +173,8 @@ class Connection:
         self, transport: SocketTransport, ws: aiohttp.ClientWebSocketResponse[bool]
     ) -> None:
         self.readings: dict[str, SocketReading] = {}
-        # Whether it takes no more questions: it is closed, or will be.
-        self.leaving = False
+        # Whether it takes no more questions, since it is closed or will be; and whether it sends nothing any more.
+        self.leaving = self.closed = False
         self._transport = transport
         self._ws = ws
         self._loop = asyncio.get_running_loop()
@@ -226,7 +226,7 @@ class Connection:
 
     async def close(self) -> None:
         """Send what waits, for a short time, and close the socket."""
-        self.leaving = True
+        self.leaving = self.closed = True
         try:
             if not self._ws.closed and self._placed.is_set():
                 async with asyncio.timeout(FLUSH_TIMEOUT):
@@ -262,7 +262,7 @@ class Connection:
             # The socket was lost with the first ping.
             pass
         finally:
-            self.leaving = True
+            self.leaving = self.closed = True
             self._transport.gone(self)
             self._finish(end)
         # Of no effect if the server has closed it.
@@ -312,7 +312,7 @@ class Connection:
                     await self._ws.send_frame(frame, WSMsgType.TEXT)
                 except (OSError, aiohttp.ClientError):
                     # `_receive` sees that the socket is lost, and knows more about it.
-                    self.leaving = True
+                    self.leaving = self.closed = True
                     self._outbox.appendleft((frame, None, done))
                     break
             if done is not None and not done.done():
@@ -439,7 +439,7 @@ class SocketTransport:
         loop = asyncio.get_running_loop()
         frame = _cancel_command(request_id)
         for candidate in (connection, *self._connections):
-            if candidate is not None and not candidate.leaving:
+            if candidate is not None and not candidate.closed:
                 done: asyncio.Future[None] = loop.create_future()
                 candidate.send(frame, done=done)
                 return done

@@ -353,6 +353,36 @@ async def test_idle_socket_that_the_server_closes_is_no_error() -> None:
         assert server.connections == 3
 
 
+@pytest.mark.virtual_time
+async def test_server_that_stops_keeps_its_answers_and_gets_no_new_question() -> None:
+    async def stopping(peer: SocketPeer) -> None:
+        first = await peer.command()
+        await peer.send(*answer(first["request_id"], *HELLO)[:2])
+        second = await peer.command()
+        refusal = {"error": "stops", "code": "server_shutdown", "retryable": True}
+        await peer.send(frame(second["request_id"], "error", **refusal))
+        await peer.command()
+
+    async with (
+        ScriptedServer(sockets=[stopping, play_answers]) as server,
+        client_of(server) as client,
+    ):
+        first = aiter(client.chat("Hi", request_id="first"))
+        assert await anext(first) == "Hel"
+        assert await client.chat("Hi", request_id="second").text() == "Hello"
+        assert server.connections == 2
+        # The cancel goes to the process that has the answer.
+        del first
+        await until(lambda: server.actions == ["chat", "chat", "chat", "cancel"])
+
+    assert [command["request_id"] for command in server.seen] == [
+        "first",
+        "second",
+        "second",
+        "first",
+    ]
+
+
 @pytest.mark.parametrize(
     ("status", "code"),
     [
