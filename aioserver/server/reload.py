@@ -47,6 +47,7 @@ ONLY_BY_RESTART = (
     "chat.sse.endpoint",
     "chat.service.repository.type",
     "chat.service.repository.path",
+    "chat.service.repository.persistence.enabled",
     "cluster",
 )
 
