@@ -22,6 +22,7 @@ from aioserver.auth.access import Access
 from aioserver.auth.guard import Guard, Policy
 from aioserver.auth.keys import pepper_of, quota_of
 from aioserver.auth.origins import Origins
+from aioserver.faces import conversations as conversation_routes
 from aioserver.faces import openai, pages, responses, session, sse, status, websocket
 from aioserver.faces.admission import Admission
 from aioserver.faces.context import Context, CurrentSettings, Lifecycle
@@ -38,6 +39,7 @@ from aioserver.monitoring.monitor import Monitor
 from aioserver.monitoring.snapshot import Sources
 from aioserver.providers.queueing import ProviderGate
 from aioserver.providers.registry import ProviderRegistry
+from aioserver.server.history import open_history, prepare_file
 from aioserver.server.middleware import make_middleware
 from aioserver.streams.fast_path import Outbox
 from aioserver.streams.store import StreamStore
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
 
     from aioserver.config import Configuration
     from aioserver.config.settings import ClientKey, Concurrency, HttpClient, Settings
+    from aioserver.gateway.history import History, Storage
     from aioserver.limits.quota import Quota
     from aioserver.providers.health import Health
     from aioserver.providers.provider import Provider
@@ -77,7 +80,7 @@ class Server:
     context: Context
     provider_registry: ProviderRegistry
     streams: StreamStore
-    conversations: Conversations
+    history: History
     lag: LoopLag
     listening: list[socket.socket]
     slot: Slot | None = None
@@ -101,7 +104,11 @@ class Server:
 
 
 class OtherInstances(Instances, Protocol):
-    """The streams of other instances, as the server opens and closes them."""
+    """The streams and conversations of other instances, as the server opens and closes them."""
+
+    @property
+    def histories(self) -> Storage:
+        """The conversations of all instances."""
 
     def serve(self, gateway: Gateway) -> None:
         """Let other instances read the streams of *gateway*."""
@@ -143,12 +150,13 @@ async def open_server(
     pepper: bytes | None = None,
     slot: Slot | None = None,
     cluster: Cluster | None = None,
+    prepared: bool = False,
 ) -> AsyncIterator[Server]:
     """Make the server, and add its routes to *app*, or to a new application. Close it at the end.
 
     *app* must not be frozen yet. *pepper* is the secret of browser sessions; see `pepper_of`. *slot*: that of this
     process, where several serve the same sockets. *cluster*: what this instance shares with others; None if it is the only
-    one.
+    one. *prepared*: the file of conversations is, by the process that has started this one.
 
     Raises:
         ConfigurationError: a provider cannot be used as it is configured.
@@ -191,6 +199,8 @@ async def open_server(
             max_kept_bytes=chat.streams.max_kept_bytes,
         )
         service = chat.service
+        if not prepared and service.repository.persistence.clear_on_startup:
+            await asyncio.to_thread(prepare_file, service.repository)
         conversations = Conversations(service.context, service.repository.persistence)
         lag = LoopLag(loop, metrics.loop_lag)
         stack.callback(lag.close)
@@ -198,9 +208,11 @@ async def open_server(
         if instances is not None:
             stack.push_async_callback(instances.close)
         request_log = RequestLog(metrics, lag)
-        gateway = Gateway(
-            router, streams, conversations, service, chat.streams, request_log, instances
+        shared = None if instances is None else instances.histories
+        history = await open_history(
+            stack, service.repository, conversations, shared, metrics.history_turns
         )
+        gateway = Gateway(router, streams, history, service, chat.streams, request_log, instances)
         stack.push_async_callback(gateway.close)
         if instances is not None:
             instances.serve(gateway)
@@ -212,6 +224,7 @@ async def open_server(
             gate=admission.gate,
             streams=streams,
             running=lambda: gateway.running,
+            history=history.stats,
             lifetime=gateway.lifetime,
             router=router,
             lag=lag,
@@ -253,7 +266,7 @@ async def open_server(
                 context=context,
                 provider_registry=provider_registry,
                 streams=streams,
-                conversations=conversations,
+                history=history,
                 lag=lag,
                 listening=listening,
                 slot=slot,
@@ -315,6 +328,7 @@ def _add_routes(app: web.Application, context: Context) -> None:
             *sse.routes(context),
             *openai.routes(context),
             *responses.routes(context),
+            *conversation_routes.routes(context),
         ],
         Policy.ADMIN: status.routes(context),
         Policy.OPEN: [

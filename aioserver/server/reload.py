@@ -47,6 +47,7 @@ ONLY_BY_RESTART = (
     "chat.sse.endpoint",
     "chat.service.repository.type",
     "chat.service.repository.path",
+    "chat.service.repository.persistence.enabled",
     "cluster",
 )
 
@@ -165,7 +166,7 @@ class Reload:
             max_stream_bytes=chat.streams.max_stream_bytes,
             max_kept_bytes=chat.streams.max_kept_bytes,
         )
-        server.conversations.apply(chat.service.context, chat.service.repository.persistence)
+        server.history.apply(chat.service.context, chat.service.repository.persistence)
         context.gateway.apply(chat.service, chat.streams)
         self._runner.apply(chat)
         context.origins.apply(
