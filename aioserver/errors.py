@@ -23,6 +23,7 @@ The tree, with HTTP status, code and close code:
         NotFound                    404  not_found
         ModelNotFound               404  model_not_found
         StreamNotFound              404  stream_not_found
+        ConversationNotFound        404  conversation_not_found
         MethodNotAllowed            405  method_not_allowed
         RequestTimeout              408  request_timeout         1008
         SlowClient                  408  slow_client
@@ -39,6 +40,7 @@ The tree, with HTTP status, code and close code:
         InternalError               500  internal_error          1011
         ServerAtCapacity            503  server_at_capacity      1013
         ServerShutdown              503  server_shutdown         1012
+        HistoryUnavailable          503  history_unavailable
         ProviderFault               faults of a provider, in provider_errors.py
 """
 
@@ -233,6 +235,12 @@ class StreamNotFound(AioserverError):
     code, status = "stream_not_found", 404
 
 
+class ConversationNotFound(AioserverError):
+    """The conversation does not exist, is forgotten, or belongs to another caller."""
+
+    code, status = "conversation_not_found", 404
+
+
 class MethodNotAllowed(AioserverError):
     """The path exists, but not with this method."""
 
@@ -351,6 +359,13 @@ class ServerShutdown(AioserverError):
     code, status, retryable, force_close = "server_shutdown", 503, True, True
     close = 1012
     close_reason = b"server is stopping"
+
+
+class HistoryUnavailable(AioserverError):
+    """The storage of conversations cannot be reached, so what was asked of it is not done for certain."""
+
+    outcome = "rejected"
+    code, status, retryable = "history_unavailable", 503, True
 
 
 def public(fault: BaseException) -> AioserverError:

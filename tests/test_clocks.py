@@ -18,6 +18,7 @@ SHOWN = {  # module: why it may know what time people have
     "providers.simulator.refusals": "it sends such a date",
     "auth.keys": "a session is older than the process",
     "cluster.histories": "the age of turns that another machine has written, kept for days",
+    "gateway.conversations": "turns are older than the process, and kept for days",
     "commands.top.screen": "the times of incidents",
     "providers.simulator.shapes": "`created` in OpenAI's objects",
 }

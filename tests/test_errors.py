@@ -27,7 +27,7 @@ TABLE = {
     400: {"invalid_json", "invalid_request"},
     401: {"missing_api_key", "invalid_api_key"},
     403: {"origin_not_allowed", "permission_denied", "host_not_allowed"},
-    404: {"not_found", "model_not_found", "stream_not_found"},
+    404: {"not_found", "model_not_found", "stream_not_found", "conversation_not_found"},
     405: {"method_not_allowed"},
     408: {"request_timeout", "slow_client"},
     409: {"resume_gap", "request_conflict"},
@@ -45,7 +45,7 @@ TABLE = {
     },
     503: {
         *("server_at_capacity", "provider_queue_full", "provider_queue_timeout", "pool_timeout"),
-        *("circuit_open", "no_provider", "server_shutdown"),
+        *("circuit_open", "no_provider", "server_shutdown", "history_unavailable"),
     },
     504: {"connect_timeout", "read_timeout", "write_timeout"},
 }

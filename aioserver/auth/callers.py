@@ -46,7 +46,12 @@ class Caller:
         The user is not part of the flow: otherwise a client without a key would get a larger share by
         naming more users.
         """
-        return self.name or self.subflow.partition("\0")[0]
+        return self.name or self.address
+
+    @property
+    def address(self) -> str:
+        """The address of a client without a key; "" for a key, which is the same caller everywhere."""
+        return "" if self.name else self.subflow.partition("\0")[0]
 
     def on_behalf_of(self, user: object) -> Caller:
         """Return the same caller, with a subflow of its own for *user*, if that is a text."""

@@ -23,6 +23,8 @@ import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
+from aioserver.cluster.turns import FULL, RedisTurns, TurnStore
+
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Sequence
 
@@ -80,54 +82,12 @@ for number, key in ipairs(KEYS) do
 end
 return 1
 """
-# Begins the scripts that keep what may also be forgotten. Beyond its `maxmemory` a server refuses whatever writes,
-# `settle` as well, so the last quarter is not for them.
-_FULL = """
-local function full(more)
-  local memory = redis.call('INFO', 'memory')
-  local most = tonumber(memory:match('maxmemory:(%d+)'))
-  return most > 0 and tonumber(memory:match('used_memory:(%d+)')) + more > most * 0.75
-end
-"""
 # KEYS: the log. ARGV: the log, milliseconds to live.
 _PUT_LOG = (
-    _FULL
+    FULL
     + """
 if full(#ARGV[1]) then return 0 end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
-return 1
-"""
-)
-# KEYS: the conversation, all conversations by their last turn. ARGV: the turn, bytes and turns that are kept, milliseconds
-# to live. Where there is no room, the conversations that rested for longest go, some with each turn. One that lacks its
-# newest turn goes as a whole: the instances then use what they know of it themselves.
-_KEEP_TURN = (
-    _FULL
-    + """
-local now, kept = tonumber(redis.call('TIME')[1]), tonumber(ARGV[4])
-redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', now - kept / 1000)
-for _ = 1, 100 do
-  if not full(#ARGV[1]) then break end
-  local oldest = redis.call('ZPOPMIN', KEYS[2])[1]
-  if not oldest then break end
-  redis.call('DEL', oldest)
-end
-if full(#ARGV[1]) then
-  redis.call('DEL', KEYS[1])
-  return 0
-end
-redis.call('RPUSH', KEYS[1], ARGV[1])
-local turns, size = redis.call('LRANGE', KEYS[1], 0, -1), 0
-local first = #turns + 1
-while first > 1 and #turns - first + 1 < tonumber(ARGV[3]) do
-  size = size + #turns[first - 1]
-  if size > tonumber(ARGV[2]) and first <= #turns then break end
-  first = first - 1
-end
-if first > 1 then redis.call('LTRIM', KEYS[1], first - 1, -1) end
-redis.call('PEXPIRE', KEYS[1], kept)
-redis.call('ZADD', KEYS[2], now, KEYS[1])
-redis.call('PEXPIRE', KEYS[2], kept)
 return 1
 """
 )
@@ -151,7 +111,7 @@ class Renewal:
     done: bool = False
 
 
-class ClaimStore(Protocol):
+class ClaimStore(TurnStore, Protocol):
     """Where claims, handed-over logs and conversations are kept. Each method raises what its connection raises."""
 
     async def take(self, name: str, digest: bytes, seconds: float, lost: str = "") -> Verdict:
@@ -171,12 +131,6 @@ class ClaimStore(Protocol):
 
     async def get_log(self, name: str) -> bytes | None:
         """Return a log that was kept."""
-
-    async def keep_turn(self, name: str, turn: bytes, bounds: tuple[int, int, float]) -> None:
-        """Append *turn* to a conversation; *bounds*: bytes and turns that are kept, and for how many seconds."""
-
-    async def turns(self, name: str) -> list[bytes]:
-        """Return the turns of a conversation."""
 
 
 T = TypeVar("T")
@@ -213,12 +167,11 @@ def name_of(caller: str, request_id: str) -> str:
     return hashlib.sha256(both).hexdigest()[:40]
 
 
-class RedisClaims:
+class RedisClaims(RedisTurns):
     """Claims in Redis, for the instance *me*; *prefix* is that of the cluster's keys."""
 
     def __init__(self, commands: Commands, prefix: str, me: str) -> None:
-        self._commands = commands
-        self._prefix = prefix
+        super().__init__(commands, prefix)
         self._me = me
 
     async def take(self, name: str, digest: bytes, seconds: float, lost: str = "") -> Verdict:
@@ -252,24 +205,9 @@ class RedisClaims:
         log = await self._commands.execute("GET", self._keys(name)[1])
         return log if isinstance(log, bytes) else None
 
-    async def keep_turn(self, name: str, turn: bytes, bounds: tuple[int, int, float]) -> None:
-        """Append *turn* to a conversation."""
-        size, count, seconds = bounds
-        keys = [f"{self._prefix}c:{name}", f"{self._prefix}talks"]
-        await self._eval(_KEEP_TURN, keys, turn, size, count, int(1000 * seconds))
-
-    async def turns(self, name: str) -> list[bytes]:
-        """Return the turns of a conversation."""
-        turns = await self._commands.execute("LRANGE", f"{self._prefix}c:{name}", 0, -1)
-        return [turn for turn in turns if isinstance(turn, bytes)]
-
     def _keys(self, name: str) -> list[str]:
         prefix = self._prefix
         return [f"{prefix}s:{name}", f"{prefix}log:{name}", f"{prefix}m"]
-
-    async def _eval(self, script: str, keys: list[str], *values: bytes | str | int) -> Any:
-        # Not EVALSHA: a Redis that comes back empty knows no script, and these are short.
-        return await self._commands.execute("EVAL", script, len(keys), *keys, *values)
 
 
 def _verdict(reply: Any) -> Verdict:

@@ -84,7 +84,7 @@ class ClusterStreams:
         self._me = bus.name
         self._store = store
         self._streams = streams
-        self._histories = Histories(store, conversations)
+        self.histories = Histories(store, conversations, self._redis)
         self._loop = asyncio.get_running_loop()
         self._claimed: dict[Stream, list[Renewal]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -109,14 +109,16 @@ class ClusterStreams:
         )
 
     async def claim(
-        self, stream: Stream, conversation_id: str | None, accept: Callable[[], None]
+        self, stream: Stream, accept: Callable[[], None]
     ) -> asyncio.Future[None] | None:
         """Claim the id of *stream*: see `Instances.claim`."""
         name, digest = _name(stream), stream.attachment.digest
         renewal = Renewal(name, digest, LEASE + stream.window)
         self._claimed[stream] = [renewal]
         self._watch()
-        verdict: Verdict | None = await self._redis(self._take(stream, renewal, conversation_id))
+        verdict: Verdict | None = await self._redis(
+            self._store.take(name, digest, renewal.seconds)
+        )
         if verdict is None:
             self._unclaimed.value += 1
             return None
@@ -134,14 +136,6 @@ class ClusterStreams:
                 return None
             verdict = found
         return None
-
-    async def _take(self, stream: Stream, claim: Renewal, conversation_id: str | None) -> Verdict:
-        take = self._store.take(claim.name, claim.digest, claim.seconds)
-        if conversation_id is None:
-            return await take
-        load = self._histories.load(_caller(stream), conversation_id)
-        verdict, _loaded = await asyncio.gather(take, load)
-        return verdict
 
     async def _filled(
         self, stream: Stream, verdict: Verdict, accept: Callable[[], None]
@@ -240,10 +234,6 @@ class ClusterStreams:
             if isinstance(entry, dict)
         ]
 
-    def keep_turn(self, caller: Caller, conversation_id: str, question: str, answer: str) -> None:
-        """Append a turn to a conversation, for all instances."""
-        self._start(self._histories.keep(caller, conversation_id, question, answer))
-
     def note_end(self, stream: Stream) -> None:
         """Note that *stream*, whose id was claimed, has ended."""
         claims = self._claimed.pop(stream, None)
@@ -273,6 +263,7 @@ class ClusterStreams:
     async def close(self) -> None:
         """Hand over what has ended, and be no instance any more. The gateway was closed before."""
         finished = [stream for stream in self._streams.finished() if not stream.private]
+        await self.histories.close()
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=CALL_TIMEOUT)
         await self.hand_over(finished[::-1])

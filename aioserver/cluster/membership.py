@@ -194,21 +194,26 @@ class Membership:
         await self.bus.close()
 
     async def _clear_conversations(self) -> None:
-        prefix = _GLOB.sub(r"\\\g<0>", self.settler.prefix)
-        connection, cursor, count = self.settler.connection, b"0", 0
         try:
-            while True:
-                cursor, keys = await connection.execute(
-                    *("SCAN", cursor, "MATCH", f"{prefix}c:*", "COUNT", SCANNED)
-                )
-                if keys:
-                    count += await connection.execute("UNLINK", *keys)
-                if int(cursor) == 0:
-                    break
+            count = await self._unlink("c:*")
+            await self._unlink("own:*")
         except CallFailed as failure:
             logger.warning("not all conversations are deleted at the start: %s", failure)
         else:
             logger.info("conversations deleted at the start: %d", count)
+
+    async def _unlink(self, pattern: str) -> int:
+        """Delete the keys of the cluster that match *pattern*; return how many there were."""
+        prefix = _GLOB.sub(r"\\\g<0>", self.settler.prefix)
+        connection, cursor, count = self.settler.connection, b"0", 0
+        while True:
+            cursor, keys = await connection.execute(
+                *("SCAN", cursor, "MATCH", f"{prefix}{pattern}", "COUNT", SCANNED)
+            )
+            if keys:
+                count += await connection.execute("UNLINK", *keys)
+            if int(cursor) == 0:
+                return count
 
     def _state_changed(self, _old: State, new: State, why: str) -> None:
         if new is State.JOINED:

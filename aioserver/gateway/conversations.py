@@ -1,10 +1,11 @@
 """The histories of conversations, in memory and bounded.
 
-A history consists of messages: a client's question, the model's answer, and so on. A question and
-its answer are kept when the answer is complete, or with the text so far if it was cancelled; a failed
-answer leaves nothing. `chat.service.repository.persistence` bounds what is kept, and
-`chat.service.context` bounds what is sent to the provider; tokens are estimated as `ceil(utf8_bytes / 4)`. The
-number of conversations is bounded too: the least recently used one is forgotten first.
+A history consists of turns: a client's question and the model's answer. A turn is kept when its answer is complete,
+or with the text so far if it was cancelled; a failed answer leaves nothing. `chat.service.repository.persistence` bounds
+what is kept (retention.py), and `chat.service.context` bounds what is sent to the provider. The number of conversations is
+bounded too: the least recently used one is forgotten first.
+
+A conversation may be deleted while an answer in it runs: that answer is then not kept either.
 """
 
 from __future__ import annotations
@@ -12,41 +13,40 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from aioserver.gateway.retention import MAX_UNLIMITED_BYTES, Bounds
+from aioserver.gateway.turn import Dialogue, Page, Position, Summary, estimated_tokens, title_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterable
+    from collections.abc import Callable, Sequence
 
+    from aioserver.auth.callers import Caller
     from aioserver.config.settings import Context, Persistence
+    from aioserver.gateway.turn import Turn
 
 MAX_CONVERSATIONS = 10_000
-# Tokens of all conversations together, the overhead of their messages included: 256 MiB.
+# Tokens of all conversations together, four bytes each, the overhead of their messages included: 256 MiB.
 MAX_KEPT_TOKENS = 1 << 26
 # A message's Python objects, as tokens of 4 bytes: otherwise short messages would be unbounded, nearly.
 MESSAGE_OVERHEAD = 64
-# Bytes of one conversation, if the retention policy sets no bound.
-MAX_UNLIMITED_BYTES = 1 << 20
 # Turns of one conversation that several instances share.
 MAX_TURNS = 10_000
-SECONDS_PER_DAY = 86_400
+# Deletions that are remembered for answers which run meanwhile.
+MAX_DELETIONS = 10_000
 
-
-@dataclass(slots=True)
-class _Message:
-    kept_at: float
-    role: str
-    text: str
-    tokens: int
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
 class _Conversation:
+    address: str = ""
     tokens: int = 0
-    messages: list[_Message] = field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list)
 
 
 class Conversations:
-    """Histories, by caller and conversation id.
+    """Histories, by caller and conversation id; *clock* returns Unix time, which outlives the process.
 
     Always: all histories together have at most `MAX_KEPT_TOKENS`, overhead counted; a history alternates
     between `user` and `assistant`, and begins with `user`.
@@ -57,59 +57,55 @@ class Conversations:
         context: Context,
         persistence: Persistence,
         *,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = time.time,
     ) -> None:
-        self._context = context
-        self._persistence = persistence
-        self._clock = clock
+        self.clock = clock
         # The tokens of all histories.
         self._tokens = 0
         # The least recently used conversation comes first.
-        self._kept: OrderedDict[tuple[Hashable, str], _Conversation] = OrderedDict()
+        self._kept: OrderedDict[tuple[Caller, str], _Conversation] = OrderedDict()
+        # When a conversation was deleted, and when all of a caller's at an address were.
+        self._deleted: OrderedDict[tuple[Caller, str], float] = OrderedDict()
+        self._all_deleted: OrderedDict[tuple[Caller, str], float] = OrderedDict()
+        self.apply(context, persistence)
 
     def __len__(self) -> int:
         return len(self._kept)
 
     def apply(self, context: Context, persistence: Persistence) -> None:
-        """Use new bounds; a history beyond them is cut when its next answer is kept."""
+        """Use new bounds; a history beyond them is cut when it is used next."""
         self._context, self._persistence = context, persistence
+        self.bounds = Bounds.of(persistence)
 
-    def history(self, caller: Hashable, conversation_id: str, text: str) -> list[dict[str, Any]]:
+    def history(self, caller: Caller, conversation_id: str, text: str) -> list[dict[str, Any]]:
         """Return a snapshot of the messages to send: what fits of the history, then *text*."""
         key = (caller, conversation_id)
         conversation = self._kept.get(key)
         if conversation is not None:
             self._kept.move_to_end(key)
-        kept = [] if conversation is None else self._retained(conversation)
+        kept = [] if conversation is None else self._messages(conversation)
         room = self._context.max_tokens - self._context.reserve_tokens - estimated_tokens(text)
         first = len(kept)
         while first and (
-            len(kept) - first < self._context.preserve_recent or room >= kept[first - 1].tokens
+            len(kept) - first < self._context.preserve_recent or room >= kept[first - 1][2]
         ):
             first -= 1
-            room -= kept[first].tokens
-        while first < len(kept) and kept[first].role != "user":
-            # An answer without its question would confuse the model.
-            first += 1
-        messages = [{"role": message.role, "content": message.text} for message in kept[first:]]
+            room -= kept[first][2]
+        # An answer without its question would confuse the model.
+        first += first % 2
+        messages = [{"role": role, "content": content} for role, content, _ in kept[first:]]
         return [*messages, {"role": "user", "content": text}]
 
-    def replace(
-        self, caller: Hashable, conversation_id: str, turns: Iterable[tuple[float, str, str]]
-    ) -> None:
-        """Let the history consist of *turns*: how many seconds ago each ended, its question and its answer."""
-        key, now = (caller, conversation_id), self._clock()
-        conversation = self._kept.setdefault(key, _Conversation())
+    def replace(self, caller: Caller, conversation_id: str, turns: Sequence[Turn]) -> None:
+        """Let the history consist of *turns*, the oldest first; without any there is no such conversation."""
+        key = (caller, conversation_id)
+        conversation = self._kept.setdefault(key, _Conversation(caller.address))
         self._kept.move_to_end(key)
-        conversation.messages = [
-            _Message(now - age, role, text, estimated_tokens(text))
-            for age, question, answer in turns
-            for role, text in (("user", question), ("assistant", answer))
-        ]
-        self._bound(conversation)
+        conversation.turns = list(turns)
+        self._bound(key, conversation)
 
     @property
-    def bounds(self) -> tuple[int, int]:
+    def shared_bounds(self) -> tuple[int, int]:
         """About how many bytes, and how many turns, of one conversation are kept at most."""
         policy, size, turns = self._persistence.retention_policy, MAX_UNLIMITED_BYTES, MAX_TURNS
         if policy == "message_count":
@@ -118,61 +114,112 @@ class Conversations:
             size = 4 * self._persistence.max_tokens_per_conversation
         return size, max(1, turns)
 
-    def keep(self, caller: Hashable, conversation_id: str, question: str, answer: str) -> None:
-        """Append a question and its answer to the history."""
+    def keep(self, caller: Caller, conversation_id: str, turn: Turn, asked: float) -> bool:
+        """Append *turn*, whose question came at *asked*; return whether it is kept: not if it was deleted since."""
         key = (caller, conversation_id)
+        if asked <= max(
+            self._deleted.get(key, 0.0), self._all_deleted.get((caller, caller.address), 0.0)
+        ):
+            return False
         conversation = self._kept.setdefault(key, _Conversation())
         self._kept.move_to_end(key)
-        now = self._clock()
-        for role, text in (("user", question), ("assistant", answer)):
-            conversation.messages.append(_Message(now, role, text, estimated_tokens(text)))
-        self._bound(conversation)
+        conversation.address = caller.address
+        conversation.turns.append(turn)
+        self._bound(key, conversation)
+        return True
 
-    def _bound(self, conversation: _Conversation) -> None:
+    def listing(self, caller: Caller, limit: int, after: Position | None) -> Page:
+        """Return the newest *limit* of the caller's conversations *after* a position.
+
+        Without keys all clients are one caller: they are those of the client's address then.
+        """
+        found = []
+        for (_, conversation_id), conversation in self._own(caller):
+            updated = conversation.turns[-1].ended
+            position = Position(updated, conversation_id)
+            if after is None or position < after:
+                found.append((position, conversation.turns))
+        found.sort(key=lambda item: item[0], reverse=True)
+        summaries = [
+            Summary(
+                position.conversation_id,
+                title_of(turns[0].question),
+                position.updated,
+                2 * len(turns),
+            )
+            for position, turns in found[:limit]
+        ]
+        return Page(summaries, found[limit - 1][0] if len(found) > limit else None)
+
+    def read(self, caller: Caller, conversation_id: str) -> Dialogue | None:
+        """Return what is kept of a conversation; None if there is nothing."""
+        conversation = self._kept.get((caller, conversation_id))
+        turns = [] if conversation is None else self._retained(conversation)
+        return Dialogue(list(turns)) if turns else None
+
+    def delete(self, caller: Caller, conversation_id: str) -> bool:
+        """Delete a conversation; return whether there was one."""
+        key = (caller, conversation_id)
+        _remember(self._deleted, key, self.clock())
+        kept = self.read(caller, conversation_id) is not None
+        self._forget(key)
+        return kept
+
+    def delete_all(self, caller: Caller) -> int:
+        """Delete the conversations that `listing` shows; return their number."""
+        keys = [key for key, _ in self._own(caller)]
+        now = self.clock()
+        _remember(self._all_deleted, (caller, caller.address), now)
+        for key in keys:
+            _remember(self._deleted, key, now)
+            self._forget(key)
+        return len(keys)
+
+    def _own(self, caller: Caller) -> list[tuple[tuple[Caller, str], _Conversation]]:
+        """Return the conversations of *caller* that are not empty; without keys those of its address."""
+        return [
+            (key, conversation)
+            for key, conversation in self._kept.items()
+            if key[0] == caller
+            and conversation.address == caller.address
+            and self._retained(conversation)
+        ]
+
+    def _messages(self, conversation: _Conversation) -> list[tuple[str, str, int]]:
+        """Return role, text and tokens of each message."""
+        return [
+            message
+            for turn in self._retained(conversation)
+            for message in (
+                ("user", turn.question, turn.question_tokens),
+                ("assistant", turn.answer, turn.answer_tokens),
+            )
+        ]
+
+    def _bound(self, key: tuple[Caller, str], conversation: _Conversation) -> None:
         """Keep *conversation*, which has changed, and all of them together within their bounds."""
-        self._trim(conversation)
-        messages = conversation.messages
-        tokens = sum(map(_tokens, messages)) + MESSAGE_OVERHEAD * len(messages)
+        turns = self._retained(conversation)
+        tokens = sum(-(-turn.size // 4) + 2 * MESSAGE_OVERHEAD for turn in turns)
         self._tokens += tokens - conversation.tokens
         conversation.tokens = tokens
+        if not turns:
+            self._forget(key)
         while len(self._kept) > MAX_CONVERSATIONS or self._tokens > MAX_KEPT_TOKENS:
             self._tokens -= self._kept.popitem(last=False)[1].tokens
 
-    def _retained(self, conversation: _Conversation) -> list[_Message]:
-        """Return the messages of *conversation*, without those that are older than `retention_days`."""
-        if self._persistence.retention_policy == "time_based":
-            oldest = self._clock() - self._persistence.retention_days * SECONDS_PER_DAY
-            conversation.messages = [
-                message for message in conversation.messages if message.kept_at >= oldest
-            ]
-        return conversation.messages
+    def _retained(self, conversation: _Conversation) -> list[Turn]:
+        """Return the turns of *conversation*, without those beyond the bounds."""
+        conversation.turns = self.bounds.kept(conversation.turns, self.clock())
+        return conversation.turns
 
-    def _trim(self, conversation: _Conversation) -> None:
-        """Drop the oldest pairs of messages beyond the bound; the newest pair always stays."""
-        messages = self._retained(conversation)
-        weigh: Callable[[_Message], int]
-        limit: float
-        match self._persistence.retention_policy:
-            case "message_count":
-                weigh, limit = _count, self._persistence.max_messages_per_conversation
-            case "token_limit":
-                weigh, limit = _tokens, self._persistence.max_tokens_per_conversation
-            case _:
-                weigh, limit = _tokens, MAX_UNLIMITED_BYTES / 4
-        weight = sum(map(weigh, messages))
-        while len(messages) > 2 and weight > limit:
-            weight -= weigh(messages[0]) + weigh(messages[1])
-            del messages[:2]
+    def _forget(self, key: tuple[Caller, str]) -> None:
+        conversation = self._kept.pop(key, None)
+        if conversation is not None:
+            self._tokens -= conversation.tokens
 
 
-def estimated_tokens(text: str) -> int:
-    """Return the number of tokens in *text*, by the estimate that each has four bytes of UTF-8."""
-    return (len(text.encode()) + 3) // 4
-
-
-def _count(_message: _Message) -> int:
-    return 1
-
-
-def _tokens(message: _Message) -> int:
-    return message.tokens
+def _remember(times: OrderedDict[T, float], key: T, now: float) -> None:
+    times[key] = now
+    times.move_to_end(key)
+    if len(times) > MAX_DELETIONS:
+        times.popitem(last=False)

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
     from aioserver.auth.callers import Caller
     from aioserver.gateway.producers import Producers
-    from aioserver.gateway.prompts import Prompt
     from aioserver.gateway.request import Request
     from aioserver.streams.lifetime import Lifetime
     from aioserver.streams.store import StreamStore
@@ -51,9 +50,9 @@ class Instances(Protocol):
     """The other instances, as the gateway sees them."""
 
     async def claim(
-        self, stream: Stream, conversation_id: str | None, accept: Callable[[], None]
+        self, stream: Stream, accept: Callable[[], None]
     ) -> asyncio.Future[None] | None:
-        """Claim the request id of *stream* for this instance, and fetch the turns of its conversation.
+        """Claim the request id of *stream* for this instance.
 
         None: the answer is to be made here. Otherwise another instance has it, *accept* was called, and its
         events come to *stream*: the future is done when there are no more. Cancelling is safe.
@@ -76,9 +75,6 @@ class Instances(Protocol):
 
     async def listing(self, caller: Caller) -> list[dict[str, Any]]:
         """Return what `describe` says of the caller's streams at all other instances."""
-
-    def keep_turn(self, caller: Caller, conversation_id: str, question: str, answer: str) -> None:
-        """Append a turn to a conversation, for all instances."""
 
     def note_end(self, stream: Stream) -> None:
         """Note that *stream*, whose id was claimed, has ended."""
@@ -107,7 +103,6 @@ class Elsewhere:
         request: Request,
         producer: Coroutine[Any, Any, None],
         release: Callable[[], None],
-        prompt: Prompt | None,
     ) -> tuple[Coroutine[Any, Any, None], Callable[[], None]]:
         """Return the producer that claims the id of *stream* and then runs *producer*, and its release.
 
@@ -120,7 +115,7 @@ class Elsewhere:
             producer.close()
             release()
 
-        return self._claim(stream, request, producer, prompt), release_all
+        return self._claim(stream, request, producer), release_all
 
     def mirror(self, caller: Caller, request_id: str, start: Start) -> Stream:
         """Return a mirror of the caller's stream *request_id*, which ends soon if there is none.
@@ -176,23 +171,15 @@ class Elsewhere:
         """Return what `describe` says of the caller's streams at all other instances."""
         return await self._instances.listing(caller)
 
-    def keep(self, prompt: Prompt) -> None:
-        """Keep the turn of *prompt* for all instances, if its client has named the conversation."""
-        if prompt.named and (turn := prompt.turn()) is not None:
-            assert prompt.conversation_id is not None
-            self._instances.keep_turn(prompt.request.caller, prompt.conversation_id, *turn)
-
     async def _claim(
         self,
         stream: Stream,
         request: Request,
         producer: Coroutine[Any, Any, None],
-        prompt: Prompt | None,
     ) -> None:
-        named = prompt.conversation_id if prompt is not None and prompt.named else None
         try:
             filled = await self._instances.claim(
-                stream, named, partial(self._become_mirror, stream, request)
+                stream, partial(self._become_mirror, stream, request)
             )
         except RequestConflict:
             # The id stays free for a request with the payload that it is known with.
@@ -203,8 +190,6 @@ class Elsewhere:
         if filled is not None:
             await filled
             return
-        if prompt is not None:
-            prompt.take_history()
         await producer
 
     def _become_mirror(self, stream: Stream, request: Request) -> None:

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
     from aioserver.auth.callers import Caller
     from aioserver.config import settings
-    from aioserver.gateway.conversations import Conversations
     from aioserver.gateway.elsewhere import Instances, Start
+    from aioserver.gateway.history import History
     from aioserver.gateway.prompts import Prompt
     from aioserver.gateway.router import Router
     from aioserver.protocol.client_frames import Chat
@@ -54,7 +54,7 @@ class Gateway:
         self,
         router: Router,
         streams: StreamStore,
-        conversations: Conversations,
+        history: History,
         service: settings.Service,
         bounds: settings.Streams,
         request_log: RequestLog,
@@ -62,7 +62,8 @@ class Gateway:
     ) -> None:
         self._router = router
         self._streams = streams
-        self._prompts = Prompts(conversations, service, bounds)
+        self.history = history
+        self._prompts = Prompts(history, service, bounds)
         self._request_log = request_log
         self._producers = Producers(request_log)
         # Answers without a log.
@@ -118,12 +119,11 @@ class Gateway:
                 hold.release()
             return existing
         route = self._router.route(chat.model, chat.provider)
-        late = self.elsewhere is not None
-        prompt = self._prompts.make(caller, chat, scope, route, hold, late=late)
+        prompt = self._prompts.make(caller, chat, scope, route, hold)
         request = Request(route, prompt.request, face, key, key, digest)
         stream = self._open(request)
         stream.details.conversation_id = prompt.conversation_id
-        self._start(stream, request, self._produce_chat(request, stream, prompt), prompt)
+        self._start(stream, request, self._produce_chat(request, stream, prompt))
         return stream
 
     def relay(self, request: Request) -> Stream:
@@ -315,32 +315,27 @@ class Gateway:
         stream: Stream,
         request: Request,
         producer: Coroutine[Any, Any, None],
-        prompt: Prompt | None = None,
     ) -> None:
         release = request.provider_request.release
         if request.undecided is not None:
             producer, release = _once_decided(request, producer)
         # An answer that nobody can name is asked of no other instance.
         if self.elsewhere is not None and request.key is not None:
-            producer, release = self.elsewhere.claiming(stream, request, producer, release, prompt)
+            producer, release = self.elsewhere.claiming(stream, request, producer, release)
         self._producers.start(stream, producer, release)
 
     async def _produce_chat(self, request: Request, stream: Stream, prompt: Prompt) -> None:
         """Produce the answer to a chat, and keep both in its conversation."""
         try:
+            await prompt.take_history()
             await self._router.fill(request, stream)
         except asyncio.CancelledError:
             stream.close_fast_path()
             if prompt.reading.size:
-                self._keep(prompt)
+                prompt.keep()
             raise
         if stream.end_status == COMPLETE:
-            self._keep(prompt)
-
-    def _keep(self, prompt: Prompt) -> None:
-        prompt.keep()
-        if self.elsewhere is not None:
-            self.elsewhere.keep(prompt)
+            prompt.keep()
 
     async def _produce_whole(self, request: Request, stream: Stream) -> None:
         """Produce an answer that is not streamed, and keep it in *stream*."""

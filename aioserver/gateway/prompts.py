@@ -14,15 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
+from aioserver.gateway.turn import Turn, counted_tokens
 from aioserver.protocol.openai import Reading
 from aioserver.providers.request import ProviderRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Coroutine
 
     from aioserver.auth.callers import Caller
     from aioserver.config import settings
-    from aioserver.gateway.conversations import Conversations
+    from aioserver.gateway.history import History
     from aioserver.gateway.request import Route
     from aioserver.protocol.client_frames import Chat
     from aioserver.providers.request import Hold
@@ -35,62 +36,63 @@ class Prompt:
 
     Always: *reading* is that of *request*, and so has the text that came so far.
 
-    *named*: the client has named the conversation. *late* takes the history, if that was not done yet.
+    *late* takes the history, if that has to be loaded first. *sent* holds the bytes of the messages and options
+    that were sent, as soon as they are known. *asked*: when the question came, in Unix time.
     """
 
     __slots__ = (
-        "_conversations",
+        "_asked",
+        "_history",
         "_late",
+        "_sent",
         "_text",
         "conversation_id",
-        "named",
         "reading",
         "request",
     )
 
     def __init__(
         self,
-        conversations: Conversations,
+        history: History,
         chat: Chat,
         request: ProviderRequest,
         reading: Reading,
         conversation_id: str | None,
-        late: Callable[[], None] | None = None,
+        sent: list[int],
+        late: Callable[[], Coroutine[Any, Any, None]] | None = None,
     ) -> None:
+        self._asked = history.now()
+        self._history = history
         self._late = late
-        self.named = conversation_id is not None and conversation_id == chat.conversation_id
-        self._conversations = conversations
+        self._sent = sent
         self._text = chat.text
         self.request = request
         self.reading = reading
         self.conversation_id = conversation_id
 
-    def take_history(self) -> None:
+    async def take_history(self) -> None:
         """Take the history as it is now, if it was not taken when the prompt was made."""
         late, self._late = self._late, None
         if late is not None:
-            late()
-
-    def turn(self) -> tuple[str, str] | None:
-        """Return the client's text, and the answer so far; None if they belong to no conversation."""
-        if self.conversation_id is None or self._text is None:
-            return None
-        return orjson.loads(self._text), self.reading.text
+            await late()
 
     def keep(self) -> None:
         """Append the client's text, and the answer so far, to the conversation, if there is one."""
-        if (turn := self.turn()) is not None:
-            assert self.conversation_id is not None
-            self._conversations.keep(self.request.caller, self.conversation_id, *turn)
+        if self.conversation_id is None or self._text is None:
+            return
+        share = len(self._text) / max(1, sum(self._sent))
+        tokens = counted_tokens(self.reading.usage, min(1.0, share))
+        turn = Turn.of(orjson.loads(self._text), self.reading.text, self._history.now(), tokens)
+        self._history.keep(self.request.caller, self.conversation_id, turn, self._asked)
 
 
 class Prompts:
     """Makes prompts of chats, by the settings that were applied last."""
 
     def __init__(
-        self, conversations: Conversations, service: settings.Service, bounds: settings.Streams
+        self, history: History, service: settings.Service, bounds: settings.Streams
     ) -> None:
-        self._conversations = conversations
+        self._history = history
         self.apply(service, bounds)
 
     def apply(self, service: settings.Service, bounds: settings.Streams) -> None:
@@ -104,31 +106,34 @@ class Prompts:
         scope: str | None,
         route: Route,
         hold: Hold | None = None,
-        *,
-        late: bool = False,
     ) -> Prompt:
         """Return the prompt of *chat*; *scope* is its conversation if it names none.
 
-        *late*: the history of a conversation that the client names is taken by `Prompt.take_history`.
-        *hold* counts the bytes of *chat*. A text counts until its answer has ended, since it is then
-        kept in the conversation.
+        A history that has to be loaded is taken by `Prompt.take_history`. *hold* counts the bytes of
+        *chat*. A text counts until its answer has ended, since it is then kept in the conversation.
         """
         streamed = self._service.streaming.enabled if chat.streaming is None else chat.streaming
-        conversation_id, text = None, b""
-        messages = chat.messages
-        late = late and messages is None
-        if messages is None:
+        conversation_id: str | None = None
+        # In lists of their own, so that the prompt, which lives longer, does not keep the messages.
+        held, sent = [chat.messages or b""], [len(chat.options)]
+        take_history: Callable[[], Coroutine[Any, Any, None]] | None = None
+        if chat.messages is None:
             assert chat.text is not None
-            conversation_id = chat.conversation_id or scope or uuid.uuid4().hex
-            late = late and chat.conversation_id is not None
-            text = chat.text
-            messages = b"" if late else self._messages(caller, conversation_id, text)
-        # In a list of its own, so that the prompt, which lives longer, does not keep them.
-        held = [messages]
+            text, known = chat.text, chat.conversation_id or scope
+            name = conversation_id = known or uuid.uuid4().hex
 
-        def take_history() -> None:
-            assert conversation_id is not None
-            held[0] = self._messages(caller, conversation_id, text)
+            def take() -> None:
+                held[0] = self._messages(caller, name, text)
+                sent.append(len(held[0]))
+
+            async def load() -> None:
+                await self._history.load(caller, name)
+                take()
+
+            if known is not None and self._history.stored:
+                take_history = load
+            else:
+                take()
 
         options, option_names = chat.options, chat.option_names
 
@@ -150,12 +155,11 @@ class Prompts:
             kept_bytes=len(chat.text or b""),
             client_headers=chat.client_headers,
         )
-        history = take_history if late else None
-        return Prompt(self._conversations, chat, request, reading, conversation_id, history)
+        return Prompt(self._history, chat, request, reading, conversation_id, sent, take_history)
 
     def _messages(self, caller: Caller, conversation_id: str, text: bytes) -> bytes:
         """Return, as JSON, the messages of a conversation as it is now, and *text* after them."""
-        history = self._conversations.history(caller, conversation_id, orjson.loads(text))[:-1]
+        history = self._history.messages(caller, conversation_id, orjson.loads(text))[:-1]
         if self._service.system_prompt:
             history.insert(0, {"role": "system", "content": self._service.system_prompt})
         return _messages(history, text)

@@ -44,6 +44,10 @@ OF_REJECTIONS = {
         "Look at its log, or at its status page.",
     ),
     "concurrency_exceeded": ("a client has as many answers as it may", _OWN_LIMITS),
+    "history_unavailable": (
+        "conversations cannot be deleted now",
+        "The log says what is wrong with the storage of conversations.",
+    ),
     "no_provider": (
         "no provider can be asked",
         "`aioserver check` says which provider lacks its key; the log says which refuses it.",

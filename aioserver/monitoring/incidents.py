@@ -65,8 +65,10 @@ TROUBLES = {
 SEVERE = frozenset(("tls", "provider_auth", "no_provider"))
 # Rejections and faults are an error, too, if there are as many as this, and more than what went well meanwhile.
 MANY_REJECTED, MANY_FAILED = 10, 5
-# Rejections with these codes are never an error: they are about one caller's limits, or a stop.
-HARMLESS = frozenset(("rate_limit_exceeded", "concurrency_exceeded", "server_shutdown"))
+# Rejections with these codes are never an error: they are about one caller's limits, a stop, or no answer at all.
+HARMLESS = frozenset(
+    ("rate_limit_exceeded", "concurrency_exceeded", "server_shutdown", "history_unavailable")
+)
 # Milliseconds by which a late loop is an error: clients see that everything stands still.
 SEVERE_LAG = 1000
 

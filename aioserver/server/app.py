@@ -22,6 +22,7 @@ from aioserver.auth.access import Access
 from aioserver.auth.guard import Guard, Policy
 from aioserver.auth.keys import pepper_of, quota_of
 from aioserver.auth.origins import Origins
+from aioserver.faces import conversations as conversation_routes
 from aioserver.faces import openai, pages, responses, session, sse, status, websocket
 from aioserver.faces.admission import Admission
 from aioserver.faces.context import Context, CurrentSettings, Lifecycle
@@ -30,6 +31,7 @@ from aioserver.gateway.calls import shutdown_error
 from aioserver.gateway.conversations import Conversations
 from aioserver.gateway.elsewhere import Instances
 from aioserver.gateway.gateway import Gateway
+from aioserver.gateway.history import History, Storage
 from aioserver.gateway.router import Router
 from aioserver.limits.gate import Gate
 from aioserver.limits.timer_wheel import TimerWheel
@@ -77,7 +79,7 @@ class Server:
     context: Context
     provider_registry: ProviderRegistry
     streams: StreamStore
-    conversations: Conversations
+    history: History
     lag: LoopLag
     listening: list[socket.socket]
     slot: Slot | None = None
@@ -101,7 +103,11 @@ class Server:
 
 
 class OtherInstances(Instances, Protocol):
-    """The streams of other instances, as the server opens and closes them."""
+    """The streams and conversations of other instances, as the server opens and closes them."""
+
+    @property
+    def histories(self) -> Storage:
+        """The conversations of all instances."""
 
     def serve(self, gateway: Gateway) -> None:
         """Let other instances read the streams of *gateway*."""
@@ -198,9 +204,8 @@ async def open_server(
         if instances is not None:
             stack.push_async_callback(instances.close)
         request_log = RequestLog(metrics, lag)
-        gateway = Gateway(
-            router, streams, conversations, service, chat.streams, request_log, instances
-        )
+        history = History(conversations, None if instances is None else instances.histories)
+        gateway = Gateway(router, streams, history, service, chat.streams, request_log, instances)
         stack.push_async_callback(gateway.close)
         if instances is not None:
             instances.serve(gateway)
@@ -253,7 +258,7 @@ async def open_server(
                 context=context,
                 provider_registry=provider_registry,
                 streams=streams,
-                conversations=conversations,
+                history=history,
                 lag=lag,
                 listening=listening,
                 slot=slot,
@@ -315,6 +320,7 @@ def _add_routes(app: web.Application, context: Context) -> None:
             *sse.routes(context),
             *openai.routes(context),
             *responses.routes(context),
+            *conversation_routes.routes(context),
         ],
         Policy.ADMIN: status.routes(context),
         Policy.OPEN: [

@@ -165,7 +165,7 @@ class Reload:
             max_stream_bytes=chat.streams.max_stream_bytes,
             max_kept_bytes=chat.streams.max_kept_bytes,
         )
-        server.conversations.apply(chat.service.context, chat.service.repository.persistence)
+        server.history.apply(chat.service.context, chat.service.repository.persistence)
         context.gateway.apply(chat.service, chat.streams)
         self._runner.apply(chat)
         context.origins.apply(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+import time
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from aioserver.auth.callers import Caller
+from aioserver.auth.callers import Caller, anonymous
 from aioserver.cluster import handover
 from aioserver.cluster.claims import answer_of
 from aioserver.cluster.histories import Histories
@@ -15,10 +16,14 @@ from aioserver.config.chat import Context, Persistence
 from aioserver.errors import ResumeGap, ServerShutdown, StreamNotFound
 from aioserver.gateway.conversations import Conversations
 from aioserver.gateway.elsewhere import Start
+from aioserver.gateway.turn import Page, Turn
 from aioserver.streams.entries import CHUNK, COMPLETE
 from aioserver.streams.stream import Stream
 from tests.support.jumping_loop import block
 from tests.support.memory_bus import MemoryClaims, World
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
 
 CALLER = Caller("somebody")
 
@@ -28,32 +33,62 @@ def conversations(**persistence: Any) -> Conversations:
     return Conversations(context, Persistence(**persistence))
 
 
+async def ask(call: Coroutine[Any, Any, Any], _seconds: float) -> Any:
+    return await call
+
+
+def make(
+    store: MemoryClaims, kept: Conversations | None = None, clock: Callable[[], float] = time.time
+) -> Histories:
+    return Histories(store, conversations() if kept is None else kept, ask, clock)
+
+
+async def keep(
+    histories: Histories,
+    question: str,
+    answer: str,
+    *,
+    ended: float = 0.0,
+    caller: Caller = CALLER,
+    name: str = "c",
+) -> None:
+    now = ended or time.time()
+    histories.keep(caller, name, Turn.of(question, answer, now), now)
+    await histories.close()
+
+
+async def load(histories: Histories, kept: Conversations) -> None:
+    """Do what `History.load` does."""
+    turns = await histories.load(CALLER, "c")
+    if turns is not None:
+        kept.replace(CALLER, "c", turns)
+
+
 def contents(kept: Conversations) -> list[str]:
     return [message["content"] for message in kept.history(CALLER, "c", "now")]
 
 
 async def test_what_one_instance_keeps_another_loads() -> None:
     world = World()
-    here, there = conversations(), conversations()
-    a = Histories(MemoryClaims(world, "a"), here)
-    b = Histories(MemoryClaims(world, "b"), there)
-    await a.keep(CALLER, "c", "q1", "a1")
-    await a.keep(CALLER, "c", "q2", "a2")
-    await a.keep(Caller("other"), "c", "q3", "a3")
+    there = conversations()
+    a, b = make(MemoryClaims(world, "a")), make(MemoryClaims(world, "b"), there)
+    await keep(a, "q1", "a1")
+    await keep(a, "q2", "a2")
+    await keep(a, "q3", "a3", caller=Caller("other"))
 
-    await b.load(CALLER, "c")
+    await load(b, there)
 
     assert contents(there) == ["q1", "a1", "q2", "a2", "now"]
 
 
 async def test_turns_that_are_too_old_are_not_sent() -> None:
-    world, now = World(), 1_000_000.0
+    now = time.time()
     kept = conversations(retention_policy="time_based", retention_days=1)
-    store = MemoryClaims(world, "a")
-    await Histories(store, kept, clock=lambda: now - 90_000).keep(CALLER, "c", "q1", "a1")
-    await Histories(store, kept, clock=lambda: now - 60).keep(CALLER, "c", "q2", "a2")
+    histories = make(MemoryClaims(World(), "a"), kept)
+    await keep(histories, "q1", "a1", ended=now - 90_000)
+    await keep(histories, "q2", "a2", ended=now - 60)
 
-    await Histories(store, kept, clock=lambda: now).load(CALLER, "c")
+    await load(histories, kept)
 
     assert contents(kept) == ["q2", "a2", "now"]
 
@@ -61,11 +96,11 @@ async def test_turns_that_are_too_old_are_not_sent() -> None:
 async def test_the_policy_bounds_what_is_loaded() -> None:
     world = World()
     kept = conversations(retention_policy="message_count", max_messages_per_conversation=4)
-    histories = Histories(MemoryClaims(world, "a"), kept)
+    histories = make(MemoryClaims(world, "a"), kept)
     for number in range(5):
-        await histories.keep(CALLER, "c", f"q{number}", f"a{number}")
+        await keep(histories, f"q{number}", f"a{number}")
 
-    await histories.load(CALLER, "c")
+    await load(histories, kept)
 
     assert contents(kept) == ["q3", "a3", "q4", "a4", "now"]
     assert sum(map(len, world.conversations.values())) == 2
@@ -73,23 +108,79 @@ async def test_the_policy_bounds_what_is_loaded() -> None:
 
 async def test_what_is_no_turn_is_left_out() -> None:
     world, kept = World(), conversations()
-    histories = Histories(MemoryClaims(world, "a"), kept)
-    await histories.keep(CALLER, "c", "q1", "a1")
+    histories = make(MemoryClaims(world, "a"), kept)
+    await keep(histories, "q1", "a1")
     (turns,) = world.conversations.values()
     turns[:0] = [b"", b"\xc1", b"\x93\x01\x02\x03"]
 
-    await histories.load(CALLER, "c")
+    await load(histories, kept)
 
     assert contents(kept) == ["q1", "a1", "now"]
 
 
 async def test_an_unknown_conversation_leaves_what_is_known_here() -> None:
     kept = conversations()
-    kept.keep(CALLER, "c", "q1", "a1")
+    kept.keep(CALLER, "c", Turn.of("q1", "a1", time.time()), time.time())
 
-    await Histories(MemoryClaims(World(), "a"), kept).load(CALLER, "c")
+    await load(make(MemoryClaims(World(), "a"), kept), kept)
 
     assert contents(kept) == ["q1", "a1", "now"]
+
+
+@pytest.mark.parametrize("deleter", ["a", "b"])
+async def test_what_one_instance_deletes_no_other_has(deleter: str) -> None:
+    world, there = World(), conversations()
+    a, b = make(MemoryClaims(world, "a")), make(MemoryClaims(world, "b"), there)
+    await keep(a, "q1", "a1")
+    await keep(a, "q2", "a2", name="d")
+    await load(b, there)
+
+    assert await (a if deleter == "a" else b).delete(CALLER, "c")
+    asked_before = time.time() - 1
+    await keep(a, "q3", "a3", ended=asked_before)
+    await load(b, there)
+
+    assert contents(there) == ["now"]
+    page = await b.listing(CALLER, 50, None)
+    assert page is not None
+    assert [summary.conversation_id for summary in page.summaries] == ["d"]
+    assert await b.delete(CALLER, "c") is False
+    assert await b.delete_all(CALLER) == 1
+    assert await a.listing(CALLER, 50, None) == Page([], None)
+
+
+async def test_a_list_has_pages_and_titles() -> None:
+    world = World()
+    a, b = make(MemoryClaims(world, "a")), make(MemoryClaims(world, "b"))
+    for number in range(5):
+        await keep(a, f"question  {number}", "x", ended=1e9 + number, name=f"c{number}")
+    await keep(a, "another", "x", ended=1e9 + 9, name="c1")
+
+    first = await b.listing(CALLER, 3, None)
+    assert first is not None
+    second = await b.listing(CALLER, 3, first.after)
+    assert second is not None
+
+    assert [(s.conversation_id, s.title, s.messages) for s in first.summaries] == [
+        ("c1", "question 1", 4),
+        ("c4", "question 4", 2),
+        ("c3", "question 3", 2),
+    ]
+    assert [summary.conversation_id for summary in second.summaries] == ["c2", "c0"]
+    assert second.after is None
+
+
+async def test_without_keys_a_list_is_that_of_an_address() -> None:
+    histories = make(MemoryClaims(World(), "a"))
+    await keep(histories, "q", "a", caller=anonymous("192.0.2.1"))
+
+    here = await histories.listing(anonymous("192.0.2.1"), 50, None)
+    there = await histories.listing(anonymous("192.0.2.2"), 50, None)
+
+    assert here is not None
+    assert there is not None
+    assert (len(here.summaries), len(there.summaries)) == (1, 0)
+    assert await histories.load(anonymous("192.0.2.2"), "c")  # its id is enough
 
 
 async def test_time_for_which_our_loop_was_late_does_not_count() -> None:

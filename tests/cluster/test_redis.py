@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from aioserver.cluster.claims import (
 )
 from aioserver.cluster.instances import ClusterStreams
 from aioserver.cluster.peer_messages import MAX_READ, Credit, Detach
+from aioserver.cluster.turns import Listed
 from tests.support.chat import chat, resume, to_end, until_status
 from tests.support.memory_bus import Instance, World, instance_of
 from tests.support.redis_server import RedisServer
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.real_time
 
 PREFIX = "aio:{test}:"
+# Bytes and turns of a conversation, and seconds for which it is kept.
+BOUNDS = (1000, 4, 60.0)
 ONE, TWO = b"\1" * 32, b"\2" * 32
 
 
@@ -116,9 +120,44 @@ async def test_a_conversation_keeps_its_newest_turns(make_bus: Any) -> None:
         await claims.keep_turn("d", b"x" * number, (20, 100, 60.0))
     await claims.keep_turn("d", b"y" * 100, (20, 100, 60.0))
 
-    assert await claims.turns("c") == [b"6", b"7", b"8", b"9"]
+    assert await claims.turns("c") == ([b"6", b"7", b"8", b"9"], False)
     # The newest stays, even if it alone is more than the bound.
-    assert await claims.turns("d") == [b"y" * 100]
+    assert await claims.turns("d") == ([b"y" * 100], False)
+
+
+async def test_a_caller_has_a_list_of_its_conversations(make_bus: Any) -> None:
+    claims = RedisClaims((await make_bus("a")).commands, PREFIX, "a")
+    now = time.time()
+    for number in range(5):
+        listed = Listed("owner", f"c {number}", now + number / 1000, now)
+        await claims.keep_turn(f"n{number}", b"%d" % number, BOUNDS, listed)
+    await claims.keep_turn("n1", b"again", BOUNDS, Listed("owner", "c 1", now + 1, now))
+
+    page = await claims.conversations("owner", 3, None)
+    rest = await claims.conversations("owner", 3, page[-1])
+
+    assert [position.conversation_id for position in page] == ["c 1", "c 4", "c 3"]
+    assert [position.conversation_id for position in rest] == ["c 2", "c 0"]
+    assert await claims.first_turns(["n1", "unknown", "n0"]) == [(2, b"1"), (0, b""), (1, b"0")]
+    assert await claims.conversations("another", 3, None) == []
+
+
+async def test_what_was_asked_before_a_deletion_is_not_kept(make_bus: Any) -> None:
+    claims = RedisClaims((await make_bus("a")).commands, PREFIX, "a")
+    now = time.time()
+    await claims.keep_turn("n", b"1", BOUNDS, Listed("owner", "c", now, now))
+    assert await claims.turns("m") == ([], False)
+
+    assert await claims.delete_turns("owner", {"c": "n", "d": "m"}, now + 1, 60.0) == 1
+    await claims.note_deletion("owner", now + 1, 60.0)
+    await claims.keep_turn("n", b"2", BOUNDS, Listed("owner", "c", now + 2, now + 1))
+    await claims.keep_turn("new", b"2", BOUNDS, Listed("owner", "new", now + 2, now + 1))
+
+    assert await claims.turns("n") == ([], True)
+    assert await claims.turns("new") == ([], False)
+    assert await claims.conversations("owner", 10, None) == []
+    await claims.keep_turn("n", b"3", BOUNDS, Listed("owner", "c", now + 3, now + 1.5))
+    assert await claims.turns("n") == ([b"3"], False)
 
 
 async def test_keys_have_neither_names_nor_ids(make_bus: Any, tmp_path: Path) -> None:

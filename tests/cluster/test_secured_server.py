@@ -15,6 +15,8 @@ from aioserver.cluster.connection import CallFailed, Connection
 from aioserver.cluster.private_server import find_program
 from aioserver.cluster.settler import Settler
 from aioserver.cluster.shares import Shares
+from aioserver.cluster.turns import Listed
+from aioserver.gateway.turn import Position
 from tests.support.redis_server import RedisServer, program_of_server
 from tests.support.tools import free_port
 
@@ -91,7 +93,13 @@ async def test_the_user_that_the_page_shows_may_do_what_is_needed_and_no_more(
         await claims.put_log("n", b"log", 30)
         assert await claims.get_log("n") == b"log"
         await claims.keep_turn("c", b"turn", (1000, 4, 60.0))
-        assert await claims.turns("c") == [b"turn"]
+        assert await claims.turns("c") == ([b"turn"], False)
+        await claims.keep_turn("d", b"turn", (1000, 4, 60.0), Listed("o", "id", 4e9, 4e9))
+        assert await claims.conversations("o", 10, None) == [Position(4e9, "id")]
+        assert await claims.first_turns(["d"]) == [(1, b"turn")]
+        assert await claims.delete_turns("o", {"id": "d"}, 5e9, 60.0) == 1
+        assert await claims.note_deletion("o", 5e9, 60.0)
+        assert await claims.turns("d") == ([], True)
         assert await claims.members() == ["host-1"]
         denied = server.call("ACL", "LOG")
         for command in (("GET", "other"), ("FLUSHALL",), ("CONFIG", "GET", "*")):

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import random
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 
+from aioserver.auth.callers import Caller
 from aioserver.config.settings import Context, Persistence
-from aioserver.gateway import conversations
-from aioserver.gateway.conversations import MAX_CONVERSATIONS, Conversations, estimated_tokens
+from aioserver.gateway.conversations import MAX_CONVERSATIONS, Conversations
+from aioserver.gateway.retention import MAX_UNLIMITED_BYTES
+from aioserver.gateway.turn import Turn, estimated_tokens
 from tests.support.clock import FakeClock
 
+ME, YOU = Caller("me"), Caller("you")
 POLICIES = ("token_limit", "message_count", "time_based", "unlimited")
 DAY = 86_400.0
 WIDE = Context(max_tokens=1_000_000, reserve_tokens=0, preserve_recent=0)
@@ -24,16 +28,17 @@ class Kept:
 
     context: Context = WIDE
     persistence: Persistence = field(default_factory=lambda: Persistence())
-    clock: FakeClock = field(default_factory=lambda: FakeClock(0.0))
+    clock: FakeClock = field(default_factory=lambda: FakeClock(1.0))
 
     def __post_init__(self) -> None:
         self.all = Conversations(self.context, self.persistence, clock=self.clock)
 
     def keep(self, question: str, answer: str = "a", name: str = "c1") -> None:
-        self.all.keep("me", name, question, answer)
+        turn = Turn.of(question, answer, self.clock())
+        assert self.all.keep(ME, name, turn, self.clock())
 
     def sent(self, text: str = "now", name: str = "c1") -> list[str]:
-        messages = self.all.history("me", name, text)
+        messages = self.all.history(ME, name, text)
         check(messages, text)
         return [message["content"] for message in messages[:-1]]
 
@@ -51,7 +56,7 @@ def policy(name: str, **bounds: Any) -> Persistence:
 
 
 def test_a_new_conversation_is_the_question_alone() -> None:
-    assert Kept().all.history("me", "c1", "Hello") == [{"role": "user", "content": "Hello"}]
+    assert Kept().all.history(ME, "c1", "Hello") == [{"role": "user", "content": "Hello"}]
 
 
 def test_a_turn_is_the_question_and_its_answer() -> None:
@@ -65,7 +70,7 @@ def test_a_turn_is_the_question_and_its_answer() -> None:
 def test_a_history_is_a_snapshot() -> None:
     kept = Kept()
     kept.keep("q1", "a1")
-    messages = kept.all.history("me", "c1", "q2")
+    messages = kept.all.history(ME, "c1", "q2")
 
     kept.keep("q2", "a2")
     messages[0]["content"] = "changed"
@@ -77,7 +82,7 @@ def test_a_history_is_a_snapshot() -> None:
 def test_conversations_belong_to_their_caller() -> None:
     kept = Kept()
     kept.keep("mine")
-    kept.all.keep("you", "c1", "yours", "a")
+    kept.all.keep(YOU, "c1", Turn.of("yours", "a", 1.0), 1.0)
 
     assert kept.sent() == ["mine", "a"]
     assert kept.sent(name="c2") == []
@@ -126,14 +131,14 @@ def test_the_latest_turn_stays_whatever_the_bound(bounds: Persistence) -> None:
 def test_time_based_lets_turns_go_when_their_days_are_over() -> None:
     kept = Kept(persistence=policy("time_based", retention_days=2))
     kept.keep("old")
-    kept.clock.now = DAY
+    kept.clock.now = 1 + DAY
     kept.keep("new")
 
-    kept.clock.now = 2 * DAY
+    kept.clock.now = 1 + 2 * DAY
     assert kept.sent() == ["old", "a", "new", "a"]
-    kept.clock.now = 2 * DAY + 1
+    kept.clock.now = 2 + 2 * DAY
     assert kept.sent() == ["new", "a"]
-    kept.clock.now = 4 * DAY
+    kept.clock.now = 2 + 4 * DAY
     assert kept.sent() == []
     kept.keep("newest")
     assert kept.sent() == ["newest", "a"]
@@ -146,7 +151,7 @@ def test_without_a_bound_of_its_own_a_conversation_keeps_a_mebibyte(name: str) -
         kept.keep(f"{number}" + "q" * 50_000, "a" * 50_000)
 
     sizes = [len(text) for text in kept.sent()]
-    assert 900_000 < sum(sizes) <= conversations.MAX_UNLIMITED_BYTES
+    assert 900_000 < sum(sizes) <= MAX_UNLIMITED_BYTES
 
 
 def test_of_too_many_conversations_the_one_used_longest_ago_goes() -> None:
@@ -247,11 +252,12 @@ def test_all_conversations_together_are_bounded(monkeypatch: pytest.MonkeyPatch)
     kept = Conversations(Context(), Persistence())
 
     for number in range(20):
-        kept.keep("caller", f"c{number}", "x" * 40, "y" * 40)  # 20 tokens
+        turn = Turn.of("x" * 40, "y" * 40, time.time())  # 20 tokens
+        kept.keep(ME, f"c{number}", turn, time.time())
 
     assert len(kept) == 5
-    assert len(kept.history("caller", "c19", "?")) == 3
-    assert len(kept.history("caller", "c14", "?")) == 1
+    assert len(kept.history(ME, "c19", "?")) == 3
+    assert len(kept.history(ME, "c14", "?")) == 1
 
 
 def test_short_messages_count_with_what_they_cost_in_memory(
@@ -261,7 +267,7 @@ def test_short_messages_count_with_what_they_cost_in_memory(
     kept = Conversations(Context(), Persistence())
 
     for number in range(2000):
-        kept.keep("caller", f"c{number}", "?", "!")
+        kept.keep(ME, f"c{number}", Turn.of("?", "!", time.time()), time.time())
 
     # 64 KiB have no room for more, at 256 bytes a message and more.
     assert 1 <= len(kept) <= 128

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from aioserver.cluster.claims import Renewal, Verdict
     from aioserver.cluster.shares import Shares
+    from aioserver.cluster.turns import Listed
     from tests.simulation.loop import SimulatedLoop
     from tests.simulation.plan import Shared
 
@@ -332,10 +333,16 @@ class SimulatedClaims(MemoryClaims):
     async def get_log(self, name: str) -> bytes | None:
         return await self._ask(lambda: super(SimulatedClaims, self).get_log(name), name)
 
-    async def keep_turn(self, name: str, turn: bytes, bounds: tuple[int, int, float]) -> None:
-        await self._ask(lambda: super(SimulatedClaims, self).keep_turn(name, turn, bounds))
+    async def keep_turn(
+        self,
+        name: str,
+        turn: bytes,
+        bounds: tuple[int, int, float],
+        listed: Listed | None = None,
+    ) -> None:
+        await self._ask(lambda: super(SimulatedClaims, self).keep_turn(name, turn, bounds, listed))
 
-    async def turns(self, name: str) -> list[bytes]:
+    async def turns(self, name: str) -> tuple[list[bytes], bool]:
         return await self._ask(lambda: super(SimulatedClaims, self).turns(name))
 
     async def _ask(self, make: Callable[[], Coroutine[Any, Any, T]], *names: str) -> T:

@@ -15,15 +15,17 @@ from aioserver.cluster.claims import CONFLICT, KEPT, NONE, OURS, THEIRS, Verdict
 from aioserver.cluster.connection import CallFailed
 from aioserver.cluster.instances import ClusterStreams
 from aioserver.cluster.peer_messages import decode
+from aioserver.gateway.turn import Position
 from aioserver.providers.queueing import ProviderGate
 from tests.support.server import QUICK, RunningServer, running
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Sequence
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
     from pathlib import Path
 
     from aioserver.cluster.claims import Renewal
     from aioserver.cluster.peer_messages import Message
+    from aioserver.cluster.turns import Listed
     from aioserver.config.settings import ClientKey
     from aioserver.gateway.conversations import Conversations
     from aioserver.limits.quota import Quota
@@ -58,6 +60,10 @@ class World:
     claims: dict[str, Claim] = field(default_factory=dict)
     logs: dict[str, tuple[bytes, float]] = field(default_factory=dict)
     conversations: dict[str, list[bytes]] = field(default_factory=dict)
+    # By owner, and in it by id: when its last turn ended.
+    lists: dict[str, dict[str, float]] = field(default_factory=dict)
+    # When a conversation, or all of an owner, were deleted.
+    deletions: dict[str, float] = field(default_factory=dict)
     # How often the store was asked for anything, and the bytes that were published.
     calls: int = 0
     published: int = 0
@@ -160,15 +166,57 @@ class MemoryClaims:
         log, until = self._world.logs.get(name, (None, 0.0))
         return log if until > now else None
 
-    async def keep_turn(self, name: str, turn: bytes, bounds: tuple[int, int, float]) -> None:
+    async def keep_turn(
+        self,
+        name: str,
+        turn: bytes,
+        bounds: tuple[int, int, float],
+        listed: Listed | None = None,
+    ) -> None:
         await self._asked()
-        turns = self._world.conversations.setdefault(name, [])
+        world = self._world
+        if listed is not None:
+            deleted = (world.deletions.get(each, 0.0) for each in (name, listed.owner))
+            if listed.asked <= max(deleted):
+                return
+            world.lists.setdefault(listed.owner, {})[listed.conversation_id] = listed.updated
+        turns = world.conversations.setdefault(name, [])
         turns.append(turn)
         del turns[: -bounds[1]]
 
-    async def turns(self, name: str) -> list[bytes]:
+    async def turns(self, name: str) -> tuple[list[bytes], bool]:
         await self._asked()
-        return list(self._world.conversations.get(name, ()))
+        turns = list(self._world.conversations.get(name, ()))
+        return turns, not turns and name in self._world.deletions
+
+    async def conversations(
+        self, owner: str, limit: int, after: Position | None
+    ) -> list[Position]:
+        await self._asked()
+        listed = self._world.lists.get(owner, {})
+        positions = sorted((Position(at, each) for each, at in listed.items()), reverse=True)
+        return [each for each in positions if after is None or each < after][:limit]
+
+    async def first_turns(self, names: Sequence[str]) -> list[tuple[int, bytes]]:
+        await self._asked()
+        kept = [self._world.conversations.get(name, []) for name in names]
+        return [(len(turns), turns[0] if turns else b"") for turns in kept]
+
+    async def delete_turns(
+        self, owner: str, names: Mapping[str, str], now: float, seconds: float
+    ) -> int:
+        await self._asked()
+        world, count = self._world, 0
+        for conversation_id, name in names.items():
+            world.deletions[name] = now
+            world.lists.get(owner, {}).pop(conversation_id, None)
+            count += world.conversations.pop(name, None) is not None
+        return count
+
+    async def note_deletion(self, owner: str, now: float, seconds: float) -> bool:
+        await self._asked()
+        self._world.deletions[owner] = now
+        return True
 
     async def _asked(self) -> float:
         self._world.calls += 1
