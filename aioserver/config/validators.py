@@ -311,7 +311,7 @@ api = url("http", "https", shown=True)
 # Paths that no face can have: the other routes without a parameter, except the pages' assets.
 TAKEN = frozenset(
     (
-        *("/dashboard", "/events", "/metrics", "/session", "/stats"),
+        *("/client.js", "/client.d.ts", "/dashboard", "/events", "/metrics", "/session", "/stats"),
         *("/health", "/healthz", "/livez", "/ready", "/readyz"),
         *("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/models"),
         "/v1/responses",

@@ -1,19 +1,24 @@
-"""The chat page, the dashboard and their assets, which are read once, at the start.
+"""The chat page, the dashboard, their assets, and the client library for pages; all are read once, at the start.
 
-`/` is the chat page for browsers, and JSON for programs.
+`/` is the chat page for browsers, and JSON for programs. `/client.js` is revalidated each time, and the same module at
+`/client/VERSION.js` never changes. Pages of `allow_origins` may import both: the middleware adds the CORS headers.
 """
 
 from __future__ import annotations
 
+import hashlib
+from functools import partial
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
-from aiohttp import web
+from aiohttp import ETag, web
 
+from aioserver import __version__
+from aioserver.errors import NotFound
 from aioserver.faces.status import overview
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator
+    from collections.abc import Iterator
     from importlib.resources.abc import Traversable
 
     from aioserver.faces.context import Context
@@ -21,6 +26,7 @@ if TYPE_CHECKING:
 # The files that are served, by their suffix.
 TYPES = {
     ".html": "text/html",
+    ".d.ts": "application/typescript",
     ".js": "text/javascript",
     ".css": "text/css",
     ".svg": "image/svg+xml",
@@ -30,25 +36,36 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
+    # A cache must not give what it has for our own pages, without CORS headers, to a page of another origin.
+    "Vary": "Origin",
 }
+# For a year, which is as long as a cache may keep anything (RFC 9111, 5.2.2.1; RFC 8246).
+IMMUTABLE = "public, max-age=31536000, immutable"
 
 
 def routes(context: Context) -> list[web.RouteDef]:
-    """Return the routes `/`, `/dashboard` and `/assets/…`."""
-    assets = dict(_files_in(files("aioserver.faces").joinpath("assets")))
+    """Return the routes `/`, `/dashboard`, `/assets/…` and those of the client library."""
+    assets = {
+        path: _Asset(path, body)
+        for path, body in _files_in(files("aioserver.faces").joinpath("assets"))
+    }
     chat = assets.pop("chat/index.html")
     dashboard = assets.pop("dashboard/index.html")
+    client, types = assets.pop("client/client.js"), assets.pop("client/client.d.ts")
 
-    async def index(request: web.Request) -> web.Response:
+    async def index(request: web.Request) -> web.StreamResponse:
         accept = request.headers.get("Accept", "")
         if "text/html" in accept:
-            return _response(".html", chat)
+            return await chat.serve(request)
         return web.json_response(overview(context))
 
     return [
         web.get("/", index),
-        web.get("/dashboard", _serving("index.html", dashboard)),
-        *(web.get(f"/assets/{name}", _serving(name, body)) for name, body in assets.items()),
+        web.get("/dashboard", dashboard.serve),
+        web.get("/client.js", client.serve),
+        web.get("/client.d.ts", types.serve),
+        web.get("/client/{version}.js", partial(versioned, client)),
+        *(web.get(f"/assets/{path}", asset.serve) for path, asset in assets.items()),
     ]
 
 
@@ -61,14 +78,39 @@ def _files_in(folder: Traversable, path: str = "") -> Iterator[tuple[str, bytes]
             yield path + entry.name, entry.read_bytes()
 
 
-def _serving(name: str, body: bytes) -> Callable[[web.Request], Awaitable[web.Response]]:
-    suffix = name[name.rindex(".") :]
+class _Asset:
+    """A file that is served."""
 
-    async def asset(_request: web.Request) -> web.Response:
-        return _response(suffix, body)
+    def __init__(self, path: str, body: bytes) -> None:
+        self._type = next(kind for suffix, kind in TYPES.items() if path.endswith(suffix))
+        self._body = body
+        self._tag = ETag(hashlib.sha256(body).hexdigest()[:32])
 
-    return asset
+    async def serve(self, request: web.Request) -> web.StreamResponse:
+        """Answer with the file, or with 304 to a client that has it already (RFC 9110, 13.1.2)."""
+        known = request.if_none_match or ()
+        response: web.Response
+        if any(tag.value in (self._tag.value, "*") for tag in known):
+            response = web.Response(status=304, headers=HEADERS)
+        else:
+            response = web.Response(
+                body=self._body, content_type=self._type, charset="utf-8", headers=HEADERS
+            )
+        response.etag = self._tag
+        return response
 
 
-def _response(suffix: str, body: bytes) -> web.Response:
-    return web.Response(body=body, content_type=TYPES[suffix], charset="utf-8", headers=HEADERS)
+async def versioned(client: _Asset, request: web.Request) -> web.StreamResponse:
+    """Answer `GET /client/VERSION.js` with the module, which a cache may keep for ever.
+
+    Raises:
+        NotFound: this server has another version: it would be wrong to give that under this address.
+    """
+    if request.match_info["version"] != __version__:
+        raise NotFound(
+            f"this server has version {__version__} of its client: it is at "
+            f"/client/{__version__}.js, and at /client.js, which has whatever version the server has"
+        )
+    response = await client.serve(request)
+    response.headers["Cache-Control"] = IMMUTABLE
+    return response

@@ -108,38 +108,6 @@ async def test_it_is_asked_again_a_few_times_and_can_be_stopped(
         assert rejections.value == 7
 
 
-async def test_waits_become_longer_and_keep_to_what_the_server_says(
-    make_server: MakeServer, page: Page
-) -> None:
-    await enter(page, await make_server())
-
-    waits = await page.evaluate(
-        """async () => {
-          const { waitBefore, waitingFor } = await import("/assets/chat/errors.js");
-          const range = (...given) => {
-            const all = Array.from({ length: 1000 }, () => waitBefore(...given) / 1000);
-            return [Math.min(...all), Math.max(...all)];
-          };
-          const times = (code) => [0, 1, 2, 3, 4, 5].filter((tries) => waitingFor({ code }, tries)).length;
-          return {
-            first: range({}, 0),
-            fifth: range({}, 4),
-            late: range({}, 20),
-            told: range({ retry_after: 40 }, 0),
-            times: ["circuit_open", "connect_error", "read_timeout", "constructor"].map(times),
-          };
-        }"""
-    )
-
-    bounds = {"first": (1, 2), "fifth": (16, 32), "late": (30, 60), "told": (40, 41)}
-    for name, (least, most) in bounds.items():
-        shortest, longest = waits[name]
-        quarter = (most - least) / 4
-        assert least <= shortest < least + quarter, name
-        assert most - quarter < longest <= most, name
-    assert waits["times"] == [5, 2, 0, 0]
-
-
 class Dropping:
     """Stands between the page and the server: it drops the page as a slow reader when it is told."""
 

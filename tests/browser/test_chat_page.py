@@ -929,41 +929,6 @@ async def test_the_page_is_light_or_dark_as_the_system_is(
         assert abs(paper - ink) > 500  # of 765
 
 
-# How it comes back.
-
-
-async def test_the_delay_before_a_try(server: RunningServer, page: Page) -> None:
-    await enter(page, server)
-
-    delays = await page.evaluate(
-        """async () => {
-            const { retryDelay } = await import("/assets/chat/connection.js");
-            const most = (...given) =>
-                Math.max(...Array.from({ length: 1000 }, () => retryDelay(...given)));
-            const least = (...given) =>
-                Math.min(...Array.from({ length: 1000 }, () => retryDelay(...given)));
-            return {
-                ends: [1000, 1002, 1003, 1007, 1008, 1009].map((code) => retryDelay(code, 0)),
-                first: most(1006, 0),
-                fourth: most(1006, 3),
-                late: [least(1006, 20), most(1006, 20)],
-                restart: [least(1012, 9), most(1012, 9)],
-                full: [least(1013, 0), most(1013, 0), least(1013, 0, 20)],
-            };
-        }"""
-    )
-
-    assert delays["ends"] == [None] * 6
-    assert 0.4 < delays["first"] < 0.5
-    assert 3.5 < delays["fourth"] < 4
-    assert 0 < delays["late"][0] < 3
-    assert 27 < delays["late"][1] < 30
-    assert 1 <= delays["restart"][0] < 2
-    assert 9 < delays["restart"][1] < 10
-    assert 5 <= delays["full"][0] <= delays["full"][1] < 5.5
-    assert delays["full"][2] >= 20
-
-
 def test_no_script_writes_markup_or_the_title() -> None:
     scripts = [
         one.read_text()

@@ -1,8 +1,7 @@
-// The chat page over the WebSocket face. One connection serves all conversations; one of them is
-// shown.
+// The chat page. One client, that of /client.js, serves all conversations; one of them is shown.
 
+import { Client } from "/client.js";
 import { closeReason } from "./errors.js";
-import { Connection } from "./connection.js";
 import { ConversationList } from "./conversation_list.js";
 import { Models } from "./models.js";
 import { Requests, runningTurn } from "./requests.js";
@@ -39,22 +38,29 @@ const busy = (conversation) => runningTurn(conversation) !== undefined;
 const store = new Store({ busy, changed: changedElsewhere, warn: showNotice });
 const models = new Models(byId("model"), { store, changed: drawModel });
 const login = new Login({ changed: drawLogin });
-const requests = new Requests(store, { changed: drawTurn, started, finished });
-const connection = new Connection(locate, {
-  changed: drawConnection,
-  opened: () => requests.attachAll(),
-  frame: (frame) => requests.receive(frame),
-  tooLarge: () => requests.tooLarge(),
-  wanted: () => requests.turns.length > 0,
-});
-requests.connection = connection;
+const client = new Client(location.origin, { before, onstate });
+const requests = new Requests(client, store, { changed: drawTurn, started, finished });
+let lastLoss = null; // the state in which the connection was lost, until it is open again
 const list = new ConversationList(byId("conversations"), { open: choose, remove });
 let current = newConversation();
 
-async function locate() {
+// Before each connection: is a key needed, and where are the faces?
+async function before() {
   await login.ensure();
   const { endpoints } = await models.load();
-  return location.origin.replace(/^http/, "ws") + endpoints.websocket;
+  Object.assign(client.endpoints, endpoints);
+}
+
+function onstate(state) {
+  if (state.name === "open") lastLoss = null;
+  if (state.name === "lost" || state.name === "closed") lastLoss = state;
+  drawConnection();
+  if (state.name === "closed" && state.fault?.code === "invalid_api_key") client.connect(); // the login asks for another key
+}
+
+// A computer that wakes up need not wait for the next attempt; a server at capacity must not be asked sooner.
+function retryNow() {
+  if (client.state.name === "lost" && client.state.code !== 1013) client.connect();
 }
 
 // The conversation that is shown.
@@ -91,7 +97,6 @@ function ask(question) {
 }
 
 function remove(conversation) {
-  requests.stop(conversation);
   requests.forget(conversation);
   store.remove(conversation);
   if (conversation === current) show(newConversation());
@@ -161,7 +166,7 @@ function drawTurn(conversation, turn) {
 function draw() {
   cancelAnimationFrame(frameRequest);
   frameRequest = 0;
-  for (const turn of changedTurns) views.get(turn)?.draw(connection.state);
+  for (const turn of changedTurns) views.get(turn)?.draw(client.state);
   changedTurns.clear();
   if (atEnd) conversationBox.scrollTop = conversationBox.scrollHeight;
 }
@@ -174,11 +179,10 @@ function drawComposer() {
   const turn = runningTurn(current);
   byId("send").hidden = turn !== undefined;
   byId("stop").hidden = turn === undefined;
-  byId("stop").disabled = Boolean(turn?.stopping);
 }
 
 function drawConnection() {
-  const { state } = connection;
+  const { state } = client;
   byId("state").dataset.state = state.name;
   setText("state", STATES[state.name]);
   const problem = describe(state);
@@ -193,7 +197,7 @@ function drawConnection() {
 
 // The problem of the connection in a sentence; "" if there is none.
 function describe(state) {
-  if (state.name === "connecting") return state.after ? describe(state.after) : "";
+  if (state.name === "connecting") return lastLoss ? describe(lastLoss) : "";
   if (state.name === "queued") return "The server is at capacity.";
   if (state.name === "closed") return closeReason(state);
   if (state.name !== "lost") return "";
@@ -228,7 +232,7 @@ function drawWaiting() {
   for (const turn of waiting) changedTurns.add(turn);
   frameRequest ||= requestAnimationFrame(draw);
   clearTimeout(countdown);
-  if (connection.state.name === "lost" || waiting.some((turn) => turn.notBefore > Date.now()))
+  if (client.state.name === "lost" || waiting.some((turn) => turn.notBefore > Date.now()))
     countdown = setTimeout(drawConnection, 1000);
 }
 
@@ -272,10 +276,12 @@ byId("stop").addEventListener("click", () => {
   requests.stop(current);
   message.focus(); // the button is hidden now
 });
-byId("connect").addEventListener("click", () => connection.connect());
+window.addEventListener("online", retryNow);
+document.addEventListener("visibilitychange", () => document.hidden || retryNow());
+byId("connect").addEventListener("click", () => client.connect());
 byId("logout").addEventListener("click", async () => {
   await login.logOut().catch(() => showNotice("The server does not answer: you are still logged in."));
-  if (login.session.name === null) connection.connect(); // the login asks for a key first
+  if (login.session.name === null) client.connect(); // the login asks for a key first
 });
 byId("new").addEventListener("click", () => choose(newConversation()));
 byId("menu").addEventListener("click", () => {
@@ -294,4 +300,4 @@ function closeSidebar() {
 
 for (const conversation of store.list) requests.restore(conversation);
 show(store.conversations.get(history.state?.open) ?? current);
-connection.connect();
+client.connect();

@@ -4,21 +4,23 @@ const REPEAT = "Ask again; if the error persists, choose another model above.";
 const LATER = "Wait {}, then ask again, or choose another model above.";
 const OPERATOR = "The operator of this server has to correct this; another model above may work.";
 
-// Errors before any word of an answer that pass by themselves: what is said while the page waits, and how often it asks again.
+// What is said while the page waits to ask again, by the code of the error.
 const BUSY = "The provider has too much to do.";
 const AWAY = "The provider cannot be reached.";
 const PASSING = new Map([
-  ["server_at_capacity", ["The server is at capacity.", 5]],
-  ["provider_queue_full", [BUSY, 5]],
-  ["provider_queue_timeout", [BUSY, 5]],
-  ["pool_timeout", [BUSY, 5]],
-  ["circuit_open", ["The provider fails, and is left alone for a moment.", 5]],
-  ["no_provider", ["No provider can be asked at the moment.", 5]],
-  ["provider_rate_limited", ["The provider limits how often it is asked.", 5]],
-  ["rate_limit_exceeded", ["You have sent too many requests in a short time.", 5]],
-  ["request_timeout", ["The request took too long to arrive.", 2]],
-  ["connect_error", [AWAY, 2]],
-  ["connect_timeout", [AWAY, 2]],
+  ["server_at_capacity", "The server is at capacity."],
+  ["provider_queue_full", BUSY],
+  ["provider_queue_timeout", BUSY],
+  ["pool_timeout", BUSY],
+  ["circuit_open", "The provider fails, and is left alone for a moment."],
+  ["no_provider", "No provider can be asked at the moment."],
+  ["provider_rate_limited", "The provider limits how often it is asked."],
+  ["rate_limit_exceeded", "You have sent too many requests in a short time."],
+  ["concurrency_exceeded", "Too many of your answers run at once."],
+  ["request_timeout", "The request took too long to arrive."],
+  ["connect_error", AWAY],
+  ["connect_timeout", AWAY],
+  ["server_shutdown", "The server restarts."],
 ]);
 
 const ADVICE = {
@@ -45,16 +47,8 @@ const ADVICE = {
   internal_error: "The server's log has the reason. Ask again.",
 };
 
-// What is said while the page waits to ask again; "" if *fault* does not pass by itself, or was met *tries* times before.
-export function waitingFor(fault, tries) {
-  const [text, most] = PASSING.get(fault.code) ?? ["", 0];
-  return tries < most ? text : "";
-}
-
-// The milliseconds of that wait: what the server says, but twice as long at each try; with as much added by chance.
-export function waitBefore(fault, tries) {
-  const seconds = Math.max(1, fault.retry_after ?? 1, Math.min(30, 2 ** tries));
-  return 1000 * (seconds + Math.random() * Math.min(30, 2 ** tries));
+export function waitingFor(code) {
+  return PASSING.get(code) ?? "The server does not answer.";
 }
 
 export function advice(fault) {

@@ -7,8 +7,6 @@
 
 const MAX_CALLS = 128; // tool calls of one answer; OpenAI allows as many tools
 
-const ENDS = { complete: "complete", error: "failed", cancelled: "stopped" };
-
 export function newId() {
   // not crypto.randomUUID: browsers offer it only on localhost and over TLS
   const bytes = crypto.getRandomValues(new Uint8Array(16));
@@ -26,7 +24,7 @@ export function newTurn(question, choice) {
     notBefore: 0, // earliest time to send it, after an error that passes by itself
     waitingFor: "", // what it waits for until then
     tries: 0, // how often it was asked again for such an error
-    stopping: false, // the stop button was pressed
+    stopping: false, // it was stopped in this window
     last: 0,
     by: "", // the provider and the model that answer
     text: "",
@@ -49,52 +47,34 @@ export function ended(turn) {
   return turn.state === "complete" || turn.state === "failed" || turn.state === "stopped";
 }
 
-// The frame that asks. It is the same for the same turn: the server answers it once.
-export function chatFrame(turn, conversationId) {
-  const payload = { text: turn.question, conversation_id: conversationId };
-  if (turn.provider !== null) payload.provider = turn.provider;
-  if (turn.model !== null) payload.model = turn.model;
-  return { action: "chat", request_id: turn.id, payload };
-}
-
-export function resumeFrame(turn) {
-  return { action: "resume", request_id: turn.id, payload: { last_event_id: turn.last } };
-}
-
-export function cancelFrame(turn) {
-  return { action: "cancel", request_id: turn.id };
-}
-
-// Apply a frame of this turn's answer. Returns false if the event was applied before.
-export function take(turn, frame) {
-  if (frame.event_id !== undefined) {
-    if (frame.event_id <= turn.last) return false;
-    turn.last = frame.event_id;
+// Apply an event of this turn's answer, whose request has the id *id* now.
+export function take(turn, event, id) {
+  const { type, number } = event;
+  if (id !== turn.id) Object.assign(turn, { id, last: 0 }); // it is asked again under another id
+  if (number !== undefined) turn.last = number;
+  turn.place = type === "queued" ? event : null;
+  turn.notBefore = 0;
+  if (type === "sent") turn.asked = Date.now();
+  if (type === "processing") turn.by = byline(event);
+  if (type === "text") turn.text += event.text;
+  if (type === "reasoning") turn.reasoning += event.text;
+  if (type === "toolCalls") addCalls(turn.tools, event.deltas);
+  if (type === "complete") {
+    turn.by = byline(event) || turn.by;
+    turn.usage = event.usage;
+    turn.reason = event.finishReason ?? "";
   }
-  const { status, chunk } = frame;
-  turn.place = status === "queued" ? chunk : null;
-  if (status === "processing") turn.by = byline(chunk.metadata);
-  if (status === "chunk") addPiece(turn, chunk);
-  if (status === "complete") {
-    turn.by = byline(chunk.metadata) || turn.by;
-    turn.usage = chunk.metadata.usage ?? null;
-    turn.reason = chunk.metadata.finish_reason ?? "";
-  }
-  if (status === "error") turn.fault = chunk;
-  turn.state = ENDS[status] ?? (turn.last > 0 ? "running" : "sent");
-  if (turn.stopping && status === "error") turn.state = "stopped"; // the error does not matter any more
-  return true;
+  const before = { waiting: "unsent", sent: "sent" }[type] ?? turn.state; // before the first event
+  turn.state = type === "complete" ? "complete" : turn.last > 0 ? "running" : before;
 }
 
 function byline({ provider, model }) {
   return [provider, model].filter(Boolean).join(" · ");
 }
 
-function addPiece(turn, { type, data }) {
-  if (type === "text") turn.text += data;
-  if (type === "reasoning") turn.reasoning += data;
-  if (type !== "tool_calls" || !Array.isArray(data)) return;
-  for (const piece of data) addCall(turn.tools, piece?.index ?? 0, piece?.function);
+function addCalls(calls, deltas) {
+  if (!Array.isArray(deltas)) return;
+  for (const delta of deltas) addCall(calls, delta?.index ?? 0, delta?.function);
 }
 
 // OpenAI sends a call in pieces: the first has its name, the others have its arguments. The value

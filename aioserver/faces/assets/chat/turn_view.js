@@ -94,7 +94,6 @@ function outcome(turn) {
 }
 
 function progress(turn, connection) {
-  if (turn.stopping) return "Stopping …";
   if (turn.notBefore > Date.now())
     return `${turn.waitingFor} The next attempt is in ${seconds(turn.notBefore)}`;
   if (connection.name === "queued")

@@ -1,0 +1,304 @@
+// A client of aioserver for browsers. docs/client-js.md is its guide, client.d.ts has its types, docs/clients.md is the protocol.
+//     const client = new Client("https://chat.example.com");
+//     for await (const piece of client.chat("Hello")) document.body.append(piece);
+//
+// All questions share one WebSocket or, where a proxy lets none through, have a request of server-sent events each. After a loss
+// a question is sent again with its id, or resumed. Always: its caller has got the events 1 to `last` of the answer, each once.
+
+const PATIENCE = 15_000; // ms in which the server says its first word, and between two pings, each answered before the next
+const SSE_SILENCE = 80_000; // ms without a byte: four intervals of the server's heartbeat
+const RESEND_WITHIN = 25_000; // ms: the server knows a request at least so long after it came
+const BLOCKED_AFTER = 2; // WebSockets that did not open while the server answered over HTTP
+const FINAL_CODES = new Set([1002, 1003, 1007, 1008]); // close codes after which another connection would not help
+// After these errors a question is asked again, if nothing of its answer has come: up to its deadline, or at most twice.
+const BUSY = ["server_at_capacity", "provider_queue_full", "provider_queue_timeout", "pool_timeout", "circuit_open"];
+const LATER = new Set([...BUSY, "no_provider", "provider_rate_limited", "rate_limit_exceeded"]);
+const TWICE = new Set(["request_timeout", "connect_error", "connect_timeout"]);
+const ENDS = new Set(["complete", "error", "cancelled", "busy"]); // statuses after which nothing more is sent
+
+// Seconds: *least*, which a server may have asked for, and a part by chance of a span that doubles with each failure.
+export const backoff = (least, failures, span) => Math.min(3600, least) + Math.random() * Math.min(30, span * 2 ** failures);
+// The seconds before connecting again after so many failures and a close code; null: never. After a restart clients come one by one.
+export function reconnectDelay(code, failures, retryAfter = 0) {
+  if (code === 1012) return 1 + 9 * Math.random();
+  return FINAL_CODES.has(code) ? null : backoff(Math.max(code === 1013 ? 5 : 0, retryAfter), failures - 1, failures && 0.5);
+}
+// 128 random bits. Browsers offer crypto.randomUUID only on localhost and over TLS.
+const newId = () => Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16).padStart(2, "0")).join("");
+
+export class AnswerError extends Error {
+  constructor({ code = "protocol_error", error, retryable = false, retry_after: retryAfter = null }, { id = "", text = "" } = {}) {
+    super(error);
+    Object.assign(this, { name: "AnswerError", code, retryable, retryAfter, requestId: id, text });
+  }
+}
+
+export class Client {
+  state = { name: "idle" };
+  endpoints = { websocket: "/ws/chat", sse: "/sse/chat" };
+  #options;
+  #sse; // whether answers come by SSE
+  #blocked = 0;
+  #links = new Set(); // what is known of each question whose answer is being read
+  #attempt = { timers: [] }; // this connection: { timers, socket, send, heard, silent, fault }
+  #failures = 0; // to connect, in succession
+  #keep = false; // whether the connection is wanted without a question
+  conversation = (id = newId()) => ({ id, chat: (content, options) => this.chat(content, { ...options, conversationId: id }) });
+
+  constructor(url, options = {}) {
+    if (/[^\w!#$%&'*+.^`|~-]/.test(options.key ?? "")) throw new TypeError("the key has characters that no key has");
+    this.url = new URL(url, globalThis.location?.href).href.replace(/\/+$/, "");
+    this.#options = { deadline: 300, before() {}, onstate() {}, ...options };
+    this.#sse = options.transport === "sse";
+  }
+
+  chat(content, options = {}) {
+    if (typeof content !== "string" && !Array.isArray(content)) throw new TypeError("a question is a text, or a list of messages");
+    const { requestId: id = newId(), lastEventId: last = 0, conversationId = newId(), deadline = this.#options.deadline } = options;
+    const { provider, model, metadata, streaming, tools, signal } = options;
+    const question = typeof content === "string" ? { text: content, conversation_id: conversationId } : { messages: content };
+    const fields = tools ? { ...options.options, tools } : options.options;
+    const body = JSON.stringify({ ...question, provider, model, metadata, streaming, options: fields }); // the same at each sending
+    const link = { id, last, body, deadline, stop: new AbortController(), wake() {}, unread: [], text: "", complete: null };
+    Object.assign(link, { attached: false, notBefore: 0, sent: 0, tries: 0, shown: last > 1 }); // event 1 is `processing`
+    link.asked = options.lastEventId !== undefined; // the server knows the question, or has forgotten it
+    link.repeated = options.requestId !== undefined; // the server may know it
+    const events = this.#events(link, AbortSignal.any([link.stop.signal, signal ?? link.stop.signal]));
+    const pieces = async function* () { for await (const event of events) if (event.type === "text") yield event.text; };
+    const text = async () => (await Array.fromAsync(pieces())).join("");
+    const answer = { events: () => events, text, cancel: () => link.stop.abort(link), [Symbol.asyncIterator]: pieces };
+    return Object.defineProperties(answer, { requestId: { get: () => link.id }, complete: { get: () => link.complete } });
+  }
+
+  connect() {
+    this.#keep = true;
+    this.#connect();
+  }
+
+  close() {
+    this.#keep = false;
+    for (const link of this.#links) link.stop.abort(new AnswerError({ code: "cancelled", error: "the client was closed" }, link));
+    this.#lose(1000);
+  }
+
+  async *#events(link, stop) {
+    const error = () => `no whole answer within ${link.deadline} s, and the connection is ${this.state.name}`;
+    const late = () => link.stop.abort(new AnswerError({ code: "deadline_exceeded", error: error(), retryable: true }, link));
+    link.alarm = setTimeout(late, Math.min(2 ** 31 - 1, link.deadline * 1000));
+    stop.addEventListener("abort", () => this.#leave(link)); // at once, and not when the caller reads on
+    try {
+      if (!stop.aborted) this.#links.add(link);
+      while (!stop.aborted) {
+        const wait = link.notBefore - Date.now();
+        if (link.unread.length) {
+          const event = this.#take(link, link.unread.shift());
+          if (event) yield event;
+          if (link.complete) return;
+        } else if (link.fault) {
+          throw new AnswerError(link.fault, link);
+        } else if (["idle", "closed"].includes(this.state.name)) {
+          this.#connect();
+        } else if (link.attached || wait > 0 || this.state.name !== "open") {
+          await new Promise((wake) => ((link.wake = wake), wait > 0 && setTimeout(wake, wait)));
+        } else {
+          this.#attach(link);
+          yield { type: "sent" };
+        }
+      }
+      if (stop.reason !== link) throw stop.reason;
+    } finally {
+      this.#leave(link); // the caller may have left its loop
+    }
+  }
+
+  // Apply a frame. Returns the event that it is for the caller, if it is one; throws an AnswerError at the end by an error.
+  #take(link, { status, event_id: number, chunk }) {
+    if (number === undefined && status === "queued") return { type: status, position: chunk.position, eta: chunk.eta };
+    if (number <= link.last) return;
+    if (number > link.last + 1) throw new AnswerError({ error: `event ${number} came after event ${link.last}` }, link);
+    const failed = ENDS.has(status) && status !== "complete";
+    const fault = { code: status, error: "somebody has cancelled the answer, or nobody read it", ...chunk };
+    const seconds = failed ? this.#patience(link, fault, number) : null;
+    if (seconds !== null) {
+      if (number || fault.code !== "slow_client") link.sent = 0; // nothing has begun
+      if (number) Object.assign(link, { id: newId(), last: 0, asked: false, repeated: false }); // the id was that of what has failed
+      Object.assign(link, { notBefore: Date.now() + seconds * 1000, dropped: link.last });
+      return { type: "waiting", code: fault.code, message: fault.error, seconds };
+    }
+    Object.assign(link, { settled: ENDS.has(status) && (number || !link.last), last: number ?? link.last });
+    if (failed) throw new AnswerError(fault, link);
+    const { provider, model, conversation_id: conversationId, finish_reason: finishReason, usage = null } = chunk.metadata ?? {};
+    if (status === "processing") return { type: status, number, provider, model, conversationId };
+    if (status === "complete") return (link.complete = { type: status, number, finishReason, usage, provider, model });
+    link.shown ||= status === "chunk";
+    if (chunk.type === "tool_calls") return { type: "toolCalls", number, deltas: chunk.data };
+    if (chunk.type === "text") link.text += chunk.data;
+    if (chunk.type === "text" || chunk.type === "reasoning") return { type: chunk.type, number, text: chunk.data };
+  }
+
+  // The seconds until a question is asked again after an error; null: never. One without a number refused what was sent last.
+  #patience(link, { code, retryable, retry_after: retryAfter = 1 }, number) {
+    if (number && link.shown) return null;
+    // It waited at the provider when its connection was lost, which ended it: nothing was asked, and nothing was paid.
+    if (code === "cancelled") return number === 1 && link.repeated ? 0 : null;
+    if (code === "slow_client" && !number) return link.dropped === link.last ? null : 0; // null: nothing has come since then
+    if (code === "server_shutdown" && !number) return reconnectDelay(1012);
+    const most = TWICE.has(code) ? 2 : LATER.has(code) || (retryable && !number) ? Infinity : 0;
+    return link.tries < most ? backoff(Math.max(1, retryAfter), link.tries++, 1) : null;
+  }
+
+  #leave(link) {
+    clearTimeout(link.alarm);
+    link.wake();
+    link.request?.abort();
+    if (!this.#links.delete(link) || link.settled || !(link.sent || link.asked)) return;
+    if (this.#sse) this.#fetch(`/${encodeURIComponent(link.id)}`, { method: "DELETE", keepalive: true }).catch(() => {});
+    else if (this.state.name === "open") this.#attempt.send({ action: "cancel", request_id: link.id });
+  }
+
+  // Send the question, or resume its answer. A question that may have arrived is sent once more with the same id: the server
+  // answers it once. After RESEND_WITHIN it is not, since the server may have forgotten it, and would ask the provider again.
+  #attach(link) {
+    const { id, last, sent } = link;
+    const resumed = last > 0 || link.asked || (sent > 0 && Date.now() - sent > RESEND_WITHIN);
+    Object.assign(link, { attached: true, repeated: link.repeated || sent > 0, sent: resumed ? sent : Date.now() });
+    if (this.#sse) this.#follow(link, resumed);
+    else if (resumed) this.#attempt.send({ action: "resume", request_id: id, payload: { last_event_id: last } });
+    else this.#attempt.socket.send(`{"action":"chat","request_id":${JSON.stringify(id)},"payload":${link.body}}`);
+  }
+
+  #deliver(link, frame) {
+    if (!link?.attached) return;
+    if (frame.event_id) this.#failures = 0;
+    Object.assign(link, { sent: Date.now(), attached: !ENDS.has(frame.status) }).unread.push({ chunk: {}, ...frame });
+    link.wake();
+  }
+
+  // The connection is idle, connecting, queued (the server is at capacity), open, lost (it comes back), or closed. Before the
+  // server has admitted a WebSocket only a ping is sent; its pong says that it has. So a rejected one loses no question.
+  async #connect() {
+    const attempt = this.#discard();
+    this.#setState({ name: "connecting" });
+    try {
+      await this.#options.before(this);
+      if (attempt !== this.#attempt) return; // another one has begun meanwhile
+      if (this.#sse) return this.#admitted();
+      const protocols = this.#options.key ? ["aioserver", `aioserver.key.${this.#options.key}`] : [];
+      const socket = new WebSocket(this.url.replace(/^http/, "ws") + this.endpoints.websocket, protocols);
+      Object.assign(attempt, { socket, send: (frame) => socket.send(JSON.stringify(frame)) });
+      socket.onopen = () => attempt.send({ action: "ping" });
+      socket.onmessage = ({ data }) => this.#receive(data);
+      socket.onclose = ({ code }) => (attempt.heard ? this.#lose(code, attempt.fault) : this.#diagnose(code));
+      attempt.timers.push(setTimeout(() => attempt.heard || this.#diagnose(1006), PATIENCE));
+    } catch (error) {
+      if (attempt === this.#attempt) this.#lose(1006, { error: error.message });
+    }
+  }
+
+  // No WebSocket has opened, and a page is not told why: ask over HTTP. Where that answers, a proxy may let none through.
+  async #diagnose(code) {
+    const attempt = this.#attempt;
+    const response = await this.#fetch("", { signal: AbortSignal.timeout(PATIENCE) }).catch(() => null);
+    const fault = response && !response.ok ? await refusal(response) : undefined;
+    if (attempt !== this.#attempt) return;
+    if (response?.ok && !this.#options.transport) this.#sse = ++this.#blocked >= BLOCKED_AFTER;
+    this.#lose(fault?.retryable === false ? 1008 : code, fault);
+  }
+
+  #receive(data) {
+    try {
+      const frame = JSON.parse(data);
+      Object.assign(this.#attempt, { heard: true, silent: false });
+      if (frame.status === "pong") this.state.name === "open" || this.#admitted();
+      else if (frame.request_id !== null) this.#deliver([...this.#links].find(({ id }) => id === frame.request_id), frame);
+      else if (frame.status === "error") this.#attempt.fault = frame.chunk;
+      else if (frame.status === "queued") for (const link of this.#links) link.unread.push(frame);
+      if (frame.status === "queued" && frame.request_id === null) this.#setState({ name: "queued", ...frame.chunk });
+    } catch (error) {
+      this.#lose(1002, { error: `not a frame of aioserver: ${error.message}` });
+    }
+  }
+
+  // A broken network path is not reported to a page: the server is pinged, and the connection is lost without an answer.
+  #admitted() {
+    const check = () => {
+      for (const link of this.#links) if (Date.now() - link.alive > SSE_SILENCE) link.request.abort();
+      if (this.#attempt.silent) return this.#lose(1006);
+      this.#failures = 0;
+      this.#attempt.silent = !this.#sse;
+      if (!this.#sse) this.#attempt.send({ action: "ping" });
+    };
+    this.#attempt.timers.push(setInterval(check, PATIENCE));
+    this.#blocked = 0;
+    this.#setState({ name: "open" });
+  }
+
+  #lose(code, fault) {
+    this.#discard();
+    let seconds = reconnectDelay(code, this.#failures++, fault?.retry_after);
+    // The socket was idle, or had too large a message: of those without an event that was the longest.
+    const [longest] = [...this.#links].filter((link) => link.attached && !link.last).sort((a, b) => b.body.length - a.body.length);
+    if (code === 1009 && longest) longest.fault = { error: "the question is too large", ...fault, code: "request_too_large" };
+    if (code === 1000 || code === 1009) seconds = this.#links.size ? 0 : null;
+    for (const link of this.#links) link.attached = false;
+    if (seconds === null) for (const link of this.#links) link.fault ??= fault ?? { error: `the server closed the connection (${code})` };
+    if (seconds === null || !(this.#keep || this.#links.size)) return this.#setState({ name: "closed", code, fault });
+    this.#attempt.timers.push(setTimeout(() => this.#connect(), seconds * 1000));
+    this.#setState({ name: "lost", code, fault, until: Date.now() + seconds * 1000 });
+  }
+
+  #discard() {
+    const { socket, timers } = this.#attempt;
+    timers.forEach((timer) => clearTimeout(timer)); // it ends intervals as well
+    if (socket) Object.assign(socket, { onopen: null, onmessage: null, onclose: null }).close();
+    return (this.#attempt = { timers: [] });
+  }
+
+  #setState(state) {
+    this.state = state;
+    for (const link of this.#links) link.wake();
+    this.#options.onstate(state);
+  }
+
+  #fetch(path, { headers, ...init }) {
+    const { key, session } = this.#options;
+    const options = { cache: "no-store", credentials: session ? "include" : "same-origin", ...init };
+    if (key) options.headers = { ...headers, Authorization: `Bearer ${key}` };
+    return fetch(this.url + this.endpoints.sse + path, { headers, ...options });
+  }
+
+  // Read an answer over SSE, to the end of the response.
+  async #follow(link, resumed) {
+    link.request?.abort();
+    const request = Object.assign(link, { request: new AbortController(), alive: Date.now() }).request;
+    const body = `{"request_id":${JSON.stringify(link.id)},${link.body.slice(1)}`;
+    const ask = { method: "POST", headers: { "Content-Type": "application/json" }, body };
+    const [path, init] = resumed ? [`/${encodeURIComponent(link.id)}`, { headers: { "Last-Event-ID": String(link.last) } }] : ["", ask];
+    try {
+      const response = await this.#fetch(path, { ...init, signal: request.signal });
+      const events = /^text\/event-stream/.test(response.headers.get("Content-Type")) && response.body;
+      if (!events) this.#deliver(link, { status: "error", chunk: await refusal(response) });
+      const reader = events && events.pipeThrough(new TextDecoderStream()).getReader();
+      for (let rest = "", part; reader && !(part = await reader.read()).done; link.alive = Date.now()) {
+        const lines = (rest + part.value).split("\n");
+        rest = lines.pop();
+        for (const line of lines) if (line.startsWith("data:")) this.#deliver(link, JSON.parse(line.slice(5)));
+      }
+    } catch (error) {
+      if (error instanceof SyntaxError) link.fault = { error: `not an event of aioserver: ${error.message}` };
+    }
+    if (link.request !== request) return; // another one has begun
+    link.alive = Infinity;
+    link.fault ? link.wake() : link.attached && this.#lose(1006);
+  }
+}
+
+// The error of a response without events, as a chunk has it. Another server's, such as a proxy's, has no code of ours.
+async function refusal(response) {
+  const { status, headers } = response;
+  const passes = status === 408 || status === 429 || status >= 500;
+  const { error } = await response.json().catch(() => ({}));
+  const { code, message } = error ?? { code: passes ? "server_unavailable" : "protocol_error", message: `HTTP ${status}, not by aioserver` };
+  const retryable = passes && headers.get("x-should-retry") !== "false";
+  return { code, error: message, retryable, retry_after: Number(headers.get("Retry-After")) || undefined };
+}
