@@ -226,7 +226,8 @@ def test_our_own_fault_is_an_event_of_its_form() -> None:
 
 
 def test_usage_may_be_anything_and_its_unknown_counts_are_left_out() -> None:
-    for usage in (None, [], "x", {"input_tokens": None}, {"cache": {"deep": 1}}):
+    usages: tuple[Any, ...] = (None, [], "x", {"input_tokens": None}, {"cache": {"deep": 1}})
+    for usage in usages:
         stream = new_stream()
         data = START + event("message_delta", usage=usage) + STOP
         assert play(MessageSink(stream), data)
