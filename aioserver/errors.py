@@ -95,6 +95,9 @@ class AioserverError(Exception):
     force_close: ClassVar[bool] = False
     # The outcome of a request that ends with this error, in metrics and logs.
     outcome: ClassVar[str] = "client_error"
+    # The status and the body with which a provider has refused, where clients get them unchanged: on the face of
+    # Anthropic's API, and not if they are about our key.
+    provider_answer: tuple[int, bytes] | None = None
 
     def __init__(
         self, message: str, *, retry_after: float | None = None, param: str | None = None
@@ -112,6 +115,11 @@ class AioserverError(Exception):
     def http_status(self) -> int:
         """The status of the HTTP answer; `ProviderRefused` has the provider's own."""
         return self.status
+
+    @property
+    def size(self) -> int:
+        """The bytes that it keeps, about."""
+        return len(self.body()) + len(self.provider_answer[1] if self.provider_answer else b"")
 
     def headers(self) -> dict[str, str]:
         """Return the headers of the HTTP answer that belong to this error."""

@@ -15,6 +15,7 @@ SHOWN = {  # module: why it may know what time people have
     "monitoring.snapshot": "the stamps of snapshots",
     "faces.ready": "the Date header",
     "providers.error_mapping": "a Retry-After that is a date",
+    "providers.rate_headers": "a reset that is a date, of a provider that sends no Date",
     "providers.simulator.refusals": "it sends such a date",
     "auth.keys": "a session is older than the process",
     "cluster.histories": "the age of turns that another machine has written, kept for days",

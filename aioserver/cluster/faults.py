@@ -20,6 +20,9 @@ def pack(error: AioserverError) -> Fault:
         fault.provider_headers = dict(error.provider_headers)
     if isinstance(error, ProviderRefused):
         fault.status, fault.body = error.provider_status, error.provider_body
+    if isinstance(error, ProviderFault) and error.provider_answer is not None:
+        fault.status, fault.body = error.provider_answer
+        fault.passed = True
     return fault
 
 
@@ -40,4 +43,6 @@ def unpack(fault: Fault) -> AioserverError:
     if isinstance(error, ProviderFault):
         error.provider, error.attempts = fault.provider, fault.attempts
         error.provider_headers = fault.provider_headers
+        if fault.passed:
+            error.provider_answer = fault.status, fault.body
     return error

@@ -40,6 +40,8 @@ class Fault(msgspec.Struct, array_like=True):
     provider_headers: dict[str, str] = {}
     status: int = 0
     body: bytes = b""
+    # Whether status and body are `ProviderFault.provider_answer`.
+    passed: bool = False
 
 
 class Attach(msgspec.Struct, array_like=True, tag=1):

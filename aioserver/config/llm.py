@@ -38,7 +38,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 # By the name of a provider: the variable that holds its key, if no setting says where the key is.
-KEY_VARIABLES = {name: f"{name.upper()}_API_KEY" for name in ("openai", "groq", "openrouter")}
+KEY_VARIABLES = {
+    name: f"{name.upper()}_API_KEY" for name in ("openai", "groq", "openrouter", "anthropic")
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +128,7 @@ class Provider:
         optional(variable),
         "name of the environment variable that holds the API key",
         None,
-        default_text="OPENAI_API_KEY for openai; likewise groq, openrouter",
+        default_text="OPENAI_API_KEY for openai; likewise groq, openrouter, anthropic",
     )
     api_key_file: str | None = setting(
         optional(line),
@@ -173,6 +175,12 @@ class Provider:
         optional(line),
         "PEM file of the certificates to trust; null: those of the system",
         None,
+    )
+    messages: bool = setting(
+        boolean,
+        "whether it speaks Anthropic's Messages API, below the same base_url; false: requests for that API never "
+        "go to it",
+        False,
     )
     when_down: str = setting(
         one_of("fail", "wait"),

@@ -1,6 +1,6 @@
 """Faces: the protocols by which clients reach us, one a file.
 
-A *face* is a protocol that we show to clients: WebSocket, SSE, and OpenAI's API in two files. The
+A *face* is a protocol that we show to clients: WebSocket, SSE, OpenAI's API in two files, and Anthropic's. The
 operating pages, the session of a browser and the web pages are handlers like theirs. Each file has
 `routes(context)`, whose handlers are bound to the *context*: what a face may use of the server.
 

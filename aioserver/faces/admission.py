@@ -325,7 +325,7 @@ def counted(
                         if not fault.provider or started:
                             raise
                         # Counted with its record, and as large as the provider likes.
-                        response = error_response(fault)
+                        response = error_response(fault, request)
                         forget_frames(fault)
                     if not response.prepared:
                         timeout, drop = admission.send_timeout, admission.dropped

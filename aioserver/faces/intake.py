@@ -9,8 +9,18 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from aioserver.errors import RequestTimeout, RequestTooLarge, UnsupportedMediaType
+from aioserver.errors import (
+    InvalidRequest,
+    RequestTimeout,
+    RequestTooLarge,
+    UnsupportedMediaType,
+)
+from aioserver.limits.turns import in_turns
+from aioserver.protocol import model_body
+from aioserver.protocol.client_frames import MAX_ID_CHARACTERS
 from aioserver.protocol.client_headers import collect
+from aioserver.protocol.model_body import ModelBody
+from aioserver.protocol.top_level import simple
 
 if TYPE_CHECKING:
     from aiohttp import StreamReader, web
@@ -68,6 +78,38 @@ async def _collect(content: StreamReader, hold: BodyHold, max_bytes: int) -> byt
     return bytes(body)
 
 
-def client_headers(context: Context, request: web.Request) -> ClientHeaders:
-    """Return the headers of *request* that go on to a provider: its trace, and those that settings name."""
-    return collect(request.headers, context.router.passed_headers)
+async def read_model_body(
+    request: web.Request, hold: BodyHold, max_bytes: int
+) -> tuple[ModelBody, bytes]:
+    """Read a body that is a JSON object with a `model`, which *hold* counts; return it, and the bytes as they came.
+
+    Raises:
+        InvalidJson, InvalidRequest: as `ModelBody`.
+        AioserverError: as `read_body`.
+    """
+    data = await read_body(request, hold, max_bytes)
+    # Steps, for which nearly no body has a use, would cost each request a coroutine.
+    body = ModelBody(data) if simple(data) else await in_turns(model_body.reading(data))
+    return body, data
+
+
+def idempotency_key(request: web.Request) -> str | None:
+    """Return the `Idempotency-Key` of *request*, None if it has none.
+
+    Raises:
+        InvalidRequest: the key is empty, too long, or not printable.
+    """
+    key = request.headers.get("Idempotency-Key")
+    if key is not None and (len(key) > MAX_ID_CHARACTERS or not key.isprintable() or not key):
+        raise InvalidRequest(
+            f"Idempotency-Key must have 1 to {MAX_ID_CHARACTERS} printable characters"
+        )
+    return key
+
+
+def client_headers(context: Context, request: web.Request, api: str = "") -> ClientHeaders:
+    """Return the headers of *request* that go on to a provider: its trace, and those that settings name.
+
+    Those of the API, if it has any, whose names begin with *api*, are among them.
+    """
+    return collect(request.headers, context.router.passed_headers, api)

@@ -13,25 +13,23 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from aiohttp import web
 
 from aioserver.auth.callers import CALLER
-from aioserver.errors import InvalidRequest, StreamNotFound
+from aioserver.errors import StreamNotFound
 from aioserver.faces import http, whole
 from aioserver.faces.admission import counted
-from aioserver.faces.intake import client_headers, read_body
+from aioserver.faces.http import speaks_anthropic
+from aioserver.faces.intake import client_headers, idempotency_key, read_model_body
 from aioserver.faces.ready import ReadyResponse, ReadyStream, fits
 from aioserver.faces.streaming import follow
 from aioserver.gateway.calls import kept_answer
 from aioserver.gateway.request import Request
-from aioserver.limits.turns import in_turns
-from aioserver.protocol import model_body
-from aioserver.protocol.client_frames import MAX_ID_CHARACTERS
-from aioserver.protocol.model_body import ModelBody
+from aioserver.protocol import anthropic
+from aioserver.protocol.eventstream import HEARTBEAT
 from aioserver.protocol.responses import ResponseEvents
-from aioserver.protocol.top_level import simple
 from aioserver.providers.request import ProviderRequest
 from aioserver.streams.cursor import ConditionReader
 from aioserver.streams.ending import run_all
@@ -44,6 +42,7 @@ if TYPE_CHECKING:
     from aioserver.faces.admission import BodyHold
     from aioserver.faces.context import Context
     from aioserver.gateway.request import Route
+    from aioserver.protocol.model_body import ModelBody
     from aioserver.providers.request import Answer
     from aioserver.streams.stream import Stream
 
@@ -53,6 +52,25 @@ STREAM_HEADERS = {
     "Cache-Control": "no-cache",
     "X-Accel-Buffering": "no",
 }
+
+
+class Dialect(NamedTuple):
+    """What differs between the APIs whose answers pass as the provider's bytes.
+
+    *face* is the name of their face. *heartbeat* is written into a stream after each `ping_interval` of silence. The
+    id of a request is in the header *id_header*, too, if the provider has sent none.
+    """
+
+    face: str
+    heartbeat: bytes
+    id_header: str = ""
+
+    def own_headers(self, request: web.Request) -> dict[str, str]:
+        """Return the headers of an answer that those of its provider replace."""
+        return {self.id_header: http.request_id(request)} if self.id_header else {}
+
+
+OPENAI = Dialect("openai", HEARTBEAT)
 
 
 def routes(context: Context) -> list[web.RouteDef]:
@@ -77,14 +95,9 @@ def prepare_for(
     """Return the function that prepares a POST to *path*, below `/v1`."""
 
     async def prepare(request: web.Request, hold: BodyHold) -> Request:
-        data = await read_body(request, hold, context.settings.chat.websocket.max_message_size)
-        # Steps, for which nearly no body has a use, would cost each request a coroutine.
-        body = ModelBody(data) if simple(data) else await in_turns(model_body.reading(data))
-        key = request.headers.get("Idempotency-Key")
-        if key is not None and (len(key) > MAX_ID_CHARACTERS or not key.isprintable() or not key):
-            raise InvalidRequest(
-                f"Idempotency-Key must have 1 to {MAX_ID_CHARACTERS} printable characters"
-            )
+        limit = context.settings.chat.websocket.max_message_size
+        body, data = await read_model_body(request, hold, limit)
+        key = idempotency_key(request)
         route = context.router.route(body.model)
         if path == "embeddings":
             # The vectors of a fallback's model mean nothing beside those of the model that was asked for.
@@ -130,55 +143,74 @@ def body_maker(body: ModelBody, route: Route) -> Callable[[settings.Provider], b
 
 async def serve(context: Context, request: web.Request, prepared: Request) -> web.StreamResponse:
     """Answer a POST."""
-    gateway = context.gateway
     if prepared.provider_request.streamed:
-        stream = gateway.relay(prepared)
+        stream = context.gateway.relay(prepared)
         details = stream.details
         if prepared.provider_request.path == "responses" and details.error_format is None:
             details.error_format = ResponseEvents()
         return await follow_stream(context, request, stream)
+    return await write_answer(context, request, prepared)
+
+
+async def write_answer(
+    context: Context, request: web.Request, prepared: Request, dialect: Dialect = OPENAI
+) -> web.StreamResponse:
+    """Answer a POST whose answer is not streamed: with an `Idempotency-Key`, by one that is kept.
+
+    Raises:
+        AioserverError: as `Gateway.call` and `write_kept`.
+    """
+    gateway = context.gateway
     if prepared.resumable:
-        return await write_kept(context, request, gateway.keep(prepared))
+        return await write_kept(context, request, gateway.keep(prepared), dialect)
     with gateway.hold() as held:
         prepared.provider_request.answer_bytes = held
         answer = await gateway.call(prepared)
         # Within the `with`: a client that reads slowly keeps the answer in memory.
-        return await _write_whole(context, request, answer)
+        return await _write_whole(context, request, answer, dialect)
 
 
-async def write_kept(context: Context, request: web.Request, stream: Stream) -> web.StreamResponse:
+async def write_kept(
+    context: Context, request: web.Request, stream: Stream, dialect: Dialect = OPENAI
+) -> web.StreamResponse:
     """Answer with the whole answer that *stream* keeps, or will keep, and write it.
 
     Raises:
         AioserverError: as `kept_answer`.
     """
     async with kept_answer(stream, context.gateway.lifetime) as answer:
-        return await _write_whole(context, request, answer)
+        return await _write_whole(context, request, answer, dialect)
 
 
 async def _write_whole(
-    context: Context, request: web.Request, answer: Answer
+    context: Context, request: web.Request, answer: Answer, dialect: Dialect
 ) -> web.StreamResponse:
-    response = response_of(request, answer)
-    await write(context, request, response)
+    response = response_of(request, answer, dialect)
+    await write(context, request, response, dialect)
     return response
 
 
-async def write(context: Context, request: web.Request, response: web.StreamResponse) -> None:
+async def write(
+    context: Context,
+    request: web.Request,
+    response: web.StreamResponse,
+    dialect: Dialect = OPENAI,
+) -> None:
     """Write the whole *response*, for as long as its client needs to read it.
 
     Raises:
         ConnectionError: as `whole.write`.
     """
     timeout = context.settings.chat.streams.send_timeout
-    await whole.write(request, response, timeout, context.admission.dropped, "openai")
+    await whole.write(request, response, timeout, context.admission.dropped, dialect.face)
 
 
-def response_of(request: web.Request, answer: Answer) -> web.StreamResponse:
+def response_of(request: web.Request, answer: Answer, dialect: Dialect) -> web.StreamResponse:
     """Return *answer*, which was not streamed, as a response."""
     headers = {
         "x-aioserver-provider": answer.provider,
         "x-aioserver-attempts": str(answer.attempts),
+        **dialect.own_headers(request),
         **answer.headers,
     }
     headers["Content-Type"] = answer.content_type
@@ -188,7 +220,11 @@ def response_of(request: web.Request, answer: Answer) -> web.StreamResponse:
 
 
 async def follow_stream(
-    context: Context, request: web.Request, stream: Stream, after: int = 0
+    context: Context,
+    request: web.Request,
+    stream: Stream,
+    after: int = 0,
+    dialect: Dialect = OPENAI,
 ) -> web.StreamResponse:
     """Answer with the events of *stream* after event *after*.
 
@@ -208,8 +244,17 @@ async def follow_stream(
             timer.cancel()
         if stream.ended and not stream.answered:
             raise stream.error or StreamNotFound("this answer was cancelled")
-        response = _streamed_response(request, stream)
-        await follow(context, request, response, stream, after, RAW, on_follow=opening.leave)
+        response = _streamed_response(request, stream, dialect)
+        await follow(
+            context,
+            request,
+            response,
+            stream,
+            after,
+            RAW,
+            on_follow=opening.leave,
+            heartbeat=dialect.heartbeat,
+        )
         return response
     finally:
         run_all((opening.leave, partial(gateway.lifetime.reader_removed, stream)))
@@ -220,8 +265,10 @@ def _begun(stream: Stream) -> bool:
     return stream.ended or bool(stream.entries and stream.entries[-1].data)
 
 
-def _streamed_response(request: web.Request, stream: Stream) -> web.StreamResponse:
-    headers = {**STREAM_HEADERS, **stream.details.headers}
+def _streamed_response(
+    request: web.Request, stream: Stream, dialect: Dialect
+) -> web.StreamResponse:
+    headers = {**STREAM_HEADERS, **dialect.own_headers(request), **stream.details.headers}
     if stream.details.provider:
         headers["x-aioserver-provider"] = stream.details.provider
         headers["x-aioserver-attempts"] = str(stream.details.attempts)
@@ -232,9 +279,16 @@ def _streamed_response(request: web.Request, stream: Stream) -> web.StreamRespon
     return response
 
 
-async def models(context: Context, _request: web.Request) -> web.Response:
-    """Answer `GET /v1/models`: the usable providers and their models, without asking a provider."""
-    return web.json_response({"object": "list", "data": list(_models(context))})
+async def models(context: Context, request: web.Request) -> web.Response:
+    """Answer `GET /v1/models`: the usable providers and their models, without asking a provider.
+
+    A client of Anthropic's API gets those that speak it, in that API's form.
+    """
+    listed = _models(context)
+    if speaks_anthropic(request):
+        entries = [anthropic.model_object(name) for name, owner in listed if owner.messages]
+        return web.json_response(anthropic.model_list(entries))
+    return web.json_response({"object": "list", "data": [_model(*pair) for pair in listed]})
 
 
 async def model(context: Context, request: web.Request) -> web.Response:
@@ -246,17 +300,22 @@ async def model(context: Context, request: web.Request) -> web.Response:
         ModelNotFound, NoProvider: a request for this model is refused, too.
     """
     name = request.match_info["id"]
-    return web.json_response(_model(name, context.router.route(name).provider.settings))
+    messages = speaks_anthropic(request)
+    route = context.router.route(name, messages=messages)
+    if messages:
+        return web.json_response(anthropic.model_object(name))
+    return web.json_response(_model(name, route.provider.settings))
 
 
-def _models(context: Context) -> Iterator[dict[str, Any]]:
+def _models(context: Context) -> Iterator[tuple[str, settings.Provider]]:
+    """Yield the names by which models are asked for, each with the provider that it leads to."""
     for owner, provider in context.router.providers.items():
         configured = provider.settings
         if not configured.usable:
             continue
-        yield _model(owner, configured)
+        yield owner, configured
         for name in dict.fromkeys((configured.model, *configured.models)):
-            yield _model(f"{owner}/{name}", configured)
+            yield f"{owner}/{name}", configured
 
 
 def _model(name: str, provider: settings.Provider) -> dict[str, Any]:

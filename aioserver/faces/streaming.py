@@ -1,4 +1,4 @@
-"""A stream as the body of an HTTP response, to its end: what the SSE and OpenAI faces share.
+"""A stream as the body of an HTTP response, to its end: what the SSE face and those of OpenAI's and Anthropic's APIs share.
 
 The events go straight to the transport, without a task switch: each read of the provider's bytes
 becomes one chunk (RFC 9112, 7.1). The head and the last chunk of a `ReadyStream` go the same way;
@@ -40,12 +40,13 @@ async def follow(
     *,
     render_position: Callable[[int, float], bytes] | None = None,
     on_follow: Callable[[], None] = lambda: None,
+    heartbeat: bytes = eventstream.HEARTBEAT,
 ) -> None:
     """Send the head of *response*, and the events of *stream* after event *after*, to its end.
 
     *render_position* renders the position in a provider's queue,
     and the seconds until the request is expected to start there. *on_follow* is called once the stream
-    has this reader.
+    has this reader. *heartbeat* is written after each `ping_interval` of silence.
 
     However this ends, the writer follows nothing afterwards: an event that is appended later would land
     inside the next response on this connection.
@@ -85,41 +86,44 @@ async def follow(
         if not ended.done():
             ended.set_result(None)
 
-    heartbeat = Heartbeat(writer, chat.websocket.ping_interval)
+    beats = Heartbeat(writer, chat.websocket.ping_interval, heartbeat)
     try:
         writer.follow(
             stream, after, event_format, render_position=render_position, on_end=finished
         )
         on_follow()
         gateway.lifetime.reader_added(stream)
-        context.wheel.add(heartbeat, chat.websocket.ping_interval)
+        context.wheel.add(beats, chat.websocket.ping_interval)
         writer.pump()
         writer.send_head()
         if not ended.done():
             await ended
         await writer.flush()
     finally:
-        run_all((partial(context.wheel.remove, heartbeat), writer.close))
+        run_all((partial(context.wheel.remove, beats), writer.close))
 
 
 class Heartbeat:
-    """A member of the timer wheel: it writes a comment after *interval* seconds without a write."""
+    """A member of the timer wheel: it writes *beat* after *interval* seconds without a write."""
 
-    __slots__ = ("_interval", "_writer", "bucket")
+    __slots__ = ("_beat", "_interval", "_writer", "bucket")
 
-    def __init__(self, writer: Writer, interval: float) -> None:
+    def __init__(
+        self, writer: Writer, interval: float, beat: bytes = eventstream.HEARTBEAT
+    ) -> None:
         # Set by the wheel.
         self.bucket = 0
         self._writer = writer
         self._interval = interval
+        self._beat = beat
 
     def visit(self, now: float) -> float | None:
-        """Write the comment if it is due. Return the seconds until the next visit."""
+        """Write the beat if it is due. Return the seconds until the next visit."""
         if self._writer.closed:
             return None
         silence = now - self._writer.last_write
         # A visit may come a moment early: the wheel rounds its time.
         if silence < self._interval * 0.99:
             return self._interval - silence
-        self._writer.send(eventstream.HEARTBEAT)
+        self._writer.send(self._beat)
         return self._interval

@@ -20,13 +20,14 @@ class Route:
     """The way of a request: the provider that is asked first, and the model.
 
     *model* None stands for the provider's own. *renamed* says that `model` in a body is replaced,
-    *pinned* that no other provider may be asked.
+    *pinned* that no other provider may be asked, *messages* that only one that speaks Anthropic's Messages API may.
     """
 
     provider: Provider
     model: str | None
     renamed: bool
     pinned: bool
+    messages: bool = False
 
 
 # Not frozen, as above.

@@ -7,6 +7,9 @@
     "groq/llama-…", groq configured    groq, pinned; the rest is the model
     another model                      the active provider, with the model unchanged
 
+A request for Anthropic's Messages API goes only to providers that speak it (`messages`): the active one stands then
+for the first of the active provider and the fallbacks that does.
+
 A fault that came before the first event of an answer may be tried again at the same provider (`retry`:
 `max_retries` times, with `backoff_factor`, within the budget), or at another (`failover`:
 `llm.fallbacks` in their order, each with its own model; never for a pinned provider). Place and
@@ -99,23 +102,69 @@ class Router:
         """Whether the active provider can be asked."""
         return self.active.settings.usable
 
-    def route(self, model: str | None, provider: str | None = None) -> Route:
-        """Return where a request with this *model* and *provider* goes.
+    def route(
+        self, model: str | None, provider: str | None = None, *, messages: bool = False
+    ) -> Route:
+        """Return where a request with this *model* and *provider* goes; *messages*: for Anthropic's Messages API.
 
         Raises:
-            ModelNotFound: the request names a provider that is not configured, or not usable.
+            ModelNotFound: the request names a provider that is not configured, or not usable; or that does not
+                speak Messages, or none that may be asked does.
             NoProvider: the request names none, and the active provider is not usable.
         """
         if provider is not None:
             return Route(self._named(provider), model, renamed=True, pinned=True)
-        if model is None:
-            return Route(self._usable_active(), None, renamed=True, pinned=False)
+        route = None if model is None else self._by_name(model)
+        if route is None:
+            first = self._first_speaking() if messages else self._usable_active()
+            route = Route(first, model, renamed=model is None, pinned=False)
+        if messages and not route.provider.settings.messages:
+            raise ModelNotFound(
+                f"the provider {route.provider.name} does not speak Anthropic's Messages API: {self._speaking()}"
+            )
+        route.messages = messages
+        return route
+
+    def _by_name(self, model: str) -> Route | None:
+        """Return where a request for *model* goes, if that names a provider; otherwise None.
+
+        Raises:
+            ModelNotFound: that provider is not usable.
+        """
         if model in self._providers:
             return Route(self._named(model), None, renamed=True, pinned=True)
         prefix, slash, rest = model.partition("/")
         if slash and rest and prefix in self._providers:
             return Route(self._named(prefix), rest, renamed=True, pinned=True)
-        return Route(self._usable_active(), model, renamed=False, pinned=False)
+        return None
+
+    def _first_speaking(self) -> Provider:
+        """Return the first provider, of the active one and the fallbacks, that speaks Anthropic's Messages API.
+
+        Raises:
+            ModelNotFound: none does.
+            NoProvider: the active one does, and is not usable.
+        """
+        if self.active.settings.messages:
+            return self._usable_active()
+        others = self._usable_others(self.active, messages=True)
+        if not others:
+            raise ModelNotFound(
+                f"the active provider {self._active} does not speak Anthropic's Messages API, nor does a fallback: "
+                f"{self._speaking()}"
+            )
+        return others[0]
+
+    def _speaking(self) -> str:
+        """Return what to do where a provider does not speak Anthropic's Messages API."""
+        names = [
+            name
+            for name, provider in self._providers.items()
+            if provider.settings.messages and provider.settings.usable
+        ]
+        if not names:
+            return "no provider does, by its setting `messages`"
+        return f"the model may name one that does: {', '.join(names)}"
 
     def waiting(self, provider: str) -> int:
         """Return how many requests wait at *provider* for a place that others hold."""
@@ -153,7 +202,8 @@ class Router:
         route, provider_request = request.route, request.provider_request
         providers = [route.provider]
         if self._fallbacks and not route.pinned:
-            providers = _sick_last([route.provider, *self._usable_others(route.provider)])
+            others = self._usable_others(route.provider, messages=route.messages)
+            providers = _sick_last([route.provider, *others])
         faults: list[ProviderFault] = []
         while True:
             provider = providers.pop(0)
@@ -267,13 +317,15 @@ class Router:
         seconds = min(MAX_BACKOFF, factor * 2.0 ** min(number - 1, 30))
         return max(seconds * (0.5 + self._random_number() / 2), retry_after or 0.0)
 
-    def _usable_others(self, first: Provider) -> list[Provider]:
-        """Return the fallbacks that may be asked instead of *first*, in their order."""
+    def _usable_others(self, first: Provider, *, messages: bool = False) -> list[Provider]:
+        """Return the fallbacks that may be asked instead of *first*, in their order; *messages*: that speak Messages."""
         fallbacks = (self._providers[name] for name in self._fallbacks)
         return [
             provider
             for provider in fallbacks
-            if provider is not first and provider.settings.usable
+            if provider is not first
+            and provider.settings.usable
+            and (provider.settings.messages or not messages)
         ]
 
     def _named(self, name: str) -> Provider:

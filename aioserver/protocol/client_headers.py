@@ -66,51 +66,76 @@ _VALUE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
 class ClientHeaders:
     """Some headers of one client's request, or of its handshake.
 
-    Always: no line of them has a character that could end it. *trace_id* is "" without a trace.
+    Always: no line of them has a character that could end it. *trace_id* is "" without a trace. *api_lines* are
+    headers of the API that the request is for: they go on to each provider, unless its settings have one of the name.
     """
 
-    __slots__ = ("_lines", "trace_id")
+    __slots__ = ("_api_lines", "_lines", "trace_id")
 
-    def __init__(self, lines: Sequence[tuple[str, bytes]] = (), trace_id: str = "") -> None:
+    def __init__(
+        self,
+        lines: Sequence[tuple[str, bytes]] = (),
+        trace_id: str = "",
+        api_lines: Sequence[tuple[str, bytes]] = (),
+    ) -> None:
         self._lines = tuple(lines)
+        self._api_lines = tuple(api_lines)
         self.trace_id = trace_id
 
     def __bool__(self) -> bool:
-        return bool(self._lines)
+        return bool(self._lines or self._api_lines)
 
-    def written(self, names: Collection[str]) -> bytes:
-        """Return those headers whose name, in lower case, is in *names*, as lines of a request."""
-        return b"".join(
-            [
-                b"%b: %b\r\n" % (name.encode(), value)
-                for name, value in self._lines
-                if name in names
+    def written(self, names: Collection[str], configured: Collection[str] = ()) -> bytes:
+        """Return those headers whose name, in lower case, is in *names*, as lines of a request.
+
+        Those of the API are among them, unless they are in *configured*, or have gone by *names*.
+        """
+        lines = [line for line in self._lines if line[0] in names]
+        if self._api_lines:
+            lines += [
+                line
+                for line in self._api_lines
+                if line[0] not in names and line[0] not in configured
             ]
-        )
+        return b"".join([b"%b: %b\r\n" % (name.encode(), value) for name, value in lines])
 
 
 NO_HEADERS = ClientHeaders()
 
 
-def collect(headers: MultiMapping[str], names: Collection[str] = ()) -> ClientHeaders:
+def collect(
+    headers: MultiMapping[str], names: Collection[str] = (), api: str = ""
+) -> ClientHeaders:
     """Return the headers that go on: the trace, and those in *names*, which are in lower case.
 
-    A header of NEVER_PASSED does not go on, nor one that the client's `Connection` names.
+    The names of the headers of the API, if it has any, begin with *api*. A header of NEVER_PASSED does not go on,
+    nor one that the client's `Connection` names.
     """
-    if not names and TRACEPARENT not in headers:
+    if not names and not api and TRACEPARENT not in headers:
         return NO_HEADERS
     lines: list[tuple[str, bytes]] = []
-    if names:
+    api_lines: list[tuple[str, bytes]] = []
+    if names or api:
         own = NEVER_PASSED | TRACE_HEADERS | set(_connection_options(headers))
-        for name in sorted(names):
-            if name not in own:
-                lines += [
-                    (name, value)
-                    for text in headers.getall(name, ())
-                    if (value := _bytes(text)) is not None
-                ]
+        lines = _lines(headers, names, own)
+        if api:
+            found = {name.lower() for name in headers if name.lower().startswith(api)}
+            api_lines = _lines(headers, found, own)
     trace_id, trace = _trace(headers)
-    return ClientHeaders([*lines, *trace], trace_id)
+    return ClientHeaders([*lines, *trace], trace_id, api_lines)
+
+
+def _lines(
+    headers: MultiMapping[str], names: Collection[str], own: Collection[str]
+) -> list[tuple[str, bytes]]:
+    """Return the headers in *names* that have values which HTTP allows, but none in *own*."""
+    return [
+        (name, value)
+        for name in sorted(names)
+        if name not in own
+        for text in headers.getall(name, ())
+        if (value := _bytes(text)) is not None
+    ]
 
 
 def _trace(headers: MultiMapping[str]) -> tuple[str, list[tuple[str, bytes]]]:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # Bytes in which the name of a model is written.
 MAX_MODEL_BYTES = 4096
+# Bytes of `metadata` that are kept.
+MAX_METADATA_BYTES = 4096
 # Keys named `model` with one value, on all levels of a body.
 MAX_MODEL_KEYS = 10_000
 
@@ -36,6 +38,7 @@ class _Fields(msgspec.Struct, gc=False):
     user: str | None = None
     store: bool | None = None
     background: bool | None = None
+    metadata: Raw = ABSENT
 
 
 class _RawFields(msgspec.Struct, gc=False):
@@ -46,6 +49,7 @@ class _RawFields(msgspec.Struct, gc=False):
     user: Raw = ABSENT
     store: Raw = ABSENT
     background: Raw = ABSENT
+    metadata: Raw = ABSENT
 
 
 _DECODER = msgspec.json.Decoder(_Fields)
@@ -69,10 +73,20 @@ class ModelBody:
     """The body of one request, and the values of its top level that are read.
 
     *model* and *user* are None where the client set none; *streamed*, *stored* and *background* are
-    false then.
+    false then. *metadata* is JSON; it is empty where the client set none, or more than MAX_METADATA_BYTES.
     """
 
-    __slots__ = ("_place", "_value", "background", "data", "model", "stored", "streamed", "user")
+    __slots__ = (
+        "_place",
+        "_value",
+        "background",
+        "data",
+        "metadata",
+        "model",
+        "stored",
+        "streamed",
+        "user",
+    )
 
     def __init__(self, data: bytes) -> None:
         """Read *data*, which is UTF-8 without lone surrogates.
@@ -100,6 +114,7 @@ class ModelBody:
         self.user = fields.user
         self.stored = fields.store is True
         self.background = fields.background is True
+        self._take_metadata(fields.metadata)
         return model is None or 0 < len(model) <= MAX_SURE_CHARACTERS
 
     def _read_any(self) -> None:
@@ -117,7 +132,13 @@ class ModelBody:
         self.user = top_level.text(fields.user)
         self.stored = top_level.flag(fields.store) is True
         self.background = top_level.flag(fields.background) is True
+        self._take_metadata(fields.metadata)
         self._value = bytes(fields.model)
+
+    def _take_metadata(self, metadata: Raw) -> None:
+        """Keep *metadata*, if it is short: as a copy, since the body is let go before its request ends."""
+        short = metadata is not ABSENT and len(memoryview(metadata)) <= MAX_METADATA_BYTES
+        self.metadata = bytes(metadata) if short else b""
 
     def with_model(self, model: str) -> bytes:
         """Return the body with *model* in place of the client's.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
+from aioserver.protocol.anthropic import is_messages, with_total
 from aioserver.protocol.openai import BadEvent, ErrorEvent, bounded, usage_of
 from aioserver.provider_errors import ProviderBadResponse, ProviderFault
 from aioserver.providers.body_sink import BodySink
@@ -23,6 +24,7 @@ from aioserver.providers.error_mapping import (
     matches_type,
     visible_headers,
 )
+from aioserver.providers.message_sink import MessageSink
 from aioserver.providers.request import Answer
 from aioserver.providers.sinks import ChatSink, EventSink, complete
 from aioserver.streams import entries
@@ -195,6 +197,8 @@ class Attempt:
             assert stream is not None, "a streamed answer has a log"
             if request.reading is not None:
                 sink = ChatSink(stream, request.reading)
+            elif is_messages(request.path):
+                sink = MessageSink(stream)
             else:
                 sink = EventSink(stream, responses=request.path.endswith("responses"))
         else:
@@ -220,13 +224,16 @@ class Attempt:
             self.fault = stream.error if isinstance(stream.error, ProviderFault) else None
             return
         body, headers = sink.body, self.headers
-        check_status(self.provider.name, self.status, headers, body)
+        messages = is_messages(request.path)
+        check_status(self.provider.name, self.status, headers, body, messages=messages)
         if request.streamed:
             raise ProviderBadResponse("the provider's answer is not an event stream")
         content = check_json(headers, body)
         reading = request.reading
         if reading is None:
             usage = usage_of(content)
+            if usage and messages:
+                usage = with_total(usage)
             self.usage = usage and bounded(usage)
             self.answer = Answer(
                 self.status,

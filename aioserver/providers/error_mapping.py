@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import orjson
 
 from aioserver.errors import InvalidRequest
+from aioserver.protocol import anthropic, eventstream
 from aioserver.protocol.openai import BadEvent, ErrorEvent, error_codes, load_with_surrogates
 from aioserver.provider_errors import (
     ProviderAuthError,
@@ -27,7 +28,8 @@ from aioserver.provider_errors import (
     ProviderRateLimited,
     ProviderRefused,
 )
-from aioserver.providers.pace import MAX_COOLING, number
+from aioserver.providers.pace import MAX_COOLING
+from aioserver.providers.rate_headers import number
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -46,15 +48,36 @@ IDENTITY = frozenset({"", "identity"})
 KEY_CODES = KEY_STATUSES | {QUOTA, "invalid_api_key"}
 BUSY_CODES = BUSY_STATUSES | {"rate_limit_exceeded"}
 # Prefixes of the names of the headers that clients may see.
-VISIBLE_HEADERS = ("x-ratelimit-", "openai-processing-ms", "openai-version", "x-generation-id")
+VISIBLE_HEADERS = (
+    *("x-ratelimit-", "openai-processing-ms", "openai-version", "x-generation-id"),
+    *("anthropic-ratelimit-", "request-id"),
+)
+# Bytes of an error of Anthropic's API that a client gets as it is.
+MAX_PASSED_BYTES = 65_536
 
 
-def check_status(name: str, status: int, headers: Mapping[str, str], body: bytes) -> None:
+def check_status(
+    name: str, status: int, headers: Mapping[str, str], body: bytes, *, messages: bool = False
+) -> None:
     """Raise the fault that a *status* of the provider *name* means.
+
+    *messages* says that the answer is one of Anthropic's API, whose errors clients get as they are.
 
     Raises:
         ProviderFault: the status is none of 200 to 299; see the table above.
     """
+    if not messages:
+        _check_status(name, status, headers, body)
+        return
+    try:
+        _check_status(name, status, headers, body)
+    except (ProviderRateLimited, ProviderError, ProviderRefused) as fault:
+        if len(body) <= MAX_PASSED_BYTES and matches_type(headers, "application/json"):
+            fault.provider_answer = (status, body) if _parses(body) else None
+        raise
+
+
+def _check_status(name: str, status: int, headers: Mapping[str, str], body: bytes) -> None:
     if 200 <= status < 300:
         return
     if status < 400:
@@ -112,6 +135,19 @@ def error_object_fault(error: object) -> ProviderFault:
         "code": status,
     }
     return ProviderRefused(message, status, orjson.dumps({"error": public_error}))
+
+
+def message_error_fault(name: str, event: bytes) -> ProviderFault:
+    """Return the fault of the provider *name* that *event* reports, an `error` of Anthropic's API."""
+    error = anthropic.content_of(event).get("error")
+    kind = error.get("type") if isinstance(error, dict) else None
+    status = anthropic.STATUSES.get(kind, 500) if isinstance(kind, str) else 500
+    data = eventstream.parse(event)[0].data
+    try:
+        check_status(name, status, {"content-type": "application/json"}, data, messages=True)
+    except ProviderFault as fault:
+        return fault
+    raise AssertionError("each status of an error is a fault")
 
 
 def visible_headers(headers: Mapping[str, str]) -> dict[str, str]:

@@ -14,6 +14,7 @@ import httptools
 from yarl import URL
 
 from aioserver import __version__
+from aioserver.protocol.anthropic import VERSION, VERSION_HEADER, is_messages
 from aioserver.protocol.client_headers import NO_HEADERS, TRACE_HEADERS
 from aioserver.provider_errors import ProviderBadResponse
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 # Headers that frame a body; a configured header of one of these names is never sent.
 FRAMING_HEADERS = frozenset({"connection", "content-length", "transfer-encoding"})
+ANTHROPIC = "anthropic.com"
+_VERSION_LINE = f"{VERSION_HEADER}: ".encode()
 # Bytes of an answer's head, with the interim answers before it.
 MAX_HEAD_BYTES = 65_536
 
@@ -63,23 +66,28 @@ class RequestWriter:
     def apply(self, settings: settings.Provider) -> None:
         """Pass on the headers of clients that *settings* name; the other headers stay as they are."""
         configured = {name.lower() for name in self._settings.headers}
+        self._configured = configured
+        self._versioned = VERSION_HEADER in configured
         self._passed = TRACE_HEADERS.union(settings.pass_headers) - configured
 
     def write(self, path: str, body: bytes, client_headers: ClientHeaders = NO_HEADERS) -> bytes:
-        """Return the bytes of a POST of *body* (JSON) to *path*, below the base URL."""
+        """Return the bytes of a POST of *body* (JSON) to *path*, below the base URL; it may have a query."""
         head = self._heads.get(path)
         if head is None:
             head = self._heads[path] = self._head(path)
         passed = self._user_agent
         if client_headers:
-            passed = client_headers.written(self._passed)
+            passed = client_headers.written(self._passed, self._configured)
             if b"user-agent: " not in passed:
                 passed += self._user_agent
+        if is_messages(path) and _VERSION_LINE not in passed and not self._versioned:
+            passed += b"%b%b\r\n" % (_VERSION_LINE, VERSION.encode())
         return b"%b%d\r\n%b\r\n%b" % (head, len(body), passed, body)
 
     def _head(self, path: str) -> bytes:
         """Return the head of every request for *path*, up to the number after Content-Length."""
-        url = self._base.with_path(f"{self._base.path.rstrip('/')}/{path}")
+        path, _, query = path.partition("?")
+        url = self._base.with_path(f"{self._base.path.rstrip('/')}/{path}").with_query(query)
         headers = {
             "Host": url.authority.rpartition("@")[2],
             "Accept": "application/json, text/event-stream",
@@ -87,7 +95,7 @@ class RequestWriter:
             "Content-Type": "application/json",
         }
         if self._settings.api_key is not None:
-            headers["Authorization"] = f"Bearer {self._settings.api_key.reveal()}"
+            headers |= self._key_headers(path, self._settings.api_key.reveal())
         configured = {**self._settings.headers, **self._proxy_headers}
         replaced = {name.lower() for name in configured}
         headers = {name: value for name, value in headers.items() if name.lower() not in replaced}
@@ -102,6 +110,18 @@ class RequestWriter:
             *(f"{name}: {value}" for name, value in headers.items()),
         ]
         return "\r\n".join([*lines, "Content-Length: "]).encode("latin-1")
+
+    def _key_headers(self, path: str, key: str) -> dict[str, str]:
+        """Return the headers that present *key* in a request for *path*.
+
+        Anthropic takes it for Messages as `x-api-key` alone, and engines that speak Messages as one or the other.
+        """
+        bearer = {"Authorization": f"Bearer {key}"}
+        if not is_messages(path):
+            return bearer
+        host = self._base.host or ""
+        anthropic = host == ANTHROPIC or host.endswith(f".{ANTHROPIC}")
+        return {"x-api-key": key} if anthropic else {**bearer, "x-api-key": key}
 
 
 class Sink(Protocol):

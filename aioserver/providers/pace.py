@@ -15,12 +15,11 @@ at its end. While more tokens are counted than the rate allows, nothing starts.
 from __future__ import annotations
 
 import random
-import re
 import time
-from math import inf
 from typing import TYPE_CHECKING
 
 from aioserver.limits.gcra import Gcra
+from aioserver.providers.rate_headers import limits_left
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -31,12 +30,8 @@ MAX_COOLING = 120.0
 MAX_RESET = 86_400.0
 # Seconds' worth of tokens that may be used at once: a sixth of the minute.
 TOKEN_BURST = 10.0
-LEFT = ("x-ratelimit-remaining-requests", "x-ratelimit-remaining-tokens")
 # The share that is added at random to a wait, which several instances learn of at the same time.
 JITTER = 0.1
-_DURATION = re.compile(
-    r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m(?!s))?(?:(\d+(?:\.\d+)?)s)?(?:(\d+(?:\.\d+)?)ms)?"
-)
 
 
 class Pace:
@@ -128,23 +123,17 @@ class Pace:
         )
 
     def learn(self, headers: Mapping[str, str]) -> bool:
-        """Lower the pace to what the provider's `x-ratelimit-*` headers leave until their reset.
+        """Lower the pace to what the provider says in *headers* that is left of its limits.
 
         Returns whether nothing is left, so that no request starts before the reset.
         """
-        if LEFT[0] not in headers and LEFT[1] not in headers:
-            return False
         exhausted = False
-        for kind in ("requests", "tokens"):
-            left = number(headers.get(f"x-ratelimit-remaining-{kind}", ""))
-            reset = duration(headers.get(f"x-ratelimit-reset-{kind}", ""))
-            if left is None or left == inf or reset is None or reset <= 0:
-                continue
+        for requests, left, seconds in limits_left(headers):
             if left < 1:
-                self._close(reset)
+                self._close(seconds)
                 exhausted = True
-            elif kind == "requests" and reset <= MAX_RESET:
-                self._spread(min(reset / left, MAX_COOLING), reset)
+            elif requests and seconds <= MAX_RESET:
+                self._spread(min(seconds / left, MAX_COOLING), seconds)
         return exhausted
 
     def forget(self) -> None:
@@ -180,31 +169,3 @@ def _tolerance(per_minute: int, burst: int) -> float:
 
 def _token_rate(per_minute: int, clock: Callable[[], float]) -> Gcra | None:
     return Gcra(60.0 / per_minute, TOKEN_BURST, clock) if per_minute else None
-
-
-def duration(text: str) -> float | None:
-    """Parse a duration as OpenAI and Groq write it ("1m30.5s", "17ms"), or a number of seconds.
-
-    Returns seconds, or None if *text* is no duration.
-    """
-    text = text.strip()
-    match = _DURATION.fullmatch(text)
-    if text and match is not None:
-        hours, minutes, whole, milliseconds = (float(part or 0) for part in match.groups())
-        seconds = hours * 3600 + minutes * 60 + whole + milliseconds / 1000
-    else:
-        return number(text)
-    return seconds
-
-
-def number(text: str) -> float | None:
-    """Parse a number >= 0; None for anything else, such as -1, by which some mean "no limit".
-
-    More digits than a float can hold are infinite; the words "inf" and "nan", which Python reads, too, are no
-    numbers.
-    """
-    try:
-        value = float(text)
-    except ValueError:
-        return None
-    return value if value >= 0 and "n" not in text.lower() else None

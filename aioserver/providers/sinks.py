@@ -2,7 +2,7 @@
 
 `EventSink` keeps the provider's bytes (text/event-stream, WHATWG HTML 9.2), whole events at a time,
 for the OpenAI face. `ChatSink` reads each event and appends `chunk` objects, for the faces that show
-frames. Bodies that are not streamed go elsewhere (body_sink.py). How an answer may end:
+frames. Anthropic's events (message_sink.py) and bodies that are not streamed (body_sink.py) go elsewhere. How an answer may end:
 
     [DONE], or response.completed / incomplete / failed      well
     the body ends after a finish_reason                      well; a [DONE] is added
@@ -91,7 +91,7 @@ class EventSink:
         Raises:
             ProviderFault: the first event is an error object, or a later event is one about our key. Any
                 other error object ends the log.
-            ProviderBadResponse: an event is too long, or is not JSON, as far as `_plausible` can tell.
+            ProviderBadResponse: an event is too long, or is not JSON, as far as `plausible` can tell.
         """
         self._begun = True
         try:
@@ -118,9 +118,9 @@ class EventSink:
                 self._stream.details.usage = _usage_in(block) or self._stream.details.usage
         if find(_ERROR) >= 0:
             block, error_event = self._before_error(block)
-        broken = not _plausible(block)
+        broken = not plausible(block)
         if broken:
-            block = self._before_broken(block)
+            block = before_broken(block)
         self._append(block, more=ended or broken or error_event is not None)
         if broken:
             raise ProviderBadResponse("the provider sent an event that is not JSON")
@@ -211,13 +211,6 @@ class EventSink:
             if (content := _reporting(event, responses=self._responses)) is not None:
                 return b"".join(events[:number]), (event, content)
         return block, None
-
-    @staticmethod
-    def _before_broken(block: bytes) -> bytes:
-        """Return the events before the first that is not plausible."""
-        events = eventstream.split(block)
-        good = next(number for number, event in enumerate(events) if not _plausible(event))
-        return b"".join(events[:good])
 
     def _complete(self, done: bytes) -> None:
         stream = self._stream
@@ -328,7 +321,7 @@ def complete(stream: Stream, reading: Reading) -> None:
     )
 
 
-def _plausible(block: bytes) -> bool:
+def plausible(block: bytes) -> bool:
     """Return whether the events of a block may be JSON objects: `{…}`, in UTF-8.
 
     The bytes between the braces are not parsed. This finds truncated events and half characters, the
@@ -348,6 +341,13 @@ def _plausible(block: bytes) -> bool:
         if data and data != b"[DONE]" and not whole:
             return False
     return True
+
+
+def before_broken(block: bytes) -> bytes:
+    """Return the events of *block* before the first that is not plausible."""
+    events = eventstream.split(block)
+    good = next(number for number, event in enumerate(events) if not plausible(event))
+    return b"".join(events[:good])
 
 
 def _early_end(begun: bool) -> ProviderFault:

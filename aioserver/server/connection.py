@@ -92,7 +92,7 @@ class Connection(RequestHandler):
         else:
             error = InvalidRequest("this is no valid HTTP request")
         self.metrics.count_error(error)
-        response = error_response(error)
+        response = error_response(error, request if status >= 500 else None)
         response.headers["Server"] = SERVER
         response.headers["x-request-id"] = request_id(request)
         response.headers["Connection"] = "close"

@@ -56,7 +56,7 @@ refusals_logger = logging.getLogger("aioserver.refusals")
 # The headers that a page of another origin may read, beside those of the provider.
 EXPOSED = (
     *("x-request-id", "x-aioserver-provider", "x-aioserver-attempts", "location"),
-    *("retry-after", "retry-after-ms", "x-should-retry"),
+    *("retry-after", "retry-after-ms", "x-should-retry", "request-id"),
 )
 # Log lines about refused requests, for each reason: guessing keys must not flood the log.
 REFUSALS_PER_SECOND = 5
@@ -112,12 +112,12 @@ def make_middleware(
                 metrics.count_error(error)
             if isinstance(error, Denied):
                 log_refusal(request, error)
-            response = error_response(error)
+            response = error_response(error, request)
             forget_frames(error)
         except web.HTTPException as exc:
             fault = _translated(exc, request)
             metrics.count_error(fault)
-            response = error_response(fault)
+            response = error_response(fault, request)
             if isinstance(exc, web.HTTPMethodNotAllowed) and fault.status == exc.status:
                 response.headers["Allow"] = ", ".join(sorted(exc.allowed_methods))
         except (ConnectionError, asyncio.CancelledError):
@@ -129,7 +129,7 @@ def make_middleware(
                 "bug in a handler", extra={"fields": {"request_id": request_id(request)}}
             )
             metrics.bugs.value += 1
-            response = error_response(InternalError("internal error"))
+            response = error_response(InternalError("internal error"), request)
         started = _forget_response(request)
         if started is not None and started is not response:
             if request.transport is not None:
@@ -191,7 +191,8 @@ def make_middleware(
             headers.update(origins.cors(request.headers))
             # By name: with credentials, CORS takes "*" for a header of that name.
             passed = (name.lower() for name in headers if name.lower().startswith(VISIBLE_HEADERS))
-            headers["Access-Control-Expose-Headers"] = ", ".join((*EXPOSED, *passed))
+            names = dict.fromkeys((*EXPOSED, *passed))
+            headers["Access-Control-Expose-Headers"] = ", ".join(names)
 
     return middleware, add_headers
 

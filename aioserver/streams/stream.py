@@ -226,7 +226,7 @@ class Stream:
         """Count what is kept beside the entries: to be called when it has changed."""
         size = STREAM_OVERHEAD + 3 * len(self.head) + self.details.size
         if self.error is not None:
-            size += len(self.error.body())
+            size += self.error.size
         grown, self.extra_bytes = size - self.extra_bytes, size
         if grown and self._store is not None:
             self._store.count_bytes(self, grown)

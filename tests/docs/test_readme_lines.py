@@ -35,6 +35,7 @@ CASES = {
     "aioserver top": ("http://localhost:{port}", "demo"),
     "/sse/chat": ("", "event: complete"),
     "/v1/chat/completions": ("", "data: [DONE]"),
+    "/v1/messages": ("", "event: message_stop"),
 }
 
 
@@ -104,6 +105,15 @@ def test_line_works_as_pasted(clone: Path, port: int, line: str) -> None:
 
 @pytest.mark.parametrize("code", [text for kind, text in BLOCKS if kind == "python"])
 def test_python_works_as_pasted(clone: Path, port: int, code: str) -> None:
+    output = pasted([sys.executable, "-c", code.replace(":8000", f":{port}")], clone)
+
+    assert "model" in output
+
+
+def test_the_example_with_anthropics_sdk_works_as_pasted(clone: Path, port: int) -> None:
+    page = (ROOT / "docs/faces.md").read_text()
+    (code,) = re.findall(r"^```python\n(from anthropic .*?)^```$", page, re.MULTILINE | re.DOTALL)
+
     output = pasted([sys.executable, "-c", code.replace(":8000", f":{port}")], clone)
 
     assert "model" in output

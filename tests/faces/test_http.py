@@ -558,7 +558,7 @@ async def test_a_bug_in_a_handler_is_500_without_details(
     async def broken(*_args: object) -> None:
         raise RuntimeError("S3CR3T")
 
-    monkeypatch.setattr(openai, "read_body", broken)
+    monkeypatch.setattr(openai, "read_model_body", broken)
     server = await make_server()
     async with Raw(server) as raw:
         await raw.post("/v1/chat/completions", CHAT)

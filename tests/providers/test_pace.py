@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aioserver.providers.pace import JITTER, MAX_COOLING, Pace, duration
+from aioserver.providers.pace import JITTER, MAX_COOLING, Pace
+from aioserver.providers.rate_headers import duration
 from tests.support.clock import FakeClock
 
 NINES = "9" * 5000
@@ -292,3 +293,75 @@ def test_a_rest_that_another_instance_was_asked_for_is_kept_and_not_told_again()
 
     assert 7.0 <= rested <= 7.0 * (1 + JITTER)
     assert told == [9.0, MAX_COOLING]
+
+
+def bucket(
+    kind: str, left: object, limit: object, reset: str = "2026-01-01T00:01:00Z"
+) -> dict[str, str]:
+    """What Anthropic says a minute before a bucket is full."""
+    name = f"anthropic-ratelimit-{kind}"
+    now = {"date": "Thu, 01 Jan 2026 00:00:00 GMT"}
+    return {
+        f"{name}-remaining": str(left),
+        f"{name}-limit": str(limit),
+        f"{name}-reset": reset,
+    } | now
+
+
+def test_a_bucket_that_fills_lowers_the_pace_to_what_comes_in() -> None:
+    clock = FakeClock()
+    pace = Pace(6000, 1, clock)
+
+    assert not pace.learn(bucket("requests", 10, 60))
+
+    times = started(pace, clock, [0.0] * 4)
+    assert [round(at - times[0], 3) for at in times] == [0, 1, 2, 3]
+
+
+def test_an_empty_bucket_stops_the_starts_until_there_is_something_in_it() -> None:
+    for kind, seconds in (
+        ("requests", 1.0),
+        ("tokens", 6.0),
+        ("input-tokens", 6.0),
+        ("output-tokens", 6.0),
+    ):
+        clock = FakeClock()
+        pace = Pace(6000, 1, clock)
+        other = bucket("requests", 60, 60) if kind not in {"requests", "tokens"} else {}
+
+        assert pace.learn({**other, **bucket(kind, 0, 60)})
+        assert pace.delay() == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(
+    ("left", "limit", "reset"),
+    [
+        ("x", 60, "2026-01-01T00:01:00Z"),
+        (-1, 60, "2026-01-01T00:01:00Z"),
+        (NINES, 60, "2026-01-01T00:01:00Z"),
+        (5, 60, "soon"),
+        (5, 60, "2026-01-01T00:01:00"),
+        (5, 60, "9999-99-99T00:01:00Z"),
+        (5, 60, "2025-01-01T00:01:00Z"),
+        (5, 60, ""),
+    ],
+)
+def test_nonsense_about_a_bucket_changes_nothing(left: object, limit: object, reset: str) -> None:
+    clock = FakeClock()
+    pace = Pace(6000, 1, clock)
+
+    assert not pace.learn(bucket("requests", left, limit, reset))
+
+    times = started(pace, clock, [0.0] * 3)
+    assert times[-1] - times[0] == pytest.approx(0.02)
+
+
+@pytest.mark.parametrize("limit", ["", "x", "0", NINES, "4"])
+def test_without_a_plausible_limit_what_is_left_is_spread_until_the_reset(limit: str) -> None:
+    clock = FakeClock()
+    pace = Pace(6000, 1, clock)
+
+    pace.learn(bucket("requests", 6, limit))
+
+    times = started(pace, clock, [0.0] * 3)
+    assert times[-1] - times[0] == pytest.approx(20.0)

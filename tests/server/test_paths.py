@@ -29,7 +29,7 @@ async def message_of(server: RunningServer, method: str, path: str) -> tuple[int
     "path",
     [
         *("/v1", "/v1/", "/v1/audio/speech", "/v1/files", "/v1/images/generations", "/v1/batches"),
-        *("/v1/chat", "/v1/chat/completions/x", "/v1/responses/", "/v1/messages", "/v1/%2e%2e"),
+        *("/v1/chat", "/v1/chat/completions/x", "/v1/responses/", "/v1/messages/", "/v1/%2e%2e"),
     ],
 )
 async def test_an_unknown_path_below_v1_is_404_by_every_method(

@@ -112,6 +112,36 @@ async def over_openai(
     return seen
 
 
+async def over_anthropic(server: RunningServer, model: str, *, stream: bool = True) -> Seen:
+    messages = [{"role": "user", "content": "Hello"}]
+    body = {"model": model, "max_tokens": 4096, "messages": messages, "stream": stream}
+    async with server.session.post(f"{server.v1}/messages", json=body) as response:
+        raw = await response.read()
+        given = {name.lower(): value for name, value in response.headers.items()}
+        seen = Seen(status=response.status, headers=given, raw=raw)
+    assert seen.headers["request-id"]
+    if response.status != 200:
+        answer = json.loads(raw)
+        assert answer["type"] == "error"
+        seen.end, seen.error = "error", answer["error"]
+        return seen
+    if not stream:
+        seen.end, seen.text = "complete", json.loads(raw)["content"][0]["text"]
+        return seen
+    for event in eventstream.parse(raw):
+        assert not seen.end, "nothing comes behind the end"
+        answer = json.loads(event.data)
+        assert event.event.decode() == answer["type"]
+        if answer["type"] == "error":
+            seen.end, seen.error = "error", answer["error"]
+        elif answer["type"] == "message_stop":
+            seen.end = "complete"
+        elif answer["type"] == "content_block_delta":
+            seen.text += answer["delta"]["text"]
+    assert seen.end, "never a silent end"
+    return seen
+
+
 async def expected_text(server: RunningServer) -> str:
     seen = await over_openai(server, "plain")
     assert len(seen.text) > 20

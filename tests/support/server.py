@@ -82,7 +82,14 @@ BASE: dict[str, Any] = {
     },
     "llm": {
         "active": "sim",
-        "providers": {"sim": {"base_url": "", "model": "sim-model", "http_client": HTTP_CLIENT}},
+        "providers": {
+            "sim": {
+                "base_url": "",
+                "model": "sim-model",
+                "messages": True,
+                "http_client": HTTP_CLIENT,
+            }
+        },
     },
     "auth": {"allowed_hosts": ["x"]},  # what raw sockets say: `Host: x`
     "logging": {"level": "WARNING", "format": "console"},

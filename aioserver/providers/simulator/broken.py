@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from aioserver.providers.simulator.model import error
-from aioserver.providers.simulator.shapes import event
+from aioserver.providers.simulator.shapes import COMMENT, event
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -15,7 +14,6 @@ if TYPE_CHECKING:
 
     from aioserver.providers.simulator.exchange import Exchange, Fault
 
-_COMMENT = b": OPENROUTER PROCESSING\n\n"
 # Seconds: no provider sends comments as fast as they are read.
 _MIN_COMMENT_INTERVAL = 0.005
 # Bytes of a long line.
@@ -62,26 +60,28 @@ async def _end(exchange: Exchange, n: int) -> web.StreamResponse:
 
 async def _error_event(exchange: Exchange, n: int) -> web.StreamResponse:
     await exchange.play(n)
-    body = error(500, "The server had an error processing your request.")
-    await exchange.write(b"data: %b\n\n" % body)
+    message = "The server had an error processing your request."
+    await exchange.write(exchange.answer.error_event(500, message))
     return await exchange.end()
 
 
 async def _error_chunk(exchange: Exchange, n: int) -> web.StreamResponse:
     await exchange.play(n)
-    await exchange.write(_openrouter_error(502))
+    await exchange.write(_chunk_error(exchange, 502))
     return await exchange.end()
 
 
 async def _error_first(exchange: Exchange, n: int) -> web.StreamResponse:
     await exchange.head()
-    await exchange.write(_COMMENT)
-    await exchange.write(_openrouter_error(n))
+    await exchange.write(exchange.answer.idle)
+    await exchange.write(_chunk_error(exchange, n))
     return await exchange.end()
 
 
-def _openrouter_error(code: int) -> bytes:
-    """Encode an error as OpenRouter does: in a chunk, with a number for its code."""
+def _chunk_error(exchange: Exchange, code: int) -> bytes:
+    """Encode an error as OpenRouter does: in a chunk, with a number for its code. Messages have events for errors."""
+    if exchange.answer.idle != COMMENT:
+        return exchange.answer.error_event(code, "Provider disconnected unexpectedly")
     choice = {"index": 0, "delta": {"content": ""}, "finish_reason": "error"}
     fault = {"code": code, "message": "Provider disconnected unexpectedly"}
     chunk = {"id": "gen-1", "object": "chat.completion.chunk", "created": 1, "model": "m"}
@@ -124,11 +124,11 @@ async def _comments_endless(exchange: Exchange, _n: int) -> web.StreamResponse:
 
 
 async def comments(exchange: Exchange, n: int) -> None:
-    """Write *n* comments, one each `interval`, as providers do to keep a connection alive."""
+    """Write *n* comments, or pings, one each `interval`, as providers do to keep a connection alive."""
     if not exchange.response.prepared:
         await exchange.head()
     for _ in range(n):
-        await exchange.write(_COMMENT)
+        await exchange.write(exchange.answer.idle)
         await asyncio.sleep(max(exchange.interval, _MIN_COMMENT_INTERVAL))
 
 

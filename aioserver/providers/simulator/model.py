@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
+from aioserver.protocol.anthropic import COUNT_TOKENS, MESSAGES, is_messages
+
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 CHAT, COMPLETIONS, RESPONSES, EMBEDDINGS = (
     "chat/completions",
@@ -145,6 +147,13 @@ def read(endpoint: str, raw: bytes) -> ParsedRequest:
     ]
     last_text = user_texts[-1] if user_texts else ""
     options = body.get("stream_options")
+    if is_messages(endpoint):
+        # Claude Code puts parts of its own in front of what the person has written.
+        last_text = _last_part(messages)
+        texts.append(_text(body.get("system")))
+        if endpoint == MESSAGES and body.get("max_tokens") is None:
+            raise BadRequest("max_tokens: Field required", param="max_tokens")
+    calling = "call a tool" in last_text.lower() or _forced(body)
     return ParsedRequest(
         endpoint=endpoint,
         model=model,
@@ -152,15 +161,16 @@ def read(endpoint: str, raw: bytes) -> ParsedRequest:
         turn=len(user_texts),
         prompt_tokens=sum(math.ceil(len(text) / 4) for text in texts),
         max_tokens=_max_tokens(body),
-        stream=stream and endpoint != EMBEDDINGS,
+        stream=stream and endpoint not in {EMBEDDINGS, COUNT_TOKENS},
         include_usage=isinstance(options, dict) and bool(options.get("include_usage")),
-        tool=_tool(body) if "call a tool" in last_text.lower() else None,
+        tool=_tool(body) if calling else None,
         body=body,
     )
 
 
 def _messages(endpoint: str, body: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the input of any endpoint as messages of the chat endpoint."""
+    endpoint = CHAT if is_messages(endpoint) else endpoint
     name = {CHAT: "messages", COMPLETIONS: "prompt"}.get(endpoint, "input")
     messages = body.get(name)
     if messages is None or messages == []:
@@ -190,6 +200,21 @@ def _text(content: Any) -> str:
     return " ".join(text for text in texts if isinstance(text, str))
 
 
+def _last_part(messages: Sequence[Mapping[str, Any]]) -> str:
+    """Return the last part that is text of the user's last message."""
+    users = [message.get("content") for message in messages if message["role"] == "user"]
+    content = users[-1] if users else ""
+    if not isinstance(content, list):
+        return _text(content)
+    return next((text for part in reversed(content) if (text := _text([part]))), "")
+
+
+def _forced(body: Mapping[str, Any]) -> bool:
+    """Return whether *body* demands the call of a tool, as Messages writes that."""
+    choice = body.get("tool_choice")
+    return isinstance(choice, dict) and choice.get("type") in {"any", "tool"}
+
+
 def _max_tokens(body: Mapping[str, Any]) -> int | None:
     for name in ("max_completion_tokens", "max_output_tokens", "max_tokens"):
         limit = body.get(name)
@@ -202,8 +227,14 @@ def _max_tokens(body: Mapping[str, Any]) -> int | None:
 
 
 def _tool(body: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Return the first function in `tools`; Responses has it flat, Chat below `function`."""
-    tools = body.get("tools")
+    """Return the function in `tools` that `tool_choice` names, else the first.
+
+    Responses and Messages have it flat, Chat below `function`.
+    """
+    tools, choice = body.get("tools"), body.get("tool_choice")
+    name = choice.get("name") if isinstance(choice, dict) else None
+    named = [tool for tool in tools or () if isinstance(tool, dict) and tool.get("name") == name]
+    tools = named if name is not None and named else tools
     for tool in tools if isinstance(tools, list) else ():
         function = tool.get("function", tool) if isinstance(tool, dict) else None
         if isinstance(function, dict) and isinstance(function.get("name"), str):
@@ -240,7 +271,7 @@ def _samples(text: str, seed: int) -> tuple[str, ...]:
 
 def arguments(tool: Mapping[str, Any], text: str) -> str:
     """Invent arguments for a call of *tool*, of the types in its schema; returns JSON."""
-    schema = tool.get("parameters")
+    schema = tool.get("parameters") or tool.get("input_schema")
     properties = schema.get("properties") if isinstance(schema, dict) else None
     samples = {"integer": 1, "number": 1.5, "boolean": True, "array": [], "object": {}}
     values: dict[str, Any] = {}

@@ -1,8 +1,8 @@
 """The simulated OpenAI-compatible provider: its listening socket, its routes, its counters.
 
 It speaks HTTP/1.1 over real sockets. Below `/v1` it has POST `chat/completions`, `completions`,
-`responses` (each streamed or not) and `embeddings`, and GET `models` and `models/{id}`. It answers
-for any model, but a model whose name begins with `fault-` fails in the way that the
+`responses`, `messages` (each streamed or not), `embeddings` and `messages/count_tokens`, and GET `models` and
+`models/{id}`. It answers for any model, but a model whose name begins with `fault-` fails in the way that the
 name says; `faults` opens with the table of these names.
 
     async with Simulator(Behaviour(ttft=0, interval=0)) as simulator:
@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any, Self
 import orjson
 from aiohttp import web
 
-from aioserver.providers.simulator import faults, model, shapes
+from aioserver.protocol.anthropic import COUNT_TOKENS, MESSAGES, is_messages
+from aioserver.providers.simulator import faults, messages, model, shapes
 from aioserver.providers.simulator.broken import cut, stall
 from aioserver.providers.simulator.exchange import Behaviour, Exchange, RawResponse, reset
 from aioserver.providers.simulator.model import BadRequest
@@ -42,6 +43,8 @@ _ENDPOINTS = {
         model.COMPLETIONS,
         model.RESPONSES,
         model.EMBEDDINGS,
+        MESSAGES,
+        COUNT_TOKENS,
     )
 }
 _MODELS = "/v1/models"
@@ -85,6 +88,7 @@ class ReceivedRequest:
     path: str
     headers: dict[str, str]
     body: bytes
+    query: str = ""
 
 
 class _Server(web.Server):
@@ -287,12 +291,20 @@ class Simulator:
             self._count("active", -1)
 
     async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
+        response = await self._openai_answer(request)
+        if is_messages(_ENDPOINTS[request.path]):
+            return messages.translated(response)
+        return response
+
+    async def _openai_answer(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Answer *request*; a refusal has OpenAI's form on all endpoints."""
         behaviour = self.behaviour
         if behaviour.ignore_body:
             await asyncio.get_running_loop().create_future()
         raw = await request.content.read()
         headers = {name.lower(): value for name, value in request.headers.items()}
-        self.requests.append(ReceivedRequest(request.path, headers, raw))
+        received = ReceivedRequest(request.path, headers, raw, request.query_string)
+        self.requests.append(received)
         try:
             parsed = model.read(_ENDPOINTS[request.path], raw)
             self.bodies.append(parsed.body)
@@ -303,7 +315,8 @@ class Simulator:
                 return refusal(behaviour.fail_status)
             play = faults.find(faults.PREFIX + behaviour.fault if failing else parsed.model)
             ident = f"{self._random.getrandbits(96):024x}"
-            answer = shapes.answer(parsed, ident, behaviour.tokens)
+            shape = messages.answer if is_messages(parsed.endpoint) else shapes.answer
+            answer = shape(parsed, ident, behaviour.tokens)
         except BadRequest as error:
             return as_json(error.status, error.body)
         exchange = Exchange(

@@ -24,6 +24,7 @@ from aioserver.providers.simulator.model import (
     RESPONSES,
     BadRequest,
     arguments,
+    error,
     speech,
     tokens,
 )
@@ -34,19 +35,25 @@ if TYPE_CHECKING:
     from aioserver.providers.simulator.model import ParsedRequest
 
 DONE = b"data: [DONE]\n\n"
+COMMENT = b": OPENROUTER PROCESSING\n\n"
 MODELS = ("simulated", "simulated-embedding")
 
 # Dimensions of an embedding, unless the request names a number.
 _DIMENSIONS = 8
 # A body without tokens is cut into so many pieces, for faults that count tokens.
-_SLICES = 4
+SLICES = 4
+
+
+def _error_event(status: int, message: str) -> bytes:
+    return b"data: %b\n\n" % error(status, message)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
     """The pieces to write, in order: opening, `piece(0)` to `piece(count - 1)`, closing, end.
 
-    In a stream a piece is the event of one token; else it is one slice of the JSON in *whole*.
+    In a stream a piece is the event of one token; else it is one slice of the JSON in *whole*. *idle* is what keeps a
+    connection alive, and *error_event* makes the event of an error with a status and a message.
     """
 
     streamed: bool
@@ -56,6 +63,8 @@ class Answer:
     closing: Sequence[bytes]
     end: bytes
     whole: bytes
+    idle: bytes = COMMENT
+    error_event: Callable[[int, str], bytes] = _error_event
 
     def everything(self) -> list[bytes]:
         """Return all pieces in order."""
@@ -77,7 +86,14 @@ def answer(request: ParsedRequest, ident: str, count: int = 0) -> Answer:
         BadRequest: the dimensions of an embedding are not an integer from 1 to 4096.
     """
     if request.endpoint == EMBEDDINGS:
-        return _in_one_piece(_embeddings(request), _SLICES)
+        return in_one_piece(_embeddings(request), SLICES)
+    words, cut = words_of(request, count)
+    shape = {CHAT: _chat, COMPLETIONS: _completion, RESPONSES: _response}[request.endpoint]
+    return shape(request, ident, words, cut=cut)
+
+
+def words_of(request: ParsedRequest, count: int = 0) -> tuple[list[str], bool]:
+    """Return the tokens of the answer to *request*, and whether its `max_tokens` have cut it; *count*: as `answer`."""
     if request.tool:
         words = tokens(arguments(request.tool, request.text))
     else:
@@ -86,12 +102,11 @@ def answer(request: ParsedRequest, ident: str, count: int = 0) -> Answer:
         repetition = ["\n\n" + words[0], *words[1:]]
         words = (words + repetition * (count // len(words)))[:count]
     cut = request.max_tokens is not None and request.max_tokens < len(words)
-    words = words[: request.max_tokens] if cut else words
-    shape = {CHAT: _chat, COMPLETIONS: _completion, RESPONSES: _response}[request.endpoint]
-    return shape(request, ident, words, cut=cut)
+    return (words[: request.max_tokens] if cut else words), cut
 
 
-def _in_one_piece(whole: Mapping[str, Any], count: int) -> Answer:
+def in_one_piece(whole: Mapping[str, Any], count: int) -> Answer:
+    """Make an answer of *whole*, as JSON in *count* slices."""
     body = orjson.dumps(whole)
     size = math.ceil(len(body) / count)
     return Answer(
@@ -115,7 +130,7 @@ def _usage(request: ParsedRequest, count: int) -> dict[str, Any]:
     }
 
 
-def _streamed(
+def streamed(
     opening: Sequence[bytes],
     words: Sequence[str],
     template: bytes,
@@ -168,7 +183,7 @@ def _chat(request: ParsedRequest, ident: str, words: Sequence[str], *, cut: bool
             function = {"name": name, "arguments": text}
             message |= {"content": None, "tool_calls": [{**call, "function": function}]}
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish}
-        return _in_one_piece({**base, "choices": [choice], "usage": usage}, len(words))
+        return in_one_piece({**base, "choices": [choice], "usage": usage}, len(words))
 
     base["object"] = "chat.completion.chunk"
     extra = {"usage": None} if request.include_usage else {}
@@ -186,7 +201,7 @@ def _chat(request: ParsedRequest, ident: str, words: Sequence[str], *, cut: bool
     closing = [chunk({}, finish)]
     if request.include_usage:
         closing.append(event({**base, "choices": [], "usage": usage}))
-    return _streamed(opening, words, chunk(delta), closing, DONE)
+    return streamed(opening, words, chunk(delta), closing, DONE)
 
 
 def _completion(request: ParsedRequest, ident: str, words: Sequence[str], *, cut: bool) -> Answer:
@@ -204,11 +219,11 @@ def _completion(request: ParsedRequest, ident: str, words: Sequence[str], *, cut
         return {**base, "choices": [choice]}
 
     if not request.stream:
-        return _in_one_piece({**whole("".join(words), finish), "usage": usage}, len(words))
+        return in_one_piece({**whole("".join(words), finish), "usage": usage}, len(words))
     closing = [event(whole("", finish))]
     if request.include_usage:
         closing.append(event({**base, "choices": [], "usage": usage}))
-    return _streamed((), words, event(whole("\0", None)), closing, DONE)
+    return streamed((), words, event(whole("\0", None)), closing, DONE)
 
 
 def _embeddings(request: ParsedRequest) -> dict[str, Any]:
@@ -302,7 +317,7 @@ def _response(request: ParsedRequest, ident: str, words: Sequence[str], *, cut: 
         }
 
     if not request.stream:
-        return _in_one_piece(whole(status), len(words))
+        return in_one_piece(whole(status), len(words))
 
     def response_event(kind: str, number: int | str, **fields: Any) -> bytes:
         name = f"response.{kind}"
@@ -336,7 +351,7 @@ def _response(request: ParsedRequest, ident: str, words: Sequence[str], *, cut: 
         response_event("output_item.done", number, output_index=0, item=item(text, status)),
         response_event(status, number + 1, response=whole(status)),
     ]
-    return _streamed(opening, words, template, closing, b"")
+    return streamed(opening, words, template, closing, b"")
 
 
 def _part(text: str) -> dict[str, Any]:

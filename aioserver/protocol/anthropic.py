@@ -1,0 +1,167 @@
+"""Anthropic's Messages API: its paths, its errors, and what its events mean.
+
+    POST messages                an answer, as one object or as events
+    POST messages/count_tokens   the tokens that such a request would have
+
+The events of a streamed answer: `message_start`, then for each block of its content a
+`content_block_start`, `content_block_delta`*, `content_block_stop`, then `message_delta` and
+`message_stop`, its end. `ping` may stand anywhere, and says nothing. An `error` is an end, too.
+
+An error is `{"type": "error", "error": {"type": "…", "message": "…"}, "request_id": "…"}`, in an event as
+in the body of an HTTP answer. Ours has our code beside its type. Where others of our faces say 503, it is 529
+here, `overloaded_error`: Anthropic's programs know it, and ask less.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from aioserver.protocol import eventstream
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from aioserver.errors import AioserverError
+
+MESSAGES, COUNT_TOKENS = "messages", "messages/count_tokens"
+# The header that says which version of the API a client speaks; Anthropic demands it.
+VERSION_HEADER = "anthropic-version"
+VERSION = "2023-06-01"
+# The beginning of the names of headers that belong to the API, and go on to the provider.
+HEADERS = "anthropic-"
+PING = b'event: ping\ndata: {"type":"ping"}\n\n'
+# Error types by HTTP status; any other below 500 is an invalid_request_error, and above an api_error.
+TYPES = {
+    401: "authentication_error",
+    402: "billing_error",
+    403: "permission_error",
+    404: "not_found_error",
+    409: "conflict_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    504: "timeout_error",
+    529: "overloaded_error",
+}
+# The HTTP status that a type of error stands for, in an event.
+STATUSES = {name: status for status, name in TYPES.items()} | {"invalid_request_error": 400}
+OVERLOADED = 529
+_STOP, _ERROR = b'"message_stop"', b'"error"'
+_TOKENS = ("input_tokens", "cache_creation_input_tokens", "output_tokens")
+_SPEAKING = re.compile(r"/v1/messages(?:/.*)?", re.DOTALL)
+
+
+def is_messages(path: str) -> bool:
+    """Return whether *path*, below the base URL of a provider, is one of this API."""
+    return path.partition("?")[0] in {MESSAGES, COUNT_TOKENS}
+
+
+def speaks(path: str, headers: Mapping[str, str]) -> bool:
+    """Return whether a client that asks for *path* with *headers* expects this API's answers, and errors."""
+    if _SPEAKING.fullmatch(path) is not None:
+        return True
+    return path.startswith("/v1/") and VERSION_HEADER in headers
+
+
+def http_status(error: AioserverError) -> int:
+    """Return the HTTP status of *error* for a client of this API."""
+    if error.provider_answer is not None:
+        return error.provider_answer[0]
+    return OVERLOADED if error.http_status == 503 else error.http_status
+
+
+def error_body(error: AioserverError, request_id: str = "") -> bytes:
+    """Return *error* as the JSON of a body or an event; what a provider has said passes unchanged."""
+    if error.provider_answer is not None:
+        return error.provider_answer[1]
+    status = http_status(error)
+    kind = TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
+    content = {"type": kind, "message": error.message, "code": error.code}
+    body: dict[str, Any] = {"type": "error", "error": content}
+    if request_id:
+        body["request_id"] = request_id
+    return orjson.dumps(body)
+
+
+class MessageErrors:
+    """The form of an error between the events of a streamed answer: an event `error`."""
+
+    __slots__ = ()
+
+    size = 0
+
+    def note(self, block: bytes, first: int) -> None:
+        """Remember nothing: an error needs nothing of the events before it."""
+
+    def render(self, error: AioserverError, _seen: int | None = None) -> bytes:
+        """Return *error* as an event."""
+        return eventstream.write(error_body(error), event="error")
+
+
+def ending(block: bytes) -> bool:
+    """Return whether *block*, whole events, may have an event that ends the answer."""
+    # Not `in`: for bytes that costs more than twice as much.
+    return block.find(_STOP) >= 0 or block.find(_ERROR) >= 0
+
+
+def content_of(event: bytes) -> dict[str, Any]:
+    """Return the object in *event*, one event; empty if there is none."""
+    for part in eventstream.parse(event):
+        try:
+            content = orjson.loads(part.data)
+        except orjson.JSONDecodeError:
+            continue
+        if isinstance(content, dict):
+            return content
+    return {}
+
+
+def usage_in(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the usage in an event or a whole answer, without its unknown counts; empty if there is none.
+
+    `message_start` has it in its message. What `message_delta` has replaces that: its counts are of the whole answer.
+    """
+    message = content.get("message")
+    usage = (message if isinstance(message, dict) else content).get("usage")
+    if not isinstance(usage, dict):
+        return {}
+    return {name: value for name, value in usage.items() if value is not None}
+
+
+def with_total(usage: dict[str, Any]) -> dict[str, Any]:
+    """Return *usage* with the `total_tokens` that count for a pace; those read from a cache do not."""
+    counts = [usage[name] for name in _TOKENS if isinstance(usage.get(name), int)]
+    return {**usage, "total_tokens": sum(counts)} if counts else usage
+
+
+def user_of(metadata: bytes) -> str:
+    """Return the `user_id` in the *metadata* of a request, "" if there is none."""
+    try:
+        content = orjson.loads(metadata)
+    except orjson.JSONDecodeError:
+        return ""
+    user = content.get("user_id") if isinstance(content, dict) else None
+    return user if isinstance(user, str) else ""
+
+
+def model_object(name: str) -> dict[str, Any]:
+    """Return the model *name* as this API describes one; when it was made is not known."""
+    return {
+        "type": "model",
+        "id": name,
+        "display_name": name,
+        "created_at": "1970-01-01T00:00:00Z",
+        "lifecycle": "active",
+    }
+
+
+def model_list(models: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the answer to `GET models`: all of them on one page."""
+    return {
+        "data": models,
+        "has_more": False,
+        "first_id": models[0]["id"] if models else None,
+        "last_id": models[-1]["id"] if models else None,
+    }
