@@ -26,7 +26,8 @@ LOOK_PERIOD = 5.0
 class Connections:
     """The connections to the file *path*.
 
-    Always: nothing is written by a connection unless the file was found good when it was opened.
+    Always: a connection is only opened to a file that was found good, and closed when it proves not to be. What was
+    committed before is then still put into its place in the file, by SQLite.
     """
 
     def __init__(self, path: str) -> None:

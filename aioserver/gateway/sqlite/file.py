@@ -14,6 +14,7 @@ import contextlib
 import os
 import sqlite3
 import stat
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 APPLICATION_ID = 0x61696F73
 # Seconds for which a write waits for the lock of another process, and a read.
 WRITE_WAIT, READ_WAIT = 2.0, 0.25
+# Seconds between two tries to switch a new file to WAL.
+AGAIN = 0.01
 # Bytes of a file that is checked as a whole when it is opened; it takes about a second.
 MAX_CHECKED = 1 << 28
 
@@ -141,7 +144,7 @@ def _migrate(connection: sqlite3.Connection, path: str) -> None:
     if _version(connection, path) == 0:
         # Only before there is a table.
         connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
-    (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
+    mode = _write_ahead(connection)
     if mode != "wal":
         raise Broken(trouble("io", path, "its file system has no shared memory for WAL"))
     if _version(connection, path) == VERSION:
@@ -153,6 +156,20 @@ def _migrate(connection: sqlite3.Connection, path: str) -> None:
                 connection.execute(statement)
         connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         connection.execute(f"PRAGMA user_version = {VERSION}")
+
+
+def _write_ahead(connection: sqlite3.Connection) -> str:
+    """Switch the file to WAL; return the mode in which it is then."""
+    end = time.monotonic() + WRITE_WAIT
+    while True:
+        try:
+            (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
+            return str(mode)
+        except sqlite3.OperationalError as fault:
+            # SQLite does not wait for a lock here, which another process may have that makes the file as well.
+            if fault.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > end:
+                raise
+        time.sleep(AGAIN)
 
 
 def _check(connection: sqlite3.Connection, path: str) -> None:

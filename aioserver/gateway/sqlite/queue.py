@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from aioserver.gateway.turn import Turn
 
@@ -57,10 +57,12 @@ class Write:
 class Queue:
     """Writes in their order.
 
-    Always: at most MAX_WAITING with MAX_WAITING_BYTES of text, but for the newest.
+    Always: at most MAX_WAITING with MAX_WAITING_BYTES of text, but for the newest. *on_turn_out* is called with the
+    conversation of each turn that leaves the queue.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_turn_out: Callable[[Key], None]) -> None:
+        self._on_turn_out = on_turn_out
         self._writes: deque[Write] = deque()
         self._by_key: dict[Key, list[Write]] = {}
         self._size = 0
@@ -103,10 +105,16 @@ class Queue:
             same.remove(write)
             if not same:
                 del self._by_key[write.key]
+            if write.turn is not None:
+                self._on_turn_out(write.key)
 
     def turns(self, key: Key) -> list[Turn]:
         """Return the turns of a conversation that wait."""
         return [write.turn for write in self._by_key.get(key, ()) if write.turn is not None]
+
+    def values(self) -> list[Values]:
+        """Return the values of all turns."""
+        return [write.values for write in self._writes if write.turn is not None]
 
     def newest(self) -> asyncio.Future[int] | None:
         """Return the end of the newest write; None if none waits."""

@@ -12,12 +12,18 @@ _NOT_DELETED = """NOT EXISTS (
 KEEP_CONVERSATION = f"""
 INSERT INTO conversations (caller, name, address, updated)
 SELECT :caller, :name, :address, :ended WHERE {_NOT_DELETED}
-ON CONFLICT (caller, name) DO UPDATE SET address = excluded.address, updated = excluded.updated
+ON CONFLICT (caller, name) DO UPDATE SET address = excluded.address,
+    updated = max(updated, excluded.updated)
 """
 KEEP_TURN = f"""
 INSERT INTO turns (conversation, ended, question_tokens, answer_tokens, size, question, answer)
 SELECT id, :ended, :question_tokens, :answer_tokens, :turn_size, :question, :answer
 FROM conversations WHERE caller = :caller AND name = :name AND {_NOT_DELETED}
+"""  # noqa: S608
+# A turn that a killed process has left may be written already.
+KEEP_LEFT_TURN = f"""{KEEP_TURN}
+AND NOT EXISTS (SELECT 1 FROM turns WHERE conversation = conversations.id
+    AND ended = :ended AND question = :question)
 """  # noqa: S608
 # What `retention.Bounds.kept` leaves out: of one conversation, and of those with the ids of a range.
 _BEYOND = """

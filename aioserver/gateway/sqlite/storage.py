@@ -8,7 +8,7 @@ file and what waits. Of several processes each has its own connections, and what
 
 The file may fail at any time. That is a trouble: the task tries again, with growing pauses; turns wait in the queue, and beyond its
 bounds the oldest are lost; the chat goes on with what the process remembers. A trouble ends with the first write
-that succeeds. A file that is damaged is never written.
+that succeeds. Nothing is written to a file that is damaged.
 """
 
 from __future__ import annotations
@@ -19,13 +19,17 @@ import sqlite3
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from aioserver.gateway.history import StorageStats, Trouble
 from aioserver.gateway.retention import Bounds
 from aioserver.gateway.sqlite import statements
 from aioserver.gateway.sqlite.connections import Connections
 from aioserver.gateway.sqlite.queue import Key, Queue, Write
+from aioserver.gateway.sqlite.spool import Spool
 from aioserver.gateway.sqlite.sweep import Sweep
 from aioserver.gateway.sqlite.troubles import UNREADABLE, Broken, trouble, trouble_of
+from aioserver.gateway.sqlite.turn_locks import TurnLocks
 from aioserver.gateway.turn import Page, Position, Summary, Turn, title_of
 
 if TYPE_CHECKING:
@@ -45,6 +49,7 @@ OPEN_TIMEOUT, CLOSE_TIMEOUT = 3.0, 3.0
 # Seconds of the first pause after a failure, and of the longest.
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 KEEP = (statements.KEEP_CONVERSATION, statements.KEEP_TURN, statements.TRIM_OLD, statements.TRIM)
+KEEP_LEFT = (KEEP[0], statements.KEEP_LEFT_TURN, *KEEP[2:])
 DELETE = (statements.NOTE_DELETION, statements.DELETE_EXPIRED, statements.DELETE)
 DELETE_ALL = (statements.NOTE_ALL_DELETED, statements.DELETE_ALL_EXPIRED, statements.DELETE_ALL)
 
@@ -65,7 +70,9 @@ class SqliteStorage:
         self._clock = clock
         self._loop = asyncio.get_running_loop()
         self._connections = Connections(path)
-        self._queue = Queue()
+        self._locks = TurnLocks(path)
+        self._spool = Spool(path)
+        self._queue = Queue(self._locks.remove)
         self._sweep = Sweep(Bounds.of(persistence), clock)
         self._wake = asyncio.Event()
         self._opened = asyncio.Event()
@@ -110,6 +117,8 @@ class SqliteStorage:
         """Return the turns of a conversation, those that wait among them; None if the file does not say in time."""
         key = Key(caller.name, conversation_id)
         values = {**key._asdict(), "oldest": self._sweep.oldest()}
+        if self._trouble is None:
+            await self._locks.wait(key)
         waiting = self._queue.turns(key)
         rows = await self._read(statements.LOAD, values, LOAD_TIMEOUT)
         if rows is None:
@@ -133,6 +142,9 @@ class SqliteStorage:
             "answer_tokens": turn.answer_tokens,
             "turn_size": turn.size,
         }
+        if self._trouble is None:
+            self._locks.add(key)
+        self._spool.add(msgspec.msgpack.encode(values))
         self._add(Write(key, KEEP, values, self._loop.create_future(), turn))
 
     async def listing(self, caller: Caller, limit: int, after: Position | None) -> Page | None:
@@ -179,12 +191,30 @@ class SqliteStorage:
             self._task.cancel()
             await asyncio.wait((self._task,))
         await self._connections.close()
+        self._locks.close()
+        self._spool.close(empty=not self._queue)
         if waiting := len(self._queue):
             logger.warning("turns that are not written at the end: %d", waiting)
 
     def _add(self, write: Write) -> None:
         self._lost.value += self._queue.add(write)
         self._wake.set()
+
+    def _add_left(self, record: bytes) -> None:
+        """Write a turn that a killed process has left, unless it has done so."""
+        try:
+            values = msgspec.msgpack.decode(record)
+            turn = Turn.of(
+                values["question"],
+                values["answer"],
+                values["ended"],
+                (values["question_tokens"], values["answer_tokens"]),
+            )
+            key = Key(values["caller"], values["name"])
+        except (msgspec.DecodeError, KeyError, TypeError):
+            # Of another version.
+            return
+        self._add(Write(key, KEEP_LEFT, values, self._loop.create_future(), turn))
 
     async def _delete(
         self, key: Key, what: tuple[str, ...], values: Mapping[str, Any]
@@ -220,6 +250,9 @@ class SqliteStorage:
         while True:
             try:
                 await self._connections.open()
+                self._locks.open()
+                for record in await asyncio.to_thread(self._spool.open):
+                    self._add_left(record)
                 if not self._queue:
                     await self._connections.write([])
                     self._recover()
@@ -250,6 +283,7 @@ class SqliteStorage:
             self._since = self._clock()
         self._trouble = found
         self._queue.cancel_deletions()
+        self._locks.close()
         self._opened.set()
         await self._connections.close(readable=not by_read and found.kind not in UNREADABLE)
 
@@ -270,6 +304,10 @@ class SqliteStorage:
             if self._queue:
                 await self._write(self._queue.batch())
                 self._recover()
+                if not self._queue:
+                    self._spool.clear()
+                elif self._spool.crowded:
+                    self._spool.clear(map(msgspec.msgpack.encode, self._queue.values()))
             elif self._closing:
                 return
             if not self._closing:
@@ -303,22 +341,24 @@ class SqliteStorage:
         """Write *batch* in one transaction; return how many rows each deletion has deleted."""
         bounds = self._sweep.values()
         transaction: list[Statement] = []
-        turns: list[Mapping[str, Any]] = []
+        turns: list[Write] = []
         # The place of each deletion's last statement.
         places: dict[Write, int] = {}
 
         def add_turns() -> None:
             if turns:
-                transaction.extend((statement, list(turns)) for statement in KEEP)
+                values: list[Mapping[str, Any]] = [{**turn.values, **bounds} for turn in turns]
+                transaction.extend((statement, values) for statement in turns[0].statements)
                 turns.clear()
 
         for write in batch:
             if write.done.cancelled():
                 continue
-            if write.turn is not None:
-                turns.append({**write.values, **bounds})
-            else:
+            if turns and turns[0].statements != write.statements:
                 add_turns()
+            if write.turn is not None:
+                turns.append(write)
+            else:
                 transaction.extend((statement, write.values) for statement in write.statements)
                 places[write] = len(transaction) - 1
         add_turns()

@@ -39,7 +39,7 @@ KINDS = {
     ),
     "gone": (
         "it was moved or deleted while the server ran",
-        "Stop the server before the file is moved: see docs/history.md.",
+        "Move its -wal and -shm along with it; better stop the server before: see docs/history.md.",
     ),
     "slow": ("it does not answer in time", _DISK),
     "io": ("it cannot be read or written", _DISK),
