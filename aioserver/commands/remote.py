@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +9,8 @@ import aiohttp
 import click
 import orjson
 from yarl import URL
+
+from aioserver.client import refusals
 
 RICH_MISSING = (
     "rich is not installed, and this command draws with it: run pip install '.[cli]' in the clone"
@@ -84,15 +85,8 @@ def session(key: str | None) -> aiohttp.ClientSession:
 
 
 def describe(error: BaseException) -> str:
-    """Return in a few words why the server was not reached; aiohttp's own texts are long."""
-    if isinstance(error, aiohttp.ClientConnectorError):
-        number = error.os_error.errno
-        # A host name that was not found has no positive number.
-        text = os.strerror(number) if number and number > 0 else error.os_error.strerror
-        return printable(text or error.os_error)
-    if isinstance(error, TimeoutError):
-        return "no answer in time"
-    return printable(str(error) or type(error).__name__)
+    """Return in a few words why the server was not reached, for a terminal."""
+    return printable(refusals.describe(error))
 
 
 def printable(text: object) -> str:
