@@ -127,6 +127,22 @@ async def test_nothing_is_sent_before_an_answer_is_read(server: RunningServer, p
         assert server.simulator.stats().requests == 0
 
 
+async def test_an_answer_is_read_once(server: RunningServer, page: Page) -> None:
+    async with page_elsewhere(page, server.base):
+        name = await run(
+            page,
+            """
+            const answer = new aio.Client(a).chat("Hello");
+            await answer.text();
+            return await answer.text().catch((error) => error.name);
+            """,
+            server.base,
+        )
+
+    assert name == "TypeError"
+    assert server.simulator.stats().requests == 1
+
+
 async def test_many_answers_share_one_socket(make_server: MakeServer, page: Page) -> None:
     server = await make_server(STALLED)
     async with page_elsewhere(page, server.base):

@@ -36,9 +36,12 @@ ONE_PLACE = {
 TRANSPORTS = pytest.mark.parametrize("transport", ["websocket", "sse"])
 # Begins to read an answer; how it ends is in `outcome`.
 BEGIN = """
-  window.text = "";
+  Object.assign(window, { text: "", waiting: [] });
   window.client = new aio.Client(a, b);
-  window.outcome = read(client.chat("Hello", c ?? {}), (event) => { text += event.type === "text" ? event.text : ""; });
+  window.outcome = read(client.chat("Hello", c ?? {}), (event) => {
+    if (event.type === "text") text += event.text;
+    if (event.type === "waiting") waiting.push(event);
+  });
 """
 
 
@@ -152,21 +155,27 @@ async def test_a_replacement_of_all_processes_goes_unnoticed(tmp_path: Path, pag
 # A server that is full, or not there.
 
 
+@TRANSPORTS
 async def test_a_full_server_is_asked_again_when_it_says(
-    make_server: MakeServer, page: Page
+    make_server: MakeServer, page: Page, transport: str
 ) -> None:
     server = await make_server(**ONE_PLACE, **{"chat.websocket.concurrency.queue_timeout": 0})
-    await page.clock.install()
-    async with page_elsewhere(page, server.base):
-        async with server.connect():
-            await run(page, BEGIN, server.base, {})
-            await page.wait_for_function("client.state.name === 'lost'")
-            state = await run(page, "return client.state")
-        await until(lambda: server.held()["places"] == 0)
-        await page.clock.fast_forward(60_000)  # milliseconds
-        result = await outcome(page)
+    async with unwatched(page) as mine:
+        await mine.clock.install()
+        async with page_elsewhere(mine, server.base):
+            async with server.connect():
+                await run(mine, BEGIN, server.base, {"transport": transport})
+                await mine.wait_for_function("client.state.name === 'lost' || waiting.length > 0")
+                state, waiting = await run(mine, "return [client.state, waiting]")
+            await until(lambda: server.held()["places"] == 0)
+            await mine.clock.fast_forward(90_000)  # milliseconds
+            result = await outcome(mine)
 
-    assert (state["code"], state["fault"]["code"]) == (1013, "server_at_capacity")
+    if transport == "websocket":
+        assert (state["code"], state["fault"]["code"]) == (1013, "server_at_capacity")
+    else:
+        assert [event["code"] for event in waiting] == ["server_at_capacity"]
+        assert 1 <= waiting[0]["seconds"] <= 70
     assert result["error"] is None
     assert server.simulator.stats().requests == 1
 

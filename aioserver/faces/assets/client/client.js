@@ -60,10 +60,10 @@ export class Client {
     Object.assign(link, { attached: false, notBefore: 0, sent: 0, tries: 0, shown: last > 1 }); // event 1 is `processing`
     // Whether the server knows the question, or has forgotten it; and whether it may know it.
     Object.assign(link, { asked: options.lastEventId !== undefined, repeated: options.requestId !== undefined });
-    const events = this.#events(link, AbortSignal.any([link.stop.signal, signal ?? link.stop.signal]));
-    const pieces = async function* () { for await (const event of events) if (event.type === "text") yield event.text; };
+    const events = () => this.#events(link, AbortSignal.any([link.stop.signal, signal ?? link.stop.signal]));
+    const pieces = async function* () { for await (const event of events()) if (event.type === "text") yield event.text; };
     const text = async () => (await Array.fromAsync(pieces())).join("");
-    const answer = { events: () => events, text, cancel: () => link.stop.abort(link), [Symbol.asyncIterator]: pieces };
+    const answer = { events, text, cancel: () => link.stop.abort(link), [Symbol.asyncIterator]: pieces };
     return Object.defineProperties(answer, { requestId: { get: () => link.id }, complete: { get: () => link.complete } });
   }
 
@@ -79,18 +79,18 @@ export class Client {
   }
 
   async *#events(link, stop) {
+    if (link.alarm) throw new TypeError("an answer is read once: ask again for another one");
     const error = () => `no whole answer within ${link.deadline} s, and the connection is ${this.state.name}`;
     const late = () => link.stop.abort(new AnswerError({ code: "deadline_exceeded", error: error(), retryable: true }, link));
     link.alarm = setTimeout(late, Math.min(2 ** 31 - 1, link.deadline * 1000));
     stop.addEventListener("abort", () => this.#leave(link)); // at once, and not when the caller reads on
     try {
       if (!stop.aborted) this.#links.add(link);
-      while (!stop.aborted) {
+      while (!stop.aborted && !link.complete) {
         const wait = link.notBefore - Date.now();
         if (link.unread.length) {
           const event = this.#take(link, link.unread.shift());
           if (event) yield event;
-          if (link.complete) return;
         } else if (link.fault) {
           throw new AnswerError(link.fault, link);
         } else if (["idle", "closed"].includes(this.state.name)) {
@@ -102,7 +102,7 @@ export class Client {
           yield { type: "sent" };
         }
       }
-      if (stop.reason !== link) throw stop.reason;
+      if (!link.complete && stop.reason !== link) throw stop.reason;
     } finally {
       this.#leave(link); // the caller may have left its loop
     }
