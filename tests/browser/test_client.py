@@ -8,7 +8,8 @@ import pytest
 
 from aioserver.providers.simulator.exchange import Behaviour
 from tests.support.chat_page import ManualProvider, said
-from tests.support.client_page import page_elsewhere, run
+from tests.support.client_page import page_elsewhere, run, unwatched
+from tests.support.keys import key_of, keys_of
 from tests.support.server import HTTP_CLIENT
 
 if TYPE_CHECKING:
@@ -92,6 +93,35 @@ async def test_only_the_questions_of_a_conversation_follow_each_other(
         for body in server.simulator.bodies
     ]
     assert asked == [["apples"], ["pears"], ["apples", "more"]]
+
+
+@pytest.mark.parametrize("key", [None, key_of("web")])
+async def test_what_the_server_keeps_of_conversations_is_listed_read_and_deleted(
+    make_server: MakeServer, page: Page, key: str | None
+) -> None:
+    server = await make_server(**(keys_of("web") if key else {}))
+    async with unwatched(page) as mine, page_elsewhere(mine, server.base):
+        before, turns, after, code = await run(
+            mine,
+            """
+            const client = new aio.Client(a, b ? { key: b } : {}), conversation = client.conversation("c/1");
+            await conversation.chat("apples").text();
+            await client.conversation("c2").chat("pears").text();
+            const before = await client.conversations({ limit: 10 });
+            const turns = await client.turns("c/1");
+            await client.deleteConversation("c/1");
+            const code = await client.turns("c/1").catch((error) => error.code);
+            return [before, turns, await client.conversations(), code];
+            """,
+            server.base,
+            key,
+        )
+
+    assert [one["id"] for one in before["conversations"]] == ["c2", "c/1"]
+    assert [message["role"] for message in turns["messages"]] == ["user", "assistant"]
+    assert turns["messages"][0]["text"] == "apples"
+    assert [one["id"] for one in after["conversations"]] == ["c2"]
+    assert code == "conversation_not_found"
 
 
 async def test_reasoning_and_tool_calls_come_as_events(

@@ -22,11 +22,11 @@ export class ServerHistory {
 
   // Read the list from the server. If it does not answer, the former list stays.
   async load() {
-    const answer = await this.get(`?limit=${MAX_LISTED}`);
-    if (answer === null) return;
+    const list = await this.client.conversations({ limit: MAX_LISTED }).catch(() => null);
+    if (list === null) return;
     const removed = new Set(this.removed);
-    for (const { id } of answer.conversations) if (removed.has(id)) await this.fetch(this.path(id), { method: "DELETE" });
-    const kept = answer.conversations.filter(({ id }) => !removed.has(id));
+    for (const { id } of list.conversations) if (removed.has(id)) await this.client.deleteConversation(id).catch(() => {});
+    const kept = list.conversations.filter(({ id }) => !removed.has(id));
     this.summaries = new Map(kept.map((summary) => [summary.id, summary]));
     this.changed();
   }
@@ -47,10 +47,10 @@ export class ServerHistory {
 
   // The turns of a conversation; null if they cannot be read.
   async turns(id) {
-    const answer = await this.get(this.path(id));
-    if (answer === null) return null;
+    const kept = await this.client.turns(id).catch(() => null);
+    if (kept === null) return null;
     const turns = [];
-    for (const { role, text, time } of answer.messages) {
+    for (const { role, text, time } of kept.messages) {
       if (role === "user") {
         turns.push({ ...newTurn(text, { provider: null, model: null }), asked: time * 1000, state: "complete" });
       } else if (turns.length) {
@@ -63,21 +63,5 @@ export class ServerHistory {
   remove(id) {
     this.store.setSetting("removed", [...this.removed, id].slice(-MAX_REMOVED));
     return this.load();
-  }
-
-  path(id) {
-    return `/${encodeURIComponent(id)}`;
-  }
-
-  async get(path) {
-    const response = await this.fetch(path);
-    return response?.ok ? response.json() : null;
-  }
-
-  // null: the server does not answer, or keeps no conversations.
-  async fetch(path, options) {
-    const { endpoints } = this.client;
-    if (endpoints.conversations === undefined) return null;
-    return fetch(endpoints.conversations + path, { ...options, cache: "no-store" }).catch(() => null);
   }
 }

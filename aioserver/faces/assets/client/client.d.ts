@@ -100,6 +100,25 @@ export interface Conversation {
   chat(content: string, options?: ChatOptions): Answer;
 }
 
+/** A page of the list of conversations. Times are Unix seconds. */
+export interface Conversations {
+  conversations: { id: string; title: string; updated: number; messages: number }[];
+  next: string | null;
+  /** Whether the server cannot read its storage now, and shows only what it remembers. */
+  partial: boolean;
+}
+
+/** A conversation, the oldest message first. */
+export interface Turns {
+  id: string;
+  title: string;
+  updated: number;
+  messages: { role: "user" | "assistant"; text: string; time: number }[];
+  partial: boolean;
+  /** Whether older messages are kept that are not shown. */
+  older: boolean;
+}
+
 /** The one error of an answer. `code` is the server's, or `deadline_exceeded`, `protocol_error` or `cancelled`. */
 export class AnswerError extends Error {
   constructor(fault: Fault, question?: { id?: string; text?: string; shown?: boolean });
@@ -118,10 +137,15 @@ export class Client {
   constructor(url: string | URL, options?: ClientOptions);
   readonly url: string;
   /** The paths of the faces, if they are not those of the shipped configuration. */
-  endpoints: { websocket: string; sse: string };
+  endpoints: { websocket: string; sse: string; conversations: string };
   readonly state: State;
   chat(content: string | Message[], options?: ChatOptions): Answer;
   conversation(id?: string): Conversation;
+  /** What the server keeps of the caller's conversations, the newest first. `next` is the `before` of the next page. */
+  conversations(query?: { limit?: number; before?: string }): Promise<Conversations>;
+  /** The messages of a conversation. */
+  turns(id: string): Promise<Turns>;
+  deleteConversation(id: string): Promise<void>;
   /** Connect now, and stay connected while nothing is asked. */
   connect(): void;
   /** Cancel the answers that run, and close the connection. */

@@ -32,7 +32,7 @@ export class AnswerError extends Error {
 
 export class Client {
   state = { name: "idle" };
-  endpoints = { websocket: "/ws/chat", sse: "/sse/chat" };
+  endpoints = { websocket: "/ws/chat", sse: "/sse/chat", conversations: "/conversations" };
   #options;
   #sse; // whether answers come by SSE
   #blocked = 0; // WebSockets in succession that did not open while the server answered over HTTP
@@ -41,6 +41,10 @@ export class Client {
   #failures = 0; // to connect, in succession
   #keep = false; // whether the connection is wanted without a question
   conversation = (id = newId()) => ({ id, chat: (content, options) => this.chat(content, { ...options, conversationId: id }) });
+  conversations = (query) => this.#kept(`?${new URLSearchParams(query)}`);
+  turns = (id) => this.#kept(`/${encodeURIComponent(id)}`);
+  deleteConversation = (id) => this.#kept(`/${encodeURIComponent(id)}`, { method: "DELETE" });
+  connect = () => void ((this.#keep = true), this.#connect());
 
   constructor(url, options = {}) {
     if (/[^\w!#$%&'*+.^`|~-]/.test(options.key ?? "")) throw new TypeError("the key has characters that no key has");
@@ -58,18 +62,12 @@ export class Client {
     const body = JSON.stringify({ ...question, provider, model, metadata, streaming, options: fields }); // the same at each sending
     const link = { id, last, body, deadline, stop: new AbortController(), wake() {}, unread: [], text: "", complete: null };
     Object.assign(link, { attached: false, notBefore: 0, sent: 0, tries: 0, shown: last > 1 }); // event 1 is `processing`
-    // Whether the server knows the question, or has forgotten it; and whether it may know it.
-    Object.assign(link, { asked: options.lastEventId !== undefined, repeated: options.requestId !== undefined });
+    Object.assign(link, { asked: options.lastEventId !== undefined, repeated: options.requestId !== undefined }); // before
     const events = () => this.#events(link, AbortSignal.any([link.stop.signal, signal ?? link.stop.signal]));
     const pieces = async function* () { for await (const event of events()) if (event.type === "text") yield event.text; };
     const text = async () => (await Array.fromAsync(pieces())).join("");
     const answer = { events, text, cancel: () => link.stop.abort(link), [Symbol.asyncIterator]: pieces };
     return Object.defineProperties(answer, { requestId: { get: () => link.id }, complete: { get: () => link.complete } });
-  }
-
-  connect() {
-    this.#keep = true;
-    this.#connect();
   }
 
   close() {
@@ -85,8 +83,7 @@ export class Client {
     link.alarm = setTimeout(late, Math.min(2 ** 31 - 1, link.deadline * 1000));
     stop.addEventListener("abort", () => this.#leave(link)); // at once, and not when the caller reads on
     try {
-      if (!stop.aborted) this.#links.add(link);
-      while (!stop.aborted && !link.complete) {
+      for (stop.aborted || this.#links.add(link); !stop.aborted && !link.complete; ) {
         const wait = link.notBefore - Date.now();
         if (link.unread.length) {
           const event = this.#take(link, link.unread.shift());
@@ -139,7 +136,7 @@ export class Client {
     // It waited at the provider when its connection was lost, which ended it: nothing was asked, and nothing was paid.
     if (code === "cancelled") return number === 1 && link.repeated ? 0 : null;
     if (code === "slow_client" && !number) return link.dropped === link.last ? null : 0; // null: nothing has come since then
-    if (code === "server_shutdown" && !number) return reconnectDelay(1012);
+    if (code === "server_shutdown" && (number ?? 1) === 1) return reconnectDelay(1012); // no provider has begun
     const most = TWICE.has(code) ? 2 : LATER.has(code) || (retryable && !number) ? Infinity : 0;
     return link.tries < most ? backoff(Math.max(1, retryAfter), link.tries++, 1) : null;
   }
@@ -149,12 +146,12 @@ export class Client {
     link.wake();
     link.request?.abort();
     if (!this.#links.delete(link) || link.settled || !(link.sent || link.asked)) return;
-    if (this.#sse) this.#fetch(`/${encodeURIComponent(link.id)}`, { method: "DELETE", keepalive: true }).catch(() => {});
+    const path = `${this.endpoints.sse}/${encodeURIComponent(link.id)}`;
+    if (this.#sse) this.#fetch(path, { method: "DELETE", keepalive: true }).catch(() => {});
     else if (this.state.name === "open") this.#attempt.send({ action: "cancel", request_id: link.id });
   }
 
-  // Send the question, or resume its answer. A question that may have arrived is sent once more with the same id: the server
-  // answers it once. After RESEND_WITHIN it is not, since the server may have forgotten it, and would ask the provider again.
+  // Send the question, or resume its answer. One that may have arrived is sent again by its id, while the server knows that.
   #attach(link) {
     const { id, last, sent, asked } = link;
     const resumed = last > 0 || asked || (sent > 0 && Date.now() - sent > RESEND_WITHIN);
@@ -195,7 +192,7 @@ export class Client {
   // No WebSocket has opened, and a page is not told why: ask over HTTP. Where that answers, a proxy may let none through.
   async #diagnose(code) {
     const attempt = this.#attempt;
-    const response = await this.#fetch("", { signal: AbortSignal.timeout(PATIENCE) }).catch(() => null);
+    const response = await this.#fetch(this.endpoints.sse, { signal: AbortSignal.timeout(PATIENCE) }).catch(() => null);
     const fault = response && !response.ok ? await refusal(response) : undefined;
     if (attempt !== this.#attempt) return;
     if (response?.ok && !this.#options.transport) this.#sse = ++this.#blocked > 1; // once may be by chance
@@ -209,7 +206,7 @@ export class Client {
       if (frame.status === "pong") this.state.name === "open" || this.#admitted();
       else if (frame.request_id !== null) this.#deliver([...this.#links].find(({ id }) => id === frame.request_id), frame);
       else if (frame.status === "error") this.#attempt.fault = frame.chunk;
-      else if (frame.status === "queued") this.#setState({ name: "queued", ...frame.chunk }, frame);
+      else if (frame.status === "queued") this.#setState({ ...frame.chunk, name: "queued" }, frame);
     } catch (error) {
       this.#lose(1002, { error: `not a frame of aioserver: ${error.message}` });
     }
@@ -218,7 +215,7 @@ export class Client {
   // A broken network path is not reported to a page: the server is pinged, and the connection is lost without an answer.
   #admitted() {
     const check = () => {
-      for (const link of this.#links) if (Date.now() - link.alive > SSE_SILENCE) link.request.abort();
+      for (const link of this.#links) if (link.attached && Date.now() - link.alive > SSE_SILENCE) link.request.abort();
       if (this.#attempt.silent) return this.#lose(1006);
       this.#failures = this.#blocked = 0;
       this.#attempt.silent = !this.#sse;
@@ -254,11 +251,16 @@ export class Client {
     this.#options.onstate(state);
   }
 
-  #fetch(path, { headers, ...init }) {
+  #fetch(path, { headers, ...init } = {}) {
     const { key, session } = this.#options;
-    const options = { cache: "no-store", credentials: session ? "include" : "same-origin", ...init };
-    if (key) options.headers = { ...headers, Authorization: `Bearer ${key}` };
-    return fetch(this.url + this.endpoints.sse + path, { headers, ...options });
+    const all = { ...headers, ...(key && { Authorization: `Bearer ${key}` }) };
+    return fetch(this.url + path, { cache: "no-store", credentials: session ? "include" : "same-origin", ...init, headers: all });
+  }
+
+  async #kept(path, init) {
+    const response = await this.#fetch(this.endpoints.conversations + path, init);
+    if (!response.ok) throw new AnswerError(await refusal(response));
+    return response.status === 204 ? undefined : response.json();
   }
 
   // Read an answer over SSE, to the end of the response.
@@ -267,10 +269,9 @@ export class Client {
     const request = Object.assign(link, { request: new AbortController(), alive: Date.now() }).request;
     const body = `{"request_id":${JSON.stringify(link.id)},${link.body.slice(1)}`;
     const ask = { method: "POST", headers: { "Content-Type": "application/json" }, body };
-    const [path, init] = resumed ? [`/${encodeURIComponent(link.id)}`, { headers: { "Last-Event-ID": String(link.last) } }] : ["", ask];
-    let response = null;
+    let [path, init, response] = resumed ? [`/${encodeURIComponent(link.id)}`, { headers: { "Last-Event-ID": String(link.last) } }] : ["", ask];
     try {
-      response = await this.#fetch(path, { ...init, signal: request.signal });
+      response = await this.#fetch(this.endpoints.sse + path, { ...init, signal: request.signal });
       const events = /^text\/event-stream/.test(response.headers.get("Content-Type"));
       if (!events) this.#deliver(link, { status: "error", chunk: await refusal(response) });
       const reader = events && response.body.pipeThrough(new TextDecoderStream()).getReader();
@@ -283,7 +284,6 @@ export class Client {
       if (error instanceof SyntaxError) link.fault = { error: `not an event of aioserver: ${error.message}` };
     }
     if (link.request !== request) return; // another one has begun
-    link.alive = Infinity;
     if (link.attached && !response) return this.#lose(1006);
     if (link.attached) Object.assign(link, { attached: false, notBefore: Date.now() + 1000 * reconnectDelay(1006, this.#failures++) });
     link.wake();
