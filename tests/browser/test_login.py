@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 from typing import TYPE_CHECKING
 
@@ -12,12 +11,11 @@ from playwright.async_api import expect
 from aioserver.providers.simulator.exchange import Behaviour
 from aioserver.server import reload
 from tests.support.chat_page import answer, ask, connected, is_now
+from tests.support.client_page import unwatched
 from tests.support.keys import COOKIE, auth_of, key_of, keys_of
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
     from playwright.async_api import Locator, Page
 
     from tests.support.server import MakeServer, RunningServer
@@ -50,17 +48,6 @@ async def watches(page: Page, server: RunningServer) -> None:
     await until(lambda: server.watchers == 1)
     await expect(page.locator("#verdict-word")).not_to_have_text(LOST)
     await expect(page.locator("body")).not_to_have_class("stale")
-
-
-@contextlib.asynccontextmanager
-async def unwatched(page: Page) -> AsyncIterator[Page]:
-    """A page of its own browser window: Chromium reports each 401 as an error of the page."""
-    assert page.context.browser is not None
-    context = await page.context.browser.new_context(viewport={"width": 1280, "height": 800})
-    try:
-        yield await context.new_page()
-    finally:
-        await context.close()
 
 
 async def test_a_server_without_keys_asks_for_none(make_server: MakeServer, page: Page) -> None:

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from aioserver import __version__
+
 if TYPE_CHECKING:
-    from tests.support.server import RunningServer
+    from tests.support.server import MakeServer, RunningServer
 
 BROWSER = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
 
@@ -50,6 +52,9 @@ async def test_the_page_loads_only_what_is_here_and_runs_nothing_inline(
         ("/assets/chat/chat.js", "text/javascript"),
         ("/assets/chat/chat.css", "text/css"),
         ("/assets/icon.svg", "image/svg+xml"),
+        ("/client.js", "text/javascript"),
+        ("/client.d.ts", "application/typescript"),
+        (f"/client/{__version__}.js", "text/javascript"),
     ],
 )
 async def test_every_page_is_guarded_by_its_headers(
@@ -64,6 +69,7 @@ async def test_every_page_is_guarded_by_its_headers(
         assert "unsafe" not in policy
         assert response.headers["X-Content-Type-Options"] == "nosniff"
         assert response.headers["Referrer-Policy"] == "no-referrer"
+        assert response.headers["Vary"] == "Origin"
 
 
 @pytest.mark.parametrize(
@@ -74,3 +80,55 @@ async def test_nothing_else_is_served(server: RunningServer, path: str) -> None:
     async with server.session.get(server.base + path) as response:
         assert response.status == 404
         assert (await response.json())["error"]["code"] == "not_found"
+
+
+@pytest.mark.parametrize("path", ["/", "/client.js", "/assets/chat/chat.js"])
+async def test_what_a_browser_has_already_is_not_sent_again(
+    server: RunningServer, path: str
+) -> None:
+    headers = {"Accept": BROWSER}
+    async with server.session.get(server.base + path, headers=headers) as response:
+        assert response.headers["Cache-Control"] == "no-cache"
+        tag = response.headers["ETag"]
+    for known, status in ((tag, 304), ("*", 304), (f'"x", {tag}', 304), ('"x"', 200)):
+        headers["If-None-Match"] = known
+        async with server.session.get(server.base + path, headers=headers) as response:
+            assert response.status == status
+            assert response.headers["ETag"] == tag
+            assert bool(await response.read()) == (status == 200)
+
+
+async def test_the_client_of_this_version_may_be_kept_for_ever_and_no_other_is_served(
+    server: RunningServer,
+) -> None:
+    async with server.session.get(server.base + "/client.js") as response:
+        newest = await response.read()
+    async with server.session.get(f"{server.base}/client/{__version__}.js") as response:
+        assert await response.read() == newest
+        assert response.headers["Cache-Control"] == "public, max-age=31536000, immutable"
+        tag = response.headers["ETag"]
+    headers = {"If-None-Match": tag}
+    async with server.session.get(
+        f"{server.base}/client/{__version__}.js", headers=headers
+    ) as response:
+        assert response.status == 304
+        assert "immutable" in response.headers["Cache-Control"]
+    for version in ("0.0.1", "latest", "..%2fclient"):
+        async with server.session.get(f"{server.base}/client/{version}.js") as response:
+            assert response.status == 404
+            assert response.headers.get("Cache-Control") is None
+            error = (await response.json())["error"]
+        assert error["code"] == "not_found"
+        assert f"/client/{__version__}.js" in error["message"]
+
+
+async def test_pages_of_allowed_origins_may_import_the_client(make_server: MakeServer) -> None:
+    ours, other = "https://chat.example.com", "https://evil.example"
+    server = await make_server(**{"chat.websocket.allow_origins": [ours]})
+    for path in ("/client.js", f"/client/{__version__}.js", "/client.d.ts"):
+        for origin, allowed in ((ours, ours), (other, None)):
+            headers = {"Origin": origin}
+            async with server.session.get(server.base + path, headers=headers) as response:
+                assert response.status == 200
+                assert response.headers.get("Access-Control-Allow-Origin") == allowed
+                assert response.headers.getall("Vary") == ["Origin"]

@@ -50,10 +50,12 @@ class FaultProxy:
 
     async def cut(self) -> None:
         """Cut all connections."""
-        for relay in self._relays:
+        # Those of now: a client may have come back before they have ended.
+        relays = set(self._relays)
+        for relay in relays:
             relay.cancel()
-        while self._relays:
-            await asyncio.wait(self._relays)
+        if relays:
+            await asyncio.wait(relays)
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.ensure_future(self._relay(reader, writer))

@@ -3,6 +3,7 @@
 import { Client } from "/client.js";
 import { closeReason } from "./errors.js";
 import { ConversationList } from "./conversation_list.js";
+import { ServerHistory } from "./history.js";
 import { Models } from "./models.js";
 import { Requests, runningTurn } from "./requests.js";
 import { newConversation, Store } from "./store.js";
@@ -40,6 +41,7 @@ const models = new Models(byId("model"), { store, changed: drawModel });
 const login = new Login({ changed: drawLogin });
 const client = new Client(location.origin, { before, onstate });
 const requests = new Requests(client, store, { changed: drawTurn, started, finished });
+const kept = new ServerHistory(client, store, { changed: drawList });
 let lastLoss = null; // the state in which the connection was lost, until it is open again
 const list = new ConversationList(byId("conversations"), { open: choose, remove });
 let current = newConversation();
@@ -52,7 +54,10 @@ async function before() {
 }
 
 function onstate(state) {
-  if (state.name === "open") lastLoss = null;
+  if (state.name === "open") {
+    lastLoss = null;
+    kept.load();
+  }
   if (state.name === "lost" || state.name === "closed") lastLoss = state;
   drawConnection();
   if (state.name === "closed" && state.fault?.code === "invalid_api_key") client.connect(); // the login asks for another key
@@ -74,10 +79,22 @@ function show(conversation) {
   drawAll();
 }
 
-function choose(conversation) {
-  show(conversation);
+async function choose(conversation) {
+  if (conversation.turns.length || !kept.summaries.has(conversation.id)) show(conversation);
   closeSidebar();
   message.focus();
+  if (kept.ahead(conversation) && !busy(conversation)) await catchUp(conversation);
+}
+
+// The server has more of this conversation: it was continued elsewhere, or this browser has lost it.
+async function catchUp(conversation) {
+  const turns = await kept.turns(conversation.id);
+  if (turns === null) showNotice("The server cannot show this conversation now.");
+  if (!turns?.length || busy(conversation)) return;
+  const known = store.conversations.get(conversation.id) ?? conversation;
+  known.turns = turns;
+  store.keep(known);
+  show(known);
 }
 
 function send() {
@@ -99,6 +116,7 @@ function ask(question) {
 function remove(conversation) {
   requests.forget(conversation);
   store.remove(conversation);
+  kept.remove(conversation.id);
   if (conversation === current) show(newConversation());
   drawList();
   (byId("conversations").querySelector("button") ?? byId("new")).focus();
@@ -172,7 +190,7 @@ function draw() {
 }
 
 function drawList() {
-  list.draw(store.list, current, busy);
+  list.draw([...store.list, ...kept.missing].sort((a, b) => b.used - a.used), current, busy);
 }
 
 function drawComposer() {

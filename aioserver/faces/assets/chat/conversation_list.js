@@ -35,7 +35,8 @@ export class ConversationList {
   }
 
   drawItem(item, conversation, current, busy) {
-    const title = conversation.turns[0].question.trim().slice(0, MAX_TITLE);
+    const question = conversation.turns[0]?.question ?? conversation.title;
+    const title = question.trim().slice(0, MAX_TITLE) || "Untitled";
     const [open, remove] = item.querySelectorAll("button");
     open.querySelector(".title").textContent = title;
     open.querySelector(".busy").hidden = !busy(conversation);

@@ -54,8 +54,13 @@ export class Store {
 
   add(conversation, turn) {
     conversation.turns.push(turn);
-    conversation.turns.splice(0, conversation.turns.length - MAX_TURNS);
     conversation.used = Date.now();
+    this.keep(conversation);
+  }
+
+  // Store *conversation*, which may be new here.
+  keep(conversation) {
+    conversation.turns.splice(0, conversation.turns.length - MAX_TURNS);
     this.conversations.set(conversation.id, conversation);
     while (this.conversations.size > MAX_CONVERSATIONS && this.removeOldest(conversation));
     this.save(conversation);

@@ -1,6 +1,5 @@
 // A client of aioserver for browsers. docs/client-js.md is its guide, client.d.ts has its types, docs/clients.md is the protocol.
-//     const client = new Client("https://chat.example.com");
-//     for await (const piece of client.chat("Hello")) document.body.append(piece);
+//     for await (const piece of new Client("https://chat.example.com").chat("Hello")) document.body.append(piece);
 //
 // All questions share one WebSocket or, where a proxy lets none through, have a request of server-sent events each. After a loss
 // a question is sent again with its id, or resumed. Always: its caller has got the events 1 to `last` of the answer, each once.
@@ -8,14 +7,12 @@
 const PATIENCE = 15_000; // ms in which the server says its first word, and between two pings, each answered before the next
 const SSE_SILENCE = 80_000; // ms without a byte: four intervals of the server's heartbeat
 const RESEND_WITHIN = 25_000; // ms: the server knows a request at least so long after it came
-const BLOCKED_AFTER = 2; // WebSockets that did not open while the server answered over HTTP
 const FINAL_CODES = new Set([1002, 1003, 1007, 1008]); // close codes after which another connection would not help
 // After these errors a question is asked again, if nothing of its answer has come: up to its deadline, or at most twice.
 const BUSY = ["server_at_capacity", "provider_queue_full", "provider_queue_timeout", "pool_timeout", "circuit_open"];
 const LATER = new Set([...BUSY, "no_provider", "provider_rate_limited", "rate_limit_exceeded"]);
 const TWICE = new Set(["request_timeout", "connect_error", "connect_timeout"]);
 const ENDS = new Set(["complete", "error", "cancelled", "busy"]); // statuses after which nothing more is sent
-
 // Seconds: *least*, which a server may have asked for, and a part by chance of a span that doubles with each failure.
 export const backoff = (least, failures, span) => Math.min(3600, least) + Math.random() * Math.min(30, span * 2 ** failures);
 // The seconds before connecting again after so many failures and a close code; null: never. After a restart clients come one by one.
@@ -27,23 +24,27 @@ export function reconnectDelay(code, failures, retryAfter = 0) {
 const newId = () => Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16).padStart(2, "0")).join("");
 
 export class AnswerError extends Error {
-  constructor({ code = "protocol_error", error, retryable = false, retry_after: retryAfter = null }, { id = "", text = "" } = {}) {
+  constructor({ code = "protocol_error", error, retryable = false, retry_after = null }, { id = "", text = "", shown = false } = {}) {
     super(error);
-    Object.assign(this, { name: "AnswerError", code, retryable, retryAfter, requestId: id, text });
+    Object.assign(this, { name: "AnswerError", code, retryable: retryable && !shown, retryAfter: retry_after, requestId: id, text });
   }
 }
 
 export class Client {
   state = { name: "idle" };
-  endpoints = { websocket: "/ws/chat", sse: "/sse/chat" };
+  endpoints = { websocket: "/ws/chat", sse: "/sse/chat", conversations: "/conversations" };
   #options;
   #sse; // whether answers come by SSE
-  #blocked = 0;
+  #blocked = 0; // WebSockets in succession that did not open while the server answered over HTTP
   #links = new Set(); // what is known of each question whose answer is being read
   #attempt = { timers: [] }; // this connection: { timers, socket, send, heard, silent, fault }
   #failures = 0; // to connect, in succession
   #keep = false; // whether the connection is wanted without a question
   conversation = (id = newId()) => ({ id, chat: (content, options) => this.chat(content, { ...options, conversationId: id }) });
+  conversations = (query) => this.#kept(`?${new URLSearchParams(query)}`);
+  turns = (id) => this.#kept(`/${encodeURIComponent(id)}`);
+  deleteConversation = (id) => this.#kept(`/${encodeURIComponent(id)}`, { method: "DELETE" });
+  connect = () => void ((this.#keep = true), this.#connect());
 
   constructor(url, options = {}) {
     if (/[^\w!#$%&'*+.^`|~-]/.test(options.key ?? "")) throw new TypeError("the key has characters that no key has");
@@ -61,18 +62,12 @@ export class Client {
     const body = JSON.stringify({ ...question, provider, model, metadata, streaming, options: fields }); // the same at each sending
     const link = { id, last, body, deadline, stop: new AbortController(), wake() {}, unread: [], text: "", complete: null };
     Object.assign(link, { attached: false, notBefore: 0, sent: 0, tries: 0, shown: last > 1 }); // event 1 is `processing`
-    link.asked = options.lastEventId !== undefined; // the server knows the question, or has forgotten it
-    link.repeated = options.requestId !== undefined; // the server may know it
-    const events = this.#events(link, AbortSignal.any([link.stop.signal, signal ?? link.stop.signal]));
-    const pieces = async function* () { for await (const event of events) if (event.type === "text") yield event.text; };
+    Object.assign(link, { asked: options.lastEventId !== undefined, repeated: options.requestId !== undefined }); // before
+    const events = () => this.#events(link, AbortSignal.any([link.stop.signal, signal ?? link.stop.signal]));
+    const pieces = async function* () { for await (const event of events()) if (event.type === "text") yield event.text; };
     const text = async () => (await Array.fromAsync(pieces())).join("");
-    const answer = { events: () => events, text, cancel: () => link.stop.abort(link), [Symbol.asyncIterator]: pieces };
+    const answer = { events, text, cancel: () => link.stop.abort(link), [Symbol.asyncIterator]: pieces };
     return Object.defineProperties(answer, { requestId: { get: () => link.id }, complete: { get: () => link.complete } });
-  }
-
-  connect() {
-    this.#keep = true;
-    this.#connect();
   }
 
   close() {
@@ -82,18 +77,17 @@ export class Client {
   }
 
   async *#events(link, stop) {
+    if (link.alarm) throw new TypeError("an answer is read once: ask again for another one");
     const error = () => `no whole answer within ${link.deadline} s, and the connection is ${this.state.name}`;
     const late = () => link.stop.abort(new AnswerError({ code: "deadline_exceeded", error: error(), retryable: true }, link));
     link.alarm = setTimeout(late, Math.min(2 ** 31 - 1, link.deadline * 1000));
     stop.addEventListener("abort", () => this.#leave(link)); // at once, and not when the caller reads on
     try {
-      if (!stop.aborted) this.#links.add(link);
-      while (!stop.aborted) {
+      for (stop.aborted || this.#links.add(link); !stop.aborted && !link.complete; ) {
         const wait = link.notBefore - Date.now();
         if (link.unread.length) {
           const event = this.#take(link, link.unread.shift());
           if (event) yield event;
-          if (link.complete) return;
         } else if (link.fault) {
           throw new AnswerError(link.fault, link);
         } else if (["idle", "closed"].includes(this.state.name)) {
@@ -105,7 +99,7 @@ export class Client {
           yield { type: "sent" };
         }
       }
-      if (stop.reason !== link) throw stop.reason;
+      if (!link.complete && stop.reason !== link) throw stop.reason;
     } finally {
       this.#leave(link); // the caller may have left its loop
     }
@@ -142,7 +136,7 @@ export class Client {
     // It waited at the provider when its connection was lost, which ended it: nothing was asked, and nothing was paid.
     if (code === "cancelled") return number === 1 && link.repeated ? 0 : null;
     if (code === "slow_client" && !number) return link.dropped === link.last ? null : 0; // null: nothing has come since then
-    if (code === "server_shutdown" && !number) return reconnectDelay(1012);
+    if (code === "server_shutdown" && (number ?? 1) === 1) return reconnectDelay(1012); // no provider has begun
     const most = TWICE.has(code) ? 2 : LATER.has(code) || (retryable && !number) ? Infinity : 0;
     return link.tries < most ? backoff(Math.max(1, retryAfter), link.tries++, 1) : null;
   }
@@ -152,15 +146,15 @@ export class Client {
     link.wake();
     link.request?.abort();
     if (!this.#links.delete(link) || link.settled || !(link.sent || link.asked)) return;
-    if (this.#sse) this.#fetch(`/${encodeURIComponent(link.id)}`, { method: "DELETE", keepalive: true }).catch(() => {});
+    const path = `${this.endpoints.sse}/${encodeURIComponent(link.id)}`;
+    if (this.#sse) this.#fetch(path, { method: "DELETE", keepalive: true }).catch(() => {});
     else if (this.state.name === "open") this.#attempt.send({ action: "cancel", request_id: link.id });
   }
 
-  // Send the question, or resume its answer. A question that may have arrived is sent once more with the same id: the server
-  // answers it once. After RESEND_WITHIN it is not, since the server may have forgotten it, and would ask the provider again.
+  // Send the question, or resume its answer. One that may have arrived is sent again by its id, while the server knows that.
   #attach(link) {
-    const { id, last, sent } = link;
-    const resumed = last > 0 || link.asked || (sent > 0 && Date.now() - sent > RESEND_WITHIN);
+    const { id, last, sent, asked } = link;
+    const resumed = last > 0 || asked || (sent > 0 && Date.now() - sent > RESEND_WITHIN);
     Object.assign(link, { attached: true, repeated: link.repeated || sent > 0, sent: resumed ? sent : Date.now() });
     if (this.#sse) this.#follow(link, resumed);
     else if (resumed) this.#attempt.send({ action: "resume", request_id: id, payload: { last_event_id: last } });
@@ -198,10 +192,10 @@ export class Client {
   // No WebSocket has opened, and a page is not told why: ask over HTTP. Where that answers, a proxy may let none through.
   async #diagnose(code) {
     const attempt = this.#attempt;
-    const response = await this.#fetch("", { signal: AbortSignal.timeout(PATIENCE) }).catch(() => null);
+    const response = await this.#fetch(this.endpoints.sse, { signal: AbortSignal.timeout(PATIENCE) }).catch(() => null);
     const fault = response && !response.ok ? await refusal(response) : undefined;
     if (attempt !== this.#attempt) return;
-    if (response?.ok && !this.#options.transport) this.#sse = ++this.#blocked >= BLOCKED_AFTER;
+    if (response?.ok && !this.#options.transport) this.#sse = ++this.#blocked > 1; // once may be by chance
     this.#lose(fault?.retryable === false ? 1008 : code, fault);
   }
 
@@ -212,8 +206,7 @@ export class Client {
       if (frame.status === "pong") this.state.name === "open" || this.#admitted();
       else if (frame.request_id !== null) this.#deliver([...this.#links].find(({ id }) => id === frame.request_id), frame);
       else if (frame.status === "error") this.#attempt.fault = frame.chunk;
-      else if (frame.status === "queued") for (const link of this.#links) link.unread.push(frame);
-      if (frame.status === "queued" && frame.request_id === null) this.#setState({ name: "queued", ...frame.chunk });
+      else if (frame.status === "queued") this.#setState({ ...frame.chunk, name: "queued" }, frame);
     } catch (error) {
       this.#lose(1002, { error: `not a frame of aioserver: ${error.message}` });
     }
@@ -222,24 +215,22 @@ export class Client {
   // A broken network path is not reported to a page: the server is pinged, and the connection is lost without an answer.
   #admitted() {
     const check = () => {
-      for (const link of this.#links) if (Date.now() - link.alive > SSE_SILENCE) link.request.abort();
+      for (const link of this.#links) if (link.attached && Date.now() - link.alive > SSE_SILENCE) link.request.abort();
       if (this.#attempt.silent) return this.#lose(1006);
-      this.#failures = 0;
+      this.#failures = this.#blocked = 0;
       this.#attempt.silent = !this.#sse;
-      if (!this.#sse) this.#attempt.send({ action: "ping" });
+      this.#attempt.send?.({ action: "ping" });
     };
     this.#attempt.timers.push(setInterval(check, PATIENCE));
-    this.#blocked = 0;
     this.#setState({ name: "open" });
   }
 
   #lose(code, fault) {
     this.#discard();
     let seconds = reconnectDelay(code, this.#failures++, fault?.retry_after);
-    // The socket was idle, or had too large a message: of those without an event that was the longest.
     const [longest] = [...this.#links].filter((link) => link.attached && !link.last).sort((a, b) => b.body.length - a.body.length);
     if (code === 1009 && longest) longest.fault = { error: "the question is too large", ...fault, code: "request_too_large" };
-    if (code === 1000 || code === 1009) seconds = this.#links.size ? 0 : null;
+    if (code === 1000 || code === 1009) seconds = this.#links.size ? 0 : null; // it was idle; or one message was too large
     for (const link of this.#links) link.attached = false;
     if (seconds === null) for (const link of this.#links) link.fault ??= fault ?? { error: `the server closed the connection (${code})` };
     if (seconds === null || !(this.#keep || this.#links.size)) return this.#setState({ name: "closed", code, fault });
@@ -254,17 +245,22 @@ export class Client {
     return (this.#attempt = { timers: [] });
   }
 
-  #setState(state) {
+  #setState(state, ...frames) {
     this.state = state;
-    for (const link of this.#links) link.wake();
+    for (const link of this.#links) link.unread.push(...frames), link.wake();
     this.#options.onstate(state);
   }
 
-  #fetch(path, { headers, ...init }) {
+  #fetch(path, { headers, ...init } = {}) {
     const { key, session } = this.#options;
-    const options = { cache: "no-store", credentials: session ? "include" : "same-origin", ...init };
-    if (key) options.headers = { ...headers, Authorization: `Bearer ${key}` };
-    return fetch(this.url + this.endpoints.sse + path, { headers, ...options });
+    const all = { ...headers, ...(key && { Authorization: `Bearer ${key}` }) };
+    return fetch(this.url + path, { cache: "no-store", credentials: session ? "include" : "same-origin", ...init, headers: all });
+  }
+
+  async #kept(path, init) {
+    const response = await this.#fetch(this.endpoints.conversations + path, init);
+    if (!response.ok) throw new AnswerError(await refusal(response));
+    return response.status === 204 ? undefined : response.json();
   }
 
   // Read an answer over SSE, to the end of the response.
@@ -273,12 +269,12 @@ export class Client {
     const request = Object.assign(link, { request: new AbortController(), alive: Date.now() }).request;
     const body = `{"request_id":${JSON.stringify(link.id)},${link.body.slice(1)}`;
     const ask = { method: "POST", headers: { "Content-Type": "application/json" }, body };
-    const [path, init] = resumed ? [`/${encodeURIComponent(link.id)}`, { headers: { "Last-Event-ID": String(link.last) } }] : ["", ask];
+    let [path, init, response] = resumed ? [`/${encodeURIComponent(link.id)}`, { headers: { "Last-Event-ID": String(link.last) } }] : ["", ask];
     try {
-      const response = await this.#fetch(path, { ...init, signal: request.signal });
-      const events = /^text\/event-stream/.test(response.headers.get("Content-Type")) && response.body;
+      response = await this.#fetch(this.endpoints.sse + path, { ...init, signal: request.signal });
+      const events = /^text\/event-stream/.test(response.headers.get("Content-Type"));
       if (!events) this.#deliver(link, { status: "error", chunk: await refusal(response) });
-      const reader = events && events.pipeThrough(new TextDecoderStream()).getReader();
+      const reader = events && response.body.pipeThrough(new TextDecoderStream()).getReader();
       for (let rest = "", part; reader && !(part = await reader.read()).done; link.alive = Date.now()) {
         const lines = (rest + part.value).split("\n");
         rest = lines.pop();
@@ -288,8 +284,9 @@ export class Client {
       if (error instanceof SyntaxError) link.fault = { error: `not an event of aioserver: ${error.message}` };
     }
     if (link.request !== request) return; // another one has begun
-    link.alive = Infinity;
-    link.fault ? link.wake() : link.attached && this.#lose(1006);
+    if (link.attached && !response) return this.#lose(1006);
+    if (link.attached) Object.assign(link, { attached: false, notBefore: Date.now() + 1000 * reconnectDelay(1006, this.#failures++) });
+    link.wake();
   }
 }
 
@@ -298,7 +295,6 @@ async function refusal(response) {
   const { status, headers } = response;
   const passes = status === 408 || status === 429 || status >= 500;
   const { error } = await response.json().catch(() => ({}));
-  const { code, message } = error ?? { code: passes ? "server_unavailable" : "protocol_error", message: `HTTP ${status}, not by aioserver` };
-  const retryable = passes && headers.get("x-should-retry") !== "false";
-  return { code, error: message, retryable, retry_after: Number(headers.get("Retry-After")) || undefined };
+  const { code, message } = error ?? { code: passes ? "server_unavailable" : "protocol_error", message: `HTTP ${status}, not by us` };
+  return { code, error: message, retryable: passes && headers.get("x-should-retry") !== "false", retry_after: +headers.get("Retry-After") };
 }

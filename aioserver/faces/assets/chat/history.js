@@ -1,0 +1,67 @@
+// The conversations that the server keeps for this caller: those of other browsers, and those that this one has lost.
+
+import { newTurn } from "./turn.js";
+
+const MAX_LISTED = 50;
+const MAX_REMOVED = 500; // ids
+
+export class ServerHistory {
+  // *client* knows the address, and `changed()` is called when the list has changed.
+  constructor(client, store, { changed }) {
+    this.client = client;
+    this.store = store;
+    this.changed = changed;
+    this.summaries = new Map(); // id → { id, title, updated, messages }
+  }
+
+  // Ids that were deleted here. The server is told when its list has one: it may be away now, and a running answer is kept
+  // after it was stopped.
+  get removed() {
+    return this.store.getSetting("removed", []);
+  }
+
+  // Read the list from the server. If it does not answer, the former list stays.
+  async load() {
+    const list = await this.client.conversations({ limit: MAX_LISTED }).catch(() => null);
+    if (list === null) return;
+    const removed = new Set(this.removed);
+    for (const { id } of list.conversations) if (removed.has(id)) await this.client.deleteConversation(id).catch(() => {});
+    const kept = list.conversations.filter(({ id }) => !removed.has(id));
+    this.summaries = new Map(kept.map((summary) => [summary.id, summary]));
+    this.changed();
+  }
+
+  // Those that this browser has not, as conversations without turns.
+  get missing() {
+    const removed = new Set(this.removed);
+    return [...this.summaries.values()]
+      .filter(({ id }) => !this.store.conversations.has(id) && !removed.has(id))
+      .map(({ id, title, updated }) => ({ id, title, used: updated * 1000, draft: "", turns: [] }));
+  }
+
+  // Whether the server has more of *conversation* than this browser.
+  ahead({ id, turns }) {
+    const answered = turns.filter(({ state, text }) => state === "complete" || text);
+    return (this.summaries.get(id)?.messages ?? 0) > 2 * answered.length;
+  }
+
+  // The turns of a conversation; null if they cannot be read.
+  async turns(id) {
+    const kept = await this.client.turns(id).catch(() => null);
+    if (kept === null) return null;
+    const turns = [];
+    for (const { role, text, time } of kept.messages) {
+      if (role === "user") {
+        turns.push({ ...newTurn(text, { provider: null, model: null }), asked: time * 1000, state: "complete" });
+      } else if (turns.length) {
+        turns.at(-1).text = text;
+      }
+    }
+    return turns;
+  }
+
+  remove(id) {
+    this.store.setSetting("removed", [...this.removed, id].slice(-MAX_REMOVED));
+    return this.load();
+  }
+}

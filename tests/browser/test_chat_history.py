@@ -1,0 +1,112 @@
+"""The chat page and the conversations that the server keeps: found again in another browser, and deleted in both."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from playwright.async_api import expect
+
+from tests.support.chat_page import answer, ask, cut, enter, is_now, said, shows
+from tests.support.client_page import unwatched
+from tests.support.waiting import until_result
+
+if TYPE_CHECKING:
+    from playwright.async_api import Locator, Page
+
+    from tests.support.server import RunningServer
+
+
+def listed(page: Page) -> Locator:
+    """The conversations in the list."""
+    return page.locator("#conversations li")
+
+
+async def kept(server: RunningServer) -> list[str]:
+    """The titles of the conversations that the server keeps."""
+    async with server.session.get(server.base + "/conversations") as response:
+        return [one["title"] for one in (await response.json())["conversations"]]
+
+
+async def test_a_conversation_is_found_again_in_another_browser_and_goes_on(
+    server: RunningServer, page: Page
+) -> None:
+    await enter(page, server)
+    await ask(page, "apples")
+    await is_now(page, "complete")
+    async with unwatched(page) as other:
+        await enter(other, server)
+        await other.get_by_role("button", name="apples", exact=True).click()
+        await shows(other, await said(server, "apples"))
+        await expect(other.locator(".question")).to_contain_text("apples")
+        await ask(other, "pears")
+        await expect(other.get_by_role("article")).to_have_count(2)
+        await is_now(other, "complete")
+        asked = server.simulator.bodies[-1]["messages"]
+        assert [one["content"] for one in asked if one["role"] == "user"] == ["apples", "pears"]
+
+        await other.reload()
+        await expect(other.get_by_role("article")).to_have_count(2)
+        await shows(other, await said(server, "pears"))
+
+    await page.reload()
+    await expect(page.get_by_role("article")).to_have_count(1)
+    await page.get_by_role("button", name="apples", exact=True).click()
+    await expect(page.get_by_role("article")).to_have_count(2)
+    await shows(page, await said(server, "pears"))
+    await expect(listed(page)).to_have_count(1)
+
+
+async def test_what_is_deleted_is_deleted_at_the_server(server: RunningServer, page: Page) -> None:
+    await enter(page, server)
+    for name in ("apples", "pears"):
+        await page.get_by_role("button", name="New conversation").click()
+        await ask(page, name)
+        await is_now(page, "complete")
+    await page.evaluate("localStorage.clear()")
+    await page.reload()
+    await expect(listed(page)).to_have_count(2)
+
+    await page.get_by_role("button", name="Delete: apples").click()
+    await page.get_by_role("button", name="Really delete: apples").click()
+
+    await until_result(lambda: kept(server), lambda titles: titles == ["pears"])
+    await expect(listed(page)).to_have_count(1)
+    await page.reload()
+    await expect(listed(page)).to_have_count(1)
+
+
+async def test_a_deletion_without_a_connection_is_told_to_the_server_later(
+    server: RunningServer, page: Page
+) -> None:
+    await enter(page, server)
+    await ask(page, "apples")
+    await is_now(page, "complete")
+    await page.context.set_offline(True)
+    cut(server)
+    await expect(page.get_by_text("The connection to the server is lost.")).to_be_visible()
+    await page.get_by_role("button", name="Delete: apples").click()
+    await page.get_by_role("button", name="Really delete: apples").click()
+    await expect(listed(page)).to_have_count(0)
+    assert await kept(server) == ["apples"]
+
+    await page.context.set_offline(False)
+
+    await until_result(lambda: kept(server), lambda titles: not titles)
+    await expect(listed(page)).to_have_count(0)
+
+
+async def test_a_server_that_cannot_show_a_conversation_costs_only_that(
+    server: RunningServer, page: Page
+) -> None:
+    await enter(page, server)
+    await ask(page, "apples")
+    await is_now(page, "complete")
+    async with unwatched(page) as other:
+        await enter(other, server)
+        await expect(listed(other)).to_have_count(1)
+        await other.route("**/conversations/*", lambda route: route.fulfill(status=503, body="{}"))
+        await other.get_by_role("button", name="apples", exact=True).click()
+        await expect(other.locator("#notice")).to_contain_text("cannot show this conversation")
+        await ask(other, "pears")
+        await is_now(other, "complete")
+        await expect(answer(other)).to_contain_text("pears")
