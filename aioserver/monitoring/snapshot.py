@@ -130,6 +130,7 @@ class Snapshots:
                 "websocket": chat.websocket.endpoint,
                 "sse": chat.sse.endpoint,
                 "openai": "/v1",
+                "anthropic": "/v1",
             },
         }
 
