@@ -134,6 +134,7 @@ class Snapshots:
                 "websocket": chat.websocket.endpoint,
                 "sse": chat.sse.endpoint,
                 "openai": "/v1",
+                "anthropic": "/v1",
                 "conversations": "/conversations",
             },
         }

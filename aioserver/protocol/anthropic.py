@@ -101,7 +101,7 @@ class MessageErrors:
 
 
 def ending(block: bytes) -> bool:
-    """Return whether *block*, whole events, may have an event that ends the answer."""
+    """Return whether *block*, whole events or one, may have an event that ends the answer."""
     # Not `in`: for bytes that costs more than twice as much.
     return block.find(_STOP) >= 0 or block.find(_ERROR) >= 0
 

@@ -117,7 +117,9 @@ class MessageSink:
 
     def _note_usage(self, block: bytes) -> None:
         for event in eventstream.split(block):
-            self._usage |= anthropic.usage_in(anthropic.content_of(event))
+            # What is read of an event must not depend on those that came in the same read.
+            if event.find(_USAGE) >= 0:
+                self._usage |= anthropic.usage_in(anthropic.content_of(event))
         if self._usage:
             self._stream.details.usage = bounded(anthropic.with_total(self._usage))
 
@@ -144,6 +146,8 @@ def _up_to_end(block: bytes) -> tuple[bytes, bool, bytes]:
     """
     events = eventstream.split(block)
     for number, event in enumerate(events):
+        if not anthropic.ending(event):
+            continue
         content = anthropic.content_of(event)
         if content.get("type") == "message_stop":
             last = number == len(events) - 1

@@ -2,7 +2,8 @@
 
 OpenAI's SDKs put a path such as `chat/completions` behind a base URL. Where that URL lacks its `/v1`, has
 it twice, or has a part of another server's, every request of the program is 404: the message names the
-path that is there. Anthropic's SDKs put the `/v1` there themselves, so their base URL must not have it.
+path that is there. Anthropic's SDKs put the `/v1` there themselves, so their base URL must not have it; other programs for that
+API do not.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ def not_found(request: web.Request) -> NotFound:
     message = f"no such path for {request.method}: {path[:MAX_SHOWN]}"
     meant = next((candidate for candidate in _candidates(path) if _exists(request, candidate)), "")
     if meant:
-        rule = "must not end" if is_messages(meant.removeprefix(API)) else "must end"
+        twice = path.startswith(API) and is_messages(meant.removeprefix(API))
+        rule = "must not end" if twice else "must end"
         message += f"; the base URL {rule} in /v1, so that the path is {meant[:MAX_SHOWN]}"
     return NotFound(message)
 

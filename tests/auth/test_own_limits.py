@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 
 
 OPENAI = ("stream", "whole", "idempotent", "stored")
-FACES = ("websocket", "sse", *OPENAI)
+MESSAGES = ("messages stream", "messages")
+FACES = ("websocket", "sse", *OPENAI, *MESSAGES)
 
 
 def quota(server: RunningServer, name: str = "web") -> Quota:
@@ -86,6 +87,8 @@ class Client:
 
     @property
     def _path(self) -> str:
+        if self.face in MESSAGES:
+            return "messages"
         return "responses" if self.face == "stored" else "chat/completions"
 
     def _body(self, name: str) -> dict[str, Any]:
@@ -93,7 +96,8 @@ class Client:
             return {"request_id": name, **CHAT}
         if self.face == "stored":
             return {"input": "Hello", "store": True, "stream": False}
-        return {**CHAT, "stream": self.face == "stream"}
+        limit = {"max_tokens": 4096} if self.face in MESSAGES else {}
+        return {**CHAT, **limit, "stream": self.face.endswith("stream")}
 
     async def leave(self) -> None:
         if self.ws is not None:

@@ -94,8 +94,11 @@ def test_an_item_that_is_too_large_is_malformed_before_it_comes() -> None:
         list(pipe.Assembler().feed(b"\xff\xff\xff\xff\x00\x00\x00\x01"))
 
 
+@pytest.mark.parametrize("passed", [None, (422, b'{"error":{}}')])
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
-def test_every_error_looks_the_same_at_another_instance(cls: type[AioserverError]) -> None:
+def test_every_error_looks_the_same_at_another_instance(
+    cls: type[AioserverError], passed: tuple[int, bytes] | None
+) -> None:
     if issubclass(cls, ProviderRefused):
         error: AioserverError = cls("why", 422, b'{"error":{}}')
     else:
@@ -103,6 +106,7 @@ def test_every_error_looks_the_same_at_another_instance(cls: type[AioserverError
     error.paid = True
     if isinstance(error, ProviderFault):
         error.provider, error.attempts, error.provider_headers = "p", 3, {"x-ratelimit": "1"}
+        error.provider_answer = passed
 
     other = faults.unpack(faults.pack(error))
 
@@ -110,6 +114,7 @@ def test_every_error_looks_the_same_at_another_instance(cls: type[AioserverError
     assert other.body() == error.body()
     assert (other.headers(), other.as_chunk()) == (error.headers(), error.as_chunk())
     assert other.http_status == error.http_status
+    assert other.provider_answer == error.provider_answer
 
 
 def test_an_error_that_is_unknown_here_is_an_internal_one() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ import pytest
 from aioserver.cluster.links import CREDIT
 from aioserver.cluster.peer_messages import Block
 from aioserver.limits.quota import Quota
+from aioserver.protocol import eventstream
 from aioserver.providers.simulator.exchange import Behaviour
 from tests.support.chat import (
     CHAT,
@@ -234,6 +236,54 @@ async def test_a_key_of_a_request_elsewhere_is_answered_from_the_first(
 
     assert len(set(answers)) == 1
     assert asked_once(*every)
+
+
+MESSAGE: dict[str, Any] = {"model": "sim", "max_tokens": 100_000, **CHAT}
+
+
+@pytest.mark.parametrize("model", ["sim", "fault-status-529"])
+@pytest.mark.parametrize("streamed", [True, False])
+async def test_an_answer_of_anthropics_api_is_the_same_elsewhere(
+    make: Make, model: str, streamed: bool
+) -> None:
+    a, b = await make(2)
+    answers = []
+    for one in (a, b):
+        async with one.server.session.post(
+            f"{one.server.v1}/messages",
+            json={**MESSAGE, "model": model, "stream": streamed},
+            headers=KEY,
+        ) as response:
+            answers.append((response.status, await response.read()))
+
+    assert answers[0] == answers[1]
+    assert answers[0][0] == (200 if model == "sim" else 529)
+    assert asked_once(a, b)
+
+
+async def test_a_reader_elsewhere_of_anthropics_api_is_told_of_a_killed_owner_in_its_form(
+    make: Make, world: World
+) -> None:
+    a, b = await make(2, ENDLESS)
+    body = {**MESSAGE, "stream": True}
+
+    def ask(one: Instance) -> Any:
+        return one.server.session.post(f"{one.server.v1}/messages", json=body, headers=KEY)
+
+    async with ask(a) as first, ask(b) as second:
+        while b"text_delta" not in await second.content.readline():
+            pass
+        world.kill("a")
+        rest = await second.content.read()
+        async with a.server.session.delete(f"{a.server.sse}/k1") as cancelled:
+            assert cancelled.status == 204
+        await first.read()
+
+    event = eventstream.parse(rest)[-1]
+    assert event.event == b"error"
+    error = json.loads(event.data)["error"]
+    assert (error["type"], error["code"]) == ("overloaded_error", "server_shutdown")
+    assert b.requests == 0
 
 
 @pytest.mark.parametrize("behaviour", [PACED, ENDLESS])

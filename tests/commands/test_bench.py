@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from tests.support.server import RunningServer
 
-FACES = ("websocket", "sse", "openai")
+FACES = ("websocket", "sse", "openai", "anthropic")
 ONE_PLACE = {f"{CONCURRENCY}.max_connections": 1, f"{CONCURRENCY}.queue_timeout": 0}
 SLOW = Behaviour(ttft=0.3, interval=0.01, tokens=5)
 
@@ -89,10 +89,11 @@ async def test_every_answer_is_complete(server: RunningServer, face: str) -> Non
     assert server.simulator.stats().requests == 8
 
 
-async def test_a_whole_answer_is_complete_too(server: RunningServer) -> None:
+@pytest.mark.parametrize("face", ["openai", "anthropic"])
+async def test_a_whole_answer_is_complete_too(server: RunningServer, face: str) -> None:
     question = Question(prompt="Hello", streamed=False, max_tokens=3)
 
-    report = await ran(server.base, face="openai", question=question)
+    report = await ran(server.base, face=face, question=question)
 
     assert report["requests"]["ok"] == 8
     assert report["first_token"] is None
@@ -258,6 +259,10 @@ PROPER = [event(n, s) for n, s in enumerate((b"processing", b"chunk", b"complete
 SAID = b'data: {"choices":[{"index":0,"delta":{"content":"Hi"}}]}\n\n'
 STOPPED = b'data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}\n\n'
 
+WROTE = b'data: {"type":"content_block_delta"}\n\n'
+REASON = b'data: {"type":"message_delta","delta":{"stop_reason":"end_turn"}}\n\n'
+STOP = b'data: {"type":"message_stop"}\n\n'
+
 
 @pytest.mark.parametrize(
     ("face", "body", "reason"),
@@ -275,6 +280,16 @@ STOPPED = b'data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}\n\
         ("openai", [SAID, STOPPED, DONE, SAID], "events_after_the_end"),
         ("openai", [b"data: what\n\n"], "not_understood"),
         ("openai", [SAID, b'data: {"error":{"code":"read_timeout"}}\n\n'], "read_timeout"),
+        ("anthropic", [WROTE], "no_message_stop"),
+        ("anthropic", [WROTE, STOP], "no_stop_reason"),
+        ("anthropic", [WROTE, REASON, STOP, WROTE], "events_after_the_end"),
+        ("anthropic", [b"data: what\n\n"], "not_understood"),
+        ("anthropic", [b"data: []\n\n"], "not_understood"),
+        (
+            "anthropic",
+            [WROTE, b'data: {"type":"error","error":{"code":"read_timeout"}}\n\n'],
+            "read_timeout",
+        ),
     ],
 )
 async def test_a_server_that_breaks_its_word_is_seen(
@@ -283,7 +298,11 @@ async def test_a_server_that_breaks_its_word_is_seen(
     async def handler(_request: web.Request) -> web.Response:
         return web.Response(body=b"".join(body), content_type="text/event-stream")
 
-    path = {"sse": "/sse/chat", "openai": "/v1/chat/completions"}[face]
+    path = {
+        "sse": "/sse/chat",
+        "openai": "/v1/chat/completions",
+        "anthropic": "/v1/messages",
+    }[face]
     async with saying(path, handler) as base:
         report = await ran(base, face=face, clients=1, requests=1)
 

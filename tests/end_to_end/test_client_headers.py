@@ -23,9 +23,13 @@ if TYPE_CHECKING:
 
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 PARENT = f"00-{TRACE}-00f067aa0ba902b7-01"
-FACES = ("websocket", "sse", "openai", "openai streamed")
+FACES = ("websocket", "sse", "openai", "openai streamed", "anthropic", "anthropic streamed")
 ANSWER = chunk(
     b'data: {"choices":[{"index":0,"delta":{"content":"Hi"},"finish_reason":"stop"}]}\n\n'
+)
+MESSAGE = chunk(
+    b'event: message_start\ndata: {"type":"message_start"}\n\n'
+    b'event: message_stop\ndata: {"type":"message_stop"}\n\n'
 )
 WHOLE = b'{"choices":[{"index":0,"message":{"role":"assistant","content":"Hi"}}]}'
 
@@ -41,7 +45,9 @@ class Listener:
             request = await peer.request()
             self.requests.append(request)
             if b'"stream":true' in request.replace(b" ", b""):
-                await peer.send(EVENT_STREAM, ANSWER + chunk(DONE) + LAST_CHUNK)
+                messages = request.startswith(b"POST /v1/messages ")
+                answer = MESSAGE if messages else ANSWER + chunk(DONE)
+                await peer.send(EVENT_STREAM, answer + LAST_CHUNK)
             else:
                 head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
                 await peer.send(head % len(WHOLE) + WHOLE)
@@ -67,7 +73,8 @@ async def listening(*, failing: bool = False) -> AsyncIterator[tuple[Listener, s
 
 
 def at(url: str, *pass_headers: str, **more: Any) -> dict[str, Any]:
-    return {**provider_entry(url), "pass_headers": list(pass_headers), **more}
+    names = list(pass_headers)
+    return {**provider_entry(url), "messages": True, "pass_headers": names, **more}
 
 
 async def ask(server: RunningServer, face: str, headers: dict[str, str], name: str = "r") -> None:
@@ -76,10 +83,11 @@ async def ask(server: RunningServer, face: str, headers: dict[str, str], name: s
             await ws.send_json(chat(name))
             assert (await to_end(ws))[-1]["status"] == "complete"
         return
-    url = server.sse if face == "sse" else f"{server.v1}/chat/completions"
+    path = "messages" if face.startswith("anthropic") else "chat/completions"
+    url = server.sse if face == "sse" else f"{server.v1}/{path}"
     body = {"request_id": name, **CHAT} if face == "sse" else CHAT
     async with server.session.post(
-        url, json=STREAMED if face == "openai streamed" else body, headers=headers
+        url, json=STREAMED if face.endswith("streamed") else body, headers=headers
     ) as response:
         assert response.status == 200, await response.text()
         await response.read()
@@ -199,7 +207,12 @@ async def test_a_reload_names_other_headers_and_keeps_the_pool(
 @pytest.mark.parametrize(
     "value", [b"a\r\nX-Evil: 1", b"a\nX-Evil: 1", b"a\r\n\r\nGET /evil", b"\xe9", "日".encode()]
 )
-async def test_no_value_adds_a_header_or_a_request(make_server: MakeServer, value: bytes) -> None:
+@pytest.mark.parametrize(
+    ("path", "name"), [(b"chat/completions", b"x-tenant"), (b"messages", b"anthropic-beta")]
+)
+async def test_no_value_adds_a_header_or_a_request(
+    make_server: MakeServer, path: bytes, name: bytes, value: bytes
+) -> None:
     async with listening() as (listener, url):
         server = await make_server(
             **{"llm.providers.own": at(url, "x-tenant"), "llm.active": "own"}
@@ -207,9 +220,9 @@ async def test_no_value_adds_a_header_or_a_request(make_server: MakeServer, valu
         body = b'{"messages": [{"role": "user", "content": "Hello"}]}'
         async with Raw(server) as raw:
             await raw.send(
-                b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
-                b"Content-Type: application/json\r\nContent-Length: %d\r\nx-tenant: %b\r\n\r\n%b"
-                % (len(body), value, body)
+                b"POST /v1/%b HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+                b"Content-Type: application/json\r\nContent-Length: %d\r\n%b: %b\r\n\r\n%b"
+                % (path, len(body), name, value, body)
             )
             await raw.to_the_end()
         await server.nothing_held()
@@ -218,7 +231,7 @@ async def test_no_value_adds_a_header_or_a_request(make_server: MakeServer, valu
         assert b"evil" not in request.lower()
         assert request.count(b"HTTP/1.1") == 1
         if b"\n" not in value:
-            assert b"\r\nx-tenant: " + value + b"\r\n" in request
+            assert b"\r\n%b: %b\r\n" % (name, value) in request
     assert len(listener.requests) <= 1
     assert listener.requests or b"\n" in value
 
@@ -230,7 +243,7 @@ async def test_headers_of_clients_at_once_are_never_mixed_up(make_server: MakeSe
         )
         await asyncio.gather(
             *(
-                ask(server, FACES[n % 4], {"x-tenant": f"t{n}"} if n % 3 else {}, f"r{n}")
+                ask(server, FACES[n % len(FACES)], {"x-tenant": f"t{n}"} if n % 3 else {}, f"r{n}")
                 for n in range(24)
             )
         )

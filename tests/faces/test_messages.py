@@ -473,6 +473,7 @@ async def test_our_refusals_have_its_form(make_server: MakeServer) -> None:
         ("GET", "/v1/messages", 405),
         ("POST", "/v1/messages/batches", 404),
         ("POST", "/v1/v1/messages", 404),
+        ("POST", "/v1/x/v1/messages", 404),
     ],
 )
 async def test_paths_that_are_not_there_have_its_form(
@@ -483,7 +484,14 @@ async def test_paths_that_are_not_there_have_its_form(
         assert response.status == status
         error = await error_of(response)
     assert error["type"] == ("not_found_error" if status == 404 else "invalid_request_error")
-    assert ("the base URL must not end in /v1" in error["message"]) == ("/v1/v1" in path)
+    assert ("the base URL must not end in /v1" in error["message"]) == ("v1/messages" in path[4:])
+
+
+async def test_a_base_url_without_its_version_is_told_the_path(server: RunningServer) -> None:
+    async with server.session.post(server.base + "/messages", json=ASKED) as response:
+        assert response.status == 404
+        message = (await response.json())["error"]["message"]
+    assert message.endswith("the base URL must end in /v1, so that the path is /v1/messages")
 
 
 async def test_a_full_server_is_overloaded_and_says_when_to_come_back(

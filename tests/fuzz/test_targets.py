@@ -11,7 +11,7 @@ import pytest
 from aioserver.config import configuration
 from aioserver.faces.client_messages import ClientMessages
 from aioserver.protocol import eventstream, model_body
-from aioserver.providers import sinks
+from aioserver.providers import message_sink, sinks
 from aioserver.providers.exchange import Exchange
 from aioserver.streams import fast_path
 from tests.fuzz.inputs import CORPUS, kept
@@ -47,6 +47,7 @@ BREAKAGES: dict[str, tuple[object, str, object]] = {
     "fast_path": (fast_path, "_PLAIN", re.compile(rb"[^\n]+")),
     "provider_answer": (Exchange, "_settle", lambda _exchange: None),
     "responses": (sinks, "up_to_end", lambda block: (block, b"response.completed" in block)),
+    "messages": (message_sink, "_up_to_end", lambda block: (block, b"message_stop" in block, b"")),
     "client_frames": (ClientMessages, "_count", lambda _messages, _size: True),
     "chat_bodies": (model_body, "_find", lambda data, value: data.find(value)),
     "configuration": (configuration, "_lines", lambda _faults: ["a line without a place"]),

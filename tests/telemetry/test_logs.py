@@ -241,12 +241,13 @@ async def ask(server: RunningServer, face: str, name: str) -> None:
     url, body = {
         "sse": (server.sse, {"request_id": name, "text": "Hello"}),
         "openai": (f"{server.v1}/chat/completions", CHAT),
+        "anthropic": (f"{server.v1}/messages", {**CHAT, "max_tokens": 9}),
     }[face]
     async with server.session.post(url, json=body, headers=bearer("web")) as response:
         await response.read()
 
 
-@pytest.mark.parametrize("face", ["websocket", "sse", "openai"])
+@pytest.mark.parametrize("face", ["websocket", "sse", "openai", "anthropic"])
 @pytest.mark.parametrize(
     ("cause", "event", "code"),
     [

@@ -2,7 +2,7 @@
 
 On the WebSocket and SSE faces an answer is complete when its events are numbered without a gap or
 a repetition and the last of them is `complete`; on the OpenAI face when it has a `finish_reason`
-and, if it is streamed, `[DONE]`.
+and, if it is streamed, `[DONE]`; on Anthropic's when it has a `stop_reason` and, if it is streamed, `message_stop`.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 # Seconds for the server to answer a close frame.
 CLOSE_TIMEOUT = 2.0
+# Tokens of an answer on Anthropic's face, where a request must say how many it takes.
+DEFAULT_MAX_TOKENS = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +55,7 @@ class Question:
         return {"messages": self._messages, "streaming": True, "options": options, **model}
 
     def body(self) -> dict[str, Any]:
-        """Return the body of a request on the OpenAI face."""
+        """Return the body of a request on the OpenAI face, or Anthropic's."""
         choices = {"model": self.model, "max_tokens": self.max_tokens}
         options = {name: value for name, value in choices.items() if value is not None}
         return {"messages": self._messages, "stream": self.streamed, **options}
@@ -181,11 +183,72 @@ class OpenAiClient:
         """Close nothing: no connection of its own is kept between two requests."""
 
 
+class AnthropicClient:
+    """Sends a POST for each request, as Anthropic's SDKs do."""
+
+    def __init__(self, session: aiohttp.ClientSession, url: str, question: Question) -> None:
+        self._session = session
+        self._url = f"{url}/messages"
+        self._body = {"max_tokens": DEFAULT_MAX_TOKENS, **question.body()}
+
+    async def request(self, attempt: Attempt) -> None:
+        """Send one request and read its answer."""
+        async with self._session.post(self._url, json=self._body) as response:
+            if response.status != 200:
+                attempt.error(await remote.read_error(response))
+            elif self._body["stream"]:
+                await self._follow(attempt, response)
+            else:
+                answer = parse_object(await response.read())
+                _stop(attempt, answer.get("stop_reason"))
+
+    async def _follow(self, attempt: Attempt, response: aiohttp.ClientResponse) -> None:
+        splitter, reason = Splitter(), None
+        async for data in response.content.iter_any():
+            for event in parse(splitter.feed(data)):
+                content = parse_object(event.data)
+                match content.get("type"):
+                    case "ping":
+                        continue
+                    case "error":
+                        attempt.error(remote.parse_error(content, "provider_error"))
+                    case "message_stop":
+                        _stop(attempt, reason)
+                    case kind:
+                        attempt.event()
+                        if kind == "content_block_delta":
+                            attempt.token()
+                        elif kind == "message_delta":
+                            delta = content.get("delta")
+                            reason = isinstance(delta, dict) and delta.get("stop_reason")
+        if not attempt.ended:
+            attempt.fail("no_message_stop")
+
+    async def close(self) -> None:
+        """Close nothing: no connection of its own is kept between two requests."""
+
+
 CLIENTS: dict[str, Callable[[aiohttp.ClientSession, str, Question], Client]] = {
     "websocket": WebSocketClient,
     "sse": SseClient,
     "openai": OpenAiClient,
+    "anthropic": AnthropicClient,
 }
+
+
+def parse_object(data: bytes) -> dict[str, Any]:
+    """Decode an event, or a whole answer, of Anthropic's face.
+
+    Raises:
+        UnexpectedAnswer: *data* is not JSON, or no object.
+    """
+    try:
+        content = orjson.loads(data)
+    except orjson.JSONDecodeError:
+        raise UnexpectedAnswer("an event that is not JSON") from None
+    if not isinstance(content, dict):
+        raise UnexpectedAnswer("an event that is no object")
+    return content
 
 
 def report_frame(attempt: Attempt, frame: Frame) -> None:
@@ -219,6 +282,16 @@ def _read(attempt: Attempt, reading: Reading, data: bytes) -> bool:
     except BadEvent as error:
         attempt.fail("not_understood", str(error))
     return False
+
+
+def _stop(attempt: Attempt, reason: object) -> None:
+    """Report the end of an answer on Anthropic's face, which has this stop *reason*."""
+    if attempt.ended:
+        return
+    if reason:
+        attempt.complete()
+    else:
+        attempt.fail("no_stop_reason")
 
 
 def _finish(attempt: Attempt, reading: Reading, *, done: bool) -> None:

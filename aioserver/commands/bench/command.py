@@ -60,7 +60,7 @@ DEFAULT_REQUESTS = 4
 @click.option(
     "--no-stream",
     is_flag=True,
-    help="Ask for answers in one piece; only with --face openai.",
+    help="Ask for answers in one piece; only with --face openai or anthropic.",
 )
 @click.option(
     "--ramp",
@@ -100,8 +100,8 @@ def command(
     """
     if requests is not None and duration is not None:
         raise click.UsageError("either --requests or --duration")
-    if no_stream and settings["face"] != "openai":
-        raise click.UsageError("--no-stream goes with --face openai")
+    if no_stream and settings["face"] not in {"openai", "anthropic"}:
+        raise click.UsageError("--no-stream goes with --face openai or anthropic")
     if requests is None and duration is None:
         requests = DEFAULT_REQUESTS
     question = Question(prompt=prompt, model=model, max_tokens=max_tokens, streamed=not no_stream)

@@ -96,7 +96,8 @@ def _completeness(report: dict[str, Any]) -> Text:
     if not requests["ok"] + requests["incomplete"]:
         return Text("complete: no answer has begun, so none is incomplete")
     if report["complete"]:
-        proof = "a finish_reason" if report["face"] == "openai" else "every event, once, in order"
+        proofs = {"openai": "a finish_reason", "anthropic": "a stop_reason"}
+        proof = proofs.get(report["face"], "every event, once, in order")
         return Text(
             f"complete: {requests['ok']} of {requests['ok']} answers have their end, {proof}"
         )

@@ -35,6 +35,7 @@ TARGETS = (
     "fast_path",
     "provider_answer",
     "responses",
+    "messages",
     "client_frames",
     "chat_bodies",
     "configuration",
