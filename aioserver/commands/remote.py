@@ -1,9 +1,11 @@
-"""A running server, as `top` and `bench` reach it: its URL, a key, a session, its errors."""
+"""A running server, as `top`, `bench` and `chat` reach it: its URL, a key, a session, its errors."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any
 
 import aiohttp
@@ -81,6 +83,48 @@ def session(key: str | None) -> aiohttp.ClientSession:
         headers={"Authorization": f"Bearer {key}"} if key else None,
         timeout=aiohttp.ClientTimeout(total=None, connect=CONNECT_TIMEOUT),
     )
+
+
+async def overview(session: aiohttp.ClientSession, url: str) -> dict[str, Any] | None:
+    """Ask the server for its overview, which is open to everybody; None if what answers is no aioserver.
+
+    Raises:
+        Unreachable: nothing answered in time.
+    """
+    try:
+        async with (
+            asyncio.timeout(CONNECT_TIMEOUT),
+            session.get(f"{url}/", headers={"Accept": "application/json"}) as response,
+        ):
+            answer = await response.json()
+    except (aiohttp.ContentTypeError, ValueError):
+        return None
+    except (aiohttp.ClientError, OSError) as error:
+        raise Unreachable(f"{url} cannot be reached: {describe(error)}") from None
+    return (
+        answer if isinstance(answer, dict) and isinstance(answer.get("endpoints"), dict) else None
+    )
+
+
+async def check_key(session: aiohttp.ClientSession, url: str, key: str | None) -> None:
+    """Ask for the models, which needs a key where any request does and costs nothing.
+
+    Raises:
+        KeyNeeded: the server does not know *key*, with which *session* was made, or there is none and it wants one.
+        Unreachable: the server did not answer.
+    """
+    try:
+        async with (
+            asyncio.timeout(CONNECT_TIMEOUT),
+            session.get(f"{url}/v1/models") as response,
+        ):
+            refused = response.status == HTTPStatus.UNAUTHORIZED
+    except (aiohttp.ClientError, OSError) as error:
+        raise Unreachable(f"{url} cannot be reached: {describe(error)}") from None
+    if refused and key:
+        raise KeyNeeded(f"{url} does not know this key: see --key and AIOSERVER_KEY")
+    if refused:
+        raise KeyNeeded(f"{url} wants an API key: give it by --key or AIOSERVER_KEY")
 
 
 def describe(error: BaseException) -> str:
