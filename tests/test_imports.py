@@ -18,8 +18,6 @@ LINE = (
     " monitoring cluster faces server commands __main__"
 )
 ORDER = LINE.split()
-# Packages that do not exist yet.
-TO_COME = {"client"}
 # Folders of tests that are no package's: of pages, of deploy/ and docs/, of the whole server, and for all tests.
 OTHER_TESTS = {"browser", "deploy", "docs", "end_to_end", "fuzz", "simulation", "soak", "support"}
 # Modules, and what they may import inside a function, for start-up time or as an option.
@@ -72,7 +70,7 @@ def test_order_names_every_package_once() -> None:
     packages = {package_of(name) for name in TREES if name}
 
     assert len(set(ORDER)) == len(ORDER)
-    assert packages | TO_COME == set(ORDER)
+    assert packages == set(ORDER)
 
 
 @pytest.mark.parametrize("module", TREES)
@@ -124,7 +122,18 @@ def test_no_codec_is_imported_at_its_first_use() -> None:
     assert late == OTHER_CODECS
 
 
-@pytest.mark.parametrize("package", sorted(PACKAGES - {"config"}))
+def test_the_client_library_knows_errors_and_protocol_only() -> None:
+    imported = {
+        package_of(name)
+        for module, tree in MODULES.items()
+        if package_of(module) == "client"
+        for name in ours(tree)
+    }
+
+    assert imported <= {"client", "errors", "protocol"}
+
+
+@pytest.mark.parametrize("package", sorted(PACKAGES - {"config", "client"}))
 def test_package_imports_nothing_of_its_own(package: str) -> None:
     assert not ours(TREES[package])
 

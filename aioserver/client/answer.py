@@ -1,0 +1,285 @@
+"""The answer to one question: asked, read to its end, asked again where that is allowed."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from typing import TYPE_CHECKING, Self
+
+from aioserver.client.errors import AnswerError, Broken, Fault, Lost, Refused
+from aioserver.client.events import Complete, Event, Reasoning, Text, ToolCalls, event_of
+from aioserver.client.reading import fault_of
+from aioserver.client.retries import Retries
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, AsyncIterator
+    from types import TracebackType
+
+    from aioserver.client.reading import Question, Reading, Transport
+    from aioserver.protocol.server_frames import Frame
+
+# Seconds that `cancel` waits for its command to be sent.
+CANCEL_TIMEOUT = 5.0
+
+
+class Answer:
+    """The answer to a question. Nothing is sent before it is read, and it is read once, in one of three ways.
+
+    Its text, piece by piece; the whole text (`text`); or its `events`:
+
+        async for piece in client.chat("Hello"):
+            print(piece, end="")
+
+        text = await client.chat("Hello").text()
+
+        async for event in client.chat("Hello").events():
+            print(event)
+
+    Leaving the loop before its end cancels the answer at the server, whether by `break`, by an exception, or
+    since the task is cancelled. A program that keeps the loop's iterator should read the answer
+    `async with`, which cancels at the end of its block:
+
+        async with client.chat("Hello") as answer:
+            async for piece in answer:
+                ...
+    """
+
+    def __init__(self, transport: Transport, question: Question, deadline: float | None) -> None:
+        # What has come of the answer's text; whole after the end.
+        self._texts: list[str] = []
+        # The last event of a whole answer.
+        self.complete: Complete | None = None
+        self._transport = transport
+        self._reading: Reading = transport.read(question)
+        self._timeout = deadline
+        # The loop's time, once the answer is read.
+        self._deadline: float | None = None
+        self._retries = Retries(random.random)
+        self._started = self._ended = False
+        # Frames that have come and were not taken yet.
+        self._rest: list[Frame] = []
+        # Whether a part of the answer has come.
+        self._shown = False
+        # Why the answer has been asked again the last time.
+        self._fault: Fault | None = None
+        self._timer: asyncio.Timeout | None = None
+
+    @property
+    def request_id(self) -> str:
+        """The id of the question; another one after it was asked again under a new id."""
+        return self._reading.question.request_id
+
+    @property
+    def received(self) -> str:
+        """The text that has come so far."""
+        return "".join(self._texts)
+
+    def __aiter__(self) -> AsyncIterator[str]:
+        return self._pieces()
+
+    def events(self) -> AsyncIterator[Event]:
+        """Read the answer as events.
+
+        Raises:
+            AnswerError: there is no whole answer.
+        """
+        return self._events()
+
+    async def text(self) -> str:
+        """Read the answer to its end, and return its text.
+
+        Raises:
+            AnswerError: there is no whole answer.
+        """
+        self._start()
+        try:
+            while await self.batch():
+                pass
+        finally:
+            self.leave()
+        return self.received
+
+    async def batch(self) -> list[Event]:
+        """Return all events that have come, one at least; none at the end.
+
+        This is the loop of `events` by hand, for a program that would rather take several at once. Such
+        a program calls `leave` when it gives up before the end.
+
+        Raises:
+            AnswerError: there is no whole answer.
+        """
+        if self._timeout is not None and self._deadline is None:
+            self._deadline = asyncio.get_running_loop().time() + self._timeout
+        while not self._ended:
+            try:
+                frames = self._rest or await self._frames()
+                if events := await self._take(frames):
+                    return events
+            except TimeoutError:
+                # Or it was cancelled by `cancel`, which moves the deadline.
+                if not self._ended:
+                    raise self._error(self._overdue()) from None
+            except Lost as lost:
+                await self._pause(lost.fault, lost.until)
+            except Refused as refused:
+                wait = self._retries.after_refusal(refused.fault)
+                await self._pause(refused.fault, self._after(refused.fault, wait))
+            except Broken as broken:
+                raise self._error(broken.fault) from None
+        return []
+
+    def leave(self) -> asyncio.Future[None] | None:
+        """Read no further, and let the server cancel what has not ended; of no effect after the end.
+
+        Returns what is done when the server has been told, None if there is nothing to tell it.
+        """
+        self._ended = True
+        return self._reading.leave()
+
+    async def cancel(self) -> None:
+        """Cancel the answer at the server; its reading ends here as after its last event.
+
+        It returns when the server was told, or cannot be told; cancelling an answer that has ended does nothing.
+        """
+        told = self.leave()
+        if self._timer is not None and not self._timer.expired():
+            # The task that reads wakes up.
+            self._timer.reschedule(asyncio.get_running_loop().time())
+        if told is not None:
+            await asyncio.wait([told], timeout=CANCEL_TIMEOUT)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.leave()
+
+    async def _pieces(self) -> AsyncGenerator[str]:
+        self._start()
+        try:
+            while events := await self.batch():
+                for event in events:
+                    if isinstance(event, Text):
+                        yield event.text
+        finally:
+            self.leave()
+
+    async def _events(self) -> AsyncGenerator[Event]:
+        self._start()
+        try:
+            while events := await self.batch():
+                for event in events:
+                    yield event
+        finally:
+            self.leave()
+
+    def _start(self) -> None:
+        if self._started:
+            raise RuntimeError("an answer is read once: ask again, or keep what has come")
+        self._started = True
+
+    async def _frames(self) -> list[Frame]:
+        """Return the next frames.
+
+        Raises:
+            TimeoutError: the deadline has passed, or the answer is cancelled.
+        """
+        try:
+            async with asyncio.timeout_at(self._deadline) as timer:
+                self._timer = timer
+                return await self._reading.frames()
+        finally:
+            self._timer = None
+
+    async def _take(self, frames: list[Frame]) -> list[Event]:
+        """Return what *frames* say, or prepare to ask again.
+
+        Raises:
+            AnswerError, Broken: they say that there is no answer.
+        """
+        self._fault = None
+        self._rest = []
+        events: list[Event] = []
+        for position, frame in enumerate(frames):
+            if frame.event_id is not None and frame.status in {"error", "cancelled"}:
+                # What has come before is read first.
+                if events:
+                    self._rest = frames[position:]
+                elif frame.status == "error":
+                    await self._ask_anew(fault_of(frame), frame.event_id > 1)
+                else:
+                    raise Broken(Fault("cancelled", "another client has cancelled the answer"))
+                break
+            try:
+                event = event_of(frame)
+            except Broken:
+                if not events:
+                    raise
+                self._rest = frames[position:]
+                break
+            if event is None:
+                continue
+            if isinstance(event, Text):
+                self._texts.append(event.text)
+            if isinstance(event, Text | Reasoning | ToolCalls):
+                self._shown = True
+            elif isinstance(event, Complete):
+                self.complete, self._ended = event, True
+            events.append(event)
+        return events
+
+    async def _ask_anew(self, fault: Fault, began: bool) -> None:
+        """Wait, and ask under a new id, after an error that ended the answer.
+
+        Raises:
+            AnswerError: the error is final.
+        """
+        wait = self._retries.after_end(fault, shown=self._shown, began=began)
+        await self._pause(fault, self._after(fault, wait))
+        self._reading = self._transport.read(self._reading.question.under_new_id())
+
+    def _after(self, fault: Fault, wait: float | None) -> float:
+        if wait is None:
+            raise self._error(fault)
+        return asyncio.get_running_loop().time() + wait
+
+    async def _pause(self, fault: Fault, until: float) -> None:
+        """Sleep until the loop's time *until*.
+
+        Raises:
+            AnswerError: the deadline comes before.
+        """
+        self._fault = fault
+        if self._deadline is not None and until >= self._deadline:
+            raise self._error(fault)
+        delay = until - asyncio.get_running_loop().time()
+        try:
+            async with asyncio.timeout(None) as timer:
+                self._timer = timer
+                await asyncio.sleep(max(0.0, delay))
+        except TimeoutError:
+            # It was cancelled meanwhile, which the caller sees.
+            pass
+        finally:
+            self._timer = None
+
+    def _overdue(self) -> Fault:
+        """Return the fault of an answer whose deadline has passed."""
+        if self._fault is not None:
+            return self._fault
+        return Fault("deadline_exceeded", f"no whole answer within {self._timeout:g} s", True)
+
+    def _error(self, fault: Fault) -> AnswerError:
+        return AnswerError(
+            fault.code,
+            fault.message,
+            retryable=fault.retryable and not self._shown,
+            retry_after=fault.retry_after,
+            request_id=self.request_id,
+            text=self.received,
+        )

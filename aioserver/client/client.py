@@ -1,0 +1,193 @@
+"""The client: chat with an aioserver."""
+
+from __future__ import annotations
+
+import math
+import uuid
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import aiohttp
+from yarl import URL
+
+from aioserver.client.answer import Answer
+from aioserver.client.event_source import EventSourceTransport
+from aioserver.client.reading import make_question
+from aioserver.client.socket import SocketTransport
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from aioserver.client.reading import Transport
+
+# Seconds for DNS, TCP and TLS together.
+CONNECT_TIMEOUT = 10.0
+SCHEMES = {"http": "http", "https": "https", "ws": "http", "wss": "https"}
+
+
+class Client:
+    """A client of one server, for any number of answers at once.
+
+        async with Client("http://127.0.0.1:8000") as client:
+            async for piece in client.chat("Hello"):
+                print(piece, end="")
+
+    *url*: the server's, with the path of a proxy that leads to it, if there is one. *key*: a client key, for a
+    server that wants one. *transport*: `websocket`, where answers share sockets, or `sse`, where each
+    has an HTTP response. *endpoint*: the path of that face, if it is not the one of the shipped
+    configuration. *deadline*: seconds that an answer may take, waits and reconnections included; None: no deadline.
+    *session*: an aiohttp session to use, for a proxy or a certificate authority of your own; it is
+    not closed. Made and used in one event loop; a task that uses it must not outlive it.
+
+    Raises:
+        ValueError: *url* is not that of a server, or *transport* is unknown.
+    """
+
+    def __init__(
+        self,
+        url: str = "http://127.0.0.1:8000",
+        *,
+        key: str | None = None,
+        transport: Literal["websocket", "sse"] = "websocket",
+        endpoint: str | None = None,
+        deadline: float | None = 300.0,
+        session: aiohttp.ClientSession | None = None,
+    ) -> None:
+        if transport not in {"websocket", "sse"}:
+            raise ValueError(f"transport must be websocket or sse, not {transport}")
+        self.url = _base(url)
+        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._transport_name = transport
+        self._endpoint = endpoint or {"websocket": "/ws/chat", "sse": "/sse/chat"}[transport]
+        self._deadline = _checked(deadline)
+        self._session = session
+        self._owned = session is None
+        self._transport: Transport | None = None
+        self._closed = False
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Cancel the answers that run, and close all connections. A second call does nothing."""
+        self._closed = True
+        transport, self._transport = self._transport, None
+        try:
+            if transport is not None:
+                await transport.close()
+        finally:
+            if self._owned and self._session is not None:
+                session, self._session = self._session, None
+                await session.close()
+
+    def chat(
+        self,
+        content: str | list[dict[str, Any]],
+        *,
+        conversation_id: str | None = None,
+        provider: str | None = None,
+        model: str | None = None,
+        options: dict[str, Any] | None = None,
+        tools: list[dict[str, Any]] | None = None,
+        metadata: dict[str, Any] | None = None,
+        streaming: bool | None = None,
+        deadline: float | None = None,
+        request_id: str | None = None,
+    ) -> Answer:
+        """Return the answer to a question, which is sent when the answer is read.
+
+        *content*: the user's text, in front of which the server puts what was said before in
+        *conversation_id* (absent: nothing was), or OpenAI's list of messages, which is sent as it is. *options*: further fields of OpenAI's
+        request, such as `temperature`. *deadline*: as that of the client, for this answer.
+        *request_id*: the same id is the same answer, paid for once (absent: a new one).
+
+        Raises:
+            ValueError: an argument can be no part of a question.
+            RuntimeError: the client is closed.
+        """
+        if isinstance(content, str) and conversation_id is None:
+            # Not the conversation of the socket, which other answers share and which ends with the socket.
+            conversation_id = uuid.uuid4().hex
+        question = make_question(
+            content,
+            request_id=request_id,
+            options=options,
+            tools=tools,
+            conversation_id=conversation_id,
+            provider=provider,
+            model=model,
+            metadata=metadata,
+            streaming=streaming,
+        )
+        limit = self._deadline if deadline is None else _checked(deadline)
+        return Answer(self._opened(), question, limit)
+
+    def conversation(self, conversation_id: str | None = None) -> Conversation:
+        """Return a conversation: a new one, or the one that has this id.
+
+        Without a key all clients are one caller, so an id should be hard to guess: the default is a UUID.
+        """
+        return Conversation(self, conversation_id or uuid.uuid4().hex)
+
+    def _opened(self) -> Transport:
+        """Return the transport; it is made with the first question, in the event loop."""
+        if self._closed:
+            raise RuntimeError("the client is closed")
+        if self._transport is None:
+            if self._session is None:
+                self._session = aiohttp.ClientSession(
+                    connector=aiohttp.TCPConnector(limit=0),
+                    cookie_jar=aiohttp.DummyCookieJar(),
+                    timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT),
+                )
+            make = SocketTransport if self._transport_name == "websocket" else EventSourceTransport
+            self._transport = make(self._session, self.url + self._endpoint, self._headers)
+        return self._transport
+
+
+class Conversation:
+    """Questions and answers that follow each other; the server keeps them.
+
+        conversation = client.conversation()
+        print(await conversation.chat("What is a gate?").text())
+        print(await conversation.chat("And a queue?").text())
+
+    *id*: names it at the server, also for another client of the same key.
+    """
+
+    def __init__(self, client: Client, conversation_id: str) -> None:
+        self.id = conversation_id
+        self._client = client
+
+    def chat(self, content: str, **arguments: Any) -> Answer:
+        """Return the answer to the next question; *arguments* are those of `Client.chat`.
+
+        Raises:
+            ValueError: an argument can be no part of a question.
+        """
+        return self._client.chat(content, conversation_id=self.id, **arguments)
+
+
+def _base(text: str) -> str:
+    url = URL(text if "://" in text else f"http://{text}")
+    if url.user is not None:
+        raise ValueError("a key goes into key=, not into the URL")
+    if url.scheme not in SCHEMES or not url.host:
+        raise ValueError(f"{text!r} is not the URL of a server, such as http://127.0.0.1:8000")
+    url = url.with_scheme(SCHEMES[url.scheme]).with_query(None).with_fragment(None)
+    return str(url).rstrip("/")
+
+
+def _checked(deadline: float | None) -> float | None:
+    if deadline is None or deadline == math.inf:
+        return None
+    if not deadline > 0:
+        raise ValueError(f"a deadline of {deadline} s: a positive number is expected")
+    return float(deadline)

@@ -1,0 +1,284 @@
+"""The SSE transport: an HTTP response for each answer (WHATWG HTML 9.2).
+
+A question is a POST. The rest of an answer is a GET with the number of the last event, and DELETE cancels it.
+The response is read when the program reads the answer, so that nothing is kept here: a program that is slow is
+waited for by the server, and resumes if it was too slow.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from typing import TYPE_CHECKING, Any, ClassVar
+from urllib.parse import quote
+
+import aiohttp
+from yarl import URL
+
+from aioserver.client.errors import Broken, Fault, Interrupted, Lost, Refused, protocol_error
+from aioserver.client.reading import MAX_FRAME_BYTES, Reading, fault_of
+from aioserver.client.refusals import lost_fault, refusal
+from aioserver.client.retries import Reconnection
+from aioserver.protocol import eventstream, server_frames
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
+    from aioserver.client.reading import Question
+    from aioserver.protocol.server_frames import Frame
+
+# Seconds without a byte after which the connection is dead: four of the server's `ping_interval`.
+SILENCE = 80.0
+# Seconds for DNS, TCP and TLS together.
+CONNECT_TIMEOUT = 10.0
+# Bytes of an error's body that are read, and seconds for it.
+MAX_ERROR_BYTES = 1 << 16
+ERROR_TIMEOUT = 10.0
+# Seconds for all that is cancelled when the client is closed, and for one of them.
+CLOSE_TIMEOUT = 2.0
+CANCEL_TIMEOUT = 10.0
+# Seconds for the end of a response after its last event.
+FINISH_TIMEOUT = 1.0
+_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT, sock_read=SILENCE)
+
+
+class EventSourceReading(Reading):
+    """The reading of an answer from one HTTP response after the other."""
+
+    def __init__(self, transport: EventSourceTransport, question: Question) -> None:
+        super().__init__(question)
+        self._transport = transport
+        self._response: aiohttp.ClientResponse | None = None
+        self._splitter = eventstream.Splitter(MAX_FRAME_BYTES)
+        self._reconnection = Reconnection(random.random)
+        # What happened after the frames that were returned.
+        self._interrupted: Interrupted | None = None
+        self._sent = self._left = self._ended = False
+
+    async def frames(self) -> list[Frame]:
+        """Return the frames that have come."""
+        while True:
+            if self._interrupted is not None:
+                interrupted, self._interrupted = self._interrupted, None
+                raise interrupted
+            if self._response is None:
+                self._response = await self._open()
+                self._splitter = eventstream.Splitter(MAX_FRAME_BYTES)
+            try:
+                data = await self._response.content.readany()
+            except (OSError, aiohttp.ClientError) as error:
+                raise self._lost(error) from None
+            if not data:
+                raise self._lost(None)
+            if frames := self._parse(data):
+                return frames
+
+    def leave(self) -> asyncio.Future[None] | None:
+        """Read no further."""
+        self._drop()
+        self._transport.forget(self)
+        if self._left or self._ended or not self._sent:
+            return None
+        self._left = True
+        return self._transport.cancel(self.question.request_id)
+
+    def _parse(self, data: bytes) -> list[Frame]:
+        """Return the frames that *data* completes, up to one that interrupts the reading."""
+        frames: list[Frame] = []
+        try:
+            for event in eventstream.parse(self._splitter.feed(data)):
+                frame = server_frames.parse(event.data)
+                if frame.request_id != self.question.request_id:
+                    raise protocol_error("a frame of another answer")
+                if frame.event_id is not None:
+                    self._count(frame)
+                    self._reconnection.progressed()
+                    frames.append(frame)
+                    if frame.ends:
+                        self._ended = True
+                        break
+                elif frame.status == "queued":
+                    frames.append(frame)
+                elif frame.status in {"error", "busy"}:
+                    fault = fault_of(frame)
+                    raise self._lost(None) if fault.code == "slow_client" else Refused(fault)
+        except Interrupted as error:
+            self._interrupted = error
+        except (server_frames.BadFrame, eventstream.EventTooLong) as error:
+            self._interrupted = protocol_error(str(error))
+        if self._interrupted is not None or self._ended:
+            self._drop()
+            if self._interrupted is not None and not frames:
+                interrupted, self._interrupted = self._interrupted, None
+                raise interrupted
+        return frames
+
+    async def _open(self) -> aiohttp.ClientResponse:
+        """Ask, or resume.
+
+        Raises:
+            Interrupted: there is no response to read from.
+        """
+        try:
+            response = await self._transport.request(self.question, self.last, self)
+        except (OSError, aiohttp.ClientError) as error:
+            raise self._lost(error) from None
+        try:
+            if response.status != 200:
+                raise await self._refused(response)
+            if response.content_type != "text/event-stream":
+                raise protocol_error(
+                    f"an answer of the type {response.content_type}, not text/event-stream"
+                )
+        except BaseException:
+            response.close()
+            raise
+        self._reconnection.reached = True
+        return response
+
+    def sending(self) -> None:
+        """Note that the server may know the question from now on."""
+        self._sent = True
+
+    async def _refused(self, response: aiohttp.ClientResponse) -> Interrupted:
+        """Return what a status other than 200 says."""
+        try:
+            async with asyncio.timeout(ERROR_TIMEOUT):
+                body = await response.content.read(MAX_ERROR_BYTES)
+        except (OSError, aiohttp.ClientError):
+            body = b""
+        if response.status < 400:
+            return protocol_error(f"HTTP status {response.status} in place of the answer")
+        fault, final = refusal(response.status, response.headers, body)
+        if fault.code == "connect_error" and not final:
+            return self._lost_by(fault)
+        return Broken(fault) if final else Refused(fault)
+
+    def _lost(self, error: BaseException | None) -> Interrupted:
+        return self._lost_by(lost_fault(None, error))
+
+    def _lost_by(self, fault: Fault) -> Interrupted:
+        self._drop()
+        delay = self._reconnection.after_loss(None, fault.retry_after)
+        if self._reconnection.hopeless and not self._transport.reached:
+            return Broken(fault)
+        return Lost(fault, asyncio.get_running_loop().time() + delay)
+
+    def _drop(self) -> None:
+        """Let the response go; its connection may be used again after the last event."""
+        response, self._response = self._response, None
+        if response is not None:
+            if self._ended:
+                self._transport.finish(response)
+            else:
+                response.close()
+
+
+class EventSourceTransport:
+    """The responses of a client."""
+
+    _HEADERS: ClassVar = {"Accept": "text/event-stream"}
+
+    def __init__(self, session: aiohttp.ClientSession, url: str, headers: dict[str, str]) -> None:
+        # Whether the server has ever answered.
+        self.reached = False
+        self._session = session
+        self._url = url
+        self._headers = headers
+        # The readings that were sent and have not ended.
+        self._readings: set[EventSourceReading] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._closed = False
+
+    def read(self, question: Question) -> EventSourceReading:
+        """Return the reading of the answer to *question*."""
+        return EventSourceReading(self, question)
+
+    async def request(
+        self, question: Question, last: int, reading: EventSourceReading
+    ) -> aiohttp.ClientResponse:
+        """Ask *question*, or for what comes after the event *last* of its answer.
+
+        Raises:
+            OSError, aiohttp.ClientError: there is no response.
+        """
+        if self._closed:
+            raise Broken(Fault("connect_error", "the client is closed"))
+        self._readings.add(reading)
+        reading.sending()
+        headers = {**self._headers, **self._HEADERS}
+        if last:
+            headers["Last-Event-ID"] = str(last)
+            response = await self._session.get(
+                self._address(question.request_id),
+                headers=headers,
+                timeout=_TIMEOUT,
+                allow_redirects=False,
+            )
+        else:
+            headers["Content-Type"] = "application/json"
+            response = await self._session.post(
+                self._url,
+                data=question.body(),
+                headers=headers,
+                timeout=_TIMEOUT,
+                allow_redirects=False,
+            )
+        self.reached = True
+        return response
+
+    def forget(self, reading: EventSourceReading) -> None:
+        """Forget a reading that has ended, or was left."""
+        self._readings.discard(reading)
+
+    def cancel(self, request_id: str) -> asyncio.Future[None] | None:
+        """Cancel an answer. Returns what is done when the server was told."""
+        return None if self._closed else self._start(self._cancel(request_id))
+
+    def finish(self, response: aiohttp.ClientResponse) -> None:
+        """Read the end of a response, so that its connection can be used again."""
+        if self._closed or response.content.at_eof():
+            response.close()
+        else:
+            self._start(self._finish(response))
+
+    async def close(self) -> None:
+        """Cancel what runs, for which there is a short time."""
+        for reading in list(self._readings):
+            reading.leave()
+        self._closed = True
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=CLOSE_TIMEOUT)
+        for task in self._tasks:
+            task.cancel()
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _finish(self, response: aiohttp.ClientResponse) -> None:
+        try:
+            async with asyncio.timeout(FINISH_TIMEOUT):
+                await response.content.readany()
+        except (OSError, aiohttp.ClientError):
+            pass
+        finally:
+            response.close()
+
+    async def _cancel(self, request_id: str) -> None:
+        timeout = aiohttp.ClientTimeout(total=CANCEL_TIMEOUT)
+        try:
+            async with self._session.delete(
+                self._address(request_id), headers=self._headers, timeout=timeout
+            ):
+                pass
+        except (OSError, aiohttp.ClientError):
+            # An answer without a reader ends by itself after the server's `resume_window`.
+            pass
+
+    def _address(self, request_id: str) -> URL:
+        return URL(f"{self._url}/{quote(request_id, safe='')}", encoded=True)
