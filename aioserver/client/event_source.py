@@ -101,7 +101,7 @@ class EventSourceReading(Reading):
                     frames.append(frame)
                 elif frame.status in {"error", "busy"}:
                     fault = fault_of(frame)
-                    raise self._lost(None) if fault.code == "slow_client" else Refused(fault)
+                    raise self._lost(None) if fault.code == "slow_client" else self._refuse(fault)
         except Interrupted as error:
             self._interrupted = error
         except (server_frames.BadFrame, eventstream.EventTooLong) as error:
@@ -127,6 +127,7 @@ class EventSourceReading(Reading):
             if response.status != 200:
                 raise await self._refused(response)
             if response.content_type != "text/event-stream":
+                self._sent = False
                 raise protocol_error(
                     f"an answer of the type {response.content_type}, not text/event-stream"
                 )
@@ -148,11 +149,19 @@ class EventSourceReading(Reading):
         except (OSError, aiohttp.ClientError):
             body = b""
         if response.status < 400:
+            self._sent = False
             return protocol_error(f"HTTP status {response.status} in place of the answer")
         fault, final = refusal(response.status, response.headers, body)
         if fault.code == "connect_error" and not final:
             return self._lost_by(fault)
-        return Broken(fault) if final else Refused(fault)
+        refused = self._refuse(fault)
+        return Broken(fault) if final else refused
+
+    def _refuse(self, fault: Fault) -> Refused:
+        if not self.last or fault.code == "stream_not_found":
+            # There is nothing to cancel; the id may be another answer's.
+            self._sent = False
+        return Refused(fault)
 
     def _lost(self, error: BaseException | None) -> Interrupted:
         return self._lost_by(lost_fault(None, error))

@@ -144,6 +144,9 @@ class SocketReading(Reading):
             if fault.code == "slow_client":
                 self._behind, self._resuming = True, False
             else:
+                if not self.last or fault.code == "stream_not_found":
+                    # There is nothing to cancel; the id may be another answer's.
+                    self.sent = False
                 self.interrupt(Refused(fault))
         elif frame.status == "queued":
             # It may come often, and only the newest is of interest.
@@ -338,10 +341,11 @@ class Connection:
 
     def _end(self, code: int | None, remark: Fault | None) -> Interrupted:
         """Return what the close *code*, and the *remark* before it, mean for the readings."""
+        if code in FINAL_CLOSE_CODES:
+            return protocol_error(f"the server closed the socket with close code {code}")
+        if code == aiohttp.WSCloseCode.POLICY_VIOLATION and remark and not remark.retryable:
+            return Broken(remark)
         fault = remark or lost_fault(code)
-        revoked = remark is not None and not remark.retryable
-        if code in FINAL_CLOSE_CODES or (code == aiohttp.WSCloseCode.POLICY_VIOLATION and revoked):
-            return Broken(fault)
         reconnection = self._transport.reconnection
         if code in QUIET_CLOSE_CODES:
             code = None
@@ -489,6 +493,8 @@ class SocketTransport:
             self.reconnection.reached = True
             delay = self.reconnection.after_loss(None, fault.retry_after)
             raise self.lost(fault, delay) from None
+        except (aiohttp.TooManyRedirects, aiohttp.InvalidURL) as error:
+            raise protocol_error(f"the handshake leads nowhere: {type(error).__name__}") from None
         except (OSError, aiohttp.ClientError) as error:
             delay = self.reconnection.after_loss()
             raise self.lost(lost_fault(None, error), delay) from None
