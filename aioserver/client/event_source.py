@@ -8,6 +8,7 @@ waited for by the server, and resumes if it was too slow.
 from __future__ import annotations
 
 import asyncio
+import io
 import random
 from typing import TYPE_CHECKING, Any, ClassVar
 from urllib.parse import quote
@@ -17,7 +18,7 @@ from yarl import URL
 
 from aioserver.client.errors import Broken, Fault, Interrupted, Lost, Refused, protocol_error
 from aioserver.client.reading import MAX_FRAME_BYTES, Reading, fault_of
-from aioserver.client.refusals import lost_fault, refusal
+from aioserver.client.refusals import MAX_ERROR_BYTES, lost_fault, refusal
 from aioserver.client.retries import Reconnection
 from aioserver.protocol import eventstream, server_frames
 
@@ -31,8 +32,7 @@ if TYPE_CHECKING:
 SILENCE = 80.0
 # Seconds for DNS, TCP and TLS together.
 CONNECT_TIMEOUT = 10.0
-# Bytes of an error's body that are read, and seconds for it.
-MAX_ERROR_BYTES = 1 << 16
+# Seconds for the body of an error.
 ERROR_TIMEOUT = 10.0
 # Seconds for all that is cancelled when the client is closed, and for one of them.
 CLOSE_TIMEOUT = 2.0
@@ -228,7 +228,8 @@ class EventSourceTransport:
             headers["Content-Type"] = "application/json"
             response = await self._session.post(
                 self._url,
-                data=question.body(),
+                # A large body that is bytes would be written in one piece, which aiohttp warns of.
+                data=io.BytesIO(question.body()),
                 headers=headers,
                 timeout=_TIMEOUT,
                 allow_redirects=False,

@@ -14,6 +14,8 @@ from aioserver.client.errors import Fault
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+# Bytes of an error's body that are read.
+MAX_ERROR_BYTES = 1 << 16
 # Characters of a server's message that are kept.
 MAX_MESSAGE = 1000
 # The usual codes of statuses whose body has none, or is out of reach: that of a refused WebSocket handshake.

@@ -21,7 +21,7 @@ from aiohttp import WSMsgType
 
 from aioserver.client.errors import Broken, Fault, Interrupted, Lost, Refused, protocol_error
 from aioserver.client.reading import MAX_FRAME_BYTES, Reading, fault_of
-from aioserver.client.refusals import lost_fault, refusal
+from aioserver.client.refusals import MAX_ERROR_BYTES, lost_fault, refusal
 from aioserver.client.retries import FINAL_CLOSE_CODES, QUIET_CLOSE_CODES, Reconnection
 from aioserver.protocol import server_frames
 
@@ -35,9 +35,10 @@ if TYPE_CHECKING:
 MAX_ANSWERS = 28
 # Bytes of frames that wait to be read by the program, for each answer.
 MAX_UNREAD = 1 << 20
-# Seconds for the handshake, connecting included; for the server to answer a close frame; and for
+# Seconds for the handshake, connecting included; for asking why it was refused; for the server to answer a close frame; and for
 # commands that wait to be sent when the client is closed.
 HANDSHAKE_TIMEOUT = 30.0
+REASON_TIMEOUT = 5.0
 CLOSE_TIMEOUT = 2.0
 FLUSH_TIMEOUT = 2.0
 # Seconds of silence before a ping; half as long may its answer take.
@@ -489,7 +490,7 @@ class SocketTransport:
         except aiohttp.WSServerHandshakeError as error:
             fault, final = refusal(error.status, error.headers or {}, b"")
             if final:
-                raise Broken(fault) from None
+                raise Broken(await self._reason(error.status, fault)) from None
             self.reconnection.reached = True
             delay = self.reconnection.after_loss(None, fault.retry_after)
             raise self.lost(fault, delay) from None
@@ -505,6 +506,23 @@ class SocketTransport:
             if now < until:
                 connection.send(_cancel_command(request_id))
         self._cancels.clear()
+
+    async def _reason(self, status: int, fault: Fault) -> Fault:
+        """Return why a handshake was refused with *status*; *fault* if that cannot be known.
+
+        aiohttp keeps the body of a refused handshake to itself, but a plain request is refused for the same reason.
+        """
+        timeout = aiohttp.ClientTimeout(total=REASON_TIMEOUT)
+        try:
+            async with self._session.get(
+                self._url, headers=self._headers, timeout=timeout, allow_redirects=False
+            ) as response:
+                if response.status == status:
+                    body = await response.content.read(MAX_ERROR_BYTES)
+                    return refusal(status, response.headers, body)[0]
+        except (OSError, aiohttp.ClientError):
+            pass
+        return fault
 
     def _opened(self, task: asyncio.Task[None]) -> None:
         self._opening = None

@@ -6,10 +6,9 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from aiohttp import web
 
 from aioserver.client import AnswerError, Client, Processing, Queued, socket
-from tests.support.scripted_server import ScriptedServer, answer, frame, idle
+from tests.support.scripted_server import Refusal, ScriptedServer, answer, frame, idle
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
@@ -365,22 +364,21 @@ async def test_idle_socket_that_the_server_closes_is_no_error() -> None:
     ],
 )
 async def test_refused_handshake_is_one_clear_error(status: int, code: str) -> None:
-    refusal: Any = web.Response(status=status)
-    async with ScriptedServer(sockets=[refusal]) as server, client_of(server) as client:
+    async with ScriptedServer(sockets=[Refusal(status)]) as server, client_of(server) as client:
         with pytest.raises(AnswerError) as caught:
             await client.chat("Hi").text()
 
     assert caught.value.code == code
     assert not caught.value.retryable
-    assert server.connections == 1
+    # The second one asks for the reason.
+    assert server.connections == 2
 
 
 @pytest.mark.virtual_time
 @pytest.mark.parametrize(("status", "least"), [(429, 9), (503, 9), (502, 0), (504, 0)])
 async def test_handshake_that_is_refused_for_now_is_tried_again(status: int, least: float) -> None:
     headers = {"Retry-After": "9"} if least else {}
-    refusal: Any = web.Response(status=status, headers=headers)
-    scripts = [refusal, play_answers]
+    scripts: list[SocketScript | Refusal] = [Refusal(status, headers), play_answers]
     async with ScriptedServer(sockets=scripts) as server, client_of(server) as client:
         began = asyncio.get_running_loop().time()
         assert await client.chat("Hi").text() == "Hello"

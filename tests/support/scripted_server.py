@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
 import orjson
@@ -22,6 +23,14 @@ if TYPE_CHECKING:
     SocketScript = Callable[["SocketPeer"], Awaitable[None]]
     ResponseScript = Callable[["ResponsePeer"], Awaitable[web.StreamResponse | None]]
     AnswerScript = Callable[["SocketPeer | ResponsePeer", dict[str, Any]], Awaitable[None]]
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A handshake that is refused, in place of a script for a socket."""
+
+    status: int
+    headers: dict[str, str] = field(default_factory=dict)
 
 
 def frame(
@@ -139,7 +148,7 @@ class ScriptedServer:
     def __init__(
         self,
         *,
-        sockets: Sequence[SocketScript] | None = None,
+        sockets: Sequence[SocketScript | Refusal] | None = None,
         responses: Sequence[ResponseScript] | None = None,
         answers: Sequence[AnswerScript] | None = None,
     ) -> None:
@@ -189,8 +198,8 @@ class ScriptedServer:
         script: Any = None
         if self._sockets:
             script = self._sockets[min(self.connections, len(self._sockets)) - 1]
-        if isinstance(script, web.Response):
-            return script
+        if isinstance(script, Refusal):
+            return web.Response(status=script.status, headers=script.headers)
         ws = web.WebSocketResponse(max_msg_size=0)
         await ws.prepare(request)
         peer = SocketPeer(request, ws, self.seen)

@@ -1,0 +1,239 @@
+"""The client library with whole servers: keys, queues, capacity, cancels, stops and restarts."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any, Literal
+
+import pytest
+
+from aioserver.client import AnswerError, Client, Complete, Processing, Queued, ToolCalls
+from aioserver.providers.simulator.exchange import Behaviour
+from tests.support.chat import big
+from tests.support.fault_proxy import FaultProxy
+from tests.support.keys import key_of, keys_of
+from tests.support.server import CONCURRENCY, ENDLESS, NOWHERE, QUICK, SILENT, SIM_HTTP_CLIENT
+from tests.support.waiting import until
+
+if TYPE_CHECKING:
+    from tests.support.server import MakeServer, RunningServer
+
+Transport = Literal["websocket", "sse"]
+
+pytestmark = pytest.mark.parametrize("transport", ["websocket", "sse"])
+
+PACED = Behaviour(ttft=0, interval=0.005, tokens=60)
+
+
+def client_of(server: RunningServer, transport: Transport, **arguments: Any) -> Client:
+    return Client(server.base, transport=transport, **{"deadline": 40.0, **arguments})
+
+
+async def test_conversation_has_what_was_said_before(
+    server: RunningServer, transport: Transport
+) -> None:
+    async with client_of(server, transport) as client:
+        conversation = client.conversation()
+        await conversation.chat("One").text()
+        await conversation.chat("Two").text()
+        await client.chat("Alone").text()
+        async with client_of(server, transport) as other:
+            await other.conversation(conversation.id).chat("Three").text()
+
+    roles = [[message["role"] for message in body["messages"]] for body in server.simulator.bodies]
+    assert [len(messages) for messages in roles] == [1, 3, 1, 5]
+
+
+async def test_key_opens_a_server_and_a_wrong_one_is_one_clear_error(
+    make_server: MakeServer, transport: Transport
+) -> None:
+    server = await make_server(QUICK, **keys_of("ann"))
+    async with client_of(server, transport, key=key_of("ann")) as client:
+        assert await client.chat("Hi").text()
+    for key, code in ((None, "missing_api_key"), ("wrong", "invalid_api_key")):
+        async with client_of(server, transport, key=key) as client:
+            with pytest.raises(AnswerError) as caught:
+                await client.chat("Hi").text()
+
+        assert caught.value.code == code
+        assert not caught.value.retryable
+
+
+async def test_question_that_waits_for_a_provider_is_told_its_position(
+    make_server: MakeServer, transport: Transport
+) -> None:
+    server = await make_server(ENDLESS, **{f"{SIM_HTTP_CLIENT}.concurrent_requests": 1})
+    async with client_of(server, transport) as client:
+        first = aiter(client.chat("First"))
+        await anext(first)
+        second = aiter(client.chat("Second").events())
+        queued = await anext(second)
+        assert isinstance(queued, Queued)
+        assert queued.position == 1
+        server.simulator.behaviour = QUICK
+        await first.aclose()  # type: ignore[attr-defined]
+        events = [event async for event in second]
+
+    assert isinstance(events[-1], Complete)
+    assert any(isinstance(event, Processing) for event in events)
+    await server.nothing_held()
+
+
+@pytest.mark.virtual_time
+async def test_full_server_is_waited_for(make_server: MakeServer, transport: Transport) -> None:
+    changes = {f"{CONCURRENCY}.max_connections": 2, f"{CONCURRENCY}.connection_queue_size": 2}
+    server = await make_server(Behaviour(ttft=0, interval=0.01, tokens=30), **changes)
+
+    async def ask(name: str) -> str:
+        async with client_of(server, transport) as client:
+            return await client.chat(name).text()
+
+    texts = await asyncio.gather(*(ask("Hi") for _ in range(12)))
+
+    assert len(set(texts)) == 1
+    assert texts[0]
+    assert server.simulator.stats().requests == 12
+
+
+@pytest.mark.virtual_time
+async def test_server_that_stays_full_is_its_own_error(
+    make_server: MakeServer, transport: Transport
+) -> None:
+    changes = {
+        f"{CONCURRENCY}.max_connections": 1,
+        f"{CONCURRENCY}.queue_timeout": 0,
+        f"{SIM_HTTP_CLIENT}.read_timeout": 100.0,
+    }
+    server = await make_server(SILENT, **changes)
+    async with client_of(server, transport) as holder, client_of(server, transport) as client:
+        held = aiter(holder.chat("Hi").events())
+        assert isinstance(await anext(held), Processing)
+        with pytest.raises(AnswerError) as caught:
+            await client.chat("Hi", deadline=20.0).text()
+
+    assert caught.value.code == "server_at_capacity"
+    assert caught.value.retryable
+
+
+async def test_many_chats_at_once(server: RunningServer, transport: Transport) -> None:
+    async with client_of(server, transport) as client:
+        texts = await asyncio.gather(*(client.chat("Hi").text() for _ in range(40)))
+
+    assert len(set(texts)) == 1
+    assert server.simulator.stats().requests == 40
+
+
+async def test_leaving_frees_the_provider_at_once(
+    make_server: MakeServer, transport: Transport
+) -> None:
+    server = await make_server(ENDLESS)
+    async with client_of(server, transport) as client:
+        async for _piece in client.chat("Hi"):
+            break
+        await server.simulator.until(lambda stats: stats.active == 0)
+        assert server.simulator.stats().aborted == 1
+
+
+async def test_large_answer_read_slowly_is_whole(
+    make_server: MakeServer, transport: Transport
+) -> None:
+    """Each event is as large as what a reader keeps; another answer on the socket is not held up."""
+    server = await make_server(QUICK, **{"chat.streams.max_stream_bytes": 1 << 26})
+    fields = big(300_000, 40)
+    async with client_of(server, transport) as client:
+        options = {"tools": fields["options"]["tools"]}
+        slow = client.chat(fields["text"], options=options)
+        count = 0
+        async for event in slow.events():
+            if isinstance(event, ToolCalls):
+                count += 1
+                if count % 10 == 0:
+                    assert await client.chat("Hi").text()
+
+    assert slow.complete is not None
+    assert count >= 40
+
+
+async def test_server_replaced_in_mid_chat_keeps_the_part_and_answers_on(
+    make_server: MakeServer, transport: Transport
+) -> None:
+    former = await make_server(ENDLESS, **{"chat.streams.resume_window": 0.5})
+    latter = await make_server(QUICK)
+    pieces: list[str] = []
+    async with (
+        FaultProxy(former.port, lambda: None) as proxy,
+        Client(proxy.url, transport=transport, deadline=40.0) as client,
+    ):
+
+        async def read() -> None:
+            async for piece in client.chat("Hi"):
+                pieces.append(piece)
+                if len(pieces) == 3:
+                    proxy.target = latter.port
+                    await proxy.cut()
+
+        with pytest.raises(AnswerError) as caught:
+            await read()
+        assert await client.chat("Hi").text()
+
+    assert caught.value.code == "stream_not_found"
+    assert caught.value.text == "".join(pieces)
+    assert latter.simulator.stats().requests == 1
+
+
+async def test_question_that_still_waited_is_answered_by_the_next_server(
+    make_server: MakeServer, transport: Transport
+) -> None:
+    former = await make_server(ENDLESS, **{f"{SIM_HTTP_CLIENT}.concurrent_requests": 1})
+    latter = await make_server(QUICK)
+    async with (
+        client_of(former, transport) as holder,
+        FaultProxy(former.port, lambda: None) as proxy,
+        Client(proxy.url, transport=transport, deadline=40.0) as client,
+    ):
+        held = aiter(holder.chat("Hi"))
+        await anext(held)
+        events = aiter(client.chat("Hi").events())
+        assert isinstance(await anext(events), Queued)
+        proxy.target = latter.port
+        await proxy.cut()
+        last = [event async for event in events][-1]
+
+    assert isinstance(last, Complete)
+    assert latter.simulator.stats().requests == 1
+
+
+@pytest.mark.virtual_time
+async def test_server_that_drains_finishes_the_answer_and_the_next_question_goes_elsewhere(
+    make_server: MakeServer, transport: Transport
+) -> None:
+    former, latter = await make_server(PACED), await make_server(QUICK)
+    async with (
+        FaultProxy(former.port, lambda: None) as proxy,
+        Client(proxy.url, transport=transport, deadline=40.0) as client,
+    ):
+        pieces = aiter(client.chat("Hi"))
+        text = await anext(pieces)
+        proxy.target = latter.port
+        ending = asyncio.ensure_future(former.runner.end())
+        await until(lambda: former.context.lifecycle.stopping.is_set())
+        other = await client.chat("Hi").text()
+        text += "".join([piece async for piece in pieces])
+        await ending
+
+    assert other
+    assert text
+    assert former.simulator.stats().requests == 1
+    assert latter.simulator.stats().requests == 1
+
+
+@pytest.mark.virtual_time
+async def test_provider_that_cannot_be_reached_is_asked_three_times(
+    make_server: MakeServer, transport: Transport
+) -> None:
+    server = await make_server(QUICK, **{"llm.providers.sim.base_url": NOWHERE})
+    async with client_of(server, transport) as client:
+        with pytest.raises(AnswerError) as caught:
+            await client.chat("Hi").text()
+
+    assert caught.value.code in {"connect_error", "circuit_open"}
