@@ -30,6 +30,8 @@ INSIDE_FUNCTIONS = {
         "aioserver.server.workers",
     },
     "commands.bench.command": {"aioserver.commands.bench.table"},
+    "commands.chat.dialog": {"readline"},
+    "commands.chat.display": {"aioserver.commands.chat.markdown"},
     "commands.top.command": {"aioserver.commands.top.screen"},
 }
 

@@ -54,7 +54,7 @@ class Client:
     ) -> None:
         if transport not in {"websocket", "sse"}:
             raise ValueError(f"transport must be websocket or sse, not {transport}")
-        self.url = _base(url)
+        self.url = base_url(url)
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._transport_name = transport
         self._endpoint = endpoint or {"websocket": "/ws/chat", "sse": "/sse/chat"}[transport]
@@ -175,10 +175,15 @@ class Conversation:
         return self._client.chat(content, conversation_id=self.id, **arguments)
 
 
-def _base(text: str) -> str:
+def base_url(text: str) -> str:
+    """Return the base URL in *text*, without a slash at its end; `http://` may be left out.
+
+    Raises:
+        ValueError: *text* is not the URL of a server, or has a key in it.
+    """
     url = URL(text if "://" in text else f"http://{text}")
     if url.user is not None:
-        raise ValueError("a key goes into key=, not into the URL")
+        raise ValueError("a key is given by itself, not in the URL")
     if url.scheme not in SCHEMES or not url.host:
         raise ValueError(f"{text!r} is not the URL of a server, such as http://127.0.0.1:8000")
     url = url.with_scheme(SCHEMES[url.scheme]).with_query(None).with_fragment(None)

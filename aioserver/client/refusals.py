@@ -53,10 +53,11 @@ def lost_fault(close_code: int | None, error: BaseException | None = None) -> Fa
     if error is None:
         suffix = "" if close_code in {None, 1006} else f", with close code {close_code}"
         return Fault("connect_error", f"the connection to the server was closed{suffix}", True)
-    return Fault("connect_error", f"the server cannot be reached: {_describe(error)}", True)
+    return Fault("connect_error", f"the server cannot be reached: {describe(error)}", True)
 
 
-def _describe(error: BaseException) -> str:
+def describe(error: BaseException) -> str:
+    """Return in a few words why a server was not reached; the texts of aiohttp are long."""
     if isinstance(error, TimeoutError):
         return "no answer in time"
     if isinstance(error, aiohttp.ClientConnectorError):

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
 import aiohttp
 import click
-import orjson
-from yarl import URL
+
+from aioserver.client.client import base_url
+from aioserver.client.refusals import describe, refusal
 
 RICH_MISSING = (
     "rich is not installed, and this command draws with it: run pip install '.[cli]' in the clone"
@@ -41,20 +41,6 @@ class ErrorDetails:
     code: str
     message: str
     retry_after: float | None = None
-
-
-def base_url(text: str) -> str:
-    """Return the base URL in *text*, without a slash at its end; `http://` may be left out.
-
-    Raises:
-        ValueError: *text* is not the URL of a server, or has a key in it.
-    """
-    url = URL(text if "://" in text else f"http://{text}")
-    if url.user is not None:
-        raise ValueError("a key goes into --key or AIOSERVER_KEY, not into the URL")
-    if url.scheme not in {"http", "https"} or not url.host:
-        raise ValueError(f"{printable(text)} is not the URL of a server, such as {DEFAULT_URL}")
-    return str(url.with_query(None).with_fragment(None)).rstrip("/")
 
 
 def _check_url(_context: click.Context, _parameter: click.Parameter, text: str) -> str:
@@ -100,7 +86,7 @@ async def overview(session: aiohttp.ClientSession, url: str) -> dict[str, Any] |
     except (aiohttp.ContentTypeError, ValueError):
         return None
     except (aiohttp.ClientError, OSError) as error:
-        raise Unreachable(f"{url} cannot be reached: {describe(error)}") from None
+        raise Unreachable(f"{url} cannot be reached: {printable(describe(error))}") from None
     return (
         answer if isinstance(answer, dict) and isinstance(answer.get("endpoints"), dict) else None
     )
@@ -120,23 +106,11 @@ async def check_key(session: aiohttp.ClientSession, url: str, key: str | None) -
         ):
             refused = response.status == HTTPStatus.UNAUTHORIZED
     except (aiohttp.ClientError, OSError) as error:
-        raise Unreachable(f"{url} cannot be reached: {describe(error)}") from None
+        raise Unreachable(f"{url} cannot be reached: {printable(describe(error))}") from None
     if refused and key:
         raise KeyNeeded(f"{url} does not know this key: see --key and AIOSERVER_KEY")
     if refused:
         raise KeyNeeded(f"{url} wants an API key: give it by --key or AIOSERVER_KEY")
-
-
-def describe(error: BaseException) -> str:
-    """Return in a few words why the server was not reached; aiohttp's own texts are long."""
-    if isinstance(error, aiohttp.ClientConnectorError):
-        number = error.os_error.errno
-        # A host name that was not found has no positive number.
-        text = os.strerror(number) if number and number > 0 else error.os_error.strerror
-        return printable(text or error.os_error)
-    if isinstance(error, TimeoutError):
-        return "no answer in time"
-    return printable(str(error) or type(error).__name__)
 
 
 def printable(text: object) -> str:
@@ -148,13 +122,8 @@ def printable(text: object) -> str:
 async def read_error(response: aiohttp.ClientResponse) -> ErrorDetails:
     """Read the error in a response whose status is not 200, up to MAX_ERROR_BYTES of its body."""
     body = await response.content.read(MAX_ERROR_BYTES)
-    header = response.headers.get("Retry-After", "")
-    retry_after = float(header) if header.isascii() and header.isdigit() else None
-    try:
-        answer = orjson.loads(body)
-    except orjson.JSONDecodeError:
-        answer = None
-    return parse_error(answer, f"http_{response.status}", retry_after)
+    fault, _ = refusal(response.status, response.headers, body)
+    return ErrorDetails(printable(fault.code), printable(fault.message), fault.retry_after)
 
 
 def parse_error(answer: Any, code: str, retry_after: float | None = None) -> ErrorDetails:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -39,7 +40,7 @@ async def ask(settings: Settings, history: History, question: str) -> None:
         OSError: stdout cannot be written.
     """
     display = make_display(sys.stdout)
-    pieces: list[str] = []
+    stopped = False
     # The socket lives as long as the answer: a person who thinks or leaves holds no place at the server.
     async with (
         Status(sys.stderr) as status,
@@ -57,13 +58,17 @@ async def ask(settings: Settings, history: History, question: str) -> None:
         try:
             async with answer:
                 async for event in answer.events():
-                    if isinstance(event, Text):
-                        pieces.append(event.text)
                     show(event, status, display)
+        except asyncio.CancelledError:
+            stopped = True
+            raise
         finally:
             status.clear()
-            history.add(question, "".join(pieces))
+            history.add(question, answer.received)
             display.end()
+            if stopped:
+                # The server is told now, which may take seconds.
+                status.show("stopping")
     remark(answer.complete)
 
 
@@ -108,7 +113,7 @@ def explain(error: AnswerError, settings: Settings) -> str:
     if error.code == "missing_api_key":
         return f"{settings.url} wants an API key: give it by --key or AIOSERVER_KEY"
     if error.code == "connect_error" and not error.text:
-        return f"{settings.url} cannot be reached: {error.message}"
+        return f"{settings.url}: {error.message}"
     if error.code == "protocol_error":
         return f"{settings.url} is no aioserver, or a proxy in front of it is not set up: {error.message}"
     if error.code == "cancelled":

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from aioserver.client import AnswerError
+from aioserver.client.client import base_url
 from aioserver.commands import options, remote
 from aioserver.commands.chat import asking, question
 from aioserver.commands.chat.asking import Settings
@@ -63,7 +64,7 @@ def command(
         )
     address, text = question.split(words)
     try:
-        url = remote.base_url(address or remote.DEFAULT_URL)
+        url = base_url(address or remote.DEFAULT_URL)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     settings = Settings(url=url, key=key, provider=provider, model=model, timeout=timeout)
@@ -102,7 +103,9 @@ def chat(settings: Settings, history: History, text: str) -> int:
             asking.warn(asking.explain(error, settings))
             return 1
         except Interrupted as interrupted:
-            end_by(interrupted.number, runner)
+            if not interrupted.forced:
+                runner.close()
+            return end_by(interrupted.number)
     return 0
 
 

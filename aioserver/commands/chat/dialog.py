@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import signal
 import sys
+import termios
 from typing import TYPE_CHECKING
 
 from aioserver import __version__
@@ -15,10 +16,14 @@ from aioserver.commands.chat.interrupts import Interrupted
 from aioserver.commands.remote import printable
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from aioserver.commands.chat.asking import Settings
     from aioserver.commands.chat.history import History
     from aioserver.commands.chat.interrupts import Interrupts
 
+# Their place among the attributes of a terminal (termios).
+LOCAL_MODES = 3
 PROMPT, MORE = "> ", ". "
 QUOTES = '"""'
 HELP = '''\
@@ -109,11 +114,28 @@ class Dialog:
 
     def _ask(self, question: str) -> None:
         try:
-            self._interrupts.run(asking.ask(self._settings, self._history, question))
+            with _no_echo():
+                self._interrupts.run(asking.ask(self._settings, self._history, question))
         except AnswerError as error:
             asking.warn(asking.explain(error, self._settings))
         except Interrupted as interrupted:
-            if interrupted.number != signal.SIGINT:
+            if interrupted.forced or interrupted.number != signal.SIGINT:
                 raise
             print("(stopped)", file=sys.stderr)
         print()
+
+
+@contextlib.contextmanager
+def _no_echo() -> Iterator[None]:
+    """Let the terminal keep keys for the next question without showing them: they would move the cursor."""
+    terminal = sys.stdin.fileno()
+    before = termios.tcgetattr(terminal)
+    quiet = [*before]
+    quiet[LOCAL_MODES] &= ~termios.ECHO
+    termios.tcsetattr(terminal, termios.TCSADRAIN, quiet)
+    try:
+        yield
+    finally:
+        # It fails where the terminal is gone.
+        with contextlib.suppress(termios.error):
+            termios.tcsetattr(terminal, termios.TCSADRAIN, before)

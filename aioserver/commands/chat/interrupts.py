@@ -1,7 +1,7 @@
 """Signals end an answer, or the program: SIGINT (Ctrl-C), SIGTERM, and SIGHUP of a terminal that was closed.
 
-While an answer comes, the first signal cancels its task, so that the answer ends at the server too; a second one ends the process at
-once. At any other time a signal is an exception.
+While an answer comes, the first signal cancels its task, so that the answer ends at the server too. A second one, and any signal
+at another time, is an exception.
 """
 
 from __future__ import annotations
@@ -22,12 +22,16 @@ T = TypeVar("T")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-class Interrupted(BaseException):
-    """A signal came. *number* is that of the signal."""
+class Interrupted(KeyboardInterrupt):
+    """A signal came. *number* is that of the signal. *forced*: it is the second one, and work may still be under way.
 
-    def __init__(self, number: int) -> None:
+    A KeyboardInterrupt, since asyncio lets no other exception of a signal handler out of its loop.
+    """
+
+    def __init__(self, number: int, *, forced: bool = False) -> None:
         super().__init__(number)
         self.number = number
+        self.forced = forced
 
 
 class Interrupts:
@@ -55,7 +59,7 @@ class Interrupts:
         """Run *work* to its end.
 
         Raises:
-            Interrupted: a signal came, and *work* has ended.
+            Interrupted: a signal came, and *work* has ended, unless a second one came.
         """
         self._number, self._running = 0, True
         try:
@@ -86,20 +90,15 @@ class Interrupts:
         if not self._running:
             raise Interrupted(number)
         if self._number:
-            end_by(number)
+            raise Interrupted(number, forced=True)
         self._number = number
         if self._task is not None:
             # Thread-safe, since that also wakes the loop, which waits for its sockets.
             self._task.get_loop().call_soon_threadsafe(self._task.cancel)
 
 
-def end_by(number: int, runner: asyncio.Runner | None = None) -> NoReturn:
-    """End this process by the signal *number*, as if nobody had taken it over: a shell then ends its loop, too.
-
-    *runner* is closed before.
-    """
-    if runner is not None:
-        runner.close()
+def end_by(number: int) -> NoReturn:
+    """End this process by the signal *number*, as if nobody had taken it over: a shell then ends its loop, too."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()

@@ -160,6 +160,11 @@ class MarkdownDisplay:
             for segment in segments
             if not segment.control
         ]
+        # rich fills lines with spaces, which a person would copy.
+        while clean and not clean[-1].text.rstrip():
+            clean.pop()
+        if clean:
+            clean[-1] = Segment(clean[-1].text.rstrip(), clean[-1].style)
         with self._console.capture() as capture:
             self._console.print(Segments(clean), end="")
         return capture.get()

@@ -39,6 +39,6 @@ def read(stdin: BinaryIO) -> str:
     if len(data) > MAX_BYTES:
         raise BadQuestion(f"stdin has more than {MAX_BYTES} bytes: send less")
     try:
-        return data.decode("utf-8-sig").rstrip()
+        return data.decode().removeprefix("\ufeff").rstrip()
     except UnicodeDecodeError as error:
         raise BadQuestion(f"stdin is not UTF-8 text: byte {error.start} is not") from None
