@@ -1,4 +1,4 @@
-"""A chatbot in the terminal. The server keeps the conversation; Ctrl-D ends it."""
+"""A chatbot in the terminal. The server keeps the conversation; an empty line or Ctrl-D ends it."""
 
 import asyncio
 import sys
@@ -10,7 +10,7 @@ async def main(url: str = "http://127.0.0.1:8000") -> None:
     """Answer each line of stdin."""
     async with Client(url) as client:
         conversation = client.conversation()
-        while question := await asyncio.to_thread(sys.stdin.readline):
+        while question := (await asyncio.to_thread(sys.stdin.readline)).strip():
             try:
                 async for piece in conversation.chat(question):
                     print(piece, end="", flush=True)

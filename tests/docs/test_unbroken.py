@@ -42,7 +42,7 @@ async def test_an_answer_survives_its_connections(
     def every() -> int:
         nonlocal left
         left -= 1
-        return dice.randint(1, 7) if left >= 0 else 1 << 30
+        return dice.randint(2, 7) if left >= 0 else 1 << 30
 
     server.simulator.behaviour = Behaviour(ttft=0, interval=0.001, tokens=1200)
     async with aiohttp.ClientSession() as session:

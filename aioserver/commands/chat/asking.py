@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from aioserver.client import Client, Complete, Processing, Queued, Reasoning, Text, ToolCalls
 from aioserver.commands.chat.display import make_display
+from aioserver.commands.chat.question import BadQuestion
 from aioserver.commands.chat.status import Status
 from aioserver.commands.remote import printable
 
@@ -36,6 +37,7 @@ async def ask(settings: Settings, history: History, question: str) -> None:
     Cancelling this stops the answer at the server.
 
     Raises:
+        BadQuestion: a setting can be no part of a question.
         AnswerError: there is no whole answer.
         OSError: stdout cannot be written.
     """
@@ -49,12 +51,15 @@ async def ask(settings: Settings, history: History, question: str) -> None:
         ) as client,
     ):
         status.show(f"waiting for {settings.url}")
-        answer = client.chat(
-            history.content(question),
-            conversation_id=history.conversation_id,
-            provider=settings.provider,
-            model=settings.model,
-        )
+        try:
+            answer = client.chat(
+                history.content(question),
+                conversation_id=history.conversation_id,
+                provider=settings.provider,
+                model=settings.model,
+            )
+        except ValueError as error:
+            raise BadQuestion(str(error)) from None
         try:
             async with answer:
                 async for event in answer.events():

@@ -68,8 +68,10 @@ def command(
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     settings = Settings(url=url, key=key, provider=provider, model=model, timeout=timeout)
-    history = History(conversation_id=conversation, system=system)
-    return chat(settings, history, text)
+    history = History(
+        conversation_id=conversation, system=question.decoded(system) if system else None
+    )
+    return chat(settings, history, question.decoded(text))
 
 
 def chat(settings: Settings, history: History, text: str) -> int:

@@ -13,6 +13,7 @@ from aioserver import __version__
 from aioserver.client import AnswerError
 from aioserver.commands.chat import asking
 from aioserver.commands.chat.interrupts import Interrupted
+from aioserver.commands.chat.question import BadQuestion
 from aioserver.commands.remote import printable
 
 if TYPE_CHECKING:
@@ -116,6 +117,8 @@ class Dialog:
         try:
             with _no_echo():
                 self._interrupts.run(asking.ask(self._settings, self._history, question))
+        except BadQuestion as error:
+            asking.warn(str(error))
         except AnswerError as error:
             asking.warn(asking.explain(error, self._settings))
         except Interrupted as interrupted:

@@ -19,7 +19,7 @@ _ADDRESS = re.compile(
 
 
 class BadQuestion(Exception):
-    """Stdin has no question that can be sent; the message is one line for people."""
+    """There is no question that can be sent; the message is one line for people."""
 
 
 def split(words: Sequence[str]) -> tuple[str | None, str]:
@@ -27,6 +27,11 @@ def split(words: Sequence[str]) -> tuple[str | None, str]:
     if words and _ADDRESS.fullmatch(words[0]):
         return words[0], " ".join(words[1:])
     return None, " ".join(words)
+
+
+def decoded(argument: str) -> str:
+    """Return an *argument* of the command line without bytes that are not UTF-8, which no server takes."""
+    return argument.encode(errors="surrogateescape").decode(errors="replace")
 
 
 def read(stdin: BinaryIO) -> str:

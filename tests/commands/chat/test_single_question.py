@@ -185,6 +185,24 @@ async def test_a_refusal_is_exit_1_and_says_its_code(server: RunningServer) -> N
     assert "(model_not_found)" in err
 
 
+async def test_an_argument_that_can_be_no_part_of_a_question_is_exit_2(
+    server: RunningServer,
+) -> None:
+    code, out, err = await run(server.base, "Hello", "--model", "a\udcff")
+
+    assert (code, out) == (2, "")
+    assert err.startswith("aioserver: ")
+    assert err.count("\n") == 1
+
+
+async def test_bytes_of_an_argument_that_are_not_utf_8_are_replaced(
+    told: RunningServer, provider: TellingProvider
+) -> None:
+    await run(told.base, "a\udcff")
+
+    assert provider.questions[0][0]["content"] == "a\ufffd"
+
+
 async def test_an_answer_in_time_or_not_at_all(server: RunningServer) -> None:
     server.simulator.behaviour = ENDLESS
 
