@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -133,6 +135,19 @@ def test_the_client_library_knows_errors_and_protocol_only() -> None:
     }
 
     assert imported <= {"client", "errors", "protocol"}
+
+
+def test_the_client_library_loads_nothing_of_the_server() -> None:
+    script = "import sys, aioserver.client.sync; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    loaded = {name.split(".")[1] for name in done.stdout.split() if name.startswith("aioserver.")}
+
+    assert loaded == {"client", "protocol"}
+    assert not {"aiohttp.web_app", "voluptuous", "yaml", "prometheus_client", "click"} & {
+        *done.stdout.split()
+    }
 
 
 @pytest.mark.parametrize("package", sorted(PACKAGES - {"config", "client"}))

@@ -184,7 +184,9 @@ def base_url(text: str) -> str:
     url = URL(text if "://" in text else f"http://{text}")
     if url.user is not None:
         raise ValueError("a key is given by itself, not in the URL")
-    if url.scheme not in SCHEMES or not url.host:
+    labels = (url.raw_host or "").removesuffix(".").split(".")
+    # A longer label is no host name (RFC 1035, 2.3.4), and an address of IPv6 is one label.
+    if url.scheme not in SCHEMES or not all(0 < len(label) < 64 for label in labels):
         raise ValueError(f"{text!r} is not the URL of a server, such as http://127.0.0.1:8000")
     url = url.with_scheme(SCHEMES[url.scheme]).with_query(None).with_fragment(None)
     return str(url).rstrip("/")

@@ -18,7 +18,7 @@ from yarl import URL
 
 from aioserver.client.errors import Broken, Fault, Interrupted, Lost, Refused, protocol_error
 from aioserver.client.reading import MAX_FRAME_BYTES, Reading, fault_of
-from aioserver.client.refusals import MAX_ERROR_BYTES, lost_fault, refusal
+from aioserver.client.refusals import MAX_ERROR_BYTES, closed_fault, refusal, unreachable_fault
 from aioserver.client.retries import Reconnection
 from aioserver.protocol import eventstream, server_frames
 
@@ -39,6 +39,8 @@ CLOSE_TIMEOUT = 2.0
 CANCEL_TIMEOUT = 10.0
 # Seconds for the end of a response after its last event.
 FINISH_TIMEOUT = 1.0
+# The errors of a request that was never sent.
+NOT_CONNECTED = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError, aiohttp.InvalidURL)
 _TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT, sock_read=SILENCE)
 
 
@@ -119,9 +121,14 @@ class EventSourceReading(Reading):
         Raises:
             Interrupted: there is no response to read from.
         """
+        sent, self._sent = self._sent, True
         try:
             response = await self._transport.request(self.question, self.last, self)
         except (OSError, aiohttp.ClientError) as error:
+            if isinstance(error, NOT_CONNECTED):
+                self._sent = sent
+            if isinstance(error, aiohttp.InvalidURL):
+                raise Broken(unreachable_fault(self._transport.url, error)) from None
             raise self._lost(error) from None
         try:
             if response.status != 200:
@@ -136,10 +143,6 @@ class EventSourceReading(Reading):
             raise
         self._reconnection.reached = True
         return response
-
-    def sending(self) -> None:
-        """Note that the server may know the question from now on."""
-        self._sent = True
 
     async def _refused(self, response: aiohttp.ClientResponse) -> Interrupted:
         """Return what a status other than 200 says."""
@@ -164,7 +167,9 @@ class EventSourceReading(Reading):
         return Refused(fault)
 
     def _lost(self, error: BaseException | None) -> Interrupted:
-        return self._lost_by(lost_fault(None, error))
+        if error is None:
+            return self._lost_by(closed_fault(None))
+        return self._lost_by(unreachable_fault(self._transport.url, error))
 
     def _lost_by(self, fault: Fault) -> Interrupted:
         self._drop()
@@ -192,7 +197,7 @@ class EventSourceTransport:
         # Whether the server has ever answered.
         self.reached = False
         self._session = session
-        self._url = url
+        self.url = url
         self._headers = headers
         # The readings that were sent and have not ended.
         self._readings: set[EventSourceReading] = set()
@@ -214,7 +219,6 @@ class EventSourceTransport:
         if self._closed:
             raise Broken(Fault("connect_error", "the client is closed"))
         self._readings.add(reading)
-        reading.sending()
         headers = {**self._headers, **self._HEADERS}
         if last:
             headers["Last-Event-ID"] = str(last)
@@ -227,7 +231,7 @@ class EventSourceTransport:
         else:
             headers["Content-Type"] = "application/json"
             response = await self._session.post(
-                self._url,
+                self.url,
                 # A large body that is bytes would be written in one piece, which aiohttp warns of.
                 data=io.BytesIO(question.body()),
                 headers=headers,
@@ -291,4 +295,4 @@ class EventSourceTransport:
             pass
 
     def _address(self, request_id: str) -> URL:
-        return URL(f"{self._url}/{quote(request_id, safe='')}", encoded=True)
+        return URL(f"{self.url}/{quote(request_id, safe='')}", encoded=True)

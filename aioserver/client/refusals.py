@@ -48,16 +48,19 @@ def refusal(status: int, headers: Mapping[str, str], body: bytes) -> tuple[Fault
     return Fault(code, message, retryable, retry_after), not retryable
 
 
-def lost_fault(close_code: int | None, error: BaseException | None = None) -> Fault:
-    """Return the fault of a connection that is lost, or could not be opened."""
-    if error is None:
-        suffix = "" if close_code in {None, 1006} else f", with close code {close_code}"
-        return Fault("connect_error", f"the connection to the server was closed{suffix}", True)
-    return Fault("connect_error", f"the server cannot be reached: {describe(error)}", True)
+def closed_fault(close_code: int | None) -> Fault:
+    """Return the fault of a connection that has ended too early; *close_code*: the server's, if it sent one."""
+    suffix = "" if close_code in {None, 1006} else f", with close code {close_code}"
+    return Fault("connect_error", f"the connection to the server was closed{suffix}", True)
+
+
+def unreachable_fault(url: str, error: BaseException) -> Fault:
+    """Return the fault of a connection to *url* that could not be opened, or has broken by *error*."""
+    return Fault("connect_error", f"{url} cannot be reached: {describe(error)}", True)
 
 
 def describe(error: BaseException) -> str:
-    """Return in a few words why a server was not reached; the texts of aiohttp are long."""
+    """Return in a few words why a server was not reached; aiohttp's own texts are long."""
     if isinstance(error, TimeoutError):
         return "no answer in time"
     if isinstance(error, aiohttp.ClientConnectorError):

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 # The longest span of a wait by chance, in seconds.
 MAX_SPAN = 30.0
+# A server that stops is left alone for 1 to 10 s: its successor has to start, and all its clients come.
+RESTART_LEAST, RESTART_SPAN = 1.0, 9.0
 # Tries to reach a server that has never been reached: a wrong address is told soon.
 FIRST_TRIES = 3
 # How often a question is asked again after a fault that is the provider's, though nothing was paid for.
@@ -51,7 +53,7 @@ def span(failures: int, first: float) -> float:
 
 def after_restart(random: Callable[[], float]) -> float:
     """Return the seconds after which to come back to a server that stops: 1 to 10, by chance."""
-    return 1.0 + 9.0 * random()
+    return RESTART_LEAST + RESTART_SPAN * random()
 
 
 class Retries:

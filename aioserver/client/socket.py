@@ -1,364 +1,36 @@
-"""The WebSocket transport: one connection for many answers (RFC 6455).
-
-A connection asks first for a `pong`, which proves that it has its place at the server: a socket that
-waits for its place may send no more than 16 frames. Then it sends what its readings want, as fast as the server's
-bound of frames allows. What comes is given to the readings at once, so that a slow reader delays no other one.
-
-A reading keeps MAX_UNREAD bytes of frames. What comes beyond is dropped, and asked for again (`resume`)
-when the program has read what was kept: the server keeps an answer anyway, and it is not kept twice.
-"""
+"""The WebSocket transport: a connection for up to MAX_ANSWERS answers, and further ones for more."""
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections import deque
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import orjson
-from aiohttp import WSMsgType
 
-from aioserver.client.errors import Broken, Fault, Interrupted, Lost, Refused, protocol_error
-from aioserver.client.reading import MAX_FRAME_BYTES, Reading, fault_of
-from aioserver.client.refusals import MAX_ERROR_BYTES, lost_fault, refusal
-from aioserver.client.retries import FINAL_CLOSE_CODES, QUIET_CLOSE_CODES, Reconnection
-from aioserver.protocol import server_frames
+from aioserver.client.connection import Connection
+from aioserver.client.errors import Broken, Fault, Interrupted, Lost, protocol_error
+from aioserver.client.reading import MAX_FRAME_BYTES
+from aioserver.client.refusals import MAX_ERROR_BYTES, refusal, unreachable_fault
+from aioserver.client.retries import Reconnection
+from aioserver.client.socket_reading import SocketReading
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
 
     from aioserver.client.reading import Question
-    from aioserver.protocol.server_frames import Frame
+    from aioserver.client.socket_reading import Carrier
 
-# Answers at once on one socket. The server's bound is 32; the others are for answers whose `cancel` is on its way.
-MAX_ANSWERS = 28
-# Bytes of frames that wait to be read by the program, for each answer.
-MAX_UNREAD = 1 << 20
-# Seconds for the handshake, connecting included; for asking why it was refused; for the server to answer a close frame; and for
-# commands that wait to be sent when the client is closed.
+# Seconds for the handshake, connecting included; for asking why it was refused; for the server to answer a close frame.
 HANDSHAKE_TIMEOUT = 30.0
 REASON_TIMEOUT = 5.0
 CLOSE_TIMEOUT = 2.0
-FLUSH_TIMEOUT = 2.0
 # Seconds of silence before a ping; half as long may its answer take.
 HEARTBEAT = 30.0
-# The server closes a socket that sends more than 100 frames or 16 MiB a second, after a burst of twice as
-# much. Pongs are frames, too.
-SECONDS_PER_FRAME = 1 / 80
-SECONDS_PER_BYTE = 1 / (8 << 20)
-BURST_SECONDS = 1.0
 # Seconds for which the server lets an answer without a reader go on, by default: then it needs no `cancel`.
 CANCEL_WINDOW = 30.0
 CLOSED = Fault("connect_error", "the client is closed")
-
-_PING = b'{"action":"ping","request_id":"place"}'
-
-
-class SocketReading(Reading):
-    """The reading of an answer on the sockets of a transport."""
-
-    def __init__(self, transport: SocketTransport, question: Question) -> None:
-        super().__init__(question)
-        self.connection: Connection | None = None
-        # Whether the server may know the question.
-        self.sent = False
-        self._transport = transport
-        self._frames: list[Frame] = []
-        self._unread = 0
-        # What happened after the frames that wait.
-        self._interrupted: Interrupted | None = None
-        self._waiter: asyncio.Future[None] | None = None
-        # Whether frames were dropped; and whether they were asked for again.
-        self._behind = self._resuming = False
-        self._left = self._ended = False
-
-    async def frames(self) -> list[Frame]:
-        """Return the frames that have come."""
-        while True:
-            if self._frames:
-                frames, self._frames, self._unread = self._frames, [], 0
-                return frames
-            if self._interrupted is not None:
-                interrupted, self._interrupted = self._interrupted, None
-                raise interrupted
-            if self.connection is None:
-                connection = await self._transport.connection(self.question.request_id)
-                connection.add(self)
-            elif self._behind and not self._resuming:
-                self._resuming = True
-                self.connection.send(self.command(), self)
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
-
-    def command(self) -> bytes:
-        """Return the frame that asks for what comes next."""
-        if not self.last:
-            return self.question.command()
-        name = orjson.dumps(self.question.request_id)
-        return b'{"action":"resume","request_id":%b,"payload":{"last_event_id":%d}}' % (
-            name,
-            self.last,
-        )
-
-    def receive(self, frame: Frame, size: int) -> None:
-        """Take a frame of *size* bytes, of this answer or about the whole socket."""
-        if frame.event_id is None:
-            self._receive_remark(frame)
-        elif self._behind and not (self._resuming and frame.event_id == self.last + 1):
-            return
-        elif self._unread > MAX_UNREAD:
-            self._behind = True
-            return
-        else:
-            try:
-                self._count(frame)
-            except Broken as broken:
-                self.interrupt(broken)
-                return
-            self._behind = self._resuming = False
-            self._unread += size
-            self._frames.append(frame)
-            if frame.ends:
-                self._ended = True
-                self._detach()
-        self._wake()
-
-    def interrupt(self, interrupted: Interrupted) -> None:
-        """Take the reading off its connection, and let `frames` raise."""
-        self._detach()
-        self._interrupted = interrupted
-        self._wake()
-
-    def leave(self) -> asyncio.Future[None] | None:
-        """Read no further."""
-        if self._left or self._ended:
-            return None
-        self._left = True
-        connection = self.connection
-        self._detach()
-        return self._transport.cancel(self.question.request_id, connection) if self.sent else None
-
-    def _receive_remark(self, frame: Frame) -> None:
-        if frame.status == "error":
-            fault = fault_of(frame)
-            if fault.code == "slow_client":
-                self._behind, self._resuming = True, False
-            else:
-                if not self.last or fault.code == "stream_not_found":
-                    # There is nothing to cancel; the id may be another answer's.
-                    self.sent = False
-                self.interrupt(Refused(fault))
-        elif frame.status == "queued":
-            # It may come often, and only the newest is of interest.
-            if self._frames and self._frames[-1].status == "queued":
-                self._frames.pop()
-            self._frames.append(frame)
-
-    def _detach(self) -> None:
-        if self.connection is not None:
-            self.connection.remove(self)
-            self.connection = None
-        self._behind = self._resuming = False
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-
-class Connection:
-    """One socket. Always: each reading in `readings` has it as its `connection`; at most MAX_ANSWERS."""
-
-    def __init__(
-        self, transport: SocketTransport, ws: aiohttp.ClientWebSocketResponse[bool]
-    ) -> None:
-        self.readings: dict[str, SocketReading] = {}
-        # Whether it takes no more questions: it is closed, or will be.
-        self.leaving = False
-        self._transport = transport
-        self._ws = ws
-        self._loop = asyncio.get_running_loop()
-        # Frames to be sent, with the reading that wants them, and what is done when they were sent.
-        self._outbox: deque[tuple[bytes, SocketReading | None, asyncio.Future[None] | None]] = (
-            deque()
-        )
-        self._more = asyncio.Event()
-        # Set when the server has given the socket its place.
-        self._placed = asyncio.Event()
-        # Set when nothing waits to be sent.
-        self._flushed = asyncio.Event()
-        self._flushed.set()
-        # What the server has said about the whole socket.
-        self._remark: Fault | None = None
-        self._receiver = transport.start(self._receive())
-        self._sender = transport.start(self._send())
-
-    def room_for(self, request_id: str) -> bool:
-        """Return whether it can take another reading; the server sends each answer once on a socket."""
-        return (
-            not self.leaving
-            and len(self.readings) < MAX_ANSWERS
-            and request_id not in self.readings
-        )
-
-    def add(self, reading: SocketReading) -> None:
-        """Let a reading ask, or resume."""
-        self.readings[reading.question.request_id] = reading
-        reading.connection = self
-        self.send(reading.command(), reading)
-
-    def remove(self, reading: SocketReading) -> None:
-        """Let a reading go; an extra connection closes with its last one."""
-        if self.readings.get(reading.question.request_id) is reading:
-            del self.readings[reading.question.request_id]
-            self._transport.emptied(self)
-
-    def send(
-        self,
-        frame: bytes,
-        reading: SocketReading | None = None,
-        done: asyncio.Future[None] | None = None,
-    ) -> None:
-        """Send *frame* when its turn comes, unless *reading* has gone by then."""
-        self._outbox.append((frame, reading, done))
-        self._flushed.clear()
-        self._more.set()
-
-    async def close(self) -> None:
-        """Send what waits, for a short time, and close the socket."""
-        self.leaving = True
-        try:
-            if not self._ws.closed and self._placed.is_set():
-                async with asyncio.timeout(FLUSH_TIMEOUT):
-                    await self._flushed.wait()
-        except TimeoutError:
-            pass
-        finally:
-            self._receiver.cancel()
-            self._sender.cancel()
-            await asyncio.wait([self._receiver, self._sender])
-            await self._ws.close()
-            self._forget_outbox()
-
-    async def _receive(self) -> None:
-        """Give each frame to its reading, until the socket is closed."""
-        end: Interrupted | None = None
-        try:
-            await self._ws.send_frame(_PING, WSMsgType.TEXT)
-            while True:
-                message = await self._ws.receive()
-                if message.type is not WSMsgType.TEXT:
-                    break
-                self._take(cast("bytes", message.data))
-            if message.type is WSMsgType.BINARY:
-                end = protocol_error("a binary frame")
-            elif message.type is WSMsgType.ERROR and isinstance(
-                message.data, aiohttp.WebSocketError
-            ):
-                end = protocol_error(f"the server's frames break RFC 6455: {message.data}")
-        except server_frames.BadFrame as error:
-            end = protocol_error(str(error))
-        except (OSError, aiohttp.ClientError):
-            # The socket was lost with the first ping.
-            pass
-        finally:
-            self.leaving = True
-            self._transport.gone(self)
-            self._finish(end)
-        # Of no effect if the server has closed it.
-        await self._ws.close(code=aiohttp.WSCloseCode.PROTOCOL_ERROR)
-
-    def _take(self, data: bytes) -> None:
-        frame = server_frames.parse(data)
-        reconnection = self._transport.reconnection
-        reconnection.reached = True
-        if frame.request_id is not None and frame.status != "pong":
-            reading = self.readings.get(frame.request_id)
-            if frame.event_id is not None:
-                reconnection.progressed()
-            elif frame.status == "error" and frame.chunk.code == "server_shutdown":
-                # The next question is for another process.
-                self.leaving = True
-            if reading is not None:
-                reading.receive(frame, len(data))
-        elif frame.status == "pong":
-            self._placed.set()
-        elif frame.status == "queued":
-            for reading in list(self.readings.values()):
-                reading.receive(frame, len(data))
-        elif frame.status == "error":
-            self._remark = fault_of(frame)
-
-    async def _send(self) -> None:
-        """Send what waits, as fast as the server allows."""
-        await self._placed.wait()
-        # The time at which an even flow would send the next frame (GCRA, ITU-T I.371).
-        due = self._loop.time()
-        while True:
-            while not self._outbox:
-                self._flushed.set()
-                self._more.clear()
-                await self._more.wait()
-            early = due - BURST_SECONDS - self._loop.time()
-            if early > 0:
-                await asyncio.sleep(early)
-            frame, reading, done = self._outbox.popleft()
-            if reading is None or reading.connection is self:
-                if reading is not None:
-                    reading.sent = True
-                due = max(due, self._loop.time())
-                due += max(SECONDS_PER_FRAME, len(frame) * SECONDS_PER_BYTE)
-                try:
-                    await self._ws.send_frame(frame, WSMsgType.TEXT)
-                except (OSError, aiohttp.ClientError):
-                    # `_receive` sees that the socket is lost, and knows more about it.
-                    self.leaving = True
-                    self._outbox.appendleft((frame, None, done))
-                    break
-            if done is not None and not done.done():
-                done.set_result(None)
-        self._forget_outbox()
-
-    def _finish(self, end: Interrupted | None) -> None:
-        """Interrupt the readings: the socket is closed, by the server if *end* is None."""
-        self._sender.cancel()
-        self._forget_outbox()
-        readings = list(self.readings.values())
-        if self._transport.closed or not readings:
-            return
-        code, remark = self._ws.close_code, self._remark
-        if end is None and code == aiohttp.WSCloseCode.MESSAGE_TOO_BIG:
-            # It was one of the questions that have no answer yet; it can only be the largest.
-            unanswered = [reading for reading in readings if reading.sent and not reading.last]
-            if unanswered:
-                largest = max(unanswered, key=lambda reading: len(reading.question.payload))
-                readings.remove(largest)
-                too_large = Fault("request_too_large", "the server takes no question of this size")
-                largest.interrupt(Broken(remark or too_large))
-        if end is None:
-            end = self._end(code, remark)
-        for reading in readings:
-            reading.interrupt(end)
-
-    def _end(self, code: int | None, remark: Fault | None) -> Interrupted:
-        """Return what the close *code*, and the *remark* before it, mean for the readings."""
-        if code in FINAL_CLOSE_CODES:
-            return protocol_error(f"the server closed the socket with close code {code}")
-        if code == aiohttp.WSCloseCode.POLICY_VIOLATION and remark and not remark.retryable:
-            return Broken(remark)
-        fault = remark or lost_fault(code)
-        reconnection = self._transport.reconnection
-        if code in QUIET_CLOSE_CODES:
-            code = None
-        delay = reconnection.after_loss(code, None if remark is None else remark.retry_after)
-        return self._transport.lost(fault, delay)
-
-    def _forget_outbox(self) -> None:
-        for _frame, _reading, done in self._outbox:
-            if done is not None and not done.done():
-                done.set_result(None)
-        self._outbox.clear()
-        self._flushed.set()
 
 
 class SocketTransport:
@@ -430,16 +102,14 @@ class SocketTransport:
             self._connections.remove(connection)
             self.start(connection.close())
 
-    def cancel(
-        self, request_id: str, connection: Connection | None
-    ) -> asyncio.Future[None] | None:
+    def cancel(self, request_id: str, connection: Carrier | None) -> asyncio.Future[None] | None:
         """Cancel an answer, on its connection or on the next one. Returns what is done when it was sent."""
         if self.closed:
             return None
         loop = asyncio.get_running_loop()
         frame = _cancel_command(request_id)
         for candidate in (connection, *self._connections):
-            if candidate is not None and not candidate.leaving:
+            if candidate is not None and not candidate.closed:
                 done: asyncio.Future[None] = loop.create_future()
                 candidate.send(frame, done=done)
                 return done
@@ -494,11 +164,13 @@ class SocketTransport:
             self.reconnection.reached = True
             delay = self.reconnection.after_loss(None, fault.retry_after)
             raise self.lost(fault, delay) from None
-        except (aiohttp.TooManyRedirects, aiohttp.InvalidURL) as error:
-            raise protocol_error(f"the handshake leads nowhere: {type(error).__name__}") from None
+        except aiohttp.TooManyRedirects:
+            raise protocol_error(f"{self._url} redirects for ever") from None
+        except aiohttp.InvalidURL as error:
+            raise Broken(unreachable_fault(self._url, error)) from None
         except (OSError, aiohttp.ClientError) as error:
             delay = self.reconnection.after_loss()
-            raise self.lost(lost_fault(None, error), delay) from None
+            raise self.lost(unreachable_fault(self._url, error), delay) from None
         connection = Connection(self, ws)
         self._connections.append(connection)
         now = asyncio.get_running_loop().time()

@@ -10,8 +10,8 @@ from typing import Any
 import aiohttp
 import click
 
+from aioserver.client import refusals
 from aioserver.client.client import base_url
-from aioserver.client.refusals import describe, refusal
 
 RICH_MISSING = (
     "rich is not installed, and this command draws with it: run pip install '.[cli]' in the clone"
@@ -86,7 +86,7 @@ async def overview(session: aiohttp.ClientSession, url: str) -> dict[str, Any] |
     except (aiohttp.ContentTypeError, ValueError):
         return None
     except (aiohttp.ClientError, OSError) as error:
-        raise Unreachable(f"{url} cannot be reached: {printable(describe(error))}") from None
+        raise Unreachable(f"{url} cannot be reached: {describe(error)}") from None
     return (
         answer if isinstance(answer, dict) and isinstance(answer.get("endpoints"), dict) else None
     )
@@ -106,11 +106,16 @@ async def check_key(session: aiohttp.ClientSession, url: str, key: str | None) -
         ):
             refused = response.status == HTTPStatus.UNAUTHORIZED
     except (aiohttp.ClientError, OSError) as error:
-        raise Unreachable(f"{url} cannot be reached: {printable(describe(error))}") from None
+        raise Unreachable(f"{url} cannot be reached: {describe(error)}") from None
     if refused and key:
         raise KeyNeeded(f"{url} does not know this key: see --key and AIOSERVER_KEY")
     if refused:
         raise KeyNeeded(f"{url} wants an API key: give it by --key or AIOSERVER_KEY")
+
+
+def describe(error: BaseException) -> str:
+    """Return in a few words why the server was not reached, for a terminal."""
+    return printable(refusals.describe(error))
 
 
 def printable(text: object) -> str:
@@ -122,7 +127,7 @@ def printable(text: object) -> str:
 async def read_error(response: aiohttp.ClientResponse) -> ErrorDetails:
     """Read the error in a response whose status is not 200, up to MAX_ERROR_BYTES of its body."""
     body = await response.content.read(MAX_ERROR_BYTES)
-    fault, _ = refusal(response.status, response.headers, body)
+    fault, _ = refusals.refusal(response.status, response.headers, body)
     return ErrorDetails(printable(fault.code), printable(fault.message), fault.retry_after)
 
 

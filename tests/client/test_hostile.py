@@ -173,7 +173,9 @@ async def test_server_that_is_no_aioserver_is_an_error(transport: Transport, sai
 
 @BOTH
 @pytest.mark.parametrize(
-    "said", [b"SSH-2.0-OpenSSH_9.6\r\n", b"\0" * 100, b"HTTP/1.1 200\r\n: :\r\n\r\n"]
+    "said",
+    [b"SSH-2.0-OpenSSH_9.6\r\n", b"\0" * 100, b"HTTP/1.1 200\r\n: :\r\n\r\n"],
+    ids=["ssh", "zeros", "header"],
 )
 async def test_bytes_that_are_no_http_are_an_error(transport: Transport, said: bytes) -> None:
     async with ScriptedProvider(lambda peer: http(peer, said)) as server:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from aioserver.client import AnswerError, Client, Processing, Queued, socket
+from aioserver.client import AnswerError, Client, Processing, Queued, connection, socket_reading
 from tests.support.scripted_server import Refusal, ScriptedServer, answer, frame, idle
 from tests.support.waiting import until
 
@@ -66,7 +66,7 @@ async def test_more_answers_than_a_socket_may_have_get_another_one_which_closes_
             closed += 1
 
     async with ScriptedServer(sockets=[play]) as server, client_of(server) as client:
-        count = socket.MAX_ANSWERS + 1
+        count = connection.MAX_ANSWERS + 1
         tasks = [asyncio.ensure_future(client.chat("Hi").text()) for _ in range(count)]
         await until(lambda: server.connections == 2)
         release.set()
@@ -258,7 +258,7 @@ async def test_pings_keep_a_silent_socket_and_end_a_dead_one() -> None:
 async def test_slow_reader_delays_nobody_and_keeps_a_bounded_part(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(socket, "MAX_UNREAD", 2000)
+    monkeypatch.setattr(socket_reading, "MAX_UNREAD", 2000)
     words = [f"w{number} " for number in range(500)]
 
     async def play(peer: SocketPeer) -> None:
@@ -351,6 +351,36 @@ async def test_idle_socket_that_the_server_closes_is_no_error() -> None:
             assert await client.chat("Hi").text() == "Hello"
 
         assert server.connections == 3
+
+
+@pytest.mark.virtual_time
+async def test_server_that_stops_keeps_its_answers_and_gets_no_new_question() -> None:
+    async def stopping(peer: SocketPeer) -> None:
+        first = await peer.command()
+        await peer.send(*answer(first["request_id"], *HELLO)[:2])
+        second = await peer.command()
+        refusal = {"error": "stops", "code": "server_shutdown", "retryable": True}
+        await peer.send(frame(second["request_id"], "error", **refusal))
+        await peer.command()
+
+    async with (
+        ScriptedServer(sockets=[stopping, play_answers]) as server,
+        client_of(server) as client,
+    ):
+        first = aiter(client.chat("Hi", request_id="first"))
+        assert await anext(first) == "Hel"
+        assert await client.chat("Hi", request_id="second").text() == "Hello"
+        assert server.connections == 2
+        # The cancel goes to the process that has the answer.
+        del first
+        await until(lambda: server.actions == ["chat", "chat", "chat", "cancel"])
+
+    assert [command["request_id"] for command in server.seen] == [
+        "first",
+        "second",
+        "second",
+        "first",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,7 @@ async def test_leaving_frees_the_provider_at_once(
 async def test_large_answer_read_slowly_is_whole(
     make_server: MakeServer, transport: Transport
 ) -> None:
-    """Each event is as large as what a reader keeps; another answer on the socket is not held up."""
+    """Another answer on the socket is not held up."""
     server = await make_server(QUICK, **{"chat.streams.max_stream_bytes": 1 << 26})
     fields = big(300_000, 40)
     async with client_of(server, transport) as client:
@@ -152,6 +152,30 @@ async def test_large_answer_read_slowly_is_whole(
 
     assert slow.complete is not None
     assert count >= 40
+
+
+@pytest.mark.virtual_time
+async def test_program_that_rests_over_a_large_answer_reads_all_of_it(
+    make_server: MakeServer, transport: Transport
+) -> None:
+    """The server drops a client that takes nothing for `send_timeout`; it comes back for the rest."""
+    changes = {"chat.streams.max_stream_bytes": 1 << 26, "chat.streams.send_timeout": 1.0}
+    server = await make_server(QUICK, **changes)
+    fields = big(400_000, 40)
+    options = {"tools": fields["options"]["tools"]}
+    async with client_of(server, transport) as client:
+        resting = client.chat(fields["text"], options=options)
+        parts = []
+        async for event in resting.events():
+            if isinstance(event, ToolCalls):
+                parts += [delta["function"].get("arguments", "") for delta in event.deltas]
+                if len(parts) == 10:
+                    await asyncio.sleep(20)
+
+    assert "".join(parts).count("x" * 400_000) == 40
+    assert server.simulator.stats().requests == 1
+    resumes = await server.counted("resumes", "outcome")
+    assert resumes.keys() == {("ok",)}
 
 
 async def test_server_replaced_in_mid_chat_keeps_the_part_and_answers_on(

@@ -249,8 +249,12 @@ async def test_an_answer_that_does_not_end_in_time_is_incomplete(
     assert report["incomplete"] == {"timeout": 4}
 
 
-FRAME = b'id: %d\nevent: %b\ndata: {"request_id":"r","status":"%b","chunk":{}}\n\n'
-PROPER = [FRAME % (n, s, s) for n, s in enumerate((b"processing", b"chunk", b"complete"), 1)]
+def event(number: int, status: bytes) -> bytes:
+    frame = b'{"request_id":"r","event_id":%d,"status":"%b","chunk":{}}' % (number, status)
+    return b"id: %d\nevent: %b\ndata: %b\n\n" % (number, status, frame)
+
+
+PROPER = [event(n, s) for n, s in enumerate((b"processing", b"chunk", b"complete"), 1)]
 SAID = b'data: {"choices":[{"index":0,"delta":{"content":"Hi"}}]}\n\n'
 STOPPED = b'data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}\n\n'
 
@@ -261,10 +265,11 @@ STOPPED = b'data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}\n\
         ("sse", PROPER[:2], "no_end"),
         ("sse", [PROPER[0], PROPER[2]], "events_missing"),
         ("sse", [PROPER[0], *PROPER], "events_doubled"),
-        ("sse", [*PROPER, FRAME % (4, b"chunk", b"chunk")], "events_after_the_end"),
+        ("sse", [*PROPER, event(4, b"chunk")], "events_after_the_end"),
         ("sse", [b"data: what\n\n"], "not_understood"),
         ("sse", [b"data: []\n\n"], "not_understood"),
-        ("sse", [b'id: x\ndata: {"chunk":{}}\n\n'], "not_understood"),
+        ("sse", [b'data: {"chunk":{}}\n\n'], "not_understood"),
+        ("sse", [PROPER[0].replace(b"id: 1", b"id: 2")], "not_understood"),
         ("openai", [SAID, DONE], "no_finish_reason"),
         ("openai", [SAID, STOPPED], "no_done"),
         ("openai", [SAID, STOPPED, DONE, SAID], "events_after_the_end"),

@@ -103,9 +103,8 @@ def test_line_works_as_pasted(clone: Path, port: int, line: str) -> None:
     assert expected in output
 
 
-def test_python_works_as_pasted(clone: Path, port: int) -> None:
-    (code,) = [text for kind, text in BLOCKS if kind == "python"]
-
+@pytest.mark.parametrize("code", [text for kind, text in BLOCKS if kind == "python"])
+def test_python_works_as_pasted(clone: Path, port: int, code: str) -> None:
     output = pasted([sys.executable, "-c", code.replace(":8000", f":{port}")], clone)
 
     assert "model" in output

@@ -9,20 +9,23 @@ from __future__ import annotations
 
 import uuid
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import aiohttp
 import orjson
 from aiohttp import WSMsgType
 
 from aioserver.commands import remote
+from aioserver.protocol import server_frames
 from aioserver.protocol.eventstream import Splitter, parse
 from aioserver.protocol.openai import BadEvent, ErrorEvent, Reading
+from aioserver.protocol.server_frames import BadFrame
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from aioserver.commands.bench.attempt import Attempt
+    from aioserver.protocol.server_frames import Frame
 
 # Seconds for the server to answer a close frame.
 CLOSE_TIMEOUT = 2.0
@@ -56,10 +59,6 @@ class Question:
         return {"messages": self._messages, "stream": self.streamed, **options}
 
 
-class UnexpectedAnswer(Exception):
-    """The server sent something that an aioserver does not send."""
-
-
 class Client(Protocol):
     """One client. `close` must be called at the end, and after `request` has raised."""
 
@@ -68,7 +67,7 @@ class Client(Protocol):
 
         Raises:
             aiohttp.ClientError, OSError: the connection failed.
-            UnexpectedAnswer, EventTooLong: the answer does not follow the face's protocol.
+            BadFrame, EventTooLong: the answer does not follow the face's protocol.
         """
 
     async def close(self) -> None:
@@ -82,13 +81,16 @@ class WebSocketClient:
         self._session = session
         self._url = url
         self._payload = question.payload()
-        self._ws: aiohttp.ClientWebSocketResponse | None = None
+        self._ws: aiohttp.ClientWebSocketResponse[bool] | None = None
 
     async def request(self, attempt: Attempt) -> None:
         """Send one request, on the open socket or on a new one, and read its answer."""
         if self._ws is None:
             self._ws = await self._session.ws_connect(
-                self._url, max_msg_size=0, timeout=aiohttp.ClientWSTimeout(ws_close=CLOSE_TIMEOUT)
+                self._url,
+                max_msg_size=0,
+                timeout=aiohttp.ClientWSTimeout(ws_close=CLOSE_TIMEOUT),
+                decode_text=False,
             )
         request_id = uuid.uuid4().hex
         command = {"action": "chat", "request_id": request_id, "payload": self._payload}
@@ -99,13 +101,12 @@ class WebSocketClient:
                 attempt.fail("closed", f"close code {self._ws.close_code}")
                 await self.close()
                 return
-            frame = parse_frame(message.data)
-            frame_id = frame.get("request_id")
-            if frame_id not in {request_id, None}:
+            frame = server_frames.parse(cast("bytes", message.data))
+            if frame.request_id not in {request_id, None}:
                 attempt.mark_faulty("foreign_frame")
                 continue
-            report_frame(attempt, frame, frame.get("event_id"))
-            if attempt.ended and frame_id is None:
+            report_frame(attempt, frame)
+            if attempt.ended and frame.request_id is None:
                 # An error of the whole socket: a close frame follows.
                 await self.close()
 
@@ -134,7 +135,11 @@ class SseClient:
             splitter = Splitter()
             async for data in response.content.iter_any():
                 for event in parse(splitter.feed(data)):
-                    report_frame(attempt, parse_frame(event.data), parse_number(event.id))
+                    frame = server_frames.parse(event.data)
+                    number = b"" if frame.event_id is None else b"%d" % frame.event_id
+                    if (event.id or b"") != number:
+                        raise BadFrame("an event whose id is not its number")
+                    report_frame(attempt, frame)
 
     async def close(self) -> None:
         """Close nothing: no connection of its own is kept between two requests."""
@@ -183,57 +188,24 @@ CLIENTS: dict[str, Callable[[aiohttp.ClientSession, str, Question], Client]] = {
 }
 
 
-def parse_frame(data: bytes | str) -> dict[str, Any]:
-    """Decode a frame of the WebSocket and SSE faces.
-
-    Raises:
-        UnexpectedAnswer: *data* is not JSON, or not such a frame.
-    """
-    try:
-        frame = orjson.loads(data)
-    except orjson.JSONDecodeError:
-        raise UnexpectedAnswer("a frame that is not JSON") from None
-    if (
-        not isinstance(frame, dict)
-        or not isinstance(frame.get("chunk"), dict)
-        or not isinstance(frame.get("event_id", 0), int)
-        or not isinstance(frame["chunk"].get("retry_after", 0.0), float | int)
-    ):
-        raise UnexpectedAnswer("a frame that is not one of aioserver's")
-    return frame
-
-
-def parse_number(event_id: bytes | None) -> int | None:
-    """Return the number of an event from its `id`; None if it has no id.
-
-    Raises:
-        UnexpectedAnswer: the id is not a number.
-    """
-    if event_id is None:
-        return None
-    if not event_id.isdigit():
-        raise UnexpectedAnswer("an event whose id is not a number")
-    return int(event_id)
-
-
-def report_frame(attempt: Attempt, frame: dict[str, Any], number: int | None) -> None:
-    """Report a frame of the WebSocket or SSE face; *number* is None if it is no event."""
-    if number is not None:
-        attempt.event(number)
-    chunk = frame["chunk"]
-    match frame.get("status"):
+def report_frame(attempt: Attempt, frame: Frame) -> None:
+    """Report a frame of the WebSocket or SSE face."""
+    if frame.event_id is not None:
+        attempt.event(frame.event_id)
+    match frame.status:
         case "chunk":
             attempt.token()
         case "processing":
             attempt.stop_waiting()
         case "queued":
-            attempt.queued(for_admission=frame.get("request_id") is None)
+            attempt.queued(for_admission=frame.request_id is None)
         case "complete":
             attempt.complete()
         case "error" | "busy":
-            code = remote.printable(chunk.get("code") or "error")
-            message = remote.printable(chunk.get("error") or "")
-            attempt.error(remote.ErrorDetails(code, message, chunk.get("retry_after")))
+            chunk = frame.chunk
+            code = remote.printable(chunk.code or "error")
+            message = remote.printable(chunk.error)
+            attempt.error(remote.ErrorDetails(code, message, chunk.retry_after))
         case "cancelled":
             attempt.fail("cancelled")
 

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import aiohttp
 
-from aioserver.client.refusals import describe
 from aioserver.commands import remote
 from aioserver.commands.bench.attempt import Attempt
-from aioserver.commands.bench.clients import CLIENTS, Question, UnexpectedAnswer
+from aioserver.commands.bench.clients import CLIENTS, Question
 from aioserver.commands.bench.limits import Peaks, find_limit
 from aioserver.commands.bench.results import Results
 from aioserver.protocol.eventstream import EventTooLong
+from aioserver.protocol.server_frames import BadFrame
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -146,10 +146,10 @@ class Run:
             code = f"http_{error.status}"
             attempt.error(remote.ErrorDetails(code, "the WebSocket handshake was refused"))
         except aiohttp.ClientConnectorError as error:
-            attempt.fail("cannot_connect", remote.printable(describe(error)))
+            attempt.fail("cannot_connect", remote.describe(error))
         except (aiohttp.ClientError, OSError) as error:
-            attempt.fail("connection_lost", remote.printable(describe(error)))
-        except (UnexpectedAnswer, EventTooLong) as error:
+            attempt.fail("connection_lost", remote.describe(error))
+        except (BadFrame, EventTooLong) as error:
             attempt.fail("not_understood", str(error))
         attempt.settle()
         if not attempt.succeeded:

@@ -118,7 +118,7 @@ def explain(error: AnswerError, settings: Settings) -> str:
     if error.code == "missing_api_key":
         return f"{settings.url} wants an API key: give it by --key or AIOSERVER_KEY"
     if error.code == "connect_error" and not error.text:
-        return f"{settings.url}: {error.message}"
+        return error.message
     if error.code == "protocol_error":
         return f"{settings.url} is no aioserver, or a proxy in front of it is not set up: {error.message}"
     if error.code == "cancelled":

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import orjson
 
-from aioserver.client.refusals import describe
 from aioserver.client.retries import Reconnection
 from aioserver.commands import remote
 from aioserver.protocol.eventstream import EventTooLong, Splitter, parse
@@ -150,7 +149,7 @@ class Feed:
                                 return
                         self._changed()
         except (aiohttp.ClientError, OSError) as error:
-            raise LostError(remote.printable(describe(error))) from None
+            raise LostError(remote.describe(error)) from None
         except (EventTooLong, orjson.JSONDecodeError):
             raise LostError("the server sends something else than aioserver's events") from None
         raise LostError("the server closed the connection")
