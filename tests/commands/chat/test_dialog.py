@@ -312,3 +312,22 @@ async def test_stdin_of_a_pipe_in_a_terminal_is_one_question(
         assert await shown.ended() == 0
         await shown.shows("Hello\n")
     assert provider.questions[0][0]["content"] == "Hi"
+
+
+async def test_the_position_in_front_of_a_full_server_is_shown(make_server: MakeServer) -> None:
+    limits = {
+        "chat.websocket.concurrency.max_connections": 1,
+        "chat.websocket.concurrency.connection_queue_size": 5,
+        "chat.websocket.concurrency.queue_timeout": 30.0,
+    }
+    server = await make_server(ENDLESS, **limits)
+    async with dialog(server.base) as first, dialog(server.base) as second:
+        first.type("Hi\n")
+        await until(lambda: server.held()["running"] == 1)
+        second.type("Hi\n")
+        await second.shows("position 1 in the queue")
+        first.type(CTRL_C)
+        await second.shows("sim/sim-model has begun")
+        second.type(CTRL_C)
+        await second.shows("(stopped)")
+    await server.nothing_held()
