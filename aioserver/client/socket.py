@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import orjson
+from multidict import CIMultiDict
 
 from aioserver.client.connection import Connection
 from aioserver.client.errors import Broken, Fault, Interrupted, Lost, protocol_error
@@ -158,7 +159,7 @@ class SocketTransport:
                     decode_text=False,
                 )
         except aiohttp.WSServerHandshakeError as error:
-            fault, final = refusal(error.status, error.headers or {}, b"")
+            fault, final = refusal(error.status, CIMultiDict(error.headers or {}), b"")
             if final:
                 raise Broken(await self._reason(error.status, fault)) from None
             self.reconnection.reached = True
