@@ -149,8 +149,12 @@ class MarkdownDisplay:
         options = self._console.options.update(height=None)
         rendered = self._console.render_lines(AnswerMarkdown(block.markdown), options, pad=False)
         lines = [self._line(line) for line in rendered]
-        while lines and not lines[-1].strip():
-            lines.pop()
+        if not block.markdown.lstrip().startswith(("```", "~~~")):
+            # rich puts blank lines around lists, quotes and tables; those of code are the code's.
+            while lines and not lines[-1].strip():
+                lines.pop()
+            while lines and not lines[0].strip():
+                del lines[0]
         return ["", *lines] if self._anything and not block.joined else lines
 
     def _line(self, segments: Iterable[Segment]) -> str:

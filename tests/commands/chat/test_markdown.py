@@ -136,6 +136,33 @@ async def test_nothing_that_a_model_says_reaches_the_terminal_as_a_control_funct
         assert not UNSAFE.search(CONTROL.sub("", sent)), sent
 
 
+async def test_one_blank_line_is_between_two_blocks_and_those_of_code_stay() -> None:
+    out = io.StringIO()
+    display = MarkdownDisplay(out, console_of(out, height=100))
+    code = [f"x = {number}" if number % 3 else "" for number in range(150)]
+
+    display.text("# Head\n\n\n- one\n- two\n\n\n> quote\n\n| a |\n|---|\n| b |\n\nend\n\n")
+    display.text("\n".join(["```python", *code, "```"]))
+    display.end()
+
+    lines = [line.strip() for line in screen(out.getvalue())]
+    assert lines[:12] == [
+        "Head",
+        "",
+        "• one",
+        "• two",
+        "",
+        "▌ quote",
+        "",
+        "a",
+        "─",
+        "b",
+        "",
+        "end",
+    ]
+    assert lines[13 : 13 + len(code)] == code
+
+
 async def test_html_is_text() -> None:
     out = io.StringIO()
     display = MarkdownDisplay(out, console_of(out))
