@@ -33,6 +33,7 @@ COMMANDS = {
     "check": ("check", "Validate the configuration and print it."),
     "key": ("key", "Make an API key for a client."),
     "provider": ("provider", "Run a simulated LLM provider, with faults on request."),
+    "chat": ("chat.command", "Chat with a running server, or ask it one question."),
     "top": ("top.command", "Show the live state of a running server."),
     "bench": ("bench.command", "Load a running server with chat clients."),
 }

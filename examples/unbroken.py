@@ -3,8 +3,9 @@
     python examples/unbroken.py [--url http://127.0.0.1:8000] [--every 20] [--text "Tell me a story"]
 
 A small fault proxy in this process stands between the clients and the server. It resets each
-connection after a number of events, wherever in the bytes it is then. Each client below does what a
-good client does about that: it comes back with the number of the last event that it has seen.
+connection after a number of events, wherever in the bytes it is then. Each client comes back with the
+number of the last event that it has seen: those of the WebSocket and the SSE face are the client library's, and
+the one of OpenAI's Responses shows how it is done by hand.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
+
+from aioserver.client import Client
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -91,56 +94,19 @@ class FaultProxy:
 
 
 async def websocket(session: aiohttp.ClientSession, address: str, text: str) -> str:
-    """Ask once; after a cut, `resume` after the last event."""
-    request_id, last, parts = uuid.uuid4().hex, 0, []
-    command: dict[str, Any] = {
-        "action": "chat",
-        "request_id": request_id,
-        "payload": {"text": text},
-    }
-    while True:
-        try:
-            async with session.ws_connect(f"ws://{address}/ws/chat") as ws:
-                await ws.send_json(command)
-                async for message in ws:
-                    frame = json.loads(message.data)
-                    last = frame.get("event_id", last)
-                    if frame["status"] == "chunk" and frame["chunk"]["type"] == "text":
-                        parts.append(frame["chunk"]["data"])
-                    elif frame["status"] in {"complete", "error", "cancelled"}:
-                        return "".join(parts)
-        except CONNECTION_LOST:
-            pass
-        if last:
-            payload = {"last_event_id": last}
-            command = {"action": "resume", "request_id": request_id, "payload": payload}
-        await asyncio.sleep(AGAIN)
+    """Ask over a WebSocket. The client library resumes after each cut; this code knows nothing of them."""
+    async with Client(f"http://{address}", session=session) as client:
+        return await client.chat(text).text()
 
 
 async def sse(session: aiohttp.ClientSession, address: str, text: str) -> str:
-    """POST once; after a cut, GET with `Last-Event-ID`, as an EventSource does by itself."""
-    url, request_id, last, parts = f"http://{address}/sse/chat", uuid.uuid4().hex, 0, []
-    while True:
-        try:
-            if last:
-                headers = {"Last-Event-ID": str(last)}
-                request = session.get(f"{url}/{request_id}", headers=headers)
-            else:
-                request = session.post(url, json={"request_id": request_id, "text": text})
-            async with request as response:
-                async for frame in _events(response):
-                    last = frame.get("event_id", last)
-                    if frame["status"] == "chunk" and frame["chunk"]["type"] == "text":
-                        parts.append(frame["chunk"]["data"])
-                    elif frame["status"] in {"complete", "error", "cancelled"}:
-                        return "".join(parts)
-        except CONNECTION_LOST:
-            pass
-        await asyncio.sleep(AGAIN)
+    """The same over SSE."""
+    async with Client(f"http://{address}", transport="sse", session=session) as client:
+        return await client.chat(text).text()
 
 
 async def responses(session: aiohttp.ClientSession, address: str, text: str) -> str:
-    """OpenAI's Responses: create with `store`, then retrieve with `starting_after`."""
+    """Ask OpenAI's Responses: create with `store`, then retrieve with `starting_after`."""
     url, response_id, last, parts = f"http://{address}/v1/responses", "", 0, []
     # Until the id of the response has come, the same request with the same key is the way back.
     key = {"Idempotency-Key": uuid.uuid4().hex}

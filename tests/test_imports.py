@@ -37,6 +37,8 @@ INSIDE_FUNCTIONS = {
         "aioserver.gateway.sqlite.troubles",
     },
     "commands.bench.command": {"aioserver.commands.bench.table"},
+    "commands.chat.dialog": {"readline"},
+    "commands.chat.display": {"aioserver.commands.chat.markdown"},
     "commands.top.command": {"aioserver.commands.top.screen"},
 }
 

@@ -57,7 +57,7 @@ class Client:
     ) -> None:
         if transport not in {"websocket", "sse"}:
             raise ValueError(f"transport must be websocket or sse, not {transport}")
-        self.url = _base(url)
+        self.url = base_url(url)
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._transport_name = transport
         self._endpoint = endpoint or {"websocket": "/ws/chat", "sse": "/sse/chat"}[transport]
@@ -237,10 +237,15 @@ class Conversation:
                 raise
 
 
-def _base(text: str) -> str:
+def base_url(text: str) -> str:
+    """Return the base URL in *text*, without a slash at its end; `http://` may be left out.
+
+    Raises:
+        ValueError: *text* is not the URL of a server, or has a key in it.
+    """
     url = URL(text if "://" in text else f"http://{text}")
     if url.user is not None:
-        raise ValueError("a key goes into key=, not into the URL")
+        raise ValueError("a key is given by itself, not in the URL")
     labels = (url.raw_host or "").removesuffix(".").split(".")
     # A longer label is no host name (RFC 1035, 2.3.4), and an address of IPv6 is one label.
     if url.scheme not in SCHEMES or not all(0 < len(label) < 64 for label in labels):

@@ -1,16 +1,17 @@
-"""A running server, as `top` and `bench` reach it: its URL, a key, a session, its errors."""
+"""A running server, as `top`, `bench` and `chat` reach it: its URL, a key, a session, its errors."""
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any
 
 import aiohttp
 import click
-import orjson
-from yarl import URL
 
 from aioserver.client import refusals
+from aioserver.client.client import base_url
 
 RICH_MISSING = (
     "rich is not installed, and this command draws with it: run pip install '.[cli]' in the clone"
@@ -42,20 +43,6 @@ class ErrorDetails:
     retry_after: float | None = None
 
 
-def base_url(text: str) -> str:
-    """Return the base URL in *text*, without a slash at its end; `http://` may be left out.
-
-    Raises:
-        ValueError: *text* is not the URL of a server, or has a key in it.
-    """
-    url = URL(text if "://" in text else f"http://{text}")
-    if url.user is not None:
-        raise ValueError("a key goes into --key or AIOSERVER_KEY, not into the URL")
-    if url.scheme not in {"http", "https"} or not url.host:
-        raise ValueError(f"{printable(text)} is not the URL of a server, such as {DEFAULT_URL}")
-    return str(url.with_query(None).with_fragment(None)).rstrip("/")
-
-
 def _check_url(_context: click.Context, _parameter: click.Parameter, text: str) -> str:
     try:
         return base_url(text)
@@ -84,6 +71,48 @@ def session(key: str | None) -> aiohttp.ClientSession:
     )
 
 
+async def overview(session: aiohttp.ClientSession, url: str) -> dict[str, Any] | None:
+    """Ask the server for its overview, which is open to everybody; None if what answers is no aioserver.
+
+    Raises:
+        Unreachable: nothing answered in time.
+    """
+    try:
+        async with (
+            asyncio.timeout(CONNECT_TIMEOUT),
+            session.get(f"{url}/", headers={"Accept": "application/json"}) as response,
+        ):
+            answer = await response.json()
+    except (aiohttp.ContentTypeError, ValueError):
+        return None
+    except (aiohttp.ClientError, OSError) as error:
+        raise Unreachable(f"{url} cannot be reached: {describe(error)}") from None
+    return (
+        answer if isinstance(answer, dict) and isinstance(answer.get("endpoints"), dict) else None
+    )
+
+
+async def check_key(session: aiohttp.ClientSession, url: str, key: str | None) -> None:
+    """Ask for the models, which needs a key where any request does and costs nothing.
+
+    Raises:
+        KeyNeeded: the server does not know *key*, with which *session* was made, or there is none and it wants one.
+        Unreachable: the server did not answer.
+    """
+    try:
+        async with (
+            asyncio.timeout(CONNECT_TIMEOUT),
+            session.get(f"{url}/v1/models") as response,
+        ):
+            refused = response.status == HTTPStatus.UNAUTHORIZED
+    except (aiohttp.ClientError, OSError) as error:
+        raise Unreachable(f"{url} cannot be reached: {describe(error)}") from None
+    if refused and key:
+        raise KeyNeeded(f"{url} does not know this key: see --key and AIOSERVER_KEY")
+    if refused:
+        raise KeyNeeded(f"{url} wants an API key: give it by --key or AIOSERVER_KEY")
+
+
 def describe(error: BaseException) -> str:
     """Return in a few words why the server was not reached, for a terminal."""
     return printable(refusals.describe(error))
@@ -98,13 +127,8 @@ def printable(text: object) -> str:
 async def read_error(response: aiohttp.ClientResponse) -> ErrorDetails:
     """Read the error in a response whose status is not 200, up to MAX_ERROR_BYTES of its body."""
     body = await response.content.read(MAX_ERROR_BYTES)
-    header = response.headers.get("Retry-After", "")
-    retry_after = float(header) if header.isascii() and header.isdigit() else None
-    try:
-        answer = orjson.loads(body)
-    except orjson.JSONDecodeError:
-        answer = None
-    return parse_error(answer, f"http_{response.status}", retry_after)
+    fault, _ = refusals.refusal(response.status, response.headers, body)
+    return ErrorDetails(printable(fault.code), printable(fault.message), fault.retry_after)
 
 
 def parse_error(answer: Any, code: str, retry_after: float | None = None) -> ErrorDetails:

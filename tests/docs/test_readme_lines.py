@@ -31,6 +31,7 @@ START, *LINES = [line for kind, text in BLOCKS if kind == "sh" for line in text.
 CASES = {
     "examples/websocket.py": ("--url ws://localhost:{port}/ws/chat", '"status":"complete"'),
     "examples/unbroken.py": ("--url http://localhost:{port}", "responses, cut "),
+    "aioserver chat": ("", "simulated model"),
     "aioserver bench": ("http://localhost:{port}", "complete: 150 of 150 answers"),
     "aioserver top": ("http://localhost:{port}", "demo"),
     "/sse/chat": ("", "event: complete"),

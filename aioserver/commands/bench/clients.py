@@ -240,14 +240,14 @@ def parse_object(data: bytes) -> dict[str, Any]:
     """Decode an event, or a whole answer, of Anthropic's face.
 
     Raises:
-        UnexpectedAnswer: *data* is not JSON, or no object.
+        BadFrame: *data* is not JSON, or no object.
     """
     try:
         content = orjson.loads(data)
     except orjson.JSONDecodeError:
-        raise UnexpectedAnswer("an event that is not JSON") from None
+        raise BadFrame("an event that is not JSON") from None
     if not isinstance(content, dict):
-        raise UnexpectedAnswer("an event that is no object")
+        raise BadFrame("an event that is no object")
     return content
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass, field
-from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
 
     from aioserver.commands.bench.clients import Client
 
+# Where the server has an overview, it names them.
 ENDPOINTS = {"websocket": "/ws/chat", "sse": "/sse/chat", "openai": "/v1", "anthropic": "/v1"}
 # Seconds that a refused client waits at most, even if the server asks for more: the run must go on.
 MAX_DELAY = 1.0
@@ -80,8 +80,9 @@ class Run:
             Unreachable: the server did not answer at the start, or wants another key.
         """
         async with remote.session(self.plan.key) as session:
-            url = self.plan.url + (await self._endpoints(session))[self.plan.face]
-            await self._check_key(session)
+            overview = await remote.overview(session, self.plan.url) or {}
+            url = self.plan.url + (ENDPOINTS | overview.get("endpoints", {}))[self.plan.face]
+            await remote.check_key(session, self.plan.url, self.plan.key)
             self._begun, cpu = time.perf_counter(), time.process_time()
             work = asyncio.create_task(self._run_clients(session, url))
             background = [
@@ -103,52 +104,6 @@ class Run:
                 if not task.cancelled():
                     # An exception that a bug has raised must not be lost.
                     task.result()
-
-    async def _endpoints(self, session: aiohttp.ClientSession) -> dict[str, str]:
-        """Ask the server for the path of each face; the defaults stand for faces that it does not name.
-
-        Raises:
-            Unreachable: the server did not answer.
-        """
-        try:
-            async with (
-                asyncio.timeout(remote.CONNECT_TIMEOUT),
-                session.get(
-                    f"{self.plan.url}/", headers={"Accept": "application/json"}
-                ) as response,
-            ):
-                overview = await response.json()
-        except (aiohttp.ContentTypeError, ValueError):
-            return ENDPOINTS
-        except (aiohttp.ClientError, OSError) as error:
-            raise remote.Unreachable(
-                f"{self.plan.url} cannot be reached: {remote.describe(error)}"
-            ) from None
-        endpoints = overview.get("endpoints") if isinstance(overview, dict) else None
-        return {**ENDPOINTS, **endpoints} if isinstance(endpoints, dict) else ENDPOINTS
-
-    async def _check_key(self, session: aiohttp.ClientSession) -> None:
-        """Ask for the models, which needs a key where any request does and costs nothing.
-
-        Raises:
-            KeyNeeded: the server does not know our key, or we have none and it wants one.
-            Unreachable: the server did not answer.
-        """
-        url = self.plan.url
-        try:
-            async with (
-                asyncio.timeout(remote.CONNECT_TIMEOUT),
-                session.get(f"{url}/v1/models") as response,
-            ):
-                refused = response.status == HTTPStatus.UNAUTHORIZED
-        except (aiohttp.ClientError, OSError) as error:
-            raise remote.Unreachable(
-                f"{url} cannot be reached: {remote.describe(error)}"
-            ) from None
-        if refused and self.plan.key:
-            raise remote.KeyNeeded(f"{url} does not know this key: see --key and AIOSERVER_KEY")
-        if refused:
-            raise remote.KeyNeeded(f"{url} wants an API key: give it by --key or AIOSERVER_KEY")
 
     async def _run_clients(self, session: aiohttp.ClientSession, url: str) -> None:
         async with asyncio.TaskGroup() as group:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import orjson
 
+from aioserver.client.retries import Reconnection
 from aioserver.commands import remote
 from aioserver.protocol.eventstream import EventTooLong, Splitter, parse
 
@@ -21,8 +23,8 @@ if TYPE_CHECKING:
 MAX_INCIDENTS = 100
 # Bytes of one event, which may hold ten minutes of history with many providers.
 MAX_EVENT_BYTES = 16 << 20
-# Seconds between two attempts, doubling.
-FIRST_DELAY, MAX_DELAY = 0.5, 4.0
+# Seconds between two attempts at most: a person waits.
+MAX_DELAY = 4.0
 # Seconds beyond the interval after which a server that sends no byte counts as lost.
 SILENCE = 10.0
 
@@ -30,7 +32,7 @@ SILENCE = 10.0
 class LostError(Exception):
     """The connection ended, or could not be made; the message is one line for people."""
 
-    def __init__(self, message: str, *, retry_after: float = 0.0) -> None:
+    def __init__(self, message: str, *, retry_after: float | None = None) -> None:
         super().__init__(message)
         self.retry_after = retry_after
 
@@ -95,28 +97,27 @@ class Feed:
             raise LostError("the server sent no snapshot in time") from None
 
     async def follow(self) -> None:
-        """Read for ever; after a loss connect again, with a delay that doubles.
+        """Read for ever; after a loss connect again, as the client library does, but within MAX_DELAY.
 
         Raises:
             Unreachable: the server answers, and refuses us.
         """
-        state, delay = self._state, FIRST_DELAY
+        state, reconnection = self._state, Reconnection(random.random)
         while True:
             last_stats = state.stats
             try:
                 await self._listen()
             except LostError as lost:
                 if state.stats is not last_stats:
-                    delay = FIRST_DELAY
+                    reconnection.progressed()
                 now = time.monotonic()
                 if not state.problem:
                     state.lost_at = now
                 state.problem = str(lost)
-                wait = max(delay, min(lost.retry_after, MAX_DELAY))
+                wait = min(MAX_DELAY, reconnection.after_loss(None, lost.retry_after))
                 state.retry_at = now + wait
                 self._changed()
                 await asyncio.sleep(wait)
-                delay = min(2 * delay, MAX_DELAY)
 
     async def _listen(self, *, until_snapshot: bool = False) -> None:
         """Read one connection to its end.
@@ -169,6 +170,6 @@ class Feed:
         error = await remote.read_error(response)
         reason = error.message or error.code
         if response.status >= 500 or response.status == 429:
-            raise LostError(reason, retry_after=error.retry_after or 0.0)
+            raise LostError(reason, retry_after=error.retry_after)
         hint = " (--key, or AIOSERVER_KEY)" if response.status in {401, 403} else ""
         raise remote.Unreachable(f"{response.url.path}: HTTP {response.status}: {reason}{hint}")

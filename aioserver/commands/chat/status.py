@@ -1,0 +1,110 @@
+"""The status line: what is waited for, on the last line of a terminal, until there is something better to show."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from typing import TYPE_CHECKING, Self
+from unicodedata import east_asian_width
+
+from aioserver.commands.remote import printable
+
+if TYPE_CHECKING:
+    from typing import TextIO
+
+# Seconds. A wait that is longer says how long it is; it may be that nothing else ever comes.
+LONG = 2.0
+TICK = 1.0
+DEFAULT_WIDTH = 80
+# Characters of what a model thinks.
+MAX_THOUGHT = 60
+
+
+def can_be_drawn_on() -> bool:
+    """Return whether a terminal of this name can move its cursor."""
+    return os.environ.get("TERM", "") not in {"", "dumb"}
+
+
+def fitting(text: str, columns: int) -> str:
+    """Return as much of *text* as has room in *columns*; wide characters (UAX #11) take two."""
+    for position, character in enumerate(text):
+        columns -= 2 if east_asian_width(character) in {"W", "F"} else 1
+        if columns < 0:
+            return text[:position]
+    return text
+
+
+class Status:
+    """Shows one line on *err*, if that is a terminal, inside an `async with`; at the end the line is blank again.
+
+    Errors of that terminal cost the line and nothing else.
+    """
+
+    def __init__(self, err: TextIO | None) -> None:
+        drawn = err is not None and err.isatty() and can_be_drawn_on()
+        self._err = err if drawn else None
+        self._text = ""
+        self._thought = ""
+        self._since = 0.0
+        self._ticking: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        if self._err is not None:
+            self._ticking = asyncio.create_task(self._tick())
+        return self
+
+    async def __aexit__(self, *_exc: object) -> None:
+        self.clear()
+        if self._ticking is not None:
+            self._ticking.cancel()
+            await asyncio.wait([self._ticking])
+
+    def show(self, text: str, *, progress: bool = False) -> None:
+        """Show *text*, which may come from the server. *progress*: it shows by itself that something happens."""
+        self._text = printable(text)
+        self._since = float("inf") if progress else time.monotonic()
+        self._draw()
+
+    def think(self, piece: str) -> None:
+        """Show the end of what the model thinks, of which *piece* is the newest."""
+        self._thought = (self._thought + piece)[-MAX_THOUGHT:]
+        self.show(f"thinking: {self._thought.lstrip()}", progress=True)
+
+    def clear(self) -> None:
+        """Show nothing."""
+        self._thought = ""
+        if self._text:
+            self._text = ""
+            self._write("\r\x1b[K")
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK)
+            if self._text and time.monotonic() - self._since >= LONG:
+                self._draw()
+
+    def _draw(self) -> None:
+        if self._err is None:
+            return
+        seconds = time.monotonic() - self._since
+        text = f"{self._text} ({seconds:.0f} s)" if seconds >= LONG else self._text
+        # One column stays free: in some terminals the cursor would go to the next line.
+        self._write(f"\r\x1b[K{fitting(text, self._width() - 1)}")
+
+    def _width(self) -> int:
+        try:
+            return (
+                os.get_terminal_size(self._err.fileno()).columns or DEFAULT_WIDTH
+                if self._err
+                else 0
+            )
+        except (OSError, ValueError):
+            return DEFAULT_WIDTH
+
+    def _write(self, text: str) -> None:
+        if self._err is not None:
+            with contextlib.suppress(OSError, ValueError):
+                self._err.write(text)
+                self._err.flush()

@@ -1,0 +1,333 @@
+"""`chat` in a real terminal: a pseudo-terminal that is the process's own, with signals from its keys."""
+
+from __future__ import annotations
+
+import os
+import signal
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.support.process import WITHOUT_RICH
+from tests.support.server import ENDLESS
+from tests.support.terminal import CTRL_C, CTRL_D, terminal
+from tests.support.waiting import ticks, until
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from tests.support.server import MakeServer, RunningServer
+    from tests.support.telling_provider import TellingProvider
+    from tests.support.terminal import Terminal
+
+COMMAND = ("-m", "aioserver", "chat")
+MARKDOWN = "# Head\n\nSome **bold** and\n`code`.\n\n- one\n- two\n"
+
+# The client is a process of its own, whatever the loop of the test.
+pytestmark = pytest.mark.one_loop
+
+
+@asynccontextmanager
+async def dialog(base: str, *options: str, **environment: Any) -> AsyncIterator[Terminal]:
+    """A terminal in front of which a person may ask *base*."""
+    async with terminal(*COMMAND, base, *options, **environment) as shown:
+        await shown.shows("> ")
+        yield shown
+
+
+async def test_a_dialog_goes_on_with_its_conversation_until_it_is_left(
+    told: RunningServer, provider: TellingProvider
+) -> None:
+    async with dialog(told.base) as shown:
+        for question in ("One", "Two", "/new", "Three", "/model m3", "Four"):
+            shown.type(f"{question}\n")
+            await shown.shows("> ")
+        shown.type(CTRL_D)
+
+        assert await shown.ended() == 0
+
+    asked = [[one["content"] for one in messages] for messages in provider.questions]
+    assert asked == [
+        ["One"],
+        ["One", "Hello", "Two"],
+        ["Three"],
+        ["Three", "Hello", "Four"],
+    ]
+    assert provider.models[3] == "m3"
+
+
+async def test_a_system_prompt_keeps_the_conversation_here(
+    told: RunningServer, provider: TellingProvider
+) -> None:
+    async with dialog(told.base, "--system", "Be brief.") as shown:
+        for question in ("One", "Two", "/new", "Three"):
+            shown.type(f"{question}\n")
+            await shown.shows("> ")
+
+    asked = [[one["content"] for one in messages] for messages in provider.questions]
+    assert asked == [
+        ["Be brief.", "One"],
+        ["Be brief.", "One", "Hello", "Two"],
+        ["Be brief.", "Three"],
+    ]
+
+
+async def test_a_question_of_several_lines(told: RunningServer, provider: TellingProvider) -> None:
+    async with dialog(told.base) as shown:
+        shown.type('"""a\n  b\n\nc"""\n')
+        await shown.shows("Hello")
+        await shown.shows("> ")
+        shown.type("d\\\ne\n")
+        await shown.shows("Hello")
+
+    assert provider.questions[0][0]["content"] == "a\n  b\n\nc"
+    assert provider.questions[1][-1]["content"] == "d\ne"
+
+
+async def test_commands_ask_the_server_nothing(
+    told: RunningServer, provider: TellingProvider
+) -> None:
+    async with dialog(told.base) as shown:
+        shown.type("/help\n")
+        await shown.shows("/new")
+        shown.type("/nonsense \n")
+        await shown.shows("There is no command /nonsense")
+        shown.type("\n")
+        await shown.shows("> ")
+        shown.type("/quit\n")
+
+        assert await shown.ended() == 0
+
+    assert provider.questions == []
+
+
+async def test_markdown_is_drawn(told: RunningServer, provider: TellingProvider) -> None:
+    provider.pieces = [*MARKDOWN]
+    async with dialog(told.base) as shown:
+        shown.type("Hi\n")
+        await shown.shows(" • two")
+        await shown.shows("> ")
+
+        assert "\x1b[1mbold\x1b[0m" in shown.seen
+        assert "# Head" not in shown.text
+        assert " • one\n • two\n\n> " in shown.text
+
+
+@pytest.mark.parametrize(
+    ("program", "environ"),
+    [(COMMAND, {"TERM": "dumb"}), (("-c", WITHOUT_RICH, "chat"), {})],
+    ids=["dumb terminal", "without rich"],
+)
+async def test_where_nothing_can_be_drawn_the_text_is_plain_and_harmless(
+    told: RunningServer,
+    provider: TellingProvider,
+    program: tuple[str, ...],
+    environ: dict[str, str],
+) -> None:
+    provider.pieces = ["**bold**\x1b[31m\r", "\n\x9b2J"]
+    async with terminal(*program, told.base, environ=environ) as shown:
+        await shown.shows("> ")
+        shown.type("Hi\n")
+        await shown.shows("**bold**�[31m\n�2J\n")
+        assert "\x1b[31m" not in shown.seen
+
+
+async def test_no_color_is_honoured(told: RunningServer, provider: TellingProvider) -> None:
+    provider.pieces = ["```python\nx = 'a'\n```\n`c`"]
+    async with dialog(told.base, environ={"NO_COLOR": "1"}) as shown:
+        shown.type("Hi\n")
+        await shown.shows("x = 'a'")
+        await shown.shows("> ")
+
+        assert "\x1b[3" not in shown.seen
+        assert "\x1b[9" not in shown.seen
+
+
+async def test_text_is_wrapped_at_the_width_and_encoded_as_the_terminal_can(
+    told: RunningServer, provider: TellingProvider
+) -> None:
+    provider.pieces = ["Größe " * 8]
+    environ = {"PYTHONIOENCODING": "ascii"}
+    async with dialog(told.base, columns=30, environ=environ) as shown:
+        shown.type("Hi\n")
+        await shown.shows("Gr??e Gr??e Gr??e Gr??e Gr??e\nGr??e Gr??e Gr??e\n")
+
+
+async def test_a_model_cannot_make_the_terminal_obey(
+    told: RunningServer, provider: TellingProvider
+) -> None:
+    provider.pieces = ["a\x1b]0;title\x07", "<http://x/%1b%5b2J>", "&#13;&#155;", "\n\n**end**"]
+    provider.reasoning = ["\x1b[5mthinking"]
+    async with dialog(told.base) as shown:
+        shown.type("Hi\n")
+        await shown.shows("end")
+        await shown.shows("> ")
+
+        for sequence in ("\x1b]0;", "\x07", "\x1b[2J", "\x1b[5m", "\x9b"):
+            assert sequence not in shown.seen
+
+
+async def test_ctrl_c_stops_the_answer_at_the_server_and_a_second_one_leaves(
+    server: RunningServer,
+) -> None:
+    server.simulator.behaviour = ENDLESS
+    async with dialog(server.base) as shown:
+        shown.type("Hi\n")
+        await until(lambda: server.held()["running"] == 1)
+        shown.type(CTRL_C)
+        await shown.shows("(stopped)")
+        await server.nothing_held(2.0)
+        await shown.shows("> ")
+        shown.type(CTRL_C)
+
+        assert await shown.ended() == 0
+        assert "Traceback" not in shown.text
+
+
+async def test_keys_pressed_meanwhile_are_not_shown_and_are_the_next_question(
+    told: RunningServer, provider: TellingProvider
+) -> None:
+    provider.go_on.clear()
+    async with dialog(told.base) as shown:
+        shown.type("One\n")
+        await shown.shows("Hello")
+        shown.type("Two\n")
+        # The terminal itself would have shown them at once.
+        await ticks()
+        assert "Two" not in shown.text
+        provider.go_on.set()
+        await shown.shows("> ")
+        await until(lambda: len(provider.questions) == 2)
+        await shown.shows("> ")
+        shown.type("/quit\n")
+        await shown.ended()
+
+        assert shown.as_before
+
+
+async def test_the_position_in_the_queue_is_shown(make_server: MakeServer) -> None:
+    limits = {"llm.providers.sim.http_client.concurrent_requests": 1}
+    server = await make_server(ENDLESS, **limits)
+    async with dialog(server.base) as first, dialog(server.base) as second:
+        first.type("Hi\n")
+        await until(lambda: server.held()["running"] == 1)
+        second.type("Hi\n")
+        await second.shows("position 1 in the queue")
+        first.type(CTRL_C)
+        await second.shows("sim/sim-model has begun")
+        second.type(CTRL_C)
+        await second.shows("(stopped)")
+        assert "position 1 in the queue" in second.text
+    await server.nothing_held()
+
+
+async def test_what_a_model_thinks_is_on_the_status_line_only(
+    told: RunningServer, provider: TellingProvider
+) -> None:
+    provider.reasoning = ["I wonder, ", "and wonder"]
+    async with dialog(told.base) as shown:
+        shown.type("Hi\n")
+        await shown.shows("thinking: I wonder, and wonder")
+        await shown.shows("Hello")
+        assert "wonder\r\x1b[KHello" in shown.seen
+
+
+async def test_an_error_is_one_line_and_the_dialog_goes_on(server: RunningServer) -> None:
+    async with dialog(server.base) as shown:
+        shown.type("/model fault-quota\n")
+        await shown.shows("> ")
+        shown.type("Hi\n")
+        await shown.shows("aioserver: ")
+        await shown.shows("(provider_auth_error)")
+        await shown.shows("> ")
+        shown.type("/model\nHi\n")
+        await shown.shows("Hi")
+        await shown.shows("> ")
+        shown.type(CTRL_D)
+
+        assert await shown.ended() == 0
+
+
+async def test_a_closed_terminal_ends_the_answer(server: RunningServer) -> None:
+    server.simulator.behaviour = ENDLESS
+    async with dialog(server.base) as shown:
+        shown.type("Hi\n")
+        await until(lambda: server.held()["running"] == 1)
+        shown.hang_up()
+
+        assert await shown.ended(10.0) in {-signal.SIGHUP, 1}
+        await server.nothing_held(2.0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+async def test_a_signal_leaves_the_terminal_as_it_was(
+    server: RunningServer, number: signal.Signals
+) -> None:
+    server.simulator.behaviour = ENDLESS
+    async with dialog(server.base) as shown:
+        shown.type("Hi\n")
+        await until(lambda: server.held()["running"] == 1)
+        assert not shown.as_before
+        shown.process.send_signal(number)
+
+        assert await shown.ended(10.0) == -number
+        assert shown.as_before
+        assert "Traceback" not in shown.text
+        await server.nothing_held(2.0)
+
+
+async def test_a_signal_at_the_prompt_ends_it(server: RunningServer) -> None:
+    async with dialog(server.base) as shown:
+        shown.process.send_signal(signal.SIGTERM)
+
+        assert await shown.ended(10.0) == -signal.SIGTERM
+        assert "Traceback" not in shown.text
+
+
+async def test_nobody_there_is_said_before_the_first_question() -> None:
+    async with terminal(*COMMAND, "127.0.0.1:1") as shown:
+        assert await shown.ended() == 1
+        await shown.shows("aioserver: http://127.0.0.1:1 cannot be reached: Connection refused")
+        assert "> " not in shown.text
+
+
+async def test_a_text_in_a_terminal_is_one_drawn_answer(
+    told: RunningServer, provider: TellingProvider
+) -> None:
+    provider.pieces = [MARKDOWN]
+    async with terminal(*COMMAND, told.base, "Say hello") as shown:
+        assert await shown.ended() == 0
+        await shown.shows(" • one\n • two\n")
+
+
+async def test_stdin_of_a_pipe_in_a_terminal_is_one_question(
+    told: RunningServer, provider: TellingProvider
+) -> None:
+    ours, theirs = os.pipe()
+    os.write(theirs, b"Hi\n")
+    os.close(theirs)
+    async with terminal(*COMMAND, told.base, stdin=ours) as shown:
+        os.close(ours)
+        assert await shown.ended() == 0
+        await shown.shows("Hello\n")
+    assert provider.questions[0][0]["content"] == "Hi"
+
+
+async def test_the_position_in_front_of_a_full_server_is_shown(make_server: MakeServer) -> None:
+    limits = {
+        "chat.websocket.concurrency.max_connections": 1,
+        "chat.websocket.concurrency.connection_queue_size": 5,
+        "chat.websocket.concurrency.queue_timeout": 30.0,
+    }
+    server = await make_server(ENDLESS, **limits)
+    async with dialog(server.base) as first, dialog(server.base) as second:
+        first.type("Hi\n")
+        await until(lambda: server.held()["running"] == 1)
+        second.type("Hi\n")
+        await second.shows("position 1 in the queue")
+        first.type(CTRL_C)
+        await second.shows("sim/sim-model has begun")
+        second.type(CTRL_C)
+        await second.shows("(stopped)")
+    await server.nothing_held()
