@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from aioserver.client import events
 from aioserver.config import configuration
 from aioserver.faces.client_messages import ClientMessages
 from aioserver.protocol import eventstream, model_body
@@ -49,6 +50,7 @@ BREAKAGES: dict[str, tuple[object, str, object]] = {
     "responses": (sinks, "up_to_end", lambda block: (block, b"response.completed" in block)),
     "messages": (message_sink, "_up_to_end", lambda block: (block, b"message_stop" in block, b"")),
     "client_frames": (ClientMessages, "_count", lambda _messages, _size: True),
+    "server_frames": (events, "_text", lambda metadata, name: metadata.get(name)),
     "chat_bodies": (model_body, "_find", lambda data, value: data.find(value)),
     "configuration": (configuration, "_lines", lambda _faults: ["a line without a place"]),
 }

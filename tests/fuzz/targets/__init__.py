@@ -37,6 +37,7 @@ TARGETS = (
     "responses",
     "messages",
     "client_frames",
+    "server_frames",
     "chat_bodies",
     "configuration",
 )
