@@ -21,7 +21,7 @@ logger = logging.getLogger("aioserver.history")
 
 SQL = "sql"
 NOT_INSTALLED = "conversations are not kept in a file: {} is not installed"
-INSTALL = "Run `pip install '.[history]'` in the clone of aioserver, and restart."
+INSTALL = "Run `pip install '.[history]'` in the clone, and restart."
 
 
 def wants_file(repository: Repository) -> bool:

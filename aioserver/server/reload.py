@@ -207,8 +207,6 @@ def log_remarks(configuration: Configuration) -> None:
     """Log what the author of *configuration* should know."""
     for warning in configuration.warnings:
         logger.warning("%s", warning)
-    for setting in configuration.not_enforced():
-        logger.warning("not in effect yet: %s", setting)
 
 
 def only_by_restart(
