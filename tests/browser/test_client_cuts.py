@@ -54,22 +54,24 @@ async def test_each_token_comes_once_over_connections_that_are_cut(
         FaultProxy(server.port, allowance) as proxy,
         # Chromium reports a head that was cut as an error of the page.
         unwatched(page) as mine,
-        page_elsewhere(mine, server.base),
     ):
-        (whole,) = await run(mine, ROUND, server.base, transport, 1)
-        while proxy.cuts < cuts:
-            asked += ANSWERS
-            async with asyncio.TaskGroup() as tasks:
-                reading = tasks.create_task(run(mine, ROUND, proxy.url, transport, ANSWERS))
-                await until(all_asked)
-                await proxy.cut()
+        # No waits: a cut behind a burst makes fetch drop it, and some cuts in succession bring no event.
+        await mine.add_init_script("Math.random = () => 0")
+        async with page_elsewhere(mine, server.base):
+            (whole,) = await run(mine, ROUND, server.base, transport, 1)
+            while proxy.cuts < cuts:
+                asked += ANSWERS
+                async with asyncio.TaskGroup() as tasks:
+                    reading = tasks.create_task(run(mine, ROUND, proxy.url, transport, ANSWERS))
+                    await until(all_asked)
+                    await proxy.cut()
 
-            for outcome in reading.result():
-                assert outcome["error"] is None, outcome
-                assert outcome["text"] == whole["text"]
-                assert outcome["numbers"] == [*range(1, len(outcome["numbers"]) + 1)]
-            assert all_asked()
+                for outcome in reading.result():
+                    assert outcome["error"] is None, outcome
+                    assert outcome["text"] == whole["text"]
+                    assert outcome["numbers"] == [*range(1, len(outcome["numbers"]) + 1)]
+                assert all_asked()
 
-        assert whole["text"]
-        await run(mine, "for (const client of Object.values(clients)) client.close();")
+            assert whole["text"]
+            await run(mine, "for (const client of Object.values(clients)) client.close();")
     await server.nothing_held()
