@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from tests.support.server import MakeServer
 
+CUTS = 300
 # A browser has six connections to a host at most.
 ANSWERS = 5
 # Slow enough that a browser has read most of it when a connection ends: fetch drops what it has not yet given out.
@@ -29,11 +30,9 @@ ROUND = """
 """
 
 
-@pytest.mark.timeout(200)
 @pytest.mark.parametrize("transport", ["websocket", "sse"])
-@pytest.mark.parametrize("cuts", [50, pytest.param(300, marks=pytest.mark.stress)])
 async def test_each_token_comes_once_over_connections_that_are_cut(
-    make_server: MakeServer, page: Page, transport: str, cuts: int
+    make_server: MakeServer, page: Page, transport: str
 ) -> None:
     """Takes seconds: so many connections of a browser, in the time of the machine."""
     server = await make_server(LONG)
@@ -41,7 +40,7 @@ async def test_each_token_comes_once_over_connections_that_are_cut(
 
     def allowance() -> int | None:
         # An answer is cut once its provider was asked: before, leaving ends it, since it costs nothing yet.
-        if proxy.cuts >= cuts or server.simulator.stats().requests < asked:
+        if proxy.cuts >= CUTS or server.simulator.stats().requests < asked:
             return None
         # Now and then no event comes through: the cut is in the handshake, the head, or before it.
         return dice.randint(0, 600) if dice.random() < 0.05 else dice.randint(1000, 3000)
@@ -59,7 +58,7 @@ async def test_each_token_comes_once_over_connections_that_are_cut(
         await mine.add_init_script("Math.random = () => 0")
         async with page_elsewhere(mine, server.base):
             (whole,) = await run(mine, ROUND, server.base, transport, 1)
-            while proxy.cuts < cuts:
+            while proxy.cuts < CUTS:
                 asked += ANSWERS
                 async with asyncio.TaskGroup() as tasks:
                     reading = tasks.create_task(run(mine, ROUND, proxy.url, transport, ANSWERS))
