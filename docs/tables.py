@@ -25,7 +25,7 @@ BEGIN = "<!-- The rest of this page is made by `python docs/tables.py`. -->\n"
 HEAD = "| key | type | default | meaning |\n| --- | --- | --- | --- |\n"
 
 
-def sections(cls: type[Any], path: str = "", *, enforced: bool = True) -> Iterator[str]:
+def sections(cls: type[Any], path: str = "") -> Iterator[str]:
     """Yield a heading and a table for each section that has settings, outer sections first."""
     rows = []
     inner = []
@@ -33,17 +33,16 @@ def sections(cls: type[Any], path: str = "", *, enforced: bool = True) -> Iterat
         validator = field.metadata["validator"]
         name = f"{path}.{field.name}".removeprefix(".")
         if validator.inner is None:
-            rows.append(row(field, name, enforced=enforced))
+            rows.append(row(field, name))
         else:
-            inner_enforced = enforced and not field.metadata["instead"]
-            inner.append((validator.inner, name + validator.suffix, inner_enforced))
+            inner.append((validator.inner, name + validator.suffix))
     if rows:
         yield f"\n### `{path}`\n\n{inspect.getdoc(cls)}\n\n{HEAD}{''.join(rows)}"
-    for inner_cls, inner_path, inner_enforced in inner:
-        yield from sections(inner_cls, inner_path, enforced=inner_enforced)
+    for inner_cls, inner_path in inner:
+        yield from sections(inner_cls, inner_path)
 
 
-def row(field: dataclasses.Field[Any], name: str, *, enforced: bool) -> str:
+def row(field: dataclasses.Field[Any], name: str) -> str:
     """Return the row of one setting; *name* is its whole path."""
     metadata = field.metadata
     if metadata["default_text"]:
@@ -52,14 +51,8 @@ def row(field: dataclasses.Field[Any], name: str, *, enforced: bool) -> str:
         default = "required"
     else:
         default = f"`{json.dumps(default_of(field))}`"
-    notes = []
-    if metadata["instead"]:
-        notes.append(f"no effect yet: {metadata['instead']}")
-    elif not enforced:
-        notes.append("no effect yet")
-    if any(f"{name}.".startswith(f"{restart}.") for restart in ONLY_BY_RESTART):
-        notes.append("changed only by a restart")
-    meaning = metadata["meaning"] + (f" ({'; '.join(notes)})" if notes else "")
+    by_restart = any(f"{name}.".startswith(f"{restart}.") for restart in ONLY_BY_RESTART)
+    meaning = metadata["meaning"] + " (changed only by a restart)" * by_restart
     return f"| `{field.name}` | {metadata['validator'].kind} | {default} | {meaning} |\n"
 
 

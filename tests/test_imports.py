@@ -31,6 +31,11 @@ INSIDE_FUNCTIONS = {
         "aioserver.server.parent",
         "aioserver.server.workers",
     },
+    "server.history": {
+        "aioserver.gateway.sqlite.file",
+        "aioserver.gateway.sqlite.storage",
+        "aioserver.gateway.sqlite.troubles",
+    },
     "commands.bench.command": {"aioserver.commands.bench.table"},
     "commands.top.command": {"aioserver.commands.top.screen"},
 }

@@ -19,6 +19,7 @@ import msgspec
 
 from aioserver.cluster.claims import name_of
 from aioserver.cluster.turns import Listed
+from aioserver.gateway.history import StorageStats
 from aioserver.gateway.turn import Page, Position, Summary, Turn, title_of
 
 if TYPE_CHECKING:
@@ -68,6 +69,15 @@ class Histories:
         self._ask = ask
         self._clock = clock
         self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def troubled(self) -> bool:
+        """Whether a read lacks what was kept: it does not, or there is no answer."""
+        return False
+
+    def stats(self) -> StorageStats:
+        """Return a snapshot; how the instance stands with Redis is said elsewhere."""
+        return StorageStats(storage="redis", waiting=len(self._tasks))
 
     def apply(self, persistence: Persistence) -> None:
         """Do nothing: the bounds are those of the conversations here."""

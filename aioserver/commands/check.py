@@ -43,8 +43,6 @@ def check(config: Path | None) -> int:
         return 2
     for warning in configuration.warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    for setting in configuration.not_enforced():
-        print(f"warning: not in effect yet: {setting}", file=sys.stderr)
     print(f"# {configuration.source}, with defaults and the environment")
     print(yaml.safe_dump(configuration.effective(), sort_keys=False, allow_unicode=True), end="")
     return 0

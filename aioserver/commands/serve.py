@@ -21,8 +21,10 @@ from aioserver.config import Configuration
 from aioserver.errors import ConfigurationError
 from aioserver.server import listener, preflight, systemd
 from aioserver.server.app import open_server
+from aioserver.server.history import prepare_file
 from aioserver.server.reload import Reload, log_remarks
 from aioserver.server.runner import Runner
+from aioserver.server.stop import Stop
 from aioserver.telemetry import logs
 
 if TYPE_CHECKING:
@@ -179,6 +181,7 @@ def _serve_with_workers(
         websocket = configuration.settings.chat.websocket
         print(preflight.cannot_listen(websocket.host, websocket.port, exc), file=sys.stderr)
         return 1
+    prepare_file(configuration.settings.chat.service.repository)
     code = parent.run()
     output.give_up()
     return code
@@ -222,38 +225,6 @@ def loop_factory(name: str) -> Callable[[], asyncio.AbstractEventLoop]:
     return asyncio.new_event_loop
 
 
-class _Stop:
-    """Whether this process was asked to end, and how.
-
-    *hand_over*: whether other processes go on to serve the same sockets. *orphaned*: whether the parent is gone.
-    """
-
-    def __init__(self) -> None:
-        self.asked = asyncio.Event()
-        self.hand_over = False
-        self.orphaned = False
-        self._signalled = False
-
-    def by_signal(self) -> None:
-        """End; a second signal ends the process at once."""
-        if self._signalled:
-            os._exit(1)
-        self._signalled = True
-        self.asked.set()
-
-    def by_parent(self) -> None:
-        """End, since others take over."""
-        self.hand_over = not self.asked.is_set()
-        self.asked.set()
-
-    def by_lifeline(self, lifeline: int) -> None:
-        """End, since the parent is gone."""
-        asyncio.get_running_loop().remove_reader(lifeline)
-        logger.warning("the parent process is gone")
-        self.orphaned = True
-        self.asked.set()
-
-
 async def _run(
     configuration: Configuration,
     environ: Mapping[str, str],
@@ -263,7 +234,7 @@ async def _run(
     if worker is None:
         logger.info("configuration: %s", configuration.source)
         log_remarks(configuration)
-    stop, hangup = _Stop(), asyncio.Event()
+    stop, hangup = Stop(), asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.by_signal)
@@ -289,7 +260,9 @@ async def _run(
             if cluster is not None and fixed is None and known_pepper(settings.llm) is None:
                 # The workers of one parent have its secret; machines have to agree on one.
                 pepper = await cluster.agree_on_pepper(pepper or pepper_of(settings.llm))
-            async with open_server(settings, pepper=pepper, slot=slot, cluster=cluster) as server:
+            async with open_server(
+                settings, pepper=pepper, slot=slot, cluster=cluster, prepared=worker is not None
+            ) as server:
                 runner = Runner(server)
                 if worker is None:
                     notifier = systemd.Notifier.take(os.environ, lambda: _status(server))
@@ -349,7 +322,7 @@ async def _serve(
     reload: Reload,
     notifier: systemd.Notifier,
     inherited: Sequence[socket.socket],
-    stop: _Stop,
+    stop: Stop,
     *,
     announced: bool,
 ) -> int:

@@ -164,7 +164,9 @@ class Persistence:
     """Bounds on what is kept of one conversation."""
 
     enabled: bool = setting(
-        boolean, "whether conversations outlive a restart (with `type: sql`)", True
+        boolean,
+        "whether conversations outlive a restart (with `type: sql`); false: as with `type: memory`",
+        True,
     )
     retention_policy: str = setting(
         retention,
@@ -186,7 +188,8 @@ class Persistence:
     )
     clear_on_startup: bool = setting(
         boolean,
-        "whether a start deletes all conversations; of a cluster: that of its first instance",
+        "whether a start deletes all conversations; of a cluster: that of its first instance; "
+        "of several workers: that of their parent",
         False,
     )
 
@@ -199,9 +202,8 @@ class Repository:
 
     type: str = setting(
         one_of("memory", "sql"),
-        "storage of conversations: the memory of the process, or an SQLite file",
+        "storage of conversations: memory, or an SQLite file (with the extra `history`)",
         "memory",
-        instead="conversations are kept in memory, and a restart forgets them",
     )
     path: str = setting(line, "path of the SQLite file (with `type: sql`)", "events.db")
     persistence: Persistence = group(Persistence)

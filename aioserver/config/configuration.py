@@ -154,10 +154,6 @@ class Configuration:
         data: dict[str, Any] = views.plain(self.settings)
         return data
 
-    def not_enforced(self) -> tuple[str, ...]:
-        """Return `NAME: what happens instead` for settings that ask for what has no effect yet."""
-        return tuple(views.not_enforced(self.settings))
-
     def _unusable_providers(self) -> Iterator[Fault]:
         llm, document = self.settings.llm, self._document
         provider = llm.providers[llm.active]

@@ -130,8 +130,6 @@ def setting(
     *,
     default_text: str = "",
     secret: bool = False,
-    instead: str = "",
-    neutral: Any = REQUIRED,
 ) -> Any:
     """Declare one setting. Without *default* the key is required.
 
@@ -142,16 +140,12 @@ def setting(
             `__post_init__` derives the value from other settings.
         default_text: the default in words.
         secret: whether every output masks the value.
-        instead: what happens instead, where the value is read and checked, but has no effect yet.
-        neutral: the value that asks for nothing, if there is *instead* and the default asks.
     """
     metadata = {
         "validator": validator,
         "meaning": meaning,
         "default_text": default_text,
         "secret": secret,
-        "instead": instead,
-        "neutral": default if neutral is REQUIRED else neutral,
     }
     if isinstance(default, dict):
         return dataclasses.field(default_factory=default.copy, metadata=metadata, repr=not secret)
@@ -160,7 +154,7 @@ def setting(
 
 def group(cls: type[Any]) -> Any:
     """Declare a section inside a section. It is required if one of its settings is required."""
-    metadata = {"validator": section(cls), "meaning": "", "secret": False, "instead": ""}
+    metadata = {"validator": section(cls), "meaning": "", "secret": False}
     if any(required(field) for field in fields(cls)):
         return dataclasses.field(metadata=metadata)
     return dataclasses.field(default_factory=cls, metadata=metadata)

@@ -56,20 +56,3 @@ def changes(old: Any, new: Any, path: str = "") -> Iterator[str]:
                     yield f"{name}.{key}"
         else:
             yield name
-
-
-def not_enforced(owner: Any, path: str = "") -> Iterator[str]:
-    """Yield `NAME: what happens instead` for settings that ask for what has no effect yet.
-
-    A setting that several sections of a mapping have in common is yielded once, with `*` for the
-    name of the section.
-    """
-    for field in fields(owner):
-        value, metadata = getattr(owner, field.name), field.metadata
-        if metadata["instead"] and value != metadata["neutral"]:
-            yield f"{path}{field.name}: {metadata['instead']}"
-        if isinstance(value, Mapping) and metadata["validator"].inner is not None:
-            sections = (not_enforced(item, f"{path}{field.name}.*.") for item in value.values())
-            yield from dict.fromkeys(name for names in sections for name in names)
-        elif dataclasses.is_dataclass(value):
-            yield from not_enforced(value, f"{path}{field.name}.")

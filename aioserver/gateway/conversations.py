@@ -40,7 +40,8 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class _Conversation:
-    address: str = ""
+    # None: it came from a storage, and without a key it is not known from where it was asked.
+    address: str | None
     tokens: int = 0
     turns: list[Turn] = field(default_factory=list)
 
@@ -99,7 +100,7 @@ class Conversations:
     def replace(self, caller: Caller, conversation_id: str, turns: Sequence[Turn]) -> None:
         """Let the history consist of *turns*, the oldest first; without any there is no such conversation."""
         key = (caller, conversation_id)
-        conversation = self._kept.setdefault(key, _Conversation(caller.address))
+        conversation = self._kept.setdefault(key, _Conversation("" if caller.name else None))
         self._kept.move_to_end(key)
         conversation.turns = list(turns)
         self._bound(key, conversation)
@@ -121,7 +122,7 @@ class Conversations:
             self._deleted.get(key, 0.0), self._all_deleted.get((caller, caller.address), 0.0)
         ):
             return False
-        conversation = self._kept.setdefault(key, _Conversation())
+        conversation = self._kept.setdefault(key, _Conversation(caller.address))
         self._kept.move_to_end(key)
         conversation.address = caller.address
         conversation.turns.append(turn)

@@ -325,7 +325,8 @@ class Gateway:
         self._producers.start(stream, producer, release)
 
     async def _produce_chat(self, request: Request, stream: Stream, prompt: Prompt) -> None:
-        """Produce the answer to a chat, and keep both in its conversation."""
+        """Produce the answer to a chat, and keep both in its conversation, before its client knows that it is complete."""
+        stream.attachment.on_complete = prompt.keep
         try:
             await prompt.take_history()
             await self._router.fill(request, stream)
@@ -334,8 +335,8 @@ class Gateway:
             if prompt.reading.size:
                 prompt.keep()
             raise
-        if stream.end_status == COMPLETE:
-            prompt.keep()
+        finally:
+            stream.attachment.on_complete = None
 
     async def _produce_whole(self, request: Request, stream: Stream) -> None:
         """Produce an answer that is not streamed, and keep it in *stream*."""

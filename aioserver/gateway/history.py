@@ -8,7 +8,8 @@ something is deleted which may come back.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from aioserver.errors import ConversationNotFound, HistoryUnavailable
 
@@ -24,11 +25,42 @@ if TYPE_CHECKING:
 RETRY_AFTER = 5.0
 
 
+class Trouble(NamedTuple):
+    """What is wrong with a storage: its kind, in words, and what an operator can do."""
+
+    kind: str
+    text: str
+    advice: str
+
+
+@dataclass(frozen=True, slots=True)
+class StorageStats:
+    """A snapshot of a storage: `memory`, `sql` or `redis`.
+
+    *waiting* turns are not written yet, *written* and *lost* are counts since the start. *trouble* is what is wrong now, and
+    *since* when, in Unix time.
+    """
+
+    storage: str = "memory"
+    waiting: int = 0
+    written: int = 0
+    lost: int = 0
+    trouble: Trouble | None = None
+    since: float = 0.0
+
+
 class Storage(Protocol):
     """A storage of conversations. No method waits for long, and none raises: each says if it could not."""
 
+    @property
+    def troubled(self) -> bool:
+        """Whether what is read may lack what was kept."""
+
     def apply(self, persistence: Persistence) -> None:
         """Use new bounds."""
+
+    def stats(self) -> StorageStats:
+        """Return a snapshot."""
 
     async def load(self, caller: Caller, conversation_id: str) -> Sequence[Turn] | None:
         """Return the turns of a conversation, the oldest first; None if nothing is known of it."""
@@ -47,16 +79,30 @@ class Storage(Protocol):
 
 
 class History:
-    """The conversations of all callers."""
+    """The conversations of all callers. *missing*: why there is another storage than the settings want, for good."""
 
-    def __init__(self, conversations: Conversations, storage: Storage | None = None) -> None:
+    def __init__(
+        self,
+        conversations: Conversations,
+        storage: Storage | None = None,
+        missing: Trouble | None = None,
+    ) -> None:
         self._conversations = conversations
         self._storage = storage
+        self._missing = missing
+        self._since = conversations.clock()
 
     @property
     def stored(self) -> bool:
         """Whether there is a storage, from which a conversation is loaded before it is used."""
         return self._storage is not None
+
+    def stats(self) -> StorageStats:
+        """Return a snapshot of the storage."""
+        stats = StorageStats() if self._storage is None else self._storage.stats()
+        if self._missing is not None:
+            stats = replace(stats, trouble=self._missing, since=self._since)
+        return stats
 
     def now(self) -> float:
         """Return the time of day by which turns are kept, in Unix time."""
@@ -75,7 +121,7 @@ class History:
             if turns is not None:
                 self._conversations.replace(caller, conversation_id, turns)
 
-    def messages(self, caller: Caller, conversation_id: str, text: str) -> list[dict[str, object]]:
+    def messages(self, caller: Caller, conversation_id: str, text: str) -> list[dict[str, Any]]:
         """Return the messages to send for the question *text*: see `Conversations.history`."""
         return self._conversations.history(caller, conversation_id, text)
 
@@ -91,8 +137,9 @@ class History:
             return self._conversations.listing(caller, limit, after)
         page = await self._storage.listing(caller, limit, after)
         if page is None:
-            page = self._conversations.listing(caller, limit, after)._replace(partial=True)
-        return page
+            page = self._conversations.listing(caller, limit, after)
+            return page._replace(partial=True)
+        return page._replace(partial=self._storage.troubled)
 
     async def read(self, caller: Caller, conversation_id: str) -> Dialogue:
         """Return what is kept of a conversation.
@@ -105,7 +152,7 @@ class History:
             turns = await self._storage.load(caller, conversation_id)
             if turns is not None:
                 self._conversations.replace(caller, conversation_id, turns)
-            partial = turns is None
+            partial = turns is None or self._storage.troubled
         dialogue = self._conversations.read(caller, conversation_id)
         if dialogue is None:
             raise ConversationNotFound("no such conversation: it never existed, or is forgotten")
@@ -123,7 +170,7 @@ class History:
             stored = await self._storage.delete(caller, conversation_id)
             if stored is None:
                 raise _unavailable()
-            deleted = deleted or stored
+            deleted = stored
         if not deleted:
             raise ConversationNotFound("no such conversation: it never existed, or is forgotten")
 

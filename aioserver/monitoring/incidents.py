@@ -2,7 +2,7 @@
 
 Everything that is counted is gathered: the first incident is reported at once, and after it a quiet time
 begins, in which numbers are added up for the next incident of the same kind, detail and provider. A
-trouble of a provider is an incident when it begins and when it ends; a trouble that comes back in its
+trouble of a provider, or of the storage of conversations, is an incident when it begins and when it ends; a trouble that comes back in its
 quiet time is reported after that, if it still lasts. The words are those of troubles.py and advice.py,
 so that the log and the verdict say the same.
 """
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from aioserver.monitoring.interval import Interval
-    from aioserver.monitoring.state import Incident, ProviderState
+    from aioserver.monitoring.state import HistoryState, Incident, ProviderState
 
 # Seconds after an incident in which more of the same is gathered.
 QUIET = 10.0
@@ -116,16 +116,37 @@ class Detector:
         self._denied: deque[int] = deque(maxlen=DENIED_TICKS)
         # By provider: the kind of the trouble that was reported and is not over.
         self._troubles: dict[str, str] = {}
+        # The same of the storage of conversations; "" if there is none.
+        self._history = ""
 
     def detect(
-        self, now: float, interval: Interval, providers: Mapping[str, ProviderState]
+        self,
+        now: float,
+        interval: Interval,
+        providers: Mapping[str, ProviderState],
+        history: HistoryState | None = None,
     ) -> list[Incident]:
         """Return the incidents of the tick at *now*, a monotonic time, which ends *interval*."""
         self._gather(now, interval)
         return [
             *self._trouble_changes(now, providers),
+            *(() if history is None else self._history_changes(now, history)),
             *self._due(now),
         ]
+
+    def _history_changes(self, now: float, history: HistoryState) -> Iterator[Incident]:
+        trouble = history["trouble"]
+        if trouble is None:
+            if self._history:
+                self._history = ""
+                lost = f"; {count(history['lost'], 'turn')} lost" if history["lost"] else ""
+                yield incident("history", f"conversations are kept again{lost}", "info")
+        elif trouble["kind"] != self._history:
+            subject = Subject("history", trouble["kind"])
+            if self._quiet_until.get(subject, 0.0) <= now:
+                self._quiet_until[subject] = now + QUIET
+                self._history = trouble["kind"]
+                yield incident("history", trouble["text"], "error", None, trouble["advice"])
 
     def _gather(self, now: float, interval: Interval) -> None:
         gathered = self._gathered

@@ -247,8 +247,9 @@ class Monitor:
         self._snapshot_json = orjson.dumps(self._snapshot)
         self._history.append(_point(self._snapshot))
         self._history_event = b""
-        providers = self._snapshot["providers"]
-        for new_incident in self._detector.detect(time.monotonic(), self._interval, providers):
+        providers, history = self._snapshot["providers"], self._snapshot["history"]
+        now = time.monotonic()
+        for new_incident in self._detector.detect(now, self._interval, providers, history):
             _log(new_incident)
             self._publish(new_incident)
         if self._watchers:

@@ -165,6 +165,16 @@ GAUGES = (
     Gauge(
         "pool_idle", _each_provider(lambda p: p["pool"]["idle"]), "Idle connections", "provider"
     ),
+    Gauge(
+        "history_trouble",
+        lambda s: s["history"]["trouble"] is not None,
+        "Whether conversations are not kept as the settings ask for",
+    ),
+    Gauge(
+        "history_waiting",
+        lambda s: s["history"]["waiting"],
+        "Turns of conversations that wait to be written",
+    ),
     Gauge("open_fds", lambda s: s["process"]["open_fds"], "Open file descriptors"),
     Gauge("max_fds", lambda s: s["process"]["max_fds"], "Limit of open file descriptors"),
     Gauge("tasks", lambda s: s["process"]["tasks"], "Tasks of the event loop, some seconds ago"),

@@ -23,11 +23,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from aioserver.config.settings import Chat
+    from aioserver.gateway.history import StorageStats
     from aioserver.gateway.router import Router
     from aioserver.limits.gate import Gate
     from aioserver.monitoring.interval import Interval
     from aioserver.monitoring.state import (
         ConnectionsState,
+        HistoryState,
         ProviderState,
         Snapshot,
         StreamsState,
@@ -57,7 +59,7 @@ class SettingsInEffect(Protocol):
 class Sources:
     """The objects from which the state is read; they live as long as the server.
 
-    *gate* admits connections, *running* counts the answers under way, *ready* says whether the server takes new work, and *listening* has the
+    *gate* admits connections, *running* counts the answers under way, *history* is that of conversations, *ready* says whether the server takes new work, and *listening* has the
     sockets that accept connections, as soon as there are any.
     """
 
@@ -66,6 +68,7 @@ class Sources:
     gate: Gate
     streams: StreamStore
     running: Callable[[], int]
+    history: Callable[[], StorageStats]
     lifetime: Lifetime
     router: Router
     lag: LoopLag
@@ -120,6 +123,7 @@ class Snapshots:
                 cause: recent.percentiles(now) for cause, recent in metrics.recent_delays.items()
             },
             "streams": _streams_state(sources),
+            "history": _history_state(sources.history()),
             "slow_clients": int(metrics.slow_clients.value),
             "auth_failures": _values(metrics.auth_failures),
             "providers": providers,
@@ -159,6 +163,24 @@ def _streams_state(sources: Sources) -> StreamsState:
         "finished": streams.finished,
         "bytes": streams.bytes,
         "max_bytes": streams.max_bytes,
+    }
+
+
+def _history_state(stats: StorageStats) -> HistoryState:
+    trouble = stats.trouble
+    return {
+        "storage": stats.storage,
+        "waiting": stats.waiting,
+        "written": stats.written,
+        "lost": stats.lost,
+        "trouble": None
+        if trouble is None
+        else {
+            "kind": trouble.kind,
+            "since": round(stats.since, 3),
+            "text": trouble.text,
+            "advice": trouble.advice,
+        },
     }
 
 

@@ -44,6 +44,25 @@ class StreamsState(TypedDict):
     max_bytes: int
 
 
+class HistoryTrouble(TypedDict):
+    """What is wrong with the storage of conversations, since when (Unix time), and what to do."""
+
+    kind: str
+    since: float
+    text: str
+    advice: str
+
+
+class HistoryState(TypedDict):
+    """The storage of conversations: `memory`, `sql` or `redis`; turns that wait to be written, were, and were lost."""
+
+    storage: str
+    waiting: int
+    written: int
+    lost: int
+    trouble: HistoryTrouble | None
+
+
 class PoolState(TypedDict):
     """The connections to one provider."""
 
@@ -209,6 +228,7 @@ class Snapshot(TypedDict):
     tokens_per_second: float
     delay: dict[str, Percentiles | None]
     streams: StreamsState
+    history: HistoryState
     slow_clients: int
     auth_failures: dict[str, int]
     providers: dict[str, ProviderState]

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         ClusterState,
         ConnectionsState,
         History,
+        HistoryState,
         InstanceState,
         Percentiles,
         ProviderState,
@@ -103,6 +104,7 @@ def add(
         "tokens_per_second": _rate(snapshot["tokens_per_second"] for snapshot in snapshots),
         "delay": {cause: recent.percentiles(DELAY, cause) for cause in first["delay"]},
         "streams": _streams([snapshot["streams"] for snapshot in snapshots]),
+        "history": _history([snapshot["history"] for snapshot in snapshots]),
         "slow_clients": sum(snapshot["slow_clients"] for snapshot in snapshots),
         "auth_failures": _added(snapshot["auth_failures"] for snapshot in snapshots),
         "providers": {
@@ -188,6 +190,17 @@ def _streams(states: list[StreamsState]) -> StreamsState:
         "finished": sum(state["finished"] for state in states),
         "bytes": sum(state["bytes"] for state in states),
         "max_bytes": sum(state["max_bytes"] for state in states),
+    }
+
+
+def _history(states: list[HistoryState]) -> HistoryState:
+    troubles = [state["trouble"] for state in states if state["trouble"] is not None]
+    return {
+        "storage": states[0]["storage"],
+        "waiting": sum(state["waiting"] for state in states),
+        "written": sum(state["written"] for state in states),
+        "lost": sum(state["lost"] for state in states),
+        "trouble": min(troubles, key=lambda trouble: trouble["since"], default=None),
     }
 
 

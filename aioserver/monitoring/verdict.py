@@ -92,6 +92,7 @@ class _Judge:
         yield from self._rejecting()
         yield from self._trouble(active=False)
         yield from self._resources()
+        yield from self._history()
         yield from self._waiting()
         yield from self._busy()
         yield self._calm("open", "Open", self._room())
@@ -182,6 +183,22 @@ class _Judge:
             text = f"{files:,} of {max_files:,} file descriptors are open"
             advice = "Raise LimitNOFILE of the unit, or `ulimit -n`, and restart."
             yield _finding("error", "trouble", "Out of files", text, advice=advice)
+
+    def _history(self) -> Iterator[Verdict]:
+        trouble = self._snapshot["history"]["trouble"]
+        if trouble is not None:
+            text = trouble["text"][0].upper() + trouble["text"][1:]
+            detail = _sentences("Chats go on without what is not in memory", self._places())
+            advice = trouble["advice"]
+            yield _finding(
+                "warning",
+                "trouble",
+                "Not kept",
+                text,
+                detail=detail,
+                advice=advice,
+                about="history",
+            )
 
     def _waiting(self) -> Iterator[Verdict]:
         connections = self._snapshot["connections"]

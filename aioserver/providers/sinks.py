@@ -315,6 +315,8 @@ def count_text(stream: Stream, reading: Reading) -> None:
 def complete(stream: Stream, reading: Reading) -> None:
     """Append the `complete` event, with the metadata that the provider has sent."""
     stream.details.usage = reading.usage
+    if (keep := stream.attachment.on_complete) is not None:
+        keep()
     stream.end(
         entries.COMPLETE,
         {

@@ -31,7 +31,6 @@ from aioserver.gateway.calls import shutdown_error
 from aioserver.gateway.conversations import Conversations
 from aioserver.gateway.elsewhere import Instances
 from aioserver.gateway.gateway import Gateway
-from aioserver.gateway.history import History, Storage
 from aioserver.gateway.router import Router
 from aioserver.limits.gate import Gate
 from aioserver.limits.timer_wheel import TimerWheel
@@ -40,6 +39,7 @@ from aioserver.monitoring.monitor import Monitor
 from aioserver.monitoring.snapshot import Sources
 from aioserver.providers.queueing import ProviderGate
 from aioserver.providers.registry import ProviderRegistry
+from aioserver.server.history import open_history, prepare_file
 from aioserver.server.middleware import make_middleware
 from aioserver.streams.fast_path import Outbox
 from aioserver.streams.store import StreamStore
@@ -55,6 +55,7 @@ if TYPE_CHECKING:
 
     from aioserver.config import Configuration
     from aioserver.config.settings import ClientKey, Concurrency, HttpClient, Settings
+    from aioserver.gateway.history import History, Storage
     from aioserver.limits.quota import Quota
     from aioserver.providers.health import Health
     from aioserver.providers.provider import Provider
@@ -149,12 +150,13 @@ async def open_server(
     pepper: bytes | None = None,
     slot: Slot | None = None,
     cluster: Cluster | None = None,
+    prepared: bool = False,
 ) -> AsyncIterator[Server]:
     """Make the server, and add its routes to *app*, or to a new application. Close it at the end.
 
     *app* must not be frozen yet. *pepper* is the secret of browser sessions; see `pepper_of`. *slot*: that of this
     process, where several serve the same sockets. *cluster*: what this instance shares with others; None if it is the only
-    one.
+    one. *prepared*: the file of conversations is, by the process that has started this one.
 
     Raises:
         ConfigurationError: a provider cannot be used as it is configured.
@@ -197,6 +199,8 @@ async def open_server(
             max_kept_bytes=chat.streams.max_kept_bytes,
         )
         service = chat.service
+        if not prepared and service.repository.persistence.clear_on_startup:
+            await asyncio.to_thread(prepare_file, service.repository)
         conversations = Conversations(service.context, service.repository.persistence)
         lag = LoopLag(loop, metrics.loop_lag)
         stack.callback(lag.close)
@@ -204,7 +208,10 @@ async def open_server(
         if instances is not None:
             stack.push_async_callback(instances.close)
         request_log = RequestLog(metrics, lag)
-        history = History(conversations, None if instances is None else instances.histories)
+        shared = None if instances is None else instances.histories
+        history = await open_history(
+            stack, service.repository, conversations, shared, metrics.history_turns
+        )
         gateway = Gateway(router, streams, history, service, chat.streams, request_log, instances)
         stack.push_async_callback(gateway.close)
         if instances is not None:
@@ -217,6 +224,7 @@ async def open_server(
             gate=admission.gate,
             streams=streams,
             running=lambda: gateway.running,
+            history=history.stats,
             lifetime=gateway.lifetime,
             router=router,
             lag=lag,

@@ -47,6 +47,7 @@ ONLY_BY_RESTART = (
     "chat.sse.endpoint",
     "chat.service.repository.type",
     "chat.service.repository.path",
+    "chat.service.repository.persistence.enabled",
     "cluster",
 )
 
@@ -206,8 +207,6 @@ def log_remarks(configuration: Configuration) -> None:
     """Log what the author of *configuration* should know."""
     for warning in configuration.warnings:
         logger.warning("%s", warning)
-    for setting in configuration.not_enforced():
-        logger.warning("not in effect yet: %s", setting)
 
 
 def only_by_restart(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from aioserver.errors import AioserverError
 
@@ -130,7 +130,7 @@ class Attachment:
     *abandoned* says that the log was cancelled because nobody read it. *cancel_reason* is the
     error with which a cancelled log ends; None if it ends with the event `cancelled`, as when a
     reader asked for that. *held* counts a body that is collected for the log. *request* is told when its
-    answer begins; None once it was.
+    answer begins; None once it was. *on_complete* is called before the log gets its event `complete`.
 
     Where there are other instances: *claimed* is done once it is known which of them fills the log; its
     result is the error, if the answer is refused. *mirrored*: another one does, and this log is its mirror.
@@ -148,6 +148,7 @@ class Attachment:
         "expected",
         "held",
         "mirrored",
+        "on_complete",
         "request",
         "timer",
     )
@@ -159,6 +160,7 @@ class Attachment:
         self.abandoned = False
         self.cancel_reason: AioserverError | None = None
         self.held: Held | None = None
+        self.on_complete: Callable[[], None] | None = None
         self.request: AskedRequest | None = None
         self.claimed: asyncio.Future[AioserverError | None] | None = None
         self.mirrored = self.expected = False

@@ -148,6 +148,7 @@ class Metrics:
         self.reloads = {outcome: Counter() for outcome in ("applied", "invalid", "failed")}
         # Limits the log lines about refused requests, by error code: thousands a second may be refused.
         self.refusal_lines = logs.RateLimit(1, logs.SAME_ERROR)
+        self.history_turns = {outcome: Counter() for outcome in ("written", "lost")}
         self.slow_clients = Counter()
         self.gave_way = Counter()
         self.bugs = Counter()
@@ -299,6 +300,12 @@ SERVER_FAMILIES: tuple[Row[Metrics], ...] = (
         "connections_gave_way",
         lambda m: m.gave_way,
         "Idle WebSockets closed because others waited, and their key had most places",
+    ),
+    Row(
+        "history_turns",
+        lambda m: m.history_turns,
+        "Turns of conversations written to the file, or lost since it failed",
+        ("outcome",),
     ),
     Row("slow_clients", lambda m: m.slow_clients, "Clients dropped because they read nothing"),
     Row(

@@ -38,20 +38,6 @@ def test_secrets_are_masked_and_warnings_go_to_stderr(
     assert f"warning: {ORIGINAL}:142:1 mcp: ignored: aioserver has no such setting\n" in err
 
 
-def test_settings_that_are_not_enforced_are_named(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", "k")
-    later = Configuration.load(ORIGINAL).not_enforced()
-
-    check(ORIGINAL)
-
-    _, err = capsys.readouterr()
-    assert len(later) == 1
-    assert "repository.type: conversations are kept in memory, and a restart forgets" in later[0]
-    assert f"warning: not in effect yet: {later[0]}\n" in err
-
-
 def test_all_faults_go_to_stderr_and_nothing_to_stdout(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

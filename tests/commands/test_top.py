@@ -70,6 +70,7 @@ STATS: dict[str, Any] = {
         "bytes": 12345,
         "max_bytes": 268435456,
     },
+    "history": {"storage": "memory", "waiting": 0, "written": 0, "lost": 0, "trouble": None},
     "slow_clients": 0,
     "providers": {
         "demo": {

@@ -1,5 +1,3 @@
-# ruff: noqa: RUF009 - setting() and group() are dataclasses.field()
-
 from __future__ import annotations
 
 import dataclasses
@@ -9,18 +7,16 @@ import pytest
 from hypothesis import given as drawn
 from hypothesis import strategies as st
 
-from aioserver.config import settings, validators
+from aioserver.config import settings
 from aioserver.config.schema import (
     FAULTY,
     Faults,
     Validator,
-    group,
     section,
-    setting,
 )
 from aioserver.config.settings import SETTINGS, ClientKey, HttpClient, Provider, Settings
 from aioserver.config.validators import TAKEN
-from aioserver.config.views import not_enforced, plain
+from aioserver.config.views import plain
 from tests.support.configurations import ANY_MACHINE, ORIGINAL_CLIENT, changed, original, paths
 
 
@@ -353,43 +349,6 @@ def test_settings_are_values() -> None:
     assert made == SETTINGS(original())
     with pytest.raises(dataclasses.FrozenInstanceError):
         made.chat.websocket.port = 1  # type: ignore[misc]
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
-    limit: int = setting(validators.count, "", 1, instead="none")
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Whole:
-    now: int = setting(validators.count, "", 1)
-    later: int = setting(validators.count, "", instead="five", neutral=5)
-    part: Part = group(Part)
-    parts: dict[str, Part] = setting(
-        validators.mapping_of(validators.label, section(Part)), "", {}
-    )
-    listed: tuple[str, ...] = setting(
-        validators.list_of(validators.line), "", (), instead="nothing"
-    )
-
-
-@pytest.mark.parametrize(
-    ("given", "asked"),
-    [
-        ({"later": 5}, []),
-        ({"later": 5, "now": 7}, []),
-        ({"later": 4, "listed": ["a"]}, ["later: five", "listed: nothing"]),
-        ({"later": 5, "part": {"limit": 2}}, ["part.limit: none"]),
-        (
-            {"later": 5, "parts": {"a": {}, "b": {"limit": 2}, "c": {"limit": 3}}},
-            ["parts.*.limit: none"],
-        ),
-    ],
-)
-def test_only_settings_that_ask_for_something_are_named_as_not_enforced(
-    given: dict[str, Any], asked: list[str]
-) -> None:
-    assert list(not_enforced(section(Whole)(given))) == asked
 
 
 @ANY_MACHINE

@@ -33,6 +33,7 @@ def snapshot(**process: int | None) -> Any:
         },
         "requests": {"running": 11},
         "streams": {"detached": 12, "bytes": 13, "max_bytes": 14},
+        "history": {"waiting": 19, "trouble": {"kind": "full"}},
         "providers": {
             "groq": groq,
             "other": {**groq, "state": "dead", "trouble": {"kind": "dead"}},

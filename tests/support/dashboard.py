@@ -122,6 +122,7 @@ def snapshot() -> dict[str, Any]:
             "bytes": 0,
             "max_bytes": 268435456,
         },
+        "history": {"storage": "memory", "waiting": 0, "written": 0, "lost": 0, "trouble": None},
         "slow_clients": 0,
         "providers": {"groq": provider(active=True, model="llama-3.3-70b")},
         "loop": {"lag": 0.0004, "lag_max": 0.001},

@@ -1,0 +1,296 @@
+"""Conversations that outlive their process: a restart, a kill, several workers, and a file that fails."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+import sqlite3
+import sys
+from contextlib import closing
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+import aiohttp
+import pytest
+
+from aioserver.providers.simulator.server import Simulator
+from aioserver.server import history
+from tests.support.chat import frames_of, text_of
+from tests.support.history import sql
+from tests.support.keys import bearer, cookie, keys_of, log_in
+from tests.support.process import loop_name, serving
+from tests.support.server import CONCURRENCY, QUICK, UVICORN, MakeServer
+from tests.support.waiting import until, until_result
+from tests.support.worker_processes import alone, workers
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+    from tests.support.server import RunningServer
+
+# Threads and processes read and write the file.
+pytestmark = pytest.mark.real_time
+# Each request on a connection of its own, so that any worker may get it.
+CLOSE = {"Connection": "close"}
+
+
+@pytest.fixture
+async def simulator() -> AsyncIterator[Simulator]:
+    async with Simulator(QUICK) as made:
+        yield made
+
+
+@pytest.fixture
+async def session() -> AsyncIterator[aiohttp.ClientSession]:
+    async with aiohttp.ClientSession() as made:
+        yield made
+
+
+async def ask(
+    session: aiohttp.ClientSession, base: str, text: str, name: str | None = "c", **headers: str
+) -> int:
+    """Ask over SSE on a connection of its own; returns which of the conversation's questions it was."""
+    question = {"request_id": uuid4().hex, "text": text, "conversation_id": name}
+    headers = {**CLOSE, **headers}
+    async with session.post(f"{base}/sse/chat", json=question, headers=headers) as response:
+        body = await response.read()
+        assert response.status == 200, body
+    assert b"event: complete" in body
+    # The simulated model says it.
+    number = re.search(r"message number (\d+) of this conversation", text_of(frames_of(body)))
+    return 1 if number is None else int(number[1])
+
+
+async def stored(
+    session: aiohttp.ClientSession, base: str, name: str = "c", **headers: str
+) -> list[str]:
+    """The questions of a conversation, as the server has them."""
+    headers = {**CLOSE, **headers}
+    async with session.get(f"{base}/conversations/{name}", headers=headers) as response:
+        assert response.status == 200, await response.text()
+        messages = (await response.json())["messages"]
+    return [message["text"] for message in messages[::2]]
+
+
+def turns_in(path: Path) -> int:
+    """How many turns are in a file."""
+    with closing(sqlite3.connect(path)) as connection:
+        return int(connection.execute("SELECT count(*) FROM turns").fetchone()[0])
+
+
+async def trouble(server: RunningServer) -> Any:
+    async with server.session.get(f"{server.base}/stats") as response:
+        return (await response.json())["history"]["trouble"]
+
+
+async def test_a_restart_keeps_conversations(make_server: MakeServer, tmp_path: Path) -> None:
+    changes = {**sql(tmp_path / "h.db"), **keys_of("web", "app")}
+    server = await make_server(**changes)
+    assert await ask(server.session, server.base, "Hello", **bearer("web")) == 1
+    assert await ask(server.session, server.base, "Hello again", **bearer("web")) == 2
+
+    other = await make_server(**changes)
+
+    assert await ask(other.session, other.base, "Still there?", **bearer("web")) == 3
+    assert await ask(other.session, other.base, "Mine?", **bearer("app")) == 1
+    session = await log_in(other, "web")
+    assert len(await stored(other.session, other.base, **cookie(session))) == 3
+
+
+async def test_conversations_without_a_key_and_without_a_name_are_found_by_both(
+    make_server: MakeServer, tmp_path: Path
+) -> None:
+    changes = sql(tmp_path / "h.db")
+    server = await make_server(**changes)
+    await ask(server.session, server.base, "Hello", None)
+    async with server.session.get(f"{server.base}/conversations") as response:
+        (entry,) = (await response.json())["conversations"]
+
+    other = await make_server(**changes)
+
+    async with other.session.get(f"{other.base}/conversations") as response:
+        assert (await response.json())["conversations"] == [entry]
+    assert await ask(other.session, other.base, "And now?", entry["id"]) == 2
+
+
+async def test_memory_and_switched_off_persistence_forget(
+    make_server: MakeServer, tmp_path: Path
+) -> None:
+    for changes in ({}, sql(tmp_path / "h.db", enabled=False)):
+        server = await make_server(**changes)
+        assert await ask(server.session, server.base, "Hello") == 1
+        assert await ask(server.session, server.base, "Hello") == 2
+        other = await make_server(**changes)
+        assert await ask(other.session, other.base, "Hello") == 1
+
+    assert not (tmp_path / "h.db").exists()
+
+
+async def test_a_start_may_delete_all(make_server: MakeServer, tmp_path: Path) -> None:
+    server = await make_server(**sql(tmp_path / "h.db"))
+    await ask(server.session, server.base, "Hello")
+    await until(lambda: server.owners.history.stats().waiting == 0)
+
+    other = await make_server(**sql(tmp_path / "h.db", clear_on_startup=True))
+
+    assert await ask(other.session, other.base, "Hello") == 1
+
+
+async def test_the_retention_of_a_reload_holds_for_what_is_in_the_file(
+    make_server: MakeServer, tmp_path: Path
+) -> None:
+    changes = sql(tmp_path / "h.db")
+    server = await make_server(**changes)
+    for number in range(5):
+        await ask(server.session, server.base, f"{number}")
+    await until(lambda: server.owners.history.stats().waiting == 0)
+
+    few = {"retention_policy": "message_count", "max_messages_per_conversation": 4}
+    assert await server.change(**sql(tmp_path / "other.db", **few))
+
+    await until(lambda: turns_in(tmp_path / "h.db") == 2)
+    assert await stored(server.session, server.base) == ["3", "4"]
+    assert not (tmp_path / "other.db").exists()
+
+
+async def test_a_file_that_fails_is_said_and_costs_no_answer(
+    make_server: MakeServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "h.db"
+    path.write_text("no database " * 1000)
+    server = await make_server(**sql(path))
+
+    assert await ask(server.session, server.base, "Hello") == 1
+    assert await ask(server.session, server.base, "Hello again") == 2
+    async with server.session.delete(f"{server.base}/conversations/c") as response:
+        code = (await response.json())["error"]["code"]
+        assert (response.status, code) == (503, "history_unavailable")
+        assert response.headers["Retry-After"]
+    async with server.session.get(f"{server.base}/conversations") as response:
+        assert (await response.json())["partial"]
+    found = await until_result(lambda: trouble(server), bool)
+    assert found["kind"] == "corrupt"
+    async with server.session.get(f"{server.base}/stats") as response:
+        state = await response.json()
+    assert state["verdict"]["word"] == "Not kept"
+    assert state["verdict"]["advice"] == found["advice"]
+    assert server.incidents()[0]["advice"] == found["advice"]
+    assert path.read_text() == "no database " * 1000
+
+    path.unlink()
+    await until_result(lambda: trouble(server), lambda found: found is None)
+    await until(
+        lambda: "conversations are kept again" in [one["text"] for one in server.incidents()]
+    )
+    # What was asked meanwhile is in the new file.
+    assert await stored(server.session, server.base) == ["Hello", "Hello again"]
+
+
+async def test_without_the_package_conversations_stay_in_memory(
+    make_server: MakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.startswith("aioserver.gateway.sqlite")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "aiosqlite", None)
+    server = await make_server(**sql(tmp_path / "h.db"))
+
+    assert await ask(server.session, server.base, "Hello") == 1
+    assert await ask(server.session, server.base, "Hello") == 2
+    found = await until_result(lambda: trouble(server), bool)
+    assert found["kind"] == "missing"
+    assert found["advice"] == history.INSTALL
+    assert "aiosqlite" in found["text"]
+    async with server.session.delete(f"{server.base}/conversations/c") as response:
+        assert response.status == 204
+
+
+async def test_a_server_that_is_killed_has_all_turns_that_were_written(
+    simulator: Simulator, session: aiohttp.ClientSession, tmp_path: Path
+) -> None:
+    if loop_name() != "uvloop":
+        pytest.skip("it is the same on asyncio")
+    changes, path = sql(tmp_path / "h.db"), tmp_path / "h.db"
+    file = tmp_path / "config.yaml"
+
+    asked = 0
+    for _ in range(2):
+        async with serving(file, simulator.base_url, changes=changes) as process:
+            await process.ready()
+            for _ in range(5):
+                asked += 1
+                assert await ask(session, process.base, f"question {asked}") == asked
+            # At once: the answer was complete, and the turn may not be written yet.
+            process.signal(signal.SIGKILL)
+            await process.ended()
+
+    async with serving(file, simulator.base_url, changes=changes) as process:
+        await process.ready()
+        found = await stored(session, process.base)
+        assert found == [f"question {number}" for number in range(1, asked + 1)]
+        # In the middle of it all: each turn that is there is whole.
+        asking = asyncio.gather(
+            *(ask(session, process.base, "x", f"c{number}") for number in range(40)),
+            return_exceptions=True,
+        )
+        await until(lambda: turns_in(path) > asked + 10)
+        process.signal(signal.SIGKILL)
+        await process.ended()
+        await asking
+    with closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        broken = "SELECT count(*) FROM turns WHERE question = '' OR answer = ''"
+        assert connection.execute(broken).fetchone() == (0,)
+
+
+async def test_one_file_serves_all_workers(
+    simulator: Simulator, session: aiohttp.ClientSession, tmp_path: Path
+) -> None:
+    if loop_name() != "uvloop":
+        pytest.skip("it is the same on asyncio")
+    # A private server is there or not: the file is the truth in any case.
+    changes = {
+        **sql(tmp_path / "h.db", retention_policy="unlimited"),
+        "chat.service.context.max_tokens": 1_000_000,
+        f"{UVICORN}.workers": 2,
+        f"{CONCURRENCY}.max_connections": 40,
+    }
+    file = tmp_path / "config.yaml"
+    async with serving(file, simulator.base_url, changes=changes) as process:
+        await process.ready()
+        await until(lambda: len(workers(process)) == 2)
+        # Each question is asked as soon as the answer before it is complete, of any worker.
+        numbers = [await ask(session, process.base, f"{n}", "many") for n in range(1, 61)]
+        assert numbers == list(range(1, 61))
+        one, two = workers(process)
+        async with alone(process, one):
+            assert await ask(session, process.base, "1") == 1
+            assert await ask(session, process.base, "2") == 2
+            # A process that is stopped writes nothing.
+            await until(lambda: turns_in(tmp_path / "h.db") == 62)
+        async with alone(process, two):
+            assert await ask(session, process.base, "3") == 3
+            assert await stored(session, process.base) == ["1", "2", "3"]
+            await until(lambda: turns_in(tmp_path / "h.db") == 63)
+        async with (
+            alone(process, one),
+            session.delete(f"{process.base}/conversations/c", headers=CLOSE) as response,
+        ):
+            assert response.status == 204
+        async with alone(process, two):
+            assert await ask(session, process.base, "new") == 1
+        os.kill(one, signal.SIGKILL)
+        await until(lambda: len(workers(process)) == 2 and one not in workers(process))
+        assert await ask(session, process.base, "again") == 2
+        process.signal()
+        assert await process.ended() == 0
+    changes |= sql(tmp_path / "h.db", retention_policy="unlimited", clear_on_startup=True)
+    async with serving(file, simulator.base_url, changes=changes) as process:
+        await process.ready()
+        assert await ask(session, process.base, "first") == 1
+        # A worker that is started in place of another clears nothing.
+        os.kill(workers(process)[0], signal.SIGKILL)
+        await until(lambda: len(workers(process)) == 2)
+        assert await ask(session, process.base, "second") == 2
