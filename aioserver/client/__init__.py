@@ -6,7 +6,7 @@ response for each answer (`event_source`). The *reading* of an answer is its pla
 it knows the number of the last event. When the *connection* is lost, the reading goes on after that
 number on the next one, so that each event comes once. What the server refuses is asked again
 (`retries`), until the *deadline* of the answer. A *conversation* is an id that questions have in
-common, whose history the server keeps. `sync` is the same for a program without an event loop.
+common, whose *turns* the server keeps (`history`). `sync` is the same for a program without an event loop.
 
 The names that programs import stand here, unlike in the other packages: this one is an interface
 for code that is not ours, and its files may change.
@@ -26,6 +26,7 @@ from aioserver.client.events import (
     Text,
     ToolCalls,
 )
+from aioserver.client.history import Summary, Turn
 
 __all__ = [
     "Answer",
@@ -37,6 +38,8 @@ __all__ = [
     "Processing",
     "Queued",
     "Reasoning",
+    "Summary",
     "Text",
     "ToolCalls",
+    "Turn",
 ]

@@ -10,7 +10,9 @@ import aiohttp
 from yarl import URL
 
 from aioserver.client.answer import Answer
+from aioserver.client.errors import AnswerError
 from aioserver.client.event_source import EventSourceTransport
+from aioserver.client.history import PAGE, History, Summary, Turn
 from aioserver.client.reading import make_question
 from aioserver.client.socket import SocketTransport
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 # Seconds for DNS, TCP and TLS together.
 CONNECT_TIMEOUT = 10.0
+NOT_FOUND = "conversation_not_found"
 SCHEMES = {"http": "http", "https": "https", "ws": "http", "wss": "https"}
 
 
@@ -136,19 +139,53 @@ class Client:
         """
         return Conversation(self, conversation_id or uuid.uuid4().hex)
 
-    def _opened(self) -> Transport:
-        """Return the transport; it is made with the first question, in the event loop."""
+    async def conversations(self, most: int = PAGE) -> list[Summary]:
+        """Return the *most* conversations that were used last, of this key; the newest first.
+
+        Without keys these are the conversations of this machine's address.
+
+        Raises:
+            AnswerError: they cannot be had.
+        """
+        return await self._history().listing(most)
+
+    async def turns(self, conversation_id: str) -> list[Turn]:
+        """Return the turns of a conversation that the server keeps, the oldest first.
+
+        Raises:
+            AnswerError: they cannot be had; `conversation_not_found`: there is no such conversation.
+        """
+        return await self._history().turns(conversation_id)
+
+    async def delete_conversation(self, conversation_id: str) -> None:
+        """Delete a conversation.
+
+        Raises:
+            AnswerError: it may not be deleted; `conversation_not_found`: there is no such conversation.
+        """
+        await self._history().delete(conversation_id)
+
+    def _history(self) -> History:
+        return History(self._opened_session(), self.url, self._headers, self._deadline)
+
+    def _opened_session(self) -> aiohttp.ClientSession:
+        """Return the session; it is made when it is used first, in the event loop."""
         if self._closed:
             raise RuntimeError("the client is closed")
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0),
+                cookie_jar=aiohttp.DummyCookieJar(),
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT),
+            )
+        return self._session
+
+    def _opened(self) -> Transport:
+        """Return the transport; it is made with the first question."""
+        session = self._opened_session()
         if self._transport is None:
-            if self._session is None:
-                self._session = aiohttp.ClientSession(
-                    connector=aiohttp.TCPConnector(limit=0),
-                    cookie_jar=aiohttp.DummyCookieJar(),
-                    timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT),
-                )
             make = SocketTransport if self._transport_name == "websocket" else EventSourceTransport
-            self._transport = make(self._session, self.url + self._endpoint, self._headers)
+            self._transport = make(session, self.url + self._endpoint, self._headers)
         return self._transport
 
 
@@ -173,6 +210,31 @@ class Conversation:
             ValueError: an argument can be no part of a question.
         """
         return self._client.chat(content, conversation_id=self.id, **arguments)
+
+    async def turns(self) -> list[Turn]:
+        """Return the turns that the server keeps, the oldest first; none before the first one has ended.
+
+        Raises:
+            AnswerError: they cannot be had.
+        """
+        try:
+            return await self._client.turns(self.id)
+        except AnswerError as error:
+            if error.code == NOT_FOUND:
+                return []
+            raise
+
+    async def delete(self) -> None:
+        """Delete what the server keeps; of no effect if that is nothing.
+
+        Raises:
+            AnswerError: it may not be deleted.
+        """
+        try:
+            await self._client.delete_conversation(self.id)
+        except AnswerError as error:
+            if error.code != NOT_FOUND:
+                raise
 
 
 def _base(text: str) -> str:

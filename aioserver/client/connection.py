@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from aioserver.client.retries import Reconnection
     from aioserver.client.socket_reading import SocketReading
+    from aioserver.protocol.server_frames import Frame
 
 # Answers at once on one socket. The server's bound is 32; the others are for answers whose `cancel` is on its way.
 MAX_ANSWERS = 28
@@ -85,6 +86,8 @@ class Connection:
         self._flushed.set()
         # What the server has said about the whole socket.
         self._remark: Fault | None = None
+        # What the server has said last of the wait for a place, until there is one.
+        self._queued: Frame | None = None
         self._receiver = transport.start(self._receive())
         self._sender = transport.start(self._send())
 
@@ -101,6 +104,9 @@ class Connection:
         self.readings[reading.question.request_id] = reading
         reading.connection = self
         self.send(reading.command(), reading)
+        if self._queued is not None:
+            # It may have come with the handshake, before there was a reading.
+            reading.receive(self._queued, 0)
 
     def remove(self, reading: SocketReading) -> None:
         """Let a reading go; an extra connection closes with its last one."""
@@ -177,8 +183,10 @@ class Connection:
             if reading is not None:
                 reading.receive(frame, len(data))
         elif frame.status == "pong":
+            self._queued = None
             self._placed.set()
         elif frame.status == "queued":
+            self._queued = frame
             for reading in list(self.readings.values()):
                 reading.receive(frame, len(data))
         elif frame.status == "error":

@@ -33,11 +33,14 @@ GATEWAY_FAULTS = frozenset({502, 504})
 
 
 def refusal(status: int, headers: Mapping[str, str], body: bytes) -> tuple[Fault, bool]:
-    """Return the fault in an HTTP answer, and whether it is final."""
+    """Return the fault in an HTTP answer, and whether it is final.
+
+    *headers* are looked up by their names in lower case.
+    """
     code, message = _error_object(body)
-    retry_after = _seconds(headers.get("retry-after-ms"), 1000) or _seconds(
-        headers.get("Retry-After"), 1
-    )
+    retry_after = _seconds(headers.get("retry-after-ms"), 1000)
+    if retry_after is None:
+        retry_after = _seconds(headers.get("retry-after"), 1)
     if status in GATEWAY_FAULTS and not code:
         fault = Fault("connect_error", f"HTTP status {status} of a proxy", True, retry_after)
         return fault, False

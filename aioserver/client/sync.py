@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from aioserver.client import client as asynchronous
 from aioserver.client.events import Text
+from aioserver.client.history import PAGE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     from aioserver.client.answer import Answer as AsynchronousAnswer
     from aioserver.client.events import Complete, Event
+    from aioserver.client.history import Summary, Turn
 
 T = TypeVar("T")
 
@@ -85,15 +87,60 @@ class Client:
 
     def conversation(self, conversation_id: str | None = None) -> Conversation:
         """Return a conversation: a new one, or the one that has this id."""
-        return Conversation(self, self._client.conversation(conversation_id).id)
+        return Conversation(self, self._client.conversation(conversation_id))
+
+    def conversations(self, most: int = PAGE) -> list[Summary]:
+        """Return the *most* conversations that were used last, of this key; the newest first.
+
+        Raises:
+            AnswerError: they cannot be had.
+        """
+        return self._thread.run(self._client.conversations(most))
+
+    def turns(self, conversation_id: str) -> list[Turn]:
+        """Return the turns of a conversation that the server keeps, the oldest first.
+
+        Raises:
+            AnswerError: they cannot be had.
+        """
+        return self._thread.run(self._client.turns(conversation_id))
+
+    def delete_conversation(self, conversation_id: str) -> None:
+        """Delete a conversation.
+
+        Raises:
+            AnswerError: it may not be deleted.
+        """
+        self._thread.run(self._client.delete_conversation(conversation_id))
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine of this client's asynchronous one."""
+        return self._thread.run(work)
 
 
 class Conversation:
     """Questions and answers that follow each other; the server keeps them."""
 
-    def __init__(self, client: Client, conversation_id: str) -> None:
-        self.id = conversation_id
+    def __init__(self, client: Client, conversation: asynchronous.Conversation) -> None:
+        self.id = conversation.id
         self._client = client
+        self._conversation = conversation
+
+    def turns(self) -> list[Turn]:
+        """Return the turns that the server keeps, the oldest first; none before the first one has ended.
+
+        Raises:
+            AnswerError: they cannot be had.
+        """
+        return self._client.run(self._conversation.turns())
+
+    def delete(self) -> None:
+        """Delete what the server keeps; of no effect if that is nothing.
+
+        Raises:
+            AnswerError: it may not be deleted.
+        """
+        self._client.run(self._conversation.delete())
 
     def chat(self, content: str, **arguments: Any) -> Answer:
         """Return the answer to the next question.

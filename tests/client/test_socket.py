@@ -9,7 +9,7 @@ import pytest
 
 from aioserver.client import AnswerError, Client, Processing, Queued, connection, socket_reading
 from tests.support.scripted_server import Refusal, ScriptedServer, answer, frame, idle
-from tests.support.waiting import until
+from tests.support.waiting import ticks, until
 
 if TYPE_CHECKING:
     from tests.support.scripted_server import SocketPeer, SocketScript
@@ -97,6 +97,22 @@ async def test_nothing_is_sent_before_the_socket_has_its_place() -> None:
     assert events[0] == Queued(2, 1.5)
     assert isinstance(events[1], Processing)
     assert not sent_early
+
+
+async def test_wait_that_is_told_with_the_handshake_is_not_lost() -> None:
+    async def play(peer: SocketPeer) -> None:
+        await peer.send(frame(None, "queued", position=2, eta=1.5))
+        ping = await peer.ws.receive_json()
+        await ticks(20)
+        await peer.send(frame(ping["request_id"], "pong"))
+        await play_answers(peer)
+
+    async with ScriptedServer(sockets=[play]) as server, client_of(server) as client:
+        first = [event async for event in client.chat("Hi").events()]
+        second = [event async for event in client.chat("Hi").events()]
+
+    assert first[0] == Queued(2, 1.5)
+    assert isinstance(second[0], Processing)
 
 
 @pytest.mark.virtual_time

@@ -1,0 +1,182 @@
+"""What the server keeps of conversations: listed, read and deleted.
+
+Each is one small HTTP request, which may be repeated: it is, until the deadline, as questions are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, TypeVar
+from urllib.parse import quote
+
+import aiohttp
+import msgspec
+from yarl import URL
+
+from aioserver.client.errors import AnswerError, Fault
+from aioserver.client.refusals import MAX_ERROR_BYTES, refusal, unreachable_fault
+from aioserver.client.retries import Reconnection, Retries
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+T = TypeVar("T")
+
+# Conversations of one page, at most.
+PAGE = 200
+# Bytes of one answer: the server sends 4 MiB of text at most, and JSON may need six bytes for one.
+MAX_BYTES = 1 << 26
+# Seconds for one request.
+REQUEST_TIMEOUT = 30.0
+
+_Time = Annotated[float, msgspec.Meta(ge=0)]
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A question and its answer, which ended at *time* (Unix seconds)."""
+
+    question: str
+    answer: str
+    time: float
+
+
+class Summary(msgspec.Struct, frozen=True):
+    """A conversation in a list: *title* is how its oldest question begins, *updated* the end of its newest turn (Unix seconds)."""
+
+    id: str
+    title: str = ""
+    updated: _Time = 0.0
+    messages: int = 0
+
+
+class _Page(msgspec.Struct):
+    conversations: list[Summary]
+    next: str | None = None
+
+
+class _Message(msgspec.Struct):
+    role: str
+    text: str = ""
+    time: _Time = 0.0
+
+
+class _Dialogue(msgspec.Struct):
+    messages: list[_Message]
+
+
+class History:
+    """The conversations of a caller, at the server at *url*."""
+
+    def __init__(
+        self,
+        session: aiohttp.ClientSession,
+        url: str,
+        headers: dict[str, str],
+        deadline: float | None,
+    ) -> None:
+        self._session = session
+        self._url = f"{url}/conversations"
+        self._headers = headers
+        self._deadline = deadline
+
+    async def listing(self, most: int) -> list[Summary]:
+        """Return the *most* conversations that were used last, the newest first."""
+        summaries: list[Summary] = []
+        before: str | None = None
+        while len(summaries) < most:
+            query = {"limit": str(min(PAGE, most - len(summaries)))}
+            if before is not None:
+                query["before"] = before
+            body = await self._request("GET", URL(self._url).with_query(query))
+            page = _decode(body, _Page)
+            summaries += page.conversations
+            if page.next is None or not page.conversations:
+                break
+            before = page.next
+        return summaries
+
+    async def turns(self, conversation_id: str) -> list[Turn]:
+        """Return the turns of a conversation that are kept, the oldest first."""
+        body = await self._request("GET", self._address(conversation_id))
+        return [*_turns(_decode(body, _Dialogue).messages)]
+
+    async def delete(self, conversation_id: str) -> None:
+        """Delete a conversation."""
+        await self._request("DELETE", self._address(conversation_id))
+
+    def _address(self, conversation_id: str) -> URL:
+        return URL(f"{self._url}/{quote(conversation_id, safe='')}", encoded=True)
+
+    async def _request(self, method: str, url: URL) -> bytes:
+        """Return the body of the answer, however often it must be asked for.
+
+        Raises:
+            AnswerError: there is none.
+        """
+        loop = asyncio.get_running_loop()
+        until = None if self._deadline is None else loop.time() + self._deadline
+        retries, reconnection = Retries(random.random), Reconnection(random.random)
+        while True:
+            try:
+                async with asyncio.timeout_at(until), asyncio.timeout(REQUEST_TIMEOUT):
+                    status, body, headers = await self._once(method, url)
+            except (OSError, aiohttp.ClientError) as error:
+                fault = unreachable_fault(self._url, error)
+                wait: float | None = reconnection.after_loss()
+                if reconnection.hopeless:
+                    wait = None
+            else:
+                if status in {200, 204}:
+                    return body
+                fault, final = refusal(status, headers, body)
+                wait = None if final else retries.after_refusal(fault)
+                if fault.code == "connect_error":
+                    wait = reconnection.after_loss(None, fault.retry_after)
+                reconnection.reached = True
+            if wait is None or (until is not None and loop.time() + wait >= until):
+                raise _error(fault)
+            await asyncio.sleep(wait)
+
+    async def _once(self, method: str, url: URL) -> tuple[int, bytes, dict[str, str]]:
+        async with self._session.request(
+            method,
+            url,
+            headers=self._headers,
+            allow_redirects=False,
+            timeout=aiohttp.ClientTimeout(total=REQUEST_TIMEOUT),
+        ) as response:
+            limit = MAX_BYTES if response.status == 200 else MAX_ERROR_BYTES
+            body = bytearray()
+            async for data in response.content.iter_any():
+                body += data
+                if len(body) > limit:
+                    raise _error(Fault("protocol_error", f"an answer of more than {limit} bytes"))
+            headers = {name.lower(): value for name, value in response.headers.items()}
+            return response.status, bytes(body), headers
+
+
+def _turns(messages: list[_Message]) -> Iterator[Turn]:
+    """Join each question with the answer that follows it."""
+    question = ""
+    for message in messages:
+        if message.role == "user":
+            question = message.text
+        elif message.role == "assistant":
+            yield Turn(question, message.text, message.time)
+            question = ""
+
+
+def _decode(body: bytes, kind: type[T]) -> T:
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise _error(Fault("protocol_error", f"no answer of an aioserver: {error}")) from None
+
+
+def _error(fault: Fault) -> AnswerError:
+    return AnswerError(
+        fault.code, fault.message, retryable=fault.retryable, retry_after=fault.retry_after
+    )
