@@ -275,6 +275,42 @@ async def test_an_event_is_given_out_once_and_a_gap_is_an_error(
         assert (result["text"], result["error"]) == ("123", None)
 
 
+@pytest.mark.parametrize(("seconds", "action"), [(0, "chat"), (26, "resume")])
+async def test_a_question_that_may_have_arrived_is_sent_again_while_the_server_knows_its_id(
+    server: RunningServer, page: Page, seconds: int, action: str
+) -> None:
+    frames: list[dict[str, Any]] = []
+    sockets: list[WebSocketRoute] = []
+
+    def between(here: WebSocketRoute) -> None:
+        def answer(message: str | bytes) -> None:
+            frame = json.loads(message)
+            if frame["action"] == "ping":
+                here.send(json.dumps({"request_id": None, "status": "pong", "chunk": {}}))
+                return
+            frames.append(frame)
+            if len(frames) > 1:
+                fault = {"error": "it is gone", "code": "stream_not_found", "retryable": False}
+                gone = {"request_id": frame["request_id"], "status": "error", "chunk": fault}
+                here.send(json.dumps(gone))
+
+        sockets.append(here)
+        here.on_message(answer)
+
+    await page.route_web_socket(re.compile("/ws/"), between)
+    await page.clock.install()
+    async with page_elsewhere(page, server.base):
+        await run(page, BEGIN, server.base, {})
+        await until(lambda: len(frames) == 1)
+        await page.clock.fast_forward(seconds * 1000)
+        await sockets[0].close(code=1011)
+        result = await outcome(page)
+
+    assert [frame["action"] for frame in frames] == ["chat", action]
+    assert frames[0]["request_id"] == frames[1]["request_id"]
+    assert result["error"]["code"] == "stream_not_found"
+
+
 @pytest.mark.parametrize("garbage", ["no JSON", "null", '{"status":"pong"', b"\x00"])
 async def test_what_is_no_frame_is_one_error(
     server: RunningServer, page: Page, garbage: str | bytes

@@ -14,7 +14,7 @@ from playwright.async_api import expect
 
 from aioserver.providers.simulator.exchange import Behaviour
 from tests.support.chat_page import ManualProvider, cut, said
-from tests.support.client_page import BLANK
+from tests.support.client_page import BLANK, unwatched
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -85,6 +85,15 @@ async def test_an_example_tells_the_end_by_an_error(
     async with example(page, name, server):
         await expect(page.get_by_role("status")).to_contain_text("Failed: ")
         await expect(page.locator("#answer")).not_to_be_empty()
+
+
+@pytest.mark.parametrize("name", PAGES)
+async def test_an_example_says_that_the_server_does_not_allow_it(
+    make_server: MakeServer, page: Page, name: str
+) -> None:
+    server = await make_server(**{"chat.websocket.allow_origins": ["https://chat.example.com"]})
+    async with unwatched(page) as mine, example(mine, name, server):
+        await expect(mine.get_by_role("status")).to_contain_text("does not allow http://127.0.0.1")
 
 
 async def test_the_page_stops_an_answer(make_server: MakeServer, page: Page) -> None:

@@ -62,7 +62,7 @@ export class Client {
     const body = JSON.stringify({ ...question, provider, model, metadata, streaming, options: fields }); // the same at each sending
     const link = { id, last, body, deadline, stop: new AbortController(), wake() {}, unread: [], text: "", complete: null };
     Object.assign(link, { attached: false, notBefore: 0, sent: 0, tries: 0, shown: last > 1 }); // event 1 is `processing`
-    Object.assign(link, { asked: options.lastEventId !== undefined, repeated: options.requestId !== undefined }); // before
+    Object.assign(link, { asked: options.lastEventId !== undefined, repeated: options.requestId !== undefined }); // surely; maybe
     const events = () => this.#events(link, AbortSignal.any([link.stop.signal, signal ?? link.stop.signal]));
     const pieces = async function* () { for await (const event of events()) if (event.type === "text") yield event.text; };
     const text = async () => (await Array.fromAsync(pieces())).join("");
@@ -124,10 +124,10 @@ export class Client {
     const { provider, model, conversation_id: conversationId, finish_reason: finishReason, usage = null } = chunk.metadata ?? {};
     if (status === "processing") return { type: status, number, provider, model, conversationId };
     if (status === "complete") return (link.complete = { type: status, number, finishReason, usage, provider, model });
-    link.shown ||= status === "chunk";
-    if (chunk.type === "tool_calls") return { type: "toolCalls", number, deltas: chunk.data };
-    if (chunk.type === "text") link.text += chunk.data;
-    if (chunk.type === "text" || chunk.type === "reasoning") return { type: chunk.type, number, text: chunk.data };
+    const { type, data } = status === "chunk" ? Object.assign(link, { shown: true }) && chunk : {}; // ignore what is of a later version
+    if (type === "tool_calls") return { type: "toolCalls", number, deltas: data };
+    if (type === "text") link.text += data;
+    if (type === "text" || type === "reasoning") return { type, number, text: data };
   }
 
   // The seconds until a question is asked again after an error; null: never. One without a number refused what was sent last.
@@ -296,5 +296,5 @@ async function refusal(response) {
   const passes = status === 408 || status === 429 || status >= 500;
   const { error } = await response.json().catch(() => ({}));
   const { code, message } = error ?? { code: passes ? "server_unavailable" : "protocol_error", message: `HTTP ${status}, not by us` };
-  return { code, error: message, retryable: passes && headers.get("x-should-retry") !== "false", retry_after: +headers.get("Retry-After") };
+  return { code, error: message, retryable: passes && headers.get("x-should-retry") !== "false", retry_after: +headers.get("Retry-After") || null };
 }
