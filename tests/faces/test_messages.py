@@ -15,6 +15,8 @@ from aioserver.protocol import eventstream
 from aioserver.protocol.anthropic import PING
 from aioserver.providers.simulator.exchange import Behaviour
 from aioserver.providers.simulator.server import Simulator
+from tests.support.chat import text_of
+from tests.support.chat import whole as read_over_sse
 from tests.support.keys import bearer, key_of, keys_of
 from tests.support.raw import Raw
 from tests.support.scripted_provider import EVENT_STREAM, LAST_CHUNK, ScriptedProvider, chunk
@@ -683,6 +685,9 @@ async def test_an_idempotency_key_brings_the_same_answer_again(
 
     assert bodies[0] == bodies[1]
     assert server.simulator.stats().requests == 1
+    frames = await read_over_sse(server, "k1")
+    assert frames[-1]["status"] == "complete"
+    assert text_of(frames) == "", "it is not shown on the other faces"
 
 
 async def test_an_answer_that_is_cancelled_ends_with_an_error(make_server: MakeServer) -> None:
