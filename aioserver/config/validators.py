@@ -314,6 +314,7 @@ TAKEN = frozenset(
         *("/client.js", "/client.d.ts", "/dashboard", "/events", "/metrics", "/session", "/stats"),
         *("/health", "/healthz", "/livez", "/ready", "/readyz"),
         *("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/models"),
+        *("/v1/messages", "/v1/messages/count_tokens"),
         "/v1/responses",
     )
 )

@@ -80,7 +80,7 @@ class RequestWriter:
             passed = client_headers.written(self._passed, self._configured)
             if b"user-agent: " not in passed:
                 passed += self._user_agent
-        if is_messages(path) and _VERSION_LINE not in passed and not self._versioned:
+        if is_messages(path) and not self._versioned and not _has_version(passed):
             passed += b"%b%b\r\n" % (_VERSION_LINE, VERSION.encode())
         return b"%b%d\r\n%b\r\n%b" % (head, len(body), passed, body)
 
@@ -122,6 +122,11 @@ class RequestWriter:
         host = self._base.host or ""
         anthropic = host == ANTHROPIC or host.endswith(f".{ANTHROPIC}")
         return {"x-api-key": key} if anthropic else {**bearer, "x-api-key": key}
+
+
+def _has_version(lines: bytes) -> bool:
+    """Return whether the header is among *lines*. No value has a line end, so it is never taken for a name."""
+    return b"\r\n%b" % _VERSION_LINE in b"\r\n%b" % lines
 
 
 class Sink(Protocol):

@@ -119,9 +119,10 @@ class MessageSink:
         for event in eventstream.split(block):
             # What is read of an event must not depend on those that came in the same read.
             if event.find(_USAGE) >= 0:
-                self._usage |= anthropic.usage_in(anthropic.content_of(event))
+                usage = anthropic.usage_in(anthropic.content_of(event))
+                self._usage = bounded({**self._usage, **usage})
         if self._usage:
-            self._stream.details.usage = bounded(anthropic.with_total(self._usage))
+            self._stream.details.usage = anthropic.with_total(self._usage)
 
     def _end_with_error(self, event: bytes) -> None:
         """End the log with the fault that the provider reports in *event*.

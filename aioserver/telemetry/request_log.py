@@ -11,10 +11,12 @@ stuttered says why: the provider sent nothing, we were late, or the client read 
 from __future__ import annotations
 
 import logging
+from operator import attrgetter
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from aioserver.errors import AioserverError, SlowClient
+from aioserver.protocol import anthropic
 from aioserver.telemetry.loop_lag import THRESHOLD
 from aioserver.telemetry.metrics import CANCELLED, CLIENT_LEFT, OK, Metrics
 
@@ -30,6 +32,9 @@ MAX_NAME = 200
 # The keys of the token counts in a usage: of chat completions, then of responses.
 TOKENS_IN = ("prompt_tokens", "input_tokens")
 TOKENS_OUT = ("completion_tokens", "output_tokens")
+# The HTTP status of an error, by the face that has others than the error's own.
+HTTP_STATUS = attrgetter("http_status")
+STATUSES: Mapping[str, Callable[[AioserverError], int]] = {"anthropic": anthropic.http_status}
 # A number of tokens from this bound on is ignored.
 MAX_TOKENS = 1 << 40
 
@@ -184,7 +189,7 @@ class RequestLog:
             public = error if isinstance(error, AioserverError) else None
             code = public.code if public else "internal_error"
             outcome = public.outcome if public else "internal_error"
-            status = public.http_status if public else 500
+            status = STATUSES.get(record.face, HTTP_STATUS)(public) if public else 500
         elif cancelled:
             outcome, status = (CLIENT_LEFT if record.abandoned else CANCELLED), 499
             if record.abandoned and record.slow_client:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ from aioserver.protocol import eventstream
 from aioserver.protocol.anthropic import PING
 from aioserver.providers.simulator.exchange import Behaviour
 from aioserver.providers.simulator.server import Simulator
+from tests.support.chat import text_of
+from tests.support.chat import whole as read_over_sse
 from tests.support.keys import bearer, key_of, keys_of
 from tests.support.raw import Raw
 from tests.support.scripted_provider import EVENT_STREAM, LAST_CHUNK, ScriptedProvider, chunk
@@ -683,6 +686,9 @@ async def test_an_idempotency_key_brings_the_same_answer_again(
 
     assert bodies[0] == bodies[1]
     assert server.simulator.stats().requests == 1
+    frames = await read_over_sse(server, "k1")
+    assert frames[-1]["status"] == "complete"
+    assert text_of(frames) == "", "it is not shown on the other faces"
 
 
 async def test_an_answer_that_is_cancelled_ends_with_an_error(make_server: MakeServer) -> None:
@@ -711,6 +717,24 @@ async def test_its_requests_and_tokens_are_counted_by_its_name(server: RunningSe
     assert tokens["input", "provider"] == 4
     assert tokens["output", "provider"] > 20
     assert ("output", "estimate") not in tokens
+
+
+async def test_the_log_has_the_status_that_the_client_has(
+    make_server: MakeServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = await make_server(**{"logging.level": "INFO"})
+    caplog.set_level(logging.INFO, "aioserver.requests")
+    statuses = []
+    for model in ("fault-status-529", "fault-status-401", "fault-status-404", "any"):
+        async with post(server, {**ASKED, "model": model}) as response:
+            statuses.append(response.status)
+            await response.read()
+        await server.forgive()
+    await server.nothing_held()
+
+    lines: list[Any] = [one for one in caplog.records if one.getMessage() == "request finished"]
+    assert [line.fields["status"] for line in lines] == statuses == [529, 502, 404, 200]
+    assert {line.fields["face"] for line in lines} == {"anthropic"}
 
 
 async def test_a_connection_is_used_again_after_an_answer(server: RunningServer) -> None:

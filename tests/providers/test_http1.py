@@ -78,6 +78,12 @@ def test_the_version_is_the_clients_where_it_sends_one() -> None:
     assert written(OTHER, "messages", client)[1]["anthropic-version"] == "2099-01-01"
 
 
+def test_a_value_that_looks_like_the_version_is_none() -> None:
+    client = CIMultiDict({"anthropic-beta": "anthropic-version: 2099-01-01"})
+
+    assert written(OTHER, "messages", client)[1]["anthropic-version"] == "2023-06-01"
+
+
 @pytest.mark.parametrize(
     ("path", "target"),
     [

@@ -225,6 +225,20 @@ def test_our_own_fault_is_an_event_of_its_form() -> None:
     )
 
 
+def test_usage_that_grows_costs_a_bounded_memory() -> None:
+    stream = new_stream()
+    sink = MessageSink(stream)
+    play(sink, START)
+
+    for number in range(200):
+        usage = {f"count_{number}_{part}": "x" * 100 for part in range(20)}
+        play(sink, event("message_delta", usage={**usage, "output_tokens": number}))
+
+    assert stream.details.usage is not None
+    assert len(orjson.dumps(stream.details.usage)) < 20_000
+    assert stream.details.usage["total_tokens"] == 7 + 199
+
+
 def test_usage_may_be_anything_and_its_unknown_counts_are_left_out() -> None:
     usages: tuple[Any, ...] = (None, [], "x", {"input_tokens": None}, {"cache": {"deep": 1}})
     for usage in usages:

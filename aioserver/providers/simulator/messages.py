@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _THOUGHT = "I am only simulated, so I think of nothing."
 _SIGNATURE = "c2ltdWxhdGVk"
+_EMPTY_THOUGHT = {"thinking": "", "signature": ""}
 
 
 def answer(request: ParsedRequest, ident: str, count: int = 0) -> Answer:
@@ -87,9 +88,6 @@ def _events(
     return streamed(opening, words, template, closing, _event("message_stop"))
 
 
-_EMPTY_THOUGHT = {"thinking": "", "signature": ""}
-
-
 def _thinking(request: ParsedRequest) -> list[dict[str, Any]]:
     """Return the block of thinking, if *request* wants one."""
     thinking = request.body.get("thinking")
@@ -126,8 +124,9 @@ def _delta(index: int, kind: str, **fields: str) -> bytes:
     return _event("content_block_delta", index=index, delta={"type": kind, **fields})
 
 
-def _with_forms(answer: Answer) -> Answer:
-    return dataclasses.replace(answer, idle=anthropic.PING, error_event=error_event)
+def _with_forms(plain: Answer) -> Answer:
+    """Return *plain* with what keeps a connection alive here, and with the errors of this API."""
+    return dataclasses.replace(plain, idle=anthropic.PING, error_event=error_event)
 
 
 def error_event(status: int, message: str) -> bytes:
