@@ -112,6 +112,7 @@ class Answer:
             self._deadline = asyncio.get_running_loop().time() + self._timeout
         while not self._ended:
             try:
+                self._check_deadline()
                 frames = self._rest or await self._frames()
                 if events := await self._take(frames):
                     return events
@@ -182,6 +183,17 @@ class Answer:
         if self._started:
             raise RuntimeError("an answer is read once: ask again, or keep what has come")
         self._started = True
+
+    def _check_deadline(self) -> None:
+        """Look at the time: if frames wait whenever the program comes, no timeout ever has its turn.
+
+        Raises:
+            TimeoutError: the deadline has passed. It does not matter once the last event has come.
+        """
+        if self._deadline is None or self._reading.ended:
+            return
+        if asyncio.get_running_loop().time() >= self._deadline:
+            raise TimeoutError
 
     async def _frames(self) -> list[Frame]:
         """Return the next frames.
@@ -272,7 +284,9 @@ class Answer:
         """Return the fault of an answer whose deadline has passed."""
         if self._fault is not None:
             return self._fault
-        return Fault("deadline_exceeded", f"no whole answer within {self._timeout:g} s", True)
+        message = f"no whole answer within {self._timeout:g} s"
+        # Once a provider has begun, another answer is another price.
+        return Fault("deadline_exceeded", message, not self._reading.last)
 
     def _error(self, fault: Fault) -> AnswerError:
         return AnswerError(

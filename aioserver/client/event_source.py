@@ -55,7 +55,7 @@ class EventSourceReading(Reading):
         self._reconnection = Reconnection(random.random)
         # What happened after the frames that were returned.
         self._interrupted: Interrupted | None = None
-        self._sent = self._left = self._ended = False
+        self._sent = self._left = False
 
     async def frames(self) -> list[Frame]:
         """Return the frames that have come."""
@@ -79,7 +79,7 @@ class EventSourceReading(Reading):
         """Read no further."""
         self._drop()
         self._transport.forget(self)
-        if self._left or self._ended or not self._sent:
+        if self._left or self.ended or not self._sent:
             return None
         self._left = True
         return self._transport.cancel(self.question.request_id)
@@ -96,8 +96,7 @@ class EventSourceReading(Reading):
                     self._count(frame)
                     self._reconnection.progressed()
                     frames.append(frame)
-                    if frame.ends:
-                        self._ended = True
+                    if self.ended:
                         break
                 elif frame.status == "queued":
                     frames.append(frame)
@@ -108,7 +107,7 @@ class EventSourceReading(Reading):
             self._interrupted = error
         except (server_frames.BadFrame, eventstream.EventTooLong) as error:
             self._interrupted = protocol_error(str(error))
-        if self._interrupted is not None or self._ended:
+        if self._interrupted is not None or self.ended:
             self._drop()
             if self._interrupted is not None and not frames:
                 interrupted, self._interrupted = self._interrupted, None
@@ -182,7 +181,7 @@ class EventSourceReading(Reading):
         """Let the response go; its connection may be used again after the last event."""
         response, self._response = self._response, None
         if response is not None:
-            if self._ended:
+            if self.ended:
                 self._transport.finish(response)
             else:
                 response.close()

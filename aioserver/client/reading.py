@@ -110,6 +110,8 @@ class Reading(ABC):
     def __init__(self, question: Question) -> None:
         self.question = question
         self.last = 0
+        # Whether the last event has come; the program may not have read it yet.
+        self.ended = False
 
     @abstractmethod
     async def frames(self) -> list[Frame]:
@@ -140,6 +142,7 @@ class Reading(ABC):
         if frame.event_id != self.last + 1:
             raise protocol_error(f"event {frame.event_id} came after event {self.last}")
         self.last += 1
+        self.ended = frame.ends
 
 
 class Transport(Protocol):

@@ -45,8 +45,8 @@ class SocketTransport:
         self._headers = headers
         self._connections: list[Connection] = []
         self._opening: asyncio.Task[None] | None = None
-        # The last loss, and the loop's time before which no connection is opened.
-        self._loss: Lost | None = None
+        # Why there is no connection, and the loop's time before which none is opened.
+        self._loss: tuple[Fault, float] | None = None
         # Answers to be cancelled when there is a connection, and until which time of the loop.
         self._cancels: dict[str, float] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -68,8 +68,8 @@ class SocketTransport:
                     return connection
             if self.closed:
                 raise Broken(CLOSED)
-            if self._opening is None and self._loss is not None and loop.time() < self._loss.until:
-                raise Lost(self._loss.fault, self._loss.until)
+            if self._opening is None and self._loss is not None and loop.time() < self._loss[1]:
+                raise Lost(*self._loss)
             opening = self._open_once()
             # Others may wait for the same connection, so it is opened even if this one gives up.
             await asyncio.wait([opening])
@@ -87,8 +87,8 @@ class SocketTransport:
         """Return the loss of a connection, which holds the next one back for *delay* seconds."""
         if self.reconnection.hopeless:
             return Broken(fault)
-        self._loss = Lost(fault, asyncio.get_running_loop().time() + delay)
-        return self._loss
+        self._loss = fault, asyncio.get_running_loop().time() + delay
+        return Lost(*self._loss)
 
     def gone(self, connection: Connection) -> None:
         """Forget a connection that is closed."""
@@ -115,7 +115,7 @@ class SocketTransport:
                 candidate.send(frame, done=done)
                 return done
         self._cancels[request_id] = loop.time() + CANCEL_WINDOW
-        if self._loss is None or self._loss.until <= loop.time():
+        if self._loss is None or self._loss[1] <= loop.time():
             self._open_once()
         return None
 

@@ -74,7 +74,7 @@ class SocketReading(Reading):
         self._waiter: asyncio.Future[None] | None = None
         # Whether frames were dropped; and whether they were asked for again.
         self._behind = self._resuming = False
-        self._left = self._ended = False
+        self._left = False
 
     async def frames(self) -> list[Frame]:
         """Return the frames that have come."""
@@ -84,7 +84,8 @@ class SocketReading(Reading):
                 return frames
             if self._interrupted is not None:
                 interrupted, self._interrupted = self._interrupted, None
-                raise interrupted
+                # Its traceback would keep what other readings had that were interrupted by it.
+                raise interrupted.with_traceback(None)
             if self.connection is None:
                 connection = await self._transport.connection(self.question.request_id)
                 connection.add(self)
@@ -124,8 +125,7 @@ class SocketReading(Reading):
             self._behind = self._resuming = False
             self._unread += size
             self._frames.append(frame)
-            if frame.ends:
-                self._ended = True
+            if self.ended:
                 self._detach()
         self._wake()
 
@@ -137,7 +137,7 @@ class SocketReading(Reading):
 
     def leave(self) -> asyncio.Future[None] | None:
         """Read no further."""
-        if self._left or self._ended:
+        if self._left or self.ended:
             return None
         self._left = True
         connection = self.connection

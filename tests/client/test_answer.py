@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
@@ -37,6 +38,10 @@ def error(code: str, number: int | None = None, /, **chunk: Any) -> dict[str, An
 
 def client_of(server: ScriptedServer, transport: Transport, **arguments: Any) -> Client:
     return Client(server.url, transport=transport, **{"deadline": 1000.0, **arguments})
+
+
+def said(word: str, number: int) -> dict[str, Any]:
+    return frame("", "chunk", number, type="text", data=word, metadata={})
 
 
 async def test_events_are_what_the_server_says(transport: Transport) -> None:
@@ -286,6 +291,41 @@ async def test_silence_ends_at_the_deadline_and_is_cancelled(transport: Transpor
 
     assert (caught.value.code, caught.value.text) == ("deadline_exceeded", "Hel")
     assert caught.value.message == "no whole answer within 20 s"
+
+
+@pytest.mark.virtual_time
+async def test_program_that_always_finds_text_is_ended_by_the_deadline(
+    transport: Transport,
+) -> None:
+    async def talk(peer: SocketPeer | ResponsePeer, command: dict[str, Any]) -> None:
+        await saying(HELLO[0])(peer, command)
+        for number in itertools.count(2):
+            await peer.send({**said("word ", number), "request_id": command["request_id"]})
+            if number % 5 == 0:
+                await asyncio.sleep(0.001)
+
+    async with ScriptedServer(answers=[talk]) as server, client_of(server, transport) as client:
+
+        async def read_slowly() -> None:
+            async for _piece in client.chat("Hi", deadline=0.05):
+                await asyncio.sleep(0.001)
+
+        with pytest.raises(AnswerError) as caught:
+            await read_slowly()
+
+    assert caught.value.code == "deadline_exceeded"
+    assert not caught.value.retryable
+
+
+@pytest.mark.virtual_time
+async def test_answer_that_is_there_is_read_after_the_deadline(transport: Transport) -> None:
+    async with ScriptedServer(answers=[WHOLE]) as server, client_of(server, transport) as client:
+        pieces = []
+        async for piece in client.chat("Hi", deadline=5.0):
+            pieces.append(piece)
+            await asyncio.sleep(10)
+
+    assert pieces == ["Hel", "lo"]
 
 
 @pytest.mark.virtual_time

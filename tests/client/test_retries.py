@@ -10,7 +10,7 @@ from aioserver.client import retries
 from aioserver.client.errors import Fault
 from aioserver.client.retries import FULL, UNPAID, Reconnection, Retries
 
-SEEDS = range(200)
+SEEDS = range(60)
 CODES = sorted(FULL | UNPAID | {"server_shutdown", "read_timeout", "internal_error", "a new one"})
 
 

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from aioserver.client import events
 from aioserver.config import configuration
 from aioserver.faces.client_messages import ClientMessages
 from aioserver.protocol import eventstream, model_body
@@ -48,6 +49,7 @@ BREAKAGES: dict[str, tuple[object, str, object]] = {
     "provider_answer": (Exchange, "_settle", lambda _exchange: None),
     "responses": (sinks, "up_to_end", lambda block: (block, b"response.completed" in block)),
     "client_frames": (ClientMessages, "_count", lambda _messages, _size: True),
+    "server_frames": (events, "_text", lambda metadata, name: metadata.get(name)),
     "chat_bodies": (model_body, "_find", lambda data, value: data.find(value)),
     "configuration": (configuration, "_lines", lambda _faults: ["a line without a place"]),
 }

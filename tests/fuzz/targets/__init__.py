@@ -36,6 +36,7 @@ TARGETS = (
     "provider_answer",
     "responses",
     "client_frames",
+    "server_frames",
     "chat_bodies",
     "configuration",
 )
