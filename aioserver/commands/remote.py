@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+import dataclasses
 from http import HTTPStatus
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import click
 
 from aioserver.client import refusals
 from aioserver.client.client import base_url
+
+if TYPE_CHECKING:
+    from aioserver.client.errors import Fault
 
 RICH_MISSING = (
     "rich is not installed, and this command draws with it: run pip install '.[cli]' in the clone"
@@ -32,15 +35,6 @@ class Unreachable(Exception):
 
 class KeyNeeded(Unreachable):
     """The server wants a key, and we have none that it knows."""
-
-
-@dataclass(frozen=True, slots=True)
-class ErrorDetails:
-    """An error that the server reported. *retry_after* is in seconds, None if there was none."""
-
-    code: str
-    message: str
-    retry_after: float | None = None
 
 
 def _check_url(_context: click.Context, _parameter: click.Parameter, text: str) -> str:
@@ -124,20 +118,14 @@ def printable(text: object) -> str:
     return line if len(line) <= MAX_TEXT else f"{line[:MAX_TEXT]}…"
 
 
-async def read_error(response: aiohttp.ClientResponse) -> ErrorDetails:
+async def read_error(response: aiohttp.ClientResponse) -> Fault:
     """Read the error in a response whose status is not 200, up to MAX_ERROR_BYTES of its body."""
-    body = await response.content.read(MAX_ERROR_BYTES)
-    fault, _ = refusals.refusal(response.status, response.headers, body)
-    return ErrorDetails(printable(fault.code), printable(fault.message), fault.retry_after)
+    fault, _final = refusals.refusal(
+        response.status, response.headers, await response.content.read(MAX_ERROR_BYTES)
+    )
+    return shown(fault)
 
 
-def parse_error(answer: Any, code: str, retry_after: float | None = None) -> ErrorDetails:
-    """Return the error in a decoded body or event, whose `error` is an object like OpenAI's.
-
-    *code* is for an error that has none.
-    """
-    error = answer.get("error") if isinstance(answer, dict) else None
-    if not isinstance(error, dict):
-        return ErrorDetails(code, printable(error or ""), retry_after)
-    code = printable(error.get("code") or code)
-    return ErrorDetails(code, printable(error.get("message") or ""), retry_after)
+def shown(fault: Fault) -> Fault:
+    """Return *fault* for a terminal: what the server has said in it is printable."""
+    return dataclasses.replace(fault, code=printable(fault.code), message=printable(fault.message))

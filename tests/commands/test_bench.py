@@ -17,6 +17,7 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from aioserver.__main__ import cli
+from aioserver.client.errors import Fault
 from aioserver.commands import remote
 from aioserver.commands.bench import command, table
 from aioserver.commands.bench.attempt import Attempt
@@ -327,7 +328,7 @@ def test_only_what_says_not_now_before_the_first_token_is_a_refusal() -> None:
     late.token()
 
     for attempt in (early, late):
-        attempt.error(remote.ErrorDetails("server_shutdown", "the server is stopping"))
+        attempt.error(Fault("server_shutdown", "the server is stopping"))
         attempt.settle()
 
     assert results.refused == {"server_shutdown": 1}

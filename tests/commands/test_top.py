@@ -5,10 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
-import pty
-import signal
-import sys
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +16,7 @@ from aioserver.commands import remote
 from aioserver.commands.top.feed import Feed, LostError, State
 from aioserver.commands.top.screen import render
 from tests.support.process import WITHOUT_RICH, run_command
+from tests.support.terminal import CTRL_C, terminal
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
@@ -406,45 +403,16 @@ async def test_without_rich_the_way_to_install_it_is_said() -> None:
 
 async def test_a_terminal_is_drawn_on_until_ctrl_c() -> None:
     """The terminal is a real one: the screen must be as it was before."""
-    ours, theirs = pty.openpty()
-    seen = bytearray()
-    loop = asyncio.get_running_loop()
-    async with standing_in() as server:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "aioserver",
-            "top",
-            server.base,
-            stdin=theirs,
-            stdout=theirs,
-            stderr=theirs,
-            env={**os.environ, "TERM": "xterm", "COLUMNS": "80", "LINES": "40"},
-        )
-        os.close(theirs)
-        os.set_blocking(ours, False)
-        loop.add_reader(ours, lambda: seen.extend(_read(ours)))
-        try:
-            await until(lambda: b"3 of 100" in seen, 30.0, lambda: bytes(seen))
-            process.send_signal(signal.SIGINT)
-            async with asyncio.timeout(10):
-                assert await process.wait() == 0
-            await until(lambda: b"\x1b[?1049l" in seen)
-        finally:
-            loop.remove_reader(ours)
-            os.close(ours)
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
+    async with (
+        standing_in() as server,
+        terminal("-m", "aioserver", "top", server.base, lines=40) as shown,
+    ):
+        await shown.shows("3 of 100")
+        shown.type(CTRL_C)
 
-    assert b"Traceback" not in seen
-
-
-def _read(file: int) -> bytes:
-    try:
-        return os.read(file, 65536)
-    except OSError:  # the other side is closed: EIO on Linux
-        return b""
+        assert await shown.ended() == 0
+        await until(lambda: "\x1b[?1049l" in shown.seen)
+        assert "Traceback" not in shown.seen
 
 
 def test_each_instance_has_a_line_with_its_share() -> None:

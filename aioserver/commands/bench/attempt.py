@@ -11,8 +11,8 @@ from aioserver.provider_errors import subclasses
 if TYPE_CHECKING:
     from collections import Counter
 
+    from aioserver.client.errors import Fault
     from aioserver.commands.bench.results import Results, Waits
-    from aioserver.commands.remote import ErrorDetails
 
 
 # These statuses say "not now". An answer that fails in any other way is incomplete.
@@ -102,7 +102,7 @@ class Attempt:
         if not self.ended:
             self._end()
 
-    def error(self, error: ErrorDetails) -> None:
+    def error(self, error: Fault) -> None:
         """Record that the server reported an error instead of the answer, or of the rest of it."""
         self.retry_after = error.retry_after
         refused = error.code in REFUSALS and not self._first_token_seen

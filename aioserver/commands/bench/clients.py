@@ -15,6 +15,9 @@ import aiohttp
 import orjson
 from aiohttp import WSMsgType
 
+from aioserver.client.errors import Fault
+from aioserver.client.reading import fault_of
+from aioserver.client.refusals import error_object
 from aioserver.commands import remote
 from aioserver.protocol import server_frames
 from aioserver.protocol.eventstream import Splitter, parse
@@ -265,10 +268,7 @@ def report_frame(attempt: Attempt, frame: Frame) -> None:
         case "complete":
             attempt.complete()
         case "error" | "busy":
-            chunk = frame.chunk
-            code = remote.printable(chunk.code or "error")
-            message = remote.printable(chunk.error)
-            attempt.error(remote.ErrorDetails(code, message, chunk.retry_after))
+            attempt.error(remote.shown(fault_of(frame)))
         case "cancelled":
             attempt.fail("cancelled")
 
@@ -278,7 +278,8 @@ def _read(attempt: Attempt, reading: Reading, data: bytes) -> bool:
     try:
         return bool(reading.read(data))
     except ErrorEvent:
-        attempt.error(remote.parse_error(orjson.loads(data), "provider_error"))
+        code, message = error_object(data)
+        attempt.error(remote.shown(Fault(code or "provider_error", message)))
     except BadEvent as error:
         attempt.fail("not_understood", str(error))
     return False

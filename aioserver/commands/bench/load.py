@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import aiohttp
 
+from aioserver.client.errors import Fault
 from aioserver.commands import remote
 from aioserver.commands.bench.attempt import Attempt
 from aioserver.commands.bench.clients import CLIENTS, Question
@@ -144,7 +145,7 @@ class Run:
             attempt.fail("timeout", f"no end within {self.plan.timeout:g} s")
         except aiohttp.WSServerHandshakeError as error:
             code = f"http_{error.status}"
-            attempt.error(remote.ErrorDetails(code, "the WebSocket handshake was refused"))
+            attempt.error(Fault(code, "the WebSocket handshake was refused"))
         except aiohttp.ClientConnectorError as error:
             attempt.fail("cannot_connect", remote.describe(error))
         except (aiohttp.ClientError, OSError) as error:

@@ -118,6 +118,8 @@ def _whole_question(text: str, *, person: bool) -> str:
         BadQuestion: there is no question, or one that cannot be sent.
     """
     if sys.stdin is not None and not (person and text):
+        if person:
+            asking.warn("type the question, and Ctrl-D at its end")
         text = "\n\n".join(filter(None, (text, question.read(sys.stdin.buffer))))
     if not text:
         raise question.BadQuestion("there is no question: give it as an argument, or on stdin")

@@ -331,3 +331,17 @@ async def test_the_position_in_front_of_a_full_server_is_shown(make_server: Make
         second.type(CTRL_C)
         await second.shows("(stopped)")
     await server.nothing_held()
+
+
+async def test_a_file_for_the_answer_makes_one_question_of_what_is_typed(
+    told: RunningServer, provider: TellingProvider
+) -> None:
+    ours, theirs = os.pipe()
+    async with terminal(*COMMAND, told.base, stdout=theirs) as shown:
+        os.close(theirs)
+        await shown.shows("type the question, and Ctrl-D at its end")
+        shown.type(f"One\ntwo\n{CTRL_D}")
+        assert await shown.ended() == 0
+    with os.fdopen(ours, "rb") as answer:
+        assert answer.read() == b"Hello\n"
+    assert provider.questions[0][0]["content"] == "One\ntwo"
