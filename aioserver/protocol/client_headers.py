@@ -107,7 +107,7 @@ def collect(headers: MultiMapping[str], names: Collection[str] = ()) -> ClientHe
                 lines += [
                     (name, value)
                     for text in headers.getall(name, ())
-                    if (value := _bytes(text)) is not None
+                    if (value := as_sent(text)) is not None
                 ]
     trace_id, trace = _trace(headers)
     return ClientHeaders([*lines, *trace], trace_id)
@@ -152,7 +152,7 @@ def _connection_options(headers: MultiMapping[str]) -> list[str]:
     return [option.strip().lower() for option in options.split(",")]
 
 
-def _bytes(text: str) -> bytes | None:
+def as_sent(text: str) -> bytes | None:
     """Return the bytes of a header's value as the client sent them; None if HTTP forbids one of them."""
     try:
         # As aiohttp decodes them.

@@ -22,7 +22,16 @@ from aioserver.auth.access import Access
 from aioserver.auth.guard import Guard, Policy
 from aioserver.auth.keys import pepper_of, quota_of
 from aioserver.auth.origins import Origins
-from aioserver.faces import openai, pages, responses, session, sse, status, websocket
+from aioserver.faces import (
+    openai,
+    pages,
+    passthrough,
+    responses,
+    session,
+    sse,
+    status,
+    websocket,
+)
 from aioserver.faces.admission import Admission
 from aioserver.faces.context import Context, CurrentSettings, Lifecycle
 from aioserver.faces.http import Request
@@ -315,6 +324,7 @@ def _add_routes(app: web.Application, context: Context) -> None:
             *sse.routes(context),
             *openai.routes(context),
             *responses.routes(context),
+            *passthrough.routes(context),
         ],
         Policy.ADMIN: status.routes(context),
         Policy.OPEN: [
