@@ -913,6 +913,17 @@ async def test_the_limits_of_a_key_hold(make_server: MakeServer) -> None:
         assert (await first)[0] == 200
 
 
+async def test_tokens_are_not_estimated_where_nothing_says_how_many_there_are(
+    make_server: MakeServer, account: Account
+) -> None:
+    paced = {f"{SIM_HTTP_CLIENT}.tokens_per_minute": 10, "llm.providers.sim.max_tokens": 10}
+    server = await make_server(**settings_for(account), **paced)
+    for _ in range(3):
+        assert (await send(server, "POST", "audio/x", data=b"x" * 1000, headers=AUDIO))[0] == 200
+
+    assert server.owners.provider_registry.providers["sim"].stats().queue.waiting == 0
+
+
 async def test_a_full_server_refuses(make_server: MakeServer) -> None:
     async def play(peer: Peer) -> None:
         await read_head(peer)
