@@ -88,7 +88,7 @@ async def test_the_state_shows_connections_and_pools(make_server: MakeServer, pa
     connections = state["connections"]
     assert (connections["active"], connections["limit"]) == (1, 50)
     assert (connections["waiting"], connections["queue_size"]) == (0, 50)
-    assert connections["active_by_face"] == {"websocket": 0, "sse": 0, "openai": 1}
+    assert connections["active_by_face"] == {"websocket": 0, "sse": 0, "openai": 1, "other": 0}
     sim = state["providers"]["sim"]
     assert (sim["usable"], sim["active"], sim["in_flight"], sim["limit"]) == (True, True, 1, 20)
     assert sim["pool"] == {"open": 1, "idle": 0, "limit": 20, "waiting": 0}
