@@ -176,6 +176,11 @@ class Attempt:
         """What decides whether the exchange may pause; None for that of the provider."""
         return None
 
+    @property
+    def says_little(self) -> bool:
+        """Whether a fault of it says nothing of the provider as a whole, neither of its health nor of our key."""
+        return False
+
     def written(self, writer: RequestWriter) -> bytes:
         """Return the bytes to send. They are made now: the settings, and the model, may change in a wait."""
         request = self.request

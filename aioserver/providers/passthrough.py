@@ -185,6 +185,11 @@ class PassedAttempt(Attempt):
         """One that always lets the exchange pause: an answer of any size must not be read ahead of its client."""
         return Backpressure(lambda: 0)
 
+    @property
+    def says_little(self) -> bool:
+        """Whether the provider has answered with a fault: it may not have this path, or our key not the right to it."""
+        return self.status >= 300
+
     def written(self, writer: RequestWriter) -> bytes:
         """Return the bytes to send, up to the body that is uploaded."""
         return self._passed.written(writer, self.provider.settings)

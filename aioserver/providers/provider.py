@@ -360,8 +360,8 @@ class Provider:
                 attempts[exc.attempt_outcome].value += 1
         elif isinstance(exc, asyncio.CancelledError) and attempt.request.record.sent_at:
             attempts["cancelled"].value += 1
-        if outdated:
-            # Its fault is that of former settings, with another key or address.
+        if outdated or attempt.says_little:
+            # Its fault is that of former settings, with another key or address, or of one path.
             self.health.breaker.unsure(trial=trial)
         elif self.health.attempt_failed(
             exc, attempt.began, trial=trial, answered=attempt.answered

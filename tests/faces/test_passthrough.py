@@ -583,6 +583,29 @@ async def test_a_fault_means_what_it_means_elsewhere_and_is_not_tried_again(
             assert server.provider.stats().pace.cooling > 5
 
 
+@pytest.mark.parametrize("status", [301, 401, 402, 403, 500, 501, 503])
+async def test_a_path_that_a_provider_refuses_costs_no_other_path(
+    make_server: MakeServer, status: int
+) -> None:
+    """A key without the right to make pictures, or an engine without that path, still chats."""
+    chat = json.dumps({"choices": [{"message": {"content": "Hi"}}]}).encode()
+
+    def reply(passed: Passed) -> bytes:
+        return answer(chat) if "chat" in passed.target else answer(b"{}", status)
+
+    async with Account(reply) as account:
+        server = await make_server(**settings_for(account))
+        for _ in range(40):
+            assert (await send(server, "POST", "images/generations", json={}))[0] == 502
+        assert server.provider.health.state == "well"
+        assert not server.provider.health.flagged
+        status, content, _ = await send(server, "POST", "chat/completions", json=CHAT)
+
+        assert (status, content) == (200, chat)
+        # None was left out meanwhile.
+        assert len(account.passed) == 41
+
+
 async def test_a_page_of_a_proxy_is_not_shown(make_server: MakeServer) -> None:
     async with Account(lambda _p: answer(b"<html>", 404, "Content-Type: text/html")) as account:
         server = await make_server(**settings_for(account))
