@@ -1,4 +1,4 @@
-"""Writes the tables of `configuration.md` from the declarations of the settings.
+"""Writes the tables of `configuration.md`, and `config.schema.json`, from the declarations of the settings.
 
 python docs/tables.py            write them
 python docs/tables.py --check    exit with 1 if they are stale
@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aioserver.config import json_schema
+from aioserver.config.configuration import SHIPPED
 from aioserver.config.schema import fields, required
 from aioserver.config.settings import Settings
 from aioserver.server.reload import ONLY_BY_RESTART
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 PAGE = Path(__file__).with_name("configuration.md")
+# What ships with the package; the file of the same name in the repository's root is a link to it.
+SCHEMA = SHIPPED.with_name("config.schema.json")
 BEGIN = "<!-- The rest of this page is made by `python docs/tables.py`. -->\n"
 HEAD = "| key | type | default | meaning |\n| --- | --- | --- | --- |\n"
 
@@ -64,19 +68,20 @@ def default_of(field: dataclasses.Field[Any]) -> Any:
 
 def main(*, check: bool) -> int:
     """Write the tables, or compare them with the page. Returns the exit code."""
-    page = PAGE.read_text("utf-8")
-    before, marker, after = page.partition(BEGIN)
+    before, marker, _ = PAGE.read_text("utf-8").partition(BEGIN)
     if not marker:
         sys.stderr.write(f"{PAGE} has no line {BEGIN}")
         return 1
-    tables = "".join(sections(Settings))
-    if tables == after:
-        return 0
-    if check:
-        sys.stderr.write("docs/configuration.md is stale: run `python docs/tables.py`\n")
-        return 1
-    PAGE.write_text(before + marker + tables, "utf-8")
-    return 0
+    made = {PAGE: before + marker + "".join(sections(Settings)), SCHEMA: json_schema.text()}
+    stale = [
+        path for path, text in made.items() if not path.exists() or path.read_text("utf-8") != text
+    ]
+    for path in stale:
+        if check:
+            sys.stderr.write(f"{path.name} is stale: run `python docs/tables.py`\n")
+        else:
+            path.write_text(made[path], "utf-8")
+    return 1 if check and stale else 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`aioserver check`: validate a configuration without starting, and print it."""
+"""`aioserver check`: validate a configuration without starting, and print it, or print the schema of all."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import click
 import yaml
 
 from aioserver.commands import options
-from aioserver.config import Configuration
+from aioserver.config import Configuration, json_schema
 from aioserver.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -18,14 +18,22 @@ if TYPE_CHECKING:
 
 @click.command("check")
 @options.config
+@click.option(
+    "--schema",
+    is_flag=True,
+    help="Print the JSON Schema of config.yaml, for an editor, and read no configuration.",
+)
 @options.version
-def command(config: Path | None) -> int:
+def command(config: Path | None, *, schema: bool) -> int:
     """Validate the configuration and print it.
 
     Nothing is started. Every fault is reported at once, with its line and column; a configuration
     without a fault is printed as YAML, with defaults and environment variables applied and secrets
     masked. Exit code 2: `serve` would refuse it.
     """
+    if schema:
+        print(json_schema.text(), end="")
+        return 0
     return check(config)
 
 

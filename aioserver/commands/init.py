@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 
 import click
 
 from aioserver.commands import options
+from aioserver.config import json_schema
 from aioserver.config.configuration import SHIPPED
+
+# Beside the configuration, whose first lines name it for editors.
+SCHEMA = "config.schema.json"
 
 
 @click.command("init")
@@ -18,13 +23,14 @@ def command(file: Path) -> int:
     """Write a commented config.yaml to start from.
 
     FILE is config.yaml in the current folder unless you name another. A file that exists is never
-    overwritten.
+    overwritten. Beside it comes config.schema.json, by which editors complete and check FILE; `aioserver
+    check --schema` prints it anew.
     """
     return init(file)
 
 
 def init(target: Path) -> int:
-    """Write the shipped configuration to *target*, never over a file.
+    """Write the shipped configuration to *target*, never over a file, and its schema beside it, unless one is there.
 
     Returns the exit code: 0, or 2 where *target* exists or cannot be written.
     """
@@ -38,5 +44,8 @@ def init(target: Path) -> int:
     except OSError as error:
         print(f"{target} cannot be written: {error.strerror}", file=sys.stderr)
         return 2
+    # Without the schema an editor helps less, and nothing else is missing.
+    with contextlib.suppress(OSError), target.with_name(SCHEMA).open("x") as schema:
+        schema.write(json_schema.text())
     print(f"{target} written; `aioserver check --config {target}` validates it")
     return 0

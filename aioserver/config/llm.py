@@ -188,6 +188,12 @@ class Provider:
         "wait in its queue, for queue_timeout at most, until it is back",
         "fail",
     )
+    account_paths: bool = setting(
+        boolean,
+        "whether admins may use the objects of the account that the API key belongs to: files, batches, "
+        "vector_stores and every other path of the API",
+        False,
+    )
     http_client: HttpClient = group(HttpClient)
 
     def __post_init__(self) -> None:

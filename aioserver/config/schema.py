@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, TypeVar
 import voluptuous as vol
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
 T = TypeVar("T")
 # The path of a setting that breaks a rule, from its section, and the message.
@@ -106,13 +106,15 @@ class Validator:
 
     *kind* is the type that the documentation shows. *inner* is the settings class of the sections
     inside the value, if there are any, and *suffix* is what follows the key if the value may hold
-    several of them: `.<name>` in a mapping, `[]` in a list.
+    several of them: `.<name>` in a mapping, `[]` in a list. *json* is the JSON Schema of the value, which
+    accepts at least what *test* does; json_schema.py makes that of a section, whose *json* is empty.
     """
 
     kind: str
     test: Callable[[Any], Any]
     inner: type[Any] | None = None
     suffix: str = ""
+    json: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
 
     def __call__(self, value: Any) -> Any:
         """Return the value to keep. `FAULTY` passes, because its fault is known already.
@@ -200,7 +202,7 @@ def section(cls: type[T]) -> Validator:
             raise Faults([*errors, *broken], partial) from None
         return cls(**values)
 
-    return Validator("section", test, cls)
+    return Validator("section", test, cls, json={"section": cls})
 
 
 def _partial(cls: type[T], mapping: dict[str, Any]) -> tuple[T | Any, list[vol.Invalid]]:

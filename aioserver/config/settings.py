@@ -99,7 +99,11 @@ class ClientKey:
     priority: int = setting(
         weight, "weight of this key in a provider's queue: 2 gets twice the starts of 1", 1
     )
-    admin: bool = setting(boolean, "whether this key may read /stats, /events and /metrics", False)
+    admin: bool = setting(
+        boolean,
+        "whether this key may read /stats, /events and /metrics, and use account_paths of a provider",
+        False,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -48,7 +48,7 @@ def whole(low: int, high: int, kind: str) -> Validator:
             refuse(f"must be at most {high}, not {show(value)}")
         return value
 
-    return Validator(kind, test)
+    return Validator(kind, test, json={"type": "integer", "minimum": low, "maximum": high})
 
 
 def number(low: float, kind: str, *, above: bool = False) -> Validator:
@@ -64,7 +64,8 @@ def number(low: float, kind: str, *, above: bool = False) -> Validator:
             refuse(f"must be {bound}, not {show(value)}")
         return float(value)
 
-    return Validator(kind, test)
+    bound = "exclusiveMinimum" if above else "minimum"
+    return Validator(kind, test, json={"type": "number", bound: low, "maximum": MAX_NUMBER})
 
 
 def text(
@@ -92,7 +93,13 @@ def text(
             refuse(f"expected {expected}" + (f", not {show(value)}" if shown else ""))
         return value
 
-    return Validator(kind, test)
+    json = {"type": "string"} if pattern is None else matching(pattern)
+    return Validator(kind, test, json=json)
+
+
+def matching(pattern: str) -> dict[str, Any]:
+    """Return the JSON Schema of text that matches the whole *pattern*."""
+    return {"type": "string", "pattern": f"^(?:{pattern})$"}
 
 
 def url(*schemes: str, rest: str = r"[^\s\x00-\x1f\x7f?#@]+", shown: bool = False) -> Validator:
@@ -126,7 +133,7 @@ def url(*schemes: str, rest: str = r"[^\s\x00-\x1f\x7f?#@]+", shown: bool = Fals
                 )
             raise
 
-    return Validator("URL", test)
+    return Validator("URL", test, json=plain.json)
 
 
 def one_of(*words: str, fold: Callable[[str], str] = str) -> Validator:
@@ -138,7 +145,12 @@ def one_of(*words: str, fold: Callable[[str], str] = str) -> Validator:
             refuse(f"expected one of {', '.join(words)}, not {show(value)}{hint}")
         return fold(value)
 
-    return Validator(" \\| ".join(words), test)
+    # The words themselves, which an editor offers.
+    json: dict[str, Any] = {"enum": list(words)}
+    if fold is not str:
+        letters = ["".join(f"[{c.upper()}{c.lower()}]" for c in word) for word in words]
+        json = {"anyOf": [json, matching("|".join(letters))]}
+    return Validator(" \\| ".join(words), test, json=json)
 
 
 def optional(validator: Validator, nothing: object = None) -> Validator:
@@ -147,7 +159,8 @@ def optional(validator: Validator, nothing: object = None) -> Validator:
     def test(value: Any) -> Any:
         return value if value == nothing else validator(value)
 
-    return Validator(validator.kind, test, validator.inner, validator.suffix)
+    json = {"anyOf": [validator.json, {"const": nothing}]}
+    return Validator(validator.kind, test, validator.inner, validator.suffix, json)
 
 
 def list_of(validator: Validator) -> Validator:
@@ -163,7 +176,8 @@ def list_of(validator: Validator) -> Validator:
             )
         return tuple(_validate_each(validator, dict(enumerate(values))).values())
 
-    return Validator(f"list of {validator.kind}", test, validator.inner, "[]")
+    json = {"type": "array", "items": validator.json}
+    return Validator(f"list of {validator.kind}", test, validator.inner, "[]", json)
 
 
 def mapping_of(name: Validator, validator: Validator) -> Validator:
@@ -174,7 +188,8 @@ def mapping_of(name: Validator, validator: Validator) -> Validator:
             raise WrongShape(f"expected a section of keys, not {describe(values)}", "{a: …, b: …}")
         return _validate_each(validator, values, name)
 
-    return Validator(f"{name.kind}: {validator.kind}", test, validator.inner, ".<name>")
+    json = {"type": "object", "propertyNames": name.json, "additionalProperties": validator.json}
+    return Validator(f"{name.kind}: {validator.kind}", test, validator.inner, ".<name>", json)
 
 
 def _validate_each(
@@ -285,9 +300,9 @@ label = text(
     shown=True,
 )
 header = text("header name", r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", "the name of an HTTP header")
-passed_header = Validator("header name", _passed_header)
+passed_header = Validator("header name", _passed_header, json=header.json)
 digest = text("SHA-256 in hex", r"[0-9A-Fa-f]{64}", "64 hexadecimal digits", masked=True)
-secret = Validator("secret", _secret)
+secret = Validator("secret", _secret, json=matching(r"[\x21-\x7e]+"))
 variable = text(
     "variable name",
     r"[A-Z_][A-Z0-9_]*",
@@ -296,7 +311,7 @@ variable = text(
 )
 
 # Addresses.
-network = Validator("IP address, network or unix", _network)
+network = Validator("IP address, network or unix", _network, json=line.json)
 origin = text(
     "origin",
     r"\*|[a-z][a-z0-9+.-]*://[^\s/?#@]+",
@@ -320,14 +335,18 @@ TAKEN = frozenset(
 )
 route = text(
     "path",
-    rf"(?!(?:{'|'.join(TAKEN)})\Z)/[A-Za-z0-9._~/-]*[A-Za-z0-9._~-]",
+    rf"(?!(?:{'|'.join(sorted(TAKEN))})$)/[A-Za-z0-9._~/-]*[A-Za-z0-9._~-]",
     'a path such as "/ws/chat" that no other route has',
     shown=True,
 )
 
 # Words.
-boolean = Validator("true or false", _boolean)
+boolean = Validator("true or false", _boolean, json={"type": "boolean"})
 retention = one_of("token_limit", "message_count", "time_based", "unlimited")
 log_level = one_of("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL", fold=str.upper)
 _log_formats = one_of("json", "console")
-log_format = Validator(_log_formats.kind, _log_format)
+log_format = Validator(
+    _log_formats.kind,
+    _log_format,
+    json={"anyOf": [_log_formats.json, {"type": "string", "pattern": r"%\("}]},
+)

@@ -88,6 +88,8 @@ def announce_close(
     if (
         last_on_connection(request)
         or not request.keep_alive
+        # A client that was not asked for its body may send it, or the next request in its place.
+        or ("Expect" in request.headers and not request.content.is_eof())
         or (streamed and request.version < HttpVersion11)
     ):
         # A refused upgrade names its header there, too.

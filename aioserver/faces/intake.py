@@ -1,13 +1,18 @@
 """Taking in what clients send: the bytes of a body, bounded and under a deadline.
 
 The bytes count against `max_body_bytes` from the first one. What is read of them comes in steps
-(protocol/top_level.py, limits/turns.py).
+(protocol/top_level.py, limits/turns.py). A body that is passed on while its client sends it is a `BodyStream`.
 """
 
 from __future__ import annotations
 
 import asyncio
 from typing import TYPE_CHECKING
+
+from aiohttp import hdrs
+from aiohttp.http import HttpVersion11
+from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.web import RequestPayloadError
 
 from aioserver.errors import (
     InvalidRequest,
@@ -31,6 +36,13 @@ if TYPE_CHECKING:
 
 # Seconds for a whole body, or a whole WebSocket message: aiohttp has no deadline for either.
 BODY_TIMEOUT = 15.0
+# Seconds for which a client may send nothing of a body that is passed on.
+BODY_SILENCE = 15.0
+# Bytes of such a body that are kept, to be sent once more where a pooled connection proves dead.
+MAX_REPEATED = 1 << 16
+# Bytes of such a body that are taken at once.
+PIECE_BYTES = 1 << 16
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 async def read_body(request: web.Request, hold: BodyHold, max_bytes: int) -> bytes:
@@ -65,6 +77,84 @@ async def read_body(request: web.Request, hold: BodyHold, max_bytes: int) -> byt
     if len(body) > max_bytes:
         raise RequestTooLarge(f"a body of {len(body)} bytes, at most {max_bytes}")
     return body
+
+
+async def read_start(request: web.Request, hold: BodyHold, max_bytes: int) -> bytes:
+    """Return the whole body, or, if it has more than *max_bytes*, what was read of it; *hold* counts it.
+
+    Raises:
+        RequestTimeout, ServerAtCapacity: as `read_body`.
+    """
+    let_continue(request)
+    body = bytearray()
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT):
+            while len(body) <= max_bytes and (part := await request.content.readany()):
+                hold.grow(len(part))
+                body += part
+    except TimeoutError:
+        raise RequestTimeout(f"the body did not come within {BODY_TIMEOUT} s") from None
+    return bytes(body)
+
+
+def let_continue(request: web.Request) -> None:
+    """Ask a client for its body that waits to be asked (RFC 9110, 10.1.1)."""
+    waits = hdrs.EXPECT in request.headers and request.version >= HttpVersion11
+    if waits and not request.content.is_eof() and request.transport is not None:
+        request.transport.write(CONTINUE)
+
+
+class BodyStream:
+    """A body that its client is still sending, for the upload to a provider.
+
+    *first* is what was read of it before. A client that waits to be asked for its body is asked when the
+    provider is there to take it.
+
+    Always: at most MAX_REPEATED bytes are kept of what was read, beside *first*, until it is read.
+    """
+
+    def __init__(self, request: web.Request, first: bytes = b"") -> None:
+        self.chunked = request.content_length is None
+        self._request = request
+        # Pieces that come before those that the client sends now, the last one first.
+        self._before = [first] if first else []
+        self._asked = bool(first)
+        # What was read, so that it can be read again; None once that is too much.
+        self._read: list[bytes] | None = []
+
+    async def read(self) -> bytes:
+        """Return the next piece; empty at the end. Cancelling is safe.
+
+        Raises:
+            RequestTimeout: the client has sent nothing for BODY_SILENCE.
+            InvalidRequest: the body breaks off, or is not HTTP.
+        """
+        piece = self._before.pop() if self._before else await self._next()
+        if self._read is not None:
+            self._read.append(piece)
+            if sum(map(len, self._read)) > MAX_REPEATED:
+                self._read = None
+        return piece
+
+    def rewind(self) -> bool:
+        """Let all of the body be read again, and return True; False if it was too much to be kept."""
+        if self._read is None:
+            return False
+        self._before += reversed([piece for piece in self._read if piece])
+        self._read = []
+        return True
+
+    async def _next(self) -> bytes:
+        if not self._asked:
+            self._asked = True
+            let_continue(self._request)
+        try:
+            async with asyncio.timeout(BODY_SILENCE):
+                return await self._request.content.read(PIECE_BYTES)
+        except TimeoutError:
+            raise RequestTimeout(f"nothing of the body came for {BODY_SILENCE} s") from None
+        except (ConnectionError, HttpProcessingError, RequestPayloadError) as exc:
+            raise InvalidRequest("the body breaks off") from exc
 
 
 async def _collect(content: StreamReader, hold: BodyHold, max_bytes: int) -> bytes:

@@ -46,7 +46,7 @@ async def write(
         if not transport.get_write_buffer_size() and response.fits_one_piece:
             return
     drain, drop = request.writer.drain, partial(on_drop, face)
-    watched = partial(_watched, transport, drain, send_timeout, drop)
+    watched = partial(drained, transport, drain, send_timeout, drop)
     if isinstance(response, ReadyResponse):
         for piece in response.more_pieces():
             if transport.get_write_buffer_size() > HIGH_WATER:
@@ -92,19 +92,25 @@ async def flush(
         return
     transport.set_write_buffer_limits(high=0)
     try:
-        await _watched(transport, drain, send_timeout, on_drop)
+        await drained(transport, drain, send_timeout, on_drop)
     finally:
         if not transport.is_closing():
             # asyncio's own limits, which the writers of streams count on.
             transport.set_write_buffer_limits()
 
 
-async def _watched(
+async def drained(
     transport: asyncio.Transport,
     drain: Callable[[], Awaitable[None]],
     send_timeout: float,
     on_drop: Callable[[str], None],
 ) -> None:
+    """Wait until *drain* returns: *transport* is at its low-water mark.
+
+    Raises:
+        ConnectionError: as `write`.
+    """
+
     def drop() -> None:
         on_drop(f"nothing taken for {send_timeout} s")
         reset(transport)

@@ -19,7 +19,7 @@ from aioserver.streams.cursor import ConditionReader
 from aioserver.streams.ending import run_all
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
     from aioserver.gateway.request import Request
     from aioserver.gateway.router import Router
@@ -50,20 +50,24 @@ class Calls:
         """The number of calls under way."""
         return len(self._tasks)
 
-    async def answer(self, request: Request) -> Answer:
+    async def answer(
+        self, request: Request, ask: Callable[[Request], Awaitable[Answer]] | None = None
+    ) -> Answer:
         """Return the answer to *request*, whose body is let go. Cancelling ends the request.
+
+        *ask* asks the provider; None stands for `Router.call`.
 
         Raises:
             ServerShutdown: `close` was called meanwhile.
             InternalError: there was a bug, which is logged.
-            AioserverError: as `Router.call`.
+            AioserverError: as `Router.call`, or *ask*.
         """
         record = request.begin_record(self._request_log)
         task: asyncio.Task[Any] | None = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
         try:
-            answer = await self._router.call(request)
+            answer = await (ask or self._router.call)(request)
         except asyncio.CancelledError:
             if task not in self._tasks and not task.uncancel():
                 # Only `close` has cancelled this task.

@@ -32,7 +32,7 @@ from aioserver.streams.entries import COMPLETE, ERROR
 from aioserver.streams.lifetime import Lifetime
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Coroutine, Iterator
+    from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator
 
     from aioserver.auth.callers import Caller
     from aioserver.config import settings
@@ -149,11 +149,16 @@ class Gateway:
             ProviderFault: no provider answered.
             AioserverError: as `ask`.
         """
-        self._check_running()
-        if request.caller.quota is None:
-            return await self._calls.answer(request)
-        async with request.caller.quota.used():
-            return await self._calls.answer(request)
+        return await self._call(request)
+
+    async def pass_on(self, request: Request) -> None:
+        """Pass a `PassedRequest` on, whose answer is handed over as it comes. Cancelling ends it.
+
+        Raises:
+            ProviderFault: there is no good answer, or not all of it.
+            AioserverError: as `ask`.
+        """
+        await self._call(request, self._router.pass_on)
 
     def keep(self, request: Request) -> Stream:
         """Return the stream that keeps the answer to a resumable *request* that is not streamed, as `relay`.
@@ -252,6 +257,15 @@ class Gateway:
         self._calls.close()
         await self._producers.end(shutdown_error)
         self.lifetime.close()
+
+    async def _call(
+        self, request: Request, ask: Callable[[Request], Awaitable[Answer]] | None = None
+    ) -> Answer:
+        self._check_running()
+        if request.caller.quota is None:
+            return await self._calls.answer(request, ask)
+        async with request.caller.quota.used():
+            return await self._calls.answer(request, ask)
 
     def _check_running(self) -> None:
         if self._stopping:

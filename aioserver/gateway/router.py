@@ -37,6 +37,7 @@ from aioserver.providers.attempt import Attempt
 from aioserver.providers.breaker import SICK
 from aioserver.providers.error_mapping import visible_headers
 from aioserver.providers.health import KEY_FAULTS
+from aioserver.providers.passthrough import PassedAttempt, PassedRequest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -192,6 +193,31 @@ class Router:
         assert answer is not None, "a whole answer was asked for"
         answer.attempts = request.provider_request.record.attempts
         return answer
+
+    async def pass_on(self, request: Request) -> Answer:
+        """Pass a `PassedRequest` on to its provider, once; return its answer, whose body has been handed over.
+
+        Raises:
+            ProviderFault: there is no good answer, or not all of it.
+        """
+        provider, passed = request.route.provider, request.provider_request
+        assert isinstance(passed, PassedRequest)
+        record = passed.record
+        record.model = passed.model or ""
+        record.attempts = 1
+        attempt = PassedAttempt(provider, passed)
+        try:
+            await provider.answer(attempt)
+        except ProviderFault as fault:
+            record.attempts = int(bool(fault.attempt_outcome))
+            fault.provider, fault.attempts = provider.name, record.attempts
+            fault.provider_headers = visible_headers(attempt.headers)
+            raise
+        except AioserverError as error:
+            error.paid = record.sent_at > 0
+            raise
+        assert attempt.answer is not None
+        return attempt.answer
 
     async def _ask(self, request: Request, stream: Stream | None) -> Attempt:
         """Return the attempt that succeeded, at the first provider that gave an answer.

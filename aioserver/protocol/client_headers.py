@@ -134,7 +134,7 @@ def _lines(
         for name in sorted(names)
         if name not in own
         for text in headers.getall(name, ())
-        if (value := _bytes(text)) is not None
+        if (value := as_sent(text)) is not None
     ]
 
 
@@ -177,7 +177,7 @@ def _connection_options(headers: MultiMapping[str]) -> list[str]:
     return [option.strip().lower() for option in options.split(",")]
 
 
-def _bytes(text: str) -> bytes | None:
+def as_sent(text: str) -> bytes | None:
     """Return the bytes of a header's value as the client sent them; None if HTTP forbids one of them."""
     try:
         # As aiohttp decodes them.

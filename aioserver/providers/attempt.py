@@ -33,8 +33,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from aioserver.config import settings
-    from aioserver.providers.http1 import Sink
+    from aioserver.providers.backpressure import Backpressure
+    from aioserver.providers.http1 import RequestWriter, Sink
     from aioserver.providers.request import ProviderRequest
+    from aioserver.providers.upload import Body
     from aioserver.streams.contracts import Source
     from aioserver.streams.stream import Stream
     from aioserver.telemetry.metrics import ProviderMeter
@@ -165,6 +167,27 @@ class Attempt:
         """Note that the answer has begun."""
         self.answered = True
         self.provider.answered(self)
+
+    @property
+    def body(self) -> Body | None:
+        """The body behind what `written` returns; None if that has it."""
+        return None
+
+    @property
+    def backpressure(self) -> Backpressure | None:
+        """What decides whether the exchange may pause; None for that of the provider."""
+        return None
+
+    @property
+    def says_little(self) -> bool:
+        """Whether a fault of it says nothing of the provider as a whole, neither of its health nor of our key."""
+        return False
+
+    def written(self, writer: RequestWriter) -> bytes:
+        """Return the bytes to send. They are made now: the settings, and the model, may change in a wait."""
+        request = self.request
+        body = request.body(self.provider.settings)
+        return writer.write(request.path, body, request.client_headers)
 
     def sending(self, exchange: Source | None = None) -> None:
         """Note that the request goes out: from here on the model may run, and cost money.

@@ -12,9 +12,8 @@ The connection goes back to the pool only after a clean end: the request was wri
 answer came whole, with a length or in chunks, the provider keeps the connection, and nothing followed
 the answer. Any other end aborts it at once, without TLS's closing handshake, which may take 30 s.
 
-Bytes that come while no exchange is under way (a late 408, a close) abort the connection: aiohttp
-would pass them to the next request as its answer. The connector makes the handshake with
-a proxy (CONNECT), with aiohttp's parser; it runs before any exchange, and its bytes go to the base class.
+Bytes that come while no exchange is under way (a late 408, a close) abort the connection: aiohttp would pass them
+to the next request as its answer. A proxy's handshake (CONNECT), by aiohttp's parser, comes before any exchange.
 
 Timeouts: each read must come within `read_timeout` of the last one: one lazy timer per connection checks
 the time of the last byte; it rests while the log has paused the exchange (streams/flow.py). A write must make progress within `write_timeout`, or a WriteWatchdog ends the
@@ -48,6 +47,7 @@ if TYPE_CHECKING:
 
     from aioserver.providers.backpressure import Backpressure
     from aioserver.providers.http1 import Sink
+    from aioserver.providers.upload import Body
     from aioserver.streams.contracts import Path
     from aioserver.telemetry.request_log import RequestRecord
 
@@ -171,8 +171,8 @@ class Exchange:
         # Whether nothing is read, since the client reads more slowly than the provider sends.
         self._paused = False
 
-    async def run(self, request: bytes) -> None:
-        """Send *request* (head and body) and push the answer to its sink.
+    async def run(self, request: bytes, body: Body | None = None) -> None:
+        """Send *request* (head and body, or what is before the *body*) and push the answer to its sink.
 
         Cancelling is safe: the connection is closed at once.
 
@@ -187,9 +187,9 @@ class Exchange:
             if not self.protocol.is_connected():
                 self.connection_lost(None)
             else:
-                await upload(
-                    request, self.protocol, self._done, self._write_timeout, self._write_timed_out
-                )
+                self.last_byte_at = self.spoke_at = self._loop.time()  # an answer may come early
+                watch = self._write_timeout, self._write_timed_out
+                await upload(request, self.protocol, self._done, *watch, body)
             del request  # it may be large, and its answer may take long
             if not self._done.done():
                 self._written = True

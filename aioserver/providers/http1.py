@@ -19,7 +19,7 @@ from aioserver.protocol.client_headers import NO_HEADERS, TRACE_HEADERS
 from aioserver.provider_errors import ProviderBadResponse
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
     from aioserver.config import settings
     from aioserver.protocol.client_headers import ClientHeaders
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 FRAMING_HEADERS = frozenset({"connection", "content-length", "transfer-encoding"})
 ANTHROPIC = "anthropic.com"
 _VERSION_LINE = f"{VERSION_HEADER}: ".encode()
+# Nor one of these with a body that is passed on: it is the client's, and so is its type.
+BODY_HEADERS = FRAMING_HEADERS | {"content-type", "content-encoding"}
 # Bytes of an answer's head, with the interim answers before it.
 MAX_HEAD_BYTES = 65_536
 
@@ -84,32 +86,57 @@ class RequestWriter:
             passed += b"%b%b\r\n" % (_VERSION_LINE, VERSION.encode())
         return b"%b%d\r\n%b\r\n%b" % (head, len(body), passed, body)
 
+    def head(
+        self, method: str, target: str, own: Mapping[str, str], client_headers: ClientHeaders
+    ) -> bytes:
+        """Return the head of a request that is passed on.
+
+        *target* is its path below the base URL, with its query. *own* are the headers of its body, and those that
+        stand in for the writer's.
+        """
+        path, question_mark, query = target.partition("?")
+        passed = client_headers.written(self._passed)
+        if b"user-agent: " not in passed:
+            passed += self._user_agent
+        begun = self._begin(method, path, question_mark + query, own, BODY_HEADERS)
+        return b"%b\r\n%b\r\n" % (begun, passed)
+
     def _head(self, path: str) -> bytes:
-        """Return the head of every request for *path*, up to the number after Content-Length."""
-        path, _, query = path.partition("?")
-        url = self._base.with_path(f"{self._base.path.rstrip('/')}/{path}").with_query(query)
-        headers = {
-            "Host": url.authority.rpartition("@")[2],
+        """Return the head of every POST to *path*, up to the number after Content-Length."""
+        path, question_mark, query = path.partition("?")
+        own = {
             "Accept": "application/json, text/event-stream",
             "Accept-Encoding": "identity",
             "Content-Type": "application/json",
         }
+        begun = self._begin("POST", path, question_mark + query, own, FRAMING_HEADERS)
+        return begun + b"\r\nContent-Length: "
+
+    def _begin(
+        self, method: str, path: str, query: str, own: Mapping[str, str], never: Collection[str]
+    ) -> bytes:
+        """Return the first lines of a head, without the end of the last one.
+
+        Configured headers replace those in *own*, but no header is sent that *never* names in lower case.
+        """
+        url = self._base.with_path(f"{self._base.path.rstrip('/')}/{path}")
+        headers = {"Host": url.authority.rpartition("@")[2], **own}
         if self._settings.api_key is not None:
             headers |= self._key_headers(path, self._settings.api_key.reveal())
-        configured = {**self._settings.headers, **self._proxy_headers}
+        configured = {
+            name: value
+            for name, value in {**self._settings.headers, **self._proxy_headers}.items()
+            if name.lower() not in never
+        }
         replaced = {name.lower() for name in configured}
         headers = {name: value for name, value in headers.items() if name.lower() not in replaced}
-        headers |= {
-            name: value
-            for name, value in configured.items()
-            if name.lower() not in FRAMING_HEADERS
-        }
+        headers |= configured
         target = str(url) if self._absolute else url.raw_path_qs
         lines = [
-            f"POST {target} HTTP/1.1",
+            f"{method} {target}{query} HTTP/1.1",
             *(f"{name}: {value}" for name, value in headers.items()),
         ]
-        return "\r\n".join([*lines, "Content-Length: "]).encode("latin-1")
+        return "\r\n".join(lines).encode("latin-1")
 
     def _key_headers(self, path: str, key: str) -> dict[str, str]:
         """Return the headers that present *key* in a request for *path*.

@@ -262,15 +262,11 @@ class Provider:
         Raises:
             ProviderFault: there was no connection, or the answer was not complete.
         """
-        request, limits = attempt.request, self.settings.http_client
-        record = request.record
+        record, limits = attempt.request.record, self.settings.http_client
         while True:
             attempt.pool = pool = self.pools.pool
-            # The settings may have changed during a wait, so the body is made now, for the present
-            # model. No reference to the body is held while the answer comes.
-            body = request.body(self.settings)
-            data = self.pools.writer.write(request.path, body, request.client_headers)
-            del body
+            # No reference to it is held while the answer comes.
+            data = attempt.written(self.pools.writer)
             connection = await pool.connect()
             record.sent_at = self._clock()
             exchange = Exchange(
@@ -279,16 +275,18 @@ class Provider:
                 write_timeout=limits.write_timeout,
                 on_head=attempt.head_received,
                 record=record,
-                backpressure=self.backpressure,
+                backpressure=attempt.backpressure or self.backpressure,
             )
             attempt.sending(exchange)
-            running = exchange.run(data)
+            running = exchange.run(data, attempt.body)
             del data
             try:
                 await running
             except StaleConnection:
                 # Nothing of an answer had come on a reused connection: repeat at once, on a new one.
                 # A new connection never raises this, so the loop ends.
+                if attempt.body is not None and not attempt.body.rewind():
+                    raise
                 self.meter.attempts["stale"].value += 1
                 pool.drop_idle()
             else:
@@ -362,8 +360,8 @@ class Provider:
                 attempts[exc.attempt_outcome].value += 1
         elif isinstance(exc, asyncio.CancelledError) and attempt.request.record.sent_at:
             attempts["cancelled"].value += 1
-        if outdated:
-            # Its fault is that of former settings, with another key or address.
+        if outdated or attempt.says_little:
+            # Its fault is that of former settings, with another key or address, or of one path.
             self.health.breaker.unsure(trial=trial)
         elif self.health.attempt_failed(
             exc, attempt.began, trial=trial, answered=attempt.answered

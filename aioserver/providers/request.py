@@ -53,6 +53,9 @@ class ProviderRequest:
     *client_headers* each provider gets those that its settings name, and the trace.
     """
 
+    # Whether its tokens are estimated before it starts, where tokens are paced.
+    estimated = True
+
     __slots__ = (
         "_hold",
         "_kept_bytes",

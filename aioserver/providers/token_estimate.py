@@ -18,7 +18,7 @@ BYTES_PER_TOKEN = 4
 def expected_tokens(attempt: Attempt, provider: settings.Provider) -> int:
     """Return the tokens that *attempt* will cost, by an estimate; 0 if tokens are not paced."""
     limit = provider.http_client.tokens_per_minute
-    if not limit:
+    if not limit or not attempt.request.estimated:
         return 0
     prompt = len(attempt.request.body(provider)) // BYTES_PER_TOKEN
     # At most a minute's worth: a body with a picture has far fewer tokens than its bytes say.

@@ -1,4 +1,8 @@
-"""Sends a request to a provider, in pieces, under the deadline of each write."""
+"""Sends a request to a provider, in pieces, under the deadline of each write.
+
+A request is there as a whole, or its body comes from a client that is still sending: a piece is then asked for
+when the piece before it has left, so that no more than a piece and the buffers of two sockets are in memory.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,25 @@ if TYPE_CHECKING:
 
 # Bytes that are written before the transport is asked whether it takes more.
 UPLOAD_PIECE = 65_536
+
+
+class Body(Protocol):
+    """A body whose client is still sending it.
+
+    *chunked* says that its length is not known, so that it goes out in chunks (RFC 9112, 7.1).
+    """
+
+    chunked: bool
+
+    async def read(self) -> bytes:
+        """Return the next piece; empty at the end. Cancelling is safe.
+
+        Raises:
+            AioserverError: no more comes.
+        """
+
+    def rewind(self) -> bool:
+        """Begin anew, and return True; False if a part of the body is gone."""
 
 
 class Connection(Protocol):
@@ -34,15 +57,19 @@ async def upload(
     done: asyncio.Future[None],
     write_timeout: float,
     on_timeout: Callable[[], None],
+    body: Body | None = None,
 ) -> None:
-    """Send *request* (head and body), unless *done* is done before: the answer may come early.
+    """Send *request* and the *body* behind it, unless *done* is done before: the answer may come early.
 
     *on_timeout* is called when a write has made no progress for *write_timeout* seconds; it must make
     *done* done. Cancelling leaves the request half sent.
+
+    Raises:
+        AioserverError: the client does not send all of the *body*.
     """
     transport = connection.transport
     assert transport is not None
-    if len(request) <= UPLOAD_PIECE:
+    if body is None and len(request) <= UPLOAD_PIECE:
         transport.write(request)
         if connection.writing_paused:
             await _writable(connection, transport, done, write_timeout, on_timeout)
@@ -54,6 +81,27 @@ async def upload(
         transport.write(view[start : start + UPLOAD_PIECE])
         if connection.writing_paused:
             await _writable(connection, transport, done, write_timeout, on_timeout)
+    while body is not None and (piece := await _next_piece(body, done)) is not None:
+        if body.chunked:
+            transport.writelines((b"%x\r\n" % len(piece), piece, b"\r\n"))
+        elif piece:
+            transport.write(piece)
+        if connection.writing_paused:
+            await _writable(connection, transport, done, write_timeout, on_timeout)
+        if not piece:
+            return
+
+
+async def _next_piece(body: Body, done: asyncio.Future[None]) -> bytes | None:
+    """Return the next piece of *body*, empty at its end; None if *done* is done before there is one."""
+    reading = asyncio.get_running_loop().create_task(body.read())
+    # It may end just when nobody waits for it any more.
+    reading.add_done_callback(lambda task: task.cancelled() or task.exception())
+    try:
+        await asyncio.wait((reading, done), return_when=asyncio.FIRST_COMPLETED)
+        return reading.result() if reading.done() and not done.done() else None
+    finally:
+        reading.cancel()
 
 
 async def _writable(

@@ -23,7 +23,17 @@ from aioserver.auth.guard import Guard, Policy
 from aioserver.auth.keys import pepper_of, quota_of
 from aioserver.auth.origins import Origins
 from aioserver.faces import conversations as conversation_routes
-from aioserver.faces import messages, openai, pages, responses, session, sse, status, websocket
+from aioserver.faces import (
+    messages,
+    openai,
+    pages,
+    passthrough,
+    responses,
+    session,
+    sse,
+    status,
+    websocket,
+)
 from aioserver.faces.admission import Admission
 from aioserver.faces.context import Context, CurrentSettings, Lifecycle
 from aioserver.faces.http import Request
@@ -330,6 +340,7 @@ def _add_routes(app: web.Application, context: Context) -> None:
             *responses.routes(context),
             *conversation_routes.routes(context),
             *messages.routes(context),
+            *passthrough.routes(context),
         ],
         Policy.ADMIN: status.routes(context),
         Policy.OPEN: [

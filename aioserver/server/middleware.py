@@ -39,7 +39,7 @@ from aioserver.telemetry.logs import RateLimit
 from aioserver.telemetry.request_log import MAX_NAME
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Collection
 
     from aiohttp.typedefs import Handler, Middleware
 
@@ -115,11 +115,11 @@ def make_middleware(
             response = error_response(error, request)
             forget_frames(error)
         except web.HTTPException as exc:
-            fault = _translated(exc, request)
+            fault, methods = _translated(exc, request)
             metrics.count_error(fault)
             response = error_response(fault, request)
-            if isinstance(exc, web.HTTPMethodNotAllowed) and fault.status == exc.status:
-                response.headers["Allow"] = ", ".join(sorted(exc.allowed_methods))
+            if methods:
+                response.headers["Allow"] = ", ".join(sorted(methods))
         except (ConnectionError, asyncio.CancelledError):
             # The client left, perhaps while its response began: aiohttp ends the connection.
             _forget_response(request)
@@ -224,17 +224,21 @@ def _preflight(request: web.Request) -> web.Response:
     return web.Response(headers=headers)
 
 
-def _translated(exc: web.HTTPException, request: web.Request) -> AioserverError:
-    """Return the error of ours that says the same as aiohttp's *exc*."""
-    match exc.status:
-        case 404:
-            return paths.not_found(request)
-        case 405:
-            if not paths.known(request):
-                return paths.not_found(request)
-            return MethodNotAllowed(f"{request.method} is not for this path")
-        case 413:
-            return RequestTooLarge("the body is too large")
-        case 417:
-            return ExpectationFailed("Expect may be 100-continue and nothing else")
-    return InvalidRequest(exc.reason)
+def _translated(
+    exc: web.HTTPException, request: web.Request
+) -> tuple[AioserverError, Collection[str]]:
+    """Return the error of ours that says the same as aiohttp's *exc*, and the methods that the path has, for 405."""
+    methods: Collection[str] = ()
+    if exc.status in {404, 405}:
+        if request.rel_url.raw_path.startswith(paths.API):
+            methods = paths.methods(request)
+        elif isinstance(exc, web.HTTPMethodNotAllowed):
+            methods = exc.allowed_methods
+        if methods:
+            return MethodNotAllowed(f"{request.method} is not for this path"), methods
+        return paths.not_found(request), ()
+    if exc.status == 413:
+        return RequestTooLarge("the body is too large"), ()
+    if exc.status == 417:
+        return ExpectationFailed("Expect may be 100-continue and nothing else"), ()
+    return InvalidRequest(exc.reason), ()

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from aiohttp import web
+
 from aioserver.errors import NotFound
+from aioserver.faces.passthrough import ROUTE_NAME
 from aioserver.protocol.anthropic import is_messages
+from aioserver.protocol.passable import Passage, passage
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    from aiohttp import web
 
 # The part that all paths of OpenAI's API begin with.
 API = "/v1/"
@@ -27,18 +29,22 @@ MAX_SHOWN = 200
 MAX_EXTRA = 4
 
 
-def known(request: web.Request) -> bool:
-    """Return whether the path of *request* is there with another method, so that the answer is 405.
+def methods(request: web.Request) -> set[str]:
+    """Return the methods with which the path of *request*, below `/v1`, is there, so that the answer is 405.
 
-    Below `/v1` a path that only matches as somebody's id is not: `responses/compact` is OpenAI's, and no
+    A path that only matches as somebody's id has none, but for HEAD: `responses/compact` is OpenAI's, and no
     response is named `compact`.
     """
     path = request.rel_url.raw_path
-    return (
-        not path.startswith(API)
-        or request.method == "HEAD"
-        or any(resource.canonical == path for resource in request.app.router.resources())
-    )
+    found = {
+        route.method
+        for resource in _resources(request)
+        if resource.canonical == path or (request.method == "HEAD" and _matches(resource, path))
+        for route in resource
+    }
+    if passage(path.removeprefix(API)) is Passage.EVERY_KEY:
+        found.update(Passage.EVERY_KEY.value)
+    return found
 
 
 def not_found(request: web.Request) -> NotFound:
@@ -64,11 +70,23 @@ def _candidates(path: str) -> Iterator[str]:
 
 def _exists(request: web.Request, path: str) -> bool:
     """Return whether a request like *request* for *path* would have a handler of OpenAI's API."""
+    return any(
+        any(route.method == request.method for route in resource) and _matches(resource, path)
+        for resource in _resources(request)
+    )
+
+
+def _resources(request: web.Request) -> Iterator[web.Resource]:
+    """Yield the paths of OpenAI's API that have a handler of their own."""
     for resource in request.app.router.resources():
-        if resource.canonical.startswith(API) and any(
-            route.method == request.method for route in resource
+        if (
+            isinstance(resource, web.Resource)
+            and resource.canonical.startswith(API)
+            and resource.name != ROUTE_NAME
         ):
-            pattern = resource.get_info().get("pattern")
-            if path == resource.canonical or (pattern is not None and pattern.fullmatch(path)):
-                return True
-    return False
+            yield resource
+
+
+def _matches(resource: web.Resource, path: str) -> bool:
+    pattern = resource.get_info().get("pattern")
+    return path == resource.canonical or (pattern is not None and bool(pattern.fullmatch(path)))

@@ -42,6 +42,8 @@ access_logger = logging.getLogger("aioserver.access")
 MAX_PATH = 200
 # Header fields of one request.
 MAX_HEADERS = 128
+# Bytes of a body that wait in its connection, above twice of which its client is stopped: a read adds 256 KiB.
+READ_BUFFER = 1 << 16
 # Seconds for the last responses and close frames, once nothing runs any more.
 FAREWELL = 2.0
 # Seconds for which the unread body of an answered request is read on, so that the response arrives.
@@ -125,6 +127,7 @@ class Runner(web.AppRunner):
             lingering_time=LINGERING,
             # A compressed body is refused, not unpacked.
             auto_decompress=False,
+            read_bufsize=READ_BUFFER,
             # After `disconnect`: for what aiohttp itself may leave behind.
             shutdown_timeout=1.0,
             timeout_ceil_threshold=float("inf"),

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("aioserver.requests")
 
-FACES = ("websocket", "sse", "openai", "anthropic")
+FACES = ("websocket", "sse", "openai", "anthropic", "other")
 OK, CLIENT_LEFT, CANCELLED = "ok", "client_left", "cancelled"
 OUTCOMES = (
     OK,

@@ -81,6 +81,7 @@ class RequestRecord:
         "silence_end",
         "slow_client",
         "streamed",
+        "target",
         "trace_id",
         "usage",
     )
@@ -89,6 +90,8 @@ class RequestRecord:
         self.face = self.request_id = self.provider = self.model = self.caller = ""
         # The id of the client's trace (W3C Trace Context), 32 hex digits; "" if it has none.
         self.trace_id = ""
+        # The method and the path of a request that is passed on as it is, without its query.
+        self.target = ""
         self.admitted_at = 0.0
         self.queued_at = self.sent_at = self.first_event_at = self.queue_wait = 0.0
         self.silence = self.silence_end = self.delay = self.client_stall = 0.0
@@ -271,6 +274,8 @@ class RequestLog:
         }
         if record.caller:
             fields["caller"] = record.caller
+        if record.target:
+            fields["target"] = record.target[:MAX_NAME]
         if record.trace_id:
             fields["trace_id"] = record.trace_id
         if code:

@@ -3,7 +3,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from aioserver.commands.init import init
-from aioserver.config import Configuration
+from aioserver.config import Configuration, json_schema
 from aioserver.config.configuration import SHIPPED
 
 if TYPE_CHECKING:
@@ -29,6 +29,16 @@ def test_a_file_is_never_written_over(tmp_path: Path, capsys: pytest.CaptureFixt
     assert code == 2
     assert target.read_text() == "mine"
     assert capsys.readouterr().err == f"{target} exists; nothing was written\n"
+
+
+def test_the_schema_comes_beside_it_and_over_no_file(tmp_path: Path) -> None:
+    schema = tmp_path / "config.schema.json"
+
+    assert init(tmp_path / "config.yaml") == 0
+    assert schema.read_text() == json_schema.text()
+    schema.write_text("mine")
+    assert init(tmp_path / "other.yaml") == 0
+    assert schema.read_text() == "mine"
 
 
 def test_a_dangling_link_is_not_followed(tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ async def test_the_state_shows_connections_and_pools(make_server: MakeServer, pa
     connections = state["connections"]
     assert (connections["active"], connections["limit"]) == (1, 50)
     assert (connections["waiting"], connections["queue_size"]) == (0, 50)
-    by_face = {"websocket": 0, "sse": 0, "openai": 1, "anthropic": 0}
+    by_face = {"websocket": 0, "sse": 0, "openai": 1, "anthropic": 0, "other": 0}
     assert connections["active_by_face"] == by_face
     sim = state["providers"]["sim"]
     assert (sim["usable"], sim["active"], sim["in_flight"], sim["limit"]) == (True, True, 1, 20)

@@ -28,7 +28,7 @@ async def message_of(server: RunningServer, method: str, path: str) -> tuple[int
 @pytest.mark.parametrize(
     "path",
     [
-        *("/v1", "/v1/", "/v1/audio/speech", "/v1/files", "/v1/images/generations", "/v1/batches"),
+        *("/v1", "/v1/", "/v1/files", "/v1/nothing", "/v1/organization/users", "/v1/batches"),
         *("/v1/chat", "/v1/chat/completions/x", "/v1/responses/", "/v1/messages/", "/v1/%2e%2e"),
     ],
 )
@@ -42,7 +42,7 @@ async def test_an_unknown_path_below_v1_is_404_by_every_method(
 @pytest.mark.parametrize(
     ("method", "path"),
     [
-        *(("POST", "/v1/responses/compact"), ("POST", "/v1/responses/input_tokens")),
+        *(("POST", "/v1/responses/compact/x"), ("POST", "/v1/responses/x")),
         *(("POST", "/v1/models/x"), ("DELETE", "/v1/models/ft:x"), ("PUT", "/v1/responses/x")),
         *(("DELETE", "/v1/responses/x"), ("GET", "/v1/responses/x/cancel")),
     ],
@@ -58,7 +58,10 @@ async def test_a_path_that_only_matches_as_an_id_is_404(
     assert f"{method}: {path}" in error["message"]
 
 
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/embeddings", "/v1/responses"])
+@pytest.mark.parametrize(
+    "path",
+    ["/v1/chat/completions", "/v1/embeddings", "/v1/responses", "/v1/moderations", "/v1/audio/x"],
+)
 async def test_a_path_that_is_there_is_405_by_another_method(
     server: RunningServer, path: str
 ) -> None:

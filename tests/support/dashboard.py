@@ -101,7 +101,7 @@ def snapshot() -> dict[str, Any]:
             "waiting": 0,
             "queue_size": 500,
             "oldest_wait": 0.0,
-            "active_by_face": {"websocket": 0, "sse": 0, "openai": 0},
+            "active_by_face": {"websocket": 0, "sse": 0, "openai": 0, "other": 0},
             "opened": 0,
             "rejected": 0,
             "rejected_per_second": 0.0,

@@ -110,9 +110,8 @@ class ScriptedProvider:
         self.port = 0
 
     async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(
-            self._accept, "127.0.0.1", 0, limit=1 << 20, **self._kwargs
-        )
+        options = {"limit": 1 << 20, **self._kwargs}
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0, **options)
         self.port = self._server.sockets[0].getsockname()[1]
         return self
 

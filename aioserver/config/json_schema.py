@@ -1,0 +1,92 @@
+"""The JSON Schema (draft 7) of the configuration, made of the declarations of the settings.
+
+An editor that understands it (the YAML language server, which most use) completes keys, shows what they mean, and marks
+faults while the file is written. It accepts what `aioserver check` accepts, and refuses what can be seen in one value
+alone: it knows neither the rules between two settings, nor the environment, nor the files that the configuration names.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from typing import TYPE_CHECKING, Any
+
+from aioserver.config.schema import fields, required
+from aioserver.config.settings import Settings
+
+if TYPE_CHECKING:
+    import dataclasses
+    from collections.abc import Mapping
+
+# A value that a variable of the environment replaces may have any type.
+VARIABLE = {"$ref": "#/definitions/variable"}
+IGNORED = {"description": "accepted, and without a part in this server"}
+
+
+def document() -> dict[str, Any]:
+    """Return the schema of a whole configuration."""
+    return {
+        "$schema": "http://json-schema.org/draft-07/schema#",
+        "title": "Configuration of aioserver",
+        "definitions": {"variable": {"type": "string", "pattern": r"\$\{"}},
+        **section_schema(Settings),
+    }
+
+
+def text() -> str:
+    """Return the schema as the text of a file."""
+    return json.dumps(document(), indent=2, ensure_ascii=False) + "\n"
+
+
+def section_schema(cls: type[Any]) -> dict[str, Any]:
+    """Return the schema of one section; one that needs no key may also be empty, as all its lines may be comments."""
+    keys = fields(cls)
+    needed = [field.name for field in keys if required(field)]
+    ignored: tuple[str, ...] = getattr(cls, "IGNORED", ())
+    return {
+        "description": inspect.getdoc(cls),
+        "type": "object" if needed else ["object", "null"],
+        "properties": {
+            **{field.name: _property(field) for field in keys},
+            **dict.fromkeys(ignored, IGNORED),
+        },
+        "required": needed,
+        "additionalProperties": False,
+    }
+
+
+def _property(field: dataclasses.Field[Any]) -> dict[str, Any]:
+    """Return the schema of one key."""
+    metadata = field.metadata
+    made = _made(metadata["validator"].json)
+    if metadata["meaning"]:
+        made = {"description": metadata["meaning"], **made}
+    # A section shows the defaults of its own keys.
+    shown = not (required(field) or metadata["secret"] or metadata.get("default_text"))
+    if shown and metadata["validator"].inner is None:
+        factory: Any = field.default_factory
+        default = factory() if callable(factory) else field.default
+        made["default"] = list(default) if isinstance(default, tuple) else default
+    return made
+
+
+def _made(part: Mapping[str, Any]) -> dict[str, Any]:
+    """Return *part* of a validator's schema with its sections in place, and variables wherever a value stands."""
+    if "section" in part:
+        return section_schema(part["section"])
+    made = dict(part)
+    if "items" in part:
+        made["items"] = _made(part["items"])
+    elif "additionalProperties" in part:
+        made["additionalProperties"] = _made(part["additionalProperties"])
+    elif "anyOf" in part:
+        choices = [choice for one in part["anyOf"] for choice in _choices(one)]
+        made["anyOf"] = [one for number, one in enumerate(choices) if one not in choices[:number]]
+    elif part != {"type": "string"} and "const" not in part:
+        return {"anyOf": [made, VARIABLE]}
+    return made
+
+
+def _choices(part: Mapping[str, Any]) -> list[dict[str, Any]]:
+    made = _made(part)
+    return made["anyOf"] if made.keys() == {"anyOf"} else [made]

@@ -1,0 +1,275 @@
+"""Everything else below `/v1`: requests that go to a provider as they are, and its answers, which come back so.
+
+protocol/passable.py says which paths pass, and for whom. A request takes the same way as any other, through the
+provider's queue, pace and pool, but neither it nor its answer is kept: what a client uploads goes out while it comes,
+and what the provider answers comes back at the speed at which its client reads. So there is neither a retry nor
+a failover, and a fault after the head of the answer cuts the connection.
+
+Only a JSON body is read, if it is no longer than a question may be, since its `model` may name a provider. The header
+`x-aioserver-provider` names one for any request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+from typing import TYPE_CHECKING
+
+from aiohttp import hdrs, web
+from aiohttp.http import StreamWriter
+
+from aioserver.auth.callers import CALLER
+from aioserver.errors import (
+    ExpectationFailed,
+    InvalidRequest,
+    NotFound,
+    PermissionDenied,
+    UnsupportedMediaType,
+)
+from aioserver.faces import http, whole
+from aioserver.faces.admission import counted
+from aioserver.faces.intake import BodyStream, client_headers, read_start
+from aioserver.faces.ready import HIGH_WATER
+from aioserver.gateway.request import Request
+from aioserver.limits.turns import in_turns
+from aioserver.protocol import model_body, passable
+from aioserver.protocol.client_headers import as_sent
+from aioserver.protocol.passable import Passage
+from aioserver.providers.passthrough import PassedRequest, body_length, shown_headers
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from aioserver.config import settings
+    from aioserver.faces.admission import BodyHold
+    from aioserver.faces.context import Context
+    from aioserver.gateway.request import Route
+    from aioserver.protocol.model_body import ModelBody
+
+FACE = "other"
+API = "/v1/"
+ROUTE_NAME = "aioserver.passthrough"
+# The header by which a request names its provider.
+PROVIDER = "x-aioserver-provider"
+# Other files of the provider's account are not of this origin: a browser must not run or keep them.
+GUARDS = {
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": "default-src 'none'; sandbox",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+def routes(context: Context) -> list[web.RouteDef]:
+    """Return the routes of this face, which match every path below `/v1` that has no handler of its own."""
+    handler = counted(context.admission, FACE, partial(prepare, context), partial(serve, context))
+    return [
+        web.route(
+            method, f"{API}{{path:.+}}", handler, name=ROUTE_NAME, expect_handler=_expect_later
+        )
+        for method in passable.METHODS
+    ]
+
+
+async def _expect_later(_request: web.Request) -> None:
+    """Do not ask for a body yet: it is asked for when a provider is there to take it."""
+
+
+async def prepare(context: Context, request: web.Request, hold: BodyHold) -> Request:
+    """Prepare a request: find out whether it passes, and where to. Of its body no more than JSON is read.
+
+    Raises:
+        web.HTTPNotFound: the path does not pass, or not by this method.
+        AioserverError: the request is not valid, or not allowed.
+    """
+    path, query = _path(request)
+    passage = passable.passage(path)
+    if passage is None or request.method not in passage.value or not passable.sound_query(query):
+        raise web.HTTPNotFound
+    if passage is Passage.ADMIN:
+        _check_admin(context, request, path)
+    upload, body = await _take_body(context, request, hold)
+    model = body.model if body is not None else None
+    provider = request.headers.get(PROVIDER)
+    route = context.router.route(model, provider)
+    if passage is Passage.ADMIN and not route.provider.settings.account_paths:
+        raise NotFound(_closed(path, route.provider.name))
+    if model is not None and route.model is None:
+        model = route.provider.settings.model
+    passed = PassedRequest(
+        request.method,
+        f"{path}?{query}" if query else path,
+        _body_maker(body, route, renamed=provider is None and model is not None),
+        _body_headers(request, upload),
+        upload=upload,
+        caller=request[CALLER].on_behalf_of(body.user if body is not None else None),
+        model=route.model or model,
+        hold=hold,
+        client_headers=client_headers(context, request),
+    )
+    return Request(route, passed, FACE, http.request_id(request))
+
+
+async def serve(context: Context, request: web.Request, prepared: Request) -> web.StreamResponse:
+    """Pass a request on, and answer with what comes back."""
+    passed = prepared.provider_request
+    assert isinstance(passed, PassedRequest)
+    answer = passed.answer
+    call = asyncio.get_running_loop().create_task(context.gateway.pass_on(prepared))
+
+    def stop(call: asyncio.Task[None]) -> None:
+        answer.stop()
+        # It may fail when this handler has ended.
+        _ = call.cancelled() or call.exception()
+
+    call.add_done_callback(stop)
+    try:
+        if not await answer.begun():
+            await call
+        return await _write(context, request, passed, call)
+    finally:
+        call.cancel()
+        await asyncio.wait((call,))
+
+
+async def _write(
+    context: Context, request: web.Request, passed: PassedRequest, call: asyncio.Task[None]
+) -> web.StreamResponse:
+    """Write the answer to *passed*, whose head is there, while it comes by *call*.
+
+    Raises:
+        ConnectionError: the client has left, or is dropped.
+        AioserverError: the answer is not complete.
+    """
+    answer, provider = passed.answer, passed.record.provider
+    headers = {
+        PROVIDER: provider,
+        "x-aioserver-attempts": str(passed.record.attempts),
+        **shown_headers(answer.headers),
+        **GUARDS,
+    }
+    if headers.get("content-type", "").startswith("text/event-stream"):
+        headers["X-Accel-Buffering"] = "no"
+    response = web.StreamResponse(status=answer.status, headers=headers)
+    response.content_length = length = body_length(answer.headers)
+    http.announce_close(request, response, streamed=length is None)
+    writer = await response.prepare(request)
+    transport = request.transport
+    if transport is None:
+        raise ConnectionResetError("the client has left")
+    assert isinstance(writer, StreamWriter)
+    timeout = context.settings.chat.streams.send_timeout
+
+    def drop(reason: str) -> None:
+        passed.record.slow_client = True
+        context.admission.dropped(FACE, reason)
+
+    while piece := await answer.take():
+        await writer.write(piece, drain=False)
+        if transport.get_write_buffer_size() > HIGH_WATER:
+            await whole.drained(transport, request.writer.drain, timeout, drop)
+    await call
+    await response.write_eof()
+    await whole.flush(transport, request.writer.drain, timeout, drop)
+    return response
+
+
+def _path(request: web.Request) -> tuple[str, str]:
+    """Return the path below `/v1`, and the query, as they stand on the wire; an empty path if it is none."""
+    url = request.rel_url
+    if "#" in request.raw_path or not url.raw_path.startswith(API):
+        return "", ""
+    return url.raw_path.removeprefix(API), url.raw_query_string
+
+
+def _check_admin(context: Context, request: web.Request, path: str) -> None:
+    """Refuse a path that names objects of a provider's account, unless they are there and its caller may use them.
+
+    Without keys the clients are those on this machine, all of them admins; an open server has no admin.
+
+    Raises:
+        NotFound, web.HTTPNotFound: no provider has `account_paths`.
+        PermissionDenied: the caller is no admin.
+    """
+    providers = context.router.providers.values()
+    if not any(provider.settings.account_paths for provider in providers):
+        if passable.names_account(path):
+            raise NotFound(_closed(path, context.router.active.name))
+        raise web.HTTPNotFound
+    access = context.access
+    local = not access.keyed and access.hosts is not None
+    if not (request[CALLER].admin or local):
+        raise PermissionDenied(
+            f"/v1/{path.partition('/')[0]} is of the provider's account: it needs an admin key"
+        )
+
+
+def _closed(path: str, provider: str) -> str:
+    """Return the message for a *path* of the account of a *provider* without `account_paths`."""
+    return (
+        f"/v1/{path.partition('/')[0]} is of the provider's account: "
+        f"it passes where llm.providers.{provider}.account_paths is true"
+    )
+
+
+async def _take_body(
+    context: Context, request: web.Request, hold: BodyHold
+) -> tuple[BodyStream | None, ModelBody | None]:
+    """Return the body that is passed on while it comes, or what was read of a JSON body; two None without a body.
+
+    Raises:
+        AioserverError: the body is not one that passes.
+    """
+    if request.headers.get(hdrs.EXPECT, "100-continue").lower() != "100-continue":
+        raise ExpectationFailed("Expect may be 100-continue and nothing else")
+    if hdrs.CONTENT_ENCODING in request.headers:
+        raise UnsupportedMediaType("a compressed body is not accepted")
+    if not request.body_exists:
+        return None, None
+    if request.method != "POST":
+        raise InvalidRequest(f"{request.method} must have no body")
+    most = context.settings.chat.websocket.max_message_size
+    if request.content_type != "application/json" or (request.content_length or 0) > most:
+        return BodyStream(request), None
+    data = await read_start(request, hold, most)
+    if len(data) > most:
+        return BodyStream(request, data), None
+    return None, await in_turns(model_body.reading(data)) if data else None
+
+
+def _body_maker(
+    body: ModelBody | None, route: Route, *, renamed: bool
+) -> Callable[[settings.Provider], bytes]:
+    """Return a function that makes the body for a provider: the client's, or the same with another model.
+
+    *renamed* says that the client's model may name the provider.
+    """
+
+    def body_for(provider: settings.Provider) -> bytes:
+        if body is None:
+            return b""
+        if renamed and route.renamed:
+            return body.with_model(route.model or provider.model)
+        return body.data
+
+    return body_for
+
+
+def _body_headers(request: web.Request, upload: BodyStream | None) -> Mapping[str, str]:
+    """Return the headers that describe the body, and the one that it is answered by.
+
+    Raises:
+        InvalidRequest: one of them has a character that HTTP forbids.
+    """
+    headers = {}
+    for name in (hdrs.CONTENT_TYPE, hdrs.ACCEPT):
+        text = request.headers.get(name)
+        if text is not None and (name != hdrs.CONTENT_TYPE or request.body_exists):
+            value = as_sent(text)
+            if value is None:
+                raise InvalidRequest(f"{name} has a character that HTTP forbids")
+            headers[str(name)] = value.decode("latin-1")
+    if upload is not None and upload.chunked:
+        headers["Transfer-Encoding"] = "chunked"
+    elif upload is not None:
+        headers["Content-Length"] = str(request.content_length)
+    return headers

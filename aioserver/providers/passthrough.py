@@ -1,0 +1,251 @@
+"""A request that is passed on as it is, and its answer, which is handed on as it comes.
+
+    client ──▶ Body ──▶ upload ──▶ provider ──▶ Handover ──▶ face ──▶ client
+
+Nothing of either is kept or read: an upload and an answer may have any size. A part waits in memory until the other
+side has taken the part before it, so that the slower side sets the pace of both. There is one attempt, and its
+faults are those of any other: a status that is no success means what it means elsewhere (error_mapping.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from aioserver.providers.attempt import MAX_ERROR_BYTES, Attempt
+from aioserver.providers.backpressure import Backpressure
+from aioserver.providers.body_sink import BodySink
+from aioserver.providers.error_mapping import (
+    check_status,
+    check_uncompressed,
+    visible_headers,
+)
+from aioserver.providers.request import Answer, ProviderRequest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from aioserver.auth.callers import Caller
+    from aioserver.config import settings
+    from aioserver.protocol.client_headers import ClientHeaders
+    from aioserver.providers.attempt import AttemptedProvider
+    from aioserver.providers.http1 import RequestWriter, Sink
+    from aioserver.providers.request import Hold
+    from aioserver.providers.upload import Body
+    from aioserver.streams.contracts import Source
+
+# Bytes that are handed on and not taken yet, from which on nothing more is read. A read adds 256 KiB at most.
+PAUSE_BYTES = 1 << 16
+# Headers of the provider that say what its body is. Neither a cookie nor a redirect is among them.
+BODY_HEADERS = ("content-type", "content-disposition", "content-range")
+
+
+class Handover:
+    """The answer to a request that is passed on: the provider puts its parts in, and a face takes them out.
+
+    Always: about PAUSE_BYTES and one read wait in it; *source* is read on once they are taken. Nothing comes
+    after `stop`.
+    """
+
+    def __init__(self) -> None:
+        self.status = 0
+        self.headers: Mapping[str, str] = {}
+        # The exchange under way.
+        self.source: Source | None = None
+        self._parts: list[bytes] = []
+        self._size = 0
+        self._stopped = False
+        self._news: asyncio.Future[None] | None = None
+
+    @property
+    def progress(self) -> int:
+        """A number that grows with each part."""
+        return self._size
+
+    def begin(self, status: int, headers: Mapping[str, str]) -> None:
+        """Note the head of a good answer."""
+        self.status, self.headers = status, headers
+        self._wake()
+
+    def feed(self, data: bytes) -> bool:
+        """Hand a part of the body over."""
+        self._parts.append(data)
+        self._size += len(data)
+        if self.source is not None and sum(map(len, self._parts)) > PAUSE_BYTES:
+            self.source.pause()
+        self._wake()
+        return True
+
+    def end(self) -> None:
+        """Do nothing: `stop` follows once the attempt has ended, for whatever reason."""
+
+    def fast(self) -> None:
+        """Return None: every part is handed over."""
+
+    def stop(self) -> None:
+        """Note that nothing more comes."""
+        self._stopped = True
+        self._wake()
+
+    async def begun(self) -> bool:
+        """Wait for the head; return False if nothing comes at all. Cancelling is safe."""
+        while not self.status and not self._stopped:
+            await self._wait()
+        return bool(self.status)
+
+    async def take(self) -> bytes:
+        """Return what has come since the last call; empty when nothing more comes. Cancelling is safe."""
+        while not self._parts and not self._stopped:
+            await self._wait()
+        parts, self._parts = self._parts, []
+        if self.source is not None:
+            self.source.resume()
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    async def _wait(self) -> None:
+        self._news = asyncio.get_running_loop().create_future()
+        try:
+            await self._news
+        finally:
+            self._news = None
+
+    def _wake(self) -> None:
+        if self._news is not None and not self._news.done():
+            self._news.set_result(None)
+
+
+class PassedRequest(ProviderRequest):
+    """A request that is passed on with its own method, path and body.
+
+    *target* is its path below the provider's base URL, with its query. *upload* is a body that its client is
+    still sending; without it the body is what *body* makes, unless *method* has none. *body_headers* are those
+    that go with it.
+    """
+
+    estimated = False
+
+    __slots__ = ("_body_headers", "answer", "method", "target", "upload")
+
+    def __init__(
+        self,
+        method: str,
+        target: str,
+        body: Callable[[settings.Provider], bytes],
+        body_headers: Mapping[str, str],
+        *,
+        upload: Body | None,
+        caller: Caller,
+        model: str | None,
+        hold: Hold | None,
+        client_headers: ClientHeaders,
+    ) -> None:
+        path = target.partition("?")[0]
+        super().__init__(
+            path,
+            body,
+            streamed=False,
+            caller=caller,
+            model=model,
+            hold=hold,
+            client_headers=client_headers,
+        )
+        self.method = method
+        self.target = target
+        self.upload = upload
+        self.answer = Handover()
+        self._body_headers = body_headers
+        self.record.target = f"{method} {path}"
+
+    def written(self, writer: RequestWriter, provider: settings.Provider) -> bytes:
+        """Return the bytes of the request, up to the body that is uploaded."""
+        own = {"Accept": "*/*", "Accept-Encoding": "identity", **self._body_headers}
+        body = b""
+        if self.method == "POST" and self.upload is None:
+            body = self.body(provider)
+            own["Content-Length"] = str(len(body))
+        return writer.head(self.method, self.target, own, self.client_headers) + body
+
+
+class PassedAttempt(Attempt):
+    """The one attempt of a request that is passed on."""
+
+    __slots__ = ("_passed",)
+
+    def __init__(self, provider: AttemptedProvider, request: PassedRequest) -> None:
+        super().__init__(provider, request, None, model=request.model)
+        self._passed = request
+
+    @property
+    def body(self) -> Body | None:
+        """The body that the client is still sending, if any."""
+        return self._passed.upload
+
+    @property
+    def backpressure(self) -> Backpressure:
+        """One that always lets the exchange pause: an answer of any size must not be read ahead of its client."""
+        return Backpressure(lambda: 0)
+
+    @property
+    def says_little(self) -> bool:
+        """Whether the provider has answered with a fault: it may not have this path, or our key not the right to it."""
+        return self.status >= 300
+
+    def written(self, writer: RequestWriter) -> bytes:
+        """Return the bytes to send, up to the body that is uploaded."""
+        return self._passed.written(writer, self.provider.settings)
+
+    def sending(self, exchange: Source | None = None) -> None:
+        """Let the face pause *exchange*, which brings the answer."""
+        self._passed.answer.source = exchange
+
+    def received(self) -> None:
+        """Note that nothing more comes by the exchange."""
+        self._passed.answer.source = None
+
+    def head_received(self, status: int, headers: Mapping[str, str]) -> Sink:
+        """Return the sink for the body: that of a success is handed over.
+
+        Raises:
+            ProviderBadResponse: the body is compressed.
+        """
+        self.status, self.headers = status, headers
+        self.provider.head_received(self)
+        check_uncompressed(headers)
+        if 200 <= status < 300:
+            # However long its body is, the provider is well, and gets the request no second time.
+            self.first_event()
+            self._passed.forget_body()
+            self._passed.answer.begin(status, headers)
+            self.sink = self._passed.answer
+        else:
+            self.sink = BodySink(MAX_ERROR_BYTES)
+        return self.sink
+
+    def conclude(self) -> None:
+        """Check the status.
+
+        Raises:
+            ProviderFault: the status is none of a success.
+        """
+        if isinstance(self.sink, BodySink):
+            check_status(self.provider.name, self.status, self.headers, self.sink.body)
+        headers, content_type = visible_headers(self.headers), self.headers.get("content-type", "")
+        self.answer = Answer(self.status, headers, b"", content_type, self.provider.name)
+
+
+def shown_headers(headers: Mapping[str, str]) -> dict[str, str]:
+    """Return those of the *headers* of a provider's success that go on to the client, all of printable ASCII."""
+    shown = {
+        name: value
+        for name in BODY_HEADERS
+        if (value := headers.get(name, "")).isascii() and value.isprintable() and value
+    }
+    return {**visible_headers(headers), **shown}
+
+
+def body_length(headers: Mapping[str, str]) -> int | None:
+    """Return the length of the body that follows a head with *headers*; None if it ends otherwise."""
+    length = headers.get("content-length", "")
+    if "transfer-encoding" in headers or not (length.isascii() and length.isdigit()):
+        return None
+    return int(length)
