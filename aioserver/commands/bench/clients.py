@@ -214,7 +214,7 @@ class AnthropicClient:
                     case "ping":
                         continue
                     case "error":
-                        attempt.error(remote.parse_error(content, "provider_error"))
+                        attempt.error(_reported(content))
                     case "message_stop":
                         _stop(attempt, reason)
                     case kind:
@@ -283,6 +283,14 @@ def _read(attempt: Attempt, reading: Reading, data: bytes) -> bool:
     except BadEvent as error:
         attempt.fail("not_understood", str(error))
     return False
+
+
+def _reported(content: dict[str, Any]) -> Fault:
+    """Return the fault in an event `error` of Anthropic's face."""
+    error = content.get("error")
+    fields = error if isinstance(error, dict) else {}
+    code = str(fields.get("code") or fields.get("type") or "provider_error")
+    return remote.shown(Fault(code, str(fields.get("message") or "")))
 
 
 def _stop(attempt: Attempt, reason: object) -> None:
