@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 
 class AnswerError(Exception):
@@ -32,6 +34,16 @@ class AnswerError(Exception):
         self.retry_after = retry_after
         self.request_id = request_id
         self.text = text
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let it be pickled: it may have to cross from one process to another."""
+        named = {
+            "retryable": self.retryable,
+            "retry_after": self.retry_after,
+            "request_id": self.request_id,
+            "text": self.text,
+        }
+        return partial(AnswerError, **named), (self.code, self.message)
 
 
 @dataclass(frozen=True, slots=True)
