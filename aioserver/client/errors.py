@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 
@@ -37,13 +36,7 @@ class AnswerError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Let it be pickled: it may have to cross from one process to another."""
-        named = {
-            "retryable": self.retryable,
-            "retry_after": self.retry_after,
-            "request_id": self.request_id,
-            "text": self.text,
-        }
-        return partial(AnswerError, **named), (self.code, self.message)
+        return AnswerError, (self.code, self.message), vars(self)
 
 
 @dataclass(frozen=True, slots=True)
