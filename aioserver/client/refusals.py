@@ -37,7 +37,7 @@ def refusal(status: int, headers: Mapping[str, str], body: bytes) -> tuple[Fault
 
     *headers* are looked up by their names in lower case.
     """
-    code, message = _error_object(body)
+    code, message = error_object(body)
     retry_after = _seconds(headers.get("retry-after-ms"), 1000)
     if retry_after is None:
         retry_after = _seconds(headers.get("retry-after"), 1)
@@ -75,7 +75,8 @@ def describe(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
-def _error_object(body: bytes) -> tuple[str, str]:
+def error_object(body: bytes) -> tuple[str, str]:
+    """Return code and message of the error in *body*, an object like OpenAI's; empty, if there is none."""
     try:
         answer: Any = orjson.loads(body)
     except orjson.JSONDecodeError:

@@ -89,6 +89,8 @@ class SocketReading(Reading):
             if self.connection is None:
                 connection = await self._transport.connection(self.question.request_id)
                 connection.add(self)
+                if self._frames:
+                    continue
             elif self._behind and not self._resuming:
                 self._resuming = True
                 self.connection.send(self.command(), self)

@@ -9,7 +9,7 @@ import pytest
 
 from aioserver.client import AnswerError, Client, Processing, Queued, connection, socket_reading
 from tests.support.scripted_server import Refusal, ScriptedServer, answer, frame, idle
-from tests.support.waiting import ticks, until
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from tests.support.scripted_server import SocketPeer, SocketScript
@@ -103,15 +103,20 @@ async def test_wait_that_is_told_with_the_handshake_is_not_lost() -> None:
     async def play(peer: SocketPeer) -> None:
         await peer.send(frame(None, "queued", position=2, eta=1.5))
         ping = await peer.ws.receive_json()
-        await ticks(20)
+        await told.wait()
         await peer.send(frame(ping["request_id"], "pong"))
         await play_answers(peer)
 
+    told = asyncio.Event()
     async with ScriptedServer(sockets=[play]) as server, client_of(server) as client:
-        first = [event async for event in client.chat("Hi").events()]
+        events = client.chat("Hi").events()
+        first = await anext(events)
+        told.set()
+        rest = [event async for event in events]
         second = [event async for event in client.chat("Hi").events()]
 
-    assert first[0] == Queued(2, 1.5)
+    assert first == Queued(2, 1.5)
+    assert isinstance(rest[0], Processing)
     assert isinstance(second[0], Processing)
 
 
