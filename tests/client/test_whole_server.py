@@ -101,7 +101,7 @@ async def test_question_that_waits_for_a_provider_is_told_its_position(
         assert isinstance(queued, Queued)
         assert queued.position == 1
         server.simulator.behaviour = QUICK
-        await first.aclose()  # type: ignore[attr-defined]
+        await first.aclose()
         events = [event async for event in second]
 
     assert isinstance(events[-1], Complete)
