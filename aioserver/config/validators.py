@@ -315,6 +315,7 @@ TAKEN = frozenset(
         *("/health", "/healthz", "/livez", "/ready", "/readyz"),
         *("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/models"),
         "/v1/responses",
+        "/conversations",
     )
 )
 route = text(
