@@ -331,6 +331,7 @@ TAKEN = frozenset(
         *("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/models"),
         *("/v1/messages", "/v1/messages/count_tokens"),
         "/v1/responses",
+        "/conversations",
     )
 )
 route = text(

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import signal
 from typing import TYPE_CHECKING
 
 from playwright.async_api import expect
 
+from aioserver.providers.simulator.server import Simulator
 from tests.support.chat_page import answer, ask, cut, enter, is_now, said, shows
 from tests.support.client_page import unwatched
+from tests.support.history import sql
+from tests.support.process import serving
+from tests.support.server import QUICK
 from tests.support.waiting import until_result
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from playwright.async_api import Locator, Page
 
     from tests.support.server import RunningServer
@@ -54,6 +61,35 @@ async def test_a_conversation_is_found_again_in_another_browser_and_goes_on(
     await expect(page.get_by_role("article")).to_have_count(2)
     await shows(page, await said(server, "pears"))
     await expect(listed(page)).to_have_count(1)
+
+
+async def test_a_conversation_is_found_again_after_its_server_was_killed(
+    tmp_path: Path, page: Page
+) -> None:
+    """In another browser, and it goes on there: the new process knows what was said before."""
+    file, changes = tmp_path / "config.yaml", sql(tmp_path / "events.db")
+    async with Simulator(QUICK) as simulator:
+        async with serving(file, simulator.base_url, changes=changes) as process:
+            await process.ready()
+            await page.goto(process.base)
+            await ask(page, "apples")
+            await is_now(page, "complete")
+            process.signal(signal.SIGKILL)
+            await process.ended()
+        async with (
+            serving(file, simulator.base_url, changes=changes) as process,
+            unwatched(page) as other,
+        ):
+            await process.ready()
+            await other.goto(process.base)
+            await other.get_by_role("button", name="apples", exact=True).click()
+            await expect(other.get_by_role("article")).to_contain_text("apples")
+            await ask(other, "pears")
+            await expect(other.get_by_role("article")).to_have_count(2)
+            await is_now(other, "complete")
+
+    asked = simulator.bodies[-1]["messages"]
+    assert [one["content"] for one in asked if one["role"] == "user"] == ["apples", "pears"]
 
 
 async def test_what_is_deleted_is_deleted_at_the_server(server: RunningServer, page: Page) -> None:
