@@ -52,7 +52,7 @@ def test_example_runs_as_it_stands(server: str, example: str, shown: str) -> Non
     program = example.replace("http://localhost:8000", server)
 
     done = subprocess.run(
-        [sys.executable, "-X", "dev", "-W", "error", "-c", program],
+        [sys.executable, "-W", "error", "-c", program],
         capture_output=True,
         text=True,
         timeout=50,

@@ -16,13 +16,14 @@ if TYPE_CHECKING:
 
 @dataclass
 class TellingProvider:
-    """Tells *pieces*; then it waits for *go_on*, and ends. *base_url* is for `llm.providers`.
+    """Tells *pieces*, and an *afterthought*; then it waits for *go_on*, and ends. *base_url* is for `llm.providers`.
 
     *left* counts the clients that have left before the end.
     """
 
     pieces: Sequence[str] = ("Hello",)
     reasoning: Sequence[str] = ()
+    afterthought: str = ""
     finish_reason: str = "stop"
     questions: list[list[dict[str, Any]]] = field(default_factory=list)
     models: list[str] = field(default_factory=list)
@@ -42,6 +43,8 @@ class TellingProvider:
                 await self._send(response, {"reasoning_content": text})
             for text in self.pieces:
                 await self._send(response, {"content": text})
+            if self.afterthought:
+                await self._send(response, {"reasoning_content": self.afterthought})
             await self.go_on.wait()
             await self._send(response, {}, self.finish_reason)
             await response.write(b"data: [DONE]\n\n")

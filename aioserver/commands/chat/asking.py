@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """Who is asked, and how. *timeout*: seconds for a whole answer, with all waits. *endpoint*: the path of the WebSocket face."""
+    """Who is asked, and how.
+
+    *timeout*: seconds for a whole answer, with all waits. *endpoint*: the path of the WebSocket face.
+    """
 
     url: str
     key: str | None
@@ -42,7 +45,7 @@ async def ask(settings: Settings, history: History, question: str) -> None:
         OSError: stdout cannot be written.
     """
     display = make_display(sys.stdout)
-    stopped = False
+    begun = stopped = False
     # The socket lives as long as the answer: a person who thinks or leaves holds no place at the server.
     async with (
         Status(sys.stderr) as status,
@@ -63,7 +66,10 @@ async def ask(settings: Settings, history: History, question: str) -> None:
         try:
             async with answer:
                 async for event in answer.events():
-                    show(event, status, display)
+                    begun = begun or isinstance(event, Text)
+                    # The last line of the terminal is the answer's, once there is a text.
+                    if isinstance(event, Text) or not begun:
+                        show(event, status, display)
         except asyncio.CancelledError:
             stopped = True
             raise

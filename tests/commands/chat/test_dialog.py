@@ -233,6 +233,17 @@ async def test_what_a_model_thinks_is_on_the_status_line_only(
         assert "wonder\r\x1b[KHello" in shown.seen
 
 
+async def test_thoughts_behind_a_text_do_not_write_over_it(
+    told: RunningServer, provider: TellingProvider
+) -> None:
+    provider.afterthought = "hm"
+    async with dialog(told.base, environ={"TERM": "xterm", "NO_COLOR": "1"}) as shown:
+        shown.type("Hi\n")
+        await shown.shows("Hello")
+        await shown.shows("> ")
+        assert "thinking" not in shown.text
+
+
 async def test_an_error_is_one_line_and_the_dialog_goes_on(server: RunningServer) -> None:
     async with dialog(server.base) as shown:
         shown.type("/model fault-quota\n")
