@@ -20,7 +20,7 @@ from aioserver.server import history
 from tests.support.chat import frames_of, text_of
 from tests.support.history import sql
 from tests.support.keys import bearer, cookie, keys_of, log_in
-from tests.support.process import loop_name, serving
+from tests.support.process import serving
 from tests.support.server import CONCURRENCY, QUICK, UVICORN, MakeServer
 from tests.support.waiting import until, until_result
 from tests.support.worker_processes import alone, workers
@@ -207,11 +207,10 @@ async def test_without_the_package_conversations_stay_in_memory(
         assert response.status == 204
 
 
+@pytest.mark.one_loop
 async def test_a_server_that_is_killed_has_all_turns_that_were_written(
     simulator: Simulator, session: aiohttp.ClientSession, tmp_path: Path
 ) -> None:
-    if loop_name() != "uvloop":
-        pytest.skip("it is the same on asyncio")
     changes, path = sql(tmp_path / "h.db"), tmp_path / "h.db"
     file = tmp_path / "config.yaml"
 
@@ -245,11 +244,10 @@ async def test_a_server_that_is_killed_has_all_turns_that_were_written(
         assert connection.execute(broken).fetchone() == (0,)
 
 
+@pytest.mark.one_loop
 async def test_one_file_serves_all_workers(
     simulator: Simulator, session: aiohttp.ClientSession, tmp_path: Path
 ) -> None:
-    if loop_name() != "uvloop":
-        pytest.skip("it is the same on asyncio")
     # A private server is there or not: the file is the truth in any case.
     changes = {
         **sql(tmp_path / "h.db", retention_policy="unlimited"),
@@ -264,11 +262,12 @@ async def test_one_file_serves_all_workers(
         # Each question is asked as soon as the answer before it is complete, of any worker.
         numbers = [await ask(session, process.base, f"{n}", "many") for n in range(1, 61)]
         assert numbers == list(range(1, 61))
+        # A process that is stopped writes nothing, and keeps the others from it if it has just begun.
+        await until(lambda: turns_in(tmp_path / "h.db") == 60)
         one, two = workers(process)
         async with alone(process, one):
             assert await ask(session, process.base, "1") == 1
             assert await ask(session, process.base, "2") == 2
-            # A process that is stopped writes nothing.
             await until(lambda: turns_in(tmp_path / "h.db") == 62)
         async with alone(process, two):
             assert await ask(session, process.base, "3") == 3
