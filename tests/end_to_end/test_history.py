@@ -15,6 +15,7 @@ from uuid import uuid4
 import aiohttp
 import pytest
 
+from aioserver.gateway.sqlite.spool import Spool
 from aioserver.providers.simulator.server import Simulator
 from aioserver.server import history
 from tests.support.chat import frames_of, text_of
@@ -133,10 +134,18 @@ async def test_a_start_may_delete_all(make_server: MakeServer, tmp_path: Path) -
     server = await make_server(**sql(tmp_path / "h.db"))
     await ask(server.session, server.base, "Hello")
     await until(lambda: server.owners.history.stats().waiting == 0)
+    # As a killed process leaves it; that of the server above is locked.
+    left = Spool(str(tmp_path / "h.db"))
+    left.open()
+    left.add(b"a turn that was not written")
+    left.close(empty=False)
 
     other = await make_server(**sql(tmp_path / "h.db", clear_on_startup=True))
 
     assert await ask(other.session, other.base, "Hello") == 1
+    assert b"not written" not in b"".join(
+        (tmp_path / f"h.db-spool-{number}").read_bytes() for number in range(2)
+    )
 
 
 async def test_the_retention_of_a_reload_holds_for_what_is_in_the_file(
@@ -192,8 +201,9 @@ async def test_a_file_that_fails_is_said_and_costs_no_answer(
 async def test_without_the_package_conversations_stay_in_memory(
     make_server: MakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in [name for name in sys.modules if name.startswith("aioserver.gateway.sqlite")]:
-        monkeypatch.delitem(sys.modules, name)
+    # They are imported again, which fails.
+    for name in ("storage", "connections"):
+        monkeypatch.delitem(sys.modules, f"aioserver.gateway.sqlite.{name}", raising=False)
     monkeypatch.setitem(sys.modules, "aiosqlite", None)
     server = await make_server(**sql(tmp_path / "h.db"))
 
