@@ -33,6 +33,7 @@ INSIDE_FUNCTIONS = {
     },
     "server.history": {
         "aioserver.gateway.sqlite.file",
+        "aioserver.gateway.sqlite.spool",
         "aioserver.gateway.sqlite.storage",
         "aioserver.gateway.sqlite.troubles",
     },

@@ -40,6 +40,7 @@ def prepare_file(repository: Repository) -> None:
         return
     try:
         from aioserver.gateway.sqlite.file import prepare  # noqa: PLC0415 - see `open_history`
+        from aioserver.gateway.sqlite.spool import Spool  # noqa: PLC0415
         from aioserver.gateway.sqlite.troubles import Broken  # noqa: PLC0415
     except ModuleNotFoundError:
         return
@@ -50,6 +51,10 @@ def prepare_file(repository: Repository) -> None:
         logger.warning("%s. %s", fault.trouble.text, fault.trouble.advice)
     else:
         if clear:
+            # Otherwise what a killed process has left would be written after it.
+            spool = Spool(repository.path)
+            spool.open()
+            spool.close(empty=True)
             logger.info("conversations deleted at the start: all in %s", repository.path)
 
 

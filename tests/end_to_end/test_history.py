@@ -15,12 +15,13 @@ from uuid import uuid4
 import aiohttp
 import pytest
 
+from aioserver.gateway.sqlite.spool import Spool
 from aioserver.providers.simulator.server import Simulator
 from aioserver.server import history
 from tests.support.chat import frames_of, text_of
 from tests.support.history import sql
 from tests.support.keys import bearer, cookie, keys_of, log_in
-from tests.support.process import loop_name, serving
+from tests.support.process import serving
 from tests.support.server import CONCURRENCY, QUICK, UVICORN, MakeServer
 from tests.support.waiting import until, until_result
 from tests.support.worker_processes import alone, workers
@@ -133,10 +134,18 @@ async def test_a_start_may_delete_all(make_server: MakeServer, tmp_path: Path) -
     server = await make_server(**sql(tmp_path / "h.db"))
     await ask(server.session, server.base, "Hello")
     await until(lambda: server.owners.history.stats().waiting == 0)
+    # As a killed process leaves it; that of the server above is locked.
+    left = Spool(str(tmp_path / "h.db"))
+    left.open()
+    left.add(b"a turn that was not written")
+    left.close(empty=False)
 
     other = await make_server(**sql(tmp_path / "h.db", clear_on_startup=True))
 
     assert await ask(other.session, other.base, "Hello") == 1
+    assert b"not written" not in b"".join(
+        (tmp_path / f"h.db-spool-{number}").read_bytes() for number in range(2)
+    )
 
 
 async def test_the_retention_of_a_reload_holds_for_what_is_in_the_file(
@@ -192,8 +201,9 @@ async def test_a_file_that_fails_is_said_and_costs_no_answer(
 async def test_without_the_package_conversations_stay_in_memory(
     make_server: MakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in [name for name in sys.modules if name.startswith("aioserver.gateway.sqlite")]:
-        monkeypatch.delitem(sys.modules, name)
+    # They are imported again, which fails.
+    for name in ("storage", "connections"):
+        monkeypatch.delitem(sys.modules, f"aioserver.gateway.sqlite.{name}", raising=False)
     monkeypatch.setitem(sys.modules, "aiosqlite", None)
     server = await make_server(**sql(tmp_path / "h.db"))
 
@@ -207,11 +217,10 @@ async def test_without_the_package_conversations_stay_in_memory(
         assert response.status == 204
 
 
+@pytest.mark.one_loop
 async def test_a_server_that_is_killed_has_all_turns_that_were_written(
     simulator: Simulator, session: aiohttp.ClientSession, tmp_path: Path
 ) -> None:
-    if loop_name() != "uvloop":
-        pytest.skip("it is the same on asyncio")
     changes, path = sql(tmp_path / "h.db"), tmp_path / "h.db"
     file = tmp_path / "config.yaml"
 
@@ -245,11 +254,10 @@ async def test_a_server_that_is_killed_has_all_turns_that_were_written(
         assert connection.execute(broken).fetchone() == (0,)
 
 
+@pytest.mark.one_loop
 async def test_one_file_serves_all_workers(
     simulator: Simulator, session: aiohttp.ClientSession, tmp_path: Path
 ) -> None:
-    if loop_name() != "uvloop":
-        pytest.skip("it is the same on asyncio")
     # A private server is there or not: the file is the truth in any case.
     changes = {
         **sql(tmp_path / "h.db", retention_policy="unlimited"),
@@ -264,11 +272,12 @@ async def test_one_file_serves_all_workers(
         # Each question is asked as soon as the answer before it is complete, of any worker.
         numbers = [await ask(session, process.base, f"{n}", "many") for n in range(1, 61)]
         assert numbers == list(range(1, 61))
+        # A process that is stopped writes nothing, and keeps the others from it if it has just begun.
+        await until(lambda: turns_in(tmp_path / "h.db") == 60)
         one, two = workers(process)
         async with alone(process, one):
             assert await ask(session, process.base, "1") == 1
             assert await ask(session, process.base, "2") == 2
-            # A process that is stopped writes nothing.
             await until(lambda: turns_in(tmp_path / "h.db") == 62)
         async with alone(process, two):
             assert await ask(session, process.base, "3") == 3

@@ -94,8 +94,13 @@ async def test_the_state_shows_connections_and_pools(make_server: MakeServer, pa
     assert (sim["usable"], sim["active"], sim["in_flight"], sim["limit"]) == (True, True, 1, 20)
     assert sim["pool"] == {"open": 1, "idle": 0, "limit": 20, "waiting": 0}
     assert state["requests"]["running"] == 1
-    v1 = {"openai": "/v1", "anthropic": "/v1"}
-    assert state["endpoints"] == {"websocket": "/ws/chat", "sse": "/sse/chat", **v1}
+    assert state["endpoints"] == {
+        "websocket": "/ws/chat",
+        "sse": "/sse/chat",
+        "openai": "/v1",
+        "anthropic": "/v1",
+        "conversations": "/conversations",
+    }
     assert state["process"]["open_fds"] > 3
     await until(lambda: server.held()["places"] == 0)
 

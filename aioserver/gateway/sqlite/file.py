@@ -77,6 +77,11 @@ CREATE TABLE deletions (
 # Each step leaves what the version before it reads and writes: processes of both are at the file while workers are replaced.
 MIGRATIONS = (_VERSION_1, _VERSION_2)
 VERSION = len(MIGRATIONS)
+# In one statement: another process may make the tables meanwhile.
+_WHAT = """
+SELECT user_version, application_id, (SELECT count(*) FROM sqlite_schema)
+FROM pragma_user_version, pragma_application_id
+"""
 # For each connection.
 PRAGMAS = ("PRAGMA foreign_keys = ON", "PRAGMA synchronous = NORMAL", "PRAGMA secure_delete = ON")
 
@@ -116,9 +121,10 @@ def identity(path: str) -> tuple[int, int]:
 
 def _make(path: str) -> None:
     """Make an empty file that only its owner can read, unless there is a file already."""
-    if not Path(path).exists() and Path(f"{path}-wal").exists():
-        # It belongs to the file that was there, and SQLite would put what it has into the new one.
-        raise Broken(trouble("gone", path, f"{path}-wal is still there"))
+    for left in (f"{path}-wal", f"{path}-shm"):
+        if not Path(path).exists() and Path(left).exists():
+            # It belongs to the file that was there, and SQLite would put what it has into the new one.
+            raise Broken(trouble("gone", path, f"{left} is still there"))
     # Not opened if it is there: closing it would drop the locks that this process has on it
     # (https://sqlite.org/howtocorrupt.html, 2.2).
     with contextlib.suppress(FileExistsError):
@@ -185,9 +191,7 @@ def _version(connection: sqlite3.Connection, path: str) -> int:
     Raises:
         Broken: the tables are not ours, or newer.
     """
-    (version,) = connection.execute("PRAGMA user_version").fetchone()
-    (application,) = connection.execute("PRAGMA application_id").fetchone()
-    (tables,) = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+    version, application, tables = connection.execute(_WHAT).fetchone()
     if (tables or version) and application != APPLICATION_ID:
         raise Broken(trouble("foreign", path))
     if version > VERSION:

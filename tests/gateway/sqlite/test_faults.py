@@ -155,7 +155,8 @@ async def test_a_file_that_cannot_be_used_stays_as_it_is(
         assert str(path) in trouble.text
         assert trouble.advice == KINDS[expected][1]
 
-        assert contents(tmp_path) == before
+        # A try may have made others for a moment.
+        assert before.items() <= contents(tmp_path).items()
         for name in before:
             shutil.move(tmp_path / name, tmp_path.parent / f"away-{tmp_path.name}-{name}")
         await until(lambda: kind(kept) is None, state=kept.stats)
@@ -213,16 +214,19 @@ async def test_a_file_that_was_moved_away_is_followed_by_a_new_one(tmp_path: Pat
         keep(kept, "one")
         await written(kept)
         path.rename(away)
-        keep(kept, "two")
+        keep(kept, "two")  # it may get into the old file, if nobody has looked since
         await until(lambda: kind(kept) == "gone", state=kept.stats)
         # They belong to the file that was moved, and would damage a new one.
         for suffix in ("-wal", "-shm"):
             shutil.move(f"{path}{suffix}", f"{away}{suffix}")
+        keep(kept, "three")
         await until(lambda: kind(kept) is None, state=kept.stats)
         await written(kept)
 
-        assert await questions(kept) == ["two"]
-    assert query(away, "SELECT question FROM turns") == [("one",)]
+        found = await questions(kept)
+    assert [*(row[0] for row in query(away, "SELECT question FROM turns")), *(found or ())] == [
+        *("one", "two", "three")
+    ]
 
 
 async def test_a_file_that_breaks_while_it_is_open_is_not_written_any_more(tmp_path: Path) -> None:
