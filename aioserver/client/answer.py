@@ -12,7 +12,7 @@ from aioserver.client.reading import fault_of
 from aioserver.client.retries import Retries
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator
+    from collections.abc import AsyncGenerator
     from types import TracebackType
 
     from aioserver.client.reading import Question, Reading, Transport
@@ -36,7 +36,7 @@ class Answer:
             print(event)
 
     Leaving the loop before its end cancels the answer at the server, whether by `break`, by an exception, or
-    since the task is cancelled. A program that keeps the loop's iterator should read the answer
+    since the task is cancelled; so does an iterator that nobody has any more. A program that keeps the iterator should read the answer
     `async with`, which cancels at the end of its block:
 
         async with client.chat("Hello") as answer:
@@ -74,10 +74,10 @@ class Answer:
         """The text that has come so far."""
         return "".join(self._texts)
 
-    def __aiter__(self) -> AsyncIterator[str]:
+    def __aiter__(self) -> AsyncGenerator[str]:
         return self._pieces()
 
-    def events(self) -> AsyncIterator[Event]:
+    def events(self) -> AsyncGenerator[Event]:
         """Read the answer as events.
 
         Raises:

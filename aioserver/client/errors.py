@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 class AnswerError(Exception):
@@ -32,6 +33,10 @@ class AnswerError(Exception):
         self.retry_after = retry_after
         self.request_id = request_id
         self.text = text
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let it be pickled: it may have to cross from one process to another."""
+        return AnswerError, (self.code, self.message), vars(self)
 
 
 @dataclass(frozen=True, slots=True)

@@ -249,3 +249,25 @@ async def test_server_that_cuts_each_answer_is_not_asked_without_a_pause(
         assert 5.0 < asyncio.get_running_loop().time() - start <= 41.0
     assert error.code == "connect_error"
     assert len(server.seen) < 30
+
+
+@BOTH
+async def test_key_is_not_sent_where_a_server_redirects_to(transport: Transport) -> None:
+    heads: list[bytes] = []
+
+    async def elsewhere(peer: Peer) -> None:
+        heads.append(await peer.head())
+        await peer.send(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
+
+    async with ScriptedProvider(elsewhere) as other:
+        target = f"http://127.0.0.1:{other.port}/ws/chat"
+        said = f"HTTP/1.1 307 T\r\nLocation: {target}\r\nContent-Length: 0\r\n\r\n".encode()
+        async with (
+            ScriptedProvider(lambda peer: http(peer, said)) as server,
+            Client(f"http://127.0.0.1:{server.port}", transport=transport, key="secret") as client,
+        ):
+            with pytest.raises(AnswerError):
+                await client.chat("Hi").text()
+
+    assert len(heads) == (transport == "websocket")
+    assert not any(b"secret" in head for head in heads)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any, Literal
 
+import aiohttp
 import pytest
 
 from aioserver.client import AnswerError, Client, Complete, Processing, Queued, ToolCalls
@@ -59,6 +60,35 @@ async def test_key_opens_a_server_and_a_wrong_one_is_one_clear_error(
         assert not caught.value.retryable
 
 
+@pytest.mark.virtual_time
+@pytest.mark.parametrize("limit", [{"max_concurrent": 1}, {"requests_per_minute": 60}])
+async def test_limits_of_a_key_are_waited_for(
+    make_server: MakeServer, transport: Transport, limit: dict[str, int]
+) -> None:
+    server = await make_server(PACED, **keys_of("ann", **limit))
+    async with client_of(server, transport, key=key_of("ann")) as client:
+        texts = await asyncio.gather(*(client.chat("Hi").text() for _ in range(4)))
+
+    assert len(set(texts)) == 1
+    assert server.simulator.stats().requests == 4
+
+
+async def test_session_and_endpoint_of_the_program_are_used(
+    make_server: MakeServer, transport: Transport
+) -> None:
+    endpoints = {"chat.websocket.endpoint": "/there", "chat.sse.endpoint": "/there/too"}
+    server = await make_server(QUICK, **endpoints)
+    endpoint = endpoints[
+        "chat.websocket.endpoint" if transport == "websocket" else "chat.sse.endpoint"
+    ]
+    async with aiohttp.ClientSession(headers={"User-Agent": "mine"}) as session:
+        async with client_of(server, transport, session=session, endpoint=endpoint) as client:
+            pieces = [piece async for piece in client.chat("Hi", streaming=False)]
+
+        assert not session.closed
+    assert len(pieces) == 1
+
+
 async def test_question_that_waits_for_a_provider_is_told_its_position(
     make_server: MakeServer, transport: Transport
 ) -> None:
@@ -71,7 +101,7 @@ async def test_question_that_waits_for_a_provider_is_told_its_position(
         assert isinstance(queued, Queued)
         assert queued.position == 1
         server.simulator.behaviour = QUICK
-        await first.aclose()  # type: ignore[attr-defined]
+        await first.aclose()
         events = [event async for event in second]
 
     assert isinstance(events[-1], Complete)
@@ -88,11 +118,11 @@ async def test_full_server_is_waited_for(make_server: MakeServer, transport: Tra
         async with client_of(server, transport) as client:
             return await client.chat(name).text()
 
-    texts = await asyncio.gather(*(ask("Hi") for _ in range(12)))
+    texts = await asyncio.gather(*(ask("Hi") for _ in range(8)))
 
     assert len(set(texts)) == 1
     assert texts[0]
-    assert server.simulator.stats().requests == 12
+    assert server.simulator.stats().requests == 8
 
 
 @pytest.mark.virtual_time

@@ -13,13 +13,14 @@ import io
 import json
 import re
 import subprocess
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from uuid import uuid4
 
 import aiohttp
 import pytest
 from yarl import URL
 
+from aioserver.client import AnswerError, Client
 from aioserver.providers.simulator.exchange import Behaviour
 from tests.support.proxy import KINDS, Proxy, running
 from tests.support.scripted_provider import DONE, EVENT_STREAM, LAST_CHUNK, ScriptedProvider, chunk
@@ -263,6 +264,32 @@ async def test_an_answer_arrives_whole(proxied: Proxied) -> None:
             found.append((await response.json())["choices"][0]["message"])
 
     assert found[:2] == found[2:]
+
+
+@pytest.mark.parametrize("transport", ["websocket", "sse"])
+async def test_client_library_reads_cancels_and_is_refused_as_without_the_proxy(
+    proxied: Proxied, transport: Literal["websocket", "sse"]
+) -> None:
+    server, proxy = await proxied(QUICK, **FULL)
+    found = []
+    for base in (server.base, proxy.base):
+        async with Client(base, transport=transport, session=proxy.session, deadline=20) as client:
+            found.append(await client.chat("Hello").text())
+        await server.nothing_held()
+    server.simulator.behaviour = SILENT_AFTER_ONE
+    async with Client(proxy.base, transport=transport, session=proxy.session) as client:
+        async with client.chat("Hello") as answer:
+            pieces = aiter(answer)
+            await anext(pieces)
+            async with Client(
+                proxy.base, transport=transport, session=proxy.session, deadline=0.5
+            ) as other:
+                with pytest.raises(AnswerError) as caught:
+                    await other.chat("Hello").text()
+        await server.simulator.until(lambda stats: stats.aborted == 1)
+
+    assert found[0] == found[1] != ""
+    assert caught.value.code == "server_at_capacity"
 
 
 async def test_our_refusals_pass_as_they_are(proxied: Proxied) -> None:
