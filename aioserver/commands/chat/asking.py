@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from aioserver.client import Client, Complete, Processing, Queued, Reasoning, Text, ToolCalls
 from aioserver.commands.chat.display import make_display
 from aioserver.commands.chat.question import BadQuestion
-from aioserver.commands.chat.status import Status
+from aioserver.commands.chat.status import Silence, Status
 from aioserver.commands.remote import printable
 
 if TYPE_CHECKING:
@@ -64,9 +64,11 @@ async def ask(settings: Settings, history: History, question: str) -> None:
         except ValueError as error:
             raise BadQuestion(str(error)) from None
         try:
-            async with answer:
+            async with Silence(display.note) as silence, answer:
                 async for event in answer.events():
                     begun = begun or isinstance(event, Text)
+                    if begun:
+                        silence.heard()
                     # The last line of the terminal is the answer's, once there is a text.
                     if isinstance(event, Text) or not begun:
                         show(event, status, display)

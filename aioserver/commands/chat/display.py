@@ -21,6 +21,9 @@ class Display(Protocol):
             OSError: it could not be written.
         """
 
+    def note(self, text: str) -> None:
+        """Show *text* below what has come until more comes; of no effect where a line cannot be replaced."""
+
     def end(self) -> None:
         """Show what has not been shown, and end the line.
 
@@ -45,6 +48,9 @@ class PlainDisplay:
             self._out.write(piece)
             self._out.flush()
             self._last = piece[-1]
+
+    def note(self, text: str) -> None:
+        """Show nothing: the line belongs to the answer."""
 
     def end(self) -> None:
         """End the last line, if it has no end: what follows in a terminal or a file begins a line."""

@@ -20,6 +20,7 @@ from rich.syntax import Syntax
 
 from aioserver.commands.chat.blocks import Blocks
 from aioserver.commands.chat.safe_text import safe
+from aioserver.commands.chat.status import fitting
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 # Seconds.
 DRAW_INTERVAL = 0.08
+# Lines of a terminal with room for a note.
+MIN_HEIGHT = 3
 # The colours that the person has chosen for the terminal, on its own background.
 CODE_THEME = "ansi_dark"
 
@@ -82,6 +85,7 @@ class MarkdownDisplay:
         # Lines on the screen that the next drawing replaces; the cursor is in the last one.
         self._shown = 0
         self._anything = False
+        self._note = ""
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
         self._next = 0.0
@@ -94,10 +98,17 @@ class MarkdownDisplay:
             OSError: the terminal could not be written.
         """
         self._finished += self._blocks.feed(safe(piece))
+        self._note = ""
         if self._error is not None:
             raise self._error
         if self._timer is None:
             self._timer = self._loop.call_at(self._next, self._draw_by_timer)
+
+    def note(self, text: str) -> None:
+        """Show *text* below what has come, until more comes."""
+        if self._console.height > MIN_HEIGHT and self._timer is None:
+            self._note = fitting(text, self._console.width - 1)
+            self._draw_by_timer()
 
     def end(self) -> None:
         """Draw what is left, and leave the cursor below it.
@@ -110,6 +121,7 @@ class MarkdownDisplay:
             self._timer = None
         if self._error is not None:
             raise self._error
+        self._note = ""
         self._finished.append(self._blocks.rest)
         self._blocks = Blocks()
         self._draw()
@@ -131,7 +143,10 @@ class MarkdownDisplay:
             self._anything = self._anything or bool(lines)
         self._finished.clear()
         # One line stays free: a full screen would scroll, and lines that scrolled away cannot be replaced.
-        last = self._lines(self._blocks.rest)[-max(1, self._console.height - 1) :]
+        room = self._console.height - (2 if self._note else 1)
+        last = self._lines(self._blocks.rest)[-max(1, room) :]
+        if self._note:
+            last.append(self._note)
         self._shown = len(last)
         self._out.write(output + "\n".join(last))
         self._out.flush()

@@ -12,12 +12,15 @@ from unicodedata import east_asian_width
 from aioserver.commands.remote import printable
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import TextIO
 
 # Seconds. A wait that is longer says how long it is; it may be that nothing else ever comes.
 LONG = 2.0
 TICK = 1.0
 DEFAULT_WIDTH = 80
+# Seconds without a word in the middle of an answer, after which that is said.
+SILENCE = 5.0
 # Characters of what a model thinks.
 MAX_THOUGHT = 60
 
@@ -108,3 +111,34 @@ class Status:
             with contextlib.suppress(OSError, ValueError):
                 self._err.write(text)
                 self._err.flush()
+
+
+class Silence:
+    """Says by *note* how long nothing has come, inside an `async with`, once `heard` was called.
+
+    The provider may be slow, or the connection lost: the client library then tries to resume the answer.
+    """
+
+    def __init__(self, note: Callable[[str], None]) -> None:
+        self._note = note
+        self._last = float("inf")
+        self._ticking: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        self._ticking = asyncio.create_task(self._tick())
+        return self
+
+    async def __aexit__(self, *_exc: object) -> None:
+        if self._ticking is not None:
+            self._ticking.cancel()
+            await asyncio.wait([self._ticking])
+
+    def heard(self) -> None:
+        """Note that a piece of the answer has come."""
+        self._last = time.monotonic()
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK)
+            if (seconds := time.monotonic() - self._last) >= SILENCE:
+                self._note(f"nothing has come for {seconds:.0f} s; Ctrl-C stops the answer")

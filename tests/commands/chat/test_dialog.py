@@ -244,6 +244,20 @@ async def test_thoughts_behind_a_text_do_not_write_over_it(
         assert "thinking" not in shown.text
 
 
+async def test_a_silence_in_the_middle_of_an_answer_is_said(
+    make_server: MakeServer, provider: TellingProvider
+) -> None:
+    """It takes more than 5 s: the client is a process with a clock of its own."""
+    provider.go_on.clear()
+    patient = {"llm.providers.sim.http_client.read_timeout": 60.0}
+    server = await make_server(**{"llm.providers.sim.base_url": provider.base_url, **patient})
+    async with dialog(server.base) as shown:
+        shown.type("Hi\n")
+        await shown.shows("Hello\nnothing has come for ")
+        provider.go_on.set()
+        await shown.shows("Hello\n\n> ")
+
+
 async def test_an_error_is_one_line_and_the_dialog_goes_on(server: RunningServer) -> None:
     async with dialog(server.base) as shown:
         shown.type("/model fault-quota\n")

@@ -190,6 +190,24 @@ async def test_a_block_taller_than_the_terminal_scrolls_nothing_away_that_is_rep
     assert words(screen(out.getvalue())) == [f" • item {number}" for number in range(30)]
 
 
+async def test_a_note_stands_below_the_last_block_until_more_comes() -> None:
+    out = io.StringIO()
+    display = MarkdownDisplay(out, console_of(out, width=20))
+    display.text("One\n\ntwo")
+    await ticks()
+    display.note("nothing has come for a while")
+    noted = screen(out.getvalue())
+    display.text(" three")
+    await ticks()
+    more = screen(out.getvalue())
+    display.note("nothing")
+    display.end()
+
+    assert noted == ["One", "", "two", "nothing has come fo"]
+    assert more == ["One", "", "two three"]
+    assert screen(out.getvalue()) == ["One", "", "two three", ""]
+
+
 async def test_a_long_answer_costs_as_much_as_its_length() -> None:
     """The number of characters sent, and not a time: each block is drawn again only while it is the last."""
 
