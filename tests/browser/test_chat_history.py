@@ -146,3 +146,18 @@ async def test_a_server_that_cannot_show_a_conversation_costs_only_that(
         await ask(other, "pears")
         await is_now(other, "complete")
         await expect(answer(other)).to_contain_text("pears")
+
+
+async def test_people_who_share_an_address_are_not_shown_each_other_s_conversations(
+    server: RunningServer, page: Page
+) -> None:
+    await enter(page, server)
+    shown = await page.evaluate(
+        """async () => {
+          const { personal } = await import("/assets/chat/history.js");
+          const hosts = ["localhost", "127.0.0.1", "[::1]", "chat.example.com", "localhost.example.com"];
+          return [null, "web"].map((name) => hosts.map((host) => personal({ name }, host)));
+        }"""
+    )
+
+    assert shown == [[True, True, True, False, False], [True] * 5]

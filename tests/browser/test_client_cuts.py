@@ -30,6 +30,7 @@ ROUND = """
 """
 
 
+@pytest.mark.timeout(200)
 @pytest.mark.parametrize("transport", ["websocket", "sse"])
 async def test_each_token_comes_once_over_connections_that_are_cut(
     make_server: MakeServer, page: Page, transport: str

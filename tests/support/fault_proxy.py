@@ -61,6 +61,8 @@ class FaultProxy:
         task = asyncio.ensure_future(self._relay(reader, writer))
         self._relays.add(task)
         task.add_done_callback(self._relays.discard)
+        # A task that is cancelled before its first step closes nothing.
+        task.add_done_callback(lambda _task: writer.close())
 
     async def _relay(
         self, from_client: asyncio.StreamReader, to_client: asyncio.StreamWriter

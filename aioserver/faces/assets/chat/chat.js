@@ -3,7 +3,7 @@
 import { Client } from "/client.js";
 import { closeReason } from "./errors.js";
 import { ConversationList } from "./conversation_list.js";
-import { ServerHistory } from "./history.js";
+import { personal, ServerHistory } from "./history.js";
 import { Models } from "./models.js";
 import { Requests, runningTurn } from "./requests.js";
 import { newConversation, Store } from "./store.js";
@@ -41,7 +41,10 @@ const models = new Models(byId("model"), { store, changed: drawModel });
 const login = new Login({ changed: drawLogin });
 const client = new Client(location.origin, { before, onstate });
 const requests = new Requests(client, store, { changed: drawTurn, started, finished });
-const kept = new ServerHistory(client, store, { changed: drawList });
+const kept = new ServerHistory(client, store, {
+  personal: () => personal(login.session, location.hostname),
+  changed: drawList,
+});
 let lastLoss = null; // the state in which the connection was lost, until it is open again
 const list = new ConversationList(byId("conversations"), { open: choose, remove });
 let current = newConversation();

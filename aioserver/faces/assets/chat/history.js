@@ -4,12 +4,20 @@ import { newTurn } from "./turn.js";
 
 const MAX_LISTED = 50;
 const MAX_REMOVED = 500; // ids
+const THIS_MACHINE = /^(localhost|127\.\d+\.\d+\.\d+|\[::1\])$/;
+
+// Whether the list is that of one person. Without a key the server tells callers apart by their addresses only, which the
+// people behind a proxy share.
+export function personal({ name }, host) {
+  return name !== null || THIS_MACHINE.test(host);
+}
 
 export class ServerHistory {
-  // *client* knows the address, and `changed()` is called when the list has changed.
-  constructor(client, store, { changed }) {
+  // `personal()` returns whether the list may be shown, and `changed()` is called when it has changed.
+  constructor(client, store, { personal, changed }) {
     this.client = client;
     this.store = store;
+    this.personal = personal;
     this.changed = changed;
     this.summaries = new Map(); // id → { id, title, updated, messages }
   }
@@ -22,6 +30,7 @@ export class ServerHistory {
 
   // Read the list from the server. If it does not answer, the former list stays.
   async load() {
+    if (!this.personal()) return;
     const list = await this.client.conversations({ limit: MAX_LISTED }).catch(() => null);
     if (list === null) return;
     const removed = new Set(this.removed);
@@ -61,6 +70,7 @@ export class ServerHistory {
   }
 
   remove(id) {
+    if (!this.personal()) return this.client.deleteConversation(id).catch(() => {});
     this.store.setSetting("removed", [...this.removed, id].slice(-MAX_REMOVED));
     return this.load();
   }
