@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import aiosqlite
 
 from aioserver.gateway.sqlite import file
-from aioserver.gateway.sqlite.statements import PROBE
+from aioserver.gateway.sqlite.statements import PROBE, SHRINK
 from aioserver.gateway.sqlite.troubles import Broken, trouble
 
 if TYPE_CHECKING:
@@ -102,6 +102,16 @@ class Connections:
         assert self._writer is not None, "the file is open"
         rows = list(await self._writer.execute_fetchall(statement))
         return rows[0] if rows else None
+
+    async def shrink(self) -> None:
+        """Give some pages that are free back to the file system.
+
+        Raises:
+            sqlite3.Error: the file cannot be written.
+        """
+        assert self._writer is not None, "the file is open"
+        # Not `execute`: in Python 3.11 it ends after the first step, and each step frees one page.
+        await self._writer.executescript(SHRINK)
 
     async def write(self, statements: Sequence[Statement]) -> list[int]:
         """Do *statements* in one transaction; return how many rows each has changed.

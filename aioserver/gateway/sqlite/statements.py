@@ -51,7 +51,7 @@ TOTALS = "SELECT count(*), coalesce(sum(size), 0) FROM conversations"
 DROP_OLDEST = """
 DELETE FROM conversations WHERE id IN (SELECT id FROM conversations ORDER BY updated LIMIT :limit)
 """
-SHRINK = "PRAGMA incremental_vacuum(1000)"
+SHRINK = "PRAGMA incremental_vacuum(1000);"
 # It writes a page, although nothing changes.
 PROBE = f"PRAGMA user_version = {VERSION}"
 

@@ -81,7 +81,7 @@ class Sweep:
         if self._trimmed is not None:
             await self._trim(connections, self._trimmed)
         elif await self._delete(connections):
-            await connections.ask(statements.SHRINK)
+            await connections.shrink()
             self.due, self._turns = self._loop.time() + PERIOD, 0
 
     async def _trim(self, connections: Connections, first: int) -> None:

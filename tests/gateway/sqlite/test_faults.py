@@ -329,7 +329,7 @@ async def test_a_file_that_may_not_grow_is_written_when_it_may(tmp_path: Path) -
 
 
 READ_ONLY = """
-import asyncio, os, sys
+import asyncio, concurrent.futures.thread, os, sys  # all that others may not read where Python is root's own
 from tests.support.history import keep, storage, questions
 
 async def main(path):
