@@ -45,7 +45,7 @@ class Answer:
     """
 
     def __init__(self, transport: Transport, question: Question, deadline: float | None) -> None:
-        # What has come of the answer's text; whole after the end.
+        # The text of the answer so far; whole after the end.
         self._texts: list[str] = []
         # The last event of a whole answer.
         self.complete: Complete | None = None
@@ -219,7 +219,7 @@ class Answer:
         events: list[Event] = []
         for position, frame in enumerate(frames):
             if frame.event_id is not None and frame.status in {"error", "cancelled"}:
-                # What has come before is read first.
+                # The events before it are read first.
                 if events:
                     self._rest = frames[position:]
                 elif frame.status == "error":

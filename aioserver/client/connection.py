@@ -84,9 +84,9 @@ class Connection:
         # Set when nothing waits to be sent.
         self._flushed = asyncio.Event()
         self._flushed.set()
-        # What the server has said about the whole socket.
+        # The last remark of the server about the whole socket.
         self._remark: Fault | None = None
-        # What the server has said last of the wait for a place, until there is one.
+        # The last remark of the server about the wait for a place, until there is one.
         self._queued: Frame | None = None
         self._receiver = transport.start(self._receive())
         self._sender = transport.start(self._send())

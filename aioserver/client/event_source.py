@@ -53,7 +53,7 @@ class EventSourceReading(Reading):
         self._response: aiohttp.ClientResponse | None = None
         self._splitter = eventstream.Splitter(MAX_FRAME_BYTES)
         self._reconnection = Reconnection(random.random)
-        # What happened after the frames that were returned.
+        # The interruption that came after the frames that were returned.
         self._interrupted: Interrupted | None = None
         self._sent = self._left = False
 

@@ -1,4 +1,4 @@
-"""What the server keeps of conversations: listed, read and deleted.
+"""The conversations that the server keeps: listed, read and deleted.
 
 Each is one small HTTP request, which may be repeated: it is, until the deadline, as questions are.
 """

@@ -26,7 +26,7 @@ MAX_FRAME_BYTES = 1 << 26
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What is asked, as JSON: *payload* is the same under any id."""
+    """A question, as JSON: *payload* is the same under any id."""
 
     request_id: str
     payload: bytes

@@ -1,4 +1,4 @@
-"""What an HTTP status, a close code or a failed connection means for a question."""
+"""The meaning of an HTTP status, a close code or a failed connection for a question."""
 
 from __future__ import annotations
 

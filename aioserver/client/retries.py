@@ -57,7 +57,7 @@ def after_restart(random: Callable[[], float]) -> float:
 
 
 class Retries:
-    """What an answer does about the faults that it meets.
+    """The decisions of one answer about the faults that it meets.
 
     Always: a question is asked again only if nobody has paid for an answer to it.
     """

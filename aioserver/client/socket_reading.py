@@ -69,7 +69,7 @@ class SocketReading(Reading):
         self._transport = transport
         self._frames: list[Frame] = []
         self._unread = 0
-        # What happened after the frames that wait.
+        # The interruption that came after the frames that wait.
         self._interrupted: Interrupted | None = None
         self._waiter: asyncio.Future[None] | None = None
         # Whether frames were dropped; and whether they were asked for again.

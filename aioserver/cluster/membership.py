@@ -55,7 +55,7 @@ PEPPER_SECONDS = 30 * 86_400
 MAX_HOST = 32
 # Keys that the server looks at in one step.
 SCANNED = 1000
-# What has a meaning of its own in a pattern of keys.
+# Characters with a meaning of their own in a pattern of keys.
 _GLOB = re.compile(r"[*?\[\]\\^-]")
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9.]+")
 

@@ -119,7 +119,7 @@ class BodyStream:
         # Pieces that come before those that the client sends now, the last one first.
         self._before = [first] if first else []
         self._asked = bool(first)
-        # What was read, so that it can be read again; None once that is too much.
+        # The bytes that were read, so that they can be read again; None once they are too many.
         self._read: list[bytes] | None = []
 
     async def read(self) -> bytes:

@@ -55,7 +55,7 @@ STREAM_HEADERS = {
 
 
 class Dialect(NamedTuple):
-    """What differs between the APIs whose answers pass as the provider's bytes.
+    """The differences between the APIs whose answers pass as the provider's bytes.
 
     *face* is the name of their face. *heartbeat* is written into a stream after each `ping_interval` of silence. The
     id of a request is in the header *id_header*, too, if the provider has sent none.

@@ -26,7 +26,7 @@ RETRY_AFTER = 5.0
 
 
 class Trouble(NamedTuple):
-    """What is wrong with a storage: its kind, in words, and what an operator can do."""
+    """A fault of a storage: its kind, in words, and what an operator can do."""
 
     kind: str
     text: str

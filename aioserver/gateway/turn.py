@@ -71,7 +71,7 @@ class Page(NamedTuple):
 
 
 class Dialogue(NamedTuple):
-    """What is kept of a conversation; *older*: turns before these are kept, too."""
+    """The newest turns of a conversation; *older*: turns before these are kept, too."""
 
     turns: list[Turn]
     older: bool = False

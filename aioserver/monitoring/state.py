@@ -45,7 +45,7 @@ class StreamsState(TypedDict):
 
 
 class HistoryTrouble(TypedDict):
-    """What is wrong with the storage of conversations, since when (Unix time), and what to do."""
+    """A fault of the storage of conversations, since when it is there (Unix time), and what to do."""
 
     kind: str
     since: float

@@ -57,7 +57,7 @@ class _Run(NamedTuple):
 
 
 class ResponseEvents:
-    """What is remembered of the events of one response that is streamed, for as long as its log.
+    """The memory of the events of one response that is streamed, for as long as its log.
 
     Always: at most one of its events is kept, as bytes: the last that has a response object; the
     sequence numbers are kept as runs, of which there is one if the provider counts as it should.

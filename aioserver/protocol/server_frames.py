@@ -22,7 +22,7 @@ class BadFrame(ValueError):
 
 
 class Chunk(msgspec.Struct, frozen=True):
-    """What a frame says; which fields it has depends on its status."""
+    """The content of a frame; its fields depend on its status."""
 
     type: str = ""
     data: Any = None

@@ -1,4 +1,4 @@
-"""What is looked up in the body of a whole answer: the model's text, and whether a response is final.
+"""Lookups in the body of a whole answer: the model's text, and whether a response is final.
 
 Such a body may have many megabytes, and parsing it would stop the event loop for a second. Here it is
 walked through in steps (limits/turns.py) along a path, without building anything: what is not on
@@ -33,7 +33,7 @@ _SCALAR = re.compile(rb'[^,"\[\]{} \t\r\n]*+')
 _OPENING, _CLOSING = re.compile(rb"[\[{]*+"), re.compile(rb"[\]}]*+")
 # An object or an array that has no other in it, and no string.
 _LEAF = rb'\{[^"\[\]{}]*+\}|\[[^"\[\]{}]*+\]'
-# What is between the brackets of an object or an array, as far as it is simple.
+# The content between the brackets of an object or an array, as far as it is simple.
 _CONTENT = re.compile(rb'(?:[^"\[\]{}]++|"%b"|%b)*+' % (_INSIDE, _LEAF), re.DOTALL)
 _QUOTE, _BRACE, _BRACKET, _END_BRACE, _END_BRACKET = b'"{[}]'
 # What may stand in a JSON string (RFC 8259, 7), as far as it is whole.

@@ -175,7 +175,7 @@ class Attempt:
 
     @property
     def backpressure(self) -> Backpressure | None:
-        """What decides whether the exchange may pause; None for that of the provider."""
+        """The function that decides whether the exchange may pause; None for that of the provider."""
         return None
 
     @property

@@ -117,7 +117,7 @@ class MessageSink:
 
     def _note_usage(self, block: bytes) -> None:
         for event in eventstream.split(block):
-            # What is read of an event must not depend on those that came in the same read.
+            # The reading of an event must not depend on those that came in the same read.
             if event.find(_USAGE) >= 0:
                 usage = anthropic.usage_in(anthropic.content_of(event))
                 self._usage = bounded({**self._usage, **usage})

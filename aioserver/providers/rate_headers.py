@@ -1,4 +1,4 @@
-"""What a provider says in its headers of the limits that are left.
+"""The limits that a provider says, in its headers, are left.
 
 x-ratelimit-{remaining,reset}-{requests,tokens}         OpenAI, Groq and others. A window: what remains is for
 the time until the reset, a duration
@@ -33,7 +33,7 @@ _DURATION = re.compile(
 
 
 class Left(NamedTuple):
-    """What is left of one limit: *left* units for *seconds*; 0 for that long where nothing is. *requests*: of starts."""
+    """The rest of one limit: *left* units for *seconds*; 0 for that long where nothing is. *requests*: of starts."""
 
     requests: bool
     left: float

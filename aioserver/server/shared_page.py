@@ -102,7 +102,7 @@ class _Column(IntEnum):
 
 # Cells in front of the columns: the layout, and the number of slots.
 _HEAD: Final = 2
-# What a worker of another version than its parent's must not misread. Count up the number where cells get another meaning.
+# The layout of the page, which a worker of another version than its parent's must not misread. Count up the number where cells get another meaning.
 _LAYOUT: Final = zlib.crc32(repr((1, list(_Column), SLOTS_PER_WORKER, MAX_KEYS)).encode())
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -166,10 +165,6 @@ async def test_program_without_an_event_loop_has_the_same(kept: Kept) -> None:
     assert len(kept.requests) == 5
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("aioserver.faces.conversations") is None,
-    reason="the server has no routes for conversations",
-)
 async def test_conversations_of_a_whole_server(server: RunningServer) -> None:
     async with Client(server.base) as client:
         conversation = client.conversation("a/b ?")

@@ -16,7 +16,6 @@ import pytest
 
 from aioserver import client
 from aioserver.client import Client
-from tests.support.command import serving
 from tests.support.package import FILES
 
 if TYPE_CHECKING:
@@ -28,28 +27,13 @@ SHOWN = ("model", "model", "Barbara", "length, 20 tokens", "its id:", "model_not
 MODULES = sorted(name for name in FILES if name.split(".")[0] == "client")
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server with a simulated provider that is quicker than `demo`."""
-    folder = tmp_path_factory.mktemp("server")
-    command = (sys.executable, "-m", "aioserver")
-    quick = ("provider", "--port", "0", "--ttft", "0", "--interval", "0.001")
-    with serving((*command, *quick), folder) as provider:
-        settings = {
-            "AIOSERVER__LLM__ACTIVE": "local",
-            "AIOSERVER__LLM__PROVIDERS__LOCAL__BASE_URL": provider,
-        }
-        with serving((*command, "serve", "--port", "0"), folder, settings) as address:
-            yield address
-
-
 def test_every_example_has_its_expectation() -> None:
     assert len(SHOWN) == len(EXAMPLES)
 
 
 @pytest.mark.parametrize(("example", "shown"), list(zip(EXAMPLES, SHOWN, strict=False)))
-def test_example_runs_as_it_stands(server: str, example: str, shown: str) -> None:
-    program = example.replace("http://localhost:8000", server)
+def test_example_runs_as_it_stands(quick_server: str, example: str, shown: str) -> None:
+    program = example.replace("http://localhost:8000", quick_server)
 
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", program],
@@ -90,12 +74,12 @@ def test_docstrings_have_examples() -> None:
 
 
 @pytest.mark.parametrize("code", CODE)
-async def test_code_of_a_docstring_runs(server: str, code: str) -> None:
-    code = code.replace("http://127.0.0.1:8000", server)
+async def test_code_of_a_docstring_runs(quick_server: str, code: str) -> None:
+    code = code.replace("http://127.0.0.1:8000", quick_server)
     if not re.search(r"\b(async|await)\b", code):
         await asyncio.to_thread(exec, code, {})
         return
-    async with Client(server) as used:
+    async with Client(quick_server) as used:
         names = {**vars(client), "client": used}
         exec(f"async def example(client):\n{textwrap.indent(code, '    ')}", names)
         await names["example"](used)

@@ -26,7 +26,7 @@ from tests.support.tools import free_port
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator
 
     from tests.support.server import MakeServer
 
@@ -58,21 +58,6 @@ RUNS = {
 }
 # These serve until they are told to end, and have tests of their own.
 SERVERS = {"embedded.py", "flask_view.py"}
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server with a simulated provider that is quicker than `demo`."""
-    folder = tmp_path_factory.mktemp("server")
-    command = (sys.executable, "-m", "aioserver")
-    quick = ("provider", "--port", "0", "--ttft", "0", "--interval", "0.001")
-    with serving((*command, *quick), folder) as provider:
-        settings = {
-            "AIOSERVER__LLM__ACTIVE": "local",
-            "AIOSERVER__LLM__PROVIDERS__LOCAL__BASE_URL": provider,
-        }
-        with serving((*command, "serve", "--port", "0"), folder, settings) as address:
-            yield address
 
 
 def interpreter(version: str, example: str) -> str:
@@ -112,9 +97,9 @@ def test_the_chatbot_has_twenty_lines() -> None:
 
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("example", RUNS)
-def test_example_runs_as_it_stands(server: str, version: str, example: str) -> None:
+def test_example_runs_as_it_stands(quick_server: str, version: str, example: str) -> None:
     arguments, stdin, *expected = RUNS[example]
-    addresses = {"http": server, "ws": server.replace("http", "ws", 1)}
+    addresses = {"http": quick_server, "ws": quick_server.replace("http", "ws", 1)}
 
     done = subprocess.run(
         [

@@ -23,6 +23,7 @@ from tests.support.passing import (
     read_head,
     scripted,
     settings_for,
+    silent,
 )
 from tests.support.raw import Raw
 from tests.support.scripted_provider import ScriptedProvider
@@ -667,14 +668,7 @@ async def test_a_client_that_stops_sending_gets_408_and_frees_the_provider(
     make_server: MakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(intake, "BODY_SILENCE", 0.2)
-    left = asyncio.Event()
-
-    async def play(peer: Peer) -> None:
-        await read_head(peer)
-        await peer.left()
-        left.set()
-
-    async with scripted(play) as provider:
+    async with silent() as (provider, left):
         server = await make_server(**settings_for(provider))
         async with Raw(server) as raw:
             await raw.send(
@@ -978,14 +972,7 @@ async def test_a_full_server_refuses(make_server: MakeServer) -> None:
 
 
 async def test_a_revoked_key_ends_its_upload(make_server: MakeServer) -> None:
-    left = asyncio.Event()
-
-    async def play(peer: Peer) -> None:
-        await read_head(peer)
-        await peer.left()
-        left.set()
-
-    async with scripted(play) as provider:
+    async with silent() as (provider, left):
         changes = settings_for(provider)
         server = await make_server(**changes, **keys_of("web", "root"))
         key = f"Authorization: {bearer('web')['Authorization']}\r\n".encode()
@@ -999,14 +986,7 @@ async def test_a_revoked_key_ends_its_upload(make_server: MakeServer) -> None:
 
 
 async def test_a_stop_of_the_server_ends_what_is_under_way(make_server: MakeServer) -> None:
-    left = asyncio.Event()
-
-    async def play(peer: Peer) -> None:
-        await read_head(peer)
-        await peer.left()
-        left.set()
-
-    async with scripted(play) as provider:
+    async with silent() as (provider, left):
         server = await make_server(**settings_for(provider))
         async with Raw(server) as raw:
             await raw.send(EXPECTING % b"a/b" + b"Content-Length: 10\r\n\r\n")

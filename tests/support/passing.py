@@ -114,3 +114,17 @@ async def scripted(
     """A provider that plays *play* on each connection."""
     async with ScriptedProvider(play, **options) as provider:
         yield provider
+
+
+@contextlib.asynccontextmanager
+async def silent() -> AsyncIterator[tuple[ScriptedProvider, asyncio.Event]]:
+    """A provider that reads the head of a request and no more; the event is set when its peer has left."""
+    left = asyncio.Event()
+
+    async def play(peer: Peer) -> None:
+        await read_head(peer)
+        await peer.left()
+        left.set()
+
+    async with scripted(play) as provider:
+        yield provider, left

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """Who is asked, and how.
+    """The server that is asked, and how.
 
     *timeout*: seconds for a whole answer, with all waits. *endpoint*: the path of the WebSocket face.
     """

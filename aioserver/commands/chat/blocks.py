@@ -66,7 +66,7 @@ class Blocks:
 
     @property
     def rest(self) -> Block:
-        """What is not finished yet."""
+        """Return the block that is not finished yet."""
         return Block("".join(self._lines) + self._line, self._joined, self._reopened)
 
     def feed(self, text: str) -> list[Block]:

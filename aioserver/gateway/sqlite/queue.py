@@ -1,4 +1,4 @@
-"""What waits to be written: turns and deletions, in their order, and by conversation."""
+"""The queue of what waits to be written: turns and deletions, in their order, and by conversation."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
     Values = Mapping[str, Any]
 
-# What may wait, in writes and in bytes of text.
+# Bounds on what waits, in writes and in bytes of text.
 MAX_WAITING, MAX_WAITING_BYTES = 10_000, 1 << 26
-# What is written in one transaction.
+# Bounds on one transaction, in writes and in bytes of text.
 MAX_BATCH, MAX_BATCH_BYTES = 200, 1 << 22
 
 

@@ -118,7 +118,7 @@ def _take(file: Path) -> int:
     except OSError:
         return -1
     with suppress(OSError):
-        # Whoever has had it may have removed it meanwhile.
+        # The process that had it may have removed it meanwhile.
         if lock(descriptor, fcntl.F_WRLCK, 0) and os.path.samestat(
             os.fstat(descriptor), file.stat()
         ):

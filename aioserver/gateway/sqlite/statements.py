@@ -25,7 +25,7 @@ KEEP_LEFT_TURN = f"""{KEEP_TURN}
 AND NOT EXISTS (SELECT 1 FROM turns WHERE conversation = conversations.id
     AND ended = :ended AND question = :question)
 """  # noqa: S608
-# What `retention.Bounds.kept` leaves out: of one conversation, and of those with the ids of a range.
+# The turns that `retention.Bounds.kept` leaves out: of one conversation, and of those with the ids of a range.
 _BEYOND = """
 SELECT id FROM (
     SELECT id, ended, row_number() OVER newest AS number,

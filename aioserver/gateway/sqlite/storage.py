@@ -124,7 +124,7 @@ class SqliteStorage:
         if rows is None:
             return None
         turns = [Turn(*row) for row in rows]
-        # What was written while the file was read is in both.
+        # A turn that was written while the file was read is in both.
         known = {(turn.ended, turn.question) for turn in turns}
         return [*turns, *(turn for turn in waiting if (turn.ended, turn.question) not in known)]
 
@@ -225,7 +225,7 @@ class SqliteStorage:
         write = Write(key, what, {**values, **times}, self._loop.create_future())
         self._add(write)
         await asyncio.wait((write.done,), timeout=CALL_TIMEOUT)
-        # Whoever is told that nothing is certain may go on with the conversation: it must not be deleted later.
+        # A client that is told that nothing is certain may go on with the conversation: it must not be deleted later.
         write.done.cancel()
         return None if write.done.cancelled() else write.done.result()
 

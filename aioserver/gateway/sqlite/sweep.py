@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 # Seconds between two sweeps, and the turns after which one comes sooner.
 PERIOD, TURNS = 60.0, 1_000
-# What a step deletes, or looks at, at most.
+# Bounds on what one step deletes, or looks at.
 STEP = 500
-# What all conversations of a file may have together; beyond, those that rested for longest are deleted.
+# Bounds on all conversations of a file together; beyond, those that rested for longest are deleted.
 MAX_CONVERSATIONS, MAX_BYTES = 100_000, 1 << 30
 # Conversations that go at once where the bytes are too many: they may be large.
 FEW = 10

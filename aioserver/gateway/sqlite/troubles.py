@@ -1,4 +1,4 @@
-"""What can be wrong with the file of conversations, in words, and what an operator can do."""
+"""The faults of the file of conversations, in words, and what an operator can do."""
 
 from __future__ import annotations
 
