@@ -9,6 +9,7 @@ limits, no log, no resume, no retries and no metrics, so that a ratio to it says
 import argparse
 import asyncio
 import json
+import ssl
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -21,9 +22,14 @@ EVENT_STREAM = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache"
 SESSION = web.AppKey("session", ClientSession)
 
 
-async def session(app: web.Application, provider: str) -> AsyncIterator[None]:
+async def session(
+    app: web.Application, provider: str, authority: str | None
+) -> AsyncIterator[None]:
+    encryption = ssl.create_default_context(cafile=authority)
     # limit=0: aiohttp's default of 100 connections would queue what the other side lets through.
-    async with ClientSession(provider, connector=TCPConnector(limit=0)) as app[SESSION]:
+    async with ClientSession(provider, connector=TCPConnector(limit=0, ssl=encryption)) as app[
+        SESSION
+    ]:
         yield
 
 
@@ -88,11 +94,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--provider", required=True, help="where the requests go on to")
+    parser.add_argument("--authority", help="a certificate that the provider's is checked against")
     parser.add_argument("--loop", choices=("uvloop", "asyncio"), default="uvloop")
     options = parser.parse_args()
 
     app = web.Application()
-    app.cleanup_ctx.append(lambda app: session(app, options.provider))
+    app.cleanup_ctx.append(lambda app: session(app, options.provider, options.authority))
     app.router.add_post(COMPLETIONS, completions)
     app.router.add_get("/ws/chat", chat)
     web.run_app(

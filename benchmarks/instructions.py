@@ -19,8 +19,9 @@ from http.client import HTTPConnection
 from pathlib import Path
 from string import Template
 
+from certificate import HARNESS
 from loads import Load
-from measure import CHAT, HARNESS, Bench
+from measure import CHAT, Bench
 from peers import AIOSERVER
 from process import free_port
 
@@ -55,7 +56,7 @@ def count(bench: Bench, tree: Path, *, stream: bool) -> float:
     """Return the instructions of an answer of the version in *tree*."""
     port, out = free_port(), bench.folder / f"{free_port()}.out"
     config = bench.folder / "config.yaml"
-    config.write_text(Template(AIOSERVER).substitute(port=port, provider=bench.provider))
+    config.write_text(Template(AIOSERVER).substitute(bench.provider_names(tls=False), port=port))
     command = ["valgrind", "--tool=callgrind", f"--callgrind-out-file={out}", sys.executable]
     command += ["-m", "aioserver", "serve", "--config", str(config), "--loop", bench.loop]
     environ = {**os.environ, "PYTHONPATH": str(tree), "PYTHONHASHSEED": "1"}
@@ -101,7 +102,7 @@ def main() -> None:
     print("| tree | whole answer | stream of 100 events |\n| --- | ---: | ---: |")
     for tree in trees:
         with tempfile.TemporaryDirectory(prefix="aioserver-bench-") as folder:
-            bench = Bench(Path(folder), "uvloop", free_port(), cores[0], cores[-1])
+            bench = Bench.create(Path(folder), "uvloop", cores[0], cores[-1])
             with bench.mock(Load(mode="sse", connections=1)):
                 whole, streamed = (count(bench, tree, stream=stream) for stream in (False, True))
         print(f"| {tree.name} | {whole:,.0f} | {streamed:,.0f} |", flush=True)

@@ -11,14 +11,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from string import Template
-from typing import Any
+from typing import Any, Self
 
+from certificate import HARNESS, Encrypted
 from loads import Load
 from peers import Peer
 from process import Watch, free_port, running, usage
 
 HERE = Path(__file__).resolve().parent
-HARNESS = HERE / "harness"
 CHAT = {"model": "mock-model", "messages": [{"role": "user", "content": "Hello, how are you?"}]}
 # loadgen replaces %ID%: aioserver answers a request_id that it knows from its log, not anew.
 FRAME = '{"action":"chat","request_id":"%ID%","payload":{"text":"Hello","streaming":true}}'
@@ -54,12 +54,21 @@ class Bench:
     provider: int  # port of the mock provider
     server_core: int
     load_core: int
+    encrypted: Encrypted  # the same provider over TLS
+
+    @classmethod
+    def create(cls, folder: Path, loop: str, server_core: int, load_core: int) -> Self:
+        """Choose the ports, and make the provider's certificate."""
+        return cls(folder, loop, free_port(), server_core, load_core, Encrypted.made_in(folder))
 
     @contextlib.contextmanager
     def mock(self, load: Load) -> Iterator[int]:
         """Run the mock provider as *load* wants it; yields its pid once it answers."""
         command = [HARNESS / "mockllm", "--port", self.provider, *load.mock]
         command += ["--chunks", load.chunks, "--interval-ms", load.interval_ms]
+        if self.encrypted.supported():
+            command += ["--tls-port", self.encrypted.port]
+            command += ["--tls-cert", self.encrypted.certificate]
         with (
             (self.folder / "mockllm.log").open("ab") as log,
             running(text(command), core=self.load_core, folder=str(HERE), output=log) as process,
@@ -81,18 +90,23 @@ class Bench:
 
     @contextlib.contextmanager
     def server(
-        self, peer: Peer, *, config: str | None = None, port: int | None = None
+        self,
+        peer: Peer,
+        *,
+        config: str | None = None,
+        port: int | None = None,
+        tls: bool = False,
     ) -> Iterator[Server]:
         """Start *peer*; yields it after its first good answer. The mock provider must be up.
 
         With *port* another server is just leaving that port: the start is repeated while that one
-        still has it.
+        still has it. With *tls* it reaches the provider over TLS.
         """
         taken, port = port is not None, port or free_port()
         stem = self.folder / f"{peer.name}-{port}{'-again' if taken else ''}"
         file, path = stem.with_suffix(".yaml"), stem.with_suffix(".log")
         names = {"python": sys.executable, "here": HERE, "config": file, "loop": self.loop}
-        names |= {"port": port, "provider": self.provider, "folder": self.folder}
+        names |= {"port": port, "folder": self.folder} | self.provider_names(tls=tls)
         file.write_text(Template(config or peer.config).substitute(names))
         command = [Template(part).substitute(names) for part in peer.command]
         began = time.monotonic()
@@ -113,6 +127,21 @@ class Bench:
             if not taken or time.monotonic() - began > peer.patience:
                 tail = " ".join(path.read_text(errors="replace")[-600:].split())
                 raise StepFailed(f"{peer.name} does not start: {tail}")
+
+    def provider_names(self, *, tls: bool) -> dict[str, object]:
+        """What a peer's configuration has to say of the mock provider."""
+        scheme, port, haproxy_tls = "http", self.provider, ""
+        authority = self.encrypted.authority
+        if tls:
+            scheme, port = "https", self.encrypted.port
+            haproxy_tls = f"ssl verify required ca-file {authority}"
+        return {
+            "scheme": scheme,
+            "provider": port,
+            "origin": f"{scheme}://127.0.0.1:{port}",
+            "authority": authority,
+            "haproxy_tls": haproxy_tls,
+        }
 
     def recover(self, server: Server) -> None:
         """Wait until *server* answers again: its provider has just gone with all its streams.

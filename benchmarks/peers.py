@@ -33,7 +33,8 @@ llm:
   active: local
   providers:
     local:
-      base_url: http://127.0.0.1:$provider/v1
+      base_url: $origin/v1
+      ca_file: $authority
       model: mock-model
       http_client:
         max_connections: 4000
@@ -82,7 +83,10 @@ http {
   server {
     listen 127.0.0.1:$port backlog=4096;
     location / {
-      proxy_pass http://provider;
+      proxy_pass $scheme://provider;
+      proxy_ssl_trusted_certificate $authority;
+      proxy_ssl_verify on;
+      proxy_ssl_name localhost;  # it knows no addresses in certificates
       proxy_http_version 1.1;
       proxy_set_header Connection "";
       proxy_buffering off;
@@ -106,7 +110,7 @@ frontend clients
   bind 127.0.0.1:$port backlog 4096
   default_backend provider
 backend provider
-  server mock 127.0.0.1:$provider pool-max-conn 4096
+  server mock 127.0.0.1:$provider pool-max-conn 4096 $haproxy_tls
 """
 
 LITELLM_KEY = "sk-" + secrets.token_hex(32)  # it does not start without a strong one
@@ -115,7 +119,7 @@ model_list:
   - model_name: mock-model
     litellm_params:
       model: openai/mock-model
-      api_base: http://127.0.0.1:$provider/v1
+      api_base: $origin/v1
       api_key: none
       max_retries: 0
 general_settings:
@@ -128,8 +132,10 @@ class Peer:
     """A server under load: OpenAI's `POST /v1/chat/completions`, and perhaps our WebSocket.
 
     In `command` and `config` stand for what differs from start to start: `$python`, `$here` (this
-    folder), `$port` (to listen on), `$provider` (the mock provider's port), `$loop`, `$config`,
-    the file that `config` is written to, and `$folder`, one for files that may be forgotten.
+    folder), `$port` (to listen on), `$loop`, `$config`, the file that `config` is written to, and `$folder`,
+    one for files that may be forgotten. Of the mock provider: `$provider`, its port; `$scheme`, `http` or `https`;
+    `$origin`, its URL; `$authority`, a file with the certificate that its own is checked against;
+    `$haproxy_tls`, the words that HAProxy needs for TLS.
     """
 
     name: str
@@ -148,7 +154,7 @@ class Peer:
 
 
 # What a relay that knows no WebSocket chat is measured at. (1,000 streams: `held` says that.)
-RELAYED = ("plain", "fast", "sse500", "first", "leave", "memory", "held")
+RELAYED = ("plain", "fast", "sse500", "tlsplain", "tls500", "first", "leave", "memory", "held")
 PEERS = {
     peer.name: peer
     for peer in (
@@ -168,7 +174,7 @@ PEERS = {
             name="bare",
             command=(
                 *("$python", "$here/bare.py", "--port", "$port", "--loop", "$loop"),
-                *("--provider", "http://127.0.0.1:$provider"),
+                *("--provider", "$origin", "--authority", "$authority"),
             ),
             websocket="/ws/chat",
             restarts=True,

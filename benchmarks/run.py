@@ -25,9 +25,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import virtual
-from measure import HARNESS, Bench, Result, Server, StepFailed
+from certificate import HARNESS, Encrypted
+from measure import Bench, Result, Server, StepFailed
 from peers import DIRECT, PEERS, Peer
-from process import free_port
 from steps import STEPS, Step
 from table import Run, brief, machine, markdown, remarks, tabulate
 
@@ -112,6 +112,9 @@ def main() -> int:
                 chosen.only.append(name)
 
     steps = {name: step for name, step in STEPS.items() if name in chosen.steps}
+    if not Encrypted.supported():
+        print("OpenSSL's headers are not installed: no step with TLS", file=sys.stderr)
+        steps = {name: step for name, step in steps.items() if not step.tls}
     if chosen.quick:
         steps = {
             name: dataclasses.replace(step, load=step.load.shortened())
@@ -120,7 +123,7 @@ def main() -> int:
     peers = [PEERS[name] for name in chosen.only]
     runs = []
     with tempfile.TemporaryDirectory(prefix="aioserver-bench-") as folder:
-        bench = Bench(Path(folder), chosen.loop, free_port(), *cores)
+        bench = Bench.create(Path(folder), chosen.loop, *cores)
         for number in range(1, chosen.runs + 1):
             print(f"run {number} of {chosen.runs}", file=sys.stderr)
             due = {name: step for name, step in steps.items() if number == 1 or not step.once}

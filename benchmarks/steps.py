@@ -30,6 +30,12 @@ def plainly(bench: Bench, server: Server, load: Load) -> Result:
     return result | {"faults": faults(result)}
 
 
+def over_tls(bench: Bench, server: Server, load: Load) -> Result:
+    """The same on a server that reaches its provider over TLS."""
+    with fresh(bench, server.peer, tls=True) as encrypting:
+        return plainly(bench, encrypting, load)
+
+
 def held(bench: Bench, server: Server, load: Load) -> Result:
     """The most streams at once of `LEVELS` that are held; the first that are not end it.
 
@@ -71,11 +77,13 @@ def missed(result: Result, streams: int) -> list[str]:
 
 
 @contextlib.contextmanager
-def fresh(bench: Bench, peer: Peer, config: str | None = None) -> Iterator[Server]:
+def fresh(
+    bench: Bench, peer: Peer, config: str | None = None, *, tls: bool = False
+) -> Iterator[Server]:
     """A server of its own for a step: memory that was freed before is used again."""
     with contextlib.ExitStack() as stack:
         with bench.mock(Load(mode="http", connections=1)):
-            server = stack.enter_context(bench.server(peer, config=config))
+            server = stack.enter_context(bench.server(peer, config=config, tls=tls))
         yield server
 
 
@@ -244,6 +252,7 @@ class Step:
     do: Callable[[Bench, Server, Load], Result] = plainly
     once: bool = False  # in the first run only
     quick: bool = False  # is in --quick
+    tls: bool = False  # needs a mock provider that was built with OpenSSL
     direct: bool = False  # is done with the mock provider itself, too
     needs: Callable[[Peer], object] = lambda _peer: True
 
@@ -258,6 +267,8 @@ STEPS = {
     "plain": Step(load=HTTP, quick=True),
     "fast": Step(load=Load(mode="sse", connections=64), quick=True),
     "sse500": Step(load=paced("sse", 500), quick=True),
+    "tlsplain": Step(load=HTTP, do=over_tls, tls=True),
+    "tls500": Step(load=paced("sse", 500), do=over_tls, tls=True),
     "sse1000": Step(load=paced("sse", 1000)),
     "ws500": Step(load=paced("ws", 500), quick=True, needs=websocket),
     "first": Step(load=paced("sse", 750, warmup=0.5, duration=2.5), direct=True),

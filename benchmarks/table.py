@@ -25,6 +25,7 @@ class Row:
     better: str  # more | less
     digits: int = 0
     added: bool = False  # to what the mock provider alone needs
+    by: tuple[str, str] | None = None  # the step and the field that it is divided by
     ratio: bool = True
 
 
@@ -35,6 +36,18 @@ ROWS = (
     Row("sse500", "cpu_us", "CPU µs per event, 500 SSE streams of 50 events/s", "less", 1),
     Row("sse500", "gap_p99_ms", "p99 gap, ms, 500 SSE streams", "less", 1),
     Row("sse500", "ttft_p99_ms", "p99 first token, ms, 500 SSE streams", "less", 1),
+    Row("tlsplain", "per_second", "requests/s, not streamed, TLS to the provider", "more"),
+    Row("tls500", "cpu_us", "CPU µs per event, 500 SSE streams, TLS to the provider", "less", 1),
+    Row("tls500", "gap_p99_ms", "p99 gap, ms, these", "less", 1),
+    Row(
+        "tls500",
+        "cpu_us",
+        "CPU µs per event over TLS, by that without TLS",
+        "less",
+        2,
+        ratio=False,
+        by=("sse500", "cpu_us"),
+    ),
     Row("sse1000", "chunks_per_second", "events/s, 1,000 SSE streams, 50,000 sent", "more"),
     Row("sse1000", "gap_p99_ms", "p99 gap, ms, 1,000 SSE streams", "less", 1),
     Row("sse1000", "ttft_p99_ms", "p99 first token, ms, 1,000 SSE streams", "less", 1),
@@ -114,7 +127,11 @@ def value(run: Run, peer: str, row: Row) -> float | None:
     if any(result["faults"] for result in results):
         return None
     number, *alone = (float(result[row.field]) for result in results)
-    return number - sum(alone)
+    if row.by is None:
+        return number - sum(alone)
+    step, field = row.by
+    divisor = run[peer][step]
+    return None if divisor["faults"] or not divisor[field] else number / float(divisor[field])
 
 
 def tabulate(runs: Sequence[Run], peers: Sequence[str]) -> list[dict[str, Any]]:
@@ -177,7 +194,7 @@ def brief(step: str, result: dict[str, Any]) -> str:
     """One line about one result, while a run goes on."""
     if result["faults"]:
         return " ".join(result["faults"])
-    fields = [(row.field, row.digits) for row in ROWS if row.step == step]
+    fields = [(row.field, row.digits) for row in ROWS if row.step == step and row.by is None]
     return ", ".join(f"{field} {result[field]:.{digits}f}" for field, digits in fields)
 
 

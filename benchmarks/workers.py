@@ -28,10 +28,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import aiohttp
 import redis
+from certificate import HARNESS
 from loads import Load
-from measure import HARNESS, Bench, Server, ask, faults
+from measure import Bench, Server, ask, faults
 from peers import AIOSERVER, Peer
-from process import free_port, tree
+from process import tree
 
 from tests.support.redis_server import RedisServer
 
@@ -284,7 +285,7 @@ def main() -> None:
     subprocess.run(["make", "-s", "-C", str(HARNESS)], check=True, timeout=120)
     cores = sorted(os.sched_getaffinity(0))[:2]
     with tempfile.TemporaryDirectory(prefix="aioserver-bench-") as folder:
-        bench = Bench(Path(folder), "uvloop", free_port(), *cores)
+        bench = Bench.create(Path(folder), "uvloop", *cores)
         for name in chosen.split(",") if chosen else STEPS:
             print(f"\n{name}: load average {os.getloadavg()[0]:.1f} at its start", flush=True)
             STEPS[name](bench)
