@@ -35,9 +35,12 @@ def running(
 
     At its end the process gets SIGTERM and, with its children, five seconds later SIGKILL.
     """
+    # Users' machines keep compiled modules; without them a start would be that of a first start.
+    environ = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     process = subprocess.Popen(
         ["taskset", "-c", str(core), *command],
         cwd=folder,
+        env=environ,
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=output if output != subprocess.PIPE else None,
