@@ -23,9 +23,9 @@ class Encrypted:
         """Write the two files into *folder*."""
         authority = trustme.CA()
         encrypted = cls(free_port(), folder / "provider.pem", folder / "authority.pem")
-        authority.issue_cert("127.0.0.1", "localhost").private_key_and_cert_chain_pem.write_to_path(
-            encrypted.certificate
-        )
+        authority.issue_cert(
+            "127.0.0.1", "localhost"
+        ).private_key_and_cert_chain_pem.write_to_path(encrypted.certificate)
         authority.cert_pem.write_to_path(encrypted.authority)
         return encrypted
 

@@ -210,9 +210,31 @@ class Bench:
         result["peak_active"] = counted["peak_active"]
         return result
 
-    def loadgen(self, server: Server, load: Load) -> list[str]:
+    @contextlib.contextmanager
+    def beside(self, server: Server, load: Load, seen: Result, *, after: float) -> Iterator[None]:
+        """Put a second *load* on *server*, *after* so many seconds; its numbers are in *seen* at the end.
+
+        Raises `StepFailed` at the end, if it has no numbers in its own time.
+        """
+        time.sleep(after)
+        with running(
+            self.loadgen(server, load, "beside-"),
+            core=self.load_core,
+            folder=str(HERE),
+            output=subprocess.PIPE,
+        ) as loadgen:
+            yield
+            output = b""
+            seconds = load.ramp + load.warmup + load.duration + load.drain + 10
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                output, _ = loadgen.communicate(timeout=seconds)
+        if not output:
+            raise StepFailed("the second loadgen failed, or did not end in time")
+        seen.update(json.loads(output))
+
+    def loadgen(self, server: Server, load: Load, prefix: str = "") -> list[str]:
         """The command that puts *load* on *server*."""
-        peer, body = server.peer, self.folder / f"{load.mode}.json"
+        peer, body = server.peer, self.folder / f"{prefix}{load.mode}.json"
         path = peer.path
         if load.mode == "ws":
             assert peer.websocket is not None

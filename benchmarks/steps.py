@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 
+from firehose import reading
 from large import sending
 from loads import Load, paced, stalled
 from measure import Bench, Result, Server, StepFailed, faults, most_sockets
@@ -21,6 +22,9 @@ FEW, MANY = 100, 4_000  # idle WebSockets beside the plain requests
 WATCHERS = 200  # of the server's state
 LEAVING = 100  # clients that leave
 PLACES, CROWD = 200, 1000  # max_connections of the tight configuration, and who comes at once
+RUSH, RUSH_SECONDS = 10_000, 5.0  # clients that come to a full house
+ARRIVALS, OVERLOAD_SECONDS = 180, 8.0  # a second, of streams of 1 s: 0.9 of PLACES
+MB_LEAST = 200.0  # of the firehose; less proves nothing
 MB = 1e6
 
 
@@ -221,6 +225,90 @@ def large(bench: Bench, server: Server, load: Load) -> Result:
     return waits | {"alone": alone, "beside": result, "notes": [note], "faults": found}
 
 
+def firehose(bench: Bench, server: Server, load: Load) -> Result:
+    """How long others wait beside one answer that comes as fast as it can be sent."""
+    alone = bench.measure(server, load)
+    seen: Result = {}
+    result = bench.measure(
+        server, load, during=lambda: reading(server.port, server.peer.path, seen)
+    )
+    found = faults(alone) + faults(result)
+    if seen["megabytes"] < MB_LEAST:
+        found.append(f"only {seen['megabytes']:.0f} MB came of the firehose")
+    names = ("gap_p99_ms", "foreign_share", "provider_late_p99_ms")
+    return {name: result[name] for name in names} | {
+        "quotient": result["gap_p99_ms"] / alone["gap_p99_ms"],
+        "alone": alone,
+        "beside": result,
+        "notes": [
+            f"{seen['megabytes']:,.0f} MB of the firehose in {load.ramp + load.duration:.0f} s"
+        ],
+        "faults": found,
+    }
+
+
+def rush(bench: Bench, server: Server, load: Load) -> Result:
+    """How soon a crowd is refused that comes to a full house, and what it does to those inside."""
+    count = most_sockets(RUSH)
+    crowd = Load(
+        mode="sse",
+        connections=count,
+        chunks=load.chunks,
+        ramp=RUSH_SECONDS,
+        warmup=0.0,
+        duration=0.5,
+        options=("--once",),
+    )
+    seen: Result = {}
+    with fresh(bench, server.peer, server.peer.tight) as tight:
+        alone = bench.measure(tight, load)
+        inside = bench.measure(
+            tight, load, during=lambda: bench.beside(tight, crowd, seen, after=1.0)
+        )
+    found = faults(alone) + faults(inside)
+    if seen["refused"] != count:
+        found.append(
+            f"{seen['refused']} of {count} were refused, {seen['ok_total']} served, "
+            f"{seen['io_errors']} lost connections"
+        )
+    return {
+        "refuse_p99_ms": seen["refuse_p99_ms"],
+        "gap_p99_ms": inside["gap_p99_ms"],
+        "foreign_share": inside["foreign_share"],
+        "alone": alone,
+        "inside": inside,
+        "crowd": seen,
+        "notes": [
+            f"{count:,} clients came; without them the p99 gap was {alone['gap_p99_ms']:.0f} ms"
+        ],
+        "faults": found,
+    }
+
+
+def overload(bench: Bench, server: Server, load: Load) -> Result:
+    """What five times as many clients as there is room for do to those that are admitted."""
+    with fresh(bench, server.peer, server.peer.tight) as tight:
+        once = bench.measure(tight, load)
+        five = dataclasses.replace(load, connections=5 * load.connections)
+        result = bench.measure(tight, five)
+    found = [
+        f"{name}={once[name]}" for name in ("truncated", "seq_bad", "io_errors") if once[name]
+    ]
+    found += [
+        f"{name}={result[name]}" for name in ("truncated", "seq_bad", "io_errors") if result[name]
+    ]
+    if once["refused"] or not result["refused"]:
+        found.append(f"{once['refused']} were refused at 1x, {result['refused']} at 5x")
+    return {
+        "refuse_p95_ms": result["refuse_p95_ms"],
+        "quotient": result["latency_p50_ms"] / once["latency_p50_ms"],
+        "foreign_share": result["foreign_share"],
+        "once": once,
+        "five": result,
+        "faults": found,
+    }
+
+
 def restart(bench: Bench, server: Server, load: Load) -> Result:
     """What clients lose when the server is told to stop and another starts on its port at once."""
     peer = server.peer
@@ -312,6 +400,27 @@ STEPS = {
         load=paced("sse", CROWD, ramp=1.0, warmup=0.0, duration=3.0, options=("--once",)),
         do=refuse,
         quick=True,
+        needs=lambda peer: peer.tight,
+    ),
+    "firehose": Step(load=paced("sse", 500), do=firehose, once=True),
+    "rush": Step(
+        # Streams of 12 s, all there from the start.
+        load=paced("sse", PLACES, chunks=600, ramp=0.0, warmup=0.0, duration=1.0, drain=15.0),
+        do=rush,
+        once=True,
+        needs=lambda peer: peer.tight,
+    ),
+    "overload": Step(
+        load=paced(
+            *("sse", int(ARRIVALS * OVERLOAD_SECONDS)),
+            chunks=50,
+            ramp=OVERLOAD_SECONDS,
+            warmup=-OVERLOAD_SECONDS,  # all of them are measured
+            duration=OVERLOAD_SECONDS + 0.5,
+            options=("--once",),
+        ),
+        do=overload,
+        once=True,
         needs=lambda peer: peer.tight,
     ),
     "memory": Step(load=stalled("sse", 1000), do=memory, once=True),

@@ -111,6 +111,24 @@ ROWS = (
         "less",
         1,
     ),
+    Row(
+        "firehose", "gap_p99_ms", "p99 gap, ms, 500 SSE streams beside one of 100 kB/ms", "less", 1
+    ),
+    Row("firehose", "quotient", "that, by the same without it", "less", 2),
+    Row(
+        "rush", "refuse_p99_ms", "p99 to a 503, ms, 10,000 come in 5 s to a full house", "less", 1
+    ),
+    Row("rush", "gap_p99_ms", "p99 gap, ms, of the 200 streams inside", "less", 1),
+    Row(
+        "overload",
+        "refuse_p95_ms",
+        "p95 to a 503, ms, five times what there is room for",
+        "less",
+        1,
+    ),
+    Row(
+        "overload", "quotient", "p50 of an admitted answer, by that at 0.9 of the room", "less", 2
+    ),
     Row("restart", "lost", "requests lost in a restart, 64 connections", "less", ratio=False),
     Row("restart", "turned_away", "answered 4xx or 5xx in it", "less", ratio=False),
     Row("restart", "connect_errors", "connections refused in it", "less", ratio=False),

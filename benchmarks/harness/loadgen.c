@@ -425,10 +425,10 @@ static void out(const char *k, const char *fmt, ...) {
     va_end(a);
 }
 static void out_hist(const char *name, hist *h) {
-    static const double p[] = { 50, 90, 99, 99.9 };
-    static const char *pn[] = { "p50", "p90", "p99", "p999" };
+    static const double p[] = { 50, 90, 95, 99, 99.9 };
+    static const char *pn[] = { "p50", "p90", "p95", "p99", "p999" };
     char k[64];
-    for (int i = 0; i < 4; i++) { snprintf(k, sizeof k, "%s_%s_ms", name, pn[i]); out(k, "%.3f", hist_ms(h, p[i])); }
+    for (int i = 0; i < 5; i++) { snprintf(k, sizeof k, "%s_%s_ms", name, pn[i]); out(k, "%.3f", hist_ms(h, p[i])); }
     snprintf(k, sizeof k, "%s_max_ms", name);
     out(k, "%.3f", h->max / 1e6);
 }
