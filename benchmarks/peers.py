@@ -154,7 +154,18 @@ class Peer:
 
 
 # What a relay that knows no WebSocket chat is measured at. (1,000 streams: `held` says that.)
-RELAYED = ("plain", "fast", "sse500", "tlsplain", "tls500", "first", "leave", "memory", "held")
+RELAYED = (
+    "plain",
+    "fast",
+    "sse500",
+    "tlsplain",
+    "tls500",
+    "first",
+    "leave",
+    "memory",
+    "held",
+    "curve",
+)
 PEERS = {
     peer.name: peer
     for peer in (
@@ -203,11 +214,12 @@ PEERS = {
             ),
             config=LITELLM,
             headers=(f"Authorization: Bearer {LITELLM_KEY}",),
-            steps=("plain", "fast"),
+            steps=("plain", "fast", "curve"),
             patience=120.0,
             requirement="litellm[proxy]",
         ),
     )
 }
+OURS = "aioserver"
 BASELINE = "bare"  # the ratios of all others are to this one
 DIRECT = Peer(name="direct", command=())  # no server: the load goes to the mock provider itself

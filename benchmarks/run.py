@@ -29,7 +29,7 @@ from certificate import HARNESS, Encrypted
 from measure import Bench, Result, Server, StepFailed
 from peers import DIRECT, PEERS, Peer
 from steps import STEPS, Step
-from table import Run, brief, machine, markdown, remarks, tabulate
+from table import Run, brief, machine, markdown, remarks, summary, tabulate
 
 
 def attempt(step: str, peer: Peer, do: Callable[..., Result], *arguments: object) -> Result:
@@ -82,7 +82,9 @@ def options() -> argparse.Namespace:
         for name, peer in PEERS.items()
         if not peer.requirement and (not peer.program or shutil.which(peer.program))
     ]
-    cheap = [name for name, step in STEPS.items() if step.quick or not chosen.quick]
+    cheap = [
+        name for name, step in STEPS.items() if (step.quick or not chosen.quick) and not step.extra
+    ]
     chosen.only = chosen.only.split(",") if chosen.only else installed
     chosen.steps = chosen.steps.split(",") if chosen.steps else cheap
     chosen.runs = chosen.runs or (1 if chosen.quick else 3)
@@ -131,7 +133,7 @@ def main() -> int:
 
     rows, notes = tabulate(runs, chosen.only), remarks(runs)
     where = machine(cores, chosen.loop, chosen.runs, chosen.quick)
-    print(f"{where}\n\n{markdown(rows, chosen.only)}\n")
+    print(f"{where}\n\n{summary(rows)}\n\n{markdown(rows, chosen.only)}\n")
     print("\n".join(f"- {note}" for note in notes))
     if chosen.json:
         record = {"machine": where, "rows": rows, "notes": notes, "runs": runs}

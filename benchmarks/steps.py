@@ -19,6 +19,8 @@ LEVELS = (500, 750, 1000, 1250, 1500, 2000)
 IDLE = 10_000  # WebSockets of which the CPU share is taken
 IDLE_SECONDS = 40  # two whole rounds of aioserver's pings, whatever their phase
 FEW, MANY = 100, 4_000  # idle WebSockets beside the plain requests
+IDLE_LEVELS = (FEW, 1_000, 2_000, MANY, 8_000)
+CURVE = (50, 100, 250, 500, 750, 1000, 1250, 1500)  # streams
 WATCHERS = 200  # of the server's state
 LEAVING = 100  # clients that leave
 PLACES, CROWD = 200, 1000  # max_connections of the tight configuration, and who comes at once
@@ -126,16 +128,29 @@ def idle(bench: Bench, server: Server, _load: Load) -> Result:
     }
 
 
+def curve(bench: Bench, server: Server, load: Load) -> Result:
+    """Gaps and CPU at more and more streams, until the server no longer keeps up; for graph.py."""
+    levels = []
+    for count in CURVE:
+        result = bench.measure(server, dataclasses.replace(load, connections=count))
+        bench.recover(server)
+        levels.append(result | {"streams": count})
+        if missed(result, count):
+            break
+    return {"levels": levels, "streams": levels[-1]["streams"], "faults": []}
+
+
 def crowded(bench: Bench, server: Server, load: Load) -> Result:
     """CPU of a plain request beside few and beside many idle WebSockets."""
-    costs, found = [], []
-    for count in (FEW, MANY):
+    costs, found = {}, []
+    for count in IDLE_LEVELS:
         with bench.idle(server, count, ramp=count / 2000):
             result = bench.measure(server, load)
-        costs.append(result["cpu_us"])
+        costs[count] = result["cpu_us"]
         found += faults(result)
-    few, many = costs
+    few, many = costs[FEW], costs[MANY]
     return {
+        "levels": [{"idle": count, "cpu_us": cost} for count, cost in costs.items()],
         "few_us": few,
         "many_us": many,
         "quotient": many / few if few else 0.0,
@@ -340,6 +355,7 @@ class Step:
     do: Callable[[Bench, Server, Load], Result] = plainly
     once: bool = False  # in the first run only
     quick: bool = False  # is in --quick
+    extra: bool = False  # is done only where --steps names it
     tls: bool = False  # needs a mock provider that was built with OpenSSL
     direct: bool = False  # is done with the mock provider itself, too
     needs: Callable[[Peer], object] = lambda _peer: True
@@ -426,6 +442,9 @@ STEPS = {
     "memory": Step(load=stalled("sse", 1000), do=memory, once=True),
     "wsmemory": Step(load=stalled("ws", 1000), do=memory, once=True, needs=websocket),
     "idle": Step(load=HTTP, do=idle, once=True, needs=websocket),
+    "curve": Step(
+        load=paced("sse", 0, warmup=0.5, duration=3.0, drain=0.5), do=curve, once=True, extra=True
+    ),
     "held": Step(load=paced("sse", 0, warmup=0.5, duration=3.0, drain=0.5), do=held, once=True),
     "wsheld": Step(
         load=paced("ws", 0, warmup=0.5, duration=3.0, drain=0.5),

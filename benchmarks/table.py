@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
 
-from peers import BASELINE, DIRECT
+from peers import BASELINE, DIRECT, OURS
 
 Run = dict[str, dict[str, dict[str, Any]]]  # {peer: {step: result}}
 
@@ -27,17 +27,30 @@ class Row:
     added: bool = False  # to what the mock provider alone needs
     by: tuple[str, str] | None = None  # the step and the field that it is divided by
     ratio: bool = True
+    goal: float | None = (
+        None  # of aioserver's ratio; of its number where there is none, or `absolute`
+    )
+    absolute: bool = False
 
 
 ROWS = (
-    Row("plain", "per_second", "requests/s, not streamed, 64 connections", "more"),
-    Row("fast", "per_second", "streams/s of 100 events, 64 connections", "more"),
+    Row("plain", "per_second", "requests/s, not streamed, 64 connections", "more", goal=1.35),
+    Row("fast", "per_second", "streams/s of 100 events, 64 connections", "more", goal=0.9),
     Row("fast", "chunks_per_second", "events/s of these", "more"),
-    Row("sse500", "cpu_us", "CPU µs per event, 500 SSE streams of 50 events/s", "less", 1),
+    Row(
+        "sse500", "cpu_us", "CPU µs per event, 500 SSE streams of 50 events/s", "less", 1, goal=0.7
+    ),
     Row("sse500", "gap_p99_ms", "p99 gap, ms, 500 SSE streams", "less", 1),
     Row("sse500", "ttft_p99_ms", "p99 first token, ms, 500 SSE streams", "less", 1),
     Row("tlsplain", "per_second", "requests/s, not streamed, TLS to the provider", "more"),
-    Row("tls500", "cpu_us", "CPU µs per event, 500 SSE streams, TLS to the provider", "less", 1),
+    Row(
+        "tls500",
+        "cpu_us",
+        "CPU µs per event, 500 SSE streams, TLS to the provider",
+        "less",
+        1,
+        goal=0.7,
+    ),
     Row("tls500", "gap_p99_ms", "p99 gap, ms, these", "less", 1),
     Row(
         "tls500",
@@ -47,12 +60,20 @@ ROWS = (
         2,
         ratio=False,
         by=("sse500", "cpu_us"),
+        goal=1.4,
     ),
     Row("sse1000", "chunks_per_second", "events/s, 1,000 SSE streams, 50,000 sent", "more"),
     Row("sse1000", "gap_p99_ms", "p99 gap, ms, 1,000 SSE streams", "less", 1),
     Row("sse1000", "ttft_p99_ms", "p99 first token, ms, 1,000 SSE streams", "less", 1),
     Row("sse1000", "rss_mb", "resident MB, 1,000 SSE streams", "less", 1),
-    Row("ws500", "cpu_us", "CPU µs per event, 500 WebSocket streams of 50 events/s", "less", 1),
+    Row(
+        "ws500",
+        "cpu_us",
+        "CPU µs per event, 500 WebSocket streams of 50 events/s",
+        "less",
+        1,
+        goal=0.7,
+    ),
     Row("ws500", "chunks_per_second", "events/s, 500 WebSocket streams, 25,000 sent", "more"),
     Row("ws500", "gap_p99_ms", "p99 gap, ms, 500 WebSocket streams", "less", 1),
     Row("ws500", "ttft_p99_ms", "p99 first token, ms, 500 WebSocket streams", "less", 1),
@@ -114,25 +135,47 @@ ROWS = (
     Row(
         "firehose", "gap_p99_ms", "p99 gap, ms, 500 SSE streams beside one of 100 kB/ms", "less", 1
     ),
-    Row("firehose", "quotient", "that, by the same without it", "less", 2),
+    Row("firehose", "quotient", "that, by the same without it", "less", 2, ratio=False, goal=2.0),
     Row(
-        "rush", "refuse_p99_ms", "p99 to a 503, ms, 10,000 come in 5 s to a full house", "less", 1
+        "rush",
+        "refuse_p99_ms",
+        "p99 to a 503, ms, 10,000 come in 5 s to a full house",
+        "less",
+        1,
+        ratio=False,
+        goal=150.0,
     ),
-    Row("rush", "gap_p99_ms", "p99 gap, ms, of the 200 streams inside", "less", 1),
+    Row(
+        "rush",
+        "gap_p99_ms",
+        "p99 gap, ms, of the 200 streams inside",
+        "less",
+        1,
+        ratio=False,
+        goal=50.0,
+    ),
     Row(
         "overload",
         "refuse_p95_ms",
         "p95 to a 503, ms, five times what there is room for",
         "less",
         1,
+        ratio=False,
+        goal=10.0,
     ),
     Row(
-        "overload", "quotient", "p50 of an admitted answer, by that at 0.9 of the room", "less", 2
+        "overload",
+        "quotient",
+        "p50 of an admitted answer, by that at 0.9 of the room",
+        "less",
+        2,
+        ratio=False,
+        goal=1.05,
     ),
     Row("restart", "lost", "requests lost in a restart, 64 connections", "less", ratio=False),
     Row("restart", "turned_away", "answered 4xx or 5xx in it", "less", ratio=False),
     Row("restart", "connect_errors", "connections refused in it", "less", ratio=False),
-    Row("start", "seconds", "start to first good answer, s", "less", 2),
+    Row("start", "seconds", "start to first good answer, s", "less", 2, goal=0.25, absolute=True),
     Row("start", "rss_mb", "resident MB after it", "less", 1),
 )
 
@@ -156,7 +199,11 @@ def tabulate(runs: Sequence[Run], peers: Sequence[str]) -> list[dict[str, Any]]:
     """The table's rows: the median of each peer, and of its ratios to the baseline run by run."""
     rows = []
     for row in ROWS:
-        line: dict[str, Any] = dataclasses.asdict(row) | {"values": {}, "ratios": {}}
+        line: dict[str, Any] = dataclasses.asdict(row) | {
+            "values": {},
+            "ratios": {},
+            "spread": None,
+        }
         series: dict[str, dict[int, float]] = {name: {} for name in peers}  # by number of the run
         for name in peers:
             numbers: dict[int, float | None] = {}
@@ -168,15 +215,37 @@ def tabulate(runs: Sequence[Run], peers: Sequence[str]) -> list[dict[str, Any]]:
                 complete = len(valid) == len(numbers)
                 line["values"][name] = statistics.median(valid.values()) if complete else None
                 series[name] = valid if complete else {}
+                if name == OURS and complete:
+                    line["spread"] = low_middle_high(list(valid.values()))
         base = series.get(BASELINE, {})
         for name in others(peers) if row.ratio else []:
             pairs = [(series[name][n], base[n]) for n in series[name].keys() & base.keys()]
             if pairs and all(ours > 0 and theirs > 0 for ours, theirs in pairs):
                 ratios = [ours / theirs for ours, theirs in pairs]
-                line["ratios"][name] = [min(ratios), statistics.median(ratios), max(ratios)]
+                line["ratios"][name] = low_middle_high(ratios)
         if line["values"]:
             rows.append(line)
     return rows
+
+
+def low_middle_high(numbers: Sequence[float]) -> list[float]:
+    return [min(numbers), statistics.median(numbers), max(numbers)]
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows that have a goal, and whether the median reaches it, as markdown."""
+    lines = ["| aioserver | min, median, max | goal | |", "| --- | ---: | ---: | --- |"]
+    for row in rows:
+        relative = row["ratio"] and not row["absolute"]
+        three = row["ratios"].get(OURS) if relative else row["spread"]
+        if row["goal"] is None or three is None:
+            continue
+        least = row["better"] == "more"
+        reached = three[1] >= row["goal"] if least else three[1] <= row["goal"]
+        title = f"{row['title']}, by {BASELINE}'s" if relative else row["title"]
+        sign, verdict = "≥" if least else "≤", "reached" if reached else "missed"
+        lines.append(f"| {title} | {ratio(three)} | {sign} {row['goal']:g} | {verdict} |")
+    return "\n".join(lines)
 
 
 def others(peers: Sequence[str]) -> list[str]:

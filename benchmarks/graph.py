@@ -1,0 +1,86 @@
+"""Draw a run of `run.py`: the longest gaps and the CPU by the number of streams, and a request by what idles beside it.
+
+    python benchmarks/run.py --steps crowded,curve --runs 1 --json numbers.json
+    python benchmarks/graph.py numbers.json docs/images/benchmark.svg
+
+A curve ends where the server no longer keeps up, or where no more was tried.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tests.support.plots import Panel, picture
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from tests.support.plots import Curve
+
+Run = dict[str, dict[str, Any]]
+# Milliseconds of a gap above which a curve leaves the picture.
+CEILING = 200.0
+# The servers, in the order of their colours.
+SERVERS = ("aioserver", "bare", "nginx", "litellm")
+
+
+def draw(numbers: Mapping[str, Any]) -> str:
+    """Return the picture of what `run.py --json` has written: of its first run."""
+    run: Run = numbers["runs"][0]
+    return picture(
+        [
+            Panel(
+                "p99 gap between two events, ms, by streams of 50 events a second (20 is perfect)",
+                curves(run, "gap_p99_ms"),
+                "streams",
+                dots=True,
+                ceiling=CEILING,
+            ),
+            Panel("CPU of the server per event, µs", curves(run, "cpu_us"), "streams", dots=True),
+            Panel(
+                "CPU of the server per request that is not streamed, µs, by idle WebSockets beside it",
+                {
+                    name: [
+                        (level["idle"], level["cpu_us"]) for level in steps["crowded"]["levels"]
+                    ]
+                    for name, steps in known(run).items()
+                    if "levels" in steps.get("crowded", {})
+                },
+                "idle WebSockets",
+                dots=True,
+            ),
+        ]
+    )
+
+
+def curves(run: Run, field: str) -> dict[str, Curve]:
+    """Return *field* of each server at each number of streams."""
+    return {
+        name: [(level["streams"], level[field]) for level in steps["curve"]["levels"]]
+        for name, steps in known(run).items()
+        if "levels" in steps.get("curve", {})
+    }
+
+
+def known(run: Run) -> Run:
+    """Return the servers of *run* that have a colour, in their order."""
+    return {name: run[name] for name in SERVERS if name in run}
+
+
+def main() -> None:
+    """Read the numbers, and write the picture."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("numbers", type=Path, help="the file that run.py --json has written")
+    parser.add_argument("picture", type=Path, help="the SVG file to write")
+    chosen = parser.parse_args()
+    chosen.picture.write_text(draw(json.loads(chosen.numbers.read_text())))
+
+
+if __name__ == "__main__":
+    main()
