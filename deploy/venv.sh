@@ -3,42 +3,61 @@
 #   ensure_installed STAMP EXTRAS...    installs with the first of EXTRAS that installs, unless done
 #
 # "Done" means done with this setup.cfg, pyproject.toml and venv.sh. The installation is editable:
-# after a change of the code nothing has to be installed again.
+# after a change of the code nothing has to be installed again. A new .venv gets the newest Python for which
+# every package has a wheel, so that no compiler is needed; PYTHON names another one.
 
-find_python() {
-  local name
-  for name in ${PYTHON:-} python3.14 python3.13 python3.12 python3.11 python3 python; do
+# Prints the Pythons that will do, the newest first, one on a line.
+find_pythons() {
+  local name names=(python3.14 python3.13 python3.12 python3.11 python3 python)
+  if [ -n "${PYTHON:-}" ]; then names=("$PYTHON"); fi
+  for name in "${names[@]}"; do
     if "$name" -c 'import sys; sys.exit(not ((3, 11) <= sys.version_info < (3, 15)))' 2>/dev/null; then
       echo "$name"
-      return
     fi
   done
-  echo "aioserver needs Python 3.11 or later; set PYTHON to the path of one" >&2
-  return 1
 }
 
+# make_venv PYTHON: makes .venv anew.
 make_venv() {
-  local python
-  if .venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then return; fi
-  python=$(find_python)
   rm -rf .venv
-  echo "making .venv with $("$python" --version)" >&2
-  "$python" -m venv .venv || {
+  echo "making .venv with $("$1" --version)" >&2
+  "$1" -m venv .venv || {
     rm -rf .venv
     echo "cannot make a virtual environment; on Debian: apt-get install python3-venv" >&2
     return 1
   }
 }
 
+# install EXTRAS [OPTIONS OF PIP...]
+install() {
+  local extras=$1
+  shift
+  echo "installing aioserver-gateway$extras into .venv" >&2
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@" --editable ".$extras"
+}
+
 ensure_installed() {
-  local stamp=".venv/$1" wanted extras
+  local stamp=".venv/$1" wanted extras python pythons=()
   shift
   wanted=$(cat setup.cfg pyproject.toml deploy/venv.sh | cksum)
   if [ -x .venv/bin/python ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then return; fi
-  make_venv
+  if ! .venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+    mapfile -t pythons < <(find_pythons)
+    if [ "${#pythons[@]}" = 0 ]; then
+      echo "aioserver needs Python 3.11 or later; set PYTHON to the path of one" >&2
+      return 1
+    fi
+    for python in "${pythons[@]}"; do
+      make_venv "$python" || return 1
+      if install "$1" --only-binary :all:; then
+        echo "$wanted" >"$stamp"
+        return
+      fi
+    done
+    make_venv "${pythons[0]}" || return 1
+  fi
   for extras in "$@"; do
-    echo "installing aioserver-gateway$extras into .venv" >&2
-    if .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".$extras"; then
+    if install "$extras"; then
       echo "$wanted" >"$stamp"
       return
     fi
