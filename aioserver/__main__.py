@@ -34,6 +34,7 @@ COMMANDS = {
     "key": ("key", "Make an API key for a client."),
     "provider": ("provider", "Run a simulated LLM provider, with faults on request."),
     "chat": ("chat.command", "Chat with a running server, or ask it one question."),
+    "doctor": ("doctor.command", "Find what stands between a client and an answer."),
     "top": ("top.command", "Show the live state of a running server."),
     "bench": ("bench.command", "Load a running server with chat clients."),
 }
