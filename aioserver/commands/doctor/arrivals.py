@@ -37,6 +37,8 @@ TOGETHER = 0.005
 # Events from which on an answer says something, and the bursts in which it comes if it is gathered.
 MIN_EVENTS = 12
 MAX_BURSTS = 3
+# Tokens of an answer of the simulated provider: a second and a bit.
+SIMULATED_TOKENS = 40
 # An answer long enough for that, of a model that costs money.
 PROMPT = "Count from 1 to 40, with a space between."
 MAX_TOKENS = 120
@@ -44,7 +46,7 @@ MAX_TOKENS = 120
 SNAPSHOTS = 3
 INTERVAL = 1.0
 # Seconds that the road may add to a snapshot. A gathered one is late by an interval at least.
-MAX_DELAY = 0.6
+MAX_DELAY = 0.8
 # Seconds for all of them.
 EVENTS_TIMEOUT = SNAPSHOTS * INTERVAL + 5.0
 MAX_EVENT_BYTES = 16 << 20
@@ -124,7 +126,7 @@ async def examine(
     with *ask* False. *websocket*: whether WebSockets can be opened.
     """
     faces = [face for face in FACES if websocket or face != "WebSocket"]
-    question = Question(prompt="Hello", model=simulated)
+    question = Question(prompt="Hello", model=simulated, max_tokens=SIMULATED_TOKENS)
     if simulated is None:
         faces = ["SSE"] if ask else []
         question = Question(prompt=PROMPT, max_tokens=MAX_TOKENS)

@@ -17,15 +17,24 @@ if TYPE_CHECKING:
     from aioserver.commands.doctor.findings import Report
     from aioserver.config.settings import Settings
 
-PORT_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
-MEMORY = Path("/proc/meminfo")
-OWN_CGROUP = Path("/proc/self/cgroup")
-CGROUPS = Path("/sys/fs/cgroup")
 # Bytes of a process before its first client, measured.
 PROCESS_BYTES = 64 << 20
 # Seconds to look up the configured host.
 LOOK_UP_TIMEOUT = 10.0
 MIB = 1 << 20
+
+
+class System(NamedTuple):
+    """The files in which a system shows its limits: proc(5), cgroups(7)."""
+
+    somaxconn: Path = listener.SOMAXCONN
+    port_range: Path = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    memory: Path = Path("/proc/meminfo")
+    own_cgroup: Path = Path("/proc/self/cgroup")
+    cgroups: Path = Path("/sys/fs/cgroup")
+
+
+SYSTEM = System()
 
 
 class Extra(NamedTuple):
@@ -57,14 +66,14 @@ def examine_interpreter(report: Report) -> None:
         report.ok("machine", f"{UVLOOP.package} {version}: {UVLOOP.purpose}")
 
 
-async def examine(report: Report, settings: Settings) -> None:
-    """Examine the limits of the system, and the packages that *settings* ask for."""
+async def examine(report: Report, settings: Settings, system: System = SYSTEM) -> None:
+    """Examine the limits of *system*, and the packages that *settings* ask for."""
     _check_extras(report, settings)
     _check_workers(report, settings)
     _check_files(report, settings)
-    _check_backlog(report, settings)
-    _check_ports(report, settings)
-    _check_memory(report, settings)
+    _check_backlog(report, settings, system)
+    _check_ports(report, settings, system)
+    _check_memory(report, settings, system)
     await _check_address(report, settings)
 
 
@@ -109,9 +118,9 @@ def _check_files(report: Report, settings: Settings) -> None:
         report.ok("machine", f"open files: all limits together need {wanted}, and may have them")
 
 
-def _check_backlog(report: Report, settings: Settings) -> None:
+def _check_backlog(report: Report, settings: Settings, system: System) -> None:
     backlog = settings.chat.websocket.concurrency.uvicorn.backlog
-    limit = _number(listener.SOMAXCONN)
+    limit = _number(system.somaxconn)
     if limit is None:
         report.skip("machine", "somaxconn: this system does not show it")
     elif limit < backlog:
@@ -124,7 +133,7 @@ def _check_backlog(report: Report, settings: Settings) -> None:
         report.ok("machine", f"somaxconn: {limit}, and backlog asks for {backlog}")
 
 
-def _check_ports(report: Report, settings: Settings) -> None:
+def _check_ports(report: Report, settings: Settings, system: System) -> None:
     """Compare the local ports with the connections that need one of them each."""
     concurrency = settings.chat.websocket.concurrency
     pools = [
@@ -135,7 +144,7 @@ def _check_ports(report: Report, settings: Settings) -> None:
     # A port can serve one connection to each address. A proxy on this machine needs one for each client.
     wanted = max([concurrency.max_connections + concurrency.connection_queue_size, *pools])
     try:
-        low, high = map(int, PORT_RANGE.read_text().split())
+        low, high = map(int, system.port_range.read_text().split())
     except (OSError, ValueError):
         report.skip("machine", "local ports: this system does not show them")
         return
@@ -152,11 +161,11 @@ def _check_ports(report: Report, settings: Settings) -> None:
         )
 
 
-def _check_memory(report: Report, settings: Settings) -> None:
+def _check_memory(report: Report, settings: Settings, system: System) -> None:
     concurrency = settings.chat.websocket.concurrency
     kept = settings.chat.streams.max_kept_bytes + concurrency.max_body_bytes + PROCESS_BYTES
     wanted = kept * concurrency.uvicorn.workers
-    available = available_memory()
+    available = available_memory(system)
     if available is None:
         report.skip("machine", "memory: this system does not show it")
         return
@@ -173,20 +182,23 @@ def _check_memory(report: Report, settings: Settings) -> None:
         report.ok("machine", f"memory: {sizes}")
 
 
-def available_memory() -> int | None:
-    """Return the bytes that this process could take: those of the machine, or of its cgroup (v2), if they are less."""
+def available_memory(system: System) -> int | None:
+    """Return the bytes that this process could take: those of the machine, or of its cgroup (v2), if they are less.
+
+    None: the system does not show them.
+    """
     found = []
     try:
-        lines = MEMORY.read_text().splitlines()
+        lines = system.memory.read_text().splitlines()
         (text,) = (line.split()[1] for line in lines if line.startswith("MemAvailable:"))
         found.append(int(text) * 1024)
-        group = OWN_CGROUP.read_text().strip().rpartition(":")[2].lstrip("/")
+        group = system.own_cgroup.read_text().strip().rpartition(":")[2].lstrip("/")
     except (OSError, ValueError):
         return found[0] if found else None
-    folder = CGROUPS / group
+    folder = system.cgroups / group
     # The limit of a group holds for those in it.
     for level in (folder, *folder.parents):
-        if not level.is_relative_to(CGROUPS):
+        if not level.is_relative_to(system.cgroups):
             break
         limit, used = _number(level / "memory.max"), _number(level / "memory.current")
         if limit is not None:

@@ -61,9 +61,10 @@ async def examine(report: Report, llm: settings.Llm, *, ask: bool) -> None:
     try:
         await registry.prepare(llm)
         registry.apply(llm, max_response_bytes=MAX_BYTES)
-        needed = {llm.active, *llm.fallbacks}
-        for name, provider in registry.providers.items():
-            await _examine(report, provider, needed=name in needed, ask=ask)
+        needed = (llm.active, *llm.fallbacks)
+        # Those that matter most come first.
+        for name in dict.fromkeys((*needed, *registry.providers)):
+            await _examine(report, registry.providers[name], needed=name in needed, ask=ask)
     finally:
         await registry.close()
 

@@ -70,19 +70,22 @@ class Examination:
         """Examine all. *ask*: whether an answer may cost money; *idle*: seconds of silence to bear, 0: none."""
         if not await self._reach():
             return
-        async with remote.session(self._key) as session:
+        async with remote.session(self._key) as session, asyncio.TaskGroup() as tasks:
             if not await self._health(session):
                 return
             await self._ready(session)
             await self._headers(session)
-            await self._body(session)
             if not await self._key_accepted(session):
                 return
+            # It waits for what does not come.
+            tasks.create_task(self._body(session))
             upgraded = await self._websocket(session)
-        road = arrivals.Road(self._url, self._paths, self._key)
-        await arrivals.examine(self._report, road, self._simulated, websocket=upgraded, ask=ask)
-        if upgraded:
-            await silence.examine(self._report, road, idle)
+            road = arrivals.Road(self._url, self._paths, self._key)
+            await arrivals.examine(
+                self._report, road, self._simulated, websocket=upgraded, ask=ask
+            )
+            if upgraded:
+                await silence.examine(self._report, road, idle)
 
     async def _reach(self) -> bool:
         url = URL(self._url)
