@@ -78,7 +78,7 @@ async def examine(report: Report, settings: Settings, system: System = SYSTEM) -
 
 
 def _install(extra: Extra) -> str:
-    return f"pip install '.[{extra.name}]' in the clone of aioserver brings {extra.purpose}"
+    return f"pip install '.[{extra.name}]' in the clone brings {extra.purpose}"
 
 
 def _check_extras(report: Report, settings: Settings) -> None:
