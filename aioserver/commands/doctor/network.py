@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import socket
 import ssl
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 # Addresses of one name that are tried; a name with more of them has them for one and the same service.
 MAX_ADDRESSES = 4
+# This machine has no address of that family, as most containers have none of IPv6.
+NO_ROAD = frozenset({errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL, errno.ENETUNREACH})
 # Days before the end of a certificate, from which on somebody has to act.
 SOON = 14.0
 SECONDS_A_DAY = 86400.0
@@ -84,18 +87,22 @@ class Steps:
 
     async def _connect(self, infos: Sequence[tuple[Any, ...]]) -> socket.socket | None:
         """Connect to all addresses. Returns the first socket that is connected; None if none is."""
-        subject, faults = self._subject, []
+        subject = self._subject
+        faults: list[str] = []
+        # Addresses of a family that this machine has not, which cost nobody any time.
+        absent: list[str] = []
         with contextlib.ExitStack() as stack:
             connected: socket.socket | None = None
             for family, kind, protocol, _, address in infos:
-                sock = stack.enter_context(socket.socket(family, kind, protocol))
-                sock.setblocking(False)
                 began = time.perf_counter()
                 try:
+                    sock = stack.enter_context(socket.socket(family, kind, protocol))
+                    sock.setblocking(False)
                     async with asyncio.timeout(self._peer.limit):
                         await asyncio.get_running_loop().sock_connect(sock, address)
                 except OSError as error:
-                    faults.append(f"{address[0]} port {address[1]}: {_reason(error)}")
+                    text = f"{address[0]} port {address[1]}: {_reason(error)}"
+                    (absent if error.errno in NO_ROAD else faults).append(text)
                     continue
                 if connected is None:
                     took = time.perf_counter() - began
@@ -105,7 +112,7 @@ class Steps:
                     connected.setblocking(False)
         if connected is None:
             hint = "nothing listens there, or a firewall is in the way"
-            self._problem(subject, f"no connection: {'; '.join(faults)}", hint)
+            self._problem(subject, f"no connection: {'; '.join((*faults, *absent))}", hint)
         elif faults:
             text = f"one of its addresses cannot be reached: {'; '.join(faults)}"
             self._report.warn(subject, text, "each new connection may try it first, and wait")

@@ -207,7 +207,6 @@ class Examination:
     async def _body(self, session: aiohttp.ClientSession) -> None:
         """Announce a large body, send one byte of it, and see whether anybody refuses it for its size."""
         size = f"{BODY_BYTES >> 20} MiB"
-        # The key is left out: nothing of the request is meant to be served.
         headers = {"Content-Length": str(BODY_BYTES), "Content-Type": "application/json"}
         try:
             async with (
@@ -257,7 +256,11 @@ class Examination:
             return False
         self._report.ok("key", "accepted" if self._key else "none is needed", answer.took)
         self._simulated = _simulated(answer.content)
-        overview = await remote.overview(session, self._url)
+        try:
+            overview = await remote.overview(session, self._url)
+        except remote.Unreachable as error:
+            self._report.fail("server", str(error))
+            return False
         for face, path in (overview or {}).get("endpoints", {}).items():
             if isinstance(path, str) and path.startswith("/"):
                 self._paths[face] = path

@@ -148,6 +148,19 @@ async def test_a_provider_that_nobody_needs_only_warns_and_is_not_asked(
     assert [line.split()[:2] for line in asked] == [["GET", "/v1/models"]]
 
 
+async def test_a_proxy_is_what_is_reached_and_its_password_is_not_shown(
+    tmp_path: Path, findings: Findings
+) -> None:
+    changes = {"llm.providers.sim.proxy": f"http://me:{CANARY}@127.0.0.1:9"}
+    settings = configured("https://provider.example/v1", changes, tmp_path / "c.yaml").settings
+
+    await providers.examine(findings.report, settings.llm, ask=True)
+
+    assert "provider sim: reached through the proxy 127.0.0.1:9" in findings.of("ok")
+    (failed,) = findings.of("fail")
+    assert "no connection: 127.0.0.1 port 9: Connection refused" in failed
+
+
 async def certificate_steps(
     findings: Findings, names: tuple[str, ...], *, days: float = 30.0, trusted: bool = True
 ) -> str | None:

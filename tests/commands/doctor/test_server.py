@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from contextlib import asynccontextmanager
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -19,7 +20,7 @@ from tests.support.process import run_command
 from tests.support.server import HTTP_CLIENT, QUICK
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Mapping
 
     from tests.support.server import MakeServer, RunningServer
 
@@ -122,16 +123,23 @@ async def test_a_server_that_is_stopping_is_not_ready(server: RunningServer) -> 
 
 @asynccontextmanager
 async def standing_in(
-    status: int, body: str, kind: str = "text/html", **headers: str
+    status: int,
+    body: str,
+    kind: str = "text/html",
+    *,
+    refused: str = "",
+    headers: Mapping[str, str] = MappingProxyType({}),
 ) -> AsyncIterator[str]:
-    """The address of a program that answers every request alike."""
+    """The address of a program that answers every request alike, and at the path *refused* that it is denied."""
 
-    async def answer(_request: web.Request) -> web.Response:
+    async def answer(request: web.Request) -> web.Response:
+        if request.path == refused:
+            return web.Response(status=403)
         return web.Response(status=status, text=body, content_type=kind, headers=headers)
 
     app = web.Application()
     app.router.add_route("*", "/{path:.*}", answer)
-    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    runner = web.AppRunner(app, shutdown_timeout=0.1, lingering_time=0.0)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     host, port = runner.addresses[0][:2]
@@ -141,6 +149,7 @@ async def standing_in(
         await runner.cleanup()
 
 
+HEALTHY = (200, json.dumps({"status": "healthy"}), "application/json")
 DENIED = json.dumps({"error": {"code": "host_not_allowed", "message": "x"}})
 
 
@@ -164,10 +173,28 @@ async def test_another_answer_than_an_aioservers_ends_the_examination(
 
 
 async def test_a_redirect_is_told_with_its_target_and_no_control_character() -> None:
-    async with standing_in(308, "", Location="https://chat.example/\u202e") as url:
+    async with standing_in(308, "", headers={"Location": "https://chat.example/\u202e"}) as url:
         _, lines = await examined(url)
 
     assert lines["fail"] == ["server: redirects to https://chat.example/ "]
+
+
+async def test_a_proxy_without_upgrades_and_a_clock_that_is_wrong_are_said() -> None:
+    date = {"Date": "Wed, 01 Jan 2020 00:00:00 GMT"}
+    async with standing_in(*HEALTHY, headers=date) as url:
+        _, lines = await examined(url)
+
+    assert lines["fail"] == ["WebSocket: /ws/chat is not upgraded: HTTP 200"]
+    assert any("differs from ours by -" in line for line in lines["warn"])
+    assert "/events: not followed: HTTP 200" in lines["skip"]
+
+
+async def test_a_page_of_an_address_that_the_server_does_not_know_may_not_connect() -> None:
+    async with standing_in(*HEALTHY, refused="/ws/chat") as url:
+        _, lines = await examined(url)
+
+    (failed,) = lines["fail"]
+    assert "HTTP 403: pages of this address may not connect" in failed
 
 
 async def test_nobody_there_is_one_failure_with_exit_code_1() -> None:
@@ -184,14 +211,14 @@ async def test_nobody_there_is_one_failure_with_exit_code_1() -> None:
 async def test_an_idle_socket_that_is_closed_is_told_with_what_to_raise(
     make_server: MakeServer,
 ) -> None:
-    changes = {"chat.websocket.ping_interval": 0.1, "chat.websocket.idle_timeout": 0.1}
-    server = await make_server(**changes)
+    changes = {"ping_interval": 0.2, "ping_timeout": 0.2, "idle_timeout": 0.3}
+    server = await make_server(**{f"chat.websocket.{name}": n for name, n in changes.items()})
     texts: list[str] = []
     report = Report(lambda finding: texts.append(str(finding)))
     road = Road(server.base, PATHS, None)
 
     await silence.examine(report, road, 20.0)
-    assert texts[0].startswith("fail  idle WebSocket: was closed after 0 s")
+    assert texts[0].startswith("fail  idle WebSocket: was closed after ")
     await silence.examine(report, road, 0.01)
 
     assert report.failed
