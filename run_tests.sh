@@ -16,6 +16,7 @@ fi
 command -v valkey-server >/dev/null || command -v redis-server >/dev/null ||
   [ -d /run/systemd/system ] || missing+=(valkey-server)  # as below; the one of the extra `cluster` has no TLS
 command -v systemd-analyze >/dev/null || missing+=(systemd)
+command -v promtool >/dev/null || missing+=(promtool)
 if [ ! -d /run/systemd/system ]; then  # else the installation would start them
   for name in nginx haproxy caddy; do
     PATH=$PATH:/usr/sbin command -v "$name" >/dev/null || missing+=("$name")

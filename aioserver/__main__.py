@@ -28,14 +28,16 @@ GROUP_OPTIONS = frozenset({"-h", "--help", "--version"})
 
 # name: (module in aioserver.commands, line in the list of commands)
 COMMANDS = {
-    "serve": ("serve", "Serve chat clients; the default."),
+    "serve": ("serve_command", "Serve chat clients; the default."),
     "init": ("init", "Write a commented config.yaml to start from."),
     "check": ("check", "Validate the configuration and print it."),
     "key": ("key", "Make an API key for a client."),
     "provider": ("provider", "Run a simulated LLM provider, with faults on request."),
     "chat": ("chat.command", "Chat with a running server, or ask it one question."),
+    "doctor": ("doctor.command", "Find what stands between a client and an answer."),
     "top": ("top.command", "Show the live state of a running server."),
     "bench": ("bench.command", "Load a running server with chat clients."),
+    "completion": ("completion", "Print the script that completes commands in a shell."),
 }
 
 

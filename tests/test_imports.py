@@ -37,7 +37,12 @@ INSIDE_FUNCTIONS = {
         "aioserver.gateway.sqlite.storage",
         "aioserver.gateway.sqlite.troubles",
     },
+    "commands.serve_command": {"aioserver.commands.serve"},
     "commands.bench.command": {"aioserver.commands.bench.table"},
+    "commands.doctor.command": {
+        "aioserver.commands.doctor.here",
+        "aioserver.commands.doctor.server",
+    },
     "commands.chat.dialog": {"readline"},
     "commands.chat.display": {"aioserver.commands.chat.markdown"},
     "commands.top.command": {"aioserver.commands.top.screen"},

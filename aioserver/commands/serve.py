@@ -13,10 +13,8 @@ import threading
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
-import click
-
 from aioserver.auth.keys import known_pepper, pepper_of
-from aioserver.commands import options, output
+from aioserver.commands import output
 from aioserver.config import Configuration
 from aioserver.errors import ConfigurationError
 from aioserver.server import listener, preflight, systemd
@@ -46,32 +44,6 @@ THREADS_TIMEOUT = 1.0
 # objects without cycles: short passes over these, and few over older objects, halve the p99 gap
 # of WebSocket streams, compared with (50_000, 20, 20).
 GC_THRESHOLDS = (10_000, 50, 50)
-
-
-@click.command("serve")
-@options.config
-@click.option("--host", help="Address to listen on, instead of the configured one.")
-@click.option(
-    "--port",
-    type=click.IntRange(0, 65535),
-    help="Port to listen on, instead of the configured one; 0: any free one.",
-)
-@click.option(
-    "--loop",
-    type=click.Choice(["auto", "uvloop", "asyncio"]),
-    default="auto",
-    show_default=True,
-    help="Event loop; auto: uvloop if it is installed.",
-)
-@options.version
-def command(config: Path | None, *, host: str | None, port: int | None, loop: str) -> int:
-    """Serve chat clients; the default.
-
-    SIGTERM and Ctrl-C stop the server: answers that are running have the seconds of
-    chat.websocket.shutdown_timeout to finish; a second signal ends the process at once. SIGHUP
-    reloads the configuration. SIGUSR2 replaces the processes, if there are several workers.
-    """
-    return serve(config, host=host, port=port, loop=loop)
 
 
 def serve(config: Path | None, *, host: str | None, port: int | None, loop: str) -> int:

@@ -209,7 +209,7 @@ class Pool:
             resolver=aiohttp.ThreadedResolver(),
             ssl=context,
         )
-        self._proxy = URL(proxy) if proxy else _environment_proxy(url)
+        self._proxy = URL(proxy) if proxy else environment_proxy(url)
         self._endpoint = Endpoint(
             "POST",
             url,
@@ -344,7 +344,7 @@ class Pool:
         return exc
 
 
-def _environment_proxy(url: URL) -> URL | None:
+def environment_proxy(url: URL) -> URL | None:
     """Return the proxy of `HTTP_PROXY`, `HTTPS_PROXY` and `NO_PROXY`, as httpx would use it.
 
     Not `trust_env=True`: with a matching netrc entry aiohttp refuses our Authorization header.

@@ -8,6 +8,7 @@ import json
 import os
 import ssl
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import aiohttp
@@ -16,9 +17,12 @@ import trustme
 from tests.support.tools import edited, free_port, installed
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Mapping
     from pathlib import Path
 
+# The file, in the folder of a proxy, with the certificate of the authority to trust.
+AUTHORITY = "authority.pem"
+NO_CHANGES: Mapping[str, str] = MappingProxyType({})
 KINDS = ("nginx", "haproxy", "caddy")
 NGINX = """\
 daemon off;
@@ -72,8 +76,13 @@ class Proxy:
 
 
 @contextlib.asynccontextmanager
-async def running(kind: str, folder: Path, port: int) -> AsyncIterator[Proxy]:
-    """Run the proxy *kind* in front of whatever listens on *port* of this machine."""
+async def running(
+    kind: str, folder: Path, port: int, changes: Mapping[str, str] = NO_CHANGES
+) -> AsyncIterator[Proxy]:
+    """Run the proxy *kind* in front of whatever listens on *port* of this machine.
+
+    *changes* are made to its sample, each in exactly one place.
+    """
     program = installed(kind)
     authority = trustme.CA()
     leaf = authority.issue_cert("127.0.0.1")
@@ -82,8 +91,9 @@ async def running(kind: str, folder: Path, port: int) -> AsyncIterator[Proxy]:
     leaf.private_key_and_cert_chain_pem.write_to_path(folder / "chain.pem")
     tls = ssl.create_default_context()
     authority.configure_trust(tls)
+    authority.cert_pem.write_to_path(folder / AUTHORITY)
     async with contextlib.AsyncExitStack() as stack:
-        secure, plain = await _started(kind, program, folder, port, stack)
+        secure, plain = await _started(kind, program, folder, port, changes, stack)
         connector = aiohttp.TCPConnector(ssl=tls)
         session = await stack.enter_async_context(aiohttp.ClientSession(connector=connector))
         yield Proxy(
@@ -95,12 +105,17 @@ async def running(kind: str, folder: Path, port: int) -> AsyncIterator[Proxy]:
 
 
 async def _started(
-    kind: str, program: str, folder: Path, port: int, stack: contextlib.AsyncExitStack
+    kind: str,
+    program: str,
+    folder: Path,
+    port: int,
+    changes: Mapping[str, str],
+    stack: contextlib.AsyncExitStack,
 ) -> tuple[int, int]:
     """Start *program* on two free ports, and on others if one of them was taken meanwhile."""
     for _ in range(5):
         secure, plain = free_port(), free_port()
-        arguments = _configured(kind, folder, port, secure, plain)
+        arguments = _configured(kind, folder, port, secure, plain, changes)
         with (folder / "stderr").open("wb") as stderr:
             process = await asyncio.create_subprocess_exec(
                 program,
@@ -115,7 +130,9 @@ async def _started(
     raise AssertionError((folder / "stderr").read_text())
 
 
-def _configured(kind: str, folder: Path, port: int, secure: int, plain: int) -> list[str]:
+def _configured(
+    kind: str, folder: Path, port: int, secure: int, plain: int, changes: Mapping[str, str]
+) -> list[str]:
     """Write the sample with its edits; returns the program's arguments."""
     if kind == "nginx":
         text = edited(
@@ -126,6 +143,7 @@ def _configured(kind: str, folder: Path, port: int, secure: int, plain: int) -> 
                 "listen 443 ssl;": f"listen 127.0.0.1:{secure} ssl;",
                 "/etc/nginx/chat.example.com.pem": f"{folder}/chain.pem",
                 "/etc/nginx/chat.example.com.key": f"{folder}/key.pem",
+                **changes,
             },
         )
         (folder / "aioserver.conf").write_text(text)
@@ -141,6 +159,7 @@ def _configured(kind: str, folder: Path, port: int, secure: int, plain: int) -> 
                 "bind :443 ssl crt /etc/haproxy/chat.example.com.pem": (
                     f"bind 127.0.0.1:{secure} ssl crt {folder}/both.pem"
                 ),
+                **changes,
             },
         )
         (folder / "haproxy.cfg").write_text(text)
@@ -153,6 +172,7 @@ def _configured(kind: str, folder: Path, port: int, secure: int, plain: int) -> 
                 f"https://127.0.0.1:{secure} {{\n\ttls {folder}/chain.pem {folder}/key.pem"
             ),
             "reverse_proxy 127.0.0.1:8000": f"reverse_proxy 127.0.0.1:{port}",
+            **changes,
         },
     )
     (folder / "Caddyfile").write_text(text)

@@ -1,0 +1,53 @@
+"""A server that would start here: its configuration, this machine, and the road to its providers."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from aioserver.commands.doctor import machine, providers
+from aioserver.config import Configuration
+from aioserver.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from aioserver.commands.doctor.findings import Report
+    from aioserver.config.settings import Settings
+
+SUBJECT = "configuration"
+
+
+def examine(report: Report, config: Path | None, *, ask: bool) -> int:
+    """Examine what *config* (None: the file that `serve` would choose) asks for. Returns the exit code.
+
+    *ask*: whether a question may cost money. A configuration that is valid, but cannot be served, is examined to the
+    end all the same.
+    """
+    machine.examine_interpreter(report)
+    usable = True
+    try:
+        configuration = Configuration.load(config)
+        report.ok(SUBJECT, f"{configuration.source} is valid")
+        for warning in configuration.warnings:
+            report.warn(SUBJECT, warning)
+        try:
+            configuration.check_usable()
+        except ConfigurationError as error:
+            usable = False
+            _tell_faults(report, error)
+        asyncio.run(_examine(report, configuration.settings, ask=ask))
+    except ConfigurationError as error:
+        usable = False
+        _tell_faults(report, error)
+    return int(report.failed) if usable else 2
+
+
+def _tell_faults(report: Report, error: ConfigurationError) -> None:
+    for fault in error.faults:
+        report.fail(SUBJECT, fault)
+
+
+async def _examine(report: Report, settings: Settings, *, ask: bool) -> None:
+    await machine.examine(report, settings)
+    await providers.examine(report, settings.llm, ask=ask)

@@ -1,0 +1,43 @@
+"""The command line of `serve`: its options, without the server, which takes half a second to import.
+
+A shell that completes options needs no more than this.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from aioserver.commands import options
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@click.command("serve")
+@options.config
+@click.option("--host", help="Address to listen on, instead of the configured one.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    help="Port to listen on, instead of the configured one; 0: any free one.",
+)
+@click.option(
+    "--loop",
+    type=click.Choice(["auto", "uvloop", "asyncio"]),
+    default="auto",
+    show_default=True,
+    help="Event loop; auto: uvloop if it is installed.",
+)
+@options.version
+def command(config: Path | None, *, host: str | None, port: int | None, loop: str) -> int:
+    """Serve chat clients; the default.
+
+    SIGTERM and Ctrl-C stop the server: answers that are running have the seconds of
+    chat.websocket.shutdown_timeout to finish; a second signal ends the process at once. SIGHUP
+    reloads the configuration. SIGUSR2 replaces the processes, if there are several workers.
+    """
+    from aioserver.commands.serve import serve  # noqa: PLC0415 - start-up time
+
+    return serve(config, host=host, port=port, loop=loop)

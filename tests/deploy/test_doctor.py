@@ -1,0 +1,68 @@
+"""`aioserver doctor` through a real nginx: as its sample in `deploy/` has it, and as it gathers events.
+
+It takes four seconds: the snapshots of `/events` come once a second.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import TYPE_CHECKING
+
+from tests.support.process import Process
+from tests.support.proxy import AUTHORITY, running
+from tests.support.server import HTTP_CLIENT
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.support.server import MakeServer
+
+SIMULATED = {"simulated": True, "model": "demo", "http_client": HTTP_CLIENT}
+# What many a site has. nginx obeys a header of ours in each stream, unless it is told not to.
+GATHERS = {
+    "proxy_buffering off;": "proxy_buffering on; proxy_ignore_headers X-Accel-Buffering;",
+    "client_max_body_size 20m;": "client_max_body_size 1m;",
+    "    http2 on;\n": "",
+}
+
+
+async def test_doctor_passes_the_sample_of_nginx_and_finds_what_gathers_events(
+    tmp_path: Path, make_server: MakeServer
+) -> None:
+    server = await make_server(**{"llm.providers.demo": SIMULATED, "auth.open": True})
+
+    async def examined(name: str, changes: dict[str, str]) -> tuple[int, dict[str, list[str]]]:
+        folder = tmp_path / name
+        folder.mkdir()
+        async with (
+            running("nginx", folder, server.port, changes) as proxy,
+            await Process.start(
+                *("-m", "aioserver", "doctor", proxy.base, "--json"),
+                environ={"SSL_CERT_FILE": str(folder / AUTHORITY)},
+            ) as process,
+        ):
+            code = await process.ended()
+        found: dict[str, list[str]] = {"ok": [], "warn": [], "fail": [], "skip": []}
+        for finding in json.loads(process.out)["findings"]:
+            found[finding["level"]].append(f"{finding['subject']}: {finding['text']}")
+        return code, found
+
+    (good, well), (bad, ill) = await asyncio.gather(
+        examined("sample", {}), examined("gathers", GATHERS)
+    )
+
+    assert (good, well["warn"], well["fail"]) == (0, [], []), well
+    assert any("TLS: TLSv1.3, and a certificate that is valid" in line for line in well["ok"])
+    assert any(line.startswith("server: HTTP/2 is offered") for line in well["ok"])
+    assert "server: a body of 16 MiB is not refused by its head" in well["ok"]
+    for face in ("WebSocket", "SSE", "OpenAI"):
+        assert any(line.startswith(f"{face}: an answer came whole, each") for line in well["ok"])
+    assert "/events: each event arrives as it comes" in well["ok"]
+
+    # A WebSocket is a tunnel, in which nothing is gathered.
+    assert bad == 1
+    assert [line.partition(":")[0] for line in ill["fail"]] == ["SSE", "OpenAI", "/events"], ill
+    assert all("gathers" in line for line in ill["fail"])
+    assert "server: the proxy refuses a body of 16 MiB" in ill["warn"]
+    assert any(line.startswith("server: HTTP/2 is not offered") for line in ill["warn"])
