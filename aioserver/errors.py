@@ -13,6 +13,8 @@ The tree, with HTTP status, code and close code:
     AioserverError
         InvalidJson                 400  invalid_json
         InvalidRequest              400  invalid_request
+            InvalidStreamId         400  invalid_stream_id
+            StreamLimitReached      400  websocket_stream_limit_reached
         Denied
             MissingApiKey           401  missing_api_key
             InvalidApiKey           401  invalid_api_key         1008
@@ -174,6 +176,18 @@ class InvalidRequest(AioserverError):
     code, status = "invalid_request", 400
 
 
+class InvalidStreamId(InvalidRequest):
+    """The name of a lane on a WebSocket of the Responses API is not one."""
+
+    code = "invalid_stream_id"
+
+
+class StreamLimitReached(InvalidRequest):
+    """A WebSocket of the Responses API has as many named lanes as it may have."""
+
+    code = "websocket_stream_limit_reached"
+
+
 class Denied(AioserverError):
     """Access is denied.
 
@@ -250,9 +264,18 @@ class ConversationNotFound(AioserverError):
 
 
 class MethodNotAllowed(AioserverError):
-    """The path exists, but not with this method."""
+    """The path exists, but not with this method. *allowed*: the methods that it has, where that is known here."""
 
     code, status = "method_not_allowed", 405
+
+    def __init__(self, message: str, allowed: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.allowed = allowed
+
+    def headers(self) -> dict[str, str]:
+        """Return the headers, among them the methods (RFC 9110, 15.5.6)."""
+        allow = {"Allow": ", ".join(self.allowed)} if self.allowed else {}
+        return {**super().headers(), **allow}
 
 
 class RequestTimeout(AioserverError):

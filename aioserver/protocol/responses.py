@@ -124,6 +124,30 @@ class ResponseEvents:
             if data.find(_RESPONSE) >= 0 and _response_in(data) is not None:
                 self._last_response = data
 
+    def follows(self, event: bytes, number: int) -> bool:
+        """Note *event*, whose *number* is the next, if no more of it is to be remembered than that it comes next.
+
+        Return False, with nothing done, if `note` must look at it. It has no response object.
+        """
+        found = event.find(_SEQUENCE)
+        if found < 0:
+            return True
+        if not self._runs:
+            return False
+        run, end = self._runs[-1], found + len(_SEQUENCE)
+        written = b":%d" % (run.last_sequence + 1)
+        if not event.startswith(written, end):
+            return False
+        end += len(written)
+        if (
+            not event.startswith((b",", b"}"), end)
+            or event.find(_SEQUENCE, end) >= 0
+            or run.last_sequence + 1 - run.sequence != number - run.number
+        ):
+            return False
+        self._runs[-1] = _Run(run.number, run.sequence, run.last_sequence + 1)
+        return True
+
     def event_before(self, sequence: int, last: int) -> int | None:
         """Return the number of the event after which the first one above *sequence* comes.
 
@@ -184,6 +208,11 @@ class ResponseEvents:
             "error": error.as_object(),
         }
         return write(orjson.dumps(failed), event="response.failed")
+
+
+def ends(event: bytes) -> bool:
+    """Return whether *event* ends a response."""
+    return _END.search(event) is not None
 
 
 def up_to_end(block: bytes) -> tuple[bytes, bool]:

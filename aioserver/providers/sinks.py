@@ -151,9 +151,11 @@ class EventSink:
     def fast(self) -> Path | None:
         """Return the stream's fast path, if no event is half read.
 
-        There is none after the finish_reason, since the usage may follow it.
+        There is none after the finish_reason, since the usage may follow it, nor before the id of a response.
         """
-        if self._responses or self._finished or not self._splitter.idle:
+        if self._finished or self._id_samples_left or not self._splitter.idle:
+            return None
+        if self._responses and self._stream.details.error_format is None:
             return None
         return self._stream.open_fast_path()
 
