@@ -47,6 +47,18 @@ class Format(NamedTuple):
     render_error: Callable[[Stream, AioserverError, int], bytes]
     frame: Callable[[bytes], bytes] | None = None
 
+    def render_bytes(self, data: bytes, skip: int = 0) -> bytes:
+        """Render *data*, the provider's own bytes of whole events, in a format that needs nothing else of them.
+
+        The first *skip* events are left out.
+        """
+        frame = self.frame
+        if frame is None:
+            return b"".join(eventstream.split(data)[skip:]) if skip else data
+        events = [event.data for event in eventstream.parse(data)]
+        # A [DONE] is no event of the Responses API; some providers send one nevertheless.
+        return b"".join([frame(data) for data in events[skip:] if data and data != b"[DONE]"])
+
     def render_newest(self, stream: Stream, entry: Entry) -> bytes:
         """Render the newest *entry* of *stream*: once for all its readers in this format."""
         if len(stream.readers) < 2:
@@ -70,9 +82,7 @@ def ws_frame(first_byte: int, payload: bytes) -> bytes:
 
 
 def _raw(_stream: Stream, entry: Entry, skip: int) -> bytes:
-    if not skip or not entry.data:
-        return entry.data
-    return b"".join(eventstream.split(entry.data)[skip:])
+    return RAW.render_bytes(entry.data, skip) if entry.data else b""
 
 
 def _raw_error(stream: Stream, error: AioserverError, seen: int) -> bytes:
@@ -136,16 +146,15 @@ def response_messages(lane: str | None) -> Format:
         if entry.first <= 2 and entry.status in {ERROR, CANCELLED}:
             error = stream.error or StreamNotFound("this answer was cancelled")
             return ws_frame(WS_TEXT, response_frames.error(error, lane))
-        events = [event.data for event in eventstream.parse(entry.data)[skip:]]
-        return b"".join([frame(data) for data in events if data and data != b"[DONE]"])
+        return lane_format.render_bytes(entry.data, skip)
 
     def render_error(stream: Stream, error: AioserverError, seen: int) -> bytes:
         (event,) = eventstream.parse(stream.details.render_error(error, seen))
         return frame(event.data)
 
-    return Format(
-        "responses" if lane is None else f"responses {lane}", render, None, render_error, frame
-    )
+    name = "responses" if lane is None else f"responses {lane}"
+    lane_format = Format(name, render, None, render_error, frame)
+    return lane_format
 
 
 RAW = Format("raw", _raw, None, _raw_error)
