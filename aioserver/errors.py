@@ -15,6 +15,7 @@ The tree, with HTTP status, code and close code:
         InvalidRequest              400  invalid_request
             InvalidStreamId         400  invalid_stream_id
             StreamLimitReached      400  websocket_stream_limit_reached
+            ResponseNotFound        400  previous_response_not_found
         Denied
             MissingApiKey           401  missing_api_key
             InvalidApiKey           401  invalid_api_key         1008
@@ -186,6 +187,15 @@ class StreamLimitReached(InvalidRequest):
     """A WebSocket of the Responses API has as many named lanes as it may have."""
 
     code = "websocket_stream_limit_reached"
+
+
+class ResponseNotFound(InvalidRequest):
+    """The response that a request continues does not exist, is no longer kept, or belongs to another caller.
+
+    Status, code and `param` are OpenAI's, by which its clients send the whole conversation instead.
+    """
+
+    code, status = "previous_response_not_found", 400
 
 
 class Denied(AioserverError):
