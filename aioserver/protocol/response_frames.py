@@ -91,13 +91,12 @@ _SHOWN: msgspec.json.Decoder[Any] = msgspec.json.Decoder(
 class Create:
     """Answer *body*, after what came before on the *lane*; None is the lane without a name.
 
-    *generate* false: no provider is asked. *previous* is the id of the response that is continued.
+    *generate* false: no provider is asked.
     """
 
     lane: str | None
     body: ModelBody
     generate: bool
-    previous: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +202,6 @@ def _create(
         raise InvalidRequest(
             "background is not for a WebSocket: POST /v1/responses has it", param="background"
         )
-    previous = _id(frame, "previous_response_id")
     for member in _OF_FRAME:
         if getattr(frame, member.name) is not ABSENT:
             body = member.remove(body)
@@ -215,7 +213,7 @@ def _create(
         body = _STREAM.insert(body, [b"true"])
     if large:
         yield
-    return Create(lane, ModelBody(body), generate is not False, previous)
+    return Create(lane, ModelBody(body), generate is not False)
 
 
 def _lane(raw: Raw) -> str | None:
@@ -328,7 +326,7 @@ def prepared(command: Create, response_id: str, model: str) -> Iterator[bytes]:
         "incomplete_details": None,
         "model": model,
         "output": [],
-        "previous_response_id": command.previous,
+        "previous_response_id": command.body.previous_response_id,
         **{name: orjson.Fragment(raw) for name, raw in shown.items()},
         "usage": None,
     }
