@@ -87,7 +87,7 @@ OTHERS = {
     "two numbers": delta(3, nested={"sequence_number": 4}),
     "blanks": b'event: %b\ndata: {"type": "%b", "sequence_number": 3, "delta": "x"}\n\n'
     % (DELTA.encode(), DELTA.encode()),
-    "a response object": delta(3, response=RESPONSE),
+    "a response object": delta(3, response={**RESPONSE, "model": "m"}),
     "an error": delta(3, error={"code": "bad", "message": "no"}),
     "an end under another name": event("response.completed", 3, name=DELTA),
     "an error under another name": event("error", 3, name=DELTA, code="bad", message="no"),
@@ -106,13 +106,16 @@ OTHERS = {
 }
 
 
+@pytest.mark.parametrize("ended", [True, False])
 @pytest.mark.parametrize("name", OTHERS)
-async def test_anything_between_parts_has_the_same_effect_on_both_ways(name: str) -> None:
+async def test_anything_between_parts_has_the_same_effect_on_both_ways(
+    name: str, ended: bool
+) -> None:
     other = OTHERS[name]
     number = other.count(b"data: {")
     reads = reads_of(
         *(CREATED, delta(1), delta(2), other),
-        *(delta(3 + number), delta(4 + number), completed(5 + number)),
+        *(delta(3 + number), delta(4 + number), *[completed(5 + number)] * ended),
     )
 
     for face in RESPONSES_FACES:
