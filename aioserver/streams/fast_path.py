@@ -42,7 +42,6 @@ import re
 from time import monotonic
 from typing import TYPE_CHECKING, NamedTuple
 
-from aioserver.protocol import responses
 from aioserver.protocol.eventstream import utf8
 from aioserver.protocol.responses import ResponseEvents
 from aioserver.streams.entries import TextEntry
@@ -60,9 +59,10 @@ MAX_CHUNK_BYTES = 2048
 MAX_RUN_BYTES = 2048
 # An event with one of these takes the slow path.
 _ERROR, _FINISH, _FINISH_SPACED = b'"error"', b'"finish_reason":"', b'"finish_reason": "'
-_RESPONSE = b'"response"'
+# A response object, and the type of each event of the Responses API, begin with it.
+_RESPONSE = b'"response'
 # The first bytes of an event of the Responses API that has a part of a text, and nothing else to look at.
-_DELTA = re.compile(rb"event: response\.[a-z_.]{1,64}\.delta\ndata: \{")
+_DELTA = re.compile(rb"event: (response\.[a-z_.]{1,64}\.delta)\ndata: \{")
 # The first line of a read that is one chunk, by the size of the read. At a size that no chunk has,
 # it is b"\r\n", with which no chunk begins.
 _FIRST_LINES = [b"\r\n"] * (MAX_CHUNK_BYTES + 12)
@@ -210,7 +210,7 @@ class ResponsePath(FastPath):
     *frame* writes an event's data for the client; None: the client gets the provider's bytes.
     """
 
-    __slots__ = ("_events", "_frame", "_opening")
+    __slots__ = ("_events", "_frame", "_opening", "_type")
 
     def __init__(
         self,
@@ -222,8 +222,9 @@ class ResponsePath(FastPath):
         super().__init__(cursor, destination)
         self._events = events
         self._frame = frame
-        # The first bytes of the events that come now, up to the brace of their data.
-        self._opening = b""
+        # The first bytes of the events that come now, up to the brace of their data, and their type. At first
+        # no event begins so.
+        self._opening, self._type = b"\n", b""
 
     def forward(self, read: bytes) -> bool:
         """Forward *read*, as `FastPath.forward` does."""
@@ -233,24 +234,27 @@ class ResponsePath(FastPath):
         find = read.find
         line, opening = _FIRST_LINES[size], self._opening
         start, end = len(line), size - 2
-        if not opening or not read.startswith(opening, start):
+        if not read.startswith(opening, start):
             match = _DELTA.match(read, start)
             if match is None:
                 return False
-            self._opening = opening = match[0]
+            self._opening, self._type = opening, _ = match[0], b'"%b"' % match[1]
         begin = start + len(opening) - 1
         if (
             not read.startswith(line)
             or not read.endswith(b"}\n\n\r\n")
             # Two lines, and so one event.
             or find(b"\n", begin) != end - 2
-            or find(b"\r", start) != end
+            or find(b"\r", begin) != end
             or find(_ERROR, begin) >= 0
-            or find(_RESPONSE, begin) >= 0
-            or responses.ends(read)
-            or not utf8(read)
+            or not (read.isascii() or utf8(read))
         ):
             return False
+        if (found := find(_RESPONSE, begin)) >= 0:
+            # The event has a type, as it should, and nothing else to look at.
+            kind = self._type
+            if not read.startswith(kind, found) or find(_RESPONSE, found + len(kind)) >= 0:
+                return False
         stream = self._stream
         if not self._events.follows(read, stream.last + 1):
             return False

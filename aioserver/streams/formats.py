@@ -9,6 +9,7 @@ RESPONSES such messages, each with the data of one of the provider's events (Res
 from __future__ import annotations
 
 import struct
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from aioserver.errors import StreamNotFound
@@ -136,8 +137,10 @@ def _error_message(stream: Stream, error: AioserverError, _seen: int) -> bytes:
 def response_messages(lane: str | None) -> Format:
     """Return the format of the *lane* of a WebSocket of the Responses API; None: that without a name."""
 
-    def frame(data: bytes) -> bytes:
-        return ws_frame(WS_TEXT, data if lane is None else response_frames.in_lane(data, lane))
+    def named(data: bytes) -> bytes:
+        return ws_frame(WS_TEXT, response_frames.in_lane(data, lane or ""))
+
+    frame = partial(ws_frame, WS_TEXT) if lane is None else named
 
     def render(stream: Stream, entry: Entry, skip: int) -> bytes:
         if not entry.data or skip >= entry.count:

@@ -52,7 +52,7 @@ def reads_of(*events: bytes) -> list[bytes]:
 
 
 @pytest.mark.parametrize("face", RESPONSES_FACES)
-@pytest.mark.parametrize("text", ["a", "Grüße 😀", '"response" "error"', "}\n\n", "x" * 1500])
+@pytest.mark.parametrize("text", ["a", "Grüße 😀", '"error" \\"', "}\n\n", "x" * 1500])
 async def test_parts_of_a_text_are_taken(face: str, text: str) -> None:
     deltas = [delta(number, text) for number in range(1, 5)]
     reads = reads_of(CREATED, *deltas, completed(5))
