@@ -278,9 +278,7 @@ class MethodNotAllowed(AioserverError):
 
     code, status = "method_not_allowed", 405
 
-    def __init__(self, message: str, allowed: Sequence[str] = ()) -> None:
-        super().__init__(message)
-        self.allowed = allowed
+    allowed: Sequence[str] = ()
 
     def headers(self) -> dict[str, str]:
         """Return the headers, among them the methods (RFC 9110, 15.5.6)."""

@@ -26,7 +26,9 @@ from aioserver.faces.intake import client_headers, idempotency_key, read_model_b
 from aioserver.faces.ready import ReadyResponse, ReadyStream, fits
 from aioserver.faces.streaming import follow
 from aioserver.gateway.calls import kept_answer
+from aioserver.gateway.drafts import draft_of
 from aioserver.gateway.request import Request
+from aioserver.gateway.stored_responses import RESPONSES
 from aioserver.protocol import anthropic
 from aioserver.protocol.eventstream import HEARTBEAT
 from aioserver.protocol.responses import ResponseEvents
@@ -45,7 +47,7 @@ if TYPE_CHECKING:
     from aioserver.gateway.request import Route
     from aioserver.protocol.client_headers import ClientHeaders
     from aioserver.protocol.model_body import ModelBody
-    from aioserver.providers.request import Answer
+    from aioserver.providers.request import Answer, ResponseDraft
     from aioserver.streams.stream import Stream
 
 PATHS = ("chat/completions", "completions", "embeddings", "responses")
@@ -111,6 +113,9 @@ def prepare_for(
             client_headers=client_headers(context, request),
             key=key,
             digest=digest_of(path, data) if key else b"",
+            draft=draft_of(context.gateway.responses, request[CALLER], body, limit)
+            if path == RESPONSES
+            else None,
         )
 
     return prepare
@@ -128,6 +133,7 @@ def make_request(
     client_headers: ClientHeaders,
     key: str | None = None,
     digest: bytes = b"",
+    draft: ResponseDraft | None = None,
 ) -> Request:
     """Return the request of a client with this *body* for the *path* below `/v1`; *face*, *name*, *key*: as `Request`.
 
@@ -146,8 +152,9 @@ def make_request(
         model=route.model,
         hold=hold,
         client_headers=client_headers,
+        draft=draft,
     )
-    stored = path == "responses" and (body.stored or body.background)
+    stored = path == RESPONSES and (body.stored is True or body.background)
     return Request(route, provider_request, face, name, key, digest, stored)
 
 
@@ -177,7 +184,7 @@ async def serve(context: Context, request: web.Request, prepared: Request) -> we
     if prepared.provider_request.streamed:
         stream = context.gateway.relay(prepared)
         details = stream.details
-        if prepared.provider_request.path == "responses" and details.error_format is None:
+        if prepared.provider_request.path == RESPONSES and details.error_format is None:
             details.error_format = ResponseEvents()
         return await follow_stream(context, request, stream)
     return await write_answer(context, request, prepared)

@@ -18,7 +18,6 @@ goes on to the provider is what the client wrote, without the members that belon
 from __future__ import annotations
 
 import re
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -312,14 +311,19 @@ def _error_object(fault: AioserverError) -> dict[str, Any]:
     }
 
 
-def prepared(command: Create, response_id: str, model: str) -> Iterator[bytes]:
-    """Yield the events of a response for which nothing is generated."""
+def prepared(
+    command: Create, response_id: str, model: str, created_at: int
+) -> Iterator[tuple[bytes, bytes]]:
+    """Yield the events of a response for which nothing is generated, each with the response object in it.
+
+    *created_at*: seconds since 1970.
+    """
     fields = top_level.decode(_SHOWN, command.body.data, "the body")
     shown = {name: _short(getattr(fields, name), default) for name, default in _DEFAULTS.items()}
     response: dict[str, Any] = {
         "id": response_id,
         "object": "response",
-        "created_at": int(time.time()),
+        "created_at": created_at,
         "status": "in_progress",
         "background": False,
         "error": None,
@@ -333,9 +337,9 @@ def prepared(command: Create, response_id: str, model: str) -> Iterator[bytes]:
     for number, kind in enumerate(("created", "in_progress", "completed")):
         if kind == "completed":
             response |= {"status": kind, "usage": _NO_USAGE}
-        yield orjson.dumps(
-            {"type": f"response.{kind}", "sequence_number": number, "response": response}
-        )
+        written = orjson.dumps(response)
+        event = {"type": f"response.{kind}", "sequence_number": number}
+        yield orjson.dumps({**event, "response": orjson.Fragment(written)}), written
 
 
 def not_steered(command: Steer) -> bytes:

@@ -72,6 +72,8 @@ class Provider:
         # Called with the log of a request that waits as one that was not sent (absence.py).
         self.on_unsent: Callable[[Stream], bool] = unsent
         self.max_response_bytes = max_response_bytes
+        # Whether it keeps the responses that it has made, as far as we know.
+        self.keeps_responses = True
         self._clock = clock
         self.health = Health(settings.name, self.meter, clock)
         self._gate = make_gate(settings.name, settings.http_client, self.health, clock)
@@ -107,7 +109,7 @@ class Provider:
             apply_to_pools()
             self.settings = settings
             self.max_response_bytes = max_response_bytes
-            self._drained = None
+            self._drained, self.keeps_responses = None, True
             self.health.reset(new_address=new_address, new_key=new_key)
             if new_address or new_key:
                 self._pace.forget()
@@ -290,7 +292,8 @@ class Provider:
                 self.meter.attempts["stale"].value += 1
                 pool.drop_idle()
             else:
-                return
+                if not attempt.repeats():
+                    return
             finally:
                 attempt.received()
 

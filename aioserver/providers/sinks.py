@@ -121,7 +121,7 @@ class EventSink:
         broken = not plausible(block)
         if broken:
             block = before_broken(block)
-        self._append(block, more=ended or broken or error_event is not None)
+        self._append(block, more=ended or broken or error_event is not None, ended=ended)
         if broken:
             raise ProviderBadResponse("the provider sent an event that is not JSON")
         if error_event is not None:
@@ -149,13 +149,9 @@ class EventSink:
         self._complete(DONE)
 
     def fast(self) -> Path | None:
-        """Return the stream's fast path, if no event is half read.
-
-        There is none after the finish_reason, since the usage may follow it, nor before the id of a response.
-        """
-        if self._finished or self._id_samples_left or not self._splitter.idle:
-            return None
-        if self._responses and self._stream.details.error_format is None:
+        """Return the stream's fast path: not before the id of a response, nor after a finish_reason: usage may follow."""
+        slow = self._finished or self._id_samples_left or not self._splitter.idle
+        if slow or (self._responses and self._stream.details.error_format is None):
             return None
         return self._stream.open_fast_path()
 
@@ -176,7 +172,7 @@ class EventSink:
         # Without `data`: the provider's own event has been passed on.
         stream.end(entries.ERROR, fault.as_chunk())
 
-    def _append(self, block: bytes, *, more: bool) -> None:
+    def _append(self, block: bytes, *, more: bool, ended: bool = False) -> None:
         if block:
             stream = self._stream
             if self._id_samples_left:
@@ -186,6 +182,8 @@ class EventSink:
                 form.note(block, stream.last + 1)
                 if form.size != size:
                     stream.recount()
+                if ended and stream.attachment.on_complete is not None:
+                    stream.attachment.on_complete()
             count = eventstream.count(block)
             # Comments alone pass, and are not counted.
             if count:

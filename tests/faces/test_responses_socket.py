@@ -10,7 +10,7 @@ import aiohttp
 import pytest
 from aiohttp import WSMsgType
 
-from aioserver.faces.responses_socket import MAX_NAMED_LANES, MAX_RUNNING, MAX_WAITING
+from aioserver.faces.lanes import MAX_NAMED_LANES, MAX_RUNNING, MAX_WAITING
 from aioserver.protocol import eventstream
 from aioserver.providers.simulator.exchange import Behaviour
 from tests.support import responses

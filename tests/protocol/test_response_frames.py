@@ -282,7 +282,9 @@ def test_a_prepared_response_repeats_what_is_short() -> None:
         f'"instructions":"{instructions}","previous_response_id":"r0","store":false}}'
     )
 
-    events: list[Any] = [*map(orjson.loads, response_frames.prepared(command, "resp_1", "m"))]
+    made = [*response_frames.prepared(command, "resp_1", "m", 1_700_000_000)]
+    events: list[Any] = [orjson.loads(event) for event, _ in made]
+    assert [event["response"] for event in events] == [orjson.loads(own) for _, own in made]
 
     assert [event["type"] for event in events] == [
         "response.created",

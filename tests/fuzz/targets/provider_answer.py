@@ -93,6 +93,7 @@ class Provider:
         name="sim", base_url="http://127.0.0.1:9/v1", model="m", http_client=LIMITS
     )
     max_response_bytes = MAX_BODY
+    keeps_responses = True
 
     def __init__(self) -> None:
         self.on_unsent: Callable[[Stream], bool] = lambda _stream: False
