@@ -565,3 +565,115 @@ async def test_clients_that_come_and_go_leave_nothing_behind(make_server: MakeSe
 
     await asyncio.gather(*(visit(number) for number in range(12)))
     await server.nothing_held()
+
+
+# Continuing.
+
+
+def item(text: str) -> dict[str, str]:
+    return {"type": "message", "role": "user", "content": text}
+
+
+async def answered(ws: Any, *args: Any, **fields: Any) -> dict[str, Any]:
+    """The response object with which a response ends."""
+    await ws.send_json(create(*args, **fields))
+    lane = args[1] if len(args) > 1 else fields.get("stream_id")
+    end = (await to_end(ws, lane))[-1]
+    assert end["type"] == "response.completed", end
+    response: dict[str, Any] = end["response"]
+    return response
+
+
+async def test_a_connection_continues_what_nobody_stores(server: RunningServer) -> None:
+    async with connect(server) as ws:
+        first = await answered(ws, "one", store=False)
+        second = await answered(ws, "two", store=False, previous_response_id=first["id"])
+        third = await answered(ws, "three", "fork", previous_response_id=second["id"])
+
+    bodies = [*server.simulator.bodies]
+    assert [body["store"] for body in bodies[:2]] == [False, False]
+    assert not any("previous_response_id" in body for body in bodies)
+    assert bodies[1]["input"] == [item("one"), *first["output"], item("two")]
+    assert bodies[2]["input"] == [*bodies[1]["input"], *second["output"], item("three")]
+    assert third["status"] == "completed"
+
+
+async def test_only_the_latest_response_of_a_lane_is_kept_without_a_store(
+    server: RunningServer,
+) -> None:
+    async with connect(server) as ws:
+        first = await answered(ws, "one", store=False)
+        await answered(ws, "two", store=False)
+        other = await answered(ws, "three", "a", store=False)
+        await answered(ws, "four", store=False, previous_response_id=first["id"])
+        await answered(ws, "five", store=False, previous_response_id=other["id"])
+    async with connect(server) as ws:
+        await answered(ws, "six", previous_response_id=other["id"])
+
+    bodies = [*server.simulator.bodies][3:]
+    # A provider may know an id that nobody knows here.
+    assert bodies[0]["previous_response_id"] == first["id"]
+    assert bodies[1]["input"] == [item("three"), *other["output"], item("five")]
+    assert bodies[2]["previous_response_id"] == other["id"]
+
+
+async def test_a_response_that_was_continued_in_vain_is_forgotten(server: RunningServer) -> None:
+    async with connect(server) as ws:
+        for model in ("fault-status-400", "fault-status-500"):
+            kept = await answered(ws, "one", "a", store=False)
+            await ws.send_json(
+                create("two", "b", model=model, store=False, previous_response_id=kept["id"])
+            )
+            (event,) = await to_end(ws, "b")
+            assert event["type"] == "error"
+            await answered(ws, "three", store=False, previous_response_id=kept["id"])
+
+            assert server.simulator.bodies[-1]["previous_response_id"] == kept["id"]
+
+        kept = await answered(ws, "one", "a", store=False)
+        await ws.send_json(create(model="fault-cut-3", previous_response_id=kept["id"]))
+        assert (await to_end(ws))[-1]["type"] == "response.failed"
+        await answered(ws, "again", store=False, previous_response_id=kept["id"])
+
+    assert server.simulator.bodies[-1]["input"] == [item("one"), *kept["output"], item("again")]
+
+
+async def test_a_warm_up_is_continued_here_and_on_another_connection(
+    server: RunningServer,
+) -> None:
+    async with connect(server) as ws:
+        warm = await answered(ws, "warm", "w", generate=False, store=False)
+        stored = await answered(ws, "more", "w", generate=False, previous_response_id=warm["id"])
+        await answered(ws, "go", previous_response_id=stored["id"])
+        await ws.send_json(create("x", generate=False, previous_response_id="resp_none"))
+        (refusal,) = await to_end(ws)
+    async with connect(server) as ws:
+        await answered(ws, "go", previous_response_id=stored["id"])
+
+    expected = [item("warm"), item("more"), item("go")]
+    assert [body["input"] for body in server.simulator.bodies] == [expected, expected]
+    assert (refusal["status"], refusal["error"]["code"]) == (400, "previous_response_not_found")
+    assert refusal["error"]["param"] == "previous_response_id"
+
+
+async def test_a_response_of_another_key_is_not_continued(make_server: MakeServer) -> None:
+    server = await make_server(**keys_of("ann", "bob"))
+    async with connect(server, headers=bearer("ann")) as ws:
+        warm = await answered(ws, "secret", generate=False)
+    async with connect(server, headers=bearer("bob")) as ws:
+        await ws.send_json(create("x", generate=False, previous_response_id=warm["id"]))
+        (refusal,) = await to_end(ws)
+
+    assert refusal["error"]["code"] == "previous_response_not_found"
+
+
+async def test_what_a_connection_keeps_is_counted_and_let_go(server: RunningServer) -> None:
+    before = server.owners.streams.stats().bytes
+    async with connect(server) as ws:
+        for lane in (None, "a", "b"):
+            for _ in range(3):
+                await answered(ws, "x" * 10_000, lane, store=False)
+        kept = server.owners.streams.stats().bytes - before
+
+    assert 30_000 < kept < 40_000
+    await until(lambda: server.owners.streams.stats().bytes == before)
