@@ -67,7 +67,7 @@ async def test_two_lanes_of_the_official_client(server: RunningServer, sdk: Asyn
         assert error.error.headers is not None
         assert "retry-after" in error.error.headers
 
-        await connection.response.create(model="sim-model", input="Hello", generate=False)
+        await connection.send_raw(json.dumps(responses.create(generate=False)))
         kinds = [(await connection.recv()).type for _ in range(3)]
         assert kinds == ["response.created", "response.in_progress", "response.completed"]
 
