@@ -1,0 +1,42 @@
+"""Stored responses on their way between instances, where several serve; the package `cluster` implements `Storage`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from aioserver.auth.callers import Caller
+    from aioserver.gateway.stored_responses import StoredResponse
+
+
+class Record(NamedTuple):
+    """A response without those before it, on its way between instances: see `StoredResponse` and `ResponseParts`."""
+
+    id: str
+    status: str
+    provider: str
+    kept_there: bool
+    input: bytes
+    head: bytes
+    output: bytes
+    tail: bytes
+
+
+class Storage(Protocol):
+    """Where the responses of all instances are, if there are several."""
+
+    def keep(self, response: StoredResponse, seconds: float) -> None:
+        """Keep *response* for *seconds*, soon."""
+
+    async def load(
+        self, caller: Caller, response_id: str, window: float, most: int
+    ) -> Sequence[Record]:
+        """Return a response that was stored within *window*, and those before it, the newest first; nothing if there is none.
+
+        *most* are the bytes that they may have together.
+        """
+
+    async def delete(self, caller: Caller, response_id: str) -> bool:
+        """Let a response be found no longer; return whether there was one."""
