@@ -13,6 +13,8 @@ The tree, with HTTP status, code and close code:
     AioserverError
         InvalidJson                 400  invalid_json
         InvalidRequest              400  invalid_request
+            InvalidStreamId         400  invalid_stream_id
+            StreamLimitReached      400  websocket_stream_limit_reached
             ResponseNotFound        400  previous_response_not_found
         Denied
             MissingApiKey           401  missing_api_key
@@ -175,6 +177,18 @@ class InvalidRequest(AioserverError):
     code, status = "invalid_request", 400
 
 
+class InvalidStreamId(InvalidRequest):
+    """The name of a lane on a WebSocket of the Responses API is not one."""
+
+    code = "invalid_stream_id"
+
+
+class StreamLimitReached(InvalidRequest):
+    """A WebSocket of the Responses API has as many named lanes as it may have."""
+
+    code = "websocket_stream_limit_reached"
+
+
 class ResponseNotFound(InvalidRequest):
     """The response that a request continues does not exist, is no longer kept, or belongs to another caller.
 
@@ -260,9 +274,16 @@ class ConversationNotFound(AioserverError):
 
 
 class MethodNotAllowed(AioserverError):
-    """The path exists, but not with this method."""
+    """The path exists, but not with this method. *allowed*: the methods that it has, where that is known here."""
 
     code, status = "method_not_allowed", 405
+
+    allowed: Sequence[str] = ()
+
+    def headers(self) -> dict[str, str]:
+        """Return the headers, among them the methods (RFC 9110, 15.5.6)."""
+        allow = {"Allow": ", ".join(self.allowed)} if self.allowed else {}
+        return {**super().headers(), **allow}
 
 
 class RequestTimeout(AioserverError):

@@ -8,7 +8,7 @@ from typing import Any
 class Load:
     """One load. Times in seconds."""
 
-    mode: str  # loadgen's: http | sse | ws
+    mode: str  # loadgen's: http | sse | ws; or rws: Responses over WebSocket
     connections: int
     chunks: int = 100
     interval_ms: int = 0  # 0: as fast as they come

@@ -22,6 +22,14 @@ HERE = Path(__file__).resolve().parent
 CHAT = {"model": "mock-model", "messages": [{"role": "user", "content": "Hello, how are you?"}]}
 # loadgen replaces %ID%: aioserver answers a request_id that it knows from its log, not anew.
 FRAME = '{"action":"chat","request_id":"%ID%","payload":{"text":"Hello","streaming":true}}'
+CREATE = '{"type":"response.create","model":"mock-model","input":"Hello","store":false}'
+# What loadgen takes for an end of a response, where it does not know it by itself.
+RESPONSE_ENDS = (
+    *("--marker", '"type":"response.completed"'),
+    *("--fail-marker", '"type":"response.failed"', "--fail-marker", '"type":"error"'),
+)
+# The string behind which the text of an event stands.
+TEXTS = {"sse": "content", "ws": "data", "rws": "delta"}
 # Where one of these is not 0 the numbers say nothing.
 ERRORS = ("truncated", "seq_bad", "unfinished", "io_errors", "connect_errors", "timeouts")
 RECOVERY = 90.0  # seconds at most until a server asks its provider again
@@ -240,15 +248,21 @@ class Bench:
             assert peer.websocket is not None
             path = peer.websocket
             body.write_text(FRAME)
+        elif load.mode == "rws":
+            path = peer.responses
+            body.write_text(CREATE)
         else:
             body.write_text(json.dumps({**CHAT, "stream": load.mode == "sse"}))
-        command = [HARNESS / "loadgen", "--json", "--mode", load.mode, "--port", server.port]
+        mode = "ws" if load.mode == "rws" else load.mode
+        command = [HARNESS / "loadgen", "--json", "--mode", mode, "--port", server.port]
         command += ["--path", path, "--body-file", body, "--connections", load.connections]
         command += ["--ramp", load.ramp, "--warmup", load.warmup, "--duration", load.duration]
         command += ["--drain", load.drain, "--timeout", max(load.drain, 10.0), *load.options]
         if load.mode != "http":
             command += ["--expect", load.chunks]
-            command += ["--seq-key", "data" if load.mode == "ws" else "content"]
+            command += ["--seq-key", TEXTS[load.mode]]
+        if load.mode == "rws":
+            command += RESPONSE_ENDS
         for header in peer.headers:
             command += ["--header", header]
         return text(command)

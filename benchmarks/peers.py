@@ -144,6 +144,7 @@ class Peer:
     headers: tuple[str, ...] = ()  # of every request, as "Name: value"
     path: str = "/v1/chat/completions"
     websocket: str | None = None  # path of a WebSocket that speaks aioserver's frames
+    responses: str = ""  # path of a WebSocket that speaks OpenAI's Responses API
     events: str = ""  # path of an event stream with the server's state
     patience: float = 30.0  # seconds that a start may take
     tight: str = ""  # a configuration with 200 places and no waiting
@@ -178,6 +179,7 @@ PEERS = {
             config=AIOSERVER,
             tight=TIGHT,
             websocket="/ws/chat",
+            responses="/v1/responses",
             events="/events",
             restarts=True,
         ),

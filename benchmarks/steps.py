@@ -375,6 +375,7 @@ STEPS = {
     "tls500": Step(load=paced("sse", 500), do=over_tls, tls=True),
     "sse1000": Step(load=paced("sse", 1000)),
     "ws500": Step(load=paced("ws", 500), quick=True, needs=websocket),
+    "rws500": Step(load=paced("rws", 500), quick=True, needs=lambda peer: peer.responses),
     "first": Step(load=paced("sse", 750, warmup=0.5, duration=2.5), direct=True),
     "leave": Step(
         load=paced(

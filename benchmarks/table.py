@@ -78,6 +78,12 @@ ROWS = (
     Row("ws500", "gap_p99_ms", "p99 gap, ms, 500 WebSocket streams", "less", 1),
     Row("ws500", "ttft_p99_ms", "p99 first token, ms, 500 WebSocket streams", "less", 1),
     Row("held", "streams", "SSE streams held", "more"),
+    Row(
+        "rws500", "cpu_us", "CPU µs per event, 500 streams of Responses over WebSocket", "less", 1
+    ),
+    Row("rws500", "chunks_per_second", "events/s of these, 25,000 sent", "more"),
+    Row("rws500", "gap_p99_ms", "p99 gap, ms, of these", "less", 1),
+    Row("rws500", "ttft_p99_ms", "p99 first token, ms, of these", "less", 1),
     Row("wsheld", "streams", "WebSocket streams held", "more"),
     Row(
         "first", "ttft_p50_ms", "p50 first token added, ms, 750 SSE streams", "less", 2, added=True

@@ -9,6 +9,8 @@ decision rests on the route that was matched and on nothing else: neither on the
     Sec-WebSocket-Protocol: aioserver, aioserver.key.<key>
                                              a browser can set no other header of a WebSocket;
                                              `aioserver` is the protocol that is then selected
+    Sec-WebSocket-Protocol: realtime, openai-insecure-api-key.<key>
+                                             the same, as OpenAI has it
     Cookie: aioserver_session=…              what `POST /session` gives for a key; it counts only
                                              in a request of our own page, or of one that
                                              `allow_origins` names
@@ -52,6 +54,8 @@ KEY_HEADERS = ("x-api-key", "api-key")
 # The subprotocol that is selected, if the client offers it.
 SUBPROTOCOL = "aioserver"
 KEY_PROTOCOL = "aioserver.key."
+# What a subprotocol with a key begins with: ours, and OpenAI's.
+KEY_PROTOCOLS = (KEY_PROTOCOL, "openai-insecure-api-key.")
 # Cookies of this name that are tried: another path or host may have set one as well.
 MAX_SESSIONS = 4
 # Methods that change nothing (RFC 9110, 9.2.1).
@@ -176,8 +180,10 @@ def offered_protocols(request: web.Request) -> list[str]:
     return [protocol.strip() for header in headers for protocol in header.split(",")]
 
 
-def selectable_protocols(request: web.Request) -> tuple[str, ...]:
+def selectable_protocols(request: web.Request, others: tuple[str, ...] = ()) -> tuple[str, ...]:
     """Return the subprotocol to select of those that a handshake offers; never the one with its key.
+
+    It is SUBPROTOCOL or, if that is not offered, the first offered one of *others*.
 
     Raises:
         InvalidRequest: the client offers a key and no protocol beside it: aiohttp would log the whole offer.
@@ -185,17 +191,22 @@ def selectable_protocols(request: web.Request) -> tuple[str, ...]:
     offered = offered_protocols(request)
     if SUBPROTOCOL in offered:
         return (SUBPROTOCOL,)
+    for protocol in offered:
+        if protocol in others:
+            return (protocol,)
     if offered_keys(offered):
-        raise InvalidRequest(f"offer the subprotocol {SUBPROTOCOL} beside {KEY_PROTOCOL}…")
+        names = " or ".join((SUBPROTOCOL, *others))
+        raise InvalidRequest(f"offer the subprotocol {names} beside the one with the key")
     return ()
 
 
 def offered_keys(protocols: Iterable[str]) -> list[str]:
     """Return the API keys among the subprotocols that a WebSocket handshake offers."""
     return [
-        protocol.removeprefix(KEY_PROTOCOL)
+        protocol.removeprefix(start)
         for protocol in protocols
-        if protocol.startswith(KEY_PROTOCOL)
+        for start in KEY_PROTOCOLS
+        if protocol.startswith(start)
     ]
 
 

@@ -28,6 +28,7 @@ from aioserver.faces.streaming import follow
 from aioserver.gateway.calls import kept_answer
 from aioserver.gateway.drafts import draft_of
 from aioserver.gateway.request import Request
+from aioserver.gateway.stored_responses import RESPONSES
 from aioserver.protocol import anthropic
 from aioserver.protocol.eventstream import HEARTBEAT
 from aioserver.protocol.responses import ResponseEvents
@@ -39,12 +40,14 @@ from aioserver.streams.formats import RAW
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
 
+    from aioserver.auth.callers import Caller
     from aioserver.config import settings
     from aioserver.faces.admission import BodyHold
     from aioserver.faces.context import Context
     from aioserver.gateway.request import Route
+    from aioserver.protocol.client_headers import ClientHeaders
     from aioserver.protocol.model_body import ModelBody
-    from aioserver.providers.request import Answer
+    from aioserver.providers.request import Answer, ResponseDraft
     from aioserver.streams.stream import Stream
 
 PATHS = ("chat/completions", "completions", "embeddings", "responses")
@@ -99,29 +102,60 @@ def prepare_for(
         limit = context.settings.chat.websocket.max_message_size
         body, data = await read_model_body(request, hold, limit)
         key = idempotency_key(request)
-        route = context.router.route(body.model)
-        if path == "embeddings":
-            # The vectors of a fallback's model mean nothing beside those of the model that was asked for.
-            route.pinned = True
-        caller = request[CALLER].on_behalf_of(body.user)
-        provider_request = ProviderRequest(
+        return make_request(
+            context,
             path,
-            body_maker(body, route),
-            streamed=body.streamed and path != "embeddings",
-            caller=caller,
-            model=route.model,
+            body,
+            face=OPENAI.face,
+            caller=request[CALLER],
+            name=http.request_id(request),
             hold=hold,
             client_headers=client_headers(context, request),
-            draft=draft_of(context.gateway.responses, caller, body, limit)
-            if path == "responses"
+            key=key,
+            digest=digest_of(path, data) if key else b"",
+            draft=draft_of(context.gateway.responses, request[CALLER], body, limit)
+            if path == RESPONSES
             else None,
         )
-        stored = path == "responses" and (body.stored is True or body.background)
-        digest = digest_of(path, data) if key else b""
-        name = http.request_id(request)
-        return Request(route, provider_request, "openai", name, key, digest, stored)
 
     return prepare
+
+
+def make_request(
+    context: Context,
+    path: str,
+    body: ModelBody,
+    *,
+    face: str,
+    caller: Caller,
+    name: str,
+    hold: BodyHold,
+    client_headers: ClientHeaders,
+    key: str | None = None,
+    digest: bytes = b"",
+    draft: ResponseDraft | None = None,
+) -> Request:
+    """Return the request of a client with this *body* for the *path* below `/v1`; *face*, *name*, *key*: as `Request`.
+
+    Raises:
+        ModelNotFound, NoProvider: no provider can be asked for its model.
+    """
+    route = context.router.route(body.model)
+    if path == "embeddings":
+        # The vectors of a fallback's model mean nothing beside those of the model that was asked for.
+        route.pinned = True
+    provider_request = ProviderRequest(
+        path,
+        body_maker(body, route),
+        streamed=body.streamed and path != "embeddings",
+        caller=caller.on_behalf_of(body.user),
+        model=route.model,
+        hold=hold,
+        client_headers=client_headers,
+        draft=draft,
+    )
+    stored = path == RESPONSES and (body.stored is True or body.background)
+    return Request(route, provider_request, face, name, key, digest, stored)
 
 
 def digest_of(path: str, body: bytes) -> bytes:
@@ -150,7 +184,7 @@ async def serve(context: Context, request: web.Request, prepared: Request) -> we
     if prepared.provider_request.streamed:
         stream = context.gateway.relay(prepared)
         details = stream.details
-        if prepared.provider_request.path == "responses" and details.error_format is None:
+        if prepared.provider_request.path == RESPONSES and details.error_format is None:
             details.error_format = ResponseEvents()
         return await follow_stream(context, request, stream)
     return await write_answer(context, request, prepared)

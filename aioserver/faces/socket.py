@@ -63,10 +63,13 @@ class Socket(ABC):
     """One client's WebSocket.
 
     Always: messages that come before the socket has its place are kept in order, and carried out then;
-    every byte to the client goes through `_writer`. *face* is a metric label.
+    every byte to the client goes through `_writer`. *face* is a metric label. *protocols* are the subprotocols
+    that may be selected, beside ours. A pong may take *min_ping_timeout* seconds, whatever `ping_timeout` is.
     """
 
     face: ClassVar[str]
+    protocols: ClassVar[tuple[str, ...]] = ()
+    min_ping_timeout: ClassVar[float] = 0.0
 
     def __init__(
         self,
@@ -247,15 +250,16 @@ class Socket(ABC):
         if self._ping is not None:
             self.close(WSCloseCode.INTERNAL_ERROR, b"keepalive ping timeout", lost=True)
             return None
+        timeout = max(limits.ping_timeout, self.min_ping_timeout)
         if self._pinged:
             self._pinged = False
-            delay = limits.ping_interval - limits.ping_timeout
+            delay = limits.ping_interval - timeout
             if delay > 0:
                 return delay
         self._ping = struct.pack("!I", next(self._pings))
         self._pinged = True
         self._writer.send(ws_frame(WS_PING, self._ping))
-        return limits.ping_timeout
+        return timeout
 
     # Closing.
 

@@ -43,7 +43,7 @@ async def _serve(context: Context, request: web.Request, make: type[Socket]) -> 
         compress=False,
         # Text of four bytes a character would cost four times its bytes.
         decode_text=False,
-        protocols=selectable_protocols(request),
+        protocols=selectable_protocols(request, make.protocols),
         # aiohttp refuses a message of exactly `max_msg_size`.
         max_msg_size=limit + 1,
     )

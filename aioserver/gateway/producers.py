@@ -93,6 +93,7 @@ class Producers:
             partial(self._end, stream, task, fault),
             None if mirrored else partial(self._finish_record, stream),
             self.on_end and partial(self.on_end, stream),
+            stream.attachment.on_settled,
         ):
             try:
                 if step:

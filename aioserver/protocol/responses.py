@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import orjson
@@ -37,6 +37,8 @@ _NO_RESPONSE: dict[str, Any] = {"object": "response", "output": []}
 _RESPONSE = b'"response"'
 _END = re.compile(rb'"type" ?: ?"response\.(?:completed|incomplete|failed)"')
 _SEQUENCE = b'"sequence_number"'
+# What stands behind a number in an object: a comma, or its brace.
+_VALUE_ENDS = b",}"
 _SEQUENCE_NUMBER = re.compile(rb'"sequence_number" ?: ?([0-9]{1,18})[,}]')
 
 
@@ -48,12 +50,16 @@ _EVENT = msgspec.json.Decoder(_Event)
 _OBJECT = msgspec.json.Decoder(dict[str, Raw])
 
 
-class _Run(NamedTuple):
-    """Consecutive events with consecutive sequence numbers: those of the first and the last event."""
+class _Run:
+    """Consecutive events with consecutive sequence numbers: the number of the first event, its own and the last one's."""
 
-    number: int
-    sequence: int
-    last_sequence: int
+    __slots__ = ("last_sequence", "number", "sequence")
+
+    def __init__(self, number: int, sequence: int, last_sequence: int) -> None:
+        self.number = number
+        self.sequence = sequence
+        # Changed in place, since that happens once for each event.
+        self.last_sequence = last_sequence
 
 
 class ResponseEvents:
@@ -124,6 +130,30 @@ class ResponseEvents:
             if data.find(_RESPONSE) >= 0 and _response_in(data) is not None:
                 self._last_response = data
 
+    def follows(self, event: bytes, number: int) -> bool:
+        """Note *event*, whose *number* is the next, if no more of it is to be remembered than that it comes next.
+
+        Return False, with nothing done, if `note` must look at it. It has no response object.
+        """
+        found = event.find(_SEQUENCE)
+        if found < 0:
+            return True
+        if not self._runs:
+            return False
+        run = self._runs[-1]
+        sequence = run.last_sequence + 1
+        written = b":%d" % sequence
+        end = found + len(_SEQUENCE)
+        if (
+            not event.startswith(written, end)
+            or event[end + len(written)] not in _VALUE_ENDS
+            or event.find(_SEQUENCE, end) >= 0
+            or sequence - run.sequence != number - run.number
+        ):
+            return False
+        run.last_sequence = sequence
+        return True
+
     def event_before(self, sequence: int, last: int) -> int | None:
         """Return the number of the event after which the first one above *sequence* comes.
 
@@ -142,7 +172,7 @@ class ResponseEvents:
                 sequence == run.last_sequence + 1
                 and sequence - run.sequence == number - run.number
             ):
-                self._runs[-1] = _Run(run.number, run.sequence, sequence)
+                run.last_sequence = sequence
                 return
         self._runs.append(_Run(number, sequence, sequence))
 

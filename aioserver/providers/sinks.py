@@ -149,8 +149,9 @@ class EventSink:
         self._complete(DONE)
 
     def fast(self) -> Path | None:
-        """Return the stream's fast path, if no event is half read, nor the finish_reason: the usage may follow it."""
-        if self._responses or self._finished or not self._splitter.idle:
+        """Return the stream's fast path: not before the id of a response, nor after a finish_reason: usage may follow."""
+        slow = self._finished or self._id_samples_left or not self._splitter.idle
+        if slow or (self._responses and self._stream.details.error_format is None):
             return None
         return self._stream.open_fast_path()
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
-from aiohttp import web
+from aiohttp import hdrs, web
 
 from aioserver.auth.access import Access
 from aioserver.auth.guard import Guard, Policy
@@ -29,6 +29,7 @@ from aioserver.faces import (
     pages,
     passthrough,
     responses,
+    responses_socket,
     session,
     sse,
     status,
@@ -331,7 +332,8 @@ async def _end_embedded(server: Server, _app: web.Application) -> None:
 
 
 def _add_routes(app: web.Application, context: Context) -> None:
-    websockets = websocket.routes(context)
+    websockets = [*websocket.routes(context), *responses_socket.routes(context)]
+    paths = {socket.path for socket in websockets}
     table: dict[Policy, list[web.RouteDef]] = {
         Policy.KEY: [
             *websockets,
@@ -354,8 +356,8 @@ def _add_routes(app: web.Application, context: Context) -> None:
             assert route.resource is not None
             # HEAD, which comes with a GET, is another route of the same resource.
             context.guard.policies.update(dict.fromkeys(route.resource, policy))
-            if any(route.resource.canonical == socket.path for socket in websockets):
-                context.guard.websockets.update(route.resource)
+            if route.method == hdrs.METH_GET and route.resource.canonical in paths:
+                context.guard.websockets.add(route)
 
 
 def log_limits(limits: Concurrency) -> None:

@@ -88,8 +88,8 @@ class Cursor:
         self._render_position = render_position
 
     def write_now(self, data: bytes) -> bool:
-        """Write *data*, which no log will keep; return False if something must go before it."""
-        if self._writer.write_now(data):
+        """Write *data*, events as the provider sent them; return False if something must go before them."""
+        if self._writer.write_now(self.format.render_bytes(data)):
             self.next_index += 1
             return True
         return False

@@ -130,7 +130,8 @@ class Attachment:
     *abandoned* says that the log was cancelled because nobody read it. *cancel_reason* is the
     error with which a cancelled log ends; None if it ends with the event `cancelled`, as when a
     reader asked for that. *held* counts a body that is collected for the log. *request* is told when its
-    answer begins; None once it was. *on_complete* is called before the log gets its event `complete`.
+    answer begins; None once it was. *on_complete* is called before the log gets its event `complete`, *on_settled* when
+    its producer has ended, and counts for no limit of its caller any more.
 
     Where there are other instances: *claimed* is done once it is known which of them fills the log; its
     result is the error, if the answer is refused. *mirrored*: another one does, and this log is its mirror.
@@ -149,6 +150,7 @@ class Attachment:
         "held",
         "mirrored",
         "on_complete",
+        "on_settled",
         "request",
         "timer",
     )
@@ -161,6 +163,7 @@ class Attachment:
         self.cancel_reason: AioserverError | None = None
         self.held: Held | None = None
         self.on_complete: Callable[[], None] | None = None
+        self.on_settled: Callable[[], None] | None = None
         self.request: AskedRequest | None = None
         self.claimed: asyncio.Future[AioserverError | None] | None = None
         self.mirrored = self.expected = False

@@ -3,14 +3,18 @@
 RAW       the provider's own bytes (the OpenAI face)
 EVENTS    text/event-stream (WHATWG HTML 9.2), each event with its number as `id` (the SSE face)
 MESSAGES  WebSocket text messages (RFC 6455), unfragmented and, as from a server, unmasked
+RESPONSES such messages, each with the data of one of the provider's events (Responses over WebSocket)
 """
 
 from __future__ import annotations
 
 import struct
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-from aioserver.protocol import eventstream, messages
+from aioserver.errors import StreamNotFound
+from aioserver.protocol import eventstream, messages, response_frames
+from aioserver.streams.entries import CANCELLED, ERROR
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,13 +39,26 @@ class Format(NamedTuple):
     frames, the event's number, and the text as JSON with its closing quote. It is None for
     a format that needs the provider's bytes. *render_error* renders an error that ends the reading after
     the event of a number, or a later one,
-    though not the stream.
+    though not the stream. *frame* writes the data of one of the provider's events, for a format that does so.
     """
 
     name: str
     render: Callable[[Stream, Entry, int], bytes]
     render_text: Callable[[bytes, int, bytes], bytes] | None
     render_error: Callable[[Stream, AioserverError, int], bytes]
+    frame: Callable[[bytes], bytes] | None = None
+
+    def render_bytes(self, data: bytes, skip: int = 0) -> bytes:
+        """Render *data*, the provider's own bytes of whole events, in a format that needs nothing else of them.
+
+        The first *skip* events are left out.
+        """
+        frame = self.frame
+        if frame is None:
+            return b"".join(eventstream.split(data)[skip:]) if skip else data
+        events = [event.data for event in eventstream.parse(data)]
+        # A [DONE] is no event of the Responses API; some providers send one nevertheless.
+        return b"".join([frame(data) for data in events[skip:] if data and data != b"[DONE]"])
 
     def render_newest(self, stream: Stream, entry: Entry) -> bytes:
         """Render the newest *entry* of *stream*: once for all its readers in this format."""
@@ -66,9 +83,7 @@ def ws_frame(first_byte: int, payload: bytes) -> bytes:
 
 
 def _raw(_stream: Stream, entry: Entry, skip: int) -> bytes:
-    if not skip or not entry.data:
-        return entry.data
-    return b"".join(eventstream.split(entry.data)[skip:])
+    return RAW.render_bytes(entry.data, skip) if entry.data else b""
 
 
 def _raw_error(stream: Stream, error: AioserverError, seen: int) -> bytes:
@@ -119,6 +134,33 @@ def _error_message(stream: Stream, error: AioserverError, _seen: int) -> bytes:
     return ws_frame(WS_TEXT, messages.loose_frame(stream.request_id, "error", error.as_chunk()))
 
 
+def response_messages(lane: str | None) -> Format:
+    """Return the format of the *lane* of a WebSocket of the Responses API; None: that without a name."""
+
+    def named(data: bytes) -> bytes:
+        return ws_frame(WS_TEXT, response_frames.in_lane(data, lane or ""))
+
+    frame = partial(ws_frame, WS_TEXT) if lane is None else named
+
+    def render(stream: Stream, entry: Entry, skip: int) -> bytes:
+        if not entry.data or skip >= entry.count:
+            return b""
+        # The end of a response without an event of its own: at most `processing` came before.
+        if entry.first <= 2 and entry.status in {ERROR, CANCELLED}:
+            error = stream.error or StreamNotFound("this answer was cancelled")
+            return ws_frame(WS_TEXT, response_frames.error(error, lane))
+        return lane_format.render_bytes(entry.data, skip)
+
+    def render_error(stream: Stream, error: AioserverError, seen: int) -> bytes:
+        (event,) = eventstream.parse(stream.details.render_error(error, seen))
+        return frame(event.data)
+
+    name = "responses" if lane is None else f"responses {lane}"
+    lane_format = Format(name, render, None, render_error, frame)
+    return lane_format
+
+
 RAW = Format("raw", _raw, None, _raw_error)
 EVENTS = Format("events", _events, _text_event, _error_event)
 MESSAGES = Format("messages", _messages, _text_message, _error_message)
+RESPONSES = response_messages(None)

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("aioserver.requests")
 
-FACES = ("websocket", "sse", "openai", "anthropic", "other")
+FACES = ("websocket", "sse", "openai", "responses_ws", "anthropic", "other")
+# Those of them whose connections end with a close code.
+WEBSOCKETS = ("websocket", "responses_ws")
 OK, CLIENT_LEFT, CANCELLED = "ok", "client_left", "cancelled"
 OUTCOMES = (
     OK,
@@ -138,8 +140,8 @@ class Metrics:
         self.tokens: dict[tuple[str, ...], Counter] = {}
         # By face and close code, which is empty where the face is no WebSocket.
         self.closed: dict[tuple[str, ...], Counter] = {
-            **{("websocket", code): Counter() for code in CLOSE_CODES},
-            **{(face, ""): Counter() for face in FACES if face != "websocket"},
+            **{(face, code): Counter() for face in WEBSOCKETS for code in CLOSE_CODES},
+            **{(face, ""): Counter() for face in FACES if face not in WEBSOCKETS},
         }
         self.rejections = _counters_for("rejected")
         self.bad_requests = _counters_for("client_error")

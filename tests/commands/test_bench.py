@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from tests.support.server import RunningServer
 
-FACES = ("websocket", "sse", "openai", "anthropic")
+FACES = ("websocket", "sse", "openai", "responses_ws", "anthropic")
 ONE_PLACE = {f"{CONCURRENCY}.max_connections": 1, f"{CONCURRENCY}.queue_timeout": 0}
 SLOW = Behaviour(ttft=0.3, interval=0.01, tokens=5)
 
@@ -306,6 +306,46 @@ async def test_a_server_that_breaks_its_word_is_seen(
     }[face]
     async with saying(path, handler) as base:
         report = await ran(base, face=face, clients=1, requests=1)
+
+    assert report["incomplete"] == {reason: 1}
+
+
+@pytest.mark.parametrize(
+    ("frames", "reason"),
+    [
+        ([{"type": "response.created"}], "closed"),
+        (
+            [
+                {"type": "response.created", "sequence_number": 0},
+                {"type": "response.completed", "sequence_number": 2},
+            ],
+            "events_missing",
+        ),
+        (
+            [
+                {"type": "response.created", "sequence_number": 0},
+                {"type": "response.failed", "error": {"code": "read_timeout"}},
+            ],
+            "read_timeout",
+        ),
+        (
+            [{"type": "error", "status": 404, "error": {"code": "model_not_found"}}],
+            "model_not_found",
+        ),
+        ([[]], "not_understood"),
+    ],
+)
+async def test_a_response_that_has_no_good_end_is_seen(frames: list[Any], reason: str) -> None:
+    async def handler(request: web.Request) -> web.WebSocketResponse:
+        ws = web.WebSocketResponse()
+        await ws.prepare(request)
+        assert (await ws.receive_json())["type"] == "response.create"
+        for frame in frames:
+            await ws.send_json(frame)
+        return ws
+
+    async with saying("/v1/responses", handler) as base:
+        report = await ran(base, face="responses_ws", clients=1, requests=1)
 
     assert report["incomplete"] == {reason: 1}
 

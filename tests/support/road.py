@@ -17,11 +17,12 @@ import pytest
 from aioserver.errors import AioserverError
 from aioserver.protocol import eventstream
 from aioserver.protocol.openai import Reading
+from aioserver.protocol.responses import ResponseEvents
 from aioserver.providers.exchange import ConnectionProtocol, Exchange
 from aioserver.providers.sinks import ChatSink, EventSink
 from aioserver.streams.entries import CANCELLED
-from aioserver.streams.fast_path import FastPath, Outbox, TextPath
-from aioserver.streams.formats import EVENTS, MESSAGES, RAW
+from aioserver.streams.fast_path import FastPath, Outbox, ResponsePath, TextPath
+from aioserver.streams.formats import EVENTS, MESSAGES, RAW, RESPONSES, response_messages
 from aioserver.streams.store import StreamStore
 from aioserver.streams.writer import Writer
 from tests.support.scripted_provider import chunk
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from aiohttp.connector import Connection
 
 FACES = ("openai", "sse", "websocket")
+# Those of the Responses API: over HTTP, and on a WebSocket without and with a lane.
+RESPONSES_FACES = ("responses", "responses_ws", "lane")
 
 # What a provider says.
 
@@ -96,6 +99,8 @@ class Seen:
     finish: str | None
     usage: object
     kept: bool
+    # What is remembered of the events of a response.
+    remembered: object = None
 
 
 class Road:
@@ -112,7 +117,8 @@ class Road:
     ) -> None:
         self.wire = wire or Wire()
         self.protocol = self.wire.protocol
-        private = face == "openai"
+        responses = face in RESPONSES_FACES
+        private = face == "openai" or responses
         self.streams = StreamStore(max_stream_bytes=most, max_kept_bytes=1 << 30)
         self.stream = self.streams.open(
             "r1", "me", window=0.0 if private else window, private=private
@@ -120,14 +126,23 @@ class Road:
         self.stream.append_processing("sim", "m")
         self.reading = Reading()
         self.sink = (
-            EventSink(self.stream, responses=False)
+            EventSink(self.stream, responses=responses)
             if private
             else ChatSink(self.stream, self.reading)
         )
+        self.events = ResponseEvents() if responses else None
+        self.stream.details.error_format = self.events
         self.outbox = Outbox(asyncio.get_running_loop())
         self.dropped: list[str] = []
-        self.look = {"openai": RAW, "sse": EVENTS, "websocket": MESSAGES}[face]
-        self.chunked = face != "websocket"
+        self.look = {
+            "openai": RAW,
+            "sse": EVENTS,
+            "websocket": MESSAGES,
+            "responses": RAW,
+            "responses_ws": RESPONSES,
+            "lane": response_messages("a"),
+        }[face]
+        self.chunked = face not in {"websocket", "responses_ws", "lane"}
         self.socket = FakeTransport(slow=slow)
         self.writer = self.another(self.socket)
         self.cursor = self.writer.follow(self.stream, 0, self.look)
@@ -208,6 +223,7 @@ class Road:
             self.reading.finish_reason,
             self.reading.usage,
             bool(self.wire.kept) and not self.wire.closed,
+            self.events and self.events.state(),
         )
 
 
@@ -240,7 +256,7 @@ def taking() -> Iterator[list[bytes]]:
         return asked
 
     with pytest.MonkeyPatch.context() as patch:
-        for kind in (FastPath, TextPath):
+        for kind in (FastPath, ResponsePath, TextPath):
             patch.setattr(kind, "forward", watched(kind.forward))
         yield taken
 
@@ -269,12 +285,15 @@ def cut(data: bytes, places: Iterable[int]) -> list[bytes]:
 
 def assert_same(face: str, one: Seen, other: Seen) -> None:
     bodies = [one.body, other.body]
-    if face == "openai" and any(odd in b"".join(bodies) for odd in (b'"error"', b"\r", b"\n\n\n")):
-        # A block with an error object loses its comments; of CRLF the last LF may never come, nor may a blank
+    if face in {"openai", "responses"} and any(
+        odd in b"".join(bodies) for odd in (b'"error"', b"\n\n:", b"\r", b"\n\n\n")
+    ):
+        # A block with an error object, or an end, loses its comments; of CRLF the last LF may never come, nor may a blank
         # line behind that of the last event.
         assert eventstream.parse(bodies[0]) == eventstream.parse(bodies[1])
     else:
         assert bodies[0] == bodies[1]
     assert (one.last, one.status, one.error) == (other.last, other.status, other.error)
     assert (one.text, one.finish, one.usage) == (other.text, other.finish, other.usage)
+    assert one.remembered == other.remembered
     # Not `kept`: what comes behind an end is part of it, or closes the connection, by when it comes.

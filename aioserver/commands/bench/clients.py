@@ -1,7 +1,8 @@
 """A client for each face: it sends requests, and reports their answers to an `Attempt`.
 
 On the WebSocket and SSE faces an answer is complete when its events are numbered without a gap or
-a repetition and the last of them is `complete`; on the OpenAI face when it has a `finish_reason`
+a repetition and the last of them is `complete`, and so on that of Responses over WebSocket, where the last is
+`response.completed` or `response.incomplete`; on the OpenAI face when it has a `finish_reason`
 and, if it is streamed, `[DONE]`; on Anthropic's when it has a `stop_reason` and, if it is streamed, `message_stop`.
 """
 
@@ -63,6 +64,12 @@ class Question:
         options = {name: value for name, value in choices.items() if value is not None}
         return {"messages": self._messages, "stream": self.streamed, **options}
 
+    def creation(self) -> dict[str, Any]:
+        """Return the frame of a request for a response of OpenAI's Responses API."""
+        choices = {"model": self.model, "max_output_tokens": self.max_tokens}
+        options = {name: value for name, value in choices.items() if value is not None}
+        return {"type": "response.create", "input": self.prompt, "store": False, **options}
+
 
 class Client(Protocol):
     """One client. `close` must be called at the end, and after `request` has raised."""
@@ -79,17 +86,16 @@ class Client(Protocol):
         """Close what is kept between two requests."""
 
 
-class WebSocketClient:
+class SocketClient:
     """Sends all requests on one socket, which is opened for the first one and after each loss."""
 
-    def __init__(self, session: aiohttp.ClientSession, url: str, question: Question) -> None:
+    def __init__(self, session: aiohttp.ClientSession, url: str) -> None:
         self._session = session
         self._url = url
-        self._payload = question.payload()
         self._ws: aiohttp.ClientWebSocketResponse[bool] | None = None
 
-    async def request(self, attempt: Attempt) -> None:
-        """Send one request, on the open socket or on a new one, and read its answer."""
+    async def send(self, frame: dict[str, Any]) -> None:
+        """Send *frame*, on the open socket or on a new one."""
         if self._ws is None:
             self._ws = await self._session.ws_connect(
                 self._url,
@@ -97,16 +103,38 @@ class WebSocketClient:
                 timeout=aiohttp.ClientWSTimeout(ws_close=CLOSE_TIMEOUT),
                 decode_text=False,
             )
+        await self._ws.send_str(orjson.dumps(frame).decode())
+
+    async def receive(self, attempt: Attempt) -> bytes | None:
+        """Return the next message; None if there is none, so that *attempt* has failed."""
+        assert self._ws is not None
+        message = await self._ws.receive()
+        if message.type is WSMsgType.TEXT:
+            return cast("bytes", message.data)
+        attempt.fail("closed", f"close code {self._ws.close_code}")
+        await self.close()
+        return None
+
+    async def close(self) -> None:
+        """Close the socket."""
+        ws, self._ws = self._ws, None
+        if ws is not None:
+            await ws.close()
+
+
+class WebSocketClient(SocketClient):
+    """Sends chats."""
+
+    def __init__(self, session: aiohttp.ClientSession, url: str, question: Question) -> None:
+        super().__init__(session, url)
+        self._payload = question.payload()
+
+    async def request(self, attempt: Attempt) -> None:
+        """Send one request and read its answer."""
         request_id = uuid.uuid4().hex
-        command = {"action": "chat", "request_id": request_id, "payload": self._payload}
-        await self._ws.send_str(orjson.dumps(command).decode())
-        while not attempt.ended:
-            message = await self._ws.receive()
-            if message.type is not WSMsgType.TEXT:
-                attempt.fail("closed", f"close code {self._ws.close_code}")
-                await self.close()
-                return
-            frame = server_frames.parse(cast("bytes", message.data))
+        await self.send({"action": "chat", "request_id": request_id, "payload": self._payload})
+        while not attempt.ended and (data := await self.receive(attempt)) is not None:
+            frame = server_frames.parse(data)
             if frame.request_id not in {request_id, None}:
                 attempt.mark_faulty("foreign_frame")
                 continue
@@ -115,11 +143,36 @@ class WebSocketClient:
                 # An error of the whole socket: a close frame follows.
                 await self.close()
 
-    async def close(self) -> None:
-        """Close the socket."""
-        ws, self._ws = self._ws, None
-        if ws is not None:
-            await ws.close()
+
+class ResponsesClient(SocketClient):
+    """Sends requests of OpenAI's Responses API, as its SDKs do on a WebSocket."""
+
+    def __init__(self, session: aiohttp.ClientSession, url: str, question: Question) -> None:
+        super().__init__(session, url)
+        self._creation = question.creation()
+
+    async def request(self, attempt: Attempt) -> None:
+        """Send one request and read its answer."""
+        await self.send(self._creation)
+        while not attempt.ended and (data := await self.receive(attempt)) is not None:
+            event = parse_object(data)
+            match event.get("type"):
+                case "aioserver:queued":
+                    attempt.queued(for_admission=False)
+                case "error":
+                    attempt.error(_reported(event))
+                    if attempt.ended and event.get("status") == 503:
+                        # The error may be one of the whole socket, and a close frame follow.
+                        await self.close()
+                case kind:
+                    number = event.get("sequence_number")
+                    attempt.event(number + 1 if isinstance(number, int) else None)
+                    if kind == "response.failed":
+                        attempt.error(_reported(event))
+                    elif kind in {"response.completed", "response.incomplete"}:
+                        attempt.complete()
+                    elif isinstance(kind, str) and kind.endswith(".delta"):
+                        attempt.token()
 
 
 class SseClient:
@@ -235,12 +288,13 @@ CLIENTS: dict[str, Callable[[aiohttp.ClientSession, str, Question], Client]] = {
     "websocket": WebSocketClient,
     "sse": SseClient,
     "openai": OpenAiClient,
+    "responses_ws": ResponsesClient,
     "anthropic": AnthropicClient,
 }
 
 
 def parse_object(data: bytes) -> dict[str, Any]:
-    """Decode an event, or a whole answer, of Anthropic's face.
+    """Decode an event, or a whole answer, of Anthropic's face or the Responses API.
 
     Raises:
         BadFrame: *data* is not JSON, or no object.
@@ -286,11 +340,14 @@ def _read(attempt: Attempt, reading: Reading, data: bytes) -> bool:
 
 
 def _reported(content: dict[str, Any]) -> Fault:
-    """Return the fault in an event `error` of Anthropic's face."""
+    """Return the fault in an event of Anthropic's face or the Responses API that has an `error`."""
     error = content.get("error")
     fields = error if isinstance(error, dict) else {}
     code = str(fields.get("code") or fields.get("type") or "provider_error")
-    return remote.shown(Fault(code, str(fields.get("message") or "")))
+    headers = fields.get("headers")
+    wait = headers.get("retry-after") if isinstance(headers, dict) else None
+    seconds = float(wait) if isinstance(wait, str) and wait.isdigit() else None
+    return remote.shown(Fault(code, str(fields.get("message") or ""), retry_after=seconds))
 
 
 def _stop(attempt: Attempt, reason: object) -> None:

@@ -24,7 +24,13 @@ if TYPE_CHECKING:
     from aioserver.commands.bench.clients import Client
 
 # Where the server has an overview, it names them.
-ENDPOINTS = {"websocket": "/ws/chat", "sse": "/sse/chat", "openai": "/v1", "anthropic": "/v1"}
+ENDPOINTS = {
+    "websocket": "/ws/chat",
+    "sse": "/sse/chat",
+    "openai": "/v1",
+    "responses_ws": "/v1/responses",
+    "anthropic": "/v1",
+}
 # Seconds that a refused client waits at most, even if the server asks for more: the run must go on.
 MAX_DELAY = 1.0
 # Seconds that a refused client waits if the server asks for no time: it must not spin.

@@ -2,7 +2,7 @@
 const DASH = "–";
 const whole = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
 const short = new Intl.NumberFormat("en", { notation: "compact", minimumSignificantDigits: 3, maximumSignificantDigits: 3 });
-const FACES = { websocket: "WebSocket", sse: "SSE", openai: "OpenAI", anthropic: "Anthropic", other: "Other" };
+const FACES = { websocket: "WebSocket", sse: "SSE", openai: "OpenAI", responses_ws: "Responses WebSocket", anthropic: "Anthropic", other: "Other" };
 const STEPS = [[172800, 86400, "d"], [7200, 3600, "h"], [120, 60, "min"]];
 
 const known = (value) => typeof value === "number" && Number.isFinite(value);

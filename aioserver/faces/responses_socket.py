@@ -1,0 +1,359 @@
+"""OpenAI's Responses API over WebSocket: many responses on one connection, in lanes.
+
+A `response.create` frame (protocol/response_frames.py) is the body of a `POST /v1/responses`, and is answered by the
+events of that response, each one a frame with the bytes of the provider's event. It takes the same way as the POST:
+nothing about a provider, a place or a limit belongs to the connection. A *lane* is what a `stream_id` names
+(lanes.py).
+
+A client that leaves ends its responses at once, but for those with `store: true`: they are found by their ids, over HTTP
+or by `response.resume` on another connection.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from aiohttp import WSCloseCode, hdrs, web
+
+from aioserver.errors import AioserverError, MethodNotAllowed, ServerShutdown, StreamNotFound
+from aioserver.faces import openai, responses
+from aioserver.faces.lanes import Lanes
+from aioserver.faces.socket import Socket
+from aioserver.faces.stored_responses import NOT_FOUND
+from aioserver.faces.upgrade import serve
+from aioserver.gateway.drafts import Draft
+from aioserver.gateway.elsewhere import Start
+from aioserver.gateway.stored_responses import RESPONSES, not_found
+from aioserver.limits.turns import in_turns
+from aioserver.protocol import response_frames
+from aioserver.protocol.response_frames import (
+    BadFrame,
+    Cancel,
+    Create,
+    Processed,
+    Refused,
+    Resume,
+    Steer,
+)
+from aioserver.protocol.responses import ResponseEvents
+from aioserver.protocol.top_level import NotUtf8
+from aioserver.streams.formats import WS_TEXT, ws_frame
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Coroutine
+
+    from aioserver.faces.admission import BodyHold
+    from aioserver.faces.context import Context
+    from aioserver.faces.lanes import Lane
+    from aioserver.protocol.model_body import ModelBody
+    from aioserver.protocol.response_frames import Command
+    from aioserver.streams.cursor import Cursor
+    from aioserver.streams.stream import Stream
+
+PATH = f"/v1/{RESPONSES}"
+
+
+def routes(context: Context) -> list[web.RouteDef]:
+    """Return the route of this face."""
+    return [web.get(PATH, partial(answer, context), allow_head=False)]
+
+
+async def answer(context: Context, request: web.Request) -> web.StreamResponse:
+    """Answer a handshake, and serve the socket to its end.
+
+    Raises:
+        MethodNotAllowed: *request* is no handshake.
+    """
+    if hdrs.UPGRADE not in request.headers:
+        error = MethodNotAllowed(
+            f"GET {PATH} is for WebSockets: POST a request, or GET {PATH}/{{id}}"
+        )
+        error.allowed = ("POST",)
+        raise error
+    return await serve(context, request, ResponsesSocket)
+
+
+class ResponsesSocket(Socket):
+    """One client's socket on this face.
+
+    Always: each response under way is followed by the writer, or searched for by a task in `_tasks`.
+    """
+
+    face = "responses_ws"
+    protocols = ("realtime", "responses")
+    # A shorter one has ended long turns of agents, whose machines are busy meanwhile.
+    min_ping_timeout = 30.0
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._lanes = Lanes()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._over = False
+
+    @property
+    def busy(self) -> bool:
+        """Whether a response is under way on this socket, or waits."""
+        return self._lanes.busy
+
+    def receive(self, data: bytes, hold: BodyHold) -> None:
+        """Carry out one frame."""
+        try:
+            command = response_frames.parse(data)
+        except BadFrame as fault:
+            self._refuse(fault.lane, fault.error)
+        else:
+            self._carry_out(command, hold)
+
+    async def receive_in_turns(self, data: bytes, hold: BodyHold) -> None:
+        """Carry out one frame, which is read in several turns of the event loop."""
+        try:
+            command = await in_turns(response_frames.parsing(data))
+        except BadFrame as fault:
+            self._refuse(fault.lane, fault.error)
+        else:
+            # Meanwhile the socket may have been closed.
+            if self.open:
+                self._carry_out(command, hold)
+
+    def show_position(self, position: int, eta: float) -> None:
+        """Send an `aioserver:queued` frame that belongs to no response."""
+        self._send(response_frames.queued(None, position, eta))
+
+    def show_error(self, error: AioserverError) -> None:
+        """Send an `error` frame that belongs to no response."""
+        self._send(response_frames.error(error, None))
+
+    async def finish(self) -> None:
+        """Forget what waits, and leave nothing behind."""
+        self._over = True
+        for task in self._tasks:
+            task.cancel()
+        self._lanes.close()
+        await super().finish()
+
+    # Commands.
+
+    def _carry_out(self, command: Command, hold: BodyHold) -> None:
+        match command:
+            case Create() | Refused() | Resume():
+                self._last_request = self._loop.time()
+                try:
+                    self._lanes.add(command.lane, command, hold)
+                except AioserverError as error:
+                    self._refuse(command.lane, error)
+                else:
+                    self._go_on()
+            case Cancel():
+                try:
+                    self._cancel(command)
+                except AioserverError as error:
+                    self._refuse(command.lane, error)
+            case Steer():
+                self._send(response_frames.not_steered(command))
+            case Processed():
+                pass
+
+    def _go_on(self) -> None:
+        """Carry out the commands whose turns have come."""
+        while not self._over and (turn := self._lanes.next()) is not None:
+            lane, command, hold = turn
+            with hold:
+                try:
+                    self._begin(lane, command, hold)
+                except AioserverError as error:
+                    if isinstance(command, Create):
+                        self._lanes.forget(command.body.previous_response_id)
+                    self._refuse(lane.name, error)
+            self._lanes.free(lane)
+
+    def _begin(self, lane: Lane, command: Create | Refused | Resume, hold: BodyHold) -> None:
+        match command:
+            case Refused():
+                raise command.error
+            case Resume():
+                self._work(lane, self._resume(lane, command))
+            case Create() if command.generate:
+                self._ask(lane, command.body, hold)
+            case Create():
+                self._work(lane, self._prepare(lane, command))
+
+    def _ask(self, lane: Lane, body: ModelBody, hold: BodyHold) -> None:
+        """Ask a provider, as a POST does."""
+        context, draft = self._context, self._draft(lane, body)
+        try:
+            request = openai.make_request(
+                context,
+                RESPONSES,
+                body,
+                face=self.face,
+                caller=self.caller,
+                name=uuid.uuid4().hex,
+                hold=hold,
+                client_headers=self._client_headers,
+                draft=draft,
+            )
+            stream = context.gateway.relay(request)
+        except AioserverError:
+            draft.release()
+            raise
+        stream.details.error_format = ResponseEvents()
+        # Until then this response counts for the limits of its caller's key.
+        stream.attachment.on_settled = partial(self._done, lane)
+        self._lanes.begun(lane)
+        lane.continues = body.previous_response_id
+        self._follow(lane, stream, 0)
+
+    async def _prepare(self, lane: Lane, command: Create) -> None:
+        """Answer a request for which nothing is generated, with a response that can be continued.
+
+        Raises:
+            ModelNotFound, NoProvider: its model cannot be asked for.
+            ResponseNotFound: the response that it continues is not held here.
+        """
+        body = command.body
+        route = self._context.router.route(body.model)
+        model = route.model or route.provider.settings.model
+        draft = self._draft(lane, body)
+        try:
+            await draft.begin()
+            if body.previous_response_id is not None and draft.previous is None:
+                raise not_found(body.previous_response_id)
+            response_id, now = f"resp_{uuid.uuid4().hex}", int(time.time())
+            events = [*response_frames.prepared(command, response_id, model, now)]
+            draft.take_input(body.data)
+            draft.keep(events[-1][1], route.provider.name)
+        finally:
+            draft.release()
+        for event, _ in events:
+            self._send(event if lane.name is None else response_frames.in_lane(event, lane.name))
+
+    async def _resume(self, lane: Lane, command: Resume) -> None:
+        """Find a response, and write the rest of its events.
+
+        Raises:
+            StreamNotFound, ResumeGap: it, or the rest, is not there.
+        """
+        start = Start() if command.after is None else Start(sequence=command.after)
+        with self._context.metrics.resuming():
+            gateway = self._context.gateway
+            stream = await gateway.reach(self.caller, command.response_id, start)
+            if stream.details.path != RESPONSES or stream.details.whole is not None:
+                raise StreamNotFound(NOT_FOUND)
+            after = 0 if start.sequence is None else responses.event_of(stream, start.sequence)
+            lane.continues = None
+            if not self._over:
+                self._follow(lane, stream, after)
+
+    def _cancel(self, command: Cancel) -> None:
+        """Cancel a response of this socket; the end of its events is the answer.
+
+        Raises:
+            StreamNotFound: no such response is under way here.
+        """
+        for lane in self._lanes.under_way():
+            stream = lane.stream
+            if stream is None or stream.ended:
+                continue
+            if command.response_id is None:
+                wanted = lane.name == command.lane
+            else:
+                wanted = command.response_id in {stream.attachment.alias, _id_of(stream)}
+            if wanted:
+                self._context.gateway.lifetime.end(stream, abandoned=False)
+                return
+        raise StreamNotFound(f"no such response is under way here: POST {PATH}/{{id}}/cancel")
+
+    # Turns.
+
+    def _draft(self, lane: Lane, body: ModelBody) -> Draft:
+        """Return the draft of a response on *lane*, which this connection keeps whatever `store` says."""
+        previous_id = body.previous_response_id
+        draft = Draft(
+            self._context.gateway.responses,
+            self.caller,
+            store=body.stored,
+            previous_id=previous_id,
+            previous=None if previous_id is None else self._lanes.latest(previous_id),
+            max_bytes=self._context.settings.chat.websocket.max_message_size,
+            usually_named=True,
+        )
+        draft.on_kept = lambda response: None if self._over else lane.keep(response)
+        return draft
+
+    def _work(self, lane: Lane, work: Coroutine[Any, Any, None]) -> None:
+        """Do *work*, for whose end the next turn on *lane* waits, and tell the client what goes wrong."""
+
+        async def working() -> None:
+            try:
+                await work
+            except AioserverError as error:
+                if not self._over:
+                    self._refuse(lane.name, error)
+
+        task = self._loop.create_task(working())
+        self._tasks.add(task)
+        # A task that is cancelled before its first step has not begun the work.
+        task.add_done_callback(lambda _task: work.close())
+        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(lambda _task: self._done(lane))
+        self._lanes.begun(lane)
+
+    def _follow(self, lane: Lane, stream: Stream, after: int) -> None:
+        """Write the events of *stream* after event *after* on *lane*.
+
+        Raises:
+            ResumeGap: those events are no longer kept.
+        """
+        name = lane.name
+        self._writer.follow(
+            stream,
+            after,
+            lane.format,
+            render_position=lambda position, eta: ws_frame(
+                WS_TEXT, response_frames.queued(name, position, eta)
+            ),
+            on_end=partial(self._written, lane),
+        )
+        lane.stream = stream
+        self._lanes.begun(lane)
+        self._context.gateway.lifetime.reader_added(stream)
+        self._context.admission.idle_sockets.asked(self)
+
+    def _written(self, lane: Lane, cursor: Cursor) -> None:
+        """Note that all events of the response under way on *lane* are written."""
+        if cursor.stream.error is not None and not cursor.stream.answered:
+            self._lanes.forget(lane.continues)
+        self._context.admission.idle_sockets.asked(self)
+        self._done(lane)
+
+    def _done(self, lane: Lane) -> None:
+        """Note that something is over for which the next turn on *lane* has waited."""
+        self._lanes.done(lane)
+        if not self._over:
+            self._go_on()
+            if not self.busy and self._context.lifecycle.stopping.is_set():
+                self.drain()
+
+    def _send(self, event: bytes) -> None:
+        self._writer.send(ws_frame(WS_TEXT, event))
+
+    def _refuse(self, lane: str | None, error: AioserverError) -> None:
+        self._context.metrics.count_error(error)
+        if isinstance(error, NotUtf8):
+            self.close(WSCloseCode.INVALID_TEXT, b"")
+            return
+        self._send(response_frames.error(error, lane))
+        # While responses are under way the socket stays open for them, and closes after the last one.
+        if isinstance(error, ServerShutdown) and not self.busy:
+            self.close(ServerShutdown.close or 1012, ServerShutdown.close_reason)
+
+
+def _id_of(stream: Stream) -> object:
+    """Return the id that the provider has given to the response, None if it has not come."""
+    events = stream.details.error_format
+    response = events.response if isinstance(events, ResponseEvents) else None
+    return None if response is None else response.get("id")
