@@ -1,0 +1,175 @@
+"""The items of OpenAI's Responses API, as bytes: those of a request, of a response, and of what a request continues.
+
+Items are kept, and joined, as they came: as JSON values with commas between them, the inside of an array.
+Nothing below them is built, so a long conversation costs the bytes that it has.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
+from msgspec import Raw
+
+from aioserver.errors import RequestTooLarge
+from aioserver.protocol.members import Member
+from aioserver.protocol.top_level import ABSENT
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+INPUT, PREVIOUS = Member("input"), Member("previous_response_id")
+# The statuses of a response that can be continued.
+CONTINUABLE = frozenset({"completed", "incomplete"})
+_MESSAGE = b'{"type":"message","role":"user","content":'
+_ITEMS = msgspec.json.Decoder(list[Raw])
+_SPACE = b" \t\r\n"
+
+
+class _Response(msgspec.Struct, gc=False):
+    id: str = ""
+    status: str = ""
+    output: Raw = ABSENT
+
+
+class _Item(msgspec.Struct, gc=False):
+    id: Raw = ABSENT
+    type: Raw = ABSENT
+    encrypted_content: Raw = ABSENT
+    content: Raw = ABSENT
+
+
+_RESPONSE = msgspec.json.Decoder(_Response)
+_OBJECT = msgspec.json.Decoder(dict[str, Raw])
+_ITEM = msgspec.json.Decoder(_Item)
+
+
+class ResponseParts(NamedTuple):
+    """A response object in parts: its *id* and *status*, and its JSON as `head`, items of its output, `tail`."""
+
+    id: str
+    status: str
+    head: bytes
+    output: bytes
+    tail: bytes
+
+
+def input_items(body: bytes) -> bytes:
+    """Return the items of the input in *body*, a request for a response; a text becomes a message of the user.
+
+    Raises:
+        InvalidJson, InvalidRequest: *body* is no object.
+    """
+    return items_of(INPUT.value(body))
+
+
+def items_of(value: bytes) -> bytes:
+    """Return the items in *value*, the JSON of an array or of a text; none if it is neither."""
+    if value.startswith(b'"'):
+        return b"%b%b}" % (_MESSAGE, value)
+    return value[1:-1].strip(_SPACE) if value.startswith(b"[") else b""
+
+
+def response_parts(response: bytes) -> ResponseParts | None:
+    """Return *response*, the JSON of a response object, in parts; None if it is none, or has no id.
+
+    Only white space on its top level is lost.
+    """
+    try:
+        known = _RESPONSE.decode(response)
+        fields = _OBJECT.decode(response)
+    except (msgspec.DecodeError, RecursionError):
+        return None
+    if not known.id:
+        return None
+    # The output comes last: nothing else is then copied twice.
+    fields.pop("output", None)
+    head = msgspec.json.encode(fields)[:-1] + b',"output":['
+    return ResponseParts(known.id, known.status, head, items_of(bytes(known.output)), b"]}")
+
+
+def separate(items: bytes) -> list[Raw]:
+    """Return *items*, which are joined, one by one."""
+    return _ITEMS.decode(b"[%b]" % items)
+
+
+def joined(pieces: Iterable[bytes]) -> bytes:
+    """Return joined items as one, those that are empty left out."""
+    return b",".join([piece for piece in pieces if piece])
+
+
+def replayable(items: bytes, *, same_provider: bool) -> bytes:
+    """Return those of the *items* of a response that a provider takes back without having kept them.
+
+    A reasoning item without its content is a mere reference to what its provider has kept; encrypted content
+    can be read by the provider alone that has written it, which the *same_provider* is.
+    """
+    if b"reasoning" not in items:
+        return items
+    kept = []
+    for raw in separate(items):
+        item = _read(raw)
+        if (
+            item is None
+            or bytes(item.type) != b'"reasoning"'
+            or _filled(item.content)
+            or (same_provider and _filled(item.encrypted_content))
+        ):
+            kept.append(bytes(raw))
+    return joined(kept)
+
+
+def with_history(body: bytes, history: Sequence[bytes], max_bytes: int) -> bytes:
+    """Return *body* with *history*, joined items, in front of its input, and without `previous_response_id`.
+
+    Raises:
+        RequestTooLarge: the result would have more than *max_bytes*.
+        InvalidRequest: *body* has several keys `previous_response_id`.
+    """
+    if PREVIOUS.value(body):
+        body = PREVIOUS.remove(body)
+    value = INPUT.value(body)
+    own = items_of(value)
+    size = len(body) - len(value) + len(own) + sum(map(len, history)) + len(history)
+    if size > max_bytes:
+        raise RequestTooLarge(
+            f"a body of {size} bytes with the responses that it continues, at most {max_bytes}",
+            param="previous_response_id",
+        )
+    pieces = (b"[", joined((*history, own)), b"]")
+    if not value:
+        return INPUT.insert(body, pieces)
+    place, view = INPUT.find(body, value), memoryview(body)
+    return b"".join((view[: place.value], *pieces, view[place.end :]))
+
+
+def with_id(item: Raw, item_id: str) -> Raw:
+    """Return *item* with the id that it has, or else with *item_id*; anything but an object as it is."""
+    read = _read(item)
+    if read is None or (read.id is not ABSENT and bytes(read.id) != b"null"):
+        return item
+    fields = _OBJECT.decode(item)
+    fields["id"] = Raw(msgspec.json.encode(item_id))
+    fields.setdefault("type", Raw(b'"message"'))
+    return Raw(msgspec.json.encode(fields))
+
+
+def id_of(item: Raw) -> str | None:
+    """Return the id of *item*; None if it has none."""
+    read = _read(item)
+    if read is None or not bytes(read.id).startswith(b'"'):
+        return None
+    name: str = msgspec.json.decode(read.id, type=str)
+    return name
+
+
+def _read(item: Raw) -> _Item | None:
+    try:
+        return _ITEM.decode(item)
+    except (msgspec.DecodeError, RecursionError):
+        return None
+
+
+def _filled(raw: Raw) -> bool:
+    """Return whether *raw* is a value that says something."""
+    return raw is not ABSENT and bytes(memoryview(raw)[:4]) not in {b"null", b'""', b"[]"}
