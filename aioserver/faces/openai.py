@@ -112,7 +112,12 @@ def prepare_for(
             hold=hold,
             client_headers=client_headers(context, request),
         )
-        stored = path == "responses" and (body.stored or body.background)
+        stored = path == "responses" and (
+            body.stored
+            or body.background
+            # Nobody else keeps what is not a response at its provider.
+            or (body.stored is None and route.provider.bridging.on)
+        )
         digest = digest_of(path, data) if key else b""
         name = http.request_id(request)
         return Request(route, provider_request, "openai", name, key, digest, stored)

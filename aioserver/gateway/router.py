@@ -24,6 +24,7 @@ from aioserver.provider_errors import (
 )
 from aioserver.providers.attempt import Attempt
 from aioserver.providers.breaker import SICK
+from aioserver.providers.bridged import RESPONSES, ResponseAttempt
 from aioserver.providers.error_mapping import visible_headers
 from aioserver.providers.health import KEY_FAULTS
 from aioserver.providers.passthrough import PassedAttempt, PassedRequest
@@ -160,10 +161,11 @@ class Router(ProviderChoice):
         """
         record, limits = request.record, provider.settings.http_client
         provider.budget.add_request()
+        attempt_class = ResponseAttempt if request.path == RESPONSES else Attempt
         number, waited, rejoin = 0, 0.0, False
         previous: list[ProviderFault] = []
         while True:
-            attempt = Attempt(
+            attempt = attempt_class(
                 provider,
                 request,
                 stream,

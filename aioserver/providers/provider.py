@@ -12,6 +12,7 @@ import asyncio
 import time
 from typing import TYPE_CHECKING
 
+from aioserver.limits.turns import in_turns
 from aioserver.provider_errors import (
     NoProvider,
     ProviderFault,
@@ -20,6 +21,7 @@ from aioserver.provider_errors import (
 )
 from aioserver.providers.absence import Absence, unsent
 from aioserver.providers.backpressure import Backpressure
+from aioserver.providers.bridging import Bridging
 from aioserver.providers.budget import Budget
 from aioserver.providers.exchange import Exchange
 from aioserver.providers.health import Health
@@ -72,6 +74,7 @@ class Provider:
         # Called with the log of a request that waits as one that was not sent (absence.py).
         self.on_unsent: Callable[[Stream], bool] = unsent
         self.max_response_bytes = max_response_bytes
+        self.bridging = Bridging(settings)
         self._clock = clock
         self.health = Health(settings.name, self.meter, clock)
         self._gate = make_gate(settings.name, settings.http_client, self.health, clock)
@@ -82,7 +85,6 @@ class Provider:
         # count the latter as waiting.
         self._pending = 0
         self.pools = Pools(settings, base_url, pending=lambda: self._pending)
-        # The budget of retries.
         self.budget = Budget(clock)
         # Set when the last attempt has ended; None unless the provider is removed.
         self._drained: asyncio.Event | None = None
@@ -108,6 +110,7 @@ class Provider:
             self.settings = settings
             self.max_response_bytes = max_response_bytes
             self._drained = None
+            self.bridging.apply(settings)
             self.health.reset(new_address=new_address, new_key=new_key)
             if new_address or new_key:
                 self._pace.forget()
@@ -160,7 +163,7 @@ class Provider:
             self._gate.free_room(attempt)
             # A connection may have been kept for this request.
             self.pools.pool.trim()
-            # A fault without an outcome is that of our own pace, not of the provider.
+            # A fault without an outcome is our own pace's, not the provider's.
             if isinstance(exc, ProviderRateLimited) and exc.attempt_outcome:
                 self._cool_down(attempt, exc)
             raise
@@ -264,6 +267,8 @@ class Provider:
         """
         record, limits = attempt.request.record, self.settings.http_client
         while True:
+            if (steps := attempt.preparation()) is not None:
+                await in_turns(steps)
             attempt.pool = pool = self.pools.pool
             # No reference to it is held while the answer comes.
             data = attempt.written(self.pools.writer)
@@ -289,10 +294,11 @@ class Provider:
                     raise
                 self.meter.attempts["stale"].value += 1
                 pool.drop_idle()
-            else:
-                return
+                continue
             finally:
                 attempt.received()
+            if not attempt.repeats():
+                return
 
     async def _wait(self, attempt: Attempt) -> Place:
         """Wait in the queue for a place."""

@@ -83,7 +83,7 @@ class ResponseWriter(Reading):
         self._frame = frame
         self._tools = request.tools
         self._logprobs = request.logprobs
-        self._asked_bytes = len(request.body)
+        self._asked_bytes = request.asked_bytes
         self._max_bytes = max_bytes
         self._name = frame.id.removeprefix("resp_")
         self.sequence = 0
@@ -112,6 +112,11 @@ class ResponseWriter(Reading):
         """Whether a text can come as `add_text`: nothing but a text is under way or wanted."""
         part = self._part
         return part is not None and part.kind is TEXT and not self._logprobs and not self.half
+
+    @property
+    def response_id(self) -> str:
+        """The id of the response."""
+        return self._frame.id
 
     @property
     def begun(self) -> bool:
@@ -344,7 +349,7 @@ class ResponseWriter(Reading):
                 if not item.text and status is COMPLETED:
                     # A call without arguments is one with an empty object: clients parse it.
                     self._argue(item, b"{}", events)
-                done = b'%b,"arguments":"%b"' % (item.place, item.text)
+                done = b'%b,"arguments":"%b"' % (item.place, bytes(item.text))
                 events.append(self._event(b"function_call_arguments.done", done))
         elif item is self._message or item is self._reasoning:
             events += self._part_ending()

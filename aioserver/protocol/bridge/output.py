@@ -63,19 +63,23 @@ class Part:
     def done(self) -> bytes:
         """The members of the event that ends it."""
         if self.kind is TEXT:
-            return b'%b,"text":"%b","logprobs":[%b]' % (self.place, self.text, self.plain_logprobs)
+            return b'%b,"text":"%b","logprobs":[%b]' % (
+                self.place,
+                bytes(self.text),
+                bytes(self.plain_logprobs),
+            )
         name = b"refusal" if self.kind is REFUSAL else b"text"
-        return b'%b,"%b":"%b"' % (self.place, name, self.text)
+        return b'%b,"%b":"%b"' % (self.place, name, bytes(self.text))
 
     def render(self) -> bytes:
         """Return the part as it is now."""
         if self.kind is TEXT:
             return b'{"type":"output_text","text":"%b","annotations":[],"logprobs":[%b]}' % (
-                self.text,
-                self.logprobs,
+                bytes(self.text),
+                bytes(self.logprobs),
             )
         name = b"refusal" if self.kind is REFUSAL else b"text"
-        return b'{"type":"%b","%b":"%b"}' % (self.kind, name, self.text)
+        return b'{"type":"%b","%b":"%b"}' % (self.kind, name, bytes(self.text))
 
 
 class Message:
@@ -144,7 +148,7 @@ class Call:
     def input(self) -> bytes:
         """The input of a custom tool, escaped: the one argument of its function, or all that the model wrote."""
         try:
-            arguments = orjson.loads(b'"%b"' % self.text)
+            arguments = orjson.loads(b'"%b"' % bytes(self.text))
             text = orjson.loads(arguments)["input"]
             return orjson.dumps(text if isinstance(text, str) else arguments)[1:-1]
         except (orjson.JSONDecodeError, KeyError, TypeError):
@@ -174,6 +178,6 @@ class Call:
                 self._call_id,
                 orjson.dumps(self.tool.name),
                 namespace,
-                self.text,
+                bytes(self.text),
             )
         )

@@ -91,7 +91,7 @@ def string(raw: Raw, param: str) -> bytes:
 
 def is_string(raw: Raw) -> bool:
     """Return whether *raw* is a string."""
-    return raw is not ABSENT and memoryview(raw)[:1] == b'"'
+    return raw is not ABSENT and bytes(memoryview(raw)[:1]) == b'"'
 
 
 def join(texts: list[bytes], between: bytes) -> bytes:

@@ -25,7 +25,7 @@ import msgspec
 import orjson
 from msgspec import Raw
 
-from aioserver.errors import InvalidRequest
+from aioserver.errors import InvalidRequest, ResponseNotFound
 from aioserver.protocol import top_level
 from aioserver.protocol.bridge.frame import MAX_REPEATED_BYTES
 from aioserver.protocol.bridge.items import Messages
@@ -107,7 +107,7 @@ _METADATA = msgspec.json.Decoder(dict[str, str] | None)
 class ChatRequest:
     """A request for chat completions, and what its answer needs to become a response.
 
-    *body* is the JSON to send; it is let go when it was sent. *repeated* is for the `Frame` of the response.
+    *body* is the JSON to send, of *asked_bytes*; it is let go when it was sent. *repeated* is for the `Frame` of the response.
     *logprobs* says that the answer shall have them.
     """
 
@@ -116,6 +116,10 @@ class ChatRequest:
     tools: Tools
     repeated: bytes
     logprobs: bool
+    asked_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        self.asked_bytes = len(self.body)
 
 
 def chat_request(
@@ -132,7 +136,7 @@ def chat_request(
     yield from check_density(body)
     fields = _fields(body)
     if not null(fields.previous_response_id):
-        raise InvalidRequest("the response is not known", param="previous_response_id")
+        raise ResponseNotFound("the previous response is not known", param="previous_response_id")
     tools = Tools()
     for number, raw in enumerate(elements(fields.tools, "tools")):
         tools.add(raw, f"tools[{number}]")
