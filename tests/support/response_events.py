@@ -13,8 +13,8 @@ from aioserver.protocol import eventstream
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-# Members of our response object that OpenAI's has too, and its SDK does not know.
-UNKNOWN = {"store"}
+# Members that the SDK does not know: one that OpenAI's response objects have too, and the one of a fault that is ours.
+UNKNOWN = {"Response": {"store"}, "ResponseFailedEvent": {"error"}}
 ENDS = {"response.completed", "response.incomplete"}
 # For the kind of a text: the event of its pieces, the event of its end, and the member that has all of it there.
 TEXTS = {
@@ -53,7 +53,8 @@ def check_shape(model: type[BaseModel], content: Mapping[str, Any]) -> None:
 
 def _check_known(value: object, path: str) -> None:
     if isinstance(value, BaseModel):
-        assert set(value.model_extra or {}) <= UNKNOWN, f"{path} has {value.model_extra}"
+        more = set(value.model_extra or {})
+        assert more <= UNKNOWN.get(type(value).__name__, set()), f"{path} has {more}"
         for name in value.model_fields_set - set(value.model_extra or {}):
             _check_known(getattr(value, name), f"{path}.{name}")
     elif isinstance(value, list):

@@ -353,9 +353,10 @@ def test_an_answer_has_a_bound(fields: dict[str, Any]) -> None:
     writer = new_writer(max_bytes=100_000)
     chunk = orjson.dumps({"choices": [delta(**fields)]})
 
+    for _ in range(30):
+        writer.read(chunk)
     with pytest.raises(BadEvent, match="more than 100000 bytes"):
-        for _ in range(40):
-            writer.read(chunk)
+        [writer.read(chunk) for _ in range(10)]
 
     assert writer.size <= 100_000 + 3000
 
@@ -363,9 +364,9 @@ def test_an_answer_has_a_bound(fields: dict[str, Any]) -> None:
 def test_a_flood_of_calls_has_a_bound() -> None:
     writer = new_writer(max_bytes=100_000)
 
+    calls = [{"choices": [delta(**call(index, name="f"))]} for index in range(1000)]
     with pytest.raises(BadEvent, match="more than 100000 bytes"):
-        for index in range(1000):
-            writer.read(orjson.dumps({"choices": [delta(**call(index, name="f"))]}))
+        [writer.read(orjson.dumps(each)) for each in calls]
 
 
 def test_a_whole_answer_is_a_whole_response() -> None:
@@ -419,13 +420,8 @@ def test_any_order_of_any_pieces_gives_a_sound_response() -> None:
             call(dice.randrange(3), id=f"c{dice.randrange(3)}", name="f", arguments="{"),
             call(None, id=f"c{dice.randrange(3)}", name="f", arguments='"a"'),
             call(None, name="apply_patch", arguments=":1"),
-            {"content": None, "tool_calls": [None, {"function": None}, {"index": "1"}]},
+            {"content": None, "tool_calls": [None, "x"], "refusal": 5, "reasoning": []},
         ]
         choices = [delta(**dice.choice(pieces)) for _ in range(dice.randrange(1, 12))]
         finish = dice.choice(["stop", "length", "tool_calls", "what?"])
-        try:
-            events = written(*choices, delta(finish), tools=[PATCH])
-        except BadEvent as fault:
-            assert "without a name" in str(fault), seed
-        else:
-            check_run(events)
+        check_run(written(*choices, delta(finish), tools=[PATCH]))
