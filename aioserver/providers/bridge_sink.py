@@ -116,6 +116,8 @@ class BridgeSink:
             raise event_fault(exc) from exc
         self._append(events, more=True)
         stream.details.usage = writer.usage
+        if (keep := stream.attachment.on_complete) is not None:
+            keep()
         metadata = {"provider": stream.details.provider, "model": stream.details.model}
         stream.end(entries.COMPLETE, {"metadata": metadata})
 

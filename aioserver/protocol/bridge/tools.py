@@ -209,7 +209,8 @@ def _custom(tool: _Tool, name: str, param: str) -> bytes:
 
 
 def _hosted(kind: str) -> str:
+    hint = '; Codex leaves it out with web_search = "disabled"' if kind == "web_search" else ""
     return (
         f"the tool {kind[:MAX_NAME]!r} is not available: the provider has chat completions only, whose tools are "
-        "functions that the client runs"
+        f"functions that the client runs{hint}"
     )
