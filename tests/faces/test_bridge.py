@@ -278,6 +278,17 @@ async def test_what_the_provider_cannot_have_is_refused_by_name(
     assert not server.simulator.requests
 
 
+async def test_questions_about_responses_are_not_found_where_there_are_none(
+    server: RunningServer,
+) -> None:
+    for path in ("compact", "input_tokens"):
+        async with server.session.post(f"{server.v1}/responses/{path}", json=ASK) as response:
+            error = orjson.loads(await response.read())["error"]
+            assert (response.status, error["code"]) == (404, "not_found")
+            assert "has no /v1/responses" in error["message"]
+    assert not server.simulator.requests
+
+
 async def test_what_one_provider_cannot_have_goes_to_one_that_can(
     make_server: MakeServer,
 ) -> None:
