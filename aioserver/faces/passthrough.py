@@ -86,13 +86,13 @@ async def prepare(context: Context, request: web.Request, hold: BodyHold) -> Req
     passage = passable.passage(path)
     if passage is None or request.method not in passage.value or not passable.sound_query(query):
         raise web.HTTPNotFound
-    if passage is Passage.ADMIN:
+    if passage is not Passage.EVERY_KEY:
         _check_admin(context, request, path)
     upload, body = await _take_body(context, request, hold)
     model = body.model if body is not None else None
     provider = request.headers.get(PROVIDER)
     route = context.router.route(model, provider)
-    if passage is Passage.ADMIN and not route.provider.settings.account_paths:
+    if passage is not Passage.EVERY_KEY and not route.provider.settings.account_paths:
         raise NotFound(_closed(path, route.provider.name))
     if passage is Passage.EVERY_KEY and path.startswith("responses/"):
         _check_responses(path, route.provider)

@@ -25,7 +25,7 @@ from aioserver.gateway.elsewhere import FROM_START, NOT_FOUND, Elsewhere, descri
 from aioserver.gateway.producers import Producers
 from aioserver.gateway.prompts import Prompts
 from aioserver.gateway.request import Request
-from aioserver.gateway.stored_responses import StoredResponses
+from aioserver.gateway.stored_responses import RESPONSES, StoredResponses
 from aioserver.limits.quota import REVOKED
 from aioserver.limits.turns import in_turns
 from aioserver.protocol.whole_answer import final_response, text_pieces
@@ -243,6 +243,14 @@ class Gateway:
         stream = self.find(caller, request_id)
         self.lifetime.end(stream, abandoned=False)
         return stream
+
+    async def delete_response(self, caller: Caller, response_id: str) -> bool:
+        """Forget a response and its log; cancel it if it runs. Return whether there was one."""
+        stream = self._streams.find(caller, response_id)
+        found = stream is not None and stream.details.path == RESPONSES
+        if stream is not None and found:
+            self.lifetime.forget(stream)
+        return self.responses.drop(caller, response_id) or found
 
     async def revoke(self, callers: Collection[str]) -> None:
         """End every answer of *callers* with `invalid_api_key`, since their keys are no longer valid."""

@@ -22,7 +22,7 @@ from math import inf
 from typing import TYPE_CHECKING
 
 from aioserver.errors import ResponseNotFound, ServerAtCapacity
-from aioserver.protocol.response_items import joined, replayable, with_history
+from aioserver.protocol.response_items import replayable, with_history
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from aioserver.protocol.response_items import ResponseParts
     from aioserver.streams.store import HeldBytes, StreamStore
 
+# The path of a request for a response, below the base URL of its provider.
+RESPONSES = "responses"
 # Bytes of the Python objects of one response, its names included.
 RESPONSE_OVERHEAD = 1024
 # Seconds between two sweeps at least: one sweep removes all that are due.
@@ -137,10 +139,13 @@ class StoredResponse:
             pieces += (response.input, output)
         return [piece for piece in pieces if piece]
 
-    def input_history(self) -> bytes:
-        """Return the items that the model was shown for this response, joined."""
-        before = [] if self.previous is None else self.previous.history()
-        return joined((*before, self.input))
+    def shown(self) -> list[tuple[str, bytes]]:
+        """Return the items that the model was shown for this response, in named pieces of joined items."""
+        pieces = []
+        for response in self.chain():
+            name = response.id.removeprefix("resp_")
+            pieces += [(name, response.input), (f"{name}_out", response.output)]
+        return pieces[:-1]
 
     def response(self) -> bytes:
         """Return the JSON of the response object."""
@@ -227,6 +232,13 @@ class StoredResponses:
         response = self.get(caller, response_id)
         if response is None:
             raise not_found(response_id)
+        return response
+
+    async def reach(self, caller: Caller, response_id: str) -> StoredResponse | None:
+        """Return the caller's response of this id, for the caller to `release`; None if there is none."""
+        response = self.get(caller, response_id)
+        if response is not None:
+            response.retain()
         return response
 
     def make(

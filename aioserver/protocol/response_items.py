@@ -16,12 +16,18 @@ from aioserver.protocol.members import Member
 from aioserver.protocol.top_level import ABSENT
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Generator, Iterable, Sequence
 
 INPUT, PREVIOUS = Member("input"), Member("previous_response_id")
 # The statuses of a response that can be continued.
 CONTINUABLE = frozenset({"completed", "incomplete"})
+# Bytes of items that are read in one step.
+STEP_BYTES = 1 << 18
 _MESSAGE = b'{"type":"message","role":"user","content":'
+# How the type of a message is written; it may be left out.
+_MESSAGE_TYPES = frozenset({b"", b'"message"'})
+_QUESTION = b'[{"type":"input_text","text":%b}]'
+_ANSWER = b'[{"type":"output_text","text":%b,"annotations":[]}]'
 _ITEMS = msgspec.json.Decoder(list[Raw])
 _SPACE = b" \t\r\n"
 
@@ -52,6 +58,15 @@ class ResponseParts(NamedTuple):
     head: bytes
     output: bytes
     tail: bytes
+
+
+class Page(NamedTuple):
+    """A part of a list of *items*, whether there are *more*, and the ids of its first and last one."""
+
+    items: list[Raw]
+    first_id: str | None
+    last_id: str | None
+    more: bool
 
 
 def input_items(body: bytes) -> bytes:
@@ -143,24 +158,64 @@ def with_history(body: bytes, history: Sequence[bytes], max_bytes: int) -> bytes
     return b"".join((view[: place.value], *pieces, view[place.end :]))
 
 
-def with_id(item: Raw, item_id: str) -> Raw:
-    """Return *item* with the id that it has, or else with *item_id*; anything but an object as it is."""
+def paging(
+    pieces: Iterable[tuple[str, bytes]], *, newest_first: bool, limit: int, after: str | None
+) -> Generator[None, None, Page | None]:
+    """Return *limit* of the items in *pieces*, those that follow the one with the id *after*, in steps.
+
+    The pieces are in the order of the list, each with a name, and of joined items. An item without an id gets one
+    that is made of that name, and stays the same. None: no item has the id *after*.
+    """
+    listed: list[tuple[str, Raw]] = []
+    found, size = after is None, 0
+    for name, piece in pieces:
+        numbered = list(enumerate(separate(piece)))
+        for number, item in reversed(numbered) if newest_first else numbered:
+            if len(listed) == limit:
+                return _page_of(listed, more=True)
+            item_id = _id(item, name, number)
+            if found:
+                listed.append((item_id, item))
+            else:
+                found = item_id == after
+        size += len(piece)
+        if size >= STEP_BYTES:
+            size = 0
+            yield
+    return _page_of(listed, more=False) if found else None
+
+
+def _page_of(listed: Sequence[tuple[str, Raw]], *, more: bool) -> Page:
+    first_id, last_id = (listed[0][0], listed[-1][0]) if listed else (None, None)
+    return Page([_with_id(item, item_id) for item_id, item in listed], first_id, last_id, more)
+
+
+def _id(item: Raw, name: str, number: int) -> str:
+    """Return the id of *item*, or the one that it gets as that *number* of the piece of that *name*."""
     read = _read(item)
-    if read is None or (read.id is not ABSENT and bytes(read.id) != b"null"):
+    if read is not None and bytes(memoryview(read.id)[:1]) == b'"':
+        own: str = msgspec.json.decode(read.id, type=str)
+        return own
+    kind = "msg" if read is None or bytes(read.type) in _MESSAGE_TYPES else "item"
+    return f"{kind}_{name}_{number}"
+
+
+def _with_id(item: Raw, item_id: str) -> Raw:
+    """Return *item* with that id, and with what a client may leave out of a message."""
+    try:
+        fields = _OBJECT.decode(item)
+    except (msgspec.DecodeError, RecursionError):
         return item
-    fields = _OBJECT.decode(item)
-    fields["id"] = Raw(msgspec.json.encode(item_id))
-    fields.setdefault("type", Raw(b'"message"'))
-    return Raw(msgspec.json.encode(fields))
-
-
-def id_of(item: Raw) -> str | None:
-    """Return the id of *item*; None if it has none."""
-    read = _read(item)
-    if read is None or not bytes(read.id).startswith(b'"'):
-        return None
-    name: str = msgspec.json.decode(read.id, type=str)
-    return name
+    whole = {"type": Raw(b'"message"'), **fields, "id": Raw(msgspec.json.encode(item_id))}
+    if bytes(whole["type"]) in _MESSAGE_TYPES:
+        whole.setdefault("status", Raw(b'"completed"'))
+        content = whole.get("content", ABSENT)
+        if bytes(memoryview(content)[:1]) == b'"':
+            # A text alone is short for a list of one part.
+            answered = bytes(whole.get("role", ABSENT)) == b'"assistant"'
+            part = _ANSWER if answered else _QUESTION
+            whole["content"] = Raw(part % bytes(content))
+    return Raw(msgspec.json.encode(whole))
 
 
 def _read(item: Raw) -> _Item | None:

@@ -16,6 +16,7 @@ from aioserver.protocol.anthropic import is_messages, with_total
 from aioserver.protocol.openai import BadEvent, ErrorEvent, bounded, usage_of
 from aioserver.provider_errors import ProviderBadResponse, ProviderFault
 from aioserver.providers.body_sink import BodySink
+from aioserver.providers.continuation import learn
 from aioserver.providers.error_mapping import (
     check_json,
     check_status,
@@ -55,6 +56,7 @@ class AttemptedProvider(Protocol):
     max_response_bytes: int
     on_unsent: Callable[[Stream], bool]
     bridging: Bridging
+    keeps_responses: bool
 
     def head_received(self, attempt: Attempt) -> None:
         """Learn from the head of an answer: *attempt* knows its status and headers now."""
@@ -190,13 +192,28 @@ class Attempt:
         return None
 
     def repeats(self) -> bool:
-        """Return whether the request has to be sent in another form, now that the answer is there."""
-        return False
+        """Return whether the request has to be sent in another form, now that the answer is there.
+
+        A response is then continued by its conversation, since the provider does not know its id.
+        """
+        request, sink = self.request, self.sink
+        if request.draft is None or self.status == 200 or not isinstance(sink, BodySink):
+            return False
+        if not learn(self.provider, self.status, sink.body, by_id=request.draft.by_id):
+            return False
+        self.provider.meter.attempts["http_4xx" if self.status < 500 else "http_5xx"].value += 1
+        return True
 
     def written(self, writer: RequestWriter) -> bytes:
-        """Return the bytes to send. They are made now: the settings, and the model, may change in a wait."""
-        request = self.request
-        body = request.body(self.provider.settings)
+        """Return the bytes to send. They are made now: the settings, and the model, may change in a wait.
+
+        Raises:
+            RequestTooLarge, InvalidRequest: the request continues a response, and that cannot be written out.
+        """
+        request, provider = self.request, self.provider
+        body = request.body(provider.settings)
+        if request.draft is not None:
+            body = request.draft.body_for(body, provider.name, keeps=provider.keeps_responses)
         return writer.write(request.path, body, request.client_headers)
 
     def sending(self, exchange: Source | None = None) -> None:

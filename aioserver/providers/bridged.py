@@ -26,6 +26,7 @@ from aioserver.provider_errors import RequestNotBridged
 from aioserver.providers.attempt import Attempt
 from aioserver.providers.body_sink import BodySink
 from aioserver.providers.bridge_sink import BridgeSink
+from aioserver.providers.continuation import refuses_continuation
 from aioserver.providers.error_mapping import event_fault
 
 if TYPE_CHECKING:
@@ -85,15 +86,19 @@ class ResponseAttempt(Attempt):
         return writer.write(CHAT, body, self.request.client_headers)
 
     def repeats(self) -> bool:
-        """Return whether the request is to be sent as one for a chat completion, since the provider has no such path."""
+        """Return whether the request is to be sent as one for a chat completion, since the provider has no such path.
+
+        Or as `Attempt.repeats`, where it has.
+        """
         sink = self.sink
+        if self._chat is not None:
+            return False
         if (
             self.status not in ABSENT_STATUSES
-            or self._chat is not None
             or not isinstance(sink, BodySink)
             or not path_absent(self.status, sink.body)
         ):
-            return False
+            return super().repeats()
         self._learning = True
         self.provider.meter.attempts["http_4xx" if self.status < 500 else "http_5xx"].value += 1
         return True
@@ -148,10 +153,15 @@ class ResponseAttempt(Attempt):
             RequestNotBridged: it has no form in chat completions.
             ResponseNotFound: it continues a response that is not known here.
         """
-        body = self.request.body(self.provider.settings)
+        draft, provider = self.request.draft, self.provider
+        body = self.request.body(provider.settings)
+        if draft is not None:
+            body = draft.bridge(body, provider.name)
         try:
             self._chat = yield from chat_request(
-                body, reasoning_field=self.provider.bridging.reasoning_field
+                body,
+                previous=None if draft is None else draft.previous_id,
+                reasoning_field=provider.bridging.reasoning_field,
             )
         except ResponseNotFound:
             raise
@@ -166,8 +176,10 @@ class ResponseAttempt(Attempt):
 def path_absent(status: int, body: bytes) -> bool:
     """Return whether an answer with this *status* and *body* says that there is no such path, or no such method.
 
-    A 404 may be about the model or another object that the request names, too.
+    It may be about the model, or another object that the request names, too.
     """
+    if refuses_continuation(status, body):
+        return False
     if status != 404:
         return True
     try:

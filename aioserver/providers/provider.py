@@ -68,13 +68,14 @@ class Provider:
         self.name = settings.name
         self.settings = settings
         self.meter = ProviderMeter() if meter is None else meter
-        # Called with this provider's name when an attempt has to wait for a place, and when an answer
-        # that nobody reads takes one for which others wait.
+        # Called with this provider's name when an attempt waits, or an unread answer takes a place that others want.
         self.on_wait: Callable[[str], None] = lambda _name: None
         # Called with the log of a request that waits as one that was not sent (absence.py).
         self.on_unsent: Callable[[Stream], bool] = unsent
         self.max_response_bytes = max_response_bytes
         self.bridging = Bridging(settings)
+        # Whether it keeps the responses that it has made, as far as we know.
+        self.keeps_responses = True
         self._clock = clock
         self.health = Health(settings.name, self.meter, clock)
         self._gate = make_gate(settings.name, settings.http_client, self.health, clock)
@@ -109,7 +110,7 @@ class Provider:
             apply_to_pools()
             self.settings = settings
             self.max_response_bytes = max_response_bytes
-            self._drained = None
+            self._drained, self.keeps_responses = None, True
             self.bridging.apply(settings)
             self.health.reset(new_address=new_address, new_key=new_key)
             if new_address or new_key:
@@ -288,17 +289,16 @@ class Provider:
             try:
                 await running
             except StaleConnection:
-                # Nothing of an answer had come on a reused connection: repeat at once, on a new one.
-                # A new connection never raises this, so the loop ends.
+                # Nothing had come on a reused connection: repeat at once, on a new one, which never raises this.
                 if attempt.body is not None and not attempt.body.rewind():
                     raise
                 self.meter.attempts["stale"].value += 1
                 pool.drop_idle()
-                continue
+            else:
+                if not attempt.repeats():
+                    return
             finally:
                 attempt.received()
-            if not attempt.repeats():
-                return
 
     async def _wait(self, attempt: Attempt) -> Place:
         """Wait in the queue for a place."""

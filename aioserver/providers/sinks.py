@@ -121,7 +121,7 @@ class EventSink:
         broken = not plausible(block)
         if broken:
             block = before_broken(block)
-        self._append(block, more=ended or broken or error_event is not None)
+        self._append(block, more=ended or broken or error_event is not None, ended=ended)
         if broken:
             raise ProviderBadResponse("the provider sent an event that is not JSON")
         if error_event is not None:
@@ -149,10 +149,7 @@ class EventSink:
         self._complete(DONE)
 
     def fast(self) -> Path | None:
-        """Return the stream's fast path, if no event is half read.
-
-        There is none after the finish_reason, since the usage may follow it.
-        """
+        """Return the stream's fast path, if no event is half read, nor the finish_reason: the usage may follow it."""
         if self._responses or self._finished or not self._splitter.idle:
             return None
         return self._stream.open_fast_path()
@@ -174,7 +171,7 @@ class EventSink:
         # Without `data`: the provider's own event has been passed on.
         stream.end(entries.ERROR, fault.as_chunk())
 
-    def _append(self, block: bytes, *, more: bool) -> None:
+    def _append(self, block: bytes, *, more: bool, ended: bool = False) -> None:
         if block:
             stream = self._stream
             if self._id_samples_left:
@@ -184,6 +181,8 @@ class EventSink:
                 form.note(block, stream.last + 1)
                 if form.size != size:
                     stream.recount()
+                if ended and stream.attachment.on_complete is not None:
+                    stream.attachment.on_complete()
             count = eventstream.count(block)
             # Comments alone pass, and are not counted.
             if count:

@@ -371,3 +371,41 @@ async def test_an_error_before_the_first_event_has_its_status(make_server: MakeS
 
     assert (await answer_of(server, STREAMED))[0] == 502
     assert (await answer_of(server, ASK))[0] == 502
+
+
+async def test_a_response_is_continued_by_its_id(server: RunningServer, sdk: AsyncOpenAI) -> None:
+    first = await sdk.responses.create(
+        model="m", input="call a tool", instructions="Not kept.", tools=[WEATHER]
+    )
+    (call,) = first.output
+    assert call.type == "function_call"
+
+    async with sdk.responses.stream(
+        model="m",
+        previous_response_id=first.id,
+        input=[{"type": "function_call_output", "call_id": call.call_id, "output": "sunny"}],
+    ) as stream:
+        second = await stream.get_final_response()
+    third = await sdk.responses.create(model="m", previous_response_id=second.id, input="Thanks")
+
+    assert third.previous_response_id == second.id
+    messages = server.simulator.bodies[-1]["messages"]
+    assert [message["role"] for message in messages] == [
+        *("user", "assistant", "tool", "assistant", "user")
+    ]
+    assert messages[3]["content"] == second.output_text
+    assert "previous_response_id" not in server.simulator.bodies[-1]
+    assert (await sdk.responses.retrieve(second.id)).output_text == second.output_text
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+async def test_a_response_that_was_not_stored_is_not_continued(
+    server: RunningServer, streamed: bool
+) -> None:
+    _, first = await answer_of(server, {**ASK, "store": False})
+    for name in (first["id"], "resp_unknown"):
+        body = {**ASK, "stream": streamed, "previous_response_id": name}
+        status, answer = await answer_of(server, body)
+
+        assert (status, answer["error"]["code"]) == (400, "previous_response_not_found")
+    assert len(server.simulator.requests) == 1

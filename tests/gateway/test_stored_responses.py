@@ -52,7 +52,7 @@ class Conversations:
     ) -> None:
         """Ask *text*, and get the answer `a`."""
         draft = self.draft(previous, **options)
-        draft.take_input(json.dumps({"input": text}).encode())
+        draft.body_for(json.dumps({"input": text}).encode(), "demo", keeps=True)
         draft.keep(answer(response_id, "a"), "demo")
         draft.release()
 
@@ -176,12 +176,8 @@ def test_a_connection_holds_a_response_that_has_no_name(conversations: Conversat
     assert conversations.bytes == held[0].size
     following = conversations.draft(held[0], store=False)
     held.pop().release()
-    assert not following.known_to("demo")
-    assert texts([following.expand(b'{"input":"2"}', "demo")[9:-1].strip(b"[]")]) == [
-        "q",
-        "a",
-        "2",
-    ]
+    sent = following.body_for(b'{"input":"2"}', "demo", keeps=True)
+    assert [item["content"] for item in json.loads(sent)["input"]] == ["q", "a", "2"]
     following.release()
     following.release()
     assert conversations.bytes == 0
@@ -222,14 +218,21 @@ def test_a_response_that_its_provider_keeps_is_known_there_only(
     bridging.keep(answer("r2", "a"), "demo")
     bridging.release()
 
-    native, bridged = (conversations.draft(name) for name in ("r1", "r2"))
+    def sent(previous: str, provider: str, *, keeps: bool) -> str:
+        draft, body = conversations.draft(previous), b'{"previous_response_id":"%b"}'
+        try:
+            sent = draft.body_for(body % previous.encode(), provider, keeps=keeps)
+            assert draft.by_id == (sent == body % previous.encode() and previous != "r9")
+            return "the id" if b"previous" in sent else "the conversation"
+        finally:
+            draft.release()
 
-    assert (native.known_to("demo"), native.known_to("other")) == (True, False)
-    assert not bridged.known_to("demo")
-    native.release()
-    bridged.release()
+    assert sent("r1", "demo", keeps=True) == "the id"
+    assert sent("r1", "demo", keeps=False) == "the conversation"
+    assert sent("r1", "other", keeps=True) == "the conversation"
+    assert sent("r2", "demo", keeps=True) == "the conversation"
+    assert sent("r9", "demo", keeps=True) == "the id"
     unknown = conversations.draft("r9")
-    assert unknown.known_to("demo")
     with pytest.raises(ResponseNotFound):
         unknown.bridge(b"{}")
     unknown.release()

@@ -311,6 +311,9 @@ class Simulator:
             self.bodies.append(parsed.body)
             if parsed.stream:
                 self._count("streams")
+            if behaviour.forgets is not None and parsed.body.get("previous_response_id"):
+                status, message = behaviour.forgets
+                return as_json(status, model.error(status, message))
             failing = behaviour.fail_rate and self._random.random() < behaviour.fail_rate
             if failing and not behaviour.fault:
                 return refusal(behaviour.fail_status)
