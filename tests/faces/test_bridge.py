@@ -177,12 +177,17 @@ async def test_a_provider_without_responses_is_found_out_once(
     make_server: MakeServer, streamed: bool
 ) -> None:
     server = await make_server(WITHOUT)
+    previous: dict[str, Any] = {}
     for _ in range(2):
         if streamed:
-            check_run(await stream_of(server, STREAMED))
+            response = check_run(await stream_of(server, STREAMED | previous))
         else:
-            check_response((await answer_of(server, ASK))[1])
+            _, response = await answer_of(server, ASK | previous)
+            check_response(response)
+        # The response from which it was found out is kept, too.
+        previous = {"previous_response_id": response["id"]}
 
+    assert response["previous_response_id"]
     assert paths(server.simulator) == ["chat/completions"] * 2
     assert server.simulator.stats().connections_accepted == 1
     assert await server.counted("retries", "reason") == {}
