@@ -17,7 +17,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
-from dataclasses import dataclass
 from math import inf
 from typing import TYPE_CHECKING
 
@@ -170,13 +169,6 @@ def not_found(response_id: str) -> ResponseNotFound:
     return ResponseNotFound(text, param="previous_response_id")
 
 
-@dataclass(frozen=True, slots=True)
-class StoredStats:
-    """A snapshot of the store: the number of responses that can be found."""
-
-    responses: int
-
-
 class StoredResponses:
     """The responses that a caller can find by their ids, for *window* seconds; the oldest is the first to go.
 
@@ -201,6 +193,9 @@ class StoredResponses:
         self._named: OrderedDict[tuple[Caller, str], StoredResponse] = OrderedDict()
         self._sweeper: asyncio.TimerHandle | None = None
         streams.stored = self
+
+    def __len__(self) -> int:
+        return len(self._named)
 
     @property
     def window(self) -> float:
@@ -295,10 +290,6 @@ class StoredResponses:
     def drop_oldest(self) -> None:
         """Drop the oldest response, to make room."""
         self._drop(next(iter(self._named)))
-
-    def stats(self) -> StoredStats:
-        """Return a snapshot."""
-        return StoredStats(len(self._named))
 
     def close(self) -> None:
         """Forget every response, and stop the timer."""
