@@ -311,6 +311,12 @@ async def test_what_one_provider_cannot_have_goes_to_one_that_can(
 
         assert (status, paths(native)) == (200, ["responses"])
 
+        native.behaviour = Behaviour(fail_rate=1.0)
+        status, _ = await answer_of(server, {**ASK, "tools": [{"type": "web_search"}]})
+
+        # The fault of the one that could have answered says more.
+        assert status == 502
+
 
 async def test_a_response_is_read_on_and_cancelled_by_its_id(
     server: RunningServer, sdk: AsyncOpenAI
