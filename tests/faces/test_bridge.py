@@ -178,6 +178,7 @@ async def test_a_provider_without_responses_is_found_out_once(
 ) -> None:
     server = await make_server(WITHOUT)
     previous: dict[str, Any] = {}
+    response: Any = None
     for _ in range(2):
         if streamed:
             response = check_run(await stream_of(server, STREAMED | previous))
