@@ -154,7 +154,12 @@ def make_request(
         client_headers=client_headers,
         draft=draft,
     )
-    stored = path == RESPONSES and (body.stored is True or body.background)
+    stored = path == RESPONSES and (
+        body.stored
+        or body.background
+        # Nobody else keeps what is not a response at its provider.
+        or (body.stored is None and route.provider.bridging.on)
+    )
     return Request(route, provider_request, face, name, key, digest, stored)
 
 

@@ -154,6 +154,10 @@ class ResponseEvents:
         run.last_sequence = sequence
         return True
 
+    def note_sequence(self, number: int, sequence: int) -> None:
+        """Remember the *sequence* number of the event *number* of the log, which has no response object."""
+        self._add(number, sequence)
+
     def event_before(self, sequence: int, last: int) -> int | None:
         """Return the number of the event after which the first one above *sequence* comes.
 

@@ -31,10 +31,11 @@ from aioserver.providers.sinks import ChatSink, EventSink, complete
 from aioserver.streams import entries
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Generator, Mapping
 
     from aioserver.config import settings
     from aioserver.providers.backpressure import Backpressure
+    from aioserver.providers.bridging import Bridging
     from aioserver.providers.http1 import RequestWriter, Sink
     from aioserver.providers.request import ProviderRequest
     from aioserver.providers.upload import Body
@@ -54,6 +55,7 @@ class AttemptedProvider(Protocol):
     settings: settings.Provider
     max_response_bytes: int
     on_unsent: Callable[[Stream], bool]
+    bridging: Bridging
     keeps_responses: bool
 
     def head_received(self, attempt: Attempt) -> None:
@@ -185,6 +187,10 @@ class Attempt:
         """Whether a fault of it says nothing of the provider as a whole, neither of its health nor of our key."""
         return False
 
+    def preparation(self) -> Generator[None, None, None] | None:
+        """Return the steps to take before `written`; None if there are none."""
+        return None
+
     def repeats(self) -> bool:
         """Return whether the request has to be sent in another form, now that the answer is there.
 
@@ -239,14 +245,9 @@ class Attempt:
         sink: Sink
         if good and request.streamed and matches_type(headers, "text/event-stream"):
             assert stream is not None, "a streamed answer has a log"
-            if request.reading is not None:
-                sink = ChatSink(stream, request.reading)
-            elif is_messages(request.path):
-                sink = MessageSink(stream)
-            else:
-                sink = EventSink(stream, responses=request.path.endswith("responses"))
+            sink = self.event_sink(stream)
         else:
-            limit = self.provider.max_response_bytes if good else MAX_ERROR_BYTES
+            limit = self.max_body_bytes if good else MAX_ERROR_BYTES
             if stream is not None and request.reading is not None:
                 # It is parsed at once, and becomes one event of the log.
                 limit = min(limit, stream.max_bytes)
@@ -254,6 +255,20 @@ class Attempt:
         self.sink = sink
         check_uncompressed(headers)
         return sink
+
+    def event_sink(self, stream: Stream) -> Sink:
+        """Return the sink for the events of the answer, which fills *stream*."""
+        request = self.request
+        if request.reading is not None:
+            return ChatSink(stream, request.reading)
+        if is_messages(request.path):
+            return MessageSink(stream)
+        return EventSink(stream, responses=request.path.endswith("responses"))
+
+    @property
+    def max_body_bytes(self) -> int:
+        """The bytes at most of a good answer that is not streamed."""
+        return self.provider.max_response_bytes
 
     def conclude(self) -> None:
         """Check the answer, which is complete now, and read it if it was not streamed.

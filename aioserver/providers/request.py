@@ -45,15 +45,20 @@ class ResponseDraft(Protocol):
     """What a request for a response of the Responses API continues, and keeps for its end: as attempts see it.
 
     *by_id* says that the provider was sent the id of a response which could be sent as a conversation instead.
+    *previous_id* is the id of the response that the request continues.
     """
 
     by_id: bool
+    previous_id: str | None
 
     async def begin(self) -> None:
         """Find the response that the request continues."""
 
     def body_for(self, body: bytes, provider: str, *, keeps: bool) -> bytes:
         """Return *body* as *provider* gets it, which *keeps* responses, or does not."""
+
+    def bridge(self, body: bytes, provider: str = "") -> bytes:
+        """Return *body* for a *provider* that has no responses at all, without `previous_response_id`."""
 
     def keep(self, response: bytes, provider: str) -> None:
         """Keep the response object with which the answer has ended."""

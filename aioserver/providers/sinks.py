@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 # Events of an answer from which its shape is learned; some providers repeat no shape at all.
 MAX_SHAPE_SAMPLES = 4
-# Events of a response in which its id is looked for; as a rule the first one has it.
+# Events of a response in which its id is looked for.
 MAX_ID_SAMPLES = 4
 # Bytes of an answer's text that are not counted yet, at most.
 TEXT_STEP = 4096
@@ -145,7 +145,7 @@ class EventSink:
             ProviderBadResponse: the body was empty.
         """
         if not self._finished:
-            raise _early_end(self._begun)
+            raise early_end(self._begun)
         self._complete(DONE)
 
     def fast(self) -> Path | None:
@@ -284,7 +284,7 @@ class ChatSink:
             ProviderBadResponse: the body was empty.
         """
         if self._reading.finish_reason is None:
-            raise _early_end(self._begun)
+            raise early_end(self._begun)
         complete(self._stream, self._reading)
 
     def fast(self) -> Path | None:
@@ -352,7 +352,8 @@ def before_broken(block: bytes) -> bytes:
     return b"".join(events[:good])
 
 
-def _early_end(begun: bool) -> ProviderFault:
+def early_end(begun: bool) -> ProviderFault:
+    """Return the fault of a stream that ended without its end mark; *begun*: anything has come."""
     if begun:
         return ProviderDisconnected(NO_END_MESSAGE)
     return ProviderBadResponse("the provider's stream is empty")

@@ -32,7 +32,7 @@ class Behaviour:
     reset. stall_after: tokens before nothing more is sent; None: all are sent. ignore_body: read
     no body, so that a large upload gets stuck; a client that leaves then goes unnoticed. headers:
     added to every good answer, for example x-ratelimit-*. forgets: status and message with which a
-    request that continues a response is refused; None: none is.
+    request that continues a response is refused; None: none is. responses: whether there is a /v1/responses.
     """
 
     ttft: float = 0.2
@@ -46,6 +46,7 @@ class Behaviour:
     ignore_body: bool = False
     headers: tuple[tuple[str, str], ...] = ()
     forgets: tuple[int, str] | None = None
+    responses: bool = True
 
 
 class RawResponse(web.StreamResponse):

@@ -38,7 +38,7 @@ def answer(request: ParsedRequest, ident: str, count: int = 0) -> Answer:
         return _with_forms(in_one_piece({"input_tokens": request.prompt_tokens}, SLICES))
     words, cut = words_of(request, count)
     blocks = [*_thinking(request), _block(request, ident, "".join(words))]
-    reason = "max_tokens" if cut else "tool_use" if request.tool else "end_turn"
+    reason = "max_tokens" if cut else "tool_use" if request.call else "end_turn"
     usage = {
         "input_tokens": request.prompt_tokens,
         "cache_creation_input_tokens": 0,
@@ -78,7 +78,7 @@ def _events(
     block = _block(request, begun["id"].removeprefix("msg_"), "")
     opening += [_event("content_block_start", index=index, content_block=block), anthropic.PING]
     template = _delta(index, "text_delta", text="\0")
-    if request.tool:
+    if request.call:
         template = _delta(index, "input_json_delta", partial_json="\0")
     delta = {"stop_reason": reason, "stop_sequence": None}
     closing = [
@@ -98,12 +98,12 @@ def _thinking(request: ParsedRequest) -> list[dict[str, Any]]:
 
 def _block(request: ParsedRequest, ident: str, text: str) -> dict[str, Any]:
     """Return the block that has the words of the answer; *text* is "" as long as it is empty."""
-    if not request.tool:
+    if not request.call:
         return {"type": "text", "text": text}
     return {
         "type": "tool_use",
         "id": f"toolu_{ident}",
-        "name": request.tool["name"],
+        "name": request.call.name,
         "input": _arguments(text),
     }
 

@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from aioserver.protocol.anthropic import COUNT_TOKENS, MESSAGES, is_messages
+from aioserver.providers.simulator import tools
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    from aioserver.providers.simulator.tools import Call
 
 CHAT, COMPLETIONS, RESPONSES, EMBEDDINGS = (
     "chat/completions",
@@ -23,8 +26,9 @@ CHAT, COMPLETIONS, RESPONSES, EMBEDDINGS = (
 )
 # The matches, joined, are the text again.
 _TOKEN = re.compile(r"\s?\w+|\s?[^\w\s]+|\s+")
-# Characters of the user's message that the answer quotes.
+# Characters of the user's message that the answer quotes, and of a tool's result: programs put lines of their own before it.
 _MAX_QUOTE = 80
+_MAX_RESULT_QUOTE = 300
 _GREETINGS = (
     "Hello! I am a simulated model: nobody thinks here, but everything around me is real.",
     "Good to hear from you. I am only a simulated model, but I arrive the way a real one would.",
@@ -87,8 +91,8 @@ class BadRequest(Exception):
 class ParsedRequest:
     """The fields of a request's body.
 
-    *text* is the last message of the user and *turn* its number, from 1 (0: there is none); *tool*
-    is the function that the answer calls, None for an answer in words.
+    *text* is the last message of the user and *turn* its number, from 1 (0: there is none); *call* is the call of a tool
+    that is the answer, None for an answer in words; *words* is what that answer says, None for a speech.
     """
 
     endpoint: str
@@ -99,7 +103,8 @@ class ParsedRequest:
     max_tokens: int | None
     stream: bool
     include_usage: bool
-    tool: Mapping[str, Any] | None
+    call: Call | None
+    words: str | None
     body: Mapping[str, Any]
 
 
@@ -141,7 +146,7 @@ def read(endpoint: str, raw: bytes) -> ParsedRequest:
     if not isinstance(stream, bool):
         raise BadRequest("'stream' must be a boolean.", param="stream")
     messages = _messages(endpoint, body)
-    texts = [_text(message.get("content")) for message in messages]
+    texts = [tools.text_of(message.get("content")) for message in messages]
     user_texts = [
         text for text, message in zip(texts, messages, strict=True) if message["role"] == "user"
     ]
@@ -150,10 +155,10 @@ def read(endpoint: str, raw: bytes) -> ParsedRequest:
     if is_messages(endpoint):
         # Claude Code puts parts of its own in front of what the person has written.
         last_text = _last_part(messages)
-        texts.append(_text(body.get("system")))
+        texts.append(tools.text_of(body.get("system")))
         if endpoint == MESSAGES and body.get("max_tokens") is None:
             raise BadRequest("max_tokens: Field required", param="max_tokens")
-    calling = "call a tool" in last_text.lower() or _forced(body)
+    call = _call(endpoint, body, messages) if body.get("tools") else None
     return ParsedRequest(
         endpoint=endpoint,
         model=model,
@@ -163,7 +168,8 @@ def read(endpoint: str, raw: bytes) -> ParsedRequest:
         max_tokens=_max_tokens(body),
         stream=stream and endpoint not in {EMBEDDINGS, COUNT_TOKENS},
         include_usage=isinstance(options, dict) and bool(options.get("include_usage")),
-        tool=_tool(body) if calling else None,
+        call=call,
+        words=None if call else _prescribed_words(body, messages),
         body=body,
     )
 
@@ -190,29 +196,39 @@ def _messages(endpoint: str, body: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{**item, "role": item.get("role", "tool")} for item in messages]
 
 
-def _text(content: Any) -> str:
-    """Return the text of a message's content: a string, or a list of parts, some of them text."""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        return ""
-    texts = (part.get("text") for part in content if isinstance(part, dict))
-    return " ".join(text for text in texts if isinstance(text, str))
-
-
 def _last_part(messages: Sequence[Mapping[str, Any]]) -> str:
     """Return the last part that is text of the user's last message."""
     users = [message.get("content") for message in messages if message["role"] == "user"]
     content = users[-1] if users else ""
     if not isinstance(content, list):
-        return _text(content)
-    return next((text for part in reversed(content) if (text := _text([part]))), "")
+        return tools.text_of(content)
+    return next((text for part in reversed(content) if (text := tools.text_of([part]))), "")
 
 
-def _forced(body: Mapping[str, Any]) -> bool:
-    """Return whether *body* demands the call of a tool, as Messages writes that."""
-    choice = body.get("tool_choice")
-    return isinstance(choice, dict) and choice.get("type") in {"any", "tool"}
+def _call(
+    endpoint: str, body: Mapping[str, Any], messages: Sequence[Mapping[str, Any]]
+) -> Call | None:
+    try:
+        return tools.call(endpoint, body, messages)
+    except tools.UnknownTool as error:
+        message = f"Tool choice '{error}' not found in 'tools' parameter."
+        raise BadRequest(message, param="tool_choice") from error
+
+
+def _prescribed_words(
+    body: Mapping[str, Any], messages: Sequence[Mapping[str, Any]]
+) -> str | None:
+    """Return the JSON that *body* asks for, or what is to be said of a tool's result; None: neither."""
+    if (answer := tools.structured(body, tools.question(messages)[1])) is not None:
+        return answer
+    results = tools.results(messages) if body.get("tools") else None
+    if results is None or results.last is None:
+        return None
+    names = ", ".join(f"`{name}`" for name in results.called) or "a tool"
+    quote = _quote(results.last, _MAX_RESULT_QUOTE)
+    size = _size(results.last)
+    said = f"returned “{quote}” ({size})" if quote else "returned nothing that I can quote"
+    return f"I am a simulated model, and I have called {names} as you asked. The last call {said}."
 
 
 def _max_tokens(body: Mapping[str, Any]) -> int | None:
@@ -226,31 +242,12 @@ def _max_tokens(body: Mapping[str, Any]) -> int | None:
     return None
 
 
-def _tool(body: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Return the function in `tools` that `tool_choice` names, else the first.
-
-    Responses and Messages have it flat, Chat below `function`.
-    """
-    tools, choice = body.get("tools"), body.get("tool_choice")
-    name = choice.get("name") if isinstance(choice, dict) else None
-    named = [tool for tool in tools or () if isinstance(tool, dict) and tool.get("name") == name]
-    tools = named if name is not None and named else tools
-    for tool in tools if isinstance(tools, list) else ():
-        function = tool.get("function", tool) if isinstance(tool, dict) else None
-        if isinstance(function, dict) and isinstance(function.get("name"), str):
-            return function
-    return None
-
-
 def speech(text: str, turn: int) -> str:
     """Write the answer to *text*: the same for the same message at the same turn."""
     seed = zlib.crc32(text.encode())
-    # The slice bounds the work for a very long message.
-    quote = " ".join(text[: 10 * _MAX_QUOTE].split())
-    if len(quote) > _MAX_QUOTE:
-        quote = quote[:_MAX_QUOTE].rstrip() + "…"
+    quote = _quote(text, _MAX_QUOTE)
     if quote:
-        size = f"{len(text)} character{'s' if len(text) != 1 else ''}"
+        size = _size(text)
         position = f", message number {turn} of this conversation" if turn > 1 else ""
         echo = f"You wrote “{quote}” ({size}{position})."
     else:
@@ -262,25 +259,19 @@ def speech(text: str, turn: int) -> str:
     return "\n\n".join((f"{greeting} {echo}", facts, *_samples(text, seed), _ADVICE))
 
 
+def _quote(text: str, most: int) -> str:
+    """Return the first *most* characters of *text*, in one line."""
+    # The slice bounds the work for a very long text.
+    quote = " ".join(text[: 10 * most].split())
+    return quote[:most].rstrip() + "…" if len(quote) > most else quote
+
+
+def _size(text: str) -> str:
+    return f"{len(text)} character{'s' if len(text) != 1 else ''}"
+
+
 def _samples(text: str, seed: int) -> tuple[str, ...]:
     """Return the Markdown of the answer: all samples for who asks for it, else one now and then."""
     if "markdown" in text[:_MAX_QUOTE].lower():
         return _SAMPLES
     return (_SAMPLES[seed // 7 % len(_SAMPLES)],) if seed % 5 == 0 else ()
-
-
-def arguments(tool: Mapping[str, Any], text: str) -> str:
-    """Invent arguments for a call of *tool*, of the types in its schema; returns JSON."""
-    schema = tool.get("parameters") or tool.get("input_schema")
-    properties = schema.get("properties") if isinstance(schema, dict) else None
-    samples = {"integer": 1, "number": 1.5, "boolean": True, "array": [], "object": {}}
-    values: dict[str, Any] = {}
-    for name, field in (properties if isinstance(properties, dict) else {}).items():
-        definition = field if isinstance(field, dict) else {}
-        choices = definition.get("enum")
-        values[name] = (
-            choices[0]
-            if isinstance(choices, list) and choices
-            else samples.get(str(definition.get("type")), text[:_MAX_QUOTE])
-        )
-    return orjson.dumps(values).decode()

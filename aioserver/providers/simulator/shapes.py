@@ -23,7 +23,6 @@ from aioserver.providers.simulator.model import (
     EMBEDDINGS,
     RESPONSES,
     BadRequest,
-    arguments,
     error,
     speech,
     tokens,
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from aioserver.providers.simulator.model import ParsedRequest
+    from aioserver.providers.simulator.tools import Call
 
 DONE = b"data: [DONE]\n\n"
 COMMENT = b": OPENROUTER PROCESSING\n\n"
@@ -94,11 +94,9 @@ def answer(request: ParsedRequest, ident: str, count: int = 0) -> Answer:
 
 def words_of(request: ParsedRequest, count: int = 0) -> tuple[list[str], bool]:
     """Return the tokens of the answer to *request*, and whether its `max_tokens` have cut it; *count*: as `answer`."""
-    if request.tool:
-        words = tokens(arguments(request.tool, request.text))
-    else:
-        words = tokens(speech(request.text, request.turn))
-    if count and not request.tool:
+    prescribed = request.call.arguments if request.call else request.words
+    words = tokens(speech(request.text, request.turn) if prescribed is None else prescribed)
+    if count and prescribed is None:
         repetition = ["\n\n" + words[0], *words[1:]]
         words = (words + repetition * (count // len(words)))[:count]
     cut = request.max_tokens is not None and request.max_tokens < len(words)
@@ -165,9 +163,7 @@ def streamed(
 
 
 def _chat(request: ParsedRequest, ident: str, words: Sequence[str], *, cut: bool) -> Answer:
-    finish = "length" if cut else "tool_calls" if request.tool else "stop"
-    call = {"id": f"call_{ident}", "type": "function"}
-    name = request.tool["name"] if request.tool else ""
+    finish = "length" if cut else "tool_calls" if request.call else "stop"
     base: dict[str, Any] = {
         "id": f"chatcmpl-{ident}",
         "object": "chat.completion",
@@ -179,9 +175,9 @@ def _chat(request: ParsedRequest, ident: str, words: Sequence[str], *, cut: bool
     text = "".join(words)
     if not request.stream:
         message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
-        if request.tool:
-            function = {"name": name, "arguments": text}
-            message |= {"content": None, "tool_calls": [{**call, "function": function}]}
+        if request.call:
+            calls = [_chat_call(request.call, ident, text)]
+            message |= {"content": None, "tool_calls": calls}
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish}
         return in_one_piece({**base, "choices": [choice], "usage": usage}, len(words))
 
@@ -194,14 +190,24 @@ def _chat(request: ParsedRequest, ident: str, words: Sequence[str], *, cut: bool
 
     opening = [chunk({"role": "assistant", "content": "", "refusal": None})]
     delta: dict[str, Any] = {"content": "\0"}
-    if request.tool:
-        started = {"index": 0, **call, "function": {"name": name, "arguments": ""}}
+    if request.call:
+        started = {"index": 0, **_chat_call(request.call, ident, "")}
         opening = [chunk({"role": "assistant", "content": None, "tool_calls": [started]})]
-        delta = {"tool_calls": [{"index": 0, "function": {"arguments": "\0"}}]}
+        part = (
+            {"custom": {"input": "\0"}} if request.call.free else {"function": {"arguments": "\0"}}
+        )
+        delta = {"tool_calls": [{"index": 0, **part}]}
     closing = [chunk({}, finish)]
     if request.include_usage:
         closing.append(event({**base, "choices": [], "usage": usage}))
     return streamed(opening, words, chunk(delta), closing, DONE)
+
+
+def _chat_call(call: Call, ident: str, text: str) -> dict[str, Any]:
+    identity = {"id": f"call_{ident}", "type": "custom" if call.free else "function"}
+    if call.free:
+        return {**identity, "custom": {"name": call.name, "input": text}}
+    return {**identity, "function": {"name": call.name, "arguments": text}}
 
 
 def _completion(request: ParsedRequest, ident: str, words: Sequence[str], *, cut: bool) -> Answer:
@@ -265,14 +271,22 @@ def model(name: str) -> dict[str, Any]:
 
 def _response(request: ParsedRequest, ident: str, words: Sequence[str], *, cut: bool) -> Answer:
     text = "".join(words)
-    item_id = f"fc_{ident}" if request.tool else f"msg_{ident}"
+    call = request.call
+    item_id = f"{'ctc' if call and call.free else 'fc' if call else 'msg'}_{ident}"
     status = "incomplete" if cut else "completed"
     created = int(time.time())
 
     def item(text: str, status: str) -> dict[str, Any]:
-        if request.tool:
-            call = {"call_id": f"call_{ident}", "name": request.tool["name"], "arguments": text}
-            return {"id": item_id, "type": "function_call", "status": status, **call}
+        if call:
+            identity = {
+                "id": item_id,
+                "call_id": f"call_{ident}",
+                "name": call.name,
+                "status": status,
+            }
+            if call.free:
+                return {**identity, "type": "custom_tool_call", "input": text}
+            return {**identity, "type": "function_call", "arguments": text}
         content = [_part(text)] if status != "in_progress" else []
         return {
             "id": item_id,
@@ -331,9 +345,11 @@ def _response(request: ParsedRequest, ident: str, words: Sequence[str], *, cut: 
         response_event("in_progress", 1, response=running),
         response_event("output_item.added", 2, output_index=0, item=added),
     ]
-    if request.tool:
-        kind, done = "function_call_arguments", {"arguments": text, "name": request.tool["name"]}
-        extra: dict[str, Any] = {}
+    extra: dict[str, Any] = {}
+    if call and call.free:
+        kind, done = "custom_tool_call_input", {"input": text}
+    elif call:
+        kind, done = "function_call_arguments", {"arguments": text, "name": call.name}
     else:
         kind, done = "output_text", {"text": text}
         position["content_index"] = 0
@@ -342,7 +358,7 @@ def _response(request: ParsedRequest, ident: str, words: Sequence[str], *, cut: 
     template = response_event(f"{kind}.delta", "\1", **position, delta="\0", **extra)
     number = len(opening) + len(words)
     closing = [response_event(f"{kind}.done", number, **position, **done, **extra)]
-    if not request.tool:
+    if not call:
         closing.append(
             response_event("content_part.done", number + 1, **position, part=_part(text))
         )

@@ -17,6 +17,7 @@ from aioserver.protocol.openai import Reading
 from aioserver.protocol.responses import ResponseEvents
 from aioserver.provider_errors import ProviderFault
 from aioserver.providers.attempt import Attempt
+from aioserver.providers.bridging import Bridging
 from aioserver.providers.exchange import Exchange
 from aioserver.providers.http1 import MAX_HEAD_BYTES
 from aioserver.providers.request import ProviderRequest
@@ -97,6 +98,7 @@ class Provider:
 
     def __init__(self) -> None:
         self.on_unsent: Callable[[Stream], bool] = lambda _stream: False
+        self.bridging = Bridging(self.settings)
 
     def head_received(self, attempt: Attempt) -> None:
         pass
