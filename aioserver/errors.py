@@ -13,6 +13,7 @@ The tree, with HTTP status, code and close code:
     AioserverError
         InvalidJson                 400  invalid_json
         InvalidRequest              400  invalid_request
+            ResponseNotFound        400  previous_response_not_found
         Denied
             MissingApiKey           401  missing_api_key
             InvalidApiKey           401  invalid_api_key         1008
@@ -172,6 +173,15 @@ class InvalidRequest(AioserverError):
     """The text is JSON, but not a valid request."""
 
     code, status = "invalid_request", 400
+
+
+class ResponseNotFound(InvalidRequest):
+    """The response that a request continues does not exist, is no longer kept, or belongs to another caller.
+
+    Status, code and `param` are OpenAI's, by which its clients send the whole conversation instead.
+    """
+
+    code, status = "previous_response_not_found", 400
 
 
 class Denied(AioserverError):

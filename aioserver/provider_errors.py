@@ -21,6 +21,7 @@ may be asked again (retry), whether the next one may be (failover), and whether 
             ProviderPaced           429  provider_rate_limited          failover
         ProviderError               502  provider_error          retry  failover  breaker
         ProviderRefused             400  provider_error
+        RequestNotBridged           400  invalid_request                failover
         ProviderQueueFull           503  provider_queue_full            failover
         ProviderQueueTimeout        503  provider_queue_timeout         failover
         NoProvider                  503  no_provider                    failover
@@ -211,6 +212,14 @@ class ProviderRefused(ProviderFault):
     def body(self) -> bytes:
         """Return the body of the provider's answer, unchanged."""
         return self.provider_body
+
+
+class RequestNotBridged(ProviderFault):
+    """The provider has chat completions only, and the request for a response has no form there."""
+
+    outcome = "client_error"
+    code, status = "invalid_request", 400
+    failover, breaker_failure = True, False
 
 
 class ProviderQueueFull(ProviderFault):

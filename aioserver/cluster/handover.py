@@ -16,6 +16,7 @@ from aioserver.protocol.responses import ResponseEvents
 from aioserver.protocol.whole_answer import text_pieces
 from aioserver.streams import mirror
 from aioserver.streams.entries import NO_TEXT, WholeEntry
+from aioserver.streams.store import ended_at
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -30,8 +31,7 @@ MAX_BYTES = 1 << 26
 
 def kept_seconds(stream: Stream) -> float:
     """Return what is left of the window of *stream*, which has ended."""
-    ended_at = stream.entries[-1].received_at if stream.entries else 0.0
-    return ended_at + stream.window - monotonic()
+    return ended_at(stream) + stream.window - monotonic()
 
 
 def chosen(streams: Iterable[Stream]) -> Iterator[tuple[Stream, float, bytes]]:

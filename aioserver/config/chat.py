@@ -259,12 +259,18 @@ class Streams:
     )
     max_kept_bytes: int = setting(
         size,
-        "bytes kept of all answers together, all that belongs to them counted; beyond: the oldest "
-        "finished answers are dropped, then readers that are behind, then new requests get 503",
+        "bytes kept of all answers and stored responses together, all that belongs to them counted; beyond: "
+        "the oldest of those that have ended are dropped, then readers that are behind, then new requests get 503",
         2**28,
     )
     max_detached: int = setting(
         count, "answers that run without a reader; beyond: the oldest is cancelled", 100
+    )
+    store_window: float = setting(
+        seconds_or_0,
+        "seconds that a stored response can be continued by its id (`previous_response_id`) and read; "
+        "0: none is stored",
+        3600.0,
     )
     max_response_bytes: int = setting(
         size, "bytes of one answer that a provider does not stream; beyond: 502", 2**26

@@ -182,6 +182,12 @@ class Provider:
         "go to it",
         False,
     )
+    responses: bool = setting(
+        boolean,
+        "whether it has /v1/responses; false: requests for it are translated to chat completions, as they are for a "
+        "provider that answers 404, 405 or 501 there",
+        True,
+    )
     when_down: str = setting(
         one_of("fail", "wait"),
         "what requests do while the provider cannot be reached and no fallback can answer: fail at once, or "

@@ -26,6 +26,7 @@ from aioserver.faces.intake import client_headers, idempotency_key, read_model_b
 from aioserver.faces.ready import ReadyResponse, ReadyStream, fits
 from aioserver.faces.streaming import follow
 from aioserver.gateway.calls import kept_answer
+from aioserver.gateway.drafts import draft_of
 from aioserver.gateway.request import Request
 from aioserver.protocol import anthropic
 from aioserver.protocol.eventstream import HEARTBEAT
@@ -111,8 +112,16 @@ def prepare_for(
             model=route.model,
             hold=hold,
             client_headers=client_headers(context, request),
+            draft=draft_of(context.gateway.responses, caller, body, limit)
+            if path == "responses"
+            else None,
         )
-        stored = path == "responses" and (body.stored or body.background)
+        stored = path == "responses" and (
+            body.stored
+            or body.background
+            # Nobody else keeps what is not a response at its provider.
+            or (body.stored is None and route.provider.bridging.on)
+        )
         digest = digest_of(path, data) if key else b""
         name = http.request_id(request)
         return Request(route, provider_request, "openai", name, key, digest, stored)

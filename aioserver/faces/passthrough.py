@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from aioserver.faces.context import Context
     from aioserver.gateway.request import Route
     from aioserver.protocol.model_body import ModelBody
+    from aioserver.providers.provider import Provider
 
 FACE = "other"
 API = "/v1/"
@@ -85,14 +86,16 @@ async def prepare(context: Context, request: web.Request, hold: BodyHold) -> Req
     passage = passable.passage(path)
     if passage is None or request.method not in passage.value or not passable.sound_query(query):
         raise web.HTTPNotFound
-    if passage is Passage.ADMIN:
+    if passage is not Passage.EVERY_KEY:
         _check_admin(context, request, path)
     upload, body = await _take_body(context, request, hold)
     model = body.model if body is not None else None
     provider = request.headers.get(PROVIDER)
     route = context.router.route(model, provider)
-    if passage is Passage.ADMIN and not route.provider.settings.account_paths:
+    if passage is not Passage.EVERY_KEY and not route.provider.settings.account_paths:
         raise NotFound(_closed(path, route.provider.name))
+    if passage is Passage.EVERY_KEY and path.startswith("responses/"):
+        _check_responses(path, route.provider)
     if model is not None and route.model is None:
         model = route.provider.settings.model
     passed = PassedRequest(
@@ -234,6 +237,18 @@ async def _take_body(
     if len(data) > most:
         return BodyStream(request, data), None
     return None, await in_turns(model_body.reading(data)) if data else None
+
+
+def _check_responses(path: str, provider: Provider) -> None:
+    """Refuse *path*, a question about responses, if *provider* has none.
+
+    Raises:
+        NotFound: it has chat completions only.
+    """
+    if provider.bridging.on:
+        raise NotFound(
+            f"the provider {provider.name} has no /v1/responses, so there is no /v1/{path} either"
+        )
 
 
 def _body_maker(

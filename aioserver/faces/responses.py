@@ -1,9 +1,9 @@
-"""OpenAI's stored responses (`/v1/responses/{id}`), served from the log: SDKs resume by them.
+"""OpenAI's responses by their ids (`/v1/responses/{id}`), served from the log: SDKs resume by them.
 
 A response that was requested with `store` or `background` is kept for its `resume_window`, and is
 found by the id that the provider gave it; a response that was not streamed only once it will not
 change any more. `starting_after` counts as the provider does, by the `sequence_number` in its events;
-the log's own numbers have no part in it.
+the log's own numbers have no part in it. A response that is stored can be read for longer (stored_responses.py).
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from aiohttp import web
 
 from aioserver.auth.callers import CALLER
 from aioserver.errors import InvalidRequest, ResumeGap, StreamNotFound
-from aioserver.faces import openai
+from aioserver.faces import openai, passthrough, stored_responses
 from aioserver.faces.admission import counted
 from aioserver.faces.ready import HIGH_WATER
 from aioserver.gateway.elsewhere import Start
+from aioserver.gateway.request import Request
+from aioserver.gateway.stored_responses import RESPONSES
 from aioserver.protocol.responses import ResponseEvents
 from aioserver.streams.entries import CANCELLED, COMPLETE
 
@@ -30,11 +32,8 @@ if TYPE_CHECKING:
     from aioserver.streams.stream import Stream
 
 
-# The path of a request for a response, below the base URL of its provider.
-PATH = "responses"
 # Where a mirror begins of whose events none is read.
 LATEST = Start(after=None)
-NOT_FOUND = "no such response: never seen, or kept no longer"
 
 
 def routes(context: Context) -> list[web.RouteDef]:
@@ -55,16 +54,31 @@ def routes(context: Context) -> list[web.RouteDef]:
             allow_head=False,
         ),
         web.post("/v1/responses/{id}/cancel", partial(cancel, context, writing)),
+        *stored_responses.routes(context),
     ]
 
 
 async def prepare(
-    context: Context, request: web.Request, _hold: BodyHold
-) -> tuple[Stream, int | None]:
+    context: Context, request: web.Request, hold: BodyHold
+) -> tuple[Stream, int | None] | Request | None:
     """Prepare a GET: find the response, and the event after which to stream it.
 
-    None instead of an event means that the response is not to be streamed.
+    None instead of an event means that the response is not to be streamed, and None alone that it has no log any
+    more, but is stored. A request goes to the provider, where the response is not kept here.
     """
+    try:
+        return await _prepare(context, request)
+    except StreamNotFound:
+        stored = await context.gateway.responses.reach(request[CALLER], request.match_info["id"])
+        if stored is None:
+            return await stored_responses.prepare_passed(context, request, hold)
+        stored.release()
+        if request.query.get("stream", "false") == "true":
+            raise ResumeGap("the events of this response are no longer kept") from None
+        return None
+
+
+async def _prepare(context: Context, request: web.Request) -> tuple[Stream, int | None]:
     if request.query.get("stream", "false") != "true":
         return await find(context, request), None
     number = request.query.get("starting_after")
@@ -82,10 +96,17 @@ async def prepare(
 
 
 async def retrieve(
-    context: Context, request: web.Request, position: tuple[Stream, int | None]
+    context: Context, request: web.Request, found: tuple[Stream, int | None] | Request | None
 ) -> web.StreamResponse:
-    """Answer a GET: with the events after *position*, or with the response as it is now."""
-    stream, after = position
+    """Answer a GET with what `prepare` has found: the events after a position, or the response as it is now."""
+    if found is None:
+        stored = await stored_responses.find(context, request)
+        body = stored.response()
+        stored.release()
+        return await stored_responses.write(context, request, body)
+    if isinstance(found, Request):
+        return await passthrough.serve(context, request, found)
+    stream, after = found
     if after is not None:
         return await openai.follow_stream(context, request, stream, after)
     return await write(context, request, stream)
@@ -137,11 +158,7 @@ async def write(
         return await openai.write_kept(context, request, stream)
     context.gateway.lifetime.let_go(stream)
     body = newest(stream, status or ("cancelled" if stream.end_status == CANCELLED else ""))
-    response = web.Response(body=body, content_type="application/json", charset="utf-8")
-    with context.gateway.hold() as held:
-        held.grow(len(body))
-        await openai.write(context, request, response)
-    return response
+    return await stored_responses.write(context, request, body)
 
 
 async def find(context: Context, request: web.Request, start: Start = LATEST) -> Stream:
@@ -152,8 +169,8 @@ async def find(context: Context, request: web.Request, start: Start = LATEST) ->
             another face.
     """
     stream = await context.gateway.reach(request[CALLER], request.match_info["id"], start)
-    if stream.details.path != PATH:
-        raise StreamNotFound(NOT_FOUND)
+    if stream.details.path != RESPONSES:
+        raise StreamNotFound(stored_responses.NOT_FOUND)
     return stream
 
 
@@ -181,7 +198,7 @@ def newest(stream: Stream, status: str = "") -> bytes:
     events = _remembered(stream)
     response = None if events is None else events.newest(status)
     if response is None:
-        raise StreamNotFound(NOT_FOUND)
+        raise StreamNotFound(stored_responses.NOT_FOUND)
     return response
 
 

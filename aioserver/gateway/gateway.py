@@ -25,6 +25,7 @@ from aioserver.gateway.elsewhere import FROM_START, NOT_FOUND, Elsewhere, descri
 from aioserver.gateway.producers import Producers
 from aioserver.gateway.prompts import Prompts
 from aioserver.gateway.request import Request
+from aioserver.gateway.stored_responses import RESPONSES, StoredResponses
 from aioserver.limits.quota import REVOKED
 from aioserver.limits.turns import in_turns
 from aioserver.protocol.whole_answer import final_response, text_pieces
@@ -69,6 +70,8 @@ class Gateway:
         # Answers without a log.
         self._calls = Calls(router, request_log)
         self._stopping = False
+        # The responses that requests may continue.
+        self.responses = StoredResponses(streams, bounds.store_window)
         self.lifetime = Lifetime(streams, bounds, self._producers.cancel, router.waiting)
         # The streams of other instances; None where this one is alone.
         self.elsewhere = (
@@ -83,6 +86,7 @@ class Gateway:
         self._bounds = bounds
         self._prompts.apply(service, bounds)
         self.lifetime.apply(bounds)
+        self.responses.apply(bounds.store_window)
         for provider in self._router.providers.values():
             provider.on_wait = self.lifetime.make_room
             provider.on_unsent = self.lifetime.unsent
@@ -240,6 +244,14 @@ class Gateway:
         self.lifetime.end(stream, abandoned=False)
         return stream
 
+    async def delete_response(self, caller: Caller, response_id: str) -> bool:
+        """Forget a response and its log; cancel it if it runs. Return whether there was one."""
+        stream = self._streams.find(caller, response_id)
+        found = stream is not None and stream.details.path == RESPONSES
+        if stream is not None and found:
+            self.lifetime.forget(stream)
+        return self.responses.drop(caller, response_id) or found
+
     async def revoke(self, callers: Collection[str]) -> None:
         """End every answer of *callers* with `invalid_api_key`, since their keys are no longer valid."""
         await self._producers.end(lambda: InvalidApiKey(REVOKED), callers)
@@ -257,6 +269,7 @@ class Gateway:
         self._calls.close()
         await self._producers.end(shutdown_error)
         self.lifetime.close()
+        self.responses.close()
 
     async def _call(
         self, request: Request, ask: Callable[[Request], Awaitable[Answer]] | None = None

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from functools import partial
 from math import inf
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,7 @@ from aioserver.provider_errors import (
 )
 from aioserver.providers.attempt import Attempt
 from aioserver.providers.breaker import SICK
+from aioserver.providers.bridged import RESPONSES, ResponseAttempt
 from aioserver.providers.error_mapping import visible_headers
 from aioserver.providers.health import KEY_FAULTS
 from aioserver.providers.passthrough import PassedAttempt, PassedRequest
@@ -70,7 +72,17 @@ class Router(ProviderChoice):
         Raises:
             ProviderFault: no provider answered.
         """
-        await self._ask(request, stream)
+        draft = request.provider_request.draft
+        if draft is None:
+            await self._ask(request, stream)
+            return
+        await draft.begin()
+        # Called before the client has the last event, and may continue the response.
+        stream.attachment.on_complete = partial(draft.keep_streamed, stream)
+        try:
+            await self._ask(request, stream)
+        finally:
+            stream.attachment.on_complete = None
 
     async def call(self, request: Request, stream: Stream | None = None) -> Answer:
         """Return an answer that is not streamed; *stream* is the log that will keep it, if any.
@@ -78,10 +90,15 @@ class Router(ProviderChoice):
         Raises:
             ProviderFault: no provider answered.
         """
+        draft = request.provider_request.draft
+        if draft is not None:
+            await draft.begin()
         attempt = await self._ask(request, stream)
         answer = attempt.answer
         assert answer is not None, "a whole answer was asked for"
         answer.attempts = request.provider_request.record.attempts
+        if draft is not None:
+            draft.keep(answer.body, answer.provider)
         return answer
 
     async def pass_on(self, request: Request) -> Answer:
@@ -160,10 +177,11 @@ class Router(ProviderChoice):
         """
         record, limits = request.record, provider.settings.http_client
         provider.budget.add_request()
+        attempt_class = ResponseAttempt if request.path == RESPONSES else Attempt
         number, waited, rejoin = 0, 0.0, False
         previous: list[ProviderFault] = []
         while True:
-            attempt = Attempt(
+            attempt = attempt_class(
                 provider,
                 request,
                 stream,

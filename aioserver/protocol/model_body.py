@@ -8,7 +8,6 @@ one it was routed by.
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -17,6 +16,7 @@ from msgspec import Raw
 
 from aioserver.errors import InvalidRequest
 from aioserver.protocol import top_level
+from aioserver.protocol.members import Member
 from aioserver.protocol.top_level import ABSENT
 
 if TYPE_CHECKING:
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 # Bytes in which the name of a model is written.
 MAX_MODEL_BYTES = 4096
+# Bytes in which the id of a response is written that is looked for; a longer one is none of ours.
+MAX_ID_BYTES = 1024
 # Bytes of `metadata` that are kept.
 MAX_METADATA_BYTES = 4096
-# Keys named `model` with one value, on all levels of a body.
-MAX_MODEL_KEYS = 10_000
 
 
 class _Fields(msgspec.Struct, gc=False):
@@ -39,6 +39,7 @@ class _Fields(msgspec.Struct, gc=False):
     store: bool | None = None
     background: bool | None = None
     metadata: Raw = ABSENT
+    previous_response_id: str | None = None
 
 
 class _RawFields(msgspec.Struct, gc=False):
@@ -50,6 +51,7 @@ class _RawFields(msgspec.Struct, gc=False):
     store: Raw = ABSENT
     background: Raw = ABSENT
     metadata: Raw = ABSENT
+    previous_response_id: Raw = ABSENT
 
 
 _DECODER = msgspec.json.Decoder(_Fields)
@@ -59,21 +61,14 @@ MAX_READ_TWICE = 1 << 16
 # Characters of a name that has MAX_MODEL_BYTES at most, whichever way it is written: 12 bytes stand for an
 # escaped pair of surrogates.
 MAX_SURE_CHARACTERS = MAX_MODEL_BYTES // 12
-_START = re.compile(rb"[ \t\r\n]*\{[ \t\r\n]*")
-_COLON = re.compile(rb"[ \t\r\n]*:[ \t\r\n]*")
-_KEY = b'"model"'
-# The key with each of its letters as it is, or escaped.
-_ESCAPED_KEY = b'"%b"' % b"".join(
-    rb"(?:%c|\\u00%x[%x%c])" % (letter, letter >> 4, letter & 15, b"%X" % (letter & 15))
-    for letter in b"model"
-)
+MODEL = Member("model")
 
 
 class ModelBody:
     """The body of one request, and the values of its top level that are read.
 
-    *model* and *user* are None where the client set none; *streamed*, *stored* and *background* are
-    false then. *metadata* is JSON; it is empty where the client set none, or more than MAX_METADATA_BYTES.
+    *model*, *user*, *stored* and *previous_response_id* are None where the client set none; *streamed* and
+    *background* are false then. *metadata* is JSON; it is empty where the client set none, or more than MAX_METADATA_BYTES.
     """
 
     __slots__ = (
@@ -83,6 +78,7 @@ class ModelBody:
         "data",
         "metadata",
         "model",
+        "previous_response_id",
         "stored",
         "streamed",
         "user",
@@ -112,7 +108,8 @@ class ModelBody:
         self.model = model = fields.model
         self.streamed = fields.stream is True
         self.user = fields.user
-        self.stored = fields.store is True
+        self.stored = fields.store
+        self.previous_response_id = fields.previous_response_id
         self.background = fields.background is True
         self._take_metadata(fields.metadata)
         return model is None or 0 < len(model) <= MAX_SURE_CHARACTERS
@@ -130,7 +127,8 @@ class ModelBody:
             raise InvalidRequest("stream must be true or false", param="stream")
         self.streamed = bool(streamed)
         self.user = top_level.text(fields.user)
-        self.stored = top_level.flag(fields.store) is True
+        self.stored = top_level.flag(fields.store)
+        self.previous_response_id = top_level.text(fields.previous_response_id, MAX_ID_BYTES)
         self.background = top_level.flag(fields.background) is True
         self._take_metadata(fields.metadata)
         self._value = bytes(fields.model)
@@ -144,57 +142,18 @@ class ModelBody:
         """Return the body with *model* in place of the client's.
 
         Raises:
-            InvalidRequest: the body has more than MAX_MODEL_KEYS keys that may be its model's.
+            InvalidRequest: the body has more than `members.MAX_PLACES` keys that may be its model's.
         """
         data, value = self.data, self._value
         if value is None:
-            self._value = value = _model(data)
+            self._value = value = MODEL.value(data)
         written = orjson.dumps(model)
         if not value:
-            match = _START.match(data)
-            assert match is not None, "the body is an object"
-            start = match.end()
-            comma = b"" if data.startswith(b"}", start) else b","
-            return b"".join((data[:start], _KEY, b":", written, comma, memoryview(data)[start:]))
+            return MODEL.insert(data, (written,))
         if self._place is None:
-            self._place = _find(data, value)
+            self._place = MODEL.find(data, value).value
         view = memoryview(data)
         return b"".join((view[: self._place], written, view[self._place + len(value) :]))
-
-
-def _model(data: bytes) -> bytes:
-    """Return the value of `model` in a body that was read, as it is written; empty if there is none."""
-    return bytes(top_level.decode(_RAW_DECODER, data, "the body").model)
-
-
-def _find(data: bytes, value: bytes) -> int:
-    """Return where *value*, that of the last `model` on the top level, begins in *data*."""
-    escaped = b"\\u006" in data
-    if not escaped and (start := data.find(_KEY)) == data.rfind(_KEY):
-        # The body has no other place where the key is, in whatever depth.
-        colon = _COLON.match(data, start + len(_KEY))
-        assert colon is not None, "a key, since the body has it on its top level"
-        return colon.end()
-    key = _ESCAPED_KEY if escaped else _KEY
-    # A quote inside a string is escaped, so what matches is a key, though perhaps a nested one.
-    pattern = key + _COLON.pattern + b"(?=%b)" % re.escape(value)
-    places: list[int] = []
-    for match in re.finditer(pattern, data):
-        places.append(match.end())
-        if len(places) > MAX_MODEL_KEYS:
-            raise InvalidRequest(
-                f"more than {MAX_MODEL_KEYS} keys model in one body", param="model"
-            )
-    if len(places) == 1:
-        return places[0]
-    # Each of them gets its number as its value; the decoder then says which one it reads.
-    parts: list[bytes | memoryview] = []
-    end, view = 0, memoryview(data)
-    for number, place in enumerate(places):
-        parts += (view[end:place], b"%d" % number)
-        end = place + len(value)
-    numbered = b"".join((*parts, view[end:]))
-    return places[int(_model(numbered))]
 
 
 def reading(data: bytes) -> Generator[None, None, ModelBody]:

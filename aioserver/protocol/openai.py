@@ -16,6 +16,8 @@ from typing import Any, TypeAlias
 
 import orjson
 
+from aioserver.protocol.eventstream import utf8
+
 TEXT = b'{"type":"text","data":%b,"metadata":{}}'
 TEXT_START = TEXT.partition(b"%b")[0]
 REASONING = b'{"type":"reasoning","data":%b,"metadata":{}}'
@@ -30,6 +32,10 @@ TOKEN_COUNTS = (
 )
 # A surrogate, escaped in JSON. A pair of them is one character beyond U+FFFF (RFC 8259, 7).
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+# Characters that stand for themselves in a JSON string.
+_PLAIN = re.compile(rb'[^"\\\x00-\x1f]+')
 
 
 # A text that comes in pieces: a field of the delta, or (index, holder, field) in a tool call.
@@ -245,6 +251,19 @@ class Shape:
     prefix: bytes
     suffix: bytes
     reading: Reading
+
+    def text_in(self, event: bytes) -> bytes | None:
+        """Return the text in *event*, as it stands in JSON; None if *event* is of another shape, or no UTF-8."""
+        begin, stop = len(self.prefix), len(event) - len(self.suffix)
+        if (
+            begin >= stop
+            or not event.startswith(self.prefix)
+            or not event.endswith(self.suffix)
+            or _PLAIN.fullmatch(event, begin, stop) is None
+        ):
+            return None
+        text = event[begin:stop]
+        return text if utf8(text) else None
 
 
 def learn(event: bytes, reading: Reading) -> Shape | None:

@@ -4,7 +4,8 @@
     files, batches, vector_stores, …  objects of the account that the provider's key belongs to. That account
                                       is not the caller's, so that they pass for admins only, and only where
                                       the provider has `account_paths`; so does every path not listed here
-    organization, responses, messages never pass: the account's administration, and what this server
+    responses/ID, …/input_items       the same, but only to read and to delete what this server does not keep itself
+    organization, messages, other responses   never pass: the account's administration, and what this server
                                       answers itself
 
 A path is compared as it stands on the wire, and only a path that can be read in one way is a path at all:
@@ -20,6 +21,9 @@ from enum import Enum
 # Segments of letters, digits and what ids are made of, none of which is `.` or `..`.
 _PATH = re.compile(r"(?!.*\.\.)(?:(?!\.(?:/|$))[A-Za-z0-9._~:@+=,-]+(?:/|$))+(?<!/)")
 _QUERY = re.compile(r"[\x21\x22\x24-\x7e]*")
+
+# A response that a provider keeps, and its input.
+_RESPONSE = re.compile(r"responses/(?!(?:compact|input_tokens)(?:/|$))[^/]+(?:/input_items)?")
 
 # Below these every path is a question by itself, but for those of OBJECTS.
 QUESTIONS = ("audio/", "images/")
@@ -48,6 +52,7 @@ class Passage(Enum):
 
     EVERY_KEY = ("POST",)
     ADMIN = METHODS
+    RESPONSE = ("GET", "DELETE")
 
 
 def passage(path: str) -> Passage | None:
@@ -56,6 +61,8 @@ def passage(path: str) -> Passage | None:
         return None
     if path in QUESTION_PATHS or (path.startswith(QUESTIONS) and not path.startswith(OBJECTS)):
         return Passage.EVERY_KEY
+    if _RESPONSE.fullmatch(path):
+        return Passage.RESPONSE
     return None if path.partition("/")[0].lower() in NEVER else Passage.ADMIN
 
 

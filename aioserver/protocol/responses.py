@@ -124,6 +124,10 @@ class ResponseEvents:
             if data.find(_RESPONSE) >= 0 and _response_in(data) is not None:
                 self._last_response = data
 
+    def note_sequence(self, number: int, sequence: int) -> None:
+        """Remember the *sequence* number of the event *number* of the log, which has no response object."""
+        self._add(number, sequence)
+
     def event_before(self, sequence: int, last: int) -> int | None:
         """Return the number of the event after which the first one above *sequence* comes.
 

@@ -16,6 +16,7 @@ from aioserver.protocol.anthropic import is_messages, with_total
 from aioserver.protocol.openai import BadEvent, ErrorEvent, bounded, usage_of
 from aioserver.provider_errors import ProviderBadResponse, ProviderFault
 from aioserver.providers.body_sink import BodySink
+from aioserver.providers.continuation import learn
 from aioserver.providers.error_mapping import (
     check_json,
     check_status,
@@ -30,10 +31,11 @@ from aioserver.providers.sinks import ChatSink, EventSink, complete
 from aioserver.streams import entries
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Generator, Mapping
 
     from aioserver.config import settings
     from aioserver.providers.backpressure import Backpressure
+    from aioserver.providers.bridging import Bridging
     from aioserver.providers.http1 import RequestWriter, Sink
     from aioserver.providers.request import ProviderRequest
     from aioserver.providers.upload import Body
@@ -53,6 +55,8 @@ class AttemptedProvider(Protocol):
     settings: settings.Provider
     max_response_bytes: int
     on_unsent: Callable[[Stream], bool]
+    bridging: Bridging
+    keeps_responses: bool
 
     def head_received(self, attempt: Attempt) -> None:
         """Learn from the head of an answer: *attempt* knows its status and headers now."""
@@ -183,10 +187,33 @@ class Attempt:
         """Whether a fault of it says nothing of the provider as a whole, neither of its health nor of our key."""
         return False
 
+    def preparation(self) -> Generator[None, None, None] | None:
+        """Return the steps to take before `written`; None if there are none."""
+        return None
+
+    def repeats(self) -> bool:
+        """Return whether the request has to be sent in another form, now that the answer is there.
+
+        A response is then continued by its conversation, since the provider does not know its id.
+        """
+        request, sink = self.request, self.sink
+        if request.draft is None or self.status == 200 or not isinstance(sink, BodySink):
+            return False
+        if not learn(self.provider, self.status, sink.body, by_id=request.draft.by_id):
+            return False
+        self.provider.meter.attempts["http_4xx" if self.status < 500 else "http_5xx"].value += 1
+        return True
+
     def written(self, writer: RequestWriter) -> bytes:
-        """Return the bytes to send. They are made now: the settings, and the model, may change in a wait."""
-        request = self.request
-        body = request.body(self.provider.settings)
+        """Return the bytes to send. They are made now: the settings, and the model, may change in a wait.
+
+        Raises:
+            RequestTooLarge, InvalidRequest: the request continues a response, and that cannot be written out.
+        """
+        request, provider = self.request, self.provider
+        body = request.body(provider.settings)
+        if request.draft is not None:
+            body = request.draft.body_for(body, provider.name, keeps=provider.keeps_responses)
         return writer.write(request.path, body, request.client_headers)
 
     def sending(self, exchange: Source | None = None) -> None:
@@ -218,14 +245,9 @@ class Attempt:
         sink: Sink
         if good and request.streamed and matches_type(headers, "text/event-stream"):
             assert stream is not None, "a streamed answer has a log"
-            if request.reading is not None:
-                sink = ChatSink(stream, request.reading)
-            elif is_messages(request.path):
-                sink = MessageSink(stream)
-            else:
-                sink = EventSink(stream, responses=request.path.endswith("responses"))
+            sink = self.event_sink(stream)
         else:
-            limit = self.provider.max_response_bytes if good else MAX_ERROR_BYTES
+            limit = self.max_body_bytes if good else MAX_ERROR_BYTES
             if stream is not None and request.reading is not None:
                 # It is parsed at once, and becomes one event of the log.
                 limit = min(limit, stream.max_bytes)
@@ -233,6 +255,20 @@ class Attempt:
         self.sink = sink
         check_uncompressed(headers)
         return sink
+
+    def event_sink(self, stream: Stream) -> Sink:
+        """Return the sink for the events of the answer, which fills *stream*."""
+        request = self.request
+        if request.reading is not None:
+            return ChatSink(stream, request.reading)
+        if is_messages(request.path):
+            return MessageSink(stream)
+        return EventSink(stream, responses=request.path.endswith("responses"))
+
+    @property
+    def max_body_bytes(self) -> int:
+        """The bytes at most of a good answer that is not streamed."""
+        return self.provider.max_response_bytes
 
     def conclude(self) -> None:
         """Check the answer, which is complete now, and read it if it was not streamed.

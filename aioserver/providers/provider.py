@@ -12,6 +12,7 @@ import asyncio
 import time
 from typing import TYPE_CHECKING
 
+from aioserver.limits.turns import in_turns
 from aioserver.provider_errors import (
     NoProvider,
     ProviderFault,
@@ -20,6 +21,7 @@ from aioserver.provider_errors import (
 )
 from aioserver.providers.absence import Absence, unsent
 from aioserver.providers.backpressure import Backpressure
+from aioserver.providers.bridging import Bridging
 from aioserver.providers.budget import Budget
 from aioserver.providers.exchange import Exchange
 from aioserver.providers.health import Health
@@ -66,12 +68,14 @@ class Provider:
         self.name = settings.name
         self.settings = settings
         self.meter = ProviderMeter() if meter is None else meter
-        # Called with this provider's name when an attempt has to wait for a place, and when an answer
-        # that nobody reads takes one for which others wait.
+        # Called with this provider's name when an attempt waits, or an unread answer takes a place that others want.
         self.on_wait: Callable[[str], None] = lambda _name: None
         # Called with the log of a request that waits as one that was not sent (absence.py).
         self.on_unsent: Callable[[Stream], bool] = unsent
         self.max_response_bytes = max_response_bytes
+        self.bridging = Bridging(settings)
+        # Whether it keeps the responses that it has made, as far as we know.
+        self.keeps_responses = True
         self._clock = clock
         self.health = Health(settings.name, self.meter, clock)
         self._gate = make_gate(settings.name, settings.http_client, self.health, clock)
@@ -82,7 +86,6 @@ class Provider:
         # count the latter as waiting.
         self._pending = 0
         self.pools = Pools(settings, base_url, pending=lambda: self._pending)
-        # The budget of retries.
         self.budget = Budget(clock)
         # Set when the last attempt has ended; None unless the provider is removed.
         self._drained: asyncio.Event | None = None
@@ -107,7 +110,8 @@ class Provider:
             apply_to_pools()
             self.settings = settings
             self.max_response_bytes = max_response_bytes
-            self._drained = None
+            self._drained, self.keeps_responses = None, True
+            self.bridging.apply(settings)
             self.health.reset(new_address=new_address, new_key=new_key)
             if new_address or new_key:
                 self._pace.forget()
@@ -160,7 +164,7 @@ class Provider:
             self._gate.free_room(attempt)
             # A connection may have been kept for this request.
             self.pools.pool.trim()
-            # A fault without an outcome is that of our own pace, not of the provider.
+            # A fault without an outcome is our own pace's, not the provider's.
             if isinstance(exc, ProviderRateLimited) and exc.attempt_outcome:
                 self._cool_down(attempt, exc)
             raise
@@ -264,6 +268,8 @@ class Provider:
         """
         record, limits = attempt.request.record, self.settings.http_client
         while True:
+            if (steps := attempt.preparation()) is not None:
+                await in_turns(steps)
             attempt.pool = pool = self.pools.pool
             # No reference to it is held while the answer comes.
             data = attempt.written(self.pools.writer)
@@ -283,14 +289,14 @@ class Provider:
             try:
                 await running
             except StaleConnection:
-                # Nothing of an answer had come on a reused connection: repeat at once, on a new one.
-                # A new connection never raises this, so the loop ends.
+                # Nothing had come on a reused connection: repeat at once, on a new one, which never raises this.
                 if attempt.body is not None and not attempt.body.rewind():
                     raise
                 self.meter.attempts["stale"].value += 1
                 pool.drop_idle()
             else:
-                return
+                if not attempt.repeats():
+                    return
             finally:
                 attempt.received()
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from aioserver.protocol.client_headers import ClientHeaders
     from aioserver.protocol.openai import Reading
     from aioserver.streams.store import HeldBytes
+    from aioserver.streams.stream import Stream
 
 # The caller of a request that comes from no client.
 NO_CALLER = Caller()
@@ -40,6 +41,35 @@ class Hold(Protocol):
         """Count nothing any more; a second call does nothing."""
 
 
+class ResponseDraft(Protocol):
+    """What a request for a response of the Responses API continues, and keeps for its end: as attempts see it.
+
+    *by_id* says that the provider was sent the id of a response which could be sent as a conversation instead.
+    *previous_id* is the id of the response that the request continues.
+    """
+
+    by_id: bool
+    previous_id: str | None
+
+    async def begin(self) -> None:
+        """Find the response that the request continues."""
+
+    def body_for(self, body: bytes, provider: str, *, keeps: bool) -> bytes:
+        """Return *body* as *provider* gets it, which *keeps* responses, or does not."""
+
+    def bridge(self, body: bytes, provider: str = "") -> bytes:
+        """Return *body* for a *provider* that has no responses at all, without `previous_response_id`."""
+
+    def keep(self, response: bytes, provider: str) -> None:
+        """Keep the response object with which the answer has ended."""
+
+    def keep_streamed(self, stream: Stream) -> None:
+        """Keep the response whose events *stream* has, at their end."""
+
+    def release(self) -> None:
+        """Forget all of it; a second call does nothing."""
+
+
 class ProviderRequest:
     """A request for one answer, the same for every provider that is asked.
 
@@ -50,7 +80,8 @@ class ProviderRequest:
     until `forget_body`, or `release`; of it *kept_bytes* are kept longer. *reading* collects
     the text of an answer whose log has `chunk` objects; None if the log has the provider's bytes. *model* is
     for the provider that is asked first; None stands for the model in its settings. Of the
-    *client_headers* each provider gets those that its settings name, and the trace.
+    *client_headers* each provider gets those that its settings name, and the trace. *draft* is that of a response
+    which continues another, or may be continued; None for all other requests.
     """
 
     # Whether its tokens are estimated before it starts, where tokens are paced.
@@ -63,6 +94,7 @@ class ProviderRequest:
         "body",
         "caller",
         "client_headers",
+        "draft",
         "model",
         "path",
         "reading",
@@ -82,6 +114,7 @@ class ProviderRequest:
         hold: Hold | None = None,
         kept_bytes: int = 0,
         client_headers: ClientHeaders = NO_HEADERS,
+        draft: ResponseDraft | None = None,
     ) -> None:
         self.path = path
         self.body = body
@@ -90,6 +123,7 @@ class ProviderRequest:
         self.model = model
         self.reading = reading
         self.client_headers = client_headers
+        self.draft = draft
         self.record = RequestRecord()
         self.record.trace_id = client_headers.trace_id
         # Counts the bytes of an answer that is collected.
@@ -114,6 +148,8 @@ class ProviderRequest:
         if self._hold is not None:
             self._hold.release()
             self._hold = None
+        if self.draft is not None:
+            self.draft.release()
 
     @property
     def whole(self) -> bool:

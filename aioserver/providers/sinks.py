@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 # Events of an answer from which its shape is learned; some providers repeat no shape at all.
 MAX_SHAPE_SAMPLES = 4
-# Events of a response in which its id is looked for; as a rule the first one has it.
+# Events of a response in which its id is looked for.
 MAX_ID_SAMPLES = 4
 # Bytes of an answer's text that are not counted yet, at most.
 TEXT_STEP = 4096
@@ -121,7 +121,7 @@ class EventSink:
         broken = not plausible(block)
         if broken:
             block = before_broken(block)
-        self._append(block, more=ended or broken or error_event is not None)
+        self._append(block, more=ended or broken or error_event is not None, ended=ended)
         if broken:
             raise ProviderBadResponse("the provider sent an event that is not JSON")
         if error_event is not None:
@@ -145,14 +145,11 @@ class EventSink:
             ProviderBadResponse: the body was empty.
         """
         if not self._finished:
-            raise _early_end(self._begun)
+            raise early_end(self._begun)
         self._complete(DONE)
 
     def fast(self) -> Path | None:
-        """Return the stream's fast path, if no event is half read.
-
-        There is none after the finish_reason, since the usage may follow it.
-        """
+        """Return the stream's fast path, if no event is half read, nor the finish_reason: the usage may follow it."""
         if self._responses or self._finished or not self._splitter.idle:
             return None
         return self._stream.open_fast_path()
@@ -174,7 +171,7 @@ class EventSink:
         # Without `data`: the provider's own event has been passed on.
         stream.end(entries.ERROR, fault.as_chunk())
 
-    def _append(self, block: bytes, *, more: bool) -> None:
+    def _append(self, block: bytes, *, more: bool, ended: bool = False) -> None:
         if block:
             stream = self._stream
             if self._id_samples_left:
@@ -184,6 +181,8 @@ class EventSink:
                 form.note(block, stream.last + 1)
                 if form.size != size:
                     stream.recount()
+                if ended and stream.attachment.on_complete is not None:
+                    stream.attachment.on_complete()
             count = eventstream.count(block)
             # Comments alone pass, and are not counted.
             if count:
@@ -284,7 +283,7 @@ class ChatSink:
             ProviderBadResponse: the body was empty.
         """
         if self._reading.finish_reason is None:
-            raise _early_end(self._begun)
+            raise early_end(self._begun)
         complete(self._stream, self._reading)
 
     def fast(self) -> Path | None:
@@ -352,7 +351,8 @@ def before_broken(block: bytes) -> bytes:
     return b"".join(events[:good])
 
 
-def _early_end(begun: bool) -> ProviderFault:
+def early_end(begun: bool) -> ProviderFault:
+    """Return the fault of a stream that ended without its end mark; *begun*: anything has come."""
     if begun:
         return ProviderDisconnected(NO_END_MESSAGE)
     return ProviderBadResponse("the provider's stream is empty")

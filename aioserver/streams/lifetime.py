@@ -132,6 +132,14 @@ class Lifetime:
         stream.attachment.abandoned = abandoned
         self._cancel(stream)
 
+    def forget(self, stream: Stream) -> None:
+        """Let *stream* be found no longer, and drop it once nobody reads it; if it runs, it is cancelled."""
+        self.end(stream, abandoned=False)
+        self._store.unname(stream)
+        stream.window = 0.0
+        if stream.ended and not stream.readers:
+            self._store.drop(stream)
+
     def make_room(self, provider: str) -> None:
         """Cancel the oldest detached stream that has a place at *provider*, where a request waits."""
         for stream in self._detached:

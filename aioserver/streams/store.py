@@ -2,7 +2,7 @@
 
 All logs together keep `max_kept_bytes`, in everything that they keep. Beyond that
 
-    1. the finished logs that nobody reads are dropped, the oldest first
+    1. the finished logs that nobody reads, and stored responses, are dropped, the oldest first
     2. readers that are far behind are dropped, with what only they still need
     3. new answers are refused
 """
@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from math import inf
+from typing import TYPE_CHECKING, Protocol, Self
 
 from aioserver.auth.callers import Caller
 from aioserver.errors import ServerAtCapacity
@@ -25,6 +26,16 @@ if TYPE_CHECKING:
 EVICTION_TARGET = 0.95
 # The share of max_kept_bytes by which the logs must grow before late readers are looked for again.
 SEARCH_STEP = 0.01
+
+
+class StoredBytes(Protocol):
+    """What is kept beside the logs, and may be dropped to make room: the stored responses."""
+
+    def oldest(self) -> float:
+        """Return the monotonic time at which the oldest was stored; infinity if there is none."""
+
+    def drop_oldest(self) -> None:
+        """Drop the oldest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +69,8 @@ class StreamStore:
         self._search_at = 0.0
         # Whether late readers are being dropped.
         self._dropping = False
+        # What else may be dropped; None if there is nothing.
+        self.stored: StoredBytes | None = None
         # Called with each stream that has its last event.
         self.on_finished: Callable[[Stream], None] = lambda _stream: None
         # Called with each stream that is found by another name, too; None if nobody has to know.
@@ -246,16 +259,27 @@ class StreamStore:
                 self._drop_unread()
 
     def _drop_unread(self) -> None:
-        """Drop finished logs that nobody reads, the oldest first."""
+        """Drop finished logs that nobody reads, and stored responses, the oldest first."""
         target, evicted, freed = self._max_kept_bytes * EVICTION_TARGET, [], 0
         for stream in self._finished:
             if self._bytes - freed < target:
                 break
             if not stream.readers:
+                self._drop_stored(target + freed, ended_at(stream))
+                if self._bytes - freed < target:
+                    break
                 evicted.append(stream)
                 freed += stream.kept_bytes
         for stream in evicted:
             self.drop(stream)
+        self._drop_stored(target, inf)
+
+    def _drop_stored(self, target: float, before: float) -> None:
+        """Drop responses that were stored *before* that time, until less than *target* bytes are kept."""
+        stored = self.stored
+        if stored is not None:
+            while self._bytes >= target and stored.oldest() < before:
+                stored.drop_oldest()
 
 
 class HeldBytes:
@@ -297,6 +321,11 @@ class HeldBytes:
 
     def __exit__(self, *_exc: object) -> None:
         self.release()
+
+
+def ended_at(stream: Stream) -> float:
+    """Return the monotonic time at which *stream*, which has ended, got its last event."""
+    return stream.entries[-1].received_at if stream.entries else 0.0
 
 
 def _owner(caller: Hashable) -> Hashable:

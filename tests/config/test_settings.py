@@ -70,6 +70,7 @@ def test_keys_that_the_original_lacks_have_the_contracts_defaults() -> None:
         "max_stream_bytes": 4194304,
         "max_kept_bytes": 268435456,
         "max_detached": 100,
+        "store_window": 3600.0,
         "max_response_bytes": 67108864,
         "send_timeout": 10.0,
     }

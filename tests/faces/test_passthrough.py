@@ -200,7 +200,14 @@ TAILS = (
     ),
     *("audio/speech%20", "audio/speech%0d%0aX:%20y", "audio/spe%61ch", "audio/speech%3fx", "%3f"),
     *("organization", "organization/admin_api_keys", "ORGANIZATION/users", "Organizations"),
-    *("responses/resp_1", "responses/", "Responses/x/cancel", "messages/batches", "Messages/x"),
+    *(
+        "responses/resp_1/cancel",
+        "responses/",
+        "Responses/x",
+        "responses/compact/input_items",
+        "messages/batches",
+        "Messages/x",
+    ),
     *("v1/files", "V1/files", "audio/speech#x", "audio/speech?x#y", "files?#/../x", "*", "files*"),
     *("audio/...", "audio/..speech", "files/a..b", "files/..;/x", "audio/speech|", "audio/<x>"),
 )

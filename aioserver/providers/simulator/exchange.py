@@ -31,7 +31,8 @@ class Behaviour:
     "stall-3": requests fail in this way instead. cut_after: tokens before a TCP reset; None: no
     reset. stall_after: tokens before nothing more is sent; None: all are sent. ignore_body: read
     no body, so that a large upload gets stuck; a client that leaves then goes unnoticed. headers:
-    added to every good answer, for example x-ratelimit-*.
+    added to every good answer, for example x-ratelimit-*. forgets: status and message with which a
+    request that continues a response is refused; None: none is. responses: whether there is a /v1/responses.
     """
 
     ttft: float = 0.2
@@ -44,6 +45,8 @@ class Behaviour:
     stall_after: int | None = None
     ignore_body: bool = False
     headers: tuple[tuple[str, str], ...] = ()
+    forgets: tuple[int, str] | None = None
+    responses: bool = True
 
 
 class RawResponse(web.StreamResponse):

@@ -258,7 +258,8 @@ class Simulator:
         if request.method == "GET" and path.startswith(f"{_MODELS}/"):
             name = path.removeprefix(f"{_MODELS}/")
             return as_json(200, orjson.dumps(shapes.model(name)))
-        if path not in _ENDPOINTS:
+        lacking = not self.behaviour.responses and path == f"/v1/{model.RESPONSES}"
+        if path not in _ENDPOINTS or lacking:
             message = f"Invalid URL ({request.method} {path})"
             return as_json(404, model.error(404, message))
         if request.method != "POST":
@@ -310,6 +311,9 @@ class Simulator:
             self.bodies.append(parsed.body)
             if parsed.stream:
                 self._count("streams")
+            if behaviour.forgets is not None and parsed.body.get("previous_response_id"):
+                status, message = behaviour.forgets
+                return as_json(status, model.error(status, message))
             failing = behaviour.fail_rate and self._random.random() < behaviour.fail_rate
             if failing and not behaviour.fault:
                 return refusal(behaviour.fail_status)

@@ -17,6 +17,7 @@ from aioserver.protocol.openai import Reading
 from aioserver.protocol.responses import ResponseEvents
 from aioserver.provider_errors import ProviderFault
 from aioserver.providers.attempt import Attempt
+from aioserver.providers.bridging import Bridging
 from aioserver.providers.exchange import Exchange
 from aioserver.providers.http1 import MAX_HEAD_BYTES
 from aioserver.providers.request import ProviderRequest
@@ -93,9 +94,11 @@ class Provider:
         name="sim", base_url="http://127.0.0.1:9/v1", model="m", http_client=LIMITS
     )
     max_response_bytes = MAX_BODY
+    keeps_responses = True
 
     def __init__(self) -> None:
         self.on_unsent: Callable[[Stream], bool] = lambda _stream: False
+        self.bridging = Bridging(self.settings)
 
     def head_received(self, attempt: Attempt) -> None:
         pass

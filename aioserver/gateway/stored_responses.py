@@ -1,0 +1,334 @@
+"""The store of responses: what a request to `/v1/responses` continues by `previous_response_id`.
+
+A `StoredResponse` has its own input and output, as bytes, and the response that it continued; so the
+responses of a conversation share what came before, and each byte is kept and counted once. A response is kept
+as long as something refers to it: its name in the store, for `store_window`, a response that
+continued it, or a request or a connection that may. Deleting a response takes its name away; the
+conversations that went on from it go on, as they do at OpenAI.
+
+All of it counts for `max_kept_bytes`. Beyond that the oldest go first, logs and stored responses alike
+(streams/store.py).
+
+A request has a `Draft` of the response to come (drafts.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+from math import inf
+from typing import TYPE_CHECKING
+
+from aioserver.errors import ResponseNotFound, ServerAtCapacity
+from aioserver.protocol.response_items import replayable, with_history
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from aioserver.auth.callers import Caller
+    from aioserver.protocol.response_items import ResponseParts
+    from aioserver.streams.store import HeldBytes, StreamStore
+
+# The path of a request for a response, below the base URL of its provider.
+RESPONSES = "responses"
+# Bytes of the Python objects of one response, its names included.
+RESPONSE_OVERHEAD = 1024
+# Seconds between two sweeps at least: one sweep removes all that are due.
+MIN_SWEEP_INTERVAL = 0.05
+
+
+class StoredResponse:
+    """A response that can be continued; nothing of it changes but the number of those who refer to it.
+
+    *provider* has made it. *kept_there* says that this provider keeps it too, so that it can continue it by its
+    id. *input* and `output` are joined items (protocol/response_items.py): its own, without those of *previous*, the response that
+    it continued.
+
+    Always: its bytes are counted while something refers to it, and not after.
+    """
+
+    __slots__ = (
+        "_head",
+        "_held",
+        "_references",
+        "_tail",
+        "caller",
+        "id",
+        "input",
+        "kept_there",
+        "output",
+        "previous",
+        "provider",
+        "stored_at",
+    )
+
+    def __init__(
+        self,
+        caller: Caller,
+        parts: ResponseParts,
+        input_items: bytes,
+        previous: StoredResponse | None,
+        *,
+        provider: str,
+        kept_there: bool,
+        held: HeldBytes,
+    ) -> None:
+        self.caller = caller
+        self.id, self.output = parts.id, parts.output
+        self._head, self._tail = parts.head, parts.tail
+        self.input = input_items
+        self.previous = previous
+        self.provider = provider
+        self.kept_there = kept_there
+        # When it was stored, by the store's clock.
+        self.stored_at = 0.0
+        self._held = held
+        # The one that has made it.
+        self._references = 1
+        if previous is not None:
+            previous.retain()
+
+    @property
+    def size(self) -> int:
+        """The bytes that it takes, without those of the responses before."""
+        parts = (self._head, self.output, self._tail, self.input)
+        return RESPONSE_OVERHEAD + sum(map(len, parts))
+
+    def retain(self) -> None:
+        """Refer to it, until `release`."""
+        self._references += 1
+
+    def release(self) -> None:
+        """Refer to it no longer."""
+        # Not recursive: a conversation may have many thousands of turns.
+        response: StoredResponse | None = self
+        while response is not None:
+            response = response.leave()
+
+    def leave(self) -> StoredResponse | None:
+        """Count one reference less; after the last one, return the response before, which has one less, too."""
+        self._references -= 1
+        if self._references:
+            return None
+        self._held.release()
+        previous, self.previous = self.previous, None
+        return previous
+
+    def chain(self) -> list[StoredResponse]:
+        """Return the responses from the first of the conversation to this one."""
+        chain: list[StoredResponse] = []
+        response: StoredResponse | None = self
+        while response is not None:
+            chain.append(response)
+            response = response.previous
+        chain.reverse()
+        return chain
+
+    def history(self, provider: str | None = None) -> list[bytes]:
+        """Return the items of the whole conversation, in order, in pieces of joined items.
+
+        With a *provider*, without those of its responses that it would not take back: see `replayable`.
+        """
+        pieces: list[bytes] = []
+        for response in self.chain():
+            output = response.output
+            if provider is not None:
+                output = replayable(output, same_provider=response.provider == provider)
+            pieces += (response.input, output)
+        return [piece for piece in pieces if piece]
+
+    def shown(self) -> list[tuple[str, bytes]]:
+        """Return the items that the model was shown for this response, in named pieces of joined items."""
+        pieces = []
+        for response in self.chain():
+            name = response.id.removeprefix("resp_")
+            pieces += [(name, response.input), (f"{name}_out", response.output)]
+        return pieces[:-1]
+
+    def response(self) -> bytes:
+        """Return the JSON of the response object."""
+        return b"".join((self._head, self.output, self._tail))
+
+
+def expanded(body: bytes, stored: StoredResponse, *, provider: str, max_bytes: int) -> bytes:
+    """Return *body*, a request that continues *stored*, as one that can do without it, for *provider*.
+
+    `previous_response_id` is taken out, and the items of the conversation stand in front of its own input.
+
+    Raises:
+        RequestTooLarge: that has more than *max_bytes*.
+        InvalidRequest: *body* has several keys `previous_response_id`.
+    """
+    return with_history(body, stored.history(provider), max_bytes)
+
+
+def not_found(response_id: str) -> ResponseNotFound:
+    """Return the error of a request that continues a response which cannot be found, in OpenAI's words."""
+    text = f"Previous response with id '{response_id[:64]}' not found."
+    return ResponseNotFound(text, param="previous_response_id")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredStats:
+    """A snapshot of the store: the number of responses that can be found."""
+
+    responses: int
+
+
+class StoredResponses:
+    """The responses that a caller can find by their ids, for *window* seconds; the oldest is the first to go.
+
+    Always: a response is found by its caller only, within the window; the store refers to each once.
+
+    *clock* is that of the entries of logs, which are evicted together with responses.
+    """
+
+    def __init__(
+        self,
+        streams: StreamStore,
+        window: float,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        self._streams = streams
+        self._window = window
+        self._clock = clock
+        self._loop = asyncio.get_running_loop() if loop is None else loop
+        # The oldest first.
+        self._named: OrderedDict[tuple[Caller, str], StoredResponse] = OrderedDict()
+        self._sweeper: asyncio.TimerHandle | None = None
+        streams.stored = self
+
+    @property
+    def window(self) -> float:
+        """The seconds that a response can be found; 0: none is stored."""
+        return self._window
+
+    def apply(self, window: float) -> None:
+        """Use another window, also for the responses that are stored."""
+        self._window = window
+        self._expire()
+        self._rearm()
+
+    def hold(self) -> HeldBytes:
+        """Return a count, at 0, of bytes that are kept for a response."""
+        return self._streams.hold()
+
+    def get(self, caller: Caller, response_id: str) -> StoredResponse | None:
+        """Return the caller's response of this id; None if there is none."""
+        self._expire()
+        return self._named.get((caller, response_id))
+
+    def find(self, caller: Caller, response_id: str) -> StoredResponse:
+        """Return the caller's response of this id.
+
+        Raises:
+            ResponseNotFound: there was never such a response, it is no longer kept, or it is another
+                caller's.
+        """
+        response = self.get(caller, response_id)
+        if response is None:
+            raise not_found(response_id)
+        return response
+
+    async def reach(self, caller: Caller, response_id: str) -> StoredResponse | None:
+        """Return the caller's response of this id, for the caller to `release`; None if there is none."""
+        response = self.get(caller, response_id)
+        if response is not None:
+            response.retain()
+        return response
+
+    def make(
+        self,
+        caller: Caller,
+        parts: ResponseParts,
+        input_items: bytes,
+        previous: StoredResponse | None,
+        *,
+        provider: str,
+        kept_there: bool,
+    ) -> StoredResponse | None:
+        """Return a response that nobody can find yet, for its caller to `release`; None if there is no room."""
+        held = self._streams.hold()
+        response = StoredResponse(
+            caller,
+            parts,
+            input_items,
+            previous,
+            provider=provider,
+            kept_there=kept_there,
+            held=held,
+        )
+        try:
+            held.grow(response.size)
+        except ServerAtCapacity:
+            response.release()
+            return None
+        return response
+
+    def add(self, response: StoredResponse) -> None:
+        """Let *response* be found by its id from now on, instead of an older one of that id."""
+        if self._window <= 0:
+            return
+        self._expire()
+        key = (response.caller, response.id)
+        response.retain()
+        if (older := self._named.pop(key, None)) is not None:
+            older.release()
+        response.stored_at = self._clock()
+        self._named[key] = response
+        if self._sweeper is None:
+            self._rearm()
+
+    def drop(self, caller: Caller, response_id: str) -> bool:
+        """Let a response be found no longer; return whether there was one. Those that continued it go on."""
+        self._expire()
+        return self._drop((caller, response_id))
+
+    def oldest(self) -> float:
+        """Return when the oldest response was stored; infinity if there is none."""
+        return next((response.stored_at for response in self._named.values()), inf)
+
+    def drop_oldest(self) -> None:
+        """Drop the oldest response, to make room."""
+        self._drop(next(iter(self._named)))
+
+    def stats(self) -> StoredStats:
+        """Return a snapshot."""
+        return StoredStats(len(self._named))
+
+    def close(self) -> None:
+        """Forget every response, and stop the timer."""
+        self._window = 0.0
+        self._expire()
+        self._rearm()
+
+    def _drop(self, key: tuple[Caller, str]) -> bool:
+        response = self._named.pop(key, None)
+        if response is None:
+            return False
+        response.release()
+        return True
+
+    def _expire(self) -> None:
+        """Drop the responses whose window is over."""
+        due = self._clock() - self._window
+        while self._named and self.oldest() <= due:
+            self.drop_oldest()
+
+    def _sweep(self) -> None:
+        self._sweeper = None
+        self._expire()
+        self._rearm()
+
+    def _rearm(self) -> None:
+        """Let one timer run while there are responses, until the oldest is due."""
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+            self._sweeper = None
+        if self._named:
+            delay = self.oldest() + self._window - self._clock()
+            self._sweeper = self._loop.call_later(max(MIN_SWEEP_INTERVAL, delay), self._sweep)

@@ -1,0 +1,183 @@
+"""The output items of a response, while they grow.
+
+Their texts are kept escaped, as they stand in JSON, so that an event is bytes put together, and no text is written
+twice. An item is one of
+
+    Message    parts of text and of a refusal
+    Reasoning  one part
+    Call       the arguments of a function, or the input of a custom tool
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import orjson
+
+if TYPE_CHECKING:
+    from aioserver.protocol.bridge.tools import Tool
+
+TEXT, REFUSAL, REASONING = b"output_text", b"refusal", b"reasoning_text"
+IN_PROGRESS, COMPLETED, INCOMPLETE = b"in_progress", b"completed", b"incomplete"
+
+
+class Part:
+    """A text that grows, part of an item. *kind* is TEXT, REFUSAL or REASONING.
+
+    *place* are the members of an event that say where it stands. `logprobs` and `plain_logprobs` are JSON, joined:
+    with the bytes of each token, as an item has them, and without, as events do.
+    """
+
+    __slots__ = ("_delta_head", "kind", "logprobs", "place", "plain_logprobs", "text")
+
+    def __init__(self, kind: bytes, place: bytes) -> None:
+        self.kind = kind
+        self.place = place
+        self.text = bytearray()
+        self.logprobs = bytearray()
+        self.plain_logprobs = bytearray()
+        self._delta_head = b'event: response.%b.delta\ndata: {"type":"response.%b.delta",%b,' % (
+            kind,
+            kind,
+            place,
+        )
+
+    def add_logprobs(self, own: bytes, plain: bytes) -> None:
+        """Add logprobs, with and without the bytes of each token."""
+        comma = b"," if self.logprobs and own else b""
+        self.logprobs += comma + own
+        self.plain_logprobs += comma + plain
+
+    def delta(self, text: bytes, sequence: int, logprobs: bytes = b"") -> bytes:
+        """Return the event with *text*, which has been added."""
+        if self.kind is TEXT:
+            return b'%b"logprobs":[%b],"delta":"%b","sequence_number":%d}\n\n' % (
+                self._delta_head,
+                logprobs,
+                text,
+                sequence,
+            )
+        return b'%b"delta":"%b","sequence_number":%d}\n\n' % (self._delta_head, text, sequence)
+
+    @property
+    def done(self) -> bytes:
+        """The members of the event that ends it."""
+        if self.kind is TEXT:
+            return b'%b,"text":"%b","logprobs":[%b]' % (
+                self.place,
+                bytes(self.text),
+                bytes(self.plain_logprobs),
+            )
+        name = b"refusal" if self.kind is REFUSAL else b"text"
+        return b'%b,"%b":"%b"' % (self.place, name, bytes(self.text))
+
+    def render(self) -> bytes:
+        """Return the part as it is now."""
+        if self.kind is TEXT:
+            return b'{"type":"output_text","text":"%b","annotations":[],"logprobs":[%b]}' % (
+                bytes(self.text),
+                bytes(self.logprobs),
+            )
+        name = b"refusal" if self.kind is REFUSAL else b"text"
+        return b'{"type":"%b","%b":"%b"}' % (self.kind, name, bytes(self.text))
+
+
+class Message:
+    """A message of the assistant."""
+
+    __slots__ = ("id", "index", "parts")
+
+    def __init__(self, name: str, index: int) -> None:
+        self.id = f"msg_{name}".encode()
+        self.index = index
+        self.parts: list[Part] = []
+
+    def add_part(self, kind: bytes) -> Part:
+        """Begin a part of *kind*."""
+        place = b'"item_id":"%b","output_index":%d,"content_index":%d'
+        part = Part(kind, place % (self.id, self.index, len(self.parts)))
+        self.parts.append(part)
+        return part
+
+    def render(self, status: bytes) -> bytes:
+        """Return the item as it is now, with a *status*."""
+        return b'{"id":"%b","type":"message","status":"%b","role":"assistant","content":[%b]}' % (
+            self.id,
+            status,
+            b",".join([part.render() for part in self.parts]),
+        )
+
+
+class Reasoning(Message):
+    """What a model thinks before it answers."""
+
+    __slots__ = ()
+
+    def __init__(self, name: str, index: int) -> None:
+        super().__init__(name, index)
+        self.id = f"rs_{name}".encode()
+
+    def render(self, status: bytes) -> bytes:
+        """Return the item, as `Message.render`."""
+        return b'{"id":"%b","type":"reasoning","status":"%b","summary":[],"content":[%b]}' % (
+            self.id,
+            status,
+            b",".join([part.render() for part in self.parts]),
+        )
+
+
+class Call:
+    """A call of *tool*. `text` are the arguments of its function, escaped; *provider_id* is what the provider calls it.
+
+    The input of a custom tool is within those arguments, and so is known only when they are complete.
+    """
+
+    __slots__ = ("_call_id", "custom", "id", "index", "place", "provider_id", "text", "tool")
+
+    def __init__(self, tool: Tool, name: str, index: int, provider_id: str) -> None:
+        self.tool = tool
+        self.custom = tool.kind == "custom"
+        self.id = f"{'ctc' if self.custom else 'fc'}_{name}".encode()
+        self.index = index
+        self.place = b'"item_id":"%b","output_index":%d' % (self.id, index)
+        self.provider_id = provider_id
+        self._call_id = orjson.dumps(provider_id or f"call_{name}")
+        self.text = bytearray()
+
+    @property
+    def input(self) -> bytes:
+        """The input of a custom tool, escaped: the one argument of its function, or all that the model wrote."""
+        try:
+            arguments = orjson.loads(b'"%b"' % bytes(self.text))
+            text = orjson.loads(arguments)["input"]
+            return orjson.dumps(text if isinstance(text, str) else arguments)[1:-1]
+        except (orjson.JSONDecodeError, KeyError, TypeError):
+            return bytes(self.text)
+
+    def render(self, status: bytes) -> bytes:
+        """Return the item as it is now, with a *status*."""
+        namespace = b""
+        if self.tool.namespace:
+            namespace = b',"namespace":%b' % orjson.dumps(self.tool.namespace)
+        if self.custom:
+            return (
+                b'{"id":"%b","type":"custom_tool_call","call_id":%b,"name":%b%b,"input":"%b"}'
+                % (
+                    self.id,
+                    self._call_id,
+                    orjson.dumps(self.tool.name),
+                    namespace,
+                    b"" if status is IN_PROGRESS else self.input,
+                )
+            )
+        return (
+            b'{"id":"%b","type":"function_call","status":"%b","call_id":%b,"name":%b%b,"arguments":"%b"}'
+            % (
+                self.id,
+                status,
+                self._call_id,
+                orjson.dumps(self.tool.name),
+                namespace,
+                bytes(self.text),
+            )
+        )

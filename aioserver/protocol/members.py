@@ -1,0 +1,148 @@
+"""Members on the top level of a body that is JSON (RFC 8259), found in its bytes by their keys.
+
+A body goes on as it came, and nothing below its top level is built. Where one value in it has to be another,
+its place in the bytes is looked for here. If a key stands there several times, that is the last of
+them, the one that decoders read: a request must not be served by another value than the one that was checked.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
+
+import msgspec
+from msgspec import Raw
+
+from aioserver.errors import InvalidRequest
+from aioserver.protocol import top_level
+from aioserver.protocol.top_level import ABSENT
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+# Places in one body, on all its levels, where a key with one value may be.
+MAX_PLACES = 10_000
+_SPACE = rb"[ \t\r\n]*"
+_COLON = re.compile(_SPACE + b":" + _SPACE)
+_START = re.compile(_SPACE + rb"\{" + _SPACE)
+_COMMA_AFTER = re.compile(_SPACE + b"," + _SPACE)
+_COMMA_BEFORE = re.compile(rb"," + _SPACE + rb"\Z")
+# Bytes before a key in which its comma is looked for, and before a value its key.
+_MARGIN = 4096
+# Bytes of a value that may be part of a regular expression.
+_MAX_PATTERN = 4096
+
+
+class _OneValue(Protocol):
+    value: Raw
+
+
+class Place(NamedTuple):
+    """Where a member stands in a body: its key, its value, and the end of that."""
+
+    key: int
+    value: int
+    end: int
+
+
+class Member:
+    """A member of the top level, by its *name*, which is ASCII without anything to escape."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.key = b'"%b"' % name.encode()
+        # The key with each of its letters as it is, or escaped.
+        self._escaped_key = b'"%b"' % b"".join(
+            rb"(?:%c|\\u00%x[%x%c])" % (letter, letter >> 4, letter & 15, b"%X" % (letter & 15))
+            for letter in name.encode()
+        )
+        # How the escape of a letter begins.
+        self._escapes = {b"\\u00%x" % (letter >> 4) for letter in name.encode()}
+        fields: Sequence[tuple[str, type, object]] = (("value", Raw, ABSENT),)
+        shape = msgspec.defstruct("Shape", fields, gc=False, rename={"value": name})
+        self._decoder = cast("msgspec.json.Decoder[_OneValue]", msgspec.json.Decoder(shape))
+
+    def value(self, data: bytes) -> bytes:
+        """Return the value in *data*, as it is written; empty if there is none.
+
+        Raises:
+            InvalidJson, InvalidRequest: *data* is no object.
+        """
+        return bytes(top_level.decode(self._decoder, data, "the body").value)
+
+    def find(self, data: bytes, value: bytes) -> Place:
+        """Return where the member is whose *value* `value` has returned, which is not empty.
+
+        Raises:
+            InvalidRequest: there are more than MAX_PLACES where it may be.
+        """
+        escaped = any(escape in data for escape in self._escapes)
+        if not escaped and (start := data.find(self.key)) == data.rfind(self.key):
+            # The body has no other place where the key is, in whatever depth.
+            colon = _COLON.match(data, start + len(self.key))
+            assert colon is not None, "a key, since the body has it on its top level"
+            return Place(start, colon.end(), colon.end() + len(value))
+        key = self._escaped_key if escaped else self.key
+        places: list[Place] = []
+        for start, begin in _matches(data, key + _COLON.pattern, value):
+            places.append(Place(start, begin, begin + len(value)))
+            if len(places) > MAX_PLACES:
+                raise InvalidRequest(
+                    f"more than {MAX_PLACES} keys {self.name} in one body", param=self.name
+                )
+        if len(places) == 1:
+            return places[0]
+        # Each of them gets its number as its value; the decoder then says which one it reads.
+        parts: list[bytes | memoryview] = []
+        end, view = 0, memoryview(data)
+        for number, place in enumerate(places):
+            parts += (view[end : place.value], b"%d" % number)
+            end = place.end
+        numbered = b"".join((*parts, view[end:]))
+        return places[int(self.value(numbered))]
+
+    def insert(self, data: bytes, pieces: Sequence[bytes]) -> bytes:
+        """Return *data*, which has no such member, with one in front, whose value are the *pieces*."""
+        match = _START.match(data)
+        assert match is not None, "the body is an object"
+        start = match.end()
+        comma = b"" if data.startswith(b"}", start) else b","
+        return b"".join((data[:start], self.key, b":", *pieces, comma, memoryview(data)[start:]))
+
+    def remove(self, data: bytes) -> bytes:
+        """Return *data* without this member, which it has.
+
+        Raises:
+            InvalidRequest: it has several, or there are more than MAX_PLACES where it may be.
+        """
+        place = self.find(data, self.value(data))
+        start, end = place.key, place.end
+        if (comma := _COMMA_AFTER.match(data, end)) is not None:
+            end = comma.end()
+        else:
+            begin = max(0, start - _MARGIN)
+            before = _COMMA_BEFORE.search(data[begin:start])
+            if before is not None:
+                start = begin + before.start()
+        view = memoryview(data)
+        rest = b"".join((view[:start], view[end:]))
+        if self.value(rest):
+            raise InvalidRequest(f"several keys {self.name} in one body", param=self.name)
+        return rest
+
+
+def _matches(data: bytes, key: bytes, value: bytes) -> Iterator[tuple[int, int]]:
+    """Yield where the pattern *key* matches in front of *value*, and where that begins, outside of strings.
+
+    A quote inside a string is escaped, so what matches is a key, though perhaps a nested one.
+    """
+    if len(value) <= _MAX_PATTERN:
+        for match in re.finditer(key + b"(?=%b)" % re.escape(value), data):
+            yield match.start(), match.end()
+        return
+    before, begin = re.compile(key + rb"\Z"), -1
+    # A long value is looked for first: to compare it at each key would take the square of its length.
+    while (begin := data.find(value, begin + 1)) >= 0:
+        margin = max(0, begin - _MARGIN)
+        if (place := before.search(data[margin:begin])) is not None:
+            yield margin + place.start(), begin
