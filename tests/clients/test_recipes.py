@@ -133,8 +133,22 @@ async def test_recipe_runs_as_it_stands(make_server: MakeServer, home: Path, sec
     assert server.simulator.stats().requests == server.simulator.stats().completed > 0
 
 
-# Codex does not read `x-should-retry`, and its recipe lets it ask once more.
-ASKED = {**dict.fromkeys((*PYTHON, *NODE), 1), "Codex": 2}
+@pytest.mark.parametrize("section", ["openai: Python", "OpenAI Agents SDK", "Codex"])
+async def test_responses_are_translated_for_a_provider_that_has_none(
+    make_server: MakeServer, home: Path, section: str
+) -> None:
+    server = await make_server(**{"llm.providers.sim.responses": False})
+
+    done = await play(section, server, home)
+
+    assert re.search(EXPECTED[section], done.out, re.DOTALL), done
+    assert done.code == 0, done
+    paths = {request.path for request in server.simulator.requests}
+    assert paths == {"/v1/chat/completions"}
+
+
+# How often at most. Codex does not read `x-should-retry`: it asks again, over a WebSocket and over HTTP.
+ASKED = {**dict.fromkeys((*PYTHON, *NODE), 1), "Codex": 4}
 
 
 @pytest.mark.parametrize("section", ASKED)
@@ -146,7 +160,7 @@ async def test_what_we_have_given_up_is_not_asked_again_and_again(
     done = await play(section, server, home)
 
     assert "503" in done.out + done.log
-    assert server.simulator.stats().requests == ASKED[section]
+    assert 1 <= server.simulator.stats().requests <= ASKED[section]
 
 
 # The page itself.
