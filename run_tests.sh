@@ -6,6 +6,30 @@ here=$(cd "$(dirname "$0")" && pwd)
 cd "$here"
 . deploy/venv.sh
 ensure_installed installed-tests '[test]'
+# Programs of others, which tests/clients runs, in a folder of their own. What cannot be installed skips its tests.
+# The large ones are installed by hand: docs/testing.md.
+install_clients() {
+  local folder=.venv/clients lines wanted python
+  lines=$(sed -n '/^clients =$/,/^$/s/^ *\(.*>=.*\)/\1/p' setup.cfg)
+  wanted=$(echo "$lines" | cat - tests/clients/package.json | cksum)
+  if [ "$(cat "$folder/installed" 2>/dev/null)" = "$wanted" ]; then return; fi
+  rm -rf "$folder"
+  .venv/bin/python -m venv "$folder"
+  cp tests/clients/package.json "$folder"
+  mapfile -t lines <<<"$lines"
+  timeout 120 "$folder/bin/python" -m pip install --quiet --disable-pip-version-check --retries 1 "${lines[@]}" &
+  python=$!
+  timeout 120 npm install --prefix "$folder" --omit=optional --no-package-lock --no-audit --no-fund \
+    --fetch-retries=1 --loglevel=error >/dev/null || rm -rf "$folder/node_modules"
+  wait "$python" || rm -rf "$folder/bin"
+  if [ -d "$folder/bin" ] && { [ -d "$folder/node_modules" ] || ! command -v npm >/dev/null; }; then
+    echo "$wanted" >"$folder/installed"
+  else
+    echo "tests/clients skips what could not be installed" >&2
+  fi
+}
+install_clients &
+clients=$!
 # The pages are tested in Debian's Chromium, the samples of deploy/ with the programs they are for. What is
 # missing is installed by root; without it those tests skip, and with CI=true they fail.
 missing=()
@@ -33,6 +57,7 @@ if [ "$(id -u)" = 0 ] && [ "${#missing[@]}" != 0 ] && command -v apt-get >/dev/n
   apt-get -qq -y install --no-install-recommends "${known[@]}" >/dev/null ||
     echo "could not be installed: ${missing[*]}" >&2
 fi
+wait "$clients" || true
 .venv/bin/ruff format --check .
 .venv/bin/ruff check .
 # The types are checked beside the tests, which leave a processor idle now and then.

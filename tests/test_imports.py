@@ -21,7 +21,17 @@ LINE = (
 )
 ORDER = LINE.split()
 # Folders of tests that are no package's: of pages, of deploy/ and docs/, of the whole server, and for all tests.
-OTHER_TESTS = {"browser", "deploy", "docs", "end_to_end", "fuzz", "simulation", "soak", "support"}
+OTHER_TESTS = {
+    "browser",
+    "clients",
+    "deploy",
+    "docs",
+    "end_to_end",
+    "fuzz",
+    "simulation",
+    "soak",
+    "support",
+}
 # Modules, and what they may import inside a function, for start-up time or as an option.
 INSIDE_FUNCTIONS = {
     "providers.registry": {"aioserver.providers.simulator.server"},

@@ -104,7 +104,7 @@ def test_code_imports_what_is_installed(distribution: str) -> None:
 
 
 def test_every_extra_is_for_something() -> None:
-    assert set(EXTRAS) == {"speedups", "cli", "cluster", "history", "test", "fuzz"}
+    assert set(EXTRAS) == {"speedups", "cli", "cluster", "history", "test", "fuzz", "clients"}
 
 
 def test_what_only_the_tests_import_is_imported_there() -> None:

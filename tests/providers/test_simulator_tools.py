@@ -106,6 +106,7 @@ def turn(endpoint: str, name: str, arguments: str, result: Any) -> list[Any]:
         ("get_weather {not JSON}", ("get_weather", {"city": "get_weather {not JSON}"})),
         ("Use Bash", ("Bash", {"command": "ls"})),
         ("Run `ls -1`", ("Bash", {"command": "ls -1"})),
+        ('"Run `ls -1`"', ("Bash", {"command": "ls -1"})),
         ("Say something about `ls -1`", None),
         ("Run `rm -rf /`", None),
         ("Run `echo x` with get_weather", ("get_weather", {"city": "echo x"})),

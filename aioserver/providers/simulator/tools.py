@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 # Characters of the user's message that are searched, and that become an argument.
 _MAX_SEARCHED = 20_000
 _MAX_ARGUMENT = 80
-_QUOTED = re.compile(r'`([^`\n]+)`|"([^"\n]+)"|“([^”\n]+)”')
+_QUOTED = re.compile(r'`([^`\n]+)`|"([^"`\n]+)"|“([^”`\n]+)”')
 _RUN = re.compile(r"\b(?:run|execute)\b", re.IGNORECASE)
 # Programs put what they add to a person's message into a tag, as <system-reminder>.
 _ADDED = re.compile(r"\s*<([a-z][\w-]*)\b.*</\1>\s*", re.DOTALL)
