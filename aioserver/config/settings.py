@@ -28,6 +28,7 @@ from aioserver.config.chat import (
 from aioserver.config.llm import HttpClient, Llm, Provider
 from aioserver.config.schema import BrokenRule, check_rules, group, section, setting
 from aioserver.config.validators import (
+    api,
     boolean,
     count,
     count_or_0,
@@ -64,6 +65,7 @@ __all__ = [
     "Sse",
     "Streaming",
     "Streams",
+    "Tracing",
     "Uvicorn",
     "WebSocket",
 ]
@@ -161,6 +163,23 @@ class Cluster:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Tracing:
+    """Traces of requests, as OpenTelemetry has them."""
+
+    otlp_endpoint: str | None = setting(
+        optional(api),
+        "base URL of the collector that gets the spans by OTLP over HTTP, such as http://127.0.0.1:4318; "
+        "null: no spans are made",
+        None,
+    )
+    service_name: str = setting(
+        line,
+        "`service.name` of the spans, by which a tracing system lists this server",
+        "aioserver",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Logging:
     """The log."""
 
@@ -182,6 +201,7 @@ class Settings:
     llm: Llm = group(Llm)
     auth: Auth | None = setting(optional(section(Auth)), "", None)
     cluster: Cluster = group(Cluster)
+    tracing: Tracing = group(Tracing)
     logging: Logging = group(Logging)
 
     def __post_init__(self) -> None:

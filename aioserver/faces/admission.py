@@ -137,22 +137,16 @@ class Admission:
         lines = self.refusal_lines if event == "refused" else self._lines
         if logger.isEnabledFor(level) and (suppressed := lines.allow(event, face, code)) >= 0:
             gate = self.gate
-            logger.log(
-                level,
-                "connection %s",
-                event,
-                extra={
-                    "fields": {
-                        "face": face,
-                        **({"code": code} if code else {}),
-                        **({"caller": caller} if caller else {}),
-                        "active": gate.inside,
-                        "limit": gate.limit,
-                        "waiting": gate.waiting,
-                        **({"suppressed": suppressed} if suppressed else {}),
-                    }
-                },
-            )
+            fields = {
+                "face": face,
+                **({"code": code} if code else {}),
+                **({"caller": caller} if caller else {}),
+                "active": gate.inside,
+                "limit": gate.limit,
+                "waiting": gate.waiting,
+                **({"suppressed": suppressed} if suppressed else {}),
+            }
+            logger.log(level, "connection %s", event, extra={"fields": fields})
 
     def connect(self, face: str, caller: Caller) -> AbstractContextManager[object]:
         """Count a connection of the caller's key, until the `with` of the result ends.
@@ -179,9 +173,13 @@ class Admission:
         return place
 
     async def wait(
-        self, face: str, name: str, on_position: Callable[[int, float], None] | None = None
+        self,
+        face: str,
+        name: str,
+        on_position: Callable[[int, float], None] | None = None,
+        hold: BodyHold | None = None,
     ) -> Place:
-        """Queue for a place, and return it; *name*: that of the key that waits.
+        """Queue for a place, and return it; *name*: that of the key that waits; *hold*: of its body, which notes the wait.
 
         Whoever calls this releases the place; cancelling leaves the queue.
 
@@ -206,6 +204,8 @@ class Admission:
             meter.waiting.value -= 1
             self.idle_sockets.waited(name)
         waits["entered"].observe(monotonic() - began)
+        if hold is not None:
+            hold.waited_since = began
         return place
 
     def opened(self, face: str, caller: str = "") -> None:
@@ -248,12 +248,12 @@ class BodyHold:
     handler: the end of that request does it then.
     """
 
-    __slots__ = ("_admission", "given", "size")
+    __slots__ = ("_admission", "given", "size", "waited_since")
 
     def __init__(self, admission: Admission) -> None:
         self._admission = admission
         self.size = 0
-        self.given = False
+        self.given, self.waited_since = False, 0.0
 
     def grow(self, size: int) -> None:
         """Count another *size* bytes of this body.
@@ -309,7 +309,7 @@ def counted(
         with connection, admission.hold() as hold:
             prepared = await prepare(request, hold)
             try:
-                place = admission.try_enter() or await admission.wait(face, name)
+                place = admission.try_enter() or await admission.wait(face, name, hold=hold)
             except ServerAtCapacity as error:
                 admission.log("refused", face, logging.WARNING, caller=name, code=error.code)
                 if refuse is None:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from aioserver.monitoring.monitor import Monitor
     from aioserver.streams.fast_path import Outbox
     from aioserver.telemetry.metrics import Metrics
+    from aioserver.telemetry.tracing import Tracer
 
 
 class CurrentSettings:
@@ -72,7 +73,7 @@ class OpenSocket(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Context:
-    """The objects that a face may use.
+    """The objects that a face may use. *tracer* is None if no spans are made.
 
     Always: it is filled once, when the server starts, and never changes.
     """
@@ -89,5 +90,6 @@ class Context:
     wheel: TimerWheel
     sockets: set[OpenSocket]
     metrics: Metrics
+    tracer: Tracer | None
     monitor: Monitor
     registry: CollectorRegistry

@@ -19,7 +19,7 @@ from aiohttp import web
 
 from aioserver.auth.callers import CALLER
 from aioserver.errors import StreamNotFound
-from aioserver.faces import http, whole
+from aioserver.faces import http, visits, whole
 from aioserver.faces.admission import counted
 from aioserver.faces.http import speaks_anthropic
 from aioserver.faces.intake import client_headers, idempotency_key, read_model_body
@@ -221,8 +221,14 @@ async def write_kept(
     Raises:
         AioserverError: as `kept_answer`.
     """
-    async with kept_answer(stream, context.gateway.lifetime) as answer:
-        return await _write_whole(context, request, answer, dialect)
+    tracer = context.tracer
+    visit = None if tracer is None else visits.begin(tracer, context, request, stream)
+    try:
+        async with kept_answer(stream, context.gateway.lifetime) as answer:
+            return await _write_whole(context, request, answer, dialect)
+    finally:
+        if visit is not None:
+            visits.end(visit, stream)
 
 
 async def _write_whole(

@@ -23,6 +23,7 @@ import logging
 import struct
 from abc import ABC, abstractmethod
 from functools import partial
+from time import monotonic
 from typing import TYPE_CHECKING, ClassVar
 
 from aiohttp import WebSocketError, WSCloseCode, WSMsgType
@@ -211,6 +212,7 @@ class Socket(ABC):
     async def _take(self, data: bytes) -> None:
         hold = self._messages.take_hold()
         if not self._inside and self._closing is None:
+            hold.waited_since = monotonic()
             self._waiting.append((data, hold))
             room = MAX_WAITING_BYTES - sum(hold.size for _, hold in self._waiting)
             self._messages.room = max(0, room)

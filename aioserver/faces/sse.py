@@ -141,6 +141,9 @@ async def start(context: Context, request: web.Request, question: Question) -> w
         return await resume(context, request, (stream, question.after))
     if not stream.readers:
         context.gateway.lifetime.detach(stream)
+    if stream.record.trace is not None:
+        # The client that follows it makes another request.
+        stream.record.trace.followed = True
     endpoint = context.settings.chat.sse.endpoint
     location = f"{endpoint}/{quote(stream.request_id, safe='')}"
     body: dict[str, Any] = {"request_id": stream.request_id, "location": location}

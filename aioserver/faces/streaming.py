@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from aiohttp.http import HttpVersion11
 
+from aioserver.faces import visits
 from aioserver.faces.http import Request
 from aioserver.faces.ready import LAST_CHUNK, ReadyStream
 from aioserver.protocol import eventstream
@@ -86,6 +87,8 @@ async def follow(
         if not ended.done():
             ended.set_result(None)
 
+    tracer = context.tracer
+    visit = None if tracer is None else visits.begin(tracer, context, request, stream, after)
     beats = Heartbeat(writer, chat.websocket.ping_interval, heartbeat)
     try:
         writer.follow(
@@ -100,7 +103,10 @@ async def follow(
             await ended
         await writer.flush()
     finally:
-        run_all((partial(context.wheel.remove, beats), writer.close))
+        steps: list[Callable[[], object]] = [partial(context.wheel.remove, beats), writer.close]
+        if visit is not None:
+            steps.append(partial(visits.end, visit, stream))
+        run_all(steps)
 
 
 class Heartbeat:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from aiohttp import WSCloseCode, web
 
 from aioserver.errors import AioserverError, ConcurrencyExceeded, ServerShutdown, StreamNotFound
+from aioserver.faces import visits
 from aioserver.faces.socket import Socket
 from aioserver.faces.upgrade import serve
 from aioserver.gateway.elsewhere import Start
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from aioserver.protocol.client_frames import Command
     from aioserver.streams.cursor import Cursor
     from aioserver.streams.stream import Stream
+    from aioserver.telemetry.tracing import Visit
 
 # Answers that run at once on one socket.
 MAX_ANSWERS = 32
@@ -58,6 +60,8 @@ class ChatSocket(Socket):
         # The conversation of the questions that name none.
         self._scope = uuid.uuid4().hex
         self._following: dict[str, Cursor] = {}
+        # Those among them whose answers other requests have begun; None without one.
+        self._visits: dict[Cursor, Visit] | None = None
 
     @property
     def busy(self) -> bool:
@@ -171,14 +175,33 @@ class ChatSocket(Socket):
             ),
             on_end=self._ended,
         )
+        tracer, request_id = self._context.tracer, stream.request_id
+        if tracer is not None and (
+            visit := tracer.visit(stream.record, self._client_headers, request_id, after)
+        ):
+            self._visits = {**(self._visits or {}), cursor: visit}
         old = self._following.get(stream.request_id)
         self._following[stream.request_id] = cursor
         self._context.gateway.lifetime.reader_added(stream)
         if old is not None:
             self._writer.unfollow(old)
+            self._end_visit(old)
         self._context.admission.idle_sockets.asked(self)
 
+    def _end_visit(self, cursor: Cursor) -> None:
+        if self._visits and (visit := self._visits.pop(cursor, None)) is not None:
+            visits.end(visit, cursor.stream)
+
+    async def finish(self) -> None:
+        """Complete the close, and end the visits that the client has broken off."""
+        try:
+            await super().finish()
+        finally:
+            for cursor in tuple(self._visits or ()):
+                self._end_visit(cursor)
+
     def _ended(self, cursor: Cursor) -> None:
+        self._end_visit(cursor)
         if self._following.get(cursor.stream.request_id) is cursor:
             del self._following[cursor.stream.request_id]
             self._context.admission.idle_sockets.asked(self)

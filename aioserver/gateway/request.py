@@ -87,4 +87,11 @@ class Request:
             streamed=provider_request.streamed,
         )
         record.log = request_log
+        if request_log.tracer is not None:
+            request_log.tracer.begin(
+                record,
+                provider_request.client_headers,
+                provider_request.path,
+                provider_request.waited_since,
+            )
         return record

@@ -6,7 +6,8 @@ A trace is W3C's Trace Context, Level 1 (https://www.w3.org/TR/trace-context/):
     tracestate: <name>=<value>,…                what tracing systems add to it
 
 An invalid `traceparent` does not go on, nor the `tracestate` beside it; an invalid `tracestate` does not go
-on alone. What goes on is as the client sent it: this server is no span of the trace.
+on alone. What goes on is as the client sent it, unless this server makes spans of its own (telemetry/tracing.py): then the
+parent is one of them.
 
 No value can end its line, so a client cannot add a header or a body to the request: values are
 compared as bytes with what HTTP allows in one (RFC 9110, 5.5).
@@ -84,6 +85,20 @@ class ClientHeaders:
 
     def __bool__(self) -> bool:
         return bool(self._lines or self._api_lines)
+
+    def trace(self) -> tuple[bytes, bytes]:
+        """Return the `traceparent` and the `tracestate`, both empty without a trace."""
+        if not self.trace_id:
+            return b"", b""
+        values = dict(self._lines)
+        return values[TRACEPARENT], values.get(TRACESTATE, b"")
+
+    def with_parent(self, parent: bytes, trace_id: str) -> ClientHeaders:
+        """Return these headers with another `traceparent`, of a span of this server in the trace *trace_id*."""
+        lines = [(TRACEPARENT, parent)]
+        if self._lines:
+            lines += [line for line in self._lines if line[0] != TRACEPARENT]
+        return ClientHeaders(lines, trace_id, self._api_lines)
 
     def written(self, names: Collection[str], configured: Collection[str] = ()) -> bytes:
         """Return those headers whose name, in lower case, is in *names*, as lines of a request.

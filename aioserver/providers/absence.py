@@ -136,7 +136,10 @@ class Absence:
         await self._gate.park(seconds, waited=attempt.waited)
         parked = self._clock() - began
         attempt.waited += parked
-        attempt.request.record.queue_wait += parked
+        record = attempt.request.record
+        record.queue_wait += parked
+        if record.trace is not None:
+            record.trace.waited(attempt.provider.name, began, began + parked)
 
 
 def unsent(stream: Stream) -> bool:

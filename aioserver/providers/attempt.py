@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from aioserver.protocol.anthropic import is_messages, with_total
 from aioserver.protocol.openai import BadEvent, ErrorEvent, bounded, usage_of
 from aioserver.provider_errors import ProviderBadResponse, ProviderFault
+from aioserver.providers.attempt_trace import WatchedSink, note_request
 from aioserver.providers.body_sink import BodySink
 from aioserver.providers.continuation import learn
 from aioserver.providers.error_mapping import (
@@ -214,7 +215,10 @@ class Attempt:
         body = request.body(provider.settings)
         if request.draft is not None:
             body = request.draft.body_for(body, provider.name, keeps=provider.keeps_responses)
-        return writer.write(request.path, body, request.client_headers)
+        client_headers, trace = request.client_headers, request.record.trace
+        if trace is not None:
+            client_headers = note_request(trace, body, client_headers)
+        return writer.write(request.path, body, client_headers)
 
     def sending(self, exchange: Source | None = None) -> None:
         """Note that the request goes out: from here on the model may run, and cost money.
@@ -254,7 +258,10 @@ class Attempt:
             sink = BodySink(limit, request.answer_bytes)
         self.sink = sink
         check_uncompressed(headers)
-        return sink
+        trace = request.record.trace
+        if trace is None or isinstance(sink, BodySink):
+            return sink
+        return WatchedSink(sink, trace.next_attempt())
 
     def event_sink(self, stream: Stream) -> Sink:
         """Return the sink for the events of the answer, which fills *stream*."""

@@ -163,7 +163,10 @@ class PassedRequest(ProviderRequest):
         if self.method == "POST" and self.upload is None:
             body = self.body(provider)
             own["Content-Length"] = str(len(body))
-        return writer.head(self.method, self.target, own, self.client_headers) + body
+        trace, client_headers = self.record.trace, self.client_headers
+        if trace is not None:
+            client_headers = trace.passed(client_headers)
+        return writer.head(self.method, self.target, own, client_headers) + body
 
 
 class PassedAttempt(Attempt):

@@ -20,6 +20,7 @@ from aioserver.provider_errors import (
     StaleConnection,
 )
 from aioserver.providers.absence import Absence, unsent
+from aioserver.providers.attempt_trace import note_end
 from aioserver.providers.backpressure import Backpressure
 from aioserver.providers.bridging import Bridging
 from aioserver.providers.budget import Budget
@@ -332,6 +333,8 @@ class Provider:
             waited = self._clock() - began
             attempt.waited += waited
             record.queue_wait += waited
+            if record.trace is not None:
+                record.trace.waited(self.name, began, began + waited)
         attempt.expected_tokens = cost
         # A trial may have to come back.
         attempt.rejoin = attempt.rejoin or isinstance(place, TrialPlace)
@@ -354,6 +357,8 @@ class Provider:
         if exc is None and not attempt.answered:
             # An answer in one piece has no first event.
             attempt.first_event()
+        if attempt.request.record.trace is not None:
+            note_end(attempt, exc, self._clock(), self.pools.base_url)
         trial, attempt.trial = attempt.trial, False
         outdated, attempt.pool = self._outdated(attempt), None
         exc = exc or attempt.fault

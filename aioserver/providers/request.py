@@ -29,10 +29,12 @@ NO_CALLER = Caller()
 class Hold(Protocol):
     """The bytes of a client's body that count against `max_body_bytes`, as their request sees them.
 
-    *given* says that the request releases them, and not the handler that has read them.
+    *given* says that the request releases them, and not the handler that has read them. *waited_since* is the monotonic
+    time since which its client had waited for a place, 0.0 if it has got one at once.
     """
 
     given: bool
+    waited_since: float
 
     def shrink_to(self, size: int) -> None:
         """Count no more than *size* bytes from now on."""
@@ -150,6 +152,11 @@ class ProviderRequest:
             self._hold = None
         if self.draft is not None:
             self.draft.release()
+
+    @property
+    def waited_since(self) -> float:
+        """The monotonic time since which its client had waited for a place; 0.0 if it has not, or that is unknown."""
+        return 0.0 if self._hold is None else self._hold.waited_since
 
     @property
     def whole(self) -> bool:

@@ -52,6 +52,7 @@ from aioserver.providers.queueing import ProviderGate
 from aioserver.providers.registry import ProviderRegistry
 from aioserver.server.history import open_history, prepare_file
 from aioserver.server.middleware import make_middleware
+from aioserver.server.tracing import open_tracer
 from aioserver.streams.fast_path import Outbox
 from aioserver.streams.store import StreamStore
 from aioserver.telemetry.loop_lag import LoopLag
@@ -218,7 +219,8 @@ async def open_server(
         instances = None if cluster is None else cluster.streams(streams, conversations)
         if instances is not None:
             stack.push_async_callback(instances.close)
-        request_log = RequestLog(metrics, lag)
+        tracer = open_tracer(stack, settings, metrics.spans)
+        request_log = RequestLog(metrics, lag, tracer)
         shared = None if instances is None else instances.histories
         history = await open_history(
             stack, service.repository, conversations, shared, metrics.history_turns
@@ -259,6 +261,7 @@ async def open_server(
             wheel=wheel,
             sockets=set(),
             metrics=metrics,
+            tracer=tracer,
             monitor=monitor,
             registry=prometheus.registry(metrics.families, monitor.fresh, listening),
         )

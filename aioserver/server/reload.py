@@ -49,6 +49,7 @@ ONLY_BY_RESTART = (
     "chat.service.repository.path",
     "chat.service.repository.persistence.enabled",
     "cluster",
+    "tracing",
 )
 
 

@@ -151,6 +151,7 @@ class Metrics:
         # Limits the log lines about refused requests, by error code: thousands a second may be refused.
         self.refusal_lines = logs.RateLimit(1, logs.SAME_ERROR)
         self.history_turns = {outcome: Counter() for outcome in ("written", "lost")}
+        self.spans = {outcome: Counter() for outcome in ("exported", "dropped")}
         self.slow_clients = Counter()
         self.gave_way = Counter()
         self.bugs = Counter()
@@ -309,6 +310,7 @@ SERVER_FAMILIES: tuple[Row[Metrics], ...] = (
         "Turns of conversations written to the file, or lost since it failed",
         ("outcome",),
     ),
+    Row("trace_spans", lambda m: m.spans, "Spans exported, or dropped", ("outcome",)),
     Row("slow_clients", lambda m: m.slow_clients, "Clients dropped because they read nothing"),
     Row(
         "bad_requests",

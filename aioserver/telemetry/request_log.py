@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 from operator import attrgetter
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from aioserver.errors import AioserverError, SlowClient
 from aioserver.protocol import anthropic
@@ -21,9 +21,11 @@ from aioserver.telemetry.loop_lag import THRESHOLD
 from aioserver.telemetry.metrics import CANCELLED, CLIENT_LEFT, OK, Metrics
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
+    from aioserver.protocol.client_headers import ClientHeaders
     from aioserver.telemetry.loop_lag import LoopLag
+    from aioserver.telemetry.trace import Trace
 
 logger = logging.getLogger("aioserver.requests")
 
@@ -82,14 +84,17 @@ class RequestRecord:
         "slow_client",
         "streamed",
         "target",
+        "trace",
         "trace_id",
         "usage",
     )
 
     def __init__(self) -> None:
         self.face = self.request_id = self.provider = self.model = self.caller = ""
-        # The id of the client's trace (W3C Trace Context), 32 hex digits; "" if it has none.
+        # The id of its trace (W3C Trace Context), the client's or a new one, 32 hex digits; "" if it has none.
         self.trace_id = ""
+        # The trace of which spans are made; None if there is no tracer, or the client samples none.
+        self.trace: Trace | None = None
         # The method and the path of a request that is passed on as it is, without its query.
         self.target = ""
         self.admitted_at = 0.0
@@ -153,23 +158,47 @@ class RequestRecord:
 
     def tokens(self, *names: str) -> int | None:
         """Return the first plausible number in the usage under *names*; None if there is none."""
-        if self.usage is not None:
-            for name in names:
-                number = self.usage.get(name)
-                if isinstance(number, int) and number is not True and 0 <= number < MAX_TOKENS:
-                    return number
-        return None
+        return token_count(self.usage, names)
+
+
+def token_count(usage: Mapping[str, Any] | None, names: Iterable[str]) -> int | None:
+    """Return the first plausible number in *usage* under *names*; None if there is none."""
+    if usage is not None:
+        for name in names:
+            number = usage.get(name)
+            if isinstance(number, int) and number is not True and 0 <= number < MAX_TOKENS:
+                return number
+    return None
 
 
 # The record of a stream that no request has begun: its notes are shown nowhere.
 NO_RECORD = RequestRecord()
 
 
-class RequestLog:
-    """Counts and logs each request that has ended."""
+class RecordTracer(Protocol):
+    """The tracer (tracing.py), as the request log sees it."""
 
-    def __init__(self, metrics: Metrics, lag: LoopLag) -> None:
+    def begin(
+        self,
+        record: RequestRecord,
+        client_headers: ClientHeaders,
+        path: str,
+        waited_since: float = 0.0,
+    ) -> None:
+        """Begin the trace of *record*."""
+
+    def finish(
+        self, record: RequestRecord, now: float, code: str, outcome: str, status: int
+    ) -> None:
+        """Make the spans of *record*, which has a trace."""
+
+
+class RequestLog:
+    """Counts and logs each request that has ended; *tracer* is None if no spans are made."""
+
+    def __init__(self, metrics: Metrics, lag: LoopLag, tracer: RecordTracer | None = None) -> None:
         self.metrics = metrics
+        self.tracer = tracer
         self._lag = lag
 
     def count_first_token(self, record: RequestRecord) -> None:
@@ -214,6 +243,8 @@ class RequestLog:
         elif record.silence > THRESHOLD:
             self._count_gaps(record, now)
         self._count_tokens(record)
+        if record.trace is not None and self.tracer is not None:
+            self.tracer.finish(record, now, code, outcome, status)
         if outcome == "rejected":
             if (left_out := metrics.refusal_lines.allow(code)) >= 0:
                 self._log(record, now, code, outcome, status, left_out=left_out)
