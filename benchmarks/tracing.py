@@ -110,7 +110,7 @@ def main() -> None:
         tempfile.TemporaryDirectory(prefix="aioserver-bench-") as folder,
         contextlib.ExitStack() as stack,
     ):
-        bench = Bench(Path(folder), "uvloop", free_port(), cores[0], cores[-1])
+        bench = Bench.create(Path(folder), "uvloop", cores[0], cores[-1])
         servers = {}
         with bench.mock(Load(mode="http", connections=1)):
             for name, config in configs.items():

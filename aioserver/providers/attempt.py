@@ -215,10 +215,14 @@ class Attempt:
         body = request.body(provider.settings)
         if request.draft is not None:
             body = request.draft.body_for(body, provider.name, keeps=provider.keeps_responses)
-        client_headers, trace = request.client_headers, request.record.trace
+        return self.request_bytes(writer, request.path, body)
+
+    def request_bytes(self, writer: RequestWriter, path: str, body: bytes) -> bytes:
+        """Return the bytes of a request for *path* with this *body*, and note it in the trace."""
+        client_headers, trace = self.request.client_headers, self.request.record.trace
         if trace is not None:
             client_headers = note_request(trace, body, client_headers)
-        return writer.write(request.path, body, client_headers)
+        return writer.write(path, body, client_headers)
 
     def sending(self, exchange: Source | None = None) -> None:
         """Note that the request goes out: from here on the model may run, and cost money.

@@ -83,7 +83,7 @@ class ResponseAttempt(Attempt):
         if chat is None:
             return super().written(writer)
         body, chat.body = chat.body, b""
-        return writer.write(CHAT, body, self.request.client_headers)
+        return self.request_bytes(writer, CHAT, body)
 
     def repeats(self) -> bool:
         """Return whether the request is to be sent as one for a chat completion, since the provider has no such path.
