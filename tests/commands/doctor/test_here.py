@@ -259,6 +259,7 @@ def test_the_limit_of_a_group_above_counts(tmp_path: Path) -> None:
 # As a process.
 
 
+@pytest.mark.one_loop
 async def test_a_bad_configuration_is_told_whole_with_exit_code_2(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text(SHIPPED.read_text().replace("port: 8000", "prot: 8000").replace("demo:", "x:"))
@@ -271,6 +272,7 @@ async def test_a_bad_configuration_is_told_whole_with_exit_code_2(tmp_path: Path
     assert "Traceback" not in out
 
 
+@pytest.mark.one_loop
 async def test_an_active_provider_without_its_key_is_2_and_the_rest_is_examined_all_the_same(
     tmp_path: Path,
 ) -> None:
@@ -291,6 +293,7 @@ async def test_an_active_provider_without_its_key_is_2_and_the_rest_is_examined_
     assert texts["provider demo: answers: the first token of demo came"] == "ok"
 
 
+@pytest.mark.one_loop
 async def test_the_shipped_configuration_is_well_and_asks_nobody(tmp_path: Path) -> None:
     data = yaml.safe_load(SHIPPED.read_text())
     del data["llm"]["providers"]["local"]
@@ -304,6 +307,7 @@ async def test_the_shipped_configuration_is_well_and_asks_nobody(tmp_path: Path)
     assert "ok    provider demo: answers: the first token of demo came" in out
 
 
+@pytest.mark.one_loop
 @pytest.mark.parametrize(
     "arguments", [["--idle", "5"], ["http://x", "--config", "c.yaml"], ["ftp://x"]]
 )
