@@ -62,7 +62,7 @@ async def examine(report: Report, llm: settings.Llm, *, ask: bool) -> None:
         await registry.prepare(llm)
         registry.apply(llm, max_response_bytes=MAX_BYTES)
         needed = (llm.active, *llm.fallbacks)
-        # Those that matter most come first.
+        # The providers that matter most come first.
         for name in dict.fromkeys((*needed, *registry.providers)):
             await _examine(report, registry.providers[name], needed=name in needed, ask=ask)
     finally:

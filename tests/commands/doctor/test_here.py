@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 import ssl
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,6 +14,7 @@ import yaml
 
 from aioserver.commands.doctor import machine, providers
 from aioserver.commands.doctor.findings import Report
+from aioserver.commands.doctor.here import examine_cluster
 from aioserver.commands.doctor.machine import System
 from aioserver.commands.doctor.network import Peer, Steps
 from aioserver.config.configuration import SHIPPED
@@ -241,6 +243,30 @@ async def test_this_machine_is_measured_against_the_settings(
     assert "memory: 1 MiB are free" in warned
 
 
+async def test_packages_and_a_file_that_the_settings_want_are_missed(
+    tmp_path: Path, findings: Findings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("uvloop", "redis", "aiosqlite"):
+        monkeypatch.setitem(sys.modules, name, None)
+    changes = {
+        "cluster.redis_url": "redis://127.0.0.1:9",
+        "chat.service.repository": {"type": "sql", "path": str(tmp_path / "none" / "events.db")},
+    }
+    settings = configured(NOWHERE, changes, tmp_path / "c.yaml").settings
+
+    machine.examine_interpreter(findings.report)
+    await machine.examine(findings.report, settings)
+    await examine_cluster(findings.report, settings.cluster)
+
+    (failed,) = findings.of("fail")
+    assert "cluster.redis_url is set, and redis is not installed" in failed
+    texts = " ".join(findings.of("warn"))
+    assert "machine: uvloop is not installed" in texts
+    assert "aiosqlite is not installed" in texts
+    assert "events.db cannot be written" in texts
+    assert "cluster: no connection: 127.0.0.1 port 9: Connection refused" in texts
+
+
 def written(path: Path, text: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
@@ -256,7 +282,7 @@ def test_the_limit_of_a_group_above_counts(tmp_path: Path) -> None:
     assert machine.available_memory(System(own_cgroup=own, cgroups=tmp_path)) == 2000
 
 
-# As a process.
+# A process.
 
 
 @pytest.mark.one_loop

@@ -43,7 +43,10 @@ async def test_a_client_of_a_server_with_keys_sees_each_event_of_an_answer_that_
     make_server: MakeServer,
 ) -> None:
     """It takes two seconds: an answer whose events are spread over one, so that their spread can be seen."""
-    server = await make_server(**keys_of("web"), **{"llm.providers.demo": SIMULATED})
+    # A list of models that takes more than one packet, in which the simulated one comes last.
+    models = [f"a-model-with-a-long-name-{number}" for number in range(2000)]
+    changes = {"llm.providers.zzz": SIMULATED, "llm.providers.sim.models": models}
+    server = await make_server(**keys_of("web"), **changes)
 
     report, lines = await examined(server.base, key_of("web"))
 
@@ -120,7 +123,7 @@ async def test_a_server_that_is_stopping_is_not_ready(server: RunningServer) -> 
     assert "/events: each event arrives as it comes" in lines["ok"]
 
 
-# What answers is not what was meant.
+# Answers of something else, or through something that spoils them.
 
 
 @asynccontextmanager
