@@ -114,7 +114,9 @@ async def _reach(
 
 async def _first_token(report: Report, subject: str, provider: Provider, problem: Problem) -> None:
     """Ask a small question, and cancel the answer as soon as it begins."""
-    limit = min(provider.settings.max_tokens or MAX_TOKENS, MAX_TOKENS)
+    configured = provider.settings.max_tokens
+    # A provider whose models refuse the parameter gets none, as in a chat.
+    limit = configured and min(configured, MAX_TOKENS)
 
     def body(settings: settings.Provider) -> bytes:
         short = dataclasses.replace(settings, max_tokens=limit)

@@ -116,6 +116,25 @@ async def test_what_the_provider_answers_is_explained_without_its_words(
     assert [line.split()[0] for line in asked] == ["POST" if ask else "GET"]
 
 
+@pytest.mark.parametrize(("configured_tokens", "sent"), [(None, None), (4096, 16), (5, 5)])
+async def test_the_question_is_that_of_a_chat_but_short(
+    configured_tokens: int | None, sent: int | None, tmp_path: Path, findings: Findings
+) -> None:
+    bodies: list[Any] = []
+
+    async def play(peer: Connection) -> None:
+        bodies.append(json.loads((await peer.request()).partition(b"\r\n\r\n")[2]))
+
+    async with ScriptedProvider(play) as provider:
+        changes = {"llm.providers.sim.max_tokens": configured_tokens}
+        settings = configured(provider.url, changes, tmp_path / "c.yaml").settings
+        await providers.examine(findings.report, settings.llm, ask=True)
+
+    assert [body.get("max_tokens") for body in bodies] == [sent]
+    assert bodies[0]["stream"] is True
+    assert "provider_disconnected" in findings.of("fail")[0]
+
+
 async def test_a_model_that_is_not_there_is_the_question_and_not_the_key(
     tmp_path: Path, findings: Findings
 ) -> None:
