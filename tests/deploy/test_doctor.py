@@ -9,6 +9,8 @@ import asyncio
 import json
 from typing import TYPE_CHECKING
 
+import pytest
+
 from tests.support.process import Process
 from tests.support.proxy import AUTHORITY, running
 from tests.support.server import HTTP_CLIENT
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
     from tests.support.server import MakeServer
 
 SIMULATED = {"simulated": True, "model": "demo", "http_client": HTTP_CLIENT}
-# What many a site has. nginx obeys a header of ours in each stream, unless it is told not to.
+# Lines that many a site has. nginx obeys a header of ours in each stream, unless it is told not to.
 GATHERS = {
     "proxy_buffering off;": "proxy_buffering on; proxy_ignore_headers X-Accel-Buffering;",
     "client_max_body_size 20m;": "client_max_body_size 1m;",
@@ -27,6 +29,7 @@ GATHERS = {
 }
 
 
+@pytest.mark.one_loop
 async def test_doctor_passes_the_sample_of_nginx_and_finds_what_gathers_events(
     tmp_path: Path, make_server: MakeServer
 ) -> None:

@@ -1,4 +1,4 @@
-"""The container's recipe, read as text: no container can be built where the tests run."""
+"""The container's recipe, read as text. `test_container.py` builds it, in CI."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When streamed events arrive: each as it comes, or many at once because something on the road gathers them.
+"""The arrivals of streamed events: each as it comes, or many at once because something on the road gathers them.
 
 There are two measures, and neither compares the clocks of two machines. An answer of the simulated provider takes more
 than a second, and its events are evenly spread: a proxy that gathers them lets them come in few **bursts**. The
@@ -220,7 +220,7 @@ async def _delays(session: aiohttp.ClientSession, road: Road) -> list[float] | s
                 if len(delays) > SNAPSHOTS:
                     break
     except TimeoutError:
-        # What has come says less than what has not.
+        # A wait without an event says more than the events before it.
         return [0.0, EVENTS_TIMEOUT]
     except (aiohttp.ClientError, OSError, EventTooLong, orjson.JSONDecodeError) as error:
         return remote.describe(error)

@@ -20,7 +20,7 @@ INDENT = 6
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """What was found out about *subject*. *seconds* is the time that it took, where that means something.
+    """Something found out about *subject*. *seconds* is the time that it took, where that means something.
 
     `warn` costs speed or some clients, `fail` costs answers, and `skip` was not looked at. *hint* says what to do.
     """

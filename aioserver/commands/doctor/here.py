@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from typing import TYPE_CHECKING
 
+from yarl import URL
+
 from aioserver.commands.doctor import machine, providers
+from aioserver.commands.doctor.network import Peer, Steps
 from aioserver.config import Configuration
 from aioserver.errors import ConfigurationError
 
@@ -13,9 +17,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from aioserver.commands.doctor.findings import Report
-    from aioserver.config.settings import Settings
+    from aioserver.config.settings import Cluster, Settings
 
 SUBJECT = "configuration"
+REDIS_TLS = "rediss"
+REDIS_PORT = 6379
+# Seconds for each step to the Redis server, which is near.
+REDIS_TIMEOUT = 5.0
 
 
 def examine(report: Report, config: Path | None, *, ask: bool) -> int:
@@ -50,4 +58,18 @@ def _tell_faults(report: Report, error: ConfigurationError) -> None:
 
 async def _examine(report: Report, settings: Settings, *, ask: bool) -> None:
     await machine.examine(report, settings)
+    await examine_cluster(report, settings.cluster)
     await providers.examine(report, settings.llm, ask=ask)
+
+
+async def examine_cluster(report: Report, cluster: Cluster) -> None:
+    """Examine the way to the Redis or Valkey server, if one is named. A server serves without it, by fixed shares."""
+    if cluster.redis_url is None:
+        return
+    url = URL(cluster.redis_url)
+    if url.host is None:
+        report.skip("cluster", "a UNIX socket is not examined")
+        return
+    context = ssl.create_default_context() if url.scheme == REDIS_TLS else None
+    peer = Peer(url.host, url.port or REDIS_PORT, context, REDIS_TIMEOUT)
+    await Steps(report, "cluster", peer, report.warn).take()

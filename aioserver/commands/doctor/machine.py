@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import platform
 from importlib import metadata, util
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import aiohttp
 
 from aioserver.server import listener, preflight
+from aioserver.server.history import wants_file
 
 if TYPE_CHECKING:
     from aioserver.commands.doctor.findings import Report
@@ -74,6 +76,7 @@ async def examine(report: Report, settings: Settings, system: System = SYSTEM) -
     _check_backlog(report, settings, system)
     _check_ports(report, settings, system)
     _check_memory(report, settings, system)
+    _check_history(report, settings)
     await _check_address(report, settings)
 
 
@@ -91,8 +94,7 @@ def _check_extras(report: Report, settings: Settings) -> None:
         elif workers > 1:
             text = f"redis is not installed: each of {workers} workers has a fixed share of each limit"
             report.warn("machine", text, _install(REDIS))
-    stored = settings.chat.service.repository.type == "sql"
-    if stored and util.find_spec(SQLITE.package) is None:
+    if wants_file(settings.chat.service.repository) and util.find_spec(SQLITE.package) is None:
         text = "aiosqlite is not installed: conversations are kept in memory, not in their file"
         report.warn("machine", text, _install(SQLITE))
 
@@ -204,6 +206,23 @@ def available_memory(system: System) -> int | None:
         if limit is not None:
             found.append(max(0, limit - (used or 0)))
     return min(found)
+
+
+def _check_history(report: Report, settings: Settings) -> None:
+    """Find out whether the file of conversations can be written, and files beside it made. Nothing is written."""
+    repository = settings.chat.service.repository
+    if not wants_file(repository):
+        return
+    file = Path(repository.path).absolute()
+    places = [place for place in (file.parent, file) if place == file.parent or place.exists()]
+    if all(os.access(place, os.W_OK) for place in places):
+        report.ok("machine", f"conversations: {file} can be written")
+    else:
+        report.warn(
+            "machine",
+            f"conversations: {file} cannot be written, and they are lost at the end of the process",
+            "make the folder, and let the user of the server write it (chat.service.repository.path)",
+        )
 
 
 async def _check_address(report: Report, settings: Settings) -> None:

@@ -62,7 +62,7 @@ async def examine(report: Report, llm: settings.Llm, *, ask: bool) -> None:
         await registry.prepare(llm)
         registry.apply(llm, max_response_bytes=MAX_BYTES)
         needed = (llm.active, *llm.fallbacks)
-        # Those that matter most come first.
+        # The providers that matter most come first.
         for name in dict.fromkeys((*needed, *registry.providers)):
             await _examine(report, registry.providers[name], needed=name in needed, ask=ask)
     finally:
@@ -114,7 +114,9 @@ async def _reach(
 
 async def _first_token(report: Report, subject: str, provider: Provider, problem: Problem) -> None:
     """Ask a small question, and cancel the answer as soon as it begins."""
-    limit = min(provider.settings.max_tokens or MAX_TOKENS, MAX_TOKENS)
+    configured = provider.settings.max_tokens
+    # A provider whose models refuse the parameter gets none, as in a chat.
+    limit = configured and min(configured, MAX_TOKENS)
 
     def body(settings: settings.Provider) -> bytes:
         short = dataclasses.replace(settings, max_tokens=limit)

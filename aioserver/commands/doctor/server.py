@@ -117,7 +117,7 @@ class Examination:
                 asyncio.timeout(TIMEOUT),
                 session.get(f"{self._url}{path}", allow_redirects=False, **options) as response,
             ):
-                body = await response.content.read(MAX_ANSWER_BYTES)
+                body = await _body_of(response)
                 return Answered(
                     response.status, response.headers, _json(body), time.perf_counter() - began
                 )
@@ -219,7 +219,7 @@ class Examination:
                 ) as response,
             ):
                 status = response.status
-                code, _ = refusals.error_object(await response.content.read(MAX_ANSWER_BYTES))
+                code, _ = refusals.error_object(await _body_of(response))
         except TimeoutError:
             self._report.ok("server", f"a body of {size} is not refused by its head")
             return
@@ -314,6 +314,16 @@ def _simulated(content: Any) -> str | None:
         if isinstance(model, dict) and model.get("simulated") is True:
             return str(model.get("id"))
     return None
+
+
+async def _body_of(response: aiohttp.ClientResponse) -> bytes:
+    """Read the body of *response*, up to MAX_ANSWER_BYTES and some more."""
+    body = bytearray()
+    async for data in response.content.iter_any():
+        body += data
+        if len(body) >= MAX_ANSWER_BYTES:
+            break
+    return bytes(body)
 
 
 def _json(body: bytes) -> Any:

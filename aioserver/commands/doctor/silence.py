@@ -1,4 +1,4 @@
-"""Whether a connection on which nobody says anything lives on, and whether the server's heartbeats arrive on it."""
+"""The life of a connection on which nobody says anything, and the arrival of the server's heartbeats on it."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 import ssl
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,6 +14,7 @@ import yaml
 
 from aioserver.commands.doctor import machine, providers
 from aioserver.commands.doctor.findings import Report
+from aioserver.commands.doctor.here import examine_cluster
 from aioserver.commands.doctor.machine import System
 from aioserver.commands.doctor.network import Peer, Steps
 from aioserver.config.configuration import SHIPPED
@@ -112,6 +114,25 @@ async def test_what_the_provider_answers_is_explained_without_its_words(
     assert text in failed
     # Without --no-ask the only request is the question; with it, only what costs nothing.
     assert [line.split()[0] for line in asked] == ["POST" if ask else "GET"]
+
+
+@pytest.mark.parametrize(("configured_tokens", "sent"), [(None, None), (4096, 16), (5, 5)])
+async def test_the_question_is_that_of_a_chat_but_short(
+    configured_tokens: int | None, sent: int | None, tmp_path: Path, findings: Findings
+) -> None:
+    bodies: list[Any] = []
+
+    async def play(peer: Connection) -> None:
+        bodies.append(json.loads((await peer.request()).partition(b"\r\n\r\n")[2]))
+
+    async with ScriptedProvider(play) as provider:
+        changes = {"llm.providers.sim.max_tokens": configured_tokens}
+        settings = configured(provider.url, changes, tmp_path / "c.yaml").settings
+        await providers.examine(findings.report, settings.llm, ask=True)
+
+    assert [body.get("max_tokens") for body in bodies] == [sent]
+    assert bodies[0]["stream"] is True
+    assert "provider_disconnected" in findings.of("fail")[0]
 
 
 async def test_a_model_that_is_not_there_is_the_question_and_not_the_key(
@@ -241,6 +262,30 @@ async def test_this_machine_is_measured_against_the_settings(
     assert "memory: 1 MiB are free" in warned
 
 
+async def test_packages_and_a_file_that_the_settings_want_are_missed(
+    tmp_path: Path, findings: Findings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("uvloop", "redis", "aiosqlite"):
+        monkeypatch.setitem(sys.modules, name, None)
+    changes = {
+        "cluster.redis_url": "redis://127.0.0.1:9",
+        "chat.service.repository": {"type": "sql", "path": str(tmp_path / "none" / "events.db")},
+    }
+    settings = configured(NOWHERE, changes, tmp_path / "c.yaml").settings
+
+    machine.examine_interpreter(findings.report)
+    await machine.examine(findings.report, settings)
+    await examine_cluster(findings.report, settings.cluster)
+
+    (failed,) = findings.of("fail")
+    assert "cluster.redis_url is set, and redis is not installed" in failed
+    texts = " ".join(findings.of("warn"))
+    assert "machine: uvloop is not installed" in texts
+    assert "aiosqlite is not installed" in texts
+    assert "events.db cannot be written" in texts
+    assert "cluster: no connection: 127.0.0.1 port 9: Connection refused" in texts
+
+
 def written(path: Path, text: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
@@ -256,9 +301,10 @@ def test_the_limit_of_a_group_above_counts(tmp_path: Path) -> None:
     assert machine.available_memory(System(own_cgroup=own, cgroups=tmp_path)) == 2000
 
 
-# As a process.
+# A process.
 
 
+@pytest.mark.one_loop
 async def test_a_bad_configuration_is_told_whole_with_exit_code_2(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text(SHIPPED.read_text().replace("port: 8000", "prot: 8000").replace("demo:", "x:"))
@@ -271,6 +317,7 @@ async def test_a_bad_configuration_is_told_whole_with_exit_code_2(tmp_path: Path
     assert "Traceback" not in out
 
 
+@pytest.mark.one_loop
 async def test_an_active_provider_without_its_key_is_2_and_the_rest_is_examined_all_the_same(
     tmp_path: Path,
 ) -> None:
@@ -291,6 +338,7 @@ async def test_an_active_provider_without_its_key_is_2_and_the_rest_is_examined_
     assert texts["provider demo: answers: the first token of demo came"] == "ok"
 
 
+@pytest.mark.one_loop
 async def test_the_shipped_configuration_is_well_and_asks_nobody(tmp_path: Path) -> None:
     data = yaml.safe_load(SHIPPED.read_text())
     del data["llm"]["providers"]["local"]
@@ -304,6 +352,7 @@ async def test_the_shipped_configuration_is_well_and_asks_nobody(tmp_path: Path)
     assert "ok    provider demo: answers: the first token of demo came" in out
 
 
+@pytest.mark.one_loop
 @pytest.mark.parametrize(
     "arguments", [["--idle", "5"], ["http://x", "--config", "c.yaml"], ["ftp://x"]]
 )

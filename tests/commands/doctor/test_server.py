@@ -43,7 +43,10 @@ async def test_a_client_of_a_server_with_keys_sees_each_event_of_an_answer_that_
     make_server: MakeServer,
 ) -> None:
     """It takes two seconds: an answer whose events are spread over one, so that their spread can be seen."""
-    server = await make_server(**keys_of("web"), **{"llm.providers.demo": SIMULATED})
+    # A list of models that takes more than one packet, in which the simulated one comes last.
+    models = [f"a-model-with-a-long-name-{number}" for number in range(2000)]
+    changes = {"llm.providers.zzz": SIMULATED, "llm.providers.sim.models": models}
+    server = await make_server(**keys_of("web"), **changes)
 
     report, lines = await examined(server.base, key_of("web"))
 
@@ -76,6 +79,7 @@ async def test_a_key_that_is_missing_or_unknown_ends_the_examination(
     assert "aio-unknown" not in json.dumps(report.plain())
 
 
+@pytest.mark.one_loop
 async def test_one_question_is_asked_of_a_server_without_a_simulated_model_unless_forbidden(
     make_server: MakeServer,
 ) -> None:
@@ -106,6 +110,7 @@ async def test_a_page_of_the_servers_own_address_may_always_connect(
     assert any(line.startswith("WebSocket: /ws/chat upgrades") for line in lines["ok"]), lines
 
 
+@pytest.mark.one_loop
 async def test_a_server_that_is_stopping_is_not_ready(server: RunningServer) -> None:
     """It takes four seconds: without keys the snapshots are followed, one each second."""
     server.owners.context.lifecycle.ready = False
@@ -118,7 +123,7 @@ async def test_a_server_that_is_stopping_is_not_ready(server: RunningServer) -> 
     assert "/events: each event arrives as it comes" in lines["ok"]
 
 
-# What answers is not what was meant.
+# Answers of something else, or through something that spoils them.
 
 
 @asynccontextmanager
@@ -197,6 +202,7 @@ async def test_a_page_of_an_address_that_the_server_does_not_know_may_not_connec
     assert "HTTP 403: pages of this address may not connect" in failed
 
 
+@pytest.mark.one_loop
 async def test_nobody_there_is_one_failure_with_exit_code_1() -> None:
     code, out, err = await run_command("doctor", "127.0.0.1:1")
 
@@ -225,6 +231,7 @@ async def test_an_idle_socket_that_is_closed_is_told_with_what_to_raise(
     assert texts[1].startswith("ok    idle WebSocket: lives for 0.01 s")
 
 
+@pytest.mark.one_loop
 async def test_pings_are_counted_and_answered(make_server: MakeServer) -> None:
     """It takes a second: a socket that does not answer its pings would be closed in the meantime."""
     changes = {"chat.websocket.ping_interval": 0.2, "chat.websocket.ping_timeout": 0.2}
