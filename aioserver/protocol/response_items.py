@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 from msgspec import Raw
 
-from aioserver.errors import InvalidRequest, RequestTooLarge
+from aioserver.errors import InvalidJson, InvalidRequest, RequestTooLarge
 from aioserver.protocol.members import Member
-from aioserver.protocol.top_level import ABSENT
+from aioserver.protocol.top_level import ABSENT, at_once, sound
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Sequence
@@ -90,14 +90,15 @@ def items_of(value: bytes) -> bytes:
 def response_parts(response: bytes) -> ResponseParts | None:
     """Return *response*, the JSON of a response object, in parts; None if it is none, has no id, or is too large.
 
-    Only white space on its top level is lost.
+    Lost are white space on its top level, and lone surrogates, which no provider would take back.
     """
     if not separable(response):
         return None
     try:
+        response = at_once(sound(response))
         known = _RESPONSE.decode(response)
         fields = _OBJECT.decode(response)
-    except (msgspec.DecodeError, RecursionError):
+    except (InvalidJson, msgspec.DecodeError, RecursionError):
         return None
     if not known.id:
         return None

@@ -158,6 +158,26 @@ def test_a_list_in_which_an_id_is_repeated_has_an_end(newest_first: bool) -> Non
     assert pages == 4
 
 
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        (rb"\ud83d", rb"\ufffd"),
+        (rb"\ud83d\ude00", rb"\ud83d\ude00"),
+        ("\N{GRINNING FACE}".encode(), "\N{GRINNING FACE}".encode()),
+        (b"\xff", None),
+        (b"\0", None),
+    ],
+)
+def test_what_no_provider_would_take_back_is_not_kept(text: bytes, kept: bytes | None) -> None:
+    parts = response_parts(b'{"id":"r","status":"completed","output":["%b \\ud800"]}' % text)
+
+    if kept is None:
+        assert parts is None
+    else:
+        assert parts is not None
+        assert parts.output == rb'"%b \ufffd"' % kept
+
+
 def test_an_item_that_is_not_there_begins_no_page() -> None:
     assert listed([("r", b'{"id":"a"}')], after="b") is None
     assert listed([], after="b") is None
