@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from aioserver.auth.callers import Caller
     from aioserver.cluster.chains import ChainStore
-    from aioserver.gateway.stored_responses import StoredResponse
 
     # Awaits a call to Redis for some seconds at most, and returns its result, or None.
     Ask = Callable[[Coroutine[Any, Any, Any], float], Awaitable[Any]]
@@ -59,13 +58,14 @@ class SharedResponses:
         self._clock = clock
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def keep(self, response: StoredResponse, seconds: float) -> None:
-        """Keep *response* for *seconds*, soon."""
-        record, caller, previous = response.record(), response.caller.name, response.previous
+    def keep(
+        self, caller: Caller, record: Record, previous_id: str | None, seconds: float
+    ) -> None:
+        """Keep a response of *caller* for *seconds*, soon."""
         data = _encoder.encode(_Record(self._clock(), *record))
-        name = name_of(caller, response.id)
-        before = "" if previous is None else name_of(caller, previous.id)
-        call = self._store.put_response(name, data, before, seconds, MAX_BYTES)
+        name = name_of(caller.name, record.id)
+        previous = "" if previous_id is None else name_of(caller.name, previous_id)
+        call = self._store.put_response(name, data, previous, seconds, MAX_BYTES)
         task = asyncio.get_running_loop().create_task(self._quietly(call))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

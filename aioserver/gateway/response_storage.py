@@ -8,11 +8,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from aioserver.auth.callers import Caller
-    from aioserver.gateway.stored_responses import StoredResponse
 
 
 class Record(NamedTuple):
-    """A response without those before it, on its way between instances: see `StoredResponse` and `ResponseParts`."""
+    """A response without those before it, on its way between instances: see `stored_responses.StoredResponse` and `ResponseParts`."""
 
     id: str
     status: str
@@ -27,8 +26,10 @@ class Record(NamedTuple):
 class Storage(Protocol):
     """Where the responses of all instances are, if there are several."""
 
-    def keep(self, response: StoredResponse, seconds: float) -> None:
-        """Keep *response* for *seconds*, soon."""
+    def keep(
+        self, caller: Caller, record: Record, previous_id: str | None, seconds: float
+    ) -> None:
+        """Keep a response of *caller* for *seconds*, soon; *previous_id* is that of the response which it continued."""
 
     async def load(
         self, caller: Caller, response_id: str, window: float, most: int

@@ -314,7 +314,8 @@ class StoredResponses:
         response.stored_at = self._clock()
         self._named[key] = response
         if self.storage is not None:
-            self.storage.keep(response, self._window)
+            previous_id = None if response.previous is None else response.previous.id
+            self.storage.keep(response.caller, response.record(), previous_id, self._window)
         if self._sweeper is None:
             self._rearm()
 
