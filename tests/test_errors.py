@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 TABLE = {
-    400: {"invalid_json", "invalid_request", "previous_response_not_found"},
+    400: {
+        *("invalid_json", "invalid_request", "previous_response_not_found"),
+        *("invalid_stream_id", "websocket_stream_limit_reached"),
+    },
     401: {"missing_api_key", "invalid_api_key"},
     403: {"origin_not_allowed", "permission_denied", "host_not_allowed"},
     404: {"not_found", "model_not_found", "stream_not_found", "conversation_not_found"},

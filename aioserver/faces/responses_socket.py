@@ -68,7 +68,7 @@ async def answer(context: Context, request: web.Request) -> web.StreamResponse:
     Raises:
         MethodNotAllowed: *request* is no handshake.
     """
-    if hdrs.UPGRADE not in request.headers:
+    if "websocket" not in request.headers.get(hdrs.UPGRADE, "").lower():
         error = MethodNotAllowed(
             f"GET {PATH} is for WebSockets: POST a request, or GET {PATH}/{{id}}"
         )

@@ -94,7 +94,9 @@ def make_middleware(
         ours = match.http_exception is not None or match.route in guard.policies
         if ours and match.route not in guard.websockets:
             endpoint = settings.chat.websocket.endpoint
-            raise UpgradeRequired(f"there is no WebSocket at this path: it is at {endpoint}")
+            raise UpgradeRequired(
+                f"there is no WebSocket at this path: it is at {endpoint}, that of responses at /v1/responses"
+            )
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:

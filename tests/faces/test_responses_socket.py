@@ -340,22 +340,6 @@ async def test_a_request_that_waits_is_told_its_position(make_server: MakeServer
 # Handshakes.
 
 
-async def test_a_plain_get_says_what_the_path_is_for(server: RunningServer) -> None:
-    async with server.session.get(f"{server.v1}/responses") as response:
-        error = (await response.json())["error"]
-        assert (response.status, response.headers["Allow"]) == (405, "POST")
-        assert error["code"] == "method_not_allowed"
-        assert "WebSocket" in error["message"]
-
-
-async def test_an_upgrade_of_a_post_is_still_refused(server: RunningServer) -> None:
-    headers = {"Upgrade": "websocket", "Connection": "Upgrade"}
-    async with server.session.post(
-        f"{server.v1}/responses", json={"input": "Hi"}, headers=headers
-    ) as response:
-        assert response.status == 426
-
-
 @pytest.mark.parametrize(
     ("offered", "selected"),
     [

@@ -15,6 +15,7 @@ from aioserver import __version__
 from aioserver.monitoring import incidents, monitor
 from aioserver.protocol import eventstream
 from aioserver.providers.simulator.exchange import Behaviour
+from aioserver.telemetry.metrics import FACES
 from tests.support.chat import CHAT, chat, to_end
 from tests.support.jumping_loop import block
 from tests.support.keys import bearer, keys_of
@@ -88,7 +89,7 @@ async def test_the_state_shows_connections_and_pools(make_server: MakeServer, pa
     connections = state["connections"]
     assert (connections["active"], connections["limit"]) == (1, 50)
     assert (connections["waiting"], connections["queue_size"]) == (0, 50)
-    by_face = {"websocket": 0, "sse": 0, "openai": 1, "anthropic": 0, "other": 0}
+    by_face = dict.fromkeys(FACES, 0) | {"openai": 1}
     assert connections["active_by_face"] == by_face
     sim = state["providers"]["sim"]
     assert (sim["usable"], sim["active"], sim["in_flight"], sim["limit"]) == (True, True, 1, 20)

@@ -45,6 +45,8 @@ async def test_an_upgrade_is_426_wherever_there_is_no_websocket(
     assert {"/v1/responses", "/v1/chat/completions", "/sse/chat", "/", "/stats"} < paths
     for path in (*sorted(paths - {"/ws/chat"}), "/v1/nothing", "/nothing", "/ws"):
         for method in ("GET", "POST", "HEAD"):
+            if (method, path) == ("GET", "/v1/responses"):
+                continue
             answer = await asked(server, method, path, *HANDSHAKE, *key)
             assert answer.status == 426, f"{method} {path}"
             assert answer.headers["upgrade"] == "HTTP/1.1"
@@ -61,8 +63,8 @@ async def test_an_upgrade_is_426_wherever_there_is_no_websocket(
 
 async def test_a_websocket_client_sees_426_and_may_ask_by_http(server: RunningServer) -> None:
     with pytest.raises(WSServerHandshakeError) as refused:
-        await server.session.ws_connect(f"{server.v1}/responses")
-    async with server.session.post(f"{server.v1}/responses", json={"input": "Hello"}) as response:
+        await server.session.ws_connect(f"{server.v1}/chat/completions")
+    async with server.session.post(f"{server.v1}/chat/completions", json=CHAT) as response:
         assert response.status == 200
 
     assert refused.value.status == 426
@@ -95,6 +97,17 @@ async def test_a_key_is_asked_for_before_anything_is_said_of_a_path(
     server = await make_server(**keys_of("web"))
 
     assert (await asked(server, "GET", "/stats", *HANDSHAKE, "Connection: close")).status == 401
+
+
+@pytest.mark.parametrize("lines", [[], ["Upgrade: h2c", "Connection: Upgrade"]])
+async def test_a_get_of_responses_that_is_no_handshake_says_what_is_there(
+    server: RunningServer, lines: list[str]
+) -> None:
+    answer = await asked(server, "GET", "/v1/responses", *lines, "Connection: close")
+
+    assert (answer.status, answer.code) == (405, "method_not_allowed")
+    assert answer.headers["allow"] == "POST"
+    assert "WebSocket" in answer.json()["error"]["message"]
 
 
 async def test_the_websocket_is_still_one(make_server: MakeServer) -> None:
