@@ -20,7 +20,7 @@ install_clients() {
   timeout 120 "$folder/bin/python" -m pip install --quiet --disable-pip-version-check --retries 1 "${lines[@]}" &
   python=$!
   timeout 120 npm install --prefix "$folder" --omit=optional --no-package-lock --no-audit --no-fund \
-    --fetch-retries=1 --loglevel=error >/dev/null || rm -rf "$folder/node_modules"
+    --fetch-retries=1 --fetch-retry-mintimeout=1000 --loglevel=silent >/dev/null || rm -rf "$folder/node_modules"
   wait "$python" || rm -rf "$folder/bin"
   if [ -d "$folder/bin" ] && { [ -d "$folder/node_modules" ] || ! command -v npm >/dev/null; }; then
     echo "$wanted" >"$folder/installed"

@@ -16,7 +16,7 @@ import yaml
 
 from aioserver.config import Configuration
 from aioserver.providers.simulator.exchange import Behaviour
-from tests.support.programs import CLIENTS, Ended, found, run
+from tests.support.programs import CLIENTS, Ended, program_path, run
 
 if TYPE_CHECKING:
     from tests.support.server import MakeServer, RunningServer
@@ -91,7 +91,7 @@ async def play_python(section: str, server: RunningServer, home: Path) -> Ended:
 
 
 async def play_node(section: str, server: RunningServer, home: Path) -> Ended:
-    node = found("node", HINT)
+    node = program_path("node", HINT)
     if not (CLIENTS / "node_modules/openai").exists():
         pytest.skip(HINT)
     (home / "node_modules").symlink_to(CLIENTS / "node_modules")
@@ -102,7 +102,7 @@ async def play_node(section: str, server: RunningServer, home: Path) -> Ended:
 async def play_program(section: str, server: RunningServer, home: Path) -> Ended:
     (language, configuration), (_, line) = blocks(section)
     name = re.sub(r"\b[A-Z_]+=\S+ ", "", line).split()[0]
-    found(name, "AIOSERVER_CLIENTS names the folder where it is; see docs/testing.md")
+    program_path(name, "AIOSERVER_CLIENTS names the folder where it is; see docs/testing.md")
     file = home / PROGRAMS[section][0]
     file.parent.mkdir(exist_ok=True)
     file.write_text(configuration.replace(ADDRESS, server.base))

@@ -51,7 +51,7 @@ def _path() -> str:
     return os.pathsep.join([*map(str, folders()), os.environ.get("PATH", "")])
 
 
-def found(name: str, hint: str) -> str:
+def program_path(name: str, hint: str) -> str:
     """Find the program *name*, or skip the test and give *hint*."""
     path = shutil.which(name, path=_path())
     if path is None:

@@ -227,8 +227,10 @@ def _prescribed_words(
     names = ", ".join(f"`{name}`" for name in results.called) or "a tool"
     quote = _quote(results.last, _MAX_RESULT_QUOTE)
     size = _size(results.last)
-    said = f"returned “{quote}” ({size})" if quote else "returned nothing that I can quote"
-    return f"I am a simulated model, and I have called {names} as you asked. The last call {said}."
+    result = f"returned “{quote}” ({size})" if quote else "returned nothing that I can quote"
+    return (
+        f"I am a simulated model, and I have called {names} as you asked. The last call {result}."
+    )
 
 
 def _max_tokens(body: Mapping[str, Any]) -> int | None:

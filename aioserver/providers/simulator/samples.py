@@ -52,8 +52,8 @@ class Sampler:
         """Return the value. It has the required properties of each object, or all where no `required` is named."""
         return self._value(self._schema, 0)
 
-    def _value(self, given: Any, depth: int) -> Any:
-        schema = self._flat(given)
+    def _value(self, definition: Any, depth: int) -> Any:
+        schema = self._flat(definition)
         self._values_left -= 1
         for name in ("const", "default") if "pattern" in schema else ("const",):
             if name in schema:
@@ -73,9 +73,9 @@ class Sampler:
             return True
         return None if kind == "null" else self._string(schema)
 
-    def _flat(self, given: Any) -> dict[str, Any]:
-        """Return *given* with what it refers to, all of `allOf`, and the first variant that is not null."""
-        schema = dict(given) if isinstance(given, dict) else {}
+    def _flat(self, definition: Any) -> dict[str, Any]:
+        """Return *definition* with what it refers to, all of `allOf`, and the first variant that is not null."""
+        schema = dict(definition) if isinstance(definition, dict) else {}
         # A step takes one keyword away and may bring another. The bounds are there since they can be a circle.
         for _ in range(_MAX_DEPTH):
             if self._values_left <= 0:
@@ -87,8 +87,8 @@ class Sampler:
                     schema = _merged(schema, part)
             elif variants := [name for name in _VARIANTS if name in schema]:
                 choices = _dicts(schema.pop(variants[0]))
-                some = [choice for choice in choices if choice.get("type") != "null"]
-                schema = _merged(schema, some[0]) if some else schema
+                values = [choice for choice in choices if choice.get("type") != "null"]
+                schema = _merged(schema, values[0]) if values else schema
             else:
                 break
             self._values_left -= 1
@@ -139,16 +139,16 @@ class Sampler:
         return text[:_MAX_TEXT]
 
 
-def _dicts(given: Any) -> list[dict[str, Any]]:
-    return [item for item in given if isinstance(item, dict)] if isinstance(given, list) else []
+def _dicts(items: Any) -> list[dict[str, Any]]:
+    return [item for item in items if isinstance(item, dict)] if isinstance(items, list) else []
 
 
 def _merged(schema: dict[str, Any], part: Mapping[str, Any]) -> dict[str, Any]:
     merged = {**schema, **part}
     properties, required = ([of.get(name) for of in (schema, part)] for name in _JOINED)
-    if all(isinstance(given, dict) for given in properties):
+    if all(isinstance(value, dict) for value in properties):
         merged["properties"] = {**schema["properties"], **part["properties"]}
-    if all(isinstance(given, list) for given in required):
+    if all(isinstance(value, list) for value in required):
         merged["required"] = [*schema["required"], *part["required"]]
     return merged
 
@@ -166,8 +166,8 @@ def _type(schema: Mapping[str, Any]) -> str:
 
 def _number(schema: Mapping[str, Any], *, whole: bool) -> float:
     """Return 1, or 1.5 where that is allowed; else a number near to it that is."""
-    given: Any = schema.get("multipleOf")
-    step: float = given if _is_number(given) and given > 0 else int(whole)
+    multiple: Any = schema.get("multipleOf")
+    step: float = multiple if _number_like(multiple) and multiple > 0 else int(whole)
     low, above = (_bound(schema.get(name), -math.inf) for name in ("minimum", "exclusiveMinimum"))
     high, below = (_bound(schema.get(name), math.inf) for name in ("maximum", "exclusiveMaximum"))
     if step:
@@ -185,9 +185,9 @@ def _number(schema: Mapping[str, Any], *, whole: bool) -> float:
     return least + 1 if math.isfinite(least) else most - 1
 
 
-def _is_number(given: Any) -> bool:
-    return isinstance(given, int | float) and not isinstance(given, bool) and math.isfinite(given)
+def _number_like(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _bound(given: Any, otherwise: float) -> float:
-    return float(given) if _is_number(given) and abs(given) < 2**53 else otherwise
+def _bound(value: Any, otherwise: float) -> float:
+    return float(value) if _number_like(value) and abs(value) < 2**53 else otherwise

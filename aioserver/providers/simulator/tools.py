@@ -151,9 +151,9 @@ def call(
     return _call(tool, text) if tool else None
 
 
-def _tools(endpoint: str, given: Any) -> Iterator[Tool]:
+def _tools(endpoint: str, declared: Any) -> Iterator[Tool]:
     """Yield the tools that the client itself runs; the provider's own, as `web_search`, are passed over."""
-    for item in _parts(given):
+    for item in _parts(declared):
         kind = str(item.get("type", "function"))
         definition = _function(item)
         name = definition.get("name")
@@ -169,23 +169,23 @@ def _tools(endpoint: str, given: Any) -> Iterator[Tool]:
         yield Tool(name, schema if isinstance(schema, dict) else {}, free)
 
 
-def _choice(given: Any) -> tuple[str, list[str] | None]:
+def _choice(choice: Any) -> tuple[str, list[str] | None]:
     """Return what `tool_choice` asks for, as "none", "auto" or "required", and the tools that it allows; None: all.
 
     Chat, Responses and Messages write it differently, and this reads all of them.
     """
-    if isinstance(given, str):
-        return (given if given in {"none", "required"} else "auto"), None
-    if not isinstance(given, dict):
+    if isinstance(choice, str):
+        return (choice if choice in {"none", "required"} else "auto"), None
+    if not isinstance(choice, dict):
         return "auto", None
-    kind = given.get("type")
+    kind = choice.get("type")
     if kind == "allowed_tools":
-        inner = given.get("allowed_tools", given)
+        inner = choice.get("allowed_tools", choice)
         inner = inner if isinstance(inner, dict) else {}
         names = [_function(tool).get("name") for tool in _parts(inner.get("tools"))]
         mode = "required" if inner.get("mode") == "required" else "auto"
         return mode, [name for name in names if isinstance(name, str)]
-    name = _function(given).get("name")
+    name = _function(choice).get("name")
     if isinstance(name, str):
         return "required", [name]
     return ("required" if kind == "any" else "none" if kind == "none" else "auto"), None
@@ -233,12 +233,12 @@ def structured(body: Mapping[str, Any], text: str) -> str | None:
     chat, responses, messages = (
         body.get(name) for name in ("response_format", "text", "output_config")
     )
-    inner = [given.get("format") for given in (responses, messages) if isinstance(given, dict)]
-    for wanted in (chat, *inner):
-        if not isinstance(wanted, dict):
+    inner = [each.get("format") for each in (responses, messages) if isinstance(each, dict)]
+    for form in (chat, *inner):
+        if not isinstance(form, dict):
             continue
-        kind = wanted.get("type")
-        holder = wanted.get("json_schema", wanted)
+        kind = form.get("type")
+        holder = form.get("json_schema", form)
         schema = holder.get("schema") if isinstance(holder, dict) else None
         if kind in {"json_schema", "json_object"}:
             schema = schema if isinstance(schema, dict) else {"properties": {"answer": {}}}
@@ -248,8 +248,8 @@ def structured(body: Mapping[str, Any], text: str) -> str | None:
 
 
 def _quoted(text: str) -> list[str]:
-    found = _QUOTED.findall(text[:_MAX_SEARCHED])
-    return [piece for groups in found for piece in groups if piece]
+    matches = _QUOTED.findall(text[:_MAX_SEARCHED])
+    return [piece for groups in matches for piece in groups if piece]
 
 
 def _object_in(text: str) -> dict[str, Any]:
@@ -279,8 +279,8 @@ def _properties(schema: Mapping[str, Any]) -> dict[str, Any]:
     return properties if isinstance(properties, dict) else {}
 
 
-def _parts(given: Any) -> list[dict[str, Any]]:
-    return [item for item in given if isinstance(item, dict)] if isinstance(given, list) else []
+def _parts(items: Any) -> list[dict[str, Any]]:
+    return [item for item in items if isinstance(item, dict)] if isinstance(items, list) else []
 
 
 def _kind(item: Mapping[str, Any]) -> Any:
