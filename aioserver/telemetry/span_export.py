@@ -39,7 +39,7 @@ TURN = 16
 INTERVAL = 1.0
 # Seconds for one export.
 TIMEOUT = 10.0
-# Seconds of the pause after a first failure, and the most that they grow to.
+# Seconds of the pause after a first failure, and the most that a pause grows to.
 PAUSE, MAX_PAUSE = 1.0, 30.0
 # Seconds that a stop of the server may spend on what is left.
 FLUSH_TIMEOUT = 2.0
@@ -75,8 +75,8 @@ class SpanExporter:
 
     Always: at most MAX_SPANS spans wait, and those of one request more; each span is counted once, as exported or dropped.
 
-    *resource*: the attributes of this process, made by `otlp.key_value`. *counters*: `exported` and `dropped`. The caller
-    calls `start` and `close`.
+    *resource*: the attributes of this process, made by `otlp.key_value`. *counters*: `exported` and `dropped`. *interval*:
+    seconds that spans wait for others. *pause*: seconds of the pause after a first failure. The caller calls `start` and `close`.
     """
 
     def __init__(
@@ -87,6 +87,8 @@ class SpanExporter:
         version: str,
         counters: Mapping[str, Counter],
         context: ssl.SSLContext | None = None,
+        interval: float = INTERVAL,
+        pause: float = PAUSE,
     ) -> None:
         self._url = url
         own = {"User-Agent": f"{SCOPE}/{version}", "Content-Type": CONTENT_TYPE}
@@ -95,6 +97,7 @@ class SpanExporter:
         self._scope = (SCOPE, version)
         self._exported, self._dropped = counters["exported"], counters["dropped"]
         self._tls: ssl.SSLContext | bool = True if context is None else context
+        self._interval, self._pause = interval, pause
         self._queue: deque[Ended] = deque()
         # The spans that the collector could not take, and their number.
         self._batch, self._batch_spans = b"", 0
@@ -155,7 +158,7 @@ class SpanExporter:
                 if not self._batch:
                     await self._some.wait()
                     if not self._closing.is_set():
-                        await _within(INTERVAL, self._enough)
+                        await _within(self._interval, self._enough)
                     await self._write_batch()
                     continue
                 try:
@@ -165,7 +168,7 @@ class SpanExporter:
                         return
                     failures += 1
                     self._log_fault("the collector cannot be reached", str(fault))
-                    pause = min(MAX_PAUSE, PAUSE * 2.0 ** min(failures - 1, 10))
+                    pause = min(MAX_PAUSE, self._pause * 2.0 ** min(failures - 1, 10))
                     # With jitter, so that many servers do not come back at once.
                     pause *= 0.5 + random.random() / 2  # noqa: S311 - no secret
                     await _within(max(pause, fault.pause), self._closing)
