@@ -167,7 +167,8 @@ class SpanExporter:
                     if self._closing.is_set():
                         return
                     failures += 1
-                    self._log_fault("the collector cannot be reached", str(fault))
+                    if (fields := self._fields("away", str(fault))) is not None:
+                        logger.warning("the collector cannot be reached", extra={"fields": fields})
                     pause = min(MAX_PAUSE, self._pause * 2.0 ** min(failures - 1, 10))
                     # With jitter, so that many servers do not come back at once.
                     pause *= 0.5 + random.random() / 2  # noqa: S311 - no secret
@@ -218,16 +219,15 @@ class SpanExporter:
         self._batch, self._batch_spans = b"", 0
         self._exported.value += number - refused
         self._dropped.value += refused
-        if refused:
-            self._log_fault("the collector has refused spans", f"status {status}")
+        if refused and (fields := self._fields("refused", f"status {status}")) is not None:
+            logger.warning("the collector has refused spans", extra={"fields": fields})
 
-    def _log_fault(self, event: str, reason: str) -> None:
-        """Log a fault; of one kind, a line in ten seconds."""
-        if (left_out := self._lines.allow(event)) >= 0:
-            fields: dict[str, object] = {"reason": reason, "dropped": self._dropped.value}
-            if left_out:
-                fields["suppressed"] = left_out
-            logger.warning("%s", event, extra={"fields": fields})
+    def _fields(self, kind: str, reason: str) -> dict[str, object] | None:
+        """Return the fields of a line about a fault; None if one of its *kind* was written in the last ten seconds."""
+        if (left_out := self._lines.allow(kind)) < 0:
+            return None
+        suppressed = {"suppressed": left_out} if left_out else {}
+        return {"reason": reason, "dropped": self._dropped.value, **suppressed}
 
 
 async def _within(seconds: float, event: asyncio.Event) -> None:

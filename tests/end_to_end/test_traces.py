@@ -160,9 +160,10 @@ async def test_a_request_that_is_passed_on_is_named_without_the_id_of_an_object(
 ) -> None:
     account = {"llm.providers.sim.account_paths": True}
     async with tracing(tmp_path, **account) as (server, collector):
+        response = await server.session.get(f"{server.v1}/files/file-7/content")
         # The simulator has no files.
-        async with server.session.get(f"{server.v1}/files/file-7/content") as response:
-            assert response.status == 404
+        assert response.status == 404
+        await response.read()
 
     request, attempt = only(collector.spans, "SERVER"), only(collector.spans, "CLIENT")
     assert request.name == attempt.name == "GET /v1/files"
