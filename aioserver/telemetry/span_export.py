@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("aioserver.tracing")
 
-# Spans that may wait, some 10 MB: what 1000 requests a second make in four seconds.
+# Spans that may wait, some 15 MB: what 1000 requests a second make in four seconds.
 MAX_SPANS = 8192
 # Spans of one export, beside those of one request more: about 250 kB.
 BATCH_SPANS = 512
