@@ -14,6 +14,7 @@ SHOWN = {  # module: why it may know what time people have
     "monitoring.incidents": "the stamps of incidents",
     "monitoring.snapshot": "the stamps of snapshots",
     "faces.ready": "the Date header",
+    "telemetry.span_export": "the times of spans",
     "providers.error_mapping": "a Retry-After that is a date",
     "providers.rate_headers": "a reset that is a date, of a provider that sends no Date",
     "providers.simulator.refusals": "it sends such a date",

@@ -3,7 +3,7 @@
     ExportTraceServiceRequest { ResourceSpans { Resource, ScopeSpans { InstrumentationScope, Span* } } }
 
 They are written in the binary form of Protocol Buffers, which every collector takes; its JSON form some do not. Field
-numbers of a stable version of the protocol never change. Written by hand because the official encoder takes six times as long,
+numbers of a stable version of the protocol never change. Written by hand because the official encoder takes eight times as long,
 and would hold the event loop up by the interpreter's lock even from a thread of its own.
 """
 

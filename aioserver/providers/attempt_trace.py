@@ -1,4 +1,4 @@
-"""What an attempt notes in the trace of its request, where there is one (telemetry/trace.py).
+"""The notes of an attempt in the trace of its request, where there is one (telemetry/trace.py).
 
 Of the question only two numbers are read. Of the answer some bytes of its beginning and its end are kept until the spans are
 written (telemetry/spans.py): they have its id, its model and why it ended.

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from aioserver.config.settings import Settings
     from aioserver.telemetry.counters import Counter
 
-# Of two variables for the same, the one for traces alone comes first.
+# Variables for the same; the one that is for traces alone comes first.
 HEADERS = ("OTEL_EXPORTER_OTLP_TRACES_HEADERS", "OTEL_EXPORTER_OTLP_HEADERS")
 CERTIFICATE = ("OTEL_EXPORTER_OTLP_TRACES_CERTIFICATE", "OTEL_EXPORTER_OTLP_CERTIFICATE")
 RESOURCE = "OTEL_RESOURCE_ATTRIBUTES"

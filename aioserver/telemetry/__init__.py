@@ -1,4 +1,4 @@
-"""Telemetry: what the server counts, and what it logs, while it serves requests.
+"""Telemetry: the counts, the log lines and the traces that the server makes while it serves requests.
 
 *Counters* and *histograms* are plain numbers, held by the objects that count. The *metrics* hold all
 of them: a *meter* for each *face* (a protocol shown to clients), one for each *provider*, and the
@@ -11,6 +11,9 @@ during which the client read nothing. The *lag* of the event loop tells how much
 
 When the request ends, the *request log* adds its record to the metrics and writes one *log line*.
 Lines are written by a thread, from a bounded queue: logging never blocks the event loop.
+
+Where *traces* are made, the record of a request has one: notes of its *waits* and *attempts*, of which *spans* are written after its end. An
+*exporter* sends them to a *collector*, in batches, from a bounded queue.
 
 What the *kernel* knows of the process and its sockets is read when a page or a metric shows it.
 The folder `monitoring` shows all of this to people and programs.

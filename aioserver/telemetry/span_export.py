@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("aioserver.tracing")
 
-# Spans that may wait, some 10 MB: what 1000 requests a second make in four seconds.
+# Spans that may wait, some 15 MB: what 1000 requests a second make in four seconds.
 MAX_SPANS = 8192
 # Spans of one export, beside those of one request more: about 250 kB.
 BATCH_SPANS = 512
@@ -39,7 +39,7 @@ TURN = 16
 INTERVAL = 1.0
 # Seconds for one export.
 TIMEOUT = 10.0
-# Seconds of the pause after a first failure, and the most that they grow to.
+# Seconds of the pause after a first failure, and the most that a pause grows to.
 PAUSE, MAX_PAUSE = 1.0, 30.0
 # Seconds that a stop of the server may spend on what is left.
 FLUSH_TIMEOUT = 2.0
@@ -75,8 +75,8 @@ class SpanExporter:
 
     Always: at most MAX_SPANS spans wait, and those of one request more; each span is counted once, as exported or dropped.
 
-    *resource*: the attributes of this process, made by `otlp.key_value`. *counters*: `exported` and `dropped`. The caller
-    calls `start` and `close`.
+    *resource*: the attributes of this process, made by `otlp.key_value`. *counters*: `exported` and `dropped`. *interval*:
+    seconds that spans wait for others. *pause*: seconds of the pause after a first failure. The caller calls `start` and `close`.
     """
 
     def __init__(
@@ -87,6 +87,8 @@ class SpanExporter:
         version: str,
         counters: Mapping[str, Counter],
         context: ssl.SSLContext | None = None,
+        interval: float = INTERVAL,
+        pause: float = PAUSE,
     ) -> None:
         self._url = url
         own = {"User-Agent": f"{SCOPE}/{version}", "Content-Type": CONTENT_TYPE}
@@ -95,6 +97,7 @@ class SpanExporter:
         self._scope = (SCOPE, version)
         self._exported, self._dropped = counters["exported"], counters["dropped"]
         self._tls: ssl.SSLContext | bool = True if context is None else context
+        self._interval, self._pause = interval, pause
         self._queue: deque[Ended] = deque()
         # The spans that the collector could not take, and their number.
         self._batch, self._batch_spans = b"", 0
@@ -155,7 +158,7 @@ class SpanExporter:
                 if not self._batch:
                     await self._some.wait()
                     if not self._closing.is_set():
-                        await _within(INTERVAL, self._enough)
+                        await _within(self._interval, self._enough)
                     await self._write_batch()
                     continue
                 try:
@@ -164,8 +167,9 @@ class SpanExporter:
                     if self._closing.is_set():
                         return
                     failures += 1
-                    self._log_fault("the collector cannot be reached", str(fault))
-                    pause = min(MAX_PAUSE, PAUSE * 2.0 ** min(failures - 1, 10))
+                    if (fields := self._fields("away", str(fault))) is not None:
+                        logger.warning("the collector cannot be reached", extra={"fields": fields})
+                    pause = min(MAX_PAUSE, self._pause * 2.0 ** min(failures - 1, 10))
                     # With jitter, so that many servers do not come back at once.
                     pause *= 0.5 + random.random() / 2  # noqa: S311 - no secret
                     await _within(max(pause, fault.pause), self._closing)
@@ -215,16 +219,15 @@ class SpanExporter:
         self._batch, self._batch_spans = b"", 0
         self._exported.value += number - refused
         self._dropped.value += refused
-        if refused:
-            self._log_fault("the collector has refused spans", f"status {status}")
+        if refused and (fields := self._fields("refused", f"status {status}")) is not None:
+            logger.warning("the collector has refused spans", extra={"fields": fields})
 
-    def _log_fault(self, event: str, reason: str) -> None:
-        """Log a fault; of one kind, a line in ten seconds."""
-        if (left_out := self._lines.allow(event)) >= 0:
-            fields: dict[str, object] = {"reason": reason, "dropped": self._dropped.value}
-            if left_out:
-                fields["suppressed"] = left_out
-            logger.warning("%s", event, extra={"fields": fields})
+    def _fields(self, kind: str, reason: str) -> dict[str, object] | None:
+        """Return the fields of a line about a fault; None if one of its *kind* was written in the last ten seconds."""
+        if (left_out := self._lines.allow(kind)) < 0:
+            return None
+        suppressed = {"suppressed": left_out} if left_out else {}
+        return {"reason": reason, "dropped": self._dropped.value, **suppressed}
 
 
 async def _within(seconds: float, event: asyncio.Event) -> None:

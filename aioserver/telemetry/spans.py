@@ -41,7 +41,7 @@ OWN_FACES, PASSED_ON = ("websocket", "sse"), "other"
 NO_STATUS = 499
 # The parts that spans have in common are kept as bytes, some hundred each; clients may make up any number of models.
 MAX_KEPT = 512
-# What an answer says of itself. A quote inside a JSON string is escaped, so none of it is a text of the model.
+# Facts that an answer states about itself. A quote inside a JSON string is escaped, so none of it is a text of the model.
 _ID = re.compile(rb'"id": ?"([^"\\]{1,200})"')
 _MODEL = re.compile(rb'"model": ?"([^"\\]{1,200})"')
 _FINISH = re.compile(rb'"(?:finish_reason|stop_reason)": ?"([^"\\]{1,64})"')

@@ -37,7 +37,7 @@ class Wait:
 
 
 class AttemptTrace:
-    """What the span of one attempt is made of; times are monotonic.
+    """The facts of which the span of one attempt is made; times are monotonic.
 
     *address* is the host and the port of the provider. *error* is the code of the fault. *first_chunk*: seconds from sending to
     the first event of a stream. *tokens*: input and output, None where they are not known. *head* and *tail*: the first and the
@@ -84,7 +84,7 @@ class Trace:
 
     def __init__(self, context: Context, path: str) -> None:
         self.context = context
-        # Of the request to the provider, below its base URL.
+        # The path of the request to the provider, below its base URL.
         self.path = path
         self.attempt: AttemptTrace | None = None
         self.attempts: list[AttemptTrace] = []
@@ -137,7 +137,7 @@ def new_context(client_headers: ClientHeaders) -> Context | None:
     parent, state = client_headers.trace()
     if not parent:
         return Context(new_id(16), new_id(8))
-    # Whatever its version, a valid one begins with these parts.
+    # A valid one begins with these parts, whatever its version.
     _version, trace_id, span_id, flags = parent.decode().split("-")[:4]
     if not int(flags, 16) & SAMPLED:
         return None

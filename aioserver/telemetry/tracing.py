@@ -55,7 +55,7 @@ class Tracer:
         if context is None:
             return
         record.trace = trace = Trace(context, path.partition("?")[0])
-        # So that the log line of the request leads to its trace.
+        # The log line of the request leads to its trace.
         record.trace_id = context.trace_id.hex()
         if waited_since:
             trace.waited("", waited_since, record.admitted_at)

@@ -104,7 +104,18 @@ def test_code_imports_what_is_installed(distribution: str) -> None:
 
 
 def test_every_extra_is_for_something() -> None:
-    assert set(EXTRAS) == {"speedups", "cli", "cluster", "history", "test", "fuzz", "clients"}
+    assert set(EXTRAS) == {
+        "speedups",
+        "cli",
+        "cluster",
+        "history",
+        "otel",
+        "test",
+        "fuzz",
+        "clients",
+    }
+    # The one that commands may name, although traces need no package more.
+    assert [extra for extra, brought in EXTRAS.items() if not brought] == ["otel"]
 
 
 def test_what_only_the_tests_import_is_imported_there() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -74,7 +75,7 @@ def span_of(span: WrittenSpan) -> Span:
 class Collector:
     """A collector at `url`.
 
-    It answers with `status`, and says that it has `rejected` so many spans of a request. `bodies` has what came, with
+    It answers with `status`, never if that is 0, and says that it has `rejected` so many spans of a request. `bodies` has what came, with
     any status, `headers` those of the newest request, `resource` the attributes of its resource.
     """
 
@@ -93,6 +94,8 @@ class Collector:
         body = await request.read()
         self.bodies.append(body)
         self.headers = {name.lower(): value for name, value in request.headers.items()}
+        if not self.status:
+            await asyncio.get_running_loop().create_future()
         if self.status == 200:
             export = ExportTraceServiceRequest.FromString(body)
             (resource,) = export.resource_spans
@@ -128,7 +131,7 @@ async def collecting() -> AsyncIterator[Collector]:
     collector = Collector()
     app = web.Application(client_max_size=1 << 24)
     app.router.add_post("/v1/traces", collector.take)
-    runner = web.AppRunner(app, shutdown_timeout=1.0)
+    runner = web.AppRunner(app, shutdown_timeout=0.1, handler_cancellation=True)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
