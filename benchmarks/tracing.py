@@ -25,7 +25,6 @@ from pathlib import Path
 from loads import Load
 from measure import CHAT, HARNESS, Bench, Server
 from peers import AIOSERVER, PEERS
-from process import free_port
 
 ROUNDS = 25
 # Requests of one round, by whether they are streamed; a stream has 100 events.
