@@ -22,8 +22,9 @@ from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from certificate import HARNESS
 from loads import Load
-from measure import CHAT, HARNESS, Bench, Server
+from measure import CHAT, Bench, Server
 from peers import AIOSERVER, PEERS
 
 ROUNDS = 25
