@@ -1,4 +1,4 @@
-"""What holds for the events of every response: they are those of OpenAI's own SDK, and say the same thing throughout."""
+"""Checks of the events of a response: they are those of OpenAI's own SDK, and say the same thing throughout."""
 
 from __future__ import annotations
 

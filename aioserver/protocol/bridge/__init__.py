@@ -6,6 +6,7 @@ In the order in which a request meets them:
     items        the input items become messages
     tools        the tools become functions, and the choice of one becomes that of a function
     events       the chunks of the answer become the events of a response; a whole answer becomes a response
+    delta        the texts in a chunk
     output       the output items, while they grow: messages, reasoning, calls of tools
     frame        the response object around them
 

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
+from aioserver.protocol.bridge.delta import texts_of
 from aioserver.protocol.bridge.frame import INCOMPLETE as REASONS
 from aioserver.protocol.bridge.frame import usage_object
 from aioserver.protocol.bridge.logprobs import written_logprobs
@@ -33,7 +34,6 @@ from aioserver.protocol.bridge.output import (
     IN_PROGRESS,
     INCOMPLETE,
     REASONING,
-    REFUSAL,
     TEXT,
     Call,
     Message,
@@ -53,8 +53,8 @@ ITEM_BYTES = 1024
 class ResponseWriter(Reading):
     """Reads the chunks of one answer, or a whole answer, and writes the response.
 
-    *frame* is that of the response, *request* what was sent to the provider. All texts together have at
-    most *max_bytes*, for which the last event with the whole response is about as large.
+    *frame* is that of the response, *request* what was sent to the provider. All that is kept has at most
+    *max_bytes*: the last event has it all.
 
     Always: `sequence` is the number of events that were written; an item is written to only while it is in `_open`.
     """
@@ -70,6 +70,7 @@ class ResponseWriter(Reading):
         "_name",
         "_nameless",
         "_open",
+        "_overhead",
         "_part",
         "_reasoning",
         "_size",
@@ -98,7 +99,8 @@ class ResponseWriter(Reading):
         self._part: Part | None = None
         # The calls by the index that the provider gives them; of those without one, by a number below 0.
         self._calls: dict[int, Call] = {}
-        self._size = frame.size
+        # The bytes that are kept, and those of them that are no text of the answer, nor the frame.
+        self._size, self._overhead = frame.size, 0
         # Pieces of calls whose name has not come yet: the provider's id and the arguments.
         self._nameless: dict[int, tuple[str, bytes]] = {}
 
@@ -179,7 +181,8 @@ class ResponseWriter(Reading):
         """Return the response object, at the time *now* of its end."""
         reason = REASONS.get(self.finish_reason or "", "")
         status = INCOMPLETE if reason else COMPLETED
-        usage = usage_object(self.usage, self._asked_bytes, self._size - self._frame.size)
+        answered_bytes = self._size - self._frame.size - self._overhead
+        usage = usage_object(self.usage, self._asked_bytes, answered_bytes)
         output = b",".join([item.render(COMPLETED) for item in self._items[:-1]])
         if self._items:
             last = self._items[-1].render(status)
@@ -192,19 +195,14 @@ class ResponseWriter(Reading):
     def _choice(self, choice: dict[str, Any], chunks: list[bytes]) -> None:
         delta = choice.get("delta") or choice.get("message")
         if isinstance(delta, dict):
-            for field in ("reasoning_content", "reasoning"):
-                text = delta.get(field)
-                if isinstance(text, str) and text:
+            for kind, text, field in texts_of(delta):
+                escaped = orjson.dumps(text)[1:-1]
+                if kind is REASONING:
                     self.reasoning_field = field
-                    self._think(orjson.dumps(text)[1:-1], chunks)
-                    break
-            text = delta.get("content")
-            if isinstance(text, str) and text:
-                logprobs = choice.get("logprobs") if self._logprobs else None
-                self._say(TEXT, orjson.dumps(text)[1:-1], chunks, logprobs)
-            text = delta.get("refusal")
-            if isinstance(text, str) and text:
-                self._say(REFUSAL, orjson.dumps(text)[1:-1], chunks)
+                    self._think(escaped, chunks)
+                else:
+                    logprobs = choice.get("logprobs") if self._logprobs and kind is TEXT else None
+                    self._say(kind, escaped, chunks, logprobs)
             calls = delta.get("tool_calls")
             if isinstance(calls, list):
                 for number, call in enumerate(calls):
@@ -277,7 +275,7 @@ class ResponseWriter(Reading):
             earlier_id, earlier_text = self._nameless.pop(index, ("", b""))
             provider_id, text = provider_id or earlier_id, earlier_text + text
             if not name:
-                self._grow(ITEM_BYTES + len(text))
+                self._grow(len(text), ITEM_BYTES)
                 self._nameless[index] = provider_id, text
                 return
             known = self._begin_call(name, index, provider_id, events)
@@ -316,14 +314,14 @@ class ResponseWriter(Reading):
             events.append(self._event(b"function_call_arguments.delta", delta))
 
     def _begin(self, item: Message | Call, events: list[bytes]) -> None:
-        self._grow(ITEM_BYTES)
+        self._grow(0, ITEM_BYTES)
         self._items.append(item)
         self._open.append(item)
         added = b'"output_index":%d,"item":%b' % (item.index, item.render(IN_PROGRESS))
         events.append(self._event(b"output_item.added", added))
 
     def _begin_part(self, message: Message, kind: bytes, events: list[bytes]) -> None:
-        self._grow(ITEM_BYTES)
+        self._grow(0, ITEM_BYTES)
         self._part = part = message.add_part(kind)
         added = b'%b,"part":%b' % (part.place, part.render())
         events.append(self._event(b"content_part.added", added))
@@ -371,8 +369,9 @@ class ResponseWriter(Reading):
     def _next_name(self) -> str:
         return f"{self._name}_{len(self._items)}"
 
-    def _grow(self, size: int) -> None:
-        self._size += size
+    def _grow(self, size: int, overhead: int = 0) -> None:
+        self._size += size + overhead
+        self._overhead += overhead
         if self._size > self._max_bytes:
             raise BadEvent(f"the provider's answer has more than {self._max_bytes} bytes")
 

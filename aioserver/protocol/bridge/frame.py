@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 MAX_REPEATED_BYTES = 262_144
 # Bytes that stand for one token where the provider reports no usage.
 BYTES_PER_TOKEN = 4
-# What a finish_reason says of an answer that is not complete.
+# By a finish_reason: why an answer is not complete.
 INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"}
 
 
 @dataclass(slots=True)
 class Frame:
-    """What is known of a response before its answer comes.
+    """The response object, as far as it is known before its answer comes.
 
     *repeated* are the members that repeat the request, JSON without the braces. *model* is the model that was asked
     for, and *created_at* the time of the response, in whole seconds since 1970.

@@ -109,7 +109,7 @@ class Message:
 
 
 class Reasoning(Message):
-    """What a model thinks before it answers."""
+    """The thoughts of a model before its answer."""
 
     __slots__ = ()
 

@@ -33,7 +33,7 @@ from aioserver.protocol.top_level import ABSENT, flag, null
 FUNCTION, CUSTOM = "function", "custom"
 # The characters in the name of a function that engines take.
 MAX_NAME = 64
-# What a model is told of the one argument of a custom tool, beside the tool's own description.
+# The parameters of the function that stands for a custom tool.
 _INPUT = b'{"type":"object","properties":{"input":{"type":"string"%b}},"required":["input"],"additionalProperties":false}'
 _CHOICES = frozenset({b'"none"', b'"auto"', b'"required"'})
 _MODES = frozenset({"auto", "required"})
