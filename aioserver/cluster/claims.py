@@ -23,7 +23,8 @@ import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
-from aioserver.cluster.turns import FULL, RedisTurns, TurnStore
+from aioserver.cluster.chains import ChainStore, RedisChains
+from aioserver.cluster.turns import FULL
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Sequence
@@ -111,8 +112,8 @@ class Renewal:
     done: bool = False
 
 
-class ClaimStore(TurnStore, Protocol):
-    """Where claims, handed-over logs and conversations are kept. Each method raises what its connection raises."""
+class ClaimStore(ChainStore, Protocol):
+    """Where claims, handed-over logs, conversations and responses are kept. Each method raises what its connection raises."""
 
     async def take(self, name: str, digest: bytes, seconds: float, lost: str = "") -> Verdict:
         """Claim *name* for *seconds*, unless it is another's, other than *lost*, which no longer has the stream."""
@@ -167,7 +168,7 @@ def name_of(caller: str, request_id: str) -> str:
     return hashlib.sha256(both).hexdigest()[:40]
 
 
-class RedisClaims(RedisTurns):
+class RedisClaims(RedisChains):
     """Claims in Redis, for the instance *me*; *prefix* is that of the cluster's keys."""
 
     def __init__(self, commands: Commands, prefix: str, me: str) -> None:

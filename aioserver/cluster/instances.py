@@ -32,6 +32,7 @@ from aioserver.cluster.claims import (
 )
 from aioserver.cluster.histories import Histories
 from aioserver.cluster.peers import Peers
+from aioserver.cluster.responses import SharedResponses
 from aioserver.errors import RequestConflict, ResumeGap, ServerShutdown, StreamNotFound
 from aioserver.gateway.elsewhere import NOT_FOUND, Start
 from aioserver.streams.entries import ERROR
@@ -85,6 +86,7 @@ class ClusterStreams:
         self._store = store
         self._streams = streams
         self.histories = Histories(store, conversations, self._redis)
+        self.responses = SharedResponses(store, self._redis)
         self._loop = asyncio.get_running_loop()
         self._claimed: dict[Stream, list[Renewal]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -98,6 +100,7 @@ class ClusterStreams:
     def serve(self, gateway: Gateway) -> None:
         """Let other instances read the streams of *gateway*: once, before anything is claimed."""
         self.peers.gateway = gateway
+        gateway.responses.storage = self.responses
 
     def stats(self) -> InstancesStats:
         """Return a snapshot."""
@@ -234,6 +237,14 @@ class ClusterStreams:
             if isinstance(entry, dict)
         ]
 
+    async def forget_response(self, caller: Caller, response_id: str) -> bool:
+        """Let no other instance know a response any more; return whether one did, as far as they answer in time."""
+        known = await self.responses.delete(caller, response_id)
+        members = await self._redis(self._store.members()) or []
+        others = [member for member in members if member != self._me]
+        answers = await self.peers.forget(others, caller, response_id)
+        return known or b"true" in answers.values()
+
     def note_end(self, stream: Stream) -> None:
         """Note that *stream*, whose id was claimed, has ended."""
         claims = self._claimed.pop(stream, None)
@@ -264,6 +275,7 @@ class ClusterStreams:
         """Hand over what has ended, and be no instance any more. The gateway was closed before."""
         finished = [stream for stream in self._streams.finished() if not stream.private]
         await self.histories.close()
+        await self.responses.close()
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=CALL_TIMEOUT)
         await self.hand_over(finished[::-1])

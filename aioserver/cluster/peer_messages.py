@@ -11,7 +11,7 @@ checked against its shape, and bounded in size.
     Ping(links)*                →
                                  ←       Pong(links, gone)
     Detach(link)                 →
-    Ask(number, …), Look(number, …)  →
+    Ask(number, …), Forget(number, …), Look(number, …)  →
                                  ←       Answer(number, data)
 """
 
@@ -115,6 +115,14 @@ class Ask(msgspec.Struct, array_like=True, tag=9):
     request_id: str | None
 
 
+class Forget(msgspec.Struct, array_like=True, tag=12):
+    """A question with an answer: forget a caller's response, and its log; was there one?"""
+
+    number: int
+    caller: str
+    response_id: str
+
+
 class Look(msgspec.Struct, array_like=True, tag=11):
     """A question of the operating pages (totals.py): how are you?"""
 
@@ -123,13 +131,26 @@ class Look(msgspec.Struct, array_like=True, tag=11):
 
 
 class Answer(msgspec.Struct, array_like=True, tag=10):
-    """The answer to a question: JSON for an `Ask`, msgpack for a `Look`."""
+    """The answer to a question: JSON for an `Ask` or a `Forget`, msgpack for a `Look`."""
 
     number: int
     data: bytes
 
 
-Message = Attach | Refused | Block | Credit | Detach | Ping | Pong | Position | Ask | Look | Answer
+Message = (
+    Attach
+    | Refused
+    | Block
+    | Credit
+    | Detach
+    | Ping
+    | Pong
+    | Position
+    | Ask
+    | Forget
+    | Look
+    | Answer
+)
 
 
 class Publication(msgspec.Struct, array_like=True):

@@ -25,6 +25,7 @@ from aioserver.cluster.peer_messages import (
     Block,
     Credit,
     Detach,
+    Forget,
     Look,
     Ping,
     Pong,
@@ -134,6 +135,14 @@ class Peers:
                 self.refused.value += 1
         return answers
 
+    async def forget(
+        self, targets: Iterable[str], caller: Caller, response_id: str
+    ) -> dict[str, bytes]:
+        """Return what those instances say that answer in time: see `Forget`."""
+        return await self._question(
+            targets, lambda number: Forget(number, caller.name, response_id)
+        )
+
     async def look(self, targets: Iterable[str], what: str) -> dict[str, bytes]:
         """Return what those instances say of *what* that answer in time: see `Look`."""
         return await self._question(targets, lambda number: Look(number, what))
@@ -210,6 +219,9 @@ class Peers:
                 self._check_links(sender, message)
             case Ask():
                 self._answer(sender, message)
+            case Forget():
+                gone = self.gateway.forget_response(Caller(message.caller), message.response_id)
+                self._bus.send(sender, Answer(message.number, orjson.dumps(gone)))
             case Look():
                 self._bus.send(sender, Answer(message.number, self.on_look(message.what)))
             case Answer():

@@ -119,6 +119,11 @@ def _list_faults(context: click.Context, _parameter: click.Parameter, wanted: bo
     metavar="TOKENS",
     help="Send nothing more after so many tokens, and keep the connection open.",
 )
+@click.option(
+    "--responses/--no-responses",
+    default=True,
+    help="Have /v1/responses, or chat completions only, as many engines.  [default: responses]",
+)
 @options.version
 def command(*, host: str, port: int, fail_rate: float | None, **behaviour: Any) -> int:
     """Run a simulated LLM provider, with faults on request.

@@ -111,8 +111,11 @@ async def delete(
     Raises:
         StreamNotFound: the caller has no such response.
     """
-    response_id = request.match_info["id"]
-    if not await context.gateway.delete_response(request[CALLER], response_id):
+    gateway, response_id = context.gateway, request.match_info["id"]
+    known = gateway.forget_response(request[CALLER], response_id)
+    if gateway.elsewhere is not None:
+        known = await gateway.elsewhere.forget_response(request[CALLER], response_id) or known
+    if not known:
         return await passing(request)
     return web.json_response({"id": response_id, "object": "response", "deleted": True})
 

@@ -76,6 +76,9 @@ class Instances(Protocol):
     async def listing(self, caller: Caller) -> list[dict[str, Any]]:
         """Return what `describe` says of the caller's streams at all other instances."""
 
+    async def forget_response(self, caller: Caller, response_id: str) -> bool:
+        """Let no other instance know a response any more; return whether one did."""
+
     def note_end(self, stream: Stream) -> None:
         """Note that *stream*, whose id was claimed, has ended."""
 
@@ -166,6 +169,10 @@ class Elsewhere:
         """
         if not await self._instances.cancel(caller, request_id):
             raise StreamNotFound(NOT_FOUND)
+
+    async def forget_response(self, caller: Caller, response_id: str) -> bool:
+        """Let no other instance know a response any more; return whether one did."""
+        return await self._instances.forget_response(caller, response_id)
 
     async def listing(self, caller: Caller) -> list[dict[str, Any]]:
         """Return what `describe` says of the caller's streams at all other instances."""

@@ -244,8 +244,8 @@ class Gateway:
         self.lifetime.end(stream, abandoned=False)
         return stream
 
-    async def delete_response(self, caller: Caller, response_id: str) -> bool:
-        """Forget a response and its log; cancel it if it runs. Return whether there was one."""
+    def forget_response(self, caller: Caller, response_id: str) -> bool:
+        """Forget a response and its log here; cancel it if it runs. Return whether there was one."""
         stream = self._streams.find(caller, response_id)
         found = stream is not None and stream.details.path == RESPONSES
         if stream is not None and found:

@@ -22,6 +22,7 @@ from aioserver.provider_errors import (
     CircuitOpen,
     ProviderFault,
     ProviderRateLimited,
+    RequestNotBridged,
 )
 from aioserver.providers.attempt import Attempt
 from aioserver.providers.breaker import SICK
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     from aioserver.providers.request import Answer, ProviderRequest
     from aioserver.streams.stream import Stream
 
+# The faults of a provider that could not have answered.
+UNUSABLE = (*KEY_FAULTS, RequestNotBridged)
 # Seconds to which the backoff before a retry grows.
 MAX_BACKOFF = 30.0
 # Seconds of a backoff that a provider asks for; if it asks for more, its fault is raised instead.
@@ -273,11 +276,12 @@ def _sick_last(providers: list[Provider]) -> list[Provider]:
 def _final_fault(faults: list[ProviderFault], attempts: int) -> ProviderFault:
     """Return the fault to raise when all providers have failed: the last of *faults*, as a rule.
 
-    A provider that refuses our key is not usable: its fault is returned only if all of them refuse it.
+    A provider that refuses our key is not usable, nor is one that has no form of the request: their faults are returned
+    only if there is no other.
     A fault of too many requests is returned only if every usable provider has raised one. The `retry_after`
     is that of the provider that may answer first, and *attempts* that of all. *faults* is empty afterwards.
     """
-    of_usable = [fault for fault in faults if not isinstance(fault, KEY_FAULTS)] or faults
+    of_usable = [fault for fault in faults if not isinstance(fault, UNUSABLE)] or faults
     others = [fault for fault in of_usable if not isinstance(fault, ProviderRateLimited)]
     final = (others or of_usable)[-1]
     if final.retry_after is not None:

@@ -17,24 +17,27 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
-from dataclasses import dataclass
 from math import inf
 from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
 
 from aioserver.errors import ResponseNotFound, ServerAtCapacity
-from aioserver.protocol.response_items import replayable, with_history
+from aioserver.gateway.response_storage import Record
+from aioserver.protocol.response_items import ResponseParts, joined, replayable, with_history
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from aioserver.auth.callers import Caller
-    from aioserver.protocol.response_items import ResponseParts
+    from aioserver.gateway.response_storage import Storage
     from aioserver.streams.store import HeldBytes, StreamStore
 
 # The path of a request for a response, below the base URL of its provider.
 RESPONSES = "responses"
 # Bytes of the Python objects of one response, its names included.
 RESPONSE_OVERHEAD = 1024
+# Bytes of a conversation that is taken over from another instance: longer than any body.
+MAX_LOADED = 1 << 25
 # Seconds between two sweeps at least: one sweep removes all that are due.
 MIN_SWEEP_INTERVAL = 0.05
 
@@ -50,9 +53,11 @@ class StoredResponse:
     """
 
     __slots__ = (
+        "__weakref__",
         "_head",
         "_held",
         "_references",
+        "_status",
         "_tail",
         "caller",
         "id",
@@ -61,6 +66,7 @@ class StoredResponse:
         "output",
         "previous",
         "provider",
+        "shared",
         "stored_at",
     )
 
@@ -77,11 +83,13 @@ class StoredResponse:
     ) -> None:
         self.caller = caller
         self.id, self.output = parts.id, parts.output
-        self._head, self._tail = parts.head, parts.tail
+        self._head, self._tail, self._status = parts.head, parts.tail, parts.status
         self.input = input_items
         self.previous = previous
         self.provider = provider
         self.kept_there = kept_there
+        # Whether other instances can find it.
+        self.shared = False
         # When it was stored, by the store's clock.
         self.stored_at = 0.0
         self._held = held
@@ -95,6 +103,11 @@ class StoredResponse:
         """The bytes that it takes, without those of the responses before."""
         parts = (self._head, self.output, self._tail, self.input)
         return RESPONSE_OVERHEAD + sum(map(len, parts))
+
+    @property
+    def alive(self) -> bool:
+        """Whether something refers to it."""
+        return self._references > 0
 
     def retain(self) -> None:
         """Refer to it, until `release`."""
@@ -147,6 +160,14 @@ class StoredResponse:
             pieces += [(name, response.input), (f"{name}_out", response.output)]
         return pieces[:-1]
 
+    def record(self) -> Record:
+        """Return it as a record, which has all that came before if other instances cannot find that."""
+        items = self.input
+        if self.previous is not None and not self.previous.shared:
+            items = joined((*self.previous.history(), items))
+        parts = (self._head, self.output, self._tail)
+        return Record(self.id, self._status, self.provider, self.kept_there, items, *parts)
+
     def response(self) -> bytes:
         """Return the JSON of the response object."""
         return b"".join((self._head, self.output, self._tail))
@@ -168,13 +189,6 @@ def not_found(response_id: str) -> ResponseNotFound:
     """Return the error of a request that continues a response which cannot be found, in OpenAI's words."""
     text = f"Previous response with id '{response_id[:64]}' not found."
     return ResponseNotFound(text, param="previous_response_id")
-
-
-@dataclass(frozen=True, slots=True)
-class StoredStats:
-    """A snapshot of the store: the number of responses that can be found."""
-
-    responses: int
 
 
 class StoredResponses:
@@ -200,7 +214,16 @@ class StoredResponses:
         # The oldest first.
         self._named: OrderedDict[tuple[Caller, str], StoredResponse] = OrderedDict()
         self._sweeper: asyncio.TimerHandle | None = None
+        # Where those of other instances are; None if there are none.
+        self.storage: Storage | None = None
+        # Where there are: what is here of their conversations, as long as something refers to it.
+        self._known: WeakValueDictionary[tuple[Caller, str], StoredResponse] = (
+            WeakValueDictionary()
+        )
         streams.stored = self
+
+    def __len__(self) -> int:
+        return len(self._named)
 
     @property
     def window(self) -> float:
@@ -235,10 +258,16 @@ class StoredResponses:
         return response
 
     async def reach(self, caller: Caller, response_id: str) -> StoredResponse | None:
-        """Return the caller's response of this id, for the caller to `release`; None if there is none."""
+        """Return the caller's response of this id, for the caller to `release`; None if no instance has one.
+
+        Cancelling is safe.
+        """
         response = self.get(caller, response_id)
         if response is not None:
             response.retain()
+        elif self.storage is not None and self._window > 0:
+            records = await self.storage.load(caller, response_id, self._window, MAX_LOADED)
+            response = self._restore(caller, records)
         return response
 
     def make(
@@ -267,6 +296,8 @@ class StoredResponses:
         except ServerAtCapacity:
             response.release()
             return None
+        if self.storage is not None:
+            self._known[caller, response.id] = response
         return response
 
     def add(self, response: StoredResponse) -> None:
@@ -280,6 +311,11 @@ class StoredResponses:
             older.release()
         response.stored_at = self._clock()
         self._named[key] = response
+        if self.storage is not None:
+            previous = response.previous
+            previous_id = previous.id if previous is not None and previous.shared else None
+            self.storage.keep(response.caller, response.record(), previous_id, self._window)
+            response.shared = True
         if self._sweeper is None:
             self._rearm()
 
@@ -296,15 +332,41 @@ class StoredResponses:
         """Drop the oldest response, to make room."""
         self._drop(next(iter(self._named)))
 
-    def stats(self) -> StoredStats:
-        """Return a snapshot."""
-        return StoredStats(len(self._named))
-
     def close(self) -> None:
         """Forget every response, and stop the timer."""
         self._window = 0.0
         self._expire()
         self._rearm()
+
+    def _restore(self, caller: Caller, records: Sequence[Record]) -> StoredResponse | None:
+        """Return the first of *records*, which continues the others, to be released; None if there is no room.
+
+        What is here already is not made again.
+        """
+        response: StoredResponse | None = None
+        for record in reversed(records):
+            previous, known = response, self._known.get((caller, record.id))
+            if known is not None and known.alive:
+                response = known
+                response.retain()
+            else:
+                parts = ResponseParts(
+                    record.id, record.status, record.head, record.output, record.tail
+                )
+                response = self.make(
+                    caller,
+                    parts,
+                    record.input,
+                    previous,
+                    provider=record.provider,
+                    kept_there=record.kept_there,
+                )
+            if previous is not None:
+                previous.release()
+            if response is None:
+                return None
+            response.shared = True
+        return response
 
     def _drop(self, key: tuple[Caller, str]) -> bool:
         response = self._named.pop(key, None)

@@ -101,7 +101,16 @@ GAUGES = (
         lambda s: s["streams"]["detached"],
         "Answers under way without a reader",
     ),
-    Gauge("kept_stream_bytes", lambda s: s["streams"]["bytes"], "Bytes of all streams together"),
+    Gauge(
+        "stored_responses",
+        lambda s: s["streams"]["responses"],
+        "Responses that can be continued by their ids",
+    ),
+    Gauge(
+        "kept_stream_bytes",
+        lambda s: s["streams"]["bytes"],
+        "Bytes of all streams and stored responses together",
+    ),
     Gauge("kept_stream_bytes_limit", lambda s: s["streams"]["max_bytes"], "max_kept_bytes"),
     Gauge(
         "provider_in_flight",

@@ -162,6 +162,7 @@ def _streams_state(sources: Sources) -> StreamsState:
         "detached": sources.lifetime.detached,
         "max_detached": sources.settings.chat.streams.max_detached,
         "finished": streams.finished,
+        "responses": streams.responses,
         "bytes": streams.bytes,
         "max_bytes": streams.max_bytes,
     }

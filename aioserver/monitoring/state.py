@@ -40,6 +40,7 @@ class StreamsState(TypedDict):
     detached: int
     max_detached: int
     finished: int
+    responses: int
     bytes: int
     max_bytes: int
 

@@ -188,6 +188,7 @@ def _streams(states: list[StreamsState]) -> StreamsState:
         "detached": sum(state["detached"] for state in states),
         "max_detached": sum(state["max_detached"] for state in states),
         "finished": sum(state["finished"] for state in states),
+        "responses": sum(state["responses"] for state in states),
         "bytes": sum(state["bytes"] for state in states),
         "max_bytes": sum(state["max_bytes"] for state in states),
     }

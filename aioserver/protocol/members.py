@@ -18,19 +18,19 @@ from aioserver.protocol import top_level
 from aioserver.protocol.top_level import ABSENT
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
-# Places in one body, on all its levels, where a key with one value may be.
-MAX_PLACES = 10_000
+# Places in one body, on all its levels, where a key with one value may be, and where one with a long value may.
+MAX_PLACES, MAX_LONG_PLACES = 10_000, 100
 _SPACE = rb"[ \t\r\n]*"
 _COLON = re.compile(_SPACE + b":" + _SPACE)
 _START = re.compile(_SPACE + rb"\{" + _SPACE)
 _COMMA_AFTER = re.compile(_SPACE + b"," + _SPACE)
 _COMMA_BEFORE = re.compile(rb"," + _SPACE + rb"\Z")
-# Bytes before a key in which its comma is looked for, and before a value its key.
+# Bytes before a key in which its comma is looked for.
 _MARGIN = 4096
-# Bytes of a value that may be part of a regular expression.
-_MAX_PATTERN = 4096
+# Bytes at the beginning and at the end of a value that are compared first.
+_EDGE = 4096
 
 
 class _OneValue(Protocol):
@@ -74,7 +74,7 @@ class Member:
         """Return where the member is whose *value* `value` has returned, which is not empty.
 
         Raises:
-            InvalidRequest: there are more than MAX_PLACES where it may be.
+            InvalidRequest: there are more than MAX_PLACES, or MAX_LONG_PLACES, where it may be.
         """
         escaped = any(escape in data for escape in self._escapes)
         if not escaped and (start := data.find(self.key)) == data.rfind(self.key):
@@ -84,11 +84,20 @@ class Member:
             return Place(start, colon.end(), colon.end() + len(value))
         key = self._escaped_key if escaped else self.key
         places: list[Place] = []
-        for start, begin in _matches(data, key + _COLON.pattern, value):
-            places.append(Place(start, begin, begin + len(value)))
-            if len(places) > MAX_PLACES:
+        # A quote inside a string is escaped, so what matches is a key, though perhaps a nested one.
+        for number, match in enumerate(
+            re.finditer(key + _COLON.pattern + b"(?=%b)" % re.escape(value[:_EDGE]), data), 1
+        ):
+            begin, end = match.end(), match.end() + len(value)
+            if data.startswith(value[-_EDGE:], end - min(_EDGE, len(value))) and (
+                len(value) <= _EDGE or data.startswith(value, begin)
+            ):
+                places.append(Place(match.start(), begin, end))
+            # To compare a long value everywhere would take the square of its length.
+            limit = MAX_PLACES if len(value) <= _EDGE else MAX_LONG_PLACES
+            if number > limit:
                 raise InvalidRequest(
-                    f"more than {MAX_PLACES} keys {self.name} in one body", param=self.name
+                    f"more than {limit} keys {self.name} in one body", param=self.name
                 )
         if len(places) == 1:
             return places[0]
@@ -113,7 +122,7 @@ class Member:
         """Return *data* without this member, which it has.
 
         Raises:
-            InvalidRequest: it has several, or there are more than MAX_PLACES where it may be.
+            InvalidRequest: it has several, or as `find`.
         """
         place = self.find(data, self.value(data))
         start, end = place.key, place.end
@@ -129,20 +138,3 @@ class Member:
         if self.value(rest):
             raise InvalidRequest(f"several keys {self.name} in one body", param=self.name)
         return rest
-
-
-def _matches(data: bytes, key: bytes, value: bytes) -> Iterator[tuple[int, int]]:
-    """Yield where the pattern *key* matches in front of *value*, and where that begins, outside of strings.
-
-    A quote inside a string is escaped, so what matches is a key, though perhaps a nested one.
-    """
-    if len(value) <= _MAX_PATTERN:
-        for match in re.finditer(key + b"(?=%b)" % re.escape(value), data):
-            yield match.start(), match.end()
-        return
-    before, begin = re.compile(key + rb"\Z"), -1
-    # A long value is looked for first: to compare it at each key would take the square of its length.
-    while (begin := data.find(value, begin + 1)) >= 0:
-        margin = max(0, begin - _MARGIN)
-        if (place := before.search(data[margin:begin])) is not None:
-            yield margin + place.start(), begin

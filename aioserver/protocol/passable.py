@@ -23,7 +23,7 @@ _PATH = re.compile(r"(?!.*\.\.)(?:(?!\.(?:/|$))[A-Za-z0-9._~:@+=,-]+(?:/|$))+(?<
 _QUERY = re.compile(r"[\x21\x22\x24-\x7e]*")
 
 # A response that a provider keeps, and its input.
-_RESPONSE = re.compile(r"responses/(?!(?:compact|input_tokens)(?:/|$))[^/]+(?:/input_items)?")
+_RESPONSE = re.compile(r"responses/(?!(?i:compact|input_tokens)(?:/|$))[^/]+(?:/input_items)?")
 
 # Below these every path is a question by itself, but for those of OBJECTS.
 QUESTIONS = ("audio/", "images/")

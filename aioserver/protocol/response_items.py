@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 from msgspec import Raw
 
-from aioserver.errors import RequestTooLarge
+from aioserver.errors import InvalidJson, InvalidRequest, RequestTooLarge
 from aioserver.protocol.members import Member
-from aioserver.protocol.top_level import ABSENT
+from aioserver.protocol.top_level import ABSENT, at_once, sound
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Sequence
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 INPUT, PREVIOUS = Member("input"), Member("previous_response_id")
 # The statuses of a response that can be continued.
 CONTINUABLE = frozenset({"completed", "incomplete"})
+# Commas in a value of which each part becomes an object: some megabytes of text have so many, and a few hundred KB of numbers.
+MAX_COMMAS = 200_000
 # Bytes of items that are read in one step.
 STEP_BYTES = 1 << 18
 _MESSAGE = b'{"type":"message","role":"user","content":'
@@ -86,14 +88,17 @@ def items_of(value: bytes) -> bytes:
 
 
 def response_parts(response: bytes) -> ResponseParts | None:
-    """Return *response*, the JSON of a response object, in parts; None if it is none, or has no id.
+    """Return *response*, the JSON of a response object, in parts; None if it is none, has no id, or is too large.
 
-    Only white space on its top level is lost.
+    Lost are white space on its top level, and lone surrogates, which no provider would take back.
     """
+    if not separable(response):
+        return None
     try:
+        response = at_once(sound(response))
         known = _RESPONSE.decode(response)
         fields = _OBJECT.decode(response)
-    except (msgspec.DecodeError, RecursionError):
+    except (InvalidJson, msgspec.DecodeError, RecursionError):
         return None
     if not known.id:
         return None
@@ -103,8 +108,13 @@ def response_parts(response: bytes) -> ResponseParts | None:
     return ResponseParts(known.id, known.status, head, items_of(bytes(known.output)), b"]}")
 
 
+def separable(items: bytes) -> bool:
+    """Return whether *items* are not so many that it would cost too much to have them one by one."""
+    return items.count(b",") <= MAX_COMMAS
+
+
 def separate(items: bytes) -> list[Raw]:
-    """Return *items*, which are joined, one by one."""
+    """Return *items*, which are joined and `separable`, one by one."""
     return _ITEMS.decode(b"[%b]" % items)
 
 
@@ -119,7 +129,7 @@ def replayable(items: bytes, *, same_provider: bool) -> bytes:
     A reasoning item without its content is a mere reference to what its provider has kept; encrypted content
     can be read by the provider alone that has written it, which the *same_provider* is.
     """
-    if b"reasoning" not in items:
+    if b"reasoning" not in items or not separable(items):
         return items
     kept = []
     for raw in separate(items):
@@ -144,18 +154,19 @@ def with_history(body: bytes, history: Sequence[bytes], max_bytes: int) -> bytes
     if PREVIOUS.value(body):
         body = PREVIOUS.remove(body)
     value = INPUT.value(body)
-    own = items_of(value)
-    size = len(body) - len(value) + len(own) + sum(map(len, history)) + len(history)
+    pieces = [piece for piece in (*history, items_of(value)) if piece]
+    # Brackets, and a comma between two pieces.
+    size = len(body) - len(value) + sum(map(len, pieces)) + max(1, len(pieces)) + 1
     if size > max_bytes:
         raise RequestTooLarge(
             f"a body of {size} bytes with the responses that it continues, at most {max_bytes}",
             param="previous_response_id",
         )
-    pieces = (b"[", joined((*history, own)), b"]")
+    items = (b"[", b",".join(pieces), b"]")
     if not value:
-        return INPUT.insert(body, pieces)
+        return INPUT.insert(body, items)
     place, view = INPUT.find(body, value), memoryview(body)
-    return b"".join((view[: place.value], *pieces, view[place.end :]))
+    return b"".join((view[: place.value], *items, view[place.end :]))
 
 
 def paging(
@@ -164,21 +175,28 @@ def paging(
     """Return *limit* of the items in *pieces*, those that follow the one with the id *after*, in steps.
 
     The pieces are in the order of the list, each with a name, and of joined items. An item without an id gets one
-    that is made of that name, and stays the same. None: no item has the id *after*.
+    that is made of that name, and stays the same; so does one whose id has come before. None: no item has the id *after*.
     """
     listed: list[tuple[str, Raw]] = []
+    # A client that asks for what follows an id would never come to the end of a list that has it twice.
+    ids: set[str] = set()
     found, size = after is None, 0
     for name, piece in pieces:
+        if not separable(piece):
+            raise InvalidRequest(f"the input has too many items: over {MAX_COMMAS} commas")
         numbered = list(enumerate(separate(piece)))
         for number, item in reversed(numbered) if newest_first else numbered:
             if len(listed) == limit:
                 return _page_of(listed, more=True)
-            item_id = _id(item, name, number)
+            item_id = _id(item)
+            if not item_id or item_id in ids:
+                item_id = _made_id(item, name, number)
+            ids.add(item_id)
             if found:
                 listed.append((item_id, item))
             else:
                 found = item_id == after
-        size += len(piece)
+        size += len(piece) + STEP_BYTES // 1000 * len(numbered)
         if size >= STEP_BYTES:
             size = 0
             yield
@@ -190,12 +208,18 @@ def _page_of(listed: Sequence[tuple[str, Raw]], *, more: bool) -> Page:
     return Page([_with_id(item, item_id) for item_id, item in listed], first_id, last_id, more)
 
 
-def _id(item: Raw, name: str, number: int) -> str:
-    """Return the id of *item*, or the one that it gets as that *number* of the piece of that *name*."""
+def _id(item: Raw) -> str:
+    """Return the id of *item*; empty if it has none."""
     read = _read(item)
-    if read is not None and bytes(memoryview(read.id)[:1]) == b'"':
-        own: str = msgspec.json.decode(read.id, type=str)
-        return own
+    if read is None or bytes(memoryview(read.id)[:1]) != b'"':
+        return ""
+    name: str = msgspec.json.decode(read.id, type=str)
+    return name
+
+
+def _made_id(item: Raw, name: str, number: int) -> str:
+    """Return an id for *item*, as that *number* of the piece of that *name*."""
+    read = _read(item)
     kind = "msg" if read is None or bytes(read.type) in _MESSAGE_TYPES else "item"
     return f"{kind}_{name}_{number}"
 

@@ -99,9 +99,12 @@ class BridgeSink:
         if stream.answered:
             return writer.read(data)
         events = [*writer.begin(data), *writer.read(data)]
-        stream.mark_answered()
-        stream.add_alias(writer.response_id)
+        self._note_begin()
         return events
+
+    def _note_begin(self) -> None:
+        self._stream.mark_answered()
+        self._stream.add_alias(self._writer.response_id)
 
     def _complete(self) -> None:
         """Append the events that end the response, and end the log.
@@ -111,9 +114,12 @@ class BridgeSink:
         """
         stream, writer = self._stream, self._writer
         try:
-            events = writer.finish(int(time.time()))
+            # A `[DONE]` may be all that has come.
+            events = [] if stream.answered else writer.begin(b"{}")
+            events += writer.finish(int(time.time()))
         except BadEvent as exc:
             raise event_fault(exc) from exc
+        self._note_begin()
         self._append(events, more=True)
         stream.details.usage = writer.usage
         if (keep := stream.attachment.on_complete) is not None:

@@ -31,6 +31,9 @@ SEARCH_STEP = 0.01
 class StoredBytes(Protocol):
     """What is kept beside the logs, and may be dropped to make room: the stored responses."""
 
+    def __len__(self) -> int:
+        """Return how many there are."""
+
     def oldest(self) -> float:
         """Return the monotonic time at which the oldest was stored; infinity if there is none."""
 
@@ -40,10 +43,11 @@ class StoredBytes(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class StoreStats:
-    """A snapshot of the store: numbers of logs, their bytes, and the bound of these."""
+    """A snapshot of the store: numbers of logs and of stored responses, their bytes, and the bound of these."""
 
     running: int
     finished: int
+    responses: int
     bytes: int
     max_bytes: int
 
@@ -227,6 +231,7 @@ class StreamStore:
         return StoreStats(
             running=len(self._running),
             finished=len(self._finished),
+            responses=0 if self.stored is None else len(self.stored),
             bytes=self._bytes,
             max_bytes=self._max_kept_bytes,
         )

@@ -1,4 +1,4 @@
-"""Claims, messages, logs and conversations over a real server of Redis' kind."""
+"""Claims, messages, logs, conversations and responses over a real server of Redis' kind."""
 
 from __future__ import annotations
 
@@ -140,6 +140,66 @@ async def test_a_caller_has_a_list_of_its_conversations(make_bus: Any) -> None:
     assert [position.conversation_id for position in rest] == ["c 2", "c 0"]
     assert await claims.first_turns(["n1", "unknown", "n0"]) == [(2, b"1"), (0, b""), (1, b"0")]
     assert await claims.conversations("another", 3, None) == []
+
+
+async def test_a_response_is_kept_with_those_before_it(make_bus: Any) -> None:
+    bus = await make_bus("a")
+    claims = RedisClaims(bus.commands, PREFIX, "a")
+    for number in range(1, 6):
+        previous = f"r{number - 1}" if number > 1 else ""
+        await claims.put_response(f"r{number}", b"%d" % number, previous, 100.0, 1 << 20)
+    await claims.put_response("fork", b"f", "r2", 100.0, 1 << 20)
+
+    assert await claims.response_chain("r5", 5) == [b"5", b"4", b"3", b"2", b"1"]
+    assert await claims.response_chain("fork", 1000) == [b"f", b"2", b"1"]
+    assert await claims.response_chain("r5", 4) == []
+    assert not await claims.has_response("r9")
+    # Those before live at least as long.
+    lives = [await bus.commands.execute("PTTL", f"{PREFIX}r:r{n}") for n in range(1, 6)]
+    assert lives == sorted(lives, reverse=True)
+    assert 190_000 < lives[0] <= 200_000
+    await bus.commands.execute("DEL", f"{PREFIX}r:r1")
+    assert await claims.response_chain("r5", 1000) == []
+
+
+async def test_a_deleted_response_is_kept_for_those_that_continued_it(make_bus: Any) -> None:
+    bus = await make_bus("a")
+    claims = RedisClaims(bus.commands, PREFIX, "a")
+    await claims.put_response("r1", b"1", "", 100.0, 1 << 20)
+    await claims.put_response("r2", b"2", "r1", 100.0, 1 << 20)
+
+    assert await claims.delete_response("r1")
+
+    assert not await claims.delete_response("r1")
+    assert await claims.response_chain("r1", 1000) == []
+    assert await claims.response_chain("r2", 1000) == [b"2", b"1"]
+    assert await claims.delete_response("r2")
+    assert not await claims.has_response("r2")
+    assert not await claims.delete_response("r3")
+
+
+async def test_responses_have_a_bound_and_the_ones_that_rested_for_longest_go(
+    make_bus: Any,
+) -> None:
+    bus = await make_bus("a")
+    claims = RedisClaims(bus.commands, PREFIX, "a")
+    data, most = b"x" * 744, 10_000
+    await claims.put_response("old", data, "", 100.0, most)
+    await claims.put_response("new", data, "old", 100.0, most)
+    for number in range(30):
+        await claims.put_response(f"r{number}", data, "", 101.0 + number, most)
+        # Once more: it takes the place of the former.
+        await claims.put_response(f"r{number}", data, "", 101.0 + number, most)
+        size = int(await bus.commands.execute("GET", f"{PREFIX}responses:bytes"))
+        count = await bus.commands.execute("ZCARD", f"{PREFIX}responses")
+        assert size == 1000 * count <= most
+
+    kept = [n for n in range(30) if await claims.has_response(f"r{n}")]
+    assert kept == list(range(30 - len(kept), 30))
+    assert len(kept) >= 8
+    assert not await claims.has_response("new")
+    await claims.put_response("large", b"x" * most, "", 100.0, most)
+    assert not await claims.has_response("large")
 
 
 async def test_what_was_asked_before_a_deletion_is_not_kept(make_bus: Any) -> None:

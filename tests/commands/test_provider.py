@@ -68,9 +68,11 @@ def test_port_in_use_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
 async def test_a_fault_by_its_name(options: tuple[str, ...], statuses: set[int]) -> None:
     seen = set()
     async with (
-        running("--interval", "0", *options) as (_, base_url),
+        running("--interval", "0", "--no-responses", *options) as (_, base_url),
         aiohttp.ClientSession() as session,
     ):
+        async with session.post(f"{base_url}/responses", json={"model": "m"}) as response:
+            assert response.status == 404
         for _ in range(4):
             async with session.post(
                 f"{base_url}/chat/completions", json={"model": "m", **STREAMED}

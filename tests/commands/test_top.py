@@ -64,6 +64,7 @@ STATS: dict[str, Any] = {
         "detached": 0,
         "max_detached": 100,
         "finished": 12,
+        "responses": 3,
         "bytes": 12345,
         "max_bytes": 268435456,
     },

@@ -18,6 +18,8 @@ from tests.support.scripted_provider import ScriptedProvider
 from tests.support.server import ENDLESS, QUICK, provider_entry
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from tests.support.scripted_provider import Peer
     from tests.support.server import MakeServer, RunningServer
 
@@ -31,6 +33,7 @@ WEATHER: Any = {
     "parameters": {"type": "object", "properties": {"days": {"type": "integer"}}},
     "strict": False,
 }
+JSON_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
 ASK: dict[str, Any] = {"model": "m", "input": "Hello"}
 STREAMED = {**ASK, "stream": True}
 
@@ -147,21 +150,43 @@ class Person(BaseModel):
     age: int
 
 
+def telling(asked: list[Any], **message: Any) -> Callable[[Peer], Awaitable[None]]:
+    """A script that notes what it is asked in *asked*, and always answers with *message*."""
+
+    async def play(peer: Peer) -> None:
+        while True:
+            asked.append(orjson.loads((await peer.request()).partition(b"\r\n\r\n")[2]))
+            choice = {"message": {"role": "assistant", **message}, "finish_reason": "stop"}
+            body = orjson.dumps({"choices": [{"index": 0, **choice}]})
+            await peer.send(JSON_HEAD % len(body) + body)
+
+    return play
+
+
+async def test_reasoning_goes_back_in_the_field_in_which_it_came(make_server: MakeServer) -> None:
+    asked: list[Any] = []
+    async with ScriptedProvider(telling(asked, reasoning_content="Hm", content="Yes")) as provider:
+        address = {"llm.providers.sim.base_url": provider.url}
+        server = await make_server(QUICK, **BRIDGED, **address)
+        _, first = await answer_of(server, ASK)
+        thought = first["output"][0]
+        items = [{"role": "user", "content": "Hello"}, *first["output"]]
+        await answer_of(server, {**ASK, "input": [*items, {"role": "user", "content": "Why?"}]})
+
+    assert thought["content"] == [{"type": "reasoning_text", "text": "Hm"}]
+    assert asked[1]["messages"][1] == {
+        "role": "assistant",
+        "content": "Yes",
+        "reasoning_content": "Hm",
+    }
+
+
 async def test_a_structured_output_is_asked_for_and_parsed(make_server: MakeServer) -> None:
     asked: list[Any] = []
-
-    async def answer(peer: Peer) -> None:
-        asked.append(orjson.loads((await peer.request()).partition(b"\r\n\r\n")[2]))
-        text = '{"name": "Ada", "age": 36}'
-        message = {"role": "assistant", "content": text}
-        choices = [{"index": 0, "message": message, "finish_reason": "stop"}]
-        body = orjson.dumps({"choices": choices})
-        head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
-        await peer.send(head % len(body) + body)
-
-    async with ScriptedProvider(answer) as provider:
-        url = f"http://127.0.0.1:{provider.port}/v1"
-        server = await make_server(QUICK, **BRIDGED, **{"llm.providers.sim.base_url": url})
+    text = '{"name": "Ada", "age": 36}'
+    async with ScriptedProvider(telling(asked, content=text)) as provider:
+        address = {"llm.providers.sim.base_url": provider.url}
+        server = await make_server(QUICK, **BRIDGED, **address)
         async with AsyncOpenAI(api_key="unused", base_url=server.v1, max_retries=0) as sdk:
             parsed = await sdk.responses.parse(model="m", input="Who?", text_format=Person)
 
@@ -178,6 +203,7 @@ async def test_a_provider_without_responses_is_found_out_once(
 ) -> None:
     server = await make_server(WITHOUT)
     previous: dict[str, Any] = {}
+    response: Any = None
     for _ in range(2):
         if streamed:
             response = check_run(await stream_of(server, STREAMED | previous))
@@ -311,6 +337,12 @@ async def test_what_one_provider_cannot_have_goes_to_one_that_can(
 
         assert (status, paths(native)) == (200, ["responses"])
 
+        native.behaviour = Behaviour(fail_rate=1.0)
+        status, _ = await answer_of(server, {**ASK, "tools": [{"type": "web_search"}]})
+
+        # The fault of the one that could have answered says more.
+        assert status == 502
+
 
 async def test_a_response_is_read_on_and_cancelled_by_its_id(
     server: RunningServer, sdk: AsyncOpenAI
@@ -337,7 +369,8 @@ async def test_a_response_is_read_on_and_cancelled_by_its_id(
     )
     assert rest[-1].type == "response.completed"
     assert rest[-1].response.output_text == whole.output_text
-    assert (await sdk.responses.retrieve(name)).output_text == whole.output_text
+    for kept in (whole.id, name):
+        assert (await sdk.responses.retrieve(kept)).output_text == whole.output_text
 
     server.simulator.behaviour = ENDLESS
     stream = await sdk.responses.create(**ASK, stream=True)

@@ -12,6 +12,7 @@ from aioserver.client import events
 from aioserver.config import configuration
 from aioserver.faces.client_messages import ClientMessages
 from aioserver.protocol import eventstream, model_body
+from aioserver.protocol.bridge.events import ResponseWriter
 from aioserver.providers import message_sink, sinks
 from aioserver.providers.exchange import Exchange
 from aioserver.streams import fast_path
@@ -20,7 +21,7 @@ from tests.fuzz.mutation import mutants
 from tests.fuzz.targets import TARGETS, load, words
 
 # Mutants of each target. Those of a slow one take half a second, all together.
-MUTANTS = {"fast_path": 200, "provider_answer": 200, "configuration": 200}
+MUTANTS = {"bridge": 200, "fast_path": 200, "provider_answer": 200, "configuration": 200}
 MOST_MUTANTS = 600
 # Seconds of the long run, for all targets together.
 LONG = 3600
@@ -48,6 +49,7 @@ BREAKAGES: dict[str, tuple[object, str, object]] = {
     "fast_path": (fast_path, "_PLAIN", re.compile(rb"[^\n]+")),
     "provider_answer": (Exchange, "_settle", lambda _exchange: None),
     "responses": (sinks, "up_to_end", lambda block: (block, b"response.completed" in block)),
+    "bridge": (ResponseWriter, "_part_ending", lambda _writer: []),
     "messages": (message_sink, "_up_to_end", lambda block: (block, b"message_stop" in block, b"")),
     "client_frames": (ClientMessages, "_count", lambda _messages, _size: True),
     "server_frames": (events, "_text", lambda metadata, name: metadata.get(name)),

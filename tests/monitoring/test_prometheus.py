@@ -32,7 +32,7 @@ def snapshot(**process: int | None) -> Any:
             "waiting_by_face": {"sse": 9, "openai": 10},
         },
         "requests": {"running": 11},
-        "streams": {"detached": 12, "bytes": 13, "max_bytes": 14},
+        "streams": {"detached": 12, "responses": 20, "bytes": 13, "max_bytes": 14},
         "history": {"waiting": 19, "trouble": {"kind": "full"}},
         "providers": {
             "groq": groq,

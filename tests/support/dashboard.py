@@ -119,6 +119,7 @@ def snapshot() -> dict[str, Any]:
             "detached": 0,
             "max_detached": 100,
             "finished": 0,
+            "responses": 0,
             "bytes": 0,
             "max_bytes": 268435456,
         },

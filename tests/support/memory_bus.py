@@ -60,6 +60,10 @@ class World:
     claims: dict[str, Claim] = field(default_factory=dict)
     logs: dict[str, tuple[bytes, float]] = field(default_factory=dict)
     conversations: dict[str, list[bytes]] = field(default_factory=dict)
+    # By name: the data, and the name of the response before.
+    responses: dict[str, tuple[bytes, str]] = field(default_factory=dict)
+    # The names of responses that were deleted.
+    forgotten: set[str] = field(default_factory=set)
     # By owner, and in it by id: when its last turn ended.
     lists: dict[str, dict[str, float]] = field(default_factory=dict)
     # When a conversation, or all of an owner, were deleted.
@@ -217,6 +221,34 @@ class MemoryClaims:
         await self._asked()
         self._world.deletions[owner] = now
         return True
+
+    async def put_response(
+        self, name: str, data: bytes, previous: str, seconds: float, most: int
+    ) -> None:
+        await self._asked()
+        self._world.responses[name] = data, previous
+
+    async def has_response(self, name: str) -> bool:
+        await self._asked()
+        return name in self._world.responses
+
+    async def response_chain(self, name: str, most: int) -> list[bytes]:
+        await self._asked()
+        chain: list[bytes] = []
+        if name in self._world.forgotten:
+            return chain
+        while name:
+            if name not in self._world.responses:
+                return []
+            data, name = self._world.responses[name]
+            chain.append(data)
+        return chain
+
+    async def delete_response(self, name: str) -> bool:
+        await self._asked()
+        known = name in self._world.responses and name not in self._world.forgotten
+        self._world.forgotten.add(name)
+        return known
 
     async def _asked(self) -> float:
         self._world.calls += 1

@@ -246,7 +246,7 @@ def _facts(stats: dict[str, Any]) -> Table:
         "answers": f"{stats.get('tokens_per_second', 0.0):.0f} tokens/s; first token p50 "
         f"{_time(first.get('p50'))}, p95 {_time(first.get('p95'))}, p99 {_time(first.get('p99'))}",
         "streams": f"{streams.get('detached', 0)} without a "
-        f"reader, {streams.get('finished', 0)} kept, {_bytes(streams.get('bytes'))} of "
+        f"reader, {streams.get('finished', 0)} kept, {streams.get('responses', 0)} stored, {_bytes(streams.get('bytes'))} of "
         f"{_bytes(streams.get('max_bytes'))}; {stats.get('slow_clients', 0)} slow clients dropped",
         "rejections": total + codes if rejected else "none",
         "loop": f"lag {_time(loop.get('lag'))}, worst {_time(loop.get('lag_max'))}; "

@@ -134,6 +134,7 @@ def chat_request(
         InvalidRequest: *body* is no request, or one that has no form in chat completions.
     """
     yield from check_density(body)
+    yield
     fields = _fields(body)
     if not null(fields.previous_response_id):
         raise ResponseNotFound("the previous response is not known", param="previous_response_id")
@@ -147,7 +148,8 @@ def chat_request(
     if is_string(fields.input):
         messages.ask(bytes(fields.input))
     else:
-        items = elements(fields.input, "input")
+        yield
+        items = elements(fields.input, "input", None)
         if not items:
             raise InvalidRequest("input must be a text, or a list of items", param="input")
         for number, raw in enumerate(items):

@@ -20,7 +20,14 @@ import orjson
 from msgspec import Raw
 
 from aioserver.errors import InvalidRequest
-from aioserver.protocol.bridge.reading import elements, is_string, members, read, string
+from aioserver.protocol.bridge.reading import (
+    MAX_ELEMENTS,
+    elements,
+    is_string,
+    members,
+    read,
+    string,
+)
 from aioserver.protocol.top_level import ABSENT, flag, null
 
 FUNCTION, CUSTOM = "function", "custom"
@@ -98,8 +105,11 @@ class Tools:
         """Add a declared tool, of a *namespace* if one is passed.
 
         Raises:
-            InvalidRequest: it is none, or chat completions have no such tool; *param* names it.
+            InvalidRequest: it is none, or chat completions have no such tool, or there are too many; *param*
+                names it.
         """
+        if len(self.functions) >= MAX_ELEMENTS:
+            raise InvalidRequest(f"more than {MAX_ELEMENTS} tools", param=param)
         tool = read(_TOOL, raw, param)
         if tool.type == "namespace" and not namespace:
             self._check_name(tool, param)

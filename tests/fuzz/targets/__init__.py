@@ -35,6 +35,7 @@ TARGETS = (
     "fast_path",
     "provider_answer",
     "responses",
+    "bridge",
     "messages",
     "client_frames",
     "server_frames",

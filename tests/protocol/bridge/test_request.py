@@ -14,6 +14,7 @@ from openai.types.chat.completion_create_params import (
 from pydantic import TypeAdapter
 
 from aioserver.errors import InvalidRequest, ResponseNotFound
+from aioserver.protocol.bridge import reading
 from aioserver.protocol.bridge.frame import MAX_REPEATED_BYTES
 from aioserver.protocol.bridge.request import ChatRequest, chat_request
 from aioserver.protocol.top_level import at_once
@@ -385,6 +386,11 @@ BAD: dict[str, tuple[Any, str | None]] = {
     ),
     "instructions that are a list": ({"instructions": []}, "instructions"),
     "metadata that is a list": ({"metadata": []}, "metadata"),
+    "many parts": (
+        {"input": [{"role": "user", "content": 5000 * [{"type": "input_text", "text": "x"}]}]},
+        "input[0].content",
+    ),
+    "many tools": ({"tools": 5000 * [WEATHER]}, "tools"),
     "much metadata": ({"metadata": {"a": "x" * 3 * MAX_REPEATED_BYTES}}, None),
     "a model that is a number": ({"model": 5}, None),
 }
@@ -435,3 +441,18 @@ def test_no_body_costs_ten_times_its_bytes(element: bytes, place: str) -> None:
         tracemalloc.stop()
 
     assert peak < 9 * len(body)
+
+
+@pytest.mark.parametrize("size", [2, 3, 7, 1 << 18])
+def test_values_are_counted_outside_of_strings_only(
+    size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "STEP_BYTES", size)
+    monkeypatch.setattr(reading, "MAX_VALUES", 3)
+    monkeypatch.setattr(reading, "MIN_VALUE_BYTES", 1000)
+    texts = ["", ",,,,,,", '\\",",\\', '"', '\\\\",', "\\" * 5]
+
+    at_once(reading.check_density(orjson.dumps(texts[:4])))
+    at_once(reading.check_density(orjson.dumps(texts[2:])))
+    with pytest.raises(InvalidRequest, match="more than 3 values"):
+        at_once(reading.check_density(orjson.dumps(texts[:5])))

@@ -1,0 +1,116 @@
+"""Stored responses for all instances: they are in Redis. See `gateway.response_storage`.
+
+A response is written when it is stored, without those before it, and read with all of them when an instance that
+does not hold it gets a request that continues it. What an instance stores it holds itself, too: while Redis is away,
+it goes on with these. A key in Redis is made of a digest: neither the caller nor the id stands in it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from aioserver.cluster.claims import TIMEOUT, name_of
+from aioserver.gateway.response_storage import Record
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Coroutine, Sequence
+
+    from aioserver.auth.callers import Caller
+    from aioserver.cluster.chains import ChainStore
+
+    # Awaits a call to Redis for some seconds at most, and returns its result, or None.
+    Ask = Callable[[Coroutine[Any, Any, Any], float], Awaitable[Any]]
+
+# Seconds for which a whole conversation is awaited, and what nobody waits for.
+LOAD_TIMEOUT, CALL_TIMEOUT = 1.0, 1.0
+# Bytes of all responses in Redis; a quarter of its `maxmemory` is the bound, too.
+MAX_BYTES = 1 << 28
+
+
+class _Record(msgspec.Struct, array_like=True):
+    stored_at: float
+    id: str
+    status: str
+    provider: str
+    kept_there: bool
+    input: bytes
+    head: bytes
+    output: bytes
+    tail: bytes
+
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(_Record)
+
+
+class SharedResponses:
+    """The responses of all instances in Redis; *clock* returns the time of day, which all machines share."""
+
+    def __init__(
+        self, store: ChainStore, ask: Ask, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._store = store
+        self._ask = ask
+        self._clock = clock
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def keep(
+        self, caller: Caller, record: Record, previous_id: str | None, seconds: float
+    ) -> None:
+        """Keep a response of *caller* for *seconds*, soon."""
+        data = _encoder.encode(_Record(self._clock(), *record))
+        name = name_of(caller.name, record.id)
+        previous = "" if previous_id is None else name_of(caller.name, previous_id)
+        call = self._store.put_response(name, data, previous, seconds, MAX_BYTES)
+        task = asyncio.get_running_loop().create_task(self._quietly(call))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def load(
+        self, caller: Caller, response_id: str, window: float, most: int
+    ) -> Sequence[Record]:
+        """Return a response that was stored within *window*, and those before it, the newest first; nothing if there is none.
+
+        *most* are the bytes that they may have together.
+        """
+        name = name_of(caller.name, response_id)
+        # Most ids that are not known here are known nowhere, and Redis may be slow.
+        if not await self._ask(self._store.has_response(name), TIMEOUT):
+            return ()
+        chain: Sequence[bytes] = (
+            await self._ask(self._store.response_chain(name, most), LOAD_TIMEOUT) or ()
+        )
+        records = [_decoded(data) for data in chain]
+        known = [record for record in records if record is not None]
+        # The clock of another machine may be behind.
+        if len(known) < len(records) or not known or known[0][0] <= self._clock() - window:
+            return ()
+        return [record for _stored_at, record in known]
+
+    async def delete(self, caller: Caller, response_id: str) -> bool:
+        """Let a response be found no longer; return whether there was one."""
+        name = name_of(caller.name, response_id)
+        return bool(await self._ask(self._store.delete_response(name), CALL_TIMEOUT))
+
+    async def close(self) -> None:
+        """Wait until what was kept is there, for CALL_TIMEOUT at most."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=CALL_TIMEOUT)
+        for task in tuple(self._tasks):
+            task.cancel()
+
+    async def _quietly(self, call: Coroutine[Any, Any, None]) -> None:
+        await self._ask(call, CALL_TIMEOUT)
+
+
+def _decoded(data: bytes) -> tuple[float, Record] | None:
+    try:
+        record = _decoder.decode(data)
+    except (msgspec.MsgspecError, RecursionError):
+        return None
+    stored_at, *fields = msgspec.structs.astuple(record)
+    return stored_at, Record(*fields)

@@ -1,0 +1,86 @@
+"""The bridge: any request for a response as one for a chat completion, and the chunks of its answer as events."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from aioserver.errors import AioserverError
+from aioserver.protocol import eventstream, model_body
+from aioserver.protocol.bridge.events import ResponseWriter
+from aioserver.protocol.bridge.frame import Frame
+from aioserver.protocol.bridge.request import chat_request
+from aioserver.protocol.responses import ResponseEvents
+from aioserver.protocol.top_level import at_once
+from aioserver.provider_errors import ProviderFault
+from aioserver.providers.bridge_sink import BridgeSink
+from aioserver.streams.stream import Stream
+from tests.fuzz.inputs import parts
+from tests.support.response_events import check_run
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+WORDS = (
+    *(b'"choices":[{"index":0,', b'"delta":{', b'"content":"a"', b'"finish_reason":"stop"'),
+    *(b'"tool_calls":[{', b'"function":{', b'"name":"f"', b'"arguments":"{', b'"id":"c1"'),
+    *(b'"reasoning":"r"', b'"refusal":"n"', b'"usage":{', b'"index":1', b'"logprobs":'),
+    *(b'"input":[', b'"role":"user"', b'"type":"function_call"', b'"call_id":"c1"', b'"output":'),
+    *(b'"tools":[{', b'"type":"function"', b'"type":"custom"', b'"tool_choice":', b'"text":{'),
+)
+ASKED = b'{"model":"m","input":"x","stream":true,"tools":[{"type":"custom","name":"f"}],"top_logprobs":1}'
+ROLES = {"system", "user", "assistant", "tool"}
+
+
+def run(data: bytes) -> None:
+    """Take the content for the body of a request, or for an answer: in pieces, at once, and byte for byte."""
+    given = parts(data)
+    if given.choice % 2:
+        _check_request(given.content)
+        return
+    whole, *others = map(_play, given.reads())
+    for other in others:
+        assert other == whole, f"what is read depends on the reads: {other} {whole}"
+
+
+def _check_request(content: bytes) -> None:
+    try:
+        body = at_once(model_body.reading(content))
+        chat = at_once(chat_request(body.with_model("m"), reasoning_field="reasoning"))
+    except AioserverError:
+        return
+    sent = orjson.loads(chat.body)
+    assert sent["model"] == "m"
+    assert ("stream" in sent) == body.streamed
+    assert {message["role"] for message in sent["messages"]} <= ROLES
+    assert len(sent.get("tools", ())) == len(chat.tools.functions)
+    repeated = orjson.loads(b"{%b}" % chat.repeated)
+    assert repeated["store"] == (body.stored is not False)
+
+
+def _play(reads: Iterable[bytes]) -> list[Any]:
+    stream = Stream("r1", "me", window=30.0, max_bytes=1 << 22)
+    stream.append_processing("sim", "a-model")
+    stream.details.error_format = form = ResponseEvents()
+    request = at_once(chat_request(ASKED))
+    writer = ResponseWriter(request, Frame("resp_1", 0, "m", request.repeated), 1 << 22)
+    sink, fault = BridgeSink(stream, writer), ""
+    try:
+        for read in reads:
+            if not sink.feed(read):
+                break
+        else:
+            sink.end()
+    except ProviderFault as error:
+        fault = f"{type(error).__name__}: {error.message}"
+        stream.fail(error)
+    blocks = eventstream.parse(b"".join(entry.data for entry in stream.entries))
+    events = [orjson.loads(block.data) for block in blocks]
+    numbers = [event["sequence_number"] for event in events]
+    assert numbers == list(range(len(events)))
+    assert form.last_sequence == len(events) - 1
+    if not fault:
+        # The time of its end.
+        check_run(events)["completed_at"] = None
+    return [fault, stream.end_status, stream.details.usage, events]
