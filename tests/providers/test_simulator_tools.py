@@ -10,6 +10,8 @@ import jsonschema
 import openai
 import orjson
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from aioserver.providers.simulator.model import (
     CHAT,
@@ -337,6 +339,47 @@ def test_structured_answer_is_valid_by_its_schema(endpoint: str, wish: dict[str,
     assert asked(CHAT, "Hello", response_format={"type": "text"}).words is None
     loose = asked(CHAT, "Hello", response_format={"type": "json_object"})
     assert orjson.loads(loose.words or "") == {"answer": "Hello"}
+
+
+KEYWORDS = [
+    *("type", "enum", "const", "properties", "required", "items", "prefixItems", "anyOf", "allOf"),
+    *("$ref", "minimum", "exclusiveMaximum", "multipleOf", "minLength", "maxLength", "minItems"),
+    *("format", "pattern", "default", "examples", "$defs", "role", "content", "name", "tools"),
+    *("function", "output", "mode", "allowed_tools", "schema", "json_schema", "tool_calls"),
+]
+WORDS = ["object", "array", "string", "integer", "number", "null", "#", "#/$defs/a", "date", "a"]
+KINDS = ["function", "custom", "tool", "any", "allowed_tools", "json_schema", "tool_result"]
+ANYTHING = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-5, 2**53)
+    | st.floats()
+    | st.sampled_from(WORDS + KINDS),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from([*KEYWORDS, "a", "command"]), inner, max_size=5)
+    ),
+    max_leaves=20,
+)
+
+
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
+@settings(max_examples=100, deadline=None)
+@given(
+    values=st.lists(ANYTHING, min_size=6, max_size=6), text=st.sampled_from(["t", "call a tool"])
+)
+def test_no_request_is_more_than_refused(endpoint: str, values: list[Any], text: str) -> None:
+    tools, choice, content, schema, wish, output = values
+    declared_tool = declared(endpoint, {"t": schema}) if isinstance(schema, dict) else tools
+    later = {"role": "tool", "type": "function_call_output", "output": output, "content": output}
+    more = {"tools": declared_tool, "tool_choice": choice, "response_format": wish, "text": wish}
+    messages = [{"role": "user", "content": content}, {"role": "user", "content": text}, later]
+    body = orjson.dumps(body_of(endpoint, messages, **more))
+    try:
+        request = read(endpoint, body)
+    except BadRequest:
+        return
+    assert len(request.call.arguments if request.call else request.words or "") < 100_000
 
 
 # The official SDKs: whole and streamed, until the agent has its answer.

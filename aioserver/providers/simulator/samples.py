@@ -128,7 +128,8 @@ class Sampler:
         return [self._value(kind, depth + 1) for kind in kinds if self._values_left > 0]
 
     def _string(self, schema: Mapping[str, Any]) -> str:
-        if (kind := schema.get("format")) in _FORMATS:
+        kind = schema.get("format")
+        if isinstance(kind, str) and kind in _FORMATS:
             return _FORMATS[kind]
         text = next(self._texts, self._otherwise)
         least, most = schema.get("minLength"), schema.get("maxLength")

@@ -118,7 +118,7 @@ def results(messages: Sequence[Mapping[str, Any]]) -> Results:
         for item in itertools.chain((message,), _parts(message.get("content"))):
             if _kind(item) in {"function_call", "custom_tool_call", "tool_use"}:
                 called.append(str(item.get("name")))
-            elif str(_kind(item)).endswith("_call_output"):
+            elif _kind(item).endswith("_call_output"):
                 last = text_of(item.get("output"))
             elif _kind(item) == "tool_result":
                 last = text_of(item.get("content"))
@@ -178,7 +178,7 @@ def _choice(choice: Any) -> tuple[str, list[str] | None]:
         return (choice if choice in {"none", "required"} else "auto"), None
     if not isinstance(choice, dict):
         return "auto", None
-    kind = choice.get("type")
+    kind = _kind(choice)
     if kind == "allowed_tools":
         inner = choice.get("allowed_tools", choice)
         inner = inner if isinstance(inner, dict) else {}
@@ -237,7 +237,7 @@ def structured(body: Mapping[str, Any], text: str) -> str | None:
     for form in (chat, *inner):
         if not isinstance(form, dict):
             continue
-        kind = form.get("type")
+        kind = _kind(form)
         holder = form.get("json_schema", form)
         schema = holder.get("schema") if isinstance(holder, dict) else None
         if kind in {"json_schema", "json_object"}:
@@ -283,8 +283,9 @@ def _parts(items: Any) -> list[dict[str, Any]]:
     return [item for item in items if isinstance(item, dict)] if isinstance(items, list) else []
 
 
-def _kind(item: Mapping[str, Any]) -> Any:
-    return item.get("type")
+def _kind(item: Mapping[str, Any]) -> str:
+    kind = item.get("type")
+    return kind if isinstance(kind, str) else ""
 
 
 def _function(item: Mapping[str, Any]) -> Mapping[str, Any]:
