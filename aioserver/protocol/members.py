@@ -148,6 +148,18 @@ class Member:
         before = _COMMA_BEFORE.search(data[begin:start])
         return (start if before is None else begin + before.start()), end
 
+    def remove(self, data: bytes) -> bytes:
+        """Return *data* without this member, which it has.
+
+        Raises:
+            InvalidRequest: it has several, or as `find`.
+        """
+        start, end = self.extent(data)
+        view = memoryview(data)
+        rest = b"".join((view[:start], view[end:]))
+        self.check_absent(rest)
+        return rest
+
     def check_absent(self, data: bytes) -> None:
         """Make sure that *data* lacks this member, which was taken out of it.
 
