@@ -9,6 +9,7 @@ import inspect
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
+import hypothesis
 import pytest
 import uvloop
 
@@ -22,6 +23,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from aioserver.providers.simulator.exchange import Behaviour
+
+# Of the machine's time no test may make anything: a busy one is no fault.
+hypothesis.settings.register_profile(
+    "untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("untimed")
 
 
 def _debugging() -> asyncio.AbstractEventLoop:

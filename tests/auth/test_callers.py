@@ -6,7 +6,7 @@ import hashlib
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from aioserver.auth.access import Access
@@ -141,7 +141,6 @@ def test_a_foreign_page_is_refused_before_the_upgrade() -> None:
     assert "evil" not in caught.value.message
 
 
-@settings(deadline=None)
 @given(st.text(), st.none() | st.text())
 def test_any_header_is_an_answer_and_no_exception(origin: str, host: str | None) -> None:
     assert NONE.allows(origin, host) in {True, False}
@@ -333,7 +332,6 @@ def test_a_session_cannot_be_changed() -> None:
             keys.resume(forged)
 
 
-@settings(deadline=None)
 @given(st.text())
 def test_any_session_is_an_answer_and_no_other_exception(session: str) -> None:
     with pytest.raises(SessionEnded):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from multidict import CIMultiDict
 
@@ -82,7 +82,6 @@ def test_memory_of_hosts_is_bounded() -> None:
         hosts.check("evil.example")
 
 
-@settings(deadline=None)
 @given(st.text())
 def test_any_host_is_an_answer_and_no_exception(host: str) -> None:
     assert Hosts(["a.example"]).allows(host) in {True, False}
@@ -186,7 +185,6 @@ def test_only_a_trusted_proxy_says_https(
     assert TRUSTED.secure(peer, headers(proto=proto)) is secure
 
 
-@settings(deadline=None)
 @given(st.lists(st.text(), max_size=4))
 def test_any_chain_is_an_address_and_no_exception(chain: list[str]) -> None:
     assert TRUSTED.address("10.0.0.1", headers(*chain))

@@ -15,7 +15,7 @@ from aioserver.protocol.client_frames import BadCommand, Cancel, Chat, Ping, Res
 from aioserver.protocol.top_level import at_once
 from tests.support.commands import encoded, survives
 
-unhurried = settings(deadline=None, max_examples=150)
+unhurried = settings(max_examples=150)
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
 anything = st.recursive(

@@ -20,7 +20,7 @@ from aioserver.protocol.eventstream import (
 )
 from tests.support.event_streams import Parser, check, pieces
 
-unhurried = settings(deadline=None, max_examples=100)
+unhurried = settings(max_examples=100)
 
 LINES = (
     b"data: one",

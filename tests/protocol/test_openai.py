@@ -259,7 +259,7 @@ def test_json_that_can_be_read_but_not_written_is_a_bad_response(data: str, dept
         orjson.dumps({"metadata": {"usage": reading.usage}})
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(st.dictionaries(st.sampled_from(("choices", "usage", "x_groq", "error")), anything))
 def test_any_answer_is_read_or_refused(answer: dict[str, Any]) -> None:
     reading = Reading()

@@ -60,7 +60,7 @@ def test_only_lone_surrogates_are_replaced_wherever_a_piece_ends(
         assert at_once(top_level.sound(body)) == by_one(body), body
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.text(st.characters(codec=None), max_size=30))
 def test_what_is_passed_on_is_what_any_reader_reads(text: str) -> None:
     body = json.dumps([text]).encode()

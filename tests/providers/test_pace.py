@@ -33,7 +33,7 @@ def started(pace: Pace, clock: FakeClock, gaps: list[float]) -> list[float]:
     burst=st.integers(1, 50),
     gaps=st.lists(st.one_of(st.just(0.0), st.floats(0, 5)), min_size=1, max_size=60),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_no_window_has_more_than_its_share_and_the_burst(
     per_minute: int, burst: int, gaps: list[float]
 ) -> None:
@@ -116,7 +116,7 @@ def test_after_a_rest_it_goes_on_at_half_its_pace_for_as_long_again() -> None:
     asked=st.floats(0.1, 200),
     begun=st.integers(0, 60),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_nothing_starts_in_a_rest_and_no_burst_behind_it(
     per_minute: int, burst: int, asked: float, begun: int
 ) -> None:
@@ -228,7 +228,7 @@ def test_durations(text: str, seconds: float | None) -> None:
     per_minute=st.integers(600, 1_000_000),
     costs=st.lists(st.integers(1, 5_000), min_size=1, max_size=60),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_no_window_has_more_tokens_than_its_share_the_bucket_and_one_start(
     per_minute: int, costs: list[int]
 ) -> None:

@@ -364,7 +364,7 @@ ANYTHING = st.recursive(
 
 
 @pytest.mark.parametrize("endpoint", ENDPOINTS)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     values=st.lists(ANYTHING, min_size=6, max_size=6), text=st.sampled_from(["t", "call a tool"])
 )

@@ -477,7 +477,7 @@ def answers(draw: st.DrawFn) -> list[bytes]:
     return [EVENT_STREAM, *chunks, *([last] if last else [])]
 
 
-@settings(deadline=None, max_examples=EXAMPLES)
+@settings(max_examples=EXAMPLES)
 @given(answers(), st.randoms(use_true_random=False))
 async def test_every_answer_is_the_same_however_it_comes(
     reads: list[bytes], dice: random.Random
@@ -583,7 +583,7 @@ def assert_true(before: bytes, behind: bytes, text: str, index: int) -> None:
     assert (reading.finish_reason, reading.usage) == (None, None)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(events(), st.lists(plain, min_size=1, max_size=4), st.integers(0, 1))
 def test_lessons_are_true_for_every_text(
     found: tuple[list[bytes], bytes], others: list[str], index: int
@@ -629,7 +629,7 @@ crossed = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     *[st.lists(st.tuples(few_keys, crossed), max_size=3) for _ in range(4)],
     st.sampled_from(("a", "b", "content", "error", "<a>", "delta")),

@@ -122,7 +122,7 @@ async def test_anything_between_parts_has_the_same_effect_on_both_ways(
         assert_same(face, await play(face, reads), await play_bytes(face, b"".join(reads)))
 
 
-@settings(max_examples=EXAMPLES, deadline=None)
+@settings(max_examples=EXAMPLES)
 @given(
     st.lists(st.sampled_from([*OTHERS.values(), *(delta(n) for n in range(1, 9))]), max_size=8),
     st.lists(st.integers(0, 3000), max_size=6),

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 # For tests with `given`: a busy machine is no fault, and every example may write over the same file.
-ANY_MACHINE = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+ANY_MACHINE = settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 
 # The configuration of the system that aioserver replaces: it must load unchanged.
 ORIGINAL = Path(__file__).with_name("original.yaml")

@@ -25,7 +25,7 @@ def cut(text: str, *ends: int) -> list[Block]:
 
 
 @given(texts, st.lists(st.integers(0, 200), max_size=8))
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 def test_blocks_are_the_text_and_do_not_depend_on_how_it_comes(text: str, ends: list[int]) -> None:
     whole = cut(text)
     pieces = cut(text, *ends)
