@@ -134,12 +134,9 @@ class Absence:
     async def _park(self, attempt: Attempt, seconds: float) -> None:
         began = self._clock()
         await self._gate.park(seconds, waited=attempt.waited)
-        parked = self._clock() - began
-        attempt.waited += parked
-        record = attempt.request.record
-        record.queue_wait += parked
-        if record.trace is not None:
-            record.trace.waited(attempt.provider.name, began, began + parked)
+        now = self._clock()
+        attempt.waited += now - began
+        attempt.request.record.waited(attempt.provider.name, began, now)
 
 
 def unsent(stream: Stream) -> bool:

@@ -88,7 +88,7 @@ class Provider:
         self._pending = 0
         self.pools = Pools(settings, base_url, pending=lambda: self._pending)
         self.budget = Budget(clock)
-        # Set when the last attempt has ended; None unless the provider is removed.
+        # Set at the end of the last attempt; None unless the provider is removed.
         self._drained: asyncio.Event | None = None
 
     def prepare(
@@ -202,6 +202,7 @@ class Provider:
 
     def stats(self) -> ProviderStats:
         """Return a snapshot."""
+        now = asyncio.get_running_loop().time()
         pace = PaceStats(self._pace.per_minute, self._pace.left, self._pace.cooling)
         return ProviderStats(
             self.name,
@@ -212,11 +213,7 @@ class Provider:
             self.health.state,
             self.health.flagged,
             self.health.next_try(waited_for=self._gate.waiting > 0),
-            measure(
-                self.pools.exchanges(),
-                asyncio.get_running_loop().time(),
-                self.meter.first_token,
-            ),
+            measure(self.pools.exchanges(), now, self.meter.first_token),
             self.budget.stats(),
         )
 
@@ -330,11 +327,9 @@ class Provider:
         finally:
             # Nothing else runs before this attempt asks the pool.
             self._pending -= 1
-            waited = self._clock() - began
-            attempt.waited += waited
-            record.queue_wait += waited
-            if record.trace is not None:
-                record.trace.waited(self.name, began, began + waited)
+            now = self._clock()
+            attempt.waited += now - began
+            record.waited(self.name, began, now)
         attempt.expected_tokens = cost
         # A trial may have to come back.
         attempt.rejoin = attempt.rejoin or isinstance(place, TrialPlace)

@@ -7,9 +7,8 @@ frames. Anthropic's events (message_sink.py) and bodies that are not streamed (b
     [DONE], or response.completed / incomplete / failed      well
     the body ends after a finish_reason                      well; a [DONE] is added
     an event that is not JSON                                ProviderBadResponse
-    an error object                                          ProviderError, or the fault that its code
-                                                             means; nothing after it passes, and an answer
-                                                             of the Responses API gets a response.failed
+    an error object                                          ProviderError, or the fault that its code means; nothing after
+                                                             it passes, and a response gets a response.failed
     the body ends otherwise                                  ProviderDisconnected
     there is no body                                         ProviderBadResponse
 """

@@ -151,6 +151,12 @@ class RequestRecord:
             self.silence, self.silence_end = until - since, until
         return self.silence
 
+    def waited(self, provider: str, began: float, until: float) -> None:
+        """Note a wait in the queue of *provider*; both moments are of the clock of the queue."""
+        self.queue_wait += until - began
+        if self.trace is not None:
+            self.trace.waited(provider, began, until)
+
     def note_bug(self) -> None:
         """Count a bug of ours that the log has: it befell one client of this request."""
         if self.log is not None:
