@@ -23,7 +23,7 @@ from weakref import WeakValueDictionary
 
 from aioserver.errors import ResponseNotFound, ServerAtCapacity
 from aioserver.gateway.response_storage import Record
-from aioserver.protocol.response_items import ResponseParts, replayable, with_history
+from aioserver.protocol.response_items import ResponseParts, joined, replayable, with_history
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -66,6 +66,7 @@ class StoredResponse:
         "output",
         "previous",
         "provider",
+        "shared",
         "stored_at",
     )
 
@@ -87,6 +88,8 @@ class StoredResponse:
         self.previous = previous
         self.provider = provider
         self.kept_there = kept_there
+        # Whether other instances can find it.
+        self.shared = False
         # When it was stored, by the store's clock.
         self.stored_at = 0.0
         self._held = held
@@ -158,17 +161,12 @@ class StoredResponse:
         return pieces[:-1]
 
     def record(self) -> Record:
-        """Return it as a record."""
-        return Record(
-            self.id,
-            self._status,
-            self.provider,
-            self.kept_there,
-            self.input,
-            self._head,
-            self.output,
-            self._tail,
-        )
+        """Return it as a record, which has all that came before if other instances cannot find that."""
+        items = self.input
+        if self.previous is not None and not self.previous.shared:
+            items = joined((*self.previous.history(), items))
+        parts = (self._head, self.output, self._tail)
+        return Record(self.id, self._status, self.provider, self.kept_there, items, *parts)
 
     def response(self) -> bytes:
         """Return the JSON of the response object."""
@@ -314,8 +312,10 @@ class StoredResponses:
         response.stored_at = self._clock()
         self._named[key] = response
         if self.storage is not None:
-            previous_id = None if response.previous is None else response.previous.id
+            previous = response.previous
+            previous_id = previous.id if previous is not None and previous.shared else None
             self.storage.keep(response.caller, response.record(), previous_id, self._window)
+            response.shared = True
         if self._sweeper is None:
             self._rearm()
 
@@ -365,6 +365,7 @@ class StoredResponses:
                 previous.release()
             if response is None:
                 return None
+            response.shared = True
         return response
 
     def _drop(self, key: tuple[Caller, str]) -> bool:

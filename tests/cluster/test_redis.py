@@ -156,8 +156,8 @@ async def test_a_response_is_kept_with_those_before_it(make_bus: Any) -> None:
     assert not await claims.has_response("r9")
     # Those before live at least as long.
     lives = [await bus.commands.execute("PTTL", f"{PREFIX}r:r{n}") for n in range(1, 6)]
-    assert lives == sorted(lives, reverse=True)
-    assert 190_000 < lives[0] <= 200_000
+    assert min(lives[:-1]) >= lives[-1] > 0
+    assert 100_000 < max(lives) <= 200_000
     await bus.commands.execute("DEL", f"{PREFIX}r:r1")
     assert await claims.response_chain("r5", 1000) == []
 

@@ -12,7 +12,7 @@ from openai import AsyncOpenAI
 
 from aioserver.auth.callers import Caller
 from aioserver.cluster.responses import SharedResponses
-from aioserver.gateway.stored_responses import StoredResponses
+from aioserver.gateway.stored_responses import StoredResponse, StoredResponses
 from aioserver.protocol.response_items import ResponseParts
 from aioserver.providers.simulator.exchange import Behaviour
 from aioserver.streams.store import StreamStore
@@ -165,17 +165,29 @@ class Holder:
         self.shared = SharedResponses(MemoryClaims(world, name), answer, clock)
         self.stored.storage = self.shared
 
-    async def add(self, response_id: str, previous_id: str = "", size: int = 10) -> None:
-        previous = await self.stored.reach(CALLER, previous_id) if previous_id else None
+    def make(
+        self, response_id: str, previous: StoredResponse | None, size: int = 10
+    ) -> StoredResponse:
+        """A response that continues *previous*, which it takes over."""
         parts = ResponseParts(response_id, "completed", b'{"output":[', b'"a"', b"]}")
         made = self.stored.make(
             CALLER, parts, b'"%b"' % (b"x" * size), previous, provider="sim", kept_there=False
         )
-        assert made is not None
-        self.stored.add(made)
-        made.release()
         if previous is not None:
             previous.release()
+        assert made is not None
+        return made
+
+    async def add(
+        self, response_id: str, previous: str | StoredResponse | None = None, size: int = 10
+    ) -> None:
+        if isinstance(previous, str):
+            previous = await self.stored.reach(CALLER, previous)
+        elif previous is not None:
+            previous.retain()
+        made = self.make(response_id, previous, size)
+        self.stored.add(made)
+        made.release()
         await self.shared.close()
 
 
@@ -199,6 +211,22 @@ async def test_a_shared_response_is_found_for_its_window_and_its_chain_for_longe
     second.release()
     clock.advance(100.0)
     assert (a.streams.stats().bytes, b.streams.stats().bytes) == (0, 0)
+
+
+async def test_what_only_a_connection_held_goes_with_what_continues_it(world: World) -> None:
+    clock = FakeClock()
+    a, b = Holder(world, "a", clock), Holder(world, "b", clock)
+    await a.add("r1")
+    held = a.make("r2", await a.stored.reach(CALLER, "r1"))
+    await a.add("r3", held)
+    held.release()
+
+    third = await b.stored.reach(CALLER, "r3")
+
+    assert await b.stored.reach(CALLER, "r2") is None
+    assert third is not None
+    assert b",".join(third.history()).count(b"x" * 10) == 3
+    third.release()
 
 
 async def test_a_long_conversation_is_taken_over_without_recursion(world: World) -> None:

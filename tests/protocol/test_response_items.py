@@ -81,6 +81,13 @@ def test_an_input_is_a_list_of_items(body: str, expected: list[Any]) -> None:
     assert items_in(input_items(body.encode())) == expected
 
 
+def test_a_request_that_continues_two_responses_is_refused() -> None:
+    body = b'{"previous_response_id":"a","input":"q","previous_response_id":"b"}'
+
+    with pytest.raises(InvalidRequest, match="several keys previous_response_id"):
+        with_history(body, [], 1 << 20)
+
+
 def test_what_is_put_together_is_bounded_before_it_is_made() -> None:
     history = [b'{"a":"%b"}' % (b"x" * 1000)]
     body = b'{"input":"q"}'
@@ -156,6 +163,26 @@ def test_a_list_in_which_an_id_is_repeated_has_an_end(newest_first: bool) -> Non
             break
 
     assert pages == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        (rb"\ud83d", rb"\ufffd"),
+        (rb"\ud83d\ude00", rb"\ud83d\ude00"),
+        ("\N{GRINNING FACE}".encode(), "\N{GRINNING FACE}".encode()),
+        (b"\xff", None),
+        (b"\0", None),
+    ],
+)
+def test_what_no_provider_would_take_back_is_not_kept(text: bytes, kept: bytes | None) -> None:
+    parts = response_parts(b'{"id":"r","status":"completed","output":["%b \\ud800"]}' % text)
+
+    if kept is None:
+        assert parts is None
+    else:
+        assert parts is not None
+        assert parts.output == rb'"%b \ufffd"' % kept
 
 
 def test_an_item_that_is_not_there_begins_no_page() -> None:
