@@ -18,6 +18,7 @@ from aioserver.providers.simulator.exchange import Behaviour
 from aioserver.streams.store import StreamStore
 from tests.support.clock import FakeClock
 from tests.support.memory_bus import MemoryClaims, World, instances
+from tests.support.responses import connect, create, next_event, to_end, whole
 from tests.support.server import ENDLESS
 from tests.support.waiting import until
 
@@ -288,3 +289,34 @@ async def test_a_cancelled_look_holds_nothing(world: World) -> None:
         if not look.cancelled() and (found := look.result()) is not None:
             found.release()
     assert b.streams.stats().bytes == 0
+
+
+async def test_a_connection_continues_and_resumes_what_another_instance_has(
+    pair: list[Instance], world: World
+) -> None:
+    here, there = (instance.server for instance in pair)
+    here.simulator.behaviour = Behaviour(ttft=0, interval=0.005, tokens=40)
+    async with connect(here) as ws:
+        await ws.send_json(create("one", store=True))
+        seen = [await next_event(ws) for _ in range(8)]
+        async with connect(there) as other:
+            response_id, number = seen[0]["response"]["id"], seen[-1]["sequence_number"]
+            await other.send_json(
+                {"type": "response.resume", "response_id": response_id, "starting_after": number}
+            )
+            rest = await to_end(other)
+            assert whole([*seen, *rest])
+            await to_end(ws)
+            await written(world, 1)
+
+            await other.send_json(create("two", previous_response_id=response_id))
+            assert (await to_end(other))[-1]["type"] == "response.completed"
+            await other.send_json({"type": "response.resume", "response_id": "resp_none"})
+            (refusal,) = await to_end(other)
+
+    assert last_input(pair[1]) == [
+        "one",
+        rest[-1]["response"]["output"][0]["content"][0]["text"],
+        "two",
+    ]
+    assert (refusal["status"], refusal["error"]["code"]) == (404, "stream_not_found")
