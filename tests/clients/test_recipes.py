@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,14 +101,12 @@ async def play_node(section: str, server: RunningServer, home: Path) -> Ended:
 
 
 async def play_program(section: str, server: RunningServer, home: Path) -> Ended:
-    (language, configuration), (_, line) = blocks(section)
+    (_, configuration), (_, line) = blocks(section)
     name = re.sub(r"\b[A-Z_]+=\S+ ", "", line).split()[0]
     program_path(name, "AIOSERVER_CLIENTS names the folder where it is; see docs/testing.md")
     file = home / PROGRAMS[section][0]
     file.parent.mkdir(exist_ok=True)
     file.write_text(configuration.replace(ADDRESS, server.base))
-    if language == "json":
-        json.loads(configuration)
     (home / "notes.txt").write_text("a note")
     await run("git", "init", "-q", ".", home=home)
     return await run("bash", "-c", line, home=home, environ=QUIET)
@@ -179,6 +178,15 @@ def test_every_recipe_is_run_or_says_that_it_is_not() -> None:
 def test_configuration_files_are_those_that_the_page_names() -> None:
     for section, (file, _) in PROGRAMS.items():
         assert re.search(rf"^`(~/)?{re.escape(file)}`", SECTIONS[section].lstrip())
+
+
+def test_configuration_of_every_recipe_can_be_read() -> None:
+    readers: dict[str, Any] = {"json": json.loads, "yaml": yaml.safe_load, "toml": tomllib.loads}
+    texts = [block for name in SECTIONS for block in blocks(name) if block[0] in readers]
+
+    assert len(texts) >= 9
+    for language, text in texts:
+        assert isinstance(readers[language](text), dict)
 
 
 @pytest.mark.parametrize("number", range(3))
