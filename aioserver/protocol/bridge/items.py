@@ -152,14 +152,16 @@ class Messages:
             )
 
     def _add_answer(self, item: _Item, param: str) -> None:
-        if self._content or self._refusal or self._calls:
+        if self._assistant and not self._calls:
             self._close_assistant()
         self._flush_later()
         param = f"{param}.content"
+        # A text behind calls whose outputs are awaited belongs to their message.
+        texts = [self._content] if self._content else []
+        refusals = [self._refusal] if self._refusal else []
         if is_string(item.content):
-            self._content = bytes(item.content)
+            self._content = join([*texts, bytes(item.content)], b"\\n")
             return
-        texts, refusals = [], []
         for number, raw in enumerate(elements(item.content, param)):
             part = read(_PART, raw, f"{param}[{number}]")
             if part.type in _TEXTS:
@@ -205,7 +207,7 @@ class Messages:
     def _add_reasoning(self, item: _Item, param: str) -> None:
         if not self._reasoning_field:
             return
-        if self._content or self._calls:
+        if self._assistant and not self._calls:
             self._close_assistant()
         text = _content(item.content, f"{param}.content").text
         if text != b'""':

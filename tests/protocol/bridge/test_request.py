@@ -200,6 +200,35 @@ def test_what_the_assistant_did_at_once_is_one_message() -> None:
     ]
 
 
+def test_what_comes_between_a_call_and_its_output_stays_with_the_call() -> None:
+    thought = {
+        "type": "reasoning",
+        "summary": [],
+        "content": [{"type": "reasoning_text", "text": "Hm"}],
+    }
+
+    messages = messages_of(
+        thought,
+        called("f", "c1"),
+        thought,
+        called("f", "c2"),
+        {"role": "assistant", "content": "Both."},
+        output("c1"),
+        output("c2"),
+        thought,
+        {"role": "assistant", "content": "Done."},
+        {"role": "assistant", "content": "Really."},
+    )
+
+    assert [message["role"] for message in messages] == [
+        *("assistant", "tool", "tool", "assistant", "assistant")
+    ]
+    assert (messages[0]["reasoning"], messages[0]["content"]) == ("Hm\nHm", "Both.")
+    assert len(messages[0]["tool_calls"]) == 2
+    assert (messages[3]["reasoning"], messages[3]["content"]) == ("Hm", "Done.")
+    assert "reasoning" not in messages[4]
+
+
 def test_a_message_between_a_call_and_its_output_goes_behind_it() -> None:
     messages = messages_of(
         called("f", "c1"),
