@@ -234,12 +234,14 @@ def test_tools_of_the_provider_are_passed_over() -> None:
     bash = {"type": "bash_20250124", "name": "bash"}
 
     assert called(asked(RESPONSES, "call a tool", tools=hosted, tool_choice="required")) is None
+    choice = {"type": "mcp", "server_label": "x", "name": "x"}
+    assert called(asked(RESPONSES, "call a tool", tools=hosted, tool_choice=choice)) is None
     request = asked(MESSAGES, "call a tool", tools=[search, bash])
     assert called(request) == ("bash", {"command": "ls"})
 
 
 @pytest.mark.parametrize(
-    "tools", ["x", [1], [{}], [{"type": "function"}], [{"name": 1}], {"a": 1}]
+    "tools", ["x", [1], [{}], [{"type": "function"}], [{"name": 1}], [{"name": ""}], {"a": 1}]
 )
 @pytest.mark.parametrize("endpoint", ENDPOINTS)
 def test_strange_tools_are_no_tools(endpoint: str, tools: Any) -> None:

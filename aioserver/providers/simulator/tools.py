@@ -161,7 +161,7 @@ def _tools(endpoint: str, declared: Any) -> Iterator[Tool]:
             ours, free = kind in {"function", "custom"} or kind.startswith("bash_"), False
         else:
             ours, free = kind in {"function", "custom"}, kind == "custom"
-        if not ours or not isinstance(name, str):
+        if not ours or not isinstance(name, str) or not name:
             continue
         schema = definition.get("parameters") or definition.get("input_schema")
         if kind.startswith("bash_"):
@@ -186,7 +186,7 @@ def _choice(choice: Any) -> tuple[str, list[str] | None]:
         mode = "required" if inner.get("mode") == "required" else "auto"
         return mode, [name for name in names if isinstance(name, str)]
     name = _function(choice).get("name")
-    if isinstance(name, str):
+    if kind in {"function", "custom", "tool"} and isinstance(name, str):
         return "required", [name]
     return ("required" if kind == "any" else "none" if kind == "none" else "auto"), None
 
