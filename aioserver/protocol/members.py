@@ -18,7 +18,7 @@ from aioserver.protocol import top_level
 from aioserver.protocol.top_level import ABSENT
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 # Places in one body, on all its levels, where a key with one value may be, and where one with a long value may.
 MAX_PLACES, MAX_LONG_PLACES = 10_000, 100
@@ -29,6 +29,8 @@ _COMMA_AFTER = re.compile(_SPACE + b"," + _SPACE)
 _COMMA_BEFORE = re.compile(rb"," + _SPACE + rb"\Z")
 # Bytes before a key in which its comma is looked for.
 _MARGIN = 4096
+# Keys that are looked at one by one.
+_FEW = 1000
 # Bytes at the beginning and at the end of a value that are compared first.
 _EDGE = 4096
 
@@ -82,17 +84,13 @@ class Member:
             colon = _COLON.match(data, start + len(self.key))
             assert colon is not None, "a key, since the body has it on its top level"
             return Place(start, colon.end(), colon.end() + len(value))
-        key = self._escaped_key if escaped else self.key
         places: list[Place] = []
-        # A quote inside a string is escaped, so what matches is a key, though perhaps a nested one.
-        for number, match in enumerate(
-            re.finditer(key + _COLON.pattern + b"(?=%b)" % re.escape(value[:_EDGE]), data), 1
-        ):
-            begin, end = match.end(), match.end() + len(value)
+        for number, (start, begin) in enumerate(self._starts(data, value[:_EDGE], escaped), 1):
+            end = begin + len(value)
             if data.startswith(value[-_EDGE:], end - min(_EDGE, len(value))) and (
                 len(value) <= _EDGE or data.startswith(value, begin)
             ):
-                places.append(Place(match.start(), begin, end))
+                places.append(Place(start, begin, end))
             # To compare a long value everywhere would take the square of its length.
             limit = MAX_PLACES if len(value) <= _EDGE else MAX_LONG_PLACES
             if number > limit:
@@ -110,6 +108,24 @@ class Member:
         numbered = b"".join((*parts, view[end:]))
         return places[int(self.value(numbered))]
 
+    def _starts(self, data: bytes, edge: bytes, escaped: bool) -> Iterator[tuple[int, int]]:
+        """Yield where the key, and where its value begins, wherever that begins with *edge*.
+
+        A quote inside a string is escaped, so what is found is a key, though perhaps a nested one.
+        """
+        if escaped or data.count(self.key) > _FEW:
+            key = self._escaped_key if escaped else self.key
+            pattern = key + _COLON.pattern + b"(?=%b)" % re.escape(edge)
+            for match in re.finditer(pattern, data):
+                yield match.start(), match.end()
+            return
+        # To look for bytes takes a tenth of the time that a pattern takes.
+        start = -1
+        while (start := data.find(self.key, start + 1)) >= 0:
+            colon = _COLON.match(data, start + len(self.key))
+            if colon is not None and data.startswith(edge, colon.end()):
+                yield start, colon.end()
+
     def insert(self, data: bytes, pieces: Sequence[bytes]) -> bytes:
         """Return *data*, which has no such member, with one in front, whose value are the *pieces*."""
         match = _START.match(data)
@@ -118,23 +134,26 @@ class Member:
         comma = b"" if data.startswith(b"}", start) else b","
         return b"".join((data[:start], self.key, b":", *pieces, comma, memoryview(data)[start:]))
 
-    def remove(self, data: bytes) -> bytes:
-        """Return *data* without this member, which it has.
+    def extent(self, data: bytes) -> tuple[int, int]:
+        """Return the bytes that are to be taken out of *data*, so that it lacks this member, which it has: from, to.
 
         Raises:
-            InvalidRequest: it has several, or as `find`.
+            InvalidRequest: as `find`.
         """
         place = self.find(data, self.value(data))
         start, end = place.key, place.end
         if (comma := _COMMA_AFTER.match(data, end)) is not None:
-            end = comma.end()
-        else:
-            begin = max(0, start - _MARGIN)
-            before = _COMMA_BEFORE.search(data[begin:start])
-            if before is not None:
-                start = begin + before.start()
-        view = memoryview(data)
-        rest = b"".join((view[:start], view[end:]))
-        if self.value(rest):
+            return start, comma.end()
+        begin = max(0, start - _MARGIN)
+        before = _COMMA_BEFORE.search(data[begin:start])
+        return (start if before is None else begin + before.start()), end
+
+    def check_absent(self, data: bytes) -> None:
+        """Make sure that *data* lacks this member, which was taken out of it.
+
+        Raises:
+            InvalidRequest: there is another one.
+        """
+        # Without the key, however it is written, there is nothing to read.
+        if (self.key in data or b"\\u00" in data) and self.value(data):
             raise InvalidRequest(f"several keys {self.name} in one body", param=self.name)
-        return rest

@@ -151,12 +151,12 @@ def with_history(body: bytes, history: Sequence[bytes], max_bytes: int) -> bytes
         RequestTooLarge: the result would have more than *max_bytes*.
         InvalidRequest: *body* has several keys `previous_response_id`.
     """
-    if PREVIOUS.value(body):
-        body = PREVIOUS.remove(body)
-    value = INPUT.value(body)
+    value, view = INPUT.value(body), memoryview(body)
+    start, stop = PREVIOUS.extent(body) if PREVIOUS.value(body) else (0, 0)
     pieces = [piece for piece in (*history, items_of(value)) if piece]
     # Brackets, and a comma between two pieces.
-    size = len(body) - len(value) + sum(map(len, pieces)) + max(1, len(pieces)) + 1
+    added = sum(map(len, pieces)) + max(1, len(pieces)) + 1
+    size = len(body) - (stop - start) - len(value) + added
     if size > max_bytes:
         raise RequestTooLarge(
             f"a body of {size} bytes with the responses that it continues, at most {max_bytes}",
@@ -164,9 +164,19 @@ def with_history(body: bytes, history: Sequence[bytes], max_bytes: int) -> bytes
         )
     items = (b"[", b",".join(pieces), b"]")
     if not value:
-        return INPUT.insert(body, items)
-    place, view = INPUT.find(body, value), memoryview(body)
-    return b"".join((view[: place.value], *items, view[place.end :]))
+        result = INPUT.insert(b"".join((view[:start], view[stop:])), items)
+    else:
+        place = INPUT.find(body, value)
+        cuts = [(start, stop, ()), (place.value, place.end, items)]
+        parts: list[bytes | memoryview] = []
+        end = 0
+        for cut, following, instead in sorted(cuts):
+            parts += (view[end:cut], *instead)
+            end = following
+        result = b"".join((*parts, view[end:]))
+    if stop:
+        PREVIOUS.check_absent(result)
+    return result
 
 
 def paging(

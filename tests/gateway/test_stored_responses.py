@@ -14,6 +14,7 @@ from aioserver.auth.callers import Caller
 from aioserver.errors import RequestTooLarge, ResponseNotFound
 from aioserver.gateway.drafts import Draft
 from aioserver.gateway.stored_responses import StoredResponse, StoredResponses, expanded
+from aioserver.streams.entries import COMPLETE, Entry
 from aioserver.streams.store import StreamStore
 from tests.support.clock import FakeClock
 
@@ -334,6 +335,33 @@ def test_a_new_answer_is_given_room_before_a_stored_response() -> None:
         conversations.ask("r2", text="x" * 60_000)
         assert len(conversations.stored) == 0
     assert conversations.bytes == 0
+
+
+def test_answers_that_are_kept_and_stored_responses_make_room_oldest_first() -> None:
+    conversations = Conversations(room=100_000)
+    streams, clock = conversations.streams, conversations.clock
+    for number in range(6):
+        if number % 2:
+            conversations.ask(f"r{number}", text="x" * 15_000)
+        else:
+            stream = streams.open(f"r{number}", CALLER, window=60.0)
+            stream.end_with(Entry(1, 1, COMPLETE, b"x" * 10_000, None, clock.now))
+        clock.advance(1.0)
+
+    def kept() -> list[int]:
+        return [
+            number
+            for number in range(6)
+            if streams.find(CALLER, f"r{number}") or conversations.stored.get(CALLER, f"r{number}")
+        ]
+
+    with streams.hold() as held:
+        for left in range(6, 0, -1):
+            assert kept() == list(range(6 - left, 6))
+            while len(kept()) == left:
+                held.grow(500)
+                assert streams.stats().bytes <= 100_000
+        assert kept() == []
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -81,6 +81,13 @@ def test_an_input_is_a_list_of_items(body: str, expected: list[Any]) -> None:
     assert items_in(input_items(body.encode())) == expected
 
 
+def test_a_request_that_continues_two_responses_is_refused() -> None:
+    body = b'{"previous_response_id":"a","input":"q","previous_response_id":"b"}'
+
+    with pytest.raises(InvalidRequest, match="several keys previous_response_id"):
+        with_history(body, [], 1 << 20)
+
+
 def test_what_is_put_together_is_bounded_before_it_is_made() -> None:
     history = [b'{"a":"%b"}' % (b"x" * 1000)]
     body = b'{"input":"q"}'
