@@ -84,23 +84,23 @@ async def test_the_address_is_the_client_s_and_an_upgrade_passes_where_one_is_an
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_websocket_below_v1_is_426_and_the_client_may_ask_by_http(
+async def test_responses_come_over_a_websocket_and_another_path_below_v1_is_426(
     kind: str, tmp_path: Path, make_server: MakeServer
 ) -> None:
     server = await make_server()
 
     async with running(kind, tmp_path, server.port) as proxy:
         with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
-            await proxy.session.ws_connect(f"{proxy.base}/v1/responses")
-        headers = {**HANDSHAKE, "Upgrade": "websocket"}
-        async with proxy.session.get(f"{proxy.base}/v1/responses", headers=headers) as response:
-            code = (await response.json())["error"]["code"]
-        body = {"input": "Hello"}
-        async with proxy.session.post(f"{proxy.base}/v1/responses", json=body) as response:
-            assert response.status == 200
+            await proxy.session.ws_connect(f"{proxy.base}/v1/models")
+        async with proxy.session.ws_connect(f"{proxy.base}/v1/responses") as socket:
+            await socket.send_json({"type": "response.create", "input": "Hello"})
+            kinds = [(await socket.receive_json())["type"]]
+            while kinds[-1] != "response.completed":
+                kinds.append((await socket.receive_json())["type"])
 
     assert refused.value.status == 426
-    assert code == "upgrade_required"
+    assert kinds[0] == "response.created"
+    assert "response.output_text.delta" in kinds
 
 
 @pytest.mark.parametrize("kind", KINDS)
