@@ -36,7 +36,7 @@ class Draft:
 
     *store* is the request's; None if it says nothing. *previous_id* is its `previous_response_id`, and *previous* that
     response, if it is held here. *named* says that the response will be found by its id, and *on_kept* is called
-    with it, named or not: whoever keeps it further retains it there. *max_bytes* bounds an expanded body. *usually_named*: a
+    with it, named or not; a connection that holds it retains it there. *max_bytes* bounds an expanded body. *usually_named*: a
     request that says nothing has its response named.
 
     Always: what it refers to and has taken is counted until `release`, and not after.

@@ -26,9 +26,6 @@ _SPACE = rb"[ \t\r\n]*"
 _COLON = re.compile(_SPACE + b":" + _SPACE)
 _START = re.compile(_SPACE + rb"\{" + _SPACE)
 _COMMA_AFTER = re.compile(_SPACE + b"," + _SPACE)
-_COMMA_BEFORE = re.compile(rb"," + _SPACE + rb"\Z")
-# Bytes before a key in which its comma is looked for.
-_MARGIN = 4096
 # Keys that are looked at one by one.
 _FEW = 1000
 # Bytes at the beginning and at the end of a value that are compared first.
@@ -144,9 +141,10 @@ class Member:
         start, end = place.key, place.end
         if (comma := _COMMA_AFTER.match(data, end)) is not None:
             return start, comma.end()
-        begin = max(0, start - _MARGIN)
-        before = _COMMA_BEFORE.search(data[begin:start])
-        return (start if before is None else begin + before.start()), end
+        # Without one after it, its comma is the last one before it, unless it is the only member.
+        before = data.rfind(b",", 0, start)
+        alone = before < 0 or data[before + 1 : start].strip(b" \t\r\n")
+        return (start if alone else before), end
 
     def check_absent(self, data: bytes) -> None:
         """Make sure that *data* lacks this member, which was taken out of it.

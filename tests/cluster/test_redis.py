@@ -23,6 +23,7 @@ from aioserver.cluster.claims import (
 from aioserver.cluster.instances import ClusterStreams
 from aioserver.cluster.peer_messages import MAX_READ, Credit, Detach
 from aioserver.cluster.turns import Listed
+from aioserver.providers.simulator.exchange import Behaviour
 from tests.support.chat import chat, resume, to_end, until_status
 from tests.support.memory_bus import Instance, World, instance_of
 from tests.support.redis_server import RedisServer
@@ -340,6 +341,36 @@ async def test_streams_go_on_anywhere_over_a_real_server(make_bus: Any, tmp_path
         async with b.server.connect() as again:
             await again.send_json(resume("r1", 2))
             assert await to_end(again) == whole[2:]
+
+
+async def test_a_stored_response_is_continued_anywhere_over_a_real_server(
+    make_bus: Any, tmp_path: Path
+) -> None:
+    forgetful = Behaviour(ttft=0, interval=0, forgets=(404, "Response with id 'x' not found."))
+    async with running_over(make_bus, tmp_path, forgetful) as (a, b):
+        asked = {"model": "sim", "input": "one", "store": True}
+        response_id = (await post(a, "responses", asked))["id"]
+
+        # What it has stored is there before it has left.
+        await a.leave()
+        asked |= {"input": "two", "previous_response_id": response_id}
+        second = (await post(b, "responses", asked))["id"]
+
+        items = b.server.simulator.bodies[-1]["input"]
+        assert [item["role"] for item in items] == ["user", "assistant", "user"]
+        for status in (200, 404):
+            url = f"{b.server.v1}/responses/{response_id}"
+            async with b.server.session.delete(url) as response:
+                assert response.status == status
+        async with b.server.session.get(f"{b.server.v1}/responses/{second}/input_items") as found:
+            assert len((await found.json())["data"]) == 3
+
+
+async def post(instance: Instance, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    async with instance.server.session.post(f"{instance.server.v1}/{path}", json=body) as response:
+        assert response.status == 200, await response.text()
+        content: dict[str, Any] = await response.json()
+        return content
 
 
 async def test_a_mirror_outlives_a_pause_of_the_server(

@@ -11,7 +11,7 @@ import pytest
 from aioserver.client import events
 from aioserver.config import configuration
 from aioserver.faces.client_messages import ClientMessages
-from aioserver.protocol import eventstream, model_body
+from aioserver.protocol import eventstream, members
 from aioserver.providers import message_sink, sinks
 from aioserver.providers.exchange import Exchange
 from aioserver.streams import fast_path
@@ -51,7 +51,13 @@ BREAKAGES: dict[str, tuple[object, str, object]] = {
     "messages": (message_sink, "_up_to_end", lambda block: (block, b"message_stop" in block, b"")),
     "client_frames": (ClientMessages, "_count", lambda _messages, _size: True),
     "server_frames": (events, "_text", lambda metadata, name: metadata.get(name)),
-    "chat_bodies": (model_body, "_find", lambda data, value: data.find(value)),
+    "chat_bodies": (
+        members.Member,
+        "find",
+        lambda _self, data, value: members.Place(
+            0, data.find(value), data.find(value) + len(value)
+        ),
+    ),
     "configuration": (configuration, "_lines", lambda _faults: ["a line without a place"]),
 }
 

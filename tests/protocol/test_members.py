@@ -66,6 +66,15 @@ def test_a_member_is_taken_out(content: dict[str, Any], indent: int | None, esca
     assert json.loads(rest) == content
 
 
+def test_white_space_without_end_hides_no_comma() -> None:
+    for text in ('{"a":1,%s"previous_response_id":2}', '{%s"previous_response_id":2%s}'):
+        data = text.replace("%s", " " * 10_000).encode()
+
+        start, stop = PREVIOUS.extent(data)
+
+        assert json.loads(data[:start] + data[stop:]) == ({"a": 1} if "a" in text[:3] else {})
+
+
 def test_a_member_that_is_still_there_is_noticed() -> None:
     with pytest.raises(InvalidRequest, match="several keys previous_response_id"):
         PREVIOUS.check_absent(b'{"previous_response_id":1}')

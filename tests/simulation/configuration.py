@@ -62,6 +62,7 @@ def draw_changes(dice: random.Random, keys: tuple[Key, ...]) -> dict[str, Any]:
         f"{HTTP_SERVER}.backlog": 2048,
         f"{GATE}.max_body_bytes": dice.choice((20_000, 268_435_456)),
         f"{STREAMS}.resume_window": dice.choice((0, 2.0, 30.0)),
+        f"{STREAMS}.store_window": 20.0,
         f"{STREAMS}.max_detached": dice.choice((1, 5, 100)),
         f"{STREAMS}.max_stream_bytes": dice.choice((4096, 65_536, 4_194_304)),
         f"{STREAMS}.max_kept_bytes": dice.choice((65_536, 1 << 20, 268_435_456)),

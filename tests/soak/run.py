@@ -57,6 +57,7 @@ CHANGES: dict[str, Any] = {
     "chat.websocket.concurrency.max_body_bytes": 1 << 20,
     "chat.websocket.max_message_size": 1 << 18,
     "chat.streams.resume_window": 20.0,
+    "chat.streams.store_window": 20.0,
     "chat.streams.max_stream_bytes": 1 << 18,
     "chat.streams.max_kept_bytes": 4 << 20,
     "chat.streams.max_response_bytes": 1 << 20,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from aioserver.errors import InvalidJson, InvalidRequest
 from aioserver.protocol import client_frames, model_body
 from aioserver.protocol.client_frames import PAYLOAD_FIELDS
+from aioserver.protocol.response_items import with_history
 from aioserver.protocol.top_level import at_once, simple
 from tests.fuzz.inputs import parts
 
@@ -19,6 +20,8 @@ WORDS = (
         rb'"mod\u0065l":',
         b'"stream":',
         b'"store":',
+        b'"input":',
+        b'"previous_response_id":',
         b'"user":',
         b'"request_id":"r"',
         b"{}",
@@ -73,11 +76,21 @@ def _check_completion(body: ModelBody, content: bytes) -> None:
         assert body.data == content
     assert body.model == before.get("model")
     assert body.streamed == (before.get("stream") is True)
-    assert body.stored == (before.get("store") is True)
+    store, previous = before.get("store"), before.get("previous_response_id")
+    assert body.stored == (store if isinstance(store, bool) else None)
+    assert body.previous_response_id == (previous if isinstance(previous, str) else None)
     # In a larger body the model may have more places than are told apart.
     if len(content) < 2000:
         after = _loaded(body.with_model(MODEL))
         assert after == {**before, "model": MODEL}, "something else was replaced"
+        with contextlib.suppress(InvalidRequest):
+            continued = _loaded(with_history(body.data, [b'{"a":"b"}'], 1 << 20))
+            own = before.pop("input", None)
+            before.pop("previous_response_id", None)
+            if isinstance(own, str):
+                own = [{"type": "message", "role": "user", "content": own}]
+            items = [{"a": "b"}, *own] if isinstance(own, list) else [{"a": "b"}]
+            assert continued == {**before, "input": items}, "another conversation"
 
 
 def _loaded(body: bytes) -> dict[str, Any]:
