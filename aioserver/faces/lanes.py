@@ -38,17 +38,19 @@ class Turn(NamedTuple):
 class Lane:
     """One lane of a connection; *name* is None for the one without a `stream_id`.
 
-    *stream* is the response that was begun last, and *continues* the id of the one before it. *latest* is the one that
-    ended last. *under_way* counts what its end still has to wait for, such as events that are not written.
+    *stream* is the response that was begun last, *asked* the one that was asked for last, and *continues* the id of the one
+    before it. *latest* is the one that ended last. *under_way* counts what its end still has to wait for, such as events
+    that are not written.
     """
 
-    __slots__ = ("continues", "format", "latest", "name", "stream", "turns", "under_way")
+    __slots__ = ("asked", "continues", "format", "latest", "name", "stream", "turns", "under_way")
 
     def __init__(self, name: str | None) -> None:
         self.name = name
         self.format = response_messages(name)
         self.turns: deque[Turn] = deque()
         self.stream: Stream | None = None
+        self.asked: Stream | None = None
         self.continues: str | None = None
         self.latest: StoredResponse | None = None
         self.under_way = 0
@@ -147,8 +149,9 @@ class Lanes:
         """Forget what waits and what is kept."""
         for lane in self._lanes.values():
             lane.keep(None)
-            if lane.stream is not None:
-                lane.stream.attachment.on_settled = None
+            if lane.asked is not None:
+                # It may go on without this connection.
+                lane.asked.attachment.on_settled = None
             for turn in lane.turns:
                 turn.hold.release()
             lane.turns.clear()

@@ -24,6 +24,7 @@ from aioserver.faces.lanes import Lanes
 from aioserver.faces.socket import Socket
 from aioserver.faces.stored_responses import NOT_FOUND
 from aioserver.faces.upgrade import serve
+from aioserver.gateway.calls import shutdown_error
 from aioserver.gateway.drafts import Draft
 from aioserver.gateway.elsewhere import Start
 from aioserver.gateway.stored_responses import RESPONSES, not_found
@@ -159,7 +160,8 @@ class ResponsesSocket(Socket):
 
     def _go_on(self) -> None:
         """Carry out the commands whose turns have come."""
-        while not self._over and (turn := self._lanes.next()) is not None:
+        # A socket that is closing gets no answers, and nothing is paid for them.
+        while self.open and (turn := self._lanes.next()) is not None:
             lane, command, hold = turn
             with hold:
                 try:
@@ -179,7 +181,10 @@ class ResponsesSocket(Socket):
             case Create() if command.generate:
                 self._ask(lane, command.body, hold)
             case Create():
-                self._work(lane, self._prepare(lane, command))
+                hold.given = True
+                self._work(lane, self._prepare(lane, command)).add_done_callback(
+                    lambda _task: hold.release()
+                )
 
     def _ask(self, lane: Lane, body: ModelBody, hold: BodyHold) -> None:
         """Ask a provider, as a POST does."""
@@ -204,16 +209,29 @@ class ResponsesSocket(Socket):
         # Until then this response counts for the limits of its caller's key.
         stream.attachment.on_settled = partial(self._done, lane)
         self._lanes.begun(lane)
-        lane.continues = body.previous_response_id
+        lane.asked, lane.continues = stream, body.previous_response_id
         self._follow(lane, stream, 0)
 
     async def _prepare(self, lane: Lane, command: Create) -> None:
         """Answer a request for which nothing is generated, with a response that can be continued.
 
+        It is an answer for the limits of its caller's key, since it is kept like any other.
+
         Raises:
             ModelNotFound, NoProvider: its model cannot be asked for.
             ResponseNotFound: the response that it continues is not held here.
+            ConcurrencyExceeded, RateLimitExceeded: the key has reached a limit of its own.
+            ServerShutdown: the server is stopping.
         """
+        if self._context.lifecycle.stopping.is_set():
+            raise shutdown_error()
+        if (quota := self.caller.quota) is None:
+            await self._answer_prepared(lane, command)
+        else:
+            async with quota.used():
+                await self._answer_prepared(lane, command)
+
+    async def _answer_prepared(self, lane: Lane, command: Create) -> None:
         body = command.body
         route = self._context.router.route(body.model)
         model = route.model or route.provider.settings.model
@@ -244,7 +262,7 @@ class ResponsesSocket(Socket):
             if stream.details.path != RESPONSES or stream.details.whole is not None:
                 raise StreamNotFound(NOT_FOUND)
             after = 0 if start.sequence is None else responses.event_of(stream, start.sequence)
-            lane.continues = None
+            lane.asked = lane.continues = None
             if not self._over:
                 self._follow(lane, stream, after)
 
@@ -284,7 +302,7 @@ class ResponsesSocket(Socket):
         draft.on_kept = lambda response: None if self._over else lane.keep(response)
         return draft
 
-    def _work(self, lane: Lane, work: Coroutine[Any, Any, None]) -> None:
+    def _work(self, lane: Lane, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Do *work*, for whose end the next turn on *lane* waits, and tell the client what goes wrong."""
 
         async def working() -> None:
@@ -301,6 +319,7 @@ class ResponsesSocket(Socket):
         task.add_done_callback(self._tasks.discard)
         task.add_done_callback(lambda _task: self._done(lane))
         self._lanes.begun(lane)
+        return task
 
     def _follow(self, lane: Lane, stream: Stream, after: int) -> None:
         """Write the events of *stream* after event *after* on *lane*.

@@ -128,7 +128,9 @@ def split(block: bytes) -> list[bytes]:
     return [
         part.lstrip(b"\n") + b"\n\n"
         for part in block.split(b"\n\n")
-        if part.startswith(b"data:") or _event(part) is not None
+        if part.startswith(b"data:")
+        or (part.startswith(b"event:") and part.find(b"\ndata:") > 0)
+        or _event(part) is not None
     ]
 
 
@@ -179,7 +181,7 @@ def parse(block: bytes) -> list[ServerEvent]:
         ):
             # As the Responses API and Anthropic's have them: a name and a line of data.
             events.append(ServerEvent(part[end + 7 :], part[7:end]))
-        elif (event := _event(part)) is not None:
+        elif part and (event := _event(part)) is not None:
             events.append(event)
     return events
 

@@ -225,8 +225,13 @@ def up_to_end(block: bytes) -> tuple[bytes, bool]:
 
     A comment that looks like it is none.
     """
-    if _END.search(block) is None:
+    match = _END.search(block)
+    if match is None:
         return block, False
+    line = block.rfind(b"\n", 0, match.start()) + 1
+    if block.startswith(b"data:", line) and block.find(b"\n\n", line) == len(block) - 2:
+        # As a rule the end comes last.
+        return block, True
     events = split(block)
     for number, event in enumerate(events, 1):
         if _END.search(event) is not None:

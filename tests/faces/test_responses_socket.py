@@ -661,3 +661,46 @@ async def test_what_a_connection_keeps_is_counted_and_let_go(server: RunningServ
 
     assert 30_000 < kept < 40_000
     await until(lambda: server.owners.streams.stats().bytes == before)
+
+
+async def test_a_warm_up_is_an_answer_for_the_limits_of_its_key(make_server: MakeServer) -> None:
+    server = await make_server(**keys_of("ann", requests_per_minute=2))
+    async with connect(server, headers=bearer("ann")) as ws:
+        ends = []
+        for _ in range(3):
+            await ws.send_json(create(generate=False))
+            ends.append((await to_end(ws))[-1])
+
+    assert kinds(ends) == ["completed", "completed", "error"]
+    assert (ends[-1]["status"], ends[-1]["error"]["code"]) == (429, "rate_limit_exceeded")
+
+
+async def test_a_second_reader_that_leaves_holds_up_no_lane(make_server: MakeServer) -> None:
+    server = await make_server(Behaviour(ttft=0, interval=0.005, tokens=40))
+    async with connect(server) as first:
+        await first.send_json(create(store=True))
+        await first.send_json(create("next"))
+        seen = [await next_event(first)]
+        async with connect(server) as second:
+            resume = {"type": "response.resume", "response_id": seen[0]["response"]["id"]}
+            await second.send_json(resume)
+            await next_event(second)
+        seen += await to_end(first)
+
+        assert responses.whole(seen)
+        assert responses.whole(await to_end(first))
+
+
+async def test_a_socket_that_is_closing_asks_nothing_more(make_server: MakeServer) -> None:
+    server = await make_server(Behaviour(ttft=0, interval=0.005, tokens=40))
+    async with Responses(server) as raw:
+        await raw.upgrade()
+        await raw.send_json(create())
+        await raw.send_json(create("never asked"))
+        await server.simulator.until(lambda stats: stats.active == 1)
+        await raw.send_frame(BINARY, b"x")
+        frames = await to_close(raw)
+
+    assert closing(frames[-1][1])[0] == 1003
+    await server.nothing_held()
+    assert server.simulator.stats().requests == 1
