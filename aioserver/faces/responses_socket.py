@@ -90,7 +90,7 @@ class ResponsesSocket(Socket):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._lanes = Lanes()
+        self._lanes = Lanes(self._context.gateway.responses.held)
         self._tasks: set[asyncio.Task[None]] = set()
         self._over = False
 
@@ -159,7 +159,8 @@ class ResponsesSocket(Socket):
 
     def _go_on(self) -> None:
         """Carry out the commands whose turns have come."""
-        while not self._over and (turn := self._lanes.next()) is not None:
+        # A socket that is closing gets no answers, and nothing is paid for them.
+        while self.open and (turn := self._lanes.next()) is not None:
             lane, command, hold = turn
             with hold:
                 try:
@@ -202,6 +203,7 @@ class ResponsesSocket(Socket):
             raise
         stream.details.error_format = ResponseEvents()
         # Until then this response counts for the limits of its caller's key.
+        lane.asked = stream
         stream.attachment.on_settled = partial(self._done, lane)
         self._lanes.begun(lane)
         lane.continues = body.previous_response_id
@@ -261,7 +263,9 @@ class ResponsesSocket(Socket):
             if command.response_id is None:
                 wanted = lane.name == command.lane
             else:
-                wanted = command.response_id in {stream.attachment.alias, _id_of(stream)}
+                # Read once: a response object may be large.
+                lane.response_id = lane.response_id or _id_of(stream)
+                wanted = command.response_id in {stream.attachment.alias, lane.response_id}
             if wanted:
                 self._context.gateway.lifetime.end(stream, abandoned=False)
                 return
@@ -281,7 +285,7 @@ class ResponsesSocket(Socket):
             max_bytes=self._context.settings.chat.websocket.max_message_size,
             usually_named=True,
         )
-        draft.on_kept = lambda response: None if self._over else lane.keep(response)
+        draft.on_kept = lambda response: None if self._over else self._lanes.keep(lane, response)
         return draft
 
     def _work(self, lane: Lane, work: Coroutine[Any, Any, None]) -> None:
@@ -318,7 +322,7 @@ class ResponsesSocket(Socket):
             ),
             on_end=partial(self._written, lane),
         )
-        lane.stream = stream
+        lane.stream, lane.response_id = stream, None
         self._lanes.begun(lane)
         self._context.gateway.lifetime.reader_added(stream)
         self._context.admission.idle_sockets.asked(self)
@@ -352,8 +356,9 @@ class ResponsesSocket(Socket):
             self.close(ServerShutdown.close or 1012, ServerShutdown.close_reason)
 
 
-def _id_of(stream: Stream) -> object:
+def _id_of(stream: Stream) -> str | None:
     """Return the id that the provider has given to the response, None if it has not come."""
     events = stream.details.error_format
     response = events.response if isinstance(events, ResponseEvents) else None
-    return None if response is None else response.get("id")
+    response_id = None if response is None else response.get("id")
+    return response_id if isinstance(response_id, str) else None

@@ -69,8 +69,8 @@ class ResponseAttempt(Attempt):
         self._learning = False
 
     def preparation(self) -> Generator[None, None, None] | None:
-        """Return the steps that translate the request; None if it goes as it came."""
-        return self._translate() if self.bridged else None
+        """Return the steps that translate the request, or those of `Attempt.preparation`."""
+        return self._translate() if self.bridged else super().preparation()
 
     @property
     def bridged(self) -> bool:
@@ -156,7 +156,7 @@ class ResponseAttempt(Attempt):
         draft, provider = self.request.draft, self.provider
         body = self.request.body(provider.settings)
         if draft is not None:
-            body = draft.bridge(body, provider.name)
+            body = yield from draft.bridge(body, provider.name)
         try:
             self._chat = yield from chat_request(
                 body,
