@@ -208,10 +208,11 @@ class Attempt:
 
         A response is then continued by its conversation, since the provider does not know its id.
         """
-        request, sink = self.request, self.sink
-        if request.draft is None or self.status == 200 or not isinstance(sink, BodySink):
+        draft, sink = self.request.draft, self.sink
+        if draft is None or self.status == 200 or not isinstance(sink, BodySink):
             return False
-        if not learn(self.provider, self.status, sink.body, by_id=request.draft.by_id):
+        previous_id, by_id = draft.previous_id, draft.by_id
+        if not learn(self.provider, self.status, sink.body, previous_id=previous_id, by_id=by_id):
             return False
         self.provider.meter.attempts["http_4xx" if self.status < 500 else "http_5xx"].value += 1
         return True

@@ -4,7 +4,8 @@ Such a provider is known by its setting `responses: false`, or by its answer: if
 on at once, in the same place, with the request as one for a chat completion. It is known from then on, until a reload, if it answers
 that one.
 
-A 404 that is about a model or another response is no such answer: then the path is there.
+A 404 that is about a model or another response is no such answer: then the path is there. Nor is any 404 of a provider that
+has answered there before.
 """
 
 from __future__ import annotations
@@ -96,6 +97,7 @@ class ResponseAttempt(Attempt):
         if (
             self.status not in ABSENT_STATUSES
             or not isinstance(sink, BodySink)
+            or (self.status == 404 and self.provider.bridging.present)
             or not path_absent(self.status, sink.body)
         ):
             return super().repeats()
@@ -105,8 +107,11 @@ class ResponseAttempt(Attempt):
 
     def first_event(self) -> None:
         """Note that the answer has begun."""
-        if self._learning and not self.provider.bridging.lacking:
-            self.provider.bridging.lacking = True
+        bridging = self.provider.bridging
+        if self._chat is None:
+            bridging.present = True
+        elif self._learning and not bridging.lacking:
+            bridging.lacking = True
             logger.info(
                 "provider %s has no /v1/responses: they are translated to chat completions",
                 self.provider.name,

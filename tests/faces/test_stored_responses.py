@@ -114,7 +114,7 @@ async def test_where_nothing_is_kept_a_request_that_says_nothing_is_stored(
 ) -> None:
     server.simulator.behaviour = Behaviour(ttft=0, interval=0, forgets=REFUSALS[1])
     with pytest.raises(openai.BadRequestError):
-        await ask(sdk, "x", previous_response_id="resp_unknown")
+        await ask(sdk, "x", previous_response_id="resp_9")
 
     first = await ask(sdk, "one", store=openai.omit)
     other = await ask(sdk, "one", store=False)
