@@ -2,7 +2,7 @@
 
 What comes on one lane is answered in its order, and different lanes are answered at once, at most MAX_RUNNING. The next
 turn is that of the lane which has waited longest. A lane keeps the latest of its responses, so that a request on any lane
-can continue it, although nobody else may keep it (`store: false`).
+can continue it, although nobody else may keep it (`store: false`), unless the room is needed (gateway/held_responses.py).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from aioserver.faces.admission import BodyHold
+    from aioserver.gateway.held_responses import HeldResponses
     from aioserver.gateway.stored_responses import StoredResponse
     from aioserver.protocol.response_frames import Create, Refused, Resume
     from aioserver.streams.stream import Stream
@@ -38,30 +39,31 @@ class Turn(NamedTuple):
 class Lane:
     """One lane of a connection; *name* is None for the one without a `stream_id`.
 
-    *stream* is the response that was begun last, *asked* the one that was asked for last, and *continues* the id of the one
-    before it. *latest* is the one that ended last. *under_way* counts what its end still has to wait for, such as events
-    that are not written.
+    *stream* is the response that is read, or was read last, *response_id* its id, once it is known, and *continues* the id of the one
+    before it. *asked* is the last one that was asked for here, which a resumed one is not. *under_way* counts what its end
+    still has to wait for, such as events that are not written.
     """
 
-    __slots__ = ("asked", "continues", "format", "latest", "name", "stream", "turns", "under_way")
+    __slots__ = (
+        "asked",
+        "continues",
+        "format",
+        "name",
+        "response_id",
+        "stream",
+        "turns",
+        "under_way",
+    )
 
     def __init__(self, name: str | None) -> None:
         self.name = name
         self.format = response_messages(name)
         self.turns: deque[Turn] = deque()
         self.stream: Stream | None = None
+        self.response_id: str | None = None
         self.asked: Stream | None = None
         self.continues: str | None = None
-        self.latest: StoredResponse | None = None
         self.under_way = 0
-
-    def keep(self, response: StoredResponse | None) -> None:
-        """Keep *response* as the latest of this lane; None: keep none."""
-        if response is not None:
-            response.retain()
-        before, self.latest = self.latest, response
-        if before is not None:
-            before.release()
 
 
 class Lanes:
@@ -69,9 +71,12 @@ class Lanes:
 
     Always: at most MAX_RUNNING lanes have something under way, and at most MAX_WAITING commands wait; a lane has a
     place in `_due` if and only if a command waits on it, and nothing is under way there.
+
+    *held* has the latest response of each lane, until it is dropped to make room.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, held: HeldResponses[StoredResponse]) -> None:
+        self._held = held
         self._lanes: dict[str | None, Lane] = {}
         # The lane that has waited longest comes first.
         self._due: dict[Lane, None] = {}
@@ -132,25 +137,30 @@ class Lanes:
         if lane.turns and not lane.under_way:
             self._due.setdefault(lane)
 
+    def keep(self, lane: Lane, response: StoredResponse) -> None:
+        """Keep *response* as the latest of *lane*."""
+        self._held.hold(lane, response)
+
     def latest(self, response_id: str) -> StoredResponse | None:
-        """Return the response of this id, if it is the latest of a lane."""
+        """Return the response of this id, if it is the latest of a lane, and still kept."""
         for lane in self._lanes.values():
-            if lane.latest is not None and lane.latest.id == response_id:
-                return lane.latest
+            response = self._held.get(lane)
+            if response is not None and response.id == response_id:
+                return response
         return None
 
     def forget(self, response_id: str | None) -> None:
         """Keep a response no longer: a request has continued it in vain."""
         for lane in self._lanes.values():
-            if lane.latest is not None and lane.latest.id == response_id:
-                lane.keep(None)
+            response = self._held.get(lane)
+            if response is not None and response.id == response_id:
+                self._held.drop(lane)
 
     def close(self) -> None:
         """Forget what waits and what is kept."""
         for lane in self._lanes.values():
-            lane.keep(None)
+            self._held.drop(lane)
             if lane.asked is not None:
-                # It may go on without this connection.
                 lane.asked.attachment.on_settled = None
             for turn in lane.turns:
                 turn.hold.release()

@@ -91,7 +91,7 @@ class ResponsesSocket(Socket):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._lanes = Lanes()
+        self._lanes = Lanes(self._context.gateway.responses.held)
         self._tasks: set[asyncio.Task[None]] = set()
         self._over = False
 
@@ -279,7 +279,9 @@ class ResponsesSocket(Socket):
             if command.response_id is None:
                 wanted = lane.name == command.lane
             else:
-                wanted = command.response_id in {stream.attachment.alias, _id_of(stream)}
+                # Read once: a response object may be large.
+                lane.response_id = lane.response_id or _id_of(stream)
+                wanted = command.response_id in {stream.attachment.alias, lane.response_id}
             if wanted:
                 self._context.gateway.lifetime.end(stream, abandoned=False)
                 return
@@ -299,7 +301,7 @@ class ResponsesSocket(Socket):
             max_bytes=self._context.settings.chat.websocket.max_message_size,
             usually_named=True,
         )
-        draft.on_kept = lambda response: None if self._over else lane.keep(response)
+        draft.on_kept = lambda response: None if self._over else self._lanes.keep(lane, response)
         return draft
 
     def _work(self, lane: Lane, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -337,7 +339,7 @@ class ResponsesSocket(Socket):
             ),
             on_end=partial(self._written, lane),
         )
-        lane.stream = stream
+        lane.stream, lane.response_id = stream, None
         self._lanes.begun(lane)
         self._context.gateway.lifetime.reader_added(stream)
         self._context.admission.idle_sockets.asked(self)
@@ -371,8 +373,9 @@ class ResponsesSocket(Socket):
             self.close(ServerShutdown.close or 1012, ServerShutdown.close_reason)
 
 
-def _id_of(stream: Stream) -> object:
+def _id_of(stream: Stream) -> str | None:
     """Return the id that the provider has given to the response, None if it has not come."""
     events = stream.details.error_format
     response = events.response if isinstance(events, ResponseEvents) else None
-    return None if response is None else response.get("id")
+    response_id = None if response is None else response.get("id")
+    return response_id if isinstance(response_id, str) else None

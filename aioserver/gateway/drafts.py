@@ -17,12 +17,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from aioserver.errors import ServerAtCapacity
-from aioserver.gateway.stored_responses import expanded, not_found
-from aioserver.protocol.response_items import CONTINUABLE, input_items, response_parts
+from aioserver.gateway.stored_responses import not_found
+from aioserver.protocol.response_items import CONTINUABLE, continued, input_items, response_parts
 from aioserver.protocol.responses import ResponseEvents
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Generator
 
     from aioserver.auth.callers import Caller
     from aioserver.gateway.stored_responses import StoredResponse, StoredResponses
@@ -93,8 +93,13 @@ class Draft:
         if self.previous is None and self.previous_id is not None:
             self.previous = await self._responses.reach(self.caller, self.previous_id)
 
-    def body_for(self, body: bytes, provider: str, *, keeps: bool) -> bytes:
-        """Return *body* as *provider* gets it, which *keeps* responses, or does not as far as we know.
+    @property
+    def continues(self) -> bool:
+        """Whether the request continues a response that is held here, which takes long with a large body."""
+        return self.previous is not None
+
+    def body_for(self, body: bytes, provider: str, *, keeps: bool) -> Generator[None, None, bytes]:
+        """Return *body* as *provider* gets it, which *keeps* responses, or does not as far as we know, in steps.
 
         Raises:
             RequestTooLarge, InvalidRequest: as `expand`.
@@ -103,10 +108,12 @@ class Draft:
         previous = self.previous
         known = previous is None or (previous.kept_there and previous.provider == provider)
         self.by_id = keeps and known and previous is not None
-        return body if known and (keeps or previous is None) else self.expand(body, provider)
+        if known and (keeps or previous is None):
+            return body
+        return (yield from self.expand(body, provider))
 
-    def bridge(self, body: bytes, provider: str = "") -> bytes:
-        """Return *body* for a *provider* that has no responses at all: without `previous_response_id`.
+    def bridge(self, body: bytes, provider: str = "") -> Generator[None, None, bytes]:
+        """Return *body* for a *provider* that has no responses at all: without `previous_response_id`, in steps.
 
         Raises:
             ResponseNotFound: the request continues a response that is not held here.
@@ -114,17 +121,18 @@ class Draft:
         """
         self._note_provider(body, keeps=False)
         self.by_id = False
-        return self.expand(body, provider)
+        return (yield from self.expand(body, provider))
 
-    def expand(self, body: bytes, provider: str) -> bytes:
-        """Return *body* with what it continues in front of its input, for *provider*; see `expanded`.
+    def expand(self, body: bytes, provider: str) -> Generator[None, None, bytes]:
+        """Return *body* with what it continues in front of its input, for *provider*, in steps; see `continued`.
 
         Raises:
             ResponseNotFound: the request continues a response that is not held here.
-            RequestTooLarge, InvalidRequest: as `expanded`.
+            RequestTooLarge, InvalidRequest: as `continued`.
         """
         if self.previous is not None:
-            return expanded(body, self.previous, provider=provider, max_bytes=self.max_bytes)
+            history = self.previous.history(provider)
+            return (yield from continued(body, history, self.max_bytes))
         if self.previous_id is not None:
             raise not_found(self.previous_id)
         return body

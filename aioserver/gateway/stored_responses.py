@@ -22,11 +22,12 @@ from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
 from aioserver.errors import ResponseNotFound, ServerAtCapacity
+from aioserver.gateway.held_responses import HeldResponses
 from aioserver.gateway.response_storage import Record
-from aioserver.protocol.response_items import ResponseParts, joined, replayable, with_history
+from aioserver.protocol.response_items import ResponseParts, joined, replayable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from aioserver.auth.callers import Caller
     from aioserver.gateway.response_storage import Storage
@@ -139,18 +140,17 @@ class StoredResponse:
         chain.reverse()
         return chain
 
-    def history(self, provider: str | None = None) -> list[bytes]:
-        """Return the items of the whole conversation, in order, in pieces of joined items.
+    def history(self, provider: str | None = None) -> Iterator[bytes]:
+        """Yield the items of the whole conversation, in order, in pieces of joined items, which may be empty.
 
         With a *provider*, without those of its responses that it would not take back: see `replayable`.
         """
-        pieces: list[bytes] = []
         for response in self.chain():
-            output = response.output
-            if provider is not None:
-                output = replayable(output, same_provider=response.provider == provider)
-            pieces += (response.input, output)
-        return [piece for piece in pieces if piece]
+            yield response.input
+            if provider is None:
+                yield response.output
+            else:
+                yield replayable(response.output, same_provider=response.provider == provider)
 
     def shown(self) -> list[tuple[str, bytes]]:
         """Return the items that the model was shown for this response, in named pieces of joined items."""
@@ -171,18 +171,6 @@ class StoredResponse:
     def response(self) -> bytes:
         """Return the JSON of the response object."""
         return b"".join((self._head, self.output, self._tail))
-
-
-def expanded(body: bytes, stored: StoredResponse, *, provider: str, max_bytes: int) -> bytes:
-    """Return *body*, a request that continues *stored*, as one that can do without it, for *provider*.
-
-    `previous_response_id` is taken out, and the items of the conversation stand in front of its own input.
-
-    Raises:
-        RequestTooLarge: that has more than *max_bytes*.
-        InvalidRequest: *body* has several keys `previous_response_id`.
-    """
-    return with_history(body, stored.history(provider), max_bytes)
 
 
 def not_found(response_id: str) -> ResponseNotFound:
@@ -214,6 +202,7 @@ class StoredResponses:
         # The oldest first.
         self._named: OrderedDict[tuple[Caller, str], StoredResponse] = OrderedDict()
         self._sweeper: asyncio.TimerHandle | None = None
+        self.held: HeldResponses[StoredResponse] = HeldResponses(clock)
         # Where those of other instances are; None if there are none.
         self.storage: Storage | None = None
         # Where there are: what is here of their conversations, as long as something refers to it.
@@ -325,12 +314,15 @@ class StoredResponses:
         return self._drop((caller, response_id))
 
     def oldest(self) -> float:
-        """Return when the oldest response was stored; infinity if there is none."""
-        return next((response.stored_at for response in self._named.values()), inf)
+        """Return since when the oldest response is stored, or held by a connection; infinity if there is none."""
+        return min(self._oldest(), self.held.oldest())
 
     def drop_oldest(self) -> None:
         """Drop the oldest response, to make room."""
-        self._drop(next(iter(self._named)))
+        if self.held.oldest() < self._oldest():
+            self.held.drop_oldest()
+        else:
+            self._drop(next(iter(self._named)))
 
     def close(self) -> None:
         """Forget every response, and stop the timer."""
@@ -368,6 +360,9 @@ class StoredResponses:
             response.shared = True
         return response
 
+    def _oldest(self) -> float:
+        return next((response.stored_at for response in self._named.values()), inf)
+
     def _drop(self, key: tuple[Caller, str]) -> bool:
         response = self._named.pop(key, None)
         if response is None:
@@ -378,8 +373,8 @@ class StoredResponses:
     def _expire(self) -> None:
         """Drop the responses whose window is over."""
         due = self._clock() - self._window
-        while self._named and self.oldest() <= due:
-            self.drop_oldest()
+        while self._named and self._oldest() <= due:
+            self._drop(next(iter(self._named)))
 
     def _sweep(self) -> None:
         self._sweeper = None
@@ -392,5 +387,5 @@ class StoredResponses:
             self._sweeper.cancel()
             self._sweeper = None
         if self._named:
-            delay = self.oldest() + self._window - self._clock()
+            delay = self._oldest() + self._window - self._clock()
             self._sweeper = self._loop.call_later(max(MIN_SWEEP_INTERVAL, delay), self._sweep)

@@ -131,13 +131,15 @@ class Member:
         comma = b"" if data.startswith(b"}", start) else b","
         return b"".join((data[:start], self.key, b":", *pieces, comma, memoryview(data)[start:]))
 
-    def extent(self, data: bytes) -> tuple[int, int]:
+    def extent(self, data: bytes, value: bytes | None = None) -> tuple[int, int]:
         """Return the bytes that are to be taken out of *data*, so that it lacks this member, which it has: from, to.
+
+        *value*: what `value` has returned; None if it was not called.
 
         Raises:
             InvalidRequest: as `find`.
         """
-        place = self.find(data, self.value(data))
+        place = self.find(data, self.value(data) if value is None else value)
         start, end = place.key, place.end
         if (comma := _COMMA_AFTER.match(data, end)) is not None:
             return start, comma.end()

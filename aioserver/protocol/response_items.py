@@ -6,6 +6,7 @@ Nothing below them is built, so a long conversation costs the bytes that it has.
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
@@ -144,29 +145,53 @@ def replayable(items: bytes, *, same_provider: bool) -> bytes:
     return joined(kept)
 
 
-def with_history(body: bytes, history: Sequence[bytes], max_bytes: int) -> bytes:
-    """Return *body* with *history*, joined items, in front of its input, and without `previous_response_id`.
+def continued(
+    body: bytes, history: Iterable[bytes], max_bytes: int
+) -> Generator[None, None, bytes]:
+    """Return *body* with *history*, joined items, in front of its input, and without `previous_response_id`, in steps.
+
+    No more of *history* is taken than fits.
 
     Raises:
         RequestTooLarge: the result would have more than *max_bytes*.
         InvalidRequest: *body* has several keys `previous_response_id`.
     """
+    large = len(body) > STEP_BYTES
     value, view = INPUT.value(body), memoryview(body)
-    start, stop = PREVIOUS.extent(body) if PREVIOUS.value(body) else (0, 0)
-    pieces = [piece for piece in (*history, items_of(value)) if piece]
+    if large:
+        yield
+    start = stop = 0
+    if previous := PREVIOUS.value(body):
+        if large:
+            yield
+        start, stop = PREVIOUS.extent(body, previous)
+    if large:
+        yield
     # Brackets, and a comma between two pieces.
-    added = sum(map(len, pieces)) + max(1, len(pieces)) + 1
-    size = len(body) - (stop - start) - len(value) + added
-    if size > max_bytes:
-        raise RequestTooLarge(
-            f"a body of {size} bytes with the responses that it continues, at most {max_bytes}",
-            param="previous_response_id",
-        )
+    size = len(body) - (stop - start) - len(value) + 2
+    pieces: list[bytes] = []
+    step = 0
+    for piece in chain(history, (items_of(value),)):
+        if not piece:
+            continue
+        size += len(piece) + bool(pieces)
+        if size > max_bytes:
+            raise RequestTooLarge(
+                f"the body has more than {max_bytes} bytes with the responses that it continues",
+                param="previous_response_id",
+            )
+        pieces.append(piece)
+        step += len(piece) + STEP_BYTES // 1000
+        if step > STEP_BYTES:
+            step = 0
+            yield
     items = (b"[", b",".join(pieces), b"]")
     if not value:
         result = INPUT.insert(b"".join((view[:start], view[stop:])), items)
     else:
         place = INPUT.find(body, value)
+        if large:
+            yield
         cuts = [(start, stop, ()), (place.value, place.end, items)]
         parts: list[bytes | memoryview] = []
         end = 0
@@ -175,6 +200,8 @@ def with_history(body: bytes, history: Sequence[bytes], max_bytes: int) -> bytes
             end = following
         result = b"".join((*parts, view[end:]))
     if stop:
+        if large:
+            yield
         PREVIOUS.check_absent(result)
     return result
 

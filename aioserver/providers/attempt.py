@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from aioserver.protocol.anthropic import is_messages, with_total
 from aioserver.protocol.openai import BadEvent, ErrorEvent, bounded, usage_of
+from aioserver.protocol.top_level import at_once
 from aioserver.provider_errors import ProviderBadResponse, ProviderFault
 from aioserver.providers.attempt_trace import WatchedSink, note_request
 from aioserver.providers.body_sink import BodySink
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from aioserver.providers.backpressure import Backpressure
     from aioserver.providers.bridging import Bridging
     from aioserver.providers.http1 import RequestWriter, Sink
-    from aioserver.providers.request import ProviderRequest
+    from aioserver.providers.request import ProviderRequest, ResponseDraft
     from aioserver.providers.upload import Body
     from aioserver.streams.contracts import Source
     from aioserver.streams.stream import Stream
@@ -84,6 +85,7 @@ class Attempt:
     """
 
     __slots__ = (
+        "_prepared",
         "answer",
         "answered",
         "began",
@@ -128,6 +130,8 @@ class Attempt:
         self.fallback = fallback
         # Whether this is a trial of a dead provider, whose end the breaker does not know yet.
         self.trial = False
+        # The body of a request that continues a response, between its preparation and its sending.
+        self._prepared: bytes | None = None
         # When the attempt got its place.
         self.began = 0.0
         self.answered = False
@@ -190,17 +194,25 @@ class Attempt:
 
     def preparation(self) -> Generator[None, None, None] | None:
         """Return the steps to take before `written`; None if there are none."""
-        return None
+        draft = self.request.draft
+        return None if draft is None or not draft.continues else self._prepare(draft)
+
+    def _prepare(self, draft: ResponseDraft) -> Generator[None, None, None]:
+        provider = self.provider
+        body = self.request.body(provider.settings)
+        keeps = provider.keeps_responses
+        self._prepared = yield from draft.body_for(body, provider.name, keeps=keeps)
 
     def repeats(self) -> bool:
         """Return whether the request has to be sent in another form, now that the answer is there.
 
         A response is then continued by its conversation, since the provider does not know its id.
         """
-        request, sink = self.request, self.sink
-        if request.draft is None or self.status == 200 or not isinstance(sink, BodySink):
+        draft, sink = self.request.draft, self.sink
+        if draft is None or self.status == 200 or not isinstance(sink, BodySink):
             return False
-        if not learn(self.provider, self.status, sink.body, by_id=request.draft.by_id):
+        previous_id, by_id = draft.previous_id, draft.by_id
+        if not learn(self.provider, self.status, sink.body, previous_id=previous_id, by_id=by_id):
             return False
         self.provider.meter.attempts["http_4xx" if self.status < 500 else "http_5xx"].value += 1
         return True
@@ -212,9 +224,12 @@ class Attempt:
             RequestTooLarge, InvalidRequest: the request continues a response, and that cannot be written out.
         """
         request, provider = self.request, self.provider
-        body = request.body(provider.settings)
-        if request.draft is not None:
-            body = request.draft.body_for(body, provider.name, keeps=provider.keeps_responses)
+        body, self._prepared = self._prepared, None
+        if body is None:
+            body = request.body(provider.settings)
+            if request.draft is not None:
+                keeps = provider.keeps_responses
+                body = at_once(request.draft.body_for(body, provider.name, keeps=keeps))
         return self.request_bytes(writer, request.path, body)
 
     def request_bytes(self, writer: RequestWriter, path: str, body: bytes) -> bytes:

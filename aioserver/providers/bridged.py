@@ -4,7 +4,8 @@ Such a provider is known by its setting `responses: false`, or by its answer: if
 on at once, in the same place, with the request as one for a chat completion. It is known from then on, until a reload, if it answers
 that one.
 
-A 404 that is about a model or another response is no such answer: then the path is there.
+A 404 that is about a model or another response is no such answer: then the path is there. Nor is any 404 of a provider that
+has answered there before.
 """
 
 from __future__ import annotations
@@ -69,8 +70,8 @@ class ResponseAttempt(Attempt):
         self._learning = False
 
     def preparation(self) -> Generator[None, None, None] | None:
-        """Return the steps that translate the request; None if it goes as it came."""
-        return self._translate() if self.bridged else None
+        """Return the steps that translate the request, or those of `Attempt.preparation`."""
+        return self._translate() if self.bridged else super().preparation()
 
     @property
     def bridged(self) -> bool:
@@ -96,6 +97,7 @@ class ResponseAttempt(Attempt):
         if (
             self.status not in ABSENT_STATUSES
             or not isinstance(sink, BodySink)
+            or (self.status == 404 and self.provider.bridging.present)
             or not path_absent(self.status, sink.body)
         ):
             return super().repeats()
@@ -105,8 +107,11 @@ class ResponseAttempt(Attempt):
 
     def first_event(self) -> None:
         """Note that the answer has begun."""
-        if self._learning and not self.provider.bridging.lacking:
-            self.provider.bridging.lacking = True
+        bridging = self.provider.bridging
+        if self._chat is None:
+            bridging.present = True
+        elif self._learning and not bridging.lacking:
+            bridging.lacking = True
             logger.info(
                 "provider %s has no /v1/responses: they are translated to chat completions",
                 self.provider.name,
@@ -156,7 +161,7 @@ class ResponseAttempt(Attempt):
         draft, provider = self.request.draft, self.provider
         body = self.request.body(provider.settings)
         if draft is not None:
-            body = draft.bridge(body, provider.name)
+            body = yield from draft.bridge(body, provider.name)
         try:
             self._chat = yield from chat_request(
                 body,

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
 class Bridging:
     """Whether responses are translated to chat completions at one provider.
 
-    *lacking* says that the provider was found to have no `/v1/responses`. *reasoning_field* is the name of the field in
+    *lacking* says that the provider was found to have no `/v1/responses`, and *present* that it has answered there: a 404 is
+    about something else then, which a client may have named. *reasoning_field* is the name of the field in
     which it sends its reasoning; empty if it has sent none.
     """
 
@@ -22,7 +23,7 @@ class Bridging:
     def apply(self, settings: settings.Provider) -> None:
         """Use *settings* from now on, and forget what was found out, which may have changed."""
         self._configured = settings.responses
-        self.lacking = False
+        self.lacking = self.present = False
 
     @property
     def on(self) -> bool:

@@ -19,7 +19,8 @@ STATUSES = frozenset({400, 404, 422, 501})
 # Bytes of a refusal that is read.
 MAX_READ = 1 << 16
 _SUBJECT = re.compile(
-    r"previous[ _-]?response|response (?:with|id)\b|no response found", re.IGNORECASE
+    r"\bprevious[ _-]?response(?:_?id)?\b|\bresponse (?:with|id)\b|\bno response found",
+    re.IGNORECASE,
 )
 _UNSUPPORTED = re.compile(
     r"not (?:yet )?(?:supported|implemented|allowed)|does(?: not|n't) support|unsupported|unknown|unrecognized"
@@ -35,15 +36,18 @@ class Keeper(Protocol):
     keeps_responses: bool
 
 
-def learn(provider: Keeper, status: int, body: bytes, *, by_id: bool) -> bool:
+def learn(
+    provider: Keeper, status: int, body: bytes, *, previous_id: str | None, by_id: bool
+) -> bool:
     """Learn from an answer with *status* and *body* whether *provider* keeps responses.
 
-    *by_id* says that its request named a response which the provider has made, and which we have. Return whether the
-    request is to be sent once more, as the provider does not know that response.
+    Its request named the response *previous_id*; None: it named none, and says nothing. *by_id*: the provider has made that
+    response, and we have it. Return whether the request is to be sent once more, as the provider does not know that response.
     """
-    if not refuses_continuation(status, body):
+    if previous_id is None or not refuses_continuation(status, body):
         return False
-    if by_id or supports_none(status, body):
+    # Refusals repeat the id, and a client could make one up that says more than the provider does.
+    if by_id or (_UNSUPPORTED.search(previous_id) is None and supports_none(status, body)):
         if provider.keeps_responses:
             logger.info(
                 "provider %s keeps no responses: those that continue others are asked for with the conversation",

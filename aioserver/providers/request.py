@@ -14,7 +14,7 @@ from aioserver.streams.details import headers_size
 from aioserver.telemetry.request_log import RequestRecord
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Generator, Mapping
 
     from aioserver.config import settings
     from aioserver.protocol.client_headers import ClientHeaders
@@ -56,11 +56,15 @@ class ResponseDraft(Protocol):
     async def begin(self) -> None:
         """Find the response that the request continues."""
 
-    def body_for(self, body: bytes, provider: str, *, keeps: bool) -> bytes:
-        """Return *body* as *provider* gets it, which *keeps* responses, or does not."""
+    @property
+    def continues(self) -> bool:
+        """Whether the request continues a response that is held here, which takes long with a large body."""
 
-    def bridge(self, body: bytes, provider: str = "") -> bytes:
-        """Return *body* for a *provider* that has no responses at all, without `previous_response_id`."""
+    def body_for(self, body: bytes, provider: str, *, keeps: bool) -> Generator[None, None, bytes]:
+        """Return *body* as *provider* gets it, which *keeps* responses, or does not, in steps."""
+
+    def bridge(self, body: bytes, provider: str = "") -> Generator[None, None, bytes]:
+        """Return *body* for a *provider* that has no responses at all, without `previous_response_id`, in steps."""
 
     def keep(self, response: bytes, provider: str) -> None:
         """Keep the response object with which the answer has ended."""

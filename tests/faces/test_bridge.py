@@ -247,6 +247,19 @@ async def test_a_model_that_is_not_there_says_nothing_of_the_path(
     assert paths(server.simulator)[-1] == "responses"
 
 
+async def test_a_provider_that_has_answered_has_the_path_whatever_it_does_not_find(
+    make_server: MakeServer,
+) -> None:
+    server = await make_server()
+    await answer_of(server, ASK)
+    server.simulator.behaviour = WITHOUT
+
+    status, _ = await answer_of(server, ASK)
+
+    assert status == 404
+    assert not server.provider.bridging.on
+
+
 async def test_failover_goes_from_one_kind_of_provider_to_the_other(
     make_server: MakeServer,
 ) -> None:

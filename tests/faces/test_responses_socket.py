@@ -15,7 +15,7 @@ from aioserver.protocol import eventstream
 from aioserver.providers.simulator.exchange import Behaviour
 from tests.support import responses
 from tests.support.keys import bearer, key_of, keys_of
-from tests.support.raw import BINARY, CLOSE, PING, TEXT, Raw, closing
+from tests.support.raw import BINARY, CLOSE, PING, TEXT, Raw, closing, masked
 from tests.support.responses import connect, create, kinds, next_event, text_of, to_end, to_ends
 from tests.support.server import CONCURRENCY, ENDLESS, PACED, SILENT, SIM_HTTP_CLIENT, SLOW
 from tests.support.waiting import until
@@ -510,6 +510,24 @@ async def test_only_ones_own_stored_responses_can_be_resumed(make_server: MakeSe
     assert (event["status"], event["error"]["code"]) == (404, "stream_not_found")
 
 
+async def test_a_reader_elsewhere_that_leaves_does_not_stop_the_lane(
+    make_server: MakeServer,
+) -> None:
+    server = await make_server(PACED)
+    async with connect(server) as ws:
+        await ws.send_json(create(store=True))
+        await ws.send_json(create("second"))
+        first = await next_event(ws)
+        async with connect(server) as other:
+            await other.send_json(
+                {"type": "response.resume", "response_id": first["response"]["id"]}
+            )
+            await next_event(other)
+
+        assert responses.whole([first, *await to_end(ws)])
+        assert responses.whole(await to_end(ws))
+
+
 # The end of the server.
 
 
@@ -532,6 +550,17 @@ async def test_a_server_that_stops_closes_idle_sockets_and_lets_responses_finish
     assert refusal["error"]["code"] == "server_shutdown"
     assert (idle.close_code, busy.close_code) == (1012, 1012)
     assert server.simulator.stats().requests == 1
+
+
+async def test_a_socket_that_closes_begins_nothing_more(server: RunningServer) -> None:
+    async with Responses(server) as raw:
+        await raw.upgrade()
+        warm_up = masked(TEXT, json.dumps(create(generate=False)).encode())
+        question = masked(TEXT, json.dumps(create()).encode())
+        await raw.send(warm_up + question + masked(BINARY, b""))
+        assert (await raw.frames())[-1][0] == CLOSE
+
+    assert await server.counted("requests", "face") == {}
 
 
 async def test_clients_that_come_and_go_leave_nothing_behind(make_server: MakeServer) -> None:
@@ -704,3 +733,24 @@ async def test_a_socket_that_is_closing_asks_nothing_more(make_server: MakeServe
     assert closing(frames[-1][1])[0] == 1003
     await server.nothing_held()
     assert server.simulator.stats().requests == 1
+
+
+async def test_what_connections_hold_gives_way_to_others(make_server: MakeServer) -> None:
+    room = 1_000_000
+    server = await make_server(
+        **{"chat.streams.max_kept_bytes": room, "chat.streams.max_stream_bytes": room // 2}
+    )
+    async with connect(server) as ws, connect(server) as other:
+        held = [
+            await answered(ws, "x" * (room // 10), f"l{number}", generate=False, store=False)
+            for number in range(12)
+        ]
+        stats = server.owners.streams.stats()
+        assert room // 2 < stats.bytes <= room
+        kept = await answered(other, "y" * (room // 10), store=False)
+        await answered(other, previous_response_id=kept["id"])
+        await answered(ws, "go", previous_response_id=held[-1]["id"])
+        await ws.send_json(create(generate=False, previous_response_id=held[0]["id"]))
+        (refusal,) = await to_end(ws)
+
+    assert refusal["error"]["code"] == "previous_response_not_found"

@@ -114,7 +114,7 @@ async def test_where_nothing_is_kept_a_request_that_says_nothing_is_stored(
 ) -> None:
     server.simulator.behaviour = Behaviour(ttft=0, interval=0, forgets=REFUSALS[1])
     with pytest.raises(openai.BadRequestError):
-        await ask(sdk, "x", previous_response_id="resp_unknown")
+        await ask(sdk, "x", previous_response_id="resp_9")
 
     first = await ask(sdk, "one", store=openai.omit)
     other = await ask(sdk, "one", store=False)
@@ -157,7 +157,7 @@ async def test_a_conversation_that_is_too_long_for_a_body_is_refused(
     async with AsyncOpenAI(api_key="x", base_url=server.v1, max_retries=0) as sdk:
         first = await ask(sdk, "x" * 15_000)
 
-        with pytest.raises(openai.APIStatusError, match="at most 20000") as caught:
+        with pytest.raises(openai.APIStatusError, match="more than 20000 bytes") as caught:
             await ask(sdk, "y" * 15_000, previous_response_id=first.id)
 
     assert caught.value.status_code == 413

@@ -6,17 +6,22 @@ import gc
 import json
 import random
 import tracemalloc
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from aioserver.auth.callers import Caller
 from aioserver.errors import RequestTooLarge, ResponseNotFound
 from aioserver.gateway.drafts import Draft
-from aioserver.gateway.stored_responses import StoredResponse, StoredResponses, expanded
+from aioserver.gateway.stored_responses import StoredResponse, StoredResponses
+from aioserver.protocol.response_items import continued
+from aioserver.protocol.top_level import at_once
 from aioserver.streams.entries import COMPLETE, Entry
 from aioserver.streams.store import StreamStore
 from tests.support.clock import FakeClock
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 CALLER = Caller("web")
 ROOM = 1 << 24
@@ -53,7 +58,7 @@ class Conversations:
     ) -> None:
         """Ask *text*, and get the answer `a`."""
         draft = self.draft(previous, **options)
-        draft.body_for(json.dumps({"input": text}).encode(), "demo", keeps=True)
+        at_once(draft.body_for(json.dumps({"input": text}).encode(), "demo", keeps=True))
         draft.keep(answer(response_id, "a"), "demo")
         draft.release()
 
@@ -69,7 +74,7 @@ def answer(response_id: str, text: str, **fields: Any) -> bytes:
     return json.dumps(response).encode()
 
 
-def texts(items: list[bytes]) -> list[str]:
+def texts(items: Iterable[bytes]) -> list[str]:
     return [item["content"] for item in json.loads(b"[%b]" % b",".join(items))]
 
 
@@ -177,7 +182,7 @@ def test_a_connection_holds_a_response_that_has_no_name(conversations: Conversat
     assert conversations.bytes == held[0].size
     following = conversations.draft(held[0], store=False)
     held.pop().release()
-    sent = following.body_for(b'{"input":"2"}', "demo", keeps=True)
+    sent = at_once(following.body_for(b'{"input":"2"}', "demo", keeps=True))
     assert [item["content"] for item in json.loads(sent)["input"]] == ["q", "a", "2"]
     following.release()
     following.release()
@@ -215,14 +220,14 @@ def test_a_response_that_its_provider_keeps_is_known_there_only(
     assert len(conversations.stored) == 0  # no `store: true`
     conversations.ask("r1")
     bridging = conversations.draft(store=None)
-    bridging.bridge(b'{"input":"q"}')
+    at_once(bridging.bridge(b'{"input":"q"}'))
     bridging.keep(answer("r2", "a"), "demo")
     bridging.release()
 
     def sent(previous: str, provider: str, *, keeps: bool) -> str:
         draft, body = conversations.draft(previous), b'{"previous_response_id":"%b"}'
         try:
-            sent = draft.body_for(body % previous.encode(), provider, keeps=keeps)
+            sent = at_once(draft.body_for(body % previous.encode(), provider, keeps=keeps))
             assert draft.by_id == (sent == body % previous.encode() and previous != "r9")
             return "the id" if b"previous" in sent else "the conversation"
         finally:
@@ -235,14 +240,14 @@ def test_a_response_that_its_provider_keeps_is_known_there_only(
     assert sent("r9", "demo", keeps=True) == "the id"
     unknown = conversations.draft("r9")
     with pytest.raises(ResponseNotFound):
-        unknown.bridge(b"{}")
+        at_once(unknown.bridge(b"{}"))
     unknown.release()
 
 
 def test_store_false_is_never_named(conversations: Conversations) -> None:
     draft = conversations.draft(store=False)
 
-    draft.bridge(b'{"input":"q"}')
+    at_once(draft.bridge(b'{"input":"q"}'))
     draft.keep(answer("r1", "a"), "demo")
     draft.release()
 
@@ -254,10 +259,11 @@ def test_a_conversation_that_is_too_long_is_refused(conversations: Conversations
     conversations.max_bytes = 2000
     conversations.ask("r1", text="x" * 1500)
     draft = conversations.draft("r1")
+    body = b'{"input":"%b","previous_response_id":"r1"}'
 
-    with pytest.raises(RequestTooLarge, match="at most 2000"):
-        draft.expand(b'{"input":"%b","previous_response_id":"r1"}' % (b"y" * 500), "demo")
-    assert len(draft.expand(b'{"input":"%b"}' % (b"y" * 100), "demo")) <= 2000
+    with pytest.raises(RequestTooLarge, match="more than 2000"):
+        at_once(draft.expand(body % (b"y" * 500), "demo"))
+    assert len(at_once(draft.expand(body % (b"y" * 100), "demo"))) <= 2000
     draft.release()
 
 
@@ -277,7 +283,7 @@ def test_reasoning_that_a_provider_would_not_take_back_is_left_out(
     stored = conversations.stored.find(CALLER, "r1")
 
     def ids(provider: str) -> list[str]:
-        body = expanded(b"{}", stored, provider=provider, max_bytes=ROOM)
+        body = at_once(continued(b"{}", stored.history(provider), ROOM))
         return [item["id"] for item in json.loads(body)["input"]]
 
     assert ids("demo") == ["own", "rs_2", "rs_3", "m"]
@@ -291,7 +297,7 @@ def test_ten_thousand_turns_neither_recurse_nor_leak(conversations: Conversation
         conversations.ask(f"r{number}", f"r{number - 1}" if number else None)
     last = conversations.stored.find(CALLER, f"r{turns - 1}")
 
-    assert len(last.history()) == 2 * turns
+    assert len([*last.history()]) == 2 * turns
     assert len(last.chain()) == turns
     del last
     conversations.clock.advance(60.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tracemalloc
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import given
@@ -15,14 +15,17 @@ from aioserver.protocol import response_items
 from aioserver.protocol.response_items import (
     MAX_COMMAS,
     Page,
+    continued,
     input_items,
     joined,
     paging,
     replayable,
     response_parts,
-    with_history,
 )
 from aioserver.protocol.top_level import at_once
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 TEXTS = st.text(max_size=8)
 ITEMS = st.lists(
@@ -61,7 +64,7 @@ def test_a_conversation_stands_in_front_of_the_input(
         fields = dict(reversed(fields.items()))
     history = [input_items(dumped({"input": before}, indent))]
 
-    body = with_history(dumped(fields, indent), history, 1 << 20)
+    body = at_once(continued(dumped(fields, indent), history, 1 << 20))
 
     assert json.loads(body) == {"model": "m", "input": before + own}
 
@@ -85,17 +88,39 @@ def test_a_request_that_continues_two_responses_is_refused() -> None:
     body = b'{"previous_response_id":"a","input":"q","previous_response_id":"b"}'
 
     with pytest.raises(InvalidRequest, match="several keys previous_response_id"):
-        with_history(body, [], 1 << 20)
+        at_once(continued(body, [], 1 << 20))
 
 
 def test_what_is_put_together_is_bounded_before_it_is_made() -> None:
     history = [b'{"a":"%b"}' % (b"x" * 1000)]
     body = b'{"input":"q"}'
-    size = len(with_history(body, history, 2000))
+    size = len(at_once(continued(body, history, 2000)))
 
-    assert with_history(body, history, size)
-    with pytest.raises(RequestTooLarge, match=f"a body of {size} bytes .* at most {size - 1}"):
-        with_history(body, history, size - 1)
+    assert at_once(continued(body, history, size))
+    with pytest.raises(RequestTooLarge, match=f"more than {size - 1} bytes"):
+        at_once(continued(body, history, size - 1))
+
+
+def test_of_a_conversation_that_is_too_long_no_more_is_read_than_fits() -> None:
+    read: list[bytes] = []
+
+    def history() -> Iterator[bytes]:
+        for number in range(1000):
+            read.append(b'{"a":%d}' % number)
+            yield read[-1]
+
+    with pytest.raises(RequestTooLarge):
+        at_once(continued(b'{"input":"q"}', history(), 200))
+
+    assert len(b",".join(read[:-1])) < 200
+
+
+def test_a_large_body_is_continued_in_steps() -> None:
+    text = "x" * (1 << 20)
+    body = dumped({"model": "m", "previous_response_id": "r1", "input": text})
+    history = [dumped({"role": "user", "content": text})] * 8
+
+    assert len([*continued(body, history, 1 << 24)]) > 8
 
 
 @given(ITEMS, st.dictionaries(st.sampled_from(["model", "usage", "output"]), TEXTS))

@@ -58,7 +58,7 @@ def test_a_provider_that_refuses_a_response_of_its_own_keeps_none(
 ) -> None:
     provider = Provider()
 
-    assert learn(provider, status, body, by_id=True)
+    assert learn(provider, status, body, previous_id="resp_1", by_id=True)
     assert not provider.keeps_responses
 
 
@@ -66,7 +66,7 @@ def test_a_provider_that_refuses_a_response_of_its_own_keeps_none(
 def test_that_another_response_is_missing_says_nothing(status: int, body: bytes) -> None:
     provider = Provider()
 
-    assert not learn(provider, status, body, by_id=False)
+    assert not learn(provider, status, body, previous_id="resp_1", by_id=False)
     assert provider.keeps_responses
 
 
@@ -76,7 +76,7 @@ def test_a_provider_that_continues_nothing_says_so_of_any_response(
 ) -> None:
     provider = Provider()
 
-    assert not learn(provider, status, body, by_id=False)
+    assert not learn(provider, status, body, previous_id="resp_1", by_id=False)
     assert not provider.keeps_responses
 
 
@@ -84,5 +84,23 @@ def test_a_provider_that_continues_nothing_says_so_of_any_response(
 def test_another_refusal_is_none_of_a_continuation(status: int, body: bytes) -> None:
     provider = Provider()
 
-    assert not learn(provider, status, body, by_id=True)
+    assert not learn(provider, status, body, previous_id="resp_1", by_id=True)
+    assert provider.keeps_responses
+
+
+@pytest.mark.parametrize(
+    ("message", "previous_id"),
+    [
+        # The words are those of a client.
+        ("Previous response with id 'resp_unsupported' not found.", "resp_unsupported"),
+        ("Unknown parameter: 'no_previous_response_id'.", "resp_1"),
+        ("previous_response_id is not supported", None),
+    ],
+)
+def test_a_refusal_that_a_client_has_worded_says_nothing_of_the_provider(
+    message: str, previous_id: str | None
+) -> None:
+    provider = Provider()
+
+    assert not learn(provider, 400, error(message), previous_id=previous_id, by_id=False)
     assert provider.keeps_responses

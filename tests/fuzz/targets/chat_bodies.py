@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from aioserver.errors import InvalidJson, InvalidRequest
 from aioserver.protocol import client_frames, model_body
 from aioserver.protocol.client_frames import PAYLOAD_FIELDS
-from aioserver.protocol.response_items import with_history
+from aioserver.protocol.response_items import continued
 from aioserver.protocol.top_level import at_once, simple
 from tests.fuzz.inputs import parts
 
@@ -84,13 +84,13 @@ def _check_completion(body: ModelBody, content: bytes) -> None:
         after = _loaded(body.with_model(MODEL))
         assert after == {**before, "model": MODEL}, "something else was replaced"
         with contextlib.suppress(InvalidRequest):
-            continued = _loaded(with_history(body.data, [b'{"a":"b"}'], 1 << 20))
+            longer = _loaded(at_once(continued(body.data, [b'{"a":"b"}'], 1 << 20)))
             own = before.pop("input", None)
             before.pop("previous_response_id", None)
             if isinstance(own, str):
                 own = [{"type": "message", "role": "user", "content": own}]
             items = [{"a": "b"}, *own] if isinstance(own, list) else [{"a": "b"}]
-            assert continued == {**before, "input": items}, "another conversation"
+            assert longer == {**before, "input": items}, "another conversation"
 
 
 def _loaded(body: bytes) -> dict[str, Any]:
