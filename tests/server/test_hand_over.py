@@ -52,13 +52,17 @@ async def test_requests_on_open_connections_are_served_and_end_them(
 
 
 async def test_what_waits_for_a_place_gets_it(make_server: MakeServer) -> None:
-    changes = {f"{CONCURRENCY}.max_connections": 1, f"{CONCURRENCY}.queue_timeout": 60.0}
+    changes = {
+        f"{CONCURRENCY}.max_connections": 1,
+        f"{CONCURRENCY}.queue_timeout": 60.0,
+        GRACE: 60.0,
+    }
     server = await make_server(Behaviour(ttft=0, interval=0.1, tokens=8), **changes)
     await all_are_served(server)
 
 
 async def test_what_waits_for_a_provider_gets_it(make_server: MakeServer) -> None:
-    changes = {f"{SIM_HTTP_CLIENT}.concurrent_requests": 1}
+    changes = {f"{SIM_HTTP_CLIENT}.concurrent_requests": 1, GRACE: 60.0}
     server = await make_server(Behaviour(ttft=0, interval=0.1, tokens=8), **changes)
     await all_are_served(server)
 
