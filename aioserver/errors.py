@@ -190,19 +190,15 @@ class StreamLimitReached(InvalidRequest):
 
 
 class ResponseNotFound(InvalidRequest):
-    """The response that a request continues does not exist, is no longer kept, or belongs to another caller.
-
-    Status, code and `param` are OpenAI's, by which its clients send the whole conversation instead.
-    """
+    """The response that a request continues does not exist, is no longer kept, or is another caller's."""
 
     code, status = "previous_response_not_found", 400
 
 
 class Denied(AioserverError):
-    """Access is denied.
+    """Access is denied. *reason* is a label of the metric `auth_failures_total`, and logged.
 
-    *reason* is a label of the metric `auth_failures_total`, and logged. So is *setting*, the one that
-    would let the request in, if there is one.
+    So is *setting*, the one that would let the request in, if there is one.
     """
 
     reason: ClassVar[str] = ""
@@ -339,10 +335,7 @@ class ExpectationFailed(AioserverError):
 
 
 class UpgradeRequired(AioserverError):
-    """An upgrade to a WebSocket where there is none: the path is there for plain HTTP only.
-
-    Clients that can do without a WebSocket fall back at once.
-    """
+    """An upgrade to a WebSocket where there is none; clients that can do without one fall back at once."""
 
     code, status, force_close = "upgrade_required", 426, True
 

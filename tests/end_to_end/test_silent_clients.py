@@ -81,6 +81,7 @@ async def test_a_client_that_reads_nothing_of_a_whole_answer_is_dropped(
                 "llm.providers.sim.base_url": scripted.url,
                 "chat.streams.send_timeout": 0.2,
                 "chat.streams.resume_window": 0,
+                "chat.streams.store_window": 0,
             }
         )
         async with silent_client(server, tmp_path, kind) as client:
