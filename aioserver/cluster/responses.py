@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 # Seconds for which a whole conversation is awaited, and what nobody waits for.
 LOAD_TIMEOUT, CALL_TIMEOUT = 1.0, 1.0
+# Bytes that are on their way to Redis, which may be slow: those of some large responses.
+MAX_PENDING = 1 << 26
 # Bytes of all responses in Redis; a quarter of its `maxmemory` is the bound, too.
 MAX_BYTES = 1 << 28
 
@@ -57,18 +60,24 @@ class SharedResponses:
         self._ask = ask
         self._clock = clock
         self._tasks: set[asyncio.Task[None]] = set()
+        # The bytes that they send.
+        self._pending = 0
 
     def keep(
         self, caller: Caller, record: Record, previous_id: str | None, seconds: float
-    ) -> None:
-        """Keep a response of *caller* for *seconds*, soon."""
+    ) -> bool:
+        """Keep a response of *caller* for *seconds*, soon; return False if MAX_PENDING bytes are on their way."""
         data = _encoder.encode(_Record(self._clock(), *record))
+        if self._pending + len(data) > MAX_PENDING:
+            return False
         name = name_of(caller.name, record.id)
         previous = "" if previous_id is None else name_of(caller.name, previous_id)
         call = self._store.put_response(name, data, previous, seconds, MAX_BYTES)
         task = asyncio.get_running_loop().create_task(self._quietly(call))
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(partial(self._sent, len(data)))
+        self._pending += len(data)
+        return True
 
     async def load(
         self, caller: Caller, response_id: str, window: float, most: int
@@ -102,6 +111,10 @@ class SharedResponses:
             await asyncio.wait(self._tasks, timeout=CALL_TIMEOUT)
         for task in tuple(self._tasks):
             task.cancel()
+
+    def _sent(self, size: int, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        self._pending -= size
 
     async def _quietly(self, call: Coroutine[Any, Any, None]) -> None:
         await self._ask(call, CALL_TIMEOUT)
