@@ -266,6 +266,36 @@ async def test_only_so_many_bytes_are_on_their_way(
     assert len(world.responses) == 2
 
 
+async def test_only_so_many_conversations_are_read_at_once(world: World) -> None:
+    clock = FakeClock()
+    a, b = Holder(world, "a", clock), Holder(world, "b", clock)
+    await a.add("r1")
+    reading = most = 0
+
+    class Watched(MemoryClaims):
+        async def response_chain(self, name: str, most_bytes: int) -> list[bytes]:
+            nonlocal reading, most
+            reading += 1
+            most = max(most, reading)
+            chain = await super().response_chain(name, most_bytes)
+            reading -= 1
+            return chain
+
+    async def answer(call: Coroutine[Any, Any, Any], _seconds: float) -> Any:
+        return await call
+
+    b.stored.storage = SharedResponses(Watched(world, "b"), answer, clock)
+
+    responses = await asyncio.gather(*(b.stored.reach(CALLER, "r1") for _ in range(20)))
+
+    assert most == shared_responses.MAX_LOADS
+    assert all(response is responses[0] for response in responses)
+    for response in responses:
+        assert response is not None
+        response.release()
+    assert b.streams.stats().bytes == 0
+
+
 async def test_a_long_conversation_is_taken_over_without_recursion(world: World) -> None:
     clock = FakeClock()
     a, b = Holder(world, "a", clock), Holder(world, "b", clock)
