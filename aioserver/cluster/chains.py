@@ -56,7 +56,7 @@ redis.call('EXPIRE', KEYS[3], math.ceil(2 * window))
 local key, next = KEYS[4], true
 if key and redis.call('EXISTS', key) == 1 then redis.call('HSET', key, 'continued', 1) end
 for _ = 1, 10000 do
-  if not key or redis.call('PTTL', key) >= 1000 * window then break end
+  if not key or redis.call('PTTL', key) > 1000 * window then break end
   if redis.call('EXPIRE', key, math.ceil(2 * window)) == 0 then break end
   redis.call('ZADD', KEYS[2], 'XX', now + 2 * window, member_of(key))
   next = redis.call('HGET', key, 'previous')

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from aioserver.cluster.claims import TIMEOUT, name_of
+from aioserver.errors import ServerAtCapacity
 from aioserver.gateway.response_storage import Record
+from aioserver.limits.gate import Gate
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Sequence
@@ -27,6 +30,11 @@ if TYPE_CHECKING:
 
 # Seconds for which a whole conversation is awaited, and what nobody waits for.
 LOAD_TIMEOUT, CALL_TIMEOUT = 1.0, 1.0
+# Conversations that are read at once, each of tens of megabytes at most, and that wait, fairly between callers; Redis has other
+# things to do, and what comes of it is not counted. One beyond that is not found.
+MAX_LOADS, MAX_LOADS_WAITING = 4, 1000
+# Bytes that are on their way to Redis, which may be slow: those of some large responses.
+MAX_PENDING = 1 << 26
 # Bytes of all responses in Redis; a quarter of its `maxmemory` is the bound, too.
 MAX_BYTES = 1 << 28
 
@@ -57,18 +65,31 @@ class SharedResponses:
         self._ask = ask
         self._clock = clock
         self._tasks: set[asyncio.Task[None]] = set()
+        # The bytes that they send.
+        self._pending = 0
+        self._loads = Gate(
+            MAX_LOADS,
+            queue_size=MAX_LOADS_WAITING,
+            queue_timeout=LOAD_TIMEOUT,
+            full_error=_too_many,
+            timeout_error=_too_many,
+        )
 
     def keep(
         self, caller: Caller, record: Record, previous_id: str | None, seconds: float
-    ) -> None:
-        """Keep a response of *caller* for *seconds*, soon."""
+    ) -> bool:
+        """Keep a response of *caller* for *seconds*, soon; return False if MAX_PENDING bytes are on their way."""
         data = _encoder.encode(_Record(self._clock(), *record))
+        if self._pending + len(data) > MAX_PENDING:
+            return False
         name = name_of(caller.name, record.id)
         previous = "" if previous_id is None else name_of(caller.name, previous_id)
         call = self._store.put_response(name, data, previous, seconds, MAX_BYTES)
         task = asyncio.get_running_loop().create_task(self._quietly(call))
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(partial(self._sent, len(data)))
+        self._pending += len(data)
+        return True
 
     async def load(
         self, caller: Caller, response_id: str, window: float, most: int
@@ -81,9 +102,14 @@ class SharedResponses:
         # Most ids that are not known here are known nowhere, and Redis may be slow.
         if not await self._ask(self._store.has_response(name), TIMEOUT):
             return ()
-        chain: Sequence[bytes] = (
-            await self._ask(self._store.response_chain(name, most), LOAD_TIMEOUT) or ()
-        )
+        try:
+            place = await self._loads.enter(caller)
+        except ServerAtCapacity:
+            return ()
+        with place:
+            chain: Sequence[bytes] = (
+                await self._ask(self._store.response_chain(name, most), LOAD_TIMEOUT) or ()
+            )
         records = [_decoded(data) for data in chain]
         known = [record for record in records if record is not None]
         # The clock of another machine may be behind.
@@ -103,8 +129,16 @@ class SharedResponses:
         for task in tuple(self._tasks):
             task.cancel()
 
+    def _sent(self, size: int, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        self._pending -= size
+
     async def _quietly(self, call: Coroutine[Any, Any, None]) -> None:
         await self._ask(call, CALL_TIMEOUT)
+
+
+def _too_many(retry_after: float) -> ServerAtCapacity:
+    return ServerAtCapacity("too many conversations are read", retry_after=retry_after)
 
 
 def _decoded(data: bytes) -> tuple[float, Record] | None:

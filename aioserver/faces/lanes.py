@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 MAX_RUNNING, MAX_NAMED_LANES = 16, 32
 # Commands that wait on one connection, on all of its lanes: two for each lane that may have a name.
 MAX_WAITING = 64
+# Their bytes, unless it is one command: they wait for answers that may take an hour, and count for max_body_bytes meanwhile.
+MAX_WAITING_BYTES = 1 << 25
 
 
 class Turn(NamedTuple):
@@ -69,7 +71,7 @@ class Lane:
 class Lanes:
     """The lanes of one connection. `close` must be called at its end.
 
-    Always: at most MAX_RUNNING lanes have something under way, and at most MAX_WAITING commands wait; a lane has a
+    Always: at most MAX_RUNNING lanes have something under way, and at most MAX_WAITING commands wait, of MAX_WAITING_BYTES; a lane has a
     place in `_due` if and only if a command waits on it, and nothing is under way there.
 
     *held* has the latest response of each lane, until it is dropped to make room.
@@ -81,7 +83,7 @@ class Lanes:
         # The lane that has waited longest comes first.
         self._due: dict[Lane, None] = {}
         self._running = 0
-        self._waiting = 0
+        self._waiting = self._waiting_bytes = 0
 
     @property
     def busy(self) -> bool:
@@ -103,9 +105,14 @@ class Lanes:
         waits = lane.under_way or lane.turns or self._running >= MAX_RUNNING
         if waits and self._waiting >= MAX_WAITING:
             raise ConcurrencyExceeded(f"{MAX_WAITING} responses wait on this socket already")
+        if waits and self._waiting and self._waiting_bytes + hold.size > MAX_WAITING_BYTES:
+            raise ConcurrencyExceeded(
+                f"more than {MAX_WAITING_BYTES} bytes would wait on this socket"
+            )
         hold.given = True
         lane.turns.append(Turn(lane, command, hold))
         self._waiting += 1
+        self._waiting_bytes += hold.size
         self.free(lane)
 
     def next(self) -> Turn | None:
@@ -116,6 +123,7 @@ class Lanes:
         del self._due[lane]
         self._waiting -= 1
         turn = lane.turns.popleft()
+        self._waiting_bytes -= turn.hold.size
         turn.hold.given = False
         return turn
 
@@ -166,7 +174,7 @@ class Lanes:
                 turn.hold.release()
             lane.turns.clear()
         self._due.clear()
-        self._waiting = 0
+        self._waiting = self._waiting_bytes = 0
 
     def _lane(self, name: str | None) -> Lane:
         lane = self._lanes.get(name)

@@ -28,8 +28,11 @@ class Storage(Protocol):
 
     def keep(
         self, caller: Caller, record: Record, previous_id: str | None, seconds: float
-    ) -> None:
-        """Keep a response of *caller* for *seconds*, soon; *previous_id* is that of the response which it continued."""
+    ) -> bool:
+        """Keep a response of *caller* for *seconds*, soon; *previous_id* is that of the response which it continued.
+
+        Return whether there is room for it among those that are on their way.
+        """
 
     async def load(
         self, caller: Caller, response_id: str, window: float, most: int

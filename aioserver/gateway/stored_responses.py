@@ -160,10 +160,15 @@ class StoredResponse:
             pieces += [(name, response.input), (f"{name}_out", response.output)]
         return pieces[:-1]
 
-    def record(self) -> Record:
-        """Return it as a record, which has all that came before if other instances cannot find that."""
+    def record(self) -> Record | None:
+        """Return it as a record, which has all that came before if other instances cannot find that.
+
+        None if that is more than they would take over.
+        """
         items = self.input
         if self.previous is not None and not self.previous.shared:
+            if sum(response.size for response in self.chain()) > MAX_LOADED:
+                return None
             items = joined((*self.previous.history(), items))
         parts = (self._head, self.output, self._tail)
         return Record(self.id, self._status, self.provider, self.kept_there, items, *parts)
@@ -303,8 +308,10 @@ class StoredResponses:
         if self.storage is not None:
             previous = response.previous
             previous_id = previous.id if previous is not None and previous.shared else None
-            self.storage.keep(response.caller, response.record(), previous_id, self._window)
-            response.shared = True
+            record = response.record()
+            response.shared = record is not None and self.storage.keep(
+                response.caller, record, previous_id, self._window
+            )
         if self._sweeper is None:
             self._rearm()
 

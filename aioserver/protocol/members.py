@@ -18,7 +18,7 @@ from aioserver.protocol import top_level
 from aioserver.protocol.top_level import ABSENT
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Generator, Iterator, Sequence
 
 # Places in one body, on all its levels, where a key with one value may be, and where one with a long value may.
 MAX_PLACES, MAX_LONG_PLACES = 10_000, 100
@@ -148,16 +148,24 @@ class Member:
         alone = before < 0 or data[before + 1 : start].strip(b" \t\r\n")
         return (start if alone else before), end
 
-    def remove(self, data: bytes) -> bytes:
-        """Return *data* without this member, which it has.
+    def remove(self, data: bytes) -> Generator[None, None, bytes]:
+        """Return *data* without this member, which it has, in steps if it is large.
 
         Raises:
             InvalidRequest: it has several, or as `find`.
         """
-        start, end = self.extent(data)
+        large = len(data) > top_level.STEP_BYTES
+        value = self.value(data)
+        if large:
+            yield
+        start, end = self.extent(data, value)
         view = memoryview(data)
         rest = b"".join((view[:start], view[end:]))
+        if large:
+            yield
         self.check_absent(rest)
+        if large:
+            yield
         return rest
 
     def check_absent(self, data: bytes) -> None:

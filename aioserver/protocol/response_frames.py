@@ -203,29 +203,14 @@ def _create(
         )
     for member in _OF_FRAME:
         if getattr(frame, member.name) is not ABSENT:
-            body = _without(body, member)
-            if large:
-                yield
+            body = yield from member.remove(body)
     if top_level.flag(frame.stream) is not True:
         if frame.stream is not ABSENT:
-            body = _without(body, _STREAM)
+            body = yield from _STREAM.remove(body)
         body = _STREAM.insert(body, [b"true"])
     if large:
         yield
     return Create(lane, ModelBody(body), generate is not False)
-
-
-def _without(body: bytes, member: Member) -> bytes:
-    """Return *body* without *member*, which it has.
-
-    Raises:
-        InvalidRequest: it has several.
-    """
-    start, end = member.extent(body)
-    view = memoryview(body)
-    rest = b"".join((view[:start], view[end:]))
-    member.check_absent(rest)
-    return rest
 
 
 def _lane(raw: Raw) -> str | None:

@@ -11,7 +11,9 @@ import pytest
 from openai import AsyncOpenAI
 
 from aioserver.auth.callers import Caller
+from aioserver.cluster import responses as shared_responses
 from aioserver.cluster.responses import SharedResponses
+from aioserver.gateway import stored_responses
 from aioserver.gateway.stored_responses import StoredResponse, StoredResponses
 from aioserver.protocol.response_items import ResponseParts
 from aioserver.providers.simulator.exchange import Behaviour
@@ -228,6 +230,70 @@ async def test_what_only_a_connection_held_goes_with_what_continues_it(world: Wo
     assert third is not None
     assert b",".join(third.history()).count(b"x" * 10) == 3
     third.release()
+
+
+async def test_what_others_could_not_take_over_is_not_sent(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stored_responses, "MAX_LOADED", 30_000)
+    a = Holder(world, "a", FakeClock())
+    held = a.make("r1", None, size=20_000)
+
+    await a.add("r2", held, size=20_000)
+    held.release()
+
+    assert world.responses == {}
+    assert a.stored.get(CALLER, "r2") is not None
+
+
+async def test_only_so_many_bytes_are_on_their_way(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_responses, "MAX_PENDING", 30_000)
+    a = Holder(world, "a", FakeClock())
+    made = [a.make(f"r{number}", None, size=20_000) for number in range(3)]
+    for response in made[:2]:
+        a.stored.add(response)
+    assert [response.shared for response in made] == [True, False, False]
+
+    await a.shared.close()
+    a.stored.add(made[2])
+    await a.shared.close()
+    for response in made:
+        response.release()
+
+    assert made[2].shared
+    assert len(world.responses) == 2
+
+
+async def test_only_so_many_conversations_are_read_at_once(world: World) -> None:
+    clock = FakeClock()
+    a, b = Holder(world, "a", clock), Holder(world, "b", clock)
+    await a.add("r1")
+    reading = most = 0
+
+    class Watched(MemoryClaims):
+        async def response_chain(self, name: str, most_bytes: int) -> list[bytes]:
+            nonlocal reading, most
+            reading += 1
+            most = max(most, reading)
+            chain = await super().response_chain(name, most_bytes)
+            reading -= 1
+            return chain
+
+    async def answer(call: Coroutine[Any, Any, Any], _seconds: float) -> Any:
+        return await call
+
+    b.stored.storage = SharedResponses(Watched(world, "b"), answer, clock)
+
+    responses = await asyncio.gather(*(b.stored.reach(CALLER, "r1") for _ in range(20)))
+
+    assert most == shared_responses.MAX_LOADS
+    assert all(response is responses[0] for response in responses)
+    for response in responses:
+        assert response is not None
+        response.release()
+    assert b.streams.stats().bytes == 0
 
 
 async def test_a_long_conversation_is_taken_over_without_recursion(world: World) -> None:

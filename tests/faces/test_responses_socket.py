@@ -10,6 +10,7 @@ import aiohttp
 import pytest
 from aiohttp import WSMsgType
 
+from aioserver.faces import lanes
 from aioserver.faces.lanes import MAX_NAMED_LANES, MAX_RUNNING, MAX_WAITING
 from aioserver.protocol import eventstream
 from aioserver.providers.simulator.exchange import Behaviour
@@ -180,6 +181,24 @@ async def test_what_waits_on_a_connection_is_bounded_counted_and_let_go(
     await server.nothing_held()
 
     assert server.simulator.stats().requests == 2
+
+
+async def test_only_so_many_bytes_wait_on_a_connection(
+    make_server: MakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lanes, "MAX_WAITING_BYTES", 10_000)
+    server = await make_server(SILENT)
+    async with connect(server) as ws:
+        await ws.send_json(create())
+        # The first that waits may be larger: else a frame of max_message_size might never be answered.
+        for size in (20_000, 100):
+            await ws.send_json(create("x" * size, generate=False))
+        refusal = await next_event(ws)
+        await ws.send_json({"type": "response.cancel"})
+        ends = [await to_end(ws) for _ in range(2)]
+
+    assert (refusal["status"], refusal["error"]["code"]) == (429, "concurrency_exceeded")
+    assert [end[-1]["type"] for end in ends] == ["error", "response.completed"]
 
 
 async def test_a_connection_has_only_so_many_named_lanes(server: RunningServer) -> None:

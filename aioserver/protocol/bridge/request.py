@@ -43,8 +43,8 @@ from aioserver.protocol.top_level import ABSENT, flag, null
 if TYPE_CHECKING:
     from collections.abc import Generator
 
-# Items of a request that become messages in one step.
-STEP_ITEMS = 256
+# Items of a request that become messages in one step, and their bytes, since an item may have thousands of parts.
+STEP_ITEMS, STEP_BYTES = 256, 1 << 18
 LOGPROBS = "message.output_text.logprobs"
 # Fields that only a provider with responses of its own can honour.
 _REFUSED = ("background", "conversation", "prompt", "moderation")
@@ -152,9 +152,12 @@ def chat_request(
         items = elements(fields.input, "input", None)
         if not items:
             raise InvalidRequest("input must be a text, or a list of items", param="input")
+        size = 0
         for number, raw in enumerate(items):
             messages.add(raw, f"input[{number}]")
-            if number % STEP_ITEMS == STEP_ITEMS - 1:
+            size += len(memoryview(raw)) + STEP_BYTES // STEP_ITEMS
+            if size >= STEP_BYTES:
+                size = 0
                 yield
     logprobs = not null(fields.top_logprobs) or LOGPROBS in _names(fields.include)
     written_format, shown_text = _text(fields.text)
