@@ -529,24 +529,6 @@ async def test_only_ones_own_stored_responses_can_be_resumed(make_server: MakeSe
     assert (event["status"], event["error"]["code"]) == (404, "stream_not_found")
 
 
-async def test_a_reader_elsewhere_that_leaves_does_not_stop_the_lane(
-    make_server: MakeServer,
-) -> None:
-    server = await make_server(PACED)
-    async with connect(server) as ws:
-        await ws.send_json(create(store=True))
-        await ws.send_json(create("second"))
-        first = await next_event(ws)
-        async with connect(server) as other:
-            await other.send_json(
-                {"type": "response.resume", "response_id": first["response"]["id"]}
-            )
-            await next_event(other)
-
-        assert responses.whole([first, *await to_end(ws)])
-        assert responses.whole(await to_end(ws))
-
-
 # The end of the server.
 
 
@@ -737,21 +719,6 @@ async def test_a_second_reader_that_leaves_holds_up_no_lane(make_server: MakeSer
 
         assert responses.whole(seen)
         assert responses.whole(await to_end(first))
-
-
-async def test_a_socket_that_is_closing_asks_nothing_more(make_server: MakeServer) -> None:
-    server = await make_server(Behaviour(ttft=0, interval=0.005, tokens=40))
-    async with Responses(server) as raw:
-        await raw.upgrade()
-        await raw.send_json(create())
-        await raw.send_json(create("never asked"))
-        await server.simulator.until(lambda stats: stats.active == 1)
-        await raw.send_frame(BINARY, b"x")
-        frames = await to_close(raw)
-
-    assert closing(frames[-1][1])[0] == 1003
-    await server.nothing_held()
-    assert server.simulator.stats().requests == 1
 
 
 async def test_what_connections_hold_gives_way_to_others(make_server: MakeServer) -> None:
