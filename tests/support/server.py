@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import logging
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
