@@ -263,7 +263,8 @@ class ResponsesSocket(Socket):
                 raise StreamNotFound(NOT_FOUND)
             after = 0 if start.sequence is None else responses.event_of(stream, start.sequence)
             lane.asked = lane.continues = None
-            if not self._over:
+            # Meanwhile the socket may have been closed.
+            if self.open:
                 self._follow(lane, stream, after)
 
     def _cancel(self, command: Cancel) -> None:

@@ -221,8 +221,9 @@ def paging(
     for name, piece in pieces:
         if not separable(piece):
             raise InvalidRequest(f"the input has too many items: over {MAX_COMMAS} commas")
-        numbered = list(enumerate(separate(piece)))
-        for number, item in reversed(numbered) if newest_first else numbered:
+        items = separate(piece)
+        for number in range(len(items))[:: -1 if newest_first else 1]:
+            item = items[number]
             if len(listed) == limit:
                 return _page_of(listed, more=True)
             item_id = _id(item)
@@ -233,10 +234,10 @@ def paging(
                 listed.append((item_id, item))
             else:
                 found = item_id == after
-        size += len(piece) + STEP_BYTES // 1000 * len(numbered)
-        if size >= STEP_BYTES:
-            size = 0
-            yield
+            size += len(memoryview(item)) + STEP_BYTES // 1000
+            if size >= STEP_BYTES:
+                size = 0
+                yield
     return _page_of(listed, more=False) if found else None
 
 
