@@ -29,7 +29,7 @@ R = TypeVar("R", bound=Counted)
 
 
 class HeldResponses(Generic[R]):
-    """What connections hold: at most one response for each holder, a lane.
+    """The responses that connections hold: at most one for each holder, a lane.
 
     Always: each response in it is referred to once for each of its holders.
     """
