@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
-import logging
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -273,7 +272,6 @@ async def running(
     *slot* and the socket that it has *inherited*: those of a server that shares them with others. *cluster*: as
     that of `open_server`.
     """
-    level = logging.getLogger().level
     async with Simulator(behaviour) as simulator:
         configuration = configured(simulator.base_url, changes or {}, path)
         async with open_server(configuration.settings, slot=slot, cluster=cluster) as owners:
@@ -294,8 +292,6 @@ async def running(
                 await runner.cleanup()
                 # It keeps each application alive.
                 web_app._cached_build_middleware.cache_clear()
-                # A reload sets the level for the whole process.
-                logging.getLogger().setLevel(level)
 
 
 @contextlib.asynccontextmanager
