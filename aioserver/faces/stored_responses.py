@@ -146,16 +146,16 @@ async def write_items(
         return await passthrough.serve(context, request, passed)
     response = await find(context, request)
     try:
-        found = await _page(request, response)
+        page = await _page(request, response)
     finally:
         response.release()
     body = msgspec.json.encode(
         {
             "object": "list",
-            "data": found.items,
-            "first_id": found.first_id,
-            "last_id": found.last_id,
-            "has_more": found.more,
+            "data": page.items,
+            "first_id": page.first_id,
+            "last_id": page.last_id,
+            "has_more": page.more,
         }
     )
     return await write(context, request, body)
@@ -175,7 +175,7 @@ async def _page(request: web.Request, response: StoredResponse) -> Page:
     steps = paging(
         pieces, newest_first=order == "desc", limit=int(text), after=request.query.get("after")
     )
-    found = await in_turns(steps)
-    if found is None:
+    page = await in_turns(steps)
+    if page is None:
         raise InvalidRequest("after must be the id of an item in this list", param="after")
-    return found
+    return page

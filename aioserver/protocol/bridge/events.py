@@ -254,9 +254,9 @@ class ResponseWriter(Reading):
         """Add *call*, a piece of a call, the one with this *number* in its chunk."""
         function = call.get("function")
         function = function if isinstance(function, dict) else {}
-        name, given = function.get("name"), call.get("id")
+        name, call_id = function.get("name"), call.get("id")
         name = name if isinstance(name, str) else ""
-        provider_id = given if isinstance(given, str) else ""
+        provider_id = call_id if isinstance(call_id, str) else ""
         arguments = function.get("arguments")
         if isinstance(arguments, dict):
             arguments = orjson.dumps(arguments).decode()
