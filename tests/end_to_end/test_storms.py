@@ -116,6 +116,8 @@ async def test_when_all_reconnect_the_rest_is_sent_away_and_running_answers_go_o
     await server.nothing_held()
 
 
+# The kernel's own deadline for the client that reads nothing is a second later, in the machine's time.
+@pytest.mark.real_time
 @pytest.mark.parametrize(
     "count", [20, pytest.param(200, marks=[pytest.mark.stress, pytest.mark.timeout(300)])]
 )
@@ -167,7 +169,6 @@ async def test_dashboards_and_pollers_do_not_disturb_the_work(
     assert watching_now == count, "only the one that reads nothing was dropped"
     assert {answer.end for answer in answers} == {"complete"}
     assert min(polls) > 1
-    # Where the loop is a second late the kernel has dropped it first, and is not counted.
-    assert server.context.metrics.slow_clients.value <= 1
+    assert await server.counted("slow_clients") == {(): 1}
     await until(lambda: not server.watchers)
     assert not await server.counted("errors")
