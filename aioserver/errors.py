@@ -73,14 +73,6 @@ TYPES = {
 MAX_RETRY_AFTER = 120.0
 
 
-class ConfigurationError(Exception):
-    """The configuration cannot be used. *faults* has a line for every fault in it."""
-
-    def __init__(self, faults: Sequence[str]) -> None:
-        super().__init__("\n".join(faults))
-        self.faults = tuple(faults)
-
-
 class AioserverError(Exception):
     """An error that a client may see.
 
@@ -405,17 +397,3 @@ def public(fault: BaseException) -> AioserverError:
     if isinstance(fault, AioserverError):
         return fault
     return InternalError("internal error")
-
-
-def forget_frames(fault: BaseException) -> None:
-    """Drop the traceback of *fault*, and the exceptions that have led to it with theirs.
-
-    A traceback holds the frames that it names, with all that a request has: its body, and what has come of its
-    answer. An exception that one of these frames holds in turn would keep them until the collector of
-    cycles happens to run.
-    """
-    exc: BaseException | None = fault
-    while exc is not None:
-        origin = exc.__cause__ or exc.__context__
-        exc.__traceback__ = exc.__cause__ = exc.__context__ = None
-        exc = origin

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 # The root package holds the version, imports nothing, and stands left of all.
 LINE = (
-    "errors provider_errors protocol limits config client telemetry auth streams providers gateway"
+    "errors provider_errors tracebacks protocol limits config client telemetry auth streams providers gateway"
     " monitoring cluster faces server commands __main__"
 )
 ORDER = LINE.split()

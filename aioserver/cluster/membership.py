@@ -27,7 +27,7 @@ from aioserver.cluster.messages import TIMES
 from aioserver.cluster.settler import Settler
 from aioserver.cluster.shares import Shares
 from aioserver.cluster.totals import Totals
-from aioserver.errors import ConfigurationError
+from aioserver.config.faults import ConfigurationError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping

@@ -10,7 +10,7 @@ import yaml
 
 from aioserver.commands import options
 from aioserver.config import Configuration, json_schema
-from aioserver.errors import ConfigurationError
+from aioserver.config.faults import ConfigurationError
 
 if TYPE_CHECKING:
     from pathlib import Path

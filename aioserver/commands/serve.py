@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from aioserver.auth.keys import known_pepper, pepper_of
 from aioserver.commands import output
 from aioserver.config import Configuration
-from aioserver.errors import ConfigurationError
+from aioserver.config.faults import ConfigurationError
 from aioserver.server import listener, preflight, systemd
 from aioserver.server.app import open_server
 from aioserver.server.history import prepare_file

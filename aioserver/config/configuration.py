@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 from aioserver.config import schema, views
 from aioserver.config.credentials import Credentials, reason
 from aioserver.config.document import PREFIX, Document, Fault, KeyPath, Place
+from aioserver.config.faults import ConfigurationError
 from aioserver.config.schema import FAULTY, Faults, WrongShape
 from aioserver.config.settings import SETTINGS, Auth, Provider, Settings
-from aioserver.errors import ConfigurationError
 from aioserver.protocol.addresses import loopback
 
 if TYPE_CHECKING:

@@ -19,19 +19,14 @@ from time import monotonic
 from typing import TYPE_CHECKING, Self, TypeVar
 
 from aioserver.auth.callers import CALLER
-from aioserver.errors import (
-    AioserverError,
-    ConcurrencyExceeded,
-    ServerAtCapacity,
-    forget_frames,
-    public,
-)
+from aioserver.errors import AioserverError, ConcurrencyExceeded, ServerAtCapacity, public
 from aioserver.faces import whole
 from aioserver.faces.http import Request, error_response
 from aioserver.faces.idle_sockets import IdleSockets
 from aioserver.limits.gate import Gate, Place
 from aioserver.provider_errors import ProviderFault
 from aioserver.telemetry.logs import RateLimit
+from aioserver.tracebacks import forget_frames
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

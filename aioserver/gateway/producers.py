@@ -11,10 +11,11 @@ import logging
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from aioserver.errors import AioserverError, InternalError, StreamNotFound, forget_frames, public
+from aioserver.errors import AioserverError, InternalError, StreamNotFound, public
 from aioserver.provider_errors import ProviderDisconnected, ProviderFault
 from aioserver.streams import mirror
 from aioserver.streams.entries import CANCELLED
+from aioserver.tracebacks import forget_frames
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Coroutine

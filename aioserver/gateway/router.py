@@ -16,7 +16,7 @@ from functools import partial
 from math import inf
 from typing import TYPE_CHECKING
 
-from aioserver.errors import AioserverError, forget_frames
+from aioserver.errors import AioserverError
 from aioserver.gateway.choice import ProviderChoice
 from aioserver.provider_errors import (
     CircuitOpen,
@@ -30,6 +30,7 @@ from aioserver.providers.bridged import RESPONSES, ResponseAttempt
 from aioserver.providers.error_mapping import visible_headers
 from aioserver.providers.health import KEY_FAULTS
 from aioserver.providers.passthrough import PassedAttempt, PassedRequest
+from aioserver.tracebacks import forget_frames
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

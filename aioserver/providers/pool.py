@@ -28,10 +28,11 @@ import aiohttp
 from aiohttp import ClientRequest, ClientTimeout, TCPConnector
 from yarl import URL
 
-from aioserver.errors import AioserverError, forget_frames
+from aioserver.errors import AioserverError
 from aioserver.limits.gate import Gate, Place
 from aioserver.provider_errors import CertificateFault, ConnectError, ConnectTimeout, PoolTimeout
 from aioserver.providers.exchange import ConnectionProtocol
+from aioserver.tracebacks import forget_frames
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

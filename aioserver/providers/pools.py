@@ -13,7 +13,7 @@ from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from aioserver.errors import ConfigurationError
+from aioserver.config.faults import ConfigurationError
 from aioserver.providers.http1 import RequestWriter
 from aioserver.providers.pool import UNBOUNDED, Pool, PoolStats, connection_gate
 

@@ -26,7 +26,6 @@ from aioserver.errors import (
     RequestTooLarge,
     UpgradeRequired,
     UriTooLong,
-    forget_frames,
 )
 from aioserver.faces import whole
 from aioserver.faces.http import SERVER, Request, announce_close, error_response, request_id
@@ -37,6 +36,7 @@ from aioserver.server import paths
 from aioserver.server.connection import Connection
 from aioserver.telemetry.logs import RateLimit
 from aioserver.telemetry.request_log import MAX_NAME
+from aioserver.tracebacks import forget_frames
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection

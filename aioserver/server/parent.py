@@ -26,7 +26,7 @@ import time
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from aioserver.auth.keys import pepper_of
-from aioserver.errors import ConfigurationError
+from aioserver.config.faults import ConfigurationError
 from aioserver.server import listener, reload, systemd
 from aioserver.server.page_keeper import PageKeeper
 from aioserver.server.shared_server import SharedServer

@@ -19,8 +19,8 @@ from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from aioserver.config import Configuration
+from aioserver.config.faults import ConfigurationError
 from aioserver.config.views import changes
-from aioserver.errors import ConfigurationError
 from aioserver.server import preflight
 from aioserver.server.app import log_limits
 from aioserver.telemetry import logs

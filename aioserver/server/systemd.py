@@ -19,7 +19,7 @@ import socket
 import time
 from typing import TYPE_CHECKING
 
-from aioserver.errors import ConfigurationError
+from aioserver.config.faults import ConfigurationError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, MutableMapping

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
 from aioserver import __version__
-from aioserver.errors import ConfigurationError
+from aioserver.config.faults import ConfigurationError
 from aioserver.protocol.otlp import key_value
 from aioserver.telemetry.span_export import SpanExporter
 from aioserver.telemetry.tracing import Tracer

@@ -10,7 +10,7 @@ import pytest
 from aioserver.cluster.holding import State
 from aioserver.cluster.membership import instance_name, join
 from aioserver.cluster.messages import Times
-from aioserver.errors import ConfigurationError
+from aioserver.config.faults import ConfigurationError
 from tests.support.redis_server import RedisServer
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from aioserver.config import Configuration
-from aioserver.errors import ConfigurationError
+from aioserver.config.faults import ConfigurationError
 from tests.support.tools import DEPLOY
 
 ROOT = Path(__file__).parents[2]

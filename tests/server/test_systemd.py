@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import pytest
 
-from aioserver.errors import ConfigurationError
+from aioserver.config.faults import ConfigurationError
 from aioserver.providers.simulator.server import Simulator
 from aioserver.server import listener, systemd
 from aioserver.server.systemd import Notifier

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from aioserver.errors import ConfigurationError
+from aioserver.config.faults import ConfigurationError
 from aioserver.protocol.client_headers import NO_HEADERS
 from aioserver.server import tracing
 from aioserver.server.tracing import open_tracer, traces_url

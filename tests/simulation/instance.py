@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aioserver.config import Configuration
-from aioserver.errors import ConfigurationError
+from aioserver.config.faults import ConfigurationError
 from aioserver.server.app import open_server
 from aioserver.server.reload import Reload
 from aioserver.server.runner import FAREWELL, Runner

@@ -10,8 +10,8 @@ import yaml
 from hypothesis import HealthCheck, settings
 
 from aioserver.config import Configuration
+from aioserver.config.faults import ConfigurationError
 from aioserver.config.schema import fields
-from aioserver.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

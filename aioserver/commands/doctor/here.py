@@ -11,7 +11,7 @@ from yarl import URL
 from aioserver.commands.doctor import machine, providers
 from aioserver.commands.doctor.network import Peer, Steps
 from aioserver.config import Configuration
-from aioserver.errors import ConfigurationError
+from aioserver.config.faults import ConfigurationError
 
 if TYPE_CHECKING:
     from pathlib import Path

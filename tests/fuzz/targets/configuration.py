@@ -8,8 +8,8 @@ from pathlib import Path
 
 import yaml
 
+from aioserver.config.faults import ConfigurationError
 from aioserver.config.settings import Settings
-from aioserver.errors import ConfigurationError
 from tests.support.configurations import load, paths
 
 # The file, and as a rule line and column in it.
