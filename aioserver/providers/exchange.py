@@ -12,22 +12,15 @@ The connection goes back to the pool only after a clean end: the request was wri
 answer came whole, with a length or in chunks, the provider keeps the connection, and nothing followed
 the answer. Any other end aborts it at once, without TLS's closing handshake, which may take 30 s.
 
-Bytes that come while no exchange is under way (a late 408, a close) abort the connection: aiohttp would pass them
-to the next request as its answer. A proxy's handshake (CONNECT), by aiohttp's parser, comes before any exchange.
-
 Timeouts: each read must come within `read_timeout` of the last one: one lazy timer per connection checks
 the time of the last byte; it rests while the log has paused the exchange (streams/flow.py). A write must make progress within `write_timeout`, or a WriteWatchdog ends the
 exchange.
-
-Private names of aiohttp used here, guarded by `tests/providers/test_pool.py` (answers with and without
-an exchange, and a proxy's to CONNECT): `_loop` and `_parser` of `ResponseHandler`.
 """
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING
-
-from aiohttp.client_proto import ResponseHandler
 
 from aioserver.provider_errors import (
     ProviderDisconnected,
@@ -35,96 +28,22 @@ from aioserver.provider_errors import (
     StaleConnection,
     WriteTimeout,
 )
-from aioserver.providers.http1 import ResponseParser
 from aioserver.providers.upload import upload
 from aioserver.telemetry.request_log import NO_RECORD
 
 if TYPE_CHECKING:
-    import asyncio
     from collections.abc import Callable, Mapping
-
-    from aiohttp.connector import Connection
 
     from aioserver.providers.backpressure import Backpressure
     from aioserver.providers.http1 import Sink
+    from aioserver.providers.pooled_connection import PooledConnection
     from aioserver.providers.upload import Body
-    from aioserver.streams.contracts import Path
     from aioserver.telemetry.request_log import RequestRecord
 
 # Seconds after a request was written within which a reused connection may prove dead.
 STALE_WITHIN = 1.0
 # Seconds in which the last chunk may follow a `[DONE]`; after that the connection is closed.
 LAST_CHUNK_TIMEOUT = 0.25
-
-
-class ConnectionProtocol(ResponseHandler):
-    """The protocol of a pooled connection: it pushes what it receives to the exchange under way.
-
-    Always: `fast_path` is None unless an exchange is under way.
-    """
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        super().__init__(loop)
-        self.exchange: Exchange | None = None
-        # The fast path of the exchange under way, while it is open.
-        self.fast_path: Path | None = None
-        # Whether an exchange has ended well on this connection.
-        self.reused = False
-        self.response_parser = ResponseParser()
-        # Done when the transport takes more; None unless an upload waits for it.
-        self.resumed: asyncio.Future[None] | None = None
-        # Called when the connection is lost without an exchange under way.
-        self.on_idle_lost: Callable[[ConnectionProtocol], None] | None = None
-        self._deadline_timer: asyncio.TimerHandle | None = None
-
-    def data_received(self, data: bytes) -> None:
-        """Push *data* to the exchange under way; abort the connection if there is none."""
-        fast_path = self.fast_path
-        if fast_path is not None and fast_path.forward(data):
-            return
-        if self.exchange is not None:
-            self.exchange.feed(data)
-        elif self._parser is not None:
-            # A proxy answers CONNECT.
-            super().data_received(data)
-        elif data and self.transport is not None:
-            self.transport.abort()
-
-    def resume_writing(self) -> None:
-        """Wake the upload that waits."""
-        super().resume_writing()
-        if self.resumed is not None and not self.resumed.done():
-            self.resumed.set_result(None)
-
-    def connection_lost(self, exc: BaseException | None) -> None:
-        """End the exchange under way, or leave the pool."""
-        super().connection_lost(exc)
-        if self._deadline_timer is not None:
-            self._deadline_timer.cancel()
-            self._deadline_timer = None
-        if self.exchange is not None:
-            self.exchange.connection_lost(exc)
-        elif self.on_idle_lost is not None:
-            self.on_idle_lost(self)
-
-    def watch_deadline(self, read_timeout: float) -> None:
-        """Enforce the read deadline of the exchange under way.
-
-        There is one timer per connection and not one per request: it is not cancelled after an answer,
-        and goes on with the request that is under way when it fires.
-        """
-        timer = self._deadline_timer
-        if timer is not None:
-            if timer.when() <= self._loop.time() + read_timeout:
-                return
-            # The timer was set for a request that might wait longer: a reload has changed the timeout.
-            timer.cancel()
-        self._deadline_timer = self._loop.call_later(read_timeout, self._check_deadline)
-
-    def _check_deadline(self) -> None:
-        self._deadline_timer = None
-        if self.exchange is not None and (seconds := self.exchange.check_deadline()) is not None:
-            self._deadline_timer = self._loop.call_later(seconds, self._check_deadline)
 
 
 class Exchange:
@@ -136,7 +55,7 @@ class Exchange:
 
     def __init__(
         self,
-        connection: Connection,
+        connection: PooledConnection,
         *,
         read_timeout: float,
         write_timeout: float,
@@ -145,13 +64,12 @@ class Exchange:
         backpressure: Backpressure | None = None,
     ) -> None:
         protocol = connection.protocol
-        transport = connection.transport
-        assert isinstance(protocol, ConnectionProtocol)
+        transport = protocol.transport
         assert transport is not None
         self._connection = connection
         self.protocol = protocol
         self._transport = transport
-        self._loop = protocol._loop  # noqa: SLF001 - our base class's
+        self._loop = asyncio.get_running_loop()
         self._read_timeout = read_timeout
         self._write_timeout = write_timeout
         self._parser = protocol.response_parser
@@ -396,5 +314,4 @@ class Exchange:
             protocol.reused = True
             self._connection.release()
         else:
-            self._transport.abort()
             self._connection.close()

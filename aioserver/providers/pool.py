@@ -1,16 +1,13 @@
 """The sockets to one provider: one TCPConnector, with httpx's limits and timeouts.
 
-`max_connections` is the cap on open sockets. With one connector per provider and no redirects it is
-exactly aiohttp's `limit`, which counts only acquired connections. At most `max_keepalive` idle
+`max_connections` is the cap on open sockets, and aiohttp's `limit`. At most `max_keepalive` idle
 connections are kept; but while requests wait for this provider, its connections are handed on instead
 of closed, however many they are. httpx closes them then, and opens 24 sockets for the work of 6.
-`keepalive_expiry` is aiohttp's `keepalive_timeout`, which is checked on reuse and by a sweep.
+`keepalive_expiry` is aiohttp's `keepalive_timeout`, checked on reuse and by a sweep. connections.py has the
+idle connections.
 
 `pool_timeout` is the wait for a connection and nothing else: our gate stands in front, so that the
 connector never has a waiter of its own and `connect_timeout` is DNS, TCP and TLS together.
-
-Private names of aiohttp used here, guarded by `tests/providers/test_pool.py`: `_factory`, `_conns`,
-`_release`, `_acquired` and `_loop` of `TCPConnector`.
 """
 
 from __future__ import annotations
@@ -21,28 +18,26 @@ import functools
 import logging
 import ssl
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
-from aiohttp import ClientRequest, ClientTimeout, TCPConnector
+from aiohttp import ClientRequest, ClientTimeout
 from yarl import URL
 
 from aioserver.errors import AioserverError
 from aioserver.limits.gate import Gate, Place
 from aioserver.provider_errors import CertificateFault, ConnectError, ConnectTimeout, PoolTimeout
-from aioserver.providers.exchange import ConnectionProtocol
+from aioserver.providers.connections import Connections
 from aioserver.tracebacks import forget_frames
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from aiohttp.client_proto import ResponseHandler
     from aiohttp.client_reqrep import ConnectionKey
-    from aiohttp.connector import Connection
 
     from aioserver.config.settings import HttpClient
-    from aioserver.providers.exchange import Exchange
+    from aioserver.providers.pooled_connection import PooledConnection, Receiver
 
 logger = logging.getLogger("aioserver.pool")
 
@@ -52,83 +47,6 @@ NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE)
 NEVER_CEIL = float("inf")
 # The size of the queue for connections: the provider's queue in front of it is bounded already.
 UNBOUNDED = 1 << 31
-
-
-class CappedConnector(TCPConnector):
-    """A connector that bounds its idle connections.
-
-    Always: a release keeps the connection only if at most `max_keepalive + pending()` are idle then.
-    """
-
-    def __init__(self, *, max_keepalive: int, pending: Callable[[], int], **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self._max_keepalive = max_keepalive
-        self._pending = pending
-        # Called when a connection is given back.
-        self._on_release: Callable[[], None] = lambda: None
-        self._factory = functools.partial(  # type: ignore[assignment]
-            ConnectionProtocol, loop=self._loop
-        )
-
-    @property
-    def idle(self) -> int:
-        """How many connections are open and not in use."""
-        return sum(map(len, self._conns.values()))
-
-    @property
-    def acquired(self) -> int:
-        """How many connections are in use, or being opened."""
-        return len(self._acquired)
-
-    @property
-    def exchanges(self) -> Iterator[Exchange]:
-        """Yield the exchanges under way."""
-        for protocol in self._acquired:
-            if isinstance(protocol, ConnectionProtocol) and protocol.exchange is not None:
-                yield protocol.exchange
-
-    def _release(
-        self, key: ConnectionKey, protocol: ResponseHandler, *, should_close: bool = False
-    ) -> None:
-        full = self.idle >= self._max_keepalive + self._pending()
-        if isinstance(protocol, ConnectionProtocol):
-            protocol.on_idle_lost = self._forget
-        super()._release(key, protocol, should_close=should_close or full)
-        self._on_release()
-
-    def retire(self, on_release: Callable[[], None]) -> None:
-        """Keep no connection from now on; *on_release* is called when one is given back."""
-        self._max_keepalive, self._pending, self._on_release = 0, lambda: 0, on_release
-        self.drop_idle()
-
-    def trim(self) -> None:
-        """Close the idle connections beyond the cap, those that have been idle longest first."""
-        surplus = self.idle - self._max_keepalive - self._pending()
-        while surplus > 0:
-            self._drop_oldest()
-            surplus -= 1
-
-    def drop_idle(self) -> None:
-        """Close every idle connection."""
-        while self.idle:
-            self._drop_oldest()
-
-    def _drop_oldest(self) -> None:
-        key = next(iter(self._conns))
-        protocol, _ = self._conns[key].popleft()
-        if not self._conns[key]:
-            del self._conns[key]
-        protocol.abort()
-
-    def _forget(self, protocol: ConnectionProtocol) -> None:
-        """Take an idle connection that the provider has closed out of the pool."""
-        for key, idle in list(self._conns.items()):
-            for item in idle:
-                if item[0] is protocol:
-                    idle.remove(item)
-                    break
-            if not idle:
-                del self._conns[key]
 
 
 class Endpoint(ClientRequest):
@@ -199,19 +117,8 @@ class Pool:
         self._pending = 0
         # Set when a retired pool has no request any more; None unless the pool is retired.
         self._drained: asyncio.Event | None = None
-        self._connector = CappedConnector(
-            max_keepalive=limits.max_keepalive,
-            pending=lambda: pending() + self._pending,
-            limit=limits.max_connections,
-            limit_per_host=limits.max_connections,
-            keepalive_timeout=limits.keepalive_expiry,
-            timeout_ceil_threshold=NEVER_CEIL,
-            # Set, since aiohttp would use aiodns where that is installed, which resolves differently.
-            resolver=aiohttp.ThreadedResolver(),
-            ssl=context,
-        )
         self._proxy = URL(proxy) if proxy else environment_proxy(url)
-        self._endpoint = Endpoint(
+        endpoint = Endpoint(
             "POST",
             url,
             loop=loop,
@@ -220,18 +127,27 @@ class Pool:
             # For the CONNECT to a proxy.
             headers={"Host": f"{url.host_subcomponent}:{url.port}"},
         )
-        self._timeout = ClientTimeout(
+        timeout = ClientTimeout(
             total=None,
             connect=limits.connect_timeout,
             sock_connect=None,
             ceil_threshold=NEVER_CEIL,
         )
+        self._connections = Connections(
+            endpoint,
+            timeout,
+            limit=limits.max_connections,
+            max_idle=limits.max_keepalive,
+            expiry=limits.keepalive_expiry,
+            pending=lambda: pending() + self._pending,
+            timeout_ceil_threshold=NEVER_CEIL,
+            # Set, since aiohttp would use aiodns where that is installed, which resolves differently.
+            resolver=aiohttp.ThreadedResolver(),
+            ssl=context,
+        )
         self._address = f"{url.host}:{url.port}"
-
-    @property
-    def forwards(self) -> bool:
-        """Whether requests go to a plain HTTP proxy: their target is then an absolute URL."""
-        return self._proxy is not None and not self._endpoint.is_ssl()
+        # Whether requests go to a plain HTTP proxy: their target is then an absolute URL.
+        self.forwards = self._proxy is not None and not endpoint.is_ssl()
 
     def proxy_headers(self) -> dict[str, str]:
         """Return the headers that a plain HTTP proxy wants to see in each request."""
@@ -240,7 +156,16 @@ class Pool:
         credentials = aiohttp.BasicAuth.from_url(self._proxy)
         return {"Proxy-Authorization": credentials.encode()} if credentials else {}
 
-    async def connect(self) -> Connection:
+    def take(self) -> PooledConnection | None:
+        """Return an idle connection, as `connect` does; None if there is none, or no place for it."""
+        if not self._connections.idle or (place := self._gate.try_enter()) is None:
+            return None
+        connection = self._connections.take(place)
+        if connection is None:
+            place.release()
+        return connection
+
+    async def connect(self) -> PooledConnection:
         """Return a connection, idle before or new, that the caller must release or close.
 
         Cancelling is safe: no connection is lost.
@@ -252,8 +177,10 @@ class Pool:
             CertificateFault: the provider's certificate is not valid.
         """
         place = self._gate.try_enter() or await self._wait()
+        if (connection := self._connections.take(place)) is not None:
+            return connection
         try:
-            connection = await self._connector.connect(self._endpoint, [], self._timeout)
+            return await self._connections.open_one(place)
         except BaseException as exc:
             place.release()
             self._check_drained()
@@ -264,8 +191,6 @@ class Pool:
                     forget_frames(exc)
                 raise fault from exc
             raise
-        connection.add_callback(place.release)
-        return connection
 
     async def _wait(self) -> Place:
         self._pending += 1
@@ -282,15 +207,15 @@ class Pool:
 
     def trim(self) -> None:
         """Close idle connections beyond the cap: a request that was expected did not come."""
-        self._connector.trim()
+        self._connections.trim()
 
     def drop_idle(self) -> None:
         """Close every idle connection: one of them proved dead."""
-        self._connector.drop_idle()
+        self._connections.drop_idle()
 
     def stats(self) -> PoolStats:
         """Return a snapshot."""
-        idle, acquired = self._connector.idle, self._connector.acquired
+        idle, acquired = self._connections.idle, self._connections.acquired
         return PoolStats(
             open=idle + acquired,
             idle=idle,
@@ -298,14 +223,14 @@ class Pool:
             waiting=self._gate.waiting,
         )
 
-    def exchanges(self) -> Iterator[Exchange]:
+    def exchanges(self) -> Iterator[Receiver]:
         """Iterate over the exchanges under way; nothing else may run meanwhile."""
-        return self._connector.exchanges
+        return self._connections.exchanges
 
     def retire(self) -> None:
         """Serve the requests that the pool has, and keep no connection: another pool takes over."""
         self._drained = asyncio.Event()
-        self._connector.retire(self._check_drained)
+        self._connections.retire(self._check_drained)
         self._check_drained()
 
     async def drain(self) -> None:
@@ -315,12 +240,12 @@ class Pool:
         await self.close()
 
     def _check_drained(self) -> None:
-        if self._drained is not None and not self._pending and not self._connector.acquired:
+        if self._drained is not None and not self._pending and not self._connections.acquired:
             self._drained.set()
 
     async def close(self) -> None:
         """Close every connection."""
-        await self._connector.close(abort_ssl=True)
+        await self._connections.close()
 
     def _translated(self, exc: Exception) -> AioserverError | Exception:
         """Return the fault that stands for *exc*, which connecting has raised."""

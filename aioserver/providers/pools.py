@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from aioserver.config import settings
-    from aioserver.providers.exchange import Exchange
+    from aioserver.providers.pooled_connection import Receiver
 
 # The settings of a provider, and of its `http_client`, that a pool or its requests' heads depend on.
 PROVIDER_SETTINGS = ("api_key", "headers", "proxy", "ca_file")
@@ -88,7 +88,7 @@ class Pools:
         retired = sum(pool.stats().open for pool in self._retired)
         return replace(stats, open=stats.open + retired)
 
-    def exchanges(self) -> Iterator[Exchange]:
+    def exchanges(self) -> Iterator[Receiver]:
         """Iterate over the exchanges under way, of all pools."""
         return chain.from_iterable(pool.exchanges() for pool in (self.pool, *self._retired))
 

@@ -271,7 +271,7 @@ class Provider:
             attempt.pool = pool = self.pools.pool
             # No reference to it is held while the answer comes.
             data = attempt.written(self.pools.writer)
-            connection = await pool.connect()
+            connection = pool.take() or await pool.connect()
             record.sent_at = self._clock()
             exchange = Exchange(
                 connection,

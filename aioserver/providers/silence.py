@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from aioserver.providers.exchange import Exchange
+    from aioserver.providers.pooled_connection import Receiver
     from aioserver.telemetry.counters import Histogram
 
 # Seconds after which a silence is reported: within an answer, where a model sends several tokens a second,
@@ -39,7 +39,7 @@ class Silence(NamedTuple):
     under_way: int = 0
 
 
-def measure(exchanges: Iterable[Exchange], now: float, first_tokens: Histogram) -> Silence:
+def measure(exchanges: Iterable[Receiver], now: float, first_tokens: Histogram) -> Silence:
     """Return the silence in *exchanges* at *now*, the loop's time.
 
     *first_tokens* has the times to the first event that the provider has needed so far.

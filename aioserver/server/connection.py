@@ -16,13 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 from aiohttp.http_exceptions import LineTooLong
-from aiohttp.web_protocol import RequestHandler
 
 from aioserver.errors import HeadersTooLarge, InternalError, InvalidRequest, UriTooLong
 from aioserver.faces.http import SERVER, error_response, request_id
+from aioserver.server.direct import DirectRequestHandler
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from aiohttp.web_protocol import RequestHandler
 
     from aioserver.telemetry.metrics import Metrics
 
@@ -32,7 +34,7 @@ logger = logging.getLogger("aioserver.runner")
 LAST_CALL = 1.0
 
 
-class Connection(RequestHandler):
+class Connection(DirectRequestHandler):
     """One client's connection. *metrics* counts the requests that the parser refuses.
 
     *requests*: how many requests have come on it; the middleware counts them, for

@@ -6,7 +6,6 @@ import asyncio
 import base64
 import contextlib
 import datetime as dt
-import inspect
 import random
 import socket
 import ssl
@@ -25,8 +24,8 @@ from aioserver.provider_errors import (
     PoolTimeout,
     ProviderDisconnected,
 )
-from aioserver.providers.exchange import ConnectionProtocol
-from aioserver.providers.pool import CappedConnector, Pool
+from aioserver.providers.pool import Pool
+from aioserver.providers.pooled_connection import ConnectionProtocol
 from tests.support.scripted_provider import (
     LIMITS,
     OK,
@@ -66,41 +65,76 @@ def after(turn: asyncio.Event) -> Callable[[Peer], Awaitable[None]]:
 
 
 async def test_the_private_names_of_aiohttp_are_there_and_do_what_the_pool_needs() -> None:
-    why = "aiohttp has changed inside: read CappedConnector in aioserver/providers/pool.py again"
+    why = "aiohttp has changed inside: read aioserver/providers/connections.py again"
     async with ScriptedProvider(serving) as server, pooled(server.url) as pool:
         plain = TCPConnector()
-        for name in ("_factory", "_conns", "_acquired", "_release"):
+        for name in ("_factory", "_loop"):
             assert hasattr(plain, name), f"{name}: {why}"
-        parameters = inspect.signature(TCPConnector._release).parameters
-        assert list(parameters) == ["self", "key", "protocol", "should_close"], why
         assert isinstance(plain._factory(), ResponseHandler), why
         await plain.close()
 
-        connector = pool._connector
         first, second = await pool.connect(), await pool.connect()
         assert isinstance(first.protocol, ConnectionProtocol), f"_factory made it: {why}"
-        assert {first.protocol, second.protocol} == connector._acquired, why
-        protocol = first.protocol
+        acquired = pool._connections._connector._acquired
+        assert acquired == {first.protocol, second.protocol}, f"`limit` counts them: {why}"
         first.release()
         second.close()
-        assert connector._acquired == set(), why
-        ((kept, since),) = next(iter(connector._conns.values()))
-        assert kept is protocol, f"_conns: what is kept, and since when: {why}"
-        assert isinstance(since, float), why
-        again = await pool.connect()
-        assert again.protocol is protocol, f"it is taken again: {why}"
-        again.close()
+        assert acquired == {first.protocol}, f"an idle one counts, a closed one does not: {why}"
+        assert await pool.connect() is first
+        first.close()
+        assert not acquired, why
 
 
 async def test_an_idle_connection_that_should_close_is_never_taken() -> None:
     async with ScriptedProvider(serving) as server, pooled(server.url) as pool:
-        await ask(pool)
-        ((kept, _),) = next(iter(pool._connector._conns.values()))
+        kept = await pool.connect()
+        kept.release()
 
-        kept.data_received(b"HTTP/1.1 408 Request Timeout\r\n\r\n")  # in the turn before the take
+        # In the turn before the take.
+        kept.protocol.data_received(b"HTTP/1.1 408 Request Timeout\r\n\r\n")
         assert (await ask(pool)).body == b"ok"
 
         assert server.accepted == 2
+
+
+async def test_only_the_first_end_of_a_connections_use_counts() -> None:
+    async with ScriptedProvider(serving) as server, pooled(server.url) as pool:
+        first, second = await pool.connect(), await pool.connect()
+        for end in (first.release, first.close, first.release, second.close, second.release):
+            end()
+
+        assert (pool.stats().open, pool.stats().idle) == (1, 1)
+        assert await pool.connect() is first
+        await every_connection_at_once(pool, LIMITS.max_connections - 1)
+        first.close()
+        assert server.accepted == LIMITS.max_connections + 1
+
+
+async def test_the_connection_that_has_been_idle_longest_is_taken_first() -> None:
+    async with ScriptedProvider(serving) as server, pooled(server.url, max_keepalive=3) as pool:
+        connections = [await pool.connect() for _ in range(3)]
+        for connection in reversed(connections):
+            connection.release()
+
+        assert [pool.take() for _ in range(4)] == [*reversed(connections), None]
+        for connection in connections:
+            connection.close()
+
+
+async def test_without_an_idle_connection_or_a_place_for_it_none_is_taken() -> None:
+    async with (
+        ScriptedProvider(serving) as server,
+        pooled(server.url, max_connections=1, max_keepalive=1, concurrent_requests=1) as pool,
+    ):
+        assert pool.take() is None
+        only = await pool.connect()
+        assert pool.take() is None
+        only.release()
+        only.protocol.abort()
+        # It was lost: its place is given back with it.
+        assert pool.take() is None
+        only = await pool.connect()
+        only.close()
 
 
 @pytest.mark.parametrize("keepalive", [0, 2, 6])
@@ -207,9 +241,9 @@ async def test_cancelling_while_connecting_leaves_no_socket_behind() -> None:
         await every_connection_at_once(pool)
 
 
-async def every_connection_at_once(pool: Pool) -> None:
+async def every_connection_at_once(pool: Pool, free: int = LIMITS.max_connections) -> None:
     """Open as many connections as the pool allows: a place that was lost would be missed here."""
-    connections = [await pool.connect() for _ in range(LIMITS.max_connections)]
+    connections = [await pool.connect() for _ in range(free)]
     stats = pool.stats()
     assert (stats.open - stats.idle, stats.waiting) == (LIMITS.max_connections, 0)
     for connection in connections:
@@ -574,7 +608,6 @@ async def test_the_connector_counts_what_is_idle_and_what_is_in_use() -> None:
             connection.release()
 
         assert (pool.stats().open, pool.stats().idle) == (2, 2)
-        assert isinstance(pool._connector, CappedConnector)
         pool.drop_idle()
         assert pool.stats().open == 0
         await until(lambda: server.open == 0)

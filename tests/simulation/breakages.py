@@ -63,13 +63,13 @@ EventSink.end = lambda self: self._complete(DONE)
 ChatSink.end = lambda self: complete(self._stream, self._reading)
 """,
     "a pooled connection": """
-from aioserver.providers.pool import CappedConnector
-release, count = CappedConnector._release, [0]
-def lossy(self, *args, **kwargs):
+from aioserver.providers.connections import Connections
+give_back, count = Connections.give_back, [0]
+def lossy(self, connection):
     count[0] += 1
     if count[0] % 20:
-        release(self, *args, **kwargs)
-CappedConnector._release = lossy
+        give_back(self, connection)
+Connections.give_back = lossy
 """,
     "bytes of a body": """
 from aioserver.faces.admission import BodyHold
@@ -103,21 +103,20 @@ TimerWheel.close = lossy
     "the limit of a pool": """
 from aioserver.limits.gate import Gate
 from aioserver.providers import pool, pools
+from aioserver.providers.connections import Connections
 from aioserver.providers.queueing import ProviderGate
-gate, connector, init = (
-    pool.connection_gate, pool.CappedConnector.__init__, ProviderGate.__init__
-)
+gate, connections, init = pool.connection_gate, Connections.__init__, ProviderGate.__init__
 def wide_gate(limits):
     made = gate(limits)
     made._limit = 1000
     return made
-def wide_connector(self, **kwargs):
-    connector(self, **{**kwargs, "limit": 0, "limit_per_host": 0})
+def wide_connections(self, **kwargs):
+    connections(self, **{**kwargs, "limit": 0})
 def wide_queue(self, *args, **kwargs):
     init(self, *args, **kwargs)
     self._limit = 1000
 pool.connection_gate = pools.connection_gate = wide_gate
-pool.CappedConnector.__init__ = wide_connector
+Connections.__init__ = wide_connections
 ProviderGate.__init__ = wide_queue
 """,
     "the bound of what is kept": """

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from aioserver.limits.write_watchdog import LOOKS
+from aioserver.providers.exchange import Exchange
 from tests.simulation.clock import Clock
 from tests.simulation.transport import USER_TIMEOUT, Transport
 
@@ -77,6 +78,7 @@ class Deadlines:
             what = f"a connection to {provider.name}"
             self._look_at_queue(provider.pools.gate, limits.pool_timeout, what)
         for exchange in provider.pools.exchanges():
+            assert isinstance(exchange, Exchange)
             transport = exchange._transport
             assert isinstance(transport, Transport)
             if exchange._done.done():

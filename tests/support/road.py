@@ -18,7 +18,8 @@ from aioserver.errors import AioserverError
 from aioserver.protocol import eventstream
 from aioserver.protocol.openai import Reading
 from aioserver.protocol.responses import ResponseEvents
-from aioserver.providers.exchange import ConnectionProtocol, Exchange
+from aioserver.providers.exchange import Exchange
+from aioserver.providers.pooled_connection import ConnectionProtocol
 from aioserver.providers.sinks import ChatSink, EventSink
 from aioserver.streams.entries import CANCELLED
 from aioserver.streams.fast_path import FastPath, Outbox, ResponsePath, TextPath
@@ -32,7 +33,7 @@ from tests.support.waiting import ticks
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from aiohttp.connector import Connection
+    from aioserver.providers.pooled_connection import PooledConnection
 
 FACES = ("openai", "sse", "websocket")
 # Those of the Responses API: over HTTP, and on a WebSocket without and with a lane.
@@ -85,6 +86,7 @@ class Wire:
 
     def close(self) -> None:
         self.closed += 1
+        self.protocol.abort()
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ class Road:
         self.writer = self.another(self.socket)
         self.cursor = self.writer.follow(self.stream, 0, self.look)
         self.exchange = Exchange(
-            cast("Connection", self.wire),
+            cast("PooledConnection", self.wire),
             read_timeout=30.0,
             write_timeout=30.0,
             on_head=lambda _status, _headers: self.sink,

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
     from types import TracebackType
 
-    from aiohttp.connector import Connection
+    from aioserver.providers.pooled_connection import PooledConnection
+
 
 LIMITS = HttpClient(
     max_connections=6,
@@ -222,7 +223,7 @@ def request(body: bytes = b"{}", path: str = "/v1/chat/completions") -> bytes:
     return head.encode() + body
 
 
-def exchange(connection: Connection, got: Got, **timeouts: float) -> Exchange:
+def exchange(connection: PooledConnection, got: Got, **timeouts: float) -> Exchange:
     """Make an exchange on *connection*, with 5 s for each timeout that is not passed."""
     times = {"read_timeout": 5.0, "write_timeout": 5.0, **timeouts}
     return Exchange(
