@@ -16,7 +16,7 @@ A fault between two frames takes effect after the messages before it: the reader
 it refuses. Any other fault takes effect at once.
 
 Private names of aiohttp used here, guarded by `tests/faces/test_client_messages.py`: `_post_start` of
-`WebSocketResponse`, in which the reader is given to the connection.
+`WebSocketResponse`, in which the reader is given to the connection, its `_writer` and its `_reader`.
 """
 
 from __future__ import annotations
@@ -305,7 +305,7 @@ class ClientMessages:
 
 
 class Upgraded(web.WebSocketResponse):
-    """aiohttp's handshake and parser, with *messages* between them. It closes nothing: the socket does."""
+    """aiohttp's handshake and parser, with *messages* between them. It writes and closes nothing: the socket does."""
 
     def __init__(self, messages: ClientMessages, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -316,6 +316,13 @@ class Upgraded(web.WebSocketResponse):
     ) -> None:
         counted: Any = _CountedRequest(request, self._messages)
         super()._post_start(counted, protocol, writer)
+        # aiohttp's writer, with a lock and a set of tasks, is half a KiB of each idle client.
+        self._writer = None
+
+    @property
+    def prepared(self) -> bool:
+        """Whether the handshake is done. aiohttp looks for the writer."""
+        return self._reader is not None
 
     async def close(
         self,

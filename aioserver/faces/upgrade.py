@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 from aioserver.auth.callers import CALLER
 from aioserver.auth.guard import selectable_protocols
 from aioserver.errors import ServerAtCapacity
-from aioserver.faces.admission import MAX_REFUSED_CLOSING, SocketPlace
+from aioserver.faces.admission import MAX_REFUSED_CLOSING
 from aioserver.faces.client_messages import ClientMessages, Upgraded
 from aioserver.faces.intake import client_headers
 from aioserver.faces.socket import MAX_WAITING_BYTES
+from aioserver.faces.socket_place import SocketPlace
 
 if TYPE_CHECKING:
     from aiohttp import web
@@ -25,14 +26,27 @@ async def serve(context: Context, request: web.Request, make: type[Socket]) -> w
     Raises:
         InvalidRequest, ConcurrencyExceeded, ServerAtCapacity: the handshake is refused.
     """
-    with context.admission.connect(make.face, request[CALLER]):
-        return await _serve(context, request, make)
-
-
-async def _serve(context: Context, request: web.Request, make: type[Socket]) -> web.StreamResponse:
     admission = context.admission
-    if admission.refused_closing >= MAX_REFUSED_CLOSING:
-        raise ServerAtCapacity("too many refused sockets are still closing", retry_after=5.0)
+    with admission.connect(make.face, request[CALLER]):
+        if admission.refused_closing >= MAX_REFUSED_CLOSING:
+            raise ServerAtCapacity("too many refused sockets are still closing", retry_after=5.0)
+        ws, messages, socket = await _upgrade(context, request, make)
+        context.sockets.add(socket)
+        try:
+            messages.start(socket)
+            with SocketPlace(admission, socket):
+                await socket.read()
+        finally:
+            context.sockets.discard(socket)
+            await socket.finish()
+        return ws
+
+
+async def _upgrade(
+    context: Context, request: web.Request, make: type[Socket]
+) -> tuple[Upgraded, ClientMessages, Socket]:
+    """Do the handshake. What it needs is gone after it: an idle socket keeps each frame of its task."""
+    admission = context.admission
     limit = context.settings.chat.websocket.max_message_size
     messages = ClientMessages(admission.hold, limit)
     messages.room = MAX_WAITING_BYTES
@@ -55,19 +69,4 @@ async def _serve(context: Context, request: web.Request, make: type[Socket]) -> 
     socket = make(
         context, request[CALLER], ws, messages, request.transport, payload_writer.drain, headers
     )
-    context.sockets.add(socket)
-    try:
-        messages.start(socket)
-        with SocketPlace(
-            admission,
-            socket.face,
-            socket.caller.name,
-            on_entered=socket.entered,
-            on_refused=socket.refused,
-            on_position=socket.show_position,
-        ):
-            await socket.read()
-    finally:
-        context.sockets.discard(socket)
-        await socket.finish()
-    return ws
+    return ws, messages, socket

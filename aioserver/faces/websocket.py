@@ -39,12 +39,7 @@ MAX_ANSWERS = 32
 def routes(context: Context) -> list[web.RouteDef]:
     """Return the route of this face."""
     endpoint = context.settings.chat.websocket.endpoint
-    return [web.get(endpoint, partial(chat, context), allow_head=False)]
-
-
-async def chat(context: Context, request: web.Request) -> web.StreamResponse:
-    """Answer a handshake, and serve the socket to its end."""
-    return await serve(context, request, ChatSocket)
+    return [web.get(endpoint, partial(serve, context, make=ChatSocket), allow_head=False)]
 
 
 class ChatSocket(Socket):
@@ -57,8 +52,8 @@ class ChatSocket(Socket):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        # The conversation of the questions that name none.
-        self._scope = uuid.uuid4().hex
+        # The conversation of the questions that name none; "" before the first question.
+        self._scope = ""
         self._following: dict[str, Cursor] = {}
         # Those among them whose answers other requests have begun; None without one.
         self._visits: dict[Cursor, Visit] | None = None
@@ -121,6 +116,7 @@ class ChatSocket(Socket):
         self._check_room(command.request_id)
         if self._client_headers:
             command = replace(command, client_headers=self._client_headers)
+        self._scope = self._scope or uuid.uuid4().hex
         gateway = self._context.gateway
         stream = gateway.ask(self.caller, command, self._scope, face=self.face, hold=hold)
         self._follow(stream, 0)

@@ -4,7 +4,8 @@ aiohttp forgives a misspelled option by dropping all of them, with one log line 
 `__call__` therefore makes each connection with all options, and the tests prove each option over a socket. Errors of
 aiohttp's parser come as text with the request's own bytes in it; `Connection` gives them our body.
 
-Private names of aiohttp used here, guarded by `tests/server/test_runner.py`: `_kwargs`, `_waiter`.
+Private names of aiohttp used here, guarded by `tests/server/test_runner.py`: `_kwargs`, `_waiter`, `_parser`,
+`_messages`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
@@ -22,7 +24,9 @@ from aioserver.faces.http import SERVER, error_response, request_id
 from aioserver.server.direct import DirectRequestHandler
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
+
+    from aiohttp.http_websocket import WebSocketReader
 
     from aiohttp.web_protocol import RequestHandler
 
@@ -32,6 +36,8 @@ logger = logging.getLogger("aioserver.runner")
 
 # Seconds for which a connection that ends is still read: a request may be on its way.
 LAST_CALL = 1.0
+# The requests that wait on a connection that has become a WebSocket.
+NO_REQUESTS: deque[Any] = deque(maxlen=0)
 
 
 class Connection(DirectRequestHandler):
@@ -53,6 +59,16 @@ class Connection(DirectRequestHandler):
     def idle(self) -> bool:
         """Whether the connection waits for a request."""
         return self._waiter is not None and not self._waiter.done()
+
+    def set_parser(
+        self, parser: WebSocketReader, data_received_cb: Callable[[], None] | None = None
+    ) -> None:
+        """Give everything that comes from now on to *parser*: the connection has become a WebSocket.
+
+        What reads requests goes, since none follows: it is a tenth of an idle socket, and more after long headers.
+        """
+        super().set_parser(parser, data_received_cb)
+        self._parser, self._messages = None, NO_REQUESTS
 
     def close_soon(self) -> None:
         """Close, although the last response did not say so.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -26,6 +27,19 @@ assert CliRunner().invoke(cli, ["--help"]).exit_code == 0
 assert CliRunner().invoke(cli, ["no-such-command"]).exit_code == 2
 assert ShellComplete(cli, {}, "aioserver", "").get_completions([], "")
 print(*(name for name in sys.modules if name.startswith(("aiohttp", "aioserver."))))
+"""
+
+# `serve`, which says on request what the collector of garbage does.
+COLLECTING = """
+import gc, sys, threading
+from aioserver.__main__ import main
+
+def tell():
+    sys.stdin.readline()
+    print(gc.isenabled(), gc.get_threshold()[0], gc.get_freeze_count() > 50_000, flush=True)
+
+threading.Thread(target=tell, daemon=True).start()
+main()
 """
 
 
@@ -54,6 +68,35 @@ def test_one_process_imports_nothing_of_several() -> None:
     assert "aioserver.server.reload" in imported
     several = {"parent", "supervisor", "seats", "workers", "fixed_shares"}
     assert not {f"aioserver.server.{name}" for name in several} & imported
+
+
+def test_garbage_is_collected_once_the_server_listens_and_not_what_the_start_has_made() -> None:
+    # Not while it starts: see `serve_command.py`.
+    command = [sys.executable, "-c", COLLECTING, "--port", "0"]
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as server:
+        assert server.stdin is not None
+        assert server.stdout is not None
+        ready = server.stdout.readline()
+        server.stdin.write("\n")
+        server.stdin.flush()
+        state = server.stdout.readline()
+        server.terminate()
+
+    assert ready.startswith("aioserver is ready: ")
+    assert state.split() == ["True", "10000", "True"]
+
+
+def test_a_start_that_is_refused_leaves_the_collector_as_it_was(tmp_path: Path) -> None:
+    result = CliRunner().invoke(cli, ["serve", "--config", str(tmp_path / "missing.yaml")])
+
+    assert result.exit_code == 2
+    assert gc.isenabled()
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -15,6 +15,7 @@ from aiohttp import WSMsgType
 
 from aioserver.faces import admission, intake
 from aioserver.faces import socket as sockets
+from aioserver.faces.socket_place import SocketPlace
 from aioserver.providers.simulator.exchange import Behaviour
 from aioserver.telemetry.logs import RateLimit
 from tests.support.chat import CHAT, chat, frames_of, to_end, until_status
@@ -498,14 +499,13 @@ async def test_a_socket_whose_wait_has_a_bug_is_refused(
     metrics = server.context.metrics
     fake: Any = SimpleNamespace(try_enter=lambda: None, wait=wait, metrics=metrics)
     refused: list[AioserverError] = []
-    with admission.SocketPlace(
-        fake,
-        "websocket",
-        "",
-        on_entered=lambda: None,
-        on_refused=refused.append,
-        on_position=lambda _position, _eta: None,
-    ):
+    socket: Any = SimpleNamespace(
+        face="websocket",
+        caller=SimpleNamespace(name=""),
+        show_position=None,
+        refused=refused.append,
+    )
+    with SocketPlace(fake, socket):
         await until(lambda: bool(refused))
 
     assert [error.code for error in refused] == ["internal_error"]

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
+import inspect
 import json
 import random
 import struct
 from typing import TYPE_CHECKING
 
 import pytest
+from aiohttp import web
+from aiohttp.http_parser import HttpRequestParser
+from aiohttp.http_websocket import WebSocketWriter
 
 from aioserver.faces import client_messages, intake
 from aioserver.faces.client_messages import ClientMessages, sendable
 from tests.support.chat import chat, until_status
+from tests.support.memory import uncollected
 from tests.support.raw import BINARY, CLOSE, PING, PONG, TEXT, Raw, closing, masked
 from tests.support.server import CONCURRENCY, SILENT, MakeServer
 from tests.support.waiting import until
@@ -363,3 +369,39 @@ async def test_the_reader_gets_the_same_bytes_at_every_cut(server: RunningServer
         messages.close()
         assert not recorder.errors
     assert server.held()["body_bytes"] == 0
+
+
+# What an idle socket keeps.
+
+
+async def test_an_idle_socket_keeps_nothing_that_only_its_handshake_needed(
+    server: RunningServer,
+) -> None:
+    def kept() -> int:
+        return sum(
+            isinstance(one, HttpRequestParser | WebSocketWriter) for one in gc.get_objects()
+        )
+
+    with uncollected():
+        before = kept()
+        async with upgraded(server) as raw:
+            await raw.send(masked(TEXT, PING_COMMAND))
+            assert (await raw.json_frame())["status"] == "pong"
+
+            assert kept() == before
+
+            await raw.send(masked(PING, b"ping") + masked(CLOSE, b"\x03\xe8"))
+            frames, code = await end_of(raw)
+
+    assert (frames, code) == ([(PONG, b"ping")], 1000)
+    await server.nothing_held()
+
+
+def test_the_private_names_of_aiohttp_are_what_we_take_them_for() -> None:
+    """See the head of `client_messages.py`."""
+    parameters = inspect.signature(web.WebSocketResponse._post_start).parameters
+    assert list(parameters) == ["self", "request", "protocol", "writer"]
+    source = inspect.getsource(web.WebSocketResponse._post_start)
+    assert "self._writer = writer" in source
+    assert "self._reader = WebSocketDataQueue(" in source
+    assert "self._writer" not in inspect.getsource(web.WebSocketResponse.receive)

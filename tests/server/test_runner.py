@@ -234,6 +234,16 @@ def test_the_private_names_of_aiohttp_are_what_we_take_them_for() -> None:
     assert "self._kwargs = kwargs" in source
     assert "self._loop" in source
     assert "self._waiter" in inspect.getsource(RequestHandler.start)
+    # A connection that has become a WebSocket has neither a parser nor requests that wait.
+    assert "self._parser = None" in inspect.getsource(RequestHandler.connection_lost)
+    for method, condition in {
+        "data_received": "if self._payload_parser is None and not self._upgraded:",
+        "finish_response": "and self._payload_parser is None",
+        "_resume_reading_if_drained": "if not self._upgraded:",
+        "pause_reading": "if not self._upgraded:",
+    }.items():
+        assert condition in inspect.getsource(getattr(RequestHandler, method))
+    assert "self._messages: deque" in inspect.getsource(RequestHandler.__init__)
     assert "_cls" in inspect.signature(web.Application._make_request).parameters
     assert "_match_info" in Request.ATTRS
     assert "request._match_info = match_info" in inspect.getsource(web.Application._handle)
