@@ -74,7 +74,7 @@ class _Caller(Generic[T]):
 
 
 class FairQueue(Generic[T]):
-    """Items in the order in which they are to be served.
+    """Items in the order in which they are to be served, *size* of them.
 
     Always: `_heap` has exactly one valid entry for each caller with an item (the stale entries of
     others are skipped); `_virtual` never falls while there is an item.
@@ -87,10 +87,10 @@ class FairQueue(Generic[T]):
         self._ended: dict[Hashable, int] = {}
         self._virtual = 0
         self._serials = 0
-        self._count = 0
+        self.size = 0
 
     def __len__(self) -> int:
-        return self._count
+        return self.size
 
     def add(
         self,
@@ -117,14 +117,14 @@ class FairQueue(Generic[T]):
         else:
             items.append(item)
         entry.count += 1
-        self._count += 1
+        self.size += 1
 
     def pop(self, gone: Callable[[T], bool]) -> T | None:
         """Remove and return the next item, or None if there is none.
 
         An item for which *gone* is true is dropped, at no cost to its caller.
         """
-        while self._count:
+        while self.size:
             tag, serial, caller = self._heap[0]
             entry = self._callers.get(caller)
             if entry is None or (entry.tag, entry.serial) != (tag, serial):
@@ -160,7 +160,7 @@ class FairQueue(Generic[T]):
     def clear(self) -> None:
         """Remove every item."""
         self._callers.clear()
-        self._count = 0
+        self.size = 0
         self._reset()
 
     def heads(self) -> Iterator[T]:
@@ -234,14 +234,14 @@ class FairQueue(Generic[T]):
         if not entry.flows[flow]:
             del entry.flows[flow]
         entry.count -= 1
-        self._count -= 1
+        self.size -= 1
         if not entry.count:
             del self._callers[caller]
             self._ended[caller] = entry.tag
             if len(self._ended) > len(self._callers) + MAX_STALE:
                 now = self._virtual
                 self._ended = {name: tag for name, tag in self._ended.items() if tag > now}
-        if not self._count:
+        if not self.size:
             self._reset()
 
     def _reset(self) -> None:

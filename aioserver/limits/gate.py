@@ -133,7 +133,7 @@ class Gate:
     @property
     def waiting(self) -> int:
         """How many requests wait."""
-        return len(self._queue)
+        return self._queue.size
 
     @property
     def full(self) -> bool:
@@ -158,7 +158,7 @@ class Gate:
 
     def serve(self) -> None:
         """Let in the waiters that may start now; called when a place or the pace has changed."""
-        while self._queue and self._inside < self._limit:
+        while self._queue.size and self._inside < self._limit:
             if (delay := self._delay()) > ROUNDING:
                 if self._start_timer is not None:
                     self._start_timer.cancel()
@@ -172,14 +172,14 @@ class Gate:
 
     def try_enter(self, cost: int = 0) -> Place | None:
         """Return a place if one is free and nobody waits for it; *cost* counts for the pace."""
-        if self._inside < self._limit and not self._queue and self._closed is None:
-            paced = self._pace is not None
-            if paced and self._delay() > ROUNDING:
-                return None
-            self._enter()
-            self._entered += 1
-            return self._start(cost) if paced else Place(self)
-        return None
+        if self._inside >= self._limit or self._queue.size or self._closed is not None:
+            return None
+        paced = self._pace is not None
+        if paced and self._delay() > ROUNDING:
+            return None
+        self._enter()
+        self._entered += 1
+        return self._start(cost) if paced else Place(self)
 
     async def enter(
         self,
@@ -342,7 +342,8 @@ class Gate:
             self._interval += SMOOTHING * (min(60.0, now - self._full_since) - self._interval)
             self._full_since = now
         self._inside -= 1
-        self.serve()
+        if self._queue.size:
+            self.serve()
 
     def _hand_over(self) -> None:
         """Hand a place, which is counted already, to the next waiter; free it if there is none."""

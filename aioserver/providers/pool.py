@@ -107,8 +107,9 @@ class Pool:
     ) -> None:
         url = URL(base_url)
         loop = asyncio.get_running_loop()
+        # True: that of aiohttp, which has loaded the system's certificates when it was imported.
         context: ssl.SSLContext | bool = True
-        if url.scheme == "https":
+        if url.scheme == "https" and ca_file is not None:
             context = ssl.create_default_context(cafile=ca_file)
         self._limits = limits
         self._gate = connection_gate(limits) if gate is None else gate

@@ -277,8 +277,8 @@ class RequestLog:
 
     def _count_tokens(self, record: RequestRecord) -> None:
         """Count the tokens of the usage; where it has no output, each event counts as one."""
-        tokens_in, tokens_out = record.tokens(*TOKENS_IN), record.tokens(*TOKENS_OUT)
-        counters, provider = self.metrics.tokens, record.provider
+        usage, counters, provider = record.usage, self.metrics.tokens, record.provider
+        tokens_in, tokens_out = token_count(usage, TOKENS_IN), token_count(usage, TOKENS_OUT)
         configured = (provider, record.model, "output", "provider") in counters
         model = record.model if configured else "other"
         if tokens_in is not None:
