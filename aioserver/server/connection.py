@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from aiohttp.http_websocket import WebSocketReader
-
     from aiohttp.web_protocol import RequestHandler
 
     from aioserver.telemetry.metrics import Metrics
