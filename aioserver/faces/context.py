@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from aioserver.gateway.router import Router
     from aioserver.limits.timer_wheel import TimerWheel
     from aioserver.monitoring.monitor import Monitor
-    from aioserver.streams.fast_path import Outbox
+    from aioserver.streams.outbox import Outbox
     from aioserver.telemetry.metrics import Metrics
     from aioserver.telemetry.tracing import Tracer
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from aiohttp import web
 from aiohttp.http import StreamWriter
@@ -21,6 +21,8 @@ from aioserver.limits.write_watchdog import WriteWatchdog, reset
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+
+    from aioserver.streams.outbox import Outbox, Writable
 
 
 async def write(
@@ -42,7 +44,13 @@ async def write(
     if response.prepared or transport is None or transport.is_closing():
         return
     if isinstance(response, ReadyResponse):
-        transport.write(response.first_piece(request))
+        connection = request.protocol
+        # Where the application is embedded, the connection is another server's, without an outbox.
+        outbox: Outbox | None = getattr(connection, "outbox", None)
+        if outbox is None:
+            transport.write(response.first_piece(request))
+        else:
+            await outbox.send(cast("Writable", connection), response.first_piece(request))
         if not transport.get_write_buffer_size() and response.fits_one_piece:
             return
     drain, drop = request.writer.drain, partial(on_drop, face)

@@ -342,8 +342,7 @@ class Gate:
             self._interval += SMOOTHING * (min(60.0, now - self._full_since) - self._interval)
             self._full_since = now
         self._inside -= 1
-        if self._queue.size:
-            self.serve()
+        self.serve()
 
     def _hand_over(self) -> None:
         """Hand a place, which is counted already, to the next waiter; free it if there is none."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from aiohttp import TCPConnector
 
 from aioserver.providers.pooled_connection import ConnectionProtocol, PooledConnection
+from aioserver.streams.outbox import Outbox
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -33,7 +34,7 @@ class Connector(TCPConnector):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self._factory = functools.partial(  # type: ignore[assignment]
-            ConnectionProtocol, loop=self._loop
+            ConnectionProtocol, loop=self._loop, outbox=Outbox(self._loop)
         )
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from aioserver.limits.gate import Place
     from aioserver.streams.contracts import Path
+    from aioserver.streams.outbox import Outbox
     from aioserver.telemetry.request_log import RequestRecord
 
 
@@ -67,8 +68,9 @@ class ConnectionProtocol(ResponseHandler):
     Always: `fast_path` is None unless an exchange is under way.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, outbox: Outbox) -> None:
         super().__init__(loop)
+        self._outbox = outbox
         self.exchange: Receiver | None = None
         # The fast path of the exchange under way, while it is open.
         self.fast_path: Path | None = None
@@ -93,6 +95,15 @@ class ConnectionProtocol(ResponseHandler):
             super().data_received(data)
         elif data and self.transport is not None:
             self.transport.abort()
+
+    def write_soon(self, data: bytes) -> None:
+        """Write *data* with all that this iteration of the event loop writes."""
+        self._outbox.put(self, data)
+
+    def write(self, data: bytes) -> None:
+        """Write *data*, unless the connection is lost or closing: called by the outbox."""
+        if self.transport is not None and not self.transport.is_closing():
+            self.transport.write(data)
 
     def resume_writing(self) -> None:
         """Wake the upload that waits."""

@@ -46,6 +46,9 @@ class Connection(Protocol):
     transport: asyncio.Transport | None
     resumed: asyncio.Future[None] | None
 
+    def write_soon(self, data: bytes) -> None:
+        """Write *data* with all that this iteration of the event loop writes."""
+
     @property
     def writing_paused(self) -> bool:
         """Whether the transport takes no more for now."""
@@ -70,9 +73,8 @@ async def upload(
     transport = connection.transport
     assert transport is not None
     if body is None and len(request) <= UPLOAD_PIECE:
-        transport.write(request)
-        if connection.writing_paused:
-            await _writable(connection, transport, done, write_timeout, on_timeout)
+        # No transport asks its writer to wait for so little.
+        connection.write_soon(request)
         return
     view = memoryview(request)
     for start in range(0, len(request), UPLOAD_PIECE):

@@ -53,7 +53,7 @@ from aioserver.providers.registry import ProviderRegistry
 from aioserver.server.history import open_history, prepare_file
 from aioserver.server.middleware import make_middleware
 from aioserver.server.tracing import open_tracer
-from aioserver.streams.fast_path import Outbox
+from aioserver.streams.outbox import Outbox
 from aioserver.streams.store import StreamStore
 from aioserver.telemetry.loop_lag import LoopLag
 from aioserver.telemetry.metrics import Metrics

@@ -22,6 +22,7 @@ from aiohttp.http_exceptions import LineTooLong
 from aioserver.errors import HeadersTooLarge, InternalError, InvalidRequest, UriTooLong
 from aioserver.faces.http import SERVER, error_response, request_id
 from aioserver.server.direct import DirectRequestHandler
+from aioserver.streams.outbox import Outbox
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -46,11 +47,13 @@ class Connection(DirectRequestHandler):
     `max_keepalive_requests`. *last*: whether it ends with the response under way.
     """
 
-    __slots__ = ("last", "metrics", "requests")
+    __slots__ = ("last", "metrics", "outbox", "requests")
 
-    def __init__(self, *args: Any, metrics: Metrics, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, metrics: Metrics, outbox: Outbox, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.metrics = metrics
+        # Whole responses go out by it.
+        self.outbox = outbox
         self.requests = 0
         self.last = False
 
@@ -68,6 +71,11 @@ class Connection(DirectRequestHandler):
         """
         super().set_parser(parser, data_received_cb)
         self._parser, self._messages = None, NO_REQUESTS
+
+    def write(self, data: bytes) -> None:
+        """Write *data*, unless the connection is lost or closing: called by the outbox."""
+        if self.transport is not None and not self.transport.is_closing():
+            self.transport.write(data)
 
     def close_soon(self) -> None:
         """Close, although the last response did not say so.
@@ -127,6 +135,7 @@ class ConnectionServer(web.Server):
     def __init__(self, *args: Any, metrics: Metrics, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._metrics = metrics
+        self._outbox = Outbox(self._loop)
         self._draining = False
         self._awaited: set[web.RequestHandler] = set()
         # Set while no connection is awaited.
@@ -138,7 +147,9 @@ class ConnectionServer(web.Server):
         Raises:
             TypeError: aiohttp does not know an option. Its own server would drop all options then.
         """
-        connection = Connection(self, metrics=self._metrics, loop=self._loop, **self._kwargs)
+        connection = Connection(
+            self, metrics=self._metrics, outbox=self._outbox, loop=self._loop, **self._kwargs
+        )
         connection.last = self._draining
         return connection
 

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 
     from aioserver.protocol.openai import Shape
     from aioserver.streams.cursor import Cursor
+    from aioserver.streams.outbox import Outbox
 
 # Longer reads are rare, and take the slow path.
 MAX_CHUNK_BYTES = 2048
@@ -71,35 +72,6 @@ for _size in range(1, MAX_CHUNK_BYTES):
     _FIRST_LINES[len(_line) + _size + 2] = _line
 # Characters that stand for themselves in a JSON string.
 _PLAIN = re.compile(rb'[^"\\\x00-\x1f]+')
-
-
-class Outbox:
-    """The pending writes of all fast paths of one event loop: those of one iteration go out together.
-
-    If the reader of the sockets is on this machine (a proxy in front, say), a write that closely
-    follows another finds that process still awake: waking it is a third of the cost of a write.
-
-    Always: the outbox is flushed before a client is written to by other means, and before a path
-    is closed.
-    """
-
-    __slots__ = ("_loop", "_pending")
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._pending: list[tuple[FastPath, bytes]] = []
-
-    def put(self, path: FastPath, data: bytes) -> None:
-        """Write *data* to the client of *path*, at the end of this iteration of the loop."""
-        if not self._pending:
-            self._loop.call_soon(self.flush)
-        self._pending.append((path, data))
-
-    def flush(self) -> None:
-        """Write all that is pending, now."""
-        pending, self._pending = self._pending, []
-        for path, data in pending:
-            path.write(data)
 
 
 class Destination(NamedTuple):

@@ -28,13 +28,14 @@ from aioserver.errors import ResumeGap
 from aioserver.limits.write_watchdog import WriteWatchdog, reset, watch_rest
 from aioserver.streams.cursor import Cursor
 from aioserver.streams.ending import run_all
-from aioserver.streams.fast_path import Destination, FastPath, Outbox, new_path
+from aioserver.streams.fast_path import Destination, FastPath, new_path
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from aioserver.protocol.openai import Shape
     from aioserver.streams.formats import Format
+    from aioserver.streams.outbox import Outbox
     from aioserver.streams.stream import Stream
 
 logger = logging.getLogger("aioserver.streams")

@@ -11,8 +11,8 @@ import pytest
 
 from aioserver.errors import ResumeGap
 from aioserver.streams.entries import COMPLETE
-from aioserver.streams.fast_path import Outbox
 from aioserver.streams.formats import Format
+from aioserver.streams.outbox import Outbox
 from aioserver.streams.writer import MAX_CONTROL_FRAMES, WRITE_BYTES, Writer
 from tests.support.transport import BIG, HIGH, LOW, FakeTransport, client, say, stream_of
 from tests.support.waiting import ticks, until

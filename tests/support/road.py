@@ -22,8 +22,9 @@ from aioserver.providers.exchange import Exchange
 from aioserver.providers.pooled_connection import ConnectionProtocol
 from aioserver.providers.sinks import ChatSink, EventSink
 from aioserver.streams.entries import CANCELLED
-from aioserver.streams.fast_path import FastPath, Outbox, ResponsePath, TextPath
+from aioserver.streams.fast_path import FastPath, ResponsePath, TextPath
 from aioserver.streams.formats import EVENTS, MESSAGES, RAW, RESPONSES, response_messages
+from aioserver.streams.outbox import Outbox
 from aioserver.streams.store import StreamStore
 from aioserver.streams.writer import Writer
 from tests.support.scripted_provider import chunk
@@ -76,7 +77,8 @@ class Wire:
     """The part of aiohttp's connection that an exchange uses, around a transport in memory."""
 
     def __init__(self) -> None:
-        self.protocol = ConnectionProtocol(asyncio.get_running_loop())
+        loop = asyncio.get_running_loop()
+        self.protocol = ConnectionProtocol(loop, Outbox(loop))
         self.transport = FakeTransport()
         self.protocol.connection_made(self.transport)
         self.kept = self.closed = 0

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from aioserver.streams.entries import CHUNK
-from aioserver.streams.fast_path import Outbox
 from aioserver.streams.formats import Format
+from aioserver.streams.outbox import Outbox
 from aioserver.streams.store import StreamStore
 from aioserver.streams.writer import WRITE_BYTES, Writer
 from tests.support.waiting import until

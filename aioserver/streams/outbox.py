@@ -1,0 +1,58 @@
+"""The writes of one iteration of the event loop, which go out together at its end.
+
+If the reader of the sockets is on this machine (a proxy in front, or a provider), a write that closely follows
+another finds that process still awake: waking it is a third of the cost of a write. And what comes before and after the
+writes is done for one request after another, from code that the processor still has in its caches.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import asyncio
+
+
+class Writable(Protocol):
+    """The owner of a socket."""
+
+    def write(self, data: bytes) -> None:
+        """Write *data* to the socket, unless it is closing."""
+
+
+class Outbox:
+    """The pending writes of one event loop: those of one iteration go out together.
+
+    Always: the outbox is flushed before one of its sockets is written to by other means, and before it is closed.
+    """
+
+    __slots__ = ("_loop", "_pending", "_waiting")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._pending: list[tuple[Writable, bytes]] = []
+        self._waiting: list[asyncio.Future[None]] = []
+
+    def put(self, target: Writable, data: bytes) -> None:
+        """Have *target* write *data*, at the end of this iteration of the loop."""
+        if not self._pending:
+            self._loop.call_soon(self.flush)
+        self._pending.append((target, data))
+
+    def send(self, target: Writable, data: bytes) -> asyncio.Future[None]:
+        """Have *target* write *data* as `put` does; the result is done when that has happened."""
+        self.put(target, data)
+        written: asyncio.Future[None] = self._loop.create_future()
+        self._waiting.append(written)
+        return written
+
+    def flush(self) -> None:
+        """Write all that is pending, now."""
+        pending, self._pending = self._pending, []
+        for target, data in pending:
+            target.write(data)
+        if self._waiting:
+            waiting, self._waiting = self._waiting, []
+            for written in waiting:
+                if not written.done():
+                    written.set_result(None)
