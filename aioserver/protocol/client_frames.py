@@ -21,7 +21,7 @@ import orjson
 from msgspec import Raw
 
 from aioserver.errors import AioserverError, InvalidJson, InvalidRequest
-from aioserver.protocol import top_level
+from aioserver.protocol import pieces, top_level
 from aioserver.protocol.client_headers import NO_HEADERS
 from aioserver.protocol.top_level import ABSENT, UnknownField, at_once
 
@@ -36,7 +36,7 @@ MAX_ID_BYTES = 12 * MAX_ID_CHARACTERS + 2
 MAX_EVENT_NUMBER_BYTES = 32
 # Messages of a chat are looked at one by one if they cannot be more than this. The provider judges larger
 # chats: an object for each of a million messages would stop the event loop.
-MAX_CHECKED_MESSAGES = 100_000
+MAX_CHECKED_MESSAGES = 30_000
 _ACTIONS = "chat, cancel, resume, ping"
 _EMPTY = Raw(b"{}")
 
@@ -174,14 +174,14 @@ def parse(frame: bytes) -> Command:
 
 
 def parsing(data: bytes) -> Generator[None, None, Command]:
-    """Parse as `parse` does, in steps: those of a frame of 16 MiB take 0.05 s each at most."""
+    """Parse as `parse` does, in steps if the frame is large."""
     request_id: str | None = None
     large = len(data) > top_level.STEP_BYTES
     try:
         body = yield from top_level.sound(data)
         if large:
             yield
-        frame = top_level.decode(_FRAME, body, "a frame")
+        frame = yield from pieces.decoding(_FRAME, body, "a frame")
         written_id = top_level.text(frame.request_id, MAX_ID_BYTES)
         if written_id is not None and len(written_id) <= MAX_ID_CHARACTERS:
             request_id = written_id
@@ -195,15 +195,15 @@ def parsing(data: bytes) -> Generator[None, None, Command]:
                 name = identifier(written_id)
                 if large:
                     yield
-                fields = top_level.decode(_PAYLOAD, payload, "payload")
+                fields = yield from pieces.decoding(_PAYLOAD, payload, "payload")
                 if large:
                     yield
-                return _chat(name, fields, _original(data, body))
+                return (yield from _chat(name, fields, _original(data, body)))
             case "cancel":
                 return Cancel(identifier(written_id))
             case "resume":
                 name = identifier(written_id)
-                position = top_level.decode(_POSITION, payload, "payload")
+                position = yield from pieces.decoding(_POSITION, payload, "payload")
                 return Resume(name, _event_number(position.last_event_id))
         raise InvalidRequest(f"unknown action; one of {_ACTIONS} is expected", param="action")
     except AioserverError as error:
@@ -222,17 +222,18 @@ def reading_question(data: bytes) -> Generator[None, None, Chat]:
     if large:
         yield
     try:
-        fields = top_level.decode(_QUESTION, body, "the body")
+        fields = yield from pieces.decoding(_QUESTION, body, "the body")
     except UnknownField as error:
         # A missing id is told first.
-        identifier(top_level.text(top_level.decode(_FRAME, body, "").request_id, MAX_ID_BYTES))
+        frame = yield from pieces.decoding(_FRAME, body, "the body")
+        identifier(top_level.text(frame.request_id, MAX_ID_BYTES))
         raise InvalidRequest(
             f"unknown field in payload: {error.param}", param=error.param
         ) from None
     if large:
         yield
     name = identifier(top_level.text(fields.request_id, MAX_ID_BYTES))
-    return _chat(name, fields, _original(data, body))
+    return (yield from _chat(name, fields, _original(data, body)))
 
 
 def _original(data: bytes, body: bytes) -> bytes:
@@ -279,8 +280,10 @@ def _event_number(raw: Raw) -> int:
         return event_number(None)
 
 
-def _chat(request_id: str, fields: _Payload, original: bytes) -> Chat:
-    """Check the fields of a question.
+def _chat(
+    request_id: str, fields: _Payload, original: bytes
+) -> Generator[None, None, Chat]:
+    """Check the fields of a question, in steps if one is large.
 
     Raises:
         InvalidRequest: a field is missing, or of the wrong type.
@@ -304,6 +307,7 @@ def _chat(request_id: str, fields: _Payload, original: bytes) -> Chat:
     )
     options = bytes(fields.options)
     _expect(options.startswith(b"{"), "options must be an object", "options")
+    option_names = yield from _option_names(options)
     _expect(
         bytes(memoryview(fields.metadata)[:1]) == b"{", "metadata must be an object", "metadata"
     )
@@ -316,7 +320,7 @@ def _chat(request_id: str, fields: _Payload, original: bytes) -> Chat:
         provider=_name(fields.provider, "provider"),
         model=_name(fields.model, "model"),
         options=options,
-        option_names=_option_names(options),
+        option_names=option_names,
         original=original,
     )
 
@@ -346,15 +350,15 @@ def _name(raw: Raw, name: str) -> str | None:
     return value
 
 
-def _option_names(options: bytes) -> frozenset[str]:
-    """Return which of the options with a default are set.
+def _option_names(options: bytes) -> Generator[None, None, frozenset[str]]:
+    """Return which of the options with a default are set, in steps if they are large.
 
     Raises:
         InvalidRequest: the options have a key that is not the client's to set.
     """
     if options == b"{}":
         return frozenset()
-    fields = top_level.decode(_OPTIONS, options, "options")
+    fields = yield from pieces.decoding(_OPTIONS, options, "options")
     for name in RESERVED_OPTIONS:
         if getattr(fields, name) is not ABSENT:
             raise InvalidRequest(f"{name} cannot be set in options", param="options")

@@ -195,7 +195,7 @@ class Attempt:
     def preparation(self) -> Generator[None, None, None] | None:
         """Return the steps to take before `written`; None if there are none."""
         draft = self.request.draft
-        return None if draft is None or not draft.continues else self._prepare(draft)
+        return None if draft is None or not draft.slow else self._prepare(draft)
 
     def _prepare(self, draft: ResponseDraft) -> Generator[None, None, None]:
         provider = self.provider
