@@ -280,9 +280,7 @@ def _event_number(raw: Raw) -> int:
         return event_number(None)
 
 
-def _chat(
-    request_id: str, fields: _Payload, original: bytes
-) -> Generator[None, None, Chat]:
+def _chat(request_id: str, fields: _Payload, original: bytes) -> Generator[None, None, Chat]:
     """Check the fields of a question, in steps if one is large.
 
     Raises:

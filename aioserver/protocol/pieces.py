@@ -59,7 +59,17 @@ class _Cuts:
     Always: the piece from `start` on begins within the brackets `stack`, behind a comma that is outside of strings.
     """
 
-    __slots__ = ("_body", "_brackets", "_scanned", "_within", "end", "last", "nested", "stack", "start")
+    __slots__ = (
+        "_body",
+        "_brackets",
+        "_scanned",
+        "_within",
+        "end",
+        "last",
+        "nested",
+        "stack",
+        "start",
+    )
 
     def __init__(self, body: bytes) -> None:
         self._body = body

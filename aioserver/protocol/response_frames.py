@@ -212,7 +212,9 @@ def _create(
             "background is not for a WebSocket: POST /v1/responses has it", param="background"
         )
     streamed = top_level.flag(frame.stream) is True
-    body = yield from _without(_OF_FRAME if streamed else (*_OF_FRAME, _STREAM), frame, body, sites)
+    body = yield from _without(
+        _OF_FRAME if streamed else (*_OF_FRAME, _STREAM), frame, body, sites
+    )
     if not streamed:
         body = _STREAM.insert(body, [b"true"])
     return Create(lane, (yield from model_body.reading_sound(body)), generate is not False)
