@@ -65,21 +65,21 @@ class Part:
         if self.kind is TEXT:
             return b'%b,"text":"%b","logprobs":[%b]' % (
                 self.place,
-                bytes(self.text),
-                bytes(self.plain_logprobs),
+                self.text,
+                self.plain_logprobs,
             )
         name = b"refusal" if self.kind is REFUSAL else b"text"
-        return b'%b,"%b":"%b"' % (self.place, name, bytes(self.text))
+        return b'%b,"%b":"%b"' % (self.place, name, self.text)
 
     def render(self) -> bytes:
         """Return the part as it is now."""
         if self.kind is TEXT:
             return b'{"type":"output_text","text":"%b","annotations":[],"logprobs":[%b]}' % (
-                bytes(self.text),
-                bytes(self.logprobs),
+                self.text,
+                self.logprobs,
             )
         name = b"refusal" if self.kind is REFUSAL else b"text"
-        return b'{"type":"%b","%b":"%b"}' % (self.kind, name, bytes(self.text))
+        return b'{"type":"%b","%b":"%b"}' % (self.kind, name, self.text)
 
 
 class Message:
