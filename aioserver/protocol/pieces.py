@@ -338,7 +338,10 @@ def elements(array: bytes) -> Generator[list[Raw], None, None]:
         mark = _mark(array, cuts.start, cuts.end)
         head, prefix = _opening(cuts.stack, mark)
         tail, suffix = (b"", b"") if cuts.last else _ending(cuts.nested, mark)
-        found = _LIST.decode(b"".join((prefix, view[cuts.start : cuts.end], suffix)))
+        piece = b"".join((prefix, view[cuts.start : cuts.end], suffix))
+        if len(piece) > top_level.STEP_BYTES:
+            yield []
+        found = _LIST.decode(piece)
         first = len(memoryview(found[0])) if found else 0
         if cuts.stack == b"[":
             del found[0]
