@@ -13,7 +13,7 @@ provider as they are.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -100,7 +100,7 @@ class Chat:
 
     *options* is the JSON of an object, and *option_names* says which of its keys replace a default.
     If *streaming* is None, the configuration decides. *original* is empty, unless something in the
-    question was replaced: it is then a hash of what the client has sent. The *client_headers* go on to
+    question was replaced: it is then a hash of what the client has sent. *hashed* is the `digest`, if it was made in steps. The *client_headers* go on to
     the provider, and are no part of the question: two questions that differ in them alone are the same.
     """
 
@@ -114,6 +114,7 @@ class Chat:
     options: bytes = b"{}"
     option_names: frozenset[str] = frozenset()
     original: bytes = b""
+    hashed: bytes = field(default=b"", compare=False)
     client_headers: ClientHeaders = NO_HEADERS
 
     def digest(self) -> bytes:
@@ -122,11 +123,15 @@ class Chat:
         It is a hash of the bytes as they came: another order of keys is another question. The hash is
         kept as long as the answer, since the question itself may have megabytes.
         """
+        return self.hashed or at_once(self.hashing())
+
+    def hashing(self) -> Generator[None, None, bytes]:
+        """Return the digest, in steps."""
         names = (self.conversation_id, self.provider, self.model, self.streaming)
         digest = hashlib.sha256(self.original)
         for part in (orjson.dumps(names), self.text or b"", self.messages or b"", self.options):
             digest.update(b"%d:" % len(part))
-            digest.update(part)
+            yield from _hashing(digest, part)
         return digest.digest()
 
 
@@ -198,7 +203,8 @@ def parsing(data: bytes) -> Generator[None, None, Command]:
                 fields = yield from pieces.decoding(_PAYLOAD, payload, "payload")
                 if large:
                     yield
-                return (yield from _chat(name, fields, _original(data, body)))
+                original = yield from _original(data, body)
+                return (yield from _chat(name, fields, original, large=large))
             case "cancel":
                 return Cancel(identifier(written_id))
             case "resume":
@@ -233,11 +239,26 @@ def reading_question(data: bytes) -> Generator[None, None, Chat]:
     if large:
         yield
     name = identifier(top_level.text(fields.request_id, MAX_ID_BYTES))
-    return (yield from _chat(name, fields, _original(data, body)))
+    return (yield from _chat(name, fields, (yield from _original(data, body)), large=large))
 
 
-def _original(data: bytes, body: bytes) -> bytes:
-    return b"" if body is data else hashlib.sha256(data).digest()
+def _original(data: bytes, body: bytes) -> Generator[None, None, bytes]:
+    if body is data:
+        return b""
+    digest = hashlib.sha256()
+    yield from _hashing(digest, data)
+    return digest.digest()
+
+
+def _hashing(digest: hashlib._Hash, data: bytes) -> Generator[None, None, None]:
+    """Add *data* to *digest*, in steps if it is large."""
+    if len(data) <= top_level.STEP_BYTES:
+        digest.update(data)
+        return
+    view = memoryview(data)
+    for start in range(0, len(data), top_level.STEP_BYTES):
+        digest.update(view[start : start + top_level.STEP_BYTES])
+        yield
 
 
 def identifier(value: object) -> str:
@@ -280,8 +301,10 @@ def _event_number(raw: Raw) -> int:
         return event_number(None)
 
 
-def _chat(request_id: str, fields: _Payload, original: bytes) -> Generator[None, None, Chat]:
-    """Check the fields of a question, in steps if one is large.
+def _chat(
+    request_id: str, fields: _Payload, original: bytes, *, large: bool
+) -> Generator[None, None, Chat]:
+    """Check the fields of a question, in steps if it is *large*.
 
     Raises:
         InvalidRequest: a field is missing, or of the wrong type.
@@ -303,13 +326,15 @@ def _chat(request_id: str, fields: _Payload, original: bytes) -> Generator[None,
         "streaming must be true or false",
         "streaming",
     )
+    if large:
+        yield
     options = bytes(fields.options)
     _expect(options.startswith(b"{"), "options must be an object", "options")
     option_names = yield from _option_names(options)
     _expect(
         bytes(memoryview(fields.metadata)[:1]) == b"{", "metadata must be an object", "metadata"
     )
-    return Chat(
+    chat = Chat(
         request_id=request_id,
         text=text,
         messages=messages,
@@ -321,6 +346,7 @@ def _chat(request_id: str, fields: _Payload, original: bytes) -> Generator[None,
         option_names=option_names,
         original=original,
     )
+    return replace(chat, hashed=(yield from chat.hashing())) if large else chat
 
 
 def _valid_messages(messages: bytes) -> bool:

@@ -215,6 +215,8 @@ def _create(
     body = yield from _without(
         _OF_FRAME if streamed else (*_OF_FRAME, _STREAM), frame, body, sites
     )
+    if sites:
+        yield
     if not streamed:
         body = _STREAM.insert(body, [b"true"])
     return Create(lane, (yield from model_body.reading_sound(body)), generate is not False)
@@ -248,8 +250,8 @@ def _without(
         body = b"".join((view[:start], view[end:]))
         if sites:
             yield
-    # Without their keys, however they are written, there is nothing to read.
-    if b"\\u00" in body or any(member.key in body for member in removed):
+    # Without their keys, however they are written, there is nothing to read; to look for them takes long in itself.
+    if sites or b"\\u00" in body or any(member.key in body for member in removed):
         rest = yield from pieces.decoding(_FRAME, body, "a frame")
         for member in removed:
             if getattr(rest, member.name) is not ABSENT:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pytest
@@ -73,13 +74,11 @@ def check(text: str, size: int) -> None:
     """Check that *text* is decoded in pieces of *size* as it is at once."""
     body = text.encode()
     for decoder in DECODERS:
-        expected = outcome(lambda decoder=decoder: top_level.decode(decoder, body, "it"))
+        expected = outcome(partial(top_level.decode, decoder, body, "it"))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(top_level, "STEP_BYTES", 0)
             patch.setattr(pieces, "PIECE_BYTES", size)
-            in_pieces = outcome(
-                lambda decoder=decoder: at_once(pieces.decoding(decoder, body, "it"))
-            )
+            in_pieces = outcome(lambda: at_once(pieces.decoding(decoder, body, "it")))  # noqa: B023
         assert in_pieces == expected
 
 
@@ -155,10 +154,12 @@ def test_an_unknown_field_is_named_after_the_rest_was_read(
 ) -> None:
     monkeypatch.setattr(top_level, "STEP_BYTES", 0)
     monkeypatch.setattr(pieces, "PIECE_BYTES", 16)
-    for text, error in ((b'{"x":1,"y":[%b2]}', UnknownField), (b'{"x":1,"y":[%b2}', InvalidJson)):
-        with pytest.raises(error) as caught:
-            at_once(pieces.decoding(STRICT, text % (b"1," * 20), "it"))
-    assert isinstance(caught.value, InvalidJson)
+    body = b'{"x":1,"y":[%b2]}' % (b"1," * 20)
+
+    with pytest.raises(UnknownField):
+        at_once(pieces.decoding(STRICT, body, "it"))
+    with pytest.raises(InvalidJson):
+        at_once(pieces.decoding(STRICT, body[:-2] + b"}", "it"))
 
 
 @given(lists(VALUES, "[", "]"), st.sampled_from([2, 3, 7, 20]))
@@ -261,7 +262,7 @@ def test_more_keys_than_can_be_told_apart_are_refused_in_one_piece(
 ) -> None:
     monkeypatch.setattr(top_level, "STEP_BYTES", 0)
     body = b'{"x":[%b0],"model":"m","y":0}' % (b'{"model":"m"},' * (MAX_PLACES + 1))
-    read = cast("ModelBody", at_once(reading(body)))
+    read = at_once(reading(body))
 
     with pytest.raises(InvalidRequest, match="keys model in one body"):
         read.with_model("other")

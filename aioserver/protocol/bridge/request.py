@@ -180,6 +180,7 @@ def _add_items(messages: Messages, raw: Raw) -> Generator[None, None, None]:
             size += len(memoryview(item)) + STEP_BYTES // STEP_ITEMS
             if size >= STEP_BYTES:
                 size = 0
+                messages.compact()
                 yield
         if len(array) > STEP_BYTES:
             yield
