@@ -34,7 +34,7 @@ class Strict(Fields, forbid_unknown_fields=True):
 
 
 FIELDS, STRICT = msgspec.json.Decoder(Fields), msgspec.json.Decoder(Strict)
-DECODERS = [FIELDS, STRICT]
+DECODERS: list[msgspec.json.Decoder[Any]] = [FIELDS, STRICT]
 SPACES = st.sampled_from(["", "", " ", "\n"])
 SCALARS = st.sampled_from(
     ["0", "null", "-1.5e3", '"m"', '"a,b"', '"\\""', '"\\\\"', '"[{,"', '""', '"\\u00e9"', '"é"']
